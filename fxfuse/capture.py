@@ -1,0 +1,400 @@
+"""Capture: a module becomes a `torch.fx` graph in the ATen training IR of `torch.export`.
+
+The graph is rebuilt node by node into a plain `torch.fx.GraphModule`, because the module that
+`torch.export` hands out can neither be put into `train()` nor pickled (docs/adr/0001-training-ir.md).
+"""
+
+from __future__ import annotations
+
+import linecache
+import operator
+import re
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.utils._pytree as pytree
+from torch import fx, nn
+from torch.export import Dim, ExportedProgram
+
+from fxfuse.errors import CaptureError, ExampleInputError, MemberMismatchError
+
+#: Operators that only state facts which hold for the captured device and dtype: they would break
+#: the fused module after `.to("cuda")` or `.to(torch.bfloat16)`.
+_ASSERTIONS = (torch.ops.aten._assert_tensor_metadata.default,)
+
+#: Position of the `training` argument of operators that behave differently in training.
+TRAINING_ARGUMENT = {
+    torch.ops.aten.batch_norm.default: 5,
+    torch.ops.aten.dropout.default: 2,
+    torch.ops.aten.dropout_.default: 2,
+    torch.ops.aten.feature_dropout.default: 2,
+    torch.ops.aten.feature_dropout_.default: 2,
+    torch.ops.aten.alpha_dropout.default: 2,
+    torch.ops.aten.alpha_dropout_.default: 2,
+}
+
+_TORCH_ROOT = f"{Path(torch.__file__).parent}/"
+_FRAME = re.compile(r'File "(?P<file>[^"]+)", line (?P<line>\d+)')
+
+
+@dataclass(frozen=True)
+class Captured:
+    """A captured network: an eval-mode ATen graph with its tensors.
+
+    Attributes:
+        module: The rebuilt graph module. `get_attr` targets are `state_dict()` names or constants.
+        names: Names of the model's `state_dict()`, in its order, parameters and buffers.
+        canonical: For each name, the first name under which the same tensor appears (itself,
+            unless the tensor is tied).
+        example_inputs: Positional and keyword inputs that the graph was captured with.
+        dynamic_batch: Whether dimension 0 of the inputs is symbolic.
+    """
+
+    module: fx.GraphModule
+    names: tuple[str, ...]
+    canonical: Mapping[str, str]
+    example_inputs: tuple[tuple[Any, ...], dict[str, Any]]
+    dynamic_batch: bool
+
+    @property
+    def graph(self) -> fx.Graph:
+        """The ATen graph."""
+        return self.module.graph
+
+    def tensor(self, name: str) -> torch.Tensor:
+        """The tensor behind a `get_attr` target or a `state_dict()` name."""
+        return fetch(self.module, name)
+
+    def state(self) -> dict[str, torch.Tensor]:
+        """The tensors of `state_dict()`, detached and not copied, in the model's order."""
+        return {name: self.tensor(name).detach() for name in self.names}
+
+    def reached(self) -> frozenset[str]:
+        """Canonical names of the state tensors that the graph uses."""
+        used = {str(n.target) for n in self.graph.nodes if n.op == "get_attr" and n.users}
+        return frozenset(self.canonical[name] for name in used if name in self.canonical)
+
+
+def fetch(module: nn.Module, target: str) -> torch.Tensor:
+    """The tensor attribute of a dotted name."""
+    prefix, _, leaf = target.rpartition(".")
+    value = getattr(module.get_submodule(prefix), leaf)
+    assert isinstance(value, torch.Tensor)
+    return value
+
+
+def source_of(node: fx.Node) -> str:
+    """Innermost frame of the user's code that made this node, as `file:line  code`.
+
+    Frames inside torch itself are passed over; empty when the node has no stack trace.
+    """
+    frames = [(m["file"], int(m["line"])) for m in _FRAME.finditer(node.stack_trace or "")]
+    outside = [frame for frame in frames if not frame[0].startswith(_TORCH_ROOT)]
+    if not outside:
+        return ""
+    file, line = outside[-1]
+    return f"{file}:{line}  {linecache.getline(file, line).strip()}".rstrip()
+
+
+def capture(
+    model: nn.Module | ExportedProgram,
+    example_inputs: Any,
+    example_kwargs: Mapping[str, Any] | None = None,
+    *,
+    dynamic_shapes: Any = None,
+) -> Captured:
+    """Captures a network in eval mode; the model itself is left as it was.
+
+    Args:
+        model: An `nn.Module`, a `torch.fx.GraphModule` or a `torch.export.ExportedProgram`.
+        example_inputs: A tensor or a tuple of positional inputs; a batch of at least 2.
+        example_kwargs: Keyword inputs.
+        dynamic_shapes: Passed to `torch.export.export` unchanged. By default dimension 0 of every
+            tensor input is dynamic; a model that cannot be captured so is captured with a static
+            batch, and a warning says so.
+
+    Returns:
+        The captured network. Its tensors are those of the model, not copies.
+
+    Raises:
+        ExampleInputError: The model rejects the example inputs.
+        CaptureError: `torch.export` cannot capture the model.
+    """
+    args = example_inputs if isinstance(example_inputs, tuple) else (example_inputs,)
+    kwargs = dict(example_kwargs or {})
+    if isinstance(model, ExportedProgram):
+        program, dynamic = model, dynamic_shapes is None
+        state: Mapping[str, torch.Tensor] = program.state_dict
+    else:
+        with _eval_mode(model):
+            _try_example(model, args, kwargs)
+            program, dynamic = _export(model, args, kwargs, dynamic_shapes)
+        state = model.state_dict(keep_vars=True)
+    module = rebuild(program.module(check_guards=False), state)
+    first: dict[int, str] = {}
+    canonical = {name: first.setdefault(id(tensor), name) for name, tensor in state.items()}
+    return Captured(module, tuple(state), canonical, (args, kwargs), dynamic)
+
+
+def _try_example(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    try:
+        with torch.no_grad():
+            model(*args, **kwargs)
+    except Exception as error:
+        shapes = pytree.tree_map(
+            lambda x: tuple(x.shape) if isinstance(x, torch.Tensor) else x, (args, kwargs)
+        )
+        raise ExampleInputError(
+            "the model rejects the example inputs",
+            where=f"{type(model).__name__} called with shapes {shapes[0]} {shapes[1] or ''}".rstrip(),
+            why=_first_line(error),
+            how="pass inputs with which the model itself runs, batch dimension included",
+        ) from error
+
+
+def _export(
+    model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], dynamic_shapes: Any
+) -> tuple[ExportedProgram, bool]:
+    if dynamic_shapes is not None:
+        return _export_once(model, args, kwargs, dynamic_shapes), True
+    batched = pytree.tree_map(_batch_dynamic, (args, kwargs))
+    # Keyword inputs of a model are given to export by name, positional ones by position.
+    shapes = batched[0] if not kwargs else (*batched[0], *batched[1].values())
+    if any(isinstance(x, torch.Tensor) and x.dim() for x in pytree.tree_leaves((args, kwargs))):
+        try:
+            return _export_once(model, args, kwargs, shapes), True
+        except CaptureError as error:
+            program = _export_once(model, args, kwargs, None)
+            warnings.warn(
+                "captured with a static batch, because torch.export could not keep the batch "
+                f"dimension dynamic: {error.why}",
+                stacklevel=3,
+            )
+            return program, False
+    return _export_once(model, args, kwargs, None), False
+
+
+def _batch_dynamic(value: Any) -> Any:
+    return {0: Dim.DYNAMIC} if isinstance(value, torch.Tensor) and value.dim() else None
+
+
+def _export_once(
+    model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], dynamic_shapes: Any
+) -> ExportedProgram:
+    # Fresh tensor objects: export leaves its marks of dynamic dimensions on the ones it is given.
+    args, kwargs = pytree.tree_map_only(torch.Tensor, torch.Tensor.detach, (args, kwargs))
+    try:
+        return torch.export.export(model, args, kwargs, dynamic_shapes=dynamic_shapes, strict=False)
+    except Exception as error:
+        raise CaptureError(
+            f"torch.export cannot capture {type(model).__name__}",
+            why=_first_line(error),
+            how="make the forward pass exportable (no data-dependent Python branches; see "
+            "https://docs.pytorch.org/docs/stable/export.html), pass dynamic_shapes, or pass an "
+            "ExportedProgram that you captured yourself",
+        ) from error
+
+
+def _first_line(error: BaseException) -> str:
+    text = str(error).strip()
+    return f"{type(error).__name__}: {text.splitlines()[0] if text else 'no message'}"
+
+
+@contextmanager
+def _eval_mode(model: nn.Module) -> Iterator[None]:
+    """Puts every submodule into eval mode and afterwards back into the mode it had."""
+    modes = [(module, module.training) for module in model.modules()]
+    for module, _ in modes:
+        # Set directly: modules that torch.export made refuse eval().
+        module.training = False
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
+
+
+def rebuild(source: fx.GraphModule, state: Mapping[str, torch.Tensor]) -> fx.GraphModule:
+    """Copies an exported graph into a fresh graph module that holds `state`.
+
+    Args:
+        source: What `ExportedProgram.module()` returns.
+        state: Tensors by `state_dict()` name, kept even where the graph does not use them.
+
+    Returns:
+        A graph module in eval mode: `no_grad` regions inlined, assertions dropped, every
+        `training` argument False.
+    """
+    # Attached before the graph is set: GraphModule itself would copy only what the graph reads,
+    # in the order of the graph, and lose the names and the order of the state_dict.
+    module = fx.GraphModule({}, fx.Graph())
+    for name, tensor in state.items():
+        attach(module, name, tensor, persistent=True)
+    graph = fx.Graph()
+    graph._codegen = source.graph._codegen
+    _Copier(source, graph).run()
+    for node in graph.nodes:
+        if node.op == "get_attr" and node.target not in state:
+            attach(module, node.target, fetch(source, node.target), persistent=False)
+        position = TRAINING_ARGUMENT.get(node.target)
+        if position is not None:
+            node.update_arg(position, False)
+    # Nodes with a side effect (an in-place fill of a mask) are kept by fx's own rule.
+    graph.eliminate_dead_code()
+    graph.lint()
+    module.graph = graph
+    module.eval()
+    return module
+
+
+class _Copier:
+    """Copies a graph, inlines its subgraphs and drops what must not survive."""
+
+    def __init__(self, source: fx.GraphModule, graph: fx.Graph) -> None:
+        self.source = source
+        self.graph = graph
+        self.environment: dict[fx.Node, Any] = {}
+
+    def run(self) -> None:
+        for node in self.source.graph.nodes:
+            self.copy(node, self.source)
+
+    def copy(self, node: fx.Node, owner: fx.GraphModule) -> None:
+        if node.target in _ASSERTIONS or node.op == "call_module":
+            return
+        if node.op == "get_attr" and isinstance(_attribute(owner, str(node.target)), nn.Module):
+            return
+        if node.target is torch.ops.higher_order.wrap_with_set_grad_enabled:
+            self.environment[node] = self.inline(node, owner)
+            return
+        argument = node.args[0] if node.args else None
+        if (
+            node.target is operator.getitem
+            and isinstance(argument, fx.Node)
+            and isinstance(self.environment.get(argument), tuple | list)
+        ):
+            self.environment[node] = self.environment[argument][node.args[1]]
+            return
+        copied = self.graph.node_copy(node, lambda n: self.environment[n])
+        self.environment[node] = copied
+
+    def inline(self, call: fx.Node, owner: fx.GraphModule) -> Any:
+        body = _attribute(owner, str(call.args[1].target))
+        inputs = iter(call.args[2:])
+        for node in body.graph.nodes:
+            if node.op == "placeholder":
+                self.environment[node] = self.environment[next(inputs)]
+            elif node.op == "output":
+                return fx.map_arg(node.args[0], lambda n: self.environment[n])
+            else:
+                self.copy(node, body)
+        return ()
+
+
+def _attribute(owner: nn.Module, target: str) -> Any:
+    value: Any = owner
+    for part in target.split("."):
+        value = getattr(value, part)
+    return value
+
+
+def attach(root: nn.Module, name: str, tensor: torch.Tensor, *, persistent: bool) -> None:
+    """Registers a tensor under a dotted name: parameters as parameters, the rest as buffers."""
+    *path, leaf = name.split(".")
+    owner = root
+    for part in path:
+        if not hasattr(owner, part):
+            owner.add_module(part, nn.Module())
+        owner = getattr(owner, part)
+    if isinstance(tensor, nn.Parameter):
+        owner.register_parameter(leaf, tensor)
+    else:
+        owner.register_buffer(leaf, tensor, persistent=persistent)
+
+
+def check_same_network(members: Sequence[Captured]) -> None:
+    """Checks that the members have one graph, the same tensors and the same constants.
+
+    Raises:
+        MemberMismatchError: Names the first difference.
+    """
+    first = members[0]
+    for number, other in enumerate(members[1:], start=1):
+        _check_tensors(first, other, number)
+        _check_graph(first, other, number)
+
+
+def _mismatch(what: str, number: int, where: str, why: str) -> MemberMismatchError:
+    return MemberMismatchError(
+        f"member {number} differs from member 0: {what}",
+        where=where,
+        why=why,
+        how="give members of one architecture, built with the same arguments",
+    )
+
+
+def _check_tensors(first: Captured, other: Captured, number: int) -> None:
+    for name in [*first.names, *(n for n in other.names if n not in first.canonical)]:
+        if (name in other.canonical) != (name in first.canonical):
+            owner = "member 0" if name in first.canonical else f"member {number}"
+            raise _mismatch("tensor names", number, name, f"only {owner} has this tensor")
+        ours, theirs = first.tensor(name), other.tensor(name)
+        if ours.shape != theirs.shape:
+            raise _mismatch("shapes", number, name, f"{tuple(ours.shape)} vs {tuple(theirs.shape)}")
+        if ours.dtype != theirs.dtype:
+            raise _mismatch("dtypes", number, name, f"{ours.dtype} vs {theirs.dtype}")
+        if first.canonical[name] != other.canonical[name]:
+            raise _mismatch(
+                "tied parameters",
+                number,
+                name,
+                f"same tensor as {first.canonical[name]!r} vs same as {other.canonical[name]!r}",
+            )
+
+
+def _check_graph(first: Captured, other: Captured, number: int) -> None:
+    ours, theirs = list(first.graph.nodes), list(other.graph.nodes)
+    position = {node: index for index, node in enumerate(ours)}
+    position_theirs = {node: index for index, node in enumerate(theirs)}
+    for a, b in zip(ours, theirs, strict=False):
+        line_a, line_b = _signature(a, position), _signature(b, position_theirs)
+        if line_a != line_b:
+            raise _mismatch(
+                "graphs",
+                number,
+                f"node {a.name!r} {source_of(a)}".rstrip(),
+                f"{a.format_node()} vs {b.format_node()}",
+            )
+        if a.op == "get_attr" and _is_constant(first, str(a.target)):
+            value, value_other = first.tensor(str(a.target)), other.tensor(str(b.target))
+            if value.dtype != value_other.dtype or not torch.equal(value, value_other):
+                raise _mismatch(
+                    "constants",
+                    number,
+                    str(a.target),
+                    "a constant that the graph reads has another value",
+                )
+    if len(ours) != len(theirs):
+        raise _mismatch("graphs", number, "end of the graph", f"{len(ours)} vs {len(theirs)} nodes")
+
+
+def is_constant(tensor: torch.Tensor) -> bool:
+    """Whether a state tensor is a constant of the network: integer and boolean tensors are."""
+    return not (tensor.is_floating_point() or tensor.is_complex())
+
+
+def _is_constant(captured: Captured, target: str) -> bool:
+    return target not in captured.canonical or is_constant(captured.tensor(target))
+
+
+def _signature(node: fx.Node, position: Mapping[fx.Node, int]) -> tuple[Any, ...]:
+    def plain(value: Any) -> Any:
+        return fx.map_arg(value, lambda n: ("node", position[n]))  # type: ignore[return-value]
+
+    target = node.target if node.op in ("get_attr", "call_function") else ""
+    return (node.op, target, plain(node.args), plain(node.kwargs))

@@ -1,0 +1,116 @@
+"""Exceptions of fxfuse: each says what went wrong, where, why, and how to mend it."""
+
+from __future__ import annotations
+
+
+class FxfuseError(Exception):
+    """Base of every error that fxfuse raises on purpose.
+
+    Args:
+        what: One sentence: what went wrong.
+        where: The graph node and source line, parameter, file or option concerned.
+        why: The reason, in terms of what the program needs.
+        how: What the caller can do about it.
+    """
+
+    def __init__(self, what: str, *, where: str = "", why: str = "", how: str = "") -> None:
+        super().__init__(what, where, why, how)
+        self.what = what
+        self.where = where
+        self.why = why
+        self.how = how
+
+    def __str__(self) -> str:
+        lines = [self.what]
+        for label, text in (("where", self.where), ("why", self.why), ("how to mend", self.how)):
+            if text:
+                lines.append(f"  {label}: {text}")
+        return "\n".join(lines)
+
+    def __reduce__(self) -> tuple[object, ...]:
+        """Keep the keyword arguments when the error crosses a process boundary."""
+        return (_rebuild, (type(self), self.what, self.where, self.why, self.how))
+
+
+def _rebuild(kind: type[FxfuseError], what: str, where: str, why: str, how: str) -> FxfuseError:
+    return kind(what, where=where, why=why, how=how)
+
+
+class TooFewMembersError(FxfuseError):
+    """Fewer than two members were given."""
+
+
+class MemberMismatchError(FxfuseError):
+    """Members differ in graph, parameter names, shapes, dtypes or constants."""
+
+
+class NonFiniteWeightsError(FxfuseError):
+    """A member holds NaN or infinite weights."""
+
+
+class ExampleInputError(FxfuseError):
+    """The model rejects the example inputs."""
+
+
+class CaptureError(FxfuseError):
+    """torch.export cannot capture the model."""
+
+
+class UnknownMethodError(FxfuseError):
+    """No fusion method of this name is registered."""
+
+
+class UnknownScoreError(FxfuseError):
+    """No importance score of this name is registered."""
+
+
+class UnknownTensorError(FxfuseError):
+    """A (tensor name, dimension) that the captured network does not have."""
+
+
+class NothingToFuseError(FxfuseError):
+    """No parameter has a free dimension, so there is nothing to fuse."""
+
+
+class VerificationError(FxfuseError):
+    """An oracle failed: the fused network would be wrong, so it is not handed over."""
+
+
+class PlanError(FxfuseError):
+    """A fusion plan is malformed or does not belong to these members."""
+
+
+class RuleError(FxfuseError):
+    """An operator rule contradicts the operator that it describes."""
+
+
+class CheckpointMissingError(FxfuseError):
+    """A checkpoint file does not exist."""
+
+
+class CheckpointCorruptError(FxfuseError):
+    """A checkpoint file is truncated or not in a format that fxfuse reads."""
+
+
+class CheckpointPickleError(FxfuseError):
+    """A checkpoint holds pickled objects other than tensors; fxfuse never unpickles."""
+
+
+class CheckpointMismatchError(FxfuseError):
+    """A checkpoint does not fit the model that it is loaded into."""
+
+
+class ModelFactoryError(FxfuseError):
+    """The model factory of the command line cannot be imported or called."""
+
+
+class OutputExistsError(FxfuseError):
+    """The output exists already and may not be overwritten."""
+
+
+class RefineError(FxfuseError):
+    """A fine-tuning or distillation run cannot go on."""
+
+
+class MissingDependencyError(FxfuseError):
+    """An optional dependency is needed for what was asked."""

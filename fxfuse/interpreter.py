@@ -1,0 +1,234 @@
+"""Abstract interpretation of a captured graph: every node gets its neuron labels."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+import torch.utils._pytree as pytree
+from torch import fx
+
+from fxfuse.capture import Captured, is_constant
+from fxfuse.errors import RuleError
+from fxfuse.labels import Kind, Ledger, Value, positions
+from fxfuse.rules import Call, concrete_shape, find, hint
+from fxfuse.rules.pointwise import is_pointwise, pointwise
+
+#: Constants above this size count as varying along every dimension; comparing would cost more
+#: than the answer is worth.
+_COMPARE_LIMIT = 1 << 22
+
+
+def interpret(captured: Captured) -> tuple[Ledger, dict[fx.Node, Any]]:
+    """Runs the rules over a graph.
+
+    Returns:
+        The ledger of ties, freezes and mixings, and the value of every node (tensors as `Value`,
+        numbers as their hints, lists as lists).
+    """
+    interpreter = _Interpreter(captured)
+    with torch.no_grad():
+        interpreter.run()
+    return interpreter.ledger, interpreter.values
+
+
+class _Interpreter:
+    def __init__(self, captured: Captured) -> None:
+        self.captured = captured
+        self.ledger = Ledger()
+        self.values: dict[fx.Node, Any] = {}
+        self.parameters: dict[str, Value] = {}
+
+    def run(self) -> None:
+        for clock, node in enumerate(self.captured.graph.nodes):
+            self.ledger.node, self.ledger.clock = node, clock
+            if node.op == "output":
+                self.output(node)
+            else:
+                self.values[node] = getattr(self, node.op)(node)
+        self.ledger.node = None
+
+    def placeholder(self, node: fx.Node) -> Any:
+        value = node.meta.get("val")
+        if not isinstance(value, torch.Tensor):
+            return hint(value)
+        shape = concrete_shape(value)
+        return Value(shape, positions=positions(shape, range(len(shape))))
+
+    def get_attr(self, node: fx.Node) -> Value:
+        target = str(node.target)
+        tensor = self.captured.tensor(target).detach()
+        name = self.captured.canonical.get(target)
+        if name is None or is_constant(tensor):
+            # Cloned, because in-place operators on constants are really carried out.
+            return constant(tensor.clone())
+        if name not in self.parameters:
+            self.parameters[name] = self.ledger.parameter(name, tuple(tensor.shape))
+        return self.parameters[name]
+
+    def call_function(self, node: fx.Node) -> Any:
+        args, kwargs = fx.map_arg((node.args, node.kwargs), lambda n: self.values[n])  # type: ignore[misc]
+        args, kwargs = pytree.tree_map(hint, (args, kwargs), is_leaf=_is_leaf)
+        if node.target is operator.getitem:
+            return args[0][args[1]]
+        produced = node.meta.get("val")
+        if not _holds_tensor(produced):
+            return pytree.tree_map(hint, produced)
+        operands = _operands(args, kwargs)
+        if self.is_foldable(node, operands):
+            result = fold(node, args, kwargs)
+        else:
+            rule = find(node.target) or (pointwise if is_pointwise(node.target) else None)
+            result = NotImplemented
+            if rule is not None:
+                result = rule(Call(self.ledger, node, tuple(args), kwargs))
+            if result is NotImplemented:
+                result = self.boundary(node, operands)
+        self.check(node, result)
+        self.mutate(node, operands, result)
+        return result
+
+    def output(self, node: fx.Node) -> None:
+        results = fx.map_arg(node.args, lambda n: self.values[n])
+        for value in pytree.tree_leaves(results, is_leaf=_is_leaf):
+            if isinstance(value, Value):
+                for f in value.fields:
+                    self.ledger.freeze(f, Kind.OUTPUT, "reaches the network's output")
+
+    def is_foldable(self, node: fx.Node, operands: list[Value]) -> bool:
+        """Whether the result depends on neither inputs nor parameters nor symbolic sizes."""
+        if torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ()):
+            return False
+        made = node.target in _MADE_FROM_SIZES
+        if not made and (not operands or any(v.constant is None for v in operands)):
+            return False
+        symbolic = (n.meta.get("val") for n in node.all_input_nodes)
+        static = not any(isinstance(v, torch.SymInt | torch.SymFloat) for v in symbolic)
+        shapes = (v.shape for v in pytree.tree_leaves(node.meta["val"]))
+        return static and all(isinstance(s, int) for shape in shapes for s in shape)
+
+    def boundary(self, node: fx.Node, operands: list[Value]) -> Any:
+        """An operator without a rule: its operands freeze, its result is frozen neurons."""
+        for value in operands:
+            for f in value.fields:
+                kind = Kind.COMMON if value.is_parameter else Kind.HOST
+                self.ledger.freeze(f, kind, f"operator {node.target} has no rule for this use")
+                self.ledger.role(value, f, reader=True)
+            if value.is_parameter:
+                self.ledger.mix(
+                    f"operator {node.target} without a rule", sources=value.sources or frozenset()
+                )
+        return pytree.tree_map(
+            lambda fake: self.frozen_value(node, fake) if isinstance(fake, torch.Tensor) else fake,
+            node.meta["val"],
+        )
+
+    def frozen_value(self, node: fx.Node, fake: torch.Tensor) -> Value:
+        shape = concrete_shape(fake)
+        static = [d for d, s in enumerate(fake.shape) if isinstance(s, int)]
+        labelled = self.ledger.parameter(f"<{node.name}>", shape)
+        fields = tuple(f for f in labelled.fields if f.dims[0] in static)
+        for f in fields:
+            self.ledger.freeze(f, Kind.HOST, f"comes out of {node.target}, which has no rule")
+        return Value(shape, fields, positions(shape, set(range(len(shape))) - set(static)))
+
+    def check(self, node: fx.Node, result: Any) -> None:
+        """A rule whose result has another shape than the operator's is wrong: say so at once."""
+        produced = pytree.tree_leaves(node.meta["val"])
+        ours = pytree.tree_leaves(result, is_leaf=_is_leaf)
+        for fake, value in zip(produced, ours, strict=True):
+            if isinstance(fake, torch.Tensor) and concrete_shape(fake) != value.shape:
+                raise RuleError(
+                    f"the rule of {node.target} gives shape {value.shape}, "
+                    f"the operator {concrete_shape(fake)}",
+                    where=node.format_node() or node.name,
+                    how="mend the rule in fxfuse/rules/",
+                )
+
+    def mutate(self, node: fx.Node, operands: list[Value], result: Any) -> None:
+        """In-place operators change the tensor that they write to, and whatever it is a view of."""
+        schema = getattr(node.target, "_schema", None)
+        if schema is None or not schema.is_mutable or not isinstance(node.args[0], fx.Node):
+            return
+        written = node.args[0]
+        before = self.values[written]
+        if before.constant is not None and result.constant is not None:
+            return
+        self.values[written] = result
+        if _same_labels(before, result):
+            return
+        base = written
+        while base.op == "call_function" and not _owns_memory(base):
+            base = base.all_input_nodes[0]
+            changed = base.meta["val"]
+            self.ledger.mix("a part of a tensor is overwritten in place")
+            for f in result.fields:
+                self.ledger.freeze(f, Kind.HOST, "is written into a part of another tensor")
+            self.values[base] = pytree.tree_map(lambda fake: self.frozen_value(node, fake), changed)
+
+
+_MADE_FROM_SIZES = frozenset(
+    getattr(getattr(torch.ops.aten, name), overload)
+    for name in ("zeros", "ones", "full", "new_zeros", "new_ones", "new_full", "arange")
+    for overload in getattr(torch.ops.aten, name).overloads()
+    if "out" not in overload and "names" not in overload
+)
+
+
+def constant(tensor: torch.Tensor) -> Value:
+    """The value of a real tensor that depends on neither inputs nor parameters."""
+    shape = tuple(tensor.shape)
+    varying = range(len(shape))
+    if tensor.numel() <= _COMPARE_LIMIT:
+        varying = [d for d in varying if shape[d] > 1 and not _equal_along(tensor, d)]  # type: ignore[assignment]
+    return Value(shape, (), positions(shape, varying), frozenset(), tensor)
+
+
+def fold(node: fx.Node, args: Any, kwargs: Mapping[str, Any]) -> Any:
+    """Runs an operator on real constants."""
+    real_args, real_kwargs = pytree.tree_map(
+        lambda x: _real(x) if isinstance(x, Value) else x, (args, dict(kwargs)), is_leaf=_is_leaf
+    )
+    result = node.target(*real_args, **real_kwargs)  # type: ignore[operator]
+    return pytree.tree_map(constant, result)
+
+
+def _real(value: Value) -> torch.Tensor:
+    # Factories such as new_zeros take any tensor for its dtype only.
+    return value.constant if value.constant is not None else torch.empty(1).expand(value.shape)
+
+
+def _equal_along(tensor: torch.Tensor, dim: int) -> bool:
+    return bool((tensor == tensor.narrow(dim, 0, 1)).all())
+
+
+def _is_leaf(x: Any) -> bool:
+    return isinstance(x, Value)
+
+
+def _operands(args: Any, kwargs: Any) -> list[Value]:
+    leaves = pytree.tree_leaves((args, kwargs), is_leaf=_is_leaf)
+    return [x for x in leaves if isinstance(x, Value)]
+
+
+def _holds_tensor(value: Any) -> bool:
+    return any(isinstance(x, torch.Tensor) for x in pytree.tree_leaves(value))
+
+
+def _same_labels(a: Value, b: Value) -> bool:
+    return len(a.fields) == len(b.fields) and all(
+        f.dims == g.dims and torch.equal(f.ids, g.ids)
+        for f, g in zip(a.fields, b.fields, strict=True)
+    )
+
+
+def _owns_memory(node: fx.Node) -> bool:
+    """Whether an operator allocates its result (its schema aliases no argument)."""
+    schema = getattr(node.target, "_schema", None)
+    if schema is None:
+        return False
+    if node.target in (torch.ops.aten.reshape.default, torch.ops.aten.contiguous.default):
+        return False
+    return all(r.alias_info is None for r in schema.returns) or schema.is_mutable

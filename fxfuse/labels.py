@@ -1,0 +1,284 @@
+"""Neuron labels: which neuron sits at which index of a tensor, and which neurons move together.
+
+Notation used in this package: an *id* is the number of a neuron (0: no neuron, padding). A *field*
+is a labelling of one tensor: ids that vary along some of its dimensions and not along the others,
+stored as an int64 tensor of full rank with size 1 along the others. A tensor can have several
+fields (the weight of a linear layer has one per dimension). Dimensions of size 1 carry no field:
+there is nothing to permute.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field, replace
+from enum import StrEnum
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from scipy.sparse import coo_array
+from scipy.sparse.csgraph import connected_components
+from torch import fx
+
+Ids = torch.Tensor
+
+
+class Kind(StrEnum):
+    """What a frozen dimension means for fusion (docs/adr/0002-freeze-by-default.md)."""
+
+    #: The index has one meaning for all members: input channels, kernel positions, tokens.
+    COMMON = "common"
+    #: The network's output: the members' mean is taken.
+    OUTPUT = "output"
+    #: A dimension inside the network in which members' neurons do not correspond: one member, the
+    #: host, keeps the whole connected piece.
+    HOST = "host"
+
+
+@dataclass(frozen=True)
+class Field:
+    """Ids of the neurons along some dimensions of a tensor.
+
+    Attributes:
+        ids: int64, full rank, size 1 along dimensions that the ids do not vary along.
+        dims: The dimensions along which the ids vary.
+    """
+
+    ids: Ids
+    dims: tuple[int, ...]
+
+    @staticmethod
+    def of(ids: Ids) -> Field | None:
+        """Compresses ids: dimensions along which they are constant get size 1."""
+        for dim in range(ids.dim()):
+            if ids.shape[dim] == 1:
+                continue
+            head = ids.narrow(dim, 0, 1)
+            if ids.stride(dim) == 0 or bool((ids == head).all()):
+                ids = head
+        dims = tuple(d for d in range(ids.dim()) if ids.shape[d] > 1)
+        return Field(ids.contiguous(), dims) if dims else None
+
+
+@dataclass(frozen=True)
+class Value:
+    """What the analyzer knows about one tensor of the graph.
+
+    Attributes:
+        shape: Concrete shape (hints for symbolic sizes).
+        fields: Neuron labels.
+        positions: Unlabelled variation (batch, pixels, tokens, constants): like `fields`, but the
+            ids only say where the content may differ.
+        sources: Names of the parameters that it was computed from alone; None for a value that
+            depends on the network's inputs.
+        constant: The real tensor, when it depends on neither inputs nor parameters.
+    """
+
+    shape: tuple[int, ...]
+    fields: tuple[Field, ...] = ()
+    positions: tuple[Field, ...] = ()
+    sources: frozenset[str] | None = None
+    constant: torch.Tensor | None = None
+
+    @property
+    def rank(self) -> int:
+        """Number of dimensions."""
+        return len(self.shape)
+
+    @property
+    def is_parameter(self) -> bool:
+        """Whether the value is computed from parameters alone."""
+        return bool(self.sources)
+
+    @property
+    def unlabelled(self) -> frozenset[int]:
+        """Dimensions along which unlabelled content varies."""
+        return frozenset(d for f in self.positions for d in f.dims)
+
+    def moved(self, operation: Callable[[torch.Tensor], torch.Tensor]) -> Value:
+        """Applies a data-movement operator to every field, by running it on the ids.
+
+        Args:
+            operation: Takes a tensor of `shape` and returns one tensor.
+        """
+        shape: tuple[int, ...] = tuple(operation(torch.empty(1).expand(self.shape)).shape)
+
+        def move(fields: tuple[Field, ...]) -> tuple[Field, ...]:
+            moved = (Field.of(operation(f.ids.expand(self.shape))) for f in fields)
+            return tuple(f for f in moved if f is not None)
+
+        return replace(
+            self, shape=shape, fields=move(self.fields), positions=move(self.positions), constant=None
+        )
+
+
+def positions(shape: Sequence[int], dims: Iterable[int]) -> tuple[Field, ...]:
+    """Unlabelled variation along each of `dims`."""
+    return tuple(_arange(shape, d, 1) for d in sorted(dims) if shape[d] > 1)
+
+
+def _arange(shape: Sequence[int], dim: int, start: int) -> Field:
+    view = [1] * len(shape)
+    view[dim] = shape[dim]
+    return Field(torch.arange(start, start + shape[dim]).view(view), (dim,))
+
+
+@dataclass(frozen=True)
+class Freeze:
+    """A note that some neurons must stay where they are."""
+
+    ids: NDArray[np.int64]
+    kind: Kind
+    why: str
+    node: fx.Node | None
+
+
+@dataclass(frozen=True)
+class Mixing:
+    """A note that an operator mixes members that are put side by side.
+
+    Attributes:
+        why: What mixes.
+        node: Where.
+        sources: When not empty, it mixes only if members disagree on one of these parameters.
+        ids: When given, it mixes only if one of these neurons is averaged (an output).
+    """
+
+    why: str
+    node: fx.Node | None
+    sources: frozenset[str] = frozenset()
+    ids: NDArray[np.int64] | None = None
+
+
+@dataclass
+class Ledger:
+    """Everything that was found out about neurons: who owns them, who is tied to whom.
+
+    The rules in `fxfuse.rules` write into it; `fxfuse.coupling` reads it.
+    """
+
+    owners: list[tuple[str, int]] = field(default_factory=list)
+    starts: list[int] = field(default_factory=list)
+    count: int = 1
+    ties: list[tuple[NDArray[np.int64], NDArray[np.int64], fx.Node | None]] = field(
+        default_factory=list
+    )
+    deferred: list[tuple[Field, Field, bool, fx.Node | None]] = field(default_factory=list)
+    freezes: list[Freeze] = field(default_factory=list)
+    mixings: list[Mixing] = field(default_factory=list)
+    touches: list[tuple[NDArray[np.int64], int]] = field(default_factory=list)
+    readers: set[tuple[str, int]] = field(default_factory=set)
+    writers: set[tuple[str, int]] = field(default_factory=set)
+    node: fx.Node | None = None
+    clock: int = 0
+
+    def parameter(self, name: str, shape: Sequence[int]) -> Value:
+        """A parameter or float buffer, with fresh ids along each of its dimensions."""
+        fields = []
+        for dim, size in enumerate(shape):
+            if size > 1:
+                fields.append(_arange(shape, dim, self.fresh(size, (name, dim))))
+        return Value(tuple(shape), tuple(fields), (), frozenset({name}))
+
+    def fresh(self, size: int, owner: tuple[str, int]) -> int:
+        """Reserves `size` ids for an owner; returns the first."""
+        start = self.count
+        self.owners.append(owner)
+        self.starts.append(start)
+        self.count += size
+        return start
+
+    def owner_positions(self, ids: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Index into `owners` for each id."""
+        found: NDArray[np.int64] = np.searchsorted(np.asarray(self.starts), ids, side="right") - 1
+        return found
+
+    def owners_of(self, ids: Ids) -> set[tuple[str, int]]:
+        """The (tensor, dim) pairs that own the given ids."""
+        flat = _flat(ids)
+        return {self.owners[i] for i in np.unique(self.owner_positions(flat[flat > 0]))}
+
+    # --- what rules say -------------------------------------------------------------------------
+
+    def tie(self, a: Ids, b: Ids) -> None:
+        """Neurons at the same place of `a` and `b` (broadcast) move together; 0 ties nothing."""
+        left, right = torch.broadcast_tensors(a, b)
+        x, y = _flat(left), _flat(right)
+        real = (x > 0) & (y > 0) & (x != y)
+        if real.any():
+            self.ties.append((x[real], y[real], self.node))
+
+    def block(self, f: Field, dims: Iterable[int]) -> None:
+        """All neurons along `dims` become one unit, in order."""
+        head = f.ids
+        for dim in dims:
+            head = head.narrow(dim, 0, 1)
+        # The first neuron of a block may be padding, so neighbours are tied as well as the head.
+        self.tie(head, f.ids)
+        for dim in dims:
+            size = f.ids.shape[dim]
+            self.tie(f.ids.narrow(dim, 0, size - 1), f.ids.narrow(dim, 1, size - 1))
+
+    def freeze(self, f: Field, kind: Kind, why: str) -> None:
+        """The neurons of a field stay where they are."""
+        ids = np.unique(_flat(f.ids))
+        self.freezes.append(Freeze(ids[ids > 0], kind, why, self.node))
+
+    def mix(
+        self, why: str, sources: frozenset[str] = frozenset(), ids: Ids | None = None
+    ) -> None:
+        """Members put side by side no longer give the mean of the members after this operator."""
+        flat = None if ids is None else np.unique(_flat(ids))
+        self.mixings.append(Mixing(why, self.node, sources, flat))
+
+    def touch(self, value: Value, tag: int = 0) -> None:
+        """Neurons of `value` pass through the current operator (part of a unit's signature)."""
+        for f in value.fields:
+            ids = _flat(f.ids)
+            self.touches.append((ids[ids > 0], 2 * self.clock + tag))
+
+    def role(self, value: Value, f: Field, *, reader: bool) -> None:
+        """Notes on which side of its tensor a parameter's field is used."""
+        if value.is_parameter:
+            (self.readers if reader else self.writers).update(self.owners_of(f.ids))
+
+    # --- what follows ---------------------------------------------------------------------------
+
+    def components(self) -> NDArray[np.int64]:
+        """Connected component of each id; settles the ties that depend on blocks."""
+        pending = self.deferred
+        self.deferred = []
+        component = self._connect()
+        for small, large, is_parameter, node in pending:
+            self.node = node
+            if _is_blocked(component, small, large):
+                self.freeze(
+                    small,
+                    Kind.COMMON if is_parameter else Kind.HOST,
+                    "one index is shared by several units that each need it in order",
+                )
+            else:
+                self.tie(small.ids, large.ids)
+        self.node = None
+        return self._connect() if pending else component
+
+    def _connect(self) -> NDArray[np.int64]:
+        if not self.ties:
+            return np.arange(self.count)
+        a = np.concatenate([x for x, _, _ in self.ties])
+        b = np.concatenate([y for _, y, _ in self.ties])
+        graph = coo_array((np.ones(len(a), dtype=np.int8), (a, b)), shape=(self.count, self.count))
+        return connected_components(graph, directed=False)[1].astype(np.int64)
+
+
+def _flat(ids: Ids) -> NDArray[np.int64]:
+    flat: NDArray[np.int64] = ids.reshape(-1).numpy()
+    return flat
+
+
+def _is_blocked(component: NDArray[np.int64], small: Field, large: Field) -> bool:
+    """Whether `large` is tied along the dimensions of `small`: then `small` is an order in it."""
+    grouped = component[large.ids.numpy()]
+    dims = [d for d in small.dims if large.ids.shape[d] > 1]
+    return all(bool((grouped == grouped.take([0], axis=d)).all()) for d in dims)

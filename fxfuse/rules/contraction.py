@@ -1,0 +1,161 @@
+"""Contractions: a letter that both operands have and the result lacks is summed over.
+
+Notation of shapes: b batch, i input channel, o output channel, g group, h head, t query token,
+s key token, d channel of a head, k kernel position, p output pixel.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+
+from fxfuse.labels import Value, positions
+from fxfuse.rules.algebra import align, contract, meet, only_unlabelled, reduce_over
+from fxfuse.rules.registry import Call, rule
+
+aten = torch.ops.aten
+
+
+def _bias(call: Call, result: Value, bias: Value | None, dim: int) -> Value:
+    """Adds a bias of shape [o] along one dimension of the result."""
+    if bias is None:
+        return result
+    for f in bias.fields:
+        call.ledger.role(bias, f, reader=False)
+    column = bias.moved(lambda t: t.reshape([-1] + [1] * (result.rank - 1 - dim % result.rank)))
+    return replace(meet(call.ledger, result, align(column, result.rank)), shape=result.shape)
+
+
+def _free_letters(count: int) -> str:
+    # Letters before 'g' name the leading dimensions; the rules use later ones for their own.
+    return "ABCDEFGH"[:count]
+
+
+@rule(aten.linear.default)
+def linear(call: Call) -> Value:
+    """`* i, o i -> * o` plus bias `o`."""
+    x, weight = call.args[0], call.args[1]
+    call.ledger.touch(x)
+    lead = _free_letters(x.rank - 1)
+    result = contract(call.ledger, x, lead + "i", weight, "oi", lead + "o")
+    return _bias(call, result, call.argument("bias"), -1)
+
+
+@rule(aten.addmm.default)
+def addmm(call: Call) -> Value:
+    """`t i, i o -> t o` plus an addend that broadcasts."""
+    addend, x, weight = call.args[:3]
+    call.ledger.touch(x)
+    result = contract(call.ledger, x, "ti", weight, "io", "to")
+    for f in addend.fields:
+        call.ledger.role(addend, f, reader=False)
+    return meet(call.ledger, result, align(addend, 2))
+
+
+@rule(aten.matmul.default, aten.mm.default, aten.bmm.default)
+def matmul(call: Call) -> Value:
+    """`* t s, * s d -> * t d`, leading dimensions broadcast."""
+    a, b = call.args[0], call.args[1]
+    call.ledger.touch(a, 0)
+    call.ledger.touch(b, 1)
+    if a.rank == 1 or b.rank == 1:
+        lead = _free_letters(max(a.rank, b.rank) - (1 if 1 in (a.rank, b.rank) else 2))
+        if a.rank == 1 and b.rank == 1:
+            return contract(call.ledger, a, "s", b, "s", "")
+        if a.rank == 1:
+            return contract(call.ledger, a, "s", b, lead[:-1] + "sd", lead[:-1] + "d")
+        return contract(call.ledger, a, lead + "s", b, "s", lead)
+    rank = max(a.rank, b.rank)
+    lead = _free_letters(rank - 2)
+    result = contract(
+        call.ledger, align(a, rank), lead + "ts", align(b, rank), lead + "sd", lead + "td"
+    )
+    return replace(result, shape=call.shape)
+
+
+@rule(aten.einsum.default)
+def einsum(call: Call) -> Value:
+    """`torch.einsum` with two operands and named letters; anything else freezes."""
+    equation: str = call.args[0].replace(" ", "")
+    operands: list[Value] = call.args[1]
+    left, _, out = equation.partition("->")
+    terms = left.split(",")
+    if len(operands) != 2 or "." in equation or "->" not in equation:
+        return NotImplemented
+    if any(len(set(t)) != len(t) for t in terms):
+        return NotImplemented
+    call.ledger.touch(operands[0], 0)
+    call.ledger.touch(operands[1], 1)
+    return contract(call.ledger, operands[0], terms[0], operands[1], terms[1], out)
+
+
+@rule(aten.conv1d.default, aten.conv2d.default, aten.conv3d.default)
+def convolution(call: Call) -> Value:
+    """`b g i *, g o i k -> b g o *`: the kernel positions k and the pixels stay in place."""
+    x, weight, groups = call.args[0], call.args[1], call.argument("groups")
+    return _convolve(call, x, weight, groups, transposed=False)
+
+
+@rule(
+    aten.conv_transpose1d.default, aten.conv_transpose2d.input, aten.conv_transpose3d.input
+)
+def convolution_transposed(call: Call) -> Value:
+    """`b g i *, g i o k -> b g o *`."""
+    x, weight, groups = call.args[0], call.args[1], call.argument("groups")
+    return _convolve(call, x, weight, groups, transposed=True)
+
+
+def _convolve(call: Call, x: Value, weight: Value, groups: int, *, transposed: bool) -> Value:
+    ledger, shape = call.ledger, call.shape
+    ledger.touch(x)
+    space = weight.rank - 2
+    if x.rank == weight.rank - 1:
+        # Unbatched input; the result gets the batch dimension removed again at the end.
+        batched = _convolve_batched(call, x.moved(lambda t: t[None]), weight, groups, transposed)
+        return replace(batched.moved(lambda t: t[0]), shape=shape)
+    x = only_unlabelled(ledger, x, range(2, 2 + space), "convolved over: neighbours matter")
+    return replace(_convolve_batched(call, x, weight, groups, transposed), shape=shape)
+
+
+def _convolve_batched(
+    call: Call, x: Value, weight: Value, groups: int, transposed: bool
+) -> Value:
+    ledger = call.ledger
+    space = weight.rank - 2
+    weight = only_unlabelled(ledger, weight, range(2, 2 + space), "kernel positions are in order")
+    # The pixels play no part in the labels: [b, c, *] is seen as [b, g, i].
+    flat = _drop_space(x).moved(lambda t: t.unflatten(1, (groups, -1)))
+    kernel = _drop_space(weight).moved(lambda t: t.unflatten(0, (groups, -1)))
+    letters = "gio" if transposed else "goi"
+    result = contract(ledger, flat, "bgi", kernel, letters, "bgo")
+    result = result.moved(lambda t: t.flatten(1, 2).reshape(t.shape[0], -1, *[1] * space))
+    full = (*result.shape[:2], *call.shape[-space:])
+    result = replace(
+        result, shape=full, positions=(*result.positions, *positions(full, range(2, 2 + space)))
+    )
+    return _bias(call, result, call.argument("bias"), 1)
+
+
+def _drop_space(value: Value) -> Value:
+    return value.moved(lambda t: t[(slice(None), slice(None), *[0] * (t.dim() - 2))])
+
+
+@rule(aten.scaled_dot_product_attention.default)
+def attention(call: Call) -> Value:
+    """`* t d, * s d -> * t s`, softmax over s, `* t s, * s d -> * t d`."""
+    query, key, value = call.args[:3]
+    ledger = call.ledger
+    if call.argument("enable_gqa"):
+        return NotImplemented
+    for place, operand in enumerate((query, key, value)):
+        ledger.touch(operand, min(place, 1))
+    lead = _free_letters(query.rank - 2)
+    scores = contract(ledger, query, lead + "td", key, lead + "sd", lead + "ts")
+    mask = call.argument("attn_mask")
+    if mask is not None:
+        for f in mask.fields:
+            ledger.role(mask, f, reader=False)
+        scores = replace(meet(ledger, scores, align(mask, scores.rank)), shape=scores.shape)
+    reduce_over(ledger, scores, [scores.rank - 1], "softmax over labelled neurons")
+    return contract(ledger, scores, lead + "ts", value, lead + "se", lead + "te")

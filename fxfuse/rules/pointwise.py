@@ -1,0 +1,91 @@
+"""Pointwise operators: operands meet element by element."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from fxfuse.labels import Value
+from fxfuse.rules.algebra import align, meet
+from fxfuse.rules.registry import Call, rule
+
+aten = torch.ops.aten
+
+#: Pointwise operators without the tag.
+_UNTAGGED = (
+    aten.dropout.default,
+    aten.dropout_.default,
+    aten.feature_dropout.default,
+    aten.feature_dropout_.default,
+    aten.alpha_dropout.default,
+    aten.alpha_dropout_.default,
+    aten.gelu_.default,
+    aten.elu_.default,
+    aten.hardtanh.default,
+    aten.hardtanh_.default,
+    aten.hardswish.default,
+    aten.hardswish_.default,
+    aten.hardsigmoid_.default,
+    aten.leaky_relu_.default,
+    aten.silu_.default,
+    aten.mish_.default,
+    aten.relu6.default,
+    aten.relu6_.default,
+    aten.selu.default,
+    aten.selu_.default,
+    aten.celu_.default,
+    aten.softplus.default,
+    aten.log_sigmoid.default,
+    aten.masked_fill.Scalar,
+    aten.masked_fill_.Scalar,
+)
+
+#: The mean of the members passes through these unchanged: f(mean(x)) = mean(f(x)).
+_ADDITIVE = {
+    "aten::add",
+    "aten::add_",
+    "aten::sub",
+    "aten::sub_",
+    "aten::neg",
+    "aten::neg_",
+    "aten::rsub",
+    "aten::dropout",
+    "aten::dropout_",
+    "aten::feature_dropout",
+    "aten::feature_dropout_",
+    "aten::positive",
+}
+_SCALING = {"aten::mul", "aten::mul_", "aten::div", "aten::div_"}
+
+
+def is_pointwise(target: Any) -> bool:
+    """Whether torch itself says that an operator is pointwise."""
+    return torch.Tag.pointwise in getattr(target, "tags", ())
+
+
+@rule(*_UNTAGGED)
+def pointwise(call: Call) -> Value:
+    """All tensor operands broadcast and meet."""
+    operands = call.values()
+    for place, value in enumerate(operands):
+        call.ledger.touch(value, min(place, 1))
+    rank = max(v.rank for v in operands)
+    aligned = [align(v, rank) for v in operands]
+    if any(v.sources is None for v in operands):
+        for value in aligned:
+            for f in value.fields:
+                call.ledger.role(value, f, reader=False)
+    result = aligned[0]
+    for other in aligned[1:]:
+        result = meet(call.ledger, result, other)
+    if not _is_linear(call, operands):
+        for f in result.fields:
+            call.ledger.mix("an averaged activation passes a nonlinear operator", ids=f.ids)
+    return replace(result, shape=call.shape, constant=None)
+
+
+def _is_linear(call: Call, operands: list[Value]) -> bool:
+    name = call.node.target._schema.name  # type: ignore[union-attr]
+    return name in _ADDITIVE or (name in _SCALING and len(operands) == 1)

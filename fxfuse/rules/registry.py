@@ -1,0 +1,103 @@
+"""The registry of operator rules: one decorator, one lookup, no order of registration."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
+from typing import Any
+
+import torch
+from torch import fx
+
+from fxfuse.errors import RuleError
+from fxfuse.labels import Ledger, Value
+
+#: A rule gets the ledger, the node and the node's arguments (nodes replaced by their values,
+#: symbolic numbers by their hints) and returns the value of the node.
+Rule = Callable[["Call"], Any]
+
+_RULES: dict[Any, Rule] = {}
+
+
+class Call:
+    """One call of an operator, as a rule sees it.
+
+    Attributes:
+        ledger: Where the rule writes ties, freezes and mixings.
+        node: The graph node.
+        args: Positional arguments by schema, defaults filled in.
+    """
+
+    def __init__(
+        self, ledger: Ledger, node: fx.Node, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+    ) -> None:
+        self.ledger = ledger
+        self.node = node
+        self.args = args
+        self.kwargs = dict(kwargs)
+        self._names: list[str] | None = None
+
+    def argument(self, name: str) -> Any:
+        """An argument by its name in the operator's schema, or the schema's default."""
+        for position, parameter in enumerate(self.node.target._schema.arguments):  # type: ignore[union-attr]
+            if parameter.name == name:
+                if position < len(self.args):
+                    return self.args[position]
+                return self.kwargs.get(name, parameter.default_value)
+        raise RuleError(f"{self.node.target} has no argument {name!r}", where=self.node.name)
+
+    def values(self) -> list[Value]:
+        """All tensor arguments, those in lists included."""
+        found: list[Value] = []
+        for argument in [*self.args, *self.kwargs.values()]:
+            items = argument if isinstance(argument, list | tuple) else [argument]
+            found.extend(x for x in items if isinstance(x, Value))
+        return found
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Concrete shape of the node's (single) result."""
+        return concrete_shape(self.node.meta["val"])
+
+
+def concrete_shape(value: torch.Tensor) -> tuple[int, ...]:
+    """Shape of a fake tensor with symbolic sizes replaced by their hints."""
+    return tuple(hint(s) for s in value.shape)
+
+
+def hint(size: Any) -> Any:
+    """The number behind a symbolic number; anything else unchanged."""
+    if isinstance(size, torch.SymInt | torch.SymFloat | torch.SymBool):
+        return size.node.hint
+    return size
+
+
+def rule(*targets: Any) -> Callable[[Rule], Rule]:
+    """Registers a function as the rule of one or more operators.
+
+    Raises:
+        RuleError: One of them has a rule already.
+    """
+
+    def register(function: Rule) -> Rule:
+        for target in targets:
+            if target in _RULES:
+                raise RuleError(
+                    f"{target} has two rules",
+                    where=f"{function.__module__}.{function.__name__}",  # type: ignore[attr-defined]
+                    how="keep one of them",
+                )
+            _RULES[target] = function
+        return function
+
+    return register
+
+
+def find(target: Any) -> Rule | None:
+    """The rule of an operator, or None: then its operands freeze."""
+    return _RULES.get(target)
+
+
+def registered() -> Mapping[Any, Rule]:
+    """All rules by operator, read-only."""
+    return MappingProxyType(_RULES)
