@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 import torch
 
-from fxfuse.coupling import CouplingGraph, CouplingGroup, Index
+from fxfuse.coupling import CouplingGraph, CouplingGroup, Index, Place
+from fxfuse.labels import Kind
+from fxfuse.layout import Placement
+from fxfuse.plan import FusionPlan, Role, role_of
 
 
 def permuted(
@@ -42,3 +45,80 @@ def random_permutations(
 ) -> dict[str, Index]:
     """A uniformly random permutation for each group."""
     return {group.name: generator.permutation(group.n_units) for group in groups}
+
+
+def fused_state(
+    graph: CouplingGraph,
+    plan: FusionPlan,
+    states: Sequence[Mapping[str, torch.Tensor]],
+    place: Callable[[Place], Placement],
+) -> dict[str, torch.Tensor]:
+    """W_fused = Σ_i M⁽ⁱ⁾ · W_i · U⁽ⁱ⁾ for every tensor (DESIGN.md section 5).
+
+    Args:
+        graph: The analysis of the members.
+        plan: Groups and maps.
+        states: For each member, its tensors by name.
+        place: Placement of each dimension.
+
+    Returns:
+        New tensors by name, in the members' dtype and on the first member's device. Tied names
+        share one tensor.
+    """
+    fused: dict[str, torch.Tensor] = {}
+    for name in graph.captured.names:
+        first = graph.captured.canonical[name]
+        fused[name] = fused[first] if first in fused else _fused(graph, plan, states, place, name)
+    return fused
+
+
+def _fused(
+    graph: CouplingGraph,
+    plan: FusionPlan,
+    states: Sequence[Mapping[str, torch.Tensor]],
+    place: Callable[[Place], Placement],
+    name: str,
+) -> torch.Tensor:
+    role = role_of(graph, name)
+    if role is Role.COPY:
+        return states[plan.host][name].detach().clone()
+    like = states[0][name]
+    placements = [place((name, d)) for d in range(like.dim())]
+    # Half precision holds weights, not sums of weights.
+    dtype = torch.promote_types(like.dtype, torch.float32)
+    result = torch.zeros([p.size for p in placements], dtype=dtype, device=like.device)
+    for member, state in enumerate(states):
+        weight = _weight(graph, plan, name, role)
+        part = state[name].detach().to(dtype=dtype, device=like.device)
+        for dim, p in enumerate(placements):
+            part = part.index_select(dim, torch.from_numpy(p.sources[member]).to(like.device))
+        if part.numel() == 0 and like.numel():
+            continue
+        where = [torch.from_numpy(p.targets[member]).to(like.device) for p in placements]
+        grid = tuple(
+            index.reshape([-1 if d == dim else 1 for d in range(len(where))])
+            for dim, index in enumerate(where)
+        )
+        if grid:
+            result.index_put_(grid, part * weight, accumulate=True)
+        else:
+            result += part * weight
+    return result.to(like.dtype)
+
+
+def _weight(graph: CouplingGraph, plan: FusionPlan, name: str, role: Role) -> float:
+    """The weight of one member's contribution: the product of its M along written dimensions."""
+    if role is Role.MEAN:
+        return 1.0 / plan.n_members
+    kinds, weights = set(), []
+    canonical = graph.captured.canonical[name]
+    for dim in range(graph.captured.tensor(name).dim()):
+        reason = graph.frozen.get((name, dim))
+        if reason is not None:
+            kinds.add(reason.kind)
+        is_read = (canonical, dim) in graph.readers and (canonical, dim) not in graph.writers
+        if not is_read:
+            weights += [plan.map_of(g.name).weight for g in graph.group_of.get((name, dim), ())]
+    if Kind.OUTPUT in kinds and Kind.HOST not in kinds:
+        return 1.0 / plan.n_members
+    return weights[0] if weights else 1.0

@@ -176,7 +176,11 @@ class CouplingGraph:
                     lines += [f"      {step}" for step in self._chain(key, other)]
         reason = self.frozen.get(key)
         if reason is not None:
-            part = "" if len(reason.indices) == self._size(key) else f" ({len(reason.indices)} indices)"
+            part = (
+                ""
+                if len(reason.indices) == self._size(key)
+                else f" ({len(reason.indices)} indices)"
+            )
             lines.append(f"  frozen{part} ({reason.kind}): {reason.why}")
             if reason.node:
                 lines.append(f"    at {reason.node}  {reason.source}".rstrip())
@@ -371,7 +375,8 @@ def _marks(ledger: Ledger, component: Index) -> dict[int, bytes]:
     table = np.stack([keys % span, counts], axis=1)
     ends = np.r_[starts[1:], len(keys)]
     return {
-        int(owners[a]): table[a:b].tobytes() for a, b in zip(starts.tolist(), ends.tolist(), strict=True)
+        int(owners[a]): table[a:b].tobytes()
+        for a, b in zip(starts.tolist(), ends.tolist(), strict=True)
     }
 
 
@@ -463,4 +468,3 @@ def _networkx(graph: CouplingGraph) -> nx.Graph:
             if node.name not in result.edges[u, v]["nodes"]:
                 result.edges[u, v]["nodes"].append(node.name)
     return result
-

@@ -80,6 +80,10 @@ class PlanError(FxfuseError):
     """A fusion plan is malformed or does not belong to these members."""
 
 
+class RewriteError(FxfuseError):
+    """A graph cannot be rewritten at another width."""
+
+
 class RuleError(FxfuseError):
     """An operator rule contradicts the operator that it describes."""
 

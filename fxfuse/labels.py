@@ -12,7 +12,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
-from typing import Any
 
 import numpy as np
 import torch
@@ -109,7 +108,11 @@ class Value:
             return tuple(f for f in moved if f is not None)
 
         return replace(
-            self, shape=shape, fields=move(self.fields), positions=move(self.positions), constant=None
+            self,
+            shape=shape,
+            fields=move(self.fields),
+            positions=move(self.positions),
+            constant=None,
         )
 
 
@@ -225,9 +228,7 @@ class Ledger:
         ids = np.unique(_flat(f.ids))
         self.freezes.append(Freeze(ids[ids > 0], kind, why, self.node))
 
-    def mix(
-        self, why: str, sources: frozenset[str] = frozenset(), ids: Ids | None = None
-    ) -> None:
+    def mix(self, why: str, sources: frozenset[str] = frozenset(), ids: Ids | None = None) -> None:
         """Members put side by side no longer give the mean of the members after this operator."""
         flat = None if ids is None else np.unique(_flat(ids))
         self.mixings.append(Mixing(why, self.node, sources, flat))

@@ -22,7 +22,9 @@ def align(value: Value, rank: int) -> Value:
 
     def lift(fields: tuple[Field, ...]) -> tuple[Field, ...]:
         return tuple(
-            Field(f.ids.reshape((1,) * extra + tuple(f.ids.shape)), tuple(d + extra for d in f.dims))
+            Field(
+                f.ids.reshape((1,) * extra + tuple(f.ids.shape)), tuple(d + extra for d in f.dims)
+            )
             for f in fields
         )
 
@@ -129,9 +131,7 @@ def _merge(ledger: Ledger, ours: Sequence[Field], theirs: Sequence[Field]) -> tu
     return tuple(merged)
 
 
-def contract(
-    ledger: Ledger, a: Value, letters_a: str, b: Value, letters_b: str, out: str
-) -> Value:
+def contract(ledger: Ledger, a: Value, letters_a: str, b: Value, letters_b: str, out: str) -> Value:
     """Contracts two operands as `einsum(f"{letters_a},{letters_b}->{out}")` would.
 
     Ids along a contracted letter are tied. Where ids vary along a contracted letter and along one
@@ -192,8 +192,10 @@ def _lower(ledger: Ledger, met: Value, order: str, out: str) -> Value:
     def lower(fields: tuple[Field, ...]) -> list[Field]:
         lowered = []
         for f in fields:
-            ids = representative(f, gone).permute(keep + gone).reshape(
-                [f.ids.shape[d] if d not in gone else 1 for d in keep]
+            ids = (
+                representative(f, gone)
+                .permute(keep + gone)
+                .reshape([f.ids.shape[d] if d not in gone else 1 for d in keep])
             )
             dims = tuple(d for d in range(len(keep)) if ids.shape[d] > 1)
             if dims:
@@ -239,7 +241,9 @@ def drop(value: Value, dims: Iterable[int], *, keepdim: bool) -> Value:
     shape = tuple(
         1 if d in gone else s for d, s in enumerate(value.shape) if keepdim or d not in gone
     )
-    return Value(shape, shrink(value.fields), merge_positions(shrink(value.positions)), value.sources)
+    return Value(
+        shape, shrink(value.fields), merge_positions(shrink(value.positions)), value.sources
+    )
 
 
 def only_unlabelled(ledger: Ledger, value: Value, dims: Iterable[int], what: str) -> Value:

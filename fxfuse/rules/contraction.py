@@ -97,9 +97,7 @@ def convolution(call: Call) -> Value:
     return _convolve(call, x, weight, groups, transposed=False)
 
 
-@rule(
-    aten.conv_transpose1d.default, aten.conv_transpose2d.input, aten.conv_transpose3d.input
-)
+@rule(aten.conv_transpose1d.default, aten.conv_transpose2d.input, aten.conv_transpose3d.input)
 def convolution_transposed(call: Call) -> Value:
     """`b g i *, g i o k -> b g o *`."""
     x, weight, groups = call.args[0], call.args[1], call.argument("groups")
@@ -118,9 +116,7 @@ def _convolve(call: Call, x: Value, weight: Value, groups: int, *, transposed: b
     return replace(_convolve_batched(call, x, weight, groups, transposed), shape=shape)
 
 
-def _convolve_batched(
-    call: Call, x: Value, weight: Value, groups: int, transposed: bool
-) -> Value:
+def _convolve_batched(call: Call, x: Value, weight: Value, groups: int, transposed: bool) -> Value:
     ledger = call.ledger
     space = weight.rank - 2
     weight = only_unlabelled(ledger, weight, range(2, 2 + space), "kernel positions are in order")

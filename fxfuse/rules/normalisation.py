@@ -65,9 +65,7 @@ def group_norm(call: Call) -> Value:
     x, groups = call.args[0], call.args[1]
     call.ledger.touch(x)
     split = x.moved(lambda t: t.unflatten(1, (groups, -1)))
-    reduce_over(
-        call.ledger, split, range(2, split.rank), "normalisation over the members' neurons"
-    )
+    reduce_over(call.ledger, split, range(2, split.rank), "normalisation over the members' neurons")
     return _affine(call, x, (call.argument("weight"), call.argument("bias")), 1)
 
 

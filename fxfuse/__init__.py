@@ -1,0 +1,21 @@
+"""fxfuse: a torch.fx compiler pass that fuses trained networks into one."""
+
+from fxfuse.capture import Captured, capture
+from fxfuse.coupling import CouplingGraph, CouplingGroup, FrozenReason, analyze
+from fxfuse.errors import FxfuseError
+from fxfuse.fuse import FusionResult, fuse
+from fxfuse.plan import FusionPlan
+
+__all__ = [
+    "Captured",
+    "CouplingGraph",
+    "CouplingGroup",
+    "FrozenReason",
+    "FusionPlan",
+    "FusionResult",
+    "FxfuseError",
+    "analyze",
+    "capture",
+    "fuse",
+]
+__version__ = "0.1.0"

@@ -1,0 +1,279 @@
+"""Reading and writing weights: `.safetensors`, or `.pt` files that hold tensors only.
+
+Nothing here ever unpickles an object. A `.pt` file is read by torch's weights-only reader, and a
+file that this reader refuses is named, not opened in another way.
+"""
+
+from __future__ import annotations
+
+import pickletools
+import warnings
+import zipfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import torch
+from safetensors import SafetensorError
+from torch import nn
+
+from fxfuse.errors import (
+    CheckpointCorruptError,
+    CheckpointMismatchError,
+    CheckpointMissingError,
+    CheckpointPickleError,
+)
+
+#: Suffixes that torch.save is commonly used with.
+TORCH_SUFFIXES = (".pt", ".pth", ".ckpt", ".bin")
+#: Keys under which training scripts keep the state_dict beside an optimiser or an epoch.
+NESTING_KEYS = ("state_dict", "model")
+
+
+def read_file(path: str | Path) -> Any:
+    """Reads the tensors of a file, in whatever plain containers they are stored.
+
+    Args:
+        path: A `.safetensors` file, or one written by `torch.save`.
+
+    Returns:
+        A tensor, or containers of tensors and plain values. All tensors are on the CPU.
+
+    Raises:
+        CheckpointMissingError: There is no such file, or it cannot be opened.
+        CheckpointCorruptError: The file is truncated or in no format that is read here.
+        CheckpointPickleError: The file holds pickled objects other than tensors.
+    """
+    path = Path(path)
+    _check_openable(path)
+    if path.suffix == ".safetensors":
+        return _read_safetensors(path)
+    if path.suffix in TORCH_SUFFIXES:
+        return _read_torch(path)
+    raise CheckpointCorruptError(
+        f"the format of {path.name} is not known",
+        where=str(path),
+        why=f"weights are read from .safetensors and from {', '.join(TORCH_SUFFIXES)}",
+        how="save the state_dict with safetensors.torch.save_file or torch.save",
+    )
+
+
+def read_state_dict(path: str | Path) -> dict[str, torch.Tensor]:
+    """Reads a state_dict, also one that is nested under `state_dict` or `model`.
+
+    Args:
+        path: The checkpoint.
+
+    Returns:
+        Tensors by name, on the CPU.
+
+    Raises:
+        CheckpointMissingError: There is no such file, or it cannot be opened.
+        CheckpointCorruptError: The file is truncated, or holds something else than a state_dict.
+        CheckpointPickleError: The file holds pickled objects other than tensors.
+    """
+    content = read_file(path)
+    for key in NESTING_KEYS:
+        if isinstance(content, Mapping) and isinstance(content.get(key), Mapping):
+            content = content[key]
+    if not isinstance(content, Mapping) or not content:
+        raise _not_a_state_dict(path, f"it holds {_describe(content)}")
+    for name, value in content.items():
+        if not isinstance(name, str) or not isinstance(value, torch.Tensor):
+            raise _not_a_state_dict(path, f"{name!r} is {_describe(value)}")
+    return dict(content)
+
+
+def load_checkpoint(model: nn.Module, path: str | Path) -> None:
+    """Loads a checkpoint into a model, strictly, and keeps the checkpoint's dtype.
+
+    Args:
+        model: Changed in place.
+        path: The checkpoint.
+
+    Raises:
+        CheckpointMissingError: There is no such file, or it cannot be opened.
+        CheckpointCorruptError: The file is truncated, or holds something else than a state_dict.
+        CheckpointPickleError: The file holds pickled objects other than tensors.
+        CheckpointMismatchError: Names or shapes differ from the model's, or dtypes are mixed.
+    """
+    state = read_state_dict(path)
+    own = model.state_dict(keep_vars=True)
+    _restore_tied(state, own)
+    _check_fit(state, own, path)
+    _match_dtype(model, state, own, path)
+    model.load_state_dict(state, strict=True)
+
+
+def write_state_dict(path: str | Path, state: Mapping[str, torch.Tensor]) -> None:
+    """Writes a state_dict as `.safetensors`, every name with its own copy of a tied tensor.
+
+    Args:
+        path: The file to write.
+        state: Tensors by name.
+    """
+    tensors = {name: value.detach().cpu().contiguous() for name, value in state.items()}
+    seen: set[int] = set()
+    for name, value in tensors.items():
+        # safetensors refuses tensors that share memory; a strict load wants every name.
+        if value.untyped_storage().data_ptr() in seen:
+            tensors[name] = value.clone()
+        seen.add(value.untyped_storage().data_ptr())
+    # The writer makes a file that only its owner can read; the user's umask is to decide that.
+    path = Path(path)
+    path.touch()
+    mode = path.stat().st_mode
+    safetensors.torch.save_file(tensors, path, metadata={"format": "pt"})
+    path.chmod(mode)
+
+
+def _check_openable(path: Path) -> None:
+    try:
+        with path.open("rb"):
+            return
+    except OSError as error:
+        raise CheckpointMissingError(
+            f"cannot open the checkpoint {path.name}",
+            where=str(path),
+            why=error.strerror or str(error),
+            how="check the path and its permissions",
+        ) from error
+
+
+def _read_safetensors(path: Path) -> dict[str, torch.Tensor]:
+    try:
+        return safetensors.torch.load_file(path)
+    except SafetensorError as error:
+        raise _corrupt(path, str(error)) from error
+
+
+def _read_torch(path: Path) -> Any:
+    try:
+        with warnings.catch_warnings():
+            # A refused file gets an error of its own; torch's advice to report it is beside it.
+            warnings.simplefilter("ignore")
+            return torch.load(path, map_location="cpu", weights_only=True)
+    # torch's reader has no error class of its own: a damaged file comes out as UnpicklingError,
+    # RuntimeError, EOFError, KeyError and others.
+    except Exception as error:
+        objects = _pickled_objects(path)
+        if objects:
+            raise CheckpointPickleError(
+                f"{path.name} holds pickled Python objects",
+                where=str(path),
+                why=f"unpickling can run any code, and this file asks for {objects}",
+                how="where you trust the file, load it yourself and save model.state_dict() "
+                "with torch.save or safetensors.torch.save_file",
+            ) from error
+        text = str(error).strip().split("\n")[0].split(". ")[0]
+        raise _corrupt(path, f"{type(error).__name__}: {text}".rstrip(": ")) from error
+
+
+def _pickled_objects(path: Path) -> str:
+    """What a refused file would import, found without unpickling; empty for a damaged file."""
+    try:
+        if zipfile.is_zipfile(path):
+            return ", ".join(torch.serialization.get_unsafe_globals_in_checkpoint(str(path)))
+        with path.open("rb") as file:
+            # torch's older format is a few pickles in a row; a bare pickle is one.
+            while file.peek(1):
+                for opcode, argument, _ in pickletools.genops(file):
+                    if opcode.name == "GLOBAL" and not str(argument).startswith(_PLAIN_GLOBALS):
+                        return str(argument).replace(" ", ".")
+                    if opcode.name == "STACK_GLOBAL":
+                        return "a Python object"
+    except Exception:
+        # Neither a whole archive nor a whole pickle: damaged, and nothing to name.
+        return ""
+    return ""
+
+
+#: What torch's older format names even where it holds tensors only.
+_PLAIN_GLOBALS = ("collections OrderedDict", "torch._utils _rebuild", "torch ")
+
+
+def _restore_tied(state: dict[str, torch.Tensor], own: Mapping[str, torch.Tensor]) -> None:
+    """Fills in names of tied parameters, which writers of safetensors leave out."""
+    stored = {id(own[name]): value for name, value in state.items() if name in own}
+    for name, tensor in own.items():
+        if name not in state and id(tensor) in stored:
+            state[name] = stored[id(tensor)]
+
+
+def _check_fit(
+    state: Mapping[str, torch.Tensor], own: Mapping[str, torch.Tensor], path: str | Path
+) -> None:
+    missing = [name for name in own if name not in state]
+    unknown = [name for name in state if name not in own]
+    shapes = [
+        f"{name} is {tuple(state[name].shape)}, the model's is {tuple(own[name].shape)}"
+        for name in own
+        if name in state and state[name].shape != own[name].shape
+    ]
+    differences = [
+        f"{label} {_some(names)}"
+        for label, names in (
+            ("the checkpoint lacks", missing),
+            ("the model has no", unknown),
+            ("shapes differ:", shapes),
+        )
+        if names
+    ]
+    if differences:
+        raise CheckpointMismatchError(
+            f"{Path(path).name} does not fit the model",
+            where=str(path),
+            why="; ".join(differences),
+            how="give the model the arguments it was trained with, for instance "
+            "--model-arg num_classes=10",
+        )
+
+
+def _match_dtype(
+    model: nn.Module,
+    state: Mapping[str, torch.Tensor],
+    own: Mapping[str, torch.Tensor],
+    path: str | Path,
+) -> None:
+    """Gives the model the checkpoint's dtype: loading would cast without a word."""
+    differing = [name for name in own if state[name].dtype != own[name].dtype]
+    kinds = {state[name].dtype for name in own if state[name].is_floating_point()}
+    if not differing:
+        return
+    if len(kinds) != 1 or not all(own[name].is_floating_point() for name in differing):
+        name = differing[0]
+        raise CheckpointMismatchError(
+            f"{Path(path).name} holds other dtypes than the model",
+            where=f"{name} in {path}",
+            why=f"it is {state[name].dtype}, the model's is {own[name].dtype}",
+            how="convert the checkpoint to one floating-point dtype",
+        )
+    model.to(kinds.pop())
+
+
+def _some(names: list[str]) -> str:
+    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    return ", ".join(names[:3]) + more
+
+
+def _describe(value: object) -> str:
+    return "nothing" if isinstance(value, Mapping) and not value else f"a {type(value).__name__}"
+
+
+def _corrupt(path: Path, why: str) -> CheckpointCorruptError:
+    return CheckpointCorruptError(
+        f"the checkpoint {path.name} is damaged",
+        where=str(path),
+        why=why,
+        how="copy or download the file again; it is truncated or not a checkpoint at all",
+    )
+
+
+def _not_a_state_dict(path: str | Path, why: str) -> CheckpointCorruptError:
+    return CheckpointCorruptError(
+        f"{Path(path).name} holds no state_dict",
+        where=str(path),
+        why=f"{why}, where tensors by name are needed",
+        how=f"save model.state_dict(), by itself or under one of: {', '.join(NESTING_KEYS)}",
+    )

@@ -1,0 +1,7 @@
+"""`python -m fxfuse.cli`."""
+
+from __future__ import annotations
+
+from fxfuse.cli.app import main
+
+main()

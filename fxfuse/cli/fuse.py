@@ -1,0 +1,66 @@
+"""`fxfuse fuse`: several checkpoints become one."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+import fxfuse
+from fxfuse.checkpoint import write_state_dict
+from fxfuse.cli.load import load_members
+from fxfuse.cli.options import Checkpoints, Input, Json, Model, ModelArg
+from fxfuse.cli.show import checks_json, checks_markdown, checks_table, err, out, print_json
+from fxfuse.output import atomic_folder, check_output
+
+WEIGHTS, PLAN, SUMMARY = "fused.safetensors", "plan.json", "summary.md"
+FILES = (WEIGHTS, PLAN, SUMMARY)
+
+Method = Annotated[str, typer.Option(help="How units of the members are chosen and combined.")]
+Score = Annotated[str, typer.Option(help="How the importance of a unit is measured.")]
+Variant = Annotated[
+    str | None,
+    typer.Option(help="`iterative` or `hierarchical`: fuse in steps instead of all at once."),
+]
+Force = Annotated[bool, typer.Option("--force", help="Replace the folder of an earlier run.")]
+NoVerify = Annotated[bool, typer.Option("--no-verify", help="Skip the oracles.")]
+
+
+def fuse(
+    checkpoints: Checkpoints,
+    model: Model,
+    input: Input,
+    out_folder: Annotated[Path, typer.Option("--out", help="Folder to write.", metavar="FOLDER")],
+    model_arg: ModelArg = None,
+    method: Method = "transplant",
+    score: Score = "l2",
+    variant: Variant = None,
+    force: Force = False,
+    no_verify: NoVerify = False,
+    json: Json = False,
+) -> None:
+    """Fuse trained networks of one architecture into one network."""
+    check_output(out_folder, FILES, force=force)
+    members, inputs = load_members(model, model_arg, input, checkpoints)
+    with err.status(f"fusing {len(members)} networks"):
+        result = fxfuse.fuse(
+            members,
+            inputs,
+            method=method,
+            score=score,
+            variant=variant,
+            verify=not no_verify,
+        )
+    checks = result.verification.checks
+    with atomic_folder(out_folder, FILES, force=force) as folder:
+        write_state_dict(folder / WEIGHTS, result.state_dict())
+        (folder / PLAN).write_text(result.plan.to_json(), encoding="utf-8")
+        summary = f"{result.plan.summary()}\n{checks_markdown(checks)}"
+        (folder / SUMMARY).write_text(summary, encoding="utf-8")
+    if json:
+        print_json({"out": str(out_folder), "files": FILES, "verification": checks_json(checks)})
+        return
+    if checks:
+        out.print(checks_table(checks))
+    out.print(f"{len(members)} networks fused into one, written to {out_folder}", markup=False)

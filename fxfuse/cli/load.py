@@ -1,0 +1,33 @@
+"""From what a user typed to models and inputs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from fxfuse.checkpoint import load_checkpoint
+from fxfuse.zoo import floating_dtype, make_inputs, make_model, parse_model_args
+
+
+def load_model(
+    model: str, model_arg: Iterable[str] | None, example: str
+) -> tuple[nn.Module, tuple[torch.Tensor, ...]]:
+    """Makes a model with the weights that its factory gives it, and inputs for it."""
+    network = make_model(model, parse_model_args(model_arg or ()))
+    return network, make_inputs(example, floating_dtype(network))
+
+
+def load_members(
+    model: str, model_arg: Iterable[str] | None, example: str, checkpoints: Sequence[Path]
+) -> tuple[list[nn.Module], tuple[torch.Tensor, ...]]:
+    """Makes one model per checkpoint, and inputs for them."""
+    arguments = parse_model_args(model_arg or ())
+    members = []
+    for checkpoint in checkpoints:
+        member = make_model(model, arguments)
+        load_checkpoint(member, checkpoint)
+        members.append(member)
+    return members, make_inputs(example, floating_dtype(members[0]))

@@ -1,0 +1,52 @@
+"""`fxfuse verify`: the oracles, on a network of the user's."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from fxfuse import verify as oracles
+from fxfuse.cli.load import load_members, load_model
+from fxfuse.cli.options import Input, Json, Model, ModelArg
+from fxfuse.cli.show import checks_json, checks_table, err, out, print_json
+
+OptionalCheckpoints = Annotated[
+    list[Path] | None,
+    typer.Argument(
+        help="Weights to verify with. Without any, the factory's own; with two or more, the "
+        "ensemble is verified too.",
+        metavar="CHECKPOINT",
+        show_default=False,
+    ),
+]
+
+
+def verify(
+    model: Model,
+    input: Input,
+    checkpoints: OptionalCheckpoints = None,
+    model_arg: ModelArg = None,
+    json: Json = False,
+) -> None:
+    """Check that fxfuse understands a network: run its oracles, exit 1 if one fails."""
+    if checkpoints:
+        members, inputs = load_members(model, model_arg, input, checkpoints)
+    else:
+        network, inputs = load_model(model, model_arg, input)
+        members = [network]
+    with err.status("permuting every coupling group"):
+        checks = [oracles.permutation(members[0], inputs)]
+    if len(members) > 1:
+        with err.status("comparing the wide network with the ensemble"):
+            checks.append(oracles.wide_equals_ensemble(members, inputs))
+    if json:
+        print_json(checks_json(checks))
+    else:
+        out.print(checks_table(checks))
+        for check in checks:
+            if check.detail:
+                out.print(f"{check.name}: {check.detail}", markup=False)
+    if not all(check.passed for check in checks):
+        raise typer.Exit(1)

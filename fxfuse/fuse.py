@@ -1,0 +1,197 @@
+"""The whole way: members → capture → analyze → plan → apply → rewrite → verify."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+import torch
+from torch import nn
+from torch.export import ExportedProgram
+
+from fxfuse.apply import fused_state
+from fxfuse.capture import Captured, capture, check_same_network
+from fxfuse.coupling import CouplingGraph, analyze
+from fxfuse.errors import (
+    CheckpointMismatchError,
+    NonFiniteWeightsError,
+    NothingToFuseError,
+    TooFewMembersError,
+    VerificationError,
+)
+from fxfuse.layout import place_units
+from fxfuse.methods import Options, find_method
+from fxfuse.plan import FusionPlan
+from fxfuse.planner import make_plan
+from fxfuse.rewrite import FusedModule, emit
+from fxfuse.scores import check_score
+from fxfuse.verify import Verification, handover, permutation_of, wrong_groups
+
+Model = TypeVar("Model", bound=nn.Module)
+
+
+@dataclass(frozen=True)
+class FusionResult:
+    """A fused network.
+
+    Attributes:
+        module: The network: `train()`/`eval()`, picklable, exportable, compilable with
+            `fullgraph=True`; `state_dict()` has the names and shapes of a member's.
+        plan: Which unit of which member went where.
+        verification: The oracles that ran.
+        graph: The analysis of the members.
+    """
+
+    module: FusedModule
+    plan: FusionPlan
+    verification: Verification
+    graph: CouplingGraph = field(repr=False)
+
+    def state_dict(self) -> dict[str, torch.Tensor]:
+        """The fused tensors by name."""
+        return self.module.state_dict()
+
+    def load_into(self, model: Model) -> Model:
+        """Loads the fused weights into the user's own class, strictly; returns that model.
+
+        Raises:
+            CheckpointMismatchError: The model has other tensors.
+        """
+        try:
+            model.load_state_dict(self.state_dict(), strict=True)
+        except RuntimeError as error:
+            raise CheckpointMismatchError(
+                f"the fused network does not fit {type(model).__name__}",
+                why=" ".join(str(error).split()),
+                how="build the model with the arguments that the members were built with",
+            ) from error
+        return model
+
+
+def fuse(
+    members: Sequence[nn.Module | ExportedProgram | Captured],
+    example_inputs: Any = (),
+    example_kwargs: Mapping[str, Any] | None = None,
+    *,
+    method: str = "transplant",
+    score: str = "l2",
+    variant: str | None = None,
+    host: int = 0,
+    dynamic_shapes: Any = None,
+    verify: bool = True,
+) -> FusionResult:
+    """Fuses trained networks of one architecture into one network of the same width.
+
+    Args:
+        members: Two or more networks with the same graph and the same shapes.
+        example_inputs: A tensor or a tuple of inputs that the members accept, batch of at least 2.
+        example_kwargs: Keyword inputs.
+        method: `transplant` (Neuron Transplantation) or `average` (after alignment).
+        score: Importance of a unit for `transplant`: `l1` or `l2`.
+        variant: For `transplant`: None, `iterative` or `hierarchical`.
+        host: The member that keeps every piece that is frozen inside the network.
+        dynamic_shapes: Passed to `torch.export.export` unchanged.
+        verify: Whether to run the oracles before handing the network over.
+
+    Returns:
+        The fused network, its plan and what was verified.
+
+    Raises:
+        TooFewMembersError: Fewer than two members.
+        ExampleInputError: A member rejects the example inputs.
+        CaptureError: A member cannot be captured.
+        MemberMismatchError: The members are not the same network.
+        NonFiniteWeightsError: A member holds NaN or infinity.
+        UnknownMethodError: No such method or variant.
+        UnknownScoreError: No such score.
+        NothingToFuseError: No parameter has a free dimension.
+        VerificationError: An oracle failed.
+    """
+    if len(members) < 2:
+        raise TooFewMembersError(
+            f"{len(members)} member{'s' if len(members) != 1 else ''} given",
+            why="fusion needs at least two networks",
+            how="pass two or more trained networks of one architecture",
+        )
+    find_method(method)
+    check_score(score)
+    captured = [
+        m
+        if isinstance(m, Captured)
+        else capture(m, example_inputs, example_kwargs, dynamic_shapes=dynamic_shapes)
+        for m in members
+    ]
+    check_same_network(captured)
+    states = [c.state() for c in captured]
+    for number, state in enumerate(states):
+        _check_finite(number, state)
+    graph = analyze(captured[0])
+    checks = []
+    if verify:
+        graph = _only_what_moves(graph)
+        checks.append(permutation_of(graph))
+    _check_free(graph)
+    plan = make_plan(graph, states, method, Options(score, variant), host=host)
+    fused = fused_state(graph, plan, states, lambda place: place_units(graph, plan, place))
+    module = emit(captured[0], fused)
+    if verify:
+        checks += handover(graph, module, captured[0])
+    verification = Verification(tuple(checks))
+    _check_verified(verification)
+    return FusionResult(module, plan, verification, graph)
+
+
+def _check_finite(number: int, state: Mapping[str, torch.Tensor]) -> None:
+    for name, tensor in state.items():
+        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+            broken = int((~torch.isfinite(tensor)).sum())
+            raise NonFiniteWeightsError(
+                f"member {number} holds weights that are not finite",
+                where=name,
+                why=f"{broken} of {tensor.numel()} values are NaN or infinite",
+                how="leave this member out, or take an earlier checkpoint of it",
+            )
+
+
+def _check_free(graph: CouplingGraph) -> None:
+    if graph.groups:
+        return
+    reasons = [r for r in graph.frozen.values() if r.node]
+    raise NothingToFuseError(
+        "nothing in this network can be fused",
+        where=f"{reasons[0].node}  {reasons[0].source}".rstrip() if reasons else "",
+        why="every dimension of every parameter is frozen"
+        + (f"; the first: {reasons[0].why}" if reasons else ""),
+        how="see fxfuse.analyze(...).frozen for all reasons; an operator without a rule can get "
+        "one in fxfuse/rules/",
+    )
+
+
+def _only_what_moves(graph: CouplingGraph) -> CouplingGraph:
+    """Freezes the groups that the permutation oracle cannot move, with a loud warning."""
+    wrong = wrong_groups(graph)
+    if not wrong:
+        return graph
+    names = [g.name for g in wrong]
+    warnings.warn(
+        f"coupling groups {names} changed the network when permuted, so they are frozen and one "
+        "member's weights are kept there. A rule of fxfuse is wrong: please report the network.",
+        stacklevel=3,
+    )
+    return graph.freezing(names, "the permutation oracle could not move this group")
+
+
+def _check_verified(verification: Verification) -> None:
+    failed = [check for check in verification.checks if not check.passed]
+    if failed:
+        raise VerificationError(
+            "the fused network failed its verification and is not handed over",
+            where=", ".join(check.name for check in failed),
+            why="; ".join(
+                f"{c.name}: error {c.error:.2e}, tolerance {c.tolerance:.0e} {c.detail}"
+                for c in failed
+            ),
+            how="check the members' weights; verify=False returns the network all the same",
+        )

@@ -1,0 +1,122 @@
+"""Writing results: whole or not at all, and never over something of the user's."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import uuid
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from fxfuse.errors import OutputExistsError
+
+
+def check_output(path: str | Path, names: Collection[str], *, force: bool = False) -> None:
+    """Checks that a folder may be written, before the work that fills it.
+
+    Args:
+        path: The folder.
+        names: Files that the folder will hold.
+        force: Whether an existing folder may be replaced. Only a folder that holds nothing but
+            such files is ever replaced.
+
+    Raises:
+        OutputExistsError: Something is there already that may not be overwritten.
+    """
+    path = Path(path)
+    if not os.path.lexists(path):
+        return
+    if path.is_symlink() or not path.is_dir():
+        raise _exists(path, "it is not a folder", "choose another name")
+    if not force:
+        raise _exists(path, "a result is not overwritten unasked", "add --force, or choose another")
+    foreign = sorted({entry.name for entry in path.iterdir()} - set(names))
+    if foreign:
+        raise _exists(
+            path,
+            f"replacing it would delete {foreign[0]}, which fxfuse does not write",
+            "choose another folder",
+        )
+
+
+@contextmanager
+def atomic_folder(
+    path: str | Path, names: Collection[str], *, force: bool = False
+) -> Iterator[Path]:
+    """Gives a temporary folder that becomes `path` when the block ends without an error.
+
+    Args:
+        path: The folder to write.
+        names: Files that the folder will hold.
+        force: Whether an existing folder that holds only such files may be replaced.
+
+    Yields:
+        The folder to write into. After an error it is gone, and `path` is as it was.
+
+    Raises:
+        OutputExistsError: Something is there already that may not be overwritten.
+    """
+    path = Path(os.path.abspath(path))
+    check_output(path, names, force=force)
+    missing = [folder for folder in path.parents if not folder.exists()]
+    # Beside the target, since a rename is atomic only within one file system.
+    work = path.parent / f".{path.name}.{uuid.uuid4().hex[:8]}.partial"
+    try:
+        work.mkdir(parents=True)
+        yield work
+        check_output(path, names, force=force)
+        _swap_in(work, path)
+    except BaseException:
+        shutil.rmtree(work, ignore_errors=True)
+        for folder in missing:
+            if folder.exists() and not any(folder.iterdir()):
+                folder.rmdir()
+        raise
+
+
+def write_text(path: str | Path, text: str) -> None:
+    """Writes a text file whole or not at all; an existing file is replaced.
+
+    Args:
+        path: The file.
+        text: Its content.
+    """
+    path = Path(path)
+    work = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.partial")
+    try:
+        work.write_text(text, encoding="utf-8")
+        os.replace(work, path)
+    finally:
+        work.unlink(missing_ok=True)
+
+
+def write_json(path: str | Path, value: object) -> None:
+    """Writes JSON, indented, whole or not at all.
+
+    Args:
+        path: The file.
+        value: Whatever `json.dumps` takes.
+    """
+    write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+
+
+def _swap_in(work: Path, path: Path) -> None:
+    if not path.exists():
+        work.rename(path)
+        return
+    # A folder with content cannot be replaced in one step: the old one steps aside first, and
+    # comes back if the new one cannot take its place.
+    aside = work.with_suffix(".old")
+    path.rename(aside)
+    try:
+        work.rename(path)
+    except BaseException:
+        aside.rename(path)
+        raise
+    shutil.rmtree(aside)
+
+
+def _exists(path: Path, why: str, how: str) -> OutputExistsError:
+    return OutputExistsError(f"{path.name} exists already", where=str(path), why=why, how=how)

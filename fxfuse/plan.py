@@ -1,0 +1,278 @@
+"""The fusion plan: groups and maps, before any weight is touched."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import Any
+
+import numpy as np
+
+from fxfuse.coupling import CouplingGraph, Index, MixingNote
+from fxfuse.errors import PlanError
+from fxfuse.labels import Kind
+
+_SCHEMA = 1
+
+
+@dataclass(frozen=True)
+class UnitMap:
+    """Merge map M and unmerge map U of one group, as a list of their non-zero entries.
+
+    Entry k says: unit `unit[k]` of member `member[k]` contributes to fused unit `target[k]`, with
+    `weight` at the tensors that write the group (M) and with 1 at those that read it (U).
+
+    Attributes:
+        group: Name of the coupling group.
+        n_units: Units of the fused group.
+        target: int64 [k].
+        member: int64 [k].
+        unit: int64 [k].
+        weight: 1 for one-hot maps, 1/N for averages.
+    """
+
+    group: str
+    n_units: int
+    target: Index
+    member: Index
+    unit: Index
+    weight: float = 1.0
+
+    def of_member(self, member: int) -> tuple[Index, Index]:
+        """Fused units and units of one member, both int64 [k_member]."""
+        chosen = self.member == member
+        return self.target[chosen], self.unit[chosen]
+
+
+@dataclass(frozen=True)
+class FusionPlan:
+    """What goes where.
+
+    Attributes:
+        method: Name of the fusion method.
+        options: Its options (score, variant).
+        n_members: N.
+        host: The member that keeps every piece frozen inside the network.
+        maps: One map per coupling group.
+        averaged: Parameters inside the network that no group owns: the members' mean is taken,
+            an approximation. Values: largest difference between members, relative to the largest
+            weight.
+        hosted: Tensors of which the host's frozen part is kept.
+        copied: Tensors copied from the host (constants, tensors that the graph does not read).
+        notes: Operators that mix members.
+    """
+
+    method: str
+    options: Mapping[str, str]
+    n_members: int
+    host: int
+    maps: tuple[UnitMap, ...]
+    averaged: Mapping[str, float]
+    hosted: tuple[str, ...]
+    copied: tuple[str, ...]
+    notes: tuple[MixingNote, ...] = field(default=())
+
+    def map_of(self, group: str) -> UnitMap:
+        """The map of a group.
+
+        Raises:
+            PlanError: The plan has no such group.
+        """
+        for entry in self.maps:
+            if entry.group == group:
+                return entry
+        raise PlanError(
+            f"the plan has no group {group!r}",
+            why="it was made for another network",
+            how="make the plan with members of the network that it is applied to",
+        )
+
+    def inexact(self) -> list[str]:
+        """Why the concatenation is not exactly the mean of the members; empty when it is."""
+        found = [f"{n.why} ({n.node})" for n in self.notes]
+        found += [f"{name} is averaged" for name, spread in self.averaged.items() if spread > 0]
+        found += [f"{name} is the host's" for name in self.hosted]
+        return found
+
+    def to_json(self) -> str:
+        """The plan as JSON text."""
+        value = {
+            "schema": _SCHEMA,
+            "method": self.method,
+            "options": dict(self.options),
+            "n_members": self.n_members,
+            "host": self.host,
+            "groups": [
+                {
+                    "group": m.group,
+                    "n_units": m.n_units,
+                    "target": m.target.tolist(),
+                    "member": m.member.tolist(),
+                    "unit": m.unit.tolist(),
+                    "weight": m.weight,
+                }
+                for m in self.maps
+            ],
+            "averaged": dict(self.averaged),
+            "hosted": list(self.hosted),
+            "copied": list(self.copied),
+            "notes": [
+                {"why": n.why, "node": n.node, "source": n.source, "sources": sorted(n.sources)}
+                for n in self.notes
+            ],
+        }
+        return json.dumps(value, indent=1)
+
+    @staticmethod
+    def from_json(text: str) -> FusionPlan:
+        """Reads a plan back.
+
+        Raises:
+            PlanError: The text is no plan of this version.
+        """
+        try:
+            value = json.loads(text)
+            if value["schema"] != _SCHEMA:
+                raise PlanError(
+                    f"plan schema {value['schema']} is not {_SCHEMA}",
+                    how="make the plan again with this version of fxfuse",
+                )
+            return FusionPlan(
+                value["method"],
+                value["options"],
+                int(value["n_members"]),
+                int(value["host"]),
+                tuple(_read_map(m) for m in value["groups"]),
+                value["averaged"],
+                tuple(value["hosted"]),
+                tuple(value["copied"]),
+                tuple(
+                    MixingNote(n["why"], n["node"], n["source"], frozenset(n["sources"]))
+                    for n in value["notes"]
+                ),
+            )
+        except (ValueError, KeyError, TypeError) as error:
+            raise PlanError(
+                "this is not a fusion plan",
+                why=f"{type(error).__name__}: {error}",
+                how="pass the text of FusionPlan.to_json()",
+            ) from error
+
+    def summary(self) -> str:
+        """The plan as a Markdown page."""
+        lines = [
+            "# Fusion plan",
+            "",
+            f"{self.n_members} members, method `{self.method}`"
+            + "".join(f", {key} `{value}`" for key, value in self.options.items())
+            + f", host: member {self.host}.",
+            "",
+            "| group | units | " + " | ".join(f"from {i}" for i in range(self.n_members)) + " |",
+            "|---|---:|" + "---:|" * self.n_members,
+        ]
+        for m in self.maps:
+            counts = np.bincount(m.member, minlength=self.n_members)
+            lines.append(f"| `{m.group}` | {m.n_units} | " + " | ".join(map(str, counts)) + " |")
+        for title, names in (
+            ("Averaged inside the network (an approximation)", self.averaged),
+            ("Kept from the host", self.hosted),
+            ("Copied from the host", self.copied),
+        ):
+            if names:
+                lines += ["", f"## {title}", ""]
+            for name in names:
+                spread = (
+                    f": members differ by {self.averaged[name]:.2g}"
+                    if names is self.averaged
+                    else ""
+                )
+                lines.append(f"- `{name}`{spread}")
+        if self.notes:
+            lines += ["", "## Operators that mix members", ""]
+            lines += [f"- `{n.node}`: {n.why}  {n.source}".rstrip() for n in self.notes]
+        return "\n".join(lines) + "\n"
+
+
+def _read_map(value: Mapping[str, Any]) -> UnitMap:
+    target, member, unit = (
+        np.asarray(value[k], dtype=np.int64) for k in ("target", "member", "unit")
+    )
+    if not target.shape == member.shape == unit.shape:
+        raise ValueError(f"group {value['group']!r}: lists of different lengths")
+    return UnitMap(
+        value["group"], int(value["n_units"]), target, member, unit, float(value["weight"])
+    )
+
+
+class Role(StrEnum):
+    """How the members' contributions to a tensor are combined."""
+
+    #: The host's tensor is copied.
+    COPY = "copy"
+    #: Free or hosted dimensions tell the members apart, or the output's maps hold the 1/N.
+    SUM = "sum"
+    #: Nothing tells the members apart: their mean is taken.
+    MEAN = "mean"
+
+
+def role_of(graph: CouplingGraph, name: str) -> Role:
+    """How the members' contributions to a tensor are combined."""
+    captured = graph.captured
+    tensor = captured.tensor(name)
+    if not tensor.is_floating_point() or captured.canonical[name] not in captured.reached():
+        return Role.COPY
+    places = [(name, d) for d in range(tensor.dim())]
+    canonical = captured.canonical[name]
+    for place in places:
+        reason = graph.frozen.get(place)
+        if reason is not None and reason.kind in (Kind.HOST, Kind.OUTPUT):
+            return Role.SUM
+        # A dimension that is only read sums over the members: without a dimension that is
+        # written, the sum has to become the mean.
+        key = (canonical, place[1])
+        if place in graph.group_of and (key in graph.writers or key not in graph.readers):
+            return Role.SUM
+    return Role.MEAN
+
+
+def relevant_notes(
+    graph: CouplingGraph, states: Sequence[Mapping[str, Any]]
+) -> tuple[MixingNote, ...]:
+    """The analysis's mixing notes, without those on parameters that all members agree on."""
+
+    def agreed(name: str) -> bool:
+        return all(bool((s[name] == states[0][name]).all()) for s in states[1:])
+
+    return tuple(
+        note
+        for note in graph.mixing
+        if not note.sources or not all(agreed(name) for name in note.sources)
+    )
+
+
+def inner_averages(graph: CouplingGraph, states: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    """Parameters of role MEAN and how far the members disagree on each."""
+    found = {}
+    for name in graph.captured.names:
+        if role_of(graph, name) == Role.MEAN:
+            first = states[0][name]
+            scale = max(float(first.abs().max()) if first.numel() else 0.0, 1e-30)
+            spread = max(
+                (float((s[name] - first).abs().max()) for s in states[1:] if first.numel()),
+                default=0.0,
+            )
+            found[name] = spread / scale
+    return found
+
+
+def hosted_names(graph: CouplingGraph) -> tuple[str, ...]:
+    """Tensors with a dimension that is frozen inside the network."""
+    names = [n for (n, _), r in graph.frozen.items() if r.kind is Kind.HOST]
+    return tuple(dict.fromkeys(names))
+
+
+def copied_names(graph: CouplingGraph) -> tuple[str, ...]:
+    """Tensors that are copied from the host."""
+    return tuple(n for n in graph.captured.names if role_of(graph, n) == Role.COPY)

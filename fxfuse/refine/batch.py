@@ -1,0 +1,48 @@
+"""What a training loop does with one batch: take it apart, run the network, find the logits."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor, nn
+
+from fxfuse.errors import RefineError
+
+
+def split_batch(batch: Any) -> tuple[Any, Any]:
+    """Return (inputs, labels), with None for labels that are not there."""
+    if not isinstance(batch, (tuple, list)):
+        return batch, None
+    if len(batch) == 1:
+        return batch[0], None
+    if len(batch) == 2:
+        return batch[0], batch[1]
+    raise RefineError(
+        f"A batch is a {type(batch).__name__} of {len(batch)} items.",
+        where="batches",
+        why="A tuple or list is read as the pair (inputs, labels).",
+        how="Give pairs; several inputs go into one of them: ((a, b, c), labels).",
+    )
+
+
+def call(module: nn.Module, inputs: Any) -> Any:
+    """Run `module` on a tensor, a tuple of positional or a dict of keyword arguments."""
+    if isinstance(inputs, Mapping):
+        return module(**inputs)
+    if isinstance(inputs, (tuple, list)):
+        return module(*inputs)
+    return module(inputs)
+
+
+def logits_of(output: Any) -> Tensor:
+    """Return the logits in a module's output: the output itself, or its field of that name."""
+    logits = output if isinstance(output, Tensor) else getattr(output, "logits", None)
+    if isinstance(logits, Tensor):
+        return logits
+    raise RefineError(
+        f"The network returns a {type(output).__name__}, in which there are no logits.",
+        where="the network's output",
+        why="The loss needs one tensor of logits, or an object with a field `logits`.",
+        how="Wrap the network in a module that returns the logits; finetune also takes a `loss`.",
+    )

@@ -1,0 +1,254 @@
+"""The training loop itself, whatever the loss: steps, progress, checkpoints, checks.
+
+train: restore? → skip seen batches → (batch → loss → step → checkpoint?)*
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import time
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import Progress
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+from torch.utils._pytree import tree_map_only
+
+from fxfuse.errors import CheckpointMismatchError, RefineError
+from fxfuse.refine import checkpoint as checkpoints
+from fxfuse.refine.stream import BatchStream
+
+# Reading a loss waits for the device, so losses are read once in this many steps.
+_READ_EVERY = 20
+
+
+@dataclass(frozen=True)
+class RefineReport:
+    """What a training run did.
+
+    Attributes:
+        steps: Optimiser steps in all, those before an interruption included.
+        losses: Loss of every step, those before an interruption included.
+        seconds: Wall time of this call.
+        resumed_at: Steps that were taken over from a checkpoint; 0 for a run from the start.
+    """
+
+    steps: int
+    losses: tuple[float, ...]
+    seconds: float
+    resumed_at: int = 0
+
+    @property
+    def first_loss(self) -> float:
+        """Loss of the first step."""
+        return self.losses[0]
+
+    @property
+    def last_loss(self) -> float:
+        """Loss of the last step."""
+        return self.losses[-1]
+
+
+@dataclass(frozen=True)
+class Run:
+    """Everything that stays the same during one run."""
+
+    module: nn.Module
+    batch_loss: Callable[[Any], Tensor]
+    batches: Iterable[Any]
+    steps: int
+    optimizer: Optimizer
+    scheduler: LRScheduler | None
+    device: torch.device
+    progress: bool | Progress
+    label: str
+    checkpoint: Path | None
+    checkpoint_every: int
+    seed: int
+
+
+def train(run: Run) -> RefineReport:
+    """Train `run.module` in place, and leave it in eval mode.
+
+    Raises:
+        RefineError: Counts below 1, batches that ran out, or a loss or weight that is not finite.
+        CheckpointCorruptError: The checkpoint cannot be read.
+        CheckpointMismatchError: The checkpoint belongs to another run.
+    """
+    _check_counts(run)
+    started = time.perf_counter()
+    run.module.to(run.device)
+    losses = torch.zeros(run.steps, device=run.device)
+    cuda = [run.device] if run.device.type == "cuda" else []
+    with torch.random.fork_rng(devices=cuda), _bar(run) as advance:
+        torch.default_generator.manual_seed(run.seed)
+        if cuda:
+            with torch.cuda.device(run.device):
+                torch.cuda.manual_seed(run.seed)
+        stream = BatchStream(run.batches, run.seed)
+        start = _restore(run, losses)
+        stream.skip(start)
+        try:
+            run.module.train()
+            _steps(run, stream, losses, start, advance)
+        finally:
+            run.module.eval()
+    seconds = time.perf_counter() - started
+    return RefineReport(run.steps, tuple(losses.tolist()), seconds, resumed_at=start)
+
+
+def _steps(
+    run: Run,
+    stream: BatchStream,
+    losses: Tensor,
+    start: int,
+    advance: Callable[[int, float], None],
+) -> None:
+    """Take the steps from `start` on, writing the loss of each into `losses` `[steps]`."""
+    read = start
+    for step in range(start, run.steps):
+        batch = tree_map_only(
+            Tensor, lambda tensor: tensor.to(run.device, non_blocking=True), stream.next()
+        )
+        run.optimizer.zero_grad(set_to_none=True)
+        loss = run.batch_loss(batch)
+        loss.backward()
+        run.optimizer.step()
+        if run.scheduler is not None:
+            run.scheduler.step()
+        losses[step] = loss.detach()
+        done = step + 1
+        due = run.checkpoint is not None and done % run.checkpoint_every == 0
+        if due or done % _READ_EVERY == 0 or done == run.steps:
+            advance(done, _last_finite(losses[read:done], read))
+            read = done
+        if due or done == run.steps:
+            _check_weights(run.module)
+        if run.checkpoint is not None and (due or done == run.steps):
+            checkpoints.save(run.checkpoint, _state(run, losses, done))
+
+
+def _state(run: Run, losses: Tensor, step: int) -> dict[str, Any]:
+    random = {"cpu": torch.get_rng_state()}
+    if run.device.type == "cuda":
+        random["cuda"] = torch.cuda.get_rng_state(run.device)
+    return {
+        "identity": _identity(run),
+        "step": step,
+        "losses": losses,
+        "module": dict(run.module.state_dict()),
+        "optimizer": run.optimizer.state_dict(),
+        "scheduler": None if run.scheduler is None else run.scheduler.state_dict(),
+        "random": random,
+    }
+
+
+def _identity(run: Run) -> dict[str, Any]:
+    """Return what must agree between a checkpoint and the run that goes on from it."""
+    return {
+        "job": run.label,
+        "steps": run.steps,
+        "seed": run.seed,
+        "optimizer": type(run.optimizer).__name__,
+        "scheduler": type(run.scheduler).__name__,
+        "device": run.device.type,
+    }
+
+
+def _restore(run: Run, losses: Tensor) -> int:
+    """Load the checkpoint, if there is one, and return the number of steps done."""
+    if run.checkpoint is None or not run.checkpoint.exists():
+        return 0
+    state = checkpoints.load(run.checkpoint)
+    now = _identity(run)
+    then = state.get("identity", {})
+    changed = [
+        f"{key} was {then.get(key)}, is {now[key]}" for key in now if then.get(key) != now[key]
+    ]
+    if changed:
+        raise _mismatch(run.checkpoint, "; ".join(changed))
+    try:
+        run.module.load_state_dict(state["module"])
+        run.optimizer.load_state_dict(state["optimizer"])
+    except (RuntimeError, ValueError) as error:
+        raise _mismatch(run.checkpoint, str(error)) from error
+    if run.scheduler is not None:
+        run.scheduler.load_state_dict(state["scheduler"])
+    losses.copy_(state["losses"])
+    torch.set_rng_state(state["random"]["cpu"])
+    if run.device.type == "cuda":
+        torch.cuda.set_rng_state(state["random"]["cuda"], run.device)
+    return int(state["step"])
+
+
+def _mismatch(path: Path, why: str) -> CheckpointMismatchError:
+    return CheckpointMismatchError(
+        "The checkpoint belongs to another run.",
+        where=str(path),
+        why=why,
+        how="Ask for the same run again, or delete the file to start over.",
+    )
+
+
+@contextlib.contextmanager
+def _bar(run: Run) -> Iterator[Callable[[int, float], None]]:
+    """Show a progress bar, and yield the function (steps done, loss) that moves it on."""
+    if run.progress is False:
+        yield lambda done, loss: None
+        return
+    with contextlib.ExitStack() as stack:
+        if isinstance(run.progress, Progress):
+            progress = run.progress
+        else:
+            progress = stack.enter_context(Progress(console=Console(stderr=True)))
+        task = progress.add_task(run.label, total=run.steps)
+        if progress is run.progress:
+            stack.callback(progress.remove_task, task)
+        yield lambda done, loss: progress.update(
+            task, completed=done, description=f"{run.label}, loss {loss:.4f}"
+        )
+
+
+def _last_finite(losses: Tensor, start: int) -> float:
+    """Return the last of the losses `[n]` of the steps after `start`; waits for the device."""
+    values = losses.tolist()
+    for step, value in enumerate(values, start + 1):
+        if not math.isfinite(value):
+            raise _diverged(f"The loss became {value} at step {step}.", "loss")
+    return float(values[-1])
+
+
+def _check_weights(module: nn.Module) -> None:
+    """Raise if the last step broke the weights, which no loss has shown yet."""
+    names, tensors = zip(*module.named_parameters(), strict=True)
+    finite = torch.stack([tensor.detach().isfinite().all() for tensor in tensors]).tolist()
+    if not all(finite):
+        name = names[finite.index(False)]
+        raise _diverged("A weight became infinite or not a number.", name)
+
+
+def _diverged(what: str, where: str) -> RefineError:
+    return RefineError(
+        what,
+        where=where,
+        why="The weights are not usable any more; no checkpoint holds them.",
+        how="Lower the learning rate, and check inputs and labels for values out of range.",
+    )
+
+
+def _check_counts(run: Run) -> None:
+    for name, value in (("steps", run.steps), ("checkpoint_every", run.checkpoint_every)):
+        if value < 1:
+            raise RefineError(
+                f"{name} is {value}.",
+                where=name,
+                why="A run counts in whole steps, and takes at least one.",
+                how=f"Give {name} of 1 or more.",
+            )

@@ -1,0 +1,86 @@
+"""The endless stream of batches that a training loop reads."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import torch
+
+from fxfuse.errors import RefineError
+
+
+class BatchStream:
+    """Passes over `batches` again and again, with random numbers of its own.
+
+    Loaders that shuffle draw from torch's global generator, and so does dropout. Here the loader
+    gets a generator state of its own while it is being read, so that the n-th batch depends on the
+    seed and n only, and a resumed run finds its place by reading the batches seen once more.
+
+    Args:
+        batches: Something that can be iterated more than once. A `set_epoch(int)` method, as in
+            `torch.utils.data.DistributedSampler`, is called before each pass.
+        seed: Seed of the random numbers that `batches` draws from torch's CPU generator.
+    """
+
+    def __init__(self, batches: Iterable[Any], seed: int) -> None:
+        self._batches = batches
+        self._read = 0
+        self._epoch = 0
+        self._iterator: Iterator[Any] = iter(())
+        # A seed derived from `seed`, since `seed` itself starts the generator of the network.
+        derived = torch.randint(2**62, (), generator=torch.Generator().manual_seed(seed))
+        self._random = torch.Generator().manual_seed(int(derived)).get_state()
+
+    def next(self) -> Any:
+        """Return the next batch, starting a new pass where the last one is used up.
+
+        Raises:
+            RefineError: `batches` is empty, or is an iterator that works only once.
+        """
+        outside = torch.get_rng_state()
+        torch.set_rng_state(self._random)
+        try:
+            return self._pull()
+        finally:
+            self._random = torch.get_rng_state()
+            torch.set_rng_state(outside)
+
+    def skip(self, count: int) -> None:
+        """Read `count` batches and drop them."""
+        for _ in range(count):
+            self.next()
+
+    def _pull(self) -> Any:
+        nothing = object()
+        batch = next(self._iterator, nothing)
+        if batch is nothing:
+            self._iterator = self._new_pass()
+            batch = next(self._iterator, nothing)
+        if batch is nothing:
+            raise self._ran_out()
+        self._read += 1
+        return batch
+
+    def _new_pass(self) -> Iterator[Any]:
+        set_epoch = getattr(self._batches, "set_epoch", None)
+        if set_epoch is not None:
+            set_epoch(self._epoch)
+        self._epoch += 1
+        return iter(self._batches)
+
+    def _ran_out(self) -> RefineError:
+        kind = type(self._batches).__name__
+        if self._read == 0:
+            return RefineError(
+                "There are no batches to train on.",
+                where=f"batches, a {kind}",
+                why="Iterating over it gave nothing.",
+                how="Give at least one batch; an iterator that was read before is empty.",
+            )
+        return RefineError(
+            f"The batches ran out after {self._read} steps.",
+            where=f"batches, a {kind}",
+            why="It can be iterated only once, and the run needs another pass over it.",
+            how="Give a list, a DataLoader or fxfuse.data.Batches, or ask for fewer steps.",
+        )

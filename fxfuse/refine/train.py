@@ -1,0 +1,283 @@
+"""Fine-tuning on labels, and distillation of an ensemble without them.
+
+Notation of shapes: b batch, k classes, * any further dimensions.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any
+
+import torch
+from rich.progress import Progress
+from torch import Tensor, nn
+from torch.nn import functional
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+
+from fxfuse.errors import RefineError
+from fxfuse.refine.batch import call, logits_of, split_batch
+from fxfuse.refine.checkpoint import checkpoint_file
+from fxfuse.refine.loop import RefineReport, Run, train
+
+
+def finetune(
+    module: nn.Module,
+    batches: Iterable[Any],
+    *,
+    steps: int,
+    optimizer: Optimizer | None = None,
+    scheduler: LRScheduler | None = None,
+    loss: Callable[[Any, Any], Tensor] | None = None,
+    device: torch.device | str | None = None,
+    progress: bool | Progress = True,
+    checkpoint: str | os.PathLike[str] | None = None,
+    checkpoint_every: int = 100,
+    seed: int = 0,
+) -> RefineReport:
+    """Train `module` in place on labelled batches, and leave it in eval mode.
+
+    The call draws its random numbers (dropout, shuffling) from generators seeded with `seed` and
+    leaves torch's global generator as it was.
+
+    Args:
+        module: The network; trained in `train()` mode, so BatchNorm statistics are updated too.
+        batches: Pairs (inputs, labels), iterated again when used up. Inputs are a tensor `[b, *]`,
+            a tuple (positional arguments) or a dict (keyword arguments) of tensors.
+        steps: Number of optimiser steps.
+        optimizer: Of the module's parameters; None takes `default_optimizer` with its schedule.
+        scheduler: Stepped after each optimiser step; needs `optimizer`.
+        loss: Function of (module output, labels) that returns a scalar; None is cross-entropy of
+            logits `[b, k, *]` and labels `[b, *]`.
+        device: Where to train; None stays where the module is. The module is moved in place.
+        progress: True shows a bar on stderr; a `rich.progress.Progress` gets a task of its own.
+        checkpoint: A file, or a folder that exists. If it holds a checkpoint of this run, the run
+            goes on from there, and equals an uninterrupted one bit for bit, provided that `batches`
+            gives the same batches again: it is read, without training, up to the place reached.
+        checkpoint_every: Steps between checkpoints; one more is written at the end.
+        seed: Seed of all random numbers drawn from torch during the run.
+
+    Returns:
+        The report, with the loss of every step.
+
+    Raises:
+        RefineError: Arguments that do not fit together, a batch without labels, batches that ran
+            out, or a loss or weight that is not finite.
+        CheckpointCorruptError: The checkpoint cannot be read.
+        CheckpointMismatchError: The checkpoint belongs to another run.
+    """
+    criterion = loss or _cross_entropy
+
+    def batch_loss(batch: Any) -> Tensor:
+        inputs, labels = split_batch(batch)
+        if labels is None:
+            raise RefineError(
+                "A batch has no labels.",
+                where=f"batches: a {type(batch).__name__}",
+                why="Fine-tuning compares the network's output with labels.",
+                how="Give pairs (inputs, labels), or use distill, which needs none.",
+            )
+        return criterion(call(module, inputs), labels)
+
+    return train(
+        Run(
+            module,
+            batch_loss,
+            batches,
+            steps,
+            *_optimizer(module, steps, optimizer, scheduler),
+            _device(module, device),
+            progress,
+            "fine-tuning",
+            None if checkpoint is None else checkpoint_file(checkpoint),
+            checkpoint_every,
+            seed,
+        )
+    )
+
+
+def distill(
+    module: nn.Module,
+    teachers: Sequence[nn.Module],
+    batches: Iterable[Any],
+    *,
+    steps: int,
+    temperature: float = 4.0,
+    class_dim: int = 1,
+    optimizer: Optimizer | None = None,
+    scheduler: LRScheduler | None = None,
+    device: torch.device | str | None = None,
+    progress: bool | Progress = True,
+    checkpoint: str | os.PathLike[str] | None = None,
+    checkpoint_every: int = 100,
+    seed: int = 0,
+) -> RefineReport:
+    """Train `module` in place to answer like the ensemble of `teachers`; labels are not needed.
+
+    The loss is T² · KL(softmax(t / T) ‖ softmax(s / T)), where s are the logits of `module` and t
+    is the mean of the teachers' *logits*: what fxfuse means by the ensemble everywhere else, too.
+    The factor T² keeps the size of the gradient independent of T.
+
+    Args:
+        module: The network to train, as in `finetune`.
+        teachers: Networks that return logits of the same shape; run in eval mode, never changed
+            except that they are moved to `device`.
+        batches: Inputs, or pairs (inputs, labels), whose labels are ignored. A tuple or list is
+            always such a pair, or the inputs alone in a tuple of one; write `((a, b), None)` for a
+            network that takes two tensors.
+        steps: As in `finetune`.
+        temperature: T; above 1 it shows the student how the teachers rank the wrong answers.
+        class_dim: Dimension of the logits `[b, k, *]` that holds the classes; -1 for `[b, *, k]`.
+        optimizer: As in `finetune`.
+        scheduler: As in `finetune`.
+        device: As in `finetune`.
+        progress: As in `finetune`.
+        checkpoint: As in `finetune`; teachers are not stored.
+        checkpoint_every: As in `finetune`.
+        seed: As in `finetune`.
+
+    Returns:
+        The report, with the loss of every step.
+
+    Raises:
+        RefineError: As in `finetune`; also for no teachers, the module among its own teachers, a
+            temperature that is not positive, or outputs of different shapes.
+        CheckpointCorruptError: The checkpoint cannot be read.
+        CheckpointMismatchError: The checkpoint belongs to another run.
+    """
+    _check_teachers(module, teachers, temperature)
+    target = _device(module, device)
+
+    def batch_loss(batch: Any) -> Tensor:
+        inputs, _ = split_batch(batch)
+        with torch.no_grad():
+            answers = [logits_of(call(teacher, inputs)) for teacher in teachers]
+            wanted = torch.stack(answers).mean(dim=0)
+        return _divergence(logits_of(call(module, inputs)), wanted, temperature, class_dim)
+
+    run = Run(
+        module,
+        batch_loss,
+        batches,
+        steps,
+        *_optimizer(module, steps, optimizer, scheduler),
+        target,
+        progress,
+        "distilling",
+        None if checkpoint is None else checkpoint_file(checkpoint),
+        checkpoint_every,
+        seed,
+    )
+    with _evaluating(teachers, target):
+        return train(run)
+
+
+def default_optimizer(
+    module: nn.Module, steps: int, lr: float = 1e-3
+) -> tuple[Optimizer, LRScheduler]:
+    """Return AdamW on the trainable parameters, with a cosine schedule from `lr` to 0 over `steps`.
+
+    Raises:
+        RefineError: The module has no parameter that requires a gradient.
+    """
+    parameters = [parameter for parameter in module.parameters() if parameter.requires_grad]
+    if not parameters:
+        raise RefineError(
+            "There is nothing to train.",
+            where=type(module).__name__,
+            why="No parameter of the module requires a gradient.",
+            how="Call module.requires_grad_(True) first.",
+        )
+    optimizer = torch.optim.AdamW(parameters, lr=lr)
+    return optimizer, torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=steps)
+
+
+def _cross_entropy(output: Any, labels: Tensor) -> Tensor:
+    return functional.cross_entropy(logits_of(output), labels)
+
+
+def _divergence(student: Tensor, teacher: Tensor, temperature: float, class_dim: int) -> Tensor:
+    """Return T² · KL(teacher ‖ student), averaged over all positions of `[b, k, *]`."""
+    if student.shape != teacher.shape:
+        raise RefineError(
+            "Student and teachers give outputs of different shapes.",
+            where=f"student {list(student.shape)}, teachers {list(teacher.shape)}",
+            why="Distillation compares them class by class.",
+            how="Use teachers with the same classes and output size.",
+        )
+    divergence = functional.kl_div(
+        functional.log_softmax(student / temperature, dim=class_dim),
+        functional.log_softmax(teacher / temperature, dim=class_dim),
+        reduction="none",
+        log_target=True,
+    )
+    return divergence.sum(class_dim).mean() * temperature**2
+
+
+@contextlib.contextmanager
+def _evaluating(modules: Sequence[nn.Module], device: torch.device) -> Iterator[None]:
+    """Move `modules` to `device` and hold them in eval mode; their modes come back afterwards."""
+    modes = [[(part, part.training) for part in module.modules()] for module in modules]
+    for module in modules:
+        module.to(device).eval()
+    try:
+        yield
+    finally:
+        for part, training in (pair for parts in modes for pair in parts):
+            part.training = training
+
+
+def _optimizer(
+    module: nn.Module, steps: int, optimizer: Optimizer | None, scheduler: LRScheduler | None
+) -> tuple[Optimizer, LRScheduler | None]:
+    if optimizer is None:
+        if scheduler is not None:
+            raise RefineError(
+                "A schedule was given without its optimiser.",
+                where="scheduler",
+                why="The default optimiser would not follow it.",
+                how="Pass the optimiser that the schedule was made for, too.",
+            )
+        return default_optimizer(module, steps)
+    own = {id(parameter) for parameter in module.parameters()}
+    if not any(id(p) in own for group in optimizer.param_groups for p in group["params"]):
+        raise RefineError(
+            "The optimiser holds no parameter of this module.",
+            where="optimizer",
+            why="Its steps would leave the module as it is.",
+            how="Make the optimiser from the parameters of the very module that is trained.",
+        )
+    return optimizer, scheduler
+
+
+def _device(module: nn.Module, device: torch.device | str | None) -> torch.device:
+    if device is not None:
+        return torch.device(device)
+    tensor = next(iter(module.parameters()), None)
+    return torch.device("cpu") if tensor is None else tensor.device
+
+
+def _check_teachers(module: nn.Module, teachers: Sequence[nn.Module], temperature: float) -> None:
+    if not teachers:
+        raise RefineError(
+            "There are no teachers to distil.",
+            where="teachers",
+            why="The student learns from their outputs.",
+            how="Give the members of the ensemble.",
+        )
+    if any(teacher is module for teacher in teachers):
+        raise RefineError(
+            "The module is one of its own teachers.",
+            where="teachers",
+            why="A teacher must stay as it is while the student changes.",
+            how="Distil into a copy: copy.deepcopy(module).",
+        )
+    if not temperature > 0:
+        raise RefineError(
+            f"The temperature is {temperature}.",
+            where="temperature",
+            why="Logits are divided by it.",
+            how="Give a positive number; 1 to 10 is usual.",
+        )

@@ -1,0 +1,23 @@
+"""The oracles: how we know that an analysis and a fusion are right (DESIGN.md section 7)."""
+
+from fxfuse.verify.check import CAST, EXACT, Check, Verification, relative_error
+from fxfuse.verify.identity import handover, identity
+from fxfuse.verify.parity import parity
+from fxfuse.verify.permutation import permutation, permutation_of, sensitivity, wrong_groups
+from fxfuse.verify.wide import wide_equals_ensemble
+
+__all__ = [
+    "CAST",
+    "EXACT",
+    "Check",
+    "Verification",
+    "handover",
+    "identity",
+    "parity",
+    "permutation",
+    "permutation_of",
+    "relative_error",
+    "sensitivity",
+    "wide_equals_ensemble",
+    "wrong_groups",
+]

@@ -1,0 +1,113 @@
+"""What an oracle reports, and how outputs are compared."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.utils._pytree as pytree
+
+from fxfuse.capture import Captured, capture
+from fxfuse.rewrite import emit
+
+#: Relative to the largest output, in float64.
+EXACT = 1e-9
+#: The same where the graph itself casts to a lower precision.
+CAST = 1e-3
+
+
+@dataclass(frozen=True)
+class Check:
+    """What an oracle found.
+
+    Attributes:
+        name: Name of the oracle.
+        error: Largest difference, relative to the largest reference value.
+        tolerance: Largest error that passes.
+        passed: Whether the oracle holds.
+        detail: What else is worth knowing.
+    """
+
+    name: str
+    error: float
+    tolerance: float
+    passed: bool
+    detail: str = ""
+
+
+@dataclass(frozen=True)
+class Verification:
+    """The oracles that ran before a fused network was handed over."""
+
+    checks: tuple[Check, ...] = ()
+
+    @property
+    def passed(self) -> bool:
+        """Whether all of them hold."""
+        return all(check.passed for check in self.checks)
+
+
+def relative_error(found: Sequence[torch.Tensor], expected: Sequence[torch.Tensor]) -> float:
+    """Largest absolute difference over the largest expected magnitude; inf for NaN."""
+    worst = 0.0
+    for a, b in zip(found, expected, strict=True):
+        if not b.numel():
+            continue
+        scale = max(float(b.abs().max()), 1e-30)
+        error = float((a.to(b.dtype) - b).abs().max()) / scale
+        worst = max(worst, error if error == error else float("inf"))
+    return worst
+
+
+def as_captured(model: Any, inputs: Any, kwargs: Mapping[str, Any] | None) -> Captured:
+    return model if isinstance(model, Captured) else capture(model, inputs, kwargs)
+
+
+def as_double(state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return {n: t.double() if t.is_floating_point() else t for n, t in state.items()}
+
+
+def _to_double(value: Any) -> Any:
+    is_float = isinstance(value, torch.Tensor) and value.is_floating_point()
+    return value.double() if is_float else value
+
+
+def inputs_of(captured: Captured, *, flip: bool = False) -> Any:
+    """The example inputs in float64; flipped: other inputs of the same kind."""
+
+    def other(x: Any) -> Any:
+        x = _to_double(x)
+        if flip and isinstance(x, torch.Tensor) and x.is_floating_point():
+            return x.flip(-1) * 0.5 + 0.25
+        return x.flip(-1) if flip and isinstance(x, torch.Tensor) and x.dim() else x
+
+    return pytree.tree_map(other, captured.example_inputs)
+
+
+def run(
+    captured: Captured, state: Mapping[str, torch.Tensor], *, flip: bool = False
+) -> list[torch.Tensor]:
+    """Outputs of the captured graph with other tensors, in float64."""
+    module = emit(captured, _untied(captured, as_double(state))).double()
+    args, kwargs = inputs_of(captured, flip=flip)
+    with torch.no_grad():
+        return tensors_of(module(*args, **kwargs))
+
+
+def _untied(captured: Captured, state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return {name: state[captured.canonical[name]] for name in captured.names}
+
+
+def tensors_of(value: Any) -> list[torch.Tensor]:
+    return [x for x in pytree.tree_leaves(value) if isinstance(x, torch.Tensor)]
+
+
+def tolerance_of(captured: Captured) -> float:
+    casts = any(
+        dtype in (torch.float32, torch.float16, torch.bfloat16)
+        for node in captured.graph.nodes
+        for dtype in (*node.args, *node.kwargs.values())
+    )
+    return CAST if casts else EXACT

@@ -1,0 +1,62 @@
+"""The identity oracle, and what must hold of any fused module."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from fxfuse.apply import fused_state, permuted, random_permutations
+from fxfuse.capture import Captured
+from fxfuse.coupling import CouplingGraph, analyze
+from fxfuse.layout import place_units
+from fxfuse.methods import Options
+from fxfuse.planner import make_plan
+from fxfuse.verify.check import Check, as_double, relative_error, run, tensors_of, tolerance_of
+
+
+def identity(
+    model: nn.Module | Captured,
+    example_inputs: Any = (),
+    example_kwargs: Mapping[str, Any] | None = None,
+    *,
+    seed: int = 0,
+) -> Check:
+    """Identity oracle: a network averaged with a permuted copy of itself is the network again.
+
+    Args:
+        model: The network, or a captured one.
+        example_inputs: A tensor or a tuple of inputs.
+        example_kwargs: Keyword inputs.
+        seed: Seed of the permutations.
+
+    Returns:
+        The largest difference of an output, in float64.
+    """
+    graph = analyze(model, example_inputs, example_kwargs)
+    own = as_double(graph.captured.state())
+    moves = random_permutations(graph.groups, np.random.default_rng(seed))
+    states = [own, permuted(own, graph, moves)]
+    plan = make_plan(graph, states, "average", Options())
+    fused = fused_state(graph, plan, states, lambda place: place_units(graph, plan, place))
+    error = relative_error(run(graph.captured, fused), run(graph.captured, own))
+    tolerance = tolerance_of(graph.captured)
+    return Check("identity", error, tolerance, error <= tolerance, "averaging after alignment")
+
+
+def handover(graph: CouplingGraph, module: nn.Module, reference: Captured) -> tuple[Check, ...]:
+    """What must hold of any fused module: the member's output shapes, finite outputs."""
+    args, kwargs = graph.captured.example_inputs
+    with torch.no_grad():
+        outputs = tensors_of(module(*args, **kwargs))
+        expected = tensors_of(reference.module(*args, **kwargs))
+    same = [o.shape for o in outputs] == [e.shape for e in expected]
+    shapes = ", ".join(str(tuple(o.shape)) for o in outputs)
+    broken = sum(int((~torch.isfinite(o)).sum()) for o in outputs)
+    return (
+        Check("output shape", 0.0 if same else 1.0, 0.0, same, shapes),
+        Check("finite outputs", float(broken), 0.0, broken == 0, f"{broken} values are not finite"),
+    )

@@ -1,0 +1,57 @@
+"""The wide oracle: the concatenation of the members is their ensemble."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from fxfuse.capture import Captured
+from fxfuse.coupling import analyze
+from fxfuse.methods import Options
+from fxfuse.planner import make_plan
+from fxfuse.verify.check import (
+    Check,
+    as_captured,
+    as_double,
+    inputs_of,
+    relative_error,
+    run,
+    tensors_of,
+    tolerance_of,
+)
+from fxfuse.widen import widen
+
+
+def wide_equals_ensemble(
+    members: Sequence[nn.Module | Captured],
+    example_inputs: Any = (),
+    example_kwargs: Mapping[str, Any] | None = None,
+) -> Check:
+    """Wide oracle: without a mixing operator, the concatenation equals the mean of the members.
+
+    Runs in float64. With a mixing operator there is nothing to hold: the tolerance is infinite and
+    the detail names the operators.
+
+    Args:
+        members: Two or more networks, or captured ones.
+        example_inputs: A tensor or a tuple of inputs.
+        example_kwargs: Keyword inputs.
+    """
+    captured = [as_captured(m, example_inputs, example_kwargs) for m in members]
+    graph = analyze(captured[0])
+    states = [as_double(c.state()) for c in captured]
+    plan = make_plan(graph, states, "wide", Options())
+    module = widen(graph, plan, states)
+    outputs = [run(c, s) for c, s in zip(captured, states, strict=True)]
+    mean = [torch.stack(tensors).mean(0) for tensors in zip(*outputs, strict=True)]
+    args, kwargs = inputs_of(captured[0])
+    with torch.no_grad():
+        wide = tensors_of(module(*args, **kwargs))
+    error = relative_error(wide, mean)
+    notes = plan.inexact()
+    tolerance = float("inf") if notes else tolerance_of(captured[0])
+    detail = "mixing: " + "; ".join(notes) if notes else "no operator mixes members"
+    return Check("wide equals ensemble", error, tolerance, error <= tolerance, detail)

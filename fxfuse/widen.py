@@ -1,0 +1,462 @@
+"""The concatenated network: all members side by side in one graph (DESIGN.md section 5, "wide").
+
+Every labelled dimension grows; a `Layout` says which copy of which index stands where. Layouts
+start at the parameters and flow through the graph: data movement runs on arrays of positions,
+everything else hands a layout to whatever carries the same neurons. Shape literals are rewritten
+from the labels of their node, never by matching numbers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import combinations
+from typing import Any
+
+import numpy as np
+import torch
+import torch.utils._pytree as pytree
+from torch import fx
+
+from fxfuse.apply import fused_state
+from fxfuse.capture import source_of
+from fxfuse.coupling import CouplingGraph, Index, Place
+from fxfuse.errors import RewriteError
+from fxfuse.labels import Field, Value
+from fxfuse.layout import Layout, default_layout, place_copies
+from fxfuse.plan import FusionPlan
+from fxfuse.rewrite import FusedModule, copy_graph, emit_graph
+from fxfuse.rules import movement
+from fxfuse.rules.registry import find, hint
+
+aten = torch.ops.aten
+
+#: Layout of each grown dimension of one tensor.
+Layouts = dict[int, Layout]
+
+_VIEWS = (aten.view.default, aten.reshape.default, aten._unsafe_view.default, aten.expand.default)
+_CONVOLUTIONS = (
+    aten.conv1d.default,
+    aten.conv2d.default,
+    aten.conv3d.default,
+    aten.conv_transpose1d.default,
+    aten.conv_transpose2d.input,
+    aten.conv_transpose3d.input,
+)
+
+
+def widen(
+    graph: CouplingGraph, plan: FusionPlan, states: Sequence[Mapping[str, torch.Tensor]]
+) -> FusedModule:
+    """Emits the concatenation of the members.
+
+    Args:
+        graph: The analysis of the members.
+        plan: A plan of method `wide`.
+        states: For each member, its tensors by name.
+
+    Returns:
+        A module whose labelled dimensions are N times as large as a member's.
+
+    Raises:
+        RewriteError: An operator's literals or layouts cannot be rewritten; names the node.
+    """
+    widener = _Widener(graph, plan.n_members)
+    widener.run()
+    state = fused_state(
+        graph, plan, states, lambda place: place_copies(graph, plan, place, widener.places)
+    )
+    return emit_graph(graph.captured, state, widener.graph, widener.orders)
+
+
+class _Widener:
+    def __init__(self, analysis: CouplingGraph, n_members: int) -> None:
+        self.analysis = analysis
+        self.n_members = n_members
+        self.component = analysis.ledger.components()
+        self.places: dict[Place, Layout] = {}
+        self.layouts: dict[fx.Node, Any] = {}
+        self.free = self._free_components()
+        self.mapping: dict[fx.Node, fx.Node] = {}
+        self.orders: dict[str, torch.Tensor] = {}
+        self.graph = copy_graph(analysis.captured.graph, self.mapping)
+
+    def _free_components(self) -> frozenset[int]:
+        ledger = self.analysis.ledger
+        free: set[int] = set()
+        for owner, (name, dim) in enumerate(ledger.owners):
+            for group in self.analysis.group_of.get((name, dim), ()):
+                rows = group.index[(name, dim)].reshape(-1)
+                free.update(self.component[ledger.starts[owner] + rows].tolist())
+        return frozenset(free)
+
+    def run(self) -> None:
+        for node in self.analysis.captured.graph.nodes:
+            if node.op == "call_function" and _has_tensor(self.analysis.values[node]):
+                self.layouts[node] = self.call(node)
+            elif node.op != "output":
+                self.layouts[node] = {}
+
+    # --- operators ------------------------------------------------------------------------------
+
+    def call(self, node: fx.Node) -> Any:
+        first = node.args[0] if node.args else None
+        if isinstance(first, fx.Node) and isinstance(self.layouts.get(first), list):
+            return self.layouts[first][node.args[1]]
+        rule = find(node.target)
+        if rule in (movement.move, movement.view, movement.index):
+            return self.move(node)
+        if rule is movement.same:
+            return self.layout_of(node.args[0])
+        if rule in (movement.cat, movement.stack):
+            return self.join(node)
+        result = self.carry(node)
+        self.rewrite_literals(node, result)
+        return result
+
+    def layout_of(self, node: Any) -> Layouts:
+        """Layouts of an operand; a parameter that has none yet gets the default ones."""
+        if node.op != "get_attr":
+            found: Layouts = self.layouts[node]
+            return found
+        return {
+            dim: self.place_layout(place)
+            for dim, place in self.parameter_places(node)
+            if place in self.analysis.group_of
+        }
+
+    def parameter_places(self, node: fx.Node) -> Iterator[tuple[int, Place]]:
+        name = self.analysis.captured.canonical.get(str(node.target))
+        if name is not None:
+            for dim in range(self.analysis.captured.tensor(name).dim()):
+                yield dim, (name, dim)
+
+    def place_layout(self, place: Place) -> Layout:
+        if place not in self.places:
+            self.places[place] = default_layout(self.analysis, place, self.n_members)
+        return self.places[place]
+
+    def carry(self, node: fx.Node) -> Layouts:
+        """Hands layouts over to whatever carries the same neurons in the same order."""
+        known: dict[bytes, Layout] = {}
+        operands = [n for n in node.all_input_nodes if _has_tensor(self.analysis.values[n])]
+        for operand in operands:
+            if operand.op == "get_attr":
+                continue
+            for dim, layout in self.layouts[operand].items():
+                key = self.order(self.analysis.values[operand], dim)
+                if key is not None:
+                    self.agree(known, key, layout, node)
+        for operand in operands:
+            if operand.op != "get_attr":
+                continue
+            for dim, place in self.parameter_places(operand):
+                key = self.order(self.analysis.values[operand], dim)
+                if key is None:
+                    continue
+                if place not in self.places and key in known:
+                    self.places[place] = known[key]
+                self.agree(known, key, self.place_layout(place), node)
+        value = self.analysis.values[node]
+        result: Layouts = {}
+        for dim in range(value.rank):
+            key = self.order(value, dim)
+            if key is not None and key in known:
+                result[dim] = known[key]
+        return self.complete(node, value, result)
+
+    def agree(self, known: dict[bytes, Layout], key: bytes, layout: Layout, node: fx.Node) -> None:
+        other = known.setdefault(key, layout)
+        if not (
+            np.array_equal(other.source, layout.source) and np.array_equal(other.copy, layout.copy)
+        ):
+            raise self.error(node, "two operands carry the same neurons in different orders")
+
+    def complete(self, node: fx.Node, value: Value, result: Layouts) -> Layouts:
+        for f in value.fields:
+            free = set(self.component[f.ids.reshape(-1).numpy()].tolist()) & self.free
+            if free and not set(f.dims) & set(result):
+                raise self.error(node, "no operand tells the order of its neurons")
+        return result
+
+    def order(self, value: Value, dim: int) -> bytes | None:
+        """Which neurons stand along a dimension, if the dimension is one that grows."""
+        for f in value.fields:
+            if dim in f.dims:
+                line = _line(f, dim)
+                units = self.component[line]
+                if len(np.unique(units)) > 1 or f.dims == (dim,):
+                    if self.free.isdisjoint(units.tolist()):
+                        continue
+                    return units.tobytes()
+        return None
+
+    # --- data movement --------------------------------------------------------------------------
+
+    def move(self, node: fx.Node) -> Any:
+        source = node.args[0]
+        value: Value = self.analysis.values[source]
+        layouts = self.layout_of(source)
+        if not layouts:
+            return pytree.tree_map(
+                lambda _: {}, self.analysis.values[node], is_leaf=lambda x: isinstance(x, Value)
+            )
+        narrow = self.evaluate(node, node.args, _places(value, {})[0])
+        # The order that the operand happens to have, else one in which copies stand together.
+        for ordered in ({}, *self.reorderings(value, layouts)):
+            tried = {**layouts, **ordered}
+            place, copy = _places(value, tried)
+            for args in self.candidates(node, value, tried):
+                try:
+                    moved = self.evaluate(node, args, place)
+                    copies = self.evaluate(node, args, copy)
+                except RuntimeError:
+                    # These sizes do not fit: the next candidate.
+                    continue
+                parts = zip(_list(narrow), _list(moved), _list(copies), strict=True)
+                found = [_match(*part) for part in parts]
+                if all(x is not None for x in found):
+                    self.set_literals(node, args)
+                    self.reorder(node, layouts, ordered)
+                    return found if isinstance(self.analysis.values[node], list) else found[0]
+        raise self.error(node, "no rewriting of its literals keeps the members' neurons apart")
+
+    def reorderings(self, value: Value, layouts: Layouts) -> Iterator[Layouts]:
+        """Layouts in which the copies of an index, or of a run of a unit's, stand together."""
+        ordered: Layouts = {}
+        for dim, layout in layouts.items():
+            by_index = np.lexsort((layout.copy, layout.source))
+            ordered[dim] = Layout(layout.source[by_index], layout.copy[by_index])
+        yield ordered
+        blocks: Layouts = {}
+        for dim, layout in layouts.items():
+            line = next((_line(f, dim) for f in value.fields if dim in f.dims), None)
+            if line is None:
+                return
+            units = self.component[line]
+            run = np.cumsum(np.r_[0, units[1:] != units[:-1]])
+            by_run = np.lexsort((layout.source, layout.copy, run[layout.source]))
+            blocks[dim] = Layout(layout.source[by_run], layout.copy[by_run])
+        yield blocks
+
+    def reorder(self, node: fx.Node, layouts: Layouts, ordered: Layouts) -> None:
+        """Puts index_select nodes between a node and its operand."""
+        operand = self.mapping[node].args[0]
+        for dim, wanted in ordered.items():
+            have = {pair: i for i, pair in enumerate(_pairs(layouts[dim]))}
+            index = torch.tensor([have[pair] for pair in _pairs(wanted)])
+            name = f"_fxfuse_order_{len(self.orders)}"
+            self.orders[name] = index
+            with self.graph.inserting_before(self.mapping[node]):
+                order = self.graph.get_attr(name)
+                operand = self.graph.call_function(aten.index_select.default, (operand, dim, order))
+        self.mapping[node].update_arg(0, operand)
+
+    def evaluate(self, node: fx.Node, args: Any, tensor: torch.Tensor) -> Any:
+        rest = pytree.tree_map(self.concrete, tuple(args[1:]))
+        kwargs = pytree.tree_map(self.concrete, dict(node.kwargs))
+        target: Any = aten.reshape.default if find(node.target) is movement.view else node.target
+        return target(tensor, *rest, **kwargs)
+
+    def concrete(self, x: Any) -> Any:
+        if not isinstance(x, fx.Node):
+            return x
+        value = self.analysis.values[x]
+        return value.constant if isinstance(value, Value) else hint(value)
+
+    def candidates(
+        self, node: fx.Node, value: Value, layouts: Layouts
+    ) -> Iterator[tuple[Any, ...]]:
+        """Arguments that the operator could have in the concatenated network."""
+        args = node.args
+        if node.target in _VIEWS or node.target is aten.unflatten.int:
+            place = 1 if node.target in _VIEWS else 2
+            sizes = list(args[place])  # type: ignore[arg-type]
+            growth = [layout.size // value.shape[dim] for dim, layout in layouts.items()]
+            for dims in combinations(range(len(sizes)), len(growth)):
+                grown = list(sizes)
+                for d, factor in zip(dims, growth, strict=True):
+                    if isinstance(grown[d], int) and grown[d] > 0:
+                        grown[d] *= factor
+                yield (*args[:place], grown, *args[place + 1 :])
+            return
+        dim = _dimension(node, value.rank)
+        if node.target in (aten.slice.Tensor, aten.narrow.default) and dim in layouts:
+            yield from self.slices(node, layouts[dim])
+            return
+        if node.target in (aten.split.sizes, aten.split_with_sizes.default) and dim in layouts:
+            ends = np.cumsum([0, *args[1]])  # type: ignore[arg-type]
+            origin = layouts[dim].source
+            sizes = [
+                int(((origin >= a) & (origin < b)).sum())
+                for a, b in zip(ends, ends[1:], strict=False)
+            ]
+            yield (args[0], sizes, *args[2:])
+            return
+        if node.target is aten.split.Tensor and dim in layouts:
+            factor = layouts[dim].size // value.shape[dim]
+            yield (args[0], int(args[1]) * factor, *args[2:])  # type: ignore[arg-type]
+            return
+        yield tuple(args)
+
+    def slices(self, node: fx.Node, layout: Layout) -> Iterator[tuple[Any, ...]]:
+        """The wide range that holds exactly the copies of a narrow range (steps of 1)."""
+        size = int(layout.source.max()) + 1
+        kept = self.evaluate(node, (None, 0, *node.args[2:]), torch.arange(size)).numpy()
+        inside = np.flatnonzero(np.isin(layout.source, kept))
+        start, end = int(inside.min()), int(inside.max()) + 1
+        last = end if node.target is aten.slice.Tensor else end - start
+        if len(inside) == end - start:
+            yield (node.args[0], node.args[1], start, last)
+
+    def join(self, node: fx.Node) -> Layouts:
+        """Concatenation: layouts along the joined dimension follow each other."""
+        parts = [n for n in node.args[0] if self.analysis.values[n].shape != (0,)]  # type: ignore[union-attr]
+        value: Value = self.analysis.values[node]
+        dim = _dimension(node, value.rank)
+        result: Layouts = {}
+        lines, copies, offset, grows = [], [], 0, False
+        for part in parts:
+            layouts = self.layout_of(part)
+            size = self.analysis.values[part].shape[dim] if find(node.target) is movement.cat else 1
+            layout = layouts.get(dim) if find(node.target) is movement.cat else None
+            grows |= layout is not None
+            lines.append(offset + (layout.source if layout else np.arange(size)))
+            copies.append(layout.copy if layout else np.full(size, -1))
+            offset += size
+            for d, other in layouts.items():
+                shifted = d + 1 if find(node.target) is movement.stack and d >= dim else d
+                if shifted != dim and not _same(result.setdefault(shifted, other), other):
+                    raise self.error(
+                        node, "two operands carry the same neurons in different orders"
+                    )
+        if grows:
+            result[dim] = Layout(np.concatenate(lines), np.concatenate(copies))
+        return result
+
+    # --- literals -------------------------------------------------------------------------------
+
+    def rewrite_literals(self, node: fx.Node, result: Layouts) -> None:
+        """Literals of operators that are no data movement: groups and normalised shapes."""
+        if node.target in _CONVOLUTIONS:
+            groups = int(_argument(node, "groups"))
+            if groups > 1:
+                x = node.args[0]
+                grown = self.layouts[x].get(1)  # type: ignore[index]
+                size = self.analysis.values[x].shape[1]  # type: ignore[index]
+                if grown is not None:
+                    self.set_argument(node, "groups", groups * grown.size // size)
+        elif node.target is aten.group_norm.default:
+            grown = result.get(1)
+            groups = int(node.args[1])  # type: ignore[arg-type]
+            if grown is not None and groups > 1:
+                size = self.analysis.values[node].shape[1]
+                self.set_argument(node, "num_groups", groups * grown.size // size)
+        elif node.target in (aten.layer_norm.default, aten.rms_norm.default):
+            value: Value = self.analysis.values[node]
+            shape = list(node.args[1])  # type: ignore[arg-type]
+            first = value.rank - len(shape)
+            for dim, layout in result.items():
+                if dim >= first:
+                    shape[dim - first] = layout.size
+            self.set_argument(node, "normalized_shape", shape)
+
+    def set_argument(self, node: fx.Node, name: str, value: Any) -> None:
+        target = self.mapping[node]
+        names = [a.name for a in node.target._schema.arguments]  # type: ignore[union-attr]
+        position = names.index(name)
+        if position < len(target.args):
+            target.update_arg(position, value)
+        else:
+            target.update_kwarg(name, value)
+
+    def set_literals(self, node: fx.Node, args: Sequence[Any]) -> None:
+        target = self.mapping[node]
+        new = fx.map_arg(tuple(args), lambda n: self.mapping[n])
+        if new != target.args:
+            target.args = new  # type: ignore[assignment]
+
+    def error(self, node: fx.Node, why: str) -> RewriteError:
+        return RewriteError(
+            "the concatenated network cannot be written",
+            where=f"{node.name} [{node.target}]  {source_of(node)}".rstrip(),
+            why=why,
+            how="fuse at member width, which needs no rewriting of shapes",
+        )
+
+
+def _has_tensor(value: Any) -> bool:
+    leaves = pytree.tree_leaves(value, is_leaf=lambda x: isinstance(x, Value))
+    return any(isinstance(x, Value) for x in leaves)
+
+
+def _line(f: Field, dim: int) -> Index:
+    ids = f.ids
+    for other in f.dims:
+        if other != dim:
+            ids = ids.amax(other, keepdim=True)
+    line: Index = ids.reshape(-1).numpy()
+    return line
+
+
+def _places(value: Value, layouts: Layouts) -> tuple[torch.Tensor, torch.Tensor]:
+    """For each element: the member's element of which it is a copy, and the copy's number."""
+    place = torch.arange(int(np.prod(value.shape))).reshape(value.shape)
+    copy = torch.full(value.shape, -1)
+    for dim, layout in layouts.items():
+        source = torch.from_numpy(layout.source)
+        place, copy = place.index_select(dim, source), copy.index_select(dim, source)
+        line = torch.from_numpy(layout.copy)
+        line = line.reshape([-1 if d == dim else 1 for d in range(value.rank)])
+        copy = torch.where(line >= 0, line, copy)
+    return place, copy
+
+
+def _pairs(layout: Layout) -> list[tuple[int, int]]:
+    return list(zip(layout.source.tolist(), layout.copy.tolist(), strict=True))
+
+
+def _list(value: Any) -> list[Any]:
+    return list(value) if isinstance(value, list | tuple) else [value]
+
+
+def _same(a: Layout, b: Layout) -> bool:
+    return np.array_equal(a.source, b.source) and np.array_equal(a.copy, b.copy)
+
+
+def _argument(node: fx.Node, name: str) -> Any:
+    for position, parameter in enumerate(node.target._schema.arguments):  # type: ignore[union-attr]
+        if parameter.name == name:
+            if position < len(node.args):
+                return node.args[position]
+            return node.kwargs.get(name, parameter.default_value)
+    return None
+
+
+def _dimension(node: fx.Node, rank: int) -> int:
+    dim = _argument(node, "dim")
+    return int(dim) % rank if isinstance(dim, int) else -1
+
+
+def _match(narrow: torch.Tensor, moved: torch.Tensor, copies: torch.Tensor) -> Layouts | None:
+    """Layouts of a moved tensor, or None when it is no tensor of whole copies."""
+    result: Layouts = {}
+    if moved.dim() != narrow.dim():
+        return None
+    grown = [d for d in range(narrow.dim()) if moved.shape[d] != narrow.shape[d]]
+    rebuilt, expected = narrow, torch.full_like(narrow, -1)
+    for dim in grown:
+        head = narrow.movedim(dim, 0).reshape(narrow.shape[dim], -1)[:, 0]
+        line = moved.movedim(dim, 0).reshape(moved.shape[dim], -1)[:, 0]
+        where = (line[:, None] == head[None]).int()
+        if not bool((where.sum(1) == 1).all()):
+            return None
+        source = where.argmax(1)
+        copy = copies.movedim(dim, 0).reshape(moved.shape[dim], -1)[:, 0]
+        result[dim] = Layout(source.numpy(), copy.numpy())
+        rebuilt = rebuilt.index_select(dim, source)
+        shape = [-1 if d == dim else 1 for d in range(narrow.dim())]
+        expected = expected.index_select(dim, source)
+        expected = torch.where(copy.reshape(shape) >= 0, copy.reshape(shape), expected)
+    if torch.equal(rebuilt, moved) and torch.equal(expected, copies):
+        return result
+    return None

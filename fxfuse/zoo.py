@@ -1,0 +1,166 @@
+"""Models and example inputs for the command line, from text that a user types."""
+
+from __future__ import annotations
+
+import ast
+import importlib
+import os
+import re
+import sys
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from fxfuse.checkpoint import read_file
+from fxfuse.errors import ExampleInputError, ModelFactoryError
+
+#: torch.export specialises a batch of 1.
+BATCH = 2
+
+_SHAPE = re.compile(r"\d+(,\d+)*")
+
+
+def parse_model_args(pairs: Iterable[str]) -> dict[str, Any]:
+    """Parses `key=value` texts; a value is a Python literal, or else the text itself.
+
+    Args:
+        pairs: For instance `num_classes=10`, `weights=None`, `activation=gelu`.
+
+    Returns:
+        Keyword arguments of a model factory.
+
+    Raises:
+        ModelFactoryError: A text is not of the form `key=value`.
+    """
+    arguments: dict[str, Any] = {}
+    for pair in pairs:
+        key, equals, text = pair.partition("=")
+        if not equals or not key.isidentifier():
+            raise ModelFactoryError(
+                f"a model argument cannot be read: {pair!r}",
+                why="it is not of the form key=value",
+                how="write it like --model-arg num_classes=10",
+            )
+        try:
+            arguments[key] = ast.literal_eval(text)
+        except (ValueError, SyntaxError):
+            arguments[key] = text
+    return arguments
+
+
+def make_model(spec: str, arguments: Mapping[str, Any]) -> nn.Module:
+    """Calls an importable model factory.
+
+    Args:
+        spec: `package.module:factory`; modules in the working directory are found too.
+        arguments: Keyword arguments for the factory.
+
+    Returns:
+        A model in eval mode.
+
+    Raises:
+        ModelFactoryError: The factory cannot be imported or called, or makes no `nn.Module`.
+    """
+    factory = _import_factory(spec)
+    try:
+        model = factory(**arguments)
+    except Exception as error:
+        raise ModelFactoryError(
+            f"{spec} cannot be called",
+            where=f"{spec}({', '.join(f'{k}={v!r}' for k, v in arguments.items())})",
+            why=f"{type(error).__name__}: {error}",
+            how="pass what the factory needs with --model-arg key=value",
+        ) from error
+    if not isinstance(model, nn.Module):
+        raise ModelFactoryError(
+            f"{spec} makes a {type(model).__name__}, not a torch.nn.Module",
+            where=spec,
+            how="name a class or function that returns the network itself",
+        )
+    return model.eval()
+
+
+def make_inputs(spec: str, dtype: torch.dtype = torch.float32) -> tuple[torch.Tensor, ...]:
+    """Makes or reads example inputs.
+
+    Args:
+        spec: A shape without the batch dimension, such as `3,224,224`, or a `.safetensors` or
+            `.pt` file that holds one tensor, or (`.pt`) a sequence of tensors with their batch.
+        dtype: Of a tensor that is made from a shape.
+
+    Returns:
+        Positional inputs.
+
+    Raises:
+        ExampleInputError: The text is neither a shape nor a file of tensors.
+    """
+    if _SHAPE.fullmatch(spec.replace(" ", "")):
+        shape = [int(size) for size in spec.split(",")]
+        if 0 in shape:
+            raise _bad_input(spec, "a dimension of size 0 holds nothing")
+        generator = torch.Generator().manual_seed(0)
+        return (torch.randn(BATCH, *shape, generator=generator).to(dtype),)
+    if not Path(spec).exists():
+        raise _bad_input(spec, "it is neither a shape nor the path of a file")
+    content = read_file(spec)
+    if isinstance(content, Mapping) and len(content) == 1:
+        content = next(iter(content.values()))
+    inputs = tuple(content) if isinstance(content, list | tuple) else (content,)
+    if not inputs or not all(isinstance(value, torch.Tensor) for value in inputs):
+        raise _bad_input(spec, "the file holds neither one tensor nor a sequence of tensors")
+    return inputs
+
+
+def floating_dtype(model: nn.Module) -> torch.dtype:
+    """The dtype of a model's first floating-point parameter; float32 when it has none."""
+    for parameter in model.parameters():
+        if parameter.is_floating_point():
+            return parameter.dtype
+    return torch.float32
+
+
+def _import_factory(spec: str) -> Callable[..., object]:
+    module_name, _, attribute = spec.partition(":")
+    if not module_name or not attribute:
+        raise ModelFactoryError(
+            f"a model factory cannot be read: {spec!r}",
+            why="it is not of the form package.module:factory",
+            how="write it like --model torchvision.models:resnet18",
+        )
+    # A console script does not look into the working directory, where a user's own model lies.
+    if os.getcwd() not in sys.path:
+        sys.path.insert(0, os.getcwd())
+    try:
+        value: Any = importlib.import_module(module_name)
+        for part in attribute.split("."):
+            value = getattr(value, part)
+    # Importing runs the user's module, which may raise anything.
+    except Exception as error:
+        raise ModelFactoryError(
+            f"{spec} cannot be imported",
+            where=spec,
+            why=f"{type(error).__name__}: {error}",
+            how=_install_hint(module_name),
+        ) from error
+    if not callable(value):
+        raise ModelFactoryError(f"{spec} cannot be called: it is a {type(value).__name__}")
+    factory: Callable[..., object] = value
+    return factory
+
+
+def _install_hint(module_name: str) -> str:
+    if module_name.partition(".")[0] == "torchvision":
+        return 'pip install "fxfuse[vision]", and check the spelling'
+    return "check the spelling, and that the module is installed or in the working directory"
+
+
+def _bad_input(spec: str, why: str) -> ExampleInputError:
+    return ExampleInputError(
+        f"the example input cannot be read: {spec!r}",
+        where=spec,
+        why=why,
+        how="write a shape without the batch dimension, like --input 3,224,224, or name a file",
+    )
