@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from math import isfinite
 from typing import Any, TypeVar
 
 import torch
@@ -27,7 +28,7 @@ from fxfuse.plan import FusionPlan
 from fxfuse.planner import make_plan
 from fxfuse.rewrite import FusedModule, emit
 from fxfuse.scores import check_score
-from fxfuse.verify import Verification, handover, permutation_of, wrong_groups
+from fxfuse.verify import Check, Verification, handover, permutation_of, wrong_groups
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -130,8 +131,8 @@ def fuse(
     graph = analyze(captured[0])
     checks = []
     if verify:
-        graph = _only_what_moves(graph)
-        checks.append(permutation_of(graph))
+        graph, check = _only_what_moves(graph)
+        checks.append(check)
     _check_free(graph)
     plan = make_plan(graph, states, method, Options(score, variant), host=host)
     fused = fused_state(graph, plan, states, lambda place: place_units(graph, plan, place))
@@ -169,18 +170,20 @@ def _check_free(graph: CouplingGraph) -> None:
     )
 
 
-def _only_what_moves(graph: CouplingGraph) -> CouplingGraph:
+def _only_what_moves(graph: CouplingGraph) -> tuple[CouplingGraph, Check]:
     """Freezes the groups that the permutation oracle cannot move, with a loud warning."""
-    wrong = wrong_groups(graph)
+    check = permutation_of(graph)
+    wrong = () if check.passed or not isfinite(check.error) else wrong_groups(graph)
     if not wrong:
-        return graph
+        return graph, check
     names = [g.name for g in wrong]
     warnings.warn(
         f"coupling groups {names} changed the network when permuted, so they are frozen and one "
         "member's weights are kept there. A rule of fxfuse is wrong: please report the network.",
         stacklevel=3,
     )
-    return graph.freezing(names, "the permutation oracle could not move this group")
+    graph = graph.freezing(names, "the permutation oracle could not move this group")
+    return graph, permutation_of(graph)
 
 
 def _check_verified(verification: Verification) -> None:

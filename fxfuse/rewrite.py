@@ -1,7 +1,7 @@
 """torch.fx passes: a captured graph and fused tensors become a module.
 
 capture → analyze → plan → apply → **rewrite** → verify → compile. At member width the graph is the
-members' graph; what is rewritten is how it behaves in training (`_switch_training`).
+members' graph; what is rewritten is how it behaves in training (`SwitchTraining`).
 """
 
 from __future__ import annotations
@@ -12,8 +12,10 @@ from typing import Any
 
 import torch
 from torch import fx, nn
+from torch.fx.passes.infra.pass_base import PassBase, PassResult
 
 from fxfuse.capture import TRAINING_ARGUMENT, Captured, attach
+from fxfuse.errors import RewriteError
 
 _BATCH_NORM = torch.ops.aten.batch_norm.default
 _MEAN, _COUNTER = "running_mean", "num_batches_tracked"
@@ -83,8 +85,8 @@ def emit_graph(
             name = str(node.target)
             constant = constants[name] if name in constants else captured.tensor(name)
             attach(module, name, constant.detach().clone(), persistent=False)
-    _switch_training(graph, module)
     module.graph = graph
+    SwitchTraining()(module)
     module.eval()
     return module
 
@@ -107,23 +109,65 @@ def _share_tensors(source: nn.Module, target: nn.Module) -> None:
         attach(target, name, tensor, persistent=name in persistent)
 
 
-def _switch_training(graph: fx.Graph, module: nn.Module) -> None:
-    """Makes operators that behave differently in training follow the module's mode."""
-    nodes = [node for node in graph.nodes if node.target in TRAINING_ARGUMENT]
-    if not nodes:
-        return
-    with graph.inserting_before(next(iter(graph.nodes))):
-        training = graph.get_attr("training")
-    for node in nodes:
-        node.update_arg(TRAINING_ARGUMENT[node.target], training)  # type: ignore[index]
-        counter = _counter_of(node, module)
-        if counter:
-            with graph.inserting_before(node):
-                graph.call_function(count_batch, (graph.get_attr(counter), training))
+class SwitchTraining(PassBase):
+    """Makes operators that behave differently in training follow the module's mode.
+
+    requires: every `training` argument is a literal (the captured eval form).
+    call: one `get_attr` node reads `self.training`; BatchNorm counts its batches.
+    ensures: no literal `training` argument is left, and the graph is well formed.
+    """
+
+    def requires(self, graph_module: fx.GraphModule) -> None:
+        """Checks that the graph is in its eval form.
+
+        Raises:
+            RewriteError: A `training` argument is a node already.
+        """
+        for node in _modal_nodes(graph_module.graph):
+            if isinstance(node.args[TRAINING_ARGUMENT[node.target]], fx.Node):
+                raise RewriteError(
+                    "the graph follows the module's mode already",
+                    where=node.name,
+                    how="apply SwitchTraining to a captured graph, once",
+                )
+
+    def call(self, graph_module: fx.GraphModule) -> PassResult:
+        """Rewrites the graph in place."""
+        graph = graph_module.graph
+        nodes = _modal_nodes(graph)
+        if not nodes:
+            return PassResult(graph_module, False)
+        with graph.inserting_before(next(iter(graph.nodes))):
+            # Not graph.get_attr, which expects a tensor or a submodule and warns.
+            training = graph.create_node("get_attr", "training")
+        buffers = dict(graph_module.named_buffers(remove_duplicate=False))
+        for node in nodes:
+            node.update_arg(TRAINING_ARGUMENT[node.target], training)
+            counter = _counter_of(node)
+            if counter in buffers:
+                with graph.inserting_before(node):
+                    graph.call_function(count_batch, (graph.get_attr(counter), training))
+        graph_module.recompile()
+        return PassResult(graph_module, True)
+
+    def ensures(self, graph_module: fx.GraphModule) -> None:
+        """Checks that every mode is read from the module."""
+        graph_module.graph.lint()
+        literal = [
+            node.name
+            for node in _modal_nodes(graph_module.graph)
+            if not isinstance(node.args[TRAINING_ARGUMENT[node.target]], fx.Node)
+        ]
+        if literal:
+            raise RewriteError("a training argument is still a literal", where=", ".join(literal))
+
+
+def _modal_nodes(graph: fx.Graph) -> list[Any]:
+    return [node for node in graph.nodes if node.target in TRAINING_ARGUMENT]
 
 
 def _unswitch_training(graph: fx.Graph) -> None:
-    """Takes `_switch_training` back: the eval form of the graph."""
+    """Takes `SwitchTraining` back: the eval form of the graph."""
     for node in reversed(list(graph.nodes)):
         if node.target is count_batch:
             counter = node.args[0]
@@ -135,19 +179,18 @@ def _unswitch_training(graph: fx.Graph) -> None:
             graph.erase_node(node)
 
 
-def _counter_of(node: fx.Node, module: nn.Module) -> str:
+def _counter_of(node: fx.Node) -> str:
     mean = node.args[3] if node.target is _BATCH_NORM else None
     if not isinstance(mean, fx.Node) or not str(mean.target).endswith(_MEAN):
         return ""
-    name = str(mean.target).removesuffix(_MEAN) + _COUNTER
-    return name if name in dict(module.named_buffers(remove_duplicate=False)) else ""
+    return str(mean.target).removesuffix(_MEAN) + _COUNTER
 
 
 def _restore(plain: fx.GraphModule, training: bool) -> FusedModule:
     module = FusedModule({}, fx.Graph())
     _share_tensors(plain, module)
     graph = copy_graph(plain.graph)
-    _switch_training(graph, module)
     module.graph = graph
+    SwitchTraining()(module)
     module.train(training)
     return module

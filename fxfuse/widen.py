@@ -283,7 +283,7 @@ class _Widener:
         if node.target in (aten.slice.Tensor, aten.narrow.default) and dim in layouts:
             yield from self.slices(node, layouts[dim])
             return
-        if node.target in (aten.split.sizes, aten.split_with_sizes.default) and dim in layouts:
+        if node.target in (aten.split_with_sizes.default,) and dim in layouts:
             ends = np.cumsum([0, *args[1]])  # type: ignore[arg-type]
             origin = layouts[dim].source
             sizes = [

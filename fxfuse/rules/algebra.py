@@ -143,7 +143,8 @@ def contract(ledger: Ledger, a: Value, letters_a: str, b: Value, letters_b: str,
     for value, other in ((lifted_a, lifted_b), (lifted_b, lifted_a)):
         for f in value.fields:
             summed = contracted & set(f.dims)
-            ledger.role(value, f, reader=bool(summed))
+            # A block that is read and stays (a group) tells the members apart, as a writer does.
+            ledger.role(value, f, reader=summed == set(f.dims))
             if not summed:
                 continue
             if summed != set(f.dims):

@@ -124,6 +124,8 @@ def _convolve_batched(call: Call, x: Value, weight: Value, groups: int, transpos
     flat = _drop_space(x).moved(lambda t: t.unflatten(1, (groups, -1)))
     kernel = _drop_space(weight).moved(lambda t: t.unflatten(0, (groups, -1)))
     letters = "gio" if transposed else "goi"
+    if transposed and groups > 1:
+        kernel = only_unlabelled(ledger, kernel, [2], "every group has the same output channels")
     result = contract(ledger, flat, "bgi", kernel, letters, "bgo")
     result = result.moved(lambda t: t.flatten(1, 2).reshape(t.shape[0], -1, *[1] * space))
     full = (*result.shape[:2], *call.shape[-space:])

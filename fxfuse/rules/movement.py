@@ -36,7 +36,6 @@ aten = torch.ops.aten
     aten.flip.default,
     aten.chunk.default,
     aten.split.Tensor,
-    aten.split.sizes,
     aten.split_with_sizes.default,
     aten.tensor_split.sections,
     aten.unbind.int,

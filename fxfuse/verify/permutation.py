@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from math import isfinite
 from typing import Any
 
 import numpy as np
@@ -44,6 +45,8 @@ def permutation_of(graph: CouplingGraph, *, seed: int = 0) -> Check:
     error = _permuted_error(graph, graph.groups, seed)
     tolerance = tolerance_of(graph.captured)
     detail = f"{len(graph.groups)} groups, {graph.free_fraction:.2%} of the weights are free; "
+    if not isfinite(error):
+        detail += "an output is not finite; "
     detail += f"two inputs differ by {sensitivity(graph.captured):.1e} in the outputs"
     return Check("permutation", error, tolerance, error <= tolerance, detail)
 

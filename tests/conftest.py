@@ -1,0 +1,32 @@
+"""What every test shares: one thread, fixed seeds, one cache of compiled kernels."""
+
+from __future__ import annotations
+
+import os
+import random
+from pathlib import Path
+
+# Both before torch is imported. Workers of pytest-xdist share the cache and compile in-process:
+# a pool of compiler processes in each of them would only fight over the cores.
+os.environ.setdefault(
+    "TORCHINDUCTOR_CACHE_DIR", str(Path(__file__).parents[1] / ".cache" / "inductor")
+)
+os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import settings
+
+torch.set_num_threads(1)
+
+settings.register_profile("dev", deadline=None)
+settings.register_profile("ci", deadline=None, derandomize=True)
+settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "dev"))
+
+
+@pytest.fixture(autouse=True)
+def _fixed_seeds() -> None:
+    random.seed(0)
+    np.random.seed(0)  # third parties read the global generator
+    torch.manual_seed(0)

@@ -1,0 +1,80 @@
+"""Networks for the oracles, made so that an oracle can see a mistake in them."""
+
+from __future__ import annotations
+
+import torch
+import torchvision
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+#: Every architecture of issue 2 that has no mixing operator: wide equals ensemble.
+PLAIN = (
+    "alexnet",
+    *(f"vgg{n}{bn}" for n in (11, 13, 16, 19) for bn in ("", "_bn")),
+    *(f"resnet{n}" for n in (18, 34, 50, 101, 152)),
+    "wide_resnet50_2",
+    "wide_resnet101_2",
+    "resnext50_32x4d",
+    "resnext101_32x8d",
+    "resnext101_64x4d",
+    *(f"densenet{n}" for n in (121, 161, 169, 201)),
+    "googlenet",
+    "mobilenet_v2",
+    "mobilenet_v3_small",
+    "mobilenet_v3_large",
+    *(f"shufflenet_v2_x{n}" for n in ("0_5", "1_0", "1_5", "2_0")),
+    *(f"efficientnet_b{n}" for n in range(8)),
+    "efficientnet_v2_s",
+    "efficientnet_v2_m",
+    "efficientnet_v2_l",
+)
+#: Those with LayerNorm.
+MIXING = ("vit_b_32", "swin_t")
+
+_ARGUMENTS = {
+    "googlenet": {"init_weights": False},
+    "vit_b_32": {"image_size": 64},
+}
+#: Ten classes: a thousand outputs add weights, not cases.
+_CLASSES = 10
+
+
+def build(name: str, seed: int = 0, dtype: torch.dtype = torch.float64) -> nn.Module:
+    """A torchvision network in eval mode, excited."""
+    torch.manual_seed(seed)
+    model = getattr(torchvision.models, name)(num_classes=_CLASSES, **_ARGUMENTS.get(name, {}))
+    model = model.to(dtype)
+    return excite(model, image(seed, 4, dtype))
+
+
+def image(seed: int = 0, batch: int = 2, dtype: torch.dtype = torch.float64) -> torch.Tensor:
+    """[batch, 3, 64, 64], the smallest input that every architecture takes."""
+    return torch.randn(batch, 3, 64, 64, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+def excite(model: nn.Module, example: torch.Tensor | tuple[torch.Tensor, ...]) -> nn.Module:
+    """Makes the input reach the output: a random deep network often ignores it.
+
+    Vectors (norm weights, biases, layer scales) are randomised, parameters that are all zero get
+    values, BatchNorm statistics are calibrated on the example. Returns the model in eval mode.
+    """
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.dim() <= 1 and name.endswith("weight"):
+                parameter.uniform_(0.75, 1.25)
+            elif parameter.dim() <= 1:
+                parameter.normal_(0.0, 0.1)
+            elif "layer_scale" in name or not parameter.any():
+                parameter.normal_(0.0, 0.3)
+    model.eval()
+    norms = [m for m in model.modules() if isinstance(m, _BatchNorm)]
+    momenta = [norm.momentum for norm in norms]
+    for norm in norms:
+        norm.reset_running_stats()
+        norm.momentum = None
+        norm.train()
+    with torch.no_grad():
+        model(*example) if isinstance(example, tuple) else model(example)
+    for norm, momentum in zip(norms, momenta, strict=True):
+        norm.momentum = momentum
+    return model.eval()

@@ -1,0 +1,226 @@
+"""One sample for every operator that has a rule: what stands between two layers.
+
+A sample gets the activation [2, 8, 6, 6] of a convolution whose 8 output channels are neurons, and
+returns anything that flattens to [2, *]. `FROZEN` lists the samples whose point is that the
+channels must not be moved.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+aten = torch.ops.aten
+
+
+class Call(nn.Module):
+    """A function of an activation, with layers and parameters of its own."""
+
+    def __init__(self, function: Callable[..., torch.Tensor], *parts: Any) -> None:
+        super().__init__()
+        self.function = function
+        self.layers = nn.ModuleList(p for p in parts if isinstance(p, nn.Module))
+        self.tensors = nn.ParameterList(p for p in parts if isinstance(p, torch.Tensor))
+
+    def forward(self, t: torch.Tensor) -> torch.Tensor:
+        return self.function(t, *self.layers, *self.tensors)
+
+
+def _tokens(t: torch.Tensor) -> torch.Tensor:
+    return t.flatten(2).transpose(1, 2)  # [b, t, c]
+
+
+def _heads(t: torch.Tensor, linear: nn.Linear) -> torch.Tensor:
+    return linear(_tokens(t)).unflatten(-1, (3, 2, 4)).permute(2, 0, 3, 1, 4)  # [3, b, h, t, d]
+
+
+def _attend(t: torch.Tensor, linear: nn.Linear) -> torch.Tensor:
+    return F.scaled_dot_product_attention(*_heads(t, linear)).transpose(1, 2).flatten(2)
+
+
+def _scores(t: torch.Tensor, linear: nn.Linear, product: Any) -> torch.Tensor:
+    q, k, v = _heads(t, linear)
+    weights = product(q, k.transpose(-1, -2)).softmax(-1)
+    return product(weights, v).transpose(1, 2).flatten(2)
+
+
+def _bmm(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    flat = torch.bmm(a.flatten(0, 1), b.flatten(0, 1))
+    return flat.unflatten(0, (-1, a.shape[1]))
+
+
+def _inner(size: int = 8) -> nn.Linear:
+    return nn.Linear(size, 24)
+
+
+def _pool1d(function: Any) -> Call:
+    return Call(lambda t: function(t.flatten(2), 2))
+
+
+def _pool3d(function: Any) -> Call:
+    return Call(lambda t: function(t.unsqueeze(2).repeat(1, 1, 4, 1, 1), 2))
+
+
+def _fill(make: Callable[[torch.Tensor], torch.Tensor]) -> Call:
+    return Call(lambda t: t + make(t))
+
+
+
+SAMPLES: dict[Any, nn.Module] = {
+    # movement
+    aten.permute.default: Call(lambda t: t.permute(0, 2, 3, 1)),
+    aten.transpose.int: Call(lambda t: t.transpose(1, 2)),
+    aten.t.default: Call(lambda t: t.mean((2, 3)).t().t()),
+    aten.movedim.int: Call(lambda t: aten.movedim.int(t, 1, 3)),
+    aten.swapaxes.default: Call(lambda t: aten.swapaxes.default(t, 1, 2)),
+    aten.unsqueeze.default: Call(lambda t: t.unsqueeze(1)),
+    aten.squeeze.dim: Call(lambda t: t.unsqueeze(1).squeeze(1)),
+    aten.squeeze.dims: Call(lambda t: t.unsqueeze(1).unsqueeze(1).squeeze((1, 2))),
+    aten.squeeze.default: Call(lambda t: t.unsqueeze(1).squeeze()),
+    aten.flatten.using_ints: Call(lambda t: t.flatten(1)),
+    aten.unflatten.int: Call(lambda t: t.flatten(2).unflatten(2, (2, 18))),
+    aten.expand.default: Call(lambda t: t.mean((2, 3), keepdim=True).expand(-1, -1, 3, 3)),
+    aten.repeat.default: Call(lambda t: t.repeat(1, 2, 1, 1)),
+    aten.select.int: Call(lambda t: t.select(2, 1)),
+    aten.slice.Tensor: Call(lambda t: t[:, :, 1:4]),
+    aten.narrow.default: Call(lambda t: t.narrow(3, 1, 2)),
+    aten.roll.default: Call(lambda t: t.roll((1, 2), (2, 3))),
+    aten.flip.default: Call(lambda t: t.flip(2)),
+    aten.chunk.default: Call(lambda t: t.chunk(2, 1)[0] * t.chunk(2, 1)[1].sigmoid()),
+    aten.split.Tensor: Call(lambda t: torch.cat(t.split(2, 2), 3)),
+    aten.split_with_sizes.default: Call(lambda t: t.split_with_sizes([3, 5], 1)[1].relu()),
+    aten.tensor_split.sections: Call(lambda t: t.tensor_split(3, 2)[1]),
+    aten.unbind.int: Call(lambda t: t.unbind(2)[0]),
+    aten.channel_shuffle.default: Call(lambda t: F.channel_shuffle(t, 2)),
+    aten.pixel_shuffle.default: Call(lambda t: F.pixel_shuffle(t, 2)),
+    aten.pixel_unshuffle.default: Call(lambda t: F.pixel_unshuffle(t, 2)),
+    aten.view.default: Call(lambda t: t.view(-1, 2, 4, 36)),
+    aten.reshape.default: Call(lambda t: t.transpose(2, 3).reshape(-1, 8, 36)),
+    aten._unsafe_view.default: Call(lambda t: aten._unsafe_view.default(t, [t.shape[0], 288])),
+    aten.contiguous.default: Call(lambda t: t.transpose(2, 3).contiguous()),
+    aten.clone.default: Call(lambda t: t.clone()),
+    aten.alias.default: Call(lambda t: aten.alias.default(t)),
+    aten.detach.default: Call(lambda t: aten.detach.default(t)),
+    aten.detach_.default: Call(lambda t: aten.detach_.default(t * 2)),
+    aten.lift_fresh_copy.default: Call(lambda t: aten.lift_fresh_copy.default(t)),
+    aten.to.dtype: Call(lambda t: aten.to.dtype(t, torch.float64)),
+    aten.to.dtype_layout: Call(lambda t: aten.to.dtype_layout(t, dtype=torch.float64)),
+    aten.to.device: Call(lambda t: aten.to.device(t, "cpu", torch.float64)),
+    aten._to_copy.default: Call(lambda t: aten._to_copy.default(t, dtype=torch.float64)),
+    aten.type_as.default: Call(lambda t: t.type_as(t)),
+    aten.index.Tensor: Call(lambda t: t[:, [3, 1, 0, 7, 5, 2, 6, 4]]),
+    aten.index_select.default: Call(
+        lambda t: t.index_select(1, torch.arange(7, -1, -1, device=t.device))
+    ),
+    aten.pad.default: Call(lambda t: F.pad(t, (1, 2, 0, 1, 2, 2))),
+    aten.constant_pad_nd.default: Call(lambda t: aten.constant_pad_nd.default(t, [0, 0, 1, 1])),
+    aten.cat.default: Call(lambda t: torch.cat([t.relu(), t], 1)),
+    aten.concat.default: Call(lambda t: aten.concat.default([t, t.tanh()], 2)),
+    aten.stack.default: Call(lambda t: torch.stack([t, t.tanh()], 1)),
+    # contractions
+    aten.linear.default: Call(lambda t, f: f(_tokens(t)), nn.Linear(8, 5)),
+    aten.addmm.default: Call(
+        lambda t, w, b: torch.addmm(b, t.mean((2, 3)), w), torch.randn(8, 5), torch.randn(5)
+    ),
+    aten.matmul.default: Call(lambda t, f: _scores(t, f, torch.matmul), _inner()),
+    aten.mm.default: Call(lambda t, w: torch.mm(t.mean((2, 3)), w), torch.randn(8, 5)),
+    aten.bmm.default: Call(lambda t, f: _scores(t, f, _bmm), _inner()),
+    aten.einsum.default: Call(
+        lambda t, w: torch.einsum("bchw,co->bohw", t, w), torch.randn(8, 5)
+    ),
+    aten.conv1d.default: Call(lambda t, f: f(t.flatten(2)), nn.Conv1d(8, 6, 3)),
+    aten.conv2d.default: Call(lambda t, f: f(t), nn.Conv2d(8, 6, 3, groups=2)),
+    aten.conv3d.default: Call(lambda t, f: f(t.unsqueeze(2)), nn.Conv3d(8, 6, (1, 3, 3))),
+    aten.conv_transpose1d.default: Call(lambda t, f: f(t.flatten(2)), nn.ConvTranspose1d(8, 6, 3)),
+    aten.conv_transpose2d.input: Call(lambda t, f: f(t), nn.ConvTranspose2d(8, 6, 3, groups=2)),
+    aten.conv_transpose3d.input: Call(
+        lambda t, f: f(t.unsqueeze(2)), nn.ConvTranspose3d(8, 6, (1, 3, 3))
+    ),
+    aten.scaled_dot_product_attention.default: Call(_attend, _inner()),
+    # normalisation
+    aten.batch_norm.default: Call(lambda t, f: f(t), nn.BatchNorm2d(8)),
+    aten.instance_norm.default: Call(lambda t, f: f(t), nn.InstanceNorm2d(8, affine=True)),
+    aten.layer_norm.default: Call(lambda t, f: f(_tokens(t)), nn.LayerNorm(8)),
+    aten.rms_norm.default: Call(lambda t, f: f(_tokens(t)), nn.RMSNorm(8)),
+    aten.group_norm.default: Call(lambda t, f: f(t), nn.GroupNorm(4, 8)),
+    aten.softmax.int: Call(lambda t: t.softmax(1)),
+    aten._softmax.default: Call(lambda t: aten._softmax.default(t, 1, False)),
+    aten.log_softmax.int: Call(lambda t: t.log_softmax(1)),
+    aten._log_softmax.default: Call(lambda t: aten._log_softmax.default(t, 1, False)),
+    # pooling and reductions
+    aten.max_pool1d.default: _pool1d(F.max_pool1d),
+    aten.max_pool2d.default: Call(lambda t: F.max_pool2d(t, 2)),
+    aten.max_pool3d.default: _pool3d(F.max_pool3d),
+    aten.avg_pool1d.default: _pool1d(F.avg_pool1d),
+    aten.avg_pool2d.default: Call(lambda t: F.avg_pool2d(t, 2)),
+    aten.avg_pool3d.default: _pool3d(F.avg_pool3d),
+    aten.adaptive_avg_pool1d.default: _pool1d(F.adaptive_avg_pool1d),
+    aten.adaptive_avg_pool2d.default: Call(lambda t: F.adaptive_avg_pool2d(t, 2)),
+    aten.adaptive_avg_pool3d.default: _pool3d(F.adaptive_avg_pool3d),
+    aten.mean.dim: Call(lambda t: t.mean((2, 3))),
+    aten.mean.default: Call(lambda t: t * t.mean()),
+    aten.sum.dim_IntList: Call(lambda t: t.sum(2)),
+    aten.sum.default: Call(lambda t: t * t.sum().tanh()),
+    aten.amax.default: Call(lambda t: t.amax(1)),
+    aten.amin.default: Call(lambda t: t.amin((2, 3))),
+    # creation
+    aten.zeros.default: _fill(lambda t: torch.zeros(t.shape[0], 1, 6, 6, dtype=t.dtype)),
+    aten.ones.default: _fill(lambda t: torch.ones(t.shape[0], 1, 6, 6, dtype=t.dtype)),
+    aten.full.default: _fill(lambda t: torch.full((t.shape[0], 1, 6, 6), 0.5, dtype=t.dtype)),
+    aten.new_zeros.default: _fill(lambda t: t.new_zeros(t.shape[0], 8, 6, 6)),
+    aten.new_ones.default: _fill(lambda t: t.new_ones(t.shape[0], 8, 6, 6)),
+    aten.new_full.default: _fill(lambda t: t.new_full((t.shape[0], 8, 6, 6), 0.5)),
+    aten.zeros_like.default: _fill(torch.zeros_like),
+    aten.ones_like.default: _fill(torch.ones_like),
+    aten.full_like.default: _fill(lambda t: torch.full_like(t, 0.5)),
+    aten.arange.default: _fill(lambda t: torch.arange(t.shape[0]).view(-1, 1, 1, 1)),
+    aten.arange.start: _fill(lambda t: torch.arange(1, t.shape[0] + 1).view(-1, 1, 1, 1)),
+    aten.arange.start_step: _fill(
+        lambda t: torch.arange(0, 2 * t.shape[0], 2).view(-1, 1, 1, 1)
+    ),
+    # pointwise operators without torch's tag
+    aten.dropout.default: Call(lambda t: F.dropout(t, 0.5, training=False)),
+    aten.dropout_.default: Call(lambda t: F.dropout(t * 2, 0.5, training=False, inplace=True)),
+    aten.feature_dropout.default: Call(lambda t: F.dropout2d(t, 0.5, training=False)),
+    aten.feature_dropout_.default: Call(
+        lambda t: aten.feature_dropout_.default(t * 2, 0.5, False)
+    ),
+    aten.alpha_dropout.default: Call(lambda t: F.alpha_dropout(t, 0.5, training=False)),
+    aten.alpha_dropout_.default: Call(lambda t: aten.alpha_dropout_.default(t * 2, 0.5, False)),
+    aten.gelu_.default: Call(lambda t: aten.gelu_.default(t * 2)),
+    aten.elu_.default: Call(lambda t: F.elu(t * 2, inplace=True)),
+    aten.hardtanh.default: Call(lambda t: F.hardtanh(t)),
+    aten.hardtanh_.default: Call(lambda t: F.hardtanh(t * 2, inplace=True)),
+    aten.hardswish.default: Call(lambda t: F.hardswish(t)),
+    aten.hardswish_.default: Call(lambda t: F.hardswish(t * 2, inplace=True)),
+    aten.hardsigmoid_.default: Call(lambda t: F.hardsigmoid(t * 2, inplace=True)),
+    aten.leaky_relu_.default: Call(lambda t: F.leaky_relu(t * 2, inplace=True)),
+    aten.silu_.default: Call(lambda t: F.silu(t * 2, inplace=True)),
+    aten.mish_.default: Call(lambda t: F.mish(t * 2, inplace=True)),
+    aten.relu6.default: Call(lambda t: aten.relu6.default(t)),
+    aten.relu6_.default: Call(lambda t: aten.relu6_.default(t * 2)),
+    aten.selu.default: Call(lambda t: F.selu(t)),
+    aten.selu_.default: Call(lambda t: F.selu(t * 2, inplace=True)),
+    aten.celu_.default: Call(lambda t: F.celu(t * 2, inplace=True)),
+    aten.softplus.default: Call(lambda t: F.softplus(t)),
+    aten.log_sigmoid.default: Call(lambda t: F.logsigmoid(t)),
+    aten.masked_fill.Scalar: Call(lambda t: t.masked_fill(t > 1, 0.5)),
+    aten.masked_fill_.Scalar: Call(lambda t: (t * 2).masked_fill_(t > 1, 0.5)),
+}
+
+
+class Net(nn.Module):
+    """convolution → sample → linear."""
+
+    def __init__(self, sample: nn.Module) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 8, 3, padding=1)
+        self.sample = sample
+        self.head = nn.LazyLinear(4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.head(self.sample(self.conv(x)).flatten(1))

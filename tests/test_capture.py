@@ -1,0 +1,150 @@
+from __future__ import annotations
+
+import warnings
+
+import pytest
+import torch
+from torch import nn
+
+import fxfuse
+from fxfuse.capture import check_same_network, source_of
+from fxfuse.errors import CaptureError, ExampleInputError, MemberMismatchError
+from tests.nets import SmallResNet, images, resnets
+
+
+def test_captures_modules_graph_modules_and_exported_programs():
+    model = resnets(1)[0]
+    x = images()
+    traced = torch.fx.symbolic_trace(model)
+    program = torch.export.export(model, (x,))
+    expected = model(x)
+    for given in (model, traced, program, program.module(), fxfuse.capture(model, x).module):
+        with warnings.catch_warnings():
+            # The program was exported with a static batch; that it stays so is said.
+            warnings.simplefilter("ignore")
+            captured = fxfuse.capture(given, x)
+        assert set(captured.names) == set(model.state_dict())
+        torch.testing.assert_close(captured.module(x), expected)
+
+
+def test_the_model_stays_as_it_was():
+    model = SmallResNet().train()
+    model.block1.bn1.eval()
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    fxfuse.capture(model, images())
+    assert model.training
+    assert model.fc.training
+    assert not model.block1.bn1.training
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(tensor, before[name]), name
+
+
+def test_the_batch_is_dynamic_and_dynamic_shapes_are_passed_on():
+    model = resnets(1)[0]
+    captured = fxfuse.capture(model, images(4))
+    assert captured.dynamic_batch
+    more = images(7)
+    torch.testing.assert_close(captured.module(more), model(more))
+    dim = torch.export.Dim("height", min=4, max=64)
+    shaped = fxfuse.capture(model, images(4), dynamic_shapes=({2: dim},))
+    assert shaped.module(torch.randn(4, 3, 12, 8)).shape == (4, 4)
+
+
+def test_a_static_batch_is_warned_about():
+    class Fixed(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x.reshape(4, -1) if x.shape[0] == 4 else x
+
+    with pytest.warns(UserWarning, match="static batch"):
+        captured = fxfuse.capture(Fixed(), torch.randn(4, 6))
+    assert not captured.dynamic_batch
+
+
+def test_source_locations_survive():
+    captured = fxfuse.capture(resnets(1)[0], images())
+    norms = [n for n in captured.graph.nodes if "batch_norm" in str(n.target)]
+    assert "nets.py" in source_of(norms[0])
+    assert "self.bn(self.stem(x))" in source_of(norms[0])
+
+
+def test_tied_parameters_keep_both_names():
+    class Tied(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a = nn.Linear(6, 6)
+            self.b = nn.Linear(6, 6)
+            self.b.weight = self.a.weight
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.b(self.a(x).relu())
+
+    captured = fxfuse.capture(Tied(), torch.randn(3, 6))
+    assert set(captured.names) == {"a.weight", "a.bias", "b.weight", "b.bias"}
+    assert captured.canonical["b.weight"] == "a.weight"
+    assert captured.tensor("b.weight") is captured.tensor("a.weight")
+
+
+def test_rejected_inputs_are_an_error():
+    with pytest.raises(ExampleInputError, match=r"SmallResNet called with shapes \(\(2, 5, 8, 8\)"):
+        fxfuse.capture(SmallResNet(), torch.randn(2, 5, 8, 8))
+
+
+def test_a_data_dependent_branch_is_an_error_with_torchs_reason():
+    class Branch(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x if x.sum() > 0 else -x
+
+    with pytest.raises(CaptureError, match="data-dependent") as caught:
+        fxfuse.capture(Branch(), torch.randn(2, 3))
+    assert "export" in caught.value.how
+
+
+class Activated(nn.Module):
+    def __init__(self, activation: nn.Module, scale: float = 1.0, width: int = 8) -> None:
+        super().__init__()
+        self.first = nn.Linear(4, width)
+        self.activation = activation
+        self.second = nn.Linear(width, 2)
+        self.register_buffer("scale", torch.tensor([scale, 1.0]), persistent=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.second(self.activation(self.first(x))) * self.scale
+
+
+@pytest.mark.parametrize(
+    ("other", "where", "why"),
+    [
+        (Activated(nn.Tanh()), "node 'relu'", "tanh"),
+        (Activated(nn.ReLU(), scale=2.0), "scale", "another value"),
+        (Activated(nn.ReLU(), width=6), "first.weight", r"\(8, 4\) vs \(6, 4\)"),
+        (Activated(nn.ReLU()).double(), "first.weight", "float32 vs torch.float64"),
+        (nn.Sequential(nn.Linear(4, 2)), "first.weight", "only member 0"),
+    ],
+)
+def test_the_first_difference_between_members_is_named(other: nn.Module, where: str, why: str):
+    dtype = next(other.parameters()).dtype
+    ours = fxfuse.capture(Activated(nn.ReLU()), torch.randn(3, 4))
+    theirs = fxfuse.capture(other, torch.randn(3, 4, dtype=dtype))
+    with pytest.raises(MemberMismatchError, match=why) as caught:
+        check_same_network([ours, theirs])
+    assert where in caught.value.where
+
+
+def test_no_grad_regions_are_inlined():
+    class Partly(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first = nn.Linear(4, 8)
+            self.second = nn.Linear(8, 2)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            with torch.no_grad():
+                scale = x.abs().mean() + 1
+            return self.second(self.first(x).relu() / scale)
+
+    model = Partly()
+    x = torch.randn(3, 4)
+    captured = fxfuse.capture(model, x)
+    assert all(node.op != "call_module" for node in captured.graph.nodes)
+    assert "higher_order" not in str(captured.graph)
+    torch.testing.assert_close(captured.module(x), model(x))

@@ -1,0 +1,441 @@
+"""The command line: what it writes, and that bad input exits 2 and leaves nothing behind."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+from typer.testing import CliRunner
+
+import fxfuse
+from fxfuse.checkpoint import read_state_dict
+from fxfuse.cli import show
+from fxfuse.cli.app import app
+from fxfuse.errors import ExampleInputError, ModelFactoryError
+from fxfuse.zoo import make_inputs, make_model, parse_model_args
+
+MODELS = """
+import time
+import torch
+from torch import nn
+
+def mlp(width=8, classes=3):
+    return nn.Sequential(nn.Linear(5, width), nn.ReLU(), nn.Linear(width, classes))
+
+class Branching(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(5, 5)
+    def forward(self, x):
+        if x.sum() > 0:
+            return self.layer(x)
+        return self.layer(self.layer(x))
+
+class Slow(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(5, 5)
+    def forward(self, x):
+        print("started", flush=True)
+        time.sleep(120)
+        return self.layer(x)
+
+def broken():
+    raise ZeroDivisionError("broken on purpose")
+
+def number():
+    return 3
+
+value = 3
+"""
+MODEL = ["--model", "cli_models:mlp", "--input", "5"]
+
+
+@pytest.fixture
+def work(tmp_path, monkeypatch):
+    """A working directory with factories and two checkpoints of a small network."""
+    (tmp_path / "cli_models.py").write_text(MODELS)
+    monkeypatch.chdir(tmp_path)
+    # The consoles read COLUMNS once, when they are made; typer's own messages read it each time.
+    monkeypatch.setenv("COLUMNS", "200")
+    monkeypatch.setattr(show.out, "width", 200)
+    monkeypatch.delenv("FXFUSE_DEBUG", raising=False)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    monkeypatch.setattr(sys, "dont_write_bytecode", True)
+    monkeypatch.delitem(sys.modules, "cli_models", raising=False)
+    for name in ("a", "b"):
+        torch.save(mlp().state_dict(), f"{name}.pt")
+    return tmp_path
+
+
+def mlp(width=8, classes=3):
+    return nn.Sequential(nn.Linear(5, width), nn.ReLU(), nn.Linear(width, classes))
+
+
+def invoke(*arguments):
+    return CliRunner().invoke(app, [str(argument) for argument in arguments])
+
+
+def listing(folder):
+    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*"))
+
+
+def refused(work, *arguments):
+    """Runs bad input; returns the message after the checks that hold for every one of them."""
+    before = listing(work)
+    result = invoke(*arguments)
+    assert result.exit_code == 2, result.output
+    assert "Traceback" not in result.output
+    assert result.stdout == ""
+    assert listing(work) == before
+    return result.stderr
+
+
+# --- what works ---
+
+
+def test_analyze_prints_groups_and_reasons(work):
+    result = invoke("analyze", *MODEL)
+    assert result.exit_code == 0, result.output
+    assert "0.weight[0]" in result.stdout
+    assert "free fraction: 96.00%" in result.stdout
+
+
+def test_analyze_json(work):
+    result = invoke("analyze", *MODEL, "--model-arg", "width=6", "--json")
+    assert result.exit_code == 0, result.output
+    content = json.loads(result.stdout)
+    (group,) = content["groups"]
+    assert group["n_units"] == 6
+    tensors = {(entry["tensor"], entry["dim"]) for entry in group["tensors"]}
+    assert tensors == {("0.weight", 0), ("0.bias", 0), ("2.weight", 1)}
+    assert {entry["tensor"] for entry in content["frozen"]} == {"0.weight", "2.weight", "2.bias"}
+    assert content["free_fraction"] > 0.9
+
+
+def test_explain_one_and_two_dimensions(work):
+    one = invoke("explain", "0.weight", 0, *MODEL)
+    assert one.exit_code == 0, one.output
+    assert one.stdout.strip()
+    two = invoke("explain", "0.weight", 0, "2.weight", 1, *MODEL)
+    assert two.exit_code == 0, two.output
+    assert "linear" in two.stdout
+
+
+def test_fuse_writes_the_three_files(work):
+    result = invoke("fuse", "a.pt", "b.pt", *MODEL, "--out", "fused")
+    assert result.exit_code == 0, result.output
+    written = work / "fused"
+    assert listing(written) == ["fused.safetensors", "plan.json", "summary.md"]
+    mlp().load_state_dict(read_state_dict(written / "fused.safetensors"), strict=True)
+    fxfuse.FusionPlan.from_json((written / "plan.json").read_text())
+    summary = (written / "summary.md").read_text()
+    assert summary.startswith("#")
+    assert "| permutation |" in summary
+    assert not [name for name in listing(work) if "partial" in name]
+
+
+def test_fuse_equals_the_python_interface(work):
+    assert invoke("fuse", "a.pt", "b.pt", *MODEL, "--out", "fused").exit_code == 0
+    members = []
+    for name in ("a.pt", "b.pt"):
+        members.append(mlp())
+        members[-1].load_state_dict(read_state_dict(name))
+    expected = fxfuse.fuse(members, make_inputs("5")).state_dict()
+    for name, value in read_state_dict("fused/fused.safetensors").items():
+        torch.testing.assert_close(value, expected[name], rtol=0, atol=0)
+
+
+def test_fuse_json_is_all_that_stdout_holds(work):
+    result = invoke("fuse", "a.pt", "b.pt", *MODEL, "--out", "fused", "--json")
+    assert result.exit_code == 0, result.output
+    content = json.loads(result.stdout)
+    assert content["out"] == "fused"
+    assert content["verification"]
+    assert all(check["passed"] for check in content["verification"])
+
+
+def test_fuse_without_verification(work):
+    result = invoke("fuse", "a.pt", "b.pt", *MODEL, "--out", "fused", "--json", "--no-verify")
+    assert result.exit_code == 0, result.output
+    assert json.loads(result.stdout)["verification"] == []
+    assert "Skipped" in (work / "fused" / "summary.md").read_text()
+
+
+def test_fuse_keeps_the_dtype_of_the_checkpoints(work):
+    for name in ("a.pt", "b.pt"):
+        torch.save(mlp().double().state_dict(), name)
+    result = invoke("fuse", "a.pt", "b.pt", *MODEL, "--out", "fused")
+    assert result.exit_code == 0, result.output
+    state = read_state_dict("fused/fused.safetensors")
+    assert {value.dtype for value in state.values()} == {torch.float64}
+
+
+def test_force_replaces_an_earlier_result(work):
+    arguments = ("fuse", "a.pt", "b.pt", *MODEL, "--out", "fused")
+    assert invoke(*arguments).exit_code == 0
+    before = (work / "fused" / "fused.safetensors").read_bytes()
+    torch.save(mlp().state_dict(), "a.pt")
+    assert "--force" in refused(work, *arguments)
+    assert (work / "fused" / "fused.safetensors").read_bytes() == before
+    assert invoke(*arguments, "--force").exit_code == 0
+    assert (work / "fused" / "fused.safetensors").read_bytes() != before
+
+
+def test_verify_one_network_and_an_ensemble(work):
+    one = invoke("verify", *MODEL, "--json")
+    assert one.exit_code == 0, one.output
+    assert len(json.loads(one.stdout)) == 1
+    two = invoke("verify", "a.pt", "b.pt", *MODEL, "--json")
+    assert two.exit_code == 0, two.output
+    assert len(json.loads(two.stdout)) == 2
+    assert all(check["passed"] for check in json.loads(two.stdout))
+
+
+def test_verify_exits_1_when_an_oracle_fails(work, monkeypatch):
+    from fxfuse.cli.verify import oracles
+
+    failed = oracles.Check("permutation", 1.0, 1e-9, False, "group 0")
+    monkeypatch.setattr(oracles, "permutation", lambda *_: failed)
+    result = invoke("verify", *MODEL)
+    assert result.exit_code == 1
+    assert "FAILED" in result.stdout
+    assert "group 0" in result.stdout
+
+
+def test_demo_prints_tables_and_writes_the_numbers(work):
+    result = invoke(
+        "demo", "--seeds", 1, "--steps", 1, "--member-steps", 2, "--no-compile", "--json", "n.json"
+    )
+    assert result.exit_code == 0, result.output
+    numbers = json.loads((work / "n.json").read_text())
+    for setting in numbers["settings"]:
+        assert setting["name"] in result.stdout
+        for row in setting["rows"]:
+            assert row["name"] in result.stdout
+
+
+# --- bad input ---
+
+FUSE = ("fuse", "a.pt", "b.pt", "--out", "new/fused")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("fuse", "a.pt", "--out", "new/fused", *MODEL), "at least"),
+        ((*FUSE, *MODEL, "--method", "alchemy"), "alchemy"),
+        ((*FUSE, *MODEL, "--score", "vibes"), "vibes"),
+        ((*FUSE, *MODEL, "--variant", "sideways"), "sideways"),
+        ((*FUSE, *MODEL, "--model-arg", "width=9"), "does not fit"),
+        ((*FUSE, *MODEL, "--model-arg", "height=9"), "cannot be called"),
+        ((*FUSE, *MODEL, "--model-arg", "width"), "key=value"),
+        ((*FUSE, "--model", "cli_models:mlp", "--input", "6"), "example inputs"),
+        ((*FUSE, "--model", "cli_models:mlp", "--input", "5,0"), "size 0"),
+        ((*FUSE, "--model", "cli_models:mlp", "--input", "5x5"), "neither a shape"),
+        ((*FUSE, "--model", "cli_models", "--input", "5"), "module:factory"),
+        ((*FUSE, "--model", "cli_models:nothing", "--input", "5"), "cannot be imported"),
+        ((*FUSE, "--model", "no_such_module:x", "--input", "5"), "cannot be imported"),
+        ((*FUSE, "--model", "cli_models:broken", "--input", "5"), "broken on purpose"),
+        ((*FUSE, "--model", "cli_models:number", "--input", "5"), "not a torch.nn.Module"),
+        ((*FUSE, "--model", "cli_models:value", "--input", "5"), "cannot be called"),
+        (("explain", "no.weight", 0, *MODEL), "no.weight"),
+        (("explain", "0.weight", 7, *MODEL), "7"),
+        (("explain", "0.weight", 0, "2.weight", *MODEL), "dimension of 2.weight is missing"),
+        (("analyze", "--model", "cli_models:Branching", "--input", "5"), "cannot capture"),
+        (("analyze", "--model", "cli_models:mlp"), "--input"),
+        (("analyze", *MODEL, "--no-such-option"), "No such option"),
+        (("fuse", *MODEL, "--out", "new/fused"), "CHECKPOINT"),
+        (("verify", "missing.pt", *MODEL), "missing.pt"),
+        (("demo", "--json", "no/folder/out.json"), "no folder"),
+        (("demo", "--seeds", "0"), "--seeds"),
+        (("transmogrify",), "No such command"),
+    ],
+)
+def test_bad_arguments(work, arguments, message):
+    assert message in refused(work, *arguments)
+
+
+def test_different_dtypes(work):
+    torch.save(mlp().double().state_dict(), "b.pt")
+    refused(work, *FUSE, *MODEL)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_non_finite_weights(work, value):
+    state = mlp().state_dict()
+    state["2.weight"][0, 0] = value
+    torch.save(state, "b.pt")
+    assert "2.weight" in refused(work, *FUSE, *MODEL)
+
+
+def test_nothing_to_fuse(work):
+    for name in ("a.pt", "b.pt"):
+        torch.save(nn.Linear(5, 3).state_dict(), name)
+    linear = ("--model", "torch.nn:Linear", "--input", "5")
+    refused(work, *FUSE, *linear, "--model-arg", "in_features=5", "--model-arg", "out_features=3")
+
+
+@pytest.mark.parametrize("suffix", [".pt", ".safetensors"])
+def test_missing_and_damaged_checkpoints(work, suffix):
+    bad = f"bad{suffix}"
+    arguments = ("fuse", "a.pt", bad, "--out", "new/fused", *MODEL)
+    assert "cannot open" in refused(work, *arguments)
+    (work / bad).write_bytes((work / "b.pt").read_bytes()[:300])
+    assert "damaged" in refused(work, *arguments)
+
+
+def test_pickle_bearing_checkpoint(work):
+    torch.save(mlp(), "b.pt")
+    assert "pickled" in refused(work, *FUSE, *MODEL)
+
+
+def test_checkpoint_of_another_network(work):
+    torch.save(nn.Conv2d(3, 4, 3).state_dict(), "b.pt")
+    assert "does not fit" in refused(work, *FUSE, *MODEL)
+
+
+def test_force_does_not_delete_what_is_not_ours(work):
+    (work / "new" / "fused").mkdir(parents=True)
+    (work / "new" / "fused" / "thesis.tex").write_text("years of work")
+    assert "thesis.tex" in refused(work, *FUSE, *MODEL, "--force")
+
+
+def test_a_folder_that_cannot_be_written(work):
+    (work / "new").write_text("a file where a folder is needed")
+    refused(work, *FUSE, *MODEL)
+
+
+def test_an_existing_folder_is_refused_before_any_work(work, monkeypatch):
+    (work / "new" / "fused").mkdir(parents=True)
+    monkeypatch.setattr(fxfuse, "fuse", lambda *_, **__: pytest.fail("too late"))
+    assert "exists already" in refused(work, *FUSE, *MODEL)
+
+
+# --- faults of our own ---
+
+
+def test_an_unexpected_error_shows_no_traceback(work, monkeypatch):
+    def fail(*_):
+        raise ZeroDivisionError("a bug\nwith details")
+
+    monkeypatch.setattr(fxfuse, "analyze", fail)
+    result = invoke("analyze", *MODEL)
+    assert result.exit_code == 70
+    assert "ZeroDivisionError: a bug" in result.stderr
+    assert "FXFUSE_DEBUG=1" in result.stderr
+    assert "Traceback" not in result.output
+
+    monkeypatch.setenv("FXFUSE_DEBUG", "1")
+    assert isinstance(invoke("analyze", *MODEL).exception, ZeroDivisionError)
+
+
+def test_an_error_while_writing_leaves_nothing(work, monkeypatch):
+    def fail(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("fxfuse.cli.fuse.write_state_dict", fail)
+    assert "No space left" in refused(work, *FUSE, *MODEL)
+
+
+# --- the real process ---
+
+
+def start(*arguments):
+    environment = os.environ | {"PYTHONPATH": str(Path(fxfuse.__file__).parents[1])}
+    return subprocess.Popen(
+        [sys.executable, "-m", "fxfuse.cli", *arguments],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=environment,
+    )
+
+
+def test_bad_input_in_a_process_of_its_own(work):
+    before = listing(work)
+    process = start(*FUSE[:1], "a.pt", "missing.pt", *FUSE[3:], *MODEL)
+    out, error = process.communicate(timeout=120)
+    assert process.returncode == 2
+    assert out == ""
+    assert error.startswith("error: cannot open the checkpoint missing.pt\n")
+    assert "Traceback" not in error
+    assert listing(work) == before
+
+
+@pytest.mark.parametrize(
+    ("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)], ids=["ctrl-c", "kill"]
+)
+def test_interrupted(work, number, status):
+    process = start("analyze", "--model", "cli_models:Slow", "--input", "5")
+    assert process.stdout.readline() == "started\n"
+    process.send_signal(number)
+    _, error = process.communicate(timeout=60)
+    assert process.returncode == status
+    assert "Traceback" not in error
+
+
+# --- parsing ---
+
+
+def test_model_arguments_are_literals_or_text():
+    pairs = ["a=10", "b=None", "c=True", "d=(1, 2)", "e=gelu", "f='x'", "g=a=b", "h="]
+    assert parse_model_args(pairs) == {
+        "a": 10,
+        "b": None,
+        "c": True,
+        "d": (1, 2),
+        "e": "gelu",
+        "f": "x",
+        "g": "a=b",
+        "h": "",
+    }
+
+
+@pytest.mark.parametrize("pair", ["a", "=1", "1a=2", "a b=1"])
+def test_malformed_model_arguments(pair):
+    with pytest.raises(ModelFactoryError, match="key=value"):
+        parse_model_args([pair])
+
+
+def test_model_arguments_are_never_evaluated(tmp_path):
+    trace = tmp_path / "trace"
+    expression = f"__import__('os').mkdir({str(trace)!r})"
+    assert parse_model_args([f"a={expression}"]) == {"a": expression}
+    assert not trace.exists()
+
+
+def test_made_models_are_in_eval_mode():
+    assert not make_model("torch.nn:Dropout", {}).training
+
+
+def test_inputs_from_a_shape_are_always_the_same():
+    (first,) = make_inputs("3, 8,8")
+    (second,) = make_inputs("3,8,8")
+    assert first.shape == (2, 3, 8, 8)
+    assert first.dtype == torch.float32
+    torch.testing.assert_close(first, second, rtol=0, atol=0)
+    assert make_inputs("5", torch.bfloat16)[0].dtype == torch.bfloat16
+
+
+def test_inputs_from_files(tmp_path):
+    x, y = torch.ones(2, 3), torch.zeros(2, dtype=torch.int64)
+    for content, count in ((x, 1), ((x, y), 2), ([x], 1), ({"x": x}, 1)):
+        torch.save(content, tmp_path / "in.pt")
+        inputs = make_inputs(str(tmp_path / "in.pt"))
+        assert len(inputs) == count
+        torch.testing.assert_close(inputs[0], x)
+
+
+@pytest.mark.parametrize("content", [{}, [], {"x": torch.ones(1), "y": torch.ones(1)}, [1], "text"])
+def test_input_files_that_hold_no_inputs(tmp_path, content):
+    torch.save(content, tmp_path / "in.pt")
+    with pytest.raises(ExampleInputError, match="neither one tensor"):
+        make_inputs(str(tmp_path / "in.pt"))

@@ -1,0 +1,244 @@
+"""The demo: a tiny run of it, its tables, and the script that puts them into the README."""
+
+from __future__ import annotations
+
+import copy
+import importlib.util
+import io
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from rich.console import Console
+from rich.progress import Progress
+
+from fxfuse.demo import measure, run_demo, to_markdown, to_rich
+from fxfuse.demo import run as demo_run
+from fxfuse.demo.members import average
+from fxfuse.demo.network import Ensemble, SmallResNet
+
+ROWS = [
+    "member 1",
+    "member 2",
+    "member 3",
+    "member 4",
+    "ensemble of 4",
+    "weight averaging",
+    "NT, right after fusion",
+    "best member (by validation)",
+    "NT + 4 fine-tuning steps",
+    "NT + 4 distillation steps",
+    "best member + 4 fine-tuning steps",
+    "best member + 4 distillation steps",
+]
+
+
+@pytest.fixture(scope="module")
+def results():
+    with Progress(console=Console(file=io.StringIO())) as progress:
+        found = run_demo(
+            seeds=(3,), steps=4, member_steps=40, progress=progress, compile_latency=False
+        )
+        # The demo's bar ends at its total, and the bars of the training runs are gone.
+        (task,) = progress.tasks
+        assert task.completed == task.total
+    return json.loads(json.dumps(found))
+
+
+def rows_of(results, setting):
+    return {row["name"]: row for row in results["settings"][setting]["rows"]}
+
+
+def test_both_settings_have_every_row(results):
+    names = [setting["name"] for setting in results["settings"]]
+    assert names == ["same data, different seeds", "specialists"]
+    for setting in results["settings"]:
+        assert [row["name"] for row in setting["rows"]] == ROWS
+        assert setting["members"] == 4
+
+
+def test_numbers_agree_with_each_other(results):
+    for setting in (0, 1):
+        rows = rows_of(results, setting)
+        member, ensemble = rows["member 1"], rows["ensemble of 4"]
+        fused = rows["NT, right after fusion"]
+        assert ensemble["params"] == 4 * member["params"]
+        assert ensemble["flops"] == pytest.approx(4 * member["flops"], rel=0.01)
+        assert (fused["params"], fused["flops"]) == (member["params"], member["flops"])
+        members = [rows[f"member {i}"]["accuracy"]["mean"] for i in range(1, 5)]
+        assert rows["best member (by validation)"]["accuracy"]["mean"] in members
+        for row in rows.values():
+            accuracy = row["accuracy"]
+            assert 0 <= accuracy["min"] <= accuracy["mean"] <= accuracy["max"] <= 1
+            assert len(accuracy["seeds"]) == 1
+            assert row["latency_ms"]["eager"] > 0
+            assert row["latency_ms"]["compiled"] is None
+            refined = "steps" in row["name"]
+            assert (row["seconds"] is not None) == refined
+            assert len(row["learning_rates"]) == refined
+
+
+def test_a_second_of_training_already_beats_guessing(results):
+    for setting in (0, 1):
+        rows = rows_of(results, setting)
+        assert rows["ensemble of 4"]["accuracy"]["mean"] > 0.5
+
+
+def test_average_is_the_mean_with_the_first_members_counters():
+    members = [SmallResNet() for _ in range(3)]
+    members[0].stem[1].num_batches_tracked.fill_(7)
+    mean = average(members).state_dict()
+    stacked = torch.stack([member.head.weight for member in members])
+    torch.testing.assert_close(mean["head.weight"], stacked.mean(dim=0))
+    assert mean["stem.1.num_batches_tracked"] == 7
+    assert not torch.equal(members[0].head.weight, mean["head.weight"])
+
+
+def test_ensemble_answers_with_the_mean_of_the_logits():
+    members = [SmallResNet().eval() for _ in range(2)]
+    images = torch.rand(3, 1, 28, 28)
+    expected = (members[0](images) + members[1](images)) / 2
+    torch.testing.assert_close(Ensemble(members)(images), expected)
+
+
+def test_small_resnet_exports_with_a_free_batch_dimension():
+    network = SmallResNet().eval()
+    batch = ({0: torch.export.Dim.DYNAMIC},)
+    program = torch.export.export(network, (torch.rand(2, 1, 28, 28),), dynamic_shapes=batch)
+    images = torch.rand(5, 1, 28, 28)
+    torch.testing.assert_close(program.module()(images), network(images))
+
+
+def test_measures():
+    linear = torch.nn.Linear(6, 4)
+    assert measure.parameters(linear) == 28
+    assert measure.flops(linear, torch.rand(8, 6)) == 2 * 6 * 4
+    identity, labels = torch.nn.Identity(), torch.tensor([0, 1, 1])
+    logits = torch.tensor([[9.0, 0.0], [0.0, 9.0], [9.0, 0.0]])
+    accuracy, cross_entropy = measure.evaluate(identity, logits, labels)
+    assert accuracy == pytest.approx(2 / 3)
+    assert cross_entropy == pytest.approx(3, abs=0.01)
+
+
+def test_latency_is_measured_compiled_too(monkeypatch):
+    monkeypatch.setattr(measure, "_RUN_TIME", 0.01)
+    assert measure.latency(torch.nn.Linear(6, 4).eval(), torch.rand(8, 6), compiled=True) > 0
+
+
+def test_failing_compiler_leaves_a_note_and_no_number(monkeypatch):
+    def fail(*args, **kwargs):
+        raise RuntimeError("no C++ compiler\nmore")
+
+    monkeypatch.setattr(measure, "latency", fail)
+    notes = []
+    assert demo_run._compiled_latency("fused", torch.nn.Identity(), torch.rand(1), notes) is None
+    assert notes == ["torch.compile failed on the fused network: no C++ compiler"]
+
+
+def _row(name, mean, low, high, eager, compiled, seconds):
+    return {
+        "name": name,
+        "params": 77754,
+        "flops": 5_104_896,
+        "accuracy": {"mean": mean, "min": low, "max": high, "seeds": [low, high]},
+        "latency_ms": {"eager": eager, "compiled": compiled},
+        "seconds": seconds,
+        "learning_rates": [],
+    }
+
+
+EXAMPLE = {
+    "schema": 1,
+    "environment": {"torch": "2.14", "python": "3.11", "cores": 2, "threads": 2, "cpu": "Z80"},
+    "steps": 100,
+    "member_steps": 150,
+    "batch": 64,
+    "settings": [
+        {
+            "name": "same data",
+            "members": 4,
+            "rows": [
+                _row("member 1", 0.957, 0.95, 0.9642, 1.784, None, None),
+                _row("NT + 100", 0.961, 0.9601, 0.9619, 1.9, 1.2, 0.94),
+            ],
+        }
+    ],
+    "notes": ["torch.compile failed on [something]"],
+    "seconds": 128.4,
+}
+
+MARKDOWN = """\
+**Same data**
+
+| network | test accuracy, % | params | MFLOPs | eager, ms | compiled, ms | 100 steps, s |
+| --- | ---: | ---: | ---: | ---: | ---: | ---: |
+| member 1 | 95.7 [95.0, 96.4] | 77,754 | 5.10 | 1.78 | – | – |
+| NT + 100 | 96.1 [96.0, 96.2] | 77,754 | 5.10 | 1.90 | 1.20 | 0.9 |
+
+Accuracy: mean [min, max] over 2 seeds. Members were trained for 150 steps of 64 images.
+Validation images chose the best member and, for each refined row, the learning rate.
+MFLOPs per image; latency per 64 images, measured once per architecture.
+128 s in all: torch 2.14, Python 3.11, Z80, 2 cores.
+torch.compile failed on [something]
+"""
+
+
+def test_markdown():
+    assert to_markdown(EXAMPLE) == MARKDOWN
+
+
+def test_terminal_tables_have_the_same_cells(results):
+    for numbers in (EXAMPLE, results):
+        console = Console(file=io.StringIO(), width=160)
+        for table in to_rich(numbers):
+            console.print(table)
+        printed = " ".join(console.file.getvalue().split())
+        lines = [line for line in to_markdown(numbers).splitlines() if line.startswith("| ")]
+        cells = [cell for line in lines if "---" not in line for cell in line[2:-2].split(" | ")]
+        assert len(cells) >= 21
+        for text in [*cells, "mean [min, max] over"]:
+            assert text in printed
+
+
+@pytest.fixture
+def readme_tables(tmp_path, monkeypatch):
+    """Return (README, results file, function that runs the script with options)."""
+    path = Path(__file__).parents[1] / "benchmarks" / "readme_tables.py"
+    spec = importlib.util.spec_from_file_location("readme_tables", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    readme, numbers = tmp_path / "README.md", tmp_path / "demo.json"
+    readme.write_text("before\n<!-- demo:begin -->\nold\n<!-- demo:end -->\nafter\n")
+    numbers.write_text(json.dumps(EXAMPLE))
+
+    def run(*options):
+        arguments = ["readme_tables", "--readme", str(readme), "--results", str(numbers), *options]
+        monkeypatch.setattr(sys, "argv", arguments)
+        return module.main()
+
+    return readme, numbers, run
+
+
+def test_readme_is_rewritten_between_the_marks(readme_tables):
+    readme, numbers, run = readme_tables
+    assert run("--check") == 1
+    assert "old" in readme.read_text()
+    assert run() == 0
+    expected = f"before\n<!-- demo:begin -->\n{MARKDOWN}<!-- demo:end -->\nafter\n"
+    assert readme.read_text() == expected
+    assert run("--check") == 0
+
+    changed = copy.deepcopy(EXAMPLE)
+    changed["seconds"] = 99.0
+    numbers.write_text(json.dumps(changed))
+    assert run("--check") == 1
+
+
+def test_readme_without_marks_is_left_alone(readme_tables):
+    readme, _, run = readme_tables
+    readme.write_text("nothing\n")
+    with pytest.raises(ValueError, match="demo:begin"):
+        run()
+    assert readme.read_text() == "nothing\n"

@@ -1,0 +1,135 @@
+"""Results are written whole or not at all, and never over something of the user's."""
+
+from __future__ import annotations
+
+import pytest
+
+from fxfuse.errors import OutputExistsError
+from fxfuse.output import atomic_folder, check_output, write_text
+
+NAMES = ("a.txt", "b.txt")
+
+
+def contents(folder):
+    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*"))
+
+
+def write(path, text, **options):
+    with atomic_folder(path, NAMES, **options) as folder:
+        (folder / "a.txt").write_text(text)
+
+
+def test_writes_a_new_folder_and_nothing_else(tmp_path):
+    write(tmp_path / "out", "one")
+    assert contents(tmp_path) == ["out", "out/a.txt"]
+
+
+def test_makes_missing_parents(tmp_path):
+    write(tmp_path / "x" / "y" / "out", "one")
+    assert contents(tmp_path) == ["x", "x/y", "x/y/out", "x/y/out/a.txt"]
+
+
+def test_permissions_are_those_of_an_ordinary_folder(tmp_path):
+    write(tmp_path / "out", "one")
+    (tmp_path / "plain").mkdir()
+    assert (tmp_path / "out").stat().st_mode == (tmp_path / "plain").stat().st_mode
+
+
+def test_the_target_appears_only_at_the_end(tmp_path):
+    with atomic_folder(tmp_path / "out", NAMES) as folder:
+        (folder / "a.txt").write_text("one")
+        assert not (tmp_path / "out").exists()
+    assert (tmp_path / "out" / "a.txt").read_text() == "one"
+
+
+@pytest.mark.parametrize("error", [RuntimeWarning, KeyboardInterrupt, SystemExit])
+@pytest.mark.parametrize("path", ["out", "x/y/out"])
+def test_an_error_leaves_nothing_behind(tmp_path, error, path):
+    def write_and_fail():
+        with atomic_folder(tmp_path / path, NAMES) as folder:
+            (folder / "a.txt").write_text("half")
+            raise error
+
+    with pytest.raises(error):
+        write_and_fail()
+    assert contents(tmp_path) == []
+
+
+def test_an_error_leaves_the_earlier_result(tmp_path):
+    write(tmp_path / "out", "one")
+
+    def write_and_fail():
+        with atomic_folder(tmp_path / "out", NAMES, force=True) as folder:
+            (folder / "a.txt").write_text("half")
+            raise RuntimeWarning
+
+    with pytest.raises(RuntimeWarning):
+        write_and_fail()
+    assert contents(tmp_path) == ["out", "out/a.txt"]
+    assert (tmp_path / "out" / "a.txt").read_text() == "one"
+
+
+def test_an_existing_folder_is_refused(tmp_path):
+    write(tmp_path / "out", "one")
+    with pytest.raises(OutputExistsError, match="--force"):
+        write(tmp_path / "out", "two")
+    assert (tmp_path / "out" / "a.txt").read_text() == "one"
+
+
+def test_force_replaces_the_whole_folder(tmp_path):
+    write(tmp_path / "out", "one")
+    (tmp_path / "out" / "b.txt").write_text("stale")
+    write(tmp_path / "out", "two", force=True)
+    assert contents(tmp_path) == ["out", "out/a.txt"]
+    assert (tmp_path / "out" / "a.txt").read_text() == "two"
+
+
+def test_force_never_deletes_files_of_the_user(tmp_path):
+    write(tmp_path / "out", "one")
+    (tmp_path / "out" / "thesis.tex").write_text("years of work")
+    with pytest.raises(OutputExistsError, match=r"thesis\.tex"):
+        write(tmp_path / "out", "two", force=True)
+    assert contents(tmp_path) == ["out", "out/a.txt", "out/thesis.tex"]
+
+
+def test_force_replaces_neither_files_nor_links(tmp_path):
+    (tmp_path / "file").write_text("mine")
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "folder")
+    (tmp_path / "dangling").symlink_to(tmp_path / "nowhere")
+    for name in ("file", "link", "dangling"):
+        with pytest.raises(OutputExistsError, match="not a folder"):
+            check_output(tmp_path / name, NAMES, force=True)
+
+
+def test_a_folder_that_appears_meanwhile_is_not_overwritten(tmp_path):
+    def race():
+        with atomic_folder(tmp_path / "out", NAMES) as folder:
+            (folder / "a.txt").write_text("ours")
+            (tmp_path / "out").mkdir()
+            (tmp_path / "out" / "a.txt").write_text("theirs")
+
+    with pytest.raises(OutputExistsError):
+        race()
+    assert contents(tmp_path) == ["out", "out/a.txt"]
+    assert (tmp_path / "out" / "a.txt").read_text() == "theirs"
+
+
+def test_a_relative_path(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write("out", "one")
+    assert contents(tmp_path) == ["out", "out/a.txt"]
+
+
+def test_write_text_replaces_a_file_and_leaves_nothing_else(tmp_path):
+    write_text(tmp_path / "a.json", "1")
+    write_text(tmp_path / "a.json", "2")
+    assert contents(tmp_path) == ["a.json"]
+    assert (tmp_path / "a.json").read_text() == "2"
+
+
+def test_write_text_leaves_nothing_after_an_error(tmp_path):
+    (tmp_path / "a.json").mkdir()
+    with pytest.raises(IsADirectoryError):
+        write_text(tmp_path / "a.json", "1")
+    assert contents(tmp_path) == ["a.json"]

@@ -1,0 +1,511 @@
+"""Fine-tuning, distillation, and what makes a run resumable."""
+
+from __future__ import annotations
+
+import copy
+import io
+import json
+import pickle
+import zipfile
+
+import pytest
+import torch
+from rich.console import Console
+from rich.progress import Progress
+from torch import nn
+from torch.nn import functional
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.data import DataLoader, TensorDataset
+
+from fxfuse.data import Batches
+from fxfuse.errors import CheckpointCorruptError, CheckpointMismatchError, RefineError
+from fxfuse.refine import checkpoint as checkpoints
+from fxfuse.refine import default_optimizer, distill, finetune
+
+INPUTS = torch.randn(50, 6, generator=torch.Generator().manual_seed(1))
+LABELS = INPUTS[:, :3].argmax(dim=1)
+QUIET = {"progress": False}
+
+
+class Interrupt(Exception):
+    """What a test stops a run with."""
+
+
+def network(seed=0):
+    """Batch normalisation and dropout: state and random numbers that a resumed run must restore."""
+    torch.manual_seed(seed)
+    return nn.Sequential(
+        nn.Linear(6, 16), nn.BatchNorm1d(16), nn.ReLU(), nn.Dropout(0.3), nn.Linear(16, 3)
+    ).eval()
+
+
+def batches(size=10):
+    return list(zip(INPUTS.split(size), LABELS.split(size), strict=True))
+
+
+def interrupted_at(step):
+    """Return cross-entropy that raises at its `step`-th call."""
+    calls = iter(range(1, step + 1))
+
+    def loss(output, labels):
+        if next(calls) == step:
+            raise Interrupt
+        return functional.cross_entropy(output, labels)
+
+    return loss
+
+
+def assert_same_state(one, other):
+    assert one.keys() == other.keys()
+    for name in one:
+        assert torch.equal(one[name], other[name]), name
+
+
+def test_finetune_learns_and_updates_running_statistics():
+    module = network()
+    optimizer, scheduler = default_optimizer(module, 60, lr=1e-2)
+    report = finetune(
+        module, batches(), steps=60, optimizer=optimizer, scheduler=scheduler, **QUIET
+    )
+    assert report.steps == len(report.losses) == 60
+    assert (report.first_loss, report.last_loss) == (report.losses[0], report.losses[-1])
+    assert sum(report.losses[-5:]) < 0.6 * sum(report.losses[:5])
+    assert (module(INPUTS).argmax(dim=1) == LABELS).float().mean() > 0.75  # a third by guessing
+    assert report.seconds > 0
+    assert module[1].num_batches_tracked == 60
+    assert not any(part.training for part in module.modules())
+
+
+def test_global_random_numbers_are_neither_used_nor_changed():
+    states = []
+    for outside in (5, 6):
+        torch.manual_seed(outside)
+        before = torch.get_rng_state()
+        module = copy.deepcopy(FRESH)
+        loader = DataLoader(TensorDataset(INPUTS, LABELS), batch_size=10, shuffle=True)
+        finetune(module, loader, steps=12, **QUIET)
+        assert torch.equal(torch.get_rng_state(), before)
+        states.append(module.state_dict())
+    assert_same_state(*states)
+
+
+FRESH = network()
+
+LOADERS = {
+    "list": batches,
+    "Batches": lambda: Batches(INPUTS, LABELS, 10, seed=2),
+    "DataLoader": lambda: DataLoader(TensorDataset(INPUTS, LABELS), batch_size=10, shuffle=True),
+    "DataLoader with a generator": lambda: DataLoader(
+        TensorDataset(INPUTS, LABELS),
+        batch_size=10,
+        shuffle=True,
+        generator=torch.Generator().manual_seed(7),
+    ),
+}
+
+
+def _sgd(module, steps):
+    optimizer = torch.optim.SGD(module.parameters(), lr=0.1, momentum=0.9)
+    return optimizer, torch.optim.lr_scheduler.MultiStepLR(optimizer, [4, 9])
+
+
+def _adam(module, steps):
+    optimizer = torch.optim.Adam(module.parameters(), amsgrad=True)
+    return optimizer, torch.optim.lr_scheduler.OneCycleLR(optimizer, 0.1, total_steps=steps)
+
+
+def _tensor_rate(module, steps):
+    return torch.optim.AdamW(module.parameters(), lr=torch.tensor(0.01), foreach=False), None
+
+
+@pytest.mark.parametrize("loader", LOADERS)
+@pytest.mark.parametrize("make", [default_optimizer, _sgd, _adam, _tensor_rate])
+def test_resumed_run_equals_the_uninterrupted_one(loader, make, tmp_path):
+    steps, place = 17, tmp_path / "deep" / "run.safetensors"
+
+    def run(checkpoint, loss=None):
+        module = network()
+        optimizer, scheduler = make(module, steps)
+        options = {"optimizer": optimizer, "scheduler": scheduler, "loss": loss, "seed": 4}
+        report = finetune(
+            module,
+            LOADERS[loader](),
+            steps=steps,
+            checkpoint=checkpoint,
+            checkpoint_every=4,
+            **options,
+            **QUIET,
+        )
+        return module, report
+
+    whole, report = run(None)
+    with pytest.raises(Interrupt):
+        run(place, interrupted_at(15))
+    resumed, second = run(place)
+    assert second.resumed_at == 12
+    assert second.losses == report.losses
+    assert_same_state(whole.state_dict(), resumed.state_dict())
+
+    again, third = run(place)
+    assert third.resumed_at == steps
+    assert_same_state(whole.state_dict(), again.state_dict())
+
+
+def test_a_loader_that_counts_its_passes_starts_over_in_each_run():
+    loader = Batches(INPUTS, LABELS, 10, seed=2)
+    first, second = network(), network()
+    finetune(first, loader, steps=12, **QUIET)
+    finetune(second, loader, steps=12, **QUIET)
+    assert_same_state(first.state_dict(), second.state_dict())
+
+
+def test_distillation_resumes_too(tmp_path):
+    teachers = [network(1).eval(), network(2).eval()]
+
+    def run(checkpoint, members):
+        module = network()
+        report = distill(
+            module,
+            members,
+            [inputs for inputs, _ in batches()],
+            steps=9,
+            checkpoint=checkpoint,
+            checkpoint_every=3,
+            **QUIET,
+        )
+        return module, report
+
+    class Stops(nn.Module):
+        calls = 0
+
+        def forward(self, x):
+            self.calls += 1
+            if self.calls == 8:
+                raise Interrupt
+            return teachers[1](x)
+
+    whole, report = run(None, teachers)
+    with pytest.raises(Interrupt):
+        run(tmp_path, [teachers[0], Stops()])
+    resumed, second = run(tmp_path, teachers)
+    assert second.resumed_at == 6
+    assert second.losses == report.losses
+    assert_same_state(whole.state_dict(), resumed.state_dict())
+    assert [path.name for path in tmp_path.iterdir()] == ["refine.safetensors"]
+
+
+def test_tied_weights_are_stored_and_stay_tied(tmp_path):
+    def tied():
+        torch.manual_seed(0)
+        module = nn.Sequential(nn.Linear(6, 6), nn.ReLU(), nn.Linear(6, 6))
+        module[2].weight = module[0].weight
+        return module
+
+    place = tmp_path / "run"
+    first = tied()
+    finetune(first, batches(), steps=3, checkpoint=place, **QUIET)
+    second = tied()
+    assert finetune(second, batches(), steps=3, checkpoint=place, **QUIET).resumed_at == 3
+    assert second[2].weight is second[0].weight
+    assert_same_state(first.state_dict(), second.state_dict())
+
+
+def test_distillation_without_labels_comes_closer_to_the_ensemble():
+    teachers = [network(1), network(2).eval()]
+    before = [copy.deepcopy(teacher.state_dict()) for teacher in teachers]
+
+    def divergence(module):
+        with torch.no_grad():
+            wanted = torch.stack([teacher.eval()(INPUTS) for teacher in teachers]).mean(dim=0)
+            student = module.eval()(INPUTS).log_softmax(1)
+        target = wanted.log_softmax(1)
+        return functional.kl_div(student, target, reduction="sum", log_target=True).item()
+
+    student = network(3)
+    start = divergence(student)
+    teachers[0].train()
+    optimizer, scheduler = default_optimizer(student, 150, lr=1e-2)
+    distill(
+        student,
+        teachers,
+        [inputs for inputs, _ in batches()],
+        steps=150,
+        optimizer=optimizer,
+        scheduler=scheduler,
+        **QUIET,
+    )
+    assert [teacher.training for teacher in teachers] == [True, False]
+    assert divergence(student) < 0.3 * start
+    for teacher, state in zip(teachers, before, strict=True):
+        assert_same_state(teacher.state_dict(), state)
+        assert all(parameter.grad is None for parameter in teacher.parameters())
+
+
+def _linear(seed):
+    torch.manual_seed(seed)
+    return nn.Linear(6, 3)
+
+
+def test_distillation_loss_is_scaled_kl_to_the_mean_of_the_logits():
+    student, teachers = _linear(0), [_linear(1), _linear(2)]
+    with torch.no_grad():
+        wanted = (teachers[0](INPUTS) + teachers[1](INPUTS)) / 2 / 3
+        own = (student(INPUTS) / 3).log_softmax(1)
+    expected = 9 * (wanted.softmax(1) * (wanted.log_softmax(1) - own)).sum(1).mean()
+    pairs = [(INPUTS, LABELS)]
+    report = distill(student, teachers, pairs, steps=1, temperature=3.0, **QUIET)
+    assert report.first_loss == pytest.approx(expected.item(), rel=1e-5)
+
+
+def test_classes_may_stand_in_the_last_dimension():
+    student, teacher = _linear(0), _linear(1)
+    tokens = INPUTS.reshape(10, 5, 6)
+    flat = distill(copy.deepcopy(student), [teacher], [INPUTS], steps=1, **QUIET)
+    per_token = distill(student, [teacher], [tokens], steps=1, class_dim=-1, **QUIET)
+    assert per_token.first_loss == pytest.approx(flat.first_loss, rel=1e-5)
+
+
+class _Sum(nn.Module):
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.linear = nn.Linear(6, 3)
+
+    def forward(self, a, b):
+        return self.linear(a + b)
+
+
+@pytest.mark.parametrize(
+    "inputs", [(INPUTS, INPUTS), [INPUTS, INPUTS], {"b": INPUTS, "a": INPUTS}], ids=type
+)
+def test_inputs_may_be_a_tuple_or_a_dict(inputs):
+    module = _Sum()
+    expected = functional.cross_entropy(module(INPUTS, INPUTS), LABELS).item()
+    report = finetune(module, [(inputs, LABELS)], steps=1, **QUIET)
+    assert report.first_loss == pytest.approx(expected)
+
+
+def test_callers_optimizer_schedule_and_loss_are_used():
+    module = _linear(0)
+    before = copy.deepcopy(module.state_dict())
+    optimizer = torch.optim.SGD([module.bias], lr=0.5)
+    scheduler = torch.optim.lr_scheduler.StepLR(optimizer, step_size=1, gamma=0.5)
+    report = finetune(
+        module,
+        [(INPUTS, LABELS)],
+        steps=2,
+        optimizer=optimizer,
+        scheduler=scheduler,
+        loss=lambda output, labels: output.sum(dim=1).mean(),
+        **QUIET,
+    )
+    # The gradient of every bias is 1, so the two steps are 0.5 and 0.25.
+    torch.testing.assert_close(module.bias.detach(), before["bias"] - 0.75)
+    assert torch.equal(module.weight.detach(), before["weight"])
+    assert report.first_loss - report.last_loss == pytest.approx(1.5, rel=1e-4)
+    assert scheduler.last_epoch == 2
+
+
+def test_losses_are_read_once_in_many_steps():
+    class Reads(TorchDispatchMode):
+        count = 0
+
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            self.count += function is torch.ops.aten._local_scalar_dense.default
+            return function(*args, **(kwargs or {}))
+
+    def reads(steps):
+        module = _linear(0)
+        optimizer = torch.optim.SGD(module.parameters(), lr=0.01)
+        with Reads() as counter:
+            finetune(module, batches(), steps=steps, optimizer=optimizer, **QUIET)
+        return counter.count
+
+    assert reads(61) - reads(1) <= 3
+
+
+def test_a_given_progress_display_gets_a_task_and_loses_it():
+    display = Progress(console=Console(file=io.StringIO()))
+    seen = []
+    display.update = lambda task, **fields: seen.append(fields)
+    finetune(_linear(0), batches(), steps=30, progress=display)
+    assert [fields["completed"] for fields in seen] == [20, 30]
+    assert "loss" in seen[-1]["description"]
+    assert display.tasks == []
+
+
+def test_own_progress_bar_goes_to_stderr(capsys):
+    finetune(_linear(0), batches(), steps=3)
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert "fine-tuning" in captured.err
+
+
+def test_checkpoint_is_safetensors_and_nothing_is_pickled(tmp_path, monkeypatch):
+    def forbidden(*args, **kwargs):
+        raise AssertionError("pickle was used")
+
+    for name in ("dump", "dumps", "load", "loads", "Pickler", "Unpickler"):
+        monkeypatch.setattr(pickle, name, forbidden)
+    place = tmp_path / "run.safetensors"
+    for resumed_at in (0, 5):
+        report = finetune(network(), batches(), steps=5, checkpoint=place, **QUIET)
+        assert report.resumed_at == resumed_at
+    content = place.read_bytes()
+    length = int.from_bytes(content[:8], "little")
+    header = json.loads(content[8 : 8 + length])
+    sizes = [entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"]
+    assert len(content) == 8 + length + max(sizes)  # header and tensors are all there is
+    assert not zipfile.is_zipfile(place)
+
+
+def test_failed_write_leaves_the_old_checkpoint(tmp_path, monkeypatch):
+    place = tmp_path / "run"
+    checkpoints.save(place, {"step": 1})
+
+    def half(tensors, path, metadata):
+        with open(path, "wb") as file:
+            file.write(b"half")
+        raise OSError("disk full")
+
+    monkeypatch.setattr(checkpoints, "save_file", half)
+    with pytest.raises(OSError, match="disk full"):
+        checkpoints.save(place, {"step": 2})
+    assert checkpoints.load(place) == {"step": 1}
+    assert list(tmp_path.iterdir()) == [place]
+
+
+def test_trees_come_back_as_they_were(tmp_path):
+    tree = {
+        "state": {0: {"a": torch.arange(3), "b": None}, 1: {}},
+        "groups": [{"betas": (0.9, 0.999), "lr": 0.1, "on": True, "name": "x"}],
+        "inf": float("inf"),
+        "empty": torch.empty(0, 2),
+    }
+    checkpoints.save(tmp_path / "tree", tree)
+    back = checkpoints.load(tmp_path / "tree")
+    assert torch.equal(back["state"][0].pop("a"), tree["state"][0].pop("a"))
+    assert torch.equal(back.pop("empty"), tree.pop("empty"))
+    assert back == tree
+
+
+def test_state_that_is_no_tensor_is_refused_by_name(tmp_path):
+    with pytest.raises(RefineError, match="set") as caught:
+        checkpoints.save(tmp_path / "tree", {"optimizer": {"state": {1, 2}}})
+    assert caught.value.where == "optimizer/state"
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("content", [b"", b"garbage", b"\x80\x04N.", None], ids=repr)
+def test_unreadable_checkpoint(content, tmp_path):
+    place = tmp_path / "run"
+    if content is None:
+        finetune(network(), batches(), steps=2, checkpoint=place, **QUIET)
+        content = place.read_bytes()[:-10]
+    place.write_bytes(content)
+    with pytest.raises(CheckpointCorruptError, match="how to mend") as caught:
+        finetune(network(), batches(), steps=2, checkpoint=place, **QUIET)
+    assert str(place) in caught.value.where
+
+
+@pytest.mark.parametrize(
+    ("changed", "named"),
+    [
+        ({"steps": 9}, "steps was 4, is 9"),
+        ({"seed": 1}, "seed was 0, is 1"),
+        ({"module": _linear(0)}, "Missing key"),
+        ({"make": _sgd}, "optimizer was AdamW, is SGD"),
+    ],
+    ids=["steps", "seed", "module", "optimizer"],
+)
+def test_checkpoint_of_another_run(changed, named, tmp_path):
+    place = tmp_path / "run"
+    finetune(network(), batches(), steps=4, checkpoint=place, **QUIET)
+    module = changed.pop("module", network())
+    options = {"steps": 4, **changed}
+    if "make" in options:
+        options["optimizer"], options["scheduler"] = options.pop("make")(module, 4)
+    with pytest.raises(CheckpointMismatchError, match=named):
+        finetune(module, batches(), checkpoint=place, **options, **QUIET)
+
+
+def test_one_shot_iterator_that_ends_early():
+    module = network()
+    with pytest.raises(RefineError, match="ran out after 5 steps") as caught:
+        finetune(module, iter(batches()), steps=6, **QUIET)
+    assert "list" in caught.value.how
+    assert not module.training
+    assert finetune(network(), iter(batches()), steps=5, **QUIET).steps == 5
+
+
+BAD_CALLS = {
+    "no batches": (lambda: finetune(_linear(0), [], steps=1, **QUIET), "no batches"),
+    "no labels": (lambda: finetune(_linear(0), [INPUTS], steps=1, **QUIET), "no labels"),
+    "three items": (
+        lambda: finetune(_linear(0), [(INPUTS, INPUTS, LABELS)], steps=1, **QUIET),
+        "tuple of 3 items",
+    ),
+    "no steps": (lambda: finetune(_linear(0), batches(), steps=0, **QUIET), "steps is 0"),
+    "checkpoint_every": (
+        lambda: finetune(_linear(0), batches(), steps=1, checkpoint_every=0, **QUIET),
+        "checkpoint_every is 0",
+    ),
+    "optimizer of another module": (
+        lambda: finetune(_linear(0), batches(), steps=1, optimizer=_sgd(_linear(0), 1)[0], **QUIET),
+        "no parameter of this module",
+    ),
+    "schedule alone": (
+        lambda: finetune(_linear(0), batches(), steps=1, scheduler=_sgd(_linear(0), 1)[1], **QUIET),
+        "without its optimiser",
+    ),
+    "frozen": (
+        lambda: finetune(_linear(0).requires_grad_(False), batches(), steps=1, **QUIET),
+        "nothing to train",
+    ),
+    "no logits": (
+        lambda: finetune(nn.LSTM(6, 3), batches(), steps=1, **QUIET),
+        "no logits",
+    ),
+    "no teachers": (lambda: distill(_linear(0), [], batches(), steps=1, **QUIET), "no teachers"),
+    "own teacher": (
+        lambda: distill((module := _linear(0)), [module], batches(), steps=1, **QUIET),
+        "its own teachers",
+    ),
+    "temperature": (
+        lambda: distill(_linear(0), [_linear(1)], batches(), steps=1, temperature=0.0, **QUIET),
+        "temperature is 0",
+    ),
+    "other classes": (
+        lambda: distill(_linear(0), [nn.Linear(6, 4)], batches(), steps=1, **QUIET),
+        "different shapes",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", BAD_CALLS)
+def test_bad_calls_say_what_and_how(case):
+    call, what = BAD_CALLS[case]
+    with pytest.raises(RefineError, match=what) as caught:
+        call()
+    assert caught.value.where
+    assert caught.value.why
+    assert caught.value.how
+
+
+def test_loss_that_is_not_finite_stops_the_run(tmp_path):
+    broken = batches()
+    broken[2] = (broken[2][0] * float("nan"), broken[2][1])
+    place = tmp_path / "run"
+    with pytest.raises(RefineError, match="nan at step 3"):
+        finetune(network(), broken, steps=9, checkpoint=place, checkpoint_every=2, **QUIET)
+    assert checkpoints.load(place)["step"] == 2
+
+
+def test_weights_that_the_last_step_broke_are_not_handed_over(tmp_path):
+    module = _linear(0)
+    optimizer = torch.optim.SGD(module.parameters(), lr=float("inf"))
+    with pytest.raises(RefineError, match="weight became infinite"):
+        finetune(
+            module, batches(), steps=1, optimizer=optimizer, checkpoint=tmp_path / "run", **QUIET
+        )
+    assert list(tmp_path.iterdir()) == []

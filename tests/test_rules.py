@@ -1,0 +1,65 @@
+"""Every operator that has a rule: the oracle on its sample."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import fxfuse
+from fxfuse import verify
+from fxfuse.errors import RuleError
+from fxfuse.rules import registered, rule
+from tests.models import excite
+from tests.samples import SAMPLES, Net
+
+
+def test_every_rule_has_a_sample_and_every_sample_a_rule():
+    assert set(SAMPLES) == set(registered())
+
+
+@pytest.mark.parametrize("operator", SAMPLES, ids=str)
+def test_sample(operator: Any):
+    x = torch.randn(2, 3, 6, 6, dtype=torch.float64)
+    model = Net(copy.deepcopy(SAMPLES[operator])).double()
+    model(x)  # sizes the lazy layer
+    excite(model, torch.randn(4, 3, 6, 6, dtype=torch.float64))
+    captured = fxfuse.capture(model, x)
+    assert operator in {node.target for node in captured.graph.nodes}
+    graph = fxfuse.analyze(captured)
+    check = verify.permutation_of(graph)
+    assert check.passed, check
+    assert check.tolerance == verify.EXACT
+    assert verify.sensitivity(captured) > 1e-3
+    assert ("conv.weight", 0) in graph.group_of, graph.explain("conv.weight", 0)
+    assert sum(group.n_units for group in graph.group_of[("conv.weight", 0)]) >= 2
+
+
+def test_an_operator_with_two_rules_is_an_error():
+    with pytest.raises(RuleError, match="two rules"):
+        rule(torch.ops.aten.linear.default)(lambda call: None)
+
+
+class Sorted(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Linear(4, 8)
+        self.second = nn.Linear(8, 8)
+        self.third = nn.Linear(8, 2)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.third(self.second(self.first(x)).sort(-1).values)
+
+
+def test_an_operator_without_a_rule_freezes_and_says_so():
+    graph = fxfuse.analyze(Sorted(), torch.randn(2, 4))
+    assert ("first.weight", 0) in graph.group_of
+    for place in (("second.weight", 0), ("third.weight", 1)):
+        assert place not in graph.group_of
+        reason = graph.frozen[place]
+        assert "aten.sort" in reason.why
+        assert "test_rules.py" in reason.source
+    assert verify.permutation_of(graph).passed
