@@ -1,7 +1,8 @@
 """Capture: a module becomes a `torch.fx` graph in the ATen training IR of `torch.export`.
 
 The graph is rebuilt node by node into a plain `torch.fx.GraphModule`, because the module that
-`torch.export` hands out can neither be put into `train()` nor pickled (docs/adr/0001-training-ir.md).
+`torch.export` hands out can neither be put into `train()` nor pickled
+(docs/adr/0001-training-ir.md).
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.utils._pytree as pytree
@@ -149,9 +150,10 @@ def _try_example(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
         shapes = pytree.tree_map(
             lambda x: tuple(x.shape) if isinstance(x, torch.Tensor) else x, (args, kwargs)
         )
+        call = f"{type(model).__name__} called with shapes {shapes[0]} {shapes[1] or ''}"
         raise ExampleInputError(
             "the model rejects the example inputs",
-            where=f"{type(model).__name__} called with shapes {shapes[0]} {shapes[1] or ''}".rstrip(),
+            where=call.rstrip(),
             why=_first_line(error),
             how="pass inputs with which the model itself runs, batch dimension included",
         ) from error
@@ -284,8 +286,9 @@ class _Copier:
         self.environment[node] = copied
 
     def inline(self, call: fx.Node, owner: fx.GraphModule) -> Any:
-        body = _attribute(owner, str(call.args[1].target))
-        inputs = iter(call.args[2:])
+        subgraph, *operands = cast("tuple[fx.Node, ...]", call.args[1:])
+        body = _attribute(owner, str(subgraph.target))
+        inputs = iter(operands)
         for node in body.graph.nodes:
             if node.op == "placeholder":
                 self.environment[node] = self.environment[next(inputs)]
@@ -394,7 +397,7 @@ def _is_constant(captured: Captured, target: str) -> bool:
 
 def _signature(node: fx.Node, position: Mapping[fx.Node, int]) -> tuple[Any, ...]:
     def plain(value: Any) -> Any:
-        return fx.map_arg(value, lambda n: ("node", position[n]))  # type: ignore[return-value]
+        return fx.map_arg(value, lambda n: ("node", position[n]))
 
     target = node.target if node.op in ("get_attr", "call_function") else ""
     return (node.op, target, plain(node.args), plain(node.kwargs))

@@ -6,6 +6,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import pairwise
 from typing import Any, overload
 
 import networkx as nx
@@ -205,7 +206,7 @@ class CouplingGraph:
         by_name = {node.name: node for node in self.captured.graph.nodes}
         path = nx.shortest_path(self._graph, a, b)
         steps = []
-        for left, right in zip(path, path[1:], strict=False):
+        for left, right in pairwise(path):
             name = self._graph.edges[left, right]["nodes"][0]
             source = source_of(by_name[name])
             steps.append(
@@ -324,20 +325,20 @@ def _groups(
     rows: list[tuple[Place, Index]] = []
     for owner, place in enumerate(ledger.owners):
         if _is_real(place):
-            members = component[_ids_of(ledger, owner)]
-            rows.append((place, members))
-            for c, count in zip(*np.unique(members, return_counts=True), strict=True):
+            line = component[_ids_of(ledger, owner)]
+            rows.append((place, line))
+            for c, count in zip(*np.unique(line, return_counts=True), strict=True):
                 signature[int(c)].append((len(rows) - 1, int(count)))
     for c, marks in _marks(ledger, component).items():
         if c in signature:
             signature[c].append((-1, hash(marks)))
     buckets: dict[tuple[tuple[int, int], ...], list[int]] = defaultdict(list)
-    for c, key in signature.items():
+    for c, signed in signature.items():
         if not frozen[c]:
-            buckets[tuple(key)].append(c)
+            buckets[tuple(signed)].append(c)
     aliases = defaultdict(list)
-    for name, first in captured.canonical.items():
-        aliases[first].append(name)
+    for name, canonical in captured.canonical.items():
+        aliases[canonical].append(name)
     groups, taken = [], set[str]()
     for key, members in buckets.items():
         order = np.full(len(frozen), -1, dtype=np.int64)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -69,7 +69,7 @@ class _Interpreter:
         return self.parameters[name]
 
     def call_function(self, node: fx.Node) -> Any:
-        args, kwargs = fx.map_arg((node.args, node.kwargs), lambda n: self.values[n])  # type: ignore[misc]
+        args, kwargs = fx.map_arg((node.args, node.kwargs), lambda n: self.values[n])
         args, kwargs = pytree.tree_map(hint, (args, kwargs), is_leaf=_is_leaf)
         if node.target is operator.getitem:
             return args[0][args[1]]
@@ -127,7 +127,8 @@ class _Interpreter:
 
     def frozen_value(self, node: fx.Node, fake: torch.Tensor) -> Value:
         shape = concrete_shape(fake)
-        static = [d for d, s in enumerate(fake.shape) if isinstance(s, int)]
+        sizes: Sequence[Any] = fake.shape  # a fake tensor has SymInt sizes, which are no int
+        static = [d for d, s in enumerate(sizes) if isinstance(s, int)]
         labelled = self.ledger.parameter(f"<{node.name}>", shape)
         fields = tuple(f for f in labelled.fields if f.dims[0] in static)
         for f in fields:
@@ -180,9 +181,9 @@ _MADE_FROM_SIZES = frozenset(
 def constant(tensor: torch.Tensor) -> Value:
     """The value of a real tensor that depends on neither inputs nor parameters."""
     shape = tuple(tensor.shape)
-    varying = range(len(shape))
+    varying: Sequence[int] = range(len(shape))
     if tensor.numel() <= _COMPARE_LIMIT:
-        varying = [d for d in varying if shape[d] > 1 and not _equal_along(tensor, d)]  # type: ignore[assignment]
+        varying = [d for d in varying if shape[d] > 1 and not _equal_along(tensor, d)]
     return Value(shape, (), positions(shape, varying), frozenset(), tensor)
 
 

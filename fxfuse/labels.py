@@ -270,7 +270,8 @@ class Ledger:
         a = np.concatenate([x for x, _, _ in self.ties])
         b = np.concatenate([y for _, y, _ in self.ties])
         graph = coo_array((np.ones(len(a), dtype=np.int8), (a, b)), shape=(self.count, self.count))
-        return connected_components(graph, directed=False)[1].astype(np.int64)
+        _, component = connected_components(graph, directed=False)
+        return np.asarray(component, dtype=np.int64)
 
 
 def _flat(ids: Ids) -> NDArray[np.int64]:

@@ -8,9 +8,11 @@ from the labels of their node, never by matching numbers.
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Iterator, Mapping, Sequence
-from itertools import combinations
-from typing import Any
+from dataclasses import dataclass
+from itertools import combinations, pairwise
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -109,6 +111,8 @@ class _Widener:
             return self.layout_of(node.args[0])
         if rule in (movement.cat, movement.stack):
             return self.join(node)
+        if rule is movement.pad:
+            return self.pad(node)
         result = self.carry(node)
         self.rewrite_literals(node, result)
         return result
@@ -194,6 +198,7 @@ class _Widener:
 
     def move(self, node: fx.Node) -> Any:
         source = node.args[0]
+        assert isinstance(source, fx.Node)
         value: Value = self.analysis.values[source]
         layouts = self.layout_of(source)
         if not layouts:
@@ -214,11 +219,19 @@ class _Widener:
                     continue
                 parts = zip(_list(narrow), _list(moved), _list(copies), strict=True)
                 found = [_match(*part) for part in parts]
-                if all(x is not None for x in found):
+                if self.keeps_units_apart(node, found):
                     self.set_literals(node, args)
                     self.reorder(node, layouts, ordered)
                     return found if isinstance(self.analysis.values[node], list) else found[0]
         raise self.error(node, "no rewriting of its literals keeps the members' neurons apart")
+
+    def keeps_units_apart(self, node: fx.Node, found: Sequence[Layouts | None]) -> bool:
+        """Whether the results are made of whole copies, and grow where units differ."""
+        values = _list(self.analysis.values[node])
+        return all(
+            layouts is not None and all(self.order(value, dim) is not None for dim in layouts)
+            for value, layouts in zip(values, found, strict=True)
+        )
 
     def reorderings(self, value: Value, layouts: Layouts) -> Iterator[Layouts]:
         """Layouts in which the copies of an index, or of a run of a unit's, stand together."""
@@ -258,6 +271,8 @@ class _Widener:
         return target(tensor, *rest, **kwargs)
 
     def concrete(self, x: Any) -> Any:
+        if isinstance(x, _Product):
+            return self.concrete(x.size) * x.factor
         if not isinstance(x, fx.Node):
             return x
         value = self.analysis.values[x]
@@ -275,8 +290,7 @@ class _Widener:
             for dims in combinations(range(len(sizes)), len(growth)):
                 grown = list(sizes)
                 for d, factor in zip(dims, growth, strict=True):
-                    if isinstance(grown[d], int) and grown[d] > 0:
-                        grown[d] *= factor
+                    grown[d] = _times(grown[d], factor)
                 yield (*args[:place], grown, *args[place + 1 :])
             return
         dim = _dimension(node, value.rank)
@@ -284,12 +298,9 @@ class _Widener:
             yield from self.slices(node, layouts[dim])
             return
         if node.target in (aten.split_with_sizes.default,) and dim in layouts:
-            ends = np.cumsum([0, *args[1]])  # type: ignore[arg-type]
+            ends = np.cumsum([0, *cast("Sequence[int]", args[1])]).tolist()
             origin = layouts[dim].source
-            sizes = [
-                int(((origin >= a) & (origin < b)).sum())
-                for a, b in zip(ends, ends[1:], strict=False)
-            ]
+            sizes = [int(((origin >= a) & (origin < b)).sum()) for a, b in pairwise(ends)]
             yield (args[0], sizes, *args[2:])
             return
         if node.target is aten.split.Tensor and dim in layouts:
@@ -310,7 +321,8 @@ class _Widener:
 
     def join(self, node: fx.Node) -> Layouts:
         """Concatenation: layouts along the joined dimension follow each other."""
-        parts = [n for n in node.args[0] if self.analysis.values[n].shape != (0,)]  # type: ignore[union-attr]
+        joined = cast("Sequence[fx.Node]", node.args[0])
+        parts = [n for n in joined if self.analysis.values[n].shape != (0,)]
         value: Value = self.analysis.values[node]
         dim = _dimension(node, value.rank)
         result: Layouts = {}
@@ -332,6 +344,42 @@ class _Widener:
         if grows:
             result[dim] = Layout(np.concatenate(lines), np.concatenate(copies))
         return result
+
+    def pad(self, node: fx.Node) -> Layouts:
+        """Padding: a padded place that grows is padded once for each member."""
+        source = cast("fx.Node", node.args[0])
+        value: Value = self.analysis.values[node]
+        layouts = self.layout_of(source)
+        amounts = list(_argument(node, "pad"))
+        result: Layouts = {}
+        for dim in range(value.rank):
+            if self.order(value, dim) is None:
+                continue
+            at = 2 * (value.rank - 1 - dim)
+            before, after = amounts[at : at + 2] or (0, 0)
+            if min(before, after) < 0:
+                raise self.error(node, "negative padding cuts neurons off")
+            size = self.analysis.values[source].shape[dim]
+            inner = layouts.get(dim, Layout(np.arange(size), np.full(size, -1)))
+            first = self.padded(value, dim, np.arange(before))
+            last = self.padded(value, dim, np.arange(before + size, before + size + after))
+            result[dim] = Layout(
+                np.concatenate([first.source, before + inner.source, last.source]),
+                np.concatenate([first.copy, inner.copy, last.copy]),
+            )
+            amounts[at : at + 2] = [first.size, last.size]
+        if result:
+            self.set_argument(node, "pad", amounts)
+        return result
+
+    def padded(self, value: Value, dim: int, indices: Index) -> Layout:
+        """Layout of padded places: copies next to each other, none where nothing grows."""
+        line = next(_line(f, dim) for f in value.fields if dim in f.dims)
+        grows = np.isin(self.component[line[indices]], list(self.free))
+        repeats = np.where(grows, self.n_members, 1)
+        copy = [np.arange(n) if n > 1 else np.array([-1]) for n in repeats]
+        none = np.empty(0, dtype=np.int64)
+        return Layout(np.repeat(indices, repeats), np.concatenate([none, *copy]))
 
     # --- literals -------------------------------------------------------------------------------
 
@@ -371,9 +419,14 @@ class _Widener:
 
     def set_literals(self, node: fx.Node, args: Sequence[Any]) -> None:
         target = self.mapping[node]
-        new = fx.map_arg(tuple(args), lambda n: self.mapping[n])
-        if new != target.args:
-            target.args = new  # type: ignore[assignment]
+
+        def literal(x: Any) -> Any:
+            if isinstance(x, _Product):
+                with self.graph.inserting_before(target):
+                    return self.graph.call_function(operator.mul, (literal(x.size), x.factor))
+            return self.mapping[x] if isinstance(x, fx.Node) else x
+
+        target.args = tuple(pytree.tree_map(literal, list(args)))
 
     def error(self, node: fx.Node, why: str) -> RewriteError:
         return RewriteError(
@@ -415,6 +468,20 @@ def _pairs(layout: Layout) -> list[tuple[int, int]]:
     return list(zip(layout.source.tolist(), layout.copy.tolist(), strict=True))
 
 
+@dataclass(frozen=True)
+class _Product:
+    """A symbolic size (a batch times heads, say) that grows by a factor."""
+
+    size: fx.Node
+    factor: int
+
+
+def _times(size: Any, factor: int) -> Any:
+    if isinstance(size, fx.Node):
+        return _Product(size, factor)
+    return size * factor if size > 0 else size
+
+
 def _list(value: Any) -> list[Any]:
     return list(value) if isinstance(value, list | tuple) else [value]
 
@@ -447,10 +514,11 @@ def _match(narrow: torch.Tensor, moved: torch.Tensor, copies: torch.Tensor) -> L
     for dim in grown:
         head = narrow.movedim(dim, 0).reshape(narrow.shape[dim], -1)[:, 0]
         line = moved.movedim(dim, 0).reshape(moved.shape[dim], -1)[:, 0]
-        where = (line[:, None] == head[None]).int()
-        if not bool((where.sum(1) == 1).all()):
+        ordered, order = head.sort()
+        found = torch.searchsorted(ordered, line).clamp(max=len(head) - 1)
+        source = order[found]
+        if not torch.equal(head[source], line):
             return None
-        source = where.argmax(1)
         copy = copies.movedim(dim, 0).reshape(moved.shape[dim], -1)[:, 0]
         result[dim] = Layout(source.numpy(), copy.numpy())
         rebuilt = rebuilt.index_select(dim, source)

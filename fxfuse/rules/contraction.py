@@ -7,6 +7,7 @@ s key token, d channel of a head, k kernel position, p output pixel.
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import torch
 
@@ -75,7 +76,7 @@ def matmul(call: Call) -> Value:
 
 
 @rule(aten.einsum.default)
-def einsum(call: Call) -> Value:
+def einsum(call: Call) -> Any:
     """`torch.einsum` with two operands and named letters; anything else freezes."""
     equation: str = call.args[0].replace(" ", "")
     operands: list[Value] = call.args[1]
@@ -136,11 +137,13 @@ def _convolve_batched(call: Call, x: Value, weight: Value, groups: int, transpos
 
 
 def _drop_space(value: Value) -> Value:
-    return value.moved(lambda t: t[(slice(None), slice(None), *[0] * (t.dim() - 2))])
+    whole = slice(None)
+    corner: tuple[slice | int, ...] = (whole, whole, *[0] * (value.rank - 2))
+    return value.moved(lambda t: t[corner])
 
 
 @rule(aten.scaled_dot_product_attention.default)
-def attention(call: Call) -> Value:
+def attention(call: Call) -> Any:
     """`* t d, * s d -> * t s`, softmax over s, `* t s, * s d -> * t d`."""
     query, key, value = call.args[:3]
     ledger = call.ledger

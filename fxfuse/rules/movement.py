@@ -43,13 +43,13 @@ aten = torch.ops.aten
     aten.pixel_shuffle.default,
     aten.pixel_unshuffle.default,
 )
-def move(call: Call) -> Value | list[Value]:
+def move(call: Call) -> Any:
     """Runs the operator on the ids of its first argument."""
     return _run(call, call.node.target)
 
 
 @rule(aten.view.default, aten.reshape.default, aten._unsafe_view.default)
-def view(call: Call) -> Value | list[Value]:
+def view(call: Call) -> Any:
     """Ids are expanded, not contiguous: `view` needs `reshape`."""
     return _run(call, aten.reshape.default)
 
@@ -82,7 +82,7 @@ def index(call: Call) -> Any:
 
 @rule(aten.pad.default, aten.constant_pad_nd.default)
 def pad(call: Call) -> Any:
-    """Padded places carry id 0, no neuron."""
+    """Padded places are neurons of their own: whatever is added to them moves with them."""
     value: Value = call.args[0]
     amounts = list(call.argument("pad"))
     padded = {value.rank - 1 - i // 2 for i, amount in enumerate(amounts) if amount}
@@ -97,7 +97,15 @@ def pad(call: Call) -> Any:
         inside = [
             amount if (value.rank - 1 - i // 2) in f.dims else 0 for i, amount in enumerate(amounts)
         ]
-        return Field(torch.nn.functional.pad(f.ids, inside, value=0), f.dims)
+        ids = torch.nn.functional.pad(f.ids, inside, value=0)
+        new = torch.nn.functional.pad(torch.zeros_like(f.ids), inside, value=1).bool()
+        size = int(new.sum())
+        if size:
+            start = call.ledger.fresh(size, (f"<{call.node.name}>", f.dims[0]))
+            ids[new] = torch.arange(start, start + size)
+            # Places with different padding are no equals, even if the same layers read them.
+            call.ledger.touch(Value(tuple(ids.shape), (Field(ids * new, f.dims),)))
+        return Field(ids, f.dims)
 
     shape = call.shape
     return Value(
@@ -192,7 +200,7 @@ def _run(call: Call, operation: Any) -> Any:
     if not isinstance(value, Value):
         return NotImplemented
     args, kwargs = pytree.tree_map(
-        lambda x: x.constant if isinstance(x, Value) else x,
+        _real,
         (tuple(call.args[1:]), call.kwargs),
         is_leaf=lambda x: isinstance(x, Value),
     )
@@ -209,3 +217,8 @@ def _run(call: Call, operation: Any) -> Any:
 def _nth(run: Any, place: int, ids: torch.Tensor) -> torch.Tensor:
     part: torch.Tensor = run(ids)[place]
     return part
+
+
+def _real(x: Any) -> Any:
+    # Ids live on the CPU, wherever the network's constants are.
+    return x.constant.cpu() if isinstance(x, Value) and x.constant is not None else x

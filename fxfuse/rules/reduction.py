@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 import torch
 
@@ -14,7 +15,7 @@ from fxfuse.rules.registry import Call, rule
 aten = torch.ops.aten
 
 #: Dimensions that a pooling operator works on, counted from the end.
-_POOLING = {
+_POOLING: dict[Any, int] = {
     aten.max_pool1d.default: 1,
     aten.max_pool2d.default: 2,
     aten.max_pool3d.default: 3,

@@ -84,7 +84,7 @@ def rule(*targets: Any) -> Callable[[Rule], Rule]:
             if target in _RULES:
                 raise RuleError(
                     f"{target} has two rules",
-                    where=f"{function.__module__}.{function.__name__}",  # type: ignore[attr-defined]
+                    where=f"{function.__module__}.{function.__name__}",
                     how="keep one of them",
                 )
             _RULES[target] = function

@@ -62,10 +62,12 @@ def relative_error(found: Sequence[torch.Tensor], expected: Sequence[torch.Tenso
 
 
 def as_captured(model: Any, inputs: Any, kwargs: Mapping[str, Any] | None) -> Captured:
+    """Captures a model, unless it is captured already."""
     return model if isinstance(model, Captured) else capture(model, inputs, kwargs)
 
 
 def as_double(state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Floating-point tensors in float64, the others unchanged."""
     return {n: t.double() if t.is_floating_point() else t for n, t in state.items()}
 
 
@@ -101,10 +103,12 @@ def _untied(captured: Captured, state: Mapping[str, torch.Tensor]) -> dict[str, 
 
 
 def tensors_of(value: Any) -> list[torch.Tensor]:
+    """All tensors in a nested structure, in its order."""
     return [x for x in pytree.tree_leaves(value) if isinstance(x, torch.Tensor)]
 
 
 def tolerance_of(captured: Captured) -> float:
+    """How far outputs may differ: further apart where the graph itself casts to lower precision."""
     casts = any(
         dtype in (torch.float32, torch.float16, torch.bfloat16)
         for node in captured.graph.nodes

@@ -7,12 +7,20 @@ from math import isfinite
 from typing import Any
 
 import numpy as np
+import torch
 from torch import nn
 
 from fxfuse.apply import permuted, random_permutations
 from fxfuse.capture import Captured
 from fxfuse.coupling import CouplingGraph, CouplingGroup, analyze
-from fxfuse.verify.check import Check, relative_error, run, tolerance_of
+from fxfuse.verify.check import Check, as_double, relative_error, run, tolerance_of
+
+#: Half a unit in the last place of float64.
+_ROUNDING = 1.1e-16
+#: A permuted network rounds at every sum, not once per weight.
+_MARGIN = 100.0
+#: A network that amplifies rounding further than this cannot be judged: the oracle fails.
+_UNDECIDABLE = 1e-4
 
 
 def permutation(
@@ -43,17 +51,42 @@ def permutation(
 def permutation_of(graph: CouplingGraph, *, seed: int = 0) -> Check:
     """The permutation oracle on an analysis that exists."""
     error = _permuted_error(graph, graph.groups, seed)
-    tolerance = tolerance_of(graph.captured)
+    tolerance, floor = _tolerance(graph, error, seed)
     detail = f"{len(graph.groups)} groups, {graph.free_fraction:.2%} of the weights are free; "
     if not isfinite(error):
         detail += "an output is not finite; "
+    if floor:
+        detail += "ill-conditioned: one rounding of the weights changes the outputs by "
+        detail += f"{floor:.1e}; "
     detail += f"two inputs differ by {sensitivity(graph.captured):.1e} in the outputs"
     return Check("permutation", error, tolerance, error <= tolerance, detail)
 
 
 def wrong_groups(graph: CouplingGraph, *, seed: int = 0) -> tuple[CouplingGroup, ...]:
     """Groups that the permutation oracle cannot move, found by bisection; empty when it holds."""
-    return _bisect(graph, graph.groups, tolerance_of(graph.captured), seed)
+    error = _permuted_error(graph, graph.groups, seed)
+    return _bisect(graph, graph.groups, _tolerance(graph, error, seed)[0], seed)
+
+
+def _tolerance(graph: CouplingGraph, error: float, seed: int) -> tuple[float, float]:
+    """Tolerance, and what rounding alone does to the outputs where that had to be asked.
+
+    A network that meets inputs unlike those it was trained on may amplify rounding by many orders
+    of magnitude. A permutation changes the order of sums, so it cannot be told from rounding there.
+    """
+    tolerance = tolerance_of(graph.captured)
+    if error <= tolerance or not isfinite(error):
+        return tolerance, 0.0
+    generator = torch.Generator().manual_seed(seed)
+    state = as_double(graph.captured.state())
+    rounded = {
+        name: tensor * (1 + _ROUNDING * torch.randn(tensor.shape, generator=generator).to(tensor))
+        if tensor.is_floating_point()
+        else tensor
+        for name, tensor in state.items()
+    }
+    floor = relative_error(run(graph.captured, rounded), run(graph.captured, state))
+    return max(tolerance, min(_MARGIN * floor, _UNDECIDABLE)), floor
 
 
 def _bisect(

@@ -1,0 +1,585 @@
+"""Random networks: a recipe is a short list of blocks, which hypothesis draws and shrinks.
+
+A network is a stem, blocks on images `[b, c, h, w]`, optionally blocks on tokens `[b, t, c]`,
+blocks on vectors `[b, c]` and a linear head. A block takes whatever width arrives, so that
+neighbours couple; one that needs a divisible width puts a layer in front.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from hypothesis import strategies as st
+from torch import nn
+
+from tests.models import excite
+
+CLASSES = 3
+_SIDE = 4
+
+
+@dataclass(frozen=True)
+class Block:
+    """What one block is made from.
+
+    Attributes:
+        kind: A key of `BLOCKS`.
+        width: Neurons of a new layer, or of one of its parts, heads or groups.
+        parts: Heads, groups, how many pieces a split makes.
+        flag: A second version of the kind.
+    """
+
+    kind: str
+    width: int = 2
+    parts: int = 2
+    flag: bool = False
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A network in words. `bridge` leads away from images, `end` away from tokens."""
+
+    stem: int = 4
+    images: tuple[Block, ...] = ()
+    bridge: str = "mean"
+    tokens: tuple[Block, ...] = ()
+    end: str = "mean"
+    vectors: tuple[Block, ...] = ()
+
+
+@dataclass(frozen=True)
+class Space:
+    """What activations look like, and which layers they pass."""
+
+    name: str
+    dim: int
+    layer: Callable[[int, int], nn.Module]
+    norm: Callable[[int], nn.Module]
+
+
+def _conv(i: int, o: int, size: int = 3, **options: Any) -> nn.Module:
+    return nn.Conv2d(i, o, size, padding=size // 2, **options)
+
+
+IMAGE = Space("image", 1, _conv, nn.BatchNorm2d)
+TOKENS = Space("tokens", 2, nn.Linear, nn.LayerNorm)
+VECTOR = Space("vector", 1, nn.Linear, nn.BatchNorm1d)
+SPACES = (IMAGE, TOKENS, VECTOR)
+
+
+class Part(nn.Module):
+    """Layers, parameters and a function of them: one block of width `out`."""
+
+    def __init__(self, out: int, function: Callable[..., torch.Tensor], **own: Any) -> None:
+        super().__init__()
+        self.out = out
+        self.function = function
+        for name, value in own.items():
+            setattr(self, name, nn.Parameter(value) if isinstance(value, torch.Tensor) else value)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.function(self, x)
+
+
+Builder = Callable[[Space, int, Block], Part]
+
+
+@dataclass(frozen=True)
+class Kind:
+    """A kind of block.
+
+    Attributes:
+        build: From the space, the width that arrives and the block.
+        spaces: Where it can stand.
+        plain: No operator of it mixes members: wide equals ensemble exactly.
+    """
+
+    build: Builder
+    spaces: tuple[Space, ...]
+    plain: bool
+
+
+BLOCKS: dict[str, Kind] = {}
+
+
+def _block(*spaces: Space, plain: bool = True) -> Callable[[Builder], Builder]:
+    def register(build: Builder) -> Builder:
+        BLOCKS[build.__name__.strip("_")] = Kind(build, spaces, plain)
+        return build
+
+    return register
+
+
+def _fit(space: Space, i: int, parts: int) -> tuple[nn.Module, int]:
+    """Nothing when the width divides, else a layer to a width that does."""
+    if i % parts == 0 and i // parts >= 2:
+        return nn.Identity(), i
+    out = parts * max(2, i // parts)
+    return space.layer(i, out), out
+
+
+# --- anywhere -----------------------------------------------------------------------------------
+
+
+@_block(*SPACES)
+def _layer(space: Space, i: int, b: Block) -> Part:
+    return Part(b.width, lambda m, x: m.layer(x).relu(), layer=space.layer(i, b.width))
+
+
+@_block(*SPACES, plain=False)
+def _norm(space: Space, i: int, b: Block) -> Part:
+    """A layer with BatchNorm; LayerNorm for tokens."""
+    layer, norm = space.layer(i, b.width), space.norm(b.width)
+    return Part(b.width, lambda m, x: m.norm(m.layer(x)).relu(), layer=layer, norm=norm)
+
+
+@_block(*SPACES)
+def _residual(space: Space, i: int, b: Block) -> Part:
+    def forward(m: Part, x: torch.Tensor) -> torch.Tensor:
+        y = x + m.second(m.first(x).relu())
+        return y.relu() if b.flag else y
+
+    return Part(i, forward, first=space.layer(i, b.width), second=space.layer(b.width, i))
+
+
+@_block(*SPACES)
+def _downsample(space: Space, i: int, b: Block) -> Part:
+    """A residual block whose shortcut is a layer; on images with a stride."""
+    first, second, short = (
+        space.layer(i, b.width),
+        space.layer(b.width, b.width),
+        space.layer(i, b.width),
+    )
+    if space is IMAGE and b.flag:
+        first, short = _conv(i, b.width, stride=2), _conv(i, b.width, 1, stride=2)
+    return Part(
+        b.width,
+        lambda m, x: (m.short(x) + m.second(m.first(x).relu())).relu(),
+        first=first,
+        second=second,
+        short=short,
+    )
+
+
+@_block(*SPACES)
+def _dense(space: Space, i: int, b: Block) -> Part:
+    def forward(m: Part, x: torch.Tensor) -> torch.Tensor:
+        y = m.layer(x).relu()
+        return torch.cat([y, x] if b.flag else [x, y], space.dim)
+
+    return Part(i + b.width, forward, layer=space.layer(i, b.width))
+
+
+@_block(*SPACES)
+def _gate(space: Space, i: int, b: Block) -> Part:
+    def forward(m: Part, x: torch.Tensor) -> torch.Tensor:
+        if b.flag:
+            return F.glu(m.layer(x), space.dim)
+        left, right = m.layer(x).chunk(2, space.dim)
+        return left * right.sigmoid()
+
+    return Part(b.width, forward, layer=space.layer(i, 2 * b.width))
+
+
+@_block(*SPACES)
+def _halves(space: Space, i: int, b: Block) -> Part:
+    """Both halves end in one tensor, but on different ways."""
+
+    def forward(m: Part, x: torch.Tensor) -> torch.Tensor:
+        left, right = (m.layer(x) if b.flag else m.fit(x)).chunk(2, space.dim)
+        return torch.cat([left.relu(), right], space.dim)
+
+    if b.flag:
+        return Part(2 * b.width, forward, layer=space.layer(i, 2 * b.width))
+    fit, width = _fit(space, i, 2)
+    return Part(width, forward, fit=fit)
+
+
+@_block(*SPACES)
+def _branches(space: Space, i: int, b: Block) -> Part:
+    """One half passes a layer, the other none; the halves may change places."""
+    fit, width = _fit(space, i, 2)
+    half = width // 2
+
+    def forward(m: Part, x: torch.Tensor) -> torch.Tensor:
+        left, right = m.fit(x).split(half, space.dim)
+        right = m.layer(right).relu()
+        return torch.cat([right, left] if b.flag else [left, right], space.dim)
+
+    return Part(width, forward, fit=fit, layer=space.layer(half, half))
+
+
+@_block(*SPACES)
+def _uneven(space: Space, i: int, b: Block) -> Part:
+    """Split into pieces of different sizes; one of them is dropped, or gates nothing."""
+    total = 2 * b.width + 1
+
+    def forward(m: Part, x: torch.Tensor) -> torch.Tensor:
+        left, right = m.layer(x).split([b.width, b.width + 1], space.dim)
+        return torch.cat([right.tanh(), left], space.dim) if b.flag else right.tanh()
+
+    out = total if b.flag else b.width + 1
+    return Part(out, forward, layer=space.layer(i, total))
+
+
+@_block(*SPACES)
+def _shuffle(space: Space, i: int, b: Block) -> Part:
+    """Channel shuffle: pieces are interleaved."""
+    fit, width = _fit(space, i, b.parts)
+
+    def forward(m: Part, x: torch.Tensor) -> torch.Tensor:
+        y = m.fit(x).unflatten(space.dim, (b.parts, width // b.parts))
+        return y.transpose(space.dim, space.dim + 1).flatten(space.dim, space.dim + 1)
+
+    return Part(width, forward, fit=fit)
+
+
+@_block(*SPACES)
+def _interleave(space: Space, i: int, b: Block) -> Part:
+    """Two branches, channel by channel."""
+
+    def forward(m: Part, x: torch.Tensor) -> torch.Tensor:
+        both = torch.stack([m.first(x).relu(), m.second(x)], space.dim + (1 if b.flag else 0))
+        return both.flatten(space.dim, space.dim + 1)
+
+    return Part(
+        2 * b.width, forward, first=space.layer(i, b.width), second=space.layer(i, b.width)
+    )
+
+
+@_block(*SPACES)
+def _tied(space: Space, i: int, b: Block) -> Part:
+    """One layer, used twice."""
+
+    def forward(m: Part, x: torch.Tensor) -> torch.Tensor:
+        y = m.layer(m.layer(x).relu())
+        return x + y if b.flag else y.relu()
+
+    return Part(i, forward, layer=space.layer(i, i))
+
+
+@_block(*SPACES)
+def _tied_branches(space: Space, i: int, b: Block) -> Part:
+    """One layer on two halves of the activation: its input neurons are those of both."""
+    fit, width = _fit(space, i, 2)
+
+    def forward(m: Part, x: torch.Tensor) -> torch.Tensor:
+        left, right = m.fit(x).chunk(2, space.dim)
+        left, right = m.layer(left).relu(), m.layer(right)
+        return torch.cat([left, right], space.dim) if b.flag else left + right
+
+    out = (2 if b.flag else 1) * b.width
+    return Part(out, forward, fit=fit, layer=space.layer(width // 2, b.width))
+
+
+@_block(*SPACES)
+def _scale(space: Space, i: int, b: Block) -> Part:
+    """A factor and a shift per neuron (layer scale)."""
+    shape = (i, 1, 1) if space is IMAGE else (i,)
+    return Part(
+        i,
+        lambda m, x: x * m.factor + m.shift,
+        factor=torch.rand(shape) + 0.5,
+        shift=torch.randn(shape) * 0.1,
+    )
+
+
+@_block(*SPACES, plain=False)
+def _temperature(space: Space, i: int, b: Block) -> Part:
+    """A scalar that all neurons share."""
+    return Part(i, lambda m, x: (x * m.factor).tanh(), factor=torch.rand(1) + 0.5)
+
+
+# --- images -------------------------------------------------------------------------------------
+
+
+@_block(IMAGE)
+def _grouped(space: Space, i: int, b: Block) -> Part:
+    fit, width = _fit(space, i, b.parts)
+    out = b.parts * b.width
+    layer = _conv(width, out, groups=b.parts, bias=b.flag)
+    return Part(out, lambda m, x: m.layer(m.fit(x)).relu(), fit=fit, layer=layer)
+
+
+@_block(IMAGE)
+def _depthwise(space: Space, i: int, b: Block) -> Part:
+    out = 2 * i if b.flag else i
+    layer = _conv(i, out, groups=i)
+    return Part(out, lambda m, x: m.norm(m.layer(x)), layer=layer, norm=nn.BatchNorm2d(out))
+
+
+@_block(IMAGE)
+def _excite(space: Space, i: int, b: Block) -> Part:
+    """Squeeze and excite."""
+
+    def forward(m: Part, x: torch.Tensor) -> torch.Tensor:
+        pooled = x.mean((2, 3), keepdim=True) if b.flag else F.adaptive_avg_pool2d(x, 1)
+        return x * m.second(m.first(pooled).relu()).sigmoid()
+
+    return Part(i, forward, first=_conv(i, b.width, 1), second=_conv(b.width, i, 1))
+
+
+@_block(IMAGE)
+def _group_norm(space: Space, i: int, b: Block) -> Part:
+    fit, width = _fit(space, i, b.parts)
+    return Part(width, lambda m, x: m.norm(m.fit(x)), fit=fit, norm=nn.GroupNorm(b.parts, width))
+
+
+@_block(IMAGE, plain=False)
+def _channels_last(space: Space, i: int, b: Block) -> Part:
+    """LayerNorm over the channels, and a linear layer before the way back (ConvNeXt)."""
+
+    def forward(m: Part, x: torch.Tensor) -> torch.Tensor:
+        y = m.layer(m.norm(x.permute(0, 2, 3, 1))).permute(0, 3, 1, 2)
+        return x + y if b.flag else y
+
+    out = i if b.flag else b.width
+    return Part(out, forward, norm=nn.LayerNorm(i), layer=nn.Linear(i, out))
+
+
+@_block(IMAGE)
+def _padded(space: Space, i: int, b: Block) -> Part:
+    """The shortcut gets zeros for its new channels, at the end or on both sides."""
+    before = 1 if b.flag else 0
+    out = i + before + b.width
+    return Part(
+        out,
+        lambda m, x: m.layer(x).relu() + F.pad(x, (0, 0, 0, 0, before, b.width)),
+        layer=_conv(i, out),
+    )
+
+
+@_block(IMAGE)
+def _pooled(space: Space, i: int, b: Block) -> Part:
+    pool = F.max_pool2d if b.flag else F.avg_pool2d
+    return Part(i, lambda m, x: torch.cat([x, pool(x, 3, 1, 1)], 1) if b.parts > 2 else pool(x, 1))
+
+
+@_block(IMAGE)
+def _transposed(space: Space, i: int, b: Block) -> Part:
+    return Part(
+        b.width,
+        lambda m, x: m.layer(x).relu(),
+        layer=nn.ConvTranspose2d(i, b.width, 3, padding=1),
+    )
+
+
+# --- tokens -------------------------------------------------------------------------------------
+
+
+def _attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, fused: bool) -> torch.Tensor:
+    if fused:
+        y = F.scaled_dot_product_attention(q, k, v)
+    else:
+        y = (q @ k.transpose(-2, -1) * q.shape[-1] ** -0.5).softmax(-1) @ v
+    return y.transpose(1, 2).flatten(2)
+
+
+@_block(TOKENS)
+def _attention(space: Space, i: int, b: Block) -> Part:
+    """Queries, keys and values from one layer."""
+    inner = b.parts * b.width
+
+    def forward(m: Part, x: torch.Tensor) -> torch.Tensor:
+        qkv = m.qkv(x).unflatten(-1, (3, b.parts, b.width)).permute(2, 0, 3, 1, 4)
+        return x + m.out_layer(_attend(*qkv.unbind(0), fused=b.flag))
+
+    return Part(i, forward, qkv=nn.Linear(i, 3 * inner), out_layer=nn.Linear(inner, i))
+
+
+@_block(TOKENS)
+def _attention_chunks(space: Space, i: int, b: Block) -> Part:
+    """Queries, keys and values from one layer, cut before the heads are."""
+    inner = b.parts * b.width
+
+    def forward(m: Part, x: torch.Tensor) -> torch.Tensor:
+        batch, tokens, _ = x.shape
+        parts = (
+            y.reshape(batch, tokens, b.parts, b.width).transpose(1, 2)
+            for y in m.qkv(x).chunk(3, -1)
+        )
+        return x + m.out_layer(_attend(*parts, fused=b.flag))
+
+    return Part(i, forward, qkv=nn.Linear(i, 3 * inner), out_layer=nn.Linear(inner, i))
+
+
+@_block(TOKENS)
+def _attention_separate(space: Space, i: int, b: Block) -> Part:
+    """Queries, keys and values from layers of their own; values have another width."""
+    inner, wide = b.parts * b.width, b.parts * (b.width + 1)
+
+    def forward(m: Part, x: torch.Tensor) -> torch.Tensor:
+        q, k, v = (
+            layer(x).unflatten(-1, (b.parts, -1)).transpose(1, 2) for layer in (m.q, m.k, m.v)
+        )
+        return x + m.out_layer(_attend(q, k, v, fused=b.flag))
+
+    return Part(
+        i,
+        forward,
+        q=nn.Linear(i, inner),
+        k=nn.Linear(i, inner, bias=False),
+        v=nn.Linear(i, wide),
+        out_layer=nn.Linear(wide, i),
+    )
+
+
+@_block(TOKENS)
+def _attention_one_head(space: Space, i: int, b: Block) -> Part:
+    """No heads: the neurons of query and key are units of their own."""
+
+    def forward(m: Part, x: torch.Tensor) -> torch.Tensor:
+        y = _attend(*(layer(x).unsqueeze(1) for layer in (m.q, m.k, m.v)), fused=b.flag)
+        return x + m.out_layer(y)
+
+    return Part(
+        i,
+        forward,
+        q=nn.Linear(i, b.width),
+        k=nn.Linear(i, b.width),
+        v=nn.Linear(i, b.width),
+        out_layer=nn.Linear(b.width, i),
+    )
+
+
+@_block(TOKENS)
+def _position(space: Space, i: int, b: Block) -> Part:
+    """A position table, [t, c] or [1, t, c]."""
+    tokens = _SIDE * _SIDE
+    shape = (1, tokens, i) if b.flag else (tokens, i)
+
+    # Earlier blocks change the number of tokens.
+    def forward(m: Part, x: torch.Tensor) -> torch.Tensor:
+        return x + m.table[..., : x.shape[1], :]
+
+    return Part(i, forward, table=torch.randn(shape) * 0.3)
+
+
+@_block(TOKENS)
+def _class_token(space: Space, i: int, b: Block) -> Part:
+    """One more token; the flag keeps the number of tokens."""
+
+    def forward(m: Part, x: torch.Tensor) -> torch.Tensor:
+        rest = x[:, 1:]
+        return torch.cat([m.token.expand(x.shape[0], -1, -1), rest], 1)
+
+    return Part(i, forward, token=torch.randn(1, 1, i))
+
+
+@_block(TOKENS, plain=False)
+def _pre_norm(space: Space, i: int, b: Block) -> Part:
+    """A transformer's MLP."""
+    return Part(
+        i,
+        lambda m, x: x + m.second(F.gelu(m.first(m.norm(x)))),
+        norm=nn.LayerNorm(i),
+        first=nn.Linear(i, b.width),
+        second=nn.Linear(b.width, i),
+    )
+
+
+@_block(TOKENS)
+def _mix_tokens(space: Space, i: int, b: Block) -> Part:
+    """An MLP over the tokens: its hidden neurons are free, the tokens are not."""
+    tokens = _SIDE * _SIDE
+
+    def forward(m: Part, x: torch.Tensor) -> torch.Tensor:
+        return x + m.second(m.first(x.transpose(1, 2)).relu()).transpose(1, 2)
+
+    return Part(i, forward, first=nn.Linear(tokens, b.width), second=nn.Linear(b.width, tokens))
+
+
+# --- networks -----------------------------------------------------------------------------------
+
+
+class Network(nn.Module):
+    """What a recipe says."""
+
+    def __init__(self, recipe: Recipe) -> None:
+        super().__init__()
+        self.recipe = recipe
+        self.stem = _conv(3, recipe.stem)
+        self.images, width = _chain(IMAGE, recipe.images, recipe.stem)
+        self.tokens, self.vectors = nn.Sequential(), nn.Sequential()
+        if recipe.bridge == "tokens":
+            self.tokens, width = _chain(TOKENS, recipe.tokens, width)
+        self.end = nn.LazyLinear(max(width, 2))
+        self.vectors, width = _chain(VECTOR, recipe.vectors, max(width, 2))
+        self.head = nn.Linear(width, CLASSES)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.images(self.stem(x).relu())
+        if self.recipe.bridge == "tokens":
+            x = self.tokens(F.adaptive_avg_pool2d(x, _SIDE).flatten(2).transpose(1, 2))
+            if self.recipe.end == "flatten":
+                x = x.flatten(1)
+            else:
+                x = x.mean(1) if self.recipe.end == "mean" else x[:, 0]
+        else:
+            x = x.flatten(1) if self.recipe.bridge == "flatten" else x.mean((2, 3))
+        return self.head(self.vectors(self.end(x)))
+
+
+def _chain(space: Space, blocks: Iterable[Block], width: int) -> tuple[nn.Sequential, int]:
+    parts = []
+    for block in blocks:
+        parts.append(BLOCKS[block.kind].build(space, width, block))
+        width = parts[-1].out
+    return nn.Sequential(*parts), width
+
+
+def images(batch: int = 2, seed: int = 0) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(batch, 3, _SIDE, _SIDE, generator=generator, dtype=torch.float64)
+
+
+def build(recipe: Recipe, seed: int = 0) -> Network:
+    """The network in float64, with weights that let the input through, in eval mode."""
+    torch.manual_seed(seed)
+    model = Network(recipe).double()
+    model.eval()
+    model(images())  # sizes the lazy layer
+    for parameter in model.parameters():
+        if parameter.dim() > 1:
+            nn.init.normal_(parameter, std=(2 / max(parameter[0].numel(), 1)) ** 0.5)
+    excite(model, images(8, seed=1))
+    return model
+
+
+def is_plain(recipe: Recipe) -> bool:
+    """Whether no operator mixes members, so that wide equals ensemble exactly."""
+    norms = any(block.kind == "norm" for block in recipe.tokens)
+    kinds = {b.kind for b in (*recipe.images, *recipe.tokens, *recipe.vectors)} - {"norm"}
+    return not norms and all(BLOCKS[kind].plain for kind in kinds)
+
+
+def kinds(space: Space, *, plain: bool = False) -> list[str]:
+    """The kinds of block that can stand in a space."""
+    return [
+        name for name, kind in BLOCKS.items() if space in kind.spaces and (kind.plain or not plain)
+    ]
+
+
+def _blocks(space: Space, most: int, plain: bool) -> st.SearchStrategy[tuple[Block, ...]]:
+    block = st.builds(
+        Block, st.sampled_from(kinds(space, plain=plain)), st.integers(2, 4), st.integers(2, 3),
+        st.booleans(),
+    )
+    return st.lists(block, max_size=most).map(tuple)
+
+
+def recipes(*, plain: bool = False) -> st.SearchStrategy[Recipe]:
+    """Recipes of networks; with `plain` none with an operator that mixes members."""
+    return st.builds(
+        Recipe,
+        st.integers(2, 6),
+        _blocks(IMAGE, 4, plain),
+        st.sampled_from(["mean", "flatten", "tokens"]),
+        _blocks(TOKENS, 3, plain),
+        st.sampled_from(["mean", "flatten", "first"]),
+        _blocks(VECTOR, 2, plain),
+    )

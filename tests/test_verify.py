@@ -1,0 +1,95 @@
+"""The oracles themselves: they can fail, and they say what they cannot judge."""
+
+from __future__ import annotations
+
+import importlib
+
+import pytest
+import torch
+from torch import nn
+
+import fxfuse
+from fxfuse import verify
+from tests.nets import images, resnets
+
+
+class Chaos(nn.Module):
+    """Amplifies rounding by several orders of magnitude."""
+
+    def __init__(self, depth: int) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(16, 16) for _ in range(depth))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for layer in self.layers:
+            x = (40 * layer(x)).sin()
+        return x
+
+
+def test_an_ill_conditioned_network_is_judged_by_its_own_rounding():
+    x = torch.randn(4, 16, dtype=torch.float64)
+    check = verify.permutation(Chaos(6).double(), x)
+    assert check.passed, check
+    assert check.tolerance > verify.EXACT
+    assert "ill-conditioned" in check.detail
+
+
+def test_a_network_of_pure_noise_is_not_judged():
+    x = torch.randn(4, 16, dtype=torch.float64)
+    check = verify.permutation(Chaos(12).double(), x)
+    assert not check.passed
+    assert check.tolerance <= 1e-4
+
+
+def test_a_blind_network_is_told():
+    class Blind(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first = nn.Linear(4, 8)
+            self.last = nn.Linear(8, 2)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.last(self.first(x * 0).relu())
+
+    check = verify.permutation(Blind(), torch.randn(3, 4))
+    assert "two inputs differ by 0.0e+00" in check.detail
+
+
+def test_the_wide_oracle_notices_a_wrong_weight(monkeypatch: pytest.MonkeyPatch):
+    module = importlib.import_module("fxfuse.verify.wide")
+    honest = module.widen
+
+    def sabotaged(*args: object) -> nn.Module:
+        wide = honest(*args)
+        with torch.no_grad():
+            wide.get_parameter("block1.conv1.weight")[0, 0] += 0.1
+        return wide
+
+    members = resnets(3, torch.float64)
+    x = images(dtype=torch.float64)
+    assert verify.wide_equals_ensemble(members, x).passed
+    monkeypatch.setattr(module, "widen", sabotaged)
+    assert not verify.wide_equals_ensemble(members, x).passed
+
+
+def test_the_wide_network_is_three_times_as_wide():
+    from fxfuse.methods import Options
+    from fxfuse.planner import make_plan
+    from fxfuse.widen import widen
+
+    members = resnets(3)
+    x = images()
+    captured = [fxfuse.capture(m, x) for m in members]
+    graph = fxfuse.analyze(captured[0])
+    states = [c.state() for c in captured]
+    wide = widen(graph, make_plan(graph, states, "wide", Options()), states)
+    assert wide.get_parameter("block1.conv1.weight").shape == (24, 24, 3, 3)
+    assert wide.get_parameter("fc.weight").shape == (4, 24)
+    mean = torch.stack([m(x) for m in members]).mean(0)
+    torch.testing.assert_close(wide(x), mean)
+
+
+def test_relative_error_of_nan_is_infinite():
+    nan = torch.tensor([float("nan")])
+    assert verify.relative_error([nan], [torch.ones(1)]) == float("inf")
+    assert verify.relative_error([torch.tensor([2.5])], [torch.tensor([2.0])]) == 0.25
