@@ -322,11 +322,13 @@ def _groups(
     signature: dict[int, list[tuple[int, int]]] = defaultdict(list)
     frozen = np.zeros(int(component.max(initial=0)) + 1, dtype=bool)
     frozen[list(kinds)] = True
-    rows: list[tuple[Place, Index]] = []
+    rows: list[tuple[Place, Index, Index]] = []
+    parts = _ranks(ledger.colours())
     for owner, place in enumerate(ledger.owners):
         if _is_real(place):
-            line = component[_ids_of(ledger, owner)]
-            rows.append((place, line))
+            ids = _ids_of(ledger, owner)
+            line = component[ids]
+            rows.append((place, line, parts[ids]))
             for c, count in zip(*np.unique(line, return_counts=True), strict=True):
                 signature[int(c)].append((len(rows) - 1, int(count)))
     for c, marks in _marks(ledger, component).items():
@@ -347,9 +349,10 @@ def _groups(
         for row, slots in key:
             if row < 0:
                 continue
-            (name, dim), owned = rows[row]
+            (name, dim), owned, part = rows[row]
             units = order[owned]
-            place_index = np.argsort(units, kind="stable")[(units < 0).sum() :]
+            # Slots of two units correspond when they play the same part, whatever their index.
+            place_index = np.lexsort((part, units))[(units < 0).sum() :]
             for alias in aliases[name]:
                 index[(alias, dim)] = place_index.reshape(len(members), slots).astype(np.int64)
         first = next(iter(index))
@@ -361,6 +364,12 @@ def _groups(
         taken.add(name)
         groups.append(CouplingGroup(name, len(members), index))
     return tuple(groups)
+
+
+def _ranks(colours: NDArray[np.uint64]) -> Index:
+    """Colours as small numbers, in the order in which they first appear."""
+    _, first, inverse = np.unique(colours, return_index=True, return_inverse=True)
+    return np.argsort(np.argsort(first))[inverse].astype(np.int64)
 
 
 def _marks(ledger: Ledger, component: Index) -> dict[int, bytes]:

@@ -12,7 +12,7 @@ from torch import fx
 
 from fxfuse.capture import Captured, is_constant
 from fxfuse.errors import RuleError
-from fxfuse.labels import Kind, Ledger, Value, positions
+from fxfuse.labels import Field, Kind, Ledger, Value, positions
 from fxfuse.rules import Call, concrete_shape, find, hint
 from fxfuse.rules.pointwise import is_pointwise, pointwise
 
@@ -87,7 +87,7 @@ class _Interpreter:
             if result is NotImplemented:
                 result = self.boundary(node, operands)
         self.check(node, result)
-        self.mutate(node, operands, result)
+        self.mutate(node, result)
         return result
 
     def output(self, node: fx.Node) -> None:
@@ -148,7 +148,7 @@ class _Interpreter:
                     how="mend the rule in fxfuse/rules/",
                 )
 
-    def mutate(self, node: fx.Node, operands: list[Value], result: Any) -> None:
+    def mutate(self, node: fx.Node, result: Any) -> None:
         """In-place operators change the tensor that they write to, and whatever it is a view of."""
         schema = getattr(node.target, "_schema", None)
         if schema is None or not schema.is_mutable or not isinstance(node.args[0], fx.Node):
@@ -160,14 +160,57 @@ class _Interpreter:
         self.values[written] = result
         if _same_labels(before, result):
             return
-        base = written
+        views, base = [], written
         while base.op == "call_function" and not _owns_memory(base):
+            views.insert(0, base)
             base = base.all_input_nodes[0]
-            changed = base.meta["val"]
-            self.ledger.mix("a part of a tensor is overwritten in place")
-            for f in result.fields:
+        if views:
+            self.values[base] = self.overwritten(node, base, views, result)
+            for view in views[:-1]:
+                self.values[view] = self.frozen_value(node, view.meta["val"])
+
+    def overwritten(self, node: fx.Node, base: fx.Node, views: list[fx.Node], part: Value) -> Value:
+        """The labels of a tensor after a view of it was written to: the write runs on the ids."""
+        value: Value = self.values[base]
+        if value.fields and part.fields:
+            for f in (*value.fields, *part.fields):
                 self.ledger.freeze(f, Kind.HOST, "is written into a part of another tensor")
-            self.values[base] = pytree.tree_map(lambda fake: self.frozen_value(node, fake), changed)
+            self.ledger.mix("a part of a tensor is overwritten in place")
+            return self.frozen_value(node, base.meta["val"])
+
+        def write(old: Field | None, new: Field | None) -> Field | None:
+            whole = old.ids if old else torch.zeros([1] * value.rank, dtype=torch.int64)
+            whole = whole.expand(value.shape).clone()
+            self.view(whole, views).copy_(new.ids.expand(part.shape) if new else torch.zeros(()))
+            return Field.of(whole)
+
+        pairs = [(old, None) for old in value.fields] + [(None, new) for new in part.fields]
+        fields = tuple(f for f in (write(*pair) for pair in pairs) if f is not None)
+        borders = {d for d in range(value.rank) if value.shape[d] > 1}
+        labelled = {d for f in fields for d in f.dims}
+        sources = value.sources
+        if part.sources is None or sources is None:
+            sources = None
+        else:
+            sources = sources | part.sources
+        return Value(
+            value.shape,
+            fields,
+            positions(value.shape, value.unlabelled | borders - labelled),
+            sources,
+        )
+
+    def view(self, tensor: torch.Tensor, views: list[fx.Node]) -> torch.Tensor:
+        """Runs a chain of views on a real tensor."""
+        for view in views:
+            args, kwargs = fx.map_arg((view.args, view.kwargs), lambda n: self.values[n])
+            args, kwargs = pytree.tree_map(hint, (args, kwargs), is_leaf=_is_leaf)
+            tensor = (
+                tensor[args[1]]
+                if view.target is operator.getitem
+                else view.target(tensor, *args[1:], **kwargs)
+            )
+        return tensor
 
 
 _MADE_FROM_SIZES = frozenset(

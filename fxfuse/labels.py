@@ -167,6 +167,8 @@ class Ledger:
     ties: list[tuple[NDArray[np.int64], NDArray[np.int64], fx.Node | None]] = field(
         default_factory=list
     )
+    strands: list[tuple[NDArray[np.int64], NDArray[np.int64]]] = field(default_factory=list)
+    orders: list[tuple[NDArray[np.int64], NDArray[np.int64]]] = field(default_factory=list)
     deferred: list[tuple[Field, Field, bool, fx.Node | None]] = field(default_factory=list)
     freezes: list[Freeze] = field(default_factory=list)
     mixings: list[Mixing] = field(default_factory=list)
@@ -204,24 +206,33 @@ class Ledger:
 
     # --- what rules say -------------------------------------------------------------------------
 
-    def tie(self, a: Ids, b: Ids) -> None:
-        """Neurons at the same place of `a` and `b` (broadcast) move together; 0 ties nothing."""
+    def tie(self, a: Ids, b: Ids, *, same: bool = True) -> None:
+        """Neurons at the same place of `a` and `b` (broadcast) move together; 0 ties nothing.
+
+        Args:
+            a: Ids.
+            b: Ids.
+            same: Whether they play the same part in their units, so that `colours` may hand on
+                what it knows; False for neurons of which only the units belong together.
+        """
         left, right = torch.broadcast_tensors(a, b)
         x, y = _flat(left), _flat(right)
         real = (x > 0) & (y > 0) & (x != y)
         if real.any():
             self.ties.append((x[real], y[real], self.node))
+            if same:
+                self.strands.append((x[real], y[real]))
 
     def block(self, f: Field, dims: Iterable[int]) -> None:
         """All neurons along `dims` become one unit, in order."""
-        head = f.ids
-        for dim in dims:
-            head = head.narrow(dim, 0, 1)
-        # The first neuron of a block may be padding, so neighbours are tied as well as the head.
-        self.tie(head, f.ids)
+        head, order, stride = f.ids, torch.zeros_like(f.ids), 1
         for dim in dims:
             size = f.ids.shape[dim]
-            self.tie(f.ids.narrow(dim, 0, size - 1), f.ids.narrow(dim, 1, size - 1))
+            head = head.narrow(dim, 0, 1)
+            line = torch.arange(size).reshape([-1 if d == dim else 1 for d in range(f.ids.dim())])
+            order, stride = order + line * stride, stride * size
+        self.tie(head, f.ids, same=False)
+        self.orders.append((_flat(f.ids), _flat(order)))
 
     def freeze(self, f: Field, kind: Kind, why: str) -> None:
         """The neurons of a field stay where they are."""
@@ -264,6 +275,30 @@ class Ledger:
         self.node = None
         return self._connect() if pending else component
 
+    def colours(self) -> NDArray[np.uint64]:
+        """Which part a neuron plays in its unit: equal for neurons that correspond.
+
+        A neuron's part is its place in every block and the operators that it passes itself. One
+        that has neither (of a bias, say) takes the colour of the neurons that it is tied to.
+        """
+        colour = np.zeros(self.count, dtype=np.uint64)
+        for ids, tag in self.touches:
+            np.add.at(colour, ids, _scramble(np.array([2 * tag], dtype=np.uint64)))
+        for number, (ids, order) in enumerate(self.orders):
+            np.add.at(colour, ids, _scramble((2 * number + 1 << 32) + order.astype(np.uint64)))
+        if not self.strands:
+            return colour
+        a = np.concatenate([x for x, _ in self.strands])
+        b = np.concatenate([y for _, y in self.strands])
+        a, b = np.concatenate([a, b]), np.concatenate([b, a])
+        while True:
+            new = (colour[a] == 0) & (colour[b] != 0)
+            if not new.any():
+                return colour
+            given = np.zeros_like(colour)
+            np.add.at(given, a[new], _scramble(colour[b[new]]))
+            colour += given
+
     def _connect(self) -> NDArray[np.int64]:
         if not self.ties:
             return np.arange(self.count)
@@ -272,6 +307,15 @@ class Ledger:
         graph = coo_array((np.ones(len(a), dtype=np.int8), (a, b)), shape=(self.count, self.count))
         _, component = connected_components(graph, directed=False)
         return np.asarray(component, dtype=np.int64)
+
+
+def _scramble(keys: NDArray[np.uint64]) -> NDArray[np.uint64]:
+    """A 64-bit hash (splitmix64), so that sums of colours tell multisets apart."""
+    with np.errstate(over="ignore"):
+        x = keys.astype(np.uint64) + np.uint64(0x9E3779B97F4A7C15)
+        x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+        x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+        return x ^ (x >> np.uint64(31))
 
 
 def _flat(ids: Ids) -> NDArray[np.int64]:

@@ -82,6 +82,16 @@ class Layout:
         """Size of the concatenated dimension."""
         return len(self.source)
 
+    def by_index(self) -> Layout:
+        """The same copies, those of an index next to each other."""
+        order = np.lexsort((self.copy, self.source))
+        return Layout(self.source[order], self.copy[order])
+
+    def head(self, size: int) -> Layout:
+        """The copies of the first `size` indices."""
+        kept = self.source < size
+        return Layout(self.source[kept], self.copy[kept])
+
 
 def default_layout(graph: CouplingGraph, place: Place, n_members: int) -> Layout:
     """Copies of a unit stand next to each other, each run of its slots in one piece.

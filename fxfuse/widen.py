@@ -36,13 +36,16 @@ aten = torch.ops.aten
 Layouts = dict[int, Layout]
 
 _VIEWS = (aten.view.default, aten.reshape.default, aten._unsafe_view.default, aten.expand.default)
+_TRANSPOSED = (
+    aten.conv_transpose1d.default,
+    aten.conv_transpose2d.input,
+    aten.conv_transpose3d.input,
+)
 _CONVOLUTIONS = (
     aten.conv1d.default,
     aten.conv2d.default,
     aten.conv3d.default,
-    aten.conv_transpose1d.default,
-    aten.conv_transpose2d.input,
-    aten.conv_transpose3d.input,
+    *_TRANSPOSED,
 )
 
 
@@ -80,6 +83,7 @@ class _Widener:
         self.free = self._free_components()
         self.mapping: dict[fx.Node, fx.Node] = {}
         self.orders: dict[str, torch.Tensor] = {}
+        self.inputs: dict[tuple[fx.Node, fx.Node], fx.Node] = {}
         self.graph = copy_graph(analysis.captured.graph, self.mapping)
 
     def _free_components(self) -> frozenset[int]:
@@ -113,6 +117,8 @@ class _Widener:
             return self.join(node)
         if rule is movement.pad:
             return self.pad(node)
+        if _groups_of(node) > 1:
+            return self.grouped(node)
         result = self.carry(node)
         self.rewrite_literals(node, result)
         return result
@@ -149,7 +155,7 @@ class _Widener:
             for dim, layout in self.layouts[operand].items():
                 key = self.order(self.analysis.values[operand], dim)
                 if key is not None:
-                    self.agree(known, key, layout, node)
+                    self.agree(node, operand, dim, layout, known.setdefault(key, layout))
         for operand in operands:
             if operand.op != "get_attr":
                 continue
@@ -159,7 +165,8 @@ class _Widener:
                     continue
                 if place not in self.places and key in known:
                     self.places[place] = known[key]
-                self.agree(known, key, self.place_layout(place), node)
+                layout = self.place_layout(place)
+                self.agree(node, operand, dim, layout, known.setdefault(key, layout))
         value = self.analysis.values[node]
         result: Layouts = {}
         for dim in range(value.rank):
@@ -168,12 +175,91 @@ class _Widener:
                 result[dim] = known[key]
         return self.complete(node, value, result)
 
-    def agree(self, known: dict[bytes, Layout], key: bytes, layout: Layout, node: fx.Node) -> None:
-        other = known.setdefault(key, layout)
-        if not (
-            np.array_equal(other.source, layout.source) and np.array_equal(other.copy, layout.copy)
+    def agree(
+        self, node: fx.Node, operand: fx.Node, dim: int, layout: Layout, wanted: Layout
+    ) -> None:
+        """Brings one dimension of an operand into the order that a node needs."""
+        if _same(layout, wanted):
+            return
+        if sorted(_pairs(layout)) != sorted(_pairs(wanted)):
+            raise self.error(node, "two operands carry different copies of the same neurons")
+        current = self.inputs.get((node, operand), self.mapping[operand])
+        ordered = self.select(node, current, dim, layout, wanted)
+        self.mapping[node].replace_input_with(current, ordered)
+        self.inputs[(node, operand)] = ordered
+
+    def select(
+        self, node: fx.Node, tensor: fx.Node, dim: int, layout: Layout, wanted: Layout
+    ) -> fx.Node:
+        """Writes an index_select before a node; returns it."""
+        have = {pair: i for i, pair in enumerate(_pairs(layout))}
+        name = f"_fxfuse_order_{len(self.orders)}"
+        self.orders[name] = torch.tensor([have[pair] for pair in _pairs(wanted)])
+        with self.graph.inserting_before(self.mapping[node]):
+            order = self.graph.get_attr(name)
+            return self.graph.call_function(aten.index_select.default, (tensor, dim, order))
+
+    # --- groups of channels ---------------------------------------------------------------------
+
+    def grouped(self, node: fx.Node) -> Layouts:
+        """Grouped convolution and normalisation: channels of a group have to stand together."""
+        x = cast("fx.Node", node.args[0])
+        value, result = self.analysis.values[x], self.analysis.values[node]
+        is_norm = node.target is aten.group_norm.default
+        weight = None if is_norm else cast("fx.Node", node.args[1])
+        space = value.rank - 2 if weight is None else self.analysis.values[weight].rank - 2
+        dim, groups = value.rank - space - 1, _groups_of(node)
+        layout = self.layouts[x].get(dim)
+        copies = self.copies_of_groups(node, value, dim, layout)
+        if copies is None:
+            # The groups stay as many; what grows is the number of channels in each of them.
+            wanted = None if layout is None else layout.by_index()
+            grows = self.order(result, dim) is not None
+            out = _by_index(result.shape[dim], self.n_members) if grows else None
+            inner = None if wanted is None else wanted.head(value.shape[dim] // groups)
+        else:
+            wanted = _by_group(copies, value.shape[dim] // groups)
+            out, inner = _by_group(copies, result.shape[dim] // groups), None
+            self.set_argument(node, "num_groups" if is_norm else "groups", sum(map(len, copies)))
+        if layout is not None and wanted is not None:
+            self.agree(node, x, dim, layout, wanted)
+        is_transposed = node.target in _TRANSPOSED
+        for name, dims in (
+            ("weight", (wanted, None) if is_transposed else (out, inner)),
+            ("bias", (out,)),
         ):
-            raise self.error(node, "two operands carry the same neurons in different orders")
+            operand = _argument(node, name)
+            if isinstance(operand, fx.Node):
+                for d, needed in enumerate(dims[:1] if is_norm else dims):
+                    self.require(node, operand, d, needed)
+        return self.complete(node, result, {} if out is None else {dim: out})
+
+    def copies_of_groups(
+        self, node: fx.Node, value: Value, dim: int, layout: Layout | None
+    ) -> list[list[int]] | None:
+        """Which members' copies each group has; None if it is not groups that are copied."""
+        groups = _groups_of(node)
+        line = next((_line(f, dim) for f in value.fields if dim in f.dims), None)
+        if layout is None or line is None:
+            return None
+        units = self.component[line].reshape(groups, -1)
+        if not bool((units == units[:, :1]).all()):
+            return None
+        group = layout.source // units.shape[1]
+        return [np.unique(layout.copy[group == g]).tolist() for g in range(groups)]
+
+    def require(self, node: fx.Node, operand: fx.Node, dim: int, wanted: Layout | None) -> None:
+        """An operand has to have a layout along a dimension."""
+        if operand.op == "get_attr" and wanted is not None:
+            place = dict(self.parameter_places(operand)).get(dim)
+            if place in self.analysis.group_of:
+                self.places.setdefault(place, wanted)
+        have = self.layout_of(operand).get(dim)
+        size = self.analysis.values[operand].shape[dim]
+        if have is not None and wanted is not None:
+            self.agree(node, operand, dim, have, wanted)
+        elif have is not None or (wanted is not None and wanted.size != size):
+            raise self.error(node, "a parameter does not grow with the groups of its channels")
 
     def complete(self, node: fx.Node, value: Value, result: Layouts) -> Layouts:
         for f in value.fields:
@@ -237,8 +323,7 @@ class _Widener:
         """Layouts in which the copies of an index, or of a run of a unit's, stand together."""
         ordered: Layouts = {}
         for dim, layout in layouts.items():
-            by_index = np.lexsort((layout.copy, layout.source))
-            ordered[dim] = Layout(layout.source[by_index], layout.copy[by_index])
+            ordered[dim] = layout.by_index()
         yield ordered
         blocks: Layouts = {}
         for dim, layout in layouts.items():
@@ -253,15 +338,9 @@ class _Widener:
 
     def reorder(self, node: fx.Node, layouts: Layouts, ordered: Layouts) -> None:
         """Puts index_select nodes between a node and its operand."""
-        operand = self.mapping[node].args[0]
+        operand = cast("fx.Node", self.mapping[node].args[0])
         for dim, wanted in ordered.items():
-            have = {pair: i for i, pair in enumerate(_pairs(layouts[dim]))}
-            index = torch.tensor([have[pair] for pair in _pairs(wanted)])
-            name = f"_fxfuse_order_{len(self.orders)}"
-            self.orders[name] = index
-            with self.graph.inserting_before(self.mapping[node]):
-                order = self.graph.get_attr(name)
-                operand = self.graph.call_function(aten.index_select.default, (operand, dim, order))
+            operand = self.select(node, operand, dim, layouts[dim], wanted)
         self.mapping[node].update_arg(0, operand)
 
     def evaluate(self, node: fx.Node, args: Any, tensor: torch.Tensor) -> Any:
@@ -337,10 +416,8 @@ class _Widener:
             offset += size
             for d, other in layouts.items():
                 shifted = d + 1 if find(node.target) is movement.stack and d >= dim else d
-                if shifted != dim and not _same(result.setdefault(shifted, other), other):
-                    raise self.error(
-                        node, "two operands carry the same neurons in different orders"
-                    )
+                if shifted != dim:
+                    self.agree(node, part, d, other, result.setdefault(shifted, other))
         if grows:
             result[dim] = Layout(np.concatenate(lines), np.concatenate(copies))
         return result
@@ -384,22 +461,8 @@ class _Widener:
     # --- literals -------------------------------------------------------------------------------
 
     def rewrite_literals(self, node: fx.Node, result: Layouts) -> None:
-        """Literals of operators that are no data movement: groups and normalised shapes."""
-        if node.target in _CONVOLUTIONS:
-            groups = int(_argument(node, "groups"))
-            if groups > 1:
-                x = node.args[0]
-                grown = self.layouts[x].get(1)  # type: ignore[index]
-                size = self.analysis.values[x].shape[1]  # type: ignore[index]
-                if grown is not None:
-                    self.set_argument(node, "groups", groups * grown.size // size)
-        elif node.target is aten.group_norm.default:
-            grown = result.get(1)
-            groups = int(node.args[1])  # type: ignore[arg-type]
-            if grown is not None and groups > 1:
-                size = self.analysis.values[node].shape[1]
-                self.set_argument(node, "num_groups", groups * grown.size // size)
-        elif node.target in (aten.layer_norm.default, aten.rms_norm.default):
+        """Literals of operators that are no data movement: normalised shapes."""
+        if node.target in (aten.layer_norm.default, aten.rms_norm.default):
             value: Value = self.analysis.values[node]
             shape = list(node.args[1])  # type: ignore[arg-type]
             first = value.rank - len(shape)
@@ -490,6 +553,24 @@ def _same(a: Layout, b: Layout) -> bool:
     return np.array_equal(a.source, b.source) and np.array_equal(a.copy, b.copy)
 
 
+def _groups_of(node: fx.Node) -> int:
+    if node.target in _CONVOLUTIONS:
+        return int(_argument(node, "groups"))
+    return int(_argument(node, "num_groups")) if node.target is aten.group_norm.default else 1
+
+
+def _by_group(copies: Sequence[Sequence[int]], size: int) -> Layout:
+    """Groups of `size` channels, the copies of a group next to each other."""
+    pairs = [(g, copy) for g, group in enumerate(copies) for copy in group]
+    source = [np.arange(g * size, (g + 1) * size) for g, _ in pairs]
+    return Layout(np.concatenate(source), np.repeat([copy for _, copy in pairs], size))
+
+
+def _by_index(size: int, n_members: int) -> Layout:
+    """Copies of an index next to each other."""
+    return Layout(np.repeat(np.arange(size), n_members), np.tile(np.arange(n_members), size))
+
+
 def _argument(node: fx.Node, name: str) -> Any:
     for position, parameter in enumerate(node.target._schema.arguments):  # type: ignore[union-attr]
         if parameter.name == name:
@@ -513,7 +594,7 @@ def _match(narrow: torch.Tensor, moved: torch.Tensor, copies: torch.Tensor) -> L
     rebuilt, expected = narrow, torch.full_like(narrow, -1)
     for dim in grown:
         head = narrow.movedim(dim, 0).reshape(narrow.shape[dim], -1)[:, 0]
-        line = moved.movedim(dim, 0).reshape(moved.shape[dim], -1)[:, 0]
+        line = moved.movedim(dim, 0).reshape(moved.shape[dim], -1)[:, 0].contiguous()
         ordered, order = head.sort()
         found = torch.searchsorted(ordered, line).clamp(max=len(head) - 1)
         source = order[found]

@@ -69,6 +69,23 @@ def _fill(make: Callable[[torch.Tensor], torch.Tensor]) -> Call:
     return Call(lambda t: t + make(t))
 
 
+def _zeroed(t: torch.Tensor) -> torch.Tensor:
+    t = t.clone()
+    t[:, :3].zero_()
+    return t
+
+
+def _filled(t: torch.Tensor) -> torch.Tensor:
+    t = t.clone()
+    t[:, :, 1:3].fill_(0.5)
+    return t
+
+
+def _copied(t: torch.Tensor) -> torch.Tensor:
+    wide = t.new_zeros(t.shape[0], 12, 6, 6)
+    wide[:, 2:10] = t.relu()
+    return wide
+
 
 SAMPLES: dict[Any, nn.Module] = {
     # movement
@@ -84,6 +101,7 @@ SAMPLES: dict[Any, nn.Module] = {
     aten.flatten.using_ints: Call(lambda t: t.flatten(1)),
     aten.unflatten.int: Call(lambda t: t.flatten(2).unflatten(2, (2, 18))),
     aten.expand.default: Call(lambda t: t.mean((2, 3), keepdim=True).expand(-1, -1, 3, 3)),
+    aten.expand_as.default: Call(lambda t: t.mean((2, 3), keepdim=True).expand_as(t)),
     aten.repeat.default: Call(lambda t: t.repeat(1, 2, 1, 1)),
     aten.select.int: Call(lambda t: t.select(2, 1)),
     aten.slice.Tensor: Call(lambda t: t[:, :, 1:4]),
@@ -94,6 +112,7 @@ SAMPLES: dict[Any, nn.Module] = {
     aten.split.Tensor: Call(lambda t: torch.cat(t.split(2, 2), 3)),
     aten.split_with_sizes.default: Call(lambda t: t.split_with_sizes([3, 5], 1)[1].relu()),
     aten.tensor_split.sections: Call(lambda t: t.tensor_split(3, 2)[1]),
+    aten.tensor_split.indices: Call(lambda t: torch.cat(t.tensor_split([1, 3], 2)[:2], 2)),
     aten.unbind.int: Call(lambda t: t.unbind(2)[0]),
     aten.channel_shuffle.default: Call(lambda t: F.channel_shuffle(t, 2)),
     aten.pixel_shuffle.default: Call(lambda t: F.pixel_shuffle(t, 2)),
@@ -129,9 +148,7 @@ SAMPLES: dict[Any, nn.Module] = {
     aten.matmul.default: Call(lambda t, f: _scores(t, f, torch.matmul), _inner()),
     aten.mm.default: Call(lambda t, w: torch.mm(t.mean((2, 3)), w), torch.randn(8, 5)),
     aten.bmm.default: Call(lambda t, f: _scores(t, f, _bmm), _inner()),
-    aten.einsum.default: Call(
-        lambda t, w: torch.einsum("bchw,co->bohw", t, w), torch.randn(8, 5)
-    ),
+    aten.einsum.default: Call(lambda t, w: torch.einsum("bchw,co->bohw", t, w), torch.randn(8, 5)),
     aten.conv1d.default: Call(lambda t, f: f(t.flatten(2)), nn.Conv1d(8, 6, 3)),
     aten.conv2d.default: Call(lambda t, f: f(t), nn.Conv2d(8, 6, 3, groups=2)),
     aten.conv3d.default: Call(lambda t, f: f(t.unsqueeze(2)), nn.Conv3d(8, 6, (1, 3, 3))),
@@ -161,12 +178,26 @@ SAMPLES: dict[Any, nn.Module] = {
     aten.adaptive_avg_pool1d.default: _pool1d(F.adaptive_avg_pool1d),
     aten.adaptive_avg_pool2d.default: Call(lambda t: F.adaptive_avg_pool2d(t, 2)),
     aten.adaptive_avg_pool3d.default: _pool3d(F.adaptive_avg_pool3d),
+    aten.upsample_nearest1d.vec: Call(lambda t: F.interpolate(t.flatten(2), scale_factor=2)),
+    aten.upsample_nearest2d.vec: Call(lambda t: F.interpolate(t, scale_factor=2)),
+    aten.upsample_nearest3d.vec: Call(
+        lambda t: F.interpolate(t.unsqueeze(2), scale_factor=(1, 2, 2))
+    ),
+    aten.upsample_linear1d.vec: Call(
+        lambda t: F.interpolate(t.flatten(2), scale_factor=2, mode="linear")
+    ),
+    aten.upsample_bilinear2d.vec: Call(lambda t: F.interpolate(t, scale_factor=2, mode="bilinear")),
+    aten.upsample_bicubic2d.vec: Call(lambda t: F.interpolate(t, scale_factor=2, mode="bicubic")),
+    aten.upsample_trilinear3d.vec: Call(
+        lambda t: F.interpolate(t.unsqueeze(2), scale_factor=(1, 2, 2), mode="trilinear")
+    ),
     aten.mean.dim: Call(lambda t: t.mean((2, 3))),
     aten.mean.default: Call(lambda t: t * t.mean()),
     aten.sum.dim_IntList: Call(lambda t: t.sum(2)),
     aten.sum.default: Call(lambda t: t * t.sum().tanh()),
     aten.amax.default: Call(lambda t: t.amax(1)),
     aten.amin.default: Call(lambda t: t.amin((2, 3))),
+    aten.linalg_vector_norm.default: Call(lambda t: F.normalize(t, dim=1)),
     # creation
     aten.zeros.default: _fill(lambda t: torch.zeros(t.shape[0], 1, 6, 6, dtype=t.dtype)),
     aten.ones.default: _fill(lambda t: torch.ones(t.shape[0], 1, 6, 6, dtype=t.dtype)),
@@ -179,16 +210,16 @@ SAMPLES: dict[Any, nn.Module] = {
     aten.full_like.default: _fill(lambda t: torch.full_like(t, 0.5)),
     aten.arange.default: _fill(lambda t: torch.arange(t.shape[0]).view(-1, 1, 1, 1)),
     aten.arange.start: _fill(lambda t: torch.arange(1, t.shape[0] + 1).view(-1, 1, 1, 1)),
-    aten.arange.start_step: _fill(
-        lambda t: torch.arange(0, 2 * t.shape[0], 2).view(-1, 1, 1, 1)
-    ),
+    aten.arange.start_step: _fill(lambda t: torch.arange(0, 2 * t.shape[0], 2).view(-1, 1, 1, 1)),
+    # writing in place
+    aten.zero_.default: Call(_zeroed),
+    aten.fill_.Scalar: Call(_filled),
+    aten.copy_.default: Call(_copied),
     # pointwise operators without torch's tag
     aten.dropout.default: Call(lambda t: F.dropout(t, 0.5, training=False)),
     aten.dropout_.default: Call(lambda t: F.dropout(t * 2, 0.5, training=False, inplace=True)),
     aten.feature_dropout.default: Call(lambda t: F.dropout2d(t, 0.5, training=False)),
-    aten.feature_dropout_.default: Call(
-        lambda t: aten.feature_dropout_.default(t * 2, 0.5, False)
-    ),
+    aten.feature_dropout_.default: Call(lambda t: aten.feature_dropout_.default(t * 2, 0.5, False)),
     aten.alpha_dropout.default: Call(lambda t: F.alpha_dropout(t, 0.5, training=False)),
     aten.alpha_dropout_.default: Call(lambda t: aten.alpha_dropout_.default(t * 2, 0.5, False)),
     aten.gelu_.default: Call(lambda t: aten.gelu_.default(t * 2)),

@@ -25,7 +25,9 @@ def pickled(module: nn.Module) -> nn.Module:
     return pickle.loads(pickle.dumps(module))
 
 
-@pytest.mark.parametrize("survive", [pickled, copy.deepcopy, lambda m: m], ids=["pickle", "deepcopy", "itself"])
+@pytest.mark.parametrize(
+    "survive", [pickled, copy.deepcopy, lambda m: m], ids=["pickle", "deepcopy", "itself"]
+)
 @pytest.mark.parametrize("training", [False, True])
 def test_one_training_step_equals_the_users_own_class(
     fused: FusedModule, survive: Callable[[nn.Module], nn.Module], training: bool
@@ -124,9 +126,20 @@ def test_fake_cuda(fused: FusedModule, training: bool):
 def test_swins_masks_follow_the_device():
     import torchvision
 
-    kwargs = {"patch_size": [4, 4], "embed_dim": 12, "depths": [2], "num_heads": [3], "window_size": [3, 3]}
+    kwargs = {
+        "patch_size": [4, 4],
+        "embed_dim": 12,
+        "depths": [2],
+        "num_heads": [3],
+        "window_size": [3, 3],
+    }
     members = [torchvision.models.SwinTransformer(num_classes=3, **kwargs) for _ in range(2)]
     module = fxfuse.fuse(members, torch.randn(2, 3, 28, 28)).module
     assert run_on_fake_cuda(module, (2, 3, 28, 28)).device.type == "cuda"
-    assert copy.deepcopy(module).to("meta")(torch.empty(2, 3, 28, 28, device="meta")).shape == (2, 3)
-    assert module.to(torch.bfloat16)(torch.randn(2, 3, 28, 28, dtype=torch.bfloat16)).isfinite().all()
+    assert copy.deepcopy(module).to("meta")(torch.empty(2, 3, 28, 28, device="meta")).shape == (
+        2,
+        3,
+    )
+    assert (
+        module.to(torch.bfloat16)(torch.randn(2, 3, 28, 28, dtype=torch.bfloat16)).isfinite().all()
+    )

@@ -13,7 +13,12 @@ from rich.table import Table
 if TYPE_CHECKING:
     from fxfuse.verify import Check
 
+#: Width of what is written into a file or a pipe, which has none of its own.
+_WIDTH = 120
+
 out = Console(soft_wrap=True)
+if not out.is_terminal:
+    out = Console(soft_wrap=True, width=_WIDTH)
 #: Messages and progress: standard output carries results only, so that it can be piped.
 err = Console(stderr=True)
 

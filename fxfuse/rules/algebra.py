@@ -88,15 +88,20 @@ def _match(ledger: Ledger, f: Field, other: Value, own: Value) -> frozenset[int]
         else:
             ledger.block(f, mine - overlap)
             ledger.block(g, theirs - overlap)
-            ledger.tie(representative(f, mine - overlap), representative(g, theirs - overlap))
+            ledger.tie(
+                representative(f, mine - overlap), representative(g, theirs - overlap), same=False
+            )
     return _covered(f, other)
 
 
 def representative(f: Field, dims: Iterable[int]) -> torch.Tensor:
-    """One id for each block along `dims` (the largest, because padding is 0)."""
+    """One id for each block along `dims`: the first, which plays the same part in each of them.
+
+    The first that is a neuron, that is: padding (id 0) stands for none.
+    """
     ids = f.ids
     for dim in dims:
-        ids = ids.amax(dim, keepdim=True)
+        ids = ids.gather(dim, (ids > 0).byte().argmax(dim, keepdim=True))
     return ids
 
 
@@ -206,9 +211,11 @@ def _lower(ledger: Ledger, met: Value, order: str, out: str) -> Value:
     fields: dict[tuple[int, ...], Field] = {}
     for f in lower(met.fields):
         # Labels that now share their dimensions say the same neurons twice.
-        ledger.tie(fields.setdefault(f.dims, f).ids, f.ids)
+        ledger.tie(fields.setdefault(f.dims, f).ids, f.ids, same=False)
+    # One that lost a dimension of its block says less than another of the same units.
+    told = [f for f in fields.values() if not any(set(f.dims) < set(dims) for dims in fields)]
     shape = tuple(met.shape[d] for d in keep)
-    return Value(shape, tuple(fields.values()), merge_positions(lower(met.positions)), met.sources)
+    return Value(shape, tuple(told), merge_positions(lower(met.positions)), met.sources)
 
 
 def reduce_over(ledger: Ledger, value: Value, dims: Iterable[int], why: str) -> None:

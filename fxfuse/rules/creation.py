@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 
 from fxfuse.labels import Value, positions
+from fxfuse.rules.algebra import align
 from fxfuse.rules.registry import Call, rule
 
 aten = torch.ops.aten
@@ -30,3 +33,18 @@ def filled(call: Call) -> Value:
 def arange(call: Call) -> Value:
     """A count: varies along its dimension, without labels."""
     return Value(call.shape, positions=positions(call.shape, [0]), sources=frozenset())
+
+
+@rule(aten.zero_.default, aten.fill_.Scalar)
+def overwrite(call: Call) -> Value:
+    """Whatever stood there is gone; no neuron stands there now."""
+    value: Value = call.args[0]
+    return Value(value.shape, sources=value.sources)
+
+
+@rule(aten.copy_.default)
+def copy(call: Call) -> Value:
+    """The content of another tensor, broadcast."""
+    target, source = call.args[0], align(call.args[1], call.args[0].rank)
+    call.ledger.touch(source)
+    return replace(source, shape=target.shape)

@@ -38,6 +38,7 @@ aten = torch.ops.aten
     aten.split.Tensor,
     aten.split_with_sizes.default,
     aten.tensor_split.sections,
+    aten.tensor_split.indices,
     aten.unbind.int,
     aten.channel_shuffle.default,
     aten.pixel_shuffle.default,
@@ -71,6 +72,13 @@ def same(call: Call) -> Value:
     """Layout, dtype and device change; the content does not."""
     value: Value = call.args[0]
     return value
+
+
+@rule(aten.expand_as.default)
+def expand_as(call: Call) -> Any:
+    """Expands to the shape of another tensor, whose content plays no part."""
+    shape = call.shape
+    return call.args[0].moved(lambda t: t.expand(shape))
 
 
 @rule(aten.index.Tensor, aten.index_select.default)
@@ -210,8 +218,20 @@ def _run(call: Call, operation: Any) -> Any:
 
     probe = run(torch.empty(1).expand(value.shape))
     if isinstance(probe, torch.Tensor):
-        return value.moved(run)
-    return [value.moved(partial(_nth, run, i)) for i in range(len(probe))]
+        return _moved(call, value, run)
+    return [_moved(call, value, partial(_nth, run, i)) for i in range(len(probe))]
+
+
+def _moved(call: Call, value: Value, operation: Any) -> Value:
+    """Moves a value; a neuron that is cut off from all others loses its label, so it freezes."""
+    result = value.moved(operation)
+    if len(result.fields) < len(value.fields):
+        kind = Kind.COMMON if value.is_parameter else Kind.HOST
+        for f in value.fields:
+            ids = operation(f.ids.expand(value.shape))
+            if Field.of(ids) is None:
+                call.ledger.freeze(Field(ids, ()), kind, "a single neuron is cut out by its index")
+    return result
 
 
 def _nth(run: Any, place: int, ids: torch.Tensor) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""Pooling over pixels, and reductions over dimensions."""
+"""Pooling and interpolation of pixels, and reductions over dimensions."""
 
 from __future__ import annotations
 
@@ -26,15 +26,32 @@ _POOLING: dict[Any, int] = {
     aten.adaptive_avg_pool2d.default: 2,
     aten.adaptive_avg_pool3d.default: 3,
 }
-_AVERAGES = ("aten::avg_pool", "aten::adaptive_avg_pool", "aten::mean", "aten::sum")
+#: Interpolation, likewise.
+_UPSAMPLING: dict[Any, int] = {
+    aten.upsample_nearest1d.vec: 1,
+    aten.upsample_nearest2d.vec: 2,
+    aten.upsample_nearest3d.vec: 3,
+    aten.upsample_linear1d.vec: 1,
+    aten.upsample_bilinear2d.vec: 2,
+    aten.upsample_bicubic2d.vec: 2,
+    aten.upsample_trilinear3d.vec: 3,
+}
+_SPACE = _POOLING | _UPSAMPLING
+_AVERAGES = (
+    "aten::upsample_",
+    "aten::avg_pool",
+    "aten::adaptive_avg_pool",
+    "aten::mean",
+    "aten::sum",
+)
 
 
-@rule(*_POOLING)
+@rule(*_SPACE)
 def pool(call: Call) -> Value:
-    """Channels pass; pixels are pooled."""
+    """Channels pass; pixels are pooled or interpolated."""
     x: Value = call.args[0]
     call.ledger.touch(x)
-    space = range(x.rank - _POOLING[call.node.target], x.rank)
+    space = range(x.rank - _SPACE[call.node.target], x.rank)
     x = only_unlabelled(call.ledger, x, space, "pooled over: neighbours matter")
     shape = call.shape
     _note_nonlinear(call, x)
@@ -50,18 +67,18 @@ def pool(call: Call) -> Value:
     aten.sum.default,
     aten.amax.default,
     aten.amin.default,
+    aten.linalg_vector_norm.default,
 )
 def reduce(call: Call) -> Value:
     """Labels along reduced dimensions are mixed and gone."""
     x: Value = call.args[0]
     call.ledger.touch(x)
-    given = call.args[1] if len(call.args) > 1 else None
+    given = call.optional("dim")
     dims = [given] if isinstance(given, int) else given
     over: Sequence[int] = [d % x.rank for d in dims] if dims else range(x.rank)
     reduce_over(call.ledger, x, over, "reduction over the members' neurons")
     _note_nonlinear(call, x)
-    keepdim = len(call.args) > 2 and bool(call.args[2])
-    return replace(drop(x, over, keepdim=keepdim), shape=call.shape)
+    return replace(drop(x, over, keepdim=bool(call.optional("keepdim"))), shape=call.shape)
 
 
 def _note_nonlinear(call: Call, x: Value) -> None:

@@ -46,6 +46,11 @@ class Call:
                 return self.kwargs.get(name, parameter.default_value)
         raise RuleError(f"{self.node.target} has no argument {name!r}", where=self.node.name)
 
+    def optional(self, name: str) -> Any:
+        """As `argument`, or None where the operator's schema has no such argument."""
+        names = [a.name for a in self.node.target._schema.arguments]  # type: ignore[union-attr]
+        return self.argument(name) if name in names else None
+
     def values(self) -> list[Value]:
         """All tensor arguments, those in lists included."""
         found: list[Value] = []
