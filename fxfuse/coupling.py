@@ -323,7 +323,7 @@ def _groups(
     frozen = np.zeros(int(component.max(initial=0)) + 1, dtype=bool)
     frozen[list(kinds)] = True
     rows: list[tuple[Place, Index, Index]] = []
-    parts = _ranks(ledger.colours())
+    parts = _ranks(ledger.colours(component))
     for owner, place in enumerate(ledger.owners):
         if _is_real(place):
             ids = _ids_of(ledger, owner)

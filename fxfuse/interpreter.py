@@ -160,7 +160,8 @@ class _Interpreter:
         self.values[written] = result
         if _same_labels(before, result):
             return
-        views, base = [], written
+        views: list[fx.Node] = []
+        base = written
         while base.op == "call_function" and not _owns_memory(base):
             views.insert(0, base)
             base = base.all_input_nodes[0]
@@ -188,11 +189,8 @@ class _Interpreter:
         fields = tuple(f for f in (write(*pair) for pair in pairs) if f is not None)
         borders = {d for d in range(value.rank) if value.shape[d] > 1}
         labelled = {d for f in fields for d in f.dims}
-        sources = value.sources
-        if part.sources is None or sources is None:
-            sources = None
-        else:
-            sources = sources | part.sources
+        both = (value.sources, part.sources)
+        sources = None if None in both else frozenset[str]().union(*(s or () for s in both))
         return Value(
             value.shape,
             fields,
@@ -205,11 +203,11 @@ class _Interpreter:
         for view in views:
             args, kwargs = fx.map_arg((view.args, view.kwargs), lambda n: self.values[n])
             args, kwargs = pytree.tree_map(hint, (args, kwargs), is_leaf=_is_leaf)
-            tensor = (
-                tensor[args[1]]
-                if view.target is operator.getitem
-                else view.target(tensor, *args[1:], **kwargs)
-            )
+            run: Any = view.target
+            if view.target is operator.getitem:
+                tensor = tensor[args[1]]
+            else:
+                tensor = run(tensor, *args[1:], **kwargs)
         return tensor
 
 

@@ -271,33 +271,39 @@ class Ledger:
                     "one index is shared by several units that each need it in order",
                 )
             else:
+                # What `large` has more of stays in order: two outputs of a depthwise channel, say.
+                self.block(large, sorted(set(large.dims) - set(small.dims)))
                 self.tie(small.ids, large.ids)
         self.node = None
         return self._connect() if pending else component
 
-    def colours(self) -> NDArray[np.uint64]:
+    def colours(self, component: NDArray[np.int64]) -> NDArray[np.uint64]:
         """Which part a neuron plays in its unit: equal for neurons that correspond.
 
-        A neuron's part is its place in every block and the operators that it passes itself. One
-        that has neither (of a bias, say) takes the colour of the neurons that it is tied to.
+        A neuron's part is its owner, its place in every block, the operators that it passes
+        itself, and the parts of the neurons that it is tied to (colour refinement). Found only for
+        units with several slots in one place: others have no order.
         """
-        colour = np.zeros(self.count, dtype=np.uint64)
+        owner = self.owner_positions(np.arange(self.count))
+        slots, counts = np.unique(np.stack([component, owner]), axis=1, return_counts=True)
+        several = np.zeros(int(component.max(initial=0)) + 1, dtype=bool)
+        several[slots[0, counts > 1]] = True
+        wanted = several[component]
+        colour = _scramble(owner.astype(np.uint64))
         for ids, tag in self.touches:
             np.add.at(colour, ids, _scramble(np.array([2 * tag], dtype=np.uint64)))
         for number, (ids, order) in enumerate(self.orders):
             np.add.at(colour, ids, _scramble((2 * number + 1 << 32) + order.astype(np.uint64)))
-        if not self.strands:
-            return colour
-        a = np.concatenate([x for x, _ in self.strands])
-        b = np.concatenate([y for _, y in self.strands])
-        a, b = np.concatenate([a, b]), np.concatenate([b, a])
-        while True:
-            new = (colour[a] == 0) & (colour[b] != 0)
-            if not new.any():
-                return colour
-            given = np.zeros_like(colour)
-            np.add.at(given, a[new], _scramble(colour[b[new]]))
-            colour += given
+        pairs = [(x[wanted[x]], y[wanted[x]]) for x, y in self.strands]
+        a = np.concatenate([np.empty(0, np.int64), *(x for p in pairs for x in p)])
+        b = np.concatenate([np.empty(0, np.int64), *(x for p in pairs for x in p[::-1])])
+        known = 0
+        while known < (found := len(np.unique(colour[wanted]))):
+            known = found
+            around = np.zeros_like(colour)
+            np.add.at(around, a, _scramble(colour[b]))
+            colour = _scramble(colour + _scramble(around))
+        return colour
 
     def _connect(self) -> NDArray[np.int64]:
         if not self.ties:

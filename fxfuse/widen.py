@@ -117,6 +117,8 @@ class _Widener:
             return self.join(node)
         if rule is movement.pad:
             return self.pad(node)
+        if node.target is aten.glu.default:
+            return self.halve(node)
         if _groups_of(node) > 1:
             return self.grouped(node)
         result = self.carry(node)
@@ -199,6 +201,23 @@ class _Widener:
             order = self.graph.get_attr(name)
             return self.graph.call_function(aten.index_select.default, (tensor, dim, order))
 
+    def halve(self, node: fx.Node) -> Layouts:
+        """Gated linear units: the first half of the layout has to be the order of both halves."""
+        x = cast("fx.Node", node.args[0])
+        value: Value = self.analysis.values[x]
+        dim = int(_argument(node, "dim")) % value.rank
+        result = dict(self.layouts[x])
+        layout = result.get(dim)
+        if layout is not None:
+            half = value.shape[dim] // 2
+            result[dim] = layout.head(half)
+            both = Layout(
+                np.concatenate([result[dim].source, result[dim].source + half]),
+                np.tile(result[dim].copy, 2),
+            )
+            self.agree(node, x, dim, layout, both)
+        return result
+
     # --- groups of channels ---------------------------------------------------------------------
 
     def grouped(self, node: fx.Node) -> Layouts:
@@ -211,6 +230,8 @@ class _Widener:
         dim, groups = value.rank - space - 1, _groups_of(node)
         layout = self.layouts[x].get(dim)
         copies = self.copies_of_groups(node, value, dim, layout)
+        if weight is not None and self.order(self.analysis.values[weight], 1) is not None:
+            copies = copies if node.target in _TRANSPOSED else None
         if copies is None:
             # The groups stay as many; what grows is the number of channels in each of them.
             wanted = None if layout is None else layout.by_index()
@@ -252,7 +273,7 @@ class _Widener:
         """An operand has to have a layout along a dimension."""
         if operand.op == "get_attr" and wanted is not None:
             place = dict(self.parameter_places(operand)).get(dim)
-            if place in self.analysis.group_of:
+            if place is not None and place in self.analysis.group_of:
                 self.places.setdefault(place, wanted)
         have = self.layout_of(operand).get(dim)
         size = self.analysis.values[operand].shape[dim]
@@ -302,6 +323,8 @@ class _Widener:
                     copies = self.evaluate(node, args, copy)
                 except RuntimeError:
                     # These sizes do not fit: the next candidate.
+                    continue
+                if len(_list(moved)) != len(_list(narrow)):
                     continue
                 parts = zip(_list(narrow), _list(moved), _list(copies), strict=True)
                 found = [_match(*part) for part in parts]

@@ -216,6 +216,7 @@ SAMPLES: dict[Any, nn.Module] = {
     aten.fill_.Scalar: Call(_filled),
     aten.copy_.default: Call(_copied),
     # pointwise operators without torch's tag
+    aten.glu.default: Call(lambda t: F.glu(t, 1)),
     aten.dropout.default: Call(lambda t: F.dropout(t, 0.5, training=False)),
     aten.dropout_.default: Call(lambda t: F.dropout(t * 2, 0.5, training=False, inplace=True)),
     aten.feature_dropout.default: Call(lambda t: F.dropout2d(t, 0.5, training=False)),

@@ -20,6 +20,7 @@ from tests.models import excite
 
 CLASSES = 3
 _SIDE = 4
+_TOKENS = _SIDE * _SIDE
 
 
 @dataclass(frozen=True)
@@ -182,10 +183,8 @@ def _dense(space: Space, i: int, b: Block) -> Part:
 @_block(*SPACES)
 def _gate(space: Space, i: int, b: Block) -> Part:
     def forward(m: Part, x: torch.Tensor) -> torch.Tensor:
-        if b.flag:
-            return F.glu(m.layer(x), space.dim)
         left, right = m.layer(x).chunk(2, space.dim)
-        return left * right.sigmoid()
+        return right * F.silu(left) if b.flag else left * right.sigmoid()
 
     return Part(b.width, forward, layer=space.layer(i, 2 * b.width))
 
@@ -248,7 +247,7 @@ def _interleave(space: Space, i: int, b: Block) -> Part:
     """Two branches, channel by channel."""
 
     def forward(m: Part, x: torch.Tensor) -> torch.Tensor:
-        both = torch.stack([_act(m.first(x)), m.second(x)], space.dim + (1 if b.flag else 0))
+        both = torch.stack([_act(m.first(x)), m.second(x)], space.dim + int(b.flag))
         return both.flatten(space.dim, space.dim + 1)
 
     return Part(2 * b.width, forward, first=space.layer(i, b.width), second=space.layer(i, b.width))
@@ -326,7 +325,8 @@ def _excite(space: Space, i: int, b: Block) -> Part:
     return Part(i, forward, first=_conv(i, b.width, 1), second=_conv(b.width, i, 1))
 
 
-@_block(IMAGE)
+# Behind a block that couples channels of several groups, it mixes.
+@_block(IMAGE, plain=False)
 def _group_norm(space: Space, i: int, b: Block) -> Part:
     fit, width = _fit(space, i, b.parts)
     return Part(width, lambda m, x: m.norm(m.fit(x)), fit=fit, norm=nn.GroupNorm(b.parts, width))
@@ -349,11 +349,12 @@ def _padded(space: Space, i: int, b: Block) -> Part:
     """The shortcut gets zeros for its new channels, at the end or on both sides."""
     before = 1 if b.flag else 0
     out = i + before + b.width
-    return Part(
-        out,
-        lambda m, x: _act(m.layer(x)) + F.pad(x, (0, 0, 0, 0, before, b.width)),
-        layer=_conv(i, out),
-    )
+
+    def forward(m: Part, x: torch.Tensor) -> torch.Tensor:
+        y, short = _act(m.layer(x)), F.pad(x, (0, 0, 0, 0, before, b.width))
+        return y + short if b.parts > 2 else short + y
+
+    return Part(out, forward, layer=_conv(i, out))
 
 
 @_block(IMAGE)
@@ -457,23 +458,16 @@ def _attention_one_head(space: Space, i: int, b: Block) -> Part:
 @_block(TOKENS)
 def _position(space: Space, i: int, b: Block) -> Part:
     """A position table, [t, c] or [1, t, c]."""
-    tokens = _SIDE * _SIDE
-    shape = (1, tokens, i) if b.flag else (tokens, i)
-
-    # Earlier blocks change the number of tokens.
-    def forward(m: Part, x: torch.Tensor) -> torch.Tensor:
-        return x + m.table[..., : x.shape[1], :]
-
-    return Part(i, forward, table=torch.randn(shape) * 0.3)
+    shape = (1, _TOKENS, i) if b.flag else (_TOKENS, i)
+    return Part(i, lambda m, x: x + m.table, table=torch.randn(shape) * 0.3)
 
 
 @_block(TOKENS)
 def _class_token(space: Space, i: int, b: Block) -> Part:
-    """One more token; the flag keeps the number of tokens."""
+    """A class token; it takes the place of the first token, so that their number stays."""
 
     def forward(m: Part, x: torch.Tensor) -> torch.Tensor:
-        rest = x[:, 1:]
-        return torch.cat([m.token.expand(x.shape[0], -1, -1), rest], 1)
+        return torch.cat([m.token.expand(x.shape[0], -1, -1), x[:, 1:]], 1)
 
     return Part(i, forward, token=torch.randn(1, 1, i))
 
@@ -493,12 +487,11 @@ def _pre_norm(space: Space, i: int, b: Block) -> Part:
 @_block(TOKENS, plain=False)
 def _mix_tokens(space: Space, i: int, b: Block) -> Part:
     """An MLP over the tokens: its hidden neurons are free, the tokens are not."""
-    tokens = _SIDE * _SIDE
 
     def forward(m: Part, x: torch.Tensor) -> torch.Tensor:
         return x + m.second(_act(m.first(x.transpose(1, 2)))).transpose(1, 2)
 
-    return Part(i, forward, first=nn.Linear(tokens, b.width), second=nn.Linear(b.width, tokens))
+    return Part(i, forward, first=nn.Linear(_TOKENS, b.width), second=nn.Linear(b.width, _TOKENS))
 
 
 # --- networks -----------------------------------------------------------------------------------
@@ -512,9 +505,7 @@ class Network(nn.Module):
         self.recipe = recipe
         self.stem = _conv(3, recipe.stem)
         self.images, width = _chain(IMAGE, recipe.images, recipe.stem)
-        self.tokens, self.vectors = nn.Sequential(), nn.Sequential()
-        if recipe.bridge == "tokens":
-            self.tokens, width = _chain(TOKENS, recipe.tokens, width)
+        self.tokens, width = _chain(TOKENS, recipe.tokens, width)
         self.end = nn.LazyLinear(max(width, 2))
         self.vectors, width = _chain(VECTOR, recipe.vectors, max(width, 2))
         self.head = nn.Linear(width, CLASSES)
@@ -526,7 +517,7 @@ class Network(nn.Module):
             if self.recipe.end == "flatten":
                 x = x.flatten(1)
             else:
-                x = x.mean(1) if self.recipe.end == "mean" else x[:, 0]
+                x = x.mean(1) if self.recipe.end == "mean" else x[:, -1]
         else:
             x = x.flatten(1) if self.recipe.bridge == "flatten" else x.mean((2, 3))
         return self.head(self.vectors(self.end(x)))
@@ -588,7 +579,7 @@ def recipes(*, plain: bool = False) -> st.SearchStrategy[Recipe]:
     stem, image, vector = st.integers(2, 6), _blocks(IMAGE, 4, plain), _blocks(VECTOR, 2, plain)
     bridge, end = (
         st.sampled_from(["mean", "flatten"]),
-        st.sampled_from(["mean", "flatten", "first"]),
+        st.sampled_from(["mean", "flatten", "last"]),
     )
     return st.one_of(
         st.builds(Recipe, stem, image, bridge, vectors=vector),

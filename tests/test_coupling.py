@@ -21,7 +21,7 @@ def graph() -> fxfuse.CouplingGraph:
 
 def describe(graph: fxfuse.CouplingGraph) -> str:
     return "\n".join(
-        f"{g.name} x{g.n_units}: " + " ".join(f"{name}:{dim}" for name, dim in g.index)
+        "\n  ".join([f"{g.name} x{g.n_units}", *(f"{name}:{dim}" for name, dim in g.index)])
         for g in graph.groups
     )
 
@@ -30,9 +30,39 @@ def test_groups_of_a_residual_network(graph: fxfuse.CouplingGraph):
     assert_expected_inline(
         describe(graph),
         """\
-stem.weight:0 x8: stem.weight:0 bn.weight:0 bn.bias:0 block1.conv1.weight:1 block1.conv2.weight:0 block1.bn2.weight:0 block1.bn2.bias:0 block2.conv1.weight:1 block2.conv2.weight:0 block2.bn2.weight:0 block2.bn2.bias:0 fc.weight:1 bn.running_mean:0 bn.running_var:0 block1.bn2.running_mean:0 block1.bn2.running_var:0 block2.bn2.running_mean:0 block2.bn2.running_var:0
-block1.conv1.weight:0 x8: block1.conv1.weight:0 block1.bn1.weight:0 block1.bn1.bias:0 block1.conv2.weight:1 block1.bn1.running_mean:0 block1.bn1.running_var:0
-block2.conv1.weight:0 x8: block2.conv1.weight:0 block2.bn1.weight:0 block2.bn1.bias:0 block2.conv2.weight:1 block2.bn1.running_mean:0 block2.bn1.running_var:0""",
+stem.weight:0 x8
+  stem.weight:0
+  bn.weight:0
+  bn.bias:0
+  block1.conv1.weight:1
+  block1.conv2.weight:0
+  block1.bn2.weight:0
+  block1.bn2.bias:0
+  block2.conv1.weight:1
+  block2.conv2.weight:0
+  block2.bn2.weight:0
+  block2.bn2.bias:0
+  fc.weight:1
+  bn.running_mean:0
+  bn.running_var:0
+  block1.bn2.running_mean:0
+  block1.bn2.running_var:0
+  block2.bn2.running_mean:0
+  block2.bn2.running_var:0
+block1.conv1.weight:0 x8
+  block1.conv1.weight:0
+  block1.bn1.weight:0
+  block1.bn1.bias:0
+  block1.conv2.weight:1
+  block1.bn1.running_mean:0
+  block1.bn1.running_var:0
+block2.conv1.weight:0 x8
+  block2.conv1.weight:0
+  block2.bn1.weight:0
+  block2.bn1.bias:0
+  block2.conv2.weight:1
+  block2.bn1.running_mean:0
+  block2.bn1.running_var:0""",
     )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -89,3 +90,17 @@ def pointwise(call: Call) -> Value:
 def _is_linear(call: Call, operands: list[Value]) -> bool:
     name = call.node.target._schema.name  # type: ignore[union-attr]
     return name in _ADDITIVE or (name in _SCALING and len(operands) == 1)
+
+
+@rule(aten.glu.default)
+def gated_linear_unit(call: Call) -> Value:
+    """The first half times the sigmoid of the second: a unit is a pair."""
+    x: Value = call.args[0]
+    dim = call.argument("dim") % x.rank
+    half = x.shape[dim] // 2
+    parts = [x.moved(partial(torch.narrow, dim=dim, start=s, length=half)) for s in (0, half)]
+    for place, part in enumerate(parts):
+        call.ledger.touch(part, place)
+    for f in parts[0].fields:
+        call.ledger.mix("an averaged activation passes a nonlinear operator", ids=f.ids)
+    return replace(meet(call.ledger, *parts), shape=call.shape)

@@ -1,0 +1,175 @@
+"""Oracle 5: what holds of the architectures that we know holds of random networks.
+
+The oracles are named in DESIGN.md section 7. Here a `RewriteError` is a failure too.
+"""
+
+from __future__ import annotations
+
+import copy
+import warnings
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+
+import fxfuse
+from fxfuse import verify
+from fxfuse.apply import permuted, random_permutations
+from tests.strategies import (
+    BLOCKS,
+    IMAGE,
+    TOKENS,
+    Block,
+    Recipe,
+    Space,
+    build,
+    images,
+    is_plain,
+    recipes,
+)
+
+#: An example takes half a second, most of it in torch.export.
+_few = settings(max_examples=12, deadline=None, suppress_health_check=list(HealthCheck))
+
+#: Blocks that freeze what they write: the tokens that come out of a layer meet tokens that have
+#: no labels.
+_HOSTED = {"mix_tokens"}
+#: Sums over neurons that no weight tells apart: two copies of a network give twice the sum.
+_SUMMED = {"attention_one_head"}
+
+
+def check_oracles(recipe: Recipe, n: int) -> fxfuse.CouplingGraph:
+    """Permutation, wide and fusion on `n` members of one architecture; returns the analysis."""
+    models = [build(recipe, seed) for seed in range(n)]
+    members = [fxfuse.capture(model, images()) for model in models]
+    graph = fxfuse.analyze(members[0])
+    check_permutation(graph)
+    wide = verify.wide_equals_ensemble(members)
+    assert wide.passed, wide
+    kinds = {block.kind for block in (*recipe.images, *recipe.tokens, *recipe.vectors)}
+    if is_plain(recipe):
+        assert wide.tolerance < float("inf"), wide.detail
+    if not kinds & (_HOSTED | _SUMMED):
+        check_copies(graph, models[0])
+    with warnings.catch_warnings():
+        # A group that the permutation oracle cannot move freezes with a warning.
+        warnings.simplefilter("error", UserWarning)
+        result = fxfuse.fuse(members, images())
+    assert result.verification.passed
+    assert result.state_dict().keys() == models[0].state_dict().keys()
+    return graph
+
+
+def check_permutation(graph: fxfuse.CouplingGraph) -> None:
+    # Groups of two units: every second permutation leaves them alone.
+    for seed in range(3):
+        check = verify.permutation_of(graph, seed=seed)
+        assert check.passed, check
+    assert verify.sensitivity(graph.captured) > 1e-4
+
+
+def check_copies(graph: fxfuse.CouplingGraph, model: torch.nn.Module) -> None:
+    """A network beside its permuted copy is the network, even where a norm mixes the two."""
+    twin = copy.deepcopy(model)
+    moves = random_permutations(graph.groups, np.random.default_rng(1))
+    twin.load_state_dict(permuted(graph.captured.state(), graph, moves))
+    wide = verify.wide_equals_ensemble([graph.captured, fxfuse.capture(twin, images())])
+    assert wide.error <= verify.EXACT, wide
+
+
+@_few
+@given(recipes())
+def test_any_network(recipe: Recipe):
+    check_oracles(recipe, 2)
+
+
+@_few
+@given(recipes(plain=True))
+def test_network_without_a_mixing_operator(recipe: Recipe):
+    check_oracles(recipe, 3)
+
+
+def alone(kind: str, space: Space, flag: bool) -> Recipe:
+    block = (Block(kind, 3, 2, flag),)
+    if space is IMAGE:
+        return Recipe(images=block)
+    return Recipe(bridge="tokens", tokens=block) if space is TOKENS else Recipe(vectors=block)
+
+
+ALONE = [
+    pytest.param(kind, space, flag, id=f"{kind}-{space.name}-{int(flag)}")
+    for kind in BLOCKS
+    for space in BLOCKS[kind].spaces
+    for flag in (False, True)
+]
+
+
+@pytest.mark.parametrize(("kind", "space", "flag"), ALONE)
+def test_block(kind: str, space: Space, flag: bool):
+    graph = check_oracles(alone(kind, space, flag), 2)
+    assert graph.free_fraction > 0.9
+    inside = {IMAGE: "images.", TOKENS: "tokens."}.get(space, "vectors.")
+    own = {name for name, _ in build(alone(kind, space, flag)).named_parameters()}
+    own = {name for name in own if name.startswith(inside)}
+    free = {name for name, _ in graph.group_of}
+    # The token mixer writes tokens, and a temperature belongs to no neuron.
+    if kind in ("mix_tokens", "temperature"):
+        free |= {f"{inside}0.second.bias", f"{inside}0.factor"}
+    assert own <= free
+
+
+#: Networks that have failed: the blocks between a layer and a layer.
+FOUND = {
+    "padding before the addition": (Block("padded", 2, 2), Block("grouped", 2, 2)),
+    "groups of shuffled channels": (Block("shuffle", 2, 2), Block("grouped", 2, 2)),
+    "norm groups of shuffled channels": (Block("shuffle", 2, 2), Block("group_norm", 2, 2)),
+    "groups across a concatenation": (Block("dense", 2, 2), Block("grouped", 2, 2)),
+    "two outputs of a shuffled channel": (Block("shuffle", 2, 2), Block("depthwise", 2, 2, True)),
+    "residual around shuffled channels": (Block("shuffle", 2, 2), Block("residual", 2, 2)),
+    "groups of the same neurons": (Block("interleave", 2, 2), Block("grouped", 2, 2)),
+    "one neuron in each half": (Block("interleave", 2, 2, True), Block("halves", 2, 2)),
+    "a unit in each half": (Block("grouped", 2, 2), Block("branches", 2, 2)),
+    "outputs of a channel in a shuffled residual": (
+        Block("grouped", 4, 3, True),
+        Block("depthwise", 2, 2, True),
+        Block("shuffle", 3, 2),
+        Block("residual", 2, 2),
+    ),
+    "groups of one unit": (
+        Block("interleave", 3, 2),
+        Block("group_norm", 3, 3),
+        Block("grouped", 3, 2),
+    ),
+}
+
+
+@pytest.mark.parametrize("blocks", FOUND.values(), ids=FOUND)
+def test_network_that_failed_once(blocks: tuple[Block, ...]):
+    recipe = Recipe(6, (Block("layer", 6), *blocks, Block("layer", 3)))
+    models = [build(recipe, seed) for seed in range(2)]
+    check_permutation(fxfuse.analyze(models[0], images()))
+    wide = verify.wide_equals_ensemble(models, images())
+    assert wide.passed, wide
+
+
+class Lambdas(torch.nn.Module):
+    """Two branches, each with a factor that is read by its index."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = torch.nn.Linear(6, 8), torch.nn.Linear(6, 8)
+        self.factors = torch.nn.Parameter(torch.tensor([0.3, 2.0]))
+        self.head = torch.nn.Linear(8, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.head(
+            (self.factors[0] * self.first(x) + self.factors[1] * self.second(x)).tanh()
+        )
+
+
+def test_parameters_that_are_read_by_their_index_stay():
+    graph = fxfuse.analyze(Lambdas().double(), torch.randn(4, 6, dtype=torch.float64))
+    check_permutation(graph)
+    assert "a single neuron is cut out" in graph.frozen[("factors", 0)].why
+    assert ("first.weight", 0) in graph.group_of
