@@ -50,14 +50,17 @@ class Field:
     @staticmethod
     def of(ids: Ids) -> Field | None:
         """Compresses ids: dimensions along which they are constant get size 1."""
-        for dim in range(ids.dim()):
-            if ids.shape[dim] == 1:
-                continue
-            head = ids.narrow(dim, 0, 1)
-            if ids.stride(dim) == 0 or bool((ids == head).all()):
-                ids = head
+        for dim, size in enumerate(ids.shape):
+            if size > 1 and (ids.stride(dim) == 0 or _is_constant_along(ids.numpy(), dim)):
+                ids = ids.narrow(dim, 0, 1)
         dims = tuple(d for d in range(ids.dim()) if ids.shape[d] > 1)
         return Field(ids.contiguous(), dims) if dims else None
+
+
+def _is_constant_along(ids: NDArray[np.int64], dim: int) -> bool:
+    line = np.moveaxis(ids, dim, 0)
+    # Where ids vary, they nearly always vary at once: the whole is compared only when it has to be.
+    return all(bool((line[i] == line[0]).all()) for i in (1, -1)) and bool((line == line[0]).all())
 
 
 @dataclass(frozen=True)
