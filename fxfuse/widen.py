@@ -27,7 +27,7 @@ from fxfuse.labels import Field, Value
 from fxfuse.layout import Layout, default_layout, place_copies
 from fxfuse.plan import FusionPlan
 from fxfuse.rewrite import FusedModule, copy_graph, emit_graph
-from fxfuse.rules import movement
+from fxfuse.rules import creation, movement
 from fxfuse.rules.registry import find, hint
 
 aten = torch.ops.aten
@@ -117,6 +117,8 @@ class _Widener:
             return self.join(node)
         if rule is movement.pad:
             return self.pad(node)
+        if rule in (creation.copy, creation.overwrite):
+            raise self.error(node, "writing into a part of a tensor is not rewritten")
         if node.target is aten.glu.default:
             return self.halve(node)
         if _groups_of(node) > 1:

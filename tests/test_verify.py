@@ -10,6 +10,7 @@ from torch import nn
 
 import fxfuse
 from fxfuse import verify
+from fxfuse.errors import RewriteError
 from tests.nets import images, resnets
 
 
@@ -87,6 +88,28 @@ def test_the_wide_network_is_three_times_as_wide():
     assert wide.get_parameter("fc.weight").shape == (4, 24)
     mean = torch.stack([m(x) for m in members]).mean(0)
     torch.testing.assert_close(wide(x), mean)
+
+
+class Written(nn.Module):
+    """Writes neurons into a part of another tensor."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Linear(4, 6)
+        self.last = nn.Linear(8, 2)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        wide = x.new_zeros(x.shape[0], 8)
+        wide[:, 1:7] = self.first(x).relu()
+        return self.last(wide)
+
+
+def test_what_cannot_be_concatenated_is_an_error_that_names_the_node():
+    x = torch.randn(3, 4)
+    assert verify.permutation(Written(), x).passed
+    with pytest.raises(RewriteError, match="cannot be written") as caught:
+        verify.wide_equals_ensemble([Written(), Written()], x)
+    assert "wide = x.new_zeros(x.shape[0], 8)" in caught.value.where
 
 
 def test_relative_error_of_nan_is_infinite():
