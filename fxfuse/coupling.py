@@ -323,7 +323,11 @@ def _groups(
     frozen = np.zeros(int(component.max(initial=0)) + 1, dtype=bool)
     frozen[list(kinds)] = True
     rows: list[tuple[Place, Index, Index]] = []
-    parts = _ranks(ledger.colours(component))
+    colours = ledger.colours(component)
+    parts = _ranks(colours)
+    # Slots may be equally many and still play other parts: the sum tells sets of colours apart.
+    played = np.zeros(len(frozen), dtype=np.uint64)
+    np.add.at(played, component, colours)
     for owner, place in enumerate(ledger.owners):
         if _is_real(place):
             ids = _ids_of(ledger, owner)
@@ -334,6 +338,8 @@ def _groups(
     for c, marks in _marks(ledger, component).items():
         if c in signature:
             signature[c].append((-1, hash(marks)))
+    for c, sign in signature.items():
+        sign.append((-1, int(played[c])))
     buckets: dict[tuple[tuple[int, int], ...], list[int]] = defaultdict(list)
     for c, signed in signature.items():
         if not frozen[c]:

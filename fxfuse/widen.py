@@ -301,7 +301,14 @@ class _Widener:
                     if self.free.isdisjoint(units.tolist()):
                         continue
                     return units.tobytes()
+                if self.is_one_unit(f):
+                    # No dimension tells units apart, so the label says which one it is.
+                    return units.tobytes() + bytes([value.rank - dim])
         return None
+
+    def is_one_unit(self, f: Field) -> bool:
+        units = np.unique(self.component[f.ids.numpy()])
+        return len(units) == 1 and int(units[0]) in self.free
 
     # --- data movement --------------------------------------------------------------------------
 

@@ -139,8 +139,10 @@ def _layer(space: Space, i: int, b: Block) -> Part:
 @_block(*SPACES, plain=False)
 def _norm(space: Space, i: int, b: Block) -> Part:
     """A layer with BatchNorm; LayerNorm for tokens."""
-    layer, norm = space.layer(i, b.width), space.norm(b.width)
-    return Part(b.width, lambda m, x: _act(m.norm(m.layer(x))), layer=layer, norm=norm)
+    # The norm of two neurons is a sign.
+    out = max(b.width, 3)
+    layer, norm = space.layer(i, out), space.norm(out)
+    return Part(out, lambda m, x: _act(m.norm(m.layer(x))), layer=layer, norm=norm)
 
 
 @_block(*SPACES)
@@ -337,11 +339,14 @@ def _channels_last(space: Space, i: int, b: Block) -> Part:
     """LayerNorm over the channels, and a linear layer before the way back (ConvNeXt)."""
 
     def forward(m: Part, x: torch.Tensor) -> torch.Tensor:
+        x = m.fit(x)
         y = m.layer(m.norm(x.permute(0, 2, 3, 1))).permute(0, 3, 1, 2)
         return x + y if b.flag else y
 
-    out = i if b.flag else b.width
-    return Part(out, forward, norm=nn.LayerNorm(i), layer=nn.Linear(i, out))
+    width = max(i, 3)
+    out = width if b.flag else b.width
+    fit = nn.Identity() if i == width else _conv(i, width)
+    return Part(out, forward, fit=fit, norm=nn.LayerNorm(width), layer=nn.Linear(width, out))
 
 
 @_block(IMAGE)

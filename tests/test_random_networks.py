@@ -66,7 +66,7 @@ def check_permutation(graph: fxfuse.CouplingGraph) -> None:
     for seed in range(3):
         check = verify.permutation_of(graph, seed=seed)
         assert check.passed, check
-    assert verify.sensitivity(graph.captured) > 1e-4
+    assert verify.sensitivity(graph.captured) > 1e-6
 
 
 def check_copies(graph: fxfuse.CouplingGraph, model: torch.nn.Module) -> None:
@@ -135,6 +135,17 @@ FOUND = {
         Block("depthwise", 2, 2, True),
         Block("shuffle", 3, 2),
         Block("residual", 2, 2),
+    ),
+    "units of other parts": (
+        Block("layer", 3),
+        Block("padded", 2, 2, True),
+        Block("tied_branches", 2),
+    ),
+    "one unit in all groups": (
+        Block("layer", 2),
+        Block("shuffle", 2, 3),
+        Block("pooled", 2, 3, True),
+        Block("group_norm", 2, 3),
     ),
     "groups of one unit": (
         Block("interleave", 3, 2),
