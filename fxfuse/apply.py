@@ -43,8 +43,13 @@ def permuted(
 def random_permutations(
     groups: Sequence[CouplingGroup], generator: np.random.Generator
 ) -> dict[str, Index]:
-    """A uniformly random permutation for each group."""
-    return {group.name: generator.permutation(group.n_units) for group in groups}
+    """A random permutation for each group, never the identity where there are two units or more."""
+    moves = {}
+    for group in groups:
+        move = generator.permutation(group.n_units)
+        # A group of two would be left alone half the time, and an oracle would learn nothing.
+        moves[group.name] = np.roll(move, 1) if (move == np.arange(group.n_units)).all() else move
+    return moves
 
 
 def fused_state(

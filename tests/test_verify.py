@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import importlib
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
 
 import fxfuse
 from fxfuse import verify
+from fxfuse.apply import random_permutations
 from fxfuse.errors import RewriteError
 from tests.nets import images, resnets
 
@@ -110,6 +112,15 @@ def test_what_cannot_be_concatenated_is_an_error_that_names_the_node():
     with pytest.raises(RewriteError, match="cannot be written") as caught:
         verify.wide_equals_ensemble([Written(), Written()], x)
     assert "wide = x.new_zeros(x.shape[0], 8)" in caught.value.where
+
+
+def test_every_group_is_really_permuted():
+    pair = fxfuse.CouplingGroup("pair", 2, {})
+    single = fxfuse.CouplingGroup("single", 1, {})
+    for seed in range(20):
+        moves = random_permutations((pair, single), np.random.default_rng(seed))
+        assert moves["pair"].tolist() == [1, 0]
+        assert moves["single"].tolist() == [0]
 
 
 def test_relative_error_of_nan_is_infinite():
