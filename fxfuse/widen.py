@@ -117,7 +117,9 @@ class _Widener:
             return self.join(node)
         if rule is movement.pad:
             return self.pad(node)
-        if rule in (creation.copy, creation.overwrite):
+        if rule in (creation.copy, creation.overwrite) and any(
+            self.layout_of(operand) for operand in node.all_input_nodes
+        ):
             raise self.error(node, "writing into a part of a tensor is not rewritten")
         if node.target is aten.glu.default:
             return self.halve(node)
