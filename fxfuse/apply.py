@@ -9,7 +9,7 @@ import torch
 
 from fxfuse.coupling import CouplingGraph, CouplingGroup, Index, Place
 from fxfuse.labels import Kind
-from fxfuse.layout import Placement
+from fxfuse.layout import Layout, Placement, place_copies, place_units
 from fxfuse.plan import FusionPlan, Role, role_of
 
 
@@ -52,6 +52,23 @@ def random_permutations(
     return moves
 
 
+def fused_at_width(
+    graph: CouplingGraph, plan: FusionPlan, states: Sequence[Mapping[str, torch.Tensor]]
+) -> dict[str, torch.Tensor]:
+    """`fused_state` at the members' width."""
+    return fused_state(graph, plan, states, lambda place: place_units(graph, plan, place))
+
+
+def fused_side_by_side(
+    graph: CouplingGraph,
+    plan: FusionPlan,
+    states: Sequence[Mapping[str, torch.Tensor]],
+    layouts: Mapping[Place, Layout],
+) -> dict[str, torch.Tensor]:
+    """`fused_state` of the concatenation, in the given layouts (the default one elsewhere)."""
+    return fused_state(graph, plan, states, lambda place: place_copies(graph, plan, place, layouts))
+
+
 def fused_state(
     graph: CouplingGraph,
     plan: FusionPlan,
@@ -92,8 +109,8 @@ def _fused(
     # Half precision holds weights, not sums of weights.
     dtype = torch.promote_types(like.dtype, torch.float32)
     result = torch.zeros([p.size for p in placements], dtype=dtype, device=like.device)
+    weight = _weight(graph, plan, name, role)
     for member, state in enumerate(states):
-        weight = _weight(graph, plan, name, role)
         part = state[name].detach().to(dtype=dtype, device=like.device)
         for dim, p in enumerate(placements):
             part = part.index_select(dim, torch.from_numpy(p.sources[member]).to(like.device))

@@ -53,19 +53,26 @@ class Captured:
         canonical: For each name, the first name under which the same tensor appears (itself,
             unless the tensor is tied).
         example_inputs: Positional and keyword inputs that the graph was captured with.
-        dynamic_batch: Whether dimension 0 of the inputs is symbolic.
     """
 
     module: fx.GraphModule
     names: tuple[str, ...]
     canonical: Mapping[str, str]
     example_inputs: tuple[tuple[Any, ...], dict[str, Any]]
-    dynamic_batch: bool
 
     @property
     def graph(self) -> fx.Graph:
         """The ATen graph."""
         return self.module.graph
+
+    @property
+    def dynamic_batch(self) -> bool:
+        """Whether dimension 0 of an input is symbolic."""
+        inputs = [n.meta.get("val") for n in self.graph.nodes if n.op == "placeholder"]
+        return any(
+            isinstance(x, torch.Tensor) and x.dim() > 0 and isinstance(x.shape[0], torch.SymInt)
+            for x in inputs
+        )
 
     def tensor(self, name: str) -> torch.Tensor:
         """The tensor behind a `get_attr` target or a `state_dict()` name."""
@@ -129,17 +136,17 @@ def capture(
     args = example_inputs if isinstance(example_inputs, tuple) else (example_inputs,)
     kwargs = dict(example_kwargs or {})
     if isinstance(model, ExportedProgram):
-        program, dynamic = model, dynamic_shapes is None
+        program = model
         state: Mapping[str, torch.Tensor] = program.state_dict
     else:
         with _eval_mode(model):
             _try_example(model, args, kwargs)
-            program, dynamic = _export(model, args, kwargs, dynamic_shapes)
+            program = _export(model, args, kwargs, dynamic_shapes)
         state = model.state_dict(keep_vars=True)
     module = rebuild(program.module(check_guards=False), state)
     first: dict[int, str] = {}
     canonical = {name: first.setdefault(id(tensor), name) for name, tensor in state.items()}
-    return Captured(module, tuple(state), canonical, (args, kwargs), dynamic)
+    return Captured(module, tuple(state), canonical, (args, kwargs))
 
 
 def _try_example(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -161,15 +168,15 @@ def _try_example(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
 
 def _export(
     model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], dynamic_shapes: Any
-) -> tuple[ExportedProgram, bool]:
+) -> ExportedProgram:
     if dynamic_shapes is not None:
-        return _export_once(model, args, kwargs, dynamic_shapes), True
+        return _export_once(model, args, kwargs, dynamic_shapes)
     batched = pytree.tree_map(_batch_dynamic, (args, kwargs))
     # Keyword inputs of a model are given to export by name, positional ones by position.
     shapes = batched[0] if not kwargs else (*batched[0], *batched[1].values())
     if any(isinstance(x, torch.Tensor) and x.dim() for x in pytree.tree_leaves((args, kwargs))):
         try:
-            return _export_once(model, args, kwargs, shapes), True
+            return _export_once(model, args, kwargs, shapes)
         except CaptureError as error:
             program = _export_once(model, args, kwargs, None)
             warnings.warn(
@@ -177,8 +184,8 @@ def _export(
                 f"dimension dynamic: {error.why}",
                 stacklevel=3,
             )
-            return program, False
-    return _export_once(model, args, kwargs, None), False
+            return program
+    return _export_once(model, args, kwargs, None)
 
 
 def _batch_dynamic(value: Any) -> Any:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import pairwise
 from typing import Any, overload
@@ -226,16 +226,11 @@ class CouplingGraph:
                     indices = np.union1d(before, rows.reshape(-1))
                     frozen[place] = FrozenReason(Kind.HOST, why, "", "", indices)
         groups = tuple(g for g in self.groups if g.name not in chosen)
-        return CouplingGraph(
-            self.captured,
-            groups,
-            frozen,
-            self.mixing,
-            _free_fraction(self.captured, groups),
-            self.readers,
-            self.writers,
-            self.values,
-            self.ledger,
+        return replace(
+            self,
+            groups=groups,
+            frozen=frozen,
+            free_fraction=_free_fraction(self.captured, groups),
         )
 
 

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from torch.export import ExportedProgram
 
-from fxfuse.apply import fused_state
+from fxfuse.apply import fused_at_width
 from fxfuse.capture import Captured, capture, check_same_network
 from fxfuse.coupling import CouplingGraph, analyze
 from fxfuse.errors import (
@@ -22,7 +22,6 @@ from fxfuse.errors import (
     TooFewMembersError,
     VerificationError,
 )
-from fxfuse.layout import place_units
 from fxfuse.methods import Options, find_method
 from fxfuse.plan import FusionPlan
 from fxfuse.planner import make_plan
@@ -135,10 +134,10 @@ def fuse(
         checks.append(check)
     _check_free(graph)
     plan = make_plan(graph, states, method, Options(score, variant), host=host)
-    fused = fused_state(graph, plan, states, lambda place: place_units(graph, plan, place))
+    fused = fused_at_width(graph, plan, states)
     module = emit(captured[0], fused)
     if verify:
-        checks += handover(graph, module, captured[0])
+        checks += handover(captured[0], module)
     verification = Verification(tuple(checks))
     _check_verified(verification)
     return FusionResult(module, plan, verification, graph)

@@ -76,6 +76,26 @@ def atomic_folder(
         raise
 
 
+@contextmanager
+def atomic_file(path: str | Path) -> Iterator[Path]:
+    """Gives a temporary file that replaces `path` when the block ends without an error.
+
+    Args:
+        path: The file to write; its folder exists.
+
+    Yields:
+        The file to write. After an error it is gone, and `path` is as it was.
+    """
+    path = Path(path)
+    # Beside the target, since a rename is atomic only within one file system.
+    work = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.partial")
+    try:
+        yield work
+        os.replace(work, path)
+    finally:
+        work.unlink(missing_ok=True)
+
+
 def write_text(path: str | Path, text: str) -> None:
     """Writes a text file whole or not at all; an existing file is replaced.
 
@@ -83,13 +103,8 @@ def write_text(path: str | Path, text: str) -> None:
         path: The file.
         text: Its content.
     """
-    path = Path(path)
-    work = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.partial")
-    try:
+    with atomic_file(path) as work:
         work.write_text(text, encoding="utf-8")
-        os.replace(work, path)
-    finally:
-        work.unlink(missing_ok=True)
 
 
 def write_json(path: str | Path, value: object) -> None:

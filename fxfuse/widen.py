@@ -19,34 +19,21 @@ import torch
 import torch.utils._pytree as pytree
 from torch import fx
 
-from fxfuse.apply import fused_state
+from fxfuse.apply import fused_side_by_side
 from fxfuse.capture import source_of
 from fxfuse.coupling import CouplingGraph, Index, Place
 from fxfuse.errors import RewriteError
 from fxfuse.labels import Field, Value
-from fxfuse.layout import Layout, default_layout, place_copies
+from fxfuse.layout import Layout, default_layout
 from fxfuse.plan import FusionPlan
 from fxfuse.rewrite import FusedModule, copy_graph, emit_graph
-from fxfuse.rules import creation, movement
-from fxfuse.rules.registry import find, hint
+from fxfuse.rules import contraction, creation, movement
+from fxfuse.rules.registry import argument_of, find, hint
 
 aten = torch.ops.aten
 
 #: Layout of each grown dimension of one tensor.
 Layouts = dict[int, Layout]
-
-_VIEWS = (aten.view.default, aten.reshape.default, aten._unsafe_view.default, aten.expand.default)
-_TRANSPOSED = (
-    aten.conv_transpose1d.default,
-    aten.conv_transpose2d.input,
-    aten.conv_transpose3d.input,
-)
-_CONVOLUTIONS = (
-    aten.conv1d.default,
-    aten.conv2d.default,
-    aten.conv3d.default,
-    *_TRANSPOSED,
-)
 
 
 def widen(
@@ -67,9 +54,7 @@ def widen(
     """
     widener = _Widener(graph, plan.n_members)
     widener.run()
-    state = fused_state(
-        graph, plan, states, lambda place: place_copies(graph, plan, place, widener.places)
-    )
+    state = fused_side_by_side(graph, plan, states, widener.places)
     return emit_graph(graph.captured, state, widener.graph, widener.orders)
 
 
@@ -235,7 +220,7 @@ class _Widener:
         layout = self.layouts[x].get(dim)
         copies = self.copies_of_groups(node, value, dim, layout)
         if weight is not None and self.order(self.analysis.values[weight], 1) is not None:
-            copies = copies if node.target in _TRANSPOSED else None
+            copies = copies if _is_transposed(node) else None
         if copies is None:
             # The groups stay as many; what grows is the number of channels in each of them.
             wanted = None if layout is None else layout.by_index()
@@ -248,9 +233,8 @@ class _Widener:
             self.set_argument(node, "num_groups" if is_norm else "groups", sum(map(len, copies)))
         if layout is not None and wanted is not None:
             self.agree(node, x, dim, layout, wanted)
-        is_transposed = node.target in _TRANSPOSED
         for name, dims in (
-            ("weight", (wanted, None) if is_transposed else (out, inner)),
+            ("weight", (wanted, None) if _is_transposed(node) else (out, inner)),
             ("bias", (out,)),
         ):
             operand = _argument(node, name)
@@ -396,8 +380,9 @@ class _Widener:
     ) -> Iterator[tuple[Any, ...]]:
         """Arguments that the operator could have in the concatenated network."""
         args = node.args
-        if node.target in _VIEWS or node.target is aten.unflatten.int:
-            place = 1 if node.target in _VIEWS else 2
+        is_view = find(node.target) is movement.view or node.target is aten.expand.default
+        if is_view or node.target is aten.unflatten.int:
+            place = 1 if is_view else 2
             sizes = list(args[place])  # type: ignore[arg-type]
             growth = [layout.size // value.shape[dim] for dim, layout in layouts.items()]
             for dims in combinations(range(len(sizes)), len(growth)):
@@ -440,16 +425,17 @@ class _Widener:
         dim = _dimension(node, value.rank)
         result: Layouts = {}
         lines, copies, offset, grows = [], [], 0, False
+        stacks = find(node.target) is movement.stack
         for part in parts:
             layouts = self.layout_of(part)
-            size = self.analysis.values[part].shape[dim] if find(node.target) is movement.cat else 1
-            layout = layouts.get(dim) if find(node.target) is movement.cat else None
+            size = 1 if stacks else self.analysis.values[part].shape[dim]
+            layout = None if stacks else layouts.get(dim)
             grows |= layout is not None
             lines.append(offset + (layout.source if layout else np.arange(size)))
             copies.append(layout.copy if layout else np.full(size, -1))
             offset += size
             for d, other in layouts.items():
-                shifted = d + 1 if find(node.target) is movement.stack and d >= dim else d
+                shifted = d + 1 if stacks and d >= dim else d
                 if shifted != dim:
                     self.agree(node, part, d, other, result.setdefault(shifted, other))
         if grows:
@@ -587,8 +573,12 @@ def _same(a: Layout, b: Layout) -> bool:
     return np.array_equal(a.source, b.source) and np.array_equal(a.copy, b.copy)
 
 
+def _is_transposed(node: fx.Node) -> bool:
+    return find(node.target) is contraction.convolution_transposed
+
+
 def _groups_of(node: fx.Node) -> int:
-    if node.target in _CONVOLUTIONS:
+    if find(node.target) is contraction.convolution or _is_transposed(node):
         return int(_argument(node, "groups"))
     return int(_argument(node, "num_groups")) if node.target is aten.group_norm.default else 1
 
@@ -606,12 +596,7 @@ def _by_index(size: int, n_members: int) -> Layout:
 
 
 def _argument(node: fx.Node, name: str) -> Any:
-    for position, parameter in enumerate(node.target._schema.arguments):  # type: ignore[union-attr]
-        if parameter.name == name:
-            if position < len(node.args):
-                return node.args[position]
-            return node.kwargs.get(name, parameter.default_value)
-    return None
+    return argument_of(node, name, node.args, node.kwargs)
 
 
 def _dimension(node: fx.Node, rank: int) -> int:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import os
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +17,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from fxfuse.errors import CheckpointCorruptError, RefineError
+from fxfuse.output import atomic_file
 
 _HEADER = "fxfuse.refine"
 _SCALARS = (str, int, float, bool, type(None))
@@ -42,17 +42,10 @@ def save(path: Path, tree: dict[str, Any]) -> None:
     tensors: dict[str, torch.Tensor] = {}
     header = {_HEADER: json.dumps(_encode(tree, "", tensors))}
     path.parent.mkdir(parents=True, exist_ok=True)
-    # The temporary file must lie in the same folder: os.replace is atomic within one file system.
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".tmp")
-    os.close(handle)
-    try:
-        save_file(tensors, temporary, metadata=header)
-        with Path(temporary).open("rb+") as written:
+    with atomic_file(path) as work:
+        save_file(tensors, work, metadata=header)
+        with work.open("rb+") as written:
             os.fsync(written.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
 
 
 def load(path: Path) -> dict[str, Any]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
 
@@ -35,21 +35,16 @@ class Call:
         self.node = node
         self.args = args
         self.kwargs = dict(kwargs)
-        self._names: list[str] | None = None
 
     def argument(self, name: str) -> Any:
         """An argument by its name in the operator's schema, or the schema's default."""
-        for position, parameter in enumerate(self.node.target._schema.arguments):  # type: ignore[union-attr]
-            if parameter.name == name:
-                if position < len(self.args):
-                    return self.args[position]
-                return self.kwargs.get(name, parameter.default_value)
-        raise RuleError(f"{self.node.target} has no argument {name!r}", where=self.node.name)
+        if name not in _names(self.node):
+            raise RuleError(f"{self.node.target} has no argument {name!r}", where=self.node.name)
+        return self.optional(name)
 
     def optional(self, name: str) -> Any:
         """As `argument`, or None where the operator's schema has no such argument."""
-        names = [a.name for a in self.node.target._schema.arguments]  # type: ignore[union-attr]
-        return self.argument(name) if name in names else None
+        return argument_of(self.node, name, self.args, self.kwargs)
 
     def values(self) -> list[Value]:
         """All tensor arguments, those in lists included."""
@@ -63,6 +58,22 @@ class Call:
     def shape(self) -> tuple[int, ...]:
         """Concrete shape of the node's (single) result."""
         return concrete_shape(self.node.meta["val"])
+
+
+def argument_of(node: fx.Node, name: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+    """An argument by its name in the schema, the default, or None where there is no such name."""
+    if name not in _names(node):
+        return None
+    position = _names(node).index(name)
+    if position < len(args):
+        return args[position]
+    schema: Any = node.target
+    return kwargs.get(name, schema._schema.arguments[position].default_value)
+
+
+def _names(node: fx.Node) -> list[str]:
+    target: Any = node.target
+    return [argument.name for argument in target._schema.arguments]
 
 
 def concrete_shape(value: torch.Tensor) -> tuple[int, ...]:

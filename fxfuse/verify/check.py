@@ -92,14 +92,10 @@ def run(
     captured: Captured, state: Mapping[str, torch.Tensor], *, flip: bool = False
 ) -> list[torch.Tensor]:
     """Outputs of the captured graph with other tensors, in float64."""
-    module = emit(captured, _untied(captured, as_double(state))).double()
+    module = emit(captured, as_double(state)).double()
     args, kwargs = inputs_of(captured, flip=flip)
     with torch.no_grad():
         return tensors_of(module(*args, **kwargs))
-
-
-def _untied(captured: Captured, state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    return {name: state[captured.canonical[name]] for name in captured.names}
 
 
 def tensors_of(value: Any) -> list[torch.Tensor]:

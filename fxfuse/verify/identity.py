@@ -9,10 +9,9 @@ import numpy as np
 import torch
 from torch import nn
 
-from fxfuse.apply import fused_state, permuted, random_permutations
+from fxfuse.apply import fused_at_width, permuted, random_permutations
 from fxfuse.capture import Captured
-from fxfuse.coupling import CouplingGraph, analyze
-from fxfuse.layout import place_units
+from fxfuse.coupling import analyze
 from fxfuse.methods import Options
 from fxfuse.planner import make_plan
 from fxfuse.verify.check import Check, as_double, relative_error, run, tensors_of, tolerance_of
@@ -41,18 +40,18 @@ def identity(
     moves = random_permutations(graph.groups, np.random.default_rng(seed))
     states = [own, permuted(own, graph, moves)]
     plan = make_plan(graph, states, "average", Options())
-    fused = fused_state(graph, plan, states, lambda place: place_units(graph, plan, place))
+    fused = fused_at_width(graph, plan, states)
     error = relative_error(run(graph.captured, fused), run(graph.captured, own))
     tolerance = tolerance_of(graph.captured)
     return Check("identity", error, tolerance, error <= tolerance, "averaging after alignment")
 
 
-def handover(graph: CouplingGraph, module: nn.Module, reference: Captured) -> tuple[Check, ...]:
+def handover(member: Captured, module: nn.Module) -> tuple[Check, ...]:
     """What must hold of any fused module: the member's output shapes, finite outputs."""
-    args, kwargs = graph.captured.example_inputs
+    args, kwargs = member.example_inputs
     with torch.no_grad():
         outputs = tensors_of(module(*args, **kwargs))
-        expected = tensors_of(reference.module(*args, **kwargs))
+        expected = tensors_of(member.module(*args, **kwargs))
     same = [o.shape for o in outputs] == [e.shape for e in expected]
     shapes = ", ".join(str(tuple(o.shape)) for o in outputs)
     broken = sum(int((~torch.isfinite(o)).sum()) for o in outputs)

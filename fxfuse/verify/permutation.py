@@ -15,6 +15,9 @@ from fxfuse.capture import Captured
 from fxfuse.coupling import CouplingGraph, CouplingGroup, analyze
 from fxfuse.verify.check import Check, as_double, relative_error, run, tolerance_of
 
+#: What a network answers, in float64.
+Outputs = list[torch.Tensor]
+
 #: Half a unit in the last place of float64.
 _ROUNDING = 1.1e-16
 #: A permuted network rounds at every sum, not once per weight.
@@ -50,25 +53,30 @@ def permutation(
 
 def permutation_of(graph: CouplingGraph, *, seed: int = 0) -> Check:
     """The permutation oracle on an analysis that exists."""
-    error = _permuted_error(graph, graph.groups, seed)
-    tolerance, floor = _tolerance(graph, error, seed)
+    reference = run(graph.captured, graph.captured.state())
+    error = _permuted_error(graph, graph.groups, seed, reference)
+    tolerance, floor = _tolerance(graph, error, seed, reference)
     detail = f"{len(graph.groups)} groups, {graph.free_fraction:.2%} of the weights are free; "
     if not isfinite(error):
         detail += "an output is not finite; "
     if floor:
         detail += "ill-conditioned: one rounding of the weights changes the outputs by "
         detail += f"{floor:.1e}; "
-    detail += f"two inputs differ by {sensitivity(graph.captured):.1e} in the outputs"
+    detail += f"two inputs differ by {_sensitivity(graph.captured, reference):.1e} in the outputs"
     return Check("permutation", error, tolerance, error <= tolerance, detail)
 
 
 def wrong_groups(graph: CouplingGraph, *, seed: int = 0) -> tuple[CouplingGroup, ...]:
     """Groups that the permutation oracle cannot move, found by bisection; empty when it holds."""
-    error = _permuted_error(graph, graph.groups, seed)
-    return _bisect(graph, graph.groups, _tolerance(graph, error, seed)[0], seed)
+    reference = run(graph.captured, graph.captured.state())
+    error = _permuted_error(graph, graph.groups, seed, reference)
+    tolerance, _ = _tolerance(graph, error, seed, reference)
+    return _bisect(graph, graph.groups, tolerance, seed, reference)
 
 
-def _tolerance(graph: CouplingGraph, error: float, seed: int) -> tuple[float, float]:
+def _tolerance(
+    graph: CouplingGraph, error: float, seed: int, reference: Outputs
+) -> tuple[float, float]:
     """Tolerance, and what rounding alone does to the outputs where that had to be asked.
 
     A network that meets inputs unlike those it was trained on may amplify rounding by many orders
@@ -85,32 +93,40 @@ def _tolerance(graph: CouplingGraph, error: float, seed: int) -> tuple[float, fl
         else tensor
         for name, tensor in state.items()
     }
-    floor = relative_error(run(graph.captured, rounded), run(graph.captured, state))
+    floor = relative_error(run(graph.captured, rounded), reference)
     return max(tolerance, min(_MARGIN * floor, _UNDECIDABLE)), floor
 
 
 def _bisect(
-    graph: CouplingGraph, groups: Sequence[CouplingGroup], tolerance: float, seed: int
+    graph: CouplingGraph,
+    groups: Sequence[CouplingGroup],
+    tolerance: float,
+    seed: int,
+    reference: Outputs,
 ) -> tuple[CouplingGroup, ...]:
-    if not groups or _permuted_error(graph, groups, seed) <= tolerance:
+    if not groups or _permuted_error(graph, groups, seed, reference) <= tolerance:
         return ()
     if len(groups) == 1:
         return tuple(groups)
     middle = len(groups) // 2
     halves = (groups[:middle], groups[middle:])
-    found = tuple(g for half in halves for g in _bisect(graph, half, tolerance, seed))
+    found = tuple(g for half in halves for g in _bisect(graph, half, tolerance, seed, reference))
     # Groups that are only wrong together are all wrong.
     return found or tuple(groups)
 
 
-def _permuted_error(graph: CouplingGraph, groups: Sequence[CouplingGroup], seed: int) -> float:
+def _permuted_error(
+    graph: CouplingGraph, groups: Sequence[CouplingGroup], seed: int, reference: Outputs
+) -> float:
     moves = random_permutations(groups, np.random.default_rng(seed))
-    reference = run(graph.captured, graph.captured.state())
     moved = run(graph.captured, permuted(graph.captured.state(), graph, moves))
     return relative_error(moved, reference)
 
 
 def sensitivity(captured: Captured) -> float:
     """Relative difference between the outputs for two different inputs of the same shape."""
-    state = captured.state()
-    return relative_error(run(captured, state, flip=True), run(captured, state))
+    return _sensitivity(captured, run(captured, captured.state()))
+
+
+def _sensitivity(captured: Captured, reference: Outputs) -> float:
+    return relative_error(run(captured, captured.state(), flip=True), reference)
