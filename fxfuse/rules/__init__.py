@@ -1,6 +1,15 @@
 """Operator rules, one file per family (how to add one: docs/adding-an-operator.md)."""
 
-from fxfuse.rules import contraction, creation, movement, normalisation, pointwise, reduction
+from fxfuse.rules import (
+    contraction,
+    creation,
+    lookup,
+    movement,
+    normalisation,
+    pointwise,
+    recurrent,
+    reduction,
+)
 from fxfuse.rules.registry import Call, Rule, concrete_shape, find, hint, registered, rule
 
 __all__ = [
@@ -11,9 +20,11 @@ __all__ = [
     "creation",
     "find",
     "hint",
+    "lookup",
     "movement",
     "normalisation",
     "pointwise",
+    "recurrent",
     "reduction",
     "registered",
     "rule",

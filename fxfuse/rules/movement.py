@@ -19,6 +19,7 @@ aten = torch.ops.aten
     aten.permute.default,
     aten.transpose.int,
     aten.t.default,
+    aten.mT.default,
     aten.movedim.int,
     aten.swapaxes.default,
     aten.unsqueeze.default,
