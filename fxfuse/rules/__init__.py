@@ -3,9 +3,11 @@
 from fxfuse.rules import (
     contraction,
     creation,
+    lookup,
     movement,
     normalisation,
     pointwise,
+    recurrent,
     reduction,
     selection,
 )
@@ -19,9 +21,11 @@ __all__ = [
     "creation",
     "find",
     "hint",
+    "lookup",
     "movement",
     "normalisation",
     "pointwise",
+    "recurrent",
     "reduction",
     "registered",
     "rule",
