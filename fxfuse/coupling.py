@@ -313,16 +313,13 @@ def _groups(
     component: Index,
     kinds: Mapping[int, object],
 ) -> tuple[CouplingGroup, ...]:
-    """Splits free components by signature: slots per place, and the operators passed through."""
+    """Splits free components by signature: slots per place, and how they are bound together."""
     signature: dict[int, list[tuple[int, int]]] = defaultdict(list)
     frozen = np.zeros(int(component.max(initial=0)) + 1, dtype=bool)
     frozen[list(kinds)] = True
     rows: list[tuple[Place, Index, Index]] = []
-    colours = ledger.colours(component)
-    parts = _ranks(colours)
-    # Slots may be equally many and still play other parts: the sum tells sets of colours apart.
-    played = np.zeros(len(frozen), dtype=np.uint64)
-    np.add.at(played, component, colours)
+    parts = ledger.slots(component)
+    structure = ledger.structure(component, parts)
     for owner, place in enumerate(ledger.owners):
         if _is_real(place):
             ids = _ids_of(ledger, owner)
@@ -330,11 +327,8 @@ def _groups(
             rows.append((place, line, parts[ids]))
             for c, count in zip(*np.unique(line, return_counts=True), strict=True):
                 signature[int(c)].append((len(rows) - 1, int(count)))
-    for c, marks in _marks(ledger, component).items():
-        if c in signature:
-            signature[c].append((-1, hash(marks)))
     for c, sign in signature.items():
-        sign.append((-1, int(played[c])))
+        sign.append((-1, int(structure[c])))
     buckets: dict[tuple[tuple[int, int], ...], list[int]] = defaultdict(list)
     for c, signed in signature.items():
         if not frozen[c]:
@@ -365,30 +359,6 @@ def _groups(
         taken.add(name)
         groups.append(CouplingGroup(name, len(members), index))
     return tuple(groups)
-
-
-def _ranks(colours: NDArray[np.uint64]) -> Index:
-    """Colours as small numbers, in the order in which they first appear."""
-    _, first, inverse = np.unique(colours, return_index=True, return_inverse=True)
-    return np.argsort(np.argsort(first))[inverse].astype(np.int64)
-
-
-def _marks(ledger: Ledger, component: Index) -> dict[int, bytes]:
-    """For each component, the operators that its neurons pass through, and how often."""
-    if not ledger.touches:
-        return {}
-    ids = np.concatenate([component[ids] for ids, _ in ledger.touches])
-    tags = np.concatenate([np.full(len(ids), tag) for ids, tag in ledger.touches])
-    span = int(tags.max()) + 1
-    keys, counts = np.unique(ids * span + tags, return_counts=True)
-    owners = keys // span
-    starts = np.flatnonzero(np.r_[True, owners[1:] != owners[:-1]])
-    table = np.stack([keys % span, counts], axis=1)
-    ends = np.r_[starts[1:], len(keys)]
-    return {
-        int(owners[a]): table[a:b].tobytes()
-        for a, b in zip(starts.tolist(), ends.tolist(), strict=True)
-    }
 
 
 def _frozen_places(

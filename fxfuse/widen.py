@@ -23,7 +23,7 @@ from fxfuse.apply import fused_side_by_side
 from fxfuse.capture import source_of
 from fxfuse.coupling import CouplingGraph, Index, Place
 from fxfuse.errors import RewriteError
-from fxfuse.labels import Field, Value
+from fxfuse.labels import Field, Value, neurons
 from fxfuse.layout import Layout, default_layout
 from fxfuse.plan import FusionPlan
 from fxfuse.rewrite import FusedModule, copy_graph, emit_graph
@@ -272,7 +272,7 @@ class _Widener:
 
     def complete(self, node: fx.Node, value: Value, result: Layouts) -> Layouts:
         for f in value.fields:
-            free = set(self.component[f.ids.reshape(-1).numpy()].tolist()) & self.free
+            free = set(self.component[neurons(f.ids).reshape(-1).numpy()].tolist()) & self.free
             if free and not set(f.dims) & set(result):
                 raise self.error(node, "no operand tells the order of its neurons")
         return result
@@ -293,7 +293,7 @@ class _Widener:
         return None
 
     def is_one_unit(self, f: Field) -> bool:
-        units = np.unique(self.component[f.ids.numpy()])
+        units = np.unique(self.component[neurons(f.ids).numpy()])
         return len(units) == 1 and int(units[0]) in self.free
 
     # --- data movement --------------------------------------------------------------------------
@@ -526,7 +526,7 @@ def _has_tensor(value: Any) -> bool:
 
 
 def _line(f: Field, dim: int) -> Index:
-    ids = f.ids
+    ids = neurons(f.ids)
     for other in f.dims:
         if other != dim:
             ids = ids.amax(other, keepdim=True)

@@ -88,21 +88,8 @@ def _match(ledger: Ledger, f: Field, other: Value, own: Value) -> frozenset[int]
         else:
             ledger.block(f, mine - overlap)
             ledger.block(g, theirs - overlap)
-            ledger.tie(
-                representative(f, mine - overlap), representative(g, theirs - overlap), same=False
-            )
+            ledger.tie(f.first(mine - overlap), g.first(theirs - overlap))
     return _covered(f, other)
-
-
-def representative(f: Field, dims: Iterable[int]) -> torch.Tensor:
-    """One id for each block along `dims`: the first, which plays the same part in each of them.
-
-    The first that is a neuron, that is: padding (id 0) stands for none.
-    """
-    ids = f.ids
-    for dim in dims:
-        ids = ids.gather(dim, (ids > 0).byte().argmax(dim, keepdim=True))
-    return ids
 
 
 def _face(ledger: Ledger, f: Field, covered: frozenset[int], own: Value, other: Value) -> bool:
@@ -199,7 +186,7 @@ def _lower(ledger: Ledger, met: Value, order: str, out: str) -> Value:
         lowered = []
         for f in fields:
             ids = (
-                representative(f, gone)
+                f.first(gone)
                 .permute(keep + gone)
                 .reshape([f.ids.shape[d] if d not in gone else 1 for d in keep])
             )
@@ -211,7 +198,7 @@ def _lower(ledger: Ledger, met: Value, order: str, out: str) -> Value:
     fields: dict[tuple[int, ...], Field] = {}
     for f in lower(met.fields):
         # Labels that now share their dimensions say the same neurons twice.
-        ledger.tie(fields.setdefault(f.dims, f).ids, f.ids, same=False)
+        ledger.tie(fields.setdefault(f.dims, f).ids, f.ids)
     # One that lost a dimension of its block says less than another of the same units.
     told = [f for f in fields.values() if not any(set(f.dims) < set(dims) for dims in fields)]
     shape = tuple(met.shape[d] for d in keep)
@@ -238,7 +225,7 @@ def drop(value: Value, dims: Iterable[int], *, keepdim: bool) -> Value:
     def shrink(fields: tuple[Field, ...]) -> tuple[Field, ...]:
         left = []
         for f in fields:
-            ids = representative(f, gone)
+            ids = f.first(gone)
             if not keepdim:
                 ids = ids.reshape([s for d, s in enumerate(ids.shape) if d not in gone])
             kept = tuple(d for d in range(ids.dim()) if ids.shape[d] > 1)
