@@ -116,11 +116,8 @@ def _with_parts(ids: Ids, where: torch.Tensor) -> Ids:
     part = np.unique(keys, axis=1, return_inverse=True)[1].reshape(-1)
     told = np.stack([flat & _NEURON, part])
     order = np.lexsort(told)
-    starts = np.r_[True, (told[:, order[1:]] != told[:, order[:-1]]).any(axis=0)]
-    number = np.arange(len(flat))
-    since = number - np.maximum.accumulate(np.where(starts, number, 0))
-    again = np.empty_like(number)
-    again[order] = since
+    again = np.empty_like(flat)
+    again[order] = _counted(told[:, order])
     part = np.unique(np.stack([part, again]), axis=1, return_inverse=True)[1].reshape(-1)
     found = np.where(flat > 0, (flat & _NEURON) | (part.astype(np.int64) << _PART), 0)
     return torch.from_numpy(found).reshape(ids.shape)
@@ -375,14 +372,9 @@ class Ledger:
                 np.add.at(around, y, _scramble(colour[x] ^ back))
             colour = _scramble(colour + _scramble(around))
         order = np.lexsort((_ranks(colour), owner, component))
-        starts = np.r_[
-            True,
-            (component[order[1:]] != component[order[:-1]])
-            | (owner[order[1:]] != owner[order[:-1]]),
-        ]
-        number = np.arange(self.count)
-        slot = np.empty_like(number)
-        slot[order] = number - np.maximum.accumulate(np.where(starts, number, 0))
+        place = np.stack([component, owner])
+        slot = np.empty_like(owner)
+        slot[order] = _counted(place[:, order])
         return slot
 
     def structure(
@@ -444,6 +436,13 @@ def _scramble(keys: NDArray[np.uint64]) -> NDArray[np.uint64]:
         x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
         x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
         return x ^ (x >> np.uint64(31))
+
+
+def _counted(rows: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Numbers equal neighbouring columns: 0, 1, 2, ..."""
+    starts = np.r_[True, (rows[:, 1:] != rows[:, :-1]).any(axis=0)]
+    number = np.arange(rows.shape[1])
+    return number - np.maximum.accumulate(np.where(starts, number, 0))
 
 
 def _key(number: int, part: NDArray[np.int64]) -> NDArray[np.uint64]:

@@ -9,8 +9,6 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 
-import torch
-
 from fxfuse.labels import Field, Kind, Ledger, Value
 
 
@@ -96,9 +94,11 @@ def _face(ledger: Ledger, f: Field, covered: frozenset[int], own: Value, other: 
     """Deals with what the other operand has where it has no labels; False drops the field."""
     bare = (other.unlabelled & set(f.dims)) - covered
     if bare == set(f.dims):
+        # What comes from the input tells what each index means, for all members alike.
+        meant = own.is_parameter or other.sources is None
         ledger.freeze(
             f,
-            Kind.COMMON if own.is_parameter else Kind.HOST,
+            Kind.COMMON if meant else Kind.HOST,
             "meets content without labels that varies along the same dimension",
         )
         # The position stays visible through the other operand; a parameter's index is no neuron.
