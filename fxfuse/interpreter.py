@@ -110,7 +110,12 @@ class _Interpreter:
         return static and all(isinstance(s, int) for shape in shapes for s in shape)
 
     def boundary(self, node: fx.Node, operands: list[Value]) -> Any:
-        """An operator without a rule: its operands freeze, its result is frozen neurons."""
+        """An operator without a rule: its operands freeze, its result is frozen neurons.
+
+        Where no neuron goes in, none comes out: the result only varies.
+        """
+        if not any(value.fields for value in operands):
+            return self.unlabelled(node, operands)
         for value in operands:
             for f in value.fields:
                 kind = Kind.COMMON if value.is_parameter else Kind.HOST
@@ -124,6 +129,18 @@ class _Interpreter:
             lambda fake: self.frozen_value(node, fake) if isinstance(fake, torch.Tensor) else fake,
             node.meta["val"],
         )
+
+    def unlabelled(self, node: fx.Node, operands: list[Value]) -> Any:
+        known = [value.sources for value in operands]
+        sources = None if None in known else frozenset[str]().union(*(s or () for s in known))
+
+        def value(fake: Any) -> Any:
+            if not isinstance(fake, torch.Tensor):
+                return fake
+            shape = concrete_shape(fake)
+            return Value(shape, (), positions(shape, range(len(shape))), sources)
+
+        return pytree.tree_map(value, node.meta["val"])
 
     def frozen_value(self, node: fx.Node, fake: torch.Tensor) -> Value:
         shape = concrete_shape(fake)

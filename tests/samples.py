@@ -69,6 +69,10 @@ def _fill(make: Callable[[torch.Tensor], torch.Tensor]) -> Call:
     return Call(lambda t: t + make(t))
 
 
+def _half(t: torch.Tensor) -> torch.Tensor:
+    return torch.tensor(0.5, dtype=t.dtype)
+
+
 def _zeroed(t: torch.Tensor) -> torch.Tensor:
     t = t.clone()
     t[:, :3].zero_()
@@ -87,11 +91,20 @@ def _copied(t: torch.Tensor) -> torch.Tensor:
     return wide
 
 
+def _gathered(t: torch.Tensor) -> torch.Tensor:
+    order = t.mean(1).flatten(1).argsort(1)  # [b, t]
+    return t.flatten(2).gather(2, order[:, None].expand(-1, 8, -1))
+
+
 SAMPLES: dict[Any, nn.Module] = {
     # movement
     aten.permute.default: Call(lambda t: t.permute(0, 2, 3, 1)),
     aten.transpose.int: Call(lambda t: t.transpose(1, 2)),
     aten.t.default: Call(lambda t: t.mean((2, 3)).t().t()),
+    aten.numpy_T.default: Call(lambda t: t.mean((2, 3)).T.T),
+    aten.mT.default: Call(lambda t: t.mT),
+    aten.movedim.intlist: Call(lambda t: t.movedim((1, 2), (2, 3))),
+    aten.swapdims.default: Call(lambda t: aten.swapdims.default(t, 1, 3)),
     aten.movedim.int: Call(lambda t: aten.movedim.int(t, 1, 3)),
     aten.swapaxes.default: Call(lambda t: aten.swapaxes.default(t, 1, 2)),
     aten.unsqueeze.default: Call(lambda t: t.unsqueeze(1)),
@@ -102,7 +115,13 @@ SAMPLES: dict[Any, nn.Module] = {
     aten.unflatten.int: Call(lambda t: t.flatten(2).unflatten(2, (2, 18))),
     aten.expand.default: Call(lambda t: t.mean((2, 3), keepdim=True).expand(-1, -1, 3, 3)),
     aten.expand_as.default: Call(lambda t: t.mean((2, 3), keepdim=True).expand_as(t)),
+    aten.view_as.default: Call(lambda t: t.flatten(2).view_as(t)),
+    aten.reshape_as.default: Call(lambda t: t.flatten(2).reshape_as(t)),
     aten.repeat.default: Call(lambda t: t.repeat(1, 2, 1, 1)),
+    aten.tile.default: Call(lambda t: t.tile(2, 1, 1)),
+    aten.repeat_interleave.self_int: Call(lambda t: t.repeat_interleave(2, 1)),
+    aten.diagonal.default: Call(lambda t: t.diagonal(0, 2, 3)),
+    aten.unfold.default: Call(lambda t: t.unfold(2, 3, 1)),
     aten.select.int: Call(lambda t: t.select(2, 1)),
     aten.slice.Tensor: Call(lambda t: t[:, :, 1:4]),
     aten.narrow.default: Call(lambda t: t.narrow(3, 1, 2)),
@@ -134,6 +153,11 @@ SAMPLES: dict[Any, nn.Module] = {
     aten.index.Tensor: Call(lambda t: t[:, [3, 1, 0, 7, 5, 2, 6, 4]]),
     aten.index_select.default: Call(
         lambda t: t.index_select(1, torch.arange(7, -1, -1, device=t.device))
+    ),
+    aten.gather.default: Call(_gathered),
+    aten.embedding.default: Call(
+        lambda t, f: t.flatten(2) * f((t.mean((1, 2, 3)) > 0).long())[:, :, None],
+        nn.Embedding(5, 8),
     ),
     aten.pad.default: Call(lambda t: F.pad(t, (1, 2, 0, 1, 2, 2))),
     aten.constant_pad_nd.default: Call(lambda t: aten.constant_pad_nd.default(t, [0, 0, 1, 1])),
@@ -242,6 +266,22 @@ SAMPLES: dict[Any, nn.Module] = {
     aten.log_sigmoid.default: Call(lambda t: F.logsigmoid(t)),
     aten.masked_fill.Scalar: Call(lambda t: t.masked_fill(t > 1, 0.5)),
     aten.masked_fill_.Scalar: Call(lambda t: (t * 2).masked_fill_(t > 1, 0.5)),
+    aten.masked_fill.Tensor: Call(lambda t: t.masked_fill(t > 1, _half(t))),
+    aten.masked_fill_.Tensor: Call(lambda t: (t * 2).masked_fill_(t > 1, _half(t))),
+    aten.where.ScalarOther: Call(lambda t: aten.where.ScalarOther(t > 0, t, 0.5)),
+    aten.where.ScalarSelf: Call(lambda t: aten.where.ScalarSelf(t > 0, 0.5, t)),
+    aten.where.Scalar: Call(lambda t: aten.where.Scalar(t > 0, 0.5, -1.5) * t),
+    aten.rsub.Tensor: Call(lambda t: torch.rsub(t, t.tanh())),
+    aten.floor_divide.default: Call(lambda t: torch.floor_divide(t * 9, t.exp()) + t),
+    aten.floor_divide.Scalar: Call(lambda t: aten.floor_divide.Scalar(t * 9, 2) + t),
+    aten.arctan2.default: Call(lambda t: torch.arctan2(t, t.exp())),
+    aten.less.Tensor: Call(lambda t: torch.less(t, t.tanh() * 2) * t),
+    aten.less.Scalar: Call(lambda t: torch.less(t, 0.5) * t),
+    aten.greater.Tensor: Call(lambda t: torch.greater(t, t.tanh() * 2) * t),
+    aten.greater.Scalar: Call(lambda t: torch.greater(t, 0.5) * t),
+    aten.__and__.Tensor: Call(lambda t: aten.__and__.Tensor(t > 0, t < 1) * t),
+    aten.__or__.Tensor: Call(lambda t: aten.__or__.Tensor(t < 0, t > 1) * t),
+    aten.__xor__.Tensor: Call(lambda t: aten.__xor__.Tensor(t < 0, t < 1) * t),
 }
 
 

@@ -148,7 +148,9 @@ def attention(call: Call) -> Any:
     query, key, value = call.args[:3]
     ledger = call.ledger
     if call.argument("enable_gqa"):
-        return NotImplemented
+        # Each head of keys and values serves several heads of queries, one after the other.
+        repeats = query.shape[-3] // key.shape[-3]
+        key, value = (x.moved(lambda t: t.repeat_interleave(repeats, -3)) for x in (key, value))
     for place, operand in enumerate((query, key, value)):
         ledger.touch(operand, min(place, 1))
     lead = _free_letters(query.rank - 2)

@@ -41,6 +41,22 @@ _UNTAGGED = (
     aten.log_sigmoid.default,
     aten.masked_fill.Scalar,
     aten.masked_fill_.Scalar,
+    aten.masked_fill.Tensor,
+    aten.masked_fill_.Tensor,
+    aten.where.ScalarOther,
+    aten.where.ScalarSelf,
+    aten.where.Scalar,
+    aten.rsub.Tensor,
+    aten.floor_divide.default,
+    aten.floor_divide.Scalar,
+    aten.arctan2.default,
+    aten.less.Tensor,
+    aten.less.Scalar,
+    aten.greater.Tensor,
+    aten.greater.Scalar,
+    aten.__and__.Tensor,
+    aten.__or__.Tensor,
+    aten.__xor__.Tensor,
 )
 
 #: The mean of the members passes through these unchanged: f(mean(x)) = mean(f(x)).
