@@ -9,6 +9,7 @@ from the labels of their node, never by matching numbers.
 from __future__ import annotations
 
 import operator
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations, pairwise
@@ -712,6 +713,16 @@ def _dimension(node: fx.Node, rank: int) -> int:
     return int(dim) % rank if isinstance(dim, int) else -1
 
 
+def _again(line: torch.Tensor, copy: torch.Tensor) -> torch.Tensor:
+    """How often the same neuron of the same copy stood at an earlier place."""
+    pairs, seen = list(zip(line.tolist(), copy.tolist(), strict=True)), Counter[tuple[int, int]]()
+    again = []
+    for pair in pairs:
+        again.append(seen[pair])
+        seen[pair] += 1
+    return torch.tensor(again)
+
+
 def _match(narrow: torch.Tensor, moved: torch.Tensor, copies: torch.Tensor) -> Layouts | None:
     """Layouts of a moved tensor, or None when it is no tensor of whole copies."""
     result: Layouts = {}
@@ -722,12 +733,13 @@ def _match(narrow: torch.Tensor, moved: torch.Tensor, copies: torch.Tensor) -> L
     for dim in grown:
         head = narrow.movedim(dim, 0).reshape(narrow.shape[dim], -1)[:, 0]
         line = moved.movedim(dim, 0).reshape(moved.shape[dim], -1)[:, 0].contiguous()
-        ordered, order = head.sort()
-        found = torch.searchsorted(ordered, line).clamp(max=len(head) - 1)
-        source = order[found]
+        copy = copies.movedim(dim, 0).reshape(moved.shape[dim], -1)[:, 0]
+        # The second place of a neuron is the second place of each of its copies.
+        ordered, order = head.sort(stable=True)
+        found = torch.searchsorted(ordered, line) + _again(line, copy)
+        source = order[found.clamp(max=len(head) - 1)]
         if not torch.equal(head[source], line):
             return None
-        copy = copies.movedim(dim, 0).reshape(moved.shape[dim], -1)[:, 0]
         result[dim] = Layout(source.numpy(), copy.numpy())
         rebuilt = rebuilt.index_select(dim, source)
         shape = [-1 if d == dim else 1 for d in range(narrow.dim())]

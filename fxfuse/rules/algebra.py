@@ -242,10 +242,22 @@ def drop(value: Value, dims: Iterable[int], *, keepdim: bool) -> Value:
 
 
 def only_unlabelled(ledger: Ledger, value: Value, dims: Iterable[int], what: str) -> Value:
-    """Freezes labels along dimensions in which an operator is not the same for every index."""
+    """Leaves no labels along dimensions in which an operator is not the same for every index.
+
+    Labels that vary along other dimensions too (the pixels of a shuffled channel, say) become one
+    unit, in order; the others freeze.
+    """
     over = set(dims)
-    hit = [f for f in value.fields if over & set(f.dims)]
-    for f in hit:
-        ledger.freeze(f, Kind.COMMON if value.is_parameter else Kind.HOST, what)
-    kept = tuple(f for f in value.fields if not over & set(f.dims))
-    return replace(value, fields=kept, positions=merge_positions((*hit, *value.positions)))
+    kept, hit = [], []
+    for f in value.fields:
+        inside, rest = over & set(f.dims), set(f.dims) - over
+        if not inside:
+            kept.append(f)
+            continue
+        hit.append(f)
+        if rest:
+            ledger.block(f, sorted(inside))
+            kept.append(Field(f.first(sorted(inside)), tuple(sorted(rest))))
+        else:
+            ledger.freeze(f, Kind.COMMON if value.is_parameter else Kind.HOST, what)
+    return replace(value, fields=tuple(kept), positions=merge_positions((*hit, *value.positions)))
