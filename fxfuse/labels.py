@@ -62,6 +62,8 @@ class Field:
     def tally(self) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """The ids that are neurons, and how often each stands in the field; int64 [n] both."""
         ids = _flat(self.ids)
+        if not len(ids):
+            return ids, ids
         first = int(ids.min())
         if int(ids.max()) - first > 4 * len(ids):
             found, counts = np.unique(ids, return_counts=True)

@@ -6,9 +6,11 @@ from fxfuse.rules import (
     lookup,
     movement,
     normalisation,
+    ordering,
     pointwise,
     recurrent,
     reduction,
+    sampling,
     selection,
 )
 from fxfuse.rules.registry import Call, Rule, concrete_shape, find, hint, registered, rule
@@ -24,10 +26,12 @@ __all__ = [
     "lookup",
     "movement",
     "normalisation",
+    "ordering",
     "pointwise",
     "recurrent",
     "reduction",
     "registered",
     "rule",
+    "sampling",
     "selection",
 ]
