@@ -56,6 +56,18 @@ class CaptureError(FxfuseError):
     """torch.export cannot capture the model."""
 
 
+class NotEmittedError(FxfuseError):
+    """There is no GraphModule to run: torch.export refused the network."""
+
+
+class NoOwnModuleError(FxfuseError):
+    """There is no module of the user's own class to put the fused weights into."""
+
+
+class UnreachedParametersError(FxfuseError):
+    """The trace of a network that torch.export refuses did not reach some of its tensors."""
+
+
 class UnknownMethodError(FxfuseError):
     """No fusion method of this name is registered."""
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -10,6 +11,7 @@ import torch
 import torch.utils._pytree as pytree
 
 from fxfuse.capture import Captured, capture
+from fxfuse.eager import answers
 from fxfuse.rewrite import emit
 
 #: Relative to the largest output, in float64.
@@ -50,11 +52,18 @@ class Verification:
 
 
 def relative_error(found: Sequence[torch.Tensor], expected: Sequence[torch.Tensor]) -> float:
-    """Largest absolute difference over the largest expected magnitude; inf for NaN."""
+    """Largest absolute difference over the largest expected magnitude; inf for NaN.
+
+    Also inf where numbers or shapes of tensors differ: sizes may depend on the data.
+    """
+    if [a.shape for a in found] != [b.shape for b in expected]:
+        return float("inf")
     worst = 0.0
     for a, b in zip(found, expected, strict=True):
         if not b.numel():
             continue
+        if b.dtype is torch.bool:
+            a, b = a.int(), b.int()
         scale = max(float(b.abs().max()), 1e-30)
         error = float((a.to(b.dtype) - b).abs().max()) / scale
         worst = max(worst, error if error == error else float("inf"))
@@ -91,9 +100,16 @@ def inputs_of(captured: Captured, *, flip: bool = False) -> Any:
 def run(
     captured: Captured, state: Mapping[str, torch.Tensor], *, flip: bool = False
 ) -> list[torch.Tensor]:
-    """Outputs of the captured graph with other tensors, in float64."""
-    module = emit(captured, as_double(state)).double()
+    """Outputs of the captured network with other tensors, in float64.
+
+    The captured graph runs where it is a program, a copy of the user's own module elsewhere.
+    """
     args, kwargs = inputs_of(captured, flip=flip)
+    if captured.source is not None and not captured.is_program:
+        once = {name: t for name, t in state.items() if captured.canonical[name] == name}
+        module = copy.deepcopy(captured.source).double()
+        return tensors_of(answers(module, as_double(once), args, kwargs))
+    module = emit(captured, as_double(state)).double()
     with torch.no_grad():
         return tensors_of(module(*args, **kwargs))
 
