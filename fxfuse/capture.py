@@ -12,7 +12,9 @@ import operator
 import re
 import warnings
 from collections.abc import Collection, Mapping, Sequence
+from contextlib import redirect_stderr
 from dataclasses import dataclass
+from io import StringIO
 from pathlib import Path
 from typing import Any, cast
 
@@ -114,9 +116,9 @@ class Captured:
         """The tensors of `state_dict()`, detached and not copied, in the model's order."""
         return {name: self.tensor(name).detach() for name in self.names}
 
-    def untied(self) -> dict[str, torch.Tensor]:
-        """As `state`, each tensor once, under its canonical name."""
-        return {name: t for name, t in self.state().items() if self.canonical[name] == name}
+    def once(self, state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """Of tensors by `state_dict()` name, each tied one once, under its canonical name."""
+        return {name: tensor for name, tensor in state.items() if self.canonical[name] == name}
 
     def reached(self) -> frozenset[str]:
         """Canonical names of the state tensors that the graph uses."""
@@ -302,7 +304,11 @@ def _export_once(
     # Fresh tensor objects: export leaves its marks of dynamic dimensions on the ones it is given.
     args, kwargs = pytree.tree_map_only(torch.Tensor, torch.Tensor.detach, (args, kwargs))
     try:
-        return torch.export.export(model, args, kwargs, dynamic_shapes=dynamic_shapes, strict=False)
+        # On failure, torch prints its unfinished graph there: up to thousands of lines.
+        with redirect_stderr(StringIO()):
+            return torch.export.export(
+                model, args, kwargs, dynamic_shapes=dynamic_shapes, strict=False
+            )
     except Exception as error:
         raise CaptureError(
             f"torch.export cannot capture {type(model).__name__}",
@@ -500,10 +506,13 @@ def _check_answers(first: Captured, other: Captured, number: int) -> None:
     args, kwargs = other.example_inputs
     expected = answers(other.source, {}, args, kwargs)
     try:
-        found = answers(first.source, other.untied(), args, kwargs)
+        found = answers(first.source, other.once(other.state()), args, kwargs)
         # Leaves, since outputs may be of a type that only pytree knows.
         torch.testing.assert_close(
-            *([x for x in pytree.tree_leaves(y) if isinstance(x, torch.Tensor)] for y in (found, expected)),
+            *(
+                [x for x in pytree.tree_leaves(y) if isinstance(x, torch.Tensor)]
+                for y in (found, expected)
+            ),
             equal_nan=True,
         )
     except Exception as error:

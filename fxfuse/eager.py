@@ -1,7 +1,7 @@
 """Eager modules: a trace of one that torch.export refuses, and its answers with other weights.
 
 A trace holds for the example that it was made with: another input may take another branch or give
-other sizes. It serves the analysis; whatever runs is the module itself (docs/adr/0010-eager-fallback.md).
+other sizes. It serves the analysis; what runs is the module (docs/adr/0010-eager-fallback.md).
 """
 
 from __future__ import annotations
@@ -21,7 +21,19 @@ from torch.overrides import TorchFunctionMode
 from fxfuse.errors import CaptureError
 
 #: What may stand in inputs and outputs: nothing in it can hide a tensor.
-_PLAIN = (torch.Tensor, int, float, complex, bool, str, bytes, type(None), torch.dtype, torch.device, slice)
+_PLAIN = (
+    torch.Tensor,
+    int,
+    float,
+    complex,
+    bool,
+    str,
+    bytes,
+    type(None),
+    torch.dtype,
+    torch.device,
+    slice,
+)
 
 
 # A number or an array that Python takes out of a tensor is not followed any further. This operator
@@ -160,7 +172,7 @@ def _name_tensors(
     traced: fx.GraphModule, state: Mapping[str, torch.Tensor], model: nn.Module
 ) -> None:
     """Gives every tensor that the graph reads its `state_dict()` name, or a constant's name."""
-    own = {id(tensor): name for name, tensor in reversed(state.items())}
+    own = {id(tensor): name for name, tensor in reversed(list(state.items()))}
     memory = {_memory(tensor): name for name, tensor in state.items() if tensor.numel()}
     constants: dict[int, str] = {}
     for node in traced.graph.nodes:

@@ -25,8 +25,8 @@ from fxfuse.coupling import CouplingGraph, analyze
 from fxfuse.eager import answers
 from fxfuse.errors import (
     CheckpointMismatchError,
-    NoOwnModuleError,
     NonFiniteWeightsError,
+    NoOwnModuleError,
     NothingToFuseError,
     TooFewMembersError,
     VerificationError,
@@ -213,11 +213,11 @@ def _capture_all(
 
 def _eager(member: Captured, state: Mapping[str, torch.Tensor]) -> Callable[..., Any]:
     """The user's own module with other tensors, as a function of its inputs."""
-    assert member.source is not None
-    once = {name: t for name, t in state.items() if member.canonical[name] == name}
+    source = member.source
+    assert source is not None
 
     def call(*args: Any, **kwargs: Any) -> Any:
-        return answers(member.source, once, args, kwargs)
+        return answers(source, member.once(state), args, kwargs)
 
     return call
 

@@ -218,9 +218,7 @@ class _Interpreter:
         return tensor
 
 
-def _unlabelled(
-    node: fx.Node, fake: torch.Tensor, sources: frozenset[str] | None = None
-) -> Value:
+def _unlabelled(node: fx.Node, fake: torch.Tensor, sources: frozenset[str] | None = None) -> Value:
     """What an operator without a rule makes of content without labels: more of it."""
     shape = concrete_shape(fake)
     return Value(shape, positions=positions(shape, range(len(shape))), sources=sources)

@@ -45,7 +45,9 @@ def verify(
             try:
                 checks.append(oracles.wide_equals_ensemble(members, inputs))
             except NotEmittedError as error:
-                warnings.warn(f"wide equals ensemble: not emitted, so not run\n{error}", stacklevel=1)
+                warnings.warn(
+                    f"wide equals ensemble: not emitted, so not run\n{error}", stacklevel=1
+                )
     if json:
         print_json(checks_json(checks))
     else:

@@ -1,6 +1,15 @@
 """Operator rules, one file per family (how to add one: docs/adding-an-operator.md)."""
 
-from fxfuse.rules import contraction, creation, movement, normalisation, pointwise, reduction
+from fxfuse.rules import (
+    contraction,
+    creation,
+    movement,
+    normalisation,
+    pointwise,
+    reduction,
+    sampling,
+    selection,
+)
 from fxfuse.rules.registry import Call, Rule, concrete_shape, find, hint, registered, rule
 
 __all__ = [
@@ -17,4 +26,6 @@ __all__ = [
     "reduction",
     "registered",
     "rule",
+    "sampling",
+    "selection",
 ]

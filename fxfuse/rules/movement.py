@@ -11,6 +11,7 @@ import torch.utils._pytree as pytree
 
 from fxfuse.labels import Field, Kind, Value, positions
 from fxfuse.rules.registry import Call, rule
+from fxfuse.rules.selection import read
 
 aten = torch.ops.aten
 
@@ -83,9 +84,10 @@ def expand_as(call: Call) -> Any:
 
 @rule(aten.index.Tensor, aten.index_select.default)
 def index(call: Call) -> Any:
-    """Indexing by constants moves data; by anything else it is not known where data goes."""
-    indices = [v for v in call.values()[1:] if v.constant is None]
-    return NotImplemented if indices else _run(call, call.node.target)
+    """Indexing by constants moves data; by anything else, other dimensions keep their labels."""
+    if all(v.constant is not None for v in call.values()[1:]):
+        return _run(call, call.node.target)
+    return read(call) if call.node.target is aten.index.Tensor else NotImplemented
 
 
 @rule(aten.pad.default, aten.constant_pad_nd.default)

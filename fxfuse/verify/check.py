@@ -106,9 +106,8 @@ def run(
     """
     args, kwargs = inputs_of(captured, flip=flip)
     if captured.source is not None and not captured.is_program:
-        once = {name: t for name, t in state.items() if captured.canonical[name] == name}
         module = copy.deepcopy(captured.source).double()
-        return tensors_of(answers(module, as_double(once), args, kwargs))
+        return tensors_of(answers(module, captured.once(as_double(state)), args, kwargs))
     module = emit(captured, as_double(state)).double()
     with torch.no_grad():
         return tensors_of(module(*args, **kwargs))

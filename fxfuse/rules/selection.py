@@ -1,0 +1,120 @@
+"""Reading and writing at places that the data decide: labels along the other dimensions stay.
+
+Where data go along an indexed dimension is not known, so labels along it freeze. Along the other
+dimensions the operator is the same for every index: it runs on the ids, which have size 1 along the
+indexed dimensions, with an index of zeros.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import fx
+
+from fxfuse.labels import Field, Value, positions
+from fxfuse.rules.algebra import align, meet, only_unlabelled
+from fxfuse.rules.registry import Call, rule
+
+aten = torch.ops.aten
+
+_WHY = "indexed by data: which neuron stands where is not known"
+
+#: Zeros for each index of an advanced indexing, None for dimensions that are taken whole.
+Zeros = list[torch.Tensor | None]
+
+
+def read(call: Call) -> Value:
+    """`x[index]` with an index that depends on data."""
+    x: Value = call.args[0]
+    call.ledger.touch(x)
+    zeros = _zeros(call, x.rank)
+    x = only_unlabelled(call.ledger, x, _indexed(zeros), _WHY)
+    _freeze_index(call)
+
+    def move(fields: tuple[Field, ...]) -> list[Field]:
+        moved = [aten.index.Tensor(f.ids, zeros) for f in fields if not _touches(f, zeros)]
+        return [Field(ids, tuple(d for d in range(ids.dim()) if ids.shape[d] > 1)) for ids in moved]
+
+    shape, fields, content = call.shape, move(x.fields), move(x.positions)
+    kept = {d for f in (*fields, *content) for d in f.dims}
+    picked = set(range(len(shape))) - kept
+    return Value(shape, tuple(fields), (*content, *positions(shape, picked)), _sources(call))
+
+
+@rule(aten.index_put.default, aten.index_put_.default)
+def write(call: Call) -> Any:
+    """`x[index] = values`: along dimensions that are not indexed, both are tied."""
+    x, values = call.args[0], call.args[2]
+    zeros = _zeros(call, x.rank)
+    indexed = _indexed(zeros)
+    x = only_unlabelled(call.ledger, x, indexed, _WHY)
+    _freeze_index(call)
+    # Sizes that tell dimensions apart show where each of them stands in x[index].
+    sizes = [1 if d in indexed else d + 2 for d in range(x.rank)]
+    picked = aten.index.Tensor(torch.empty(1).expand(sizes), zeros)
+    place = {size - 2: at for at, size in enumerate(picked.shape) if size > 1}
+    values = align(values, picked.dim())
+    scattered = set(range(picked.dim())) - set(place.values())
+    values = only_unlabelled(call.ledger, values, scattered, _WHY)
+    for operand in (x, values):
+        call.ledger.touch(operand)
+        if _sources(call) is None:
+            for f in operand.fields:
+                call.ledger.role(operand, f, reader=False)
+
+    def scatter(fields: tuple[Field, ...]) -> tuple[Field, ...]:
+        moved = []
+        for f in fields:
+            ids = f.ids
+            for at in scattered:
+                ids = ids.narrow(at, 0, 1)
+            order = [place[d] for d in sorted(place)]
+            shape = [ids.shape[place[d]] if d in place else 1 for d in range(x.rank)]
+            ids = ids.permute([*order, *sorted(scattered)]).reshape(shape)
+            dims = tuple(d for d, size in enumerate(shape) if size > 1)
+            moved += [Field(ids, dims)] if dims else []
+        return tuple(moved)
+
+    wide = tuple(values.shape[place[d]] if d in place else 1 for d in range(x.rank))
+    written = Value(wide, scatter(values.fields), scatter(values.positions), values.sources)
+    met = meet(call.ledger, x, written)
+    varying = positions(x.shape, met.unlabelled | indexed)
+    return replace(met, shape=x.shape, positions=varying, sources=_sources(call), constant=None)
+
+
+def _zeros(call: Call, rank: int) -> Zeros:
+    """An index of the same kind into ids, which have one entry along every indexed dimension."""
+    given: Any = call.node.args[1]
+    zeros: Zeros = []
+    for node in given:
+        if not isinstance(node, fx.Node):
+            zeros.append(None)
+            continue
+        fake = node.meta["val"]
+        if fake.dtype in (torch.bool, torch.uint8):
+            # A mask indexes all of its dimensions at once.
+            zeros += [torch.zeros(1, dtype=torch.int64)] * fake.dim()
+        else:
+            zeros.append(torch.zeros([1] * fake.dim(), dtype=torch.int64))
+    return zeros + [None] * (rank - len(zeros))
+
+
+def _indexed(zeros: Zeros) -> set[int]:
+    return {d for d, index in enumerate(zeros) if index is not None}
+
+
+def _touches(f: Field, zeros: Zeros) -> bool:
+    return bool(_indexed(zeros) & set(f.dims))
+
+
+def _freeze_index(call: Call) -> None:
+    for index in call.args[1]:
+        if isinstance(index, Value):
+            only_unlabelled(call.ledger, index, range(index.rank), "used as an index")
+
+
+def _sources(call: Call) -> frozenset[str] | None:
+    found = [v.sources for v in call.values()]
+    return None if None in found else frozenset[str]().union(*(s or () for s in found))
