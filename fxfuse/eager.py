@@ -32,6 +32,7 @@ _PLAIN = (
     type(None),
     torch.dtype,
     torch.device,
+    torch.Size,
     slice,
 )
 

@@ -166,7 +166,8 @@ class _Interpreter:
         if before.constant is not None and result.constant is not None:
             return
         self.values[written] = result
-        if _same_labels(before, result) and result.unlabelled <= before.unlabelled:
+        nothing_new = _same_labels(before, result) and result.unlabelled <= before.unlabelled
+        if nothing_new and before.constant is None:
             return
         views: list[fx.Node] = []
         base = written

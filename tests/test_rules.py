@@ -58,6 +58,29 @@ def test_an_operator_with_two_rules_is_an_error():
         rule(torch.ops.aten.linear.default)(lambda call: None)
 
 
+class Overwritten(nn.Module):
+    """An index that starts as a constant; the data decide one entry (it is always 5)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Linear(4, 8)
+        self.last = nn.Linear(8, 2)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        t = self.first(x)
+        order = torch.arange(8)
+        order[0] = (t.abs().sum() > 0).long() * 5
+        return self.last(t[:, order])
+
+
+def test_a_constant_that_data_overwrite_is_no_constant():
+    model = Overwritten().double()
+    graph = fxfuse.analyze(model, torch.randn(3, 4, dtype=torch.float64))
+    assert verify.permutation_of(graph).passed
+    assert ("first.weight", 0) not in graph.group_of
+    assert "indexed by data" in graph.frozen[("first.weight", 0)].why
+
+
 class Sorted(nn.Module):
     def __init__(self) -> None:
         super().__init__()

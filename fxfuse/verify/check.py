@@ -9,9 +9,11 @@ from typing import Any
 
 import torch
 import torch.utils._pytree as pytree
+from torch import nn
 
 from fxfuse.capture import Captured, capture
 from fxfuse.eager import answers
+from fxfuse.errors import VerificationError
 from fxfuse.rewrite import emit
 
 #: Relative to the largest output, in float64.
@@ -103,14 +105,36 @@ def run(
     """Outputs of the captured network with other tensors, in float64.
 
     The captured graph runs where it is a program, a copy of the user's own module elsewhere.
+
+    Raises:
+        VerificationError: The user's own module cannot run in float64.
     """
     args, kwargs = inputs_of(captured, flip=flip)
     if captured.source is not None and not captured.is_program:
-        module = copy.deepcopy(captured.source).double()
-        return tensors_of(answers(module, captured.once(as_double(state)), args, kwargs))
+        return _run_eagerly(captured.source, captured.once(as_double(state)), args, kwargs)
     module = emit(captured, as_double(state)).double()
     with torch.no_grad():
         return tensors_of(module(*args, **kwargs))
+
+
+def _run_eagerly(
+    source: nn.Module, state: Mapping[str, torch.Tensor], args: Any, kwargs: Any
+) -> list[torch.Tensor]:
+    # Tensors that the module makes without naming a dtype have to be float64 too.
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64)
+    try:
+        return tensors_of(answers(copy.deepcopy(source).double(), state, args, kwargs))
+    except Exception as error:
+        raise VerificationError(
+            "the oracles cannot run this network in float64",
+            where=type(source).__name__,
+            why=f"{type(error).__name__}: {error}",
+            how="make its forward pass follow the dtype of its weights; fuse(..., verify=False) "
+            "goes without the oracles",
+        ) from error
+    finally:
+        torch.set_default_dtype(before)
 
 
 def tensors_of(value: Any) -> list[torch.Tensor]:
