@@ -60,7 +60,8 @@ def detector(name: str, seed: int = 0, dtype: torch.dtype = torch.float64) -> nn
     torch.manual_seed(seed)
     arguments: dict[str, object] = {"num_classes": 4, "weights": None, "weights_backbone": None}
     if "rcnn" in name:
-        arguments |= {"box_score_thresh": 0.0}
+        # The heads work on every box: a few of them say as much as a hundred.
+        arguments |= {"box_score_thresh": 0.0, "box_detections_per_img": 10}
         arguments |= {"rpn_pre_nms_top_n_test": 100, "rpn_post_nms_top_n_test": 40}
     else:
         arguments |= {"score_thresh": 0.0}

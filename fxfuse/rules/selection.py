@@ -7,6 +7,7 @@ indexed dimensions, with an index of zeros.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -25,22 +26,25 @@ _WHY = "indexed by data: which neuron stands where is not known"
 Zeros = list[torch.Tensor | None]
 
 
-def read(call: Call) -> Value:
+def read(call: Call) -> Any:
     """`x[index]` with an index that depends on data."""
     x: Value = call.args[0]
-    call.ledger.touch(x)
     zeros = _zeros(call, x.rank)
-    x = only_unlabelled(call.ledger, x, _indexed(zeros), _WHY)
+    if zeros is None:
+        return NotImplemented
+    call.ledger.touch(x)
+    indexed = _indexed(zeros)
+    x = only_unlabelled(call.ledger, x, indexed, _WHY)
     _freeze_index(call)
 
-    def move(fields: tuple[Field, ...]) -> list[Field]:
-        moved = [aten.index.Tensor(f.ids, zeros) for f in fields if not _touches(f, zeros)]
-        return [Field(ids, tuple(d for d in range(ids.dim()) if ids.shape[d] > 1)) for ids in moved]
+    def move(fields: tuple[Field, ...]) -> tuple[Field, ...]:
+        return tuple(_field(aten.index.Tensor(f.ids, zeros)) for f in fields)
 
-    shape, fields, content = call.shape, move(x.fields), move(x.positions)
+    shape, fields = call.shape, move(x.fields)
+    content = move(positions(x.shape, x.unlabelled - indexed))
     kept = {d for f in (*fields, *content) for d in f.dims}
     picked = set(range(len(shape))) - kept
-    return Value(shape, tuple(fields), (*content, *positions(shape, picked)), _sources(call))
+    return Value(shape, fields, (*content, *positions(shape, picked)), _sources(call))
 
 
 @rule(aten.index_put.default, aten.index_put_.default)
@@ -48,6 +52,8 @@ def write(call: Call) -> Any:
     """`x[index] = values`: along dimensions that are not indexed, both are tied."""
     x, values = call.args[0], call.args[2]
     zeros = _zeros(call, x.rank)
+    if zeros is None:
+        return NotImplemented
     indexed = _indexed(zeros)
     x = only_unlabelled(call.ledger, x, indexed, _WHY)
     _freeze_index(call)
@@ -65,27 +71,24 @@ def write(call: Call) -> Any:
                 call.ledger.role(operand, f, reader=False)
 
     def scatter(fields: tuple[Field, ...]) -> tuple[Field, ...]:
-        moved = []
-        for f in fields:
-            ids = f.ids
-            for at in scattered:
-                ids = ids.narrow(at, 0, 1)
-            order = [place[d] for d in sorted(place)]
-            shape = [ids.shape[place[d]] if d in place else 1 for d in range(x.rank)]
-            ids = ids.permute([*order, *sorted(scattered)]).reshape(shape)
-            dims = tuple(d for d, size in enumerate(shape) if size > 1)
-            moved += [Field(ids, dims)] if dims else []
-        return tuple(moved)
+        return tuple(_field(f.ids.permute(order).reshape(shape_in_x(f.ids.shape))) for f in fields)
 
-    wide = tuple(values.shape[place[d]] if d in place else 1 for d in range(x.rank))
-    written = Value(wide, scatter(values.fields), scatter(values.positions), values.sources)
+    def shape_in_x(shape: Sequence[int]) -> tuple[int, ...]:
+        return tuple(shape[place[d]] if d in place else 1 for d in range(x.rank))
+
+    order = [place[d] for d in sorted(place)] + sorted(scattered)
+    content = scatter(positions(values.shape, values.unlabelled - scattered))
+    written = Value(shape_in_x(values.shape), scatter(values.fields), content, values.sources)
     met = meet(call.ledger, x, written)
     varying = positions(x.shape, met.unlabelled | indexed)
     return replace(met, shape=x.shape, positions=varying, sources=_sources(call), constant=None)
 
 
-def _zeros(call: Call, rank: int) -> Zeros:
-    """An index of the same kind into ids, which have one entry along every indexed dimension."""
+def _zeros(call: Call, rank: int) -> Zeros | None:
+    """An index of the same kind into ids, which have one entry along every indexed dimension.
+
+    None for a mask without dimensions, which adds a dimension instead of indexing one.
+    """
     given: Any = call.node.args[1]
     zeros: Zeros = []
     for node in given:
@@ -94,6 +97,8 @@ def _zeros(call: Call, rank: int) -> Zeros:
             continue
         fake = node.meta["val"]
         if fake.dtype in (torch.bool, torch.uint8):
+            if not fake.dim():
+                return None
             # A mask indexes all of its dimensions at once.
             zeros += [torch.zeros(1, dtype=torch.int64)] * fake.dim()
         else:
@@ -105,8 +110,8 @@ def _indexed(zeros: Zeros) -> set[int]:
     return {d for d, index in enumerate(zeros) if index is not None}
 
 
-def _touches(f: Field, zeros: Zeros) -> bool:
-    return bool(_indexed(zeros) & set(f.dims))
+def _field(ids: torch.Tensor) -> Field:
+    return Field(ids, tuple(d for d, size in enumerate(ids.shape) if size > 1))
 
 
 def _freeze_index(call: Call) -> None:
