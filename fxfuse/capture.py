@@ -10,6 +10,7 @@ from __future__ import annotations
 import linecache
 import operator
 import re
+import sys
 import warnings
 from collections.abc import Collection, Mapping, Sequence
 from contextlib import redirect_stderr
@@ -304,11 +305,13 @@ def _export_once(
     # Fresh tensor objects: export leaves its marks of dynamic dimensions on the ones it is given.
     args, kwargs = pytree.tree_map_only(torch.Tensor, torch.Tensor.detach, (args, kwargs))
     try:
-        # On failure, torch prints its unfinished graph there: up to thousands of lines.
-        with redirect_stderr(StringIO()):
-            return torch.export.export(
+        with redirect_stderr(StringIO()) as said:
+            program = torch.export.export(
                 model, args, kwargs, dynamic_shapes=dynamic_shapes, strict=False
             )
+        # Only now: when it fails, torch prints its unfinished graph, up to thousands of lines.
+        sys.stderr.write(said.getvalue())
+        return program
     except Exception as error:
         raise CaptureError(
             f"torch.export cannot capture {type(model).__name__}",

@@ -153,7 +153,8 @@ class _Leaving(TorchFunctionMode):
     ) -> Any:
         if func in (torch.Tensor.tolist, torch.Tensor.numpy, torch.Tensor.__array__):
             _mark(args[0])
-        if func is torch.Tensor.data.__get__:  # type: ignore[attr-defined]
+        # Equal, not identical: every look at a descriptor makes another one.
+        if func == torch.Tensor.data.__get__:  # type: ignore[attr-defined]
             return args[0].detach()
         return func(*args, **(kwargs or {}))
 

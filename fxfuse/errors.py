@@ -53,7 +53,7 @@ class ExampleInputError(FxfuseError):
 
 
 class CaptureError(FxfuseError):
-    """torch.export cannot capture the model."""
+    """torch.export cannot capture the model, nor can a trace of it replace that."""
 
 
 class NotEmittedError(FxfuseError):
