@@ -80,7 +80,7 @@ def fused_state(
     Args:
         graph: The analysis of the members.
         plan: Groups and maps.
-        states: For each member, its tensors by name.
+        states: For each member, its tensors by name; of heads, only the member's own.
         place: Placement of each dimension.
 
     Returns:
@@ -102,15 +102,18 @@ def _fused(
     name: str,
 ) -> torch.Tensor:
     role = role_of(graph, name)
+    owner = graph.captured.heads.get(name)
     if role is Role.COPY:
-        return states[plan.host][name].detach().clone()
-    like = states[0][name]
+        return states[plan.host if owner is None else owner][name].detach().clone()
+    like = states[owner or 0][name]
     placements = [place((name, d)) for d in range(like.dim())]
     # Half precision holds weights, not sums of weights.
     dtype = torch.promote_types(like.dtype, torch.float32)
     result = torch.zeros([p.size for p in placements], dtype=dtype, device=like.device)
     weight = _weight(graph, plan, name, role)
     for member, state in enumerate(states):
+        if name not in state or (role is Role.OWN and member != owner):
+            continue
         part = state[name].detach().to(dtype=dtype, device=like.device)
         for dim, p in enumerate(placements):
             part = part.index_select(dim, torch.from_numpy(p.sources[member]).to(like.device))
@@ -132,6 +135,8 @@ def _weight(graph: CouplingGraph, plan: FusionPlan, name: str, role: Role) -> fl
     """The weight of one member's contribution: the product of its M along written dimensions."""
     if role is Role.MEAN:
         return 1.0 / plan.n_members
+    if role is Role.OWN:
+        return 1.0
     kinds, weights = set(), []
     canonical = graph.captured.canonical[name]
     for dim in range(graph.captured.tensor(name).dim()):

@@ -13,7 +13,7 @@ import re
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
 
@@ -53,12 +53,15 @@ class Captured:
         canonical: For each name, the first name under which the same tensor appears (itself,
             unless the tensor is tied).
         example_inputs: Positional and keyword inputs that the graph was captured with.
+        heads: Names of tensors that only one member has → the number of that member (partial
+            fusion, `fxfuse.heads`).
     """
 
     module: fx.GraphModule
     names: tuple[str, ...]
     canonical: Mapping[str, str]
     example_inputs: tuple[tuple[Any, ...], dict[str, Any]]
+    heads: Mapping[str, int] = field(default_factory=dict)
 
     @property
     def graph(self) -> fx.Graph:
@@ -73,6 +76,11 @@ class Captured:
             isinstance(x, torch.Tensor) and x.dim() > 0 and isinstance(x.shape[0], torch.SymInt)
             for x in inputs
         )
+
+    def outputs(self) -> tuple[Any, ...]:
+        """The graph's outputs in flattened order: nodes, or constants."""
+        (result,) = (node.args[0] for node in self.graph.nodes if node.op == "output")
+        return tuple(pytree.tree_leaves(result))
 
     def tensor(self, name: str) -> torch.Tensor:
         """The tensor behind a `get_attr` target or a `state_dict()` name."""

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import pairwise
-from typing import Any, overload
+from typing import Any, cast, overload
 
 import networkx as nx
 import numpy as np
@@ -16,7 +16,17 @@ from torch import fx, nn
 from torch.export import ExportedProgram
 
 from fxfuse.capture import Captured, capture, is_constant, source_of
+from fxfuse.controls import (
+    Asked,
+    Controls,
+    OutputDims,
+    Patterns,
+    asked_for,
+    contradiction,
+    interface_dims,
+)
 from fxfuse.errors import UnknownTensorError
+from fxfuse.heads import region_of
 from fxfuse.interpreter import interpret
 from fxfuse.labels import Freeze, Kind, Ledger, Mixing
 
@@ -91,6 +101,7 @@ class CouplingGraph:
         mixing: Operators that mix members.
         free_fraction: Share of parameter elements that lie in tensors with at least one free
             dimension, of those that the graph reads.
+        asked: What options asked for, by canonical tensor name.
     """
 
     captured: Captured
@@ -102,6 +113,7 @@ class CouplingGraph:
     writers: frozenset[Place]
     values: Mapping[fx.Node, Any] = field(repr=False)
     ledger: Ledger = field(repr=False)
+    asked: Mapping[str, Asked] = field(default_factory=dict)
 
     @cached_property
     def group_of(self) -> Mapping[Place, tuple[CouplingGroup, ...]]:
@@ -215,6 +227,18 @@ class CouplingGraph:
             )
         return steps
 
+    def trunk(self) -> CouplingGraph:
+        """The same analysis with groups of which the members' own heads are no part."""
+        if not self.captured.heads:
+            return self
+        heads = self.captured.heads
+
+        def without_heads(group: CouplingGroup) -> CouplingGroup:
+            kept = {place: rows for place, rows in group.index.items() if place[0] not in heads}
+            return replace(group, index=kept)
+
+        return replace(self, groups=tuple(without_heads(g) for g in self.groups))
+
     def freezing(self, names: Iterable[str], why: str) -> CouplingGraph:
         """The same analysis with some groups frozen (inside the network, so of kind host)."""
         chosen = set(names)
@@ -239,14 +263,32 @@ def analyze(
     example_inputs: Any = (),
     example_kwargs: Mapping[str, Any] | None = None,
     *,
+    freeze: Patterns = (),
+    share: Patterns = (),
+    ignore: Patterns = (),
+    output_dims: OutputDims | None = None,
     dynamic_shapes: Any = None,
 ) -> CouplingGraph:
     """Finds the coupling groups of a network.
+
+    Patterns are those of `fnmatch`; one may stand without a list.
 
     Args:
         model: What `fxfuse.capture` takes, or its result.
         example_inputs: A tensor or a tuple of positional inputs, batch of at least 2.
         example_kwargs: Keyword inputs.
+        freeze: `state_dict()` names of parameters that stay exactly as in the host. Every
+            dimension freezes, and what is coupled to it follows: the host keeps it. A dimension
+            that means the same in all members anyhow (input channels, tokens) draws nothing in.
+        share: `state_dict()` names of parameters whose index means the same in all members (a
+            pretrained stem that all members hold): the members' mean is taken, along with
+            whatever is coupled to it, and the plan lists how far they disagree.
+        ignore: Dotted paths of submodules of which nothing is fused: all their parameters and
+            buffers are frozen as by `freeze`.
+        output_dims: For an output, by its index in flattened order, the dimensions that are
+            interface: `{0: ()}` sets all dimensions of the first output free, so that its channels
+            may be permuted and fused. An output that is not listed is interface in every
+            dimension.
         dynamic_shapes: Passed to `torch.export.export` unchanged.
 
     Returns:
@@ -255,52 +297,102 @@ def analyze(
     Raises:
         ExampleInputError: The model rejects the example inputs.
         CaptureError: The model cannot be captured.
+        ControlError: An option names nothing in the network, or two contradict each other.
     """
     captured = model
     if not isinstance(captured, Captured):
         captured = capture(captured, example_inputs, example_kwargs, dynamic_shapes=dynamic_shapes)
-    ledger, values = interpret(captured)
+    return couple(captured, Controls.of(freeze, share, ignore, output_dims))
+
+
+def couple(captured: Captured, controls: Controls) -> CouplingGraph:
+    """Finds the coupling groups of a captured network.
+
+    Args:
+        captured: The network.
+        controls: The options of `analyze`.
+
+    Raises:
+        ControlError: An option names nothing in the network, or two contradict each other.
+    """
+    asked = asked_for(captured, controls)
+    ledger, values = interpret(captured, interface_dims(captured, controls))
+    for name, wish in asked.items():
+        ledger.ask(name, wish.kind, wish.why)
     component = ledger.components()
-    kinds = _frozen_kinds(ledger, component)
+    kinds = _frozen_kinds(ledger, component) | _inside_heads(captured, ledger, component)
     groups = _groups(captured, ledger, component, kinds)
+    frozen = _frozen_places(captured, ledger, component, kinds, asked)
+    notes = [
+        *_mixing_notes(ledger, component, kinds),
+        *_shared_writers(captured, groups, frozen, ledger.readers, asked),
+    ]
     return CouplingGraph(
         captured,
         groups,
-        _frozen_places(captured, ledger, component, kinds),
-        tuple(_mixing_notes(ledger, component, kinds)),
+        frozen,
+        tuple(notes),
         _free_fraction(captured, groups),
         frozenset(ledger.readers),
         frozenset(ledger.writers),
         values,
         ledger,
+        asked,
     )
 
 
 def _frozen_kinds(ledger: Ledger, component: Index) -> dict[int, tuple[Kind, Freeze]]:
-    """Kind and first reason of every frozen component."""
+    """Kind and first reason of every frozen component.
+
+    Raises:
+        ControlError: A component is to be the host's and shared at once.
+    """
     found: dict[int, dict[Kind, Freeze]] = defaultdict(dict)
+    wishes: dict[int, dict[Kind, Freeze]] = defaultdict(dict)
     for freeze in ledger.freezes:
         for c in np.unique(component[freeze.ids]).tolist():
-            found[c].setdefault(freeze.kind, freeze)
+            (wishes if freeze.asked else found)[c].setdefault(freeze.kind, freeze)
     read: set[int] = set()
     for place in ledger.readers:
         owner = ledger.owners.index(place)
-        read.update(np.unique(component[_ids_of(ledger, owner)]).tolist())
+        read.update(np.unique(component[ledger.ids_of(owner)]).tolist())
     kinds = {}
-    for c, reasons in found.items():
+    for c in dict.fromkeys([*found, *wishes]):
+        reasons = found.get(c, {})
         order = [Kind.HOST, Kind.OUTPUT, Kind.COMMON]
         if c not in read:
             # An output that nothing inside reads is the members' mean, whatever it passes.
             order = [Kind.OUTPUT, Kind.HOST, Kind.COMMON]
-        kind = next(k for k in order if k in reasons)
-        kinds[c] = (kind, reasons[kind])
+        kind = next((k for k in order if k in reasons), None)
+        freeze = _granted(ledger, kind, wishes.get(c, {})) or reasons[cast("Kind", kind)]
+        kinds[c] = (freeze.kind, freeze)
     return kinds
 
 
-def _ids_of(ledger: Ledger, owner: int) -> Index:
-    start = ledger.starts[owner]
-    end = ledger.starts[owner + 1] if owner + 1 < len(ledger.starts) else ledger.count
-    return np.arange(start, end)
+def _granted(ledger: Ledger, kind: Kind | None, wishes: Mapping[Kind, Freeze]) -> Freeze | None:
+    """The wish that decides over a component; `kind`: what it is without any wish."""
+    # Where an index means the same in all members anyhow, a wish concerns its tensor alone.
+    same = {Kind.HOST: Kind.COMMON, Kind.COMMON: Kind.OUTPUT}
+    granted = [wish for wish in wishes.values() if kind is not same[wish.kind]]
+    if len(granted) > 1:
+        places = [ledger.owners[int(ledger.owner_positions(w.ids)[0])] for w in granted]
+        where = " is coupled with ".join(f"{name}:{dim}" for name, dim in places)
+        raise contradiction(where, *(w.why for w in granted))
+    return granted[0] if granted else None
+
+
+def _inside_heads(
+    captured: Captured, ledger: Ledger, component: Index
+) -> dict[int, tuple[Kind, Freeze]]:
+    """Components that only heads have: a head keeps its member's order in them."""
+    inner = {f"<{node.name}>" for node in region_of(captured, captured.heads)}
+    heads: set[int] = set()
+    trunk: set[int] = set()
+    for owner, (name, _) in enumerate(ledger.owners):
+        own = name in captured.heads or name in inner
+        (heads if own else trunk).update(component[ledger.ids_of(owner)].tolist())
+    note = Freeze(np.empty(0, np.int64), Kind.COMMON, "lies inside the head of one member", None)
+    return dict.fromkeys(heads - trunk, (note.kind, note))
 
 
 def _is_real(place: Place) -> bool:
@@ -325,7 +417,7 @@ def _groups(
     np.add.at(played, component, colours)
     for owner, place in enumerate(ledger.owners):
         if _is_real(place):
-            ids = _ids_of(ledger, owner)
+            ids = ledger.ids_of(owner)
             line = component[ids]
             rows.append((place, line, parts[ids]))
             for c, count in zip(*np.unique(line, return_counts=True), strict=True):
@@ -396,10 +488,11 @@ def _frozen_places(
     ledger: Ledger,
     component: Index,
     kinds: Mapping[int, tuple[Kind, Freeze]],
+    asked: Mapping[str, Asked],
 ) -> dict[Place, FrozenReason]:
     by_owner: dict[Place, Index] = {}
     for owner, place in enumerate(ledger.owners):
-        by_owner[place] = component[_ids_of(ledger, owner)]
+        by_owner[place] = component[ledger.ids_of(owner)]
     reached = captured.reached()
     frozen: dict[Place, FrozenReason] = {}
     for name, first in captured.canonical.items():
@@ -407,7 +500,10 @@ def _frozen_places(
         for dim, size in enumerate(tensor.shape):
             members = by_owner.get((first, dim))
             everything = np.arange(size)
-            if is_constant(tensor):
+            wish = asked.get(first)
+            if wish is not None:
+                frozen[(name, dim)] = FrozenReason(wish.kind, wish.why, "", "", everything)
+            elif is_constant(tensor):
                 why = "an integer or boolean buffer is a constant of the network"
                 frozen[(name, dim)] = FrozenReason(Kind.COMMON, why, "", "", everything)
             elif first not in reached:
@@ -426,6 +522,27 @@ def _frozen_places(
                     indices = np.flatnonzero(stuck)
                     frozen[(name, dim)] = FrozenReason(kind, freeze.why, node, source, indices)
     return frozen
+
+
+def _shared_writers(
+    captured: Captured,
+    groups: Iterable[CouplingGroup],
+    frozen: Mapping[Place, FrozenReason],
+    readers: set[Place],
+    asked: Mapping[str, Asked],
+) -> Iterable[MixingNote]:
+    """What the members' own units add to a shared dimension is averaged."""
+    shared = {wish.why for wish in asked.values() if wish.kind is Kind.COMMON}
+    free = {place for group in groups for place in group.index}
+    for name, dim in sorted(free):
+        if (name, dim) not in readers:
+            continue
+        reasons = (frozen.get((name, d)) for d in range(captured.tensor(name).dim()))
+        why = next((r.why for r in reasons if r is not None and r.why in shared), "")
+        if why:
+            node = next(n for n in captured.graph.nodes if n.op == "get_attr" and n.target == name)
+            user = next(iter(node.users))
+            yield MixingNote(f"members are averaged in what is {why}", user.name, source_of(user))
 
 
 def _mixing_notes(
@@ -464,7 +581,7 @@ def _networkx(graph: CouplingGraph) -> nx.Graph:
     for owner, place in enumerate(ledger.owners):
         result.add_node(
             place,
-            size=len(_ids_of(ledger, owner)),
+            size=len(ledger.ids_of(owner)),
             groups=[g.name for g in graph.group_of.get(place, ())],
             frozen=graph.frozen[place].why if place in graph.frozen else "",
         )

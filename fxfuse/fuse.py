@@ -14,14 +14,17 @@ from torch.export import ExportedProgram
 
 from fxfuse.apply import fused_at_width
 from fxfuse.capture import Captured, capture, check_same_network
+from fxfuse.controls import OutputDims, Patterns
 from fxfuse.coupling import CouplingGraph, analyze
 from fxfuse.errors import (
     CheckpointMismatchError,
     NonFiniteWeightsError,
     NothingToFuseError,
+    PartialFusionError,
     TooFewMembersError,
     VerificationError,
 )
+from fxfuse.heads import join
 from fxfuse.methods import Options, find_method
 from fxfuse.plan import FusionPlan
 from fxfuse.planner import make_plan
@@ -49,6 +52,11 @@ class FusionResult:
     verification: Verification
     graph: CouplingGraph = field(repr=False)
 
+    @property
+    def heads(self) -> Mapping[str, int]:
+        """Tensors of a partial fusion's heads, by name → the member that each belongs to."""
+        return self.plan.heads
+
     def state_dict(self) -> dict[str, torch.Tensor]:
         """The fused tensors by name."""
         return self.module.state_dict()
@@ -58,7 +66,15 @@ class FusionResult:
 
         Raises:
             CheckpointMismatchError: The model has other tensors.
+            PartialFusionError: The network has several heads, and a member's class only one.
         """
+        if self.heads:
+            raise PartialFusionError(
+                f"a network with {self.plan.n_members} heads does not fit {type(model).__name__}",
+                why="the members' class has one head",
+                how="use result.module, or build a class whose state_dict() has the names of "
+                "result.state_dict()",
+            )
         try:
             model.load_state_dict(self.state_dict(), strict=True)
         except RuntimeError as error:
@@ -79,19 +95,38 @@ def fuse(
     score: str = "l2",
     variant: str | None = None,
     host: int = 0,
+    freeze: Patterns = (),
+    share: Patterns = (),
+    ignore: Patterns = (),
+    output_dims: OutputDims | None = None,
+    heads: Patterns = (),
     dynamic_shapes: Any = None,
     verify: bool = True,
 ) -> FusionResult:
     """Fuses trained networks of one architecture into one network of the same width.
 
+    With `heads`, networks for different tasks share one trunk: head i reads the units that come
+    from member i with that member's weights, and the others with weight 0. A head that reads what
+    the host keeps starts from nothing there, unless its member is the host.
+
     Args:
-        members: Two or more networks with the same graph and the same shapes.
+        members: Two or more networks with the same graph and the same shapes, apart from `heads`.
         example_inputs: A tensor or a tuple of inputs that the members accept, batch of at least 2.
         example_kwargs: Keyword inputs.
         method: `transplant` (Neuron Transplantation) or `average` (after alignment).
         score: Importance of a unit for `transplant`: `l1` or `l2`.
         variant: For `transplant`: None, `iterative` or `hierarchical`.
         host: The member that keeps every piece that is frozen inside the network.
+        freeze: `state_dict()` names of parameters that stay exactly as in the host, as in
+            `analyze`.
+        share: `state_dict()` names of parameters whose index means the same in all members.
+        ignore: Dotted paths of submodules of which nothing is fused: all is the host's.
+        output_dims: The interface dimensions of outputs, as in `analyze`. Along another dimension
+            an output is no mean of the members' any more: it hands out the fused units, in the
+            order that the plan says.
+        heads: Dotted paths of the modules in which each member keeps its own head, `fnmatch`
+            patterns. Heads may differ in shape. The fused network then returns a tuple with the
+            outputs of every head, and tensors of head i are named `heads.<i>.<name>`.
         dynamic_shapes: Passed to `torch.export.export` unchanged.
         verify: Whether to run the oracles before handing the network over.
 
@@ -106,6 +141,8 @@ def fuse(
         NonFiniteWeightsError: A member holds NaN or infinity.
         UnknownMethodError: No such method or variant.
         UnknownScoreError: No such score.
+        ControlError: An option names nothing in the network, or two contradict each other.
+        PartialFusionError: The heads cannot be kept apart from the trunk.
         NothingToFuseError: No parameter has a free dimension.
         VerificationError: An oracle failed.
     """
@@ -123,11 +160,10 @@ def fuse(
         else capture(m, example_inputs, example_kwargs, dynamic_shapes=dynamic_shapes)
         for m in members
     ]
-    check_same_network(captured)
-    states = [c.state() for c in captured]
+    network, states = _as_one(captured, heads)
     for number, state in enumerate(states):
         _check_finite(number, state)
-    graph = analyze(captured[0])
+    graph = analyze(network, freeze=freeze, share=share, ignore=ignore, output_dims=output_dims)
     checks = []
     if verify:
         graph, check = _only_what_moves(graph)
@@ -135,12 +171,23 @@ def fuse(
     _check_free(graph)
     plan = make_plan(graph, states, method, Options(score, variant), host=host)
     fused = fused_at_width(graph, plan, states)
-    module = emit(captured[0], fused)
+    module = emit(network, fused)
     if verify:
-        checks += handover(captured[0], module)
+        checks += handover(network, module)
     verification = Verification(tuple(checks))
     _check_verified(verification)
     return FusionResult(module, plan, verification, graph)
+
+
+def _as_one(
+    captured: Sequence[Captured], heads: Patterns
+) -> tuple[Captured, Sequence[Mapping[str, torch.Tensor]]]:
+    """The network to fuse, and the tensors that each member has of it."""
+    if heads:
+        joined = join(captured, heads)
+        return joined.captured, joined.states
+    check_same_network(captured)
+    return captured[0], [c.state() for c in captured]
 
 
 def _check_finite(number: int, state: Mapping[str, torch.Tensor]) -> None:
