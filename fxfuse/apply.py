@@ -111,10 +111,11 @@ def _fused(
     dtype = torch.promote_types(like.dtype, torch.float32)
     result = torch.zeros([p.size for p in placements], dtype=dtype, device=like.device)
     weight = _weight(graph, plan, name, role)
-    for member, state in enumerate(states):
-        if name not in state or (role is Role.OWN and member != owner):
+    # A head's own values come last, over those that stand in where a unit is another member's.
+    for member in sorted(range(len(states)), key=lambda m: m == owner):
+        if name not in states[member]:
             continue
-        part = state[name].detach().to(dtype=dtype, device=like.device)
+        part = states[member][name].detach().to(dtype=dtype, device=like.device)
         for dim, p in enumerate(placements):
             part = part.index_select(dim, torch.from_numpy(p.sources[member]).to(like.device))
         if part.numel() == 0 and like.numel():
@@ -125,9 +126,9 @@ def _fused(
             for dim, index in enumerate(where)
         )
         if grid:
-            result.index_put_(grid, part * weight, accumulate=True)
+            result.index_put_(grid, part * weight, accumulate=role is not Role.OWN)
         else:
-            result += part * weight
+            result = part if role is Role.OWN else result + part * weight
     return result.to(like.dtype)
 
 

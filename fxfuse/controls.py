@@ -87,13 +87,16 @@ def names_like(names: Iterable[str], pattern: str, option: str) -> tuple[str, ..
 def names_under(names: Iterable[str], pattern: str, option: str) -> tuple[str, ...]:
     """The tensor names that lie in a submodule whose path matches a pattern.
 
+    A tensor that the network itself holds lies in no submodule and is matched by its own name.
+
     Raises:
         ControlError: None does.
     """
     names = tuple(names)
-    found = tuple(n for n in names if any(fnmatchcase(path, pattern) for path in paths_of(n)))
-    paths = tuple(dict.fromkeys(path for name in names for path in paths_of(name)))
-    return found or _nothing(pattern, option, paths, "no submodule of this path holds a tensor")
+    paths = {name: paths_of(name) or (name,) for name in names}
+    found = tuple(n for n in names if any(fnmatchcase(path, pattern) for path in paths[n]))
+    known = tuple(dict.fromkeys(path for name in names for path in paths[name]))
+    return found or _nothing(pattern, option, known, "no submodule of this path holds a tensor")
 
 
 def _nothing(pattern: str, option: str, known: Sequence[str], why: str) -> tuple[str, ...]:

@@ -37,8 +37,9 @@ class Joined:
         captured: The trunk of member 0 and all heads. Tensors of head i are named
             `heads.<i>.<name>`; it returns a tuple with the outputs of each head, structured as its
             member's.
-        states: For each member, its tensors by those names. Buffers that hold one number per unit
-            stand under the names of the other heads too, because they belong to the unit.
+        states: For each member, its tensors by those names. Its head's buffers stand under the
+            names of the other heads too: there they stand in for units that the other member does
+            not have (a variance of 0 is no variance to train with).
     """
 
     captured: Captured

@@ -9,7 +9,6 @@ from enum import StrEnum
 from typing import Any
 
 import numpy as np
-from torch import nn
 
 from fxfuse.coupling import CouplingGraph, Index, MixingNote
 from fxfuse.errors import PlanError
@@ -237,11 +236,9 @@ def role_of(graph: CouplingGraph, name: str) -> Role:
     wish = graph.asked.get(captured.canonical[name])
     if wish is not None:
         return Role.COPY if wish.kind is Kind.HOST else Role.MEAN
-    places = [(name, d) for d in range(tensor.dim())]
-    # Statistics of the trunk's units belong to the units; all else in a head is its member's.
-    is_statistic = not isinstance(tensor, nn.Parameter) and any(p in graph.group_of for p in places)
-    if name in captured.heads and not is_statistic:
+    if name in captured.heads:
         return Role.OWN
+    places = [(name, d) for d in range(tensor.dim())]
     canonical = captured.canonical[name]
     for place in places:
         reason = graph.frozen.get(place)
