@@ -129,7 +129,28 @@ def _fused(
             result.index_put_(grid, part * weight, accumulate=role is not Role.OWN)
         else:
             result = part if role is Role.OWN else result + part * weight
+    if role is Role.SUM and weight != 1.0:
+        hosted = _only_hosts(graph, placements, name, plan.host).to(like.device)
+        result = torch.where(hosted, result / weight, result)
     return result.to(like.dtype)
+
+
+def _only_hosts(
+    graph: CouplingGraph, placements: Sequence[Placement], name: str, host: int
+) -> torch.Tensor:
+    """Where a fused tensor holds the host's weights alone, which are no mean of several members.
+
+    Returns:
+        bool, the shape of the fused tensor or one that broadcasts to it.
+    """
+    found = torch.zeros([1] * len(placements), dtype=torch.bool)
+    for dim, p in enumerate(placements):
+        reason = graph.frozen.get((name, dim))
+        if reason is not None and reason.kind is Kind.HOST:
+            line = torch.zeros(p.size, dtype=torch.bool)
+            line[p.targets[host][np.isin(p.sources[host], reason.indices)]] = True
+            found = found | line.reshape([-1 if d == dim else 1 for d in range(len(placements))])
+    return found
 
 
 def _weight(graph: CouplingGraph, plan: FusionPlan, name: str, role: Role) -> float:
@@ -147,6 +168,6 @@ def _weight(graph: CouplingGraph, plan: FusionPlan, name: str, role: Role) -> fl
         is_read = (canonical, dim) in graph.readers and (canonical, dim) not in graph.writers
         if not is_read:
             weights += [plan.map_of(g.name).weight for g in graph.group_of.get((name, dim), ())]
-    if Kind.OUTPUT in kinds and Kind.HOST not in kinds:
+    if Kind.OUTPUT in kinds:
         return 1.0 / plan.n_members
     return weights[0] if weights else 1.0

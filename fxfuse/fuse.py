@@ -211,8 +211,12 @@ def _check_free(graph: CouplingGraph) -> None:
         where=f"{reasons[0].node}  {reasons[0].source}".rstrip() if reasons else "",
         why="every dimension of every parameter is frozen"
         + (f"; the first: {reasons[0].why}" if reasons else ""),
-        how="see fxfuse.analyze(...).frozen for all reasons; an operator without a rule can get "
-        "one in fxfuse/rules/",
+        how="see fxfuse.analyze(...).frozen for all reasons; "
+        + (
+            "freeze, share and ignore may ask for too much"
+            if graph.asked
+            else "an operator without a rule can get one in fxfuse/rules/"
+        ),
     )
 
 

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import copy
+import json
 
 import numpy as np
 import pytest
 import torch
 from torch import nn
+from typer.testing import CliRunner, Result
 
 import fxfuse
 from fxfuse import verify
+from fxfuse.checkpoint import read_state_dict
+from fxfuse.cli.app import app
 from fxfuse.cli.options import parse_output_dims
 from fxfuse.controls import Controls
 from fxfuse.errors import ControlError
@@ -112,6 +116,42 @@ def test_a_frozen_head_on_a_trunk_that_members_agree_on():
     x = torch.randn(4, 4)
     result = fxfuse.fuse([member, other], x, method="average", freeze=["fc.*"])
     torch.testing.assert_close(result.module(x), member(x))
+
+
+@pytest.mark.parametrize("pattern", ["stem.*", "scale", "fc.bias"])
+def test_copies_averaged_around_a_frozen_part_are_the_network(pattern: str):
+    """What reads the host's units is the host's alone, and so no mean over N."""
+    member, x = Two(), torch.randn(4, 4)
+    members = [member, copy.deepcopy(member), copy.deepcopy(member)]
+    result = fxfuse.fuse(members, x, method="average", freeze=[pattern])
+    torch.testing.assert_close(result.module(x), member(x))
+
+
+class PartlySorted(nn.Module):
+    """A head that reads units behind an operator without a rule, and others that are free."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(4, 8), nn.Linear(4, 6)
+        self.third, self.head = nn.Linear(14, 5), nn.Linear(14, 3)
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        h = torch.cat([self.first(x).sort(-1).values, self.second(x).relu()], 1)
+        return self.head(h), self.third(h).relu().sum(1)
+
+
+def test_free_columns_beside_the_hosts_are_a_mean():
+    x = torch.randn(4, 4).double()
+    assert verify.identity(PartlySorted().double(), x).passed
+    members = [PartlySorted(), PartlySorted()]
+    result = fxfuse.fuse(members, x.float(), method="transplant", host=1)
+    weight = result.state_dict()["head.weight"]
+    torch.testing.assert_close(weight[:, :8], members[1].head.weight[:, :8])
+    units = result.plan.map_of("second.weight:0")
+    for place, (member, unit) in enumerate(zip(units.member, units.unit, strict=True)):
+        torch.testing.assert_close(
+            weight[:, 8 + place], members[member].head.weight[:, 8 + unit] / 2
+        )
 
 
 # --- share ---
@@ -287,3 +327,48 @@ def test_output_dims_on_the_command_line():
     for text in ("0", "a=1", "0=b", "=1"):
         with pytest.raises(ControlError, match="cannot be read"):
             parse_output_dims([text])
+
+
+CLI_MODEL = """
+from torch import nn
+
+def mlp():
+    return nn.Sequential(nn.Linear(5, 8), nn.ReLU(), nn.Linear(8, 6), nn.ReLU(), nn.Linear(6, 3))
+"""
+
+
+def test_the_commands_take_the_options(tmp_path, monkeypatch):
+    (tmp_path / "controls_models.py").write_text(CLI_MODEL)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    sizes = ((5, 8), (8, 6), (6, 3))
+    members = []
+    for name in ("a", "b"):
+        a, b, c = (nn.Linear(*size) for size in sizes)
+        members.append(nn.Sequential(a, nn.ReLU(), b, nn.ReLU(), c))
+        torch.save(members[-1].state_dict(), f"{name}.pt")
+    model = ["--model", "controls_models:mlp", "--input", "5"]
+
+    def invoke(*arguments: str) -> Result:
+        return CliRunner().invoke(app, [*arguments, *model])
+
+    asked = ["--freeze", "0.weight", "--freeze", "0.bias"]
+    result = invoke("fuse", "a.pt", "b.pt", "--out", "fused", *asked)
+    assert result.exit_code == 0, result.output
+    state = read_state_dict(tmp_path / "fused" / "fused.safetensors")
+    assert torch.equal(state["0.weight"], members[0][0].weight)
+    assert torch.equal(state["0.bias"], members[0][0].bias)
+
+    def groups(*options: str) -> list[str]:
+        result = invoke("analyze", "--json", *options)
+        assert result.exit_code == 0, result.output
+        return [group["name"] for group in json.loads(result.stdout)["groups"]]
+
+    assert groups() == ["0.weight:0", "2.weight:0"]
+    assert groups("--ignore", "0") == ["2.weight:0"]
+    assert groups("--share", "0.*") == ["2.weight:0"]
+    assert groups("--output-dims", "0=") == ["0.weight:0", "2.weight:0", "4.weight:0"]
+    for wrong in (["--share", "9.*"], ["--output-dims", "1=0"], ["--output-dims", "x"]):
+        result = invoke("analyze", *wrong)
+        assert result.exit_code == 2
+        assert "error: " in result.stderr

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import copy
+import importlib.util
 import pickle
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -347,3 +350,18 @@ def test_equal_heads_are_kept_too():
     mine = torch.from_numpy(np.flatnonzero(units.member == 1))
     found = result.state_dict()["heads.1.fc.weight"][:, mine]
     assert torch.equal(found, members[1].fc.weight[:, units.unit[units.member == 1]])
+
+
+def test_the_benchmark_runs():
+    path = Path(__file__).parents[1] / "benchmarks" / "partial_fusion.py"
+    spec = importlib.util.spec_from_file_location("partial_fusion_benchmark", path)
+    benchmark = importlib.util.module_from_spec(spec)
+    # Dataclasses look their module up by name.
+    sys.modules[spec.name] = benchmark
+    try:
+        spec.loader.exec_module(benchmark)
+        rows = benchmark.summarise([benchmark.measure(0, member_steps=3, tune_steps=2)])
+    finally:
+        del sys.modules[spec.name]
+    assert {row["task"] for row in rows} == set(benchmark.TASKS)
+    assert all(0 <= row["min"] <= row["mean"] <= row["max"] <= 100 for row in rows)
