@@ -29,8 +29,9 @@ from fxfuse.errors import CaptureError, ExampleInputError, MemberMismatchError
 _ASSERTIONS = (torch.ops.aten._assert_tensor_metadata.default,)
 
 #: Position of the `training` argument of operators that behave differently in training.
-TRAINING_ARGUMENT = {
+TRAINING_ARGUMENT: dict[Any, int] = {
     torch.ops.aten.batch_norm.default: 5,
+    torch.ops.aten.instance_norm.default: 5,
     torch.ops.aten.dropout.default: 2,
     torch.ops.aten.dropout_.default: 2,
     torch.ops.aten.feature_dropout.default: 2,
@@ -45,6 +46,12 @@ TRAINING_ARGUMENT = {
     torch.ops.aten.gru.input: 6,
     torch.ops.aten.rnn_tanh.input: 6,
     torch.ops.aten.rnn_relu.input: 6,
+}
+
+#: Position of the running mean of operators that always use the batch's statistics without one.
+_RUNNING_MEAN: dict[Any, int] = {
+    torch.ops.aten.batch_norm.default: 3,
+    torch.ops.aten.instance_norm.default: 3,
 }
 
 _TORCH_ROOT = f"{Path(torch.__file__).parent}/"
@@ -258,15 +265,20 @@ def rebuild(source: fx.GraphModule, state: Mapping[str, torch.Tensor]) -> fx.Gra
     for node in graph.nodes:
         if node.op == "get_attr" and node.target not in state:
             attach(module, node.target, fetch(source, node.target), persistent=False)
-        position = TRAINING_ARGUMENT.get(node.target)
-        if position is not None:
-            _set_eval(node, position)
+        if follows_mode(node):
+            _set_eval(node, TRAINING_ARGUMENT[node.target])
     # Nodes with a side effect (an in-place fill of a mask) are kept by fx's own rule.
     graph.eliminate_dead_code()
     graph.lint()
     module.graph = graph
     module.eval()
     return module
+
+
+def follows_mode(node: fx.Node) -> bool:
+    """Whether an operator behaves differently in training."""
+    mean = _RUNNING_MEAN.get(node.target)
+    return node.target in TRAINING_ARGUMENT and (mean is None or node.args[mean] is not None)
 
 
 def _set_eval(node: fx.Node, position: int) -> None:

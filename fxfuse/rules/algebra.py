@@ -284,10 +284,19 @@ def drop(value: Value, dims: Iterable[int], *, keepdim: bool) -> Value:
 
 
 def only_unlabelled(ledger: Ledger, value: Value, dims: Iterable[int], what: str) -> Value:
-    """Freezes labels along dimensions in which an operator is not the same for every index."""
+    """Freezes labels along dimensions in which an operator is not the same for every index.
+
+    Neurons that such dimensions share with another one (the sub-pixels of a shuffled channel) stay
+    in order: they are one unit for each index of the other.
+    """
     over = set(dims)
     hit = [f for f in value.fields if over & set(f.dims)]
+    kept = [f for f in value.fields if not over & set(f.dims)]
     for f in hit:
-        ledger.freeze(f, Kind.COMMON if value.is_parameter else Kind.HOST, what)
-    kept = tuple(f for f in value.fields if not over & set(f.dims))
-    return replace(value, fields=kept, positions=merge_positions((*hit, *value.positions)))
+        rest = tuple(d for d in f.dims if d not in over)
+        if rest:
+            ledger.block(f, over & set(f.dims))
+            kept.append(Field(representative(f, over & set(f.dims)), rest))
+        else:
+            ledger.freeze(f, Kind.COMMON if value.is_parameter else Kind.HOST, what)
+    return replace(value, fields=tuple(kept), positions=merge_positions((*hit, *value.positions)))
