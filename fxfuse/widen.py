@@ -249,7 +249,8 @@ class _Widener:
             incoming = outgoing[0]
             for layout in outgoing[1:]:
                 incoming = layout.after(incoming, int(incoming.source.max()) + 1)
-        for state, layouts in zip(states, kept, strict=True):
+        # One tensor may be both states.
+        for state, layouts in dict(zip(states, kept, strict=True)).items():
             if not all(_same(layout, layouts[0]) for layout in layouts):
                 raise self.error(node, "one state holds layers that grow differently")
             self.spread(node, state, self.analysis.values[state].rank - 1, layouts[0])
@@ -321,9 +322,9 @@ class _Widener:
             (after.rank - 2, before.rank - 3) if inverse else (before.rank - 2, after.rank - 3)
         )
         size = (
-            (after.shape[column] // before.shape[channel])
+            after.shape[column] // before.shape[channel]
             if inverse
-            else (before.shape[column] // after.shape[channel])
+            else before.shape[column] // after.shape[channel]
         )
         result = {d: layout for d, layout in self.layouts[x].items() if d < min(column, channel)}
         layout = self.layouts[x].get(channel if inverse else column)
@@ -577,7 +578,8 @@ class _Widener:
         for part in parts:
             for d, wanted in result.items():
                 own = d - 1 if stacks and d > dim else d
-                if self.analysis.values[part].shape[own] == value.shape[d]:
+                same_size = self.analysis.values[part].shape[own] == value.shape[d]
+                if same_size and own not in self.layout_of(part):
                     self.spread(node, part, own, wanted)
         if grows:
             result[dim] = Layout(np.concatenate(lines), np.concatenate(copies))

@@ -536,6 +536,12 @@ LAYERS = {
     "FeatureAlphaDropout": _images(nn.FeatureAlphaDropout),
     # shapes
     "PixelShuffle": _images(lambda: nn.PixelShuffle(2)),
+    "PixelShuffle convolved": _images(
+        lambda: nn.Sequential(nn.PixelShuffle(2), nn.Conv2d(2, 6, 3)), free=[("first.weight", 0)]
+    ),
+    "PixelUnshuffle convolved": _images(
+        lambda: nn.Sequential(nn.PixelUnshuffle(2), nn.Conv2d(32, 6, 1)), free=[("first.weight", 0)]
+    ),
     "PixelUnshuffle": _images(lambda: nn.PixelUnshuffle(2)),
     "ChannelShuffle": _images(lambda: nn.ChannelShuffle(2)),
     "Flatten": _images(nn.Flatten),
@@ -644,7 +650,9 @@ LAYERS = {
         lambda: parametrizations.weight_norm(nn.Conv2d(8, 6, 3, groups=2))
     ),
     "spectral_norm": _images(
-        lambda: parametrizations.spectral_norm(nn.Conv2d(8, 6, 3)), mixes=True
+        lambda: parametrizations.spectral_norm(nn.Conv2d(8, 6, 3)),
+        free=[("layer.parametrizations.weight.0._u", 0), ("layer.parametrizations.weight.0._v", 0)],
+        mixes=True,
     ),
     "spectral_norm transposed": _images(
         lambda: parametrizations.spectral_norm(nn.ConvTranspose2d(8, 6, 3)), mixes=True

@@ -294,9 +294,10 @@ def only_unlabelled(ledger: Ledger, value: Value, dims: Iterable[int], what: str
     kept = [f for f in value.fields if not over & set(f.dims)]
     for f in hit:
         rest = tuple(d for d in f.dims if d not in over)
+        inside = [d for d in f.dims if d in over]
         if rest:
-            ledger.block(f, over & set(f.dims))
-            kept.append(Field(representative(f, over & set(f.dims)), rest))
+            ledger.block(f, inside)
+            kept.append(Field(representative(f, inside), rest))
         else:
             ledger.freeze(f, Kind.COMMON if value.is_parameter else Kind.HOST, what)
     return replace(value, fields=tuple(kept), positions=merge_positions((*hit, *value.positions)))

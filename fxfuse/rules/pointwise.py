@@ -102,7 +102,7 @@ def _keeps_zeros(call: Call) -> bool:
         if not isinstance(x, Value):
             return x
         # Any value but zero stands for tensors in which members are not told apart.
-        return torch.full((), 0.0 if len(x.fields) > 1 else 0.7, dtype=torch.float64)
+        return torch.full([1] * x.rank, 0.0 if len(x.fields) > 1 else 0.7, dtype=torch.float64)
 
     if all(len(v.fields) < 2 for v in call.values()):
         return True
@@ -110,7 +110,11 @@ def _keeps_zeros(call: Call) -> bool:
         stand_in, (call.args, call.kwargs), is_leaf=lambda x: isinstance(x, Value)
     )
     run: Any = call.node.target
-    return bool(run(*args, **kwargs) == 0)
+    try:
+        return bool(run(*args, **kwargs) == 0)
+    except RuntimeError:
+        # It takes no such numbers (a mask, say): it may write anything between the members.
+        return False
 
 
 def _is_linear(call: Call, operands: list[Value]) -> bool:
