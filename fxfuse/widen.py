@@ -27,7 +27,7 @@ from fxfuse.labels import Field, Value
 from fxfuse.layout import Layout, default_layout
 from fxfuse.plan import FusionPlan
 from fxfuse.rewrite import FusedModule, copy_graph, emit_graph
-from fxfuse.rules import contraction, creation, movement, recurrent, reduction
+from fxfuse.rules import contraction, creation, movement, pointwise, recurrent, reduction
 from fxfuse.rules.registry import argument_of, find, hint
 
 aten = torch.ops.aten
@@ -165,7 +165,31 @@ class _Widener:
         value = self.analysis.values[node]
         if isinstance(value, list):
             return [self.handed(node, part, known) for part in value]
-        return self.handed(node, value, known)
+        result = self.handed(node, value, known)
+        if find(node.target) is contraction.addmm:
+            self.broadcast(node, operands[:1], result)
+        elif find(node.target) is pointwise.pointwise or pointwise.is_pointwise(node.target):
+            self.broadcast(node, operands, result)
+        return result
+
+    def broadcast(self, node: fx.Node, operands: Sequence[fx.Node], result: Layouts) -> None:
+        """An operand that is the same for all neurons of a dimension keeps one of them there."""
+        value: Value = self.analysis.values[node]
+        for operand in operands:
+            own: Value = self.analysis.values[operand]
+            layouts = self.layout_of(operand)
+            for dim, layout in result.items():
+                place = dim - value.rank + own.rank
+                size = value.shape[dim]
+                if place < 0 or place in layouts or layout.size == size:
+                    continue
+                if own.shape[place] == size and place not in own.unlabelled:
+                    current = self.inputs.get((node, operand), self.mapping[operand])
+                    with self.graph.inserting_before(self.mapping[node]):
+                        args = (current, place, 0, 1)
+                        one = self.graph.call_function(aten.slice.Tensor, args)
+                    self.mapping[node].replace_input_with(current, one)
+                    self.inputs[(node, operand)] = one
 
     def handed(self, node: fx.Node, value: Value, known: Mapping[bytes, Layout]) -> Layouts:
         """Layouts of a result that carries the neurons of operands."""

@@ -278,6 +278,7 @@ LAYERS = {
         fixed=("layer.layers.0.bias",),
         mixes=True,
     ),
+    "filled": _images(lambda: Call(lambda t: t + t.new_full(t.shape, 0.5))),
     "Identity": _tokens(nn.Identity),
     # tables
     "Embedding": Layer(Numbers, lambda: nn.Embedding(10, 6, padding_idx=0)),
