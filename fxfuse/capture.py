@@ -38,8 +38,9 @@ from fxfuse.errors import (
 _ASSERTIONS = (torch.ops.aten._assert_tensor_metadata.default,)
 
 #: Position of the `training` argument of operators that behave differently in training.
-TRAINING_ARGUMENT = {
+TRAINING_ARGUMENT: dict[Any, int] = {
     torch.ops.aten.batch_norm.default: 5,
+    torch.ops.aten.instance_norm.default: 5,
     torch.ops.aten.dropout.default: 2,
     torch.ops.aten.dropout_.default: 2,
     torch.ops.aten.feature_dropout.default: 2,
@@ -62,6 +63,12 @@ _REGIONS: dict[Any, int] = {
     torch.ops.higher_order.wrap_with_set_grad_enabled: 1,
     torch.ops.higher_order.wrap_with_autocast: 4,
     torch.ops.higher_order.tag_activation_checkpoint: 0,
+}
+
+#: Position of the running mean of operators that always use the batch's statistics without one.
+_RUNNING_MEAN: dict[Any, int] = {
+    torch.ops.aten.batch_norm.default: 3,
+    torch.ops.aten.instance_norm.default: 3,
 }
 
 _TORCH_ROOT = f"{Path(torch.__file__).parent}/"
@@ -376,9 +383,8 @@ def rebuild(
     for node in graph.nodes:
         if node.op == "get_attr" and node.target not in state:
             attach(module, node.target, fetch(source, node.target), persistent=False)
-        position = TRAINING_ARGUMENT.get(node.target)
-        if position is not None:
-            _set_eval(node, position)
+        if follows_mode(node):
+            _set_eval(node, TRAINING_ARGUMENT[node.target])
     if prune:
         # Nodes with a side effect (an in-place fill of a mask) are kept by fx's own rule.
         graph.eliminate_dead_code()
@@ -386,6 +392,12 @@ def rebuild(
     module.graph = graph
     module.eval()
     return module
+
+
+def follows_mode(node: fx.Node) -> bool:
+    """Whether an operator behaves differently in training."""
+    mean = _RUNNING_MEAN.get(node.target)
+    return node.target in TRAINING_ARGUMENT and (mean is None or node.args[mean] is not None)
 
 
 def _set_eval(node: fx.Node, position: int) -> None:

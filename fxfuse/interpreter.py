@@ -136,8 +136,9 @@ class _Interpreter:
         """
         for value in operands:
             for f in value.fields:
-                kind = Kind.COMMON if value.is_parameter else Kind.HOST
-                self.ledger.freeze(f, kind, f"operator {node.target} has no rule for this use")
+                # A parameter goes with the result, which is the host's.
+                why = f"operator {node.target} has no rule for this use"
+                self.ledger.freeze(f, Kind.HOST, why)
                 self.ledger.role(value, f, reader=True)
             if value.is_parameter:
                 self.ledger.mix(

@@ -84,8 +84,24 @@ class Layout:
 
     def by_index(self) -> Layout:
         """The same copies, those of an index next to each other."""
-        order = np.lexsort((self.copy, self.source))
+        return self.by_block(1)
+
+    def by_block(self, size: int) -> Layout:
+        """The same copies, those of `size` successive indices in one piece."""
+        order = np.lexsort((self.source, self.copy, self.source // size))
         return Layout(self.source[order], self.copy[order])
+
+    def after(self, other: Layout, size: int) -> Layout:
+        """Two concatenated dimensions: this one behind `other`, which has `size` indices."""
+        return Layout(
+            np.concatenate([other.source, self.source + size]),
+            np.concatenate([other.copy, self.copy]),
+        )
+
+    def repeated(self, size: int) -> Layout:
+        """Every index becomes `size` successive ones, in one piece."""
+        source = self.source[:, None] * size + np.arange(size)
+        return Layout(source.reshape(-1), np.repeat(self.copy, size))
 
     def head(self, size: int) -> Layout:
         """The copies of the first `size` indices."""

@@ -14,7 +14,7 @@ import torch
 from torch import fx, nn
 from torch.fx.passes.infra.pass_base import PassBase, PassResult
 
-from fxfuse.capture import TRAINING_ARGUMENT, Captured, attach
+from fxfuse.capture import TRAINING_ARGUMENT, Captured, attach, follows_mode
 from fxfuse.errors import RewriteError
 
 _BATCH_NORM = torch.ops.aten.batch_norm.default
@@ -171,7 +171,7 @@ class SwitchTraining(PassBase):
 
 
 def _modal_nodes(graph: fx.Graph) -> list[Any]:
-    return [node for node in graph.nodes if node.target in TRAINING_ARGUMENT]
+    return [node for node in graph.nodes if follows_mode(node)]
 
 
 def _unswitch_training(graph: fx.Graph) -> None:
@@ -181,7 +181,7 @@ def _unswitch_training(graph: fx.Graph) -> None:
             counter = node.args[0]
             graph.erase_node(node)
             graph.erase_node(counter)
-        elif node.target in TRAINING_ARGUMENT:
+        elif follows_mode(node):
             node.update_arg(TRAINING_ARGUMENT[node.target], False)
         elif node.op == "get_attr" and node.target == "training":
             graph.erase_node(node)

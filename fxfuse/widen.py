@@ -29,7 +29,15 @@ from fxfuse.labels import Field, Value, neurons
 from fxfuse.layout import Layout, default_layout
 from fxfuse.plan import FusionPlan
 from fxfuse.rewrite import FusedModule, copy_graph, emit_graph
-from fxfuse.rules import contraction, creation, movement, selection
+from fxfuse.rules import (
+    contraction,
+    creation,
+    movement,
+    pointwise,
+    recurrent,
+    reduction,
+    selection,
+)
 from fxfuse.rules.registry import argument_of, find, hint
 
 aten = torch.ops.aten
@@ -128,6 +136,10 @@ class _Widener:
             raise self.error(node, "writing into a part of a tensor is not rewritten")
         if node.target is aten.glu.default:
             return self.halve(node)
+        if rule in (recurrent.layers, recurrent.cell):
+            return self.recur(node)
+        if rule in (reduction.unfold, reduction.fold):
+            return self.fold(node, inverse=rule is reduction.unfold)
         if _groups_of(node) > 1:
             return self.grouped(node)
         result = self.carry(node)
@@ -162,7 +174,7 @@ class _Widener:
             self.places[place] = default_layout(self.analysis, place, self.n_members)
         return self.places[place]
 
-    def carry(self, node: fx.Node) -> Layouts:
+    def carry(self, node: fx.Node) -> Any:
         """Hands layouts over to whatever carries the same neurons in the same order."""
         known: dict[bytes, Layout] = {}
         operands = [n for n in node.all_input_nodes if _has_tensor(self.analysis.values[n])]
@@ -185,6 +197,36 @@ class _Widener:
                 layout = self.place_layout(place)
                 self.agree(node, operand, dim, layout, known.setdefault(key, layout))
         value = self.analysis.values[node]
+        if isinstance(value, list):
+            return [self.handed(node, part, known) for part in value]
+        result = self.handed(node, value, known)
+        if find(node.target) is contraction.addmm:
+            self.broadcast(node, operands[:1], result)
+        elif find(node.target) is pointwise.pointwise or pointwise.is_pointwise(node.target):
+            self.broadcast(node, operands, result)
+        return result
+
+    def broadcast(self, node: fx.Node, operands: Sequence[fx.Node], result: Layouts) -> None:
+        """An operand that is the same for all neurons of a dimension keeps one of them there."""
+        value: Value = self.analysis.values[node]
+        for operand in operands:
+            own: Value = self.analysis.values[operand]
+            layouts = self.layout_of(operand)
+            for dim, layout in result.items():
+                place = dim - value.rank + own.rank
+                size = value.shape[dim]
+                if place < 0 or place in layouts or layout.size == size:
+                    continue
+                if own.shape[place] == size and place not in own.unlabelled:
+                    current = self.inputs.get((node, operand), self.mapping[operand])
+                    with self.graph.inserting_before(self.mapping[node]):
+                        args = (current, place, 0, 1)
+                        one = self.graph.call_function(aten.slice.Tensor, args)
+                    self.mapping[node].replace_input_with(current, one)
+                    self.inputs[(node, operand)] = one
+
+    def handed(self, node: fx.Node, value: Value, known: Mapping[bytes, Layout]) -> Layouts:
+        """Layouts of a result that carries the neurons of operands."""
         result: Layouts = {}
         for dim in range(value.rank):
             key = self.order(value, dim)
@@ -232,6 +274,125 @@ class _Widener:
             )
             self.agree(node, x, dim, layout, both)
         return result
+
+    # --- recurrent layers and patches -----------------------------------------------------------
+
+    def recur(self, node: fx.Node) -> Any:
+        """Recurrent layers: every gate has its rows in the order of the units."""
+        x, hx, *rest = cast("tuple[Any, ...]", node.args)
+        states: list[fx.Node] = list(hx) if isinstance(hx, list | tuple) else [hx]
+        is_cell = find(node.target) is recurrent.cell
+        if is_cell:
+            parts = [recurrent.Weights(rest[0], rest[1], tuple(b for b in rest[2:] if b))]
+            directions = 1
+        else:
+            directions = 2 if _argument(node, "bidirectional") else 1
+            parts = recurrent.weights_of(
+                rest[0],
+                has_biases=_argument(node, "has_biases"),
+                parts=directions * _argument(node, "num_layers"),
+            )
+        last = self.analysis.values[x].rank - 1
+        incoming = self.layout_of(x).get(last)
+        if set(self.layout_of(x)) - {last}:
+            raise self.error(node, "a recurrent layer whose batch holds neurons is not rewritten")
+        kept: list[list[Layout]] = [[] for _ in states]
+        for start in range(0, len(parts), directions):
+            outgoing: list[Layout] = []
+            for part in parts[start : start + directions]:
+                both = self.direction(node, part, incoming)
+                outgoing.append(both[0])
+                for found, layout in zip(kept, both, strict=False):
+                    found.append(layout)
+            incoming = outgoing[0]
+            for layout in outgoing[1:]:
+                incoming = layout.after(incoming, int(incoming.source.max()) + 1)
+        # One tensor may be both states.
+        for state, layouts in dict(zip(states, kept, strict=True)).items():
+            if not all(_same(layout, layouts[0]) for layout in layouts):
+                raise self.error(node, "one state holds layers that grow differently")
+            self.spread(node, state, self.analysis.values[state].rank - 1, layouts[0])
+        ends = [layouts[0] for layouts in kept]
+        if is_cell:
+            grown = [{last: end} for end in ends]
+            return grown if isinstance(self.analysis.values[node], list) else grown[0]
+        return [{last: incoming}, *({last: end} for end in ends)]
+
+    def direction(
+        self, node: fx.Node, part: recurrent.Weights, incoming: Layout | None
+    ) -> tuple[Layout, Layout]:
+        """Brings the parameters of one direction into order; layouts of both of its states."""
+        gates = recurrent.GATES[node.target]
+        inner: Value = self.analysis.values[part.inner]
+        size = inner.shape[0] // gates
+        units = hidden = self.copied(inner, 0, np.arange(size))
+        rows = units
+        for gate in range(1, gates):
+            rows = units.after(rows, gate * size)
+        self.require(node, part.inner, 0, rows)
+        self.require(node, part.inner, 1, incoming)
+        for operand in (part.recurrent, *part.biases):
+            self.require(node, operand, 0, rows)
+        if part.projection is not None:
+            value: Value = self.analysis.values[part.projection]
+            hidden = self.copied(value, 0, np.arange(value.shape[0]))
+            self.require(node, part.projection, 0, hidden)
+            self.require(node, part.projection, 1, units)
+        self.require(node, part.recurrent, 1, hidden)
+        return hidden, units
+
+    def spread(self, node: fx.Node, operand: fx.Node, dim: int, wanted: Layout) -> None:
+        """An operand gets the layout that a node needs; one without neurons there is repeated."""
+        have = self.layout_of(operand).get(dim)
+        size = self.analysis.values[operand].shape[dim]
+        if have is not None:
+            self.agree(node, operand, dim, have, wanted)
+        elif find(operand.target) is creation.filled and wanted.size != size:
+            self.refill(node, operand, dim, wanted.size // size)
+        elif wanted.size != size:
+            raise self.error(node, "an operand without neurons does not grow with the others")
+
+    def refill(self, node: fx.Node, operand: fx.Node, dim: int, factor: int) -> None:
+        """Writes a larger tensor of one value before a node."""
+        if (node, operand) in self.inputs:
+            return
+        current = self.mapping[operand]
+        place = next((i for i, x in enumerate(current.args) if isinstance(x, list | tuple)), None)
+        if place is None:
+            raise self.error(node, "a filled tensor without sizes does not grow")
+        sizes = list(cast("Sequence[Any]", current.args[place]))
+        with self.graph.inserting_before(self.mapping[node]):
+            if isinstance(sizes[dim], fx.Node):
+                sizes[dim] = self.graph.call_function(operator.mul, (sizes[dim], factor))
+            else:
+                sizes[dim] *= factor
+            args = (*current.args[:place], sizes, *current.args[place + 1 :])
+            target: Any = current.target
+            filled = self.graph.call_function(target, args, dict(current.kwargs))
+        self.mapping[node].replace_input_with(current, filled)
+        self.inputs[(node, operand)] = filled
+
+    def fold(self, node: fx.Node, *, inverse: bool) -> Layouts:
+        """Patches: the pixels of a channel stand together in a column."""
+        x = cast("fx.Node", node.args[0])
+        before, after = self.analysis.values[x], self.analysis.values[node]
+        column, channel = (
+            (after.rank - 2, before.rank - 3) if inverse else (before.rank - 2, after.rank - 3)
+        )
+        size = (
+            after.shape[column] // before.shape[channel]
+            if inverse
+            else before.shape[column] // after.shape[channel]
+        )
+        result = {d: layout for d, layout in self.layouts[x].items() if d < min(column, channel)}
+        layout = self.layouts[x].get(channel if inverse else column)
+        if layout is not None and inverse:
+            result[column] = layout.repeated(size)
+        elif layout is not None:
+            wanted = layout.by_block(size)
+            self.agree(node, x, column, layout, wanted)
+            result[channel] = Layout(wanted.source[::size] // size, wanted.copy[::size])
+        return self.complete(node, after, result)
 
     # --- groups of channels ---------------------------------------------------------------------
 
@@ -472,6 +633,10 @@ class _Widener:
             by_run = np.lexsort((layout.source, layout.copy, run[layout.source]))
             blocks[dim] = Layout(layout.source[by_run], layout.copy[by_run])
         yield blocks
+        for dim, layout in layouts.items():
+            for size in range(2, value.shape[dim]):
+                if value.shape[dim] % size == 0:
+                    yield {dim: layout.by_block(size)}
 
     def reorder(self, node: fx.Node, layouts: Layouts, ordered: Layouts) -> None:
         """Puts index_select nodes between a node and its operand."""
@@ -503,7 +668,11 @@ class _Widener:
         if is_view or node.target is aten.unflatten.int:
             place = 1 if is_view else 2
             sizes = list(args[place])  # type: ignore[arg-type]
-            growth = [layout.size // value.shape[dim] for dim, layout in layouts.items()]
+            # Unflattening writes the sizes of one dimension only.
+            written = range(value.rank) if is_view else [_dimension(node, value.rank)]
+            growth = [
+                lay.size // value.shape[dim] for dim, lay in layouts.items() if dim in written
+            ]
             for dims in combinations(range(len(sizes)), len(growth)):
                 grown = list(sizes)
                 for d, factor in zip(dims, growth, strict=True):
@@ -557,6 +726,12 @@ class _Widener:
                 shifted = d + 1 if stacks and d >= dim else d
                 if shifted != dim:
                     self.agree(node, part, d, other, result.setdefault(shifted, other))
+        for part in parts:
+            for d, wanted in result.items():
+                own = d - 1 if stacks and d > dim else d
+                same_size = self.analysis.values[part].shape[own] == value.shape[d]
+                if same_size and own not in self.layout_of(part):
+                    self.spread(node, part, own, wanted)
         if grows:
             result[dim] = Layout(np.concatenate(lines), np.concatenate(copies))
         return result
@@ -573,12 +748,16 @@ class _Widener:
                 continue
             at = 2 * (value.rank - 1 - dim)
             before, after = amounts[at : at + 2] or (0, 0)
+            if not (before or after):
+                if dim in layouts:
+                    result[dim] = layouts[dim]
+                continue
             if min(before, after) < 0:
                 raise self.error(node, "negative padding cuts neurons off")
             size = self.analysis.values[source].shape[dim]
             inner = layouts.get(dim, Layout(np.arange(size), np.full(size, -1)))
-            first = self.padded(value, dim, np.arange(before))
-            last = self.padded(value, dim, np.arange(before + size, before + size + after))
+            first = self.copied(value, dim, np.arange(before))
+            last = self.copied(value, dim, np.arange(before + size, before + size + after))
             result[dim] = Layout(
                 np.concatenate([first.source, before + inner.source, last.source]),
                 np.concatenate([first.copy, inner.copy, last.copy]),
@@ -588,10 +767,11 @@ class _Widener:
             self.set_argument(node, "pad", amounts)
         return result
 
-    def padded(self, value: Value, dim: int, indices: Index) -> Layout:
-        """Layout of padded places: copies next to each other, none where nothing grows."""
-        line = next(_line(f, dim) for f in value.fields if dim in f.dims)
-        grows = np.isin(self.component[line[indices]], list(self.free))
+    def copied(self, value: Value, dim: int, indices: Index) -> Layout:
+        """Layout of some places: copies next to each other, one where nothing grows."""
+        line = next((_line(f, dim) for f in value.fields if dim in f.dims), None)
+        units = self.component[line[indices]] if line is not None else np.full(len(indices), -1)
+        grows = np.isin(units, list(self.free))
         repeats = np.where(grows, self.n_members, 1)
         copy = [np.arange(n) if n > 1 else np.array([-1]) for n in repeats]
         none = np.empty(0, dtype=np.int64)
@@ -653,17 +833,35 @@ def _line(f: Field, dim: int) -> Index:
     return line
 
 
+#: Copy numbers of the grown dimensions are digits of one number to this base (0: no copy).
+_BASE = 1 << 20
+
+
 def _places(value: Value, layouts: Layouts) -> tuple[torch.Tensor, torch.Tensor]:
-    """For each element: the member's element of which it is a copy, and the copy's number."""
+    """For each element: the member's element of which it is a copy, and the copies' numbers."""
     place = torch.arange(int(np.prod(value.shape))).reshape(value.shape)
-    copy = torch.full(value.shape, -1)
-    for dim, layout in layouts.items():
+    copy = torch.zeros(value.shape, dtype=torch.int64)
+    for digit, (dim, layout) in enumerate(layouts.items()):
         source = torch.from_numpy(layout.source)
         place, copy = place.index_select(dim, source), copy.index_select(dim, source)
-        line = torch.from_numpy(layout.copy)
-        line = line.reshape([-1 if d == dim else 1 for d in range(value.rank)])
-        copy = torch.where(line >= 0, line, copy)
+        line = torch.from_numpy(layout.copy) + 1
+        copy = copy + _along(line * _BASE**digit, dim, value.rank)
     return place, copy
+
+
+def _along(line: torch.Tensor, dim: int, rank: int) -> torch.Tensor:
+    return line.reshape([-1 if d == dim else 1 for d in range(rank)])
+
+
+def _varying_digits(line: torch.Tensor) -> list[tuple[int, torch.Tensor]]:
+    """The digits in which the numbers of a line differ."""
+    found, digit = [], 0
+    while bool(line.any()):
+        digits = line % _BASE
+        if bool((digits != digits[0]).any()):
+            found.append((digit, digits))
+        line, digit = line // _BASE, digit + 1
+    return found
 
 
 def _pairs(layout: Layout) -> list[tuple[int, int]]:
@@ -745,22 +943,24 @@ def _match(narrow: torch.Tensor, moved: torch.Tensor, copies: torch.Tensor) -> L
     if moved.dim() != narrow.dim():
         return None
     grown = [d for d in range(narrow.dim()) if moved.shape[d] != narrow.shape[d]]
-    rebuilt, expected = narrow, torch.full_like(narrow, -1)
+    rebuilt, expected = narrow, torch.zeros_like(narrow)
     for dim in grown:
         head = narrow.movedim(dim, 0).reshape(narrow.shape[dim], -1)[:, 0]
         line = moved.movedim(dim, 0).reshape(moved.shape[dim], -1)[:, 0].contiguous()
-        copy = copies.movedim(dim, 0).reshape(moved.shape[dim], -1)[:, 0]
+        varying = _varying_digits(copies.movedim(dim, 0).reshape(moved.shape[dim], -1)[:, 0])
+        if len(varying) != 1:
+            return None
+        digit, copy = varying[0]
         # The second place of a neuron is the second place of each of its copies.
         ordered, order = head.sort(stable=True)
         found = torch.searchsorted(ordered, line) + _again(line, copy)
         source = order[found.clamp(max=len(head) - 1)]
         if not torch.equal(head[source], line):
             return None
-        result[dim] = Layout(source.numpy(), copy.numpy())
+        result[dim] = Layout(source.numpy(), copy.numpy() - 1)
         rebuilt = rebuilt.index_select(dim, source)
-        shape = [-1 if d == dim else 1 for d in range(narrow.dim())]
         expected = expected.index_select(dim, source)
-        expected = torch.where(copy.reshape(shape) >= 0, copy.reshape(shape), expected)
+        expected = expected + _along(copy * _BASE**digit, dim, narrow.dim())
     if torch.equal(rebuilt, moved) and torch.equal(expected, copies):
         return result
     return None

@@ -231,6 +231,11 @@ SAMPLES: dict[Any, nn.Module] = {
     aten.addmm.default: Call(
         lambda t, w, b: torch.addmm(b, t.mean((2, 3)), w), torch.randn(8, 5), torch.randn(5)
     ),
+    aten.baddbmm.default: Call(
+        lambda t, w, b: torch.baddbmm(b, _tokens(t), w.expand(t.shape[0], -1, -1)),
+        torch.randn(8, 5),
+        torch.randn(5),
+    ),
     aten.matmul.default: Call(lambda t, f: _scores(t, f, torch.matmul), _inner()),
     aten.mm.default: Call(lambda t, w: torch.mm(t.mean((2, 3)), w), torch.randn(8, 5)),
     aten.bmm.default: Call(lambda t, f: _scores(t, f, _bmm), _inner()),

@@ -44,15 +44,16 @@ def linear(call: Call) -> Value:
     return _bias(call, result, call.argument("bias"), -1)
 
 
-@rule(aten.addmm.default)
+@rule(aten.addmm.default, aten.baddbmm.default)
 def addmm(call: Call) -> Value:
-    """`t i, i o -> t o` plus an addend that broadcasts."""
+    """`* t i, * i o -> * t o` plus an addend that broadcasts."""
     addend, x, weight = call.args[:3]
     call.ledger.touch(x)
-    result = contract(call.ledger, x, "ti", weight, "io", "to")
+    lead = _free_letters(x.rank - 2)
+    result = contract(call.ledger, x, lead + "ti", weight, lead + "io", lead + "to")
     for f in addend.fields:
         call.ledger.role(addend, f, reader=False)
-    return meet(call.ledger, result, align(addend, 2))
+    return replace(meet(call.ledger, result, align(addend, x.rank)), shape=result.shape)
 
 
 @rule(aten.matmul.default, aten.mm.default, aten.bmm.default)

@@ -69,4 +69,5 @@ def renormalise(call: Call) -> Value:
     weight: Value = call.args[0]
     call.ledger.touch(weight)
     call.ledger.mix("normalisation over the members' neurons")
-    return only_unlabelled(call.ledger, weight, [0], "rows of a table are looked up by number")
+    only_unlabelled(call.ledger, weight, [0], "rows of a table are looked up by number")
+    return weight

@@ -7,6 +7,7 @@ from functools import partial
 from typing import Any
 
 import torch
+import torch.utils._pytree as pytree
 
 from fxfuse.labels import Value
 from fxfuse.rules.algebra import align, meet
@@ -105,7 +106,31 @@ def pointwise(call: Call) -> Value:
     if not _is_linear(call, operands):
         for f in result.fields:
             call.ledger.mix("an averaged activation passes a nonlinear operator", ids=f.ids)
+    if result.is_parameter and not _keeps_zeros(call):
+        call.ledger.mix("zeros between the members' weights do not stay zeros")
     return replace(result, shape=call.shape, constant=None)
+
+
+def _keeps_zeros(call: Call) -> bool:
+    """Whether an operator keeps the zeros between members in weights with several labels."""
+
+    def stand_in(x: Any) -> Any:
+        if not isinstance(x, Value):
+            return x
+        # Any value but zero stands for tensors in which members are not told apart.
+        return torch.full([1] * x.rank, 0.0 if len(x.fields) > 1 else 0.7, dtype=torch.float64)
+
+    if all(len(v.fields) < 2 for v in call.values()):
+        return True
+    args, kwargs = pytree.tree_map(
+        stand_in, (call.args, call.kwargs), is_leaf=lambda x: isinstance(x, Value)
+    )
+    run: Any = call.node.target
+    try:
+        return bool(run(*args, **kwargs) == 0)
+    except RuntimeError:
+        # It takes no such numbers (a mask, say): it may write anything between the members.
+        return False
 
 
 def _is_linear(call: Call, operands: list[Value]) -> bool:

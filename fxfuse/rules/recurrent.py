@@ -131,7 +131,9 @@ def step(
     by_gate = rows.moved(lambda t: t.unflatten(-1, (gates, -1)))  # [* k h]
     gate = by_gate.rank - 2
     for f in by_gate.fields:
-        if gate in f.dims:
+        if f.dims == (gate,):
+            ledger.freeze(f, Kind.COMMON, "gates are in order, and there is one unit")
+        elif gate in f.dims:
             ledger.block(f, [gate])
     units = drop(by_gate, [gate], keepdim=False)
     hidden = units

@@ -91,7 +91,8 @@ def pool_with_indices(call: Call) -> list[Value]:
     call.ledger.touch(x)
     samples = call.optional("random_samples")
     if samples is not None:
-        # [b, c, *]: where a channel's windows begin.
+        # [b, c, s]: where a channel's windows begin along each of the s dimensions.
+        samples = only_unlabelled(call.ledger, samples, [2], "dimensions are in order")
         x = meet(call.ledger, x, _per_channel(samples, x.rank))
     shapes = [concrete_shape(fake) for fake in call.node.meta["val"]]
     return [_pooled(call, x, space, shape) for shape in shapes]
