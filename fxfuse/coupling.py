@@ -19,6 +19,7 @@ from fxfuse.capture import Captured, capture, is_constant, source_of
 from fxfuse.errors import UnknownTensorError
 from fxfuse.interpreter import interpret
 from fxfuse.labels import Freeze, Kind, Ledger, Mixing
+from fxfuse.rules import rule_file
 
 #: A dimension of a named tensor.
 Place = tuple[str, int]
@@ -54,6 +55,9 @@ class FrozenReason:
         node: Name of the graph node that froze it, or "".
         source: File, line and code of that node, or "".
         indices: The frozen indices, int64 [n]; others of the same dimension may be free.
+        operator: The operator that has no rule (or none for this use), when that is the reason.
+        rule_file: Where a rule for that operator belongs, or "".
+        inside: Whether the reason lies inside the network.
     """
 
     kind: Kind
@@ -61,6 +65,42 @@ class FrozenReason:
     node: str
     source: str
     indices: Index = field(repr=False)
+    operator: str = ""
+    rule_file: str = ""
+    inside: bool = False
+
+    @property
+    def interface(self) -> bool:
+        """Whether the dimension is frozen by what the network is, so that no rule can free it.
+
+        Inputs and outputs of the network, positions in a kernel or a sequence, integer constants,
+        and dimensions of size 1.
+        """
+        return self.kind is not Kind.HOST and not self.inside
+
+
+@dataclass(frozen=True)
+class WithoutRule:
+    """An operator that froze something because the rules do not cover it.
+
+    Attributes:
+        operator: Its name.
+        has_rule: Whether it has a rule, which does not cover these uses.
+        nodes: Names of the graph nodes.
+        sources: File, line and code of each node.
+        rule_file: Where a rule belongs; for a rule of the user's own, its module.
+    """
+
+    operator: str
+    has_rule: bool
+    nodes: tuple[str, ...]
+    sources: tuple[str, ...]
+    rule_file: str
+
+    @property
+    def source(self) -> str:
+        """File, line and code of the first node."""
+        return self.sources[0]
 
 
 @dataclass(frozen=True)
@@ -91,6 +131,8 @@ class CouplingGraph:
         mixing: Operators that mix members.
         free_fraction: Share of parameter elements that lie in tensors with at least one free
             dimension, of those that the graph reads.
+        without_rule: Operators without a rule, or without a rule for this use, that labelled
+            neurons or parameters met, in graph order.
     """
 
     captured: Captured
@@ -102,6 +144,7 @@ class CouplingGraph:
     writers: frozenset[Place]
     values: Mapping[fx.Node, Any] = field(repr=False)
     ledger: Ledger = field(repr=False)
+    without_rule: tuple[WithoutRule, ...] = ()
 
     @cached_property
     def group_of(self) -> Mapping[Place, tuple[CouplingGroup, ...]]:
@@ -185,6 +228,8 @@ class CouplingGraph:
             lines.append(f"  frozen{part} ({reason.kind}): {reason.why}")
             if reason.node:
                 lines.append(f"    at {reason.node}  {reason.source}".rstrip())
+            if reason.operator:
+                lines.append(f"    a rule for {reason.operator} belongs in {reason.rule_file}")
         return "\n".join(lines)
 
     def _explain_two(self, a: Place, b: Place) -> str:
@@ -273,6 +318,27 @@ def analyze(
         frozenset(ledger.writers),
         values,
         ledger,
+        without_rule=_without_rule(ledger, component),
+    )
+
+
+def _without_rule(ledger: Ledger, component: Index) -> tuple[WithoutRule, ...]:
+    """The gaps that cost something: neurons go in, or meet what comes out."""
+    size = np.bincount(component)
+    found: dict[tuple[Any, bool], list[fx.Node]] = defaultdict(list)
+    for gap in ledger.gaps:
+        own, alone = np.unique(component[gap.results], return_counts=True)
+        if gap.met or bool((size[own] > alone).any()):
+            found[(gap.node.target, gap.has_rule)].append(gap.node)
+    return tuple(
+        WithoutRule(
+            str(target),
+            has_rule,
+            tuple(node.name for node in nodes),
+            tuple(source_of(node) for node in nodes),
+            rule_file(target),
+        )
+        for (target, has_rule), nodes in found.items()
     )
 
 
@@ -281,7 +347,10 @@ def _frozen_kinds(ledger: Ledger, component: Index) -> dict[int, tuple[Kind, Fre
     found: dict[int, dict[Kind, Freeze]] = defaultdict(dict)
     for freeze in ledger.freezes:
         for c in np.unique(component[freeze.ids]).tolist():
-            found[c].setdefault(freeze.kind, freeze)
+            before = found[c].get(freeze.kind)
+            # What lies inside could be mended, so it is only said where nothing else holds.
+            if before is None or (before.inside and not freeze.inside):
+                found[c][freeze.kind] = freeze
     read: set[int] = set()
     for place in ledger.readers:
         owner = ledger.owners.index(place)
@@ -408,11 +477,12 @@ def _frozen_places(
             members = by_owner.get((first, dim))
             everything = np.arange(size)
             if is_constant(tensor):
-                why = "an integer or boolean buffer is a constant of the network"
+                why = "an integer or boolean tensor is a constant of the network"
                 frozen[(name, dim)] = FrozenReason(Kind.COMMON, why, "", "", everything)
             elif first not in reached:
                 why = "the captured graph does not read this tensor"
-                frozen[(name, dim)] = FrozenReason(Kind.COMMON, why, "", "", everything)
+                reason = FrozenReason(Kind.COMMON, why, "", "", everything, inside=True)
+                frozen[(name, dim)] = reason
             elif members is None:
                 why = "size 1: there is nothing to permute"
                 frozen[(name, dim)] = FrozenReason(Kind.COMMON, why, "", "", everything)
@@ -420,12 +490,22 @@ def _frozen_places(
                 stuck = np.array([c in kinds for c in members.tolist()])
                 if stuck.any():
                     kind, freeze = kinds[int(members[stuck.argmax()])]
-                    node, source = ("", "")
-                    if freeze.node is not None:
-                        node, source = freeze.node.name, source_of(freeze.node)
-                    indices = np.flatnonzero(stuck)
-                    frozen[(name, dim)] = FrozenReason(kind, freeze.why, node, source, indices)
+                    frozen[(name, dim)] = _reason(kind, freeze, np.flatnonzero(stuck))
     return frozen
+
+
+def _reason(kind: Kind, freeze: Freeze, indices: Index) -> FrozenReason:
+    node = freeze.node
+    return FrozenReason(
+        kind,
+        freeze.why,
+        node.name if node is not None else "",
+        source_of(node) if node is not None else "",
+        indices,
+        freeze.operator,
+        rule_file(node.target) if node is not None and freeze.operator else "",
+        freeze.inside,
+    )
 
 
 def _mixing_notes(

@@ -17,11 +17,11 @@ from fxfuse.capture import Captured, capture, check_same_network
 from fxfuse.coupling import CouplingGraph, analyze
 from fxfuse.errors import (
     CheckpointMismatchError,
-    NonFiniteWeightsError,
     NothingToFuseError,
     TooFewMembersError,
     VerificationError,
 )
+from fxfuse.members import check_alike, check_finite, check_values
 from fxfuse.methods import Options, find_method
 from fxfuse.plan import FusionPlan
 from fxfuse.planner import make_plan
@@ -101,6 +101,8 @@ def fuse(
     Raises:
         TooFewMembersError: Fewer than two members.
         ExampleInputError: A member rejects the example inputs.
+        UnsupportedTensorError: A member holds sparse or quantised tensors.
+        NoWeightsError: The members are on the meta device.
         CaptureError: A member cannot be captured.
         MemberMismatchError: The members are not the same network.
         NonFiniteWeightsError: A member holds NaN or infinity.
@@ -117,6 +119,7 @@ def fuse(
         )
     find_method(method)
     check_score(score)
+    check_alike(members)
     captured = [
         m
         if isinstance(m, Captured)
@@ -126,7 +129,8 @@ def fuse(
     check_same_network(captured)
     states = [c.state() for c in captured]
     for number, state in enumerate(states):
-        _check_finite(number, state)
+        check_values(state)
+        check_finite(number, state)
     graph = analyze(captured[0])
     checks = []
     if verify:
@@ -143,22 +147,17 @@ def fuse(
     return FusionResult(module, plan, verification, graph)
 
 
-def _check_finite(number: int, state: Mapping[str, torch.Tensor]) -> None:
-    for name, tensor in state.items():
-        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
-            broken = int((~torch.isfinite(tensor)).sum())
-            raise NonFiniteWeightsError(
-                f"member {number} holds weights that are not finite",
-                where=name,
-                why=f"{broken} of {tensor.numel()} values are NaN or infinite",
-                how="leave this member out, or take an earlier checkpoint of it",
-            )
-
-
 def _check_free(graph: CouplingGraph) -> None:
     if graph.groups:
         return
+    if not list(graph.captured.module.parameters()):
+        raise NothingToFuseError(
+            "nothing in this network can be fused",
+            why="it has no parameters",
+            how="pass networks with trained weights",
+        )
     reasons = [r for r in graph.frozen.values() if r.node]
+    reasons.sort(key=lambda reason: reason.interface)
     raise NothingToFuseError(
         "nothing in this network can be fused",
         where=f"{reasons[0].node}  {reasons[0].source}".rstrip() if reasons else "",

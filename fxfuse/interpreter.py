@@ -3,26 +3,33 @@
 from __future__ import annotations
 
 import operator
+import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 import torch.utils._pytree as pytree
 from torch import fx
 
 from fxfuse.capture import Captured, is_constant
-from fxfuse.errors import RuleError
-from fxfuse.labels import Field, Kind, Ledger, Value, positions
-from fxfuse.rules import Call, concrete_shape, find, hint
+from fxfuse.conformance import check_result
+from fxfuse.errors import FxfuseError, RuleError
+from fxfuse.labels import Field, Gap, Kind, Ledger, Value, positions
+from fxfuse.rules import Call, Rule, concrete_shape, find, hint, rule_file
 from fxfuse.rules.pointwise import is_pointwise, pointwise
 
 #: Constants above this size count as varying along every dimension; comparing would cost more
 #: than the answer is worth.
 _COMPARE_LIMIT = 1 << 22
 
+_WRITTEN = "is written into a part of another tensor, or stands in a tensor that is so written"
+
 
 def interpret(captured: Captured) -> tuple[Ledger, dict[fx.Node, Any]]:
     """Runs the rules over a graph.
+
+    Warns of constants on the meta device, whose values the analysis would need.
 
     Returns:
         The ledger of ties, freezes and mixings, and the value of every node (tensors as `Value`,
@@ -31,6 +38,14 @@ def interpret(captured: Captured) -> tuple[Ledger, dict[fx.Node, Any]]:
     interpreter = _Interpreter(captured)
     with torch.no_grad():
         interpreter.run()
+    if interpreter.valueless:
+        names = ", ".join(interpreter.valueless[:3])
+        more = f" and {len(interpreter.valueless) - 3} more" if interpreter.valueless[3:] else ""
+        warnings.warn(
+            f"the constants {names}{more} are on the meta device and have no values: what depends "
+            "on them freezes. Analyse the network with real buffers to see what is free.",
+            stacklevel=3,
+        )
     return interpreter.ledger, interpreter.values
 
 
@@ -40,6 +55,7 @@ class _Interpreter:
         self.ledger = Ledger()
         self.values: dict[fx.Node, Any] = {}
         self.parameters: dict[str, Value] = {}
+        self.valueless: list[str] = []
 
     def run(self) -> None:
         for clock, node in enumerate(self.captured.graph.nodes):
@@ -62,6 +78,8 @@ class _Interpreter:
         tensor = self.captured.tensor(target).detach()
         name = self.captured.canonical.get(target)
         if name is None or is_constant(tensor):
+            if tensor.is_meta and tensor.dim():
+                self.valueless.append(target)
             # Cloned, because in-place operators on constants are really carried out.
             return constant(tensor.clone())
         if name not in self.parameters:
@@ -83,10 +101,10 @@ class _Interpreter:
             rule = find(node.target) or (pointwise if is_pointwise(node.target) else None)
             result = NotImplemented
             if rule is not None:
-                result = rule(Call(self.ledger, node, tuple(args), kwargs))
+                result = self.ask(rule, Call(self.ledger, node, tuple(args), kwargs))
             if result is NotImplemented:
-                result = self.boundary(node, operands)
-        self.check(node, result)
+                result = self.boundary(node, operands, has_rule=rule is not None)
+        check_result(node, result, self.ledger.count)
         self.mutate(node, result)
         return result
 
@@ -109,44 +127,57 @@ class _Interpreter:
         shapes = (v.shape for v in pytree.tree_leaves(node.meta["val"]))
         return static and all(isinstance(s, int) for shape in shapes for s in shape)
 
-    def boundary(self, node: fx.Node, operands: list[Value]) -> Any:
+    def ask(self, rule: Rule, call: Call) -> Any:
+        """Asks a rule; whatever it raises is an error of the rule."""
+        try:
+            return rule(call)
+        except FxfuseError:
+            raise
+        except Exception as error:
+            raise RuleError(
+                f"the rule of {call.node.target} failed",
+                where=call.where,
+                why=f"{type(error).__name__}: {error}",
+                how=f"mend the rule in {rule_file(call.node.target)}; it may return "
+                "NotImplemented for a use that it does not cover",
+            ) from error
+
+    def boundary(self, node: fx.Node, operands: list[Value], *, has_rule: bool) -> Any:
         """An operator without a rule: its operands freeze, its result is frozen neurons."""
+        lack = "has a rule that does not cover this use" if has_rule else "has no rule"
+        name, first = str(node.target), self.ledger.count
         for value in operands:
             for f in value.fields:
                 kind = Kind.COMMON if value.is_parameter else Kind.HOST
-                self.ledger.freeze(f, kind, f"operator {node.target} has no rule for this use")
+                why = f"goes into {name}, which {lack}"
+                self.ledger.freeze(f, kind, why, operator=name, inside=True)
                 self.ledger.role(value, f, reader=True)
             if value.is_parameter:
-                self.ledger.mix(
-                    f"operator {node.target} without a rule", sources=value.sources or frozenset()
-                )
-        return pytree.tree_map(
-            lambda fake: self.frozen_value(node, fake) if isinstance(fake, torch.Tensor) else fake,
+                self.ledger.mix(f"operator {name} {lack}", sources=value.sources or frozenset())
+        why = f"comes out of {name}, which {lack}"
+        result = pytree.tree_map(
+            lambda fake: (
+                self.frozen_value(node, fake, why, operator=name)
+                if isinstance(fake, torch.Tensor)
+                else fake
+            ),
             node.meta["val"],
         )
+        met = any(value.fields or value.is_parameter for value in operands)
+        self.ledger.gaps.append(Gap(node, has_rule, met, np.arange(first, self.ledger.count)))
+        return result
 
-    def frozen_value(self, node: fx.Node, fake: torch.Tensor) -> Value:
+    def frozen_value(
+        self, node: fx.Node, fake: torch.Tensor, why: str, *, operator: str = ""
+    ) -> Value:
         shape = concrete_shape(fake)
         sizes: Sequence[Any] = fake.shape  # a fake tensor has SymInt sizes, which are no int
         static = [d for d, s in enumerate(sizes) if isinstance(s, int)]
         labelled = self.ledger.parameter(f"<{node.name}>", shape)
         fields = tuple(f for f in labelled.fields if f.dims[0] in static)
         for f in fields:
-            self.ledger.freeze(f, Kind.HOST, f"comes out of {node.target}, which has no rule")
+            self.ledger.freeze(f, Kind.HOST, why, operator=operator)
         return Value(shape, fields, positions(shape, set(range(len(shape))) - set(static)))
-
-    def check(self, node: fx.Node, result: Any) -> None:
-        """A rule whose result has another shape than the operator's is wrong: say so at once."""
-        produced = pytree.tree_leaves(node.meta["val"])
-        ours = pytree.tree_leaves(result, is_leaf=_is_leaf)
-        for fake, value in zip(produced, ours, strict=True):
-            if isinstance(fake, torch.Tensor) and concrete_shape(fake) != value.shape:
-                raise RuleError(
-                    f"the rule of {node.target} gives shape {value.shape}, "
-                    f"the operator {concrete_shape(fake)}",
-                    where=node.format_node() or node.name,
-                    how="mend the rule in fxfuse/rules/",
-                )
 
     def mutate(self, node: fx.Node, result: Any) -> None:
         """In-place operators change the tensor that they write to, and whatever it is a view of."""
@@ -168,16 +199,16 @@ class _Interpreter:
         if views:
             self.values[base] = self.overwritten(node, base, views, result)
             for view in views[:-1]:
-                self.values[view] = self.frozen_value(node, view.meta["val"])
+                self.values[view] = self.frozen_value(node, view.meta["val"], _WRITTEN)
 
     def overwritten(self, node: fx.Node, base: fx.Node, views: list[fx.Node], part: Value) -> Value:
         """The labels of a tensor after a view of it was written to: the write runs on the ids."""
         value: Value = self.values[base]
         if value.fields and part.fields:
             for f in (*value.fields, *part.fields):
-                self.ledger.freeze(f, Kind.HOST, "is written into a part of another tensor")
+                self.ledger.freeze(f, Kind.HOST, _WRITTEN)
             self.ledger.mix("a part of a tensor is overwritten in place")
-            return self.frozen_value(node, base.meta["val"])
+            return self.frozen_value(node, base.meta["val"], _WRITTEN)
 
         def write(old: Field | None, new: Field | None) -> Field | None:
             whole = old.ids if old else torch.zeros([1] * value.rank, dtype=torch.int64)
@@ -220,9 +251,14 @@ _MADE_FROM_SIZES = frozenset(
 
 
 def constant(tensor: torch.Tensor) -> Value:
-    """The value of a real tensor that depends on neither inputs nor parameters."""
+    """The value of a real tensor that depends on neither inputs nor parameters.
+
+    One on the meta device has no values: it counts as varying along every dimension.
+    """
     shape = tuple(tensor.shape)
     varying: Sequence[int] = range(len(shape))
+    if tensor.is_meta:
+        return Value(shape, (), positions(shape, varying), frozenset())
     if tensor.numel() <= _COMPARE_LIMIT:
         varying = [d for d in varying if shape[d] > 1 and not _equal_along(tensor, d)]
     return Value(shape, (), positions(shape, varying), frozenset(), tensor)
@@ -230,16 +266,21 @@ def constant(tensor: torch.Tensor) -> Value:
 
 def fold(node: fx.Node, args: Any, kwargs: Mapping[str, Any]) -> Any:
     """Runs an operator on real constants."""
-    real_args, real_kwargs = pytree.tree_map(
-        lambda x: _real(x) if isinstance(x, Value) else x, (args, dict(kwargs)), is_leaf=_is_leaf
-    )
+    real_args, real_kwargs = pytree.tree_map(_real, (args, dict(kwargs)), is_leaf=_is_leaf)
     result = node.target(*real_args, **real_kwargs)  # type: ignore[operator]
     return pytree.tree_map(constant, result)
 
 
-def _real(value: Value) -> torch.Tensor:
+def _real(argument: Any) -> Any:
+    if isinstance(argument, torch.device) and argument.type == "meta":
+        # What is made from sizes alone has values, whatever device the network lies on.
+        return torch.device("cpu")
+    if not isinstance(argument, Value):
+        return argument
+    if argument.constant is not None:
+        return argument.constant
     # Factories such as new_zeros take any tensor for its dtype only.
-    return value.constant if value.constant is not None else torch.empty(1).expand(value.shape)
+    return torch.empty(()).expand(argument.shape)
 
 
 def _equal_along(tensor: torch.Tensor, dim: int) -> bool:

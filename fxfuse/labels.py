@@ -104,7 +104,7 @@ class Value:
         Args:
             operation: Takes a tensor of `shape` and returns one tensor.
         """
-        shape: tuple[int, ...] = tuple(operation(torch.empty(1).expand(self.shape)).shape)
+        shape: tuple[int, ...] = tuple(operation(torch.empty(()).expand(self.shape)).shape)
 
         def move(fields: tuple[Field, ...]) -> tuple[Field, ...]:
             moved = (Field.of(operation(f.ids.expand(self.shape))) for f in fields)
@@ -132,12 +132,41 @@ def _arange(shape: Sequence[int], dim: int, start: int) -> Field:
 
 @dataclass(frozen=True)
 class Freeze:
-    """A note that some neurons must stay where they are."""
+    """A note that some neurons must stay where they are.
+
+    Attributes:
+        ids: The neurons, int64 [n].
+        kind: What that means for fusion.
+        why: One sentence.
+        node: Where.
+        operator: The operator whose rule is missing, when that is the reason.
+        inside: Whether the reason lies inside the network, so that a rule, or another way to write
+            the network, could free the neurons; always so for `Kind.HOST`.
+    """
 
     ids: NDArray[np.int64]
     kind: Kind
     why: str
     node: fx.Node | None
+    operator: str = ""
+    inside: bool = False
+
+
+@dataclass(frozen=True)
+class Gap:
+    """A note that the rules do not cover an operator.
+
+    Attributes:
+        node: Where.
+        has_rule: Whether the operator has a rule, which does not cover this use.
+        met: Whether labelled neurons or parameters go in.
+        results: The frozen neurons that come out, int64 [n].
+    """
+
+    node: fx.Node
+    has_rule: bool
+    met: bool
+    results: NDArray[np.int64]
 
 
 @dataclass(frozen=True)
@@ -175,6 +204,7 @@ class Ledger:
     deferred: list[tuple[Field, Field, bool, fx.Node | None]] = field(default_factory=list)
     freezes: list[Freeze] = field(default_factory=list)
     mixings: list[Mixing] = field(default_factory=list)
+    gaps: list[Gap] = field(default_factory=list)
     touches: list[tuple[NDArray[np.int64], int]] = field(default_factory=list)
     readers: set[tuple[str, int]] = field(default_factory=set)
     writers: set[tuple[str, int]] = field(default_factory=set)
@@ -237,10 +267,13 @@ class Ledger:
         self.tie(head, f.ids, same=False)
         self.orders.append((_flat(f.ids), _flat(order)))
 
-    def freeze(self, f: Field, kind: Kind, why: str) -> None:
-        """The neurons of a field stay where they are."""
+    def freeze(
+        self, f: Field, kind: Kind, why: str, *, operator: str = "", inside: bool = False
+    ) -> None:
+        """The neurons of a field stay where they are (the arguments are those of `Freeze`)."""
         ids = np.unique(_flat(f.ids))
-        self.freezes.append(Freeze(ids[ids > 0], kind, why, self.node))
+        inside = inside or kind is Kind.HOST
+        self.freezes.append(Freeze(ids[ids > 0], kind, why, self.node, operator, inside))
 
     def mix(self, why: str, sources: frozenset[str] = frozenset(), ids: Ids | None = None) -> None:
         """Members put side by side no longer give the mean of the members after this operator."""
@@ -272,6 +305,7 @@ class Ledger:
                     small,
                     Kind.COMMON if is_parameter else Kind.HOST,
                     "one index is shared by several units that each need it in order",
+                    inside=True,
                 )
             else:
                 # What `large` has more of stays in order: two outputs of a depthwise channel, say.

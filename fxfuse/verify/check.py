@@ -10,6 +10,7 @@ import torch
 import torch.utils._pytree as pytree
 
 from fxfuse.capture import Captured, capture
+from fxfuse.members import check_values
 from fxfuse.rewrite import emit
 
 #: Relative to the largest output, in float64.
@@ -67,13 +68,16 @@ def as_captured(model: Any, inputs: Any, kwargs: Mapping[str, Any] | None) -> Ca
 
 
 def as_double(state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Floating-point tensors in float64, the others unchanged."""
-    return {n: t.double() if t.is_floating_point() else t for n, t in state.items()}
+    """Floating-point tensors in float64, complex ones in complex128, the others unchanged."""
+    return {n: _to_double(t) for n, t in state.items()}
 
 
 def _to_double(value: Any) -> Any:
-    is_float = isinstance(value, torch.Tensor) and value.is_floating_point()
-    return value.double() if is_float else value
+    if not isinstance(value, torch.Tensor):
+        return value
+    if value.is_complex():
+        return value.to(torch.complex128)
+    return value.double() if value.is_floating_point() else value
 
 
 def inputs_of(captured: Captured, *, flip: bool = False) -> Any:
@@ -91,7 +95,12 @@ def inputs_of(captured: Captured, *, flip: bool = False) -> Any:
 def run(
     captured: Captured, state: Mapping[str, torch.Tensor], *, flip: bool = False
 ) -> list[torch.Tensor]:
-    """Outputs of the captured graph with other tensors, in float64."""
+    """Outputs of the captured graph with other tensors, in float64.
+
+    Raises:
+        NoWeightsError: The network is on the meta device.
+    """
+    check_values(state)
     module = emit(captured, as_double(state)).double()
     args, kwargs = inputs_of(captured, flip=flip)
     with torch.no_grad():
