@@ -284,6 +284,15 @@ class _Copier:
         ):
             self.environment[node] = self.environment[argument][node.args[1]]
             return
+        if any(n not in self.environment for n in node.all_input_nodes):
+            raise CaptureError(
+                f"the graph holds a region that cannot be inlined: {node.target}",
+                where=where_of(node),
+                why="torch.export keeps torch.cond, autocast and the like as subgraphs, in which "
+                "neurons cannot be followed",
+                how="write the forward pass without the region (outside of autocast, say, with "
+                "explicit casts)",
+            )
         copied = self.graph.node_copy(node, lambda n: self.environment[n])
         self.environment[node] = copied
 

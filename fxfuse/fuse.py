@@ -21,7 +21,7 @@ from fxfuse.errors import (
     TooFewMembersError,
     VerificationError,
 )
-from fxfuse.members import check_alike, check_finite, check_values
+from fxfuse.members import check_alike, check_finite, check_model, check_values
 from fxfuse.methods import Options, find_method
 from fxfuse.plan import FusionPlan
 from fxfuse.planner import make_plan
@@ -119,6 +119,9 @@ def fuse(
         )
     find_method(method)
     check_score(score)
+    for member in members:
+        if not isinstance(member, Captured):
+            check_model(member)
     check_alike(members)
     captured = [
         m

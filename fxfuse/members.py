@@ -64,22 +64,27 @@ def check_model(model: object) -> None:
 def check_alike(members: Sequence[object]) -> None:
     """Checks that members which are not captured yet agree in the dtypes and devices of tensors.
 
-    The same inputs are to run through all of them.
+    The same inputs are to run through all of them. Each must have passed `check_model`.
 
     Raises:
         MemberMismatchError: Names the first difference.
     """
-    states = [state_of(m) for m in members if isinstance(m, nn.Module | ExportedProgram)]
-    for number, state in enumerate(states[1:], start=1):
-        for name in (name for name in states[0] if name in state):
-            ours, theirs = states[0][name], state[name]
+    states = {
+        number: state_of(member)
+        for number, member in enumerate(members)
+        if isinstance(member, nn.Module | ExportedProgram)
+    }
+    first = min(states, default=0)
+    for number, state in states.items():
+        for name in (name for name in states[first] if name in state):
+            ours, theirs = states[first][name], state[name]
             for what, a, b in (
                 ("dtypes", ours.dtype, theirs.dtype),
                 ("devices", ours.device, theirs.device),
             ):
                 if a != b:
                     raise MemberMismatchError(
-                        f"member {number} differs from member 0: {what}",
+                        f"member {number} differs from member {first}: {what}",
                         where=name,
                         why=f"{a} vs {b}",
                         how="convert all members with .to(...) to one dtype and one device",

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from itertools import chain
 from typing import Annotated, Any
 
 import typer
 
 import fxfuse
-from fxfuse.cli.frozen import few, frozen_table, interface_table, without_rule_table
+from fxfuse.cli.frozen import few, frozen_lines, interface_lines, without_rule_lines
 from fxfuse.cli.load import load_model
 from fxfuse.cli.options import Input, Json, Model, ModelArg
 from fxfuse.cli.show import err, out, print_json, table
@@ -48,19 +50,14 @@ def _show(model: str, graph: CouplingGraph) -> None:
         for g in graph.groups
     )
     out.print(table(f"Coupling groups of {model}", ("group", "units", "tensors"), groups))
-    out.print(interface_table(graph))
-    if not all(reason.interface for reason in graph.frozen.values()):
-        out.print(frozen_table(graph))
-    if graph.without_rule:
-        out.print(without_rule_table(graph.without_rule))
-        out.print(
-            "An operator of your own gets its rule beside its definition, with fxfuse.rule; see "
-            "docs/how-to/add-an-operator.md",
-            markup=False,
-        )
+    for line in chain(
+        interface_lines(graph), frozen_lines(graph), without_rule_lines(graph.without_rule)
+    ):
+        out.print(line, markup=False, highlight=False)
     if graph.mixing:
-        rows = ((note.why, note.source) for note in graph.mixing)
-        out.print(table("Mixing operators", ("why", "source"), rows))
+        counts = Counter((note.why, note.source) for note in graph.mixing)
+        rows = ((count, *what) for what, count in counts.items())
+        out.print(table("Mixing operators", ("nodes", "why", "source"), rows))
     out.print(f"free fraction: {graph.free_fraction:.2%} of parameter elements")
 
 

@@ -1,83 +1,83 @@
-"""The frozen dimensions of a network, those with one reason together."""
+"""What of a network is frozen, as text: dimensions that share a reason stand together."""
 
 from __future__ import annotations
 
 import re
-from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Iterator
 
-from rich.table import Table
-
-from fxfuse.cli.show import table
 from fxfuse.coupling import CouplingGraph, FrozenReason, Place, WithoutRule
 
 #: Names that are shown of each kind of thing; the others are counted.
 _SHOWN = 3
 
 
-def frozen_table(graph: CouplingGraph) -> Table:
+def interface_lines(graph: CouplingGraph) -> Iterator[str]:
+    """How many dimensions are frozen because of what the network is, and why."""
+    yield "Frozen as the network's interface:"
+    counts = Counter(reason.why for reason in graph.frozen.values() if reason.interface)
+    for why, count in counts.most_common():
+        yield f"  {_dimensions(count)}: {why}"
+
+
+def frozen_lines(graph: CouplingGraph) -> Iterator[str]:
     """Every reason that lies inside the network: node, source line, operator and rule file."""
-    alike: dict[tuple[str, ...], list[tuple[Place, FrozenReason]]] = defaultdict(list)
+    alike: dict[tuple[str, str, str, str, str], list[tuple[Place, FrozenReason]]]
+    alike = defaultdict(list)
     for place, reason in graph.frozen.items():
         if not reason.interface:
-            key = (str(reason.kind), reason.why, reason.source, reason.operator, reason.rule_file)
+            key = (reason.why, str(reason.kind), reason.source, reason.operator, reason.rule_file)
             alike[key].append((place, reason))
-    rows = [
-        (
-            len(found),
-            f"{why} ({kind})",
-            few(dict.fromkeys(reason.node for _, reason in found if reason.node)),
-            source,
-            operator,
-            rule_file,
-            tensor_names(place for place, _ in found),
-        )
-        for (kind, why, source, operator, rule_file), found in alike.items()
-    ]
-    rows.sort(key=lambda row: -row[0])
-    columns = ("dims", "why", "nodes", "source", "operator", "rule file", "tensors")
-    return table("Frozen inside the network", columns, rows)
+    if alike:
+        yield "Frozen inside the network:"
+    for key, found in sorted(alike.items(), key=lambda item: -len(item[1])):
+        why, kind, source, operator, rule_file = key
+        yield f"  {_dimensions(len(found))} ({kind}): {why}"
+        yield f"    tensors: {tensor_names(place for place, _ in found)}"
+        nodes = dict.fromkeys(reason.node for _, reason in found if reason.node)
+        if nodes:
+            yield f"    at: {few(nodes)}  {source}".rstrip()
+        if operator:
+            yield f"    a rule for {operator} belongs in {rule_file}"
 
 
-def interface_table(graph: CouplingGraph) -> Table:
-    """What is frozen because of what the network is: how many dimensions, and why."""
-    alike: dict[str, int] = defaultdict(int)
-    for reason in graph.frozen.values():
-        if reason.interface:
-            alike[reason.why] += 1
-    rows = sorted(((count, why) for why, count in alike.items()), reverse=True)
-    return table("Frozen as the network's interface", ("dims", "why"), rows)
-
-
-def without_rule_table(operators: Iterable[WithoutRule]) -> Table:
+def without_rule_lines(operators: Iterable[WithoutRule]) -> Iterator[str]:
     """Operators that the rules do not cover."""
-    rows = (
-        (
-            o.operator,
-            "none for this use" if o.has_rule else "none",
-            few(o.nodes),
-            few(dict.fromkeys(o.sources)),
-            o.rule_file,
-        )
-        for o in operators
+    listed = list(operators)
+    if not listed:
+        return
+    yield "Operators without a rule:"
+    for o in listed:
+        lack = "its rule does not cover this use" if o.has_rule else "no rule"
+        yield f"  {o.operator} at {few(o.nodes)}: {lack}; it belongs in {o.rule_file}"
+        sources = list(dict.fromkeys(source for source in o.sources if source))
+        for source in sources[:_SHOWN]:
+            yield f"    {source}"
+        if len(sources) > _SHOWN:
+            yield f"    + {len(sources) - _SHOWN} more lines"
+    yield (
+        "  The rule of an operator of your own stands beside its definition, under fxfuse.rule: "
+        "docs/how-to/add-an-operator.md"
     )
-    columns = ("operator", "rule", "nodes", "source", "rule file")
-    return table("Operators without a rule", columns, rows)
 
 
-def few(names: Iterable[str] | Mapping[str, object]) -> str:
+def _dimensions(count: int) -> str:
+    return f"{count} dimension{'s' if count != 1 else ''}"
+
+
+def few(names: Iterable[str]) -> str:
     """The first names, and how many more there are."""
-    listed: Sequence[str] = list(names)
+    listed = list(names)
     more = f" + {len(listed) - _SHOWN} more" if len(listed) > _SHOWN else ""
     return ", ".join(listed[:_SHOWN]) + more
 
 
 def tensor_names(places: Iterable[Place]) -> str:
-    """Places as `tensor[dim]`; those that differ in numbers only are one pattern with a count."""
-    alike: dict[str, list[str]] = defaultdict(list)
+    """Places as `tensor[dim]`; names that differ in numbers only are one, with a count."""
+    alike: dict[tuple[str, int], list[str]] = defaultdict(list)
     for name, dim in places:
-        alike[re.sub(r"\d+", "*", f"{name}:") + str(dim)].append(f"{name}[{dim}]")
+        alike[(re.sub(r"\d+", "*", name), dim)].append(name)
     return few(
-        names[0] if len(names) == 1 else f"{pattern.replace(':', '[')}] x{len(names)}"
-        for pattern, names in alike.items()
+        f"{names[0]}[{dim}]" if len(names) == 1 else f"{pattern}[{dim}] x {len(names)}"
+        for (pattern, dim), names in alike.items()
     )
