@@ -39,6 +39,14 @@ TRAINING_ARGUMENT = {
     torch.ops.aten.feature_dropout_.default: 2,
     torch.ops.aten.alpha_dropout.default: 2,
     torch.ops.aten.alpha_dropout_.default: 2,
+    torch.ops.aten.feature_alpha_dropout.default: 2,
+    torch.ops.aten.feature_alpha_dropout_.default: 2,
+    torch.ops.aten.rrelu.default: 3,
+    torch.ops.aten.rrelu_.default: 3,
+    torch.ops.aten.lstm.input: 6,
+    torch.ops.aten.gru.input: 6,
+    torch.ops.aten.rnn_tanh.input: 6,
+    torch.ops.aten.rnn_relu.input: 6,
 }
 
 _TORCH_ROOT = f"{Path(torch.__file__).parent}/"
@@ -247,13 +255,22 @@ def rebuild(source: fx.GraphModule, state: Mapping[str, torch.Tensor]) -> fx.Gra
             attach(module, node.target, fetch(source, node.target), persistent=False)
         position = TRAINING_ARGUMENT.get(node.target)
         if position is not None:
-            node.update_arg(position, False)
+            _set_eval(node, position)
     # Nodes with a side effect (an in-place fill of a mask) are kept by fx's own rule.
     graph.eliminate_dead_code()
     graph.lint()
     module.graph = graph
     module.eval()
     return module
+
+
+def _set_eval(node: fx.Node, position: int) -> None:
+    """Writes the `training` argument out as False; export omits it where that is the default."""
+    target: Any = node.target
+    defaults = [argument.default_value for argument in target._schema.arguments]
+    args = [*node.args, *defaults[len(node.args) : position + 1]]
+    args[position] = False
+    node.args = tuple(args)
 
 
 class _Copier:

@@ -306,30 +306,27 @@ def analyze(
         captured = capture(captured, example_inputs, example_kwargs, dynamic_shapes=dynamic_shapes)
     ledger, values = interpret(captured)
     component = ledger.components()
-    kinds = _frozen_kinds(ledger, component)
-    groups = _groups(captured, ledger, component, kinds)
+    stuck = _frozen_components(ledger, component)
+    groups = _groups(captured, ledger, component, stuck.mask)
     return CouplingGraph(
         captured,
         groups,
-        _frozen_places(captured, ledger, component, kinds),
-        tuple(_mixing_notes(ledger, component, kinds)),
+        _frozen_places(captured, ledger, component, stuck),
+        tuple(_mixing_notes(ledger, component, stuck)),
         _free_fraction(captured, groups),
         frozenset(ledger.readers),
         frozenset(ledger.writers),
         values,
         ledger,
-        without_rule=_without_rule(ledger, component),
+        without_rule=_without_rule(ledger),
     )
 
 
-def _without_rule(ledger: Ledger, component: Index) -> tuple[WithoutRule, ...]:
-    """The gaps that cost something: neurons go in, or meet what comes out."""
-    size = np.bincount(component)
+def _without_rule(ledger: Ledger) -> tuple[WithoutRule, ...]:
+    """The gaps of one operator together."""
     found: dict[tuple[Any, bool], list[fx.Node]] = defaultdict(list)
     for gap in ledger.gaps:
-        own, alone = np.unique(component[gap.results], return_counts=True)
-        if gap.met or bool((size[own] > alone).any()):
-            found[(gap.node.target, gap.has_rule)].append(gap.node)
+        found[(gap.node.target, gap.has_rule)].append(gap.node)
     return tuple(
         WithoutRule(
             str(target),
@@ -342,28 +339,47 @@ def _without_rule(ledger: Ledger, component: Index) -> tuple[WithoutRule, ...]:
     )
 
 
-def _frozen_kinds(ledger: Ledger, component: Index) -> dict[int, tuple[Kind, Freeze]]:
+@dataclass(frozen=True)
+class _Frozen:
+    """What of the network's components is frozen.
+
+    Attributes:
+        kind: int8 [components]: index into `_KINDS`, -1 where free.
+        freeze: int64 [components]: index of the first freeze of that kind.
+    """
+
+    kind: NDArray[np.int8]
+    freeze: Index
+
+    @property
+    def mask(self) -> NDArray[np.bool_]:
+        """Bool [components]."""
+        return self.kind >= 0
+
+
+_KINDS = (Kind.HOST, Kind.OUTPUT, Kind.COMMON)
+
+
+def _frozen_components(ledger: Ledger, component: Index) -> _Frozen:
     """Kind and first reason of every frozen component."""
-    found: dict[int, dict[Kind, Freeze]] = defaultdict(dict)
-    for freeze in ledger.freezes:
-        for c in np.unique(component[freeze.ids]).tolist():
-            before = found[c].get(freeze.kind)
-            # What lies inside could be mended, so it is only said where nothing else holds.
-            if before is None or (before.inside and not freeze.inside):
-                found[c][freeze.kind] = freeze
-    read: set[int] = set()
+    size = int(component.max(initial=0)) + 1
+    first = np.full((len(_KINDS), size), -1, dtype=np.int64)
+    # What lies inside could be mended, so it is only said where nothing else holds.
+    order = sorted(range(len(ledger.freezes)), key=lambda n: ledger.freezes[n].inside)
+    # Backwards, so that the first reason is the one that stays.
+    for number in reversed(order):
+        freeze = ledger.freezes[number]
+        first[_KINDS.index(freeze.kind), component[freeze.ids]] = number
+    read = np.zeros(size, dtype=bool)
     for place in ledger.readers:
-        owner = ledger.owners.index(place)
-        read.update(np.unique(component[_ids_of(ledger, owner)]).tolist())
-    kinds = {}
-    for c, reasons in found.items():
-        order = [Kind.HOST, Kind.OUTPUT, Kind.COMMON]
-        if c not in read:
-            # An output that nothing inside reads is the members' mean, whatever it passes.
-            order = [Kind.OUTPUT, Kind.HOST, Kind.COMMON]
-        kind = next(k for k in order if k in reasons)
-        kinds[c] = (kind, reasons[kind])
-    return kinds
+        read[component[_ids_of(ledger, ledger.owners.index(place))]] = True
+    kind = np.full(size, -1, dtype=np.int8)
+    for number in reversed(range(len(_KINDS))):
+        kind[first[number] >= 0] = number
+    # An output that nothing inside reads is the members' mean, whatever it passes.
+    output = _KINDS.index(Kind.OUTPUT)
+    kind[(first[output] >= 0) & ~read] = output
+    return _Frozen(kind, np.take_along_axis(first, np.maximum(kind, 0)[None], axis=0)[0])
 
 
 def _ids_of(ledger: Ledger, owner: int) -> Index:
@@ -380,12 +396,10 @@ def _groups(
     captured: Captured,
     ledger: Ledger,
     component: Index,
-    kinds: Mapping[int, object],
+    frozen: NDArray[np.bool_],
 ) -> tuple[CouplingGroup, ...]:
     """Splits free components by signature: slots per place, and the operators passed through."""
     signature: dict[int, list[tuple[int, int]]] = defaultdict(list)
-    frozen = np.zeros(int(component.max(initial=0)) + 1, dtype=bool)
-    frozen[list(kinds)] = True
     rows: list[tuple[Place, Index, Index]] = []
     colours = ledger.colours(component)
     parts = _ranks(colours)
@@ -397,17 +411,15 @@ def _groups(
             ids = _ids_of(ledger, owner)
             line = component[ids]
             rows.append((place, line, parts[ids]))
-            for c, count in zip(*np.unique(line, return_counts=True), strict=True):
+            free = line[~frozen[line]]
+            for c, count in zip(*np.unique(free, return_counts=True), strict=True):
                 signature[int(c)].append((len(rows) - 1, int(count)))
-    for c, marks in _marks(ledger, component).items():
+    for c, marks in _marks(ledger, component, frozen).items():
         if c in signature:
             signature[c].append((-1, hash(marks)))
-    for c, sign in signature.items():
-        sign.append((-1, int(played[c])))
     buckets: dict[tuple[tuple[int, int], ...], list[int]] = defaultdict(list)
     for c, signed in signature.items():
-        if not frozen[c]:
-            buckets[tuple(signed)].append(c)
+        buckets[(*signed, (-1, int(played[c])))].append(c)
     aliases = defaultdict(list)
     for name, canonical in captured.canonical.items():
         aliases[canonical].append(name)
@@ -442,14 +454,21 @@ def _ranks(colours: NDArray[np.uint64]) -> Index:
     return np.argsort(np.argsort(first))[inverse].astype(np.int64)
 
 
-def _marks(ledger: Ledger, component: Index) -> dict[int, bytes]:
-    """For each component, the operators that its neurons pass through, and how often."""
-    if not ledger.touches:
+def _marks(ledger: Ledger, component: Index, frozen: NDArray[np.bool_]) -> dict[int, bytes]:
+    """For each free component, the operators that its neurons pass through, and how often."""
+    touches = []
+    for touched, counts, tag in ledger.touches:
+        free = ~frozen[component[touched]]
+        if free.any():
+            touches.append((component[touched[free]], counts[free], tag))
+    if not touches:
         return {}
-    ids = np.concatenate([component[ids] for ids, _ in ledger.touches])
-    tags = np.concatenate([np.full(len(ids), tag) for ids, tag in ledger.touches])
+    ids = np.concatenate([ids for ids, _, _ in touches])
+    tags = np.concatenate([np.full(len(ids), tag) for ids, _, tag in touches])
+    often = np.concatenate([counts for _, counts, _ in touches])
     span = int(tags.max()) + 1
-    keys, counts = np.unique(ids * span + tags, return_counts=True)
+    keys, place = np.unique(ids * span + tags, return_inverse=True)
+    counts = np.bincount(place, weights=often).astype(np.int64)
     owners = keys // span
     starts = np.flatnonzero(np.r_[True, owners[1:] != owners[:-1]])
     table = np.stack([keys % span, counts], axis=1)
@@ -464,7 +483,7 @@ def _frozen_places(
     captured: Captured,
     ledger: Ledger,
     component: Index,
-    kinds: Mapping[int, tuple[Kind, Freeze]],
+    stuck: _Frozen,
 ) -> dict[Place, FrozenReason]:
     by_owner: dict[Place, Index] = {}
     for owner, place in enumerate(ledger.owners):
@@ -487,10 +506,12 @@ def _frozen_places(
                 why = "size 1: there is nothing to permute"
                 frozen[(name, dim)] = FrozenReason(Kind.COMMON, why, "", "", everything)
             else:
-                stuck = np.array([c in kinds for c in members.tolist()])
-                if stuck.any():
-                    kind, freeze = kinds[int(members[stuck.argmax()])]
-                    frozen[(name, dim)] = _reason(kind, freeze, np.flatnonzero(stuck))
+                indices = np.flatnonzero(stuck.mask[members])
+                if len(indices):
+                    first_one = members[indices[0]]
+                    kind = _KINDS[stuck.kind[first_one]]
+                    freeze = ledger.freezes[stuck.freeze[first_one]]
+                    frozen[(name, dim)] = _reason(kind, freeze, indices)
     return frozen
 
 
@@ -508,13 +529,11 @@ def _reason(kind: Kind, freeze: Freeze, indices: Index) -> FrozenReason:
     )
 
 
-def _mixing_notes(
-    ledger: Ledger, component: Index, kinds: Mapping[int, tuple[Kind, Freeze]]
-) -> Iterable[MixingNote]:
-    averaged = {c for c, (kind, _) in kinds.items() if kind is Kind.OUTPUT}
+def _mixing_notes(ledger: Ledger, component: Index, stuck: _Frozen) -> Iterable[MixingNote]:
+    averaged = stuck.kind == _KINDS.index(Kind.OUTPUT)
     seen: set[tuple[str, str]] = set()
     for note in ledger.mixings:
-        if note.ids is not None and averaged.isdisjoint(component[note.ids].tolist()):
+        if note.ids is not None and not averaged[component[note.ids]].any():
             continue
         node = note.node.name if note.node is not None else ""
         if (node, note.why) not in seen:

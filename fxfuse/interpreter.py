@@ -7,7 +7,6 @@ import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import numpy as np
 import torch
 import torch.utils._pytree as pytree
 from torch import fx
@@ -143,9 +142,16 @@ class _Interpreter:
             ) from error
 
     def boundary(self, node: fx.Node, operands: list[Value], *, has_rule: bool) -> Any:
-        """An operator without a rule: its operands freeze, its result is frozen neurons."""
+        """An operator without a rule: its operands freeze, its result is frozen neurons.
+
+        Where no neuron goes in, none comes out: the result only varies.
+        """
+        if any(value.fields or value.is_parameter for value in operands):
+            self.ledger.gaps.append(Gap(node, has_rule))
+        if not any(value.fields for value in operands):
+            return self.unlabelled(node, operands)
         lack = "has a rule that does not cover this use" if has_rule else "has no rule"
-        name, first = str(node.target), self.ledger.count
+        name = str(node.target)
         for value in operands:
             for f in value.fields:
                 kind = Kind.COMMON if value.is_parameter else Kind.HOST
@@ -155,7 +161,7 @@ class _Interpreter:
             if value.is_parameter:
                 self.ledger.mix(f"operator {name} {lack}", sources=value.sources or frozenset())
         why = f"comes out of {name}, which {lack}"
-        result = pytree.tree_map(
+        return pytree.tree_map(
             lambda fake: (
                 self.frozen_value(node, fake, why, operator=name)
                 if isinstance(fake, torch.Tensor)
@@ -163,9 +169,18 @@ class _Interpreter:
             ),
             node.meta["val"],
         )
-        met = any(value.fields or value.is_parameter for value in operands)
-        self.ledger.gaps.append(Gap(node, has_rule, met, np.arange(first, self.ledger.count)))
-        return result
+
+    def unlabelled(self, node: fx.Node, operands: list[Value]) -> Any:
+        known = [value.sources for value in operands]
+        sources = None if None in known else frozenset[str]().union(*(s or () for s in known))
+
+        def value(fake: Any) -> Any:
+            if not isinstance(fake, torch.Tensor):
+                return fake
+            shape = concrete_shape(fake)
+            return Value(shape, (), positions(shape, range(len(shape))), sources)
+
+        return pytree.tree_map(value, node.meta["val"])
 
     def frozen_value(
         self, node: fx.Node, fake: torch.Tensor, why: str, *, operator: str = ""

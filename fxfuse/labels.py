@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -46,6 +47,20 @@ class Field:
 
     ids: Ids
     dims: tuple[int, ...]
+
+    @cached_property
+    def tally(self) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """The ids that are neurons, and how often each stands in the field; int64 [n] both."""
+        ids = _flat(self.ids)
+        first = int(ids.min())
+        if int(ids.max()) - first > 4 * len(ids):
+            found, counts = np.unique(ids, return_counts=True)
+        else:
+            line = np.bincount(ids - first)
+            found = np.flatnonzero(line)
+            counts, found = line[found], found + first
+        real = found > 0
+        return found[real], counts[real]
 
     @staticmethod
     def of(ids: Ids) -> Field | None:
@@ -154,19 +169,15 @@ class Freeze:
 
 @dataclass(frozen=True)
 class Gap:
-    """A note that the rules do not cover an operator.
+    """A note that labelled neurons or parameters met an operator that the rules do not cover.
 
     Attributes:
         node: Where.
         has_rule: Whether the operator has a rule, which does not cover this use.
-        met: Whether labelled neurons or parameters go in.
-        results: The frozen neurons that come out, int64 [n].
     """
 
     node: fx.Node
     has_rule: bool
-    met: bool
-    results: NDArray[np.int64]
 
 
 @dataclass(frozen=True)
@@ -205,7 +216,7 @@ class Ledger:
     freezes: list[Freeze] = field(default_factory=list)
     mixings: list[Mixing] = field(default_factory=list)
     gaps: list[Gap] = field(default_factory=list)
-    touches: list[tuple[NDArray[np.int64], int]] = field(default_factory=list)
+    touches: list[tuple[NDArray[np.int64], NDArray[np.int64], int]] = field(default_factory=list)
     readers: set[tuple[str, int]] = field(default_factory=set)
     writers: set[tuple[str, int]] = field(default_factory=set)
     node: fx.Node | None = None
@@ -234,7 +245,7 @@ class Ledger:
 
     def owners_of(self, ids: Ids) -> set[tuple[str, int]]:
         """The (tensor, dim) pairs that own the given ids."""
-        flat = _flat(ids)
+        flat = np.unique(_flat(ids))
         return {self.owners[i] for i in np.unique(self.owner_positions(flat[flat > 0]))}
 
     # --- what rules say -------------------------------------------------------------------------
@@ -271,9 +282,8 @@ class Ledger:
         self, f: Field, kind: Kind, why: str, *, operator: str = "", inside: bool = False
     ) -> None:
         """The neurons of a field stay where they are (the arguments are those of `Freeze`)."""
-        ids = np.unique(_flat(f.ids))
         inside = inside or kind is Kind.HOST
-        self.freezes.append(Freeze(ids[ids > 0], kind, why, self.node, operator, inside))
+        self.freezes.append(Freeze(f.tally[0], kind, why, self.node, operator, inside))
 
     def mix(self, why: str, sources: frozenset[str] = frozenset(), ids: Ids | None = None) -> None:
         """Members put side by side no longer give the mean of the members after this operator."""
@@ -282,9 +292,7 @@ class Ledger:
 
     def touch(self, value: Value, tag: int = 0) -> None:
         """Neurons of `value` pass through the current operator (part of a unit's signature)."""
-        for f in value.fields:
-            ids = _flat(f.ids)
-            self.touches.append((ids[ids > 0], 2 * self.clock + tag))
+        self.touches += [(*f.tally, 2 * self.clock + tag) for f in value.fields]
 
     def role(self, value: Value, f: Field, *, reader: bool) -> None:
         """Notes on which side of its tensor a parameter's field is used."""
@@ -327,8 +335,8 @@ class Ledger:
         several[slots[0, counts > 1]] = True
         wanted = several[component]
         colour = _scramble(owner.astype(np.uint64))
-        for ids, tag in self.touches:
-            np.add.at(colour, ids, _scramble(np.array([2 * tag], dtype=np.uint64)))
+        for ids, counts, tag in self.touches:
+            colour[ids] += counts.astype(np.uint64) * _scramble(np.array([2 * tag], np.uint64))
         for number, (ids, order) in enumerate(self.orders):
             np.add.at(colour, ids, _scramble((2 * number + 1 << 32) + order.astype(np.uint64)))
         pairs = [(x[wanted[x]], y[wanted[x]]) for x, y in self.strands]

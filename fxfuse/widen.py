@@ -27,7 +27,7 @@ from fxfuse.labels import Field, Value
 from fxfuse.layout import Layout, default_layout
 from fxfuse.plan import FusionPlan
 from fxfuse.rewrite import FusedModule, copy_graph, emit_graph
-from fxfuse.rules import contraction, creation, movement
+from fxfuse.rules import contraction, creation, movement, selection
 from fxfuse.rules.registry import argument_of, find, hint
 
 aten = torch.ops.aten
@@ -94,7 +94,9 @@ class _Widener:
         if isinstance(first, fx.Node) and isinstance(self.layouts.get(first), list):
             return self.layouts[first][node.args[1]]
         rule = find(node.target)
-        if rule in (movement.move, movement.view, movement.index):
+        if rule in (movement.move, movement.view):
+            return self.move(node)
+        if rule in (selection.index, selection.index_select) and self.is_constant(node.args[1:]):
             return self.move(node)
         if rule is movement.same:
             return self.layout_of(node.args[0])
@@ -113,6 +115,12 @@ class _Widener:
         result = self.carry(node)
         self.rewrite_literals(node, result)
         return result
+
+    def is_constant(self, args: Any) -> bool:
+        """Whether all tensors among some arguments are constants."""
+        nodes = [x for x in pytree.tree_leaves(args) if isinstance(x, fx.Node)]
+        values = [self.analysis.values[x] for x in nodes]
+        return all(v.constant is not None for v in values if isinstance(v, Value))
 
     def layout_of(self, node: Any) -> Layouts:
         """Layouts of an operand; a parameter that has none yet gets the default ones."""

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 import torch
 import torchvision
 from torch import nn
@@ -53,11 +56,12 @@ def image(seed: int = 0, batch: int = 2, dtype: torch.dtype = torch.float64) -> 
     return torch.randn(batch, 3, 64, 64, generator=torch.Generator().manual_seed(seed)).to(dtype)
 
 
-def excite(model: nn.Module, example: torch.Tensor | tuple[torch.Tensor, ...]) -> nn.Module:
+def excite(model: nn.Module, example: Any, kwargs: Mapping[str, Any] | None = None) -> nn.Module:
     """Makes the input reach the output: a random deep network often ignores it.
 
     Vectors (norm weights, biases, layer scales) are randomised, parameters that are all zero get
-    values, BatchNorm statistics are calibrated on the example. Returns the model in eval mode.
+    values, BatchNorm statistics are calibrated on the example and jittered. Returns the model in
+    eval mode.
     """
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -75,7 +79,12 @@ def excite(model: nn.Module, example: torch.Tensor | tuple[torch.Tensor, ...]) -
         norm.momentum = None
         norm.train()
     with torch.no_grad():
-        model(*example) if isinstance(example, tuple) else model(example)
-    for norm, momentum in zip(norms, momenta, strict=True):
-        norm.momentum = momentum
+        model(*(example if isinstance(example, tuple) else (example,)), **(kwargs or {}))
+        for norm, momentum in zip(norms, momenta, strict=True):
+            norm.momentum = momentum
+            if norm.running_var is not None:
+                norm.running_mean += (
+                    0.1 * norm.running_var.sqrt() * torch.randn_like(norm.running_var)
+                )
+                norm.running_var *= torch.empty_like(norm.running_var).uniform_(0.8, 1.25)
     return model.eval()

@@ -8,11 +8,13 @@ channels must not be moved.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.nn.utils.parametrizations import weight_norm
 
 aten = torch.ops.aten
 
@@ -58,15 +60,57 @@ def _inner(size: int = 8) -> nn.Linear:
 
 
 def _pool1d(function: Any) -> Call:
-    return Call(lambda t: function(t.flatten(2), 2))
+    return Call(lambda t: _indexed(function(t.flatten(2), 2)))
 
 
 def _pool3d(function: Any) -> Call:
-    return Call(lambda t: function(t.unsqueeze(2).repeat(1, 1, 4, 1, 1), 2))
+    return Call(lambda t: _indexed(function(t.unsqueeze(2).repeat(1, 1, 4, 1, 1), 2)))
+
+
+def _indexed(pooled: Any) -> torch.Tensor:
+    """The values, and the indices of the pixels that were taken, if told."""
+    return pooled[0] + 0.01 * pooled[1] if isinstance(pooled, tuple) else pooled
+
+
+def _windows(t: torch.Tensor, space: int) -> torch.Tensor:
+    """Where the windows of fractional pooling begin: [b, c, space], the same for all channels."""
+    start = torch.tensor([0.2, 0.6, 0.4], dtype=t.dtype)[:space]
+    return start.expand(t.shape[0], t.shape[1], space)
+
+
+def _fractional3d(t: torch.Tensor) -> torch.Tensor:
+    return aten.fractional_max_pool3d(t, [2, 2, 2], [2, 3, 3], _windows(t, 3))[0]
+
+
+def _matrix() -> tuple[torch.Tensor, torch.Tensor]:
+    return torch.randn(5, 8), torch.randn(8)
+
+
+def _numbers(t: torch.Tensor) -> torch.Tensor:
+    """Numbers from 0 to 8: [b, y, x]."""
+    return t.gt(0).sum(1)
+
+
+def _with_last_states(t: torch.Tensor, layer: nn.GRU) -> torch.Tensor:
+    output, states = layer(_tokens(t))
+    return torch.cat([output.flatten(1), states.transpose(0, 1).flatten(1)], 1)
+
+
+def _unroll(t: torch.Tensor, cell: Any, states: int) -> torch.Tensor:
+    """Three steps of a cell; the last of its states."""
+    zero = t.new_zeros(t.shape[0], 6)
+    state: Any = (zero, zero) if states == 2 else zero
+    for step in _tokens(t)[:, :3].unbind(1):
+        state = cell(step, state)
+    return state[1] if states == 2 else state
 
 
 def _fill(make: Callable[[torch.Tensor], torch.Tensor]) -> Call:
     return Call(lambda t: t + make(t))
+
+
+def _half(t: torch.Tensor) -> torch.Tensor:
+    return torch.tensor(0.5, dtype=t.dtype)
 
 
 def _zeroed(t: torch.Tensor) -> torch.Tensor:
@@ -87,11 +131,20 @@ def _copied(t: torch.Tensor) -> torch.Tensor:
     return wide
 
 
+def _gathered(t: torch.Tensor) -> torch.Tensor:
+    order = t.mean(1).flatten(1).argsort(1)  # [b, t]
+    return t.flatten(2).gather(2, order[:, None].expand(-1, 8, -1))
+
+
 SAMPLES: dict[Any, nn.Module] = {
     # movement
     aten.permute.default: Call(lambda t: t.permute(0, 2, 3, 1)),
     aten.transpose.int: Call(lambda t: t.transpose(1, 2)),
+    aten.mT.default: Call(lambda t: aten.mT.default(t)),
     aten.t.default: Call(lambda t: t.mean((2, 3)).t().t()),
+    aten.numpy_T.default: Call(lambda t: t.mean((2, 3)).T.T),
+    aten.movedim.intlist: Call(lambda t: t.movedim((1, 2), (2, 3))),
+    aten.swapdims.default: Call(lambda t: aten.swapdims.default(t, 1, 3)),
     aten.movedim.int: Call(lambda t: aten.movedim.int(t, 1, 3)),
     aten.swapaxes.default: Call(lambda t: aten.swapaxes.default(t, 1, 2)),
     aten.unsqueeze.default: Call(lambda t: t.unsqueeze(1)),
@@ -102,7 +155,13 @@ SAMPLES: dict[Any, nn.Module] = {
     aten.unflatten.int: Call(lambda t: t.flatten(2).unflatten(2, (2, 18))),
     aten.expand.default: Call(lambda t: t.mean((2, 3), keepdim=True).expand(-1, -1, 3, 3)),
     aten.expand_as.default: Call(lambda t: t.mean((2, 3), keepdim=True).expand_as(t)),
+    aten.view_as.default: Call(lambda t: t.flatten(2).view_as(t)),
+    aten.reshape_as.default: Call(lambda t: t.flatten(2).reshape_as(t)),
     aten.repeat.default: Call(lambda t: t.repeat(1, 2, 1, 1)),
+    aten.tile.default: Call(lambda t: t.tile(2, 1, 1)),
+    aten.repeat_interleave.self_int: Call(lambda t: t.repeat_interleave(2, 1)),
+    aten.diagonal.default: Call(lambda t: t.diagonal(0, 2, 3)),
+    aten.unfold.default: Call(lambda t: t.unfold(2, 3, 1)),
     aten.select.int: Call(lambda t: t.select(2, 1)),
     aten.slice.Tensor: Call(lambda t: t[:, :, 1:4]),
     aten.narrow.default: Call(lambda t: t.narrow(3, 1, 2)),
@@ -135,6 +194,7 @@ SAMPLES: dict[Any, nn.Module] = {
     aten.index_select.default: Call(
         lambda t: t.index_select(1, torch.arange(7, -1, -1, device=t.device))
     ),
+    aten.gather.default: Call(_gathered),
     aten.pad.default: Call(lambda t: F.pad(t, (1, 2, 0, 1, 2, 2))),
     aten.constant_pad_nd.default: Call(lambda t: aten.constant_pad_nd.default(t, [0, 0, 1, 1])),
     aten.cat.default: Call(lambda t: torch.cat([t.relu(), t], 1)),
@@ -158,7 +218,56 @@ SAMPLES: dict[Any, nn.Module] = {
         lambda t, f: f(t.unsqueeze(2)), nn.ConvTranspose3d(8, 6, (1, 3, 3))
     ),
     aten.scaled_dot_product_attention.default: Call(_attend, _inner()),
+    aten.conv1d.padding: Call(lambda t, f: f(t.flatten(2)), nn.Conv1d(8, 6, 3, padding="same")),
+    aten.conv2d.padding: Call(lambda t, f: f(t), nn.Conv2d(8, 6, 3, padding="same", groups=2)),
+    aten.conv3d.padding: Call(lambda t, f: f(t.unsqueeze(2)), nn.Conv3d(8, 6, 3, padding="same")),
+    aten.mv.default: Call(
+        lambda t, w, v: F.linear(t.mean((2, 3)), w * torch.mv(w, v)[:, None]), *_matrix()
+    ),
+    aten.dot.default: Call(
+        lambda t, w, v: F.linear(t.mean((2, 3)), w * (1 + torch.dot(w.mean(0), v))), *_matrix()
+    ),
+    aten.vdot.default: Call(
+        lambda t, w, v: F.linear(t.mean((2, 3)), w * (1 + torch.vdot(w.mean(0), v))), *_matrix()
+    ),
+    aten.bilinear.default: Call(lambda t, f: f(_tokens(t), _tokens(t)), nn.Bilinear(8, 8, 5)),
+    # recurrent layers
+    aten.lstm.input: Call(
+        lambda t, f: f(_tokens(t))[0],
+        nn.LSTM(8, 6, 2, batch_first=True, bidirectional=True, proj_size=3),
+    ),
+    aten.gru.input: Call(_with_last_states, nn.GRU(8, 6, 2, batch_first=True)),
+    aten.rnn_tanh.input: Call(lambda t, f: f(_tokens(t))[0], nn.RNN(8, 6, batch_first=True)),
+    aten.rnn_relu.input: Call(
+        lambda t, f: f(_tokens(t))[0], nn.RNN(8, 6, batch_first=True, nonlinearity="relu")
+    ),
+    aten.lstm_cell.default: Call(lambda t, f: _unroll(t, f, 2), nn.LSTMCell(8, 6)),
+    aten.gru_cell.default: Call(lambda t, f: _unroll(t, f, 1), nn.GRUCell(8, 6)),
+    aten.rnn_tanh_cell.default: Call(lambda t, f: _unroll(t, f, 1), nn.RNNCell(8, 6)),
+    aten.rnn_relu_cell.default: Call(
+        lambda t, f: _unroll(t, f, 1), nn.RNNCell(8, 6, nonlinearity="relu")
+    ),
+    # tables
+    aten.embedding.default: Call(lambda t, f: f(_numbers(t)), nn.Embedding(10, 6)),
+    aten.embedding_bag.default: Call(
+        lambda t, w: aten.embedding_bag.default(
+            w, _numbers(t).flatten(), 36 * torch.arange(t.shape[0])
+        )[0],
+        torch.randn(10, 6),
+    ),
+    aten.embedding_bag.padding_idx: Call(
+        lambda t, f: f(_numbers(t).flatten(1)), nn.EmbeddingBag(10, 6, mode="max")
+    ),
+    aten.embedding_renorm_.default: Call(
+        lambda t, f: f(_numbers(t)), nn.Embedding(10, 6, max_norm=1.0)
+    ),
     # normalisation
+    aten._weight_norm.default: Call(lambda t, f: f(t), weight_norm(nn.Conv2d(8, 6, 3))),
+    aten._weight_norm_interface.default: Call(
+        lambda t, w, g: F.linear(_tokens(t), aten._weight_norm_interface(w, g, 0)[0]),
+        torch.randn(6, 8),
+        torch.randn(6, 1),
+    ),
     aten.batch_norm.default: Call(lambda t, f: f(t), nn.BatchNorm2d(8)),
     aten.instance_norm.default: Call(lambda t, f: f(t), nn.InstanceNorm2d(8, affine=True)),
     aten.layer_norm.default: Call(lambda t, f: f(_tokens(t)), nn.LayerNorm(8)),
@@ -178,10 +287,53 @@ SAMPLES: dict[Any, nn.Module] = {
     aten.adaptive_avg_pool1d.default: _pool1d(F.adaptive_avg_pool1d),
     aten.adaptive_avg_pool2d.default: Call(lambda t: F.adaptive_avg_pool2d(t, 2)),
     aten.adaptive_avg_pool3d.default: _pool3d(F.adaptive_avg_pool3d),
+    aten.max_pool1d_with_indices.default: _pool1d(partial(F.max_pool1d, return_indices=True)),
+    aten.max_pool2d_with_indices.default: Call(
+        lambda t: _indexed(F.max_pool2d(t, 2, return_indices=True))
+    ),
+    aten.max_pool3d_with_indices.default: _pool3d(partial(F.max_pool3d, return_indices=True)),
+    aten.adaptive_max_pool1d.default: _pool1d(partial(F.adaptive_max_pool1d, return_indices=True)),
+    aten.adaptive_max_pool2d.default: Call(lambda t: F.adaptive_max_pool2d(t, 2)),
+    aten.adaptive_max_pool3d.default: _pool3d(partial(F.adaptive_max_pool3d, return_indices=True)),
+    aten.fractional_max_pool2d.default: Call(
+        lambda t: aten.fractional_max_pool2d(t, [2, 2], [3, 3], _windows(t, 2))[0]
+    ),
+    aten.fractional_max_pool3d.default: Call(
+        lambda t: _fractional3d(t.unsqueeze(2).repeat(1, 1, 4, 1, 1))
+    ),
+    aten.max_unpool2d.default: Call(
+        lambda t: F.max_unpool2d(*F.max_pool2d(t, 2, return_indices=True), 2)
+    ),
+    aten.max_unpool3d.default: Call(
+        lambda t: F.max_unpool3d(
+            *F.max_pool3d(t[:, :, None], (1, 2, 2), return_indices=True), (1, 2, 2)
+        )
+    ),
+    aten.im2col.default: Call(lambda t: F.unfold(t, 3)),
+    aten.col2im.default: Call(lambda t: F.fold(t.flatten(2)[:, :, :25], (6, 6), 2)),
+    aten.cosine_similarity.default: Call(lambda t: F.cosine_similarity(t, t.roll(1, 2), 1)),
+    aten.pairwise_distance.default: Call(
+        lambda t: F.pairwise_distance(_tokens(t), _tokens(t).roll(1, 1))
+    ),
     aten.upsample_nearest1d.vec: Call(lambda t: F.interpolate(t.flatten(2), scale_factor=2)),
     aten.upsample_nearest2d.vec: Call(lambda t: F.interpolate(t, scale_factor=2)),
     aten.upsample_nearest3d.vec: Call(
         lambda t: F.interpolate(t.unsqueeze(2), scale_factor=(1, 2, 2))
+    ),
+    aten._upsample_nearest_exact1d.vec: Call(
+        lambda t: F.interpolate(t.flatten(2), scale_factor=2, mode="nearest-exact")
+    ),
+    aten._upsample_nearest_exact2d.vec: Call(
+        lambda t: F.interpolate(t, scale_factor=2, mode="nearest-exact")
+    ),
+    aten._upsample_nearest_exact3d.vec: Call(
+        lambda t: F.interpolate(t.unsqueeze(2), scale_factor=(1, 2, 2), mode="nearest-exact")
+    ),
+    aten._upsample_bilinear2d_aa.vec: Call(
+        lambda t: F.interpolate(t, scale_factor=0.5, mode="bilinear", antialias=True)
+    ),
+    aten._upsample_bicubic2d_aa.vec: Call(
+        lambda t: F.interpolate(t, scale_factor=0.5, mode="bicubic", antialias=True)
     ),
     aten.upsample_linear1d.vec: Call(
         lambda t: F.interpolate(t.flatten(2), scale_factor=2, mode="linear")
@@ -223,6 +375,14 @@ SAMPLES: dict[Any, nn.Module] = {
     aten.feature_dropout_.default: Call(lambda t: aten.feature_dropout_.default(t * 2, 0.5, False)),
     aten.alpha_dropout.default: Call(lambda t: F.alpha_dropout(t, 0.5, training=False)),
     aten.alpha_dropout_.default: Call(lambda t: aten.alpha_dropout_.default(t * 2, 0.5, False)),
+    aten.feature_alpha_dropout.default: Call(
+        lambda t: F.feature_alpha_dropout(t, 0.5, training=False)
+    ),
+    aten.feature_alpha_dropout_.default: Call(
+        lambda t: aten.feature_alpha_dropout_.default(t * 2, 0.5, False)
+    ),
+    aten.abs_.default: Call(lambda t: aten.abs_.default(t * 2)),
+    aten.rrelu_.default: Call(lambda t: F.rrelu(t * 2, training=False, inplace=True)),
     aten.gelu_.default: Call(lambda t: aten.gelu_.default(t * 2)),
     aten.elu_.default: Call(lambda t: F.elu(t * 2, inplace=True)),
     aten.hardtanh.default: Call(lambda t: F.hardtanh(t)),
@@ -239,9 +399,27 @@ SAMPLES: dict[Any, nn.Module] = {
     aten.selu_.default: Call(lambda t: F.selu(t * 2, inplace=True)),
     aten.celu_.default: Call(lambda t: F.celu(t * 2, inplace=True)),
     aten.softplus.default: Call(lambda t: F.softplus(t)),
+    aten.threshold_.default: Call(lambda t: F.threshold(t * 2, 0.1, 0.2, inplace=True)),
+    aten.prelu.default: Call(lambda t, f: f(t), nn.PReLU(8)),
     aten.log_sigmoid.default: Call(lambda t: F.logsigmoid(t)),
     aten.masked_fill.Scalar: Call(lambda t: t.masked_fill(t > 1, 0.5)),
     aten.masked_fill_.Scalar: Call(lambda t: (t * 2).masked_fill_(t > 1, 0.5)),
+    aten.masked_fill.Tensor: Call(lambda t: t.masked_fill(t > 1, _half(t))),
+    aten.masked_fill_.Tensor: Call(lambda t: (t * 2).masked_fill_(t > 1, _half(t))),
+    aten.where.ScalarOther: Call(lambda t: aten.where.ScalarOther(t > 0, t, 0.5)),
+    aten.where.ScalarSelf: Call(lambda t: aten.where.ScalarSelf(t > 0, 0.5, t)),
+    aten.where.Scalar: Call(lambda t: aten.where.Scalar(t > 0, 0.5, -1.5) * t),
+    aten.rsub.Tensor: Call(lambda t: torch.rsub(t, t.tanh())),
+    aten.floor_divide.default: Call(lambda t: torch.floor_divide(t * 9, t.exp()) + t),
+    aten.floor_divide.Scalar: Call(lambda t: aten.floor_divide.Scalar(t * 9, 2) + t),
+    aten.arctan2.default: Call(lambda t: torch.arctan2(t, t.exp())),
+    aten.less.Tensor: Call(lambda t: torch.less(t, t.tanh() * 2) * t),
+    aten.less.Scalar: Call(lambda t: torch.less(t, 0.5) * t),
+    aten.greater.Tensor: Call(lambda t: torch.greater(t, t.tanh() * 2) * t),
+    aten.greater.Scalar: Call(lambda t: torch.greater(t, 0.5) * t),
+    aten.__and__.Tensor: Call(lambda t: aten.__and__.Tensor(t > 0, t < 1) * t),
+    aten.__or__.Tensor: Call(lambda t: aten.__or__.Tensor(t < 0, t > 1) * t),
+    aten.__xor__.Tensor: Call(lambda t: aten.__xor__.Tensor(t < 0, t < 1) * t),
 }
 
 

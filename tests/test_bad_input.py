@@ -313,7 +313,8 @@ def test_constants_without_values_freeze_what_depends_on_them():
         graph = fxfuse.analyze(Masked().to("meta"), x.to("meta"))
     (group,) = graph.groups
     assert ("first.weight", 0) in group.index
-    assert graph.without_rule[0].has_rule
+    assert ("second.weight", 0) in graph.frozen
+    assert ("second.weight", 0) not in graph.group_of
 
 
 def test_there_is_nothing_to_fuse_or_to_verify_on_the_meta_device():

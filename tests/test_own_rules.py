@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -22,8 +23,10 @@ from fxfuse.rules import (
     elementwise,
     find,
     positions,
+    registered,
     registry,
     rule,
+    rule_file,
     same_labels,
 )
 from tests import own
@@ -288,3 +291,42 @@ def test_whatever_a_rule_raises_is_a_rule_error():
     assert isinstance(caught.value.__cause__, IndexError)
     assert "self.between(self, self.first(x))" in caught.value.where
     assert "IndexError" in caught.value.why
+
+
+# --- where a rule belongs ---
+
+
+@pytest.mark.parametrize(
+    ("operator", "family"),
+    [
+        (torch.ops.aten.linear.default, "contraction"),
+        (torch.ops.aten.as_strided.default, "movement"),
+        (torch.ops.aten.randperm.default, "creation"),
+        (torch.ops.aten.cdist.default, "contraction"),
+        (torch.ops.aten.quantized_lstm.input, "recurrent"),
+        (torch.ops.aten._weight_norm_interface.default, "normalisation"),
+        (torch.ops.aten.scatter_reduce.two, "selection"),
+        (torch.ops.aten.std.dim, "reduction"),
+        (torch.ops.aten.sort.default, "reduction"),
+        (torch.ops.aten.fft_rfft.default, "reduction"),
+        (torch.ops.aten.grid_sampler_2d.default, "reduction"),
+        (torch.ops.aten.linalg_inv.default, "movement"),
+        (torch.ops.fxfuse_tests.tagged.default, "pointwise"),
+    ],
+)
+def test_the_file_where_a_rule_belongs(operator: Any, family: str):
+    assert rule_file(operator) == f"fxfuse/rules/{family}.py"
+    assert Path(fxfuse.__file__).with_name("rules").joinpath(f"{family}.py").is_file()
+
+
+def test_every_registered_rule_stands_where_it_is_said_to():
+    root = Path(fxfuse.__file__).parents[1]
+    assert all((root / rule_file(operator)).is_file() for operator in registered())
+
+
+def test_a_rule_of_ones_own_stands_in_its_module():
+    @rule(own.swish)
+    def mine(call: Call) -> Any:
+        return NotImplemented
+
+    assert rule_file(torch.ops.fxfuse_tests.swish.default) == mine.__module__

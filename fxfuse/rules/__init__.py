@@ -4,7 +4,17 @@ All that a rule of one's own needs can be imported from here.
 """
 
 from fxfuse.labels import Field, Kind, Ledger, Value, positions
-from fxfuse.rules import contraction, creation, movement, normalisation, pointwise, reduction
+from fxfuse.rules import (
+    contraction,
+    creation,
+    lookup,
+    movement,
+    normalisation,
+    pointwise,
+    recurrent,
+    reduction,
+    selection,
+)
 from fxfuse.rules.algebra import align, contract, drop, meet, only_unlabelled, reduce_over
 from fxfuse.rules.family import rule_file
 from fxfuse.rules.registry import Call, Rule, concrete_shape, find, hint, registered, rule
@@ -27,16 +37,19 @@ __all__ = [
     "elementwise",
     "find",
     "hint",
+    "lookup",
     "meet",
     "movement",
     "normalisation",
     "only_unlabelled",
     "pointwise",
     "positions",
+    "recurrent",
     "reduce_over",
     "reduction",
     "registered",
     "rule",
     "rule_file",
     "same_labels",
+    "selection",
 ]

@@ -91,7 +91,42 @@ def einsum(call: Call) -> Any:
     return contract(call.ledger, operands[0], terms[0], operands[1], terms[1], out)
 
 
-@rule(aten.conv1d.default, aten.conv2d.default, aten.conv3d.default)
+@rule(aten.mv.default)
+def matrix_vector(call: Call) -> Value:
+    """`t s, s -> t`."""
+    call.ledger.touch(call.args[0], 0)
+    call.ledger.touch(call.args[1], 1)
+    return contract(call.ledger, call.args[0], "ts", call.args[1], "s", "t")
+
+
+@rule(aten.dot.default, aten.vdot.default)
+def inner_product(call: Call) -> Value:
+    """`s, s ->`."""
+    call.ledger.touch(call.args[0], 0)
+    call.ledger.touch(call.args[1], 1)
+    return contract(call.ledger, call.args[0], "s", call.args[1], "s", "")
+
+
+@rule(aten.bilinear.default)
+def bilinear(call: Call) -> Value:
+    """`* i, * j, o i j -> * o` plus bias `o`."""
+    weight: Value = call.args[2]
+    parts = []
+    for place, (x, letter) in enumerate(zip(call.args[:2], "ij", strict=True)):
+        call.ledger.touch(x, place)
+        lead = _free_letters(x.rank - 1)
+        parts.append(contract(call.ledger, x, lead + letter, weight, "oij", lead + "o"))
+    return _bias(call, meet(call.ledger, *parts), call.argument("bias"), -1)
+
+
+@rule(
+    aten.conv1d.default,
+    aten.conv1d.padding,
+    aten.conv2d.default,
+    aten.conv2d.padding,
+    aten.conv3d.default,
+    aten.conv3d.padding,
+)
 def convolution(call: Call) -> Value:
     """`b g i *, g o i k -> b g o *`: the kernel positions k and the pixels stay in place."""
     x, weight, groups = call.args[0], call.args[1], call.argument("groups")
@@ -148,7 +183,9 @@ def attention(call: Call) -> Any:
     query, key, value = call.args[:3]
     ledger = call.ledger
     if call.argument("enable_gqa"):
-        return NotImplemented
+        # Each head of keys and values serves several heads of queries, one after the other.
+        repeats = query.shape[-3] // key.shape[-3]
+        key, value = (x.moved(lambda t: t.repeat_interleave(repeats, -3)) for x in (key, value))
     for place, operand in enumerate((query, key, value)):
         ledger.touch(operand, min(place, 1))
     lead = _free_letters(query.rank - 2)

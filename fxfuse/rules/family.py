@@ -13,8 +13,10 @@ from fxfuse.rules.registry import find
 _WORDS = (
     (r"softmax|norm", "normalisation"),
     (r"pool|upsample|interpolate|grid_sampler|cum(sum|prod|max|min)", "reduction"),
-    (r"conv|linear|mm|matmul|mv$|dot|einsum|attention|lstm|gru|rnn|outer|cdist", "contraction"),
-    (r"index|gather|scatter|cat$|stack|pad|embedding|take|tri[lu]|im2col|roll", "movement"),
+    (r"lstm|gru|rnn", "recurrent"),
+    (r"conv|linear|mm|matmul|mv$|dot|einsum|attention|outer|cdist", "contraction"),
+    (r"embedding", "lookup"),
+    (r"index|gather|scatter|take", "selection"),
 )
 
 

@@ -19,8 +19,12 @@ aten = torch.ops.aten
     aten.permute.default,
     aten.transpose.int,
     aten.t.default,
+    aten.numpy_T.default,
+    aten.mT.default,
     aten.movedim.int,
+    aten.movedim.intlist,
     aten.swapaxes.default,
+    aten.swapdims.default,
     aten.unsqueeze.default,
     aten.squeeze.dim,
     aten.squeeze.dims,
@@ -29,6 +33,8 @@ aten = torch.ops.aten
     aten.unflatten.int,
     aten.expand.default,
     aten.repeat.default,
+    aten.tile.default,
+    aten.repeat_interleave.self_int,
     aten.select.int,
     aten.slice.Tensor,
     aten.narrow.default,
@@ -40,19 +46,21 @@ aten = torch.ops.aten
     aten.tensor_split.sections,
     aten.tensor_split.indices,
     aten.unbind.int,
+    aten.diagonal.default,
+    aten.unfold.default,
     aten.channel_shuffle.default,
     aten.pixel_shuffle.default,
     aten.pixel_unshuffle.default,
 )
 def move(call: Call) -> Any:
     """Runs the operator on the ids of its first argument."""
-    return _run(call, call.node.target)
+    return run_on_ids(call, call.node.target)
 
 
 @rule(aten.view.default, aten.reshape.default, aten._unsafe_view.default)
 def view(call: Call) -> Any:
     """Ids are expanded, not contiguous: `view` needs `reshape`."""
-    return _run(call, aten.reshape.default)
+    return run_on_ids(call, aten.reshape.default)
 
 
 @rule(
@@ -74,18 +82,13 @@ def same(call: Call) -> Value:
     return value
 
 
-@rule(aten.expand_as.default)
-def expand_as(call: Call) -> Any:
-    """Expands to the shape of another tensor, whose content plays no part."""
+@rule(aten.expand_as.default, aten.view_as.default, aten.reshape_as.default)
+def reshaped_as(call: Call) -> Any:
+    """Takes the shape of another tensor, whose content plays no part."""
     shape = call.shape
-    return call.args[0].moved(lambda t: t.expand(shape))
-
-
-@rule(aten.index.Tensor, aten.index_select.default)
-def index(call: Call) -> Any:
-    """Indexing by constants moves data; by anything else it is not known where data goes."""
-    indices = [v for v in call.values()[1:] if v.constant is None]
-    return NotImplemented if indices else _run(call, call.node.target)
+    if call.node.target is aten.expand_as.default:
+        return call.args[0].moved(lambda t: t.expand(shape))
+    return call.args[0].moved(lambda t: t.reshape(shape))
 
 
 @rule(aten.pad.default, aten.constant_pad_nd.default)
@@ -203,7 +206,8 @@ def _across(call: Call, parts: list[Value], dim: int) -> Any:
     return canonical
 
 
-def _run(call: Call, operation: Any) -> Any:
+def run_on_ids(call: Call, operation: Any) -> Any:
+    """Runs an operator on the ids of its first argument, constants as they are."""
     value = call.args[0]
     if not isinstance(value, Value):
         return NotImplemented

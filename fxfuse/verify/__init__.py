@@ -1,13 +1,12 @@
 """The oracles: how we know that an analysis and a fusion are right (DESIGN.md section 7)."""
 
-from fxfuse.verify.check import CAST, EXACT, Check, Verification, relative_error
+from fxfuse.verify.check import EXACT, Check, Verification, relative_error
 from fxfuse.verify.identity import handover, identity
 from fxfuse.verify.parity import parity
 from fxfuse.verify.permutation import permutation, permutation_of, sensitivity, wrong_groups
 from fxfuse.verify.wide import wide_equals_ensemble
 
 __all__ = [
-    "CAST",
     "EXACT",
     "Check",
     "Verification",

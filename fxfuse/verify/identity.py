@@ -14,7 +14,7 @@ from fxfuse.capture import Captured
 from fxfuse.coupling import analyze
 from fxfuse.methods import Options
 from fxfuse.planner import make_plan
-from fxfuse.verify.check import Check, as_double, relative_error, run, tensors_of, tolerance_of
+from fxfuse.verify.check import EXACT, Check, as_double, relative_error, run, tensors_of
 
 
 def identity(
@@ -42,8 +42,7 @@ def identity(
     plan = make_plan(graph, states, "average", Options())
     fused = fused_at_width(graph, plan, states)
     error = relative_error(run(graph.captured, fused), run(graph.captured, own))
-    tolerance = tolerance_of(graph.captured)
-    return Check("identity", error, tolerance, error <= tolerance, "averaging after alignment")
+    return Check("identity", error, EXACT, error <= EXACT, "averaging after alignment")
 
 
 def handover(member: Captured, module: nn.Module) -> tuple[Check, ...]:

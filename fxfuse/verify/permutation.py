@@ -13,7 +13,7 @@ from torch import nn
 from fxfuse.apply import permuted, random_permutations
 from fxfuse.capture import Captured
 from fxfuse.coupling import CouplingGraph, CouplingGroup, analyze
-from fxfuse.verify.check import Check, as_double, relative_error, run, tolerance_of
+from fxfuse.verify.check import EXACT, Check, as_double, relative_error, run
 
 #: What a network answers, in float64.
 Outputs = list[torch.Tensor]
@@ -82,9 +82,8 @@ def _tolerance(
     A network that meets inputs unlike those it was trained on may amplify rounding by many orders
     of magnitude. A permutation changes the order of sums, so it cannot be told from rounding there.
     """
-    tolerance = tolerance_of(graph.captured)
-    if error <= tolerance or not isfinite(error):
-        return tolerance, 0.0
+    if error <= EXACT or not isfinite(error):
+        return EXACT, 0.0
     generator = torch.Generator().manual_seed(seed)
     state = as_double(graph.captured.state())
     rounded = {
@@ -94,7 +93,7 @@ def _tolerance(
         for name, tensor in state.items()
     }
     floor = relative_error(run(graph.captured, rounded), reference)
-    return max(tolerance, min(_MARGIN * floor, _UNDECIDABLE)), floor
+    return max(EXACT, min(_MARGIN * floor, _UNDECIDABLE)), floor
 
 
 def _bisect(

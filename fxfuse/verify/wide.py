@@ -13,14 +13,15 @@ from fxfuse.coupling import analyze
 from fxfuse.methods import Options
 from fxfuse.planner import make_plan
 from fxfuse.verify.check import (
+    EXACT,
     Check,
     as_captured,
     as_double,
+    in_double,
     inputs_of,
     relative_error,
     run,
     tensors_of,
-    tolerance_of,
 )
 from fxfuse.widen import widen
 
@@ -44,7 +45,7 @@ def wide_equals_ensemble(
     graph = analyze(captured[0])
     states = [as_double(c.state()) for c in captured]
     plan = make_plan(graph, states, "wide", Options())
-    module = widen(graph, plan, states)
+    module = in_double(widen(graph, plan, states))
     outputs = [run(c, s) for c, s in zip(captured, states, strict=True)]
     mean = [torch.stack(tensors).mean(0) for tensors in zip(*outputs, strict=True)]
     args, kwargs = inputs_of(captured[0])
@@ -52,6 +53,6 @@ def wide_equals_ensemble(
         wide = tensors_of(module(*args, **kwargs))
     error = relative_error(wide, mean)
     notes = plan.inexact()
-    tolerance = float("inf") if notes else tolerance_of(captured[0])
+    tolerance = float("inf") if notes else EXACT
     detail = "mixing: " + "; ".join(notes) if notes else "no operator mixes members"
     return Check("wide equals ensemble", error, tolerance, error <= tolerance, detail)

@@ -1,0 +1,210 @@
+"""The sweep: what the analyzer makes of every model, and whether the oracles hold on it.
+
+    python benchmarks/coverage.py [--only PATTERN ...] [--jobs 2] [--json FILE] [--keep]
+
+Each model runs in a process of its own, with a limit of time and of memory. Networks have random
+weights in float64, made so that an oracle can see: normalisation statistics calibrated on a batch
+and jittered, zero-initialised weights randomised, and the outputs shown to depend on the input.
+With `--keep`, models that are in the JSON file already are not measured again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import fnmatch
+import json
+import multiprocessing
+import multiprocessing.connection
+import os
+import platform
+import resource
+import sys
+import time
+import traceback
+import warnings
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+import fxfuse
+from benchmarks.coverage_models import build, models
+from fxfuse import verify
+from tests.models import excite
+
+RESULTS = Path(__file__).parent / "results" / "coverage.json"
+#: Above this many weights two members and their concatenation do not fit into memory.
+WIDE_LIMIT = 100_000_000
+
+
+def measure(name: str) -> dict[str, Any]:
+    """What the analyzer makes of one model."""
+    torch.set_num_threads(1)
+    warnings.simplefilter("ignore")
+    row: dict[str, Any] = {"model": name}
+    model, args, kwargs = build(name)
+    row["parameters"] = sum(p.numel() for p in model.parameters())
+    # In float32 first: what a user does, and what the times and the memory are claimed for.
+    start = time.perf_counter()
+    captured = fxfuse.capture(model, args, kwargs)
+    row["capture_s"] = round(time.perf_counter() - start, 3)
+    row["nodes"] = len(captured.graph.nodes)
+    before = _peak_gb()
+    start = time.perf_counter()
+    graph = fxfuse.analyze(captured)
+    row["analysis_s"] = round(time.perf_counter() - start, 3)
+    row["analysis_gb"] = round(_peak_gb() - before, 2)
+    row["groups"] = len(graph.groups)
+    row["units"] = sum(g.n_units for g in graph.groups)
+    row["free"] = round(graph.free_fraction, 4)
+    row["frozen"] = _reasons(graph)
+    row["mixes"] = len(graph.mixing)
+    del captured, graph, model
+    member = _double(name, 0)
+    graph = fxfuse.analyze(member)
+    check = verify.permutation_of(graph)
+    row["permutation"] = check.error
+    row["permutation_tolerance"] = check.tolerance
+    row["permutation_passed"] = check.passed
+    row["sensitivity"] = verify.sensitivity(member)
+    if graph.mixing:
+        row["wide"] = "mixes"
+    elif row["parameters"] > WIDE_LIMIT:
+        row["wide"] = "too large"
+    else:
+        row["wide"] = _wide(name, member)
+    return row
+
+
+def _double(name: str, seed: int) -> fxfuse.Captured:
+    model, args, kwargs = build(name, seed)
+    model = model.double()
+    args, kwargs = torch.utils._pytree.tree_map_only(
+        torch.Tensor, lambda x: x.double() if x.is_floating_point() else x, (args, kwargs)
+    )
+    torch.manual_seed(seed)
+    return fxfuse.capture(excite(model, args, kwargs), args, kwargs)
+
+
+def _wide(name: str, member: fxfuse.Captured) -> float | str:
+    try:
+        check = verify.wide_equals_ensemble([member, _double(name, 1)])
+    except fxfuse.FxfuseError as error:
+        return f"not written: {' '.join(str(error).split())}"
+    if check.tolerance == float("inf"):
+        return "mixes"
+    return check.error if check.passed else f"VIOLATION: {check.error:.1e}"
+
+
+def _reasons(graph: fxfuse.CouplingGraph) -> list[str]:
+    """Why parameters without a free dimension are frozen, the heaviest reason first."""
+    free = {name for name, _ in graph.group_of}
+    weights: Counter[str] = Counter()
+    for name, parameter in graph.captured.module.named_parameters():
+        if name in free or graph.captured.canonical[name] != name:
+            continue
+        reasons = [r for (n, _), r in graph.frozen.items() if n == name and r.node] or [
+            r for (n, _), r in graph.frozen.items() if n == name
+        ]
+        if not reasons:
+            reasons = []
+        reason = min(reasons, key=lambda r: r.kind != "host", default=None)
+        text = f"{reason.kind}: {reason.why} [{reason.source}]" if reason else "no dimension"
+        weights[text] += parameter.numel()
+    total = sum(p.numel() for p in graph.captured.module.parameters()) or 1
+    return [f"{n / total:.2%} {why}" for why, n in weights.most_common(6)]
+
+
+def _peak_gb() -> float:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+
+
+def _child(name: str, memory_gb: float, pipe: multiprocessing.connection.Connection) -> None:
+    limit = int(memory_gb * 2**30)
+    resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
+    sys.stdout = sys.stderr = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
+    try:
+        row = measure(name)
+    except BaseException as error:
+        last = traceback.extract_tb(error.__traceback__)[-1]
+        text = " ".join(str(error).split())
+        row = {
+            "model": name,
+            "failure": f"{type(error).__name__}: {text[:600]}",
+            "where": f"{last.filename}:{last.lineno}",
+        }
+    pipe.send(row)
+
+
+def sweep(names: list[str], jobs: int, seconds: float, memory_gb: float, done: Any) -> None:
+    """Measures models in processes of their own and hands each row to `done`."""
+    context = multiprocessing.get_context("fork")
+    waiting = list(reversed(names))
+    running: dict[str, tuple[Any, Any, float]] = {}
+    while waiting or running:
+        while waiting and len(running) < jobs:
+            name = waiting.pop()
+            ours, theirs = context.Pipe(duplex=False)
+            process = context.Process(target=_child, args=(name, memory_gb, theirs))
+            process.start()
+            theirs.close()
+            running[name] = (process, ours, time.monotonic())
+        multiprocessing.connection.wait([pipe for _, pipe, _ in running.values()], timeout=1)
+        for name, (process, pipe, start) in list(running.items()):
+            spent = time.monotonic() - start
+            if pipe.poll():
+                try:
+                    row = pipe.recv()
+                except EOFError:
+                    row = {"model": name, "failure": f"the process ended ({process.exitcode})"}
+            elif spent > seconds:
+                process.kill()
+                row = {"model": name, "failure": f"took longer than {seconds:.0f} s"}
+            else:
+                continue
+            process.join()
+            del running[name]
+            done({**row, "seconds": round(spent, 1)})
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--only", nargs="*", default=["*"])
+    parser.add_argument("--jobs", type=int, default=2)
+    parser.add_argument("--seconds", type=float, default=600)
+    parser.add_argument("--memory", type=float, default=11, help="GB for each process")
+    parser.add_argument("--json", type=Path, default=RESULTS)
+    parser.add_argument("--keep", action="store_true")
+    options = parser.parse_args()
+    rows: dict[str, dict[str, Any]] = {}
+    if options.keep and options.json.exists():
+        rows = {r["model"]: r for r in json.loads(options.json.read_text(encoding="utf-8"))["rows"]}
+    wanted = [m for m in models() if any(fnmatch.fnmatch(m, p) for p in options.only)]
+    names = [m for m in wanted if m not in rows or "failure" in rows[m]]
+    versions = {"python": platform.python_version()}
+    for library in ("torch", "torchvision", "timm", "transformers"):
+        # Imported before the processes fork, so that each of them has it at once.
+        versions[library] = __import__(library).__version__
+
+    def done(row: dict[str, Any]) -> None:
+        rows[row["model"]] = row
+        print(json.dumps(row), flush=True)
+        content = {"versions": versions, "rows": [rows[m] for m in models() if m in rows]}
+        options.json.parent.mkdir(parents=True, exist_ok=True)
+        options.json.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+
+    sweep(names, options.jobs, options.seconds, options.memory, done)
+    failures = [r["model"] for r in rows.values() if "failure" in r]
+    violations = [
+        r["model"]
+        for r in rows.values()
+        if not r.get("permutation_passed", True) or str(r.get("wide", "")).startswith("VIOLATION")
+    ]
+    print(f"{len(rows)} models, {len(failures)} failures, {len(violations)} oracle violations")
+
+
+if __name__ == "__main__":
+    main()
