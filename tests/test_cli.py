@@ -211,7 +211,7 @@ def test_analyze_json_holds_every_reason(work):
     inner = frozen[("layers.0.weight", 0)]
     assert inner["operator"] == "aten.sort.default"
     assert inner["rule_file"] == "fxfuse/rules/reduction.py"
-    assert (inner["interface"], inner["indices"]) == (False, 5)
+    assert (inner["interface"], inner["count"], inner["size"]) == (False, 5, 5)
     assert "cli_models.py" in inner["source"]
     assert frozen[("layers.0.weight", 1)]["interface"]
     assert frozen[("head.bias", 0)]["interface"]
