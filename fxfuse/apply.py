@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from fxfuse.coupling import CouplingGraph, CouplingGroup, Index, Place
 from fxfuse.labels import Kind
@@ -117,30 +118,42 @@ def _fused(
         if part.numel() == 0 and like.numel():
             continue
         where = [torch.from_numpy(p.targets[member]).to(like.device) for p in placements]
-        grid = tuple(
-            index.reshape([-1 if d == dim else 1 for d in range(len(where))])
-            for dim, index in enumerate(where)
-        )
+        grid = tuple(_along(index, dim, len(where)) for dim, index in enumerate(where))
         if grid:
-            result.index_put_(grid, part * weight, accumulate=True)
+            share = torch.full([1] * len(where), weight, dtype=dtype, device=like.device)
+            for dim, p in enumerate(placements):
+                # What only the host contributes to is no mean of the members.
+                hosted = torch.from_numpy(_hosted(graph, (name, dim), p.sources[member]))
+                share = share.masked_fill(_along(hosted.to(like.device), dim, len(where)), 1.0)
+            result.index_put_(grid, part * share, accumulate=True)
         else:
             result += part * weight
     return result.to(like.dtype)
+
+
+def _along(line: torch.Tensor, dim: int, rank: int) -> torch.Tensor:
+    return line.reshape([-1 if d == dim else 1 for d in range(rank)])
+
+
+def _hosted(graph: CouplingGraph, place: Place, indices: Index) -> NDArray[np.bool_]:
+    reason = graph.frozen.get(place)
+    if reason is None or reason.kind is not Kind.HOST:
+        return np.zeros(len(indices), dtype=bool)
+    return np.isin(indices, reason.indices)
 
 
 def _weight(graph: CouplingGraph, plan: FusionPlan, name: str, role: Role) -> float:
     """The weight of one member's contribution: the product of its M along written dimensions."""
     if role is Role.MEAN:
         return 1.0 / plan.n_members
-    kinds, weights = set(), []
+    is_output, weights = False, []
     canonical = graph.captured.canonical[name]
     for dim in range(graph.captured.tensor(name).dim()):
         reason = graph.frozen.get((name, dim))
-        if reason is not None:
-            kinds.add(reason.kind)
+        is_output |= reason is not None and reason.kind is Kind.OUTPUT
         is_read = (canonical, dim) in graph.readers and (canonical, dim) not in graph.writers
         if not is_read:
             weights += [plan.map_of(g.name).weight for g in graph.group_of.get((name, dim), ())]
-    if Kind.OUTPUT in kinds and Kind.HOST not in kinds:
+    if is_output:
         return 1.0 / plan.n_members
     return weights[0] if weights else 1.0

@@ -49,6 +49,14 @@ TRAINING_ARGUMENT = {
     torch.ops.aten.rnn_relu.input: 6,
 }
 
+#: Regions that only change how their operators run (gradients, autocast, recomputation), with the
+#: position of their subgraph. An autocast region runs in the dtype of its operands once inlined.
+_REGIONS: dict[Any, int] = {
+    torch.ops.higher_order.wrap_with_set_grad_enabled: 1,
+    torch.ops.higher_order.wrap_with_autocast: 4,
+    torch.ops.higher_order.tag_activation_checkpoint: 0,
+}
+
 _TORCH_ROOT = f"{Path(torch.__file__).parent}/"
 _FRAME = re.compile(r'File "(?P<file>[^"]+)", line (?P<line>\d+)')
 
@@ -290,7 +298,7 @@ class _Copier:
             return
         if node.op == "get_attr" and isinstance(_attribute(owner, str(node.target)), nn.Module):
             return
-        if node.target is torch.ops.higher_order.wrap_with_set_grad_enabled:
+        if node.target in _REGIONS:
             self.environment[node] = self.inline(node, owner)
             return
         argument = node.args[0] if node.args else None
@@ -305,16 +313,15 @@ class _Copier:
             raise CaptureError(
                 f"the graph holds a region that cannot be inlined: {node.target}",
                 where=where_of(node),
-                why="torch.export keeps torch.cond, autocast and the like as subgraphs, in which "
-                "neurons cannot be followed",
-                how="write the forward pass without the region (outside of autocast, say, with "
-                "explicit casts)",
+                why="torch.export keeps torch.cond and the like as subgraphs, in which neurons "
+                "cannot be followed",
+                how="write the forward pass without the region (torch.where for both branches)",
             )
         copied = self.graph.node_copy(node, lambda n: self.environment[n])
         self.environment[node] = copied
 
     def inline(self, call: fx.Node, owner: fx.GraphModule) -> Any:
-        subgraph, *operands = cast("tuple[fx.Node, ...]", call.args[1:])
+        subgraph, *operands = cast("tuple[fx.Node, ...]", call.args[_REGIONS[call.target] :])
         body = _attribute(owner, str(subgraph.target))
         inputs = iter(operands)
         for node in body.graph.nodes:

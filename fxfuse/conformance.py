@@ -9,7 +9,7 @@ from torch import fx
 
 from fxfuse.capture import where_of
 from fxfuse.errors import RuleError
-from fxfuse.labels import Field, Value
+from fxfuse.labels import Field, Value, neurons
 from fxfuse.rules import concrete_shape, rule_file
 
 
@@ -53,7 +53,8 @@ def _check_one(node: fx.Node, fake: Any, value: Any, count: int, which: str) -> 
         if fault:
             raise _error(node, f"{which}{fault}")
     for f in value.fields:
-        if f.ids.numel() and not 0 <= int(f.ids.min()) <= int(f.ids.max()) < count:
+        numbers = neurons(f.ids)
+        if numbers.numel() and not 0 <= int(numbers.min()) <= int(numbers.max()) < count:
             raise _error(node, f"{which}a field holds ids that the ledger has not handed out")
 
 

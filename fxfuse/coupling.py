@@ -398,14 +398,11 @@ def _groups(
     component: Index,
     frozen: NDArray[np.bool_],
 ) -> tuple[CouplingGroup, ...]:
-    """Splits free components by signature: slots per place, and the operators passed through."""
+    """Splits free components by signature: slots per place, and how they are bound together."""
     signature: dict[int, list[tuple[int, int]]] = defaultdict(list)
     rows: list[tuple[Place, Index, Index]] = []
-    colours = ledger.colours(component)
-    parts = _ranks(colours)
-    # Slots may be equally many and still play other parts: the sum tells sets of colours apart.
-    played = np.zeros(len(frozen), dtype=np.uint64)
-    np.add.at(played, component, colours)
+    parts = ledger.slots(component)
+    structure = ledger.structure(component, parts)
     for owner, place in enumerate(ledger.owners):
         if _is_real(place):
             ids = _ids_of(ledger, owner)
@@ -414,12 +411,9 @@ def _groups(
             free = line[~frozen[line]]
             for c, count in zip(*np.unique(free, return_counts=True), strict=True):
                 signature[int(c)].append((len(rows) - 1, int(count)))
-    for c, marks in _marks(ledger, component, frozen).items():
-        if c in signature:
-            signature[c].append((-1, hash(marks)))
     buckets: dict[tuple[tuple[int, int], ...], list[int]] = defaultdict(list)
     for c, signed in signature.items():
-        buckets[(*signed, (-1, int(played[c])))].append(c)
+        buckets[(*signed, (-1, int(structure[c])))].append(c)
     aliases = defaultdict(list)
     for name, canonical in captured.canonical.items():
         aliases[canonical].append(name)
@@ -446,37 +440,6 @@ def _groups(
         taken.add(name)
         groups.append(CouplingGroup(name, len(members), index))
     return tuple(groups)
-
-
-def _ranks(colours: NDArray[np.uint64]) -> Index:
-    """Colours as small numbers, in the order in which they first appear."""
-    _, first, inverse = np.unique(colours, return_index=True, return_inverse=True)
-    return np.argsort(np.argsort(first))[inverse].astype(np.int64)
-
-
-def _marks(ledger: Ledger, component: Index, frozen: NDArray[np.bool_]) -> dict[int, bytes]:
-    """For each free component, the operators that its neurons pass through, and how often."""
-    touches = []
-    for touched, counts, tag in ledger.touches:
-        free = ~frozen[component[touched]]
-        if free.any():
-            touches.append((component[touched[free]], counts[free], tag))
-    if not touches:
-        return {}
-    ids = np.concatenate([ids for ids, _, _ in touches])
-    tags = np.concatenate([np.full(len(ids), tag) for ids, _, tag in touches])
-    often = np.concatenate([counts for _, counts, _ in touches])
-    span = int(tags.max()) + 1
-    keys, place = np.unique(ids * span + tags, return_inverse=True)
-    counts = np.bincount(place, weights=often).astype(np.int64)
-    owners = keys // span
-    starts = np.flatnonzero(np.r_[True, owners[1:] != owners[:-1]])
-    table = np.stack([keys % span, counts], axis=1)
-    ends = np.r_[starts[1:], len(keys)]
-    return {
-        int(owners[a]): table[a:b].tobytes()
-        for a, b in zip(starts.tolist(), ends.tolist(), strict=True)
-    }
 
 
 def _frozen_places(

@@ -5,6 +5,11 @@ is a labelling of one tensor: ids that vary along some of its dimensions and not
 stored as an int64 tensor of full rank with size 1 along the others. A tensor can have several
 fields (the weight of a linear layer has one per dimension). Dimensions of size 1 carry no field:
 there is nothing to permute.
+
+One neuron can stand at several places of a field: a channel that was flattened with its pixels, a
+layer's output that is used twice. Then each place has a *part* of its own, in the high bits of the
+id (`neurons` strips it), so that parameters that meet different places can be told apart. Parts
+are numbered alike for all neurons.
 """
 
 from __future__ import annotations
@@ -13,6 +18,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from functools import cached_property
+from math import prod
 
 import numpy as np
 import torch
@@ -22,6 +28,10 @@ from scipy.sparse.csgraph import connected_components
 from torch import fx
 
 Ids = torch.Tensor
+
+#: Where the part begins in an id.
+_PART = 32
+_NEURON = (1 << _PART) - 1
 
 
 class Kind(StrEnum):
@@ -52,6 +62,8 @@ class Field:
     def tally(self) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """The ids that are neurons, and how often each stands in the field; int64 [n] both."""
         ids = _flat(self.ids)
+        if not len(ids):
+            return ids, ids
         first = int(ids.min())
         if int(ids.max()) - first > 4 * len(ids):
             found, counts = np.unique(ids, return_counts=True)
@@ -63,13 +75,69 @@ class Field:
         return found[real], counts[real]
 
     @staticmethod
-    def of(ids: Ids) -> Field | None:
-        """Compresses ids: dimensions along which they are constant get size 1."""
+    def of(ids: Ids, where: Callable[[], torch.Tensor] | None = None) -> Field | None:
+        """Compresses ids: dimensions along which the neurons are the same get size 1.
+
+        Args:
+            ids: Ids of full rank.
+            where: Gives int64 of the same shape that tells places of one neuron apart; asked only
+                when a neuron stands at several places.
+        """
         for dim, size in enumerate(ids.shape):
-            if size > 1 and (ids.stride(dim) == 0 or _is_constant_along(ids.numpy(), dim)):
+            if size > 1 and ids.stride(dim) == 0:
                 ids = ids.narrow(dim, 0, 1)
-        dims = tuple(d for d in range(ids.dim()) if ids.shape[d] > 1)
-        return Field(ids.contiguous(), dims) if dims else None
+        # Where nothing but the part varies, the places of a single neuron are all that is left.
+        found = _compressed(ids, neurons(ids)) or _compressed(ids, ids)
+        if found is None or where is None or _all_different(found.ids):
+            return found
+        told = where()
+        for dim in range(told.dim()):
+            if dim not in found.dims:
+                told = told.narrow(dim, 0, 1)
+        return Field(_with_parts(found.ids, told), found.dims)
+
+    def first(self, dims: Iterable[int]) -> Ids:
+        """One id for each block along `dims`: the first, which plays the same part in each.
+
+        The first that is a neuron, that is: padding (id 0) stands for none.
+        """
+        ids = self.ids
+        for dim in dims:
+            ids = ids.gather(dim, (ids > 0).byte().argmax(dim, keepdim=True))
+        return ids
+
+
+def neurons(ids: Ids) -> Ids:
+    """The neurons of ids, without their parts."""
+    return ids & _NEURON
+
+
+def _compressed(ids: Ids, told: Ids) -> Field | None:
+    for dim, size in enumerate(ids.shape):
+        if size > 1 and _is_constant_along(told.numpy(), dim):
+            ids, told = ids.narrow(dim, 0, 1), told.narrow(dim, 0, 1)
+    dims = tuple(d for d in range(ids.dim()) if ids.shape[d] > 1)
+    return Field(ids.contiguous(), dims) if dims else None
+
+
+def _all_different(ids: Ids) -> bool:
+    real = ids[ids > 0]
+    return len(torch.unique(real)) == len(real)
+
+
+def _with_parts(ids: Ids, where: torch.Tensor) -> Ids:
+    """Gives places of one neuron different parts: by its part so far, by where, by order."""
+    flat = _flat(ids)
+    part = flat >> _PART
+    keys = np.stack([part, _flat(where.expand(ids.shape))])
+    part = np.unique(keys, axis=1, return_inverse=True)[1].reshape(-1)
+    told = np.stack([flat & _NEURON, part])
+    order = np.lexsort(told)
+    again = np.empty_like(flat)
+    again[order] = _counted(told[:, order])
+    part = np.unique(np.stack([part, again]), axis=1, return_inverse=True)[1].reshape(-1)
+    found = np.where(flat > 0, (flat & _NEURON) | (part.astype(np.int64) << _PART), 0)
+    return torch.from_numpy(found).reshape(ids.shape)
 
 
 def _is_constant_along(ids: NDArray[np.int64], dim: int) -> bool:
@@ -121,15 +189,21 @@ class Value:
         """
         shape: tuple[int, ...] = tuple(operation(torch.empty(()).expand(self.shape)).shape)
 
-        def move(fields: tuple[Field, ...]) -> tuple[Field, ...]:
-            moved = (Field.of(operation(f.ids.expand(self.shape))) for f in fields)
-            return tuple(f for f in moved if f is not None)
+        def move(f: Field, tell: bool) -> Field | None:
+            def where() -> torch.Tensor:
+                # Along dimensions that the field does not have, the same neuron stands everywhere.
+                sizes = [1 if d in f.dims else size for d, size in enumerate(self.shape)]
+                return operation(torch.arange(prod(sizes)).reshape(sizes).expand(self.shape))
 
+            return Field.of(operation(f.ids.expand(self.shape)), where if tell else None)
+
+        fields = (move(f, True) for f in self.fields)
+        places = (move(f, False) for f in self.positions)
         return replace(
             self,
             shape=shape,
-            fields=move(self.fields),
-            positions=move(self.positions),
+            fields=tuple(f for f in fields if f is not None),
+            positions=tuple(f for f in places if f is not None),
             constant=None,
         )
 
@@ -245,37 +319,29 @@ class Ledger:
 
     def owners_of(self, ids: Ids) -> set[tuple[str, int]]:
         """The (tensor, dim) pairs that own the given ids."""
-        flat = np.unique(_flat(ids))
+        flat = np.unique(_flat(neurons(ids)))
         return {self.owners[i] for i in np.unique(self.owner_positions(flat[flat > 0]))}
 
     # --- what rules say -------------------------------------------------------------------------
 
-    def tie(self, a: Ids, b: Ids, *, same: bool = True) -> None:
-        """Neurons at the same place of `a` and `b` (broadcast) move together; 0 ties nothing.
-
-        Args:
-            a: Ids.
-            b: Ids.
-            same: Whether they play the same part in their units, so that `colours` may hand on
-                what it knows; False for neurons of which only the units belong together.
-        """
+    def tie(self, a: Ids, b: Ids) -> None:
+        """Neurons at the same place of `a` and `b` (broadcast) move together; 0 ties nothing."""
         left, right = torch.broadcast_tensors(a, b)
         x, y = _flat(left), _flat(right)
         real = (x > 0) & (y > 0) & (x != y)
         if real.any():
-            self.ties.append((x[real], y[real], self.node))
-            if same:
-                self.strands.append((x[real], y[real]))
+            x, y = x[real], y[real]
+            self.strands.append((x, y))
+            self.ties.append((x & _NEURON, y & _NEURON, self.node))
 
     def block(self, f: Field, dims: Iterable[int]) -> None:
         """All neurons along `dims` become one unit, in order."""
-        head, order, stride = f.ids, torch.zeros_like(f.ids), 1
+        dims, order, stride = tuple(dims), torch.zeros_like(f.ids), 1
         for dim in dims:
             size = f.ids.shape[dim]
-            head = head.narrow(dim, 0, 1)
             line = torch.arange(size).reshape([-1 if d == dim else 1 for d in range(f.ids.dim())])
             order, stride = order + line * stride, stride * size
-        self.tie(head, f.ids, same=False)
+        self.tie(f.first(dims), f.ids)
         self.orders.append((_flat(f.ids), _flat(order)))
 
     def freeze(
@@ -283,11 +349,12 @@ class Ledger:
     ) -> None:
         """The neurons of a field stay where they are (the arguments are those of `Freeze`)."""
         inside = inside or kind is Kind.HOST
-        self.freezes.append(Freeze(f.tally[0], kind, why, self.node, operator, inside))
+        ids = np.unique(f.tally[0] & _NEURON)
+        self.freezes.append(Freeze(ids, kind, why, self.node, operator, inside))
 
     def mix(self, why: str, sources: frozenset[str] = frozenset(), ids: Ids | None = None) -> None:
         """Members put side by side no longer give the mean of the members after this operator."""
-        flat = None if ids is None else np.unique(_flat(ids))
+        flat = None if ids is None else np.unique(_flat(neurons(ids)))
         self.mixings.append(Mixing(why, self.node, sources, flat))
 
     def touch(self, value: Value, tag: int = 0) -> None:
@@ -322,33 +389,81 @@ class Ledger:
         self.node = None
         return self._connect() if pending else component
 
-    def colours(self, component: NDArray[np.int64]) -> NDArray[np.uint64]:
-        """Which part a neuron plays in its unit: equal for neurons that correspond.
+    def slots(self, component: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Numbers the neurons of one owner in each unit: equal numbers should correspond.
 
-        A neuron's part is its owner, its place in every block, the operators that it passes
-        itself, and the parts of the neurons that it is tied to (colour refinement). Found only for
-        units with several slots in one place: others have no order.
+        Neurons correspond when they play the same part in their units: the same owner, the same
+        place in every block, the same operators passed, tied in the same way to neurons that
+        correspond (colour refinement). Where that tells nothing, their indices decide;
+        `structure` says whether the units are alike under this numbering.
         """
         owner = self.owner_positions(np.arange(self.count))
-        slots, counts = np.unique(np.stack([component, owner]), axis=1, return_counts=True)
+        units, counts = np.unique(np.stack([component, owner]), axis=1, return_counts=True)
+        # Units with one slot in each place have no order to find.
         several = np.zeros(int(component.max(initial=0)) + 1, dtype=bool)
-        several[slots[0, counts > 1]] = True
+        several[units[0, counts > 1]] = True
         wanted = several[component]
-        colour = _scramble(owner.astype(np.uint64))
-        for ids, counts, tag in self.touches:
-            colour[ids] += counts.astype(np.uint64) * _scramble(np.array([2 * tag], np.uint64))
-        for number, (ids, order) in enumerate(self.orders):
-            np.add.at(colour, ids, _scramble((2 * number + 1 << 32) + order.astype(np.uint64)))
-        pairs = [(x[wanted[x]], y[wanted[x]]) for x, y in self.strands]
-        a = np.concatenate([np.empty(0, np.int64), *(x for p in pairs for x in p)])
-        b = np.concatenate([np.empty(0, np.int64), *(x for p in pairs for x in p[::-1])])
+        colour = self._seen(_scramble(owner.astype(np.uint64)))
+        ends = [
+            self._labelled(*strand, number, wanted) for number, strand in enumerate(self.strands)
+        ]
+        ends = [e for e in ends if len(e[0])]
         known = 0
         while known < (found := len(np.unique(colour[wanted]))):
             known = found
             around = np.zeros_like(colour)
-            np.add.at(around, a, _scramble(colour[b]))
+            for x, y, forth, back in ends:
+                np.add.at(around, x, _scramble(colour[y] ^ forth))
+                np.add.at(around, y, _scramble(colour[x] ^ back))
             colour = _scramble(colour + _scramble(around))
+        order = np.lexsort((_ranks(colour), owner, component))
+        place = np.stack([component, owner])
+        slot = np.empty_like(owner)
+        slot[order] = _counted(place[:, order])
+        return slot
+
+    def structure(
+        self, component: NDArray[np.int64], slots: NDArray[np.int64]
+    ) -> NDArray[np.uint64]:
+        """For each unit, a hash of all that was found out about its slots.
+
+        Two units with the same hash are interchangeable slot by slot: every operator treats their
+        slots alike, and the slots are tied alike.
+        """
+        owner = self.owner_positions(np.arange(self.count))
+        slot = _scramble((owner << _PART | slots).astype(np.uint64))
+        result = np.zeros(int(component.max(initial=0)) + 1, dtype=np.uint64)
+        np.add.at(result, component, _scramble(self._seen(slot)))
+        everything = np.ones(self.count, dtype=bool)
+        for number, strand in enumerate(self.strands):
+            x, y, forth, _ = self._labelled(*strand, number, everything)
+            # Which end of a strand is which shows in its label.
+            np.add.at(result, component[x], _scramble(_scramble(slot[x] ^ forth) + slot[y]))
+        return result
+
+    def _seen(self, colour: NDArray[np.uint64]) -> NDArray[np.uint64]:
+        """Adds to each neuron's colour what the operators saw of the neuron itself."""
+        colour = colour.copy()
+        for ids, counts, tag in self.touches:
+            seen = counts.astype(np.uint64) * _scramble(_key(2 * tag, ids >> _PART))
+            np.add.at(colour, ids & _NEURON, seen)
+        for number, (ids, order) in enumerate(self.orders):
+            place = _scramble(_key(2 * number + 1, ids >> _PART)) + order.astype(np.uint64)
+            np.add.at(colour, ids & _NEURON, _scramble(place))
         return colour
+
+    def _labelled(
+        self,
+        x: NDArray[np.int64],
+        y: NDArray[np.int64],
+        number: int,
+        wanted: NDArray[np.bool_],
+    ) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.uint64], NDArray[np.uint64]]:
+        """Both ends of a strand, and its label as seen from either: which tie, which parts."""
+        kept = wanted[x & _NEURON]
+        x, y = x[kept], y[kept]
+        forth = _scramble(_scramble(_key(2 * number, x >> _PART)) + (y >> _PART).astype(np.uint64))
+        return x & _NEURON, y & _NEURON, forth, ~forth
 
     def _connect(self) -> NDArray[np.int64]:
         if not self.ties:
@@ -369,6 +484,23 @@ def _scramble(keys: NDArray[np.uint64]) -> NDArray[np.uint64]:
         return x ^ (x >> np.uint64(31))
 
 
+def _counted(rows: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Numbers equal neighbouring columns: 0, 1, 2, ..."""
+    starts = np.r_[True, (rows[:, 1:] != rows[:, :-1]).any(axis=0)]
+    number = np.arange(rows.shape[1])
+    return number - np.maximum.accumulate(np.where(starts, number, 0))
+
+
+def _key(number: int, part: NDArray[np.int64]) -> NDArray[np.uint64]:
+    return (part << _PART | number).astype(np.uint64)
+
+
+def _ranks(colours: NDArray[np.uint64]) -> NDArray[np.int64]:
+    """Colours as small numbers, in the order in which they first appear."""
+    _, first, inverse = np.unique(colours, return_index=True, return_inverse=True)
+    return np.argsort(np.argsort(first))[inverse].astype(np.int64)
+
+
 def _flat(ids: Ids) -> NDArray[np.int64]:
     flat: NDArray[np.int64] = ids.reshape(-1).numpy()
     return flat
@@ -376,6 +508,6 @@ def _flat(ids: Ids) -> NDArray[np.int64]:
 
 def _is_blocked(component: NDArray[np.int64], small: Field, large: Field) -> bool:
     """Whether `large` is tied along the dimensions of `small`: then `small` is an order in it."""
-    grouped = component[large.ids.numpy()]
+    grouped = component[neurons(large.ids).numpy()]
     dims = [d for d in small.dims if large.ids.shape[d] > 1]
     return all(bool((grouped == grouped.take([0], axis=d)).all()) for d in dims)

@@ -9,6 +9,7 @@ from the labels of their node, never by matching numbers.
 from __future__ import annotations
 
 import operator
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations, pairwise
@@ -23,7 +24,8 @@ from fxfuse.apply import fused_side_by_side
 from fxfuse.capture import source_of
 from fxfuse.coupling import CouplingGraph, Index, Place
 from fxfuse.errors import RewriteError
-from fxfuse.labels import Field, Value
+from fxfuse.gather import Movement
+from fxfuse.labels import Field, Value, neurons
 from fxfuse.layout import Layout, default_layout
 from fxfuse.plan import FusionPlan
 from fxfuse.rewrite import FusedModule, copy_graph, emit_graph
@@ -280,7 +282,7 @@ class _Widener:
 
     def complete(self, node: fx.Node, value: Value, result: Layouts) -> Layouts:
         for f in value.fields:
-            free = set(self.component[f.ids.reshape(-1).numpy()].tolist()) & self.free
+            free = set(self.component[neurons(f.ids).reshape(-1).numpy()].tolist()) & self.free
             if free and not set(f.dims) & set(result):
                 raise self.error(node, "no operand tells the order of its neurons")
         return result
@@ -301,7 +303,7 @@ class _Widener:
         return None
 
     def is_one_unit(self, f: Field) -> bool:
-        units = np.unique(self.component[f.ids.numpy()])
+        units = np.unique(self.component[neurons(f.ids).numpy()])
         return len(units) == 1 and int(units[0]) in self.free
 
     # --- data movement --------------------------------------------------------------------------
@@ -335,7 +337,100 @@ class _Widener:
                     self.set_literals(node, args)
                     self.reorder(node, layouts, ordered)
                     return found if isinstance(self.analysis.values[node], list) else found[0]
-        raise self.error(node, "no rewriting of its literals keeps the members' neurons apart")
+        return self.gather(node, source, value, layouts)
+
+    def gather(self, node: fx.Node, source: fx.Node, value: Value, have: Layouts) -> Any:
+        """Writes a movement that no literals describe as a gather from the flat operand."""
+        results, operator_node = self.analysis.values[node], self.mapping[node]
+        layouts: list[Layouts] = []
+        for place, part in enumerate(_list(results)):
+            old = node
+            if isinstance(results, list):
+                users = [user for user in node.users if user.args[1] == place]
+                if not users:
+                    layouts.append({})
+                    continue
+                old = users[0]
+            fields = {d: f for f in part.fields if (d := self.growing(f)) is not None}
+            want = {dim: self.copies(f, dim) for dim, f in fields.items()}
+
+            def move(tensor: torch.Tensor, place: int = place) -> torch.Tensor:
+                found: torch.Tensor = _list(self.evaluate(node, node.args, tensor))[place]
+                return found
+
+            twin = {}
+            for dim in have:
+                f = next(f for f in value.fields if dim in f.dims and self.growing(f) is not None)
+                moved = self.free_units(Field(move(f.ids.expand(value.shape)), ()))
+                for d, g in fields.items():
+                    # Where nothing is free, nothing has copies.
+                    units = self.free_units(g)
+                    if bool(((units == moved) | (moved < 0)).all()):
+                        twin[dim] = d
+            movement = Movement(move, value.shape, have, want, twin)
+            written = self.write(node, source, old, movement)
+            replaced, self.mapping[old] = self.mapping[old], written
+            replaced.replace_all_uses_with(written)
+            if old is not node:
+                self.graph.erase_node(replaced)
+            layouts.append(want)
+        self.graph.erase_node(operator_node)
+        return layouts if isinstance(results, list) else layouts[0]
+
+    def free_units(self, f: Field) -> Index:
+        """The unit of each place of a field; -1 where it is none that grows."""
+        units = self.component[neurons(f.ids).numpy()]
+        return np.where(np.isin(units, list(self.free)), units, -1)
+
+    def growing(self, f: Field) -> int | None:
+        """The dimension along which a field grows when it is given a new layout."""
+        units = self.free_units(f)
+        if bool((units < 0).all()):
+            return None
+        rows = {d: np.moveaxis(units, d, 0).reshape(units.shape[d], -1) for d in f.dims}
+        # Copies of whole rows: best where a row is free or not as a whole, and tells units apart.
+        return max(
+            f.dims,
+            key=lambda d: (
+                bool(((rows[d] < 0) == (rows[d][:, :1] < 0)).all()),
+                len(np.unique(rows[d][:, 0])) > 1,
+            ),
+        )
+
+    def copies(self, f: Field, dim: int) -> Layout:
+        """The copies of each run of a unit's neurons next to each other."""
+        units = np.moveaxis(self.free_units(f), dim, 0).reshape(f.ids.shape[dim], -1).max(axis=1)
+        runs = np.flatnonzero(np.r_[True, (units[1:] != units[:-1]) | (units[1:] < 0)])
+        source, copy = [], []
+        for start, end in pairwise([*runs.tolist(), len(units)]):
+            members = np.array([-1]) if units[start] < 0 else np.arange(self.n_members)
+            source.append(np.tile(np.arange(start, end), len(members)))
+            copy.append(np.repeat(members, end - start))
+        return Layout(np.concatenate(source), np.concatenate(copy))
+
+    def write(self, node: fx.Node, source: fx.Node, result: fx.Node, movement: Movement) -> fx.Node:
+        """Writes a movement as `index_select` of the flat operand, sample by sample."""
+        before, after = (_symbolic(n.meta["val"]) for n in (source, result))
+        one = len(before) == len(after) == 1
+        if (before or after) and not (one and movement.kept(before[0], after[0])):
+            raise self.error(node, "it moves neurons between samples")
+        index, size = movement.index(before[0] if before else None)
+        if before:
+            index = index.select(after[0], 0)
+        if bool((index < 0).any()):
+            raise self.error(node, "a copy of a neuron is missing")
+        name = f"_fxfuse_order_{len(self.orders)}"
+        self.orders[name] = index.reshape(-1)
+        shape, lead = list(index.shape), [-1] if before else []
+        with self.graph.inserting_before(self.mapping[result]):
+            call, x = self.graph.call_function, self.mapping[source]
+            if before:
+                x = call(aten.movedim.int, (x, before[0], 0))
+            x = call(aten.reshape.default, (x, [*lead, size]))
+            order = self.graph.get_attr(name)
+            x = call(aten.index_select.default, (x, len(lead), order))
+            x = call(aten.reshape.default, (x, [*lead, *shape]))
+            return call(aten.movedim.int, (x, 0, after[0])) if before else x
 
     def keeps_units_apart(self, node: fx.Node, found: Sequence[Layouts | None]) -> bool:
         """Whether the results are made of whole copies, and grow where units differ."""
@@ -534,7 +629,7 @@ def _has_tensor(value: Any) -> bool:
 
 
 def _line(f: Field, dim: int) -> Index:
-    ids = f.ids
+    ids = neurons(f.ids)
     for other in f.dims:
         if other != dim:
             ids = ids.amax(other, keepdim=True)
@@ -571,6 +666,12 @@ def _times(size: Any, factor: int) -> Any:
     if isinstance(size, fx.Node):
         return _Product(size, factor)
     return size * factor if size > 0 else size
+
+
+def _symbolic(value: Any) -> list[int]:
+    """Dimensions whose size is not known before the network runs."""
+    sizes: Sequence[Any] = value.shape
+    return [d for d, size in enumerate(sizes) if not isinstance(size, int)]
 
 
 def _list(value: Any) -> list[Any]:
@@ -612,6 +713,16 @@ def _dimension(node: fx.Node, rank: int) -> int:
     return int(dim) % rank if isinstance(dim, int) else -1
 
 
+def _again(line: torch.Tensor, copy: torch.Tensor) -> torch.Tensor:
+    """How often the same neuron of the same copy stood at an earlier place."""
+    pairs, seen = list(zip(line.tolist(), copy.tolist(), strict=True)), Counter[tuple[int, int]]()
+    again = []
+    for pair in pairs:
+        again.append(seen[pair])
+        seen[pair] += 1
+    return torch.tensor(again)
+
+
 def _match(narrow: torch.Tensor, moved: torch.Tensor, copies: torch.Tensor) -> Layouts | None:
     """Layouts of a moved tensor, or None when it is no tensor of whole copies."""
     result: Layouts = {}
@@ -622,12 +733,13 @@ def _match(narrow: torch.Tensor, moved: torch.Tensor, copies: torch.Tensor) -> L
     for dim in grown:
         head = narrow.movedim(dim, 0).reshape(narrow.shape[dim], -1)[:, 0]
         line = moved.movedim(dim, 0).reshape(moved.shape[dim], -1)[:, 0].contiguous()
-        ordered, order = head.sort()
-        found = torch.searchsorted(ordered, line).clamp(max=len(head) - 1)
-        source = order[found]
+        copy = copies.movedim(dim, 0).reshape(moved.shape[dim], -1)[:, 0]
+        # The second place of a neuron is the second place of each of its copies.
+        ordered, order = head.sort(stable=True)
+        found = torch.searchsorted(ordered, line) + _again(line, copy)
+        source = order[found.clamp(max=len(head) - 1)]
         if not torch.equal(head[source], line):
             return None
-        copy = copies.movedim(dim, 0).reshape(moved.shape[dim], -1)[:, 0]
         result[dim] = Layout(source.numpy(), copy.numpy())
         rebuilt = rebuilt.index_select(dim, source)
         shape = [-1 if d == dim else 1 for d in range(narrow.dim())]

@@ -59,18 +59,18 @@ def image(seed: int = 0, batch: int = 2, dtype: torch.dtype = torch.float64) -> 
 def excite(model: nn.Module, example: Any, kwargs: Mapping[str, Any] | None = None) -> nn.Module:
     """Makes the input reach the output: a random deep network often ignores it.
 
-    Vectors (norm weights, biases, layer scales) are randomised, parameters that are all zero get
-    values, BatchNorm statistics are calibrated on the example and jittered. Returns the model in
-    eval mode.
+    Vectors (norm weights, biases, layer scales) are jittered, parameters that are zero or nearly so
+    get values, BatchNorm statistics are calibrated on the example and jittered. Returns the model
+    in eval mode.
     """
     with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if parameter.dim() <= 1 and name.endswith("weight"):
-                parameter.uniform_(0.75, 1.25)
+        for parameter in model.parameters():
+            if not parameter.numel():
+                continue
+            if float(parameter.abs().amax()) < 1e-4:
+                parameter.normal_(0.0, 0.1 if parameter.dim() <= 1 else 0.3)
             elif parameter.dim() <= 1:
-                parameter.normal_(0.0, 0.1)
-            elif "layer_scale" in name or not parameter.any():
-                parameter.normal_(0.0, 0.3)
+                parameter *= torch.empty_like(parameter).uniform_(0.75, 1.25)
     model.eval()
     norms = [m for m in model.modules() if isinstance(m, _BatchNorm)]
     momenta = [norm.momentum for norm in norms]

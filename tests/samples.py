@@ -131,6 +131,11 @@ def _copied(t: torch.Tensor) -> torch.Tensor:
     return wide
 
 
+def _sampled(t: torch.Tensor) -> torch.Tensor:
+    grid = t.mean(1)[:, :4, :, None].tanh().expand(-1, -1, -1, 2)
+    return F.grid_sample(t, grid, align_corners=False)
+
+
 def _gathered(t: torch.Tensor) -> torch.Tensor:
     order = t.mean(1).flatten(1).argsort(1)  # [b, t]
     return t.flatten(2).gather(2, order[:, None].expand(-1, 8, -1))
@@ -350,6 +355,48 @@ SAMPLES: dict[Any, nn.Module] = {
     aten.amax.default: Call(lambda t: t.amax(1)),
     aten.amin.default: Call(lambda t: t.amin((2, 3))),
     aten.linalg_vector_norm.default: Call(lambda t: F.normalize(t, dim=1)),
+    aten.var.default: Call(lambda t: t * aten.var.default(t)),
+    aten.var.dim: Call(lambda t: t / t.var(1, keepdim=True).sqrt()),
+    aten.var.correction: Call(lambda t: t.var((2, 3), correction=0)),
+    aten.std.default: Call(lambda t: t * aten.std.default(t)),
+    aten.std.dim: Call(lambda t: t / aten.std.dim(t, [1], True, True)),
+    aten.std.correction: Call(lambda t: t.std((2, 3), correction=0)),
+    aten.var_mean.default: Call(lambda t: t * aten.var_mean.default(t)[0]),
+    aten.var_mean.dim: Call(lambda t: torch.cat(aten.var_mean.dim(t, [2, 3]), 1)),
+    aten.var_mean.correction: Call(lambda t: t / aten.var_mean.correction(t, [1], keepdim=True)[0]),
+    aten.std_mean.default: Call(lambda t: t * aten.std_mean.default(t)[0]),
+    aten.std_mean.dim: Call(lambda t: torch.cat(aten.std_mean.dim(t, [2, 3]), 1)),
+    aten.std_mean.correction: Call(lambda t: t - aten.std_mean.correction(t, [1], keepdim=True)[1]),
+    aten.norm.Scalar: Call(lambda t: t / aten.norm.Scalar(t)),
+    aten.norm.ScalarOpt_dim: Call(lambda t: t / aten.norm.ScalarOpt_dim(t, 2, [1], True)),
+    aten.logsumexp.default: Call(lambda t: t.logsumexp((2, 3))),
+    aten.prod.default: Call(lambda t: t + t.tanh().mean((2, 3)).prod()),
+    aten.prod.dim_int: Call(lambda t: t.tanh().prod(2)),
+    aten.max.default: Call(lambda t: t / t.max()),
+    aten.min.default: Call(lambda t: t - t.min()),
+    aten.any.default: Call(lambda t: t * (t > 0).any()),
+    aten.any.dim: Call(lambda t: t * (t > 1).any(2, keepdim=True)),
+    aten.all.default: Call(lambda t: t * (1 + (t > 0).all())),
+    aten.all.dim: Call(lambda t: t * (1 + (t > -1).all(2, keepdim=True))),
+    aten.aminmax.default: Call(lambda t: t - torch.aminmax(t, dim=1, keepdim=True)[0]),
+    aten.max.dim: Call(lambda t: t.flatten(2).max(2).values),
+    aten.min.dim: Call(lambda t: t.flatten(2).min(2).values),
+    aten.median.dim: Call(lambda t: t.flatten(2).median(2).values),
+    aten.argmax.default: Call(lambda t: t.flatten(2).argmax(2) * t.mean((2, 3))),
+    aten.argmin.default: Call(lambda t: t.flatten(2).argmin(2) * t.mean((2, 3))),
+    # in order along a dimension
+    aten.cumsum.default: Call(lambda t: t.cumsum(2)),
+    aten.cumprod.default: Call(lambda t: t.tanh().cumprod(2)),
+    aten.logcumsumexp.default: Call(lambda t: t.logcumsumexp(2)),
+    aten.cummax.default: Call(lambda t: t.cummax(2)[0]),
+    aten.sort.default: Call(lambda t: t.flatten(2).sort(2)[0]),
+    aten.sort.stable: Call(lambda t: torch.sort(t.flatten(2), dim=2, stable=True)[0]),
+    aten.argsort.default: Call(lambda t: t.flatten(2).argsort(2) * t.flatten(2)),
+    aten.topk.default: Call(lambda t: t.flatten(2).topk(3, 2).values),
+    aten.tril.default: Call(lambda t: t.tril()),
+    aten.triu.default: Call(lambda t: t.triu(1)),
+    # sampling
+    aten.grid_sampler.default: Call(_sampled),
     # creation
     aten.zeros.default: _fill(lambda t: torch.zeros(t.shape[0], 1, 6, 6, dtype=t.dtype)),
     aten.ones.default: _fill(lambda t: torch.ones(t.shape[0], 1, 6, 6, dtype=t.dtype)),

@@ -19,6 +19,7 @@ from torch import nn
 from tests.models import excite
 
 CLASSES = 3
+OUTPUTS = ("one", "tuple", "dict")
 _SIDE = 4
 _TOKENS = _SIDE * _SIDE
 
@@ -42,7 +43,11 @@ class Block:
 
 @dataclass(frozen=True)
 class Recipe:
-    """A network in words. `bridge` leads away from images, `end` away from tokens."""
+    """A network in words.
+
+    `bridge` leads away from images, `end` away from tokens; `output` says how many outputs there
+    are and in what they come.
+    """
 
     stem: int = 4
     images: tuple[Block, ...] = ()
@@ -50,6 +55,7 @@ class Recipe:
     tokens: tuple[Block, ...] = ()
     end: str = "mean"
     vectors: tuple[Block, ...] = ()
+    output: str = "one"
 
 
 @dataclass(frozen=True)
@@ -298,6 +304,204 @@ def _temperature(space: Space, i: int, b: Block) -> Part:
     return Part(i, lambda m, x: (x * m.factor).tanh(), factor=torch.rand(1) + 0.5)
 
 
+@_block(*SPACES)
+def _layer_scale(space: Space, i: int, b: Block) -> Part:
+    """A residual branch with a factor per neuron; the factor is stored as [c] or as [1, c, ...]."""
+    shape = [1, i, 1, 1] if space is IMAGE else [1, i] if b.flag else [i]
+
+    def forward(m: Part, x: torch.Tensor) -> torch.Tensor:
+        return x + m.gamma * _act(m.layer(x))
+
+    return Part(i, forward, layer=space.layer(i, i), gamma=torch.rand(shape) + 0.5)
+
+
+@_block(*SPACES)
+def _glu(space: Space, i: int, b: Block) -> Part:
+    return Part(
+        b.width,
+        lambda m, x: F.glu(m.layer(x), space.dim),
+        layer=space.layer(i, 2 * b.width),
+    )
+
+
+@_block(*SPACES)
+def _resplit(space: Space, i: int, b: Block) -> Part:
+    """Concatenation, then split at other borders."""
+    sizes = [2, 2 * b.width - 1]
+
+    def forward(m: Part, x: torch.Tensor) -> torch.Tensor:
+        both = torch.cat([m.first(x), m.second(x)], space.dim)
+        left, right = both.split(sizes[:: -1 if b.flag else 1], space.dim)
+        return torch.cat([right, left.tanh()], space.dim)
+
+    return Part(
+        2 * b.width + 1,
+        forward,
+        first=space.layer(i, b.width),
+        second=space.layer(i, b.width + 1),
+    )
+
+
+@_block(*SPACES)
+def _drop(space: Space, i: int, b: Block) -> Part:
+    """A third of a split is read by nobody."""
+
+    def forward(m: Part, x: torch.Tensor) -> torch.Tensor:
+        first, second, third = m.layer(x).chunk(3, space.dim)
+        return first.tanh() + third if b.flag else second * third
+
+    return Part(b.width, forward, layer=space.layer(i, 3 * b.width))
+
+
+@_block(*SPACES)
+def _roll(space: Space, i: int, b: Block) -> Part:
+    """Channels roll or flip; in a residual all of them become one unit, or pairs."""
+
+    def forward(m: Part, x: torch.Tensor) -> torch.Tensor:
+        y = x.roll(1, space.dim) if b.parts == 2 else x.flip(space.dim)
+        return x + _act(y) if b.flag else _act(m.layer(y))
+
+    out = i if b.flag else b.width
+    return Part(out, forward, layer=nn.Identity() if b.flag else space.layer(i, b.width))
+
+
+@_block(*SPACES)
+def _repeat(space: Space, i: int, b: Block) -> Part:
+    """Every channel twice, next to each other or one time after the other."""
+
+    def forward(m: Part, x: torch.Tensor) -> torch.Tensor:
+        if b.flag:
+            return _act(x.repeat_interleave(2, space.dim)) * m.factor
+        times = [1] * x.dim()
+        times[space.dim] = 2
+        return (x.repeat(times) if b.parts == 2 else x.tile(times)) * m.factor
+
+    shape = [2 * i, 1, 1] if space is IMAGE else [2 * i]
+    return Part(2 * i, forward, factor=torch.rand(shape) + 0.5)
+
+
+@_block(*SPACES)
+def _every_second(space: Space, i: int, b: Block) -> Part:
+    """`x[:, ::2]`, and the others."""
+    fit, width = _fit(space, i, 4)
+    even, odd = ([slice(None)] * space.dim + [slice(start, None, 2)] for start in (0, 1))
+
+    def forward(m: Part, x: torch.Tensor) -> torch.Tensor:
+        x = m.fit(x)
+        if b.parts == 2:
+            return x[tuple(even)]
+        y = torch.cat([_act(x[tuple(odd)]), x[tuple(even)]], space.dim)
+        return x + y if b.flag else y
+
+    return Part(width if b.parts > 2 else width // 2, forward, fit=fit)
+
+
+@_block(*SPACES)
+def _slices_of_slices(space: Space, i: int, b: Block) -> Part:
+    def forward(m: Part, x: torch.Tensor) -> torch.Tensor:
+        y = m.layer(x).narrow(space.dim, 1, b.width + 1)
+        return y.narrow(space.dim, 0, b.width) * y.narrow(space.dim, 1, b.width)
+
+    return Part(b.width, forward, layer=space.layer(i, b.width + 3))
+
+
+@_block(*SPACES)
+def _views_of_views(space: Space, i: int, b: Block) -> Part:
+    """Channels are taken apart twice, moved, and put together again."""
+    out = 2 * b.parts * b.width
+
+    def forward(m: Part, x: torch.Tensor) -> torch.Tensor:
+        y = m.layer(x).unflatten(space.dim, (2, b.parts * b.width))
+        y = y.unflatten(space.dim + 1, (b.parts, b.width))
+        y = y.transpose(space.dim, space.dim + 2) if b.flag else y.movedim(space.dim, space.dim + 1)
+        return _act(y.flatten(space.dim, space.dim + 1).flatten(space.dim, space.dim + 1))
+
+    return Part(out, forward, layer=space.layer(i, out))
+
+
+@_block(*SPACES)
+def _in_place(space: Space, i: int, b: Block) -> Part:
+    """Operators that write to their operand."""
+    shape = [i, 1, 1] if space is IMAGE else [i]
+
+    def forward(m: Part, x: torch.Tensor) -> torch.Tensor:
+        y = m.layer(x)
+        y.add_(x) if b.flag else y.mul_(m.factor)
+        F.leaky_relu(y, 0.3, inplace=True)
+        return y.add_(m.factor) if b.parts > 2 else y
+
+    return Part(i, forward, layer=space.layer(i, i), factor=torch.rand(shape) + 0.5)
+
+
+@_block(*SPACES)
+def _write_slice(space: Space, i: int, b: Block) -> Part:
+    """A part of the channels is overwritten, or changed in place."""
+    out = 2 * b.width + 1
+
+    def forward(m: Part, x: torch.Tensor) -> torch.Tensor:
+        y = m.layer(x).clone()
+        part = y.narrow(space.dim, 1 if b.flag else 0, b.width)
+        if b.parts == 2:
+            part.copy_(m.other(x))
+        else:
+            part.mul_(2.0).tanh_()
+        return _act(y)
+
+    other = space.layer(i, b.width) if b.parts == 2 else nn.Identity()
+    return Part(out, forward, layer=space.layer(i, out), other=other)
+
+
+@_block(*SPACES)
+def _picked_parameter(space: Space, i: int, b: Block) -> Part:
+    """Rows of a parameter, picked by their index, scale and shift."""
+    shape = [3, i, 1, 1] if space is IMAGE else [3, i]
+
+    def forward(m: Part, x: torch.Tensor) -> torch.Tensor:
+        if b.flag:
+            factor, shift = m.table[[2, 0]]
+        else:
+            factor, shift = m.table[0], m.table[2]
+        return (x * factor + shift).tanh()
+
+    return Part(i, forward, table=torch.rand(shape) + 0.5)
+
+
+# --- images and vectors -------------------------------------------------------------------------
+
+
+@_block(IMAGE, VECTOR)
+def _prelu(space: Space, i: int, b: Block) -> Part:
+    return Part(i, lambda m, x: m.act(x), act=nn.PReLU(i))
+
+
+# --- tokens and vectors -------------------------------------------------------------------------
+
+
+@_block(TOKENS, VECTOR)
+def _raw_weight(space: Space, i: int, b: Block) -> Part:
+    """A parameter as the weight: `x @ W`, or by einsum."""
+
+    def forward(m: Part, x: torch.Tensor) -> torch.Tensor:
+        if b.flag:
+            letters = "btc,cd->btd" if space is TOKENS else "bc,cd->bd"
+            return _act(torch.einsum(letters, x, m.matrix))
+        return _act(x @ m.matrix + m.shift)
+
+    return Part(b.width, forward, matrix=torch.randn(i, b.width), shift=torch.randn(b.width) * 0.1)
+
+
+@_block(TOKENS, VECTOR)
+def _tied_transposed(space: Space, i: int, b: Block) -> Part:
+    """One matrix leads there, and transposed leads back."""
+
+    def forward(m: Part, x: torch.Tensor) -> torch.Tensor:
+        y = _act(m.layer(x))
+        y = y @ m.layer.weight if b.flag else F.linear(y, m.layer.weight.T)
+        return x + y if b.parts > 2 else y
+
+    return Part(i, forward, layer=nn.Linear(i, b.width))
+
+
 # --- images -------------------------------------------------------------------------------------
 
 
@@ -380,6 +584,110 @@ def _transposed(space: Space, i: int, b: Block) -> Part:
         lambda m, x: _act(m.layer(x)),
         layer=nn.ConvTranspose2d(i, b.width, 3, padding=1),
     )
+
+
+def _even(x: torch.Tensor) -> torch.Tensor:
+    return F.interpolate(x, size=_SIDE) if x.shape[-1] % 2 else x
+
+
+@_block(IMAGE)
+def _dilated(space: Space, i: int, b: Block) -> Part:
+    """Dilated, strided, or without square kernels."""
+    if b.parts == 2:
+        layer: nn.Module = nn.Conv2d(i, b.width, 3, padding=2, dilation=2)
+    else:
+        layer = nn.Conv2d(i, b.width, (1, 3), padding=(0, 1), stride=2 if b.flag else 1)
+    return Part(b.width, lambda m, x: _act(m.layer(x)), layer=layer)
+
+
+@_block(IMAGE)
+def _transposed_strided(space: Space, i: int, b: Block) -> Part:
+    layer = nn.ConvTranspose2d(i, b.width, 2, stride=2, bias=b.flag)
+    return Part(b.width, lambda m, x: F.avg_pool2d(_act(m.layer(x)), 2), layer=layer)
+
+
+@_block(IMAGE)
+def _transposed_grouped(space: Space, i: int, b: Block) -> Part:
+    fit, width = _fit(space, i, b.parts)
+    out = b.parts * b.width
+    layer = nn.ConvTranspose2d(width, out, 3, padding=1, groups=b.parts, bias=b.flag)
+    return Part(out, lambda m, x: _act(m.layer(m.fit(x))), fit=fit, layer=layer)
+
+
+@_block(IMAGE)
+def _instance_norm(space: Space, i: int, b: Block) -> Part:
+    return Part(
+        i,
+        lambda m, x: m.norm(_even(x)),
+        norm=nn.InstanceNorm2d(i, affine=b.flag, track_running_stats=b.parts > 2),
+    )
+
+
+# Neighbouring channels are pooled: they are in order, so one member keeps them.
+@_block(IMAGE, plain=False)
+def _local_response(space: Space, i: int, b: Block) -> Part:
+    return Part(i, lambda m, x: m.norm(x), norm=nn.LocalResponseNorm(2, alpha=0.5))
+
+
+# The statistics are taken over the input channels of all members.
+@_block(IMAGE, plain=False)
+def _standardised(space: Space, i: int, b: Block) -> Part:
+    """A weight that is standardised in the graph."""
+
+    def forward(m: Part, x: torch.Tensor) -> torch.Tensor:
+        weight = m.weight - m.weight.mean((1, 2, 3), keepdim=True)
+        if b.flag:
+            weight = weight / (weight.pow(2).mean((1, 2, 3), keepdim=True) + 1e-5).sqrt()
+        else:
+            weight = m.gain * F.normalize(weight.flatten(1), dim=1).view_as(weight)
+        return _act(F.conv2d(x, weight, padding=1))
+
+    return Part(
+        b.width,
+        forward,
+        weight=torch.randn(b.width, i, 3, 3),
+        gain=torch.rand(b.width, 1, 1, 1) + 0.5,
+    )
+
+
+@_block(IMAGE)
+def _gates(space: Space, i: int, b: Block) -> Part:
+    """Squeeze and excite with other gates, and one gate per pixel."""
+
+    def forward(m: Part, x: torch.Tensor) -> torch.Tensor:
+        gate = m.second(F.relu6(m.first(x.mean((2, 3), keepdim=True))))
+        gate = F.hardsigmoid(gate) if b.flag else 1 + gate.tanh()
+        return x * gate.expand_as(x) if b.parts > 2 else x.mul(gate)
+
+    return Part(i, forward, first=_conv(i, b.width, 1), second=_conv(b.width, i, 1))
+
+
+@_block(IMAGE)
+def _pixel_shuffle(space: Space, i: int, b: Block) -> Part:
+    def forward(m: Part, x: torch.Tensor) -> torch.Tensor:
+        if b.flag:
+            return F.pixel_unshuffle(_even(m.layer(x)), 2)
+        return F.avg_pool2d(_act(F.pixel_shuffle(m.layer(x), 2)), 2)
+
+    width = b.width if b.flag else 4 * b.width
+    return Part(4 * b.width if b.flag else b.width, forward, layer=_conv(i, width))
+
+
+@_block(IMAGE)
+def _windows(space: Space, i: int, b: Block) -> Part:
+    """A layer on windows of 2 by 2 pixels, as tokens; windows join the batch, or do not."""
+
+    def forward(m: Part, x: torch.Tensor) -> torch.Tensor:
+        x = _even(x)
+        batch, channels, side = x.shape[0], x.shape[1], x.shape[2]
+        y = x.view(batch, channels, side // 2, 2, x.shape[3] // 2, 2)
+        y = y.permute(0, 2, 4, 3, 5, 1)
+        shape = y.shape
+        y = _act(m.layer(y.reshape(-1, 4, channels) if b.flag else y.flatten(3, 4)))
+        y = y.reshape(*shape[:5], -1).permute(0, 5, 1, 3, 2, 4)
+        return y.reshape(batch, -1, side, x.shape[3])
+
+    return Part(b.width, forward, layer=nn.Linear(i, b.width))
 
 
 # --- tokens -------------------------------------------------------------------------------------
@@ -499,6 +807,137 @@ def _mix_tokens(space: Space, i: int, b: Block) -> Part:
     return Part(i, forward, first=nn.Linear(_TOKENS, b.width), second=nn.Linear(b.width, _TOKENS))
 
 
+@_block(TOKENS)
+def _attention_grouped(space: Space, i: int, b: Block) -> Part:
+    """Two heads of queries read one head of keys and values."""
+    heads, size = b.parts, b.width
+
+    def forward(m: Part, x: torch.Tensor) -> torch.Tensor:
+        q = m.q(x).unflatten(-1, (2 * heads, size)).transpose(1, 2)
+        k, v = (y(x).unflatten(-1, (heads, size)).transpose(1, 2) for y in (m.k, m.v))
+        if b.width == 2:
+            y = F.scaled_dot_product_attention(q, k, v, enable_gqa=True)
+            return x + m.out_layer(y.transpose(1, 2).flatten(2))
+        if b.width == 3:
+            k, v = (y.repeat_interleave(2, 1) for y in (k, v))
+        else:
+            k, v = (y.unsqueeze(2).expand(-1, -1, 2, -1, -1).flatten(1, 2) for y in (k, v))
+        return x + m.out_layer(_attend(q, k, v, fused=b.flag))
+
+    return Part(
+        i,
+        forward,
+        q=nn.Linear(i, 2 * heads * size),
+        k=nn.Linear(i, heads * size),
+        v=nn.Linear(i, heads * size),
+        out_layer=nn.Linear(2 * heads * size, i),
+    )
+
+
+# One norm for all heads mixes, unless the members agree on it.
+@_block(TOKENS, plain=False)
+def _attention_normed(space: Space, i: int, b: Block) -> Part:
+    """Queries and keys are normalised, by one norm for all heads."""
+    inner = b.parts * (b.width + 1)
+    norm = nn.RMSNorm if b.flag else nn.LayerNorm
+
+    def forward(m: Part, x: torch.Tensor) -> torch.Tensor:
+        q, k, v = m.qkv(x).unflatten(-1, (3, b.parts, b.width + 1)).permute(2, 0, 3, 1, 4)
+        return x + m.out_layer(_attend(m.norm_q(q), m.norm_k(k), v, fused=b.flag))
+
+    return Part(
+        i,
+        forward,
+        qkv=nn.Linear(i, 3 * inner),
+        norm_q=norm(b.width + 1),
+        norm_k=norm(b.width + 1),
+        out_layer=nn.Linear(inner, i),
+    )
+
+
+@_block(TOKENS)
+def _attention_rotary(space: Space, i: int, b: Block) -> Part:
+    """Rotary positions: constants for each token and each pair of a head's neurons."""
+    size = 2 * (b.width // 2)
+    inner = b.parts * size
+    angle = torch.outer(torch.arange(_TOKENS), 0.5 ** torch.arange(size // 2)).double()
+
+    def turn(x: torch.Tensor) -> torch.Tensor:
+        if b.flag:
+            cos, sin = (f(angle).repeat(1, 2) for f in (torch.cos, torch.sin))
+            left, right = x.chunk(2, -1)
+            return x * cos + torch.cat([-right, left], -1) * sin
+        cos, sin = angle.cos(), angle.sin()
+        even, odd = x[..., ::2], x[..., 1::2]
+        return torch.stack([even * cos - odd * sin, odd * cos + even * sin], -1).flatten(-2)
+
+    def forward(m: Part, x: torch.Tensor) -> torch.Tensor:
+        q, k, v = m.qkv(x).unflatten(-1, (3, b.parts, size)).permute(2, 0, 3, 1, 4)
+        return x + m.out_layer(_attend(turn(q), turn(k), v, fused=b.flag))
+
+    return Part(i, forward, qkv=nn.Linear(i, 3 * inner), out_layer=nn.Linear(inner, i))
+
+
+@_block(TOKENS)
+def _attention_by_hand(space: Space, i: int, b: Block) -> Part:
+    """Heads join the batch for `bmm`, or stay a letter of an einsum."""
+    inner = b.parts * b.width
+
+    def forward(m: Part, x: torch.Tensor) -> torch.Tensor:
+        batch, tokens, _ = x.shape
+        q, k, v = (y(x).view(batch, tokens, b.parts, b.width) for y in (m.q, m.k, m.v))
+        if b.flag:
+            scores = torch.einsum("bthd,bshd->bhts", q, k).softmax(-1)
+            y = torch.einsum("bhts,bshd->bthd", scores, v)
+        else:
+            q, k, v = (
+                y.transpose(1, 2).reshape(batch * b.parts, tokens, b.width) for y in (q, k, v)
+            )
+            y = torch.bmm(torch.bmm(q, k.transpose(1, 2)).softmax(-1), v)
+            y = y.view(batch, b.parts, tokens, b.width).transpose(1, 2)
+        return x + m.out_layer(y.reshape(batch, tokens, -1))
+
+    return Part(
+        i,
+        forward,
+        **{name: nn.Linear(i, inner) for name in "qkv"},
+        out_layer=nn.Linear(inner, i),
+    )
+
+
+@_block(TOKENS)
+def _query_pooled(space: Space, i: int, b: Block) -> Part:
+    """A learned query pools the tokens; what it finds is given to all of them."""
+    inner = b.parts * b.width
+
+    def forward(m: Part, x: torch.Tensor) -> torch.Tensor:
+        k, v = (y(x).unflatten(-1, (b.parts, b.width)).transpose(1, 2) for y in (m.k, m.v))
+        q = m.query.expand(x.shape[0], -1, -1, -1)
+        return x + m.out_layer(_attend(q, k, v, fused=b.flag))
+
+    return Part(
+        i,
+        forward,
+        query=torch.randn(1, b.parts, 1, b.width),
+        k=nn.Linear(i, inner),
+        v=nn.Linear(i, inner),
+        out_layer=nn.Linear(inner, i),
+    )
+
+
+@_block(TOKENS, plain=False)
+def _rms_norm(space: Space, i: int, b: Block) -> Part:
+    """RMSNorm and a gated MLP."""
+    return Part(
+        i,
+        lambda m, x: x + m.down(F.silu(m.gate(y := m.norm(x))) * m.up(y)),
+        norm=nn.RMSNorm(i),
+        gate=nn.Linear(i, b.width),
+        up=nn.Linear(i, b.width),
+        down=nn.Linear(b.width, i),
+    )
+
+
 # --- networks -----------------------------------------------------------------------------------
 
 
@@ -514,8 +953,10 @@ class Network(nn.Module):
         self.end = nn.LazyLinear(max(width, 2))
         self.vectors, width = _chain(VECTOR, recipe.vectors, max(width, 2))
         self.head = nn.Linear(width, CLASSES)
+        if recipe.output != "one":
+            self.second = nn.Linear(self.end.out_features, CLASSES)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: torch.Tensor) -> Any:
         x = self.images(_act(self.stem(x)))
         if self.recipe.bridge == "tokens":
             x = self.tokens(F.adaptive_avg_pool2d(x, _SIDE).flatten(2).transpose(1, 2))
@@ -525,7 +966,12 @@ class Network(nn.Module):
                 x = x.mean(1) if self.recipe.end == "mean" else x[:, -1]
         else:
             x = x.flatten(1) if self.recipe.bridge == "flatten" else x.mean((2, 3))
-        return self.head(self.vectors(self.end(x)))
+        x = self.end(x)
+        first = self.head(self.vectors(x))
+        if self.recipe.output == "one":
+            return first
+        second = self.second(x)
+        return (first, second) if self.recipe.output == "tuple" else {"b": second, "a": first}
 
 
 def _chain(space: Space, blocks: Iterable[Block], width: int) -> tuple[nn.Sequential, int]:
@@ -586,7 +1032,8 @@ def recipes(*, plain: bool = False) -> st.SearchStrategy[Recipe]:
         st.sampled_from(["mean", "flatten"]),
         st.sampled_from(["mean", "flatten", "last"]),
     )
+    tokens, output = _blocks(TOKENS, 3, plain), st.sampled_from(OUTPUTS)
     return st.one_of(
-        st.builds(Recipe, stem, image, bridge, vectors=vector),
-        st.builds(Recipe, stem, image, st.just("tokens"), _blocks(TOKENS, 3, plain), end, vector),
+        st.builds(Recipe, stem, image, bridge, vectors=vector, output=output),
+        st.builds(Recipe, stem, image, st.just("tokens"), tokens, end, vector, output),
     )

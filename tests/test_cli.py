@@ -47,14 +47,14 @@ class Slow(nn.Module):
         time.sleep(120)
         return self.layer(x)
 
-class Sorting(nn.Module):
+class Limited(nn.Module):
     def __init__(self):
         super().__init__()
         self.layers = nn.ModuleList(nn.Linear(5, 5) for _ in range(2))
         self.head = nn.Linear(5, 3)
     def forward(self, x):
         for layer in self.layers:
-            x = layer(x).sort(-1).values
+            x = torch.renorm(layer(x), 2.0, 0, 1.0)
         return self.head(x)
 
 class ReturnsNone(nn.Module):
@@ -164,19 +164,19 @@ def test_analyze_json(work):
 
 
 def test_analyze_explains_what_is_frozen_inside(work):
-    result = invoke("analyze", "--model", "cli_models:Sorting", "--input", "5")
+    result = invoke("analyze", "--model", "cli_models:Limited", "--input", "5")
     assert result.exit_code == 0, result.output
     inside = result.stdout.partition("Frozen inside the network:")[2]
     assert inside
     for words in (
-        "4 dimensions (host): goes into aten.sort.default, which has no rule",
+        "4 dimensions (host): goes into aten.renorm.default, which has no rule",
         # Names that differ in numbers only are one line.
         "layers.*.weight[0] x 2, layers.*.bias[0] x 2",
-        "at: sort, sort_1",
+        "at: renorm, renorm_1",
         "cli_models.py:",
-        "x = layer(x).sort(-1).values",
-        "a rule for aten.sort.default belongs in fxfuse/rules/reduction.py",
-        "aten.sort.default at sort, sort_1: no rule",
+        "x = torch.renorm(layer(x), 2.0, 0, 1.0)",
+        "a rule for aten.renorm.default belongs in fxfuse/rules/normalisation.py",
+        "aten.renorm.default at renorm, renorm_1: no rule",
     ):
         assert words in inside, words
     # Inputs, outputs and integer constants are no faults of the network.
@@ -187,11 +187,11 @@ def test_analyze_explains_what_is_frozen_inside(work):
 
 
 def test_analyze_strict(work):
-    sorting = ("analyze", "--model", "cli_models:Sorting", "--input", "5", "--strict")
+    limited = ("analyze", "--model", "cli_models:Limited", "--input", "5", "--strict")
     for more in ((), ("--json",)):
-        result = invoke(*sorting, *more)
+        result = invoke(*limited, *more)
         assert result.exit_code == 1, result.output
-        assert "aten.sort.default" in result.stdout
+        assert "aten.renorm.default" in result.stdout
     covered = invoke("analyze", *MODEL, "--strict")
     assert covered.exit_code == 0, covered.output
     assert "without a rule" not in covered.stdout
@@ -199,18 +199,18 @@ def test_analyze_strict(work):
 
 
 def test_analyze_json_holds_every_reason(work):
-    result = invoke("analyze", "--model", "cli_models:Sorting", "--input", "5", "--json")
+    result = invoke("analyze", "--model", "cli_models:Limited", "--input", "5", "--json")
     content = json.loads(result.stdout)
     (missing,) = content["without_rule"]
-    assert missing["operator"] == "aten.sort.default"
-    assert missing["nodes"] == ["sort", "sort_1"]
-    assert missing["rule_file"] == "fxfuse/rules/reduction.py"
+    assert missing["operator"] == "aten.renorm.default"
+    assert missing["nodes"] == ["renorm", "renorm_1"]
+    assert missing["rule_file"] == "fxfuse/rules/normalisation.py"
     assert not missing["has_rule"]
     assert len(missing["sources"]) == 2
     frozen = {(entry["tensor"], entry["dim"]): entry for entry in content["frozen"]}
     inner = frozen[("layers.0.weight", 0)]
-    assert inner["operator"] == "aten.sort.default"
-    assert inner["rule_file"] == "fxfuse/rules/reduction.py"
+    assert inner["operator"] == "aten.renorm.default"
+    assert inner["rule_file"] == "fxfuse/rules/normalisation.py"
     assert (inner["interface"], inner["count"], inner["size"]) == (False, 5, 5)
     assert "cli_models.py" in inner["source"]
     assert frozen[("layers.0.weight", 1)]["interface"]

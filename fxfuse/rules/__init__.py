@@ -10,9 +10,11 @@ from fxfuse.rules import (
     lookup,
     movement,
     normalisation,
+    ordering,
     pointwise,
     recurrent,
     reduction,
+    sampling,
     selection,
 )
 from fxfuse.rules.algebra import align, contract, drop, meet, only_unlabelled, reduce_over
@@ -42,6 +44,7 @@ __all__ = [
     "movement",
     "normalisation",
     "only_unlabelled",
+    "ordering",
     "pointwise",
     "positions",
     "recurrent",
@@ -51,5 +54,6 @@ __all__ = [
     "rule",
     "rule_file",
     "same_labels",
+    "sampling",
     "selection",
 ]

@@ -9,8 +9,6 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 
-import torch
-
 from fxfuse.labels import Field, Kind, Ledger, Value
 
 
@@ -111,30 +109,19 @@ def _match(ledger: Ledger, f: Field, other: Value, own: Value) -> frozenset[int]
         else:
             ledger.block(f, mine - overlap)
             ledger.block(g, theirs - overlap)
-            ledger.tie(
-                representative(f, mine - overlap), representative(g, theirs - overlap), same=False
-            )
+            ledger.tie(f.first(mine - overlap), g.first(theirs - overlap))
     return _covered(f, other)
-
-
-def representative(f: Field, dims: Iterable[int]) -> torch.Tensor:
-    """One id for each block along `dims`: the first, which plays the same part in each of them.
-
-    The first that is a neuron, that is: padding (id 0) stands for none.
-    """
-    ids = f.ids
-    for dim in dims:
-        ids = ids.gather(dim, (ids > 0).byte().argmax(dim, keepdim=True))
-    return ids
 
 
 def _face(ledger: Ledger, f: Field, covered: frozenset[int], own: Value, other: Value) -> bool:
     """Deals with what the other operand has where it has no labels; False drops the field."""
     bare = (other.unlabelled & set(f.dims)) - covered
     if bare == set(f.dims):
+        # What comes from the input tells what each index means, for all members alike.
+        meant = own.is_parameter or other.sources is None
         ledger.freeze(
             f,
-            Kind.COMMON if own.is_parameter else Kind.HOST,
+            Kind.COMMON if meant else Kind.HOST,
             "meets content without labels that varies along the same dimension",
         )
         # The position stays visible through the other operand; a parameter's index is no neuron.
@@ -228,7 +215,7 @@ def _lower(ledger: Ledger, met: Value, order: str, out: str) -> Value:
         lowered = []
         for f in fields:
             ids = (
-                representative(f, gone)
+                f.first(gone)
                 .permute(keep + gone)
                 .reshape([f.ids.shape[d] if d not in gone else 1 for d in keep])
             )
@@ -240,7 +227,7 @@ def _lower(ledger: Ledger, met: Value, order: str, out: str) -> Value:
     fields: dict[tuple[int, ...], Field] = {}
     for f in lower(met.fields):
         # Labels that now share their dimensions say the same neurons twice.
-        ledger.tie(fields.setdefault(f.dims, f).ids, f.ids, same=False)
+        ledger.tie(fields.setdefault(f.dims, f).ids, f.ids)
     # One that lost a dimension of its block says less than another of the same units.
     told = [f for f in fields.values() if not any(set(f.dims) < set(dims) for dims in fields)]
     shape = tuple(met.shape[d] for d in keep)
@@ -267,7 +254,7 @@ def drop(value: Value, dims: Iterable[int], *, keepdim: bool) -> Value:
     def shrink(fields: tuple[Field, ...]) -> tuple[Field, ...]:
         left = []
         for f in fields:
-            ids = representative(f, gone)
+            ids = f.first(gone)
             if not keepdim:
                 ids = ids.reshape([s for d, s in enumerate(ids.shape) if d not in gone])
             kept = tuple(d for d in range(ids.dim()) if ids.shape[d] > 1)
@@ -284,10 +271,22 @@ def drop(value: Value, dims: Iterable[int], *, keepdim: bool) -> Value:
 
 
 def only_unlabelled(ledger: Ledger, value: Value, dims: Iterable[int], what: str) -> Value:
-    """Freezes labels along dimensions in which an operator is not the same for every index."""
+    """Leaves no labels along dimensions in which an operator is not the same for every index.
+
+    Labels that vary along other dimensions too (the pixels of a shuffled channel, say) become one
+    unit, in order; the others freeze.
+    """
     over = set(dims)
-    hit = [f for f in value.fields if over & set(f.dims)]
-    for f in hit:
-        ledger.freeze(f, Kind.COMMON if value.is_parameter else Kind.HOST, what)
-    kept = tuple(f for f in value.fields if not over & set(f.dims))
-    return replace(value, fields=kept, positions=merge_positions((*hit, *value.positions)))
+    kept, hit = [], []
+    for f in value.fields:
+        inside, rest = over & set(f.dims), set(f.dims) - over
+        if not inside:
+            kept.append(f)
+            continue
+        hit.append(f)
+        if rest:
+            ledger.block(f, sorted(inside))
+            kept.append(Field(f.first(sorted(inside)), tuple(sorted(rest))))
+        else:
+            ledger.freeze(f, Kind.COMMON if value.is_parameter else Kind.HOST, what)
+    return replace(value, fields=tuple(kept), positions=merge_positions((*hit, *value.positions)))

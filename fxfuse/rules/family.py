@@ -12,7 +12,9 @@ from fxfuse.rules.registry import find
 #: Word in the operator's name → family; the first that is found counts.
 _WORDS = (
     (r"softmax|norm", "normalisation"),
-    (r"pool|upsample|interpolate|grid_sampler|cum(sum|prod|max|min)", "reduction"),
+    (r"cum(sum|prod|max|min)|sort|topk|tri[lu]$", "ordering"),
+    (r"grid_sampler", "sampling"),
+    (r"pool|upsample|interpolate", "reduction"),
     (r"lstm|gru|rnn", "recurrent"),
     (r"conv|linear|mm|matmul|mv$|dot|einsum|attention|outer|cdist", "contraction"),
     (r"embedding", "lookup"),

@@ -156,8 +156,9 @@ def join(call: Call, parts: list[Value], dim: int) -> Any:
     if along:
         rows = [_along(call, v, dim) for v in parts]
         wide = torch.broadcast_shapes(*(_with(r.shape, dim, 1) for r in rows))
-        joined = torch.cat([r.expand(_with(wide, dim, r.shape[dim])) for r in rows], dim)
-        found = Field.of(joined)
+        rows = [r.expand(_with(wide, dim, r.shape[dim])) for r in rows]
+        places = [torch.full_like(r, place) for place, r in enumerate(rows)]
+        found = Field.of(torch.cat(rows, dim), partial(torch.cat, places, dim))
         fields += [found] if found else []
     across = _across(call, parts, dim)
     if across is NotImplemented:

@@ -175,10 +175,45 @@ def compare(call: Call) -> Value:
     aten.sum.default,
     aten.amax.default,
     aten.amin.default,
+    aten.var.default,
+    aten.var.dim,
+    aten.var.correction,
+    aten.std.default,
+    aten.std.dim,
+    aten.std.correction,
+    aten.norm.Scalar,
+    aten.norm.ScalarOpt_dim,
+    aten.logsumexp.default,
+    aten.prod.default,
+    aten.prod.dim_int,
+    aten.max.default,
+    aten.min.default,
+    aten.any.default,
+    aten.any.dim,
+    aten.all.default,
+    aten.all.dim,
     aten.linalg_vector_norm.default,
 )
 def reduce(call: Call) -> Value:
     """Labels along reduced dimensions are mixed and gone."""
+    return _reduced(call, call.shape)
+
+
+@rule(
+    aten.var_mean.default,
+    aten.var_mean.dim,
+    aten.var_mean.correction,
+    aten.std_mean.default,
+    aten.std_mean.dim,
+    aten.std_mean.correction,
+    aten.aminmax.default,
+)
+def reduce_to_two(call: Call) -> list[Value]:
+    """Two reductions at once."""
+    return [_reduced(call, concrete_shape(fake)) for fake in call.node.meta["val"]]
+
+
+def _reduced(call: Call, shape: tuple[int, ...]) -> Value:
     x: Value = call.args[0]
     call.ledger.touch(x)
     given = call.optional("dim")
@@ -186,7 +221,23 @@ def reduce(call: Call) -> Value:
     over: Sequence[int] = [d % x.rank for d in dims] if dims else range(x.rank)
     reduce_over(call.ledger, x, over, "reduction over the members' neurons")
     _note_nonlinear(call, x)
-    return replace(drop(x, over, keepdim=bool(call.optional("keepdim"))), shape=call.shape)
+    return replace(drop(x, over, keepdim=bool(call.optional("keepdim"))), shape=shape)
+
+
+@rule(aten.max.dim, aten.min.dim, aten.median.dim, aten.argmax.default, aten.argmin.default)
+def choose(call: Call) -> Any:
+    """The number of the largest is a place in an order, so what is chosen from has to stay."""
+    x: Value = call.args[0]
+    call.ledger.touch(x)
+    dim = call.argument("dim")
+    over = range(x.rank) if dim is None else [dim % x.rank]
+    x = only_unlabelled(call.ledger, x, over, "chosen by its index")
+    _note_nonlinear(call, x)
+    result = drop(x, over, keepdim=bool(call.argument("keepdim")))
+    fakes = call.node.meta["val"]
+    if isinstance(fakes, torch.Tensor):
+        return replace(result, shape=call.shape)
+    return [replace(result, shape=concrete_shape(fake)) for fake in fakes]
 
 
 def _note_nonlinear(call: Call, x: Value) -> None:
