@@ -5,6 +5,7 @@ from fxfuse.coupling import CouplingGraph, CouplingGroup, FrozenReason, analyze
 from fxfuse.errors import FxfuseError
 from fxfuse.fuse import FusionResult, fuse
 from fxfuse.plan import FusionPlan
+from fxfuse.rules import rule
 
 __all__ = [
     "Captured",
@@ -17,5 +18,6 @@ __all__ = [
     "analyze",
     "capture",
     "fuse",
+    "rule",
 ]
 __version__ = "0.1.0"

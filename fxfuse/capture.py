@@ -27,11 +27,12 @@ from torch.export import Dim, ExportedProgram
 from fxfuse.eager import answers, eval_mode, trace
 from fxfuse.errors import (
     CaptureError,
-    ExampleInputError,
     MemberMismatchError,
     NotEmittedError,
     UnreachedParametersError,
 )
+from fxfuse.example import at_least_two, check_example, first_line, is_single, try_example
+from fxfuse.members import check_model, state_of
 
 #: Operators that only state facts which hold for the captured device and dtype: they would break
 #: the fused module after `.to("cuda")` or `.to(torch.bfloat16)`.
@@ -199,6 +200,11 @@ def source_of(node: fx.Node) -> str:
     return f"{file}:{line}  {linecache.getline(file, line).strip()}".rstrip()
 
 
+def where_of(node: fx.Node) -> str:
+    """Name and source line of a node, for messages."""
+    return f"node {node.name!r}  {source_of(node)}".rstrip()
+
+
 def capture(
     model: nn.Module | ExportedProgram,
     example_inputs: Any,
@@ -211,7 +217,8 @@ def capture(
 
     Args:
         model: An `nn.Module`, a `torch.fx.GraphModule` or a `torch.export.ExportedProgram`.
-        example_inputs: A tensor or a tuple of positional inputs; a batch of at least 2.
+        example_inputs: A tensor or a tuple of positional inputs; a batch of at least 2. A single
+            example is repeated, if the model answers both as it answers one.
         example_kwargs: Keyword inputs.
         dynamic_shapes: Passed to `torch.export.export` unchanged. By default dimension 0 of every
             tensor input is dynamic; a model that cannot be captured so is captured with a static
@@ -223,17 +230,22 @@ def capture(
         The captured network. Its tensors are those of the model, not copies.
 
     Raises:
-        ExampleInputError: The model rejects the example inputs.
-        CaptureError: `torch.export` cannot capture the model, nor can it be traced if `fallback`.
+        ExampleInputError: The example inputs are sparse, empty or NaN, or the model rejects them.
+        UnsupportedTensorError: The model holds sparse or quantised tensors.
+        CaptureError: `torch.export` cannot capture the model, nor can it be traced if `fallback`;
+            or it returns no tensor.
     """
+    check_model(model)
     args = example_inputs if isinstance(example_inputs, tuple) else (example_inputs,)
     kwargs = dict(example_kwargs or {})
+    check_example(args, kwargs)
     if isinstance(model, ExportedProgram):
         program = model
-        state: Mapping[str, torch.Tensor] = program.state_dict
     else:
         with eval_mode(model):
-            _try_example(model, args, kwargs)
+            answer = try_example(model, args, kwargs)
+            if dynamic_shapes is None:
+                args, kwargs = at_least_two(model, args, kwargs, answer)
             try:
                 program = _export(model, args, kwargs, dynamic_shapes)
             except CaptureError as error:
@@ -246,7 +258,7 @@ def capture(
                     stacklevel=2,
                 )
                 return capture_eagerly(model, args, kwargs, refusal=error.why)
-        state = model.state_dict(keep_vars=True)
+    state = state_of(model)
     module = rebuild(program.module(check_guards=False), state)
     source = None if isinstance(model, ExportedProgram) else model
     return Captured(module, tuple(state), _canonical(state), (args, kwargs), source)
@@ -273,9 +285,11 @@ def capture_eagerly(
     """
     args = example_inputs if isinstance(example_inputs, tuple) else (example_inputs,)
     kwargs = dict(example_kwargs or {})
-    state = model.state_dict(keep_vars=True)
+    check_model(model)
+    check_example(args, kwargs)
+    state = state_of(model)
     with eval_mode(model):
-        _try_example(model, args, kwargs)
+        try_example(model, args, kwargs)
         traced = trace(model, args, kwargs, state)
     # What leaves the graph as a number has no users in it, and must stay all the same.
     module = rebuild(traced, state, prune=False)
@@ -285,23 +299,6 @@ def capture_eagerly(
 def _canonical(state: Mapping[str, torch.Tensor]) -> dict[str, str]:
     first: dict[int, str] = {}
     return {name: first.setdefault(id(tensor), name) for name, tensor in state.items()}
-
-
-def _try_example(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    try:
-        with torch.no_grad():
-            model(*args, **kwargs)
-    except Exception as error:
-        shapes = pytree.tree_map(
-            lambda x: tuple(x.shape) if isinstance(x, torch.Tensor) else x, (args, kwargs)
-        )
-        call = f"{type(model).__name__} called with shapes {shapes[0]} {shapes[1] or ''}"
-        raise ExampleInputError(
-            "the model rejects the example inputs",
-            where=call.rstrip(),
-            why=_first_line(error),
-            how="pass inputs with which the model itself runs, batch dimension included",
-        ) from error
 
 
 def _export(
@@ -317,9 +314,14 @@ def _export(
             return _export_once(model, args, kwargs, shapes)
         except CaptureError as error:
             program = _export_once(model, args, kwargs, None)
+            why = f"torch.export could not keep the batch dimension dynamic: {error.why}"
+            if is_single(args, kwargs):
+                why = (
+                    "the example holds one, and the model does not answer two of it alike; pass "
+                    "a batch of 2 or more"
+                )
             warnings.warn(
-                "captured with a static batch, because torch.export could not keep the batch "
-                f"dimension dynamic: {error.why}",
+                f"captured with a static batch, because {why}",
                 stacklevel=3,
             )
             return program
@@ -346,16 +348,11 @@ def _export_once(
     except Exception as error:
         raise CaptureError(
             f"torch.export cannot capture {type(model).__name__}",
-            why=_first_line(error),
+            why=first_line(error),
             how="make the forward pass exportable (no data-dependent Python branches; see "
             "https://docs.pytorch.org/docs/stable/export.html), pass dynamic_shapes, or pass an "
             "ExportedProgram that you captured yourself",
         ) from error
-
-
-def _first_line(error: BaseException) -> str:
-    text = str(error).strip()
-    return f"{type(error).__name__}: {text.splitlines()[0] if text else 'no message'}"
 
 
 def rebuild(
@@ -440,6 +437,14 @@ class _Copier:
         ):
             self.environment[node] = self.environment[argument][node.args[1]]
             return
+        if any(n not in self.environment for n in node.all_input_nodes):
+            raise CaptureError(
+                f"the graph holds a region that cannot be inlined: {node.target}",
+                where=where_of(node),
+                why="torch.export keeps torch.cond and the like as subgraphs, in which neurons "
+                "cannot be followed",
+                how="write the forward pass without the region (torch.where for both branches)",
+            )
         copied = self.graph.node_copy(node, lambda n: self.environment[n])
         self.environment[node] = copied
 
@@ -568,7 +573,7 @@ def _check_answers(first: Captured, other: Captured, number: int) -> None:
             "answers",
             number,
             type(other.source).__name__,
-            f"member 0 with its weights answers otherwise: {_first_line(error)}",
+            f"member 0 with its weights answers otherwise: {first_line(error)}",
         ) from error
 
 
@@ -582,18 +587,17 @@ def _check_graph(first: Captured, other: Captured, number: int) -> None:
             raise _mismatch(
                 "graphs",
                 number,
-                f"node {a.name!r} {source_of(a)}".rstrip(),
+                where_of(a),
                 f"{a.format_node()} vs {b.format_node()}",
             )
         if a.op == "get_attr" and _is_constant(first, str(a.target)):
             value, value_other = first.tensor(str(a.target)), other.tensor(str(b.target))
             if value.dtype != value_other.dtype or not torch.equal(value, value_other):
-                raise _mismatch(
-                    "constants",
-                    number,
-                    str(a.target),
-                    "a constant that the graph reads has another value",
-                )
+                why = f"a constant ({value.dtype}) that the graph reads has another value"
+                if str(a.target) in first.canonical:
+                    why += "; integer tensors are constants, quantised weights too: fuse the "
+                    why += "floating-point networks and quantise the result"
+                raise _mismatch("constants", number, str(a.target), why)
     if len(ours) != len(theirs):
         raise _mismatch("graphs", number, "end of the graph", f"{len(ours)} vs {len(theirs)} nodes")
 

@@ -30,6 +30,7 @@ from fxfuse.errors import UnknownTensorError
 from fxfuse.heads import region_of
 from fxfuse.interpreter import interpret
 from fxfuse.labels import Freeze, Kind, Ledger, Mixing
+from fxfuse.rules import rule_file
 
 #: A dimension of a named tensor.
 Place = tuple[str, int]
@@ -65,6 +66,9 @@ class FrozenReason:
         node: Name of the graph node that froze it, or "".
         source: File, line and code of that node, or "".
         indices: The frozen indices, int64 [n]; others of the same dimension may be free.
+        operator: The operator that has no rule (or none for this use), when that is the reason.
+        rule_file: Where a rule for that operator belongs, or "".
+        inside: Whether the reason lies inside the network.
     """
 
     kind: Kind
@@ -72,6 +76,42 @@ class FrozenReason:
     node: str
     source: str
     indices: Index = field(repr=False)
+    operator: str = ""
+    rule_file: str = ""
+    inside: bool = False
+
+    @property
+    def interface(self) -> bool:
+        """Whether the dimension is frozen by what the network is, so that no rule can free it.
+
+        Inputs and outputs of the network, positions in a kernel or a sequence, integer constants,
+        and dimensions of size 1.
+        """
+        return self.kind is not Kind.HOST and not self.inside
+
+
+@dataclass(frozen=True)
+class WithoutRule:
+    """An operator that froze something because the rules do not cover it.
+
+    Attributes:
+        operator: Its name.
+        has_rule: Whether it has a rule, which does not cover these uses.
+        nodes: Names of the graph nodes.
+        sources: File, line and code of each node.
+        rule_file: Where a rule belongs; for a rule of the user's own, its module.
+    """
+
+    operator: str
+    has_rule: bool
+    nodes: tuple[str, ...]
+    sources: tuple[str, ...]
+    rule_file: str
+
+    @property
+    def source(self) -> str:
+        """File, line and code of the first node."""
+        return self.sources[0]
 
 
 @dataclass(frozen=True)
@@ -103,6 +143,8 @@ class CouplingGraph:
         free_fraction: Share of parameter elements that lie in tensors with at least one free
             dimension, of those that the graph reads.
         asked: What options asked for, by canonical tensor name.
+        without_rule: Operators without a rule, or without a rule for this use, that labelled
+            neurons or parameters met, in graph order.
     """
 
     captured: Captured
@@ -115,6 +157,7 @@ class CouplingGraph:
     values: Mapping[fx.Node, Any] = field(repr=False)
     ledger: Ledger = field(repr=False)
     asked: Mapping[str, Asked] = field(default_factory=dict)
+    without_rule: tuple[WithoutRule, ...] = ()
 
     @cached_property
     def group_of(self) -> Mapping[Place, tuple[CouplingGroup, ...]]:
@@ -198,6 +241,8 @@ class CouplingGraph:
             lines.append(f"  frozen{part} ({reason.kind}): {reason.why}")
             if reason.node:
                 lines.append(f"    at {reason.node}  {reason.source}".rstrip())
+            if reason.operator:
+                lines.append(f"    a rule for {reason.operator} belongs in {reason.rule_file}")
         return "\n".join(lines)
 
     def _explain_two(self, a: Place, b: Place) -> str:
@@ -346,6 +391,24 @@ def couple(captured: Captured, controls: Controls) -> CouplingGraph:
         values,
         ledger,
         asked,
+        _without_rule(ledger),
+    )
+
+
+def _without_rule(ledger: Ledger) -> tuple[WithoutRule, ...]:
+    """The gaps of one operator together."""
+    found: dict[tuple[Any, bool], list[fx.Node]] = defaultdict(list)
+    for gap in ledger.gaps:
+        found[(gap.node.target, gap.has_rule)].append(gap.node)
+    return tuple(
+        WithoutRule(
+            str(target),
+            has_rule,
+            tuple(node.name for node in nodes),
+            tuple(source_of(node) for node in nodes),
+            rule_file(target),
+        )
+        for (target, has_rule), nodes in found.items()
     )
 
 
@@ -399,8 +462,11 @@ def _frozen_components(ledger: Ledger, component: Index, heads: NDArray[np.bool_
     size = len(heads)
     needed = np.full((len(_KINDS), size), -1, dtype=np.int64)
     wished = needed.copy()
+    # What lies inside could be mended, so it is only said where nothing else holds.
+    order = sorted(range(len(ledger.freezes)), key=lambda n: ledger.freezes[n].inside)
     # Backwards, so that the first reason is the one that stays.
-    for number, freeze in reversed(list(enumerate(ledger.freezes))):
+    for number in reversed(order):
+        freeze = ledger.freezes[number]
         table = wished if freeze.asked else needed
         table[_KINDS.index(freeze.kind), component[freeze.ids]] = number
     read = np.zeros(size, dtype=bool)
@@ -518,11 +584,12 @@ def _frozen_places(
             if wish is not None:
                 frozen[(name, dim)] = FrozenReason(wish.kind, wish.why, "", "", everything)
             elif is_constant(tensor):
-                why = "an integer or boolean buffer is a constant of the network"
+                why = "an integer or boolean tensor is a constant of the network"
                 frozen[(name, dim)] = FrozenReason(Kind.COMMON, why, "", "", everything)
             elif first not in reached:
                 why = "the captured graph does not read this tensor"
-                frozen[(name, dim)] = FrozenReason(Kind.COMMON, why, "", "", everything)
+                reason = FrozenReason(Kind.COMMON, why, "", "", everything, inside=True)
+                frozen[(name, dim)] = reason
             elif members is None:
                 why = "size 1: there is nothing to permute"
                 frozen[(name, dim)] = FrozenReason(Kind.COMMON, why, "", "", everything)
@@ -530,13 +597,22 @@ def _frozen_places(
                 indices = np.flatnonzero(stuck.mask[members])
                 if len(indices):
                     freeze = stuck.of(int(members[indices[0]]))
-                    node, source = ("", "")
-                    if freeze.node is not None:
-                        node, source = freeze.node.name, source_of(freeze.node)
-                    frozen[(name, dim)] = FrozenReason(
-                        freeze.kind, freeze.why, node, source, indices
-                    )
+                    frozen[(name, dim)] = _reason(freeze, indices)
     return frozen
+
+
+def _reason(freeze: Freeze, indices: Index) -> FrozenReason:
+    node = freeze.node
+    return FrozenReason(
+        freeze.kind,
+        freeze.why,
+        node.name if node is not None else "",
+        source_of(node) if node is not None else "",
+        indices,
+        freeze.operator,
+        rule_file(node.target) if node is not None and freeze.operator else "",
+        freeze.inside,
+    )
 
 
 def _shared_writers(

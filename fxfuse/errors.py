@@ -56,8 +56,16 @@ class NonFiniteWeightsError(FxfuseError):
     """A member holds NaN or infinite weights."""
 
 
+class NoWeightsError(FxfuseError):
+    """A network is on the meta device: it can be analysed, but there is nothing to run or fuse."""
+
+
+class UnsupportedTensorError(FxfuseError):
+    """A model holds weights that are sparse, quantised or no tensors at all."""
+
+
 class ExampleInputError(FxfuseError):
-    """The model rejects the example inputs."""
+    """The example inputs are no good, or the model rejects them."""
 
 
 class CaptureError(FxfuseError):

@@ -26,7 +26,6 @@ from fxfuse.coupling import CouplingGraph, analyze, excused
 from fxfuse.eager import answers
 from fxfuse.errors import (
     CheckpointMismatchError,
-    NonFiniteWeightsError,
     NoOwnModuleError,
     NothingToFuseError,
     PartialFusionError,
@@ -34,6 +33,7 @@ from fxfuse.errors import (
     VerificationError,
 )
 from fxfuse.heads import join
+from fxfuse.members import check_alike, check_finite, check_model, check_values
 from fxfuse.methods import Options, find_method
 from fxfuse.plan import FusionPlan
 from fxfuse.planner import make_plan
@@ -192,6 +192,8 @@ def fuse(
     Raises:
         TooFewMembersError: Fewer than two members.
         ExampleInputError: A member rejects the example inputs.
+        UnsupportedTensorError: A member holds sparse or quantised tensors.
+        NoWeightsError: The members are on the meta device.
         CaptureError: A member cannot be captured.
         MemberMismatchError: The members are not the same network.
         UnreachedParametersError: torch.export refuses the members, and the example does not reach
@@ -212,10 +214,15 @@ def fuse(
         )
     find_method(method)
     check_score(score)
+    for member in members:
+        if not isinstance(member, Captured):
+            check_model(member)
+    check_alike(members)
     captured = _capture_all(members, example_inputs, example_kwargs, dynamic_shapes)
     network, states = _as_one(captured, heads)
     for number, state in enumerate(states):
-        _check_finite(number, state)
+        check_values(state)
+        check_finite(number, state)
     graph = analyze(network, freeze=freeze, share=share, ignore=ignore, output_dims=output_dims)
     check_reached(network, excused(graph.asked))
     checks = []
@@ -274,22 +281,17 @@ def _as_one(
     return captured[0], [c.state() for c in captured]
 
 
-def _check_finite(number: int, state: Mapping[str, torch.Tensor]) -> None:
-    for name, tensor in state.items():
-        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
-            broken = int((~torch.isfinite(tensor)).sum())
-            raise NonFiniteWeightsError(
-                f"member {number} holds weights that are not finite",
-                where=name,
-                why=f"{broken} of {tensor.numel()} values are NaN or infinite",
-                how="leave this member out, or take an earlier checkpoint of it",
-            )
-
-
 def _check_free(graph: CouplingGraph) -> None:
     if graph.groups:
         return
+    if not list(graph.captured.module.parameters()):
+        raise NothingToFuseError(
+            "nothing in this network can be fused",
+            why="it has no parameters",
+            how="pass networks with trained weights",
+        )
     reasons = [r for r in graph.frozen.values() if r.node]
+    reasons.sort(key=lambda reason: reason.interface)
     raise NothingToFuseError(
         "nothing in this network can be fused",
         where=f"{reasons[0].node}  {reasons[0].source}".rstrip() if reasons else "",

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import operator
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
-from functools import partial
 from types import MappingProxyType
 from typing import Any
 
@@ -14,14 +14,17 @@ import torch.utils._pytree as pytree
 from torch import fx
 
 from fxfuse.capture import Captured, is_constant
-from fxfuse.errors import RuleError
-from fxfuse.labels import Field, Kind, Ledger, Value, positions
-from fxfuse.rules import Call, concrete_shape, find, hint
+from fxfuse.conformance import check_result
+from fxfuse.errors import FxfuseError, RuleError
+from fxfuse.labels import Field, Gap, Kind, Ledger, Value, positions
+from fxfuse.rules import Call, Rule, concrete_shape, find, hint, rule_file
 from fxfuse.rules.pointwise import is_pointwise, pointwise
 
 #: Constants above this size count as varying along every dimension; comparing would cost more
 #: than the answer is worth.
 _COMPARE_LIMIT = 1 << 22
+
+_WRITTEN = "is written into a part of another tensor, or stands in a tensor that is so written"
 
 
 def interpret(
@@ -34,6 +37,8 @@ def interpret(
         interface: For an output, by its index in flattened order, the dimensions that are
             interface; an output that is not listed is interface in every dimension.
 
+    Warns of constants on the meta device, whose values the analysis would need.
+
     Returns:
         The ledger of ties, freezes and mixings, and the value of every node (tensors as `Value`,
         numbers as their hints, lists as lists).
@@ -41,6 +46,14 @@ def interpret(
     interpreter = _Interpreter(captured, interface)
     with torch.no_grad():
         interpreter.run()
+    if interpreter.valueless:
+        names = ", ".join(interpreter.valueless[:3])
+        more = f" and {len(interpreter.valueless) - 3} more" if interpreter.valueless[3:] else ""
+        warnings.warn(
+            f"the constants {names}{more} are on the meta device and have no values: what depends "
+            "on them freezes. Analyse the network with real buffers to see what is free.",
+            stacklevel=3,
+        )
     return interpreter.ledger, interpreter.values
 
 
@@ -51,6 +64,7 @@ class _Interpreter:
         self.ledger = Ledger()
         self.values: dict[fx.Node, Any] = {}
         self.parameters: dict[str, Value] = {}
+        self.valueless: list[str] = []
 
     def run(self) -> None:
         for clock, node in enumerate(self.captured.graph.nodes):
@@ -73,6 +87,8 @@ class _Interpreter:
         tensor = self.captured.tensor(target).detach()
         name = self.captured.canonical.get(target)
         if name is None or is_constant(tensor):
+            if tensor.is_meta and tensor.dim():
+                self.valueless.append(target)
             # Cloned, because in-place operators on constants are really carried out.
             return constant(tensor.clone())
         if name not in self.parameters:
@@ -89,7 +105,7 @@ class _Interpreter:
         if not _holds_tensor(produced):
             if torch.Tag.data_dependent_output in getattr(node.target, "tags", ()):
                 # A number that Python decides by: it may depend on where each neuron stands.
-                self.boundary(node, operands)
+                self.boundary(node, operands, has_rule=False)
             return pytree.tree_map(hint, produced)
         if self.is_foldable(node, operands):
             result = fold(node, args, kwargs)
@@ -97,10 +113,10 @@ class _Interpreter:
             rule = find(node.target) or (pointwise if is_pointwise(node.target) else None)
             result = NotImplemented
             if rule is not None:
-                result = rule(Call(self.ledger, node, tuple(args), kwargs))
+                result = self.ask(rule, Call(self.ledger, node, tuple(args), kwargs))
             if result is NotImplemented:
-                result = self.boundary(node, operands)
-        self.check(node, result)
+                result = self.boundary(node, operands, has_rule=rule is not None)
+        check_result(node, result, self.ledger.count)
         self.mutate(node, result)
         return result
 
@@ -129,52 +145,61 @@ class _Interpreter:
         shapes = (v.shape for v in pytree.tree_leaves(node.meta["val"]))
         return static and all(isinstance(s, int) for shape in shapes for s in shape)
 
-    def boundary(self, node: fx.Node, operands: list[Value]) -> Any:
+    def ask(self, rule: Rule, call: Call) -> Any:
+        """Asks a rule; whatever it raises is an error of the rule."""
+        try:
+            return rule(call)
+        except FxfuseError:
+            raise
+        except Exception as error:
+            raise RuleError(
+                f"the rule of {call.node.target} failed",
+                where=call.where,
+                why=f"{type(error).__name__}: {error}",
+                how=f"mend the rule in {rule_file(call.node.target)}; it may return "
+                "NotImplemented for a use that it does not cover",
+            ) from error
+
+    def boundary(self, node: fx.Node, operands: list[Value], *, has_rule: bool) -> Any:
         """An operator without a rule: its operands freeze, its result is frozen neurons.
 
         Where no neuron goes in, none comes out: the result only varies.
         """
+        if any(value.fields or value.is_parameter for value in operands):
+            self.ledger.gaps.append(Gap(node, has_rule))
+        lack = "has a rule that does not cover this use" if has_rule else "has no rule"
+        name = str(node.target)
         for value in operands:
             for f in value.fields:
                 # A parameter goes with the result, which is the host's.
-                why = f"operator {node.target} has no rule for this use"
-                self.ledger.freeze(f, Kind.HOST, why)
+                why = f"goes into {name}, which {lack}"
+                self.ledger.freeze(f, Kind.HOST, why, operator=name)
                 self.ledger.role(value, f, reader=True)
             if value.is_parameter:
-                self.ledger.mix(
-                    f"operator {node.target} without a rule", sources=value.sources or frozenset()
-                )
-        if any(value.fields for value in operands):
-            make = self.frozen_value
-        else:
-            make = partial(_unlabelled, sources=_sources(operands))
-        return pytree.tree_map(
-            lambda fake: make(node, fake) if isinstance(fake, torch.Tensor) else fake,
-            node.meta.get("val"),
-        )
+                self.ledger.mix(f"operator {name} {lack}", sources=value.sources or frozenset())
+        why, sources = f"comes out of {name}, which {lack}", _sources(operands)
+        is_labelled = any(value.fields for value in operands)
 
-    def frozen_value(self, node: fx.Node, fake: torch.Tensor) -> Value:
+        def result(fake: Any) -> Any:
+            if not isinstance(fake, torch.Tensor):
+                return fake
+            if not is_labelled:
+                return _unlabelled(fake, sources)
+            return self.frozen_value(node, fake, why, operator=name)
+
+        return pytree.tree_map(result, node.meta.get("val"))
+
+    def frozen_value(
+        self, node: fx.Node, fake: torch.Tensor, why: str, *, operator: str = ""
+    ) -> Value:
         shape = concrete_shape(fake)
         sizes: Sequence[Any] = fake.shape  # a fake tensor has SymInt sizes, which are no int
         static = [d for d, s in enumerate(sizes) if isinstance(s, int)]
         labelled = self.ledger.parameter(f"<{node.name}>", shape)
         fields = tuple(f for f in labelled.fields if f.dims[0] in static)
         for f in fields:
-            self.ledger.freeze(f, Kind.HOST, f"comes out of {node.target}, which has no rule")
+            self.ledger.freeze(f, Kind.HOST, why, operator=operator)
         return Value(shape, fields, positions(shape, set(range(len(shape))) - set(static)))
-
-    def check(self, node: fx.Node, result: Any) -> None:
-        """A rule whose result has another shape than the operator's is wrong: say so at once."""
-        produced = pytree.tree_leaves(node.meta["val"])
-        ours = pytree.tree_leaves(result, is_leaf=_is_leaf)
-        for fake, value in zip(produced, ours, strict=True):
-            if isinstance(fake, torch.Tensor) and concrete_shape(fake) != value.shape:
-                raise RuleError(
-                    f"the rule of {node.target} gives shape {value.shape}, "
-                    f"the operator {concrete_shape(fake)}",
-                    where=node.format_node() or node.name,
-                    how="mend the rule in fxfuse/rules/",
-                )
 
     def mutate(self, node: fx.Node, result: Any) -> None:
         """In-place operators change the tensor that they write to, and whatever it is a view of."""
@@ -196,18 +221,22 @@ class _Interpreter:
             base = base.all_input_nodes[0]
         if views:
             self.values[base] = self.overwritten(node, base, views, result)
-            make = self.frozen_value if self.values[base].fields else _unlabelled
             for view in views[:-1]:
-                self.values[view] = make(node, view.meta["val"])
+                fake = view.meta["val"]
+                self.values[view] = (
+                    self.frozen_value(node, fake, _WRITTEN)
+                    if self.values[base].fields
+                    else _unlabelled(fake)
+                )
 
     def overwritten(self, node: fx.Node, base: fx.Node, views: list[fx.Node], part: Value) -> Value:
         """The labels of a tensor after a view of it was written to: the write runs on the ids."""
         value: Value = self.values[base]
         if value.fields and part.fields:
             for f in (*value.fields, *part.fields):
-                self.ledger.freeze(f, Kind.HOST, "is written into a part of another tensor")
+                self.ledger.freeze(f, Kind.HOST, _WRITTEN)
             self.ledger.mix("a part of a tensor is overwritten in place")
-            return self.frozen_value(node, base.meta["val"])
+            return self.frozen_value(node, base.meta["val"], _WRITTEN)
 
         def write(old: Field | None, new: Field | None) -> Field | None:
             whole = old.ids if old else torch.zeros([1] * value.rank, dtype=torch.int64)
@@ -239,7 +268,7 @@ class _Interpreter:
         return tensor
 
 
-def _unlabelled(node: fx.Node, fake: torch.Tensor, sources: frozenset[str] | None = None) -> Value:
+def _unlabelled(fake: torch.Tensor, sources: frozenset[str] | None = None) -> Value:
     """What an operator without a rule makes of content without labels: more of it."""
     shape = concrete_shape(fake)
     return Value(shape, positions=positions(shape, range(len(shape))), sources=sources)
@@ -260,9 +289,14 @@ _MADE_FROM_SIZES = frozenset(
 
 
 def constant(tensor: torch.Tensor) -> Value:
-    """The value of a real tensor that depends on neither inputs nor parameters."""
+    """The value of a real tensor that depends on neither inputs nor parameters.
+
+    One on the meta device has no values: it counts as varying along every dimension.
+    """
     shape = tuple(tensor.shape)
     varying: Sequence[int] = range(len(shape))
+    if tensor.is_meta:
+        return Value(shape, (), positions(shape, varying), frozenset())
     if tensor.numel() <= _COMPARE_LIMIT:
         varying = [d for d in varying if shape[d] > 1 and not _equal_along(tensor, d)]
     return Value(shape, (), positions(shape, varying), frozenset(), tensor)
@@ -270,16 +304,21 @@ def constant(tensor: torch.Tensor) -> Value:
 
 def fold(node: fx.Node, args: Any, kwargs: Mapping[str, Any]) -> Any:
     """Runs an operator on real constants."""
-    real_args, real_kwargs = pytree.tree_map(
-        lambda x: _real(x) if isinstance(x, Value) else x, (args, dict(kwargs)), is_leaf=_is_leaf
-    )
+    real_args, real_kwargs = pytree.tree_map(_real, (args, dict(kwargs)), is_leaf=_is_leaf)
     result = node.target(*real_args, **real_kwargs)  # type: ignore[operator]
     return pytree.tree_map(constant, result)
 
 
-def _real(value: Value) -> torch.Tensor:
+def _real(argument: Any) -> Any:
+    if isinstance(argument, torch.device) and argument.type == "meta":
+        # What is made from sizes alone has values, whatever device the network lies on.
+        return torch.device("cpu")
+    if not isinstance(argument, Value):
+        return argument
+    if argument.constant is not None:
+        return argument.constant
     # Factories such as new_zeros take any tensor for its dtype only.
-    return value.constant if value.constant is not None else torch.empty(1).expand(value.shape)
+    return torch.empty(()).expand(argument.shape)
 
 
 def _equal_along(tensor: torch.Tensor, dim: int) -> bool:

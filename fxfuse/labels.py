@@ -187,7 +187,7 @@ class Value:
         Args:
             operation: Takes a tensor of `shape` and returns one tensor.
         """
-        shape: tuple[int, ...] = tuple(operation(torch.empty(1).expand(self.shape)).shape)
+        shape: tuple[int, ...] = tuple(operation(torch.empty(()).expand(self.shape)).shape)
 
         def move(f: Field, tell: bool) -> Field | None:
             def where() -> torch.Tensor:
@@ -224,10 +224,13 @@ class Freeze:
     """A note that some neurons must stay where they are.
 
     Attributes:
-        ids: The neurons.
+        ids: The neurons, int64 [n].
         kind: What that means for fusion.
         why: One sentence.
         node: The graph node that needs it; None for what was asked for.
+        operator: The operator whose rule is missing, when that is the reason.
+        inside: Whether the reason lies inside the network, so that a rule, or another way to write
+            the network, could free the neurons; always so for `Kind.HOST`.
         asked: Whether it was asked for by an option, not needed by an operator.
     """
 
@@ -235,7 +238,22 @@ class Freeze:
     kind: Kind
     why: str
     node: fx.Node | None
+    operator: str = ""
+    inside: bool = False
     asked: bool = False
+
+
+@dataclass(frozen=True)
+class Gap:
+    """A note that labelled neurons or parameters met an operator that the rules do not cover.
+
+    Attributes:
+        node: Where.
+        has_rule: Whether the operator has a rule, which does not cover this use.
+    """
+
+    node: fx.Node
+    has_rule: bool
 
 
 @dataclass(frozen=True)
@@ -273,6 +291,7 @@ class Ledger:
     deferred: list[tuple[Field, Field, bool, fx.Node | None]] = field(default_factory=list)
     freezes: list[Freeze] = field(default_factory=list)
     mixings: list[Mixing] = field(default_factory=list)
+    gaps: list[Gap] = field(default_factory=list)
     touches: list[tuple[NDArray[np.int64], NDArray[np.int64], int]] = field(default_factory=list)
     readers: set[tuple[str, int]] = field(default_factory=set)
     writers: set[tuple[str, int]] = field(default_factory=set)
@@ -332,10 +351,13 @@ class Ledger:
         self.tie(f.first(dims), f.ids)
         self.orders.append((_flat(f.ids), _flat(order)))
 
-    def freeze(self, f: Field, kind: Kind, why: str) -> None:
-        """The neurons of a field stay where they are."""
+    def freeze(
+        self, f: Field, kind: Kind, why: str, *, operator: str = "", inside: bool = False
+    ) -> None:
+        """The neurons of a field stay where they are (the arguments are those of `Freeze`)."""
+        inside = inside or kind is Kind.HOST
         ids = np.unique(f.tally[0] & _NEURON)
-        self.freezes.append(Freeze(ids, kind, why, self.node))
+        self.freezes.append(Freeze(ids, kind, why, self.node, operator, inside))
 
     def ask(self, tensor: str, kind: Kind, why: str) -> None:
         """All neurons of a parameter stay where they are, because it was asked for."""
@@ -371,6 +393,7 @@ class Ledger:
                     small,
                     Kind.COMMON if is_parameter else Kind.HOST,
                     "one index is shared by several units that each need it in order",
+                    inside=True,
                 )
             else:
                 # What `large` has more of stays in order: two outputs of a depthwise channel, say.

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from fxfuse.capture import is_constant
 from fxfuse.coupling import CouplingGraph, Index, MixingNote
 from fxfuse.errors import PlanError
 from fxfuse.labels import Kind
@@ -231,7 +232,7 @@ def role_of(graph: CouplingGraph, name: str) -> Role:
     """How the members' contributions to a tensor are combined."""
     captured = graph.captured
     tensor = captured.tensor(name)
-    if not tensor.is_floating_point() or captured.canonical[name] not in captured.reached():
+    if is_constant(tensor) or captured.canonical[name] not in captured.reached():
         return Role.COPY
     wish = graph.asked.get(captured.canonical[name])
     if wish is not None:

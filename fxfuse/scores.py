@@ -65,7 +65,7 @@ def magnitude(
             continue
         if not any(place in graph.group_of for place in places):
             continue
-        power = state[name].detach().to(torch.float64).abs().pow(degree)
+        power = state[name].detach().abs().to(torch.float64).pow(degree)
         scale = (1.0 / n_members) ** degree if _is_output(graph, name) else 1.0
         for dim, place in enumerate(places):
             others = [d for d in range(power.dim()) if d != dim]

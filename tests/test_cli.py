@@ -55,6 +55,46 @@ class Slow(nn.Module):
         time.sleep(120)
         return self.layer(x)
 
+class Limited(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(5, 5) for _ in range(2))
+        self.head = nn.Linear(5, 3)
+    def forward(self, x):
+        for layer in self.layers:
+            x = torch.renorm(layer(x), 2.0, 0, 1.0)
+        return self.head(x)
+
+class ReturnsNone(nn.Module):
+    def forward(self, x):
+        return None
+
+def meta():
+    return mlp().to("meta")
+
+def half():
+    return mlp().half()
+
+def complex_numbers():
+    return nn.Sequential(*(nn.Linear(a, b, dtype=torch.complex64) for a, b in ((5, 8), (8, 3))))
+
+def no_parameters():
+    return nn.ReLU()
+
+def sparse():
+    model = nn.Linear(5, 5)
+    model.weight = nn.Parameter(model.weight.detach().to_sparse())
+    return model
+
+class Packed(nn.Linear):
+    def get_extra_state(self):
+        return {"packed": b"weights"}
+    def set_extra_state(self, state):
+        pass
+
+def packed():
+    return Packed(5, 5)
+
 def broken():
     raise ZeroDivisionError("broken on purpose")
 
@@ -80,6 +120,9 @@ def work(tmp_path, monkeypatch):
     monkeypatch.delitem(sys.modules, "cli_models", raising=False)
     for name in ("a", "b"):
         torch.save(mlp().state_dict(), f"{name}.pt")
+    torch.save(torch.full((2, 5), float("nan")), "nan.pt")
+    torch.save(torch.ones(2, 5, dtype=torch.float64), "double.pt")
+    torch.save(torch.ones(0, 5), "empty.pt")
     return tmp_path
 
 
@@ -143,6 +186,73 @@ def test_a_traced_ensemble_is_verified_without_the_wide_oracle(work):
         result = invoke("verify", "a.pt", "b.pt", *model)
     assert result.exit_code == 0, result.output
     assert "permutation" in result.stdout
+
+
+def test_analyze_explains_what_is_frozen_inside(work):
+    result = invoke("analyze", "--model", "cli_models:Limited", "--input", "5")
+    assert result.exit_code == 0, result.output
+    inside = result.stdout.partition("Frozen inside the network:")[2]
+    assert inside
+    for words in (
+        "4 dimensions (host): goes into aten.renorm.default, which has no rule",
+        # Names that differ in numbers only are one line.
+        "layers.*.weight[0] x 2, layers.*.bias[0] x 2",
+        "at: renorm, renorm_1",
+        "cli_models.py:",
+        "x = torch.renorm(layer(x), 2.0, 0, 1.0)",
+        "a rule for aten.renorm.default belongs in fxfuse/rules/normalisation.py",
+        "aten.renorm.default at renorm, renorm_1: no rule",
+    ):
+        assert words in inside, words
+    # Inputs, outputs and integer constants are no faults of the network.
+    interface = result.stdout.partition("Frozen as the network's interface:")[2]
+    assert "reaches the network's output" in interface.partition("Frozen inside")[0]
+    assert "reaches the network's output" not in inside
+    assert "Frozen inside" not in invoke("analyze", *MODEL).stdout
+
+
+def test_analyze_strict(work):
+    limited = ("analyze", "--model", "cli_models:Limited", "--input", "5", "--strict")
+    for more in ((), ("--json",)):
+        result = invoke(*limited, *more)
+        assert result.exit_code == 1, result.output
+        assert "aten.renorm.default" in result.stdout
+    covered = invoke("analyze", *MODEL, "--strict")
+    assert covered.exit_code == 0, covered.output
+    assert "without a rule" not in covered.stdout
+    assert "Exits 0" in invoke("analyze", "--help").stdout
+
+
+def test_analyze_json_holds_every_reason(work):
+    result = invoke("analyze", "--model", "cli_models:Limited", "--input", "5", "--json")
+    content = json.loads(result.stdout)
+    (missing,) = content["without_rule"]
+    assert missing["operator"] == "aten.renorm.default"
+    assert missing["nodes"] == ["renorm", "renorm_1"]
+    assert missing["rule_file"] == "fxfuse/rules/normalisation.py"
+    assert not missing["has_rule"]
+    assert len(missing["sources"]) == 2
+    frozen = {(entry["tensor"], entry["dim"]): entry for entry in content["frozen"]}
+    inner = frozen[("layers.0.weight", 0)]
+    assert inner["operator"] == "aten.renorm.default"
+    assert inner["rule_file"] == "fxfuse/rules/normalisation.py"
+    assert (inner["interface"], inner["count"], inner["size"]) == (False, 5, 5)
+    assert "cli_models.py" in inner["source"]
+    assert frozen[("layers.0.weight", 1)]["interface"]
+    assert frozen[("head.bias", 0)]["interface"]
+
+
+def test_a_network_on_the_meta_device_is_analysed(work):
+    result = invoke("analyze", "--model", "cli_models:meta", "--input", "5", "--strict")
+    assert result.exit_code == 0, result.output
+    assert "free fraction: 96.00%" in result.stdout
+
+
+def test_unusual_networks_are_analysed(work):
+    for model, free in (("half", 96), ("complex_numbers", 96), ("no_parameters", 0)):
+        result = invoke("analyze", "--model", f"cli_models:{model}", "--input", "5")
+        assert result.exit_code == 0, result.output
+        assert f"free fraction: {free}.00%" in result.stdout
 
 
 def test_explain_one_and_two_dimensions(work):
@@ -271,6 +381,13 @@ FUSE = ("fuse", "a.pt", "b.pt", "--out", "new/fused")
         ((*FUSE, "--model", "cli_models:broken", "--input", "5"), "broken on purpose"),
         ((*FUSE, "--model", "cli_models:number", "--input", "5"), "not a torch.nn.Module"),
         ((*FUSE, "--model", "cli_models:value", "--input", "5"), "cannot be called"),
+        (("analyze", "--model", "cli_models:sparse", "--input", "5"), "not dense"),
+        (("analyze", "--model", "cli_models:packed", "--input", "5"), "no tensors"),
+        (("analyze", "--model", "cli_models:ReturnsNone", "--input", "5"), "returns no tensor"),
+        (("analyze", "--model", "cli_models:mlp", "--input", "nan.pt"), "not a number"),
+        (("analyze", "--model", "cli_models:mlp", "--input", "double.pt"), ".to(torch.float32)"),
+        (("analyze", "--model", "cli_models:mlp", "--input", "empty.pt"), "is empty"),
+        (("verify", "--model", "cli_models:meta", "--input", "5"), "no weights"),
         (("explain", "no.weight", 0, *MODEL), "no.weight"),
         (("explain", "0.weight", 7, *MODEL), "7"),
         (("explain", "0.weight", 0, "2.weight", *MODEL), "dimension of 2.weight is missing"),

@@ -81,6 +81,55 @@ def test_index_and_frozen(graph: fxfuse.CouplingGraph):
     )
 
 
+class Inside(nn.Module):
+    """Frozen dimensions of each kind."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.place = nn.Parameter(torch.randn(5, 6))
+        self.qkv = nn.Linear(6, 24, bias=False)
+        self.norm = nn.LayerNorm(4)
+        self.table = nn.Parameter(torch.randn(4, 4))
+        self.temperature = nn.Parameter(torch.tensor(2.0))
+        self.unread = nn.Parameter(torch.randn(3))
+        self.register_buffer("steps", torch.arange(3))
+        self.head = nn.Linear(8, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        q, k, v = (x + self.place).matmul(self.qkv.weight.t()).unflatten(-1, (3, 2, 4)).unbind(2)
+        q, k = (self.norm(t).transpose(1, 2) for t in (q, k))
+        q = q @ torch.linalg.inv(self.table) * self.temperature.view(1, 1, 1, 1)
+        mixed = (q @ k.mT).softmax(-1) @ v.transpose(1, 2)
+        return self.head(mixed.transpose(1, 2).flatten(2))
+
+
+def test_what_is_frozen_by_the_interface_and_what_inside():
+    graph = fxfuse.analyze(Inside(), torch.randn(2, 5, 6))
+    assert verify.permutation_of(graph).passed
+    interface = {place: reason.interface for place, reason in graph.frozen.items()}
+    for place in (("place", 0), ("place", 1), ("qkv.weight", 1), ("head.bias", 0), ("steps", 0)):
+        assert interface[place], graph.explain(place)
+    for place in (("table", 0), ("table", 1), ("unread", 0), ("norm.weight", 0)):
+        assert not interface[place], graph.explain(place)
+    (missing,) = graph.without_rule
+    assert missing.operator == "aten.linalg_inv.default"
+    assert missing.nodes == ("linalg_inv",)
+    assert "torch.linalg.inv(self.table)" in missing.source
+    reason = graph.frozen[("table", 0)]
+    assert (reason.operator, reason.rule_file) == (missing.operator, missing.rule_file)
+    assert f"belongs in {missing.rule_file}" in graph.explain("table", 0)
+    assert graph.frozen[("norm.weight", 0)].operator == ""
+
+
+def test_every_reason_inside_names_node_and_source():
+    graph = fxfuse.analyze(Inside(), torch.randn(2, 5, 6))
+    inside = {p: r for p, r in graph.frozen.items() if not r.interface and p[0] != "unread"}
+    assert inside
+    for place, reason in inside.items():
+        assert reason.node, place
+        assert "test_coupling.py" in reason.source, place
+
+
 def test_explain(graph: fxfuse.CouplingGraph):
     one = graph.explain("block1.conv1.weight", 0)
     assert "group 'block1.conv1.weight:0': 8 units" in one

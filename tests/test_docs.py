@@ -1,29 +1,73 @@
-"""The code on the pages of the documentation runs."""
+"""The how-to pages: what they show runs, and prints what they say."""
 
 from __future__ import annotations
 
+import contextlib
+import io
+import linecache
 import re
+from collections.abc import Iterator
 from pathlib import Path
 
+import pytest
 import torch
 
-PAGES = Path(__file__).parents[1] / "docs"
+from fxfuse.rules import registry
+
+PAGES = Path(__file__).parents[1] / "docs" / "how-to"
+BLOCK = re.compile(r"^```(\w+)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
+
+
+@pytest.fixture
+def own_registry(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Rules that a page registers are forgotten afterwards."""
+    monkeypatch.setattr(registry, "_RULES", dict(registry._RULES))
+    return
+
+
+@pytest.mark.usefixtures("own_registry")
+def test_adding_an_operator():
+    page = PAGES / "add-an-operator.md"
+    namespace: dict[str, object] = {"__name__": "add_an_operator"}
+    printed = ""
+    blocks = BLOCK.findall(page.read_text())
+    assert [kind for kind, _ in blocks].count("text") == 2
+    for number, (kind, content) in enumerate(blocks):
+        if kind == "text":
+            assert printed == content
+            continue
+        assert kind == "python"
+        name = f"{page}#{number}"
+        # So that torch.library can read the source, and reasons name the line.
+        linecache.cache[name] = (len(content), None, content.splitlines(keepends=True), name)
+        output = io.StringIO()
+        with contextlib.redirect_stdout(output):
+            exec(compile(content, name, "exec"), namespace)
+        printed = output.getvalue()
+
+
+def test_links_between_pages_lead_somewhere():
+    docs = PAGES.parent
+    for page in docs.rglob("*.md"):
+        for target in re.findall(r"\]\(([^)#:]+\.md)\)", page.read_text()):
+            assert (page.parent / target).is_file(), f"{page}: {target}"
+    for entry in re.findall(r"[\w/-]+\.md", (docs.parent / "mkdocs.yml").read_text()):
+        assert (docs / entry).is_file(), entry
 
 
 def run_page(page: str) -> dict[str, object]:
     """Runs all Python blocks of a page, one after the other; returns what they define."""
-    blocks = re.findall(r"^```python\n(.*?)^```", (PAGES / page).read_text(), re.M | re.S)
-    assert blocks
     names: dict[str, object] = {"__name__": "page"}
-    for block in blocks:
-        exec(compile(block, page, "exec"), names)
+    for kind, block in BLOCK.findall((PAGES / page).read_text()):
+        if kind == "python":
+            exec(compile(block, page, "exec"), names)
     return names
 
 
 def test_partial_fusion(capsys):
     """Real digits: after a short fine-tuning, both heads are far above chance."""
     torch.manual_seed(0)
-    found = run_page("how-to/partial-fusion.md")
+    found = run_page("partial-fusion.md")
     assert "even or odd: alone" in capsys.readouterr().out
     chance = (0.5, 0.1)
     for alone, tuned, guess in zip(found["alone"], found["tuned"], chance, strict=True):

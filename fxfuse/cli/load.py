@@ -17,7 +17,7 @@ def load_model(
 ) -> tuple[nn.Module, tuple[torch.Tensor, ...]]:
     """Makes a model with the weights that its factory gives it, and inputs for it."""
     network = make_model(model, parse_model_args(model_arg or ()))
-    return network, make_inputs(example, floating_dtype(network))
+    return network, _inputs_for(network, example)
 
 
 def load_members(
@@ -30,4 +30,11 @@ def load_members(
         member = make_model(model, arguments)
         load_checkpoint(member, checkpoint)
         members.append(member)
-    return members, make_inputs(example, floating_dtype(members[0]))
+    return members, _inputs_for(members[0], example)
+
+
+def _inputs_for(model: nn.Module, example: str) -> tuple[torch.Tensor, ...]:
+    """Inputs of the model's dtype, where they are made from a shape, and on its device."""
+    inputs = make_inputs(example, floating_dtype(model))
+    parameter = next(model.parameters(), None)
+    return inputs if parameter is None else tuple(x.to(parameter.device) for x in inputs)

@@ -49,8 +49,8 @@ def align(graph: CouplingGraph, reference: State, other: State) -> dict[str, Ind
         For each group, int64 [n_units].
     """
     names = sorted({graph.captured.canonical[name] for g in graph.groups for name, _ in g.index})
-    ours = {name: reference[name].detach().to("cpu", torch.float64).numpy() for name in names}
-    theirs = {name: other[name].detach().to("cpu", torch.float64).numpy() for name in names}
+    ours = {name: _real(reference[name]) for name in names}
+    theirs = {name: _real(other[name]) for name in names}
     order = {}
     for group in graph.groups:
         a, b = _statistics(graph, group.index, ours), _statistics(graph, group.index, theirs)
@@ -76,6 +76,12 @@ def align(graph: CouplingGraph, reference: State, other: State) -> dict[str, Ind
         if not changed:
             break
     return order
+
+
+def _real(tensor: torch.Tensor) -> Matrix:
+    """A tensor in float64; a complex one gets a last dimension with real and imaginary parts."""
+    pairs = torch.view_as_real(tensor.detach()) if tensor.is_complex() else tensor.detach()
+    return pairs.to("cpu", torch.float64).numpy()
 
 
 def _units(weight: Matrix, dim: int, rows: Index) -> Matrix:

@@ -1,4 +1,4 @@
-"""The registry of fusion methods (how to add one: docs/adding-a-method.md)."""
+"""The registry of fusion methods (how to add one: docs/how-to/add-a-method.md)."""
 
 from __future__ import annotations
 

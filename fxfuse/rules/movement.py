@@ -221,7 +221,7 @@ def run_on_ids(call: Call, operation: Any) -> Any:
     def run(ids: torch.Tensor) -> Any:
         return operation(ids, *args, **kwargs)
 
-    probe = run(torch.empty(1).expand(value.shape))
+    probe = run(torch.empty(()).expand(value.shape))
     if isinstance(probe, torch.Tensor):
         return _moved(call, value, run)
     return [_moved(call, value, partial(_nth, run, i)) for i in range(len(probe))]
@@ -235,7 +235,8 @@ def _moved(call: Call, value: Value, operation: Any) -> Value:
         for f in value.fields:
             ids = operation(f.ids.expand(value.shape))
             if Field.of(ids) is None:
-                call.ledger.freeze(Field(ids, ()), kind, "a single neuron is cut out by its index")
+                why = "a single neuron is cut out by its index"
+                call.ledger.freeze(Field(ids, ()), kind, why, inside=True)
     return result
 
 

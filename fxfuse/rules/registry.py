@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from itertools import chain
 from types import MappingProxyType
 from typing import Any
 
 import torch
 from torch import fx
+from torch.library import CustomOpDef  # type: ignore[attr-defined]
 
+from fxfuse.capture import where_of
 from fxfuse.errors import RuleError
 from fxfuse.labels import Ledger, Value
 
@@ -36,10 +39,15 @@ class Call:
         self.args = args
         self.kwargs = dict(kwargs)
 
+    @property
+    def where(self) -> str:
+        """Name and source line of the node, for messages."""
+        return where_of(self.node)
+
     def argument(self, name: str) -> Any:
         """An argument by its name in the operator's schema, or the schema's default."""
         if name not in _names(self.node):
-            raise RuleError(f"{self.node.target} has no argument {name!r}", where=self.node.name)
+            raise RuleError(f"{self.node.target} has no argument {name!r}", where=self.where)
         return self.optional(name)
 
     def optional(self, name: str) -> Any:
@@ -53,6 +61,16 @@ class Call:
             items = argument if isinstance(argument, list | tuple) else [argument]
             found.extend(x for x in items if isinstance(x, Value))
         return found
+
+    def tensor_arguments(self) -> list[Value | None]:
+        """The arguments that the schema declares as one tensor, in its order; None if left out."""
+        schema: Any = self.node.target
+        names = [
+            argument.name
+            for argument in schema._schema.arguments
+            if str(argument.type) in ("Tensor", "Optional[Tensor]")
+        ]
+        return [self.argument(name) for name in names]
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -101,15 +119,20 @@ def rule(*targets: Any) -> Callable[[Rule], Rule]:
     """Registers a function as the rule of one or more operators.
 
     Args:
-        targets: Operators, or qualified names such as "torchvision::roi_align" for all overloads of
-            an operator of a library that need not be installed.
+        targets: Operators (`torch.ops.library.name.default`), packets of overloads
+            (`torch.ops.library.name`: every overload), what `torch.library.custom_op` returned, or
+            qualified names such as "torchvision::roi_align" for all overloads of an operator of a
+            library that need not be installed.
+
+    Returns:
+        A decorator that leaves the function as it is.
 
     Raises:
         RuleError: One of them has a rule already.
     """
 
     def register(function: Rule) -> Rule:
-        for target in targets:
+        for target in chain.from_iterable(map(_overloads, targets)):
             if target in _RULES:
                 raise RuleError(
                     f"{target} has two rules",
@@ -120,6 +143,16 @@ def rule(*targets: Any) -> Callable[[Rule], Rule]:
         return function
 
     return register
+
+
+def _overloads(target: Any) -> Sequence[Any]:
+    """What stands in a graph for an operator that a user names."""
+    if isinstance(target, CustomOpDef):
+        # torch has no public way from the definition to the operator.
+        return [target._opoverload]
+    if isinstance(target, torch._ops.OpOverloadPacket):
+        return [getattr(target, name) for name in target.overloads()]
+    return [target]
 
 
 def find(target: Any) -> Rule | None:

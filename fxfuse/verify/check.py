@@ -14,6 +14,7 @@ from torch import nn
 from fxfuse.capture import Captured, capture
 from fxfuse.eager import answers
 from fxfuse.errors import VerificationError
+from fxfuse.members import check_values
 from fxfuse.rewrite import FusedModule, emit
 
 #: Relative to the largest output, in float64.
@@ -77,13 +78,16 @@ def as_captured(model: Any, inputs: Any, kwargs: Mapping[str, Any] | None) -> Ca
 
 
 def as_double(state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Floating-point tensors in float64, the others unchanged."""
-    return {n: t.double() if t.is_floating_point() else t for n, t in state.items()}
+    """Floating-point tensors in float64, complex ones in complex128, the others unchanged."""
+    return {n: _to_double(t) for n, t in state.items()}
 
 
 def _to_double(value: Any) -> Any:
-    is_float = isinstance(value, torch.Tensor) and value.is_floating_point()
-    return value.double() if is_float else value
+    if not isinstance(value, torch.Tensor):
+        return value
+    if value.is_complex():
+        return value.to(torch.complex128)
+    return value.double() if value.is_floating_point() else value
 
 
 def inputs_of(captured: Captured, *, flip: bool = False) -> Any:
@@ -106,8 +110,10 @@ def run(
     The captured graph runs where it is a program, a copy of the user's own module elsewhere.
 
     Raises:
+        NoWeightsError: The network is on the meta device.
         VerificationError: The user's own module cannot run in float64.
     """
+    check_values(state)
     args, kwargs = inputs_of(captured, flip=flip)
     if captured.source is not None and not captured.is_program:
         return _run_eagerly(captured.source, captured.once(as_double(state)), args, kwargs)

@@ -93,7 +93,7 @@ def _tolerance(
     state = as_double(graph.captured.state())
     rounded = {
         name: tensor * (1 + _ROUNDING * torch.randn(tensor.shape, generator=generator).to(tensor))
-        if tensor.is_floating_point()
+        if tensor.is_floating_point() or tensor.is_complex()
         else tensor
         for name, tensor in state.items()
     }

@@ -1,0 +1,151 @@
+"""Example inputs: what they must be, what a model answers, and that there are two of them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+import torch.utils._pytree as pytree
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensor
+
+from fxfuse.errors import CaptureError, ExampleInputError
+
+#: Answers to one example and to two of it differ by rounding: kernels depend on the batch.
+_ROUNDING = 1e-3
+
+
+def tensors_in(value: Any) -> list[torch.Tensor]:
+    """All tensors of a nested structure, in its order."""
+    return [x for x in pytree.tree_leaves(value) if isinstance(x, torch.Tensor)]
+
+
+def check_example(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+    """Checks example inputs before a model is run on them.
+
+    Raises:
+        ExampleInputError: An input is sparse or quantised, holds nothing, or holds NaN.
+    """
+    for number, x in enumerate(tensors_in((args, dict(kwargs)))):
+        where = f"tensor {number} of the inputs, shape {tuple(x.shape)}, {x.dtype}"
+        if x.is_quantized or x.layout is not torch.strided:
+            form = "quantised" if x.is_quantized else f"in the layout {x.layout}"
+            how = "x.dequantize()" if x.is_quantized else "x.to_dense()"
+            raise _refused("not dense", where, f"it is {form}", f"pass {how}")
+        if x.dim() and x.shape[0] == 0:
+            raise _refused("empty", where, "a batch of size 0 holds nothing", "pass examples")
+        if not (x.is_meta or isinstance(x, FakeTensor)) and bool(x.isnan().any()):
+            why = "NaN makes every output NaN, so nothing could be verified"
+            raise _refused("not a number", where, why, "pass inputs that hold numbers")
+
+
+def _refused(what: str, where: str, why: str, how: str) -> ExampleInputError:
+    return ExampleInputError(f"an example input is {what}", where=where, why=why, how=how)
+
+
+def try_example(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+    """Runs a model on its example inputs.
+
+    Returns:
+        What it answers.
+
+    Raises:
+        ExampleInputError: The model rejects the inputs.
+        CaptureError: It answers with nothing that holds a tensor.
+    """
+    try:
+        with torch.no_grad():
+            answer = model(*args, **kwargs)
+    except Exception as error:
+        shapes = pytree.tree_map(
+            lambda x: tuple(x.shape) if isinstance(x, torch.Tensor) else x, (args, dict(kwargs))
+        )
+        call = f"{type(model).__name__} called with shapes {shapes[0]} {shapes[1] or ''}"
+        raise ExampleInputError(
+            "the model rejects the example inputs",
+            where=call.rstrip(),
+            why=first_line(error),
+            how=_conversion(model, args, kwargs)
+            or "pass inputs with which the model itself runs, batch dimension included",
+        ) from error
+    if not tensors_in(answer):
+        raise CaptureError(
+            f"{type(model).__name__} returns no tensor",
+            why=f"it returns a {type(answer).__name__}, in which torch.export sees no tensor",
+            how="return a tensor, or a tuple, list or dict of tensors; a class of your own must be "
+            "registered (torch.export.register_dataclass)",
+        )
+    return answer
+
+
+def first_line(error: BaseException) -> str:
+    """Type and first line of an exception."""
+    text = str(error).strip()
+    return f"{type(error).__name__}: {text.splitlines()[0] if text else 'no message'}"
+
+
+def _conversion(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> str:
+    """Says so where inputs and parameters differ in device or floating-point dtype."""
+    inputs, parameters = tensors_in((args, dict(kwargs))), list(model.parameters())
+    devices = {p.device for p in parameters}
+    elsewhere = {x.device for x in inputs} - devices
+    if len(devices) == 1 and elsewhere:
+        here, there = devices.pop(), elsewhere.pop()
+        return f"the model is on {here}, an input on {there}: bring both to one device"
+    dtypes = {p.dtype for p in parameters if p.is_floating_point()}
+    others = {x.dtype for x in inputs if x.is_floating_point()} - dtypes
+    if len(dtypes) == 1 and others:
+        ours, theirs = dtypes.pop(), others.pop()
+        return f"the model is {ours}, an input {theirs}: convert the input with .to({ours})"
+    return ""
+
+
+def is_single(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
+    """Whether dimension 0 of every input that has one is 1."""
+    sizes = {x.shape[0] for x in tensors_in((args, dict(kwargs))) if x.dim()}
+    return sizes == {1}
+
+
+def at_least_two(
+    model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], answer: Any
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Repeats a single example, because `torch.export` takes a batch of 1 for a constant.
+
+    Args:
+        model: The model, which has answered the inputs.
+        args: Positional inputs.
+        kwargs: Keyword inputs.
+        answer: What the model answers.
+
+    Returns:
+        The inputs with every tensor repeated along dimension 0, when all of them have size 1 there
+        and the model answers both examples as it answers one; else the inputs as they are.
+    """
+    given = (args, dict(kwargs))
+    if not is_single(args, kwargs):
+        return given
+    twice = pytree.tree_map_only(torch.Tensor, _repeated, given)
+    try:
+        with torch.no_grad():
+            answers = tensors_in(model(*twice[0], **twice[1]))
+    except Exception:
+        # The model does not take two: dimension 0 is no batch.
+        return given
+    expected = [_repeated(y) for y in tensors_in(answer)]
+    if len(answers) != len(expected) or not all(map(_is_close, answers, expected)):
+        return given
+    return twice[0], twice[1]
+
+
+def _repeated(x: torch.Tensor) -> torch.Tensor:
+    return torch.cat([x, x]) if x.dim() and x.shape[0] == 1 else x
+
+
+def _is_close(found: torch.Tensor, expected: torch.Tensor) -> bool:
+    if found.shape != expected.shape or found.is_meta:
+        return found.shape == expected.shape
+    if not (expected.is_floating_point() or expected.is_complex()):
+        return torch.equal(found, expected)
+    scale = float(expected.abs().max()) if expected.numel() else 0.0
+    return torch.allclose(found, expected, rtol=_ROUNDING, atol=_ROUNDING * scale, equal_nan=True)

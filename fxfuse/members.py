@@ -1,0 +1,126 @@
+"""What a member must be before it is captured or fused: checks before any work."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+from torch.export import ExportedProgram
+
+from fxfuse.errors import (
+    CaptureError,
+    MemberMismatchError,
+    NonFiniteWeightsError,
+    NoWeightsError,
+    UnsupportedTensorError,
+)
+
+
+def state_of(model: nn.Module | ExportedProgram) -> Mapping[str, Any]:
+    """The tensors of a model by `state_dict()` name, not copied."""
+    state: Mapping[str, Any]
+    if isinstance(model, ExportedProgram):
+        state = model.state_dict
+    else:
+        state = model.state_dict(keep_vars=True)
+    return state
+
+
+def check_model(model: object) -> None:
+    """Checks that a model is of a kind that can be captured, with tensors that can be labelled.
+
+    Raises:
+        CaptureError: It is no module and no exported program.
+        UnsupportedTensorError: It holds sparse or quantised tensors, or no tensors.
+    """
+    if not isinstance(model, nn.Module | ExportedProgram):
+        raise CaptureError(
+            f"a {type(model).__name__} cannot be captured",
+            why="it is neither an nn.Module nor an ExportedProgram",
+            how="pass the network itself; wrap a function in an nn.Module",
+        )
+    for name, tensor in state_of(model).items():
+        if not isinstance(tensor, torch.Tensor):
+            raise UnsupportedTensorError(
+                "the model holds weights that are no tensors",
+                where=name,
+                why=f"a {type(tensor).__name__} stands in its state_dict(), as quantised layers "
+                "keep their packed weights",
+                how="fuse the floating-point networks and quantise the result",
+            )
+        if tensor.is_quantized or tensor.layout is not torch.strided:
+            form = "quantised" if tensor.is_quantized else f"in the layout {tensor.layout}"
+            how = "dequantised" if tensor.is_quantized else "made dense by .to_dense()"
+            raise UnsupportedTensorError(
+                "the model holds a tensor that is not dense",
+                where=name,
+                why=f"it is {form}; neurons are indices of dense tensors",
+                how=f"fuse networks whose tensors were {how}, and convert the result",
+            )
+
+
+def check_alike(members: Sequence[object]) -> None:
+    """Checks that members which are not captured yet agree in the dtypes and devices of tensors.
+
+    The same inputs are to run through all of them. Each must have passed `check_model`.
+
+    Raises:
+        MemberMismatchError: Names the first difference.
+    """
+    states = {
+        number: state_of(member)
+        for number, member in enumerate(members)
+        if isinstance(member, nn.Module | ExportedProgram)
+    }
+    first = min(states, default=0)
+    for number, state in states.items():
+        for name in (name for name in states[first] if name in state):
+            ours, theirs = states[first][name], state[name]
+            for what, a, b in (
+                ("dtypes", ours.dtype, theirs.dtype),
+                ("devices", ours.device, theirs.device),
+            ):
+                if a != b:
+                    raise MemberMismatchError(
+                        f"member {number} differs from member {first}: {what}",
+                        where=name,
+                        why=f"{a} vs {b}",
+                        how="convert all members with .to(...) to one dtype and one device",
+                    )
+
+
+def check_values(state: Mapping[str, torch.Tensor]) -> None:
+    """Checks that tensors have values.
+
+    Raises:
+        NoWeightsError: One of them is on the meta device.
+    """
+    for name, tensor in state.items():
+        if tensor.is_meta:
+            raise NoWeightsError(
+                "the network has no weights",
+                where=name,
+                why="it is on the meta device, which keeps shapes and no values: enough to "
+                "analyze a network, not to run or fuse it",
+                how="load the weights: model.to_empty(device='cpu'), then load_state_dict()",
+            )
+
+
+def check_finite(number: int, state: Mapping[str, torch.Tensor]) -> None:
+    """Checks that the weights of a member are finite.
+
+    Raises:
+        NonFiniteWeightsError: Names the first tensor with NaN or infinity.
+    """
+    for name, tensor in state.items():
+        weighs = tensor.is_floating_point() or tensor.is_complex()
+        if weighs and not bool(torch.isfinite(tensor).all()):
+            broken = int((~torch.isfinite(tensor)).sum())
+            raise NonFiniteWeightsError(
+                f"member {number} holds weights that are not finite",
+                where=name,
+                why=f"{broken} of {tensor.numel()} values are NaN or infinite",
+                how="leave this member out, or take an earlier checkpoint of it",
+            )

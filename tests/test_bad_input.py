@@ -1,0 +1,427 @@
+"""What users pass that is no good, or merely unusual: a clear error, or it works."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch.ao.quantization import quantize_dynamic
+
+import fxfuse
+from fxfuse import verify
+from fxfuse.errors import (
+    CaptureError,
+    ExampleInputError,
+    FxfuseError,
+    MemberMismatchError,
+    NothingToFuseError,
+    NoWeightsError,
+    UnsupportedTensorError,
+)
+from tests.nets import SmallResNet, images, resnets
+
+
+def mlp(dtype: torch.dtype = torch.float32) -> nn.Module:
+    return nn.Sequential(
+        nn.Linear(4, 8, dtype=dtype), nn.Tanh(), nn.Linear(8, 6, dtype=dtype), nn.Tanh()
+    ).append(nn.Linear(6, 2, dtype=dtype))
+
+
+def refused(error: type[FxfuseError], why: str, *, model: Any, x: Any = None) -> FxfuseError:
+    """Both analyze and fuse raise this error, with all its parts; returns it."""
+    x = torch.randn(3, 4) if x is None else x
+    for call in (lambda: fxfuse.analyze(model, x), lambda: fxfuse.fuse([model, model], x)):
+        with pytest.raises(error, match=why) as caught:
+            call()
+        assert type(caught.value) is error
+        assert caught.value.why
+        assert caught.value.how
+    return caught.value
+
+
+# --- a batch of one ---
+
+
+def test_a_single_example_is_repeated():
+    model = resnets(1)[0]
+    x = images(1)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        captured = fxfuse.capture(model, x)
+    assert captured.dynamic_batch
+    assert captured.example_inputs[0][0].shape == (2, 3, 8, 8)
+    more = images(5)
+    torch.testing.assert_close(captured.module(more), model(more))
+    groups = [g.name for g in fxfuse.analyze(model, x).groups]
+    assert groups == [g.name for g in fxfuse.analyze(model, images(2)).groups]
+    assert fxfuse.fuse(resnets(2), x).module(more).shape == (5, 4)
+
+
+def test_every_input_is_repeated_keyword_inputs_too():
+    class Two(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = mlp()
+
+        def forward(self, x: torch.Tensor, *, shift: torch.Tensor, factor: float) -> torch.Tensor:
+            return self.layer(x + shift) * factor
+
+    inputs = {"shift": torch.randn(1, 4), "factor": 2.0}
+    captured = fxfuse.capture(Two(), torch.randn(1, 4), inputs)
+    assert captured.dynamic_batch
+    assert captured.example_inputs[1]["shift"].shape == (2, 4)
+
+
+class Unbatched(nn.Module):
+    """Dimension 0 is the channel, of which there is one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Conv2d(1, 4, 3)
+        self.second = nn.Conv2d(4, 2, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.second(self.first(x).relu())
+
+
+class OverBatch(nn.Module):
+    """Takes two, and answers otherwise."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = mlp()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.layer(x * torch.arange(1, 1 + x.shape[0]).unsqueeze(1))
+
+
+@pytest.mark.parametrize(
+    ("model", "shape"), [(Unbatched(), (1, 8, 8)), (OverBatch(), (1, 4))], ids=["one", "other"]
+)
+def test_what_does_not_answer_two_alike_is_captured_as_it_is(model: nn.Module, shape: Any):
+    x = torch.randn(shape)
+    with pytest.warns(UserWarning, match="batch of 2 or more"):
+        captured = fxfuse.capture(model, x)
+    assert captured.example_inputs[0][0] is x
+    torch.testing.assert_close(captured.module(x), model(x))
+
+
+# --- modes and dtypes ---
+
+
+def test_members_in_train_mode_stay_so():
+    members = [model.train() for model in resnets(2)]
+    before = {n: t.clone() for n, t in members[0].state_dict().items()}
+    result = fxfuse.fuse(members, images())
+    assert result.verification.passed
+    assert all(m.training for member in members for m in member.modules())
+    for name, tensor in members[0].state_dict().items():
+        assert torch.equal(tensor, before[name]), name
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision(dtype: torch.dtype):
+    members = [mlp(dtype), mlp(dtype)]
+    result = fxfuse.fuse(members, torch.randn(3, 4, dtype=dtype))
+    assert result.verification.passed
+    assert {t.dtype for t in result.state_dict().values()} == {dtype}
+    assert result.module(torch.randn(5, 4, dtype=dtype)).dtype is dtype
+
+
+@pytest.mark.parametrize("other", [torch.float64, torch.bfloat16])
+def test_members_of_different_dtypes(other: torch.dtype):
+    with pytest.raises(MemberMismatchError, match="dtypes") as caught:
+        fxfuse.fuse([mlp(), mlp(other)], torch.randn(3, 4))
+    assert caught.value.where == "0.weight"
+    assert str(other) in caught.value.why
+
+
+def test_members_on_different_devices():
+    with pytest.raises(MemberMismatchError, match="devices") as caught:
+        fxfuse.fuse([mlp(), mlp().to("meta")], torch.randn(3, 4))
+    assert caught.value.why == "cpu vs meta"
+
+
+def test_an_example_of_another_dtype():
+    error = refused(ExampleInputError, "rejects", model=mlp(torch.float16))
+    assert ".to(torch.float16)" in error.how
+
+
+def test_an_example_on_another_device():
+    error = refused(ExampleInputError, "rejects", model=mlp(), x=torch.randn(3, 4, device="meta"))
+    assert error.how == "the model is on cpu, an input on meta: bring both to one device"
+
+
+# --- complex numbers ---
+
+
+def complex_mlp(dtype: torch.dtype = torch.complex64) -> nn.Module:
+    return nn.Sequential(*(nn.Linear(a, b, dtype=dtype) for a, b in ((4, 8), (8, 6), (6, 2))))
+
+
+@pytest.mark.parametrize("method", ["transplant", "average"])
+def test_complex_weights_are_fused(method: str):
+    members = [complex_mlp(), complex_mlp()]
+    x = torch.randn(3, 4, dtype=torch.complex64)
+    result = fxfuse.fuse(members, x, method=method)
+    assert result.verification.checks[0].passed
+    assert result.verification.checks[0].tolerance == verify.EXACT
+    taken = {int(m) for m in result.plan.maps[0].member}
+    assert taken == {0, 1}
+    rows = torch.cat([m[0].weight for m in members])
+    if method == "transplant":
+        for row in result.state_dict()["0.weight"]:
+            assert bool((rows == row).all(1).any())
+
+
+def test_oracles_hold_for_complex_weights():
+    x = torch.randn(3, 4, dtype=torch.complex64)
+    assert verify.identity(complex_mlp(), x).passed
+    check = verify.wide_equals_ensemble([complex_mlp(), complex_mlp()], x)
+    assert check.passed
+    assert check.tolerance == verify.EXACT
+
+
+class Spectral(nn.Module):
+    """Real in and out, complex weights between two Fourier transforms."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Linear(4, 8)
+        self.filter = nn.Parameter(torch.randn(4, 8, dtype=torch.complex64))
+        self.last = nn.Linear(8, 6)
+        self.head = nn.Linear(6, 2)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        spectrum = torch.fft.rfft(self.first(x), dim=1) * self.filter
+        return self.head(self.last(torch.fft.irfft(spectrum, dim=1)).relu())
+
+
+def test_a_fourier_transform_freezes_and_is_named():
+    x = torch.randn(3, 6, 4)
+    graph = fxfuse.analyze(Spectral(), x)
+    assert {"aten.fft_rfft.default", "aten.fft_irfft.default"} >= {
+        missing.operator for missing in graph.without_rule
+    }
+    assert verify.permutation_of(graph).passed
+    assert fxfuse.fuse([Spectral(), Spectral()], x).verification.passed
+
+
+# --- tensors that are not dense ---
+
+
+class Holding(nn.Module):
+    def __init__(self, tensor: torch.Tensor) -> None:
+        super().__init__()
+        self.layer = nn.Linear(4, 2)
+        self.held = nn.Parameter(tensor, requires_grad=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.layer(x)
+
+
+@pytest.mark.parametrize("layout", ["to_sparse_coo", "to_sparse_csr"])
+@pytest.mark.filterwarnings("ignore:Sparse")
+def test_sparse_tensors(layout: str):
+    sparse = getattr(torch.randn(3, 4), layout)()
+    error = refused(UnsupportedTensorError, "not dense", model=Holding(sparse))
+    assert error.where == "held"
+    assert "to_dense" in error.how
+    error = refused(ExampleInputError, "not dense", model=mlp(), x=sparse)
+    assert "to_dense" in error.how
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_quantised_weights():
+    packed = quantize_dynamic(mlp(), {nn.Linear}, dtype=torch.qint8)
+    error = refused(UnsupportedTensorError, "no tensors", model=packed)
+    assert "quantise the result" in error.how
+    quantised = torch.quantize_per_tensor(torch.randn(3, 4), 0.1, 0, torch.quint8)
+    refused(UnsupportedTensorError, "not dense", model=Holding(quantised))
+
+
+class Int8(nn.Module):
+    """Weights as int8 with a scale for each row, as weight-only quantisation keeps them."""
+
+    def __init__(self, *, as_parameter: bool) -> None:
+        super().__init__()
+        self.first = nn.Linear(4, 8)
+        weight = torch.randint(-127, 127, (8, 8), dtype=torch.int8)
+        if as_parameter:
+            self.weight = nn.Parameter(weight, requires_grad=False)
+        else:
+            self.register_buffer("weight", weight)
+        self.register_buffer("scale", torch.rand(8, 1))
+        self.last = nn.Linear(8, 2)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.last((self.first(x) @ (self.weight.float() * self.scale).t()).relu())
+
+
+@pytest.mark.parametrize("as_parameter", [False, True])
+def test_int8_weights_are_constants(as_parameter: bool):
+    members = [Int8(as_parameter=as_parameter) for _ in range(2)]
+    x = torch.randn(3, 4)
+    graph = fxfuse.analyze(members[0], x)
+    assert graph.frozen[("weight", 0)].interface
+    assert not graph.groups
+    with pytest.raises(MemberMismatchError, match="constants") as caught:
+        fxfuse.fuse(members, x)
+    assert caught.value.where == "weight"
+    assert "quantise the result" in caught.value.why
+
+
+# --- no values ---
+
+
+def test_a_network_on_the_meta_device_can_be_analysed():
+    real, x = SmallResNet(), images()
+    expected = fxfuse.analyze(real, x)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        graph = fxfuse.analyze(real.to("meta"), x.to("meta"))
+    assert [(g.name, g.n_units, list(g.index)) for g in graph.groups] == [
+        (g.name, g.n_units, list(g.index)) for g in expected.groups
+    ]
+    assert graph.free_fraction == expected.free_fraction
+
+
+class Masked(nn.Module):
+    """A constant made in the graph, and one that is a buffer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Linear(4, 8)
+        self.second = nn.Linear(8, 8)
+        self.third = nn.Linear(8, 2)
+        self.register_buffer("order", torch.arange(8).flip(0))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        hidden = self.first(x) + torch.zeros(8, device=x.device)
+        return self.third(self.second(hidden)[:, self.order])
+
+
+def test_constants_without_values_freeze_what_depends_on_them():
+    x = torch.randn(2, 4)
+    assert len(fxfuse.analyze(Masked(), x).groups) == 2
+    with pytest.warns(UserWarning, match="order are on the meta device"):
+        graph = fxfuse.analyze(Masked().to("meta"), x.to("meta"))
+    (group,) = graph.groups
+    assert ("first.weight", 0) in group.index
+    assert ("second.weight", 0) in graph.frozen
+    assert ("second.weight", 0) not in graph.group_of
+
+
+def test_there_is_nothing_to_fuse_or_to_verify_on_the_meta_device():
+    members, x = [mlp().to("meta") for _ in range(2)], torch.randn(3, 4, device="meta")
+    with pytest.raises(NoWeightsError, match="no weights") as caught:
+        fxfuse.fuse(members, x)
+    assert "analyze" in caught.value.why
+    assert caught.value.where == "0.weight"
+    with pytest.raises(NoWeightsError):
+        verify.permutation(members[0], x)
+
+
+# --- regions of the graph ---
+
+
+class Branching(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(4, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.cond(x.sum() > 0, torch.sin, torch.cos, (self.layer(x),))
+
+
+def test_a_region_that_stays_a_subgraph():
+    assert "cond" in refused(CaptureError, "cannot be inlined", model=Branching()).what
+
+
+# --- nothing in, nothing out ---
+
+
+def test_nan_inputs():
+    x = torch.randn(3, 4)
+    x[1, 2] = float("nan")
+    assert "shape (3, 4)" in refused(ExampleInputError, "not a number", model=mlp(), x=x).where
+
+
+def test_infinite_inputs_are_masks():
+    class Biased(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = mlp()
+
+        def forward(self, x: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+            return self.layer((x + mask).softmax(-1))
+
+    mask = torch.zeros(3, 4)
+    mask[:, 0] = -float("inf")
+    assert fxfuse.analyze(Biased(), (torch.randn(3, 4), mask)).groups
+
+
+def test_answers_that_are_no_floats():
+    model = Returning(lambda y: (y, y > 0, y.argmax(-1)))
+    assert fxfuse.capture(model, torch.randn(1, 4)).dynamic_batch
+
+
+def test_an_empty_batch():
+    refused(ExampleInputError, "empty", model=mlp(), x=torch.randn(0, 4))
+
+
+@pytest.mark.parametrize("given", ["text", len, nn.Linear], ids=["text", "function", "class"])
+def test_what_is_no_model(given: Any):
+    refused(CaptureError, "cannot be captured", model=given)
+
+
+def test_a_model_without_parameters():
+    graph = fxfuse.analyze(nn.ReLU(), torch.randn(3, 4))
+    assert graph.groups == ()
+    assert graph.free_fraction == 0.0
+    with pytest.raises(NothingToFuseError) as caught:
+        fxfuse.fuse([nn.ReLU(), nn.ReLU()], torch.randn(3, 4))
+    assert caught.value.why == "it has no parameters"
+
+
+class Returning(nn.Module):
+    def __init__(self, wrap: Callable[[torch.Tensor], Any]) -> None:
+        super().__init__()
+        self.layer = mlp()
+        self.wrap = wrap
+
+    def forward(self, x: torch.Tensor) -> Any:
+        return self.wrap(self.layer(x))
+
+
+@dataclass
+class Answer:
+    logits: torch.Tensor
+
+
+@pytest.mark.parametrize(
+    ("wrap", "kind"),
+    [
+        (lambda y: None, "NoneType"),
+        (lambda y: 3, "int"),
+        (lambda y: "text", "str"),
+        (lambda y: (None, 1), "tuple"),
+        (lambda y: Answer(y), "Answer"),
+    ],
+)
+def test_a_model_that_returns_no_tensor(wrap: Callable[[torch.Tensor], Any], kind: str):
+    error = refused(CaptureError, "returns no tensor", model=Returning(wrap))
+    assert kind in error.why
+
+
+def test_a_model_that_returns_other_things_beside_a_tensor():
+    members = [Returning(lambda y: {"logits": y, "loss": None, "step": 3}) for _ in range(2)]
+    result = fxfuse.fuse(members, torch.randn(3, 4))
+    answer = result.module(torch.randn(5, 4))
+    assert answer["logits"].shape == (5, 2)
+    assert (answer["loss"], answer["step"]) == (None, 3)
