@@ -23,6 +23,7 @@ from torch import fx, nn
 from torch.export import Dim, ExportedProgram
 
 from fxfuse.errors import CaptureError, ExampleInputError, MemberMismatchError
+from fxfuse.functional import functional
 
 #: Operators that only state facts which hold for the captured device and dtype: they would break
 #: the fused module after `.to("cuda")` or `.to(torch.bfloat16)`.
@@ -236,8 +237,8 @@ def rebuild(source: fx.GraphModule, state: Mapping[str, torch.Tensor]) -> fx.Gra
         state: Tensors by `state_dict()` name, kept even where the graph does not use them.
 
     Returns:
-        A graph module in eval mode: `no_grad` regions inlined, assertions dropped, every
-        `training` argument False.
+        A graph module in eval mode: `no_grad` regions inlined, assertions dropped, writes into
+        activations replaced by their results, every `training` argument False.
     """
     # Attached before the graph is set: GraphModule itself would copy only what the graph reads,
     # in the order of the graph, and lose the names and the order of the state_dict.
@@ -247,6 +248,7 @@ def rebuild(source: fx.GraphModule, state: Mapping[str, torch.Tensor]) -> fx.Gra
     graph = fx.Graph()
     graph._codegen = source.graph._codegen
     _Copier(source, graph).run()
+    graph = functional(graph)
     for node in graph.nodes:
         if node.op == "get_attr" and node.target not in state:
             attach(module, node.target, fetch(source, node.target), persistent=False)

@@ -29,7 +29,7 @@ from fxfuse.labels import Field, Value, neurons
 from fxfuse.layout import Layout, default_layout
 from fxfuse.plan import FusionPlan
 from fxfuse.rewrite import FusedModule, copy_graph, emit_graph
-from fxfuse.rules import contraction, creation, movement, selection
+from fxfuse.rules import contraction, movement, selection
 from fxfuse.rules.registry import argument_of, find, hint
 
 aten = torch.ops.aten
@@ -106,10 +106,8 @@ class _Widener:
             return self.join(node)
         if rule is movement.pad:
             return self.pad(node)
-        if rule in (creation.copy, creation.overwrite) and any(
-            self.layout_of(operand) for operand in node.all_input_nodes
-        ):
-            raise self.error(node, "writing into a part of a tensor is not rewritten")
+        if rule is movement.overwrite:
+            return self.overwrite(node)
         if node.target is aten.glu.default:
             return self.halve(node)
         if _groups_of(node) > 1:
@@ -524,11 +522,13 @@ class _Widener:
         """Concatenation: layouts along the joined dimension follow each other."""
         joined = cast("Sequence[fx.Node]", node.args[0])
         parts = [n for n in joined if self.analysis.values[n].shape != (0,)]
-        value: Value = self.analysis.values[node]
-        dim = _dimension(node, value.rank)
+        dim = _dimension(node, self.analysis.values[node].rank)
+        return self.joined(node, parts, dim, stacks=find(node.target) is movement.stack)
+
+    def joined(self, node: fx.Node, parts: Sequence[fx.Node], dim: int, *, stacks: bool) -> Layouts:
+        """Layouts of parts that follow each other along a dimension."""
         result: Layouts = {}
         lines, copies, offset, grows = [], [], 0, False
-        stacks = find(node.target) is movement.stack
         for part in parts:
             layouts = self.layout_of(part)
             size = 1 if stacks else self.analysis.values[part].shape[dim]
@@ -543,6 +543,35 @@ class _Widener:
                     self.agree(node, part, d, other, result.setdefault(shifted, other))
         if grows:
             result[dim] = Layout(np.concatenate(lines), np.concatenate(copies))
+        return result
+
+    def overwrite(self, node: fx.Node) -> Layouts:
+        """A part is replaced: what is left of the whole, and the part, in the order of both."""
+        whole, part = cast("tuple[fx.Node, fx.Node]", node.args[:2])
+        value: Value = self.analysis.values[node]
+        dim = _dimension(node, value.rank)
+        result = self.joined(node, [whole, part], dim, stacks=False)
+        have = result.pop(dim, None)
+        if have is None:
+            return result
+        size = value.shape[dim]
+        places = torch.arange(size + self.analysis.values[part].shape[dim])
+        ends = [_argument(node, name) for name in ("start", "end", "step")]
+        origin = aten.slice_scatter.default(places[:size], places[size:], 0, *ends)
+        rows = [np.flatnonzero(have.source == place) for place in origin.tolist()]
+        order = np.concatenate(rows)
+        name = f"_fxfuse_order_{len(self.orders)}"
+        self.orders[name] = torch.from_numpy(order)
+        replaced = self.mapping[node]
+        pieces = [self.inputs.get((node, n), self.mapping[n]) for n in (whole, part)]
+        with self.graph.inserting_before(replaced):
+            both = self.graph.call_function(aten.cat.default, (pieces, dim))
+            places_node = self.graph.get_attr(name)
+            written = self.graph.call_function(aten.index_select.default, (both, dim, places_node))
+        replaced.replace_all_uses_with(written)
+        self.graph.erase_node(replaced)
+        self.mapping[node] = written
+        result[dim] = Layout(np.repeat(np.arange(size), [len(r) for r in rows]), have.copy[order])
         return result
 
     def pad(self, node: fx.Node) -> Layouts:

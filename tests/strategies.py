@@ -618,7 +618,8 @@ def _transposed_grouped(space: Space, i: int, b: Block) -> Part:
 def _instance_norm(space: Space, i: int, b: Block) -> Part:
     return Part(
         i,
-        lambda m, x: m.norm(_even(x)),
+        # Without the activation, a mean over the pixels would take the norm's own mean.
+        lambda m, x: _act(m.norm(_even(x))),
         norm=nn.InstanceNorm2d(i, affine=b.flag, track_running_stats=b.parts > 2),
     )
 
