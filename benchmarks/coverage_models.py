@@ -43,7 +43,7 @@ _VIDEO = {
     "mc3_18": (8, 64),
     "r3d_18": (8, 64),
     "r2plus1d_18": (8, 64),
-    "s3d": (16, 96),
+    "s3d": (16, 224),
     "mvit_v1_b": (16, 224),
     "mvit_v2_s": (16, 224),
     "swin3d_t": (4, 64),
@@ -318,7 +318,12 @@ TRANSFORMERS: dict[str, tuple[str, str, dict[str, Any], Callable[[], dict[str, A
     "mixtral": (
         "MixtralForCausalLM",
         "MixtralConfig",
-        {**_DECODER, "num_local_experts": 3, "num_experts_per_tok": 2},
+        {
+            **_DECODER,
+            "num_local_experts": 3,
+            "num_experts_per_tok": 2,
+            "experts_implementation": "batched_mm",
+        },
         _tokens,
     ),
     "t5": (
@@ -477,16 +482,34 @@ TRANSFORMERS: dict[str, tuple[str, str, dict[str, Any], Callable[[], dict[str, A
 }
 
 
+class _Answer(nn.Module):
+    """A model that returns its answer only, none of the hidden states that come with it."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, **inputs: torch.Tensor) -> torch.Tensor:
+        output = self.model(**inputs)
+        names = ("logits", "logits_per_image", "last_hidden_state")
+        return next(output[name] for name in names if name in output)
+
+
 def build_transformers(name: str) -> tuple[nn.Module, Inputs]:
     import transformers
 
     transformers.logging.set_verbosity_error()
     model_class, config_class, options, inputs = TRANSFORMERS[name]
     options = dict(options)
-    attention = options.pop("attn_implementation", "sdpa")
+    attention = options.pop("attn_implementation", None)
+    experts = options.pop("experts_implementation", None)
     config = getattr(transformers, config_class)(**options)
-    config._attn_implementation = attention
-    return getattr(transformers, model_class)(config), lambda: ((), inputs())
+    if attention:
+        config._attn_implementation = attention
+    if experts:
+        config._experts_implementation = experts
+    model = getattr(transformers, model_class)(config)
+    return _Answer(model), lambda: ((), inputs())
 
 
 # --- all ----------------------------------------------------------------------------------------

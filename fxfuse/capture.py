@@ -38,6 +38,22 @@ TRAINING_ARGUMENT = {
     torch.ops.aten.feature_dropout_.default: 2,
     torch.ops.aten.alpha_dropout.default: 2,
     torch.ops.aten.alpha_dropout_.default: 2,
+    torch.ops.aten.feature_alpha_dropout.default: 2,
+    torch.ops.aten.feature_alpha_dropout_.default: 2,
+    torch.ops.aten.rrelu.default: 3,
+    torch.ops.aten.rrelu_.default: 3,
+    torch.ops.aten.lstm.input: 6,
+    torch.ops.aten.gru.input: 6,
+    torch.ops.aten.rnn_tanh.input: 6,
+    torch.ops.aten.rnn_relu.input: 6,
+}
+
+#: Regions that only change how their operators run (gradients, autocast, recomputation), with the
+#: position of their subgraph. An autocast region runs in the dtype of its operands once inlined.
+_REGIONS: dict[Any, int] = {
+    torch.ops.higher_order.wrap_with_set_grad_enabled: 1,
+    torch.ops.higher_order.wrap_with_autocast: 4,
+    torch.ops.higher_order.tag_activation_checkpoint: 0,
 }
 
 _TORCH_ROOT = f"{Path(torch.__file__).parent}/"
@@ -254,13 +270,22 @@ def rebuild(source: fx.GraphModule, state: Mapping[str, torch.Tensor]) -> fx.Gra
             attach(module, node.target, fetch(source, node.target), persistent=False)
         position = TRAINING_ARGUMENT.get(node.target)
         if position is not None:
-            node.update_arg(position, False)
+            _set_eval(node, position)
     # Nodes with a side effect (an in-place fill of a mask) are kept by fx's own rule.
     graph.eliminate_dead_code()
     graph.lint()
     module.graph = graph
     module.eval()
     return module
+
+
+def _set_eval(node: fx.Node, position: int) -> None:
+    """Writes the `training` argument out as False; export omits it where that is the default."""
+    target: Any = node.target
+    defaults = [argument.default_value for argument in target._schema.arguments]
+    args = [*node.args, *defaults[len(node.args) : position + 1]]
+    args[position] = False
+    node.args = tuple(args)
 
 
 class _Copier:
@@ -280,7 +305,7 @@ class _Copier:
             return
         if node.op == "get_attr" and isinstance(_attribute(owner, str(node.target)), nn.Module):
             return
-        if node.target is torch.ops.higher_order.wrap_with_set_grad_enabled:
+        if node.target in _REGIONS:
             self.environment[node] = self.inline(node, owner)
             return
         argument = node.args[0] if node.args else None
@@ -295,7 +320,7 @@ class _Copier:
         self.environment[node] = copied
 
     def inline(self, call: fx.Node, owner: fx.GraphModule) -> Any:
-        subgraph, *operands = cast("tuple[fx.Node, ...]", call.args[1:])
+        subgraph, *operands = cast("tuple[fx.Node, ...]", call.args[_REGIONS[call.target] :])
         body = _attribute(owner, str(subgraph.target))
         inputs = iter(operands)
         for node in body.graph.nodes:

@@ -18,7 +18,7 @@ from torch.export import ExportedProgram
 from fxfuse.capture import Captured, capture, is_constant, source_of
 from fxfuse.errors import UnknownTensorError
 from fxfuse.interpreter import interpret
-from fxfuse.labels import Freeze, Kind, Ledger, Mixing
+from fxfuse.labels import Kind, Ledger, Mixing
 
 #: A dimension of a named tensor.
 Place = tuple[str, int]
@@ -261,13 +261,13 @@ def analyze(
         captured = capture(captured, example_inputs, example_kwargs, dynamic_shapes=dynamic_shapes)
     ledger, values = interpret(captured)
     component = ledger.components()
-    kinds = _frozen_kinds(ledger, component)
-    groups = _groups(captured, ledger, component, kinds)
+    stuck = _frozen_components(ledger, component)
+    groups = _groups(captured, ledger, component, stuck.mask)
     return CouplingGraph(
         captured,
         groups,
-        _frozen_places(captured, ledger, component, kinds),
-        tuple(_mixing_notes(ledger, component, kinds)),
+        _frozen_places(captured, ledger, component, stuck),
+        tuple(_mixing_notes(ledger, component, stuck)),
         _free_fraction(captured, groups),
         frozenset(ledger.readers),
         frozenset(ledger.writers),
@@ -276,25 +276,44 @@ def analyze(
     )
 
 
-def _frozen_kinds(ledger: Ledger, component: Index) -> dict[int, tuple[Kind, Freeze]]:
+@dataclass(frozen=True)
+class _Frozen:
+    """What of the network's components is frozen.
+
+    Attributes:
+        kind: int8 [components]: index into `_KINDS`, -1 where free.
+        freeze: int64 [components]: index of the first freeze of that kind.
+    """
+
+    kind: NDArray[np.int8]
+    freeze: Index
+
+    @property
+    def mask(self) -> NDArray[np.bool_]:
+        """Bool [components]."""
+        return self.kind >= 0
+
+
+_KINDS = (Kind.HOST, Kind.OUTPUT, Kind.COMMON)
+
+
+def _frozen_components(ledger: Ledger, component: Index) -> _Frozen:
     """Kind and first reason of every frozen component."""
-    found: dict[int, dict[Kind, Freeze]] = defaultdict(dict)
-    for freeze in ledger.freezes:
-        for c in np.unique(component[freeze.ids]).tolist():
-            found[c].setdefault(freeze.kind, freeze)
-    read: set[int] = set()
+    size = int(component.max(initial=0)) + 1
+    first = np.full((len(_KINDS), size), -1, dtype=np.int64)
+    # Backwards, so that the first reason is the one that stays.
+    for number, freeze in reversed(list(enumerate(ledger.freezes))):
+        first[_KINDS.index(freeze.kind), component[freeze.ids]] = number
+    read = np.zeros(size, dtype=bool)
     for place in ledger.readers:
-        owner = ledger.owners.index(place)
-        read.update(np.unique(component[_ids_of(ledger, owner)]).tolist())
-    kinds = {}
-    for c, reasons in found.items():
-        order = [Kind.HOST, Kind.OUTPUT, Kind.COMMON]
-        if c not in read:
-            # An output that nothing inside reads is the members' mean, whatever it passes.
-            order = [Kind.OUTPUT, Kind.HOST, Kind.COMMON]
-        kind = next(k for k in order if k in reasons)
-        kinds[c] = (kind, reasons[kind])
-    return kinds
+        read[component[_ids_of(ledger, ledger.owners.index(place))]] = True
+    kind = np.full(size, -1, dtype=np.int8)
+    for number in reversed(range(len(_KINDS))):
+        kind[first[number] >= 0] = number
+    # An output that nothing inside reads is the members' mean, whatever it passes.
+    output = _KINDS.index(Kind.OUTPUT)
+    kind[(first[output] >= 0) & ~read] = output
+    return _Frozen(kind, np.take_along_axis(first, np.maximum(kind, 0)[None], axis=0)[0])
 
 
 def _ids_of(ledger: Ledger, owner: int) -> Index:
@@ -311,12 +330,10 @@ def _groups(
     captured: Captured,
     ledger: Ledger,
     component: Index,
-    kinds: Mapping[int, object],
+    frozen: NDArray[np.bool_],
 ) -> tuple[CouplingGroup, ...]:
     """Splits free components by signature: slots per place, and how they are bound together."""
     signature: dict[int, list[tuple[int, int]]] = defaultdict(list)
-    frozen = np.zeros(int(component.max(initial=0)) + 1, dtype=bool)
-    frozen[list(kinds)] = True
     rows: list[tuple[Place, Index, Index]] = []
     parts = ledger.slots(component)
     structure = ledger.structure(component, parts)
@@ -325,14 +342,12 @@ def _groups(
             ids = _ids_of(ledger, owner)
             line = component[ids]
             rows.append((place, line, parts[ids]))
-            for c, count in zip(*np.unique(line, return_counts=True), strict=True):
+            free = line[~frozen[line]]
+            for c, count in zip(*np.unique(free, return_counts=True), strict=True):
                 signature[int(c)].append((len(rows) - 1, int(count)))
-    for c, sign in signature.items():
-        sign.append((-1, int(structure[c])))
     buckets: dict[tuple[tuple[int, int], ...], list[int]] = defaultdict(list)
     for c, signed in signature.items():
-        if not frozen[c]:
-            buckets[tuple(signed)].append(c)
+        buckets[(*signed, (-1, int(structure[c])))].append(c)
     aliases = defaultdict(list)
     for name, canonical in captured.canonical.items():
         aliases[canonical].append(name)
@@ -365,7 +380,7 @@ def _frozen_places(
     captured: Captured,
     ledger: Ledger,
     component: Index,
-    kinds: Mapping[int, tuple[Kind, Freeze]],
+    stuck: _Frozen,
 ) -> dict[Place, FrozenReason]:
     by_owner: dict[Place, Index] = {}
     for owner, place in enumerate(ledger.owners):
@@ -387,24 +402,23 @@ def _frozen_places(
                 why = "size 1: there is nothing to permute"
                 frozen[(name, dim)] = FrozenReason(Kind.COMMON, why, "", "", everything)
             else:
-                stuck = np.array([c in kinds for c in members.tolist()])
-                if stuck.any():
-                    kind, freeze = kinds[int(members[stuck.argmax()])]
+                indices = np.flatnonzero(stuck.mask[members])
+                if len(indices):
+                    first_one = members[indices[0]]
+                    kind = _KINDS[stuck.kind[first_one]]
+                    freeze = ledger.freezes[stuck.freeze[first_one]]
                     node, source = ("", "")
                     if freeze.node is not None:
                         node, source = freeze.node.name, source_of(freeze.node)
-                    indices = np.flatnonzero(stuck)
                     frozen[(name, dim)] = FrozenReason(kind, freeze.why, node, source, indices)
     return frozen
 
 
-def _mixing_notes(
-    ledger: Ledger, component: Index, kinds: Mapping[int, tuple[Kind, Freeze]]
-) -> Iterable[MixingNote]:
-    averaged = {c for c, (kind, _) in kinds.items() if kind is Kind.OUTPUT}
+def _mixing_notes(ledger: Ledger, component: Index, stuck: _Frozen) -> Iterable[MixingNote]:
+    averaged = stuck.kind == _KINDS.index(Kind.OUTPUT)
     seen: set[tuple[str, str]] = set()
     for note in ledger.mixings:
-        if note.ids is not None and averaged.isdisjoint(component[note.ids].tolist()):
+        if note.ids is not None and not averaged[component[note.ids]].any():
             continue
         node = note.node.name if note.node is not None else ""
         if (node, note.why) not in seen:

@@ -17,6 +17,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
+from functools import cached_property
 from math import prod
 
 import numpy as np
@@ -56,6 +57,22 @@ class Field:
 
     ids: Ids
     dims: tuple[int, ...]
+
+    @cached_property
+    def tally(self) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """The ids that are neurons, and how often each stands in the field; int64 [n] both."""
+        ids = _flat(self.ids)
+        if not len(ids):
+            return ids, ids
+        first = int(ids.min())
+        if int(ids.max()) - first > 4 * len(ids):
+            found, counts = np.unique(ids, return_counts=True)
+        else:
+            line = np.bincount(ids - first)
+            found = np.flatnonzero(line)
+            counts, found = line[found], found + first
+        real = found > 0
+        return found[real], counts[real]
 
     @staticmethod
     def of(ids: Ids, where: Callable[[], torch.Tensor] | None = None) -> Field | None:
@@ -252,7 +269,7 @@ class Ledger:
     deferred: list[tuple[Field, Field, bool, fx.Node | None]] = field(default_factory=list)
     freezes: list[Freeze] = field(default_factory=list)
     mixings: list[Mixing] = field(default_factory=list)
-    touches: list[tuple[NDArray[np.int64], int]] = field(default_factory=list)
+    touches: list[tuple[NDArray[np.int64], NDArray[np.int64], int]] = field(default_factory=list)
     readers: set[tuple[str, int]] = field(default_factory=set)
     writers: set[tuple[str, int]] = field(default_factory=set)
     node: fx.Node | None = None
@@ -281,7 +298,7 @@ class Ledger:
 
     def owners_of(self, ids: Ids) -> set[tuple[str, int]]:
         """The (tensor, dim) pairs that own the given ids."""
-        flat = _flat(neurons(ids))
+        flat = np.unique(_flat(neurons(ids)))
         return {self.owners[i] for i in np.unique(self.owner_positions(flat[flat > 0]))}
 
     # --- what rules say -------------------------------------------------------------------------
@@ -308,8 +325,8 @@ class Ledger:
 
     def freeze(self, f: Field, kind: Kind, why: str) -> None:
         """The neurons of a field stay where they are."""
-        ids = np.unique(_flat(neurons(f.ids)))
-        self.freezes.append(Freeze(ids[ids > 0], kind, why, self.node))
+        ids = np.unique(f.tally[0] & _NEURON)
+        self.freezes.append(Freeze(ids, kind, why, self.node))
 
     def mix(self, why: str, sources: frozenset[str] = frozenset(), ids: Ids | None = None) -> None:
         """Members put side by side no longer give the mean of the members after this operator."""
@@ -318,9 +335,7 @@ class Ledger:
 
     def touch(self, value: Value, tag: int = 0) -> None:
         """Neurons of `value` pass through the current operator (part of a unit's signature)."""
-        for f in value.fields:
-            ids = _flat(f.ids)
-            self.touches.append((ids[ids > 0], 2 * self.clock + tag))
+        self.touches += [(*f.tally, 2 * self.clock + tag) for f in value.fields]
 
     def role(self, value: Value, f: Field, *, reader: bool) -> None:
         """Notes on which side of its tensor a parameter's field is used."""
@@ -404,8 +419,9 @@ class Ledger:
     def _seen(self, colour: NDArray[np.uint64]) -> NDArray[np.uint64]:
         """Adds to each neuron's colour what the operators saw of the neuron itself."""
         colour = colour.copy()
-        for ids, tag in self.touches:
-            np.add.at(colour, ids & _NEURON, _scramble(_key(2 * tag, ids >> _PART)))
+        for ids, counts, tag in self.touches:
+            seen = counts.astype(np.uint64) * _scramble(_key(2 * tag, ids >> _PART))
+            np.add.at(colour, ids & _NEURON, seen)
         for number, (ids, order) in enumerate(self.orders):
             place = _scramble(_key(2 * number + 1, ids >> _PART)) + order.astype(np.uint64)
             np.add.at(colour, ids & _NEURON, _scramble(place))

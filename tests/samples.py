@@ -8,11 +8,13 @@ channels must not be moved.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.nn.utils.parametrizations import weight_norm
 
 aten = torch.ops.aten
 
@@ -58,11 +60,49 @@ def _inner(size: int = 8) -> nn.Linear:
 
 
 def _pool1d(function: Any) -> Call:
-    return Call(lambda t: function(t.flatten(2), 2))
+    return Call(lambda t: _indexed(function(t.flatten(2), 2)))
 
 
 def _pool3d(function: Any) -> Call:
-    return Call(lambda t: function(t.unsqueeze(2).repeat(1, 1, 4, 1, 1), 2))
+    return Call(lambda t: _indexed(function(t.unsqueeze(2).repeat(1, 1, 4, 1, 1), 2)))
+
+
+def _indexed(pooled: Any) -> torch.Tensor:
+    """The values, and the indices of the pixels that were taken, if told."""
+    return pooled[0] + 0.01 * pooled[1] if isinstance(pooled, tuple) else pooled
+
+
+def _windows(t: torch.Tensor, space: int) -> torch.Tensor:
+    """Where the windows of fractional pooling begin: [b, c, space], the same for all channels."""
+    start = torch.tensor([0.2, 0.6, 0.4], dtype=t.dtype)[:space]
+    return start.expand(t.shape[0], t.shape[1], space)
+
+
+def _fractional3d(t: torch.Tensor) -> torch.Tensor:
+    return aten.fractional_max_pool3d(t, [2, 2, 2], [2, 3, 3], _windows(t, 3))[0]
+
+
+def _matrix() -> tuple[torch.Tensor, torch.Tensor]:
+    return torch.randn(5, 8), torch.randn(8)
+
+
+def _numbers(t: torch.Tensor) -> torch.Tensor:
+    """Numbers from 0 to 8: [b, y, x]."""
+    return t.gt(0).sum(1)
+
+
+def _with_last_states(t: torch.Tensor, layer: nn.GRU) -> torch.Tensor:
+    output, states = layer(_tokens(t))
+    return torch.cat([output.flatten(1), states.transpose(0, 1).flatten(1)], 1)
+
+
+def _unroll(t: torch.Tensor, cell: Any, states: int) -> torch.Tensor:
+    """Three steps of a cell; the last of its states."""
+    zero = t.new_zeros(t.shape[0], 6)
+    state: Any = (zero, zero) if states == 2 else zero
+    for step in _tokens(t)[:, :3].unbind(1):
+        state = cell(step, state)
+    return state[1] if states == 2 else state
 
 
 def _fill(make: Callable[[torch.Tensor], torch.Tensor]) -> Call:
@@ -91,6 +131,11 @@ def _copied(t: torch.Tensor) -> torch.Tensor:
     return wide
 
 
+def _sampled(t: torch.Tensor) -> torch.Tensor:
+    grid = t.mean(1)[:, :4, :, None].tanh().expand(-1, -1, -1, 2)
+    return F.grid_sample(t, grid, align_corners=False)
+
+
 def _gathered(t: torch.Tensor) -> torch.Tensor:
     order = t.mean(1).flatten(1).argsort(1)  # [b, t]
     return t.flatten(2).gather(2, order[:, None].expand(-1, 8, -1))
@@ -100,9 +145,9 @@ SAMPLES: dict[Any, nn.Module] = {
     # movement
     aten.permute.default: Call(lambda t: t.permute(0, 2, 3, 1)),
     aten.transpose.int: Call(lambda t: t.transpose(1, 2)),
+    aten.mT.default: Call(lambda t: aten.mT.default(t)),
     aten.t.default: Call(lambda t: t.mean((2, 3)).t().t()),
     aten.numpy_T.default: Call(lambda t: t.mean((2, 3)).T.T),
-    aten.mT.default: Call(lambda t: t.mT),
     aten.movedim.intlist: Call(lambda t: t.movedim((1, 2), (2, 3))),
     aten.swapdims.default: Call(lambda t: aten.swapdims.default(t, 1, 3)),
     aten.movedim.int: Call(lambda t: aten.movedim.int(t, 1, 3)),
@@ -155,10 +200,6 @@ SAMPLES: dict[Any, nn.Module] = {
         lambda t: t.index_select(1, torch.arange(7, -1, -1, device=t.device))
     ),
     aten.gather.default: Call(_gathered),
-    aten.embedding.default: Call(
-        lambda t, f: t.flatten(2) * f((t.mean((1, 2, 3)) > 0).long())[:, :, None],
-        nn.Embedding(5, 8),
-    ),
     aten.pad.default: Call(lambda t: F.pad(t, (1, 2, 0, 1, 2, 2))),
     aten.constant_pad_nd.default: Call(lambda t: aten.constant_pad_nd.default(t, [0, 0, 1, 1])),
     aten.cat.default: Call(lambda t: torch.cat([t.relu(), t], 1)),
@@ -182,7 +223,56 @@ SAMPLES: dict[Any, nn.Module] = {
         lambda t, f: f(t.unsqueeze(2)), nn.ConvTranspose3d(8, 6, (1, 3, 3))
     ),
     aten.scaled_dot_product_attention.default: Call(_attend, _inner()),
+    aten.conv1d.padding: Call(lambda t, f: f(t.flatten(2)), nn.Conv1d(8, 6, 3, padding="same")),
+    aten.conv2d.padding: Call(lambda t, f: f(t), nn.Conv2d(8, 6, 3, padding="same", groups=2)),
+    aten.conv3d.padding: Call(lambda t, f: f(t.unsqueeze(2)), nn.Conv3d(8, 6, 3, padding="same")),
+    aten.mv.default: Call(
+        lambda t, w, v: F.linear(t.mean((2, 3)), w * torch.mv(w, v)[:, None]), *_matrix()
+    ),
+    aten.dot.default: Call(
+        lambda t, w, v: F.linear(t.mean((2, 3)), w * (1 + torch.dot(w.mean(0), v))), *_matrix()
+    ),
+    aten.vdot.default: Call(
+        lambda t, w, v: F.linear(t.mean((2, 3)), w * (1 + torch.vdot(w.mean(0), v))), *_matrix()
+    ),
+    aten.bilinear.default: Call(lambda t, f: f(_tokens(t), _tokens(t)), nn.Bilinear(8, 8, 5)),
+    # recurrent layers
+    aten.lstm.input: Call(
+        lambda t, f: f(_tokens(t))[0],
+        nn.LSTM(8, 6, 2, batch_first=True, bidirectional=True, proj_size=3),
+    ),
+    aten.gru.input: Call(_with_last_states, nn.GRU(8, 6, 2, batch_first=True)),
+    aten.rnn_tanh.input: Call(lambda t, f: f(_tokens(t))[0], nn.RNN(8, 6, batch_first=True)),
+    aten.rnn_relu.input: Call(
+        lambda t, f: f(_tokens(t))[0], nn.RNN(8, 6, batch_first=True, nonlinearity="relu")
+    ),
+    aten.lstm_cell.default: Call(lambda t, f: _unroll(t, f, 2), nn.LSTMCell(8, 6)),
+    aten.gru_cell.default: Call(lambda t, f: _unroll(t, f, 1), nn.GRUCell(8, 6)),
+    aten.rnn_tanh_cell.default: Call(lambda t, f: _unroll(t, f, 1), nn.RNNCell(8, 6)),
+    aten.rnn_relu_cell.default: Call(
+        lambda t, f: _unroll(t, f, 1), nn.RNNCell(8, 6, nonlinearity="relu")
+    ),
+    # tables
+    aten.embedding.default: Call(lambda t, f: f(_numbers(t)), nn.Embedding(10, 6)),
+    aten.embedding_bag.default: Call(
+        lambda t, w: aten.embedding_bag.default(
+            w, _numbers(t).flatten(), 36 * torch.arange(t.shape[0])
+        )[0],
+        torch.randn(10, 6),
+    ),
+    aten.embedding_bag.padding_idx: Call(
+        lambda t, f: f(_numbers(t).flatten(1)), nn.EmbeddingBag(10, 6, mode="max")
+    ),
+    aten.embedding_renorm_.default: Call(
+        lambda t, f: f(_numbers(t)), nn.Embedding(10, 6, max_norm=1.0)
+    ),
     # normalisation
+    aten._weight_norm.default: Call(lambda t, f: f(t), weight_norm(nn.Conv2d(8, 6, 3))),
+    aten._weight_norm_interface.default: Call(
+        lambda t, w, g: F.linear(_tokens(t), aten._weight_norm_interface(w, g, 0)[0]),
+        torch.randn(6, 8),
+        torch.randn(6, 1),
+    ),
     aten.batch_norm.default: Call(lambda t, f: f(t), nn.BatchNorm2d(8)),
     aten.instance_norm.default: Call(lambda t, f: f(t), nn.InstanceNorm2d(8, affine=True)),
     aten.layer_norm.default: Call(lambda t, f: f(_tokens(t)), nn.LayerNorm(8)),
@@ -202,10 +292,53 @@ SAMPLES: dict[Any, nn.Module] = {
     aten.adaptive_avg_pool1d.default: _pool1d(F.adaptive_avg_pool1d),
     aten.adaptive_avg_pool2d.default: Call(lambda t: F.adaptive_avg_pool2d(t, 2)),
     aten.adaptive_avg_pool3d.default: _pool3d(F.adaptive_avg_pool3d),
+    aten.max_pool1d_with_indices.default: _pool1d(partial(F.max_pool1d, return_indices=True)),
+    aten.max_pool2d_with_indices.default: Call(
+        lambda t: _indexed(F.max_pool2d(t, 2, return_indices=True))
+    ),
+    aten.max_pool3d_with_indices.default: _pool3d(partial(F.max_pool3d, return_indices=True)),
+    aten.adaptive_max_pool1d.default: _pool1d(partial(F.adaptive_max_pool1d, return_indices=True)),
+    aten.adaptive_max_pool2d.default: Call(lambda t: F.adaptive_max_pool2d(t, 2)),
+    aten.adaptive_max_pool3d.default: _pool3d(partial(F.adaptive_max_pool3d, return_indices=True)),
+    aten.fractional_max_pool2d.default: Call(
+        lambda t: aten.fractional_max_pool2d(t, [2, 2], [3, 3], _windows(t, 2))[0]
+    ),
+    aten.fractional_max_pool3d.default: Call(
+        lambda t: _fractional3d(t.unsqueeze(2).repeat(1, 1, 4, 1, 1))
+    ),
+    aten.max_unpool2d.default: Call(
+        lambda t: F.max_unpool2d(*F.max_pool2d(t, 2, return_indices=True), 2)
+    ),
+    aten.max_unpool3d.default: Call(
+        lambda t: F.max_unpool3d(
+            *F.max_pool3d(t[:, :, None], (1, 2, 2), return_indices=True), (1, 2, 2)
+        )
+    ),
+    aten.im2col.default: Call(lambda t: F.unfold(t, 3)),
+    aten.col2im.default: Call(lambda t: F.fold(t.flatten(2)[:, :, :25], (6, 6), 2)),
+    aten.cosine_similarity.default: Call(lambda t: F.cosine_similarity(t, t.roll(1, 2), 1)),
+    aten.pairwise_distance.default: Call(
+        lambda t: F.pairwise_distance(_tokens(t), _tokens(t).roll(1, 1))
+    ),
     aten.upsample_nearest1d.vec: Call(lambda t: F.interpolate(t.flatten(2), scale_factor=2)),
     aten.upsample_nearest2d.vec: Call(lambda t: F.interpolate(t, scale_factor=2)),
     aten.upsample_nearest3d.vec: Call(
         lambda t: F.interpolate(t.unsqueeze(2), scale_factor=(1, 2, 2))
+    ),
+    aten._upsample_nearest_exact1d.vec: Call(
+        lambda t: F.interpolate(t.flatten(2), scale_factor=2, mode="nearest-exact")
+    ),
+    aten._upsample_nearest_exact2d.vec: Call(
+        lambda t: F.interpolate(t, scale_factor=2, mode="nearest-exact")
+    ),
+    aten._upsample_nearest_exact3d.vec: Call(
+        lambda t: F.interpolate(t.unsqueeze(2), scale_factor=(1, 2, 2), mode="nearest-exact")
+    ),
+    aten._upsample_bilinear2d_aa.vec: Call(
+        lambda t: F.interpolate(t, scale_factor=0.5, mode="bilinear", antialias=True)
+    ),
+    aten._upsample_bicubic2d_aa.vec: Call(
+        lambda t: F.interpolate(t, scale_factor=0.5, mode="bicubic", antialias=True)
     ),
     aten.upsample_linear1d.vec: Call(
         lambda t: F.interpolate(t.flatten(2), scale_factor=2, mode="linear")
@@ -222,6 +355,48 @@ SAMPLES: dict[Any, nn.Module] = {
     aten.amax.default: Call(lambda t: t.amax(1)),
     aten.amin.default: Call(lambda t: t.amin((2, 3))),
     aten.linalg_vector_norm.default: Call(lambda t: F.normalize(t, dim=1)),
+    aten.var.default: Call(lambda t: t * aten.var.default(t)),
+    aten.var.dim: Call(lambda t: t / t.var(1, keepdim=True).sqrt()),
+    aten.var.correction: Call(lambda t: t.var((2, 3), correction=0)),
+    aten.std.default: Call(lambda t: t * aten.std.default(t)),
+    aten.std.dim: Call(lambda t: t / aten.std.dim(t, [1], True, True)),
+    aten.std.correction: Call(lambda t: t.std((2, 3), correction=0)),
+    aten.var_mean.default: Call(lambda t: t * aten.var_mean.default(t)[0]),
+    aten.var_mean.dim: Call(lambda t: torch.cat(aten.var_mean.dim(t, [2, 3]), 1)),
+    aten.var_mean.correction: Call(lambda t: t / aten.var_mean.correction(t, [1], keepdim=True)[0]),
+    aten.std_mean.default: Call(lambda t: t * aten.std_mean.default(t)[0]),
+    aten.std_mean.dim: Call(lambda t: torch.cat(aten.std_mean.dim(t, [2, 3]), 1)),
+    aten.std_mean.correction: Call(lambda t: t - aten.std_mean.correction(t, [1], keepdim=True)[1]),
+    aten.norm.Scalar: Call(lambda t: t / aten.norm.Scalar(t)),
+    aten.norm.ScalarOpt_dim: Call(lambda t: t / aten.norm.ScalarOpt_dim(t, 2, [1], True)),
+    aten.logsumexp.default: Call(lambda t: t.logsumexp((2, 3))),
+    aten.prod.default: Call(lambda t: t + t.tanh().mean((2, 3)).prod()),
+    aten.prod.dim_int: Call(lambda t: t.tanh().prod(2)),
+    aten.max.default: Call(lambda t: t / t.max()),
+    aten.min.default: Call(lambda t: t - t.min()),
+    aten.any.default: Call(lambda t: t * (t > 0).any()),
+    aten.any.dim: Call(lambda t: t * (t > 1).any(2, keepdim=True)),
+    aten.all.default: Call(lambda t: t * (1 + (t > 0).all())),
+    aten.all.dim: Call(lambda t: t * (1 + (t > -1).all(2, keepdim=True))),
+    aten.aminmax.default: Call(lambda t: t - torch.aminmax(t, dim=1, keepdim=True)[0]),
+    aten.max.dim: Call(lambda t: t.flatten(2).max(2).values),
+    aten.min.dim: Call(lambda t: t.flatten(2).min(2).values),
+    aten.median.dim: Call(lambda t: t.flatten(2).median(2).values),
+    aten.argmax.default: Call(lambda t: t.flatten(2).argmax(2) * t.mean((2, 3))),
+    aten.argmin.default: Call(lambda t: t.flatten(2).argmin(2) * t.mean((2, 3))),
+    # in order along a dimension
+    aten.cumsum.default: Call(lambda t: t.cumsum(2)),
+    aten.cumprod.default: Call(lambda t: t.tanh().cumprod(2)),
+    aten.logcumsumexp.default: Call(lambda t: t.logcumsumexp(2)),
+    aten.cummax.default: Call(lambda t: t.cummax(2)[0]),
+    aten.sort.default: Call(lambda t: t.flatten(2).sort(2)[0]),
+    aten.sort.stable: Call(lambda t: torch.sort(t.flatten(2), dim=2, stable=True)[0]),
+    aten.argsort.default: Call(lambda t: t.flatten(2).argsort(2) * t.flatten(2)),
+    aten.topk.default: Call(lambda t: t.flatten(2).topk(3, 2).values),
+    aten.tril.default: Call(lambda t: t.tril()),
+    aten.triu.default: Call(lambda t: t.triu(1)),
+    # sampling
+    aten.grid_sampler.default: Call(_sampled),
     # creation
     aten.zeros.default: _fill(lambda t: torch.zeros(t.shape[0], 1, 6, 6, dtype=t.dtype)),
     aten.ones.default: _fill(lambda t: torch.ones(t.shape[0], 1, 6, 6, dtype=t.dtype)),
@@ -247,6 +422,14 @@ SAMPLES: dict[Any, nn.Module] = {
     aten.feature_dropout_.default: Call(lambda t: aten.feature_dropout_.default(t * 2, 0.5, False)),
     aten.alpha_dropout.default: Call(lambda t: F.alpha_dropout(t, 0.5, training=False)),
     aten.alpha_dropout_.default: Call(lambda t: aten.alpha_dropout_.default(t * 2, 0.5, False)),
+    aten.feature_alpha_dropout.default: Call(
+        lambda t: F.feature_alpha_dropout(t, 0.5, training=False)
+    ),
+    aten.feature_alpha_dropout_.default: Call(
+        lambda t: aten.feature_alpha_dropout_.default(t * 2, 0.5, False)
+    ),
+    aten.abs_.default: Call(lambda t: aten.abs_.default(t * 2)),
+    aten.rrelu_.default: Call(lambda t: F.rrelu(t * 2, training=False, inplace=True)),
     aten.gelu_.default: Call(lambda t: aten.gelu_.default(t * 2)),
     aten.elu_.default: Call(lambda t: F.elu(t * 2, inplace=True)),
     aten.hardtanh.default: Call(lambda t: F.hardtanh(t)),
@@ -263,6 +446,8 @@ SAMPLES: dict[Any, nn.Module] = {
     aten.selu_.default: Call(lambda t: F.selu(t * 2, inplace=True)),
     aten.celu_.default: Call(lambda t: F.celu(t * 2, inplace=True)),
     aten.softplus.default: Call(lambda t: F.softplus(t)),
+    aten.threshold_.default: Call(lambda t: F.threshold(t * 2, 0.1, 0.2, inplace=True)),
+    aten.prelu.default: Call(lambda t, f: f(t), nn.PReLU(8)),
     aten.log_sigmoid.default: Call(lambda t: F.logsigmoid(t)),
     aten.masked_fill.Scalar: Call(lambda t: t.masked_fill(t > 1, 0.5)),
     aten.masked_fill_.Scalar: Call(lambda t: (t * 2).masked_fill_(t > 1, 0.5)),

@@ -3,10 +3,14 @@
 from fxfuse.rules import (
     contraction,
     creation,
+    lookup,
     movement,
     normalisation,
+    ordering,
     pointwise,
+    recurrent,
     reduction,
+    sampling,
     selection,
 )
 from fxfuse.rules.registry import Call, Rule, concrete_shape, find, hint, registered, rule
@@ -19,11 +23,15 @@ __all__ = [
     "creation",
     "find",
     "hint",
+    "lookup",
     "movement",
     "normalisation",
+    "ordering",
     "pointwise",
+    "recurrent",
     "reduction",
     "registered",
     "rule",
+    "sampling",
     "selection",
 ]

@@ -44,6 +44,7 @@ def meet(ledger: Ledger, a: Value, b: Value) -> Value:
     Returns:
         The labels of the result.
     """
+    a, b = _only_one(ledger, a, b), _only_one(ledger, b, a)
     covered_a = [_match(ledger, f, b, a) for f in a.fields]
     covered_b = [_covered(g, a) for g in b.fields]
     kept = [f for f, c in zip(a.fields, covered_a, strict=True) if _face(ledger, f, c, a, b)]
@@ -58,6 +59,28 @@ def meet(ledger: Ledger, a: Value, b: Value) -> Value:
         merge_positions((*a.positions, *b.positions)),
         sources,
     )
+
+
+def _only_one(ledger: Ledger, value: Value, other: Value) -> Value:
+    """Of several labels along the same dimensions, one may move neurons of another tensor.
+
+    A flattened kernel has labels for its channels and for its positions. Against neurons that are
+    all different along the flattened dimension, the first label stays and the others freeze: tied
+    to both, all of them would become one unit.
+    """
+    for g in other.fields:
+        rivals = [f for f in value.fields if f.dims == g.dims]
+        if len(rivals) < 2 or len(g.ids.unique()) < g.ids.numel():
+            continue
+        for f in rivals[1:]:
+            kind = Kind.COMMON if value.is_parameter else Kind.HOST
+            ledger.freeze(f, kind, "is flattened together with other neurons")
+        value = replace(
+            value,
+            fields=tuple(f for f in value.fields if not any(f is r for r in rivals[1:])),
+            positions=merge_positions((*rivals[1:], *value.positions)),
+        )
+    return value
 
 
 def merge_positions(fields: Iterable[Field]) -> tuple[Field, ...]:
@@ -132,11 +155,14 @@ def contract(ledger: Ledger, a: Value, letters_a: str, b: Value, letters_b: str,
     order = "".join(dict.fromkeys(letters_a + letters_b))
     contracted = {order.index(x) for x in order if x not in out}
     lifted_a, lifted_b = _lift(a, letters_a, order), _lift(b, letters_b, order)
+    are_parameters = a.is_parameter and b.is_parameter
     for value, other in ((lifted_a, lifted_b), (lifted_b, lifted_a)):
         for f in value.fields:
             summed = contracted & set(f.dims)
             # A block that is read and stays (a group) tells the members apart, as a writer does.
-            ledger.role(value, f, reader=summed == set(f.dims))
+            # Parameters among themselves read nothing: what is made of them does.
+            if not are_parameters:
+                ledger.role(value, f, reader=summed == set(f.dims))
             if not summed:
                 continue
             if summed != set(f.dims):
@@ -144,7 +170,10 @@ def contract(ledger: Ledger, a: Value, letters_a: str, b: Value, letters_b: str,
             elif not value.is_parameter:
                 _note_sum(ledger, f, other)
     met = meet(ledger, lifted_a, lifted_b)
-    return _lower(ledger, met, order, out)
+    result = _lower(ledger, met, order, out)
+    if are_parameters and met.fields and not result.fields:
+        ledger.mix("weights are summed over the members' neurons")
+    return result
 
 
 def _note_sum(ledger: Ledger, f: Field, other: Value) -> None:

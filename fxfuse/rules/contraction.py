@@ -6,6 +6,7 @@ s key token, d channel of a head, k kernel position, p output pixel.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -91,7 +92,42 @@ def einsum(call: Call) -> Any:
     return contract(call.ledger, operands[0], terms[0], operands[1], terms[1], out)
 
 
-@rule(aten.conv1d.default, aten.conv2d.default, aten.conv3d.default)
+@rule(aten.mv.default)
+def matrix_vector(call: Call) -> Value:
+    """`t s, s -> t`."""
+    call.ledger.touch(call.args[0], 0)
+    call.ledger.touch(call.args[1], 1)
+    return contract(call.ledger, call.args[0], "ts", call.args[1], "s", "t")
+
+
+@rule(aten.dot.default, aten.vdot.default)
+def inner_product(call: Call) -> Value:
+    """`s, s ->`."""
+    call.ledger.touch(call.args[0], 0)
+    call.ledger.touch(call.args[1], 1)
+    return contract(call.ledger, call.args[0], "s", call.args[1], "s", "")
+
+
+@rule(aten.bilinear.default)
+def bilinear(call: Call) -> Value:
+    """`* i, * j, o i j -> * o` plus bias `o`."""
+    weight: Value = call.args[2]
+    parts = []
+    for place, (x, letter) in enumerate(zip(call.args[:2], "ij", strict=True)):
+        call.ledger.touch(x, place)
+        lead = _free_letters(x.rank - 1)
+        parts.append(contract(call.ledger, x, lead + letter, weight, "oij", lead + "o"))
+    return _bias(call, meet(call.ledger, *parts), call.argument("bias"), -1)
+
+
+@rule(
+    aten.conv1d.default,
+    aten.conv1d.padding,
+    aten.conv2d.default,
+    aten.conv2d.padding,
+    aten.conv3d.default,
+    aten.conv3d.padding,
+)
 def convolution(call: Call) -> Value:
     """`b g i *, g o i k -> b g o *`: the kernel positions k and the pixels stay in place."""
     x, weight, groups = call.args[0], call.args[1], call.argument("groups")
@@ -106,39 +142,61 @@ def convolution_transposed(call: Call) -> Value:
 
 
 def _convolve(call: Call, x: Value, weight: Value, groups: int, *, transposed: bool) -> Value:
-    ledger, shape = call.ledger, call.shape
-    ledger.touch(x)
-    space = weight.rank - 2
-    if x.rank == weight.rank - 1:
+    call.ledger.touch(x)
+    if x.rank < weight.rank:
         # Unbatched input; the result gets the batch dimension removed again at the end.
-        batched = _convolve_batched(call, x.moved(lambda t: t[None]), weight, groups, transposed)
-        return replace(batched.moved(lambda t: t[0]), shape=shape)
-    x = only_unlabelled(ledger, x, range(2, 2 + space), "convolved over: neighbours matter")
-    return replace(_convolve_batched(call, x, weight, groups, transposed), shape=shape)
+        x = x.moved(lambda t: t[None])
+        batched = _convolve_batched(call, x, weight, groups, transposed)
+        return replace(batched.moved(lambda t: t[0]), shape=call.shape)
+    return replace(_convolve_batched(call, x, weight, groups, transposed), shape=call.shape)
 
 
 def _convolve_batched(call: Call, x: Value, weight: Value, groups: int, transposed: bool) -> Value:
     ledger = call.ledger
-    space = weight.rank - 2
-    weight = only_unlabelled(ledger, weight, range(2, 2 + space), "kernel positions are in order")
-    # The pixels play no part in the labels: [b, c, *] is seen as [b, g, i].
-    flat = _drop_space(x).moved(lambda t: t.unflatten(1, (groups, -1)))
-    kernel = _drop_space(weight).moved(lambda t: t.unflatten(0, (groups, -1)))
+    space = range(2, weight.rank)
+    passing = _passing(call, x, weight)
+    x = only_unlabelled(ledger, x, set(space) - set(passing), "convolved over: neighbours matter")
+    weight = only_unlabelled(ledger, weight, space, "kernel positions are in order")
+    # Other pixels play no part in the labels: [b, c, *] is seen as [b, g, i] and what passes.
+    flat = _corner(x, passing).moved(lambda t: t.unflatten(1, (groups, -1)))
+    kernel = _corner(weight, ()).moved(lambda t: t.unflatten(0, (groups, -1)))
     letters = "gio" if transposed else "goi"
     if transposed and groups > 1:
         kernel = only_unlabelled(ledger, kernel, [2], "every group has the same output channels")
-    result = contract(ledger, flat, "bgi", kernel, letters, "bgo")
-    result = result.moved(lambda t: t.flatten(1, 2).reshape(t.shape[0], -1, *[1] * space))
-    full = (*result.shape[:2], *call.shape[-space:])
-    result = replace(
-        result, shape=full, positions=(*result.positions, *positions(full, range(2, 2 + space)))
-    )
+    pixels = "xyz"[: len(passing)]
+    result = contract(ledger, flat, "bgi" + pixels, kernel, letters, "bgo" + pixels)
+    sizes = [x.shape[d] if d in passing else 1 for d in space]
+    result = result.moved(lambda t: t.flatten(1, 2).reshape(t.shape[0], -1, *sizes))
+    full = (*result.shape[:2], *call.shape[-len(space) :])
+    rest = set(space) - {d for f in result.fields for d in f.dims}
+    result = replace(result, shape=full, positions=(*result.positions, *positions(full, rest)))
     return _bias(call, result, call.argument("bias"), 1)
 
 
-def _drop_space(value: Value) -> Value:
+def _passing(call: Call, x: Value, weight: Value) -> tuple[int, ...]:
+    """Labelled dimensions in which the kernel has size 1, so that no neighbour plays a part."""
+    labelled = {d for f in x.fields for d in f.dims}
+    space = weight.rank - 2
+
+    def plain(name: str, neutral: int, d: int) -> bool:
+        given = call.argument(name)
+        # A padding given as a word is none for a kernel of size 1.
+        return isinstance(given, str) or (list(given) * space)[d - 2] == neutral
+
+    return tuple(
+        d
+        for d in range(2, weight.rank)
+        if d in labelled
+        and weight.shape[d] == 1
+        and plain("stride", 1, d)
+        and plain("padding", 0, d)
+    )
+
+
+def _corner(value: Value, kept: Sequence[int]) -> Value:
+    """The first pixel along every dimension of space but those that are kept."""
     whole = slice(None)
-    corner: tuple[slice | int, ...] = (whole, whole, *[0] * (value.rank - 2))
+    corner = tuple(whole if d < 2 or d in kept else 0 for d in range(value.rank))
     return value.moved(lambda t: t[corner])
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import replace
+from typing import Any
 
 import torch
 
@@ -83,3 +84,31 @@ def softmax(call: Call) -> Value:
     for f in x.fields:
         call.ledger.mix("an averaged activation passes a softmax", ids=f.ids)
     return x
+
+
+#: What `_weight_norm` takes for one norm over all dimensions.
+_ALL = -1
+
+
+@rule(aten._weight_norm.default, aten._weight_norm_interface.default)
+def weight_norm(call: Call) -> Any:
+    """A weight is a direction times a length for each index of one dimension (or one for all)."""
+    direction, length, ledger = call.args[0], call.args[1], call.ledger
+    dim: int = call.argument("dim")
+    if dim != _ALL:
+        dim %= direction.rank
+    ledger.touch(direction)
+    others = [d for d in range(direction.rank) if d != dim]
+    for f in direction.fields:
+        if set(f.dims) & set(others) and dim in f.dims:
+            ledger.block(f, others)
+    rows = [f for f in direction.fields if dim in f.dims]
+    # Other members' places in a row are zero, so its norm stays, unless the row is an average.
+    for f in rows:
+        ledger.mix("an averaged weight is normalised", ids=f.ids)
+    if not rows:
+        ledger.mix("a weight is normalised over the members' neurons")
+    result = replace(meet(ledger, direction, align(length, direction.rank)), shape=direction.shape)
+    if call.node.target is aten._weight_norm.default:
+        return result
+    return [result, replace(length, constant=None)]

@@ -22,6 +22,10 @@ _UNTAGGED = (
     aten.feature_dropout_.default,
     aten.alpha_dropout.default,
     aten.alpha_dropout_.default,
+    aten.feature_alpha_dropout.default,
+    aten.feature_alpha_dropout_.default,
+    aten.abs_.default,
+    aten.rrelu_.default,
     aten.gelu_.default,
     aten.elu_.default,
     aten.hardtanh.default,
@@ -39,6 +43,7 @@ _UNTAGGED = (
     aten.celu_.default,
     aten.softplus.default,
     aten.log_sigmoid.default,
+    aten.threshold_.default,
     aten.masked_fill.Scalar,
     aten.masked_fill_.Scalar,
     aten.masked_fill.Tensor,
@@ -135,3 +140,16 @@ def gated_linear_unit(call: Call) -> Value:
     for f in parts[0].fields:
         call.ledger.mix("an averaged activation passes a nonlinear operator", ids=f.ids)
     return replace(meet(call.ledger, *parts), shape=call.shape)
+
+
+@rule(aten.prelu.default)
+def parametric_relu(call: Call) -> Value:
+    """One slope for each channel (dimension 1), or one for all."""
+    x, slope = call.args[0], call.args[1]
+    call.ledger.touch(x)
+    for f in slope.fields:
+        call.ledger.role(slope, f, reader=False)
+    column = slope.moved(lambda t: t.reshape([-1] + [1] * max(x.rank - 2, 0)))
+    for f in x.fields:
+        call.ledger.mix("an averaged activation passes a nonlinear operator", ids=f.ids)
+    return replace(meet(call.ledger, x, align(column, x.rank)), shape=x.shape)

@@ -83,16 +83,6 @@ def gather(call: Call) -> Any:
     return replace(meet(call.ledger, picked, chosen), shape=shape, sources=_sources(x, chosen))
 
 
-@rule(aten.embedding.default)
-def embedding(call: Call) -> Any:
-    """Rows of a table: `v c, * -> * c`. The vocabulary means the same to all members."""
-    table, chosen = call.args[:2]
-    if chosen.fields:
-        return NotImplemented
-    first = torch.zeros(chosen.shape, dtype=torch.int64)
-    return _pick(call, table, [0], lambda t: t[first], [chosen])
-
-
 def _pick(
     call: Call,
     x: Value,
