@@ -235,6 +235,8 @@ class _Widener:
             grows = self.order(result, dim) is not None
             out = _by_index(result.shape[dim], self.n_members) if grows else None
             inner = None if wanted is None else wanted.head(value.shape[dim] // groups)
+            if _is_transposed(node):
+                inner = None if out is None else out.head(result.shape[dim] // groups)
         else:
             wanted = _by_group(copies, value.shape[dim] // groups)
             out, inner = _by_group(copies, result.shape[dim] // groups), None
@@ -242,7 +244,7 @@ class _Widener:
         if layout is not None and wanted is not None:
             self.agree(node, x, dim, layout, wanted)
         for name, dims in (
-            ("weight", (wanted, None) if _is_transposed(node) else (out, inner)),
+            ("weight", (wanted, inner) if _is_transposed(node) else (out, inner)),
             ("bias", (out,)),
         ):
             operand = _argument(node, name)

@@ -113,21 +113,6 @@ def _is_linear(call: Call, operands: list[Value]) -> bool:
     return name in _ADDITIVE or (name in _SCALING and len(operands) == 1)
 
 
-@rule(aten.prelu.default)
-def prelu(call: Call) -> Value:
-    """A slope for each channel (dimension 1)."""
-    x, slope = call.args[:2]
-    call.ledger.touch(x)
-    for f in slope.fields:
-        call.ledger.role(slope, f, reader=False)
-    column = slope.moved(lambda t: t.reshape([-1] + [1] * max(x.rank - 2, 0)))
-    if not slope.fields:
-        call.ledger.mix("a slope is shared by all units", sources=slope.sources or frozenset())
-    for f in x.fields:
-        call.ledger.mix("an averaged activation passes a nonlinear operator", ids=f.ids)
-    return replace(meet(call.ledger, x, align(column, x.rank)), shape=x.shape)
-
-
 @rule(aten.glu.default)
 def gated_linear_unit(call: Call) -> Value:
     """The first half times the sigmoid of the second: a unit is a pair."""
