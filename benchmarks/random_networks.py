@@ -29,7 +29,6 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import fxfuse
 from fxfuse import verify
-from fxfuse.capture import Captured, rebuild
 from tests.strategies import (
     IMAGE,
     OUTPUTS,
@@ -38,10 +37,9 @@ from tests.strategies import (
     Block,
     Recipe,
     Space,
-    build,
-    images,
     is_plain,
     kinds,
+    members_of,
 )
 
 #: A process is replaced after so many networks, because torch.export keeps memory.
@@ -92,17 +90,9 @@ def draw(seed: int, index: int) -> Recipe:
     return Recipe(stem, blocks(IMAGE, 2), "tokens", tokens, end, blocks(VECTOR, 1), output)
 
 
-def members_of(recipe: Recipe) -> list[Captured]:
-    """Two members; the second shares the first one's graph, which saves an export."""
-    first = fxfuse.capture(build(recipe, 0), images())
-    state = build(recipe, 1).state_dict(keep_vars=True)
-    module = rebuild(first.module, state)
-    return [first, Captured(module, first.names, first.canonical, first.example_inputs)]
-
-
 def judge(recipe: Recipe, seed: int) -> tuple[bool, list[tuple[str, str]]]:
     """Whether the wide oracle had to be exact, and what was found."""
-    members = members_of(recipe)
+    members = members_of(recipe, 2)
     found = []
     graph = fxfuse.analyze(members[0])
     if (seen := verify.sensitivity(members[0])) <= _BLIND:

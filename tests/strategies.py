@@ -8,7 +8,7 @@ neighbours couple; one that needs a divisible width puts a layer in front.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -16,6 +16,8 @@ import torch.nn.functional as F
 from hypothesis import strategies as st
 from torch import nn
 
+import fxfuse
+from fxfuse.capture import Captured, rebuild
 from tests.models import excite
 
 CLASSES = 3
@@ -999,6 +1001,16 @@ def build(recipe: Recipe, seed: int = 0) -> Network:
             nn.init.normal_(parameter, std=(2 / max(parameter[0].numel(), 1)) ** 0.5)
     excite(model, images(8, seed=1))
     return model
+
+
+def members_of(recipe: Recipe, n: int) -> list[Captured]:
+    """Members of one architecture; they share the first one's graph, which saves exports."""
+    first = fxfuse.capture(build(recipe, 0), images())
+    states = (build(recipe, seed).state_dict(keep_vars=True) for seed in range(1, n))
+    return [
+        first,
+        *(replace(first, module=rebuild(first.module, state)) for state in states),
+    ]
 
 
 def is_plain(recipe: Recipe) -> bool:
