@@ -9,20 +9,13 @@ from __future__ import annotations
 
 import operator
 from collections import defaultdict
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import fx
 
 aten = torch.ops.aten
 
-_SPLITS = (
-    aten.split.Tensor,
-    aten.split_with_sizes.default,
-    aten.chunk.default,
-    aten.tensor_split.sections,
-    aten.tensor_split.indices,
-)
 _RESHAPED = (
     aten.view.default,
     aten.reshape.default,
@@ -32,6 +25,17 @@ _RESHAPED = (
     aten.squeeze.dims,
     aten.squeeze.default,
     aten.unsqueeze.default,
+)
+
+
+#: Operators that return a view only where memory allows it.
+_PERHAPS = (
+    aten.reshape.default,
+    aten.flatten.using_ints,
+    aten.contiguous.default,
+    aten.to.dtype,
+    aten.to.dtype_layout,
+    aten.to.device,
 )
 
 
@@ -78,14 +82,12 @@ class _Copier:
         changed = {written: result}
         for view in chain[:-1]:
             parent = _parent(view)
-            if view.target is operator.getitem:
-                # The tuple in between holds no content of its own.
-                parent = _parent(parent)
-            if parent not in changed and view in changed:
-                changed[parent] = self.put_back(view, self.now[parent], changed[view])
+            changed[parent] = self.put_back(view, self.now[parent], changed[view])
         self.now.update(changed)
         for view in self.views[base]:
-            if view not in changed:
+            if _is_write(view):
+                self.now[view] = self.now[_parent(view)]
+            elif view not in changed:
                 self.now[view] = self.graph.node_copy(view, lambda n: self.now[n])
         self.now[node] = result
         self.views[base].append(node)
@@ -93,9 +95,8 @@ class _Copier:
 
     def put_back(self, view: fx.Node, whole: fx.Node, part: fx.Node) -> fx.Node:
         """The tensor that a view was taken of, with the view's place overwritten."""
-        args: Any = view.args
+        args: Any = fx.map_arg(view.args, lambda n: self.now[n])
         like = _parent(view)
-        rank = like.meta["val"].dim() if view.target is not operator.getitem else 0
         if view.target is aten.slice.Tensor:
             return self.call(aten.slice_scatter.default, (whole, part, *args[1:]), {}, like)
         if view.target is aten.narrow.default:
@@ -104,19 +105,10 @@ class _Copier:
             return self.call(aten.slice_scatter.default, (whole, part, *ends), {}, like)
         if view.target is aten.select.int:
             return self.put_row(whole, part, int(args[1]), int(args[2]), like)
-        if view.target is operator.getitem:
-            split, place = _parent(view), int(args[1])
-            like, options = _parent(split), cast("tuple[Any, ...]", split.args)
-            if split.target is aten.unbind.int:
-                dim = options[1] if len(options) > 1 else 0
-                return self.put_row(whole, part, dim, place, like)
-            dim = options[2] if len(options) > 2 else 0
-            sizes = [int(piece.shape[dim]) for piece in split.meta["val"]]
-            ends = (dim, sum(sizes[:place]), sum(sizes[: place + 1]))
-            return self.call(aten.slice_scatter.default, (whole, part, *ends), {}, like)
         if view.target is aten.transpose.int:
             return self.call(aten.transpose.int, (part, *args[1:]), {}, like)
         if view.target is aten.permute.default:
+            rank = like.meta["val"].dim()
             order = [d % rank for d in args[1]]
             back = [order.index(d) for d in range(rank)]
             return self.call(aten.permute.default, (part, back), {}, like)
@@ -152,7 +144,23 @@ def _is_view(node: fx.Node) -> bool:
     if schema is None or not node.args or not isinstance(node.args[0], fx.Node):
         return False
     # What an in-place operator returns is the tensor that it wrote to.
-    return any(r.alias_info is not None for r in schema.returns)
+    return any(r.alias_info is not None for r in schema.returns) and not _copies(node)
+
+
+def _copies(node: fx.Node) -> bool:
+    """Whether an operator that returns a view where it can had to copy."""
+    if node.target not in _PERHAPS:
+        return False
+    before, after = _parent(node).meta["val"], node.meta["val"]
+    if before.dtype != after.dtype or before.device != after.device:
+        return True
+    if node.target in (aten.reshape.default, aten.flatten.using_ints):
+        try:
+            before.view(after.shape)
+        except (RuntimeError, ValueError):
+            return True
+        return False
+    return bool(before.stride() != after.stride())
 
 
 def _parent(view: fx.Node) -> fx.Node:
@@ -168,18 +176,15 @@ def _base(view: fx.Node) -> fx.Node:
 
 
 def _is_reversible(view: fx.Node) -> bool:
-    if view.target in (*_RESHAPED, aten.alias.default, aten.detach.default):
-        return len([s for s in _sizes(_parent(view)) if s == -1]) <= 1
-    return _is_write(view) or view.target in (
-        aten.slice.Tensor,
-        aten.narrow.default,
-        aten.select.int,
-        aten.transpose.int,
-        aten.permute.default,
-        operator.getitem,
-        aten.unbind.int,
-        *_SPLITS,
-    )
+    """Whether `put_back` knows the way back; torch itself forbids writes into pieces of a split."""
+    literal = all(isinstance(x, int) for x in view.args[1:])
+    if view.target in (*_RESHAPED, *_PERHAPS, aten.alias.default, aten.detach.default):
+        return _sizes(_parent(view)).count(-1) <= 1
+    if view.target is aten.select.int:
+        return literal and _sizes(_parent(view))[view.args[1]] >= 0  # type: ignore[index]
+    if view.target in (aten.slice.Tensor, aten.transpose.int, aten.permute.default):
+        return True
+    return _is_write(view) or (view.target is aten.narrow.default and literal)
 
 
 def _sizes(node: fx.Node) -> list[int]:
