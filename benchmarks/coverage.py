@@ -38,6 +38,8 @@ from tests.models import excite
 RESULTS = Path(__file__).parent / "results" / "coverage.json"
 #: Above this many weights two members and their concatenation do not fit into memory.
 WIDE_LIMIT = 100_000_000
+#: Outputs that differ less than this between two inputs tell an oracle nothing.
+BLIND = 1e-6
 
 
 def measure(name: str) -> dict[str, Any]:
@@ -51,6 +53,7 @@ def measure(name: str) -> dict[str, Any]:
     start = time.perf_counter()
     captured = fxfuse.capture(model, args, kwargs)
     row["capture_s"] = round(time.perf_counter() - start, 3)
+    row["capture"] = "export" if captured.is_program else "trace"
     row["nodes"] = len(captured.graph.nodes)
     before = _peak_gb()
     start = time.perf_counter()
@@ -70,6 +73,8 @@ def measure(name: str) -> dict[str, Any]:
     row["permutation_tolerance"] = check.tolerance
     row["permutation_passed"] = check.passed
     row["sensitivity"] = verify.sensitivity(member)
+    if row["sensitivity"] < BLIND:
+        row["failure"] = "blind: the outputs hardly depend on the input"
     if graph.mixing:
         row["wide"] = "mixes"
     elif row["parameters"] > WIDE_LIMIT:
@@ -109,8 +114,6 @@ def _reasons(graph: fxfuse.CouplingGraph) -> list[str]:
         reasons = [r for (n, _), r in graph.frozen.items() if n == name and r.node] or [
             r for (n, _), r in graph.frozen.items() if n == name
         ]
-        if not reasons:
-            reasons = []
         reason = min(reasons, key=lambda r: r.kind != "host", default=None)
         text = f"{reason.kind}: {reason.why} [{reason.source}]" if reason else "no dimension"
         weights[text] += parameter.numel()

@@ -10,10 +10,12 @@ from __future__ import annotations
 import linecache
 import operator
 import re
+import sys
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Collection, Mapping, Sequence
+from contextlib import redirect_stderr
 from dataclasses import dataclass
+from io import StringIO
 from pathlib import Path
 from typing import Any, cast
 
@@ -22,7 +24,14 @@ import torch.utils._pytree as pytree
 from torch import fx, nn
 from torch.export import Dim, ExportedProgram
 
-from fxfuse.errors import CaptureError, ExampleInputError, MemberMismatchError
+from fxfuse.eager import answers, eval_mode, trace
+from fxfuse.errors import (
+    CaptureError,
+    ExampleInputError,
+    MemberMismatchError,
+    NotEmittedError,
+    UnreachedParametersError,
+)
 from fxfuse.functional import functional
 
 #: Operators that only state facts which hold for the captured device and dtype: they would break
@@ -70,12 +79,38 @@ class Captured:
         canonical: For each name, the first name under which the same tensor appears (itself,
             unless the tensor is tied).
         example_inputs: Positional and keyword inputs that the graph was captured with.
+        source: The user's own module; None when an `ExportedProgram` was captured.
+        refusal: Why torch.export refused the module, one line. Then the graph is a trace that
+            holds for the example only, and no program. "" for an exported graph.
     """
 
     module: fx.GraphModule
     names: tuple[str, ...]
     canonical: Mapping[str, str]
     example_inputs: tuple[tuple[Any, ...], dict[str, Any]]
+    source: nn.Module | None = None
+    refusal: str = ""
+
+    @property
+    def is_program(self) -> bool:
+        """Whether the graph can be run on other inputs (it was exported, not traced)."""
+        return not self.refusal
+
+    def require_program(self) -> None:
+        """Checks that the graph can be run.
+
+        Raises:
+            NotEmittedError: It is a trace, which holds for the example only.
+        """
+        if not self.is_program:
+            raise NotEmittedError(
+                "no GraphModule can be emitted for this network",
+                where=type(self.source).__name__,
+                why=f"torch.export refused it, so its graph is a trace of the example: "
+                f"{self.refusal}",
+                how="use FusionResult.to_module() or load_into(model), which put the fused weights "
+                "into your own class; or make the forward pass exportable",
+            )
 
     @property
     def graph(self) -> fx.Graph:
@@ -99,10 +134,34 @@ class Captured:
         """The tensors of `state_dict()`, detached and not copied, in the model's order."""
         return {name: self.tensor(name).detach() for name in self.names}
 
+    def once(self, state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """Of tensors by `state_dict()` name, each tied one once, under its canonical name."""
+        return {name: tensor for name, tensor in state.items() if self.canonical[name] == name}
+
     def reached(self) -> frozenset[str]:
         """Canonical names of the state tensors that the graph uses."""
         used = {str(n.target) for n in self.graph.nodes if n.op == "get_attr" and n.users}
         return frozenset(self.canonical[name] for name in used if name in self.canonical)
+
+    def unreached(self, excused: Collection[str] = ()) -> tuple[str, ...]:
+        """Names of the weights that a trace did not reach, so that nothing is known of them.
+
+        Args:
+            excused: Names that do not count.
+
+        Returns:
+            Always empty for an exported graph, which holds every branch that there is.
+        """
+        if self.is_program:
+            return ()
+        reached = self.reached()
+        return tuple(
+            name
+            for name in self.names
+            if self.canonical[name] not in reached
+            and name not in excused
+            and not is_constant(self.tensor(name))
+        )
 
 
 def fetch(module: nn.Module, target: str) -> torch.Tensor:
@@ -132,6 +191,7 @@ def capture(
     example_kwargs: Mapping[str, Any] | None = None,
     *,
     dynamic_shapes: Any = None,
+    fallback: bool = True,
 ) -> Captured:
     """Captures a network in eval mode; the model itself is left as it was.
 
@@ -142,13 +202,15 @@ def capture(
         dynamic_shapes: Passed to `torch.export.export` unchanged. By default dimension 0 of every
             tensor input is dynamic; a model that cannot be captured so is captured with a static
             batch, and a warning says so.
+        fallback: Whether a module that `torch.export` refuses is traced on the example instead
+            (docs/adr/0010-eager-fallback.md); a warning says so.
 
     Returns:
         The captured network. Its tensors are those of the model, not copies.
 
     Raises:
         ExampleInputError: The model rejects the example inputs.
-        CaptureError: `torch.export` cannot capture the model.
+        CaptureError: `torch.export` cannot capture the model, nor can it be traced if `fallback`.
     """
     args = example_inputs if isinstance(example_inputs, tuple) else (example_inputs,)
     kwargs = dict(example_kwargs or {})
@@ -156,14 +218,59 @@ def capture(
         program = model
         state: Mapping[str, torch.Tensor] = program.state_dict
     else:
-        with _eval_mode(model):
+        with eval_mode(model):
             _try_example(model, args, kwargs)
-            program = _export(model, args, kwargs, dynamic_shapes)
+            try:
+                program = _export(model, args, kwargs, dynamic_shapes)
+            except CaptureError as error:
+                if not fallback:
+                    raise
+                warnings.warn(
+                    f"torch.export refuses {type(model).__name__}, so it is traced on the example "
+                    f"inputs: the fused weights go into your own class, and no GraphModule is "
+                    f"emitted. The reason: {error.why}",
+                    stacklevel=2,
+                )
+                return capture_eagerly(model, args, kwargs, refusal=error.why)
         state = model.state_dict(keep_vars=True)
     module = rebuild(program.module(check_guards=False), state)
+    source = None if isinstance(model, ExportedProgram) else model
+    return Captured(module, tuple(state), _canonical(state), (args, kwargs), source)
+
+
+def capture_eagerly(
+    model: nn.Module,
+    example_inputs: Any,
+    example_kwargs: Mapping[str, Any] | None = None,
+    *,
+    refusal: str,
+) -> Captured:
+    """Captures a trace of one eager run in eval mode: for the analysis only, never to be run.
+
+    Args:
+        model: A module that `torch.export` refuses; it is left as it was.
+        example_inputs: A tensor or a tuple of positional inputs.
+        example_kwargs: Keyword inputs.
+        refusal: Why `torch.export` refuses it.
+
+    Raises:
+        ExampleInputError: The model rejects the example inputs.
+        CaptureError: The model cannot be traced.
+    """
+    args = example_inputs if isinstance(example_inputs, tuple) else (example_inputs,)
+    kwargs = dict(example_kwargs or {})
+    state = model.state_dict(keep_vars=True)
+    with eval_mode(model):
+        _try_example(model, args, kwargs)
+        traced = trace(model, args, kwargs, state)
+    # What leaves the graph as a number has no users in it, and must stay all the same.
+    module = rebuild(traced, state, prune=False)
+    return Captured(module, tuple(state), _canonical(state), (args, kwargs), model, refusal)
+
+
+def _canonical(state: Mapping[str, torch.Tensor]) -> dict[str, str]:
     first: dict[int, str] = {}
-    canonical = {name: first.setdefault(id(tensor), name) for name, tensor in state.items()}
-    return Captured(module, tuple(state), canonical, (args, kwargs))
+    return {name: first.setdefault(id(tensor), name) for name, tensor in state.items()}
 
 
 def _try_example(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -215,7 +322,13 @@ def _export_once(
     # Fresh tensor objects: export leaves its marks of dynamic dimensions on the ones it is given.
     args, kwargs = pytree.tree_map_only(torch.Tensor, torch.Tensor.detach, (args, kwargs))
     try:
-        return torch.export.export(model, args, kwargs, dynamic_shapes=dynamic_shapes, strict=False)
+        with redirect_stderr(StringIO()) as said:
+            program = torch.export.export(
+                model, args, kwargs, dynamic_shapes=dynamic_shapes, strict=False
+            )
+        # Only now: when it fails, torch prints its unfinished graph, up to thousands of lines.
+        sys.stderr.write(said.getvalue())
+        return program
     except Exception as error:
         raise CaptureError(
             f"torch.export cannot capture {type(model).__name__}",
@@ -231,30 +344,19 @@ def _first_line(error: BaseException) -> str:
     return f"{type(error).__name__}: {text.splitlines()[0] if text else 'no message'}"
 
 
-@contextmanager
-def _eval_mode(model: nn.Module) -> Iterator[None]:
-    """Puts every submodule into eval mode and afterwards back into the mode it had."""
-    modes = [(module, module.training) for module in model.modules()]
-    for module, _ in modes:
-        # Set directly: modules that torch.export made refuse eval().
-        module.training = False
-    try:
-        yield
-    finally:
-        for module, training in modes:
-            module.training = training
-
-
-def rebuild(source: fx.GraphModule, state: Mapping[str, torch.Tensor]) -> fx.GraphModule:
+def rebuild(
+    source: fx.GraphModule, state: Mapping[str, torch.Tensor], *, prune: bool = True
+) -> fx.GraphModule:
     """Copies an exported graph into a fresh graph module that holds `state`.
 
     Args:
         source: What `ExportedProgram.module()` returns.
         state: Tensors by `state_dict()` name, kept even where the graph does not use them.
+        prune: Whether nodes without users are left out, and writes into activations become values.
 
     Returns:
-        A graph module in eval mode: `no_grad` regions inlined, assertions dropped, writes into
-        activations replaced by their results, every `training` argument False.
+        A graph module in eval mode: `no_grad` regions inlined, assertions dropped, every
+        `training` argument False.
     """
     # Attached before the graph is set: GraphModule itself would copy only what the graph reads,
     # in the order of the graph, and lose the names and the order of the state_dict.
@@ -263,16 +365,19 @@ def rebuild(source: fx.GraphModule, state: Mapping[str, torch.Tensor]) -> fx.Gra
         attach(module, name, tensor, persistent=True)
     graph = fx.Graph()
     graph._codegen = source.graph._codegen
-    _Copier(source, graph).run()
-    graph = functional(graph)
+    _Copier(source, graph, state).run()
+    if prune:
+        # The copy holds views that nobody may read: only pruning makes it small again.
+        graph = functional(graph)
     for node in graph.nodes:
         if node.op == "get_attr" and node.target not in state:
             attach(module, node.target, fetch(source, node.target), persistent=False)
         position = TRAINING_ARGUMENT.get(node.target)
         if position is not None:
             _set_eval(node, position)
-    # Nodes with a side effect (an in-place fill of a mask) are kept by fx's own rule.
-    graph.eliminate_dead_code()
+    if prune:
+        # Nodes with a side effect (an in-place fill of a mask) are kept by fx's own rule.
+        graph.eliminate_dead_code()
     graph.lint()
     module.graph = graph
     module.eval()
@@ -291,9 +396,12 @@ def _set_eval(node: fx.Node, position: int) -> None:
 class _Copier:
     """Copies a graph, inlines its subgraphs and drops what must not survive."""
 
-    def __init__(self, source: fx.GraphModule, graph: fx.Graph) -> None:
+    def __init__(
+        self, source: fx.GraphModule, graph: fx.Graph, state: Mapping[str, torch.Tensor]
+    ) -> None:
         self.source = source
         self.graph = graph
+        self.state = state
         self.environment: dict[fx.Node, Any] = {}
 
     def run(self) -> None:
@@ -303,7 +411,7 @@ class _Copier:
     def copy(self, node: fx.Node, owner: fx.GraphModule) -> None:
         if node.target in _ASSERTIONS or node.op == "call_module":
             return
-        if node.op == "get_attr" and isinstance(_attribute(owner, str(node.target)), nn.Module):
+        if node.op == "get_attr" and self.is_subgraph(str(node.target), owner):
             return
         if node.target in _REGIONS:
             self.environment[node] = self.inline(node, owner)
@@ -318,6 +426,9 @@ class _Copier:
             return
         copied = self.graph.node_copy(node, lambda n: self.environment[n])
         self.environment[node] = copied
+
+    def is_subgraph(self, target: str, owner: fx.GraphModule) -> bool:
+        return target not in self.state and isinstance(_attribute(owner, target), nn.Module)
 
     def inline(self, call: fx.Node, owner: fx.GraphModule) -> Any:
         subgraph, *operands = cast("tuple[fx.Node, ...]", call.args[_REGIONS[call.target] :])
@@ -357,13 +468,40 @@ def attach(root: nn.Module, name: str, tensor: torch.Tensor, *, persistent: bool
 def check_same_network(members: Sequence[Captured]) -> None:
     """Checks that the members have one graph, the same tensors and the same constants.
 
+    Members that were traced have other sizes in their graphs, so they are compared by what they
+    answer: the first member's module with another member's weights has to answer as that member.
+
     Raises:
         MemberMismatchError: Names the first difference.
     """
     first = members[0]
     for number, other in enumerate(members[1:], start=1):
         _check_tensors(first, other, number)
-        _check_graph(first, other, number)
+        if first.is_program and other.is_program:
+            _check_graph(first, other, number)
+        else:
+            _check_answers(first, other, number)
+
+
+def check_reached(captured: Captured, excused: Collection[str] = ()) -> None:
+    """Checks that a trace reached every weight.
+
+    Args:
+        captured: A captured network.
+        excused: `state_dict()` names that need not be reached.
+
+    Raises:
+        UnreachedParametersError: Lists the weights that the trace did not reach.
+    """
+    missing = captured.unreached(excused)
+    if missing:
+        raise UnreachedParametersError(
+            f"the example inputs do not reach {len(missing)} of the network's tensors",
+            where=", ".join(missing),
+            why="the network was traced on the example, and what another branch does with these "
+            "is unknown",
+            how="pass an example that reaches them, or name them in ignore=",
+        )
 
 
 def _mismatch(what: str, number: int, where: str, why: str) -> MemberMismatchError:
@@ -392,6 +530,30 @@ def _check_tensors(first: Captured, other: Captured, number: int) -> None:
                 name,
                 f"same tensor as {first.canonical[name]!r} vs same as {other.canonical[name]!r}",
             )
+
+
+def _check_answers(first: Captured, other: Captured, number: int) -> None:
+    if first.source is None or other.source is None or first.is_program != other.is_program:
+        raise _mismatch("capture", number, "", "only one of them can be exported")
+    args, kwargs = other.example_inputs
+    expected = answers(other.source, {}, args, kwargs)
+    try:
+        found = answers(first.source, other.once(other.state()), args, kwargs)
+        # Leaves, since outputs may be of a type that only pytree knows.
+        torch.testing.assert_close(
+            *(
+                [x for x in pytree.tree_leaves(y) if isinstance(x, torch.Tensor)]
+                for y in (found, expected)
+            ),
+            equal_nan=True,
+        )
+    except Exception as error:
+        raise _mismatch(
+            "answers",
+            number,
+            type(other.source).__name__,
+            f"member 0 with its weights answers otherwise: {_first_line(error)}",
+        ) from error
 
 
 def _check_graph(first: Captured, other: Captured, number: int) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
@@ -259,6 +260,13 @@ def analyze(
     captured = model
     if not isinstance(captured, Captured):
         captured = capture(captured, example_inputs, example_kwargs, dynamic_shapes=dynamic_shapes)
+    missing = captured.unreached()
+    if missing:
+        warnings.warn(
+            f"the example inputs do not reach {', '.join(missing)}: nothing is known of these, and "
+            "they count as frozen. Pass an example that reaches them.",
+            stacklevel=2,
+        )
     ledger, values = interpret(captured)
     component = ledger.components()
     stuck = _frozen_components(ledger, component)

@@ -53,7 +53,19 @@ class ExampleInputError(FxfuseError):
 
 
 class CaptureError(FxfuseError):
-    """torch.export cannot capture the model."""
+    """torch.export cannot capture the model, nor can a trace of it replace that."""
+
+
+class NotEmittedError(FxfuseError):
+    """There is no GraphModule to run: torch.export refused the network."""
+
+
+class NoOwnModuleError(FxfuseError):
+    """There is no module of the user's own class to put the fused weights into."""
+
+
+class UnreachedParametersError(FxfuseError):
+    """The trace of a network that torch.export refuses did not reach some of its tensors."""
 
 
 class UnknownMethodError(FxfuseError):

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from math import isfinite
 from typing import Any, TypeVar
@@ -13,11 +14,19 @@ from torch import nn
 from torch.export import ExportedProgram
 
 from fxfuse.apply import fused_at_width
-from fxfuse.capture import Captured, capture, check_same_network
+from fxfuse.capture import (
+    Captured,
+    capture,
+    capture_eagerly,
+    check_reached,
+    check_same_network,
+)
 from fxfuse.coupling import CouplingGraph, analyze
+from fxfuse.eager import answers
 from fxfuse.errors import (
     CheckpointMismatchError,
     NonFiniteWeightsError,
+    NoOwnModuleError,
     NothingToFuseError,
     TooFewMembersError,
     VerificationError,
@@ -37,21 +46,62 @@ class FusionResult:
     """A fused network.
 
     Attributes:
-        module: The network: `train()`/`eval()`, picklable, exportable, compilable with
-            `fullgraph=True`; `state_dict()` has the names and shapes of a member's.
         plan: Which unit of which member went where.
         verification: The oracles that ran.
         graph: The analysis of the members.
     """
 
-    module: FusedModule
     plan: FusionPlan
     verification: Verification
     graph: CouplingGraph = field(repr=False)
+    _state: Mapping[str, torch.Tensor] = field(repr=False)
+    _module: FusedModule | None = field(repr=False)
+
+    @property
+    def emitted(self) -> bool:
+        """Whether there is a `module`: False where torch.export refused the members."""
+        return self._module is not None
+
+    @property
+    def module(self) -> FusedModule:
+        """The network: `train()`/`eval()`, picklable, exportable, compilable with `fullgraph=True`.
+
+        Its `state_dict()` has the names and shapes of a member's.
+
+        Raises:
+            NotEmittedError: torch.export refused the members; `to_module` works all the same.
+        """
+        if self._module is None:
+            self.graph.captured.require_program()
+        assert self._module is not None
+        return self._module
 
     def state_dict(self) -> dict[str, torch.Tensor]:
-        """The fused tensors by name."""
-        return self.module.state_dict()
+        """The fused tensors by name; those of `module`, where there is one."""
+        return dict(self._state) if self._module is None else self._module.state_dict()
+
+    def to_module(self) -> nn.Module:
+        """A copy of member 0, of the user's own class and in the mode it has, with fused weights.
+
+        Raises:
+            NoOwnModuleError: Member 0 was an `ExportedProgram`, or it cannot be copied.
+        """
+        source = self.graph.captured.source
+        if source is None:
+            raise NoOwnModuleError(
+                "there is no module to copy",
+                why="member 0 was given as an ExportedProgram, which holds no module of your class",
+                how="use result.module, or build your model and call result.load_into(model)",
+            )
+        try:
+            model = copy.deepcopy(source)
+        except Exception as error:
+            raise NoOwnModuleError(
+                f"{type(source).__name__} cannot be copied",
+                why=f"{type(error).__name__}: {error}",
+                how="build a second model and call result.load_into(model)",
+            ) from error
+        return self.load_into(model)
 
     def load_into(self, model: Model) -> Model:
         """Loads the fused weights into the user's own class, strictly; returns that model.
@@ -87,6 +137,7 @@ def fuse(
     Args:
         members: Two or more networks with the same graph and the same shapes.
         example_inputs: A tensor or a tuple of inputs that the members accept, batch of at least 2.
+            Members that torch.export refuses are traced on them, so they should reach every part.
         example_kwargs: Keyword inputs.
         method: `transplant` (Neuron Transplantation) or `average` (after alignment).
         score: Importance of a unit for `transplant`: `l1` or `l2`.
@@ -103,6 +154,8 @@ def fuse(
         ExampleInputError: A member rejects the example inputs.
         CaptureError: A member cannot be captured.
         MemberMismatchError: The members are not the same network.
+        UnreachedParametersError: torch.export refuses the members, and the example does not reach
+            all of their weights.
         NonFiniteWeightsError: A member holds NaN or infinity.
         UnknownMethodError: No such method or variant.
         UnknownScoreError: No such score.
@@ -117,13 +170,9 @@ def fuse(
         )
     find_method(method)
     check_score(score)
-    captured = [
-        m
-        if isinstance(m, Captured)
-        else capture(m, example_inputs, example_kwargs, dynamic_shapes=dynamic_shapes)
-        for m in members
-    ]
+    captured = _capture_all(members, example_inputs, example_kwargs, dynamic_shapes)
     check_same_network(captured)
+    check_reached(captured[0])
     states = [c.state() for c in captured]
     for number, state in enumerate(states):
         _check_finite(number, state)
@@ -135,12 +184,42 @@ def fuse(
     _check_free(graph)
     plan = make_plan(graph, states, method, Options(score, variant), host=host)
     fused = fused_at_width(graph, plan, states)
-    module = emit(captured[0], fused)
+    module = emit(captured[0], fused) if captured[0].is_program else None
     if verify:
-        checks += handover(captured[0], module)
+        checks += handover(captured[0], module or _eager(captured[0], fused))
     verification = Verification(tuple(checks))
     _check_verified(verification)
-    return FusionResult(module, plan, verification, graph)
+    return FusionResult(plan, verification, graph, fused, module)
+
+
+def _capture_all(
+    members: Sequence[nn.Module | ExportedProgram | Captured],
+    inputs: Any,
+    kwargs: Mapping[str, Any] | None,
+    dynamic_shapes: Any,
+) -> list[Captured]:
+    captured: list[Captured] = []
+    for member in members:
+        refusal = captured[0].refusal if captured else ""
+        if isinstance(member, Captured):
+            captured.append(member)
+        elif refusal and isinstance(member, nn.Module):
+            # torch.export refuses the first one: it is not asked, and does not warn, again.
+            captured.append(capture_eagerly(member, inputs, kwargs, refusal=refusal))
+        else:
+            captured.append(capture(member, inputs, kwargs, dynamic_shapes=dynamic_shapes))
+    return captured
+
+
+def _eager(member: Captured, state: Mapping[str, torch.Tensor]) -> Callable[..., Any]:
+    """The user's own module with other tensors, as a function of its inputs."""
+    source = member.source
+    assert source is not None
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        return answers(source, member.once(state), args, kwargs)
+
+    return call
 
 
 def _check_finite(number: int, state: Mapping[str, torch.Tensor]) -> None:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -74,9 +75,12 @@ class _Interpreter:
         if node.target is operator.getitem:
             return args[0][args[1]]
         produced = node.meta.get("val")
-        if not _holds_tensor(produced):
-            return pytree.tree_map(hint, produced)
         operands = _operands(args, kwargs)
+        if not _holds_tensor(produced):
+            if torch.Tag.data_dependent_output in getattr(node.target, "tags", ()):
+                # A number that Python decides by: it may depend on where each neuron stands.
+                self.boundary(node, operands)
+            return pytree.tree_map(hint, produced)
         if self.is_foldable(node, operands):
             result = fold(node, args, kwargs)
         else:
@@ -114,8 +118,6 @@ class _Interpreter:
 
         Where no neuron goes in, none comes out: the result only varies.
         """
-        if not any(value.fields for value in operands):
-            return self.unlabelled(node, operands)
         for value in operands:
             for f in value.fields:
                 kind = Kind.COMMON if value.is_parameter else Kind.HOST
@@ -125,22 +127,14 @@ class _Interpreter:
                 self.ledger.mix(
                     f"operator {node.target} without a rule", sources=value.sources or frozenset()
                 )
+        if any(value.fields for value in operands):
+            make = self.frozen_value
+        else:
+            make = partial(_unlabelled, sources=_sources(operands))
         return pytree.tree_map(
-            lambda fake: self.frozen_value(node, fake) if isinstance(fake, torch.Tensor) else fake,
-            node.meta["val"],
+            lambda fake: make(node, fake) if isinstance(fake, torch.Tensor) else fake,
+            node.meta.get("val"),
         )
-
-    def unlabelled(self, node: fx.Node, operands: list[Value]) -> Any:
-        known = [value.sources for value in operands]
-        sources = None if None in known else frozenset[str]().union(*(s or () for s in known))
-
-        def value(fake: Any) -> Any:
-            if not isinstance(fake, torch.Tensor):
-                return fake
-            shape = concrete_shape(fake)
-            return Value(shape, (), positions(shape, range(len(shape))), sources)
-
-        return pytree.tree_map(value, node.meta["val"])
 
     def frozen_value(self, node: fx.Node, fake: torch.Tensor) -> Value:
         shape = concrete_shape(fake)
@@ -175,7 +169,8 @@ class _Interpreter:
         if before.constant is not None and result.constant is not None:
             return
         self.values[written] = result
-        if _same_labels(before, result):
+        nothing_new = _same_labels(before, result) and result.unlabelled <= before.unlabelled
+        if nothing_new and before.constant is None:
             return
         views: list[fx.Node] = []
         base = written
@@ -184,8 +179,9 @@ class _Interpreter:
             base = base.all_input_nodes[0]
         if views:
             self.values[base] = self.overwritten(node, base, views, result)
+            make = self.frozen_value if self.values[base].fields else _unlabelled
             for view in views[:-1]:
-                self.values[view] = self.frozen_value(node, view.meta["val"])
+                self.values[view] = make(node, view.meta["val"])
 
     def overwritten(self, node: fx.Node, base: fx.Node, views: list[fx.Node], part: Value) -> Value:
         """The labels of a tensor after a view of it was written to: the write runs on the ids."""
@@ -206,13 +202,11 @@ class _Interpreter:
         fields = tuple(f for f in (write(*pair) for pair in pairs) if f is not None)
         borders = {d for d in range(value.rank) if value.shape[d] > 1}
         labelled = {d for f in fields for d in f.dims}
-        both = (value.sources, part.sources)
-        sources = None if None in both else frozenset[str]().union(*(s or () for s in both))
         return Value(
             value.shape,
             fields,
             positions(value.shape, value.unlabelled | borders - labelled),
-            sources,
+            _sources((value, part)),
         )
 
     def view(self, tensor: torch.Tensor, views: list[fx.Node]) -> torch.Tensor:
@@ -226,6 +220,18 @@ class _Interpreter:
             else:
                 tensor = run(tensor, *args[1:], **kwargs)
         return tensor
+
+
+def _unlabelled(node: fx.Node, fake: torch.Tensor, sources: frozenset[str] | None = None) -> Value:
+    """What an operator without a rule makes of content without labels: more of it."""
+    shape = concrete_shape(fake)
+    return Value(shape, positions=positions(shape, range(len(shape))), sources=sources)
+
+
+def _sources(values: Iterable[Value]) -> frozenset[str] | None:
+    """Names of the parameters that values are computed from; None if one depends on inputs."""
+    found = [value.sources for value in values]
+    return None if None in found else frozenset[str]().union(*(s or () for s in found))
 
 
 _MADE_FROM_SIZES = frozenset(

@@ -58,6 +58,9 @@ def emit(captured: Captured, state: Mapping[str, torch.Tensor]) -> FusedModule:
 
     Returns:
         A module in eval mode that owns `state`.
+
+    Raises:
+        NotEmittedError: The captured graph is a trace, which holds for its example only.
     """
     return emit_graph(captured, state, copy_graph(captured.graph))
 
@@ -68,7 +71,12 @@ def emit_graph(
     graph: fx.Graph,
     constants: Mapping[str, torch.Tensor] = MappingProxyType({}),
 ) -> FusedModule:
-    """Makes a module of a rewritten copy of a captured graph; takes the graph over."""
+    """Makes a module of a rewritten copy of a captured graph; takes the graph over.
+
+    Raises:
+        NotEmittedError: The captured graph is a trace, which holds for its example only.
+    """
+    captured.require_program()
     module = FusedModule({}, fx.Graph())
     registered: dict[str, torch.Tensor] = {}
     for name in captured.names:

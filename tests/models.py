@@ -56,21 +56,46 @@ def image(seed: int = 0, batch: int = 2, dtype: torch.dtype = torch.float64) -> 
     return torch.randn(batch, 3, 64, 64, generator=torch.Generator().manual_seed(seed)).to(dtype)
 
 
+def detector(name: str, seed: int = 0, dtype: torch.dtype = torch.float64) -> nn.Module:
+    """A torchvision detector that finds boxes in `pictures`, however unsure it is of them."""
+    torch.manual_seed(seed)
+    arguments: dict[str, object] = {"num_classes": 4, "weights": None, "weights_backbone": None}
+    if "rcnn" in name:
+        # The heads work on every box: a few of them say as much as a hundred.
+        arguments |= {"box_score_thresh": 0.0, "box_detections_per_img": 10}
+        arguments |= {"rpn_pre_nms_top_n_test": 100, "rpn_post_nms_top_n_test": 40}
+    else:
+        arguments |= {"score_thresh": 0.0}
+    if not name.startswith("ssd"):  # the size of those is fixed
+        arguments |= {"min_size": 96, "max_size": 128}
+    model = getattr(torchvision.models.detection, name)(**arguments).to(dtype)
+    return excite(model, (pictures(dtype=dtype),))
+
+
+def pictures(seed: int = 0, dtype: torch.dtype = torch.float64) -> list[torch.Tensor]:
+    """Two images of different sizes, [3, h, w], as detectors take them."""
+    generator = torch.Generator().manual_seed(seed)
+    sizes = ((96, 128), (80, 96))
+    return [
+        torch.rand(3, *size, generator=generator, dtype=torch.float64).to(dtype) for size in sizes
+    ]
+
+
 def excite(model: nn.Module, example: Any, kwargs: Mapping[str, Any] | None = None) -> nn.Module:
     """Makes the input reach the output: a random deep network often ignores it.
 
-    Vectors (norm weights, biases, layer scales) are randomised, parameters that are all zero get
-    values, BatchNorm statistics are calibrated on the example and jittered. Returns the model in
-    eval mode.
+    Vectors (norm weights, biases, layer scales) are jittered, parameters that are zero or nearly so
+    get values, BatchNorm statistics are calibrated on the example and jittered. Returns the model
+    in eval mode.
     """
     with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if parameter.dim() <= 1 and name.endswith("weight"):
-                parameter.uniform_(0.75, 1.25)
+        for parameter in model.parameters():
+            if not parameter.numel():
+                continue
+            if float(parameter.abs().amax()) < 1e-4:
+                parameter.normal_(0.0, 0.1 if parameter.dim() <= 1 else 0.3)
             elif parameter.dim() <= 1:
-                parameter.normal_(0.0, 0.1)
-            elif "layer_scale" in name or not parameter.any():
-                parameter.normal_(0.0, 0.3)
+                parameter *= torch.empty_like(parameter).uniform_(0.75, 1.25)
     model.eval()
     norms = [m for m in model.modules() if isinstance(m, _BatchNorm)]
     momenta = [norm.momentum for norm in norms]

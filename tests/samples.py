@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+import torchvision
 from torch import nn
 from torch.nn.utils.parametrizations import weight_norm
 
@@ -139,6 +140,26 @@ def _sampled(t: torch.Tensor) -> torch.Tensor:
 def _gathered(t: torch.Tensor) -> torch.Tensor:
     order = t.mean(1).flatten(1).argsort(1)  # [b, t]
     return t.flatten(2).gather(2, order[:, None].expand(-1, 8, -1))
+
+
+def _largest(t: torch.Tensor) -> torch.Tensor:
+    """The row of the largest mean, for each image: an index that the data decide."""
+    return t.mean((1, 3)).argmax(1)  # [b]
+
+
+def _put(t: torch.Tensor, inplace: bool) -> torch.Tensor:
+    rows, images = _largest(t), torch.arange(t.shape[0])
+    wide = t.new_zeros(t.shape[0], 6, 8, 6)  # [b, h, c, w]
+    values = t.tanh().amax(2)  # [b, c, w]
+    put = wide.index_put_ if inplace else wide.index_put
+    return put((images, rows), values) + 0.1 * t.transpose(1, 2)
+
+
+def _boxes(t: torch.Tensor) -> torch.Tensor:
+    corner = t.mean((1, 2, 3)).sigmoid()  # [b]
+    zero, far = torch.zeros_like(corner), torch.full_like(corner, 4.5)
+    image = torch.arange(t.shape[0]).to(t)
+    return torch.stack([image, corner, zero, far, far], 1)  # [b, 5]
 
 
 SAMPLES: dict[Any, nn.Module] = {
@@ -414,6 +435,12 @@ SAMPLES: dict[Any, nn.Module] = {
     aten.zero_.default: Call(_zeroed),
     aten.fill_.Scalar: Call(_filled),
     aten.copy_.default: Call(_copied),
+    # selection by data
+    aten.index_put.default: Call(lambda t: _put(t, inplace=False)),
+    aten.index_put_.default: Call(lambda t: _put(t, inplace=True)),
+    # sampling
+    "torchvision::roi_align": Call(lambda t: torchvision.ops.roi_align(t, _boxes(t), 3)),
+    "torchvision::roi_pool": Call(lambda t: torchvision.ops.roi_pool(t, _boxes(t), 3)),
     # pointwise operators without torch's tag
     aten.glu.default: Call(lambda t: F.glu(t, 1)),
     aten.dropout.default: Call(lambda t: F.dropout(t, 0.5, training=False)),
@@ -467,6 +494,20 @@ SAMPLES: dict[Any, nn.Module] = {
     aten.__and__.Tensor: Call(lambda t: aten.__and__.Tensor(t > 0, t < 1) * t),
     aten.__or__.Tensor: Call(lambda t: aten.__or__.Tensor(t < 0, t > 1) * t),
     aten.__xor__.Tensor: Call(lambda t: aten.__xor__.Tensor(t < 0, t < 1) * t),
+}
+
+
+#: Indexing by data along dimensions that carry no label, in each of its forms.
+BY_DATA: dict[str, nn.Module] = {
+    "one index": Call(lambda t: t[:, :, _largest(t)].mean(2)),
+    "pairs": Call(lambda t: t[torch.arange(t.shape[0]), :, _largest(t)]),
+    "adjacent": Call(
+        lambda t: t.transpose(0, 1)[:, torch.arange(t.shape[0]), _largest(t)].mean(2).t()
+    ),
+    "of two dimensions": Call(
+        lambda t: t[:, :, torch.stack([_largest(t), _largest(-t)])].mean((2, 3))
+    ),
+    "mask of pixels": Call(lambda t: t.permute(2, 3, 0, 1)[t.mean((0, 1)) > t.mean()].mean(0)),
 }
 
 

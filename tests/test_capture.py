@@ -89,13 +89,13 @@ def test_rejected_inputs_are_an_error():
         fxfuse.capture(SmallResNet(), torch.randn(2, 5, 8, 8))
 
 
-def test_a_data_dependent_branch_is_an_error_with_torchs_reason():
+def test_without_fallback_a_data_dependent_branch_is_an_error_with_torchs_reason():
     class Branch(nn.Module):
         def forward(self, x: torch.Tensor) -> torch.Tensor:
             return x if x.sum() > 0 else -x
 
     with pytest.raises(CaptureError, match="data-dependent") as caught:
-        fxfuse.capture(Branch(), torch.randn(2, 3))
+        fxfuse.capture(Branch(), torch.randn(2, 3), fallback=False)
     assert "export" in caught.value.how
 
 

@@ -38,6 +38,14 @@ class Branching(nn.Module):
             return self.layer(x)
         return self.layer(self.layer(x))
 
+class Opaque(Branching):
+    def forward(self, x):
+        return Answer(super().forward(x))
+
+class Answer:
+    def __init__(self, logits):
+        self.logits = logits
+
 class Slow(nn.Module):
     def __init__(self):
         super().__init__()
@@ -118,6 +126,23 @@ def test_analyze_json(work):
     assert tensors == {("0.weight", 0), ("0.bias", 0), ("2.weight", 1)}
     assert {entry["tensor"] for entry in content["frozen"]} == {"0.weight", "2.weight", "2.bias"}
     assert content["free_fraction"] > 0.9
+
+
+def test_a_network_that_cannot_be_exported_is_traced(work):
+    with pytest.warns(UserWarning, match="torch.export refuses Branching"):
+        result = invoke("analyze", "--model", "cli_models:Branching", "--input", "5")
+    assert result.exit_code == 0, result.output
+    assert "free fraction" in result.stdout
+
+
+def test_a_traced_ensemble_is_verified_without_the_wide_oracle(work):
+    for name in ("a", "b"):
+        torch.save({"layer.weight": torch.randn(5, 5), "layer.bias": torch.randn(5)}, f"{name}.pt")
+    model = ("--model", "cli_models:Branching", "--input", "5")
+    with pytest.warns(UserWarning, match="wide equals ensemble: not emitted, so not run"):
+        result = invoke("verify", "a.pt", "b.pt", *model)
+    assert result.exit_code == 0, result.output
+    assert "permutation" in result.stdout
 
 
 def test_explain_one_and_two_dimensions(work):
@@ -249,7 +274,7 @@ FUSE = ("fuse", "a.pt", "b.pt", "--out", "new/fused")
         (("explain", "no.weight", 0, *MODEL), "no.weight"),
         (("explain", "0.weight", 7, *MODEL), "7"),
         (("explain", "0.weight", 0, "2.weight", *MODEL), "dimension of 2.weight is missing"),
-        (("analyze", "--model", "cli_models:Branching", "--input", "5"), "cannot capture"),
+        (("analyze", "--model", "cli_models:Opaque", "--input", "5"), "output of type Answer"),
         (("analyze", "--model", "cli_models:mlp"), "--input"),
         (("analyze", *MODEL, "--no-such-option"), "No such option"),
         (("fuse", *MODEL, "--out", "new/fused"), "CHECKPOINT"),

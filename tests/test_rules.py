@@ -13,8 +13,9 @@ import fxfuse
 from fxfuse import verify
 from fxfuse.errors import RuleError
 from fxfuse.rules import registered, rule
+from fxfuse.rules.registry import name_of
 from tests.models import excite
-from tests.samples import SAMPLES, Net
+from tests.samples import BY_DATA, SAMPLES, Net
 
 
 def test_every_rule_has_a_sample_and_every_sample_a_rule():
@@ -23,12 +24,26 @@ def test_every_rule_has_a_sample_and_every_sample_a_rule():
 
 @pytest.mark.parametrize("operator", SAMPLES, ids=str)
 def test_sample(operator: Any):
+    captured = _captured(SAMPLES[operator])
+    targets = {node.target for node in captured.graph.nodes}
+    assert operator in targets | {name_of(target) for target in targets}
+    _check(captured)
+
+
+@pytest.mark.parametrize("form", BY_DATA)
+def test_indexing_by_data(form: str):
+    _check(_captured(BY_DATA[form]))
+
+
+def _captured(sample: nn.Module) -> fxfuse.Captured:
     x = torch.randn(2, 3, 6, 6, dtype=torch.float64)
-    model = Net(copy.deepcopy(SAMPLES[operator])).double()
+    model = Net(copy.deepcopy(sample)).double()
     model(x)  # sizes the lazy layer
     excite(model, torch.randn(4, 3, 6, 6, dtype=torch.float64))
-    captured = fxfuse.capture(model, x)
-    assert operator in {node.target for node in captured.graph.nodes}
+    return fxfuse.capture(model, x)
+
+
+def _check(captured: fxfuse.Captured) -> None:
     graph = fxfuse.analyze(captured)
     check = verify.permutation_of(graph)
     assert check.passed, check
@@ -41,6 +56,29 @@ def test_sample(operator: Any):
 def test_an_operator_with_two_rules_is_an_error():
     with pytest.raises(RuleError, match="two rules"):
         rule(torch.ops.aten.linear.default)(lambda call: None)
+
+
+class Overwritten(nn.Module):
+    """An index that starts as a constant; the data decide one entry (it is always 5)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Linear(4, 8)
+        self.last = nn.Linear(8, 2)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        t = self.first(x)
+        order = torch.arange(8)
+        order[0] = (t.abs().sum() > 0).long() * 5
+        return self.last(t[:, order])
+
+
+def test_a_constant_that_data_overwrite_is_no_constant():
+    model = Overwritten().double()
+    graph = fxfuse.analyze(model, torch.randn(3, 4, dtype=torch.float64))
+    assert verify.permutation_of(graph).passed
+    assert ("first.weight", 0) not in graph.group_of
+    assert "indexed by data" in graph.frozen[("first.weight", 0)].why
 
 
 class Renormalised(nn.Module):

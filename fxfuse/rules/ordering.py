@@ -9,7 +9,7 @@ from typing import Any
 import torch
 import torch.utils._pytree as pytree
 
-from fxfuse.labels import Value, positions
+from fxfuse.labels import Field, Value, positions
 from fxfuse.rules.algebra import only_unlabelled
 from fxfuse.rules.registry import Call, concrete_shape, rule
 
@@ -45,14 +45,24 @@ def _kept(call: Call, dims: Iterable[int]) -> Any:
     x: Value = call.args[0]
     call.ledger.touch(x)
     over = set(dims)
-    x = only_unlabelled(call.ledger, x, over, _WHY)
-    for f in x.fields:
+    stuck = {d: f for f in x.fields for d in over if f.dims == (d,)}
+    rest = only_unlabelled(call.ledger, x, over, _WHY)
+    for f in rest.fields:
         call.ledger.mix("an averaged activation passes a nonlinear operator", ids=f.ids)
 
     def result(fake: torch.Tensor) -> Value:
         shape = concrete_shape(fake)
+        # Neurons that must keep their order still are neurons: their readers are the host's too.
+        fields = [
+            Field(f.ids.narrow(d, 0, shape[d]), f.dims) for d, f in stuck.items() if shape[d] > 1
+        ]
+        varying = (rest.unlabelled | over) - set(stuck)
         return replace(
-            x, shape=shape, positions=positions(shape, x.unlabelled | over), constant=None
+            rest,
+            shape=shape,
+            fields=(*rest.fields, *fields),
+            positions=positions(shape, varying),
+            constant=None,
         )
 
     return pytree.tree_map_only(torch.Tensor, result, _plain(call.node.meta["val"]))

@@ -81,15 +81,28 @@ def concrete_shape(value: torch.Tensor) -> tuple[int, ...]:
     return tuple(hint(s) for s in value.shape)
 
 
+#: Stands for a size that depends on the data (unbacked, in torch's words), which has no hint.
+_SOME = 3
+
+
 def hint(size: Any) -> Any:
     """The number behind a symbolic number; anything else unchanged."""
-    if isinstance(size, torch.SymInt | torch.SymFloat | torch.SymBool):
+    if not isinstance(size, torch.SymInt | torch.SymFloat | torch.SymBool):
+        return size
+    if size.node.hint is not None:
         return size.node.hint
-    return size
+    node: Any = size.node
+    known = node.shape_env.backed_var_to_val
+    values = {symbol: known.get(symbol, _SOME) for symbol in node.expr.free_symbols}
+    return node.pytype(node.expr.xreplace(values))
 
 
 def rule(*targets: Any) -> Callable[[Rule], Rule]:
     """Registers a function as the rule of one or more operators.
+
+    Args:
+        targets: Operators, or qualified names such as "torchvision::roi_align" for all overloads of
+            an operator of a library that need not be installed.
 
     Raises:
         RuleError: One of them has a rule already.
@@ -110,8 +123,14 @@ def rule(*targets: Any) -> Callable[[Rule], Rule]:
 
 
 def find(target: Any) -> Rule | None:
-    """The rule of an operator, or None: then its operands freeze."""
-    return _RULES.get(target)
+    """The rule of an operator, itself or by its name, or None: then its operands freeze."""
+    return _RULES.get(target) or _RULES.get(name_of(target))
+
+
+def name_of(target: Any) -> str:
+    """The qualified name of an operator without its overload; "" for other functions."""
+    schema = getattr(target, "_schema", None)
+    return "" if schema is None else str(schema.name)
 
 
 def registered() -> Mapping[Any, Rule]:

@@ -1,114 +1,166 @@
-"""Picking by index.
+"""Reading and writing at places that the data decide: labels along the other dimensions stay.
 
-Constant indices move data. Others (token ids, relative positions, what a threshold lets through)
-may pick along dimensions without labels: labels of the other dimensions stay as they are.
+Where data go along an indexed dimension is not known, so labels along it freeze. Along the other
+dimensions the operator is the same for every index: it runs on the ids, which have size 1 along the
+indexed dimensions, with an index of zeros.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
 import torch
+from torch import fx
 
-from fxfuse.labels import Value, positions
-from fxfuse.rules.algebra import meet, merge_positions, only_unlabelled
+from fxfuse.labels import Field, Value, positions
+from fxfuse.rules.algebra import align, meet, only_unlabelled
 from fxfuse.rules.movement import run_on_ids
 from fxfuse.rules.registry import Call, rule
 
 aten = torch.ops.aten
 
-_PICKED = "picked by an index that is not constant: each index has a meaning of its own"
+_WHY = "indexed by data: which neuron stands where is not known"
+
+#: Zeros for each index of an advanced indexing, None for dimensions that are taken whole.
+Zeros = list[torch.Tensor | None]
 
 
 @rule(aten.index.Tensor)
 def index(call: Call) -> Any:
-    """`x[:, i, j]`: constant indices move data, others pick along dimensions without labels."""
-    x: Value = call.args[0]
-    indices: Sequence[Value | None] = call.args[1]
-    nodes: Any = call.node.args[1]
-    given = [i for i in indices if i is not None]
-    if all(i.constant is not None for i in given):
+    """`x[index]`: constants move data."""
+    if _is_constant(call):
         return run_on_ids(call, call.node.target)
-    if any(i.fields for i in given):
+    x: Value = call.args[0]
+    zeros = _zeros(call, x.rank)
+    if zeros is None:
         return NotImplemented
-    dims: list[int] = []
-    plain: list[torch.Tensor | None] = []
-    for value, node in zip(indices, nodes, strict=True):
-        first = len(plain)
-        if value is None:
-            plain.append(None)
-        elif node.meta["val"].dtype in (torch.bool, torch.uint8):
-            if len(given) > 1:
-                return NotImplemented
-            # What a mask lets through is one dimension, as long as the result says.
-            plain += [torch.zeros(call.shape[first], dtype=torch.int64)] * value.rank
-        else:
-            plain.append(torch.zeros(value.shape, dtype=torch.int64))
-        dims += range(first, len(plain)) if value is not None else ()
-    return _pick(call, x, dims, lambda t: aten.index.Tensor(t, plain), given)
+    call.ledger.touch(x)
+    indexed = _indexed(zeros)
+    x = only_unlabelled(call.ledger, x, indexed, _WHY)
+    _freeze_index(call)
+
+    def move(fields: tuple[Field, ...]) -> tuple[Field, ...]:
+        return tuple(_field(aten.index.Tensor(f.ids, zeros)) for f in fields)
+
+    shape, fields = call.shape, move(x.fields)
+    content = move(positions(x.shape, x.unlabelled - indexed))
+    kept = {d for f in (*fields, *content) for d in f.dims}
+    picked = set(range(len(shape))) - kept
+    return Value(shape, fields, (*content, *positions(shape, picked)), _sources(call))
 
 
 @rule(aten.index_select.default)
 def index_select(call: Call) -> Any:
-    """Picks along one dimension."""
-    x, dim, chosen = call.args[:3]
-    if chosen.constant is not None:
+    """`index` along one dimension: constants move data."""
+    if _is_constant(call):
         return run_on_ids(call, call.node.target)
-    if chosen.fields:
-        return NotImplemented
-    first = torch.zeros(chosen.shape, dtype=torch.int64)
-    return _pick(call, x, [dim % x.rank], lambda t: t.index_select(dim, first), [chosen])
+    x, dim, chosen = call.args[0], call.args[1] % call.args[0].rank, call.args[2]
+    only_unlabelled(call.ledger, chosen, range(chosen.rank), "used as an index")
+    return replace(_picked(call, x, dim, call.shape), sources=_sources(call))
 
 
 @rule(aten.gather.default)
 def gather(call: Call) -> Any:
     """`x[i, index[i, j]]` along one dimension: the others meet those of the index."""
-    x, dim, chosen = call.args[0], call.args[1] % call.args[0].rank, call.args[2]
-    if chosen.constant is not None:
+    if _is_constant(call):
         return run_on_ids(call, call.node.target)
-    x = only_unlabelled(call.ledger, x, [dim], _PICKED)
+    x, dim, chosen = call.args[0], call.args[1] % call.args[0].rank, call.args[2]
+    met = meet(call.ledger, _picked(call, x, dim, chosen.shape), chosen)
+    return replace(met, shape=call.shape, sources=_sources(call))
+
+
+def _picked(call: Call, x: Value, dim: int, shape: tuple[int, ...]) -> Value:
+    """The labels of x, none along a dimension of which it is not known what is picked."""
     call.ledger.touch(x)
-    shape = tuple(chosen.shape)
+    x = only_unlabelled(call.ledger, x, [dim], _WHY)
 
     def cut(t: torch.Tensor) -> torch.Tensor:
-        t = t.narrow(dim, 0, 1)
-        return t[tuple(slice(0, 1 if d == dim else n) for d, n in enumerate(shape))].expand(
-            [shape[d] if d == dim else -1 for d in range(len(shape))]
-        )
+        ranges = [slice(0, 1 if d == dim else size) for d, size in enumerate(shape)]
+        return t[tuple(ranges)].expand(shape)
 
     picked = x.moved(cut)
-    picked = replace(picked, positions=(*picked.positions, *positions(shape, [dim])))
-    return replace(meet(call.ledger, picked, chosen), shape=shape, sources=_sources(x, chosen))
+    return replace(picked, positions=(*picked.positions, *positions(shape, [dim])))
 
 
-def _pick(
-    call: Call,
-    x: Value,
-    dims: Sequence[int],
-    operation: Callable[[torch.Tensor], torch.Tensor],
-    given: Sequence[Value],
-) -> Value:
-    """Picks along `dims` of x: no label is left there, so any index gives the ids of the result."""
-    call.ledger.touch(x)
-    for f in x.fields:
-        call.ledger.role(x, f, reader=False)
-    x = only_unlabelled(call.ledger, x, dims, _PICKED)
-    kept = [d for d in range(x.rank) if d not in dims]
-    result = x.moved(operation)
-    # Whatever no dimension of x explains comes from the indices.
-    passed = replace(x, fields=(), positions=positions(x.shape, kept)).moved(operation)
-    picked = positions(call.shape, set(range(len(call.shape))) - passed.unlabelled)
-    return replace(
-        result,
-        positions=merge_positions((*picked, *result.positions)),
-        sources=_sources(x, *given),
-    )
+@rule(aten.index_put.default, aten.index_put_.default)
+def write(call: Call) -> Any:
+    """`x[index] = values`: along dimensions that are not indexed, both are tied."""
+    x, values = call.args[0], call.args[2]
+    zeros = _zeros(call, x.rank)
+    if zeros is None:
+        return NotImplemented
+    indexed = _indexed(zeros)
+    x = only_unlabelled(call.ledger, x, indexed, _WHY)
+    _freeze_index(call)
+    # Sizes that tell dimensions apart show where each of them stands in x[index].
+    sizes = [1 if d in indexed else d + 2 for d in range(x.rank)]
+    picked = aten.index.Tensor(torch.empty(1).expand(sizes), zeros)
+    place = {size - 2: at for at, size in enumerate(picked.shape) if size > 1}
+    values = align(values, picked.dim())
+    scattered = set(range(picked.dim())) - set(place.values())
+    values = only_unlabelled(call.ledger, values, scattered, _WHY)
+    for operand in (x, values):
+        call.ledger.touch(operand)
+        if _sources(call) is None:
+            for f in operand.fields:
+                call.ledger.role(operand, f, reader=False)
+
+    def scatter(fields: tuple[Field, ...]) -> tuple[Field, ...]:
+        return tuple(_field(f.ids.permute(order).reshape(shape_in_x(f.ids.shape))) for f in fields)
+
+    def shape_in_x(shape: Sequence[int]) -> tuple[int, ...]:
+        return tuple(shape[place[d]] if d in place else 1 for d in range(x.rank))
+
+    order = [place[d] for d in sorted(place)] + sorted(scattered)
+    content = scatter(positions(values.shape, values.unlabelled - scattered))
+    written = Value(shape_in_x(values.shape), scatter(values.fields), content, values.sources)
+    met = meet(call.ledger, x, written)
+    varying = positions(x.shape, met.unlabelled | indexed)
+    return replace(met, shape=x.shape, positions=varying, sources=_sources(call), constant=None)
 
 
-def _sources(x: Value, *given: Value) -> frozenset[str] | None:
-    found = x.sources
-    for value in given:
-        found = None if found is None or value.sources is None else found | value.sources
-    return found
+def _is_constant(call: Call) -> bool:
+    return all(v.constant is not None for v in call.values()[1:])
+
+
+def _zeros(call: Call, rank: int) -> Zeros | None:
+    """An index of the same kind into ids, which have one entry along every indexed dimension.
+
+    None for a mask without dimensions, which adds a dimension instead of indexing one.
+    """
+    given: Any = call.node.args[1]
+    zeros: Zeros = []
+    for node in given:
+        if not isinstance(node, fx.Node):
+            zeros.append(None)
+            continue
+        fake = node.meta["val"]
+        if fake.dtype in (torch.bool, torch.uint8):
+            if not fake.dim():
+                return None
+            # A mask indexes all of its dimensions at once.
+            zeros += [torch.zeros(1, dtype=torch.int64)] * fake.dim()
+        else:
+            zeros.append(torch.zeros([1] * fake.dim(), dtype=torch.int64))
+    return zeros + [None] * (rank - len(zeros))
+
+
+def _indexed(zeros: Zeros) -> set[int]:
+    return {d for d, index in enumerate(zeros) if index is not None}
+
+
+def _field(ids: torch.Tensor) -> Field:
+    return Field(ids, tuple(d for d, size in enumerate(ids.shape) if size > 1))
+
+
+def _freeze_index(call: Call) -> None:
+    for index in call.args[1]:
+        if isinstance(index, Value):
+            only_unlabelled(call.ledger, index, range(index.rank), "used as an index")
+
+
+def _sources(call: Call) -> frozenset[str] | None:
+    found = [v.sources for v in call.values()]
+    return None if None in found else frozenset[str]().union(*(s or () for s in found))

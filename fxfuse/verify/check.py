@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.utils._pytree as pytree
+from torch import nn
 
 from fxfuse.capture import Captured, capture
+from fxfuse.eager import answers
+from fxfuse.errors import VerificationError
 from fxfuse.rewrite import FusedModule, emit
 
 #: Relative to the largest output, in float64.
@@ -49,11 +53,18 @@ class Verification:
 
 
 def relative_error(found: Sequence[torch.Tensor], expected: Sequence[torch.Tensor]) -> float:
-    """Largest absolute difference over the largest expected magnitude; inf for NaN."""
+    """Largest absolute difference over the largest expected magnitude; inf for NaN.
+
+    Also inf where numbers or shapes of tensors differ: sizes may depend on the data.
+    """
+    if [a.shape for a in found] != [b.shape for b in expected]:
+        return float("inf")
     worst = 0.0
     for a, b in zip(found, expected, strict=True):
         if not b.numel():
             continue
+        if b.dtype is torch.bool:
+            a, b = a.int(), b.int()
         scale = max(float(b.abs().max()), 1e-30)
         error = float((a.to(b.dtype) - b).abs().max()) / scale
         worst = max(worst, error if error == error else float("inf"))
@@ -90,9 +101,17 @@ def inputs_of(captured: Captured, *, flip: bool = False) -> Any:
 def run(
     captured: Captured, state: Mapping[str, torch.Tensor], *, flip: bool = False
 ) -> list[torch.Tensor]:
-    """Outputs of the captured graph with other tensors, in float64."""
-    module = in_double(emit(captured, as_double(state)))
+    """Outputs of the captured network with other tensors, in float64.
+
+    The captured graph runs where it is a program, a copy of the user's own module elsewhere.
+
+    Raises:
+        VerificationError: The user's own module cannot run in float64.
+    """
     args, kwargs = inputs_of(captured, flip=flip)
+    if captured.source is not None and not captured.is_program:
+        return _run_eagerly(captured.source, captured.once(as_double(state)), args, kwargs)
+    module = in_double(emit(captured, as_double(state)))
     with torch.no_grad():
         return tensors_of(module(*args, **kwargs))
 
@@ -111,6 +130,26 @@ def in_double(module: FusedModule) -> FusedModule:
         node.kwargs = pytree.tree_map_only(torch.dtype, lifted, node.kwargs)
     module.recompile()
     return module.double()
+
+
+def _run_eagerly(
+    source: nn.Module, state: Mapping[str, torch.Tensor], args: Any, kwargs: Any
+) -> list[torch.Tensor]:
+    # Tensors that the module makes without naming a dtype have to be float64 too.
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64)
+    try:
+        return tensors_of(answers(copy.deepcopy(source).double(), state, args, kwargs))
+    except Exception as error:
+        raise VerificationError(
+            "the oracles cannot run this network in float64",
+            where=type(source).__name__,
+            why=f"{type(error).__name__}: {error}",
+            how="make its forward pass follow the dtype of its weights; fuse(..., verify=False) "
+            "goes without the oracles",
+        ) from error
+    finally:
+        torch.set_default_dtype(before)
 
 
 def tensors_of(value: Any) -> list[torch.Tensor]:

@@ -40,8 +40,13 @@ def wide_equals_ensemble(
         members: Two or more networks, or captured ones.
         example_inputs: A tensor or a tuple of inputs.
         example_kwargs: Keyword inputs.
+
+    Raises:
+        NotEmittedError: torch.export refused a member, so that there is no concatenation to run.
     """
     captured = [as_captured(m, example_inputs, example_kwargs) for m in members]
+    for member in captured:
+        member.require_program()
     graph = analyze(captured[0])
     states = [as_double(c.state()) for c in captured]
     plan = make_plan(graph, states, "wide", Options())

@@ -1,0 +1,178 @@
+"""Write docs/coverage.md from the results of the sweep, or check that it is up to date.
+
+python benchmarks/coverage_table.py           # rewrite docs/coverage.md
+python benchmarks/coverage_table.py --check   # exit with 1 when it is out of date
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import statistics
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "benchmarks" / "results"
+PAGE = ROOT / "docs" / "coverage.md"
+LIBRARIES = ("torchvision", "timm", "transformers")
+#: Below this share of free weights, the page says why.
+EXPLAINED = 0.95
+
+Row = dict[str, Any]
+
+
+def page() -> str:
+    """The whole page."""
+    coverage = _read("coverage.json")
+    rows: list[Row] = coverage["rows"]
+    versions = ", ".join(f"{name} {version}" for name, version in coverage["versions"].items())
+    lines = [
+        "# Coverage",
+        "",
+        "What the analyzer makes of every torchvision model, of every timm family and of the",
+        "usual transformers, and whether the oracles hold on it. Written by",
+        f"`python benchmarks/coverage.py` and `python benchmarks/coverage_table.py`; {versions}.",
+        "",
+        "Networks have random weights in float64, made so that an oracle can see: BatchNorm",
+        "statistics calibrated and jittered, weights that start at zero randomised, outputs shown",
+        "to depend on the input. *Free* is the share of weights in tensors with at least one free",
+        "dimension; *permutation* the largest relative change of an output when the units of every",
+        "group are permuted; *wide* the largest relative difference between the concatenation of",
+        "two members and their mean, where no operator mixes them. Times are for one thread; the",
+        "analysis starts from the captured graph.",
+        "",
+        *_summary(rows),
+        *_random(),
+        *_growth(),
+    ]
+    for library in LIBRARIES:
+        lines += ["", f"## {library}", "", *_table([r for r in rows if _library(r) == library])]
+    lines += ["", "## What stays frozen, where less than 95 % is free", ""]
+    low = [r for r in rows if r.get("free", 1.0) < EXPLAINED]
+    for row in low:
+        lines.append(f"- `{row['model']}`, {row['free']:.1%} free:")
+        lines += [f"    - {_plain(why)}" for why in row["frozen"][:3]]
+    if not low:
+        lines.append("Nothing.")
+    failed = [r for r in rows if "failure" in r]
+    lines += ["", "## Failures", ""]
+    lines += [f"- `{r['model']}`: {_plain(r['failure'])}" for r in failed] or ["None."]
+    return "\n".join(lines) + "\n"
+
+
+def _read(name: str) -> Any:
+    return json.loads((RESULTS / name).read_text(encoding="utf-8"))
+
+
+def _library(row: Row) -> str:
+    return str(row["model"]).partition(":")[0]
+
+
+def _summary(rows: Sequence[Row]) -> list[str]:
+    lines = [
+        "| | models | exported | traced | permutation holds | wide exact | mixes | not shown "
+        "| free, median | free, least | analysis faster than capture | most memory, GB |",
+        "|---|---:|---:|---:|---:|---:|---:|---:|---:|---:|---:|---:|",
+    ]
+    for library in (*LIBRARIES, "all"):
+        chosen = [r for r in rows if library in ("all", _library(r))]
+        done = [r for r in chosen if "permutation" in r]
+        wide = [r["wide"] for r in done]
+        exact = sum(not isinstance(w, str) for w in wide)
+        mixes = wide.count("mixes")
+        free = [r["free"] for r in done] or [0.0]
+        fast = sum(r["analysis_s"] < r["capture_s"] for r in done)
+        lines.append(
+            f"| {library} | {len(chosen)} | {sum(r['capture'] == 'export' for r in done)} "
+            f"| {sum(r['capture'] == 'trace' for r in done)} "
+            f"| {sum(r['permutation_passed'] for r in done)} | {exact} | {mixes} "
+            f"| {len(wide) - exact - mixes} | {statistics.median(free):.2%} | {min(free):.2%} "
+            f"| {fast} of {len(done)} | {max((r['analysis_gb'] for r in done), default=0):.2f} |"
+        )
+    return lines
+
+
+def _random() -> list[str]:
+    if not (RESULTS / "random_networks.json").exists():
+        return []
+    found = _read("random_networks.json")
+    findings = sum(len(cases) for cases in found["findings"].values())
+    return [
+        "",
+        f"Random networks (`python benchmarks/random_networks.py`): **{found['networks']:,}** "
+        f"drawn, **{findings}** violations.",
+    ]
+
+
+def _growth() -> list[str]:
+    if not (RESULTS / "analysis_growth.json").exists():
+        return []
+    rows = _read("analysis_growth.json")["rows"]
+    return [
+        "",
+        "## Time against the number of nodes",
+        "",
+        "A ResNet of growing depth (`python benchmarks/analysis_growth.py`).",
+        "",
+        "| blocks | nodes | capture, s | analysis, s | analysis per 1,000 nodes, s |",
+        "|---:|---:|---:|---:|---:|",
+        *(
+            f"| {r['blocks']} | {r['nodes']} | {r['capture_s']:.2f} | {r['analysis_s']:.2f} "
+            f"| {1000 * r['analysis_s'] / r['nodes']:.3f} |"
+            for r in rows
+        ),
+    ]
+
+
+def _table(rows: Sequence[Row]) -> list[str]:
+    lines = [
+        "| model | weights | captured | nodes | groups | units | free | permutation | wide "
+        "| capture, s | analysis, s |",
+        "|---|---:|---|---:|---:|---:|---:|---:|---:|---:|---:|",
+    ]
+    for r in rows:
+        name = str(r["model"]).partition(":")[2]
+        if "permutation" not in r:
+            lines.append(f"| {name} | – | **failed** | – | – | – | – | – | – | – | – |")
+            continue
+        wide = r["wide"] if isinstance(r["wide"], str) else f"{r['wide']:.0e}"
+        lines.append(
+            f"| {name} | {r['parameters'] / 1e6:.2f} M | {r['capture']} | {r['nodes']} "
+            f"| {r['groups']} | {r['units']} | {r['free']:.2%} | {r['permutation']:.0e} "
+            f"| {_plain(wide.partition(':')[0])} | {r['capture_s']:.2f} | {r['analysis_s']:.2f} |"
+        )
+    return lines
+
+
+def _plain(text: str) -> str:
+    """Without the paths of the machine that it ran on, and without marks of tables."""
+    return re.sub(r"\S*/(site-packages|work)/", "", text).replace("|", "\\|")
+
+
+def main() -> int:
+    """Rewrite or check the page, and return the exit status."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    parser.add_argument(
+        "--check", action="store_true", help="change nothing; exit 1 if out of date"
+    )
+    options = parser.parse_args()
+    wanted = page()
+    if options.check:
+        same = PAGE.exists() and PAGE.read_text(encoding="utf-8") == wanted
+        if not same:
+            print(
+                "docs/coverage.md is out of date: run benchmarks/coverage_table.py", file=sys.stderr
+            )
+        return int(not same)
+    PAGE.write_text(wanted, encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,205 @@
+"""Eager modules: a trace of one that torch.export refuses, and its answers with other weights.
+
+A trace holds for the example that it was made with: another input may take another branch or give
+other sizes. It serves the analysis; what runs is the module (docs/adr/0010-eager-fallback.md).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.utils._pytree as pytree
+from torch import fx, nn
+from torch.func import functional_call
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.fx.traceback import preserve_node_meta
+from torch.overrides import TorchFunctionMode
+
+from fxfuse.errors import CaptureError
+
+#: What may stand in inputs and outputs: nothing in it can hide a tensor.
+_PLAIN = (
+    torch.Tensor,
+    int,
+    float,
+    complex,
+    bool,
+    str,
+    bytes,
+    type(None),
+    torch.dtype,
+    torch.device,
+    torch.Size,
+    slice,
+)
+
+
+# A number or an array that Python takes out of a tensor is not followed any further. This operator
+# marks the place in the trace; it has no rule, so the neurons that went out there freeze.
+@torch.library.custom_op("fxfuse::leaves_the_graph", mutates_args=())
+def _mark(x: torch.Tensor) -> torch.Tensor:
+    return x.clone()
+
+
+@_mark.register_fake
+def _mark_fake(x: torch.Tensor) -> torch.Tensor:
+    return torch.empty_like(x)
+
+
+@contextmanager
+def eval_mode(model: nn.Module) -> Iterator[None]:
+    """Puts every submodule into eval mode and afterwards back into the mode it had."""
+    modes = [(module, module.training) for module in model.modules()]
+    for module, _ in modes:
+        # Set directly: modules that torch.export made refuse eval().
+        module.training = False
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
+
+
+def answers(
+    module: nn.Module,
+    state: Mapping[str, torch.Tensor],
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any],
+) -> Any:
+    """What a module answers in eval mode with other tensors; it stays as it is.
+
+    Args:
+        module: The module, in the dtype of `state`.
+        state: Tensors by `state_dict()` name; one name suffices for tied tensors.
+        args: Positional inputs.
+        kwargs: Keyword inputs.
+    """
+    with torch.no_grad(), eval_mode(module):
+        return functional_call(module, dict(state), args, dict(kwargs))
+
+
+def trace(
+    model: nn.Module,
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any],
+    state: Mapping[str, torch.Tensor],
+) -> fx.GraphModule:
+    """Traces one run of a module, composite operators undecomposed.
+
+    Args:
+        model: The module, in eval mode.
+        args: Positional inputs: tensors, in any nesting of lists, tuples and dictionaries.
+        kwargs: Keyword inputs, likewise.
+        state: The module's own tensors (not copies) by `state_dict()` name.
+
+    Returns:
+        A graph module. `get_attr` targets are names of `state`, or constants that it holds; nodes
+        have `meta["val"]` and `stack_trace`. Its graph takes and returns the tensors among inputs
+        and outputs only.
+
+    Raises:
+        CaptureError: The module cannot be traced, or takes or returns objects that may hold tensors
+            of which nothing is known.
+    """
+    leaves, spec = pytree.tree_flatten((args, dict(kwargs)))
+    _check_plain(leaves, "input", model)
+    # Copies, since the module may write into its inputs.
+    tensors = [x.detach().clone() for x in leaves if isinstance(x, torch.Tensor)]
+
+    def run(*given: torch.Tensor) -> list[torch.Tensor]:
+        rest = iter(given)
+        filled = [next(rest) if isinstance(x, torch.Tensor) else x for x in leaves]
+        own_args, own_kwargs = pytree.tree_unflatten(filled, spec)
+        with _Leaving():
+            found = pytree.tree_leaves(model(*own_args, **own_kwargs))
+        _check_plain(found, "output", model)
+        return [x for x in found if isinstance(x, torch.Tensor)]
+
+    try:
+        with torch.no_grad(), preserve_node_meta():
+            traced = make_fx(
+                run,
+                tracing_mode="real",
+                pre_dispatch=True,
+                record_stack_traces=True,
+                # A branch is taken as the example takes it: that is what this trace is for.
+                _error_on_data_dependent_ops=False,
+            )(*tensors)
+    except CaptureError:
+        raise
+    except Exception as error:
+        text = str(error).strip()
+        raise CaptureError(
+            f"{type(model).__name__} cannot be traced",
+            why=f"{type(error).__name__}: {text.splitlines()[0] if text else 'no message'}",
+            how="make the forward pass exportable (https://docs.pytorch.org/docs/stable/export.html)",
+        ) from error
+    _name_tensors(traced, state, model)
+    return traced
+
+
+class _Leaving(TorchFunctionMode):
+    """Sees the ways out of a tensor that the dispatcher, and so the trace, does not see."""
+
+    def __torch_function__(
+        self,
+        func: Any,
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        if func in (torch.Tensor.tolist, torch.Tensor.numpy, torch.Tensor.__array__):
+            _mark(args[0])
+        # Equal, not identical: every look at a descriptor makes another one.
+        if func == torch.Tensor.data.__get__:  # type: ignore[attr-defined]
+            return args[0].detach()
+        return func(*args, **(kwargs or {}))
+
+
+def _check_plain(leaves: Sequence[Any], what: str, model: nn.Module) -> None:
+    for leaf in leaves:
+        if not isinstance(leaf, _PLAIN):
+            raise CaptureError(
+                f"{type(model).__name__} has an {what} of type {type(leaf).__name__}",
+                why="tensors inside such an object cannot be seen",
+                how="use tensors in tuples, lists and dictionaries, or register the type with "
+                "torch.utils._pytree.register_pytree_node",
+            )
+
+
+def _name_tensors(
+    traced: fx.GraphModule, state: Mapping[str, torch.Tensor], model: nn.Module
+) -> None:
+    """Gives every tensor that the graph reads its `state_dict()` name, or a constant's name."""
+    own = {id(tensor): name for name, tensor in reversed(list(state.items()))}
+    memory = {_memory(tensor): name for name, tensor in state.items() if tensor.numel()}
+    constants: dict[int, str] = {}
+    for node in traced.graph.nodes:
+        if node.op != "get_attr":
+            continue
+        tensor = getattr(traced, node.target)
+        if not isinstance(tensor, torch.Tensor):
+            raise CaptureError(
+                f"{type(model).__name__} cannot be traced",
+                where=node.name,
+                why="it calls a higher-order operator, whose body is a graph of its own",
+                how="write this part with plain operators",
+            )
+        name = own.get(id(tensor)) or memory.get(_memory(tensor))
+        if name is None:
+            if id(tensor) not in constants:
+                name = f"_traced_constant{len(constants)}"
+                while name in state or hasattr(traced, name):
+                    name += "_"
+                traced.register_buffer(name, tensor)
+                constants[id(tensor)] = name
+            name = constants[id(tensor)]
+        node.target = name
+
+
+def _memory(tensor: torch.Tensor) -> tuple[Any, ...]:
+    # Another object on the same memory is the same tensor: `weight.data`, say.
+    return (tensor.data_ptr(), tensor.dtype, tuple(tensor.shape), tensor.stride())
