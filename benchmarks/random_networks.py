@@ -42,8 +42,11 @@ from tests.strategies import (
     members_of,
 )
 
-#: A process is replaced after so many networks, because torch.export keeps memory.
-_FRESH = 500
+#: A process takes so many networks at a time, and is replaced after so many of them, because
+#: torch.export keeps memory.
+_CHUNK, _FRESH = 10, 50
+#: After so many networks a line tells how far it is.
+_PROGRESS = 50
 #: Below this the outputs hardly depend on the inputs, and an oracle would learn nothing.
 _BLIND = 1e-6
 
@@ -135,8 +138,8 @@ def examine_all(seed: int, indices: range, jobs: int) -> Iterator[Outcome]:
     if jobs == 1:
         yield from map(run, indices)
         return
-    with get_context("spawn").Pool(jobs, maxtasksperchild=_FRESH // 10) as pool:
-        yield from pool.imap(run, indices, chunksize=10)
+    with get_context("spawn").Pool(jobs, maxtasksperchild=_FRESH) as pool:
+        yield from pool.imap(run, indices, chunksize=_CHUNK)
 
 
 def main() -> None:
@@ -157,6 +160,9 @@ def main() -> None:
         outcomes.append(outcome)
         for what, text in outcome.findings:
             print(f"{outcome.index}: {what}: {outcome.recipe}\n    {text}", flush=True)
+        if len(outcomes) % _PROGRESS == 0:
+            found = sum(bool(o.findings) for o in outcomes)
+            print(f"{len(outcomes)} networks, {found} with findings", file=sys.stderr)
     report(outcomes, options, time.monotonic() - start)
 
 
