@@ -340,47 +340,47 @@ def _groups(
     component: Index,
     frozen: NDArray[np.bool_],
 ) -> tuple[CouplingGroup, ...]:
-    """Splits free components by signature: slots per place, and how they are bound together."""
-    signature: dict[int, list[tuple[int, int]]] = defaultdict(list)
-    rows: list[tuple[Place, Index, Index]] = []
+    """Free components are units; those of one structure are a group."""
     parts = ledger.slots(component)
     structure = ledger.structure(component, parts)
-    for owner, place in enumerate(ledger.owners):
-        if _is_real(place):
-            ids = _ids_of(ledger, owner)
-            line = component[ids]
-            rows.append((place, line, parts[ids]))
-            free = line[~frozen[line]]
-            for c, count in zip(*np.unique(free, return_counts=True), strict=True):
-                signature[int(c)].append((len(rows) - 1, int(count)))
-    buckets: dict[tuple[tuple[int, int], ...], list[int]] = defaultdict(list)
-    for c, signed in signature.items():
-        buckets[(*signed, (-1, int(structure[c])))].append(c)
+    places = [(p, _ids_of(ledger, owner)) for owner, p in enumerate(ledger.owners) if _is_real(p)]
+    appeared = np.full(len(frozen), len(places))
+    for number, (_, ids) in reversed(list(enumerate(places))):
+        appeared[component[ids]] = number
+    appeared[frozen] = len(places)
+    units = np.flatnonzero(appeared < len(places))
+    units = units[np.argsort(appeared[units], kind="stable")]
+    _, first, group = np.unique(structure[units], return_index=True, return_inverse=True)
+    # Groups are numbered in the order in which their first unit appears.
+    group = np.argsort(np.argsort(first))[group]
+    sizes = np.bincount(group, minlength=len(first))
+    group_of, unit_of = np.full(len(frozen), -1), np.full(len(frozen), -1)
+    group_of[units] = group
+    together = np.argsort(group, kind="stable")
+    unit_of[units[together]] = np.arange(len(units)) - np.repeat(np.cumsum(sizes) - sizes, sizes)
     aliases = defaultdict(list)
     for name, canonical in captured.canonical.items():
         aliases[canonical].append(name)
+    indexes: list[dict[Place, Index]] = [{} for _ in sizes]
+    for (name, dim), ids in places:
+        owned = group_of[component[ids]]
+        # Slots of two units correspond when they play the same part, whatever their index.
+        order = np.lexsort((parts[ids], unit_of[component[ids]], owned))
+        numbers, starts = np.unique(owned[order], return_index=True)
+        for number, rows in zip(numbers, np.split(order, starts[1:]), strict=True):
+            if number >= 0:
+                for alias in aliases[name]:
+                    indexes[number][(alias, dim)] = rows.reshape(sizes[number], -1)
     groups, taken = [], set[str]()
-    for key, members in buckets.items():
-        order = np.full(len(frozen), -1, dtype=np.int64)
-        order[members] = np.arange(len(members))
-        index: dict[Place, Index] = {}
-        for row, slots in key:
-            if row < 0:
-                continue
-            (name, dim), owned, part = rows[row]
-            units = order[owned]
-            # Slots of two units correspond when they play the same part, whatever their index.
-            place_index = np.lexsort((part, units))[(units < 0).sum() :]
-            for alias in aliases[name]:
-                index[(alias, dim)] = place_index.reshape(len(members), slots).astype(np.int64)
-        first = next(iter(index))
-        name = f"{first[0]}:{first[1]}"
+    for n_units, index in zip(sizes.tolist(), indexes, strict=True):
+        leader = next(iter(index))
+        name = f"{leader[0]}:{leader[1]}"
         number = 2
         while name in taken:
-            name = f"{first[0]}:{first[1]}#{number}"
+            name = f"{leader[0]}:{leader[1]}#{number}"
             number += 1
         taken.add(name)
-        groups.append(CouplingGroup(name, len(members), index))
+        groups.append(CouplingGroup(name, n_units, index))
     return tuple(groups)
 
 

@@ -373,10 +373,10 @@ class Ledger:
         `structure` says whether the units are alike under this numbering.
         """
         owner = self.owner_positions(np.arange(self.count))
-        units, counts = np.unique(np.stack([component, owner]), axis=1, return_counts=True)
+        keys, counts = np.unique(component * len(self.owners) + owner, return_counts=True)
         # Units with one slot in each place have no order to find.
         several = np.zeros(int(component.max(initial=0)) + 1, dtype=bool)
-        several[units[0, counts > 1]] = True
+        several[keys[counts > 1] // len(self.owners)] = True
         wanted = several[component]
         colour = self._seen(_scramble(owner.astype(np.uint64)))
         ends = [
@@ -391,10 +391,11 @@ class Ledger:
                 np.add.at(around, x, _scramble(colour[y] ^ forth))
                 np.add.at(around, y, _scramble(colour[x] ^ back))
             colour = _scramble(colour + _scramble(around))
-        order = np.lexsort((_ranks(colour), owner, component))
-        place = np.stack([component, owner])
-        slot = np.empty_like(owner)
-        slot[order] = _counted(place[:, order])
+        chosen = np.flatnonzero(wanted)
+        place = np.stack([component, owner])[:, chosen]
+        order = np.lexsort((_ranks(colour[chosen]), place[1], place[0]))
+        slot = np.zeros_like(owner)
+        slot[chosen[order]] = _counted(place[:, order])
         return slot
 
     def structure(
