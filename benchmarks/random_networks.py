@@ -42,7 +42,7 @@ from tests.strategies import (
     members_of,
 )
 
-#: A process takes so many networks at a time, and is replaced after so many of them, because
+#: A process takes so many networks at a time, and is replaced after so many portions, because
 #: torch.export keeps memory.
 _CHUNK, _FRESH = 10, 50
 #: After so many networks a line tells how far it is.
