@@ -428,9 +428,10 @@ def _in_place(space: Space, i: int, b: Block) -> Part:
 
     def forward(m: Part, x: torch.Tensor) -> torch.Tensor:
         y = m.layer(x)
-        y.add_(x) if b.flag else y.mul_(m.factor)
+        if b.flag:
+            y.add_(x)
         F.leaky_relu(y, 0.3, inplace=True)
-        return y.add_(m.factor) if b.parts > 2 else y
+        return y.add_(m.factor) if b.parts > 2 else y.mul_(m.factor)
 
     return Part(i, forward, layer=space.layer(i, i), factor=torch.rand(shape) + 0.5)
 
@@ -486,7 +487,7 @@ def _raw_weight(space: Space, i: int, b: Block) -> Part:
     def forward(m: Part, x: torch.Tensor) -> torch.Tensor:
         if b.flag:
             letters = "btc,cd->btd" if space is TOKENS else "bc,cd->bd"
-            return _act(torch.einsum(letters, x, m.matrix))
+            return _act(torch.einsum(letters, x, m.matrix) + m.shift)
         return _act(x @ m.matrix + m.shift)
 
     return Part(b.width, forward, matrix=torch.randn(i, b.width), shift=torch.randn(b.width) * 0.1)
