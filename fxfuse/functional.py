@@ -77,8 +77,7 @@ class _Copier:
         base = chain[-1]
         if base.op != "call_function" or not all(map(_is_reversible, chain[:-1])):
             return False
-        args, kwargs = fx.map_arg((node.args, node.kwargs), lambda n: self.now[n])
-        result = self.call(target, args, kwargs, node)
+        result = self.written(node, written, target)
         changed = {written: result}
         for view in chain[:-1]:
             parent = _parent(view)
@@ -93,10 +92,44 @@ class _Copier:
         self.views[base].append(node)
         return True
 
+    def written(self, node: fx.Node, written: fx.Node, target: Any) -> fx.Node:
+        """What an in-place operator leaves behind; nothing that it overwrites is read."""
+        args, kwargs = fx.map_arg((node.args, node.kwargs), lambda n: self.now[n])
+        if node.target is aten.copy_.default:
+            given: Any = node.args[1]
+            if given.meta["val"].shape == node.meta["val"].shape:
+                return self.now[given]
+            sizes = self.sizes(written)
+            return self.call(aten.expand.default, (args[1], sizes), {}, node)
+        if node.target in (aten.zero_.default, aten.fill_.Scalar):
+            value = args[1] if len(args) > 1 else 0.0
+            like = self.now[_base(written)]
+            return self.call(aten.new_full.default, (like, self.sizes(written), value), {}, node)
+        return self.call(target, args, kwargs, node)
+
+    def sizes(self, node: fx.Node) -> list[int | fx.Node]:
+        """Sizes of a node's result; a node where they are symbolic."""
+        base = _base(node)
+        whole = base.meta["val"].shape
+        sizes: list[int | fx.Node] = []
+        for dim, size in enumerate(node.meta["val"].shape):
+            if isinstance(size, int):
+                sizes.append(size)
+                continue
+            # Asked of the base where it has that size, so that the view need not be taken.
+            same = [d for d, other in enumerate(whole) if str(other) == str(size)]
+            owner, place = (base, same[0]) if same else (node, dim)
+            made = self.call(aten.sym_size.int, (self.now[owner], place), {}, node)
+            made.meta["val"] = size
+            sizes.append(made)
+        return sizes
+
     def put_back(self, view: fx.Node, whole: fx.Node, part: fx.Node) -> fx.Node:
         """The tensor that a view was taken of, with the view's place overwritten."""
         args: Any = fx.map_arg(view.args, lambda n: self.now[n])
         like = _parent(view)
+        if view.meta["val"].shape == like.meta["val"].shape and view.target is aten.slice.Tensor:
+            return part
         if view.target is aten.slice.Tensor:
             return self.call(aten.slice_scatter.default, (whole, part, *args[1:]), {}, like)
         if view.target is aten.narrow.default:

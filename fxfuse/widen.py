@@ -187,6 +187,18 @@ class _Widener:
         self.mapping[node].replace_input_with(current, ordered)
         self.inputs[(node, operand)] = ordered
 
+    def spread(self, node: fx.Node, operand: fx.Node, dim: int, wanted: Layout) -> None:
+        """Repeats content without neurons for every copy of what it is joined to."""
+        if self.analysis.values[operand].shape[dim] == 1:
+            return
+        size = self.analysis.values[operand].shape[dim]
+        own = Layout(np.arange(size), np.full(size, -1))
+        current = self.inputs.get((node, operand), self.mapping[operand])
+        shared = Layout(wanted.source, np.full(wanted.size, -1))
+        ordered = self.select(node, current, dim, own, shared)
+        self.mapping[node].replace_input_with(current, ordered)
+        self.inputs[(node, operand)] = ordered
+
     def select(
         self, node: fx.Node, tensor: fx.Node, dim: int, layout: Layout, wanted: Layout
     ) -> fx.Node:
@@ -543,6 +555,12 @@ class _Widener:
                 shifted = d + 1 if stacks and d >= dim else d
                 if shifted != dim:
                     self.agree(node, part, d, other, result.setdefault(shifted, other))
+        for part in parts:
+            known = self.layout_of(part)
+            for d, layout in result.items():
+                own = d - 1 if stacks and d > dim else d
+                if own not in known:
+                    self.spread(node, part, own, layout)
         if grows:
             result[dim] = Layout(np.concatenate(lines), np.concatenate(copies))
         return result

@@ -448,6 +448,7 @@ def _write_slice(space: Space, i: int, b: Block) -> Part:
             part.copy_(m.other(x))
         else:
             part.mul_(2.0).tanh_()
+        y.select(space.dim, out - 1).fill_(0.5)
         return _act(y)
 
     other = space.layer(i, b.width) if b.parts == 2 else nn.Identity()

@@ -36,6 +36,11 @@ def through_an_index(y: torch.Tensor) -> torch.Tensor:
     return y
 
 
+def a_broadcast_row(y: torch.Tensor) -> torch.Tensor:
+    y[:, 1:4] = torch.ones(3)
+    return y
+
+
 def through_views_of_views(y: torch.Tensor) -> torch.Tensor:
     y.view(-1, 2, 3).transpose(1, 2)[:, 1].add_(1.0)
     return y
@@ -74,6 +79,7 @@ CASES = [
     through_a_slice,
     through_a_step,
     through_an_index,
+    a_broadcast_row,
     through_views_of_views,
     read_by_an_earlier_view,
     read_by_an_earlier_row,

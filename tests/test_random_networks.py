@@ -34,9 +34,6 @@ from tests.strategies import (
 #: How many examples: by profile (tests/conftest.py; `--hypothesis-profile=nightly` for thousands).
 _any = settings(suppress_health_check=list(HealthCheck))
 
-#: Blocks that freeze what they write: the tokens that come out of a layer meet tokens that have
-#: no labels.
-_HOSTED = {"mix_tokens"}
 #: Blocks in which channels are in order.
 _ORDERED = {"local_response"}
 #: Sums over neurons that no weight tells apart: two copies of a network give twice the sum.
@@ -53,7 +50,7 @@ def check_oracles(recipe: Recipe, n: int) -> fxfuse.CouplingGraph:
     kinds = {block.kind for block in (*recipe.images, *recipe.tokens, *recipe.vectors)}
     if is_plain(recipe):
         assert wide.tolerance < float("inf"), wide.detail
-    if not kinds & (_HOSTED | _ORDERED | _SUMMED):
+    if not kinds & (_ORDERED | _SUMMED):
         check_copies(graph)
     with warnings.catch_warnings():
         # A group that the permutation oracle cannot move freezes with a warning.

@@ -35,14 +35,14 @@ def arange(call: Call) -> Value:
     return Value(call.shape, positions=positions(call.shape, [0]), sources=frozenset())
 
 
-@rule(aten.zero_.default, aten.fill_.Scalar, aten.zero.default, aten.fill.Scalar)
+@rule(aten.zero_.default, aten.fill_.Scalar)
 def overwrite(call: Call) -> Value:
     """Whatever stood there is gone; no neuron stands there now."""
     value: Value = call.args[0]
     return Value(value.shape, sources=value.sources)
 
 
-@rule(aten.copy_.default, aten.copy.default)
+@rule(aten.copy_.default)
 def copy(call: Call) -> Value:
     """The content of another tensor, broadcast."""
     target, source = call.args[0], align(call.args[1], call.args[0].rank)
