@@ -81,7 +81,7 @@ def fused_state(
     Args:
         graph: The analysis of the members.
         plan: Groups and maps.
-        states: For each member, its tensors by name.
+        states: For each member, its tensors by name; of heads, only the member's own.
         place: Placement of each dimension.
 
     Returns:
@@ -103,16 +103,20 @@ def _fused(
     name: str,
 ) -> torch.Tensor:
     role = role_of(graph, name)
+    owner = graph.captured.heads.get(name)
     if role is Role.COPY:
-        return states[plan.host][name].detach().clone()
-    like = states[0][name]
+        return states[plan.host if owner is None else owner][name].detach().clone()
+    like = states[owner or 0][name]
     placements = [place((name, d)) for d in range(like.dim())]
     # Half precision holds weights, not sums of weights.
     dtype = torch.promote_types(like.dtype, torch.float32)
     result = torch.zeros([p.size for p in placements], dtype=dtype, device=like.device)
     weight = _weight(graph, plan, name, role)
-    for member, state in enumerate(states):
-        part = state[name].detach().to(dtype=dtype, device=like.device)
+    # A head's own values come last, over those that stand in where a unit is another member's.
+    for member in sorted(range(len(states)), key=lambda m: m == owner):
+        if name not in states[member]:
+            continue
+        part = states[member][name].detach().to(dtype=dtype, device=like.device)
         for dim, p in enumerate(placements):
             part = part.index_select(dim, torch.from_numpy(p.sources[member]).to(like.device))
         if part.numel() == 0 and like.numel():
@@ -125,9 +129,9 @@ def _fused(
                 # What only the host contributes to is no mean of the members.
                 hosted = torch.from_numpy(_hosted(graph, (name, dim), p.sources[member]))
                 share = share.masked_fill(_along(hosted.to(like.device), dim, len(where)), 1.0)
-            result.index_put_(grid, part * share, accumulate=True)
+            result.index_put_(grid, part * share, accumulate=role is not Role.OWN)
         else:
-            result += part * weight
+            result = part if role is Role.OWN else result + part * weight
     return result.to(like.dtype)
 
 
@@ -146,6 +150,8 @@ def _weight(graph: CouplingGraph, plan: FusionPlan, name: str, role: Role) -> fl
     """The weight of one member's contribution: the product of its M along written dimensions."""
     if role is Role.MEAN:
         return 1.0 / plan.n_members
+    if role is Role.OWN:
+        return 1.0
     is_output, weights = False, []
     canonical = graph.captured.canonical[name]
     for dim in range(graph.captured.tensor(name).dim()):

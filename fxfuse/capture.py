@@ -14,7 +14,7 @@ import sys
 import warnings
 from collections.abc import Collection, Mapping, Sequence
 from contextlib import redirect_stderr
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from io import StringIO
 from pathlib import Path
 from typing import Any, cast
@@ -82,6 +82,8 @@ class Captured:
         source: The user's own module; None when an `ExportedProgram` was captured.
         refusal: Why torch.export refused the module, one line. Then the graph is a trace that
             holds for the example only, and no program. "" for an exported graph.
+        heads: Names of tensors that only one member has → the number of that member (partial
+            fusion, `fxfuse.heads`).
     """
 
     module: fx.GraphModule
@@ -90,6 +92,7 @@ class Captured:
     example_inputs: tuple[tuple[Any, ...], dict[str, Any]]
     source: nn.Module | None = None
     refusal: str = ""
+    heads: Mapping[str, int] = field(default_factory=dict)
 
     @property
     def is_program(self) -> bool:
@@ -125,6 +128,11 @@ class Captured:
             isinstance(x, torch.Tensor) and x.dim() > 0 and isinstance(x.shape[0], torch.SymInt)
             for x in inputs
         )
+
+    def outputs(self) -> tuple[Any, ...]:
+        """The graph's outputs in flattened order: nodes, or constants."""
+        (result,) = (node.args[0] for node in self.graph.nodes if node.op == "output")
+        return tuple(pytree.tree_leaves(result))
 
     def tensor(self, name: str) -> torch.Tensor:
         """The tensor behind a `get_attr` target or a `state_dict()` name."""

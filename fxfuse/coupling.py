@@ -17,9 +17,19 @@ from torch import fx, nn
 from torch.export import ExportedProgram
 
 from fxfuse.capture import Captured, capture, is_constant, source_of
+from fxfuse.controls import (
+    Asked,
+    Controls,
+    OutputDims,
+    Patterns,
+    asked_for,
+    contradiction,
+    interface_dims,
+)
 from fxfuse.errors import UnknownTensorError
+from fxfuse.heads import region_of
 from fxfuse.interpreter import interpret
-from fxfuse.labels import Kind, Ledger, Mixing
+from fxfuse.labels import Freeze, Kind, Ledger, Mixing
 
 #: A dimension of a named tensor.
 Place = tuple[str, int]
@@ -92,6 +102,7 @@ class CouplingGraph:
         mixing: Operators that mix members.
         free_fraction: Share of parameter elements that lie in tensors with at least one free
             dimension, of those that the graph reads.
+        asked: What options asked for, by canonical tensor name.
     """
 
     captured: Captured
@@ -103,6 +114,7 @@ class CouplingGraph:
     writers: frozenset[Place]
     values: Mapping[fx.Node, Any] = field(repr=False)
     ledger: Ledger = field(repr=False)
+    asked: Mapping[str, Asked] = field(default_factory=dict)
 
     @cached_property
     def group_of(self) -> Mapping[Place, tuple[CouplingGroup, ...]]:
@@ -216,6 +228,18 @@ class CouplingGraph:
             )
         return steps
 
+    def trunk(self) -> CouplingGraph:
+        """The same analysis with groups of which the members' own heads are no part."""
+        if not self.captured.heads:
+            return self
+        heads = self.captured.heads
+
+        def without_heads(group: CouplingGroup) -> CouplingGroup:
+            kept = {place: rows for place, rows in group.index.items() if place[0] not in heads}
+            return replace(group, index=kept)
+
+        return replace(self, groups=tuple(without_heads(g) for g in self.groups))
+
     def freezing(self, names: Iterable[str], why: str) -> CouplingGraph:
         """The same analysis with some groups frozen (inside the network, so of kind host)."""
         chosen = set(names)
@@ -240,14 +264,32 @@ def analyze(
     example_inputs: Any = (),
     example_kwargs: Mapping[str, Any] | None = None,
     *,
+    freeze: Patterns = (),
+    share: Patterns = (),
+    ignore: Patterns = (),
+    output_dims: OutputDims | None = None,
     dynamic_shapes: Any = None,
 ) -> CouplingGraph:
     """Finds the coupling groups of a network.
+
+    Patterns are those of `fnmatch`; one may stand without a list.
 
     Args:
         model: What `fxfuse.capture` takes, or its result.
         example_inputs: A tensor or a tuple of positional inputs, batch of at least 2.
         example_kwargs: Keyword inputs.
+        freeze: `state_dict()` names of parameters that stay exactly as in the host. Every
+            dimension freezes, and what is coupled to it follows: the host keeps it. A dimension
+            that means the same in all members anyhow (input channels, tokens) draws nothing in.
+        share: `state_dict()` names of parameters whose index means the same in all members (a
+            pretrained stem that all members hold): the members' mean is taken, along with
+            whatever is coupled to it, and the plan lists how far they disagree.
+        ignore: Dotted paths of submodules of which nothing is fused: all their parameters and
+            buffers are frozen as by `freeze`.
+        output_dims: For an output, by its index in flattened order, the dimensions that are
+            interface: `{0: ()}` sets all dimensions of the first output free, so that its channels
+            may be permuted and fused. An output that is not listed is interface in every
+            dimension.
         dynamic_shapes: Passed to `torch.export.export` unchanged.
 
     Returns:
@@ -256,32 +298,60 @@ def analyze(
     Raises:
         ExampleInputError: The model rejects the example inputs.
         CaptureError: The model cannot be captured.
+        ControlError: An option names nothing in the network, or two contradict each other.
     """
     captured = model
     if not isinstance(captured, Captured):
         captured = capture(captured, example_inputs, example_kwargs, dynamic_shapes=dynamic_shapes)
-    missing = captured.unreached()
+    return couple(captured, Controls.of(freeze, share, ignore, output_dims))
+
+
+def couple(captured: Captured, controls: Controls) -> CouplingGraph:
+    """Finds the coupling groups of a captured network.
+
+    Args:
+        captured: The network.
+        controls: The options of `analyze`.
+
+    Raises:
+        ControlError: An option names nothing in the network, or two contradict each other.
+    """
+    asked = asked_for(captured, controls)
+    missing = captured.unreached(excused(asked))
     if missing:
         warnings.warn(
             f"the example inputs do not reach {', '.join(missing)}: nothing is known of these, and "
             "they count as frozen. Pass an example that reaches them.",
-            stacklevel=2,
+            stacklevel=3,
         )
-    ledger, values = interpret(captured)
+    ledger, values = interpret(captured, interface_dims(captured, controls))
+    for name, wish in asked.items():
+        ledger.ask(name, wish.kind, wish.why)
     component = ledger.components()
-    stuck = _frozen_components(ledger, component)
+    stuck = _frozen_components(ledger, component, _inside_heads(captured, ledger, component))
     groups = _groups(captured, ledger, component, stuck.mask)
+    frozen = _frozen_places(captured, ledger, component, stuck, asked)
+    notes = [
+        *_mixing_notes(ledger, component, stuck),
+        *_shared_writers(captured, groups, frozen, ledger.readers, asked),
+    ]
     return CouplingGraph(
         captured,
         groups,
-        _frozen_places(captured, ledger, component, stuck),
-        tuple(_mixing_notes(ledger, component, stuck)),
+        frozen,
+        tuple(notes),
         _free_fraction(captured, groups),
         frozenset(ledger.readers),
         frozenset(ledger.writers),
         values,
         ledger,
+        asked,
     )
+
+
+def excused(asked: Mapping[str, Asked]) -> frozenset[str]:
+    """Tensors that stay the host's as they are, so that nothing has to be known of them."""
+    return frozenset(name for name, wish in asked.items() if wish.kind is Kind.HOST)
 
 
 @dataclass(frozen=True)
@@ -290,44 +360,87 @@ class _Frozen:
 
     Attributes:
         kind: int8 [components]: index into `_KINDS`, -1 where free.
-        freeze: int64 [components]: index of the first freeze of that kind.
+        reason: int64 [components]: index into `reasons`.
+        reasons: Why something is frozen.
     """
 
     kind: NDArray[np.int8]
-    freeze: Index
+    reason: Index
+    reasons: tuple[Freeze, ...]
 
     @property
     def mask(self) -> NDArray[np.bool_]:
         """Bool [components]."""
         return self.kind >= 0
 
+    def of(self, component: int) -> Freeze:
+        """Why a component is frozen; of the kind that decides."""
+        freeze = self.reasons[int(self.reason[component])]
+        return replace(freeze, kind=_KINDS[int(self.kind[component])])
+
 
 _KINDS = (Kind.HOST, Kind.OUTPUT, Kind.COMMON)
+#: Where an index means the same in all members anyhow, a wish concerns its tensor alone.
+_SPARED = {Kind.HOST: Kind.COMMON, Kind.COMMON: Kind.OUTPUT}
+_HEAD = Freeze(np.empty(0, np.int64), Kind.COMMON, "lies inside the head of one member", None)
 
 
-def _frozen_components(ledger: Ledger, component: Index) -> _Frozen:
-    """Kind and first reason of every frozen component."""
-    size = int(component.max(initial=0)) + 1
-    first = np.full((len(_KINDS), size), -1, dtype=np.int64)
+def _frozen_components(ledger: Ledger, component: Index, heads: NDArray[np.bool_]) -> _Frozen:
+    """Kind and first reason of every frozen component.
+
+    Args:
+        ledger: What was found out.
+        component: The component of each id.
+        heads: bool [components]: those that only heads have.
+
+    Raises:
+        ControlError: A component is to be the host's and shared at once.
+    """
+    size = len(heads)
+    needed = np.full((len(_KINDS), size), -1, dtype=np.int64)
+    wished = needed.copy()
     # Backwards, so that the first reason is the one that stays.
     for number, freeze in reversed(list(enumerate(ledger.freezes))):
-        first[_KINDS.index(freeze.kind), component[freeze.ids]] = number
+        table = wished if freeze.asked else needed
+        table[_KINDS.index(freeze.kind), component[freeze.ids]] = number
     read = np.zeros(size, dtype=bool)
     for place in ledger.readers:
-        read[component[_ids_of(ledger, ledger.owners.index(place))]] = True
+        read[component[ledger.ids_of(ledger.owners.index(place))]] = True
     kind = np.full(size, -1, dtype=np.int8)
     for number in reversed(range(len(_KINDS))):
-        kind[first[number] >= 0] = number
+        kind[needed[number] >= 0] = number
     # An output that nothing inside reads is the members' mean, whatever it passes.
     output = _KINDS.index(Kind.OUTPUT)
-    kind[(first[output] >= 0) & ~read] = output
-    return _Frozen(kind, np.take_along_axis(first, np.maximum(kind, 0)[None], axis=0)[0])
+    kind[(needed[output] >= 0) & ~read] = output
+    reason = np.take_along_axis(needed, np.maximum(kind, 0)[None], axis=0)[0]
+    granted = {
+        k: (wished[_KINDS.index(k)] >= 0) & (kind != _KINDS.index(spared))
+        for k, spared in _SPARED.items()
+    }
+    torn = np.flatnonzero(np.logical_and(*granted.values()))
+    if len(torn):
+        wishes = [ledger.freezes[wished[_KINDS.index(k), torn[0]]] for k in granted]
+        places = [ledger.owners[int(ledger.owner_positions(w.ids)[0])] for w in wishes]
+        where = " is coupled with ".join(f"{name}:{dim}" for name, dim in places)
+        raise contradiction(where, *(w.why for w in wishes))
+    for k, mask in granted.items():
+        kind[mask] = _KINDS.index(k)
+        reason[mask] = wished[_KINDS.index(k)][mask]
+    kind[heads], reason[heads] = _KINDS.index(_HEAD.kind), len(ledger.freezes)
+    return _Frozen(kind, reason, (*ledger.freezes, _HEAD))
 
 
-def _ids_of(ledger: Ledger, owner: int) -> Index:
-    start = ledger.starts[owner]
-    end = ledger.starts[owner + 1] if owner + 1 < len(ledger.starts) else ledger.count
-    return np.arange(start, end)
+def _inside_heads(captured: Captured, ledger: Ledger, component: Index) -> NDArray[np.bool_]:
+    """Components that only heads have: a head keeps its member's order in them."""
+    size = int(component.max(initial=0)) + 1
+    heads, trunk = np.zeros(size, dtype=bool), np.zeros(size, dtype=bool)
+    if not captured.heads:
+        return heads
+    inner = {f"<{node.name}>" for node in region_of(captured, captured.heads)}
+    for owner, (name, _) in enumerate(ledger.owners):
+        own = name in captured.heads or name in inner
+        (heads if own else trunk)[component[ledger.ids_of(owner)]] = True
+    return heads & ~trunk
 
 
 def _is_real(place: Place) -> bool:
@@ -343,7 +456,7 @@ def _groups(
     """Free components are units; those of one structure are a group."""
     parts = ledger.slots(component)
     structure = ledger.structure(component, parts)
-    places = [(p, _ids_of(ledger, owner)) for owner, p in enumerate(ledger.owners) if _is_real(p)]
+    places = [(p, ledger.ids_of(owner)) for owner, p in enumerate(ledger.owners) if _is_real(p)]
     appeared = np.full(len(frozen), len(places))
     for number, (_, ids) in reversed(list(enumerate(places))):
         appeared[component[ids]] = number
@@ -389,10 +502,11 @@ def _frozen_places(
     ledger: Ledger,
     component: Index,
     stuck: _Frozen,
+    asked: Mapping[str, Asked],
 ) -> dict[Place, FrozenReason]:
     by_owner: dict[Place, Index] = {}
     for owner, place in enumerate(ledger.owners):
-        by_owner[place] = component[_ids_of(ledger, owner)]
+        by_owner[place] = component[ledger.ids_of(owner)]
     reached = captured.reached()
     frozen: dict[Place, FrozenReason] = {}
     for name, first in captured.canonical.items():
@@ -400,7 +514,10 @@ def _frozen_places(
         for dim, size in enumerate(tensor.shape):
             members = by_owner.get((first, dim))
             everything = np.arange(size)
-            if is_constant(tensor):
+            wish = asked.get(first)
+            if wish is not None:
+                frozen[(name, dim)] = FrozenReason(wish.kind, wish.why, "", "", everything)
+            elif is_constant(tensor):
                 why = "an integer or boolean buffer is a constant of the network"
                 frozen[(name, dim)] = FrozenReason(Kind.COMMON, why, "", "", everything)
             elif first not in reached:
@@ -412,14 +529,35 @@ def _frozen_places(
             else:
                 indices = np.flatnonzero(stuck.mask[members])
                 if len(indices):
-                    first_one = members[indices[0]]
-                    kind = _KINDS[stuck.kind[first_one]]
-                    freeze = ledger.freezes[stuck.freeze[first_one]]
+                    freeze = stuck.of(int(members[indices[0]]))
                     node, source = ("", "")
                     if freeze.node is not None:
                         node, source = freeze.node.name, source_of(freeze.node)
-                    frozen[(name, dim)] = FrozenReason(kind, freeze.why, node, source, indices)
+                    frozen[(name, dim)] = FrozenReason(
+                        freeze.kind, freeze.why, node, source, indices
+                    )
     return frozen
+
+
+def _shared_writers(
+    captured: Captured,
+    groups: Iterable[CouplingGroup],
+    frozen: Mapping[Place, FrozenReason],
+    readers: set[Place],
+    asked: Mapping[str, Asked],
+) -> Iterable[MixingNote]:
+    """What the members' own units add to a shared dimension is averaged."""
+    shared = {wish.why for wish in asked.values() if wish.kind is Kind.COMMON}
+    free = {place for group in groups for place in group.index}
+    for name, dim in sorted(free):
+        if (name, dim) not in readers:
+            continue
+        reasons = (frozen.get((name, d)) for d in range(captured.tensor(name).dim()))
+        why = next((r.why for r in reasons if r is not None and r.why in shared), "")
+        if why:
+            node = next(n for n in captured.graph.nodes if n.op == "get_attr" and n.target == name)
+            user = next(iter(node.users))
+            yield MixingNote(f"members are averaged in what is {why}", user.name, source_of(user))
 
 
 def _mixing_notes(ledger: Ledger, component: Index, stuck: _Frozen) -> Iterable[MixingNote]:
@@ -456,7 +594,7 @@ def _networkx(graph: CouplingGraph) -> nx.Graph:
     for owner, place in enumerate(ledger.owners):
         result.add_node(
             place,
-            size=len(_ids_of(ledger, owner)),
+            size=len(ledger.ids_of(owner)),
             groups=[g.name for g in graph.group_of.get(place, ())],
             frozen=graph.frozen[place].why if place in graph.frozen else "",
         )

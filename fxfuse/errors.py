@@ -40,6 +40,14 @@ class TooFewMembersError(FxfuseError):
     """Fewer than two members were given."""
 
 
+class ControlError(FxfuseError):
+    """An option names nothing in the network, or contradicts another one."""
+
+
+class PartialFusionError(FxfuseError):
+    """Heads cannot be kept apart from the trunk, or a partial fusion cannot do what was asked."""
+
+
 class MemberMismatchError(FxfuseError):
     """Members differ in graph, parameter names, shapes, dtypes or constants."""
 

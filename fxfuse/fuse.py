@@ -21,16 +21,19 @@ from fxfuse.capture import (
     check_reached,
     check_same_network,
 )
-from fxfuse.coupling import CouplingGraph, analyze
+from fxfuse.controls import OutputDims, Patterns
+from fxfuse.coupling import CouplingGraph, analyze, excused
 from fxfuse.eager import answers
 from fxfuse.errors import (
     CheckpointMismatchError,
     NonFiniteWeightsError,
     NoOwnModuleError,
     NothingToFuseError,
+    PartialFusionError,
     TooFewMembersError,
     VerificationError,
 )
+from fxfuse.heads import join
 from fxfuse.methods import Options, find_method
 from fxfuse.plan import FusionPlan
 from fxfuse.planner import make_plan
@@ -76,17 +79,33 @@ class FusionResult:
         assert self._module is not None
         return self._module
 
+    @property
+    def heads(self) -> Mapping[str, int]:
+        """Tensors of a partial fusion's heads, by name → the member that each belongs to."""
+        return self.plan.heads
+
     def state_dict(self) -> dict[str, torch.Tensor]:
         """The fused tensors by name; those of `module`, where there is one."""
         return dict(self._state) if self._module is None else self._module.state_dict()
+
+    def _require_one_head(self, name: str) -> None:
+        if self.heads:
+            raise PartialFusionError(
+                f"a network with {self.plan.n_members} heads does not fit {name}",
+                why="the members' class has one head",
+                how="use result.module, or build a class whose state_dict() has the names of "
+                "result.state_dict()",
+            )
 
     def to_module(self) -> nn.Module:
         """A copy of member 0, of the user's own class and in the mode it has, with fused weights.
 
         Raises:
             NoOwnModuleError: Member 0 was an `ExportedProgram`, or it cannot be copied.
+            PartialFusionError: The members keep a head each.
         """
         source = self.graph.captured.source
+        self._require_one_head("a member's class")
         if source is None:
             raise NoOwnModuleError(
                 "there is no module to copy",
@@ -108,7 +127,9 @@ class FusionResult:
 
         Raises:
             CheckpointMismatchError: The model has other tensors.
+            PartialFusionError: The network has several heads, and a member's class only one.
         """
+        self._require_one_head(type(model).__name__)
         try:
             model.load_state_dict(self.state_dict(), strict=True)
         except RuntimeError as error:
@@ -129,13 +150,22 @@ def fuse(
     score: str = "l2",
     variant: str | None = None,
     host: int = 0,
+    freeze: Patterns = (),
+    share: Patterns = (),
+    ignore: Patterns = (),
+    output_dims: OutputDims | None = None,
+    heads: Patterns = (),
     dynamic_shapes: Any = None,
     verify: bool = True,
 ) -> FusionResult:
     """Fuses trained networks of one architecture into one network of the same width.
 
+    With `heads`, networks for different tasks share one trunk: head i reads the units that come
+    from member i with that member's weights, and the others with weight 0. A head that reads what
+    the host keeps starts from nothing there, unless its member is the host.
+
     Args:
-        members: Two or more networks with the same graph and the same shapes.
+        members: Two or more networks with the same graph and the same shapes, apart from `heads`.
         example_inputs: A tensor or a tuple of inputs that the members accept, batch of at least 2.
             Members that torch.export refuses are traced on them, so they should reach every part.
         example_kwargs: Keyword inputs.
@@ -143,6 +173,16 @@ def fuse(
         score: Importance of a unit for `transplant`: `l1` or `l2`.
         variant: For `transplant`: None, `iterative` or `hierarchical`.
         host: The member that keeps every piece that is frozen inside the network.
+        freeze: `state_dict()` names of parameters that stay exactly as in the host, as in
+            `analyze`.
+        share: `state_dict()` names of parameters whose index means the same in all members.
+        ignore: Dotted paths of submodules of which nothing is fused: all is the host's.
+        output_dims: The interface dimensions of outputs, as in `analyze`. Along another dimension
+            an output is no mean of the members' any more: it hands out the fused units, in the
+            order that the plan says.
+        heads: Dotted paths of the modules in which each member keeps its own head, `fnmatch`
+            patterns. Heads may differ in shape. The fused network then returns a tuple with the
+            outputs of every head, and tensors of head i are named `heads.<i>.<name>`.
         dynamic_shapes: Passed to `torch.export.export` unchanged.
         verify: Whether to run the oracles before handing the network over.
 
@@ -159,6 +199,8 @@ def fuse(
         NonFiniteWeightsError: A member holds NaN or infinity.
         UnknownMethodError: No such method or variant.
         UnknownScoreError: No such score.
+        ControlError: An option names nothing in the network, or two contradict each other.
+        PartialFusionError: The heads cannot be kept apart from the trunk.
         NothingToFuseError: No parameter has a free dimension.
         VerificationError: An oracle failed.
     """
@@ -171,12 +213,11 @@ def fuse(
     find_method(method)
     check_score(score)
     captured = _capture_all(members, example_inputs, example_kwargs, dynamic_shapes)
-    check_same_network(captured)
-    check_reached(captured[0])
-    states = [c.state() for c in captured]
+    network, states = _as_one(captured, heads)
     for number, state in enumerate(states):
         _check_finite(number, state)
-    graph = analyze(captured[0])
+    graph = analyze(network, freeze=freeze, share=share, ignore=ignore, output_dims=output_dims)
+    check_reached(network, excused(graph.asked))
     checks = []
     if verify:
         graph, check = _only_what_moves(graph)
@@ -184,9 +225,9 @@ def fuse(
     _check_free(graph)
     plan = make_plan(graph, states, method, Options(score, variant), host=host)
     fused = fused_at_width(graph, plan, states)
-    module = emit(captured[0], fused) if captured[0].is_program else None
+    module = emit(network, fused) if network.is_program else None
     if verify:
-        checks += handover(captured[0], module or _eager(captured[0], fused))
+        checks += handover(network, module or _eager(network, fused))
     verification = Verification(tuple(checks))
     _check_verified(verification)
     return FusionResult(plan, verification, graph, fused, module)
@@ -222,6 +263,17 @@ def _eager(member: Captured, state: Mapping[str, torch.Tensor]) -> Callable[...,
     return call
 
 
+def _as_one(
+    captured: Sequence[Captured], heads: Patterns
+) -> tuple[Captured, Sequence[Mapping[str, torch.Tensor]]]:
+    """The network to fuse, and the tensors that each member has of it."""
+    if heads:
+        joined = join(captured, heads)
+        return joined.captured, joined.states
+    check_same_network(captured)
+    return captured[0], [c.state() for c in captured]
+
+
 def _check_finite(number: int, state: Mapping[str, torch.Tensor]) -> None:
     for name, tensor in state.items():
         if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
@@ -243,8 +295,12 @@ def _check_free(graph: CouplingGraph) -> None:
         where=f"{reasons[0].node}  {reasons[0].source}".rstrip() if reasons else "",
         why="every dimension of every parameter is frozen"
         + (f"; the first: {reasons[0].why}" if reasons else ""),
-        how="see fxfuse.analyze(...).frozen for all reasons; an operator without a rule can get "
-        "one in fxfuse/rules/",
+        how="see fxfuse.analyze(...).frozen for all reasons; "
+        + (
+            "freeze, share and ignore may ask for too much"
+            if graph.asked
+            else "an operator without a rule can get one in fxfuse/rules/"
+        ),
     )
 
 

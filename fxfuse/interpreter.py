@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -22,22 +24,30 @@ from fxfuse.rules.pointwise import is_pointwise, pointwise
 _COMPARE_LIMIT = 1 << 22
 
 
-def interpret(captured: Captured) -> tuple[Ledger, dict[fx.Node, Any]]:
+def interpret(
+    captured: Captured, interface: Mapping[int, frozenset[int]] = MappingProxyType({})
+) -> tuple[Ledger, dict[fx.Node, Any]]:
     """Runs the rules over a graph.
+
+    Args:
+        captured: The network.
+        interface: For an output, by its index in flattened order, the dimensions that are
+            interface; an output that is not listed is interface in every dimension.
 
     Returns:
         The ledger of ties, freezes and mixings, and the value of every node (tensors as `Value`,
         numbers as their hints, lists as lists).
     """
-    interpreter = _Interpreter(captured)
+    interpreter = _Interpreter(captured, interface)
     with torch.no_grad():
         interpreter.run()
     return interpreter.ledger, interpreter.values
 
 
 class _Interpreter:
-    def __init__(self, captured: Captured) -> None:
+    def __init__(self, captured: Captured, interface: Mapping[int, frozenset[int]]) -> None:
         self.captured = captured
+        self.interface = interface
         self.ledger = Ledger()
         self.values: dict[fx.Node, Any] = {}
         self.parameters: dict[str, Value] = {}
@@ -46,7 +56,7 @@ class _Interpreter:
         for clock, node in enumerate(self.captured.graph.nodes):
             self.ledger.node, self.ledger.clock = node, clock
             if node.op == "output":
-                self.output(node)
+                self.output()
             else:
                 self.values[node] = getattr(self, node.op)(node)
         self.ledger.node = None
@@ -94,12 +104,18 @@ class _Interpreter:
         self.mutate(node, result)
         return result
 
-    def output(self, node: fx.Node) -> None:
-        results = fx.map_arg(node.args, lambda n: self.values[n])
-        for value in pytree.tree_leaves(results, is_leaf=_is_leaf):
-            if isinstance(value, Value):
-                for f in value.fields:
-                    self.ledger.freeze(f, Kind.OUTPUT, "reaches the network's output")
+    def output(self) -> None:
+        for index, result in enumerate(self.captured.outputs()):
+            value = self.values[result] if isinstance(result, fx.Node) else None
+            if not isinstance(value, Value):
+                continue
+            interface = self.interface.get(index, frozenset(range(value.rank)))
+            fixed = [f for f in value.fields if interface.intersection(f.dims)]
+            for f in fixed:
+                self.ledger.freeze(f, Kind.OUTPUT, "reaches the network's output")
+            free = tuple(f for f in value.fields if not interface.intersection(f.dims))
+            # Units that are handed out are not interchangeable with units that are not.
+            self.ledger.touch(replace(value, fields=free), index)
 
     def is_foldable(self, node: fx.Node, operands: list[Value]) -> bool:
         """Whether the result depends on neither inputs nor parameters nor symbolic sizes."""

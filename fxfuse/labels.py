@@ -226,12 +226,21 @@ def _arange(shape: Sequence[int], dim: int, start: int) -> Field:
 
 @dataclass(frozen=True)
 class Freeze:
-    """A note that some neurons must stay where they are."""
+    """A note that some neurons must stay where they are.
+
+    Attributes:
+        ids: The neurons.
+        kind: What that means for fusion.
+        why: One sentence.
+        node: The graph node that needs it; None for what was asked for.
+        asked: Whether it was asked for by an option, not needed by an operator.
+    """
 
     ids: NDArray[np.int64]
     kind: Kind
     why: str
     node: fx.Node | None
+    asked: bool = False
 
 
 @dataclass(frozen=True)
@@ -296,6 +305,11 @@ class Ledger:
         found: NDArray[np.int64] = np.searchsorted(np.asarray(self.starts), ids, side="right") - 1
         return found
 
+    def ids_of(self, owner: int) -> NDArray[np.int64]:
+        """The ids that an owner, given by its index into `owners`, has."""
+        end = self.starts[owner + 1] if owner + 1 < len(self.starts) else self.count
+        return np.arange(self.starts[owner], end)
+
     def owners_of(self, ids: Ids) -> set[tuple[str, int]]:
         """The (tensor, dim) pairs that own the given ids."""
         flat = np.unique(_flat(neurons(ids)))
@@ -327,6 +341,12 @@ class Ledger:
         """The neurons of a field stay where they are."""
         ids = np.unique(f.tally[0] & _NEURON)
         self.freezes.append(Freeze(ids, kind, why, self.node))
+
+    def ask(self, tensor: str, kind: Kind, why: str) -> None:
+        """All neurons of a parameter stay where they are, because it was asked for."""
+        for owner, (name, _) in enumerate(self.owners):
+            if name == tensor:
+                self.freezes.append(Freeze(self.ids_of(owner), kind, why, None, asked=True))
 
     def mix(self, why: str, sources: frozenset[str] = frozenset(), ids: Ids | None = None) -> None:
         """Members put side by side no longer give the mean of the members after this operator."""

@@ -62,6 +62,7 @@ class FusionPlan:
         hosted: Tensors of which the host's frozen part is kept.
         copied: Tensors copied from the host (constants, tensors that the graph does not read).
         notes: Operators that mix members.
+        heads: Tensors that one member's head keeps (partial fusion) → the number of that member.
     """
 
     method: str
@@ -73,6 +74,7 @@ class FusionPlan:
     hosted: tuple[str, ...]
     copied: tuple[str, ...]
     notes: tuple[MixingNote, ...] = field(default=())
+    heads: Mapping[str, int] = field(default_factory=dict)
 
     def map_of(self, group: str) -> UnitMap:
         """The map of a group.
@@ -118,6 +120,7 @@ class FusionPlan:
             "averaged": dict(self.averaged),
             "hosted": list(self.hosted),
             "copied": list(self.copied),
+            "heads": dict(self.heads),
             "notes": [
                 {"why": n.why, "node": n.node, "source": n.source, "sources": sorted(n.sources)}
                 for n in self.notes
@@ -152,6 +155,8 @@ class FusionPlan:
                     MixingNote(n["why"], n["node"], n["source"], frozenset(n["sources"]))
                     for n in value["notes"]
                 ),
+                # Plans written before partial fusion have none.
+                {name: int(member) for name, member in value.get("heads", {}).items()},
             )
         except (ValueError, KeyError, TypeError) as error:
             raise PlanError(
@@ -189,6 +194,9 @@ class FusionPlan:
                     else ""
                 )
                 lines.append(f"- `{name}`{spread}")
+        if self.heads:
+            lines += ["", "## Heads, each with its member's own weights", ""]
+            lines += [f"- `{name}`: member {member}" for name, member in self.heads.items()]
         if self.notes:
             lines += ["", "## Operators that mix members", ""]
             lines += [f"- `{n.node}`: {n.why}  {n.source}".rstrip() for n in self.notes]
@@ -211,6 +219,8 @@ class Role(StrEnum):
 
     #: The host's tensor is copied.
     COPY = "copy"
+    #: A tensor of a head: its member's weights at the units that come from this member.
+    OWN = "own"
     #: Free or hosted dimensions tell the members apart, or the output's maps hold the 1/N.
     SUM = "sum"
     #: Nothing tells the members apart: their mean is taken.
@@ -223,6 +233,11 @@ def role_of(graph: CouplingGraph, name: str) -> Role:
     tensor = captured.tensor(name)
     if not tensor.is_floating_point() or captured.canonical[name] not in captured.reached():
         return Role.COPY
+    wish = graph.asked.get(captured.canonical[name])
+    if wish is not None:
+        return Role.COPY if wish.kind is Kind.HOST else Role.MEAN
+    if name in captured.heads:
+        return Role.OWN
     places = [(name, d) for d in range(tensor.dim())]
     canonical = captured.canonical[name]
     for place in places:
@@ -243,6 +258,9 @@ def relevant_notes(
     """The analysis's mixing notes, without those on parameters that all members agree on."""
 
     def agreed(name: str) -> bool:
+        # Of a head there is one only.
+        if name in graph.captured.heads:
+            return True
         return all(bool((s[name] == states[0][name]).all()) for s in states[1:])
 
     return tuple(
@@ -268,11 +286,15 @@ def inner_averages(graph: CouplingGraph, states: Sequence[Mapping[str, Any]]) ->
 
 
 def hosted_names(graph: CouplingGraph) -> tuple[str, ...]:
-    """Tensors with a dimension that is frozen inside the network."""
-    names = [n for (n, _), r in graph.frozen.items() if r.kind is Kind.HOST]
-    return tuple(dict.fromkeys(names))
+    """Tensors of the trunk with a dimension that is frozen inside the network, or by the caller."""
+    heads, canonical = graph.captured.heads, graph.captured.canonical
+    found = {n for (n, _), r in graph.frozen.items() if r.kind is Kind.HOST and n not in heads}
+    wishes = {name for name, wish in graph.asked.items() if wish.kind is Kind.HOST}
+    return tuple(n for n in graph.captured.names if n in found or canonical[n] in wishes)
 
 
 def copied_names(graph: CouplingGraph) -> tuple[str, ...]:
-    """Tensors that are copied from the host."""
-    return tuple(n for n in graph.captured.names if role_of(graph, n) == Role.COPY)
+    """Tensors that are copied from the host because nothing is to be fused in them."""
+    kept = {*hosted_names(graph), *graph.captured.heads}
+    names = (n for n in graph.captured.names if n not in kept)
+    return tuple(n for n in names if role_of(graph, n) == Role.COPY)

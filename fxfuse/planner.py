@@ -25,11 +25,13 @@ def make_plan(
 ) -> FusionPlan:
     """Asks a method for its maps and notes what they leave open.
 
+    A method sees the trunk only: heads of different tasks cannot be compared.
+
     Raises:
         UnknownMethodError: There is no such method or variant.
         UnknownScoreError: There is no such score.
     """
-    maps = find_method(method)(graph, states, options)
+    maps = find_method(method)(graph.trunk(), states, options)
     told = {"score": options.score} if method == "transplant" else {}
     if options.variant is not None:
         told["variant"] = options.variant
@@ -43,4 +45,5 @@ def make_plan(
         hosted_names(graph),
         copied_names(graph),
         relevant_notes(graph, states),
+        graph.captured.heads,
     )

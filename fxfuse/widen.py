@@ -60,6 +60,22 @@ def widen(
     return emit_graph(graph.captured, state, widener.graph, widener.orders)
 
 
+def output_layouts(graph: CouplingGraph, n_members: int) -> list[Layouts]:
+    """For each output tensor of the concatenation, the layouts of the dimensions that grow.
+
+    Args:
+        graph: The analysis of the members.
+        n_members: N.
+
+    Raises:
+        RewriteError: As for `widen`.
+    """
+    widener = _Widener(graph, n_members)
+    widener.run()
+    outputs = [n for n in graph.captured.outputs() if isinstance(n, fx.Node)]
+    return [widener.layout_of(n) for n in outputs if isinstance(graph.values[n], Value)]
+
+
 class _Widener:
     def __init__(self, analysis: CouplingGraph, n_members: int) -> None:
         self.analysis = analysis

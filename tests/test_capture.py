@@ -5,8 +5,10 @@ import warnings
 import pytest
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 import fxfuse
+from fxfuse import verify
 from fxfuse.capture import check_same_network, source_of
 from fxfuse.errors import CaptureError, ExampleInputError, MemberMismatchError
 from tests.nets import SmallResNet, images, resnets
@@ -148,3 +150,30 @@ def test_no_grad_regions_are_inlined():
     assert all(node.op != "call_module" for node in captured.graph.nodes)
     assert "higher_order" not in str(captured.graph)
     torch.testing.assert_close(captured.module(x), model(x))
+
+
+class Regions(nn.Module):
+    """Parts that torch.export wraps into subgraphs of their own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second, self.third = nn.Linear(5, 8), nn.Linear(8, 8), nn.Linear(8, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        with torch.no_grad():
+            scale = torch.arange(x.shape[0]).to(x).cos()
+        x = self.first(x)
+        with torch.autocast("cpu", enabled=False):
+            x, y = self.second(x).relu(), x.tanh()
+        x = checkpoint(lambda t: t.tanh() * 2, x + y, use_reentrant=False)
+        return self.third(x) * scale[:, None]
+
+
+def test_regions_are_inlined():
+    model, x = Regions().double(), torch.randn(4, 5, dtype=torch.float64)
+    captured = fxfuse.capture(model, x)
+    assert not [n for n in captured.graph.nodes if "wrap_with" in str(n.target)]
+    torch.testing.assert_close(captured.module(x), model(x))
+    graph = fxfuse.analyze(captured)
+    assert verify.permutation_of(graph).passed
+    assert ("second.weight", 0) in graph.group_of

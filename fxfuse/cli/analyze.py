@@ -7,16 +7,42 @@ from typing import Any
 
 import fxfuse
 from fxfuse.cli.load import load_model
-from fxfuse.cli.options import Input, Json, Model, ModelArg
+from fxfuse.cli.options import (
+    Freeze,
+    Ignore,
+    Input,
+    Json,
+    Model,
+    ModelArg,
+    OutputDims,
+    Share,
+    parse_output_dims,
+)
 from fxfuse.cli.show import err, out, print_json, table
 from fxfuse.coupling import CouplingGraph
 
 
-def analyze(model: Model, input: Input, model_arg: ModelArg = None, json: Json = False) -> None:
+def analyze(
+    model: Model,
+    input: Input,
+    model_arg: ModelArg = None,
+    freeze: Freeze = None,
+    share: Share = None,
+    ignore: Ignore = None,
+    output_dims: OutputDims = None,
+    json: Json = False,
+) -> None:
     """Show the coupling groups of a network, and what is frozen and why."""
     network, inputs = load_model(model, model_arg, input)
     with err.status("analysing"):
-        graph = fxfuse.analyze(network, inputs)
+        graph = fxfuse.analyze(
+            network,
+            inputs,
+            freeze=freeze or (),
+            share=share or (),
+            ignore=ignore or (),
+            output_dims=parse_output_dims(output_dims or ()),
+        )
     if json:
         print_json(_as_json(graph))
         return

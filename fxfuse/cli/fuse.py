@@ -10,7 +10,18 @@ import typer
 import fxfuse
 from fxfuse.checkpoint import write_state_dict
 from fxfuse.cli.load import load_members
-from fxfuse.cli.options import Checkpoints, Input, Json, Model, ModelArg
+from fxfuse.cli.options import (
+    Checkpoints,
+    Freeze,
+    Ignore,
+    Input,
+    Json,
+    Model,
+    ModelArg,
+    OutputDims,
+    Share,
+    parse_output_dims,
+)
 from fxfuse.cli.show import checks_json, checks_markdown, checks_table, err, out, print_json
 from fxfuse.output import atomic_folder, check_output
 
@@ -36,6 +47,10 @@ def fuse(
     method: Method = "transplant",
     score: Score = "l2",
     variant: Variant = None,
+    freeze: Freeze = None,
+    share: Share = None,
+    ignore: Ignore = None,
+    output_dims: OutputDims = None,
     force: Force = False,
     no_verify: NoVerify = False,
     json: Json = False,
@@ -50,6 +65,10 @@ def fuse(
             method=method,
             score=score,
             variant=variant,
+            freeze=freeze or (),
+            share=share or (),
+            ignore=ignore or (),
+            output_dims=parse_output_dims(output_dims or ()),
             verify=not no_verify,
         )
     checks = result.verification.checks

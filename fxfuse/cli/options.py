@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated
 
 import typer
+
+from fxfuse.errors import ControlError
 
 Model = Annotated[
     str,
@@ -38,3 +41,52 @@ Checkpoints = Annotated[
         show_default=False,
     ),
 ]
+Freeze = Annotated[
+    list[str] | None,
+    typer.Option(
+        help="Parameters that stay exactly as in the first network; may be repeated.",
+        metavar="PATTERN",
+    ),
+]
+Share = Annotated[
+    list[str] | None,
+    typer.Option(
+        help="Parameters whose index means the same in all networks: their mean is taken; "
+        "may be repeated.",
+        metavar="PATTERN",
+    ),
+]
+Ignore = Annotated[
+    list[str] | None,
+    typer.Option(help="Submodules of which nothing is fused; may be repeated.", metavar="MODULE"),
+]
+OutputDims = Annotated[
+    list[str] | None,
+    typer.Option(
+        help="Dimensions of an output that must stay in order, such as `0=1,2`; `0=` leaves the "
+        "units of output 0 free. May be repeated.",
+        metavar="OUTPUT=DIMS",
+    ),
+]
+
+
+def parse_output_dims(texts: Iterable[str]) -> dict[int, tuple[int, ...]]:
+    """Reads `--output-dims`.
+
+    Raises:
+        ControlError: A text is not of the form OUTPUT=DIM,DIM.
+    """
+    found = {}
+    for text in texts:
+        output, equals, dims = text.partition("=")
+        try:
+            if not equals:
+                raise ValueError("there is no '='")
+            found[int(output)] = tuple(int(dim) for dim in dims.split(",") if dim.strip())
+        except ValueError as error:
+            raise ControlError(
+                f"--output-dims {text!r} cannot be read",
+                why=str(error),
+                how="write OUTPUT=DIM,DIM with numbers, such as 0=1",
+            ) from error
+    return found

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 
-from fxfuse.labels import Field, Kind, Ledger, Value, positions
+from fxfuse.labels import Field, Kind, Ledger, Value, neurons, positions
 
 
 def align(value: Value, rank: int) -> Value:
@@ -70,7 +70,7 @@ def _only_one(ledger: Ledger, value: Value, other: Value) -> Value:
     """
     for g in other.fields:
         rivals = [f for f in value.fields if f.dims == g.dims]
-        if len(rivals) < 2 or len(g.ids.unique()) < g.ids.numel():
+        if len(rivals) < 2 or len(neurons(g.ids).unique()) < g.ids.numel():
             continue
         for f in rivals[1:]:
             kind = Kind.COMMON if value.is_parameter else Kind.HOST

@@ -12,8 +12,10 @@ from torch import nn
 
 from fxfuse.apply import permuted, random_permutations
 from fxfuse.capture import Captured
-from fxfuse.coupling import CouplingGraph, CouplingGroup, analyze
-from fxfuse.verify.check import EXACT, Check, as_double, relative_error, run
+from fxfuse.controls import Controls
+from fxfuse.coupling import CouplingGraph, CouplingGroup, couple
+from fxfuse.verify.check import EXACT, Check, as_captured, as_double, relative_error, run
+from fxfuse.verify.outputs import put_back
 
 #: What a network answers, in float64.
 Outputs = list[torch.Tensor]
@@ -31,23 +33,26 @@ def permutation(
     example_inputs: Any = (),
     example_kwargs: Mapping[str, Any] | None = None,
     *,
+    controls: Controls | None = None,
     seed: int = 0,
 ) -> Check:
     """Permutation oracle: random permutations of all coupling groups leave the outputs unchanged.
 
-    Runs in float64, on the inputs that the network was captured with.
+    Runs in float64, on the inputs that the network was captured with. Where units are handed out
+    (`output_dims`), the outputs are first put back into the order of the network.
 
     Args:
         model: The network, or a captured one.
         example_inputs: A tensor or a tuple of inputs.
         example_kwargs: Keyword inputs.
+        controls: The options of `fxfuse.analyze`.
         seed: Seed of the permutations.
 
     Returns:
         The largest difference of an output. The detail says how much the outputs depend on the
         inputs: the oracle sees little of a network that ignores them.
     """
-    graph = analyze(model, example_inputs, example_kwargs)
+    graph = couple(as_captured(model, example_inputs, example_kwargs), controls or Controls())
     return permutation_of(graph, seed=seed)
 
 
@@ -119,7 +124,7 @@ def _permuted_error(
 ) -> float:
     moves = random_permutations(groups, np.random.default_rng(seed))
     moved = run(graph.captured, permuted(graph.captured.state(), graph, moves))
-    return relative_error(moved, reference)
+    return relative_error(put_back(graph, moves, moved), reference)
 
 
 def sensitivity(captured: Captured) -> float:

@@ -1,0 +1,110 @@
+"""Outputs whose units are free (`output_dims`): who stands where, so that oracles can compare."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+import torch
+from torch import fx
+
+from fxfuse.coupling import CouplingGraph, Index
+from fxfuse.labels import Field, Value, neurons
+from fxfuse.layout import Layout
+
+
+def put_back(
+    graph: CouplingGraph, permutations: Mapping[str, Index], outputs: Sequence[torch.Tensor]
+) -> list[torch.Tensor]:
+    """Undoes a permutation of units where they are handed out.
+
+    Args:
+        graph: The analysis of the network.
+        permutations: What `fxfuse.apply.permuted` was given.
+        outputs: What the permuted network answers.
+
+    Returns:
+        The outputs in the order of the network that was not permuted.
+    """
+    source = _moved_ids(graph, permutations)
+    return [
+        _ordered(output, value, source)
+        for output, value in zip(outputs, _output_values(graph), strict=True)
+    ]
+
+
+def _output_values(graph: CouplingGraph) -> list[Value]:
+    found = (graph.values.get(n) for n in graph.captured.outputs() if isinstance(n, fx.Node))
+    return [value for value in found if isinstance(value, Value)]
+
+
+def _moved_ids(graph: CouplingGraph, permutations: Mapping[str, Index]) -> Index:
+    """For each neuron of the permuted network, which neuron it was before."""
+    source = np.arange(graph.ledger.count)
+    for owner, place in enumerate(graph.ledger.owners):
+        for group in graph.group_of.get(place, ()):
+            if group.name in permutations:
+                rows = graph.ledger.starts[owner] + group.index[place]
+                source[rows.reshape(-1)] = rows[permutations[group.name]].reshape(-1)
+    return source
+
+
+def _ordered(output: torch.Tensor, value: Value, source: Index) -> torch.Tensor:
+    for f in value.fields:
+        order = _order(f, source)
+        if order is None:
+            continue
+        front = tuple(range(len(f.dims)))
+        lines = output.movedim(f.dims, front)
+        moved = lines.flatten(0, len(front) - 1)[torch.from_numpy(order)].reshape(lines.shape)
+        output = moved.movedim(front, f.dims)
+    return output
+
+
+def _order(f: Field, source: Index) -> Index | None:
+    """Where each place of an output has to be read from; None: as it is."""
+    neuron = neurons(f.ids).reshape(-1).numpy()
+    wanted = f.ids.reshape(-1).numpy()
+    # The place of a neuron (its part) is the same for the neuron that takes its place.
+    held = source[neuron] + (wanted - neuron)
+    if np.array_equal(wanted, held):
+        return None
+    by_wanted, by_held = np.argsort(wanted, kind="stable"), np.argsort(held, kind="stable")
+    if not np.array_equal(wanted[by_wanted], held[by_held]):
+        # A unit is handed out that was not before: the comparison will say so.
+        return None
+    order = np.empty_like(by_held)
+    order[by_wanted] = by_held
+    return order
+
+
+def parts(
+    wide: torch.Tensor, outputs: Sequence[torch.Tensor], layouts: Mapping[int, Layout]
+) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+    """An output of the concatenated network, and what it has to be.
+
+    Args:
+        wide: The output of the concatenated network.
+        outputs: The same output of each member.
+        layouts: Layout of each dimension in which the output grows.
+
+    Returns:
+        What was found and what was expected: the members' mean for an output that does not grow;
+        else, for each member, the part that is handed out for it and its own output (their mean
+        in those places that all members share).
+    """
+    mean = torch.stack(list(outputs)).mean(0)
+    if not layouts:
+        return [wide], [mean]
+    found, expected = [], []
+    for member, own in enumerate(outputs):
+        part = wide
+        for dim, layout in layouts.items():
+            places = np.flatnonzero((layout.copy == member) | (layout.copy < 0))
+            ordered = places[np.argsort(layout.source[places], kind="stable")]
+            part = part.index_select(dim, torch.from_numpy(ordered))
+            shared = torch.from_numpy(layout.source[layout.copy < 0])
+            own = own.index_copy(dim, shared, mean.index_select(dim, shared))
+        found.append(part)
+        expected.append(own)
+    return found, expected
