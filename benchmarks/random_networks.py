@@ -29,7 +29,6 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import fxfuse
 from fxfuse import verify
-from fxfuse.capture import Captured, rebuild
 from tests.strategies import (
     IMAGE,
     OUTPUTS,
@@ -38,14 +37,16 @@ from tests.strategies import (
     Block,
     Recipe,
     Space,
-    build,
-    images,
     is_plain,
     kinds,
+    members_of,
 )
 
-#: A process is replaced after so many networks, because torch.export keeps memory.
-_FRESH = 500
+#: A process takes so many networks at a time, and is replaced after so many portions, because
+#: torch.export keeps memory.
+_CHUNK, _FRESH = 10, 50
+#: After so many networks a line tells how far it is.
+_PROGRESS = 50
 #: Below this the outputs hardly depend on the inputs, and an oracle would learn nothing.
 _BLIND = 1e-6
 
@@ -92,17 +93,9 @@ def draw(seed: int, index: int) -> Recipe:
     return Recipe(stem, blocks(IMAGE, 2), "tokens", tokens, end, blocks(VECTOR, 1), output)
 
 
-def members_of(recipe: Recipe) -> list[Captured]:
-    """Two members; the second shares the first one's graph, which saves an export."""
-    first = fxfuse.capture(build(recipe, 0), images())
-    state = build(recipe, 1).state_dict(keep_vars=True)
-    module = rebuild(first.module, state)
-    return [first, Captured(module, first.names, first.canonical, first.example_inputs)]
-
-
 def judge(recipe: Recipe, seed: int) -> tuple[bool, list[tuple[str, str]]]:
     """Whether the wide oracle had to be exact, and what was found."""
-    members = members_of(recipe)
+    members = members_of(recipe, 2)
     found = []
     graph = fxfuse.analyze(members[0])
     if (seen := verify.sensitivity(members[0])) <= _BLIND:
@@ -145,8 +138,8 @@ def examine_all(seed: int, indices: range, jobs: int) -> Iterator[Outcome]:
     if jobs == 1:
         yield from map(run, indices)
         return
-    with get_context("spawn").Pool(jobs, maxtasksperchild=_FRESH // 10) as pool:
-        yield from pool.imap(run, indices, chunksize=10)
+    with get_context("spawn").Pool(jobs, maxtasksperchild=_FRESH) as pool:
+        yield from pool.imap(run, indices, chunksize=_CHUNK)
 
 
 def main() -> None:
@@ -167,6 +160,9 @@ def main() -> None:
         outcomes.append(outcome)
         for what, text in outcome.findings:
             print(f"{outcome.index}: {what}: {outcome.recipe}\n    {text}", flush=True)
+        if len(outcomes) % _PROGRESS == 0:
+            found = sum(bool(o.findings) for o in outcomes)
+            print(f"{len(outcomes)} networks, {found} with findings", file=sys.stderr)
     report(outcomes, options, time.monotonic() - start)
 
 

@@ -32,6 +32,7 @@ from fxfuse.errors import (
     UnreachedParametersError,
 )
 from fxfuse.example import at_least_two, check_example, first_line, is_single, try_example
+from fxfuse.functional import functional
 from fxfuse.members import check_model, state_of
 
 #: Operators that only state facts which hold for the captured device and dtype: they would break
@@ -363,7 +364,7 @@ def rebuild(
     Args:
         source: What `ExportedProgram.module()` returns.
         state: Tensors by `state_dict()` name, kept even where the graph does not use them.
-        prune: Whether nodes without users are left out.
+        prune: Whether nodes without users are left out, and writes into activations become values.
 
     Returns:
         A graph module in eval mode: `no_grad` regions inlined, assertions dropped, every
@@ -377,6 +378,9 @@ def rebuild(
     graph = fx.Graph()
     graph._codegen = source.graph._codegen
     _Copier(source, graph, state).run()
+    if prune:
+        # The copy holds views that nobody may read: only pruning makes it small again.
+        graph = functional(graph)
     for node in graph.nodes:
         if node.op == "get_attr" and node.target not in state:
             attach(module, node.target, fetch(source, node.target), persistent=False)

@@ -197,8 +197,13 @@ class Value:
 
             return Field.of(operation(f.ids.expand(self.shape)), where if tell else None)
 
-        fields = (move(f, True) for f in self.fields)
-        places = (move(f, False) for f in self.positions)
+        fields = [move(f, True) for f in self.fields]
+        places = [move(f, False) for f in self.positions]
+        for before, after in zip(self.fields, fields, strict=True):
+            if int(before.ids.max()) > _NEURON and after is not None:
+                # Where only the part varies there is no label, but the content differs.
+                part = Field.of(operation(before.ids.expand(self.shape)) >> _PART)
+                places += positions(shape, set(part.dims if part else ()) - set(after.dims))
         return replace(
             self,
             shape=shape,

@@ -31,7 +31,6 @@ from fxfuse.plan import FusionPlan
 from fxfuse.rewrite import FusedModule, copy_graph, emit_graph
 from fxfuse.rules import (
     contraction,
-    creation,
     movement,
     pointwise,
     recurrent,
@@ -130,10 +129,8 @@ class _Widener:
             return self.join(node)
         if rule is movement.pad:
             return self.pad(node)
-        if rule in (creation.copy, creation.overwrite) and any(
-            self.layout_of(operand) for operand in node.all_input_nodes
-        ):
-            raise self.error(node, "writing into a part of a tensor is not rewritten")
+        if rule is movement.overwrite:
+            return self.overwrite(node)
         if node.target is aten.glu.default:
             return self.halve(node)
         if rule in (recurrent.layers, recurrent.cell):
@@ -247,6 +244,20 @@ class _Widener:
         self.mapping[node].replace_input_with(current, ordered)
         self.inputs[(node, operand)] = ordered
 
+    def spread(self, node: fx.Node, operand: fx.Node, dim: int, wanted: Layout) -> None:
+        """An operand gets the layout that a node needs; one without neurons there is repeated."""
+        have = self.layout_of(operand).get(dim)
+        size = self.analysis.values[operand].shape[dim]
+        if have is not None:
+            self.agree(node, operand, dim, have, wanted)
+        elif size > 1:
+            own = Layout(np.arange(size), np.full(size, -1))
+            current = self.inputs.get((node, operand), self.mapping[operand])
+            shared = Layout(wanted.source, np.full(wanted.size, -1))
+            ordered = self.select(node, current, dim, own, shared)
+            self.mapping[node].replace_input_with(current, ordered)
+            self.inputs[(node, operand)] = ordered
+
     def select(
         self, node: fx.Node, tensor: fx.Node, dim: int, layout: Layout, wanted: Layout
     ) -> fx.Node:
@@ -341,37 +352,6 @@ class _Widener:
         self.require(node, part.recurrent, 1, hidden)
         return hidden, units
 
-    def spread(self, node: fx.Node, operand: fx.Node, dim: int, wanted: Layout) -> None:
-        """An operand gets the layout that a node needs; one without neurons there is repeated."""
-        have = self.layout_of(operand).get(dim)
-        size = self.analysis.values[operand].shape[dim]
-        if have is not None:
-            self.agree(node, operand, dim, have, wanted)
-        elif find(operand.target) is creation.filled and wanted.size != size:
-            self.refill(node, operand, dim, wanted.size // size)
-        elif wanted.size != size:
-            raise self.error(node, "an operand without neurons does not grow with the others")
-
-    def refill(self, node: fx.Node, operand: fx.Node, dim: int, factor: int) -> None:
-        """Writes a larger tensor of one value before a node."""
-        if (node, operand) in self.inputs:
-            return
-        current = self.mapping[operand]
-        place = next((i for i, x in enumerate(current.args) if isinstance(x, list | tuple)), None)
-        if place is None:
-            raise self.error(node, "a filled tensor without sizes does not grow")
-        sizes = list(cast("Sequence[Any]", current.args[place]))
-        with self.graph.inserting_before(self.mapping[node]):
-            if isinstance(sizes[dim], fx.Node):
-                sizes[dim] = self.graph.call_function(operator.mul, (sizes[dim], factor))
-            else:
-                sizes[dim] *= factor
-            args = (*current.args[:place], sizes, *current.args[place + 1 :])
-            target: Any = current.target
-            filled = self.graph.call_function(target, args, dict(current.kwargs))
-        self.mapping[node].replace_input_with(current, filled)
-        self.inputs[(node, operand)] = filled
-
     def fold(self, node: fx.Node, *, inverse: bool) -> Layouts:
         """Patches: the pixels of a channel stand together in a column."""
         x = cast("fx.Node", node.args[0])
@@ -414,6 +394,8 @@ class _Widener:
             grows = self.order(result, dim) is not None
             out = _by_index(result.shape[dim], self.n_members) if grows else None
             inner = None if wanted is None else wanted.head(value.shape[dim] // groups)
+            if _is_transposed(node):
+                inner = None if out is None else out.head(result.shape[dim] // groups)
         else:
             wanted = _by_group(copies, value.shape[dim] // groups)
             out, inner = _by_group(copies, result.shape[dim] // groups), None
@@ -421,7 +403,7 @@ class _Widener:
         if layout is not None and wanted is not None:
             self.agree(node, x, dim, layout, wanted)
         for name, dims in (
-            ("weight", (wanted, None) if _is_transposed(node) else (out, inner)),
+            ("weight", (wanted, inner) if _is_transposed(node) else (out, inner)),
             ("bias", (out,)),
         ):
             operand = _argument(node, name)
@@ -709,11 +691,13 @@ class _Widener:
         """Concatenation: layouts along the joined dimension follow each other."""
         joined = cast("Sequence[fx.Node]", node.args[0])
         parts = [n for n in joined if self.analysis.values[n].shape != (0,)]
-        value: Value = self.analysis.values[node]
-        dim = _dimension(node, value.rank)
+        dim = _dimension(node, self.analysis.values[node].rank)
+        return self.joined(node, parts, dim, stacks=find(node.target) is movement.stack)
+
+    def joined(self, node: fx.Node, parts: Sequence[fx.Node], dim: int, *, stacks: bool) -> Layouts:
+        """Layouts of parts that follow each other along a dimension."""
         result: Layouts = {}
         lines, copies, offset, grows = [], [], 0, False
-        stacks = find(node.target) is movement.stack
         for part in parts:
             layouts = self.layout_of(part)
             size = 1 if stacks else self.analysis.values[part].shape[dim]
@@ -727,13 +711,42 @@ class _Widener:
                 if shifted != dim:
                     self.agree(node, part, d, other, result.setdefault(shifted, other))
         for part in parts:
-            for d, wanted in result.items():
+            known = self.layout_of(part)
+            for d, layout in result.items():
                 own = d - 1 if stacks and d > dim else d
-                same_size = self.analysis.values[part].shape[own] == value.shape[d]
-                if same_size and own not in self.layout_of(part):
-                    self.spread(node, part, own, wanted)
+                if own not in known:
+                    self.spread(node, part, own, layout)
         if grows:
             result[dim] = Layout(np.concatenate(lines), np.concatenate(copies))
+        return result
+
+    def overwrite(self, node: fx.Node) -> Layouts:
+        """A part is replaced: what is left of the whole, and the part, in the order of both."""
+        whole, part = cast("tuple[fx.Node, fx.Node]", node.args[:2])
+        value: Value = self.analysis.values[node]
+        dim = _dimension(node, value.rank)
+        result = self.joined(node, [whole, part], dim, stacks=False)
+        have = result.pop(dim, None)
+        if have is None:
+            return result
+        size = value.shape[dim]
+        places = torch.arange(size + self.analysis.values[part].shape[dim])
+        ends = [_argument(node, name) for name in ("start", "end", "step")]
+        origin = aten.slice_scatter.default(places[:size], places[size:], 0, *ends)
+        rows = [np.flatnonzero(have.source == place) for place in origin.tolist()]
+        order = np.concatenate(rows)
+        name = f"_fxfuse_order_{len(self.orders)}"
+        self.orders[name] = torch.from_numpy(order)
+        replaced = self.mapping[node]
+        pieces = [self.inputs.get((node, n), self.mapping[n]) for n in (whole, part)]
+        with self.graph.inserting_before(replaced):
+            both = self.graph.call_function(aten.cat.default, (pieces, dim))
+            places_node = self.graph.get_attr(name)
+            written = self.graph.call_function(aten.index_select.default, (both, dim, places_node))
+        replaced.replace_all_uses_with(written)
+        self.graph.erase_node(replaced)
+        self.mapping[node] = written
+        result[dim] = Layout(np.repeat(np.arange(size), [len(r) for r in rows]), have.copy[order])
         return result
 
     def pad(self, node: fx.Node) -> Layouts:

@@ -23,6 +23,7 @@ torch.set_num_threads(1)
 # The same examples everywhere, unless someone goes looking for new ones.
 settings.register_profile("ci", deadline=None, derandomize=True, max_examples=25)
 settings.register_profile("explore", deadline=None, max_examples=200)
+settings.register_profile("nightly", deadline=None, max_examples=2000)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
 
 

@@ -225,6 +225,7 @@ SAMPLES: dict[Any, nn.Module] = {
     aten.constant_pad_nd.default: Call(lambda t: aten.constant_pad_nd.default(t, [0, 0, 1, 1])),
     aten.cat.default: Call(lambda t: torch.cat([t.relu(), t], 1)),
     aten.concat.default: Call(lambda t: aten.concat.default([t, t.tanh()], 2)),
+    aten.slice_scatter.default: Call(lambda t: t.slice_scatter(t[:, ::2].tanh(), 1, 1, 8, 2)),
     aten.stack.default: Call(lambda t: torch.stack([t, t.tanh()], 1)),
     # contractions
     aten.linear.default: Call(lambda t, f: f(_tokens(t)), nn.Linear(8, 5)),

@@ -8,7 +8,7 @@ neighbours couple; one that needs a divisible width puts a layer in front.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -16,6 +16,8 @@ import torch.nn.functional as F
 from hypothesis import strategies as st
 from torch import nn
 
+import fxfuse
+from fxfuse.capture import Captured, rebuild
 from tests.models import excite
 
 CLASSES = 3
@@ -426,9 +428,10 @@ def _in_place(space: Space, i: int, b: Block) -> Part:
 
     def forward(m: Part, x: torch.Tensor) -> torch.Tensor:
         y = m.layer(x)
-        y.add_(x) if b.flag else y.mul_(m.factor)
+        if b.flag:
+            y.add_(x)
         F.leaky_relu(y, 0.3, inplace=True)
-        return y.add_(m.factor) if b.parts > 2 else y
+        return y.add_(m.factor) if b.parts > 2 else y.mul_(m.factor)
 
     return Part(i, forward, layer=space.layer(i, i), factor=torch.rand(shape) + 0.5)
 
@@ -445,6 +448,7 @@ def _write_slice(space: Space, i: int, b: Block) -> Part:
             part.copy_(m.other(x))
         else:
             part.mul_(2.0).tanh_()
+        y.select(space.dim, out - 1).fill_(0.5)
         return _act(y)
 
     other = space.layer(i, b.width) if b.parts == 2 else nn.Identity()
@@ -484,7 +488,7 @@ def _raw_weight(space: Space, i: int, b: Block) -> Part:
     def forward(m: Part, x: torch.Tensor) -> torch.Tensor:
         if b.flag:
             letters = "btc,cd->btd" if space is TOKENS else "bc,cd->bd"
-            return _act(torch.einsum(letters, x, m.matrix))
+            return _act(torch.einsum(letters, x, m.matrix) + m.shift)
         return _act(x @ m.matrix + m.shift)
 
     return Part(b.width, forward, matrix=torch.randn(i, b.width), shift=torch.randn(b.width) * 0.1)
@@ -618,7 +622,8 @@ def _transposed_grouped(space: Space, i: int, b: Block) -> Part:
 def _instance_norm(space: Space, i: int, b: Block) -> Part:
     return Part(
         i,
-        lambda m, x: m.norm(_even(x)),
+        # Without the activation, a mean over the pixels would take the norm's own mean.
+        lambda m, x: _act(m.norm(_even(x))),
         norm=nn.InstanceNorm2d(i, affine=b.flag, track_running_stats=b.parts > 2),
     )
 
@@ -998,6 +1003,16 @@ def build(recipe: Recipe, seed: int = 0) -> Network:
             nn.init.normal_(parameter, std=(2 / max(parameter[0].numel(), 1)) ** 0.5)
     excite(model, images(8, seed=1))
     return model
+
+
+def members_of(recipe: Recipe, n: int) -> list[Captured]:
+    """Members of one architecture; they share the first one's graph, which saves exports."""
+    first = fxfuse.capture(build(recipe, 0), images())
+    states = (build(recipe, seed).state_dict(keep_vars=True) for seed in range(1, n))
+    return [
+        first,
+        *(replace(first, module=rebuild(first.module, state)) for state in states),
+    ]
 
 
 def is_plain(recipe: Recipe) -> bool:

@@ -106,12 +106,51 @@ class Written(nn.Module):
         return self.last(wide)
 
 
-def test_what_cannot_be_concatenated_is_an_error_that_names_the_node():
+def test_a_part_that_is_written_to_is_concatenated():
     x = torch.randn(3, 4)
     assert verify.permutation(Written(), x).passed
+    wide = verify.wide_equals_ensemble([Written(), Written()], x)
+    assert (wide.passed, wide.tolerance) == (True, verify.EXACT)
+
+
+class BesideZeros(nn.Module):
+    """A token without neurons in front of labelled ones."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Linear(4, 6)
+        self.last = nn.Linear(6, 2)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = self.first(x).relu().unsqueeze(1)
+        return self.last(torch.cat([y.new_zeros(y.shape[0], 1, 6), y], 1)).sum(1)
+
+
+def test_zeros_are_joined_to_neurons():
+    x = torch.randn(3, 4)
+    assert verify.permutation(BesideZeros(), x).passed
+    wide = verify.wide_equals_ensemble([BesideZeros(), BesideZeros()], x)
+    assert (wide.passed, wide.tolerance) == (True, verify.EXACT)
+
+
+class Cropped(nn.Module):
+    """Negative padding."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Linear(4, 6)
+        self.last = nn.Linear(5, 2)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.last(nn.functional.pad(self.first(x).relu(), (-1, 0)))
+
+
+def test_what_cannot_be_concatenated_is_an_error_that_names_the_node():
+    x = torch.randn(3, 4)
+    assert verify.permutation(Cropped(), x).passed
     with pytest.raises(RewriteError, match="cannot be written") as caught:
-        verify.wide_equals_ensemble([Written(), Written()], x)
-    assert "wide = x.new_zeros(x.shape[0], 8)" in caught.value.where
+        verify.wide_equals_ensemble([Cropped(), Cropped()], x)
+    assert "(-1, 0)" in caught.value.where
 
 
 def test_every_group_is_really_permuted():

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 
-from fxfuse.labels import Field, Kind, Ledger, Value, neurons
+from fxfuse.labels import Field, Kind, Ledger, Value, neurons, positions
 
 
 def align(value: Value, rank: int) -> Value:
@@ -277,13 +277,13 @@ def only_unlabelled(ledger: Ledger, value: Value, dims: Iterable[int], what: str
     unit, in order; the others freeze.
     """
     over = set(dims)
-    kept, hit = [], []
+    kept, hit = list[Field](), list[Field]()
     for f in value.fields:
         inside, rest = over & set(f.dims), set(f.dims) - over
         if not inside:
             kept.append(f)
             continue
-        hit.append(f)
+        hit += positions(value.shape, inside)
         if rest:
             ledger.block(f, sorted(inside))
             kept.append(Field(f.first(sorted(inside)), tuple(sorted(rest))))

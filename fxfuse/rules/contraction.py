@@ -163,7 +163,12 @@ def _convolve_batched(call: Call, x: Value, weight: Value, groups: int, transpos
     kernel = _corner(weight, ()).moved(lambda t: t.unflatten(0, (groups, -1)))
     letters = "gio" if transposed else "goi"
     if transposed and groups > 1:
-        kernel = only_unlabelled(ledger, kernel, [2], "every group has the same output channels")
+        # The groups share the kernel's output dimension: either the groups are the units and the
+        # outputs of a group are in order, or all groups read the same neurons, in order.
+        tells_groups = any(1 in f.dims for f in flat.fields)
+        kernel = only_unlabelled(
+            ledger, kernel, [2 if tells_groups else 0], "the groups share their output channels"
+        )
     pixels = "xyz"[: len(passing)]
     result = contract(ledger, flat, "bgi" + pixels, kernel, letters, "bgo" + pixels)
     sizes = [x.shape[d] if d in passing else 1 for d in space]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -142,8 +142,28 @@ def stack(call: Call) -> Any:
     return join(call, [v.moved(lambda t: t.unsqueeze(dim)) for v in call.args[0]], dim)
 
 
-def join(call: Call, parts: list[Value], dim: int) -> Any:
-    """Concatenates labelled tensors along one dimension."""
+@rule(aten.slice_scatter.default)
+def overwrite(call: Call) -> Any:
+    """A part of a tensor is replaced: along its dimension, ids are too; others are tied."""
+    whole, part = call.args[:2]
+    dim = call.argument("dim") % whole.rank
+    ends = [call.argument(name) for name in ("start", "end", "step")]
+
+    def write(pieces: list[torch.Tensor]) -> torch.Tensor:
+        result: torch.Tensor = aten.slice_scatter.default(*pieces, dim, *ends)
+        return result
+
+    return join(call, [whole, part], dim, write)
+
+
+def join(
+    call: Call,
+    parts: list[Value],
+    dim: int,
+    operation: Callable[[list[torch.Tensor]], torch.Tensor] | None = None,
+) -> Any:
+    """Joins labelled tensors along one dimension, by concatenation or by another operation."""
+    operation = operation or partial(torch.cat, dim=dim)
     shape = call.shape
     depends_on_input = any(v.sources is None for v in parts)
     for place, value in enumerate(parts):
@@ -158,7 +178,7 @@ def join(call: Call, parts: list[Value], dim: int) -> Any:
         wide = torch.broadcast_shapes(*(_with(r.shape, dim, 1) for r in rows))
         rows = [r.expand(_with(wide, dim, r.shape[dim])) for r in rows]
         places = [torch.full_like(r, place) for place, r in enumerate(rows)]
-        found = Field.of(torch.cat(rows, dim), partial(torch.cat, places, dim))
+        found = Field.of(operation(rows), partial(operation, places))
         fields += [found] if found else []
     across = _across(call, parts, dim)
     if across is NotImplemented:

@@ -1,0 +1,240 @@
+"""Writes in place become values: a graph in which no tensor changes once it is computed.
+
+An in-place operator on an activation becomes the operator that returns its result, and whatever is
+read of that memory later (the tensor, the views of it) is read from the result. Writes into inputs
+and into the module's own tensors stay, because others can see them.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections import defaultdict
+from typing import Any
+
+import torch
+from torch import fx
+
+aten = torch.ops.aten
+
+_RESHAPED = (
+    aten.view.default,
+    aten.reshape.default,
+    aten.flatten.using_ints,
+    aten.unflatten.int,
+    aten.squeeze.dim,
+    aten.squeeze.dims,
+    aten.squeeze.default,
+    aten.unsqueeze.default,
+)
+
+
+#: Operators that return a view only where memory allows it.
+_PERHAPS = (
+    aten.reshape.default,
+    aten.flatten.using_ints,
+    aten.contiguous.default,
+    aten.to.dtype,
+    aten.to.dtype_layout,
+    aten.to.device,
+)
+
+
+def functional(graph: fx.Graph) -> fx.Graph:
+    """A copy of an exported graph without writes into activations.
+
+    Args:
+        graph: Nodes carry the fake tensor of their result in `meta["val"]`.
+    """
+    copier = _Copier()
+    for node in graph.nodes:
+        copier.copy(node)
+    copier.graph._codegen = graph._codegen
+    return copier.graph
+
+
+class _Copier:
+    def __init__(self) -> None:
+        self.graph = fx.Graph()
+        #: For each node of the old graph, the node of the new one that holds its content now.
+        self.now: dict[fx.Node, fx.Node] = {}
+        self.views: dict[fx.Node, list[fx.Node]] = defaultdict(list)
+
+    def copy(self, node: fx.Node) -> None:
+        if _is_write(node) and self.write(node):
+            return
+        self.now[node] = self.graph.node_copy(node, lambda n: self.now[n])
+        if _is_view(node):
+            self.views[_base(node)].append(node)
+
+    def write(self, node: fx.Node) -> bool:
+        """Writes the functional form of an in-place operator; False where there is none."""
+        target, written = _functional(node), node.args[0]
+        if target is None or not isinstance(written, fx.Node):
+            return False
+        chain = [written]
+        while _is_view(chain[-1]):
+            chain.append(_parent(chain[-1]))
+        base = chain[-1]
+        if base.op != "call_function" or not all(map(_is_reversible, chain[:-1])):
+            return False
+        result = self.written(node, written, target)
+        changed = {written: result}
+        for view in chain[:-1]:
+            parent = _parent(view)
+            changed[parent] = self.put_back(view, self.now[parent], changed[view])
+        self.now.update(changed)
+        for view in self.views[base]:
+            if _is_write(view):
+                self.now[view] = self.now[_parent(view)]
+            elif view not in changed:
+                self.now[view] = self.graph.node_copy(view, lambda n: self.now[n])
+        self.now[node] = result
+        self.views[base].append(node)
+        return True
+
+    def written(self, node: fx.Node, written: fx.Node, target: Any) -> fx.Node:
+        """What an in-place operator leaves behind; nothing that it overwrites is read."""
+        args, kwargs = fx.map_arg((node.args, node.kwargs), lambda n: self.now[n])
+        if node.target is aten.copy_.default:
+            given: Any = node.args[1]
+            if given.meta["val"].shape == node.meta["val"].shape:
+                return self.now[given]
+            sizes = self.sizes(written)
+            return self.call(aten.expand.default, (args[1], sizes), {}, node)
+        if node.target in (aten.zero_.default, aten.fill_.Scalar):
+            value = args[1] if len(args) > 1 else 0.0
+            like = self.now[_base(written)]
+            return self.call(aten.new_full.default, (like, self.sizes(written), value), {}, node)
+        return self.call(target, args, kwargs, node)
+
+    def sizes(self, node: fx.Node) -> list[int | fx.Node]:
+        """Sizes of a node's result; a node where they are symbolic."""
+        base = _base(node)
+        whole = base.meta["val"].shape
+        sizes: list[int | fx.Node] = []
+        for dim, size in enumerate(node.meta["val"].shape):
+            if isinstance(size, int):
+                sizes.append(size)
+                continue
+            # Asked of the base where it has that size, so that the view need not be taken.
+            same = [d for d, other in enumerate(whole) if str(other) == str(size)]
+            owner, place = (base, same[0]) if same else (node, dim)
+            made = self.call(aten.sym_size.int, (self.now[owner], place), {}, node)
+            made.meta["val"] = size
+            sizes.append(made)
+        return sizes
+
+    def put_back(self, view: fx.Node, whole: fx.Node, part: fx.Node) -> fx.Node:
+        """The tensor that a view was taken of, with the view's place overwritten."""
+        args: Any = fx.map_arg(view.args, lambda n: self.now[n])
+        like = _parent(view)
+        if view.meta["val"].shape == like.meta["val"].shape and view.target is aten.slice.Tensor:
+            return part
+        if view.target is aten.slice.Tensor:
+            return self.call(aten.slice_scatter.default, (whole, part, *args[1:]), {}, like)
+        if view.target is aten.narrow.default:
+            dim, start, length = args[1:]
+            ends = (dim, start, start + length)
+            return self.call(aten.slice_scatter.default, (whole, part, *ends), {}, like)
+        if view.target is aten.select.int:
+            return self.put_row(whole, part, int(args[1]), int(args[2]), like)
+        if view.target is aten.transpose.int:
+            return self.call(aten.transpose.int, (part, *args[1:]), {}, like)
+        if view.target is aten.permute.default:
+            rank = like.meta["val"].dim()
+            order = [d % rank for d in args[1]]
+            back = [order.index(d) for d in range(rank)]
+            return self.call(aten.permute.default, (part, back), {}, like)
+        return self.call(aten.reshape.default, (part, _sizes(like)), {}, like)
+
+    def put_row(
+        self, whole: fx.Node, part: fx.Node, dim: int, index: int, like: fx.Node
+    ) -> fx.Node:
+        index %= like.meta["val"].shape[dim]
+        row = self.call(aten.unsqueeze.default, (part, dim), {}, like)
+        row.meta["val"] = like.meta["val"].narrow(dim, index, 1)
+        return self.call(aten.slice_scatter.default, (whole, row, dim, index, index + 1), {}, like)
+
+    def call(self, target: Any, args: Any, kwargs: Any, like: fx.Node) -> fx.Node:
+        """A new node whose result looks like that of a node of the old graph."""
+        made = self.graph.call_function(target, args, kwargs)
+        made.meta = dict(like.meta)
+        return made
+
+
+def _is_write(node: fx.Node) -> bool:
+    schema = getattr(node.target, "_schema", None)
+    return schema is not None and schema.is_mutable
+
+
+def _is_view(node: fx.Node) -> bool:
+    if node.op != "call_function":
+        return False
+    if node.target is operator.getitem:
+        parent = node.args[0]
+        return isinstance(parent, fx.Node) and _is_view(parent)
+    schema = getattr(node.target, "_schema", None)
+    if schema is None or not node.args or not isinstance(node.args[0], fx.Node):
+        return False
+    # What an in-place operator returns is the tensor that it wrote to.
+    return any(r.alias_info is not None for r in schema.returns) and not _copies(node)
+
+
+def _copies(node: fx.Node) -> bool:
+    """Whether an operator that returns a view where it can had to copy."""
+    if node.target not in _PERHAPS:
+        return False
+    before, after = _parent(node).meta["val"], node.meta["val"]
+    if before.dtype != after.dtype or before.device != after.device:
+        return True
+    if node.target in (aten.reshape.default, aten.flatten.using_ints):
+        try:
+            before.view(after.shape)
+        except (RuntimeError, ValueError):
+            return True
+        return False
+    return bool(before.stride() != after.stride())
+
+
+def _parent(view: fx.Node) -> fx.Node:
+    parent = view.args[0]
+    assert isinstance(parent, fx.Node)
+    return parent
+
+
+def _base(view: fx.Node) -> fx.Node:
+    while _is_view(view):
+        view = _parent(view)
+    return view
+
+
+def _is_reversible(view: fx.Node) -> bool:
+    """Whether `put_back` knows the way back; torch itself forbids writes into pieces of a split."""
+    literal = all(isinstance(x, int) for x in view.args[1:])
+    if view.target in (*_RESHAPED, *_PERHAPS, aten.alias.default, aten.detach.default):
+        return _sizes(_parent(view)).count(-1) <= 1
+    if view.target is aten.select.int:
+        return literal and _sizes(_parent(view))[view.args[1]] >= 0  # type: ignore[index]
+    if view.target in (aten.slice.Tensor, aten.transpose.int, aten.permute.default):
+        return True
+    return _is_write(view) or (view.target is aten.narrow.default and literal)
+
+
+def _sizes(node: fx.Node) -> list[int]:
+    """Sizes of a node's result, -1 where they are symbolic."""
+    return [s if isinstance(s, int) else -1 for s in node.meta["val"].shape]
+
+
+def _functional(node: fx.Node) -> Any:
+    """The operator that returns what an in-place operator writes, if dtypes let it do the same."""
+    target: Any = node.target
+    name, overload = target._schema.name, target._overloadname
+    result = node.meta.get("val")
+    if not name.endswith("_") or not isinstance(result, torch.Tensor):
+        return None
+    tensors = [n.meta.get("val") for n in node.all_input_nodes]
+    dtypes = {t.dtype for t in tensors if isinstance(t, torch.Tensor) and t.is_floating_point()}
+    if dtypes != {result.dtype}:
+        return None
+    packet = getattr(aten, name.removeprefix("aten::").removesuffix("_"), None)
+    return getattr(packet, overload, None)
