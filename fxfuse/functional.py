@@ -42,10 +42,13 @@ _PERHAPS = (
 def functional(graph: fx.Graph) -> fx.Graph:
     """A copy of an exported graph without writes into activations.
 
+    A graph that resizes a tensor in place, or writes into another operand than the first, keeps all
+    of its writes: what they leave behind is not followed.
+
     Args:
         graph: Nodes carry the fake tensor of their result in `meta["val"]`.
     """
-    copier = _Copier()
+    copier = _Copier(keeps_writes=any(map(_is_beyond, graph.nodes)))
     for node in graph.nodes:
         copier.copy(node)
     copier.graph._codegen = graph._codegen
@@ -53,14 +56,15 @@ def functional(graph: fx.Graph) -> fx.Graph:
 
 
 class _Copier:
-    def __init__(self) -> None:
+    def __init__(self, *, keeps_writes: bool) -> None:
+        self.keeps_writes = keeps_writes
         self.graph = fx.Graph()
         #: For each node of the old graph, the node of the new one that holds its content now.
         self.now: dict[fx.Node, fx.Node] = {}
         self.views: dict[fx.Node, list[fx.Node]] = defaultdict(list)
 
     def copy(self, node: fx.Node) -> None:
-        if _is_write(node) and self.write(node):
+        if _is_write(node) and not self.keeps_writes and self.write(node):
             return
         self.now[node] = self.graph.node_copy(node, lambda n: self.now[n])
         if _is_view(node):
@@ -165,6 +169,20 @@ class _Copier:
 def _is_write(node: fx.Node) -> bool:
     schema = getattr(node.target, "_schema", None)
     return schema is not None and schema.is_mutable
+
+
+def _is_beyond(node: fx.Node) -> bool:
+    """Whether a write changes the size of a tensor, or another operand than the first."""
+    if not _is_write(node):
+        return False
+    target: Any = node.target
+    written = [a.alias_info is not None and a.alias_info.is_write for a in target._schema.arguments]
+    first = node.args[0] if node.args else None
+    if not isinstance(first, fx.Node) or any(written[1:]):
+        return True
+    before, after = first.meta.get("val"), node.meta.get("val")
+    both = isinstance(before, torch.Tensor) and isinstance(after, torch.Tensor)
+    return both and before.shape != after.shape
 
 
 def _is_view(node: fx.Node) -> bool:

@@ -283,7 +283,7 @@ class Coda(nn.Module):
         self.head = nn.Linear(8, 8)
         self.coda = nn.Linear(8, 2)
         self.shift = nn.Module()
-        self.shift.bias = nn.Parameter(torch.rand(8))
+        self.shift.bias = nn.Parameter(torch.rand(4))
         self.unused = nn.Linear(2, 2)
         self.writes = writes
         if tied:
@@ -292,11 +292,10 @@ class Coda(nn.Module):
             self.second.weight = self.head.weight
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        h = self.first(x)
         if self.writes:
-            kept = h * 1
-            h.add_(self.shift.bias)
-            return kept + h
+            # Into an input: writes into activations become values at capture.
+            x.add_(self.shift.bias)
+        h = self.first(x)
         h = self.second(h) if hasattr(self, "second") else h
         return self.coda(self.head(h.relu()).relu())
 
