@@ -31,7 +31,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import fxfuse
-from benchmarks.coverage_models import build, models
+from benchmarks.coverage_models import BATCH, build, models
 from fxfuse import verify
 from tests.models import excite
 
@@ -91,7 +91,19 @@ def _double(name: str, seed: int) -> fxfuse.Captured:
         torch.Tensor, lambda x: x.double() if x.is_floating_point() else x, (args, kwargs)
     )
     torch.manual_seed(seed)
-    return fxfuse.capture(excite(model, args, kwargs), args, kwargs)
+    return fxfuse.capture(excite(model, *_more(args, kwargs)), args, kwargs)
+
+
+def _more(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """A larger batch than the example, so that calibrated statistics are no accident."""
+
+    def more(x: Any) -> Any:
+        if not isinstance(x, torch.Tensor) or x.dim() < 2 or x.shape[0] != BATCH:
+            return x
+        return torch.cat([x, x.flip(-1), x.roll(1, -1).flip(0), x.flip(1)])
+
+    found: Any = torch.utils._pytree.tree_map(more, (args, kwargs))
+    return found
 
 
 def _wide(name: str, member: fxfuse.Captured) -> float | str:

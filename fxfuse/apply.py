@@ -6,12 +6,11 @@ from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 
 from fxfuse.coupling import CouplingGraph, CouplingGroup, Index, Place
 from fxfuse.labels import Kind
 from fxfuse.layout import Layout, Placement, place_copies, place_units
-from fxfuse.plan import FusionPlan, Role, role_of
+from fxfuse.plan import FusionPlan, Role, own_indices, role_of
 
 
 def permuted(
@@ -111,7 +110,6 @@ def _fused(
     # Half precision holds weights, not sums of weights.
     dtype = torch.promote_types(like.dtype, torch.float32)
     result = torch.zeros([p.size for p in placements], dtype=dtype, device=like.device)
-    weight = _weight(graph, plan, name, role)
     # A head's own values come last, over those that stand in where a unit is another member's.
     for member in sorted(range(len(states)), key=lambda m: m == owner):
         if name not in states[member]:
@@ -124,14 +122,10 @@ def _fused(
         where = [torch.from_numpy(p.targets[member]).to(like.device) for p in placements]
         grid = tuple(_along(index, dim, len(where)) for dim, index in enumerate(where))
         if grid:
-            share = torch.full([1] * len(where), weight, dtype=dtype, device=like.device)
-            for dim, p in enumerate(placements):
-                # What only the host contributes to is no mean of the members.
-                hosted = torch.from_numpy(_hosted(graph, (name, dim), p.sources[member]))
-                share = share.masked_fill(_along(hosted.to(like.device), dim, len(where)), 1.0)
-            result.index_put_(grid, part * share, accumulate=role is not Role.OWN)
+            share = _share(graph, plan, name, role, [p.sources[member] for p in placements])
+            result.index_put_(grid, part * share.to(part), accumulate=role is not Role.OWN)
         else:
-            result = part if role is Role.OWN else result + part * weight
+            result = part if role is Role.OWN else result + part * _weight(graph, plan, name, role)
     return result.to(like.dtype)
 
 
@@ -139,11 +133,25 @@ def _along(line: torch.Tensor, dim: int, rank: int) -> torch.Tensor:
     return line.reshape([-1 if d == dim else 1 for d in range(rank)])
 
 
-def _hosted(graph: CouplingGraph, place: Place, indices: Index) -> NDArray[np.bool_]:
-    reason = graph.frozen.get(place)
-    if reason is None or reason.kind is not Kind.HOST:
-        return np.zeros(len(indices), dtype=bool)
-    return np.isin(indices, reason.indices)
+def _share(
+    graph: CouplingGraph, plan: FusionPlan, name: str, role: Role, sources: Sequence[Index]
+) -> torch.Tensor:
+    """The weight of each cell of one member's contribution, broadcast over equal ones, float64."""
+    rank = len(sources)
+    share = torch.full([1] * rank, _weight(graph, plan, name, role), dtype=torch.float64)
+    if role is not Role.SUM:
+        return share
+    told, hosted = torch.zeros([1] * rank, dtype=torch.bool), torch.zeros([1] * rank).bool()
+    for dim, indices in enumerate(sources):
+        told = told | _along(torch.from_numpy(own_indices(graph, (name, dim))[indices]), dim, rank)
+        reason = graph.frozen.get((name, dim))
+        if reason is not None and reason.kind is Kind.HOST:
+            mine = torch.from_numpy(np.isin(indices, reason.indices))
+            hosted = hosted | _along(mine, dim, rank)
+    # Where an index means the same to all members, the mean of what they write there is taken;
+    # what only the host contributes to is no mean of the members.
+    share = torch.where(told, share, 1.0 / plan.n_members)
+    return torch.where(hosted, 1.0, share)
 
 
 def _weight(graph: CouplingGraph, plan: FusionPlan, name: str, role: Role) -> float:

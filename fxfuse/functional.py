@@ -181,8 +181,9 @@ def _is_beyond(node: fx.Node) -> bool:
     if not isinstance(first, fx.Node) or any(written[1:]):
         return True
     before, after = first.meta.get("val"), node.meta.get("val")
-    both = isinstance(before, torch.Tensor) and isinstance(after, torch.Tensor)
-    return both and before.shape != after.shape
+    if not isinstance(before, torch.Tensor) or not isinstance(after, torch.Tensor):
+        return False
+    return before.shape != after.shape
 
 
 def _is_view(node: fx.Node) -> bool:

@@ -9,6 +9,8 @@ from enum import StrEnum
 from typing import Any
 
 import numpy as np
+import torch
+from numpy.typing import NDArray
 
 from fxfuse.capture import is_constant
 from fxfuse.coupling import CouplingGraph, Index, MixingNote
@@ -253,6 +255,23 @@ def role_of(graph: CouplingGraph, name: str) -> Role:
     return Role.MEAN
 
 
+def own_indices(graph: CouplingGraph, place: tuple[str, int]) -> NDArray[np.bool_]:
+    """Where along a dimension each member has units of its own, or the host has all: bool [size].
+
+    Dimensions that are only read sum over the members, so they tell nobody apart.
+    """
+    name, dim = place
+    found = np.zeros(graph.captured.tensor(name).shape[dim], dtype=bool)
+    reason = graph.frozen.get(place)
+    if reason is not None and reason.kind is Kind.HOST:
+        found[reason.indices] = True
+    key = (graph.captured.canonical[name], dim)
+    if key in graph.writers or key not in graph.readers:
+        for group in graph.group_of.get(place, ()):
+            found[group.index[place].reshape(-1)] = True
+    return found
+
+
 def relevant_notes(
     graph: CouplingGraph, states: Sequence[Mapping[str, Any]]
 ) -> tuple[MixingNote, ...]:
@@ -272,18 +291,39 @@ def relevant_notes(
 
 
 def inner_averages(graph: CouplingGraph, states: Sequence[Mapping[str, Any]]) -> dict[str, float]:
-    """Parameters of role MEAN and how far the members disagree on each."""
+    """Tensors that are averaged inside the network, and how far the members disagree there.
+
+    All of a tensor, or the part of it that belongs to no member's own units.
+    """
     found = {}
     for name in graph.captured.names:
-        if role_of(graph, name) == Role.MEAN:
-            first = states[0][name]
-            scale = max(float(first.abs().max()) if first.numel() else 0.0, 1e-30)
-            spread = max(
-                (float((s[name] - first).abs().max()) for s in states[1:] if first.numel()),
-                default=0.0,
-            )
-            found[name] = spread / scale
+        cells = _averaged_cells(graph, name)
+        if cells is None:
+            continue
+        first = states[0][name]
+        scale = max(float(first.abs().max()) if first.numel() else 0.0, 1e-30)
+        spread = max(
+            (float((s[name] - first)[cells].abs().max()) for s in states[1:] if first.numel()),
+            default=0.0,
+        )
+        found[name] = spread / scale
     return found
+
+
+def _averaged_cells(graph: CouplingGraph, name: str) -> tuple[torch.Tensor, ...] | None:
+    """Index of the part of a tensor that is averaged inside the network, if there is one."""
+    role, rank = role_of(graph, name), graph.captured.tensor(name).dim()
+    if role is Role.MEAN:
+        return ()
+    places = [(name, dim) for dim in range(rank)]
+    reasons = [graph.frozen.get(place) for place in places]
+    if role is not Role.SUM or any(r is not None and r.kind is Kind.OUTPUT for r in reasons):
+        return None
+    shared = [np.flatnonzero(~own_indices(graph, place)) for place in places]
+    if not rank or not all(len(indices) for indices in shared):
+        return None
+    grid = np.ix_(*shared)
+    return tuple(torch.from_numpy(indices) for indices in grid)
 
 
 def hosted_names(graph: CouplingGraph) -> tuple[str, ...]:

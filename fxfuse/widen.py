@@ -237,10 +237,32 @@ class _Widener:
         """Brings one dimension of an operand into the order that a node needs."""
         if _same(layout, wanted):
             return
-        if sorted(_pairs(layout)) != sorted(_pairs(wanted)):
+        have = {pair: i for i, pair in enumerate(_pairs(layout))}
+        if operand.op != "get_attr":
+            have = self.with_shared(operand, dim, layout) | have
+        elsewhere = set(_pairs(layout)) - set(_pairs(wanted))
+        lost = any((source, -1) not in have for source, _ in elsewhere)
+        if lost or not have.keys() >= set(_pairs(wanted)):
             raise self.error(node, "two operands carry different copies of the same neurons")
+        self.pick(node, operand, dim, [have[pair] for pair in _pairs(wanted)])
+
+    def with_shared(self, operand: fx.Node, dim: int, layout: Layout) -> dict[tuple[int, int], int]:
+        """Where an activation's neurons stand that do not grow: any copy of them is the others."""
+        value: Value = self.analysis.values[operand]
+        line = next(_line(f, dim) for f in value.fields if dim in f.dims)
+        grows = np.isin(self.component[line], list(self.free))
+        copies = (-1, *range(self.n_members))
+        return {
+            (source, copy): place
+            for place, source in reversed(list(enumerate(layout.source.tolist())))
+            if not grows[source]
+            for copy in copies
+        }
+
+    def pick(self, node: fx.Node, operand: fx.Node, dim: int, places: Sequence[int]) -> None:
+        """Puts an `index_select` between an operand and a node."""
         current = self.inputs.get((node, operand), self.mapping[operand])
-        ordered = self.select(node, current, dim, layout, wanted)
+        ordered = self.select(node, current, dim, places)
         self.mapping[node].replace_input_with(current, ordered)
         self.inputs[(node, operand)] = ordered
 
@@ -251,20 +273,12 @@ class _Widener:
         if have is not None:
             self.agree(node, operand, dim, have, wanted)
         elif size > 1:
-            own = Layout(np.arange(size), np.full(size, -1))
-            current = self.inputs.get((node, operand), self.mapping[operand])
-            shared = Layout(wanted.source, np.full(wanted.size, -1))
-            ordered = self.select(node, current, dim, own, shared)
-            self.mapping[node].replace_input_with(current, ordered)
-            self.inputs[(node, operand)] = ordered
+            self.pick(node, operand, dim, wanted.source.tolist())
 
-    def select(
-        self, node: fx.Node, tensor: fx.Node, dim: int, layout: Layout, wanted: Layout
-    ) -> fx.Node:
+    def select(self, node: fx.Node, tensor: fx.Node, dim: int, places: Sequence[int]) -> fx.Node:
         """Writes an index_select before a node; returns it."""
-        have = {pair: i for i, pair in enumerate(_pairs(layout))}
         name = f"_fxfuse_order_{len(self.orders)}"
-        self.orders[name] = torch.tensor([have[pair] for pair in _pairs(wanted)])
+        self.orders[name] = torch.tensor(places)
         with self.graph.inserting_before(self.mapping[node]):
             order = self.graph.get_attr(name)
             return self.graph.call_function(aten.index_select.default, (tensor, dim, order))
@@ -624,7 +638,8 @@ class _Widener:
         """Puts index_select nodes between a node and its operand."""
         operand = cast("fx.Node", self.mapping[node].args[0])
         for dim, wanted in ordered.items():
-            operand = self.select(node, operand, dim, layouts[dim], wanted)
+            have = {pair: i for i, pair in enumerate(_pairs(layouts[dim]))}
+            operand = self.select(node, operand, dim, [have[pair] for pair in _pairs(wanted)])
         self.mapping[node].update_arg(0, operand)
 
     def evaluate(self, node: fx.Node, args: Any, tensor: torch.Tensor) -> Any:

@@ -109,7 +109,7 @@ def excite(model: nn.Module, example: Any, kwargs: Mapping[str, Any] | None = No
             norm.momentum = momentum
             if norm.running_var is not None:
                 norm.running_mean += (
-                    0.1 * norm.running_var.sqrt() * torch.randn_like(norm.running_var)
+                    0.02 * norm.running_var.sqrt() * torch.randn_like(norm.running_var)
                 )
-                norm.running_var *= torch.empty_like(norm.running_var).uniform_(0.8, 1.25)
+                norm.running_var *= torch.empty_like(norm.running_var).uniform_(0.95, 1.05)
     return model.eval()

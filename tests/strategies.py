@@ -448,11 +448,23 @@ def _write_slice(space: Space, i: int, b: Block) -> Part:
             part.copy_(m.other(x))
         else:
             part.mul_(2.0).tanh_()
-        y.select(space.dim, out - 1).fill_(0.5)
         return _act(y)
 
     other = space.layer(i, b.width) if b.parts == 2 else nn.Identity()
     return Part(out, forward, layer=space.layer(i, out), other=other)
+
+
+# A channel that is the same in all members stays so: what is added to it later is averaged.
+@_block(*SPACES, plain=False)
+def _write_constant(space: Space, i: int, b: Block) -> Part:
+    """A channel is overwritten by a constant."""
+
+    def forward(m: Part, x: torch.Tensor) -> torch.Tensor:
+        y = m.layer(x).clone()
+        y.select(space.dim, b.width if b.flag else 0).fill_(0.5)
+        return _act(y)
+
+    return Part(b.width + 1, forward, layer=space.layer(i, b.width + 1))
 
 
 @_block(*SPACES)
