@@ -65,6 +65,7 @@ def measure(name: str) -> dict[str, Any]:
     row["free"] = round(graph.free_fraction, 4)
     row["frozen"] = _reasons(graph)
     row["mixes"] = len(graph.mixing)
+    row["without_rule"] = [gap.operator for gap in graph.without_rule]
     del captured, graph, model
     member = _double(name, 0)
     graph = fxfuse.analyze(member)

@@ -11,6 +11,7 @@ import json
 import re
 import statistics
 import sys
+from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -58,6 +59,15 @@ def page() -> str:
         lines += [f"    - {_plain(why)}" for why in row["frozen"][:3]]
     if not low:
         lines.append("Nothing.")
+    lines += ["", "## Operators without a rule that met labels or parameters", ""]
+    missing: dict[str, list[str]] = defaultdict(list)
+    for row in rows:
+        for operator in row.get("without_rule", ()):
+            missing[operator].append(row["model"])
+    lines += [
+        f"- `{operator}`: {len(models)} models, such as `{models[0]}`"
+        for operator, models in sorted(missing.items())
+    ] or ["None."]
     failed = [r for r in rows if "failure" in r]
     lines += ["", "## Failures", ""]
     lines += [f"- `{r['model']}`: {_plain(r['failure'])}" for r in failed] or ["None."]
