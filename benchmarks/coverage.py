@@ -36,8 +36,8 @@ from fxfuse import verify
 from tests.models import excite
 
 RESULTS = Path(__file__).parent / "results" / "coverage.json"
-#: Above this many weights two members and their concatenation do not fit into memory.
-WIDE_LIMIT = 100_000_000
+#: Above this many weights, two members and their concatenation take too long and too much memory.
+WIDE_LIMIT = 50_000_000
 #: Outputs that differ less than this between two inputs tell an oracle nothing.
 BLIND = 1e-6
 

@@ -125,6 +125,12 @@ def test_block(kind: str, space: Space, flag: bool):
 
 #: Networks that have failed: the blocks between a layer and a layer.
 FOUND = {
+    "a constant that is written to": (Block("write_constant", 3), Block("residual", 2)),
+    "a shuffled constant": (
+        Block("write_constant", 3),
+        Block("shuffle", 2, 2),
+        Block("residual", 2),
+    ),
     "padding before the addition": (Block("padded", 2, 2), Block("grouped", 2, 2)),
     "groups of shuffled channels": (Block("shuffle", 2, 2), Block("grouped", 2, 2)),
     "norm groups of shuffled channels": (Block("shuffle", 2, 2), Block("group_norm", 2, 2)),
