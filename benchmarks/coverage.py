@@ -76,7 +76,9 @@ def measure(name: str) -> dict[str, Any]:
     row["sensitivity"] = verify.sensitivity(member)
     if row["sensitivity"] < BLIND:
         row["failure"] = "blind: the outputs hardly depend on the input"
-    if graph.mixing:
+    if not member.is_program:
+        row["wide"] = "traced"
+    elif graph.mixing:
         row["wide"] = "mixes"
     elif row["parameters"] > WIDE_LIMIT:
         row["wide"] = "too large"

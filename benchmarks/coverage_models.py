@@ -64,6 +64,19 @@ def _is_detection(name: str) -> bool:
     return any(part in name for part in ("rcnn", "retinanet", "fcos", "ssd"))
 
 
+def _detection_options(name: str) -> dict[str, Any]:
+    """Small images, and few boxes of which the detector may be as unsure as it likes."""
+    options: dict[str, Any] = {}
+    if "rcnn" in name:
+        # The heads work on every box: a few of them say as much as a hundred.
+        options |= {"box_score_thresh": 0.0, "box_detections_per_img": 10}
+        options |= {"rpn_pre_nms_top_n_test": 100, "rpn_post_nms_top_n_test": 40}
+    else:
+        options |= {"score_thresh": 0.0}
+    # The size of an SSD is fixed.
+    return options if name.startswith("ssd") else options | {"min_size": 96, "max_size": 128}
+
+
 def build_torchvision(name: str) -> tuple[nn.Module, Inputs]:
     import torchvision
 
@@ -77,8 +90,9 @@ def build_torchvision(name: str) -> tuple[nn.Module, Inputs]:
     options["num_classes"] = CLASSES
     if _is_detection(name):
         options["weights_backbone"] = None
+        options |= _detection_options(name)
         model = torchvision.models.get_model(name, **options)
-        return model, lambda: (([torch.rand(3, 96, 128), torch.rand(3, 128, 112)],), {})
+        return model, lambda: (([torch.rand(3, 96, 128), torch.rand(3, 80, 96)],), {})
     if name.startswith(("fcn", "deeplab", "lraspp")):
         options["weights_backbone"] = None
     if name.startswith("quantized"):
