@@ -1,0 +1,12 @@
+"""The concatenated network: all members side by side in one graph (DESIGN.md section 5, "wide").
+
+Every labelled dimension grows; a `Layout` says which copy of which index stands where. Layouts
+start at the parameters and flow through the graph: data movement runs on arrays of positions,
+everything else hands a layout to whatever carries the same neurons. Shape literals are rewritten
+from the labels of their node, never by matching numbers. `walk.py` says which file widens which
+operator.
+"""
+
+from fxfuse.widen.walk import output_layouts, widen
+
+__all__ = ["output_layouts", "widen"]

@@ -1,0 +1,151 @@
+"""Literals of operators: reading them, rewriting them, and what they could be at the wide width."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import combinations, pairwise
+from typing import Any, cast
+
+import numpy as np
+import torch
+import torch.utils._pytree as pytree
+from torch import fx
+
+from fxfuse.labels import Value
+from fxfuse.layout import Layout
+from fxfuse.rules import find, movement
+from fxfuse.rules.registry import argument_of, hint
+from fxfuse.widen.state import Layouts, WideGraph
+
+aten = torch.ops.aten
+
+
+@dataclass(frozen=True)
+class _Product:
+    """A symbolic size (a batch times heads, say) that grows by a factor."""
+
+    size: fx.Node
+    factor: int
+
+
+def argument(node: fx.Node, name: str) -> Any:
+    """An argument of a node of the members' graph by its name in the operator's schema."""
+    return argument_of(node, name, node.args, node.kwargs)
+
+
+def dimension(node: fx.Node, rank: int) -> int:
+    """The argument `dim` of a node, not negative; -1 where it names no single dimension."""
+    dim = argument(node, "dim")
+    return int(dim) % rank if isinstance(dim, int) else -1
+
+
+def set_argument(wide: WideGraph, node: fx.Node, name: str, value: Any) -> None:
+    """Rewrites one argument of the copy of a node."""
+    target = wide.mapping[node]
+    names = [a.name for a in node.target._schema.arguments]  # type: ignore[union-attr]
+    position = names.index(name)
+    if position < len(target.args):
+        target.update_arg(position, value)
+    else:
+        target.update_kwarg(name, value)
+
+
+def set_arguments(wide: WideGraph, node: fx.Node, args: Sequence[Any]) -> None:
+    """Rewrites the positional arguments of the copy of a node to one of its `candidates`."""
+    target = wide.mapping[node]
+
+    def literal(x: Any) -> Any:
+        if isinstance(x, _Product):
+            with wide.graph.inserting_before(target):
+                return wide.graph.call_function(operator.mul, (literal(x.size), x.factor))
+        return wide.mapping[x] if isinstance(x, fx.Node) else x
+
+    target.args = tuple(pytree.tree_map(literal, list(args)))
+
+
+def evaluate(wide: WideGraph, node: fx.Node, args: Any, tensor: torch.Tensor) -> Any:
+    """Runs a node's operator on a tensor in place of its first argument.
+
+    Args:
+        wide: The concatenated graph.
+        node: A node of the members' graph.
+        args: Positional arguments: the node's own, or one of its `candidates`.
+        tensor: What to run it on.
+
+    Raises:
+        RuntimeError: The arguments do not fit the tensor.
+    """
+
+    def concrete(x: Any) -> Any:
+        if isinstance(x, _Product):
+            return concrete(x.size) * x.factor
+        if not isinstance(x, fx.Node):
+            return x
+        value = wide.values[x]
+        return value.constant if isinstance(value, Value) else hint(value)
+
+    rest = pytree.tree_map(concrete, tuple(args[1:]))
+    kwargs = pytree.tree_map(concrete, dict(node.kwargs))
+    target: Any = aten.reshape.default if find(node.target) is movement.view else node.target
+    return target(tensor, *rest, **kwargs)
+
+
+def candidates(
+    wide: WideGraph, node: fx.Node, value: Value, layouts: Layouts
+) -> Iterator[tuple[Any, ...]]:
+    """Arguments that a data movement could have in the concatenated network.
+
+    Args:
+        wide: The concatenated graph.
+        node: The data movement, a node of the members' graph.
+        value: Its operand.
+        layouts: Layouts of the operand's dimensions that grow.
+    """
+    args = node.args
+    is_view = find(node.target) is movement.view or node.target is aten.expand.default
+    if is_view or node.target is aten.unflatten.int:
+        place = 1 if is_view else 2
+        sizes = list(args[place])  # type: ignore[arg-type]
+        # Unflattening writes the sizes of one dimension only.
+        written = range(value.rank) if is_view else [dimension(node, value.rank)]
+        growth = [lay.size // value.shape[dim] for dim, lay in layouts.items() if dim in written]
+        for dims in combinations(range(len(sizes)), len(growth)):
+            grown = list(sizes)
+            for d, factor in zip(dims, growth, strict=True):
+                grown[d] = _times(grown[d], factor)
+            yield (*args[:place], grown, *args[place + 1 :])
+        return
+    dim = dimension(node, value.rank)
+    if node.target in (aten.slice.Tensor, aten.narrow.default) and dim in layouts:
+        yield from _slices(wide, node, layouts[dim])
+        return
+    if node.target in (aten.split_with_sizes.default,) and dim in layouts:
+        ends = np.cumsum([0, *cast("Sequence[int]", args[1])]).tolist()
+        origin = layouts[dim].source
+        sizes = [int(((origin >= a) & (origin < b)).sum()) for a, b in pairwise(ends)]
+        yield (args[0], sizes, *args[2:])
+        return
+    if node.target is aten.split.Tensor and dim in layouts:
+        factor = layouts[dim].size // value.shape[dim]
+        yield (args[0], int(args[1]) * factor, *args[2:])  # type: ignore[arg-type]
+        return
+    yield tuple(args)
+
+
+def _slices(wide: WideGraph, node: fx.Node, layout: Layout) -> Iterator[tuple[Any, ...]]:
+    """The wide range that holds exactly the copies of a narrow range (steps of 1)."""
+    size = int(layout.source.max()) + 1
+    kept = evaluate(wide, node, (None, 0, *node.args[2:]), torch.arange(size)).numpy()
+    inside = np.flatnonzero(np.isin(layout.source, kept))
+    start, end = int(inside.min()), int(inside.max()) + 1
+    last = end if node.target is aten.slice.Tensor else end - start
+    if len(inside) == end - start:
+        yield (node.args[0], node.args[1], start, last)
+
+
+def _times(size: Any, factor: int) -> Any:
+    if isinstance(size, fx.Node):
+        return _Product(size, factor)
+    return size * factor if size > 0 else size

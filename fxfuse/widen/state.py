@@ -1,0 +1,117 @@
+"""The concatenated graph while it is being written: what its handlers share."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import torch.utils._pytree as pytree
+from torch import fx
+
+from fxfuse.capture import source_of
+from fxfuse.coupling import CouplingGraph, Place
+from fxfuse.errors import RewriteError
+from fxfuse.labels import Value
+from fxfuse.layout import Layout, default_layout
+from fxfuse.rewrite import copy_graph
+from fxfuse.widen.units import Units
+
+#: Layout of each grown dimension of one tensor.
+Layouts = dict[int, Layout]
+
+
+class WideGraph:
+    """A copy of the members' graph on its way to the concatenated one.
+
+    Attributes:
+        analysis: The analysis of the members.
+        values: The labelled value of each node of the members' graph.
+        n_members: N.
+        units: The units, and which of them grow.
+        graph: The copy that is rewritten.
+        mapping: The node of `graph` that stands for each node of the members' graph.
+        places: Layouts of the dimensions of parameters and buffers that were read so far.
+        layouts: For each node of the members' graph that was widened, the layouts of its result;
+            a list of them where it returns a list.
+        orders: Index tensors that `graph` reads, by name.
+        inputs: What a node (first) now reads in place of an operand (second).
+    """
+
+    def __init__(self, analysis: CouplingGraph, n_members: int) -> None:
+        self.analysis = analysis
+        self.values = analysis.values
+        self.n_members = n_members
+        self.units = Units(analysis, n_members)
+        self.places: dict[Place, Layout] = {}
+        self.layouts: dict[fx.Node, Any] = {}
+        self.orders: dict[str, torch.Tensor] = {}
+        self.inputs: dict[tuple[fx.Node, fx.Node], fx.Node] = {}
+        self.mapping: dict[fx.Node, fx.Node] = {}
+        self.graph = copy_graph(analysis.captured.graph, self.mapping)
+
+    def layout_of(self, node: Any) -> Layouts:
+        """Layouts of an operand; a parameter that has none yet gets the default ones."""
+        if node.op != "get_attr":
+            found: Layouts = self.layouts[node]
+            return found
+        return {
+            dim: self.place_layout(place)
+            for dim, place in self.parameter_places(node)
+            if place in self.analysis.group_of
+        }
+
+    def parameter_places(self, node: fx.Node) -> Iterator[tuple[int, Place]]:
+        """Each dimension of a parameter or buffer with its place; nothing for a constant."""
+        name = self.analysis.captured.canonical.get(str(node.target))
+        if name is not None:
+            for dim in range(self.analysis.captured.tensor(name).dim()):
+                yield dim, (name, dim)
+
+    def place_layout(self, place: Place) -> Layout:
+        """Layout of a dimension of a parameter; the default one if it has none yet."""
+        if place not in self.places:
+            self.places[place] = default_layout(self.analysis, place, self.n_members)
+        return self.places[place]
+
+    def current(self, node: fx.Node, operand: fx.Node) -> fx.Node:
+        """What the copy of a node reads at present in place of an operand."""
+        return self.inputs.get((node, operand), self.mapping[operand])
+
+    def reroute(self, node: fx.Node, operand: fx.Node, instead: fx.Node) -> None:
+        """Makes the copy of a node read another node of the copy in place of an operand."""
+        self.mapping[node].replace_input_with(self.current(node, operand), instead)
+        self.inputs[(node, operand)] = instead
+
+    def hold(self, order: torch.Tensor) -> fx.Node:
+        """Keeps an index tensor, int64, and writes a node that reads it."""
+        name = f"_fxfuse_order_{len(self.orders)}"
+        self.orders[name] = order
+        return self.graph.get_attr(name)
+
+    def replace(self, node: fx.Node, written: fx.Node) -> fx.Node:
+        """Lets another node stand for a node of the members' graph; returns the one that did."""
+        replaced, self.mapping[node] = self.mapping[node], written
+        replaced.replace_all_uses_with(written)
+        return replaced
+
+
+def has_tensor(value: Any) -> bool:
+    """Whether the value of a node is a tensor or holds one."""
+    leaves = pytree.tree_leaves(value, is_leaf=lambda x: isinstance(x, Value))
+    return any(isinstance(x, Value) for x in leaves)
+
+
+def as_list(value: Any) -> list[Any]:
+    """What a node returns, as a list also where it is one thing."""
+    return list(value) if isinstance(value, list | tuple) else [value]
+
+
+def cannot_write(node: fx.Node, why: str) -> RewriteError:
+    """The error that names a node of the members' graph that cannot be widened."""
+    return RewriteError(
+        "the concatenated network cannot be written",
+        where=f"{node.name} [{node.target}]  {source_of(node)}".rstrip(),
+        why=why,
+        how="fuse at member width, which needs no rewriting of shapes",
+    )
