@@ -21,7 +21,6 @@ import torch.utils._pytree as pytree
 from torch import fx
 
 from fxfuse.apply import fused_side_by_side
-from fxfuse.capture import source_of
 from fxfuse.coupling import CouplingGraph, Index, Place
 from fxfuse.errors import RewriteError
 from fxfuse.gather import Movement
@@ -38,6 +37,7 @@ from fxfuse.rules import (
     selection,
 )
 from fxfuse.rules.registry import argument_of, find, hint
+from fxfuse.source_lines import source_of
 
 aten = torch.ops.aten
 
