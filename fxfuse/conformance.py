@@ -7,10 +7,10 @@ from typing import Any
 import torch
 from torch import fx
 
-from fxfuse.capture import where_of
 from fxfuse.errors import RuleError
 from fxfuse.labels import Field, Value, neurons
 from fxfuse.rules import concrete_shape, rule_file
+from fxfuse.source_lines import where_of
 
 
 def check_result(node: fx.Node, result: Any, count: int) -> None:

@@ -7,128 +7,35 @@ from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from itertools import pairwise
 from typing import Any, overload
 
 import networkx as nx
 import numpy as np
-from numpy.typing import NDArray
 from torch import fx, nn
 from torch.export import ExportedProgram
 
-from fxfuse.capture import Captured, capture, is_constant, source_of
-from fxfuse.controls import (
-    Asked,
-    Controls,
-    OutputDims,
-    Patterns,
-    asked_for,
-    contradiction,
-    interface_dims,
-)
-from fxfuse.errors import UnknownTensorError
-from fxfuse.heads import region_of
+from fxfuse.capture import Captured, capture
+from fxfuse.controls import Asked, Controls, OutputDims, Patterns, asked_for, interface_dims
+from fxfuse.explain import Explainer
+from fxfuse.freezing import FrozenReason, excused, frozen_components, frozen_places
+from fxfuse.gaps import WithoutRule, without_rule
+from fxfuse.grouping import CouplingGroup, form_groups
 from fxfuse.interpreter import interpret
-from fxfuse.labels import Freeze, Kind, Ledger, Mixing
-from fxfuse.rules import rule_file
+from fxfuse.labels import Index, Kind, Ledger, Place
+from fxfuse.mixing import MixingNote, mixing_notes, shared_writers
 
-#: A dimension of a named tensor.
-Place = tuple[str, int]
-Index = NDArray[np.int64]
-
-
-@dataclass(frozen=True)
-class CouplingGroup:
-    """Units that are interchangeable.
-
-    Attributes:
-        name: The first place of the group, as `tensor:dim`.
-        n_units: Number of units.
-        index: For each place, which indices each unit owns there, int64 [n_units, slots_per_unit].
-    """
-
-    name: str
-    n_units: int
-    index: Mapping[Place, Index]
-
-    def slots(self) -> int:
-        """Number of slots of one unit, over all places."""
-        return sum(rows.shape[1] for rows in self.index.values())
-
-
-@dataclass(frozen=True)
-class FrozenReason:
-    """Why a dimension, or a part of one, must stay as it is.
-
-    Attributes:
-        kind: What that means for fusion.
-        why: One sentence.
-        node: Name of the graph node that froze it, or "".
-        source: File, line and code of that node, or "".
-        indices: The frozen indices, int64 [n]; others of the same dimension may be free.
-        operator: The operator that has no rule (or none for this use), when that is the reason.
-        rule_file: Where a rule for that operator belongs, or "".
-        inside: Whether the reason lies inside the network.
-    """
-
-    kind: Kind
-    why: str
-    node: str
-    source: str
-    indices: Index = field(repr=False)
-    operator: str = ""
-    rule_file: str = ""
-    inside: bool = False
-
-    @property
-    def interface(self) -> bool:
-        """Whether the dimension is frozen by what the network is, so that no rule can free it.
-
-        Inputs and outputs of the network, positions in a kernel or a sequence, integer constants,
-        and dimensions of size 1.
-        """
-        return self.kind is not Kind.HOST and not self.inside
-
-
-@dataclass(frozen=True)
-class WithoutRule:
-    """An operator that froze something because the rules do not cover it.
-
-    Attributes:
-        operator: Its name.
-        has_rule: Whether it has a rule, which does not cover these uses.
-        nodes: Names of the graph nodes.
-        sources: File, line and code of each node.
-        rule_file: Where a rule belongs; for a rule of the user's own, its module.
-    """
-
-    operator: str
-    has_rule: bool
-    nodes: tuple[str, ...]
-    sources: tuple[str, ...]
-    rule_file: str
-
-    @property
-    def source(self) -> str:
-        """File, line and code of the first node."""
-        return self.sources[0]
-
-
-@dataclass(frozen=True)
-class MixingNote:
-    """An operator after which members put side by side are not the mean of the members.
-
-    Attributes:
-        why: What mixes.
-        node: Name of the graph node.
-        source: File, line and code of that node.
-        sources: When not empty: it mixes only if members disagree on one of these parameters.
-    """
-
-    why: str
-    node: str
-    source: str
-    sources: frozenset[str] = frozenset()
+# What an analysis consists of is imported from here, whichever file makes it.
+__all__ = [
+    "CouplingGraph",
+    "CouplingGroup",
+    "FrozenReason",
+    "Index",
+    "MixingNote",
+    "Place",
+    "WithoutRule",
+    "analyze",
+    "couple",
+]
 
 
 @dataclass(frozen=True)
@@ -169,8 +76,8 @@ class CouplingGraph:
         return {place: tuple(groups) for place, groups in found.items()}
 
     @cached_property
-    def _graph(self) -> nx.Graph:
-        return _networkx(self)
+    def _explainer(self) -> Explainer:
+        return Explainer(self.captured, self.ledger, self.group_of, self.frozen)
 
     def to_networkx(self) -> nx.Graph:
         """The coupling as a graph: nodes `(tensor, dim)`, edges with the fx nodes that tied them.
@@ -179,7 +86,7 @@ class CouplingGraph:
         `nodes`: names of graph nodes, in graph order. Nodes named `<name>` are results of
         operators without a rule.
         """
-        return self._graph.copy()
+        return self._explainer.graph.copy()
 
     @overload
     def explain(self, first: str, second: int) -> str: ...
@@ -198,80 +105,10 @@ class CouplingGraph:
             UnknownTensorError: The network has no such tensor or dimension.
         """
         if isinstance(first, str):
-            return self._explain_one((first, int(second)))
+            return self._explainer.one((first, int(second)))
         if second is None:
-            return self._explain_one(tuple(first))
-        return self._explain_two(tuple(first), tuple(second))
-
-    def _place(self, place: Place) -> Place:
-        name, dim = place
-        if name not in self.captured.canonical:
-            close = [n for n in self.captured.names if name in n][:5]
-            raise UnknownTensorError(
-                f"the network has no tensor {name!r}",
-                how="use a name of model.state_dict()" + (f", such as {close}" if close else ""),
-            )
-        rank = self.captured.tensor(name).dim()
-        if not -rank <= dim < rank:
-            raise UnknownTensorError(
-                f"{name!r} has no dimension {dim}", why=f"it has {rank} dimensions"
-            )
-        return self.captured.canonical[name], dim % rank
-
-    def _explain_one(self, place: Place) -> str:
-        key = self._place(place)
-        lines = [f"{place[0]}, dimension {key[1]}:"]
-        for group in self.group_of.get(key, ()):
-            slots = group.index[key].shape[1]
-            lines.append(
-                f"  free, in group {group.name!r}: {group.n_units} units, "
-                f"{slots} slot{'s' if slots > 1 else ''} of each unit here; coupled with"
-            )
-            for other in group.index:
-                if other != key:
-                    lines += [f"    {other[0]}, dimension {other[1]}"]
-                    lines += [f"      {step}" for step in self._chain(key, other)]
-        reason = self.frozen.get(key)
-        if reason is not None:
-            part = (
-                ""
-                if len(reason.indices) == self._size(key)
-                else f" ({len(reason.indices)} indices)"
-            )
-            lines.append(f"  frozen{part} ({reason.kind}): {reason.why}")
-            if reason.node:
-                lines.append(f"    at {reason.node}  {reason.source}".rstrip())
-            if reason.operator:
-                lines.append(f"    a rule for {reason.operator} belongs in {reason.rule_file}")
-        return "\n".join(lines)
-
-    def _explain_two(self, a: Place, b: Place) -> str:
-        first, second = self._place(a), self._place(b)
-        head = f"{a[0]}, dimension {first[1]} and {b[0]}, dimension {second[1]}"
-        if first == second:
-            return f"{head}: the same place"
-        steps = self._chain(first, second)
-        if not steps:
-            return f"{head}: not coupled"
-        return "\n".join([f"{head}: coupled by", *(f"  {step}" for step in steps)])
-
-    def _size(self, place: Place) -> int:
-        return int(self.captured.tensor(place[0]).shape[place[1]])
-
-    def _chain(self, a: Place, b: Place) -> list[str]:
-        if a not in self._graph or b not in self._graph or not nx.has_path(self._graph, a, b):
-            return []
-        by_name = {node.name: node for node in self.captured.graph.nodes}
-        path = nx.shortest_path(self._graph, a, b)
-        steps = []
-        for left, right in pairwise(path):
-            name = self._graph.edges[left, right]["nodes"][0]
-            source = source_of(by_name[name])
-            steps.append(
-                f"{left[0]}:{left[1]} - {right[0]}:{right[1]} by {name} "
-                f"[{by_name[name].target}]  {source}".rstrip()
-            )
-        return steps
+            return self._explainer.one(tuple(first))
+        return self._explainer.two(tuple(first), tuple(second))
 
     def trunk(self) -> CouplingGraph:
         """The same analysis with groups of which the members' own heads are no part."""
@@ -373,12 +210,12 @@ def couple(captured: Captured, controls: Controls) -> CouplingGraph:
     for name, wish in asked.items():
         ledger.ask(name, wish.kind, wish.why)
     component = ledger.components()
-    stuck = _frozen_components(ledger, component, _inside_heads(captured, ledger, component))
-    groups = _groups(captured, ledger, component, stuck.mask)
-    frozen = _frozen_places(captured, ledger, component, stuck, asked)
+    stuck = frozen_components(captured, ledger, component)
+    groups = form_groups(captured, ledger, component, stuck.mask)
+    frozen = frozen_places(captured, ledger, component, stuck, asked)
     notes = [
-        *_mixing_notes(ledger, component, stuck),
-        *_shared_writers(captured, groups, frozen, ledger.readers, asked),
+        *mixing_notes(ledger, component, stuck),
+        *shared_writers(captured, groups, frozen, ledger.readers, asked),
     ]
     return CouplingGraph(
         captured,
@@ -391,266 +228,8 @@ def couple(captured: Captured, controls: Controls) -> CouplingGraph:
         values,
         ledger,
         asked,
-        _without_rule(ledger),
+        without_rule(ledger),
     )
-
-
-def _without_rule(ledger: Ledger) -> tuple[WithoutRule, ...]:
-    """The gaps of one operator together."""
-    found: dict[tuple[Any, bool], list[fx.Node]] = defaultdict(list)
-    for gap in ledger.gaps:
-        found[(gap.node.target, gap.has_rule)].append(gap.node)
-    return tuple(
-        WithoutRule(
-            str(target),
-            has_rule,
-            tuple(node.name for node in nodes),
-            tuple(source_of(node) for node in nodes),
-            rule_file(target),
-        )
-        for (target, has_rule), nodes in found.items()
-    )
-
-
-def excused(asked: Mapping[str, Asked]) -> frozenset[str]:
-    """Tensors that stay the host's as they are, so that nothing has to be known of them."""
-    return frozenset(name for name, wish in asked.items() if wish.kind is Kind.HOST)
-
-
-@dataclass(frozen=True)
-class _Frozen:
-    """What of the network's components is frozen.
-
-    Attributes:
-        kind: int8 [components]: index into `_KINDS`, -1 where free.
-        reason: int64 [components]: index into `reasons`.
-        reasons: Why something is frozen.
-    """
-
-    kind: NDArray[np.int8]
-    reason: Index
-    reasons: tuple[Freeze, ...]
-
-    @property
-    def mask(self) -> NDArray[np.bool_]:
-        """Bool [components]."""
-        return self.kind >= 0
-
-    def of(self, component: int) -> Freeze:
-        """Why a component is frozen; of the kind that decides."""
-        freeze = self.reasons[int(self.reason[component])]
-        return replace(freeze, kind=_KINDS[int(self.kind[component])])
-
-
-_KINDS = (Kind.HOST, Kind.OUTPUT, Kind.COMMON)
-#: Where an index means the same in all members anyhow, a wish concerns its tensor alone.
-_SPARED = {Kind.HOST: Kind.COMMON, Kind.COMMON: Kind.OUTPUT}
-_HEAD = Freeze(np.empty(0, np.int64), Kind.COMMON, "lies inside the head of one member", None)
-
-
-def _frozen_components(ledger: Ledger, component: Index, heads: NDArray[np.bool_]) -> _Frozen:
-    """Kind and first reason of every frozen component.
-
-    Args:
-        ledger: What was found out.
-        component: The component of each id.
-        heads: bool [components]: those that only heads have.
-
-    Raises:
-        ControlError: A component is to be the host's and shared at once.
-    """
-    size = len(heads)
-    needed = np.full((len(_KINDS), size), -1, dtype=np.int64)
-    wished = needed.copy()
-    # What lies inside could be mended, so it is only said where nothing else holds.
-    order = sorted(range(len(ledger.freezes)), key=lambda n: ledger.freezes[n].inside)
-    # Backwards, so that the first reason is the one that stays.
-    for number in reversed(order):
-        freeze = ledger.freezes[number]
-        table = wished if freeze.asked else needed
-        table[_KINDS.index(freeze.kind), component[freeze.ids]] = number
-    read = np.zeros(size, dtype=bool)
-    for place in ledger.readers:
-        read[component[ledger.ids_of(ledger.owners.index(place))]] = True
-    kind = np.full(size, -1, dtype=np.int8)
-    for number in reversed(range(len(_KINDS))):
-        kind[needed[number] >= 0] = number
-    # An output that nothing inside reads is the members' mean, whatever it passes.
-    output = _KINDS.index(Kind.OUTPUT)
-    kind[(needed[output] >= 0) & ~read] = output
-    reason = np.take_along_axis(needed, np.maximum(kind, 0)[None], axis=0)[0]
-    granted = {
-        k: (wished[_KINDS.index(k)] >= 0) & (kind != _KINDS.index(spared))
-        for k, spared in _SPARED.items()
-    }
-    torn = np.flatnonzero(np.logical_and(*granted.values()))
-    if len(torn):
-        wishes = [ledger.freezes[wished[_KINDS.index(k), torn[0]]] for k in granted]
-        places = [ledger.owners[int(ledger.owner_positions(w.ids)[0])] for w in wishes]
-        where = " is coupled with ".join(f"{name}:{dim}" for name, dim in places)
-        raise contradiction(where, *(w.why for w in wishes))
-    for k, mask in granted.items():
-        kind[mask] = _KINDS.index(k)
-        reason[mask] = wished[_KINDS.index(k)][mask]
-    kind[heads], reason[heads] = _KINDS.index(_HEAD.kind), len(ledger.freezes)
-    return _Frozen(kind, reason, (*ledger.freezes, _HEAD))
-
-
-def _inside_heads(captured: Captured, ledger: Ledger, component: Index) -> NDArray[np.bool_]:
-    """Components that only heads have: a head keeps its member's order in them."""
-    size = int(component.max(initial=0)) + 1
-    heads, trunk = np.zeros(size, dtype=bool), np.zeros(size, dtype=bool)
-    if not captured.heads:
-        return heads
-    inner = {f"<{node.name}>" for node in region_of(captured, captured.heads)}
-    for owner, (name, _) in enumerate(ledger.owners):
-        own = name in captured.heads or name in inner
-        (heads if own else trunk)[component[ledger.ids_of(owner)]] = True
-    return heads & ~trunk
-
-
-def _is_real(place: Place) -> bool:
-    return not place[0].startswith("<")
-
-
-def _groups(
-    captured: Captured,
-    ledger: Ledger,
-    component: Index,
-    frozen: NDArray[np.bool_],
-) -> tuple[CouplingGroup, ...]:
-    """Free components are units; those of one structure are a group."""
-    parts = ledger.slots(component)
-    structure = ledger.structure(component, parts)
-    places = [(p, ledger.ids_of(owner)) for owner, p in enumerate(ledger.owners) if _is_real(p)]
-    appeared = np.full(len(frozen), len(places))
-    for number, (_, ids) in reversed(list(enumerate(places))):
-        appeared[component[ids]] = number
-    appeared[frozen] = len(places)
-    units = np.flatnonzero(appeared < len(places))
-    units = units[np.argsort(appeared[units], kind="stable")]
-    _, first, group = np.unique(structure[units], return_index=True, return_inverse=True)
-    # Groups are numbered in the order in which their first unit appears.
-    group = np.argsort(np.argsort(first))[group]
-    sizes = np.bincount(group, minlength=len(first))
-    group_of, unit_of = np.full(len(frozen), -1), np.full(len(frozen), -1)
-    group_of[units] = group
-    together = np.argsort(group, kind="stable")
-    unit_of[units[together]] = np.arange(len(units)) - np.repeat(np.cumsum(sizes) - sizes, sizes)
-    aliases = defaultdict(list)
-    for name, canonical in captured.canonical.items():
-        aliases[canonical].append(name)
-    indexes: list[dict[Place, Index]] = [{} for _ in sizes]
-    for (name, dim), ids in places:
-        owned = group_of[component[ids]]
-        # Slots of two units correspond when they play the same part, whatever their index.
-        order = np.lexsort((parts[ids], unit_of[component[ids]], owned))
-        numbers, starts = np.unique(owned[order], return_index=True)
-        for number, rows in zip(numbers, np.split(order, starts[1:]), strict=True):
-            if number >= 0:
-                for alias in aliases[name]:
-                    indexes[number][(alias, dim)] = rows.reshape(sizes[number], -1)
-    groups, taken = [], set[str]()
-    for n_units, index in zip(sizes.tolist(), indexes, strict=True):
-        leader = next(iter(index))
-        name = f"{leader[0]}:{leader[1]}"
-        number = 2
-        while name in taken:
-            name = f"{leader[0]}:{leader[1]}#{number}"
-            number += 1
-        taken.add(name)
-        groups.append(CouplingGroup(name, n_units, index))
-    return tuple(groups)
-
-
-def _frozen_places(
-    captured: Captured,
-    ledger: Ledger,
-    component: Index,
-    stuck: _Frozen,
-    asked: Mapping[str, Asked],
-) -> dict[Place, FrozenReason]:
-    by_owner: dict[Place, Index] = {}
-    for owner, place in enumerate(ledger.owners):
-        by_owner[place] = component[ledger.ids_of(owner)]
-    reached = captured.reached()
-    frozen: dict[Place, FrozenReason] = {}
-    for name, first in captured.canonical.items():
-        tensor = captured.tensor(name)
-        for dim, size in enumerate(tensor.shape):
-            members = by_owner.get((first, dim))
-            everything = np.arange(size)
-            wish = asked.get(first)
-            if wish is not None:
-                frozen[(name, dim)] = FrozenReason(wish.kind, wish.why, "", "", everything)
-            elif is_constant(tensor):
-                why = "an integer or boolean tensor is a constant of the network"
-                frozen[(name, dim)] = FrozenReason(Kind.COMMON, why, "", "", everything)
-            elif first not in reached:
-                why = "the captured graph does not read this tensor"
-                reason = FrozenReason(Kind.COMMON, why, "", "", everything, inside=True)
-                frozen[(name, dim)] = reason
-            elif members is None:
-                why = "size 1: there is nothing to permute"
-                frozen[(name, dim)] = FrozenReason(Kind.COMMON, why, "", "", everything)
-            else:
-                indices = np.flatnonzero(stuck.mask[members])
-                if len(indices):
-                    freeze = stuck.of(int(members[indices[0]]))
-                    frozen[(name, dim)] = _reason(freeze, indices)
-    return frozen
-
-
-def _reason(freeze: Freeze, indices: Index) -> FrozenReason:
-    node = freeze.node
-    return FrozenReason(
-        freeze.kind,
-        freeze.why,
-        node.name if node is not None else "",
-        source_of(node) if node is not None else "",
-        indices,
-        freeze.operator,
-        rule_file(node.target) if node is not None and freeze.operator else "",
-        freeze.inside,
-    )
-
-
-def _shared_writers(
-    captured: Captured,
-    groups: Iterable[CouplingGroup],
-    frozen: Mapping[Place, FrozenReason],
-    readers: set[Place],
-    asked: Mapping[str, Asked],
-) -> Iterable[MixingNote]:
-    """What the members' own units add to a shared dimension is averaged."""
-    shared = {wish.why for wish in asked.values() if wish.kind is Kind.COMMON}
-    free = {place for group in groups for place in group.index}
-    for name, dim in sorted(free):
-        if (name, dim) not in readers:
-            continue
-        reasons = (frozen.get((name, d)) for d in range(captured.tensor(name).dim()))
-        why = next((r.why for r in reasons if r is not None and r.why in shared), "")
-        if why:
-            node = next(n for n in captured.graph.nodes if n.op == "get_attr" and n.target == name)
-            user = next(iter(node.users))
-            yield MixingNote(f"members are averaged in what is {why}", user.name, source_of(user))
-
-
-def _mixing_notes(ledger: Ledger, component: Index, stuck: _Frozen) -> Iterable[MixingNote]:
-    averaged = stuck.kind == _KINDS.index(Kind.OUTPUT)
-    seen: set[tuple[str, str]] = set()
-    for note in ledger.mixings:
-        if note.ids is not None and not averaged[component[note.ids]].any():
-            continue
-        node = note.node.name if note.node is not None else ""
-        if (node, note.why) not in seen:
-            seen.add((node, note.why))
-            yield _note(note, node)
-
-
-def _note(note: Mixing, node: str) -> MixingNote:
-    source = source_of(note.node) if note.node is not None else ""
-    return MixingNote(note.why, node, source, note.sources)
 
 
 def _free_fraction(captured: Captured, groups: Iterable[CouplingGroup]) -> float:
@@ -662,26 +241,3 @@ def _free_fraction(captured: Captured, groups: Iterable[CouplingGroup]) -> float
             total += tensor.numel()
             inside += tensor.numel() if name in free else 0
     return inside / total if total else 0.0
-
-
-def _networkx(graph: CouplingGraph) -> nx.Graph:
-    ledger = graph.ledger
-    result: nx.Graph = nx.Graph()
-    for owner, place in enumerate(ledger.owners):
-        result.add_node(
-            place,
-            size=len(ledger.ids_of(owner)),
-            groups=[g.name for g in graph.group_of.get(place, ())],
-            frozen=graph.frozen[place].why if place in graph.frozen else "",
-        )
-    for a, b, node in ledger.ties:
-        pairs = np.stack([ledger.owner_positions(a), ledger.owner_positions(b)], axis=1)
-        for left, right in np.unique(pairs, axis=0).tolist():
-            if left == right or node is None:
-                continue
-            u, v = ledger.owners[left], ledger.owners[right]
-            if not result.has_edge(u, v):
-                result.add_edge(u, v, nodes=[])
-            if node.name not in result.edges[u, v]["nodes"]:
-                result.edges[u, v]["nodes"].append(node.name)
-    return result

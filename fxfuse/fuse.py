@@ -14,15 +14,9 @@ from torch import nn
 from torch.export import ExportedProgram
 
 from fxfuse.apply import fused_at_width
-from fxfuse.capture import (
-    Captured,
-    capture,
-    capture_eagerly,
-    check_reached,
-    check_same_network,
-)
+from fxfuse.capture import Captured, capture, capture_eagerly, check_reached
 from fxfuse.controls import OutputDims, Patterns
-from fxfuse.coupling import CouplingGraph, analyze, excused
+from fxfuse.coupling import CouplingGraph, analyze
 from fxfuse.eager import answers
 from fxfuse.errors import (
     CheckpointMismatchError,
@@ -32,12 +26,14 @@ from fxfuse.errors import (
     TooFewMembersError,
     VerificationError,
 )
+from fxfuse.freezing import excused
 from fxfuse.heads import join
 from fxfuse.members import check_alike, check_finite, check_model, check_values
 from fxfuse.methods import Options, find_method
 from fxfuse.plan import FusionPlan
 from fxfuse.planner import make_plan
 from fxfuse.rewrite import FusedModule, emit
+from fxfuse.same_network import check_same_network
 from fxfuse.scores import check_score
 from fxfuse.verify import Check, Verification, handover, permutation_of, wrong_groups
 

@@ -17,16 +17,12 @@ import torch.utils._pytree as pytree
 from torch import fx, nn
 from torch.fx.graph import _PyTreeCodeGen
 
-from fxfuse.capture import (
-    Captured,
-    attach,
-    check_same_network,
-    fetch,
-    is_constant,
-    source_of,
-)
+from fxfuse.capture import Captured
 from fxfuse.controls import Patterns, listed, names_under
 from fxfuse.errors import PartialFusionError
+from fxfuse.same_network import check_same_network
+from fxfuse.source_lines import source_of
+from fxfuse.tensors import attach, fetch, is_constant
 
 
 @dataclass(frozen=True)

@@ -13,12 +13,13 @@ import torch
 import torch.utils._pytree as pytree
 from torch import fx
 
-from fxfuse.capture import Captured, is_constant
+from fxfuse.capture import Captured
 from fxfuse.conformance import check_result
 from fxfuse.errors import FxfuseError, RuleError
 from fxfuse.labels import Field, Gap, Kind, Ledger, Value, positions
 from fxfuse.rules import Call, Rule, concrete_shape, find, hint, rule_file
 from fxfuse.rules.pointwise import is_pointwise, pointwise
+from fxfuse.tensors import is_constant
 
 #: Constants above this size count as varying along every dimension; comparing would cost more
 #: than the answer is worth.

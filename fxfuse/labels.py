@@ -28,6 +28,10 @@ from scipy.sparse.csgraph import connected_components
 from torch import fx
 
 Ids = torch.Tensor
+#: A dimension of a named tensor.
+Place = tuple[str, int]
+#: Indices along a dimension, or numbers of components: int64.
+Index = NDArray[np.int64]
 
 #: Where the part begins in an id.
 _PART = 32
@@ -285,7 +289,7 @@ class Ledger:
     The rules in `fxfuse.rules` write into it; `fxfuse.coupling` reads it.
     """
 
-    owners: list[tuple[str, int]] = field(default_factory=list)
+    owners: list[Place] = field(default_factory=list)
     starts: list[int] = field(default_factory=list)
     count: int = 1
     ties: list[tuple[NDArray[np.int64], NDArray[np.int64], fx.Node | None]] = field(
@@ -298,8 +302,8 @@ class Ledger:
     mixings: list[Mixing] = field(default_factory=list)
     gaps: list[Gap] = field(default_factory=list)
     touches: list[tuple[NDArray[np.int64], NDArray[np.int64], int]] = field(default_factory=list)
-    readers: set[tuple[str, int]] = field(default_factory=set)
-    writers: set[tuple[str, int]] = field(default_factory=set)
+    readers: set[Place] = field(default_factory=set)
+    writers: set[Place] = field(default_factory=set)
     node: fx.Node | None = None
     clock: int = 0
 
@@ -311,7 +315,7 @@ class Ledger:
                 fields.append(_arange(shape, dim, self.fresh(size, (name, dim))))
         return Value(tuple(shape), tuple(fields), (), frozenset({name}))
 
-    def fresh(self, size: int, owner: tuple[str, int]) -> int:
+    def fresh(self, size: int, owner: Place) -> int:
         """Reserves `size` ids for an owner; returns the first."""
         start = self.count
         self.owners.append(owner)
@@ -329,7 +333,7 @@ class Ledger:
         end = self.starts[owner + 1] if owner + 1 < len(self.starts) else self.count
         return np.arange(self.starts[owner], end)
 
-    def owners_of(self, ids: Ids) -> set[tuple[str, int]]:
+    def owners_of(self, ids: Ids) -> set[Place]:
         """The (tensor, dim) pairs that own the given ids."""
         flat = np.unique(_flat(neurons(ids)))
         return {self.owners[i] for i in np.unique(self.owner_positions(flat[flat > 0]))}

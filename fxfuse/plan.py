@@ -12,10 +12,10 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from fxfuse.capture import is_constant
 from fxfuse.coupling import CouplingGraph, Index, MixingNote
 from fxfuse.errors import PlanError
 from fxfuse.labels import Kind
+from fxfuse.tensors import is_constant
 
 _SCHEMA = 1
 

@@ -14,8 +14,10 @@ import torch
 from torch import fx, nn
 from torch.fx.passes.infra.pass_base import PassBase, PassResult
 
-from fxfuse.capture import TRAINING_ARGUMENT, Captured, attach, follows_mode
+from fxfuse.capture import Captured
 from fxfuse.errors import RewriteError
+from fxfuse.tensors import attach
+from fxfuse.training_argument import TRAINING_ARGUMENT, follows_mode
 
 _BATCH_NORM = torch.ops.aten.batch_norm.default
 _MEAN, _COUNTER = "running_mean", "num_batches_tracked"

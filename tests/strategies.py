@@ -17,7 +17,8 @@ from hypothesis import strategies as st
 from torch import nn
 
 import fxfuse
-from fxfuse.capture import Captured, rebuild
+from fxfuse.capture import Captured
+from fxfuse.rebuild import rebuild
 from tests.models import excite
 
 CLASSES = 3

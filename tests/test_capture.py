@@ -9,8 +9,9 @@ from torch.utils.checkpoint import checkpoint
 
 import fxfuse
 from fxfuse import verify
-from fxfuse.capture import check_same_network, source_of
 from fxfuse.errors import CaptureError, ExampleInputError, MemberMismatchError
+from fxfuse.same_network import check_same_network
+from fxfuse.source_lines import source_of
 from tests.nets import SmallResNet, images, resnets
 
 

@@ -16,8 +16,8 @@ from hypothesis import HealthCheck, given, settings
 import fxfuse
 from fxfuse import verify
 from fxfuse.apply import permuted, random_permutations
-from fxfuse.capture import rebuild
 from fxfuse.labels import Kind
+from fxfuse.rebuild import rebuild
 from tests.strategies import (
     BLOCKS,
     IMAGE,

@@ -11,8 +11,8 @@ from torch import nn
 
 import fxfuse
 from fxfuse import verify
-from fxfuse.capture import rebuild
 from fxfuse.errors import RuleError
+from fxfuse.rebuild import rebuild
 from fxfuse.rules import registered, rule
 from fxfuse.rules.registry import name_of
 from tests.models import excite

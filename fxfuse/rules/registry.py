@@ -11,9 +11,9 @@ import torch
 from torch import fx
 from torch.library import CustomOpDef  # type: ignore[attr-defined]
 
-from fxfuse.capture import where_of
 from fxfuse.errors import RuleError
 from fxfuse.labels import Ledger, Value
+from fxfuse.source_lines import where_of
 
 #: A rule gets the ledger, the node and the node's arguments (nodes replaced by their values,
 #: symbolic numbers by their hints) and returns the value of the node.

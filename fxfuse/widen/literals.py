@@ -110,12 +110,13 @@ def candidates(
         sizes = list(args[place])  # type: ignore[arg-type]
         # Unflattening writes the sizes of one dimension only.
         written = range(value.rank) if is_view else [dimension(node, value.rank)]
-        growth = [lay.size // value.shape[dim] for dim, lay in layouts.items() if dim in written]
+        growth = [(value.shape[dim], lay.size) for dim, lay in layouts.items() if dim in written]
         for dims in combinations(range(len(sizes)), len(growth)):
             grown = list(sizes)
-            for d, factor in zip(dims, growth, strict=True):
-                grown[d] = _times(grown[d], factor)
-            yield (*args[:place], grown, *args[place + 1 :])
+            for d, (old, new) in zip(dims, growth, strict=True):
+                grown[d] = _grown(grown[d], old, new)
+            if None not in grown:
+                yield (*args[:place], grown, *args[place + 1 :])
         return
     dim = dimension(node, value.rank)
     if node.target in (aten.slice.Tensor, aten.narrow.default) and dim in layouts:
@@ -145,7 +146,10 @@ def _slices(wide: WideGraph, node: fx.Node, layout: Layout) -> Iterator[tuple[An
         yield (node.args[0], node.args[1], start, last)
 
 
-def _times(size: Any, factor: int) -> Any:
+def _grown(size: Any, old: int, new: int) -> Any:
+    """A size in which a dimension grew from `old` to `new`; None where that is no whole number."""
     if isinstance(size, fx.Node):
-        return _Product(size, factor)
-    return size * factor if size > 0 else size
+        return _Product(size, new // old) if new % old == 0 else None
+    if size <= 0:
+        return size
+    return None if size * new % old else size * new // old

@@ -9,12 +9,12 @@ import torch
 import torch.utils._pytree as pytree
 from torch import fx
 
-from fxfuse.capture import source_of
 from fxfuse.coupling import CouplingGraph, Place
 from fxfuse.errors import RewriteError
 from fxfuse.labels import Value
 from fxfuse.layout import Layout, default_layout
 from fxfuse.rewrite import copy_graph
+from fxfuse.source_lines import source_of
 from fxfuse.widen.units import Units
 
 #: Layout of each grown dimension of one tensor.

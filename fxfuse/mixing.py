@@ -1,0 +1,83 @@
+"""Where members put side by side are not the mean of the members any more."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+from fxfuse.capture import Captured
+from fxfuse.controls import Asked
+from fxfuse.freezing import FrozenComponents, FrozenReason
+from fxfuse.grouping import CouplingGroup
+from fxfuse.labels import Index, Kind, Ledger, Mixing, Place
+from fxfuse.source_lines import source_of
+
+
+@dataclass(frozen=True)
+class MixingNote:
+    """An operator after which members put side by side are not the mean of the members.
+
+    Attributes:
+        why: What mixes.
+        node: Name of the graph node.
+        source: File, line and code of that node.
+        sources: When not empty: it mixes only if members disagree on one of these parameters.
+    """
+
+    why: str
+    node: str
+    source: str
+    sources: frozenset[str] = frozenset()
+
+
+def mixing_notes(ledger: Ledger, component: Index, stuck: FrozenComponents) -> Iterable[MixingNote]:
+    """Mixing operators; one that mixes certain neurons counts where an output averages them.
+
+    Args:
+        ledger: What was found out.
+        component: The component of each id.
+        stuck: The frozen components.
+    """
+    averaged = stuck.kind_is(Kind.OUTPUT)
+    seen: set[tuple[str, str]] = set()
+    for note in ledger.mixings:
+        if note.ids is not None and not averaged[component[note.ids]].any():
+            continue
+        node = note.node.name if note.node is not None else ""
+        if (node, note.why) not in seen:
+            seen.add((node, note.why))
+            yield _note(note, node)
+
+
+def shared_writers(
+    captured: Captured,
+    groups: Iterable[CouplingGroup],
+    frozen: Mapping[Place, FrozenReason],
+    readers: set[Place],
+    asked: Mapping[str, Asked],
+) -> Iterable[MixingNote]:
+    """What the members' own units add to a shared dimension is averaged.
+
+    Args:
+        captured: The network.
+        groups: Its coupling groups.
+        frozen: The frozen places.
+        readers: The places along which a parameter reads neurons.
+        asked: What options asked for, by canonical tensor name.
+    """
+    shared = {wish.why for wish in asked.values() if wish.kind is Kind.COMMON}
+    free = {place for group in groups for place in group.index}
+    for name, dim in sorted(free):
+        if (name, dim) not in readers:
+            continue
+        reasons = (frozen.get((name, d)) for d in range(captured.tensor(name).dim()))
+        why = next((r.why for r in reasons if r is not None and r.why in shared), "")
+        if why:
+            node = next(n for n in captured.graph.nodes if n.op == "get_attr" and n.target == name)
+            user = next(iter(node.users))
+            yield MixingNote(f"members are averaged in what is {why}", user.name, source_of(user))
+
+
+def _note(note: Mixing, node: str) -> MixingNote:
+    source = source_of(note.node) if note.node is not None else ""
+    return MixingNote(note.why, node, source, note.sources)

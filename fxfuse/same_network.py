@@ -1,0 +1,124 @@
+"""Whether captured members are one network: the same graph, tensors and constants."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+import torch.utils._pytree as pytree
+from torch import fx
+
+from fxfuse.capture import Captured
+from fxfuse.eager import answers
+from fxfuse.errors import MemberMismatchError
+from fxfuse.example import first_line
+from fxfuse.source_lines import where_of
+from fxfuse.tensors import is_constant
+
+
+def check_same_network(members: Sequence[Captured]) -> None:
+    """Checks that the members have one graph, the same tensors and the same constants.
+
+    Members that were traced have other sizes in their graphs, so they are compared by what they
+    answer: the first member's module with another member's weights has to answer as that member.
+
+    Raises:
+        MemberMismatchError: Names the first difference.
+    """
+    first = members[0]
+    for number, other in enumerate(members[1:], start=1):
+        _check_tensors(first, other, number)
+        if first.is_program and other.is_program:
+            _check_graph(first, other, number)
+        else:
+            _check_answers(first, other, number)
+
+
+def _mismatch(what: str, number: int, where: str, why: str) -> MemberMismatchError:
+    return MemberMismatchError(
+        f"member {number} differs from member 0: {what}",
+        where=where,
+        why=why,
+        how="give members of one architecture, built with the same arguments",
+    )
+
+
+def _check_tensors(first: Captured, other: Captured, number: int) -> None:
+    for name in [*first.names, *(n for n in other.names if n not in first.canonical)]:
+        if (name in other.canonical) != (name in first.canonical):
+            owner = "member 0" if name in first.canonical else f"member {number}"
+            raise _mismatch("tensor names", number, name, f"only {owner} has this tensor")
+        ours, theirs = first.tensor(name), other.tensor(name)
+        if ours.shape != theirs.shape:
+            raise _mismatch("shapes", number, name, f"{tuple(ours.shape)} vs {tuple(theirs.shape)}")
+        if ours.dtype != theirs.dtype:
+            raise _mismatch("dtypes", number, name, f"{ours.dtype} vs {theirs.dtype}")
+        if first.canonical[name] != other.canonical[name]:
+            raise _mismatch(
+                "tied parameters",
+                number,
+                name,
+                f"same tensor as {first.canonical[name]!r} vs same as {other.canonical[name]!r}",
+            )
+
+
+def _check_answers(first: Captured, other: Captured, number: int) -> None:
+    if first.source is None or other.source is None or first.is_program != other.is_program:
+        raise _mismatch("capture", number, "", "only one of them can be exported")
+    args, kwargs = other.example_inputs
+    expected = answers(other.source, {}, args, kwargs)
+    try:
+        found = answers(first.source, other.once(other.state()), args, kwargs)
+        # Leaves, since outputs may be of a type that only pytree knows.
+        torch.testing.assert_close(
+            *(
+                [x for x in pytree.tree_leaves(y) if isinstance(x, torch.Tensor)]
+                for y in (found, expected)
+            ),
+            equal_nan=True,
+        )
+    except Exception as error:
+        raise _mismatch(
+            "answers",
+            number,
+            type(other.source).__name__,
+            f"member 0 with its weights answers otherwise: {first_line(error)}",
+        ) from error
+
+
+def _check_graph(first: Captured, other: Captured, number: int) -> None:
+    ours, theirs = list(first.graph.nodes), list(other.graph.nodes)
+    position = {node: index for index, node in enumerate(ours)}
+    position_theirs = {node: index for index, node in enumerate(theirs)}
+    for a, b in zip(ours, theirs, strict=False):
+        line_a, line_b = _signature(a, position), _signature(b, position_theirs)
+        if line_a != line_b:
+            raise _mismatch(
+                "graphs",
+                number,
+                where_of(a),
+                f"{a.format_node()} vs {b.format_node()}",
+            )
+        if a.op == "get_attr" and _is_constant(first, str(a.target)):
+            value, value_other = first.tensor(str(a.target)), other.tensor(str(b.target))
+            if value.dtype != value_other.dtype or not torch.equal(value, value_other):
+                why = f"a constant ({value.dtype}) that the graph reads has another value"
+                if str(a.target) in first.canonical:
+                    why += "; integer tensors are constants, quantised weights too: fuse the "
+                    why += "floating-point networks and quantise the result"
+                raise _mismatch("constants", number, str(a.target), why)
+    if len(ours) != len(theirs):
+        raise _mismatch("graphs", number, "end of the graph", f"{len(ours)} vs {len(theirs)} nodes")
+
+
+def _is_constant(captured: Captured, target: str) -> bool:
+    return target not in captured.canonical or is_constant(captured.tensor(target))
+
+
+def _signature(node: fx.Node, position: Mapping[fx.Node, int]) -> tuple[Any, ...]:
+    def plain(value: Any) -> Any:
+        return fx.map_arg(value, lambda n: ("node", position[n]))
+
+    target = node.target if node.op in ("get_attr", "call_function") else ""
+    return (node.op, target, plain(node.args), plain(node.kwargs))
