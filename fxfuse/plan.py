@@ -310,8 +310,12 @@ def inner_averages(graph: CouplingGraph, states: Sequence[Mapping[str, Any]]) ->
     return found
 
 
-def _averaged_cells(graph: CouplingGraph, name: str) -> tuple[torch.Tensor, ...] | None:
-    """Index of the part of a tensor that is averaged inside the network, if there is one."""
+def _averaged_cells(graph: CouplingGraph, name: str) -> tuple[Any, ...] | None:
+    """Index of the part of a tensor that is averaged inside the network, if there is one.
+
+    Also of a part that should be and cannot: a weight that is used transposed as well writes the
+    sum of the members into an index that all of them share.
+    """
     role, rank = role_of(graph, name), graph.captured.tensor(name).dim()
     if role is Role.MEAN:
         return ()
@@ -320,10 +324,15 @@ def _averaged_cells(graph: CouplingGraph, name: str) -> tuple[torch.Tensor, ...]
     if role is not Role.SUM or any(r is not None and r.kind is Kind.OUTPUT for r in reasons):
         return None
     shared = [np.flatnonzero(~own_indices(graph, place)) for place in places]
-    if not rank or not all(len(indices) for indices in shared):
-        return None
-    grid = np.ix_(*shared)
-    return tuple(torch.from_numpy(indices) for indices in grid)
+    if rank and all(len(indices) for indices in shared):
+        return tuple(torch.from_numpy(indices) for indices in np.ix_(*shared))
+    canonical = graph.captured.canonical[name]
+    for dim, indices in enumerate(shared):
+        others = (place for place in places if place[1] != dim and place in graph.group_of)
+        summed = any((canonical, d) in graph.readers for _, d in others)
+        if len(indices) and (canonical, dim) in graph.writers and summed:
+            return (*[slice(None)] * dim, torch.from_numpy(indices))
+    return None
 
 
 def hosted_names(graph: CouplingGraph) -> tuple[str, ...]:

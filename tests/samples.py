@@ -162,6 +162,8 @@ def _boxes(t: torch.Tensor) -> torch.Tensor:
     return torch.stack([image, corner, zero, far, far], 1)  # [b, 5]
 
 
+# Samples have weights from the moment that they are made: the same in every process.
+torch.manual_seed(0)
 SAMPLES: dict[Any, nn.Module] = {
     # movement
     aten.permute.default: Call(lambda t: t.permute(0, 2, 3, 1)),
