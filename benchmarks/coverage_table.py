@@ -110,11 +110,11 @@ def _random() -> list[str]:
     if not (RESULTS / "random_networks.json").exists():
         return []
     found = _read("random_networks.json")
-    findings = sum(len(cases) for cases in found["findings"].values())
+    counts = found["counts"]
     return [
         "",
-        f"Random networks (`python benchmarks/random_networks.py`): **{found['networks']:,}** "
-        f"drawn, **{findings}** violations.",
+        f"Random networks (`python benchmarks/random_networks.py`, seed {found['seed']}): "
+        f"**{counts['networks']:,}** drawn, **{len(found['findings'])}** with findings.",
     ]
 
 
