@@ -210,7 +210,8 @@ def main() -> None:
     def done(row: dict[str, Any]) -> None:
         rows[row["model"]] = row
         print(json.dumps(row), flush=True)
-        content = {"versions": versions, "rows": [rows[m] for m in models() if m in rows]}
+        found = [rows[m] for m in models() if m in rows]
+        content = {"versions": versions, "models": len(models()), "rows": found}
         options.json.parent.mkdir(parents=True, exist_ok=True)
         options.json.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
 

@@ -46,6 +46,8 @@ def page() -> str:
         "two members and their mean, where no operator mixes them. Times are for one thread; the",
         "analysis starts from the captured graph.",
         "",
+        f"{len(rows)} of the sweep's {coverage['models']} models have been measured.",
+        "",
         *_summary(rows),
         *_random(),
         *_growth(),

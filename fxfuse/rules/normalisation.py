@@ -33,9 +33,16 @@ def _affine(call: Call, x: Value, parameters: Iterable[Value | None], dim: int) 
 
 @rule(aten.batch_norm.default)
 def batch_norm(call: Call) -> Value:
-    """Per channel (dimension 1): weight, bias, running mean and variance."""
+    """Per channel (dimension 1): weight, bias, running mean and variance.
+
+    Without running statistics it normalises over everything else, as a weight that is standardised
+    in the graph does.
+    """
     x = call.args[0]
     call.ledger.touch(x)
+    if call.args[3] is None:
+        others = [d for d in range(x.rank) if d != 1]
+        reduce_over(call.ledger, x, others, "normalisation over the members' neurons")
     return _affine(call, x, call.args[1:5], 1)
 
 
