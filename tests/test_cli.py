@@ -498,6 +498,8 @@ def start(*arguments):
         stderr=subprocess.PIPE,
         text=True,
         env=environment,
+        # A shell starts background jobs deaf to Ctrl-C, and their children with them.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
     )
 
 
