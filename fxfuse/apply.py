@@ -10,7 +10,7 @@ import torch
 from fxfuse.coupling import CouplingGraph, CouplingGroup, Index, Place
 from fxfuse.labels import Kind
 from fxfuse.layout import Layout, Placement, place_copies, place_units
-from fxfuse.plan import FusionPlan, Role, own_indices, role_of
+from fxfuse.plan import FusionPlan, Role, is_written, own_indices, role_of
 
 
 def permuted(
@@ -161,12 +161,10 @@ def _weight(graph: CouplingGraph, plan: FusionPlan, name: str, role: Role) -> fl
     if role is Role.OWN:
         return 1.0
     is_output, weights = False, []
-    canonical = graph.captured.canonical[name]
     for dim in range(graph.captured.tensor(name).dim()):
         reason = graph.frozen.get((name, dim))
         is_output |= reason is not None and reason.kind is Kind.OUTPUT
-        is_read = (canonical, dim) in graph.readers and (canonical, dim) not in graph.writers
-        if not is_read:
+        if is_written(graph, (name, dim)):
             weights += [plan.map_of(g.name).weight for g in graph.group_of.get((name, dim), ())]
     if is_output:
         return 1.0 / plan.n_members

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import operator
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from types import MappingProxyType
 from typing import Any
@@ -16,7 +16,7 @@ from torch import fx
 from fxfuse.capture import Captured
 from fxfuse.conformance import check_result
 from fxfuse.errors import FxfuseError, RuleError
-from fxfuse.labels import Field, Gap, Kind, Ledger, Value, positions
+from fxfuse.labels import Field, Gap, Kind, Ledger, Value, positions, sources_of
 from fxfuse.rules import Call, Rule, concrete_shape, find, hint, rule_file
 from fxfuse.rules.pointwise import is_pointwise, pointwise
 from fxfuse.tensors import is_constant
@@ -178,7 +178,7 @@ class _Interpreter:
                 self.ledger.role(value, f, reader=True)
             if value.is_parameter:
                 self.ledger.mix(f"operator {name} {lack}", sources=value.sources or frozenset())
-        why, sources = f"comes out of {name}, which {lack}", _sources(operands)
+        why, sources = f"comes out of {name}, which {lack}", sources_of(operands)
         is_labelled = any(value.fields for value in operands)
 
         def result(fake: Any) -> Any:
@@ -253,7 +253,7 @@ class _Interpreter:
             value.shape,
             fields,
             positions(value.shape, value.unlabelled | borders - labelled),
-            _sources((value, part)),
+            sources_of((value, part)),
         )
 
     def view(self, tensor: torch.Tensor, views: list[fx.Node]) -> torch.Tensor:
@@ -273,12 +273,6 @@ def _unlabelled(fake: torch.Tensor, sources: frozenset[str] | None = None) -> Va
     """What an operator without a rule makes of content without labels: more of it."""
     shape = concrete_shape(fake)
     return Value(shape, positions=positions(shape, range(len(shape))), sources=sources)
-
-
-def _sources(values: Iterable[Value]) -> frozenset[str] | None:
-    """Names of the parameters that values are computed from; None if one depends on inputs."""
-    found = [value.sources for value in values]
-    return None if None in found else frozenset[str]().union(*(s or () for s in found))
 
 
 _MADE_FROM_SIZES = frozenset(

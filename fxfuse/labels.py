@@ -217,6 +217,12 @@ class Value:
         )
 
 
+def sources_of(values: Iterable[Value]) -> frozenset[str] | None:
+    """Names of the parameters that values are computed from; None if one depends on inputs."""
+    found = [value.sources for value in values]
+    return None if None in found else frozenset[str]().union(*(s or () for s in found))
+
+
 def positions(shape: Sequence[int], dims: Iterable[int]) -> tuple[Field, ...]:
     """Unlabelled variation along each of `dims`."""
     return tuple(_arange(shape, d, 1) for d in sorted(dims) if shape[d] > 1)

@@ -242,17 +242,21 @@ def role_of(graph: CouplingGraph, name: str) -> Role:
     if name in captured.heads:
         return Role.OWN
     places = [(name, d) for d in range(tensor.dim())]
-    canonical = captured.canonical[name]
     for place in places:
         reason = graph.frozen.get(place)
         if reason is not None and reason.kind in (Kind.HOST, Kind.OUTPUT):
             return Role.SUM
         # A dimension that is only read sums over the members: without a dimension that is
         # written, the sum has to become the mean.
-        key = (canonical, place[1])
-        if place in graph.group_of and (key in graph.writers or key not in graph.readers):
+        if place in graph.group_of and is_written(graph, place):
             return Role.SUM
     return Role.MEAN
+
+
+def is_written(graph: CouplingGraph, place: tuple[str, int]) -> bool:
+    """Whether a dimension writes neurons somewhere; one that is only read sums over them."""
+    key = (graph.captured.canonical[place[0]], place[1])
+    return key in graph.writers or key not in graph.readers
 
 
 def own_indices(graph: CouplingGraph, place: tuple[str, int]) -> NDArray[np.bool_]:
@@ -265,8 +269,7 @@ def own_indices(graph: CouplingGraph, place: tuple[str, int]) -> NDArray[np.bool
     reason = graph.frozen.get(place)
     if reason is not None and reason.kind is Kind.HOST:
         found[reason.indices] = True
-    key = (graph.captured.canonical[name], dim)
-    if key in graph.writers or key not in graph.readers:
+    if is_written(graph, place):
         for group in graph.group_of.get(place, ()):
             found[group.index[place].reshape(-1)] = True
     return found

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from fxfuse.labels import Field, Value, positions
+from fxfuse.labels import Field, Value, positions, sources_of
 from fxfuse.rules.algebra import align, meet, only_unlabelled
 from fxfuse.rules.movement import run_on_ids
 from fxfuse.rules.registry import Call, rule
@@ -48,7 +48,7 @@ def index(call: Call) -> Any:
     content = move(positions(x.shape, x.unlabelled - indexed))
     kept = {d for f in (*fields, *content) for d in f.dims}
     picked = set(range(len(shape))) - kept
-    return Value(shape, fields, (*content, *positions(shape, picked)), _sources(call))
+    return Value(shape, fields, (*content, *positions(shape, picked)), sources_of(call.values()))
 
 
 @rule(aten.index_select.default)
@@ -58,7 +58,7 @@ def index_select(call: Call) -> Any:
         return run_on_ids(call, call.node.target)
     x, dim, chosen = call.args[0], call.args[1] % call.args[0].rank, call.args[2]
     only_unlabelled(call.ledger, chosen, range(chosen.rank), "used as an index")
-    return replace(_picked(call, x, dim, call.shape), sources=_sources(call))
+    return replace(_picked(call, x, dim, call.shape), sources=sources_of(call.values()))
 
 
 @rule(aten.gather.default)
@@ -68,7 +68,7 @@ def gather(call: Call) -> Any:
         return run_on_ids(call, call.node.target)
     x, dim, chosen = call.args[0], call.args[1] % call.args[0].rank, call.args[2]
     met = meet(call.ledger, _picked(call, x, dim, chosen.shape), chosen)
-    return replace(met, shape=call.shape, sources=_sources(call))
+    return replace(met, shape=call.shape, sources=sources_of(call.values()))
 
 
 def _picked(call: Call, x: Value, dim: int, shape: tuple[int, ...]) -> Value:
@@ -103,7 +103,7 @@ def write(call: Call) -> Any:
     values = only_unlabelled(call.ledger, values, scattered, _WHY)
     for operand in (x, values):
         call.ledger.touch(operand)
-        if _sources(call) is None:
+        if sources_of(call.values()) is None:
             for f in operand.fields:
                 call.ledger.role(operand, f, reader=False)
 
@@ -118,7 +118,9 @@ def write(call: Call) -> Any:
     written = Value(shape_in_x(values.shape), scatter(values.fields), content, values.sources)
     met = meet(call.ledger, x, written)
     varying = positions(x.shape, met.unlabelled | indexed)
-    return replace(met, shape=x.shape, positions=varying, sources=_sources(call), constant=None)
+    return replace(
+        met, shape=x.shape, positions=varying, sources=sources_of(call.values()), constant=None
+    )
 
 
 def _is_constant(call: Call) -> bool:
@@ -159,8 +161,3 @@ def _freeze_index(call: Call) -> None:
     for index in call.args[1]:
         if isinstance(index, Value):
             only_unlabelled(call.ledger, index, range(index.rank), "used as an index")
-
-
-def _sources(call: Call) -> frozenset[str] | None:
-    found = [v.sources for v in call.values()]
-    return None if None in found else frozenset[str]().union(*(s or () for s in found))
