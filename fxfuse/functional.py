@@ -99,12 +99,16 @@ class _Copier:
     def written(self, node: fx.Node, written: fx.Node, target: Any) -> fx.Node:
         """What an in-place operator leaves behind; nothing that it overwrites is read."""
         args, kwargs = fx.map_arg((node.args, node.kwargs), lambda n: self.now[n])
-        if node.target is aten.copy_.default:
+        if node.target in (aten.copy_.default, aten.fill_.Tensor):
             given: Any = node.args[1]
-            if given.meta["val"].shape == node.meta["val"].shape:
-                return self.now[given]
-            sizes = self.sizes(written)
-            return self.call(aten.expand.default, (args[1], sizes), {}, node)
+            before, after = given.meta["val"], node.meta["val"]
+            content = self.now[given]
+            if before.dtype != after.dtype:
+                content = self.call(aten.to.dtype, (content, after.dtype), {}, node)
+                content.meta["val"] = before.to(after.dtype)
+            if before.shape == after.shape:
+                return content
+            return self.call(aten.expand.default, (content, self.sizes(written)), {}, node)
         if node.target in (aten.zero_.default, aten.fill_.Scalar):
             value = args[1] if len(args) > 1 else 0.0
             like = self.now[_base(written)]

@@ -126,6 +126,17 @@ def _filled(t: torch.Tensor) -> torch.Tensor:
     return t
 
 
+def _filled_with(t: torch.Tensor) -> torch.Tensor:
+    t = t.clone()
+    t[:, :, 1:3].fill_(t[0, :, 0, 0].amax())
+    return t
+
+
+def _bright(t: torch.Tensor) -> torch.Tensor:
+    image = t.mean((0, 1))
+    return image > image.mean()
+
+
 def _copied(t: torch.Tensor) -> torch.Tensor:
     wide = t.new_zeros(t.shape[0], 12, 6, 6)
     wide[:, 2:10] = t.relu()
@@ -424,6 +435,11 @@ SAMPLES: dict[Any, nn.Module] = {
     aten.topk.default: Call(lambda t: t.flatten(2).topk(3, 2).values),
     aten.tril.default: Call(lambda t: t.tril()),
     aten.triu.default: Call(lambda t: t.triu(1)),
+    aten.where.default: Call(lambda t: t * aten.where.default(_bright(t))[1].double().mean()),
+    aten.nonzero.default: Call(lambda t: t * _bright(t).nonzero().double().mean(0)[0]),
+    aten.nonzero_numpy.default: Call(
+        lambda t: t * aten.nonzero_numpy.default(_bright(t))[1].double().mean()
+    ),
     # sampling
     aten.grid_sampler.default: Call(_sampled),
     # creation
@@ -442,6 +458,7 @@ SAMPLES: dict[Any, nn.Module] = {
     # writing in place
     aten.zero_.default: Call(_zeroed),
     aten.fill_.Scalar: Call(_filled),
+    aten.fill_.Tensor: Call(_filled_with),
     aten.copy_.default: Call(_copied),
     # selection by data
     aten.index_put.default: Call(lambda t: _put(t, inplace=False)),

@@ -41,6 +41,16 @@ def a_broadcast_row(y: torch.Tensor) -> torch.Tensor:
     return y
 
 
+def of_another_dtype(y: torch.Tensor) -> torch.Tensor:
+    y[:, 1:4] = torch.arange(3)
+    return y / 2
+
+
+def by_a_tensor(y: torch.Tensor) -> torch.Tensor:
+    y[:, 1:4].fill_(y[0, 5])
+    return y
+
+
 def through_views_of_views(y: torch.Tensor) -> torch.Tensor:
     y.view(-1, 2, 3).transpose(1, 2)[:, 1].add_(1.0)
     return y
@@ -80,6 +90,8 @@ CASES = [
     through_a_step,
     through_an_index,
     a_broadcast_row,
+    of_another_dtype,
+    by_a_tensor,
     through_views_of_views,
     read_by_an_earlier_view,
     read_by_an_earlier_row,

@@ -162,6 +162,12 @@ FOUND = {
         Block("pooled", 2, 3, True),
         Block("group_norm", 2, 3),
     ),
+    "groups of one unit whose outputs are tied": (
+        Block("glu", 3, 3),
+        Block("pooled", 3, 3, True),
+        Block("group_norm", 4, 3),
+        Block("transposed_grouped", 2, 2),
+    ),
     "which part of two branches": (
         Block("interleave", 4, 2, True),
         Block("interleave", 3, 2),

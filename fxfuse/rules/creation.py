@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import torch
 
-from fxfuse.labels import Value, positions
+from fxfuse.labels import Value, positions, sources_of
 from fxfuse.rules.algebra import align
 from fxfuse.rules.registry import Call, rule
 
@@ -40,6 +40,13 @@ def overwrite(call: Call) -> Value:
     """Whatever stood there is gone; no neuron stands there now."""
     value: Value = call.args[0]
     return Value(value.shape, sources=value.sources)
+
+
+@rule(aten.fill_.Tensor)
+def overwrite_with(call: Call) -> Value:
+    """As `overwrite`; the value comes from a tensor without dimensions."""
+    call.ledger.touch(call.args[1], 1)
+    return Value(call.args[0].shape, sources=sources_of(call.values()))
 
 
 @rule(aten.copy_.default)

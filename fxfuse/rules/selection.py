@@ -12,12 +12,13 @@ from dataclasses import replace
 from typing import Any
 
 import torch
+import torch.utils._pytree as pytree
 from torch import fx
 
 from fxfuse.labels import Field, Value, positions, sources_of
 from fxfuse.rules.algebra import align, meet, only_unlabelled
 from fxfuse.rules.movement import run_on_ids
-from fxfuse.rules.registry import Call, rule
+from fxfuse.rules.registry import Call, concrete_shape, rule
 
 aten = torch.ops.aten
 
@@ -121,6 +122,20 @@ def write(call: Call) -> Any:
     return replace(
         met, shape=x.shape, positions=varying, sources=sources_of(call.values()), constant=None
     )
+
+
+@rule(aten.where.default, aten.nonzero.default, aten.nonzero_numpy.default)
+def places(call: Call) -> Any:
+    """Indices of the entries that are not zero: numbers that name a place along every dimension."""
+    x: Value = call.args[0]
+    call.ledger.touch(x)
+    only_unlabelled(call.ledger, x, range(x.rank), "its places are counted")
+
+    def result(fake: torch.Tensor) -> Value:
+        shape = concrete_shape(fake)
+        return Value(shape, positions=positions(shape, range(len(shape))), sources=x.sources)
+
+    return pytree.tree_map_only(torch.Tensor, result, call.node.meta["val"])
 
 
 def _is_constant(call: Call) -> bool:

@@ -29,8 +29,9 @@ def group(wide: WideGraph, node: fx.Node) -> Any:
     dim, groups = value.rank - space - 1, _groups_of(node)
     layout = wide.layouts[x].get(dim)
     copies = _copies_of_groups(wide, groups, value, dim, layout)
-    if weight is not None and wide.units.order(wide.values[weight], 1) is not None:
-        copies = copies if _is_transposed(node) else None
+    if weight is not None and 1 in wide.layout_of(weight):
+        # Neurons that have no index of the groups: a group takes in those of all members.
+        copies = None
     if copies is None:
         # The groups stay as many; what grows is the number of channels in each of them.
         wanted = None if layout is None else layout.by_index()
