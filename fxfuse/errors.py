@@ -140,6 +140,10 @@ class OutputExistsError(FxfuseError):
     """The output exists already and may not be overwritten."""
 
 
+class CalibrationError(FxfuseError):
+    """Calibration inputs are missing or no good, or an activation on them is not a number."""
+
+
 class RefineError(FxfuseError):
     """A fine-tuning or distillation run cannot go on."""
 

@@ -1,0 +1,8 @@
+"""What networks do on calibration inputs: values of nodes, activations of units, targets."""
+
+from fxfuse.calibrate.inputs import Calibration
+from fxfuse.calibrate.lane import Lane
+from fxfuse.calibrate.target import Targets
+from fxfuse.calibrate.units import unit_activations
+
+__all__ = ["Calibration", "Lane", "Targets", "unit_activations"]
