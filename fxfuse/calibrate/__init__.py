@@ -2,7 +2,8 @@
 
 from fxfuse.calibrate.inputs import Calibration
 from fxfuse.calibrate.lane import Lane
+from fxfuse.calibrate.obs import obs_selection
 from fxfuse.calibrate.target import Targets
 from fxfuse.calibrate.units import unit_activations
 
-__all__ = ["Calibration", "Lane", "Targets", "unit_activations"]
+__all__ = ["Calibration", "Lane", "Targets", "obs_selection", "unit_activations"]

@@ -95,6 +95,30 @@ class Lane:
                 results.append(target(*args, **kwargs))
         return results
 
+    def redo(self, node: fx.Node) -> None:
+        """Runs a node again, whose operands are still there, because tensors changed."""
+        self.values[node] = self.compute(node, lambda batch, n: self.value(n)[batch])
+
+    def compute_one(self, node: fx.Node, batch: int, known: dict[fx.Node, Any]) -> Any:
+        """What a node would return for one batch, whether it has run or not.
+
+        Args:
+            node: The node.
+            batch: Number of the batch.
+            known: Values that stand in for those of nodes; filled with what had to be computed.
+        """
+        if node in known:
+            return known[node]
+        if node.op == "get_attr" or node in self.values:
+            return self.value(node)[batch]
+        target: Any = node.target
+        args, kwargs = fx.map_arg(
+            (node.args, node.kwargs), lambda n: self.compute_one(n, batch, known)
+        )
+        with torch.no_grad():
+            known[node] = target(*args, **kwargs)
+        return known[node]
+
     def _step(self, node: fx.Node) -> None:
         if node.op != "call_function":
             return
@@ -110,10 +134,10 @@ class Lane:
         return all(self.order[user] <= now for user in node.users)
 
     def _tensor(self, node: fx.Node) -> torch.Tensor:
-        name = str(node.target)
-        if name in self.state:
+        name = self.captured.canonical.get(str(node.target))
+        if name is not None:
             return self.state[name].detach()
-        return self.captured.tensor(name).detach()
+        return self.captured.tensor(str(node.target)).detach()
 
     def _check(self, node: fx.Node) -> None:
         # Masks hold infinities on purpose; NaN is what nothing recovers from.

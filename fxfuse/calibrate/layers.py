@@ -144,13 +144,11 @@ def layers_of(captured: Captured) -> tuple[Layer, ...]:
 
 
 def name_of(captured: Captured, node: Any) -> str | None:
-    """Name of the floating-point state tensor that a node reads; None if it is another node."""
+    """Canonical name of the floating-point state tensor that a node reads, if it reads one."""
     if not isinstance(node, fx.Node) or node.op != "get_attr":
         return None
-    name = str(node.target)
-    if name not in captured.canonical or not captured.tensor(name).is_floating_point():
-        return None
-    return name
+    name = captured.canonical.get(str(node.target))
+    return name if name is not None and captured.tensor(name).is_floating_point() else None
 
 
 def _layer(captured: Captured, node: fx.Node) -> Layer | None:

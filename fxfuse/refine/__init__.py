@@ -1,6 +1,15 @@
-"""Refine a fused network by gradient descent: fine-tuning on labels, distillation without them."""
+"""Refine a fused network: closed-form refit, fine-tuning on labels, distillation without them."""
 
 from fxfuse.refine.loop import RefineReport
+from fxfuse.refine.regression import LayerFit, RefitReport, refit
 from fxfuse.refine.train import default_optimizer, distill, finetune
 
-__all__ = ["RefineReport", "default_optimizer", "distill", "finetune"]
+__all__ = [
+    "LayerFit",
+    "RefineReport",
+    "RefitReport",
+    "default_optimizer",
+    "distill",
+    "finetune",
+    "refit",
+]
