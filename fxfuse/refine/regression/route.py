@@ -5,7 +5,7 @@ from __future__ import annotations
 import operator
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import inf
 from typing import Any
 
@@ -76,6 +76,7 @@ class Route:
         skip: The other operand of the residual sum that this layer is the last to complete.
         aim: The node whose value is aimed at: the sum, or the (normalised) output.
         cut: What the activation behind the aim lets through: (lower, upper) limit.
+        partner: The layer that writes the other operand of the sum, with its route to the sum.
     """
 
     layer: Layer
@@ -84,6 +85,7 @@ class Route:
     skip: fx.Node | None
     aim: fx.Node
     cut: tuple[float, float] = (-inf, inf)
+    partner: Route | None = None
 
     @property
     def output(self) -> fx.Node:
@@ -98,10 +100,22 @@ class Route:
 def routes_of(captured: Captured) -> tuple[Route, ...]:
     """A route for each layer, in graph order."""
     order = {node: place for place, node in enumerate(captured.graph.nodes)}
-    return tuple(_route(captured, layer, order) for layer in layers_of(captured))
+    routes = []
+    #: Routes that lead to a sum of which the other operand comes later, by that operand's sum.
+    early: dict[fx.Node, Route] = {}
+    for layer in layers_of(captured):
+        route = _route(captured, layer, order)
+        if route.skip is not None and order[route.skip] > order[layer.node]:
+            early[route.aim] = route
+            route = route.alone()
+        elif route.aim in early:
+            route = replace(route, partner=early[route.aim])
+        routes.append(route)
+    return tuple(routes)
 
 
 def _route(captured: Captured, layer: Layer, order: dict[fx.Node, int]) -> Route:
+    """The way of a layer to the next sum, whichever operand of it comes first."""
     norm = norm_of(captured, _only_user(layer.node), layer.node)
     output = layer.node if norm is None else norm.node
     chain: list[fx.Node] = []
@@ -109,7 +123,7 @@ def _route(captured: Captured, layer: Layer, order: dict[fx.Node, int]) -> Route
     for user in _users(node):
         other = _other(user, node)
         if user.target in _ADD and other is not None and other.op != "get_attr":
-            if order[other] < order[layer.node] and not _is_scaled(user):
+            if not _is_scaled(user):
                 skip, aim = other, user
             break
         if not _is_passed(user, other):

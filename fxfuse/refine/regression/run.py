@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import inf, isfinite
 from typing import Any
 
@@ -31,6 +31,8 @@ from fxfuse.refine.regression.write import State, current, write
 _PER_FEATURE, _ROWS = 4, 8192
 #: Times that targets are relaxed where the activation cuts them.
 _RELAXATIONS = 3
+#: Times that two layers of one sum are fitted in turn.
+_TURNS = 2
 
 
 @dataclass(frozen=True)
@@ -186,6 +188,8 @@ class _Refit:
             self.fits.append(LayerFit(_name(work), aim.name, inf, inf, False, why))
         elif isinstance(work, Route):
             self.fits.append(self.fit_layer(work))
+            if work.partner is not None and self.fits[-1].fitted:
+                self.fits[-1] = self.fit_in_turn(work, work.partner, self.fits[-1])
         else:
             self.fits.append(self.fit_channels(work))
         if self.fits[-1].fitted:
@@ -210,9 +214,9 @@ class _Refit:
                     member.drop(node)
         later = self.work_in_order()
         later = later[later.index(work) + 1 :]
-        read = _input(work)
-        if all(_input(other) is not read for other in later):
-            self.student.drop(read)
+        for read in _inputs(work):
+            if all(read not in _inputs(other) for other in later):
+                self.student.drop(read)
 
     # --- one layer ------------------------------------------------------------------------------
 
@@ -243,6 +247,28 @@ class _Refit:
             return LayerFit(route.layer.weight, route.aim.name, before, before, False, why)
         write(route, self.state, chosen, found.rows)
         return LayerFit(route.layer.weight, route.aim.name, before, best, True)
+
+    def fit_in_turn(self, last: Route, first: Route, fit: LayerFit) -> LayerFit:
+        """Two layers whose outputs are added: each makes up for what the other leaves."""
+        assert first.skip is not None
+        for route in [first, last] * _TURNS:
+            other = last if route is first else first
+            self.again(other)
+            self.student.run_to(first.skip)
+            self.student.redo(route.layer.node)
+            turn = self.fit_layer(route)
+            if turn.fitted:
+                fit = replace(fit, after=turn.after)
+        self.again(last)
+        return fit
+
+    def again(self, route: Route) -> None:
+        """Computes anew what a layer adds to a sum."""
+        way = [route.layer.node, *([route.norm.node] if route.norm else []), *route.chain]
+        for node in way:
+            self.student.redo(node)
+        for node in way[:-1]:
+            self.student.drop(node)
 
     def sample(self, route: Route) -> Sample | None:
         weight = self.state[route.layer.weight]
@@ -316,6 +342,12 @@ def _tensors_of(work: Route | PerChannel) -> set[str]:
 
 def _name(work: Route | PerChannel) -> str:
     return work.layer.weight if isinstance(work, Route) else work.weight
+
+
+def _inputs(work: Route | PerChannel) -> set[fx.Node]:
+    """The activations that must be there when a layer is fitted."""
+    partner = work.partner if isinstance(work, Route) else None
+    return {_input(work)} | ({partner.layer.input} if partner else set())
 
 
 def _input(work: Route | PerChannel) -> fx.Node:
