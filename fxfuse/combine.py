@@ -59,7 +59,8 @@ class Line:
             return taken * values.reshape([-1 if d == dim else 1 for d in range(tensor.dim())])
         rows = torch.from_numpy(self.rows).to(tensor.device)
         size = (len(self.targets), tensor.shape[dim])
-        matrix = torch.sparse_coo_tensor(torch.stack([rows, sources]), values, size)
+        places = torch.stack([rows, sources])
+        matrix = torch.sparse_coo_tensor(places, values, size, check_invariants=True)
         if len(self.sources) > _DENSE * size[0] * size[1]:
             matrix = matrix.to_dense()
         moved = tensor.movedim(dim, 0)
@@ -106,7 +107,8 @@ def _line(
         # As listed, so that a gather needs no sorting.
         targets, first, rows = entries, np.arange(len(entries)), np.arange(len(entries))
     merge = placement.merge[member]
-    share = np.bincount(rows, np.abs(merge), minlength=len(targets))
+    # Also of no entries at all, which numpy counts in integers.
+    share = np.bincount(rows, np.abs(merge), minlength=len(targets)).astype(np.float64)
     # Explicit zeros are no share, and nothing to divide by.
     within = merge / np.where(share, share, 1.0)[rows]
     owned = np.zeros(graph.captured.tensor(place[0]).shape[place[1]], dtype=bool)
