@@ -92,6 +92,10 @@ class UnknownScoreError(FxfuseError):
     """No importance score of this name is registered."""
 
 
+class CalibrationError(FxfuseError):
+    """Calibration inputs, or their labels, are missing or no good for what was asked."""
+
+
 class UnknownTensorError(FxfuseError):
     """A (tensor name, dimension) that the captured network does not have."""
 
