@@ -7,6 +7,8 @@ Notation of shapes: b batch, c channels, k classes, s positions (length, or heig
 
 from __future__ import annotations
 
+import itertools
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
@@ -23,7 +25,7 @@ class MLP(nn.Module):
         super().__init__()
         hidden = round(128 * width)
         sizes = [torch.Size(shape).numel(), hidden, hidden, hidden]
-        self.hidden = nn.ModuleList(nn.Linear(i, o) for i, o in zip(sizes, sizes[1:], strict=False))
+        self.hidden = nn.ModuleList(nn.Linear(i, o) for i, o in itertools.pairwise(sizes))
         self.head = nn.Linear(hidden, classes)
 
     def forward(self, x: Tensor) -> Tensor:
