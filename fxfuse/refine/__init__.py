@@ -1,15 +1,21 @@
-"""Refine a fused network: closed-form refit, fine-tuning on labels, distillation without them."""
+"""Refine a fused network: in closed form, by matching the ensemble, on labels, by distillation."""
 
+from fxfuse.refine.augment import Augment, shift_and_mix
 from fxfuse.refine.loop import RefineReport
+from fxfuse.refine.match import MatchReport, match
 from fxfuse.refine.regression import LayerFit, RefitReport, refit
 from fxfuse.refine.train import default_optimizer, distill, finetune
 
 __all__ = [
+    "Augment",
     "LayerFit",
+    "MatchReport",
     "RefineReport",
     "RefitReport",
     "default_optimizer",
     "distill",
     "finetune",
+    "match",
     "refit",
+    "shift_and_mix",
 ]

@@ -5,16 +5,13 @@ train: restore? → skip seen batches → (batch → loss → step → checkpoin
 
 from __future__ import annotations
 
-import contextlib
-import math
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
 from rich.progress import Progress
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -23,10 +20,9 @@ from torch.utils._pytree import tree_map_only
 
 from fxfuse.errors import CheckpointMismatchError, RefineError
 from fxfuse.refine import checkpoint as checkpoints
+from fxfuse.refine.modes import seeded
 from fxfuse.refine.stream import BatchStream
-
-# Reading a loss waits for the device, so losses are read once in this many steps.
-_READ_EVERY = 20
+from fxfuse.refine.watch import READ_EVERY, bar, check_weights, last_finite
 
 
 @dataclass(frozen=True)
@@ -86,12 +82,7 @@ def train(run: Run) -> RefineReport:
     started = time.perf_counter()
     run.module.to(run.device)
     losses = torch.zeros(run.steps, device=run.device)
-    cuda = [run.device] if run.device.type == "cuda" else []
-    with torch.random.fork_rng(devices=cuda), _bar(run) as advance:
-        torch.default_generator.manual_seed(run.seed)
-        if cuda:
-            with torch.cuda.device(run.device):
-                torch.cuda.manual_seed(run.seed)
+    with seeded(run.seed, run.device), bar(run.progress, run.label, run.steps) as advance:
         stream = BatchStream(run.batches, run.seed)
         start = _restore(run, losses)
         stream.skip(start)
@@ -109,7 +100,7 @@ def _steps(
     stream: BatchStream,
     losses: Tensor,
     start: int,
-    advance: Callable[[int, float], None],
+    advance: Callable[[float, float], None],
 ) -> None:
     """Take the steps from `start` on, writing the loss of each into `losses` `[steps]`."""
     read = start
@@ -126,11 +117,11 @@ def _steps(
         losses[step] = loss.detach()
         done = step + 1
         due = run.checkpoint is not None and done % run.checkpoint_every == 0
-        if due or done % _READ_EVERY == 0 or done == run.steps:
-            advance(done, _last_finite(losses[read:done], read))
+        if due or done % READ_EVERY == 0 or done == run.steps:
+            advance(done, last_finite(losses[read:done], read))
             read = done
         if due or done == run.steps:
-            _check_weights(run.module)
+            check_weights(run.module)
         if run.checkpoint is not None and (due or done == run.steps):
             checkpoints.save(run.checkpoint, _state(run, losses, done))
 
@@ -194,52 +185,6 @@ def _mismatch(path: Path, why: str) -> CheckpointMismatchError:
         where=str(path),
         why=why,
         how="Ask for the same run again, or delete the file to start over.",
-    )
-
-
-@contextlib.contextmanager
-def _bar(run: Run) -> Iterator[Callable[[int, float], None]]:
-    """Show a progress bar, and yield the function (steps done, loss) that moves it on."""
-    if run.progress is False:
-        yield lambda done, loss: None
-        return
-    with contextlib.ExitStack() as stack:
-        if isinstance(run.progress, Progress):
-            progress = run.progress
-        else:
-            progress = stack.enter_context(Progress(console=Console(stderr=True)))
-        task = progress.add_task(run.label, total=run.steps)
-        if progress is run.progress:
-            stack.callback(progress.remove_task, task)
-        yield lambda done, loss: progress.update(
-            task, completed=done, description=f"{run.label}, loss {loss:.4f}"
-        )
-
-
-def _last_finite(losses: Tensor, start: int) -> float:
-    """Return the last of the losses `[n]` of the steps after `start`; waits for the device."""
-    values = losses.tolist()
-    for step, value in enumerate(values, start + 1):
-        if not math.isfinite(value):
-            raise _diverged(f"The loss became {value} at step {step}.", "loss")
-    return float(values[-1])
-
-
-def _check_weights(module: nn.Module) -> None:
-    """Raise if the last step broke the weights, which no loss has shown yet."""
-    names, tensors = zip(*module.named_parameters(), strict=True)
-    finite = torch.stack([tensor.detach().isfinite().all() for tensor in tensors]).tolist()
-    if not all(finite):
-        name = names[finite.index(False)]
-        raise _diverged("A weight became infinite or not a number.", name)
-
-
-def _diverged(what: str, where: str) -> RefineError:
-    return RefineError(
-        what,
-        where=where,
-        why="The weights are not usable any more; no checkpoint holds them.",
-        how="Lower the learning rate, and check inputs and labels for values out of range.",
     )
 
 

@@ -5,9 +5,8 @@ Notation of shapes: b batch, k classes, * any further dimensions.
 
 from __future__ import annotations
 
-import contextlib
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -21,6 +20,7 @@ from fxfuse.errors import RefineError
 from fxfuse.refine.batch import call, logits_of, split_batch
 from fxfuse.refine.checkpoint import checkpoint_file
 from fxfuse.refine.loop import RefineReport, Run, train
+from fxfuse.refine.modes import check_teachers, device_of, evaluating, trainable
 
 
 def finetune(
@@ -88,7 +88,7 @@ def finetune(
             batches,
             steps,
             *_optimizer(module, steps, optimizer, scheduler),
-            _device(module, device),
+            device_of(module, device),
             progress,
             "fine-tuning",
             None if checkpoint is None else checkpoint_file(checkpoint),
@@ -147,8 +147,9 @@ def distill(
         CheckpointCorruptError: The checkpoint cannot be read.
         CheckpointMismatchError: The checkpoint belongs to another run.
     """
-    _check_teachers(module, teachers, temperature)
-    target = _device(module, device)
+    check_teachers(module, teachers, "teachers")
+    _check_temperature(temperature)
+    target = device_of(module, device)
 
     def batch_loss(batch: Any) -> Tensor:
         inputs, _ = split_batch(batch)
@@ -170,7 +171,7 @@ def distill(
         checkpoint_every,
         seed,
     )
-    with _evaluating(teachers, target):
+    with evaluating(teachers, target):
         return train(run)
 
 
@@ -182,15 +183,7 @@ def default_optimizer(
     Raises:
         RefineError: The module has no parameter that requires a gradient.
     """
-    parameters = [parameter for parameter in module.parameters() if parameter.requires_grad]
-    if not parameters:
-        raise RefineError(
-            "There is nothing to train.",
-            where=type(module).__name__,
-            why="No parameter of the module requires a gradient.",
-            how="Call module.requires_grad_(True) first.",
-        )
-    optimizer = torch.optim.AdamW(parameters, lr=lr)
+    optimizer = torch.optim.AdamW(trainable(module), lr=lr)
     return optimizer, torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=steps)
 
 
@@ -216,19 +209,6 @@ def _divergence(student: Tensor, teacher: Tensor, temperature: float, class_dim:
     return divergence.sum(class_dim).mean() * temperature**2
 
 
-@contextlib.contextmanager
-def _evaluating(modules: Sequence[nn.Module], device: torch.device) -> Iterator[None]:
-    """Move `modules` to `device` and hold them in eval mode; their modes come back afterwards."""
-    modes = [[(part, part.training) for part in module.modules()] for module in modules]
-    for module in modules:
-        module.to(device).eval()
-    try:
-        yield
-    finally:
-        for part, training in (pair for parts in modes for pair in parts):
-            part.training = training
-
-
 def _optimizer(
     module: nn.Module, steps: int, optimizer: Optimizer | None, scheduler: LRScheduler | None
 ) -> tuple[Optimizer, LRScheduler | None]:
@@ -252,28 +232,7 @@ def _optimizer(
     return optimizer, scheduler
 
 
-def _device(module: nn.Module, device: torch.device | str | None) -> torch.device:
-    if device is not None:
-        return torch.device(device)
-    tensor = next(iter(module.parameters()), None)
-    return torch.device("cpu") if tensor is None else tensor.device
-
-
-def _check_teachers(module: nn.Module, teachers: Sequence[nn.Module], temperature: float) -> None:
-    if not teachers:
-        raise RefineError(
-            "There are no teachers to distil.",
-            where="teachers",
-            why="The student learns from their outputs.",
-            how="Give the members of the ensemble.",
-        )
-    if any(teacher is module for teacher in teachers):
-        raise RefineError(
-            "The module is one of its own teachers.",
-            where="teachers",
-            why="A teacher must stay as it is while the student changes.",
-            how="Distil into a copy: copy.deepcopy(module).",
-        )
+def _check_temperature(temperature: float) -> None:
     if not temperature > 0:
         raise RefineError(
             f"The temperature is {temperature}.",

@@ -1,0 +1,312 @@
+"""Match a network to an ensemble without labels: the mean of the members' logits is its target.
+
+match: ask the members about a pool → (batch → loss → step)* until the budget is spent
+
+Notation of shapes: n inputs, b batch, k classes, * any further dimensions.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from rich.progress import Progress
+from torch import Tensor, nn
+
+from fxfuse.errors import RefineError
+from fxfuse.refine.augment import Augment, default_augment
+from fxfuse.refine.batch import call, logits_of
+from fxfuse.refine.modes import check_teachers, device_of, evaluating, seeded, trainable
+from fxfuse.refine.pool import Pool, check_inputs, make_pool
+from fxfuse.refine.watch import READ_EVERY, bar, check_weights, last_finite
+
+OUTPUTS = ("logits", "values")
+
+_STEPS = 300
+_WARM_UP = 0.03
+
+# Of a budget in seconds, the share after which the members are asked no more.
+_SHARE_OF_TEACHER = 0.25
+
+
+@dataclass(frozen=True)
+class MatchReport:
+    """What a matching run did.
+
+    Attributes:
+        steps: Optimiser steps.
+        first_loss: Loss of the first step, on its batch.
+        last_loss: Loss of the last step, on its batch.
+        seconds: CPU seconds of this process, all threads together; the members' answers included.
+        pool: Inputs and augmented copies that the members answered.
+        outputs: `logits` (compared up to a constant per input) or `values` (as they are).
+    """
+
+    steps: int
+    first_loss: float
+    last_loss: float
+    seconds: float
+    pool: int
+    outputs: str
+
+
+def match(
+    module: nn.Module,
+    members: Sequence[nn.Module],
+    inputs: Any,
+    *,
+    steps: int | None = None,
+    seconds: float | None = None,
+    batch: int = 64,
+    learning_rate: float = 3e-3,
+    weight_decay: float = 1e-4,
+    augment: Augment | None = None,
+    outputs: str | None = None,
+    seed: int = 0,
+    progress: bool | Progress = False,
+    device: torch.device | str | None = None,
+) -> MatchReport:
+    """Train `module` in place to answer like the mean of the members; no labels are needed.
+
+    The members are asked once about a pool: the inputs, and augmented copies of them. The loss is
+    the mean squared difference of the outputs; AdamW with a short warm-up and a cosine to zero. The
+    module is trained in train mode, which renews running statistics; they should not be
+    recalibrated on clean inputs afterwards. It is left in eval mode.
+
+    Args:
+        module: The network, of the members' input and output shapes.
+        members: The networks to match, run in eval mode and never changed, except that they are
+            moved to `device`. They return a tensor, or an object with a field `logits`.
+        inputs: Unlabelled inputs `[n, *]`, or a tuple of positional inputs with the same n.
+        steps: Budget in optimiser steps; neither this nor `seconds`: 300.
+        seconds: Budget in CPU seconds of this process, all threads together. What it gives depends
+            on the machine, so it is not reproducible bit for bit, as a budget in steps is.
+        batch: Inputs per step.
+        learning_rate: Its highest value.
+        weight_decay: Of parameters with two dimensions or more; others do not decay.
+        augment: Function of (inputs `[b, *]`, CPU generator) that returns a copy; needs a single
+            input tensor. None: `shift_and_mix` for floating images `[n, c, h, w]` and signals
+            `[n, c, l]`, no copies for all others.
+        outputs: `logits` compares class logits `[b, k]` up to a constant per input, `values`
+            compares each position as it is. None takes `logits` for outputs `[b, k]`, k > 1.
+        seed: Seed of all random numbers; torch's global generators are left as they were.
+        progress: True shows a bar on stderr; a `rich.progress.Progress` gets a task of its own.
+        device: Where to train; None stays where the module is. The module is moved in place.
+
+    Returns:
+        Steps, losses, time, size of the pool, and how outputs were compared.
+
+    Raises:
+        RefineError: No members, or the module among them; inputs that are missing or unfit; a
+            budget, batch or rate that is not positive, or two budgets; outputs of different shapes;
+            a loss or weight that is not finite.
+    """
+    budget = _budget(steps, seconds)
+    _check(module, members, batch, learning_rate, outputs)
+    given = check_inputs(inputs, augment)
+    target = device_of(module, device)
+    with evaluating(members, target):
+        pool = make_pool(
+            members,
+            given,
+            augment=augment or default_augment(given),
+            most=None if budget.steps is None else budget.steps * batch,
+            enough=budget.teacher_is_done,
+            batch=batch,
+            seed=seed,
+            device=target,
+        )
+    kind = _kind(pool.targets, outputs)
+    module.to(target)
+    budget.start_training()
+    optimizer = _optimizer(module, learning_rate, weight_decay)
+    with seeded(seed, target), bar(progress, "matching", 1.0) as advance:
+        try:
+            module.train()
+            losses = _train(
+                module, pool, _orders(len(pool), batch, seed), optimizer, budget, kind, advance
+            )
+        finally:
+            module.eval()
+    return MatchReport(
+        len(losses), float(losses[0]), float(losses[-1]), budget.spent(), len(pool), kind
+    )
+
+
+class _Budget:
+    """How much of a run is done, in steps or in CPU seconds of this process."""
+
+    def __init__(self, steps: int | None, seconds: float | None) -> None:
+        self.steps = steps
+        self._seconds = seconds
+        self._begin = self._trained_from = time.process_time()
+
+    def spent(self) -> float:
+        """Return the CPU seconds since the budget was made."""
+        return time.process_time() - self._begin
+
+    def teacher_is_done(self) -> bool:
+        """Return whether the members have had their share of the seconds."""
+        return self._seconds is not None and self.spent() >= _SHARE_OF_TEACHER * self._seconds
+
+    def start_training(self) -> None:
+        """Make what is left the whole of the schedule."""
+        self._trained_from = time.process_time()
+
+    def share(self, step: int) -> float:
+        """Return the share of the schedule that is over before step `step`, counted from 0."""
+        if self._seconds is None:
+            assert self.steps is not None
+            return step / self.steps
+        if step == 0:
+            return 0.0
+        left = self._begin + self._seconds - self._trained_from
+        return (time.process_time() - self._trained_from) / left if left > 0 else 1.0
+
+
+def _train(
+    module: nn.Module,
+    pool: Pool,
+    orders: Iterator[Tensor],
+    optimizer: torch.optim.Optimizer,
+    budget: _Budget,
+    kind: str,
+    advance: Callable[[float, float], None],
+) -> Tensor:
+    """Take steps until the budget is spent; return the loss of each `[steps]`, on the CPU."""
+    rates = [group["lr"] for group in optimizer.param_groups]
+    losses: list[Tensor] = []
+    read: list[float] = []
+    device = pool.targets.device
+
+    def look(share: float) -> None:
+        fresh = torch.stack(losses).cpu()
+        losses.clear()
+        advance(share, last_finite(fresh, len(read)))
+        read.extend(fresh.tolist())
+
+    step = 0
+    while (share := budget.share(step)) < 1:
+        for group, rate in zip(optimizer.param_groups, rates, strict=True):
+            group["lr"] = rate * _rate(share)
+        chosen = next(orders).to(device, non_blocking=True)
+        optimizer.zero_grad(set_to_none=True)
+        answer = logits_of(call(module, tuple(tensor[chosen] for tensor in pool.inputs)))
+        loss = _loss(answer, pool.targets[chosen], kind)
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.detach())
+        step += 1
+        if step % READ_EVERY == 0:
+            look(share)
+    if losses:
+        look(1.0)
+    check_weights(module)
+    return torch.tensor(read)
+
+
+def _rate(share: float) -> float:
+    """Return the learning rate, as a share of its highest value, after a share of the run."""
+    if share < _WARM_UP:
+        return 0.1 + 0.9 * share / _WARM_UP
+    return 0.5 + 0.5 * math.cos(math.pi * (share - _WARM_UP) / (1 - _WARM_UP))
+
+
+def _loss(answer: Tensor, wanted: Tensor, kind: str) -> Tensor:
+    """Return the mean squared difference of outputs `[b, *]`, for logits up to a constant."""
+    if answer.shape != wanted.shape:
+        raise RefineError(
+            "The module and the members give outputs of different shapes.",
+            where=f"module {list(answer.shape)}, members {list(wanted.shape)}",
+            why="Matching compares them value by value.",
+            how="Match a network with the members' classes and output size.",
+        )
+    difference = answer.to(wanted.dtype) - wanted
+    if kind == "logits":
+        difference = difference - difference.mean(dim=1, keepdim=True)
+    return difference.square().mean()
+
+
+def _kind(targets: Tensor, asked: str | None) -> str:
+    classes = targets.dim() == 2 and targets.shape[1] > 1
+    if asked == "logits" and not classes:
+        raise RefineError(
+            f"Outputs {list(targets.shape[1:])} per input are no class logits.",
+            where="outputs='logits'",
+            why="Only logits [b, k] of two or more classes are defined up to a constant.",
+            how="Use outputs='values'.",
+        )
+    return asked or ("logits" if classes else "values")
+
+
+def _orders(count: int, batch: int, seed: int) -> Iterator[Tensor]:
+    """Yield indices `[b]` of a pool of `count`, in a new random order on each pass.
+
+    A smaller remainder of a pass is dropped; a pool smaller than a batch makes one batch.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    size = min(batch, count)
+    while True:
+        order = torch.randperm(count, generator=generator)
+        yield from order[: count - count % size].split(size)
+
+
+def _optimizer(module: nn.Module, rate: float, decay: float) -> torch.optim.Optimizer:
+    trained = trainable(module)
+    matrices = [parameter for parameter in trained if parameter.dim() > 1]
+    others = [parameter for parameter in trained if parameter.dim() <= 1]
+    groups = [{"params": matrices, "weight_decay": decay}, {"params": others, "weight_decay": 0.0}]
+    return torch.optim.AdamW([group for group in groups if group["params"]], lr=rate)
+
+
+def _budget(steps: int | None, seconds: float | None) -> _Budget:
+    if steps is not None and seconds is not None:
+        raise RefineError(
+            "Two budgets were given.",
+            where=f"steps={steps}, seconds={seconds}",
+            why="The learning rate follows one of them to zero.",
+            how="Give steps or seconds.",
+        )
+    for name, value in (("steps", steps), ("seconds", seconds)):
+        if value is not None and not value > 0:
+            raise _not_positive(name, value)
+    return _Budget(_STEPS if steps is None and seconds is None else steps, seconds)
+
+
+def _not_positive(name: str, value: float) -> RefineError:
+    return RefineError(
+        f"{name} is {value}.",
+        where=name,
+        why="A run trains for some time, on some inputs, by some amount.",
+        how=f"Give {name} above 0.",
+    )
+
+
+def _check(
+    module: nn.Module,
+    members: Sequence[nn.Module],
+    batch: int,
+    learning_rate: float,
+    outputs: str | None,
+) -> None:
+    if batch < 2:
+        raise RefineError(
+            f"batch is {batch}.",
+            where="batch",
+            why="Normalisation in training takes its statistics from a batch of two or more.",
+            how="Give a batch of 2 or more.",
+        )
+    if not learning_rate > 0:
+        raise _not_positive("learning_rate", learning_rate)
+    if outputs is not None and outputs not in OUTPUTS:
+        raise RefineError(
+            f"There is no way {outputs!r} to compare outputs.",
+            where="outputs",
+            why=f"Outputs are compared as {' or as '.join(OUTPUTS)}.",
+            how="Give one of these, or None to choose by the shape of the outputs.",
+        )
+    check_teachers(module, members, "members")

@@ -1,0 +1,88 @@
+"""What surrounds a training run: the device, the random numbers, the networks to learn from."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import nn
+
+from fxfuse.errors import RefineError
+
+
+def device_of(module: nn.Module, device: torch.device | str | None) -> torch.device:
+    """Return where to train: `device`, or where the module is when it is None."""
+    if device is not None:
+        return torch.device(device)
+    tensor = next(iter(module.parameters()), None)
+    return torch.device("cpu") if tensor is None else tensor.device
+
+
+@contextlib.contextmanager
+def seeded(seed: int, device: torch.device) -> Iterator[None]:
+    """Seed torch's global generators, and put them back afterwards."""
+    cuda = [device] if device.type == "cuda" else []
+    with torch.random.fork_rng(devices=cuda):
+        torch.default_generator.manual_seed(seed)
+        if cuda:
+            with torch.cuda.device(device):
+                torch.cuda.manual_seed(seed)
+        yield
+
+
+def trainable(module: nn.Module) -> list[nn.Parameter]:
+    """Return the parameters that require a gradient.
+
+    Raises:
+        RefineError: There are none.
+    """
+    parameters = [parameter for parameter in module.parameters() if parameter.requires_grad]
+    if not parameters:
+        raise RefineError(
+            "There is nothing to train.",
+            where=type(module).__name__,
+            why="No parameter of the module requires a gradient.",
+            how="Call module.requires_grad_(True) first.",
+        )
+    return parameters
+
+
+def check_teachers(module: nn.Module, teachers: Sequence[nn.Module], name: str) -> None:
+    """Check that there are networks to learn from, and others than the one that learns.
+
+    Args:
+        module: The network that learns.
+        teachers: The networks to learn from.
+        name: What the caller calls them.
+
+    Raises:
+        RefineError: There are none, or the module is among them.
+    """
+    if not teachers:
+        raise RefineError(
+            f"There are no {name} to learn from.",
+            where=name,
+            why="The student learns from their outputs.",
+            how="Give the members of the ensemble.",
+        )
+    if any(teacher is module for teacher in teachers):
+        raise RefineError(
+            f"The module is one of its own {name}.",
+            where=name,
+            why="A teacher must stay as it is while the student changes.",
+            how="Train a copy: copy.deepcopy(module).",
+        )
+
+
+@contextlib.contextmanager
+def evaluating(modules: Sequence[nn.Module], device: torch.device) -> Iterator[None]:
+    """Move `modules` to `device` and hold them in eval mode; their modes come back afterwards."""
+    modes = [[(part, part.training) for part in module.modules()] for module in modules]
+    for module in modules:
+        module.to(device).eval()
+    try:
+        yield
+    finally:
+        for part, training in (pair for parts in modes for pair in parts):
+            part.training = training

@@ -1,0 +1,73 @@
+"""What watches a training run: the progress bar, and the checks that all is finite."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Callable, Iterator
+
+import torch
+from rich.console import Console
+from rich.progress import Progress
+from torch import Tensor, nn
+
+from fxfuse.errors import RefineError
+
+# Reading a loss waits for the device, so losses are read once in this many steps.
+READ_EVERY = 20
+
+
+@contextlib.contextmanager
+def bar(
+    shown: bool | Progress, label: str, total: float
+) -> Iterator[Callable[[float, float], None]]:
+    """Show a progress bar, and yield the function (how much is done, loss) that moves it on."""
+    if shown is False:
+        yield lambda done, loss: None
+        return
+    with contextlib.ExitStack() as stack:
+        if isinstance(shown, Progress):
+            progress = shown
+        else:
+            progress = stack.enter_context(Progress(console=Console(stderr=True)))
+        task = progress.add_task(label, total=total)
+        if progress is shown:
+            stack.callback(progress.remove_task, task)
+        yield lambda done, loss: progress.update(
+            task, completed=done, description=f"{label}, loss {loss:.4f}"
+        )
+
+
+def last_finite(losses: Tensor, start: int) -> float:
+    """Return the last of the losses `[n]` of the steps after `start`; waits for the device.
+
+    Raises:
+        RefineError: A loss is not finite.
+    """
+    values = losses.tolist()
+    for step, value in enumerate(values, start + 1):
+        if not math.isfinite(value):
+            raise _diverged(f"The loss became {value} at step {step}.", "loss")
+    return float(values[-1])
+
+
+def check_weights(module: nn.Module) -> None:
+    """Check that the last step did not break the weights, which no loss has shown yet.
+
+    Raises:
+        RefineError: A weight is not finite.
+    """
+    names, tensors = zip(*module.named_parameters(), strict=True)
+    finite = torch.stack([tensor.detach().isfinite().all() for tensor in tensors]).tolist()
+    if not all(finite):
+        name = names[finite.index(False)]
+        raise _diverged("A weight became infinite or not a number.", name)
+
+
+def _diverged(what: str, where: str) -> RefineError:
+    return RefineError(
+        what,
+        where=where,
+        why="The weights are not usable any more; no checkpoint holds them.",
+        how="Lower the learning rate, and check inputs and labels for values out of range.",
+    )
