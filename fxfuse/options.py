@@ -43,5 +43,7 @@ class Options:
     fraction: float | None = None
     reference: Reference = 0
     regularisation: float | None = None
-    activations: Mapping[str, Sequence[torch.Tensor]] | None = field(default=None, repr=False)
-    gradients: Sequence[Gradients] | None = field(default=None, repr=False)
+    activations: Mapping[str, Sequence[torch.Tensor]] | None = field(
+        default=None, repr=False, compare=False
+    )
+    gradients: Sequence[Gradients] | None = field(default=None, repr=False, compare=False)

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from fxfuse.calibrated import Matrix, require_activations
+from fxfuse.calibrated import Matrix, matrix_of, require_activations
 from fxfuse.coupling import CouplingGraph, CouplingGroup
 from fxfuse.methods._clusters import Clusters
 from fxfuse.methods.registry import check_variant, method
@@ -33,7 +33,10 @@ def zip_it(graph: CouplingGraph, states: Sequence[State], options: Options) -> t
     """
     check_variant("zip", options, VARIANTS)
     activations = require_activations(graph, len(states), options, "method 'zip'")
-    return tuple(_zipped(group, activations[group.name], options) for group in graph.groups)
+    return tuple(
+        _zipped(group, [matrix_of(t) for t in activations[group.name]], options)
+        for group in graph.groups
+    )
 
 
 def _zipped(group: CouplingGroup, activations: Sequence[Matrix], options: Options) -> UnitMap:
