@@ -18,8 +18,13 @@ Matrix = NDArray[np.float64]
 
 
 def require_activations(
+<<<<<<< HEAD
     graph: CouplingGraph, states: Sequence[State], options: Options, user: str
 ) -> dict[str, list[Matrix]]:
+=======
+    graph: CouplingGraph, n_members: int, options: Options, user: str
+) -> dict[str, list[torch.Tensor]]:
+>>>>>>> methods
     """What the units of every group answer to the calibration inputs.
 
     Args:
@@ -29,7 +34,7 @@ def require_activations(
         user: What needs them, for messages: "method 'zip'".
 
     Returns:
-        For each group, for each member, float64 [rows, n_units].
+        For each group, for each member, [rows, n_units], as given: `matrix_of` one at a time.
 
     Raises:
         CalibrationError: There are none, they do not fit the groups, or they are not finite.
@@ -64,13 +69,22 @@ def require_activations(
                     why="a unit answers NaN or infinity",
                     how="check the calibration inputs, or leave this member out",
                 )
-        found[group.name] = [t.detach().to("cpu", torch.float64).numpy() for t in tensors]
+        found[group.name] = tensors
     return found
 
 
+<<<<<<< HEAD
 def require_gradients(
     graph: CouplingGraph, states: Sequence[State], options: Options, user: str
 ) -> Sequence[Gradients]:
+=======
+def matrix_of(tensor: torch.Tensor) -> Matrix:
+    """A real tensor in float64, on the CPU."""
+    return tensor.detach().to("cpu", torch.float64).numpy()
+
+
+def require_gradients(n_members: int, options: Options, user: str) -> Sequence[Gradients]:
+>>>>>>> methods
     """The members' gradients.
 
     Raises:

@@ -123,7 +123,7 @@ def _loss(
     if not bool(torch.isfinite(loss)):
         raise CalibrationError(
             "the loss on the calibration inputs is not finite",
-            why=f"the cross-entropy of a batch is {float(loss)}",
+            why=f"the cross-entropy of a batch is {loss.item()}",
             how="check the inputs, and that the labels are class numbers",
         )
     return loss

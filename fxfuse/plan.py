@@ -194,7 +194,9 @@ class FusionPlan:
             "|---|---:|" + "---:|" * self.n_members,
         ]
         for m in self.maps:
-            counts = np.bincount(m.member, minlength=self.n_members)
+            # A unit that goes to several fused units is one unit all the same.
+            units = np.unique(np.stack([m.member, m.unit]), axis=1)
+            counts = np.bincount(units[0], minlength=self.n_members)
             lines.append(f"| `{m.group}` | {m.n_units} | " + " | ".join(map(str, counts)) + " |")
         for title, names in (
             ("Averaged inside the network (an approximation)", self.averaged),

@@ -227,6 +227,58 @@ def test_the_hosts_units_are_no_mean_however_units_are_merged():
     assert not fused[4:].any()
 
 
+def test_the_mean_in_a_shared_dimension_reads_units_by_their_map():
+    members = [mlp(), mlp()]
+    captured = [fxfuse.capture(m, torch.randn(3, 4).double()) for m in members]
+    graph, states = fxfuse.analyze(captured[0], share=["2.bias"]), [c.state() for c in captured]
+    (group,) = graph.groups
+    plan = make_plan(graph, states, "average", Options())
+    plan = replace(plan, maps=(random_map(group.name, group.n_units, 2, 0.7, 0),))
+    _, unmerge = matrices(plan.maps[0], 2)
+    expected = sum(m[2].weight.detach() @ u for m, u in zip(members, unmerge, strict=True)) / 2
+    fused = fused_at_width(graph, plan, states)
+    torch.testing.assert_close(fused["2.weight"], expected)
+    assert not (plan.maps[0].weight == 1).any()
+
+
+class Outer(nn.Module):
+    """A table that two groups write side by side."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(4, 5), nn.Linear(4, 6)
+        self.table = nn.Parameter(torch.randn(5, 6))
+        self.head = nn.Linear(5, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        h = self.first(x)[:, :, None] * self.second(x)[:, None] + self.table
+        return self.head(h.relu().mean(2))
+
+
+def test_the_shares_of_members_in_a_table_of_two_groups_sum_to_one():
+    member = Outer().double()
+    captured = fxfuse.capture(member, torch.randn(3, 4).double())
+    graph = fxfuse.analyze(captured)
+    assert {len(graph.group_of.get(("table", d), ())) for d in (0, 1)} == {1}
+    states = [captured.state()] * 2
+    plan = make_plan(graph, states, "average", Options())
+    torch.testing.assert_close(fused_at_width(graph, plan, states)["table"], states[0]["table"])
+    # Units 0 and 1 of both members are one unit, in both groups.
+    maps = []
+    for group in graph.groups:
+        unit = np.tile(np.arange(group.n_units), 2)
+        target = np.maximum(unit - 1, 0)
+        weight = 1.0 / np.bincount(target)[target]
+        who = np.repeat([0, 1], group.n_units)
+        maps.append(UnitMap(group.name, group.n_units, target, who, unit, weight))
+    table = fused_at_width(graph, replace(plan, maps=tuple(maps)), states)["table"]
+    own = states[0]["table"]
+    torch.testing.assert_close(table[0, 0], own[:2, :2].mean())
+    torch.testing.assert_close(table[1, 0], own[2, :2].mean())
+    torch.testing.assert_close(table[0, 2], own[:2, 3].mean())
+    torch.testing.assert_close(table[2, 3], own[3, 4])
+
+
 def test_every_head_reads_its_own_members_units():
     members = [mlp() for _ in range(3)]
     x = torch.randn(3, 4).double()

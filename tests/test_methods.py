@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import builtins
 import itertools
+import sys
 from functools import cache
 
 import numpy as np
@@ -236,6 +237,28 @@ def test_zipping_identical_networks_gives_the_network(n: int, variant: str | Non
     plan = make_plan(graph, states, "zip", options)
     for name, tensor in fused_at_width(graph, plan, states).items():
         torch.testing.assert_close(tensor, states[0][name])
+
+
+class Backwards(nn.Module):
+    """Layers whose names are in the opposite order of the layers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.c = nn.Linear(6, 3), nn.Linear(7, 6), nn.Linear(4, 7)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.a(self.b(self.c(x).relu()).relu())
+
+
+def test_transport_goes_from_the_input_on_whatever_the_names(monkeypatch: pytest.MonkeyPatch):
+    def never(*args: object) -> None:
+        raise AssertionError("a group was compared before those that it reads from")
+
+    module = sys.modules["fxfuse.methods.optimal_transport"]
+    monkeypatch.setattr(module, "statistics_distance", never)
+    graph = fxfuse.analyze(Backwards().double(), torch.randn(3, 4).double())
+    states = permuted_copies(graph, 2)
+    assert distance_to_the_first(graph, states, "optimal_transport", Options()) <= 1e-6
 
 
 def test_entropic_transport_is_close_to_exact_where_it_is_weak():

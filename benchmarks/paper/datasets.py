@@ -17,6 +17,7 @@ NAMES = ("mnist5k", "mnist1d", *TORCHVISION)
 
 # Share of the training part that an official split gives to training; the rest validates.
 _TRAIN_SHARE = 0.8
+_SHARE_1D = 0.25
 
 
 @dataclass(frozen=True)
@@ -34,6 +35,7 @@ class Data:
     inputs: Tensor
     labels: Tensor
     official: int = 0
+    train_share: float = _TRAIN_SHARE
 
     @property
     def classes(self) -> int:
@@ -45,8 +47,8 @@ class Data:
             return split(self.labels, seed)
         first = len(self.labels) - self.official
         # `split` makes three parts, of which the last two validate here.
-        rest = (1 - _TRAIN_SHARE) / 2
-        parts = split(self.labels[:first], seed, (_TRAIN_SHARE, rest))
+        rest = (1 - self.train_share) / 2
+        parts = split(self.labels[:first], seed, (self.train_share, rest))
         test = torch.arange(first, len(self.labels))
         return Split(parts.train, torch.cat([parts.val, parts.test]), test)
 
@@ -83,7 +85,7 @@ def _mnist1d() -> Data:
     made = make_dataset(get_dataset_args())
     inputs = torch.cat([torch.as_tensor(made[key], dtype=torch.float32) for key in ("x", "x_test")])
     labels = torch.cat([torch.as_tensor(made[key], dtype=torch.int64) for key in ("y", "y_test")])
-    return Data("mnist1d", inputs.unsqueeze(1), labels)
+    return Data("mnist1d", inputs.unsqueeze(1), labels, len(made["y_test"]), _SHARE_1D)
 
 
 def _torchvision(name: str, root: Path) -> Data:

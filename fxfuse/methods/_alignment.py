@@ -7,6 +7,7 @@ is the way through that frame, and going round a cycle of members is the identit
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 from scipy.optimize import linear_sum_assignment
@@ -61,21 +62,23 @@ def reference_of(options: Options, n_members: int) -> int | None:
     Raises:
         ControlError: There is no such member.
     """
-    reference = options.reference
+    # Callers may pass anything; the annotation is not the check.
+    reference: Any = options.reference
     if reference == "mean":
         return None
-    if reference not in range(n_members):
+    if not isinstance(reference, int) or reference not in range(n_members):
         raise ControlError(
             f"there is no reference member {reference!r}",
             why=f"the {n_members} members are counted from 0",
             how='pass reference= with the number of a member, or "mean"',
         )
-    return reference
+    return int(reference)
 
 
 def common_orders(
     graph: CouplingGraph,
-    features: Sequence[Features],
+    features: Callable[[int], Features],
+    n: int,
     options: Options,
     align: Align,
     reorder: Reorder,
@@ -85,26 +88,44 @@ def common_orders(
     With reference "mean" (MergeMany in "Git Re-Basin", arXiv:2209.04836), members are first aligned
     to member 0, and then each to the mean of the others, in turn, until nothing moves.
 
+    Args:
+        graph: The analysis of the members.
+        features: What a member is compared by; asked for again rather than held for all members.
+        n: Number of members.
+        options: Names the reference.
+        align: Aligns a member to a target.
+        reorder: Brings a member's features into other orders.
+
     Raises:
         ControlError: There is no such reference member.
     """
-    n, reference = len(features), reference_of(options, len(features))
+    reference = reference_of(options, n)
     first = reference or 0
+    target = features(first)
     orders = [
-        identity_orders(graph) if i == first else align(features[first], features[i], None)
-        for i in range(n)
+        identity_orders(graph) if i == first else align(target, features(i), None) for i in range(n)
     ]
     for _ in range(_ROUNDS if reference is None else 0):
         changed = False
         for i in range(n):
-            others = [reorder(features[j], orders[j]) for j in range(n) if j != i]
-            mean = {name: np.mean([f[name] for f in others], axis=0) for name in others[0]}
-            found = align(mean, features[i], orders[i])
+            found = align(_mean(features, orders, i, reorder), features(i), orders[i])
             changed |= any(not np.array_equal(found[k], orders[i][k]) for k in found)
             orders[i] = found
         if not changed:
             break
     return orders
+
+
+def _mean(
+    features: Callable[[int], Features], orders: Sequence[Orders], without: int, reorder: Reorder
+) -> Features:
+    """The mean of all members but one, in the common frame."""
+    others = [j for j in range(len(orders)) if j != without]
+    mean: dict[str, Matrix] = {}
+    for j in others:
+        for name, matrix in reorder(features(j), orders[j]).items():
+            mean[name] = mean.get(name, 0.0) + matrix / len(others)
+    return mean
 
 
 def averaged(graph: CouplingGraph, orders: Sequence[Orders]) -> tuple[UnitMap, ...]:

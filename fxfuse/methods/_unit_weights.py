@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 import numpy as np
 import torch
 
-from fxfuse.calibrated import Matrix
+from fxfuse.calibrated import Matrix, matrix_of
 from fxfuse.coupling import CouplingGraph, CouplingGroup, Index, Place
 from fxfuse.options import State
 
@@ -25,8 +25,7 @@ def real_tensors(graph: CouplingGraph, state: State) -> dict[str, Matrix]:
 
 
 def _real(tensor: torch.Tensor) -> Matrix:
-    pairs = torch.view_as_real(tensor.detach()) if tensor.is_complex() else tensor.detach()
-    return pairs.to("cpu", torch.float64).numpy()
+    return matrix_of(torch.view_as_real(tensor.detach()) if tensor.is_complex() else tensor)
 
 
 def own_places(graph: CouplingGraph, group: CouplingGroup) -> dict[Place, Index]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from fxfuse.calibrated import require_activations
+from fxfuse.calibrated import matrix_of, require_activations
 from fxfuse.coupling import CouplingGraph
 from fxfuse.methods._alignment import (
     Features,
@@ -35,12 +35,22 @@ def activation_matching(
         UnknownMethodError: A variant was asked for.
     """
     check_variant("activation_matching", options, ())
+<<<<<<< HEAD
     activations = require_activations(graph, states, options, "method 'activation_matching'")
     features = [
         {name: standardised(members[i]) for name, members in activations.items()}
         for i in range(len(states))
     ]
     return averaged(graph, common_orders(graph, features, options, _align, _reorder))
+=======
+    activations = require_activations(graph, len(states), options, "method 'activation_matching'")
+
+    def features(member: int) -> Features:
+        return {name: standardised(matrix_of(t[member])) for name, t in activations.items()}
+
+    orders = common_orders(graph, features, len(states), options, _align, _reorder)
+    return averaged(graph, orders)
+>>>>>>> methods
 
 
 def _align(target: Features, member: Features, start: Orders | None) -> Orders:

@@ -9,8 +9,8 @@ import numpy as np
 from scipy.spatial.distance import cdist
 from torch import nn
 
-from fxfuse.calibrated import Matrix, require_activations
-from fxfuse.coupling import CouplingGraph, CouplingGroup
+from fxfuse.calibrated import Matrix, matrix_of, require_activations
+from fxfuse.coupling import CouplingGraph, CouplingGroup, Place
 from fxfuse.errors import ControlError, MissingDependencyError
 from fxfuse.methods._alignment import reference_of
 from fxfuse.methods._unit_weights import (
@@ -75,7 +75,11 @@ def optimal_transport(
         answers = require_activations(graph, states, options, user)
         transports = [
             {
-                name: _transport(pot, cdist(found[reference].T, found[i].T), regularisation)
+                name: _transport(
+                    pot,
+                    cdist(matrix_of(found[reference]).T, matrix_of(found[i]).T),
+                    regularisation,
+                )
                 for name, found in answers.items()
             }
             for i in range(len(states))
@@ -105,9 +109,16 @@ def _pot() -> Any:
 def _by_weights(
     pot: Any, graph: CouplingGraph, ours: Tensors, theirs: Tensors, regularisation: float | None
 ) -> Transports:
-    """Transports one group after the other, each along what was transported before it."""
+    """Transports one group after the other, each along what was transported before it.
+
+    Groups whose writers all come from where units correspond go first: the graph's order is that
+    of the tensors' names, which need not be that of the layers.
+    """
     found: Transports = {}
-    for group in graph.groups:
+    waiting = list(graph.groups)
+    while waiting:
+        group = min(waiting, key=lambda g: _missing(graph, g, found))
+        waiting.remove(group)
         features = _written(graph, group, ours, theirs, found)
         if features is None:
             # Nothing that writes this group comes from where units correspond already.
@@ -118,6 +129,35 @@ def _by_weights(
     return found
 
 
+def _missing(graph: CouplingGraph, group: CouplingGroup, found: Transports) -> int:
+    """How far a group is from being compared: 0 by all that writes it, 1 by some of it, 2 by none.
+
+    Vectors (biases, scales) do not count where there is more: alone they say too little of a unit.
+    """
+    known = [_known(graph, place, found) for place in _weights(graph, group)]
+    return 0 if all(known) else 1 if any(known) else 2
+
+
+def _weights(graph: CouplingGraph, group: CouplingGroup) -> list[Place]:
+    """The parameters of more than one dimension that write a group."""
+    return [place for place in _writers(graph, group) if graph.captured.tensor(place[0]).dim() > 1]
+
+
+def _writers(graph: CouplingGraph, group: CouplingGroup) -> list[Place]:
+    return [
+        place
+        for place in own_places(graph, group)
+        if isinstance(graph.captured.tensor(place[0]), nn.Parameter) and is_written(graph, place)
+    ]
+
+
+def _known(graph: CouplingGraph, place: Place, found: Transports) -> bool:
+    """Whether units correspond along all other dimensions of a tensor."""
+    name, dim = place
+    others = [d for d in range(graph.captured.tensor(name).dim()) if d != dim]
+    return all(g.name in found for d in others for g in graph.group_of.get((name, d), ()))
+
+
 def _written(
     graph: CouplingGraph,
     group: CouplingGroup,
@@ -125,24 +165,20 @@ def _written(
     theirs: Tensors,
     found: Transports,
 ) -> tuple[Matrix, Matrix] | None:
-    """The weights that write each unit, of both members, [n_units, *]; None if none compare."""
+    """The parameters that write each unit, of both members, [n_units, *]; None if none compare."""
 
     def move(other: CouplingGroup, units: Matrix) -> Matrix:
         return found[other.name] @ units
 
-    pairs = []
-    for (name, dim), rows in own_places(graph, group).items():
-        tensor = graph.captured.tensor(name)
-        others = (
-            g for d in range(tensor.dim()) if d != dim for g in graph.group_of.get((name, d), ())
-        )
-        known = all(other.name in found for other in others)
-        if known and isinstance(tensor, nn.Parameter) and is_written(graph, (name, dim)):
-            moving = moved(graph, name, theirs[name], move, skip=dim)
-            pairs.append((units_of(ours[name], dim, rows), units_of(moving, dim, rows)))
-    if not pairs:
+    places = [place for place in _writers(graph, group) if _known(graph, place, found)]
+    weights = _weights(graph, group)
+    if not places or (weights and not set(weights) & set(places)):
         return None
-    a, b = zip(*pairs, strict=True)
+    a, b = [], []
+    for name, dim in places:
+        rows = group.index[(name, dim)]
+        a.append(units_of(ours[name], dim, rows))
+        b.append(units_of(moved(graph, name, theirs[name], move, skip=dim), dim, rows))
     return np.concatenate(a, axis=1), np.concatenate(b, axis=1)
 
 

@@ -51,8 +51,11 @@ def weight_matching(
     def reorder(member: Features, orders: Orders) -> Features:
         return {name: _reordered(graph, name, w, orders) for name, w in member.items()}
 
-    features = [real_tensors(graph, state) for state in states]
-    return averaged(graph, common_orders(graph, features, options, align, reorder))
+    def features(member: int) -> Features:
+        return real_tensors(graph, states[member])
+
+    orders = common_orders(graph, features, len(states), options, align, reorder)
+    return averaged(graph, orders)
 
 
 def _align(graph: CouplingGraph, ours: Features, theirs: Features, start: Orders | None) -> Orders:

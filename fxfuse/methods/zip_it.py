@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from fxfuse.calibrated import Matrix, require_activations
+from fxfuse.calibrated import Matrix, matrix_of, require_activations
 from fxfuse.coupling import CouplingGraph, CouplingGroup
 from fxfuse.methods._clusters import Clusters
 from fxfuse.methods.registry import check_variant, method
@@ -32,8 +32,16 @@ def zip_it(graph: CouplingGraph, states: Sequence[State], options: Options) -> t
         UnknownMethodError: The variant is unknown.
     """
     check_variant("zip", options, VARIANTS)
+<<<<<<< HEAD
     activations = require_activations(graph, states, options, "method 'zip'")
     return tuple(_zipped(group, activations[group.name], options) for group in graph.groups)
+=======
+    activations = require_activations(graph, len(states), options, "method 'zip'")
+    return tuple(
+        _zipped(group, [matrix_of(t) for t in activations[group.name]], options)
+        for group in graph.groups
+    )
+>>>>>>> methods
 
 
 def _zipped(group: CouplingGroup, activations: Sequence[Matrix], options: Options) -> UnitMap:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from fxfuse.calibrated import require_activations
+from fxfuse.calibrated import matrix_of, require_activations
 from fxfuse.coupling import CouplingGraph
 from fxfuse.options import Options, State
 from fxfuse.scores.registry import Kept, Scores, score
@@ -24,7 +24,8 @@ def activation(
     answers = require_activations(graph, states, options, "score 'activation'")
     return {
         member: {
-            name: np.sqrt((members[member] ** 2).mean(axis=0)) for name, members in answers.items()
+            name: np.sqrt((matrix_of(members[member]) ** 2).mean(axis=0))
+            for name, members in answers.items()
         }
         for member in kept
     }
