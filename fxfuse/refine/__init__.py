@@ -1,8 +1,9 @@
-"""Refine a fused network by gradient descent: on labels, by distillation, by matching logits."""
+"""Refine a fused network: on labels, by distillation, by matching logits, by recalibration."""
 
 from fxfuse.refine.augment import Augment, shift_and_mix
 from fxfuse.refine.loop import RefineReport
 from fxfuse.refine.match import MatchReport, match
+from fxfuse.refine.recalibrate import recalibrate
 from fxfuse.refine.train import default_optimizer, distill, finetune
 
 __all__ = [
@@ -13,5 +14,6 @@ __all__ = [
     "distill",
     "finetune",
     "match",
+    "recalibrate",
     "shift_and_mix",
 ]
