@@ -143,7 +143,7 @@ def measure(seed: int, member_steps: int, tune_steps: int) -> dict[str, list[flo
         return tune(network, data, both, tune_steps, seed)[0]
 
     rows = {"each member alone": tested(lambda x: tuple(m(x) for m in members))}
-    for method in ("transplant", "average"):
+    for method in ("transplant", "weight_matching"):
         fused = two_heads(members, images, method)
         rows[f"fused ({method})"] = tested(fused)
         rows[f"fused ({method}) + fine-tuning"] = tested(tuned(fused))

@@ -1,16 +1,18 @@
-"""Maps applied to weights: pure tensor functions, gathers only, never a block-diagonal matrix."""
+"""Maps applied to weights: pure tensor functions, never a block-diagonal matrix over members."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
+from fxfuse.combine import Line, lines_of
 from fxfuse.coupling import CouplingGraph, CouplingGroup, Index, Place
-from fxfuse.labels import Kind
 from fxfuse.layout import Layout, Placement, place_copies, place_units
-from fxfuse.plan import FusionPlan, Role, is_written, own_indices, role_of
+from fxfuse.plan import FusionPlan, Role, role_of
 
 
 def permuted(
@@ -115,57 +117,48 @@ def _fused(
         if name not in states[member]:
             continue
         part = states[member][name].detach().to(dtype=dtype, device=like.device)
-        for dim, p in enumerate(placements):
-            part = part.index_select(dim, torch.from_numpy(p.sources[member]).to(like.device))
+        lines = lines_of(graph, name, placements, member)
+        for dim, line in enumerate(lines):
+            part = line.combine(part, dim)
         if part.numel() == 0 and like.numel():
             continue
-        where = [torch.from_numpy(p.targets[member]).to(like.device) for p in placements]
+        share = _share(lines, role, plan.n_members)
+        where = [torch.from_numpy(line.targets).to(like.device) for line in lines]
         grid = tuple(_along(index, dim, len(where)) for dim, index in enumerate(where))
         if grid:
-            share = _share(graph, plan, name, role, [p.sources[member] for p in placements])
             result.index_put_(grid, part * share.to(part), accumulate=role is not Role.OWN)
         else:
-            result = part if role is Role.OWN else result + part * _weight(graph, plan, name, role)
+            result = part if role is Role.OWN else result + part * share.to(part)
     return result.to(like.dtype)
+
+
+def _share(lines: Sequence[Line], role: Role, n_members: int) -> torch.Tensor:
+    """How much of each fused cell is this member's, broadcast over equal cells, float64.
+
+    Along one dimension that is what M gives the member. Of further dimensions that are written only
+    the member's own mean is taken, so that the members' shares of a cell sum to one there too.
+    """
+    share = torch.ones([1] * len(lines), dtype=torch.float64)
+    if role is Role.OWN:
+        return share
+    if role is Role.MEAN:
+        return share / n_members
+    none = torch.zeros([1] * len(lines), dtype=torch.bool)
+    owned, output, hosted = none, none, none
+    for dim, line in enumerate(lines):
+
+        def along(values: NDArray[Any], dim: int = dim) -> torch.Tensor:
+            return _along(torch.from_numpy(values), dim, len(lines))
+
+        share = torch.where(~owned & along(line.owned), along(line.share), share)
+        owned = owned | along(line.owned)
+        output = output | along(line.output)
+        hosted = hosted | along(line.hosted)
+    # Where an index means the same to all members, the mean of what they write there is taken, and
+    # an output is the mean of theirs; what only the host contributes to is no mean of the members.
+    share = torch.where(owned & ~output, share, 1.0 / n_members)
+    return torch.where(hosted, 1.0, share)
 
 
 def _along(line: torch.Tensor, dim: int, rank: int) -> torch.Tensor:
     return line.reshape([-1 if d == dim else 1 for d in range(rank)])
-
-
-def _share(
-    graph: CouplingGraph, plan: FusionPlan, name: str, role: Role, sources: Sequence[Index]
-) -> torch.Tensor:
-    """The weight of each cell of one member's contribution, broadcast over equal ones, float64."""
-    rank = len(sources)
-    share = torch.full([1] * rank, _weight(graph, plan, name, role), dtype=torch.float64)
-    if role is not Role.SUM:
-        return share
-    told, hosted = torch.zeros([1] * rank, dtype=torch.bool), torch.zeros([1] * rank).bool()
-    for dim, indices in enumerate(sources):
-        told = told | _along(torch.from_numpy(own_indices(graph, (name, dim))[indices]), dim, rank)
-        reason = graph.frozen.get((name, dim))
-        if reason is not None and reason.kind is Kind.HOST:
-            mine = torch.from_numpy(np.isin(indices, reason.indices))
-            hosted = hosted | _along(mine, dim, rank)
-    # Where an index means the same to all members, the mean of what they write there is taken;
-    # what only the host contributes to is no mean of the members.
-    share = torch.where(told, share, 1.0 / plan.n_members)
-    return torch.where(hosted, 1.0, share)
-
-
-def _weight(graph: CouplingGraph, plan: FusionPlan, name: str, role: Role) -> float:
-    """The weight of one member's contribution: the product of its M along written dimensions."""
-    if role is Role.MEAN:
-        return 1.0 / plan.n_members
-    if role is Role.OWN:
-        return 1.0
-    is_output, weights = False, []
-    for dim in range(graph.captured.tensor(name).dim()):
-        reason = graph.frozen.get((name, dim))
-        is_output |= reason is not None and reason.kind is Kind.OUTPUT
-        if is_written(graph, (name, dim)):
-            weights += [plan.map_of(g.name).weight for g in graph.group_of.get((name, dim), ())]
-    if is_output:
-        return 1.0 / plan.n_members
-    return weights[0] if weights else 1.0

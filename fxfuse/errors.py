@@ -92,6 +92,10 @@ class UnknownScoreError(FxfuseError):
     """No importance score of this name is registered."""
 
 
+class CalibrationError(FxfuseError):
+    """Calibration inputs, or their labels, are missing or no good for what was asked."""
+
+
 class UnknownTensorError(FxfuseError):
     """A (tensor name, dimension) that the captured network does not have."""
 
@@ -138,6 +142,10 @@ class ModelFactoryError(FxfuseError):
 
 class OutputExistsError(FxfuseError):
     """The output exists already and may not be overwritten."""
+
+
+class CalibrationError(FxfuseError):
+    """Calibration inputs are missing or no good, or an activation on them is not a number."""
 
 
 class RefineError(FxfuseError):

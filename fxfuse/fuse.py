@@ -29,7 +29,8 @@ from fxfuse.errors import (
 from fxfuse.freezing import excused
 from fxfuse.heads import join
 from fxfuse.members import check_alike, check_finite, check_model, check_values
-from fxfuse.methods import Options, find_method
+from fxfuse.methods import find_method
+from fxfuse.options import Options, Reference
 from fxfuse.plan import FusionPlan
 from fxfuse.planner import make_plan
 from fxfuse.rewrite import FusedModule, emit
@@ -146,6 +147,9 @@ def fuse(
     score: str = "l2",
     variant: str | None = None,
     host: int = 0,
+    fraction: float | None = None,
+    reference: Reference = 0,
+    regularisation: float | None = None,
     freeze: Patterns = (),
     share: Patterns = (),
     ignore: Patterns = (),
@@ -165,10 +169,20 @@ def fuse(
         example_inputs: A tensor or a tuple of inputs that the members accept, batch of at least 2.
             Members that torch.export refuses are traced on them, so they should reach every part.
         example_kwargs: Keyword inputs.
-        method: `transplant` (Neuron Transplantation) or `average` (after alignment).
-        score: Importance of a unit for `transplant`: `l1` or `l2`.
-        variant: For `transplant`: None, `iterative` or `hierarchical`.
+        method: `transplant` (Neuron Transplantation), `average` (index by index), `weight_matching`
+            or `optimal_transport` (average after alignment); `activation_matching` and `zip` need
+            calibration inputs.
+        score: Importance of a unit for `transplant`: `l1`, `l2` or `bn_scale`; `activation`,
+            `taylor` and `fisher` need calibration inputs.
+        variant: For `transplant`: None, `iterative` or `hierarchical`; for `optimal_transport`:
+            `weights` or `activations`; for `zip`: None or `across`.
         host: The member that keeps every piece that is frozen inside the network.
+        fraction: For `transplant`: the share of units that come from other members than the host,
+            in [0, 1]; None leaves it to the score.
+        reference: For alignment: the member that the others are aligned to, or "mean": each to the
+            mean of the others.
+        regularisation: For `optimal_transport`: entropic regularisation, in units of the mean cost;
+            None is exact.
         freeze: `state_dict()` names of parameters that stay exactly as in the host, as in
             `analyze`.
         share: `state_dict()` names of parameters whose index means the same in all members.
@@ -197,7 +211,10 @@ def fuse(
         NonFiniteWeightsError: A member holds NaN or infinity.
         UnknownMethodError: No such method or variant.
         UnknownScoreError: No such score.
-        ControlError: An option names nothing in the network, or two contradict each other.
+        ControlError: An option names nothing in the network, has a value that the method cannot
+            use, or contradicts another one.
+        CalibrationError: The method or the score needs calibration inputs, and there are none.
+        MissingDependencyError: The method needs a package that is not installed.
         PartialFusionError: The heads cannot be kept apart from the trunk.
         NothingToFuseError: No parameter has a free dimension.
         VerificationError: An oracle failed.
@@ -226,7 +243,10 @@ def fuse(
         graph, check = _only_what_moves(graph)
         checks.append(check)
     _check_free(graph)
-    plan = make_plan(graph, states, method, Options(score, variant), host=host)
+    options = Options(
+        score, variant, fraction=fraction, reference=reference, regularisation=regularisation
+    )
+    plan = make_plan(graph, states, method, options, host=host)
     fused = fused_at_width(graph, plan, states)
     module = emit(network, fused) if network.is_program else None
     if verify:

@@ -10,7 +10,7 @@ import numpy as np
 from fxfuse.coupling import CouplingGraph, Index, Place
 from fxfuse.errors import PlanError
 from fxfuse.labels import Kind
-from fxfuse.plan import FusionPlan
+from fxfuse.plan import FusionPlan, Weights
 
 
 @dataclass(frozen=True)
@@ -21,11 +21,15 @@ class Placement:
         size: Size of the fused dimension.
         targets: For each member, indices of the fused dimension, int64 [k].
         sources: For each member, the indices of the member that land there, int64 [k].
+        merge: For each member, the entries of M, float64 [k]; 1 where no group owns the index.
+        unmerge: The same for U.
     """
 
     size: int
     targets: tuple[Index, ...]
     sources: tuple[Index, ...]
+    merge: tuple[Weights, ...]
+    unmerge: tuple[Weights, ...]
 
 
 def place_units(graph: CouplingGraph, plan: FusionPlan, place: Place) -> Placement:
@@ -36,10 +40,11 @@ def place_units(graph: CouplingGraph, plan: FusionPlan, place: Place) -> Placeme
     """
     size = int(graph.captured.tensor(place[0]).shape[place[1]])
     groups = graph.group_of.get(place, ())
-    targets, sources = [], []
+    targets, sources, merge, unmerge = [], [], [], []
     for member in range(plan.n_members):
         fixed = _fixed(graph, plan, place, member)
         to, origin = [fixed], [fixed]
+        weights = [np.ones((2, len(fixed)))]
         for group in groups:
             unit_map = plan.map_of(group.name)
             if unit_map.n_units != group.n_units:
@@ -52,9 +57,14 @@ def place_units(graph: CouplingGraph, plan: FusionPlan, place: Place) -> Placeme
             rows = group.index[place]
             to.append(rows[target].reshape(-1))
             origin.append(rows[unit].reshape(-1))
+            both = np.stack(unit_map.weights_of(member))
+            weights.append(np.repeat(both, rows.shape[1], axis=1))
         targets.append(np.concatenate(to))
         sources.append(np.concatenate(origin))
-    return Placement(size, tuple(targets), tuple(sources))
+        m, u = np.concatenate(weights, axis=1)
+        merge.append(m)
+        unmerge.append(u)
+    return Placement(size, tuple(targets), tuple(sources), tuple(merge), tuple(unmerge))
 
 
 def _fixed(graph: CouplingGraph, plan: FusionPlan, place: Place, member: int) -> Index:
@@ -148,4 +158,5 @@ def place_copies(
             own |= layout.copy < 0
         targets.append(np.flatnonzero(own))
         sources.append(layout.source[own])
-    return Placement(layout.size, tuple(targets), tuple(sources))
+    ones = tuple(np.ones(len(index)) for index in targets)
+    return Placement(layout.size, tuple(targets), tuple(sources), ones, ones)

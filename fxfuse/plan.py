@@ -19,13 +19,16 @@ from fxfuse.tensors import is_constant
 
 _SCHEMA = 1
 
+Weights = NDArray[np.float64]
+
 
 @dataclass(frozen=True)
 class UnitMap:
-    """Merge map M and unmerge map U of one group, as a list of their non-zero entries.
+    """Merge map M and unmerge map U of one group, as a list of their entries.
 
-    Entry k says: unit `unit[k]` of member `member[k]` contributes to fused unit `target[k]`, with
-    `weight` at the tensors that write the group (M) and with 1 at those that read it (U).
+    Entry k says: M takes unit `unit[k]` of member `member[k]` to fused unit `target[k]` with
+    `weight[k]`, at the tensors that write the group; U takes that fused unit back to this unit with
+    `read[k]`, at the tensors that read it. What is not listed is 0.
 
     Attributes:
         group: Name of the coupling group.
@@ -33,7 +36,9 @@ class UnitMap:
         target: int64 [k].
         member: int64 [k].
         unit: int64 [k].
-        weight: 1 for one-hot maps, 1/N for averages.
+        weight: Entries of M, float64 [k], or one number for all: 1 for one-hot maps, 1/N for
+            averages.
+        read: Entries of U, float64 [k], or one number for all.
     """
 
     group: str
@@ -41,12 +46,19 @@ class UnitMap:
     target: Index
     member: Index
     unit: Index
-    weight: float = 1.0
+    weight: float | Weights = 1.0
+    read: float | Weights = 1.0
 
     def of_member(self, member: int) -> tuple[Index, Index]:
         """Fused units and units of one member, both int64 [k_member]."""
         chosen = self.member == member
         return self.target[chosen], self.unit[chosen]
+
+    def weights_of(self, member: int) -> tuple[Weights, Weights]:
+        """Entries of M and of U in the order of `of_member`, both float64 [k_member]."""
+        chosen = self.member == member
+        merge, unmerge = (np.broadcast_to(w, chosen.shape) for w in (self.weight, self.read))
+        return merge[chosen].astype(np.float64), unmerge[chosen].astype(np.float64)
 
 
 @dataclass(frozen=True)
@@ -116,7 +128,8 @@ class FusionPlan:
                     "target": m.target.tolist(),
                     "member": m.member.tolist(),
                     "unit": m.unit.tolist(),
-                    "weight": m.weight,
+                    "weight": np.asarray(m.weight).tolist(),
+                    "read": np.asarray(m.read).tolist(),
                 }
                 for m in self.maps
             ],
@@ -212,9 +225,18 @@ def _read_map(value: Mapping[str, Any]) -> UnitMap:
     )
     if not target.shape == member.shape == unit.shape:
         raise ValueError(f"group {value['group']!r}: lists of different lengths")
-    return UnitMap(
-        value["group"], int(value["n_units"]), target, member, unit, float(value["weight"])
-    )
+    # Plans written before maps had a U of their own have none: it was 1.
+    weight, read = (_read_weights(value.get(k, 1.0), target) for k in ("weight", "read"))
+    return UnitMap(value["group"], int(value["n_units"]), target, member, unit, weight, read)
+
+
+def _read_weights(value: Any, target: Index) -> float | Weights:
+    if not isinstance(value, list):
+        return float(value)
+    weights = np.asarray(value, dtype=np.float64)
+    if weights.shape != target.shape:
+        raise ValueError("weights and entries of a map differ in number")
+    return weights
 
 
 class Role(StrEnum):

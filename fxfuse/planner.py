@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 from fxfuse.coupling import CouplingGraph
 from fxfuse.methods import Options, State, find_method
@@ -13,6 +14,7 @@ from fxfuse.plan import (
     inner_averages,
     relevant_notes,
 )
+from fxfuse.scores import note_of
 
 
 def make_plan(
@@ -27,14 +29,30 @@ def make_plan(
 
     A method sees the trunk only: heads of different tasks cannot be compared.
 
+    Args:
+        graph: The analysis of the members.
+        states: For each member, its tensors by name.
+        method: Name of the method.
+        options: What it is told.
+        host: The member that keeps what is frozen inside the network, in place of `options.host`.
+
     Raises:
         UnknownMethodError: There is no such method or variant.
         UnknownScoreError: There is no such score.
+        ControlError: An option has a value that the method cannot use.
+        CalibrationError: The method or the score needs calibration inputs, and there are none.
+        MissingDependencyError: The method needs a package that is not installed.
     """
+    options = replace(options, host=host)
     maps = find_method(method)(graph.trunk(), states, options)
-    told = {"score": options.score} if method == "transplant" else {}
-    if options.variant is not None:
-        told["variant"] = options.variant
+    told = {}
+    if method == "transplant":
+        told = {"score": options.score, **note_of(options.score, graph.trunk())}
+    for name in ("variant", "fraction", "reference", "regularisation"):
+        value = getattr(options, name)
+        # What was left at its default says nothing.
+        if value != getattr(Options(), name):
+            told[name] = str(value)
     return FusionPlan(
         method,
         told,

@@ -104,7 +104,7 @@ def test_parity_with_torch_pruning_on_an_mlp(n: int):
 
 def test_parity_notices_another_selection(monkeypatch: pytest.MonkeyPatch):
     module = importlib.import_module("fxfuse.verify.parity")
-    monkeypatch.setattr(module, "check_score", lambda score: 1)
+    monkeypatch.setattr(module, "degree_of", lambda score: 1)
     members = [build("resnet18", seed, torch.float32) for seed in range(2)]
     assert not verify.parity(members, image(dtype=torch.float32), score="l2").passed
 

@@ -164,7 +164,7 @@ def complex_mlp(dtype: torch.dtype = torch.complex64) -> nn.Module:
     return nn.Sequential(*(nn.Linear(a, b, dtype=dtype) for a, b in ((4, 8), (8, 6), (6, 2))))
 
 
-@pytest.mark.parametrize("method", ["transplant", "average"])
+@pytest.mark.parametrize("method", ["transplant", "average", "weight_matching"])
 def test_complex_weights_are_fused(method: str):
     members = [complex_mlp(), complex_mlp()]
     x = torch.randn(3, 4, dtype=torch.complex64)

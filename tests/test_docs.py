@@ -12,7 +12,11 @@ from pathlib import Path
 import pytest
 import torch
 
+import fxfuse
+from fxfuse.methods import registry as methods
 from fxfuse.rules import registry
+from fxfuse.scores import registry as scores
+from tests.nets import images, resnets
 
 PAGES = Path(__file__).parents[1] / "docs" / "how-to"
 BLOCK = re.compile(r"^```(\w+)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
@@ -44,6 +48,23 @@ def test_adding_an_operator():
         with contextlib.redirect_stdout(output):
             exec(compile(content, name, "exec"), namespace)
         printed = output.getvalue()
+
+
+def test_adding_a_method(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(methods, "_METHODS", dict(methods._METHODS))
+    run_page("add-a-method.md")
+    members, x = resnets(2), images()
+    state, own = fxfuse.fuse(members, x, method="first").state_dict(), members[0].state_dict()
+    for name in ("stem.weight", "block1.conv2.weight", "bn.running_var"):
+        assert torch.equal(state[name], own[name])
+
+
+def test_adding_a_score(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(scores, "_SCORES", dict(scores._SCORES))
+    run_page("add-a-score.md")
+    members = resnets(2)
+    plan = fxfuse.fuse(members, images(), score="spread", variant="iterative").plan
+    assert plan.options == {"score": "spread", "variant": "iterative"}
 
 
 def test_links_between_pages_lead_somewhere():

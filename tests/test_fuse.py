@@ -79,7 +79,7 @@ def test_members_stay_as_they_were():
             assert torch.equal(tensor, state[name]), name
 
 
-def test_averaging_permuted_copies_gives_the_network_back():
+def test_aligning_permuted_copies_gives_the_network_back():
     from fxfuse import verify
 
     check = verify.identity(resnets(1, torch.float64)[0], images(dtype=torch.float64))
@@ -180,7 +180,7 @@ def test_bad_input():
     for members in ([], [good]):
         with pytest.raises(TooFewMembersError):
             fxfuse.fuse(members, x)
-    with pytest.raises(UnknownMethodError, match="average, transplant, wide"):
+    with pytest.raises(UnknownMethodError, match="average, optimal_transport, transplant"):
         fxfuse.fuse([good, other], x, method="magic")
     with pytest.raises(UnknownMethodError, match="hierarchical"):
         fxfuse.fuse([good, other], x, variant="sideways")
@@ -210,4 +210,12 @@ def test_a_network_that_answers_nan_is_not_handed_over():
 
 
 def test_registered_methods():
-    assert set(methods()) == {"transplant", "average", "wide"}
+    assert set(methods()) == {
+        "activation_matching",
+        "average",
+        "optimal_transport",
+        "transplant",
+        "weight_matching",
+        "wide",
+        "zip",
+    }

@@ -290,7 +290,7 @@ BAD = {
     "seconds NaN": (mlp(3), [mlp(1)], INPUTS, {"seconds": float("nan")}, "seconds is nan"),
     "batch": (mlp(3), [mlp(1)], INPUTS, {"batch": 1}, "batch is 1"),
     "rate": (mlp(3), [mlp(1)], INPUTS, {"learning_rate": 0.0}, "learning_rate is 0"),
-    "outputs": (mlp(3), [mlp(1)], INPUTS, {"outputs": "mean"}, "no way 'mean'"),
+    "outputs": (mlp(3), [mlp(1)], INPUTS, {"outputs": "mean"}, "outputs are 'mean'"),
     "no classes": (mlp(3, 1), [mlp(1, 1)], INPUTS, {"outputs": "logits"}, "no class logits"),
     "members unlike": (mlp(3), [mlp(1), mlp(2, 4)], INPUTS, {}, r"member 1 \[\d+, 4\]"),
     "module unlike": (mlp(3, 4), [mlp(1)], INPUTS, {}, r"module \[\d+, 4\]"),

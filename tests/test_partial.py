@@ -112,7 +112,7 @@ def test_a_permuted_trunk_is_aligned_and_its_head_with_it():
             tensor.copy_(tensor[order])
         other.up.weight.copy_(other.up.weight[:, order])
     torch.testing.assert_close(other(x)["logits"], expected[1])
-    result = fxfuse.fuse(members, x, method="average", heads=HEADS)
+    result = fxfuse.fuse(members, x, method="weight_matching", heads=HEADS)
     for logits, answer in zip(expected, result.module(x), strict=True):
         torch.testing.assert_close(answer["logits"], logits)
 

@@ -28,11 +28,23 @@ from fxfuse.output import atomic_folder, check_output
 WEIGHTS, PLAN, SUMMARY = "fused.safetensors", "plan.json", "summary.md"
 FILES = (WEIGHTS, PLAN, SUMMARY)
 
-Method = Annotated[str, typer.Option(help="How units of the members are chosen and combined.")]
-Score = Annotated[str, typer.Option(help="How the importance of a unit is measured.")]
+Method = Annotated[
+    str,
+    typer.Option(
+        help="How units of the members are chosen and combined: `transplant`, `average` (index by "
+        "index), `weight_matching` or `optimal_transport` (aligned, then averaged)."
+    ),
+]
+Score = Annotated[
+    str,
+    typer.Option(help="How `transplant` measures importance: `l1`, `l2` or `bn_scale`."),
+]
 Variant = Annotated[
     str | None,
-    typer.Option(help="`iterative` or `hierarchical`: fuse in steps instead of all at once."),
+    typer.Option(
+        help="For `transplant`, `iterative` or `hierarchical`: fuse in steps instead of all at "
+        "once."
+    ),
 ]
 Force = Annotated[bool, typer.Option("--force", help="Replace the folder of an earlier run.")]
 NoVerify = Annotated[bool, typer.Option("--no-verify", help="Skip the oracles.")]

@@ -1,16 +1,29 @@
 """Fusion methods: members and groups → merge and unmerge maps, one file per method."""
 
-from fxfuse.methods import average, transplant, wide
-from fxfuse.methods.registry import Method, Options, State, find_method, method, methods
+from fxfuse.methods import (
+    activation_matching,
+    average,
+    optimal_transport,
+    transplant,
+    weight_matching,
+    wide,
+    zip_it,
+)
+from fxfuse.methods.registry import Method, find_method, method, methods
+from fxfuse.options import Options, State
 
 __all__ = [
     "Method",
     "Options",
     "State",
+    "activation_matching",
     "average",
     "find_method",
     "method",
     "methods",
+    "optimal_transport",
     "transplant",
+    "weight_matching",
     "wide",
+    "zip_it",
 ]

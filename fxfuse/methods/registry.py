@@ -3,30 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from types import MappingProxyType
-
-import torch
 
 from fxfuse.coupling import CouplingGraph
 from fxfuse.errors import RuleError, UnknownMethodError
+from fxfuse.options import Options, State
 from fxfuse.plan import UnitMap
-
-State = Mapping[str, torch.Tensor]
-
-
-@dataclass(frozen=True)
-class Options:
-    """What a method may be told.
-
-    Attributes:
-        score: Name of the importance score.
-        variant: Name of a variant of the method, or None.
-    """
-
-    score: str = "l2"
-    variant: str | None = None
-
 
 #: A method gets the analysis and the members' tensors, and returns one map per group.
 Method = Callable[[CouplingGraph, Sequence[State], Options], tuple[UnitMap, ...]]
@@ -57,6 +39,26 @@ def find_method(name: str) -> Method:
             f"unknown method {name!r}", how=f"use one of {', '.join(sorted(_METHODS))}"
         )
     return _METHODS[name]
+
+
+def check_variant(method: str, options: Options, known: Sequence[str]) -> None:
+    """Checks that a method has the variant that was asked for.
+
+    Args:
+        method: Name of the method.
+        options: Holds the name of the variant, or None.
+        known: The variants that the method has.
+
+    Raises:
+        UnknownMethodError: It has no such variant.
+    """
+    if options.variant is not None and options.variant not in known:
+        raise UnknownMethodError(
+            f"unknown variant {options.variant!r} of {method}",
+            how=f"use one of {', '.join(known)}, or None"
+            if known
+            else "this method has no variants: leave it out",
+        )
 
 
 def methods() -> Mapping[str, Method]:

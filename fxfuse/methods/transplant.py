@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 
 from fxfuse.coupling import CouplingGraph, Index
-from fxfuse.errors import UnknownMethodError
-from fxfuse.methods.registry import Options, State, method
-from fxfuse.plan import UnitMap
-from fxfuse.scores import check_score, magnitude
+from fxfuse.errors import ControlError
+from fxfuse.methods.registry import check_variant, method
+from fxfuse.options import Options, State
+from fxfuse.plan import UnitMap, Weights
+from fxfuse.scores import score_units
 
 #: For each group: (member, unit) of every unit that is kept, sorted, int64 [n, 2].
 Kept = dict[str, Index]
@@ -27,30 +28,33 @@ def transplant(
     Variants: None fuses all members at once; `iterative` fuses the first two, then the result with
     the next member, and so on; `hierarchical` fuses pairs, then pairs of the results.
 
+    With `fraction` f, a group of n units keeps the (1 - f)·n best of the host, and takes the f·n
+    best of all others.
+
     Raises:
         UnknownScoreError: The score is unknown.
         UnknownMethodError: The variant is unknown.
+        CalibrationError: The score needs calibration inputs, or labels, and there are none.
+        ControlError: The fraction is not between 0 and 1, or given with a variant.
     """
-    degree = check_score(options.score)
+    check_variant("transplant", options, VARIANTS)
     leaves = [_whole(graph, i) for i in range(len(states))]
-    if options.variant is None:
-        kept = _select(graph, states, leaves, degree)
+    if options.fraction is not None:
+        kept = _by_fraction(graph, states, leaves, options)
+    elif options.variant is None:
+        kept = _select(graph, states, leaves, options)
     elif options.variant == "iterative":
         kept = leaves[0]
         for leaf in leaves[1:]:
-            kept = _select(graph, states, [kept, leaf], degree)
-    elif options.variant == "hierarchical":
+            kept = _select(graph, states, [kept, leaf], options)
+    else:
         while len(leaves) > 1:
             pairs = [leaves[i : i + 2] for i in range(0, len(leaves), 2)]
             leaves = [
-                _select(graph, states, pair, degree) if len(pair) > 1 else pair[0] for pair in pairs
+                _select(graph, states, pair, options) if len(pair) > 1 else pair[0]
+                for pair in pairs
             ]
         kept = leaves[0]
-    else:
-        raise UnknownMethodError(
-            f"unknown variant {options.variant!r} of transplant",
-            how=f"use one of {', '.join(VARIANTS)}, or None to fuse all members at once",
-        )
     return tuple(
         UnitMap(
             group.name,
@@ -71,25 +75,74 @@ def _whole(graph: CouplingGraph, member: int) -> Kept:
 
 
 def _select(
-    graph: CouplingGraph, states: Sequence[State], parts: Sequence[Kept], degree: int
+    graph: CouplingGraph, states: Sequence[State], parts: Sequence[Kept], options: Options
 ) -> Kept:
     """Keeps the best units of several (fused) networks, as many as one network has."""
-    pool = {g.name: np.concatenate([part[g.name] for part in parts]) for g in graph.groups}
-    involved = sorted({int(m) for rows in pool.values() for m in rows[:, 0]})
-    scores = {}
-    for member in involved:
-        alive: Mapping[str, Index] = {
-            name: rows[rows[:, 0] == member][:, 1] for name, rows in pool.items()
-        }
-        scores[member] = magnitude(
-            graph, states[member], degree, n_members=len(involved), kept=alive
+    values = _scored(graph, states, parts, options)
+    return {
+        group.name: _sorted(_best(*values[group.name], count=group.n_units))
+        for group in graph.groups
+    }
+
+
+def _by_fraction(
+    graph: CouplingGraph, states: Sequence[State], parts: Sequence[Kept], options: Options
+) -> Kept:
+    """Keeps the host's best units, and the given share of the best units of all others."""
+    share, host = options.fraction, options.host
+    assert share is not None
+    if not 0.0 <= share <= 1.0:
+        raise ControlError(
+            f"fraction {share} is not between 0 and 1",
+            why="it is the share of units that come from other members than the host",
+            how="use 0 for the host alone, 1 for the others alone",
+        )
+    if options.variant is not None:
+        raise ControlError(
+            f"fraction and variant {options.variant!r} contradict each other",
+            why="a variant fuses in steps, and a fraction speaks of one step",
+            how="leave one of them out",
+        )
+    if not 0 <= host < len(states):
+        raise ControlError(
+            f"there is no member {host} to be the host",
+            why=f"the {len(states)} members are counted from 0",
+            how="pass host= with the number of a member",
         )
     kept = {}
-    for group in graph.groups:
-        rows = pool[group.name]
-        values = np.array([scores[int(m)][group.name][u] for m, u in rows])
-        # Stable: of equal scores the earlier member's unit stays.
-        best = np.argsort(-values, kind="stable")[: group.n_units]
-        chosen = rows[best]
-        kept[group.name] = chosen[np.lexsort((chosen[:, 1], chosen[:, 0]))]
+    for name, (rows, values) in _scored(graph, states, parts, options).items():
+        mine, n_units = rows[:, 0] == host, int((rows[:, 0] == host).sum())
+        # A half is rounded up, so that the members' counts do not depend on the width's parity.
+        taken = int(np.floor(share * n_units + 0.5))
+        chosen = [
+            _best(rows[who], values[who], count=count)
+            for who, count in ((mine, n_units - taken), (~mine, taken))
+        ]
+        kept[name] = _sorted(np.concatenate(chosen))
     return kept
+
+
+def _scored(
+    graph: CouplingGraph, states: Sequence[State], parts: Sequence[Kept], options: Options
+) -> dict[str, tuple[Index, Weights]]:
+    """For each group, all units of several networks, int64 [n, 2], and their scores [n]."""
+    pool = {g.name: np.concatenate([part[g.name] for part in parts]) for g in graph.groups}
+    involved = sorted({int(m) for rows in pool.values() for m in rows[:, 0]})
+    alive = {
+        member: {name: rows[rows[:, 0] == member][:, 1] for name, rows in pool.items()}
+        for member in involved
+    }
+    scores = score_units(graph, states, options, alive)
+    return {
+        name: (rows, np.array([scores[int(m)][name][u] for m, u in rows]))
+        for name, rows in pool.items()
+    }
+
+
+def _best(rows: Index, values: Weights, *, count: int) -> Index:
+    # Stable: of equal scores the earlier member's unit stays.
+    return rows[np.argsort(-values, kind="stable")[:count]]
+
+
+def _sorted(rows: Index) -> Index:
+    return rows[np.lexsort((rows[:, 1], rows[:, 0]))]

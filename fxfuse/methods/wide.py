@@ -7,7 +7,8 @@ from collections.abc import Sequence
 import numpy as np
 
 from fxfuse.coupling import CouplingGraph
-from fxfuse.methods.registry import Options, State, method
+from fxfuse.methods.registry import check_variant, method
+from fxfuse.options import Options, State
 from fxfuse.plan import UnitMap
 
 
@@ -17,6 +18,7 @@ def wide(graph: CouplingGraph, states: Sequence[State], options: Options) -> tup
 
     Copies of a unit stand next to each other: fused unit u·N + i is unit u of member i.
     """
+    check_variant("wide", options, ())
     n = len(states)
     return tuple(
         UnitMap(

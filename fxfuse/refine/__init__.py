@@ -1,19 +1,23 @@
-"""Refine a fused network: on labels, by distillation, by matching logits, by recalibration."""
+"""Refine a fused network: in closed form, by matching the ensemble, on labels, by distillation."""
 
 from fxfuse.refine.augment import Augment, shift_and_mix
 from fxfuse.refine.loop import RefineReport
 from fxfuse.refine.match import MatchReport, match
 from fxfuse.refine.recalibrate import recalibrate
+from fxfuse.refine.regression import LayerFit, RefitReport, refit
 from fxfuse.refine.train import default_optimizer, distill, finetune
 
 __all__ = [
     "Augment",
+    "LayerFit",
     "MatchReport",
     "RefineReport",
+    "RefitReport",
     "default_optimizer",
     "distill",
     "finetune",
     "match",
     "recalibrate",
+    "refit",
     "shift_and_mix",
 ]

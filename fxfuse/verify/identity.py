@@ -24,7 +24,9 @@ def identity(
     *,
     seed: int = 0,
 ) -> Check:
-    """Identity oracle: a network averaged with a permuted copy of itself is the network again.
+    """Identity oracle: a network fused with a permuted copy of itself is the network again.
+
+    By weight matching, which has to find the permutation.
 
     Args:
         model: The network, or a captured one.
@@ -39,10 +41,10 @@ def identity(
     own = as_double(graph.captured.state())
     moves = random_permutations(graph.groups, np.random.default_rng(seed))
     states = [own, permuted(own, graph, moves)]
-    plan = make_plan(graph, states, "average", Options())
+    plan = make_plan(graph, states, "weight_matching", Options())
     fused = fused_at_width(graph, plan, states)
     error = relative_error(run(graph.captured, fused), run(graph.captured, own))
-    return Check("identity", error, EXACT, error <= EXACT, "averaging after alignment")
+    return Check("identity", error, EXACT, error <= EXACT, "averaging after weight matching")
 
 
 def handover(member: Captured, network: Callable[..., Any]) -> tuple[Check, ...]:

@@ -18,7 +18,7 @@ from fxfuse.labels import Kind
 from fxfuse.layout import Layout
 from fxfuse.methods import Options
 from fxfuse.planner import make_plan
-from fxfuse.scores import check_score
+from fxfuse.scores import degree_of
 from fxfuse.verify.check import Check, as_double, inputs_of, relative_error
 
 #: torch-pruning scores in float32; weights are only copied, so what is kept must be equal.
@@ -63,7 +63,7 @@ def parity(members: Sequence[nn.Module], example_inputs: Any, *, score: str = "l
     pruner = torch_pruning.pruner.BasePruner(
         wide,
         inputs,
-        importance=torch_pruning.importance.MagnitudeImportance(p=check_score(score)),
+        importance=torch_pruning.importance.MagnitudeImportance(p=degree_of(score)),
         pruning_ratio=1 - 1 / n,
         global_pruning=False,
         ignored_layers=_heads(wide, graph),

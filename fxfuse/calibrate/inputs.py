@@ -1,0 +1,165 @@
+"""Calibration inputs: unlabelled inputs of a network, checked and cut into batches."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.utils._pytree as pytree
+
+from fxfuse.capture import Captured
+from fxfuse.errors import CalibrationError
+
+#: Below this many inputs regressions are noisy (issue 4 asks for 100 to 1,000).
+FEW = 100
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """Inputs in batches, in the structure that the network is called with.
+
+    Attributes:
+        batches: (args, kwargs) of each call.
+        size: Number of inputs in all batches.
+    """
+
+    batches: tuple[tuple[tuple[Any, ...], dict[str, Any]], ...]
+    size: int
+
+    @staticmethod
+    def of(captured: Captured, inputs: Any, *, batch: int = 128, limit: int = 1000) -> Calibration:
+        """Checks inputs and cuts them into batches.
+
+        Args:
+            captured: The network.
+            inputs: A tensor [n, ...], a tuple of such tensors (positional inputs), a mapping of
+                them (keyword inputs), or an iterable of batches, each of these kinds or a pair
+                (inputs, labels), whose labels are left out.
+            batch: Inputs per call; a graph with a fixed batch has its own.
+            limit: The first `limit` inputs are taken.
+
+        Raises:
+            CalibrationError: There are none, or they are not what the network was captured with,
+                or not finite.
+
+        Warns of fewer than `FEW` inputs.
+        """
+        calls = list(_calls(inputs, captured, limit))
+        if not calls:
+            raise _error(
+                "there are no calibration inputs", "nothing was given", "pass 100 to 1,000"
+            )
+        for args, kwargs in calls:
+            _check(captured, args, kwargs)
+        fixed = None if captured.dynamic_batch else _size(captured.example_inputs)
+        whole = pytree.tree_map(lambda *parts: _joined(parts), *calls)
+        size = min(_size(whole), limit)
+        step = fixed or batch
+        starts = range(0, size - (step - 1 if fixed else 0), step)
+        batches = tuple(_cut(whole, start, min(start + step, size)) for start in starts)
+        if not batches:
+            raise _error(
+                f"{size} calibration inputs are too few",
+                f"the graph has a fixed batch of {fixed}",
+                f"pass a multiple of {fixed}, or capture with a dynamic batch",
+            )
+        # A last batch of one would be taken for a constant by operators that squeeze.
+        if len(batches) > 1 and _size(batches[-1]) == 1:
+            batches = batches[:-1]
+        size = sum(_size(b) for b in batches)
+        if size < FEW:
+            warnings.warn(
+                f"{size} calibration inputs are few: regressions are drawn more strongly towards "
+                f"small weights. Pass {FEW} to 1,000.",
+                stacklevel=3,
+            )
+        return Calibration(batches, size)
+
+
+def _calls(
+    inputs: Any, captured: Captured, limit: int
+) -> Iterable[tuple[tuple[Any, ...], dict[str, Any]]]:
+    if isinstance(inputs, torch.Tensor | tuple | Mapping):
+        yield _call(inputs)
+        return
+    if not isinstance(inputs, Iterable):
+        raise _error(
+            f"a {type(inputs).__name__} holds no calibration inputs",
+            "it is no tensor, tuple, mapping or iterable of batches",
+            "pass a tensor [n, ...] or a DataLoader",
+        )
+    found = 0
+    n_inputs = sum(isinstance(x, torch.Tensor) for x in captured.example_inputs[0])
+    for batch in inputs:
+        if isinstance(batch, list | tuple) and len(batch) == 2 and n_inputs == 1:
+            batch = batch[0]
+        call = _call(tuple(batch) if isinstance(batch, list) else batch)
+        found += _size(call)
+        yield call
+        if found >= limit:
+            return
+
+
+def _call(inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    if isinstance(inputs, Mapping):
+        return (), dict(inputs)
+    return (inputs if isinstance(inputs, tuple) else (inputs,)), {}
+
+
+def _check(captured: Captured, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+    wanted, structure = pytree.tree_flatten(captured.example_inputs)
+    given, own = pytree.tree_flatten((args, dict(kwargs)))
+    if structure != own:
+        raise _error(
+            "calibration inputs have another structure than the example inputs",
+            f"{own} instead of {structure}",
+            "pass them as the network is called",
+        )
+    for number, (x, like) in enumerate(zip(given, wanted, strict=True)):
+        if not isinstance(like, torch.Tensor) or not isinstance(x, torch.Tensor):
+            continue
+        where = f"tensor {number} of the inputs"
+        if x.shape[1:] != like.shape[1:]:
+            why = f"shape {tuple(x.shape)}, the example has {tuple(like.shape)}"
+            raise _error("calibration inputs have another shape", why, "resize them", where)
+        if x.dtype != like.dtype:
+            why = f"{x.dtype}, the example is {like.dtype}"
+            raise _error("calibration inputs have another dtype", why, "convert them", where)
+        if x.is_floating_point() and not bool(torch.isfinite(x).all()):
+            raise _error(
+                "calibration inputs are not finite",
+                "NaN or infinity would reach every activation",
+                "leave these inputs out",
+                where,
+            )
+
+
+def _joined(parts: tuple[Any, ...]) -> Any:
+    first = parts[0]
+    if not isinstance(first, torch.Tensor) or not first.dim():
+        return first
+    return first if len(parts) == 1 else torch.cat(parts)
+
+
+def _size(call: Any) -> int:
+    return next(
+        (len(x) for x in pytree.tree_leaves(call) if isinstance(x, torch.Tensor) and x.dim()), 0
+    )
+
+
+def _cut(whole: Any, start: int, end: int) -> Any:
+    n = _size(whole)
+
+    def cut(x: Any) -> Any:
+        if isinstance(x, torch.Tensor) and x.dim() and len(x) == n:
+            return x[start:end]
+        return x
+
+    return pytree.tree_map(cut, whole)
+
+
+def _error(what: str, why: str, how: str, where: str = "calibration inputs") -> CalibrationError:
+    return CalibrationError(what, where=where, why=why, how=how)

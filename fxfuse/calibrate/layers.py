@@ -1,0 +1,191 @@
+"""Layers: operators that multiply an activation by a parameter, as rows times a matrix (im2col)."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import fx
+
+from fxfuse.capture import Captured
+from fxfuse.rules.registry import argument_of
+
+aten = torch.ops.aten
+
+_CONVOLUTIONS = {
+    aten.conv1d.default: 1,
+    aten.conv2d.default: 2,
+    aten.conv3d.default: 3,
+    aten.conv1d.padding: 1,
+    aten.conv2d.padding: 2,
+    aten.conv3d.padding: 3,
+}
+#: Operators whose weight is [inputs, outputs] → names of their activation, weight and bias.
+_TRANSPOSED = {
+    aten.addmm.default: ("mat1", "mat2", "self"),
+    aten.mm.default: ("self", "mat2", ""),
+    aten.matmul.default: ("self", "other", ""),
+}
+
+
+@dataclass(frozen=True)
+class Layer:
+    """A node that computes rows(x) · matrix(weight) + bias.
+
+    Attributes:
+        node: The node.
+        input: The activation that it reads.
+        weight: Name of the weight.
+        bias: Name of the bias, or "".
+        inputs: Dimension of the weight along which it reads the activation's channels.
+        outputs: Dimension of the weight along which its outputs stand.
+        groups: Number of groups; channels of the weight's `inputs` are those of one group.
+        space: Number of dimensions that a kernel goes along; 0 for a matrix product.
+    """
+
+    node: fx.Node
+    input: fx.Node
+    weight: str
+    bias: str
+    inputs: int
+    outputs: int
+    groups: int = 1
+    space: int = 0
+
+    def channels_last(self, x: torch.Tensor) -> torch.Tensor:
+        """An input or output of the layer with its channels last, [..., channels]."""
+        return x.movedim(1, -1) if self.space else x
+
+    def n_rows(self, y: torch.Tensor) -> int:
+        """Rows of one output of the layer: examples times positions."""
+        return y.numel() // y.shape[1 if self.space else -1]
+
+    def output_rows(self, y: torch.Tensor) -> torch.Tensor:
+        """An output of the layer, or anything of its shape, as [rows, channels]."""
+        last = self.channels_last(y)
+        return last.reshape(-1, last.shape[-1])
+
+    def input_rows(self, x: torch.Tensor, chosen: torch.Tensor) -> torch.Tensor:
+        """What the chosen rows of the output are computed from.
+
+        Args:
+            x: The layer's input.
+            chosen: Row numbers, int64 [n].
+
+        Returns:
+            [n, groups, features]; features are channels of a group, then kernel positions.
+        """
+        if not self.space:
+            return x.reshape(-1, x.shape[-1])[chosen].unsqueeze(1)
+        patches = self._patches(x)
+        sizes = [patches.shape[0], *patches.shape[2 : 2 + self.space]]
+        rows = patches.movedim(1, 1 + self.space)[torch.unravel_index(chosen, sizes)]
+        return rows.reshape(len(chosen), self.groups, -1)
+
+    def matrix(self, weight: torch.Tensor) -> torch.Tensor:
+        """The weight as [groups, features, outputs of a group]."""
+        if not self.space:
+            return (weight if self.outputs else weight.t()).unsqueeze(0)
+        return weight.reshape(self.groups, -1, weight[0].numel()).transpose(1, 2)
+
+    def weight_of(self, matrix: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+        """The weight that `matrix` gives [groups, features, outputs of a group]."""
+        if not self.space:
+            weight = matrix[0] if self.outputs else matrix[0].t()
+        else:
+            weight = matrix.transpose(1, 2).reshape(like.shape)
+        return weight.to(like.dtype).contiguous()
+
+    def _patches(self, x: torch.Tensor) -> torch.Tensor:
+        """View of the padded input: [batch, channels, *positions, *kernel]."""
+        weight_shape = _shape(self.node.args[1])
+        kernel = weight_shape[2:]
+        stride = _spread(_argument(self.node, "stride"), self.space)
+        dilation = _spread(_argument(self.node, "dilation"), self.space)
+        padding: Any = _argument(self.node, "padding")
+        if padding == "same":
+            total = [d * (k - 1) for d, k in zip(dilation, kernel, strict=True)]
+            sides = [(t // 2, t - t // 2) for t in total]
+        elif padding == "valid":
+            sides = [(0, 0)] * self.space
+        else:
+            sides = [(p, p) for p in _spread(padding, self.space)]
+        x = F.pad(x, [p for side in reversed(sides) for p in side])
+        for d in range(self.space):
+            x = x.unfold(2 + d, dilation[d] * (kernel[d] - 1) + 1, stride[d])
+            x = x[..., :: dilation[d]]
+        return x
+
+
+def layers_of(captured: Captured) -> tuple[Layer, ...]:
+    """The layers of a network whose weight is a parameter of its own, in graph order.
+
+    Weights that are used twice or tied, and weights that are computed, make no layer.
+    """
+    used = Counter(
+        captured.canonical[str(n.target)]
+        for n in captured.graph.nodes
+        if n.op == "get_attr" and str(n.target) in captured.canonical
+        for _ in n.users
+    )
+    found = []
+    for node in captured.graph.nodes:
+        layer = _layer(captured, node) if node.op == "call_function" else None
+        if layer is None:
+            continue
+        own = [name for name in (layer.weight, layer.bias) if name]
+        if all(used[captured.canonical[name]] == 1 for name in own):
+            found.append(layer)
+    return tuple(found)
+
+
+def name_of(captured: Captured, node: Any) -> str | None:
+    """Canonical name of the floating-point state tensor that a node reads, if it reads one."""
+    if not isinstance(node, fx.Node) or node.op != "get_attr":
+        return None
+    name = captured.canonical.get(str(node.target))
+    return name if name is not None and captured.tensor(name).is_floating_point() else None
+
+
+def _layer(captured: Captured, node: fx.Node) -> Layer | None:
+    if node.target is aten.linear.default:
+        x, weight, bias = (_argument(node, n) for n in ("input", "weight", "bias"))
+        shape, space, groups = (0, 1), 0, 1
+    elif node.target in _CONVOLUTIONS:
+        x, weight, bias = (_argument(node, n) for n in ("input", "weight", "bias"))
+        shape, space, groups = (0, 1), _CONVOLUTIONS[node.target], int(_argument(node, "groups"))
+    elif node.target in _TRANSPOSED:
+        x, weight, bias = (_argument(node, n) if n else None for n in _TRANSPOSED[node.target])
+        shape, space, groups = (1, 0), 0, 1
+        scaled = any(_argument(node, n) not in (None, 1) for n in ("alpha", "beta"))
+        if scaled:
+            return None
+    else:
+        return None
+    name, bias_name = name_of(captured, weight), name_of(captured, bias)
+    if name is None or not isinstance(x, fx.Node) or x.op == "get_attr":
+        return None
+    if bias is not None and bias_name is None:
+        return None
+    rank = 2 + space
+    if captured.tensor(name).dim() != rank or (space and len(_shape(x)) != rank):
+        return None
+    return Layer(node, x, name, bias_name or "", shape[1], shape[0], groups, space)
+
+
+def _argument(node: fx.Node, name: str) -> Any:
+    return argument_of(node, name, node.args, node.kwargs)
+
+
+def _shape(node: Any) -> Sequence[int]:
+    shape: Sequence[int] = node.meta["val"].shape
+    return shape
+
+
+def _spread(value: Any, space: int) -> list[int]:
+    values = list(value) if isinstance(value, list | tuple) else [value]
+    return values * space if len(values) == 1 else values

@@ -1,0 +1,133 @@
+"""Activations of units, where the layers that read them see them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from fxfuse.calibrate.inputs import Calibration
+from fxfuse.calibrate.lane import Lane
+from fxfuse.calibrate.layers import Layer, layers_of
+from fxfuse.coupling import CouplingGraph, Index
+from fxfuse.labels import Value, neurons
+
+#: Rows of activations that are kept of a layer's input, for all calibration inputs together.
+ROWS = 4096
+
+
+@dataclass(frozen=True)
+class Consumer:
+    """A layer that reads the units of a group.
+
+    Attributes:
+        layer: The layer.
+        slots: Which of its input channels each unit owns, int64 [n_units, slots].
+        repeated: Whether the slots of a unit are one neuron at several places (a flattened image).
+    """
+
+    layer: Layer
+    slots: Index
+    repeated: bool
+
+
+def consumers_of(graph: CouplingGraph) -> dict[str, list[Consumer]]:
+    """For each group, the layers without groups of channels that read it, in graph order."""
+    found: dict[str, list[Consumer]] = {group.name: [] for group in graph.groups}
+    for layer in layers_of(graph.captured):
+        place = (graph.captured.canonical[layer.weight], layer.inputs)
+        if layer.groups > 1:
+            continue
+        for group in graph.group_of.get(place, ()):
+            slots = group.index[place]
+            found[group.name].append(Consumer(layer, slots, _is_repeated(graph, layer, slots)))
+    return found
+
+
+def consumer_inputs(
+    graph: CouplingGraph,
+    states: Sequence[Mapping[str, torch.Tensor]],
+    calibration: Calibration,
+    *,
+    rows: int = ROWS,
+) -> dict[Layer, list[torch.Tensor]]:
+    """What the layers that read groups get, in each member.
+
+    Args:
+        graph: The analysis of the members.
+        states: Their tensors by name.
+        calibration: The inputs.
+        rows: About how many rows are kept; the same ones in all members.
+
+    Returns:
+        For each layer, one float32 tensor [rows, channels] per member.
+    """
+    read = {c.layer for found in consumers_of(graph).values() for c in found}
+    layers = [layer for layer in layers_of(graph.captured) if layer in read]
+    result: dict[Layer, list[torch.Tensor]] = {layer: [] for layer in layers}
+    for number, state in enumerate(states):
+        held = {layer.input for layer in layers}
+        lane = Lane(graph.captured, state, calibration, name=f"member {number}", held=held)
+        done: set[Layer] = set()
+        for layer in layers:
+            done.add(layer)
+            lane.run_to(layer.input)
+            parts = [layer.output_rows(x) for x in lane.value(layer.input)]
+            total = sum(map(len, parts))
+            step = max(total // rows, 1)
+            # A step that shares no factor with the image's width does not pick its columns.
+            step += 1 - step % 2
+            result[layer].append(torch.cat([p[::step].float() for p in parts]))
+            if all(layer.input is not other.input for other in layers if other not in done):
+                lane.drop(layer.input)
+    return result
+
+
+def unit_activations(
+    graph: CouplingGraph,
+    states: Sequence[Mapping[str, torch.Tensor]],
+    calibration: Calibration,
+    *,
+    rows: int = ROWS,
+) -> dict[str, list[torch.Tensor]]:
+    """Activations of the units of each group, as the layers that read them see them.
+
+    Args:
+        graph: The analysis of the members.
+        states: Their tensors by name.
+        calibration: The inputs.
+        rows: About how many rows each layer contributes.
+
+    Returns:
+        For each group that a layer reads, one float32 tensor [rows, n_units] per member; rows
+        correspond across members. Rows of several layers, and of the slots of a unit, follow each
+        other.
+    """
+    inputs = consumer_inputs(graph, states, calibration, rows=rows)
+    consumers, found = consumers_of(graph), {}
+    for group in graph.groups:
+        readers = consumers[group.name]
+        if readers:
+            found[group.name] = [
+                torch.cat([_by_unit(inputs[c.layer][member], c) for c in readers])
+                for member in range(len(states))
+            ]
+    return found
+
+
+def _by_unit(x: torch.Tensor, consumer: Consumer) -> torch.Tensor:
+    """[rows, channels] → [rows · slots, n_units]."""
+    slots = torch.from_numpy(consumer.slots).to(x.device)
+    return x[:, slots].transpose(1, 2).reshape(-1, len(slots))
+
+
+def _is_repeated(graph: CouplingGraph, layer: Layer, slots: Index) -> bool:
+    value = graph.values[layer.input]
+    assert isinstance(value, Value)
+    dim = 1 if layer.space else value.rank - 1
+    for f in value.fields:
+        if f.dims == (dim,):
+            own = neurons(f.ids).reshape(-1).numpy()[slots]
+            return bool((own == own[:, :1]).all())
+    return False

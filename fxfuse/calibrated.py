@@ -1,0 +1,82 @@
+"""What was measured on calibration inputs, checked before a method or a score works on it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from fxfuse.coupling import CouplingGraph
+from fxfuse.errors import CalibrationError
+from fxfuse.gradients import Gradients
+from fxfuse.options import Options
+
+Matrix = NDArray[np.float64]
+
+
+def require_activations(
+    graph: CouplingGraph, n_members: int, options: Options, user: str
+) -> dict[str, list[Matrix]]:
+    """What the units of every group answer to the calibration inputs.
+
+    Args:
+        graph: The analysis of the members.
+        n_members: N.
+        options: Where the activations stand.
+        user: What needs them, for messages: "method 'zip'".
+
+    Returns:
+        For each group, for each member, float64 [rows, n_units].
+
+    Raises:
+        CalibrationError: There are none, they do not fit the groups, or they are not finite.
+    """
+    given = options.activations
+    if given is None:
+        raise CalibrationError(
+            f"{user} needs calibration inputs",
+            why="it compares units by what they answer",
+            how="pass calibration=..., 100 to 1,000 inputs without labels",
+        )
+    found = {}
+    for group in graph.groups:
+        tensors = list(given.get(group.name, ()))
+        shapes = [tuple(t.shape) for t in tensors]
+        rows = shapes[0][0] if shapes and shapes[0] else 0
+        if shapes != [(rows, group.n_units)] * n_members or rows < 2:
+            raise CalibrationError(
+                "activations do not fit the members",
+                where=f"group {group.name}",
+                why=f"{n_members} tensors [rows, {group.n_units}] with the same two or more rows "
+                f"are needed, there are {shapes}",
+                how="compute them on the same calibration inputs for every member",
+            )
+        for member, tensor in enumerate(tensors):
+            if not bool(torch.isfinite(tensor).all()):
+                raise CalibrationError(
+                    "an activation on the calibration inputs is not finite",
+                    where=f"group {group.name}, member {member}",
+                    why="a unit answers NaN or infinity",
+                    how="check the calibration inputs, or leave this member out",
+                )
+        found[group.name] = [t.detach().to("cpu", torch.float64).numpy() for t in tensors]
+    return found
+
+
+def require_gradients(n_members: int, options: Options, user: str) -> Sequence[Gradients]:
+    """The members' gradients.
+
+    Raises:
+        CalibrationError: There are none, or not one for each member.
+    """
+    given = options.gradients
+    if given is None or len(given) != n_members:
+        raise CalibrationError(
+            f"{user} needs labelled calibration inputs",
+            why="it measures units by the gradient of the loss, "
+            + ("and there is none" if given is None else f"given for {len(given)} members"),
+            how="pass calibration=... with batches (inputs, labels)",
+        )
+    return given

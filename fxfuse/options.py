@@ -1,0 +1,47 @@
+"""What a fusion method and a score may be told."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+
+from fxfuse.gradients import Gradients
+
+#: A member's tensors by name.
+State = Mapping[str, torch.Tensor]
+
+#: A member by its number, or the mean of the others.
+Reference = int | Literal["mean"]
+
+
+@dataclass(frozen=True)
+class Options:
+    """What a method and a score may be told.
+
+    Attributes:
+        score: Name of the importance score.
+        variant: Name of a variant of the method, or None.
+        host: The member that keeps what is frozen inside the network, and of which `fraction`
+            speaks.
+        fraction: For `transplant`: the share of each group's units that come from other members
+            than the host, in [0, 1]; None leaves it to the score.
+        reference: For alignment: the member that the others are aligned to, or "mean": each of
+            them to the mean of the others, in turn.
+        regularisation: For `optimal_transport`: entropic regularisation (Sinkhorn), in units of the
+            mean cost; None is exact.
+        activations: For each group, for each member, what its units answer to the calibration
+            inputs, float32 [rows, n_units]; rows correspond across members.
+        gradients: For each member, the gradients of the loss on labelled calibration inputs.
+    """
+
+    score: str = "l2"
+    variant: str | None = None
+    host: int = 0
+    fraction: float | None = None
+    reference: Reference = 0
+    regularisation: float | None = None
+    activations: Mapping[str, Sequence[torch.Tensor]] | None = field(default=None, repr=False)
+    gradients: Sequence[Gradients] | None = field(default=None, repr=False)

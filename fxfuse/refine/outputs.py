@@ -1,0 +1,34 @@
+"""What kind of output a network has, which decides what its loss and its head are."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal
+
+from fxfuse.errors import RefineError
+
+#: Logits of classes, of which only differences count; or values, each of which counts.
+Outputs = Literal["logits", "values"]
+KINDS = ("logits", "values")
+
+
+def kind_of(shape: Sequence[int], wish: str | None) -> Outputs:
+    """The kind of an output: what the caller says, or what its shape suggests.
+
+    Args:
+        shape: Shape of one output, batch first.
+        wish: `logits`, `values`, or None: two dimensions with several columns are logits.
+
+    Raises:
+        RefineError: Another kind is asked for.
+    """
+    if wish is None:
+        return "logits" if len(shape) == 2 and shape[1] > 1 else "values"
+    if wish not in KINDS:
+        raise RefineError(
+            f"outputs are {wish!r}",
+            where="outputs",
+            why="only these kinds of output are known",
+            how=f"use one of {', '.join(KINDS)}, or None to let the shape decide",
+        )
+    return "logits" if wish == "logits" else "values"

@@ -1,0 +1,109 @@
+"""Operators with one scale and shift per channel, fitted channel by channel."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import fx
+
+from fxfuse.calibrate import Lane
+from fxfuse.calibrate.layers import name_of
+from fxfuse.capture import Captured
+from fxfuse.refine.regression.route import Norm, norm_of
+from fxfuse.refine.regression.write import State
+from fxfuse.rules.registry import argument_of
+
+aten = torch.ops.aten
+
+_NORMS = (aten.layer_norm.default, aten.group_norm.default, aten.rms_norm.default)
+
+
+@dataclass(frozen=True)
+class PerChannel:
+    """A normalisation that no layer takes in.
+
+    Attributes:
+        node: The node.
+        weight: Name of its scale.
+        bias: Name of its shift, or "".
+        norm: The batch norm that it is, if it is one.
+    """
+
+    node: fx.Node
+    weight: str
+    bias: str
+    norm: Norm | None
+
+    @property
+    def channel_first(self) -> bool:
+        """Whether channels stand along dimension 1 of the output, and not last."""
+        return self.node.target not in (aten.layer_norm.default, aten.rms_norm.default)
+
+    def unscaled(self, student: Lane) -> list[torch.Tensor]:
+        """The node's value with scale 1 and shift 0, of each batch."""
+        names = (self.weight, self.bias)
+
+        def operand(batch: int, n: fx.Node) -> torch.Tensor:
+            value: torch.Tensor = student.value(n)[batch]
+            if n.op != "get_attr" or str(n.target) not in names:
+                return value
+            return torch.ones_like(value) if n.target == self.weight else torch.zeros_like(value)
+
+        return student.compute(self.node, operand)
+
+
+def per_channel_of(captured: Captured, taken: set[fx.Node]) -> tuple[PerChannel, ...]:
+    """The normalisations of a network with one-dimensional parameters, but those that are taken."""
+    found = []
+    for node in captured.graph.nodes:
+        if node in taken or node.op != "call_function":
+            continue
+        norm = norm_of(captured, node)
+        if norm is not None:
+            found.append(PerChannel(node, norm.weight, norm.bias, norm))
+        elif node.target in _NORMS:
+            weight, bias = (
+                argument_of(node, n, node.args, node.kwargs) for n in ("weight", "bias")
+            )
+            name, shift = name_of(captured, weight), name_of(captured, bias)
+            own = all(len(n.users) == 1 for n in (weight, bias) if isinstance(n, fx.Node))
+            if name and captured.tensor(name).dim() == 1 and own and (bias is None or shift):
+                found.append(PerChannel(node, name, shift or "", None))
+    return tuple(found)
+
+
+def fit_channels(x: torch.Tensor, z: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The scale and shift of each channel that bring x [n, channels] closest to z."""
+    x, z = x.double(), z.double()
+    x_mean, z_mean = x.mean(0), z.mean(0)
+    variance = x.var(0, correction=0)
+    covariance = ((x - x_mean) * (z - z_mean)).mean(0)
+    scale = torch.where(variance > 0, covariance / variance.clamp(min=1e-30), 0.0)
+    return scale.float(), (z_mean - scale * x_mean).float()
+
+
+def write_channels(
+    op: PerChannel, state: State, x: torch.Tensor, scale: torch.Tensor, shift: torch.Tensor
+) -> None:
+    """Sets the parameters so that the node answers scale · unscaled + shift.
+
+    Args:
+        op: The normalisation.
+        state: Tensors by name, changed.
+        x: For a batch norm its input, for others nothing is read of it; [n, channels].
+        scale: [channels].
+        shift: [channels].
+    """
+    weight, bias = scale, shift
+    if op.norm is not None:
+        # The statistics become those of the inputs it has now, the function stays.
+        before = (state[op.norm.variance].float() + op.norm.eps).sqrt()
+        mean, variance = x.mean(0), x.var(0, correction=0)
+        weight = scale * (variance + op.norm.eps).sqrt() / before
+        bias = shift + scale * (mean - state[op.norm.mean]) / before
+        state[op.norm.mean] = mean.to(state[op.norm.mean].dtype)
+        state[op.norm.variance] = variance.to(state[op.norm.variance].dtype)
+    state[op.weight] = weight.to(state[op.weight].dtype)
+    if op.bias:
+        state[op.bias] = bias.to(state[op.bias].dtype)

@@ -1,0 +1,118 @@
+"""The refit of a fusion result, as users call it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol
+
+import torch
+from torch import fx, nn
+from torch.export import ExportedProgram
+
+from fxfuse.calibrate import Calibration
+from fxfuse.capture import Captured
+from fxfuse.coupling import CouplingGraph
+from fxfuse.errors import MemberMismatchError, PartialFusionError
+from fxfuse.members import state_of
+from fxfuse.plan import FusionPlan
+from fxfuse.refine.outputs import kind_of
+from fxfuse.refine.regression.run import RefitReport, Settings, refit_state
+
+
+class Fused(Protocol):
+    """What `fxfuse.fuse` returns, as far as a refit needs it."""
+
+    @property
+    def plan(self) -> FusionPlan:
+        """Which unit of which member went where."""
+
+    @property
+    def graph(self) -> CouplingGraph:
+        """The analysis of the members."""
+
+    @property
+    def module(self) -> fx.GraphModule:
+        """The fused network."""
+
+
+def refit(
+    result: Fused,
+    members: Sequence[nn.Module | ExportedProgram | Captured],
+    inputs: Any,
+    *,
+    alpha: float | None = None,
+    outputs: str | None = None,
+    seed: int = 0,
+) -> RefitReport:
+    """Refits a fused network in place, layer by layer, in closed form and without labels.
+
+    Every layer is regressed on its own current input: its targets are the activations that its
+    kept units have in the members. A layer that completes a residual sum aims at the sum, so that
+    it makes up for earlier errors; targets that the activation behind cuts off are relaxed; behind
+    a batch norm the fit is written through the norm. The last layer of a classifier is then fitted
+    to the ensemble's probabilities. What cannot be fitted stays as it was transplanted.
+
+    Memory: the activations of all inputs at one place of the graph, for the members and the fused
+    network, and a sample of rows of one layer.
+
+    Args:
+        result: What `fxfuse.fuse` returned; `result.module` is changed.
+        members: The networks that were fused, in the same order.
+        inputs: 100 to 1,000 unlabelled inputs from the members' own domain: a tensor [n, ...], a
+            tuple or mapping of tensors, or an iterable of batches.
+        alpha: Ridge of the regressions, relative to the mean square of a feature; None: 1e-3, or
+            1e-2 with fewer than 100 inputs.
+        outputs: `logits` or `values`; None lets the output's shape decide.
+        seed: Decides which rows of large layers are taken.
+
+    Returns:
+        The error of every layer before and after, and what was left.
+
+    Raises:
+        CalibrationError: The inputs are not what the members take, or an activation is NaN.
+        MemberMismatchError: These are not the members that were fused.
+        NotEmittedError: The members were traced: there is no graph to run.
+        PartialFusionError: The network has several heads.
+    """
+    if result.plan.heads:
+        raise PartialFusionError(
+            "a network with several heads cannot be refitted",
+            why="each head has a teacher of its own",
+            how="train the heads with fxfuse.refine.finetune or distill",
+        )
+    captured = result.graph.captured
+    captured.require_program()
+    states = [_state_of(member) for member in members]
+    _check_members(result, states)
+    calibration = Calibration.of(captured, inputs)
+    shapes = [n.meta["val"].shape for n in captured.outputs() if isinstance(n, fx.Node)]
+    logits = kind_of(shapes[0], outputs) == "logits"
+    module = result.module
+    settings = Settings(alpha, logits, seed)
+    state, report = refit_state(
+        result.graph, result.plan, states, module.state_dict(), calibration, settings
+    )
+    module.load_state_dict(state)
+    return report
+
+
+def _state_of(member: nn.Module | ExportedProgram | Captured) -> Mapping[str, torch.Tensor]:
+    return member.state() if isinstance(member, Captured) else state_of(member)
+
+
+def _check_members(result: Fused, states: Sequence[Mapping[str, torch.Tensor]]) -> None:
+    if len(states) != result.plan.n_members:
+        raise MemberMismatchError(
+            f"{len(states)} members given, {result.plan.n_members} were fused",
+            how="pass the members of the fusion, in the same order",
+        )
+    for number, state in enumerate(states):
+        for name in result.graph.captured.names:
+            tensor = result.graph.captured.tensor(name)
+            if name not in state or state[name].shape != tensor.shape:
+                raise MemberMismatchError(
+                    f"member {number} is not one of those that were fused",
+                    where=name,
+                    why="it has no such tensor" if name not in state else "its shape differs",
+                    how="pass the members of the fusion, in the same order",
+                )

@@ -1,0 +1,212 @@
+"""From a layer to what it aims at: its normalised output, or the residual sum that it completes."""
+
+from __future__ import annotations
+
+import operator
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from math import inf
+from typing import Any
+
+import torch
+from torch import fx
+
+from fxfuse.calibrate.layers import Layer, layers_of, name_of
+from fxfuse.capture import Captured
+from fxfuse.rules import find, movement
+from fxfuse.rules.registry import argument_of
+
+aten = torch.ops.aten
+
+_BATCH_NORM = aten.batch_norm.default
+_ADD = (aten.add.Tensor, aten.add_.Tensor, operator.add)
+_MUL = (aten.mul.Tensor, aten.mul_.Tensor)
+#: Operators that are the identity in eval mode.
+_NOTHING = {
+    "aten::dropout",
+    "aten::dropout_",
+    "aten::feature_dropout",
+    "aten::feature_dropout_",
+    "aten::alpha_dropout",
+    "aten::alias",
+    "aten::clone",
+    "aten::contiguous",
+    "aten::detach",
+}
+#: Activations that let nothing of a value beyond a limit through → (lower, upper) limit.
+_CUTS = {
+    "aten::relu": (0.0, inf),
+    "aten::relu_": (0.0, inf),
+    "aten::relu6": (0.0, 6.0),
+    "aten::relu6_": (0.0, 6.0),
+}
+_HARDTANH = ("aten::hardtanh", "aten::hardtanh_")
+
+
+@dataclass(frozen=True)
+class Norm:
+    """A batch norm right behind a layer, with parameters and statistics of its own.
+
+    Attributes:
+        node: The node.
+        weight: Name of γ.
+        bias: Name of β.
+        mean: Name of the running mean.
+        variance: Name of the running variance.
+        eps: Its ε.
+    """
+
+    node: fx.Node
+    weight: str
+    bias: str
+    mean: str
+    variance: str
+    eps: float
+
+
+@dataclass(frozen=True)
+class Route:
+    """What a layer is fitted to.
+
+    Attributes:
+        layer: The layer.
+        norm: The batch norm behind it, if there is one.
+        chain: Operators from there to the residual sum: movements of data, scales and shifts.
+        skip: The other operand of the residual sum that this layer is the last to complete.
+        aim: The node whose value is aimed at: the sum, or the (normalised) output.
+        cut: What the activation behind the aim lets through: (lower, upper) limit.
+        partner: The layer that writes the other operand of the sum, with its route to the sum.
+    """
+
+    layer: Layer
+    norm: Norm | None
+    chain: tuple[fx.Node, ...]
+    skip: fx.Node | None
+    aim: fx.Node
+    cut: tuple[float, float] = (-inf, inf)
+    partner: Route | None = None
+
+    @property
+    def output(self) -> fx.Node:
+        """The layer's output, normalised where there is a norm."""
+        return self.layer.node if self.norm is None else self.norm.node
+
+    def alone(self) -> Route:
+        """The same layer, fitted to its own output."""
+        return Route(self.layer, self.norm, (), None, self.output, _cut_behind(self.output))
+
+
+def routes_of(captured: Captured) -> tuple[Route, ...]:
+    """A route for each layer, in graph order."""
+    order = {node: place for place, node in enumerate(captured.graph.nodes)}
+    routes = []
+    #: Routes that lead to a sum of which the other operand comes later, by that operand's sum.
+    early: dict[fx.Node, Route] = {}
+    for layer in layers_of(captured):
+        route = _route(captured, layer, order)
+        if route.skip is not None and order[route.skip] > order[layer.node]:
+            early[route.aim] = route
+            route = route.alone()
+        elif route.aim in early:
+            route = replace(route, partner=early[route.aim])
+        routes.append(route)
+    return tuple(routes)
+
+
+def _route(captured: Captured, layer: Layer, order: dict[fx.Node, int]) -> Route:
+    """The way of a layer to the next sum, whichever operand of it comes first."""
+    norm = norm_of(captured, _only_user(layer.node), layer.node)
+    output = layer.node if norm is None else norm.node
+    chain: list[fx.Node] = []
+    node, skip, aim = output, None, output
+    for user in _users(node):
+        other = _other(user, node)
+        if user.target in _ADD and other is not None and other.op != "get_attr":
+            if not _is_scaled(user):
+                skip, aim = other, user
+            break
+        if not _is_passed(user, other):
+            break
+        chain.append(user)
+        node = user
+    if skip is None:
+        chain = []
+    return Route(layer, norm, tuple(chain), skip, aim, _cut_behind(aim))
+
+
+def norm_of(captured: Captured, node: fx.Node | None, x: fx.Node | None = None) -> Norm | None:
+    """The batch norm that a node is, if its tensors are its own; of `x`, when that is given."""
+    if node is None or node.target is not _BATCH_NORM or (x is not None and node.args[0] is not x):
+        return None
+    names = [
+        name_of(captured, _argument(node, n))
+        for n in ("weight", "bias", "running_mean", "running_var")
+    ]
+    uses = Counter(
+        captured.canonical[str(n.target)]
+        for n in captured.graph.nodes
+        if n.op == "get_attr" and str(n.target) in captured.canonical
+        for _ in n.users
+    )
+    own = [n for n in names if n is not None and uses[captured.canonical[n]] == 1]
+    if len(own) < len(names):
+        return None
+    weight, bias, mean, variance = own
+    return Norm(node, weight, bias, mean, variance, float(_argument(node, "eps")))
+
+
+def _is_scaled(node: fx.Node) -> bool:
+    """Whether an addition multiplies its second operand."""
+    return bool(node.kwargs.get("alpha", 1) != 1)
+
+
+def _users(node: fx.Node) -> Iterator[fx.Node]:
+    """The only user of a node, and its only user, and so on."""
+    user = _only_user(node)
+    while user is not None:
+        yield user
+        user = _only_user(user)
+
+
+def _only_user(node: fx.Node) -> fx.Node | None:
+    # Sizes are read of every activation.
+    users = [u for u in node.users if u.target is not aten.sym_size.int]
+    user = users[0] if len(users) == 1 else None
+    return user if user is not None and user.op == "call_function" else None
+
+
+def _other(user: fx.Node, node: fx.Node) -> fx.Node | None:
+    others = [n for n in user.args if isinstance(n, fx.Node) and n is not node]
+    return others[0] if len(others) == 1 else None
+
+
+def _is_passed(user: fx.Node, other: fx.Node | None) -> bool:
+    """Whether an operator moves data, or scales or shifts by parameters or constants."""
+    if user.target in (*_ADD, *_MUL):
+        return (other is None or other.op == "get_attr") and not _is_scaled(user)
+    name = _name(user)
+    if name in _NOTHING:
+        return True
+    tensors = [n for n in user.all_input_nodes if isinstance(n.meta.get("val"), torch.Tensor)]
+    rule = find(user.target)
+    moves = rule is not None and rule.__module__ == movement.__name__
+    return moves and len(tensors) == 1 and isinstance(user.meta.get("val"), torch.Tensor)
+
+
+def _cut_behind(node: fx.Node) -> tuple[float, float]:
+    user = _only_user(node)
+    if user is None:
+        return (-inf, inf)
+    if _name(user) in _HARDTANH:
+        return float(_argument(user, "min_val")), float(_argument(user, "max_val"))
+    return _CUTS.get(_name(user), (-inf, inf))
+
+
+def _name(node: fx.Node) -> str:
+    schema = getattr(node.target, "_schema", None)
+    return "" if schema is None else str(schema.name)
+
+
+def _argument(node: fx.Node, name: str) -> Any:
+    return argument_of(node, name, node.args, node.kwargs)

@@ -1,0 +1,156 @@
+"""What a layer is regressed on and what it is to answer, for a sample of its rows."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx
+
+from fxfuse.calibrate import Lane, Targets
+from fxfuse.refine.regression.route import Route
+
+#: A scale below this share of the largest one cannot be undone.
+_SMALL = 1e-4
+
+
+@dataclass(frozen=True)
+class Sample:
+    """Rows of a layer on the calibration inputs.
+
+    Where the layer completes a residual sum, that is `scale · (output + offset)`.
+
+    Attributes:
+        rows: What the layer reads, float32 [n, groups, features].
+        wanted: What its (normalised) output should be, float32 [n, channels].
+        offset: float32 [n, channels], or [1, 1].
+        scale: float32 [n, channels], or [1, 1].
+    """
+
+    rows: torch.Tensor
+    wanted: torch.Tensor
+    offset: torch.Tensor
+    scale: torch.Tensor
+
+    def aim(self, output: torch.Tensor) -> torch.Tensor:
+        """What the node that is aimed at is worth when the layer answers `output`."""
+        return self.scale * (output + self.offset)
+
+    def output(self, aim: torch.Tensor) -> torch.Tensor:
+        """The inverse of `aim`."""
+        return aim / self.scale - self.offset
+
+
+def sample(
+    route: Route,
+    student: Lane,
+    members: Sequence[Lane],
+    targets: Targets,
+    limit: int,
+    generator: torch.Generator,
+) -> Sample | None:
+    """Rows of a layer, spread over all calibration inputs.
+
+    Args:
+        route: The layer and its aim.
+        student: The fused network, which has run up to and with the layer.
+        members: The members, which have run up to the aim.
+        targets: Merges the members' values.
+        limit: About how many rows are taken.
+        generator: Chooses them.
+
+    Returns:
+        None where no member has a value to aim at, or the way there cannot be undone.
+    """
+    layer, parts = route.layer, list[tuple[torch.Tensor, ...]]()
+    inputs = student.value(layer.input)
+    merged = [
+        targets.merge(route.aim, [m.value(route.aim)[batch] for m in members])
+        for batch in range(len(inputs))
+    ]
+    shapes = student.value(layer.node)
+    total = sum(layer.n_rows(y) for y in shapes)
+    for batch, (x, z, like) in enumerate(zip(inputs, merged, shapes, strict=True)):
+        if z is None:
+            return None
+        back = _back(route, student, batch, like, z)
+        if back is None:
+            return None
+        covered, wanted, offset, scale = back
+        available = covered.nonzero().flatten()
+        take = min(-(-limit * layer.n_rows(like) // total), len(available))
+        order = torch.randperm(len(available), generator=generator)[:take].to(available.device)
+        chosen = available[order].sort().values
+        parts.append(
+            (
+                layer.input_rows(x, chosen).float(),
+                wanted[chosen].float(),
+                offset.float() if route.skip is None else offset[chosen].float(),
+                scale.float() if route.skip is None else scale[chosen].float(),
+            )
+        )
+    rows, aims, offsets, scales = zip(*parts, strict=True)
+    if route.skip is None:
+        return Sample(torch.cat(rows), torch.cat(aims), offsets[0], scales[0])
+    return Sample(torch.cat(rows), torch.cat(aims), torch.cat(offsets), torch.cat(scales))
+
+
+def _back(
+    route: Route, student: Lane, batch: int, like: torch.Tensor, z: torch.Tensor
+) -> tuple[torch.Tensor, ...] | None:
+    """Brings the aim's value back to the layer's output.
+
+    Returns:
+        Which rows can be told, bool [rows]; what they should be; offset and scale of `Sample`.
+    """
+    layer = route.layer
+    one = torch.ones(1, 1, device=z.device)
+    if route.skip is None:
+        wanted = layer.output_rows(z)
+        return torch.ones(len(wanted), dtype=torch.bool, device=z.device), wanted, 0 * one, one
+    skip = student.value(route.skip)[batch]
+    numbers = torch.arange(1, like.numel() + 1, device=z.device).reshape(like.shape)
+    moved = _along(route, student, batch, numbers, moving=True)
+    zero = _along(route, student, batch, torch.zeros_like(like), moving=False)
+    scale = _along(route, student, batch, torch.ones_like(like), moving=False) - zero
+    if moved.shape != z.shape or bool((scale.abs() < _SMALL * scale.abs().max()).any()):
+        return None
+    place = moved.flatten()
+    seen = place > 0
+    place = place[seen] - 1
+    if len(torch.unique(place)) < len(place):
+        return None
+
+    def put(value: torch.Tensor, filling: float) -> torch.Tensor:
+        flat = torch.full((like.numel(),), filling, device=z.device, dtype=z.dtype)
+        flat[place] = value.expand(z.shape).flatten()[seen]
+        return layer.output_rows(flat.reshape(like.shape))
+
+    known = put(torch.ones_like(z), 0.0).bool().all(1)
+    factor = put(scale, 1.0)
+    offset = put((skip + zero) / scale, 0.0)
+    return known, put(z, 0.0) / factor - offset, offset, factor
+
+
+def _along(
+    route: Route, student: Lane, batch: int, value: torch.Tensor, *, moving: bool
+) -> torch.Tensor:
+    """Sends a stand-in for the layer's output along the chain; `moving`: positions alone."""
+    known: dict[fx.Node, Any] = {route.output: value}
+    for node in route.chain:
+        if moving and node.target in _VALUES:
+            known[node] = known[_activation(node, known)]
+        else:
+            student.compute_one(node, batch, known)
+    result: torch.Tensor = known[route.chain[-1]] if route.chain else value
+    return result
+
+
+aten = torch.ops.aten
+_VALUES = (aten.mul.Tensor, aten.mul_.Tensor, aten.add.Tensor, aten.add_.Tensor)
+
+
+def _activation(node: fx.Node, known: Mapping[fx.Node, Any]) -> fx.Node:
+    return next(n for n in node.all_input_nodes if n in known)

@@ -1,0 +1,356 @@
+"""Closed-form, label-free refit: layer after layer, the student is regressed on the wide model."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from math import inf, isfinite
+from typing import Any
+
+import torch
+from torch import fx
+
+from fxfuse.calibrate import Calibration, Lane, Targets
+from fxfuse.calibrate.inputs import FEW
+from fxfuse.coupling import CouplingGraph
+from fxfuse.plan import FusionPlan
+from fxfuse.refine.regression.channel import (
+    PerChannel,
+    fit_channels,
+    per_channel_of,
+    write_channels,
+)
+from fxfuse.refine.regression.head import fit_head
+from fxfuse.refine.regression.route import Route, routes_of
+from fxfuse.refine.regression.rows import Sample, sample
+from fxfuse.refine.regression.solve import Fit, Ridge
+from fxfuse.refine.regression.write import State, current, write
+
+#: Rows per feature of a layer, at least `_ROWS` in all.
+_PER_FEATURE, _ROWS = 4, 8192
+#: Times that targets are relaxed where the activation cuts them.
+_RELAXATIONS = 3
+#: Times that two layers of one sum are fitted in turn.
+_TURNS = 2
+
+
+@dataclass(frozen=True)
+class LayerFit:
+    """What became of one layer.
+
+    Attributes:
+        weight: Name of its weight.
+        aim: Name of the graph node that it was fitted to.
+        before: Error before, on the rows it was fitted on, as a share of the target's variance.
+        after: Error after.
+        fitted: Whether the fit was kept; else the layer is as transplanted.
+        why: Why it was left, or "".
+    """
+
+    weight: str
+    aim: str
+    before: float
+    after: float
+    fitted: bool
+    why: str = ""
+
+
+@dataclass(frozen=True)
+class RefitReport:
+    """What a refit did.
+
+    Attributes:
+        layers: Every layer and normalisation that was looked at, in graph order.
+        left: Parameters that no fit changed.
+        seconds: CPU time.
+        inputs: Number of calibration inputs.
+        alpha: α of the regressions.
+    """
+
+    layers: tuple[LayerFit, ...]
+    left: tuple[str, ...]
+    seconds: float
+    inputs: int
+    alpha: float
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How a refit is done.
+
+    Attributes:
+        alpha: α; None: 1e-3, or 1e-2 with fewer than 100 inputs.
+        logits: Whether the network's output is class logits, so that its head is fitted to the
+            ensemble's probabilities.
+        seed: Seed of the choice of rows.
+    """
+
+    alpha: float | None = None
+    logits: bool = True
+    seed: int = 0
+
+
+def refit_state(
+    graph: CouplingGraph,
+    plan: FusionPlan,
+    states: Sequence[Mapping[str, torch.Tensor]],
+    state: Mapping[str, torch.Tensor],
+    calibration: Calibration,
+    settings: Settings,
+) -> tuple[State, RefitReport]:
+    """Refits every layer of a fused network to the members' merged activations.
+
+    Args:
+        graph: The analysis of the members.
+        plan: The plan by which they were fused.
+        states: The members' tensors by name.
+        state: The fused tensors by name.
+        calibration: Unlabelled inputs.
+        settings: How.
+
+    Returns:
+        New fused tensors, and the report.
+
+    Raises:
+        CalibrationError: An activation is not a number.
+        NotEmittedError: The network was traced, so its graph cannot be run.
+    """
+    graph.captured.require_program()
+    return _Refit(graph, plan, states, state, calibration, settings).run()
+
+
+class _Refit:
+    def __init__(
+        self,
+        graph: CouplingGraph,
+        plan: FusionPlan,
+        states: Sequence[Mapping[str, torch.Tensor]],
+        state: Mapping[str, torch.Tensor],
+        calibration: Calibration,
+        settings: Settings,
+    ) -> None:
+        self.graph = graph
+        self.settings = settings
+        few = calibration.size < FEW
+        self.alpha = settings.alpha or (1e-2 if few else 1e-3)
+        self.calibration = calibration
+        self.state: State = {name: tensor.detach() for name, tensor in state.items()}
+        captured = graph.captured
+        routes = routes_of(captured)
+        taken = {route.norm.node for route in routes if route.norm is not None}
+        self.work: dict[fx.Node, Route | PerChannel] = {r.layer.node: r for r in routes}
+        self.work |= {op.node: op for op in per_channel_of(captured, taken)}
+        aims = [w.aim if isinstance(w, Route) else w.node for w in self.work.values()]
+        aims += [w.output for w in self.work.values() if isinstance(w, Route)]
+        self.waiting = aims
+        self.members = [
+            Lane(captured, s, calibration, name=f"member {i}", held=set(aims))
+            for i, s in enumerate(states)
+        ]
+        reads = {_input(w) for w in self.work.values()}
+        self.student = Lane(captured, self.state, calibration, name="the fused network", held=reads)
+        self.targets = Targets(graph, plan)
+        self.generator = torch.Generator().manual_seed(settings.seed)
+        self.outputs = captured.outputs()
+        self.fits: list[LayerFit] = []
+
+    def run(self) -> tuple[State, RefitReport]:
+        started = time.process_time()
+        with torch.no_grad():
+            for node in self.student.nodes:
+                if node in self.work:
+                    self.visit(self.work[node])
+        changed: set[str] = set()
+        for fit, work in zip(self.fits, self.work_in_order(), strict=True):
+            if fit.fitted:
+                changed |= _tensors_of(work)
+        captured = self.graph.captured
+        parameters = {n for n, _ in captured.module.named_parameters()}
+        left = tuple(n for n in captured.names if n in parameters and n not in changed)
+        for name in captured.names:
+            self.state[name] = self.state[captured.canonical[name]]
+        seconds = time.process_time() - started
+        report = RefitReport(tuple(self.fits), left, seconds, self.calibration.size, self.alpha)
+        return self.state, report
+
+    def work_in_order(self) -> list[Route | PerChannel]:
+        return [self.work[node] for node in self.student.nodes if node in self.work]
+
+    def visit(self, work: Route | PerChannel) -> None:
+        node = work.layer.node if isinstance(work, Route) else work.node
+        aim = work.aim if isinstance(work, Route) else work.node
+        for member in self.members:
+            member.run_to(aim)
+        self.student.run_to(node)
+        why = self.reason_to_leave(work)
+        if why:
+            self.fits.append(LayerFit(_name(work), aim.name, inf, inf, False, why))
+        elif isinstance(work, Route):
+            self.fits.append(self.fit_layer(work))
+            if work.partner is not None and self.fits[-1].fitted:
+                self.fits[-1] = self.fit_in_turn(work, work.partner, self.fits[-1])
+        else:
+            self.fits.append(self.fit_channels(work))
+        if self.fits[-1].fitted:
+            self.student.redo(node)
+        self.let_go(work)
+
+    def reason_to_leave(self, work: Route | PerChannel) -> str:
+        canonical = self.graph.captured.canonical
+        asked = sorted(n for n in _tensors_of(work) if canonical[n] in self.graph.asked)
+        if asked:
+            return f"an option asked for {asked[0]} to stay"
+        if any(n in self.graph.captured.heads for n in _tensors_of(work)):
+            return "it belongs to the head of one member"
+        return ""
+
+    def let_go(self, work: Route | PerChannel) -> None:
+        done = [work.aim, work.output] if isinstance(work, Route) else [work.node]
+        for node in done:
+            self.waiting.remove(node)
+            if node not in self.waiting:
+                for member in self.members:
+                    member.drop(node)
+        later = self.work_in_order()
+        later = later[later.index(work) + 1 :]
+        for read in _inputs(work):
+            if all(read not in _inputs(other) for other in later):
+                self.student.drop(read)
+
+    # --- one layer ------------------------------------------------------------------------------
+
+    def fit_layer(self, route: Route) -> LayerFit:
+        found = self.sample(route)
+        if found is None and route.skip is not None:
+            route = route.alone()
+            found = self.sample(route)
+        if found is None:
+            why = "no member has the value that it should have"
+            return LayerFit(route.layer.weight, route.aim.name, inf, inf, False, why)
+        held = current(route, self.state)
+        centred = route.norm is not None or bool(route.layer.bias)
+        ridge = Ridge(found.rows, self.alpha, held.matrix * 0, centred=centred)
+        aim = found.aim(found.wanted)
+        before = best = _error(route, found, aim, held)
+        chosen, wanted = None, found.wanted
+        for _ in range(1 + _RELAXATIONS * isfinite(min(map(abs, route.cut)))):
+            fit = ridge.fit(wanted)
+            error = _error(route, found, aim, fit)
+            if error < best:
+                best, chosen = error, fit
+            wanted = found.output(_relaxed(route.cut, aim, found.aim(fit(found.rows))))
+        if chosen is not None and self.is_head(route):
+            chosen = fit_head(found.rows, aim, chosen, self.alpha)
+        if chosen is None:
+            why = "no map is closer on the calibration inputs"
+            return LayerFit(route.layer.weight, route.aim.name, before, before, False, why)
+        write(route, self.state, chosen, found.rows)
+        return LayerFit(route.layer.weight, route.aim.name, before, best, True)
+
+    def fit_in_turn(self, last: Route, first: Route, fit: LayerFit) -> LayerFit:
+        """Two layers whose outputs are added: each makes up for what the other leaves."""
+        assert first.skip is not None
+        for route in [first, last] * _TURNS:
+            other = last if route is first else first
+            self.again(other)
+            self.student.run_to(first.skip)
+            self.student.redo(route.layer.node)
+            turn = self.fit_layer(route)
+            if turn.fitted:
+                fit = replace(fit, after=turn.after)
+        self.again(last)
+        return fit
+
+    def again(self, route: Route) -> None:
+        """Computes anew what a layer adds to a sum."""
+        way = [route.layer.node, *([route.norm.node] if route.norm else []), *route.chain]
+        for node in way:
+            self.student.redo(node)
+        for node in way[:-1]:
+            self.student.drop(node)
+
+    def sample(self, route: Route) -> Sample | None:
+        weight = self.state[route.layer.weight]
+        features = route.layer.matrix(weight).shape[1]
+        limit = max(_ROWS, _PER_FEATURE * features)
+        return sample(route, self.student, self.members, self.targets, limit, self.generator)
+
+    def is_head(self, route: Route) -> bool:
+        is_output = any(route.aim is output for output in self.outputs)
+        shape = route.aim.meta["val"].shape
+        return self.settings.logits and is_output and len(shape) == 2 and shape[1] > 1
+
+    def fit_channels(self, op: PerChannel) -> LayerFit:
+        def rows(values: Sequence[Any]) -> torch.Tensor:
+            last = [v.movedim(1, -1) if op.channel_first else v for v in values]
+            return torch.cat([v.reshape(-1, v.shape[-1]).float() for v in last])
+
+        merged = [
+            self.targets.merge(op.node, [m.value(op.node)[batch] for m in self.members])
+            for batch in range(len(self.calibration.batches))
+        ]
+        if any(z is None for z in merged):
+            why = "no member has the value that it should have"
+            return LayerFit(op.weight, op.node.name, inf, inf, False, why)
+        x, z, held = (
+            rows(op.unscaled(self.student)),
+            rows(merged),
+            rows(self.student.value(op.node)),
+        )
+        scale, shift = fit_channels(x, z)
+        if not op.bias:
+            scale, shift = (x * z).mean(0) / x.square().mean(0).clamp(min=1e-30), 0 * shift
+        before = _relative((held - z).square().mean(), z)
+        after = _relative((x * scale + shift - z).square().mean(), z)
+        if not after < before:
+            why = "no map is closer on the calibration inputs"
+            return LayerFit(op.weight, op.node.name, before, before, False, why)
+        inputs = rows(self.student.value(_input(op))) if op.norm is not None else x
+        write_channels(op, self.state, inputs, scale, shift)
+        return LayerFit(op.weight, op.node.name, before, after, True)
+
+
+def _error(route: Route, found: Sample, aim: torch.Tensor, fit: Fit) -> float:
+    """Mean squared error behind the activation, as a share of the target's variance."""
+    low, high = route.cut
+    wanted = aim.clamp(low, high)
+    answer = found.aim(fit(found.rows)).clamp(low, high)
+    return _relative((answer - wanted).square().mean(), wanted)
+
+
+def _relative(error: torch.Tensor, wanted: torch.Tensor) -> float:
+    return float(error / wanted.var(0, correction=0).mean().clamp(min=1e-30))
+
+
+def _relaxed(cut: tuple[float, float], aim: torch.Tensor, answer: torch.Tensor) -> torch.Tensor:
+    """Where the activation cuts the target, any answer that is cut as well will do."""
+    low, high = cut
+    result = torch.where(aim <= low, answer.clamp(max=low), aim)
+    return torch.where(aim >= high, answer.clamp(min=high), result)
+
+
+def _tensors_of(work: Route | PerChannel) -> set[str]:
+    if isinstance(work, PerChannel):
+        names = [work.weight, work.bias]
+    else:
+        names = [work.layer.weight, work.layer.bias]
+        if work.norm is not None:
+            names += [work.norm.weight, work.norm.bias]
+    return {name for name in names if name}
+
+
+def _name(work: Route | PerChannel) -> str:
+    return work.layer.weight if isinstance(work, Route) else work.weight
+
+
+def _inputs(work: Route | PerChannel) -> set[fx.Node]:
+    """The activations that must be there when a layer is fitted."""
+    partner = work.partner if isinstance(work, Route) else None
+    return {_input(work)} | ({partner.layer.input} if partner else set())
+
+
+def _input(work: Route | PerChannel) -> fx.Node:
+    read = work.layer.input if isinstance(work, Route) else work.node.args[0]
+    assert isinstance(read, fx.Node)
+    return read

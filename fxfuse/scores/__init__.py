@@ -1,0 +1,30 @@
+"""Importance of units, one file per kind of score."""
+
+from fxfuse.scores import activation, bn_scale, magnitude, sensitivity
+from fxfuse.scores.magnitude import degree_of
+from fxfuse.scores.registry import (
+    Kept,
+    Score,
+    Scores,
+    check_score,
+    note_of,
+    score,
+    score_units,
+    scores,
+)
+
+__all__ = [
+    "Kept",
+    "Score",
+    "Scores",
+    "activation",
+    "bn_scale",
+    "check_score",
+    "degree_of",
+    "magnitude",
+    "note_of",
+    "score",
+    "score_units",
+    "scores",
+    "sensitivity",
+]

@@ -1,0 +1,30 @@
+"""Score `activation`: how strongly a unit answers to the calibration inputs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from fxfuse.calibrated import require_activations
+from fxfuse.coupling import CouplingGraph
+from fxfuse.options import Options, State
+from fxfuse.scores.registry import Kept, Scores, score
+
+
+@score("activation")
+def activation(
+    graph: CouplingGraph, states: Sequence[State], options: Options, kept: Kept
+) -> dict[int, Scores]:
+    """Root mean square of a unit's activation over the calibration inputs.
+
+    Raises:
+        CalibrationError: There are no activations, or they do not fit.
+    """
+    answers = require_activations(graph, len(states), options, "score 'activation'")
+    return {
+        member: {
+            name: np.sqrt((members[member] ** 2).mean(axis=0)) for name, members in answers.items()
+        }
+        for member in kept
+    }

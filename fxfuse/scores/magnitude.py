@@ -1,0 +1,101 @@
+"""Scores `l1` and `l2`: the magnitude of what a unit owns."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from functools import partial
+
+import torch
+
+from fxfuse.coupling import CouplingGraph
+from fxfuse.errors import UnknownScoreError
+from fxfuse.labels import Kind
+from fxfuse.options import Options, State
+from fxfuse.scores.owned import owned_sums
+from fxfuse.scores.registry import Kept, Scores, score
+
+#: Score name → degree of the norm.
+DEGREES: Mapping[str, int] = {"l1": 1, "l2": 2}
+
+
+def degree_of(name: str) -> int:
+    """The degree of a score that is a norm.
+
+    Raises:
+        UnknownScoreError: The score is no norm.
+    """
+    if name not in DEGREES:
+        raise UnknownScoreError(
+            f"the score {name!r} is no norm of weights", how=f"use one of {', '.join(DEGREES)}"
+        )
+    return DEGREES[name]
+
+
+def magnitude(
+    graph: CouplingGraph, states: Sequence[State], options: Options, kept: Kept, *, degree: int
+) -> dict[int, Scores]:
+    """Group magnitude of each unit.
+
+    The score of a unit is Σ |w|^degree over all weights that it owns: rows of what writes it and
+    columns of what reads it (biases, tables that are added, and buffers are left out). This orders
+    units as `torch_pruning.importance.MagnitudeImportance(p=degree)` orders the channels of the
+    members' concatenation, whose output layer is scaled by 1/N.
+
+    Args:
+        graph: The analysis of the members.
+        states: For each member, its tensors by name.
+        options: Not read.
+        kept: The members that are concatenated, and which of their units exist.
+        degree: 1 or 2.
+
+    Returns:
+        For each member that takes part, for each group, float64 [n_units].
+    """
+    found, names = {}, multiplied(graph)
+    for member, units in kept.items():
+        powers = {}
+        for name in names:
+            scale = (1.0 / len(kept)) ** degree if _is_output(graph, name) else 1.0
+            tensor = states[member][name].detach()
+            powers[name] = scale * tensor.abs().to(torch.float64).pow(degree)
+        found[member] = owned_sums(graph, powers, units)
+    return found
+
+
+for _name, _degree in DEGREES.items():
+    score(_name)(partial(magnitude, degree=_degree))
+
+
+def _is_output(graph: CouplingGraph, name: str) -> bool:
+    return any(
+        place[0] == name and reason.kind is Kind.OUTPUT for place, reason in graph.frozen.items()
+    )
+
+
+def multiplied(graph: CouplingGraph) -> list[str]:
+    """The parameters of groups that multiply activations (not biases, not added tables)."""
+    owned = {name for name, _ in graph.group_of}
+    used: dict[str, bool] = {}
+    captured = graph.captured
+    for node in captured.graph.nodes:
+        if node.op != "get_attr" or str(node.target) not in captured.canonical:
+            continue
+        name = captured.canonical[str(node.target)]
+        if not isinstance(captured.tensor(name), torch.nn.Parameter):
+            continue
+        for user in node.users:
+            used[name] = used.get(name, False) or not _is_added(node, user)
+    return [name for name, multiplies in used.items() if multiplies and name in owned]
+
+
+def _is_added(node: torch.fx.Node, user: torch.fx.Node) -> bool:
+    schema = getattr(user.target, "_schema", None)
+    if schema is None:
+        return False
+    if schema.name in ("aten::add", "aten::add_", "aten::sub", "aten::sub_"):
+        return True
+    names = [a.name for a in schema.arguments]
+    given = {names[i]: a for i, a in enumerate(user.args)} | dict(user.kwargs)
+    added = ("bias", "running_mean", "running_var")
+    addend = ("self",) if schema.name == "aten::addmm" else ()
+    return any(given.get(n) is node for n in (*added, *addend))

@@ -1,0 +1,347 @@
+"""Each method's maps satisfy their definition, and aligning permuted copies gives the network."""
+
+from __future__ import annotations
+
+import builtins
+import itertools
+from functools import cache
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from torchvision.models import DenseNet, VisionTransformer
+
+import fxfuse
+from fxfuse.apply import fused_at_width
+from fxfuse.coupling import CouplingGraph
+from fxfuse.errors import (
+    CalibrationError,
+    ControlError,
+    MissingDependencyError,
+    UnknownMethodError,
+)
+from fxfuse.methods import Options
+from fxfuse.methods._clusters import Clusters
+from fxfuse.plan import UnitMap
+from fxfuse.planner import make_plan
+from fxfuse.verify.check import as_double
+from tests.fusing import activations, distance_to_the_first, permuted_copies
+from tests.models import excite
+from tests.nets import SmallResNet, images, resnets
+
+CALIBRATED = ("activation_matching", "zip")
+
+
+def small(name: str) -> tuple[nn.Module, torch.Tensor]:
+    """A small network of a family, excited, in float64, and inputs."""
+    torch.manual_seed(0)
+    if name == "resnet":
+        model, size = SmallResNet(), 8
+    elif name == "vit":
+        model, size = VisionTransformer(16, 4, 2, 4, 16, 24, num_classes=5), 16
+    else:
+        model, size = DenseNet(4, (2, 2), 8, bn_size=2, num_classes=5), 32
+    x = torch.randn(16, 3, size, size).double()
+    return excite(model.double(), x), x
+
+
+@cache
+def analyzed(name: str) -> CouplingGraph:
+    return fxfuse.analyze(*small(name))
+
+
+def lists(n_members: int) -> tuple[CouplingGraph, list[dict[str, torch.Tensor]]]:
+    """An analysis and unrelated members."""
+    x = images(dtype=torch.float64)
+    captured = [fxfuse.capture(m, x) for m in resnets(n_members, torch.float64)]
+    return fxfuse.analyze(captured[0]), [c.state() for c in captured]
+
+
+def matrix(unit_map: UnitMap, member: int, *, read: bool = False) -> np.ndarray:
+    """M of a member, or Uᵀ, [fused, units]."""
+    found = np.zeros((unit_map.n_units, unit_map.n_units))
+    target, unit = unit_map.of_member(member)
+    np.add.at(found, (target, unit), unit_map.weights_of(member)[int(read)])
+    return found
+
+
+def is_permutation(m: np.ndarray) -> bool:
+    return bool(((m == 0) | (m == 1)).all() and (m.sum(0) == 1).all() and (m.sum(1) == 1).all())
+
+
+# --- definitions ---
+
+
+@pytest.mark.parametrize("n", [2, 3])
+def test_average_keeps_indices(n: int):
+    graph, states = lists(n)
+    plan = make_plan(graph, states, "average", Options())
+    fused = fused_at_width(graph, plan, states)
+    for name, tensor in fused.items():
+        if tensor.is_floating_point():
+            torch.testing.assert_close(tensor, torch.stack([s[name] for s in states]).mean(0))
+
+
+@pytest.mark.parametrize("method", ["weight_matching", "activation_matching"])
+@pytest.mark.parametrize("reference", [0, 1, "mean"])
+def test_matchings_are_permutations(method: str, reference: int | str):
+    graph, states = lists(3)
+    options = Options(reference=reference, activations=activations(graph, states))
+    plan = make_plan(graph, states, method, options)
+    assert plan.options == ({} if reference == 0 else {"reference": str(reference)})
+    for unit_map in plan.maps:
+        for member in range(3):
+            assert is_permutation(matrix(unit_map, member) * 3)
+            assert is_permutation(matrix(unit_map, member, read=True))
+        if reference != "mean":
+            assert (matrix(unit_map, reference) * 3 == np.eye(unit_map.n_units)).all()
+
+
+def test_activation_matching_is_the_best_assignment():
+    """Against every permutation of a group of four."""
+    graph = fxfuse.analyze(
+        nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2)), torch.ones(2, 3)
+    )
+    states = [graph.captured.state()] * 2
+    a, b = torch.randn(20, 4).double(), torch.randn(20, 4).double()
+    options = Options(activations={graph.groups[0].name: [a, b]})
+    (unit_map,) = make_plan(graph, states, "activation_matching", options).maps
+    found = np.corrcoef(a.T, b.T)[:4, 4:]
+    chosen = unit_map.of_member(1)[1]
+    best = max(found[range(4), list(p)].sum() for p in itertools.permutations(range(4)))
+    assert found[range(4), chosen].sum() == pytest.approx(best)
+
+
+@pytest.mark.parametrize("variant", [None, "weights", "activations"])
+@pytest.mark.parametrize("regularisation", [None, 0.1])
+def test_transports_have_uniform_marginals(variant: str | None, regularisation: float | None):
+    graph, states = lists(3)
+    options = Options(
+        variant=variant,
+        reference=2,
+        regularisation=regularisation,
+        activations=activations(graph, states),
+    )
+    for unit_map in make_plan(graph, states, "optimal_transport", options).maps:
+        for member in range(3):
+            m = matrix(unit_map, member) * 3
+            assert (m >= 0).all()
+            np.testing.assert_allclose(m.sum(0), 1, atol=1e-6)
+            np.testing.assert_allclose(m.sum(1), 1, atol=1e-6)
+            np.testing.assert_allclose(m, matrix(unit_map, member, read=True))
+        assert (matrix(unit_map, 2) * 3 == np.eye(unit_map.n_units)).all()
+        exact = [is_permutation((matrix(unit_map, i) * 3).round(9)) for i in range(2)]
+        assert exact == [regularisation is None] * 2
+
+
+@pytest.mark.parametrize("n", [2, 3])
+@pytest.mark.parametrize("variant", [None, "across"])
+def test_zip_clusters_divide_all_units(n: int, variant: str | None):
+    graph, states = lists(n)
+    options = Options(variant=variant, activations=activations(graph, states))
+    within = 0
+    for unit_map in make_plan(graph, states, "zip", options).maps:
+        pairs = list(zip(unit_map.member.tolist(), unit_map.unit.tolist(), strict=True))
+        every = itertools.product(range(n), range(unit_map.n_units))
+        assert sorted(pairs) == sorted(every), "each unit is in one cluster"
+        assert set(unit_map.target.tolist()) == set(range(unit_map.n_units))
+        m = np.concatenate([matrix(unit_map, i) for i in range(n)], axis=1)
+        u = np.concatenate([matrix(unit_map, i, read=True) for i in range(n)], axis=1).T
+        np.testing.assert_allclose(u, np.linalg.pinv(m), atol=1e-12)
+        np.testing.assert_allclose(m.sum(1), 1)
+        within += sum((matrix(unit_map, i) > 0).sum(1).max() > 1 for i in range(n))
+    assert (within > 0) == (variant is None), "only the free variant merges within a member"
+
+
+def plain_clusters(columns: np.ndarray, times: int) -> list[list[int]]:
+    """Greedy clustering by the definition: correlations of mean activations, all pairs."""
+    clusters = [[i] for i in range(columns.shape[1])]
+    for _ in range(times):
+        means = np.stack([columns[:, c].mean(axis=1) for c in clusters])
+        correlation = np.corrcoef(means)
+        np.fill_diagonal(correlation, -np.inf)
+        i, j = sorted(np.unravel_index(correlation.argmax(), correlation.shape))
+        clusters[i] += clusters.pop(j)
+    return sorted(sorted(c) for c in clusters)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_clusters_are_those_of_the_plain_algorithm(seed: int):
+    columns = np.random.default_rng(seed).standard_normal((40, 24))
+    clusters = Clusters(columns, np.repeat(np.arange(3), 8))
+    clusters.merge(16)
+    numbers = clusters.numbers()
+    assert sorted(np.flatnonzero(numbers == k).tolist() for k in range(8)) == plain_clusters(
+        columns, 16
+    )
+
+
+def test_dead_units_zip_with_dead_units_of_others():
+    """The living ones, however correlated, are left alone."""
+    generator = np.random.default_rng(0)
+    living = generator.standard_normal((50, 1)) + 0.5 * generator.standard_normal((50, 4))
+    one = np.concatenate([living, np.full((50, 2), 3.0)], axis=1)
+    clusters = Clusters(np.concatenate([one, one], axis=1), np.repeat([0, 1], 6))
+    clusters.merge(6)
+    numbers = clusters.numbers()
+    assert numbers[:6].tolist() == numbers[6:].tolist() == list(range(6))
+
+
+# --- identity oracle ---
+
+
+@pytest.mark.parametrize("name", ["resnet", "vit", "densenet"])
+@pytest.mark.parametrize(
+    ("method", "options", "n"),
+    [
+        ("weight_matching", {}, 2),
+        ("weight_matching", {"reference": "mean"}, 3),
+        ("activation_matching", {}, 2),
+        ("activation_matching", {"reference": "mean"}, 3),
+        ("optimal_transport", {}, 2),
+        ("optimal_transport", {"variant": "activations"}, 3),
+        ("zip", {}, 2),
+        ("zip", {"variant": "across"}, 3),
+    ],
+)
+def test_permuted_copies_give_the_network_back(
+    name: str, method: str, options: dict[str, object], n: int
+):
+    graph = analyzed(name)
+    states = permuted_copies(graph, n)
+    needed = method in CALIBRATED or options.get("variant") == "activations"
+    measured = activations(graph, states) if needed else None
+    found = Options(activations=measured, **options)
+    assert distance_to_the_first(graph, states, method, found) <= 1e-6
+    # The oracle sees something: without alignment, the copies are far apart.
+    assert distance_to_the_first(graph, states, "average", Options()) > 1e-3
+
+
+def test_aligning_to_another_member_gives_the_network_in_its_order():
+    graph = analyzed("resnet")
+    states = permuted_copies(graph, 3)
+    plan = make_plan(graph, states, "weight_matching", Options(reference=2))
+    fused = fused_at_width(graph, plan, states)
+    for name, tensor in fused.items():
+        torch.testing.assert_close(tensor, states[2][name])
+
+
+@pytest.mark.parametrize("variant", [None, "across"])
+@pytest.mark.parametrize("n", [2, 4])
+def test_zipping_identical_networks_gives_the_network(n: int, variant: str | None):
+    graph = analyzed("resnet")
+    states = [as_double(graph.captured.state())] * n
+    options = Options(variant=variant, activations=activations(graph, states))
+    plan = make_plan(graph, states, "zip", options)
+    for name, tensor in fused_at_width(graph, plan, states).items():
+        torch.testing.assert_close(tensor, states[0][name])
+
+
+def test_entropic_transport_is_close_to_exact_where_it_is_weak():
+    graph = analyzed("resnet")
+    states = permuted_copies(graph, 2)
+    weak, strong = (
+        distance_to_the_first(graph, states, "optimal_transport", Options(regularisation=r))
+        for r in (0.01, 1.0)
+    )
+    assert weak < 1e-3 < strong
+
+
+# --- transplant: fraction ---
+
+
+@pytest.mark.parametrize("fraction", [0.0, 0.25, 0.5, 1.0])
+@pytest.mark.parametrize("host", [0, 2])
+def test_a_fraction_of_the_units_comes_from_others(fraction: float, host: int):
+    members, x = resnets(3), images()
+    plan = fxfuse.fuse(members, x, fraction=fraction, host=host).plan
+    assert plan.options["fraction"] == str(fraction)
+    graph = fxfuse.analyze(members[0], x)
+    for unit_map in plan.maps:
+        taken = unit_map.member != host
+        assert taken.sum() == fraction * unit_map.n_units
+        pairs = set(zip(unit_map.member.tolist(), unit_map.unit.tolist(), strict=True))
+        assert (
+            len(pairs)
+            == unit_map.n_units
+            == next(g.n_units for g in graph.groups if g.name == unit_map.group)
+        )
+
+
+def test_the_hosts_best_units_stay():
+    members = resnets(2)
+    with torch.no_grad():
+        members[0].block1.conv1.weight[3:5] *= 100
+        members[1].block1.conv1.weight[6:] *= 1000
+    unit_map = fxfuse.fuse(members, images(), fraction=0.75).plan.map_of("block1.conv1.weight:0")
+    assert unit_map.unit[unit_map.member == 0].tolist() == [3, 4]
+    assert {6, 7} <= set(unit_map.unit[unit_map.member == 1].tolist())
+
+
+def test_without_a_fraction_the_host_is_the_network_itself():
+    members, x = resnets(2), images()
+    state = fxfuse.fuse(members, x, fraction=0.0).state_dict()
+    own = members[0].state_dict()
+    for name in ("stem.weight", "block1.conv2.weight", "bn.running_var"):
+        assert torch.equal(state[name], own[name])
+
+
+# --- bad input ---
+
+
+@pytest.mark.parametrize(
+    ("method", "wrong", "error", "message"),
+    [
+        ("transplant", {"fraction": 1.5}, ControlError, "fraction 1.5"),
+        ("transplant", {"fraction": float("nan")}, ControlError, "fraction nan"),
+        ("transplant", {"fraction": 0.5, "variant": "iterative"}, ControlError, "contradict"),
+        ("transplant", {"fraction": 0.5, "host": 2}, ControlError, "no member 2"),
+        ("weight_matching", {"reference": 2}, ControlError, "reference member 2"),
+        ("weight_matching", {"reference": -1}, ControlError, "reference member -1"),
+        ("weight_matching", {"reference": "median"}, ControlError, "'median'"),
+        ("optimal_transport", {"reference": "mean"}, ControlError, "no reference"),
+        ("optimal_transport", {"regularisation": 0.0}, ControlError, "regularisation 0.0"),
+        ("optimal_transport", {"variant": "features"}, UnknownMethodError, "weights, activations"),
+        ("average", {"variant": "iterative"}, UnknownMethodError, "no variants"),
+        ("zip", {"variant": "within"}, UnknownMethodError, "across"),
+        ("zip", {}, CalibrationError, "'zip' needs calibration inputs"),
+        ("activation_matching", {}, CalibrationError, "calibration="),
+        ("optimal_transport", {"variant": "activations"}, CalibrationError, "calibration="),
+    ],
+)
+def test_wrong_options_are_named(
+    method: str, wrong: dict[str, object], error: type[Exception], message: str
+):
+    with pytest.raises(error, match=message):
+        fxfuse.fuse(resnets(2), images(), method=method, **wrong)
+
+
+def test_activations_that_do_not_fit():
+    graph, states = lists(2)
+    good = activations(graph, states)
+    name = graph.groups[1].name
+    bad = {
+        "do not fit": [good[name][0]],
+        "do not fit the members": [good[name][0], good[name][1][:-1]],
+        "not finite": [good[name][0], good[name][1] * float("nan")],
+    }
+    for message, tensors in bad.items():
+        options = Options(activations={**good, name: tensors})
+        with pytest.raises(CalibrationError, match=message) as caught:
+            make_plan(graph, states, "zip", options)
+        assert name in caught.value.where
+
+
+def test_transport_without_pot_says_how_to_get_it(monkeypatch: pytest.MonkeyPatch):
+    real = builtins.__import__
+
+    def without_pot(name: str, *args: object, **kwargs: object) -> object:
+        if name == "ot":
+            raise ImportError(name)
+        return real(name, *args, **kwargs)
+
+    monkeypatch.setattr(builtins, "__import__", without_pot)
+    with pytest.raises(MissingDependencyError, match="POT") as caught:
+        fxfuse.fuse(resnets(2), images(), method="optimal_transport")
+    assert caught.value.how == 'pip install "fxfuse[ot]"'
