@@ -8,23 +8,24 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from fxfuse.calibrate import unit_activations
 from fxfuse.coupling import CouplingGraph
 from fxfuse.errors import CalibrationError
-from fxfuse.gradients import Gradients
-from fxfuse.options import Options
+from fxfuse.gradients import Gradients, gradients
+from fxfuse.options import Options, State
 
 Matrix = NDArray[np.float64]
 
 
 def require_activations(
-    graph: CouplingGraph, n_members: int, options: Options, user: str
+    graph: CouplingGraph, states: Sequence[State], options: Options, user: str
 ) -> dict[str, list[Matrix]]:
     """What the units of every group answer to the calibration inputs.
 
     Args:
         graph: The analysis of the members.
-        n_members: N.
-        options: Where the activations stand.
+        states: For each member, its tensors by name.
+        options: Where the activations stand, or the inputs to measure them on.
         user: What needs them, for messages: "method 'zip'".
 
     Returns:
@@ -33,7 +34,9 @@ def require_activations(
     Raises:
         CalibrationError: There are none, they do not fit the groups, or they are not finite.
     """
-    given = options.activations
+    n_members, given = len(states), options.activations
+    if given is None and options.calibration is not None:
+        given = unit_activations(graph, states, options.calibration)
     if given is None:
         raise CalibrationError(
             f"{user} needs calibration inputs",
@@ -65,13 +68,19 @@ def require_activations(
     return found
 
 
-def require_gradients(n_members: int, options: Options, user: str) -> Sequence[Gradients]:
+def require_gradients(
+    graph: CouplingGraph, states: Sequence[State], options: Options, user: str
+) -> Sequence[Gradients]:
     """The members' gradients.
 
     Raises:
         CalibrationError: There are none, or not one for each member.
     """
-    given = options.gradients
+    n_members, given = len(states), options.gradients
+    if given is None and options.calibration is not None and options.calibration.labels:
+        calls = [args for args, _ in options.calibration.batches]
+        pairs = list(zip(calls, options.calibration.labels, strict=True))
+        given = [gradients(graph.captured, pairs, state) for state in states]
     if given is None or len(given) != n_members:
         raise CalibrationError(
             f"{user} needs labelled calibration inputs",

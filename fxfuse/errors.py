@@ -93,7 +93,7 @@ class UnknownScoreError(FxfuseError):
 
 
 class CalibrationError(FxfuseError):
-    """Calibration inputs, or their labels, are missing or no good for what was asked."""
+    """Calibration inputs or labels are missing or no good, or an activation on them is NaN."""
 
 
 class UnknownTensorError(FxfuseError):
@@ -142,10 +142,6 @@ class ModelFactoryError(FxfuseError):
 
 class OutputExistsError(FxfuseError):
     """The output exists already and may not be overwritten."""
-
-
-class CalibrationError(FxfuseError):
-    """Calibration inputs are missing or no good, or an activation on them is not a number."""
 
 
 class RefineError(FxfuseError):

@@ -14,11 +14,13 @@ from torch import nn
 from torch.export import ExportedProgram
 
 from fxfuse.apply import fused_at_width
+from fxfuse.calibration import Calibration
 from fxfuse.capture import Captured, capture, capture_eagerly, check_reached
 from fxfuse.controls import OutputDims, Patterns
 from fxfuse.coupling import CouplingGraph, analyze
 from fxfuse.eager import answers
 from fxfuse.errors import (
+    CalibrationError,
     CheckpointMismatchError,
     NoOwnModuleError,
     NothingToFuseError,
@@ -26,6 +28,7 @@ from fxfuse.errors import (
     TooFewMembersError,
     VerificationError,
 )
+from fxfuse.finish import Choice, Start, best_start, matched, refitted
 from fxfuse.freezing import excused
 from fxfuse.heads import join
 from fxfuse.members import check_alike, check_finite, check_model, check_values
@@ -33,6 +36,7 @@ from fxfuse.methods import find_method
 from fxfuse.options import Options, Reference
 from fxfuse.plan import FusionPlan
 from fxfuse.planner import make_plan
+from fxfuse.refine import MatchReport, RefitReport
 from fxfuse.rewrite import FusedModule, emit
 from fxfuse.same_network import check_same_network
 from fxfuse.scores import check_score
@@ -49,6 +53,9 @@ class FusionResult:
         plan: Which unit of which member went where.
         verification: The oracles that ran.
         graph: The analysis of the members.
+        refit: What the closed-form refit did, if one was asked for.
+        choice: For `method="auto"`: which network was the start, and why.
+        match: For `method="auto"`: what the matching did.
     """
 
     plan: FusionPlan
@@ -56,6 +63,9 @@ class FusionResult:
     graph: CouplingGraph = field(repr=False)
     _state: Mapping[str, torch.Tensor] = field(repr=False)
     _module: FusedModule | None = field(repr=False)
+    refit: RefitReport | None = field(default=None, repr=False)
+    choice: Choice | None = None
+    match: MatchReport | None = field(default=None, repr=False)
 
     @property
     def emitted(self) -> bool:
@@ -144,12 +154,17 @@ def fuse(
     example_kwargs: Mapping[str, Any] | None = None,
     *,
     method: str = "transplant",
-    score: str = "l2",
+    score: str | None = None,
     variant: str | None = None,
     host: int = 0,
     fraction: float | None = None,
     reference: Reference = 0,
     regularisation: float | None = None,
+    calibration: Any = None,
+    refit: bool = False,
+    outputs: str | None = None,
+    steps: int | None = None,
+    seconds: float | None = None,
     freeze: Patterns = (),
     share: Patterns = (),
     ignore: Patterns = (),
@@ -171,9 +186,11 @@ def fuse(
         example_kwargs: Keyword inputs.
         method: `transplant` (Neuron Transplantation), `average` (index by index), `weight_matching`
             or `optimal_transport` (average after alignment); `activation_matching` and `zip` need
-            calibration inputs.
-        score: Importance of a unit for `transplant`: `l1`, `l2` or `bn_scale`; `activation`,
-            `taylor` and `fisher` need calibration inputs.
+            calibration inputs, and so does `auto`: of the refitted transplant and every member
+            the network closest to the ensemble is matched to it.
+        score: Importance of a unit for `transplant`: `l1`, `l2` or `bn_scale`; `activation` and
+            `obs` need calibration inputs, `taylor` and `fisher` labels as well. None: `obs` for
+            `auto`, else `l2`.
         variant: For `transplant`: None, `iterative` or `hierarchical`; for `optimal_transport`:
             `weights` or `activations`; for `zip`: None or `across`.
         host: The member that keeps every piece that is frozen inside the network.
@@ -183,6 +200,13 @@ def fuse(
             mean of the others.
         regularisation: For `optimal_transport`: entropic regularisation, in units of the mean cost;
             None is exact.
+        calibration: 100 to 1,000 inputs from the members' own domain: a tensor [n, ...], a tuple or
+            mapping of tensors, or an iterable of batches; with labels as pairs (inputs, labels).
+        refit: Whether to refit the fused network to the members' activations, in closed form.
+        outputs: `logits` or `values`: what the network's output is, for the refit of the head and
+            for matching; None lets the output's shape decide.
+        steps: For `auto`: budget of the matching in steps; without `seconds`: 300.
+        seconds: For `auto`: budget of the matching in CPU seconds.
         freeze: `state_dict()` names of parameters that stay exactly as in the host, as in
             `analyze`.
         share: `state_dict()` names of parameters whose index means the same in all members.
@@ -225,7 +249,10 @@ def fuse(
             why="fusion needs at least two networks",
             how="pass two or more trained networks of one architecture",
         )
-    find_method(method)
+    auto = method == "auto"
+    if not auto:
+        find_method(method)
+    score = score or ("obs" if auto else "l2")
     check_score(score)
     for member in members:
         if not isinstance(member, Captured):
@@ -243,17 +270,69 @@ def fuse(
         graph, check = _only_what_moves(graph)
         checks.append(check)
     _check_free(graph)
+    inputs = None if calibration is None else Calibration.of(network, calibration)
+    _check_calibrated(graph, inputs, auto=auto, refit=refit)
     options = Options(
-        score, variant, fraction=fraction, reference=reference, regularisation=regularisation
+        score,
+        variant,
+        fraction=fraction,
+        reference=reference,
+        regularisation=regularisation,
+        calibration=inputs,
     )
-    plan = make_plan(graph, states, method, options, host=host)
-    fused = fused_at_width(graph, plan, states)
-    module = emit(network, fused) if network.is_program else None
+    plan = make_plan(graph, states, "transplant" if auto else method, options, host=host)
+    start = Start(plan, fused_at_width(graph, plan, states))
+    if inputs is not None and (auto or refit):
+        go = best_start if auto else refitted
+        start = go(graph, plan, states, start.state, inputs, outputs)
+    module = emit(network, _owned(start.state)) if network.is_program else None
+    report = None
+    if auto and module is not None and inputs is not None:
+        report = matched(
+            module, graph, states, inputs, outputs=outputs, steps=steps, seconds=seconds
+        )
     if verify:
-        checks += handover(network, module or _eager(network, fused))
+        checks += handover(network, module or _eager(network, start.state))
     verification = Verification(tuple(checks))
     _check_verified(verification)
-    return FusionResult(plan, verification, graph, fused, module)
+    return FusionResult(
+        start.plan,
+        verification,
+        graph,
+        start.state,
+        module,
+        start.refit,
+        start.choice,
+        report,
+    )
+
+
+def _owned(state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Copies: a start may be a member's own tensors, and tied ones stay tied."""
+    copies: dict[int, torch.Tensor] = {}
+    return {name: copies.setdefault(id(t), t.detach().clone()) for name, t in state.items()}
+
+
+def _check_calibrated(
+    graph: CouplingGraph, inputs: Calibration | None, *, auto: bool, refit: bool
+) -> None:
+    """Checks that a refit is possible where one is asked for."""
+    if not (auto or refit):
+        return
+    what = 'method "auto"' if auto else "refit=True"
+    if inputs is None:
+        raise CalibrationError(
+            f"{what} needs calibration inputs",
+            why="layers are fitted to what the members answer on them",
+            how="pass calibration=..., 100 to 1,000 inputs without labels",
+        )
+    graph.captured.require_program()
+    if graph.captured.heads:
+        raise PartialFusionError(
+            f"{what} does not work with several heads",
+            why="each head has a teacher of its own",
+            how="fuse without it, and train the heads with fxfuse.refine.finetune or distill",
+        )
 
 
 def _capture_all(

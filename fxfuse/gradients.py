@@ -30,13 +30,18 @@ class Gradients:
     square: Mapping[str, torch.Tensor]
 
 
-def gradients(captured: Captured, batches: Iterable[Any]) -> Gradients:
+def gradients(
+    captured: Captured,
+    batches: Iterable[Any],
+    state: Mapping[str, torch.Tensor] | None = None,
+) -> Gradients:
     """Accumulates the gradients of the cross-entropy, batch by batch, in eval mode.
 
     Args:
         captured: A captured member; its weights stay as they are.
         batches: Pairs `(inputs, labels)`: a tensor or a tuple of positional inputs, and int64
             [b, *] for logits [b, classes, *], the first tensor that the network returns.
+        state: Other tensors by name, in place of the captured ones.
 
     Returns:
         Means over the batches; a parameter that the loss does not depend on has gradient 0.
@@ -45,7 +50,7 @@ def gradients(captured: Captured, batches: Iterable[Any]) -> Gradients:
         CalibrationError: There are no batches or no labels, the network or the loss rejects a
             batch, or the loss is not finite.
     """
-    state = captured.once(captured.state())
+    state = captured.once(captured.state() if state is None else state)
     names = [n for n in state if isinstance(captured.tensor(n), nn.Parameter)]
     leaves = {n: state[n].clone().requires_grad_() for n in names if _has_gradient(state[n])}
     mean = {n: torch.zeros_like(state[n]) for n in leaves}

@@ -8,6 +8,7 @@ from typing import Literal
 
 import torch
 
+from fxfuse.calibration import Calibration
 from fxfuse.gradients import Gradients
 
 #: A member's tensors by name.
@@ -32,9 +33,11 @@ class Options:
             them to the mean of the others, in turn.
         regularisation: For `optimal_transport`: entropic regularisation (Sinkhorn), in units of the
             mean cost; None is exact.
+        calibration: Inputs on which members are measured where a method or score needs it.
         activations: For each group, for each member, what its units answer to the calibration
-            inputs, float32 [rows, n_units]; rows correspond across members.
-        gradients: For each member, the gradients of the loss on labelled calibration inputs.
+            inputs, float32 [rows, n_units]; rows correspond across members. None: measured.
+        gradients: For each member, the gradients of the loss on labelled calibration inputs. None:
+            measured.
     """
 
     score: str = "l2"
@@ -43,5 +46,6 @@ class Options:
     fraction: float | None = None
     reference: Reference = 0
     regularisation: float | None = None
+    calibration: Calibration | None = field(default=None, repr=False)
     activations: Mapping[str, Sequence[torch.Tensor]] | None = field(default=None, repr=False)
     gradients: Sequence[Gradients] | None = field(default=None, repr=False)

@@ -9,7 +9,7 @@ import torch
 import torch.utils._pytree as pytree
 from torch import fx
 
-from fxfuse.calibrate.inputs import Calibration
+from fxfuse.calibration import Calibration
 from fxfuse.capture import Captured
 from fxfuse.errors import CalibrationError
 from fxfuse.source_lines import source_of

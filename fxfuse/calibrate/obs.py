@@ -13,91 +13,123 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
-from fxfuse.calibrate.inputs import Calibration
 from fxfuse.calibrate.layers import name_of
 from fxfuse.calibrate.units import Consumer, consumer_inputs, consumers_of
+from fxfuse.calibration import Calibration
 from fxfuse.coupling import CouplingGraph, Index
 from fxfuse.labels import Kind
 
 #: Ridge on the covariance, as a share of the mean of its diagonal.
-_RIDGE = 1e-4
+_RIDGE = 1e-3
 _BATCH_NORM = torch.ops.aten.batch_norm.default
 
+#: Steps of the elimination.
+Ranks = NDArray[np.float64]
 State = Mapping[str, torch.Tensor]
-#: For each group: (member, unit) of every unit that is kept, sorted, int64 [n, 2].
-Kept = dict[str, Index]
+#: For each member that takes part, for each group: the units that exist, int64 [k].
+Kept = Mapping[int, Mapping[str, Index]]
+#: For each group: units as (member, unit), int64 [n, 2].
+Units = dict[str, Index]
 
 
-def obs_selection(
-    graph: CouplingGraph, states: Sequence[State], calibration: Calibration, *, host: int = 0
-) -> Kept:
-    """Selects as many units of all members as one member has, group by group.
+def elimination(
+    graph: CouplingGraph,
+    states: Sequence[State],
+    calibration: Calibration,
+    kept: Kept,
+    *,
+    host: int = 0,
+) -> dict[str, tuple[Index, Ranks]]:
+    """The order in which units of all members are removed, until each group is empty.
+
+    A reader's outputs count as far as they survive themselves: in groups that were gone through
+    before, as many units as one member has.
 
     Args:
         graph: The analysis of the members.
         states: Their tensors by name.
         calibration: Unlabelled inputs.
+        kept: The members that take part, and which of their units exist.
         host: The member that keeps what is frozen inside the network.
 
     Returns:
-        For each group that a layer reads, the units to keep, int64 [n_units, 2]: member and unit.
+        For each group that a layer reads: units as (member, unit), int64 [n, 2], and the step at
+        which each of them is removed, float64 [n].
     """
-    inputs = consumer_inputs(graph, states, calibration)
+    members = sorted(kept)
+    inputs = consumer_inputs(graph, [states[m] for m in members], calibration)
     consumers = consumers_of(graph)
     order = {node: place for place, node in enumerate(graph.captured.graph.nodes)}
     groups = [group for group in graph.groups if consumers[group.name]]
     groups.sort(key=lambda g: order[consumers[g.name][0].layer.node], reverse=True)
-    kept: Kept = {}
+    left: Units = {}
+    found: dict[str, tuple[Index, Ranks]] = {}
     for group in groups:
         readers = consumers[group.name]
-        width = 1 if all(c.repeated for c in readers) else readers[0].slots.shape[1]
+        width = _width(readers[0])
         readers = [c for c in readers if _width(c) == width]
         each = [_covariance(inputs[c.layer], c) for c in readers]
         covariance = torch.stack(each).mean(0)
-        weights = [_weights(graph, states, c, kept, host) for c in readers]
+        weights = []
+        for c in readers:
+            own = [_weights(graph, states[m], c, left, m, host) for m in members]
+            weights.append(torch.block_diag(*own))
         scaled = [w / _norm(w, covariance) for w in weights]
-        left = eliminate(covariance, torch.cat(scaled, 1), width, group.n_units)
-        member, unit = np.divmod(left, group.n_units)
-        kept[group.name] = np.stack([member, unit], axis=1)
-    return kept
+        alive = [np.isin(np.arange(group.n_units), kept[m][group.name]) for m in members]
+        ranks = eliminate(covariance, torch.cat(scaled, 1), width, np.concatenate(alive))
+        pool = np.argwhere(np.stack(alive))
+        units = np.stack([np.asarray(members)[pool[:, 0]], pool[:, 1]], axis=1)
+        rank = ranks[np.concatenate(alive)]
+        found[group.name] = (units, rank)
+        left[group.name] = units[np.argsort(-rank)[: group.n_units]]
+    return found
 
 
-def eliminate(covariance: torch.Tensor, weights: torch.Tensor, width: int, n_left: int) -> Index:
-    """Removes units one by one, until `n_left` are left.
+def eliminate(
+    covariance: torch.Tensor, weights: torch.Tensor, width: int, alive: NDArray[np.bool_]
+) -> Ranks:
+    """Removes units one by one, each time the one whose loss the others make up for best.
 
     Args:
         covariance: Of what the readers get, [units · width, units · width].
         weights: The readers' weights, [units · width, outputs].
         width: Neurons of a unit.
-        n_left: Units to keep.
+        alive: Which units exist, bool [units].
 
     Returns:
-        The units that are left, sorted, int64 [n_left].
+        The step at which each unit is removed, float64 [units]; -1 for those that do not exist.
     """
-    size = len(covariance)
     level = covariance.diagonal().mean().clamp(min=1e-30)
-    ridged = covariance.double() + _RIDGE * level * torch.eye(size, device=covariance.device)
-    inverse = torch.cholesky_inverse(torch.linalg.cholesky(ridged))
+    ridge = _RIDGE * level * torch.eye(len(covariance), device=covariance.device)
+    inverse = torch.cholesky_inverse(torch.linalg.cholesky(covariance.double() + ridge))
     weights = weights.double().clone()
-    n_units = size // width
-    alive = torch.ones(n_units, dtype=torch.bool, device=covariance.device)
-    for _ in range(n_units - n_left):
-        loss = _losses(inverse, weights, width)
-        loss[~alive] = torch.inf
-        unit = int(loss.argmin())
+    ranks = np.full(len(covariance) // width, -1.0)
+    there = torch.ones(len(ranks), dtype=torch.bool, device=covariance.device)
+
+    def remove(unit: int) -> None:
         gone = slice(unit * width, (unit + 1) * width)
         step = torch.linalg.solve(inverse[gone, gone], inverse[gone])
-        weights -= step.T @ weights[gone]
-        inverse -= inverse[:, gone] @ step
-        alive[unit] = False
+        weights.sub_(step.T @ weights[gone])
+        inverse.sub_(inverse[:, gone] @ step)
+        there[unit] = False
         # What is gone must not come back by rounding.
         weights[gone] = 0
         inverse[gone] = 0
         inverse[:, gone] = 0
         inverse[gone, gone] = torch.eye(width, dtype=inverse.dtype, device=inverse.device)
-    found: Index = alive.nonzero().flatten().cpu().numpy()
-    return found
+
+    for unit in np.flatnonzero(~alive).tolist():
+        weights[unit * width : (unit + 1) * width] = 0
+        remove(unit)
+    for step in range(int(alive.sum())):
+        loss = _losses(inverse, weights, width)
+        loss[~there] = torch.inf
+        unit = int(loss.argmin())
+        ranks[unit] = step
+        remove(unit)
+    return ranks
 
 
 def _losses(inverse: torch.Tensor, weights: torch.Tensor, width: int) -> torch.Tensor:
@@ -128,24 +160,24 @@ def _covariance(members: Sequence[torch.Tensor], consumer: Consumer) -> torch.Te
 
 
 def _weights(
-    graph: CouplingGraph, states: Sequence[State], consumer: Consumer, kept: Kept, host: int
+    graph: CouplingGraph,
+    state: State,
+    consumer: Consumer,
+    left: Units,
+    member: int,
+    host: int,
 ) -> torch.Tensor:
-    """A reader's weights from all members' units to those outputs that are kept.
+    """A reader's weights from one member's units to those of its outputs that are left.
 
     Returns:
-        float64 [units · width, outputs]: zero between members.
+        float64 [units · width, outputs].
     """
-    slots = torch.from_numpy(consumer.slots)
-    parts = []
-    for member, state in enumerate(states):
-        weight = _folded(graph, state, consumer).double()
-        outputs = _outputs(graph, consumer, kept, member, host, weight.shape[1])
-        weight = weight[:, torch.from_numpy(outputs).to(weight.device)]
-        # [units, slots, outputs, kernel]
-        own = weight[slots.to(weight.device)]
-        parts.append(own.flatten(1) if consumer.repeated else own.flatten(0, 1).flatten(1))
-    side_by_side: torch.Tensor = torch.block_diag(*parts)
-    return side_by_side
+    weight = _folded(graph, state, consumer).double()
+    outputs = _outputs(graph, consumer, left, member, host, weight.shape[1])
+    weight = weight[:, torch.from_numpy(outputs).to(weight.device)]
+    # [units, slots, outputs, kernel]
+    own = weight[torch.from_numpy(consumer.slots).to(weight.device)]
+    return own.flatten(1) if consumer.repeated else own.flatten(0, 1).flatten(1)
 
 
 def _folded(graph: CouplingGraph, state: State, consumer: Consumer) -> torch.Tensor:
@@ -167,7 +199,7 @@ def _folded(graph: CouplingGraph, state: State, consumer: Consumer) -> torch.Ten
 def _outputs(
     graph: CouplingGraph,
     consumer: Consumer,
-    kept: Kept,
+    left: Units,
     member: int,
     host: int,
     size: int,
@@ -179,8 +211,8 @@ def _outputs(
     if reason is not None and reason.kind is Kind.HOST and member != host:
         counts[reason.indices] = False
     for group in graph.group_of.get(place, ()):
-        if group.name in kept:
-            chosen = kept[group.name]
+        if group.name in left:
+            chosen = left[group.name]
             counts[group.index[place].reshape(-1)] = False
             own = chosen[chosen[:, 0] == member, 1]
             counts[group.index[place][own].reshape(-1)] = True

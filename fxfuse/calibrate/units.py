@@ -7,9 +7,9 @@ from dataclasses import dataclass
 
 import torch
 
-from fxfuse.calibrate.inputs import Calibration
 from fxfuse.calibrate.lane import Lane
 from fxfuse.calibrate.layers import Layer, layers_of
+from fxfuse.calibration import Calibration
 from fxfuse.coupling import CouplingGraph, Index
 from fxfuse.labels import Value, neurons
 

@@ -35,7 +35,7 @@ def activation_matching(
         UnknownMethodError: A variant was asked for.
     """
     check_variant("activation_matching", options, ())
-    activations = require_activations(graph, len(states), options, "method 'activation_matching'")
+    activations = require_activations(graph, states, options, "method 'activation_matching'")
     features = [
         {name: standardised(members[i]) for name, members in activations.items()}
         for i in range(len(states))

@@ -72,7 +72,7 @@ def optimal_transport(
     pot = _pot()
     if options.variant == "activations":
         user = "variant 'activations' of optimal_transport"
-        answers = require_activations(graph, len(states), options, user)
+        answers = require_activations(graph, states, options, user)
         transports = [
             {
                 name: _transport(pot, cdist(found[reference].T, found[i].T), regularisation)

@@ -32,7 +32,7 @@ def zip_it(graph: CouplingGraph, states: Sequence[State], options: Options) -> t
         UnknownMethodError: The variant is unknown.
     """
     check_variant("zip", options, VARIANTS)
-    activations = require_activations(graph, len(states), options, "method 'zip'")
+    activations = require_activations(graph, states, options, "method 'zip'")
     return tuple(_zipped(group, activations[group.name], options) for group in graph.groups)
 
 

@@ -1,6 +1,6 @@
 """Importance of units, one file per kind of score."""
 
-from fxfuse.scores import activation, bn_scale, magnitude, sensitivity
+from fxfuse.scores import activation, bn_scale, magnitude, obs, sensitivity
 from fxfuse.scores.magnitude import degree_of
 from fxfuse.scores.registry import (
     Kept,
@@ -23,6 +23,7 @@ __all__ = [
     "degree_of",
     "magnitude",
     "note_of",
+    "obs",
     "score",
     "score_units",
     "scores",

@@ -21,7 +21,7 @@ def activation(
     Raises:
         CalibrationError: There are no activations, or they do not fit.
     """
-    answers = require_activations(graph, len(states), options, "score 'activation'")
+    answers = require_activations(graph, states, options, "score 'activation'")
     return {
         member: {
             name: np.sqrt((members[member] ** 2).mean(axis=0)) for name, members in answers.items()

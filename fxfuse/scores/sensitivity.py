@@ -56,7 +56,7 @@ def _summed(
     name: str,
     damage: Callable[[Gradients, str, torch.Tensor], torch.Tensor],
 ) -> dict[int, Scores]:
-    given = require_gradients(len(states), options, f"score {name!r}")
+    given = require_gradients(graph, states, options, f"score {name!r}")
     owned = {tensor for tensor, _ in graph.group_of}
     found = {}
     for member, units in kept.items():

@@ -9,7 +9,7 @@ import torch
 from torch import fx, nn
 from torch.export import ExportedProgram
 
-from fxfuse.calibrate import Calibration
+from fxfuse.calibration import Calibration
 from fxfuse.capture import Captured
 from fxfuse.coupling import CouplingGraph
 from fxfuse.errors import MemberMismatchError, PartialFusionError

@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import fx
 
-from fxfuse.calibrate import Calibration, Lane, Targets
-from fxfuse.calibrate.inputs import FEW
+from fxfuse.calibrate import Lane, Targets
+from fxfuse.calibration import FEW, Calibration
 from fxfuse.coupling import CouplingGraph
 from fxfuse.plan import FusionPlan
 from fxfuse.refine.regression.channel import (

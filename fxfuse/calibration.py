@@ -1,4 +1,4 @@
-"""Calibration inputs: unlabelled inputs of a network, checked and cut into batches."""
+"""Calibration inputs of a network, checked and cut into batches; labels, if there are any."""
 
 from __future__ import annotations
 
@@ -16,6 +16,9 @@ from fxfuse.errors import CalibrationError
 #: Below this many inputs regressions are noisy (issue 4 asks for 100 to 1,000).
 FEW = 100
 
+#: Positional and keyword inputs of one call.
+_Call = tuple[tuple[Any, ...], dict[str, Any]]
+
 
 @dataclass(frozen=True)
 class Calibration:
@@ -24,10 +27,33 @@ class Calibration:
     Attributes:
         batches: (args, kwargs) of each call.
         size: Number of inputs in all batches.
+        labels: Of each batch; empty where none were given.
+        fixed: Whether all calls must have the size that they have.
     """
 
-    batches: tuple[tuple[tuple[Any, ...], dict[str, Any]], ...]
+    batches: tuple[_Call, ...]
     size: int
+    labels: tuple[torch.Tensor, ...] = ()
+    fixed: bool = False
+
+    def split(self, share: float) -> tuple[Calibration, Calibration]:
+        """Two parts without labels, the second with about `share` of the inputs.
+
+        Both are the whole where there is nothing to divide.
+        """
+        step = max(_size(self.batches[0]), 1)
+        whole = pytree.tree_map(lambda *parts: _joined(parts), *self.batches)
+        first = self.size - max(round(share * self.size), 2)
+        if self.fixed:
+            first -= first % step
+        if first < 2:
+            return self, self
+        parts = []
+        for begin, end in ((0, first), (first, self.size)):
+            starts = range(begin, end - (step - 1 if self.fixed else 0), step)
+            batches = tuple(_cut(whole, s, min(s + step, end)) for s in starts)
+            parts.append(Calibration(batches, sum(map(_size, batches)), fixed=self.fixed))
+        return parts[0], parts[1]
 
     @staticmethod
     def of(captured: Captured, inputs: Any, *, batch: int = 128, limit: int = 1000) -> Calibration:
@@ -47,7 +73,8 @@ class Calibration:
 
         Warns of fewer than `FEW` inputs.
         """
-        calls = list(_calls(inputs, captured, limit))
+        found = list(_calls(inputs, captured, limit))
+        calls = [call for call, _ in found]
         if not calls:
             raise _error(
                 "there are no calibration inputs", "nothing was given", "pass 100 to 1,000"
@@ -70,20 +97,24 @@ class Calibration:
         if len(batches) > 1 and _size(batches[-1]) == 1:
             batches = batches[:-1]
         size = sum(_size(b) for b in batches)
+        given = [labels for _, labels in found if labels is not None]
+        labels = torch.cat(given)[:size] if len(given) == len(found) else None
         if size < FEW:
             warnings.warn(
                 f"{size} calibration inputs are few: regressions are drawn more strongly towards "
                 f"small weights. Pass {FEW} to 1,000.",
                 stacklevel=3,
             )
-        return Calibration(batches, size)
+        if labels is None or len(labels) < size:
+            return Calibration(batches, size, fixed=fixed is not None)
+        parts = labels.split([_size(b) for b in batches])
+        return Calibration(batches, size, parts, fixed is not None)
 
 
-def _calls(
-    inputs: Any, captured: Captured, limit: int
-) -> Iterable[tuple[tuple[Any, ...], dict[str, Any]]]:
+def _calls(inputs: Any, captured: Captured, limit: int) -> Iterable[tuple[_Call, Any]]:
+    """What the network is called with, and labels or None."""
     if isinstance(inputs, torch.Tensor | tuple | Mapping):
-        yield _call(inputs)
+        yield _call(inputs), None
         return
     if not isinstance(inputs, Iterable):
         raise _error(
@@ -94,16 +125,17 @@ def _calls(
     found = 0
     n_inputs = sum(isinstance(x, torch.Tensor) for x in captured.example_inputs[0])
     for batch in inputs:
+        given, labels = batch, None
         if isinstance(batch, list | tuple) and len(batch) == 2 and n_inputs == 1:
-            batch = batch[0]
-        call = _call(tuple(batch) if isinstance(batch, list) else batch)
+            given, labels = batch
+        call = _call(tuple(given) if isinstance(given, list) else given)
         found += _size(call)
-        yield call
+        yield call, labels
         if found >= limit:
             return
 
 
-def _call(inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+def _call(inputs: Any) -> _Call:
     if isinstance(inputs, Mapping):
         return (), dict(inputs)
     return (inputs if isinstance(inputs, tuple) else (inputs,)), {}
