@@ -3,6 +3,7 @@
 from fxfuse.refine.augment import Augment, shift_and_mix
 from fxfuse.refine.loop import RefineReport
 from fxfuse.refine.match import MatchReport, match
+from fxfuse.refine.recalibrate import recalibrate
 from fxfuse.refine.regression import LayerFit, RefitReport, refit
 from fxfuse.refine.train import default_optimizer, distill, finetune
 
@@ -16,6 +17,7 @@ __all__ = [
     "distill",
     "finetune",
     "match",
+    "recalibrate",
     "refit",
     "shift_and_mix",
 ]

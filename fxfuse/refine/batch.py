@@ -35,6 +35,24 @@ def call(module: nn.Module, inputs: Any) -> Any:
     return module(inputs)
 
 
+def try_call(module: nn.Module, inputs: tuple[Tensor, ...], name: str) -> Any:
+    """Run `module`, called `name` in messages, on positional inputs that a user gave.
+
+    Raises:
+        RefineError: It rejects them.
+    """
+    try:
+        return module(*inputs)
+    except (RuntimeError, TypeError, ValueError, IndexError) as error:
+        shapes = ", ".join(f"{list(tensor.shape)} {tensor.dtype}" for tensor in inputs)
+        raise RefineError(
+            f"{name} rejects the inputs.",
+            where=f"inputs in batches of {shapes}",
+            why=" ".join(str(error).split()),
+            how="Give inputs of the shape and dtype that the network was trained on.",
+        ) from error
+
+
 def logits_of(output: Any) -> Tensor:
     """Return the logits in a module's output: the output itself, or its field of that name."""
     logits = output if isinstance(output, Tensor) else getattr(output, "logits", None)

@@ -21,10 +21,9 @@ from fxfuse.errors import RefineError
 from fxfuse.refine.augment import Augment, default_augment
 from fxfuse.refine.batch import call, logits_of
 from fxfuse.refine.modes import check_teachers, device_of, evaluating, seeded, trainable
+from fxfuse.refine.outputs import Outputs, kind_of
 from fxfuse.refine.pool import Pool, check_inputs, make_pool
 from fxfuse.refine.watch import READ_EVERY, bar, check_weights, last_finite
-
-OUTPUTS = ("logits", "values")
 
 _STEPS = 300
 _WARM_UP = 0.03
@@ -51,7 +50,7 @@ class MatchReport:
     last_loss: float
     seconds: float
     pool: int
-    outputs: str
+    outputs: Outputs
 
 
 def match(
@@ -106,7 +105,7 @@ def match(
             a loss or weight that is not finite.
     """
     budget = _budget(steps, seconds)
-    _check(module, members, batch, learning_rate, outputs)
+    _check(module, members, batch, learning_rate)
     given = check_inputs(inputs, augment)
     target = device_of(module, device)
     with evaluating(members, target):
@@ -174,7 +173,7 @@ def _train(
     orders: Iterator[Tensor],
     optimizer: torch.optim.Optimizer,
     budget: _Budget,
-    kind: str,
+    kind: Outputs,
     advance: Callable[[float, float], None],
 ) -> Tensor:
     """Take steps until the budget is spent; return the loss of each `[steps]`, on the CPU."""
@@ -216,7 +215,7 @@ def _rate(share: float) -> float:
     return 0.5 + 0.5 * math.cos(math.pi * (share - _WARM_UP) / (1 - _WARM_UP))
 
 
-def _loss(answer: Tensor, wanted: Tensor, kind: str) -> Tensor:
+def _loss(answer: Tensor, wanted: Tensor, kind: Outputs) -> Tensor:
     """Return the mean squared difference of outputs `[b, *]`, for logits up to a constant."""
     if answer.shape != wanted.shape:
         raise RefineError(
@@ -231,16 +230,16 @@ def _loss(answer: Tensor, wanted: Tensor, kind: str) -> Tensor:
     return difference.square().mean()
 
 
-def _kind(targets: Tensor, asked: str | None) -> str:
-    classes = targets.dim() == 2 and targets.shape[1] > 1
-    if asked == "logits" and not classes:
+def _kind(targets: Tensor, asked: str | None) -> Outputs:
+    kind = kind_of(targets.shape, asked)
+    if kind == "logits" and (targets.dim() != 2 or targets.shape[1] < 2):
         raise RefineError(
             f"Outputs {list(targets.shape[1:])} per input are no class logits.",
             where="outputs='logits'",
             why="Only logits [b, k] of two or more classes are defined up to a constant.",
             how="Use outputs='values'.",
         )
-    return asked or ("logits" if classes else "values")
+    return kind
 
 
 def _orders(count: int, batch: int, seed: int) -> Iterator[Tensor]:
@@ -291,7 +290,6 @@ def _check(
     members: Sequence[nn.Module],
     batch: int,
     learning_rate: float,
-    outputs: str | None,
 ) -> None:
     if batch < 2:
         raise RefineError(
@@ -302,11 +300,4 @@ def _check(
         )
     if not learning_rate > 0:
         raise _not_positive("learning_rate", learning_rate)
-    if outputs is not None and outputs not in OUTPUTS:
-        raise RefineError(
-            f"There is no way {outputs!r} to compare outputs.",
-            where="outputs",
-            why=f"Outputs are compared as {' or as '.join(OUTPUTS)}.",
-            how="Give one of these, or None to choose by the shape of the outputs.",
-        )
     check_teachers(module, members, "members")

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from fxfuse.errors import RefineError
 from fxfuse.refine.augment import Augment
-from fxfuse.refine.batch import call, logits_of
+from fxfuse.refine.batch import logits_of, try_call
 
 # Passes over the inputs that the pool holds: the inputs, then augmented copies.
 _PASSES = 4
@@ -145,7 +145,7 @@ def _chunks(
 def _mean(members: Sequence[nn.Module], chunk: tuple[Tensor, ...]) -> Tensor:
     total: Tensor | None = None
     for number, member in enumerate(members):
-        answer = _answer(number, member, chunk)
+        answer = logits_of(try_call(member, chunk, f"Member {number}"))
         answer = answer.to(torch.promote_types(answer.dtype, torch.float32))
         if total is None:
             if answer.dim() == 0 or len(answer) != len(chunk[0]):
@@ -167,17 +167,3 @@ def _mean(members: Sequence[nn.Module], chunk: tuple[Tensor, ...]) -> Tensor:
         total = total + answer
     assert total is not None
     return total / len(members)
-
-
-def _answer(number: int, member: nn.Module, chunk: tuple[Tensor, ...]) -> Tensor:
-    try:
-        output = call(member, chunk)
-    except (RuntimeError, TypeError, ValueError, IndexError) as error:
-        shapes = ", ".join(f"{list(tensor.shape)} {tensor.dtype}" for tensor in chunk)
-        raise RefineError(
-            f"Member {number} rejects the inputs.",
-            where=f"inputs in batches of {shapes}",
-            why=" ".join(str(error).split()),
-            how="Give inputs of the shape and dtype that the members were trained on.",
-        ) from error
-    return logits_of(output)

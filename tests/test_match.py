@@ -1,0 +1,314 @@
+"""Label-free logit matching: what it learns, what it costs, what it refuses."""
+
+from __future__ import annotations
+
+import copy
+import time
+
+import pytest
+import torch
+from rich.progress import Progress
+from torch import nn
+
+import fxfuse
+from fxfuse.errors import RefineError
+from fxfuse.refine import match, shift_and_mix
+
+INPUTS = torch.randn(120, 6, generator=torch.Generator().manual_seed(1))
+IMAGES = torch.randn(40, 1, 6, 6, generator=torch.Generator().manual_seed(2))
+
+
+def mlp(seed, outputs=3):
+    """Batch normalisation and dropout: state and random numbers that a run must reproduce."""
+    torch.manual_seed(seed)
+    return nn.Sequential(
+        nn.Linear(6, 16), nn.BatchNorm1d(16), nn.ReLU(), nn.Dropout(0.1), nn.Linear(16, outputs)
+    ).eval()
+
+
+def cnn(seed):
+    torch.manual_seed(seed)
+    return nn.Sequential(
+        nn.Conv2d(1, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Flatten(), nn.Linear(128, 4)
+    ).eval()
+
+
+def mean_of(members, inputs):
+    with torch.no_grad():
+        return torch.stack([member(inputs) for member in members]).mean(dim=0)
+
+
+def centred_error(module, wanted, inputs):
+    with torch.no_grad():
+        difference = module(inputs) - wanted
+    return float((difference - difference.mean(1, keepdim=True)).square().mean())
+
+
+def test_a_network_comes_closer_to_the_mean_of_the_members():
+    members, module = [mlp(1), mlp(2)], mlp(3)
+    before = [copy.deepcopy(member.state_dict()) for member in members]
+    members[1][3].train()
+    wanted = mean_of([mlp(1), mlp(2)], INPUTS)
+    start = centred_error(module, wanted, INPUTS)
+    report = match(module, members, INPUTS, steps=200, learning_rate=1e-2)
+    assert report.steps == 200
+    assert report.last_loss < 0.3 * report.first_loss
+    assert centred_error(module, wanted, INPUTS) < 0.15 * start
+    assert not any(part.training for part in module.modules())
+    assert (report.pool, report.outputs) == (len(INPUTS), "logits")
+    for member, state in zip(members, before, strict=True):
+        torch.testing.assert_close(dict(member.state_dict()), dict(state), rtol=0, atol=0)
+    assert members[1][3].training
+
+
+def test_specialists_are_matched_where_neither_of_them_is_right():
+    """Each of two experts knows one half of the classes; only their sum tells all four apart."""
+    generator = torch.Generator().manual_seed(0)
+    directions = torch.randn(4, 6, generator=generator)
+    members = []
+    for own in ((0, 1), (2, 3)):
+        member = nn.Linear(6, 4)
+        member.weight.data.zero_()
+        member.bias.data.zero_()
+        member.weight.data[list(own)] = directions[list(own)]
+        members.append(member)
+    labels = (INPUTS @ directions.T).argmax(1)
+
+    def right(module):
+        with torch.no_grad():
+            return float((module(INPUTS).argmax(1) == labels).float().mean())
+
+    module = copy.deepcopy(members[0])
+    assert right(module) < 0.7
+    match(module, members, INPUTS, steps=300, learning_rate=3e-2, weight_decay=0.0)
+    assert right(module) > 0.95
+
+
+@pytest.mark.parametrize("steps", [1, 19, 20, 21, 45])
+def test_a_budget_in_steps_is_exact(steps):
+    report = match(mlp(3), [mlp(1), mlp(2)], INPUTS, steps=steps)
+    assert report.steps == steps
+    assert report.seconds > 0
+
+
+def test_without_a_budget_there_are_300_steps():
+    assert match(mlp(3), [mlp(1), mlp(2)], INPUTS, batch=8).steps == 300
+
+
+def test_a_budget_in_seconds_is_kept():
+    begin = time.process_time()
+    report = match(mlp(3), [mlp(1), mlp(2)], INPUTS, seconds=0.5)
+    assert report.steps > 20
+    assert 0.45 < report.seconds < 1.0
+    assert time.process_time() - begin < 1.2
+
+
+def test_members_get_no_more_than_their_share_of_the_seconds():
+    class Slow(nn.Module):
+        calls = 0
+
+        def forward(self, x):
+            self.calls += 1
+            end = time.process_time() + 0.05
+            while time.process_time() < end:
+                pass
+            return x[:, :3]
+
+    slow = Slow()
+    inputs = INPUTS.repeat(40, 1)
+    report = match(mlp(3), [slow, mlp(1)], inputs, seconds=0.6)
+    assert slow.calls < 10
+    assert report.pool < len(inputs)
+    assert report.steps > 5
+
+
+def test_a_budget_that_the_members_use_up_still_makes_a_step():
+    assert match(mlp(3), [mlp(1), mlp(2)], INPUTS, seconds=1e-6).steps == 1
+
+
+def run(seed, outside, **options):
+    module, members = cnn(3), [cnn(1), cnn(2)]
+    torch.manual_seed(outside)
+    state = torch.get_rng_state()
+    report = match(module, members, IMAGES, steps=25, batch=8, seed=seed, **options)
+    assert torch.equal(torch.get_rng_state(), state)
+    return module.state_dict(), report
+
+
+def test_a_seed_reproduces_a_run_bit_for_bit():
+    (one, first), (two, second), (other, _) = run(4, 0), run(4, 1), run(5, 0)
+    assert all(torch.equal(one[name], two[name]) for name in one)
+    assert (first.first_loss, first.last_loss) == (second.first_loss, second.last_loss)
+    assert not torch.equal(one["0.weight"], other["0.weight"])
+
+
+def test_the_pool_holds_copies_of_images_and_no_more_than_is_used():
+    assert run(0, 0)[1].pool == 4 * len(IMAGES)
+    assert match(cnn(3), [cnn(1)], IMAGES, steps=2, batch=16).pool < 2 * len(IMAGES)
+
+
+def test_own_augmentation_is_used():
+    seen = []
+
+    def augment(inputs, generator):
+        seen.append(inputs.shape)
+        return inputs + 0.1 * torch.randn(inputs.shape, generator=generator)
+
+    report = match(mlp(3), [mlp(1), mlp(2)], INPUTS, steps=20, augment=augment)
+    assert report.pool == 4 * len(INPUTS)
+    assert seen
+    assert all(shape[1:] == (6,) for shape in seen)
+
+
+def test_shift_and_mix_shifts_by_one_and_mixes_half():
+    images = torch.arange(5.0 * 6).reshape(1, 1, 5, 6).repeat(200, 1, 1, 1)
+    images += 1000 * torch.arange(200.0).reshape(-1, 1, 1, 1)
+    copies = shift_and_mix(images, torch.Generator().manual_seed(0))
+    assert copies.shape == images.shape
+    centre = copies[:, 0, 2, 2] - images[:, 0, 2, 2]
+    moves = {dy * 6 + dx for dy in (-1, 0, 1) for dx in (-1, 0, 1)}
+    moved = [float(value) in moves for value in centre]
+    assert 100 <= sum(moved) <= 102  # a mixed image may look shifted by chance
+    assert {float(value) for value in centre if float(value) in moves} == moves
+    assert copies.min() >= images.min()
+    assert copies.max() <= images.max()
+    signal = shift_and_mix(torch.rand(7, 2, 9), torch.Generator().manual_seed(0))
+    assert signal.shape == (7, 2, 9)
+
+
+def test_integer_inputs_and_outputs_per_position():
+    """Sequences of tokens: nothing is augmented, and every position is compared as it is."""
+
+    def language(seed):
+        torch.manual_seed(seed)
+        return nn.Sequential(nn.Embedding(11, 8), nn.Linear(8, 11))
+
+    tokens = torch.randint(11, (60, 5), generator=torch.Generator().manual_seed(0))
+    members, module = [language(1), language(2)], language(3)
+    report = match(module, members, tokens, steps=200, learning_rate=3e-2)
+    assert (report.outputs, report.pool) == ("values", 60)
+    difference = module(tokens).detach() - mean_of(members, tokens)
+    assert float(difference.square().mean()) < 0.05
+
+
+def test_values_are_matched_as_they_are_and_logits_up_to_a_constant():
+    members = [mlp(1), mlp(2)]
+    wanted = mean_of(members, INPUTS)
+
+    def matched(**options):
+        module = mlp(3)
+        module[4].bias.data += 5
+        match(module, members, INPUTS, steps=200, learning_rate=1e-2, **options)
+        with torch.no_grad():
+            return (module(INPUTS) - wanted).mean().abs()
+
+    assert matched() > 3
+    assert matched(outputs="values") < 3
+
+
+def test_one_output_per_input_is_a_value():
+    report = match(mlp(3, 1), [mlp(1, 1), mlp(2, 1)], INPUTS, steps=50)
+    assert report.outputs == "values"
+    assert report.last_loss < report.first_loss
+
+
+def test_several_inputs_and_an_output_with_a_field_of_logits():
+    class Answer(dict):
+        logits = property(lambda self: self["logits"])
+
+    class Two(nn.Module):
+        def __init__(self, seed):
+            super().__init__()
+            torch.manual_seed(seed)
+            self.head = nn.Linear(12, 3)
+
+        def forward(self, a, b):
+            return Answer(logits=self.head(torch.cat([a, b], dim=1)))
+
+    pair = (INPUTS, INPUTS.flip(0))
+    report = match(Two(3), [Two(1), Two(2)], pair, steps=100, learning_rate=1e-2)
+    assert report.last_loss < 0.2 * report.first_loss
+
+
+def test_a_fused_network_is_matched():
+    members = [cnn(1), cnn(2)]
+    module = fxfuse.fuse(members, IMAGES[:4]).module
+    report = match(module, members, IMAGES, steps=80)
+    assert report.last_loss < 0.5 * report.first_loss
+    assert module.get_buffer("1.num_batches_tracked") > 0
+
+
+def test_frozen_parameters_stay():
+    module = mlp(3)
+    module[0].weight.requires_grad_(False)
+    before = module[0].weight.clone()
+    match(module, [mlp(1), mlp(2)], INPUTS, steps=5)
+    assert torch.equal(module[0].weight, before)
+
+
+def test_own_progress_display():
+    with Progress(disable=True) as progress:
+        match(mlp(3), [mlp(1), mlp(2)], INPUTS, steps=5, progress=progress)
+        assert not progress.tasks
+
+
+def test_divergence_names_the_step():
+    class Breaks(nn.Module):
+        calls = 0
+
+        def __init__(self):
+            super().__init__()
+            self.inner = nn.Linear(6, 3)
+
+        def forward(self, x):
+            self.calls += 1
+            return self.inner(x) * (float("nan") if self.calls == 7 else 1.0)
+
+    with pytest.raises(RefineError, match="at step 7"):
+        match(Breaks(), [mlp(1), mlp(2)], INPUTS, steps=30)
+
+
+def broken(seed):
+    module = mlp(seed)
+    module[4].bias.data[0] = float("nan")
+    return module
+
+
+SELF = mlp(7)
+BAD = {
+    "no members": (mlp(3), [], INPUTS, {}, "no members"),
+    "its own member": (SELF, [mlp(1), SELF], INPUTS, {}, "its own members"),
+    "no inputs": (mlp(3), [mlp(1)], INPUTS[:0], {}, "0 inputs"),
+    "an empty tuple": (mlp(3), [mlp(1)], (), {}, "no tensors"),
+    "a scalar": (mlp(3), [mlp(1)], torch.tensor(1.0), {}, "no tensors"),
+    "unlike lengths": (mlp(3), [mlp(1)], (INPUTS, INPUTS[1:]), {}, "differ in length"),
+    "another shape": (mlp(3), [mlp(1)], INPUTS[:, :5], {}, "Member 0 rejects"),
+    "another dtype": (mlp(3), [mlp(1)], INPUTS.double(), {}, "Member 0 rejects"),
+    "both budgets": (mlp(3), [mlp(1)], INPUTS, {"steps": 1, "seconds": 1}, "Two budgets"),
+    "no steps": (mlp(3), [mlp(1)], INPUTS, {"steps": 0}, "steps is 0"),
+    "no seconds": (mlp(3), [mlp(1)], INPUTS, {"seconds": -1.0}, "seconds is -1"),
+    "seconds NaN": (mlp(3), [mlp(1)], INPUTS, {"seconds": float("nan")}, "seconds is nan"),
+    "batch": (mlp(3), [mlp(1)], INPUTS, {"batch": 1}, "batch is 1"),
+    "rate": (mlp(3), [mlp(1)], INPUTS, {"learning_rate": 0.0}, "learning_rate is 0"),
+    "outputs": (mlp(3), [mlp(1)], INPUTS, {"outputs": "mean"}, "outputs are 'mean'"),
+    "no classes": (mlp(3, 1), [mlp(1, 1)], INPUTS, {"outputs": "logits"}, "no class logits"),
+    "members unlike": (mlp(3), [mlp(1), mlp(2, 4)], INPUTS, {}, r"member 1 \[\d+, 4\]"),
+    "module unlike": (mlp(3, 4), [mlp(1)], INPUTS, {}, r"module \[\d+, 4\]"),
+    "members NaN": (mlp(3), [mlp(1), broken(2)], INPUTS, {}, "not finite"),
+    "no batch": (mlp(3), [nn.Flatten(0)], INPUTS, {}, "answer of its own"),
+    "nothing to train": (mlp(3).requires_grad_(False), [mlp(1)], INPUTS, {}, "nothing to train"),
+    "augment of two": (
+        mlp(3),
+        [mlp(1)],
+        (INPUTS, INPUTS),
+        {"augment": lambda x, generator: x},
+        "augmentation was given for 2 inputs",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_input_is_named(name):
+    module, members, inputs, options, message = BAD[name]
+    with pytest.raises(RefineError, match=message):
+        match(module, members, inputs, batch=options.pop("batch", 64), **options)
