@@ -172,6 +172,27 @@ def test_a_tied_weight_has_one_map_and_the_output_the_mean():
     torch.testing.assert_close(fused["words.weight"], expected)
 
 
+def test_a_weight_used_both_ways_inside_is_written_along_its_first_dimension():
+    """It writes and reads along both: M once, and U once, as in the formula."""
+
+    class BothWays(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.up, self.head = nn.Linear(4, 5), nn.Linear(5, 6), nn.Linear(5, 3)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            h = self.up(self.first(x).relu()).relu()
+            return self.head((h @ self.up.weight).relu())
+
+    members = [BothWays().double(), BothWays().double()]
+    graph, plan, fused = with_maps(members, torch.randn(3, 4).double(), 0.8)
+    assert {("up.weight", 0), ("up.weight", 1)} <= graph.readers & graph.writers
+    merge, _ = matrices(plan.map_of("up.weight:0"), 2)
+    _, unmerge = matrices(plan.map_of("first.weight:0"), 2)
+    expected = sum(merge[i] @ members[i].up.weight.detach() @ unmerge[i] for i in range(2))
+    torch.testing.assert_close(fused["up.weight"], expected)
+
+
 def test_rows_that_leave_the_network_are_a_mean_and_the_others_are_not():
     """One weight writes the output and units: 1/N belongs to the rows of the output alone."""
 
