@@ -18,13 +18,8 @@ Matrix = NDArray[np.float64]
 
 
 def require_activations(
-<<<<<<< HEAD
     graph: CouplingGraph, states: Sequence[State], options: Options, user: str
-) -> dict[str, list[Matrix]]:
-=======
-    graph: CouplingGraph, n_members: int, options: Options, user: str
 ) -> dict[str, list[torch.Tensor]]:
->>>>>>> methods
     """What the units of every group answer to the calibration inputs.
 
     Args:
@@ -73,18 +68,14 @@ def require_activations(
     return found
 
 
-<<<<<<< HEAD
-def require_gradients(
-    graph: CouplingGraph, states: Sequence[State], options: Options, user: str
-) -> Sequence[Gradients]:
-=======
 def matrix_of(tensor: torch.Tensor) -> Matrix:
     """A real tensor in float64, on the CPU."""
     return tensor.detach().to("cpu", torch.float64).numpy()
 
 
-def require_gradients(n_members: int, options: Options, user: str) -> Sequence[Gradients]:
->>>>>>> methods
+def require_gradients(
+    graph: CouplingGraph, states: Sequence[State], options: Options, user: str
+) -> Sequence[Gradients]:
     """The members' gradients.
 
     Raises:

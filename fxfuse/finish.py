@@ -34,15 +34,22 @@ class Choice:
         divergence: For each start, how far its outputs are from the ensemble's on calibration
             inputs that no fit has seen: KL divergence in nats for class logits, else the mean
             squared difference relative to the outputs' variance.
+        after: The same for the network that is handed over.
+        kept: Whether the matching was kept; it is not where it did not bring the start closer.
     """
 
     start: str
     divergence: Mapping[str, float]
+    after: float
+    kept: bool = True
 
     def __str__(self) -> str:
-        """One sentence that says what was chosen and why."""
+        """What was chosen and why."""
         each = ", ".join(f"{name} {value:.3g}" for name, value in self.divergence.items())
-        return f"started from {self.start}, closest to the ensemble on held-out inputs ({each})"
+        end = f"{self.after:.3g} after matching" if self.kept else "which matching did not improve"
+        return (
+            f"started from {self.start}, closest to the ensemble on held-out inputs ({each}); {end}"
+        )
 
 
 @dataclass(frozen=True)
@@ -113,20 +120,24 @@ def best_start(
     name = min(far, key=lambda n: far[n])
     chosen = starts[name]
     plan = replace(chosen.plan, method="auto", options={**plan.options, "start": name})
-    return replace(chosen, plan=plan, refit=fused.refit, choice=Choice(name, far))
+    return replace(chosen, plan=plan, refit=fused.refit, choice=Choice(name, far, far[name]))
 
 
 def matched(
     module: nn.Module,
     graph: CouplingGraph,
     states: Sequence[State],
+    start: Start,
     calibration: Calibration,
     *,
     outputs: str | None,
     steps: int | None,
     seconds: float | None,
-) -> MatchReport:
+) -> tuple[Choice | None, MatchReport]:
     """Matches a network in place to the mean of the members' outputs on the calibration inputs.
+
+    A network that this does not bring closer to the ensemble gets the start's tensors back: a
+    budget of a few steps can do more harm than good.
 
     Raises:
         RefineError: The inputs are no tensors, or a budget is not positive.
@@ -141,7 +152,17 @@ def matched(
             how="wrap the networks in a module whose inputs are positional",
         )
     inputs = tuple(torch.cat(column) for column in zip(*(args for args, _ in calls), strict=True))
-    return match(module, members, inputs, outputs=outputs, steps=steps, seconds=seconds)
+    report = match(module, members, inputs, outputs=outputs, steps=steps, seconds=seconds)
+    if start.choice is None:
+        return None, report
+    kind, (_, choosing) = _kind(graph, outputs), calibration.split(_HELD_OUT)
+    wanted = torch.stack([_answers(graph, state, choosing) for state in states]).mean(0)
+    after = _divergence(_answers(graph, module.state_dict(), choosing), wanted, kind)
+    before = start.choice.divergence[start.choice.start]
+    if after < before:
+        return replace(start.choice, after=after), report
+    module.load_state_dict(start.state)
+    return replace(start.choice, after=before, kept=False), report
 
 
 def _kind(graph: CouplingGraph, outputs: str | None) -> str:

@@ -22,6 +22,7 @@ from fxfuse.eager import answers
 from fxfuse.errors import (
     CalibrationError,
     CheckpointMismatchError,
+    ControlError,
     NoOwnModuleError,
     NothingToFuseError,
     PartialFusionError,
@@ -252,6 +253,12 @@ def fuse(
     auto = method == "auto"
     if not auto:
         find_method(method)
+    if not auto and (steps, seconds) != (None, None):
+        raise ControlError(
+            "a budget of steps or seconds is for method='auto'",
+            why=f"method {method!r} trains nothing",
+            how="use method='auto', or fxfuse.refine.match on the result's module",
+        )
     score = score or ("obs" if auto else "l2")
     check_score(score)
     for member in members:
@@ -286,10 +293,10 @@ def fuse(
         go = best_start if auto else refitted
         start = go(graph, plan, states, start.state, inputs, outputs)
     module = emit(network, _owned(start.state)) if network.is_program else None
-    report = None
+    choice, report = start.choice, None
     if auto and module is not None and inputs is not None:
-        report = matched(
-            module, graph, states, inputs, outputs=outputs, steps=steps, seconds=seconds
+        choice, report = matched(
+            module, graph, states, start, inputs, outputs=outputs, steps=steps, seconds=seconds
         )
     if verify:
         checks += handover(network, module or _eager(network, start.state))
@@ -302,7 +309,7 @@ def fuse(
         start.state,
         module,
         start.refit,
-        start.choice,
+        choice,
         report,
     )
 

@@ -46,13 +46,8 @@ class Options:
     fraction: float | None = None
     reference: Reference = 0
     regularisation: float | None = None
-<<<<<<< HEAD
-    calibration: Calibration | None = field(default=None, repr=False)
-    activations: Mapping[str, Sequence[torch.Tensor]] | None = field(default=None, repr=False)
-    gradients: Sequence[Gradients] | None = field(default=None, repr=False)
-=======
+    calibration: Calibration | None = field(default=None, repr=False, compare=False)
     activations: Mapping[str, Sequence[torch.Tensor]] | None = field(
         default=None, repr=False, compare=False
     )
     gradients: Sequence[Gradients] | None = field(default=None, repr=False, compare=False)
->>>>>>> methods

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 import fxfuse
+from fxfuse.calibration import Calibration
 from fxfuse.capture import capture_eagerly
 from fxfuse.errors import CalibrationError, RuleError, UnknownScoreError
 from fxfuse.gradients import gradients
@@ -41,10 +42,12 @@ def scored(
 
 
 def test_registered_scores():
-    assert set(scores()) == {"l1", "l2", "bn_scale", "activation", "taylor", "fisher"}
+    assert set(scores()) == {"l1", "l2", "bn_scale", "activation", "obs", "taylor", "fisher"}
     with pytest.raises(RuleError, match="twice"):
         score("l2")(lambda *_: {})
-    with pytest.raises(UnknownScoreError, match="activation, bn_scale, fisher, l1, l2, taylor"):
+    with pytest.raises(
+        UnknownScoreError, match="activation, bn_scale, fisher, l1, l2, obs, taylor"
+    ):
         check_score("l3")
     assert (degree_of("l1"), degree_of("l2")) == (1, 2)
     with pytest.raises(UnknownScoreError, match="no norm"):
@@ -204,6 +207,7 @@ def test_every_score_chooses_units(name: str, variant: str | None):
     options = Options(
         name,
         variant,
+        calibration=Calibration.of(graph.captured, torch.cat([images()] * 30)),
         activations=activations(graph, states),
         gradients=[gradients(c, given) for c in captured],
     )
@@ -236,7 +240,12 @@ def test_units_that_are_gone_do_not_count():
 
 @pytest.mark.parametrize(
     ("name", "message"),
-    [("activation", "calibration inputs"), ("taylor", "labelled"), ("fisher", "labelled")],
+    [
+        ("activation", "calibration inputs"),
+        ("obs", "calibration inputs"),
+        ("taylor", "labelled"),
+        ("fisher", "labelled"),
+    ],
 )
 def test_scores_without_what_they_need(name: str, message: str):
     with pytest.raises(CalibrationError, match=message) as caught:

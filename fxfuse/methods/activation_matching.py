@@ -35,22 +35,13 @@ def activation_matching(
         UnknownMethodError: A variant was asked for.
     """
     check_variant("activation_matching", options, ())
-<<<<<<< HEAD
     activations = require_activations(graph, states, options, "method 'activation_matching'")
-    features = [
-        {name: standardised(members[i]) for name, members in activations.items()}
-        for i in range(len(states))
-    ]
-    return averaged(graph, common_orders(graph, features, options, _align, _reorder))
-=======
-    activations = require_activations(graph, len(states), options, "method 'activation_matching'")
 
     def features(member: int) -> Features:
         return {name: standardised(matrix_of(t[member])) for name, t in activations.items()}
 
     orders = common_orders(graph, features, len(states), options, _align, _reorder)
     return averaged(graph, orders)
->>>>>>> methods
 
 
 def _align(target: Features, member: Features, start: Orders | None) -> Orders:

@@ -32,16 +32,11 @@ def zip_it(graph: CouplingGraph, states: Sequence[State], options: Options) -> t
         UnknownMethodError: The variant is unknown.
     """
     check_variant("zip", options, VARIANTS)
-<<<<<<< HEAD
     activations = require_activations(graph, states, options, "method 'zip'")
-    return tuple(_zipped(group, activations[group.name], options) for group in graph.groups)
-=======
-    activations = require_activations(graph, len(states), options, "method 'zip'")
     return tuple(
         _zipped(group, [matrix_of(t) for t in activations[group.name]], options)
         for group in graph.groups
     )
->>>>>>> methods
 
 
 def _zipped(group: CouplingGroup, activations: Sequence[Matrix], options: Options) -> UnitMap:

@@ -1,0 +1,244 @@
+"""Networks on calibration inputs: inputs, layers as rows, lanes, targets, elimination."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+import fxfuse
+from fxfuse.calibrate import Lane, Targets, elimination, unit_activations
+from fxfuse.calibrate.layers import layers_of
+from fxfuse.calibrate.obs import eliminate
+from fxfuse.calibration import Calibration
+from fxfuse.errors import CalibrationError
+from tests.models import excite
+from tests.nets import SmallResNet
+
+aten = torch.ops.aten
+
+
+def images(n: int = 120) -> torch.Tensor:
+    return torch.randn(n, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+
+
+class Layers(nn.Module):
+    """One layer of every kind that can be fitted."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.same = nn.Conv2d(3, 6, (3, 2), padding="same", dilation=(2, 1))
+        self.grouped = nn.Conv2d(6, 8, 3, stride=2, padding=1, groups=2, bias=False)
+        self.depthwise = nn.Conv2d(8, 8, 3, padding=1, groups=8)
+        self.line = nn.Conv1d(8, 5, 3, padding="valid")
+        self.linear = nn.Linear(5, 7)
+        self.transposed = nn.Parameter(torch.randn(7, 6))
+        self.shift = nn.Parameter(torch.randn(6))
+        self.last = nn.Parameter(torch.randn(6, 4))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.depthwise(self.grouped(self.same(x)).relu()).relu()
+        x = self.linear(self.line(x.flatten(2)).mean(2))
+        return torch.addmm(self.shift, x, self.transposed) @ self.last
+
+
+def test_layers_are_rows_times_a_matrix():
+    model = Layers().double().eval()
+    captured = fxfuse.capture(model, images(4).double())
+    layers = layers_of(captured)
+    assert [layer.weight for layer in layers] == [
+        *(f"{n}.weight" for n in ("same", "grouped", "depthwise", "line", "linear")),
+        "transposed",
+        "last",
+    ]
+    state = captured.state()
+    lane = Lane(captured, state, Calibration.of(captured, images().double()))
+    for layer in layers:
+        lane.held.add(layer.input)
+        lane.run_to(layer.node)
+        y = lane.value(layer.node)[0]
+        chosen = torch.randperm(layer.n_rows(y))[:40]
+        matrix = layer.matrix(state[layer.weight])
+        rows = layer.input_rows(lane.value(layer.input)[0], chosen)
+        answer = torch.einsum("ngf,gfo->ngo", rows, matrix).flatten(1)
+        if layer.bias:
+            answer = answer + state[layer.bias]
+        torch.testing.assert_close(answer, layer.output_rows(y)[chosen])
+        weight = state[layer.weight]
+        torch.testing.assert_close(layer.weight_of(matrix, weight), weight)
+
+
+def test_weights_that_are_used_twice_make_no_layer():
+    class Twice(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.once, self.twice = nn.Linear(4, 4), nn.Linear(4, 4)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.twice(self.twice(self.once(x)).relu())
+
+    captured = fxfuse.capture(Twice(), torch.randn(3, 4))
+    assert [layer.weight for layer in layers_of(captured)] == ["once.weight"]
+
+
+def test_a_lane_computes_what_the_network_does_and_frees_what_is_read():
+    model = excite(SmallResNet(), images(4))
+    captured = fxfuse.capture(model, images(4))
+    calibration = Calibration.of(captured, images(), batch=50)
+    assert [len(args[0]) for args, _ in calibration.batches] == [50, 50, 20]
+    lane = Lane(captured, captured.state(), calibration)
+    (output,) = captured.outputs()
+    lane.run_to(output)
+    with torch.no_grad():
+        torch.testing.assert_close(torch.cat(lane.value(output)), model(images()))
+    tensors = [n for n in lane.values if isinstance(n.meta.get("val"), torch.Tensor)]
+    assert len([n for n in tensors if n.op == "call_function"]) <= 2
+
+
+def test_targets_are_the_kept_units_of_the_members():
+    members = [excite(SmallResNet(), images(4)) for _ in range(3)]
+    result = fxfuse.fuse(members, images(4))
+    graph, plan = result.graph, result.plan
+    calibration = Calibration.of(graph.captured, images())
+    held = set(graph.captured.graph.nodes)
+    lanes = [Lane(graph.captured, m.state_dict(), calibration, held=held) for m in members]
+    (output,) = graph.captured.outputs()
+    for lane in lanes:
+        lane.run_to(output)
+    targets, seen = Targets(graph, plan), 0
+    for layer in layers_of(graph.captured):
+        values = [lane.value(layer.node)[0] for lane in lanes]
+        merged = targets.merge(layer.node, values)
+        for group in graph.group_of.get((layer.weight, layer.outputs), ()):
+            unit_map, rows = plan.map_of(group.name), group.index[(layer.weight, layer.outputs)]
+            for target, member, unit in zip(
+                unit_map.target, unit_map.member, unit_map.unit, strict=True
+            ):
+                for to, source in zip(rows[target], rows[unit], strict=True):
+                    ours, theirs = (layer.channels_last(t) for t in (merged, values[member]))
+                    torch.testing.assert_close(ours[..., to], theirs[..., source])
+                    seen += 1
+    assert seen > 20
+    mean = torch.stack([lane.value(output)[0] for lane in lanes]).mean(0)
+    torch.testing.assert_close(targets.merge(output, [x.value(output)[0] for x in lanes]), mean)
+
+
+def test_unit_activations_are_what_the_reader_gets():
+    model = nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 3)).eval()
+    x = torch.randn(150, 4)
+    graph = fxfuse.analyze(model, x[:3])
+    found = unit_activations(graph, [model.state_dict()], Calibration.of(graph.captured, x))
+    torch.testing.assert_close(found["0.weight:0"][0], model[:2](x).detach())
+
+
+def test_units_of_heads_and_flattened_images_are_blocks_and_rows():
+    class Flat(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.head = nn.Conv2d(3, 5, 3, padding=1), nn.Linear(5 * 16, 2)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.head(nn.functional.max_pool2d(self.conv(x).relu(), 2).flatten(1))
+
+    model = Flat().eval()
+    graph = fxfuse.analyze(model, images(4))
+    calibration = Calibration.of(graph.captured, images(110))
+    found = unit_activations(graph, [model.state_dict()], calibration)["conv.weight:0"][0]
+    assert found.shape == (110 * 16, 5)
+    with torch.no_grad():
+        pooled = nn.functional.max_pool2d(model.conv(images(110)).relu(), 2)
+    torch.testing.assert_close(found, pooled.flatten(2).movedim(1, 2).flatten(0, 1))
+
+
+def brute_force(covariance: torch.Tensor, weights: torch.Tensor, kept: list[int]) -> float:
+    """The least squared error of the outputs when only `kept` inputs are there."""
+    full = (weights.T @ covariance @ weights).trace()
+    inner, cross = covariance[kept][:, kept], covariance[kept] @ weights
+    return float(full - (cross.T @ torch.linalg.solve(inner, cross)).trace())
+
+
+def test_each_step_of_the_elimination_is_the_cheapest():
+    generator = torch.Generator().manual_seed(3)
+    x = torch.randn(400, 7, generator=generator, dtype=torch.float64)
+    x = x @ torch.randn(7, 7, generator=generator, dtype=torch.float64)
+    weights = torch.randn(7, 3, generator=generator, dtype=torch.float64)
+    covariance = x.T @ x / 400
+    ranks = eliminate(covariance, weights, 1, np.ones(7, dtype=bool))
+    order = np.argsort(ranks).tolist()
+    ridged = covariance + 1e-3 * covariance.diagonal().mean() * torch.eye(7)
+    kept = list(range(7))
+    for unit in order[:6]:
+        costs = {u: brute_force(ridged, weights, [k for k in kept if k != u]) for u in kept}
+        assert unit == min(costs, key=costs.__getitem__)
+        kept.remove(unit)
+
+
+def test_a_copy_of_a_unit_goes_before_any_other():
+    """What members have in common counts once."""
+    members = [nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 3)).eval() for _ in range(2)]
+    members[1].load_state_dict(members[0].state_dict())
+    x = torch.randn(300, 4)
+    graph = fxfuse.analyze(members[0], x[:3])
+    states = [m.state_dict() for m in members]
+    kept = {i: {g.name: np.arange(g.n_units) for g in graph.groups} for i in range(2)}
+    found = elimination(graph, states, Calibration.of(graph.captured, x), kept)
+    units, rank = found["0.weight:0"]
+    left = units[np.argsort(-rank)[:6], 1]
+    assert sorted(left.tolist()) == list(range(6))
+
+
+@pytest.mark.parametrize(
+    ("inputs", "message"),
+    [
+        (torch.randn(120, 3, 9, 8), "another shape"),
+        (torch.randn(120, 3, 8, 8).double(), "another dtype"),
+        (torch.full((120, 3, 8, 8), torch.nan), "not finite"),
+        ((torch.randn(120, 3, 8, 8),) * 2, "another structure"),
+        ([], "no calibration inputs"),
+        (7, "holds no calibration inputs"),
+    ],
+)
+def test_inputs_that_do_not_fit(inputs: Any, message: str):
+    captured = fxfuse.capture(excite(SmallResNet(), images(4)), images(4))
+    with pytest.raises(CalibrationError, match=message) as caught:
+        Calibration.of(captured, inputs)
+    assert caught.value.how
+
+
+def test_few_inputs_are_warned_of():
+    captured = fxfuse.capture(excite(SmallResNet(), images(4)), images(4))
+    with pytest.warns(UserWarning, match="20 calibration inputs are few"):
+        Calibration.of(captured, images(20))
+
+
+def test_batches_with_labels_and_parts():
+    captured = fxfuse.capture(excite(SmallResNet(), images(4)), images(4))
+    batches = [(images(60), torch.arange(60)), (images(60), torch.arange(60))]
+    calibration = Calibration.of(captured, batches, batch=100)
+    assert calibration.size == 120
+    assert [len(labels) for labels in calibration.labels] == [100, 20]
+    fitting, choosing = calibration.split(0.25)
+    assert (fitting.size, choosing.size) == (90, 30)
+    joined = torch.cat([a[0] for part in (fitting, choosing) for a, _ in part.batches])
+    torch.testing.assert_close(joined, torch.cat([images(60)] * 2))
+
+
+def test_an_activation_that_is_nan_is_named():
+    class Logarithm(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.last = nn.Linear(4, 6), nn.Linear(6, 2)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.last(torch.log(self.first(x)))
+
+    members = [Logarithm() for _ in range(2)]
+    for m in members:
+        nn.init.constant_(m.first.bias, 9.0)
+    result = fxfuse.fuse(members, torch.rand(4, 4))
+    with pytest.raises(CalibrationError, match="not a number") as caught:
+        fxfuse.refine.refit(result, members, torch.full((200, 4), -100.0))
+    assert "aten.log" in caught.value.where

@@ -1,0 +1,370 @@
+"""The closed-form refit, and fusion that works at once."""
+
+from __future__ import annotations
+
+import copy
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+import fxfuse
+from fxfuse import verify
+from fxfuse.calibration import Calibration
+from fxfuse.errors import (
+    CalibrationError,
+    ControlError,
+    MemberMismatchError,
+    PartialFusionError,
+    RefineError,
+)
+from fxfuse.plan import UnitMap
+from fxfuse.refine import refit
+from fxfuse.refine.regression.head import fit_head
+from fxfuse.refine.regression.route import routes_of
+from fxfuse.refine.regression.solve import Fit, Ridge
+from tests.models import excite
+from tests.nets import SmallResNet
+
+
+class Transformer(nn.Module):
+    """Two pre-norm blocks on tokens, mean over the tokens, head."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Linear(6, 16)
+        layers = [nn.TransformerEncoderLayer(16, 4, 24, 0.0, norm_first=True, batch_first=True)]
+        layers.append(copy.deepcopy(layers[0]))
+        self.blocks = nn.ModuleList(layers)
+        self.head = nn.Linear(16, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.embed(x)
+        for block in self.blocks:
+            x = block(x)
+        return self.head(x.mean(1))
+
+
+class Depthwise(nn.Module):
+    """Pre-activation norms, depthwise and grouped convolutions, a residual sum of two layers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 8, 3, padding=1)
+        self.norm, self.deep = nn.BatchNorm2d(8), nn.Conv2d(8, 8, 3, padding=1, groups=8)
+        self.deep_norm = nn.BatchNorm2d(8)
+        self.narrow, self.side = nn.Conv2d(8, 12, 1), nn.Conv2d(8, 12, 1, bias=False)
+        self.side_norm = nn.BatchNorm2d(12)
+        self.head = nn.Linear(12, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.stem(x)
+        y = nn.functional.relu6(self.deep_norm(self.deep(self.norm(x).relu())))
+        z = (self.narrow(y) + self.side_norm(self.side(x))).relu()
+        return self.head(z.mean((2, 3)))
+
+
+NETWORKS = {
+    "ResNet": (SmallResNet, (3, 16, 16)),
+    "transformer": (Transformer, (5, 6)),
+    "depthwise": (Depthwise, (3, 8, 8)),
+}
+
+
+def inputs_for(name: str, n: int = 300, seed: int = 0) -> torch.Tensor:
+    return torch.randn(n, *NETWORKS[name][1], generator=torch.Generator().manual_seed(seed))
+
+
+def members_for(name: str, n: int = 2, *, same: bool = False) -> list[nn.Module]:
+    members = []
+    for seed in range(n):
+        torch.manual_seed(0 if same else seed)
+        members.append(excite(NETWORKS[name][0](), inputs_for(name, 40)))
+    return members
+
+
+def mean_of(members: list[nn.Module], x: torch.Tensor) -> torch.Tensor:
+    with torch.no_grad():
+        return torch.stack([m.eval()(x) for m in members]).mean(0)
+
+
+def distance(module: nn.Module, members: list[nn.Module], x: torch.Tensor) -> float:
+    """Mean squared difference from the ensemble, relative to its outputs' variance."""
+    wanted = mean_of(members, x)
+    with torch.no_grad():
+        return float((module(x) - wanted).square().mean() / wanted.var(0).mean())
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_a_refit_brings_the_fused_network_close_to_the_ensemble(name: str):
+    members, x = members_for(name), inputs_for(name)
+    result = fxfuse.fuse(members, x[:4])
+    fresh = inputs_for(name, 200, seed=9)
+    before = distance(result.module, members, fresh)
+    report = refit(result, members, x, outputs="values")
+    after = distance(result.module, members, fresh)
+    assert after < 0.5 * before, (before, after)
+    assert report.inputs == 300
+    assert {fit.weight for fit in report.layers if fit.fitted}
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_no_layer_gets_worse_on_the_sample(name: str):
+    members, x = members_for(name), inputs_for(name)
+    report = refit(fxfuse.fuse(members, x[:4]), members, x)
+    assert all(fit.after <= fit.before for fit in report.layers), report.layers
+    assert all(fit.fitted == (fit.why == "") for fit in report.layers)
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_what_the_student_can_represent_is_kept(name: str):
+    """Identical members: the fused network is the member, and stays it."""
+    members, x = members_for(name, same=True), inputs_for(name)
+    result = fxfuse.fuse(members, x[:4], method="average")
+    refit(result, members, x)
+    assert distance(result.module, members, inputs_for(name, seed=5)) < 1e-8
+
+
+def test_a_shuffled_layer_is_found_again():
+    """A layer with random weights between layers of the member is regressed to the member's."""
+    members, x = members_for("ResNet", same=True), inputs_for("ResNet")
+    result = fxfuse.fuse(members, x[:4], method="average")
+    with torch.no_grad():
+        weights = dict(result.module.named_parameters())
+        name = next(n for n, w in weights.items() if w.dim() == 4 and w.shape[1] > 3)
+        weights[name].copy_(torch.randn_like(weights[name]))
+    assert distance(result.module, members, x) > 1e-2
+    refit(result, members, x, alpha=1e-7)
+    assert distance(result.module, members, inputs_for("ResNet", seed=5)) < 1e-5
+
+
+def test_train_mode_agrees_with_eval_mode():
+    """Statistics written through a batch norm are those of the new outputs."""
+    members, x = members_for("ResNet"), inputs_for("ResNet")
+    result = fxfuse.fuse(members, x[:4])
+    report = refit(result, members, x)
+    before = {name: t.clone() for name, t in result.module.named_buffers()}
+    with torch.no_grad():
+        result.module.train()(x)
+    after = dict(result.module.named_buffers())
+    norms = [f.weight for f in report.layers if f.fitted and "conv" in f.weight]
+    assert len(norms) == 4
+    for name in norms:
+        prefix = name.replace("conv", "bn").removesuffix("weight")
+        mean, variance = (before[f"{prefix}running_{kind}"] for kind in ("mean", "var"))
+        # Train mode moves statistics a tenth of the way to those of the batch.
+        batch = [
+            (after[f"{prefix}running_{k}"] - 0.9 * before[f"{prefix}running_{k}"]) / 0.1
+            for k in ("mean", "var")
+        ]
+        # Only a sample of the rows was fitted on.
+        assert float(((batch[0] - mean).abs() / variance.sqrt()).max()) < 0.1
+        assert float((batch[1] / variance - 1).abs().max()) < 0.2
+
+
+def test_the_routes_of_a_residual_network():
+    graph = fxfuse.analyze(members_for("ResNet", 1)[0], inputs_for("ResNet", 4))
+    routes = {route.layer.weight: route for route in routes_of(graph.captured)}
+    added = [r for r in routes.values() if r.skip is not None]
+    assert added
+    assert all("add" in r.aim.name and r.cut == (0.0, float("inf")) for r in added)
+    assert {w for w, r in routes.items() if r.norm is None} == {"fc.weight"}
+
+
+def test_two_layers_of_one_sum_are_partners():
+    graph = fxfuse.analyze(members_for("depthwise", 1)[0], inputs_for("depthwise", 4))
+    routes = {route.layer.weight: route for route in routes_of(graph.captured)}
+    last = routes["side.weight"]
+    assert last.partner is not None
+    assert last.partner.layer.weight == "narrow.weight"
+    assert routes["narrow.weight"].skip is None
+
+
+def test_the_way_through_movements_and_scales():
+    """A branch that is permuted and scaled before the sum is fitted to what the sum needs."""
+
+    class Moved(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.branch = nn.Linear(6, 10), nn.Linear(10, 10)
+            self.scale, self.head = nn.Parameter(torch.rand(10) + 0.5), nn.Linear(10, 3)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            x = self.first(x)
+            moved = self.branch(x.relu()).transpose(1, 2).roll(1, 2).reshape(len(x), 5, 2, -1)
+            y = moved.reshape(len(x), 10, -1).transpose(1, 2) * self.scale
+            return self.head((x + y).relu().mean(1))
+
+    members, x = [Moved().eval() for _ in range(2)], torch.randn(300, 7, 6)
+    result = fxfuse.fuse(members, x[:4])
+    report = refit(result, members, x, outputs="values")
+    fits = {fit.weight: fit for fit in report.layers}
+    assert "add" in fits["branch.weight"].aim
+    assert fits["branch.weight"].after < 0.7 * fits["branch.weight"].before
+
+
+def test_ridge_is_least_squares_and_its_dual_the_same():
+    generator = torch.Generator().manual_seed(0)
+    rows = torch.randn(40, 2, 7, generator=generator)
+    wanted = torch.randn(40, 6, generator=generator)
+    zero = torch.zeros(2, 7, 3)
+    fit = Ridge(rows, 1e-9, zero, centred=True).fit(wanted)
+    for group in range(2):
+        a = torch.cat([rows[:, group], torch.ones(40, 1)], 1)
+        expected = torch.linalg.lstsq(a, wanted[:, 3 * group : 3 * group + 3]).solution
+        torch.testing.assert_close(fit.matrix[group], expected[:7], rtol=1e-3, atol=1e-4)
+        torch.testing.assert_close(fit.shift[group], expected[7], rtol=1e-3, atol=1e-4)
+    wide = torch.randn(12, 1, 30, generator=generator)
+    prior = torch.randn(1, 30, 3, generator=generator)
+    ridge = Ridge(wide, 0.1, prior, centred=False)
+    assert ridge.dual
+    a, z = wide[:, 0].double(), wanted[:12, :3].double()
+    gram = a.T @ a / 12
+    gram += 0.1 * gram.diagonal().mean() * torch.eye(30)
+    step = torch.linalg.solve(gram, a.T @ (z - a @ prior[0].double()) / 12)
+    torch.testing.assert_close(ridge.fit(wanted[:12, :3]).matrix[0], prior[0] + step.float())
+
+
+def test_ridge_on_features_that_never_vary():
+    rows = torch.zeros(20, 1, 5)
+    fit = Ridge(rows, 1e-3, torch.zeros(1, 5, 2), centred=True).fit(torch.ones(20, 2))
+    assert torch.isfinite(fit.matrix).all()
+    torch.testing.assert_close(fit(rows), torch.ones(20, 2))
+
+
+def test_the_head_is_fitted_to_probabilities():
+    generator = torch.Generator().manual_seed(0)
+    rows, logits = torch.randn(500, 1, 6, generator=generator), torch.randn(500, 4) * 3
+    start = Ridge(rows, 1e-3, torch.zeros(1, 6, 4), centred=True).fit(logits)
+
+    def divergence(fit: Fit) -> float:
+        wanted, answer = logits.log_softmax(1), fit(rows).log_softmax(1)
+        return float((wanted.exp() * (wanted - answer)).sum(1).mean())
+
+    assert divergence(fit_head(rows, logits, start, 1e-3)) < divergence(start)
+
+
+def test_a_parameter_that_should_stay_stays():
+    members, x = members_for("ResNet"), inputs_for("ResNet")
+    name = next(n for n, w in members[0].named_parameters() if w.dim() == 4 and w.shape[1] > 3)
+    result = fxfuse.fuse(members, x[:4], freeze=[name], calibration=x, refit=True)
+    torch.testing.assert_close(result.state_dict()[name], members[0].state_dict()[name])
+    assert name in result.refit.left
+    fit = next(f for f in result.refit.layers if f.weight == name)
+    assert "asked" in fit.why
+
+
+# --- fuse -------------------------------------------------------------------------------------
+
+
+def test_fuse_refits_and_verifies():
+    members, x = members_for("ResNet"), inputs_for("ResNet")
+    plain = fxfuse.fuse(members, x[:4], score="obs", calibration=x)
+    result = fxfuse.fuse(members, x[:4], score="obs", calibration=x, refit=True)
+    assert distance(result.module, members, x) < 0.5 * distance(plain.module, members, x)
+    assert result.plan.options["score"] == "obs"
+    assert result.refit is not None
+    assert plain.refit is None
+    assert all(check.passed for check in result.verification.checks)
+    model = result.load_into(copy.deepcopy(members[0]))
+    torch.testing.assert_close(model.eval()(x[:8]), result.module(x[:8]))
+
+
+def test_auto_starts_from_the_fused_network_or_from_a_member():
+    """Random networks are as good as specialists: no member is close to their mean."""
+    members, x = members_for("ResNet"), inputs_for("ResNet")
+    result = fxfuse.fuse(members, x[:4], method="auto", calibration=x, steps=30)
+    assert result.plan.method == "auto"
+    assert result.choice.start == result.plan.options["start"] == "fused"
+    assert set(result.choice.divergence) == {"fused", "member 0", "member 1"}
+    assert str(result.choice).startswith("started from fused")
+    assert result.match.steps == 30
+    # A member that is the ensemble is chosen, and it is left as it is.
+    same = members_for("ResNet", same=True)
+    before = {n: t.clone() for n, t in same[0].state_dict().items()}
+    result = fxfuse.fuse(same, x[:4], method="auto", calibration=x, steps=2)
+    assert result.choice.start.startswith("member")
+    for name, tensor in same[0].state_dict().items():
+        torch.testing.assert_close(tensor, before[name])
+
+
+def test_auto_hands_over_no_network_that_is_worse_than_its_start():
+    members, x = members_for("ResNet", same=True), inputs_for("ResNet")
+    with torch.no_grad():
+        for tensor in members[1].parameters():
+            tensor += 1e-4 * torch.randn_like(tensor)
+    result = fxfuse.fuse(members, x[:4], method="auto", calibration=x, steps=1)
+    assert result.choice.after <= min(result.choice.divergence.values()) + 1e-12
+
+
+def test_auto_on_values():
+    """A network without class logits is chosen and matched by squared differences."""
+
+    class Values(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.last = nn.Linear(4, 24), nn.Linear(24, 3)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.last(self.first(x).relu())
+
+    members, x = [Values() for _ in range(2)], torch.randn(200, 5, 4)
+    result = fxfuse.fuse(members, x[:3], method="auto", calibration=x, steps=10)
+    assert result.match.outputs == "values"
+    assert distance(result.module, members, torch.randn(50, 5, 4)) < 0.2
+
+
+@pytest.mark.parametrize("options", [{"method": "auto"}, {"refit": True}, {"score": "obs"}])
+def test_calibration_is_asked_for(options: dict[str, object]):
+    with pytest.raises(CalibrationError, match="needs calibration inputs") as caught:
+        fxfuse.fuse(members_for("ResNet"), inputs_for("ResNet", 4), **options)
+    assert "calibration=" in caught.value.how
+
+
+def test_budgets_without_auto_are_refused():
+    with pytest.raises(ControlError, match="auto"):
+        fxfuse.fuse(members_for("ResNet"), inputs_for("ResNet", 4), steps=10)
+
+
+def test_other_members_than_those_that_were_fused():
+    members, x = members_for("ResNet"), inputs_for("ResNet")
+    result = fxfuse.fuse(members, x[:4])
+    with pytest.raises(MemberMismatchError, match="3 members given"):
+        refit(result, [*members, members[0]], x)
+    with pytest.raises(MemberMismatchError, match="member 1"):
+        refit(result, [members[0], nn.Linear(2, 2)], x)
+
+
+def test_kinds_of_output():
+    members, x = members_for("ResNet"), inputs_for("ResNet")
+    with pytest.raises(RefineError, match="classes"):
+        refit(fxfuse.fuse(members, x[:4]), members, x, outputs="classes")
+
+
+def test_several_heads_are_refused():
+    members, x = members_for("ResNet"), inputs_for("ResNet")
+    heads = [n for n, m in members[0].named_children() if isinstance(m, nn.Linear)]
+    with pytest.raises(PartialFusionError, match="several heads"):
+        fxfuse.fuse(members, x[:4], heads=heads, calibration=x, refit=True)
+
+
+def test_averaged_units_have_averaged_targets():
+    """A map with several entries per unit: the target is the weighted sum of the members' units."""
+    members = [nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 3)).eval() for _ in range(2)]
+    members[1].load_state_dict(members[0].state_dict())
+    x = torch.randn(300, 4)
+    result = fxfuse.fuse(members, x[:3], method="average")
+    (entry,) = result.plan.maps
+    assert isinstance(entry, UnitMap)
+    assert np.allclose(entry.weight, 0.5)
+    refit(result, members, x)
+    assert distance(result.module, members, torch.randn(50, 4)) < 1e-10
+
+
+def test_the_fused_network_passes_the_oracles_after_a_refit():
+    members, x = members_for("transformer"), inputs_for("transformer")
+    result = fxfuse.fuse(members, x[:4], score="obs", calibration=x, refit=True)
+    graph = fxfuse.analyze(result.module, x[:4])
+    assert verify.permutation_of(graph).passed
+    assert Calibration.of(graph.captured, x).size == 300
