@@ -5,6 +5,7 @@ from fxfuse.refine.loop import RefineReport
 from fxfuse.refine.match import MatchReport, match
 from fxfuse.refine.recalibrate import recalibrate
 from fxfuse.refine.regression import LayerFit, RefitReport, refit
+from fxfuse.refine.repair import RepairReport, repair
 from fxfuse.refine.train import default_optimizer, distill, finetune
 
 __all__ = [
@@ -13,11 +14,13 @@ __all__ = [
     "MatchReport",
     "RefineReport",
     "RefitReport",
+    "RepairReport",
     "default_optimizer",
     "distill",
     "finetune",
     "match",
     "recalibrate",
     "refit",
+    "repair",
     "shift_and_mix",
 ]

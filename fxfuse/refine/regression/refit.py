@@ -2,42 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any, Protocol
+from collections.abc import Sequence
+from typing import Any
 
-import torch
-from torch import fx, nn
-from torch.export import ExportedProgram
+from torch import fx
 
 from fxfuse.calibration import Calibration
-from fxfuse.capture import Captured
-from fxfuse.coupling import CouplingGraph
-from fxfuse.errors import MemberMismatchError, PartialFusionError
-from fxfuse.members import state_of
-from fxfuse.plan import FusionPlan
+from fxfuse.errors import PartialFusionError
+from fxfuse.refine.fused import Fused, Member, states_of
 from fxfuse.refine.outputs import kind_of
 from fxfuse.refine.regression.run import RefitReport, Settings, refit_state
 
 
-class Fused(Protocol):
-    """What `fxfuse.fuse` returns, as far as a refit needs it."""
-
-    @property
-    def plan(self) -> FusionPlan:
-        """Which unit of which member went where."""
-
-    @property
-    def graph(self) -> CouplingGraph:
-        """The analysis of the members."""
-
-    @property
-    def module(self) -> fx.GraphModule:
-        """The fused network."""
-
-
 def refit(
     result: Fused,
-    members: Sequence[nn.Module | ExportedProgram | Captured],
+    members: Sequence[Member],
     inputs: Any,
     *,
     alpha: float | None = None,
@@ -82,8 +61,7 @@ def refit(
         )
     captured = result.graph.captured
     captured.require_program()
-    states = [_state_of(member) for member in members]
-    _check_members(result, states)
+    states = states_of(result, members)
     calibration = Calibration.of(captured, inputs)
     shapes = [n.meta["val"].shape for n in captured.outputs() if isinstance(n, fx.Node)]
     logits = kind_of(shapes[0], outputs) == "logits"
@@ -94,25 +72,3 @@ def refit(
     )
     module.load_state_dict(state)
     return report
-
-
-def _state_of(member: nn.Module | ExportedProgram | Captured) -> Mapping[str, torch.Tensor]:
-    return member.state() if isinstance(member, Captured) else state_of(member)
-
-
-def _check_members(result: Fused, states: Sequence[Mapping[str, torch.Tensor]]) -> None:
-    if len(states) != result.plan.n_members:
-        raise MemberMismatchError(
-            f"{len(states)} members given, {result.plan.n_members} were fused",
-            how="pass the members of the fusion, in the same order",
-        )
-    for number, state in enumerate(states):
-        for name in result.graph.captured.names:
-            tensor = result.graph.captured.tensor(name)
-            if name not in state or state[name].shape != tensor.shape:
-                raise MemberMismatchError(
-                    f"member {number} is not one of those that were fused",
-                    where=name,
-                    why="it has no such tensor" if name not in state else "its shape differs",
-                    how="pass the members of the fusion, in the same order",
-                )

@@ -1,0 +1,65 @@
+"""A fusion result and its members, as the steps after fusion take them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Protocol
+
+import torch
+from torch import fx, nn
+from torch.export import ExportedProgram
+
+from fxfuse.capture import Captured
+from fxfuse.coupling import CouplingGraph
+from fxfuse.errors import MemberMismatchError
+from fxfuse.members import state_of
+from fxfuse.plan import FusionPlan
+
+Member = nn.Module | ExportedProgram | Captured
+
+
+class Fused(Protocol):
+    """What `fxfuse.fuse` returns, as far as a step after it needs it."""
+
+    @property
+    def plan(self) -> FusionPlan:
+        """Which unit of which member went where."""
+
+    @property
+    def graph(self) -> CouplingGraph:
+        """The analysis of the members."""
+
+    @property
+    def module(self) -> fx.GraphModule:
+        """The fused network."""
+
+
+def states_of(result: Fused, members: Sequence[Member]) -> list[Mapping[str, torch.Tensor]]:
+    """The tensors of the members that were fused, by name.
+
+    Raises:
+        MemberMismatchError: These are not the members that were fused.
+    """
+    states = [
+        member.state() if isinstance(member, Captured) else state_of(member) for member in members
+    ]
+    _check_members(result, states)
+    return states
+
+
+def _check_members(result: Fused, states: Sequence[Mapping[str, torch.Tensor]]) -> None:
+    if len(states) != result.plan.n_members:
+        raise MemberMismatchError(
+            f"{len(states)} members given, {result.plan.n_members} were fused",
+            how="pass the members of the fusion, in the same order",
+        )
+    for number, state in enumerate(states):
+        for name in result.graph.captured.names:
+            tensor = result.graph.captured.tensor(name)
+            if name not in state or state[name].shape != tensor.shape:
+                raise MemberMismatchError(
+                    f"member {number} is not one of those that were fused",
+                    where=name,
+                    why="it has no such tensor" if name not in state else "its shape differs",
+                    how="pass the members of the fusion, in the same order",
+                )

@@ -1,0 +1,202 @@
+"""REPAIR (Jordan et al., arXiv:2211.08403): units of a fused network vary as members' units do.
+
+Averaging weights makes activations of aligned members cancel: the fused units vary less from layer
+to layer. Here every unit's mean and standard deviation become those that the plan's maps give of
+the members', layer after layer, each on what the layers before it give by then.
+
+Notation of shapes: n inputs, c channels, * positions.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from fxfuse.calibrate import Lane, Targets
+from fxfuse.calibrate.layers import Layer, layers_of, name_of
+from fxfuse.calibration import Calibration
+from fxfuse.capture import Captured
+from fxfuse.coupling import CouplingGraph
+from fxfuse.errors import PartialFusionError
+from fxfuse.refine.fused import Fused, Member, states_of
+from fxfuse.rules.registry import argument_of
+
+_BATCH_NORM = torch.ops.aten.batch_norm.default
+
+# A unit that varies less than this share of the layer's most varying one is as good as dead.
+_DEAD = 1e-6
+
+
+@dataclass(frozen=True)
+class RepairReport:
+    """What REPAIR did.
+
+    Attributes:
+        layers: Weights of linear and convolutional layers whose outputs were rescaled.
+        scaled_only: Those of them that have no bias, so that their means could not be set.
+        normalisations: Running means that were reset, with their variances.
+        left: Weights of layers with free outputs that were left, since a batch normalisation
+            follows, or their targets are divided among the members in two dimensions at once.
+    """
+
+    layers: tuple[str, ...]
+    scaled_only: tuple[str, ...]
+    normalisations: tuple[str, ...]
+    left: tuple[str, ...]
+
+
+def repair(result: Fused, members: Sequence[Member], inputs: Any) -> RepairReport:
+    """Set the statistics of a fused network's units to those of the members' units, in place.
+
+    Running statistics of batch normalisations are reset, as by `recalibrate`. A linear or
+    convolutional layer without one behind it is rescaled per channel, if its outputs are units of a
+    group: mean and standard deviation of its output become the sums, with the weights of the plan's
+    maps, of those in the members.
+
+    Args:
+        result: What `fxfuse.fuse` returned; `result.module` is changed.
+        members: The networks that were fused, in the same order.
+        inputs: 100 to 1,000 unlabelled inputs, as in `refit`.
+
+    Returns:
+        Which layers were changed, and which were left.
+
+    Raises:
+        CalibrationError: The inputs are not what the members take, or an activation is NaN.
+        MemberMismatchError: These are not the members that were fused.
+        NotEmittedError: The members were traced: there is no graph to run.
+        PartialFusionError: The network has several heads.
+    """
+    if result.plan.heads:
+        raise PartialFusionError(
+            "a network with several heads cannot be repaired",
+            why="the members' trunks lead to different outputs",
+            how="train the heads with fxfuse.refine.finetune or distill",
+        )
+    captured = result.graph.captured
+    captured.require_program()
+    states = states_of(result, members)
+    calibration = Calibration.of(captured, inputs)
+    norms = _norms_of(captured)
+    free = _free_layers(result.graph)
+    layers = [layer for layer in free if not any(user in norms for user in layer.node.users)]
+    wanted = _wanted(Targets(result.graph, result.plan), captured, layers, states, calibration)
+    state = {name: tensor.clone() for name, tensor in result.module.state_dict().items()}
+    lane = Lane(captured, state, calibration, name="the fused network")
+    rescaled = {layer.node: layer for layer in layers if layer in wanted}
+    for node in captured.graph.nodes:
+        if node in norms:
+            _reset(lane, node, norms[node], state)
+        elif node in rescaled:
+            _rescale(lane, rescaled[node], *wanted[rescaled[node]], state)
+    result.module.load_state_dict(state)
+    return RepairReport(
+        tuple(layer.weight for layer in rescaled.values()),
+        tuple(layer.weight for layer in rescaled.values() if not layer.bias),
+        tuple(mean for mean, _ in norms.values()),
+        tuple(layer.weight for layer in free if layer.node not in rescaled),
+    )
+
+
+def _norms_of(captured: Captured) -> dict[fx.Node, tuple[str, str]]:
+    """Batch normalisations with running statistics of their own → names of these."""
+    found = {}
+    for node in captured.graph.nodes:
+        if node.target is _BATCH_NORM:
+            arguments = (
+                argument_of(node, n, node.args, node.kwargs)
+                for n in ("running_mean", "running_var")
+            )
+            mean, variance = (name_of(captured, argument) for argument in arguments)
+            if mean is not None and variance is not None:
+                found[node] = (mean, variance)
+    uses = Counter(mean for mean, _ in found.values())
+    return {node: names for node, names in found.items() if uses[names[0]] == 1}
+
+
+def _free_layers(graph: CouplingGraph) -> list[Layer]:
+    """Layers whose outputs are units of a group."""
+    canonical = graph.captured.canonical
+    return [
+        layer
+        for layer in layers_of(graph.captured)
+        if graph.group_of.get((canonical[layer.weight], layer.outputs))
+    ]
+
+
+def _wanted(
+    targets: Targets,
+    captured: Captured,
+    layers: Sequence[Layer],
+    states: Sequence[Mapping[str, Tensor]],
+    calibration: Calibration,
+) -> dict[Layer, tuple[Tensor, Tensor]]:
+    """Mean and standard deviation `[c]` that each layer's output should have, in float64."""
+    means: dict[Layer, list[Tensor]] = {layer: [] for layer in layers}
+    deviations: dict[Layer, list[Tensor]] = {layer: [] for layer in layers}
+    for number, state in enumerate(states):
+        lane = Lane(captured, state, calibration, name=f"member {number}")
+        for layer in layers:
+            lane.run_to(layer.node)
+            values = lane.value(layer.node)
+            mean, variance = _moments(layer.output_rows(y) for y in values)
+            means[layer].append(_spread(layer, mean, values[0]))
+            deviations[layer].append(_spread(layer, variance.sqrt(), values[0]))
+    found = {}
+    for layer in layers:
+        merged = [targets.merge(layer.node, kind[layer]) for kind in (means, deviations)]
+        each = [layer.output_rows(statistic)[0] for statistic in merged if statistic is not None]
+        if len(each) == 2:
+            found[layer] = each[0], each[1]
+    return found
+
+
+def _spread(layer: Layer, statistic: Tensor, like: Tensor) -> Tensor:
+    """A statistic `[c]` at every position of one output of a layer."""
+    shape = [1] * like.dim()
+    shape[1 if layer.space else -1] = -1
+    return statistic.reshape(shape).expand(1, *like.shape[1:])
+
+
+def _moments(rows: Iterable[Tensor]) -> tuple[Tensor, Tensor]:
+    """Mean and unbiased variance `[c]` of all rows `[n, c]` together, in float64."""
+    parts = list(rows)
+    count = sum(map(len, parts))
+    mean = torch.stack([part.double().sum(0) for part in parts]).sum(0) / count
+    squares = torch.stack([(part.double() - mean).square().sum(0) for part in parts]).sum(0)
+    return mean, squares / max(1, count - 1)
+
+
+def _reset(lane: Lane, node: fx.Node, names: tuple[str, str], state: dict[str, Tensor]) -> None:
+    """Make running statistics those of what the normalisation is about to read."""
+    (x, *_) = node.all_input_nodes
+    lane.run_to(x)
+    mean, variance = _moments(y.movedim(1, -1).flatten(0, -2) for y in lane.value(x))
+    for name, statistic in zip(names, (mean, variance), strict=True):
+        state[name] = statistic.to(state[name].dtype)
+
+
+def _rescale(
+    lane: Lane, layer: Layer, mean: Tensor, deviation: Tensor, state: dict[str, Tensor]
+) -> None:
+    """Give the layer's output the wanted mean and standard deviation `[c]`."""
+    lane.held.add(layer.input)
+    lane.run_to(layer.node)
+    own_mean, variance = _moments(layer.output_rows(y) for y in lane.value(layer.node))
+    own = variance.sqrt()
+    alive = own > _DEAD * own.max()
+    scale = torch.where(alive, deviation / own.where(alive, torch.ones_like(own)), 1.0)
+    weight = state[layer.weight]
+    shape = [1] * weight.dim()
+    shape[layer.outputs] = -1
+    state[layer.weight] = weight * scale.reshape(shape).to(weight.dtype)
+    if layer.bias:
+        bias = (state[layer.bias].double() - own_mean) * scale + mean
+        state[layer.bias] = bias.to(state[layer.bias].dtype)
+    lane.redo(layer.node)
+    lane.drop(layer.input)
