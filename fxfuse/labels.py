@@ -536,7 +536,12 @@ def _flat(ids: Ids) -> NDArray[np.int64]:
 
 
 def _is_blocked(component: NDArray[np.int64], small: Field, large: Field) -> bool:
-    """Whether `large` is tied along the dimensions of `small`: then `small` is an order in it."""
+    """Whether `large` is tied along the dimensions of `small`: then `small` is an order in it.
+
+    A single unit shares the order with nobody.
+    """
     grouped = component[neurons(large.ids).numpy()]
+    if bool((grouped == grouped.flat[0]).all()):
+        return False
     dims = [d for d in small.dims if large.ids.shape[d] > 1]
     return all(bool((grouped == grouped.take([0], axis=d)).all()) for d in dims)

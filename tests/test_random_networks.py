@@ -168,6 +168,11 @@ FOUND = {
         Block("group_norm", 4, 3),
         Block("transposed_grouped", 2, 2),
     ),
+    "all outputs of a depthwise convolution in one unit": (
+        Block("depthwise", 2, 3, True),
+        Block("every_second", 4, 3, True),
+        Block("residual", 2, 2, True),
+    ),
     "which part of two branches": (
         Block("interleave", 4, 2, True),
         Block("interleave", 3, 2),

@@ -30,7 +30,7 @@ _SHARE_OF_OTHERS = 0.1
 # So many that a member takes seconds, and specialists have something left to learn from others.
 _STEPS = {
     "mnist5k": {"mlp": 300, "vgg": 200, "resnet": 200, "vit": 600},
-    "mnist1d": {"mlp": 1200, "vgg": 200, "resnet": 200, "vit": 1200},
+    "mnist1d": {"mlp": 400, "vgg": 400, "resnet": 400, "vit": 400},
 }
 _STEPS_ELSEWHERE = 4000
 _RATES = {"mlp": 2e-3, "vgg": 5e-3, "resnet": 5e-3, "vit": 2e-3}
