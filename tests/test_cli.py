@@ -297,6 +297,23 @@ def test_fuse_json_is_all_that_stdout_holds(work):
     assert all(check["passed"] for check in content["verification"])
 
 
+def test_fuse_with_calibration_inputs(work):
+    torch.save(torch.randn(200, 5), "inputs.pt")
+    arguments = ("fuse", "a.pt", "b.pt", *MODEL, "--calibration", "inputs.pt")
+    result = invoke(*arguments, "--out", "auto", "--method", "auto", "--steps", "3", "--json")
+    assert result.exit_code == 0, result.output
+    choice = json.loads(result.stdout)["choice"]
+    assert set(choice["divergence"]) == {"fused", "member 0", "member 1"}
+    assert "Matched to the ensemble" in (work / "auto" / "summary.md").read_text()
+    result = invoke(*arguments, "--out", "obs", "--score", "obs", "--refit", "--outputs", "values")
+    assert result.exit_code == 0, result.output
+    plan = fxfuse.FusionPlan.from_json((work / "obs" / "plan.json").read_text())
+    assert plan.options["score"] == "obs"
+    assert "calibration=" in refused(work, "fuse", "a.pt", "b.pt", *MODEL, "--refit", "--out", "x")
+    bad = ("fuse", "a.pt", "b.pt", *MODEL, "--reference", "best", "--out", "x")
+    assert "--reference" in refused(work, *bad)
+
+
 def test_fuse_without_verification(work):
     result = invoke("fuse", "a.pt", "b.pt", *MODEL, "--out", "fused", "--json", "--no-verify")
     assert result.exit_code == 0, result.output

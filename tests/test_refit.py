@@ -208,27 +208,25 @@ def test_ridge_is_least_squares_and_its_dual_the_same():
     generator = torch.Generator().manual_seed(0)
     rows = torch.randn(40, 2, 7, generator=generator)
     wanted = torch.randn(40, 6, generator=generator)
-    zero = torch.zeros(2, 7, 3)
-    fit = Ridge(rows, 1e-9, zero, centred=True).fit(wanted)
+    fit = Ridge(rows, 1e-9, centred=True).fit(wanted)
     for group in range(2):
         a = torch.cat([rows[:, group], torch.ones(40, 1)], 1)
         expected = torch.linalg.lstsq(a, wanted[:, 3 * group : 3 * group + 3]).solution
         torch.testing.assert_close(fit.matrix[group], expected[:7], rtol=1e-3, atol=1e-4)
         torch.testing.assert_close(fit.shift[group], expected[7], rtol=1e-3, atol=1e-4)
     wide = torch.randn(12, 1, 30, generator=generator)
-    prior = torch.randn(1, 30, 3, generator=generator)
-    ridge = Ridge(wide, 0.1, prior, centred=False)
+    ridge = Ridge(wide, 0.1, centred=False)
     assert ridge.dual
     a, z = wide[:, 0].double(), wanted[:12, :3].double()
     gram = a.T @ a / 12
     gram += 0.1 * gram.diagonal().mean() * torch.eye(30)
-    step = torch.linalg.solve(gram, a.T @ (z - a @ prior[0].double()) / 12)
-    torch.testing.assert_close(ridge.fit(wanted[:12, :3]).matrix[0], prior[0] + step.float())
+    expected = torch.linalg.solve(gram, a.T @ z / 12)
+    torch.testing.assert_close(ridge.fit(wanted[:12, :3]).matrix[0], expected.float())
 
 
 def test_ridge_on_features_that_never_vary():
     rows = torch.zeros(20, 1, 5)
-    fit = Ridge(rows, 1e-3, torch.zeros(1, 5, 2), centred=True).fit(torch.ones(20, 2))
+    fit = Ridge(rows, 1e-3, centred=True).fit(torch.ones(20, 2))
     assert torch.isfinite(fit.matrix).all()
     torch.testing.assert_close(fit(rows), torch.ones(20, 2))
 
@@ -236,7 +234,7 @@ def test_ridge_on_features_that_never_vary():
 def test_the_head_is_fitted_to_probabilities():
     generator = torch.Generator().manual_seed(0)
     rows, logits = torch.randn(500, 1, 6, generator=generator), torch.randn(500, 4) * 3
-    start = Ridge(rows, 1e-3, torch.zeros(1, 6, 4), centred=True).fit(logits)
+    start = Ridge(rows, 1e-3, centred=True).fit(logits)
 
     def divergence(fit: Fit) -> float:
         wanted, answer = logits.log_softmax(1), fit(rows).log_softmax(1)

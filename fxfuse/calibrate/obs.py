@@ -23,6 +23,8 @@ from fxfuse.labels import Kind
 
 #: Ridge on the covariance, as a share of the mean of its diagonal.
 _RIDGE = 1e-3
+#: Share of the rows that may be gone before they are cut out.
+_CUT = 0.2
 _BATCH_NORM = torch.ops.aten.batch_norm.default
 
 #: Steps of the elimination.
@@ -42,7 +44,7 @@ def elimination(
     *,
     host: int = 0,
 ) -> dict[str, tuple[Index, Ranks]]:
-    """The order in which units of all members are removed, until each group is empty.
+    """The order in which units of all members are removed, until as many are left as one has.
 
     A reader's outputs count as far as they survive themselves: in groups that were gone through
     before, as many units as one member has.
@@ -56,7 +58,7 @@ def elimination(
 
     Returns:
         For each group that a layer reads: units as (member, unit), int64 [n, 2], and the step at
-        which each of them is removed, float64 [n].
+        which each of them is removed, float64 [n], higher for those that are left.
     """
     members = sorted(kept)
     inputs = consumer_inputs(graph, [states[m] for m in members], calibration)
@@ -78,69 +80,98 @@ def elimination(
             weights.append(torch.block_diag(*own))
         scaled = [w / _norm(w, covariance) for w in weights]
         alive = [np.isin(np.arange(group.n_units), kept[m][group.name]) for m in members]
-        ranks = eliminate(covariance, torch.cat(scaled, 1), width, np.concatenate(alive))
+        there = np.concatenate(alive)
+        left_over = min(group.n_units, int(there.sum()))
+        ranks = eliminate(covariance, torch.cat(scaled, 1), width, there, left_over)
         pool = np.argwhere(np.stack(alive))
         units = np.stack([np.asarray(members)[pool[:, 0]], pool[:, 1]], axis=1)
-        rank = ranks[np.concatenate(alive)]
+        rank = ranks[there]
         found[group.name] = (units, rank)
         left[group.name] = units[np.argsort(-rank)[: group.n_units]]
     return found
 
 
 def eliminate(
-    covariance: torch.Tensor, weights: torch.Tensor, width: int, alive: NDArray[np.bool_]
+    covariance: torch.Tensor,
+    weights: torch.Tensor,
+    width: int,
+    alive: NDArray[np.bool_],
+    n_left: int = 0,
 ) -> Ranks:
     """Removes units one by one, each time the one whose loss the others make up for best.
+
+    Of the weights only their products between units count, so what a step costs does not depend on
+    the number of outputs; what is gone is cut out of the matrices now and then.
 
     Args:
         covariance: Of what the readers get, [units · width, units · width].
         weights: The readers' weights, [units · width, outputs].
         width: Neurons of a unit.
         alive: Which units exist, bool [units].
+        n_left: Units that are left at the end, ranked by what the loss of each alone costs.
 
     Returns:
         The step at which each unit is removed, float64 [units]; -1 for those that do not exist.
     """
+    ranks = np.full(len(alive), -1.0)
+    units = np.flatnonzero(alive)
+    covariance, weights = covariance.double(), weights.double()
     level = covariance.diagonal().mean().clamp(min=1e-30)
+    covariance = _part(covariance, units, width)
     ridge = _RIDGE * level * torch.eye(len(covariance), device=covariance.device)
-    inverse = torch.cholesky_inverse(torch.linalg.cholesky(covariance.double() + ridge))
-    weights = weights.double().clone()
-    ranks = np.full(len(covariance) // width, -1.0)
-    there = torch.ones(len(ranks), dtype=torch.bool, device=covariance.device)
-
-    def remove(unit: int) -> None:
-        gone = slice(unit * width, (unit + 1) * width)
-        step = torch.linalg.solve(inverse[gone, gone], inverse[gone])
-        weights.sub_(step.T @ weights[gone])
-        inverse.sub_(inverse[:, gone] @ step)
-        there[unit] = False
-        # What is gone must not come back by rounding.
-        weights[gone] = 0
-        inverse[gone] = 0
-        inverse[:, gone] = 0
-        inverse[gone, gone] = torch.eye(width, dtype=inverse.dtype, device=inverse.device)
-
-    for unit in np.flatnonzero(~alive).tolist():
-        weights[unit * width : (unit + 1) * width] = 0
-        remove(unit)
-    for step in range(int(alive.sum())):
-        loss = _losses(inverse, weights, width)
+    inverse = torch.cholesky_inverse(torch.linalg.cholesky(covariance + ridge))
+    products = _part(weights @ weights.T, units, width)
+    there = torch.ones(len(units), dtype=torch.bool, device=covariance.device)
+    for step in range(len(units) - n_left):
+        if len(there) - int(there.sum()) > _CUT * len(there):
+            keep = there.nonzero().flatten().cpu().numpy()
+            inverse, products = (_part(m, keep, width) for m in (inverse, products))
+            units, there = units[keep], there[there]
+        loss = _losses(inverse, products, width)
         loss[~there] = torch.inf
         unit = int(loss.argmin())
-        ranks[unit] = step
-        remove(unit)
+        ranks[units[unit]] = step
+        there[unit] = False
+        _remove(inverse, products, slice(unit * width, (unit + 1) * width))
+    last = there.nonzero().flatten()
+    cost = _losses(inverse, products, width)[last].cpu().numpy()
+    ranks[units[last.cpu().numpy()]] = alive.sum() + np.argsort(np.argsort(cost))
     return ranks
 
 
-def _losses(inverse: torch.Tensor, weights: torch.Tensor, width: int) -> torch.Tensor:
+def _remove(inverse: torch.Tensor, products: torch.Tensor, gone: slice) -> None:
+    """Takes a unit out of the inverse covariance, and its weights over to the other units."""
+    step = torch.linalg.solve(inverse[gone, gone], inverse[gone])
+    own, row = products[gone, gone].clone(), products[gone].clone()
+    # (I - kE) S (I - kE)ᵀ with k the step and E the rows that go.
+    products.addmm_(step.T, row - 0.5 * (own @ step), alpha=-1)
+    products.addmm_(row.T - 0.5 * (step.T @ own), step, alpha=-1)
+    inverse.addmm_(inverse[:, gone].clone(), step, alpha=-1)
+    # What is gone must not come back by rounding.
+    for matrix in (inverse, products):
+        matrix[gone] = 0
+        matrix[:, gone] = 0
+    inverse[gone, gone] = torch.eye(len(own), dtype=inverse.dtype, device=inverse.device)
+
+
+def _part(matrix: torch.Tensor, units: Index, width: int) -> torch.Tensor:
+    """Rows and columns of some units."""
+    index = (units[:, None] * width + np.arange(width)).reshape(-1)
+    chosen = torch.from_numpy(index).to(matrix.device)
+    return matrix[chosen][:, chosen].contiguous()
+
+
+def _losses(inverse: torch.Tensor, products: torch.Tensor, width: int) -> torch.Tensor:
     """What removing each unit costs after the others have made up for it; [units]."""
     if width == 1:
-        return weights.square().sum(1) / inverse.diagonal()
-    units = len(weights) // width
-    blocks = inverse.reshape(units, width, units, width).diagonal(dim1=0, dim2=2).movedim(-1, 0)
-    own = weights.reshape(units, width, -1)
+        return products.diagonal() / inverse.diagonal()
+    units = len(products) // width
+    blocks, own = (
+        m.reshape(units, width, units, width).diagonal(dim1=0, dim2=2).movedim(-1, 0)
+        for m in (inverse, products)
+    )
     solved: torch.Tensor = torch.linalg.solve(blocks, own)
-    return (own * solved).sum((1, 2))
+    return solved.diagonal(dim1=1, dim2=2).sum(1)
 
 
 def _width(consumer: Consumer) -> int:

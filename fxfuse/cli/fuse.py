@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
 
@@ -21,9 +22,11 @@ from fxfuse.cli.options import (
     OutputDims,
     Share,
     parse_output_dims,
+    parse_reference,
 )
 from fxfuse.cli.show import checks_json, checks_markdown, checks_table, err, out, print_json
 from fxfuse.output import atomic_folder, check_output
+from fxfuse.zoo import make_inputs
 
 WEIGHTS, PLAN, SUMMARY = "fused.safetensors", "plan.json", "summary.md"
 FILES = (WEIGHTS, PLAN, SUMMARY)
@@ -32,12 +35,44 @@ Method = Annotated[
     str,
     typer.Option(
         help="How units of the members are chosen and combined: `transplant`, `average` (index by "
-        "index), `weight_matching` or `optimal_transport` (aligned, then averaged)."
+        "index), `weight_matching` or `optimal_transport` (aligned, then averaged); with "
+        "--calibration also `activation_matching`, `zip`, and `auto`: the closest of the refitted "
+        "transplant and the members, matched to the ensemble."
     ),
 ]
 Score = Annotated[
-    str,
-    typer.Option(help="How `transplant` measures importance: `l1`, `l2` or `bn_scale`."),
+    str | None,
+    typer.Option(
+        help="How `transplant` measures importance: `l1`, `l2` (the default) or `bn_scale`; with "
+        "--calibration also `activation` and `obs` (the default of `auto`)."
+    ),
+]
+CalibrationFile = Annotated[
+    Path | None,
+    typer.Option(
+        "--calibration",
+        help="`.safetensors` or `.pt` file with 100 to 1,000 unlabelled inputs, [n, ...].",
+        metavar="FILE",
+    ),
+]
+Refit = Annotated[
+    bool,
+    typer.Option("--refit", help="Fit every layer to the members' activations, in closed form."),
+]
+Outputs = Annotated[
+    str | None,
+    typer.Option(
+        help="What the network's output is, `logits` or `values`; else its shape decides."
+    ),
+]
+Steps = Annotated[int | None, typer.Option(help="For `auto`: steps of matching.")]
+Seconds = Annotated[float | None, typer.Option(help="For `auto`: CPU seconds of matching.")]
+Fraction = Annotated[
+    float | None,
+    typer.Option(help="For `transplant`: share of units that are not the first network's."),
+]
+Reference = Annotated[
+    str, typer.Option(help="Network that the others are aligned to, by number, or `mean`.")
 ]
 Variant = Annotated[
     str | None,
@@ -57,8 +92,15 @@ def fuse(
     out_folder: Annotated[Path, typer.Option("--out", help="Folder to write.", metavar="FOLDER")],
     model_arg: ModelArg = None,
     method: Method = "transplant",
-    score: Score = "l2",
+    score: Score = None,
     variant: Variant = None,
+    fraction: Fraction = None,
+    reference: Reference = "0",
+    calibration: CalibrationFile = None,
+    refit: Refit = False,
+    outputs: Outputs = None,
+    steps: Steps = None,
+    seconds: Seconds = None,
     freeze: Freeze = None,
     share: Share = None,
     ignore: Ignore = None,
@@ -77,6 +119,13 @@ def fuse(
             method=method,
             score=score,
             variant=variant,
+            fraction=fraction,
+            reference=parse_reference(reference),
+            calibration=None if calibration is None else make_inputs(str(calibration)),
+            refit=refit,
+            outputs=outputs,
+            steps=steps,
+            seconds=seconds,
             freeze=freeze or (),
             share=share or (),
             ignore=ignore or (),
@@ -87,11 +136,21 @@ def fuse(
     with atomic_folder(out_folder, FILES, force=force) as folder:
         write_state_dict(folder / WEIGHTS, result.state_dict())
         (folder / PLAN).write_text(result.plan.to_json(), encoding="utf-8")
-        summary = f"{result.plan.summary()}\n{checks_markdown(checks)}"
+        told = f"\nMatched to the ensemble: {result.choice}.\n" if result.choice else ""
+        summary = f"{result.plan.summary()}{told}\n{checks_markdown(checks)}"
         (folder / SUMMARY).write_text(summary, encoding="utf-8")
     if json:
-        print_json({"out": str(out_folder), "files": FILES, "verification": checks_json(checks)})
+        print_json(
+            {
+                "out": str(out_folder),
+                "files": FILES,
+                "verification": checks_json(checks),
+                "choice": asdict(result.choice) if result.choice else None,
+            }
+        )
         return
     if checks:
         out.print(checks_table(checks))
+    if result.choice:
+        out.print(str(result.choice), markup=False)
     out.print(f"{len(members)} networks fused into one, written to {out_folder}", markup=False)

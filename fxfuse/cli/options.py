@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from fxfuse.errors import ControlError
+from fxfuse.options import Reference
 
 Model = Annotated[
     str,
@@ -90,3 +91,20 @@ def parse_output_dims(texts: Iterable[str]) -> dict[int, tuple[int, ...]]:
                 how="write OUTPUT=DIM,DIM with numbers, such as 0=1",
             ) from error
     return found
+
+
+def parse_reference(text: str) -> Reference:
+    """Reads `--reference`.
+
+    Raises:
+        ControlError: The text is neither a number nor `mean`.
+    """
+    if text == "mean":
+        return "mean"
+    if not text.isdecimal():
+        raise ControlError(
+            f"--reference {text!r} cannot be read",
+            why="it is neither the number of a network, counted from 0, nor `mean`",
+            how="write --reference 0 or --reference mean",
+        )
+    return int(text)

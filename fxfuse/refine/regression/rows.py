@@ -120,7 +120,10 @@ def _back(
     place = moved.flatten()
     seen = place > 0
     place = place[seen] - 1
-    if len(torch.unique(place)) < len(place):
+    hit = torch.zeros(like.numel(), dtype=torch.bool, device=z.device)
+    hit[place] = True
+    # Where an output goes to several places, they may want different things of it.
+    if int(hit.sum()) < len(place):
         return None
 
     def put(value: torch.Tensor, filling: float) -> torch.Tensor:
@@ -128,7 +131,7 @@ def _back(
         flat[place] = value.expand(z.shape).flatten()[seen]
         return layer.output_rows(flat.reshape(like.shape))
 
-    known = put(torch.ones_like(z), 0.0).bool().all(1)
+    known = layer.output_rows(hit.reshape(like.shape)).all(1)
     factor = put(scale, 1.0)
     offset = put((skip + zero) / scale, 0.0)
     return known, put(z, 0.0) / factor - offset, offset, factor

@@ -24,7 +24,7 @@ from fxfuse.refine.regression.channel import (
 from fxfuse.refine.regression.head import fit_head
 from fxfuse.refine.regression.route import Route, routes_of
 from fxfuse.refine.regression.rows import Sample, sample
-from fxfuse.refine.regression.solve import Fit, Ridge
+from fxfuse.refine.regression.solve import Ridge
 from fxfuse.refine.regression.write import State, current, write
 
 #: Rows per feature of a layer, at least `_ROWS` in all.
@@ -230,16 +230,17 @@ class _Refit:
             return LayerFit(route.layer.weight, route.aim.name, inf, inf, False, why)
         held = current(route, self.state)
         centred = route.norm is not None or bool(route.layer.bias)
-        ridge = Ridge(found.rows, self.alpha, held.matrix * 0, centred=centred)
+        ridge = Ridge(found.rows, self.alpha, centred=centred)
         aim = found.aim(found.wanted)
-        before = best = _error(route, found, aim, held)
+        before = best = _error(route, aim, found.aim(held(found.rows)))
         chosen, wanted = None, found.wanted
         for _ in range(1 + _RELAXATIONS * isfinite(min(map(abs, route.cut)))):
             fit = ridge.fit(wanted)
-            error = _error(route, found, aim, fit)
+            answer = found.aim(fit(found.rows))
+            error = _error(route, aim, answer)
             if error < best:
                 best, chosen = error, fit
-            wanted = found.output(_relaxed(route.cut, aim, found.aim(fit(found.rows))))
+            wanted = found.output(_relaxed(route.cut, aim, answer))
         if chosen is not None and self.is_head(route):
             chosen = fit_head(found.rows, aim, chosen, self.alpha)
         if chosen is None:
@@ -311,12 +312,11 @@ class _Refit:
         return LayerFit(op.weight, op.node.name, before, after, True)
 
 
-def _error(route: Route, found: Sample, aim: torch.Tensor, fit: Fit) -> float:
+def _error(route: Route, aim: torch.Tensor, answer: torch.Tensor) -> float:
     """Mean squared error behind the activation, as a share of the target's variance."""
     low, high = route.cut
     wanted = aim.clamp(low, high)
-    answer = found.aim(fit(found.rows)).clamp(low, high)
-    return _relative((answer - wanted).square().mean(), wanted)
+    return _relative((answer.clamp(low, high) - wanted).square().mean(), wanted)
 
 
 def _relative(error: torch.Tensor, wanted: torch.Tensor) -> float:

@@ -1,4 +1,4 @@
-"""Ridge regression of a layer's outputs on its inputs, drawn towards the weights that it has."""
+"""Ridge regression of a layer's outputs on its inputs."""
 
 from __future__ import annotations
 
@@ -21,26 +21,22 @@ class Fit:
 
     def __call__(self, rows: torch.Tensor) -> torch.Tensor:
         """[n, groups, features] → [n, groups · outputs]."""
-        return (torch.einsum("ngf,gfo->ngo", rows, self.matrix) + self.shift).flatten(1)
+        return ((rows.transpose(0, 1) @ self.matrix).transpose(0, 1) + self.shift).flatten(1)
 
 
 class Ridge:
-    """Regression with an L2 penalty on the distance from a prior.
+    """Regression with an L2 penalty.
 
-    B = B₀ + (AᵀA/n + α·mean(diag)·I)⁻¹ Aᵀ(Z − A·B₀)/n, with A and Z centred; with fewer rows than
-    features the same through the rows' own Gram matrix. Factorised once, in float64.
+    B = (AᵀA/n + α·mean(diag)·I)⁻¹ AᵀZ/n, with A and Z centred; with fewer rows than features the
+    same through the rows' own Gram matrix. Factorised once, in float64.
 
     Args:
         rows: A, float32 [n, groups, features].
         alpha: α, relative to the mean of the Gram matrix's diagonal.
-        prior: B₀, float32 [groups, features, outputs of a group].
         centred: Whether there is a shift; else the map goes through the origin.
     """
 
-    def __init__(
-        self, rows: torch.Tensor, alpha: float, prior: torch.Tensor, *, centred: bool
-    ) -> None:
-        self.prior = prior
+    def __init__(self, rows: torch.Tensor, alpha: float, *, centred: bool) -> None:
         self.mean = rows.mean(0) if centred else torch.zeros_like(rows[0])
         # [groups, n, features]
         self.rows = (rows - self.mean).transpose(0, 1)
@@ -64,13 +60,12 @@ class Ridge:
         groups = self.rows.shape[0]
         z = targets.reshape(self.n, groups, -1).transpose(0, 1)
         z_mean = z.mean(1) if self.centred else torch.zeros_like(z[:, 0])
-        rest = z - z_mean[:, None] - self.rows @ self.prior
+        rest = z - z_mean[:, None]
         if self.dual:
             weights = torch.cholesky_solve(rest.double() / self.n, self.factor)
-            step = self.rows.mT @ weights.to(rest.dtype)
+            matrix = self.rows.mT @ weights.to(rest.dtype)
         else:
             right = (self.rows.mT @ rest).double() / self.n
-            step = torch.cholesky_solve(right, self.factor).to(rest.dtype)
-        matrix = self.prior + step
+            matrix = torch.cholesky_solve(right, self.factor).to(rest.dtype)
         shift = z_mean - torch.einsum("gf,gfo->go", self.mean, matrix)
         return Fit(matrix, shift)
