@@ -67,6 +67,15 @@ def test_adding_a_score(monkeypatch: pytest.MonkeyPatch):
     assert plan.options == {"score": "spread", "variant": "iterative"}
 
 
+def test_refitting(capsys: pytest.CaptureFixture[str]):
+    namespace: dict[str, object] = {"__name__": "refit"}
+    for kind, content in BLOCK.findall((PAGES / "refit.md").read_text()):
+        if kind == "python":
+            exec(compile(content, "refit.md", "exec"), namespace)
+        else:
+            assert capsys.readouterr().out == content
+
+
 def test_links_between_pages_lead_somewhere():
     docs = PAGES.parent
     for page in docs.rglob("*.md"):

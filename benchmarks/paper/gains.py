@@ -6,8 +6,8 @@
 Rows, all on the same at most 1,000 unlabelled training inputs: plain NT; averaging; weight
 matching and recalibration; NT, and obs, with the closed-form refit (no step); the latter and a
 little matching within 2 CPU seconds in all, selection and refit included; `auto` with its budget.
-Controls on the best member: refit of the head, the same matching at equal CPU time, KL distillation at equal
-CPU time with the best of three learning rates on validation data (the search is not counted).
+Controls on the best member: refit of the head; the same matching and KL distillation at equal CPU
+time, the latter with the best of three rates on validation data (the search is not counted).
 Validation data chooses the best member, test inputs report. The JSON is written case by case.
 """
 
