@@ -31,6 +31,19 @@ PLAIN = (
     "efficientnet_v2_m",
     "efficientnet_v2_l",
 )
+#: The larger ones of their families: nothing that the smaller ones do not have, but half the time.
+LARGE = (
+    *(f"vgg{n}{bn}" for n in (16, 19) for bn in ("", "_bn")),
+    "resnet101",
+    "resnet152",
+    "wide_resnet101_2",
+    "resnext101_32x8d",
+    "resnext101_64x4d",
+    *(f"densenet{n}" for n in (161, 169, 201)),
+    *(f"efficientnet_b{n}" for n in range(4, 8)),
+    "efficientnet_v2_m",
+    "efficientnet_v2_l",
+)
 #: Those with LayerNorm.
 MIXING = ("vit_b_32", "swin_t")
 

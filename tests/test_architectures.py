@@ -10,10 +10,13 @@ from torch import nn
 
 import fxfuse
 from fxfuse import verify
-from tests.models import MIXING, PLAIN, build, excite, image
+from tests.models import LARGE, MIXING, PLAIN, build, excite, image
+
+#: The large ones run with `pytest -m nightly`.
+NETWORKS = [pytest.param(n, marks=pytest.mark.nightly) if n in LARGE else n for n in PLAIN]
 
 
-@pytest.mark.parametrize("name", [*PLAIN, *MIXING])
+@pytest.mark.parametrize("name", [*NETWORKS, *MIXING])
 def test_permutation(name: str):
     captured = fxfuse.capture(build(name), image())
     graph = fxfuse.analyze(captured)
@@ -36,7 +39,7 @@ def slim(model: nn.Module) -> nn.Module:
     return model
 
 
-@pytest.mark.parametrize("name", PLAIN)
+@pytest.mark.parametrize("name", NETWORKS)
 def test_wide_equals_ensemble(name: str):
     members = [slim(build(name, seed)) for seed in range(2)]
     check = verify.wide_equals_ensemble(members, image())
