@@ -153,6 +153,26 @@ def test_units_of_heads_and_flattened_images_are_blocks_and_rows():
     torch.testing.assert_close(found, pooled.flatten(2).movedim(1, 2).flatten(0, 1))
 
 
+def test_units_that_no_layer_reads():
+    """A weight that is used twice makes no layer; its units are taken where they stand."""
+
+    class Twice(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.twice = nn.Linear(4, 6), nn.Linear(6, 6)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.twice(self.twice(self.first(x)).relu()).tanh().sum(1, keepdim=True)
+
+    model, x = Twice().eval(), torch.randn(150, 4)
+    graph = fxfuse.analyze(model, x[:3])
+    (group,) = graph.groups
+    found = unit_activations(graph, [model.state_dict()] * 2, Calibration.of(graph.captured, x))
+    with torch.no_grad():
+        expected = model.twice(model.twice(model.first(x)).relu()).tanh()
+    torch.testing.assert_close(found[group.name][1], expected)
+
+
 def brute_force(covariance: torch.Tensor, weights: torch.Tensor, kept: list[int]) -> float:
     """The least squared error of the outputs when only `kept` inputs are there."""
     full = (weights.T @ covariance @ weights).trace()

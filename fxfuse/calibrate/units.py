@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
+from torch import fx
 
 from fxfuse.calibrate.lane import Lane
 from fxfuse.calibrate.layers import Layer, layers_of
 from fxfuse.calibration import Calibration
-from fxfuse.coupling import CouplingGraph, Index
+from fxfuse.coupling import CouplingGraph, CouplingGroup, Index
 from fxfuse.labels import Value, neurons
 
 #: Rows of activations that are kept of a layer's input, for all calibration inputs together.
@@ -100,9 +102,10 @@ def unit_activations(
         rows: About how many rows each layer contributes.
 
     Returns:
-        For each group that a layer reads, one float32 tensor [rows, n_units] per member; rows
-        correspond across members. Rows of several layers, and of the slots of a unit, follow each
-        other.
+        For each group, one float32 tensor [rows, n_units] per member; rows correspond across
+        members. Rows of several layers, and of the slots of a unit, follow each other. A group that
+        no layer reads is taken where its units last stand along one dimension; one whose units
+        never do is left out.
     """
     inputs = consumer_inputs(graph, states, calibration, rows=rows)
     consumers, found = consumers_of(graph), {}
@@ -113,7 +116,47 @@ def unit_activations(
                 torch.cat([_by_unit(inputs[c.layer][member], c) for c in readers])
                 for member in range(len(states))
             ]
+    places = {g.name: _last_place(graph, g) for g in graph.groups if g.name not in found}
+    held = {place[0] for place in places.values() if place is not None}
+    for number, state in enumerate(states if held else ()):
+        lane = Lane(graph.captured, state, calibration, name=f"member {number}", held=held)
+        lane.run_to(max(held, key=lane.order.__getitem__))
+        for name, place in places.items():
+            if place is not None:
+                found.setdefault(name, []).append(_at_place(lane, *place, rows))
     return found
+
+
+def _last_place(graph: CouplingGraph, group: CouplingGroup) -> tuple[fx.Node, int, Index] | None:
+    """The last activation along one dimension of which all units of a group stand.
+
+    Returns:
+        The node, the dimension, and where each unit stands along it, int64 [n_units, slots].
+    """
+    ledger = graph.ledger
+    unit_of = np.full(ledger.count, -1)
+    for owner, place in enumerate(ledger.owners):
+        if place in group.index:
+            ids = ledger.starts[owner] + group.index[place]
+            unit_of[ids] = np.arange(group.n_units)[:, None]
+    for node, value in reversed(list(graph.values.items())):
+        if not isinstance(value, Value) or value.sources is not None:
+            continue
+        for f in value.fields:
+            units = unit_of[neurons(f.ids).reshape(-1).numpy()]
+            counts = np.bincount(units[units >= 0], minlength=group.n_units)
+            if len(f.dims) == 1 and counts.min() > 0 and counts.min() == counts.max():
+                standing = np.flatnonzero(units >= 0)
+                order = standing[np.argsort(units[standing], kind="stable")]
+                return node, f.dims[0], order.reshape(group.n_units, -1)
+    return None
+
+
+def _at_place(lane: Lane, node: fx.Node, dim: int, slots: Index, rows: int) -> torch.Tensor:
+    values = [v.movedim(dim, -1).reshape(-1, v.shape[dim]).float() for v in lane.value(node)]
+    step = max(sum(map(len, values)) // rows, 1) | 1
+    x = torch.cat([v[::step] for v in values])[:, torch.from_numpy(slots).to(values[0].device)]
+    return x.transpose(1, 2).reshape(-1, len(slots))
 
 
 def _by_unit(x: torch.Tensor, consumer: Consumer) -> torch.Tensor:
