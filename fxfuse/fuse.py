@@ -292,7 +292,9 @@ def fuse(
     if inputs is not None and (auto or refit):
         go = best_start if auto else refitted
         start = go(graph, plan, states, start.state, inputs, outputs)
-    module = emit(network, _owned(start.state)) if network.is_program else None
+    # A start may be a member's own tensors.
+    own = _copied(start.state) if auto else start.state
+    module = emit(network, own) if network.is_program else None
     choice, report = start.choice, None
     if auto and module is not None and inputs is not None:
         choice, report = matched(
@@ -314,19 +316,23 @@ def fuse(
     )
 
 
-def _owned(state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Copies: a start may be a member's own tensors, and tied ones stay tied."""
-    copies: dict[int, torch.Tensor] = {}
-    return {name: copies.setdefault(id(t), t.detach().clone()) for name, t in state.items()}
+def _copied(state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return {name: tensor.detach().clone() for name, tensor in state.items()}
 
 
 def _check_calibrated(
     graph: CouplingGraph, inputs: Calibration | None, *, auto: bool, refit: bool
 ) -> None:
-    """Checks that a refit is possible where one is asked for."""
+    """Checks that what is asked for can be measured."""
+    what = 'method "auto"' if auto else "refit=True" if refit else "calibration="
+    if graph.captured.heads and (inputs is not None or auto or refit):
+        raise PartialFusionError(
+            f"{what} does not work with several heads",
+            why="the members' heads have other tasks, so there is no one network to compare with",
+            how="fuse without it, and train the heads with fxfuse.refine.finetune or distill",
+        )
     if not (auto or refit):
         return
-    what = 'method "auto"' if auto else "refit=True"
     if inputs is None:
         raise CalibrationError(
             f"{what} needs calibration inputs",
@@ -334,12 +340,6 @@ def _check_calibrated(
             how="pass calibration=..., 100 to 1,000 inputs without labels",
         )
     graph.captured.require_program()
-    if graph.captured.heads:
-        raise PartialFusionError(
-            f"{what} does not work with several heads",
-            why="each head has a teacher of its own",
-            how="fuse without it, and train the heads with fxfuse.refine.finetune or distill",
-        )
 
 
 def _capture_all(
