@@ -236,3 +236,26 @@ def test_parameters_that_are_read_by_their_index_stay():
     check_permutation(graph)
     assert "a single neuron is cut out" in graph.frozen[("factors", 0)].why
     assert ("first.weight", 0) in graph.group_of
+
+
+class Blur(torch.nn.Module):
+    """A fixed filter for every channel, as anti-aliasing networks have it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = torch.nn.Conv2d(3, 6, 3, padding=1)
+        self.last = torch.nn.Conv2d(6, 4, 3)
+        self.register_buffer("filter", torch.tensor([[1.0, 2.0, 1.0]]).expand(3, 3) / 12)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.first(x).relu()
+        kernel = self.filter.expand(x.shape[1], 1, 3, 3)
+        return self.last(torch.nn.functional.conv2d(x, kernel, groups=x.shape[1])).mean((2, 3))
+
+
+def test_a_constant_filter_grows_with_the_channels():
+    members, x = [Blur().double() for _ in range(2)], torch.randn(4, 3, 8, 8, dtype=torch.float64)
+    check_permutation(fxfuse.analyze(members[0], x))
+    wide = verify.wide_equals_ensemble(members, x)
+    assert wide.passed, wide
+    assert wide.tolerance == verify.EXACT, wide.detail

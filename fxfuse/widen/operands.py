@@ -83,6 +83,9 @@ def require(
     size = wide.values[operand].shape[dim]
     if have is not None and wanted is not None:
         agree(wide, node, operand, dim, have, wanted)
+    elif wanted is not None and dim == 0 and not wide.values[operand].fields:
+        # A constant filter is each copy's own.
+        spread(wide, node, operand, dim, wanted)
     elif have is not None or (wanted is not None and wanted.size != size):
         raise cannot_write(node, "a parameter does not grow with the groups of its channels")
 
