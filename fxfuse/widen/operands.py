@@ -83,11 +83,15 @@ def require(
     size = wide.values[operand].shape[dim]
     if have is not None and wanted is not None:
         agree(wide, node, operand, dim, have, wanted)
-    elif wanted is not None and dim == 0 and not wide.values[operand].fields:
-        # A constant filter is each copy's own.
+    elif wanted is not None and dim == 0 and not _is_labelled(wide, operand, dim):
+        # A filter without channels of its own is each copy's.
         spread(wide, node, operand, dim, wanted)
     elif have is not None or (wanted is not None and wanted.size != size):
         raise cannot_write(node, "a parameter does not grow with the groups of its channels")
+
+
+def _is_labelled(wide: WideGraph, operand: fx.Node, dim: int) -> bool:
+    return any(dim in f.dims for f in wide.values[operand].fields)
 
 
 def broadcast(wide: WideGraph, node: fx.Node, operands: Sequence[fx.Node], result: Layouts) -> None:
