@@ -26,7 +26,7 @@ NAMES = [experiment.name for experiment in table.EXPERIMENTS]
 @pytest.fixture(autouse=True)
 def cache(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    monkeypatch.setattr(cost, "WIDTHS", (0.25, 0.5))
+    monkeypatch.setattr(cost, "WIDTHS", (0.5,))
     monkeypatch.setattr(sync_sgd, "PARTS", (2, 4))
 
 
@@ -73,7 +73,7 @@ EXPECTED = {
         ("4", "averaging, own starts"),
         ("no exchange, own starts", "8 steps"),
     },
-    "cost": {("0.25", "NT (l2)"), ("0.5", "8 training steps")},
+    "cost": {("0.5", "NT (l2)"), ("0.5", "8 training steps")},
 }
 EXPECTED["vit"] = EXPECTED["compare"]
 

@@ -58,17 +58,18 @@ def _matched(job: Job, start: nn.Module) -> nn.Module:
     return module
 
 
-ABOUT = (
+_ABOUT = (
     "Every fused network has a member's width. *0 steps*: as fused; the next column: after k "
     "steps of fine-tuning on labels. Recalibration renews the running statistics of batch "
     "normalisation, so networks without any have no such line. `auto` and one control take "
-    "k steps of label-free matching *before*; distillation takes k steps without labels instead."
+    "k steps of label-free matching on the calibration inputs *before* that; distillation takes "
+    "k steps on all training inputs without labels *instead* of it."
 )
 
 EXPERIMENT = Experiment(
     name="compare",
     title="Methods",
-    about=ABOUT,
+    about=_ABOUT,
     measure=measure,
     line="method",
     ns=(2, 4),
