@@ -72,7 +72,6 @@ EXPERIMENT = Experiment(
     about=_ABOUT,
     measure=measure,
     line="method",
-    ns=(2, 4),
 )
 
 if __name__ == "__main__":

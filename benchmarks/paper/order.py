@@ -15,7 +15,7 @@ import numpy as np
 from torch import nn
 
 from benchmarks.paper.experiment import Experiment, Job, Row
-from benchmarks.paper.refining import both, controls, finetuned, trained
+from benchmarks.paper.refining import after, both, controls, finetuned, trained
 from benchmarks.paper.runner import command
 from fxfuse.coupling import CouplingGraph
 from fxfuse.methods import Options, State, method
@@ -56,7 +56,7 @@ def measure(job: Job) -> list[Row]:
     rows += both(job, "merge and prune one by one, fine-tune", job.fused(variant="iterative"))
     between = _fine_tuned_between(job)
     name = "merge and prune one by one, fine-tune in between"
-    rows.append(Row(name, f"{k} steps", job.values(between)))
+    rows.append(Row(name, after(job), job.values(between)))
     first = [finetuned(job, member).module for member in job.case.members]
     rows += both(job, f"fine-tune members {k} steps, merge, prune, fine-tune", job.fused(first))
     half = [finetuned(job, member, max(1, k // 2)).module for member in job.case.members]

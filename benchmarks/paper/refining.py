@@ -77,7 +77,7 @@ def _distill(members: list[nn.Module], module: nn.Module, batches: Any, **option
 
 
 def _trained(job: Job, start: nn.Module, refine: Callable[..., Any], steps: int | None) -> Refined:
-    taken = steps or job.options.steps
+    taken = job.options.steps if steps is None else steps
 
     def candidate(rate: float) -> nn.Module:
         module = copy.deepcopy(start)
