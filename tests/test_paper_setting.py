@@ -54,7 +54,7 @@ def test_what_decides_a_member_decides_its_file(cache):
 def test_specialists_see_their_classes_and_a_tenth_of_the_others():
     made = data()
     parts = made.split(0)
-    seen = setting._seen(made, parts, "specialists", 4, 1, seed=0)
+    seen = setting.seen(made, parts, "specialists", 4, 1, seed=0)
     counts = made.labels[seen].bincount().tolist()
     whole = made.labels[parts.train].bincount().tolist()
     for label in range(10):

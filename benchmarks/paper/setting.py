@@ -116,8 +116,8 @@ def members(
     for index in range(n):
         own_seed = 100 * seed + index
         member = network(name, data, own_seed)
-        seen = _seen(data, parts, setting, n, index, own_seed)
-        trained(member, recipe, data.inputs[seen], data.labels[seen], own_seed)
+        indices = seen(data, parts, setting, n, index, own_seed)
+        trained(member, recipe, data.inputs[indices], data.labels[indices], own_seed)
         found.append(member)
     return found
 
@@ -137,7 +137,8 @@ def accuracy(module: nn.Module, inputs: Tensor, labels: Tensor) -> float:
     return 100 * float((answers == labels).double().mean())
 
 
-def _seen(data: Data, parts: Split, setting: str, n: int, index: int, seed: int) -> Tensor:
+def seen(data: Data, parts: Split, setting: str, n: int, index: int, seed: int) -> Tensor:
+    """Indices of the inputs that member `index` of `n` is trained on."""
     if setting == "same data":
         return parts.train
     own = range(index, data.classes, n)

@@ -1,0 +1,125 @@
+"""Refined copies of networks, and the controls that stand in every table.
+
+Whatever is trained on labels is trained once with each of the same learning rates; validation data
+chooses, and test data is asked about the chosen one only.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn import functional
+
+from benchmarks.paper.experiment import Job, Row
+from benchmarks.paper.setting import accuracy
+from fxfuse.refine import default_optimizer, distill, finetune
+
+TEMPERATURE = 2.0
+AT_ONCE = "0 steps"
+
+
+@dataclass(frozen=True)
+class Refined:
+    """The copy that validation chose.
+
+    Attributes:
+        module: The network.
+        rate: Its learning rate.
+        seconds: CPU seconds that training it took; the search is not counted.
+    """
+
+    module: nn.Module
+    rate: float
+    seconds: float
+
+
+def merit(job: Job, module: nn.Module) -> tuple[float, float]:
+    """What networks are ranked by: validation accuracy, then low cross-entropy."""
+    inputs, labels = job.case.val
+    with torch.no_grad():
+        losses = [
+            functional.cross_entropy(module(x), y, reduction="sum")
+            for x, y in zip(inputs.split(500), labels.split(500), strict=True)
+        ]
+    return accuracy(module, inputs, labels), -float(torch.stack(losses).sum())
+
+
+def chosen(job: Job, candidate: Callable[[float], nn.Module]) -> Refined:
+    """Of what `candidate` makes with each learning rate, the best on validation data."""
+    found = []
+    for rate in job.options.rates:
+        start = time.process_time()
+        module = candidate(rate)
+        found.append(Refined(module, rate, time.process_time() - start))
+    return max(found, key=lambda refined: merit(job, refined.module))
+
+
+def finetuned(job: Job, start: nn.Module, steps: int | None = None) -> Refined:
+    """A copy of `start` after fine-tuning on labels."""
+    return _trained(job, start, finetune, steps)
+
+
+def distilled(job: Job, start: nn.Module) -> Refined:
+    """A copy of `start` after distillation of the ensemble on the same inputs."""
+    refine = functools.partial(_distill, list(job.case.members))
+    return _trained(job, start, refine, None)
+
+
+def _distill(members: list[nn.Module], module: nn.Module, batches: Any, **options: Any) -> None:
+    distill(module, members, batches, temperature=TEMPERATURE, **options)
+
+
+def _trained(job: Job, start: nn.Module, refine: Callable[..., Any], steps: int | None) -> Refined:
+    taken = job.options.steps if steps is None else steps
+
+    def candidate(rate: float) -> nn.Module:
+        module = copy.deepcopy(start)
+        optimizer, scheduler = default_optimizer(module, taken, rate)
+        refine(
+            module,
+            job.batches(),
+            steps=taken,
+            optimizer=optimizer,
+            scheduler=scheduler,
+            progress=False,
+            seed=job.seed,
+        )
+        return module
+
+    return chosen(job, candidate)
+
+
+def after(job: Job) -> str:
+    """The column of what was trained."""
+    return f"{job.options.steps} steps"
+
+
+def raw(job: Job, row: str, module: nn.Module, x: float | None = None) -> Row:
+    """A network as it is."""
+    return Row(row, AT_ONCE, job.values(module), x)
+
+
+def trained(job: Job, row: str, refined: Refined, x: float | None = None) -> Row:
+    """A network after the k steps."""
+    values = job.values(refined.module, rate=refined.rate, seconds=refined.seconds)
+    return Row(row, after(job), values, x)
+
+
+def both(job: Job, row: str, module: nn.Module, x: float | None = None) -> list[Row]:
+    """A network as it is, and after k steps of fine-tuning."""
+    return [raw(job, row, module, x), trained(job, row, finetuned(job, module), x)]
+
+
+def controls(job: Job) -> list[Row]:
+    """The member that validates best, it after the same steps, and the ensemble."""
+    return [
+        *both(job, "best member", job.case.best),
+        raw(job, "ensemble", job.case.ensemble),
+    ]
