@@ -46,7 +46,8 @@ def controls_table(results: dict[str, Any]) -> str:
             if row["control"] is not None:
                 lines.append(_pair(row["name"], row["control"], rows))
         lines.append("")
-    return "\n".join(lines)
+    # With a blank line, or the closing mark would be read as a row of the table.
+    return "\n".join(lines) + "\n"
 
 
 def _pair(name: str, control: str, rows: dict[str, dict[str, Any]]) -> str:
