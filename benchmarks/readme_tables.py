@@ -1,7 +1,7 @@
-"""Write the demo's tables into README.md, or check that they are up to date.
+"""Write the demo's tables into README.md and the docs, or check that they are up to date.
 
-python benchmarks/readme_tables.py           # rewrite README.md
-python benchmarks/readme_tables.py --check   # exit with 1 when it is out of date
+python benchmarks/readme_tables.py           # rewrite README.md and docs/when-not-to-fuse.md
+python benchmarks/readme_tables.py --check   # exit with 1 when one of them is out of date
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import argparse
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 from fxfuse.demo.table import to_markdown
 
@@ -17,21 +18,52 @@ ROOT = Path(__file__).resolve().parent.parent
 BEGIN, END = "<!-- demo:begin -->", "<!-- demo:end -->"
 
 
-def with_tables(readme: str, tables: str) -> str:
-    """Return `readme` with what stands between the two marks replaced by `tables`.
+def with_tables(page: str, tables: str) -> str:
+    """Return `page` with what stands between the two marks replaced by `tables`.
 
     Raises:
         ValueError: The marks are missing.
     """
-    before, begin, rest = readme.partition(BEGIN)
+    before, begin, rest = page.partition(BEGIN)
     _, end, after = rest.partition(END)
     if not begin or not end:
-        raise ValueError(f"README.md lacks the lines {BEGIN} and {END}")
+        raise ValueError(f"the page lacks the lines {BEGIN} and {END}")
     return f"{before}{begin}\n{tables}{end}{after}"
 
 
+def controls_table(results: dict[str, Any]) -> str:
+    """Return, for every fused row, its control and how far apart they are, in Markdown."""
+    lines = []
+    for setting in results["settings"]:
+        rows = {row["name"]: row["accuracy"] for row in setting["rows"]}
+        lines += [
+            f"**{setting['name'].capitalize()}**",
+            "",
+            "| fused, % | control, % | difference, points | fused ahead in |",
+            "| --- | --- | ---: | ---: |",
+        ]
+        for row in setting["rows"]:
+            if row["control"] is not None:
+                lines.append(_pair(row["name"], row["control"], rows))
+        lines.append("")
+    # With a blank line, or the closing mark would be read as a row of the table.
+    return "\n".join(lines) + "\n"
+
+
+def _pair(name: str, control: str, rows: dict[str, dict[str, Any]]) -> str:
+    fused, other = rows[name], rows[control]
+    seeds = list(zip(fused["seeds"], other["seeds"], strict=True))
+    ahead = sum(mine > theirs for mine, theirs in seeds)
+    level = sum(mine == theirs for mine, theirs in seeds)
+    count = f"{ahead} of {len(seeds)}" + (f", level in {level}" if level else "")
+    # From rounded means, so that the difference is that of the numbers shown.
+    mine, theirs = (round(100 * row["mean"], 1) for row in (fused, other))
+    cells = [f"{name}: {mine:.1f}", f"{control}: {theirs:.1f}", f"{mine - theirs:+.1f}", count]
+    return f"| {' | '.join(cells)} |"
+
+
 def main() -> int:
-    """Rewrite or check README.md, and return the exit status."""
+    """Rewrite or check the pages, and return the exit status."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
@@ -39,21 +71,28 @@ def main() -> int:
         "--check", action="store_true", help="change nothing; exit 1 if out of date"
     )
     parser.add_argument("--readme", type=Path, default=ROOT / "README.md")
+    parser.add_argument("--controls", type=Path, default=ROOT / "docs" / "when-not-to-fuse.md")
     parser.add_argument(
         "--results", type=Path, default=ROOT / "benchmarks" / "results" / "demo.json"
     )
     options = parser.parse_args()
-    readme = options.readme.read_text(encoding="utf-8")
     results = json.loads(options.results.read_text(encoding="utf-8"))
-    wanted = with_tables(readme, to_markdown(results))
-    if options.check:
-        if readme != wanted:
+    pages = {options.readme: to_markdown(results), options.controls: controls_table(results)}
+    stale = {}
+    for path, tables in pages.items():
+        page = path.read_text(encoding="utf-8")
+        wanted = with_tables(page, tables)
+        if page != wanted:
+            stale[path] = wanted
+    for path, wanted in stale.items():
+        if options.check:
             print(
-                "README.md is out of date: run python benchmarks/readme_tables.py", file=sys.stderr
+                f"{path.name} is out of date: run python benchmarks/readme_tables.py",
+                file=sys.stderr,
             )
-        return int(readme != wanted)
-    options.readme.write_text(wanted, encoding="utf-8")
-    return 0
+        else:
+            path.write_text(wanted, encoding="utf-8")
+    return int(options.check and bool(stale))
 
 
 if __name__ == "__main__":

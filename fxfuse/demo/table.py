@@ -46,7 +46,7 @@ def _header(results: dict[str, Any]) -> list[str]:
         "MFLOPs",
         "eager, ms",
         "compiled, ms",
-        f"{results['steps']} steps, s",
+        "adds, CPU s",
     ]
 
 
@@ -54,7 +54,7 @@ def _cells(row: dict[str, Any]) -> list[str]:
     accuracy = row["accuracy"]
     mean, low, high = (100 * accuracy[key] for key in ("mean", "min", "max"))
     return [
-        row["name"],
+        _name(row),
         f"{mean:.1f} [{low:.1f}, {high:.1f}]",
         f"{row['params']:,}",
         f"{row['flops'] / 1e6:.2f}",
@@ -62,6 +62,16 @@ def _cells(row: dict[str, Any]) -> list[str]:
         _number(row["latency_ms"]["compiled"], 2),
         _number(row["seconds"], 1),
     ]
+
+
+def _name(row: dict[str, Any]) -> str:
+    """Return a row's name; that of `auto` says which starts won."""
+    if not row["starts"]:
+        return str(row["name"])
+    fused = row["starts"].count("fused")
+    member = len(row["starts"]) - fused
+    won = [f"{name} {n}x" for name, n in (("member", member), ("fused", fused)) if n]
+    return f"{row['name']} (start: {', '.join(won)})"
 
 
 def _number(value: float | None, digits: int) -> str:
@@ -79,7 +89,11 @@ def _caption(results: dict[str, Any]) -> list[str]:
     return [
         f"Accuracy: mean [min, max] over {repetitions} seeds. "
         f"Members were trained for {results['member_steps']} steps of {results['batch']} images.",
-        "Validation images chose the best member and, for each refined row, the learning rate.",
+        "Validation images chose the best member and, for fine-tuning and distillation, the "
+        "learning rate.",
+        "Fine-tuning sees all training images with labels; recalibration, refit, matching, auto "
+        f"and distillation see {results['calibration']:,} of them without labels.",
+        "CPU s: of refit, matching or training, all threads together; not of the fusion itself.",
         f"MFLOPs per image; latency per {results['batch']} images, measured once per architecture.",
         f"{results['seconds']:.0f} s in all: torch {environment['torch']}, "
         f"Python {environment['python']}, {environment['cpu']}, {environment['cores']} cores.",

@@ -4,7 +4,7 @@ from fxfuse.refine.augment import Augment, shift_and_mix
 from fxfuse.refine.loop import RefineReport
 from fxfuse.refine.match import MatchReport, match
 from fxfuse.refine.recalibrate import recalibrate
-from fxfuse.refine.regression import LayerFit, RefitReport, refit
+from fxfuse.refine.regression import LayerFit, RefitReport, refit, refit_head
 from fxfuse.refine.repair import RepairReport, repair
 from fxfuse.refine.train import default_optimizer, distill, finetune
 
@@ -21,6 +21,7 @@ __all__ = [
     "match",
     "recalibrate",
     "refit",
+    "refit_head",
     "repair",
     "shift_and_mix",
 ]

@@ -1,6 +1,7 @@
-"""Closed-form, label-free refit of a fused network."""
+"""Closed-form, label-free refit of a fused network, and of the last layer of any network."""
 
+from fxfuse.refine.regression.last_layer import refit_head
 from fxfuse.refine.regression.refit import refit
 from fxfuse.refine.regression.run import LayerFit, RefitReport, Settings, refit_state
 
-__all__ = ["LayerFit", "RefitReport", "Settings", "refit", "refit_state"]
+__all__ = ["LayerFit", "RefitReport", "Settings", "refit", "refit_head", "refit_state"]

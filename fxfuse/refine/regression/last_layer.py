@@ -1,0 +1,87 @@
+"""The last layer alone, fitted to an ensemble: the control of a refit, on a network not fused.
+
+Notation of shapes: n inputs, f features, k classes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from fxfuse.errors import RefineError
+from fxfuse.refine.batch import logits_of, try_call
+from fxfuse.refine.modes import check_teachers, device_of, evaluating
+from fxfuse.refine.regression.head import fit_head
+from fxfuse.refine.regression.solve import Ridge
+
+
+def refit_head(
+    module: nn.Module,
+    members: Sequence[nn.Module],
+    inputs: Tensor,
+    *,
+    layer: str,
+    alpha: float = 1e-3,
+) -> None:
+    """Fit the last layer of a classifier to the ensemble in place, in closed form, without labels.
+
+    Least squares to the mean of the members' logits, then a convex fit of the KL divergence to the
+    ensemble's probabilities; every other layer stays as it is. Modes stay as they are, too.
+
+    Args:
+        module: A network whose output `[n, k]` is that of `layer`.
+        members: The networks to fit to; run in eval mode, on the module's device.
+        inputs: Unlabelled inputs `[n, *]`, of the dtype that the network takes; 100 to 1,000.
+        layer: Dotted path of the last layer, an `nn.Linear` on `[n, f]`.
+        alpha: Ridge, relative to the mean square of a feature.
+
+    Raises:
+        RefineError: The layer is missing, no linear layer with a bias, or not the last one; X
+    """
+    check_teachers(module, members, "members")
+    last = _linear(module, layer)
+    device = device_of(module, None)
+    x = inputs.to(device)
+    seen: list[tuple[Tensor, Tensor]] = []
+    hook = last.register_forward_hook(lambda _, given, answer: seen.append((given[0], answer)))
+    try:
+        with evaluating([module, *members], device), torch.no_grad():
+            output = logits_of(try_call(module, (x,), "The network"))
+            answers = [logits_of(try_call(member, (x,), "A member")) for member in members]
+    finally:
+        hook.remove()
+    if len(seen) != 1 or output.dim() != 2 or not torch.equal(seen[0][1], output):
+        raise RefineError(
+            f"{layer} does not give the network's output.",
+            where=layer,
+            why="Its output is fitted to the ensemble's logits [n, k].",
+            how="Name the last layer of a classifier.",
+        )
+    if any(answer.shape != output.shape for answer in answers):
+        raise RefineError(
+            "A member has other classes than the network.",
+            where=f"network {list(output.shape)}, members {[list(a.shape) for a in answers]}",
+            why="Logits are fitted class by class.",
+            how="Give members with the network's classes.",
+        )
+    rows = seen[0][0].float().unsqueeze(1)
+    wanted = torch.stack(answers).float().mean(dim=0)
+    start = Ridge(rows, alpha, centred=True).fit(wanted)
+    fit = fit_head(rows, wanted, start, alpha)
+    with torch.no_grad():
+        last.weight.copy_(fit.matrix[0].T)
+        last.bias.copy_(fit.shift[0])
+
+
+def _linear(module: nn.Module, layer: str) -> nn.Linear:
+    found = dict(module.named_modules()).get(layer)
+    if isinstance(found, nn.Linear) and isinstance(found.bias, Tensor):
+        return found
+    raise RefineError(
+        f"{layer!r} is no linear layer with a bias.",
+        where=f"{type(module).__name__}: {type(found).__name__}",
+        why="A linear layer is what can be fitted in closed form.",
+        how="Give the dotted path of the last nn.Linear, as in named_modules().",
+    )
