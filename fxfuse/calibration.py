@@ -56,7 +56,14 @@ class Calibration:
         return parts[0], parts[1]
 
     @staticmethod
-    def of(captured: Captured, inputs: Any, *, batch: int = 128, limit: int = 1000) -> Calibration:
+    def of(
+        captured: Captured,
+        inputs: Any,
+        *,
+        batch: int = 128,
+        limit: int = 1000,
+        shuffle: bool = True,
+    ) -> Calibration:
         """Checks inputs and cuts them into batches.
 
         Args:
@@ -65,7 +72,9 @@ class Calibration:
                 them (keyword inputs), or an iterable of batches, each of these kinds or a pair
                 (inputs, labels), whose labels are left out.
             batch: Inputs per call; a graph with a fixed batch has its own.
-            limit: The first `limit` inputs are taken.
+            limit: So many inputs are taken; of an iterable the first ones.
+            shuffle: Whether inputs are taken in a random order (always the same one): data that are
+                sorted by class would otherwise show a part of the classes only.
 
         Raises:
             CalibrationError: There are none, or they are not what the network was captured with,
@@ -83,6 +92,12 @@ class Calibration:
             _check(captured, args, kwargs)
         fixed = None if captured.dynamic_batch else _size(captured.example_inputs)
         whole = pytree.tree_map(lambda *parts: _joined(parts), *calls)
+        given = [labels for _, labels in found if labels is not None]
+        labels = torch.cat(given) if len(given) == len(found) else None
+        if shuffle:
+            order = torch.randperm(_size(whole), generator=torch.Generator().manual_seed(0))
+            whole = _picked(whole, order)
+            labels = None if labels is None or len(labels) < len(order) else labels[order]
         size = min(_size(whole), limit)
         step = fixed or batch
         starts = range(0, size - (step - 1 if fixed else 0), step)
@@ -97,8 +112,6 @@ class Calibration:
         if len(batches) > 1 and _size(batches[-1]) == 1:
             batches = batches[:-1]
         size = sum(_size(b) for b in batches)
-        given = [labels for _, labels in found if labels is not None]
-        labels = torch.cat(given)[:size] if len(given) == len(found) else None
         if size < FEW:
             warnings.warn(
                 f"{size} calibration inputs are few: regressions are drawn more strongly towards "
@@ -107,7 +120,7 @@ class Calibration:
             )
         if labels is None or len(labels) < size:
             return Calibration(batches, size, fixed=fixed is not None)
-        parts = labels.split([_size(b) for b in batches])
+        parts = labels[:size].split([_size(b) for b in batches])
         return Calibration(batches, size, parts, fixed is not None)
 
 
@@ -183,14 +196,18 @@ def _size(call: Any) -> int:
 
 
 def _cut(whole: Any, start: int, end: int) -> Any:
+    return _picked(whole, slice(start, end))
+
+
+def _picked(whole: Any, chosen: slice | torch.Tensor) -> Any:
     n = _size(whole)
 
-    def cut(x: Any) -> Any:
+    def pick(x: Any) -> Any:
         if isinstance(x, torch.Tensor) and x.dim() and len(x) == n:
-            return x[start:end]
+            return x[chosen.to(x.device) if isinstance(chosen, torch.Tensor) else chosen]
         return x
 
-    return pytree.tree_map(cut, whole)
+    return pytree.tree_map(pick, whole)
 
 
 def _error(what: str, why: str, how: str, where: str = "calibration inputs") -> CalibrationError:

@@ -87,7 +87,7 @@ def test_weights_that_are_used_twice_make_no_layer():
 def test_a_lane_computes_what_the_network_does_and_frees_what_is_read():
     model = excite(SmallResNet(), images(4))
     captured = fxfuse.capture(model, images(4))
-    calibration = Calibration.of(captured, images(), batch=50)
+    calibration = Calibration.of(captured, images(), batch=50, shuffle=False)
     assert [len(args[0]) for args, _ in calibration.batches] == [50, 50, 20]
     lane = Lane(captured, captured.state(), calibration)
     (output,) = captured.outputs()
@@ -130,7 +130,9 @@ def test_unit_activations_are_what_the_reader_gets():
     model = nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 3)).eval()
     x = torch.randn(150, 4)
     graph = fxfuse.analyze(model, x[:3])
-    found = unit_activations(graph, [model.state_dict()], Calibration.of(graph.captured, x))
+    found = unit_activations(
+        graph, [model.state_dict()], Calibration.of(graph.captured, x, shuffle=False)
+    )
     torch.testing.assert_close(found["0.weight:0"][0], model[:2](x).detach())
 
 
@@ -145,7 +147,7 @@ def test_units_of_heads_and_flattened_images_are_blocks_and_rows():
 
     model = Flat().eval()
     graph = fxfuse.analyze(model, images(4))
-    calibration = Calibration.of(graph.captured, images(110))
+    calibration = Calibration.of(graph.captured, images(110), shuffle=False)
     found = unit_activations(graph, [model.state_dict()], calibration)["conv.weight:0"][0]
     assert found.shape == (110 * 16, 5)
     with torch.no_grad():
@@ -167,7 +169,9 @@ def test_units_that_no_layer_reads():
     model, x = Twice().eval(), torch.randn(150, 4)
     graph = fxfuse.analyze(model, x[:3])
     (group,) = graph.groups
-    found = unit_activations(graph, [model.state_dict()] * 2, Calibration.of(graph.captured, x))
+    found = unit_activations(
+        graph, [model.state_dict()] * 2, Calibration.of(graph.captured, x, shuffle=False)
+    )
     with torch.no_grad():
         expected = model.twice(model.twice(model.first(x)).relu()).tanh()
     torch.testing.assert_close(found[group.name][1], expected)
@@ -237,13 +241,23 @@ def test_few_inputs_are_warned_of():
 def test_batches_with_labels_and_parts():
     captured = fxfuse.capture(excite(SmallResNet(), images(4)), images(4))
     batches = [(images(60), torch.arange(60)), (images(60), torch.arange(60))]
-    calibration = Calibration.of(captured, batches, batch=100)
+    calibration = Calibration.of(captured, batches, batch=100, shuffle=False)
     assert calibration.size == 120
     assert [len(labels) for labels in calibration.labels] == [100, 20]
     fitting, choosing = calibration.split(0.25)
     assert (fitting.size, choosing.size) == (90, 30)
     joined = torch.cat([a[0] for part in (fitting, choosing) for a, _ in part.batches])
     torch.testing.assert_close(joined, torch.cat([images(60)] * 2))
+
+
+def test_sorted_inputs_are_shuffled_with_their_labels():
+    captured = fxfuse.capture(excite(SmallResNet(), images(4)), images(4))
+    x, labels = images(2000), torch.arange(2000)
+    calibration = Calibration.of(captured, [(x[:900], labels[:900]), (x[900:], labels[900:])])
+    taken = torch.cat(calibration.labels)
+    assert calibration.size == len(taken.unique()) == 1000
+    assert int((taken >= 1000).sum()) > 400
+    torch.testing.assert_close(torch.cat([args[0] for args, _ in calibration.batches]), x[taken])
 
 
 def test_an_activation_that_is_nan_is_named():
