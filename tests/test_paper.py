@@ -14,10 +14,11 @@ from benchmarks.paper import cost, runner, sync_sgd, table
 from benchmarks.paper.datasets import Data
 from benchmarks.paper.experiment import Experiment, Job, Options, Place, Row, run, summary
 from benchmarks.paper.markdown import markdown
-from benchmarks.paper.order import prune_first
+from benchmarks.paper.order import prune_first, register
 from benchmarks.paper.plot import draw
 from benchmarks.paper.refining import controls, finetuned
 from fxfuse import fuse
+from fxfuse.methods import registry
 
 TINY = Options(seeds=1, steps=8, rates=(1e-3,), calibration=24, batch=8, member_steps=4)
 NAMES = [experiment.name for experiment in table.EXPERIMENTS]
@@ -76,6 +77,13 @@ EXPECTED = {
     "cost": {("0.5", "NT (l2)"), ("0.5", "8 training steps")},
 }
 EXPECTED["vit"] = EXPECTED["compare"]
+
+
+@pytest.fixture(autouse=True)
+def _own_methods(monkeypatch):
+    """A method that an experiment registers is forgotten afterwards."""
+    monkeypatch.setattr(registry, "_METHODS", dict(registry._METHODS))
+    register()
 
 
 @pytest.mark.filterwarnings("ignore:.*calibration inputs are few")
