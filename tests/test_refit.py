@@ -253,6 +253,33 @@ def test_a_parameter_that_should_stay_stays():
     assert "asked" in fit.why
 
 
+def test_a_partner_that_should_stay_stays():
+    """The other layer of a sum is fitted in turn, but not one that an option keeps."""
+    members, x = members_for("depthwise"), inputs_for("depthwise")
+    plain = fxfuse.fuse(members, x[:4], freeze=["narrow.bias"])
+    result = fxfuse.fuse(members, x[:4], freeze=["narrow.bias"], calibration=x, refit=True)
+    torch.testing.assert_close(result.state_dict()["narrow.bias"], members[0].narrow.bias.detach())
+    for name in ("narrow.weight", "narrow.bias"):
+        torch.testing.assert_close(result.state_dict()[name], plain.state_dict()[name])
+        assert name in result.refit.left
+    assert next(fit for fit in result.refit.layers if fit.weight == "side.weight").fitted
+
+
+def test_a_norm_that_is_used_twice_is_left():
+    class Shared(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second = nn.Linear(6, 10), nn.Linear(10, 10)
+            self.norm, self.head = nn.LayerNorm(10), nn.Linear(10, 3)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.head(self.norm(self.second(self.norm(self.first(x)))))
+
+    members, x = [Shared().eval() for _ in range(2)], torch.randn(300, 6)
+    report = refit(fxfuse.fuse(members, x[:4]), members, x)
+    assert {"norm.weight", "norm.bias"} <= set(report.left)
+
+
 # --- fuse -------------------------------------------------------------------------------------
 
 

@@ -126,21 +126,24 @@ def layers_of(captured: Captured) -> tuple[Layer, ...]:
 
     Weights that are used twice or tied, and weights that are computed, make no layer.
     """
-    used = Counter(
+    reads, found = reads_of(captured), []
+    for node in captured.graph.nodes:
+        layer = _layer(captured, node) if node.op == "call_function" else None
+        if layer is None:
+            continue
+        if all(reads[name] == 1 for name in (layer.weight, layer.bias) if name):
+            found.append(layer)
+    return tuple(found)
+
+
+def reads_of(captured: Captured) -> Counter[str]:
+    """How often the graph reads each state tensor, by canonical name; once: some node's own."""
+    return Counter(
         captured.canonical[str(n.target)]
         for n in captured.graph.nodes
         if n.op == "get_attr" and str(n.target) in captured.canonical
         for _ in n.users
     )
-    found = []
-    for node in captured.graph.nodes:
-        layer = _layer(captured, node) if node.op == "call_function" else None
-        if layer is None:
-            continue
-        own = [name for name in (layer.weight, layer.bias) if name]
-        if all(used[captured.canonical[name]] == 1 for name in own):
-            found.append(layer)
-    return tuple(found)
 
 
 def name_of(captured: Captured, node: Any) -> str | None:

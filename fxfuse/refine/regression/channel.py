@@ -8,7 +8,7 @@ import torch
 from torch import fx
 
 from fxfuse.calibrate import Lane
-from fxfuse.calibrate.layers import name_of
+from fxfuse.calibrate.layers import name_of, reads_of
 from fxfuse.capture import Captured
 from fxfuse.refine.regression.route import Norm, norm_of
 from fxfuse.refine.regression.write import State
@@ -55,11 +55,11 @@ class PerChannel:
 
 def per_channel_of(captured: Captured, taken: set[fx.Node]) -> tuple[PerChannel, ...]:
     """The normalisations of a network with one-dimensional parameters, but those that are taken."""
-    found = []
+    reads, found = reads_of(captured), []
     for node in captured.graph.nodes:
         if node in taken or node.op != "call_function":
             continue
-        norm = norm_of(captured, node)
+        norm = norm_of(captured, node, reads)
         if norm is not None:
             found.append(PerChannel(node, norm.weight, norm.bias, norm))
         elif node.target in _NORMS:
@@ -67,7 +67,7 @@ def per_channel_of(captured: Captured, taken: set[fx.Node]) -> tuple[PerChannel,
                 argument_of(node, n, node.args, node.kwargs) for n in ("weight", "bias")
             )
             name, shift = name_of(captured, weight), name_of(captured, bias)
-            own = all(len(n.users) == 1 for n in (weight, bias) if isinstance(n, fx.Node))
+            own = all(reads[n] == 1 for n in (name, shift) if n)
             if name and captured.tensor(name).dim() == 1 and own and (bias is None or shift):
                 found.append(PerChannel(node, name, shift or "", None))
     return tuple(found)

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from math import inf
 from typing import Any
@@ -12,7 +11,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from fxfuse.calibrate.layers import Layer, layers_of, name_of
+from fxfuse.calibrate.layers import Layer, layers_of, name_of, reads_of
 from fxfuse.capture import Captured
 from fxfuse.rules import find, movement
 from fxfuse.rules.registry import argument_of
@@ -100,11 +99,11 @@ class Route:
 def routes_of(captured: Captured) -> tuple[Route, ...]:
     """A route for each layer, in graph order."""
     order = {node: place for place, node in enumerate(captured.graph.nodes)}
-    routes = []
+    reads, routes = reads_of(captured), []
     #: Routes that lead to a sum of which the other operand comes later, by that operand's sum.
     early: dict[fx.Node, Route] = {}
     for layer in layers_of(captured):
-        route = _route(captured, layer, order)
+        route = _route(captured, layer, reads)
         if route.skip is not None and order[route.skip] > order[layer.node]:
             early[route.aim] = route
             route = route.alone()
@@ -114,9 +113,12 @@ def routes_of(captured: Captured) -> tuple[Route, ...]:
     return tuple(routes)
 
 
-def _route(captured: Captured, layer: Layer, order: dict[fx.Node, int]) -> Route:
+def _route(captured: Captured, layer: Layer, reads: Mapping[str, int]) -> Route:
     """The way of a layer to the next sum, whichever operand of it comes first."""
-    norm = norm_of(captured, _only_user(layer.node), layer.node)
+    user = _only_user(layer.node)
+    norm = (
+        None if user is None or layer.node is not user.args[0] else norm_of(captured, user, reads)
+    )
     output = layer.node if norm is None else norm.node
     chain: list[fx.Node] = []
     node, skip, aim = output, None, output
@@ -135,21 +137,15 @@ def _route(captured: Captured, layer: Layer, order: dict[fx.Node, int]) -> Route
     return Route(layer, norm, tuple(chain), skip, aim, _cut_behind(aim))
 
 
-def norm_of(captured: Captured, node: fx.Node | None, x: fx.Node | None = None) -> Norm | None:
-    """The batch norm that a node is, if its tensors are its own; of `x`, when that is given."""
-    if node is None or node.target is not _BATCH_NORM or (x is not None and node.args[0] is not x):
+def norm_of(captured: Captured, node: fx.Node, reads: Mapping[str, int]) -> Norm | None:
+    """The batch norm that a node is, if its tensors are its own (`reads_of`)."""
+    if node.target is not _BATCH_NORM:
         return None
     names = [
         name_of(captured, _argument(node, n))
         for n in ("weight", "bias", "running_mean", "running_var")
     ]
-    uses = Counter(
-        captured.canonical[str(n.target)]
-        for n in captured.graph.nodes
-        if n.op == "get_attr" and str(n.target) in captured.canonical
-        for _ in n.users
-    )
-    own = [n for n in names if n is not None and uses[captured.canonical[n]] == 1]
+    own = [n for n in names if n is not None and reads[n] == 1]
     if len(own) < len(names):
         return None
     weight, bias, mean, variance = own

@@ -154,6 +154,7 @@ class _Refit:
         self.generator = torch.Generator().manual_seed(settings.seed)
         self.outputs = captured.outputs()
         self.fits: list[LayerFit] = []
+        self.changed: set[str] = set()
 
     def run(self) -> tuple[State, RefitReport]:
         started = time.process_time()
@@ -161,13 +162,9 @@ class _Refit:
             for node in self.student.nodes:
                 if node in self.work:
                     self.visit(self.work[node])
-        changed: set[str] = set()
-        for fit, work in zip(self.fits, self.work_in_order(), strict=True):
-            if fit.fitted:
-                changed |= _tensors_of(work)
         captured = self.graph.captured
         parameters = {n for n, _ in captured.module.named_parameters()}
-        left = tuple(n for n in captured.names if n in parameters and n not in changed)
+        left = tuple(n for n in captured.names if n in parameters and n not in self.changed)
         for name in captured.names:
             self.state[name] = self.state[captured.canonical[name]]
         seconds = time.process_time() - started
@@ -188,8 +185,9 @@ class _Refit:
             self.fits.append(LayerFit(_name(work), aim.name, inf, inf, False, why))
         elif isinstance(work, Route):
             self.fits.append(self.fit_layer(work))
-            if work.partner is not None and self.fits[-1].fitted:
-                self.fits[-1] = self.fit_in_turn(work, work.partner, self.fits[-1])
+            partner = work.partner
+            if partner and self.fits[-1].fitted and not self.reason_to_leave(partner):
+                self.fits[-1] = self.fit_in_turn(work, partner, self.fits[-1])
         else:
             self.fits.append(self.fit_channels(work))
         if self.fits[-1].fitted:
@@ -247,6 +245,7 @@ class _Refit:
             why = "no map is closer on the calibration inputs"
             return LayerFit(route.layer.weight, route.aim.name, before, before, False, why)
         write(route, self.state, chosen, found.rows)
+        self.changed |= _tensors_of(route)
         return LayerFit(route.layer.weight, route.aim.name, before, best, True)
 
     def fit_in_turn(self, last: Route, first: Route, fit: LayerFit) -> LayerFit:
@@ -309,6 +308,7 @@ class _Refit:
             return LayerFit(op.weight, op.node.name, before, before, False, why)
         inputs = rows(self.student.value(_input(op))) if op.norm is not None else x
         write_channels(op, self.state, inputs, scale, shift)
+        self.changed |= _tensors_of(op)
         return LayerFit(op.weight, op.node.name, before, after, True)
 
 
