@@ -12,23 +12,13 @@ import sys
 from pathlib import Path
 from typing import Any
 
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from benchmarks.pages import with_tables
 from fxfuse.demo.table import to_markdown
 
 ROOT = Path(__file__).resolve().parent.parent
-BEGIN, END = "<!-- demo:begin -->", "<!-- demo:end -->"
-
-
-def with_tables(page: str, tables: str) -> str:
-    """Return `page` with what stands between the two marks replaced by `tables`.
-
-    Raises:
-        ValueError: The marks are missing.
-    """
-    before, begin, rest = page.partition(BEGIN)
-    _, end, after = rest.partition(END)
-    if not begin or not end:
-        raise ValueError(f"the page lacks the lines {BEGIN} and {END}")
-    return f"{before}{begin}\n{tables}{end}{after}"
+MARK = "demo"
 
 
 def controls_table(results: dict[str, Any]) -> str:
@@ -81,7 +71,7 @@ def main() -> int:
     stale = {}
     for path, tables in pages.items():
         page = path.read_text(encoding="utf-8")
-        wanted = with_tables(page, tables)
+        wanted = with_tables(page, MARK, tables)
         if page != wanted:
             stale[path] = wanted
     for path, wanted in stale.items():

@@ -15,9 +15,9 @@ from fxfuse.errors import RefineError
 from fxfuse.plan import FusionPlan, UnitMap
 from fxfuse.refine.batch import logits_of
 from fxfuse.refine.match import MatchReport, match
-from fxfuse.refine.outputs import kind_of
+from fxfuse.refine.outputs import kind_of_network
 from fxfuse.refine.regression import RefitReport, Settings, refit_state
-from fxfuse.rewrite import emit
+from fxfuse.rewrite import FusedModule, emit
 
 #: Share of the calibration inputs that choose the start; the refit does not see them.
 _HELD_OUT = 0.25
@@ -59,14 +59,18 @@ class Start:
     Attributes:
         plan: Which unit of which member went where.
         state: Its tensors by name.
-        refit: What the refit did, if this is a refitted network.
+        refit: What the refit did, if there was one.
+        module: The network, once it has been matched; its tensors are others then.
         choice: What was chosen from.
+        match: What the matching did.
     """
 
     plan: FusionPlan
     state: State
     refit: RefitReport | None = None
+    module: FusedModule | None = None
     choice: Choice | None = None
+    match: MatchReport | None = None
 
 
 def refitted(
@@ -82,97 +86,87 @@ def refitted(
     Raises:
         CalibrationError: An activation is not a number.
     """
-    settings = Settings(logits=_kind(graph, outputs) == "logits")
+    settings = Settings(logits=kind_of_network(graph.captured, outputs) == "logits")
     new, report = refit_state(graph, plan, states, state, calibration, settings)
     return Start(plan, new, report)
 
 
-def best_start(
+def matched_start(
     graph: CouplingGraph,
     plan: FusionPlan,
     states: Sequence[State],
     state: State,
     calibration: Calibration,
     outputs: str | None,
+    *,
+    steps: int | None,
+    seconds: float | None,
 ) -> Start:
-    """The refitted network or a member, whichever answers most like the ensemble.
+    """The refitted network or a member, whichever answers most like the ensemble, matched to it.
+
+    A network that matching does not bring closer to the ensemble keeps its tensors: a budget of a
+    few steps can do more harm than good.
 
     Args:
         graph: The analysis of the members.
         plan: The plan of the fusion.
         states: The members' tensors by name.
         state: The fused tensors by name.
-        calibration: A part of it fits, the rest chooses.
+        calibration: A part of it fits, the rest chooses; matching sees all.
         outputs: `logits`, `values`, or None to let the outputs' shape decide.
+        steps: Budget of the matching in steps.
+        seconds: Budget of the matching in CPU seconds.
 
     Raises:
         CalibrationError: An activation is not a number.
-    """
-    kind = _kind(graph, outputs)
-    fitting, choosing = calibration.split(_HELD_OUT)
-    fused = refitted(graph, plan, states, state, fitting, outputs)
-    answers = [_answers(graph, s, choosing) for s in states]
-    wanted = torch.stack(answers).mean(0)
-    starts = {f"member {i}": Start(_all_of(plan, i), s) for i, s in enumerate(states)}
-    starts["fused"] = fused
-    far = {f"member {i}": _divergence(a, wanted, kind) for i, a in enumerate(answers)}
-    far["fused"] = _divergence(_answers(graph, fused.state, choosing), wanted, kind)
-    name = min(far, key=lambda n: far[n])
-    chosen = starts[name]
-    plan = replace(chosen.plan, method="auto", options={**plan.options, "start": name})
-    return replace(chosen, plan=plan, refit=fused.refit, choice=Choice(name, far, far[name]))
-
-
-def matched(
-    module: nn.Module,
-    graph: CouplingGraph,
-    states: Sequence[State],
-    start: Start,
-    calibration: Calibration,
-    *,
-    outputs: str | None,
-    steps: int | None,
-    seconds: float | None,
-) -> tuple[Choice | None, MatchReport]:
-    """Matches a network in place to the mean of the members' outputs on the calibration inputs.
-
-    A network that this does not bring closer to the ensemble gets the start's tensors back: a
-    budget of a few steps can do more harm than good.
-
-    Raises:
         RefineError: The inputs are no tensors, or a budget is not positive.
     """
-    members = [emit(graph.captured, state) for state in states]
-    calls = calibration.batches
-    if any(kwargs for _, kwargs in calls):
+    kind = kind_of_network(graph.captured, outputs)
+    fitting, choosing = calibration.split(_HELD_OUT)
+    fused = refitted(graph, plan, states, state, fitting, outputs)
+    members = [emit(graph.captured, s) for s in states]
+    answers = [_answers(member, choosing) for member in members]
+    wanted = torch.stack(answers).mean(0)
+    starts = {f"member {i}": Start(_all_of(plan, i), s) for i, s in enumerate(states)}
+    far = {name: _divergence(a, wanted, kind) for name, a in zip(starts, answers, strict=True)}
+    starts["fused"] = fused
+    refit = emit(graph.captured, fused.state)
+    far["fused"] = _divergence(_answers(refit, choosing), wanted, kind)
+    name = min(far, key=lambda n: far[n])
+    chosen = starts[name]
+    # A start may be a member's own tensors, which stay as they are.
+    module = emit(graph.captured, {n: t.detach().clone() for n, t in chosen.state.items()})
+    inputs = _joined(calibration)
+    report = match(module, members, inputs, outputs=outputs, steps=steps, seconds=seconds)
+    after = _divergence(_answers(module, choosing), wanted, kind)
+    kept = after < far[name]
+    if not kept:
+        module.load_state_dict(chosen.state)
+    return Start(
+        replace(chosen.plan, method="auto", options={**plan.options, "start": name}),
+        chosen.state,
+        fused.refit,
+        module,
+        Choice(name, far, after if kept else far[name], kept),
+        report,
+    )
+
+
+def _joined(calibration: Calibration) -> tuple[torch.Tensor, ...]:
+    """All inputs of the calls, position by position."""
+    if any(kwargs for _, kwargs in calibration.batches):
         raise RefineError(
             "matching takes positional inputs only",
             where="calibration",
             why="its pool is indexed input by input",
             how="wrap the networks in a module whose inputs are positional",
         )
-    inputs = tuple(torch.cat(column) for column in zip(*(args for args, _ in calls), strict=True))
-    report = match(module, members, inputs, outputs=outputs, steps=steps, seconds=seconds)
-    if start.choice is None:
-        return None, report
-    kind, (_, choosing) = _kind(graph, outputs), calibration.split(_HELD_OUT)
-    wanted = torch.stack([_answers(graph, state, choosing) for state in states]).mean(0)
-    after = _divergence(_answers(graph, module.state_dict(), choosing), wanted, kind)
-    before = start.choice.divergence[start.choice.start]
-    if after < before:
-        return replace(start.choice, after=after), report
-    module.load_state_dict(start.state)
-    return replace(start.choice, after=before, kept=False), report
+    columns = zip(*(args for args, _ in calibration.batches), strict=True)
+    return tuple(torch.cat(column) for column in columns)
 
 
-def _kind(graph: CouplingGraph, outputs: str | None) -> str:
-    shapes = [n.meta["val"].shape for n in graph.captured.outputs() if isinstance(n, torch.fx.Node)]
-    return kind_of(shapes[0], outputs)
-
-
-def _answers(graph: CouplingGraph, state: State, calibration: Calibration) -> torch.Tensor:
-    """Outputs of a network on all calibration inputs, float32 [n, *]."""
-    module = emit(graph.captured, state)
+def _answers(module: nn.Module, calibration: Calibration) -> torch.Tensor:
+    """Outputs of a network in eval mode on all calibration inputs, float32 [n, *]."""
     with torch.no_grad():
         found = [logits_of(module(*args, **kwargs)).float() for args, kwargs in calibration.batches]
     return torch.cat(found)

@@ -29,7 +29,7 @@ from fxfuse.errors import (
     TooFewMembersError,
     VerificationError,
 )
-from fxfuse.finish import Choice, Start, best_start, matched, refitted
+from fxfuse.finish import Choice, Start, matched_start, refitted
 from fxfuse.freezing import excused
 from fxfuse.heads import join
 from fxfuse.members import check_alike, check_finite, check_model, check_values
@@ -289,17 +289,14 @@ def fuse(
     )
     plan = make_plan(graph, states, "transplant" if auto else method, options, host=host)
     start = Start(plan, fused_at_width(graph, plan, states))
-    if inputs is not None and (auto or refit):
-        go = best_start if auto else refitted
-        start = go(graph, plan, states, start.state, inputs, outputs)
-    # A start may be a member's own tensors.
-    own = _copied(start.state) if auto else start.state
-    module = emit(network, own) if network.is_program else None
-    choice, report = start.choice, None
-    if auto and module is not None and inputs is not None:
-        choice, report = matched(
-            module, graph, states, start, inputs, outputs=outputs, steps=steps, seconds=seconds
-        )
+    told = graph, plan, states, start.state
+    if inputs is not None and auto:
+        start = matched_start(*told, inputs, outputs, steps=steps, seconds=seconds)
+    elif inputs is not None and refit:
+        start = refitted(*told, inputs, outputs)
+    module = start.module
+    if module is None and network.is_program:
+        module = emit(network, start.state)
     if verify:
         checks += handover(network, module or _eager(network, start.state))
     verification = Verification(tuple(checks))
@@ -311,13 +308,9 @@ def fuse(
         start.state,
         module,
         start.refit,
-        choice,
-        report,
+        start.choice,
+        start.match,
     )
-
-
-def _copied(state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    return {name: tensor.detach().clone() for name, tensor in state.items()}
 
 
 def _check_calibrated(

@@ -10,6 +10,7 @@ import json
 import pytest
 import torch
 
+from benchmarks.pages import marks, with_tables
 from benchmarks.paper import cost, runner, sync_sgd, table
 from benchmarks.paper.datasets import Data
 from benchmarks.paper.experiment import Experiment, Job, Options, Place, Row, run, summary
@@ -158,7 +159,8 @@ def test_command(data, tmp_path, monkeypatch, capsys):
     assert plot.exists()
 
     page = tmp_path / "paper.md"
-    page.write_text(f"before\n{table.BEGIN}\nold\n{table.END}\nafter\n")
+    begin, end = marks(table.MARK)
+    page.write_text(f"before\n{begin}\nold\n{end}\nafter\n")
     where = ["--page", str(page), "--results", str(out.parent), "--plots", str(plot.parent)]
     assert table.main([*where, "--check"]) == 1
     assert "old" in page.read_text()
@@ -173,8 +175,8 @@ def test_command(data, tmp_path, monkeypatch, capsys):
 
 
 def test_the_page_needs_its_marks():
-    with pytest.raises(ValueError, match=table.BEGIN):
-        table.with_tables("nothing", "tables")
+    with pytest.raises(ValueError, match=marks(table.MARK)[0]):
+        with_tables("nothing", table.MARK, "tables")
 
 
 def test_a_summary_spans_the_seeds():

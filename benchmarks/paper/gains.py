@@ -31,14 +31,11 @@ from benchmarks.paper.datasets import load
 from benchmarks.paper.matching import PLACES, distilled
 from benchmarks.paper.networks import NETWORKS
 from benchmarks.paper.setting import SETTINGS, Case, accuracy, case
-from fxfuse.refine import match, recalibrate
-from fxfuse.refine.regression.head import fit_head
-from fxfuse.refine.regression.solve import Ridge
+from fxfuse.refine import match, recalibrate, refit_head
 
 RESULTS = Path(__file__).parents[1] / "results" / "gains.json"
 CALIBRATION = 1000
 QUICK = 2.0
-ALPHA = 1e-3
 
 
 def measure(made: Case, seconds: float) -> dict[str, dict[str, Any]]:
@@ -80,7 +77,8 @@ def measure(made: Case, seconds: float) -> dict[str, dict[str, Any]]:
     result, spent = fused(method="auto", calibration=x, seconds=seconds)
     note("auto", result.module, spent, start=result.choice.start, kept=result.choice.kept)
     start = time.process_time()
-    module = with_new_head(made.best, members, x)
+    module = copy.deepcopy(made.best)
+    refit_head(module, members, x, layer="head")
     note("best member + head refit", module, time.process_time() - start)
     module = copy.deepcopy(made.best)
     report = match(module, members, x, seconds=spent, seed=made.seed)
@@ -88,22 +86,6 @@ def measure(made: Case, seconds: float) -> dict[str, dict[str, Any]]:
     module, used = distilled(made, spent)
     note("best member + KL distillation", module, used)
     return rows
-
-
-def with_new_head(model: nn.Module, members: list[nn.Module], x: torch.Tensor) -> nn.Module:
-    """A copy whose last layer is fitted to the ensemble as a refit fits it."""
-    model = copy.deepcopy(model)
-    seen: list[torch.Tensor] = []
-    hook = model.head.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
-    with torch.no_grad():
-        model(x)
-        logits = torch.stack([member(x) for member in members]).mean(0)
-        rows = seen[0].unsqueeze(1)
-        fit = fit_head(rows, logits, Ridge(rows, ALPHA, centred=True).fit(logits), ALPHA)
-        model.head.weight.copy_(fit.matrix[0].t())
-        model.head.bias.copy_(fit.shift[0])
-    hook.remove()
-    return model
 
 
 def summary(cases: list[dict[str, Any]]) -> list[str]:

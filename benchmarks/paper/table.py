@@ -12,6 +12,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from benchmarks.pages import with_tables
 from benchmarks.paper import (
     compare,
     cost,
@@ -31,20 +32,7 @@ EXPERIMENTS: tuple[Experiment, ...] = tuple(
     for module in (compare, vit, members, order, fraction, selftransplant, sync_sgd, cost)
 )
 PAGE = ROOT / "docs" / "paper.md"
-BEGIN, END = "<!-- paper:begin -->", "<!-- paper:end -->"
-
-
-def with_tables(page: str, tables: str) -> str:
-    """`page` with what stands between the two marks replaced by `tables`.
-
-    Raises:
-        ValueError: The marks are missing.
-    """
-    before, begin, rest = page.partition(BEGIN)
-    _, end, after = rest.partition(END)
-    if not begin or not end:
-        raise ValueError(f"the page lacks the lines {BEGIN} and {END}")
-    return f"{before}{begin}\n\n{tables}\n{end}{after}"
+MARK = "paper"
 
 
 def tables(results: Path = RESULTS, plots: Path = PLOTS) -> str:
@@ -96,7 +84,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--plots", type=Path, default=PLOTS)
     asked = parser.parse_args(arguments)
     page = asked.page.read_text(encoding="utf-8")
-    wanted = with_tables(page, tables(asked.results, asked.plots))
+    wanted = with_tables(page, MARK, f"\n{tables(asked.results, asked.plots)}\n")
     if asked.check:
         if page != wanted:
             print(

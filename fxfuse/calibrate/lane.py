@@ -27,7 +27,6 @@ class Lane:
         calibration: The inputs.
         name: Who that is, for messages.
         held: Nodes whose values are kept until `drop`.
-        device: Where to run; the batches are moved there.
     """
 
     def __init__(
@@ -122,7 +121,7 @@ class Lane:
     def _step(self, node: fx.Node) -> None:
         if node.op != "call_function":
             return
-        self.values[node] = self.compute(node, lambda batch, n: self.value(n)[batch])
+        self.redo(node)
         self._check(node)
         for operand in node.all_input_nodes:
             if operand not in self.held and self._is_read(operand, self.order[node]):

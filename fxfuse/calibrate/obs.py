@@ -61,8 +61,8 @@ def elimination(
         which each of them is removed, float64 [n], higher for those that are left.
     """
     members = sorted(kept)
-    inputs = consumer_inputs(graph, [states[m] for m in members], calibration)
     consumers = consumers_of(graph)
+    inputs = consumer_inputs(graph, consumers, [states[m] for m in members], calibration)
     order = {node: place for place, node in enumerate(graph.captured.graph.nodes)}
     groups = [group for group in graph.groups if consumers[group.name]]
     groups.sort(key=lambda g: order[consumers[g.name][0].layer.node], reverse=True)

@@ -78,7 +78,7 @@ class Targets:
     def _merger(self, f: Field, member: int) -> _Merger:
         """Where along a field each place comes from in one member."""
         ids = f.ids.reshape(-1).numpy()
-        own = ids & _NEURON
+        own = neurons(f.ids).reshape(-1).numpy()
         fused, source, weight = self.entries[member]
         first = np.searchsorted(fused, own, side="left")
         last = np.searchsorted(fused, own, side="right")
@@ -149,9 +149,6 @@ class Targets:
             for group in self.graph.group_of.get(place, ()):
                 told[ledger.starts[owner] + group.index[place].reshape(-1)] = True
         return told
-
-
-_NEURON = int(neurons(torch.tensor(-1)))
 
 
 class _Merger:

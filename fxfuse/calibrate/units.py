@@ -49,6 +49,7 @@ def consumers_of(graph: CouplingGraph) -> dict[str, list[Consumer]]:
 
 def consumer_inputs(
     graph: CouplingGraph,
+    consumers: Mapping[str, Sequence[Consumer]],
     states: Sequence[Mapping[str, torch.Tensor]],
     calibration: Calibration,
     *,
@@ -58,6 +59,7 @@ def consumer_inputs(
 
     Args:
         graph: The analysis of the members.
+        consumers: What `consumers_of` returned.
         states: Their tensors by name.
         calibration: The inputs.
         rows: About how many rows are kept; the same ones in all members.
@@ -65,25 +67,29 @@ def consumer_inputs(
     Returns:
         For each layer, one float32 tensor [rows, channels] per member.
     """
-    read = {c.layer for found in consumers_of(graph).values() for c in found}
-    layers = [layer for layer in layers_of(graph.captured) if layer in read]
-    result: dict[Layer, list[torch.Tensor]] = {layer: [] for layer in layers}
+    place = {node: place for place, node in enumerate(graph.captured.graph.nodes)}
+    layers = {c.layer: None for found in consumers.values() for c in found}
+    result: dict[Layer, list[torch.Tensor]] = {
+        layer: [] for layer in sorted(layers, key=lambda layer: place[layer.node])
+    }
+    last = {layer.input: layer for layer in result}
     for number, state in enumerate(states):
-        held = {layer.input for layer in layers}
-        lane = Lane(graph.captured, state, calibration, name=f"member {number}", held=held)
-        done: set[Layer] = set()
-        for layer in layers:
-            done.add(layer)
+        name = f"member {number}"
+        lane = Lane(graph.captured, state, calibration, name=name, held=set(last))
+        for layer, found in result.items():
             lane.run_to(layer.input)
-            parts = [layer.output_rows(x) for x in lane.value(layer.input)]
-            total = sum(map(len, parts))
-            step = max(total // rows, 1)
-            # A step that shares no factor with the image's width does not pick its columns.
-            step += 1 - step % 2
-            result[layer].append(torch.cat([p[::step].float() for p in parts]))
-            if all(layer.input is not other.input for other in layers if other not in done):
+            found.append(_some([layer.output_rows(x) for x in lane.value(layer.input)], rows))
+            if last[layer.input] is layer:
                 lane.drop(layer.input)
     return result
+
+
+def _some(parts: Sequence[torch.Tensor], rows: int) -> torch.Tensor:
+    """About `rows` of all rows [n, channels], float32: the same ones whoever's they are."""
+    step = max(sum(map(len, parts)) // rows, 1)
+    # A step that shares no factor with the image's width does not pick its columns.
+    step += 1 - step % 2
+    return torch.cat([part[::step].float() for part in parts])
 
 
 def unit_activations(
@@ -107,13 +113,13 @@ def unit_activations(
         no layer reads is taken where its units last stand along one dimension; one whose units
         never do is left out.
     """
-    inputs = consumer_inputs(graph, states, calibration, rows=rows)
     consumers, found = consumers_of(graph), {}
+    inputs = consumer_inputs(graph, consumers, states, calibration, rows=rows)
     for group in graph.groups:
         readers = consumers[group.name]
         if readers:
             found[group.name] = [
-                torch.cat([_by_unit(inputs[c.layer][member], c) for c in readers])
+                torch.cat([_by_unit(inputs[c.layer][member], c.slots) for c in readers])
                 for member in range(len(states))
             ]
     places = {g.name: _last_place(graph, g) for g in graph.groups if g.name not in found}
@@ -153,16 +159,13 @@ def _last_place(graph: CouplingGraph, group: CouplingGroup) -> tuple[fx.Node, in
 
 
 def _at_place(lane: Lane, node: fx.Node, dim: int, slots: Index, rows: int) -> torch.Tensor:
-    values = [v.movedim(dim, -1).reshape(-1, v.shape[dim]).float() for v in lane.value(node)]
-    step = max(sum(map(len, values)) // rows, 1) | 1
-    x = torch.cat([v[::step] for v in values])[:, torch.from_numpy(slots).to(values[0].device)]
-    return x.transpose(1, 2).reshape(-1, len(slots))
+    lines = [v.movedim(dim, -1).reshape(-1, v.shape[dim]) for v in lane.value(node)]
+    return _by_unit(_some(lines, rows), slots)
 
 
-def _by_unit(x: torch.Tensor, consumer: Consumer) -> torch.Tensor:
+def _by_unit(x: torch.Tensor, slots: Index) -> torch.Tensor:
     """[rows, channels] → [rows · slots, n_units]."""
-    slots = torch.from_numpy(consumer.slots).to(x.device)
-    return x[:, slots].transpose(1, 2).reshape(-1, len(slots))
+    return x[:, torch.from_numpy(slots).to(x.device)].transpose(1, 2).reshape(-1, len(slots))
 
 
 def _is_repeated(graph: CouplingGraph, layer: Layer, slots: Index) -> bool:

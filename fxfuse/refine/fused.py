@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import fx, nn
 from torch.export import ExportedProgram
 
+from fxfuse.calibration import Calibration
 from fxfuse.capture import Captured
 from fxfuse.coupling import CouplingGraph
-from fxfuse.errors import MemberMismatchError
+from fxfuse.errors import MemberMismatchError, PartialFusionError
 from fxfuse.members import state_of
 from fxfuse.plan import FusionPlan
 
@@ -45,6 +46,34 @@ def states_of(result: Fused, members: Sequence[Member]) -> list[Mapping[str, tor
     ]
     _check_members(result, states)
     return states
+
+
+def measurable(
+    result: Fused, members: Sequence[Member], inputs: Any, *, what: str, why: str
+) -> tuple[list[Mapping[str, torch.Tensor]], Calibration]:
+    """The members' tensors and the checked inputs, for a step that measures activations.
+
+    Args:
+        result: What `fxfuse.fuse` returned.
+        members: The networks that were fused, in the same order.
+        inputs: What `Calibration.of` takes.
+        what: What several heads cannot be, for the message.
+        why: The reason, for the message.
+
+    Raises:
+        CalibrationError: The inputs are not what the members take.
+        MemberMismatchError: These are not the members that were fused.
+        NotEmittedError: The members were traced: there is no graph to run.
+        PartialFusionError: The network has several heads.
+    """
+    if result.plan.heads:
+        raise PartialFusionError(
+            f"a network with several heads cannot be {what}",
+            why=why,
+            how="train the heads with fxfuse.refine.finetune or distill",
+        )
+    result.graph.captured.require_program()
+    return states_of(result, members), Calibration.of(result.graph.captured, inputs)
 
 
 def _check_members(result: Fused, states: Sequence[Mapping[str, torch.Tensor]]) -> None:

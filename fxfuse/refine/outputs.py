@@ -5,6 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Literal
 
+from torch import fx
+
+from fxfuse.capture import Captured
 from fxfuse.errors import RefineError
 
 #: Logits of classes, of which only differences count; or values, each of which counts.
@@ -32,3 +35,13 @@ def kind_of(shape: Sequence[int], wish: str | None) -> Outputs:
             how=f"use one of {', '.join(KINDS)}, or None to let the shape decide",
         )
     return "logits" if wish == "logits" else "values"
+
+
+def kind_of_network(captured: Captured, wish: str | None) -> Outputs:
+    """The kind of a network's first output.
+
+    Raises:
+        RefineError: Another kind is asked for.
+    """
+    first = next(node for node in captured.outputs() if isinstance(node, fx.Node))
+    return kind_of(first.meta["val"].shape, wish)

@@ -22,8 +22,7 @@ from fxfuse.calibrate.layers import Layer, layers_of, name_of
 from fxfuse.calibration import Calibration
 from fxfuse.capture import Captured
 from fxfuse.coupling import CouplingGraph
-from fxfuse.errors import PartialFusionError
-from fxfuse.refine.fused import Fused, Member, states_of
+from fxfuse.refine.fused import Fused, Member, measurable
 from fxfuse.rules.registry import argument_of
 
 _BATCH_NORM = torch.ops.aten.batch_norm.default
@@ -72,16 +71,14 @@ def repair(result: Fused, members: Sequence[Member], inputs: Any) -> RepairRepor
         NotEmittedError: The members were traced: there is no graph to run.
         PartialFusionError: The network has several heads.
     """
-    if result.plan.heads:
-        raise PartialFusionError(
-            "a network with several heads cannot be repaired",
-            why="the members' trunks lead to different outputs",
-            how="train the heads with fxfuse.refine.finetune or distill",
-        )
+    states, calibration = measurable(
+        result,
+        members,
+        inputs,
+        what="repaired",
+        why="the members' trunks lead to different outputs",
+    )
     captured = result.graph.captured
-    captured.require_program()
-    states = states_of(result, members)
-    calibration = Calibration.of(captured, inputs)
     norms = _norms_of(captured)
     free = _free_layers(result.graph)
     layers = [layer for layer in free if not any(user in norms for user in layer.node.users)]

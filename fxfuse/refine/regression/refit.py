@@ -5,12 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from torch import fx
-
-from fxfuse.calibration import Calibration
-from fxfuse.errors import PartialFusionError
-from fxfuse.refine.fused import Fused, Member, states_of
-from fxfuse.refine.outputs import kind_of
+from fxfuse.refine.fused import Fused, Member, measurable
+from fxfuse.refine.outputs import kind_of_network
 from fxfuse.refine.regression.run import RefitReport, Settings, refit_state
 
 
@@ -53,18 +49,10 @@ def refit(
         NotEmittedError: The members were traced: there is no graph to run.
         PartialFusionError: The network has several heads.
     """
-    if result.plan.heads:
-        raise PartialFusionError(
-            "a network with several heads cannot be refitted",
-            why="each head has a teacher of its own",
-            how="train the heads with fxfuse.refine.finetune or distill",
-        )
-    captured = result.graph.captured
-    captured.require_program()
-    states = states_of(result, members)
-    calibration = Calibration.of(captured, inputs)
-    shapes = [n.meta["val"].shape for n in captured.outputs() if isinstance(n, fx.Node)]
-    logits = kind_of(shapes[0], outputs) == "logits"
+    states, calibration = measurable(
+        result, members, inputs, what="refitted", why="each head has a teacher of its own"
+    )
+    logits = kind_of_network(result.graph.captured, outputs) == "logits"
     module = result.module
     settings = Settings(alpha, logits, seed)
     state, report = refit_state(

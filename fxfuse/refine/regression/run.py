@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from math import inf, isfinite
@@ -31,6 +32,8 @@ from fxfuse.refine.regression.write import State, current, write
 _PER_FEATURE, _ROWS = 4, 8192
 #: Times that targets are relaxed where the activation cuts them.
 _RELAXATIONS = 3
+_NO_TARGET = "no member has the value that it should have"
+_NO_CLOSER = "no map is closer on the calibration inputs"
 #: Times that two layers of one sum are fitted in turn.
 _TURNS = 2
 
@@ -141,15 +144,18 @@ class _Refit:
         taken = {route.norm.node for route in routes if route.norm is not None}
         self.work: dict[fx.Node, Route | PerChannel] = {r.layer.node: r for r in routes}
         self.work |= {op.node: op for op in per_channel_of(captured, taken)}
-        aims = [w.aim if isinstance(w, Route) else w.node for w in self.work.values()]
+        aims = [_aim(w) for w in self.work.values()]
         aims += [w.output for w in self.work.values() if isinstance(w, Route)]
-        self.waiting = aims
+        #: How many pieces of work still need a node's value.
+        self.waiting = Counter(aims)
+        self.unread = Counter(read for work in self.work.values() for read in _inputs(work))
         self.members = [
             Lane(captured, s, calibration, name=f"member {i}", held=set(aims))
             for i, s in enumerate(states)
         ]
-        reads = {_input(w) for w in self.work.values()}
-        self.student = Lane(captured, self.state, calibration, name="the fused network", held=reads)
+        self.student = Lane(
+            captured, self.state, calibration, name="the fused network", held=set(self.unread)
+        )
         self.targets = Targets(graph, plan)
         self.generator = torch.Generator().manual_seed(settings.seed)
         self.outputs = captured.outputs()
@@ -171,18 +177,14 @@ class _Refit:
         report = RefitReport(tuple(self.fits), left, seconds, self.calibration.size, self.alpha)
         return self.state, report
 
-    def work_in_order(self) -> list[Route | PerChannel]:
-        return [self.work[node] for node in self.student.nodes if node in self.work]
-
     def visit(self, work: Route | PerChannel) -> None:
         node = work.layer.node if isinstance(work, Route) else work.node
-        aim = work.aim if isinstance(work, Route) else work.node
         for member in self.members:
-            member.run_to(aim)
+            member.run_to(_aim(work))
         self.student.run_to(node)
         why = self.reason_to_leave(work)
         if why:
-            self.fits.append(LayerFit(_name(work), aim.name, inf, inf, False, why))
+            self.fits.append(_left(work, why))
         elif isinstance(work, Route):
             self.fits.append(self.fit_layer(work))
             partner = work.partner
@@ -190,30 +192,22 @@ class _Refit:
                 self.fits[-1] = self.fit_in_turn(work, partner, self.fits[-1])
         else:
             self.fits.append(self.fit_channels(work))
-        if self.fits[-1].fitted:
-            self.student.redo(node)
         self.let_go(work)
 
     def reason_to_leave(self, work: Route | PerChannel) -> str:
-        canonical = self.graph.captured.canonical
-        asked = sorted(n for n in _tensors_of(work) if canonical[n] in self.graph.asked)
-        if asked:
-            return f"an option asked for {asked[0]} to stay"
-        if any(n in self.graph.captured.heads for n in _tensors_of(work)):
-            return "it belongs to the head of one member"
-        return ""
+        asked = sorted(n for n in _tensors_of(work) if n in self.graph.asked)
+        return f"an option asked for {asked[0]} to stay" if asked else ""
 
     def let_go(self, work: Route | PerChannel) -> None:
         done = [work.aim, work.output] if isinstance(work, Route) else [work.node]
         for node in done:
-            self.waiting.remove(node)
-            if node not in self.waiting:
+            self.waiting[node] -= 1
+            if not self.waiting[node]:
                 for member in self.members:
                     member.drop(node)
-        later = self.work_in_order()
-        later = later[later.index(work) + 1 :]
         for read in _inputs(work):
-            if all(read not in _inputs(other) for other in later):
+            self.unread[read] -= 1
+            if not self.unread[read]:
                 self.student.drop(read)
 
     # --- one layer ------------------------------------------------------------------------------
@@ -224,8 +218,7 @@ class _Refit:
             route = route.alone()
             found = self.sample(route)
         if found is None:
-            why = "no member has the value that it should have"
-            return LayerFit(route.layer.weight, route.aim.name, inf, inf, False, why)
+            return _left(route, _NO_TARGET)
         held = current(route, self.state)
         centred = route.norm is not None or bool(route.layer.bias)
         ridge = Ridge(found.rows, self.alpha, centred=centred)
@@ -242,10 +235,10 @@ class _Refit:
         if chosen is not None and self.is_head(route):
             chosen = fit_head(found.rows, aim, chosen, self.alpha)
         if chosen is None:
-            why = "no map is closer on the calibration inputs"
-            return LayerFit(route.layer.weight, route.aim.name, before, before, False, why)
+            return _left(route, _NO_CLOSER, before)
         write(route, self.state, chosen, found.rows)
         self.changed |= _tensors_of(route)
+        self.student.redo(route.layer.node)
         return LayerFit(route.layer.weight, route.aim.name, before, best, True)
 
     def fit_in_turn(self, last: Route, first: Route, fit: LayerFit) -> LayerFit:
@@ -291,8 +284,7 @@ class _Refit:
             for batch in range(len(self.calibration.batches))
         ]
         if any(z is None for z in merged):
-            why = "no member has the value that it should have"
-            return LayerFit(op.weight, op.node.name, inf, inf, False, why)
+            return _left(op, _NO_TARGET)
         x, z, held = (
             rows(op.unscaled(self.student)),
             rows(merged),
@@ -304,12 +296,17 @@ class _Refit:
         before = _relative((held - z).square().mean(), z)
         after = _relative((x * scale + shift - z).square().mean(), z)
         if not after < before:
-            why = "no map is closer on the calibration inputs"
-            return LayerFit(op.weight, op.node.name, before, before, False, why)
+            return _left(op, _NO_CLOSER, before)
         inputs = rows(self.student.value(_input(op))) if op.norm is not None else x
         write_channels(op, self.state, inputs, scale, shift)
         self.changed |= _tensors_of(op)
+        self.student.redo(op.node)
         return LayerFit(op.weight, op.node.name, before, after, True)
+
+
+def _left(work: Route | PerChannel, why: str, error: float = inf) -> LayerFit:
+    """The layer as it was transplanted."""
+    return LayerFit(_name(work), _aim(work).name, error, error, False, why)
 
 
 def _error(route: Route, aim: torch.Tensor, answer: torch.Tensor) -> float:
@@ -338,6 +335,10 @@ def _tensors_of(work: Route | PerChannel) -> set[str]:
         if work.norm is not None:
             names += [work.norm.weight, work.norm.bias]
     return {name for name in names if name}
+
+
+def _aim(work: Route | PerChannel) -> fx.Node:
+    return work.aim if isinstance(work, Route) else work.node
 
 
 def _name(work: Route | PerChannel) -> str:
