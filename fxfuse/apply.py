@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -11,7 +12,7 @@ from numpy.typing import NDArray
 
 from fxfuse.combine import Line, lines_of
 from fxfuse.coupling import CouplingGraph, CouplingGroup, Index, Place
-from fxfuse.layout import Layout, Placement, place_copies, place_units
+from fxfuse.layout import Layout, Placement, copies_of, place_units
 from fxfuse.plan import FusionPlan, Role, role_of
 
 
@@ -54,21 +55,17 @@ def random_permutations(
     return moves
 
 
-def fused_at_width(
-    graph: CouplingGraph, plan: FusionPlan, states: Sequence[Mapping[str, torch.Tensor]]
-) -> dict[str, torch.Tensor]:
-    """`fused_state` at the members' width."""
-    return fused_state(graph, plan, states, lambda place: place_units(graph, plan, place))
-
-
-def fused_side_by_side(
+def fused_tensors(
     graph: CouplingGraph,
     plan: FusionPlan,
     states: Sequence[Mapping[str, torch.Tensor]],
-    layouts: Mapping[Place, Layout],
+    layouts: Mapping[Place, Layout] = MappingProxyType({}),
 ) -> dict[str, torch.Tensor]:
-    """`fused_state` of the concatenation, in the given layouts (the default one elsewhere)."""
-    return fused_state(graph, plan, states, lambda place: place_copies(graph, plan, place, layouts))
+    """`fused_state` at the plan's sizes, in the given layouts (the default one elsewhere)."""
+    copies = copies_of(graph, plan.sizes())
+    return fused_state(
+        graph, plan, states, lambda place: place_units(graph, plan, place, copies, layouts)
+    )
 
 
 def fused_state(

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from difflib import get_close_matches
 from fnmatch import fnmatchcase
+from typing import NoReturn
 
 import torch
 from torch import fx
@@ -81,7 +82,7 @@ def names_like(names: Iterable[str], pattern: str, option: str) -> tuple[str, ..
     """
     names = tuple(names)
     found = tuple(name for name in names if fnmatchcase(name, pattern))
-    return found or _nothing(pattern, option, names, "no tensor of the network has such a name")
+    return found or nothing_like(pattern, option, names, "no tensor of the network has such a name")
 
 
 def names_under(names: Iterable[str], pattern: str, option: str) -> tuple[str, ...]:
@@ -96,10 +97,15 @@ def names_under(names: Iterable[str], pattern: str, option: str) -> tuple[str, .
     paths = {name: paths_of(name) or (name,) for name in names}
     found = tuple(n for n in names if any(fnmatchcase(path, pattern) for path in paths[n]))
     known = tuple(dict.fromkeys(path for name in names for path in paths[name]))
-    return found or _nothing(pattern, option, known, "no submodule of this path holds a tensor")
+    return found or nothing_like(pattern, option, known, "no submodule of this path holds a tensor")
 
 
-def _nothing(pattern: str, option: str, known: Sequence[str], why: str) -> tuple[str, ...]:
+def nothing_like(pattern: str, option: str, known: Sequence[str], why: str) -> NoReturn:
+    """Raises the error for a pattern that matches nothing, with what comes close to it.
+
+    Raises:
+        ControlError: Always.
+    """
     close = get_close_matches(pattern, known, n=5, cutoff=0.4) or list(known[:5])
     more = f" (and {len(known) - len(close)} more)" if len(known) > len(close) else ""
     raise ControlError(

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 from torch.export import ExportedProgram
 
-from fxfuse.apply import fused_at_width
+from fxfuse.apply import fused_tensors
 from fxfuse.calibration import Calibration
 from fxfuse.capture import Captured, capture, capture_eagerly, check_reached
 from fxfuse.controls import OutputDims, Patterns
@@ -288,7 +288,7 @@ def fuse(
         calibration=inputs,
     )
     plan = make_plan(graph, states, "transplant" if auto else method, options, host=host)
-    start = Start(plan, fused_at_width(graph, plan, states))
+    start = Start(plan, fused_tensors(graph, plan, states))
     told = graph, plan, states, start.state
     if inputs is not None and auto:
         start = matched_start(*told, inputs, outputs, steps=steps, seconds=seconds)

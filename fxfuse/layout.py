@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 
 import numpy as np
 
 from fxfuse.coupling import CouplingGraph, Index, Place
-from fxfuse.errors import PlanError
 from fxfuse.labels import Kind
 from fxfuse.plan import FusionPlan, Weights
 
@@ -30,49 +30,6 @@ class Placement:
     sources: tuple[Index, ...]
     merge: tuple[Weights, ...]
     unmerge: tuple[Weights, ...]
-
-
-def place_units(graph: CouplingGraph, plan: FusionPlan, place: Place) -> Placement:
-    """Placement at member width: fused unit k stands where unit k of a member stands.
-
-    Raises:
-        PlanError: The plan has another width in one of the place's groups.
-    """
-    size = int(graph.captured.tensor(place[0]).shape[place[1]])
-    groups = graph.group_of.get(place, ())
-    targets, sources, merge, unmerge = [], [], [], []
-    for member in range(plan.n_members):
-        fixed = _fixed(graph, plan, place, member)
-        to, origin = [fixed], [fixed]
-        weights = [np.ones((2, len(fixed)))]
-        for group in groups:
-            unit_map = plan.map_of(group.name)
-            if unit_map.n_units != group.n_units:
-                raise PlanError(
-                    f"group {group.name!r} has {unit_map.n_units} fused units, "
-                    f"the members have {group.n_units}",
-                    why="this placement is for member width",
-                )
-            target, unit = unit_map.of_member(member)
-            rows = group.index[place]
-            to.append(rows[target].reshape(-1))
-            origin.append(rows[unit].reshape(-1))
-            both = np.stack(unit_map.weights_of(member))
-            weights.append(np.repeat(both, rows.shape[1], axis=1))
-        targets.append(np.concatenate(to))
-        sources.append(np.concatenate(origin))
-        m, u = np.concatenate(weights, axis=1)
-        merge.append(m)
-        unmerge.append(u)
-    return Placement(size, tuple(targets), tuple(sources), tuple(merge), tuple(unmerge))
-
-
-def _fixed(graph: CouplingGraph, plan: FusionPlan, place: Place, member: int) -> Index:
-    """Frozen indices that a member contributes to: those inside the network are the host's."""
-    reason = graph.frozen.get(place)
-    if reason is None or (reason.kind is Kind.HOST and member != plan.host):
-        return np.empty(0, dtype=np.int64)
-    return reason.indices
 
 
 @dataclass(frozen=True)
@@ -119,7 +76,43 @@ class Layout:
         return Layout(self.source[kept], self.copy[kept])
 
 
-def default_layout(graph: CouplingGraph, place: Place, n_members: int) -> Layout:
+#: For each group whose size changes: how many fused units stand in the place of each unit of a
+#: member, int64 [units of a member].
+Copies = Mapping[str, Index]
+
+
+def copies_per_unit(n_units: int, n_fused: int) -> Index:
+    """How many fused units stand in the place of each unit of a member.
+
+    Every unit has as many as every other, or the first ones have one more: what is regular at the
+    members' width stays so, and a shape literal can describe it.
+
+    Args:
+        n_units: Units of a member, 1 or more.
+        n_fused: Units of the fused group, 1 or more.
+
+    Returns:
+        int64 [n_units], with sum `n_fused`.
+    """
+    each, rest = divmod(n_fused, n_units)
+    return each + (np.arange(n_units) < rest).astype(np.int64)
+
+
+def copies_of(graph: CouplingGraph, sizes: Mapping[str, int]) -> dict[str, Index]:
+    """`Copies` of the groups that change their size.
+
+    Args:
+        graph: The analysis of the members.
+        sizes: Units of each fused group, by its name; of others, a member's.
+    """
+    return {
+        group.name: copies_per_unit(group.n_units, sizes[group.name])
+        for group in graph.groups
+        if sizes.get(group.name, group.n_units) != group.n_units
+    }
+
+
+def default_layout(graph: CouplingGraph, place: Place, copies: Copies) -> Layout:
     """Copies of a unit stand next to each other, each run of its slots in one piece.
 
     Such an order survives the views that split or merge dimensions: a head's channels stay
@@ -127,36 +120,97 @@ def default_layout(graph: CouplingGraph, place: Place, n_members: int) -> Layout
     """
     size = int(graph.captured.tensor(place[0]).shape[place[1]])
     unit = np.full(size, -1, dtype=np.int64)
+    count: list[Index] = []
     offset = 0
     for group in graph.group_of.get(place, ()):
+        if group.name not in copies:
+            continue
         rows = group.index[place]
         unit[rows.reshape(-1)] = offset + np.repeat(np.arange(len(rows)), rows.shape[1])
+        count.append(copies[group.name])
         offset += len(rows)
+    if not count:
+        return Layout(np.arange(size), np.full(size, -1))
+    return run_layout(unit, np.concatenate(count))
+
+
+def run_layout(unit: Index, count: Index) -> Layout:
+    """The copies of each run of one unit's neurons next to each other, each in one piece.
+
+    Args:
+        unit: The unit of each index, -1 where it is none that is copied, int64 [size].
+        count: How many copies of each unit there are, int64 [units].
+    """
     starts = np.flatnonzero(np.r_[True, (unit[1:] != unit[:-1]) | (unit[1:] < 0)])
     source, copy = [], []
-    for start, end in zip(starts, np.r_[starts[1:], size], strict=True):
-        run = np.arange(start, end)
-        if unit[start] < 0:
-            source.append(run)
-            copy.append(np.full(len(run), -1))
-        else:
-            source.append(np.tile(run, n_members))
-            copy.append(np.repeat(np.arange(n_members), len(run)))
+    for start, end in zip(starts, np.r_[starts[1:], len(unit)], strict=True):
+        members = np.array([-1]) if unit[start] < 0 else np.arange(count[unit[start]])
+        source.append(np.tile(np.arange(start, end), len(members)))
+        copy.append(np.repeat(members, end - start))
     return Layout(np.concatenate(source), np.concatenate(copy))
 
 
-def place_copies(
-    graph: CouplingGraph, plan: FusionPlan, place: Place, layouts: Mapping[Place, Layout]
+def place_units(
+    graph: CouplingGraph,
+    plan: FusionPlan,
+    place: Place,
+    copies: Copies,
+    layouts: Mapping[Place, Layout] = MappingProxyType({}),
 ) -> Placement:
-    """Placement in the concatenated network."""
-    layout = layouts.get(place) or default_layout(graph, place, plan.n_members)
-    targets, sources = [], []
-    reason = graph.frozen.get(place)
+    """Where the units that a plan keeps land along a dimension.
+
+    Args:
+        graph: The analysis of the members.
+        plan: Says which unit of which member becomes which fused unit.
+        place: The dimension.
+        copies: `copies_of` the plan.
+        layouts: The order of the copies where the network has another size than a member.
+    """
+    size = int(graph.captured.tensor(place[0]).shape[place[1]])
+    groups = graph.group_of.get(place, ())
+    resized = any(group.name in copies for group in groups)
+    layout = None
+    if resized:
+        layout = layouts.get(place) or default_layout(graph, place, copies)
+    at = _positions(size, layout)
+    targets, sources, merge, unmerge = [], [], [], []
     for member in range(plan.n_members):
-        own = layout.copy == member
-        if reason is None or reason.kind is not Kind.HOST or member == plan.host:
-            own |= layout.copy < 0
-        targets.append(np.flatnonzero(own))
-        sources.append(layout.source[own])
-    ones = tuple(np.ones(len(index)) for index in targets)
-    return Placement(layout.size, tuple(targets), tuple(sources), ones, ones)
+        fixed = _fixed(graph, plan, place, member)
+        to, origin = [at[fixed, 0]], [fixed]
+        weights = [np.ones((2, len(fixed)))]
+        for group in groups:
+            unit_map = plan.map_of(group.name)
+            target, unit = unit_map.of_member(member)
+            rows = group.index[place]
+            count = copies.get(group.name, np.ones(group.n_units, dtype=np.int64))
+            template = np.repeat(np.arange(group.n_units), count)
+            copy = np.arange(len(template)) - np.repeat(np.cumsum(count) - count, count)
+            fused = at[rows[template], copy[:, None]]
+            to.append(fused[target].reshape(-1))
+            origin.append(rows[unit].reshape(-1))
+            both = np.stack(unit_map.weights_of(member))
+            weights.append(np.repeat(both, rows.shape[1], axis=1))
+        targets.append(np.concatenate(to))
+        sources.append(np.concatenate(origin))
+        m, u = np.concatenate(weights, axis=1)
+        merge.append(m)
+        unmerge.append(u)
+    fused_size = size if layout is None else layout.size
+    return Placement(fused_size, tuple(targets), tuple(sources), tuple(merge), tuple(unmerge))
+
+
+def _positions(size: int, layout: Layout | None) -> Index:
+    """Where each copy of each index stands, int64 [size, copies]; -1 where it stands nowhere."""
+    if layout is None:
+        return np.arange(size)[:, None]
+    table = np.full((size, max(int(layout.copy.max()), 0) + 1), -1, dtype=np.int64)
+    table[layout.source, np.maximum(layout.copy, 0)] = np.arange(layout.size)
+    return table
+
+
+def _fixed(graph: CouplingGraph, plan: FusionPlan, place: Place, member: int) -> Index:
+    """Frozen indices that a member contributes to: those inside the network are the host's."""
+    reason = graph.frozen.get(place)
+    if reason is None or (reason.kind is Kind.HOST and member != plan.host):
+        return np.empty(0, dtype=np.int64)
+    return reason.indices

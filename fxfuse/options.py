@@ -9,6 +9,7 @@ from typing import Literal
 import torch
 
 from fxfuse.calibration import Calibration
+from fxfuse.coupling import CouplingGroup
 from fxfuse.gradients import Gradients
 
 #: A member's tensors by name.
@@ -38,6 +39,7 @@ class Options:
             inputs, float32 [rows, n_units]; rows correspond across members. None: measured.
         gradients: For each member, the gradients of the loss on labelled calibration inputs. None:
             measured.
+        sizes: Units of each fused group, by its name. None: as many as a member has.
     """
 
     score: str = "l2"
@@ -51,3 +53,8 @@ class Options:
         default=None, repr=False, compare=False
     )
     gradients: Sequence[Gradients] | None = field(default=None, repr=False, compare=False)
+    sizes: Mapping[str, int] | None = field(default=None, compare=False)
+
+    def size_of(self, group: CouplingGroup) -> int:
+        """How many units a fused group is to have."""
+        return group.n_units if self.sizes is None else self.sizes[group.name]

@@ -78,6 +78,7 @@ class FusionPlan:
         copied: Tensors copied from the host (constants, tensors that the graph does not read).
         notes: Operators that mix members.
         heads: Tensors that one member's head keeps (partial fusion) → the number of that member.
+        refused: Groups that keep a member's size although another was asked for → why.
     """
 
     method: str
@@ -90,6 +91,7 @@ class FusionPlan:
     copied: tuple[str, ...]
     notes: tuple[MixingNote, ...] = field(default=())
     heads: Mapping[str, int] = field(default_factory=dict)
+    refused: Mapping[str, str] = field(default_factory=dict)
 
     def map_of(self, group: str) -> UnitMap:
         """The map of a group.
@@ -105,6 +107,10 @@ class FusionPlan:
             why="it was made for another network",
             how="make the plan with members of the network that it is applied to",
         )
+
+    def sizes(self) -> dict[str, int]:
+        """Units of each fused group, by its name."""
+        return {m.group: m.n_units for m in self.maps}
 
     def inexact(self) -> list[str]:
         """Why the concatenation is not exactly the mean of the members; empty when it is."""
@@ -137,6 +143,7 @@ class FusionPlan:
             "hosted": list(self.hosted),
             "copied": list(self.copied),
             "heads": dict(self.heads),
+            "refused": dict(self.refused),
             "notes": [
                 {"why": n.why, "node": n.node, "source": n.source, "sources": sorted(n.sources)}
                 for n in self.notes
@@ -173,6 +180,7 @@ class FusionPlan:
                 ),
                 # Plans written before partial fusion have none.
                 {name: int(member) for name, member in value.get("heads", {}).items()},
+                value.get("refused", {}),
             )
         except (ValueError, KeyError, TypeError) as error:
             raise PlanError(
@@ -215,6 +223,9 @@ class FusionPlan:
         if self.heads:
             lines += ["", "## Heads, each with its member's own weights", ""]
             lines += [f"- `{name}`: member {member}" for name, member in self.heads.items()]
+        if self.refused:
+            lines += ["", "## Groups that keep a member's size", ""]
+            lines += [f"- `{name}`: {why}" for name, why in self.refused.items()]
         if self.notes:
             lines += ["", "## Operators that mix members", ""]
             lines += [f"- `{n.node}`: {n.why}  {n.source}".rstrip() for n in self.notes]

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import fx
 
-from fxfuse.apply import fused_at_width, permuted, random_permutations
+from fxfuse.apply import fused_tensors, permuted, random_permutations
 from fxfuse.coupling import CouplingGraph
 from fxfuse.methods import Options
 from fxfuse.planner import make_plan
@@ -71,5 +71,5 @@ def distance_to_the_first(
 ) -> float:
     """Relative error of the fused network's outputs against those of the first member."""
     plan = make_plan(graph, states, method, options)
-    fused = fused_at_width(graph, plan, states)
+    fused = fused_tensors(graph, plan, states)
     return relative_error(run(graph.captured, fused), run(graph.captured, states[0]))

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 import fxfuse
-from fxfuse.apply import fused_at_width
+from fxfuse.apply import fused_tensors
 from fxfuse.coupling import CouplingGraph
 from fxfuse.errors import PlanError
 from fxfuse.heads import join
@@ -54,7 +54,7 @@ def with_maps(
         for seed, g in enumerate(graph.groups)
     )
     plan = replace(plan, maps=maps)
-    return graph, plan, fused_at_width(graph, plan, states)
+    return graph, plan, fused_tensors(graph, plan, states)
 
 
 def mlp() -> nn.Module:
@@ -240,7 +240,7 @@ def test_the_hosts_units_are_no_mean_however_units_are_merged():
     weight = 1.0 / np.bincount(target)[target]
     plan = make_plan(graph, states, "average", Options())
     plan = replace(plan, maps=(UnitMap(group.name, 6, target, member, unit, weight),))
-    fused = fused_at_width(graph, plan, states)["second.weight"]
+    fused = fused_tensors(graph, plan, states)["second.weight"]
     own = members[0].second.weight.detach()
     torch.testing.assert_close(fused[0], (own[0] + own[1]) / 2)
     assert torch.equal(fused[1], own[2])
@@ -257,7 +257,7 @@ def test_the_mean_in_a_shared_dimension_reads_units_by_their_map():
     plan = replace(plan, maps=(random_map(group.name, group.n_units, 2, 0.7, 0),))
     _, unmerge = matrices(plan.maps[0], 2)
     expected = sum(m[2].weight.detach() @ u for m, u in zip(members, unmerge, strict=True)) / 2
-    fused = fused_at_width(graph, plan, states)
+    fused = fused_tensors(graph, plan, states)
     torch.testing.assert_close(fused["2.weight"], expected)
     assert not (plan.maps[0].weight == 1).any()
 
@@ -283,7 +283,7 @@ def test_the_shares_of_members_in_a_table_of_two_groups_sum_to_one():
     assert {len(graph.group_of.get(("table", d), ())) for d in (0, 1)} == {1}
     states = [captured.state()] * 2
     plan = make_plan(graph, states, "average", Options())
-    torch.testing.assert_close(fused_at_width(graph, plan, states)["table"], states[0]["table"])
+    torch.testing.assert_close(fused_tensors(graph, plan, states)["table"], states[0]["table"])
     # Units 0 and 1 of both members are one unit, in both groups.
     maps = []
     for group in graph.groups:
@@ -292,7 +292,7 @@ def test_the_shares_of_members_in_a_table_of_two_groups_sum_to_one():
         weight = 1.0 / np.bincount(target)[target]
         who = np.repeat([0, 1], group.n_units)
         maps.append(UnitMap(group.name, group.n_units, target, who, unit, weight))
-    table = fused_at_width(graph, replace(plan, maps=tuple(maps)), states)["table"]
+    table = fused_tensors(graph, replace(plan, maps=tuple(maps)), states)["table"]
     own = states[0]["table"]
     torch.testing.assert_close(table[0, 0], own[:2, :2].mean())
     torch.testing.assert_close(table[1, 0], own[2, :2].mean())
@@ -307,7 +307,7 @@ def test_every_head_reads_its_own_members_units():
     graph = fxfuse.analyze(joined.captured)
     plan = make_plan(graph, joined.states, "average", Options())
     plan = replace(plan, maps=tuple(random_map(m.group, m.n_units, 3, 0.7, 0) for m in plan.maps))
-    fused = fused_at_width(graph, plan, joined.states)
+    fused = fused_tensors(graph, plan, joined.states)
     _, unmerge = matrices(plan.map_of("2.weight:0"), 3)
     for i, member in enumerate(members):
         expected = member[4].weight.detach() @ unmerge[i]

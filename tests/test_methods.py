@@ -14,7 +14,7 @@ from torch import nn
 from torchvision.models import DenseNet, VisionTransformer
 
 import fxfuse
-from fxfuse.apply import fused_at_width
+from fxfuse.apply import fused_tensors
 from fxfuse.coupling import CouplingGraph
 from fxfuse.errors import (
     CalibrationError,
@@ -78,7 +78,7 @@ def is_permutation(m: np.ndarray) -> bool:
 def test_average_keeps_indices(n: int):
     graph, states = lists(n)
     plan = make_plan(graph, states, "average", Options())
-    fused = fused_at_width(graph, plan, states)
+    fused = fused_tensors(graph, plan, states)
     for name, tensor in fused.items():
         if tensor.is_floating_point():
             torch.testing.assert_close(tensor, torch.stack([s[name] for s in states]).mean(0))
@@ -223,7 +223,7 @@ def test_aligning_to_another_member_gives_the_network_in_its_order():
     graph = analyzed("resnet")
     states = permuted_copies(graph, 3)
     plan = make_plan(graph, states, "weight_matching", Options(reference=2))
-    fused = fused_at_width(graph, plan, states)
+    fused = fused_tensors(graph, plan, states)
     for name, tensor in fused.items():
         torch.testing.assert_close(tensor, states[2][name])
 
@@ -235,7 +235,7 @@ def test_zipping_identical_networks_gives_the_network(n: int, variant: str | Non
     states = [as_double(graph.captured.state())] * n
     options = Options(variant=variant, activations=activations(graph, states))
     plan = make_plan(graph, states, "zip", options)
-    for name, tensor in fused_at_width(graph, plan, states).items():
+    for name, tensor in fused_tensors(graph, plan, states).items():
         torch.testing.assert_close(tensor, states[0][name])
 
 

@@ -42,18 +42,20 @@ def elimination(
     calibration: Calibration,
     kept: Kept,
     *,
+    sizes: Mapping[str, int] | None = None,
     host: int = 0,
 ) -> dict[str, tuple[Index, Ranks]]:
-    """The order in which units of all members are removed, until as many are left as one has.
+    """The order in which units of all members are removed, until as many are left as are kept.
 
-    A reader's outputs count as far as they survive themselves: in groups that were gone through
-    before, as many units as one member has.
+    A reader's outputs count as far as they survive themselves, in groups that were gone through
+    before.
 
     Args:
         graph: The analysis of the members.
         states: Their tensors by name.
         calibration: Unlabelled inputs.
         kept: The members that take part, and which of their units exist.
+        sizes: How many units of each group are kept. None: as many as a member has.
         host: The member that keeps what is frozen inside the network.
 
     Returns:
@@ -81,13 +83,14 @@ def elimination(
         scaled = [w / _norm(w, covariance) for w in weights]
         alive = [np.isin(np.arange(group.n_units), kept[m][group.name]) for m in members]
         there = np.concatenate(alive)
-        left_over = min(group.n_units, int(there.sum()))
+        size = group.n_units if sizes is None else sizes[group.name]
+        left_over = min(size, int(there.sum()))
         ranks = eliminate(covariance, torch.cat(scaled, 1), width, there, left_over)
         pool = np.argwhere(np.stack(alive))
         units = np.stack([np.asarray(members)[pool[:, 0]], pool[:, 1]], axis=1)
         rank = ranks[there]
         found[group.name] = (units, rank)
-        left[group.name] = units[np.argsort(-rank)[: group.n_units]]
+        left[group.name] = units[np.argsort(-rank)[:size]]
     return found
 
 

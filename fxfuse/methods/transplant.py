@@ -58,8 +58,8 @@ def transplant(
     return tuple(
         UnitMap(
             group.name,
-            group.n_units,
-            np.arange(group.n_units),
+            options.size_of(group),
+            np.arange(options.size_of(group)),
             kept[group.name][:, 0],
             kept[group.name][:, 1],
         )
@@ -77,10 +77,10 @@ def _whole(graph: CouplingGraph, member: int) -> Kept:
 def _select(
     graph: CouplingGraph, states: Sequence[State], parts: Sequence[Kept], options: Options
 ) -> Kept:
-    """Keeps the best units of several (fused) networks, as many as one network has."""
+    """Keeps the best units of several (fused) networks, as many as are asked for."""
     values = _scored(graph, states, parts, options)
     return {
-        group.name: _sorted(_best(*values[group.name], count=group.n_units))
+        group.name: _sorted(_best(*values[group.name], count=options.size_of(group)))
         for group in graph.groups
     }
 
@@ -109,16 +109,19 @@ def _by_fraction(
             why=f"the {len(states)} members are counted from 0",
             how="pass host= with the number of a member",
         )
-    kept = {}
-    for name, (rows, values) in _scored(graph, states, parts, options).items():
-        mine, n_units = rows[:, 0] == host, int((rows[:, 0] == host).sum())
+    kept, scored = {}, _scored(graph, states, parts, options)
+    for group in graph.groups:
+        rows, values = scored[group.name]
+        mine, size = rows[:, 0] == host, options.size_of(group)
         # A half is rounded up, so that the members' counts do not depend on the width's parity.
-        taken = int(np.floor(share * n_units + 0.5))
+        taken = int(np.floor(share * size + 0.5))
+        # Nobody gives more units than there are.
+        taken = min(max(taken, size - int(mine.sum())), int((~mine).sum()))
         chosen = [
             _best(rows[who], values[who], count=count)
-            for who, count in ((mine, n_units - taken), (~mine, taken))
+            for who, count in ((mine, size - taken), (~mine, taken))
         ]
-        kept[name] = _sorted(np.concatenate(chosen))
+        kept[group.name] = _sorted(np.concatenate(chosen))
     return kept
 
 

@@ -34,7 +34,9 @@ def obs(
             how="pass calibration=..., 100 to 1,000 inputs without labels",
         )
     found = magnitude(graph, states, options, kept, degree=2)
-    ranks = elimination(graph, states, options.calibration, kept, host=options.host)
+    ranks = elimination(
+        graph, states, options.calibration, kept, sizes=options.sizes, host=options.host
+    )
     for name, (units, rank) in ranks.items():
         for member in kept:
             values = np.full(len(found[member][name]), -np.inf)

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from fxfuse.apply import fused_at_width, permuted, random_permutations
+from fxfuse.apply import fused_tensors, permuted, random_permutations
 from fxfuse.capture import Captured
 from fxfuse.coupling import analyze
 from fxfuse.methods import Options
@@ -42,7 +42,7 @@ def identity(
     moves = random_permutations(graph.groups, np.random.default_rng(seed))
     states = [own, permuted(own, graph, moves)]
     plan = make_plan(graph, states, "weight_matching", Options())
-    fused = fused_at_width(graph, plan, states)
+    fused = fused_tensors(graph, plan, states)
     error = relative_error(run(graph.captured, fused), run(graph.captured, own))
     return Check("identity", error, EXACT, error <= EXACT, "averaging after weight matching")
 

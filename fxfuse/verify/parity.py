@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from fxfuse.apply import fused_at_width, fused_side_by_side
+from fxfuse.apply import fused_tensors
 from fxfuse.capture import capture
 from fxfuse.coupling import CouplingGraph, Place, analyze
 from fxfuse.errors import MissingDependencyError
@@ -55,7 +55,7 @@ def parity(members: Sequence[nn.Module], example_inputs: Any, *, score: str = "l
     graph = analyze(captured[0])
     states = [c.state() for c in captured]
     plan = make_plan(graph, states, "transplant", Options(score))
-    ours = fused_at_width(graph, plan, states)
+    ours = fused_tensors(graph, plan, states)
 
     # In float64, so that rounding makes no ties that the weights do not have.
     wide = _concatenated(members[0], graph, [as_double(state) for state in states]).double()
@@ -90,7 +90,7 @@ def _concatenated(
     for name, dim in graph.group_of:
         size = graph.captured.tensor(name).shape[dim]
         layouts[(name, dim)] = Layout(np.tile(np.arange(size), n), np.repeat(np.arange(n), size))
-    state = fused_side_by_side(graph, plan, states, layouts)
+    state = fused_tensors(graph, plan, states, layouts)
     wide = copy.deepcopy(member).eval()
     for name, tensor in state.items():
         path, _, leaf = name.rpartition(".")

@@ -65,7 +65,7 @@ def wide_equals_ensemble(
         wide = tensors_of(module(*args, **kwargs))
     # Units are handed out only where an output dimension is no interface.
     handed_out = controls is not None and controls.output_dims
-    layouts = output_layouts(graph, len(states)) if handed_out else [{} for _ in wide]
+    layouts = output_layouts(graph, plan) if handed_out else [{} for _ in wide]
     pairs = [parts(*each) for each in zip(wide, zip(*outputs, strict=True), layouts, strict=True)]
     error = max((relative_error(*pair) for pair in pairs), default=0.0)
     notes = plan.inexact()

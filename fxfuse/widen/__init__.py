@@ -7,6 +7,6 @@ from the labels of their node, never by matching numbers. `walk.py` says which f
 operator.
 """
 
-from fxfuse.widen.walk import output_layouts, widen
+from fxfuse.widen.walk import blank, output_layouts, settle, widen
 
-__all__ = ["output_layouts", "widen"]
+__all__ = ["blank", "output_layouts", "settle", "widen"]

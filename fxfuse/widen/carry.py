@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, cast
 
 from torch import fx
 
@@ -73,6 +73,10 @@ def complete(wide: WideGraph, node: fx.Node, value: Value, result: Layouts) -> L
 
 def keep(wide: WideGraph, node: fx.Node) -> Layouts:
     """Operators whose result stands as their operand does."""
+    operand = cast("fx.Node", node.args[0])
+    if operand in wide.pending:
+        source, move, passed = wide.pending[operand]
+        wide.pending[node] = source, move, (*passed, node)
     return wide.layout_of(node.args[0])
 
 

@@ -8,22 +8,29 @@ from typing import Any
 import torch
 from torch import fx
 
+from fxfuse.errors import RewriteError
 from fxfuse.labels import Field, Value
 from fxfuse.layout import Layout
+from fxfuse.rules import find, movement
 from fxfuse.widen.gather_index import Move, Movement
 from fxfuse.widen.literals import evaluate
 from fxfuse.widen.state import Layouts, WideGraph, as_list, cannot_write
 
 aten = torch.ops.aten
+#: Operators whose result is the operand itself; casts are none of them.
+_IDENTITIES = (aten.contiguous.default, aten.clone.default, aten.alias.default, aten.detach.default)
 
 
-def gather(wide: WideGraph, node: fx.Node, source: fx.Node, have: Layouts) -> Any:
+def gather(wide: WideGraph, node: fx.Node, operand: fx.Node, have: Layouts) -> Any:
     """Writes a gather in place of a data movement.
+
+    A result that is no tensor of whole copies (half way through a channel shuffle, say) is left to
+    the movements that read it: they are written together with this one.
 
     Args:
         wide: The concatenated graph.
         node: The data movement, a node of the members' graph.
-        source: Its operand.
+        operand: Its operand.
         have: Layouts of the operand's dimensions that grow.
 
     Returns:
@@ -33,6 +40,9 @@ def gather(wide: WideGraph, node: fx.Node, source: fx.Node, have: Layouts) -> An
         RewriteError: It moves neurons between samples, or the operand lacks a copy.
     """
     results, operator_node = wide.values[node], wide.mapping[node]
+    source, earlier, passed = wide.pending.get(operand, (operand, _nowhere, ()))
+    if passed:
+        have = wide.layout_of(source)
     layouts: list[Layouts] = []
     for place, part in enumerate(as_list(results)):
         old = node
@@ -44,23 +54,55 @@ def gather(wide: WideGraph, node: fx.Node, source: fx.Node, have: Layouts) -> An
             old = users[0]
 
         def move(tensor: torch.Tensor, place: int = place) -> torch.Tensor:
-            found: torch.Tensor = as_list(evaluate(wide, node, node.args, tensor))[place]
+            found: torch.Tensor = as_list(evaluate(wide, node, node.args, earlier(tensor)))[place]
             return found
 
-        movement = _movement(wide, wide.values[source], part, move, have)
-        replaced = wide.replace(old, _write(wide, node, source, old, movement))
+        try:
+            moved = _movement(wide, node, wide.values[source], part, move, have)
+            written = _write(wide, node, source, old, moved)
+        except RewriteError:
+            if old is not node or not all(_moves(user) for user in node.users):
+                raise
+            wide.pending[node] = (source, move, (*passed, node))
+            return {}
+        replaced = wide.replace(old, written)
         if old is not node:
             wide.graph.erase_node(replaced)
-        layouts.append(dict(movement.want))
+        layouts.append(dict(moved.want))
     wide.graph.erase_node(operator_node)
+    for skipped in reversed(passed):
+        if not wide.mapping[skipped].users:
+            wide.graph.erase_node(wide.mapping[skipped])
     return layouts if isinstance(results, list) else layouts[0]
 
 
-def _movement(wide: WideGraph, value: Value, part: Value, move: Move, have: Layouts) -> Movement:
-    """The movement of an operand to one result, whose layouts are new."""
+def _nowhere(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor
+
+
+def _moves(node: fx.Node) -> bool:
+    """Whether a node moves data and does nothing else, so that it can be written with others."""
+    if node.target in _IDENTITIES:
+        return True
+    return node.op == "call_function" and find(node.target) in (movement.move, movement.view)
+
+
+def _movement(
+    wide: WideGraph, node: fx.Node, value: Value, part: Value, move: Move, have: Layouts
+) -> Movement:
+    """The movement of an operand to one result, whose layouts are new.
+
+    Raises:
+        RewriteError: The result is no tensor of whole copies.
+    """
     units = wide.units
     fields = {d: f for f in part.fields if (d := units.growing(f)) is not None}
-    want: dict[int, Layout] = {dim: units.run_layout(f, dim) for dim, f in fields.items()}
+    want: dict[int, Layout] = {}
+    for dim, f in fields.items():
+        layout = units.run_layout(f, dim)
+        if layout is None:
+            raise cannot_write(node, "units of one index would have different numbers of copies")
+        want[dim] = layout
     twin = {}
     for dim in have:
         f = next(f for f in value.fields if dim in f.dims and units.growing(f) is not None)

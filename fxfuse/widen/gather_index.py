@@ -75,7 +75,7 @@ class Movement:
 
     def table(self, dim: int, have: Layout) -> np.ndarray:
         """Where each copy (first column: shared by all members) of each index stands."""
-        copies = max((int(layout.copy.max()) for layout in (have, *self.want.values())), default=0)
+        copies = max(int(layout.copy.max(initial=0)) for layout in (have, *self.want.values()))
         table = np.full((self.shape[dim], copies + 2), -1)
         table[have.source, have.copy + 1] = np.arange(have.size)
         return np.where(table < 0, table[:, :1], table)

@@ -14,7 +14,7 @@ from fxfuse.rules import contraction, find, normalisation, reduction
 from fxfuse.widen.carry import carry, complete
 from fxfuse.widen.literals import argument, set_argument
 from fxfuse.widen.operands import agree, require
-from fxfuse.widen.state import Layouts, WideGraph
+from fxfuse.widen.state import Layouts, WideGraph, cannot_write
 
 
 def group(wide: WideGraph, node: fx.Node) -> Any:
@@ -36,7 +36,11 @@ def group(wide: WideGraph, node: fx.Node) -> Any:
         # The groups stay as many; what grows is the number of channels in each of them.
         wanted = None if layout is None else layout.by_index()
         grows = wide.units.order(result, dim) is not None
-        out = _by_index(result.shape[dim], wide.n_members) if grows else None
+        rows = np.arange(result.shape[dim])
+        out = wide.units.index_layout(result, dim, rows) if grows else None
+        for there, size in ((wanted, value.shape[dim]), (out, result.shape[dim])):
+            if there is not None and not _is_even(there, size, groups):
+                raise cannot_write(node, "its groups of channels would differ in size")
         inner = None if wanted is None else wanted.head(value.shape[dim] // groups)
         if _is_transposed(node):
             inner = None if out is None else out.head(result.shape[dim] // groups)
@@ -132,6 +136,7 @@ def _by_group(copies: Sequence[Sequence[int]], size: int) -> Layout:
     return Layout(np.concatenate(source), np.repeat([copy for _, copy in pairs], size))
 
 
-def _by_index(size: int, n_members: int) -> Layout:
-    """Copies of an index next to each other."""
-    return Layout(np.repeat(np.arange(size), n_members), np.tile(np.arange(n_members), size))
+def _is_even(layout: Layout, size: int, groups: int) -> bool:
+    """Whether every group of successive indices has as many copies as the first one."""
+    counts = np.bincount(layout.source * groups // size, minlength=groups)
+    return bool((counts == counts[0]).all())

@@ -5,7 +5,8 @@ from __future__ import annotations
 import operator
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import combinations, pairwise
+from fractions import Fraction
+from itertools import combinations
 from typing import Any, cast
 
 import numpy as np
@@ -13,21 +14,21 @@ import torch
 import torch.utils._pytree as pytree
 from torch import fx
 
-from fxfuse.labels import Value
+from fxfuse.labels import Index, Value
 from fxfuse.layout import Layout
 from fxfuse.rules import find, movement
 from fxfuse.rules.registry import argument_of, hint
-from fxfuse.widen.state import Layouts, WideGraph
+from fxfuse.widen.state import Layouts, WideGraph, cannot_write
 
 aten = torch.ops.aten
 
 
 @dataclass(frozen=True)
-class _Product:
-    """A symbolic size (a batch times heads, say) that grows by a factor."""
+class _Scaled:
+    """A symbolic size (a batch times heads, say) that grows or shrinks by a ratio."""
 
     size: fx.Node
-    factor: int
+    ratio: Fraction
 
 
 def argument(node: fx.Node, name: str) -> Any:
@@ -57,12 +58,22 @@ def set_arguments(wide: WideGraph, node: fx.Node, args: Sequence[Any]) -> None:
     target = wide.mapping[node]
 
     def literal(x: Any) -> Any:
-        if isinstance(x, _Product):
+        if isinstance(x, _Scaled):
             with wide.graph.inserting_before(target):
-                return wide.graph.call_function(operator.mul, (literal(x.size), x.factor))
+                size = wide.graph.call_function(operator.mul, (literal(x.size), x.ratio.numerator))
+                if x.ratio.denominator == 1:
+                    return size
+                return wide.graph.call_function(operator.floordiv, (size, x.ratio.denominator))
         return wide.mapping[x] if isinstance(x, fx.Node) else x
 
+    target.target = _target(node, args)
     target.args = tuple(pytree.tree_map(literal, list(args)))
+
+
+def _target(node: fx.Node, args: Sequence[Any]) -> Any:
+    """The operator for some arguments: equal parts may become parts of given sizes."""
+    parts = node.target in (aten.split.Tensor, aten.chunk.default) and isinstance(args[1], list)
+    return aten.split_with_sizes.default if parts else node.target
 
 
 def evaluate(wide: WideGraph, node: fx.Node, args: Any, tensor: torch.Tensor) -> Any:
@@ -79,8 +90,8 @@ def evaluate(wide: WideGraph, node: fx.Node, args: Any, tensor: torch.Tensor) ->
     """
 
     def concrete(x: Any) -> Any:
-        if isinstance(x, _Product):
-            return concrete(x.size) * x.factor
+        if isinstance(x, _Scaled):
+            return int(concrete(x.size) * x.ratio)
         if not isinstance(x, fx.Node):
             return x
         value = wide.values[x]
@@ -88,7 +99,8 @@ def evaluate(wide: WideGraph, node: fx.Node, args: Any, tensor: torch.Tensor) ->
 
     rest = pytree.tree_map(concrete, tuple(args[1:]))
     kwargs = pytree.tree_map(concrete, dict(node.kwargs))
-    target: Any = aten.reshape.default if find(node.target) is movement.view else node.target
+    is_view = find(node.target) is movement.view
+    target = aten.reshape.default if is_view else _target(node, args)
     return target(tensor, *rest, **kwargs)
 
 
@@ -120,26 +132,38 @@ def candidates(
         return
     dim = dimension(node, value.rank)
     if node.target in (aten.slice.Tensor, aten.narrow.default) and dim in layouts:
-        yield from _slices(wide, node, layouts[dim])
+        yield from _slices(wide, node, layouts[dim], value.shape[dim])
         return
     if node.target in (aten.split_with_sizes.default,) and dim in layouts:
-        ends = np.cumsum([0, *cast("Sequence[int]", args[1])]).tolist()
-        origin = layouts[dim].source
-        sizes = [int(((origin >= a) & (origin < b)).sum()) for a, b in pairwise(ends)]
-        yield (args[0], sizes, *args[2:])
+        ends = np.cumsum([0, *cast("Sequence[int]", args[1])])
+        yield (args[0], _sizes(layouts[dim], ends), *args[2:])
         return
-    if node.target is aten.split.Tensor and dim in layouts:
-        factor = layouts[dim].size // value.shape[dim]
-        yield (args[0], int(args[1]) * factor, *args[2:])  # type: ignore[arg-type]
+    if node.target in (aten.split.Tensor, aten.chunk.default) and dim in layouts:
+        parts = cast("Sequence[Value]", wide.values[node])
+        ends = np.cumsum([0, *(part.shape[dim] for part in parts)])
+        sizes = _sizes(layouts[dim], ends)
+        if node.target is aten.split.Tensor and {*sizes[:-1], max(sizes)} == {max(sizes)}:
+            yield (args[0], max(sizes), *args[2:])
+        else:
+            # Parts of the new width need not be equal.
+            yield (args[0], sizes, dim)
         return
     yield tuple(args)
 
 
-def _slices(wide: WideGraph, node: fx.Node, layout: Layout) -> Iterator[tuple[Any, ...]]:
+def _sizes(layout: Layout, ends: Index) -> list[int]:
+    """How many copies there are of the indices between each two successive ends."""
+    ordered = np.sort(layout.source)
+    sizes: list[int] = np.diff(np.searchsorted(ordered, ends)).tolist()
+    return sizes
+
+
+def _slices(wide: WideGraph, node: fx.Node, layout: Layout, size: int) -> Iterator[tuple[Any, ...]]:
     """The wide range that holds exactly the copies of a narrow range (steps of 1)."""
-    size = int(layout.source.max()) + 1
     kept = evaluate(wide, node, (None, 0, *node.args[2:]), torch.arange(size)).numpy()
     inside = np.flatnonzero(np.isin(layout.source, kept))
+    if not len(inside):
+        raise cannot_write(node, "no unit is left of what it takes")
     start, end = int(inside.min()), int(inside.max()) + 1
     last = end if node.target is aten.slice.Tensor else end - start
     if len(inside) == end - start:
@@ -149,7 +173,7 @@ def _slices(wide: WideGraph, node: fx.Node, layout: Layout) -> Iterator[tuple[An
 def _grown(size: Any, old: int, new: int) -> Any:
     """A size in which a dimension grew from `old` to `new`; None where that is no whole number."""
     if isinstance(size, fx.Node):
-        return _Product(size, new // old) if new % old == 0 else None
+        return _Scaled(size, Fraction(new, old))
     if size <= 0:
         return size
     return None if size * new % old else size * new // old

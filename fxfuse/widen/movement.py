@@ -28,11 +28,17 @@ def move(wide: WideGraph, node: fx.Node) -> Any:
     source = cast("fx.Node", node.args[0])
     value: Value = wide.values[source]
     layouts = wide.layout_of(source)
+    if source in wide.pending:
+        return gather(wide, node, source, layouts)
     if not layouts:
         return pytree.tree_map(
             lambda _: {}, wide.values[node], is_leaf=lambda x: isinstance(x, Value)
         )
     narrow = as_list(evaluate(wide, node, node.args, positions_of(value, {})[0]))
+    growing = [
+        [dim for dim in range(part.rank) if wide.units.order(part, dim) is not None]
+        for part in as_list(wide.values[node])
+    ]
     # The order that the operand happens to have, else one in which copies stand together.
     for ordered in ({}, *_reorderings(wide, value, layouts)):
         tried = {**layouts, **ordered}
@@ -46,7 +52,7 @@ def move(wide: WideGraph, node: fx.Node) -> Any:
                 continue
             if len(moved) != len(narrow):
                 continue
-            found = [layouts_of(*part) for part in zip(narrow, moved, copies, strict=True)]
+            found = [layouts_of(*p) for p in zip(narrow, moved, copies, growing, strict=True)]
             if _keeps_units_apart(wide, node, found):
                 set_arguments(wide, node, args)
                 reorder(wide, node, layouts, ordered)

@@ -44,7 +44,7 @@ def _with_shared(
     # What has a layout has labels.
     assert units is not None
     grows = wide.units.grow(units)
-    copies = (-1, *range(wide.n_members))
+    copies = (-1, *range(int(wide.units.count.max())))
     return {
         (source, copy): place
         for place, source in reversed(list(enumerate(layout.source.tolist())))
@@ -77,7 +77,7 @@ def require(
     """
     if operand.op == "get_attr" and wanted is not None:
         place = dict(wide.parameter_places(operand)).get(dim)
-        if place is not None and place in wide.analysis.group_of:
+        if place is not None and place in wide.resized:
             wide.places.setdefault(place, wanted)
     have = wide.layout_of(operand).get(dim)
     size = wide.values[operand].shape[dim]

@@ -35,6 +35,8 @@ def recur(wide: WideGraph, node: fx.Node) -> Any:
     if set(wide.layout_of(x)) - {last}:
         raise cannot_write(node, "a recurrent layer whose batch holds neurons is not rewritten")
     kept: list[list[Layout]] = [[] for _ in states]
+    # What a direction hands on is its first state.
+    size = wide.values[states[0]].shape[-1]
     for start in range(0, len(parts), directions):
         outgoing: list[Layout] = []
         for part in parts[start : start + directions]:
@@ -44,7 +46,7 @@ def recur(wide: WideGraph, node: fx.Node) -> Any:
                 found.append(layout)
         incoming = outgoing[0]
         for layout in outgoing[1:]:
-            incoming = layout.after(incoming, int(incoming.source.max()) + 1)
+            incoming = layout.after(incoming, size)
     # One tensor may be both states.
     for state, layouts in dict(zip(states, kept, strict=True)).items():
         if not all(same(layout, layouts[0]) for layout in layouts):

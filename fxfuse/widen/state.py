@@ -12,9 +12,10 @@ from torch import fx
 from fxfuse.coupling import CouplingGraph, Place
 from fxfuse.errors import RewriteError
 from fxfuse.labels import Value
-from fxfuse.layout import Layout, default_layout
+from fxfuse.layout import Copies, Layout, default_layout
 from fxfuse.rewrite import copy_graph
 from fxfuse.source_lines import source_of
+from fxfuse.widen.gather_index import Move
 from fxfuse.widen.units import Units
 
 #: Layout of each grown dimension of one tensor.
@@ -27,8 +28,9 @@ class WideGraph:
     Attributes:
         analysis: The analysis of the members.
         values: The labelled value of each node of the members' graph.
-        n_members: N.
+        copies: How many fused units stand in the place of each unit of a member.
         units: The units, and which of them grow.
+        resized: The dimensions of parameters and buffers whose size changes.
         graph: The copy that is rewritten.
         mapping: The node of `graph` that stands for each node of the members' graph.
         places: Layouts of the dimensions of parameters and buffers that were read so far.
@@ -36,17 +38,22 @@ class WideGraph:
             a list of them where it returns a list.
         orders: Index tensors that `graph` reads, by name.
         inputs: What a node (first) now reads in place of an operand (second).
+        pending: Data movements whose result can only be written together with the next one: the
+            tensor at which they start, the movements from there at the members' width, and their
+            nodes of the members' graph.
     """
 
-    def __init__(self, analysis: CouplingGraph, n_members: int) -> None:
+    def __init__(self, analysis: CouplingGraph, copies: Copies) -> None:
         self.analysis = analysis
         self.values = analysis.values
-        self.n_members = n_members
-        self.units = Units(analysis, n_members)
+        self.copies = copies
+        self.units = Units(analysis, copies)
+        self.resized = frozenset(p for g in analysis.groups if g.name in copies for p in g.index)
         self.places: dict[Place, Layout] = {}
         self.layouts: dict[fx.Node, Any] = {}
         self.orders: dict[str, torch.Tensor] = {}
         self.inputs: dict[tuple[fx.Node, fx.Node], fx.Node] = {}
+        self.pending: dict[fx.Node, tuple[fx.Node, Move, tuple[fx.Node, ...]]] = {}
         self.mapping: dict[fx.Node, fx.Node] = {}
         self.graph = copy_graph(analysis.captured.graph, self.mapping)
 
@@ -58,7 +65,7 @@ class WideGraph:
         return {
             dim: self.place_layout(place)
             for dim, place in self.parameter_places(node)
-            if place in self.analysis.group_of
+            if place in self.resized
         }
 
     def parameter_places(self, node: fx.Node) -> Iterator[tuple[int, Place]]:
@@ -71,7 +78,7 @@ class WideGraph:
     def place_layout(self, place: Place) -> Layout:
         """Layout of a dimension of a parameter; the default one if it has none yet."""
         if place not in self.places:
-            self.places[place] = default_layout(self.analysis, place, self.n_members)
+            self.places[place] = default_layout(self.analysis, place, self.copies)
         return self.places[place]
 
     def current(self, node: fx.Node, operand: fx.Node) -> fx.Node:

@@ -2,41 +2,56 @@
 
 from __future__ import annotations
 
-from itertools import pairwise
+from collections.abc import Iterable
+from typing import Any
 
 import numpy as np
+import torch.utils._pytree as pytree
 
 from fxfuse.coupling import CouplingGraph, Index
 from fxfuse.labels import Field, Value, neurons
-from fxfuse.layout import Layout
+from fxfuse.layout import Copies, Layout, run_layout
 
 
 class Units:
-    """The units of a network, of which the free ones have a copy for each member.
+    """The units of a network, and how many copies of each there are at the new width.
 
     Attributes:
-        n_members: N.
         component: The unit of each neuron, int64 [neurons].
-        free: The units that grow.
+        free: The units of the groups whose size changes.
+        count: How many copies of each unit there are, int64 [units]; 1 where nothing changes.
     """
 
-    def __init__(self, analysis: CouplingGraph, n_members: int) -> None:
-        self.n_members = n_members
+    def __init__(self, analysis: CouplingGraph, copies: Copies) -> None:
         self.component: Index = analysis.ledger.components()
-        self.free = self._free_units(analysis)
-
-    def _free_units(self, analysis: CouplingGraph) -> frozenset[int]:
+        # One more than there are units: number -1, no unit, is none that grows.
+        self._grows = np.zeros(int(self.component.max(initial=-1)) + 2, dtype=bool)
+        self.count: Index = np.ones(len(self._grows), dtype=np.int64)
+        self._names: dict[int, str] = {}
         ledger = analysis.ledger
-        free: set[int] = set()
         for owner, (name, dim) in enumerate(ledger.owners):
             for group in analysis.group_of.get((name, dim), ()):
-                rows = group.index[(name, dim)].reshape(-1)
-                free.update(self.component[ledger.starts[owner] + rows].tolist())
-        return frozenset(free)
+                if group.name in copies:
+                    units = self.component[ledger.starts[owner] + group.index[(name, dim)]]
+                    self._grows[units] = True
+                    self.count[units] = copies[group.name][:, None]
+                    self._names.update(dict.fromkeys(units.reshape(-1).tolist(), group.name))
+        self.free = frozenset(np.flatnonzero(self._grows).tolist())
 
     def grow(self, units: Index) -> np.ndarray:
-        """Which of some units grow: bool of the shape of `units`."""
-        return np.isin(units, list(self.free))
+        """Which of some units grow or shrink: bool of the shape of `units`."""
+        found: np.ndarray = self._grows[units]
+        return found
+
+    def groups_at(self, values: Iterable[Any]) -> list[str]:
+        """The groups that change their size and have neurons in some of the values of nodes."""
+        leaves = pytree.tree_leaves(list(values), is_leaf=lambda x: isinstance(x, Value))
+        found: set[str] = set()
+        for value in leaves:
+            for f in value.fields if isinstance(value, Value) else ():
+                units = np.unique(self.free_units(f))
+                found.update(self._names[unit] for unit in units.tolist() if unit >= 0)
+        return sorted(found)
 
     def along(self, value: Value, dim: int) -> Index | None:
         """The unit of each index along a dimension, int64 [size]; None where it has no labels."""
@@ -88,22 +103,26 @@ class Units:
             ),
         )
 
-    def run_layout(self, f: Field, dim: int) -> Layout:
-        """A new layout of a field: the copies of each run of a unit's neurons in one piece."""
-        units = np.moveaxis(self.free_units(f), dim, 0).reshape(f.ids.shape[dim], -1).max(axis=1)
-        runs = np.flatnonzero(np.r_[True, (units[1:] != units[:-1]) | (units[1:] < 0)])
-        source, copy = [], []
-        for start, end in pairwise([*runs.tolist(), len(units)]):
-            members = np.array([-1]) if units[start] < 0 else np.arange(self.n_members)
-            source.append(np.tile(np.arange(start, end), len(members)))
-            copy.append(np.repeat(members, end - start))
-        return Layout(np.concatenate(source), np.concatenate(copy))
+    def run_layout(self, f: Field, dim: int) -> Layout | None:
+        """A new layout of a field: the copies of each run of a unit's neurons in one piece.
+
+        None where neurons of one index have different numbers of copies: that is no tensor.
+        """
+        rows = np.moveaxis(self.free_units(f), dim, 0).reshape(f.ids.shape[dim], -1)
+        units = rows.max(axis=1)
+        counts = self.count[rows]
+        if bool(((counts != counts.max(axis=1, keepdims=True)) & (rows >= 0)).any()):
+            return None
+        return run_layout(units, self.count)
 
     def index_layout(self, value: Value, dim: int, indices: Index) -> Layout:
         """A new layout of some indices: copies next to each other, one where nothing grows."""
         units = self.along(value, dim)
         found = units[indices] if units is not None else np.full(len(indices), -1)
-        repeats = np.where(self.grow(found), self.n_members, 1)
-        copy = [np.arange(n) if n > 1 else np.array([-1]) for n in repeats]
+        # One piece for each index.
         none = np.empty(0, dtype=np.int64)
-        return Layout(np.repeat(indices, repeats), np.concatenate([none, *copy]))
+        copy = [
+            np.arange(self.count[unit]) if grows else np.array([-1])
+            for unit, grows in zip(found, self.grow(found), strict=True)
+        ]
+        return Layout(np.repeat(indices, [len(c) for c in copy]), np.concatenate([none, *copy]))

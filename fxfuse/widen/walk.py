@@ -8,9 +8,11 @@ from typing import Any
 import torch
 from torch import fx
 
-from fxfuse.apply import fused_side_by_side
+from fxfuse.apply import fused_tensors
 from fxfuse.coupling import CouplingGraph
+from fxfuse.errors import RewriteError
 from fxfuse.labels import Value
+from fxfuse.layout import Copies, copies_of
 from fxfuse.plan import FusionPlan
 from fxfuse.rewrite import FusedModule, emit_graph
 from fxfuse.rules import (
@@ -65,43 +67,116 @@ def widen(
 
     Args:
         graph: The analysis of the members.
-        plan: A plan of method `wide`.
+        plan: Says how many units each group has, and which.
         states: For each member, its tensors by name.
 
     Returns:
-        A module whose labelled dimensions are N times as large as a member's.
+        A module whose labelled dimensions have the sizes that the plan gives them.
 
     Raises:
         RewriteError: An operator's literals or layouts cannot be rewritten; names the node.
     """
-    wide = _walk(graph, plan.n_members)
-    state = fused_side_by_side(graph, plan, states, wide.places)
+    wide = _walk(graph, copies_of(graph, plan.sizes()))
+    state = fused_tensors(graph, plan, states, wide.places)
     return emit_graph(graph.captured, state, wide.graph, wide.orders)
 
 
-def output_layouts(graph: CouplingGraph, n_members: int) -> list[Layouts]:
-    """For each output tensor of the concatenation, the layouts of the dimensions that grow.
+def output_layouts(graph: CouplingGraph, plan: FusionPlan) -> list[Layouts]:
+    """For each output tensor of the resized network, the layouts of the dimensions that grow.
 
     Args:
         graph: The analysis of the members.
-        n_members: N.
+        plan: Says how many units each group has.
 
     Raises:
         RewriteError: As for `widen`.
     """
-    wide = _walk(graph, n_members)
+    wide = _walk(graph, copies_of(graph, plan.sizes()))
     outputs = [n for n in graph.captured.outputs() if isinstance(n, fx.Node)]
     return [wide.layout_of(n) for n in outputs if isinstance(graph.values[n], Value)]
 
 
-def _walk(graph: CouplingGraph, n_members: int) -> WideGraph:
-    wide = WideGraph(graph, n_members)
+def settle(graph: CouplingGraph, sizes: Mapping[str, int]) -> tuple[dict[str, int], dict[str, str]]:
+    """Sizes that the network can be written in.
+
+    Args:
+        graph: The analysis of the members.
+        sizes: Units of each fused group that are asked for, by the group's name.
+
+    Returns:
+        The sizes, in which every group that stands in the way of writing the network keeps a
+        member's size; and for each of these groups, the operator and why.
+
+    Raises:
+        RewriteError: No group that changes its size has to do with what cannot be written.
+    """
+    settled, refused = dict(sizes), dict[str, str]()
+    own = {group.name: group.n_units for group in graph.groups}
+    while True:
+        wide = WideGraph(graph, copies_of(graph, settled))
+        stuck = _first_obstacle(wide)
+        if stuck is None:
+            return settled, refused
+        node, error = stuck
+        names = wide.units.groups_at(wide.values[n] for n in (node, *node.all_input_nodes))
+        if not names:
+            raise error
+        for name in names:
+            settled[name] = own[name]
+            refused[name] = f"{error.why} ({error.where})"
+
+
+def _first_obstacle(wide: WideGraph) -> tuple[fx.Node, RewriteError] | None:
+    for node in wide.analysis.captured.graph.nodes:
+        try:
+            _step(wide, node)
+        except RewriteError as error:
+            return node, error
+    return None
+
+
+def blank(
+    graph: CouplingGraph,
+    sizes: Mapping[str, int],
+    empty: Callable[[Sequence[int], torch.dtype], torch.Tensor],
+) -> FusedModule:
+    """The resized network with tensors that hold nothing yet, for shapes and costs.
+
+    Args:
+        graph: The analysis of the members.
+        sizes: Units of each fused group, by its name.
+        empty: Makes a tensor of a shape and a dtype.
+
+    Raises:
+        RewriteError: As for `widen`.
+    """
+    wide = _walk(graph, copies_of(graph, sizes))
+    captured = graph.captured
+
+    def made(name: str) -> torch.Tensor:
+        tensor = captured.tensor(name)
+        shape = list(tensor.shape)
+        for dim in range(tensor.dim()):
+            if (captured.canonical[name], dim) in wide.resized:
+                shape[dim] = wide.place_layout((captured.canonical[name], dim)).size
+        return empty(shape, tensor.dtype)
+
+    state = {name: made(name) for name in captured.names}
+    return emit_graph(captured, state, wide.graph, wide.orders)
+
+
+def _walk(graph: CouplingGraph, copies: Copies) -> WideGraph:
+    wide = WideGraph(graph, copies)
     for node in graph.captured.graph.nodes:
-        if node.op == "call_function" and has_tensor(graph.values[node]):
-            wide.layouts[node] = _widened(wide, node)
-        elif node.op != "output":
-            wide.layouts[node] = {}
+        _step(wide, node)
     return wide
+
+
+def _step(wide: WideGraph, node: fx.Node) -> None:
+    if node.op == "call_function" and has_tensor(wide.values[node]):
+        wide.layouts[node] = _widened(wide, node)
+    elif node.op != "output":
+        wide.layouts[node] = {}
 
 
 def _widened(wide: WideGraph, node: fx.Node) -> Any:
