@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from benchmarks.pages import marks, with_tables
-from benchmarks.paper import cost, runner, sync_sgd, table
+from benchmarks.paper import cost, depth, runner, sync_sgd, table, width
 from benchmarks.paper.datasets import Data
 from benchmarks.paper.experiment import Experiment, Job, Options, Place, Row, run, summary
 from benchmarks.paper.markdown import markdown
@@ -30,6 +30,8 @@ def cache(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setattr(cost, "WIDTHS", (0.5,))
     monkeypatch.setattr(sync_sgd, "PARTS", (2, 4))
+    monkeypatch.setattr(width, "WIDTHS", (0.25, 0.5))
+    monkeypatch.setattr(depth, "DEPTHS", (1, 2))
 
 
 @pytest.fixture(scope="module")
@@ -75,9 +77,18 @@ EXPECTED = {
         ("4", "averaging, own starts"),
         ("no exchange, own starts", "8 steps"),
     },
+    "width": {
+        ("0.25", "NT (l2), 0 steps"),
+        ("0.5", "NT (obs) + refit, 8 steps"),
+    },
+    "depth": {("1", "NT (l2), 8 steps"), ("2", "NT (obs) + refit, 0 steps")},
     "cost": {("0.5", "NT (l2)"), ("0.5", "8 training steps")},
 }
-EXPECTED["vit"] = EXPECTED["compare"]
+EXPECTED["vit"] = EXPECTED["resnet"] = EXPECTED["compare"]
+
+
+#: Experiments whose lines are no networks: every line has the controls as columns.
+SWEPT = {"members": ("2", "3"), "width": ("0.25", "0.5"), "depth": ("1", "2")}
 
 
 @pytest.fixture(autouse=True)
@@ -98,11 +109,13 @@ def test_experiment(name, data, tmp_path):
     assert len(blocks) == 1
     assert cells(blocks[0]) >= EXPECTED[name]
     if name != "cost":
-        best = "best member"
-        if name == "members":
-            wanted = {(str(n), f"{best}, {k} steps") for n in ns for k in (0, 8)}
-        else:
-            wanted = {(best, "0 steps"), (best, "8 steps"), ("ensemble", "0 steps")}
+        wanted = {("ensemble", "0 steps")} | {
+            (control, f"{k} steps")
+            for control in ("best member", "best member, head refit")
+            for k in (0, 8)
+        }
+        if name in SWEPT:
+            wanted = {(at, f"{row}, {column}") for at in SWEPT[name] for row, column in wanted}
         assert cells(blocks[0]) >= wanted
     results = json.loads(json.dumps(runner.document(experiment, blocks, TINY, 1.0)))
     for cell in results["blocks"][0]["rows"]:
@@ -118,7 +131,13 @@ def test_experiment(name, data, tmp_path):
     plot = tmp_path / "plots" / f"{name}.svg"
     draw(experiment, results, plot)
     first = plot.read_text()
-    assert experiment.line in first or name in ("compare", "vit", "order", "selftransplant")
+    assert experiment.line in first or name in (
+        "compare",
+        "vit",
+        "resnet",
+        "order",
+        "selftransplant",
+    )
     draw(experiment, results, plot)
     assert plot.read_text() == first
 

@@ -17,7 +17,7 @@ from torch import nn
 from benchmarks.paper.experiment import Experiment, Job, Row
 from benchmarks.paper.memory import peak
 from benchmarks.paper.runner import command
-from benchmarks.paper.setting import network
+from benchmarks.paper.setting import Size, network
 from fxfuse import fuse
 from fxfuse.data import Batches
 from fxfuse.refine import default_optimizer, finetune
@@ -80,7 +80,7 @@ def _train(job: Job, module: nn.Module, steps: int) -> None:
 
 def _members(job: Job, width: float) -> list[nn.Module]:
     seeds = range(100 * job.seed, 100 * job.seed + job.n)
-    return [network(job.network, job.data, seed, width).eval() for seed in seeds]
+    return [network(job.network, job.data, seed, Size(width)).eval() for seed in seeds]
 
 
 EXPERIMENT = Experiment(
@@ -93,7 +93,7 @@ EXPERIMENT = Experiment(
     line="width",
     measures={"seconds": "CPU seconds", "megabytes": "memory, MB"},
     settings=("same data",),
-    logarithmic=True,
+    logarithmic=("x", "y"),
 )
 
 if __name__ == "__main__":

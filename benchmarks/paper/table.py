@@ -16,12 +16,15 @@ from benchmarks.pages import with_tables
 from benchmarks.paper import (
     compare,
     cost,
+    depth,
     fraction,
     members,
     order,
+    resnet,
     selftransplant,
     sync_sgd,
     vit,
+    width,
 )
 from benchmarks.paper.experiment import Experiment
 from benchmarks.paper.markdown import markdown
@@ -29,7 +32,19 @@ from benchmarks.paper.runner import PLOTS, RESULTS, ROOT
 
 EXPERIMENTS: tuple[Experiment, ...] = tuple(
     module.EXPERIMENT
-    for module in (compare, vit, members, order, fraction, selftransplant, sync_sgd, cost)
+    for module in (
+        compare,
+        resnet,
+        vit,
+        order,
+        width,
+        depth,
+        members,
+        selftransplant,
+        sync_sgd,
+        fraction,
+        cost,
+    )
 )
 PAGE = ROOT / "docs" / "paper.md"
 MARK = "paper"
