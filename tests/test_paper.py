@@ -142,7 +142,9 @@ def test_experiment(name, data, tmp_path):
     assert plot.read_text() == first
 
 
-def test_command(data, tmp_path, monkeypatch, capsys):
+@pytest.fixture
+def measured(data, tmp_path, monkeypatch, capsys):
+    """A run of the controls: the folders of its JSON and its plot, and what it printed."""
     monkeypatch.setattr(runner, "load", lambda name, root: dataclasses.replace(data, name=name))
     fewer = dataclasses.replace(of("fraction"), measure=controls)
     out = tmp_path / "results" / "fraction.json"
@@ -160,7 +162,12 @@ def test_command(data, tmp_path, monkeypatch, capsys):
         "3",
     ]
     runner.command(fewer, [*arguments, "--json", str(out), "--plot", str(plot)])
-    found = json.loads(out.read_text())
+    return out.parent, plot.parent, capsys.readouterr().out
+
+
+def test_command(measured):
+    results, plots, printed = measured
+    found = json.loads((results / "fraction.json").read_text())
     assert found["schema"] == 1
     assert found["experiment"] == "fraction"
     assert found["options"]["seeds"] == 2
@@ -174,23 +181,32 @@ def test_command(data, tmp_path, monkeypatch, capsys):
         "n": 2,
     }
     assert len(block["rows"][0]["values"]["accuracy"]["seeds"]) == 2
-    assert "| best member |" in capsys.readouterr().out
-    assert plot.exists()
+    assert "| best member |" in printed
+    assert (plots / "fraction.svg").exists()
 
-    page = tmp_path / "paper.md"
+
+def test_pages(measured, capsys):
+    results, plots, _ = measured
+    page = plots / "fraction.md"
     begin, end = marks(table.MARK)
     page.write_text(f"before\n{begin}\nold\n{end}\nafter\n")
-    where = ["--page", str(page), "--results", str(out.parent), "--plots", str(plot.parent)]
+    where = ["--pages", str(plots), "--results", str(results)]
     assert table.main([*where, "--check"]) == 1
+    assert "fraction.md is out of date" in capsys.readouterr().err
     assert "old" in page.read_text()
+    assert not (plots / "order.md").exists()
     assert table.main(where) == 0
     assert table.main([*where, "--check"]) == 0
     text = page.read_text()
     assert text.startswith("before\n")
     assert text.endswith("after\n")
     assert "| best member |" in text
-    assert "](plots/fraction.svg)" in text
-    assert text.count("Not measured yet") == len(NAMES) - 1
+    assert "](fraction.svg)" in text
+    pages = {name: (plots / f"{name}.md").read_text() for name in NAMES}
+    assert [name for name in NAMES if "Not measured yet" not in pages[name]] == ["fraction"]
+    assert pages["order"].startswith("# Order of")
+    (results / "fraction.json").unlink()
+    assert table.main([*where, "--check"]) == 1
 
 
 def test_the_page_needs_its_marks():

@@ -12,7 +12,7 @@ from benchmarks.paper.refining import transplants_and_controls
 from benchmarks.paper.runner import command
 from benchmarks.paper.setting import Size
 
-DEPTHS = (1, 2, 3, 4, 6, 8)
+DEPTHS = (1, 2, 4, 8)
 
 
 def measure(job: Job) -> list[Row]:
