@@ -202,6 +202,7 @@ def test_pages(measured, capsys):
     assert text.endswith("after\n")
     assert "| best member |" in text
     assert "](fraction.svg)" in text
+    assert "`python -m benchmarks.paper.fraction --network mlp`; 2 seeds" in text
     pages = {name: (plots / f"{name}.md").read_text() for name in NAMES}
     assert [name for name in NAMES if "Not measured yet" not in pages[name]] == ["fraction"]
     assert pages["order"].startswith("# Order of")

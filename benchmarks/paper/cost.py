@@ -90,7 +90,7 @@ EXPERIMENT = Experiment(
     name="cost",
     title="Time and memory",
     about="CPU seconds on one thread, and the memory that fusing takes beyond the members' own, at "
-    "most. Width 1 is that of the networks above. Capture and analysis are counted, "
+    "most. Width 1 is that of the other tables' networks. Capture and analysis are counted, "
     "verification is not. The last column, the control, is k steps of training one member.",
     measure=measure,
     line="width",

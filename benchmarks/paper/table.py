@@ -69,23 +69,35 @@ def wanted(experiment: Experiment, results: Path, pages: Path) -> str:
 
 
 def _section(experiment: Experiment, found: dict[str, Any] | None, plot: Path | None) -> str:
-    command = f"`python -m benchmarks.paper.{experiment.name}`"
     if found is None:
-        return f"\n{experiment.about}\n\nNot measured yet: {command}.\n\n"
+        return f"\n{experiment.about}\n\nNot measured yet: `{_command(experiment, [])}`.\n\n"
     options = found["options"]
     rates = " or ".join(f"{rate:g}" for rate in options["rates"])
     lines = [
         "",
         experiment.about,
         "",
-        f"{command}; {options['seeds']} seeds, k = {options['steps']} steps, learning rate "
-        f"{rates}, {options['calibration']} calibration inputs, "
+        f"`{_command(experiment, found['blocks'])}`; {options['seeds']} seeds, "
+        f"k = {options['steps']} steps, learning rate {rates}, "
+        f"{options['calibration']} calibration inputs, "
         f"{found['cpu_seconds'] / 60:.1f} CPU minutes, torch {found['versions']['torch']}.",
         "",
     ]
     if plot is not None:
         lines += [f"![{experiment.title}]({plot.name})", ""]
     return "\n".join([*lines, markdown(experiment, found), "", ""])
+
+
+def _command(experiment: Experiment, blocks: list[dict[str, Any]]) -> str:
+    """The command that measured the blocks, with what it was told other than the defaults."""
+    networks = tuple(dict.fromkeys(block["network"] for block in blocks))
+    ns = tuple(dict.fromkeys(block["n"] for block in blocks if block["n"] is not None))
+    command = f"python -m benchmarks.paper.{experiment.name}"
+    if blocks and networks != experiment.networks:
+        command += f" --network {' '.join(networks)}"
+    if ns and ns != experiment.ns:
+        command += f" -n {' '.join(map(str, ns))}"
+    return command
 
 
 def main(arguments: list[str] | None = None) -> int:
