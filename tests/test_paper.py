@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from benchmarks.pages import marks, with_tables
-from benchmarks.paper import cost, runner, sync_sgd, table
+from benchmarks.paper import cost, depth, runner, sync_sgd, table, width
 from benchmarks.paper.datasets import Data
 from benchmarks.paper.experiment import Experiment, Job, Options, Place, Row, run, summary
 from benchmarks.paper.markdown import markdown
@@ -30,6 +30,8 @@ def cache(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setattr(cost, "WIDTHS", (0.5,))
     monkeypatch.setattr(sync_sgd, "PARTS", (2, 4))
+    monkeypatch.setattr(width, "WIDTHS", (0.25, 0.5))
+    monkeypatch.setattr(depth, "DEPTHS", (1, 2))
 
 
 @pytest.fixture(scope="module")
@@ -75,9 +77,18 @@ EXPECTED = {
         ("4", "averaging, own starts"),
         ("no exchange, own starts", "8 steps"),
     },
+    "width": {
+        ("0.25", "NT (l2), 0 steps"),
+        ("0.5", "NT (obs) + refit, 8 steps"),
+    },
+    "depth": {("1", "NT (l2), 8 steps"), ("2", "NT (obs) + refit, 0 steps")},
     "cost": {("0.5", "NT (l2)"), ("0.5", "8 training steps")},
 }
-EXPECTED["vit"] = EXPECTED["compare"]
+EXPECTED["vit"] = EXPECTED["resnet"] = EXPECTED["compare"]
+
+
+#: Experiments whose lines are no networks: every line has the controls as columns.
+SWEPT = {"members": ("2", "3"), "width": ("0.25", "0.5"), "depth": ("1", "2")}
 
 
 @pytest.fixture(autouse=True)
@@ -98,11 +109,13 @@ def test_experiment(name, data, tmp_path):
     assert len(blocks) == 1
     assert cells(blocks[0]) >= EXPECTED[name]
     if name != "cost":
-        best = "best member"
-        if name == "members":
-            wanted = {(str(n), f"{best}, {k} steps") for n in ns for k in (0, 8)}
-        else:
-            wanted = {(best, "0 steps"), (best, "8 steps"), ("ensemble", "0 steps")}
+        wanted = {("ensemble", "0 steps")} | {
+            (control, f"{k} steps")
+            for control in ("best member", "best member, head refit")
+            for k in (0, 8)
+        }
+        if name in SWEPT:
+            wanted = {(at, f"{row}, {column}") for at in SWEPT[name] for row, column in wanted}
         assert cells(blocks[0]) >= wanted
     results = json.loads(json.dumps(runner.document(experiment, blocks, TINY, 1.0)))
     for cell in results["blocks"][0]["rows"]:
@@ -118,12 +131,20 @@ def test_experiment(name, data, tmp_path):
     plot = tmp_path / "plots" / f"{name}.svg"
     draw(experiment, results, plot)
     first = plot.read_text()
-    assert experiment.line in first or name in ("compare", "vit", "order", "selftransplant")
+    assert experiment.line in first or name in (
+        "compare",
+        "vit",
+        "resnet",
+        "order",
+        "selftransplant",
+    )
     draw(experiment, results, plot)
     assert plot.read_text() == first
 
 
-def test_command(data, tmp_path, monkeypatch, capsys):
+@pytest.fixture
+def measured(data, tmp_path, monkeypatch, capsys):
+    """A run of the controls: the folders of its JSON and its plot, and what it printed."""
     monkeypatch.setattr(runner, "load", lambda name, root: dataclasses.replace(data, name=name))
     fewer = dataclasses.replace(of("fraction"), measure=controls)
     out = tmp_path / "results" / "fraction.json"
@@ -141,7 +162,12 @@ def test_command(data, tmp_path, monkeypatch, capsys):
         "3",
     ]
     runner.command(fewer, [*arguments, "--json", str(out), "--plot", str(plot)])
-    found = json.loads(out.read_text())
+    return out.parent, plot.parent, capsys.readouterr().out
+
+
+def test_command(measured):
+    results, plots, printed = measured
+    found = json.loads((results / "fraction.json").read_text())
     assert found["schema"] == 1
     assert found["experiment"] == "fraction"
     assert found["options"]["seeds"] == 2
@@ -155,23 +181,33 @@ def test_command(data, tmp_path, monkeypatch, capsys):
         "n": 2,
     }
     assert len(block["rows"][0]["values"]["accuracy"]["seeds"]) == 2
-    assert "| best member |" in capsys.readouterr().out
-    assert plot.exists()
+    assert "| best member |" in printed
+    assert (plots / "fraction.svg").exists()
 
-    page = tmp_path / "paper.md"
+
+def test_pages(measured, capsys):
+    results, plots, _ = measured
+    page = plots / "fraction.md"
     begin, end = marks(table.MARK)
     page.write_text(f"before\n{begin}\nold\n{end}\nafter\n")
-    where = ["--page", str(page), "--results", str(out.parent), "--plots", str(plot.parent)]
+    where = ["--pages", str(plots), "--results", str(results)]
     assert table.main([*where, "--check"]) == 1
+    assert "fraction.md is out of date" in capsys.readouterr().err
     assert "old" in page.read_text()
+    assert not (plots / "order.md").exists()
     assert table.main(where) == 0
     assert table.main([*where, "--check"]) == 0
     text = page.read_text()
     assert text.startswith("before\n")
     assert text.endswith("after\n")
     assert "| best member |" in text
-    assert "](plots/fraction.svg)" in text
-    assert text.count("Not measured yet") == len(NAMES) - 1
+    assert "](fraction.svg)" in text
+    assert "`python -m benchmarks.paper.fraction --network mlp`; 2 seeds" in text
+    pages = {name: (plots / f"{name}.md").read_text() for name in NAMES}
+    assert [name for name in NAMES if "Not measured yet" not in pages[name]] == ["fraction"]
+    assert pages["order"].startswith("# Order of")
+    (results / "fraction.json").unlink()
+    assert table.main([*where, "--check"]) == 1
 
 
 def test_the_page_needs_its_marks():

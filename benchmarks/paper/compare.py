@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from torch import nn
 
 from benchmarks.paper.experiment import Experiment, Job, Row
-from benchmarks.paper.refining import both, controls, distilled, trained
+from benchmarks.paper.refining import both, controls, distilled, refitted, trained
 from benchmarks.paper.runner import command
 from fxfuse.refine import match, recalibrate
 
@@ -31,7 +31,8 @@ def measure(job: Job) -> list[Row]:
     rows += controls(job)
     best = job.case.best
     rows += both(job, f"best member, {matching} first", _matched(job, best))
-    rows.append(trained(job, "best member, distilled", distilled(job, best)))
+    for name, start in (("NT (obs) + refit", refitted(job)), ("best member", best)):
+        rows.append(trained(job, f"{name}, distilled", distilled(job, start)))
     return rows
 
 
@@ -45,7 +46,7 @@ def fusions(job: Job) -> Iterator[tuple[str, nn.Module]]:
         if recalibrate(renewed, job.calibration):
             yield f"{name} + recalibration", renewed
     yield "NT (l2)", job.fused()
-    yield "NT (obs) + refit", job.fused(score="obs", calibration=job.calibration, refit=True)
+    yield "NT (obs) + refit", refitted(job)
 
 
 def _auto(job: Job) -> nn.Module:
@@ -72,6 +73,7 @@ EXPERIMENT = Experiment(
     about=_ABOUT,
     measure=measure,
     line="method",
+    ns=(2, 4),
 )
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ beforehand, so that what is imported and made once per process is not counted.
 
 from __future__ import annotations
 
+import copy
 import time
 from collections.abc import Callable
 from typing import Any
@@ -17,7 +18,7 @@ from torch import nn
 from benchmarks.paper.experiment import Experiment, Job, Row
 from benchmarks.paper.memory import peak
 from benchmarks.paper.runner import command
-from benchmarks.paper.setting import network
+from benchmarks.paper.setting import Size, network
 from fxfuse import fuse
 from fxfuse.data import Batches
 from fxfuse.refine import default_optimizer, finetune
@@ -51,15 +52,17 @@ def _of_width(job: Job, width: float) -> list[Row]:
     members = _members(job, width)
     rows = []
 
+    steps = min(_TIMED_STEPS, job.options.steps)
+    training = _cost(lambda: _train(job, copy.deepcopy(members[0]), steps))
+    training["seconds"] *= job.options.steps / steps
+
     def add(column: str, values: dict[str, float]) -> None:
-        rows.append(Row(f"{width:g}", column, values, width))
+        ratio = values["seconds"] / training["seconds"]
+        rows.append(Row(f"{width:g}", column, {**values, "ratio": ratio}, width))
 
     for name, told in options.items():
         add(name, _cost(lambda told=told: fuse(members, inputs[:2], verify=False, **told)))
-    steps = min(_TIMED_STEPS, job.options.steps)
-    values = _cost(lambda: _train(job, members[0], steps))
-    values["seconds"] *= job.options.steps / steps
-    add(f"{job.options.steps} training steps", values)
+    add(f"{job.options.steps} training steps", training)
     return rows
 
 
@@ -80,20 +83,24 @@ def _train(job: Job, module: nn.Module, steps: int) -> None:
 
 def _members(job: Job, width: float) -> list[nn.Module]:
     seeds = range(100 * job.seed, 100 * job.seed + job.n)
-    return [network(job.network, job.data, seed, width).eval() for seed in seeds]
+    return [network(job.network, job.data, seed, Size(width)).eval() for seed in seeds]
 
 
 EXPERIMENT = Experiment(
     name="cost",
     title="Time and memory",
     about="CPU seconds on one thread, and the memory that fusing takes beyond the members' own, at "
-    "most. Width 1 is that of the networks above. Capture and analysis are counted, "
+    "most. Width 1 is that of the other tables' networks. Capture and analysis are counted, "
     "verification is not. The last column, the control, is k steps of training one member.",
     measure=measure,
     line="width",
-    measures={"seconds": "CPU seconds", "megabytes": "memory, MB"},
+    measures={
+        "seconds": "CPU seconds",
+        "ratio": "CPU time over that of the training steps",
+        "megabytes": "memory, MB",
+    },
     settings=("same data",),
-    logarithmic=True,
+    logarithmic=("x", "y"),
 )
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.paper.datasets import Data
-from benchmarks.paper.setting import SETTINGS, Case, accuracy, case
+from benchmarks.paper.setting import OWN_SIZE, SETTINGS, Case, Size, accuracy, case
 from fxfuse import Captured, capture, fuse
 from fxfuse.data import Batches
 
@@ -63,6 +63,11 @@ class Row:
     x: float | None = None
 
 
+def along(label: str, x: float, rows: Sequence[Row]) -> list[Row]:
+    """One line of a table at `x`, with a column for every cell of `rows`."""
+    return [Row(label, f"{row.row}, {row.column}", row.values, x) for row in rows]
+
+
 @dataclass(frozen=True)
 class Job:
     """One repetition of one experiment."""
@@ -73,12 +78,13 @@ class Job:
     n: int
     seed: int
     options: Options = field(default_factory=Options)
+    size: Size = OWN_SIZE
 
     @functools.cached_property
     def case(self) -> Case:
         """The members, trained or from the cache."""
         steps = self.options.member_steps
-        return case(self.network, self.data, self.setting, self.n, self.seed, steps)
+        return case(self.network, self.data, self.setting, self.n, self.seed, steps, self.size)
 
     @functools.cached_property
     def calibration(self) -> Tensor:
@@ -129,7 +135,7 @@ class Experiment:
         steps: Default of --steps.
         along_n: Whether the number of members is the table's lines; every row of `measure` then
             becomes a column.
-        logarithmic: Whether both axes of the plot are.
+        logarithmic: The axes of the plot that are, of x and y.
     """
 
     name: str
@@ -143,7 +149,7 @@ class Experiment:
     ns: tuple[int, ...] = (2,)
     steps: int = Options.steps
     along_n: bool = False
-    logarithmic: bool = False
+    logarithmic: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

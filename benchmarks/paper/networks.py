@@ -1,6 +1,7 @@
 """The networks of the benchmarks, for signals (one dimension) and images (two) alike.
 
-All are small: one trains in seconds on one core. `width` scales every hidden width.
+All are small: one trains in seconds on one core. `width` scales every hidden width; `depth` counts
+hidden layers (MLP), convolutions (VGG), residual or transformer blocks.
 
 Notation of shapes: b batch, c channels, k classes, s positions (length, or height and width).
 """
@@ -16,15 +17,23 @@ from torch.nn import functional
 _CONV = {1: nn.Conv1d, 2: nn.Conv2d}
 _NORM = {1: nn.BatchNorm1d, 2: nn.BatchNorm2d}
 _POOL = {1: nn.MaxPool1d, 2: nn.MaxPool2d}
+_CHANNELS = (16, 32, 64)
+
+
+def _per_stage(depth: int) -> list[int]:
+    """How many layers each of three stages gets; the last ones get those that are left over."""
+    return [(depth + stage) // 3 for stage in range(3)]
 
 
 class MLP(nn.Module):
-    """Three hidden layers with ReLU on the flattened input."""
+    """Hidden layers with ReLU on the flattened input."""
 
-    def __init__(self, shape: tuple[int, ...], classes: int, width: float = 1.0) -> None:
+    def __init__(
+        self, shape: tuple[int, ...], classes: int, width: float = 1.0, depth: int = 3
+    ) -> None:
         super().__init__()
         hidden = round(128 * width)
-        sizes = [torch.Size(shape).numel(), hidden, hidden, hidden]
+        sizes = [torch.Size(shape).numel(), *[hidden] * depth]
         self.hidden = nn.ModuleList(nn.Linear(i, o) for i, o in itertools.pairwise(sizes))
         self.head = nn.Linear(hidden, classes)
 
@@ -37,14 +46,16 @@ class MLP(nn.Module):
 
 
 class VGG(nn.Module):
-    """Four convolutions with BatchNorm, pooling between them, a hidden layer, a head."""
+    """Convolutions with BatchNorm in three stages that end in pooling, a hidden layer, a head."""
 
-    def __init__(self, shape: tuple[int, ...], classes: int, width: float = 1.0) -> None:
+    def __init__(
+        self, shape: tuple[int, ...], classes: int, width: float = 1.0, depth: int = 4
+    ) -> None:
         super().__init__()
         dims = len(shape) - 1
         last, layers = shape[0], []
-        for stage in ((16,), (32,), (64, 64)):
-            for channels in stage:
+        for channels, count in zip(_CHANNELS, _per_stage(depth), strict=True):
+            for _ in range(count):
                 out = round(channels * width)
                 layers += [
                     _CONV[dims](last, out, 3, padding=1, bias=False),
@@ -88,12 +99,18 @@ class Block(nn.Module):
 
 
 class ResNet(nn.Module):
-    """A stem, three residual blocks, mean over positions, head."""
+    """A stem, residual blocks in three stages, mean over positions, head."""
 
-    def __init__(self, shape: tuple[int, ...], classes: int, width: float = 1.0) -> None:
+    def __init__(
+        self, shape: tuple[int, ...], classes: int, width: float = 1.0, depth: int = 3
+    ) -> None:
         super().__init__()
         dims = len(shape) - 1
-        widths = [round(channels * width) for channels in (16, 32, 64)]
+        widths = [
+            round(channels * width)
+            for channels, count in zip(_CHANNELS, _per_stage(depth), strict=True)
+            for _ in range(count)
+        ]
         # Images are large enough to halve at once; signals are not.
         self.stem = nn.Sequential(
             _CONV[dims](shape[0], widths[0], 3, stride=dims, padding=1, bias=False),
@@ -130,7 +147,9 @@ class Encoder(nn.Module):
 class ViT(nn.Module):
     """Patches, a class token, learned positions, transformer blocks, head on the class token."""
 
-    def __init__(self, shape: tuple[int, ...], classes: int, width: float = 1.0) -> None:
+    def __init__(
+        self, shape: tuple[int, ...], classes: int, width: float = 1.0, depth: int = 3
+    ) -> None:
         super().__init__()
         dims = len(shape) - 1
         patch = 4 if dims == 1 else shape[1] // 4
@@ -140,7 +159,7 @@ class ViT(nn.Module):
         self.patches = _CONV[dims](shape[0], size, patch, stride=patch)
         self.token = nn.Parameter(torch.zeros(1, 1, size))
         self.positions = nn.Parameter(0.02 * torch.randn(1, positions, size))
-        self.blocks = nn.Sequential(*(Encoder(size, heads, 2 * size) for _ in range(3)))
+        self.blocks = nn.Sequential(*(Encoder(size, heads, 2 * size) for _ in range(depth)))
         self.norm = nn.LayerNorm(size)
         self.head = nn.Linear(size, classes)
 

@@ -15,7 +15,7 @@ import numpy as np
 from torch import nn
 
 from benchmarks.paper.experiment import Experiment, Job, Row
-from benchmarks.paper.refining import after, both, controls, finetuned, trained
+from benchmarks.paper.refining import after, both, controls, finetuned, refitted, trained
 from benchmarks.paper.runner import command
 from fxfuse.coupling import CouplingGraph
 from fxfuse.methods import Options, State, method, methods
@@ -59,6 +59,7 @@ def measure(job: Job) -> list[Row]:
     rows = both(job, "merge, prune, fine-tune", job.fused())
     register()
     rows += both(job, "prune, merge, fine-tune", job.fused(method=prune_first.__name__))
+    rows += both(job, "merge, prune (obs), refit, fine-tune", refitted(job))
     rows += both(job, "merge and prune one by one, fine-tune", job.fused(variant="iterative"))
     between = _fine_tuned_between(job)
     name = "merge and prune one by one, fine-tune in between"

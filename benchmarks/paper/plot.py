@@ -69,8 +69,9 @@ def _lines(ax: Axes, experiment: Experiment, cells: list[Cell], measure: str) ->
         name = f"{cell['row']}, {cell['column']}"
         mean = cell["values"][measure]["mean"]
         ax.axhline(mean, color="0.35", linestyle=style, linewidth=1, label=name)
-    if experiment.logarithmic:
+    if "x" in experiment.logarithmic:
         ax.set_xscale("log", base=2)
+    if "y" in experiment.logarithmic:
         ax.set_yscale("log")
     ax.set_xlabel(experiment.line)
     ax.set_ylabel(experiment.measures[measure])

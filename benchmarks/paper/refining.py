@@ -19,7 +19,7 @@ from torch.nn import functional
 
 from benchmarks.paper.experiment import Job, Row
 from benchmarks.paper.setting import accuracy
-from fxfuse.refine import default_optimizer, distill, finetune
+from fxfuse.refine import default_optimizer, distill, finetune, refit_head
 
 TEMPERATURE = 2.0
 AT_ONCE = "0 steps"
@@ -117,9 +117,29 @@ def both(job: Job, row: str, module: nn.Module, x: float | None = None) -> list[
     return [raw(job, row, module, x), trained(job, row, finetuned(job, module), x)]
 
 
+def refitted(job: Job) -> nn.Module:
+    """Neuron Transplantation with the score and the refit that need calibration inputs."""
+    return job.fused(score="obs", calibration=job.calibration, refit=True)
+
+
+def transplants_and_controls(job: Job) -> list[Row]:
+    """Neuron Transplantation by itself and with the refit, and the controls."""
+    return [
+        *both(job, "NT (l2)", job.fused()),
+        *both(job, "NT (obs) + refit", refitted(job)),
+        *controls(job),
+    ]
+
+
 def controls(job: Job) -> list[Row]:
-    """The member that validates best, it after the same steps, and the ensemble."""
+    """The member that validates best, also with its head refitted, and the ensemble.
+
+    Members are as they are and after the same steps.
+    """
+    new_head = copy.deepcopy(job.case.best)
+    refit_head(new_head, job.case.members, job.calibration, layer="head")
     return [
         *both(job, "best member", job.case.best),
+        *both(job, "best member, head refit", new_head),
         raw(job, "ensemble", job.case.ensemble),
     ]

@@ -22,7 +22,7 @@ from benchmarks.paper.setting import SETTINGS
 
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "benchmarks" / "results" / "paper"
-PLOTS = ROOT / "docs" / "paper"
+PAGES = ROOT / "docs" / "paper"
 SCHEMA = 1
 
 # MNIST-1D leaves every network errors to mend, and a network without locality few.
@@ -88,5 +88,5 @@ def _parser(experiment: Experiment) -> argparse.ArgumentParser:
     parser.add_argument("--calibration", type=int, default=default.calibration)
     parser.add_argument("--member-steps", type=int, help="of training, instead of the data's own")
     parser.add_argument("--json", type=Path, default=RESULTS / f"{experiment.name}.json")
-    parser.add_argument("--plot", type=Path, default=PLOTS / f"{experiment.name}.svg")
+    parser.add_argument("--plot", type=Path, default=PAGES / f"{experiment.name}.svg")
     return parser

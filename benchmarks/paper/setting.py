@@ -37,6 +37,22 @@ _RATES = {"mlp": 2e-3, "vgg": 5e-3, "resnet": 5e-3, "vit": 2e-3}
 
 
 @dataclass(frozen=True)
+class Size:
+    """How large a network is.
+
+    Attributes:
+        width: Factor of every hidden width.
+        depth: Layers or blocks, as `networks` counts them; None is the architecture's own.
+    """
+
+    width: float = 1.0
+    depth: int | None = None
+
+
+OWN_SIZE = Size()
+
+
+@dataclass(frozen=True)
 class Case:
     """One repetition of one experiment: members, and the data by what it is used for.
 
@@ -47,6 +63,7 @@ class Case:
         seed: Number of the repetition.
         members: The trained members, in eval mode; not to be changed.
         parts: Indices of the training, validation and test inputs.
+        size: Of each member.
     """
 
     network: str
@@ -55,6 +72,7 @@ class Case:
     seed: int
     members: tuple[nn.Module, ...]
     parts: Split
+    size: Size = OWN_SIZE
 
     @property
     def calibration(self) -> Tensor:
@@ -82,19 +100,33 @@ class Case:
         """The member that validates best."""
         return max(self.members, key=lambda member: accuracy(member, *self.val))
 
-    def fresh(self, seed: int, width: float = 1.0) -> nn.Module:
+    def fresh(self, seed: int) -> nn.Module:
         """An untrained network of the members' class."""
-        return network(self.network, self.data, seed, width)
+        return network(self.network, self.data, seed, self.size)
 
 
-def case(name: str, data: Data, setting: str, n: int, seed: int, steps: int | None = None) -> Case:
+def case(
+    name: str,
+    data: Data,
+    setting: str,
+    n: int,
+    seed: int,
+    steps: int | None = None,
+    size: Size = OWN_SIZE,
+) -> Case:
     """Members of one repetition, trained or from the cache, with their data."""
-    models = members(name, data, setting, n, seed, steps)
-    return Case(name, data, setting, seed, tuple(models), data.split(seed))
+    models = members(name, data, setting, n, seed, steps, size)
+    return Case(name, data, setting, seed, tuple(models), data.split(seed), size)
 
 
 def members(
-    name: str, data: Data, setting: str, n: int, seed: int, steps: int | None = None
+    name: str,
+    data: Data,
+    setting: str,
+    n: int,
+    seed: int,
+    steps: int | None = None,
+    size: Size = OWN_SIZE,
 ) -> list[nn.Module]:
     """`n` trained members in eval mode; with the same data, the first of many are those of few.
 
@@ -106,6 +138,7 @@ def members(
         n: How many.
         seed: Number of the repetition; it decides the split, the first weights and the batches.
         steps: Training steps; None takes those of the data set.
+        size: Of each member.
     """
     if setting not in SETTINGS:
         raise ValueError(f"no setting {setting!r}; there are {', '.join(SETTINGS)}")
@@ -115,18 +148,19 @@ def members(
     found = []
     for index in range(n):
         own_seed = 100 * seed + index
-        member = network(name, data, own_seed)
+        member = network(name, data, own_seed, size)
         indices = seen(data, parts, setting, n, index, own_seed)
         trained(member, recipe, data.inputs[indices], data.labels[indices], own_seed)
         found.append(member)
     return found
 
 
-def network(name: str, data: Data, seed: int, width: float = 1.0) -> nn.Module:
+def network(name: str, data: Data, seed: int, size: Size = OWN_SIZE) -> nn.Module:
     """An untrained network for a data set."""
+    depth = {} if size.depth is None else {"depth": size.depth}
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)
-        return NETWORKS[name](tuple(data.inputs.shape[1:]), data.classes, width)
+        return NETWORKS[name](tuple(data.inputs.shape[1:]), data.classes, size.width, **depth)
 
 
 def accuracy(module: nn.Module, inputs: Tensor, labels: Tensor) -> float:

@@ -110,7 +110,7 @@ EXPERIMENT = Experiment(
     "Every so many steps they exchange: one network is made of all, by Neuron Transplantation "
     "(l2) or by averaging, and each goes on from it. The worker that validates best is reported. "
     "Workers start from the same first weights or from their own. The members of the last "
-    "lines were trained for as long as anywhere on this page.",
+    "lines were trained for as long as in the other tables.",
     measure=measure,
     line="steps between exchanges",
     settings=("same data",),

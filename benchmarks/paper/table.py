@@ -1,7 +1,7 @@
-"""Write the experiments' tables into docs/paper.md, or check that they are up to date.
+"""Write the experiments' tables into their pages in docs/paper/, or check that they are up to date.
 
-python -m benchmarks.paper.table           # rewrite docs/paper.md
-python -m benchmarks.paper.table --check   # exit with 1 when it is out of date
+python -m benchmarks.paper.table           # rewrite docs/paper/*.md
+python -m benchmarks.paper.table --check   # exit with 1 when one of them is out of date
 """
 
 from __future__ import annotations
@@ -12,88 +12,123 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from benchmarks.pages import with_tables
+from benchmarks.pages import marks, with_tables
 from benchmarks.paper import (
     compare,
     cost,
+    depth,
     fraction,
     members,
     order,
+    resnet,
     selftransplant,
     sync_sgd,
     vit,
+    width,
 )
 from benchmarks.paper.experiment import Experiment
 from benchmarks.paper.markdown import markdown
-from benchmarks.paper.runner import PLOTS, RESULTS, ROOT
+from benchmarks.paper.runner import PAGES, RESULTS
 
 EXPERIMENTS: tuple[Experiment, ...] = tuple(
     module.EXPERIMENT
-    for module in (compare, vit, members, order, fraction, selftransplant, sync_sgd, cost)
+    for module in (
+        compare,
+        resnet,
+        vit,
+        order,
+        width,
+        depth,
+        members,
+        selftransplant,
+        sync_sgd,
+        fraction,
+        cost,
+    )
 )
-PAGE = ROOT / "docs" / "paper.md"
 MARK = "paper"
 
 
-def tables(results: Path = RESULTS, plots: Path = PLOTS) -> str:
-    """The sections of all experiments, in a fixed order.
+def wanted(experiment: Experiment, results: Path, pages: Path) -> str:
+    """An experiment's page with the tables that its results say; a page that is not there is begun.
 
     Args:
+        experiment: Of which the page is.
         results: The folder of the JSON files.
-        plots: The folder of the SVG files, beside the page.
+        pages: The folder of the pages and the plots.
     """
-    sections = []
-    for experiment in EXPERIMENTS:
-        path = results / f"{experiment.name}.json"
-        found = json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
-        plot = plots / f"{experiment.name}.svg"
-        sections.append(_section(experiment, found, plot if plot.exists() else None))
-    return "\n".join(sections)
+    page = pages / f"{experiment.name}.md"
+    begin, end = marks(MARK)
+    text = f"# {experiment.title}\n\n{begin}\n{end}\n"
+    if page.exists():
+        text = page.read_text(encoding="utf-8")
+    path = results / f"{experiment.name}.json"
+    found = json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+    plot = pages / f"{experiment.name}.svg"
+    return with_tables(text, MARK, _section(experiment, found, plot if plot.exists() else None))
 
 
 def _section(experiment: Experiment, found: dict[str, Any] | None, plot: Path | None) -> str:
-    lines = [f"## {experiment.title}", "", experiment.about, ""]
-    command = f"`python -m benchmarks.paper.{experiment.name}`"
     if found is None:
-        return "\n".join([*lines, f"Not measured yet: {command}.", ""])
+        return f"\n{experiment.about}\n\nNot measured yet: `{_command(experiment, [])}`.\n\n"
     options = found["options"]
     rates = " or ".join(f"{rate:g}" for rate in options["rates"])
-    lines += [
-        f"{command}; {options['seeds']} seeds, k = {options['steps']} steps, learning rate "
-        f"{rates}, {options['calibration']} calibration inputs, "
-        f"{found['cpu_seconds'] / 60:.1f} CPU minutes, torch {found['versions']['torch']}.",
+    lines = [
         "",
-        markdown(experiment, found),
+        experiment.about,
+        "",
+        f"`{_command(experiment, found['blocks'])}`; {options['seeds']} seeds, "
+        f"k = {options['steps']} steps, learning rate {rates}, "
+        f"{options['calibration']} calibration inputs, "
+        f"{found['cpu_seconds'] / 60:.1f} CPU minutes, torch {found['versions']['torch']}.",
         "",
     ]
     if plot is not None:
-        lines += [f"![{experiment.title}]({plot.parent.name}/{plot.name})", ""]
-    return "\n".join(lines)
+        lines += [f"![{experiment.title}]({plot.name})", ""]
+    return "\n".join([*lines, markdown(experiment, found), "", ""])
+
+
+def _command(experiment: Experiment, blocks: list[dict[str, Any]]) -> str:
+    """The command that measured the blocks, with what it was told other than the defaults."""
+    networks = tuple(dict.fromkeys(block["network"] for block in blocks))
+    ns = tuple(dict.fromkeys(block["n"] for block in blocks if block["n"] is not None))
+    command = f"python -m benchmarks.paper.{experiment.name}"
+    if blocks and networks != experiment.networks:
+        command += f" --network {' '.join(networks)}"
+    if ns and ns != experiment.ns:
+        command += f" -n {' '.join(map(str, ns))}"
+    return command
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Rewrite or check the page, and return the exit status."""
+    """Rewrite or check the pages, and return the exit status."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
     parser.add_argument(
         "--check", action="store_true", help="change nothing; exit 1 if out of date"
     )
-    parser.add_argument("--page", type=Path, default=PAGE)
+    parser.add_argument("--pages", type=Path, default=PAGES)
     parser.add_argument("--results", type=Path, default=RESULTS)
-    parser.add_argument("--plots", type=Path, default=PLOTS)
     asked = parser.parse_args(arguments)
-    page = asked.page.read_text(encoding="utf-8")
-    wanted = with_tables(page, MARK, f"\n{tables(asked.results, asked.plots)}\n")
-    if asked.check:
-        if page != wanted:
+    texts = {
+        asked.pages / f"{experiment.name}.md": wanted(experiment, asked.results, asked.pages)
+        for experiment in EXPERIMENTS
+    }
+    stale = {
+        page: text
+        for page, text in texts.items()
+        if not page.exists() or page.read_text(encoding="utf-8") != text
+    }
+    for page, text in stale.items():
+        if asked.check:
             print(
-                f"{asked.page.name} is out of date: run python -m benchmarks.paper.table",
+                f"{page.name} is out of date: run python -m benchmarks.paper.table",
                 file=sys.stderr,
             )
-        return int(page != wanted)
-    asked.page.write_text(wanted, encoding="utf-8")
-    return 0
+        else:
+            page.write_text(text, encoding="utf-8")
+    return int(asked.check and bool(stale))
 
 
 if __name__ == "__main__":

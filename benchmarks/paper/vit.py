@@ -11,7 +11,11 @@ from benchmarks.paper import compare
 from benchmarks.paper.runner import command
 
 EXPERIMENT = dataclasses.replace(
-    compare.EXPERIMENT, name="vit", title="Methods, vision transformer", networks=("vit",)
+    compare.EXPERIMENT,
+    name="vit",
+    title="Methods, vision transformer",
+    networks=("vit",),
+    ns=(2,),
 )
 
 if __name__ == "__main__":
