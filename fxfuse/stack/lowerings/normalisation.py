@@ -1,0 +1,81 @@
+"""Normalisation: statistics are a member's own, whatever stands beside it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import fx
+
+from fxfuse.stack.forms import Form, Writer, arguments
+from fxfuse.stack.lowerings.registry import lowering
+from fxfuse.stack.weights import read_twice
+
+aten = torch.ops.aten
+
+
+@lowering(aten.layer_norm.default)
+def layer_norm(writer: Writer, node: fx.Node) -> fx.Node:
+    """Normalised for all members in one call, then scaled by each member's own weights."""
+    given = arguments(node)
+    x = writer.stacked(given["input"])
+    normal = writer.call(
+        aten.layer_norm.default, x, given["normalized_shape"], None, None, given["eps"]
+    )
+    return _affine(writer, node, normal, given["weight"], given["bias"])
+
+
+@lowering(aten.rms_norm.default)
+def rms_norm(writer: Writer, node: fx.Node) -> fx.Node:
+    """As `layer_norm`."""
+    given = arguments(node)
+    x = writer.stacked(given["input"])
+    normal = writer.call(aten.rms_norm.default, x, given["normalized_shape"], None, given["eps"])
+    return _affine(writer, node, normal, given["weight"], None)
+
+
+@lowering(aten.batch_norm.default)
+def batch_norm(writer: Writer, node: fx.Node) -> fx.Node | None:
+    """`[n, b, c, *]` as `[b, n·c, *]`: statistics are per channel, and so per member."""
+    given = arguments(node)
+    x = given["input"]
+    if writer.form(x) is not Form.STACKED or x.meta["val"].dim() < 2:
+        return None
+    twice, first = read_twice(writer.members[0]), writer.members[0]
+    own: dict[str, Any] = {}
+    for name in ("weight", "bias", "running_mean", "running_var"):
+        weight = given[name]
+        if weight is None:
+            own[name] = None
+            continue
+        if writer.form(weight) is not Form.WEIGHT:
+            return None
+        if first.canonical[writer.values[weight].name] in twice:
+            # Its statistics are written to, which a view of them in another shape would hide.
+            return None
+    channels = x.meta["val"].shape[1]
+    for name in ("weight", "bias", "running_mean", "running_var"):
+        if given[name] is not None:
+            own[name] = writer.weight(given[name], (writer.n * channels,))
+    side = writer.call(aten.transpose.int, writer.stacked(x), 0, 1)
+    side = writer.call(aten.flatten.using_ints, side, 1, 2)
+    rest = [given[name] for name in ("training", "momentum", "eps", "cudnn_enabled")]
+    normal = writer.call(aten.batch_norm.default, side, *own.values(), *rest)
+    apart = writer.call(aten.unflatten.int, normal, 1, [writer.n, channels])
+    return writer.call(aten.transpose.int, apart, 0, 1)
+
+
+def _affine(
+    writer: Writer, node: fx.Node, normal: fx.Node, weight: fx.Node | None, bias: fx.Node | None
+) -> fx.Node:
+    """`weight · normal + bias` over the last dimensions, each member with its own."""
+    rank = node.meta["val"].dim()
+    scale = None if weight is None else writer.broadcast(weight, rank)
+    shift = None if bias is None else writer.broadcast(bias, rank)
+    if scale is None and shift is None:
+        return normal
+    if scale is None:
+        return writer.call(aten.add.Tensor, normal, shift)
+    if shift is None:
+        return writer.call(aten.mul.Tensor, normal, scale)
+    return writer.call(aten.addcmul.default, shift, normal, scale)
