@@ -27,7 +27,9 @@ from fxfuse.stack.members import INVENTORY
 from fxfuse.stack.order import in_depth
 from fxfuse.stack.policy import policy_of
 from fxfuse.stack.reduce import REDUCTIONS, write_output
+from fxfuse.stack.reuse import reuse_memory
 from fxfuse.stack.walk import changes_tensors, walk
+from fxfuse.stack.weights import as_words
 from fxfuse.verify.check import in_double, inputs_of, relative_error, tensors_of
 
 #: Relative to the largest output, in float64: the members do not meet, so nothing but rounding.
@@ -68,9 +70,9 @@ def stack(
     Returns:
         A module in eval mode, called as a member is. It follows `train()` and `eval()`, trains every
         member, and can be pickled, moved, compiled with `fullgraph=True` and exported. Its tensors
-        are `members.<i>.<name>`, or `stacked.<name>` for all members in one (`[N, *shape]` or a view
-        of it), or `shared.<name>` where members hold the same tensor object;
-        `fxfuse.stack.unstack` gives the members' state dicts.
+        are `member<i>__<name>`, or `stacked__<name>` for all members in one (`[N, *shape]` or a view
+        of it), or `shared__<name>` where members hold the same tensor object, with `__` for dots;
+        `fxfuse.unstack` gives the members' state dicts.
 
     Raises:
         TooFewMembersError: Fewer than two members.
@@ -143,14 +145,15 @@ def _emitted(writer: Writer, joined: Captured, reduce: str, class_dim: int) -> F
     keeps_order = changes_tensors(writer.graph)
     graph = copy_graph(writer.graph) if keeps_order else in_depth(writer.graph)
     writer.graph.erase_node(output)
+    reuse_memory(graph)
     graph.lint()
     constants: dict[str, torch.Tensor] = {}
-    for node in graph.nodes:
-        if node.op == "get_attr" and node.target not in joined.canonical:
-            # A name apart: a member's own could be one that the stack has given.
-            own = str(node.target)
-            node.target = f"constants.{own}"
-            constants[node.target] = writer.members[0].tensor(own)
+    reads = [n for n in graph.nodes if n.op == "get_attr" and n.target not in joined.canonical]
+    words = as_words(dict.fromkeys(str(node.target) for node in reads))
+    for node in reads:
+        own = str(node.target)
+        node.target = f"constant{words[own]}"
+        constants[node.target] = writer.members[0].tensor(own)
     return emit_graph(joined, joined.state(), graph, constants)
 
 

@@ -45,7 +45,7 @@ def _member(
         if entry.key in state:
             state[entry.name] = state[entry.key]
             continue
-        tensor = own[name_in_stack(entry.place, entry.name, number)]
+        tensor = own[name_in_stack(entry.place, entry.word, number)]
         if entry.place is Place.STACKED:
             tensor = tensor.reshape(inventory.n_members, *entry.shape)[number]
         state[entry.name] = tensor

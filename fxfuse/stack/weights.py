@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from enum import Enum
 from typing import Any
@@ -22,11 +22,11 @@ _MEAN, _COUNTER = "running_mean", "num_batches_tracked"
 class Place(Enum):
     """Where a tensor of the members is kept.
 
-    Members: one tensor each, `members.<i>.<name>`. Stacked: one tensor for all, `stacked.<name>`,
-    any view of [N, *shape]. Shared: all members hold the same tensor object, `shared.<name>`.
+    Members: one tensor each, `member<i>__<name>`. Stacked: one tensor for all, `stacked__<name>`,
+    any view of [N, *shape]. Shared: all members hold the same tensor object, `shared__<name>`.
     """
 
-    MEMBERS = "members"
+    MEMBERS = "member"
     STACKED = "stacked"
     SHARED = "shared"
 
@@ -40,12 +40,14 @@ class Entry:
         place: Where it is kept.
         shape: A member's shape.
         key: First name under which a member's `state_dict()` has the same tensor.
+        word: Its name as one word.
     """
 
     name: str
     place: Place
     shape: tuple[int, ...]
     key: str
+    word: str
 
 
 @dataclass(frozen=True)
@@ -61,9 +63,33 @@ class Inventory:
     entries: tuple[Entry, ...]
 
 
-def name_in_stack(place: Place, name: str, member: int = 0) -> str:
-    """Name of a member's tensor in the stack."""
-    return f"members.{member}.{name}" if place is Place.MEMBERS else f"{place.value}.{name}"
+def name_in_stack(place: Place, word: str, member: int = 0) -> str:
+    """Name of a member's tensor in the stack.
+
+    Args:
+        place: Where it is kept.
+        word: Its name as one word.
+        member: Of a tensor of a member's own: the member's number.
+    """
+    return f"{place.value}{member}{word}" if place is Place.MEMBERS else f"{place.value}{word}"
+
+
+def as_words(names: Iterable[str]) -> dict[str, str]:
+    """Dotted names as one word each: `a.b` as `__a__b`.
+
+    A name with dots is looked up module by module, at every call, which takes as long as a small
+    operator.
+    """
+    words: dict[str, str] = {}
+    taken: set[str] = set()
+    for name in names:
+        word = "__" + name.replace(".", "__")
+        while word in taken:
+            # In front, so that the end of a name still says what the tensor is.
+            word = "_" + word
+        taken.add(word)
+        words[name] = word
+    return words
 
 
 class Weights:
@@ -81,6 +107,7 @@ class Weights:
     def __init__(self, members: Sequence[Captured], graph: fx.Graph) -> None:
         self.members = members
         self.graph = graph
+        self.words = as_words(members[0].names)
         self.tensors = [{name: m.tensor(name) for name in m.names} for m in members]
         self._owners: dict[int, set[int]] = defaultdict(set)
         for number, tensors in enumerate(self.tensors):
@@ -167,25 +194,34 @@ class Weights:
             own = [tensors[key] for tensors in self.tensors]
             if place is Place.MEMBERS:
                 for number, tensor in enumerate(own):
-                    keep(name_in_stack(place, name, number), id(tensor), tensor)
+                    keep(self._name(place, name, number), id(tensor), tensor)
             elif place is Place.SHARED:
-                keep(name_in_stack(place, name), id(own[0]), own[0])
+                keep(self._name(place, name), id(own[0]), own[0])
             else:
                 with torch.no_grad():
                     together = torch.stack([t.detach() for t in own]).reshape(self._shape(key))
                 if isinstance(own[0], nn.Parameter):
                     together = nn.Parameter(together, requires_grad=own[0].requires_grad)
-                keep(name_in_stack(place, name), key, together)
+                keep(self._name(place, name), key, together)
         for key, place in places.items():
             self._point(key, place)
         entries = tuple(
-            Entry(n, places[self.key(n)], tuple(first.tensor(n).shape), self.key(n))
-            for n in first.names
+            Entry(
+                name,
+                places[self.key(name)],
+                tuple(first.tensor(name).shape),
+                self.key(name),
+                self.words[name],
+            )
+            for name in first.names
         )
         joined = replace(
             first, module=holder, names=tuple(canonical), canonical=canonical, source=None
         )
         return joined, Inventory(self.n, entries)
+
+    def _name(self, place: Place, name: str, member: int = 0) -> str:
+        return name_in_stack(place, self.words[name], member)
 
     def _place(self, key: str) -> Place:
         if self.is_shared(key):
@@ -206,12 +242,12 @@ class Weights:
     def _point(self, key: str, place: Place) -> None:
         """Gives the nodes that read a tensor its name, and a view where they need one."""
         for number, node in self._own.get(key, {}).items():
-            node.target = name_in_stack(place, key, number)
+            node.target = self._name(place, key, number)
             if place is Place.STACKED:
                 self._view(node, aten.select.int, 0, number)
         kept = self._shape(key)
         for shape, node in self._stacked.get(key, {}).items():
-            node.target = name_in_stack(place, key)
+            node.target = self._name(place, key)
             if shape != kept:
                 self._view(node, aten.view.default, list(shape))
 
