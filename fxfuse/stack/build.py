@@ -142,7 +142,7 @@ def _device(captured: Captured) -> torch.device:
 def _emitted(writer: Writer, joined: Captured, reduce: str, class_dim: int) -> FusedModule:
     """A module with the tensors of `joined` themselves, so that two of them cost what one does."""
     output = write_output(writer, reduce, class_dim)
-    keeps_order = changes_tensors(writer.graph)
+    keeps_order = changes_tensors(writer.members[0].graph)
     graph = copy_graph(writer.graph) if keeps_order else in_depth(writer.graph)
     writer.graph.erase_node(output)
     reuse_memory(graph)

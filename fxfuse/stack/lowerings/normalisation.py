@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import fx
 
@@ -41,12 +39,11 @@ def batch_norm(writer: Writer, node: fx.Node) -> fx.Node | None:
     x = given["input"]
     if writer.form(x) is not Form.STACKED or x.meta["val"].dim() < 2:
         return None
-    twice, first = read_twice(writer.members[0]), writer.members[0]
-    own: dict[str, Any] = {}
-    for name in ("weight", "bias", "running_mean", "running_var"):
-        weight = given[name]
+    first = writer.members[0]
+    twice = read_twice(first)
+    weights = [given[name] for name in ("weight", "bias", "running_mean", "running_var")]
+    for weight in weights:
         if weight is None:
-            own[name] = None
             continue
         if writer.form(weight) is not Form.WEIGHT:
             return None
@@ -54,13 +51,11 @@ def batch_norm(writer: Writer, node: fx.Node) -> fx.Node | None:
             # Its statistics are written to, which a view of them in another shape would hide.
             return None
     channels = x.meta["val"].shape[1]
-    for name in ("weight", "bias", "running_mean", "running_var"):
-        if given[name] is not None:
-            own[name] = writer.weight(given[name], (writer.n * channels,))
+    own = [w if w is None else writer.weight(w, (writer.n * channels,)) for w in weights]
     side = writer.call(aten.transpose.int, writer.stacked(x), 0, 1)
     side = writer.call(aten.flatten.using_ints, side, 1, 2)
     rest = [given[name] for name in ("training", "momentum", "eps", "cudnn_enabled")]
-    normal = writer.call(aten.batch_norm.default, side, *own.values(), *rest)
+    normal = writer.call(aten.batch_norm.default, side, *own, *rest)
     apart = writer.call(aten.unflatten.int, normal, 1, [writer.n, channels])
     return writer.call(aten.transpose.int, apart, 0, 1)
 
