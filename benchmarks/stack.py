@@ -50,7 +50,9 @@ def mlp() -> nn.Module:
 
 
 def small_mlp() -> nn.Module:
-    return nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 4))
+    return nn.Sequential(
+        nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 4)
+    )
 
 
 #: Name → how a member is built, and the shape of one example.
@@ -58,9 +60,7 @@ NETWORKS: Mapping[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "MLP 64-64-64-4": (small_mlp, (64,)),
     "MLP 784-512-512-10": (mlp, (1, 28, 28)),
     "ViT, width 192, depth 6": (
-        partial(
-            torchvision.models.VisionTransformer, 64, 16, 6, 3, 192, 768, num_classes=10
-        ),
+        partial(torchvision.models.VisionTransformer, 64, 16, 6, 3, 192, 768, num_classes=10),
         (3, 64, 64),
     ),
     "resnet18": (partial(torchvision.models.resnet18, num_classes=10), (3, 64, 64)),
@@ -100,9 +100,7 @@ def ways(members: Sequence[nn.Module], x: torch.Tensor) -> dict[str, Way]:
     }
 
 
-def measure(
-    name: str, batch: int, options: argparse.Namespace
-) -> dict[str, Any]:
+def measure(name: str, batch: int, options: argparse.Namespace) -> dict[str, Any]:
     """One network at one batch size."""
     build, shape = NETWORKS[name]
     torch.manual_seed(0)
@@ -110,12 +108,11 @@ def measure(
     for member in members:
         # A class head of zeros, as torchvision's ViT has it, would hide every mistake.
         nn.init.normal_([m for m in member.modules() if isinstance(m, nn.Linear)][-1].weight)
-    example = torch.randn(max(2, batch), *shape, device=options.device)
-    x = example[:batch]
+    x = torch.randn(batch, *shape, device=options.device)
     row: dict[str, Any] = {"network": name, "batch": batch, "shape": list(shape)}
     for mode in ("eager", "compiled")[: 1 if options.no_compile else 2]:
         torch._dynamo.reset()
-        chosen = ways(members, example)
+        chosen = ways(members, x)
         if mode == "compiled":
             chosen = {n: torch.compile(way, fullgraph=True) for n, way in chosen.items()}
         with torch.no_grad():
@@ -135,7 +132,9 @@ def measure(
     return row
 
 
-def race(chosen: Mapping[str, Way], x: torch.Tensor, options: argparse.Namespace) -> dict[str, float]:
+def race(
+    chosen: Mapping[str, Way], x: torch.Tensor, options: argparse.Namespace
+) -> dict[str, float]:
     """Median time of each way in milliseconds."""
     timers = {n: Timer("way(x)", globals={"way": way, "x": x}) for n, way in chosen.items()}
     runs = {}

@@ -19,6 +19,7 @@ from fxfuse.errors import (
     TooFewMembersError,
     VerificationError,
 )
+from fxfuse.example import is_single
 from fxfuse.members import check_alike, check_model, check_values
 from fxfuse.rewrite import FusedModule, copy_graph, emit, emit_graph
 from fxfuse.same_network import check_same_network
@@ -54,8 +55,9 @@ def stack(
 
     Args:
         members: Two or more networks with the same graph and the same shapes; they are copied.
-        example_inputs: A tensor or a tuple of inputs that the members accept, batch of at least 2.
-            Where a lowering pays is judged by their sizes.
+        example_inputs: A tensor or a tuple of inputs that the members accept. The stack takes any
+            batch, but what pays is judged by the example: give one of the size that it will run
+            on. A single one is repeated where members answer both as they answer one.
         example_kwargs: Keyword inputs.
         reduce: What becomes of every output tensor, of shape `[*]` in a member. `mean`: the mean,
             `[*]`. `none`: `[N, *]`, member i at index i. `vote`: of the classes along `class_dim`
@@ -103,7 +105,8 @@ def stack(
     check_same_network(captured)
     for member in captured:
         check_values(member.state())
-    writer = walk(captured, policy_of(_device(captured[0])))
+    single = is_single(*_example(members[0], example_inputs, example_kwargs))
+    writer = walk(captured, policy_of(_device(captured[0])), single=single)
     joined, inventory = writer.weights.settle()
     module = _emitted(writer, joined, "none", class_dim)
     if verify:
@@ -132,6 +135,15 @@ def _captured(
             why=f"{error.what}: {error.why}",
             how=error.how,
         ) from error
+
+
+def _example(
+    member: nn.Module | ExportedProgram | Captured, inputs: Any, kwargs: Mapping[str, Any] | None
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The example as it was given: capture may have made two of it."""
+    if isinstance(member, Captured):
+        return member.example_inputs
+    return inputs if isinstance(inputs, tuple) else (inputs,), dict(kwargs or {})
 
 
 def _device(captured: Captured) -> torch.device:

@@ -61,6 +61,7 @@ class Writer:
         policy: Which lowerings pay.
         graph: The graph of the stack.
         weights: The members' tensors.
+        groups_convolutions: Whether convolutions are run for all members at once.
         values: For each node of the members' graph, what stands for it.
     """
 
@@ -68,6 +69,7 @@ class Writer:
     policy: Policy
     graph: fx.Graph
     weights: Weights
+    groups_convolutions: bool = False
     values: dict[fx.Node, Value] = field(default_factory=dict)
 
     @property

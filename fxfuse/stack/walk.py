@@ -23,18 +23,20 @@ _CHANNELS_LAST = (torch.channels_last, torch.channels_last_3d)
 _SIZES = (aten.sym_size.int, aten.sym_numel.default)
 
 
-def walk(members: Sequence[Captured], policy: Policy) -> Writer:
+def walk(members: Sequence[Captured], policy: Policy, *, single: bool = False) -> Writer:
     """Writes the members as one graph, without its output.
 
     Args:
         members: Captured members of one network.
         policy: Which lowerings pay.
+        single: Whether the stack is made for a batch of one.
 
     Returns:
         The graph, and what stands in it for each node of the members' graph.
     """
     graph = fx.Graph()
-    writer = Writer(members, policy, graph, Weights(members, graph))
+    groups = policy.groups_convolutions(members[0].graph, single=single)
+    writer = Writer(members, policy, graph, Weights(members, graph), groups)
     if changes_tensors(members[0].graph):
         _one_by_one(writer)
     else:
@@ -104,6 +106,9 @@ def _stacked(writer: Writer, node: fx.Node, forms: set[Form]) -> fx.Node | None:
         return None
     operands = node.all_input_nodes
     if any(not is_tensor(n) and writer.form(n) is not Form.SHARED for n in operands):
+        return None
+    if any(n.op == "get_attr" and writer.form(n) is Form.SPLIT for n in operands):
+        # Weights that cannot be kept as one tensor would be copied at every call.
         return None
     if Form.SPLIT in forms:
         if Form.STACKED not in forms and not entry.starts:

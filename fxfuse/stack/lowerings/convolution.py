@@ -1,4 +1,4 @@
-"""Convolutions of an input that all members share: computed once, all output channels at once."""
+"""Convolutions: wide where the members share the input, grouped where each has its own."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import torch
 from torch import fx
 
 from fxfuse.stack.forms import Form, Writer, arguments, recall
+from fxfuse.stack.lowerings.channels import apart, side_by_side
 from fxfuse.stack.lowerings.registry import lowering
 
 aten = torch.ops.aten
@@ -22,22 +23,25 @@ aten = torch.ops.aten
     aten.conv3d.padding,
 )
 def convolution(writer: Writer, node: fx.Node) -> fx.Node | None:
-    """`[b, i, *]` by `[n·o, i, *]`: `[b, n·o, *]`, taken apart into `[n, b, o, *]`."""
+    """`[b, i, *]` or `[b, n·i, *]` by `[n·o, i, *]`: `[b, n·o, *]`, taken apart."""
     given = arguments(node)
     x, weight, bias = given["input"], given["weight"], given["bias"]
-    if writer.form(x) is not Form.SHARED or given["groups"] != 1:
-        return None
-    if writer.form(weight) is not Form.WEIGHT or (bias and writer.form(bias) is not Form.WEIGHT):
-        return None
     shape = weight.meta["val"].shape
+    if any(writer.form(w) is not Form.WEIGHT for w in (weight, bias) if w is not None):
+        return None
     if x.meta["val"].dim() != len(shape):
         return None
-    if not writer.policy.pays_wide(shape[2:], given["stride"]):
+    wide: dict[str, Any] = {}
+    if writer.form(x) is Form.SHARED:
+        patches = list(given["stride"]) == list(shape[2:])
+        if given["groups"] != 1 or not (patches or writer.groups_convolutions):
+            return None
+        wide["input"] = writer.shared(x)
+    elif writer.form(x) is Form.STACKED and writer.groups_convolutions:
+        wide["input"] = side_by_side(writer, writer.stacked(x))
+        wide["groups"] = writer.n * given["groups"]
+    else:
         return None
-    outputs = shape[0]
-    wide: dict[str, Any] = {"input": writer.shared(x)}
-    wide["weight"] = writer.weight(weight, (writer.n * outputs, *shape[1:]))
-    wide["bias"] = writer.weight(bias, (writer.n * outputs,)) if bias else None
-    together = recall(writer, node, {**given, **wide})
-    apart = writer.call(aten.unflatten.int, together, 1, [writer.n, outputs])
-    return writer.call(aten.transpose.int, apart, 0, 1)
+    wide["weight"] = writer.weight(weight, (writer.n * shape[0], *shape[1:]))
+    wide["bias"] = None if bias is None else writer.weight(bias, (writer.n * shape[0],))
+    return apart(writer, recall(writer, node, {**given, **wide}))

@@ -92,6 +92,14 @@ def expanded(writer: Writer, node: fx.Node) -> fx.Node:
     return writer.call(aten.expand.default, source, [writer.n, *sizes])
 
 
+@lowering(aten.repeat.default)
+def repeated(writer: Writer, node: fx.Node) -> fx.Node:
+    """As `expanded`."""
+    given = arguments(node)
+    times = fx.map_arg(given["repeats"], writer.shared)
+    return writer.call(node.target, writer.broadcast(given["self"], len(times)), [1, *times])
+
+
 @lowering(aten.cat.default, aten.stack.default)
 def joined(writer: Writer, node: fx.Node) -> fx.Node | None:
     """Every operand stacked, those that members share too."""

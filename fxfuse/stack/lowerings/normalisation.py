@@ -6,6 +6,7 @@ import torch
 from torch import fx
 
 from fxfuse.stack.forms import Form, Writer, arguments
+from fxfuse.stack.lowerings.channels import apart, side_by_side
 from fxfuse.stack.lowerings.registry import lowering
 from fxfuse.stack.weights import read_twice
 
@@ -52,12 +53,9 @@ def batch_norm(writer: Writer, node: fx.Node) -> fx.Node | None:
             return None
     channels = x.meta["val"].shape[1]
     own = [w if w is None else writer.weight(w, (writer.n * channels,)) for w in weights]
-    side = writer.call(aten.transpose.int, writer.stacked(x), 0, 1)
-    side = writer.call(aten.flatten.using_ints, side, 1, 2)
     rest = [given[name] for name in ("training", "momentum", "eps", "cudnn_enabled")]
-    normal = writer.call(aten.batch_norm.default, side, *own, *rest)
-    apart = writer.call(aten.unflatten.int, normal, 1, [writer.n, channels])
-    return writer.call(aten.transpose.int, apart, 0, 1)
+    side = side_by_side(writer, writer.stacked(x))
+    return apart(writer, writer.call(aten.batch_norm.default, side, *own, *rest))
 
 
 def _affine(

@@ -9,6 +9,7 @@ import torch
 from torch import fx
 
 from fxfuse.stack.forms import Writer, arguments, is_tensor, recall
+from fxfuse.stack.lowerings.channels import apart, side_by_side
 from fxfuse.stack.lowerings.registry import lowering
 
 aten = torch.ops.aten
@@ -31,14 +32,23 @@ _RANKS: Mapping[Any, int] = {
 }
 
 
+#: Those that mix channels.
+_ACROSS = (aten.pixel_shuffle.default,)
+
+
 @lowering(*_RANKS)
 def per_example(writer: Writer, node: fx.Node) -> fx.Node | None:
-    """`[n, b, *]` as `[n·b, *]`."""
+    """`[n, b, *]` as `[n·b, *]`; behind grouped convolutions `[n, b, c, *]` as `[b, n·c, *]`."""
     given = arguments(node)
     (name, x), *rest = given.items()
     if not is_tensor(node) or x.meta["val"].dim() != _RANKS[node.target]:
         return None
-    together = writer.call(aten.flatten.using_ints, writer.stacked(x), 0, 1)
     others = fx.map_arg(dict(rest), writer.shared)
+    stacked = writer.stacked(x)
+    if writer.groups_convolutions and node.target not in _ACROSS:
+        # The memory is in this order there.
+        together = side_by_side(writer, stacked)
+        return apart(writer, recall(writer, node, {name: together, **others}))
+    together = writer.call(aten.flatten.using_ints, stacked, 0, 1)
     result = recall(writer, node, {name: together, **others})
     return writer.call(aten.unflatten.int, result, 0, [writer.n, -1])
