@@ -4,8 +4,8 @@
                                [--rounds 15] [--seconds 0.3] [--json FILE]
 
 Every one of the ways returns the mean of the members' outputs and is first compared with the
-members. Times are taken in rounds in which every way has its turn (`torch.utils.benchmark`), so that
-what disturbs the machine disturbs all of them; reported is the median over the rounds. Random
+members. Times are taken in rounds in which every way has its turn (`torch.utils.benchmark`), so
+that what disturbs the machine disturbs all of them; reported is the median over the rounds. Random
 weights: what a network knows does not change how long it takes.
 """
 
@@ -42,11 +42,8 @@ Way = Callable[[torch.Tensor], torch.Tensor]
 
 
 def mlp() -> nn.Module:
-    sizes = (784, 512, 512, 10)
-    layers: list[nn.Module] = [nn.Flatten()]
-    for i, o in zip(sizes, sizes[1:], strict=False):
-        layers += [nn.Linear(i, o), nn.ReLU()]
-    return nn.Sequential(*layers[:-1])
+    hidden = [nn.Linear(784, 512), nn.ReLU(), nn.Linear(512, 512), nn.ReLU()]
+    return nn.Sequential(nn.Flatten(), *hidden, nn.Linear(512, 10))
 
 
 def small_mlp() -> nn.Module:

@@ -70,11 +70,11 @@ def stack(
             example.
 
     Returns:
-        A module in eval mode, called as a member is. It follows `train()` and `eval()`, trains every
-        member, and can be pickled, moved, compiled with `fullgraph=True` and exported. Its tensors
-        are `member<i>__<name>`, or `stacked__<name>` for all members in one (`[N, *shape]` or a view
-        of it), or `shared__<name>` where members hold the same tensor object, with `__` for dots;
-        `fxfuse.unstack` gives the members' state dicts.
+        A module in eval mode, called as a member is. It follows `train()` and `eval()`, trains
+        every member, and can be pickled, moved, compiled with `fullgraph=True` and exported. Its
+        tensors are `member<i>__<name>`, or `stacked__<name>` for all members in one (`[N, *shape]`
+        or a view of it), or `shared__<name>` where members hold the same tensor object, with `__`
+        for dots; `fxfuse.unstack` gives the members' state dicts. Inputs are never written into.
 
     Raises:
         TooFewMembersError: Fewer than two members.

@@ -39,7 +39,7 @@ class Policy:
         """Whether the members' values of a node may be copied into one tensor."""
         tensor = node.meta["val"]
         size = math.prod(concrete_shape(tensor)) * tensor.element_size()
-        return n_members * size <= self.copied
+        return bool(n_members * size <= self.copied)
 
     def groups_convolutions(self, graph: fx.Graph, *, single: bool) -> bool:
         """Whether a network's convolutions are run for all members at once, as grouped ones.

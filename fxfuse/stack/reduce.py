@@ -45,7 +45,8 @@ def write_output(writer: Writer, reduce: str, class_dim: int) -> fx.Node:
         return REDUCTIONS[reduce](writer, writer.stacked(node), class_dim)
 
     writer.graph._codegen = source._codegen
-    return writer.graph.output(fx.map_arg(output.args[0], reduced))
+    written: fx.Node = writer.graph.output(fx.map_arg(output.args[0], reduced))
+    return written
 
 
 def _none(writer: Writer, outputs: fx.Node, class_dim: int) -> fx.Node:

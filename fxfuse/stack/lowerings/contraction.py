@@ -36,7 +36,7 @@ def addmm(writer: Writer, node: fx.Node) -> fx.Node | None:
 def matmul(writer: Writer, node: fx.Node) -> fx.Node | None:
     """Leading dimensions broadcast, those of the members too."""
     given = arguments(node)
-    first, second = given["self"], given.get("other", given.get("mat2"))
+    first, second = given.values()
     ranks = [n.meta["val"].dim() for n in (first, second)]
     if min(ranks) < 2:
         return None
