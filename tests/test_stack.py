@@ -197,6 +197,27 @@ def test_layer(name: str):
     check_stack(members)
 
 
+class Padded(nn.Module):
+    """Attention with a mask for each example, of inputs alone."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.qkv, self.fc = nn.Linear(6, 12), nn.Linear(4, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        q, k, v = self.qkv(x).unflatten(-1, (3, 2, 2)).permute(2, 0, 3, 1, 4)
+        mask = (x[:, :, 0] > -0.5)[:, None, None]  # [b, 1, 1, t]
+        y = nn.functional.scaled_dot_product_attention(q, k, v, mask)
+        return self.fc(y.transpose(1, 2).flatten(2))
+
+
+def test_a_mask_for_each_example():
+    torch.manual_seed(3)
+    members, x = [Padded().double() for _ in range(3)], torch.randn(3, 7, 6).double()
+    module = check(members, (x,), 1e-12)
+    assert count(module, aten.scaled_dot_product_attention.default) == 1
+
+
 def test_a_network_that_draws_numbers_in_eval_mode_draws_them_in_the_members_order():
     layer, _ = FROZEN["FractionalMaxPool2d"]
     members = [layer.member(seed) for seed in range(2)]
