@@ -6,6 +6,7 @@ from fxfuse.errors import FxfuseError
 from fxfuse.fuse import FusionResult, fuse
 from fxfuse.plan import FusionPlan
 from fxfuse.rules import rule
+from fxfuse.stack import stack, unstack
 
 __all__ = [
     "Captured",
@@ -19,5 +20,7 @@ __all__ = [
     "capture",
     "fuse",
     "rule",
+    "stack",
+    "unstack",
 ]
 __version__ = "0.1.0"

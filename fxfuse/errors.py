@@ -124,6 +124,10 @@ class RewriteError(FxfuseError):
     """A graph cannot be rewritten at another width."""
 
 
+class StackError(FxfuseError):
+    """A stack cannot reduce its members' outputs as asked, or a module is no stack."""
+
+
 class RuleError(FxfuseError):
     """An operator rule contradicts the operator that it describes."""
 

@@ -48,7 +48,7 @@ class FusedModule(fx.GraphModule):
         plain.graph = copy_graph(self.graph)
         _unswitch_training(plain.graph)
         plain.recompile()
-        return _restore, (plain, self.training)
+        return _restore, (plain, self.training, dict(self.meta))
 
 
 def emit(captured: Captured, state: Mapping[str, torch.Tensor]) -> FusedModule:
@@ -196,11 +196,12 @@ def _counter_of(node: fx.Node) -> str:
     return str(mean.target).removesuffix(_MEAN) + _COUNTER
 
 
-def _restore(plain: fx.GraphModule, training: bool) -> FusedModule:
+def _restore(plain: fx.GraphModule, training: bool, meta: Mapping[str, Any]) -> FusedModule:
     module = FusedModule({}, fx.Graph())
     _share_tensors(plain, module)
     graph = copy_graph(plain.graph)
     module.graph = graph
     SwitchTraining()(module)
     module.train(training)
+    module.meta.update(meta)
     return module

@@ -67,11 +67,12 @@ def test_adding_a_score(monkeypatch: pytest.MonkeyPatch):
     assert plan.options == {"score": "spread", "variant": "iterative"}
 
 
-def test_refitting(capsys: pytest.CaptureFixture[str]):
-    namespace: dict[str, object] = {"__name__": "refit"}
-    for kind, content in BLOCK.findall((PAGES / "refit.md").read_text()):
+@pytest.mark.parametrize("page", ["refit.md", "stack.md"])
+def test_a_page_that_prints(page: str, capsys: pytest.CaptureFixture[str]):
+    namespace: dict[str, object] = {"__name__": page}
+    for kind, content in BLOCK.findall((PAGES / page).read_text()):
         if kind == "python":
-            exec(compile(content, "refit.md", "exec"), namespace)
+            exec(compile(content, page, "exec"), namespace)
         else:
             assert capsys.readouterr().out == content
 

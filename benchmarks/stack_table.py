@@ -1,0 +1,71 @@
+"""Write the table of benchmarks/stack.py into docs/how-to/stack.md, or check that it is up to date.
+
+python benchmarks/stack_table.py           # rewrite the page's table
+python benchmarks/stack_table.py --check   # exit with 1 when it is out of date
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from benchmarks.pages import with_tables
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "benchmarks" / "results" / "stack.json"
+PAGE = ROOT / "docs" / "how-to" / "stack.md"
+MARK = "stack"
+WAYS = ("sequential", "vmap", "stack")
+MODES = ("eager", "compiled")
+
+
+def table(results: dict[str, Any]) -> str:
+    """Milliseconds of every way, and how the stack compares with the better of the others."""
+    heads = [f"{way}, {mode}" for mode in MODES for way in WAYS]
+    lines = [
+        f"| network | input | batch | {' | '.join(heads)} | stack / best, eager | compiled |",
+        f"| --- | --- | ---: | {' | '.join('---:' for _ in heads)} | ---: | ---: |",
+    ]
+    for row in results["rows"]:
+        times = [f"{row[mode][way]:.3g}" for mode in MODES for way in WAYS]
+        ratios = [f"{row[f'{mode} ratio']:.2f}" for mode in MODES]
+        shape = " x ".join(map(str, row["shape"]))
+        cells = [row["network"], shape, str(row["batch"]), *times, *ratios]
+        lines.append(f"| {' | '.join(cells)} |")
+    about = results["environment"]
+    threads = f"{about['threads']} thread{'s' if about['threads'] > 1 else ''}"
+    lines += [
+        "",
+        f"Milliseconds for {results['members']} members on {results['card'] or about['cpu']} "
+        f"({threads}), medians over {results['rounds']} rounds, float32, no gradients; torch "
+        f"{about['torch']}, torchvision {about['torchvision']}. *Best* is the faster one of "
+        "sequential and vmap in the same mode.",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def main() -> int:
+    """Rewrite or check the page, and return the exit status."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    parser.add_argument("--check", action="store_true", help="change nothing; exit 1 if stale")
+    options = parser.parse_args()
+    page = PAGE.read_text(encoding="utf-8")
+    wanted = with_tables(page, MARK, table(json.loads(RESULTS.read_text(encoding="utf-8"))))
+    if page == wanted:
+        return 0
+    if options.check:
+        print(f"{PAGE.name} is out of date: run python benchmarks/stack_table.py", file=sys.stderr)
+        return 1
+    PAGE.write_text(wanted, encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
