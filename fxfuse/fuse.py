@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from math import isfinite
 from typing import Any, TypeVar
 
@@ -38,10 +38,13 @@ from fxfuse.options import Options, Reference
 from fxfuse.plan import FusionPlan
 from fxfuse.planner import make_plan
 from fxfuse.refine import MatchReport, RefitReport
+from fxfuse.resize import Target, resized
 from fxfuse.rewrite import FusedModule, emit
 from fxfuse.same_network import check_same_network
 from fxfuse.scores import check_score
 from fxfuse.verify import Check, Verification, handover, permutation_of, wrong_groups
+from fxfuse.widen import widen
+from fxfuse.widths import Width
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -166,6 +169,10 @@ def fuse(
     outputs: str | None = None,
     steps: int | None = None,
     seconds: float | None = None,
+    width: Width | None = None,
+    max_params: int | None = None,
+    max_flops: int | None = None,
+    round_to: int = 1,
     freeze: Patterns = (),
     share: Patterns = (),
     ignore: Patterns = (),
@@ -174,7 +181,7 @@ def fuse(
     dynamic_shapes: Any = None,
     verify: bool = True,
 ) -> FusionResult:
-    """Fuses trained networks of one architecture into one network of the same width.
+    """Fuses trained networks of one architecture into one network of the same or another width.
 
     With `heads`, networks for different tasks share one trunk: head i reads the units that come
     from member i with that member's weights, and the others with weight 0. A head that reads what
@@ -208,6 +215,14 @@ def fuse(
             for matching; None lets the output's shape decide.
         steps: For `auto`: budget of the matching in steps; without `seconds`: 300.
         seconds: For `auto`: budget of the matching in CPU seconds.
+        width: For `transplant`: size of the fused network in units of a member, in (0, N]; 1 is a
+            member's size, N keeps every unit of every member, which is their mean exactly where no
+            operator mixes members. Or widths by `fnmatch` pattern of the tensors that groups are
+            named after. A group that cannot be written in another size keeps its own: the plan's
+            `refused` says why.
+        max_params: In place of `width`: the most parameter elements; the widest network is made.
+        max_flops: The same for floating-point operations on the example inputs.
+        round_to: Channels are rounded to multiples of this, 8 for most hardware.
         freeze: `state_dict()` names of parameters that stay exactly as in the host, as in
             `analyze`.
         share: `state_dict()` names of parameters whose index means the same in all members.
@@ -243,6 +258,9 @@ def fuse(
         PartialFusionError: The heads cannot be kept apart from the trunk.
         NothingToFuseError: No parameter has a free dimension.
         VerificationError: An oracle failed.
+        WidthError: A width is no number in (0, N], leaves a group without a unit, or no width meets
+            the budget.
+        RewriteError: The network cannot be written in another size.
     """
     if len(members) < 2:
         raise TooFewMembersError(
@@ -279,6 +297,11 @@ def fuse(
     _check_free(graph)
     inputs = None if calibration is None else Calibration.of(network, calibration)
     _check_calibrated(graph, inputs, auto=auto, refit=refit)
+    target = Target(width, max_params, max_flops, round_to)
+    found = resized(graph, len(states), target)
+    if found is not None:
+        _check_resizable(found[0], graph, method, refit=refit)
+    sizes, refused = found or (None, {})
     options = Options(
         score,
         variant,
@@ -286,9 +309,15 @@ def fuse(
         reference=reference,
         regularisation=regularisation,
         calibration=inputs,
+        sizes=sizes,
     )
     plan = make_plan(graph, states, "transplant" if auto else method, options, host=host)
-    start = Start(plan, fused_tensors(graph, plan, states))
+    plan = replace(plan, refused=refused)
+    if sizes is None:
+        start = Start(plan, fused_tensors(graph, plan, states))
+    else:
+        wide = widen(graph, plan, states)
+        start = Start(plan, wide.state_dict(), module=wide)
     told = graph, plan, states, start.state
     if inputs is not None and auto:
         start = matched_start(*told, inputs, outputs, steps=steps, seconds=seconds)
@@ -310,6 +339,23 @@ def fuse(
         start.refit,
         start.choice,
         start.match,
+    )
+
+
+def _check_resizable(
+    sizes: Mapping[str, int], graph: CouplingGraph, method: str, *, refit: bool
+) -> None:
+    """Checks that what is asked for works at another width than a member's."""
+    if all(sizes[group.name] == group.n_units for group in graph.groups):
+        return
+    if method == "transplant" and not refit:
+        return
+    what = "refit=True" if method == "transplant" else f"method {method!r}"
+    raise ControlError(
+        f"{what} works at a member's width only",
+        why="it gives every fused unit the place of a member's unit",
+        how="leave the width out, or use method='transplant' without a refit and train the result "
+        "with fxfuse.refine",
     )
 
 

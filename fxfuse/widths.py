@@ -18,7 +18,14 @@ Width = float | Mapping[str, float]
 Sizes = dict[str, int]
 
 
-def sizes_of(graph: CouplingGraph, n_members: int, width: Width, round_to: int = 1) -> Sizes:
+def sizes_of(
+    graph: CouplingGraph,
+    n_members: int,
+    width: Width,
+    round_to: int = 1,
+    *,
+    at_least_one: bool = False,
+) -> Sizes:
     """The units of each fused group.
 
     Args:
@@ -29,6 +36,7 @@ def sizes_of(graph: CouplingGraph, n_members: int, width: Width, round_to: int =
             groups that are named after a tensor it matches, as `CouplingGraph.groups` lists them.
             Groups that no pattern matches keep a member's size.
         round_to: The channels of a group are rounded to a multiple of this, where it has as many.
+        at_least_one: Whether a group that the width leaves without a unit keeps one.
 
     Raises:
         WidthError: A width is no number in (0, N], or leaves a group without a unit.
@@ -46,7 +54,8 @@ def sizes_of(graph: CouplingGraph, n_members: int, width: Width, round_to: int =
     )
     for value in widths.values():
         _check(value, n_members)
-    return {g.name: _units(g, n_members, widths[g.name], round_to) for g in graph.groups}
+    least = int(at_least_one)
+    return {g.name: _units(g, n_members, widths[g.name], round_to, least) for g in graph.groups}
 
 
 def _by_pattern(graph: CouplingGraph, width: Mapping[str, float]) -> dict[str, float]:
@@ -78,7 +87,7 @@ def _check(width: float, n_members: int) -> None:
     )
 
 
-def _units(group: CouplingGroup, n_members: int, width: float, round_to: int) -> int:
+def _units(group: CouplingGroup, n_members: int, width: float, round_to: int, least: int) -> int:
     most, wanted = group.n_units * n_members, width * group.n_units
     # Units of several channels: heads, groups of a convolution.
     channels = next(rows.shape[1] for rows in group.index.values())
@@ -87,7 +96,7 @@ def _units(group: CouplingGroup, n_members: int, width: float, round_to: int) ->
         # A half is rounded up.
         units = max(step, int(np.floor(wanted / step + 0.5)) * step)
         return min(units, most // step * step)
-    units = min(int(np.floor(wanted + 0.5)), most)
+    units = max(min(int(np.floor(wanted + 0.5)), most), least)
     if units < 1:
         raise WidthError(
             f"width {width:g} leaves no unit of the coupling group {group.name!r}",

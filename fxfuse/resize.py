@@ -1,0 +1,106 @@
+"""The sizes of a fused network: from a width or a budget to what can be written."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from fxfuse.cost import Cost, cost_of
+from fxfuse.coupling import CouplingGraph
+from fxfuse.errors import ControlError, WidthError
+from fxfuse.widen import settle
+from fxfuse.widths import Sizes, Width, sizes_of
+
+#: Halvings of the range of widths in which a budget is looked for.
+_HALVINGS = 12
+
+
+@dataclass(frozen=True)
+class Target:
+    """What size a fused network is to have.
+
+    Attributes:
+        width: In units of a member, as in `fxfuse.widths.sizes_of`; None: a member's size, or what
+            the budget allows.
+        max_params: The most parameter elements.
+        max_flops: The most floating-point operations for the example inputs.
+        round_to: Channels are rounded to multiples of this.
+    """
+
+    width: Width | None = None
+    max_params: int | None = None
+    max_flops: int | None = None
+    round_to: int = 1
+
+    @property
+    def is_budget(self) -> bool:
+        """Whether the widths are to be found."""
+        return self.max_params is not None or self.max_flops is not None
+
+    def allows(self, cost: Cost) -> bool:
+        """Whether a network of this cost is within the budget."""
+        return (self.max_params is None or cost.params <= self.max_params) and (
+            self.max_flops is None or cost.flops <= self.max_flops
+        )
+
+
+def resized(
+    graph: CouplingGraph, n_members: int, target: Target
+) -> tuple[Sizes, dict[str, str]] | None:
+    """The units of each fused group, and why some groups keep a member's size.
+
+    Args:
+        graph: The analysis of the members.
+        n_members: N.
+        target: What is asked for.
+
+    Returns:
+        None where a member's size is asked for.
+
+    Raises:
+        WidthError: A width is no number in (0, N], leaves a group without a unit, or no width meets
+            the budget.
+        ControlError: A width and a budget are given, or a pattern of widths names nothing.
+        RewriteError: The network cannot be written in another size.
+        NotEmittedError: torch.export refused the members.
+    """
+    if target.width is None and not target.is_budget:
+        return None
+    graph.captured.require_program()
+    if target.width is None:
+        return _within(graph, n_members, target)
+    if target.is_budget:
+        raise ControlError(
+            "width and a budget are given",
+            why="max_params and max_flops look for the width",
+            how="leave one of them out",
+        )
+    return settle(graph, sizes_of(graph, n_members, target.width, target.round_to))
+
+
+def _within(graph: CouplingGraph, n_members: int, target: Target) -> tuple[Sizes, dict[str, str]]:
+    """The widest network within a budget, all groups equally wide."""
+
+    def at(width: float) -> tuple[Sizes, dict[str, str], Cost]:
+        wanted = sizes_of(graph, n_members, width, target.round_to, at_least_one=True)
+        sizes, refused = settle(graph, wanted)
+        return sizes, refused, cost_of(graph, sizes)
+
+    low, high = 1e-6, float(n_members)
+    best, most = at(low), at(high)
+    if target.allows(most[2]):
+        return most[:2]
+    if not target.allows(best[2]):
+        raise WidthError(
+            "no width meets the budget",
+            why=f"the smallest network has {best[2].params:,} parameters and takes "
+            f"{best[2].flops:,} floating-point operations for the example inputs",
+            how="raise max_params or max_flops to at least that, or use a smaller architecture",
+        )
+    for _ in range(_HALVINGS):
+        middle = (low + high) / 2
+        found = at(middle)
+        if target.allows(found[2]):
+            low, best = middle, found
+        else:
+            high = middle
+    return best[:2]

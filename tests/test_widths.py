@@ -1,0 +1,227 @@
+"""Any width: the resized network is the concatenation whose other units are dead."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+import warnings
+from collections.abc import Mapping
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+import fxfuse
+from fxfuse.cost import cost_of
+from fxfuse.coupling import CouplingGraph
+from fxfuse.errors import ControlError, RewriteError, WidthError
+from fxfuse.methods import Options
+from fxfuse.plan import FusionPlan, UnitMap
+from fxfuse.planner import make_plan
+from fxfuse.verify.check import as_double, in_double, inputs_of, relative_error, tensors_of
+from fxfuse.widen import settle, widen
+from fxfuse.widths import sizes_of
+from tests.models import build, image
+from tests.strategies import Recipe, is_plain, members_of, recipes
+
+
+def plans(
+    graph: CouplingGraph, states: list[Mapping[str, torch.Tensor]], sizes: Mapping[str, int]
+) -> tuple[FusionPlan, FusionPlan]:
+    """Randomly chosen units in the given sizes; and all units, those not chosen dead."""
+    generator = np.random.default_rng(0)
+    whole = make_plan(graph, states, "wide", Options())
+    chosen, masked = [], []
+    for m in whole.maps:
+        keep = np.sort(generator.permutation(m.n_units)[: sizes[m.group]])
+        target = np.arange(len(keep))
+        chosen.append(UnitMap(m.group, len(keep), target, m.member[keep], m.unit[keep]))
+        alive = np.isin(np.arange(m.n_units), keep).astype(float)
+        masked.append(replace(m, weight=alive, read=alive))
+    return replace(whole, maps=tuple(chosen)), replace(whole, maps=tuple(masked))
+
+
+def error_at(members: list[nn.Module], width: float) -> tuple[float, dict[str, str]]:
+    """Relative error against the masked concatenation, float64; and the groups that refused."""
+    captured = [m if isinstance(m, fxfuse.Captured) else None for m in members]
+    assert all(c is not None for c in captured)
+    graph = fxfuse.analyze(members[0])
+    wanted = sizes_of(graph, len(members), width, at_least_one=True)
+    sizes, refused = settle(graph, wanted)
+    states = [as_double(c.state()) for c in captured if c is not None]
+    small, masked = plans(graph, states, sizes)
+    args, kwargs = inputs_of(graph.captured)
+    with torch.no_grad():
+        found, expected = (
+            tensors_of(in_double(widen(graph, plan, states))(*args, **kwargs))
+            for plan in (small, masked)
+        )
+    return relative_error(found, expected), refused
+
+
+@pytest.mark.parametrize("width", [0.5, 1.5])
+@pytest.mark.parametrize(
+    "name", ["resnet18", "mobilenet_v3_small", "shufflenet_v2_x0_5", "densenet121"]
+)
+def test_architectures(name: str, width: float) -> None:
+    members = [fxfuse.capture(build(name, seed), (image(),)) for seed in range(2)]
+    error, refused = error_at(members, width)
+    assert error < 1e-9
+    assert not refused
+
+
+@settings(suppress_health_check=list(HealthCheck), deadline=None, max_examples=30)
+@given(recipes(), st.sampled_from([0.3, 0.5, 0.75, 1.25, 1.5]))
+def test_random_networks(recipe: Recipe, width: float) -> None:
+    members = members_of(recipe, 2)
+    error, _ = error_at(members, width)
+    if is_plain(recipe):
+        assert error < 1e-9
+
+
+class Net(nn.Module):
+    def __init__(self, channels: int = 8) -> None:
+        super().__init__()
+        self.first = nn.Conv2d(3, channels, 3, padding=1)
+        self.norm = nn.BatchNorm2d(channels)
+        self.second = nn.Conv2d(channels, 2 * channels, 3, padding=1)
+        self.head = nn.Linear(2 * channels * 4, 5)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.second(self.norm(self.first(x)).relu()).relu()
+        return self.head(nn.functional.adaptive_avg_pool2d(x, 2).flatten(1))
+
+
+@pytest.fixture
+def members() -> list[nn.Module]:
+    torch.manual_seed(0)
+    return [Net().eval() for _ in range(3)]
+
+
+X = torch.randn(4, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+
+
+def test_all_units_are_the_mean(members: list[nn.Module]) -> None:
+    result = fxfuse.fuse(members, X, width=3)
+    with torch.no_grad():
+        mean = torch.stack([m(X) for m in members]).mean(0)
+        torch.testing.assert_close(result.module(X), mean, rtol=1e-4, atol=1e-5)
+        assert not torch.allclose(result.module(X), result.module(X + 1))
+
+
+def test_a_members_width_is_what_it_was(members: list[nn.Module]) -> None:
+    first, second = fxfuse.fuse(members, X), fxfuse.fuse(members, X, width=1)
+    for name, tensor in first.state_dict().items():
+        assert torch.equal(tensor, second.state_dict()[name]), name
+
+
+def test_rows_and_columns_by_hand(members: list[nn.Module]) -> None:
+    result = fxfuse.fuse(members, X, width=0.5)
+    units = result.plan.map_of("first.weight:0")
+    rows = [members[m].first.weight[u] for m, u in zip(units.member, units.unit, strict=True)]
+    assert torch.equal(result.module.first.weight, torch.stack(rows))
+    owners = result.plan.map_of("second.weight:0")
+    for place, (member, unit) in enumerate(zip(owners.member, owners.unit, strict=True)):
+        row = members[member].second.weight[unit]
+        for column, (source, k) in enumerate(zip(units.member, units.unit, strict=True)):
+            expected = row[k] if source == member else torch.zeros_like(row[k])
+            assert torch.equal(result.module.second.weight[place, column], expected)
+
+
+@pytest.mark.parametrize("width", [0.5, 1.5, 3])
+def test_what_comes_out_is_a_module(members: list[nn.Module], width: float) -> None:
+    module = fxfuse.fuse(members, X, width=width).module
+    again = pickle.loads(pickle.dumps(module))
+    exported = torch.export.export(copy.deepcopy(module), (X,)).module()
+    with torch.no_grad():
+        expected = module(X)
+        torch.testing.assert_close(again(X), expected)
+        torch.testing.assert_close(exported(X), expected)
+    module.train()
+    module(X).sum().backward()
+    assert all(p.grad is not None for p in module.parameters())
+
+
+def test_a_plan_survives_json(members: list[nn.Module]) -> None:
+    plan = fxfuse.fuse(members, X, width=1.5).plan
+    assert fxfuse.FusionPlan.from_json(plan.to_json()).to_json() == plan.to_json()
+
+
+def test_width_by_pattern(members: list[nn.Module]) -> None:
+    module = fxfuse.fuse(members, X, width={"first.*": 0.5}).module
+    assert module.first.weight.shape == (4, 3, 3, 3)
+    assert module.second.weight.shape == (16, 4, 3, 3)
+
+
+def test_channels_are_rounded(members: list[nn.Module]) -> None:
+    module = fxfuse.fuse(members, X, width=0.7, round_to=4).module
+    assert module.first.weight.shape[0] % 4 == module.second.weight.shape[0] % 4 == 0
+
+
+def test_budgets_are_met(members: list[nn.Module]) -> None:
+    graph = fxfuse.analyze(fxfuse.capture(members[0], X))
+    whole = cost_of(graph, {g.name: g.n_units for g in graph.groups})
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        members[0](X)
+    assert whole.flops == counter.get_total_flops()
+    assert whole.params == sum(p.numel() for p in members[0].parameters())
+    by_params = fxfuse.fuse(members, X, max_params=whole.params // 2).module
+    used = sum(p.numel() for p in by_params.parameters())
+    assert 0.3 * whole.params < used <= whole.params // 2
+    by_flops = fxfuse.fuse(members, X, max_flops=2 * whole.flops).module
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        by_flops(X)
+    assert 1.5 * whole.flops < counter.get_total_flops() <= 2 * whole.flops
+
+
+@pytest.mark.parametrize("width", [0, -1, 3.01, float("nan"), float("inf"), 0.01])
+def test_widths_that_no_network_has(members: list[nn.Module], width: float) -> None:
+    with pytest.raises(WidthError, match="width"):
+        fxfuse.fuse(members, X, width=width)
+
+
+def test_a_budget_that_cannot_be_met_says_the_smallest(members: list[nn.Module]) -> None:
+    with pytest.raises(WidthError, match="smallest network has"):
+        fxfuse.fuse(members, X, max_params=10)
+
+
+@pytest.mark.parametrize(
+    ("options", "match"),
+    [
+        ({"width": {"frist.*": 0.5}}, "matches nothing"),
+        ({"width": {"first.*": 0.5, "first.weight": 1.5}}, "two widths"),
+        ({"width": 0.5, "max_params": 1000}, "a budget"),
+        ({"width": 0.5, "method": "average"}, "member's width only"),
+        ({"width": 0.5, "round_to": 0}, "round_to"),
+    ],
+)
+def test_bad_options(members: list[nn.Module], options: dict[str, object], match: str) -> None:
+    with pytest.raises(ControlError, match=match):
+        fxfuse.fuse(members, X, **options)  # type: ignore[arg-type]
+
+
+def test_a_group_that_cannot_be_written_keeps_its_size(
+    members: list[nn.Module], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from fxfuse.widen import walk
+
+    honest = walk._step
+
+    def refusing(wide: walk.WideGraph, node: torch.fx.Node) -> None:
+        honest(wide, node)
+        if node.name == "batch_norm" and wide.layout_of(node):
+            raise RewriteError("not written", where=node.name, why="this is a test")
+
+    monkeypatch.setattr(walk, "_step", refusing)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        result = fxfuse.fuse(members, X, width=0.5)
+    assert result.module.first.weight.shape[0] == 8
+    assert result.module.second.weight.shape[0] == 8
+    assert list(result.plan.refused) == ["first.weight:0"]
+    assert "this is a test" in result.plan.summary()
