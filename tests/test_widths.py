@@ -65,9 +65,7 @@ def error_at(members: list[nn.Module], width: float) -> tuple[float, dict[str, s
 
 
 @pytest.mark.parametrize("width", [0.5, 1.5])
-@pytest.mark.parametrize(
-    "name", ["resnet18", "mobilenet_v3_small", "shufflenet_v2_x0_5", "densenet121"]
-)
+@pytest.mark.parametrize("name", ["resnet18", "mobilenet_v3_small", "shufflenet_v2_x0_5"])
 def test_architectures(name: str, width: float) -> None:
     members = [fxfuse.capture(build(name, seed), (image(),)) for seed in range(2)]
     error, refused = error_at(members, width)
@@ -75,7 +73,7 @@ def test_architectures(name: str, width: float) -> None:
     assert not refused
 
 
-@settings(suppress_health_check=list(HealthCheck), deadline=None, max_examples=30)
+@settings(suppress_health_check=list(HealthCheck), deadline=None, max_examples=15)
 @given(recipes(), st.sampled_from([0.3, 0.5, 0.75, 1.25, 1.5]))
 def test_random_networks(recipe: Recipe, width: float) -> None:
     members = members_of(recipe, 2)
