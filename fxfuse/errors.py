@@ -48,10 +48,6 @@ class WidthError(FxfuseError):
     """A width that no network can have, a budget that cannot be met, or a group cut to nothing."""
 
 
-class PlanMismatchError(FxfuseError):
-    """A plan belongs to other members, or was changed after it was made."""
-
-
 class PartialFusionError(FxfuseError):
     """Heads cannot be kept apart from the trunk, or a partial fusion cannot do what was asked."""
 
