@@ -16,6 +16,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from benchmarks.pages import update
+
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 PAGE = ROOT / "docs" / "coverage.md"
@@ -174,16 +178,7 @@ def main() -> int:
         "--check", action="store_true", help="change nothing; exit 1 if out of date"
     )
     options = parser.parse_args()
-    wanted = page()
-    if options.check:
-        same = PAGE.exists() and PAGE.read_text(encoding="utf-8") == wanted
-        if not same:
-            print(
-                "docs/coverage.md is out of date: run benchmarks/coverage_table.py", file=sys.stderr
-            )
-        return int(not same)
-    PAGE.write_text(wanted, encoding="utf-8")
-    return 0
+    return update({PAGE: page()}, "python benchmarks/coverage_table.py", check=options.check)
 
 
 if __name__ == "__main__":

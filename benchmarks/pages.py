@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+
 
 def marks(name: str) -> tuple[str, str]:
     """The lines between which the tables of that name stand."""
@@ -20,3 +24,27 @@ def with_tables(page: str, name: str, tables: str) -> str:
     if not found or not closed:
         raise ValueError(f"the page lacks the lines {begin} and {end}")
     return f"{before}{begin}\n{tables}{end}{after}"
+
+
+def update(pages: Mapping[Path, str], command: str, *, check: bool) -> int:
+    """Writes pages that are not as they should be, or only says which these are.
+
+    Args:
+        pages: For each page, what it should hold.
+        command: What rewrites them.
+        check: Whether to change nothing.
+
+    Returns:
+        The exit status: 1 if `check` finds a page out of date.
+    """
+    stale = {
+        page: text
+        for page, text in pages.items()
+        if not page.exists() or page.read_text(encoding="utf-8") != text
+    }
+    for page, text in stale.items():
+        if check:
+            print(f"{page.name} is out of date: run {command}", file=sys.stderr)
+        else:
+            page.write_text(text, encoding="utf-8")
+    return int(check and bool(stale))

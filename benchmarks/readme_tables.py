@@ -14,7 +14,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from benchmarks.pages import with_tables
+from benchmarks.pages import update, with_tables
 from fxfuse.demo.table import to_markdown
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -68,21 +68,11 @@ def main() -> int:
     options = parser.parse_args()
     results = json.loads(options.results.read_text(encoding="utf-8"))
     pages = {options.readme: to_markdown(results), options.controls: controls_table(results)}
-    stale = {}
-    for path, tables in pages.items():
-        page = path.read_text(encoding="utf-8")
-        wanted = with_tables(page, MARK, tables)
-        if page != wanted:
-            stale[path] = wanted
-    for path, wanted in stale.items():
-        if options.check:
-            print(
-                f"{path.name} is out of date: run python benchmarks/readme_tables.py",
-                file=sys.stderr,
-            )
-        else:
-            path.write_text(wanted, encoding="utf-8")
-    return int(options.check and bool(stale))
+    wanted = {
+        path: with_tables(path.read_text(encoding="utf-8"), MARK, tables)
+        for path, tables in pages.items()
+    }
+    return update(wanted, "python benchmarks/readme_tables.py", check=options.check)
 
 
 if __name__ == "__main__":

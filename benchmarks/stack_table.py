@@ -14,7 +14,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from benchmarks.pages import with_tables
+from benchmarks.pages import update, with_tables
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results" / "stack.json"
@@ -58,13 +58,7 @@ def main() -> int:
     options = parser.parse_args()
     page = PAGE.read_text(encoding="utf-8")
     wanted = with_tables(page, MARK, table(json.loads(RESULTS.read_text(encoding="utf-8"))))
-    if page == wanted:
-        return 0
-    if options.check:
-        print(f"{PAGE.name} is out of date: run python benchmarks/stack_table.py", file=sys.stderr)
-        return 1
-    PAGE.write_text(wanted, encoding="utf-8")
-    return 0
+    return update({PAGE: wanted}, "python benchmarks/stack_table.py", check=options.check)
 
 
 if __name__ == "__main__":

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from math import prod
 
 import torch
 import torch.utils._pytree as pytree
+from torch import nn
 from torch._subclasses.fake_tensor import (
     DataDependentOutputException,
     DynamicOutputShapeException,
@@ -16,25 +17,32 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from fxfuse.coupling import CouplingGraph
 from fxfuse.errors import WidthError
+from fxfuse.layout import copies_of, default_layout
 from fxfuse.widen import blank
 
 
-@dataclass(frozen=True)
-class Cost:
-    """What a network costs.
+def parameters_of(graph: CouplingGraph, sizes: Mapping[str, int]) -> int:
+    """Elements of the parameters of the network of these sizes, tied ones once.
 
-    Attributes:
-        params: Elements of its parameters, tied ones once.
-        flops: Floating-point operations for the example inputs, as `torch.utils.flop_counter`
-            counts them (a multiplication and an addition are two).
+    Args:
+        graph: The analysis of the members.
+        sizes: Units of each fused group, by its name.
     """
+    captured, copies = graph.captured, copies_of(graph, sizes)
 
-    params: int
-    flops: int
+    def elements(name: str) -> int:
+        places = [(name, dim) for dim in range(captured.tensor(name).dim())]
+        return prod(default_layout(graph, place, copies).size for place in places)
+
+    names = dict.fromkeys(captured.canonical[name] for name in captured.names)
+    return sum(elements(n) for n in names if isinstance(captured.tensor(n), nn.Parameter))
 
 
-def cost_of(graph: CouplingGraph, sizes: Mapping[str, int]) -> Cost:
-    """What the network of these sizes costs; no memory is used and nothing is computed.
+def operations_of(graph: CouplingGraph, sizes: Mapping[str, int]) -> int:
+    """Floating-point operations of the network of these sizes for the example inputs.
+
+    As `torch.utils.flop_counter` counts them, a multiplication and an addition as two. No memory is
+    used and nothing is computed.
 
     Args:
         graph: The analysis of the members.
@@ -65,5 +73,4 @@ def cost_of(graph: CouplingGraph, sizes: Mapping[str, int]) -> Cost:
                 why=f"shapes in it depend on the values of its inputs: {error}",
                 how="give a width, or max_params, in place of max_flops",
             ) from error
-    params = sum(p.numel() for p in module.parameters())
-    return Cost(params, counter.get_total_flops())
+    return counter.get_total_flops()

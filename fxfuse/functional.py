@@ -64,7 +64,7 @@ class _Copier:
         self.views: dict[fx.Node, list[fx.Node]] = defaultdict(list)
 
     def copy(self, node: fx.Node) -> None:
-        if _is_write(node) and not self.keeps_writes and self.write(node):
+        if is_write(node) and not self.keeps_writes and self.write(node):
             return
         self.now[node] = self.graph.node_copy(node, lambda n: self.now[n])
         if _is_view(node):
@@ -88,7 +88,7 @@ class _Copier:
             changed[parent] = self.put_back(view, self.now[parent], changed[view])
         self.now.update(changed)
         for view in self.views[base]:
-            if _is_write(view):
+            if is_write(view):
                 self.now[view] = self.now[_parent(view)]
             elif view not in changed:
                 self.now[view] = self.graph.node_copy(view, lambda n: self.now[n])
@@ -170,14 +170,15 @@ class _Copier:
         return made
 
 
-def _is_write(node: fx.Node) -> bool:
+def is_write(node: fx.Node) -> bool:
+    """Whether an operator writes into one of its operands."""
     schema = getattr(node.target, "_schema", None)
     return schema is not None and schema.is_mutable
 
 
 def _is_beyond(node: fx.Node) -> bool:
     """Whether a write changes the size of a tensor, or another operand than the first."""
-    if not _is_write(node):
+    if not is_write(node):
         return False
     target: Any = node.target
     written = [a.alias_info is not None and a.alias_info.is_write for a in target._schema.arguments]
@@ -240,7 +241,7 @@ def _is_reversible(view: fx.Node) -> bool:
         return literal and _sizes(_parent(view))[view.args[1]] >= 0  # type: ignore[index]
     if view.target in (aten.slice.Tensor, aten.transpose.int, aten.permute.default):
         return True
-    return _is_write(view) or (view.target is aten.narrow.default and literal)
+    return is_write(view) or (view.target is aten.narrow.default and literal)
 
 
 def _sizes(node: fx.Node) -> list[int]:

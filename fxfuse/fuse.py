@@ -26,13 +26,12 @@ from fxfuse.errors import (
     NoOwnModuleError,
     NothingToFuseError,
     PartialFusionError,
-    TooFewMembersError,
     VerificationError,
 )
 from fxfuse.finish import Choice, Start, matched_start, refitted
 from fxfuse.freezing import excused
 from fxfuse.heads import join
-from fxfuse.members import check_alike, check_finite, check_model, check_values
+from fxfuse.members import check_alike, check_enough, check_finite, check_model, check_values
 from fxfuse.methods import find_method
 from fxfuse.options import Options, Reference
 from fxfuse.plan import FusionPlan
@@ -80,7 +79,7 @@ class FusionResult:
     def module(self) -> FusedModule:
         """The network: `train()`/`eval()`, picklable, exportable, compilable with `fullgraph=True`.
 
-        Its `state_dict()` has the names and shapes of a member's.
+        Its `state_dict()` has the names of a member's, at a member's width the shapes, too.
 
         Raises:
             NotEmittedError: torch.export refused the members; `to_module` works all the same.
@@ -147,7 +146,8 @@ class FusionResult:
             raise CheckpointMismatchError(
                 f"the fused network does not fit {type(model).__name__}",
                 why=" ".join(str(error).split()),
-                how="build the model with the arguments that the members were built with",
+                how="build the model with the arguments that the members were built with, or at "
+                "another width with sizes that fit; result.module has them",
             ) from error
         return model
 
@@ -262,12 +262,7 @@ def fuse(
             the budget.
         RewriteError: The network cannot be written in another size.
     """
-    if len(members) < 2:
-        raise TooFewMembersError(
-            f"{len(members)} member{'s' if len(members) != 1 else ''} given",
-            why="fusion needs at least two networks",
-            how="pass two or more trained networks of one architecture",
-        )
+    check_enough(members, "fusion")
     auto = method == "auto"
     if not auto:
         find_method(method)

@@ -14,6 +14,7 @@ from fxfuse.errors import (
     MemberMismatchError,
     NonFiniteWeightsError,
     NoWeightsError,
+    TooFewMembersError,
     UnsupportedTensorError,
 )
 
@@ -59,6 +60,24 @@ def check_model(model: object) -> None:
                 why=f"it is {form}; neurons are indices of dense tensors",
                 how=f"fuse networks whose tensors were {how}, and convert the result",
             )
+
+
+def check_enough(members: Sequence[object], what: str) -> None:
+    """Checks that there are at least two members.
+
+    Args:
+        members: What was given.
+        what: What needs them.
+
+    Raises:
+        TooFewMembersError: There are fewer.
+    """
+    if len(members) < 2:
+        raise TooFewMembersError(
+            f"{len(members)} member{'s' if len(members) != 1 else ''} given",
+            why=f"{what} needs at least two networks",
+            how="pass two or more trained networks of one architecture",
+        )
 
 
 def check_alike(members: Sequence[object]) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from fxfuse.cost import Cost, cost_of
+from fxfuse.cost import operations_of, parameters_of
 from fxfuse.coupling import CouplingGraph
 from fxfuse.errors import ControlError, WidthError
 from fxfuse.widen import settle
@@ -36,11 +36,14 @@ class Target:
         """Whether the widths are to be found."""
         return self.max_params is not None or self.max_flops is not None
 
-    def allows(self, cost: Cost) -> bool:
-        """Whether a network of this cost is within the budget."""
-        return (self.max_params is None or cost.params <= self.max_params) and (
-            self.max_flops is None or cost.flops <= self.max_flops
-        )
+    def excess(self, graph: CouplingGraph, sizes: Sizes) -> str:
+        """What a network of these sizes has more of than the budget allows; empty within it."""
+        params, flops = self.max_params, self.max_flops
+        if params is not None and (found := parameters_of(graph, sizes)) > params:
+            return f"has {found:,} parameters"
+        if flops is not None and (found := operations_of(graph, sizes)) > flops:
+            return f"takes {found:,} floating-point operations for the example inputs"
+        return ""
 
 
 def resized(
@@ -80,27 +83,25 @@ def resized(
 def _within(graph: CouplingGraph, n_members: int, target: Target) -> tuple[Sizes, dict[str, str]]:
     """The widest network within a budget, all groups equally wide."""
 
-    def at(width: float) -> tuple[Sizes, dict[str, str], Cost]:
+    def at(width: float) -> tuple[Sizes, dict[str, str]]:
         wanted = sizes_of(graph, n_members, width, target.round_to, at_least_one=True)
-        sizes, refused = settle(graph, wanted)
-        return sizes, refused, cost_of(graph, sizes)
+        return settle(graph, wanted)
 
     low, high = 1e-6, float(n_members)
     best, most = at(low), at(high)
-    if target.allows(most[2]):
-        return most[:2]
-    if not target.allows(best[2]):
+    if not target.excess(graph, most[0]):
+        return most
+    if excess := target.excess(graph, best[0]):
         raise WidthError(
             "no width meets the budget",
-            why=f"the smallest network has {best[2].params:,} parameters and takes "
-            f"{best[2].flops:,} floating-point operations for the example inputs",
+            why=f"the smallest network {excess}",
             how="raise max_params or max_flops to at least that, or use a smaller architecture",
         )
     for _ in range(_HALVINGS):
         middle = (low + high) / 2
         found = at(middle)
-        if target.allows(found[2]):
-            low, best = middle, found
-        else:
+        if target.excess(graph, found[0]):
             high = middle
-    return best[:2]
+        else:
+            low, best = middle, found
+    return best

@@ -20,7 +20,8 @@ from fxfuse.tensors import attach
 from fxfuse.training_argument import TRAINING_ARGUMENT, follows_mode
 
 _BATCH_NORM = torch.ops.aten.batch_norm.default
-_MEAN, _COUNTER = "running_mean", "num_batches_tracked"
+#: Last parts of the names of a batch norm's buffers.
+MEAN, COUNTER = "running_mean", "num_batches_tracked"
 
 
 def count_batch(counter: torch.Tensor, training: bool) -> None:
@@ -191,9 +192,9 @@ def _unswitch_training(graph: fx.Graph) -> None:
 
 def _counter_of(node: fx.Node) -> str:
     mean = node.args[3] if node.target is _BATCH_NORM else None
-    if not isinstance(mean, fx.Node) or not str(mean.target).endswith(_MEAN):
+    if not isinstance(mean, fx.Node) or not str(mean.target).endswith(MEAN):
         return ""
-    return str(mean.target).removesuffix(_MEAN) + _COUNTER
+    return str(mean.target).removesuffix(MEAN) + COUNTER
 
 
 def _restore(plain: fx.GraphModule, training: bool, meta: Mapping[str, Any]) -> FusedModule:

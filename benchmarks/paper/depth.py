@@ -5,10 +5,8 @@ python -m benchmarks.paper.depth
 
 from __future__ import annotations
 
-import dataclasses
-
-from benchmarks.paper.experiment import Experiment, Job, Row, along
-from benchmarks.paper.refining import transplants_and_controls
+from benchmarks.paper.experiment import Experiment, Job, Row
+from benchmarks.paper.refining import swept
 from benchmarks.paper.runner import command
 from benchmarks.paper.setting import Size
 
@@ -16,11 +14,7 @@ DEPTHS = (1, 2, 4, 8)
 
 
 def measure(job: Job) -> list[Row]:
-    rows = []
-    for depth in DEPTHS:
-        sized = dataclasses.replace(job, size=Size(depth=depth))
-        rows += along(f"{depth}", depth, transplants_and_controls(sized))
-    return rows
+    return swept(job, {depth: Size(depth=depth) for depth in DEPTHS})
 
 
 EXPERIMENT = Experiment(

@@ -7,9 +7,10 @@ chooses, and test data is asked about the chosen one only.
 from __future__ import annotations
 
 import copy
+import dataclasses
 import functools
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,8 +18,8 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from benchmarks.paper.experiment import Job, Row
-from benchmarks.paper.setting import accuracy
+from benchmarks.paper.experiment import Job, Row, along
+from benchmarks.paper.setting import Size, accuracy
 from fxfuse.refine import default_optimizer, distill, finetune, refit_head
 
 TEMPERATURE = 2.0
@@ -129,6 +130,20 @@ def transplants_and_controls(job: Job) -> list[Row]:
         *both(job, "NT (obs) + refit", refitted(job)),
         *controls(job),
     ]
+
+
+def swept(job: Job, sizes: Mapping[float, Size]) -> list[Row]:
+    """`transplants_and_controls` for members of several sizes, a line of the table for each.
+
+    Args:
+        job: The repetition.
+        sizes: Place along the table's line → size of the members.
+    """
+    rows = []
+    for x, size in sizes.items():
+        sized = dataclasses.replace(job, size=size)
+        rows += along(f"{x:g}", x, transplants_and_controls(sized))
+    return rows
 
 
 def controls(job: Job) -> list[Row]:

@@ -12,7 +12,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from benchmarks.pages import marks, with_tables
+from benchmarks.pages import marks, update, with_tables
 from benchmarks.paper import (
     compare,
     cost,
@@ -115,20 +115,7 @@ def main(arguments: list[str] | None = None) -> int:
         asked.pages / f"{experiment.name}.md": wanted(experiment, asked.results, asked.pages)
         for experiment in EXPERIMENTS
     }
-    stale = {
-        page: text
-        for page, text in texts.items()
-        if not page.exists() or page.read_text(encoding="utf-8") != text
-    }
-    for page, text in stale.items():
-        if asked.check:
-            print(
-                f"{page.name} is out of date: run python -m benchmarks.paper.table",
-                file=sys.stderr,
-            )
-        else:
-            page.write_text(text, encoding="utf-8")
-    return int(asked.check and bool(stale))
+    return update(texts, "python -m benchmarks.paper.table", check=asked.check)
 
 
 if __name__ == "__main__":

@@ -5,10 +5,8 @@ python -m benchmarks.paper.width
 
 from __future__ import annotations
 
-import dataclasses
-
-from benchmarks.paper.experiment import Experiment, Job, Row, along
-from benchmarks.paper.refining import transplants_and_controls
+from benchmarks.paper.experiment import Experiment, Job, Row
+from benchmarks.paper.refining import swept
 from benchmarks.paper.runner import command
 from benchmarks.paper.setting import Size
 
@@ -16,11 +14,7 @@ WIDTHS = (0.25, 0.5, 1.0, 2.0, 4.0)
 
 
 def measure(job: Job) -> list[Row]:
-    rows = []
-    for width in WIDTHS:
-        sized = dataclasses.replace(job, size=Size(width=width))
-        rows += along(f"{width:g}", width, transplants_and_controls(sized))
-    return rows
+    return swept(job, {width: Size(width=width) for width in WIDTHS})
 
 
 EXPERIMENT = Experiment(

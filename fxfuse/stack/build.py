@@ -16,11 +16,10 @@ from fxfuse.errors import (
     CaptureError,
     ControlError,
     NotEmittedError,
-    TooFewMembersError,
     VerificationError,
 )
 from fxfuse.example import is_single
-from fxfuse.members import check_alike, check_model, check_values
+from fxfuse.members import check_alike, check_enough, check_model, check_values
 from fxfuse.rewrite import FusedModule, copy_graph, emit, emit_graph
 from fxfuse.same_network import check_same_network
 from fxfuse.stack.forms import Writer
@@ -87,12 +86,7 @@ def stack(
         StackError: An output cannot be reduced in that way.
         VerificationError: An output differs from the members'.
     """
-    if len(members) < 2:
-        raise TooFewMembersError(
-            f"{len(members)} member{'s' if len(members) != 1 else ''} given",
-            why="a stack needs at least two networks",
-            how="pass two or more trained networks of one architecture",
-        )
+    check_enough(members, "a stack")
     if reduce not in REDUCTIONS:
         raise ControlError(
             f"there is no reduction {reduce!r}", how=f"use one of {', '.join(REDUCTIONS)}"

@@ -13,6 +13,7 @@ from torch import fx
 from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 
 from fxfuse.capture import Captured
+from fxfuse.rules.registry import argument_of
 from fxfuse.stack.policy import Policy
 from fxfuse.stack.weights import Weights
 
@@ -178,11 +179,8 @@ def has_data_sizes(node: fx.Node) -> bool:
 def arguments(node: fx.Node) -> dict[str, Any]:
     """All arguments of an operator by their names in its schema, defaults filled in."""
     target: Any = node.target
-    found: dict[str, Any] = {}
-    for position, argument in enumerate(target._schema.arguments):
-        given = node.args[position] if position < len(node.args) else argument.default_value
-        found[argument.name] = node.kwargs.get(argument.name, given)
-    return found
+    names = (argument.name for argument in target._schema.arguments)
+    return {name: argument_of(node, name, node.args, node.kwargs) for name in names}
 
 
 def recall(writer: Writer, node: fx.Node, given: Mapping[str, Any]) -> fx.Node:

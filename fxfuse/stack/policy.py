@@ -73,9 +73,9 @@ class Policy:
 
 #: Measured on an AMD EPYC, one thread, four members, float32. What a lowering of a linear layer
 #: saves is a few microseconds a call, as long as it takes to copy some hundred kilobytes. Depthwise
-#: and pointwise convolutions are faster grouped for a single image: MobileNetV2 takes 0.7 of the
-#: time at 64 x 64 pixels, 0.9 at 160 x 160, but 1.1 at 224 x 224. For a batch of 16 it takes 1.3 to
-#: 3 times as long, and so do dense convolutions.
+#: and pointwise convolutions are faster grouped for a single image: a network of them takes 0.7 of
+#: the time at 64 x 64 pixels, 0.9 at 160 x 160, but 1.1 at 224 x 224. For a batch of 16 it takes
+#: 1.3 to 3 times as long, and so do dense convolutions.
 _CPU = Policy(copied=256 * 1024, grouped=512 * 1024)
 
 #: By type of device. None but the CPU was measured: others are treated like it.

@@ -11,6 +11,7 @@ import torch.utils._pytree as pytree
 from torch import fx
 
 from fxfuse.capture import Captured
+from fxfuse.functional import is_write
 from fxfuse.stack.forms import Form, Value, Writer, has_data_sizes, is_number, is_tensor
 from fxfuse.stack.lowerings import find
 from fxfuse.stack.policy import Policy
@@ -52,7 +53,7 @@ def changes_tensors(graph: fx.Graph) -> bool:
     Drawing random numbers is no such effect.
     """
     return any(
-        n.op == "call_function" and (_is_write(n) or n.is_impure(impure_random=False))
+        n.op == "call_function" and (is_write(n) or n.is_impure(impure_random=False))
         for n in graph.nodes
     )
 
@@ -139,7 +140,7 @@ def _one_by_one(writer: Writer) -> None:
     What is written into belongs to one member: inputs and constants are copied first.
     """
     first = writer.members[0]
-    written = _ancestors([n for n in first.graph.nodes if _is_write(n)])
+    written = _ancestors([n for n in first.graph.nodes if is_write(n)])
     for node in first.graph.nodes:
         if node.op == "placeholder":
             writer.values[node] = Value(Form.SHARED, shared=writer.graph.node_copy(node))
@@ -174,11 +175,6 @@ def _ancestors(nodes: Sequence[fx.Node]) -> set[fx.Node]:
             found.add(node)
             open_nodes += node.all_input_nodes
     return found
-
-
-def _is_write(node: fx.Node) -> bool:
-    schema = getattr(node.target, "_schema", None)
-    return schema is not None and schema.is_mutable
 
 
 def _is_random(node: fx.Node) -> bool:

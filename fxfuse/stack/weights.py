@@ -12,11 +12,10 @@ import torch
 from torch import fx, nn
 
 from fxfuse.capture import Captured
+from fxfuse.rewrite import COUNTER, MEAN
 from fxfuse.tensors import attach, fetch, is_constant
 
 aten = torch.ops.aten
-
-_MEAN, _COUNTER = "running_mean", "num_batches_tracked"
 
 
 class Place(Enum):
@@ -227,8 +226,8 @@ class Weights:
         if self.is_shared(key):
             return Place.SHARED
         # A batch norm of all members counts its batches for all of them.
-        mean = key.removesuffix(_COUNTER) + _MEAN
-        counts = key.endswith(_COUNTER) and mean in self.members[0].canonical
+        mean = key.removesuffix(COUNTER) + MEAN
+        counts = key.endswith(COUNTER) and mean in self.members[0].canonical
         follows = self.key(mean) if counts else key
         return Place.STACKED if self._stacked.get(follows) else Place.MEMBERS
 
