@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
 
@@ -60,11 +60,12 @@ def fused_tensors(
     plan: FusionPlan,
     states: Sequence[Mapping[str, torch.Tensor]],
     layouts: Mapping[Place, Layout] = MappingProxyType({}),
+    skip: Collection[str] = (),
 ) -> dict[str, torch.Tensor]:
     """`fused_state` at the plan's sizes, in the given layouts (the default one elsewhere)."""
     copies = copies_of(graph, plan.sizes())
     return fused_state(
-        graph, plan, states, lambda place: place_units(graph, plan, place, copies, layouts)
+        graph, plan, states, lambda place: place_units(graph, plan, place, copies, layouts), skip
     )
 
 
@@ -73,6 +74,7 @@ def fused_state(
     plan: FusionPlan,
     states: Sequence[Mapping[str, torch.Tensor]],
     place: Callable[[Place], Placement],
+    skip: Collection[str] = (),
 ) -> dict[str, torch.Tensor]:
     """W_fused = Σ_i M⁽ⁱ⁾ · W_i · U⁽ⁱ⁾ for every tensor (DESIGN.md section 5).
 
@@ -81,6 +83,7 @@ def fused_state(
         plan: Groups and maps.
         states: For each member, its tensors by name; of heads, only the member's own.
         place: Placement of each dimension.
+        skip: Canonical names of tensors that are left out.
 
     Returns:
         New tensors by name, in the members' dtype and on the first member's device. Tied names
@@ -89,6 +92,8 @@ def fused_state(
     fused: dict[str, torch.Tensor] = {}
     for name in graph.captured.names:
         first = graph.captured.canonical[name]
+        if first in skip:
+            continue
         fused[name] = fused[first] if first in fused else _fused(graph, plan, states, place, name)
     return fused
 

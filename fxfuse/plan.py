@@ -6,7 +6,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -20,6 +20,12 @@ from fxfuse.tensors import is_constant
 _SCHEMA = 1
 
 Weights = NDArray[np.float64]
+#: How operators that mix members run.
+Mixing = Literal["joint", "per_member"]
+_TREATMENT: Mapping[Mixing, str] = {
+    "joint": "over the kept units of all members together, which is an approximation",
+    "per_member": "once for each member",
+}
 
 
 @dataclass(frozen=True)
@@ -79,6 +85,9 @@ class FusionPlan:
         notes: Operators that mix members.
         heads: Tensors that one member's head keeps (partial fusion) → the number of that member.
         refused: Groups that keep a member's size although another was asked for → why.
+        mixing: How operators that mix members run: `joint`, over the kept units of all members
+            together, or `per_member`, in the wide model, which is the members' mean exactly then.
+        apart: With `per_member`: the tensors of which each member keeps its own.
     """
 
     method: str
@@ -92,6 +101,8 @@ class FusionPlan:
     notes: tuple[MixingNote, ...] = field(default=())
     heads: Mapping[str, int] = field(default_factory=dict)
     refused: Mapping[str, str] = field(default_factory=dict)
+    mixing: Mixing = "joint"
+    apart: tuple[str, ...] = ()
 
     def map_of(self, group: str) -> UnitMap:
         """The map of a group.
@@ -114,6 +125,8 @@ class FusionPlan:
 
     def inexact(self) -> list[str]:
         """Why the concatenation is not exactly the mean of the members; empty when it is."""
+        if self.mixing == "per_member":
+            return []
         found = [f"{n.why} ({n.node})" for n in self.notes]
         found += [f"{name} is averaged" for name, spread in self.averaged.items() if spread > 0]
         found += [f"{name} is the host's" for name in self.hosted]
@@ -144,6 +157,8 @@ class FusionPlan:
             "copied": list(self.copied),
             "heads": dict(self.heads),
             "refused": dict(self.refused),
+            "mixing": self.mixing,
+            "apart": list(self.apart),
             "notes": [
                 {"why": n.why, "node": n.node, "source": n.source, "sources": sorted(n.sources)}
                 for n in self.notes
@@ -181,6 +196,8 @@ class FusionPlan:
                 # Plans written before partial fusion have none.
                 {name: int(member) for name, member in value.get("heads", {}).items()},
                 value.get("refused", {}),
+                _read_mixing(value.get("mixing", "joint")),
+                tuple(value.get("apart", ())),
             )
         except (ValueError, KeyError, TypeError) as error:
             raise PlanError(
@@ -226,10 +243,21 @@ class FusionPlan:
         if self.refused:
             lines += ["", "## Groups that keep a member's size", ""]
             lines += [f"- `{name}`: {why}" for name, why in self.refused.items()]
+        if self.apart:
+            lines += ["", "## Of these each member keeps its own, and runs on its own there", ""]
+            lines += [f"- `{name}`" for name in self.apart]
         if self.notes:
-            lines += ["", "## Operators that mix members", ""]
+            how = _TREATMENT[self.mixing]
+            lines += ["", "## Operators that mix members", "", f"They run {how}.", ""]
             lines += [f"- `{n.node}`: {n.why}  {n.source}".rstrip() for n in self.notes]
         return "\n".join(lines) + "\n"
+
+
+def _read_mixing(value: Any) -> Mixing:
+    if value not in _TREATMENT:
+        raise ValueError(f"mixing {value!r} is none of {', '.join(_TREATMENT)}")
+    found: Mixing = value
+    return found
 
 
 def _read_map(value: Mapping[str, Any]) -> UnitMap:

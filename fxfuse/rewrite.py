@@ -6,7 +6,7 @@ members' graph; what is rewritten is how it behaves in training (`SwitchTraining
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
 
@@ -68,13 +68,30 @@ def emit(captured: Captured, state: Mapping[str, torch.Tensor]) -> FusedModule:
     return emit_graph(captured, state, copy_graph(captured.graph))
 
 
+def member_name(captured: Captured, member: int, name: str) -> str:
+    """Name, in the fused network, of a tensor of which each member has its own."""
+    prefix = "members"
+    while any(n.split(".", 1)[0] == prefix for n in captured.names):
+        prefix += "_"
+    return f"{prefix}.{member}.{name}"
+
+
 def emit_graph(
     captured: Captured,
     state: Mapping[str, torch.Tensor],
     graph: fx.Graph,
     constants: Mapping[str, torch.Tensor] = MappingProxyType({}),
+    own: Mapping[str, Sequence[torch.Tensor]] = MappingProxyType({}),
 ) -> FusedModule:
     """Makes a module of a rewritten copy of a captured graph; takes the graph over.
+
+    Args:
+        captured: A captured member.
+        state: Tensors by `state_dict()` name; tied names share one tensor.
+        graph: The graph.
+        constants: Tensors that the graph reads beside the members', by name.
+        own: Tensors that take the place of one in `state`, one for each member, by canonical name;
+            the graph reads them as `member_name` says.
 
     Raises:
         NotEmittedError: The captured graph is a trace, which holds for its example only.
@@ -82,24 +99,40 @@ def emit_graph(
     captured.require_program()
     module = FusedModule({}, fx.Graph())
     registered: dict[str, torch.Tensor] = {}
-    for name in captured.names:
-        first = captured.canonical[name]
+    for name, first, written, tensor in _written(captured, state, own):
         template = captured.tensor(name)
         if first not in registered:
-            tensor = state[name]
             if isinstance(template, nn.Parameter):
                 tensor = nn.Parameter(tensor, requires_grad=template.requires_grad)
             registered[first] = tensor
-        attach(module, name, registered[first], persistent=True)
+        attach(module, written, registered[first], persistent=True)
+    known = {name for name, _ in _tensors(module)}
     for node in graph.nodes:
-        if node.op == "get_attr" and node.target not in captured.canonical:
+        if node.op == "get_attr" and node.target not in known:
             name = str(node.target)
             constant = constants[name] if name in constants else captured.tensor(name)
             attach(module, name, constant.detach().clone(), persistent=False)
+            known.add(name)
     module.graph = graph
     SwitchTraining()(module)
     module.eval()
     return module
+
+
+def _written(
+    captured: Captured,
+    state: Mapping[str, torch.Tensor],
+    own: Mapping[str, Sequence[torch.Tensor]],
+) -> Iterator[tuple[str, str, str, torch.Tensor]]:
+    """Each tensor of a network: a member's name, the first of tied names, its name, and it."""
+    for name in captured.names:
+        first = captured.canonical[name]
+        if first not in own:
+            yield name, first, name, state[name]
+            continue
+        for member, tensor in enumerate(own[first]):
+            first_written = member_name(captured, member, first)
+            yield name, first_written, member_name(captured, member, name), tensor
 
 
 def copy_graph(graph: fx.Graph, mapping: dict[fx.Node, fx.Node] | None = None) -> fx.Graph:
@@ -113,11 +146,13 @@ def copy_graph(graph: fx.Graph, mapping: dict[fx.Node, fx.Node] | None = None) -
 
 def _share_tensors(source: nn.Module, target: nn.Module) -> None:
     persistent = set(source.state_dict())
-    for name, tensor in [
-        *source.named_parameters(remove_duplicate=False),
-        *source.named_buffers(remove_duplicate=False),
-    ]:
+    for name, tensor in _tensors(source):
         attach(target, name, tensor, persistent=name in persistent)
+
+
+def _tensors(module: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+    yield from module.named_parameters(remove_duplicate=False)
+    yield from module.named_buffers(remove_duplicate=False)
 
 
 class SwitchTraining(PassBase):

@@ -7,6 +7,6 @@ from the labels of their node, never by matching numbers. `walk.py` says which f
 operator.
 """
 
-from fxfuse.widen.walk import blank, output_layouts, settle, widen
+from fxfuse.widen.walk import apart_names, blank, output_layouts, settle, widen
 
-__all__ = ["blank", "output_layouts", "settle", "widen"]
+__all__ = ["apart_names", "blank", "output_layouts", "settle", "widen"]

@@ -61,7 +61,8 @@ def gather(wide: WideGraph, node: fx.Node, operand: fx.Node, have: Layouts) -> A
             moved = _movement(wide, node, wide.values[source], part, move, have)
             written = _write(wide, node, source, old, moved)
         except RewriteError:
-            if old is not node or not all(_moves(user) for user in node.users):
+            # Members that can be run one by one need nothing half-written.
+            if wide.apart or old is not node or not all(_moves(user) for user in node.users):
                 raise
             wide.pending[node] = (source, move, (*passed, node))
             return {}

@@ -13,8 +13,9 @@ from fxfuse.coupling import CouplingGraph, Place
 from fxfuse.errors import RewriteError
 from fxfuse.labels import Value
 from fxfuse.layout import Copies, Layout, default_layout
-from fxfuse.rewrite import copy_graph
+from fxfuse.rewrite import copy_graph, member_name
 from fxfuse.source_lines import source_of
+from fxfuse.widen.apart import Apart
 from fxfuse.widen.gather_index import Move
 from fxfuse.widen.units import Units
 
@@ -41,9 +42,13 @@ class WideGraph:
         pending: Data movements whose result can only be written together with the next one: the
             tensor at which they start, the movements from there at the members' width, and their
             nodes of the members' graph.
+        apart: What runs member by member; None where nothing does.
+        split: For each node that runs member by member, its nodes of `graph`, one for each member.
     """
 
-    def __init__(self, analysis: CouplingGraph, copies: Copies) -> None:
+    def __init__(
+        self, analysis: CouplingGraph, copies: Copies, apart: Apart | None = None
+    ) -> None:
         self.analysis = analysis
         self.values = analysis.values
         self.copies = copies
@@ -54,6 +59,9 @@ class WideGraph:
         self.orders: dict[str, torch.Tensor] = {}
         self.inputs: dict[tuple[fx.Node, fx.Node], fx.Node] = {}
         self.pending: dict[fx.Node, tuple[fx.Node, Move, tuple[fx.Node, ...]]] = {}
+        self.apart = apart
+        self.split: dict[fx.Node, list[fx.Node]] = {}
+        self._own: dict[tuple[str, int], fx.Node] = {}
         self.mapping: dict[fx.Node, fx.Node] = {}
         self.graph = copy_graph(analysis.captured.graph, self.mapping)
 
@@ -95,6 +103,19 @@ class WideGraph:
         name = f"_fxfuse_order_{len(self.orders)}"
         self.orders[name] = order
         return self.graph.get_attr(name)
+
+    def own_tensor(self, operand: fx.Node, member: int) -> fx.Node:
+        """A node that reads a member's own tensor in place of `operand`, which reads the fused."""
+        name = member_name(self.analysis.captured, member, str(operand.target))
+        if (name, member) not in self._own:
+            node = self.graph.get_attr(name)
+            node.meta.update(operand.meta)
+            self._own[(name, member)] = node
+        return self._own[(name, member)]
+
+    def own_tensors(self) -> frozenset[str]:
+        """Canonical names of the tensors of which each member has its own."""
+        return frozenset() if self.apart is None else frozenset(self.apart.tensors)
 
     def replace(self, node: fx.Node, written: fx.Node) -> fx.Node:
         """Lets another node stand for a node of the members' graph; returns the one that did."""

@@ -26,7 +26,9 @@ from fxfuse.rules import (
     reduction,
     selection,
 )
+from fxfuse.widen.apart import Apart
 from fxfuse.widen.carry import carry, keep, normalise
+from fxfuse.widen.each import run_apart, write_outputs
 from fxfuse.widen.grouping import group, halve, patch
 from fxfuse.widen.joining import join, overwrite, pad
 from fxfuse.widen.movement import index, move
@@ -76,9 +78,25 @@ def widen(
     Raises:
         RewriteError: An operator's literals or layouts cannot be rewritten; names the node.
     """
-    wide = _walk(graph, copies_of(graph, plan.sizes()))
-    state = fused_tensors(graph, plan, states, wide.places)
-    return emit_graph(graph.captured, state, wide.graph, wide.orders)
+    wide = _walk_of(graph, plan)
+    names = wide.own_tensors()
+    state = fused_tensors(graph, plan, states, wide.places, names)
+    own = {n: [s[n].detach().clone().to(states[0][n].device) for s in states] for n in names}
+    return emit_graph(graph.captured, state, wide.graph, wide.orders, own)
+
+
+def apart_names(graph: CouplingGraph, plan: FusionPlan) -> tuple[str, ...]:
+    """Names of the tensors of which each member keeps its own in a wide model.
+
+    Args:
+        graph: The analysis of the members.
+        plan: Its `mixing` is `per_member`.
+
+    Raises:
+        RewriteError: As for `widen`.
+    """
+    names = _walk_of(graph, plan).own_tensors()
+    return tuple(n for n in graph.captured.names if graph.captured.canonical[n] in names)
 
 
 def output_layouts(graph: CouplingGraph, plan: FusionPlan) -> list[Layouts]:
@@ -91,7 +109,7 @@ def output_layouts(graph: CouplingGraph, plan: FusionPlan) -> list[Layouts]:
     Raises:
         RewriteError: As for `widen`.
     """
-    wide = _walk(graph, copies_of(graph, plan.sizes()))
+    wide = _walk_of(graph, plan)
     outputs = [n for n in graph.captured.outputs() if isinstance(n, fx.Node)]
     return [wide.layout_of(n) for n in outputs if isinstance(graph.values[n], Value)]
 
@@ -139,6 +157,7 @@ def blank(
     graph: CouplingGraph,
     sizes: Mapping[str, int],
     empty: Callable[[Sequence[int], torch.dtype], torch.Tensor],
+    plan: FusionPlan | None = None,
 ) -> FusedModule:
     """The resized network with tensors that hold nothing yet, for shapes and costs.
 
@@ -146,11 +165,12 @@ def blank(
         graph: The analysis of the members.
         sizes: Units of each fused group, by its name.
         empty: Makes a tensor of a shape and a dtype.
+        plan: A plan of these sizes, whose `mixing` counts; None: all members' units together.
 
     Raises:
         RewriteError: As for `widen`.
     """
-    wide = _walk(graph, copies_of(graph, sizes))
+    wide = _walk(graph, copies_of(graph, sizes)) if plan is None else _walk_of(graph, plan)
     captured = graph.captured
 
     def made(name: str) -> torch.Tensor:
@@ -161,8 +181,34 @@ def blank(
                 shape[dim] = wide.place_layout((captured.canonical[name], dim)).size
         return empty(shape, tensor.dtype)
 
-    state = {name: made(name) for name in captured.names}
-    return emit_graph(captured, state, wide.graph, wide.orders)
+    names = wide.own_tensors()
+    state = {name: made(name) for name in captured.names if captured.canonical[name] not in names}
+    own: dict[str, list[torch.Tensor]] = {}
+    for name in names:
+        tensor = captured.tensor(name)
+        members = range(plan.n_members if plan else 0)
+        own[name] = [empty(tensor.shape, tensor.dtype) for _ in members]
+    return emit_graph(captured, state, wide.graph, wide.orders, own)
+
+
+def _walk_of(graph: CouplingGraph, plan: FusionPlan) -> WideGraph:
+    copies = copies_of(graph, plan.sizes())
+    if plan.mixing == "joint":
+        return _walk(graph, copies)
+    apart = Apart(graph, plan, copies)
+    while True:
+        wide = WideGraph(graph, copies, apart)
+        stuck = _first_obstacle(wide)
+        if stuck is None:
+            write_outputs(wide)
+            # Values that were put together although nobody reads them so.
+            wide.graph.eliminate_dead_code()
+            return wide
+        node, error = stuck
+        if node in apart.nodes:
+            raise error
+        # What cannot be written for all members at once is written for each.
+        apart.add([node])
 
 
 def _walk(graph: CouplingGraph, copies: Copies) -> WideGraph:
@@ -180,6 +226,8 @@ def _step(wide: WideGraph, node: fx.Node) -> None:
 
 
 def _widened(wide: WideGraph, node: fx.Node) -> Any:
+    if wide.apart is not None and node in wide.apart.nodes:
+        return run_apart(wide, node)
     first = node.args[0] if node.args else None
     if isinstance(first, fx.Node) and isinstance(wide.layouts.get(first), list):
         return wide.layouts[first][node.args[1]]
