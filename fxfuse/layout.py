@@ -142,12 +142,20 @@ def run_layout(unit: Index, count: Index) -> Layout:
         count: How many copies of each unit there are, int64 [units].
     """
     starts = np.flatnonzero(np.r_[True, (unit[1:] != unit[:-1]) | (unit[1:] < 0)])
-    source, copy = [], []
-    for start, end in zip(starts, np.r_[starts[1:], len(unit)], strict=True):
-        members = np.array([-1]) if unit[start] < 0 else np.arange(count[unit[start]])
-        source.append(np.tile(np.arange(start, end), len(members)))
-        copy.append(np.repeat(members, end - start))
-    return Layout(np.concatenate(source), np.concatenate(copy))
+    lengths = np.diff(np.r_[starts, len(unit)])
+    copied = unit[starts] >= 0
+    times = np.where(copied, count[unit[starts]], 1)
+    # A piece is one copy of one run.
+    run = np.repeat(np.arange(len(starts)), times)
+    number = np.where(copied[run], _counted(times), -1)
+    sizes = lengths[run]
+    return Layout(np.repeat(starts[run], sizes) + _counted(sizes), np.repeat(number, sizes))
+
+
+def _counted(sizes: Index) -> Index:
+    """0, 1, … up to each of some sizes, one after the other."""
+    ends = np.cumsum(sizes)
+    return np.arange(int(sizes.sum())) - np.repeat(ends - sizes, sizes)
 
 
 def place_units(
