@@ -18,19 +18,25 @@ from torch.utils.flop_counter import FlopCounterMode
 from fxfuse.coupling import CouplingGraph
 from fxfuse.errors import WidthError
 from fxfuse.layout import copies_of, default_layout
+from fxfuse.plan import FusionPlan
 from fxfuse.widen import blank
 
 
-def parameters_of(graph: CouplingGraph, sizes: Mapping[str, int]) -> int:
+def parameters_of(
+    graph: CouplingGraph, sizes: Mapping[str, int], plan: FusionPlan | None = None
+) -> int:
     """Elements of the parameters of the network of these sizes, tied ones once.
 
     Args:
         graph: The analysis of the members.
         sizes: Units of each fused group, by its name.
+        plan: A plan of these sizes, whose `mixing` counts; None: nothing runs member by member.
     """
     captured, copies = graph.captured, copies_of(graph, sizes)
 
     def elements(name: str) -> int:
+        if plan is not None and name in plan.apart:
+            return captured.tensor(name).numel() * plan.n_members
         places = [(name, dim) for dim in range(captured.tensor(name).dim())]
         return prod(default_layout(graph, place, copies).size for place in places)
 
@@ -38,7 +44,9 @@ def parameters_of(graph: CouplingGraph, sizes: Mapping[str, int]) -> int:
     return sum(elements(n) for n in names if isinstance(captured.tensor(n), nn.Parameter))
 
 
-def operations_of(graph: CouplingGraph, sizes: Mapping[str, int]) -> int:
+def operations_of(
+    graph: CouplingGraph, sizes: Mapping[str, int], plan: FusionPlan | None = None
+) -> int:
     """Floating-point operations of the network of these sizes for the example inputs.
 
     As `torch.utils.flop_counter` counts them, a multiplication and an addition as two. No memory is
@@ -47,6 +55,7 @@ def operations_of(graph: CouplingGraph, sizes: Mapping[str, int]) -> int:
     Args:
         graph: The analysis of the members.
         sizes: Units of each fused group, by its name.
+        plan: A plan of these sizes, whose `mixing` counts; None: nothing runs member by member.
 
     Raises:
         RewriteError: The network cannot be written in these sizes.
@@ -58,7 +67,7 @@ def operations_of(graph: CouplingGraph, sizes: Mapping[str, int]) -> int:
         with mode:
             return torch.empty(shape, dtype=dtype)
 
-    module = blank(graph, sizes, empty)
+    module = blank(graph, sizes, empty, plan)
     counter = FlopCounterMode(display=False)
     with torch.no_grad():
         args, kwargs = pytree.tree_map_only(

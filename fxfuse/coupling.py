@@ -22,7 +22,7 @@ from fxfuse.gaps import WithoutRule, without_rule
 from fxfuse.grouping import CouplingGroup, form_groups
 from fxfuse.interpreter import interpret
 from fxfuse.labels import Index, Kind, Ledger, Place
-from fxfuse.mixing import MixingNote, mixing_notes, shared_writers
+from fxfuse.mixing import MixingNote, mixing_notes, shared_writers, tied_outputs
 
 # What an analysis consists of is imported from here, whichever file makes it.
 __all__ = [
@@ -216,6 +216,7 @@ def couple(captured: Captured, controls: Controls) -> CouplingGraph:
     notes = [
         *mixing_notes(ledger, component, stuck),
         *shared_writers(captured, groups, frozen, ledger.readers, asked),
+        *tied_outputs(captured, groups, frozen, ledger.readers, ledger.writers),
     ]
     return CouplingGraph(
         captured,

@@ -34,14 +34,22 @@ from fxfuse.heads import join
 from fxfuse.members import check_alike, check_enough, check_finite, check_model, check_values
 from fxfuse.methods import find_method
 from fxfuse.options import Options, Reference
-from fxfuse.plan import FusionPlan
+from fxfuse.plan import FusionPlan, Mixing
 from fxfuse.planner import make_plan
 from fxfuse.refine import MatchReport, RefitReport
-from fxfuse.resize import Target, resized
+from fxfuse.resize import Target, mixing_of, resized
 from fxfuse.rewrite import FusedModule, emit
 from fxfuse.same_network import check_same_network
 from fxfuse.scores import check_score
-from fxfuse.verify import Check, Verification, handover, permutation_of, wrong_groups
+from fxfuse.verify import (
+    Check,
+    Verification,
+    equals_ensemble,
+    handover,
+    permutation_of,
+    wrong_groups,
+)
+from fxfuse.wide import wide_plan
 from fxfuse.widen import widen
 from fxfuse.widths import Width
 
@@ -173,6 +181,7 @@ def fuse(
     max_params: int | None = None,
     max_flops: int | None = None,
     round_to: int = 1,
+    mixing: Mixing | None = None,
     freeze: Patterns = (),
     share: Patterns = (),
     ignore: Patterns = (),
@@ -216,13 +225,15 @@ def fuse(
         steps: For `auto`: budget of the matching in steps; without `seconds`: 300.
         seconds: For `auto`: budget of the matching in CPU seconds.
         width: For `transplant`: size of the fused network in units of a member, in (0, N]; 1 is a
-            member's size, N keeps every unit of every member, which is their mean exactly where no
-            operator mixes members. Or widths by `fnmatch` pattern of the tensors that groups are
-            named after. A group that cannot be written in another size keeps its own: the plan's
-            `refused` says why.
+            member's size, N keeps every unit of every member, which is their mean exactly. Or
+            widths by `fnmatch` pattern of the tensors that groups are named after. A group that
+            cannot be written in another size keeps its own: the plan's `refused` says why.
         max_params: In place of `width`: the most parameter elements; the widest network is made.
         max_flops: The same for floating-point operations on the example inputs.
         round_to: Channels are rounded to multiples of this, 8 for most hardware.
+        mixing: `per_member`: operators that mix members (LayerNorm and the like) run once for each
+            member, so that the wide model is exactly their mean; for width N, where it is the
+            default. `joint`: they run over the kept units of all members together.
         freeze: `state_dict()` names of parameters that stay exactly as in the host, as in
             `analyze`.
         share: `state_dict()` names of parameters whose index means the same in all members.
@@ -292,8 +303,11 @@ def fuse(
     _check_free(graph)
     inputs = None if calibration is None else Calibration.of(network, calibration)
     _check_calibrated(graph, inputs, auto=auto, refit=refit)
-    target = Target(width, max_params, max_flops, round_to)
-    found = resized(graph, len(states), target)
+    if method == "wide":
+        width = _width_of_all(width, len(states))
+    target = Target(width, max_params, max_flops, round_to, mixing)
+    mixing = mixing_of(graph, len(states), target, fitted=auto or refit)
+    found = resized(graph, len(states), target, mixing)
     if found is not None:
         _check_resizable(found[0], graph, method, refit=refit)
     sizes, refused = found or (None, {})
@@ -306,7 +320,10 @@ def fuse(
         calibration=inputs,
         sizes=sizes,
     )
-    plan = make_plan(graph, states, "transplant" if auto else method, options, host=host)
+    if mixing == "per_member":
+        plan = wide_plan(graph, states, host=host)
+    else:
+        plan = make_plan(graph, states, "transplant" if auto else method, options, host=host)
     plan = replace(plan, refused=refused)
     if sizes is None:
         start = Start(plan, fused_tensors(graph, plan, states))
@@ -323,6 +340,8 @@ def fuse(
         module = emit(network, start.state)
     if verify:
         checks += handover(network, module or _eager(network, start.state))
+    if verify and mixing == "per_member":
+        checks.append(equals_ensemble(graph, states, plan))
     verification = Verification(tuple(checks))
     _check_verified(verification)
     return FusionResult(
@@ -337,13 +356,23 @@ def fuse(
     )
 
 
+def _width_of_all(width: Width | None, n_members: int) -> Width:
+    if width not in (None, n_members):
+        raise ControlError(
+            f"width {width} and method 'wide' contradict each other",
+            why=f"it keeps every unit of every member, which is width {n_members}",
+            how="leave the width out, or use method='transplant'",
+        )
+    return n_members
+
+
 def _check_resizable(
     sizes: Mapping[str, int], graph: CouplingGraph, method: str, *, refit: bool
 ) -> None:
     """Checks that what is asked for works at another width than a member's."""
     if all(sizes[group.name] == group.n_units for group in graph.groups):
         return
-    if method == "transplant" and not refit:
+    if method in ("transplant", "wide") and not refit:
         return
     what = "refit=True" if method == "transplant" else f"method {method!r}"
     raise ControlError(

@@ -78,6 +78,34 @@ def shared_writers(
             yield MixingNote(f"members are averaged in what is {why}", user.name, source_of(user))
 
 
+def tied_outputs(
+    captured: Captured,
+    groups: Iterable[CouplingGroup],
+    frozen: Mapping[Place, FrozenReason],
+    readers: set[Place],
+    writers: set[Place],
+) -> Iterable[MixingNote]:
+    """Weights that write neurons and make the output of them: one use has the 1/N of the other.
+
+    Args:
+        captured: The network.
+        groups: Its coupling groups.
+        frozen: The frozen places.
+        readers: The places along which a parameter reads neurons.
+        writers: The places along which a parameter writes neurons.
+    """
+    both = {place for group in groups for place in group.index} & readers & writers
+    for name, _ in sorted(both):
+        reasons = (frozen.get((name, d)) for d in range(captured.tensor(name).dim()))
+        if not any(r is not None and r.kind is Kind.OUTPUT for r in reasons):
+            continue
+        for node in captured.graph.nodes:
+            if node.op == "get_attr" and captured.canonical.get(str(node.target)) == name:
+                for user in node.users:
+                    why = f"{name} both writes neurons and makes the output, the mean, of them"
+                    yield MixingNote(why, user.name, source_of(user))
+
+
 def _note(note: Mixing, node: str) -> MixingNote:
     source = source_of(note.node) if note.node is not None else ""
     return MixingNote(note.why, node, source, note.sources)

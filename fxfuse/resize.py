@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import get_args
 
 from fxfuse.cost import operations_of, parameters_of
 from fxfuse.coupling import CouplingGraph
 from fxfuse.errors import ControlError, WidthError
+from fxfuse.plan import Mixing
 from fxfuse.widen import settle
 from fxfuse.widths import Sizes, Width, sizes_of
 
@@ -24,12 +26,15 @@ class Target:
         max_params: The most parameter elements.
         max_flops: The most floating-point operations for the example inputs.
         round_to: Channels are rounded to multiples of this.
+        mixing: How operators that mix members run, as in `FusionPlan`; None: member by member
+            where every unit of every member is kept, and over all units together elsewhere.
     """
 
     width: Width | None = None
     max_params: int | None = None
     max_flops: int | None = None
     round_to: int = 1
+    mixing: Mixing | None = None
 
     @property
     def is_budget(self) -> bool:
@@ -46,8 +51,52 @@ class Target:
         return ""
 
 
+def mixing_of(
+    graph: CouplingGraph, n_members: int, target: Target, *, fitted: bool = False
+) -> Mixing:
+    """How operators that mix members are to run.
+
+    Args:
+        graph: The analysis of the members.
+        n_members: N.
+        target: What is asked for.
+        fitted: Whether layers will be fitted: to units of all members, so not member by member.
+
+    Raises:
+        WidthError: As for `resized`.
+        ControlError: Members are to run one by one where not all of their units are kept, or where
+            something is to be one for all members.
+    """
+    if target.mixing not in (None, *get_args(Mixing)):
+        raise ControlError(
+            f"mixing {target.mixing!r} is unknown",
+            how=f"use one of {', '.join(get_args(Mixing))}, or leave it out",
+        )
+    obstacle = ""
+    if target.width is None:
+        obstacle = "it takes a width that keeps every unit of every member"
+    elif graph.asked:
+        obstacle = f"{next(iter(graph.asked))} is to be one tensor for all members"
+    elif graph.captured.heads:
+        obstacle = "each member has a head of its own, and there is no mean of them"
+    elif fitted:
+        obstacle = "the refit fits layers that all members share"
+    else:
+        wanted = sizes_of(graph, n_members, target.width, target.round_to)
+        part = (g.name for g in graph.groups if wanted[g.name] < g.n_units * n_members)
+        obstacle = next((f"{name} does not keep every unit of every member" for name in part), "")
+    if obstacle and target.mixing == "per_member":
+        raise ControlError(
+            'mixing="per_member" cannot be had here',
+            why=obstacle,
+            how=f"use width={n_members} without freeze, share, ignore, heads and refit, or leave "
+            "mixing out",
+        )
+    return target.mixing or ("joint" if obstacle else "per_member")
+
+
 def resized(
-    graph: CouplingGraph, n_members: int, target: Target
+    graph: CouplingGraph, n_members: int, target: Target, mixing: Mixing = "joint"
 ) -> tuple[Sizes, dict[str, str]] | None:
     """The units of each fused group, and why some groups keep a member's size.
 
@@ -55,6 +104,7 @@ def resized(
         graph: The analysis of the members.
         n_members: N.
         target: What is asked for.
+        mixing: What `mixing_of` returned: member by member, everything can be written.
 
     Returns:
         None where a member's size is asked for.
@@ -77,7 +127,8 @@ def resized(
             why="max_params and max_flops look for the width",
             how="leave one of them out",
         )
-    return settle(graph, sizes_of(graph, n_members, target.width, target.round_to))
+    wanted = sizes_of(graph, n_members, target.width, target.round_to)
+    return (wanted, {}) if mixing == "per_member" else settle(graph, wanted)
 
 
 def _within(graph: CouplingGraph, n_members: int, target: Target) -> tuple[Sizes, dict[str, str]]:

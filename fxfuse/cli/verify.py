@@ -43,7 +43,8 @@ def verify(
     if len(members) > 1:
         with err.status("comparing the wide network with the ensemble"):
             try:
-                checks.append(oracles.wide_equals_ensemble(members, inputs))
+                found = oracles.wide_equals_ensemble(members, inputs, mixing="per_member")
+                checks.append(found)
             except NotEmittedError as error:
                 warnings.warn(
                     f"wide equals ensemble: not emitted, so not run\n{error}", stacklevel=1

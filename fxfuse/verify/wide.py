@@ -10,9 +10,8 @@ from torch import nn
 
 from fxfuse.capture import Captured
 from fxfuse.controls import Controls
-from fxfuse.coupling import couple
-from fxfuse.methods import Options
-from fxfuse.planner import make_plan
+from fxfuse.coupling import CouplingGraph, couple
+from fxfuse.plan import FusionPlan, Mixing
 from fxfuse.verify.check import (
     EXACT,
     Check,
@@ -25,6 +24,7 @@ from fxfuse.verify.check import (
     tensors_of,
 )
 from fxfuse.verify.outputs import parts
+from fxfuse.wide import wide_plan
 from fxfuse.widen import output_layouts, widen
 
 
@@ -34,20 +34,22 @@ def wide_equals_ensemble(
     example_kwargs: Mapping[str, Any] | None = None,
     *,
     controls: Controls | None = None,
+    mixing: Mixing = "joint",
 ) -> Check:
     """Wide oracle: without a mixing operator, the concatenation equals the mean of the members.
 
     Where units are handed out (`output_dims`), they stand side by side, and each member's must be
     the member's own.
 
-    Runs in float64. With a mixing operator there is nothing to hold: the tolerance is infinite and
-    the detail names the operators.
+    Runs in float64. Where an operator mixes members there is nothing to hold: the tolerance is
+    infinite and the detail names the operators. With `mixing="per_member"` nothing mixes them.
 
     Args:
         members: Two or more networks, or captured ones.
         example_inputs: A tensor or a tuple of inputs.
         example_kwargs: Keyword inputs.
         controls: The options of `fxfuse.analyze`.
+        mixing: `joint` or `per_member`, as in `fxfuse.FusionPlan`.
 
     Raises:
         NotEmittedError: torch.export refused a member, so that there is no concatenation to run.
@@ -56,16 +58,32 @@ def wide_equals_ensemble(
     for member in captured:
         member.require_program()
     graph = couple(captured[0], controls or Controls())
-    states = [as_double(c.state()) for c in captured]
-    plan = make_plan(graph, states, "wide", Options())
+    states = [c.state() for c in captured]
+    plan = wide_plan(graph, states, mixing)
+    return equals_ensemble(graph, states, plan, bool(controls and controls.output_dims))
+
+
+def equals_ensemble(
+    graph: CouplingGraph,
+    states: Sequence[Mapping[str, torch.Tensor]],
+    plan: FusionPlan,
+    hands_out: bool = True,
+) -> Check:
+    """The wide oracle for members that are analyzed already.
+
+    Args:
+        graph: The analysis of the members.
+        states: For each member, its tensors by name.
+        plan: A plan that keeps every unit of every member.
+        hands_out: Whether an output dimension may be no interface, so that units are handed out.
+    """
+    states = [as_double(s) for s in states]
     module = in_double(widen(graph, plan, states))
-    outputs = [run(c, s) for c, s in zip(captured, states, strict=True)]
-    args, kwargs = inputs_of(captured[0])
+    outputs = [run(graph.captured, s) for s in states]
+    args, kwargs = inputs_of(graph.captured)
     with torch.no_grad():
         wide = tensors_of(module(*args, **kwargs))
-    # Units are handed out only where an output dimension is no interface.
-    handed_out = controls is not None and controls.output_dims
-    layouts = output_layouts(graph, plan) if handed_out else [{} for _ in wide]
+    layouts = output_layouts(graph, plan) if hands_out else [{} for _ in wide]
     pairs = [parts(*each) for each in zip(wide, zip(*outputs, strict=True), layouts, strict=True)]
     error = max((relative_error(*pair) for pair in pairs), default=0.0)
     notes = plan.inexact()

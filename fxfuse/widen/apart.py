@@ -182,4 +182,3 @@ class Apart:
 
     def _dependent(self, node: fx.Node) -> Iterator[fx.Node]:
         return (operand for operand in node.all_input_nodes if operand in self._depends)
-

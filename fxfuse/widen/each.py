@@ -1,4 +1,4 @@
-"""Writes the operators that run once for each member, and puts the members' values together again."""
+"""Writes operators once for each member, and puts the members' values together again."""
 
 from __future__ import annotations
 
@@ -104,7 +104,9 @@ def _together(wide: WideGraph, parts: list[fx.Node], dim: int, layout: Layout) -
     order = layout.copy * size + layout.source
     call = wide.graph.call_function
     if np.array_equal(order, np.arange(len(parts) * size).reshape(len(parts), size).T.reshape(-1)):
-        return call(aten.flatten.using_ints, (call(aten.stack.default, (parts, dim + 1)), dim, dim + 1))
+        return call(
+            aten.flatten.using_ints, (call(aten.stack.default, (parts, dim + 1)), dim, dim + 1)
+        )
     joined = call(aten.cat.default, (parts, dim))
     if np.array_equal(order, np.arange(len(order))):
         return joined

@@ -46,9 +46,7 @@ class WideGraph:
         split: For each node that runs member by member, its nodes of `graph`, one for each member.
     """
 
-    def __init__(
-        self, analysis: CouplingGraph, copies: Copies, apart: Apart | None = None
-    ) -> None:
+    def __init__(self, analysis: CouplingGraph, copies: Copies, apart: Apart | None = None) -> None:
         self.analysis = analysis
         self.values = analysis.values
         self.copies = copies
