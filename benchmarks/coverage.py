@@ -25,6 +25,7 @@ import time
 import traceback
 import warnings
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -69,7 +70,7 @@ def measure(name: str) -> dict[str, Any]:
     row["mixes"] = len(graph.mixing)
     row["without_rule"] = [gap.operator for gap in graph.without_rule]
     del captured, graph, model
-    member = _double(name, 0)
+    member = double(name, 0)
     graph = fxfuse.analyze(member)
     check = verify.permutation_of(graph)
     row["permutation"] = check.error
@@ -89,7 +90,7 @@ def measure(name: str) -> dict[str, Any]:
     return row
 
 
-def _double(name: str, seed: int) -> fxfuse.Captured:
+def double(name: str, seed: int) -> fxfuse.Captured:
     """A member in float64, or in float32 where its own code casts to that.
 
     The oracles run both in float64: they lift the casts of a captured graph.
@@ -127,7 +128,7 @@ def _more(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...
 
 def _wide(name: str, member: fxfuse.Captured) -> float | str:
     try:
-        check = verify.wide_equals_ensemble([member, _double(name, 1)])
+        check = verify.wide_equals_ensemble([member, double(name, 1)])
     except fxfuse.FxfuseError as error:
         return f"not written: {' '.join(str(error).split())}"
     if check.tolerance == float("inf"):
@@ -156,7 +157,12 @@ def _peak_gb() -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
 
 
-def _child(name: str, memory_gb: float, pipe: multiprocessing.connection.Connection) -> None:
+def _child(
+    name: str,
+    memory_gb: float,
+    pipe: multiprocessing.connection.Connection,
+    measure: Callable[[str], dict[str, Any]],
+) -> None:
     limit = int(memory_gb * 2**30)
     resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
     sys.stdout = sys.stderr = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
@@ -173,7 +179,14 @@ def _child(name: str, memory_gb: float, pipe: multiprocessing.connection.Connect
     pipe.send(row)
 
 
-def sweep(names: list[str], jobs: int, seconds: float, memory_gb: float, done: Any) -> None:
+def sweep(
+    names: list[str],
+    jobs: int,
+    seconds: float,
+    memory_gb: float,
+    done: Any,
+    measure: Callable[[str], dict[str, Any]] = measure,
+) -> None:
     """Measures models in processes of their own and hands each row to `done`."""
     context = multiprocessing.get_context("fork")
     waiting = list(reversed(names))
@@ -182,7 +195,7 @@ def sweep(names: list[str], jobs: int, seconds: float, memory_gb: float, done: A
         while waiting and len(running) < jobs:
             name = waiting.pop()
             ours, theirs = context.Pipe(duplex=False)
-            process = context.Process(target=_child, args=(name, memory_gb, theirs))
+            process = context.Process(target=_child, args=(name, memory_gb, theirs, measure))
             process.start()
             theirs.close()
             running[name] = (process, ours, time.monotonic())

@@ -154,7 +154,8 @@ def test_architectures(name: str):
 @given(recipes())
 def test_random_networks(recipe: Recipe):
     check = verify.wide_equals_ensemble(members_of(recipe, 2), mixing="per_member")
-    assert check.passed and check.tolerance == 1e-9, check
+    assert check.passed, check
+    assert check.tolerance == 1e-9
 
 
 def test_each_member_trains_as_it_would_alone():
