@@ -82,6 +82,30 @@ def test_random_networks(recipe: Recipe, width: float) -> None:
         assert error < 1e-9
 
 
+class Positions(nn.Module):
+    """Heads that pick positions, by an index that all of them share."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Linear(4, 15)
+        self.last = nn.Linear(6, 2)
+
+    def forward(self, x: torch.Tensor, chosen: torch.Tensor) -> torch.Tensor:
+        heads = self.first(x).unflatten(-1, (3, 5)).relu()
+        picked = heads.gather(-1, chosen.unsqueeze(1).expand(-1, 3, -1))
+        return self.last(picked.flatten(1))
+
+
+@pytest.mark.parametrize("width", [1 / 3, 2 / 3, 4 / 3, 2])
+def test_an_index_grows_with_what_it_picks_from(width: float) -> None:
+    torch.manual_seed(0)
+    inputs = torch.randn(3, 4).double(), torch.randint(5, (3, 2))
+    members = [fxfuse.capture(Positions().double(), inputs) for _ in range(2)]
+    error, refused = error_at(members, width)
+    assert error < 1e-9
+    assert not refused
+
+
 class Net(nn.Module):
     def __init__(self, channels: int = 8) -> None:
         super().__init__()

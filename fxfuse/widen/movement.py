@@ -11,12 +11,12 @@ from torch import fx
 
 from fxfuse.labels import Value
 from fxfuse.layout import Layout
-from fxfuse.widen.carry import carry
+from fxfuse.widen.carry import carry, complete
 from fxfuse.widen.gather import gather
 from fxfuse.widen.literals import candidates, evaluate, set_arguments
-from fxfuse.widen.operands import reorder
+from fxfuse.widen.operands import reorder, spread
 from fxfuse.widen.positions import layouts_of, positions_of
-from fxfuse.widen.state import Layouts, WideGraph, as_list
+from fxfuse.widen.state import Layouts, WideGraph, as_list, cannot_write
 
 
 def move(wide: WideGraph, node: fx.Node) -> Any:
@@ -67,6 +67,24 @@ def index(wide: WideGraph, node: fx.Node) -> Any:
     if all(v.constant is not None for v in values if isinstance(v, Value)):
         return move(wide, node)
     return carry(wide, node)
+
+
+def pick(wide: WideGraph, node: fx.Node) -> Layouts:
+    """Gathering: the index names one place for each element, so it grows as its operand does.
+
+    Raises:
+        RewriteError: The index leaves out a part of a dimension that grows.
+    """
+    x, chosen = cast("fx.Node", node.args[0]), cast("fx.Node", node.args[2])
+    if wide.values[chosen].constant is not None:
+        return cast("Layouts", move(wide, node))
+    result: Layouts = {**wide.layout_of(chosen), **wide.layout_of(x)}
+    for dim, layout in result.items():
+        if wide.values[x].shape[dim] != wide.values[chosen].shape[dim]:
+            raise cannot_write(node, "it takes a part of the neurons only")
+        for operand in (x, chosen):
+            spread(wide, node, operand, dim, layout, broadcasts=False)
+    return complete(wide, node, wide.values[node], result)
 
 
 def _keeps_units_apart(wide: WideGraph, node: fx.Node, found: Sequence[Layouts | None]) -> bool:

@@ -53,8 +53,18 @@ def _with_shared(
     }
 
 
-def spread(wide: WideGraph, node: fx.Node, operand: fx.Node, dim: int, wanted: Layout) -> None:
+def spread(
+    wide: WideGraph,
+    node: fx.Node,
+    operand: fx.Node,
+    dim: int,
+    wanted: Layout,
+    *,
+    broadcasts: bool = True,
+) -> None:
     """An operand gets the layout that a node needs; one without neurons there is repeated.
+
+    Where the node broadcasts, a dimension of size 1 may stay as it is.
 
     Raises:
         RewriteError: As for `agree`.
@@ -63,7 +73,7 @@ def spread(wide: WideGraph, node: fx.Node, operand: fx.Node, dim: int, wanted: L
     size = wide.values[operand].shape[dim]
     if have is not None:
         agree(wide, node, operand, dim, have, wanted)
-    elif size > 1:
+    elif size > 1 or not broadcasts:
         _pick(wide, node, operand, dim, wanted.source.tolist())
 
 

@@ -31,7 +31,7 @@ from fxfuse.widen.carry import carry, keep, normalise
 from fxfuse.widen.each import run_apart, write_outputs
 from fxfuse.widen.grouping import group, halve, patch
 from fxfuse.widen.joining import join, overwrite, pad
-from fxfuse.widen.movement import index, move
+from fxfuse.widen.movement import index, move, pick
 from fxfuse.widen.recurrence import recur
 from fxfuse.widen.state import Layouts, WideGraph, has_tensor
 
@@ -57,6 +57,7 @@ _HANDLERS: Mapping[Rule | None, Handler] = {
     recurrent.layers: recur,
     reduction.fold: patch,
     reduction.unfold: patch,
+    selection.gather: pick,
     selection.index: index,
     selection.index_select: index,
 }
