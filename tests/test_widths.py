@@ -106,6 +106,32 @@ def test_an_index_grows_with_what_it_picks_from(width: float) -> None:
     assert not refused
 
 
+class Masked(nn.Module):
+    """Heads with one mask for each of them, all equal."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Linear(4, 12)
+        self.last = nn.Linear(12, 2)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        heads = self.first(x).unflatten(-1, (3, 4)).transpose(1, 2)
+        mask = x.new_zeros(1, 3, x.shape[1], x.shape[1])
+        mask = mask.masked_fill(x.sum(-1)[:, None, None, :] > 0.5, -1.0)
+        y = nn.functional.scaled_dot_product_attention(heads, heads, heads, mask)
+        return self.last(y.transpose(1, 2).flatten(2))
+
+
+@pytest.mark.parametrize("width", [1 / 3, 2 / 3, 4 / 3, 2])
+def test_a_mask_that_is_the_same_for_all_heads_fits_any_number_of_them(width: float) -> None:
+    torch.manual_seed(0)
+    x = torch.randn(3, 5, 4).double()
+    members = [fxfuse.capture(Masked().double(), (x,)) for _ in range(2)]
+    error, refused = error_at(members, width)
+    assert error < 1e-9
+    assert not refused
+
+
 class Net(nn.Module):
     def __init__(self, channels: int = 8) -> None:
         super().__init__()

@@ -10,7 +10,7 @@ from torch import fx
 from fxfuse.labels import Value
 from fxfuse.layout import Layout
 from fxfuse.rules import contraction, find, pointwise
-from fxfuse.widen.literals import set_argument
+from fxfuse.widen.literals import argument, set_argument
 from fxfuse.widen.operands import agree, broadcast
 from fxfuse.widen.state import Layouts, WideGraph, cannot_write, has_tensor
 
@@ -43,6 +43,11 @@ def carry(wide: WideGraph, node: fx.Node) -> Any:
     result = _handed(wide, node, value, known)
     if find(node.target) is contraction.addmm:
         broadcast(wide, node, operands[:1], result)
+    elif find(node.target) is contraction.attention:
+        # The mask has the heads in common with the result, and nothing behind them.
+        mask = argument(node, "attn_mask")
+        heads = {d: layout for d, layout in result.items() if d < value.rank - 2}
+        broadcast(wide, node, [mask] if isinstance(mask, fx.Node) else [], heads)
     elif find(node.target) is pointwise.pointwise or pointwise.is_pointwise(node.target):
         broadcast(wide, node, operands, result)
     return result
