@@ -79,6 +79,7 @@ def lines_of(
         placements: Placement of each dimension.
         member: Number of the member.
     """
+    graph = graph.of_member(member)
     places = [(name, dim) for dim in range(len(placements))]
     output = any(_kind(graph, place) is Kind.OUTPUT for place in places)
     owned = (place for place in places if place in graph.group_of and is_written(graph, place))

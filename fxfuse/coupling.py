@@ -52,6 +52,7 @@ class CouplingGraph:
         asked: What options asked for, by canonical tensor name.
         without_rule: Operators without a rule, or without a rule for this use, that labelled
             neurons or parameters met, in graph order.
+        members: The analysis of each member where they differ in width; empty elsewhere.
     """
 
     captured: Captured
@@ -65,6 +66,15 @@ class CouplingGraph:
     ledger: Ledger = field(repr=False)
     asked: Mapping[str, Asked] = field(default_factory=dict)
     without_rule: tuple[WithoutRule, ...] = ()
+    members: tuple[CouplingGraph, ...] = field(default=(), repr=False)
+
+    def of_member(self, member: int) -> CouplingGraph:
+        """The analysis of a member, whose width may be another one."""
+        return self.members[member] if self.members else self
+
+    def units_of(self, group: str, member: int) -> int:
+        """How many units of a group a member has."""
+        return next(g.n_units for g in self.of_member(member).groups if g.name == group)
 
     @cached_property
     def group_of(self) -> Mapping[Place, tuple[CouplingGroup, ...]]:
@@ -138,6 +148,7 @@ class CouplingGraph:
             groups=groups,
             frozen=frozen,
             free_fraction=_free_fraction(self.captured, groups),
+            members=tuple(member.freezing(names, why) for member in self.members),
         )
 
 

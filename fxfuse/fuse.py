@@ -16,8 +16,9 @@ from torch.export import ExportedProgram
 from fxfuse.apply import fused_tensors
 from fxfuse.calibration import Calibration
 from fxfuse.capture import Captured, capture, capture_eagerly, check_reached
-from fxfuse.controls import OutputDims, Patterns
-from fxfuse.coupling import CouplingGraph, analyze
+from fxfuse.controls import Controls, OutputDims, Patterns
+from fxfuse.coupling import CouplingGraph, couple
+from fxfuse.depth import as_deepest
 from fxfuse.eager import answers
 from fxfuse.errors import (
     CalibrationError,
@@ -33,7 +34,7 @@ from fxfuse.freezing import excused
 from fxfuse.heads import join
 from fxfuse.members import check_alike, check_enough, check_finite, check_model, check_values
 from fxfuse.methods import find_method
-from fxfuse.options import Options, Reference
+from fxfuse.options import Options, Reference, State
 from fxfuse.plan import FusionPlan, Mixing
 from fxfuse.planner import make_plan
 from fxfuse.refine import MatchReport, RefitReport
@@ -41,6 +42,7 @@ from fxfuse.resize import Target, mixing_of, resized
 from fxfuse.rewrite import FusedModule, emit
 from fxfuse.same_network import check_same_network
 from fxfuse.scores import check_score
+from fxfuse.varied import of_all_widths
 from fxfuse.verify import (
     Check,
     Verification,
@@ -197,7 +199,10 @@ def fuse(
     the host keeps starts from nothing there, unless its member is the host.
 
     Args:
-        members: Two or more networks with the same graph and the same shapes, apart from `heads`.
+        members: Two or more networks with the same graph, apart from `heads`. They may differ in
+            width (the score decides who provides which unit; with width None, the result has member
+            0's size), or in depth, if some lack residual blocks that others have: then all have the
+            deepest one's graph, and blocks that a member lacks count as the identity.
         example_inputs: A tensor or a tuple of inputs that the members accept, batch of at least 2.
             Members that torch.export refuses are traced on them, so they should reach every part.
         example_kwargs: Keyword inputs.
@@ -290,17 +295,20 @@ def fuse(
             check_model(member)
     check_alike(members)
     captured = _capture_all(members, example_inputs, example_kwargs, dynamic_shapes)
-    network, states = _as_one(captured, heads)
+    network, states, captured, absent = _as_one(captured, heads)
     for number, state in enumerate(states):
         check_values(state)
         check_finite(number, state)
-    graph = analyze(network, freeze=freeze, share=share, ignore=ignore, output_dims=output_dims)
+    controls = Controls.of(freeze, share, ignore, output_dims)
+    graph = couple(network, controls)
+    graph = of_all_widths(graph, captured, lambda member: couple(member, controls))
     check_reached(network, excused(graph.asked))
     checks = []
     if verify:
         graph, check = _only_what_moves(graph)
         checks.append(check)
     _check_free(graph)
+    _check_widths(graph, "transplant" if auto else method, calibrated=calibration is not None)
     inputs = None if calibration is None else Calibration.of(network, calibration)
     _check_calibrated(graph, inputs, auto=auto, refit=refit)
     if method == "wide":
@@ -324,7 +332,7 @@ def fuse(
         plan = wide_plan(graph, states, host=host)
     else:
         plan = make_plan(graph, states, "transplant" if auto else method, options, host=host)
-    plan = replace(plan, refused=refused)
+    plan = replace(plan, refused=refused, absent=absent)
     if sizes is None:
         start = Start(plan, fused_tensors(graph, plan, states))
     else:
@@ -342,6 +350,8 @@ def fuse(
         checks += handover(network, module or _eager(network, start.state))
     if verify and mixing == "per_member":
         checks.append(equals_ensemble(graph, states, plan))
+    elif verify and graph.members:
+        checks.append(equals_ensemble(graph, states, wide_plan(graph, states, "joint")))
     verification = Verification(tuple(checks))
     _check_verified(verification)
     return FusionResult(
@@ -380,6 +390,19 @@ def _check_resizable(
         why="it gives every fused unit the place of a member's unit",
         how="leave the width out, or use method='transplant' without a refit and train the result "
         "with fxfuse.refine",
+    )
+
+
+def _check_widths(graph: CouplingGraph, method: str, *, calibrated: bool) -> None:
+    """Checks that what is asked for works with members of different widths."""
+    if not graph.members or (method in ("transplant", "wide") and not calibrated):
+        return
+    what = "calibration" if calibrated else f"method {method!r}"
+    raise ControlError(
+        f"{what} works with members of one width only",
+        why="units are compared with units of the same number, or measured in one graph",
+        how="use method='transplant' with the score l1, l2 or bn_scale, without calibration, and "
+        "train the result with fxfuse.refine.match",
     )
 
 
@@ -436,14 +459,17 @@ def _eager(member: Captured, state: Mapping[str, torch.Tensor]) -> Callable[...,
 
 
 def _as_one(
-    captured: Sequence[Captured], heads: Patterns
-) -> tuple[Captured, Sequence[Mapping[str, torch.Tensor]]]:
-    """The network to fuse, and the tensors that each member has of it."""
+    captured: list[Captured], heads: Patterns
+) -> tuple[Captured, Sequence[State], list[Captured], Mapping[str, tuple[int, ...]]]:
+    """The network to fuse, what each member has of it, members of its graph, and what they lack."""
     if heads:
         joined = join(captured, heads)
-        return joined.captured, joined.states
-    check_same_network(captured)
-    return captured[0], [c.state() for c in captured]
+        return joined.captured, joined.states, [joined.captured] * len(captured), {}
+    deepest = as_deepest(captured)
+    if deepest is not None:
+        return deepest.captured, deepest.states, [deepest.captured] * len(captured), deepest.absent
+    check_same_network(captured, any_width=True)
+    return captured[0], [c.state() for c in captured], captured, {}
 
 
 def _check_free(graph: CouplingGraph) -> None:

@@ -184,18 +184,18 @@ def place_units(
     targets, sources, merge, unmerge = [], [], [], []
     for member in range(plan.n_members):
         fixed = _fixed(graph, plan, place, member)
-        to, origin = [at[fixed, 0]], [fixed]
+        to, origin = [at[fixed, 0]], [_fixed(graph.of_member(member), plan, place, member)]
         weights = [np.ones((2, len(fixed)))]
         for group in groups:
             unit_map = plan.map_of(group.name)
             target, unit = unit_map.of_member(member)
-            rows = group.index[place]
+            rows, own = group.index[place], _rows(graph, member, group.name, place)
             count = copies.get(group.name, np.ones(group.n_units, dtype=np.int64))
             template = np.repeat(np.arange(group.n_units), count)
             copy = np.arange(len(template)) - np.repeat(np.cumsum(count) - count, count)
             fused = at[rows[template], copy[:, None]]
             to.append(fused[target].reshape(-1))
-            origin.append(rows[unit].reshape(-1))
+            origin.append(own[unit].reshape(-1))
             both = np.stack(unit_map.weights_of(member))
             weights.append(np.repeat(both, rows.shape[1], axis=1))
         targets.append(np.concatenate(to))
@@ -205,6 +205,12 @@ def place_units(
         unmerge.append(u)
     fused_size = size if layout is None else layout.size
     return Placement(fused_size, tuple(targets), tuple(sources), tuple(merge), tuple(unmerge))
+
+
+def _rows(graph: CouplingGraph, member: int, group: str, place: Place) -> Index:
+    """Which indices each unit of a member owns in a place, int64 [n_units, slots_per_unit]."""
+    groups = graph.of_member(member).group_of[place]
+    return next(g.index[place] for g in groups if g.name == group)
 
 
 def _positions(size: int, layout: Layout | None) -> Index:

@@ -88,6 +88,8 @@ class FusionPlan:
         mixing: How operators that mix members run: `joint`, over the kept units of all members
             together, or `per_member`, in the wide model, which is the members' mean exactly then.
         apart: With `per_member`: the tensors of which each member keeps its own.
+        absent: Tensors of residual blocks that some members lack → the numbers of these members, in
+            which such a block is the identity.
     """
 
     method: str
@@ -103,6 +105,7 @@ class FusionPlan:
     refused: Mapping[str, str] = field(default_factory=dict)
     mixing: Mixing = "joint"
     apart: tuple[str, ...] = ()
+    absent: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
 
     def map_of(self, group: str) -> UnitMap:
         """The map of a group.
@@ -159,6 +162,7 @@ class FusionPlan:
             "refused": dict(self.refused),
             "mixing": self.mixing,
             "apart": list(self.apart),
+            "absent": {name: list(members) for name, members in self.absent.items()},
             "notes": [
                 {"why": n.why, "node": n.node, "source": n.source, "sources": sorted(n.sources)}
                 for n in self.notes
@@ -198,6 +202,7 @@ class FusionPlan:
                 value.get("refused", {}),
                 _read_mixing(value.get("mixing", "joint")),
                 tuple(value.get("apart", ())),
+                {name: tuple(map(int, m)) for name, m in value.get("absent", {}).items()},
             )
         except (ValueError, KeyError, TypeError) as error:
             raise PlanError(
@@ -243,6 +248,9 @@ class FusionPlan:
         if self.refused:
             lines += ["", "## Groups that keep a member's size", ""]
             lines += [f"- `{name}`: {why}" for name, why in self.refused.items()]
+        if self.absent:
+            lines += ["", "## Blocks that are the identity in members that lack them", ""]
+            lines += [f"- `{n}`: not in {', '.join(map(str, m))}" for n, m in self.absent.items()]
         if self.apart:
             lines += ["", "## Of these each member keeps its own, and runs on its own there", ""]
             lines += [f"- `{name}`" for name in self.apart]
@@ -347,7 +355,7 @@ def relevant_notes(
         # Of a head there is one only.
         if name in graph.captured.heads:
             return True
-        return all(bool((s[name] == states[0][name]).all()) for s in states[1:])
+        return all(torch.equal(s[name], states[0][name]) for s in states[1:])
 
     return tuple(
         note
@@ -368,10 +376,9 @@ def inner_averages(graph: CouplingGraph, states: Sequence[Mapping[str, Any]]) ->
             continue
         first = states[0][name]
         scale = max(float(first.abs().max()) if first.numel() else 0.0, 1e-30)
-        spread = max(
-            (float((s[name] - first)[cells].abs().max()) for s in states[1:] if first.numel()),
-            default=0.0,
-        )
+        own = [_averaged_cells(graph.of_member(member), name) for member in range(len(states))]
+        ours, *others = (s[name][cells or ()] for s, cells in zip(states, own, strict=True))
+        spread = max((float((o - ours).abs().max()) for o in others if o.numel()), default=0.0)
         found[name] = spread / scale
     return found
 

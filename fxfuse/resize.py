@@ -79,6 +79,8 @@ def mixing_of(
         obstacle = f"{next(iter(graph.asked))} is to be one tensor for all members"
     elif graph.captured.heads:
         obstacle = "each member has a head of its own, and there is no mean of them"
+    elif graph.members:
+        obstacle = "members differ in width, so that their units do not stand in pairs"
     elif fitted:
         obstacle = "the refit fits layers that all members share"
     else:

@@ -16,21 +16,43 @@ from fxfuse.example import first_line
 from fxfuse.source_lines import where_of
 from fxfuse.tensors import is_constant
 
+#: Names of the arguments of operators that may be a number of channels, heads or groups.
+_SIZES = frozenset(
+    {
+        "end",
+        "groups",
+        "length",
+        "normalized_shape",
+        "num_groups",
+        "size",
+        "sizes",
+        "shape",
+        "split_size",
+        "split_sizes",
+        "start",
+    }
+)
 
-def check_same_network(members: Sequence[Captured]) -> None:
+
+def check_same_network(members: Sequence[Captured], *, any_width: bool = False) -> None:
     """Checks that the members have one graph, the same tensors and the same constants.
 
     Members that were traced have other sizes in their graphs, so they are compared by what they
     answer: the first member's module with another member's weights has to answer as that member.
+
+    Args:
+        members: Captured members.
+        any_width: Whether members may have other sizes: shapes, and numbers in the graph.
 
     Raises:
         MemberMismatchError: Names the first difference.
     """
     first = members[0]
     for number, other in enumerate(members[1:], start=1):
-        _check_tensors(first, other, number)
-        if first.is_program and other.is_program:
-            _check_graph(first, other, number)
+        programs = first.is_program and other.is_program
+        same_sizes = _check_tensors(first, other, number, any_width=any_width and programs)
+        if programs:
+            _check_graph(first, other, number, same_sizes=same_sizes)
         else:
             _check_answers(first, other, number)
 
@@ -44,13 +66,17 @@ def _mismatch(what: str, number: int, where: str, why: str) -> MemberMismatchErr
     )
 
 
-def _check_tensors(first: Captured, other: Captured, number: int) -> None:
+def _check_tensors(first: Captured, other: Captured, number: int, *, any_width: bool) -> bool:
+    """Whether all tensors have the same shape."""
+    same_sizes = True
     for name in [*first.names, *(n for n in other.names if n not in first.canonical)]:
         if (name in other.canonical) != (name in first.canonical):
             owner = "member 0" if name in first.canonical else f"member {number}"
             raise _mismatch("tensor names", number, name, f"only {owner} has this tensor")
         ours, theirs = first.tensor(name), other.tensor(name)
         if ours.shape != theirs.shape:
+            same_sizes = False
+        if not same_sizes and not (any_width and ours.dim() == theirs.dim()):
             raise _mismatch("shapes", number, name, f"{tuple(ours.shape)} vs {tuple(theirs.shape)}")
         if ours.dtype != theirs.dtype:
             raise _mismatch("dtypes", number, name, f"{ours.dtype} vs {theirs.dtype}")
@@ -61,6 +87,7 @@ def _check_tensors(first: Captured, other: Captured, number: int) -> None:
                 name,
                 f"same tensor as {first.canonical[name]!r} vs same as {other.canonical[name]!r}",
             )
+    return same_sizes
 
 
 def _check_answers(first: Captured, other: Captured, number: int) -> None:
@@ -87,12 +114,13 @@ def _check_answers(first: Captured, other: Captured, number: int) -> None:
         ) from error
 
 
-def _check_graph(first: Captured, other: Captured, number: int) -> None:
+def _check_graph(first: Captured, other: Captured, number: int, *, same_sizes: bool) -> None:
     ours, theirs = list(first.graph.nodes), list(other.graph.nodes)
     position = {node: index for index, node in enumerate(ours)}
     position_theirs = {node: index for index, node in enumerate(theirs)}
     for a, b in zip(ours, theirs, strict=False):
-        line_a, line_b = _signature(a, position), _signature(b, position_theirs)
+        line_a = _signature(a, position, sizes=same_sizes)
+        line_b = _signature(b, position_theirs, sizes=same_sizes)
         if line_a != line_b:
             raise _mismatch(
                 "graphs",
@@ -116,9 +144,23 @@ def _is_constant(captured: Captured, target: str) -> bool:
     return target not in captured.canonical or is_constant(captured.tensor(target))
 
 
-def _signature(node: fx.Node, position: Mapping[fx.Node, int]) -> tuple[Any, ...]:
+def _signature(node: fx.Node, position: Mapping[fx.Node, int], *, sizes: bool) -> tuple[Any, ...]:
+    """What a node does to which nodes; without sizes, those among its arguments do not count."""
+
     def plain(value: Any) -> Any:
         return fx.map_arg(value, lambda n: ("node", position[n]))
 
     target = node.target if node.op in ("get_attr", "call_function") else ""
-    return (node.op, target, plain(node.args), plain(node.kwargs))
+    args, kwargs = list(node.args), dict(node.kwargs)
+    schema = getattr(node.target, "_schema", None)
+    if not sizes and schema is not None:
+        for place, argument in enumerate(schema.arguments):
+            if argument.name in _SIZES and place < len(args):
+                args[place] = _unsized(args[place])
+            elif argument.name in _SIZES and argument.name in kwargs:
+                kwargs[argument.name] = _unsized(kwargs[argument.name])
+    return (node.op, target, plain(tuple(args)), plain(kwargs))
+
+
+def _unsized(value: Any) -> Any:
+    return pytree.tree_map_only(int, lambda _: "a size", value)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from fnmatch import fnmatchcase
 from math import gcd, isfinite
 
@@ -55,7 +55,11 @@ def sizes_of(
     for value in widths.values():
         _check(value, n_members)
     least = int(at_least_one)
-    return {g.name: _units(g, n_members, widths[g.name], round_to, least) for g in graph.groups}
+    found = {}
+    for group in graph.groups:
+        each = [graph.units_of(group.name, member) for member in range(n_members)]
+        found[group.name] = _units(group, each, widths[group.name], round_to, least)
+    return found
 
 
 def _by_pattern(graph: CouplingGraph, width: Mapping[str, float]) -> dict[str, float]:
@@ -87,8 +91,11 @@ def _check(width: float, n_members: int) -> None:
     )
 
 
-def _units(group: CouplingGroup, n_members: int, width: float, round_to: int, least: int) -> int:
-    most, wanted = group.n_units * n_members, width * group.n_units
+def _units(
+    group: CouplingGroup, each: Sequence[int], width: float, round_to: int, least: int
+) -> int:
+    most, one = sum(each), sum(each) / len(each)
+    wanted = width * one
     # Units of several channels: heads, groups of a convolution.
     channels = next(rows.shape[1] for rows in group.index.values())
     step = round_to // gcd(round_to, channels)
@@ -100,7 +107,7 @@ def _units(group: CouplingGroup, n_members: int, width: float, round_to: int, le
     if units < 1:
         raise WidthError(
             f"width {width:g} leaves no unit of the coupling group {group.name!r}",
-            why=f"a member has {group.n_units} of them",
-            how=f"use a width of at least {0.5 / group.n_units:.2g} there",
+            why=f"a member has {one:g} of them",
+            how=f"use a width of at least {0.5 / one:.2g} there",
         )
     return units

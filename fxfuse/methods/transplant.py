@@ -70,7 +70,7 @@ def transplant(
 def _whole(graph: CouplingGraph, member: int) -> Kept:
     return {
         g.name: np.stack([np.full(g.n_units, member), np.arange(g.n_units)], axis=1)
-        for g in graph.groups
+        for g in graph.of_member(member).groups
     }
 
 

@@ -16,17 +16,16 @@ from fxfuse.plan import UnitMap
 def wide(graph: CouplingGraph, states: Sequence[State], options: Options) -> tuple[UnitMap, ...]:
     """M = U = identity on all units of all members.
 
-    Copies of a unit stand next to each other: fused unit u·N + i is unit u of member i.
+    Copies of a unit stand next to each other: fused unit u·N + i is unit u of member i, where all
+    members have as many units.
     """
     check_variant("wide", options, ())
-    n = len(states)
-    return tuple(
-        UnitMap(
-            group.name,
-            group.n_units * n,
-            np.arange(group.n_units * n),
-            np.tile(np.arange(n), group.n_units),
-            np.repeat(np.arange(group.n_units), n),
-        )
-        for group in graph.groups
-    )
+    maps = []
+    for group in graph.groups:
+        sizes = [graph.units_of(group.name, member) for member in range(len(states))]
+        member = np.repeat(np.arange(len(states)), sizes)
+        unit = np.concatenate([np.arange(size) for size in sizes])
+        order = np.lexsort((member, unit))
+        target = np.arange(len(order))
+        maps.append(UnitMap(group.name, len(order), target, member[order], unit[order]))
+    return tuple(maps)

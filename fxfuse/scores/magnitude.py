@@ -58,7 +58,7 @@ def magnitude(
             scale = (1.0 / len(kept)) ** degree if _is_output(graph, name) else 1.0
             tensor = states[member][name].detach()
             powers[name] = scale * tensor.abs().to(torch.float64).pow(degree)
-        found[member] = owned_sums(graph, powers, units)
+        found[member] = owned_sums(graph.of_member(member), powers, units)
     return found
 
 

@@ -12,6 +12,7 @@ from fxfuse.capture import Captured
 from fxfuse.controls import Controls
 from fxfuse.coupling import CouplingGraph, couple
 from fxfuse.plan import FusionPlan, Mixing
+from fxfuse.varied import of_all_widths
 from fxfuse.verify.check import (
     EXACT,
     Check,
@@ -57,10 +58,12 @@ def wide_equals_ensemble(
     captured = [as_captured(m, example_inputs, example_kwargs) for m in members]
     for member in captured:
         member.require_program()
-    graph = couple(captured[0], controls or Controls())
+    controls = controls or Controls()
+    graph = couple(captured[0], controls)
+    graph = of_all_widths(graph, captured, lambda member: couple(member, controls))
     states = [c.state() for c in captured]
     plan = wide_plan(graph, states, mixing)
-    return equals_ensemble(graph, states, plan, bool(controls and controls.output_dims))
+    return equals_ensemble(graph, states, plan, bool(controls.output_dims))
 
 
 def equals_ensemble(
@@ -79,7 +82,7 @@ def equals_ensemble(
     """
     states = [as_double(s) for s in states]
     module = in_double(widen(graph, plan, states))
-    outputs = [run(graph.captured, s) for s in states]
+    outputs = [run(graph.of_member(i).captured, s) for i, s in enumerate(states)]
     args, kwargs = inputs_of(graph.captured)
     with torch.no_grad():
         wide = tensors_of(module(*args, **kwargs))
