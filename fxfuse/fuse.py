@@ -327,6 +327,7 @@ def fuse(
         regularisation=regularisation,
         calibration=inputs,
         sizes=sizes,
+        absent=absent,
     )
     if mixing == "per_member":
         plan = wide_plan(graph, states, host=host)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -40,6 +40,7 @@ class Options:
         gradients: For each member, the gradients of the loss on labelled calibration inputs. None:
             measured.
         sizes: Units of each fused group, by its name. None: as many as a member has.
+        absent: Tensors that some members lack.
     """
 
     score: str = "l2"
@@ -54,6 +55,7 @@ class Options:
     )
     gradients: Sequence[Gradients] | None = field(default=None, repr=False, compare=False)
     sizes: Mapping[str, int] | None = field(default=None, compare=False)
+    absent: Collection[str] = field(default=(), compare=False)
 
     def size_of(self, group: CouplingGroup) -> int:
         """How many units a fused group is to have."""

@@ -81,5 +81,5 @@ def _mismatch(number: int, where: str, why: str) -> MemberMismatchError:
         where=where,
         why=why,
         how="give members of one architecture whose layers differ in their number of channels, "
-        "neurons or heads only",
+        "neurons or heads only; where tasks or classes differ, name the heads to keep: heads=...",
     )

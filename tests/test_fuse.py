@@ -186,8 +186,8 @@ def test_bad_input():
         fxfuse.fuse([good, other], x, variant="sideways")
     with pytest.raises(UnknownScoreError, match="l1, l2"):
         fxfuse.fuse([good, other], x, score="l3")
-    with pytest.raises(MemberMismatchError, match="shapes"):
-        fxfuse.fuse([good, SmallResNet(width=4)], x)
+    with pytest.raises(MemberMismatchError, match="reaches the network's output"):
+        fxfuse.fuse([good, SmallResNet(classes=7)], x)
     with torch.no_grad():
         other.block1.conv1.weight[0, 0, 0, 0] = float("nan")
     with pytest.raises(NonFiniteWeightsError) as caught:

@@ -318,7 +318,7 @@ def test_heads_that_cannot_be_kept_apart(options: dict[str, bool], heads: list[s
 def test_bad_input():
     members = [member(0, 3), member(1, 5)]
     x = images(dtype=torch.float64)
-    with pytest.raises(MemberMismatchError, match="shapes"):
+    with pytest.raises(MemberMismatchError, match="heads="):
         fxfuse.fuse(members, x)
     with pytest.raises(ControlError, match=r"heads='fcc' matches nothing(.|\n)*fc"):
         fxfuse.fuse(members, x, heads=["fcc"])

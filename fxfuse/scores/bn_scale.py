@@ -39,7 +39,7 @@ def bn_scale(
     found = {}
     for member, units in kept.items():
         values = {name: states[member][name].detach().abs() for name in sorted(scales)}
-        found[member] = owned_sums(graph.of_member(member), values, units)
+        found[member] = owned_sums(graph.of_member(member), values, units, options.absent)
     if missing:
         instead = magnitude(graph, states, options, kept, degree=2)
         for member, scores in found.items():

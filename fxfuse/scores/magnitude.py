@@ -44,7 +44,7 @@ def magnitude(
     Args:
         graph: The analysis of the members.
         states: For each member, its tensors by name.
-        options: Not read.
+        options: Says which tensors some members lack.
         kept: The members that are concatenated, and which of their units exist.
         degree: 1 or 2.
 
@@ -58,7 +58,7 @@ def magnitude(
             scale = (1.0 / len(kept)) ** degree if _is_output(graph, name) else 1.0
             tensor = states[member][name].detach()
             powers[name] = scale * tensor.abs().to(torch.float64).pow(degree)
-        found[member] = owned_sums(graph.of_member(member), powers, units)
+        found[member] = owned_sums(graph.of_member(member), powers, units, options.absent)
     return found
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
 import numpy as np
 import torch
@@ -15,6 +15,7 @@ def owned_sums(
     graph: CouplingGraph,
     values: Mapping[str, torch.Tensor],
     kept: Mapping[str, Index],
+    absent: Collection[str] = (),
 ) -> Scores:
     """For each unit of one member, the sum of some values over all that it owns.
 
@@ -23,6 +24,8 @@ def owned_sums(
         values: A value for each element of some of the member's tensors, by canonical name.
         kept: For each group, the units that exist: values that belong to another, dropped unit as
             well (a weight towards it) do not count.
+        absent: Tensors that some members lack. They do not count where a unit owns others, by
+            which members can be compared.
 
     Returns:
         For each group, float64 [n_units].
@@ -34,6 +37,8 @@ def owned_sums(
             place = (name, dim)
             others = [d for d in range(value.dim()) if d != dim]
             for group in graph.group_of.get(place, ()):
+                if name in absent and not all(n in absent for n, _ in group.index):
+                    continue
                 restricted = value
                 for other in others:
                     index = _existing(graph, (name, other), kept)

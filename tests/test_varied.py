@@ -1,0 +1,280 @@
+"""Members of different widths and of different depths."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+
+import pytest
+import torch
+import torchvision
+from torch import nn
+from torchvision.models import densenet, mobilenetv2, resnet, shufflenetv2
+
+import fxfuse
+from fxfuse import verify
+from fxfuse.coupling import analyze
+from fxfuse.errors import ControlError, MemberMismatchError
+from fxfuse.plan import FusionPlan
+from fxfuse.varied import of_all_widths
+from fxfuse.verify.check import as_double, in_double, inputs_of, relative_error, tensors_of
+from fxfuse.widen import settle, widen
+from fxfuse.widths import sizes_of
+from tests.models import excite, image
+from tests.test_widths import plans
+
+X = torch.randn(6, 8, dtype=torch.float64)
+
+
+def made(make: Callable[[], nn.Module], seed: int) -> nn.Module:
+    torch.manual_seed(seed)
+    return excite(make().double(), image(0, 4, torch.float64))
+
+
+def mlp(width: int, seed: int, outputs: int = 3) -> nn.Module:
+    torch.manual_seed(seed)
+    layers = [nn.Linear(8, width), nn.ReLU(), nn.Linear(width, width + 3), nn.ReLU()]
+    return nn.Sequential(*layers, nn.Linear(width + 3, outputs)).double().eval()
+
+
+class Vgg(nn.Module):
+    """Channels whose pixels are flattened, so that a unit owns several columns."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.first = nn.Conv2d(3, width, 3, stride=4, bias=False)
+        self.norm = nn.BatchNorm2d(width)
+        self.second = nn.Conv2d(width, 2 * width, 3, stride=4)
+        self.classifier = nn.Linear(2 * width * 16, 5)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.second(self.norm(self.first(x)).relu()).relu()
+        return self.classifier(x.view(-1, self.classifier.in_features))
+
+
+FAMILIES: dict[str, tuple[Callable[[], nn.Module], ...]] = {
+    "vgg": tuple(lambda w=w: Vgg(w) for w in (4, 6, 3)),
+    "resnet": tuple(
+        lambda w=w: resnet.ResNet(resnet.Bottleneck, [1, 1, 1, 1], 5, width_per_group=w)
+        for w in (16, 24)
+    ),
+    "densenet": tuple(
+        lambda g=g: densenet.DenseNet(g, (2, 2), 4 * g, num_classes=5) for g in (4, 6)
+    ),
+    "mobilenet": tuple(lambda m=m: mobilenetv2.MobileNetV2(5, width_mult=m) for m in (0.35, 0.5)),
+    "shufflenet": tuple(
+        lambda c=c: shufflenetv2.ShuffleNetV2([1, 1, 1], [8, c, 2 * c, 4 * c, 32], 5)
+        for c in (8, 12)
+    ),
+}
+
+
+def members_of(family: str) -> list[fxfuse.Captured]:
+    models = [made(make, seed) for seed, make in enumerate(FAMILIES[family])]
+    return [fxfuse.capture(model, image(dtype=torch.float64)) for model in models]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_wide_model_of_different_widths_is_their_mean(family: str):
+    check = verify.wide_equals_ensemble(members_of(family))
+    assert check.passed, check
+    assert check.tolerance == 1e-9
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_any_width_is_the_concatenation_with_dead_units(family: str):
+    members = members_of(family)
+    graph = of_all_widths(analyze(members[0]), members, analyze)
+    assert graph.members
+    states = [as_double(m.state()) for m in members]
+    args, kwargs = inputs_of(graph.captured)
+    for width in (0.5, 1.0, 1.5):
+        wanted = sizes_of(graph, len(members), width, at_least_one=True)
+        sizes, refused = settle(graph, wanted)
+        assert not refused
+        with torch.no_grad():
+            found, expected = (
+                tensors_of(in_double(widen(graph, plan, states))(*args, **kwargs))
+                for plan in plans(graph, states, sizes)
+            )
+        assert relative_error(found, expected) < 1e-9
+
+
+def test_the_score_decides_who_provides_what():
+    small, large = mlp(6, 0), mlp(12, 1)
+    with torch.no_grad():
+        # The small member's first three neurons outweigh all others.
+        small[0].weight[:3] *= 100
+    result = fxfuse.fuse([small, large], X)
+    first = result.plan.map_of("0.weight:0")
+    assert first.n_units == 6
+    assert set(first.of_member(0)[1]) >= {0, 1, 2}
+    rows = [(small, large)[m][0].weight[u] for m, u in zip(first.member, first.unit, strict=True)]
+    torch.testing.assert_close(result.module.get_parameter("0.weight"), torch.stack(rows))
+    assert "wide equals ensemble" in [check.name for check in result.verification.checks]
+
+
+@pytest.mark.parametrize(("width", "units"), [(None, 6), (0.5, 5), (1, 9), (2, 18)])
+def test_a_width_is_in_units_of_the_mean_member(width: float | None, units: int):
+    members = [mlp(6, 0), mlp(12, 1)]
+    result = fxfuse.fuse(members, X, width=width)
+    assert result.plan.sizes()["0.weight:0"] == units
+    again = FusionPlan.from_json(result.plan.to_json())
+    assert again.sizes() == result.plan.sizes()
+    if width == 2:
+        mean = torch.stack([member(X) for member in members]).mean(0)
+        torch.testing.assert_close(result.module(X), mean)
+
+
+class Heads(nn.Module):
+    """Attention with some heads of some size, which mixes members in its norm."""
+
+    def __init__(self, heads: int, size: int = 4) -> None:
+        super().__init__()
+        self.heads, self.size = heads, size
+        self.norm = nn.LayerNorm(8)
+        self.qkv = nn.Linear(8, 3 * heads * size)
+        self.out = nn.Linear(heads * size, 8)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        qkv = self.qkv(self.norm(x)).view(x.shape[0], 1, 3, self.heads, self.size)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)
+        y = nn.functional.scaled_dot_product_attention(q, k, v).transpose(1, 2)
+        return self.out(y.reshape(x.shape[0], 1, self.heads * self.size)).flatten(1)
+
+
+def test_heads_are_chosen_whole():
+    members = [Heads(2).double().eval(), Heads(3).double().eval()]
+    result = fxfuse.fuse(members, X, width=2)
+    mean = torch.stack([member(X) for member in members]).mean(0)
+    torch.testing.assert_close(result.module(X), mean)
+    with pytest.raises(MemberMismatchError, match="in more than its number of units"):
+        fxfuse.fuse([Heads(2).double(), Heads(2, size=6).double()], X)
+
+
+class Strided(nn.Module):
+    def __init__(self, width: int, stride: int = 1, kernel: int = 3) -> None:
+        super().__init__()
+        self.first = nn.Conv2d(3, width, kernel, stride=stride, padding=kernel // 2)
+        self.last = nn.Linear(width, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.last(self.first(x).relu().mean((2, 3)))
+
+
+@pytest.mark.parametrize(
+    ("other", "why"),
+    [
+        (lambda: Strided(6, stride=2), "graphs"),
+        (lambda: Strided(6, kernel=5), "graphs"),
+        (lambda: nn.Sequential(Strided(6)), "residual blocks"),
+    ],
+)
+def test_members_that_differ_in_more_are_refused(other: Callable[[], nn.Module], why: str):
+    x = image(dtype=torch.float32)
+    with pytest.raises(MemberMismatchError, match=why):
+        fxfuse.fuse([Strided(4), other()], x)
+
+
+def test_other_classes_are_refused():
+    with pytest.raises(MemberMismatchError, match="reaches the network's output"):
+        fxfuse.fuse([mlp(6, 0), mlp(8, 1, outputs=4)], X)
+
+
+@pytest.mark.parametrize(
+    "options", [{"method": "average"}, {"score": "activation", "calibration": X}, {"refit": True}]
+)
+def test_what_compares_units_by_number_is_refused(options: dict[str, object]):
+    if "refit" in options:
+        options = {**options, "calibration": X}
+    with pytest.raises(ControlError, match="one width only"):
+        fxfuse.fuse([mlp(6, 0), mlp(8, 1)], X, **options)  # type: ignore[arg-type]
+
+
+def test_per_member_mixing_needs_one_width():
+    with pytest.raises(ControlError, match="differ in width"):
+        fxfuse.fuse([mlp(6, 0), mlp(8, 1)], X, width=2, mixing="per_member")
+
+
+# --- depth ----------------------------------------------------------------------------------------
+
+
+def deep(blocks: list[int], seed: int) -> nn.Module:
+    return made(lambda: resnet.ResNet(resnet.BasicBlock, blocks, 5), seed)
+
+
+def test_missing_blocks_are_the_identity():
+    x = image(dtype=torch.float64)
+    members = [deep([1, 1, 1, 1], 0), deep([2, 1, 2, 1], 1), deep([1, 1, 2, 1], 2)]
+    result = fxfuse.fuse(members, x, width=3)
+    with torch.no_grad():
+        mean = torch.stack([member(x) for member in members]).mean(0)
+        torch.testing.assert_close(result.module(x), mean)
+    assert result.plan.absent["layer1.1.conv1.weight"] == (0, 2)
+    assert result.plan.absent["layer3.1.conv1.weight"] == (0,)
+    assert FusionPlan.from_json(result.plan.to_json()).absent == result.plan.absent
+    assert "not in 0, 2" in result.plan.summary()
+
+
+def test_a_member_without_a_block_still_provides_units():
+    x = image(dtype=torch.float64)
+    result = fxfuse.fuse([deep([1, 1, 1, 1], 0), deep([2, 1, 1, 1], 1)], x)
+    inner = result.plan.map_of("layer1.1.conv1.weight:0")
+    assert set(inner.member) == {1}
+    stream = result.plan.map_of("conv1.weight:0")
+    assert 16 < (stream.member == 0).sum() < 48
+
+
+def test_a_transformer_without_a_block():
+    def vit(layers: int, seed: int) -> nn.Module:
+        return made(
+            lambda: torchvision.models.VisionTransformer(64, 16, layers, 2, 16, 32, num_classes=5),
+            seed,
+        )
+
+    x = image(dtype=torch.float64)
+    members = [vit(3, 0), vit(2, 1)]
+    result = fxfuse.fuse(members, x, width=2)
+    with torch.no_grad():
+        mean = torch.stack([member(x) for member in members]).mean(0)
+        torch.testing.assert_close(result.module(x), mean)
+
+
+class Chain(nn.Module):
+    """Blocks without a residual: leaving one out is not leaving it as it was."""
+
+    def __init__(self, blocks: int) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList([nn.Linear(8, 8) for _ in range(blocks)])
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for block in self.blocks:
+            x = block(x).relu()
+        return x
+
+
+def test_blocks_that_are_not_residual_are_refused():
+    with pytest.raises(MemberMismatchError, match="answers otherwise"):
+        fxfuse.fuse([Chain(3).double(), Chain(2).double()], X)
+    other = made(lambda: resnet.ResNet(resnet.BasicBlock, [1, 1, 1, 1], 4), 1)
+    with pytest.raises(MemberMismatchError, match="not in both"):
+        fxfuse.fuse([deep([2, 1, 1, 1], 0), other], image(dtype=torch.float64))
+
+
+def test_widths_and_depths_need_a_program():
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        with pytest.raises(MemberMismatchError):
+            fxfuse.fuse([Branching(6).double(), Branching(8).double()], X)
+
+
+class Branching(nn.Module):
+    """Refused by torch.export, so that members are traced."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(8, width), nn.Linear(width, 2)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = self.first(x)
+        return self.last(y.relu() if float(y.sum()) > 0 else y.tanh())
