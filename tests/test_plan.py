@@ -21,6 +21,11 @@ def through_json(plan: fxfuse.FusionPlan) -> fxfuse.FusionPlan:
     return fxfuse.FusionPlan.from_json(plan.to_json())
 
 
+@pytest.fixture(scope="module")
+def plan() -> fxfuse.FusionPlan:
+    return fxfuse.fuse(resnets(2), images()).plan
+
+
 def attention(seed: int) -> nn.Module:
     torch.manual_seed(seed)
     layer = nn.TransformerEncoderLayer(16, 4, 24, batch_first=True, dropout=0.0)
@@ -76,9 +81,8 @@ def test_a_refit_may_follow_a_plan() -> None:
     assert_equal_networks(first, again)
 
 
-def test_other_members_are_told_from_these() -> None:
+def test_other_members_are_told_from_these(plan: fxfuse.FusionPlan) -> None:
     members, x = resnets(3), images()
-    plan = fxfuse.fuse(members[:2], x).plan
     with pytest.raises(PlanMismatchError, match="made for 2 members, and 3 are given"):
         fxfuse.fuse(members, x, plan=plan)
     with pytest.raises(PlanMismatchError, match=r"member 1 is not the network.*\n.*stem\.weight"):
@@ -107,8 +111,8 @@ def test_a_tensor_that_only_one_side_has_is_named() -> None:
         fxfuse.fuse([member(i, False) for i in range(2)], x, plan=plan)
 
 
-def test_an_edited_plan_is_refused() -> None:
-    text = fxfuse.fuse(resnets(2), images()).plan.to_json()
+def test_an_edited_plan_is_refused(plan: fxfuse.FusionPlan) -> None:
+    text = plan.to_json()
     value = json.loads(text)
     value["groups"][0]["unit"][0] += 1
     for edited in (json.dumps(value), text.replace('"host": 0', '"host": 1')):
@@ -118,9 +122,9 @@ def test_an_edited_plan_is_refused() -> None:
     fxfuse.FusionPlan.from_json(json.dumps(json.loads(text), sort_keys=True))
 
 
-def test_a_plan_without_hashes_can_be_read_and_not_applied() -> None:
+def test_a_plan_without_hashes_can_be_read_and_not_applied(plan: fxfuse.FusionPlan) -> None:
     members, x = resnets(2), images()
-    value = json.loads(fxfuse.fuse(members, x).plan.to_json())
+    value = json.loads(plan.to_json())
     for key in ("digest", "members", "controls", "heads_asked", "origin"):
         del value[key]
     old = fxfuse.FusionPlan.from_json(json.dumps(value | {"schema": 1}))
@@ -148,16 +152,16 @@ def test_a_plan_without_hashes_can_be_read_and_not_applied() -> None:
         {"steps": 10},
     ],
 )
-def test_what_a_plan_holds_may_not_be_given_as_well(options: dict[str, Any]) -> None:
+def test_what_a_plan_holds_may_not_be_given_as_well(
+    plan: fxfuse.FusionPlan, options: dict[str, Any]
+) -> None:
     members, x = resnets(2), images()
-    plan = fxfuse.fuse(members, x).plan
     with pytest.raises(ControlError, match=f"{next(iter(options))}=.* and a plan are given"):
         fxfuse.fuse(members, x, plan=plan, **options)
 
 
-def test_maps_of_units_that_there_are_not() -> None:
+def test_maps_of_units_that_there_are_not(plan: fxfuse.FusionPlan) -> None:
     members, x = resnets(2), images()
-    plan = fxfuse.fuse(members, x).plan
     first, *others = plan.maps
     for entry, what in (
         (replace(first, unit=first.unit + 8), "unit"),
@@ -170,12 +174,12 @@ def test_maps_of_units_that_there_are_not() -> None:
         fxfuse.fuse(members, x, plan=replace(plan, maps=tuple(others)))
 
 
-def test_a_single_member_needs_a_plan_of_one() -> None:
+def test_a_single_member_needs_a_plan_of_one(plan: fxfuse.FusionPlan) -> None:
     members, x = resnets(2), images()
     with pytest.raises(TooFewMembersError):
         fxfuse.fuse(members[:1], x)
     with pytest.raises(PlanMismatchError, match="made for 2 members"):
-        fxfuse.fuse(members[:1], x, plan=fxfuse.fuse(members, x).plan)
+        fxfuse.fuse(members[:1], x, plan=plan)
 
 
 # --- fingerprints ---
