@@ -13,6 +13,7 @@ from torch import nn
 from fxfuse.coupling import CouplingGraph
 from fxfuse.errors import CheckpointMismatchError, NoOwnModuleError, PartialFusionError
 from fxfuse.finish import Choice
+from fxfuse.own_class import copy_source, resized_copy
 from fxfuse.plan import FusionPlan
 from fxfuse.refine import MatchReport, RefitReport
 from fxfuse.rewrite import FusedModule
@@ -83,11 +84,18 @@ class FusionResult:
     def to_module(self) -> nn.Module:
         """A copy of member 0, of the user's own class and in the mode it has, with fused weights.
 
+        At another width than a member's, the sizes that torch's layers and the class's own modules
+        hold (`in_features`, `num_heads`) are derived again. The copy then runs on the example
+        inputs, and is handed out only where it answers as `module` does; a size that the forward
+        pass does not read may keep its value. Of a network that `fuse` or `prune` made, a copy of
+        `module` is returned.
+
         Raises:
-            NoOwnModuleError: Member 0 was an `ExportedProgram`, or it cannot be copied.
+            NoOwnModuleError: Member 0 was an `ExportedProgram`, it cannot be copied, or its class
+                cannot be built at this width; says what was tried.
             PartialFusionError: The members keep a head each.
         """
-        source = self.graph.captured.source
+        captured, source = self.graph.captured, self.graph.captured.source
         self._require_one_head("a member's class")
         if source is None:
             raise NoOwnModuleError(
@@ -95,15 +103,13 @@ class FusionResult:
                 why="member 0 was given as an ExportedProgram, which holds no module of your class",
                 how="use result.module, or build your model and call result.load_into(model)",
             )
-        try:
-            model = copy.deepcopy(source)
-        except Exception as error:
-            raise NoOwnModuleError(
-                f"{type(source).__name__} cannot be copied",
-                why=f"{type(error).__name__}: {error}",
-                how="build a second model and call result.load_into(model)",
-            ) from error
-        return self.load_into(model)
+        if isinstance(source, FusedModule):
+            return copy.deepcopy(self.module).train(source.training)
+        state = self.state_dict()
+        names = captured.names
+        if all(n in state and state[n].shape == captured.tensor(n).shape for n in names):
+            return self.load_into(copy_source(source))
+        return resized_copy(source, captured, self.module, state)
 
     def load_into(self, model: Model) -> Model:
         """Loads the fused weights into the user's own class, strictly; returns that model.
