@@ -67,7 +67,9 @@ def test_adding_a_score(monkeypatch: pytest.MonkeyPatch):
     assert plan.options == {"score": "spread", "variant": "iterative"}
 
 
-@pytest.mark.parametrize("page", ["refit.md", "stack.md", "choose-a-width.md", "prune.md"])
+@pytest.mark.parametrize(
+    "page", ["refit.md", "stack.md", "choose-a-width.md", "prune.md", "keep-a-plan.md"]
+)
 def test_a_page_that_prints(page: str, capsys: pytest.CaptureFixture[str]):
     namespace: dict[str, object] = {"__name__": page}
     for kind, content in BLOCK.findall((PAGES / page).read_text()):

@@ -8,6 +8,8 @@ import numpy as np
 import pytest
 import torch
 import torch_pruning
+from hypothesis import HealthCheck, assume, given, settings
+from hypothesis import strategies as st
 from torch import nn
 from torch.nn.functional import cross_entropy
 
@@ -16,13 +18,16 @@ from fxfuse.errors import (
     CalibrationError,
     ControlError,
     NonFiniteWeightsError,
+    NothingToFuseError,
     PlanMismatchError,
     UnknownScoreError,
     WidthError,
 )
 from fxfuse.refine import finetune
+from fxfuse.verify.check import in_double, inputs_of, relative_error, tensors_of
 from tests.models import build, excite, image
 from tests.nets import SmallResNet, images, resnets
+from tests.strategies import Recipe, is_plain, members_of, recipes
 
 
 class SmallVGG(nn.Module):
@@ -105,6 +110,23 @@ def test_pruning_the_wide_model_is_fusing(width: float) -> None:
     assert pruned.plan.sizes() == fused.plan.sizes()
     torch.testing.assert_close(pruned.module(x), fused.module(x), rtol=1e-10, atol=1e-12)
     assert not torch.allclose(pruned.module(x), wide.module(x))
+
+
+@settings(suppress_health_check=list(HealthCheck), deadline=None, max_examples=10)
+@given(recipes(), st.sampled_from([0.25, 0.5, 0.75]))
+def test_pruning_the_wide_model_is_fusing_for_random_networks(recipe: Recipe, width: float) -> None:
+    assume(is_plain(recipe))
+    members = members_of(recipe, 2)
+    try:
+        fused = fxfuse.fuse(members, width=2 * width, verify=False)
+    except (WidthError, NothingToFuseError):
+        assume(False)
+    wide = fxfuse.fuse(members, width=2, verify=False)
+    args, kwargs = inputs_of(members[0])
+    pruned = fxfuse.prune(in_double(wide.module), args, kwargs, width=width, verify=False)
+    with torch.no_grad():
+        ours, theirs = (tensors_of(in_double(r.module)(*args, **kwargs)) for r in (pruned, fused))
+    assert relative_error(ours, theirs) < 1e-9
 
 
 def test_rows_and_columns_by_hand() -> None:
@@ -209,6 +231,15 @@ def test_a_wide_model_that_runs_member_by_member_is_pruned() -> None:
     assert pruned.verification.passed
     before, after = (sum(p.numel() for p in r.module.parameters()) for r in (wide, pruned))
     assert after < 0.8 * before
+
+
+def test_a_network_with_several_heads_is_pruned() -> None:
+    x = images()
+    members = [SmallResNet(classes=3).eval(), SmallResNet(classes=5).eval()]
+    fused = fxfuse.fuse(members, x, heads="fc")
+    pruned = fxfuse.prune(fused.module, x, width=0.5, plan=fused.plan)
+    assert [tuple(y.shape) for y in pruned.module(x)] == [(4, 3), (4, 5)]
+    assert set(pruned.plan.sizes().values()) == {4}
 
 
 # --- gradual schedules ---
