@@ -3,8 +3,10 @@
 from fxfuse.capture import Captured, capture
 from fxfuse.coupling import CouplingGraph, CouplingGroup, FrozenReason, analyze
 from fxfuse.errors import FxfuseError
-from fxfuse.fuse import FusionResult, fuse
+from fxfuse.fuse import fuse
 from fxfuse.plan import FusionPlan
+from fxfuse.prune import prune
+from fxfuse.result import FusionResult
 from fxfuse.rules import rule
 from fxfuse.stack import stack, unstack
 
@@ -19,6 +21,7 @@ __all__ = [
     "analyze",
     "capture",
     "fuse",
+    "prune",
     "rule",
     "stack",
     "unstack",

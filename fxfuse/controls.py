@@ -49,6 +49,15 @@ class Controls:
         dims = {output: tuple(dims) for output, dims in (output_dims or {}).items()}
         return Controls(listed(freeze), listed(share), listed(ignore), dims)
 
+    def and_also(self, other: Controls) -> Controls:
+        """What both ask for; of an output that both speak of, what the other says."""
+        return Controls(
+            self.freeze + other.freeze,
+            self.share + other.share,
+            self.ignore + other.ignore,
+            {**self.output_dims, **other.output_dims},
+        )
+
 
 @dataclass(frozen=True)
 class Asked:

@@ -113,7 +113,11 @@ class VerificationError(FxfuseError):
 
 
 class PlanError(FxfuseError):
-    """A fusion plan is malformed or does not belong to these members."""
+    """A fusion plan is malformed, was edited, or does not belong to this network."""
+
+
+class PlanMismatchError(PlanError):
+    """A fusion plan was made for other members than the ones given."""
 
 
 class RewriteError(FxfuseError):

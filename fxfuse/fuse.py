@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import copy
-import warnings
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from math import isfinite
-from typing import Any, TypeVar
+from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import nn
@@ -16,150 +13,32 @@ from torch.export import ExportedProgram
 from fxfuse.apply import fused_tensors
 from fxfuse.calibration import Calibration
 from fxfuse.capture import Captured, capture, capture_eagerly, check_reached
-from fxfuse.controls import Controls, OutputDims, Patterns
+from fxfuse.controls import Controls, OutputDims, Patterns, listed
 from fxfuse.coupling import CouplingGraph, couple
 from fxfuse.depth import as_deepest
 from fxfuse.eager import answers
-from fxfuse.errors import (
-    CalibrationError,
-    CheckpointMismatchError,
-    ControlError,
-    NoOwnModuleError,
-    NothingToFuseError,
-    PartialFusionError,
-    VerificationError,
-)
-from fxfuse.finish import Choice, Start, matched_start, refitted
+from fxfuse.errors import CalibrationError, ControlError, PartialFusionError
+from fxfuse.examine import check_free, check_verified, only_what_moves
+from fxfuse.fingerprint import fingerprint
+from fxfuse.finish import Start, matched_start, refitted
 from fxfuse.freezing import excused
+from fxfuse.given_plan import check_alone, check_count, check_plan
 from fxfuse.heads import join
 from fxfuse.members import check_alike, check_enough, check_finite, check_model, check_values
 from fxfuse.methods import find_method
 from fxfuse.options import Options, Reference, State
 from fxfuse.plan import FusionPlan, Mixing
 from fxfuse.planner import make_plan
-from fxfuse.refine import MatchReport, RefitReport
 from fxfuse.resize import Target, mixing_of, resized
-from fxfuse.rewrite import FusedModule, emit
+from fxfuse.result import FusionResult
+from fxfuse.rewrite import emit
 from fxfuse.same_network import check_same_network
 from fxfuse.scores import check_score
 from fxfuse.varied import of_all_widths
-from fxfuse.verify import (
-    Check,
-    Verification,
-    equals_ensemble,
-    handover,
-    permutation_of,
-    wrong_groups,
-)
+from fxfuse.verify import Verification, equals_ensemble, handover
 from fxfuse.wide import wide_plan
 from fxfuse.widen import widen
 from fxfuse.widths import Width
-
-Model = TypeVar("Model", bound=nn.Module)
-
-
-@dataclass(frozen=True)
-class FusionResult:
-    """A fused network.
-
-    Attributes:
-        plan: Which unit of which member went where.
-        verification: The oracles that ran.
-        graph: The analysis of the members.
-        refit: What the closed-form refit did, if one was asked for.
-        choice: For `method="auto"`: which network was the start, and why.
-        match: For `method="auto"`: what the matching did.
-    """
-
-    plan: FusionPlan
-    verification: Verification
-    graph: CouplingGraph = field(repr=False)
-    _state: Mapping[str, torch.Tensor] = field(repr=False)
-    _module: FusedModule | None = field(repr=False)
-    refit: RefitReport | None = field(default=None, repr=False)
-    choice: Choice | None = None
-    match: MatchReport | None = field(default=None, repr=False)
-
-    @property
-    def emitted(self) -> bool:
-        """Whether there is a `module`: False where torch.export refused the members."""
-        return self._module is not None
-
-    @property
-    def module(self) -> FusedModule:
-        """The network: `train()`/`eval()`, picklable, exportable, compilable with `fullgraph=True`.
-
-        Its `state_dict()` has the names of a member's, at a member's width the shapes, too.
-
-        Raises:
-            NotEmittedError: torch.export refused the members; `to_module` works all the same.
-        """
-        if self._module is None:
-            self.graph.captured.require_program()
-        assert self._module is not None
-        return self._module
-
-    @property
-    def heads(self) -> Mapping[str, int]:
-        """Tensors of a partial fusion's heads, by name → the member that each belongs to."""
-        return self.plan.heads
-
-    def state_dict(self) -> dict[str, torch.Tensor]:
-        """The fused tensors by name; those of `module`, where there is one."""
-        return dict(self._state) if self._module is None else self._module.state_dict()
-
-    def _require_one_head(self, name: str) -> None:
-        if self.heads:
-            raise PartialFusionError(
-                f"a network with {self.plan.n_members} heads does not fit {name}",
-                why="the members' class has one head",
-                how="use result.module, or build a class whose state_dict() has the names of "
-                "result.state_dict()",
-            )
-
-    def to_module(self) -> nn.Module:
-        """A copy of member 0, of the user's own class and in the mode it has, with fused weights.
-
-        Raises:
-            NoOwnModuleError: Member 0 was an `ExportedProgram`, or it cannot be copied.
-            PartialFusionError: The members keep a head each.
-        """
-        source = self.graph.captured.source
-        self._require_one_head("a member's class")
-        if source is None:
-            raise NoOwnModuleError(
-                "there is no module to copy",
-                why="member 0 was given as an ExportedProgram, which holds no module of your class",
-                how="use result.module, or build your model and call result.load_into(model)",
-            )
-        try:
-            model = copy.deepcopy(source)
-        except Exception as error:
-            raise NoOwnModuleError(
-                f"{type(source).__name__} cannot be copied",
-                why=f"{type(error).__name__}: {error}",
-                how="build a second model and call result.load_into(model)",
-            ) from error
-        return self.load_into(model)
-
-    def load_into(self, model: Model) -> Model:
-        """Loads the fused weights into the user's own class, strictly; returns that model.
-
-        Raises:
-            CheckpointMismatchError: The model has other tensors.
-            PartialFusionError: The network has several heads, and a member's class only one.
-        """
-        self._require_one_head(type(model).__name__)
-        try:
-            model.load_state_dict(self.state_dict(), strict=True)
-        except RuntimeError as error:
-            raise CheckpointMismatchError(
-                f"the fused network does not fit {type(model).__name__}",
-                why=" ".join(str(error).split()),
-                how="build the model with the arguments that the members were built with, or at "
-                "another width with sizes that fit; result.module has them",
-            ) from error
-        return model
 
 
 def fuse(
@@ -167,6 +46,7 @@ def fuse(
     example_inputs: Any = (),
     example_kwargs: Mapping[str, Any] | None = None,
     *,
+    plan: FusionPlan | None = None,
     method: str = "transplant",
     score: str | None = None,
     variant: str | None = None,
@@ -206,6 +86,9 @@ def fuse(
         example_inputs: A tensor or a tuple of inputs that the members accept, batch of at least 2.
             Members that torch.export refuses are traced on them, so they should reach every part.
         example_kwargs: Keyword inputs.
+        plan: A plan that was made for these members, to be applied in place of making one. It
+            holds the method, its options, the sizes, and what was asked of the analysis, so none
+            of that may be given as well. What a refit or matching did after it is not in it.
         method: `transplant` (Neuron Transplantation), `average` (index by index), `weight_matching`
             or `optimal_transport` (average after alignment); `activation_matching` and `zip` need
             calibration inputs, and so does `auto`: of the refitted transplant and every member
@@ -256,7 +139,9 @@ def fuse(
         The fused network, its plan and what was verified.
 
     Raises:
-        TooFewMembersError: Fewer than two members.
+        TooFewMembersError: Fewer than two members, and no plan of one.
+        PlanMismatchError: The plan was made for other members; names the first that differs.
+        PlanError: The plan holds no hashes of its members, or does not fit their network.
         ExampleInputError: A member rejects the example inputs.
         UnsupportedTensorError: A member holds sparse or quantised tensors.
         NoWeightsError: The members are on the meta device.
@@ -268,7 +153,7 @@ def fuse(
         UnknownMethodError: No such method or variant.
         UnknownScoreError: No such score.
         ControlError: An option names nothing in the network, has a value that the method cannot
-            use, or contradicts another one.
+            use, or contradicts another one or the plan.
         CalibrationError: The method or the score needs calibration inputs, and there are none.
         MissingDependencyError: The method needs a package that is not installed.
         PartialFusionError: The heads cannot be kept apart from the trunk.
@@ -278,8 +163,15 @@ def fuse(
             the budget.
         RewriteError: The network cannot be written in another size.
     """
-    check_enough(members, "fusion")
+    given = dict(locals())
     auto = method == "auto"
+    if plan is not None:
+        check_alone(fuse, given)
+        check_count(plan, len(members))
+        controls, heads = plan.controls, plan.heads_asked
+    else:
+        check_enough(members, "fusion")
+        controls, heads = Controls.of(freeze, share, ignore, output_dims), listed(heads)
     if not auto:
         find_method(method)
     if not auto and (steps, seconds) != (None, None):
@@ -299,46 +191,37 @@ def fuse(
     for number, state in enumerate(states):
         check_values(state)
         check_finite(number, state)
-    controls = Controls.of(freeze, share, ignore, output_dims)
     graph = couple(network, controls)
     graph = of_all_widths(graph, captured, lambda member: couple(member, controls))
     check_reached(network, excused(graph.asked))
     checks = []
     if verify:
-        graph, check = _only_what_moves(graph)
+        graph, check = only_what_moves(graph)
         checks.append(check)
-    _check_free(graph)
+    check_free(graph)
     _check_widths(graph, "transplant" if auto else method, calibrated=calibration is not None)
     inputs = None if calibration is None else Calibration.of(network, calibration)
     _check_calibrated(graph, inputs, auto=auto, refit=refit)
     if method == "wide":
         width = _width_of_all(width, len(states))
-    target = Target(width, max_params, max_flops, round_to, mixing)
-    mixing = mixing_of(graph, len(states), target, fitted=auto or refit)
-    found = resized(graph, len(states), target, mixing)
-    if found is not None:
-        _check_resizable(found[0], graph, method, refit=refit)
-    sizes, refused = found or (None, {})
-    options = Options(
-        score,
-        variant,
-        fraction=fraction,
-        reference=reference,
-        regularisation=regularisation,
-        calibration=inputs,
-        sizes=sizes,
-        absent=absent,
-    )
-    if mixing == "per_member":
-        plan = wide_plan(graph, states, host=host)
+    if plan is None:
+        options = Options(
+            score,
+            variant,
+            fraction=fraction,
+            reference=reference,
+            regularisation=regularisation,
+            calibration=inputs,
+            absent=absent,
+        )
+        target = Target(width, max_params, max_flops, round_to, mixing)
+        plan = _planned(graph, states, method, options, target, host=host, refit=refit)
+        known = tuple(fingerprint(state) for state in states)
+        plan = replace(plan, controls=controls, heads_asked=heads, members=known, absent=absent)
     else:
-        plan = make_plan(graph, states, "transplant" if auto else method, options, host=host)
-    plan = replace(plan, refused=refused, absent=absent)
-    if sizes is None:
-        start = Start(plan, fused_tensors(graph, plan, states))
-    else:
-        wide = widen(graph, plan, states)
-        start = Start(plan, wide.state_dict(), module=wide)
+        check_plan(plan, graph, states)
+        _check_resizable(plan.sizes(), graph, "transplant", refit=refit)
+    start = _start(graph, plan, states)
     told = graph, plan, states, start.state
     if inputs is not None and auto:
         start = matched_start(*told, inputs, outputs, steps=steps, seconds=seconds)
@@ -349,12 +232,12 @@ def fuse(
         module = emit(network, start.state)
     if verify:
         checks += handover(network, module or _eager(network, start.state))
-    if verify and mixing == "per_member":
+    if verify and plan.mixing == "per_member":
         checks.append(equals_ensemble(graph, states, plan))
     elif verify and graph.members:
         checks.append(equals_ensemble(graph, states, wide_plan(graph, states, "joint")))
     verification = Verification(tuple(checks))
-    _check_verified(verification)
+    check_verified(verification)
     return FusionResult(
         start.plan,
         verification,
@@ -365,6 +248,42 @@ def fuse(
         start.choice,
         start.match,
     )
+
+
+def _planned(
+    graph: CouplingGraph,
+    states: Sequence[Mapping[str, torch.Tensor]],
+    method: str,
+    options: Options,
+    target: Target,
+    *,
+    host: int,
+    refit: bool,
+) -> FusionPlan:
+    """The plan of a method, at the sizes that are asked for."""
+    auto = method == "auto"
+    mixing = mixing_of(graph, len(states), target, fitted=auto or refit)
+    found = resized(graph, len(states), target, mixing)
+    if found is not None:
+        _check_resizable(found[0], graph, method, refit=refit)
+    sizes, refused = found or (None, {})
+    if mixing == "per_member":
+        plan = wide_plan(graph, states, host=host)
+    else:
+        options = replace(options, sizes=sizes)
+        plan = make_plan(graph, states, "transplant" if auto else method, options, host=host)
+    return replace(plan, refused=refused)
+
+
+def _start(
+    graph: CouplingGraph, plan: FusionPlan, states: Sequence[Mapping[str, torch.Tensor]]
+) -> Start:
+    """The network of a plan: a member's graph with other tensors, or one of another size."""
+    same = all(plan.sizes()[group.name] == group.n_units for group in graph.groups)
+    if same and plan.mixing == "joint":
+        return Start(plan, fused_tensors(graph, plan, states))
+    wide = widen(graph, plan, states)
+    return Start(plan, wide.state_dict(), module=wide)
 
 
 def _width_of_all(width: Width | None, n_members: int) -> Width:
@@ -471,58 +390,3 @@ def _as_one(
         return deepest.captured, deepest.states, [deepest.captured] * len(captured), deepest.absent
     check_same_network(captured, any_width=True)
     return captured[0], [c.state() for c in captured], captured, {}
-
-
-def _check_free(graph: CouplingGraph) -> None:
-    if graph.groups:
-        return
-    if not list(graph.captured.module.parameters()):
-        raise NothingToFuseError(
-            "nothing in this network can be fused",
-            why="it has no parameters",
-            how="pass networks with trained weights",
-        )
-    reasons = [r for r in graph.frozen.values() if r.node]
-    reasons.sort(key=lambda reason: reason.interface)
-    raise NothingToFuseError(
-        "nothing in this network can be fused",
-        where=f"{reasons[0].node}  {reasons[0].source}".rstrip() if reasons else "",
-        why="every dimension of every parameter is frozen"
-        + (f"; the first: {reasons[0].why}" if reasons else ""),
-        how="see fxfuse.analyze(...).frozen for all reasons; "
-        + (
-            "freeze, share and ignore may ask for too much"
-            if graph.asked
-            else "an operator without a rule can get one in fxfuse/rules/"
-        ),
-    )
-
-
-def _only_what_moves(graph: CouplingGraph) -> tuple[CouplingGraph, Check]:
-    """Freezes the groups that the permutation oracle cannot move, with a loud warning."""
-    check = permutation_of(graph)
-    wrong = () if check.passed or not isfinite(check.error) else wrong_groups(graph)
-    if not wrong:
-        return graph, check
-    names = [g.name for g in wrong]
-    warnings.warn(
-        f"coupling groups {names} changed the network when permuted, so they are frozen and one "
-        "member's weights are kept there. A rule of fxfuse is wrong: please report the network.",
-        stacklevel=3,
-    )
-    graph = graph.freezing(names, "the permutation oracle could not move this group")
-    return graph, permutation_of(graph)
-
-
-def _check_verified(verification: Verification) -> None:
-    failed = [check for check in verification.checks if not check.passed]
-    if failed:
-        raise VerificationError(
-            "the fused network failed its verification and is not handed over",
-            where=", ".join(check.name for check in failed),
-            why="; ".join(
-                f"{c.name}: error {c.error:.2e}, tolerance {c.tolerance:.0e} {c.detail}"
-                for c in failed
-            ),
-            how="check the members' weights; verify=False returns the network all the same",
-        )

@@ -12,12 +12,16 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from fxfuse.controls import Controls
 from fxfuse.coupling import CouplingGraph, Index, MixingNote
 from fxfuse.errors import PlanError
+from fxfuse.fingerprint import Fingerprint, digest_of
 from fxfuse.labels import Kind
 from fxfuse.tensors import is_constant
 
-_SCHEMA = 1
+#: Plans of schema 1 know neither their members nor what was asked for: they can be read, and not
+#: applied.
+_SCHEMA, _OLDEST = 2, 1
 
 Weights = NDArray[np.float64]
 #: How operators that mix members run.
@@ -90,6 +94,11 @@ class FusionPlan:
         apart: With `per_member`: the tensors of which each member keeps its own.
         absent: Tensors of residual blocks that some members lack → the numbers of these members, in
             which such a block is the identity.
+        controls: What was asked of the analysis.
+        heads_asked: Patterns of the modules in which each member keeps its own head.
+        members: What `fxfuse.fingerprint` says of each member; empty in a plan that an earlier
+            version wrote.
+        origin: Where a network was pruned that had a plan of its own: the digest of that plan.
     """
 
     method: str
@@ -106,6 +115,10 @@ class FusionPlan:
     mixing: Mixing = "joint"
     apart: tuple[str, ...] = ()
     absent: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    controls: Controls = field(default_factory=Controls)
+    heads_asked: tuple[str, ...] = ()
+    members: tuple[Fingerprint, ...] = field(default=(), repr=False)
+    origin: str = ""
 
     def map_of(self, group: str) -> UnitMap:
         """The map of a group.
@@ -135,9 +148,18 @@ class FusionPlan:
         found += [f"{name} is the host's" for name in self.hosted]
         return found
 
+    @property
+    def digest(self) -> str:
+        """SHA-256 of the plan's content, 64 hexadecimal digits."""
+        return digest_of(self._content())
+
     def to_json(self) -> str:
-        """The plan as JSON text."""
-        value = {
+        """The plan as JSON text, with its digest."""
+        content = self._content()
+        return json.dumps({**content, "digest": digest_of(content)}, indent=1)
+
+    def _content(self) -> dict[str, Any]:
+        return {
             "schema": _SCHEMA,
             "method": self.method,
             "options": dict(self.options),
@@ -167,23 +189,35 @@ class FusionPlan:
                 {"why": n.why, "node": n.node, "source": n.source, "sources": sorted(n.sources)}
                 for n in self.notes
             ],
+            "controls": {
+                "freeze": list(self.controls.freeze),
+                "share": list(self.controls.share),
+                "ignore": list(self.controls.ignore),
+                "output_dims": {str(k): list(v) for k, v in self.controls.output_dims.items()},
+            },
+            "heads_asked": list(self.heads_asked),
+            "members": [dict(member) for member in self.members],
+            "origin": self.origin,
         }
-        return json.dumps(value, indent=1)
 
     @staticmethod
     def from_json(text: str) -> FusionPlan:
         """Reads a plan back.
 
+        Plans of earlier versions hold no hashes: they can be read, and `fuse(plan=)` refuses them.
+
         Raises:
-            PlanError: The text is no plan of this version.
+            PlanError: The text is no plan that this version reads, or it was edited.
         """
         try:
             value = json.loads(text)
-            if value["schema"] != _SCHEMA:
+            if value["schema"] not in (_SCHEMA, _OLDEST):
                 raise PlanError(
                     f"plan schema {value['schema']} is not {_SCHEMA}",
                     how="make the plan again with this version of fxfuse",
                 )
+            if value["schema"] != _OLDEST:
+                _check_digest(value)
             return FusionPlan(
                 value["method"],
                 value["options"],
@@ -203,8 +237,12 @@ class FusionPlan:
                 _read_mixing(value.get("mixing", "joint")),
                 tuple(value.get("apart", ())),
                 {name: tuple(map(int, m)) for name, m in value.get("absent", {}).items()},
+                _read_controls(value.get("controls", {})),
+                tuple(value.get("heads_asked", ())),
+                tuple(dict(member) for member in value.get("members", ())),
+                value.get("origin", ""),
             )
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise PlanError(
                 "this is not a fusion plan",
                 why=f"{type(error).__name__}: {error}",
@@ -259,6 +297,23 @@ class FusionPlan:
             lines += ["", "## Operators that mix members", "", f"They run {how}.", ""]
             lines += [f"- `{n.node}`: {n.why}  {n.source}".rstrip() for n in self.notes]
         return "\n".join(lines) + "\n"
+
+
+def _check_digest(value: Mapping[str, Any]) -> None:
+    content = {key: entry for key, entry in value.items() if key != "digest"}
+    if digest_of(content) != value["digest"]:
+        raise PlanError(
+            "the plan was edited",
+            why="its content has another digest than the one that it was written with",
+            how="use the plan as to_json() wrote it; to change a plan, change the FusionPlan in "
+            "Python and write that",
+        )
+
+
+def _read_controls(value: Mapping[str, Any]) -> Controls:
+    dims = {int(output): tuple(dims) for output, dims in value.get("output_dims", {}).items()}
+    freeze, share, ignore = (tuple(value.get(name, ())) for name in ("freeze", "share", "ignore"))
+    return Controls(freeze, share, ignore, dims)
 
 
 def _read_mixing(value: Any) -> Mixing:

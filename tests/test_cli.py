@@ -314,6 +314,40 @@ def test_fuse_with_calibration_inputs(work):
     assert "--reference" in refused(work, *bad)
 
 
+def test_fuse_to_another_width(work):
+    def shapes(*options):
+        result = invoke("fuse", "a.pt", "b.pt", *MODEL, "--out", "w", "--force", "--json", *options)
+        assert result.exit_code == 0, result.output
+        state = read_state_dict("w/fused.safetensors")
+        assert json.loads(result.stdout)["sizes"] == {"0.weight:0": len(state["0.bias"])}
+        return {name: tuple(tensor.shape) for name, tensor in state.items()}
+
+    expected = {name: tuple(tensor.shape) for name, tensor in mlp(width=12).state_dict().items()}
+    assert shapes("--width", "1.5") == expected
+    assert shapes("--width", "0.*=1.5") == expected
+    assert shapes("--width", "1.3", "--round-to", "4") == expected
+    assert shapes("--max-params", "111") == expected
+    assert shapes("--max-params", "119") == expected
+    assert shapes("--max-flops", "5000")["0.weight"] == (16, 5)
+    assert shapes("--width", "2", "--mixing", "joint")["0.weight"] == (16, 5)
+
+
+def test_fuse_applies_a_plan_again(work):
+    first = ("fuse", "a.pt", "b.pt", *MODEL, "--width", "0.5", "--out", "first")
+    assert invoke(*first).exit_code == 0
+    again = ("fuse", "a.pt", "b.pt", *MODEL, "--plan", "first/plan.json", "--out", "again")
+    result = invoke(*again)
+    assert result.exit_code == 0, result.output
+    for name in ("fused.safetensors", "plan.json"):
+        assert (work / "first" / name).read_bytes() == (work / "again" / name).read_bytes()
+    new = ("--out", "new", "--plan", "first/plan.json", *MODEL)
+    assert "width" in refused(work, "fuse", "a.pt", "b.pt", *new, "--width", "0.5")
+    assert "the plan's member 1" in refused(work, "fuse", "b.pt", "a.pt", *new)
+    (work / "first" / "plan.json").write_bytes(b"\xff\xfe plan")
+    assert "not a fusion plan" in refused(work, "fuse", "a.pt", "b.pt", *new)
+    assert "missing.json" in refused(work, "fuse", "a.pt", "b.pt", *new, "--plan", "missing.json")
+
+
 def test_fuse_without_verification(work):
     result = invoke("fuse", "a.pt", "b.pt", *MODEL, "--out", "fused", "--json", "--no-verify")
     assert result.exit_code == 0, result.output
@@ -386,6 +420,22 @@ FUSE = ("fuse", "a.pt", "b.pt", "--out", "new/fused")
         ((*FUSE, *MODEL, "--method", "alchemy"), "alchemy"),
         ((*FUSE, *MODEL, "--score", "vibes"), "vibes"),
         ((*FUSE, *MODEL, "--variant", "sideways"), "sideways"),
+        ((*FUSE, *MODEL, "--width", "3"), "at most 2"),
+        ((*FUSE, *MODEL, "--width", "0"), "greater than 0"),
+        ((*FUSE, *MODEL, "--width", "nan"), "width nan"),
+        ((*FUSE, *MODEL, "--width", "wide"), "cannot be read"),
+        ((*FUSE, *MODEL, "--width", "0.*="), "cannot be read"),
+        ((*FUSE, *MODEL, "--width", "0.5", "--width", "1.5"), "contradicts another --width"),
+        ((*FUSE, *MODEL, "--width", "0.*=1", "--width", "2"), "contradicts another --width"),
+        ((*FUSE, *MODEL, "--width", "9.*=1.5"), "matches nothing"),
+        ((*FUSE, *MODEL, "--width", "0.5", "--method", "average"), "member's width only"),
+        ((*FUSE, *MODEL, "--width", "0.5", "--max-params", "100"), "a budget"),
+        ((*FUSE, *MODEL, "--max-params", "5"), "smallest network has"),
+        ((*FUSE, *MODEL, "--max-flops", "1"), "smallest network takes"),
+        ((*FUSE, *MODEL, "--max-params", "many"), "--max-params"),
+        ((*FUSE, *MODEL, "--width", "0.5", "--round-to", "0"), "round_to"),
+        ((*FUSE, *MODEL, "--width", "0.5", "--mixing", "per_member"), "cannot be had here"),
+        ((*FUSE, *MODEL, "--mixing", "sometimes"), "unknown"),
         ((*FUSE, *MODEL, "--model-arg", "width=9"), "does not fit"),
         ((*FUSE, *MODEL, "--model-arg", "height=9"), "cannot be called"),
         ((*FUSE, *MODEL, "--model-arg", "width"), "key=value"),

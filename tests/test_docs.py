@@ -68,7 +68,15 @@ def test_adding_a_score(monkeypatch: pytest.MonkeyPatch):
 
 
 @pytest.mark.parametrize(
-    "page", ["refit.md", "stack.md", "choose-a-width.md", "different-members.md"]
+    "page",
+    [
+        "refit.md",
+        "stack.md",
+        "choose-a-width.md",
+        "different-members.md",
+        "prune.md",
+        "keep-a-plan.md",
+    ],
 )
 def test_a_page_that_prints(page: str, capsys: pytest.CaptureFixture[str]):
     namespace: dict[str, object] = {"__name__": page}

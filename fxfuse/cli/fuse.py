@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, cast
 
 import typer
 
 import fxfuse
+from fxfuse import plan as plans
 from fxfuse.checkpoint import write_state_dict
 from fxfuse.cli.load import load_members
 from fxfuse.cli.options import (
@@ -17,12 +18,17 @@ from fxfuse.cli.options import (
     Ignore,
     Input,
     Json,
+    MaxFlops,
+    MaxParams,
     Model,
     ModelArg,
     OutputDims,
+    RoundTo,
     Share,
+    Widths,
     parse_output_dims,
     parse_reference,
+    parse_width,
 )
 from fxfuse.cli.show import checks_json, checks_markdown, checks_table, err, out, print_json
 from fxfuse.output import atomic_folder, check_output
@@ -81,8 +87,28 @@ Variant = Annotated[
         "once."
     ),
 ]
+PlanFile = Annotated[
+    Path | None,
+    typer.Option(
+        "--plan",
+        help="`plan.json` of an earlier fusion of these networks, to be applied again.",
+        metavar="FILE",
+    ),
+]
+Mixing = Annotated[
+    str | None,
+    typer.Option(
+        help="How operators that mix networks (LayerNorm and the like) run: `joint`, or "
+        "`per_member` where everything is kept, which is the default there."
+    ),
+]
 Force = Annotated[bool, typer.Option("--force", help="Replace the folder of an earlier run.")]
 NoVerify = Annotated[bool, typer.Option("--no-verify", help="Skip the oracles.")]
+
+
+def _read_text(path: Path) -> str:
+    """The text of a file; what is no text in it is a fault of its content."""
+    return path.read_text(encoding="utf-8", errors="replace")
 
 
 def fuse(
@@ -101,6 +127,12 @@ def fuse(
     outputs: Outputs = None,
     steps: Steps = None,
     seconds: Seconds = None,
+    width: Widths = None,
+    max_params: MaxParams = None,
+    max_flops: MaxFlops = None,
+    round_to: RoundTo = 1,
+    mixing: Mixing = None,
+    plan: PlanFile = None,
     freeze: Freeze = None,
     share: Share = None,
     ignore: Ignore = None,
@@ -126,6 +158,13 @@ def fuse(
             outputs=outputs,
             steps=steps,
             seconds=seconds,
+            width=parse_width(width or ()),
+            max_params=max_params,
+            max_flops=max_flops,
+            round_to=round_to,
+            # What is no way of mixing, fuse refuses by name.
+            mixing=cast("plans.Mixing | None", mixing),
+            plan=None if plan is None else plans.FusionPlan.from_json(_read_text(plan)),
             freeze=freeze or (),
             share=share or (),
             ignore=ignore or (),
@@ -146,6 +185,8 @@ def fuse(
                 "files": FILES,
                 "verification": checks_json(checks),
                 "choice": asdict(result.choice) if result.choice else None,
+                "sizes": result.plan.sizes(),
+                "refused": dict(result.plan.refused),
             }
         )
         return
@@ -153,4 +194,6 @@ def fuse(
         out.print(checks_table(checks))
     if result.choice:
         out.print(str(result.choice), markup=False)
+    for name, why in result.plan.refused.items():
+        out.print(f"{name} keeps the size that it has in one network: {why}", markup=False)
     out.print(f"{len(members)} networks fused into one, written to {out_folder}", markup=False)

@@ -10,6 +10,7 @@ import typer
 
 from fxfuse.errors import ControlError
 from fxfuse.options import Reference
+from fxfuse.widths import Width
 
 Model = Annotated[
     str,
@@ -69,6 +70,53 @@ OutputDims = Annotated[
         metavar="OUTPUT=DIMS",
     ),
 ]
+
+
+Widths = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--width",
+        help="For `transplant`: size of the fused network in units of one of the networks, such as "
+        "`1.5`; as many as there are networks keeps everything. Or `PATTERN=WIDTH` for the "
+        "coupling groups that are named after such a tensor; may be repeated.",
+        metavar="WIDTH|PATTERN=WIDTH",
+    ),
+]
+MaxParams = Annotated[
+    int | None, typer.Option(help="In place of `--width`: the most parameter elements.")
+]
+MaxFlops = Annotated[
+    int | None,
+    typer.Option(help="In place of `--width`: the most floating-point operations on the input."),
+]
+RoundTo = Annotated[
+    int, typer.Option(help="Round channels to multiples of this, 8 for most hardware.")
+]
+
+
+def parse_width(texts: Iterable[str]) -> Width | None:
+    """Reads `--width`.
+
+    Returns:
+        A number, widths by pattern, or None where the option is not given.
+
+    Raises:
+        ControlError: A text is no number and no PATTERN=WIDTH, or says of one thing two.
+    """
+    found: dict[str, float] = {}
+    for text in texts:
+        pattern, _, number = text.rpartition("=")
+        try:
+            if pattern in found or (found and "" in (pattern, *found)):
+                raise ValueError("it contradicts another --width")
+            found[pattern] = float(number)
+        except ValueError as error:
+            raise ControlError(
+                f"--width {text!r} cannot be read",
+                why=str(error),
+                how="write one number, such as 1.5, or PATTERN=WIDTH for each pattern",
+            ) from error
+    return found.get("", found or None)
 
 
 def parse_output_dims(texts: Iterable[str]) -> dict[int, tuple[int, ...]]:

@@ -15,6 +15,7 @@ from fxfuse.capture import capture
 from fxfuse.coupling import CouplingGraph, Place, analyze
 from fxfuse.errors import MissingDependencyError
 from fxfuse.labels import Kind
+from fxfuse.layer_sizes import sizes_of_layer
 from fxfuse.layout import Layout
 from fxfuse.methods import Options
 from fxfuse.planner import make_plan
@@ -100,19 +101,9 @@ def _concatenated(
         else:
             setattr(owner, leaf, tensor)
     for module in wide.modules():
-        _describe(module)
+        for attribute, size in (sizes_of_layer(module) or {}).items():
+            setattr(module, attribute, size)
     return wide
-
-
-def _describe(module: nn.Module) -> None:
-    """Makes a layer's own numbers agree with its tensors."""
-    if isinstance(module, nn.modules.conv._ConvNd):
-        module.out_channels = module.weight.shape[0]
-        module.in_channels = module.weight.shape[1] * module.groups
-    elif isinstance(module, nn.Linear):
-        module.out_features, module.in_features = module.weight.shape
-    elif isinstance(module, nn.modules.batchnorm._BatchNorm):
-        module.num_features = module.weight.shape[0]
 
 
 def _heads(wide: nn.Module, graph: CouplingGraph) -> list[nn.Module]:

@@ -86,7 +86,7 @@ def evaluate(wide: WideGraph, node: fx.Node, args: Any, tensor: torch.Tensor) ->
         tensor: What to run it on.
 
     Raises:
-        RuntimeError: The arguments do not fit the tensor.
+        IndexError, RuntimeError: The arguments do not fit the tensor.
     """
 
     def concrete(x: Any) -> Any:

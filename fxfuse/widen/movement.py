@@ -47,7 +47,7 @@ def move(wide: WideGraph, node: fx.Node) -> Any:
             try:
                 moved = as_list(evaluate(wide, node, args, place))
                 copies = as_list(evaluate(wide, node, args, copy))
-            except RuntimeError:
+            except (IndexError, RuntimeError):
                 # These sizes do not fit: the next candidate.
                 continue
             if len(moved) != len(narrow):

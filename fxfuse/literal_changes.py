@@ -1,0 +1,111 @@
+"""What the numbers in a network's code became when its graph was written in another size."""
+
+from __future__ import annotations
+
+import re
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import fx
+
+#: Sizes of a shape; None where one is no number.
+Shape = tuple[int | None, ...]
+
+
+@dataclass
+class Changes:
+    """Numbers that changed in the operators of one module's own code.
+
+    Attributes:
+        named: New value of an operator's argument, by its name in the operator's schema; numbers
+            and tuples of numbers. None where operators differ in it.
+        sizes: For each number that changed, what it became, in the order of the graph.
+        shapes: Lists of numbers that changed: before and after.
+    """
+
+    named: dict[str, int | tuple[int, ...] | None] = field(default_factory=dict)
+    sizes: dict[int, list[int]] = field(default_factory=dict)
+    shapes: list[tuple[Shape, Shape]] = field(default_factory=list)
+
+    def size(self, before: int, after: int) -> None:
+        """Notes that a number became another one."""
+        known = self.sizes.setdefault(before, [])
+        if after not in known:
+            known.append(after)
+
+    def shape_of(self, before: Sequence[int]) -> tuple[int, ...] | None:
+        """What some successive sizes became, if they are part of a list that changed."""
+        wanted, count = tuple(before), len(before)
+        for old, new in self.shapes:
+            for start in range(len(old) - count + 1):
+                part = new[start : start + count]
+                whole = tuple(n for n in part if n is not None)
+                if old[start : start + count] == wanted and len(whole) == count and whole != wanted:
+                    return whole
+        return None
+
+
+def changes_of(before: fx.Graph, after: fx.Graph) -> dict[str, Changes]:
+    """Compares a captured graph with the same graph in another size.
+
+    Args:
+        before: The captured graph; nodes say in which module's code they lie.
+        after: The rewritten graph; nodes that stand for the same operator have the same name.
+
+    Returns:
+        For each module, by dotted path, what changed in its own code (not in its submodules').
+    """
+    twins = {node.name: node for node in after.nodes}
+    found: dict[str, Changes] = defaultdict(Changes)
+    for node in before.nodes:
+        twin = twins.get(node.name)
+        if node.op != "call_function" or twin is None or twin.op != node.op:
+            continue
+        changes = found[_path_of(node)]
+        for name, old, new in _arguments(node, twin):
+            _note(changes, name, old, new)
+    return found
+
+
+def _path_of(node: fx.Node) -> str:
+    stack = list((node.meta.get("nn_module_stack") or {}).values())
+    # A module that is called again gets a number behind its path.
+    return re.sub(r"@\d+$", "", stack[-1][0]) if stack else ""
+
+
+def _arguments(node: fx.Node, twin: fx.Node) -> Iterator[tuple[str, Any, Any]]:
+    schema: Any = getattr(node.target, "_schema", None)
+    same = node.target == twin.target and schema is not None
+    names = [argument.name for argument in schema.arguments] if same else []
+    for position, (old, new) in enumerate(zip(node.args, twin.args, strict=False)):
+        yield names[position] if position < len(names) else "", old, new
+    for name, old in node.kwargs.items():
+        yield name if same else "", old, twin.kwargs.get(name, old)
+
+
+def _note(changes: Changes, name: str, old: Any, new: Any) -> None:
+    value: int | tuple[int, ...]
+    if _is_number(old) and _is_number(new) and old != new:
+        value = new
+        changes.size(old, new)
+    elif isinstance(old, list | tuple) and isinstance(new, list | tuple) and len(old) == len(new):
+        shapes = tuple(tuple(x if _is_number(x) else None for x in s) for s in (old, new))
+        if shapes[0] == shapes[1]:
+            return
+        changes.shapes.append((shapes[0], shapes[1]))
+        for a, b in zip(*shapes, strict=True):
+            if a is not None and b is not None and a != b:
+                changes.size(a, b)
+        if None in shapes[1]:
+            return
+        value = tuple(n for n in shapes[1] if n is not None)
+    else:
+        return
+    if name:
+        changes.named[name] = value if changes.named.get(name, value) == value else None
+
+
+def _is_number(x: Any) -> bool:
+    return isinstance(x, int) and not isinstance(x, bool)
