@@ -152,6 +152,8 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
+    # Of the code that runs, whatever becomes of the working tree meanwhile.
+    told = conditions()
     cases: list[dict[str, Any]] = []
     if options.keep and options.json.exists():
         cases = json.loads(options.json.read_text(encoding="utf-8"))["cases"]
@@ -164,7 +166,7 @@ def main() -> None:
         data = PLACES[setting][network]
         rows = measure(case(network, load(data), setting, n, seed))
         about = {"network": network, "data": data, "setting": setting, "n": n, "seed": seed}
-        cases.append({**about, "conditions": conditions(), "rows": rows})
+        cases.append({**about, "conditions": told, "rows": rows})
         content = {
             "schema": 1,
             "steps": STEPS,
@@ -174,8 +176,8 @@ def main() -> None:
         }
         options.json.parent.mkdir(parents=True, exist_ok=True)
         options.json.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-        told = {f"{r['row']} {r['width']:g}": round(r["accuracy"], 1) for r in rows}
-        print(key, told, flush=True)
+        shown = {f"{r['row']} {r['width']:g}": round(r["accuracy"], 1) for r in rows}
+        print(key, shown, flush=True)
 
 
 if __name__ == "__main__":
