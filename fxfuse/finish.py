@@ -12,12 +12,14 @@ from torch import nn
 from fxfuse.calibration import Calibration
 from fxfuse.coupling import CouplingGraph
 from fxfuse.errors import RefineError
+from fxfuse.layout import copies_of
 from fxfuse.plan import FusionPlan, UnitMap
 from fxfuse.refine.batch import logits_of
 from fxfuse.refine.match import MatchReport, match
 from fxfuse.refine.outputs import kind_of_network
 from fxfuse.refine.regression import RefitReport, Settings, refit_state
 from fxfuse.rewrite import FusedModule, emit
+from fxfuse.widen import emit_fused
 
 #: Share of the calibration inputs that choose the start; the refit does not see them.
 _HELD_OUT = 0.25
@@ -30,7 +32,7 @@ class Choice:
     """Which network the matching started from.
 
     Attributes:
-        start: `fused` or `member <i>`.
+        start: `fused` or `member <i>`; at another width than a member's always `fused`.
         divergence: For each start, how far its outputs are from the ensemble's on calibration
             inputs that no fit has seen: KL divergence in nats for class logits, else the mean
             squared difference relative to the outputs' variance.
@@ -47,9 +49,12 @@ class Choice:
         """What was chosen and why."""
         each = ", ".join(f"{name} {value:.3g}" for name, value in self.divergence.items())
         end = f"{self.after:.3g} after matching" if self.kept else "which matching did not improve"
-        return (
-            f"started from {self.start}, closest to the ensemble on held-out inputs ({each}); {end}"
+        why = (
+            "closest to the ensemble"
+            if len(self.divergence) > 1
+            else "the only start at this width"
         )
+        return f"started from {self.start}, {why} on held-out inputs ({each}); {end}"
 
 
 @dataclass(frozen=True)
@@ -127,15 +132,18 @@ def matched_start(
     members = [emit(graph.captured, s) for s in states]
     answers = [_answers(member, choosing) for member in members]
     wanted = torch.stack(answers).mean(0)
-    starts = {f"member {i}": Start(_all_of(plan, i), s) for i, s in enumerate(states)}
-    far = {name: _divergence(a, wanted, kind) for name, a in zip(starts, answers, strict=True)}
+    starts, far = dict[str, Start](), dict[str, float]()
+    if not copies_of(graph, plan.sizes()):
+        # No member has the width that is asked for, where that is another one.
+        starts = {f"member {i}": Start(_all_of(plan, i), s) for i, s in enumerate(states)}
+        far = {name: _divergence(a, wanted, kind) for name, a in zip(starts, answers, strict=True)}
     starts["fused"] = fused
-    refit = emit(graph.captured, fused.state)
+    refit = emit_fused(graph, plan, fused.state)
     far["fused"] = _divergence(_answers(refit, choosing), wanted, kind)
     name = min(far, key=lambda n: far[n])
     chosen = starts[name]
     # A start may be a member's own tensors, which stay as they are.
-    module = emit(graph.captured, {n: t.detach().clone() for n, t in chosen.state.items()})
+    module = emit_fused(graph, plan, {n: t.detach().clone() for n, t in chosen.state.items()})
     inputs = _joined(calibration)
     report = match(module, members, inputs, outputs=outputs, steps=steps, seconds=seconds)
     after = _divergence(_answers(module, choosing), wanted, kind)

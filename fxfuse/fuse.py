@@ -31,13 +31,12 @@ from fxfuse.plan import FusionPlan, Mixing
 from fxfuse.planner import make_plan
 from fxfuse.resize import Target, mixing_of, resized
 from fxfuse.result import FusionResult
-from fxfuse.rewrite import emit
 from fxfuse.same_network import check_same_network
 from fxfuse.scores import check_score
 from fxfuse.varied import of_all_widths
 from fxfuse.verify import Verification, equals_ensemble, handover
 from fxfuse.wide import wide_plan
-from fxfuse.widen import widen
+from fxfuse.widen import emit_fused, widen
 from fxfuse.widths import Width
 
 
@@ -112,10 +111,11 @@ def fuse(
             for matching; None lets the output's shape decide.
         steps: For `auto`: budget of the matching in steps; without `seconds`: 300.
         seconds: For `auto`: budget of the matching in CPU seconds.
-        width: For `transplant`: size of the fused network in units of a member, in (0, N]; 1 is a
-            member's size, N keeps every unit of every member, which is their mean exactly. Or
-            widths by `fnmatch` pattern of the tensors that groups are named after. A group that
-            cannot be written in another size keeps its own: the plan's `refused` says why.
+        width: For `transplant` and `auto`: size of the fused network in units of a member, in
+            (0, N]; 1 is a member's size, N keeps every unit of every member, which is their mean
+            exactly. Or widths by `fnmatch` pattern of the tensors that groups are named after. A
+            group that cannot be written in another size keeps its own: the plan's `refused` says
+            why.
         max_params: In place of `width`: the most parameter elements; the widest network is made.
         max_flops: The same for floating-point operations on the example inputs.
         round_to: Channels are rounded to multiples of this, 8 for most hardware.
@@ -220,7 +220,12 @@ def fuse(
         plan = replace(plan, controls=controls, heads_asked=heads, members=known, absent=absent)
     else:
         check_plan(plan, graph, states)
-        _check_resizable(plan.sizes(), graph, "transplant", refit=refit)
+        if refit and plan.mixing == "per_member":
+            raise ControlError(
+                "refit=True is not for this plan",
+                why="members run one by one in its network, so it is exactly their mean",
+                how="leave the refit out",
+            )
     start = _start(graph, plan, states)
     told = graph, plan, states, start.state
     if inputs is not None and auto:
@@ -229,7 +234,7 @@ def fuse(
         start = refitted(*told, inputs, outputs)
     module = start.module
     if module is None and network.is_program:
-        module = emit(network, start.state)
+        module = emit_fused(graph, start.plan, start.state)
     if verify:
         checks += handover(network, module or _eager(network, start.state))
     if verify and plan.mixing == "per_member":
@@ -265,7 +270,7 @@ def _planned(
     mixing = mixing_of(graph, len(states), target, fitted=auto or refit)
     found = resized(graph, len(states), target, mixing)
     if found is not None:
-        _check_resizable(found[0], graph, method, refit=refit)
+        _check_resizable(found[0], graph, method)
     sizes, refused = found or (None, {})
     if mixing == "per_member":
         plan = wide_plan(graph, states, host=host)
@@ -296,20 +301,16 @@ def _width_of_all(width: Width | None, n_members: int) -> Width:
     return n_members
 
 
-def _check_resizable(
-    sizes: Mapping[str, int], graph: CouplingGraph, method: str, *, refit: bool
-) -> None:
-    """Checks that what is asked for works at another width than a member's."""
+def _check_resizable(sizes: Mapping[str, int], graph: CouplingGraph, method: str) -> None:
+    """Checks that a method works at another width than a member's."""
     if all(sizes[group.name] == group.n_units for group in graph.groups):
         return
-    if method in ("transplant", "wide") and not refit:
+    if method in ("auto", "transplant", "wide"):
         return
-    what = "refit=True" if method == "transplant" else f"method {method!r}"
     raise ControlError(
-        f"{what} works at a member's width only",
+        f"method {method!r} works at a member's width only",
         why="it gives every fused unit the place of a member's unit",
-        how="leave the width out, or use method='transplant' without a refit and train the result "
-        "with fxfuse.refine",
+        how="leave the width out, or use method='transplant' or 'auto'",
     )
 
 

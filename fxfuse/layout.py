@@ -98,6 +98,18 @@ def copies_per_unit(n_units: int, n_fused: int) -> Index:
     return each + (np.arange(n_units) < rest).astype(np.int64)
 
 
+def unit_copies(count: Index) -> tuple[Index, Index]:
+    """In the place of which unit of a member each fused unit stands, and which copy of it it is.
+
+    Args:
+        count: How many fused units stand in the place of each unit of a member, int64 [units].
+
+    Returns:
+        The unit and the number of the copy, both int64 [fused units].
+    """
+    return np.repeat(np.arange(len(count)), count), _counted(count)
+
+
 def copies_of(graph: CouplingGraph, sizes: Mapping[str, int]) -> dict[str, Index]:
     """`Copies` of the groups that change their size.
 
@@ -191,8 +203,7 @@ def place_units(
             target, unit = unit_map.of_member(member)
             rows, own = group.index[place], _rows(graph, member, group.name, place)
             count = copies.get(group.name, np.ones(group.n_units, dtype=np.int64))
-            template = np.repeat(np.arange(group.n_units), count)
-            copy = np.arange(len(template)) - np.repeat(np.cumsum(count) - count, count)
+            template, copy = unit_copies(count)
             fused = at[rows[template], copy[:, None]]
             to.append(fused[target].reshape(-1))
             origin.append(own[unit].reshape(-1))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -27,6 +28,10 @@ class Lane:
         calibration: The inputs.
         name: Who that is, for messages.
         held: Nodes whose values are kept until `drop`.
+        graph: The graph, where the network has another size than `captured`; None: its graph.
+        constants: Tensors that this graph reads beside the network's, by name.
+        asked_as: Nodes of another graph by which `run_to`, `value`, `drop` and `held` may name
+            nodes of this one.
     """
 
     def __init__(
@@ -37,17 +42,22 @@ class Lane:
         *,
         name: str = "the network",
         held: Collection[fx.Node] = (),
+        graph: fx.Graph | None = None,
+        constants: Mapping[str, torch.Tensor] = MappingProxyType({}),
+        asked_as: Mapping[fx.Node, fx.Node] = MappingProxyType({}),
     ) -> None:
         self.captured = captured
         self.state = state
         self.calibration = calibration
         self.name = name
-        self.held = set(held)
-        self.order = {node: place for place, node in enumerate(captured.graph.nodes)}
-        self.nodes = list(captured.graph.nodes)
+        self.asked_as = asked_as
+        self.held = {asked_as.get(node, node) for node in held}
+        self.nodes = list((graph or captured.graph).nodes)
+        self.order = {node: place for place, node in enumerate(self.nodes)}
         self.done = 0
         self.values: dict[fx.Node, list[Any]] = {}
         device = next((t.device for t in state.values()), torch.device("cpu"))
+        self.constants = {name: tensor.to(device) for name, tensor in constants.items()}
         inputs = [n for n in self.nodes if n.op == "placeholder"]
         for node in inputs:
             self.values[node] = []
@@ -63,19 +73,21 @@ class Lane:
         Raises:
             CalibrationError: An activation is not finite; names the node.
         """
-        end = self.order[node]
+        end = self.order[self.asked_as.get(node, node)]
         while self.done <= end:
             self._step(self.nodes[self.done])
             self.done += 1
 
     def value(self, node: fx.Node) -> list[Any]:
         """What a node that has run returned, for each batch."""
+        node = self.asked_as.get(node, node)
         if node.op == "get_attr":
             return [self._tensor(node)] * len(self.calibration.batches)
         return self.values[node]
 
     def drop(self, node: fx.Node) -> None:
         """Lets a held value go."""
+        node = self.asked_as.get(node, node)
         self.held.discard(node)
         if self._is_read(node):
             self.values.pop(node, None)
@@ -136,6 +148,8 @@ class Lane:
         name = self.captured.canonical.get(str(node.target))
         if name is not None:
             return self.state[name].detach()
+        if node.target in self.constants:
+            return self.constants[str(node.target)]
         return self.captured.tensor(str(node.target)).detach()
 
     def _check(self, node: fx.Node) -> None:

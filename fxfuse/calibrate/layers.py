@@ -128,7 +128,7 @@ def layers_of(captured: Captured) -> tuple[Layer, ...]:
     """
     reads, found = reads_of(captured), []
     for node in captured.graph.nodes:
-        layer = _layer(captured, node) if node.op == "call_function" else None
+        layer = layer_at(captured, node)
         if layer is None:
             continue
         if all(reads[name] == 1 for name in (layer.weight, layer.bias) if name):
@@ -154,7 +154,13 @@ def name_of(captured: Captured, node: Any) -> str | None:
     return name if name is not None and captured.tensor(name).is_floating_point() else None
 
 
-def _layer(captured: Captured, node: fx.Node) -> Layer | None:
+def layer_at(captured: Captured, node: fx.Node) -> Layer | None:
+    """The layer that a node is, whose weight may be used elsewhere, too.
+
+    Args:
+        captured: A network.
+        node: A node of its graph, or of one that reads the same tensors by the same names.
+    """
     if node.target is aten.linear.default:
         x, weight, bias = (_argument(node, n) for n in ("input", "weight", "bias"))
         shape, space, groups = (0, 1), 0, 1
@@ -175,7 +181,7 @@ def _layer(captured: Captured, node: fx.Node) -> Layer | None:
     if bias is not None and bias_name is None:
         return None
     rank = 2 + space
-    if captured.tensor(name).dim() != rank or (space and len(_shape(x)) != rank):
+    if captured.tensor(name).dim() != rank or (space and len(_shape(node)) != rank):
         return None
     return Layer(node, x, name, bias_name or "", shape[1], shape[0], groups, space)
 

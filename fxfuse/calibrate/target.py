@@ -2,13 +2,16 @@
 
 For a group, the fused activation is Σ_i M⁽ⁱ⁾ · (activation of member i): with one-hot maps the
 activations of the kept units. Where a dimension is the host's, so is the value; where an index has
-one meaning for all members (the logits, say), the members' mean is taken.
+one meaning for all members (the logits, say), the members' mean is taken. Where the fused network
+has another size, the units stand as its layouts say.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
+from math import prod
+from types import MappingProxyType
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -16,6 +19,7 @@ from torch import fx
 
 from fxfuse.coupling import CouplingGraph, Index
 from fxfuse.labels import Field, Kind, Value, neurons
+from fxfuse.layout import Layout, copies_of, unit_copies
 from fxfuse.plan import FusionPlan
 
 
@@ -25,13 +29,25 @@ class Targets:
     Args:
         graph: The analysis of the members.
         plan: Groups and maps.
+        layouts: For nodes of the members' graph, the layouts of the dimensions that have another
+            size in the fused network.
+        asked_as: Nodes of another graph by which `merge` may name nodes of the members' graph.
     """
 
-    def __init__(self, graph: CouplingGraph, plan: FusionPlan) -> None:
+    def __init__(
+        self,
+        graph: CouplingGraph,
+        plan: FusionPlan,
+        layouts: Mapping[fx.Node, Any] = MappingProxyType({}),
+        asked_as: Mapping[fx.Node, fx.Node] = MappingProxyType({}),
+    ) -> None:
         self.graph = graph
         self.plan = plan
+        self.layouts = layouts
+        self.asked_as = asked_as
+        self.copies = copies_of(graph, plan.sizes())
         self.n_members = plan.n_members
-        #: For each member: fused neuron, member's neuron, weight; sorted by fused neuron.
+        #: For each member: fused neuron (`_key`), member's neuron, weight; sorted by fused neuron.
         self.entries = [self._entries(member) for member in range(plan.n_members)]
         self.told = self._told()
         self._mergers: dict[fx.Node, list[_Merger] | None] = {}
@@ -44,9 +60,10 @@ class Targets:
             values: Its value in each member, of the node's shape (with any batch size).
 
         Returns:
-            A tensor of the same shape; None where two dimensions at once are divided among the
-            members, so that no member has the value.
+            A tensor of the shape that the fused network has there; None where two dimensions at
+            once are divided among the members, so that no member has the value.
         """
+        node = self.asked_as.get(node, node)
         if node not in self._mergers:
             self._mergers[node] = self._mergers_of(node)
         mergers = self._mergers[node]
@@ -66,44 +83,51 @@ class Targets:
         if not isinstance(value, Value):
             return None
         told = [f for f in value.fields if self._is_told(f)]
-        if len(told) > 1:
+        layouts: Mapping[int, Layout] = self.layouts.get(node) or {}
+        grown = [f for f in told if not layouts.keys().isdisjoint(f.dims)]
+        if len(told) > 1 or len(layouts) > len(grown):
             return None
         if not told:
             return []
-        return [self._merger(told[0], member) for member in range(self.n_members)]
+        places = _places_of(told[0], layouts)
+        return [self._merger(told[0], places, member) for member in range(self.n_members)]
 
     def _is_told(self, f: Field) -> bool:
         return bool(self.told[np.unique(neurons(f.ids).numpy())].any())
 
-    def _merger(self, f: Field, member: int) -> _Merger:
-        """Where along a field each place comes from in one member."""
+    def _merger(self, f: Field, at: _Places, member: int) -> _Merger:
+        """Where along a field each place of the fused network comes from in one member."""
         ids = f.ids.reshape(-1).numpy()
-        own = neurons(f.ids).reshape(-1).numpy()
+        place_ids = ids[at.source]
+        own = neurons(f.ids).reshape(-1).numpy()[at.source]
         fused, source, weight = self.entries[member]
-        first = np.searchsorted(fused, own, side="left")
-        last = np.searchsorted(fused, own, side="right")
+        keys = self._key(own, at.copy)
+        first = np.searchsorted(fused, keys, side="left")
+        last = np.searchsorted(fused, keys, side="right")
         order = np.argsort(ids, kind="stable")
         places, places_in, weights = [], [], []
         for step in range(int((last - first).max(initial=0))):
             has = np.flatnonzero(first + step < last)
             entry = first[has] + step
             # The part of a place is the same for the neuron that takes the place.
-            wanted = source[entry] + (ids[has] - own[has])
-            at = order[np.minimum(np.searchsorted(ids[order], wanted), len(ids) - 1)]
-            found = ids[at] == wanted
+            wanted = source[entry] + (place_ids[has] - own[has])
+            found_at = order[np.minimum(np.searchsorted(ids[order], wanted), len(ids) - 1)]
+            found = ids[found_at] == wanted
             places.append(has[found])
-            places_in.append(at[found])
+            places_in.append(found_at[found])
             weights.append(weight[entry][found])
-        if not places:
-            empty = np.empty(0, dtype=np.int64)
-            return _Merger(f.dims, len(ids), empty, empty, np.empty(0))
+        none = np.empty(0, dtype=np.int64)
         return _Merger(
             f.dims,
-            len(ids),
-            np.concatenate(places),
-            np.concatenate(places_in),
-            np.concatenate(weights),
+            at.sizes,
+            np.concatenate([none, *places]),
+            np.concatenate([none, *places_in]),
+            np.concatenate([np.empty(0), *weights]),
         )
+
+    def _key(self, neuron: Index, copy: Index) -> Index:
+        """The number of a fused neuron: a copy of a member's neuron, int64."""
+        return neuron + copy * self.graph.ledger.count
 
     def _entries(self, member: int) -> tuple[Index, Index, np.ndarray]:
         ledger = self.graph.ledger
@@ -117,8 +141,10 @@ class Targets:
                 unit_map = self.plan.map_of(group.name)
                 chosen = unit_map.member == member
                 to, unit = unit_map.target[chosen], unit_map.unit[chosen]
+                one_each = np.ones(group.n_units, dtype=np.int64)
+                template, copy = unit_copies(self.copies.get(group.name, one_each))
                 each = np.broadcast_to(unit_map.weight, unit_map.member.shape)[chosen]
-                fused.append(start + rows[to].reshape(-1))
+                fused.append(self._key(start + rows[template[to]], copy[to, None]).reshape(-1))
                 source.append(start + rows[unit].reshape(-1))
                 weight.append(np.repeat(each, rows.shape[1]))
             rest = start + np.flatnonzero(~owned)
@@ -151,14 +177,56 @@ class Targets:
         return told
 
 
+class _Places(NamedTuple):
+    """The places of a field in the fused network.
+
+    Attributes:
+        sizes: Sizes of the field's dimensions there.
+        source: The place of the members' field of which each is a copy, int64 [places].
+        copy: Number of the copy, int64 [places].
+    """
+
+    sizes: tuple[int, ...]
+    source: Index
+    copy: Index
+
+
+def _places_of(f: Field, layouts: Mapping[int, Layout]) -> _Places:
+    """The places of a field, of which one dimension at most has a layout."""
+    sizes = [f.ids.shape[dim] for dim in f.dims]
+    source = np.arange(f.ids.numel()).reshape(sizes)
+    copy = np.zeros_like(source)
+    for axis, dim in enumerate(f.dims):
+        if dim in layouts:
+            source = source.take(layouts[dim].source, axis)
+            # What all members share is a copy of nothing else.
+            copies = np.maximum(layouts[dim].copy, 0)
+            line = [-1 if a == axis else 1 for a in range(len(sizes))]
+            copy = np.broadcast_to(copies.reshape(line), source.shape)
+    return _Places(source.shape, source.reshape(-1), copy.reshape(-1))
+
+
 class _Merger:
-    """One member's contribution along the dimensions of a field."""
+    """One member's contribution along the dimensions of a field.
+
+    Args:
+        dims: The dimensions.
+        sizes: Their sizes in the fused network.
+        places: Places there, int64 [n].
+        sources: Where the members' values of these stand, int64 [n].
+        weights: Their weights, float64 [n].
+    """
 
     def __init__(
-        self, dims: tuple[int, ...], size: int, places: Index, sources: Index, weights: np.ndarray
+        self,
+        dims: tuple[int, ...],
+        sizes: tuple[int, ...],
+        places: Index,
+        sources: Index,
+        weights: np.ndarray,
     ) -> None:
         self.dims = dims
-        self.size = size
+        self.sizes = sizes
         self.places = torch.from_numpy(places)
         self.sources = torch.from_numpy(sources)
         self.weights = torch.from_numpy(weights)
@@ -168,8 +236,10 @@ class _Merger:
             return None
         front = tuple(range(len(self.dims)))
         moved = value.movedim(self.dims, front)
-        lines = moved.reshape(self.size, -1)
+        rest = moved.shape[len(self.dims) :]
+        lines = moved.reshape(-1, rest.numel())
         taken = lines[self.sources.to(value.device)]
         taken = taken * self.weights.to(value.device, value.dtype)[:, None]
-        merged = torch.zeros_like(lines).index_add_(0, self.places.to(value.device), taken)
-        return merged.reshape(moved.shape).movedim(front, self.dims)
+        merged = lines.new_zeros(prod(self.sizes), lines.shape[1])
+        merged.index_add_(0, self.places.to(value.device), taken)
+        return merged.reshape(*self.sizes, *rest).movedim(front, self.dims)

@@ -7,6 +7,16 @@ from the labels of their node, never by matching numbers. `walk.py` says which f
 operator.
 """
 
+from fxfuse.widen.resized import Resized, emit_fused, resized_of
 from fxfuse.widen.walk import apart_names, blank, output_layouts, settle, widen
 
-__all__ = ["apart_names", "blank", "output_layouts", "settle", "widen"]
+__all__ = [
+    "Resized",
+    "apart_names",
+    "blank",
+    "emit_fused",
+    "output_layouts",
+    "resized_of",
+    "settle",
+    "widen",
+]

@@ -79,7 +79,7 @@ def widen(
     Raises:
         RewriteError: An operator's literals or layouts cannot be rewritten; names the node.
     """
-    wide = _walk_of(graph, plan)
+    wide = walk_of(graph, plan)
     names = wide.own_tensors()
     state = fused_tensors(graph, plan, states, wide.places, names)
     own = {n: [s[n].detach().clone().to(states[0][n].device) for s in states] for n in names}
@@ -96,7 +96,7 @@ def apart_names(graph: CouplingGraph, plan: FusionPlan) -> tuple[str, ...]:
     Raises:
         RewriteError: As for `widen`.
     """
-    names = _walk_of(graph, plan).own_tensors()
+    names = walk_of(graph, plan).own_tensors()
     return tuple(n for n in graph.captured.names if graph.captured.canonical[n] in names)
 
 
@@ -110,7 +110,7 @@ def output_layouts(graph: CouplingGraph, plan: FusionPlan) -> list[Layouts]:
     Raises:
         RewriteError: As for `widen`.
     """
-    wide = _walk_of(graph, plan)
+    wide = walk_of(graph, plan)
     outputs = [n for n in graph.captured.outputs() if isinstance(n, fx.Node)]
     return [wide.layout_of(n) for n in outputs if isinstance(graph.values[n], Value)]
 
@@ -171,7 +171,7 @@ def blank(
     Raises:
         RewriteError: As for `widen`.
     """
-    wide = _walk(graph, copies_of(graph, sizes)) if plan is None else _walk_of(graph, plan)
+    wide = _walk(graph, copies_of(graph, sizes)) if plan is None else walk_of(graph, plan)
     captured = graph.captured
 
     def made(name: str) -> torch.Tensor:
@@ -192,7 +192,12 @@ def blank(
     return emit_graph(captured, state, wide.graph, wide.orders, own)
 
 
-def _walk_of(graph: CouplingGraph, plan: FusionPlan) -> WideGraph:
+def walk_of(graph: CouplingGraph, plan: FusionPlan) -> WideGraph:
+    """The concatenated graph of a plan, written.
+
+    Raises:
+        RewriteError: As for `widen`.
+    """
     copies = copies_of(graph, plan.sizes())
     if plan.mixing == "joint":
         return _walk(graph, copies)

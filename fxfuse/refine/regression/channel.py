@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -55,22 +56,33 @@ class PerChannel:
 
 def per_channel_of(captured: Captured, taken: set[fx.Node]) -> tuple[PerChannel, ...]:
     """The normalisations of a network with one-dimensional parameters, but those that are taken."""
-    reads, found = reads_of(captured), []
-    for node in captured.graph.nodes:
-        if node in taken or node.op != "call_function":
-            continue
-        norm = norm_of(captured, node, reads)
-        if norm is not None:
-            found.append(PerChannel(node, norm.weight, norm.bias, norm))
-        elif node.target in _NORMS:
-            weight, bias = (
-                argument_of(node, n, node.args, node.kwargs) for n in ("weight", "bias")
-            )
-            name, shift = name_of(captured, weight), name_of(captured, bias)
-            own = all(reads[n] == 1 for n in (name, shift) if n)
-            if name and captured.tensor(name).dim() == 1 and own and (bias is None or shift):
-                found.append(PerChannel(node, name, shift or "", None))
-    return tuple(found)
+    reads = reads_of(captured)
+    nodes = (node for node in captured.graph.nodes if node not in taken)
+    found = (per_channel_at(captured, node, reads) for node in nodes)
+    return tuple(op for op in found if op is not None)
+
+
+def per_channel_at(
+    captured: Captured, node: fx.Node, reads: Mapping[str, int]
+) -> PerChannel | None:
+    """The normalisation that a node is, if its tensors are its own.
+
+    Args:
+        captured: A network.
+        node: A node of its graph, or of one that reads the same tensors by the same names.
+        reads: `reads_of` the network.
+    """
+    norm = norm_of(captured, node, reads)
+    if norm is not None:
+        return PerChannel(node, norm.weight, norm.bias, norm)
+    if node.target not in _NORMS:
+        return None
+    weight, bias = (argument_of(node, n, node.args, node.kwargs) for n in ("weight", "bias"))
+    name, shift = name_of(captured, weight), name_of(captured, bias)
+    own = all(reads[n] == 1 for n in (name, shift) if n)
+    if name and captured.tensor(name).dim() == 1 and own and (bias is None or shift):
+        return PerChannel(node, name, shift or "", None)
+    return None
 
 
 def fit_channels(x: torch.Tensor, z: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

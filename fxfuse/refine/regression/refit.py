@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from fxfuse.errors import RefineError
 from fxfuse.refine.fused import Fused, Member, measurable
 from fxfuse.refine.outputs import kind_of_network
 from fxfuse.refine.regression.run import RefitReport, Settings, refit_state
@@ -48,10 +49,17 @@ def refit(
         MemberMismatchError: These are not the members that were fused.
         NotEmittedError: The members were traced: there is no graph to run.
         PartialFusionError: The network has several heads.
+        RefineError: The members run one by one in it, so that it is their mean already.
     """
     states, calibration = measurable(
         result, members, inputs, what="refitted", why="each head has a teacher of its own"
     )
+    if result.plan.mixing == "per_member":
+        raise RefineError(
+            "There is nothing to refit.",
+            why="The members run one by one in this network, so it is exactly their mean.",
+            how='Fuse with a smaller width, or with mixing="joint".',
+        )
     logits = kind_of_network(result.graph.captured, outputs) == "logits"
     module = result.module
     settings = Settings(alpha, logits, seed)

@@ -122,8 +122,8 @@ def _route(captured: Captured, layer: Layer, reads: Mapping[str, int]) -> Route:
     output = layer.node if norm is None else norm.node
     chain: list[fx.Node] = []
     node, skip, aim = output, None, output
-    for user in _users(node):
-        other = _other(user, node)
+    for user in users_of(node):
+        other = other_operand(user, node)
         if user.target in _ADD and other is not None and other.op != "get_attr":
             if not _is_scaled(user):
                 skip, aim = other, user
@@ -157,7 +157,7 @@ def _is_scaled(node: fx.Node) -> bool:
     return bool(node.kwargs.get("alpha", 1) != 1)
 
 
-def _users(node: fx.Node) -> Iterator[fx.Node]:
+def users_of(node: fx.Node) -> Iterator[fx.Node]:
     """The only user of a node, and its only user, and so on."""
     user = _only_user(node)
     while user is not None:
@@ -172,7 +172,8 @@ def _only_user(node: fx.Node) -> fx.Node | None:
     return user if user is not None and user.op == "call_function" else None
 
 
-def _other(user: fx.Node, node: fx.Node) -> fx.Node | None:
+def other_operand(user: fx.Node, node: fx.Node) -> fx.Node | None:
+    """The one other node that a user of a node reads; None where there is not exactly one."""
     others = [n for n in user.args if isinstance(n, fx.Node) and n is not node]
     return others[0] if len(others) == 1 else None
 

@@ -22,17 +22,20 @@ from fxfuse.refine.regression.channel import (
     per_channel_of,
     write_channels,
 )
+from fxfuse.refine.regression.counterpart import counterparts
 from fxfuse.refine.regression.head import fit_head
 from fxfuse.refine.regression.route import Route, routes_of
 from fxfuse.refine.regression.rows import Sample, sample
 from fxfuse.refine.regression.solve import Ridge
 from fxfuse.refine.regression.write import State, current, write
+from fxfuse.widen import Resized, resized_of
 
 #: Rows per feature of a layer, at least `_ROWS` in all.
 _PER_FEATURE, _ROWS = 4, 8192
 #: Times that targets are relaxed where the activation cuts them.
 _RELAXATIONS = 3
 _NO_TARGET = "no member has the value that it should have"
+_NO_LAYER = "the network of this width computes it by other operators"
 _NO_CLOSER = "no map is closer on the calibration inputs"
 #: Times that two layers of one sum are fitted in turn.
 _TURNS = 2
@@ -64,7 +67,8 @@ class RefitReport:
     """What a refit did.
 
     Attributes:
-        layers: Every layer and normalisation that was looked at, in graph order.
+        layers: Every layer and normalisation that was looked at, in graph order; at another width
+            than a member's, those first that are computed by other operators there.
         left: Parameters that no fit changed.
         seconds: CPU time.
         inputs: Number of calibration inputs.
@@ -140,26 +144,41 @@ class _Refit:
         self.calibration = calibration
         self.state: State = {name: tensor.detach() for name, tensor in state.items()}
         captured = graph.captured
-        routes = routes_of(captured)
+        self.fits: list[LayerFit] = []
+        routes: Sequence[Route] = routes_of(captured)
         taken = {route.norm.node for route in routes if route.norm is not None}
+        operators: Sequence[PerChannel] = per_channel_of(captured, taken)
+        resized = resized_of(graph, plan)
+        if resized is None:
+            resized = Resized(captured.graph, {}, {}, {})
+        else:
+            routes, operators, missing = counterparts(captured, resized.nodes, routes, operators)
+            self.fits += [_left(work, _NO_LAYER) for work in missing]
+        #: What the members compute at a node of the student's graph.
+        told = {own: node for node, own in resized.nodes.items()}
         self.work: dict[fx.Node, Route | PerChannel] = {r.layer.node: r for r in routes}
-        self.work |= {op.node: op for op in per_channel_of(captured, taken)}
+        self.work |= {op.node: op for op in operators}
         aims = [_aim(w) for w in self.work.values()]
         aims += [w.output for w in self.work.values() if isinstance(w, Route)]
         #: How many pieces of work still need a node's value.
         self.waiting = Counter(aims)
         self.unread = Counter(read for work in self.work.values() for read in _inputs(work))
         self.members = [
-            Lane(captured, s, calibration, name=f"member {i}", held=set(aims))
+            Lane(captured, s, calibration, name=f"member {i}", held=set(aims), asked_as=told)
             for i, s in enumerate(states)
         ]
         self.student = Lane(
-            captured, self.state, calibration, name="the fused network", held=set(self.unread)
+            captured,
+            self.state,
+            calibration,
+            name="the fused network",
+            held=set(self.unread),
+            graph=resized.graph,
+            constants=resized.constants,
         )
-        self.targets = Targets(graph, plan)
+        self.targets = Targets(graph, plan, resized.layouts, told)
         self.generator = torch.Generator().manual_seed(settings.seed)
-        self.outputs = captured.outputs()
-        self.fits: list[LayerFit] = []
+        self.outputs = [resized.nodes.get(output, output) for output in captured.outputs()]
         self.changed: set[str] = set()
 
     def run(self) -> tuple[State, RefitReport]:
