@@ -174,7 +174,8 @@ def _answers(module: nn.Module, calibration: Calibration) -> torch.Tensor:
 
 def _divergence(answers: torch.Tensor, wanted: torch.Tensor, kind: str) -> float:
     if kind == "logits":
-        target, log = wanted.log_softmax(1), answers.log_softmax(1)
+        # In float32 the divergence of two equal networks may be below zero.
+        target, log = wanted.double().log_softmax(1), answers.double().log_softmax(1)
         return float((target.exp() * (target - log)).sum(1).mean())
     variance = wanted.var(0, correction=0).mean().clamp(min=1e-30)
     return float((answers - wanted).square().mean() / variance)
