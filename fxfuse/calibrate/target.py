@@ -54,11 +54,11 @@ class Targets:
             return None
         if not mergers:
             return torch.stack(list(values)).mean(0)
-        result: torch.Tensor | None = None
+        if not any(len(merger.places) for merger in mergers):
+            return None
+        result = torch.zeros_like(values[0])
         for merger, value in zip(mergers, values, strict=True):
-            part = merger(value)
-            if part is not None:
-                result = part if result is None else result + part
+            merger.add_to(result, value)
         return result
 
     def _mergers_of(self, node: fx.Node) -> list[_Merger] | None:
@@ -162,14 +162,24 @@ class _Merger:
         self.places = torch.from_numpy(places)
         self.sources = torch.from_numpy(sources)
         self.weights = torch.from_numpy(weights)
+        self.is_plain = bool((weights == 1).all())
 
-    def __call__(self, value: torch.Tensor) -> torch.Tensor | None:
+    def add_to(self, result: torch.Tensor, value: torch.Tensor) -> None:
+        """Adds the contribution of the member's value to a result of its shape, in place."""
         if not len(self.places):
-            return None
+            return
+        places, sources = self.places.to(value.device), self.sources.to(value.device)
+        if len(self.dims) == 1:
+            dim = self.dims[0] % value.dim()
+            taken = value.index_select(dim, sources)
+            if not self.is_plain:
+                shape = [-1 if d == dim else 1 for d in range(value.dim())]
+                taken = taken * self.weights.to(value.device, value.dtype).reshape(shape)
+            result.index_add_(dim, places, taken)
+            return
         front = tuple(range(len(self.dims)))
         moved = value.movedim(self.dims, front)
-        lines = moved.reshape(self.size, -1)
-        taken = lines[self.sources.to(value.device)]
+        taken = moved.reshape(self.size, -1)[sources]
         taken = taken * self.weights.to(value.device, value.dtype)[:, None]
-        merged = torch.zeros_like(lines).index_add_(0, self.places.to(value.device), taken)
-        return merged.reshape(moved.shape).movedim(front, self.dims)
+        lines = taken.new_zeros(self.size, taken.shape[1]).index_add_(0, places, taken)
+        result += lines.reshape(moved.shape).movedim(front, self.dims)
