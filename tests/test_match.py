@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import time
+from typing import ClassVar
 
 import pytest
 import torch
@@ -124,6 +125,43 @@ def test_members_get_no_more_than_their_share_of_the_seconds():
 
 def test_a_budget_that_the_members_use_up_still_makes_a_step():
     assert match(mlp(3), [mlp(1), mlp(2)], INPUTS, seconds=1e-6).steps == 1
+
+
+class Rates(torch.optim.AdamW):
+    """Notes the learning rate of each step."""
+
+    seen: ClassVar[list[float]] = []
+
+    def step(self, closure=None):
+        self.seen.append(self.param_groups[0]["lr"])
+        return super().step(closure)
+
+
+def rates_of(monkeypatch, module, **options):
+    monkeypatch.setattr(torch.optim, "AdamW", Rates)
+    Rates.seen.clear()
+    match(module, [mlp(1), mlp(2)], INPUTS, **options)
+    return list(Rates.seen)
+
+
+def test_a_short_run_of_a_network_with_batch_norms_takes_a_higher_rate(monkeypatch):
+    plain = nn.Sequential(nn.Linear(6, 16), nn.ReLU(), nn.Linear(16, 3)).eval()
+    assert max(rates_of(monkeypatch, mlp(3), steps=100)) == pytest.approx(6e-3, rel=0.05)
+    assert max(rates_of(monkeypatch, mlp(3), steps=300)) == pytest.approx(3e-3 * 2**0.5, rel=0.02)
+    assert max(rates_of(monkeypatch, mlp(3), steps=700)) == pytest.approx(3e-3, rel=0.01)
+    assert max(rates_of(monkeypatch, plain, steps=100)) == pytest.approx(3e-3, rel=0.05)
+    asked = rates_of(monkeypatch, mlp(3), steps=100, learning_rate=1e-3)
+    assert max(asked) == pytest.approx(1e-3, rel=0.05)
+    seconds = rates_of(monkeypatch, mlp(3), seconds=0.1)
+    assert len(seconds) > 600 or max(seconds) > 3.1e-3
+
+
+def test_the_rate_rises_over_ten_steps_at_least_and_falls_to_nothing(monkeypatch):
+    rates = rates_of(monkeypatch, mlp(3), steps=40, learning_rate=1.0)
+    assert rates[0] == pytest.approx(0.1)
+    assert rates[5] < 0.6
+    assert rates[-1] < 0.02
+    assert rates == sorted(rates[:11]) + sorted(rates[11:], reverse=True)
 
 
 def run(seed, outside, **options):

@@ -265,6 +265,36 @@ def test_a_partner_that_should_stay_stays():
     assert next(fit for fit in result.refit.layers if fit.weight == "side.weight").fitted
 
 
+def test_two_layers_of_one_sum_are_one_regression():
+    """The sum of both is the least-squares fit on the inputs of both, side by side."""
+
+    class Two(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.stem = nn.Linear(6, 10)
+            self.wide, self.slim = nn.Linear(10, 12), nn.Linear(6, 12, bias=False)
+            self.head = nn.Linear(12, 3)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.head(self.wide(self.stem(x).tanh()) + self.slim(x))
+
+    members, x = [Two().eval() for _ in range(2)], torch.randn(300, 6)
+    result = fxfuse.fuse(members, x[:4])
+    report = refit(result, members, x, outputs="values", alpha=1e-9)
+    fits = {fit.weight: fit for fit in report.layers}
+    assert {fits[n].aim for n in ("wide.weight", "slim.weight")} == {"add"}
+    assert fits["wide.weight"].after == fits["slim.weight"].after < fits["wide.weight"].before
+    state = result.module.state_dict()
+    read = (x @ state["stem.weight"].T + state["stem.bias"]).tanh()
+    found = read @ state["wide.weight"].T + state["wide.bias"] + x @ state["slim.weight"].T
+    sums = torch.cat([m.wide(m.stem(x).tanh()) + m.slim(x) for m in members], 1).detach()
+    (to,) = [m for m in result.plan.maps if m.n_units == 12]
+    wanted = sums[:, torch.from_numpy(12 * to.member + to.unit)]
+    rows = torch.cat([read, x, torch.ones(300, 1)], 1)
+    best = rows @ torch.linalg.lstsq(rows, wanted).solution
+    torch.testing.assert_close(found, best, rtol=1e-3, atol=1e-3)
+
+
 def test_a_norm_that_is_used_twice_is_left():
     class Shared(nn.Module):
         def __init__(self) -> None:

@@ -19,7 +19,7 @@ import time
 from pathlib import Path
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from benchmarks.paper import datasets
 from benchmarks.paper.datasets import load
@@ -46,23 +46,34 @@ def matched(made: Case, seconds: float) -> tuple[nn.Module, float]:
     return module, report.seconds
 
 
-def distilled(made: Case, seconds: float) -> tuple[nn.Module, float]:
-    """The best member after KL distillation, of the rates the best on validation data."""
-    probe, _ = _distilled(made, _TIMED_STEPS, RATES[0])
+def distilled(
+    made: Case, seconds: float, train: tuple[Tensor, Tensor] | None = None
+) -> tuple[nn.Module, float]:
+    """The best member after KL distillation, of the rates the best on validation data.
+
+    Args:
+        made: The members and their data.
+        seconds: CPU seconds of one run.
+        train: Inputs [n, ...] and labels [n], of which no use is made; None takes all of training.
+    """
+    data = made.train if train is None else train
+    probe, _ = _distilled(made, _TIMED_STEPS, RATES[0], data)
     steps = max(1, round(_TIMED_STEPS * seconds / probe))
-    runs = [_distilled(made, steps, rate) for rate in RATES]
+    runs = [_distilled(made, steps, rate, data) for rate in RATES]
     used, module = max(runs, key=lambda run: accuracy(run[1], *made.val))
     return module, used
 
 
-def _distilled(made: Case, steps: int, rate: float) -> tuple[float, nn.Module]:
+def _distilled(
+    made: Case, steps: int, rate: float, train: tuple[Tensor, Tensor]
+) -> tuple[float, nn.Module]:
     module = copy.deepcopy(made.best)
     optimizer, scheduler = default_optimizer(module, steps, rate)
     start = time.process_time()
     distill(
         module,
         made.members,
-        Batches(*made.train, BATCH, seed=made.seed),
+        Batches(*train, BATCH, seed=made.seed),
         steps=steps,
         temperature=TEMPERATURE,
         optimizer=optimizer,

@@ -153,12 +153,26 @@ class Lane:
         return self.captured.tensor(str(node.target)).detach()
 
     def _check(self, node: fx.Node) -> None:
+        if _is_view(node):
+            return
         # Masks hold infinities on purpose; NaN is what nothing recovers from.
         for x in pytree.tree_leaves(self.values[node]):
-            if isinstance(x, torch.Tensor) and x.is_floating_point() and bool(x.isnan().any()):
+            if isinstance(x, torch.Tensor) and x.is_floating_point() and _has_nan(x):
                 raise CalibrationError(
                     f"an activation of {self.name} is not a number",
                     where=f"{node.name} [{node.target}]  {source_of(node)}".rstrip(),
                     why="NaN appears there on the calibration inputs",
                     how="check the inputs' range and the members' weights",
                 )
+
+
+def _is_view(node: fx.Node) -> bool:
+    """Whether an operator only looks at its operand in another way, with no value of its own."""
+    schema = getattr(node.target, "_schema", None)
+    aliases = [] if schema is None else [r.alias_info for r in schema.returns]
+    return bool(aliases) and all(a is not None and not a.is_write for a in aliases)
+
+
+def _has_nan(x: torch.Tensor) -> bool:
+    # A NaN makes the sum one, which is far cheaper to see; infinities may do so, too.
+    return bool(x.sum().isnan()) and bool(x.isnan().any())

@@ -71,11 +71,11 @@ class Targets:
             return None
         if not mergers:
             return torch.stack(list(values)).mean(0)
-        result: torch.Tensor | None = None
+        if not any(len(merger.places) for merger in mergers):
+            return None
+        result = values[0].new_zeros(mergers[0].fused_shape(values[0].shape))
         for merger, value in zip(mergers, values, strict=True):
-            part = merger(value)
-            if part is not None:
-                result = part if result is None else result + part
+            merger.add_to(result, value)
         return result
 
     def _mergers_of(self, node: fx.Node) -> list[_Merger] | None:
@@ -230,16 +230,32 @@ class _Merger:
         self.places = torch.from_numpy(places)
         self.sources = torch.from_numpy(sources)
         self.weights = torch.from_numpy(weights)
+        self.is_plain = bool((weights == 1).all())
 
-    def __call__(self, value: torch.Tensor) -> torch.Tensor | None:
+    def fused_shape(self, shape: torch.Size) -> list[int]:
+        """The shape in the fused network of what has `shape` in a member."""
+        fused = list(shape)
+        for dim, size in zip(self.dims, self.sizes, strict=True):
+            fused[dim] = size
+        return fused
+
+    def add_to(self, result: torch.Tensor, value: torch.Tensor) -> None:
+        """Adds the contribution of the member's value to a result of the fused shape, in place."""
         if not len(self.places):
-            return None
+            return
+        places, sources = self.places.to(value.device), self.sources.to(value.device)
+        if len(self.dims) == 1:
+            dim = self.dims[0] % value.dim()
+            taken = value.index_select(dim, sources)
+            if not self.is_plain:
+                shape = [-1 if d == dim else 1 for d in range(value.dim())]
+                taken = taken * self.weights.to(value.device, value.dtype).reshape(shape)
+            result.index_add_(dim, places, taken)
+            return
         front = tuple(range(len(self.dims)))
         moved = value.movedim(self.dims, front)
-        rest = moved.shape[len(self.dims) :]
-        lines = moved.reshape(-1, rest.numel())
-        taken = lines[self.sources.to(value.device)]
+        rest = moved.shape[len(front) :]
+        taken = moved.reshape(-1, rest.numel())[sources]
         taken = taken * self.weights.to(value.device, value.dtype)[:, None]
-        merged = lines.new_zeros(prod(self.sizes), lines.shape[1])
-        merged.index_add_(0, self.places.to(value.device), taken)
-        return merged.reshape(*self.sizes, *rest).movedim(front, self.dims)
+        lines = taken.new_zeros(prod(self.sizes), taken.shape[1]).index_add_(0, places, taken)
+        result += lines.reshape(*self.sizes, *rest).movedim(front, self.dims)

@@ -26,7 +26,10 @@ from fxfuse.refine.pool import Pool, check_inputs, make_pool
 from fxfuse.refine.watch import READ_EVERY, bar, check_weights, last_finite
 
 _STEPS = 300
-_WARM_UP = 0.03
+# Share of the schedule, and steps at least: at once, the full rate undoes what the start knows.
+_WARM_UP, _WARM_UP_STEPS = 0.03, 10
+# The usual rate; the steps below which it may be higher, and how much at most.
+_RATE, _LONG, _HIGHEST = 3e-3, 600, 2.0
 
 # Of a budget in seconds, the share after which the members are asked no more.
 _SHARE_OF_TEACHER = 0.25
@@ -61,7 +64,7 @@ def match(
     steps: int | None = None,
     seconds: float | None = None,
     batch: int = 64,
-    learning_rate: float = 3e-3,
+    learning_rate: float | None = None,
     weight_decay: float = 1e-4,
     augment: Augment | None = None,
     outputs: str | None = None,
@@ -85,7 +88,10 @@ def match(
         seconds: Budget in CPU seconds of this process, all threads together. What it gives depends
             on the machine, so it is not reproducible bit for bit, as a budget in steps is.
         batch: Inputs per step.
-        learning_rate: Its highest value.
+        learning_rate: Its highest value. None: 3e-3; in fewer than 600 steps a network that
+            normalises by statistics of the batch, which takes larger steps well, gets √(600 /
+            steps) as much, up to 6e-3. With a budget in seconds the number of steps is what the
+            time of those before leads to expect.
         weight_decay: Of parameters with two dimensions or more; others do not decay.
         augment: Function of (inputs `[b, *]`, CPU generator) that returns a copy; needs a single
             input tensor. None: `shift_and_mix` for floating images `[n, c, h, w]` and signals
@@ -110,7 +116,7 @@ def match(
     target = device_of(module, device)
     module.to(target)
     # Before the clock starts: making a process's first optimiser imports for seconds.
-    optimizer = _optimizer(module, learning_rate, weight_decay)
+    optimizer = _optimizer(module, learning_rate or _RATE, weight_decay)
     budget = _Budget(_STEPS if steps is None and seconds is None else steps, seconds)
     with evaluating(members, target):
         pool = make_pool(
@@ -129,7 +135,14 @@ def match(
         try:
             module.train()
             losses = _train(
-                module, pool, _orders(len(pool), batch, seed), optimizer, budget, kind, advance
+                module,
+                pool,
+                _orders(len(pool), batch, seed),
+                optimizer,
+                budget,
+                kind,
+                advance,
+                adapted=learning_rate is None,
             )
         finally:
             module.eval()
@@ -177,9 +190,13 @@ def _train(
     budget: _Budget,
     kind: Outputs,
     advance: Callable[[float, float], None],
+    *,
+    adapted: bool,
 ) -> Tensor:
     """Take steps until the budget is spent; return the loss of each `[steps]`, on the CPU."""
-    rates = [group["lr"] for group in optimizer.param_groups]
+    (rate,) = {group["lr"] for group in optimizer.param_groups}
+    before = [buffer.clone() for buffer in module.buffers()] if adapted else []
+    higher = False
     losses: list[Tensor] = []
     read: list[float] = []
     device = pool.targets.device
@@ -192,8 +209,9 @@ def _train(
 
     step = 0
     while (share := budget.share(step)) < 1:
-        for group, rate in zip(optimizer.param_groups, rates, strict=True):
-            group["lr"] = rate * _rate(share)
+        factor = _factor(step / share) if higher and share else 1.0
+        for group in optimizer.param_groups:
+            group["lr"] = rate * factor * _course(share, step)
         chosen = next(orders).to(device, non_blocking=True)
         optimizer.zero_grad(set_to_none=True)
         answer = logits_of(call(module, tuple(tensor[chosen] for tensor in pool.inputs)))
@@ -201,6 +219,11 @@ def _train(
         loss.backward()
         optimizer.step()
         losses.append(loss.detach())
+        if step == 0:
+            # Running statistics are renewed from those of the batch.
+            higher = any(
+                not torch.equal(*pair) for pair in zip(before, module.buffers(), strict=False)
+            )
         step += 1
         if step % READ_EVERY == 0:
             look(share)
@@ -210,11 +233,16 @@ def _train(
     return torch.tensor(read)
 
 
-def _rate(share: float) -> float:
+def _course(share: float, step: int) -> float:
     """Return the learning rate, as a share of its highest value, after a share of the run."""
-    if share < _WARM_UP:
-        return 0.1 + 0.9 * share / _WARM_UP
-    return 0.5 + 0.5 * math.cos(math.pi * (share - _WARM_UP) / (1 - _WARM_UP))
+    warm = min(share / _WARM_UP, step / _WARM_UP_STEPS, 1.0)
+    cosine = 0.5 + 0.5 * math.cos(math.pi * max(share - _WARM_UP, 0.0) / (1 - _WARM_UP))
+    return (0.1 + 0.9 * warm) * cosine
+
+
+def _factor(steps: float) -> float:
+    """Return how many times the usual rate a run of so many steps may take."""
+    return min(max(math.sqrt(_LONG / steps), 1.0), _HIGHEST)
 
 
 def _loss(answer: Tensor, wanted: Tensor, kind: Outputs) -> Tensor:
@@ -292,7 +320,7 @@ def _check(
     module: nn.Module,
     members: Sequence[nn.Module],
     batch: int,
-    learning_rate: float,
+    learning_rate: float | None,
 ) -> None:
     if batch < 2:
         raise RefineError(
@@ -301,6 +329,6 @@ def _check(
             why="Normalisation in training takes its statistics from a batch of two or more.",
             how="Give a batch of 2 or more.",
         )
-    if not learning_rate > 0:
+    if learning_rate is not None and not learning_rate > 0:
         raise _not_positive("learning_rate", learning_rate)
     check_teachers(module, members, "members")

@@ -91,6 +91,11 @@ class Route:
         """The layer's output, normalised where there is a norm."""
         return self.layer.node if self.norm is None else self.norm.node
 
+    @property
+    def has_shift(self) -> bool:
+        """Whether the output can be shifted, by a bias or by the norm."""
+        return self.norm is not None or bool(self.layer.bias)
+
     def alone(self) -> Route:
         """The same layer, fitted to its own output."""
         return Route(self.layer, self.norm, (), None, self.output, _cut_behind(self.output))

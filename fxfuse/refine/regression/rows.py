@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import fx
 
 from fxfuse.calibrate import Lane, Targets
+from fxfuse.calibrate.layers import Layer
 from fxfuse.refine.regression.route import Route
 
 #: A scale below this share of the largest one cannot be undone.
@@ -50,6 +51,7 @@ def sample(
     targets: Targets,
     limit: int,
     generator: torch.Generator,
+    beside: Route | None = None,
 ) -> Sample | None:
     """Rows of a layer, spread over all calibration inputs.
 
@@ -60,6 +62,8 @@ def sample(
         targets: Merges the members' values.
         limit: About how many rows are taken.
         generator: Chooses them.
+        beside: A layer that writes the other operand of the sum (`joint_pairs`); what it reads
+            comes before what the layer reads, and both together are to make up the sum.
 
     Returns:
         None where no member has a value to aim at, or the way there cannot be undone.
@@ -73,9 +77,10 @@ def sample(
     shapes = student.value(layer.node)
     total = sum(layer.n_rows(y) for y in shapes)
     for batch, (x, z, like) in enumerate(zip(inputs, merged, shapes, strict=True)):
-        if z is None:
+        if z is None or (beside is not None and z.shape != like.shape):
             return None
-        back = _back(route, student, batch, like, z)
+        aimed = route if beside is None else replace(route, skip=None)
+        back = _back(aimed, student, batch, like, z)
         if back is None:
             return None
         covered, wanted, offset, scale = back
@@ -85,16 +90,39 @@ def sample(
         chosen = available[order].sort().values
         parts.append(
             (
-                layer.input_rows(x, chosen).float(),
+                _read(layer, x, chosen, beside, student, batch),
                 wanted[chosen].float(),
-                offset.float() if route.skip is None else offset[chosen].float(),
-                scale.float() if route.skip is None else scale[chosen].float(),
+                _picked(offset, chosen),
+                _picked(scale, chosen),
             )
         )
     rows, aims, offsets, scales = zip(*parts, strict=True)
-    if route.skip is None:
-        return Sample(torch.cat(rows), torch.cat(aims), offsets[0], scales[0])
-    return Sample(torch.cat(rows), torch.cat(aims), torch.cat(offsets), torch.cat(scales))
+    return Sample(torch.cat(rows), torch.cat(aims), _joined(offsets), _joined(scales))
+
+
+def _read(
+    layer: Layer,
+    x: torch.Tensor,
+    chosen: torch.Tensor,
+    beside: Route | None,
+    student: Lane,
+    batch: int,
+) -> torch.Tensor:
+    """The chosen rows of what a layer reads, after those of the layer beside it."""
+    rows = layer.input_rows(x, chosen).float()
+    if beside is None:
+        return rows
+    other = beside.layer.input_rows(student.value(beside.layer.input)[batch], chosen).float()
+    return torch.cat([other, rows], 2)
+
+
+def _picked(values: torch.Tensor, chosen: torch.Tensor) -> torch.Tensor:
+    """The chosen rows [n, channels] of values, which may be one for all [1, 1]."""
+    return values.float() if values.shape == (1, 1) else values[chosen].float()
+
+
+def _joined(parts: Sequence[torch.Tensor]) -> torch.Tensor:
+    return parts[0] if parts[0].shape == (1, 1) else torch.cat(tuple(parts))
 
 
 def _back(
@@ -111,6 +139,10 @@ def _back(
         wanted = layer.output_rows(z)
         return torch.ones(len(wanted), dtype=torch.bool, device=z.device), wanted, 0 * one, one
     skip = student.value(route.skip)[batch]
+    if not route.chain and skip.shape == like.shape == z.shape:
+        offset = layer.output_rows(skip)
+        wanted = layer.output_rows(z) - offset
+        return torch.ones(len(wanted), dtype=torch.bool, device=z.device), wanted, offset, one
     numbers = torch.arange(1, like.numel() + 1, device=z.device).reshape(like.shape)
     moved = _along(route, student, batch, numbers, moving=True)
     zero = _along(route, student, batch, torch.zeros_like(like), moving=False)

@@ -23,10 +23,12 @@ from fxfuse.refine.regression.channel import (
     write_channels,
 )
 from fxfuse.refine.regression.counterpart import counterparts
+from fxfuse.refine.regression.error import Error, relaxed
 from fxfuse.refine.regression.head import fit_head
+from fxfuse.refine.regression.joint import joined, joint_pairs, parted
 from fxfuse.refine.regression.route import Route, routes_of
 from fxfuse.refine.regression.rows import Sample, sample
-from fxfuse.refine.regression.solve import Ridge
+from fxfuse.refine.regression.solve import Fit, Ridge
 from fxfuse.refine.regression.write import State, current, write
 from fxfuse.widen import Resized, resized_of
 
@@ -160,6 +162,13 @@ class _Refit:
         self.work |= {op.node: op for op in operators}
         aims = [_aim(w) for w in self.work.values()]
         aims += [w.output for w in self.work.values() if isinstance(w, Route)]
+        #: Layers that are fitted together: the first by the last of each pair.
+        self.first_of: dict[fx.Node, Route] = {
+            last.layer.node: first
+            for first, last in joint_pairs(routes)
+            if not self.reason_to_leave(first) and not self.reason_to_leave(last)
+        }
+        self.postponed = {first.layer.node for first in self.first_of.values()}
         #: How many pieces of work still need a node's value.
         self.waiting = Counter(aims)
         self.unread = Counter(read for work in self.work.values() for read in _inputs(work))
@@ -198,20 +207,27 @@ class _Refit:
 
     def visit(self, work: Route | PerChannel) -> None:
         node = work.layer.node if isinstance(work, Route) else work.node
+        if node in self.postponed:
+            return
         for member in self.members:
             member.run_to(_aim(work))
         self.student.run_to(node)
         why = self.reason_to_leave(work)
+        first = self.first_of.get(node)
         if why:
             self.fits.append(_left(work, why))
-        elif isinstance(work, Route):
+        elif not isinstance(work, Route):
+            self.fits.append(self.fit_channels(work))
+        elif first is not None:
+            self.fits += self.fit_together(first, work)
+        else:
             self.fits.append(self.fit_layer(work))
             partner = work.partner
             if partner and self.fits[-1].fitted and not self.reason_to_leave(partner):
                 self.fits[-1] = self.fit_in_turn(work, partner, self.fits[-1])
-        else:
-            self.fits.append(self.fit_channels(work))
-        self.let_go(work)
+        for done in (first, work):
+            if done is not None:
+                self.let_go(done)
 
     def reason_to_leave(self, work: Route | PerChannel) -> str:
         asked = sorted(n for n in _tensors_of(work) if n in self.graph.asked)
@@ -238,27 +254,57 @@ class _Refit:
             found = self.sample(route)
         if found is None:
             return _left(route, _NO_TARGET)
-        held = current(route, self.state)
-        centred = route.norm is not None or bool(route.layer.bias)
+        before, after, chosen = self.closest(
+            route, found, current(route, self.state), centred=route.has_shift
+        )
+        if chosen is None:
+            return _left(route, _NO_CLOSER, before)
+        self.write(route, chosen, found.rows)
+        return LayerFit(route.layer.weight, route.aim.name, before, after, True)
+
+    def closest(
+        self, route: Route, found: Sample, held: Fit, *, centred: bool
+    ) -> tuple[float, float, Fit | None]:
+        """The errors of a map and of the best one found; that one, if it is better."""
         ridge = Ridge(found.rows, self.alpha, centred=centred)
         aim = found.aim(found.wanted)
-        before = best = _error(route, aim, found.aim(held(found.rows)))
+        error_of = Error(route.cut, aim)
+        before = best = error_of(found.aim(held(found.rows)))
         chosen, wanted = None, found.wanted
         for _ in range(1 + _RELAXATIONS * isfinite(min(map(abs, route.cut)))):
             fit = ridge.fit(wanted)
             answer = found.aim(fit(found.rows))
-            error = _error(route, aim, answer)
+            error = error_of(answer)
             if error < best:
                 best, chosen = error, fit
-            wanted = found.output(_relaxed(route.cut, aim, answer))
+            wanted = found.output(relaxed(route.cut, aim, answer))
         if chosen is not None and self.is_head(route):
             chosen = fit_head(found.rows, aim, chosen, self.alpha)
-        if chosen is None:
-            return _left(route, _NO_CLOSER, before)
-        write(route, self.state, chosen, found.rows)
+        return before, best, chosen
+
+    def write(self, route: Route, fit: Fit, rows: torch.Tensor) -> None:
+        write(route, self.state, fit, rows)
         self.changed |= _tensors_of(route)
         self.student.redo(route.layer.node)
-        return LayerFit(route.layer.weight, route.aim.name, before, best, True)
+
+    def fit_together(self, first: Route, last: Route) -> list[LayerFit]:
+        """Two layers whose outputs are added, by one regression on the inputs of both."""
+        found = self.sample(last, beside=first)
+        if found is None:
+            return [self.fit_layer(first.alone()), self.fit_layer(last.alone())]
+        held = joined(current(first, self.state), current(last, self.state))
+        before, after, chosen = self.closest(
+            last, found, held, centred=first.has_shift or last.has_shift
+        )
+        if chosen is None:
+            return [_left(each, _NO_CLOSER, before) for each in (first, last)]
+        features = first.layer.matrix(self.state[first.layer.weight]).shape[1]
+        parts = parted(chosen, features, shift_in_last=last.has_shift)
+        self.write(first, parts[0], found.rows[..., :features])
+        self.write(last, parts[1], found.rows[..., features:])
+        self.again(first)
+        name = last.aim.name
+        return [LayerFit(r.layer.weight, name, before, after, True) for r in (first, last)]
 
     def fit_in_turn(self, last: Route, first: Route, fit: LayerFit) -> LayerFit:
         """Two layers whose outputs are added: each makes up for what the other leaves."""
@@ -282,11 +328,13 @@ class _Refit:
         for node in way[:-1]:
             self.student.drop(node)
 
-    def sample(self, route: Route) -> Sample | None:
-        weight = self.state[route.layer.weight]
-        features = route.layer.matrix(weight).shape[1]
+    def sample(self, route: Route, beside: Route | None = None) -> Sample | None:
+        layers = [r.layer for r in (beside, route) if r is not None]
+        features = sum(x.matrix(self.state[x.weight]).shape[1] for x in layers)
         limit = max(_ROWS, _PER_FEATURE * features)
-        return sample(route, self.student, self.members, self.targets, limit, self.generator)
+        return sample(
+            route, self.student, self.members, self.targets, limit, self.generator, beside
+        )
 
     def is_head(self, route: Route) -> bool:
         is_output = any(route.aim is output for output in self.outputs)
@@ -312,8 +360,8 @@ class _Refit:
         scale, shift = fit_channels(x, z)
         if not op.bias:
             scale, shift = (x * z).mean(0) / x.square().mean(0).clamp(min=1e-30), 0 * shift
-        before = _relative((held - z).square().mean(), z)
-        after = _relative((x * scale + shift - z).square().mean(), z)
+        error_of = Error((-inf, inf), z)
+        before, after = error_of(held), error_of(x * scale + shift)
         if not after < before:
             return _left(op, _NO_CLOSER, before)
         inputs = rows(self.student.value(_input(op))) if op.norm is not None else x
@@ -326,24 +374,6 @@ class _Refit:
 def _left(work: Route | PerChannel, why: str, error: float = inf) -> LayerFit:
     """The layer as it was transplanted."""
     return LayerFit(_name(work), _aim(work).name, error, error, False, why)
-
-
-def _error(route: Route, aim: torch.Tensor, answer: torch.Tensor) -> float:
-    """Mean squared error behind the activation, as a share of the target's variance."""
-    low, high = route.cut
-    wanted = aim.clamp(low, high)
-    return _relative((answer.clamp(low, high) - wanted).square().mean(), wanted)
-
-
-def _relative(error: torch.Tensor, wanted: torch.Tensor) -> float:
-    return float(error / wanted.var(0, correction=0).mean().clamp(min=1e-30))
-
-
-def _relaxed(cut: tuple[float, float], aim: torch.Tensor, answer: torch.Tensor) -> torch.Tensor:
-    """Where the activation cuts the target, any answer that is cut as well will do."""
-    low, high = cut
-    result = torch.where(aim <= low, answer.clamp(max=low), aim)
-    return torch.where(aim >= high, answer.clamp(min=high), result)
 
 
 def _tensors_of(work: Route | PerChannel) -> set[str]:
