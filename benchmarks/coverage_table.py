@@ -55,6 +55,7 @@ def page() -> str:
         *_summary(rows),
         *_random(),
         *_growth(),
+        *_widths(),
     ]
     for library in LIBRARIES:
         lines += ["", f"## {library}", "", *_table([r for r in rows if _library(r) == library])]
@@ -142,6 +143,48 @@ def _growth() -> list[str]:
             for r in rows
         ),
     ]
+
+
+def _widths() -> list[str]:
+    """Other widths: exactness at N, and what 0.5 and 1.5 cost beside what was foretold."""
+    if not (RESULTS / "wide.json").exists():
+        return []
+    found = _read("wide.json")
+    lines = [
+        "",
+        "## Other widths",
+        "",
+        f"{found['members']} members (`python benchmarks/wide.py`) of the exported models of",
+        f"torchvision and transformers; {len(found['rows'])} of {found['models']} have been measured.",
+        "*Exact*: at width N the network answers as the members' mean, to 1e-9 in float64;",
+        "*apart*: models in which operators run member by member for it. *Runs*: at widths 0.5,",
+        "1.5 and N outputs are finite and of a member's shape. *Foretold*: largest difference",
+        "between the floating-point operations that a network takes and those that its plan's",
+        "sizes foretell. *Kept*: models in which a group kept a member's size.",
+        "",
+        "| | measured | exact | worst error | apart | runs | foretold | kept |",
+        "|---|---:|---:|---:|---:|---:|---:|---:|",
+    ]
+    for library in LIBRARIES:
+        rows = [r for r in found["rows"] if _library(r) == library]
+        done = [r for r in rows if "wide" in r]
+        if not done:
+            continue
+        tries = [w for r in done for w in r["widths"].values()]
+        off = max(abs(w["flops"] / max(w["foretold"], 1) - 1) for w in tries)
+        runs = [
+            all(w["finite"] and w.get("shape", True) for w in r["widths"].values()) for r in done
+        ]
+        kept = sum(any(w.get("refused") for w in r["widths"].values()) for r in done)
+        lines.append(
+            f"| {library} | {len(rows)} | {sum(r['wide'] <= 1e-9 for r in done)} "
+            f"| {max(r['wide'] for r in done):.0e} | {sum(r['mixes'] > 0 for r in done)} "
+            f"| {sum(runs)} | {off:.1%} | {kept} |"
+        )
+    failed = [r for r in found["rows"] if "failure" in r]
+    if failed:
+        lines += ["", *(f"- `{r['model']}`: {_plain(r['failure'])}" for r in failed)]
+    return lines
 
 
 def _table(rows: Sequence[Row]) -> list[str]:

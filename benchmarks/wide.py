@@ -43,6 +43,7 @@ from fxfuse.widths import sizes_of
 RESULTS = Path(__file__).parent / "results" / "wide.json"
 MEMBERS = 2
 WIDTHS = (0.5, 1.5)
+LIBRARIES = ("torchvision:*", "transformers:*")
 
 
 def measure(name: str) -> dict[str, Any]:
@@ -96,7 +97,7 @@ def _run(
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--only", nargs="*", default=["torchvision:*", "transformers:*"])
+    parser.add_argument("--only", nargs="*", default=LIBRARIES)
     parser.add_argument("--jobs", type=int, default=1)
     parser.add_argument("--seconds", type=float, default=900)
     parser.add_argument("--memory", type=float, default=20, help="GB for each process")
@@ -108,6 +109,7 @@ def main() -> None:
         rows = {r["model"]: r for r in json.loads(options.json.read_text(encoding="utf-8"))["rows"]}
     known = json.loads(COVERAGE.read_text(encoding="utf-8"))["rows"]
     size = {r["model"]: r["parameters"] for r in known if r.get("capture") == "export"}
+    every = [m for m in size if any(fnmatch.fnmatch(m, p) for p in LIBRARIES)]
     wanted = [m for m in size if any(fnmatch.fnmatch(m, p) for p in options.only)]
     names = sorted((m for m in wanted if m not in rows or "failure" in rows[m]), key=size.get)
     versions = {"python": platform.python_version()}
@@ -120,7 +122,7 @@ def main() -> None:
         content = {
             "versions": versions,
             "members": MEMBERS,
-            "models": wanted,
+            "models": len(every),
             "rows": [rows[m] for m in size if m in rows],
         }
         options.json.parent.mkdir(parents=True, exist_ok=True)
