@@ -155,7 +155,7 @@ def _widths() -> list[str]:
         "## Other widths",
         "",
         f"{found['members']} members (`python benchmarks/wide.py`) of the exported models of",
-        f"torchvision and transformers; {len(found['rows'])} of {found['models']} have been measured.",
+        f"torchvision and transformers; {len(found['rows'])} of {found['models']} are measured.",
         "*Exact*: at width N the network answers as the members' mean, to 1e-9 in float64;",
         "*apart*: models in which operators run member by member for it. *Runs*: at widths 0.5,",
         "1.5 and N outputs are finite and of a member's shape. *Foretold*: largest difference",
