@@ -135,7 +135,7 @@ def page(results: dict[str, Any]) -> str:
         "[least, greatest] over the seeds; parameters and floating-point operations in units of a "
         "member.",
         "",
-        f"`python -m benchmarks.width`; {' to '.join(map(str, seeds))} seeds, torch "
+        f"`python -m benchmarks.width`; {' to '.join(map(str, dict.fromkeys((seeds[0], seeds[-1]))))} seeds, torch "
         f"{about['torch']}, torch-pruning {about['torch-pruning']}, python {about['python']}, "
         f"{about['threads']} thread on {about['device']} ({about['machine']}), commit "
         f"{', '.join(commits)}.",
