@@ -122,7 +122,8 @@ def page(results: dict[str, Any]) -> str:
     blocks = blocks_of(results)
     about = results["cases"][0]["conditions"]
     commits = sorted({case["conditions"]["commit"] for case in results["cases"]})
-    seeds = sorted({block.seeds for block in blocks})
+    counts = {block.seeds for block in blocks}
+    seeds = " to ".join(map(str, sorted({min(counts), max(counts)})))
     figures = list(figures_of(blocks))
     lines = [
         "# What each width reaches",
@@ -135,7 +136,7 @@ def page(results: dict[str, Any]) -> str:
         "[least, greatest] over the seeds; parameters and floating-point operations in units of a "
         "member.",
         "",
-        f"`python -m benchmarks.width`; {' to '.join(map(str, dict.fromkeys((seeds[0], seeds[-1]))))} seeds, torch "
+        f"`python -m benchmarks.width`; {seeds} seeds, torch "
         f"{about['torch']}, torch-pruning {about['torch-pruning']}, python {about['python']}, "
         f"{about['threads']} thread on {about['device']} ({about['machine']}), commit "
         f"{', '.join(commits)}.",
