@@ -20,7 +20,6 @@ import argparse
 import copy
 import json
 import platform
-import statistics
 import time
 import warnings
 from pathlib import Path
@@ -31,6 +30,7 @@ from torch import nn
 
 import fxfuse
 from benchmarks.paper.datasets import load
+from benchmarks.paper.gains_tables import markdown
 from benchmarks.paper.matching import PLACES, distilled
 from benchmarks.paper.networks import NETWORKS
 from benchmarks.paper.setting import SETTINGS, Case, accuracy, case
@@ -130,29 +130,6 @@ def labelled(made: Case, start: nn.Module) -> tuple[nn.Module, float]:
     return module, used
 
 
-def summary(cases: list[dict[str, Any]]) -> list[str]:
-    """A line for each network, setting and number of members."""
-    lines, groups = [], dict[tuple[Any, ...], list[dict[str, Any]]]()
-    for each in cases:
-        groups.setdefault((each["network"], each["setting"], each["n"]), []).append(each)
-    for (network, setting, n), members in groups.items():
-        lines.append(f"{network}, {setting}, N = {n}, {len(members)} seeds")
-        for name in members[0]["rows"]:
-            values = [m["rows"][name]["accuracy"] for m in members]
-            gains = [gain(m["rows"], name) for m in members]
-            lines.append(
-                f"  {name:32}{statistics.mean(values):6.1f} [{min(values):.1f}, {max(values):.1f}]"
-                f"  gain {100 * statistics.mean(gains):5.0f} %"
-            )
-    return lines
-
-
-def gain(rows: dict[str, Any], name: str) -> float:
-    """Share of the way from the best member to the ensemble."""
-    low, high = rows["best member"]["accuracy"], rows["ensemble"]["accuracy"]
-    return (rows[name]["accuracy"] - low) / (high - low) if high != low else float("nan")
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--network", nargs="+", choices=NETWORKS, default=list(NETWORKS))
@@ -200,7 +177,7 @@ def main() -> None:
                     }
                     options.json.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
                     print(key, {k: round(r["accuracy"], 1) for k, r in rows.items()}, flush=True)
-    print("\n".join(summary(cases)))
+    print(markdown(cases))
 
 
 if __name__ == "__main__":

@@ -1,0 +1,52 @@
+"""Write what `gains` measured into docs/paper/gains.md, or check that the page is up to date.
+
+python -m benchmarks.paper.gains_page           # rewrite the page
+python -m benchmarks.paper.gains_page --check   # exit with 1 when it is out of date
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from benchmarks.pages import update, with_tables
+from benchmarks.paper.gains import RESULTS
+from benchmarks.paper.gains_tables import markdown
+from benchmarks.paper.runner import PAGES
+
+MARK = "gains"
+
+
+def section(found: dict[str, Any]) -> str:
+    """All that stands between the marks."""
+    cases = found["cases"]
+    seeds = len({case["seed"] for case in cases})
+    budgets = ", ".join(f"{b:g}" for b in sorted({case["budget"] for case in cases}))
+    about = (
+        f"`python -m benchmarks.paper.gains`; {seeds} seeds, {len(cases)} runs, `auto` with "
+        f"{budgets} CPU seconds of matching, torch {found['torch']}. {found['conditions']}"
+    )
+    return f"\n{about}\n\n{markdown(cases)}\n\n"
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Rewrite or check the page, and return the exit status."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    parser.add_argument(
+        "--check", action="store_true", help="change nothing; exit 1 if out of date"
+    )
+    parser.add_argument("--page", type=Path, default=PAGES / "gains.md")
+    parser.add_argument("--results", type=Path, default=RESULTS)
+    asked = parser.parse_args(arguments)
+    found = json.loads(asked.results.read_text(encoding="utf-8"))
+    text = with_tables(asked.page.read_text(encoding="utf-8"), MARK, section(found))
+    return update({asked.page: text}, "python -m benchmarks.paper.gains_page", check=asked.check)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
