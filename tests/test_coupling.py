@@ -257,7 +257,7 @@ def test_a_wrong_group_is_found_named_and_frozen(monkeypatch: pytest.MonkeyPatch
 
     import sys
 
-    monkeypatch.setattr(sys.modules["fxfuse.fuse"], "analyze", lambda *args, **kwargs: graph)
+    monkeypatch.setattr(sys.modules["fxfuse.fuse"], "couple", lambda *args, **kwargs: graph)
     with pytest.warns(UserWarning, match=r"block1\.conv1\.weight:0"):
         result = fxfuse.fuse(members, x)
     assert ("block1.conv1.weight", 0) not in result.graph.group_of
