@@ -56,7 +56,10 @@ def as_deepest(members: Sequence[Captured]) -> Deepest | None:
         missing = [name for name in deepest.names if name not in names[i]]
         for name in missing:
             absent[name] = (*absent.get(name, ()), i)
-        states.append(_filled(member, deepest, missing, i, number) if missing else member.state())
+        # Also one that lacks nothing: tensors of the same names do not make the same network.
+        states.append(
+            member.state() if i == number else _filled(member, deepest, missing, i, number)
+        )
     return Deepest(deepest, tuple(states), absent)
 
 
@@ -84,8 +87,10 @@ def _filled(
     expected, found = run(member, as_double(own)), run(deepest, as_double(filled))
     error = relative_error(found, expected)
     if error > EXACT:
-        why = f"without {missing[0]} and what belongs to it, the deeper network answers otherwise "
-        raise _mismatch(number, other, missing[0], f"{why}(relative difference {error:.1e})")
+        where = missing[0] if missing else ""
+        without = f"without {where} and what belongs to it, " if missing else "with its tensors, "
+        why = f"{without}member {other} answers otherwise (relative difference {error:.1e})"
+        raise _mismatch(number, other, where, why)
     return filled
 
 

@@ -278,3 +278,28 @@ class Branching(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         y = self.first(x)
         return self.last(y.relu() if float(y.sum()) > 0 else y.tanh())
+
+
+class Residual(nn.Module):
+    """Residual blocks with some activation and some width inside."""
+
+    def __init__(self, blocks: int, activation: Callable[[], nn.Module], inner: int = 8) -> None:
+        super().__init__()
+        parts = [[nn.Linear(8, inner), activation(), nn.Linear(inner, 8)] for _ in range(blocks)]
+        self.blocks = nn.ModuleList([nn.Sequential(*part) for part in parts])
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for block in self.blocks:
+            x = x + block(x)
+        return x
+
+
+def test_members_as_deep_as_the_deepest_are_looked_at_too():
+    shallow, deep_one = Residual(1, nn.ReLU).double(), Residual(2, nn.ReLU).double()
+    assert fxfuse.fuse([shallow, deep_one, Residual(2, nn.ReLU).double()], X).verification.passed
+    with pytest.raises(
+        MemberMismatchError, match=r"member 2 is not member 1(.|\n)*answers otherwise"
+    ):
+        fxfuse.fuse([shallow, deep_one, Residual(2, nn.Tanh).double()], X)
+    with pytest.raises(MemberMismatchError, match=r"member 2 is not member 1(.|\n)*not in both"):
+        fxfuse.fuse([shallow, deep_one, Residual(2, nn.ReLU, inner=6).double()], X)
