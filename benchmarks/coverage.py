@@ -17,7 +17,6 @@ import json
 import multiprocessing
 import multiprocessing.connection
 import os
-import platform
 import re
 import resource
 import sys
@@ -35,6 +34,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import fxfuse
 from benchmarks.coverage_models import BATCH, build, models
+from benchmarks.records import earlier, versions, write
 from fxfuse import verify
 from tests.models import excite
 
@@ -226,23 +226,16 @@ def main() -> None:
     parser.add_argument("--json", type=Path, default=RESULTS)
     parser.add_argument("--keep", action="store_true")
     options = parser.parse_args()
-    rows: dict[str, dict[str, Any]] = {}
-    if options.keep and options.json.exists():
-        rows = {r["model"]: r for r in json.loads(options.json.read_text(encoding="utf-8"))["rows"]}
+    rows = {r["model"]: r for r in earlier(options.json, "rows", keep=options.keep)}
     wanted = [m for m in models() if any(fnmatch.fnmatch(m, p) for p in options.only)]
     names = [m for m in wanted if m not in rows or "failure" in rows[m]]
-    versions = {"python": platform.python_version()}
-    for library in ("torch", "torchvision", "timm", "transformers"):
-        # Imported before the processes fork, so that each of them has it at once.
-        versions[library] = __import__(library).__version__
+    known = versions()
 
     def done(row: dict[str, Any]) -> None:
         rows[row["model"]] = row
         print(json.dumps(row), flush=True)
         found = [rows[m] for m in models() if m in rows]
-        content = {"versions": versions, "models": len(models()), "rows": found}
-        options.json.parent.mkdir(parents=True, exist_ok=True)
-        options.json.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+        write(options.json, {"versions": known, "models": len(models()), "rows": found})
 
     sweep(names, options.jobs, options.seconds, options.memory, done)
     failures = [r["model"] for r in rows.values() if "failure" in r]

@@ -14,7 +14,6 @@ from __future__ import annotations
 import argparse
 import fnmatch
 import json
-import platform
 import sys
 import warnings
 from pathlib import Path
@@ -28,6 +27,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import fxfuse
 from benchmarks.coverage import BLIND, double, sweep
 from benchmarks.coverage import RESULTS as COVERAGE
+from benchmarks.records import earlier, versions, write
 from fxfuse import verify
 from fxfuse.cost import operations_of, parameters_of
 from fxfuse.coupling import CouplingGraph
@@ -104,29 +104,24 @@ def main() -> None:
     parser.add_argument("--json", type=Path, default=RESULTS)
     parser.add_argument("--keep", action="store_true")
     options = parser.parse_args()
-    rows: dict[str, dict[str, Any]] = {}
-    if options.keep and options.json.exists():
-        rows = {r["model"]: r for r in json.loads(options.json.read_text(encoding="utf-8"))["rows"]}
-    known = json.loads(COVERAGE.read_text(encoding="utf-8"))["rows"]
-    size = {r["model"]: r["parameters"] for r in known if r.get("capture") == "export"}
+    rows = {r["model"]: r for r in earlier(options.json, "rows", keep=options.keep)}
+    swept = earlier(COVERAGE, "rows", keep=True)
+    size = {r["model"]: r["parameters"] for r in swept if r.get("capture") == "export"}
     every = [m for m in size if any(fnmatch.fnmatch(m, p) for p in LIBRARIES)]
     wanted = [m for m in size if any(fnmatch.fnmatch(m, p) for p in options.only)]
     names = sorted((m for m in wanted if m not in rows or "failure" in rows[m]), key=size.get)
-    versions = {"python": platform.python_version()}
-    for library in ("torch", "torchvision", "timm", "transformers"):
-        versions[library] = __import__(library).__version__
+    known = versions()
 
     def done(row: dict[str, Any]) -> None:
         rows[row["model"]] = row
         print(json.dumps(row), flush=True)
         content = {
-            "versions": versions,
+            "versions": known,
             "members": MEMBERS,
             "models": len(every),
             "rows": [rows[m] for m in size if m in rows],
         }
-        options.json.parent.mkdir(parents=True, exist_ok=True)
-        options.json.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+        write(options.json, content)
 
     sweep(names, options.jobs, options.seconds, options.memory, done, measure)
     failures = [r["model"] for r in rows.values() if "failure" in r]

@@ -18,7 +18,6 @@ import argparse
 import copy
 import hashlib
 import itertools
-import json
 import platform
 import subprocess
 import warnings
@@ -36,6 +35,7 @@ from benchmarks.paper.datasets import load
 from benchmarks.paper.matching import PLACES
 from benchmarks.paper.networks import NETWORKS
 from benchmarks.paper.setting import SETTINGS, Case, accuracy, case
+from benchmarks.records import earlier, write
 from fxfuse.cost import operations_of, parameters_of
 from fxfuse.refine import match
 
@@ -154,9 +154,7 @@ def main() -> None:
     warnings.simplefilter("ignore")
     # Of the code that runs, whatever becomes of the working tree meanwhile.
     told = conditions()
-    cases: list[dict[str, Any]] = []
-    if options.keep and options.json.exists():
-        cases = json.loads(options.json.read_text(encoding="utf-8"))["cases"]
+    cases = earlier(options.json, "cases", keep=options.keep)
     done = {(c["network"], c["setting"], c["n"], c["seed"]) for c in cases}
     wanted = itertools.product(range(options.seeds), options.n, options.network, options.setting)
     for seed, n, network, setting in wanted:
@@ -174,8 +172,7 @@ def main() -> None:
             "calibration": CALIBRATION,
             "cases": cases,
         }
-        options.json.parent.mkdir(parents=True, exist_ok=True)
-        options.json.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+        write(options.json, content)
         shown = {f"{r['row']} {r['width']:g}": round(r["accuracy"], 1) for r in rows}
         print(key, shown, flush=True)
 

@@ -3,19 +3,38 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Sequence
 from math import isfinite
 
+from fxfuse.capture import check_reached
 from fxfuse.coupling import CouplingGraph
 from fxfuse.errors import NothingToFuseError, VerificationError
+from fxfuse.freezing import excused
 from fxfuse.verify import Check, Verification, permutation_of, wrong_groups
 
 
-def check_free(graph: CouplingGraph) -> None:
-    """Checks that something in the network can be fused or pruned.
+def examined(graph: CouplingGraph, *, verify: bool) -> tuple[CouplingGraph, list[Check]]:
+    """What of a network can be fused or pruned, and what the oracles say of it.
+
+    Args:
+        graph: The analysis of the network.
+        verify: Whether to run the permutation oracle; groups that it cannot move are frozen.
 
     Raises:
+        UnreachedParametersError: The network was traced, and the example does not reach all of its
+            weights.
         NothingToFuseError: No parameter has a free dimension.
     """
+    check_reached(graph.captured, excused(graph.asked))
+    checks = []
+    if verify:
+        graph, check = _only_what_moves(graph)
+        checks.append(check)
+    _check_free(graph)
+    return graph, checks
+
+
+def _check_free(graph: CouplingGraph) -> None:
     if graph.groups:
         return
     if not list(graph.captured.module.parameters()):
@@ -40,15 +59,8 @@ def check_free(graph: CouplingGraph) -> None:
     )
 
 
-def only_what_moves(graph: CouplingGraph) -> tuple[CouplingGraph, Check]:
-    """Freezes the groups that the permutation oracle cannot move, with a loud warning.
-
-    Args:
-        graph: The analysis of a network.
-
-    Returns:
-        The analysis without these groups, and what the oracle says of it.
-    """
+def _only_what_moves(graph: CouplingGraph) -> tuple[CouplingGraph, Check]:
+    """Freezes the groups that the permutation oracle cannot move, with a loud warning."""
     check = permutation_of(graph)
     wrong = () if check.passed or not isfinite(check.error) else wrong_groups(graph)
     if not wrong:
@@ -57,19 +69,19 @@ def only_what_moves(graph: CouplingGraph) -> tuple[CouplingGraph, Check]:
     warnings.warn(
         f"coupling groups {names} changed the network when permuted, so they are frozen and one "
         "member's weights are kept there. A rule of fxfuse is wrong: please report the network.",
-        stacklevel=3,
+        stacklevel=4,
     )
     graph = graph.freezing(names, "the permutation oracle could not move this group")
     return graph, permutation_of(graph)
 
 
-def check_verified(verification: Verification) -> None:
-    """Checks that every oracle held.
+def verified(checks: Sequence[Check]) -> Verification:
+    """What the oracles found, once it is sure that every one of them held.
 
     Raises:
         VerificationError: One failed; names it.
     """
-    failed = [check for check in verification.checks if not check.passed]
+    failed = [check for check in checks if not check.passed]
     if failed:
         raise VerificationError(
             "the fused network failed its verification and is not handed over",
@@ -80,3 +92,4 @@ def check_verified(verification: Verification) -> None:
             ),
             how="check the members' weights; verify=False returns the network all the same",
         )
+    return Verification(tuple(checks))

@@ -12,16 +12,15 @@ from torch.export import ExportedProgram
 
 from fxfuse.apply import fused_tensors
 from fxfuse.calibration import Calibration
-from fxfuse.capture import Captured, capture, capture_eagerly, check_reached
+from fxfuse.capture import Captured, capture, capture_eagerly
 from fxfuse.controls import Controls, OutputDims, Patterns, listed
 from fxfuse.coupling import CouplingGraph, couple
 from fxfuse.depth import as_deepest
 from fxfuse.eager import answers
 from fxfuse.errors import CalibrationError, ControlError, PartialFusionError
-from fxfuse.examine import check_free, check_verified, only_what_moves
+from fxfuse.examine import examined, verified
 from fxfuse.fingerprint import fingerprint
 from fxfuse.finish import Start, matched_start, refitted
-from fxfuse.freezing import excused
 from fxfuse.given_plan import check_alone, check_count, check_plan
 from fxfuse.heads import join
 from fxfuse.members import check_alike, check_enough, check_finite, check_model, check_values
@@ -34,7 +33,7 @@ from fxfuse.result import FusionResult
 from fxfuse.same_network import check_same_network
 from fxfuse.scores import check_score
 from fxfuse.varied import of_all_widths
-from fxfuse.verify import Verification, equals_ensemble, handover
+from fxfuse.verify import equals_ensemble, handover
 from fxfuse.wide import wide_plan
 from fxfuse.widen import emit_fused, widen
 from fxfuse.widths import Width
@@ -193,12 +192,7 @@ def fuse(
         check_finite(number, state)
     graph = couple(network, controls)
     graph = of_all_widths(graph, captured, lambda member: couple(member, controls))
-    check_reached(network, excused(graph.asked))
-    checks = []
-    if verify:
-        graph, check = only_what_moves(graph)
-        checks.append(check)
-    check_free(graph)
+    graph, checks = examined(graph, verify=verify)
     _check_widths(graph, "transplant" if auto else method, calibrated=calibration is not None)
     inputs = None if calibration is None else Calibration.of(network, calibration)
     _check_calibrated(graph, inputs, auto=auto, refit=refit)
@@ -237,15 +231,15 @@ def fuse(
         module = emit_fused(graph, start.plan, start.state)
     if verify:
         checks += handover(network, module or _eager(network, start.state))
+    handed_out = bool(controls.output_dims)
     if verify and plan.mixing == "per_member":
-        checks.append(equals_ensemble(graph, states, plan))
+        checks.append(equals_ensemble(graph, states, plan, hands_out=handed_out))
     elif verify and graph.members:
-        checks.append(equals_ensemble(graph, states, wide_plan(graph, states, "joint")))
-    verification = Verification(tuple(checks))
-    check_verified(verification)
+        wide = wide_plan(graph, states, "joint")
+        checks.append(equals_ensemble(graph, states, wide, hands_out=handed_out))
     return FusionResult(
         start.plan,
-        verification,
+        verified(checks),
         graph,
         start.state,
         module,

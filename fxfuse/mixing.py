@@ -70,8 +70,8 @@ def shared_writers(
     for name, dim in sorted(free):
         if (name, dim) not in readers:
             continue
-        reasons = (frozen.get((name, d)) for d in range(captured.tensor(name).dim()))
-        why = next((r.why for r in reasons if r is not None and r.why in shared), "")
+        reasons = _reasons(captured, frozen, name)
+        why = next((r.why for r in reasons if r.why in shared), "")
         if why:
             node = next(n for n in captured.graph.nodes if n.op == "get_attr" and n.target == name)
             user = next(iter(node.users))
@@ -96,14 +96,21 @@ def tied_outputs(
     """
     both = {place for group in groups for place in group.index} & readers & writers
     for name, _ in sorted(both):
-        reasons = (frozen.get((name, d)) for d in range(captured.tensor(name).dim()))
-        if not any(r is not None and r.kind is Kind.OUTPUT for r in reasons):
+        if not any(r.kind is Kind.OUTPUT for r in _reasons(captured, frozen, name)):
             continue
         for node in captured.graph.nodes:
             if node.op == "get_attr" and captured.canonical.get(str(node.target)) == name:
                 for user in node.users:
                     why = f"{name} both writes neurons and makes the output, the mean, of them"
                     yield MixingNote(why, user.name, source_of(user))
+
+
+def _reasons(
+    captured: Captured, frozen: Mapping[Place, FrozenReason], name: str
+) -> list[FrozenReason]:
+    """Why dimensions of a tensor are frozen, of those that are."""
+    places = ((name, dim) for dim in range(captured.tensor(name).dim()))
+    return [frozen[place] for place in places if place in frozen]
 
 
 def _note(note: Mixing, node: str) -> MixingNote:

@@ -431,8 +431,9 @@ def inner_averages(graph: CouplingGraph, states: Sequence[Mapping[str, Any]]) ->
             continue
         first = states[0][name]
         scale = max(float(first.abs().max()) if first.numel() else 0.0, 1e-30)
-        own = [_averaged_cells(graph.of_member(member), name) for member in range(len(states))]
-        ours, *others = (s[name][cells or ()] for s, cells in zip(states, own, strict=True))
+        own = [_averaged_cells(member, name) or () for member in graph.members]
+        own = own or [cells] * len(states)
+        ours, *others = (s[name][where] for s, where in zip(states, own, strict=True))
         spread = max((float((o - ours).abs().max()) for o in others if o.numel()), default=0.0)
         found[name] = spread / scale
     return found

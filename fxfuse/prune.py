@@ -10,13 +10,12 @@ from torch import nn
 from torch.export import ExportedProgram
 
 from fxfuse.calibration import Calibration
-from fxfuse.capture import Captured, capture, check_reached
+from fxfuse.capture import Captured, capture
 from fxfuse.controls import Controls, OutputDims, Patterns
 from fxfuse.coupling import couple
 from fxfuse.errors import ControlError
-from fxfuse.examine import check_free, check_verified, only_what_moves
+from fxfuse.examine import examined, verified
 from fxfuse.fingerprint import fingerprint
-from fxfuse.freezing import excused
 from fxfuse.members import check_finite, check_values
 from fxfuse.options import Options
 from fxfuse.plan import FusionPlan
@@ -24,7 +23,7 @@ from fxfuse.planner import make_plan
 from fxfuse.resize import Target, resized
 from fxfuse.result import FusionResult
 from fxfuse.scores import check_score
-from fxfuse.verify import Verification, handover
+from fxfuse.verify import handover
 from fxfuse.widen import widen
 from fxfuse.widths import Width
 
@@ -113,12 +112,7 @@ def prune(
     if plan is not None:
         controls = plan.controls.and_also(controls)
     graph = couple(captured, controls)
-    check_reached(captured, excused(graph.asked))
-    checks = []
-    if verify:
-        graph, check = only_what_moves(graph)
-        checks.append(check)
-    check_free(graph)
+    graph, checks = examined(graph, verify=verify)
     inputs = None if calibration is None else Calibration.of(captured, calibration)
     found = resized(graph, 1, target)
     assert found is not None
@@ -133,6 +127,4 @@ def prune(
     pruned = widen(graph, made, [state])
     if verify:
         checks += handover(captured, pruned)
-    verification = Verification(tuple(checks))
-    check_verified(verification)
-    return FusionResult(made, verification, graph, pruned.state_dict(), pruned)
+    return FusionResult(made, verified(checks), graph, pruned.state_dict(), pruned)

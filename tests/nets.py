@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
 import torch
 from torch import nn
 
@@ -53,3 +56,30 @@ def resnets(n: int, dtype: torch.dtype = torch.float32) -> list[SmallResNet]:
         torch.manual_seed(seed)
         found.append(excite(SmallResNet().to(dtype), images(8, dtype)))
     return found
+
+
+@dataclass(frozen=True)
+class Samples:
+    """Networks by name, how to make each and the shape of an input, and random inputs for them."""
+
+    networks: Mapping[str, tuple[Callable[[], nn.Module], tuple[int, ...]]]
+    count: int
+
+    def inputs(self, name: str, n: int | None = None, seed: int = 0) -> torch.Tensor:
+        """Inputs [n, *]."""
+        shape, generator = self.networks[name][1], torch.Generator().manual_seed(seed)
+        return torch.randn(n or self.count, *shape, generator=generator)
+
+    def members(self, name: str, n: int = 2, *, same: bool = False) -> list[nn.Module]:
+        """Networks with random weights, the same ones or others, whose norms know the inputs."""
+        members = []
+        for seed in range(n):
+            torch.manual_seed(0 if same else seed)
+            members.append(excite(self.networks[name][0](), self.inputs(name, 40)))
+        return members
+
+
+def mean_of(members: Sequence[nn.Module], x: torch.Tensor) -> torch.Tensor:
+    """The mean of the members' outputs in eval mode."""
+    with torch.no_grad():
+        return torch.stack([m.eval()(x) for m in members]).mean(0)

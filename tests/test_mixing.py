@@ -18,6 +18,7 @@ from fxfuse.cost import operations_of, parameters_of
 from fxfuse.errors import ControlError, PlanError, RewriteError
 from fxfuse.plan import FusionPlan
 from tests.models import build, image
+from tests.nets import mean_of
 from tests.strategies import Recipe, members_of, recipes
 
 
@@ -28,11 +29,6 @@ def seeded(make, seed: int) -> nn.Module:
         for parameter in model.parameters():
             parameter.add_(0.1 * torch.randn_like(parameter))
     return model
-
-
-def mean_of(members, x: torch.Tensor) -> torch.Tensor:
-    with torch.no_grad():
-        return torch.stack([member(x) for member in members]).mean(0)
 
 
 def wide_of(make, x: torch.Tensor, n: int = 3):

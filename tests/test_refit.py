@@ -24,8 +24,7 @@ from fxfuse.refine import refit
 from fxfuse.refine.regression.head import fit_head
 from fxfuse.refine.regression.route import routes_of
 from fxfuse.refine.regression.solve import Fit, Ridge
-from tests.models import excite
-from tests.nets import SmallResNet
+from tests.nets import Samples, SmallResNet, mean_of
 
 
 class Transformer(nn.Module):
@@ -72,21 +71,8 @@ NETWORKS = {
 }
 
 
-def inputs_for(name: str, n: int = 300, seed: int = 0) -> torch.Tensor:
-    return torch.randn(n, *NETWORKS[name][1], generator=torch.Generator().manual_seed(seed))
-
-
-def members_for(name: str, n: int = 2, *, same: bool = False) -> list[nn.Module]:
-    members = []
-    for seed in range(n):
-        torch.manual_seed(0 if same else seed)
-        members.append(excite(NETWORKS[name][0](), inputs_for(name, 40)))
-    return members
-
-
-def mean_of(members: list[nn.Module], x: torch.Tensor) -> torch.Tensor:
-    with torch.no_grad():
-        return torch.stack([m.eval()(x) for m in members]).mean(0)
+SAMPLES = Samples(NETWORKS, 300)
+inputs_for, members_for = SAMPLES.inputs, SAMPLES.members
 
 
 def distance(module: nn.Module, members: list[nn.Module], x: torch.Tensor) -> float:

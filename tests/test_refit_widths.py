@@ -17,8 +17,7 @@ from fxfuse.refine import refit
 from fxfuse.refine.regression.counterpart import counterparts
 from fxfuse.refine.regression.route import routes_of
 from fxfuse.widen import resized_of
-from tests.models import excite
-from tests.nets import SmallResNet
+from tests.nets import Samples, SmallResNet
 from tests.test_refit import Depthwise, Transformer, distance
 
 
@@ -64,16 +63,8 @@ NETWORKS = {
 }
 
 
-def inputs_for(name: str, n: int = 200, seed: int = 0) -> torch.Tensor:
-    return torch.randn(n, *NETWORKS[name][1], generator=torch.Generator().manual_seed(seed))
-
-
-def members_for(name: str, n: int = 2, *, same: bool = False) -> list[nn.Module]:
-    members = []
-    for seed in range(n):
-        torch.manual_seed(0 if same else seed)
-        members.append(excite(NETWORKS[name][0](), inputs_for(name, 40)))
-    return members
+SAMPLES = Samples(NETWORKS, 200)
+inputs_for, members_for = SAMPLES.inputs, SAMPLES.members
 
 
 @pytest.mark.parametrize(

@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import argparse
 import copy
-import json
+import itertools
 import platform
 import time
 import warnings
@@ -34,6 +34,7 @@ from benchmarks.paper.gains_tables import markdown
 from benchmarks.paper.matching import PLACES, distilled
 from benchmarks.paper.networks import NETWORKS
 from benchmarks.paper.setting import SETTINGS, Case, accuracy, case
+from benchmarks.records import earlier, write
 from fxfuse.data import Batches
 from fxfuse.refine import default_optimizer, finetune, match, recalibrate, refit_head
 
@@ -143,40 +144,27 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
-    cases: list[dict[str, Any]] = []
-    if options.keep and options.json.exists():
-        cases = json.loads(options.json.read_text(encoding="utf-8"))["cases"]
+    cases = earlier(options.json, "cases", keep=options.keep)
     done = {(c["network"], c["setting"], c["n"], c["seed"], c["budget"]) for c in cases}
-    for seed in range(options.first_seed, options.first_seed + options.seeds):
-        for network in options.network:
-            for setting in options.setting:
-                for n in options.n:
-                    key = (network, setting, n, seed, options.seconds)
-                    if key in done:
-                        continue
-                    data = PLACES[setting][network]
-                    made = case(network, load(data), setting, n, seed)
-                    rows = measure(made, options.seconds)
-                    cases.append(
-                        {
-                            "network": network,
-                            "data": data,
-                            "setting": setting,
-                            "n": n,
-                            "seed": seed,
-                            "budget": options.seconds,
-                            "rows": rows,
-                        }
-                    )
-                    content = {
-                        "schema": 1,
-                        "torch": torch.__version__,
-                        "python": platform.python_version(),
-                        "conditions": CONDITIONS,
-                        "cases": cases,
-                    }
-                    options.json.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-                    print(key, {k: round(r["accuracy"], 1) for k, r in rows.items()}, flush=True)
+    seeds = range(options.first_seed, options.first_seed + options.seeds)
+    wanted = itertools.product(seeds, options.network, options.setting, options.n)
+    for seed, network, setting, n in wanted:
+        key = (network, setting, n, seed, options.seconds)
+        if key in done:
+            continue
+        data = PLACES[setting][network]
+        rows = measure(case(network, load(data), setting, n, seed), options.seconds)
+        about = {"network": network, "data": data, "setting": setting, "n": n, "seed": seed}
+        cases.append({**about, "budget": options.seconds, "rows": rows})
+        content = {
+            "schema": 1,
+            "torch": torch.__version__,
+            "python": platform.python_version(),
+            "conditions": CONDITIONS,
+            "cases": cases,
+        }
+        write(options.json, content)
+        print(key, {k: round(r["accuracy"], 1) for k, r in rows.items()}, flush=True)
     print(markdown(cases))
 
 

@@ -111,11 +111,8 @@ def parse_width(texts: Iterable[str]) -> Width | None:
                 raise ValueError("it contradicts another --width")
             found[pattern] = float(number)
         except ValueError as error:
-            raise ControlError(
-                f"--width {text!r} cannot be read",
-                why=str(error),
-                how="write one number, such as 1.5, or PATTERN=WIDTH for each pattern",
-            ) from error
+            how = "write one number, such as 1.5, or PATTERN=WIDTH for each pattern"
+            raise _unreadable("--width", text, str(error), how) from error
     return found.get("", found or None)
 
 
@@ -133,11 +130,8 @@ def parse_output_dims(texts: Iterable[str]) -> dict[int, tuple[int, ...]]:
                 raise ValueError("there is no '='")
             found[int(output)] = tuple(int(dim) for dim in dims.split(",") if dim.strip())
         except ValueError as error:
-            raise ControlError(
-                f"--output-dims {text!r} cannot be read",
-                why=str(error),
-                how="write OUTPUT=DIM,DIM with numbers, such as 0=1",
-            ) from error
+            how = "write OUTPUT=DIM,DIM with numbers, such as 0=1"
+            raise _unreadable("--output-dims", text, str(error), how) from error
     return found
 
 
@@ -150,9 +144,10 @@ def parse_reference(text: str) -> Reference:
     if text == "mean":
         return "mean"
     if not text.isdecimal():
-        raise ControlError(
-            f"--reference {text!r} cannot be read",
-            why="it is neither the number of a network, counted from 0, nor `mean`",
-            how="write --reference 0 or --reference mean",
-        )
+        why = "it is neither the number of a network, counted from 0, nor `mean`"
+        raise _unreadable("--reference", text, why, "write --reference 0 or --reference mean")
     return int(text)
+
+
+def _unreadable(option: str, text: str, why: str, how: str) -> ControlError:
+    return ControlError(f"{option} {text!r} cannot be read", why=why, how=how)

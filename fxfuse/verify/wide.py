@@ -63,14 +63,15 @@ def wide_equals_ensemble(
     graph = of_all_widths(graph, captured, lambda member: couple(member, controls))
     states = [c.state() for c in captured]
     plan = wide_plan(graph, states, mixing)
-    return equals_ensemble(graph, states, plan, bool(controls.output_dims))
+    return equals_ensemble(graph, states, plan, hands_out=bool(controls.output_dims))
 
 
 def equals_ensemble(
     graph: CouplingGraph,
     states: Sequence[Mapping[str, torch.Tensor]],
     plan: FusionPlan,
-    hands_out: bool = True,
+    *,
+    hands_out: bool,
 ) -> Check:
     """The wide oracle for members that are analyzed already.
 
@@ -78,7 +79,7 @@ def equals_ensemble(
         graph: The analysis of the members.
         states: For each member, its tensors by name.
         plan: A plan that keeps every unit of every member.
-        hands_out: Whether an output dimension may be no interface, so that units are handed out.
+        hands_out: Whether an output dimension is no interface, so that units are handed out.
     """
     states = [as_double(s) for s in states]
     module = in_double(widen(graph, plan, states))

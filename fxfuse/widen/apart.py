@@ -13,7 +13,6 @@ from __future__ import annotations
 import operator
 from collections.abc import Iterable, Iterator
 
-import torch.utils._pytree as pytree
 from torch import fx
 
 from fxfuse.coupling import CouplingGraph
@@ -22,7 +21,7 @@ from fxfuse.layout import Copies, Layout
 from fxfuse.plan import FusionPlan
 from fxfuse.rules import contraction, find, movement
 from fxfuse.tensors import is_constant
-from fxfuse.widen.units import Units
+from fxfuse.widen.units import Units, values_in
 
 #: Rules of operators whose result holds nothing but elements of their operands.
 _MOVEMENTS = (
@@ -129,10 +128,7 @@ class Apart:
         return name if name is not None and not is_constant(captured.tensor(name)) else ""
 
     def _values(self, node: fx.Node) -> list[Value]:
-        leaves = pytree.tree_leaves(
-            self.graph.values.get(node), is_leaf=lambda x: isinstance(x, Value)
-        )
-        return [x for x in leaves if isinstance(x, Value)]
+        return values_in(self.graph.values.get(node))
 
     def _add_tensor(self, name: str) -> None:
         self.add(self._claim(name))

@@ -8,8 +8,9 @@ import numpy as np
 import torch
 from torch import fx
 
-from fxfuse.labels import Value
+from fxfuse.labels import Index, Value
 from fxfuse.layout import Layout
+from fxfuse.widen.operands import select
 from fxfuse.widen.state import Layouts, WideGraph, cannot_write
 
 aten = torch.ops.aten
@@ -35,7 +36,7 @@ def run_apart(wide: WideGraph, node: fx.Node) -> Any:
         if found is None:
             written, layouts = parts[0], Layouts()
         else:
-            written, layouts = _together(wide, parts, *found), {found[0]: found[1]}
+            written, layouts = _together(wide, node, parts, *found), {found[0]: found[1]}
     wide.graph.erase_node(wide.replace(node, written))
     return layouts
 
@@ -83,22 +84,23 @@ def _own(wide: WideGraph, node: fx.Node, operand: fx.Node, member: int) -> fx.No
         size = wide.values[operand].shape[dim]
         if not np.array_equal(layout.source[places], np.arange(size)):
             raise cannot_write(node, "an operand lacks a member's own units")
-        found = _taken(wide, found, dim, places)
+        found = _taken(wide, node, found, dim, places)
     return found
 
 
-def _taken(wide: WideGraph, tensor: fx.Node, dim: int, places: np.ndarray) -> fx.Node:
+def _taken(wide: WideGraph, node: fx.Node, tensor: fx.Node, dim: int, places: Index) -> fx.Node:
     """Some places along a dimension; a view where they stand at equal distances."""
     steps = np.unique(np.diff(places))
     if len(steps) == 1 and steps[0] > 0:
         end = int(places[-1]) + 1
         args = (tensor, dim, int(places[0]), end, int(steps[0]))
         return wide.graph.call_function(aten.slice.Tensor, args)
-    order = wide.hold(torch.from_numpy(places))
-    return wide.graph.call_function(aten.index_select.default, (tensor, dim, order))
+    return select(wide, node, tensor, dim, places)
 
 
-def _together(wide: WideGraph, parts: list[fx.Node], dim: int, layout: Layout) -> fx.Node:
+def _together(
+    wide: WideGraph, node: fx.Node, parts: list[fx.Node], dim: int, layout: Layout
+) -> fx.Node:
     """The members' values along one dimension, in the order of a layout."""
     size = len(layout.source) // len(parts)
     order = layout.copy * size + layout.source
@@ -110,4 +112,4 @@ def _together(wide: WideGraph, parts: list[fx.Node], dim: int, layout: Layout) -
     joined = call(aten.cat.default, (parts, dim))
     if np.array_equal(order, np.arange(len(order))):
         return joined
-    return call(aten.index_select.default, (joined, dim, wide.hold(torch.from_numpy(order))))
+    return select(wide, node, joined, dim, order)

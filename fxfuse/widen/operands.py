@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import fx
 
-from fxfuse.labels import Value
+from fxfuse.labels import Index, Value
 from fxfuse.layout import Layout
 from fxfuse.widen.state import Layouts, WideGraph, cannot_write
 
@@ -127,7 +127,7 @@ def reorder(wide: WideGraph, node: fx.Node, layouts: Layouts, ordered: Layouts) 
     operand = cast("fx.Node", wide.mapping[node].args[0])
     for dim, wanted in ordered.items():
         have = {pair: i for i, pair in enumerate(_pairs(layouts[dim]))}
-        operand = _select(wide, node, operand, dim, [have[pair] for pair in _pairs(wanted)])
+        operand = select(wide, node, operand, dim, [have[pair] for pair in _pairs(wanted)])
     wide.mapping[node].update_arg(0, operand)
 
 
@@ -141,11 +141,11 @@ def _pick(
 ) -> None:
     """Puts an `index_select` between an operand and a node."""
     current = wide.current(node, operand)
-    wide.reroute(node, operand, _select(wide, node, current, dim, places))
+    wide.reroute(node, operand, select(wide, node, current, dim, places))
 
 
-def _select(
-    wide: WideGraph, node: fx.Node, tensor: fx.Node, dim: int, places: Sequence[int]
+def select(
+    wide: WideGraph, node: fx.Node, tensor: fx.Node, dim: int, places: Sequence[int] | Index
 ) -> fx.Node:
     """Writes an `index_select` before a node; returns it."""
     with wide.graph.inserting_before(wide.mapping[node]):

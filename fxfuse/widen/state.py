@@ -6,18 +6,16 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-import torch.utils._pytree as pytree
 from torch import fx
 
 from fxfuse.coupling import CouplingGraph, Place
 from fxfuse.errors import RewriteError
-from fxfuse.labels import Value
 from fxfuse.layout import Copies, Layout, default_layout
 from fxfuse.rewrite import copy_graph, member_name
 from fxfuse.source_lines import source_of
 from fxfuse.widen.apart import Apart
 from fxfuse.widen.gather_index import Move
-from fxfuse.widen.units import Units
+from fxfuse.widen.units import Units, values_in
 
 #: Layout of each grown dimension of one tensor.
 Layouts = dict[int, Layout]
@@ -124,8 +122,7 @@ class WideGraph:
 
 def has_tensor(value: Any) -> bool:
     """Whether the value of a node is a tensor or holds one."""
-    leaves = pytree.tree_leaves(value, is_leaf=lambda x: isinstance(x, Value))
-    return any(isinstance(x, Value) for x in leaves)
+    return bool(values_in(value))
 
 
 def as_list(value: Any) -> list[Any]:

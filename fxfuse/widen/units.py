@@ -13,6 +13,12 @@ from fxfuse.labels import Field, Value, neurons
 from fxfuse.layout import Copies, Layout, run_layout
 
 
+def values_in(value: Any) -> list[Value]:
+    """The tensors that the value of a node is or holds."""
+    leaves = pytree.tree_leaves(value, is_leaf=lambda x: isinstance(x, Value))
+    return [x for x in leaves if isinstance(x, Value)]
+
+
 class Units:
     """The units of a network, and how many copies of each there are at the new width.
 
@@ -45,10 +51,9 @@ class Units:
 
     def groups_at(self, values: Iterable[Any]) -> list[str]:
         """The groups that change their size and have neurons in some of the values of nodes."""
-        leaves = pytree.tree_leaves(list(values), is_leaf=lambda x: isinstance(x, Value))
         found: set[str] = set()
-        for value in leaves:
-            for f in value.fields if isinstance(value, Value) else ():
+        for value in values_in(list(values)):
+            for f in value.fields:
                 units = np.unique(self.free_units(f))
                 found.update(self._names[unit] for unit in units.tolist() if unit >= 0)
         return sorted(found)

@@ -1,0 +1,38 @@
+"""Results that a benchmark writes case by case, so that a run that is cut off can go on."""
+
+from __future__ import annotations
+
+import json
+import platform
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+
+def earlier(path: Path, key: str, *, keep: bool) -> list[dict[str, Any]]:
+    """What an earlier run measured.
+
+    Args:
+        path: Its JSON file.
+        key: Where the list stands in it.
+        keep: Whether it counts; else, and where there is no file, nothing was measured.
+    """
+    if not keep or not path.exists():
+        return []
+    found: list[dict[str, Any]] = json.loads(path.read_text(encoding="utf-8"))[key]
+    return found
+
+
+def write(path: Path, content: Mapping[str, Any]) -> None:
+    """Writes results as JSON; makes the folder."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+
+
+def versions() -> dict[str, str]:
+    """Versions of Python and of the libraries whose models are swept."""
+    found = {"python": platform.python_version()}
+    for library in ("torch", "torchvision", "timm", "transformers"):
+        # Imported here, before processes fork, so that each of them has it at once.
+        found[library] = __import__(library).__version__
+    return found
