@@ -1,0 +1,49 @@
+"""Writing a report, whole or not at all."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from torch import nn
+
+from fxfuse.errors import MissingDependencyError
+from fxfuse.output import write_text
+from fxfuse.report.content import Network, gather
+from fxfuse.result import FusionResult
+
+
+def write_report(
+    result: FusionResult,
+    path: str | Path,
+    *,
+    title: str = "Fusion report",
+    members: Sequence[nn.Module] | None = None,
+    networks: Sequence[Network] = (),
+    sweep: Sequence[Network] = (),
+) -> None:
+    """Writes what a fusion did as one HTML file, which needs no other file and no network.
+
+    Args:
+        result: What `fuse` or `prune` returned.
+        path: The file; an existing one is replaced.
+        title: Of the page.
+        members: The members, so that the scores of what was lost are known, where the score needs
+            no data.
+        networks: Rows of the table, measured by the caller; none: the sizes of a member, of the
+            ensemble and of the fused network.
+        sweep: Networks of other widths with their accuracies, for a curve against operations.
+
+    Raises:
+        MissingDependencyError: altair or vl-convert-python is not installed.
+    """
+    try:
+        from fxfuse.report.page import render
+    except ImportError as error:
+        raise MissingDependencyError(
+            "a report needs altair and vl-convert-python",
+            why=str(error),
+            how='pip install "fxfuse[report]"',
+        ) from error
+    content = gather(result, title=title, members=members, networks=networks, sweep=sweep)
+    write_text(path, render(content))
