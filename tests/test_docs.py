@@ -118,3 +118,10 @@ def test_partial_fusion(capsys):
     network = found["network"]
     assert network.get_parameter("heads.1.head.weight").shape == (10, 64)
     assert found["result"].verification.passed
+
+
+def test_looking_at_a_fusion(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(tmp_path)
+    run_page("report.md")
+    assert "Two networks" not in (tmp_path / "report.html").read_text()
+    assert "best member" in (tmp_path / "report.html").read_text()
