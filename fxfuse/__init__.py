@@ -1,6 +1,7 @@
 """fxfuse: a torch.fx compiler pass that fuses trained networks into one."""
 
 from fxfuse.capture import Captured, capture
+from fxfuse.compile import compile, export_onnx, load_package, package
 from fxfuse.coupling import CouplingGraph, CouplingGroup, FrozenReason, analyze
 from fxfuse.errors import FxfuseError
 from fxfuse.fuse import fuse
@@ -20,7 +21,11 @@ __all__ = [
     "FxfuseError",
     "analyze",
     "capture",
+    "compile",
+    "export_onnx",
     "fuse",
+    "load_package",
+    "package",
     "prune",
     "rule",
     "stack",

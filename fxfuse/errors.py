@@ -124,6 +124,14 @@ class RewriteError(FxfuseError):
     """A graph cannot be rewritten at another width."""
 
 
+class PassError(FxfuseError):
+    """A pass was given a graph that it is not for, or left one that is not what it promises."""
+
+
+class CompileError(FxfuseError):
+    """A network cannot be compiled, packaged or exported in the way that was asked for."""
+
+
 class StackError(FxfuseError):
     """A stack cannot reduce its members' outputs as asked, or a module is no stack."""
 

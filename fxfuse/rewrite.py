@@ -45,9 +45,9 @@ class FusedModule(fx.GraphModule):
     def __reduce__(self) -> tuple[Callable[..., Any], tuple[Any, ...]]:
         """Pickles the eval form of the graph; unpickling traces it and would bake the mode in."""
         plain = fx.GraphModule({}, fx.Graph())
-        _share_tensors(self, plain)
+        share_tensors(self, plain)
         plain.graph = copy_graph(self.graph)
-        _unswitch_training(plain.graph)
+        unswitch_training(plain.graph)
         plain.recompile()
         return _restore, (plain, self.training, dict(self.meta))
 
@@ -144,7 +144,8 @@ def copy_graph(graph: fx.Graph, mapping: dict[fx.Node, fx.Node] | None = None) -
     return copy
 
 
-def _share_tensors(source: nn.Module, target: nn.Module) -> None:
+def share_tensors(source: nn.Module, target: nn.Module) -> None:
+    """Registers the tensors of one module in another, the very objects, under the same names."""
     persistent = set(source.state_dict())
     for name, tensor in _tensors(source):
         attach(target, name, tensor, persistent=name in persistent)
@@ -212,7 +213,7 @@ def _modal_nodes(graph: fx.Graph) -> list[Any]:
     return [node for node in graph.nodes if follows_mode(node)]
 
 
-def _unswitch_training(graph: fx.Graph) -> None:
+def unswitch_training(graph: fx.Graph) -> None:
     """Takes `SwitchTraining` back: the eval form of the graph."""
     for node in reversed(list(graph.nodes)):
         if node.target is count_batch:
@@ -234,7 +235,7 @@ def _counter_of(node: fx.Node) -> str:
 
 def _restore(plain: fx.GraphModule, training: bool, meta: Mapping[str, Any]) -> FusedModule:
     module = FusedModule({}, fx.Graph())
-    _share_tensors(plain, module)
+    share_tensors(plain, module)
     graph = copy_graph(plain.graph)
     module.graph = graph
     SwitchTraining()(module)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from enum import Enum
 from typing import Any
@@ -159,6 +159,20 @@ class Weights:
         if shape not in found:
             found[shape] = self.graph.create_node("get_attr", self.key(name))
         return found[shape]
+
+    def reads(self) -> Iterator[tuple[fx.Node, str, int | tuple[int, ...]]]:
+        """All nodes that read the members' tensors.
+
+        Yields:
+            The node, the tensor's first name in a member, and the number of the member that it
+            reads, or the shape in which it reads all of them: a view of [N, *shape of a member].
+        """
+        for key, own in self._own.items():
+            for member, node in own.items():
+                yield node, key, member
+        for key, stacked in self._stacked.items():
+            for shape, node in stacked.items():
+                yield node, key, shape
 
     def settle(self) -> tuple[Captured, Inventory]:
         """Decides how every tensor is kept, and lets all readers read it there.

@@ -1,0 +1,146 @@
+"""`fxfuse.compile`: eval passes first, then torch.compile, and a check of what came out."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import fx, nn
+
+from fxfuse.compile.inference import Compiled, CompileReport, Frozen
+from fxfuse.compile.prepare import answers_of, example_of, prepared
+from fxfuse.errors import CompileError, ControlError
+from fxfuse.result import FusionResult
+from fxfuse.verify.check import relative_error, tensors_of
+
+_INDUCTOR = "inductor"
+#: Devices on which inductor's constant weights were measured to be faster (docs/performance.md).
+_FREEZES = ("cpu",)
+#: What a network may be computed in.
+DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+
+
+def compile(
+    network: FusionResult | fx.GraphModule,
+    example_inputs: Any = None,
+    example_kwargs: Mapping[str, Any] | None = None,
+    *,
+    backend: str = "inductor",
+    mode: str | None = None,
+    options: Mapping[str, Any] | None = None,
+    dynamic: bool | None = None,
+    dtype: torch.dtype | None = None,
+    channels_last: bool | None = None,
+    freeze: bool | None = None,
+    strict: bool = False,
+) -> Compiled:
+    """Compiles a network for inference, on the device that it is on.
+
+    On a copy: the mode is written into the graph, dropout is taken out, batch norms are folded,
+    images are laid out with their channels innermost; then `torch.compile(fullgraph=True)`. The
+    result is run on the example inputs and compared with the network itself.
+
+    Args:
+        network: What `fuse` or `prune` returned, or a graph module (of `stack`, say). It is left as
+            it is.
+        example_inputs: A tensor or a tuple of inputs; those that were fused with, if None.
+        example_kwargs: Keyword inputs.
+        backend: Of `torch.compile`.
+        mode: Of `torch.compile`: `reduce-overhead`, `max-autotune` and the like.
+        options: For the backend, beside what the mode sets.
+        dynamic: Of `torch.compile`.
+        dtype: Computes in this precision, bfloat16 for instance: inputs are cast to it, and outputs
+            back. The report's error says what that costs.
+        channels_last: Whether two-dimensional convolutions run with channels innermost. None: where
+            weights are not frozen, since inductor chooses the layout of those itself.
+        freeze: Whether inductor keeps the weights as constants, in the layout that suits it. None:
+            on the CPU, where it was measured to be faster.
+        strict: Whether a backend that fails is an error. Else a warning says why, and the network
+            runs uncompiled.
+
+    Returns:
+        A module for inference with a `report`.
+
+    Raises:
+        ControlError: There are no example inputs, or no such backend, mode, option or dtype.
+        CompileError: With `strict`: the backend failed.
+        NotEmittedError: torch.export refused the members, so that there is no graph.
+    """
+    module = network.module if isinstance(network, FusionResult) else network
+    args, kwargs = example_of(network, example_inputs, example_kwargs)
+    told = _options(backend, mode, options)
+    if dtype is not None and dtype not in DTYPES:
+        raise ControlError(
+            f"a network cannot be computed in {dtype}",
+            how=f"use one of {', '.join(map(str, DTYPES))}",
+        )
+    if freeze is None:
+        freeze = backend == _INDUCTOR and _device(module).type in _FREEZES
+    if channels_last is None:
+        channels_last = not freeze
+    copy, changed = prepared(module, channels_last=channels_last)
+    if dtype is not None:
+        copy.to(dtype)
+    expected = answers_of(module, args, kwargs)
+    run = torch.compile(
+        copy, fullgraph=True, dynamic=dynamic, backend=backend, options=told or None
+    )
+    compiled, failure = Compiled(copy, Frozen(run) if freeze else run, dtype), ""
+    try:
+        found = tensors_of(compiled(*args, **kwargs))
+    # Backends raise whatever they like.
+    except Exception as error:
+        failure = next(iter(str(error).splitlines()), type(error).__name__)
+        if strict:
+            raise CompileError(
+                f"the backend {backend!r} failed",
+                why=failure,
+                how="leave strict out to run the network uncompiled, or try another backend",
+            ) from error
+        warnings.warn(
+            f"the network runs uncompiled, because the backend {backend!r} failed: {failure}",
+            stacklevel=2,
+        )
+        compiled = Compiled(copy, copy, dtype)
+        found = tensors_of(compiled(*args, **kwargs))
+    compiled.report = CompileReport(
+        changed,
+        "eager" if failure else backend,
+        {} if failure else {**told, **({"freezing": True} if freeze else {})},
+        dtype or next((p.dtype for p in copy.parameters()), torch.get_default_dtype()),
+        relative_error([t.to(e) for t, e in zip(found, expected, strict=True)], expected),
+        failure,
+    )
+    return compiled
+
+
+def _device(module: nn.Module) -> torch.device:
+    tensors = (*module.parameters(), *module.buffers())
+    return tensors[0].device if tensors else torch.device("cpu")
+
+
+def _options(backend: str, mode: str | None, options: Mapping[str, Any] | None) -> dict[str, Any]:
+    """What the backend is told, checked."""
+    known = torch._dynamo.list_backends(exclude_tags=())
+    if backend not in known:
+        raise ControlError(
+            f"there is no backend {backend!r}", how=f"use one of {', '.join(sorted(known))}"
+        )
+    told = dict[str, Any](options or {})
+    if backend != _INDUCTOR:
+        if mode is not None:
+            raise ControlError(f"mode {mode!r} is for backend='inductor'", how="leave it out")
+        return told
+    modes = torch._inductor.list_mode_options()
+    if mode is not None and mode not in modes:
+        raise ControlError(f"there is no mode {mode!r}", how=f"use one of {', '.join(modes)}")
+    names = torch._inductor.list_options()
+    unknown = [name for name in told if name.replace("-", "_") not in names]
+    if unknown:
+        raise ControlError(
+            f"inductor has no option {unknown[0]!r}",
+            how="see torch._inductor.list_options()",
+        )
+    return {**modes.get(mode or "default", {}), **told}

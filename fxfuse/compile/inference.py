@@ -1,0 +1,119 @@
+"""A compiled network: what it is called through, and the report on how it was made."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch._inductor.config
+import torch.utils._pytree as pytree
+from torch import fx, nn
+
+from fxfuse.errors import ControlError
+
+
+@dataclass(frozen=True)
+class CompileReport:
+    """How a network was compiled.
+
+    Attributes:
+        passes: Names of the passes that changed the graph.
+        backend: What compiled it; `eager` where compiling failed.
+        options: What the backend was told.
+        dtype: What it computes in.
+        error: Largest difference from the network's own outputs on the example inputs, relative to
+            the largest output.
+        failure: Why it was not compiled, or "".
+    """
+
+    passes: tuple[str, ...]
+    backend: str
+    options: Mapping[str, Any]
+    dtype: torch.dtype
+    error: float
+    failure: str = ""
+
+
+class Compiled(nn.Module):
+    """A network for inference: called like the one that it was made of, always in eval mode.
+
+    Attributes:
+        graph_module: The network after the eval passes.
+        report: How it was compiled.
+    """
+
+    report: CompileReport
+
+    def __init__(self, graph_module: fx.GraphModule, call: Any, dtype: torch.dtype | None) -> None:
+        super().__init__()
+        self.graph_module = graph_module
+        self._call = call
+        self._dtype = dtype
+        super().train(False)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Compiled:
+        raise ControlError(
+            "a compiled network stays as it is",
+            why="it was compiled for its device and precision, and its weights may be constants",
+            how="move or cast the module that it was made of, and compile that again",
+        )
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Takes and returns what the network does; outputs have the inputs' precision."""
+        with torch.no_grad():
+            if self._dtype is None:
+                return self._call(*args, **kwargs)
+            own = _floating(args, kwargs)
+            args, kwargs = _cast((args, kwargs), self._dtype)
+            return _cast(self._call(*args, **kwargs), own)
+
+    def train(self, mode: bool = True) -> Compiled:
+        """Stays in eval mode: batch norms and dropout are gone.
+
+        Raises:
+            ControlError: Training mode is asked for.
+        """
+        if mode:
+            raise ControlError(
+                "a compiled network cannot be trained",
+                why="its batch norms are folded and its dropout is gone",
+                how="train the module that it was made of, and compile that again",
+            )
+        return self
+
+
+class Frozen:
+    """Calls a compiled network; wherever it may be compiled anew, with the weights as constants.
+
+    Dynamo looks at the setting when it captures, which an option of the backend comes too late for.
+    """
+
+    def __init__(self, call: Callable[..., Any]) -> None:
+        self._call = call
+        self._seen: set[tuple[Any, ...]] = set()
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Takes and returns what the network does."""
+        leaves = pytree.tree_leaves((args, kwargs))
+        shapes = tuple(x.shape if isinstance(x, torch.Tensor) else x for x in leaves)
+        if shapes in self._seen:
+            return self._call(*args, **kwargs)
+        with torch._inductor.config.patch(freezing=True):
+            result = self._call(*args, **kwargs)
+        self._seen.add(shapes)
+        return result
+
+
+def _floating(args: Any, kwargs: Any) -> torch.dtype:
+    """The precision of the inputs; the default one, where they are no floating-point numbers."""
+    leaves = pytree.tree_leaves((args, kwargs))
+    kinds = (x.dtype for x in leaves if isinstance(x, torch.Tensor) and x.is_floating_point())
+    return next(kinds, torch.get_default_dtype())
+
+
+def _cast(values: Any, dtype: torch.dtype) -> Any:
+    return pytree.tree_map_only(
+        torch.Tensor, lambda x: x.to(dtype) if x.is_floating_point() else x, values
+    )

@@ -1,0 +1,71 @@
+"""What compiling, packaging and exporting begin with: the example, and the inference graph."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import fx, nn
+from torch.fx.passes.infra.pass_base import PassBase
+
+from fxfuse.compile.channels_last import ChannelsLast
+from fxfuse.compile.eval_form import EvalForm, RemoveDropout, inference_copy
+from fxfuse.compile.fold import FoldBatchNorm
+from fxfuse.errors import ControlError
+from fxfuse.result import FusionResult
+from fxfuse.verify.check import tensors_of
+
+
+def prepared(
+    module: fx.GraphModule, *, channels_last: bool
+) -> tuple[fx.GraphModule, tuple[str, ...]]:
+    """A copy of a network after the eval passes, and the names of those that changed it."""
+    passes = [EvalForm(), RemoveDropout(), FoldBatchNorm()]
+    if channels_last:
+        passes.append(ChannelsLast())
+    copy = inference_copy(module)
+    return copy, apply_passes(copy, passes)
+
+
+def apply_passes(module: fx.GraphModule, passes: Sequence[PassBase]) -> tuple[str, ...]:
+    """Runs passes in order, each with its checks; returns the names of those that changed it."""
+    done = []
+    for one in passes:
+        result = one(module)
+        if result is not None and result.modified:
+            done.append(type(one).__name__)
+    return tuple(done)
+
+
+def example_of(
+    network: FusionResult | fx.GraphModule, inputs: Any, kwargs: Mapping[str, Any] | None
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The example inputs: those that were given, else those that a network was fused with.
+
+    Raises:
+        ControlError: There are none.
+    """
+    if inputs is not None or kwargs is not None:
+        args = () if inputs is None else inputs if isinstance(inputs, tuple) else (inputs,)
+        return args, dict(kwargs or {})
+    if isinstance(network, FusionResult):
+        return network.graph.captured.example_inputs
+    raise ControlError(
+        "there are no example inputs",
+        why="what comes out is run on them and compared with the network itself",
+        how="pass example_inputs, as to fxfuse.fuse",
+    )
+
+
+def answers_of(
+    module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> list[torch.Tensor]:
+    """What the network itself answers in eval mode; its own mode is left as it is."""
+    mode = module.training
+    module.eval()
+    try:
+        with torch.no_grad():
+            return tensors_of(module(*args, **kwargs))
+    finally:
+        module.train(mode)
