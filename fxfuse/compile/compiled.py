@@ -12,6 +12,7 @@ from torch import fx, nn
 from fxfuse.compile.inference import Compiled, CompileReport, Frozen
 from fxfuse.compile.prepare import answers_of, example_of, prepared
 from fxfuse.errors import CompileError, ControlError
+from fxfuse.example import first_line
 from fxfuse.result import FusionResult
 from fxfuse.verify.check import relative_error, tensors_of
 
@@ -92,7 +93,7 @@ def compile(
         found = tensors_of(compiled(*args, **kwargs))
     # Backends raise whatever they like.
     except Exception as error:
-        failure = next(iter(str(error).splitlines()), type(error).__name__)
+        failure = first_line(getattr(error, "inner_exception", error))
         if strict:
             raise CompileError(
                 f"the backend {backend!r} failed",

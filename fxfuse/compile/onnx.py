@@ -16,6 +16,7 @@ from torch import fx
 from fxfuse.compile.package import checked, exported
 from fxfuse.compile.prepare import answers_of, example_of
 from fxfuse.errors import CompileError, MissingDependencyError
+from fxfuse.example import first_line
 from fxfuse.output import atomic_file
 from fxfuse.result import FusionResult
 from fxfuse.verify.check import tensors_of
@@ -74,7 +75,7 @@ def export_onnx(
         except Exception as error:
             raise CompileError(
                 "the network cannot be written as ONNX",
-                why=next(iter(str(error).splitlines()), type(error).__name__),
+                why=first_line(error),
                 how="fxfuse.package writes a file for torch's own runtime",
             ) from error
         difference = checked([f.to(e) for f, e in zip(found, expected, strict=True)], expected)

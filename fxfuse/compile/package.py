@@ -12,6 +12,7 @@ from torch.export import Dim, ExportedProgram
 
 from fxfuse.compile.prepare import answers_of, example_of, prepared
 from fxfuse.errors import CheckpointCorruptError, CheckpointMissingError, CompileError
+from fxfuse.example import first_line
 from fxfuse.output import atomic_file
 from fxfuse.result import FusionResult
 from fxfuse.verify.check import relative_error, tensors_of
@@ -76,7 +77,7 @@ def package(
         except Exception as error:
             raise CompileError(
                 "the network cannot be compiled ahead of time",
-                why=next(iter(str(error).splitlines()), type(error).__name__),
+                why=first_line(error),
                 how="AOTInductor needs a C++ compiler; fxfuse.compile works in the process itself",
             ) from error
         finally:
@@ -112,7 +113,7 @@ def load_package(path: str | Path) -> Callable[..., Any]:
         raise CheckpointCorruptError(
             f"{path.name} is no package",
             where=str(path),
-            why=next(iter(str(error).splitlines()), type(error).__name__),
+            why=first_line(error),
             how="make it again with fxfuse.package, with this version of torch",
         ) from error
     return loaded
@@ -142,7 +143,7 @@ def exported(
             failures.append(error)
     raise CompileError(
         "torch.export refuses the fused network",
-        why=next(iter(str(failures[-1]).splitlines()), type(failures[-1]).__name__),
+        why=first_line(failures[-1]),
         how="pass dynamic_shapes= that the network allows",
     ) from failures[-1]
 

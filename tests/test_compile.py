@@ -1,0 +1,312 @@
+"""Compiling: eval passes keep the answers; what is handed over was compared with the network."""
+
+from __future__ import annotations
+
+import copy
+import sys
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from torch import fx, nn
+from torch.fx.passes.infra.pass_manager import PassManager
+
+import fxfuse
+from fxfuse import FusionResult
+from fxfuse.compile import (
+    ChannelsLast,
+    EvalForm,
+    FoldBatchNorm,
+    RemoveDropout,
+    apply_passes,
+    inference_copy,
+)
+from fxfuse.errors import (
+    CheckpointCorruptError,
+    CheckpointMissingError,
+    CompileError,
+    ControlError,
+    MissingDependencyError,
+    PassError,
+)
+from fxfuse.rewrite import emit
+from tests.nets import images, resnets
+from tests.strategies import Recipe, members_of, recipes
+
+aten = torch.ops.aten
+EVAL = (EvalForm, RemoveDropout, FoldBatchNorm, ChannelsLast)
+
+
+@pytest.fixture(scope="module")
+def result() -> FusionResult:
+    torch.manual_seed(0)
+    return fxfuse.fuse(resnets(2), images())
+
+
+class Layers(nn.Module):
+    """Every layer that a batch norm can follow, one whose result somebody else reads, and a tie."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.plain = nn.Conv2d(3, 6, 3, padding=1)
+        self.same = nn.Conv2d(6, 6, 3, padding="same", bias=False)
+        self.grouped = nn.Conv2d(6, 6, 3, groups=3)
+        self.wider = nn.ConvTranspose2d(6, 5, 2)
+        self.wider_grouped = nn.ConvTranspose2d(5, 5, 1, groups=5)
+        self.read_twice = nn.Conv2d(5, 5, 1)
+        self.dense = nn.Linear(5, 4, bias=False)
+        self.tokens = nn.Linear(4, 4)
+        self.norms = nn.ModuleList(nn.BatchNorm2d(n) for n in (6, 6, 6, 5, 5, 5))
+        self.norms.append(nn.BatchNorm1d(4, affine=False))
+        self.norms.append(nn.BatchNorm1d(3))
+        self.drop = nn.Dropout(0.5)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for number, layer in enumerate((self.plain, self.same, self.grouped, self.wider)):
+            x = torch.relu(self.norms[number](layer(x)))
+        x = self.norms[4](self.wider_grouped(x))
+        x = self.read_twice(x)
+        x = self.norms[5](x) + x
+        x = self.drop(self.norms[6](self.dense(x.mean((2, 3)))))
+        # Rows of a token are no channels: this batch norm looks along dimension 1.
+        return self.norms[7](self.tokens(x.unsqueeze(1).expand(-1, 3, -1)))
+
+
+def randomised(module: nn.Module) -> nn.Module:
+    """Statistics, scales and shifts that no fold can leave out unseen."""
+    torch.manual_seed(0)
+    for child in module.modules():
+        if isinstance(child, nn.BatchNorm1d | nn.BatchNorm2d):
+            child.running_mean.normal_()
+            child.running_var.uniform_(0.5, 2)
+            if child.affine:
+                nn.init.normal_(child.weight)
+                nn.init.normal_(child.bias)
+    return module
+
+
+def norms_of(module: fx.GraphModule) -> int:
+    return sum(node.target is aten.batch_norm.default for node in module.graph.nodes)
+
+
+def test_folding_every_kind_of_layer():
+    member = randomised(Layers()).double()
+    x = torch.randn(2, 3, 6, 6, dtype=torch.float64)
+    captured = fxfuse.capture(member, x)
+    module = inference_copy(emit(captured, {n: t.clone() for n, t in captured.state().items()}))
+    before = norms_of(module)
+    changed = apply_passes(module, [make() for make in EVAL])
+    assert changed == tuple(make.__name__ for make in EVAL)
+    # A transposed grouped layer, one whose result is read twice, and one over tokens keep theirs.
+    assert (before, norms_of(module)) == (8, 3)
+    torch.testing.assert_close(module(x), member.eval()(x), rtol=1e-9, atol=1e-9)
+    assert not any(node.target is aten.dropout.default for node in module.graph.nodes)
+    assert module.plain.weight_folded.is_contiguous(memory_format=torch.channels_last)
+    assert not hasattr(module.plain, "weight")
+
+
+def test_a_weight_that_is_read_twice_is_folded_for_one_reader():
+    class Tied(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.norm = nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.conv(self.norm(self.conv(x)))
+
+    member = randomised(Tied()).double()
+    x = torch.randn(2, 3, 4, 4, dtype=torch.float64)
+    captured = fxfuse.capture(member, x)
+    module = inference_copy(emit(captured, captured.state()))
+    apply_passes(module, [make() for make in EVAL])
+    assert norms_of(module) == 0
+    torch.testing.assert_close(module(x), member.eval()(x), rtol=1e-9, atol=1e-9)
+
+
+@given(recipe=recipes())
+@settings(suppress_health_check=list(HealthCheck), deadline=None, max_examples=12)
+def test_passes_keep_the_answers_of_random_networks(recipe: Recipe):
+    (member,) = members_of(recipe, 1)
+    module = emit(member, member.state())
+    args, kwargs = member.example_inputs
+    with torch.no_grad():
+        expected = torch.utils._pytree.tree_leaves(module(*args, **kwargs))
+        copied = inference_copy(module)
+        apply_passes(copied, [make() for make in EVAL])
+        found = torch.utils._pytree.tree_leaves(copied(*args, **kwargs))
+    for a, b in zip(found, expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9)
+
+
+def test_passes_in_a_pass_manager(result: FusionResult):
+    module = inference_copy(result.module)
+    passes = [make() for make in EVAL]
+    manager = PassManager(passes=passes, run_checks_after_each_pass=True)
+    done = manager(module)
+    assert done.modified
+    x = images()
+    torch.testing.assert_close(done.graph_module(x), result.module(x))
+
+
+@pytest.mark.parametrize("make", [RemoveDropout, FoldBatchNorm])
+def test_a_graph_that_follows_the_mode_is_refused(result: FusionResult, make: type):
+    with pytest.raises(PassError, match="EvalForm first"):
+        make()(copy.deepcopy(result.module))
+
+
+def test_compile_leaves_the_network_as_it_was(result: FusionResult):
+    before = {name: t.clone() for name, t in result.module.state_dict().items()}
+    result.module.train()
+    try:
+        compiled = fxfuse.compile(result, backend="aot_eager")
+        assert result.module.training
+    finally:
+        result.module.eval()
+    assert compiled.report.error < 1e-5
+    assert compiled.report.passes[0] == "EvalForm"
+    x = images(7)
+    assert not compiled(x).requires_grad
+    torch.testing.assert_close(compiled(x), result.module(x))
+    for name, tensor in result.module.state_dict().items():
+        assert torch.equal(tensor, before[name])
+
+
+def test_compile_with_inductor_and_constant_weights():
+    torch.manual_seed(0)
+    network = nn.Sequential(nn.Linear(6, 5), nn.ReLU(), nn.Linear(5, 2))
+    stacked = fxfuse.stack([network, copy.deepcopy(network)], torch.randn(2, 6))
+    compiled = fxfuse.compile(stacked, torch.randn(2, 6), strict=True)
+    assert compiled.report.options == {"freezing": True}
+    assert compiled.report.error < 1e-6
+    for batch in (2, 3, 5, 2):
+        x = torch.randn(batch, 6)
+        torch.testing.assert_close(compiled(x), network(x))
+
+
+def test_another_precision_is_told(result: FusionResult):
+    compiled = fxfuse.compile(result, backend="eager", dtype=torch.bfloat16)
+    assert compiled.report.dtype == torch.bfloat16
+    assert 1e-5 < compiled.report.error < 5e-2
+    assert compiled(images()).dtype == torch.float32
+
+
+def test_a_backend_that_fails(result: FusionResult, monkeypatch: pytest.MonkeyPatch):
+    @torch._dynamo.register_backend(name="fails")
+    def fails(graph_module: fx.GraphModule, inputs: object) -> None:
+        raise ValueError("out of order\nmore")
+
+    try:
+        with pytest.warns(UserWarning, match="out of order"):
+            compiled = fxfuse.compile(result, backend="fails")
+        assert compiled.report.backend == "eager"
+        assert "out of order" in compiled.report.failure
+        x = images()
+        torch.testing.assert_close(compiled(x), result.module(x))
+        with pytest.raises(CompileError, match="out of order"):
+            fxfuse.compile(result, backend="fails", strict=True)
+    finally:
+        torch._dynamo.backends.registry._COMPILER_FNS.pop("fails")
+        torch._dynamo.backends.registry._BACKENDS.pop("fails")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"backend": "inductr"}, "no backend 'inductr'"),
+        ({"mode": "fastest"}, "no mode 'fastest'"),
+        ({"options": {"max_autotun": True}}, "no option 'max_autotun'"),
+        ({"backend": "eager", "mode": "default"}, "is for backend='inductor'"),
+        ({"dtype": torch.int8}, "cannot be computed in torch.int8"),
+    ],
+)
+def test_bad_options(result: FusionResult, options: dict, message: str):
+    with pytest.raises(ControlError, match=message):
+        fxfuse.compile(result, **options)
+
+
+def test_a_module_needs_an_example(result: FusionResult):
+    with pytest.raises(ControlError, match="no example inputs"):
+        fxfuse.compile(result.module)
+
+
+def test_what_is_compiled_stays(result: FusionResult):
+    compiled = fxfuse.compile(result, backend="eager")
+    with pytest.raises(ControlError, match="cannot be trained"):
+        compiled.train()
+    with pytest.raises(ControlError, match="compile that again"):
+        compiled.double()
+    assert compiled.eval() is compiled
+
+
+def test_package(tmp_path: Path):
+    torch.manual_seed(0)
+    network = nn.Sequential(nn.Linear(6, 5), nn.BatchNorm1d(5), nn.ReLU(), nn.Linear(5, 2))
+    result = fxfuse.fuse([network, copy.deepcopy(network)], torch.randn(2, 6))
+    path = tmp_path / "model.pt2"
+    assert fxfuse.package(result, path) < 1e-6
+    assert [p.name for p in tmp_path.iterdir()] == ["model.pt2"]
+    loaded = fxfuse.load_package(path)
+    x = torch.randn(9, 6)
+    torch.testing.assert_close(loaded(x), result.module(x))
+
+
+def test_no_partial_package_is_left(
+    result: FusionResult, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    path = tmp_path / "model.pt2"
+    path.write_bytes(b"the old one")
+
+    def broken(program: object, *, package_path: str, inductor_configs: object) -> None:
+        Path(package_path).write_bytes(b"half")
+        raise RuntimeError("no compiler")
+
+    monkeypatch.setattr(torch._inductor, "aoti_compile_and_package", broken)
+    with pytest.raises(CompileError, match="no compiler"):
+        fxfuse.package(result, path)
+    assert [p.name for p in tmp_path.iterdir()] == ["model.pt2"]
+    assert path.read_bytes() == b"the old one"
+    with pytest.raises(CompileError, match="ends in"):
+        fxfuse.package(result, tmp_path / "model.bin")
+
+
+def test_what_is_no_package(tmp_path: Path):
+    with pytest.raises(CheckpointMissingError):
+        fxfuse.load_package(tmp_path / "model.pt2")
+    (tmp_path / "model.pt2").write_bytes(b"no archive")
+    with pytest.raises(CheckpointCorruptError, match="no package"):
+        fxfuse.load_package(tmp_path / "model.pt2")
+
+
+def test_onnx(result: FusionResult, tmp_path: Path):
+    onnxruntime = pytest.importorskip("onnxruntime")
+    path = tmp_path / "model.onnx"
+    assert fxfuse.export_onnx(result, path) < 1e-4
+    assert [p.name for p in tmp_path.iterdir()] == ["model.onnx"]
+    session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+    x = images(5)
+    (found,) = session.run(None, {session.get_inputs()[0].name: x.numpy()})
+    torch.testing.assert_close(
+        torch.from_numpy(found), result.module(x), rtol=1e-4, atol=1e-4, check_device=False
+    )
+
+
+def test_onnx_without_its_packages(
+    result: FusionResult, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(sys.modules["fxfuse.compile.onnx"], "find_spec", lambda name: None)
+    with pytest.raises(MissingDependencyError, match="onnxruntime"):
+        fxfuse.export_onnx(result, tmp_path / "model.onnx")
+
+
+def test_train_mode_is_kept_apart(result: FusionResult):
+    """A network in training is compiled as what it is in eval mode, its statistics untouched."""
+    module = copy.deepcopy(result.module).train()
+    counters = {n: b.clone() for n, b in module.named_buffers()}
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        compiled = fxfuse.compile(module, images(), backend="eager")
+    x = images()
+    torch.testing.assert_close(compiled(x), result.module(x))
+    assert all(torch.equal(b, counters[n]) for n, b in module.named_buffers())
