@@ -1,7 +1,8 @@
 """torch.fx passes: a captured graph and fused tensors become a module.
 
 capture → analyze → plan → apply → **rewrite** → verify → compile. At member width the graph is the
-members' graph; what is rewritten is how it behaves in training (`SwitchTraining`).
+members' graph; what is rewritten is how it behaves in training (`SwitchTraining`), and where the
+tensors lie that it creates (`FollowDevice`).
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from types import MappingProxyType
 from typing import Any
 
 import torch
+import torch.utils._pytree as pytree
 from torch import fx, nn
 from torch.fx.passes.infra.pass_base import PassBase, PassResult
 
@@ -115,6 +117,7 @@ def emit_graph(
             known.add(name)
     module.graph = graph
     SwitchTraining()(module)
+    FollowDevice()(module)
     module.eval()
     return module
 
@@ -207,6 +210,57 @@ class SwitchTraining(PassBase):
         ]
         if literal:
             raise RewriteError("a training argument is still a literal", where=", ".join(literal))
+
+
+class FollowDevice(PassBase):
+    """Makes tensors that a graph creates lie where its inputs do.
+
+    requires: nothing.
+    call: every device that was written down in the capture becomes that of the first tensor input.
+    ensures: no device is written down, where the graph has a tensor input.
+    """
+
+    def call(self, graph_module: fx.GraphModule) -> PassResult:
+        """Rewrites the graph in place."""
+        graph = graph_module.graph
+        written = _with_device(graph)
+        anchor = next((node for node in graph.nodes if _is_tensor_input(node)), None)
+        if not written or anchor is None:
+            return PassResult(graph_module, False)
+        with graph.inserting_after(_last_input(graph)):
+            device = graph.call_function(getattr, (anchor, "device"))
+        for node in written:
+            node.args, node.kwargs = pytree.tree_map_only(
+                torch.device, lambda _: device, (node.args, dict(node.kwargs))
+            )
+        graph_module.recompile()
+        return PassResult(graph_module, True)
+
+    def ensures(self, graph_module: fx.GraphModule) -> None:
+        """Checks that no device is left."""
+        graph_module.graph.lint()
+        left = [node.name for node in _with_device(graph_module.graph)]
+        if left and any(_is_tensor_input(node) for node in graph_module.graph.nodes):
+            raise RewriteError("a device is still written down", where=", ".join(left))
+
+
+def _with_device(graph: fx.Graph) -> list[Any]:
+    """Operators that are told a device."""
+    return [
+        node
+        for node in graph.nodes
+        if node.op == "call_function"
+        and any(isinstance(x, torch.device) for x in pytree.tree_leaves((node.args, node.kwargs)))
+    ]
+
+
+def _is_tensor_input(node: fx.Node) -> bool:
+    return node.op == "placeholder" and isinstance(node.meta.get("val"), torch.Tensor)
+
+
+def _last_input(graph: fx.Graph) -> fx.Node:
+    inputs: list[fx.Node] = [node for node in graph.nodes if node.op == "placeholder"]
+    return inputs[-1]
 
 
 def _modal_nodes(graph: fx.Graph) -> list[Any]:
