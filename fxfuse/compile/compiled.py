@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import fx, nn
+from torch import fx
+from torch.utils.flop_counter import FlopCounterMode
 
 from fxfuse.compile.inference import Compiled, CompileReport, Frozen
+from fxfuse.compile.layouts import LAYOUTS, Layout, by_rule, device_of, seconds
 from fxfuse.compile.prepare import answers_of, example_of, prepared
 from fxfuse.errors import CompileError, ControlError
 from fxfuse.example import first_line
@@ -17,8 +20,6 @@ from fxfuse.result import FusionResult
 from fxfuse.verify.check import relative_error, tensors_of
 
 _INDUCTOR = "inductor"
-#: Devices on which inductor's constant weights were measured to be faster (docs/performance.md).
-_FREEZES = ("cpu",)
 #: What a network may be computed in.
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
@@ -35,6 +36,7 @@ def compile(
     dtype: torch.dtype | None = None,
     channels_last: bool | None = None,
     freeze: bool | None = None,
+    tune: bool = False,
     strict: bool = False,
 ) -> Compiled:
     """Compiles a network for inference, on the device that it is on.
@@ -57,7 +59,8 @@ def compile(
         channels_last: Whether two-dimensional convolutions run with channels innermost. None: where
             weights are not frozen, since inductor chooses the layout of those itself.
         freeze: Whether inductor keeps the weights as constants, in the layout that suits it. None:
-            on the CPU, where it was measured to be faster.
+            on the CPU, for networks that take long enough for it to pay.
+        tune: Whether to compile in every layout and keep the one that runs the example fastest.
         strict: Whether a backend that fails is an error. Else a warning says why, and the network
             runs uncompiled.
 
@@ -77,24 +80,64 @@ def compile(
             f"a network cannot be computed in {dtype}",
             how=f"use one of {', '.join(map(str, DTYPES))}",
         )
-    if freeze is None:
-        freeze = backend == _INDUCTOR and _device(module).type in _FREEZES
-    if channels_last is None:
-        channels_last = not freeze
-    copy, changed = prepared(module, channels_last=channels_last)
-    if dtype is not None:
-        copy.to(dtype)
-    expected = answers_of(module, args, kwargs)
+    if tune and (freeze is not None or channels_last is not None):
+        raise ControlError(
+            "tune=True chooses freeze and channels_last itself", how="leave these out, or tune"
+        )
+    with FlopCounterMode(display=False) as counter:
+        expected = answers_of(module, args, kwargs)
+    operations = counter.get_total_flops()
+    layouts = [by_rule(device_of(module), operations, freeze, channels_last)]
+    if tune:
+        layouts = [layout for layout in LAYOUTS if backend == _INDUCTOR or not layout.freeze]
+    elif backend != _INDUCTOR:
+        layouts = [layouts[0]._replace(freeze=False, channels_last=channels_last is not False)]
+    asked = _Asked(module, backend, told, dynamic, dtype, strict)
+    found = [_compiled(asked, layout, args, kwargs, expected) for layout in layouts]
+    if tune:
+        found.sort(key=lambda compiled: seconds(compiled, args, kwargs))
+    return found[0]
+
+
+@dataclass(frozen=True)
+class _Asked:
+    """What stays the same, whatever the layout."""
+
+    module: fx.GraphModule
+    backend: str
+    options: Mapping[str, Any]
+    dynamic: bool | None
+    dtype: torch.dtype | None
+    strict: bool
+
+
+def _compiled(
+    asked: _Asked,
+    layout: Layout,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    expected: list[torch.Tensor],
+) -> Compiled:
+    """A network in one layout, compiled and compared."""
+    copy, changed = prepared(asked.module, channels_last=layout.channels_last)
+    if asked.dtype is not None:
+        copy.to(asked.dtype)
     run = torch.compile(
-        copy, fullgraph=True, dynamic=dynamic, backend=backend, options=told or None
+        copy,
+        fullgraph=True,
+        dynamic=asked.dynamic,
+        backend=asked.backend,
+        options=dict(asked.options) or None,
     )
-    compiled, failure = Compiled(copy, Frozen(run) if freeze else run, dtype), ""
+    compiled = Compiled(copy, Frozen(run) if layout.freeze else run, asked.dtype)
+    backend, failure = asked.backend, ""
+    told = {**asked.options, **({"freezing": True} if layout.freeze else {})}
     try:
         found = tensors_of(compiled(*args, **kwargs))
     # Backends raise whatever they like.
     except Exception as error:
         failure = first_line(getattr(error, "inner_exception", error))
-        if strict:
+        if asked.strict:
             raise CompileError(
                 f"the backend {backend!r} failed",
                 why=failure,
@@ -102,24 +145,14 @@ def compile(
             ) from error
         warnings.warn(
             f"the network runs uncompiled, because the backend {backend!r} failed: {failure}",
-            stacklevel=2,
+            stacklevel=3,
         )
-        compiled = Compiled(copy, copy, dtype)
+        compiled, backend, told = Compiled(copy, copy, asked.dtype), "eager", {}
         found = tensors_of(compiled(*args, **kwargs))
-    compiled.report = CompileReport(
-        changed,
-        "eager" if failure else backend,
-        {} if failure else {**told, **({"freezing": True} if freeze else {})},
-        dtype or next((p.dtype for p in copy.parameters()), torch.get_default_dtype()),
-        relative_error([t.to(e) for t, e in zip(found, expected, strict=True)], expected),
-        failure,
-    )
+    computed = asked.dtype or next((p.dtype for p in copy.parameters()), torch.get_default_dtype())
+    difference = relative_error([t.to(e) for t, e in zip(found, expected, strict=True)], expected)
+    compiled.report = CompileReport(changed, backend, told, computed, difference, failure)
     return compiled
-
-
-def _device(module: nn.Module) -> torch.device:
-    tensors = (*module.parameters(), *module.buffers())
-    return tensors[0].device if tensors else torch.device("cpu")
 
 
 def _options(backend: str, mode: str | None, options: Mapping[str, Any] | None) -> dict[str, Any]:

@@ -1,0 +1,148 @@
+"""Inference with the fused network, a member and the ensemble, eager and compiled, in one run.
+
+    python -m benchmarks.inference [--device cpu] [--members 4] [--networks resnet18,vit]
+        [--batches 1 8 64] [--rounds 7] [--seconds 0.3] [--keep] [--json FILE]
+
+Every way is first compared with what it stands for. *plain* is `torch.compile(fullgraph=True)` of
+the user's own class; *passes* is `fxfuse.compile`, also for the member and for the ensemble one
+after the other, so that equals are compared. Times are taken in rounds in which every way has its
+turn (`benchmarks/stack.py`); reported is the median over the rounds. On CUDA the peak of the
+allocated memory is reported too. Random weights: what a network knows does not change how long it
+takes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import time
+import warnings
+from collections.abc import Callable, Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import torchvision
+from torch import nn
+
+import fxfuse
+from benchmarks.records import earlier, write
+from benchmarks.stack import Sequential, Way, _about, race, through_vmap
+from fxfuse.demo.network import SmallResNet
+
+RESULTS = Path(__file__).parent / "results" / "inference.json"
+BATCHES = (1, 8, 64)
+#: Outputs of float32 networks may differ by so much, relative to the largest.
+_TOLERANCE = 1e-3
+
+#: Name → how a member is built, and the shape of one example.
+NETWORKS: Mapping[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
+    "demo network": (SmallResNet, (1, 28, 28)),
+    "resnet18": (partial(torchvision.models.resnet18, num_classes=10), (3, 64, 64)),
+    "mobilenet_v2": (partial(torchvision.models.mobilenet_v2, num_classes=10), (3, 64, 64)),
+    "vit_b_32": (partial(torchvision.models.vit_b_32, num_classes=10), (3, 224, 224)),
+}
+#: Ways, and whose answers each must give.
+MEMBER, FUSED, ENSEMBLE = "member", "fused", "ensemble"
+
+
+def ways(members: list[nn.Module], fused: nn.Module, x: torch.Tensor) -> dict[str, tuple[str, Way]]:
+    """What is compared: name → whose answers it gives, and how."""
+    member, together = members[0], Sequential(members).eval()
+    stacked = fxfuse.stack(members, x, verify=False)
+    compile = partial(torch.compile, fullgraph=True, dynamic=False)
+    passes = partial(fxfuse.compile, example_inputs=x, dynamic=False, strict=True)
+    return {
+        "member, eager": (MEMBER, member),
+        "member, plain": (MEMBER, compile(copy.deepcopy(member))),
+        "member, passes": (MEMBER, passes(fxfuse.capture(member, _two(x)).module)),
+        "fused, eager": (FUSED, fused),
+        "fused, passes": (FUSED, passes(fused)),
+        "sequential, eager": (ENSEMBLE, together),
+        "sequential, plain": (ENSEMBLE, compile(copy.deepcopy(together))),
+        "sequential, passes": (ENSEMBLE, passes(fxfuse.capture(together, _two(x)).module)),
+        "vmap, eager": (ENSEMBLE, through_vmap(members)),
+        "stack, eager": (ENSEMBLE, stacked),
+        "stack, passes": (ENSEMBLE, passes(stacked)),
+    }
+
+
+def _two(x: torch.Tensor) -> torch.Tensor:
+    """An example to capture with: a batch of two or more."""
+    return torch.cat([x, x]) if len(x) < 2 else x
+
+
+def measure(name: str, batch: int, options: argparse.Namespace) -> dict[str, Any]:
+    """One network at one batch size."""
+    build, shape = NETWORKS[name]
+    torch.manual_seed(0)
+    torch._dynamo.reset()
+    members = [build().to(options.device).eval() for _ in range(options.members)]
+    for member in members:
+        # A class head of zeros, as torchvision's ViT has it, would hide every mistake.
+        nn.init.normal_([m for m in member.modules() if isinstance(m, nn.Linear)][-1].weight)
+    x = torch.randn(batch, *shape, device=options.device)
+    fused = fxfuse.fuse(members, _two(x), verify=False).module
+    row: dict[str, Any] = {"network": name, "batch": batch, "shape": list(shape)}
+    with torch.no_grad():
+        expected = {
+            MEMBER: members[0](x),
+            FUSED: fused(x),
+            ENSEMBLE: torch.stack([member(x) for member in members]).mean(0),
+        }
+        started = time.perf_counter()
+        chosen = ways(members, fused, x)
+        for n, (whose, way) in chosen.items():
+            error = float((way(x) - expected[whose]).abs().max() / expected[whose].abs().max())
+            assert error < _TOLERANCE, (name, n, error)
+        row["compiling, s"] = round(time.perf_counter() - started, 1)
+        row["ms"] = race({n: way for n, (_, way) in chosen.items()}, x, options)
+        if x.is_cuda:
+            row["peak MiB"] = {n: _peak(way, x) for n, (_, way) in chosen.items()}
+    ms = row["ms"]
+    row["ratios"] = {
+        "fused / member, passes": round(ms["fused, passes"] / ms["member, passes"], 3),
+        "member, plain / fused, passes": round(ms["member, plain"] / ms["fused, passes"], 3),
+        "best ensemble / fused, passes": round(
+            min(t for n, t in ms.items() if chosen[n][0] == ENSEMBLE) / ms["fused, passes"], 3
+        ),
+    }
+    return row
+
+
+def _peak(way: Way, x: torch.Tensor) -> float:
+    torch.cuda.reset_peak_memory_stats()
+    way(x)
+    torch.cuda.synchronize()
+    return round(torch.cuda.max_memory_allocated() / 2**20, 1)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--members", type=int, default=4)
+    parser.add_argument("--networks", default="", help="parts of names, separated by commas")
+    parser.add_argument("--batches", type=int, nargs="+", default=BATCHES)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--seconds", type=float, default=0.3, help="of every way in every round")
+    parser.add_argument("--keep", action="store_true", help="do not measure again what is there")
+    parser.add_argument("--json", type=Path, default=RESULTS)
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    warnings.simplefilter("ignore")
+    rows = earlier(options.json, "rows", keep=options.keep)
+    done = {(row["network"], row["batch"]) for row in rows}
+    parts = options.networks.split(",")
+    for name in (n for n in NETWORKS if any(part in n for part in parts)):
+        for batch in options.batches:
+            if (name, batch) in done:
+                continue
+            rows.append(measure(name, batch, options))
+            print(name, batch, rows[-1]["ms"], rows[-1]["ratios"], flush=True)
+            write(options.json, {**_about(options), "rows": rows})
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,70 @@
+"""Write the tables of docs/performance.md from JSON, or check that they are up to date.
+
+python -m benchmarks.performance_table           # rewrite the page's tables
+python -m benchmarks.performance_table --check   # exit with 1 when they are out of date
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from benchmarks.pages import update, with_tables
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "benchmarks" / "results"
+PAGE = ROOT / "docs" / "performance.md"
+
+
+def inference(results: dict[str, Any]) -> str:
+    """Milliseconds of every way, and the ratios that matter."""
+    names = list(results["rows"][0]["ms"])
+    ratios = list(results["rows"][0]["ratios"])
+    lines = []
+    for row in results["rows"]:
+        shape = " x ".join(map(str, row["shape"]))
+        times = [f"{row['ms'][name]:.3g}" for name in names]
+        lines += [
+            f"**{row['network']}**, batch {row['batch']}, {shape}: "
+            + "; ".join(f"{name} {row['ratios'][name]:.2f}" for name in ratios)
+            + ".",
+            "",
+            f"| {' | '.join(names)} |",
+            f"| {' | '.join('---:' for _ in names)} |",
+            f"| {' | '.join(times)} |",
+            "",
+        ]
+    about = results["environment"]
+    threads = f"{about['threads']} thread{'s' if about['threads'] > 1 else ''}"
+    lines.append(
+        f"Milliseconds for {results['members']} members on {results['card'] or about['cpu']} "
+        f"({threads}), medians over {results['rounds']} rounds, float32; torch {about['torch']}, "
+        f"torchvision {about['torchvision']}."
+    )
+    return "\n".join(lines) + "\n"
+
+
+#: Name of a table's marks and of its JSON file → what writes it.
+TABLES: Mapping[str, Callable[[dict[str, Any]], str]] = {"inference": inference}
+
+
+def main() -> int:
+    """Rewrite or check the page, and return the exit status."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    parser.add_argument("--check", action="store_true", help="change nothing; exit 1 if stale")
+    options = parser.parse_args()
+    page = PAGE.read_text(encoding="utf-8")
+    for name, write in TABLES.items():
+        results = json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))
+        page = with_tables(page, name, write(results))
+    return update({PAGE: page}, "python -m benchmarks.performance_table", check=options.check)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

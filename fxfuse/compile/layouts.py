@@ -1,0 +1,66 @@
+"""How weights and images lie: which way is fastest for a network, by rule or by measurement."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+from torch.utils.benchmark import Timer
+
+#: Devices on which inductor's constant weights were measured to be faster (docs/performance.md),
+#: and the floating-point operations of a call from which on: below, the libraries that take packed
+#: weights spend longer on being called than on computing.
+_FREEZES = {"cpu": 10e6}
+_RUN_TIME = 0.3
+
+
+class Layout(NamedTuple):
+    """How weights and images lie.
+
+    Attributes:
+        freeze: Whether inductor keeps the weights as constants, in the layout that suits it.
+        channels_last: Whether two-dimensional convolutions run with channels innermost.
+    """
+
+    freeze: bool
+    channels_last: bool
+
+
+#: What a measurement chooses among.
+LAYOUTS = (Layout(True, False), Layout(False, True), Layout(False, False))
+
+
+def by_rule(
+    device: torch.device, operations: int, freeze: bool | None, channels_last: bool | None
+) -> Layout:
+    """The layout that device and size suggest, where none was asked for.
+
+    Args:
+        device: Where the network is.
+        operations: Floating-point operations of one call.
+        freeze: What was asked for.
+        channels_last: What was asked for; None: where weights are not frozen, since inductor
+            chooses the layout of those itself.
+    """
+    if freeze is None:
+        least = _FREEZES.get(device.type)
+        freeze = least is not None and operations >= least
+    return Layout(freeze, not freeze if channels_last is None else channels_last)
+
+
+def seconds(call: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> float:
+    """Median time of a call, on as many threads as torch uses otherwise."""
+    timer = Timer(
+        "call(*args, **kwargs)",
+        globals={"call": call, "args": args, "kwargs": kwargs},
+        num_threads=torch.get_num_threads(),
+    )
+    return float(timer.blocked_autorange(min_run_time=_RUN_TIME).median)
+
+
+def device_of(module: nn.Module) -> torch.device:
+    """Where a network is; one without tensors counts as on the CPU."""
+    tensors = (*module.parameters(), *module.buffers())
+    return tensors[0].device if tensors else torch.device("cpu")
