@@ -33,14 +33,17 @@ PLAIN = (
 )
 #: The larger ones of their families: nothing that the smaller ones do not have, but half the time.
 LARGE = (
-    *(f"vgg{n}{bn}" for n in (16, 19) for bn in ("", "_bn")),
+    *(f"vgg{n}{bn}" for n in (13, 16, 19) for bn in ("", "_bn")),
+    "resnet34",
     "resnet101",
     "resnet152",
+    "wide_resnet50_2",
     "wide_resnet101_2",
     "resnext101_32x8d",
     "resnext101_64x4d",
     *(f"densenet{n}" for n in (161, 169, 201)),
-    *(f"efficientnet_b{n}" for n in range(4, 8)),
+    *(f"shufflenet_v2_x{n}" for n in ("1_0", "1_5", "2_0")),
+    *(f"efficientnet_b{n}" for n in range(1, 8)),
     "efficientnet_v2_m",
     "efficientnet_v2_l",
 )

@@ -18,7 +18,7 @@ NETWORKS = [pytest.param(n, marks=pytest.mark.nightly) if n in LARGE else n for 
 
 @pytest.mark.parametrize("name", [*NETWORKS, *MIXING])
 def test_permutation(name: str):
-    captured = fxfuse.capture(build(name), image())
+    captured = fxfuse.capture(slim(build(name)), image())
     graph = fxfuse.analyze(captured)
     check = verify.permutation_of(graph)
     assert check.passed, check
@@ -85,9 +85,8 @@ def test_perceptron(norm: type[nn.Module]):
     assert graph.free_fraction > 0.99
 
 
-@pytest.mark.parametrize("n", [2, 4])
+@pytest.mark.parametrize(("score", "n"), [("l1", 2), ("l2", 4)])
 @pytest.mark.parametrize("name", ["vgg11_bn", "resnet18"])
-@pytest.mark.parametrize("score", ["l1", "l2"])
 def test_parity_with_torch_pruning(name: str, n: int, score: str):
     members = [slim(build(name, seed, torch.float32)) for seed in range(n)]
     check = verify.parity(members, image(dtype=torch.float32), score=score)

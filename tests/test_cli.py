@@ -396,7 +396,9 @@ def test_verify_exits_1_when_an_oracle_fails(work, monkeypatch):
     assert "group 0" in result.stdout
 
 
-def test_demo_prints_tables_and_writes_the_numbers(work):
+def test_demo_prints_tables_and_writes_the_numbers(work, monkeypatch):
+    monkeypatch.setattr("fxfuse.demo.measure._RUN_TIME", 0.01)
+    monkeypatch.setattr("fxfuse.demo.repetition.CALIBRATION", 100)
     result = invoke(
         "demo", "--seeds", 1, "--steps", 1, "--member-steps", 2, "--no-compile", "--json", "n.json"
     )

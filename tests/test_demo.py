@@ -54,7 +54,12 @@ CONTROLS = {
 
 @pytest.fixture(scope="module")
 def results():
-    with Progress(console=Console(file=io.StringIO())) as progress:
+    with (
+        Progress(console=Console(file=io.StringIO())) as progress,
+        pytest.MonkeyPatch.context() as m,
+    ):
+        m.setattr(measure, "_RUN_TIME", 0.01)
+        m.setattr("fxfuse.demo.repetition.CALIBRATION", 200)
         found = run_demo(
             seeds=(3,), steps=4, member_steps=40, progress=progress, compile_latency=False
         )

@@ -14,6 +14,7 @@ from typing import Any
 from rich.progress import Progress
 from torch import Tensor, nn
 
+from fxfuse.capture import Captured, capture
 from fxfuse.data import Batches
 from fxfuse.demo.members import average, train_member
 from fxfuse.demo.network import Ensemble
@@ -64,16 +65,20 @@ def compare(
     best = max(members, key=lambda member: merit(member, case.validation))
     yield Entry(f"ensemble of {MEMBERS}", "ensemble", Ensemble(members))
     images = case.calibration()
-    plain = fuse(members, images[:2]).module
-    yield from _alignments(members, images)
+    # Capturing is the same for every method: once is enough.
+    captured = [capture(member, images[:2]) for member in members]
+    plain = fuse(captured).module
+    yield from _alignments(members, captured, images)
     yield Entry("NT, right after fusion", "fused", plain, _BEST)
-    yield from _without_labels(case, members, best, images, steps, progress)
+    yield from _without_labels(case, members, captured, best, images, steps, progress)
     yield from _trained(case, members, plain, best, images, steps, progress)
 
 
-def _alignments(members: list[nn.Module], images: Tensor) -> Iterator[Entry]:
+def _alignments(
+    members: list[nn.Module], captured: list[Captured], images: Tensor
+) -> Iterator[Entry]:
     yield Entry("weight averaging", "member", average(members), _BEST)
-    aligned = fuse(members, images[:2], method="weight_matching").module
+    aligned = fuse(captured, method="weight_matching").module
     done = timed(aligned, lambda module: recalibrate(module, images))
     yield _entry("weight matching + recalibration", "fused", done, _BEST)
 
@@ -81,13 +86,14 @@ def _alignments(members: list[nn.Module], images: Tensor) -> Iterator[Entry]:
 def _without_labels(
     case: Repetition,
     members: list[nn.Module],
+    captured: list[Captured],
     best: nn.Module,
     images: Tensor,
     steps: int,
     progress: Progress | bool,
 ) -> Iterator[Entry]:
     control = f"best member + {steps} matching steps"
-    result = fuse(members, images[:2], score="obs", calibration=images, refit=True)
+    result = fuse(captured, score="obs", calibration=images, refit=True)
     assert result.refit is not None
     refit_seconds = result.refit.seconds
     yield Entry("NT + refit", "fused", result.module, _HEAD, refit_seconds)
@@ -95,7 +101,7 @@ def _without_labels(
     done = Refined(done.module, refit_seconds + done.seconds)
     yield _entry(f"NT + refit + {steps} matching steps", "fused", done, control)
 
-    auto = fuse(members, images[:2], method="auto", calibration=images, steps=steps)
+    auto = fuse(captured, method="auto", calibration=images, steps=steps)
     assert auto.refit is not None
     assert auto.match is not None
     assert auto.choice is not None
