@@ -10,10 +10,13 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from fxfuse.combine import Line, lines_of
+from fxfuse.combine import Line, box_of, lines_of
 from fxfuse.coupling import CouplingGraph, CouplingGroup, Index, Place
 from fxfuse.layout import Layout, Placement, copies_of, place_units
 from fxfuse.plan import FusionPlan, Role, role_of
+
+#: Cells that are neighbours in every dimension.
+Box = tuple[slice, ...]
 
 
 def permuted(
@@ -114,6 +117,7 @@ def _fused(
     # Half precision holds weights, not sums of weights.
     dtype = torch.promote_types(like.dtype, torch.float32)
     result = torch.zeros([p.size for p in placements], dtype=dtype, device=like.device)
+    whole, boxes = tuple(slice(0, p.size) for p in placements), list[Box]()
     # A head's own values come last, over those that stand in where a unit is another member's.
     for member in sorted(range(len(states)), key=lambda m: m == owner):
         if name not in states[member]:
@@ -125,13 +129,25 @@ def _fused(
         if part.numel() == 0 and like.numel():
             continue
         share = _share(lines, role, plan.n_members)
-        where = [torch.from_numpy(line.targets).to(like.device) for line in lines]
-        grid = tuple(_along(index, dim, len(where)) for dim, index in enumerate(where))
-        if grid:
-            result.index_put_(grid, part * share.to(part), accumulate=role is not Role.OWN)
+        if share.numel() > 1 or share.item() != 1.0:
+            part = part * share.to(part)
+        box = box_of(lines)
+        if box is not None and (role is Role.OWN or not any(_meet(box, other) for other in boxes)):
+            # The common case of whole rows of one member: nothing is added to anything.
+            result[box] = part
+        elif box is not None:
+            result[box] += part
         else:
-            result = part if role is Role.OWN else result + part * share.to(part)
+            where = [torch.from_numpy(line.targets).to(like.device) for line in lines]
+            grid = tuple(_along(index, dim, len(where)) for dim, index in enumerate(where))
+            result.index_put_(grid, part, accumulate=role is not Role.OWN)
+        boxes.append(box or whole)
     return result.to(like.dtype)
+
+
+def _meet(box: Box, other: Box) -> bool:
+    """Whether two members contribute to one cell."""
+    return all(a.start < b.stop and b.start < a.stop for a, b in zip(box, other, strict=True))
 
 
 def _share(lines: Sequence[Line], role: Role, n_members: int) -> torch.Tensor:
@@ -145,6 +161,9 @@ def _share(lines: Sequence[Line], role: Role, n_members: int) -> torch.Tensor:
         return share
     if role is Role.MEAN:
         return share / n_members
+    simple = _simple_share(lines, n_members)
+    if simple is not None:
+        return share * simple
     none = torch.zeros([1] * len(lines), dtype=torch.bool)
     owned, output, hosted = none, none, none
     for dim, line in enumerate(lines):
@@ -160,6 +179,18 @@ def _share(lines: Sequence[Line], role: Role, n_members: int) -> torch.Tensor:
     # an output is the mean of theirs; what only the host contributes to is no mean of the members.
     share = torch.where(owned & ~output, share, 1.0 / n_members)
     return torch.where(hosted, 1.0, share)
+
+
+def _simple_share(lines: Sequence[Line], n_members: int) -> float | None:
+    """The share where it is one number for all cells, without a look at each; else None."""
+    if any(line.output.all() and len(line.output) for line in lines):
+        return 1.0 / n_members if not any(line.hosted.any() for line in lines) else None
+    if any(line.output.any() for line in lines):
+        return None
+    owning = [line for line in lines if line.owned.any()]
+    if not owning or not owning[0].owned.all() or (owning[0].share != 1.0).any():
+        return None
+    return 1.0
 
 
 def _along(line: torch.Tensor, dim: int, rank: int) -> torch.Tensor:

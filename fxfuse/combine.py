@@ -53,7 +53,8 @@ class Line:
         values = torch.from_numpy(self.weights).to(tensor)
         sources = torch.from_numpy(self.sources).to(tensor.device)
         if len(self.targets) == len(self.sources):
-            taken = tensor.index_select(dim, sources)
+            whole = len(self.sources) == tensor.shape[dim] and _is_range(self.sources)
+            taken = tensor if whole else tensor.index_select(dim, sources)
             if (self.weights == 1.0).all():
                 return taken
             return taken * values.reshape([-1 if d == dim else 1 for d in range(tensor.dim())])
@@ -66,6 +67,21 @@ class Line:
         moved = tensor.movedim(dim, 0)
         product = matrix @ moved.reshape(size[1], -1)
         return product.reshape(size[0], *moved.shape[1:]).movedim(0, dim)
+
+
+def box_of(lines: Sequence[Line]) -> tuple[slice, ...] | None:
+    """The fused cells that a member contributes to, if they are neighbours in every dimension."""
+    if not all(len(line.targets) and _is_range(line.targets) for line in lines):
+        return None
+    starts = [int(line.targets[0]) for line in lines]
+    return tuple(
+        slice(start, start + len(line.targets)) for start, line in zip(starts, lines, strict=True)
+    )
+
+
+def _is_range(indices: Index) -> bool:
+    """Whether indices follow one another."""
+    return bool((np.diff(indices) == 1).all()) and (not len(indices) or bool(indices[0] >= 0))
 
 
 def lines_of(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
@@ -11,7 +11,7 @@ from fxfuse.errors import ControlError
 from fxfuse.methods.registry import check_variant, method
 from fxfuse.options import Options, State
 from fxfuse.plan import UnitMap, Weights
-from fxfuse.scores import score_units
+from fxfuse.scores import Scores, score_units
 
 #: For each group: (member, unit) of every unit that is kept, sorted, int64 [n, 2].
 Kept = dict[str, Index]
@@ -136,10 +136,16 @@ def _scored(
         for member in involved
     }
     scores = score_units(graph, states, options, alive)
-    return {
-        name: (rows, np.array([scores[int(m)][name][u] for m, u in rows]))
-        for name, rows in pool.items()
-    }
+    return {name: (rows, _of_rows(rows, name, scores)) for name, rows in pool.items()}
+
+
+def _of_rows(rows: Index, group: str, scores: Mapping[int, Scores]) -> Weights:
+    """The score of each (member, unit), float64 [n]."""
+    values = np.empty(len(rows))
+    for member in np.unique(rows[:, 0]).tolist():
+        mine = rows[:, 0] == member
+        values[mine] = scores[member][group][rows[mine, 1]]
+    return values
 
 
 def _best(rows: Index, values: Weights, *, count: int) -> Index:

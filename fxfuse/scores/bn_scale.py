@@ -38,8 +38,14 @@ def bn_scale(
     scales, missing = _scales(graph), _without_scale(graph)
     found = {}
     for member, units in kept.items():
-        values = {name: states[member][name].detach().abs() for name in sorted(scales)}
-        found[member] = owned_sums(graph.of_member(member), values, units, options.absent)
+        found[member] = owned_sums(
+            graph.of_member(member),
+            states[member],
+            units,
+            options.absent,
+            names=sorted(scales),
+            value_of=lambda name, scale: scale.abs(),
+        )
     if missing:
         instead = magnitude(graph, states, options, kept, degree=2)
         for member, scores in found.items():

@@ -51,25 +51,32 @@ def magnitude(
     Returns:
         For each member that takes part, for each group, float64 [n_units].
     """
-    found, names = {}, multiplied(graph)
-    for member, units in kept.items():
-        powers = {}
-        for name in names:
-            scale = (1.0 / len(kept)) ** degree if _is_output(graph, name) else 1.0
-            tensor = states[member][name].detach()
-            powers[name] = scale * tensor.abs().to(torch.float64).pow(degree)
-        found[member] = owned_sums(graph.of_member(member), powers, units, options.absent)
-    return found
+    names, outputs = multiplied(graph), _outputs(graph)
+
+    def value_of(name: str, weights: torch.Tensor) -> torch.Tensor:
+        scale = (1.0 / len(kept)) ** degree if name in outputs else 1.0
+        return scale * (weights.square() if degree == 2 else weights.abs())
+
+    return {
+        member: owned_sums(
+            graph.of_member(member),
+            states[member],
+            units,
+            options.absent,
+            names=names,
+            value_of=value_of,
+        )
+        for member, units in kept.items()
+    }
 
 
 for _name, _degree in DEGREES.items():
     score(_name)(partial(magnitude, degree=_degree))
 
 
-def _is_output(graph: CouplingGraph, name: str) -> bool:
-    return any(
-        place[0] == name and reason.kind is Kind.OUTPUT for place, reason in graph.frozen.items()
-    )
+def _outputs(graph: CouplingGraph) -> frozenset[str]:
+    """Canonical names of the tensors that write the network's output."""
+    return frozenset(n for (n, _), reason in graph.frozen.items() if reason.kind is Kind.OUTPUT)
 
 
 def multiplied(graph: CouplingGraph) -> list[str]:
