@@ -31,11 +31,13 @@ TORCH_SUFFIXES = (".pt", ".pth", ".ckpt", ".bin")
 NESTING_KEYS = ("state_dict", "model")
 
 
-def read_file(path: str | Path) -> Any:
+def read_file(path: str | Path, *, mmap: bool = False) -> Any:
     """Reads the tensors of a file, in whatever plain containers they are stored.
 
     Args:
         path: A `.safetensors` file, or one written by `torch.save`.
+        mmap: Whether tensors of the latter stay in it until they are used, where its format allows
+            that.
 
     Returns:
         A tensor, or containers of tensors and plain values. All tensors are on the CPU.
@@ -50,7 +52,7 @@ def read_file(path: str | Path) -> Any:
     if path.suffix == ".safetensors":
         return _read_safetensors(path)
     if path.suffix in TORCH_SUFFIXES:
-        return _read_torch(path)
+        return _read_torch(path, mmap=mmap and zipfile.is_zipfile(path))
     raise CheckpointCorruptError(
         f"the format of {path.name} is not known",
         where=str(path),
@@ -59,11 +61,13 @@ def read_file(path: str | Path) -> Any:
     )
 
 
-def read_state_dict(path: str | Path) -> dict[str, torch.Tensor]:
+def read_state_dict(path: str | Path, *, mmap: bool = False) -> dict[str, torch.Tensor]:
     """Reads a state_dict, also one that is nested under `state_dict` or `model`.
 
     Args:
         path: The checkpoint.
+        mmap: Whether tensors of a `.pt` file stay in it until they are used, where its format
+            allows that.
 
     Returns:
         Tensors by name, on the CPU.
@@ -73,7 +77,7 @@ def read_state_dict(path: str | Path) -> dict[str, torch.Tensor]:
         CheckpointCorruptError: The file is truncated, or holds something else than a state_dict.
         CheckpointPickleError: The file holds pickled objects other than tensors.
     """
-    content = read_file(path)
+    content = read_file(path, mmap=mmap)
     for key in NESTING_KEYS:
         if isinstance(content, Mapping) and isinstance(content.get(key), Mapping):
             content = content[key]
@@ -98,10 +102,23 @@ def load_checkpoint(model: nn.Module, path: str | Path) -> None:
         CheckpointPickleError: The file holds pickled objects other than tensors.
         CheckpointMismatchError: Names or shapes differ from the model's, or dtypes are mixed.
     """
-    state = read_state_dict(path)
+    load_tensors(model, read_state_dict(path), path)
+
+
+def load_tensors(model: nn.Module, state: dict[str, torch.Tensor], path: str | Path) -> None:
+    """Loads the tensors of a checkpoint into a model, strictly, and keeps their dtype.
+
+    Args:
+        model: Changed in place.
+        state: The tensors by name; names of tied ones may be left out, and are filled in.
+        path: The checkpoint, for messages.
+
+    Raises:
+        CheckpointMismatchError: Names or shapes differ from the model's, or dtypes are mixed.
+    """
     own = model.state_dict(keep_vars=True)
-    _restore_tied(state, own)
-    _check_fit(state, own, path)
+    restore_tied(state, own)
+    check_fit(state, own, path)
     _match_dtype(model, state, own, path)
     model.load_state_dict(state, strict=True)
 
@@ -145,15 +162,15 @@ def _read_safetensors(path: Path) -> dict[str, torch.Tensor]:
     try:
         return safetensors.torch.load_file(path)
     except SafetensorError as error:
-        raise _corrupt(path, str(error)) from error
+        raise corrupt(path, str(error)) from error
 
 
-def _read_torch(path: Path) -> Any:
+def _read_torch(path: Path, *, mmap: bool) -> Any:
     try:
         with warnings.catch_warnings():
             # A refused file gets an error of its own; torch's advice to report it is beside it.
             warnings.simplefilter("ignore")
-            return torch.load(path, map_location="cpu", weights_only=True)
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
     # torch's reader has no error class of its own: a damaged file comes out as UnpicklingError,
     # RuntimeError, EOFError, KeyError and others.
     except Exception as error:
@@ -167,7 +184,7 @@ def _read_torch(path: Path) -> Any:
                 "with torch.save or safetensors.torch.save_file",
             ) from error
         text = str(error).strip().split("\n")[0].split(". ")[0]
-        raise _corrupt(path, f"{type(error).__name__}: {text}".rstrip(": ")) from error
+        raise corrupt(path, f"{type(error).__name__}: {text}".rstrip(": ")) from error
 
 
 def _pickled_objects(path: Path) -> str:
@@ -193,7 +210,7 @@ def _pickled_objects(path: Path) -> str:
 _PLAIN_GLOBALS = ("collections OrderedDict", "torch._utils _rebuild", "torch ")
 
 
-def _restore_tied(state: dict[str, torch.Tensor], own: Mapping[str, torch.Tensor]) -> None:
+def restore_tied(state: dict[str, torch.Tensor], own: Mapping[str, torch.Tensor]) -> None:
     """Fills in names of tied parameters, which writers of safetensors leave out."""
     stored = {id(own[name]): value for name, value in state.items() if name in own}
     for name, tensor in own.items():
@@ -201,9 +218,14 @@ def _restore_tied(state: dict[str, torch.Tensor], own: Mapping[str, torch.Tensor
             state[name] = stored[id(tensor)]
 
 
-def _check_fit(
+def check_fit(
     state: Mapping[str, torch.Tensor], own: Mapping[str, torch.Tensor], path: str | Path
 ) -> None:
+    """Checks that a checkpoint has the names and shapes of a model.
+
+    Raises:
+        CheckpointMismatchError: Lists the first that differ.
+    """
     missing = [name for name in own if name not in state]
     unknown = [name for name in state if name not in own]
     shapes = [
@@ -261,7 +283,8 @@ def _describe(value: object) -> str:
     return "nothing" if isinstance(value, Mapping) and not value else f"a {type(value).__name__}"
 
 
-def _corrupt(path: Path, why: str) -> CheckpointCorruptError:
+def corrupt(path: Path, why: str) -> CheckpointCorruptError:
+    """The error for a checkpoint that cannot be read."""
     return CheckpointCorruptError(
         f"the checkpoint {path.name} is damaged",
         where=str(path),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -32,6 +33,7 @@ from fxfuse.resize import Target, mixing_of, resized
 from fxfuse.result import FusionResult
 from fxfuse.same_network import check_same_network
 from fxfuse.scores import check_score
+from fxfuse.streamed import first_member, split_paths, streamed_states
 from fxfuse.varied import of_all_widths
 from fxfuse.verify import equals_ensemble, handover
 from fxfuse.wide import wide_plan
@@ -40,10 +42,11 @@ from fxfuse.widths import Width
 
 
 def fuse(
-    members: Sequence[nn.Module | ExportedProgram | Captured],
+    members: Sequence[nn.Module | ExportedProgram | Captured | str | Path],
     example_inputs: Any = (),
     example_kwargs: Mapping[str, Any] | None = None,
     *,
+    template: nn.Module | None = None,
     plan: FusionPlan | None = None,
     method: str = "transplant",
     score: str | None = None,
@@ -80,10 +83,14 @@ def fuse(
         members: Two or more networks with the same graph, apart from `heads`. They may differ in
             width (the score decides who provides which unit; with width None, the result has member
             0's size), or in depth, if some lack residual blocks that others have: then all have the
-            deepest one's graph, and blocks that a member lacks count as the identity.
+            deepest one's graph, and blocks that a member lacks count as the identity. Or paths of
+            their checkpoints (`.safetensors`, `*.safetensors.index.json`, weights-only `.pt`):
+            besides the fused network only one member is in memory then, and the result is the same.
         example_inputs: A tensor or a tuple of inputs that the members accept, batch of at least 2.
             Members that torch.export refuses are traced on them, so they should reach every part.
         example_kwargs: Keyword inputs.
+        template: For members that are files: a module of their class, which is left as it is and
+            may be on the meta device.
         plan: A plan that was made for these members, to be applied in place of making one. It
             holds the method, its options, the sizes, and what was asked of the analysis, so none
             of that may be given as well. What a refit or matching did after it is not in it.
@@ -181,12 +188,17 @@ def fuse(
         )
     score = score or ("obs" if auto else "l2")
     check_score(score)
-    for member in members:
+    files, networks = split_paths(members, template)
+    if files:
+        _check_streamable(heads, calibrated=calibration is not None or auto or refit)
+        assert template is not None
+        networks = [first_member(template, files[0])]
+    for member in networks:
         if not isinstance(member, Captured):
             check_model(member)
-    check_alike(members)
-    captured = _capture_all(members, example_inputs, example_kwargs, dynamic_shapes)
-    network, states, captured, absent = _as_one(captured, heads)
+    check_alike(networks)
+    captured = _capture_all(networks, example_inputs, example_kwargs, dynamic_shapes)
+    network, states, captured, absent = _as_one(captured, heads, files)
     for number, state in enumerate(states):
         check_values(state)
         check_finite(number, state)
@@ -321,6 +333,18 @@ def _check_widths(graph: CouplingGraph, method: str, *, calibrated: bool) -> Non
     )
 
 
+def _check_streamable(heads: Patterns, *, calibrated: bool) -> None:
+    """Checks that what is asked for works with members that stay in their files."""
+    if not (heads or calibrated):
+        return
+    what = "heads=" if heads else "calibration, refit or method 'auto'"
+    raise ControlError(
+        f"{what} needs members in memory",
+        why="members run for it, and files are only read",
+        how="load the checkpoints into modules and pass those",
+    )
+
+
 def _check_calibrated(
     graph: CouplingGraph, inputs: Calibration | None, *, auto: bool, refit: bool
 ) -> None:
@@ -374,9 +398,11 @@ def _eager(member: Captured, state: Mapping[str, torch.Tensor]) -> Callable[...,
 
 
 def _as_one(
-    captured: list[Captured], heads: Patterns
+    captured: list[Captured], heads: Patterns, files: Sequence[str | Path]
 ) -> tuple[Captured, Sequence[State], list[Captured], Mapping[str, tuple[int, ...]]]:
     """The network to fuse, what each member has of it, members of its graph, and what they lack."""
+    if files:
+        return captured[0], streamed_states(files, captured[0]), captured * len(files), {}
     if heads:
         joined = join(captured, heads)
         return joined.captured, joined.states, [joined.captured] * len(captured), {}

@@ -19,6 +19,7 @@ BESIDE = frozenset(
         "members",
         "example_inputs",
         "example_kwargs",
+        "template",
         "plan",
         "calibration",
         "refit",
