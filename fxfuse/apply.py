@@ -188,9 +188,10 @@ def _simple_share(lines: Sequence[Line], n_members: int) -> float | None:
     if any(line.output.any() for line in lines):
         return None
     owning = [line for line in lines if line.owned.any()]
-    if not owning or not owning[0].owned.all() or (owning[0].share != 1.0).any():
+    if not owning or not owning[0].owned.all():
         return None
-    return 1.0
+    share = owning[0].share
+    return float(share[0]) if (share == share[0]).all() else None
 
 
 def _along(line: torch.Tensor, dim: int, rank: int) -> torch.Tensor:

@@ -11,6 +11,7 @@ import warnings
 from collections.abc import Collection, Mapping
 from contextlib import redirect_stderr
 from dataclasses import dataclass, field
+from functools import cached_property
 from io import StringIO
 from typing import Any
 
@@ -106,6 +107,10 @@ class Captured:
 
     def reached(self) -> frozenset[str]:
         """Canonical names of the state tensors that the graph uses."""
+        return self._reached
+
+    @cached_property
+    def _reached(self) -> frozenset[str]:
         used = {str(n.target) for n in self.graph.nodes if n.op == "get_attr" and n.users}
         return frozenset(self.canonical[name] for name in used if name in self.canonical)
 
