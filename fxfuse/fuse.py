@@ -13,7 +13,7 @@ from torch.export import ExportedProgram
 from fxfuse.apply import fused_tensors
 from fxfuse.calibration import Calibration
 from fxfuse.capture import Captured, capture, capture_eagerly
-from fxfuse.controls import Controls, OutputDims, Patterns, listed
+from fxfuse.controls import Controls, OutputDims, Patterns
 from fxfuse.coupling import CouplingGraph, couple
 from fxfuse.depth import as_deepest
 from fxfuse.eager import answers
@@ -22,7 +22,9 @@ from fxfuse.examine import examined, verified
 from fxfuse.fingerprint import fingerprint
 from fxfuse.finish import Start, matched_start, refitted
 from fxfuse.given_plan import check_alone, check_count, check_plan
+from fxfuse.head_search import find_heads
 from fxfuse.heads import join
+from fxfuse.label_spaces import HeadOutputs, LabelSpaces, label_spaces
 from fxfuse.members import check_alike, check_enough, check_finite, check_model, check_values
 from fxfuse.methods import find_method
 from fxfuse.options import Options, Reference, State
@@ -67,6 +69,8 @@ def fuse(
     ignore: Patterns = (),
     output_dims: OutputDims | None = None,
     heads: Patterns = (),
+    head_outputs: HeadOutputs | None = None,
+    classes: Sequence[Sequence[Any]] | None = None,
     dynamic_shapes: Any = None,
     verify: bool = True,
 ) -> FusionResult:
@@ -129,8 +133,14 @@ def fuse(
             an output is no mean of the members' any more: it hands out the fused units, in the
             order that the plan says.
         heads: Dotted paths of the modules in which each member keeps its own head, `fnmatch`
-            patterns. Heads may differ in shape. The fused network then returns a tuple with the
-            outputs of every head, and tensors of head i are named `heads.<i>.<name>`.
+            patterns. Heads may differ in shape, and tensors of head i are named `heads.<i>.<name>`.
+            Or "concat" or "map": the heads are found, as the modules whose parameters have an index
+            for each class, and handed out so.
+        head_outputs: What a network with heads returns: "tuple" (the default), the outputs of every
+            head; "concat", one tensor with the members' logits side by side, for members that know
+            different classes; "map", one tensor with the logits of the union of their classes, in
+            order of first appearance: the mean of the members that know a class.
+        classes: For "map": for each member the names of its classes, in the order of its logits.
         dynamic_shapes: Passed to `torch.export.export` unchanged.
         verify: Whether to run the oracles before handing the network over.
 
@@ -155,7 +165,8 @@ def fuse(
             use, or contradicts another one or the plan.
         CalibrationError: The method or the score needs calibration inputs, and there are none.
         MissingDependencyError: The method needs a package that is not installed.
-        PartialFusionError: The heads cannot be kept apart from the trunk.
+        PartialFusionError: The heads are not found or cannot be kept apart from the trunk, or the
+            classes are not those of the members.
         NothingToFuseError: No parameter has a free dimension.
         VerificationError: An oracle failed.
         WidthError: A width is no number in (0, N], leaves a group without a unit, or no width meets
@@ -167,10 +178,11 @@ def fuse(
     if plan is not None:
         check_alone(fuse, given)
         check_count(plan, len(members))
-        controls, heads = plan.controls, plan.heads_asked
+        controls, heads, spaces = plan.controls, plan.heads_asked, plan.spaces
     else:
         check_enough(members, "fusion")
-        controls, heads = Controls.of(freeze, share, ignore, output_dims), listed(heads)
+        controls = Controls.of(freeze, share, ignore, output_dims)
+        heads, spaces = label_spaces(heads, head_outputs, classes)
     if not auto:
         find_method(method)
     if not auto and (steps, seconds) != (None, None):
@@ -186,7 +198,10 @@ def fuse(
             check_model(member)
     check_alike(members)
     captured = _capture_all(members, example_inputs, example_kwargs, dynamic_shapes)
-    network, states, captured, absent = _as_one(captured, heads)
+    dim = 0
+    if spaces.outputs != "tuple":
+        heads, dim = find_heads(captured, heads, spaces)
+    network, states, captured, absent = _as_one(captured, heads, spaces, dim)
     for number, state in enumerate(states):
         check_values(state)
         check_finite(number, state)
@@ -211,7 +226,14 @@ def fuse(
         target = Target(width, max_params, max_flops, round_to, mixing)
         plan = _planned(graph, states, method, options, target, host=host, refit=refit)
         known = tuple(fingerprint(state) for state in states)
-        plan = replace(plan, controls=controls, heads_asked=heads, members=known, absent=absent)
+        plan = replace(
+            plan,
+            controls=controls,
+            heads_asked=heads,
+            members=known,
+            absent=absent,
+            spaces=spaces,
+        )
     else:
         check_plan(plan, graph, states)
         if refit and plan.mixing == "per_member":
@@ -374,11 +396,11 @@ def _eager(member: Captured, state: Mapping[str, torch.Tensor]) -> Callable[...,
 
 
 def _as_one(
-    captured: list[Captured], heads: Patterns
+    captured: list[Captured], heads: Patterns, spaces: LabelSpaces, dim: int
 ) -> tuple[Captured, Sequence[State], list[Captured], Mapping[str, tuple[int, ...]]]:
     """The network to fuse, what each member has of it, members of its graph, and what they lack."""
     if heads:
-        joined = join(captured, heads)
+        joined = join(captured, heads, spaces, dim)
         return joined.captured, joined.states, [joined.captured] * len(captured), {}
     deepest = as_deepest(captured)
     if deepest is not None:

@@ -68,6 +68,11 @@ class FusionResult:
         """Tensors of a partial fusion's heads, by name → the member that each belongs to."""
         return self.plan.heads
 
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """Where heads are mapped (`heads="map"`): the class of each logit, in order."""
+        return self.plan.spaces.union
+
     def state_dict(self) -> dict[str, torch.Tensor]:
         """The fused tensors by name; those of `module`, where there is one."""
         return dict(self._state) if self._module is None else self._module.state_dict()
