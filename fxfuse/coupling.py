@@ -225,7 +225,7 @@ def couple(captured: Captured, controls: Controls) -> CouplingGraph:
     groups = form_groups(captured, ledger, component, stuck.mask)
     frozen = frozen_places(captured, ledger, component, stuck, asked)
     notes = [
-        *mixing_notes(ledger, component, stuck),
+        *mixing_notes(ledger, component, stuck, values),
         *shared_writers(captured, groups, frozen, ledger.readers, asked),
         *tied_outputs(captured, groups, frozen, ledger.readers, ledger.writers),
     ]

@@ -17,7 +17,7 @@ from fxfuse.controls import Controls, OutputDims, Patterns
 from fxfuse.coupling import CouplingGraph, couple
 from fxfuse.depth import as_deepest
 from fxfuse.eager import answers
-from fxfuse.errors import CalibrationError, ControlError, PartialFusionError
+from fxfuse.errors import CalibrationError, ControlError, PartialFusionError, RewriteError
 from fxfuse.examine import examined, verified
 from fxfuse.fingerprint import fingerprint
 from fxfuse.finish import Start, matched_start, refitted
@@ -35,7 +35,7 @@ from fxfuse.result import FusionResult
 from fxfuse.same_network import check_same_network
 from fxfuse.scores import check_score
 from fxfuse.varied import of_all_widths
-from fxfuse.verify import equals_ensemble, handover
+from fxfuse.verify import equals_ensemble, equals_heads, handover
 from fxfuse.wide import wide_plan
 from fxfuse.widen import emit_fused, widen
 from fxfuse.widths import Width
@@ -201,6 +201,7 @@ def fuse(
     dim = 0
     if spaces.outputs != "tuple":
         heads, dim = find_heads(captured, heads, spaces)
+    given_members = captured
     network, states, captured, absent = _as_one(captured, heads, spaces, dim)
     for number, state in enumerate(states):
         check_values(state)
@@ -254,7 +255,9 @@ def fuse(
     if verify:
         checks += handover(network, module or _eager(network, start.state))
     handed_out = bool(controls.output_dims)
-    if verify and plan.mixing == "per_member":
+    if verify and plan.mixing == "per_member" and heads:
+        checks.append(equals_heads(graph, states, plan, given_members, dim))
+    elif verify and plan.mixing == "per_member":
         checks.append(equals_ensemble(graph, states, plan, hands_out=handed_out))
     elif verify and graph.members:
         wide = wide_plan(graph, states, "joint")
@@ -268,6 +271,7 @@ def fuse(
         start.refit,
         start.choice,
         start.match,
+        given_members[0] if heads else None,
     )
 
 
@@ -288,9 +292,15 @@ def _planned(
     if found is not None:
         _check_resizable(found[0], graph, method)
     sizes, refused = found or (None, {})
+    plan = None
     if mixing == "per_member":
-        plan = wide_plan(graph, states, host=host)
-    else:
+        try:
+            plan = wide_plan(graph, states, host=host)
+        except RewriteError:
+            # Heads may begin before the last operator that mixes members.
+            if target.mixing or not graph.captured.heads:
+                raise
+    if plan is None:
         options = replace(options, sizes=sizes)
         plan = make_plan(graph, states, "transplant" if auto else method, options, host=host)
     return replace(plan, refused=refused)

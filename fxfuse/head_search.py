@@ -78,8 +78,8 @@ def find_heads(
         )
     (dim,) = found
     spaces.check_counts([int(size) for size in sizes[dim]])
-    modules = dict.fromkeys(name.rpartition(".")[0] or name for name in sorted(writers[dim] if dim in writers else ()))
-    return patterns or tuple(modules), dim
+    modules = {name.rpartition(".")[0] or name for name in writers.get(dim, ())}
+    return patterns or tuple(sorted(modules)), dim
 
 
 def _output(member: Captured) -> fx.Node:
@@ -100,9 +100,9 @@ def _writers(member: Captured, output: fx.Node) -> dict[int, set[str]]:
     value = graph.values[output]
     found: dict[int, set[str]] = defaultdict(set)
     for f in value.fields if isinstance(value, Value) else ():
-        if len(f.dims) != 1:
-            continue
         here = component[neurons(f.ids).reshape(-1).numpy()]
+        if len(f.dims) != 1 or len(np.unique(here)) < len(here):
+            continue
         for owner, (name, _) in enumerate(graph.ledger.owners):
             ids = graph.ledger.ids_of(owner)
             if name in member.canonical and np.isin(component[ids], here).any():

@@ -25,7 +25,6 @@ from fxfuse.same_network import check_same_network
 from fxfuse.source_lines import source_of
 from fxfuse.tensors import attach, fetch, is_constant
 
-
 aten = torch.ops.aten
 _APART = LabelSpaces()
 #: Name of the constant that maps the members' logits to the union of their classes.

@@ -55,6 +55,55 @@ class LabelSpaces:
                     how="name every class of the member once, in the order of its logits",
                 )
 
+    def combined(self, outputs: Sequence[Sequence[torch.Tensor]], dim: int) -> list[torch.Tensor]:
+        """What the network hands out for the members' outputs, by definition.
+
+        Args:
+            outputs: For each member, the tensors that it returns.
+            dim: The dimension of classes.
+        """
+        if self.outputs == "tuple":
+            return [tensor for own in outputs for tensor in own]
+        logits = [own[0].movedim(dim, -1) for own in outputs]
+        if self.outputs == "concat":
+            return [torch.cat(logits, -1).movedim(-1, dim)]
+        columns = [
+            torch.stack(
+                [
+                    own[..., names.index(name)]
+                    for own, names in zip(logits, self.classes, strict=True)
+                    if name in names
+                ]
+            ).mean(0)
+            for name in self.union
+        ]
+        return [torch.stack(columns, dim)]
+
+    def merged(self, tensors: Sequence[torch.Tensor]) -> torch.Tensor:
+        """The heads' tensors of one name, as one layer would hold that answers for all of them.
+
+        Right for tensors whose dimension 0 is classes, in which the answer is linear.
+
+        Args:
+            tensors: For each member, [classes, *]; the first one's if it has no dimension.
+
+        Raises:
+            PartialFusionError: They differ in another dimension.
+        """
+        first = tensors[0]
+        if not first.dim():
+            return first
+        if len({tensor.shape[1:] for tensor in tensors}) > 1:
+            raise PartialFusionError(
+                "the members' heads do not fit into one layer",
+                why=f"they have the shapes {', '.join(str(tuple(t.shape)) for t in tensors)}",
+            )
+        joined = torch.cat(list(tensors))
+        if self.outputs != "map":
+            return joined
+        projection = self.projection(joined.dtype, joined.device)
+        return (projection @ joined.reshape(len(joined), -1)).reshape(-1, *first.shape[1:])
+
     def projection(self, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
         """From the members' logits side by side to those of the union: [classes, logits].
 

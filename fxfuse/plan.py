@@ -292,7 +292,10 @@ class FusionPlan:
         if self.spaces.outputs == "concat":
             lines += ["", "Their outputs stand side by side in one tensor."]
         if self.spaces.outputs == "map":
-            lines += ["", f"Classes: {', '.join(self.spaces.union)}. Each has the mean of its logits."]
+            lines += [
+                "",
+                f"Classes: {', '.join(self.spaces.union)}. Each has the mean of its logits.",
+            ]
         if self.refused:
             lines += ["", "## Groups that keep a member's size", ""]
             lines += [f"- `{name}`: {why}" for name, why in self.refused.items()]

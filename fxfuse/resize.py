@@ -77,8 +77,6 @@ def mixing_of(
         obstacle = "it takes a width that keeps every unit of every member"
     elif graph.asked:
         obstacle = f"{next(iter(graph.asked))} is to be one tensor for all members"
-    elif graph.captured.heads:
-        obstacle = "each member has a head of its own, and there is no mean of them"
     elif graph.members:
         obstacle = "members differ in width, so that their units do not stand in pairs"
     elif fitted:
@@ -91,7 +89,7 @@ def mixing_of(
         raise ControlError(
             'mixing="per_member" cannot be had here',
             why=obstacle,
-            how=f"use width={n_members} without freeze, share, ignore, heads and refit, or leave "
+            how=f"use width={n_members} without freeze, share, ignore and refit, or leave "
             "mixing out",
         )
     return target.mixing or ("joint" if obstacle else "per_member")
