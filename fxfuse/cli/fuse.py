@@ -9,26 +9,33 @@ from typing import Annotated, cast
 import typer
 
 import fxfuse
+from fxfuse import label_spaces
 from fxfuse import plan as plans
 from fxfuse.checkpoint import write_state_dict
 from fxfuse.cli.load import load_members
 from fxfuse.cli.options import (
     Checkpoints,
+    Classes,
     Freeze,
+    HeadOutputs,
+    Heads,
     Ignore,
     Input,
     Json,
     MaxFlops,
     MaxParams,
+    MemberArg,
     Model,
     ModelArg,
     OutputDims,
     RoundTo,
     Share,
     Widths,
+    parse_heads,
     parse_output_dims,
     parse_reference,
     parse_width,
+    read_classes,
 )
 from fxfuse.cli.show import checks_json, checks_markdown, checks_table, err, out, print_json
 from fxfuse.output import atomic_folder, check_output
@@ -117,6 +124,7 @@ def fuse(
     input: Input,
     out_folder: Annotated[Path, typer.Option("--out", help="Folder to write.", metavar="FOLDER")],
     model_arg: ModelArg = None,
+    member_arg: MemberArg = None,
     method: Method = "transplant",
     score: Score = None,
     variant: Variant = None,
@@ -137,13 +145,16 @@ def fuse(
     share: Share = None,
     ignore: Ignore = None,
     output_dims: OutputDims = None,
+    heads: Heads = None,
+    head_outputs: HeadOutputs = None,
+    classes: Classes = None,
     force: Force = False,
     no_verify: NoVerify = False,
     json: Json = False,
 ) -> None:
     """Fuse trained networks of one architecture into one network."""
     check_output(out_folder, FILES, force=force)
-    members, inputs = load_members(model, model_arg, input, checkpoints)
+    members, inputs = load_members(model, model_arg, input, checkpoints, member_arg)
     with err.status(f"fusing {len(members)} networks"):
         result = fxfuse.fuse(
             members,
@@ -169,6 +180,10 @@ def fuse(
             share=share or (),
             ignore=ignore or (),
             output_dims=parse_output_dims(output_dims or ()),
+            heads=parse_heads(heads or ()),
+            # So it does with what is no way of handing out heads.
+            head_outputs=cast("label_spaces.HeadOutputs | None", head_outputs),
+            classes=read_classes(classes),
             verify=not no_verify,
         )
     checks = result.verification.checks
@@ -187,6 +202,7 @@ def fuse(
                 "choice": asdict(result.choice) if result.choice else None,
                 "sizes": result.plan.sizes(),
                 "refused": dict(result.plan.refused),
+                "classes": list(result.classes),
             }
         )
         return
