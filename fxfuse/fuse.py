@@ -14,7 +14,7 @@ from fxfuse.apply import fused_tensors
 from fxfuse.calibration import Calibration
 from fxfuse.capture import Captured, capture, capture_eagerly
 from fxfuse.controls import Controls, OutputDims, Patterns
-from fxfuse.coupling import CouplingGraph, couple
+from fxfuse.coupling import CouplingGraph, couple, hands_out
 from fxfuse.depth import as_deepest
 from fxfuse.eager import answers
 from fxfuse.errors import CalibrationError, ControlError, PartialFusionError, RewriteError
@@ -37,7 +37,7 @@ from fxfuse.scores import check_score
 from fxfuse.varied import of_all_widths
 from fxfuse.verify import equals_ensemble, equals_heads, handover
 from fxfuse.wide import wide_plan
-from fxfuse.widen import emit_fused, widen
+from fxfuse.widen import emit_fused, output_layouts, widen
 from fxfuse.widths import Width
 
 
@@ -212,6 +212,14 @@ def fuse(
     _check_widths(graph, "transplant" if auto else method, calibrated=calibration is not None)
     inputs = None if calibration is None else Calibration.of(network, calibration)
     _check_calibrated(graph, inputs, auto=auto, refit=refit)
+    if auto and hands_out(graph, controls):
+        raise ControlError(
+            "method 'auto' does not work where units are handed out",
+            where=f"output_dims={dict(controls.output_dims)}",
+            why="units of an output that is free stand for no others, so there is no ensemble of "
+            "them to be matched to",
+            how="use method='transplant', with refit=True",
+        )
     if method == "wide":
         width = _width_of_all(width, len(states))
     if plan is None:
@@ -252,9 +260,10 @@ def fuse(
     module = start.module
     if module is None and network.is_program:
         module = emit_fused(graph, start.plan, start.state)
-    if verify:
-        checks += handover(network, module or _eager(network, start.state))
     handed_out = bool(controls.output_dims)
+    if verify:
+        grown = output_layouts(graph, start.plan) if handed_out and network.is_program else None
+        checks += handover(network, module or _eager(network, start.state), grown)
     if verify and plan.mixing == "per_member" and heads:
         checks.append(equals_heads(graph, states, plan, given_members, dim))
     elif verify and plan.mixing == "per_member":

@@ -24,7 +24,7 @@ from fxfuse.resize import Target, resized
 from fxfuse.result import FusionResult
 from fxfuse.scores import check_score
 from fxfuse.verify import handover
-from fxfuse.widen import widen
+from fxfuse.widen import output_layouts, widen
 from fxfuse.widths import Width
 
 
@@ -126,5 +126,6 @@ def prune(
     )
     pruned = widen(graph, made, [state])
     if verify:
-        checks += handover(captured, pruned)
+        grown = output_layouts(graph, made) if controls.output_dims else None
+        checks += handover(captured, pruned, grown)
     return FusionResult(made, verified(checks), graph, pruned.state_dict(), pruned)

@@ -217,6 +217,24 @@ def test_ridge_on_features_that_never_vary():
     torch.testing.assert_close(fit(rows), torch.ones(20, 2))
 
 
+def test_a_singular_system_gets_a_larger_ridge():
+    """Two features that are one, with a ridge that float32 rounds away."""
+    generator = torch.Generator().manual_seed(0)
+    one = 1e3 * torch.randn(400, 1, 40, generator=generator)
+    rows, wanted = torch.cat([one, one], 2), one[:, 0, :3] * 0.5
+    centred = (rows - rows.mean(0))[:, 0]
+    gram = (centred.T @ centred).double() / 400
+    bare = gram + 1e-14 * gram.diagonal().mean() * torch.eye(80)
+    assert torch.linalg.cholesky_ex(bare)[1] > 0
+    fit = Ridge(rows, 1e-14, centred=True).fit(wanted)
+    assert float((fit(rows) - wanted).abs().max()) < 1e-3 * float(wanted.abs().max())
+
+
+def test_a_gram_matrix_that_is_not_finite_is_refused():
+    with pytest.raises(CalibrationError, match="too large for float32"):
+        Ridge(torch.full((4, 1, 3), 1e30) * torch.arange(4).reshape(4, 1, 1), 1e-3, centred=False)
+
+
 def test_the_head_is_fitted_to_probabilities():
     generator = torch.Generator().manual_seed(0)
     rows, logits = torch.randn(500, 1, 6, generator=generator), torch.randn(500, 4) * 3
