@@ -11,6 +11,7 @@ from torch import nn
 from torch.export import ExportedProgram
 
 from fxfuse.apply import fused_tensors
+from fxfuse.budget import Budget, check_budget, spread
 from fxfuse.calibration import Calibration
 from fxfuse.capture import Captured, capture, capture_eagerly
 from fxfuse.controls import Controls, OutputDims, Patterns
@@ -51,7 +52,7 @@ def fuse(
     score: str | None = None,
     variant: str | None = None,
     host: int = 0,
-    fraction: float | None = None,
+    fraction: float | Mapping[str, float] | None = None,
     reference: Reference = 0,
     regularisation: float | None = None,
     calibration: Any = None,
@@ -63,6 +64,7 @@ def fuse(
     max_params: int | None = None,
     max_flops: int | None = None,
     round_to: int = 1,
+    budget: Budget = "local",
     mixing: Mixing | None = None,
     freeze: Patterns = (),
     share: Patterns = (),
@@ -102,7 +104,7 @@ def fuse(
             `weights` or `activations`; for `zip`: None or `across`.
         host: The member that keeps every piece that is frozen inside the network.
         fraction: For `transplant`: the share of units that come from other members than the host,
-            in [0, 1]; None leaves it to the score.
+            in [0, 1], or shares by pattern, as `width`; None leaves it to the score.
         reference: For alignment: the member that the others are aligned to, or "mean": each to the
             mean of the others.
         regularisation: For `optimal_transport`: entropic regularisation, in units of the mean cost;
@@ -122,6 +124,9 @@ def fuse(
         max_params: In place of `width`: the most parameter elements; the widest network is made.
         max_flops: The same for floating-point operations on the example inputs.
         round_to: Channels are rounded to multiples of this, 8 for most hardware.
+        budget: `local`: all groups get the width; `global`: all groups together keep as many units
+            as they would so, those with the highest score relative to their group's mean, and of
+            each group at least one.
         mixing: `per_member`: operators that mix members (LayerNorm and the like) run once for each
             member, so that the wide model is exactly their mean; for width N, where it is the
             default. `joint`: they run over the kept units of all members together.
@@ -193,6 +198,8 @@ def fuse(
         )
     score = score or ("obs" if auto else "l2")
     check_score(score)
+    target = Target(width, max_params, max_flops, round_to, mixing, budget)
+    check_budget(budget, width, given=width is not None or target.is_budget, score=score)
     for member in members:
         if not isinstance(member, Captured):
             check_model(member)
@@ -221,7 +228,7 @@ def fuse(
             how="use method='transplant', with refit=True",
         )
     if method == "wide":
-        width = _width_of_all(width, len(states))
+        target = replace(target, width=_width_of_all(width, len(states)))
     if plan is None:
         options = Options(
             score,
@@ -232,7 +239,6 @@ def fuse(
             calibration=inputs,
             absent=absent,
         )
-        target = Target(width, max_params, max_flops, round_to, mixing)
         plan = _planned(graph, states, method, options, target, host=host, refit=refit)
         known = tuple(fingerprint(state) for state in states)
         plan = replace(
@@ -297,7 +303,10 @@ def _planned(
     """The plan of a method, at the sizes that are asked for."""
     auto = method == "auto"
     mixing = mixing_of(graph, len(states), target, fitted=auto or refit)
-    found = resized(graph, len(states), target, mixing)
+    wider = None
+    if target.budget == "global":
+        wider = spread(graph, states, options, target.round_to)
+    found = resized(graph, len(states), target, mixing, wider)
     if found is not None:
         _check_resizable(found[0], graph, method)
     sizes, refused = found or (None, {})
@@ -312,7 +321,8 @@ def _planned(
     if plan is None:
         options = replace(options, sizes=sizes)
         plan = make_plan(graph, states, "transplant" if auto else method, options, host=host)
-    return replace(plan, refused=refused)
+    told = {"budget": "global"} if target.budget == "global" else {}
+    return replace(plan, refused=refused, options={**plan.options, **told})
 
 
 def _start(

@@ -332,6 +332,18 @@ def test_fuse_to_another_width(work):
     assert shapes("--width", "2", "--mixing", "joint")["0.weight"] == (16, 5)
 
 
+def test_fuse_with_a_share_for_a_group_and_a_global_budget(work):
+    share = ("--width", "0.5", "--budget", "global", "--fraction", "0.*=0.5", "--out", "share")
+    result = invoke("fuse", "a.pt", "b.pt", *MODEL, *share)
+    assert result.exit_code == 0, result.output
+    plan = fxfuse.FusionPlan.from_json((work / "share" / "plan.json").read_text())
+    assert (plan.options["budget"], plan.options["fraction"]) == ("global", "{'0.*': 0.5}")
+    assert (plan.map_of("0.weight:0").member == 1).sum() == 2
+    for share, message in (("half", "--fraction 'half'"), ("1.5", "fraction 1.5")):
+        arguments = ("fuse", "a.pt", "b.pt", *MODEL, "--fraction", share, "--out", "x")
+        assert message in refused(work, *arguments)
+
+
 def test_fuse_applies_a_plan_again(work):
     first = ("fuse", "a.pt", "b.pt", *MODEL, "--width", "0.5", "--out", "first")
     assert invoke(*first).exit_code == 0

@@ -9,11 +9,13 @@ from typing import Annotated, cast
 import typer
 
 import fxfuse
+from fxfuse import budget as budgets
 from fxfuse import label_spaces
 from fxfuse import plan as plans
 from fxfuse.checkpoint import write_state_dict
 from fxfuse.cli.load import load_members
 from fxfuse.cli.options import (
+    Budget,
     Checkpoints,
     Classes,
     Freeze,
@@ -31,10 +33,10 @@ from fxfuse.cli.options import (
     RoundTo,
     Share,
     Widths,
+    parse_by_group,
     parse_heads,
     parse_output_dims,
     parse_reference,
-    parse_width,
     read_classes,
 )
 from fxfuse.cli.show import checks_json, checks_markdown, checks_table, err, out, print_json
@@ -81,8 +83,12 @@ Outputs = Annotated[
 Steps = Annotated[int | None, typer.Option(help="For `auto`: steps of matching.")]
 Seconds = Annotated[float | None, typer.Option(help="For `auto`: CPU seconds of matching.")]
 Fraction = Annotated[
-    float | None,
-    typer.Option(help="For `transplant`: share of units that are not the first network's."),
+    list[str] | None,
+    typer.Option(
+        help="For `transplant`: share of units that are not the first network's, as --width for "
+        "all groups or by pattern; may be repeated.",
+        metavar="SHARE|PATTERN=SHARE",
+    ),
 ]
 Reference = Annotated[
     str, typer.Option(help="Network that the others are aligned to, by number, or `mean`.")
@@ -139,6 +145,7 @@ def fuse(
     max_params: MaxParams = None,
     max_flops: MaxFlops = None,
     round_to: RoundTo = 1,
+    budget: Budget = "local",
     mixing: Mixing = None,
     plan: PlanFile = None,
     freeze: Freeze = None,
@@ -162,18 +169,19 @@ def fuse(
             method=method,
             score=score,
             variant=variant,
-            fraction=fraction,
+            fraction=parse_by_group("--fraction", fraction or ()),
             reference=parse_reference(reference),
             calibration=None if calibration is None else make_inputs(str(calibration)),
             refit=refit,
             outputs=outputs,
             steps=steps,
             seconds=seconds,
-            width=parse_width(width or ()),
+            width=parse_by_group("--width", width or ()),
             max_params=max_params,
             max_flops=max_flops,
             round_to=round_to,
-            # What is no way of mixing, fuse refuses by name.
+            # What is no budget and no way of mixing, fuse refuses by name.
+            budget=cast("budgets.Budget", budget),
             mixing=cast("plans.Mixing | None", mixing),
             plan=None if plan is None else plans.FusionPlan.from_json(_read_text(plan)),
             freeze=freeze or (),

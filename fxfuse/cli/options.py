@@ -121,13 +121,20 @@ MaxFlops = Annotated[
 RoundTo = Annotated[
     int, typer.Option(help="Round channels to multiples of this, 8 for most hardware.")
 ]
+Budget = Annotated[
+    str,
+    typer.Option(
+        help="`local`: every group gets the width; `global`: groups whose units matter more keep "
+        "more of them."
+    ),
+]
 
 
-def parse_width(texts: Iterable[str]) -> Width | None:
-    """Reads `--width`.
+def parse_by_group(option: str, texts: Iterable[str]) -> Width | None:
+    """Reads an option that holds a number for all coupling groups, or one for each pattern.
 
     Returns:
-        A number, widths by pattern, or None where the option is not given.
+        A number, numbers by pattern, or None where the option is not given.
 
     Raises:
         ControlError: A text is no number and no PATTERN=WIDTH, or says of one thing two.
@@ -137,11 +144,11 @@ def parse_width(texts: Iterable[str]) -> Width | None:
         pattern, _, number = text.rpartition("=")
         try:
             if pattern in found or (found and "" in (pattern, *found)):
-                raise ValueError("it contradicts another --width")
+                raise ValueError(f"it contradicts another {option}")
             found[pattern] = float(number)
         except ValueError as error:
-            how = "write one number, such as 1.5, or PATTERN=WIDTH for each pattern"
-            raise _unreadable("--width", text, str(error), how) from error
+            how = "write one number, such as 0.5, or PATTERN=NUMBER for each pattern"
+            raise _unreadable(option, text, str(error), how) from error
     return found.get("", found or None)
 
 
