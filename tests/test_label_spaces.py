@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 from collections.abc import Callable
 
 import pytest
@@ -171,6 +172,10 @@ def test_freezing_and_a_plan_go_with_it():
     again = fxfuse.fuse(members, x, plan=plan)
     assert torch.equal(again.module(x), result.module(x))
     assert again.classes == result.classes
+    # The map of the classes goes with the module, and is no tensor of its state.
+    loaded = pickle.loads(pickle.dumps(result.module))
+    assert torch.equal(loaded(x), result.module(x))
+    assert not [name for name in result.state_dict() if "fxfuse" in name]
     with pytest.raises(ControlError, match="and a plan are given"):
         fxfuse.fuse(members, x, plan=plan, classes=CLASSES)
 
