@@ -86,7 +86,8 @@ def mixing_of(
     elif fitted:
         obstacle = "the refit fits layers that all members share"
     else:
-        wanted = sizes_of(graph, n_members, target.width, target.round_to)
+        least = target.budget == "global"
+        wanted = sizes_of(graph, n_members, target.width, target.round_to, at_least_one=least)
         part = (g.name for g in graph.groups if wanted[g.name] < g.n_units * n_members)
         obstacle = next((f"{name} does not keep every unit of every member" for name in part), "")
     if obstacle and target.mixing == "per_member":

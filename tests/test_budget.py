@@ -81,6 +81,8 @@ def test_pruning_and_parameters_with_a_global_budget(members: list[fxfuse.Captur
     assert sum(pruned.plan.sizes().values()) == 5
     assert min(pruned.plan.sizes().values()) >= 1
     assert pruned.plan.options["budget"] == "global"
+    least = fxfuse.fuse(members, width=0.01, budget="global", verify=False)
+    assert set(least.plan.sizes().values()) == {1}
     small = fxfuse.fuse(members, max_params=90, budget="global", round_to=2)
     assert sum(p.numel() for p in small.module.parameters()) <= 90
     assert all(size % 2 == 0 for size in small.plan.sizes().values())
