@@ -21,7 +21,7 @@ from fxfuse.freezing import FrozenReason, excused, frozen_components, frozen_pla
 from fxfuse.gaps import WithoutRule, without_rule
 from fxfuse.grouping import CouplingGroup, form_groups
 from fxfuse.interpreter import interpret
-from fxfuse.labels import Index, Kind, Ledger, Place
+from fxfuse.labels import Index, Kind, Ledger, Place, Value
 from fxfuse.mixing import MixingNote, mixing_notes, shared_writers, tied_outputs
 
 # What an analysis consists of is imported from here, whichever file makes it.
@@ -35,6 +35,7 @@ __all__ = [
     "WithoutRule",
     "analyze",
     "couple",
+    "hands_out",
 ]
 
 
@@ -225,7 +226,7 @@ def couple(captured: Captured, controls: Controls) -> CouplingGraph:
     groups = form_groups(captured, ledger, component, stuck.mask)
     frozen = frozen_places(captured, ledger, component, stuck, asked)
     notes = [
-        *mixing_notes(ledger, component, stuck),
+        *mixing_notes(ledger, component, stuck, values),
         *shared_writers(captured, groups, frozen, ledger.readers, asked),
         *tied_outputs(captured, groups, frozen, ledger.readers, ledger.writers),
     ]
@@ -241,6 +242,23 @@ def couple(captured: Captured, controls: Controls) -> CouplingGraph:
         ledger,
         asked,
         without_rule(ledger),
+    )
+
+
+def hands_out(graph: CouplingGraph, controls: Controls) -> bool:
+    """Whether units stand in an output along a dimension that is no interface (`output_dims`).
+
+    Args:
+        graph: The analysis of a network.
+        controls: The options that it was made with.
+    """
+    outputs, interface = graph.captured.outputs(), interface_dims(graph.captured, controls)
+    values = {index: graph.values.get(outputs[index]) for index in interface}
+    return any(
+        interface[index].isdisjoint(f.dims)
+        for index, value in values.items()
+        if isinstance(value, Value)
+        for f in value.fields
     )
 
 

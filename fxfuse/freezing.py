@@ -80,6 +80,13 @@ class FrozenComponents:
         mask: NDArray[np.bool_] = self.kind == _KINDS.index(kind)
         return mask
 
+    @property
+    def heads(self) -> NDArray[np.bool_]:
+        """Bool [components]: those that lie inside the head of one member."""
+        last = len(self.reasons) - 1
+        mask: NDArray[np.bool_] = self.mask & (self.reason == last)
+        return mask if self.reasons[last] is _HEAD else np.zeros_like(mask)
+
     def of(self, component: int) -> Freeze:
         """Why a component is frozen; of the kind that decides."""
         freeze = self.reasons[int(self.reason[component])]

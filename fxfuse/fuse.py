@@ -12,18 +12,21 @@ from torch import nn
 from torch.export import ExportedProgram
 
 from fxfuse.apply import fused_tensors
+from fxfuse.budget import Budget, check_budget, spread
 from fxfuse.calibration import Calibration
 from fxfuse.capture import Captured, capture, capture_eagerly
-from fxfuse.controls import Controls, OutputDims, Patterns, listed
-from fxfuse.coupling import CouplingGraph, couple
+from fxfuse.controls import Controls, OutputDims, Patterns
+from fxfuse.coupling import CouplingGraph, couple, hands_out
 from fxfuse.depth import as_deepest
 from fxfuse.eager import answers
-from fxfuse.errors import CalibrationError, ControlError, PartialFusionError
+from fxfuse.errors import CalibrationError, ControlError, PartialFusionError, RewriteError
 from fxfuse.examine import examined, verified
 from fxfuse.fingerprint import fingerprint
 from fxfuse.finish import Start, matched_start, refitted
 from fxfuse.given_plan import check_alone, check_count, check_plan
+from fxfuse.head_search import find_heads
 from fxfuse.heads import join
+from fxfuse.label_spaces import HeadOutputs, LabelSpaces, label_spaces
 from fxfuse.members import check_alike, check_enough, check_finite, check_model, check_values
 from fxfuse.methods import find_method
 from fxfuse.options import Options, Reference, State
@@ -35,10 +38,13 @@ from fxfuse.same_network import check_same_network
 from fxfuse.scores import check_score
 from fxfuse.streamed import first_member, split_paths, streamed_states
 from fxfuse.varied import of_all_widths
-from fxfuse.verify import equals_ensemble, handover
+from fxfuse.verify import equals_ensemble, equals_heads, handover
 from fxfuse.wide import wide_plan
-from fxfuse.widen import emit_fused, widen
+from fxfuse.widen import emit_fused, output_layouts, widen
 from fxfuse.widths import Width
+
+#: The network to fuse, what each member has of it, members of its graph, and what they lack.
+_Gathered = tuple[Captured, Sequence[State], list[Captured], Mapping[str, tuple[int, ...]]]
 
 
 def fuse(
@@ -52,7 +58,7 @@ def fuse(
     score: str | None = None,
     variant: str | None = None,
     host: int = 0,
-    fraction: float | None = None,
+    fraction: float | Mapping[str, float] | None = None,
     reference: Reference = 0,
     regularisation: float | None = None,
     calibration: Any = None,
@@ -64,12 +70,15 @@ def fuse(
     max_params: int | None = None,
     max_flops: int | None = None,
     round_to: int = 1,
+    budget: Budget = "local",
     mixing: Mixing | None = None,
     freeze: Patterns = (),
     share: Patterns = (),
     ignore: Patterns = (),
     output_dims: OutputDims | None = None,
     heads: Patterns = (),
+    head_outputs: HeadOutputs | None = None,
+    classes: Sequence[Sequence[Any]] | None = None,
     dynamic_shapes: Any = None,
     verify: bool = True,
 ) -> FusionResult:
@@ -105,7 +114,7 @@ def fuse(
             `weights` or `activations`; for `zip`: None or `across`.
         host: The member that keeps every piece that is frozen inside the network.
         fraction: For `transplant`: the share of units that come from other members than the host,
-            in [0, 1]; None leaves it to the score.
+            in [0, 1], or shares by pattern, as `width`; None leaves it to the score.
         reference: For alignment: the member that the others are aligned to, or "mean": each to the
             mean of the others.
         regularisation: For `optimal_transport`: entropic regularisation, in units of the mean cost;
@@ -125,6 +134,9 @@ def fuse(
         max_params: In place of `width`: the most parameter elements; the widest network is made.
         max_flops: The same for floating-point operations on the example inputs.
         round_to: Channels are rounded to multiples of this, 8 for most hardware.
+        budget: `local`: all groups get the width; `global`: all groups together keep as many units
+            as they would so, those with the highest score relative to their group's mean, and of
+            each group at least one.
         mixing: `per_member`: operators that mix members (LayerNorm and the like) run once for each
             member, so that the wide model is exactly their mean; for width N, where it is the
             default. `joint`: they run over the kept units of all members together.
@@ -136,8 +148,14 @@ def fuse(
             an output is no mean of the members' any more: it hands out the fused units, in the
             order that the plan says.
         heads: Dotted paths of the modules in which each member keeps its own head, `fnmatch`
-            patterns. Heads may differ in shape. The fused network then returns a tuple with the
-            outputs of every head, and tensors of head i are named `heads.<i>.<name>`.
+            patterns. Heads may differ in shape, and tensors of head i are named `heads.<i>.<name>`.
+            Or "concat" or "map": the heads are found, as the modules whose parameters have an index
+            for each class, and handed out so.
+        head_outputs: What a network with heads returns: "tuple" (the default), the outputs of every
+            head; "concat", one tensor with the members' logits side by side, for members that know
+            different classes; "map", one tensor with the logits of the union of their classes, in
+            order of first appearance: the mean of the members that know a class.
+        classes: For "map": for each member the names of its classes, in the order of its logits.
         dynamic_shapes: Passed to `torch.export.export` unchanged.
         verify: Whether to run the oracles before handing the network over.
 
@@ -162,7 +180,8 @@ def fuse(
             use, or contradicts another one or the plan.
         CalibrationError: The method or the score needs calibration inputs, and there are none.
         MissingDependencyError: The method needs a package that is not installed.
-        PartialFusionError: The heads cannot be kept apart from the trunk.
+        PartialFusionError: The heads are not found or cannot be kept apart from the trunk, or the
+            classes are not those of the members.
         NothingToFuseError: No parameter has a free dimension.
         VerificationError: An oracle failed.
         WidthError: A width is no number in (0, N], leaves a group without a unit, or no width meets
@@ -174,10 +193,11 @@ def fuse(
     if plan is not None:
         check_alone(fuse, given)
         check_count(plan, len(members))
-        controls, heads = plan.controls, plan.heads_asked
+        controls, heads, spaces = plan.controls, plan.heads_asked, plan.spaces
     else:
         check_enough(members, "fusion")
-        controls, heads = Controls.of(freeze, share, ignore, output_dims), listed(heads)
+        controls = Controls.of(freeze, share, ignore, output_dims)
+        heads, spaces = label_spaces(heads, head_outputs, classes)
     if not auto:
         find_method(method)
     if not auto and (steps, seconds) != (None, None):
@@ -188,9 +208,11 @@ def fuse(
         )
     score = score or ("obs" if auto else "l2")
     check_score(score)
+    target = Target(width, max_params, max_flops, round_to, mixing, budget)
+    check_budget(budget, width, given=width is not None or target.is_budget, score=score)
     files, networks = split_paths(members, template)
     if files:
-        _check_streamable(heads, calibrated=calibration is not None or auto or refit)
+        _check_streamable(heads or spaces.outputs != "tuple", calibrated=calibration is not None or auto or refit)
         assert template is not None
         networks = [first_member(template, files[0])]
     for member in networks:
@@ -198,7 +220,14 @@ def fuse(
             check_model(member)
     check_alike(networks)
     captured = _capture_all(networks, example_inputs, example_kwargs, dynamic_shapes)
-    network, states, captured, absent = _as_one(captured, heads, files)
+    dim = 0
+    if spaces.outputs != "tuple":
+        heads, dim = find_heads(captured, heads, spaces)
+    given_members = captured
+    if files:
+        network, states, captured, absent = _from_files(captured[0], files)
+    else:
+        network, states, captured, absent = _as_one(captured, heads, spaces, dim)
     for number, state in enumerate(states):
         check_values(state)
         check_finite(number, state)
@@ -208,8 +237,16 @@ def fuse(
     _check_widths(graph, "transplant" if auto else method, calibrated=calibration is not None)
     inputs = None if calibration is None else Calibration.of(network, calibration)
     _check_calibrated(graph, inputs, auto=auto, refit=refit)
+    if auto and hands_out(graph, controls):
+        raise ControlError(
+            "method 'auto' does not work where units are handed out",
+            where=f"output_dims={dict(controls.output_dims)}",
+            why="units of an output that is free stand for no others, so there is no ensemble of "
+            "them to be matched to",
+            how="use method='transplant', with refit=True",
+        )
     if method == "wide":
-        width = _width_of_all(width, len(states))
+        target = replace(target, width=_width_of_all(width, len(states)))
     if plan is None:
         options = Options(
             score,
@@ -220,10 +257,16 @@ def fuse(
             calibration=inputs,
             absent=absent,
         )
-        target = Target(width, max_params, max_flops, round_to, mixing)
         plan = _planned(graph, states, method, options, target, host=host, refit=refit)
         known = tuple(fingerprint(state) for state in states)
-        plan = replace(plan, controls=controls, heads_asked=heads, members=known, absent=absent)
+        plan = replace(
+            plan,
+            controls=controls,
+            heads_asked=heads,
+            members=known,
+            absent=absent,
+            spaces=spaces,
+        )
     else:
         check_plan(plan, graph, states)
         if refit and plan.mixing == "per_member":
@@ -241,10 +284,13 @@ def fuse(
     module = start.module
     if module is None and network.is_program:
         module = emit_fused(graph, start.plan, start.state)
-    if verify:
-        checks += handover(network, module or _eager(network, start.state))
     handed_out = bool(controls.output_dims)
-    if verify and plan.mixing == "per_member":
+    if verify:
+        grown = output_layouts(graph, start.plan) if handed_out and network.is_program else None
+        checks += handover(network, module or _eager(network, start.state), grown)
+    if verify and plan.mixing == "per_member" and heads:
+        checks.append(equals_heads(graph, states, plan, given_members, dim))
+    elif verify and plan.mixing == "per_member":
         checks.append(equals_ensemble(graph, states, plan, hands_out=handed_out))
     elif verify and graph.members:
         wide = wide_plan(graph, states, "joint")
@@ -258,6 +304,7 @@ def fuse(
         start.refit,
         start.choice,
         start.match,
+        given_members[0] if heads else None,
     )
 
 
@@ -274,16 +321,26 @@ def _planned(
     """The plan of a method, at the sizes that are asked for."""
     auto = method == "auto"
     mixing = mixing_of(graph, len(states), target, fitted=auto or refit)
-    found = resized(graph, len(states), target, mixing)
+    wider = None
+    if target.budget == "global":
+        wider = spread(graph, states, options, target.round_to)
+    found = resized(graph, len(states), target, mixing, wider)
     if found is not None:
         _check_resizable(found[0], graph, method)
     sizes, refused = found or (None, {})
+    plan = None
     if mixing == "per_member":
-        plan = wide_plan(graph, states, host=host)
-    else:
+        try:
+            plan = wide_plan(graph, states, host=host)
+        except RewriteError:
+            # Heads may begin before the last operator that mixes members.
+            if target.mixing or not graph.captured.heads:
+                raise
+    if plan is None:
         options = replace(options, sizes=sizes)
         plan = make_plan(graph, states, "transplant" if auto else method, options, host=host)
-    return replace(plan, refused=refused)
+    told = {"budget": "global"} if target.budget == "global" else {}
+    return replace(plan, refused=refused, options={**plan.options, **told})
 
 
 def _start(
@@ -333,7 +390,7 @@ def _check_widths(graph: CouplingGraph, method: str, *, calibrated: bool) -> Non
     )
 
 
-def _check_streamable(heads: Patterns, *, calibrated: bool) -> None:
+def _check_streamable(heads: object, *, calibrated: bool) -> None:
     """Checks that what is asked for works with members that stay in their files."""
     if not (heads or calibrated):
         return
@@ -397,14 +454,15 @@ def _eager(member: Captured, state: Mapping[str, torch.Tensor]) -> Callable[...,
     return call
 
 
-def _as_one(
-    captured: list[Captured], heads: Patterns, files: Sequence[str | Path]
-) -> tuple[Captured, Sequence[State], list[Captured], Mapping[str, tuple[int, ...]]]:
+def _from_files(first: Captured, files: Sequence[str | Path]) -> _Gathered:
+    """As `_as_one`, for members that stay in their files."""
+    return first, streamed_states(files, first), [first] * len(files), {}
+
+
+def _as_one(captured: list[Captured], heads: Patterns, spaces: LabelSpaces, dim: int) -> _Gathered:
     """The network to fuse, what each member has of it, members of its graph, and what they lack."""
-    if files:
-        return captured[0], streamed_states(files, captured[0]), captured * len(files), {}
     if heads:
-        joined = join(captured, heads)
+        joined = join(captured, heads, spaces, dim)
         return joined.captured, joined.states, [joined.captured] * len(captured), {}
     deepest = as_deepest(captured)
     if deepest is not None:

@@ -20,9 +20,15 @@ from torch.fx.graph import _PyTreeCodeGen
 from fxfuse.capture import Captured
 from fxfuse.controls import Patterns, listed, names_under
 from fxfuse.errors import PartialFusionError
+from fxfuse.label_spaces import LabelSpaces
 from fxfuse.same_network import check_same_network
 from fxfuse.source_lines import source_of
 from fxfuse.tensors import attach, fetch, is_constant
+
+aten = torch.ops.aten
+_APART = LabelSpaces()
+#: Name of the constant that maps the members' logits to the union of their classes.
+_PROJECTION = "_fxfuse_classes"
 
 
 @dataclass(frozen=True)
@@ -32,7 +38,7 @@ class Joined:
     Attributes:
         captured: The trunk of member 0 and all heads. Tensors of head i are named
             `heads.<i>.<name>`; it returns a tuple with the outputs of each head, structured as its
-            member's.
+            member's, or one tensor for all of them, structured as member 0's output.
         states: For each member, its tensors by those names. Its head's buffers stand under the
             names of the other heads too: there they stand in for units that the other member does
             not have (a variance of 0 is no variance to train with).
@@ -42,12 +48,19 @@ class Joined:
     states: tuple[dict[str, torch.Tensor], ...]
 
 
-def join(members: Sequence[Captured], patterns: Patterns) -> Joined:
+def join(
+    members: Sequence[Captured],
+    patterns: Patterns,
+    spaces: LabelSpaces = _APART,
+    dim: int = 0,
+) -> Joined:
     """Writes the trunk once and the heads side by side.
 
     Args:
         members: Captured members, equal in everything but their heads.
         patterns: Dotted paths of the head modules, `fnmatch` patterns.
+        spaces: How the heads are handed out.
+        dim: The output's dimension of classes, where they are handed out as one tensor.
 
     Raises:
         ControlError: A pattern matches nothing.
@@ -59,7 +72,7 @@ def join(members: Sequence[Captured], patterns: Patterns) -> Joined:
         member.require_program()
     parts = [_split(member, patterns) for member in members]
     check_same_network([part.trunk_alone() for part in parts])
-    return _Joiner(parts).run()
+    return _Joiner(parts, spaces, dim).run()
 
 
 def head_name(member: int, name: str) -> str:
@@ -214,8 +227,10 @@ def _parameters_of(captured: Captured, node: fx.Node) -> str:
 class _Joiner:
     """Writes the joined graph, every node after those that it follows in its own member."""
 
-    def __init__(self, parts: Sequence[_Part]) -> None:
+    def __init__(self, parts: Sequence[_Part], spaces: LabelSpaces, dim: int) -> None:
         self.parts = parts
+        self.spaces = spaces
+        self.dim = dim
         self.graph = fx.Graph()
         tensors = {name: parts[0].captured.tensor(name) for name in parts[0].trunk_names()}
         self.canonical = {name: parts[0].captured.canonical[name] for name in tensors}
@@ -273,6 +288,9 @@ class _Joiner:
                     _attach_constant(part.captured, node, self.module, copied.target)
 
     def output(self) -> None:
+        if self.spaces.outputs != "tuple":
+            self.one_output()
+            return
         results = []
         for part, nodes in zip(self.parts, self.nodes, strict=True):
             (output,) = (n for n in part.captured.graph.nodes if n.op == "output")
@@ -286,6 +304,51 @@ class _Joiner:
         codegen: Any = copy.copy(self.parts[0].captured.graph._codegen)
         codegen.pytree_info = codegen.pytree_info._replace(out_spec=pytree.treespec_tuple(specs))
         self.graph._codegen = codegen
+
+    def one_output(self) -> None:
+        """Hands out all heads as one tensor, in the place of member 0's."""
+        logits, shapes = [], []
+        for part, nodes in zip(self.parts, self.nodes, strict=True):
+            (output,) = (n for n in part.captured.outputs() if isinstance(n, fx.Node))
+            logits.append(nodes[output])
+            shapes.append(output.meta["val"].shape)
+        like = logits[0].meta["val"]
+        sizes = list(like.shape)
+        sizes[self.dim] = sum(shape[self.dim] for shape in shapes)
+        result = self.written(aten.cat.default, (logits, self.dim), like.new_empty(sizes))
+        if self.spaces.outputs == "map":
+            result = self.mapped(result)
+        before = self.parts[0].captured.graph
+        (output,) = (n for n in before.nodes if n.op == "output")
+        self.graph.output(fx.map_arg(output.args[0], lambda _: result))
+        self.graph._codegen = copy.copy(before._codegen)
+
+    def mapped(self, logits: fx.Node) -> fx.Node:
+        """The mean of the logits of each class, over the members that know it."""
+        dim, like = self.dim, logits.meta["val"]
+        last = like.dim() - 1
+        matrix = self.spaces.projection(like.dtype, next(self.module.parameters()).device)
+        attach(self.module, _PROJECTION, matrix, persistent=False)
+        projection = self.graph.get_attr(_PROJECTION)
+        projection.meta["val"] = like.new_empty(matrix.shape)
+
+        def turned(node: fx.Node) -> fx.Node:
+            if dim == last:
+                return node
+            value = node.meta["val"].transpose(dim, last)
+            return self.written(aten.transpose.int, (node, dim, last), value)
+
+        moved = turned(logits)
+        value = moved.meta["val"]
+        shape = [*value.shape[:-1], len(matrix)]
+        return turned(
+            self.written(aten.linear.default, (moved, projection), value.new_empty(shape))
+        )
+
+    def written(self, target: Any, args: tuple[Any, ...], value: torch.Tensor) -> fx.Node:
+        node = self.graph.call_function(target, args)
+        node.meta["val"] = value
+        return node
 
     def state(self, member: int) -> dict[str, torch.Tensor]:
         """The tensors of a member, by their names in the joined network."""

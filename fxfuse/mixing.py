@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from typing import Any
+
+from torch import fx
 
 from fxfuse.capture import Captured
 from fxfuse.controls import Asked
 from fxfuse.freezing import FrozenComponents, FrozenReason
 from fxfuse.grouping import CouplingGroup
-from fxfuse.labels import Index, Kind, Ledger, Mixing, Place
+from fxfuse.labels import Index, Kind, Ledger, Mixing, Place, Value, neurons
 from fxfuse.source_lines import source_of
 
 
@@ -30,18 +33,33 @@ class MixingNote:
     sources: frozenset[str] = frozenset()
 
 
-def mixing_notes(ledger: Ledger, component: Index, stuck: FrozenComponents) -> Iterable[MixingNote]:
+def mixing_notes(
+    ledger: Ledger, component: Index, stuck: FrozenComponents, values: Mapping[fx.Node, Any]
+) -> Iterable[MixingNote]:
     """Mixing operators; one that mixes certain neurons counts where an output averages them.
+
+    An operator that meets nothing but neurons of one member's head mixes nobody.
 
     Args:
         ledger: What was found out.
         component: The component of each id.
         stuck: The frozen components.
+        values: The labelled value of each node.
     """
+    heads = stuck.heads
+
+    def is_of_heads(node: fx.Node) -> bool:
+        operands = (values.get(n) for n in node.all_input_nodes)
+        fields = [f for value in operands if isinstance(value, Value) for f in value.fields]
+        ids = [component[neurons(f.ids[f.ids > 0]).numpy()] for f in fields]
+        return bool(fields) and all(bool(heads[each].all()) for each in ids)
+
     averaged = stuck.kind_is(Kind.OUTPUT)
     seen: set[tuple[str, str]] = set()
     for note in ledger.mixings:
         if note.ids is not None and not averaged[component[note.ids]].any():
+            continue
+        if note.node is not None and heads.any() and is_of_heads(note.node):
             continue
         node = note.node.name if note.node is not None else ""
         if (node, note.why) not in seen:

@@ -161,7 +161,9 @@ class _Reference:
         floats = (n for n in captured.names if state[n].is_floating_point())
         name = next(floats, captured.names[0])
         self.before, self.now = captured.tensor(name), state[name]
-        other = captured.once({name: state[name] for name in captured.names})
+        # Heads that became one layer stand in the network one by one, so they stay as they are.
+        held = module.state_dict().keys()
+        other = captured.once({name: state[name] for name in captured.names if name in held})
         inputs = (self._moved(x) for x in (captured.example_inputs, _longer(captured)))
         states: list[Mapping[str, torch.Tensor]] = [{}, _shaken(other)]
         self.calls = list(zip(inputs, states, strict=True))

@@ -6,7 +6,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
@@ -16,6 +16,7 @@ from fxfuse.controls import Controls
 from fxfuse.coupling import CouplingGraph, Index, MixingNote
 from fxfuse.errors import PlanError
 from fxfuse.fingerprint import Fingerprint, digest_of
+from fxfuse.label_spaces import HeadOutputs, LabelSpaces
 from fxfuse.labels import Kind
 from fxfuse.tensors import is_constant
 
@@ -99,6 +100,7 @@ class FusionPlan:
         members: What `fxfuse.fingerprint` says of each member; empty in a plan that an earlier
             version wrote.
         origin: Where a network was pruned that had a plan of its own: the digest of that plan.
+        spaces: How the heads are handed out.
     """
 
     method: str
@@ -119,6 +121,7 @@ class FusionPlan:
     heads_asked: tuple[str, ...] = ()
     members: tuple[Fingerprint, ...] = field(default=(), repr=False)
     origin: str = ""
+    spaces: LabelSpaces = field(default_factory=LabelSpaces)
 
     def map_of(self, group: str) -> UnitMap:
         """The map of a group.
@@ -198,6 +201,8 @@ class FusionPlan:
             "heads_asked": list(self.heads_asked),
             "members": [dict(member) for member in self.members],
             "origin": self.origin,
+            "head_outputs": self.spaces.outputs,
+            "classes": [list(names) for names in self.spaces.classes],
         }
 
     @staticmethod
@@ -241,6 +246,7 @@ class FusionPlan:
                 tuple(value.get("heads_asked", ())),
                 tuple(dict(member) for member in value.get("members", ())),
                 value.get("origin", ""),
+                _read_spaces(value),
             )
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise PlanError(
@@ -283,6 +289,13 @@ class FusionPlan:
         if self.heads:
             lines += ["", "## Heads, each with its member's own weights", ""]
             lines += [f"- `{name}`: member {member}" for name, member in self.heads.items()]
+        if self.spaces.outputs == "concat":
+            lines += ["", "Their outputs stand side by side in one tensor."]
+        if self.spaces.outputs == "map":
+            lines += [
+                "",
+                f"Classes: {', '.join(self.spaces.union)}. Each has the mean of its logits.",
+            ]
         if self.refused:
             lines += ["", "## Groups that keep a member's size", ""]
             lines += [f"- `{name}`: {why}" for name, why in self.refused.items()]
@@ -314,6 +327,14 @@ def _read_controls(value: Mapping[str, Any]) -> Controls:
     dims = {int(output): tuple(dims) for output, dims in value.get("output_dims", {}).items()}
     freeze, share, ignore = (tuple(value.get(name, ())) for name in ("freeze", "share", "ignore"))
     return Controls(freeze, share, ignore, dims)
+
+
+def _read_spaces(value: Mapping[str, Any]) -> LabelSpaces:
+    # Plans written before heads could be handed out as one tensor have none.
+    outputs, classes = value.get("head_outputs", "tuple"), value.get("classes", ())
+    if outputs not in get_args(HeadOutputs):
+        raise ValueError(f"head_outputs {outputs!r} is none of {', '.join(get_args(HeadOutputs))}")
+    return LabelSpaces(outputs, tuple(tuple(map(str, names)) for names in classes))
 
 
 def _read_mixing(value: Any) -> Mixing:

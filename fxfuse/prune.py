@@ -9,6 +9,7 @@ from typing import Any
 from torch import nn
 from torch.export import ExportedProgram
 
+from fxfuse.budget import Budget, check_budget, spread
 from fxfuse.calibration import Calibration
 from fxfuse.capture import Captured, capture
 from fxfuse.controls import Controls, OutputDims, Patterns
@@ -24,7 +25,7 @@ from fxfuse.resize import Target, resized
 from fxfuse.result import FusionResult
 from fxfuse.scores import check_score
 from fxfuse.verify import handover
-from fxfuse.widen import widen
+from fxfuse.widen import output_layouts, widen
 from fxfuse.widths import Width
 
 
@@ -39,6 +40,7 @@ def prune(
     max_params: int | None = None,
     max_flops: int | None = None,
     round_to: int = 1,
+    budget: Budget = "local",
     calibration: Any = None,
     freeze: Patterns = (),
     ignore: Patterns = (),
@@ -66,6 +68,7 @@ def prune(
         max_params: In place of `width`: the most parameter elements; the widest network is made.
         max_flops: The same for floating-point operations on the example inputs.
         round_to: Channels are rounded to multiples of this, 8 for most hardware.
+        budget: `local` or `global`, as in `fuse`.
         calibration: Inputs from the network's own domain, as in `fuse`.
         freeze: `state_dict()` names of parameters that stay exactly as they are, as in `analyze`.
         ignore: Dotted paths of submodules of which nothing is pruned.
@@ -93,7 +96,7 @@ def prune(
         VerificationError: An oracle failed.
         RewriteError: The network cannot be written in another size.
     """
-    target = Target(width, max_params, max_flops, round_to)
+    target = Target(width, max_params, max_flops, round_to, budget=budget)
     if width is None and not target.is_budget:
         raise ControlError(
             "pruning needs a width or a budget",
@@ -101,6 +104,7 @@ def prune(
             how="pass width=0.5 to keep half of every layer, for instance",
         )
     check_score(score)
+    check_budget(budget, width, given=True, score=score)
     captured = module
     if not isinstance(captured, Captured):
         captured = capture(captured, example_inputs, example_kwargs, dynamic_shapes=dynamic_shapes)
@@ -114,11 +118,14 @@ def prune(
     graph = couple(captured, controls)
     graph, checks = examined(graph, verify=verify)
     inputs = None if calibration is None else Calibration.of(captured, calibration)
-    found = resized(graph, 1, target)
+    options = Options(score, calibration=inputs)
+    wider = spread(graph, [state], options, round_to) if budget == "global" else None
+    found = resized(graph, 1, target, spread=wider)
     assert found is not None
-    options = Options(score, calibration=inputs, sizes=found[0])
+    made = make_plan(graph, [state], "transplant", replace(options, sizes=found[0]))
     made = replace(
-        make_plan(graph, [state], "transplant", options),
+        made,
+        options={**made.options, "budget": budget} if wider else made.options,
         refused=found[1],
         controls=controls,
         members=(fingerprint(state),),
@@ -126,5 +133,6 @@ def prune(
     )
     pruned = widen(graph, made, [state])
     if verify:
-        checks += handover(captured, pruned)
+        grown = output_layouts(graph, made) if controls.output_dims else None
+        checks += handover(captured, pruned, grown)
     return FusionResult(made, verified(checks), graph, pruned.state_dict(), pruned)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import get_args
 
+from fxfuse.budget import Budget
 from fxfuse.cost import operations_of, parameters_of
 from fxfuse.coupling import CouplingGraph
 from fxfuse.errors import ControlError, WidthError
@@ -28,6 +30,7 @@ class Target:
         round_to: Channels are rounded to multiples of this.
         mixing: How operators that mix members run, as in `FusionPlan`; None: member by member
             where every unit of every member is kept, and over all units together elsewhere.
+        budget: Whether all groups are equally wide.
     """
 
     width: Width | None = None
@@ -35,6 +38,7 @@ class Target:
     max_flops: int | None = None
     round_to: int = 1
     mixing: Mixing | None = None
+    budget: Budget = "local"
 
     @property
     def is_budget(self) -> bool:
@@ -77,28 +81,31 @@ def mixing_of(
         obstacle = "it takes a width that keeps every unit of every member"
     elif graph.asked:
         obstacle = f"{next(iter(graph.asked))} is to be one tensor for all members"
-    elif graph.captured.heads:
-        obstacle = "each member has a head of its own, and there is no mean of them"
     elif graph.members:
         obstacle = "members differ in width, so that their units do not stand in pairs"
     elif fitted:
         obstacle = "the refit fits layers that all members share"
     else:
-        wanted = sizes_of(graph, n_members, target.width, target.round_to)
+        least = target.budget == "global"
+        wanted = sizes_of(graph, n_members, target.width, target.round_to, at_least_one=least)
         part = (g.name for g in graph.groups if wanted[g.name] < g.n_units * n_members)
         obstacle = next((f"{name} does not keep every unit of every member" for name in part), "")
     if obstacle and target.mixing == "per_member":
         raise ControlError(
             'mixing="per_member" cannot be had here',
             why=obstacle,
-            how=f"use width={n_members} without freeze, share, ignore, heads and refit, or leave "
+            how=f"use width={n_members} without freeze, share, ignore and refit, or leave "
             "mixing out",
         )
     return target.mixing or ("joint" if obstacle else "per_member")
 
 
 def resized(
-    graph: CouplingGraph, n_members: int, target: Target, mixing: Mixing = "joint"
+    graph: CouplingGraph,
+    n_members: int,
+    target: Target,
+    mixing: Mixing = "joint",
+    spread: Callable[[Sizes], Sizes] | None = None,
 ) -> tuple[Sizes, dict[str, str]] | None:
     """The units of each fused group, and why some groups keep a member's size.
 
@@ -107,6 +114,8 @@ def resized(
         n_members: N.
         target: What is asked for.
         mixing: What `mixing_of` returned: member by member, everything can be written.
+        spread: From sizes at which every group is equally wide to those that are wanted
+            (`fxfuse.budget`); None: these.
 
     Returns:
         None where a member's size is asked for.
@@ -122,23 +131,28 @@ def resized(
         return None
     graph.captured.require_program()
     if target.width is None:
-        return _within(graph, n_members, target)
+        return _within(graph, n_members, target, spread or dict)
     if target.is_budget:
         raise ControlError(
             "width and a budget are given",
             why="max_params and max_flops look for the width",
             how="leave one of them out",
         )
-    wanted = sizes_of(graph, n_members, target.width, target.round_to)
-    return (wanted, {}) if mixing == "per_member" else settle(graph, wanted)
+    least = spread is not None
+    wanted = sizes_of(graph, n_members, target.width, target.round_to, at_least_one=least)
+    if mixing == "per_member":
+        return wanted, {}
+    return settle(graph, (spread or dict)(wanted))
 
 
-def _within(graph: CouplingGraph, n_members: int, target: Target) -> tuple[Sizes, dict[str, str]]:
-    """The widest network within a budget, all groups equally wide."""
+def _within(
+    graph: CouplingGraph, n_members: int, target: Target, spread: Callable[[Sizes], Sizes]
+) -> tuple[Sizes, dict[str, str]]:
+    """The widest network within a budget."""
 
     def at(width: float) -> tuple[Sizes, dict[str, str]]:
         wanted = sizes_of(graph, n_members, width, target.round_to, at_least_one=True)
-        return settle(graph, wanted)
+        return settle(graph, spread(wanted))
 
     low, high = 1e-6, float(n_members)
     best, most = at(low), at(high)

@@ -10,9 +10,11 @@ from typing import TypeVar
 import torch
 from torch import nn
 
+from fxfuse.capture import Captured
 from fxfuse.coupling import CouplingGraph
 from fxfuse.errors import CheckpointMismatchError, NoOwnModuleError, PartialFusionError
 from fxfuse.finish import Choice
+from fxfuse.heads import head_name
 from fxfuse.own_class import copy_source, resized_copy
 from fxfuse.plan import FusionPlan
 from fxfuse.refine import MatchReport, RefitReport
@@ -43,6 +45,7 @@ class FusionResult:
     refit: RefitReport | None = field(default=None, repr=False)
     choice: Choice | None = None
     match: MatchReport | None = field(default=None, repr=False)
+    _member: Captured | None = field(default=None, repr=False)
 
     @property
     def emitted(self) -> bool:
@@ -68,6 +71,11 @@ class FusionResult:
         """Tensors of a partial fusion's heads, by name → the member that each belongs to."""
         return self.plan.heads
 
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """Where heads are mapped (`heads="map"`): the class of each logit, in order."""
+        return self.plan.spaces.union
+
     def state_dict(self) -> dict[str, torch.Tensor]:
         """The fused tensors by name; those of `module`, where there is one."""
         return dict(self._state) if self._module is None else self._module.state_dict()
@@ -88,15 +96,18 @@ class FusionResult:
         hold (`in_features`, `num_heads`) are derived again. The copy then runs on the example
         inputs, and is handed out only where it answers as `module` does; a size that the forward
         pass does not read may keep its value. Of a network that `fuse` or `prune` made, a copy of
-        `module` is returned.
+        `module` is returned. Heads that are handed out as one tensor become one layer, with as many
+        outputs, where that answers as they do.
 
         Raises:
             NoOwnModuleError: Member 0 was an `ExportedProgram`, it cannot be copied, or its class
-                cannot be built at this width; says what was tried.
-            PartialFusionError: The members keep a head each.
+                cannot be built at this width or with these heads; says what was tried.
+            PartialFusionError: The network returns a tuple with an entry for each head.
         """
-        captured, source = self.graph.captured, self.graph.captured.source
-        self._require_one_head("a member's class")
+        if self.heads and self.plan.spaces.outputs == "tuple":
+            self._require_one_head("a member's class")
+        captured = self._member or self.graph.captured
+        source = captured.source
         if source is None:
             raise NoOwnModuleError(
                 "there is no module to copy",
@@ -105,11 +116,31 @@ class FusionResult:
             )
         if isinstance(source, FusedModule):
             return copy.deepcopy(self.module).train(source.training)
-        state = self.state_dict()
+        state = self._one_headed(captured)
         names = captured.names
-        if all(n in state and state[n].shape == captured.tensor(n).shape for n in names):
+        same = all(n in state and state[n].shape == captured.tensor(n).shape for n in names)
+        if same and not self.heads:
             return self.load_into(copy_source(source))
         return resized_copy(source, captured, self.module, state)
+
+    def _one_headed(self, member: Captured) -> dict[str, torch.Tensor]:
+        """The fused tensors by a member's names."""
+        state = self.state_dict()
+        for name in member.names:
+            own = [state.get(head_name(i, name)) for i in range(self.plan.n_members)]
+            tensors = [tensor for tensor in own if tensor is not None]
+            if name in state or len(tensors) < len(own):
+                continue
+            try:
+                state[name] = self.plan.spaces.merged(tensors)
+            except PartialFusionError as error:
+                raise NoOwnModuleError(
+                    f"{type(member.source).__name__} cannot hold these heads",
+                    where=name,
+                    why=f"{error.what}: {error.why}",
+                    how="use result.module",
+                ) from error
+        return state
 
     def load_into(self, model: Model) -> Model:
         """Loads the fused weights into the user's own class, strictly; returns that model.

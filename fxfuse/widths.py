@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from fnmatch import fnmatchcase
 from math import gcd, isfinite
 
@@ -47,38 +47,48 @@ def sizes_of(
             f"round_to={round_to} is not a positive number of channels",
             how="use 8 for most hardware, or leave it out",
         )
-    widths = (
-        _by_pattern(graph, width)
-        if isinstance(width, Mapping)
-        else {group.name: float(width) for group in graph.groups}
-    )
+    widths = {group.name: 1.0 for group in graph.groups}
+    if isinstance(width, Mapping):
+        widths |= by_pattern(graph, "width", width)
+    else:
+        widths = dict.fromkeys(widths, float(width))
     for value in widths.values():
         _check(value, n_members)
-    least = int(at_least_one)
-    found = {}
-    for group in graph.groups:
-        each = [graph.units_of(group.name, member) for member in range(n_members)]
-        found[group.name] = _units(group, each, widths[group.name], round_to, least)
-    return found
+    return {
+        group.name: units_at(
+            graph, group, n_members, widths[group.name], round_to, least=int(at_least_one)
+        )
+        for group in graph.groups
+    }
 
 
-def _by_pattern(graph: CouplingGraph, width: Mapping[str, float]) -> dict[str, float]:
+def by_pattern(graph: CouplingGraph, option: str, values: Mapping[str, float]) -> dict[str, float]:
+    """The value of each coupling group that a pattern speaks of.
+
+    Args:
+        graph: The analysis of the members.
+        option: Name of the option, for messages.
+        values: By `fnmatch` pattern of the tensors that groups are named after.
+
+    Raises:
+        ControlError: A pattern matches nothing, or two patterns give one group two values.
+    """
     found: dict[str, tuple[float, str]] = {}
     names = {group.name: group.name.rpartition(":")[0] for group in graph.groups}
-    for pattern, value in width.items():
+    for pattern, value in values.items():
         matched = [group for group, name in names.items() if fnmatchcase(name, pattern)]
         if not matched:
             why = "no coupling group is named after such a tensor"
-            nothing_like(pattern, "width", tuple(dict.fromkeys(names.values())), why)
+            nothing_like(pattern, option, tuple(dict.fromkeys(names.values())), why)
         for group in matched:
             before, earlier = found.setdefault(group, (float(value), pattern))
             if before != float(value):
                 raise ControlError(
-                    f"two widths for the coupling group {group!r}",
+                    f"two values of {option} for the coupling group {group!r}",
                     why=f"{earlier!r} gives it {before:g}, and {pattern!r} gives it {value:g}",
-                    how="a group grows as a whole: give it one of them",
+                    how="a group is fused as a whole: give it one of them",
                 )
-    return {group: found.get(group, (1.0, ""))[0] for group in names}
+    return {group: value for group, (value, _) in found.items()}
 
 
 def _check(width: float, n_members: int) -> None:
@@ -91,9 +101,21 @@ def _check(width: float, n_members: int) -> None:
     )
 
 
-def _units(
-    group: CouplingGroup, each: Sequence[int], width: float, round_to: int, least: int
+def units_at(
+    graph: CouplingGraph,
+    group: CouplingGroup,
+    n_members: int,
+    width: float,
+    round_to: int,
+    *,
+    least: int = 1,
 ) -> int:
+    """The units of a group at a width, its channels rounded as in `sizes_of`.
+
+    Raises:
+        WidthError: They are none, where `least` is 0.
+    """
+    each = [graph.units_of(group.name, member) for member in range(n_members)]
     most, one = sum(each), sum(each) / len(each)
     wanted = width * one
     # Units of several channels: heads, groups of a convolution.

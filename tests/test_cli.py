@@ -332,6 +332,18 @@ def test_fuse_to_another_width(work):
     assert shapes("--width", "2", "--mixing", "joint")["0.weight"] == (16, 5)
 
 
+def test_fuse_with_a_share_for_a_group_and_a_global_budget(work):
+    share = ("--width", "0.5", "--budget", "global", "--fraction", "0.*=0.5", "--out", "share")
+    result = invoke("fuse", "a.pt", "b.pt", *MODEL, *share)
+    assert result.exit_code == 0, result.output
+    plan = fxfuse.FusionPlan.from_json((work / "share" / "plan.json").read_text())
+    assert (plan.options["budget"], plan.options["fraction"]) == ("global", "{'0.*': 0.5}")
+    assert (plan.map_of("0.weight:0").member == 1).sum() == 2
+    for share, message in (("half", "--fraction 'half'"), ("1.5", "fraction 1.5")):
+        arguments = ("fuse", "a.pt", "b.pt", *MODEL, "--fraction", share, "--out", "x")
+        assert message in refused(work, *arguments)
+
+
 def test_fuse_applies_a_plan_again(work):
     first = ("fuse", "a.pt", "b.pt", *MODEL, "--width", "0.5", "--out", "first")
     assert invoke(*first).exit_code == 0
@@ -346,6 +358,27 @@ def test_fuse_applies_a_plan_again(work):
     (work / "first" / "plan.json").write_bytes(b"\xff\xfe plan")
     assert "not a fusion plan" in refused(work, "fuse", "a.pt", "b.pt", *new)
     assert "missing.json" in refused(work, "fuse", "a.pt", "b.pt", *new, "--plan", "missing.json")
+
+
+def test_fuse_networks_that_know_different_classes(work):
+    torch.save(mlp(classes=2).state_dict(), "c.pt")
+    networks = ("fuse", "a.pt", "c.pt", *MODEL, "--member-arg", "1:classes=2", "--json")
+    names = [["cat", "dog", "fish"], ["dog", "bird"]]
+    (work / "classes.json").write_text(json.dumps(names))
+    union = ("--heads", "map", "--classes", "classes.json")
+    result = invoke(*networks, *union, "--out", "union")
+    assert result.exit_code == 0, result.output
+    assert json.loads(result.stdout)["classes"] == ["cat", "dog", "fish", "bird"]
+    assert read_state_dict("union/fused.safetensors")["heads.1.2.weight"].shape == (2, 8)
+    side = ("--heads", "2", "--head-outputs", "concat")
+    assert invoke(*networks, *side, "--out", "side").exit_code == 0
+    plan = fxfuse.FusionPlan.from_json((work / "side" / "plan.json").read_text())
+    assert plan.spaces.outputs == "concat"
+    for text, message in (('[["cat"]]', "1 lists"), ("{}", "holds a dict"), ("[", "Expecting")):
+        (work / "classes.json").write_text(text)
+        assert message in refused(work, *networks, *union, "--out", "x")
+    wrong = ("fuse", "a.pt", "c.pt", *MODEL, "--member-arg", "2:classes=2", "--out", "x")
+    assert "one of the 2 networks" in refused(work, *wrong)
 
 
 def test_fuse_without_verification(work):

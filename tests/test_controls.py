@@ -274,6 +274,25 @@ def test_handed_out_units_of_the_concatenation_are_the_members():
     assert check.tolerance < 1e-6
 
 
+@pytest.mark.parametrize("width", [0.5, 1.5, 2])
+def test_units_that_are_handed_out_follow_the_width(width: float):
+    torch.manual_seed(0)
+    members = [nn.Sequential(nn.Linear(5, 8), nn.ReLU(), nn.Linear(8, 6)) for _ in range(2)]
+    x = torch.randn(4, 5)
+    result = fxfuse.fuse(members, x, output_dims={0: ()}, width=width)
+    shape = (4, int(6 * width))
+    assert result.module(x).shape == shape
+    check = next(c for c in result.verification.checks if c.name == "output shape")
+    assert (check.passed, check.detail) == (True, str(shape))
+    if width < 1:
+        pruned = fxfuse.prune(members[0], x, output_dims={0: ()}, width=width)
+        assert pruned.module(x).shape == shape
+        with pytest.raises(ControlError, match="handed out"):
+            fxfuse.fuse(
+                members, x, output_dims={0: ()}, method="auto", calibration=torch.randn(100, 5)
+            )
+
+
 def test_a_fused_feature_extractor_hands_out_the_units_of_the_plan():
     """Half of each member's units are dead, so fusion keeps exactly the living ones."""
 

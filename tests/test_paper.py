@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from benchmarks.pages import marks, with_tables
-from benchmarks.paper import cost, depth, runner, sync_sgd, table, width
+from benchmarks.paper import cost, depth, runner, sparsity, sync_sgd, table, width
 from benchmarks.paper.datasets import Data
 from benchmarks.paper.experiment import Experiment, Job, Options, Place, Row, run, summary
 from benchmarks.paper.markdown import markdown
@@ -32,6 +32,7 @@ def cache(tmp_path, monkeypatch):
     monkeypatch.setattr(sync_sgd, "PARTS", (2, 4))
     monkeypatch.setattr(width, "WIDTHS", (0.25, 0.5))
     monkeypatch.setattr(depth, "DEPTHS", (1, 2))
+    monkeypatch.setattr(sparsity, "SPARSITIES", (0.5, 0.99))
 
 
 @pytest.fixture(scope="module")
@@ -82,6 +83,19 @@ EXPECTED = {
         ("0.5", "NT (obs) + refit, 8 steps"),
     },
     "depth": {("1", "NT (l2), 8 steps"), ("2", "NT (obs) + refit, 0 steps")},
+    "different": {
+        ("0.5", "NT (l2), 0 steps"),
+        ("1", "untrained network, 8 steps"),
+        ("1.5", "NT (l2), 8 steps"),
+    },
+    "sparsity": {
+        ("0.5", "NT (l2), global, 0 steps"),
+        ("0.99", "NT (obs) + refit, 8 steps"),
+    },
+    "capacity": {
+        ("small members side by side", "8 steps"),
+        ("one large network, pruned (obs) to a small one", "0 steps"),
+    },
     "cost": {("0.5", "NT (l2)"), ("0.5", "8 training steps")},
 }
 EXPECTED["vit"] = EXPECTED["resnet"] = EXPECTED["compare"]
@@ -137,6 +151,7 @@ def test_experiment(name, data, tmp_path):
         "resnet",
         "order",
         "selftransplant",
+        "capacity",
     )
     draw(experiment, results, plot)
     assert plot.read_text() == first

@@ -217,6 +217,21 @@ def test_ridge_on_features_that_never_vary():
     torch.testing.assert_close(fit(rows), torch.ones(20, 2))
 
 
+@pytest.mark.parametrize("alpha", [1e-14, 1e-8])
+def test_a_singular_system_gets_a_larger_ridge(alpha: float):
+    """Fifteen features of five, with a ridge that float32's rounding swallows."""
+    generator = torch.Generator().manual_seed(0)
+    few = torch.randn(400, 1, 5, generator=generator)
+    rows, wanted = few @ torch.randn(5, 15, generator=generator), few[:, 0, :3]
+    fit = Ridge(rows, alpha, centred=True).fit(wanted)
+    assert float((fit(rows) - wanted).abs().max()) < 1e-3 * float(wanted.abs().max())
+
+
+def test_a_gram_matrix_that_is_not_finite_is_refused():
+    with pytest.raises(CalibrationError, match="too large for float32"):
+        Ridge(torch.full((4, 1, 3), 1e30) * torch.arange(4).reshape(4, 1, 1), 1e-3, centred=False)
+
+
 def test_the_head_is_fitted_to_probabilities():
     generator = torch.Generator().manual_seed(0)
     rows, logits = torch.randn(500, 1, 6, generator=generator), torch.randn(500, 4) * 3

@@ -226,6 +226,8 @@ def broken(kind: str, folder: Path) -> tuple[list[Any], dict[str, Any]]:
         options["calibration"] = images(100)
     elif kind == "heads":
         options["heads"] = ["fc"]
+    elif kind == "label spaces":
+        options["heads"] = "concat"
     return list(paths), options
 
 
@@ -249,6 +251,7 @@ def broken(kind: str, folder: Path) -> tuple[list[Any], dict[str, Any]]:
         ("template", ControlError, "leave it out"),
         ("calibrated", ControlError, "members in memory"),
         ("heads", ControlError, "members in memory"),
+        ("label spaces", ControlError, "members in memory"),
     ],
 )
 def test_bad_input(tmp_path: Path, kind: str, error: type[Exception], message: str):

@@ -14,14 +14,17 @@ from typing import Any
 
 from benchmarks.pages import marks, update, with_tables
 from benchmarks.paper import (
+    capacity,
     compare,
     cost,
     depth,
+    different,
     fraction,
     members,
     order,
     resnet,
     selftransplant,
+    sparsity,
     sync_sgd,
     vit,
     width,
@@ -39,7 +42,10 @@ EXPERIMENTS: tuple[Experiment, ...] = tuple(
         order,
         width,
         depth,
+        different,
         members,
+        sparsity,
+        capacity,
         selftransplant,
         sync_sgd,
         fraction,

@@ -9,26 +9,35 @@ from typing import Annotated, cast
 import typer
 
 import fxfuse
+from fxfuse import budget as budgets
+from fxfuse import label_spaces
 from fxfuse import plan as plans
 from fxfuse.checkpoint import write_state_dict
 from fxfuse.cli.load import load_members
 from fxfuse.cli.options import (
+    Budget,
     Checkpoints,
+    Classes,
     Freeze,
+    HeadOutputs,
+    Heads,
     Ignore,
     Input,
     Json,
     MaxFlops,
     MaxParams,
+    MemberArg,
     Model,
     ModelArg,
     OutputDims,
     RoundTo,
     Share,
     Widths,
+    parse_by_group,
+    parse_heads,
     parse_output_dims,
     parse_reference,
-    parse_width,
+    read_classes,
 )
 from fxfuse.cli.show import checks_json, checks_markdown, checks_table, err, out, print_json
 from fxfuse.output import atomic_folder, check_output
@@ -74,8 +83,12 @@ Outputs = Annotated[
 Steps = Annotated[int | None, typer.Option(help="For `auto`: steps of matching.")]
 Seconds = Annotated[float | None, typer.Option(help="For `auto`: CPU seconds of matching.")]
 Fraction = Annotated[
-    float | None,
-    typer.Option(help="For `transplant`: share of units that are not the first network's."),
+    list[str] | None,
+    typer.Option(
+        help="For `transplant`: share of units that are not the first network's, as --width for "
+        "all groups or by pattern; may be repeated.",
+        metavar="SHARE|PATTERN=SHARE",
+    ),
 ]
 Reference = Annotated[
     str, typer.Option(help="Network that the others are aligned to, by number, or `mean`.")
@@ -117,6 +130,7 @@ def fuse(
     input: Input,
     out_folder: Annotated[Path, typer.Option("--out", help="Folder to write.", metavar="FOLDER")],
     model_arg: ModelArg = None,
+    member_arg: MemberArg = None,
     method: Method = "transplant",
     score: Score = None,
     variant: Variant = None,
@@ -131,19 +145,23 @@ def fuse(
     max_params: MaxParams = None,
     max_flops: MaxFlops = None,
     round_to: RoundTo = 1,
+    budget: Budget = "local",
     mixing: Mixing = None,
     plan: PlanFile = None,
     freeze: Freeze = None,
     share: Share = None,
     ignore: Ignore = None,
     output_dims: OutputDims = None,
+    heads: Heads = None,
+    head_outputs: HeadOutputs = None,
+    classes: Classes = None,
     force: Force = False,
     no_verify: NoVerify = False,
     json: Json = False,
 ) -> None:
     """Fuse trained networks of one architecture into one network."""
     check_output(out_folder, FILES, force=force)
-    members, inputs = load_members(model, model_arg, input, checkpoints)
+    members, inputs = load_members(model, model_arg, input, checkpoints, member_arg)
     with err.status(f"fusing {len(members)} networks"):
         result = fxfuse.fuse(
             members,
@@ -151,24 +169,29 @@ def fuse(
             method=method,
             score=score,
             variant=variant,
-            fraction=fraction,
+            fraction=parse_by_group("--fraction", fraction or ()),
             reference=parse_reference(reference),
             calibration=None if calibration is None else make_inputs(str(calibration)),
             refit=refit,
             outputs=outputs,
             steps=steps,
             seconds=seconds,
-            width=parse_width(width or ()),
+            width=parse_by_group("--width", width or ()),
             max_params=max_params,
             max_flops=max_flops,
             round_to=round_to,
-            # What is no way of mixing, fuse refuses by name.
+            # What is no budget and no way of mixing, fuse refuses by name.
+            budget=cast("budgets.Budget", budget),
             mixing=cast("plans.Mixing | None", mixing),
             plan=None if plan is None else plans.FusionPlan.from_json(_read_text(plan)),
             freeze=freeze or (),
             share=share or (),
             ignore=ignore or (),
             output_dims=parse_output_dims(output_dims or ()),
+            heads=parse_heads(heads or ()),
+            # So it does with what is no way of handing out heads.
+            head_outputs=cast("label_spaces.HeadOutputs | None", head_outputs),
+            classes=read_classes(classes),
             verify=not no_verify,
         )
     checks = result.verification.checks
@@ -187,6 +210,7 @@ def fuse(
                 "choice": asdict(result.choice) if result.choice else None,
                 "sizes": result.plan.sizes(),
                 "refused": dict(result.plan.refused),
+                "classes": list(result.classes),
             }
         )
         return

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from fxfuse.checkpoint import load_checkpoint
+from fxfuse.cli.options import parse_member_args
 from fxfuse.zoo import floating_dtype, make_inputs, make_model, parse_model_args
 
 
@@ -21,13 +22,18 @@ def load_model(
 
 
 def load_members(
-    model: str, model_arg: Iterable[str] | None, example: str, checkpoints: Sequence[Path]
+    model: str,
+    model_arg: Iterable[str] | None,
+    example: str,
+    checkpoints: Sequence[Path],
+    member_arg: Iterable[str] | None = None,
 ) -> tuple[list[nn.Module], tuple[torch.Tensor, ...]]:
     """Makes one model per checkpoint, and inputs for them."""
     arguments = parse_model_args(model_arg or ())
     members = []
-    for checkpoint in checkpoints:
-        member = make_model(model, arguments)
+    each = parse_member_args(member_arg or (), len(checkpoints))
+    for checkpoint, own in zip(checkpoints, each, strict=True):
+        member = make_model(model, {**arguments, **parse_model_args(own)})
         load_checkpoint(member, checkpoint)
         members.append(member)
     return members, _inputs_for(members[0], example)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import json
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
+from fxfuse.controls import Patterns
 from fxfuse.errors import ControlError
 from fxfuse.options import Reference
 from fxfuse.widths import Width
@@ -24,6 +26,14 @@ ModelArg = Annotated[
     typer.Option(
         help="Keyword argument for the factory; may be repeated. Values are Python literals.",
         metavar="KEY=VALUE",
+    ),
+]
+MemberArg = Annotated[
+    list[str] | None,
+    typer.Option(
+        help="Keyword argument for the factory of one network, counted from 0, such as "
+        "`1:classes=5`; may be repeated.",
+        metavar="NUMBER:KEY=VALUE",
     ),
 ]
 Input = Annotated[
@@ -70,8 +80,27 @@ OutputDims = Annotated[
         metavar="OUTPUT=DIMS",
     ),
 ]
-
-
+Heads = Annotated[
+    list[str] | None,
+    typer.Option(
+        help="Modules in which each network keeps its own head; may be repeated. Or `concat` or "
+        "`map`: the heads are found, and handed out as --head-outputs says.",
+        metavar="MODULE",
+    ),
+]
+HeadOutputs = Annotated[
+    str | None,
+    typer.Option(
+        help="What a network with heads returns: `tuple`, `concat` (logits side by side) or `map` "
+        "(the union of the classes)."
+    ),
+]
+Classes = Annotated[
+    Path | None,
+    typer.Option(
+        help="JSON file with one list of class names for each network, for `map`.", metavar="FILE"
+    ),
+]
 Widths = Annotated[
     list[str] | None,
     typer.Option(
@@ -92,13 +121,20 @@ MaxFlops = Annotated[
 RoundTo = Annotated[
     int, typer.Option(help="Round channels to multiples of this, 8 for most hardware.")
 ]
+Budget = Annotated[
+    str,
+    typer.Option(
+        help="`local`: every group gets the width; `global`: groups whose units matter more keep "
+        "more of them."
+    ),
+]
 
 
-def parse_width(texts: Iterable[str]) -> Width | None:
-    """Reads `--width`.
+def parse_by_group(option: str, texts: Iterable[str]) -> Width | None:
+    """Reads an option that holds a number for all coupling groups, or one for each pattern.
 
     Returns:
-        A number, widths by pattern, or None where the option is not given.
+        A number, numbers by pattern, or None where the option is not given.
 
     Raises:
         ControlError: A text is no number and no PATTERN=WIDTH, or says of one thing two.
@@ -108,12 +144,51 @@ def parse_width(texts: Iterable[str]) -> Width | None:
         pattern, _, number = text.rpartition("=")
         try:
             if pattern in found or (found and "" in (pattern, *found)):
-                raise ValueError("it contradicts another --width")
+                raise ValueError(f"it contradicts another {option}")
             found[pattern] = float(number)
         except ValueError as error:
-            how = "write one number, such as 1.5, or PATTERN=WIDTH for each pattern"
-            raise _unreadable("--width", text, str(error), how) from error
+            how = "write one number, such as 0.5, or PATTERN=NUMBER for each pattern"
+            raise _unreadable(option, text, str(error), how) from error
     return found.get("", found or None)
+
+
+def parse_heads(texts: Sequence[str]) -> Patterns:
+    """Reads `--heads`: patterns, or the one word that lets the heads be found."""
+    return texts[0] if list(texts) in (["concat"], ["map"]) else tuple(texts)
+
+
+def parse_member_args(texts: Iterable[str], count: int) -> list[list[str]]:
+    """Reads `--member-arg`: for each network, its arguments of the form KEY=VALUE.
+
+    Raises:
+        ControlError: A text does not begin with the number of a network.
+    """
+    found: list[list[str]] = [[] for _ in range(count)]
+    for text in texts:
+        number, _, argument = text.partition(":")
+        if not number.isdecimal() or int(number) >= count:
+            why = f"{number!r} is not the number of one of the {count} networks, counted from 0"
+            raise _unreadable("--member-arg", text, why, "write it like 1:classes=5")
+        found[int(number)].append(argument)
+    return found
+
+
+def read_classes(path: Path | None) -> Any:
+    """Reads `--classes`; `fxfuse.fuse` checks what the lists hold.
+
+    Raises:
+        ControlError: The file holds no JSON list.
+    """
+    if path is None:
+        return None
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(found, list):
+            raise ValueError(f"it holds a {type(found).__name__}")
+    except ValueError as error:
+        how = 'write one list of names for each network: [["cat", "dog"], ["dog", "fish"]]'
+        raise _unreadable("--classes", str(path), str(error), how) from error
+    return found
 
 
 def parse_output_dims(texts: Iterable[str]) -> dict[int, tuple[int, ...]]:

@@ -12,6 +12,7 @@ from fxfuse.methods.registry import check_variant, method
 from fxfuse.options import Options, State
 from fxfuse.plan import UnitMap, Weights
 from fxfuse.scores import Scores, score_units
+from fxfuse.widths import by_pattern
 
 #: For each group: (member, unit) of every unit that is kept, sorted, int64 [n, 2].
 Kept = dict[str, Index]
@@ -29,13 +30,14 @@ def transplant(
     the next member, and so on; `hierarchical` fuses pairs, then pairs of the results.
 
     With `fraction` f, a group of n units keeps the (1 - f)·n best of the host, and takes the f·n
-    best of all others.
+    best of all others. With fractions by pattern, groups that none speaks of keep the best of all.
 
     Raises:
         UnknownScoreError: The score is unknown.
         UnknownMethodError: The variant is unknown.
         CalibrationError: The score needs calibration inputs, or labels, and there are none.
-        ControlError: The fraction is not between 0 and 1, or given with a variant.
+        ControlError: A fraction is not between 0 and 1, or given with a variant, or its pattern
+            names nothing.
     """
     check_variant("transplant", options, VARIANTS)
     leaves = [_whole(graph, i) for i in range(len(states))]
@@ -89,14 +91,20 @@ def _by_fraction(
     graph: CouplingGraph, states: Sequence[State], parts: Sequence[Kept], options: Options
 ) -> Kept:
     """Keeps the host's best units, and the given share of the best units of all others."""
-    share, host = options.fraction, options.host
-    assert share is not None
-    if not 0.0 <= share <= 1.0:
-        raise ControlError(
-            f"fraction {share} is not between 0 and 1",
-            why="it is the share of units that come from other members than the host",
-            how="use 0 for the host alone, 1 for the others alone",
-        )
+    given, host = options.fraction, options.host
+    assert given is not None
+    shares = (
+        by_pattern(graph, "fraction", given)
+        if isinstance(given, Mapping)
+        else {group.name: given for group in graph.groups}
+    )
+    for share in shares.values():
+        if not 0.0 <= share <= 1.0:
+            raise ControlError(
+                f"fraction {share} is not between 0 and 1",
+                why="it is the share of units that come from other members than the host",
+                how="use 0 for the host alone, 1 for the others alone",
+            )
     if options.variant is not None:
         raise ControlError(
             f"fraction and variant {options.variant!r} contradict each other",
@@ -113,8 +121,11 @@ def _by_fraction(
     for group in graph.groups:
         rows, values = scored[group.name]
         mine, size = rows[:, 0] == host, options.size_of(group)
+        if group.name not in shares:
+            kept[group.name] = _sorted(_best(rows, values, count=size))
+            continue
         # A half is rounded up, so that the members' counts do not depend on the width's parity.
-        taken = int(np.floor(share * size + 0.5))
+        taken = int(np.floor(shares[group.name] * size + 0.5))
         # Nobody gives more units than there are.
         taken = min(max(taken, size - int(mine.sum())), int((~mine).sum()))
         chosen = [

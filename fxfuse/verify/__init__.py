@@ -4,13 +4,14 @@ from fxfuse.verify.check import EXACT, Check, Verification, relative_error
 from fxfuse.verify.identity import handover, identity
 from fxfuse.verify.parity import parity
 from fxfuse.verify.permutation import permutation, permutation_of, sensitivity, wrong_groups
-from fxfuse.verify.wide import equals_ensemble, wide_equals_ensemble
+from fxfuse.verify.wide import equals_ensemble, equals_heads, wide_equals_ensemble
 
 __all__ = [
     "EXACT",
     "Check",
     "Verification",
     "equals_ensemble",
+    "equals_heads",
     "handover",
     "identity",
     "parity",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -12,6 +12,7 @@ from torch import nn
 from fxfuse.apply import fused_tensors, permuted, random_permutations
 from fxfuse.capture import Captured
 from fxfuse.coupling import analyze
+from fxfuse.layout import Layout
 from fxfuse.methods import Options
 from fxfuse.planner import make_plan
 from fxfuse.verify.check import EXACT, Check, as_double, relative_error, run, tensors_of
@@ -47,7 +48,11 @@ def identity(
     return Check("identity", error, EXACT, error <= EXACT, "averaging after weight matching")
 
 
-def handover(member: Captured, network: Callable[..., Any]) -> tuple[Check, ...]:
+def handover(
+    member: Captured,
+    network: Callable[..., Any],
+    layouts: Sequence[Mapping[int, Layout]] | None = None,
+) -> tuple[Check, ...]:
     """What must hold of any fused network: the member's output shapes, finite outputs.
 
     Where the network was traced, its output sizes may depend on the data, and so on the weights:
@@ -56,6 +61,8 @@ def handover(member: Captured, network: Callable[..., Any]) -> tuple[Check, ...]
     Args:
         member: A captured member.
         network: The fused network, called as the member is.
+        layouts: For each output, the layouts of the dimensions in which units are handed out, and
+            in another number than the member's; None where there are none.
     """
     args, kwargs = member.example_inputs
     with torch.no_grad():
@@ -68,6 +75,10 @@ def handover(member: Captured, network: Callable[..., Any]) -> tuple[Check, ...]
         return (finite,)
     with torch.no_grad():
         expected = tensors_of(member.module(*args, **kwargs))
-    same = [o.shape for o in outputs] == [e.shape for e in expected]
+    wanted = [list(e.shape) for e in expected]
+    for sizes, grown in zip(wanted, layouts or (), strict=layouts is not None):
+        for dim, layout in grown.items():
+            sizes[dim] = layout.size
+    same = [list(o.shape) for o in outputs] == wanted
     shapes = ", ".join(str(tuple(o.shape)) for o in outputs)
     return Check("output shape", 0.0 if same else 1.0, 0.0, same, shapes), finite

@@ -94,3 +94,31 @@ def equals_ensemble(
     tolerance = float("inf") if notes else EXACT
     detail = "mixing: " + "; ".join(notes) if notes else "no operator mixes members"
     return Check("wide equals ensemble", error, tolerance, error <= tolerance, detail)
+
+
+def equals_heads(
+    graph: CouplingGraph,
+    states: Sequence[Mapping[str, torch.Tensor]],
+    plan: FusionPlan,
+    members: Sequence[Captured],
+    dim: int,
+) -> Check:
+    """The wide oracle of a partial fusion: every head answers as its own member.
+
+    Args:
+        graph: The analysis of the members as one network (`fxfuse.heads.join`).
+        states: For each member, its tensors by name.
+        plan: A plan that keeps every unit of every member.
+        members: The members themselves.
+        dim: The output's dimension of classes, where heads are handed out as one tensor.
+    """
+    module = in_double(widen(graph, plan, [as_double(s) for s in states]))
+    args, kwargs = inputs_of(graph.captured)
+    with torch.no_grad():
+        found = tensors_of(module(*args, **kwargs))
+    expected = plan.spaces.combined([run(m, m.state()) for m in members], dim)
+    error = relative_error(found, expected)
+    notes = plan.inexact()
+    tolerance = float("inf") if notes else EXACT
+    detail = "mixing: " + "; ".join(notes) if notes else "each head reads its own member's units"
+    return Check("heads equal members", error, tolerance, error <= tolerance, detail)

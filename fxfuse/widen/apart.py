@@ -3,9 +3,9 @@
 Told from the labels alone, before anything is written. The members' values of a node are *told
 apart* where every index of its value stands along one dimension that grows: copy i is member i's
 value. All other values that depend on members are sums over the members. Such a sum is the mean
-where it is the output; whatever reads it otherwise, every operator that mixes members, and every
-operator that reads a tensor of which the fused network has one for all members, runs *apart*: once
-for each member, with the member's own tensors.
+where it is the output, and one member's value where its own head computes it. Whatever else reads a
+sum, every operator that mixes members, and every operator that reads a tensor of which the fused
+network has one for all members, runs *apart*: once for each member, with the member's own tensors.
 """
 
 from __future__ import annotations
@@ -16,10 +16,13 @@ from collections.abc import Iterable, Iterator
 from torch import fx
 
 from fxfuse.coupling import CouplingGraph
+from fxfuse.errors import RewriteError
+from fxfuse.heads import region_of
 from fxfuse.labels import Value
 from fxfuse.layout import Copies, Layout
 from fxfuse.plan import FusionPlan
 from fxfuse.rules import contraction, find, movement
+from fxfuse.source_lines import source_of
 from fxfuse.tensors import is_constant
 from fxfuse.widen.units import Units, values_in
 
@@ -46,6 +49,9 @@ class Apart:
         n_members: N.
         nodes: Nodes of the members' graph that run once for each member.
         tensors: Canonical names of the tensors of which each member has its own.
+
+    Raises:
+        RewriteError: A member's own head would have to run once for each member.
     """
 
     def __init__(self, graph: CouplingGraph, plan: FusionPlan, copies: Copies) -> None:
@@ -54,6 +60,7 @@ class Apart:
         self.nodes: set[fx.Node] = set()
         self.tensors: set[str] = set()
         self._units = Units(graph, copies)
+        self._heads = region_of(graph.captured, graph.captured.heads)
         self._whole: dict[fx.Node, bool] = {}
         # What depends on the members, and what depends on the network's inputs as well.
         self._depends: set[fx.Node] = set()
@@ -65,16 +72,22 @@ class Apart:
             self._add_tensor(graph.captured.canonical[name])
         noted = {note.node for note in plan.notes}
         self.add(node for node in graph.captured.graph.nodes if node.name in noted)
-        means = self._means()
+        means = self._means() | self._heads
         self.add(n for n in self._depends if self._is_sum(n) and n not in means)
 
     def add(self, nodes: Iterable[fx.Node]) -> None:
-        """Lets nodes run apart, and whatever has to with them."""
+        """Lets nodes run apart, and whatever has to with them.
+
+        Raises:
+            RewriteError: One of them belongs to a member's own head.
+        """
         waiting = list(nodes)
         while waiting:
             node = waiting.pop()
             if node in self.nodes or node.op != "call_function" or not self._values(node):
                 continue
+            if node in self._heads:
+                raise _is_head(node)
             self.nodes.add(node)
             for operand in node.all_input_nodes:
                 name = self._own_tensor(operand)
@@ -178,3 +191,12 @@ class Apart:
 
     def _dependent(self, node: fx.Node) -> Iterator[fx.Node]:
         return (operand for operand in node.all_input_nodes if operand in self._depends)
+
+
+def _is_head(node: fx.Node) -> RewriteError:
+    return RewriteError(
+        "members cannot run one by one in this network",
+        where=f"{node.name} [{node.target}]  {source_of(node)}".rstrip(),
+        why="a member's own head mixes neurons of the trunk, or reads what is no member's own",
+        how='use mixing="joint", or heads that begin after this operator',
+    )

@@ -6,6 +6,8 @@ from dataclasses import dataclass
 
 import torch
 
+from fxfuse.errors import CalibrationError
+
 
 @dataclass(frozen=True)
 class Fit:
@@ -32,8 +34,13 @@ class Ridge:
 
     Args:
         rows: A, float32 [n, groups, features].
-        alpha: α, relative to the mean of the Gram matrix's diagonal.
+        alpha: α, relative to the mean of the Gram matrix's diagonal. A group whose system is
+            singular all the same, in float32's rounding of the Gram matrix, gets ten times the
+            penalty, and again until it is not.
         centred: Whether there is a shift; else the map goes through the origin.
+
+    Raises:
+        CalibrationError: The Gram matrix is not finite.
     """
 
     def __init__(self, rows: torch.Tensor, alpha: float, *, centred: bool) -> None:
@@ -52,7 +59,18 @@ class Ridge:
         floor = torch.finfo(torch.float32).tiny
         penalty = (alpha * level).clamp(min=floor)
         diagonal += penalty[:, None]
-        self.factor = torch.linalg.cholesky_ex(gram)[0]
+        self.factor, failed = torch.linalg.cholesky_ex(gram)
+        while failed.any():
+            if not bool(torch.isfinite(gram).all()):
+                raise CalibrationError(
+                    "a layer cannot be regressed on its inputs",
+                    why="their products are too large for float32, or no numbers",
+                    how="scale the calibration inputs as in training, and check them for NaN",
+                )
+            more = torch.where(failed > 0, 9 * penalty, 0.0)
+            penalty = penalty + more
+            diagonal += more[:, None]
+            self.factor, failed = torch.linalg.cholesky_ex(gram)
         self.n = n
 
     def fit(self, targets: torch.Tensor) -> Fit:
