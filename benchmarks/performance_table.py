@@ -48,8 +48,45 @@ def inference(results: dict[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def fusion(results: dict[str, Any]) -> str:
+    """Seconds and memory of every way of fusing, and the seconds as multiples of copying."""
+    ways = list(dict.fromkeys(way for row in results["rows"] for way in row["ways"]))
+    lines = [
+        f"| network | N | members, MB | {' | '.join(ways)} |",
+        f"| --- | ---: | ---: | {' | '.join('---:' for _ in ways)} |",
+    ]
+    left: dict[str, None] = {}
+    for row in results["rows"]:
+        cells = []
+        copied = row["ways"].get("copy", {}).get("seconds")
+        for way in ways:
+            found = row["ways"].get(way)
+            if found is None:
+                cells.append("")
+            elif "left" in found:
+                left[f"{row['network']}, N = {row['n']}, {way}: {found['left']}"] = None
+                cells.append("–")
+            else:
+                times = f" ({found['seconds'] / copied:.1f}x)" if copied else ""
+                cells.append(f"{found['seconds']:.3g} s{times}, {found['megabytes']:,.0f} MB")
+        size = f"{row['megabytes']:,.0f}"
+        lines.append(f"| {row['network']} | {row['n']} | {size} | {' | '.join(cells)} |")
+    about = results["environment"]
+    lines += [
+        "",
+        f"Seconds, in multiples of *copy* in brackets, and the most memory beyond the imports; one "
+        f"thread on {about['cpu']}, torch {about['torch']}.",
+    ]
+    if left:
+        lines += ["", "Left out:", "", *(f"- {text}" for text in left)]
+    return "\n".join(lines) + "\n"
+
+
 #: Name of a table's marks and of its JSON file → what writes it.
-TABLES: Mapping[str, Callable[[dict[str, Any]], str]] = {"inference": inference}
+TABLES: Mapping[str, Callable[[dict[str, Any]], str]] = {
+    "inference": inference,
+    "fusion": fusion,
+}
 
 
 def main() -> int:

@@ -212,7 +212,9 @@ def fuse(
     check_budget(budget, width, given=width is not None or target.is_budget, score=score)
     files, networks = split_paths(members, template)
     if files:
-        _check_streamable(heads or spaces.outputs != "tuple", calibrated=calibration is not None or auto or refit)
+        _check_streamable(
+            heads or spaces.outputs != "tuple", calibrated=calibration is not None or auto or refit
+        )
         assert template is not None
         networks = [first_member(template, files[0])]
     for member in networks:

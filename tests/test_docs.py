@@ -77,6 +77,7 @@ def test_adding_a_score(monkeypatch: pytest.MonkeyPatch):
         "prune.md",
         "keep-a-plan.md",
         "use-as-a-compiler-pass.md",
+        "large-members.md",
     ],
 )
 def test_a_page_that_prints(page: str, capsys: pytest.CaptureFixture[str]):

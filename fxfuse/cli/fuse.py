@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, cast
 
 import typer
+from torch import nn
 
 import fxfuse
 from fxfuse import budget as budgets
 from fxfuse import label_spaces
 from fxfuse import plan as plans
 from fxfuse.checkpoint import write_state_dict
-from fxfuse.cli.load import load_members
+from fxfuse.cli.load import load_members, load_template
 from fxfuse.cli.options import (
     Budget,
     Checkpoints,
@@ -40,11 +42,14 @@ from fxfuse.cli.options import (
     read_classes,
 )
 from fxfuse.cli.show import checks_json, checks_markdown, checks_table, err, out, print_json
+from fxfuse.members import check_enough
 from fxfuse.output import atomic_folder, check_output
+from fxfuse.report import write_report
 from fxfuse.zoo import make_inputs
 
 WEIGHTS, PLAN, SUMMARY = "fused.safetensors", "plan.json", "summary.md"
-FILES = (WEIGHTS, PLAN, SUMMARY)
+REPORT = "report.html"
+FILES = (WEIGHTS, PLAN, SUMMARY, REPORT)
 
 Method = Annotated[
     str,
@@ -115,6 +120,10 @@ Mixing = Annotated[
         "`per_member` where everything is kept, which is the default there."
     ),
 ]
+Report = Annotated[
+    bool,
+    typer.Option("--report", help="Write `report.html` too: what was fused, as one page."),
+]
 Force = Annotated[bool, typer.Option("--force", help="Replace the folder of an earlier run.")]
 NoVerify = Annotated[bool, typer.Option("--no-verify", help="Skip the oracles.")]
 
@@ -155,17 +164,26 @@ def fuse(
     heads: Heads = None,
     head_outputs: HeadOutputs = None,
     classes: Classes = None,
+    report: Report = False,
     force: Force = False,
     no_verify: NoVerify = False,
     json: Json = False,
 ) -> None:
     """Fuse trained networks of one architecture into one network."""
     check_output(out_folder, FILES, force=force)
-    members, inputs = load_members(model, model_arg, input, checkpoints, member_arg)
+    members: Sequence[nn.Module | Path] = checkpoints
+    template = None
+    # What runs the members, or lets them differ, needs them in memory; the rest reads their files.
+    if calibration or refit or method == "auto" or heads or classes or member_arg:
+        members, inputs = load_members(model, model_arg, input, checkpoints, member_arg)
+    else:
+        check_enough(checkpoints, "fusion")
+        template, inputs = load_template(model, model_arg, input, checkpoints[0])
     with err.status(f"fusing {len(members)} networks"):
         result = fxfuse.fuse(
             members,
             inputs,
+            template=template,
             method=method,
             score=score,
             variant=variant,
@@ -201,11 +219,13 @@ def fuse(
         told = f"\nMatched to the ensemble: {result.choice}.\n" if result.choice else ""
         summary = f"{result.plan.summary()}{told}\n{checks_markdown(checks)}"
         (folder / SUMMARY).write_text(summary, encoding="utf-8")
+        if report:
+            write_report(result, folder / REPORT, title=f"{len(members)} networks fused into one")
     if json:
         print_json(
             {
                 "out": str(out_folder),
-                "files": FILES,
+                "files": FILES if report else FILES[:-1],
                 "verification": checks_json(checks),
                 "choice": asdict(result.choice) if result.choice else None,
                 "sizes": result.plan.sizes(),

@@ -10,6 +10,7 @@ from torch import nn
 
 from fxfuse.checkpoint import load_checkpoint
 from fxfuse.cli.options import parse_member_args
+from fxfuse.streamed import first_member
 from fxfuse.zoo import floating_dtype, make_inputs, make_model, parse_model_args
 
 
@@ -37,6 +38,14 @@ def load_members(
         load_checkpoint(member, checkpoint)
         members.append(member)
     return members, _inputs_for(members[0], example)
+
+
+def load_template(
+    model: str, model_arg: Iterable[str] | None, example: str, checkpoint: Path
+) -> tuple[nn.Module, tuple[torch.Tensor, ...]]:
+    """Makes a model with the weights of the first checkpoint, and inputs for it."""
+    template = first_member(make_model(model, parse_model_args(model_arg or ())), checkpoint)
+    return template, _inputs_for(template, example)
 
 
 def _inputs_for(model: nn.Module, example: str) -> tuple[torch.Tensor, ...]:

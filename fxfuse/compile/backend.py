@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 from torch import fx
-from torch._dynamo.backends.registry import lookup_backend
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx.experimental.proxy_tensor import make_fx
 
@@ -62,6 +61,8 @@ def fxfuse_backend(
             raise ControlError(
                 f"the backend {inner!r} takes no options", how="give it 'backend' alone"
             )
+        from torch._dynamo.backends.registry import lookup_backend
+
         compiled: Callable[..., Any] = lookup_backend(inner)(module, list(example_inputs))
         return compiled
     return _inductor(module, example_inputs, mode, told)

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch._inductor.config
 import torch.utils._pytree as pytree
 from torch import fx, nn
 
@@ -100,7 +99,10 @@ class Frozen:
         shapes = tuple(x.shape if isinstance(x, torch.Tensor) else x for x in leaves)
         if shapes in self._seen:
             return self._call(*args, **kwargs)
-        with torch._inductor.config.patch(freezing=True):
+        # Here, since importing inductor takes a second.
+        from torch._inductor import config
+
+        with config.patch(freezing=True):
             result = self._call(*args, **kwargs)
         self._seen.add(shapes)
         return result

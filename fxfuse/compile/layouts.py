@@ -7,7 +7,6 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import nn
-from torch.utils.benchmark import Timer
 
 #: Devices on which inductor's constant weights were measured to be faster (docs/performance.md),
 #: and the floating-point operations of a call from which on: below, the libraries that take packed
@@ -52,6 +51,8 @@ def by_rule(
 
 def seconds(call: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> float:
     """Median time of a call, on as many threads as torch uses otherwise."""
+    from torch.utils.benchmark import Timer
+
     timer = Timer(
         "call(*args, **kwargs)",
         globals={"call": call, "args": args, "kwargs": kwargs},
