@@ -429,6 +429,16 @@ def test_verify_exits_1_when_an_oracle_fails(work, monkeypatch):
     assert "group 0" in result.stdout
 
 
+def test_a_report_is_written_where_it_is_asked_for(work):
+    arguments = ("fuse", "a.pt", "b.pt", *MODEL, "--out", "told", "--report", "--json")
+    result = invoke(*arguments)
+    assert result.exit_code == 0, result.output
+    assert json.loads(result.stdout)["files"][-1] == "report.html"
+    assert "2 networks fused into one" in (work / "told" / "report.html").read_text()
+    # A folder with a report is a folder of ours.
+    assert invoke(*arguments, "--force").exit_code == 0
+
+
 def test_demo_prints_tables_and_writes_the_numbers(work, monkeypatch):
     monkeypatch.setattr("fxfuse.demo.measure._RUN_TIME", 0.01)
     monkeypatch.setattr("fxfuse.demo.repetition.CALIBRATION", 100)
