@@ -164,6 +164,10 @@ def fuse(
 
     Raises:
         TooFewMembersError: Fewer than two members, and no plan of one.
+        CheckpointMissingError: A member's file is not there, or cannot be opened.
+        CheckpointCorruptError: A member's file is damaged.
+        CheckpointPickleError: A member's file holds other objects than tensors.
+        CheckpointMismatchError: A member's file does not fit the template.
         PlanMismatchError: The plan was made for other members; names the first that differs.
         PlanError: The plan holds no hashes of its members, or does not fit their network.
         ExampleInputError: A member rejects the example inputs.
