@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import signal
@@ -18,6 +19,7 @@ import fxfuse
 from fxfuse.checkpoint import read_state_dict
 from fxfuse.cli import show
 from fxfuse.cli.app import app
+from fxfuse.cli.lazy import COMMANDS
 from fxfuse.errors import ExampleInputError, ModelFactoryError
 from fxfuse.zoo import make_inputs, make_model, parse_model_args
 
@@ -427,6 +429,42 @@ def test_verify_exits_1_when_an_oracle_fails(work, monkeypatch):
     assert result.exit_code == 1
     assert "FAILED" in result.stdout
     assert "group 0" in result.stdout
+
+
+def test_help_needs_no_torch():
+    """It takes a second to import, and the overview is asked for often."""
+    code = (
+        "import sys\n"
+        "from typer.testing import CliRunner\n"
+        "from fxfuse.cli.app import app\n"
+        "assert CliRunner().invoke(app, ['--help']).exit_code == 0\n"
+        "print(sorted({'torch', 'numpy', 'scipy', 'networkx'} & sys.modules.keys()))\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+def test_the_overview_says_what_the_commands_say():
+    for name, summary in COMMANDS.items():
+        function = getattr(importlib.import_module(f"fxfuse.cli.{name}"), name)
+        assert function.__doc__.split("\n")[0] == summary
+        assert summary.split()[0] in invoke("--help").stdout
+
+
+def test_the_package_gives_functions_and_files():
+    code = (
+        "import fxfuse, fxfuse.fuse, fxfuse.stack\n"
+        "assert callable(fxfuse.fuse) and callable(fxfuse.stack) and callable(fxfuse.compile)\n"
+        "from fxfuse.fuse import fuse\n"
+        "assert fxfuse.fuse is fuse and fxfuse.refine.match\n"
+        "assert set(fxfuse.__all__) <= set(dir(fxfuse))\n"
+        "try:\n"
+        "    fxfuse.nothing\n"
+        "except AttributeError as error:\n"
+        "    print(error)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "module 'fxfuse' has no attribute 'nothing'"
 
 
 def test_a_report_is_written_where_it_is_asked_for(work):

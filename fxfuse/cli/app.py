@@ -10,18 +10,13 @@ from typing import NoReturn, TextIO
 
 import typer
 
-from fxfuse.cli.analyze import analyze
-from fxfuse.cli.demo import demo
-from fxfuse.cli.explain import explain
-from fxfuse.cli.fuse import fuse
-from fxfuse.cli.guard import guarded
+from fxfuse.cli.lazy import LazyGroup, stand_ins
 from fxfuse.cli.show import err
-from fxfuse.cli.verify import verify
 
 app = typer.Typer(
     name="fxfuse",
+    cls=LazyGroup,
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode="markdown",
 )
@@ -36,8 +31,7 @@ def _fxfuse() -> None:
     """
 
 
-for _command in (demo, analyze, explain, fuse, verify):
-    app.command()(guarded(_command))
+stand_ins(app)
 
 
 def main() -> None:

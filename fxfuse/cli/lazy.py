@@ -1,0 +1,45 @@
+"""Commands whose code is imported when they are run: torch takes a second, and help none."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import Any
+
+import typer
+from typer.core import TyperGroup
+from typer.main import get_command
+
+from fxfuse.cli.guard import guarded
+
+#: Command → what the overview says about it. The function of that name is in the file of that name.
+COMMANDS = {
+    "demo": "Train four small networks on real images, fuse them, and compare.",
+    "analyze": "Show the coupling groups of a network, and what is frozen and why.",
+    "explain": "Explain one dimension of a parameter, or what couples it with another one.",
+    "fuse": "Fuse trained networks of one architecture into one network.",
+    "verify": "Check that fxfuse understands a network: run its oracles, exit 1 if one fails.",
+}
+
+
+class LazyGroup(TyperGroup):
+    """A group that puts a command in the place of its stand-in when it is called."""
+
+    def resolve_command(self, ctx: Any, args: list[str]) -> Any:
+        """The command that the arguments name."""
+        name = args[0]
+        if name in COMMANDS:
+            alone = typer.Typer(add_completion=False, rich_markup_mode="markdown")
+            function = getattr(import_module(f"fxfuse.cli.{name}"), name)
+            alone.command(name)(guarded(function))
+            self.commands[name] = get_command(alone)
+        return super().resolve_command(ctx, args)
+
+
+def stand_ins(app: typer.Typer) -> None:
+    """Registers a stand-in for every command, which the overview lists."""
+    for name, summary in COMMANDS.items():
+        app.command(name, help=summary)(_nothing)
+
+
+def _nothing() -> None:
+    """Is never run: the group puts the command in its place."""
