@@ -37,136 +37,238 @@ def _rebuild(kind: type[FxfuseError], what: str, where: str, why: str, how: str)
 
 
 class TooFewMembersError(FxfuseError):
-    """Fewer than two members were given."""
+    """Fewer than two members were given.
+
+    Mend: Give two or more trained networks of one architecture; `fxfuse.prune` takes one.
+    """
 
 
 class ControlError(FxfuseError):
-    """An option names nothing in the network, or contradicts another one."""
+    """An option names nothing in the network, or contradicts another one.
+
+    Mend: Use names of `model.state_dict()`, or leave one of the two options out.
+    """
 
 
 class WidthError(FxfuseError):
-    """A width that no network can have, a budget that cannot be met, or a group cut to nothing."""
+    """A width that no network can have, a budget that cannot be met, or a group cut to nothing.
+
+    Mend: Use a width in (0, N], or a budget that the message says can be met.
+    """
 
 
 class PartialFusionError(FxfuseError):
-    """Heads cannot be kept apart from the trunk, or a partial fusion cannot do what was asked."""
+    """Heads cannot be kept apart from the trunk, or a partial fusion cannot do what was asked.
+
+    Mend: Name other head modules, or leave out what needs members with one head.
+    """
 
 
 class MemberMismatchError(FxfuseError):
-    """Members differ in graph, parameter names, shapes, dtypes or constants."""
+    """Members differ in graph, parameter names, shapes, dtypes or constants.
+
+    Mend: Build all members with the same arguments, dtype and device.
+    """
 
 
 class NonFiniteWeightsError(FxfuseError):
-    """A member holds NaN or infinite weights."""
+    """A member holds NaN or infinite weights.
+
+    Mend: Leave the member out, or take an earlier checkpoint of it.
+    """
 
 
 class NoWeightsError(FxfuseError):
-    """A network is on the meta device: it can be analysed, but there is nothing to run or fuse."""
+    """A network is on the meta device: it can be analysed, but there is nothing to run or fuse.
+
+    Mend: Load the weights; a template with tables of its own is built on the CPU.
+    """
 
 
 class UnsupportedTensorError(FxfuseError):
-    """A model holds weights that are sparse, quantised or no tensors at all."""
+    """A model holds weights that are sparse, quantised or no tensors at all.
+
+    Mend: Fuse dense floating-point networks, and convert the result.
+    """
 
 
 class ExampleInputError(FxfuseError):
-    """The example inputs are no good, or the model rejects them."""
+    """The example inputs are no good, or the model rejects them.
+
+    Mend: Pass inputs with which the model itself runs, batch dimension included.
+    """
 
 
 class CaptureError(FxfuseError):
-    """torch.export cannot capture the model, nor can a trace of it replace that."""
+    """torch.export cannot capture the model, nor can a trace of it replace that.
+
+    Mend: Write the forward pass without data-dependent Python, or export it yourself.
+    """
 
 
 class NotEmittedError(FxfuseError):
-    """There is no GraphModule to run: torch.export refused the network."""
+    """There is no GraphModule to run: torch.export refused the network.
+
+    Mend: Use `to_module()` or `load_into(model)`, or make the forward pass exportable.
+    """
 
 
 class NoOwnModuleError(FxfuseError):
-    """There is no module of the user's own class to put the fused weights into."""
+    """There is no module of the user's own class to put the fused weights into.
+
+    Mend: Use `result.module`, or build your model and call `result.load_into(model)`.
+    """
 
 
 class UnreachedParametersError(FxfuseError):
-    """The trace of a network that torch.export refuses did not reach some of its tensors."""
+    """The trace of a network that torch.export refuses did not reach some of its tensors.
+
+    Mend: Pass an example that reaches these tensors, or name them in `ignore=`.
+    """
 
 
 class UnknownMethodError(FxfuseError):
-    """No fusion method of this name is registered."""
+    """No fusion method of this name is registered.
+
+    Mend: Use one of the methods that the message lists.
+    """
 
 
 class UnknownScoreError(FxfuseError):
-    """No importance score of this name is registered."""
+    """No importance score of this name is registered.
+
+    Mend: Use one of the scores that the message lists.
+    """
 
 
 class CalibrationError(FxfuseError):
-    """Calibration inputs or labels are missing or no good, or an activation on them is NaN."""
+    """Calibration inputs or labels are missing or no good, or an activation on them is NaN.
+
+    Mend: Pass 100 to 1,000 inputs of the members' own domain, with labels where asked.
+    """
 
 
 class UnknownTensorError(FxfuseError):
-    """A (tensor name, dimension) that the captured network does not have."""
+    """A (tensor name, dimension) that the captured network does not have.
+
+    Mend: Use a name of `model.state_dict()` and one of its dimensions.
+    """
 
 
 class NothingToFuseError(FxfuseError):
-    """No parameter has a free dimension, so there is nothing to fuse."""
+    """No parameter has a free dimension, so there is nothing to fuse.
+
+    Mend: Look at `fxfuse.analyze(...).frozen`; an operator can get a rule.
+    """
 
 
 class VerificationError(FxfuseError):
-    """An oracle failed: the fused network would be wrong, so it is not handed over."""
+    """An oracle failed: the fused network would be wrong, so it is not handed over.
+
+    Mend: Please report the network; the message names the group and its operators.
+    """
 
 
 class PlanError(FxfuseError):
-    """A fusion plan is malformed, was edited, or does not belong to this network."""
+    """A fusion plan is malformed, was edited, or does not belong to this network.
+
+    Mend: Use the plan as `to_json()` wrote it, or make it again.
+    """
 
 
 class PlanMismatchError(PlanError):
-    """A fusion plan was made for other members than the ones given."""
+    """A fusion plan was made for other members than the ones given.
+
+    Mend: Give the networks that were fused, in that order, or make a new plan.
+    """
 
 
 class RewriteError(FxfuseError):
-    """A graph cannot be rewritten at another width."""
+    """A graph cannot be rewritten at another width.
+
+    Mend: Leave the width out, or give the group that the message names its own size.
+    """
 
 
 class PassError(FxfuseError):
-    """A pass was given a graph that it is not for, or left one that is not what it promises."""
+    """A pass was given a graph that it is not for, or left one that is not what it promises.
+
+    Mend: Apply `fxfuse.compile.EvalForm` first.
+    """
 
 
 class CompileError(FxfuseError):
-    """A network cannot be compiled, packaged or exported in the way that was asked for."""
+    """A network cannot be compiled, packaged or exported in the way that was asked for.
+
+    Mend: Leave `strict` out, or do what the message says about the compiler or the path.
+    """
 
 
 class StackError(FxfuseError):
-    """A stack cannot reduce its members' outputs as asked, or a module is no stack."""
+    """A stack cannot reduce its members' outputs as asked, or a module is no stack.
+
+    Mend: Use `reduce='none'`, or pass what `fxfuse.stack` returned.
+    """
 
 
 class RuleError(FxfuseError):
-    """An operator rule contradicts the operator that it describes."""
+    """An operator rule contradicts the operator that it describes.
+
+    Mend: Mend the rule, or choose another name for it.
+    """
 
 
 class CheckpointMissingError(FxfuseError):
-    """A checkpoint file does not exist."""
+    """A checkpoint file does not exist.
+
+    Mend: Check the path and its permissions.
+    """
 
 
 class CheckpointCorruptError(FxfuseError):
-    """A checkpoint file is truncated or not in a format that fxfuse reads."""
+    """A checkpoint file is truncated or not in a format that fxfuse reads.
+
+    Mend: Copy or download the file again, or save it in a format that is read.
+    """
 
 
 class CheckpointPickleError(FxfuseError):
-    """A checkpoint holds pickled objects other than tensors; fxfuse never unpickles."""
+    """A checkpoint holds pickled objects other than tensors; fxfuse never unpickles.
+
+    Mend: Where you trust the file, load it yourself and save its `state_dict()`.
+    """
 
 
 class CheckpointMismatchError(FxfuseError):
-    """A checkpoint does not fit the model that it is loaded into."""
+    """A checkpoint does not fit the model that it is loaded into.
+
+    Mend: Give the model the arguments that it was trained with.
+    """
 
 
 class ModelFactoryError(FxfuseError):
-    """The model factory of the command line cannot be imported or called."""
+    """The model factory of the command line cannot be imported or called.
+
+    Mend: Check the name, `package.module:factory`, and its arguments.
+    """
 
 
 class OutputExistsError(FxfuseError):
-    """The output exists already and may not be overwritten."""
+    """The output exists already and may not be overwritten.
+
+    Mend: Add `--force`, or choose another name.
+    """
 
 
 class RefineError(FxfuseError):
-    """A fine-tuning or distillation run cannot go on."""
+    """A fine-tuning or distillation run cannot go on.
+
+    Mend: Check the batches, the budget and the learning rate.
+    """
 
 
 class MissingDependencyError(FxfuseError):
-    """An optional dependency is needed for what was asked."""
+    """An optional dependency is needed for what was asked.
+
+    Mend: Install the extra that the message names.
+    """

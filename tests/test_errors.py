@@ -4,11 +4,28 @@ from __future__ import annotations
 
 import inspect
 import pickle
+import sys
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
 
 import pytest
+import torch
+from torch import nn
 
+import fxfuse
+from benchmarks.errors_page import classes, parts
 from fxfuse import errors
+from fxfuse.checkpoint import load_checkpoint, read_file, read_state_dict
+from fxfuse.compile import RemoveDropout
 from fxfuse.errors import FxfuseError
+from fxfuse.examine import verified
+from fxfuse.output import check_output
+from fxfuse.refine import match
+from fxfuse.rewrite import SwitchTraining
+from fxfuse.scores.registry import score
+from fxfuse.verify import Check
+from fxfuse.zoo import make_model
 
 CLASSES = [
     value
@@ -56,3 +73,120 @@ def test_bad_inputs_of_the_command_line_each_have_a_class_of_their_own():
         "NothingToFuseError",
         "OutputExistsError",
     } <= names
+
+
+def net(width: int = 4, seed: int = 0) -> nn.Module:
+    torch.manual_seed(seed)
+    return nn.Sequential(nn.Linear(3, width), nn.ReLU(), nn.Dropout(0.1), nn.Linear(width, 2))
+
+
+class Branch(nn.Module):
+    """Its way depends on the data, so torch.export refuses it."""
+
+    def __init__(self, other: bool) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(3, 4), nn.Linear(4, 2)
+        if other:
+            self.third = nn.Linear(4, 2)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = torch.relu(self.first(x))
+        if x.sum() < -1:
+            return self.third(x) if hasattr(self, "third") else -self.second(x)
+        return self.second(x)
+
+
+class Silent(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(3, 2)
+
+    def forward(self, x: torch.Tensor) -> None:
+        self.layer(x)
+
+
+def _nan() -> nn.Module:
+    module = net()
+    nn.init.constant_(module[0].weight, float("nan"))
+    return module
+
+
+def _sparse() -> nn.Module:
+    module = net()
+    module.register_buffer("table", torch.eye(2).to_sparse())
+    return module
+
+
+def _file(folder: Path, name: str, content: object) -> Path:
+    path = folder / name
+    torch.save(content, path)
+    return path
+
+
+X = torch.randn(2, 3, generator=torch.Generator().manual_seed(0))
+two = partial(fxfuse.fuse, [net(), net(seed=1)], X)
+
+#: One way to each error, and none by raising it oneself.
+RAISES: dict[str, Callable[[Path], object]] = {
+    "TooFewMembersError": lambda _: fxfuse.fuse([net()], X),
+    "ControlError": lambda _: two(freeze=["nobody"]),
+    "WidthError": lambda _: two(width=0),
+    "PartialFusionError": lambda _: two(heads="map", classes=[["a"], ["b"]]),
+    "MemberMismatchError": lambda _: fxfuse.fuse([net(), nn.Sequential(*net(), nn.ReLU())], X),
+    "NonFiniteWeightsError": lambda _: fxfuse.fuse([net(), _nan()], X),
+    "NoWeightsError": lambda _: fxfuse.fuse([net().to("meta") for _ in "ab"], X.to("meta")),
+    "UnsupportedTensorError": lambda _: fxfuse.fuse([_sparse(), _sparse()], X),
+    "ExampleInputError": lambda _: fxfuse.fuse([net(), net()], X[:, :2]),
+    "CaptureError": lambda _: fxfuse.capture(Silent(), X),
+    "NotEmittedError": lambda _: fxfuse.fuse([Branch(False), Branch(False)], X).module,
+    "NoOwnModuleError": lambda _: fxfuse.fuse(
+        [torch.export.export(net(seed=s).eval(), (X,)) for s in range(2)], X
+    ).to_module(),
+    "UnreachedParametersError": lambda _: fxfuse.fuse([Branch(True), Branch(True)], X),
+    "UnknownMethodError": lambda _: two(method="alchemy"),
+    "UnknownScoreError": lambda _: two(score="vibes"),
+    "CalibrationError": lambda _: two(refit=True),
+    "UnknownTensorError": lambda _: fxfuse.analyze(net(), X).explain("nobody", 0),
+    "NothingToFuseError": lambda _: fxfuse.fuse([nn.Linear(3, 2), nn.Linear(3, 2)], X),
+    "VerificationError": lambda _: verified([Check("permutation", 1.0, 0.0, False)]),
+    "PlanError": lambda _: fxfuse.FusionPlan.from_json("{}"),
+    "PlanMismatchError": lambda _: fxfuse.fuse(
+        [net(seed=5), net(seed=6)], X, plan=two(verify=False).plan
+    ),
+    "RewriteError": lambda _: SwitchTraining()(two(verify=False).module),
+    "PassError": lambda _: RemoveDropout()(two(verify=False).module),
+    "CompileError": lambda folder: fxfuse.package(two(verify=False), folder / "model.bin"),
+    "StackError": lambda _: fxfuse.unstack(net()),
+    "RuleError": lambda _: score("l2")(lambda *_: {}),
+    "CheckpointMissingError": lambda folder: read_file(folder / "nobody.pt"),
+    "CheckpointCorruptError": lambda folder: read_state_dict(_file(folder, "a.pt", [1])),
+    "CheckpointPickleError": lambda folder: read_state_dict(_file(folder, "a.pt", net())),
+    "CheckpointMismatchError": lambda folder: load_checkpoint(
+        net(5), _file(folder, "a.pt", net().state_dict())
+    ),
+    "ModelFactoryError": lambda _: make_model("nobody:factory", {}),
+    "OutputExistsError": lambda folder: check_output(folder, ["weights"]),
+    "RefineError": lambda _: match(two(verify=False).module, [net()], X, steps=0),
+    "MissingDependencyError": lambda folder: fxfuse.export_onnx(
+        two(verify=False), folder / "a.onnx"
+    ),
+}
+
+
+@pytest.mark.filterwarnings("ignore:torch.export refuses")
+@pytest.mark.parametrize("kind", classes(), ids=lambda kind: kind.__name__)
+def test_every_error_is_raised_by_something(
+    kind: type[FxfuseError], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(sys.modules["fxfuse.compile.onnx"], "find_spec", lambda name: None)
+    with pytest.raises(FxfuseError) as found:
+        RAISES[kind.__name__](tmp_path)
+    assert type(found.value) is kind
+    assert found.value.what
+
+
+def test_every_error_says_how_it_is_mended():
+    for kind in classes():
+        cause, mend = parts(kind)
+        assert cause.endswith("."), kind
+        assert mend.endswith("."), kind

@@ -1,0 +1,60 @@
+"""Write docs/errors.md from the classes of fxfuse.errors, or check that it is up to date.
+
+python -m benchmarks.errors_page           # rewrite the page
+python -m benchmarks.errors_page --check   # exit with 1 when it is out of date
+"""
+
+from __future__ import annotations
+
+import argparse
+import inspect
+import sys
+from pathlib import Path
+
+from benchmarks.pages import update
+from fxfuse import errors
+from fxfuse.errors import FxfuseError
+
+PAGE = Path(__file__).resolve().parent.parent / "docs" / "errors.md"
+_HEAD = """# Errors
+
+Every error that fxfuse raises on purpose is a `fxfuse.FxfuseError` with four parts: `what` went
+wrong, `where` (graph node and source line, parameter, file or option), `why`, and `how` to mend it. On
+the command line bad input exits with 2, and no traceback is shown; `FXFUSE_DEBUG=1` shows it. A fault
+of fxfuse exits with 70.
+
+| error | cause | how it is mended, mostly |
+| --- | --- | --- |
+"""
+
+
+def parts(kind: type[FxfuseError]) -> tuple[str, str]:
+    """Cause and mend of a class, from its docstring."""
+    cause, _, mend = (inspect.getdoc(kind) or "").partition("\n\nMend: ")
+    return " ".join(cause.split()), " ".join(mend.split())
+
+
+def classes() -> list[type[FxfuseError]]:
+    """All classes but the base, in the order of the file."""
+    found = [value for value in vars(errors).values() if inspect.isclass(value)]
+    return [kind for kind in found if issubclass(kind, FxfuseError) and kind is not FxfuseError]
+
+
+def page() -> str:
+    """The page."""
+    lines = [f"| `{kind.__name__}` | {' | '.join(parts(kind))} |" for kind in classes()]
+    return _HEAD + "\n".join(lines) + "\n"
+
+
+def main() -> int:
+    """Rewrite or check the page, and return the exit status."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    parser.add_argument("--check", action="store_true", help="change nothing; exit 1 if stale")
+    options = parser.parse_args()
+    return update({PAGE: page()}, "python -m benchmarks.errors_page", check=options.check)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
