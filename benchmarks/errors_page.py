@@ -19,9 +19,9 @@ PAGE = Path(__file__).resolve().parent.parent / "docs" / "errors.md"
 _HEAD = """# Errors
 
 Every error that fxfuse raises on purpose is a `fxfuse.FxfuseError` with four parts: `what` went
-wrong, `where` (graph node and source line, parameter, file or option), `why`, and `how` to mend it. On
-the command line bad input exits with 2, and no traceback is shown; `FXFUSE_DEBUG=1` shows it. A fault
-of fxfuse exits with 70.
+wrong, `where` (graph node and source line, parameter, file or option), `why`, and `how` to mend it.
+On the command line bad input exits with 2, and no traceback is shown; `FXFUSE_DEBUG=1` shows it. A
+fault of fxfuse exits with 70.
 
 | error | cause | how it is mended, mostly |
 | --- | --- | --- |

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import json
 import os
 import shutil
@@ -11,6 +12,9 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from fxfuse.errors import OutputExistsError
+
+#: AT_FDCWD and RENAME_EXCHANGE of renameat2(2).
+_HERE, _EXCHANGE = -100, 2
 
 
 def check_output(path: str | Path, names: Collection[str], *, force: bool = False) -> None:
@@ -67,7 +71,12 @@ def atomic_folder(
         work.mkdir(parents=True)
         yield work
         check_output(path, names, force=force)
+        # Before the rename: after a power cut the name must not be there without the content.
+        for file in (entry for entry in work.rglob("*") if entry.is_file()):
+            _settle(file)
+        _settle(work)
         _swap_in(work, path)
+        _settle(path.parent)
     except BaseException:
         shutil.rmtree(work, ignore_errors=True)
         for folder in missing:
@@ -91,7 +100,9 @@ def atomic_file(path: str | Path) -> Iterator[Path]:
     work = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.partial")
     try:
         yield work
+        _settle(work)
         os.replace(work, path)
+        _settle(path.parent)
     finally:
         work.unlink(missing_ok=True)
 
@@ -121,8 +132,11 @@ def _swap_in(work: Path, path: Path) -> None:
     if not path.exists():
         work.rename(path)
         return
-    # A folder with content cannot be replaced in one step: the old one steps aside first, and
-    # comes back if the new one cannot take its place.
+    if _exchange(work, path):
+        shutil.rmtree(work)
+        return
+    # Elsewhere a folder with content cannot be replaced in one step: the old one steps aside first,
+    # and comes back if the new one cannot take its place.
     aside = work.with_suffix(".old")
     path.rename(aside)
     try:
@@ -131,6 +145,28 @@ def _swap_in(work: Path, path: Path) -> None:
         aside.rename(path)
         raise
     shutil.rmtree(aside)
+
+
+def _exchange(one: Path, other: Path) -> bool:
+    """Exchanges two folders in one step, so that both names exist at every moment (Linux).
+
+    Returns:
+        Whether it did; not where the system or the file system cannot.
+    """
+    rename = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
+    if rename is None:
+        return False
+    paths = os.fsencode(one), os.fsencode(other)
+    return int(rename(_HERE, paths[0], _HERE, paths[1], _EXCHANGE)) == 0
+
+
+def _settle(path: Path) -> None:
+    """Waits until a file, or the names in a folder, are on the disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
 
 
 def _exists(path: Path, why: str, how: str) -> OutputExistsError:

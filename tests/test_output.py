@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
+from benchmarks.reliability import killed
+from fxfuse import output
 from fxfuse.errors import OutputExistsError
 from fxfuse.output import atomic_folder, check_output, write_text
 
@@ -133,3 +137,19 @@ def test_write_text_leaves_nothing_after_an_error(tmp_path):
     with pytest.raises(IsADirectoryError):
         write_text(tmp_path / "a.json", "1")
     assert contents(tmp_path) == ["a.json"]
+
+
+def test_a_writer_that_is_killed_leaves_the_old_or_the_new():
+    counts = killed(rounds=12)
+    assert counts["rounds"] == 12
+    # It was killed at work, and not before or after it.
+    assert counts["replaced"] > 0
+
+
+def test_without_exchange_the_old_one_steps_aside(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(output, "_exchange", lambda one, other: False)
+    for text in ("old", "new"):
+        with atomic_folder(tmp_path / "result", ["a"], force=True) as folder:
+            (folder / "a").write_text(text)
+    assert (tmp_path / "result" / "a").read_text() == "new"
+    assert [entry.name for entry in tmp_path.iterdir()] == ["result"]
