@@ -191,7 +191,9 @@ def _simple_share(lines: Sequence[Line], n_members: int) -> float | None:
     if not owning or not owning[0].owned.all():
         return None
     share = owning[0].share
-    return float(share[0]) if (share == share[0]).all() else None
+    if (share != share[0]).any() or (share[0] != 1.0 and any(line.hosted.any() for line in lines)):
+        return None
+    return float(share[0])
 
 
 def _along(line: torch.Tensor, dim: int, rank: int) -> torch.Tensor:

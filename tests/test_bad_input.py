@@ -375,7 +375,7 @@ def test_an_empty_batch():
     refused(ExampleInputError, "empty", model=mlp(), x=torch.randn(0, 4))
 
 
-@pytest.mark.parametrize("given", ["text", len, nn.Linear], ids=["text", "function", "class"])
+@pytest.mark.parametrize("given", [b"text", len, nn.Linear], ids=["bytes", "function", "class"])
 def test_what_is_no_model(given: Any):
     refused(CaptureError, "cannot be captured", model=given)
 
