@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import errno
 import json
 import os
 import shutil
@@ -36,7 +37,7 @@ def check_output(path: str | Path, names: Collection[str], *, force: bool = Fals
         raise _exists(path, "it is not a folder", "choose another name")
     if not force:
         raise _exists(path, "a result is not overwritten unasked", "add --force, or choose another")
-    foreign = sorted({entry.name for entry in path.iterdir()} - set(names))
+    foreign = _foreign(path, names)
     if foreign:
         raise _exists(
             path,
@@ -70,12 +71,12 @@ def atomic_folder(
     try:
         work.mkdir(parents=True)
         yield work
-        check_output(path, names, force=force)
         # Before the rename: after a power cut the name must not be there without the content.
         for file in (entry for entry in work.rglob("*") if entry.is_file()):
             _settle(file)
         _settle(work)
-        _swap_in(work, path)
+        check_output(path, names, force=force)
+        _swap_in(work, path, names, force=force)
         _settle(path.parent)
     except BaseException:
         shutil.rmtree(work, ignore_errors=True)
@@ -128,11 +129,25 @@ def write_json(path: str | Path, value: object) -> None:
     write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
 
 
-def _swap_in(work: Path, path: Path) -> None:
-    if not path.exists():
-        work.rename(path)
+def _swap_in(work: Path, path: Path, names: Collection[str], *, force: bool) -> None:
+    """Gives a folder its name; what may have appeared under that name meanwhile is not lost.
+
+    Raises:
+        OutputExistsError: Something is there that may not be overwritten.
+    """
+    if not force or not path.exists():
+        try:
+            # Replaces nothing but an empty folder.
+            work.rename(path)
+        except OSError as error:
+            if error.errno in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR):
+                raise _appeared(path) from error
+            raise
         return
     if _exchange(work, path):
+        if _foreign(work, names):
+            _exchange(work, path)
+            raise _appeared(path)
         shutil.rmtree(work)
         return
     # Elsewhere a folder with content cannot be replaced in one step: the old one steps aside first,
@@ -140,11 +155,22 @@ def _swap_in(work: Path, path: Path) -> None:
     aside = work.with_suffix(".old")
     path.rename(aside)
     try:
+        if _foreign(aside, names):
+            raise _appeared(path)
         work.rename(path)
     except BaseException:
         aside.rename(path)
         raise
     shutil.rmtree(aside)
+
+
+def _foreign(folder: Path, names: Collection[str]) -> list[str]:
+    """Names of what is in a folder and not written by fxfuse."""
+    return sorted({entry.name for entry in folder.iterdir()} - set(names))
+
+
+def _appeared(path: Path) -> OutputExistsError:
+    return _exists(path, "it appeared while the result was written", "choose another name")
 
 
 def _exchange(one: Path, other: Path) -> bool:

@@ -153,3 +153,29 @@ def test_without_exchange_the_old_one_steps_aside(tmp_path: Path, monkeypatch: p
             (folder / "a").write_text(text)
     assert (tmp_path / "result" / "a").read_text() == "new"
     assert [entry.name for entry in tmp_path.iterdir()] == ["result"]
+
+
+@pytest.mark.parametrize("exchanges", [True, False])
+@pytest.mark.parametrize(("force", "name"), [(False, "a"), (False, "thesis"), (True, "thesis")])
+def test_what_appears_at_the_last_moment_is_not_lost(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, exchanges: bool, force: bool, name: str
+):
+    """After the last look at the name, and before it is taken."""
+    path = tmp_path / "result"
+    original = output._swap_in
+
+    def late(work: Path, target: Path, names: object, *, force: bool) -> None:
+        target.mkdir(exist_ok=True)
+        (target / name).write_text("theirs")
+        original(work, target, names, force=force)
+
+    monkeypatch.setattr(output, "_swap_in", late)
+    if not exchanges:
+        monkeypatch.setattr(output, "_exchange", lambda one, other: False)
+    with (
+        pytest.raises(OutputExistsError, match="exists already"),
+        atomic_folder(path, ["a"], force=force) as folder,
+    ):
+        (folder / "a").write_text("ours")
+    assert (path / name).read_text() == "theirs"
+    assert contents(tmp_path) == ["result", f"result/{name}"]
