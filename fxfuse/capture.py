@@ -177,7 +177,7 @@ def capture(
             if dynamic_shapes is None:
                 args, kwargs = at_least_two(model, args, kwargs, answer)
             try:
-                program = _export(model, args, kwargs, dynamic_shapes)
+                program = export(model, args, kwargs, dynamic_shapes)
             except CaptureError as error:
                 if not fallback:
                     raise
@@ -252,9 +252,22 @@ def _canonical(state: Mapping[str, torch.Tensor]) -> dict[str, str]:
     return {name: first.setdefault(id(tensor), name) for name, tensor in state.items()}
 
 
-def _export(
+def export(
     model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], dynamic_shapes: Any
 ) -> ExportedProgram:
+    """Exports a network in eval mode; by default with a dynamic batch, where that can be.
+
+    Args:
+        model: The network.
+        args: Example inputs.
+        kwargs: Keyword inputs.
+        dynamic_shapes: Passed to `torch.export.export` unchanged. None: dimension 0 of every tensor
+            input is dynamic; a network that cannot be exported so gets a static batch, with a
+            warning.
+
+    Raises:
+        CaptureError: torch.export refuses it.
+    """
     if dynamic_shapes is not None:
         return _export_once(model, args, kwargs, dynamic_shapes)
     batched = pytree.tree_map(_batch_dynamic, (args, kwargs))

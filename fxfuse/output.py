@@ -97,8 +97,9 @@ def atomic_file(path: str | Path) -> Iterator[Path]:
         The file to write. After an error it is gone, and `path` is as it was.
     """
     path = Path(path)
-    # Beside the target, since a rename is atomic only within one file system.
-    work = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.partial")
+    # Beside the target, since a rename is atomic only within one file system; of the same suffix,
+    # since writers may go by it.
+    work = path.with_name(f".{path.stem}.{uuid.uuid4().hex[:8]}.partial{path.suffix}")
     try:
         yield work
         _settle(work)

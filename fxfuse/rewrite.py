@@ -108,7 +108,7 @@ def emit_graph(
                 tensor = nn.Parameter(tensor, requires_grad=template.requires_grad)
             registered[first] = tensor
         attach(module, written, registered[first], persistent=True)
-    known = {name for name, _ in _tensors(module)}
+    known = {name for name, _ in named_tensors(module)}
     for node in graph.nodes:
         if node.op == "get_attr" and node.target not in known:
             name = str(node.target)
@@ -150,11 +150,12 @@ def copy_graph(graph: fx.Graph, mapping: dict[fx.Node, fx.Node] | None = None) -
 def share_tensors(source: nn.Module, target: nn.Module) -> None:
     """Registers the tensors of one module in another, the very objects, under the same names."""
     persistent = set(source.state_dict())
-    for name, tensor in _tensors(source):
+    for name, tensor in named_tensors(source):
         attach(target, name, tensor, persistent=name in persistent)
 
 
-def _tensors(module: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+def named_tensors(module: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+    """The parameters and buffers of a module by name, tied ones under each of their names."""
     yield from module.named_parameters(remove_duplicate=False)
     yield from module.named_buffers(remove_duplicate=False)
 

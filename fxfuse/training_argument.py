@@ -27,6 +27,9 @@ TRAINING_ARGUMENT: dict[Any, int] = {
     torch.ops.aten.rnn_relu.input: 6,
 }
 
+#: Of these, those that hand their input on in eval mode.
+DROPOUTS = frozenset(target for target in TRAINING_ARGUMENT if "dropout" in target._schema.name)
+
 #: Position of the running mean of operators that always use the batch's statistics without one.
 _RUNNING_MEAN: dict[Any, int] = {
     torch.ops.aten.batch_norm.default: 3,
@@ -38,6 +41,17 @@ def follows_mode(node: fx.Node) -> bool:
     """Whether an operator behaves differently in training."""
     mean = _RUNNING_MEAN.get(node.target)
     return node.target in TRAINING_ARGUMENT and (mean is None or node.args[mean] is not None)
+
+
+def in_training(node: fx.Node) -> bool:
+    """Whether an operator that behaves differently in training is told to, or reads the mode."""
+    if not follows_mode(node):
+        return False
+    target: Any = node.target
+    position = TRAINING_ARGUMENT[target]
+    if position < len(node.args):
+        return node.args[position] is not False
+    return target._schema.arguments[position].default_value is not False
 
 
 def set_eval(node: fx.Node) -> None:

@@ -206,6 +206,24 @@ def test_convolutions_and_attention(passes: list[PassResult]):
     assert passes[0].modified
 
 
+def test_a_number_that_all_members_read(passes: list[PassResult]):
+    """A tensor without dimensions has no batch to look at."""
+
+    class Scaled(Ensemble):
+        def __init__(self) -> None:
+            super().__init__(Mlp)
+            self.scale = nn.Parameter(torch.tensor(2.0))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return torch.stack([member(x) * self.scale for member in self.members]).mean(0)
+
+    torch.manual_seed(0)
+    ensemble, x = Scaled(), torch.randn(4, 5)
+    compiled = torch.compile(ensemble, backend=fxfuse_backend, options=ALWAYS)
+    torch.testing.assert_close(compiled(x), ensemble(x))
+    assert passes[0].modified
+
+
 def test_what_pays_decides(passes: list[PassResult]):
     """Weights that are inputs would be put together at every call, which was measured to cost."""
     torch.manual_seed(0)

@@ -8,6 +8,7 @@ that were measured; with `torch._inductor.config.freezing` they are constants, p
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -16,8 +17,10 @@ from torch import fx
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx.experimental.proxy_tensor import make_fx
 
+from fxfuse.compile.prepare import inductor_options
 from fxfuse.compile.stack_branches import StackBranches
 from fxfuse.errors import ControlError
+from fxfuse.example import first_line
 
 _INNER = "inductor"
 
@@ -73,15 +76,7 @@ def _inductor(
 ) -> Callable[..., Any]:
     from torch._inductor.compile_fx import compile_fx
 
-    modes = torch._inductor.list_mode_options()
-    if mode is not None and mode not in modes:
-        raise ControlError(f"there is no mode {mode!r}", how=f"use one of {', '.join(modes)}")
-    unknown = [name for name in told if name not in torch._inductor.list_options()]
-    if unknown:
-        raise ControlError(
-            f"inductor has no option {unknown[0]!r}", how="see torch._inductor.list_options()"
-        )
-    patches = {**modes.get(mode or "default", {}), **told}
+    patches = inductor_options(mode, told)
     compiled: Any = compile_fx(module, list(inputs), config_patches=patches)
     return compiled  # type: ignore[no-any-return]
 
@@ -100,8 +95,12 @@ def _traced(graph_module: fx.GraphModule) -> fx.GraphModule | None:
     try:
         with torch.no_grad(), mode:
             traced = make_fx(graph_module, pre_dispatch=True, _allow_non_fake_inputs=True)(*fakes)
-    # Whatever cannot be traced runs as Dynamo wrote it.
-    except Exception:
+    # Tracers raise whatever they like; the graph runs as Dynamo wrote it.
+    except Exception as error:
+        warnings.warn(
+            f"members are not looked for in a graph that cannot be traced: {first_line(error)}",
+            stacklevel=2,
+        )
         return None
     finally:
         mode.allow_non_fake_inputs = allowed

@@ -13,6 +13,8 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import cached_property, reduce
+from operator import and_, or_
 from typing import Any
 
 import torch
@@ -43,6 +45,20 @@ class Branches:
     weights: tuple[fx.Node, ...]
     shared: tuple[fx.Node, ...]
 
+    @cached_property
+    def inside(self) -> frozenset[fx.Node]:
+        """All nodes of all members."""
+        return frozenset(node for match in self.matches for node in match.values())
+
+    @cached_property
+    def read_outside(self) -> tuple[fx.Node, ...]:
+        """Operators of member 0 that something else reads, in some member."""
+        return tuple(
+            node
+            for node in self.nodes
+            if any(u not in self.inside for match in self.matches for u in match[node].users)
+        )
+
 
 def find_branches(graph: fx.Graph) -> Branches | None:
     """The largest set of isomorphic branches of a graph, or None.
@@ -51,10 +67,10 @@ def find_branches(graph: fx.Graph) -> Branches | None:
         graph: Nodes carry the fake tensor of their result in `meta["val"]`.
     """
     order = {node: number for number, node in enumerate(graph.nodes)}
-    reach = _ancestors(graph)
+    reach = _ancestors(graph, order)
     best: list[Match] = []
     for nodes in sorted(_colours(graph), key=lambda c: -max(order[n] for n in c)):
-        if best and len(best[0]) >= max(len(reach[n]) for n in nodes):
+        if best and len(best[0]) >= max(reach[n].bit_count() for n in nodes):
             continue
         found = _members(nodes, reach, order)
         if found and len(found[0]) > len(best[0] if best else ()):
@@ -72,11 +88,11 @@ def find_branches(graph: fx.Graph) -> Branches | None:
     )
 
 
-def _ancestors(graph: fx.Graph) -> dict[fx.Node, set[fx.Node]]:
-    """For each node, itself and all that it is computed from."""
-    found: dict[fx.Node, set[fx.Node]] = {}
+def _ancestors(graph: fx.Graph, order: dict[fx.Node, int]) -> dict[fx.Node, int]:
+    """For each node, itself and all that it is computed from: a bit for each node of the graph."""
+    found: dict[fx.Node, int] = {}
     for node in graph.nodes:
-        found[node] = {node}.union(*(found[n] for n in node.all_input_nodes))
+        found[node] = reduce(or_, (found[n] for n in node.all_input_nodes), 1 << order[node])
     return found
 
 
@@ -131,10 +147,11 @@ def _frozen(node: fx.Node, colour: dict[fx.Node, int]) -> Any:
 
 
 def _members(
-    nodes: Sequence[fx.Node], reach: dict[fx.Node, set[fx.Node]], order: dict[fx.Node, int]
+    nodes: Sequence[fx.Node], reach: dict[fx.Node, int], order: dict[fx.Node, int]
 ) -> list[Match]:
     """Disjoint branches that end in nodes of one colour; empty where these are no members."""
-    shared = set.intersection(*(reach[n] for n in nodes))
+    common = reduce(and_, (reach[n] for n in nodes))
+    shared = {node for node, number in order.items() if common >> number & 1}
     first = nodes[0]
     matches: list[Match] = []
     taken: set[fx.Node] = set()

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import torch
 from torch import fx
-from torch.fx.passes.infra.pass_base import PassBase, PassResult
+from torch.fx.passes.infra.pass_base import PassResult
 
+from fxfuse.compile.eval_form import WellFormed
 from fxfuse.functional import is_write
 
 aten = torch.ops.aten
@@ -14,7 +15,7 @@ _CONVOLUTIONS = (aten.conv2d.default, aten.conv2d.padding, aten.conv_transpose2d
 _IMAGE = 4
 
 
-class ChannelsLast(PassBase):
+class ChannelsLast(WellFormed):
     """Keeps two-dimensional convolutions and their inputs in `torch.channels_last`.
 
     requires: nothing.
@@ -45,10 +46,6 @@ class ChannelsLast(PassBase):
                 node.replace_all_uses_with(laid_out, lambda user, own=laid_out: user is not own)
         graph_module.recompile()
         return PassResult(graph_module, True)
-
-    def ensures(self, graph_module: fx.GraphModule) -> None:
-        """Checks that the graph is well formed."""
-        graph_module.graph.lint()
 
 
 def _is_image(node: fx.Node) -> bool:

@@ -13,7 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from fxfuse.compile.inference import Compiled, CompileReport, Frozen
 from fxfuse.compile.layouts import LAYOUTS, Layout, by_rule, device_of, seconds
-from fxfuse.compile.prepare import answers_of, example_of, prepared
+from fxfuse.compile.prepare import answers_of, asked, inductor_options, prepared
 from fxfuse.errors import CompileError, ControlError
 from fxfuse.example import first_line
 from fxfuse.result import FusionResult
@@ -72,8 +72,7 @@ def compile(
         CompileError: With `strict`: the backend failed.
         NotEmittedError: torch.export refused the members, so that there is no graph.
     """
-    module = network.module if isinstance(network, FusionResult) else network
-    args, kwargs = example_of(network, example_inputs, example_kwargs)
+    module, args, kwargs = asked(network, example_inputs, example_kwargs)
     told = _options(backend, mode, options)
     if dtype is not None and dtype not in DTYPES:
         raise ControlError(
@@ -92,8 +91,8 @@ def compile(
         layouts = [layout for layout in LAYOUTS if backend == _INDUCTOR or not layout.freeze]
     elif backend != _INDUCTOR:
         layouts = [layouts[0]._replace(freeze=False, channels_last=channels_last is not False)]
-    asked = _Asked(module, backend, told, dynamic, dtype, strict)
-    found = [_compiled(asked, layout, args, kwargs, expected) for layout in layouts]
+    settings = _Asked(module, backend, told, dynamic, dtype, strict)
+    found = [_compiled(settings, layout, args, kwargs, expected) for layout in layouts]
     if tune:
         found.sort(key=lambda compiled: seconds(compiled, args, kwargs))
     return found[0]
@@ -167,14 +166,4 @@ def _options(backend: str, mode: str | None, options: Mapping[str, Any] | None) 
         if mode is not None:
             raise ControlError(f"mode {mode!r} is for backend='inductor'", how="leave it out")
         return told
-    modes = torch._inductor.list_mode_options()
-    if mode is not None and mode not in modes:
-        raise ControlError(f"there is no mode {mode!r}", how=f"use one of {', '.join(modes)}")
-    names = torch._inductor.list_options()
-    unknown = [name for name in told if name.replace("-", "_") not in names]
-    if unknown:
-        raise ControlError(
-            f"inductor has no option {unknown[0]!r}",
-            how="see torch._inductor.list_options()",
-        )
-    return {**modes.get(mode or "default", {}), **told}
+    return inductor_options(mode, told)

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from typing import Any
 
 import torch
 from torch import fx
-from torch.fx.passes.infra.pass_base import PassBase, PassResult
+from torch.fx.passes.infra.pass_base import PassResult
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 
-from fxfuse.compile.eval_form import require_eval_form
+from fxfuse.compile.eval_form import OfEvalForm
+from fxfuse.rewrite import named_tensors
 from fxfuse.rules.registry import argument_of
 from fxfuse.tensors import attach, fetch
 
@@ -35,7 +35,7 @@ _BATCH_NORM = aten.batch_norm.default
 _STATE = ("weight", "bias", "running_mean", "running_var")
 
 
-class FoldBatchNorm(PassBase):
+class FoldBatchNorm(OfEvalForm):
     """Folds batch norms into the convolution or linear layer whose result only they read.
 
     requires: the eval form of the graph.
@@ -43,14 +43,6 @@ class FoldBatchNorm(PassBase):
         else reads as well stays, and the layer gets one of its own.
     ensures: the graph is well formed.
     """
-
-    def requires(self, graph_module: fx.GraphModule) -> None:
-        """Checks that the graph does not follow the module's mode.
-
-        Raises:
-            PassError: It does.
-        """
-        require_eval_form(self, graph_module)
 
     def call(self, graph_module: fx.GraphModule) -> PassResult:
         """Rewrites the graph, and the module's tensors, in place."""
@@ -61,10 +53,6 @@ class FoldBatchNorm(PassBase):
         _forget_unread(graph_module)
         graph_module.recompile()
         return PassResult(graph_module, bool(folded))
-
-    def ensures(self, graph_module: fx.GraphModule) -> None:
-        """Checks that the graph is well formed."""
-        graph_module.graph.lint()
 
 
 def _fold(module: fx.GraphModule, norm: fx.Node) -> bool:
@@ -132,8 +120,7 @@ def _is_matrix(layer: fx.Node) -> bool:
 
 def _attached(module: fx.GraphModule, name: str, tensor: torch.Tensor) -> str:
     """Registers a parameter under a free name like the given one."""
-    taken = {n for n, _ in module.named_parameters(remove_duplicate=False)}
-    taken |= {n for n, _ in module.named_buffers(remove_duplicate=False)}
+    taken = {own for own, _ in named_tensors(module)}
     made = f"{name}_folded"
     while made in taken:
         made += "_"
@@ -143,10 +130,8 @@ def _attached(module: fx.GraphModule, name: str, tensor: torch.Tensor) -> str:
 
 def _forget_unread(module: fx.GraphModule) -> None:
     """Drops the tensors that no node reads any more."""
-    read = Counter(str(node.target) for node in module.graph.nodes if node.op == "get_attr")
-    names = [n for n, _ in module.named_parameters(remove_duplicate=False)]
-    names += [n for n, _ in module.named_buffers(remove_duplicate=False)]
-    for name in names:
+    read = {str(node.target) for node in module.graph.nodes if node.op == "get_attr"}
+    for name, _ in list(named_tensors(module)):
         if name not in read:
             prefix, _, leaf = name.rpartition(".")
             delattr(module.get_submodule(prefix), leaf)

@@ -14,7 +14,7 @@ import torch
 from torch import fx
 
 from fxfuse.compile.package import checked, exported
-from fxfuse.compile.prepare import answers_of, example_of
+from fxfuse.compile.prepare import answers_of, asked
 from fxfuse.errors import CompileError, MissingDependencyError
 from fxfuse.example import first_line
 from fxfuse.output import atomic_file
@@ -59,8 +59,7 @@ def export_onnx(
         raise MissingDependencyError(
             f"ONNX needs {', '.join(missing)}", how='pip install "fxfuse[onnx]"'
         )
-    module = network.module if isinstance(network, FusionResult) else network
-    args, kwargs = example_of(network, example_inputs, example_kwargs)
+    module, args, kwargs = asked(network, example_inputs, example_kwargs)
     expected = answers_of(module, args, kwargs)
     program = exported(module, args, kwargs, dynamic_shapes)
     with atomic_file(path) as work:

@@ -8,10 +8,11 @@ from typing import Any
 
 import torch
 from torch import fx
-from torch.export import Dim, ExportedProgram
+from torch.export import ExportedProgram
 
-from fxfuse.compile.prepare import answers_of, example_of, prepared
-from fxfuse.errors import CheckpointCorruptError, CheckpointMissingError, CompileError
+from fxfuse.capture import export
+from fxfuse.compile.prepare import answers_of, asked, prepared
+from fxfuse.errors import CaptureError, CheckpointCorruptError, CheckpointMissingError, CompileError
 from fxfuse.example import first_line
 from fxfuse.output import atomic_file
 from fxfuse.result import FusionResult
@@ -59,19 +60,15 @@ def package(
         raise CompileError(
             f"{path.name} is no name for a package", how="use a name that ends in .pt2"
         )
-    module = network.module if isinstance(network, FusionResult) else network
-    args, kwargs = example_of(network, example_inputs, example_kwargs)
+    module, args, kwargs = asked(network, example_inputs, example_kwargs)
     expected = answers_of(module, args, kwargs)
     program = exported(module, args, kwargs, dynamic_shapes)
     with atomic_file(path) as work:
-        # Its name decides nothing here, but inductor asks for the suffix.
-        made = work.with_name(f"{work.name}.pt2")
         try:
             torch._inductor.aoti_compile_and_package(
-                program, package_path=str(made), inductor_configs=dict(options or {})
+                program, package_path=str(work), inductor_configs=dict(options or {})
             )
-            found = tensors_of(load_package(made)(*args, **kwargs))
-            made.replace(work)
+            found = tensors_of(load_package(work)(*args, **kwargs))
         except (CheckpointCorruptError, OSError):
             raise
         except Exception as error:
@@ -80,8 +77,6 @@ def package(
                 why=first_line(error),
                 how="AOTInductor needs a C++ compiler; fxfuse.compile works in the process itself",
             ) from error
-        finally:
-            made.unlink(missing_ok=True)
         difference = checked(found, expected)
     return difference
 
@@ -128,24 +123,14 @@ def exported(
         CompileError: torch.export refuses it.
     """
     copy, _ = prepared(module, channels_last=False)
-    batch = None
-    if dynamic_shapes is None:
-        batch = torch.utils._pytree.tree_map(
-            lambda x: {0: Dim.DYNAMIC} if isinstance(x, torch.Tensor) and x.dim() else None,
-            args,
-        )
-    failures = []
-    shapes = [dynamic_shapes] if batch is None or kwargs else [batch, None]
-    for shape in shapes:
-        try:
-            return torch.export.export(copy, args, kwargs, dynamic_shapes=shape, strict=False)
-        except Exception as error:
-            failures.append(error)
-    raise CompileError(
-        "torch.export refuses the fused network",
-        why=first_line(failures[-1]),
-        how="pass dynamic_shapes= that the network allows",
-    ) from failures[-1]
+    try:
+        return export(copy, args, kwargs, dynamic_shapes)
+    except CaptureError as error:
+        raise CompileError(
+            "torch.export refuses the fused network",
+            why=error.why,
+            how="pass dynamic_shapes= that the network allows",
+        ) from error
 
 
 def checked(found: list[torch.Tensor], expected: list[torch.Tensor]) -> float:

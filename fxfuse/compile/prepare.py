@@ -12,6 +12,7 @@ from torch.fx.passes.infra.pass_base import PassBase
 from fxfuse.compile.channels_last import ChannelsLast
 from fxfuse.compile.eval_form import EvalForm, RemoveDropout, inference_copy
 from fxfuse.compile.fold import FoldBatchNorm
+from fxfuse.eager import eval_mode
 from fxfuse.errors import ControlError
 from fxfuse.result import FusionResult
 from fxfuse.verify.check import tensors_of
@@ -38,19 +39,21 @@ def apply_passes(module: fx.GraphModule, passes: Sequence[PassBase]) -> tuple[st
     return tuple(done)
 
 
-def example_of(
+def asked(
     network: FusionResult | fx.GraphModule, inputs: Any, kwargs: Mapping[str, Any] | None
-) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """The example inputs: those that were given, else those that a network was fused with.
+) -> tuple[fx.GraphModule, tuple[Any, ...], dict[str, Any]]:
+    """A network's module and example inputs: those that were given, else those it was fused with.
 
     Raises:
         ControlError: There are none.
+        NotEmittedError: torch.export refused the members, so that there is no graph.
     """
+    module = network.module if isinstance(network, FusionResult) else network
     if inputs is not None or kwargs is not None:
         args = () if inputs is None else inputs if isinstance(inputs, tuple) else (inputs,)
-        return args, dict(kwargs or {})
+        return module, args, dict(kwargs or {})
     if isinstance(network, FusionResult):
-        return network.graph.captured.example_inputs
+        return module, *network.graph.captured.example_inputs
     raise ControlError(
         "there are no example inputs",
         why="what comes out is run on them and compared with the network itself",
@@ -62,10 +65,23 @@ def answers_of(
     module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> list[torch.Tensor]:
     """What the network itself answers in eval mode; its own mode is left as it is."""
-    mode = module.training
-    module.eval()
-    try:
-        with torch.no_grad():
-            return tensors_of(module(*args, **kwargs))
-    finally:
-        module.train(mode)
+    with torch.no_grad(), eval_mode(module):
+        return tensors_of(module(*args, **kwargs))
+
+
+def inductor_options(mode: str | None, options: Mapping[str, Any]) -> dict[str, Any]:
+    """What a mode and options of inductor come to.
+
+    Raises:
+        ControlError: There is no such mode or option.
+    """
+    modes = torch._inductor.list_mode_options()
+    if mode is not None and mode not in modes:
+        raise ControlError(f"there is no mode {mode!r}", how=f"use one of {', '.join(modes)}")
+    names = torch._inductor.list_options()
+    unknown = [name for name in options if name.replace("-", "_") not in names]
+    if unknown:
+        raise ControlError(
+            f"inductor has no option {unknown[0]!r}", how="see torch._inductor.list_options()"
+        )
+    return {**modes.get(mode or "default", {}), **options}

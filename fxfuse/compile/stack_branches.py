@@ -6,16 +6,17 @@ from typing import Any
 
 import torch
 from torch import fx
-from torch.fx.passes.infra.pass_base import PassBase, PassResult
+from torch.fx.passes.infra.pass_base import PassResult
 from torch.fx.passes.tools_common import legalize_graph
 
 from fxfuse.capture import Captured
 from fxfuse.compile.branches import Branches, find_branches
+from fxfuse.compile.eval_form import WellFormed
 from fxfuse.stack.forms import Form, Writer, is_number, is_tensor
 from fxfuse.stack.policy import policy_of
 from fxfuse.stack.walk import changes_tensors, walk
 from fxfuse.tensors import attach
-from fxfuse.training_argument import TRAINING_ARGUMENT, follows_mode
+from fxfuse.training_argument import in_training
 
 aten = torch.ops.aten
 
@@ -23,7 +24,7 @@ aten = torch.ops.aten
 _COUNTING = (aten.batch_norm.default, aten.instance_norm.default)
 
 
-class StackBranches(PassBase):
+class StackBranches(WellFormed):
     """Runs the members of an ensemble together, by the lowerings of `fxfuse.stack`.
 
     requires: nothing; a graph that is not understood whole is left alone.
@@ -47,6 +48,9 @@ class StackBranches(PassBase):
         graph = graph_module.graph
         if not _is_understood(graph):
             return PassResult(graph_module, False)
+        # Before the search, which grows with the square of the graph.
+        if not (self.always or _may_pay(graph)):
+            return PassResult(graph_module, False)
         branches = find_branches(graph)
         if branches is None or not (self.always or _pays(branches)):
             return PassResult(graph_module, False)
@@ -59,10 +63,6 @@ class StackBranches(PassBase):
         graph_module.recompile()
         return PassResult(graph_module, True)
 
-    def ensures(self, graph_module: fx.GraphModule) -> None:
-        """Checks that the graph is well formed."""
-        graph_module.graph.lint()
-
 
 def _is_understood(graph: fx.Graph) -> bool:
     """Whether a graph consists of operators whose results are all that they do."""
@@ -71,10 +71,18 @@ def _is_understood(graph: fx.Graph) -> bool:
             return False
         if node.op == "call_function" and "val" not in node.meta:
             return False
-        counts = node.target in _COUNTING and follows_mode(node)
-        if counts and node.args[TRAINING_ARGUMENT[node.target]] is not False:
+        if node.target in _COUNTING and in_training(node):
             return False
     return not changes_tensors(graph)
+
+
+def _may_pay(graph: fx.Graph) -> bool:
+    """Whether a graph has a linear layer for which running members together may pay."""
+    return any(
+        policy_of(node.meta["val"].device).pays_within([node])
+        for node in graph.nodes
+        if node.target is aten.linear.default
+    )
 
 
 def _pays(branches: Branches) -> bool:
@@ -90,25 +98,14 @@ def _device(branches: Branches) -> torch.device:
 
 def _together(branches: Branches) -> Writer | None:
     """The members as one graph; None where nothing would run together."""
-    outside = _read_outside(branches)
-    if any(not (is_tensor(node) or is_number(node)) for node in outside):
+    if any(not (is_tensor(node) or is_number(node)) for node in branches.read_outside):
         return None
     members = [_member(branches, number) for number in range(len(branches.matches))]
-    tensors = [n.meta["val"] for n in branches.shared if is_tensor(n)]
-    single = any(t.dim() and t.shape[0] == 1 for t in tensors if isinstance(t.shape[0], int))
+    shapes = [n.meta["val"].shape for n in branches.shared if is_tensor(n)]
+    single = any(shape and isinstance(shape[0], int) and shape[0] == 1 for shape in shapes)
     writer = walk(members, policy_of(_device(branches)), single=single)
     together = any(value.form is Form.STACKED for value in writer.values.values())
     return writer if together else None
-
-
-def _read_outside(branches: Branches) -> list[fx.Node]:
-    """Nodes of member 0 whose counterparts are read outside of the branches, in some member."""
-    inside = {node for match in branches.matches for node in match.values()}
-    return [
-        node
-        for node in branches.nodes
-        if any(user not in inside for match in branches.matches for user in match[node].users)
-    ]
 
 
 def _member(branches: Branches, number: int) -> Captured:
@@ -134,11 +131,8 @@ def _member(branches: Branches, number: int) -> Captured:
 def _splice(graph: fx.Graph, branches: Branches, writer: Writer) -> None:
     """Puts the members' one graph into a graph, and lets whoever read a member read it there."""
     first = dict(zip(_operators(writer.members[0]), branches.nodes, strict=True))
-    read = {}
-    outside = set(_read_outside(branches))
-    for own, node in first.items():
-        if node in outside:
-            read[node] = writer.split(own)
+    outside = set(branches.read_outside)
+    read = {node: writer.split(own) for own, node in first.items() if node in outside}
     made: dict[fx.Node, fx.Node] = {}
     given = (n for n in writer.graph.nodes if n.op == "placeholder")
     made.update(zip(given, branches.shared, strict=True))
@@ -153,11 +147,10 @@ def _splice(graph: fx.Graph, branches: Branches, writer: Writer) -> None:
                 made[node] = each[who] if isinstance(who, int) else _stacked(graph, each, who)
             elif node not in made:
                 made[node] = graph.node_copy(node, made.__getitem__)
-    inside = {node for match in branches.matches for node in match.values()}
     for node, values in read.items():
         for match, value in zip(branches.matches, values, strict=True):
             new = made[value]
-            match[node].replace_all_uses_with(new, lambda user: user not in inside)
+            match[node].replace_all_uses_with(new, lambda user: user not in branches.inside)
 
 
 def _operators(member: Captured) -> list[fx.Node]:
