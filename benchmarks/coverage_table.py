@@ -6,7 +6,6 @@ python benchmarks/coverage_table.py --check   # exit with 1 when it is out of da
 
 from __future__ import annotations
 
-import argparse
 import json
 import re
 import statistics
@@ -18,7 +17,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from benchmarks.pages import update
+from benchmarks.pages import run
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
@@ -212,17 +211,10 @@ def _plain(text: str) -> str:
     return re.sub(r"\S*/(site-packages|work)/", "", text).replace("|", "\\|")
 
 
-def main() -> int:
-    """Rewrite or check the page, and return the exit status."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
-    )
-    parser.add_argument(
-        "--check", action="store_true", help="change nothing; exit 1 if out of date"
-    )
-    options = parser.parse_args()
-    return update({PAGE: page()}, "python benchmarks/coverage_table.py", check=options.check)
+def pages() -> dict[Path, str]:
+    """The page, and what it should hold."""
+    return {PAGE: page()}
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run(__doc__, "python benchmarks/coverage_table.py", pages))

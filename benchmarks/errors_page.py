@@ -6,12 +6,11 @@ python -m benchmarks.errors_page --check   # exit with 1 when it is out of date
 
 from __future__ import annotations
 
-import argparse
 import inspect
 import sys
 from pathlib import Path
 
-from benchmarks.pages import update
+from benchmarks.pages import run
 from fxfuse import errors
 from fxfuse.errors import FxfuseError
 
@@ -46,15 +45,10 @@ def page() -> str:
     return _HEAD + "\n".join(lines) + "\n"
 
 
-def main() -> int:
-    """Rewrite or check the page, and return the exit status."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
-    )
-    parser.add_argument("--check", action="store_true", help="change nothing; exit 1 if stale")
-    options = parser.parse_args()
-    return update({PAGE: page()}, "python -m benchmarks.errors_page", check=options.check)
+def pages() -> dict[Path, str]:
+    """The page, and what it should hold."""
+    return {PAGE: page()}
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run(__doc__, "python -m benchmarks.errors_page", pages))

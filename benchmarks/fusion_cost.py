@@ -45,6 +45,7 @@ from fxfuse.demo.environment import environment
 from fxfuse.options import Options
 from fxfuse.planner import make_plan
 from fxfuse.streamed import first_member, streamed_states
+from fxfuse.verify.parity import concatenated_and_pruned
 
 RESULTS = Path(__file__).parent / "results" / "fusion.json"
 WAYS = ("copy", "transplant", "streamed", "average", "transport", "reference", "whole")
@@ -104,25 +105,10 @@ def run(name: str, n: int, way: str, folder: Path) -> dict[str, Any]:
             "streamed": partial(fused, "transplant"),
             "average": partial(fused, "average"),
             "transport": partial(fused, "optimal_transport"),
-            "reference": lambda: _reference(member, graph, loaded, x),
+            "reference": lambda: concatenated_and_pruned(member, graph, loaded or (), (x,), 2),
         }[way]
     )
     return {"seconds": seconds, "megabytes": _peak() - base}
-
-
-def _reference(member: nn.Module, graph: fxfuse.CouplingGraph, states: Any, x: Any) -> None:
-    import torch_pruning
-
-    from fxfuse.verify.parity import _concatenated, _heads
-
-    wide = _concatenated(member, graph, states)
-    torch_pruning.pruner.BasePruner(
-        wide,
-        (x,),
-        importance=torch_pruning.importance.MagnitudeImportance(p=2),
-        pruning_ratio=1 - 1 / len(states),
-        ignored_layers=_heads(wide, graph),
-    ).step()
 
 
 def _timed(call: Callable[[], Any]) -> float:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import argparse
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 
@@ -24,6 +25,23 @@ def with_tables(page: str, name: str, tables: str) -> str:
     if not found or not closed:
         raise ValueError(f"the page lacks the lines {begin} and {end}")
     return f"{before}{begin}\n{tables}{end}{after}"
+
+
+def run(doc: str | None, command: str, pages: Callable[[], Mapping[Path, str]]) -> int:
+    """The command line of a script that writes pages: rewrites them, or with --check only looks.
+
+    Args:
+        doc: What the script says of itself.
+        command: What rewrites the pages.
+        pages: For each page, what it should hold.
+
+    Returns:
+        The exit status.
+    """
+    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--check", action="store_true", help="change nothing; exit 1 if stale")
+    options = parser.parse_args()
+    return update(pages(), command, check=options.check)
 
 
 def update(pages: Mapping[Path, str], command: str, *, check: bool) -> int:

@@ -6,14 +6,13 @@ python -m benchmarks.performance_table --check   # exit with 1 when they are out
 
 from __future__ import annotations
 
-import argparse
 import json
 import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from benchmarks.pages import update, with_tables
+from benchmarks.pages import run, with_tables
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
@@ -89,19 +88,14 @@ TABLES: Mapping[str, Callable[[dict[str, Any]], str]] = {
 }
 
 
-def main() -> int:
-    """Rewrite or check the page, and return the exit status."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
-    )
-    parser.add_argument("--check", action="store_true", help="change nothing; exit 1 if stale")
-    options = parser.parse_args()
+def pages() -> dict[Path, str]:
+    """The page, and what it should hold."""
     page = PAGE.read_text(encoding="utf-8")
     for name, write in TABLES.items():
         results = json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))
         page = with_tables(page, name, write(results))
-    return update({PAGE: page}, "python -m benchmarks.performance_table", check=options.check)
+    return {PAGE: page}
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run(__doc__, "python -m benchmarks.performance_table", pages))

@@ -6,7 +6,6 @@ python benchmarks/stack_table.py --check   # exit with 1 when it is out of date
 
 from __future__ import annotations
 
-import argparse
 import json
 import sys
 from pathlib import Path
@@ -14,7 +13,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from benchmarks.pages import update, with_tables
+from benchmarks.pages import run, with_tables
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results" / "stack.json"
@@ -49,17 +48,11 @@ def table(results: dict[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def main() -> int:
-    """Rewrite or check the page, and return the exit status."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
-    )
-    parser.add_argument("--check", action="store_true", help="change nothing; exit 1 if stale")
-    options = parser.parse_args()
-    page = PAGE.read_text(encoding="utf-8")
-    wanted = with_tables(page, MARK, table(json.loads(RESULTS.read_text(encoding="utf-8"))))
-    return update({PAGE: wanted}, "python benchmarks/stack_table.py", check=options.check)
+def pages() -> dict[Path, str]:
+    """The page, and what it should hold."""
+    results = json.loads(RESULTS.read_text(encoding="utf-8"))
+    return {PAGE: with_tables(PAGE.read_text(encoding="utf-8"), MARK, table(results))}
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run(__doc__, "python benchmarks/stack_table.py", pages))

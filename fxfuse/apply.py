@@ -10,13 +10,10 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from fxfuse.combine import Line, box_of, lines_of
+from fxfuse.combine import Box, Line, box_of, lines_of
 from fxfuse.coupling import CouplingGraph, CouplingGroup, Index, Place
 from fxfuse.layout import Layout, Placement, copies_of, place_units
 from fxfuse.plan import FusionPlan, Role, role_of
-
-#: Cells that are neighbours in every dimension.
-Box = tuple[slice, ...]
 
 
 def permuted(
@@ -161,15 +158,14 @@ def _share(lines: Sequence[Line], role: Role, n_members: int) -> torch.Tensor:
         return share
     if role is Role.MEAN:
         return share / n_members
-    simple = _simple_share(lines, n_members)
-    if simple is not None:
-        return share * simple
     none = torch.zeros([1] * len(lines), dtype=torch.bool)
     owned, output, hosted = none, none, none
     for dim, line in enumerate(lines):
 
         def along(values: NDArray[Any], dim: int = dim) -> torch.Tensor:
-            return _along(torch.from_numpy(values), dim, len(lines))
+            # What is the same for all indices is said once, and broadcast.
+            uniform = len(values) > 0 and bool((values == values[0]).all())
+            return _along(torch.from_numpy(values[:1] if uniform else values), dim, len(lines))
 
         share = torch.where(~owned & along(line.owned), along(line.share), share)
         owned = owned | along(line.owned)
@@ -179,21 +175,6 @@ def _share(lines: Sequence[Line], role: Role, n_members: int) -> torch.Tensor:
     # an output is the mean of theirs; what only the host contributes to is no mean of the members.
     share = torch.where(owned & ~output, share, 1.0 / n_members)
     return torch.where(hosted, 1.0, share)
-
-
-def _simple_share(lines: Sequence[Line], n_members: int) -> float | None:
-    """The share where it is one number for all cells, without a look at each; else None."""
-    if any(line.output.all() and len(line.output) for line in lines):
-        return 1.0 / n_members if not any(line.hosted.any() for line in lines) else None
-    if any(line.output.any() for line in lines):
-        return None
-    owning = [line for line in lines if line.owned.any()]
-    if not owning or not owning[0].owned.all():
-        return None
-    share = owning[0].share
-    if (share != share[0]).any() or (share[0] != 1.0 and any(line.hosted.any() for line in lines)):
-        return None
-    return float(share[0])
 
 
 def _along(line: torch.Tensor, dim: int, rank: int) -> torch.Tensor:

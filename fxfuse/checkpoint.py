@@ -48,7 +48,7 @@ def read_file(path: str | Path, *, mmap: bool = False) -> Any:
         CheckpointPickleError: The file holds pickled objects other than tensors.
     """
     path = Path(path)
-    _check_openable(path)
+    check_openable(path)
     if path.suffix == ".safetensors":
         return _read_safetensors(path)
     if path.suffix in TORCH_SUFFIXES:
@@ -145,17 +145,27 @@ def write_state_dict(path: str | Path, state: Mapping[str, torch.Tensor]) -> Non
     path.chmod(mode)
 
 
-def _check_openable(path: Path) -> None:
+def check_openable(path: Path) -> None:
+    """Checks that a checkpoint can be opened.
+
+    Raises:
+        CheckpointMissingError: It cannot.
+    """
     try:
         with path.open("rb"):
             return
     except OSError as error:
-        raise CheckpointMissingError(
-            f"cannot open the checkpoint {path.name}",
-            where=str(path),
-            why=error.strerror or str(error),
-            how="check the path and its permissions",
-        ) from error
+        raise missing(path, error) from error
+
+
+def missing(path: Path, error: OSError) -> CheckpointMissingError:
+    """The error for a checkpoint that cannot be opened."""
+    return CheckpointMissingError(
+        f"cannot open the checkpoint {path.name}",
+        where=str(path),
+        why=error.strerror or str(error),
+        how="check the path and its permissions",
+    )
 
 
 def _read_safetensors(path: Path) -> dict[str, torch.Tensor]:

@@ -18,6 +18,10 @@ from fxfuse.plan import Weights, is_written
 _DENSE = 0.1
 
 
+#: Cells that are neighbours in every dimension.
+Box = tuple[slice, ...]
+
+
 @dataclass(frozen=True)
 class Line:
     """One member's contribution along one dimension.
@@ -69,7 +73,7 @@ class Line:
         return product.reshape(size[0], *moved.shape[1:]).movedim(0, dim)
 
 
-def box_of(lines: Sequence[Line]) -> tuple[slice, ...] | None:
+def box_of(lines: Sequence[Line]) -> Box | None:
     """The fused cells that a member contributes to, if they are neighbours in every dimension."""
     if not all(len(line.targets) and _is_range(line.targets) for line in lines):
         return None

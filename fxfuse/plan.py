@@ -60,6 +60,14 @@ class UnitMap:
     weight: float | Weights = 1.0
     read: float | Weights = 1.0
 
+    def units(self) -> Index:
+        """The units with a part in the fused group, each once, as (member, unit): int64 [n, 2]."""
+        return np.unique(np.stack([self.member, self.unit], axis=1), axis=0)
+
+    def counts(self, n_members: int) -> tuple[int, ...]:
+        """How many units of each member have a part; one in several fused units is one."""
+        return tuple(np.bincount(self.units()[:, 0], minlength=n_members).tolist())
+
     def of_member(self, member: int) -> tuple[Index, Index]:
         """Fused units and units of one member, both int64 [k_member]."""
         chosen = self.member == member
@@ -268,9 +276,7 @@ class FusionPlan:
             "|---|---:|" + "---:|" * self.n_members,
         ]
         for m in self.maps:
-            # A unit that goes to several fused units is one unit all the same.
-            units = np.unique(np.stack([m.member, m.unit]), axis=1)
-            counts = np.bincount(units[0], minlength=self.n_members)
+            counts = m.counts(self.n_members)
             lines.append(f"| `{m.group}` | {m.n_units} | " + " | ".join(map(str, counts)) + " |")
         for title, names in (
             ("Averaged inside the network (an approximation)", self.averaged),

@@ -114,6 +114,30 @@ def _check_answers(first: Captured, other: Captured, number: int) -> None:
         ) from error
 
 
+def check_constant(
+    name: str, value: torch.Tensor, other: torch.Tensor, number: int, *, stored: bool
+) -> None:
+    """Checks that a constant which the graph reads is the same in a member as in member 0.
+
+    Args:
+        name: Name of the constant.
+        value: Member 0's.
+        other: The member's.
+        number: Of the member.
+        stored: Whether it is saved with the weights.
+
+    Raises:
+        MemberMismatchError: It is not.
+    """
+    if value.dtype == other.dtype and torch.equal(value, other):
+        return
+    why = f"a constant ({value.dtype}) that the graph reads has another value"
+    if stored:
+        why += "; integer tensors are constants, quantised weights too: fuse the "
+        why += "floating-point networks and quantise the result"
+    raise _mismatch("constants", number, name, why)
+
+
 def _check_graph(first: Captured, other: Captured, number: int, *, same_sizes: bool) -> None:
     ours, theirs = list(first.graph.nodes), list(other.graph.nodes)
     position = {node: index for index, node in enumerate(ours)}
@@ -129,13 +153,9 @@ def _check_graph(first: Captured, other: Captured, number: int, *, same_sizes: b
                 f"{a.format_node()} vs {b.format_node()}",
             )
         if a.op == "get_attr" and _is_constant(first, str(a.target)):
-            value, value_other = first.tensor(str(a.target)), other.tensor(str(b.target))
-            if value.dtype != value_other.dtype or not torch.equal(value, value_other):
-                why = f"a constant ({value.dtype}) that the graph reads has another value"
-                if str(a.target) in first.canonical:
-                    why += "; integer tensors are constants, quantised weights too: fuse the "
-                    why += "floating-point networks and quantise the result"
-                raise _mismatch("constants", number, str(a.target), why)
+            name, stored = str(a.target), str(a.target) in first.canonical
+            value, value_other = first.tensor(name), other.tensor(str(b.target))
+            check_constant(name, value, value_other, number, stored=stored)
     if len(ours) != len(theirs):
         raise _mismatch("graphs", number, "end of the graph", f"{len(ours)} vs {len(theirs)} nodes")
 

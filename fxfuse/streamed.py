@@ -14,15 +14,22 @@ from torch import nn
 from torch.export import ExportedProgram
 
 from fxfuse.capture import Captured
-from fxfuse.checkpoint import check_fit, corrupt, load_tensors, read_state_dict, restore_tied
+from fxfuse.checkpoint import (
+    check_fit,
+    check_openable,
+    corrupt,
+    load_tensors,
+    missing,
+    read_state_dict,
+    restore_tied,
+)
 from fxfuse.errors import (
     CheckpointMismatchError,
-    CheckpointMissingError,
     ControlError,
-    MemberMismatchError,
     NoWeightsError,
 )
-from fxfuse.tensors import is_constant
+from fxfuse.same_network import check_constant
+from fxfuse.tensors import floating_dtype, is_constant
 
 Network = nn.Module | ExportedProgram | Captured
 
@@ -104,6 +111,10 @@ class Stored:
                         found[name] = torch.empty(shape, device="meta")
         return found
 
+    def dtype(self) -> torch.dtype:
+        """That of the numbers in it, as `floating_dtype` says."""
+        return floating_dtype(self.read(name) for name in self.shapes())
+
     def read(self, name: str) -> torch.Tensor:
         """A tensor, on the CPU."""
         if self._held:
@@ -162,13 +173,8 @@ def streamed_states(
         names = {name: _stored_name(name, known, first) for name in first.names}
         state = StreamedState(names, stored, first)
         for name in read & own.keys():
-            if is_constant(own[name]) and not torch.equal(state[name], own[name]):
-                raise MemberMismatchError(
-                    f"member {number} differs from member 0: constants",
-                    where=name,
-                    why="a constant that the graph reads has another value",
-                    how="give members of one architecture, built with the same arguments",
-                )
+            if is_constant(own[name]):
+                check_constant(name, own[name], state[name], number, stored=True)
         states.append(state)
     return states
 
@@ -221,7 +227,7 @@ def _shards(index: Path) -> dict[str, Path]:
         content = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
         files = {str(name): str(file) for name, file in content.items()}
     except OSError as error:
-        raise _missing(index, error) from error
+        raise missing(index, error) from error
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise corrupt(index, f"it holds no weight_map ({type(error).__name__})") from error
     for name, file in files.items():
@@ -236,28 +242,18 @@ def _shards(index: Path) -> dict[str, Path]:
 
 
 def _names_in(path: Path) -> list[str]:
+    check_openable(path)
     with _opened(path) as handle:
         return list(handle.keys())
 
 
 def _opened(path: Path) -> Any:
     try:
-        if path.is_dir():
-            raise IsADirectoryError(21, "it is a directory")
         return safe_open(path, framework="pt", device="cpu")
     except SafetensorError as error:
         raise corrupt(path, str(error)) from error
     except OSError as error:
-        raise _missing(path, error) from error
-
-
-def _missing(path: Path, error: OSError) -> CheckpointMissingError:
-    return CheckpointMissingError(
-        f"cannot open the checkpoint {path.name}",
-        where=str(path),
-        why=error.strerror or str(error),
-        how="check the path and its permissions",
-    )
+        raise missing(path, error) from error
 
 
 def _materialise(module: nn.Module) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
 from torch import nn
 
@@ -31,3 +33,14 @@ def attach(root: nn.Module, name: str, tensor: torch.Tensor, *, persistent: bool
 def is_constant(tensor: torch.Tensor) -> bool:
     """Whether a state tensor is a constant of the network: integer and boolean tensors are."""
     return not (tensor.is_floating_point() or tensor.is_complex())
+
+
+def floating_dtype(tensors: Iterable[torch.Tensor]) -> torch.dtype:
+    """The dtype of the first floating-point tensor, or of the first complex one.
+
+    float32 when there is neither.
+    """
+    dtypes = [tensor.dtype for tensor in tensors]
+    real = [dtype for dtype in dtypes if dtype.is_floating_point]
+    imaginary = [dtype for dtype in dtypes if dtype.is_complex]
+    return [*real, *imaginary, torch.float32][0]

@@ -114,17 +114,6 @@ def make_inputs(spec: str, dtype: torch.dtype = torch.float32) -> tuple[torch.Te
     return inputs
 
 
-def floating_dtype(model: nn.Module) -> torch.dtype:
-    """The dtype of a model's first floating-point parameter, or of its first complex one.
-
-    float32 when it has neither.
-    """
-    dtypes = [p.dtype for p in model.parameters()]
-    real = [dtype for dtype in dtypes if dtype.is_floating_point]
-    imaginary = [dtype for dtype in dtypes if dtype.is_complex]
-    return [*real, *imaginary, torch.float32][0]
-
-
 def _import_factory(spec: str) -> Callable[..., object]:
     module_name, _, attribute = spec.partition(":")
     if not module_name or not attribute:

@@ -10,8 +10,9 @@ from torch import nn
 
 from fxfuse.checkpoint import load_checkpoint
 from fxfuse.cli.options import parse_member_args
-from fxfuse.streamed import first_member
-from fxfuse.zoo import floating_dtype, make_inputs, make_model, parse_model_args
+from fxfuse.streamed import Stored
+from fxfuse.tensors import floating_dtype
+from fxfuse.zoo import make_inputs, make_model, parse_model_args
 
 
 def load_model(
@@ -43,13 +44,16 @@ def load_members(
 def load_template(
     model: str, model_arg: Iterable[str] | None, example: str, checkpoint: Path
 ) -> tuple[nn.Module, tuple[torch.Tensor, ...]]:
-    """Makes a model with the weights of the first checkpoint, and inputs for it."""
-    template = first_member(make_model(model, parse_model_args(model_arg or ())), checkpoint)
-    return template, _inputs_for(template, example)
+    """Makes a model whose weights do not count, and inputs for it in a checkpoint's dtype."""
+    template = make_model(model, parse_model_args(model_arg or ()))
+    return template, _on_its_device(template, make_inputs(example, Stored(checkpoint).dtype()))
 
 
 def _inputs_for(model: nn.Module, example: str) -> tuple[torch.Tensor, ...]:
     """Inputs of the model's dtype, where they are made from a shape, and on its device."""
-    inputs = make_inputs(example, floating_dtype(model))
+    return _on_its_device(model, make_inputs(example, floating_dtype(model.parameters())))
+
+
+def _on_its_device(model: nn.Module, inputs: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
     parameter = next(model.parameters(), None)
     return inputs if parameter is None else tuple(x.to(parameter.device) for x in inputs)

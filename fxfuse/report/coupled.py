@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
+import networkx as nx
 from torch import fx
 
 from fxfuse.coupling import CouplingGraph, Place
@@ -77,53 +78,50 @@ class Coupled:
 
 def coupled(graph: CouplingGraph) -> Coupled:
     """The coupling graph of an analysis."""
-    ties = _ties(graph)
+    tied = graph.to_networkx()
+    ties = _ties(graph, tied)
     order = {name: number for number, name in enumerate(graph.captured.names)}
     lanes: list[Lane] = []
-    for group in graph.groups:
-        places = sorted(group.index, key=lambda place: (order[place[0]], place[1]))
-        dots = [_dot(graph, place, order, ties, len(lanes), FREE, group.name) for place in places]
-        lanes.append(Lane(group.name, group.n_units, tuple(dots)))
-    for kind, name in FROZEN_LANES.items():
-        places = sorted(
-            (p for p, reason in graph.frozen.items() if reason.kind is kind and p[0] in order),
-            key=lambda place: (order[place[0]], place[1]),
+
+    def add(name: str, n_units: int | None, places: Iterable[Place], state: str) -> None:
+        dots = tuple(
+            _dot(graph, place, order[place[0]], len(lanes), state, name, ties)
+            for place in sorted(places, key=lambda place: (order[place[0]], place[1]))
         )
-        if places:
-            dots = [_dot(graph, place, order, ties, len(lanes), name) for place in places]
-            lanes.append(Lane(name, None, tuple(dots)))
-    return Coupled(tuple(lanes), _edges(graph, lanes))
+        if dots:
+            lanes.append(Lane(name, n_units, dots))
+
+    for group in graph.groups:
+        add(group.name, group.n_units, group.index, FREE)
+    for kind, name in FROZEN_LANES.items():
+        frozen = (p for p, reason in graph.frozen.items() if reason.kind is kind and p[0] in order)
+        add(name, None, frozen, name)
+    return Coupled(tuple(lanes), _edges(tied, lanes))
 
 
 def _dot(
     graph: CouplingGraph,
     place: Place,
-    order: Mapping[str, int],
-    ties: Mapping[Place, tuple[str, ...]],
+    order: int,
     lane: int,
     state: str,
-    group: str = "",
+    group: str,
+    ties: Mapping[Place, tuple[str, ...]],
 ) -> Dot:
-    reason = graph.frozen.get(place)
-    frozen = state != FREE and reason is not None
-    return Dot(
-        f"lane{lane}-{order[place[0]]}-{place[1]}",
-        f"{place[0]}:{place[1]}",
-        order[place[0]],
-        lane,
-        state,
-        int(graph.captured.tensor(place[0]).shape[place[1]]),
-        reason.why if frozen and reason is not None else group,
-        f"{reason.node}  {reason.source}".strip() if frozen and reason is not None else "",
-        () if frozen else ties.get(place, ()),
-    )
+    name, dim = place
+    size = int(graph.captured.tensor(name).shape[dim])
+    told = (f"lane{lane}-{order}-{dim}", f"{name}:{dim}", order, lane, state, size)
+    if state == FREE:
+        return Dot(*told, why=group, where="", ties=ties.get(place, ()))
+    reason = graph.frozen[place]
+    return Dot(*told, why=reason.why, where=f"{reason.node}  {reason.source}".strip(), ties=())
 
 
-def _ties(graph: CouplingGraph) -> dict[Place, tuple[str, ...]]:
+def _ties(graph: CouplingGraph, tied: nx.Graph) -> dict[Place, tuple[str, ...]]:
     """For each place, what it is tied to by which operator at which source line."""
     nodes: dict[str, fx.Node] = {node.name: node for node in graph.captured.graph.nodes}
     found: dict[Place, list[str]] = {}
-    for left, right, data in graph.to_networkx().edges(data=True):
+    for left, right, data in tied.edges(data=True):
         node = nodes[data["nodes"][0]]
         by = f"{node.name} [{node.target}]  {source_of(node)}".rstrip()
         found.setdefault(left, []).append(f"{right[0]}:{right[1]} by {by}")
@@ -131,8 +129,7 @@ def _ties(graph: CouplingGraph) -> dict[Place, tuple[str, ...]]:
     return {place: tuple(lines) for place, lines in found.items()}
 
 
-def _edges(graph: CouplingGraph, lanes: list[Lane]) -> tuple[tuple[Dot, Dot], ...]:
-    tied = graph.to_networkx()
+def _edges(tied: nx.Graph, lanes: Iterable[Lane]) -> tuple[tuple[Dot, Dot], ...]:
     found = []
     for lane in lanes:
         by_place = {dot.place: dot for dot in lane.dots}

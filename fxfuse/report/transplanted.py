@@ -75,17 +75,12 @@ def shares(
             m.group,
             m.n_units,
             sum(graph.units_of(m.group, i) for i in range(plan.n_members)),
-            _counts(m, plan.n_members),
+            m.counts(plan.n_members),
             _runs(m),
             kept.get(m.group),
         )
         for m in plan.maps
     )
-
-
-def _counts(m: UnitMap, n_members: int) -> tuple[int, ...]:
-    units = np.unique(np.stack([m.member, m.unit]), axis=1)
-    return tuple(np.bincount(units[0], minlength=n_members).tolist())
 
 
 def _runs(m: UnitMap) -> tuple[Run, ...]:
@@ -117,8 +112,7 @@ def _kept(
     kept = {}
     for m in plan.maps:
         whole = sum(float(scores[i][m.group].sum()) for i in range(len(members)))
-        chosen = np.unique(np.stack([m.member, m.unit]), axis=1).T.tolist()
-        part = sum(float(scores[i][m.group][unit]) for i, unit in chosen)
+        part = sum(float(scores[i][m.group][unit]) for i, unit in m.units().tolist())
         if whole > 0:
             kept[m.group] = part / whole
     return kept

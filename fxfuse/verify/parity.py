@@ -45,12 +45,6 @@ def parity(members: Sequence[nn.Module], example_inputs: Any, *, score: str = "l
     Raises:
         MissingDependencyError: torch-pruning is not installed.
     """
-    try:
-        import torch_pruning
-    except ImportError as error:
-        raise MissingDependencyError(
-            "the parity oracle needs torch-pruning", how='pip install "fxfuse[test]"'
-        ) from error
     n = len(members)
     captured = [capture(member, example_inputs) for member in members]
     graph = analyze(captured[0])
@@ -59,17 +53,9 @@ def parity(members: Sequence[nn.Module], example_inputs: Any, *, score: str = "l
     ours = fused_tensors(graph, plan, states)
 
     # In float64, so that rounding makes no ties that the weights do not have.
-    wide = _concatenated(members[0], graph, [as_double(state) for state in states]).double()
     inputs, _ = inputs_of(captured[0])
-    pruner = torch_pruning.pruner.BasePruner(
-        wide,
-        inputs,
-        importance=torch_pruning.importance.MagnitudeImportance(p=degree_of(score)),
-        pruning_ratio=1 - 1 / n,
-        global_pruning=False,
-        ignored_layers=_heads(wide, graph),
-    )
-    pruner.step()
+    doubled = [as_double(state) for state in states]
+    wide = concatenated_and_pruned(members[0], graph, doubled, inputs, degree_of(score))
     theirs = wide.state_dict()
     shapes = [name for name in ours if ours[name].shape != theirs[name].shape]
     if shapes:
@@ -79,6 +65,44 @@ def parity(members: Sequence[nn.Module], example_inputs: Any, *, score: str = "l
     return Check(
         "parity", worst, _TOLERANCE, worst <= _TOLERANCE, f"{len(floats)} tensors, N = {n}"
     )
+
+
+def concatenated_and_pruned(
+    member: nn.Module,
+    graph: CouplingGraph,
+    states: Sequence[Mapping[str, torch.Tensor]],
+    inputs: tuple[Any, ...],
+    degree: int,
+) -> nn.Module:
+    """The reference: a wide copy of a member with all members' channels, pruned to its size.
+
+    Args:
+        member: Member 0; it stays as it is.
+        graph: The analysis of the members.
+        states: For each member, its tensors by name, of one floating-point dtype.
+        inputs: Of the member, in that dtype.
+        degree: Of the norm that channels are ranked by.
+
+    Raises:
+        MissingDependencyError: torch-pruning is not installed.
+    """
+    try:
+        import torch_pruning
+    except ImportError as error:
+        raise MissingDependencyError(
+            "the parity oracle needs torch-pruning", how='pip install "fxfuse[test]"'
+        ) from error
+    dtype = next(t.dtype for t in states[0].values() if t.is_floating_point())
+    wide = _concatenated(member, graph, states).to(dtype)
+    torch_pruning.pruner.BasePruner(
+        wide,
+        inputs,
+        importance=torch_pruning.importance.MagnitudeImportance(p=degree),
+        pruning_ratio=1 - 1 / len(states),
+        global_pruning=False,
+        ignored_layers=_heads(wide, graph),
+    ).step()
+    return wide
 
 
 def _concatenated(
