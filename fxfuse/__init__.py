@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from fxfuse.prune import prune
     from fxfuse.result import FusionResult
     from fxfuse.rules import rule
+    from fxfuse.saved import load, save
     from fxfuse.stack import stack, unstack
 
 __all__ = [
@@ -32,10 +33,12 @@ __all__ = [
     "compile",
     "export_onnx",
     "fuse",
+    "load",
     "load_package",
     "package",
     "prune",
     "rule",
+    "save",
     "stack",
     "unstack",
 ]
@@ -55,10 +58,12 @@ _HOMES = {
     "compile": "compile",
     "export_onnx": "compile",
     "fuse": "fuse",
+    "load": "saved",
     "load_package": "compile",
     "package": "compile",
     "prune": "prune",
     "rule": "rules",
+    "save": "saved",
     "stack": "stack",
     "unstack": "stack",
 }

@@ -148,6 +148,13 @@ class CalibrationError(FxfuseError):
     """
 
 
+class DataError(FxfuseError):
+    """Data for calibration or evaluation cannot be read, or have no labels where some are needed.
+
+    Mend: Name a source that the message lists, with as many labels as inputs.
+    """
+
+
 class UnknownTensorError(FxfuseError):
     """A (tensor name, dimension) that the captured network does not have.
 
@@ -257,6 +264,27 @@ class OutputExistsError(FxfuseError):
     """The output exists already and may not be overwritten.
 
     Mend: Add `--force`, or choose another name.
+    """
+
+
+class OutputBusyError(FxfuseError):
+    """Another process is writing the same output.
+
+    Mend: Wait until it is done, or choose another name.
+    """
+
+
+class RecipeError(FxfuseError):
+    """A recipe cannot be read, asks for what there is not, or its members have changed.
+
+    Mend: Change the line that the message names; `fxfuse recipe --example` shows all fields.
+    """
+
+
+class SavedError(FxfuseError):
+    """A folder holds no fused network, or one that is not what was written.
+
+    Mend: Name the folder of `fxfuse fuse` or `fxfuse.save`, or write it again.
     """
 
 

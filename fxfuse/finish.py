@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
+from rich.progress import Progress
 from torch import nn
 
 from fxfuse.calibration import Calibration
@@ -106,6 +107,7 @@ def matched_start(
     *,
     steps: int | None,
     seconds: float | None,
+    progress: bool | Progress = False,
 ) -> Start:
     """The refitted network or a member, whichever answers most like the ensemble, matched to it.
 
@@ -121,6 +123,7 @@ def matched_start(
         outputs: `logits`, `values`, or None to let the outputs' shape decide.
         steps: Budget of the matching in steps.
         seconds: Budget of the matching in CPU seconds.
+        progress: Of the matching.
 
     Raises:
         CalibrationError: An activation is not a number.
@@ -145,7 +148,9 @@ def matched_start(
     # A start may be a member's own tensors, which stay as they are.
     module = emit_fused(graph, plan, {n: t.detach().clone() for n, t in chosen.state.items()})
     inputs = _joined(calibration)
-    report = match(module, members, inputs, outputs=outputs, steps=steps, seconds=seconds)
+    report = match(
+        module, members, inputs, outputs=outputs, steps=steps, seconds=seconds, progress=progress
+    )
     after = _divergence(_answers(module, choosing), wanted, kind)
     kept = after < far[name]
     if not kept:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from rich.progress import Progress
 from torch import nn
 from torch.export import ExportedProgram
 
@@ -81,6 +82,7 @@ def fuse(
     classes: Sequence[Sequence[Any]] | None = None,
     dynamic_shapes: Any = None,
     verify: bool = True,
+    progress: bool | Progress = False,
 ) -> FusionResult:
     """Fuses trained networks of one architecture into one network of the same or another width.
 
@@ -158,6 +160,8 @@ def fuse(
         classes: For "map": for each member the names of its classes, in the order of its logits.
         dynamic_shapes: Passed to `torch.export.export` unchanged.
         verify: Whether to run the oracles before handing the network over.
+        progress: For `auto`: True shows a bar of the matching on stderr; a `rich.progress.Progress`
+            gets a task of its own.
 
     Returns:
         The fused network, its plan and what was verified.
@@ -284,7 +288,9 @@ def fuse(
     start = _start(graph, plan, states)
     told = graph, plan, states, start.state
     if inputs is not None and auto:
-        start = matched_start(*told, inputs, outputs, steps=steps, seconds=seconds)
+        start = matched_start(
+            *told, inputs, outputs, steps=steps, seconds=seconds, progress=progress
+        )
     elif inputs is not None and refit:
         start = refitted(*told, inputs, outputs)
     module = start.module

@@ -26,6 +26,7 @@ BESIDE = frozenset(
         "outputs",
         "dynamic_shapes",
         "verify",
+        "progress",
     }
 )
 

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import ctypes
 import errno
+import glob
 import json
 import os
+import re
 import shutil
 import uuid
 from collections.abc import Collection, Iterator
@@ -13,9 +15,14 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from fxfuse.errors import OutputExistsError
+from fxfuse.output_lock import locked
 
 #: AT_FDCWD and RENAME_EXCHANGE of renameat2(2).
 _HERE, _EXCHANGE = -100, 2
+#: What comes after the name of an output in the name of a folder that is not finished.
+_PARTIAL = re.compile(r"\.[0-9a-f]{8}\.(partial|old)")
+#: The end of the name of an earlier result that steps aside.
+_ASIDE = ".old"
 
 
 def check_output(path: str | Path, names: Collection[str], *, force: bool = False) -> None:
@@ -62,14 +69,11 @@ def atomic_folder(
 
     Raises:
         OutputExistsError: Something is there already that may not be overwritten.
+        OutputBusyError: Another process is writing it.
     """
     path = Path(os.path.abspath(path))
     check_output(path, names, force=force)
-    missing = [folder for folder in path.parents if not folder.exists()]
-    # Beside the target, since a rename is atomic only within one file system.
-    work = path.parent / f".{path.name}.{uuid.uuid4().hex[:8]}.partial"
-    try:
-        work.mkdir(parents=True)
+    with locked(path), _partial(path) as work:
         yield work
         # Before the rename: after a power cut the name must not be there without the content.
         for file in (entry for entry in work.rglob("*") if entry.is_file()):
@@ -78,11 +82,27 @@ def atomic_folder(
         check_output(path, names, force=force)
         _swap_in(work, path, names, force=force)
         _settle(path.parent)
+
+
+@contextmanager
+def _partial(path: Path) -> Iterator[Path]:
+    """A folder beside another, gone after an error, as are those that killed writers left there."""
+    # The lock is ours, so whatever is here belongs to no one any more.
+    for entry in path.parent.glob(f".{glob.escape(path.name)}.*"):
+        if not _PARTIAL.fullmatch(entry.name.removeprefix(f".{path.name}")):
+            continue
+        if entry.suffix == _ASIDE and not path.exists():
+            # Its writer was killed between the two steps of an exchange.
+            entry.rename(path)
+        else:
+            shutil.rmtree(entry, ignore_errors=True)
+    # Beside the target, since a rename is atomic only within one file system.
+    work = path.parent / f".{path.name}.{uuid.uuid4().hex[:8]}.partial"
+    try:
+        work.mkdir()
+        yield work
     except BaseException:
         shutil.rmtree(work, ignore_errors=True)
-        for folder in missing:
-            if folder.exists() and not any(folder.iterdir()):
-                folder.rmdir()
         raise
 
 
@@ -153,7 +173,7 @@ def _swap_in(work: Path, path: Path, names: Collection[str], *, force: bool) -> 
         return
     # Elsewhere a folder with content cannot be replaced in one step: the old one steps aside first,
     # and comes back if the new one cannot take its place.
-    aside = work.with_suffix(".old")
+    aside = work.with_suffix(_ASIDE)
     path.rename(aside)
     try:
         if _foreign(aside, names):

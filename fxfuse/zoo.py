@@ -16,11 +16,15 @@ from torch import nn
 
 from fxfuse.checkpoint import read_file
 from fxfuse.errors import ExampleInputError, ModelFactoryError
+from fxfuse.model_names import named_factory
 
 #: torch.export specialises a batch of 1.
 BATCH = 2
 
 _SHAPE = re.compile(r"\d+(,\d+)*")
+#: Token ids: the length, and how many there are.
+_IDS = re.compile(r"ids:(\d+)(?::(\d+))?")
+_VOCABULARY = 100
 
 
 def parse_model_args(pairs: Iterable[str]) -> dict[str, Any]:
@@ -52,10 +56,11 @@ def parse_model_args(pairs: Iterable[str]) -> dict[str, Any]:
 
 
 def make_model(spec: str, arguments: Mapping[str, Any]) -> nn.Module:
-    """Calls an importable model factory.
+    """Calls a model factory.
 
     Args:
-        spec: `package.module:factory`; modules in the working directory are found too.
+        spec: `package.module:factory`, importable, also from the working directory; or a library's
+            name of a network, `torchvision:resnet18`, `timm:convnext_tiny`, `hf:FOLDER`.
         arguments: Keyword arguments for the factory.
 
     Returns:
@@ -63,8 +68,9 @@ def make_model(spec: str, arguments: Mapping[str, Any]) -> nn.Module:
 
     Raises:
         ModelFactoryError: The factory cannot be imported or called, or makes no `nn.Module`.
+        MissingDependencyError: The library of the name is not installed.
     """
-    factory = _import_factory(spec)
+    factory = named_factory(spec) or import_object(spec)
     try:
         model = factory(**arguments)
     except Exception as error:
@@ -87,8 +93,9 @@ def make_inputs(spec: str, dtype: torch.dtype = torch.float32) -> tuple[torch.Te
     """Makes or reads example inputs.
 
     Args:
-        spec: A shape without the batch dimension, such as `3,224,224`, or a `.safetensors` or
-            `.pt` file that holds one tensor, or (`.pt`) a sequence of tensors with their batch.
+        spec: A shape without the batch dimension, such as `3,224,224`; `ids:LENGTH` or
+            `ids:LENGTH:VOCABULARY` for token ids, int64; or a `.safetensors` or `.pt` file that
+            holds one tensor, or (`.pt`) a sequence of tensors with their batch.
         dtype: Of a tensor that is made from a shape.
 
     Returns:
@@ -103,6 +110,13 @@ def make_inputs(spec: str, dtype: torch.dtype = torch.float32) -> tuple[torch.Te
             raise _bad_input(spec, "a dimension of size 0 holds nothing")
         generator = torch.Generator().manual_seed(0)
         return (torch.randn(BATCH, *shape, generator=generator).to(dtype),)
+    ids = _IDS.fullmatch(spec)
+    if ids is not None:
+        length, vocabulary = int(ids[1]), int(ids[2] or _VOCABULARY)
+        if not length or not vocabulary:
+            raise _bad_input(spec, "a dimension of size 0 holds nothing")
+        generator = torch.Generator().manual_seed(0)
+        return (torch.randint(vocabulary, (BATCH, length), generator=generator),)
     if not Path(spec).exists():
         raise _bad_input(spec, "it is neither a shape nor the path of a file")
     content = read_file(spec)
@@ -114,13 +128,21 @@ def make_inputs(spec: str, dtype: torch.dtype = torch.float32) -> tuple[torch.Te
     return inputs
 
 
-def _import_factory(spec: str) -> Callable[..., object]:
+def import_object(spec: str) -> Callable[..., object]:
+    """Imports a function or class that a user named.
+
+    Args:
+        spec: `package.module:name`; modules in the working directory are found too.
+
+    Raises:
+        ModelFactoryError: It cannot be imported or called.
+    """
     module_name, _, attribute = spec.partition(":")
     if not module_name or not attribute:
         raise ModelFactoryError(
-            f"a model factory cannot be read: {spec!r}",
+            f"a name cannot be read: {spec!r}",
             why="it is not of the form package.module:factory",
-            how="write it like --model torchvision.models:resnet18",
+            how="write it like torchvision.models:resnet18",
         )
     # A console script does not look into the working directory, where a user's own model lies.
     if os.getcwd() not in sys.path:

@@ -266,11 +266,12 @@ def test_explain_one_and_two_dimensions(work):
     assert "linear" in two.stdout
 
 
-def test_fuse_writes_the_three_files(work):
+def test_fuse_writes_a_whole_folder(work):
     result = invoke("fuse", "a.pt", "b.pt", *MODEL, "--out", "fused")
     assert result.exit_code == 0, result.output
     written = work / "fused"
-    assert listing(written) == ["fused.safetensors", "plan.json", "summary.md"]
+    expected = ["fused.safetensors", "graph.pt2", "plan.json", "recipe.yaml", "summary.md"]
+    assert listing(written) == expected
     mlp().load_state_dict(read_state_dict(written / "fused.safetensors"), strict=True)
     fxfuse.FusionPlan.from_json((written / "plan.json").read_text())
     summary = (written / "summary.md").read_text()
@@ -518,7 +519,7 @@ FUSE = ("fuse", "a.pt", "b.pt", "--out", "new/fused")
         ((*FUSE, *MODEL, "--max-params", "many"), "--max-params"),
         ((*FUSE, *MODEL, "--width", "0.5", "--round-to", "0"), "round_to"),
         ((*FUSE, *MODEL, "--width", "0.5", "--mixing", "per_member"), "cannot be had here"),
-        ((*FUSE, *MODEL, "--mixing", "sometimes"), "unknown"),
+        ((*FUSE, *MODEL, "--mixing", "sometimes"), "joint or per_member"),
         ((*FUSE, *MODEL, "--model-arg", "width=9"), "does not fit"),
         ((*FUSE, *MODEL, "--model-arg", "height=9"), "cannot be called"),
         ((*FUSE, *MODEL, "--model-arg", "width"), "key=value"),
@@ -633,7 +634,7 @@ def test_an_error_while_writing_leaves_nothing(work, monkeypatch):
     def fail(*_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("fxfuse.cli.fuse.write_state_dict", fail)
+    monkeypatch.setattr("fxfuse.saved.write_state_dict", fail)
     assert "No space left" in refused(work, *FUSE, *MODEL)
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import fcntl
 import inspect
+import os
 import pickle
 import sys
 from collections.abc import Callable
@@ -21,9 +23,12 @@ from fxfuse.compile import RemoveDropout
 from fxfuse.errors import FxfuseError
 from fxfuse.examine import verified
 from fxfuse.output import check_output
+from fxfuse.output_lock import locked
+from fxfuse.recipe import read_recipe
 from fxfuse.refine import match
 from fxfuse.rewrite import SwitchTraining
 from fxfuse.scores.registry import score
+from fxfuse.sources import read_data
 from fxfuse.verify import Check
 from fxfuse.zoo import make_model
 
@@ -123,6 +128,13 @@ def _file(folder: Path, name: str, content: object) -> Path:
     return path
 
 
+def _busy(folder: Path) -> None:
+    other = os.open(folder / ".out.lock", os.O_CREAT | os.O_RDWR)
+    fcntl.flock(other, fcntl.LOCK_EX)
+    with locked(folder / "out"):
+        pass
+
+
 X = torch.randn(2, 3, generator=torch.Generator().manual_seed(0))
 two = partial(fxfuse.fuse, [net(), net(seed=1)], X)
 
@@ -146,6 +158,7 @@ RAISES: dict[str, Callable[[Path], object]] = {
     "UnknownMethodError": lambda _: two(method="alchemy"),
     "UnknownScoreError": lambda _: two(score="vibes"),
     "CalibrationError": lambda _: two(refit=True),
+    "DataError": lambda folder: read_data(str(folder / "nothing.here")),
     "UnknownTensorError": lambda _: fxfuse.analyze(net(), X).explain("nobody", 0),
     "NothingToFuseError": lambda _: fxfuse.fuse([nn.Linear(3, 2), nn.Linear(3, 2)], X),
     "VerificationError": lambda _: verified([Check("permutation", 1.0, 0.0, False)]),
@@ -166,6 +179,9 @@ RAISES: dict[str, Callable[[Path], object]] = {
     ),
     "ModelFactoryError": lambda _: make_model("nobody:factory", {}),
     "OutputExistsError": lambda folder: check_output(folder, ["weights"]),
+    "OutputBusyError": _busy,
+    "RecipeError": lambda folder: read_recipe(folder),
+    "SavedError": lambda folder: fxfuse.load(folder),
     "RefineError": lambda _: match(two(verify=False).module, [net()], X, steps=0),
     "MissingDependencyError": lambda folder: fxfuse.export_onnx(
         two(verify=False), folder / "a.onnx"

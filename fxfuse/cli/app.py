@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import signal
 import sys
 import warnings
@@ -27,7 +28,7 @@ def _fxfuse() -> None:
     """Fuse several trained networks of one architecture into one.
 
     Exit status: 0 done; 1 an oracle failed, or `analyze --strict` found an operator without a rule;
-    2 bad input; 70 a fault of fxfuse.
+    2 bad input; 70 a fault of fxfuse; 130 interrupted; 143 terminated.
     """
 
 
@@ -37,6 +38,8 @@ stand_ins(app)
 def main() -> None:
     """Entry point of the `fxfuse` script."""
     warnings.showwarning = _show_warning
+    # It warns of a CUDA toolkit without a GPU, which is no one's concern here.
+    logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
     # So that a terminated run removes its unfinished folder, as an interrupted one does.
     signal.signal(signal.SIGTERM, _terminate)
     app()

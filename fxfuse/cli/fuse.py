@@ -2,24 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import asdict
+import os
 from pathlib import Path
-from typing import Annotated, cast
+from typing import Annotated
 
 import typer
-from torch import nn
 
-import fxfuse
-from fxfuse import budget as budgets
-from fxfuse import label_spaces
-from fxfuse import plan as plans
-from fxfuse.checkpoint import write_state_dict
-from fxfuse.cli.load import load_members, load_template
+from fxfuse.cli.load import asked_recipe
 from fxfuse.cli.options import (
     Budget,
+    CalibrationSpec,
     Checkpoints,
     Classes,
+    EvaluationSpec,
+    Force,
     Freeze,
     HeadOutputs,
     Heads,
@@ -31,6 +27,7 @@ from fxfuse.cli.options import (
     MemberArg,
     Model,
     ModelArg,
+    OutFolder,
     OutputDims,
     RoundTo,
     Share,
@@ -41,15 +38,9 @@ from fxfuse.cli.options import (
     parse_reference,
     read_classes,
 )
-from fxfuse.cli.show import checks_json, checks_markdown, checks_table, err, out, print_json
-from fxfuse.members import check_enough
-from fxfuse.output import atomic_folder, check_output
-from fxfuse.report import write_report
-from fxfuse.zoo import make_inputs
-
-WEIGHTS, PLAN, SUMMARY = "fused.safetensors", "plan.json", "summary.md"
-REPORT = "report.html"
-FILES = (WEIGHTS, PLAN, SUMMARY, REPORT)
+from fxfuse.cli.outcome import show_outcome
+from fxfuse.cli.show import working
+from fxfuse.recipe import run
 
 Method = Annotated[
     str,
@@ -67,14 +58,7 @@ Score = Annotated[
         "--calibration also `activation` and `obs` (the default of `auto`)."
     ),
 ]
-CalibrationFile = Annotated[
-    Path | None,
-    typer.Option(
-        "--calibration",
-        help="`.safetensors` or `.pt` file with 100 to 1,000 unlabelled inputs, [n, ...].",
-        metavar="FILE",
-    ),
-]
+OptionalCalibration = Annotated[str | None, *CalibrationSpec.__metadata__]
 Refit = Annotated[
     bool,
     typer.Option("--refit", help="Fit every layer to the members' activations, in closed form."),
@@ -124,20 +108,14 @@ Report = Annotated[
     bool,
     typer.Option("--report", help="Write `report.html` too: what was fused, as one page."),
 ]
-Force = Annotated[bool, typer.Option("--force", help="Replace the folder of an earlier run.")]
 NoVerify = Annotated[bool, typer.Option("--no-verify", help="Skip the oracles.")]
-
-
-def _read_text(path: Path) -> str:
-    """The text of a file; what is no text in it is a fault of its content."""
-    return path.read_text(encoding="utf-8", errors="replace")
 
 
 def fuse(
     checkpoints: Checkpoints,
     model: Model,
     input: Input,
-    out_folder: Annotated[Path, typer.Option("--out", help="Folder to write.", metavar="FOLDER")],
+    out_folder: OutFolder,
     model_arg: ModelArg = None,
     member_arg: MemberArg = None,
     method: Method = "transplant",
@@ -145,7 +123,7 @@ def fuse(
     variant: Variant = None,
     fraction: Fraction = None,
     reference: Reference = "0",
-    calibration: CalibrationFile = None,
+    calibration: OptionalCalibration = None,
     refit: Refit = False,
     outputs: Outputs = None,
     steps: Steps = None,
@@ -164,80 +142,51 @@ def fuse(
     heads: Heads = None,
     head_outputs: HeadOutputs = None,
     classes: Classes = None,
+    data: EvaluationSpec = None,
     report: Report = False,
     force: Force = False,
     no_verify: NoVerify = False,
     json: Json = False,
 ) -> None:
     """Fuse trained networks of one architecture into one network."""
-    check_output(out_folder, FILES, force=force)
-    members: Sequence[nn.Module | Path] = checkpoints
-    template = None
-    # What runs the members, or lets them differ, needs them in memory; the rest reads their files.
-    if calibration or refit or method == "auto" or heads or classes or member_arg:
-        members, inputs = load_members(model, model_arg, input, checkpoints, member_arg)
-    else:
-        check_enough(checkpoints, "fusion")
-        template, inputs = load_template(model, model_arg, input, checkpoints[0])
-    with err.status(f"fusing {len(members)} networks"):
-        result = fxfuse.fuse(
-            members,
-            inputs,
-            template=template,
-            method=method,
-            score=score,
-            variant=variant,
-            fraction=parse_by_group("--fraction", fraction or ()),
-            reference=parse_reference(reference),
-            calibration=None if calibration is None else make_inputs(str(calibration)),
-            refit=refit,
-            outputs=outputs,
-            steps=steps,
-            seconds=seconds,
-            width=parse_by_group("--width", width or ()),
-            max_params=max_params,
-            max_flops=max_flops,
-            round_to=round_to,
-            # What is no budget and no way of mixing, fuse refuses by name.
-            budget=cast("budgets.Budget", budget),
-            mixing=cast("plans.Mixing | None", mixing),
-            plan=None if plan is None else plans.FusionPlan.from_json(_read_text(plan)),
-            freeze=freeze or (),
-            share=share or (),
-            ignore=ignore or (),
-            output_dims=parse_output_dims(output_dims or ()),
-            heads=parse_heads(heads or ()),
-            # So it does with what is no way of handing out heads.
-            head_outputs=cast("label_spaces.HeadOutputs | None", head_outputs),
-            classes=read_classes(classes),
-            verify=not no_verify,
-        )
-    checks = result.verification.checks
-    with atomic_folder(out_folder, FILES, force=force) as folder:
-        write_state_dict(folder / WEIGHTS, result.state_dict())
-        (folder / PLAN).write_text(result.plan.to_json(), encoding="utf-8")
-        told = f"\nMatched to the ensemble: {result.choice}.\n" if result.choice else ""
-        summary = f"{result.plan.summary()}{told}\n{checks_markdown(checks)}"
-        (folder / SUMMARY).write_text(summary, encoding="utf-8")
-        if report:
-            write_report(result, folder / REPORT, title=f"{len(members)} networks fused into one")
-    if json:
-        print_json(
-            {
-                "out": str(out_folder),
-                "files": FILES if report else FILES[:-1],
-                "verification": checks_json(checks),
-                "choice": asdict(result.choice) if result.choice else None,
-                "sizes": result.plan.sizes(),
-                "refused": dict(result.plan.refused),
-                "classes": list(result.classes),
-            }
-        )
-        return
-    if checks:
-        out.print(checks_table(checks))
-    if result.choice:
-        out.print(str(result.choice), markup=False)
-    for name, why in result.plan.refused.items():
-        out.print(f"{name} keeps the size that it has in one network: {why}", markup=False)
-    out.print(f"{len(members)} networks fused into one, written to {out_folder}", markup=False)
+    asked = parse_heads(heads or ())
+    options = {
+        "method": method,
+        "score": score,
+        "variant": variant,
+        "fraction": parse_by_group("--fraction", fraction or ()),
+        "reference": parse_reference(reference),
+        "refit": refit,
+        "outputs": outputs,
+        "steps": steps,
+        "seconds": seconds,
+        "width": parse_by_group("--width", width or ()),
+        "max_params": max_params,
+        "max_flops": max_flops,
+        "round_to": round_to,
+        "budget": budget,
+        "mixing": mixing,
+        "plan": None if plan is None else os.fspath(plan),
+        "freeze": freeze or [],
+        "share": share or [],
+        "ignore": ignore or [],
+        "output_dims": {o: list(dims) for o, dims in parse_output_dims(output_dims or ()).items()},
+        "heads": asked if isinstance(asked, str) else list(asked),
+        "head_outputs": head_outputs,
+        "classes": read_classes(classes),
+        "verify": not no_verify,
+    }
+    recipe = asked_recipe(
+        model,
+        model_arg,
+        input,
+        checkpoints,
+        member_arg,
+        fuse=options,
+        calibration=calibration,
+        evaluation=data,
+        output={"folder": os.fspath(out_folder), "report": report},
+    )
+    with working() as (stage, progress):
+        outcome = run(recipe, force=force, stage=stage, progress=progress)
+    show_outcome(outcome, out_folder, json=json)

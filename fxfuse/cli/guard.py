@@ -2,37 +2,53 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import inspect
 import os
-from collections.abc import Callable
-from typing import ParamSpec, TypeVar
+import warnings
+from collections.abc import Callable, Iterator
+from typing import Annotated, Any, TypeVar, get_type_hints
 
 import typer
 
-from fxfuse.cli.show import err
+from fxfuse.cli.show import err, out
 from fxfuse.errors import FxfuseError
 
-P = ParamSpec("P")
 R = TypeVar("R")
 
 #: Bad input, as for a misspelt option.
 BAD_INPUT = 2
 #: EX_SOFTWARE of sysexits.h: the fault is ours.
 INTERNAL = 70
+#: 128 and the number of SIGINT, as a shell says it.
+INTERRUPTED = 130
+
+Quiet = Annotated[
+    bool,
+    typer.Option("--quiet", "-q", help="Print nothing but errors, and JSON where it is asked for."),
+]
 
 
-def guarded(command: Callable[P, R]) -> Callable[P, R]:
-    """Turns exceptions of a command into a message on stderr and an exit status.
+def guarded(command: Callable[..., R]) -> Callable[..., R]:
+    """Turns exceptions of a command into a message on stderr and an exit status; adds `--quiet`.
 
     With `FXFUSE_DEBUG` set in the environment, exceptions pass through unchanged.
     """
 
     @functools.wraps(command)
-    def run(*args: P.args, **kwargs: P.kwargs) -> R:
+    def run(*args: Any, quiet: bool = False, **kwargs: Any) -> R:
+        with _quiet() if quiet else contextlib.nullcontext():
+            return guard(*args, **kwargs)
+
+    def guard(*args: Any, **kwargs: Any) -> R:
         if os.environ.get("FXFUSE_DEBUG"):
             return command(*args, **kwargs)
         try:
             return command(*args, **kwargs)
+        except KeyboardInterrupt:
+            _say("interrupted; nothing that was not finished is left")
+            raise typer.Exit(INTERRUPTED) from None
         except (typer.Exit, typer.Abort, typer.BadParameter, BrokenPipeError):
             raise
         except FxfuseError as error:
@@ -40,7 +56,8 @@ def guarded(command: Callable[P, R]) -> Callable[P, R]:
             raise typer.Exit(BAD_INPUT) from None
         except OSError as error:
             # A full disk, a folder without permission: the user's to mend, not ours.
-            _say(f"error: {error}")
+            where = f": {error.filename}" if error.filename else ""
+            _say(f"error: {error.strerror or error}{where}")
             raise typer.Exit(BAD_INPUT) from None
         except Exception as error:
             first_line = str(error).strip().split("\n")[0]
@@ -48,7 +65,29 @@ def guarded(command: Callable[P, R]) -> Callable[P, R]:
             _say("  This is a fault of fxfuse. FXFUSE_DEBUG=1 shows where it happened.")
             raise typer.Exit(INTERNAL) from None
 
+    # What typer reads a command's options from.
+    hints = get_type_hints(command, include_extras=True)
+    own = inspect.signature(command)
+    parameters = [p.replace(annotation=hints[name]) for name, p in own.parameters.items()]
+    option = inspect.Parameter(
+        "quiet", inspect.Parameter.KEYWORD_ONLY, default=False, annotation=Quiet
+    )
+    run.__signature__ = own.replace(  # type: ignore[attr-defined]
+        parameters=[*parameters, option]
+    )
+    run.__annotations__ = {**hints, "quiet": Quiet}
     return run
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        was, out.quiet = out.quiet, True
+        try:
+            yield
+        finally:
+            out.quiet = was
 
 
 def _say(message: str) -> None:

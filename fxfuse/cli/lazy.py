@@ -17,6 +17,14 @@ COMMANDS = {
     "analyze": "Show the coupling groups of a network, and what is frozen and why.",
     "explain": "Explain one dimension of a parameter, or what couples it with another one.",
     "fuse": "Fuse trained networks of one architecture into one network.",
+    "stack": "Write the ensemble as one graph that answers exactly as its members do.",
+    "run": "Fuse as a recipe says; on a folder that fxfuse wrote, make its content again.",
+    "recipe": "Print an example of a recipe or its JSON schema, or check a recipe.",
+    "refit": "Apply the plan of a fusion again, and fit every layer to the members' activations.",
+    "distill": "Make a fusion again, and train it to answer like its members' ensemble.",
+    "compare": "Compare fused networks with their members and the ensemble, on the same data.",
+    "bench": "Time a fused network beside one of its members and the ensemble.",
+    "report": "Write a page that shows what a fusion did, and what came out on data.",
     "verify": "Check that fxfuse understands a network: run its oracles, exit 1 if one fails.",
 }
 

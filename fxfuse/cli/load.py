@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import os
+import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
 
 from fxfuse.checkpoint import load_checkpoint
 from fxfuse.cli.options import parse_member_args
-from fxfuse.streamed import Stored
+from fxfuse.model_names import checkpoint_in
+from fxfuse.recipe import Recipe, as_recipe
 from fxfuse.tensors import floating_dtype
 from fxfuse.zoo import make_inputs, make_model, parse_model_args
+
+_SHAPE = re.compile(r"\s*\d+(\s*,\s*\d+)*\s*")
 
 
 def load_model(
@@ -36,17 +42,40 @@ def load_members(
     each = parse_member_args(member_arg or (), len(checkpoints))
     for checkpoint, own in zip(checkpoints, each, strict=True):
         member = make_model(model, {**arguments, **parse_model_args(own)})
-        load_checkpoint(member, checkpoint)
+        load_checkpoint(member, checkpoint_in(checkpoint))
         members.append(member)
     return members, _inputs_for(members[0], example)
 
 
-def load_template(
-    model: str, model_arg: Iterable[str] | None, example: str, checkpoint: Path
-) -> tuple[nn.Module, tuple[torch.Tensor, ...]]:
-    """Makes a model whose weights do not count, and inputs for it in a checkpoint's dtype."""
-    template = make_model(model, parse_model_args(model_arg or ()))
-    return template, _on_its_device(template, make_inputs(example, Stored(checkpoint).dtype()))
+def asked_recipe(
+    model: str,
+    model_arg: Iterable[str] | None,
+    example: str,
+    checkpoints: Sequence[Path],
+    member_arg: Iterable[str] | None,
+    **parts: Any,
+) -> Recipe:
+    """The recipe that options of the command line come to.
+
+    Raises:
+        RecipeError: An option has a value that it cannot have.
+    """
+    each = parse_member_args(member_arg or (), len(checkpoints))
+    members = [
+        {"path": os.fspath(path), "args": parse_model_args(own)}
+        for path, own in zip(checkpoints, each, strict=True)
+    ]
+    shape = [int(n) for n in example.split(",")] if _SHAPE.fullmatch(example) else example
+    return as_recipe(
+        {
+            "model": model,
+            "model_args": parse_model_args(model_arg or ()),
+            "members": members,
+            "input": shape,
+            "base": os.getcwd(),
+            **parts,
+        }
+    )
 
 
 def _inputs_for(model: nn.Module, example: str) -> tuple[torch.Tensor, ...]:

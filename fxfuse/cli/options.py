@@ -129,6 +129,33 @@ Budget = Annotated[
     ),
 ]
 
+Force = Annotated[bool, typer.Option("--force", help="Replace the folder of an earlier run.")]
+Folder = Annotated[
+    Path,
+    typer.Argument(help="A folder that `fxfuse` wrote.", metavar="FOLDER", show_default=False),
+]
+Folders = Annotated[
+    list[Path],
+    typer.Argument(
+        help="Folders that `fxfuse` wrote, of the same members.",
+        metavar="FOLDER",
+        show_default=False,
+    ),
+]
+OutFolder = Annotated[Path, typer.Option("--out", help="Folder to write.", metavar="FOLDER")]
+_DATA = (
+    "a .npy, .npz, .safetensors or .pt file, a folder with one folder of images for each class, "
+    "torchvision:CLASS:ROOT, datasets:FOLDER, or module:function."
+)
+CalibrationSpec = Annotated[
+    str, typer.Option("--calibration", help=f"100 to 1,000 inputs: {_DATA}", metavar="DATA")
+]
+DataSpec = Annotated[str, typer.Option("--data", help=f"Inputs: {_DATA}", metavar="DATA")]
+EvaluationSpec = Annotated[
+    str | None,
+    typer.Option("--data", help=f"Inputs, with labels for accuracies: {_DATA}", metavar="DATA"),
+]
+
 
 def parse_by_group(option: str, texts: Iterable[str]) -> Width | None:
     """Reads an option that holds a number for all coupling groups, or one for each pattern.

@@ -4,10 +4,19 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    Progress,
+    SpinnerColumn,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 from rich.table import Table
 
 if TYPE_CHECKING:
@@ -23,9 +32,39 @@ if not out.is_terminal:
 err = Console(stderr=True)
 
 
+@contextmanager
+def working() -> Iterator[tuple[Callable[[str], AbstractContextManager[object]], Progress]]:
+    """Progress on stderr: what is being done and for how long, and bars with the time left.
+
+    Yields:
+        A function that says what a block does, and a progress that loops add their bars to.
+    """
+    columns = (
+        SpinnerColumn(),
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+    )
+    shown = err.is_terminal and not out.quiet
+    with Progress(*columns, console=err, transient=True, disable=not shown) as progress:
+
+        @contextmanager
+        def stage(what: str) -> Iterator[None]:
+            task = progress.add_task(what, total=None)
+            try:
+                yield
+            finally:
+                progress.remove_task(task)
+
+        yield stage, progress
+
+
 def print_json(value: object) -> None:
     """Prints JSON for another program to read."""
+    was, out.quiet = out.quiet, False
     out.print(json.dumps(value, indent=2, ensure_ascii=False), markup=False, highlight=False)
+    out.quiet = was
 
 
 def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[object]]) -> Table:
@@ -33,33 +72,21 @@ def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[object]]) 
     result = Table(title=title, title_justify="left", title_style="bold")
     lines = [list(row) for row in rows]
     for position, column in enumerate(columns):
-        numeric = all(isinstance(line[position], int | float) for line in lines)
+        numeric = all(_is_number(line[position]) for line in lines)
         result.add_column(column, justify="right" if numeric and lines else "left")
     for line in lines:
         result.add_row(*(f"{cell:.3g}" if isinstance(cell, float) else str(cell) for cell in line))
     return result
 
 
+def _is_number(cell: object) -> bool:
+    return isinstance(cell, int | float) or str(cell).strip("–0123456789,.") == ""
+
+
 def checks_table(checks: Iterable[Check]) -> Table:
     """The oracles that ran, with their errors and tolerances."""
     rows = [(c.name, c.error, c.tolerance, "passed" if c.passed else "FAILED") for c in checks]
     return table("Verification", ("oracle", "error", "tolerance", "result"), rows)
-
-
-def checks_markdown(checks: Iterable[Check]) -> str:
-    """The same for a Markdown page."""
-    lines = [
-        "## Verification",
-        "",
-        "| oracle | error | tolerance | result |",
-        "|---|---:|---:|---|",
-    ]
-    for c in checks:
-        result = "passed" if c.passed else "FAILED"
-        lines.append(f"| {c.name} | {c.error:.3g} | {c.tolerance:.3g} | {result} |")
-    if len(lines) == 4:
-        lines = [*lines[:2], "Skipped at the caller's wish."]
-    return "\n".join(lines) + "\n"
 
 
 def checks_json(checks: Iterable[Check]) -> list[dict[str, Any]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from importlib import import_module
 from pathlib import Path
 
 from torch import nn
@@ -37,13 +38,24 @@ def write_report(
     Raises:
         MissingDependencyError: altair or vl-convert-python is not installed.
     """
+    check_installed()
+    from fxfuse.report.page import render
+
+    content = gather(result, title=title, members=members, networks=networks, sweep=sweep)
+    write_text(path, render(content))
+
+
+def check_installed() -> None:
+    """Checks that a report can be written, before the work that it is about.
+
+    Raises:
+        MissingDependencyError: altair or vl-convert-python is not installed.
+    """
     try:
-        from fxfuse.report.page import render
+        import_module("fxfuse.report.page")
     except ImportError as error:
         raise MissingDependencyError(
             "a report needs altair and vl-convert-python",
             why=str(error),
             how='pip install "fxfuse[report]"',
         ) from error
-    content = gather(result, title=title, members=members, networks=networks, sweep=sweep)
-    write_text(path, render(content))

@@ -1,0 +1,69 @@
+"""What a command says about a fused network that it has written."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from rich.table import Table
+
+from fxfuse.cli.show import checks_json, checks_table, out, print_json, table
+from fxfuse.recipe import Outcome
+from fxfuse.report import Network
+
+_MILLION = 1e6
+
+
+def show_outcome(outcome: Outcome, folder: Path, *, json: bool) -> None:
+    """Prints what running a recipe gave."""
+    result = outcome.result
+    checks, plan = result.verification.checks, result.plan
+    if json:
+        print_json(
+            {
+                "out": str(folder),
+                "files": outcome.files,
+                "verification": checks_json(checks),
+                "choice": asdict(result.choice) if result.choice else None,
+                "trained": outcome.trained,
+                "networks": [asdict(network) for network in outcome.networks],
+                "sizes": plan.sizes(),
+                "refused": dict(plan.refused),
+                "classes": list(result.classes),
+            }
+        )
+        return
+    if checks:
+        out.print(checks_table(checks))
+    if result.choice:
+        out.print(str(result.choice), markup=False)
+    if outcome.trained:
+        out.print(outcome.trained, markup=False)
+    for name, why in plan.refused.items():
+        out.print(f"{name} keeps the size that it has in one network: {why}", markup=False)
+    if outcome.networks:
+        out.print(networks_table(outcome.networks))
+    out.print(f"{plan.n_members} networks fused into one, written to {folder}", markup=False)
+
+
+def networks_table(networks: Sequence[Network]) -> Table:
+    """Networks beside each other; a column in which nothing was measured is left out."""
+    columns: dict[str, list[Any]] = {
+        "network": [n.name for n in networks],
+        "accuracy, %": [_cell(n.accuracy, 2) for n in networks],
+        "agrees with the ensemble, %": [_cell(n.agreement, 2) for n in networks],
+        "KL, nats": [_cell(n.divergence, 4) for n in networks],
+        "parameters": [f"{n.parameters:,}" for n in networks],
+        "MFLOPs": [_cell(n.flops, 3, 1 / _MILLION) for n in networks],
+        "latency, ms": [_cell(n.milliseconds, 3) for n in networks],
+    }
+    shown = {title: cells for title, cells in columns.items() if any(c is not None for c in cells)}
+    lines = zip(*shown.values(), strict=True)
+    rows = [["–" if cell is None else cell for cell in line] for line in lines]
+    return table("Networks", tuple(shown), rows)
+
+
+def _cell(value: float | None, digits: int, unit: float = 1.0) -> str | None:
+    return None if value is None else f"{value * unit:,.{digits}f}"

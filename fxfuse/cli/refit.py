@@ -1,0 +1,36 @@
+"""`fxfuse refit`: a fusion that was written, refitted to its members."""
+
+from __future__ import annotations
+
+import os
+
+from fxfuse.cli.options import CalibrationSpec, Folder, Force, Json, OutFolder
+from fxfuse.cli.outcome import show_outcome
+from fxfuse.cli.show import working
+from fxfuse.recipe import changed, read_recipe, run
+from fxfuse.saved import PLAN
+from fxfuse.sources import absolute
+
+
+def refit(
+    folder: Folder,
+    out: OutFolder,
+    calibration: CalibrationSpec,
+    force: Force = False,
+    json: Json = False,
+) -> None:
+    """Apply the plan of a fusion again, and fit every layer to the members' activations."""
+    recipe = read_recipe(folder)
+    kept = recipe.fuse.model_dump(include={"outputs", "verify"})
+    # Everything else that was asked for is in the plan.
+    options = {**kept, "plan": os.path.abspath(folder / PLAN), "refit": True}
+    asked = changed(
+        recipe,
+        fuse=options,
+        calibration=absolute(calibration),
+        train=None,
+        output={"folder": os.path.abspath(out), "report": recipe.output.report},
+    )
+    with working() as (stage, progress):
+        outcome = run(asked, force=force, stage=stage, progress=progress)
+    show_outcome(outcome, out, json=json)

@@ -1,0 +1,119 @@
+"""Networks by the names under which libraries know them: `torchvision:`, `timm:`, `hf:`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from fxfuse.errors import MissingDependencyError, ModelFactoryError
+
+#: Files in which `save_pretrained` of transformers keeps weights.
+_WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin")
+
+
+def named_factory(spec: str) -> Callable[..., Any] | None:
+    """The factory that a library's name stands for.
+
+    Args:
+        spec: `torchvision:resnet18`, `timm:convnext_tiny`, or `hf:FOLDER` with what
+            `save_pretrained` of transformers wrote.
+
+    Returns:
+        The factory, or None where the text is no such name.
+
+    Raises:
+        MissingDependencyError: The library is not installed.
+        ModelFactoryError: It knows no such network.
+    """
+    library, _, name = spec.partition(":")
+    make = _LIBRARIES.get(library)
+    return make(name) if make and name else None
+
+
+def checkpoint_in(path: Path) -> Path:
+    """The weights in a folder that `save_pretrained` of transformers wrote; else the path itself.
+
+    Args:
+        path: What a user gave as a checkpoint.
+    """
+    if path.is_dir():
+        for name in _WEIGHTS:
+            if (path / name).is_file():
+                return path / name
+    return path
+
+
+def _torchvision(name: str) -> Callable[..., Any]:
+    models = _library("torchvision.models", "torchvision", 'pip install "fxfuse[vision]"')
+    known = models.list_models()
+    if name not in known:
+        raise _unknown("torchvision", name, known)
+    factory: Callable[..., Any] = models.get_model_builder(name)
+    return factory
+
+
+def _timm(name: str) -> Callable[..., Any]:
+    timm = _library("timm", "timm", "pip install timm")
+    known = timm.list_models()
+    # A tag behind a dot names pretrained weights, which are not wanted here.
+    if name.partition(".")[0] not in known:
+        raise _unknown("timm", name, known)
+    return lambda **arguments: timm.create_model(name, **arguments)
+
+
+def _transformers(folder: str) -> Callable[..., Any]:
+    transformers = _library("transformers", "transformers", "pip install transformers")
+    if not (Path(folder) / "config.json").is_file():
+        raise ModelFactoryError(
+            f"{folder} is no folder of a transformers network",
+            where=folder,
+            why="there is no config.json in it",
+            how="name a folder that save_pretrained wrote; nothing is downloaded",
+        )
+
+    def make(**arguments: Any) -> nn.Module:
+        config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True, **arguments)
+        own = [getattr(transformers, name, None) for name in config.architectures or ()]
+        classes: list[Any] = [c for c in own if isinstance(c, type) and issubclass(c, nn.Module)]
+        made: nn.Module
+        if any((Path(folder) / name).is_file() for name in _WEIGHTS[:2]):
+            kind = classes[0] if classes else transformers.AutoModel
+            made = kind.from_pretrained(
+                folder, config=config, local_files_only=True, use_safetensors=True
+            )
+        else:
+            made = classes[0](config) if classes else transformers.AutoModel.from_config(config)
+        return made
+
+    return make
+
+
+_LIBRARIES: dict[str, Callable[[str], Callable[..., Any]]] = {
+    "torchvision": _torchvision,
+    "timm": _timm,
+    "hf": _transformers,
+}
+
+
+def _library(module: str, name: str, how: str) -> Any:
+    try:
+        return import_module(module)
+    except ImportError as error:
+        raise MissingDependencyError(f"{name} is not installed", why=str(error), how=how) from error
+
+
+def _unknown(library: str, name: str, known: list[str]) -> ModelFactoryError:
+    # Here, since only a mistake needs it.
+    from difflib import get_close_matches
+
+    near = get_close_matches(name, known, n=3)
+    return ModelFactoryError(
+        f"{library} has no network {name!r}",
+        where=f"{library}:{name}",
+        why=f"it knows {len(known)} others",
+        how=f"did you mean {' or '.join(near)}?" if near else "check the spelling",
+    )

@@ -1,0 +1,103 @@
+"""The networks and inputs that a recipe names."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from fxfuse.checkpoint import load_checkpoint
+from fxfuse.model_names import checkpoint_in
+from fxfuse.recipe.record import parts_of
+from fxfuse.recipe.schema import DataSource, Recipe
+from fxfuse.sources import Data, Preparation, read_data
+from fxfuse.streamed import Stored
+from fxfuse.tensors import floating_dtype
+from fxfuse.zoo import make_inputs, make_model
+
+
+@dataclass(frozen=True)
+class Networks:
+    """What goes into a fusion.
+
+    Attributes:
+        members: The members, or the files that they stay in.
+        template: For files: a module of their class.
+        inputs: Example inputs.
+    """
+
+    members: Sequence[nn.Module | Path]
+    template: nn.Module | None
+    inputs: tuple[torch.Tensor, ...]
+
+    @property
+    def modules(self) -> list[nn.Module]:
+        """The members, where they are in memory."""
+        return [member for member in self.members if isinstance(member, nn.Module)]
+
+
+def needs_modules(recipe: Recipe) -> bool:
+    """Whether the members run, or may differ; else they stay in their files."""
+    fuse = recipe.fuse
+    runs = recipe.calibration or recipe.train or recipe.evaluation or fuse.refit
+    return bool(
+        runs
+        or fuse.method == "auto"
+        or fuse.heads
+        or fuse.classes
+        or any(m.args for m in recipe.members)
+    )
+
+
+def load_networks(recipe: Recipe, *, in_memory: bool = False) -> Networks:
+    """Makes what a recipe names; relative paths begin at the working directory.
+
+    Args:
+        recipe: The recipe.
+        in_memory: Whether members are modules even where they might stay in their files.
+
+    Raises:
+        FxfuseError: Something is not there, damaged, or does not fit.
+    """
+    files = [checkpoint_in(Path(m.path)) for m in recipe.members]
+    if not (in_memory or needs_modules(recipe)):
+        template = make_model(recipe.model, recipe.model_args)
+        return Networks(files, template, _inputs(recipe, template, Stored(files[0]).dtype()))
+    members: list[nn.Module] = []
+    for file, own in zip(files, recipe.members, strict=True):
+        member = make_model(recipe.model, {**recipe.model_args, **own.args})
+        load_checkpoint(member, file)
+        members.append(member)
+    dtype = floating_dtype(members[0].parameters())
+    return Networks(members, None, _inputs(recipe, members[0], dtype))
+
+
+def load_data(source: DataSource | None) -> Data | None:
+    """Reads the examples that a recipe names, if it does.
+
+    Raises:
+        DataError: They cannot be read.
+    """
+    if source is None:
+        return None
+    size = None if source.size is None else (source.size[0], source.size[1])
+    return read_data(source.source, Preparation(source.limit, size, source.mean, source.std))
+
+
+def files_of(recipe: Recipe) -> list[Path]:
+    """The files that a recipe reads."""
+    found = [part for m in recipe.members for part in parts_of(checkpoint_in(Path(m.path)))]
+    sources = [recipe.calibration, recipe.evaluation, recipe.train.data if recipe.train else None]
+    others = [s.source for s in sources if s is not None]
+    others += [text for text in (recipe.fuse.plan, recipe.input) if isinstance(text, str)]
+    return found + [Path(text) for text in others if Path(text).is_file()]
+
+
+def _inputs(recipe: Recipe, network: nn.Module, dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
+    spec = recipe.input if isinstance(recipe.input, str) else ",".join(map(str, recipe.input))
+    inputs = make_inputs(spec, dtype)
+    parameter = next(network.parameters(), None)
+    return inputs if parameter is None else tuple(x.to(parameter.device) for x in inputs)

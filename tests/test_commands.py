@@ -1,0 +1,210 @@
+"""The commands that work on what has been written, names of libraries, and `--quiet`."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from typer.testing import CliRunner, Result
+
+import fxfuse
+from fxfuse.checkpoint import read_state_dict
+from fxfuse.cli import show
+from fxfuse.cli.app import app
+from fxfuse.cli.lazy import COMMANDS
+from fxfuse.errors import ModelFactoryError
+from fxfuse.zoo import make_inputs, make_model
+from tests.models import excite
+
+FACTORY = """
+from torch import nn
+
+def cnn(width=8):
+    return nn.Sequential(
+        nn.Conv2d(1, width, 3), nn.BatchNorm2d(width), nn.ReLU(),
+        nn.Conv2d(width, width, 3), nn.BatchNorm2d(width), nn.ReLU(),
+        nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(width, 3),
+    )
+"""
+MODEL = ("--model", "command_models:cnn", "--input", "1,8,8")
+
+
+@pytest.fixture
+def work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    (tmp_path / "command_models.py").write_text(FACTORY)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(show.out, "width", 200)
+    monkeypatch.delenv("FXFUSE_DEBUG", raising=False)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    monkeypatch.setattr(sys, "dont_write_bytecode", True)
+    monkeypatch.delitem(sys.modules, "command_models", raising=False)
+    names: dict[str, object] = {}
+    exec(FACTORY, names)
+    rng = np.random.default_rng(0)
+    inputs = rng.standard_normal((120, 1, 8, 8)).astype("float32")
+    for seed, name in enumerate("ab"):
+        torch.manual_seed(seed)
+        member = excite(names["cnn"](), torch.from_numpy(inputs))  # type: ignore[operator]
+        torch.save(member.state_dict(), f"{name}.pt")
+    np.savez("data.npz", inputs=inputs, labels=rng.integers(0, 3, 120))
+    assert invoke("fuse", "a.pt", "b.pt", *MODEL, "--out", "fused").exit_code == 0
+    return tmp_path
+
+
+def invoke(*arguments: object) -> Result:
+    return CliRunner().invoke(app, [str(argument) for argument in arguments])
+
+
+def done(*arguments: object) -> Result:
+    result = invoke(*arguments)
+    assert result.exit_code == 0, result.output
+    return result
+
+
+def refused(*arguments: object) -> str:
+    result = invoke(*arguments)
+    assert result.exit_code == 2, result.output
+    assert "Traceback" not in result.output
+    return result.output
+
+
+def distance(folder: str) -> float:
+    """KL from the ensemble, as `compare` says it."""
+    rows = json.loads(done("compare", folder, "--data", "data.npz", "--json").stdout)
+    return float(rows[-1]["divergence"])
+
+
+def test_run_makes_a_result_again(work: Path) -> None:
+    done("run", "fused", "--out", "again")
+    for name in ("fused.safetensors", "graph.pt2", "plan.json"):
+        assert (work / "fused" / name).read_bytes() == (work / "again" / name).read_bytes()
+    assert "exists" in refused("run", "fused")
+    found = json.loads(done("run", "fused", "--force", "--json").stdout)
+    assert found["out"] == "fused"
+    assert "fused.safetensors" in found["files"]
+
+
+def test_refit_and_distill_bring_it_closer_to_the_ensemble(work: Path) -> None:
+    done("refit", "fused", "--calibration", "data.npz", "--out", "refitted")
+    # What they do is kept in the recipe, so the next step can follow from another folder.
+    (work / "elsewhere").mkdir()
+    done("distill", "refitted", "--data", "data.npz", "--steps", 40, "--out", "matched")
+    before, refitted, matched = (distance(f) for f in ("fused", "refitted", "matched"))
+    assert matched < refitted < before / 2
+    assert done("run", "matched", "--out", "again")
+    one, two = work / "matched", work / "again"
+    assert (one / "graph.pt2").read_bytes() == (two / "graph.pt2").read_bytes()
+    recipe = yaml.safe_load((one / "recipe.yaml").read_text())
+    assert recipe["fuse"]["refit"]
+    assert recipe["train"]["steps"] == 40
+
+
+def test_labels_train_too(work: Path) -> None:
+    said = done("distill", "fused", "--data", "data.npz", "--kind", "finetune", "--out", "tuned")
+    assert "Fine-tuned on labels in 300 steps" in said.stdout
+    with np.load("data.npz") as data:
+        np.save("unlabelled.npy", data["inputs"])
+    told = refused(
+        "distill", "fused", "--data", "unlabelled.npy", "--kind", "finetune", "--out", "x"
+    )
+    assert "no labels" in told
+    assert not (work / "x").exists()
+
+
+def test_compare_says_what_networks_answer(work: Path) -> None:
+    done("stack", "a.pt", "b.pt", *MODEL, "--out", "stacked")
+    result = done("compare", "fused", "stacked", "--data", "data.npz", "--json", "--no-latency")
+    rows = {row["name"]: row for row in json.loads(result.stdout)}
+    assert list(rows) == ["member 0", "member 1", "ensemble of 2", "fused", "stacked"]
+    assert rows["stacked"]["agreement"] == 100
+    assert rows["stacked"]["divergence"] < 1e-6
+    assert rows["fused"]["parameters"] == rows["member 0"]["parameters"]
+    assert rows["fused"]["milliseconds"] is None
+    with np.load("data.npz") as data:
+        answers = fxfuse.load("fused")(torch.from_numpy(data["inputs"])).argmax(1).numpy()
+        assert rows["fused"]["accuracy"] == pytest.approx(100 * (answers == data["labels"]).mean())
+    table = done("compare", "fused", "--data", "data.npz").stdout
+    assert "latency" in table
+    assert "ensemble of 2" in table
+
+
+def test_compare_needs_the_same_members(work: Path) -> None:
+    done("fuse", "b.pt", "a.pt", *MODEL, "--out", "other")
+    assert "different members" in refused("compare", "fused", "other")
+    state = read_state_dict("a.pt")
+    torch.save({name: value * 1 + 1 for name, value in state.items()}, "a.pt")
+    assert "has changed" in refused("compare", "fused")
+
+
+def test_bench_times_three_networks(work: Path) -> None:
+    rows = json.loads(done("bench", "fused", "--batch", 2, "--batch", 3, "--json").stdout)
+    assert [(row["network"], row["batch"]) for row in rows] == [
+        (name, batch) for batch in (2, 3) for name in ("one member", "ensemble", "fused")
+    ]
+    assert all(row["ms"] > 0 for row in rows)
+    assert rows[0]["of_one"] == 1
+    assert "of one member" in done("bench", "fused").stdout
+
+
+def test_report_on_what_was_written(work: Path) -> None:
+    done("report", "fused", "--data", "data.npz")
+    page = (work / "fused" / "report.html").read_text()
+    assert "2 networks fused into one" in page
+    assert "ensemble of 2" in page
+    done("distill", "fused", "--data", "data.npz", "--steps", 3, "--out", "matched")
+    done("report", "matched", "--out", "page.html", "--data", "data.npz")
+    # The weights are those of the folder, not those that the plan alone would give.
+    rows = json.loads(done("compare", "matched", "--data", "data.npz", "--json").stdout)
+    assert f"{rows[-1]['divergence']:.4f}" in (work / "page.html").read_text()
+    (work / "fused" / "plan.json").unlink()
+    assert "no plan" in refused("report", "fused")
+
+
+def test_recipe_command(work: Path) -> None:
+    (work / "recipe.yaml").write_text(done("recipe", "--example").stdout)
+    assert "holds no mistake" in done("recipe", "recipe.yaml").stdout
+    assert json.loads(done("recipe", "recipe.yaml", "--json").stdout)["input"] == [3, 224, 224]
+    schema = json.loads(done("recipe", "--schema").stdout)
+    assert "members" in schema["required"]
+    (work / "recipe.yaml").write_text("modell: a\n")
+    told = refused("recipe", "recipe.yaml")
+    assert "did you mean model?" in told
+    assert refused("recipe")
+    assert refused("recipe", "--schema", "--example")
+    assert "no recipe" in refused("run", "nobody.yaml")
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_explains_itself(command: str) -> None:
+    said = done(command, "--help").stdout
+    assert "--quiet" in said
+
+
+def test_quiet_says_nothing_but_what_is_asked_for(work: Path) -> None:
+    result = done("fuse", "a.pt", "b.pt", *MODEL, "--out", "other", "--quiet")
+    assert result.output == ""
+    assert (work / "other").is_dir()
+    assert json.loads(done("analyze", *MODEL, "-q", "--json").stdout)["groups"]
+    assert "exists" in refused("fuse", "a.pt", "b.pt", *MODEL, "--out", "other", "-q")
+    assert done("compare", "fused").stdout
+
+
+def test_names_of_libraries() -> None:
+    network = make_model("torchvision:mobilenet_v3_small", {"num_classes": 7})
+    assert type(network).__name__ == "MobileNetV3"
+    with pytest.raises(ModelFactoryError, match="did you mean resnet18"):
+        make_model("torchvision:resnet81", {})
+    with pytest.raises(ModelFactoryError, match=r"no config\.json"):
+        make_model("hf:/nobody", {})
+
+
+def test_token_ids() -> None:
+    (ids,) = make_inputs("ids:7:30")
+    assert ids.shape == (2, 7)
+    assert ids.dtype == torch.int64
+    assert 0 <= int(ids.min()) <= int(ids.max()) < 30
