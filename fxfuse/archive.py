@@ -8,11 +8,14 @@ checked first: only what `write_graph` writes comes through.
 from __future__ import annotations
 
 import ast
+import contextlib
 import io
 import json
+import logging
 import re
 import zipfile
 from collections.abc import Iterator
+from importlib import import_module
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -68,6 +71,8 @@ _ON_SIZES = {
     *("add", "sub", "mul", "floordiv", "truediv", "mod", "neg", "pow", "getitem"),
     *("eq", "ne", "lt", "le", "gt", "ge", "and_", "or_", "not_"),
 }
+#: Where the classes are that networks of transformers return.
+_OUTPUTS = "transformers.modeling_outputs"
 #: Operators that reach out of the process.
 _OUTSIDE = {"aten::from_file"}
 
@@ -84,7 +89,10 @@ def write_graph(program: ExportedProgram, path: Path) -> None:
     for node in program.graph_module.graph.nodes:
         node.meta = {"val": node.meta["val"]} if "val" in node.meta else {}
     program._guards_code = []
-    torch.export.save(program, path)
+    # On a full disk torch's own writer ends the process.
+    content = io.BytesIO()
+    torch.export.save(program, content)
+    path.write_bytes(content.getbuffer())
 
 
 def read_graph(path: str | Path) -> ExportedProgram:
@@ -103,6 +111,9 @@ def read_graph(path: str | Path) -> ExportedProgram:
         raise CheckpointMissingError(
             f"there is no graph {path.name}", where=str(path), how="check the path"
         )
+    said = _Heard()
+    log = logging.getLogger(torch.export.__name__)
+    log.addFilter(said)
     try:
         _check(path)
         program = torch.export.load(path)
@@ -112,12 +123,27 @@ def read_graph(path: str | Path) -> ExportedProgram:
         raise
     # A damaged file breaks torch's reader, JSON and zip in many ways.
     except Exception as error:
+        cause = said.error or error
         raise CheckpointCorruptError(
             f"{path.name} cannot be read",
             where=str(path),
-            why=f"{type(error).__name__}: {first_line(error)}",
-            how="write it again, with this version of torch",
+            why=f"{type(cause).__name__}: {first_line(cause)}",
+            how="write it again, with this version of torch; a class that the network returns must "
+            "have been imported before",
         ) from error
+    finally:
+        log.removeFilter(said)
+
+
+class _Heard(logging.Filter):
+    """Keeps the error that torch's reader only logs, with a traceback, and lets nothing through."""
+
+    error: BaseException | None = None
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        if record.exc_info:
+            self.error = record.exc_info[1] or self.error
+        return False
 
 
 def _tie(program: ExportedProgram) -> None:
@@ -135,6 +161,9 @@ def _check(path: Path) -> None:
         # What is not compressed cannot be larger than the file.
         if any(info.compress_type != zipfile.ZIP_STORED for info in infos):
             _refuse(path, "it is compressed, which torch.export never does")
+        # torch's reader does not look at the checksums.
+        if archive.testzip() is not None:
+            _refuse(path, f"{archive.testzip()} is damaged")
         for info in infos:
             _, _, name = info.filename.partition("/")
             if name == _INPUTS:
@@ -161,6 +190,10 @@ def _check_json(path: Path, content: Any) -> None:
                 _check_expression(path, symbol)
         elif isinstance(value, str) and key == "expr_str":
             _check_expression(path, value)
+        if isinstance(value, str) and _OUTPUTS in value:
+            # Its classes are known to torch once they are imported.
+            with contextlib.suppress(ImportError):
+                import_module(_OUTPUTS)
         if isinstance(value, str) and ("__enum__" in value or "default_factory" in value):
             _refuse(path, "its inputs or outputs are of a class of its own")
 

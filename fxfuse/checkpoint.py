@@ -6,7 +6,9 @@ file that this reader refuses is named, not opened in another way.
 
 from __future__ import annotations
 
+import os
 import pickletools
+import re
 import warnings
 import zipfile
 from collections.abc import Mapping
@@ -129,6 +131,9 @@ def write_state_dict(path: str | Path, state: Mapping[str, torch.Tensor]) -> Non
     Args:
         path: The file to write.
         state: Tensors by name.
+
+    Raises:
+        OSError: It cannot be written.
     """
     tensors = {name: value.detach().cpu().contiguous() for name, value in state.items()}
     seen: set[int] = set()
@@ -141,8 +146,19 @@ def write_state_dict(path: str | Path, state: Mapping[str, torch.Tensor]) -> Non
     path = Path(path)
     path.touch()
     mode = path.stat().st_mode
-    safetensors.torch.save_file(tensors, path, metadata={"format": "pt"})
+    try:
+        safetensors.torch.save_file(tensors, path, metadata={"format": "pt"})
+    except SafetensorError as error:
+        raise _as_os_error(error, path) from error
     path.chmod(mode)
+
+
+def _as_os_error(error: SafetensorError, path: Path) -> Exception:
+    """What the system said: the writer of safetensors has one class for a full disk and a fault."""
+    number = re.search(r"os error (\d+)", str(error))
+    if number is None:
+        return error
+    return OSError(int(number[1]), os.strerror(int(number[1])), str(path))
 
 
 def check_openable(path: Path) -> None:
@@ -177,6 +193,7 @@ def _read_safetensors(path: Path) -> dict[str, torch.Tensor]:
 
 def _read_torch(path: Path, *, mmap: bool) -> Any:
     try:
+        _check_sums(path)
         with warnings.catch_warnings():
             # A refused file gets an error of its own; torch's advice to report it is beside it.
             warnings.simplefilter("ignore")
@@ -195,6 +212,19 @@ def _read_torch(path: Path, *, mmap: bool) -> Any:
             ) from error
         text = str(error).strip().split("\n")[0].split(". ")[0]
         raise corrupt(path, f"{type(error).__name__}: {text}".rstrip(": ")) from error
+
+
+def _check_sums(path: Path) -> None:
+    """Checks the checksums that the zip format of torch holds, and its reader does not look at.
+
+    Raises:
+        BadZipFile: A part of the file is not what was written.
+    """
+    if zipfile.is_zipfile(path):
+        with zipfile.ZipFile(path) as archive:
+            damaged = archive.testzip()
+        if damaged is not None:
+            raise zipfile.BadZipFile(f"the checksum of {damaged} is wrong")
 
 
 def _pickled_objects(path: Path) -> str:

@@ -12,7 +12,11 @@ from torch import nn
 from fxfuse.errors import MissingDependencyError, ModelFactoryError
 
 #: Files in which `save_pretrained` of transformers keeps weights.
-_WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin")
+_CONFIG = "config.json"
+_WEIGHTS = (
+    "model.safetensors",
+    "model.safetensors.index.json",
+)
 
 
 def named_factory(spec: str) -> Callable[..., Any] | None:
@@ -34,17 +38,24 @@ def named_factory(spec: str) -> Callable[..., Any] | None:
     return make(name) if make and name else None
 
 
-def checkpoint_in(path: Path) -> Path:
-    """The weights in a folder that `save_pretrained` of transformers wrote; else the path itself.
+def is_pretrained(path: Path) -> bool:
+    """Whether a folder is one that `save_pretrained` of transformers wrote.
+
+    Its weights have names that only transformers knows how to turn into the network's.
 
     Args:
         path: What a user gave as a checkpoint.
     """
-    if path.is_dir():
-        for name in _WEIGHTS:
-            if (path / name).is_file():
-                return path / name
-    return path
+    return (path / _CONFIG).is_file()
+
+
+def weights_in(path: Path) -> list[Path]:
+    """The files of such a folder that hold weights, or what leads to them.
+
+    Args:
+        path: The folder.
+    """
+    return [path / name for name in _WEIGHTS if (path / name).is_file()]
 
 
 def _torchvision(name: str) -> Callable[..., Any]:
@@ -67,7 +78,7 @@ def _timm(name: str) -> Callable[..., Any]:
 
 def _transformers(folder: str) -> Callable[..., Any]:
     transformers = _library("transformers", "transformers", "pip install transformers")
-    if not (Path(folder) / "config.json").is_file():
+    if not is_pretrained(Path(folder)):
         raise ModelFactoryError(
             f"{folder} is no folder of a transformers network",
             where=folder,
@@ -80,7 +91,7 @@ def _transformers(folder: str) -> Callable[..., Any]:
         own = [getattr(transformers, name, None) for name in config.architectures or ()]
         classes: list[Any] = [c for c in own if isinstance(c, type) and issubclass(c, nn.Module)]
         made: nn.Module
-        if any((Path(folder) / name).is_file() for name in _WEIGHTS[:2]):
+        if weights_in(Path(folder)):
             kind = classes[0] if classes else transformers.AutoModel
             made = kind.from_pretrained(
                 folder, config=config, local_files_only=True, use_safetensors=True

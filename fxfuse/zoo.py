@@ -14,9 +14,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from fxfuse.checkpoint import read_file
+from fxfuse.checkpoint import load_checkpoint, read_file
 from fxfuse.errors import ExampleInputError, ModelFactoryError
-from fxfuse.model_names import named_factory
+from fxfuse.model_names import is_pretrained, named_factory
 
 #: torch.export specialises a batch of 1.
 BATCH = 2
@@ -87,6 +87,29 @@ def make_model(spec: str, arguments: Mapping[str, Any]) -> nn.Module:
             how="name a class or function that returns the network itself",
         )
     return model.eval()
+
+
+def make_member(spec: str, arguments: Mapping[str, Any], checkpoint: Path) -> nn.Module:
+    """Makes a model with the weights of a checkpoint.
+
+    Args:
+        spec: As `make_model` takes it.
+        arguments: Keyword arguments for the factory.
+        checkpoint: A file of weights; for `hf:` also a folder that `save_pretrained` wrote.
+
+    Raises:
+        ModelFactoryError: As `make_model`.
+        MissingDependencyError: As `make_model`.
+        CheckpointMissingError: There is no such file.
+        CheckpointCorruptError: It is damaged.
+        CheckpointPickleError: It holds other objects than tensors.
+        CheckpointMismatchError: It does not fit the model.
+    """
+    if spec.startswith("hf:") and is_pretrained(checkpoint):
+        return make_model(f"hf:{checkpoint}", arguments)
+    model = make_model(spec, arguments)
+    load_checkpoint(model, checkpoint)
+    return model
 
 
 def make_inputs(spec: str, dtype: torch.dtype = torch.float32) -> tuple[torch.Tensor, ...]:

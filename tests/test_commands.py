@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
 import sys
 from pathlib import Path
 
@@ -109,10 +111,8 @@ def test_labels_train_too(work: Path) -> None:
     assert "Fine-tuned on labels in 300 steps" in said.stdout
     with np.load("data.npz") as data:
         np.save("unlabelled.npy", data["inputs"])
-    told = refused(
-        "distill", "fused", "--data", "unlabelled.npy", "--kind", "finetune", "--out", "x"
-    )
-    assert "no labels" in told
+    unlabelled = ("--data", "unlabelled.npy", "--kind", "finetune", "--out", "x")
+    assert "no labels" in refused("distill", "fused", *unlabelled)
     assert not (work / "x").exists()
 
 
@@ -208,3 +208,56 @@ def test_token_ids() -> None:
     assert ids.shape == (2, 7)
     assert ids.dtype == torch.int64
     assert 0 <= int(ids.min()) <= int(ids.max()) < 30
+
+
+@pytest.fixture
+def pretrained(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Two folders that save_pretrained of transformers wrote."""
+    from transformers import BertConfig, BertForSequenceClassification
+
+    monkeypatch.chdir(tmp_path)
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "intermediate_size": 32}
+    config = BertConfig(vocab_size=50, num_attention_heads=2, num_labels=3, **sizes)
+    for seed, name in enumerate("ab"):
+        torch.manual_seed(seed)
+        BertForSequenceClassification(config).save_pretrained(name)
+    return tmp_path
+
+
+def test_networks_of_transformers(pretrained: Path) -> None:
+    """Their folders are members, of the class that they name, and the result is one, too."""
+    done("fuse", "a", "b", "--model", "hf:a", "--input", "ids:12:50", "--out", "fused")
+    made = make_model("hf:b", {})
+    assert type(made).__name__ == "BertForSequenceClassification"
+    made.load_state_dict(read_state_dict("fused/fused.safetensors"), strict=True)
+    ids = torch.randint(50, (3, 12))
+    loaded = fxfuse.load("fused")
+    with torch.no_grad():
+        torch.testing.assert_close(loaded(ids).logits, made(ids).logits)
+    made.save_pretrained("whole")
+    with torch.no_grad():
+        torch.testing.assert_close(make_model("hf:whole", {})(ids).logits, loaded(ids).logits)
+    done("run", "fused", "--out", "again")
+    graph = (pretrained / "again" / "graph.pt2").read_bytes()
+    assert graph == (pretrained / "fused" / "graph.pt2").read_bytes()
+    hashes = yaml.safe_load((pretrained / "fused" / "recipe.yaml").read_text())["made"]["sha256"]
+    assert set(hashes) == {"a/model.safetensors", "b/model.safetensors"}
+
+
+def test_a_graph_says_what_class_it_misses(pretrained: Path) -> None:
+    """In a process that never imported it; what fails is not printed as a traceback."""
+    done("fuse", "a", "b", "--model", "hf:a", "--input", "ids:12:50", "--out", "fused")
+    script = "import sys; sys.modules['transformers'] = None; import fxfuse; fxfuse.load('fused')"
+    environment = os.environ | {"PYTHONPATH": str(Path(fxfuse.__file__).parents[1])}
+    found = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, env=environment, check=False
+    )
+    assert "SequenceClassifierOutput" in found.stderr
+    assert "must have been imported before" in found.stderr
+    assert "W1" not in found.stderr
+
+
+def test_networks_of_timm() -> None:
+    assert type(make_model("timm:convnext_atto", {"num_classes": 3})).__name__ == "ConvNeXt"
+    with pytest.raises(ModelFactoryError, match="did you mean convnext_atto"):
+        make_model("timm:convnxt_atto", {})

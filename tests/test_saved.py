@@ -100,7 +100,7 @@ def test_the_graph_alone_is_a_program_of_torch_export(
     x = images(3)
     program = torch.export.load(saved / GRAPH)
     assert torch.equal(program.module()(x), result.module(x))
-    described = zipfile.ZipFile(saved / GRAPH).read("graph/models/model.json").decode()
+    described = zipfile.ZipFile(saved / GRAPH).read("archive/models/model.json").decode()
     assert "tests/nets.py" not in described, "names of files are no one's business"
 
 
@@ -177,7 +177,7 @@ def edited(saved: Path, target: Path, name: str, change: Callable[[bytes], bytes
     """A copy of the graph with one entry changed, or added."""
     with zipfile.ZipFile(saved / GRAPH) as old, zipfile.ZipFile(target, "w") as new:
         entries = {i.filename: old.read(i) for i in old.infolist()}
-        found = f"graph/{name}"
+        found = f"{next(iter(entries)).partition('/')[0]}/{name}"
         entries[found] = change(entries.get(found, b""))
         for key, value in entries.items():
             new.writestr(key, value)
@@ -300,4 +300,4 @@ def test_a_network_is_never_pickled(saved: Path) -> None:
             pickle.loads((saved / name).read_bytes())
     # Only the example inputs are in torch's own format, which is read weights-only.
     names = [n for n in zipfile.ZipFile(saved / GRAPH).namelist() if n.endswith(".pt")]
-    assert names == ["graph/data/sample_inputs/model.pt"]
+    assert names == ["archive/data/sample_inputs/model.pt"]

@@ -11,12 +11,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from fxfuse.checkpoint import load_checkpoint
 from fxfuse.cli.options import parse_member_args
-from fxfuse.model_names import checkpoint_in
 from fxfuse.recipe import Recipe, as_recipe
 from fxfuse.tensors import floating_dtype
-from fxfuse.zoo import make_inputs, make_model, parse_model_args
+from fxfuse.zoo import make_inputs, make_member, make_model, parse_model_args
 
 _SHAPE = re.compile(r"\s*\d+(\s*,\s*\d+)*\s*")
 
@@ -38,12 +36,10 @@ def load_members(
 ) -> tuple[list[nn.Module], tuple[torch.Tensor, ...]]:
     """Makes one model per checkpoint, and inputs for them."""
     arguments = parse_model_args(model_arg or ())
-    members = []
+    members: list[nn.Module] = []
     each = parse_member_args(member_arg or (), len(checkpoints))
     for checkpoint, own in zip(checkpoints, each, strict=True):
-        member = make_model(model, {**arguments, **parse_model_args(own)})
-        load_checkpoint(member, checkpoint_in(checkpoint))
-        members.append(member)
+        members.append(make_member(model, {**arguments, **parse_model_args(own)}, checkpoint))
     return members, _inputs_for(members[0], example)
 
 

@@ -9,14 +9,13 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from fxfuse.checkpoint import load_checkpoint
-from fxfuse.model_names import checkpoint_in
+from fxfuse.model_names import is_pretrained, weights_in
 from fxfuse.recipe.record import parts_of
 from fxfuse.recipe.schema import DataSource, Recipe
 from fxfuse.sources import Data, Preparation, read_data
 from fxfuse.streamed import Stored
 from fxfuse.tensors import floating_dtype
-from fxfuse.zoo import make_inputs, make_model
+from fxfuse.zoo import make_inputs, make_member, make_model
 
 
 @dataclass(frozen=True)
@@ -48,7 +47,7 @@ def needs_modules(recipe: Recipe) -> bool:
         or fuse.method == "auto"
         or fuse.heads
         or fuse.classes
-        or any(m.args for m in recipe.members)
+        or any(m.args or is_pretrained(Path(m.path)) for m in recipe.members)
     )
 
 
@@ -62,15 +61,13 @@ def load_networks(recipe: Recipe, *, in_memory: bool = False) -> Networks:
     Raises:
         FxfuseError: Something is not there, damaged, or does not fit.
     """
-    files = [checkpoint_in(Path(m.path)) for m in recipe.members]
+    files = [Path(m.path) for m in recipe.members]
     if not (in_memory or needs_modules(recipe)):
         template = make_model(recipe.model, recipe.model_args)
         return Networks(files, template, _inputs(recipe, template, Stored(files[0]).dtype()))
     members: list[nn.Module] = []
     for file, own in zip(files, recipe.members, strict=True):
-        member = make_model(recipe.model, {**recipe.model_args, **own.args})
-        load_checkpoint(member, file)
-        members.append(member)
+        members.append(make_member(recipe.model, {**recipe.model_args, **own.args}, file))
     dtype = floating_dtype(members[0].parameters())
     return Networks(members, None, _inputs(recipe, members[0], dtype))
 
@@ -89,7 +86,9 @@ def load_data(source: DataSource | None) -> Data | None:
 
 def files_of(recipe: Recipe) -> list[Path]:
     """The files that a recipe reads."""
-    found = [part for m in recipe.members for part in parts_of(checkpoint_in(Path(m.path)))]
+    given = [Path(m.path) for m in recipe.members]
+    files = [f for path in given for f in (weights_in(path) if is_pretrained(path) else [path])]
+    found = [part for file in files for part in parts_of(file)]
     sources = [recipe.calibration, recipe.evaluation, recipe.train.data if recipe.train else None]
     others = [s.source for s in sources if s is not None]
     others += [text for text in (recipe.fuse.plan, recipe.input) if isinstance(text, str)]

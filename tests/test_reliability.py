@@ -1,0 +1,226 @@
+"""What goes wrong outside: a full disk, no permission, two writers, a kill, damaged files."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+import fxfuse
+from benchmarks.fuzz import fuzz
+from fxfuse.checkpoint import read_state_dict
+from fxfuse.errors import OutputBusyError
+from fxfuse.output import atomic_folder
+from fxfuse.output_lock import locked
+from tests.nets import resnets
+
+ROOT = Path(fxfuse.__file__).parents[1]
+FACTORY = """
+import sys
+from pathlib import Path
+
+import fxfuse.saved
+
+sys.path.insert(0, {root!r})
+from tests.nets import SmallResNet
+
+def slow():
+    return SmallResNet()
+"""
+FUSE = ("fuse", "a.pt", "b.pt", "--model", "own_models:slow", "--input", "3,8,8")
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a factory and two checkpoints."""
+    folder = tmp_path_factory.mktemp("source")
+    (folder / "own_models.py").write_text(FACTORY.format(root=str(ROOT)))
+    for name, member in zip("ab", resnets(2), strict=True):
+        torch.save(member.state_dict(), folder / f"{name}.pt")
+    return folder
+
+
+def command(*arguments: object, **environment: str) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [str(argument) for argument in arguments],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"} | environment,
+    )
+
+
+def ended(child: subprocess.Popen[str], code: int) -> str:
+    out, err = child.communicate(timeout=120)
+    assert child.returncode == code, out + err
+    assert "Traceback" not in out + err
+    return err
+
+
+def fxfuse_in(source: Path, *arguments: object, **environment: str) -> subprocess.Popen[str]:
+    script = 'cd "$1" && shift && exec "$@"'
+    python = (sys.executable, "-m", "fxfuse.cli")
+    return command("sh", "-c", script, "sh", source, *python, *arguments, **environment)
+
+
+#: Makes a small disk of its own, which no one else sees, and runs what follows on it.
+ON_A_SMALL_DISK = """
+set -e
+mount -t tmpfs -o size=$1 tmpfs "$2"
+cd "$3"
+shift 3
+code=0
+"$@" || code=$?
+ls -A "$DISK"
+exit $code
+"""
+
+
+def on_disk(size: str, source: Path, disk: Path, *arguments: object) -> subprocess.Popen[str]:
+    """Runs fxfuse where `disk` has a size in bytes; prints what is on it afterwards."""
+    inside = ("unshare", "--map-root-user", "--mount", "sh", "-c", ON_A_SMALL_DISK, "sh")
+    python = (sys.executable, "-m", "fxfuse.cli")
+    return command(*inside, size, disk, source, *python, *arguments, DISK=str(disk))
+
+
+@pytest.mark.parametrize("size", ["8k", "60k"])
+def test_a_full_disk(source: Path, tmp_path: Path, size: str) -> None:
+    """At whatever file it is full: the error says so, and nothing is left."""
+    child = on_disk(size, source, tmp_path, *FUSE, "--quiet", "--out", tmp_path / "fused")
+    out, err = child.communicate(timeout=120)
+    assert child.returncode == 2, out + err
+    assert "No space left" in err
+    assert out == ""
+
+
+def test_a_disk_that_is_large_enough(source: Path, tmp_path: Path) -> None:
+    """Else the test above could fail for another reason."""
+    child = on_disk("2m", source, tmp_path, *FUSE, "--quiet", "--out", tmp_path / "fused")
+    assert child.communicate(timeout=120)[0] == "fused\n"
+    assert child.returncode == 0
+
+
+def test_a_read_only_folder(source: Path, tmp_path: Path) -> None:
+    child = on_disk("2m,ro", source, tmp_path, *FUSE, "--quiet", "--out", tmp_path / "fused")
+    assert "Read-only file system" in ended(child, 2)
+
+
+def test_no_permission(source: Path, tmp_path: Path) -> None:
+    tmp_path.chmod(0o500)
+    # Who is root may write everywhere, unless that is taken away.
+    less = "-dac_override,-dac_read_search"
+    without = ("setpriv", "--bounding-set", less, "--inh-caps", less) if os.getuid() == 0 else ()
+    python = (sys.executable, "-m", "fxfuse.cli")
+    script = 'cd "$1" && shift && exec "$@"'
+    arguments = (*FUSE, "--out", tmp_path / "fused")
+    child = command("sh", "-c", script, "sh", source, *without, *python, *arguments)
+    assert "Permission denied" in ended(child, 2)
+    tmp_path.chmod(0o700)
+    assert not list(tmp_path.iterdir())
+
+
+def test_two_writers_of_one_folder(source: Path, tmp_path: Path) -> None:
+    with locked(tmp_path / "fused"):
+        child = fxfuse_in(source, *FUSE, "--out", tmp_path / "fused")
+        assert "being written by another process" in ended(child, 2)
+        assert [p.name for p in tmp_path.iterdir()] == [".fused.lock"]
+    assert not list(tmp_path.iterdir())
+    ended(fxfuse_in(source, *FUSE, "--out", tmp_path / "fused"), 0)
+    assert [p.name for p in tmp_path.iterdir()] == ["fused"]
+
+
+HOLD = """
+import sys, time
+from fxfuse.output import atomic_folder
+with atomic_folder(sys.argv[1], ["a"]) as work:
+    (work / "a").write_text("half")
+    print("ready", flush=True)
+    time.sleep(60)
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
+def test_a_writer_that_was_killed_locks_nothing(tmp_path: Path, number: signal.Signals) -> None:
+    child = command(sys.executable, "-c", HOLD, tmp_path / "out")
+    assert child.stdout is not None
+    assert child.stdout.readline() == "ready\n"
+    with pytest.raises(OutputBusyError), locked(tmp_path / "out"):
+        pass
+    child.send_signal(number)
+    child.communicate()
+    with atomic_folder(tmp_path / "out", ["a"]) as work:
+        (work / "a").write_text("whole")
+    # What it left is gone as well.
+    assert [p.name for p in tmp_path.iterdir()] == ["out"]
+    assert (tmp_path / "out" / "a").read_text() == "whole"
+
+
+def test_the_lock_belongs_to_the_name_and_ends_with_the_block(tmp_path: Path) -> None:
+    with locked(tmp_path / "one"), locked(tmp_path / "one"), locked(tmp_path / "two"):
+        other = os.open(tmp_path / ".one.lock", os.O_RDWR)
+        with pytest.raises(BlockingIOError):
+            fcntl.flock(other, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        os.close(other)
+    assert not list(tmp_path.iterdir())
+    with pytest.raises(ZeroDivisionError), locked(tmp_path / "new" / "one"):
+        raise ZeroDivisionError
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_signal_while_networks_are_fused(
+    source: Path, tmp_path: Path, number: signal.Signals, code: int
+) -> None:
+    ended(fxfuse_in(source, *FUSE, "--out", tmp_path / "fused"), 0)
+    before = (tmp_path / "fused" / "fused.safetensors").read_bytes()
+    child = fxfuse_in(source, *FUSE, "--out", tmp_path / "fused", "--force")
+    deadline = time.monotonic() + 60
+    while not (tmp_path / ".fused.lock").exists():
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+    child.send_signal(number)
+    said = ended(child, code)
+    assert number == signal.SIGTERM or "interrupted" in said
+    assert [p.name for p in tmp_path.iterdir()] == ["fused"]
+    assert (tmp_path / "fused" / "fused.safetensors").read_bytes() == before
+
+
+def test_the_same_bytes_whatever_the_hash_seed_and_the_threads(
+    source: Path, tmp_path: Path
+) -> None:
+    found = set()
+    for seed, threads in (("0", "1"), ("1", "2"), ("random", "2")):
+        out = tmp_path / f"fused-{seed}"
+        arguments = (*FUSE, "--width", "1.5", "--out", out)
+        environment = {"PYTHONHASHSEED": seed, "OMP_NUM_THREADS": threads}
+        ended(fxfuse_in(source, *arguments, **environment), 0)
+        found.add(
+            tuple((out / n).read_bytes() for n in ("fused.safetensors", "plan.json", "graph.pt2"))
+        )
+    assert len(found) == 1
+
+
+def test_a_damaged_byte_of_a_checkpoint_is_noticed(source: Path, tmp_path: Path) -> None:
+    content = bytearray((source / "a.pt").read_bytes())
+    weights = read_state_dict(source / "a.pt")["fc.weight"].numpy().tobytes()
+    content[content.index(weights) + 5] ^= 1
+    (tmp_path / "a.pt").write_bytes(content)
+    with pytest.raises(fxfuse.FxfuseError, match="checksum"):
+        read_state_dict(tmp_path / "a.pt")
+    assert torch.load(tmp_path / "a.pt", weights_only=True), "torch itself does not notice"
+
+
+def test_damaged_files() -> None:
+    """Two thousand of them are read by `python -m benchmarks.fuzz`."""
+    result = fuzz(cases=90, seed=7)
+    assert result["bad"] == []
+    counts = result["counts"]
+    assert sum(sum(found.values()) for found in counts.values()) == 90
+    assert all(found["named error"] > 3 for found in counts.values())
