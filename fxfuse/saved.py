@@ -9,9 +9,9 @@ from typing import Any
 from torch import fx
 
 from fxfuse.archive import read_graph, write_graph
+from fxfuse.asked import asked
 from fxfuse.capture import capture, export
 from fxfuse.checkpoint import check_fit, read_state_dict, write_state_dict
-from fxfuse.compile.prepare import asked
 from fxfuse.eager import eval_mode
 from fxfuse.errors import CheckpointMismatchError, NotEmittedError, SavedError
 from fxfuse.output import atomic_folder

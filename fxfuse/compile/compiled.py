@@ -11,9 +11,10 @@ import torch
 from torch import fx
 from torch.utils.flop_counter import FlopCounterMode
 
+from fxfuse.asked import asked
 from fxfuse.compile.inference import Compiled, CompileReport, Frozen
 from fxfuse.compile.layouts import LAYOUTS, Layout, by_rule, device_of, seconds
-from fxfuse.compile.prepare import answers_of, asked, inductor_options, prepared
+from fxfuse.compile.prepare import answers_of, inductor_options, prepared
 from fxfuse.errors import CompileError, ControlError
 from fxfuse.example import first_line
 from fxfuse.result import FusionResult

@@ -13,8 +13,9 @@ from typing import Any
 import torch
 from torch import fx
 
+from fxfuse.asked import asked
 from fxfuse.compile.package import checked, exported
-from fxfuse.compile.prepare import answers_of, asked
+from fxfuse.compile.prepare import answers_of
 from fxfuse.errors import CompileError, MissingDependencyError
 from fxfuse.example import first_line
 from fxfuse.output import atomic_file

@@ -10,8 +10,9 @@ import torch
 from torch import fx
 from torch.export import ExportedProgram
 
+from fxfuse.asked import asked
 from fxfuse.capture import export
-from fxfuse.compile.prepare import answers_of, asked, prepared
+from fxfuse.compile.prepare import answers_of, prepared
 from fxfuse.errors import CaptureError, CheckpointCorruptError, CheckpointMissingError, CompileError
 from fxfuse.example import first_line
 from fxfuse.output import atomic_file

@@ -13,7 +13,6 @@ from torch import nn
 
 from fxfuse.capture import capture
 from fxfuse.checkpoint import load_tensors, read_state_dict
-from fxfuse.compile import compile as compiled_form
 from fxfuse.errors import RecipeError, SavedError
 from fxfuse.evaluate import Ensemble, evaluate, milliseconds, repeated
 from fxfuse.fuse import fuse
@@ -149,6 +148,9 @@ def report_on(folder: Path, data: str | None, page: Path | None) -> Path:
 
 def _compiled(network: nn.Module, inputs: tuple[torch.Tensor, ...]) -> nn.Module:
     """A network after the same passes as any other, and compiled."""
+    # Here, since it takes a second to import.
+    from fxfuse.compile import compile as compiled_form
+
     captured = capture(network, inputs)
     return compiled_form(emit(captured, captured.state()), inputs)
 

@@ -11,7 +11,6 @@ from pathlib import Path
 import torch
 from rich.progress import Progress
 
-from fxfuse.compile import export_onnx, package
 from fxfuse.evaluate import Ensemble, evaluate
 from fxfuse.fuse import fuse
 from fxfuse.members import check_enough
@@ -209,10 +208,14 @@ def _write(
             members=networks.modules or None,
             networks=measured,
         )
-    if recipe.output.package:
-        package(result, work / PACKAGE)
-    if recipe.output.onnx:
-        export_onnx(result, work / ONNX)
+    if recipe.output.package or recipe.output.onnx:
+        # Here, since it takes a second to import.
+        from fxfuse.compile import export_onnx, package
+
+        if recipe.output.package:
+            package(result, work / PACKAGE)
+        if recipe.output.onnx:
+            export_onnx(result, work / ONNX)
 
 
 @contextmanager
