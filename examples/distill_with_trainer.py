@@ -2,9 +2,9 @@
 
     pip install -e . transformers accelerate scikit-learn && python examples/distill_with_trainer.py
 
-Two vision transformers learn the digits of scikit-learn, each with many images of its own half of the
-classes and few of the others. They are fused, and the Trainer brings the fused network to the mean of
-their logits, without a label. What it needs for that is one method.
+Two vision transformers learn the digits of scikit-learn, each with many images of its own half of
+the classes and few of the others. They are fused, and the Trainer brings the fused network to the
+mean of their logits, without a label. What it needs for that is one method.
 """
 
 from __future__ import annotations
