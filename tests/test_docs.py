@@ -8,6 +8,7 @@ import linecache
 import math
 import re
 import shlex
+import tomllib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -28,6 +29,7 @@ from tests.nets import images, resnets
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 #: All pages that somebody reads, found and not listed: a page cannot be forgotten here.
 PAGES = {
     str(path.relative_to(ROOT)): path
@@ -35,6 +37,7 @@ PAGES = {
         *ROOT.glob("*.md"),
         *DOCS.rglob("*.md"),
         *(ROOT / "benchmarks").rglob("*.md"),
+        ROOT / "changelog.d" / "README.md",
     )
 }
 #: A title on a block of output says that numbers vary: they are compared loosely.
@@ -251,3 +254,23 @@ def test_every_page_is_in_the_navigation():
     """`mkdocs build --strict` checks it, too; here it needs no mkdocs."""
     navigation = re.findall(r"[\w/-]+\.md", (ROOT / "mkdocs.yml").read_text())
     assert sorted(navigation) == sorted(str(path.relative_to(DOCS)) for path in DOCS.rglob("*.md"))
+
+
+def test_every_change_is_one_that_towncrier_finds():
+    kinds = {kind["directory"] for kind in PROJECT["tool"]["towncrier"]["type"]}
+    for path in (ROOT / "changelog.d").glob("[!.]*"):
+        if path.name == "README.md":
+            continue
+        found = re.fullmatch(r"\+[\w-]+\.(\w+)\.md", path.name)
+        assert found is not None, f"{path.name}: see changelog.d/README.md"
+        assert found[1] in kinds, path.name
+        for target in re.findall(r"\]\(([^)#:\s]+)", path.read_text()):
+            assert (ROOT / target).exists(), f"{path.name}: {target}"
+
+
+def test_contributing_has_a_line_for_every_layer():
+    """Of the layers that import-linter knows; that these are all there are, it checks itself."""
+    contract = PROJECT["tool"]["importlinter"]["contracts"][0]
+    layers = {name.strip(" ()") for layer in contract["layers"] for name in layer.split("|")}
+    table = re.findall(r"^\|[^|]*\|([^|]*)\|[^|]*\|$", PAGES["CONTRIBUTING.md"].read_text(), re.M)
+    assert {name for cell in table for name in re.findall(r"`(\w+)`", cell)} >= layers
