@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import pickle
 import tempfile
 from collections.abc import Callable
 from datetime import timedelta
@@ -27,11 +28,12 @@ def _serve(rank: int, size: int, store: str, tasks: Any, answers: Any) -> None:
         timeout=timedelta(seconds=PATIENCE),
     )
     while (task := tasks.get()) is not None:
-        function, arguments = task
         try:
-            answers.put((True, function(*arguments)))
+            function, arguments = pickle.loads(task)
+            answer = pickle.dumps((True, function(*arguments)))
         except Exception as error:
-            answers.put((False, error))
+            answer = pickle.dumps((False, error))
+        answers.put(answer)
     torch.distributed.destroy_process_group()
 
 
@@ -66,9 +68,10 @@ class Processes:
             For each rank: whether it returned, and what it returned or raised.
         """
         for rank, tasks in enumerate(self._tasks):
-            tasks.put((function, tuple(argument[rank] for argument in arguments)))
+            # Pickled here, since a queue does it in a thread whose errors nobody sees.
+            tasks.put(pickle.dumps((function, tuple(argument[rank] for argument in arguments))))
         try:
-            return [answers.get(timeout=PATIENCE) for answers in self._answers]
+            return [pickle.loads(answers.get(timeout=PATIENCE)) for answers in self._answers]
         except Empty:
             self.close()
             raise AssertionError("a rank hangs") from None

@@ -1,8 +1,13 @@
-"""Members that are spread over two processes give the very network that one process gives."""
+"""Two processes fuse members that are spread over them, and train networks, as one does."""
 
 from __future__ import annotations
 
+import contextlib
 import copy
+import os
+import re
+import subprocess
+import sys
 import weakref
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -10,7 +15,11 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import nn
+from torch.distributed.fsdp import fully_shard
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 
 import fxfuse
 from fxfuse.errors import (
@@ -20,12 +29,15 @@ from fxfuse.errors import (
     MemberMismatchError,
     NonFiniteWeightsError,
     RankError,
+    RefineError,
     TooFewMembersError,
     UnknownMethodError,
 )
+from fxfuse.refine import distill, finetune, match
+from fxfuse.refine.stream import BatchStream
 from fxfuse.streamed import Stored
 from tests.nets import images, resnets
-from tests.pair import Processes
+from tests.pair import PATIENCE, Processes
 from tests.test_streamed import Tied, saved
 
 pytestmark = pytest.mark.timeout(120)
@@ -271,6 +283,160 @@ def test_a_fault_of_one_rank_is_named_on_all(
             continue
         assert isinstance(raised, error), raised
         assert message in str(raised)
+
+
+INPUTS = torch.randn(64, 6, generator=torch.Generator().manual_seed(1))
+LABELS = INPUTS[:, :4].argmax(dim=1)
+STEPS = 24
+
+
+def taught(
+    job: str, module: nn.Module, members: list[nn.Module], part: slice, **options: Any
+) -> tuple[float, ...]:
+    """Losses of a run on this part of every batch."""
+    options = {"steps": STEPS, "progress": False, **options}
+    batches = [(x[part], y[part]) for x, y in zip(INPUTS.split(16), LABELS.split(16), strict=True)]
+    if job == "finetune":
+        return finetune(module, batches, **options).losses
+    if job == "distill":
+        return distill(module, members, batches, **options).losses
+    report = match(module, members, INPUTS, **{"batch": 16, **options})
+    return report.first_loss, report.last_loss
+
+
+def wrapped(module: nn.Module, how: str) -> nn.Module:
+    """A module that all ranks train."""
+    if how == "ddp":
+        return DistributedDataParallel(module)
+    if how == "layers":
+        for layer in list(module.children()):
+            fully_shard(layer)
+    return fully_shard(module)
+
+
+def trained(
+    job: str, how: str, module: nn.Module, members: list[nn.Module]
+) -> tuple[tuple[float, ...], torch.Tensor]:
+    """Losses, and answers of the network; runs on each rank."""
+    module, part = wrapped(module, how), slice(dist.get_rank(), None, dist.get_world_size())
+    losses = taught(job, module, members, part)
+    return losses, module(INPUTS).detach()
+
+
+def normalised() -> tuple[list[nn.Module], fxfuse.FusionResult]:
+    """Two members, and the network that they were fused into."""
+    members = [Normalised().eval() for _ in range(2)]
+    return members, fxfuse.fuse(members, INPUTS[:4])
+
+
+@pytest.mark.parametrize("how", ["ddp", "fsdp", "layers"])
+@pytest.mark.parametrize("job", ["finetune", "distill", "match"])
+def test_training_together_is_training_alone(pair: Processes, job: str, how: str):
+    members, result = normalised()
+    alone = copy.deepcopy(result.module)
+    expected = taught(job, alone, members, slice(None))
+    module = result.to_module() if how == "layers" else result.module
+    arguments = [[value] * 2 for value in (job, how, module, members)]
+    for well, found in pair.run(trained, *arguments):
+        assert well, found
+        torch.testing.assert_close(found[0], expected, atol=1e-5, rtol=0)
+        torch.testing.assert_close(found[1], alone(INPUTS).detach(), atol=1e-4, rtol=0)
+
+
+def interrupted(module: nn.Module, path: Path) -> tuple[Any, Any, int]:
+    """Losses of a run, and of one that goes on from a checkpoint; runs on each rank."""
+    part, calls = slice(dist.get_rank(), None, 2), iter(range(20))
+    batches = [(INPUTS[:16][part], LABELS[:16][part])]
+
+    class Stop(Exception):
+        pass
+
+    def loss(output: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        if next(calls) == 12:
+            raise Stop
+        return nn.functional.cross_entropy(output, labels)
+
+    options: dict[str, Any] = {"steps": 20, "progress": False, "checkpoint_every": 5}
+    expected = finetune(wrapped(copy.deepcopy(module), "ddp"), batches, **options)
+    options["checkpoint"] = path
+    with contextlib.suppress(Stop):
+        finetune(wrapped(copy.deepcopy(module), "ddp"), batches, loss=loss, **options)
+    dist.barrier()
+    again = finetune(wrapped(module, "ddp"), batches, **options)
+    return expected.losses, again.losses, again.resumed_at
+
+
+def test_going_on_together(pair: Processes, tmp_path: Path):
+    _, result = normalised()
+    path = tmp_path / "run.safetensors"
+    for well, found in pair.run(interrupted, [result.module] * 2, [path] * 2):
+        assert well, found
+        expected, again, resumed_at = found
+        assert again == expected
+        assert resumed_at == 10
+
+
+def broken(network: nn.Module, kind: str, path: Path) -> None:
+    """A run that cannot go on; runs on each rank."""
+    members, part = [copy.deepcopy(network)], slice(dist.get_rank(), None, 2)
+    module = wrapped(network, "fsdp" if kind == "sharded" else "ddp")
+    if kind == "nan":
+        inputs = INPUTS[part].clone()
+        inputs[0, 0] = float("nan") if dist.get_rank() else 0.0
+        finetune(module, [(inputs, LABELS[part])], steps=2, progress=False)
+    elif kind == "sharded":
+        taught("finetune", module, [], part, checkpoint=path)
+    elif kind == "seconds":
+        match(module, members, INPUTS, seconds=1)
+    else:
+        match(module, members, INPUTS, steps=2, batch=5)
+
+
+@pytest.mark.parametrize(
+    ("kind", "message"),
+    [
+        ("nan", "became nan"),
+        ("sharded", "torch.distributed.checkpoint"),
+        ("seconds", "Give steps"),
+        ("parts", "2 equal parts"),
+    ],
+)
+def test_a_run_that_stops_stops_everywhere(
+    pair: Processes, tmp_path: Path, kind: str, message: str
+):
+    _, result = normalised()
+    for well, raised in pair.run(broken, [result.module] * 2, [kind] * 2, [tmp_path / "run"] * 2):
+        assert not well
+        assert isinstance(raised, RefineError), raised
+        assert message in str(raised)
+
+
+def test_a_sampler_is_told_the_pass():
+    data = TensorDataset(INPUTS[:8], LABELS[:8])
+    sampler = DistributedSampler(data, num_replicas=2, rank=0, seed=3)
+    stream = BatchStream(DataLoader(data, batch_size=4, sampler=sampler), 0)
+    passes = [stream.next()[0] for _ in range(3)]
+    assert not torch.equal(passes[0], passes[1])
+    sampler.set_epoch(2)
+    assert torch.equal(passes[2], INPUTS[list(sampler)])
+
+
+def test_the_page(tmp_path: Path):
+    """The how-to's program, run as it says, prints what it says."""
+    page = (Path(__file__).parents[1] / "docs/how-to/more-than-one-machine.md").read_text()
+    blocks = re.findall(r"^```(\w+)\n(.*?)^```$", page, re.DOTALL | re.MULTILINE)
+    script = tmp_path / "train.py"
+    script.write_text("\n".join(content for kind, content in blocks if kind == "python"))
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    done = subprocess.run(
+        [*command, "--nproc-per-node", "2", str(script)],
+        capture_output=True,
+        text=True,
+        timeout=PATIENCE,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[1])},
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == "".join(content for kind, content in blocks if kind == "text")
 
 
 def test_without_a_group():
