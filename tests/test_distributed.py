@@ -428,13 +428,18 @@ def test_the_page(tmp_path: Path):
     script = tmp_path / "train.py"
     script.write_text("\n".join(content for kind, content in blocks if kind == "python"))
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    done = subprocess.run(
-        [*command, "--nproc-per-node", "2", str(script)],
-        capture_output=True,
-        text=True,
-        timeout=PATIENCE,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[1])},
-    )
+    environment = {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[1])}
+    for _ in range(2):
+        done = subprocess.run(
+            [*command, "--nproc-per-node", "2", str(script)],
+            capture_output=True,
+            text=True,
+            timeout=PATIENCE,
+            env={**os.environ, **environment},
+        )
+        # Once in many runs gloo's threads abort a program that is over (pytorch/pytorch#179291).
+        if "terminate called without an active exception" not in done.stderr:
+            break
     assert done.returncode == 0, done.stderr
     assert done.stdout == "".join(content for kind, content in blocks if kind == "text")
 
