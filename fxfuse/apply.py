@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
+from functools import cache
 from types import MappingProxyType
 from typing import Any
 
@@ -14,6 +15,7 @@ from fxfuse.combine import Box, Line, box_of, lines_of
 from fxfuse.coupling import CouplingGraph, CouplingGroup, Index, Place
 from fxfuse.layout import Layout, Placement, copies_of, place_units
 from fxfuse.plan import FusionPlan, Role, role_of
+from fxfuse.ranks import of_each
 
 
 def permuted(
@@ -108,23 +110,34 @@ def _fused(
     role = role_of(graph, name)
     owner = graph.captured.heads.get(name)
     if role is Role.COPY:
-        return states[plan.host if owner is None else owner][name].detach().clone()
+        kept = [plan.host if owner is None else owner]
+        ((_, tensor),) = of_each(states, lambda _, state: state[name].detach(), kept)
+        return tensor.clone()
     like = states[owner or 0][name]
     placements = [place((name, d)) for d in range(like.dim())]
     # Half precision holds weights, not sums of weights.
     dtype = torch.promote_types(like.dtype, torch.float32)
     result = torch.zeros([p.size for p in placements], dtype=dtype, device=like.device)
     whole, boxes = tuple(slice(0, p.size) for p in placements), list[Box]()
-    # A head's own values come last, over those that stand in where a unit is another member's.
-    for member in sorted(range(len(states)), key=lambda m: m == owner):
-        if name not in states[member]:
-            continue
-        part = states[member][name].detach().to(dtype=dtype, device=like.device)
-        lines = lines_of(graph, name, placements, member)
-        for dim, line in enumerate(lines):
+
+    @cache
+    def contributed(member: int) -> list[Line]:
+        return lines_of(graph, name, placements, member)
+
+    def gathered(member: int, state: Mapping[str, torch.Tensor]) -> torch.Tensor | None:
+        if name not in state:
+            return None
+        part = state[name].detach().to(dtype=dtype, device=like.device)
+        for dim, line in enumerate(contributed(member)):
             part = line.combine(part, dim)
-        if part.numel() == 0 and like.numel():
+        return part
+
+    # A head's own values come last, over those that stand in where a unit is another member's.
+    order = sorted(range(len(states)), key=lambda m: m == owner)
+    for member, part in of_each(states, gathered, order):
+        if part is None or (part.numel() == 0 and like.numel()):
             continue
+        lines = contributed(member)
         share = _share(lines, role, plan.n_members)
         if share.numel() > 1 or share.item() != 1.0:
             part = part * share.to(part)

@@ -288,6 +288,13 @@ class SavedError(FxfuseError):
     """
 
 
+class RankError(FxfuseError):
+    """Another rank failed while members were fused over ranks, with an error that is not fxfuse's.
+
+    Mend: See what that process printed, and start all of them again.
+    """
+
+
 class RefineError(FxfuseError):
     """A fine-tuning or distillation run cannot go on.
 

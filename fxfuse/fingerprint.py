@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from fxfuse.errors import PlanMismatchError
+from fxfuse.ranks import of_each
 
 #: For each tensor of a network, by `state_dict()` name, a hash of it.
 Fingerprint = Mapping[str, str]
@@ -33,6 +34,11 @@ def fingerprint(state: Mapping[str, torch.Tensor]) -> dict[str, str]:
         32 hexadecimal digits for each name. They do not depend on the device or on strides.
     """
     return {name: _hash(name, tensor.detach()) for name, tensor in state.items()}
+
+
+def fingerprints(states: Sequence[Mapping[str, torch.Tensor]]) -> tuple[dict[str, str], ...]:
+    """The fingerprint of each member, taken where the member is."""
+    return tuple(found for _, found in of_each(states, lambda _, state: fingerprint(state)))
 
 
 def _hash(name: str, tensor: torch.Tensor) -> str:
@@ -62,7 +68,9 @@ def digest_of(content: Any) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def check_members(known: Sequence[Fingerprint], states: Sequence[Mapping[str, Any]]) -> None:
+def check_members(
+    known: Sequence[Fingerprint], states: Sequence[Mapping[str, torch.Tensor]]
+) -> None:
     """Checks that networks are those that a plan was made for, in the same order.
 
     Args:
@@ -72,8 +80,7 @@ def check_members(known: Sequence[Fingerprint], states: Sequence[Mapping[str, An
     Raises:
         PlanMismatchError: Names the first network and the first tensor that differ.
     """
-    found = [fingerprint(state) for state in states]
-    for number, (ours, theirs) in enumerate(zip(known, found, strict=True)):
+    for number, (ours, theirs) in enumerate(zip(known, fingerprints(states), strict=True)):
         if ours == theirs:
             continue
         if theirs in known:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from rich.progress import Progress
@@ -22,17 +22,19 @@ from fxfuse.depth import as_deepest
 from fxfuse.eager import answers
 from fxfuse.errors import CalibrationError, ControlError, PartialFusionError, RewriteError
 from fxfuse.examine import examined, verified
-from fxfuse.fingerprint import fingerprint
+from fxfuse.fingerprint import fingerprints
 from fxfuse.finish import Start, matched_start, refitted
 from fxfuse.given_plan import check_alone, check_count, check_plan
 from fxfuse.head_search import find_heads
 from fxfuse.heads import join
 from fxfuse.label_spaces import HeadOutputs, LabelSpaces, label_spaces
 from fxfuse.members import check_alike, check_enough, check_finite, check_model, check_values
+from fxfuse.members_on_ranks import members_on_ranks
 from fxfuse.methods import find_method
 from fxfuse.options import Options, Reference, State
 from fxfuse.plan import FusionPlan, Mixing
 from fxfuse.planner import make_plan
+from fxfuse.ranks import Ranks, of_each
 from fxfuse.resize import Target, mixing_of, resized
 from fxfuse.result import FusionResult
 from fxfuse.same_network import check_same_network
@@ -44,6 +46,9 @@ from fxfuse.wide import wide_plan
 from fxfuse.widen import emit_fused, output_layouts, widen
 from fxfuse.widths import Width
 
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
 #: The network to fuse, what each member has of it, members of its graph, and what they lack.
 _Gathered = tuple[Captured, Sequence[State], list[Captured], Mapping[str, tuple[int, ...]]]
 
@@ -54,6 +59,7 @@ def fuse(
     example_kwargs: Mapping[str, Any] | None = None,
     *,
     template: nn.Module | None = None,
+    group: ProcessGroup | Literal["world"] | None = None,
     plan: FusionPlan | None = None,
     method: str = "transplant",
     score: str | None = None,
@@ -102,6 +108,12 @@ def fuse(
         example_kwargs: Keyword inputs.
         template: For members that are files: a module of their class, which is left as it is and
             may be on the meta device.
+        group: Over several processes, each of which calls with its own `members`: the process group
+            of `torch.distributed`, or "world", the default one. The members are rank 0's, then rank
+            1's, and so on; a rank may have none, with a template. Each scores and gathers its own,
+            and every rank returns what one process with all members would. For `transplant` with a
+            score of weights, and for `average`; other options as well, except those that run
+            members. The inputs of the rank with member 0 count.
         plan: A plan that was made for these members, to be applied in place of making one. It
             holds the method, its options, the sizes, and what was asked of the analysis, so none
             of that may be given as well. What a refit or matching did after it is not in it.
@@ -192,18 +204,22 @@ def fuse(
             classes are not those of the members.
         NothingToFuseError: No parameter has a free dimension.
         VerificationError: An oracle failed.
+        RankError: With `group`: another rank failed, with an error that is not fxfuse's. Every
+            other error of one rank is raised on all of them.
         WidthError: A width is no number in (0, N], leaves a group without a unit, or no width meets
             the budget.
         RewriteError: The network cannot be written in another size.
     """
     given = dict(locals())
     auto = method == "auto"
+    ranks = None if group is None else Ranks(group)
+    count = len(members) if ranks is None else sum(ranks.all(lambda: len(members)))
     if plan is not None:
         check_alone(fuse, given)
-        check_count(plan, len(members))
+        check_count(plan, count)
         controls, heads, spaces = plan.controls, plan.heads_asked, plan.spaces
     else:
-        check_enough(members, "fusion")
+        check_enough(range(count), "fusion")
         controls = Controls.of(freeze, share, ignore, output_dims)
         heads, spaces = label_spaces(heads, head_outputs, classes)
     if not auto:
@@ -218,29 +234,34 @@ def fuse(
     check_score(score)
     target = Target(width, max_params, max_flops, round_to, mixing, budget)
     check_budget(budget, width, given=width is not None or target.is_budget, score=score)
-    files, networks = split_paths(members, template)
-    if files:
-        _check_streamable(
-            heads or spaces.outputs != "tuple", calibrated=calibration is not None or auto or refit
-        )
-        assert template is not None
-        networks = [first_member(template, files[0])]
-    for member in networks:
-        if not isinstance(member, Captured):
-            check_model(member)
-    check_alike(networks)
-    captured = _capture_all(networks, example_inputs, example_kwargs, dynamic_shapes)
+    calibrated = calibration is not None or auto or refit
+    several = bool(heads) or spaces.outputs != "tuple"
     dim = 0
-    if spaces.outputs != "tuple":
-        heads, dim = find_heads(captured, heads, spaces)
-    given_members = captured
-    if files:
-        network, states, captured, absent = _from_files(captured[0], files)
+    if ranks is not None:
+        _check_apart(several, "each is on its own rank", calibrated=calibrated)
+        example = example_inputs, example_kwargs
+        spread = members_on_ranks(ranks, members, template, example, dynamic_shapes)
+        network, states, captured, absent = _from_ranks(*spread)
+        given_members = captured
     else:
-        network, states, captured, absent = _as_one(captured, heads, spaces, dim)
-    for number, state in enumerate(states):
-        check_values(state)
-        check_finite(number, state)
+        files, networks = split_paths(members, template)
+        if files:
+            _check_apart(several, "files are only read", calibrated=calibrated)
+            assert template is not None
+            networks = [first_member(template, files[0])]
+        for member in networks:
+            if not isinstance(member, Captured):
+                check_model(member)
+        check_alike(networks)
+        captured = _capture_all(networks, example_inputs, example_kwargs, dynamic_shapes)
+        if spaces.outputs != "tuple":
+            heads, dim = find_heads(captured, heads, spaces)
+        given_members = captured
+        if files:
+            network, states, captured, absent = _from_files(captured[0], files)
+        else:
+            network, states, captured, absent = _as_one(captured, heads, spaces, dim)
+    _check_weights(states)
     graph = couple(network, controls)
     graph = of_all_widths(graph, captured, lambda member: couple(member, controls))
     graph, checks = examined(graph, verify=verify)
@@ -268,12 +289,11 @@ def fuse(
             absent=absent,
         )
         plan = _planned(graph, states, method, options, target, host=host, refit=refit)
-        known = tuple(fingerprint(state) for state in states)
         plan = replace(
             plan,
             controls=controls,
             heads_asked=heads,
-            members=known,
+            members=fingerprints(states),
             absent=absent,
             spaces=spaces,
         )
@@ -402,16 +422,27 @@ def _check_widths(graph: CouplingGraph, method: str, *, calibrated: bool) -> Non
     )
 
 
-def _check_streamable(heads: object, *, calibrated: bool) -> None:
-    """Checks that what is asked for works with members that stay in their files."""
+def _check_apart(heads: object, why: str, *, calibrated: bool) -> None:
+    """Checks that what is asked for works with members that are not in memory together."""
     if not (heads or calibrated):
         return
     what = "heads=" if heads else "calibration, refit or method 'auto'"
     raise ControlError(
         f"{what} needs members in memory",
-        why="members run for it, and files are only read",
-        how="load the checkpoints into modules and pass those",
+        why=f"members run for it, and {why}",
+        how="load the checkpoints into modules and pass those to one process",
     )
+
+
+def _check_weights(states: Sequence[State]) -> None:
+    """Checks that all members have values, and finite ones."""
+
+    def check(number: int, state: State) -> None:
+        check_values(state)
+        check_finite(number, state)
+
+    for _ in of_each(states, check):
+        pass
 
 
 def _check_calibrated(
@@ -469,6 +500,11 @@ def _eager(member: Captured, state: Mapping[str, torch.Tensor]) -> Callable[...,
 def _from_files(first: Captured, files: Sequence[str | Path]) -> _Gathered:
     """As `_as_one`, for members that stay in their files."""
     return first, streamed_states(files, first), [first] * len(files), {}
+
+
+def _from_ranks(first: Captured, states: Sequence[State]) -> _Gathered:
+    """As `_as_one`, for members that are spread over ranks."""
+    return first, states, [first] * len(states), {}
 
 
 def _as_one(captured: list[Captured], heads: Patterns, spaces: LabelSpaces, dim: int) -> _Gathered:

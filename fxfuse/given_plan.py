@@ -20,6 +20,7 @@ BESIDE = frozenset(
         "example_inputs",
         "example_kwargs",
         "template",
+        "group",
         "plan",
         "calibration",
         "refit",

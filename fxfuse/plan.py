@@ -18,6 +18,7 @@ from fxfuse.errors import PlanError
 from fxfuse.fingerprint import Fingerprint, digest_of
 from fxfuse.label_spaces import HeadOutputs, LabelSpaces
 from fxfuse.labels import Kind
+from fxfuse.ranks import of_each
 from fxfuse.tensors import is_constant
 
 #: Plans of schema 1 know neither their members nor what was asked for: they can be read, and not
@@ -432,18 +433,14 @@ def relevant_notes(
     graph: CouplingGraph, states: Sequence[Mapping[str, Any]]
 ) -> tuple[MixingNote, ...]:
     """The analysis's mixing notes, without those on parameters that all members agree on."""
+    # Of a head there is one only.
+    sources = {name for note in graph.mixing for name in note.sources} - graph.captured.heads.keys()
 
-    def agreed(name: str) -> bool:
-        # Of a head there is one only.
-        if name in graph.captured.heads:
-            return True
-        return all(torch.equal(s[name], states[0][name]) for s in states[1:])
+    def differing(_: int, state: Mapping[str, Any]) -> list[str]:
+        return [name for name in sorted(sources) if not torch.equal(state[name], states[0][name])]
 
-    return tuple(
-        note
-        for note in graph.mixing
-        if not note.sources or not all(agreed(name) for name in note.sources)
-    )
+    differ = {name for _, names in of_each(states, differing) for name in names}
+    return tuple(note for note in graph.mixing if not note.sources or note.sources & differ)
 
 
 def inner_averages(graph: CouplingGraph, states: Sequence[Mapping[str, Any]]) -> dict[str, float]:
@@ -451,18 +448,25 @@ def inner_averages(graph: CouplingGraph, states: Sequence[Mapping[str, Any]]) ->
 
     All of a tensor, or the part of it that belongs to no member's own units.
     """
+    cells = {name: _averaged_cells(graph, name) for name in graph.captured.names}
+    averaged = {name: where for name, where in cells.items() if where is not None}
+
+    def distances(member: int, state: Mapping[str, Any]) -> dict[str, float]:
+        found = {}
+        for name, where in averaged.items():
+            theirs = where
+            if graph.members:
+                theirs = _averaged_cells(graph.of_member(member), name) or ()
+            difference = state[name][theirs] - states[0][name][where]
+            found[name] = float(difference.abs().max()) if difference.numel() else 0.0
+        return found
+
+    apart = [found for _, found in of_each(states, distances)]
     found = {}
-    for name in graph.captured.names:
-        cells = _averaged_cells(graph, name)
-        if cells is None:
-            continue
+    for name in averaged:
         first = states[0][name]
         scale = max(float(first.abs().max()) if first.numel() else 0.0, 1e-30)
-        own = [_averaged_cells(member, name) or () for member in graph.members]
-        own = own or [cells] * len(states)
-        ours, *others = (s[name][where] for s, where in zip(states, own, strict=True))
-        spread = max((float((o - ours).abs().max()) for o in others if o.numel()), default=0.0)
-        found[name] = spread / scale
+        found[name] = max(distance[name] for distance in apart) / scale
     return found
 
 

@@ -47,14 +47,30 @@ def check_same_network(members: Sequence[Captured], *, any_width: bool = False) 
     Raises:
         MemberMismatchError: Names the first difference.
     """
-    first = members[0]
     for number, other in enumerate(members[1:], start=1):
-        programs = first.is_program and other.is_program
-        same_sizes = _check_tensors(first, other, number, any_width=any_width and programs)
-        if programs:
-            _check_graph(first, other, number, same_sizes=same_sizes)
-        else:
-            _check_answers(first, other, number)
+        check_same_as(members[0], other, number, any_width=any_width)
+
+
+def check_same_as(
+    first: Captured, other: Captured, number: int, *, any_width: bool = False
+) -> None:
+    """Checks that a member is the same network as the first one.
+
+    Args:
+        first: Member 0, captured.
+        other: The member, captured.
+        number: Of the member.
+        any_width: As for `check_same_network`.
+
+    Raises:
+        MemberMismatchError: Names the first difference.
+    """
+    programs = first.is_program and other.is_program
+    same_sizes = _check_tensors(first, other, number, any_width=any_width and programs)
+    if programs:
+        _check_graph(first, other, number, same_sizes=same_sizes)
+    else:
+        _check_answers(first, other, number)
 
 
 def _mismatch(what: str, number: int, where: str, why: str) -> MemberMismatchError:

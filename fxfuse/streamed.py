@@ -138,11 +138,23 @@ def first_member(template: nn.Module, path: str | Path) -> nn.Module:
         CheckpointMismatchError: Names or shapes differ from the template's, or dtypes are mixed.
     """
     stored = Stored(path)
+    return with_tensors(template, {name: stored.read(name) for name in stored.shapes()}, path)
+
+
+def with_tensors(
+    template: nn.Module, tensors: dict[str, torch.Tensor], source: str | Path
+) -> nn.Module:
+    """A copy of a template with other tensors; `source` says in messages where they are from.
+
+    Raises:
+        NoWeightsError: A buffer that no checkpoint holds is on the meta device.
+        CheckpointMismatchError: Names or shapes differ from the template's, or dtypes are mixed.
+    """
     made = copy.deepcopy(template)
     if any(tensor.is_meta for tensor in (*made.parameters(), *made.buffers())):
         _check_buffers(made)
         _materialise(made)
-    load_tensors(made, {name: stored.read(name) for name in stored.shapes()}, path)
+    load_tensors(made, tensors, source)
     return made
 
 
@@ -161,22 +173,37 @@ def streamed_states(
         CheckpointMismatchError: Names or shapes differ from member 0's.
         MemberMismatchError: A constant of the network differs from member 0's.
     """
-    states: list[Mapping[str, torch.Tensor]] = [first.state()]
+    others = enumerate(paths[1:], start=1)
+    return [first.state(), *(streamed_state(path, number, first) for number, path in others)]
+
+
+def streamed_state(path: str | Path, number: int, first: Captured) -> StreamedState:
+    """The tensors of a member other than the first, from its file.
+
+    Args:
+        path: The checkpoint.
+        number: Of the member.
+        first: Member 0, captured with its weights.
+
+    Raises:
+        CheckpointMissingError: As for `streamed_states`; so are the others.
+        CheckpointCorruptError: A file is damaged.
+        CheckpointMismatchError: Names or shapes differ from member 0's.
+        MemberMismatchError: A constant of the network differs from member 0's.
+    """
     own = {name: first.tensor(name) for name in first.names}
     read = {str(node.target) for node in first.graph.nodes if node.op == "get_attr"}
-    for number, path in enumerate(paths[1:], start=1):
-        stored = Stored(path)
-        shapes = stored.shapes()
-        known = set(shapes)
-        restore_tied(shapes, own)
-        check_fit(shapes, own, path)
-        names = {name: _stored_name(name, known, first) for name in first.names}
-        state = StreamedState(names, stored, first)
-        for name in read & own.keys():
-            if is_constant(own[name]):
-                check_constant(name, own[name], state[name], number, stored=True)
-        states.append(state)
-    return states
+    stored = Stored(path)
+    shapes = stored.shapes()
+    known = set(shapes)
+    restore_tied(shapes, own)
+    check_fit(shapes, own, path)
+    names = {name: _stored_name(name, known, first) for name in first.names}
+    state = StreamedState(names, stored, first)
+    for name in read & own.keys():
+        if is_constant(own[name]):
+            check_constant(name, own[name], state[name], number, stored=True)
+    return state
 
 
 def split_paths(

@@ -6,8 +6,11 @@ import importlib.util
 import itertools
 import linecache
 import math
+import os
 import re
 import shlex
+import subprocess
+import sys
 import tomllib
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -119,12 +122,42 @@ def alike(printed: str, shown: str) -> bool:
     return all(math.isclose(float(a), float(b), rel_tol=0.2, abs_tol=2) for a, b in pairs)
 
 
+#: Pages whose program several processes run, as torchrun starts them.
+SEVERAL = [
+    page
+    for page in with_code("python")
+    if any(b.kind == "bash" and b.content.startswith("torchrun ") for b in blocks(page))
+]
+
+
 @pytest.mark.usefixtures("own_world")
-@pytest.mark.parametrize("page", with_code("python"))
+@pytest.mark.parametrize("page", sorted(set(with_code("python")) - set(SEVERAL)))
 def test_the_code_of_a_page_runs(page: str, capsys: pytest.CaptureFixture[str]):
     names = run(page, capsys)
     if page in AFTERWARDS:
         AFTERWARDS[page](names)
+
+
+@pytest.mark.parametrize("page", SEVERAL)
+def test_the_code_of_a_page_for_several_processes_runs(page: str, tmp_path: Path):
+    content = {k: [b.content for b in blocks(page) if b.kind == k] for k in ("python", "text")}
+    script = tmp_path / "train.py"
+    script.write_text("\n".join(content["python"]))
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    environment = {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    for _ in range(2):
+        done = subprocess.run(
+            [*command, "--nproc-per-node", "2", str(script)],
+            capture_output=True,
+            text=True,
+            timeout=240,
+            env={**os.environ, **environment},
+        )
+        # Once in many runs gloo's threads abort a program that is over (pytorch/pytorch#179291).
+        if "terminate called without an active exception" not in done.stderr:
+            break
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == "".join(content["text"])
 
 
 def a_method_was_added(names: dict[str, Any]) -> None:

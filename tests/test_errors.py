@@ -10,9 +10,11 @@ import sys
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from unittest.mock import patch
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import nn
 
 import fxfuse
@@ -24,6 +26,7 @@ from fxfuse.errors import FxfuseError
 from fxfuse.examine import verified
 from fxfuse.output import check_output
 from fxfuse.output_lock import locked
+from fxfuse.ranks import Ranks
 from fxfuse.recipe import read_recipe
 from fxfuse.refine import match
 from fxfuse.rewrite import SwitchTraining
@@ -138,7 +141,19 @@ def _busy(folder: Path) -> None:
 X = torch.randn(2, 3, generator=torch.Generator().manual_seed(0))
 two = partial(fxfuse.fuse, [net(), net(seed=1)], X)
 
+
 #: One way to each error, and none by raising it oneself.
+def another_rank_fails(folder: Path) -> None:
+    """What a rank sees when another one is out of memory."""
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=0, world_size=1)
+    try:
+        with patch.object(dist, "all_gather_object") as gather:
+            gather.side_effect = lambda found, *_, **__: found.__setitem__(0, ("MemoryError", None))
+            Ranks("world").all(lambda: None)
+    finally:
+        dist.destroy_process_group()
+
+
 RAISES: dict[str, Callable[[Path], object]] = {
     "TooFewMembersError": lambda _: fxfuse.fuse([net()], X),
     "ControlError": lambda _: two(freeze=["nobody"]),
@@ -182,6 +197,7 @@ RAISES: dict[str, Callable[[Path], object]] = {
     "OutputBusyError": _busy,
     "RecipeError": lambda folder: read_recipe(folder),
     "SavedError": lambda folder: fxfuse.load(folder),
+    "RankError": lambda folder: another_rank_fails(folder),
     "RefineError": lambda _: match(two(verify=False).module, [net()], X, steps=0),
     "MissingDependencyError": lambda folder: fxfuse.export_onnx(
         two(verify=False), folder / "a.onnx"

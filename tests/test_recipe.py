@@ -286,7 +286,7 @@ def test_options_of_fuse_are_fields_of_the_recipe() -> None:
     fields = set(Recipe.model_json_schema()["$defs"]["Fuse"]["properties"])
     assert fields <= parameters
     elsewhere = {"members", "example_inputs", "example_kwargs", "template", "calibration"}
-    assert parameters - fields == elsewhere | {"dynamic_shapes", "progress"}
+    assert parameters - fields == elsewhere | {"dynamic_shapes", "progress", "group"}
 
 
 def test_a_recipe_is_written_as_it_is_read(tmp_path: Path) -> None:

@@ -18,4 +18,4 @@ def average(graph: CouplingGraph, states: Sequence[State], options: Options) -> 
     Only members whose units correspond already (fine-tuned from one network, say) average well.
     """
     check_variant("average", options, ())
-    return averaged(graph, [identity_orders(graph) for _ in states])
+    return averaged(graph, [identity_orders(graph) for _ in range(len(states))])

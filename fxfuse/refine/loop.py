@@ -21,6 +21,7 @@ from torch.utils._pytree import tree_map_only
 from fxfuse.errors import CheckpointMismatchError, RefineError
 from fxfuse.refine import checkpoint as checkpoints
 from fxfuse.refine.modes import seeded
+from fxfuse.refine.parallel import check_whole, together
 from fxfuse.refine.stream import BatchStream
 from fxfuse.refine.watch import READ_EVERY, bar, check_weights, last_finite
 
@@ -31,7 +32,8 @@ class RefineReport:
 
     Attributes:
         steps: Optimiser steps in all, those before an interruption included.
-        losses: Loss of every step, those before an interruption included.
+        losses: Loss of every step, those before an interruption included; the mean over all
+            processes where several train one network.
         seconds: Wall time of this call.
         resumed_at: Steps that were taken over from a checkpoint; 0 for a run from the start.
     """
@@ -79,6 +81,8 @@ def train(run: Run) -> RefineReport:
         CheckpointMismatchError: The checkpoint belongs to another run.
     """
     _check_counts(run)
+    if run.checkpoint is not None:
+        check_whole(run.module)
     started = time.perf_counter()
     run.module.to(run.device)
     losses = torch.zeros(run.steps, device=run.device)
@@ -104,6 +108,7 @@ def _steps(
 ) -> None:
     """Take the steps from `start` on, writing the loss of each into `losses` `[steps]`."""
     read = start
+    several = together(run.module)
     for step in range(start, run.steps):
         batch = tree_map_only(
             Tensor, lambda tensor: tensor.to(run.device, non_blocking=True), stream.next()
@@ -114,7 +119,7 @@ def _steps(
         run.optimizer.step()
         if run.scheduler is not None:
             run.scheduler.step()
-        losses[step] = loss.detach()
+        losses[step] = several.mean(loss.detach())
         done = step + 1
         due = run.checkpoint is not None and done % run.checkpoint_every == 0
         if due or done % READ_EVERY == 0 or done == run.steps:
@@ -122,7 +127,8 @@ def _steps(
             read = done
         if due or done == run.steps:
             check_weights(run.module)
-        if run.checkpoint is not None and (due or done == run.steps):
+        # All processes have the same state, so one writes it, and all of them go on from it.
+        if run.checkpoint is not None and (due or done == run.steps) and several.number == 0:
             checkpoints.save(run.checkpoint, _state(run, losses, done))
 
 

@@ -22,6 +22,7 @@ from fxfuse.refine.augment import Augment, default_augment
 from fxfuse.refine.batch import call, logits_of
 from fxfuse.refine.modes import check_teachers, device_of, evaluating, seeded, trainable
 from fxfuse.refine.outputs import Outputs, kind_of
+from fxfuse.refine.parallel import together
 from fxfuse.refine.pool import Pool, check_inputs, make_pool
 from fxfuse.refine.watch import READ_EVERY, bar, check_weights, last_finite
 
@@ -79,6 +80,9 @@ def match(
     module is trained in train mode, which renews running statistics; they should not be
     recalibrated on clean inputs afterwards. It is left in eval mode.
 
+    Where several processes train one network (DDP, `fully_shard`), each calls with the same
+    arguments, asks the members itself and takes its part of every batch.
+
     Args:
         module: The network, of the members' input and output shapes.
         members: The networks to match, run in eval mode and never changed, except that they are
@@ -108,9 +112,17 @@ def match(
     Raises:
         RefineError: No members, or the module among them; inputs that are missing or unfit; a
             budget, batch or rate that is not positive, or two budgets; outputs of different shapes;
-            a loss or weight that is not finite.
+            a loss or weight that is not finite. Of several processes: a budget in seconds, or a
+            batch without equal parts.
     """
     _check_budget(steps, seconds)
+    if seconds is not None and together(module).groups:
+        raise RefineError(
+            "A budget in seconds is for one process.",
+            where="seconds",
+            why="Processes take their steps together, and seconds end at another step in each.",
+            how="Give steps.",
+        )
     _check(module, members, batch, learning_rate)
     given = check_inputs(inputs, augment)
     target = device_of(module, device)
@@ -200,6 +212,7 @@ def _train(
     losses: list[Tensor] = []
     read: list[float] = []
     device = pool.targets.device
+    several = together(module)
 
     def look(share: float) -> None:
         fresh = torch.stack(losses).cpu()
@@ -212,13 +225,13 @@ def _train(
         factor = _factor(step / share) if higher and share else 1.0
         for group in optimizer.param_groups:
             group["lr"] = rate * factor * _course(share, step)
-        chosen = next(orders).to(device, non_blocking=True)
+        chosen = several.part(next(orders)).to(device, non_blocking=True)
         optimizer.zero_grad(set_to_none=True)
         answer = logits_of(call(module, tuple(tensor[chosen] for tensor in pool.inputs)))
         loss = _loss(answer, pool.targets[chosen], kind)
         loss.backward()
         optimizer.step()
-        losses.append(loss.detach())
+        losses.append(several.mean(loss.detach()))
         if step == 0:
             # Running statistics are renewed from those of the batch.
             higher = any(

@@ -18,8 +18,9 @@ class BatchStream:
     seed and n only, and a resumed run finds its place by reading the batches seen once more.
 
     Args:
-        batches: Something that can be iterated more than once. A `set_epoch(int)` method, as in
-            `torch.utils.data.DistributedSampler`, is called before each pass.
+        batches: Something that can be iterated more than once. A `set_epoch(int)` method of it, or
+            of its `sampler` (`torch.utils.data.DistributedSampler` has one), is called before each
+            pass.
         seed: Seed of the random numbers that `batches` draws from torch's CPU generator.
     """
 
@@ -63,7 +64,8 @@ class BatchStream:
         return batch
 
     def _new_pass(self) -> Iterator[Any]:
-        set_epoch = getattr(self._batches, "set_epoch", None)
+        sampler = getattr(self._batches, "sampler", None)
+        set_epoch = getattr(self._batches, "set_epoch", getattr(sampler, "set_epoch", None))
         if set_epoch is not None:
             set_epoch(self._epoch)
         self._epoch += 1

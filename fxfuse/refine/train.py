@@ -42,6 +42,9 @@ def finetune(
     The call draws its random numbers (dropout, shuffling) from generators seeded with `seed` and
     leaves torch's global generator as it was.
 
+    Several processes may train one network that torch's DDP or `fully_shard` wraps: each calls with
+    its own part of the batches, and otherwise the same arguments.
+
     Args:
         module: The network; trained in `train()` mode, so BatchNorm statistics are updated too.
         batches: Pairs (inputs, labels), iterated again when used up. Inputs are a tensor `[b, *]`,
@@ -55,7 +58,8 @@ def finetune(
         progress: True shows a bar on stderr; a `rich.progress.Progress` gets a task of its own.
         checkpoint: A file, or a folder that exists. If it holds a checkpoint of this run, the run
             goes on from there, and equals an uninterrupted one bit for bit, provided that `batches`
-            gives the same batches again: it is read, without training, up to the place reached.
+            gives the same batches again: it is read, without training, up to the place reached. Of
+            several processes the first one writes it, and all read it.
         checkpoint_every: Steps between checkpoints; one more is written at the end.
         seed: Seed of all random numbers drawn from torch during the run.
 
@@ -64,7 +68,7 @@ def finetune(
 
     Raises:
         RefineError: Arguments that do not fit together, a batch without labels, batches that ran
-            out, or a loss or weight that is not finite.
+            out, a checkpoint of a sharded network, or a loss or weight that is not finite.
         CheckpointCorruptError: The checkpoint cannot be read.
         CheckpointMismatchError: The checkpoint belongs to another run.
     """

@@ -12,6 +12,7 @@ from rich.progress import Progress
 from torch import Tensor, nn
 
 from fxfuse.errors import RefineError
+from fxfuse.refine.parallel import whole
 
 # Reading a loss waits for the device, so losses are read once in this many steps.
 READ_EVERY = 20
@@ -58,7 +59,7 @@ def check_weights(module: nn.Module) -> None:
         RefineError: A weight is not finite.
     """
     names, tensors = zip(*module.named_parameters(), strict=True)
-    finite = torch.stack([tensor.detach().isfinite().all() for tensor in tensors]).tolist()
+    finite = torch.stack([whole(tensor.detach().isfinite().all()) for tensor in tensors]).tolist()
     if not all(finite):
         name = names[finite.index(False)]
         raise _diverged("A weight became infinite or not a number.", name)

@@ -8,6 +8,7 @@ import torch
 
 from fxfuse.coupling import CouplingGraph
 from fxfuse.options import Options, State
+from fxfuse.ranks import of_each
 from fxfuse.rules.registry import argument_of, name_of
 from fxfuse.scores.magnitude import magnitude
 from fxfuse.scores.owned import owned_sums
@@ -36,16 +37,18 @@ def bn_scale(
     A group that owns no scale of a normalisation is scored by `l2`; the plan's options name it.
     """
     scales, missing = _scales(graph), _without_scale(graph)
-    found = {}
-    for member, units in kept.items():
-        found[member] = owned_sums(
+
+    def scored(member: int, state: State) -> Scores:
+        return owned_sums(
             graph.of_member(member),
-            states[member],
-            units,
+            state,
+            kept[member],
             options.absent,
             names=sorted(scales),
             value_of=lambda name, scale: scale.abs(),
         )
+
+    found = dict(of_each(states, scored, kept))
     if missing:
         instead = magnitude(graph, states, options, kept, degree=2)
         for member, scores in found.items():

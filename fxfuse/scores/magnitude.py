@@ -11,6 +11,7 @@ from fxfuse.coupling import CouplingGraph
 from fxfuse.errors import UnknownScoreError
 from fxfuse.labels import Kind
 from fxfuse.options import Options, State
+from fxfuse.ranks import of_each
 from fxfuse.scores.owned import owned_sums
 from fxfuse.scores.registry import Kept, Scores, score
 
@@ -57,17 +58,17 @@ def magnitude(
         scale = (1.0 / len(kept)) ** degree if name in outputs else 1.0
         return scale * (weights.square() if degree == 2 else weights.abs())
 
-    return {
-        member: owned_sums(
+    def scored(member: int, state: State) -> Scores:
+        return owned_sums(
             graph.of_member(member),
-            states[member],
-            units,
+            state,
+            kept[member],
             options.absent,
             names=names,
             value_of=value_of,
         )
-        for member, units in kept.items()
-    }
+
+    return dict(of_each(states, scored, kept))
 
 
 for _name, _degree in DEGREES.items():

@@ -12,6 +12,7 @@ from fxfuse.capture import Captured
 from fxfuse.controls import Controls
 from fxfuse.coupling import CouplingGraph, couple
 from fxfuse.plan import FusionPlan, Mixing
+from fxfuse.ranks import mapped, of_each
 from fxfuse.varied import of_all_widths
 from fxfuse.verify.check import (
     EXACT,
@@ -81,9 +82,10 @@ def equals_ensemble(
         plan: A plan that keeps every unit of every member.
         hands_out: Whether an output dimension is no interface, so that units are handed out.
     """
-    states = [as_double(s) for s in states]
+    states = mapped(states, as_double)
     module = in_double(widen(graph, plan, states))
-    outputs = [run(graph.of_member(i).captured, s) for i, s in enumerate(states)]
+    answers = of_each(states, lambda i, state: run(graph.of_member(i).captured, state))
+    outputs = [answer for _, answer in answers]
     args, kwargs = inputs_of(graph.captured)
     with torch.no_grad():
         wide = tensors_of(module(*args, **kwargs))

@@ -14,6 +14,7 @@ from fxfuse.errors import RewriteError
 from fxfuse.labels import Value
 from fxfuse.layout import Copies, copies_of
 from fxfuse.plan import FusionPlan
+from fxfuse.ranks import of_each
 from fxfuse.rewrite import FusedModule, emit_graph
 from fxfuse.rules import (
     Rule,
@@ -82,7 +83,12 @@ def widen(
     wide = walk_of(graph, plan)
     names = wide.own_tensors()
     state = fused_tensors(graph, plan, states, wide.places, names)
-    own = {n: [s[n].detach().clone().to(states[0][n].device) for s in states] for n in names}
+
+    def kept(_: int, state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        return {n: state[n].detach().clone().to(states[0][n].device) for n in names}
+
+    each = [tensors for _, tensors in of_each(states, kept)]
+    own = {n: [tensors[n] for tensors in each] for n in names}
     return emit_graph(graph.captured, state, wide.graph, wide.orders, own)
 
 

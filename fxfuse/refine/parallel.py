@@ -1,0 +1,106 @@
+"""Networks that several processes train together, wrapped by torch's DDP or FSDP2.
+
+Each process has its part of a batch, and torch averages the gradients. What is done here is what
+is left: the loss of the whole batch, and which part of a batch is whose.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from fxfuse.errors import RefineError
+
+
+@dataclass(frozen=True)
+class Together:
+    """The processes that train one network.
+
+    Attributes:
+        groups: Their process groups, one for each dimension of their mesh; none for one process.
+        number: Of this process.
+        count: How many there are.
+    """
+
+    groups: tuple[Any, ...] = ()
+    number: int = 0
+    count: int = 1
+
+    def mean(self, loss: Tensor) -> Tensor:
+        """The mean of a loss [] over all processes: that of the whole batch, of equal parts.
+
+        One that is not finite is so everywhere, so that no process waits for one that has stopped.
+        """
+        if not self.groups:
+            return loss
+        total = loss.clone()
+        for group in self.groups:
+            dist.all_reduce(total, group=group)
+        return total / self.count
+
+    def part(self, batch: Tensor) -> Tensor:
+        """This process's part of the indices of a batch [b].
+
+        Raises:
+            RefineError: The batch has no equal parts.
+        """
+        if len(batch) % self.count:
+            raise RefineError(
+                f"A batch of {len(batch)} has no {self.count} equal parts.",
+                where="batch",
+                why="Each process takes its part, and their gradients count alike.",
+                how=f"Give a multiple of {self.count}, and as many inputs at least.",
+            )
+        return batch[self.number :: self.count]
+
+
+def together(module: nn.Module) -> Together:
+    """The processes that train a module: several where it is wrapped by DDP or `fully_shard`."""
+    if not dist.is_available() or not dist.is_initialized():
+        return Together()
+    # Imported here: they take a while, and most runs have one process.
+    from torch.distributed.fsdp import FSDPModule
+    from torch.nn.parallel import DistributedDataParallel
+
+    if isinstance(module, DistributedDataParallel):
+        group = module.process_group
+        return Together((group,), dist.get_rank(group), dist.get_world_size(group))
+    if isinstance(module, FSDPModule):
+        mesh: Any = next(
+            getattr(p, "device_mesh", None) for p in module.parameters() if is_sharded(p)
+        )
+        place = (mesh.mesh == dist.get_rank()).flatten().nonzero().item()
+        return Together(tuple(mesh.get_all_groups()), int(place), mesh.size())
+    return Together()
+
+
+def is_sharded(tensor: Tensor) -> bool:
+    """Whether each process has a part of a tensor only."""
+    # Asked without torch.distributed.tensor, which takes long to import.
+    return hasattr(tensor, "full_tensor")
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """A tensor of which each process may have a part, as a plain one; all processes call this."""
+    full: Tensor = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+    return full
+
+
+def check_whole(module: nn.Module) -> None:
+    """Checks that every process has all weights, so that one of them can write a checkpoint.
+
+    Raises:
+        RefineError: It has not.
+    """
+    sharded = next((name for name, p in module.named_parameters() if is_sharded(p)), None)
+    if sharded is not None:
+        raise RefineError(
+            "A sharded network is not written into a checkpoint.",
+            where=sharded,
+            why="Each process holds a part of it.",
+            how="Leave checkpoint out, and save the network and the optimiser with "
+            "torch.distributed.checkpoint after the run; or wrap the network with DDP.",
+        )
