@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 import fxfuse
 from fxfuse import FusionResult
@@ -145,7 +146,6 @@ def browser() -> Iterator[Any]:
 
 
 def test_browser_shows_it(browser: Any, page: Path) -> None:
-    shots = os.environ.get("FXFUSE_SCREENSHOTS")
     for width in (1280, 390):
         tab = browser.new_page(viewport={"width": width, "height": 900})
         problems: list[str] = []
@@ -156,8 +156,6 @@ def test_browser_shows_it(browser: Any, page: Path) -> None:
         tab.wait_for_selector("body[data-ready=yes]", timeout=20_000)
         for name in ("map", "scores", "coupling", "refit", "sweep"):
             assert tab.locator(f"#chart-{name} svg").count() == 1, name
-        if shots:
-            tab.screenshot(path=f"{shots}/report-{width}.png", full_page=True)
         dot = tab.locator("#chart-coupling path[aria-roledescription=point]").nth(3)
         place = re.search(r"place: (\S+);", dot.get_attribute("aria-label")).group(1)
         # Dots may touch one another; the one on top answers in the same way.
@@ -174,6 +172,25 @@ def test_browser_shows_it(browser: Any, page: Path) -> None:
         assert fold.evaluate("(node) => node.parentElement.open")
         # The page was asked for, and nothing else happened.
         assert problems == [page.as_uri()]
+        tab.close()
+
+
+def test_pictures_of_it(
+    browser: Any, result: FusionResult, members: list[torch.nn.Module], tmp_path: Path
+) -> None:
+    """Those in docs/how-to/report.md, with FXFUSE_SCREENSHOTS=docs/how-to."""
+    page, shots = tmp_path / "report.html", Path(os.environ.get("FXFUSE_SCREENSHOTS", tmp_path))
+    write_report(result, page, title="Three networks fused into one", members=members)
+    for width in (1280, 390):
+        tab = browser.new_page(viewport={"width": width, "height": 900})
+        tab.goto(page.as_uri())
+        tab.wait_for_selector("body[data-ready=yes]", timeout=20_000)
+        picture = shots / f"report-{width}.png"
+        tab.screenshot(path=str(picture), full_page=True)
+        with Image.open(picture) as image:
+            assert image.width == width
+            # Not blank: there is text, and the colours of three members.
+            assert len(image.convert("RGB").getcolors(maxcolors=2**24)) > 50
         tab.close()
 
 

@@ -8,8 +8,8 @@ import typer
 
 import fxfuse
 from fxfuse.cli.load import load_model
-from fxfuse.cli.options import Input, Model, ModelArg
-from fxfuse.cli.show import err, out
+from fxfuse.cli.options import Input, Json, Model, ModelArg
+from fxfuse.cli.show import err, out, print_json
 
 Tensor = Annotated[str, typer.Argument(help="Name in the model's `state_dict()`.")]
 Dim = Annotated[int, typer.Argument(help="Dimension of that tensor.")]
@@ -25,6 +25,7 @@ def explain(
     other_tensor: OtherTensor = None,
     other_dim: OtherDim = None,
     model_arg: ModelArg = None,
+    json: Json = False,
 ) -> None:
     """Explain one dimension of a parameter, or what couples it with another one."""
     if other_tensor is not None and other_dim is None:
@@ -36,4 +37,7 @@ def explain(
         text = graph.explain(tensor, dim)
     else:
         text = graph.explain((tensor, dim), (other_tensor, other_dim))
-    out.print(text, markup=False, highlight=False)
+    if json:
+        print_json({"tensor": tensor, "dim": dim, "explanation": text})
+    else:
+        out.print(text, markup=False, highlight=False)

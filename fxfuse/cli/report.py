@@ -7,9 +7,9 @@ from typing import Annotated
 
 import typer
 
-from fxfuse.cli.options import EvaluationSpec, Folder
+from fxfuse.cli.options import EvaluationSpec, Folder, Json
 from fxfuse.cli.show import out as console
-from fxfuse.cli.show import working
+from fxfuse.cli.show import print_json, working
 from fxfuse.recipe.compared import report_on
 from fxfuse.sources import absolute
 
@@ -19,8 +19,13 @@ Page = Annotated[
 ]
 
 
-def report(folder: Folder, out: Page = None, data: EvaluationSpec = None) -> None:
+def report(
+    folder: Folder, out: Page = None, data: EvaluationSpec = None, json: Json = False
+) -> None:
     """Write a page that shows what a fusion did, and what came out on data."""
     with working() as (stage, _), stage("writing the report"):
         page = report_on(folder, data and absolute(data), out)
+    if json:
+        print_json({"out": str(page)})
+        return
     console.print(f"written to {page}", markup=False)

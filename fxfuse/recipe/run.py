@@ -113,8 +113,9 @@ def run(
             check_installed()
         if recipe.base:
             stack.enter_context(contextlib.chdir(recipe.base))
-        if recipe.made is not None:
-            stack.enter_context(_threads(recipe.made.threads))
+        threads = recipe.made.threads if recipe.made is not None else recipe.threads
+        if threads is not None:
+            stack.enter_context(_threads(threads))
         check_enough(recipe.members, "fusion")
         with stage("reading networks and data"):
             networks, calibration = load_networks(recipe), load_data(recipe.calibration)

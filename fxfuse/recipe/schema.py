@@ -144,6 +144,9 @@ class Recipe(Part):
     evaluation: DataSource | None = Field(None, description="inputs and labels to report on")
     output: Output
     seed: int = Field(0, ge=0, description="of all random numbers")
+    threads: int | None = Field(
+        None, gt=0, description="of the computation; sums depend on it in their last digits"
+    )
     base: str | None = Field(
         None, description="where relative paths begin; None: the recipe's own folder"
     )
