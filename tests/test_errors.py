@@ -181,7 +181,7 @@ RAISES: dict[str, Callable[[Path], object]] = {
     ),
     "ModelFactoryError": lambda _: make_model("nobody:factory", {}),
     "OutputExistsError": lambda folder: check_output(folder, ["weights"]),
-    "RankError": lambda folder: another_rank_fails(folder),
+    "RankError": another_rank_fails,
     "RefineError": lambda _: match(two(verify=False).module, [net()], X, steps=0),
     "MissingDependencyError": lambda folder: fxfuse.export_onnx(
         two(verify=False), folder / "a.onnx"
