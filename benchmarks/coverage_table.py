@@ -53,7 +53,6 @@ def page() -> str:
         "",
         *_summary(rows),
         *_random(),
-        *_growth(),
         *_widths(),
     ]
     for library in LIBRARIES:
@@ -121,26 +120,6 @@ def _random() -> list[str]:
         "",
         f"Random networks (`python benchmarks/random_networks.py`, seed {found['seed']}): "
         f"**{counts['networks']:,}** drawn, **{len(found['findings'])}** with findings.",
-    ]
-
-
-def _growth() -> list[str]:
-    if not (RESULTS / "analysis_growth.json").exists():
-        return []
-    rows = _read("analysis_growth.json")["rows"]
-    return [
-        "",
-        "## Time against the number of nodes",
-        "",
-        "A ResNet of growing depth (`python benchmarks/analysis_growth.py`).",
-        "",
-        "| blocks | nodes | capture, s | analysis, s | analysis per 1,000 nodes, s |",
-        "|---:|---:|---:|---:|---:|",
-        *(
-            f"| {r['blocks']} | {r['nodes']} | {r['capture_s']:.2f} | {r['analysis_s']:.2f} "
-            f"| {1000 * r['analysis_s'] / r['nodes']:.3f} |"
-            for r in rows
-        ),
     ]
 
 

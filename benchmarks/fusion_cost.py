@@ -39,6 +39,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import fxfuse
+from benchmarks.memory import forget_peak, peak
 from benchmarks.records import earlier, versions, write
 from fxfuse.apply import fused_tensors
 from fxfuse.demo.environment import environment
@@ -77,8 +78,8 @@ def run(name: str, n: int, way: str, folder: Path) -> dict[str, Any]:
     build, shape = NETWORKS[name]
     x = torch.randn(2, *shape)
     paths = [folder / f"{i}.safetensors" for i in range(n)]
-    _forget_peak()
-    base = _peak()
+    forget_peak()
+    base = peak()
     with torch.device("meta"):
         template = build()
     if any(b.is_meta for b in template.buffers()):
@@ -87,7 +88,7 @@ def run(name: str, n: int, way: str, folder: Path) -> dict[str, Any]:
     if way == "whole":
         members = [first_member(template, path).eval() for path in paths]
         seconds = _timed(lambda: fxfuse.fuse(members, x))
-        return {"seconds": seconds, "megabytes": _peak() - base}
+        return {"seconds": seconds, "megabytes": peak() - base}
     captured = fxfuse.capture(member, x)
     graph = fxfuse.analyze(captured)
     streams = way == "streamed"
@@ -108,7 +109,7 @@ def run(name: str, n: int, way: str, folder: Path) -> dict[str, Any]:
             "reference": lambda: concatenated_and_pruned(member, graph, loaded or (), (x,), 2),
         }[way]
     )
-    return {"seconds": seconds, "megabytes": _peak() - base}
+    return {"seconds": seconds, "megabytes": peak() - base}
 
 
 def _timed(call: Callable[[], Any]) -> float:
@@ -118,20 +119,6 @@ def _timed(call: Callable[[], Any]) -> float:
         call()
         times.append(time.perf_counter() - start)
     return round(min(times), 4)
-
-
-def _peak() -> float:
-    """Most resident memory since `_forget_peak`, in MB.
-
-    Not `getrusage`, which counts what the parent had when it forked.
-    """
-    lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
-    kib = next(int(line.split()[1]) for line in lines if line.startswith("VmHWM"))
-    return round(kib * 1024 / 1e6, 1)
-
-
-def _forget_peak() -> None:
-    Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
 
 
 def written(name: str, n: int, folder: Path) -> int:

@@ -115,10 +115,40 @@ def _asked(rows: list[dict[str, Any]]) -> list[str]:
     return lines
 
 
+def analysis_growth(results: dict[str, Any]) -> str:
+    """Seconds and memory of the analysis at each depth, beside torch.export's."""
+    rows = results["rows"]
+    lines = [
+        "| blocks | nodes | export, s | capture, s | analysis, s | per 1,000 nodes, s | export, MB "
+        "| analysis, MB |",
+        f"|{' ---: |' * 8}",
+    ]
+    lines += [
+        f"| {r['blocks']} | {r['nodes']:,} | {r['export_s']:.2f} | {r['capture_s']:.2f} "
+        f"| {r['analysis_s']:.2f} | {1000 * r['analysis_s'] / r['nodes']:.2f} "
+        f"| {r['export_mb']:.0f} | {r['analysis_mb']:.0f} |"
+        for r in rows
+    ]
+    each = [1000 * r["analysis_s"] / r["nodes"] for r in rows]
+    shares = [r["analysis_s"] / r["export_s"] for r in rows]
+    memory = [r["analysis_mb"] / r["export_mb"] for r in rows]
+    about = results["environment"]
+    lines += [
+        "",
+        f"Per node the slowest depth takes {max(each) / min(each):.1f} times the fastest's time. "
+        f"The analysis takes {min(shares):.0%} to {max(shares):.0%} of the export's time and "
+        f"{min(memory):.1f} to {max(memory):.1f} times its memory. CPU seconds, of the "
+        f"analysis medians over {results['repetitions']} repetitions; one thread on "
+        f"{about['cpu']}, torch {about['torch']}.",
+    ]
+    return "\n".join(lines) + "\n"
+
+
 #: Name of a table's marks and of its JSON file → what writes it.
 TABLES: Mapping[str, Callable[[dict[str, Any]], str]] = {
     "inference": inference,
     "fusion": fusion,
+    "analysis_growth": analysis_growth,
 }
 
 

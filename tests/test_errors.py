@@ -195,9 +195,9 @@ RAISES: dict[str, Callable[[Path], object]] = {
     "ModelFactoryError": lambda _: make_model("nobody:factory", {}),
     "OutputExistsError": lambda folder: check_output(folder, ["weights"]),
     "OutputBusyError": _busy,
-    "RecipeError": lambda folder: read_recipe(folder),
-    "SavedError": lambda folder: fxfuse.load(folder),
-    "RankError": lambda folder: another_rank_fails(folder),
+    "RecipeError": read_recipe,
+    "SavedError": fxfuse.load,
+    "RankError": another_rank_fails,
     "RefineError": lambda _: match(two(verify=False).module, [net()], X, steps=0),
     "MissingDependencyError": lambda folder: fxfuse.export_onnx(
         two(verify=False), folder / "a.onnx"
