@@ -147,10 +147,12 @@ def report_on(folder: Path, data: str | None, page: Path | None) -> Path:
 
 
 def _compiled(network: nn.Module, inputs: tuple[torch.Tensor, ...]) -> nn.Module:
-    """A network after the same passes as any other, and compiled."""
+    """A network after the same passes as any other, and compiled; an ensemble's members each."""
     # Here, since it takes a second to import.
     from fxfuse.compile import compile as compiled_form
 
+    if isinstance(network, Ensemble):
+        return Ensemble([_compiled(member, inputs) for member in network.members])
     captured = capture(network, inputs)
     return compiled_form(emit(captured, captured.state()), inputs)
 
