@@ -151,6 +151,11 @@ def test_bench_times_three_networks(work: Path) -> None:
     assert "of one member" in done("bench", "fused").stdout
 
 
+def test_bench_compiles(work: Path) -> None:
+    rows = json.loads(done("bench", "fused", "--batch", 2, "--compiled", "--json").stdout)
+    assert [row["how"] for row in rows] == ["eager"] * 3 + ["compiled"] * 3
+
+
 def test_report_on_what_was_written(work: Path) -> None:
     done("report", "fused", "--data", "data.npz")
     page = (work / "fused" / "report.html").read_text()

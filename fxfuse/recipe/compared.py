@@ -152,7 +152,7 @@ def _compiled(network: nn.Module, inputs: tuple[torch.Tensor, ...]) -> nn.Module
     from fxfuse.compile import compile as compiled_form
 
     if isinstance(network, Ensemble):
-        return Ensemble([_compiled(member, inputs) for member in network.members])
+        return Ensemble([_compiled(member, inputs) for member in network.members]).eval()
     captured = capture(network, inputs)
     return compiled_form(emit(captured, captured.state()), inputs)
 
