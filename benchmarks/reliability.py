@@ -1,6 +1,6 @@
 """Kill -9 while results are written: what is left is the old result or the new one, whole.
 
-    python -m benchmarks.reliability [--rounds 200]
+    python -m benchmarks.reliability [--rounds 200] [--json benchmarks/results/reliability.json]
 
 A child process replaces a folder of three files again and again, each time with another content;
 after a random while it is killed. The folder must then hold three files of one content.
@@ -16,6 +16,9 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+
+from benchmarks.records import write
+from fxfuse.output import atomic_folder
 
 NAMES = ("weights", "plan", "summary")
 _BYTES = 200_000
@@ -56,6 +59,7 @@ def killed(rounds: int, seed: int = 0) -> dict[str, int]:
     """
     rng, counts = random.Random(seed), {"rounds": 0, "replaced": 0, "left over": 0}
     with tempfile.TemporaryDirectory() as work:
+        # What a killed writer leaves, a lock and an unfinished folder, is the next one's to remove.
         path, version = Path(work) / "result", 0
         for _ in range(rounds):
             child = subprocess.Popen(
@@ -75,16 +79,21 @@ def killed(rounds: int, seed: int = 0) -> dict[str, int]:
                 version = now
             else:
                 assert version == 0, "the result of an earlier round is gone"
-            counts["left over"] += len(list(Path(work).iterdir())) - path.exists()
-            for entry in Path(work).glob(".*"):
-                subprocess.run(["rm", "-r", str(entry)], check=True)
+        with atomic_folder(path, NAMES, force=True) as folder:
+            (folder / NAMES[0]).write_text("the last one")
+        counts["left over"] = len(list(Path(work).iterdir())) - 1
     return counts
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rounds", type=int, default=200)
-    print(killed(parser.parse_args().rounds))
+    parser.add_argument("--json", type=Path)
+    options = parser.parse_args()
+    result = killed(options.rounds)
+    print(result)
+    if options.json:
+        write(options.json, result)
 
 
 if __name__ == "__main__":

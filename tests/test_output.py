@@ -144,6 +144,18 @@ def test_a_writer_that_is_killed_leaves_the_old_or_the_new():
     assert counts["rounds"] == 12
     # It was killed at work, and not before or after it.
     assert counts["replaced"] > 0
+    assert counts["left over"] == 0
+
+
+def test_an_old_result_that_stepped_aside_comes_back(tmp_path: Path):
+    """Where two folders cannot be exchanged, a writer may be killed between the two renames."""
+    (tmp_path / ".out.0123abcd.old").mkdir()
+    (tmp_path / ".out.0123abcd.old" / "a.txt").write_text("old")
+    (tmp_path / ".out.4567cdef.partial").mkdir()
+    (tmp_path / ".out.of-the-user.partial").mkdir()
+    with pytest.raises(ZeroDivisionError), atomic_folder(tmp_path / "out", NAMES, force=True):
+        raise ZeroDivisionError
+    assert contents(tmp_path) == [".out.of-the-user.partial", "out", "out/a.txt"]
 
 
 def test_without_exchange_the_old_one_steps_aside(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
