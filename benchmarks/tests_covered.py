@@ -31,11 +31,12 @@ def shares(summary: dict[str, Any]) -> dict[str, float]:
     }
 
 
-def kept(report: dict[str, Any], wanted: float) -> dict[str, Any]:
-    """The totals, and each file that has fewer of its lines covered than is wanted in all."""
+def kept(report: dict[str, Any], wanted: float, arguments: str = "") -> dict[str, Any]:
+    """The totals, each file with fewer of its lines covered than wanted, what pytest was told."""
     files = {name: shares(file["summary"]) for name, file in sorted(report["files"].items())}
     return {
         "schema": 1,
+        "pytest": arguments,
         "python": platform.python_version(),
         "coverage": report["meta"]["version"],
         "date": report["meta"]["timestamp"][:10],
@@ -48,10 +49,11 @@ def kept(report: dict[str, Any], wanted: float) -> dict[str, Any]:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("report", type=Path, help="what `coverage json` wrote")
+    parser.add_argument("--pytest", default="", help="the arguments that pytest was given")
     options = parser.parse_args()
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
     wanted = project["tool"]["coverage"]["report"]["fail_under"]
-    found = kept(json.loads(options.report.read_text(encoding="utf-8")), wanted)
+    found = kept(json.loads(options.report.read_text(encoding="utf-8")), wanted, options.pytest)
     write(RESULTS, found)
     print(f"{found['total']['lines']} % of lines, {found['total']['branches']} % of branches")
     return int(found["total"]["lines"] < wanted)
