@@ -124,8 +124,10 @@ def fuse(
         score: Importance of a unit for `transplant`: `l1`, `l2` or `bn_scale`; `activation` and
             `obs` need calibration inputs, `taylor` and `fisher` labels as well. None: `obs` for
             `auto`, else `l2`.
-        variant: For `transplant`: None, `iterative` or `hierarchical`; for `optimal_transport`:
-            `weights` or `activations`; for `zip`: None or `across`.
+        variant: For `transplant` and `auto`: None, `iterative`, `hierarchical`, or `components`,
+            which merges residual streams that only layers, sums and norms over the units meet (as
+            in transformers) by what their readers make of them; for `optimal_transport`: `weights`
+            or `activations`; for `zip`: None or `across`.
         host: The member that keeps every piece that is frozen inside the network.
         fraction: For `transplant`: the share of units that come from other members than the host,
             in [0, 1], or shares by pattern, as `width`; None leaves it to the score.

@@ -6,6 +6,8 @@
 Rows, all on the same at most 1,000 unlabelled training inputs: plain NT; averaging; weight
 matching and recalibration; NT, and obs, with the closed-form refit (no step); obs and the refit on
 a part of the inputs, and matching for what is left of 2 CPU seconds in all; `auto` with its budget.
+Where a network has residual streams (the vision transformer), these merge them (`components`), and
+a row of its own chooses units there, too.
 Controls at the CPU time that `auto` took in all: matching from plain NT and from the best member,
 KL distillation of the best member with the best of three rates on validation data (the search is
 not counted); and, without a step, the best member with a refitted head. One row alone uses labels,
@@ -35,6 +37,7 @@ from benchmarks.paper.matching import PLACES, distilled
 from benchmarks.paper.networks import NETWORKS
 from benchmarks.paper.setting import SETTINGS, Case, accuracy, case
 from benchmarks.records import earlier, write
+from fxfuse.calibrate.streams import streams
 from fxfuse.data import Batches
 from fxfuse.refine import default_optimizer, finetune, match, recalibrate, refit_head
 
@@ -84,9 +87,14 @@ def measure(made: Case, seconds: float) -> dict[str, dict[str, Any]]:
     note("NT + 160 fine-tuning steps", module, spent + used)
     result, spent = fused(calibration=x, refit=True)
     note("NT + refit", result.module, spent)
-    result, spent = fused(score="obs", calibration=x, refit=True)
+    if streams(fxfuse.analyze(captured[0])):
+        result, spent = fused(score="obs", calibration=x, refit=True)
+        note("obs + refit, streams by units", result.module, spent)
+    # Without residual streams the variant is the plain transplant.
+    best = {"score": "obs", "variant": "components"}
+    result, spent = fused(**best, calibration=x, refit=True)
     note("obs + refit", result.module, spent)
-    result, spent = fused(score="obs", calibration=x[:QUICK_INPUTS], refit=True)
+    result, spent = fused(**best, calibration=x[:QUICK_INPUTS], refit=True)
     module = result.module
     steps = 0
     if QUICK - spent >= QUICK_LEAST:
@@ -94,7 +102,7 @@ def measure(made: Case, seconds: float) -> dict[str, dict[str, Any]]:
         spent += report.seconds
         steps = report.steps
     note("obs + refit + matching, 2 s", module, spent, steps=steps)
-    result, spent = fused(method="auto", calibration=x, seconds=seconds)
+    result, spent = fused(method="auto", **best, calibration=x, seconds=seconds)
     note("auto", result.module, spent, start=result.choice.start, kept=result.choice.kept)
     start = time.process_time()
     module = copy.deepcopy(made.best)

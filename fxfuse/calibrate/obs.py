@@ -72,15 +72,15 @@ def elimination(
     found: dict[str, tuple[Index, Ranks]] = {}
     for group in groups:
         readers = consumers[group.name]
-        width = _width(readers[0])
-        readers = [c for c in readers if _width(c) == width]
-        each = [_covariance(inputs[c.layer], c) for c in readers]
+        width = width_of(readers[0])
+        readers = [c for c in readers if width_of(c) == width]
+        each = [covariance_at(inputs[c.layer], c) for c in readers]
         covariance = torch.stack(each).mean(0)
         weights = []
         for c in readers:
-            own = [_weights(graph, states[m], c, left, m, host) for m in members]
+            own = [weights_at(graph, states[m], c, left, m, host) for m in members]
             weights.append(torch.block_diag(*own))
-        scaled = [w / _norm(w, covariance) for w in weights]
+        scaled = [w / size_of(w, covariance) for w in weights]
         alive = [np.isin(np.arange(group.n_units), kept[m][group.name]) for m in members]
         there = np.concatenate(alive)
         size = group.n_units if sizes is None else sizes[group.name]
@@ -177,11 +177,12 @@ def _losses(inverse: torch.Tensor, products: torch.Tensor, width: int) -> torch.
     return solved.diagonal(dim1=1, dim2=2).sum(1)
 
 
-def _width(consumer: Consumer) -> int:
+def width_of(consumer: Consumer) -> int:
+    """Neurons of a unit that a reader tells apart."""
     return 1 if consumer.repeated else consumer.slots.shape[1]
 
 
-def _covariance(members: Sequence[torch.Tensor], consumer: Consumer) -> torch.Tensor:
+def covariance_at(members: Sequence[torch.Tensor], consumer: Consumer) -> torch.Tensor:
     """Covariance of all members' units at one reader, [units · width, units · width]."""
     slots = torch.from_numpy(consumer.slots)
     columns = []
@@ -193,7 +194,7 @@ def _covariance(members: Sequence[torch.Tensor], consumer: Consumer) -> torch.Te
     return (rows.T @ rows / len(rows)).double()
 
 
-def _weights(
+def weights_at(
     graph: CouplingGraph,
     state: State,
     consumer: Consumer,
@@ -253,6 +254,6 @@ def _outputs(
     return np.flatnonzero(counts)
 
 
-def _norm(weights: torch.Tensor, covariance: torch.Tensor) -> torch.Tensor:
+def size_of(weights: torch.Tensor, covariance: torch.Tensor) -> torch.Tensor:
     """√tr(MᵀCM), the size of what a reader makes of its inputs."""
     return ((covariance @ weights) * weights).sum().clamp(min=1e-30).sqrt()

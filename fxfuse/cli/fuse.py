@@ -85,8 +85,8 @@ Reference = Annotated[
 Variant = Annotated[
     str | None,
     typer.Option(
-        help="For `transplant`, `iterative` or `hierarchical`: fuse in steps instead of all at "
-        "once."
+        help="For `transplant`: `iterative` or `hierarchical` fuse in steps, not all at once; "
+        "`components` merges residual streams (transformers), with --calibration and --refit."
     ),
 ]
 PlanFile = Annotated[

@@ -6,8 +6,9 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
+from fxfuse.calibrate import components
 from fxfuse.coupling import CouplingGraph, Index
-from fxfuse.errors import ControlError
+from fxfuse.errors import CalibrationError, ControlError
 from fxfuse.methods.registry import check_variant, method
 from fxfuse.options import Options, State
 from fxfuse.plan import UnitMap, Weights
@@ -17,7 +18,7 @@ from fxfuse.widths import by_pattern
 #: For each group: (member, unit) of every unit that is kept, sorted, int64 [n, 2].
 Kept = dict[str, Index]
 
-VARIANTS = ("iterative", "hierarchical")
+VARIANTS = ("iterative", "hierarchical", "components")
 
 
 @method("transplant")
@@ -27,7 +28,10 @@ def transplant(
     """One-hot maps (Öz et al., "Model Fusion via Neuron Transplantation", arXiv:2502.06849).
 
     Variants: None fuses all members at once; `iterative` fuses the first two, then the result with
-    the next member, and so on; `hierarchical` fuses pairs, then pairs of the results.
+    the next member, and so on; `hierarchical` fuses pairs, then pairs of the results; `components`
+    fuses all at once, and merges residual streams, of which no unit means anything by itself: their
+    maps are mixtures of all members' units (`fxfuse.calibrate.components`), for a refit to build
+    on.
 
     With `fraction` f, a group of n units keeps the (1 - f)·n best of the host, and takes the f·n
     best of all others. With fractions by pattern, groups that none speaks of keep the best of all.
@@ -43,7 +47,7 @@ def transplant(
     leaves = [_whole(graph, i) for i in range(len(states))]
     if options.fraction is not None:
         kept = _by_fraction(graph, states, leaves, options)
-    elif options.variant is None:
+    elif options.variant in (None, "components"):
         kept = _select(graph, states, leaves, options)
     elif options.variant == "iterative":
         kept = leaves[0]
@@ -57,8 +61,10 @@ def transplant(
                 for pair in pairs
             ]
         kept = leaves[0]
+    mixtures = _mixtures(graph, states, kept, options) if options.variant == "components" else {}
     return tuple(
-        UnitMap(
+        mixtures.get(group.name)
+        or UnitMap(
             group.name,
             options.size_of(group),
             np.arange(options.size_of(group)),
@@ -67,6 +73,39 @@ def transplant(
         )
         for group in graph.groups
     )
+
+
+def _mixtures(
+    graph: CouplingGraph, states: Sequence[State], kept: Kept, options: Options
+) -> dict[str, UnitMap]:
+    """Maps of residual streams that are not one-hot.
+
+    Raises:
+        CalibrationError: There are no calibration inputs.
+        ControlError: The members have different widths.
+    """
+    if options.calibration is None:
+        raise CalibrationError(
+            "variant 'components' needs calibration inputs",
+            why="it looks for what the layers that read a residual stream make of it",
+            how="pass calibration=..., 100 to 1,000 inputs without labels",
+        )
+    if graph.members:
+        raise ControlError(
+            "variant 'components' works with members of one width only",
+            why="it mixes units of the same stream",
+            how="leave the variant out",
+        )
+    sizes = {group.name: options.size_of(group) for group in graph.groups}
+    found = components(graph, states, options.calibration, kept, sizes, options.host)
+    maps = {}
+    for name, mixture in found.items():
+        rows, size = mixture.shape
+        n_units = rows // len(states)
+        target, row = np.divmod(np.arange(rows * size), rows)
+        entries = mixture[row, target]
+        maps[name] = UnitMap(name, size, target, row // n_units, row % n_units, entries, entries)
+    return maps
 
 
 def _whole(graph: CouplingGraph, member: int) -> Kept:

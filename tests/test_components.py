@@ -1,0 +1,206 @@
+"""Residual streams merged by what their readers make of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+import fxfuse
+from fxfuse.calibrate import components
+from fxfuse.calibrate.obs import covariance_at, size_of, weights_at
+from fxfuse.calibrate.streams import streams
+from fxfuse.calibrate.units import consumer_inputs, consumers_of
+from fxfuse.calibration import Calibration
+from fxfuse.errors import CalibrationError
+from tests.models import excite
+from tests.nets import resnets
+
+WIDTH = 12
+
+
+class Block(nn.Module):
+    """A residual block: a norm, a hidden layer, and what `last` does with its output."""
+
+    def __init__(self, last: Callable[[torch.Tensor], torch.Tensor] | None = None) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(WIDTH)
+        self.up, self.down = nn.Linear(WIDTH, 20), nn.Linear(20, WIDTH)
+        self.last = last if last is not None else nn.Identity()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x + self.last(self.down(self.up(self.norm(x)).relu()))
+
+
+class Stream(nn.Module):
+    """Two residual blocks on a stream of tokens."""
+
+    def __init__(self, middle: nn.Module | None = None) -> None:
+        super().__init__()
+        self.stem = nn.Linear(6, WIDTH)
+        self.place = nn.Parameter(torch.randn(1, 5, WIDTH))
+        self.blocks = nn.Sequential(Block(), middle or nn.Identity(), Block())
+        self.norm = nn.LayerNorm(WIDTH)
+        self.head = nn.Linear(WIDTH, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.blocks(self.stem(x) + self.place)
+        return self.head(self.norm(x).mean(1))
+
+
+class Scale(nn.Module):
+    """A factor for each unit."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.factor = nn.Parameter(torch.rand(WIDTH) + 0.5)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x * self.factor
+
+
+class Along(nn.Module):
+    """A depthwise convolution over the tokens."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv1d(WIDTH, WIDTH, 3, padding=1, groups=WIDTH)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.conv(x.transpose(1, 2)).transpose(1, 2)
+
+
+def tokens(n: int) -> torch.Tensor:
+    return torch.randn(n, 5, 6)
+
+
+def members(n: int) -> list[nn.Module]:
+    found = []
+    for seed in range(n):
+        torch.manual_seed(seed)
+        found.append(excite(Stream(), tokens(32)))
+    return found
+
+
+@pytest.mark.parametrize(
+    ("middle", "is_stream"),
+    [
+        (nn.Identity(), True),
+        (nn.Dropout(0.1), True),
+        (nn.Linear(WIDTH, WIDTH), True),
+        (nn.ReLU(), False),
+        (Scale(), False),
+        (Along(), False),
+        (nn.Tanh(), False),
+    ],
+)
+def test_a_stream_meets_nothing_that_tells_its_units_apart(
+    middle: nn.Module, is_stream: bool
+) -> None:
+    found = streams(fxfuse.analyze(Stream(middle).eval(), tokens(2)))
+    if isinstance(middle, nn.Linear):
+        # The layer ends one stream and begins another.
+        assert len(found) == 2
+    else:
+        assert len(found) == is_stream
+
+
+def test_hidden_layers_and_residual_sums_behind_activations_are_none() -> None:
+    graph = fxfuse.analyze(members(1)[0], tokens(2))
+    hidden = {group.name for group in graph.groups if "up" in group.name}
+    assert len(hidden) == 2
+    assert not hidden & streams(graph)
+    assert not streams(fxfuse.analyze(resnets(1)[0], torch.randn(2, 3, 8, 8)))
+
+
+def test_no_choice_of_units_tells_the_readers_more() -> None:
+    """What the readers' outputs lose is least of all mixtures, so also of all choices of units."""
+    networks, x = members(2), tokens(200)
+    graph = fxfuse.analyze(networks[0], x[:2])
+    states = [network.state_dict() for network in networks]
+    calibration = Calibration.of(graph.captured, x)
+    (name,) = streams(graph)
+    sizes = {group.name: group.n_units for group in graph.groups}
+    every = {
+        g.name: np.stack([np.repeat([0, 1], g.n_units), np.tile(np.arange(g.n_units), 2)], 1)
+        for g in graph.groups
+    }
+    readers = consumers_of(graph)[name]
+    inputs = consumer_inputs(graph, {name: readers}, states, calibration)
+    covariance = torch.stack([covariance_at(inputs[r.layer], r) for r in readers]).mean(0)
+    weights = []
+    for reader in readers:
+        own = [weights_at(graph, s, reader, {}, m, 0) for m, s in enumerate(states)]
+        each = torch.block_diag(*own)
+        weights.append(each / size_of(each, covariance_at(inputs[reader.layer], reader)))
+    outputs = torch.cat(weights, 1)
+
+    def lost(mixture: torch.Tensor) -> float:
+        """Variance of the outputs that the best linear prediction from zᵀP leaves."""
+        seen = covariance @ mixture
+        explained = seen @ torch.linalg.pinv(mixture.T @ seen) @ seen.T
+        return float(((covariance - explained) @ outputs * outputs).sum())
+
+    for count in (3, 8, WIDTH):
+        found = components(graph, states, calibration, every, {**sizes, name: count}, 0)[name]
+        mixture = torch.from_numpy(found)
+        assert mixture.shape == (2 * WIDTH, count)
+        best = lost(mixture)
+        generator = torch.Generator().manual_seed(0)
+        for _ in range(50):
+            units = torch.randperm(2 * WIDTH, generator=generator)[:count]
+            assert best <= lost(torch.eye(2 * WIDTH, dtype=torch.float64)[:, units]) + 1e-9
+            other = torch.randn(2 * WIDTH, count, generator=generator).double()
+            assert best <= lost(other) + 1e-9
+        # As large as a member's unit, and uncorrelated.
+        spread = mixture.T @ covariance @ mixture
+        level = float(covariance.diagonal().mean())
+        torch.testing.assert_close(spread, level * torch.eye(count).double(), atol=1e-6, rtol=1e-4)
+
+
+def test_after_the_refit_a_narrow_one_is_closer_to_the_ensemble() -> None:
+    """Few units carry less than as many mixtures; of trained ones benchmarks.paper.gains tells."""
+    networks, x = members(2), tokens(400)
+    with torch.no_grad():
+        wanted = torch.stack([network(x) for network in networks]).mean(0)
+    errors = {}
+    for variant in (None, "components"):
+        result = fxfuse.fuse(
+            networks, x[:2], score="obs", variant=variant, calibration=x, refit=True, width=0.5
+        )
+        assert result.verification.passed
+        with torch.no_grad():
+            difference = result.module(x) - wanted
+        errors[variant] = float(difference.square().mean() / wanted.var(0).mean())
+    assert errors["components"] < errors[None]
+
+
+def test_the_plan_says_so_and_is_applied_again() -> None:
+    networks, x = members(2), tokens(120)
+    result = fxfuse.fuse(networks, x[:2], score="obs", variant="components", calibration=x)
+    plan = fxfuse.FusionPlan.from_json(result.plan.to_json())
+    assert plan.options["variant"] == "components"
+    (name,) = streams(result.graph)
+    assert len(plan.map_of(name).target) == 2 * WIDTH * WIDTH
+    again = fxfuse.fuse(networks, x[:2], plan=plan)
+    for key, value in result.state_dict().items():
+        assert torch.equal(value, again.state_dict()[key]), key
+
+
+def test_without_streams_it_is_the_transplant() -> None:
+    networks, x = resnets(2), torch.randn(120, 3, 8, 8)
+    plans = [
+        fxfuse.fuse(networks, x[:2], score="obs", variant=v, calibration=x, verify=False).plan
+        for v in (None, "components")
+    ]
+    for one, other in zip(plans[0].maps, plans[1].maps, strict=True):
+        assert np.array_equal(one.member, other.member)
+        assert np.array_equal(one.unit, other.unit)
+
+
+def test_it_needs_calibration_inputs() -> None:
+    with pytest.raises(CalibrationError, match="components"):
+        fxfuse.fuse(members(2), tokens(2), variant="components")
