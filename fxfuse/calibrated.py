@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from fxfuse.calibrate import unit_activations
 from fxfuse.coupling import CouplingGraph
-from fxfuse.errors import CalibrationError
+from fxfuse.errors import CalibrationError, PartialFusionError
 from fxfuse.gradients import Gradients, gradients
 from fxfuse.options import Options, State
 
@@ -80,7 +80,14 @@ def require_gradients(
 
     Raises:
         CalibrationError: There are none, or not one for each member.
+        PartialFusionError: The members have heads for different tasks.
     """
+    if graph.captured.heads:
+        raise PartialFusionError(
+            f"{user} does not work with several heads",
+            why="its gradients are of one loss on one output, and each head has a task of its own",
+            how="use score='l2', 'bn_scale', 'activation' or 'obs'",
+        )
     n_members, given = len(states), options.gradients
     if given is None and options.calibration is not None and options.calibration.labels:
         calls = [args for args, _ in options.calibration.batches]

@@ -137,7 +137,8 @@ def fuse(
             None is exact.
         calibration: 100 to 1,000 inputs from the members' own domain: a tensor [n, ...], a tuple or
             mapping of tensors, or an iterable of batches; with labels as pairs (inputs, labels).
-        refit: Whether to refit the fused network to the members' activations, in closed form.
+        refit: Whether to refit the fused network to the members' activations, in closed form; with
+            `heads`, each head to its own member's.
         outputs: `logits` or `values`: what the network's output is, for the refit of the head and
             for matching; None lets the output's shape decide.
         steps: For `auto`: budget of the matching in steps; without `seconds`: 300.
@@ -202,8 +203,8 @@ def fuse(
             use, or contradicts another one or the plan.
         CalibrationError: The method or the score needs calibration inputs, and there are none.
         MissingDependencyError: The method needs a package that is not installed.
-        PartialFusionError: The heads are not found or cannot be kept apart from the trunk, or the
-            classes are not those of the members.
+        PartialFusionError: The heads are not found or cannot be kept apart from the trunk, the
+            classes are not those of the members, or what is asked for needs members of one task.
         NothingToFuseError: No parameter has a free dimension.
         VerificationError: An oracle failed.
         RankError: With `group`: another rank failed, with an error that is not fxfuse's. Every
@@ -451,12 +452,14 @@ def _check_calibrated(
     graph: CouplingGraph, inputs: Calibration | None, *, auto: bool, refit: bool
 ) -> None:
     """Checks that what is asked for can be measured."""
-    what = 'method "auto"' if auto else "refit=True" if refit else "calibration="
-    if graph.captured.heads and (inputs is not None or auto or refit):
+    what = 'method "auto"' if auto else "refit=True"
+    if graph.captured.heads and auto:
         raise PartialFusionError(
             f"{what} does not work with several heads",
-            why="the members' heads have other tasks, so there is no one network to compare with",
-            how="fuse without it, and train the heads with fxfuse.refine.finetune or distill",
+            why="the members' heads have other tasks, so there is no one network to choose a start "
+            "by and to match",
+            how="use method='transplant' with refit=True, and train the result with "
+            "fxfuse.refine.finetune",
         )
     if not (auto or refit):
         return

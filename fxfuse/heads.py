@@ -23,7 +23,7 @@ from fxfuse.errors import PartialFusionError
 from fxfuse.label_spaces import LabelSpaces
 from fxfuse.same_network import check_same_network
 from fxfuse.source_lines import source_of
-from fxfuse.tensors import attach, fetch, is_constant
+from fxfuse.tensors import attach, is_constant
 
 aten = torch.ops.aten
 _APART = LabelSpaces()
@@ -80,6 +80,30 @@ def head_name(member: int, name: str) -> str:
     return f"heads.{member}.{name}"
 
 
+def joined_state(
+    captured: Captured, member: int, state: Mapping[str, torch.Tensor]
+) -> dict[str, torch.Tensor]:
+    """A member's tensors, by their names in the joined network (`Joined.states`).
+
+    Args:
+        captured: The joined network.
+        member: Number of the member.
+        state: Its tensors by its own names; what it lacks is left out.
+    """
+    own, standing_in = {}, {}
+    for joined in captured.names:
+        owner = captured.heads.get(joined, member)
+        name = joined.split(".", 2)[2] if joined in captured.heads else joined
+        like = captured.tensor(joined)
+        if name not in state:
+            continue
+        if owner == member:
+            own[joined] = state[name]
+        elif not isinstance(like, nn.Parameter) and state[name].shape == like.shape:
+            standing_in[joined] = state[name]
+    return own | standing_in
+
+
 def region_of(captured: Captured, names: Collection[str]) -> frozenset[fx.Node]:
     """The nodes that depend on one of the named tensors, and the constants that only they read."""
     if not names:
@@ -95,6 +119,11 @@ def region_of(captured: Captured, names: Collection[str]) -> frozenset[fx.Node]:
         if is_own and (is_size or node not in variable) and node.users:
             region |= {node} if region.issuperset(node.users) else set()
     return frozenset(region)
+
+
+def others_region(captured: Captured, member: int) -> frozenset[fx.Node]:
+    """The nodes that a member of a joined network does not have: its part is the rest."""
+    return region_of(captured, [name for name, own in captured.heads.items() if own != member])
 
 
 def _dependents(graph: fx.Graph, starts: Callable[[fx.Node], bool]) -> set[fx.Node]:
@@ -270,7 +299,8 @@ class _Joiner:
             first.example_inputs,
             heads=self.heads,
         )
-        return Joined(joined, tuple(self.state(i) for i in range(len(self.parts))))
+        own = [part.captured.state() for part in self.parts]
+        return Joined(joined, tuple(joined_state(joined, i, s) for i, s in enumerate(own)))
 
     def trunk(self, row: Sequence[fx.Node]) -> None:
         copied = self.graph.node_copy(row[0], self.nodes[0].__getitem__)
@@ -349,20 +379,6 @@ class _Joiner:
         node = self.graph.call_function(target, args)
         node.meta["val"] = value
         return node
-
-    def state(self, member: int) -> dict[str, torch.Tensor]:
-        """The tensors of a member, by their names in the joined network."""
-        part = self.parts[member]
-        own = part.captured.state()
-        found = {name: own[name] for name in part.trunk_names()}
-        found |= {head_name(member, name): own[name] for name in part.head_names()}
-        for joined in self.heads:
-            name = joined.split(".", 2)[2]
-            tensor = fetch(self.module, joined)
-            is_buffer = not isinstance(tensor, nn.Parameter)
-            if is_buffer and name in part.names and own[name].shape == tensor.shape:
-                found[joined] = own[name]
-        return found
 
 
 def _output_spec(graph: fx.Graph) -> Any:

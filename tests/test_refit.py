@@ -16,7 +16,6 @@ from fxfuse.errors import (
     CalibrationError,
     ControlError,
     MemberMismatchError,
-    PartialFusionError,
     RefineError,
 )
 from fxfuse.plan import UnitMap
@@ -398,11 +397,15 @@ def test_kinds_of_output():
         refit(fxfuse.fuse(members, x[:4]), members, x, outputs="classes")
 
 
-def test_several_heads_are_refused():
-    members, x = members_for("ResNet"), inputs_for("ResNet")
-    heads = [n for n, m in members[0].named_children() if isinstance(m, nn.Linear)]
-    with pytest.raises(PartialFusionError, match="several heads"):
-        fxfuse.fuse(members, x[:4], heads=heads, calibration=x, refit=True)
+def test_a_network_in_float64_is_refitted():
+    members = [m.double() for m in members_for("depthwise")]
+    x = inputs_for("depthwise").double()
+    result = fxfuse.fuse(members, x[:4])
+    before = distance(result.module, members, x)
+    report = refit(result, members, x, outputs="values")
+    assert distance(result.module, members, x) < 0.5 * before
+    assert all(fit.after <= fit.before for fit in report.layers)
+    assert {t.dtype for t in result.module.parameters()} == {torch.float64}
 
 
 def test_averaged_units_have_averaged_targets():

@@ -32,6 +32,8 @@ class Lane:
         constants: Tensors that this graph reads beside the network's, by name.
         asked_as: Nodes of another graph by which `run_to`, `value`, `drop` and `held` may name
             nodes of this one.
+        absent: Nodes that the network does not have, as those of other members' heads: they are
+            passed over, and their value is None.
     """
 
     def __init__(
@@ -45,12 +47,14 @@ class Lane:
         graph: fx.Graph | None = None,
         constants: Mapping[str, torch.Tensor] = MappingProxyType({}),
         asked_as: Mapping[fx.Node, fx.Node] = MappingProxyType({}),
+        absent: Collection[fx.Node] = (),
     ) -> None:
         self.captured = captured
         self.state = state
         self.calibration = calibration
         self.name = name
         self.asked_as = asked_as
+        self.absent = absent
         self.held = {asked_as.get(node, node) for node in held}
         self.nodes = list((graph or captured.graph).nodes)
         self.order = {node: place for place, node in enumerate(self.nodes)}
@@ -81,6 +85,8 @@ class Lane:
     def value(self, node: fx.Node) -> list[Any]:
         """What a node that has run returned, for each batch."""
         node = self.asked_as.get(node, node)
+        if node in self.absent:
+            return [None] * len(self.calibration.batches)
         if node.op == "get_attr":
             return [self._tensor(node)] * len(self.calibration.batches)
         return self.values[node]
@@ -133,8 +139,9 @@ class Lane:
     def _step(self, node: fx.Node) -> None:
         if node.op != "call_function":
             return
-        self.redo(node)
-        self._check(node)
+        if node not in self.absent:
+            self.redo(node)
+            self._check(node)
         for operand in node.all_input_nodes:
             if operand not in self.held and self._is_read(operand, self.order[node]):
                 self.values.pop(operand, None)

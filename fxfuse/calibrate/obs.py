@@ -64,7 +64,7 @@ def elimination(
     """
     members = sorted(kept)
     consumers = consumers_of(graph)
-    inputs = consumer_inputs(graph, consumers, [states[m] for m in members], calibration)
+    inputs = consumer_inputs(graph, consumers, {m: states[m] for m in members}, calibration)
     order = {node: place for place, node in enumerate(graph.captured.graph.nodes)}
     groups = [group for group in graph.groups if consumers[group.name]]
     groups.sort(key=lambda g: order[consumers[g.name][0].layer.node], reverse=True)

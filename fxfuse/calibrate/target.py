@@ -2,8 +2,8 @@
 
 For a group, the fused activation is Σ_i M⁽ⁱ⁾ · (activation of member i): with one-hot maps the
 activations of the kept units. Where a dimension is the host's, so is the value; where an index has
-one meaning for all members (the logits, say), the members' mean is taken. Where the fused network
-has another size, the units stand as its layouts say.
+one meaning for all members (the logits, say), the members' mean is taken; in the head of one
+member, its own value. Where the fused network has another size, the units stand as its layouts say.
 """
 
 from __future__ import annotations
@@ -52,29 +52,34 @@ class Targets:
         self.told = self._told()
         self._mergers: dict[fx.Node, list[_Merger] | None] = {}
 
-    def merge(self, node: fx.Node, values: Sequence[torch.Tensor]) -> torch.Tensor | None:
+    def merge(self, node: fx.Node, values: Sequence[torch.Tensor | None]) -> torch.Tensor | None:
         """The fused value of a node.
 
         Args:
             node: The node.
-            values: Its value in each member, of the node's shape (with any batch size).
+            values: Its value in each member, of the node's shape (with any batch size); None in a
+                member that does not have the node, which lies in the head of another one.
 
         Returns:
-            A tensor of the shape that the fused network has there; None where two dimensions at
-            once are divided among the members, so that no member has the value.
+            A tensor of the shape that the fused network has there; None where no member has the
+            value: two dimensions at once are divided among the members, or units of all members
+            stand in the head of one.
         """
         node = self.asked_as.get(node, node)
         if node not in self._mergers:
             self._mergers[node] = self._mergers_of(node)
         mergers = self._mergers[node]
-        if mergers is None:
+        own = [value for value in values if value is not None]
+        if mergers is None or not own:
             return None
         if not mergers:
-            return torch.stack(list(values)).mean(0)
+            return torch.stack(own).mean(0)
+        if len(own) < len(values):
+            return None
         if not any(len(merger.places) for merger in mergers):
             return None
-        result = values[0].new_zeros(mergers[0].fused_shape(values[0].shape))
-        for merger, value in zip(mergers, values, strict=True):
+        result = own[0].new_zeros(mergers[0].fused_shape(own[0].shape))
+        for merger, value in zip(mergers, own, strict=True):
             merger.add_to(result, value)
         return result
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -13,6 +13,7 @@ from fxfuse.calibrate.lane import Lane
 from fxfuse.calibrate.layers import Layer, layers_of
 from fxfuse.calibration import Calibration
 from fxfuse.coupling import CouplingGraph, CouplingGroup, Index
+from fxfuse.heads import others_region, region_of
 from fxfuse.labels import Value, neurons
 
 #: Rows of activations that are kept of a layer's input, for all calibration inputs together.
@@ -35,11 +36,14 @@ class Consumer:
 
 
 def consumers_of(graph: CouplingGraph) -> dict[str, list[Consumer]]:
-    """For each group, the layers without groups of channels that read it, in graph order."""
+    """For each group, the trunk's layers that read it, in graph order.
+
+    Layers with groups of channels are left out, and so are the members' heads.
+    """
     found: dict[str, list[Consumer]] = {group.name: [] for group in graph.groups}
     for layer in layers_of(graph.captured):
         place = (graph.captured.canonical[layer.weight], layer.inputs)
-        if layer.groups > 1:
+        if layer.groups > 1 or layer.weight in graph.captured.heads:
             continue
         for group in graph.group_of.get(place, ()):
             slots = group.index[place]
@@ -50,7 +54,7 @@ def consumers_of(graph: CouplingGraph) -> dict[str, list[Consumer]]:
 def consumer_inputs(
     graph: CouplingGraph,
     consumers: Mapping[str, Sequence[Consumer]],
-    states: Sequence[Mapping[str, torch.Tensor]],
+    states: Mapping[int, Mapping[str, torch.Tensor]],
     calibration: Calibration,
     *,
     rows: int = ROWS,
@@ -60,7 +64,7 @@ def consumer_inputs(
     Args:
         graph: The analysis of the members.
         consumers: What `consumers_of` returned.
-        states: Their tensors by name.
+        states: Their tensors by name, by number of the member.
         calibration: The inputs.
         rows: About how many rows are kept; the same ones in all members.
 
@@ -73,15 +77,26 @@ def consumer_inputs(
         layer: [] for layer in sorted(layers, key=lambda layer: place[layer.node])
     }
     last = {layer.input: layer for layer in result}
-    for number, state in enumerate(states):
-        name = f"member {number}"
-        lane = Lane(graph.captured, state, calibration, name=name, held=set(last))
+    for number, state in states.items():
+        lane = _member_lane(graph, number, state, calibration, set(last))
         for layer, found in result.items():
             lane.run_to(layer.input)
             found.append(_some([layer.output_rows(x) for x in lane.value(layer.input)], rows))
             if last[layer.input] is layer:
                 lane.drop(layer.input)
     return result
+
+
+def _member_lane(
+    graph: CouplingGraph,
+    number: int,
+    state: Mapping[str, torch.Tensor],
+    calibration: Calibration,
+    held: Collection[fx.Node],
+) -> Lane:
+    absent = others_region(graph.captured, number)
+    name = f"member {number}"
+    return Lane(graph.captured, state, calibration, name=name, held=held, absent=absent)
 
 
 def _some(parts: Sequence[torch.Tensor], rows: int) -> torch.Tensor:
@@ -114,7 +129,8 @@ def unit_activations(
         never do is left out.
     """
     consumers, found = consumers_of(graph), {}
-    inputs = consumer_inputs(graph, consumers, states, calibration, rows=rows)
+    numbered = dict(enumerate(states))
+    inputs = consumer_inputs(graph, consumers, numbered, calibration, rows=rows)
     for group in graph.groups:
         readers = consumers[group.name]
         if readers:
@@ -125,7 +141,7 @@ def unit_activations(
     places = {g.name: _last_place(graph, g) for g in graph.groups if g.name not in found}
     held = {place[0] for place in places.values() if place is not None}
     for number, state in enumerate(states if held else ()):
-        lane = Lane(graph.captured, state, calibration, name=f"member {number}", held=held)
+        lane = _member_lane(graph, number, state, calibration, held)
         lane.run_to(max(held, key=lane.order.__getitem__))
         for name, place in places.items():
             if place is not None:
@@ -140,13 +156,14 @@ def _last_place(graph: CouplingGraph, group: CouplingGroup) -> tuple[fx.Node, in
         The node, the dimension, and where each unit stands along it, int64 [n_units, slots].
     """
     ledger = graph.ledger
+    heads = region_of(graph.captured, graph.captured.heads)
     unit_of = np.full(ledger.count, -1)
     for owner, place in enumerate(ledger.owners):
         if place in group.index:
             ids = ledger.starts[owner] + group.index[place]
             unit_of[ids] = np.arange(group.n_units)[:, None]
     for node, value in reversed(list(graph.values.items())):
-        if not isinstance(value, Value) or value.sources is not None:
+        if node in heads or not isinstance(value, Value) or value.sources is not None:
             continue
         for f in value.fields:
             units = unit_of[neurons(f.ids).reshape(-1).numpy()]

@@ -13,6 +13,7 @@ from fxfuse.calibration import Calibration
 from fxfuse.capture import Captured
 from fxfuse.coupling import CouplingGraph
 from fxfuse.errors import MemberMismatchError, PartialFusionError
+from fxfuse.heads import joined_state
 from fxfuse.members import state_of
 from fxfuse.plan import FusionPlan
 
@@ -35,35 +36,49 @@ class Fused(Protocol):
         """The fused network."""
 
 
-def states_of(result: Fused, members: Sequence[Member]) -> list[Mapping[str, torch.Tensor]]:
-    """The tensors of the members that were fused, by name.
+def states_of(result: Fused, members: Sequence[Member]) -> Sequence[Mapping[str, torch.Tensor]]:
+    """The tensors of the members that were fused, by their names in the fused network.
 
     Raises:
         MemberMismatchError: These are not the members that were fused.
     """
-    states = [
+    captured = result.graph.captured
+    own = [
         member.state() if isinstance(member, Captured) else state_of(member) for member in members
     ]
+    states = [joined_state(captured, i, state) for i, state in enumerate(own)]
     _check_members(result, states)
     return states
 
 
 def measurable(
-    result: Fused, members: Sequence[Member], inputs: Any, *, what: str, why: str
-) -> tuple[list[Mapping[str, torch.Tensor]], Calibration]:
+    result: Fused, members: Sequence[Member], inputs: Any
+) -> tuple[Sequence[Mapping[str, torch.Tensor]], Calibration]:
     """The members' tensors and the checked inputs, for a step that measures activations.
 
     Args:
         result: What `fxfuse.fuse` returned.
         members: The networks that were fused, in the same order.
         inputs: What `Calibration.of` takes.
-        what: What several heads cannot be, for the message.
-        why: The reason, for the message.
 
     Raises:
         CalibrationError: The inputs are not what the members take.
         MemberMismatchError: These are not the members that were fused.
         NotEmittedError: The members were traced: there is no graph to run.
+    """
+    result.graph.captured.require_program()
+    return states_of(result, members), Calibration.of(result.graph.captured, inputs)
+
+
+def check_one_head(result: Fused, what: str, why: str) -> None:
+    """Checks that a network is no partial fusion.
+
+    Args:
+        result: What `fxfuse.fuse` returned.
+        what: What several heads cannot be, for the message.
+        why: The reason, for the message.
+
+    Raises:
         PartialFusionError: The network has several heads.
     """
     if result.plan.heads:
@@ -72,8 +87,6 @@ def measurable(
             why=why,
             how="train the heads with fxfuse.refine.finetune or distill",
         )
-    result.graph.captured.require_program()
-    return states_of(result, members), Calibration.of(result.graph.captured, inputs)
 
 
 def _check_members(result: Fused, states: Sequence[Mapping[str, torch.Tensor]]) -> None:
@@ -82,9 +95,12 @@ def _check_members(result: Fused, states: Sequence[Mapping[str, torch.Tensor]]) 
             f"{len(states)} members given, {result.plan.n_members} were fused",
             how="pass the members of the fusion, in the same order",
         )
+    captured = result.graph.captured
     for number, state in enumerate(states):
-        for name in result.graph.captured.names:
-            tensor = result.graph.captured.tensor(name)
+        for name in captured.names:
+            tensor = captured.tensor(name)
+            if captured.heads.get(name, number) != number:
+                continue
             if name not in state or state[name].shape != tensor.shape:
                 raise MemberMismatchError(
                     f"member {number} is not one of those that were fused",

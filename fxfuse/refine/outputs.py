@@ -38,10 +38,12 @@ def kind_of(shape: Sequence[int], wish: str | None) -> Outputs:
 
 
 def kind_of_network(captured: Captured, wish: str | None) -> Outputs:
-    """The kind of a network's first output.
+    """The kind of a network's first output; of several heads: logits, if any of them has logits.
 
     Raises:
         RefineError: Another kind is asked for.
     """
-    first = next(node for node in captured.outputs() if isinstance(node, fx.Node))
-    return kind_of(first.meta["val"].shape, wish)
+    outputs = [node for node in captured.outputs() if isinstance(node, fx.Node)]
+    asked = outputs if captured.heads else outputs[:1]
+    kinds = [kind_of(node.meta["val"].shape, wish) for node in asked]
+    return "logits" if "logits" in kinds else "values"

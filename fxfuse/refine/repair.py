@@ -22,7 +22,7 @@ from fxfuse.calibrate.layers import Layer, layers_of, name_of
 from fxfuse.calibration import Calibration
 from fxfuse.capture import Captured
 from fxfuse.coupling import CouplingGraph
-from fxfuse.refine.fused import Fused, Member, measurable
+from fxfuse.refine.fused import Fused, Member, check_one_head, measurable
 from fxfuse.rules.registry import argument_of
 
 _BATCH_NORM = torch.ops.aten.batch_norm.default
@@ -71,13 +71,8 @@ def repair(result: Fused, members: Sequence[Member], inputs: Any) -> RepairRepor
         NotEmittedError: The members were traced: there is no graph to run.
         PartialFusionError: The network has several heads.
     """
-    states, calibration = measurable(
-        result,
-        members,
-        inputs,
-        what="repaired",
-        why="the members' trunks lead to different outputs",
-    )
+    check_one_head(result, "repaired", why="the members' trunks lead to different outputs")
+    states, calibration = measurable(result, members, inputs)
     captured = result.graph.captured
     norms = _norms_of(captured)
     free = _free_layers(result.graph)

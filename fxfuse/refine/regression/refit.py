@@ -28,6 +28,9 @@ def refit(
     a batch norm the fit is written through the norm. The last layer of a classifier is then fitted
     to the ensemble's probabilities. What cannot be fitted stays as it was transplanted.
 
+    In a partial fusion the trunk's layers aim at all members, and those of head i at what member i
+    computes there; the last layer of a classifier, at its probabilities.
+
     Memory: the activations of all inputs at one place of the graph, for the members and the fused
     network, and a sample of rows of one layer.
 
@@ -48,12 +51,9 @@ def refit(
         CalibrationError: The inputs are not what the members take, or an activation is NaN.
         MemberMismatchError: These are not the members that were fused.
         NotEmittedError: The members were traced: there is no graph to run.
-        PartialFusionError: The network has several heads.
         RefineError: The members run one by one in it, so that it is their mean already.
     """
-    states, calibration = measurable(
-        result, members, inputs, what="refitted", why="each head has a teacher of its own"
-    )
+    states, calibration = measurable(result, members, inputs)
     if result.plan.mixing == "per_member":
         raise RefineError(
             "There is nothing to refit.",

@@ -15,6 +15,7 @@ from torch import fx
 from fxfuse.calibrate import Lane, Targets
 from fxfuse.calibration import FEW, Calibration
 from fxfuse.coupling import CouplingGraph
+from fxfuse.heads import others_region
 from fxfuse.plan import FusionPlan
 from fxfuse.refine.regression.channel import (
     PerChannel,
@@ -91,7 +92,7 @@ class Settings:
     Attributes:
         alpha: α; None: 1e-3, or 1e-2 with fewer than 100 inputs.
         logits: Whether the network's output is class logits, so that its head is fitted to the
-            ensemble's probabilities.
+            ensemble's probabilities; of several heads, each to its member's.
         seed: Seed of the choice of rows.
     """
 
@@ -173,7 +174,15 @@ class _Refit:
         self.waiting = Counter(aims)
         self.unread = Counter(read for work in self.work.values() for read in _inputs(work))
         self.members = [
-            Lane(captured, s, calibration, name=f"member {i}", held=set(aims), asked_as=told)
+            Lane(
+                captured,
+                s,
+                calibration,
+                name=f"member {i}",
+                held=set(aims),
+                asked_as=told,
+                absent=others_region(captured, i),
+            )
             for i, s in enumerate(states)
         ]
         self.student = Lane(

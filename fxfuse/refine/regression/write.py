@@ -21,8 +21,12 @@ def current(route: Route, state: State) -> Fit:
     zero = matrix.new_zeros(groups * outputs)
     shift = state[layer.bias].detach().float() if layer.bias else zero
     if norm is not None:
-        factor = state[norm.weight] / (state[norm.variance] + norm.eps).sqrt()
-        shift = (shift - state[norm.mean]) * factor + state[norm.bias]
+        weight, bias, mean, variance = (
+            state[name].detach().float()
+            for name in (norm.weight, norm.bias, norm.mean, norm.variance)
+        )
+        factor = weight / (variance + norm.eps).sqrt()
+        shift = (shift - mean) * factor + bias
         matrix = matrix * factor.reshape(groups, 1, outputs)
     return Fit(matrix, shift.reshape(groups, outputs))
 
