@@ -36,7 +36,8 @@ def parameters_of(
 
     def elements(name: str) -> int:
         if plan is not None and name in plan.apart:
-            return captured.tensor(name).numel() * plan.n_members
+            members = (graph.of_member(member) for member in range(plan.n_members))
+            return sum(member.captured.tensor(name).numel() for member in members)
         places = [(name, dim) for dim in range(captured.tensor(name).dim())]
         return prod(default_layout(graph, place, copies).size for place in places)
 

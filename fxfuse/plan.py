@@ -457,8 +457,7 @@ def inner_averages(graph: CouplingGraph, states: Sequence[Mapping[str, Any]]) ->
             theirs = where
             if graph.members:
                 theirs = _averaged_cells(graph.of_member(member), name) or ()
-            difference = state[name][theirs] - states[0][name][where]
-            found[name] = float(difference.abs().max()) if difference.numel() else 0.0
+            found[name] = _distance(state[name][theirs], states[0][name][where])
         return found
 
     apart = [found for _, found in of_each(states, distances)]
@@ -468,6 +467,12 @@ def inner_averages(graph: CouplingGraph, states: Sequence[Mapping[str, Any]]) ->
         scale = max(float(first.abs().max()) if first.numel() else 0.0, 1e-30)
         found[name] = max(distance[name] for distance in apart) / scale
     return found
+
+
+def _distance(a: torch.Tensor, b: torch.Tensor) -> float:
+    """Largest difference of two tensors; of different sizes, each is compared with nothing."""
+    differences = [a - b] if a.shape == b.shape else [a, b]
+    return max((float(d.abs().max()) for d in differences if d.numel()), default=0.0)
 
 
 def _averaged_cells(graph: CouplingGraph, name: str) -> tuple[Any, ...] | None:

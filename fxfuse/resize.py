@@ -81,14 +81,15 @@ def mixing_of(
         obstacle = "it takes a width that keeps every unit of every member"
     elif graph.asked:
         obstacle = f"{next(iter(graph.asked))} is to be one tensor for all members"
-    elif graph.members:
-        obstacle = "members differ in width, so that their units do not stand in pairs"
     elif fitted:
         obstacle = "the refit fits layers that all members share"
     else:
         least = target.budget == "global"
         wanted = sizes_of(graph, n_members, target.width, target.round_to, at_least_one=least)
-        part = (g.name for g in graph.groups if wanted[g.name] < g.n_units * n_members)
+        members = range(n_members)
+        part = (
+            name for name in wanted if wanted[name] < sum(graph.units_of(name, m) for m in members)
+        )
         obstacle = next((f"{name} does not keep every unit of every member" for name in part), "")
     if obstacle and target.mixing == "per_member":
         raise ControlError(

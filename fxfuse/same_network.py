@@ -195,6 +195,9 @@ def _signature(node: fx.Node, position: Mapping[fx.Node, int], *, sizes: bool) -
                 args[place] = _unsized(args[place])
             elif argument.name in _SIZES and argument.name in kwargs:
                 kwargs[argument.name] = _unsized(kwargs[argument.name])
+    if not sizes and schema is None and isinstance(node.meta.get("val"), torch.SymInt):
+        # Arithmetic on sizes: a batch times a number of heads.
+        args = _unsized(args)
     return (node.op, target, plain(tuple(args)), plain(kwargs))
 
 

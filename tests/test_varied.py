@@ -191,11 +191,6 @@ def test_what_compares_units_by_number_is_refused(options: dict[str, object]):
         fxfuse.fuse([mlp(6, 0), mlp(8, 1)], X, **options)  # type: ignore[arg-type]
 
 
-def test_per_member_mixing_needs_one_width():
-    with pytest.raises(ControlError, match="differ in width"):
-        fxfuse.fuse([mlp(6, 0), mlp(8, 1)], X, width=2, mixing="per_member")
-
-
 # --- depth ----------------------------------------------------------------------------------------
 
 

@@ -1,11 +1,12 @@
 """Which operators of a wide model run member by member, so that it is the members' mean exactly.
 
 Told from the labels alone, before anything is written. The members' values of a node are *told
-apart* where every index of its value stands along one dimension that grows: copy i is member i's
-value. All other values that depend on members are sums over the members. Such a sum is the mean
-where it is the output, and one member's value where its own head computes it. Whatever else reads a
-sum, every operator that mixes members, and every operator that reads a tensor of which the fused
-network has one for all members, runs *apart*: once for each member, with the member's own tensors.
+apart* where every index of its value stands along one dimension that grows: each copy is some
+member's unit. All other values that depend on members are sums over the members. Such a sum is the
+mean where it is the output, and one member's value where its own head computes it. Whatever else
+reads a sum, every operator that mixes members, and every operator that reads a tensor of which the
+fused network has one for all members, runs *apart*: once for each member, with the member's own
+tensors.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from fxfuse.plan import FusionPlan
 from fxfuse.rules import contraction, find, movement
 from fxfuse.source_lines import source_of
 from fxfuse.tensors import is_constant
+from fxfuse.widen.counterparts import Counterparts
 from fxfuse.widen.units import Units, values_in
 
 #: Rules of operators whose result holds nothing but elements of their operands.
@@ -49,6 +51,7 @@ class Apart:
         n_members: N.
         nodes: Nodes of the members' graph that run once for each member.
         tensors: Canonical names of the tensors of which each member has its own.
+        counterparts: Where the members' own values stand.
 
     Raises:
         RewriteError: A member's own head would have to run once for each member.
@@ -59,6 +62,7 @@ class Apart:
         self.n_members = plan.n_members
         self.nodes: set[fx.Node] = set()
         self.tensors: set[str] = set()
+        self.counterparts = Counterparts(graph, plan, copies)
         self._units = Units(graph, copies)
         self._heads = region_of(graph.captured, graph.captured.heads)
         self._whole: dict[fx.Node, bool] = {}
@@ -103,12 +107,28 @@ class Apart:
     def told_apart(self, node: fx.Node) -> bool:
         """Whether each tensor that a node returns holds the members' values next to each other."""
         if node not in self._whole:
-            whole = [self.layout_of(value) is not None for value in self._values(node)]
-            self._whole[node] = bool(whole) and all(whole)
+            value = self.graph.values.get(node)
+            if isinstance(value, Value):
+                self._whole[node] = self.layout_of(node) is not None
+            else:
+                whole = [self._layout(value) is not None for value in self._values(node)]
+                self._whole[node] = bool(whole) and all(whole)
         return self._whole[node]
 
-    def layout_of(self, value: Value) -> tuple[int, Layout] | None:
-        """The one dimension along which a value grows as a whole, and a layout; None elsewhere."""
+    def layout_of(self, node: fx.Node) -> tuple[int, Layout] | None:
+        """The one dimension along which a node's value grows as a whole, and a layout, or None.
+
+        The node returns a tensor. In members of other widths its units have to stand along the same
+        dimension.
+        """
+        found = self._layout(self.graph.values[node])
+        if found is None or not self.graph.members:
+            return found
+        members = range(self.n_members)
+        stand = (self.counterparts.places(node, *found, member) is not None for member in members)
+        return found if all(stand) else None
+
+    def _layout(self, value: Value) -> tuple[int, Layout] | None:
         growing = [(d, f) for f in value.fields if (d := self._units.growing(f)) is not None]
         if len(growing) != 1:
             return None
@@ -119,6 +139,10 @@ class Apart:
     def owns(self, node: fx.Node) -> bool:
         """Whether a node reads a tensor of which each member has its own."""
         return self._own_tensor(node) in self.tensors
+
+    def dependent(self, node: fx.Node) -> Iterator[fx.Node]:
+        """The operands of a node that depend on the members."""
+        return (operand for operand in node.all_input_nodes if operand in self._depends)
 
     # --- what is told from the graph ------------------------------------------------------------
 
@@ -181,16 +205,13 @@ class Apart:
     def _contracts(self, node: fx.Node) -> bool:
         """Whether a node sums the members' units with weights, which hold the 1/N."""
         rule = find(node.target)
-        operands = list(self._dependent(node))
+        operands = list(self.dependent(node))
         return (
             rule is not None
             and rule.__module__ == contraction.__name__
             and sum(operand in self._varies for operand in operands) == 1
             and all(self.told_apart(n) for n in operands if n in self._varies)
         )
-
-    def _dependent(self, node: fx.Node) -> Iterator[fx.Node]:
-        return (operand for operand in node.all_input_nodes if operand in self._depends)
 
 
 def _is_head(node: fx.Node) -> RewriteError:

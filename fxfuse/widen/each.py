@@ -11,7 +11,7 @@ from torch import fx
 from fxfuse.labels import Index, Value
 from fxfuse.layout import Layout
 from fxfuse.widen.operands import select
-from fxfuse.widen.state import Layouts, WideGraph, cannot_write
+from fxfuse.widen.state import Layouts, WideGraph, cannot_write, has_tensor
 
 aten = torch.ops.aten
 
@@ -24,15 +24,11 @@ def run_apart(wide: WideGraph, node: fx.Node) -> Any:
     """
     assert wide.apart is not None
     operator_node = wide.mapping[node]
-    members = range(wide.apart.n_members)
     with wide.graph.inserting_before(operator_node):
-        parts = [
-            wide.graph.node_copy(node, lambda n, i=i: _own(wide, node, n, i))  # type: ignore[misc]
-            for i in members
-        ]
+        parts = [_of_member(wide, node, i) for i in range(wide.apart.n_members)]
         wide.split[node] = parts
         value = wide.values[node]
-        found = wide.apart.layout_of(value) if isinstance(value, Value) else None
+        found = wide.apart.layout_of(node) if isinstance(value, Value) else None
         if found is None:
             written, layouts = parts[0], Layouts()
         else:
@@ -70,6 +66,17 @@ def _mean(wide: WideGraph, node: fx.Node) -> fx.Node:
     return wide.graph.call_function(aten.mean.dim, (together, [0]))
 
 
+def _of_member(wide: WideGraph, node: fx.Node, member: int) -> fx.Node:
+    """A node as it is in a member, with the sizes that its literals have there."""
+    assert wide.apart is not None
+    counterparts = wide.apart.counterparts
+
+    def operand(own: fx.Node) -> fx.Node:
+        return _own(wide, node, counterparts.original_of(own, member), member)
+
+    return wide.graph.node_copy(counterparts.node_of(node, member), operand)
+
+
 def _own(wide: WideGraph, node: fx.Node, operand: fx.Node, member: int) -> fx.Node:
     """A member's own value of an operand."""
     assert wide.apart is not None
@@ -77,15 +84,38 @@ def _own(wide: WideGraph, node: fx.Node, operand: fx.Node, member: int) -> fx.No
         return wide.own_tensor(operand, member)
     if operand in wide.split:
         return wide.split[operand][member]
+    if not has_tensor(wide.values[operand]):
+        return _number(wide, operand, member)
     found = wide.mapping[operand]
-    for dim, layout in wide.layout_of(operand).items() if operand in wide.layouts else ():
-        places = np.flatnonzero((layout.copy == member) | (layout.copy < 0))
-        places = places[np.argsort(layout.source[places], kind="stable")]
-        size = wide.values[operand].shape[dim]
-        if not np.array_equal(layout.source[places], np.arange(size)):
-            raise cannot_write(node, "an operand lacks a member's own units")
-        found = _taken(wide, node, found, dim, places)
+    if operand not in wide.layouts or not isinstance(wide.values[operand], Value):
+        return found
+    layouts = wide.layout_of(operand)
+    size = wide.values[operand].shape
+    for dim, own in enumerate(wide.apart.counterparts.value_of(operand, member).shape):
+        if dim in layouts:
+            places = wide.apart.counterparts.places(operand, dim, layouts[dim], member)
+            if places is None:
+                raise cannot_write(node, "an operand lacks a member's own units")
+            found = _taken(wide, node, found, dim, places)
+        elif own != size[dim]:
+            why = f"dimension {dim} of {operand.name} differs between members, not in its units"
+            raise cannot_write(node, why)
     return found
+
+
+def _number(wide: WideGraph, operand: fx.Node, member: int) -> fx.Node:
+    """A size as it is computed in a member; the one that all share where it is the same."""
+    assert wide.apart is not None
+    own = wide.apart.counterparts.node_of(operand, member)
+    if any(has_tensor(wide.values[n]) for n in operand.all_input_nodes):
+        # The size of a batch, or of another dimension that no member has of its own.
+        return wide.mapping[operand]
+    numbers = {n: _number(wide, n, member) for n in operand.all_input_nodes}
+    literals = [fx.map_arg((n.args, n.kwargs), lambda _: None) for n in (operand, own)]
+    if literals[0] == literals[1] and all(numbers[n] is wide.mapping[n] for n in numbers):
+        return wide.mapping[operand]
+    counterparts = wide.apart.counterparts
+    return wide.graph.node_copy(own, lambda n: numbers[counterparts.original_of(n, member)])
 
 
 def _taken(wide: WideGraph, node: fx.Node, tensor: fx.Node, dim: int, places: Index) -> fx.Node:
@@ -102,10 +132,18 @@ def _together(
     wide: WideGraph, node: fx.Node, parts: list[fx.Node], dim: int, layout: Layout
 ) -> fx.Node:
     """The members' values along one dimension, in the order of a layout."""
-    size = len(layout.source) // len(parts)
-    order = layout.copy * size + layout.source
+    assert wide.apart is not None
+    order = np.full(layout.size, -1)
+    sizes: list[int] = []
+    for member in range(len(parts)):
+        places = wide.apart.counterparts.places(node, dim, layout, member)
+        # Otherwise the members' values are not put together.
+        assert places is not None
+        order[places] = sum(sizes) + np.arange(len(places))
+        sizes.append(len(places))
     call = wide.graph.call_function
-    if np.array_equal(order, np.arange(len(parts) * size).reshape(len(parts), size).T.reshape(-1)):
+    side_by_side = np.arange(len(order)).reshape(len(parts), -1) if len(set(sizes)) == 1 else None
+    if side_by_side is not None and np.array_equal(order, side_by_side.T.reshape(-1)):
         return call(
             aten.flatten.using_ints, (call(aten.stack.default, (parts, dim + 1)), dim, dim + 1)
         )

@@ -192,9 +192,9 @@ def blank(
     state = {name: made(name) for name in captured.names if captured.canonical[name] not in names}
     own: dict[str, list[torch.Tensor]] = {}
     for name in names:
-        tensor = captured.tensor(name)
         members = range(plan.n_members if plan else 0)
-        own[name] = [empty(tensor.shape, tensor.dtype) for _ in members]
+        each = (graph.of_member(member).captured.tensor(name) for member in members)
+        own[name] = [empty(tensor.shape, tensor.dtype) for tensor in each]
     return emit_graph(captured, state, wide.graph, wide.orders, own)
 
 
@@ -217,10 +217,12 @@ def walk_of(graph: CouplingGraph, plan: FusionPlan) -> WideGraph:
             wide.graph.eliminate_dead_code()
             return wide
         node, error = stuck
-        if node in apart.nodes:
+        # What cannot be written for all members at once is written for each, and what a member's
+        # own values cannot be taken from as well.
+        before = len(apart.nodes)
+        apart.add(apart.dependent(node) if node in apart.nodes else [node])
+        if len(apart.nodes) == before:
             raise error
-        # What cannot be written for all members at once is written for each.
-        apart.add([node])
 
 
 def _walk(graph: CouplingGraph, copies: Copies) -> WideGraph:

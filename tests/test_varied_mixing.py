@@ -1,0 +1,193 @@
+"""Members of different widths whose mixing operators run once for each of them."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+
+import pytest
+import torch
+import torchvision
+from hypothesis import HealthCheck, assume, given, settings
+from torch import nn
+
+import fxfuse
+from fxfuse import verify
+from fxfuse.cost import operations_of, parameters_of
+from fxfuse.errors import ControlError, MemberMismatchError
+from fxfuse.plan import FusionPlan
+from tests.models import image
+from tests.nets import mean_of
+from tests.strategies import Block, Recipe, build, images, recipes
+from tests.test_mixing import TOKENS, seeded
+
+X = torch.randn(6, 8, dtype=torch.float64)
+PIXELS = torch.randn(3, 2, 4, 4, dtype=torch.float64)
+SMALL = image(dtype=torch.float64)[:, :, :32, :32]
+
+
+def mlp(first: int, second: int) -> nn.Module:
+    layers = [nn.Linear(8, first), nn.LayerNorm(first), nn.ReLU(), nn.Linear(first, second)]
+    return nn.Sequential(*layers, nn.LayerNorm(second), nn.ReLU(), nn.Linear(second, 3))
+
+
+def vit(heads: int, width: int, hidden: int) -> nn.Module:
+    return torchvision.models.VisionTransformer(32, 16, 1, heads, width, hidden, num_classes=5)
+
+
+def swin(width: int, heads: list[int], ratio: float) -> nn.Module:
+    return torchvision.models.SwinTransformer(
+        [4, 4], width, [1, 2], heads, [4, 4], ratio, num_classes=5
+    )
+
+
+class Mixer(nn.Module):
+    """Layers along tokens and along channels, with other hidden widths and another stream."""
+
+    def __init__(self, width: int, tokens: int, channels: int) -> None:
+        super().__init__()
+        self.embed = nn.Linear(4, width)
+        self.norms = nn.ModuleList([nn.LayerNorm(width) for _ in range(3)])
+        self.tokens = nn.Sequential(nn.Linear(3, tokens), nn.GELU(), nn.Linear(tokens, 3))
+        hidden = nn.Linear(width, channels), nn.GELU(), nn.Linear(channels, width)
+        self.channels = nn.Sequential(*hidden)
+        self.head = nn.Linear(width, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.embed(x)
+        x = x + self.tokens(self.norms[0](x).transpose(1, 2)).transpose(1, 2)
+        x = x + self.channels(self.norms[1](x))
+        return self.head(self.norms[2](x).mean(1))
+
+
+class Attention(nn.Module):
+    """Heads that share a norm, so that every head of every member needs its own member's."""
+
+    def __init__(self, heads: int, width: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.embed, self.norm = nn.Linear(4, width), nn.LayerNorm(width)
+        self.qkv, self.q_norm = nn.Linear(width, 3 * heads * 6), nn.RMSNorm(6)
+        self.out, self.head = nn.Linear(heads * 6, width), nn.Linear(width, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.embed(x)
+        q, k, v = self.qkv(self.norm(x)).unflatten(-1, (3, self.heads, 6)).unbind(2)
+        q, k, v = self.q_norm(q).transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+        y = nn.functional.scaled_dot_product_attention(q, k, v)
+        x = x + self.out(y.transpose(1, 2).flatten(2))
+        return self.head(x.mean(1)).softmax(-1)
+
+
+class Statistics(nn.Module):
+    """A norm over groups of three channels, and a sum over channels that feeds the head."""
+
+    def __init__(self, groups: int, width: int) -> None:
+        super().__init__()
+        self.first = nn.Conv2d(2, 3 * groups, 3, padding=1)
+        self.norm = nn.GroupNorm(groups, 3 * groups)
+        self.second = nn.Conv2d(3 * groups, width, 3, padding=1)
+        self.batch, self.last = nn.BatchNorm2d(width), nn.Linear(width, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.batch(self.second(self.norm(self.first(x)).relu())).relu()
+        return self.last(x.flatten(2).std(-1)).log_softmax(-1)
+
+
+Made = Sequence[Callable[[], nn.Module]]
+FAMILIES: dict[str, tuple[Made, torch.Tensor]] = {
+    "mlp": ([lambda: mlp(6, 5), lambda: mlp(9, 4), lambda: mlp(3, 11)], X),
+    "hidden widths": ([lambda: vit(2, 16, 32), lambda: vit(2, 16, 48)], SMALL),
+    "streams": ([lambda: vit(3, 24, 32), lambda: vit(2, 16, 48)], SMALL),
+    "windows": ([lambda: swin(24, [2, 4], 4), lambda: swin(36, [3, 6], 2)], SMALL),
+    "mixer": ([lambda: Mixer(6, 5, 8), lambda: Mixer(6, 5, 12)], TOKENS),
+    "tokens": ([lambda: Mixer(6, 5, 8), lambda: Mixer(9, 4, 12)], TOKENS),
+    "heads": ([lambda h=h, w=w: Attention(h, w) for h, w in ((2, 12), (3, 10), (4, 7))], TOKENS),
+    "statistics": ([lambda: Statistics(2, 6), lambda: Statistics(3, 4)], PIXELS),
+}
+
+
+def members_of(family: str) -> list[nn.Module]:
+    return [seeded(make, seed) for seed, make in enumerate(FAMILIES[family][0])]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_wide_model_is_the_mean_of_its_members(family: str):
+    members, x = members_of(family), FAMILIES[family][1]
+    result = fxfuse.fuse(members, x, width=len(members))
+    assert result.plan.mixing == "per_member"
+    assert result.plan.apart
+    check = next(c for c in result.verification.checks if c.name == "wide equals ensemble")
+    assert check.passed
+    assert check.tolerance == 1e-9
+    with torch.no_grad():
+        found = result.module(x)
+    torch.testing.assert_close(found, mean_of(members, x), rtol=1e-9, atol=1e-9)
+    # An oracle that would pass for any input says nothing.
+    assert not torch.allclose(found, result.module(x.flip(0)))
+
+
+def wider(recipe: Recipe) -> Recipe:
+    """The same blocks with one more neuron in each layer, part, head or group."""
+
+    def more(blocks: tuple[Block, ...]) -> tuple[Block, ...]:
+        return tuple(replace(block, width=block.width + 1) for block in blocks)
+
+    return replace(
+        recipe,
+        stem=recipe.stem + 2,
+        images=more(recipe.images),
+        tokens=more(recipe.tokens),
+        vectors=more(recipe.vectors),
+    )
+
+
+@settings(suppress_health_check=list(HealthCheck), deadline=None, max_examples=12)
+@given(recipes())
+def test_random_networks(recipe: Recipe):
+    both = enumerate((recipe, wider(recipe)))
+    members = [fxfuse.capture(build(r, seed), images()) for seed, r in both]
+    try:
+        check = verify.wide_equals_ensemble(members, mixing="per_member")
+    except MemberMismatchError:
+        assume(False)  # Heads or groups of another size are no other number of units.
+    assert check.passed, check
+    assert check.tolerance == 1e-9
+
+
+def test_each_member_has_tensors_of_its_own_size():
+    members, x = members_of("mlp"), X
+    result = fxfuse.fuse(members, x, width=3)
+    own = [result.state_dict()[f"members.{i}.1.weight"] for i in range(3)]
+    for tensor, member in zip(own, members, strict=True):
+        torch.testing.assert_close(tensor, member[1].weight.detach())
+    reloaded = pickle.loads(pickle.dumps(result.module))
+    torch.testing.assert_close(reloaded(x), result.module(x))
+    torch.export.export(result.module, (x,))
+    again = fxfuse.fuse(members, x, plan=FusionPlan.from_json(result.plan.to_json()))
+    torch.testing.assert_close(again.state_dict(), result.state_dict(), rtol=0, atol=0)
+    sizes = result.plan.sizes()
+    elements = sum(p.numel() for p in result.module.parameters())
+    assert elements == parameters_of(result.graph, sizes, result.plan)
+    assert operations_of(result.graph, sizes, result.plan) > 0
+
+
+def test_each_member_trains_as_it_would_alone():
+    members, x = members_of("statistics"), PIXELS
+    wide = fxfuse.fuse(members, x, width=2).module.train()
+    alone = [copy.deepcopy(member).train() for member in members]
+    torch.stack([member(x) for member in alone]).mean(0).square().sum().backward()
+    wide(x).square().sum().backward()
+    for i, member in enumerate(alone):
+        found = wide.get_parameter(f"members.{i}.last.weight").grad
+        torch.testing.assert_close(found, member.get_parameter("last.weight").grad)
+
+
+def test_members_run_apart_only_where_all_of_them_is_kept():
+    members = members_of("mlp")
+    with pytest.raises(ControlError, match="does not keep every unit"):
+        fxfuse.fuse(members, X, width=2, mixing="per_member")
+    joint = fxfuse.fuse(members, X, width=3, mixing="joint")
+    assert joint.plan.inexact()
