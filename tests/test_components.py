@@ -129,7 +129,7 @@ def test_no_choice_of_units_tells_the_readers_more() -> None:
         for g in graph.groups
     }
     readers = consumers_of(graph)[name]
-    inputs = consumer_inputs(graph, {name: readers}, states, calibration)
+    inputs = consumer_inputs(graph, {name: readers}, dict(enumerate(states)), calibration)
     covariance = torch.stack([covariance_at(inputs[r.layer], r) for r in readers]).mean(0)
     weights = []
     for reader in readers:

@@ -52,7 +52,7 @@ def components(
     readers = {name: own for name, own in readers.items() if own}
     if not readers:
         return {}
-    inputs = consumer_inputs(graph, readers, states, calibration)
+    inputs = consumer_inputs(graph, readers, dict(enumerate(states)), calibration)
     left = {name: units for name, units in kept.items() if name not in readers}
     for name, own in readers.items():
         covariances, products = [], []
