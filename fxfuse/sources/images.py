@@ -38,21 +38,21 @@ def image_folder(path: Path, prepare: Preparation) -> Data:
 
 def images(pairs: Any, where: str, prepare: Preparation) -> Data:
     """Pairs (PIL image, class) as tensors."""
-    images, labels = [], []
+    read, labels = [], []
     for index in spread(len(pairs), prepare.limit).tolist():
         image, label = pairs[index]
-        images.append(_image(image, prepare))
+        read.append(_image(image, prepare))
         labels.append(int(label))
-    if len({image.shape for image in images}) > 1:
+    if len({image.shape for image in read}) > 1:
         raise DataError(
             "the images differ in size",
             where=where,
-            why=", ".join(sorted({str(list(image.shape)) for image in images})[:3]),
+            why=", ".join(sorted({str(list(image.shape)) for image in read})[:3]),
             how="give a size that they are resized to, such as 224,224",
         )
-    if not images:
+    if not read:
         raise DataError("there are no images", where=where)
-    return Data((torch.stack(images),), torch.tensor(labels, dtype=torch.int64))
+    return Data((torch.stack(read),), torch.tensor(labels, dtype=torch.int64))
 
 
 def _image(image: Any, prepare: Preparation) -> Tensor:
