@@ -93,7 +93,7 @@ def test_a_lane_computes_what_the_network_does_and_frees_what_is_read():
     (output,) = captured.outputs()
     lane.run_to(output)
     with torch.no_grad():
-        torch.testing.assert_close(torch.cat(lane.value(output)), model(images()))
+        torch.testing.assert_close(torch.cat(list(lane.value(output))), model(images()))
     tensors = [n for n in lane.values if isinstance(n.meta.get("val"), torch.Tensor)]
     assert len([n for n in tensors if n.op == "call_function"]) <= 2
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
 
@@ -10,6 +10,7 @@ import torch
 import torch.utils._pytree as pytree
 from torch import fx
 
+from fxfuse.calibrate.shelf import MEMORY, Shelf, Stored
 from fxfuse.calibration import Calibration
 from fxfuse.capture import Captured
 from fxfuse.errors import CalibrationError
@@ -20,7 +21,7 @@ class Lane:
     """One network on its way through the graph.
 
     A value is one entry per batch. It is kept until the last node that reads it has run, and as
-    long as it is among `held`.
+    long as it is among `held`; what does not fit into `memory`, in a temporary folder (`Shelf`).
 
     Args:
         captured: The network's graph.
@@ -34,6 +35,7 @@ class Lane:
             nodes of this one.
         absent: Nodes that the network does not have, as those of other members' heads: they are
             passed over, and their value is None.
+        memory: Bytes of values that stay in memory, beside the calibration inputs.
     """
 
     def __init__(
@@ -48,6 +50,7 @@ class Lane:
         constants: Mapping[str, torch.Tensor] = MappingProxyType({}),
         asked_as: Mapping[fx.Node, fx.Node] = MappingProxyType({}),
         absent: Collection[fx.Node] = (),
+        memory: int = MEMORY,
     ) -> None:
         self.captured = captured
         self.state = state
@@ -59,17 +62,16 @@ class Lane:
         self.nodes = list((graph or captured.graph).nodes)
         self.order = {node: place for place, node in enumerate(self.nodes)}
         self.done = 0
-        self.values: dict[fx.Node, list[Any]] = {}
+        self.shelf = Shelf(memory)
+        self.values: dict[fx.Node, Sequence[Any]] = {}
         device = next((t.device for t in state.values()), torch.device("cpu"))
         self.constants = {name: tensor.to(device) for name, tensor in constants.items()}
         inputs = [n for n in self.nodes if n.op == "placeholder"]
-        for node in inputs:
-            self.values[node] = []
-        for args, kwargs in calibration.batches:
-            leaves = pytree.tree_leaves((args, kwargs))
-            for node, leaf in zip(inputs, leaves, strict=True):
-                moved = leaf.to(device) if isinstance(leaf, torch.Tensor) else leaf
-                self.values[node].append(moved)
+        calls = [pytree.tree_leaves(call) for call in calibration.batches]
+        for node, leaves in zip(inputs, zip(*calls, strict=True), strict=True):
+            self.values[node] = [
+                leaf.to(device) if isinstance(leaf, torch.Tensor) else leaf for leaf in leaves
+            ]
 
     def run_to(self, node: fx.Node) -> None:
         """Runs all nodes up to and with `node`.
@@ -82,8 +84,11 @@ class Lane:
             self._step(self.nodes[self.done])
             self.done += 1
 
-    def value(self, node: fx.Node) -> list[Any]:
-        """What a node that has run returned, for each batch."""
+    def value(self, node: fx.Node) -> Sequence[Any]:
+        """What a node that has run returned, for each batch.
+
+        A value in a file is read by each access, so go through the batches once, and keep none.
+        """
         node = self.asked_as.get(node, node)
         if node in self.absent:
             return [None] * len(self.calibration.batches)
@@ -96,25 +101,25 @@ class Lane:
         node = self.asked_as.get(node, node)
         self.held.discard(node)
         if self._is_read(node):
-            self.values.pop(node, None)
+            self._forget(node)
 
-    def compute(self, node: fx.Node, replaced: Callable[[int, fx.Node], Any]) -> list[Any]:
+    def compute(self, node: fx.Node, replaced: Callable[[int, fx.Node], Any]) -> Iterator[Any]:
         """What a node returns for each batch with operands as `replaced(batch, operand)` says."""
         target: Any = node.target
-        results = []
-        with torch.no_grad():
-            for batch in range(len(self.calibration.batches)):
+        for batch in range(len(self.calibration.batches)):
 
-                def operand(n: fx.Node, batch: int = batch) -> Any:
-                    return replaced(batch, n)
+            def operand(n: fx.Node, batch: int = batch) -> Any:
+                return replaced(batch, n)
 
-                args, kwargs = fx.map_arg((node.args, node.kwargs), operand)
-                results.append(target(*args, **kwargs))
-        return results
+            args, kwargs = fx.map_arg((node.args, node.kwargs), operand)
+            with torch.no_grad():
+                result = target(*args, **kwargs)
+            yield result
 
     def redo(self, node: fx.Node) -> None:
         """Runs a node again, whose operands are still there, because tensors changed."""
-        self.values[node] = self.compute(node, lambda batch, n: self.value(n)[batch])
+        self._forget(node)
+        self.values[node] = self.shelf.put(self._results(node))
 
     def compute_one(self, node: fx.Node, batch: int, known: dict[fx.Node, Any]) -> Any:
         """What a node would return for one batch, whether it has run or not.
@@ -140,11 +145,19 @@ class Lane:
         if node.op != "call_function":
             return
         if node not in self.absent:
-            self.redo(node)
-            self._check(node)
+            self._forget(node)
+            self.values[node] = self.shelf.put(self._checked(node))
         for operand in node.all_input_nodes:
             if operand not in self.held and self._is_read(operand, self.order[node]):
-                self.values.pop(operand, None)
+                self._forget(operand)
+
+    def _results(self, node: fx.Node) -> Iterator[Any]:
+        return self.compute(node, lambda batch, n: self.value(n)[batch])
+
+    def _forget(self, node: fx.Node) -> None:
+        value = self.values.pop(node, None)
+        if isinstance(value, Stored):
+            self.shelf.free(value)
 
     def _is_read(self, node: fx.Node, now: int | None = None) -> bool:
         """Whether all readers of a node have run."""
@@ -159,18 +172,20 @@ class Lane:
             return self.constants[str(node.target)]
         return self.captured.tensor(str(node.target)).detach()
 
-    def _check(self, node: fx.Node) -> None:
-        if _is_view(node):
-            return
-        # Masks hold infinities on purpose; NaN is what nothing recovers from.
-        for x in pytree.tree_leaves(self.values[node]):
-            if isinstance(x, torch.Tensor) and x.is_floating_point() and _has_nan(x):
-                raise CalibrationError(
-                    f"an activation of {self.name} is not a number",
-                    where=f"{node.name} [{node.target}]  {source_of(node)}".rstrip(),
-                    why="NaN appears there on the calibration inputs",
-                    how="check the inputs' range and the members' weights",
-                )
+    def _checked(self, node: fx.Node) -> Iterator[Any]:
+        """The results of a node, none of which is NaN."""
+        looked_at = not _is_view(node)
+        for result in self._results(node):
+            # Masks hold infinities on purpose; NaN is what nothing recovers from.
+            for x in pytree.tree_leaves(result) if looked_at else ():
+                if isinstance(x, torch.Tensor) and x.is_floating_point() and _has_nan(x):
+                    raise CalibrationError(
+                        f"an activation of {self.name} is not a number",
+                        where=f"{node.name} [{node.target}]  {source_of(node)}".rstrip(),
+                        why="NaN appears there on the calibration inputs",
+                        how="check the inputs' range and the members' weights",
+                    )
+            yield result
 
 
 def _is_view(node: fx.Node) -> bool:

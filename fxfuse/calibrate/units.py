@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -81,7 +81,9 @@ def consumer_inputs(
         lane = _member_lane(graph, number, state, calibration, set(last))
         for layer, found in result.items():
             lane.run_to(layer.input)
-            found.append(_some([layer.output_rows(x) for x in lane.value(layer.input)], rows))
+            values = lane.value(layer.input)
+            count = sum(layer.n_rows(x) for x in values)
+            found.append(_some((layer.output_rows(x) for x in values), count, rows))
             if last[layer.input] is layer:
                 lane.drop(layer.input)
     return result
@@ -99,12 +101,13 @@ def _member_lane(
     return Lane(graph.captured, state, calibration, name=name, held=held, absent=absent)
 
 
-def _some(parts: Sequence[torch.Tensor], rows: int) -> torch.Tensor:
-    """About `rows` of all rows [n, channels], float32: the same ones whoever's they are."""
-    step = max(sum(map(len, parts)) // rows, 1)
+def _some(parts: Iterable[torch.Tensor], count: int, rows: int) -> torch.Tensor:
+    """About `rows` of all `count` rows [n, channels], float32: the same ones whoever's they are."""
+    step = max(count // rows, 1)
     # A step that shares no factor with the image's width does not pick its columns.
     step += 1 - step % 2
-    return torch.cat([part[::step].float() for part in parts])
+    # Copies, so that no part is kept whole.
+    return torch.cat([part[::step].float().clone() for part in parts])
 
 
 def unit_activations(
@@ -176,8 +179,10 @@ def _last_place(graph: CouplingGraph, group: CouplingGroup) -> tuple[fx.Node, in
 
 
 def _at_place(lane: Lane, node: fx.Node, dim: int, slots: Index, rows: int) -> torch.Tensor:
-    lines = [v.movedim(dim, -1).reshape(-1, v.shape[dim]) for v in lane.value(node)]
-    return _by_unit(_some(lines, rows), slots)
+    values = lane.value(node)
+    count = sum(v.numel() // v.shape[dim] for v in values)
+    lines = (v.movedim(dim, -1).reshape(-1, v.shape[dim]) for v in values)
+    return _by_unit(_some(lines, count, rows), slots)
 
 
 def _by_unit(x: torch.Tensor, slots: Index) -> torch.Tensor:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import fx
 
-from fxfuse.calibrate import Lane
+from fxfuse.calibrate import Lane, Targets
 from fxfuse.calibrate.layers import name_of, reads_of
 from fxfuse.capture import Captured
 from fxfuse.refine.regression.route import Norm, norm_of
@@ -17,6 +17,9 @@ from fxfuse.rules.registry import argument_of
 
 aten = torch.ops.aten
 
+#: What a fit takes for each element: four kinds of rows in float32, their products in float64.
+_BYTES = 48
+_ROWS = 8192
 _NORMS = (aten.layer_norm.default, aten.group_norm.default, aten.rms_norm.default)
 
 
@@ -36,12 +39,21 @@ class PerChannel:
     bias: str
     norm: Norm | None
 
+    def n_rows(self, value: torch.Tensor) -> int:
+        """Rows of one output: examples times positions."""
+        return value.numel() // value.shape[1 if self.channel_first else -1]
+
     @property
     def channel_first(self) -> bool:
         """Whether channels stand along dimension 1 of the output, and not last."""
         return self.node.target not in (aten.layer_norm.default, aten.rms_norm.default)
 
-    def unscaled(self, student: Lane) -> list[torch.Tensor]:
+    def rows(self, value: torch.Tensor) -> torch.Tensor:
+        """An input or output of the node as float32 [rows, channels]."""
+        last = value.movedim(1, -1) if self.channel_first else value
+        return last.reshape(-1, last.shape[-1]).float()
+
+    def unscaled(self, student: Lane) -> Iterator[torch.Tensor]:
         """The node's value with scale 1 and shift 0, of each batch."""
         names = (self.weight, self.bias)
 
@@ -83,6 +95,59 @@ def per_channel_at(
     if name and captured.tensor(name).dim() == 1 and own and (bias is None or shift):
         return PerChannel(node, name, shift or "", None)
     return None
+
+
+@dataclass(frozen=True)
+class ChannelRows:
+    """Rows of a normalisation on the calibration inputs, each float32 [n, channels].
+
+    Attributes:
+        unscaled: Its value with scale 1 and shift 0.
+        wanted: What its value should be.
+        held: Its value.
+        inputs: What it reads.
+    """
+
+    unscaled: torch.Tensor
+    wanted: torch.Tensor
+    held: torch.Tensor
+    inputs: torch.Tensor
+
+
+def channel_rows(
+    op: PerChannel,
+    student: Lane,
+    members: Sequence[Lane],
+    targets: Targets,
+    memory: int,
+) -> ChannelRows | None:
+    """Rows of a normalisation: all of them, or some, spread evenly, where memory is too small.
+
+    Args:
+        op: The normalisation.
+        student: The fused network, which has run up to and with it.
+        members: The members, which have run as far.
+        targets: Merges the members' values.
+        memory: Bytes that the fit may take; at least `_ROWS` rows are taken all the same.
+
+    Returns:
+        None where no member has a value to aim at.
+    """
+    values, (read, *_) = student.value(op.node), op.node.all_input_nodes
+    counts = [(op.n_rows(y), y.numel()) for y in values]
+    total, elements = map(sum, zip(*counts, strict=True))
+    limit = max(memory * total // (_BYTES * elements), _ROWS)
+    step = -(-total // limit)
+    # A step that shares no factor with the image's width does not pick its columns.
+    step += 1 - step % 2
+    parts = []
+    each = enumerate(zip(op.unscaled(student), values, student.value(read), strict=True))
+    for batch, (unscaled, held, given) in each:
+        wanted = targets.merge(op.node, [m.value(op.node)[batch] for m in members])
+        if wanted is None:
+            return None
+        parts.append([op.rows(v)[::step].clone() for v in (unscaled, wanted, held, given)])
+    return ChannelRows(*(torch.cat(column) for column in zip(*parts, strict=True)))
 
 
 def fit_channels(x: torch.Tensor, z: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from fxfuse.calibrate import MEMORY
 from fxfuse.errors import RefineError
 from fxfuse.refine.fused import Fused, Member, measurable
 from fxfuse.refine.outputs import kind_of_network
@@ -19,6 +20,7 @@ def refit(
     alpha: float | None = None,
     outputs: str | None = None,
     seed: int = 0,
+    memory: int = MEMORY,
 ) -> RefitReport:
     """Refits a fused network in place, layer by layer, in closed form and without labels.
 
@@ -31,8 +33,10 @@ def refit(
     In a partial fusion the trunk's layers aim at all members, and those of head i at what member i
     computes there; the last layer of a classifier, at its probabilities.
 
-    Memory: the activations of all inputs at one place of the graph, for the members and the fused
-    network, and a sample of rows of one layer.
+    Memory does not grow with the number of inputs: activations of all inputs at one place of the
+    graph, for the members and the fused network, as far as they fit into `memory` (what does not is
+    in a temporary folder, and the result is the same), those of one batch, and a sample of rows of
+    one layer.
 
     Args:
         result: What `fxfuse.fuse` returned; `result.module` is changed.
@@ -43,6 +47,7 @@ def refit(
             1e-2 with fewer than 100 inputs.
         outputs: `logits` or `values`; None lets the output's shape decide.
         seed: Decides which rows of large layers are taken.
+        memory: Bytes of activations that stay in memory.
 
     Returns:
         The error of every layer before and after, and what was left.
@@ -62,7 +67,7 @@ def refit(
         )
     logits = kind_of_network(result.graph.captured, outputs) == "logits"
     module = result.module
-    settings = Settings(alpha, logits, seed)
+    settings = Settings(alpha, logits, seed, memory)
     state, report = refit_state(
         result.graph, result.plan, states, module.state_dict(), calibration, settings
     )

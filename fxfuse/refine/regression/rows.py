@@ -69,14 +69,10 @@ def sample(
         None where no member has a value to aim at, or the way there cannot be undone.
     """
     layer, parts = route.layer, list[tuple[torch.Tensor, ...]]()
-    inputs = student.value(layer.input)
-    merged = [
-        targets.merge(route.aim, [m.value(route.aim)[batch] for m in members])
-        for batch in range(len(inputs))
-    ]
-    shapes = student.value(layer.node)
-    total = sum(layer.n_rows(y) for y in shapes)
-    for batch, (x, z, like) in enumerate(zip(inputs, merged, shapes, strict=True)):
+    inputs, outputs = student.value(layer.input), student.value(layer.node)
+    total = sum(layer.n_rows(y) for y in outputs)
+    for batch, (x, like) in enumerate(zip(inputs, outputs, strict=True)):
+        z = targets.merge(route.aim, [m.value(route.aim)[batch] for m in members])
         if z is None or (beside is not None and z.shape != like.shape):
             return None
         aimed = route if beside is None else replace(route, skip=None)

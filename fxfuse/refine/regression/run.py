@@ -7,18 +7,18 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from math import inf, isfinite
-from typing import Any
 
 import torch
 from torch import fx
 
-from fxfuse.calibrate import Lane, Targets
+from fxfuse.calibrate import MEMORY, Lane, Targets
 from fxfuse.calibration import FEW, Calibration
 from fxfuse.coupling import CouplingGraph
 from fxfuse.heads import others_region
 from fxfuse.plan import FusionPlan
 from fxfuse.refine.regression.channel import (
     PerChannel,
+    channel_rows,
     fit_channels,
     per_channel_of,
     write_channels,
@@ -94,11 +94,13 @@ class Settings:
         logits: Whether the network's output is class logits, so that its head is fitted to the
             ensemble's probabilities; of several heads, each to its member's.
         seed: Seed of the choice of rows.
+        memory: Bytes of activations in memory.
     """
 
     alpha: float | None = None
     logits: bool = True
     seed: int = 0
+    memory: int = MEMORY
 
 
 def refit_state(
@@ -173,6 +175,7 @@ class _Refit:
         #: How many pieces of work still need a node's value.
         self.waiting = Counter(aims)
         self.unread = Counter(read for work in self.work.values() for read in _inputs(work))
+        memory = settings.memory // (len(states) + 1)
         self.members = [
             Lane(
                 captured,
@@ -182,6 +185,7 @@ class _Refit:
                 held=set(aims),
                 asked_as=told,
                 absent=others_region(captured, i),
+                memory=memory,
             )
             for i, s in enumerate(states)
         ]
@@ -193,6 +197,7 @@ class _Refit:
             held=set(self.unread),
             graph=resized.graph,
             constants=resized.constants,
+            memory=memory,
         )
         self.targets = Targets(graph, plan, resized.layouts, told)
         self.generator = torch.Generator().manual_seed(settings.seed)
@@ -351,30 +356,19 @@ class _Refit:
         return self.settings.logits and is_output and len(shape) == 2 and shape[1] > 1
 
     def fit_channels(self, op: PerChannel) -> LayerFit:
-        def rows(values: Sequence[Any]) -> torch.Tensor:
-            last = [v.movedim(1, -1) if op.channel_first else v for v in values]
-            return torch.cat([v.reshape(-1, v.shape[-1]).float() for v in last])
-
-        merged = [
-            self.targets.merge(op.node, [m.value(op.node)[batch] for m in self.members])
-            for batch in range(len(self.calibration.batches))
-        ]
-        if any(z is None for z in merged):
+        memory = self.settings.memory
+        found = channel_rows(op, self.student, self.members, self.targets, memory)
+        if found is None:
             return _left(op, _NO_TARGET)
-        x, z, held = (
-            rows(op.unscaled(self.student)),
-            rows(merged),
-            rows(self.student.value(op.node)),
-        )
+        x, z = found.unscaled, found.wanted
         scale, shift = fit_channels(x, z)
         if not op.bias:
             scale, shift = (x * z).mean(0) / x.square().mean(0).clamp(min=1e-30), 0 * shift
         error_of = Error((-inf, inf), z)
-        before, after = error_of(held), error_of(x * scale + shift)
+        before, after = error_of(found.held), error_of(x * scale + shift)
         if not after < before:
             return _left(op, _NO_CLOSER, before)
-        inputs = rows(self.student.value(_input(op))) if op.norm is not None else x
-        write_channels(op, self.state, inputs, scale, shift)
+        write_channels(op, self.state, found.inputs, scale, shift)
         self.changed |= _tensors_of(op)
         self.student.redo(op.node)
         return LayerFit(op.weight, op.node.name, before, after, True)

@@ -1,0 +1,98 @@
+"""Where a lane keeps its values: in memory as long as there is room, then in a temporary folder."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import count
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+import torch.utils._pytree as pytree
+
+#: Bytes of activations that are kept in memory, of all networks that run side by side.
+MEMORY = 4 * 2**30
+
+
+class Shelf:
+    """Room for values, one entry per batch.
+
+    Args:
+        memory: Bytes that may stay in memory. Each value that comes when there is no room for it
+            is written to a file, and read again whenever it is asked for.
+    """
+
+    def __init__(self, memory: int = MEMORY) -> None:
+        self.left = memory
+        self._folder: TemporaryDirectory[str] | None = None
+        self._numbers = count()
+
+    def put(self, values: Iterable[Any]) -> Stored:
+        """Takes values one by one, so that never more than one is there beside what is kept."""
+        return Stored(self, [self._keep(value) for value in values])
+
+    def free(self, stored: Stored) -> None:
+        """Takes values off again."""
+        for item in stored.items:
+            if isinstance(item, _Written):
+                item.path.unlink()
+            else:
+                self.left += _size(item)
+
+    def _keep(self, value: Any) -> Any:
+        size = _size(value)
+        if size <= self.left:
+            self.left -= size
+            return value
+        if self._folder is None:
+            self._folder = TemporaryDirectory(prefix="fxfuse-")
+        path = Path(self._folder.name) / f"{next(self._numbers)}.pt"
+        devices = [t.device for t in _tensors(value)]
+        # A copy, since of a view all memory behind it would be written.
+        torch.save(pytree.tree_map_only(torch.Tensor, _copy, value), path)
+        return _Written(path, devices[0])
+
+
+@dataclass(frozen=True)
+class Stored(Sequence[Any]):
+    """Values on a shelf; those in files are read anew by each access."""
+
+    shelf: Shelf
+    items: list[Any]
+
+    def __len__(self) -> int:
+        return len(self.items)
+
+    def __getitem__(self, batch: Any) -> Any:
+        item = self.items[batch]
+        return item.read() if isinstance(item, _Written) else item
+
+    def __iter__(self) -> Iterator[Any]:
+        return (self[batch] for batch in range(len(self)))
+
+
+@dataclass(frozen=True)
+class _Written:
+    """A value in a file."""
+
+    path: Path
+    device: torch.device
+
+    def read(self) -> Any:
+        return torch.load(self.path, map_location=self.device)
+
+
+def _copy(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.detach().clone()
+
+
+def _tensors(value: Any) -> list[torch.Tensor]:
+    return [leaf for leaf in pytree.tree_leaves(value) if isinstance(leaf, torch.Tensor)]
+
+
+def _size(value: Any) -> int:
+    """Bytes of the memory that a value holds: of a view, all that it is a view of."""
+    storages = [tensor.untyped_storage() for tensor in _tensors(value)]
+    return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())

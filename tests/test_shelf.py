@@ -1,0 +1,113 @@
+"""Activations that do not fit into memory."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+import fxfuse
+from fxfuse.calibrate import Lane, unit_activations
+from fxfuse.calibrate import lane as lanes
+from fxfuse.calibrate.shelf import Shelf
+from fxfuse.calibration import Calibration
+from fxfuse.refine import refit
+from fxfuse.refine.regression import channel
+from tests.test_refit import NETWORKS, inputs_for, members_for
+
+
+def files(shelf: Shelf) -> int:
+    return 0 if shelf._folder is None else len(list(Path(shelf._folder.name).iterdir()))
+
+
+def test_values_that_do_not_fit_are_written_and_read():
+    base = torch.randn(4, 6)
+    values = [base, (base.bfloat16(), 3), base.t()[1:3], base[:1].expand(50, 6), 7]
+    shelf = Shelf(memory=100)
+    stored = shelf.put(values)
+    # The first takes 96 bytes; a view counts as what it is a view of, a number as nothing.
+    assert (shelf.left, files(shelf)) == (4, 3)
+    assert stored[4] == 7
+    assert stored[1][1] == 3
+    assert torch.equal(stored[1][0], base.bfloat16())
+    for found, value in ((stored[0], base), (stored[2], values[2]), (stored[3], values[3])):
+        assert torch.equal(found, value)
+    assert stored[2].untyped_storage().nbytes() == values[2].nbytes
+    shelf.free(stored)
+    assert (shelf.left, files(shelf)) == (100, 0)
+
+
+def test_never_more_than_one_value_is_there_beside_what_is_kept():
+    alive: list[int] = []
+
+    class Counted(torch.Tensor):
+        def __del__(self) -> None:
+            alive.remove(id(self))
+
+    def made() -> torch.Tensor:
+        assert len(alive) <= 1
+        tensor = torch.zeros(100).as_subclass(Counted)
+        alive.append(id(tensor))
+        return tensor
+
+    class Dropping(Shelf):
+        def _keep(self, value: torch.Tensor) -> int:
+            return len(value)
+
+    assert list(Dropping().put(made() for _ in range(5))) == [100] * 5
+
+
+def test_a_lane_keeps_its_budget():
+    model, x = members_for("ResNet", 1)[0], inputs_for("ResNet")
+    graph = fxfuse.analyze(model, x[:4])
+    calibration = Calibration.of(graph.captured, x, shuffle=False)
+    (last,) = graph.captured.outputs()
+    lane = Lane(graph.captured, graph.captured.state(), calibration, memory=300_000, held=[last])
+    for node in lane.nodes:
+        lane.run_to(node)
+        assert 0 <= lane.shelf.left <= 300_000
+    with torch.no_grad():
+        torch.testing.assert_close(torch.cat(list(lane.value(last))), model(x))
+    lane.drop(last)
+    assert (lane.shelf.left, files(lane.shelf)) == (300_000, 0)
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_a_refit_in_little_memory_is_the_same(name: str):
+    members, x = members_for(name), inputs_for(name, 120)
+    states = []
+    for memory in (2**30, 0):
+        result = fxfuse.fuse(members, x[:4])
+        report = refit(result, members, x, memory=memory)
+        states.append((result.state_dict(), report.layers))
+    assert states[0][1] == states[1][1]
+    for tensor, again in zip(states[0][0].values(), states[1][0].values(), strict=True):
+        assert torch.equal(tensor, again)
+
+
+def test_normalisations_are_fitted_to_a_sample_in_little_memory(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(channel, "_ROWS", 500)
+    members, x = members_for("transformer"), inputs_for("transformer")
+    fits = []
+    for memory in (2**30, 0):
+        report = refit(fxfuse.fuse(members, x[:4]), members, x, memory=memory)
+        fits.append(next(fit for fit in report.layers if fit.weight == "blocks.0.norm1.weight"))
+    # 1,500 rows, or every third of them.
+    assert fits[0].before != fits[1].before
+    assert fits[0].fitted
+    assert fits[1].fitted
+    assert fits[1].before == pytest.approx(fits[0].before, rel=0.1)
+    assert fits[1].after == pytest.approx(fits[0].after, rel=0.1)
+
+
+def test_units_are_measured_in_little_memory(monkeypatch: pytest.MonkeyPatch):
+    members, x = members_for("ResNet"), inputs_for("ResNet")
+    graph = fxfuse.analyze(members[0], x[:4])
+    calibration = Calibration.of(graph.captured, x)
+    states = [member.state_dict() for member in members]
+    found = unit_activations(graph, states, calibration)
+    monkeypatch.setattr(lanes, "Shelf", lambda _: Shelf(0))
+    again = unit_activations(graph, states, calibration)
+    for name, tensors in found.items():
+        assert all(map(torch.equal, tensors, again[name]))
