@@ -33,6 +33,8 @@ class Layers(nn.Module):
         self.same = nn.Conv2d(3, 6, (3, 2), padding="same", dilation=(2, 1))
         self.grouped = nn.Conv2d(6, 8, 3, stride=2, padding=1, groups=2, bias=False)
         self.depthwise = nn.Conv2d(8, 8, 3, padding=1, groups=8)
+        self.back = nn.ConvTranspose2d(8, 4, (3, 2), (2, 3), (1, 2), (1, 0), dilation=(1, 2))
+        self.flat_back = nn.ConvTranspose1d(4, 8, 2, padding=1, bias=False)
         self.line = nn.Conv1d(8, 5, 3, padding="valid")
         self.linear = nn.Linear(5, 7)
         self.transposed = nn.Parameter(torch.randn(7, 6))
@@ -41,7 +43,8 @@ class Layers(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         x = self.depthwise(self.grouped(self.same(x)).relu()).relu()
-        x = self.linear(self.line(x.flatten(2)).mean(2))
+        x = self.flat_back(self.back(x).flatten(2))
+        x = self.linear(self.line(x).mean(2))
         return torch.addmm(self.shift, x, self.transposed) @ self.last
 
 
@@ -50,7 +53,8 @@ def test_layers_are_rows_times_a_matrix():
     captured = fxfuse.capture(model, images(4).double())
     layers = layers_of(captured)
     assert [layer.weight for layer in layers] == [
-        *(f"{n}.weight" for n in ("same", "grouped", "depthwise", "line", "linear")),
+        *(f"{n}.weight" for n in ("same", "grouped", "depthwise")),
+        *(f"{n}.weight" for n in ("back", "flat_back", "line", "linear")),
         "transposed",
         "last",
     ]

@@ -11,6 +11,7 @@ from torch import nn
 
 import fxfuse
 from fxfuse import verify
+from fxfuse.calibrate import Lane, Targets
 from fxfuse.calibration import Calibration
 from fxfuse.errors import (
     CalibrationError,
@@ -63,10 +64,25 @@ class Depthwise(nn.Module):
         return self.head(z.mean((2, 3)))
 
 
+class Decoder(nn.Module):
+    """A code that transposed convolutions unfold into an image, one of them behind a norm."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.down = nn.Conv2d(3, 10, 3, stride=2, padding=1)
+        self.up = nn.ConvTranspose2d(10, 12, 4, stride=2, padding=1, bias=False)
+        self.norm = nn.BatchNorm2d(12)
+        self.out = nn.ConvTranspose2d(12, 3, 3, padding=1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.out(self.norm(self.up(self.down(x).relu())).relu())
+
+
 NETWORKS = {
     "ResNet": (SmallResNet, (3, 16, 16)),
     "transformer": (Transformer, (5, 6)),
     "depthwise": (Depthwise, (3, 8, 8)),
+    "decoder": (Decoder, (3, 8, 8)),
 }
 
 
@@ -122,6 +138,17 @@ def test_a_shuffled_layer_is_found_again():
     assert distance(result.module, members, x) > 1e-2
     refit(result, members, x, alpha=1e-7)
     assert distance(result.module, members, inputs_for("ResNet", seed=5)) < 1e-5
+
+
+def test_a_shuffled_transposed_convolution_is_found_again():
+    members, x = members_for("decoder", same=True), inputs_for("decoder")
+    result = fxfuse.fuse(members, x[:4], method="average")
+    with torch.no_grad():
+        weights = dict(result.module.named_parameters())
+        weights["up.weight"].copy_(torch.randn_like(weights["up.weight"]))
+    report = refit(result, members, x, alpha=1e-7)
+    assert distance(result.module, members, inputs_for("decoder", seed=5)) < 1e-5
+    assert {fit.weight for fit in report.layers if fit.fitted} >= {"up.weight"}
 
 
 def test_train_mode_agrees_with_eval_mode():
@@ -427,3 +454,32 @@ def test_the_fused_network_passes_the_oracles_after_a_refit():
     graph = fxfuse.analyze(result.module, x[:4])
     assert verify.permutation_of(graph).passed
     assert Calibration.of(graph.captured, x).size == 300
+
+
+@pytest.mark.parametrize("method", ["transplant", "average"])
+def test_an_embedding_is_its_target_already(method: str):
+    """It reads the inputs alone, so nothing is left to be fitted; what follows it is."""
+
+    class Tokens(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.token, self.place = nn.Embedding(11, 12), nn.Parameter(torch.randn(5, 12))
+            self.hidden, self.head = nn.Linear(12, 16), nn.Linear(16, 3)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.head(self.hidden(self.token(x) + self.place).relu().mean(1))
+
+    members, x = [Tokens().eval() for _ in range(2)], torch.randint(0, 11, (300, 5))
+    result = fxfuse.fuse(members, x[:4], method=method)
+    captured = result.graph.captured
+    calibration = Calibration.of(captured, x)
+    (node,) = (n for n in captured.graph.nodes if n.target is torch.ops.aten.embedding.default)
+    states = [member.state_dict() for member in members]
+    lanes = [Lane(captured, s, calibration, held=[node]) for s in (*states, result.state_dict())]
+    for lane in lanes:
+        lane.run_to(node)
+    *values, found = (lane.value(node)[0] for lane in lanes)
+    torch.testing.assert_close(found, Targets(result.graph, result.plan).merge(node, values))
+    report = refit(result, members, x)
+    assert "token.weight" in report.left
+    assert "hidden.weight" not in report.left or method == "average"

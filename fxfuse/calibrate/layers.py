@@ -24,6 +24,11 @@ _CONVOLUTIONS = {
     aten.conv2d.padding: 2,
     aten.conv3d.padding: 3,
 }
+_CONVOLUTIONS_BACK = {
+    aten.conv_transpose1d.default: 1,
+    aten.conv_transpose2d.input: 2,
+    aten.conv_transpose3d.input: 3,
+}
 #: Operators whose weight is [inputs, outputs] → names of their activation, weight and bias.
 _TRANSPOSED = {
     aten.addmm.default: ("mat1", "mat2", "self"),
@@ -45,6 +50,8 @@ class Layer:
         outputs: Dimension of the weight along which its outputs stand.
         groups: Number of groups; channels of the weight's `inputs` are those of one group.
         space: Number of dimensions that a kernel goes along; 0 for a matrix product.
+        back: Whether it is a transposed convolution: a convolution of its input spread out by the
+            stride, with zeros in between, by the kernel turned round.
     """
 
     node: fx.Node
@@ -55,6 +62,7 @@ class Layer:
     outputs: int
     groups: int = 1
     space: int = 0
+    back: bool = False
 
     def channels_last(self, x: torch.Tensor) -> torch.Tensor:
         """An input or output of the layer with its channels last, [..., channels]."""
@@ -81,7 +89,7 @@ class Layer:
         """
         if not self.space:
             return x.reshape(-1, x.shape[-1])[chosen].unsqueeze(1)
-        patches = self._patches(x)
+        patches = self._patches_back(x) if self.back else self._patches(x)
         sizes = [patches.shape[0], *patches.shape[2 : 2 + self.space]]
         rows = patches.movedim(1, 1 + self.space)[torch.unravel_index(chosen, sizes)]
         return rows.reshape(len(chosen), self.groups, -1)
@@ -90,12 +98,17 @@ class Layer:
         """The weight as [groups, features, outputs of a group]."""
         if not self.space:
             return (weight if self.outputs else weight.t()).unsqueeze(0)
+        if self.back:
+            return weight.flatten(2).transpose(1, 2).reshape(1, -1, weight.shape[1])
         return weight.reshape(self.groups, -1, weight[0].numel()).transpose(1, 2)
 
     def weight_of(self, matrix: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
         """The weight that `matrix` gives [groups, features, outputs of a group]."""
         if not self.space:
             weight = matrix[0] if self.outputs else matrix[0].t()
+        elif self.back:
+            taps = matrix.reshape(like.shape[0], -1, like.shape[1])
+            weight = taps.transpose(1, 2).reshape(like.shape)
         else:
             weight = matrix.transpose(1, 2).reshape(like.shape)
         return weight.to(like.dtype).contiguous()
@@ -114,6 +127,34 @@ class Layer:
             sides = [(0, 0)] * self.space
         else:
             sides = [(p, p) for p in _spread(padding, self.space)]
+        return self._unfolded(x, sides, kernel, stride, dilation)
+
+    def _patches_back(self, x: torch.Tensor) -> torch.Tensor:
+        """As `_patches`, of a transposed convolution's input, in the order of its kernel."""
+        kernel = _shape(self.node.args[1])[2:]
+        names = ("stride", "dilation", "padding", "output_padding")
+        stride, dilation, padding, extra = (
+            _spread(_argument(self.node, name), self.space) for name in names
+        )
+        sizes = [(n - 1) * s + 1 for n, s in zip(x.shape[2:], stride, strict=True)]
+        spread = x.new_zeros(*x.shape[:2], *sizes)
+        index = [slice(None), slice(None), *(slice(None, None, s) for s in stride)]
+        spread[tuple(index)] = x
+        # A tap reaches as far back as the kernel is long; a padding takes that away again.
+        reach = [d * (k - 1) - p for d, k, p in zip(dilation, kernel, padding, strict=True)]
+        sides = [(r, r + e) for r, e in zip(reach, extra, strict=True)]
+        patches = self._unfolded(spread, sides, kernel, [1] * self.space, dilation)
+        return patches.flip([-1 - d for d in range(self.space)])
+
+    def _unfolded(
+        self,
+        x: torch.Tensor,
+        sides: Sequence[tuple[int, int]],
+        kernel: Sequence[int],
+        stride: Sequence[int],
+        dilation: Sequence[int],
+    ) -> torch.Tensor:
+        """View of a padded input: [batch, channels, *positions, *kernel]."""
         x = F.pad(x, [p for side in reversed(sides) for p in side])
         for d in range(self.space):
             x = x.unfold(2 + d, dilation[d] * (kernel[d] - 1) + 1, stride[d])
@@ -167,6 +208,11 @@ def layer_at(captured: Captured, node: fx.Node) -> Layer | None:
     elif node.target in _CONVOLUTIONS:
         x, weight, bias = (_argument(node, n) for n in ("input", "weight", "bias"))
         shape, space, groups = (0, 1), _CONVOLUTIONS[node.target], int(_argument(node, "groups"))
+    elif node.target in _CONVOLUTIONS_BACK:
+        x, weight, bias = (_argument(node, n) for n in ("input", "weight", "bias"))
+        shape, space, groups = (1, 0), _CONVOLUTIONS_BACK[node.target], 1
+        if _argument(node, "groups") != 1:
+            return None
     elif node.target in _TRANSPOSED:
         x, weight, bias = (_argument(node, n) if n else None for n in _TRANSPOSED[node.target])
         shape, space, groups = (1, 0), 0, 1
@@ -180,10 +226,10 @@ def layer_at(captured: Captured, node: fx.Node) -> Layer | None:
         return None
     if bias is not None and bias_name is None:
         return None
-    rank = 2 + space
+    rank, back = 2 + space, node.target in _CONVOLUTIONS_BACK
     if captured.tensor(name).dim() != rank or (space and len(_shape(node)) != rank):
         return None
-    return Layer(node, x, name, bias_name or "", shape[1], shape[0], groups, space)
+    return Layer(node, x, name, bias_name or "", shape[1], shape[0], groups, space, back)
 
 
 def _argument(node: fx.Node, name: str) -> Any:
