@@ -99,10 +99,11 @@ def fuse(
     Args:
         members: Two or more networks with the same graph, apart from `heads`. They may differ in
             width (the score decides who provides which unit; with width None, the result has member
-            0's size), or in depth, if some lack residual blocks that others have: then all have the
-            deepest one's graph, and blocks that a member lacks count as the identity. Or paths of
-            their checkpoints (`.safetensors`, `*.safetensors.index.json`, weights-only `.pt`):
-            besides the fused network only one member is in memory then, and the result is the same.
+            0's size), and in depth, if some lack residual blocks that others have: then all have
+            the deepest one's graph, and a block that a member lacks counts as the identity. Or
+            paths of their checkpoints (`.safetensors`, `*.safetensors.index.json`, weights-only
+            `.pt`): besides the fused network only one member is in memory then, and the result is
+            the same.
         example_inputs: A tensor or a tuple of inputs that the members accept, batch of at least 2.
             Members that torch.export refuses are traced on them, so they should reach every part.
         example_kwargs: Keyword inputs.
@@ -514,6 +515,8 @@ def _as_one(captured: list[Captured], heads: Patterns, spaces: LabelSpaces, dim:
         return joined.captured, joined.states, [joined.captured] * len(captured), {}
     deepest = as_deepest(captured)
     if deepest is not None:
-        return deepest.captured, deepest.states, [deepest.captured] * len(captured), deepest.absent
+        aligned = list(deepest.members)
+        check_same_network(aligned, any_width=True)
+        return aligned[0], deepest.states, aligned, deepest.absent
     check_same_network(captured, any_width=True)
     return captured[0], [c.state() for c in captured], captured, {}
