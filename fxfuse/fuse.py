@@ -266,7 +266,7 @@ def fuse(
     graph = couple(network, controls)
     graph = of_all_widths(graph, captured, lambda member: couple(member, controls))
     graph, checks = examined(graph, verify=verify)
-    _check_widths(graph, "transplant" if auto else method, calibrated=calibration is not None)
+    _check_widths(graph, "transplant" if auto else method)
     inputs = None if calibration is None else Calibration.of(network, calibration)
     _check_calibrated(graph, inputs, auto=auto, refit=refit)
     if auto and hands_out(graph, controls):
@@ -410,16 +410,14 @@ def _check_resizable(sizes: Mapping[str, int], graph: CouplingGraph, method: str
     )
 
 
-def _check_widths(graph: CouplingGraph, method: str, *, calibrated: bool) -> None:
-    """Checks that what is asked for works with members of different widths."""
-    if not graph.members or (method in ("transplant", "wide") and not calibrated):
+def _check_widths(graph: CouplingGraph, method: str) -> None:
+    """Checks that a method works with members of different widths."""
+    if not graph.members or method in ("transplant", "wide"):
         return
-    what = "calibration" if calibrated else f"method {method!r}"
     raise ControlError(
-        f"{what} works with members of one width only",
-        why="units are compared with units of the same number, or measured in one graph",
-        how="use method='transplant' with the score l1, l2 or bn_scale, without calibration, and "
-        "train the result with fxfuse.refine.match",
+        f"method {method!r} works with members of one width only",
+        why="it compares units with units of the same number",
+        how="use method='transplant' or 'auto'",
     )
 
 

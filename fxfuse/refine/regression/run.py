@@ -173,7 +173,14 @@ class _Refit:
         self.waiting = Counter(aims)
         self.unread = Counter(read for work in self.work.values() for read in _inputs(work))
         self.members = [
-            Lane(captured, s, calibration, name=f"member {i}", held=set(aims), asked_as=told)
+            Lane(
+                graph.of_member(i).captured,
+                s,
+                calibration,
+                name=f"member {i}",
+                held=set(aims),
+                asked_as=_asked_as(graph, told, i),
+            )
             for i, s in enumerate(states)
         ]
         self.student = Lane(
@@ -369,6 +376,16 @@ class _Refit:
         self.changed |= _tensors_of(op)
         self.student.redo(op.node)
         return LayerFit(op.weight, op.node.name, before, after, True)
+
+
+def _asked_as(
+    graph: CouplingGraph, told: Mapping[fx.Node, fx.Node], member: int
+) -> Mapping[fx.Node, fx.Node]:
+    """What a member computes in its own graph at a node of the student's."""
+    if not graph.members:
+        return told
+    asked = told or {node: node for node in graph.captured.graph.nodes}
+    return {own: graph.node_of(node, member) for own, node in asked.items()}
 
 
 def _left(work: Route | PerChannel, why: str, error: float = inf) -> LayerFit:
