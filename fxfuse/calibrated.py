@@ -47,13 +47,14 @@ def require_activations(
     for group in graph.groups:
         tensors = list(given.get(group.name, ()))
         shapes = [tuple(t.shape) for t in tensors]
+        units = [graph.units_of(group.name, member) for member in range(n_members)]
         rows = shapes[0][0] if shapes and shapes[0] else 0
-        if shapes != [(rows, group.n_units)] * n_members or rows < 2:
+        if shapes != [(rows, n) for n in units] or rows < 2:
             raise CalibrationError(
                 "activations do not fit the members",
                 where=f"group {group.name}",
-                why=f"{n_members} tensors [rows, {group.n_units}] with the same two or more rows "
-                f"are needed, there are {shapes}",
+                why=f"{n_members} tensors [rows, units], of {', '.join(map(str, units))} units and "
+                f"with the same two or more rows, are needed, there are {shapes}",
                 how="compute them on the same calibration inputs for every member",
             )
         for member, tensor in enumerate(tensors):
@@ -92,7 +93,8 @@ def require_gradients(
     if given is None and options.calibration is not None and options.calibration.labels:
         calls = [args for args, _ in options.calibration.batches]
         pairs = list(zip(calls, options.calibration.labels, strict=True))
-        given = [gradients(graph.captured, pairs, state) for state in states]
+        each = (graph.of_member(member).captured for member in range(n_members))
+        given = [gradients(own, pairs, state) for own, state in zip(each, states, strict=True)]
     if given is None or len(given) != n_members:
         raise CalibrationError(
             f"{user} needs labelled calibration inputs",

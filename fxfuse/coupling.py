@@ -77,6 +77,17 @@ class CouplingGraph:
         """How many units of a group a member has."""
         return next(g.n_units for g in self.of_member(member).groups if g.name == group)
 
+    def node_of(self, node: fx.Node, member: int) -> fx.Node:
+        """The node of a member's own graph that does what a node of this one does."""
+        return self._nodes[member][node] if self.members else node
+
+    @cached_property
+    def _nodes(self) -> tuple[Mapping[fx.Node, fx.Node], ...]:
+        """For each member, its own nodes: the graphs differ in sizes alone."""
+        nodes = list(self.captured.graph.nodes)
+        each = (member.captured.graph.nodes for member in self.members)
+        return tuple(dict(zip(nodes, own, strict=True)) for own in each)
+
     @cached_property
     def group_of(self) -> Mapping[Place, tuple[CouplingGroup, ...]]:
         """The groups that own slots in each place."""

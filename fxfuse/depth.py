@@ -1,8 +1,9 @@
 """Members of different depth: a residual block that a member lacks is the identity in it.
 
 With all parameters of its branch zero, a residual block adds nothing to what it is given. So a
-member that lacks a block is the deeper network with zeros there, and goes on as any other member.
-Whether that is so is not believed but run: the deeper network has to answer as the member does.
+member that lacks a block is the deeper network with zeros there, and goes on as any other member:
+at its own width, where that is another one. Whether that is so is not believed but run: the deeper
+network has to answer as the member does.
 """
 
 from __future__ import annotations
@@ -11,12 +12,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import nn
 
 from fxfuse.capture import Captured
-from fxfuse.errors import MemberMismatchError
+from fxfuse.controls import Controls
+from fxfuse.coupling import CouplingGraph, couple
+from fxfuse.errors import MemberMismatchError, RewriteError
 from fxfuse.verify import EXACT, relative_error
 from fxfuse.verify.check import as_double, run
+from fxfuse.widen import captured_at
 
 
 @dataclass(frozen=True)
@@ -24,12 +27,12 @@ class Deepest:
     """Members as networks of the deepest one's graph.
 
     Attributes:
-        captured: The deepest member.
+        members: For each member, that graph; with sizes of its own, where its width is another one.
         states: For each member, its tensors by the deepest one's names.
         absent: Tensors that some members lack, by name → the numbers of these members.
     """
 
-    captured: Captured
+    members: tuple[Captured, ...]
     states: tuple[Mapping[str, torch.Tensor], ...]
     absent: Mapping[str, tuple[int, ...]]
 
@@ -51,47 +54,61 @@ def as_deepest(members: Sequence[Captured]) -> Deepest | None:
         return None
     number = max(range(len(members)), key=lambda i: len(names[i]))
     deepest = members[number]
-    states, absent = [], dict[str, tuple[int, ...]]()
+    graph, found, states = None, list[Captured](), list[Mapping[str, torch.Tensor]]()
+    absent = dict[str, tuple[int, ...]]()
     for i, member in enumerate(members):
         missing = [name for name in deepest.names if name not in names[i]]
         for name in missing:
             absent[name] = (*absent.get(name, ()), i)
+        own = {name: member.tensor(name) for name in member.names}
+        extra = [name for name in own if name not in deepest.canonical]
+        if extra:
+            raise _mismatch(i, number, extra[0], f"member {number} has no such tensor")
+        differs = any(own[name].shape != deepest.tensor(name).shape for name in own)
+        if i == number or (differs and not missing):
+            # One of another width only is compared with the others as such.
+            found.append(member)
+            states.append(member.state())
+            continue
+        graph = graph or couple(deepest, Controls())
+        deeper = _deeper(graph, own, i, number)
         # Also one that lacks nothing: tensors of the same names do not make the same network.
-        states.append(
-            member.state() if i == number else _filled(member, deepest, missing, i, number)
-        )
-    return Deepest(deepest, tuple(states), absent)
+        _check_answers(member, deeper, missing, i, number)
+        found.append(deeper if differs else deepest)
+        states.append(deeper.state())
+    return Deepest(tuple(found), tuple(states), absent)
 
 
-def _filled(
-    member: Captured, deepest: Captured, missing: Sequence[str], number: int, other: int
-) -> dict[str, torch.Tensor]:
-    """A member's tensors, and zeros for the parameters that it lacks."""
-    own, template = member.state(), deepest.state()
-    extra = [name for name in own if name not in template]
-    if extra:
-        raise _mismatch(number, other, extra[0], f"member {other} has no such tensor")
-    for name, tensor in own.items():
-        if tensor.shape != template[name].shape:
-            why = f"{tuple(tensor.shape)} vs {tuple(template[name].shape)}; members may differ in "
-            raise _mismatch(number, other, name, why + "depth or in width, not in both")
-    filled = {}
-    for name in deepest.names:
-        if name in own:
-            filled[name] = own[name]
-        elif isinstance(deepest.tensor(name), nn.Parameter):
-            filled[name] = torch.zeros_like(template[name])
-        else:
-            # Statistics of what is multiplied by zero: any will do that trains on.
-            filled[name] = template[name].clone()
-    expected, found = run(member, as_double(own)), run(deepest, as_double(filled))
-    error = relative_error(found, expected)
+def _deeper(
+    graph: CouplingGraph, own: Mapping[str, torch.Tensor], number: int, other: int
+) -> Captured:
+    """The deepest network with a member's tensors, and zeros for the parameters that it lacks."""
+    sizes = {}
+    for group in graph.groups:
+        sizes[group.name] = group.n_units
+        for (name, dim), rows in group.index.items():
+            if name in own and len(graph.group_of[(name, dim)]) == 1:
+                more = own[name].shape[dim] - graph.captured.tensor(name).shape[dim]
+                sizes[group.name] += more // rows.shape[1]
+                break
+    try:
+        deeper = captured_at(graph, sizes, own)
+    except RewriteError as error:
+        raise _mismatch(number, other, error.where, f"in its width, {error.why}") from error
+    return deeper
+
+
+def _check_answers(
+    member: Captured, deeper: Captured, missing: Sequence[str], number: int, other: int
+) -> None:
+    """Checks that the deeper network answers as the member does."""
+    expected = run(member, as_double(member.state()))
+    error = relative_error(run(deeper, as_double(deeper.state())), expected)
     if error > EXACT:
         where = missing[0] if missing else ""
         without = f"without {where} and what belongs to it, " if missing else "with its tensors, "
         why = f"{without}member {other} answers otherwise (relative difference {error:.1e})"
         raise _mismatch(number, other, where, why)
-    return filled
 
 
 def _mismatch(number: int, other: int, where: str, why: str) -> MemberMismatchError:

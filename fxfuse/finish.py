@@ -33,7 +33,8 @@ class Choice:
     """Which network the matching started from.
 
     Attributes:
-        start: `fused` or `member <i>`; at another width than a member's always `fused`.
+        start: `fused` or `member <i>`; always `fused` at another width than a member's, and for
+            members of different widths.
         divergence: For each start, how far its outputs are from the ensemble's on calibration
             inputs that no fit has seen: KL divergence in nats for class logits, else the mean
             squared difference relative to the outputs' variance.
@@ -132,11 +133,11 @@ def matched_start(
     kind = kind_of_network(graph.captured, outputs)
     fitting, choosing = calibration.split(_HELD_OUT)
     fused = refitted(graph, plan, states, state, fitting, outputs)
-    members = [emit(graph.captured, s) for s in states]
+    members = [emit(graph.of_member(i).captured, s) for i, s in enumerate(states)]
     answers = [_answers(member, choosing) for member in members]
     wanted = torch.stack(answers).mean(0)
     starts, far = dict[str, Start](), dict[str, float]()
-    if not copies_of(graph, plan.sizes()):
+    if not copies_of(graph, plan.sizes()) and not graph.members:
         # No member has the width that is asked for, where that is another one.
         starts = {f"member {i}": Start(_all_of(plan, i), s) for i, s in enumerate(states)}
         far = {name: _divergence(a, wanted, kind) for name, a in zip(starts, answers, strict=True)}

@@ -99,10 +99,11 @@ def fuse(
     Args:
         members: Two or more networks with the same graph, apart from `heads`. They may differ in
             width (the score decides who provides which unit; with width None, the result has member
-            0's size), or in depth, if some lack residual blocks that others have: then all have the
-            deepest one's graph, and blocks that a member lacks count as the identity. Or paths of
-            their checkpoints (`.safetensors`, `*.safetensors.index.json`, weights-only `.pt`):
-            besides the fused network only one member is in memory then, and the result is the same.
+            0's size), and in depth, if some lack residual blocks that others have: then all have
+            the deepest one's graph, and a block that a member lacks counts as the identity. Or
+            paths of their checkpoints (`.safetensors`, `*.safetensors.index.json`, weights-only
+            `.pt`): besides the fused network only one member is in memory then, and the result is
+            the same.
         example_inputs: A tensor or a tuple of inputs that the members accept, batch of at least 2.
             Members that torch.export refuses are traced on them, so they should reach every part.
         example_kwargs: Keyword inputs.
@@ -268,7 +269,7 @@ def fuse(
     graph = couple(network, controls)
     graph = of_all_widths(graph, captured, lambda member: couple(member, controls))
     graph, checks = examined(graph, verify=verify)
-    _check_widths(graph, "transplant" if auto else method, calibrated=calibration is not None)
+    _check_widths(graph, "transplant" if auto else method)
     inputs = None if calibration is None else Calibration.of(network, calibration)
     _check_calibrated(graph, inputs, auto=auto, refit=refit)
     if auto and hands_out(graph, controls):
@@ -412,16 +413,14 @@ def _check_resizable(sizes: Mapping[str, int], graph: CouplingGraph, method: str
     )
 
 
-def _check_widths(graph: CouplingGraph, method: str, *, calibrated: bool) -> None:
-    """Checks that what is asked for works with members of different widths."""
-    if not graph.members or (method in ("transplant", "wide") and not calibrated):
+def _check_widths(graph: CouplingGraph, method: str) -> None:
+    """Checks that a method works with members of different widths."""
+    if not graph.members or method in ("transplant", "wide"):
         return
-    what = "calibration" if calibrated else f"method {method!r}"
     raise ControlError(
-        f"{what} works with members of one width only",
-        why="units are compared with units of the same number, or measured in one graph",
-        how="use method='transplant' with the score l1, l2 or bn_scale, without calibration, and "
-        "train the result with fxfuse.refine.match",
+        f"method {method!r} works with members of one width only",
+        why="it compares units with units of the same number",
+        how="use method='transplant' or 'auto'",
     )
 
 
@@ -519,6 +518,8 @@ def _as_one(captured: list[Captured], heads: Patterns, spaces: LabelSpaces, dim:
         return joined.captured, joined.states, [joined.captured] * len(captured), {}
     deepest = as_deepest(captured)
     if deepest is not None:
-        return deepest.captured, deepest.states, [deepest.captured] * len(captured), deepest.absent
+        aligned = list(deepest.members)
+        check_same_network(aligned, any_width=True)
+        return aligned[0], deepest.states, aligned, deepest.absent
     check_same_network(captured, any_width=True)
     return captured[0], [c.state() for c in captured], captured, {}

@@ -118,7 +118,9 @@ class FusionResult:
             return copy.deepcopy(self.module).train(source.training)
         state = self._one_headed(captured)
         names = captured.names
-        same = all(n in state and state[n].shape == captured.tensor(n).shape for n in names)
+        # The deepest member's class, where members differ in depth: its width may be another one.
+        held = source.state_dict()
+        same = all(n in state and state[n].shape == held[n].shape for n in names)
         if same and not self.heads:
             return self.load_into(copy_source(source))
         return resized_copy(source, captured, self.module, state)

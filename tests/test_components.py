@@ -129,13 +129,15 @@ def test_no_choice_of_units_tells_the_readers_more() -> None:
         for g in graph.groups
     }
     readers = consumers_of(graph)[name]
-    inputs = consumer_inputs(graph, {name: readers}, dict(enumerate(states)), calibration)
-    covariance = torch.stack([covariance_at(inputs[r.layer], r) for r in readers]).mean(0)
+    inputs = consumer_inputs(
+        [graph] * 2, [{name: readers}] * 2, dict(enumerate(states)), calibration
+    )
+    covariance = torch.stack([covariance_at(inputs[r.layer], [r, r]) for r in readers]).mean(0)
     weights = []
     for reader in readers:
         own = [weights_at(graph, s, reader, {}, m, 0) for m, s in enumerate(states)]
         each = torch.block_diag(*own)
-        weights.append(each / size_of(each, covariance_at(inputs[reader.layer], reader)))
+        weights.append(each / size_of(each, covariance_at(inputs[reader.layer], [reader, reader])))
     outputs = torch.cat(weights, 1)
 
     def lost(mixture: torch.Tensor) -> float:

@@ -181,14 +181,9 @@ def test_other_classes_are_refused():
         fxfuse.fuse([mlp(6, 0), mlp(8, 1, outputs=4)], X)
 
 
-@pytest.mark.parametrize(
-    "options", [{"method": "average"}, {"score": "activation", "calibration": X}, {"refit": True}]
-)
-def test_what_compares_units_by_number_is_refused(options: dict[str, object]):
-    if "refit" in options:
-        options = {**options, "calibration": X}
+def test_what_compares_units_by_number_is_refused():
     with pytest.raises(ControlError, match="one width only"):
-        fxfuse.fuse([mlp(6, 0), mlp(8, 1)], X, **options)  # type: ignore[arg-type]
+        fxfuse.fuse([mlp(6, 0), mlp(8, 1)], X, method="average")
 
 
 # --- depth ----------------------------------------------------------------------------------------
@@ -252,7 +247,7 @@ def test_blocks_that_are_not_residual_are_refused():
     with pytest.raises(MemberMismatchError, match="answers otherwise"):
         fxfuse.fuse([Chain(3).double(), Chain(2).double()], X)
     other = made(lambda: resnet.ResNet(resnet.BasicBlock, [1, 1, 1, 1], 4), 1)
-    with pytest.raises(MemberMismatchError, match="not in both"):
+    with pytest.raises(MemberMismatchError, match=r"fc\.weight"):
         fxfuse.fuse([deep([2, 1, 1, 1], 0), other], image(dtype=torch.float64))
 
 
@@ -296,5 +291,99 @@ def test_members_as_deep_as_the_deepest_are_looked_at_too():
         MemberMismatchError, match=r"member 2 is not member 1(.|\n)*answers otherwise"
     ):
         fxfuse.fuse([shallow, deep_one, Residual(2, nn.Tanh).double()], X)
-    with pytest.raises(MemberMismatchError, match=r"member 2 is not member 1(.|\n)*not in both"):
-        fxfuse.fuse([shallow, deep_one, Residual(2, nn.ReLU, inner=6).double()], X)
+
+
+# --- depth and width ------------------------------------------------------------------------------
+
+
+class Stream(nn.Module):
+    """Residual blocks on a stream of some width, with or without an operator that mixes members."""
+
+    def __init__(self, blocks: int, width: int, inner: int, *, norm: bool = False) -> None:
+        super().__init__()
+        self.stem, self.head = nn.Linear(8, width), nn.Linear(width, 3)
+        self.blocks = nn.ModuleList()
+        for _ in range(blocks):
+            before = nn.LayerNorm(width) if norm else nn.Identity()
+            layers = before, nn.Linear(width, inner), nn.ReLU(), nn.Linear(inner, width)
+            self.blocks.append(nn.Sequential(*layers))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.stem(x)
+        for block in self.blocks:
+            x = x + block(x)
+        return self.head(x)
+
+
+class Images(nn.Module):
+    """Residual blocks on images, with batch statistics and heads that views take apart."""
+
+    def __init__(self, blocks: int, heads: int, inner: int) -> None:
+        super().__init__()
+        self.heads, width = heads, 4 * heads
+        self.stem, self.head = nn.Conv2d(3, width, 3, stride=8), nn.Linear(width, 5)
+        self.blocks = nn.ModuleList()
+        for _ in range(blocks):
+            layers = nn.BatchNorm2d(width), nn.Conv2d(width, inner, 3, padding=1), nn.ReLU()
+            self.blocks.append(nn.Sequential(*layers, nn.Conv2d(inner, width, 1)))
+        self.scale = nn.Parameter(torch.rand(1, heads, 1, 1, 1))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.stem(x)
+        for block in self.blocks:
+            heads = block(x).unflatten(1, (self.heads, 4)) * self.scale
+            x = x + heads.flatten(1, 2)
+        return self.head(x.mean((2, 3)))
+
+
+def seeded(make: Callable[[], nn.Module], seed: int) -> nn.Module:
+    torch.manual_seed(seed)
+    return make().double().eval()
+
+
+DIFFERENT: dict[str, tuple[list[Callable[[], nn.Module]], torch.Tensor]] = {
+    "stream": ([lambda: Stream(1, 8, 6), lambda: Stream(3, 10, 9), lambda: Stream(2, 12, 5)], X),
+    "deepest first": ([lambda: Stream(3, 8, 6), lambda: Stream(1, 10, 9)], X),
+    "norm": ([lambda: Stream(1, 6, 9, norm=True), lambda: Stream(2, 8, 5, norm=True)], X),
+    "images": ([lambda: Images(1, 3, 4), lambda: Images(2, 2, 6)], image(dtype=torch.float64)),
+}
+
+
+@pytest.mark.parametrize("family", DIFFERENT)
+def test_members_of_other_depth_and_width(family: str):
+    make, x = DIFFERENT[family]
+    members = [seeded(each, seed) for seed, each in enumerate(make)]
+    n = len(members)
+    result = fxfuse.fuse(members, x, width=n)
+    check = next(c for c in result.verification.checks if c.name == "wide equals ensemble")
+    assert check.passed
+    assert check.tolerance == 1e-9
+    with torch.no_grad():
+        mean = torch.stack([member(x) for member in members]).mean(0)
+        torch.testing.assert_close(result.module(x), mean, rtol=1e-9, atol=1e-9)
+    depths = [len(member.blocks) for member in members]
+    last = max(depths) - 1
+    lacking = tuple(i for i, depth in enumerate(depths) if depth <= last)
+    found = {m for name, m in result.plan.absent.items() if name.startswith(f"blocks.{last}.")}
+    assert found == {lacking}
+    assert "not in" in result.plan.summary()
+    again = fxfuse.fuse(members, x, plan=FusionPlan.from_json(result.plan.to_json()))
+    torch.testing.assert_close(again.state_dict(), result.state_dict(), rtol=0, atol=0)
+
+
+def test_the_result_has_the_width_of_the_first_and_the_depth_of_the_deepest():
+    members = [seeded(lambda: Stream(1, 8, 6), 0), seeded(lambda: Stream(2, 12, 9), 1)]
+    result = fxfuse.fuse(members, X)
+    sizes = result.plan.sizes()
+    # A block that member 0 lacks has no width of its own in it.
+    assert sizes == {"stem.weight:0": 8, "blocks.0.1.weight:0": 6, "blocks.1.1.weight:0": 9}
+
+
+def test_a_member_of_another_width_has_to_be_the_same_network_too():
+    wider = Residual(2, nn.ReLU, inner=6).double()
+    shallow, deep_one = Residual(1, nn.ReLU).double(), Residual(2, nn.ReLU).double()
+    assert fxfuse.fuse([shallow, deep_one, wider], X).verification.passed
+    with pytest.raises(MemberMismatchError):
+        fxfuse.fuse([shallow, deep_one, Residual(2, nn.Tanh, inner=6).double()], X)
+    with pytest.raises(MemberMismatchError, match="answers otherwise"):
+        fxfuse.fuse([Residual(1, nn.Tanh, inner=6).double(), deep_one], X)

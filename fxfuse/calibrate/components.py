@@ -52,12 +52,13 @@ def components(
     readers = {name: own for name, own in readers.items() if own}
     if not readers:
         return {}
-    inputs = consumer_inputs(graph, readers, dict(enumerate(states)), calibration)
+    n, numbered = len(states), dict(enumerate(states))
+    inputs = consumer_inputs([graph] * n, [readers] * n, numbered, calibration)
     left = {name: units for name, units in kept.items() if name not in readers}
     for name, own in readers.items():
         covariances, products = [], []
         for reader in own:
-            covariance = covariance_at(inputs[reader.layer], reader)
+            covariance = covariance_at(inputs[reader.layer], [reader] * n)
             each = [weights_at(graph, s, reader, left, m, host) for m, s in enumerate(states)]
             weights = torch.block_diag(*each)
             weights = weights / size_of(weights, covariance)

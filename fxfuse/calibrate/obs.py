@@ -16,7 +16,7 @@ import torch
 from numpy.typing import NDArray
 
 from fxfuse.calibrate.layers import name_of
-from fxfuse.calibrate.units import Consumer, consumer_inputs, consumers_of
+from fxfuse.calibrate.units import Consumer, consumer_inputs, consumers_of, each_once
 from fxfuse.calibration import Calibration
 from fxfuse.coupling import CouplingGraph, Index
 from fxfuse.labels import Kind
@@ -63,31 +63,40 @@ def elimination(
         which each of them is removed, float64 [n], higher for those that are left.
     """
     members = sorted(kept)
-    consumers = consumers_of(graph)
-    inputs = consumer_inputs(graph, consumers, {m: states[m] for m in members}, calibration)
-    order = {node: place for place, node in enumerate(graph.captured.graph.nodes)}
-    groups = [group for group in graph.groups if consumers[group.name]]
-    groups.sort(key=lambda g: order[consumers[g.name][0].layer.node], reverse=True)
+    graphs = [graph.of_member(m) for m in members]
+    consumers = each_once(consumers_of, graphs)
+    inputs = consumer_inputs(graphs, consumers, {m: states[m] for m in members}, calibration)
+    order = {node: place for place, node in enumerate(graphs[0].captured.graph.nodes)}
+    first = consumers[0]
+    groups = [group for group in graph.groups if first[group.name]]
+    groups.sort(key=lambda g: order[first[g.name][0].layer.node], reverse=True)
     left: Units = {}
     found: dict[str, tuple[Index, Ranks]] = {}
     for group in groups:
-        readers = consumers[group.name]
-        width = width_of(readers[0])
-        readers = [c for c in readers if width_of(c) == width]
-        each = [covariance_at(inputs[c.layer], c) for c in readers]
-        covariance = torch.stack(each).mean(0)
+        width = width_of(first[group.name][0])
+        # Each reader as it is in each member.
+        each = zip(*(own[group.name] for own in consumers), strict=True)
+        readers = [reader for reader in each if width_of(reader[0]) == width]
+        covariances = [covariance_at(inputs[reader[0].layer], reader) for reader in readers]
+        covariance = torch.stack(covariances).mean(0)
         weights = []
-        for c in readers:
-            own = [weights_at(graph, states[m], c, left, m, host) for m in members]
+        for reader in readers:
+            own = [
+                weights_at(graphs[i], states[m], reader[i], left, m, host)
+                for i, m in enumerate(members)
+            ]
             weights.append(torch.block_diag(*own))
         scaled = [w / size_of(w, covariance) for w in weights]
-        alive = [np.isin(np.arange(group.n_units), kept[m][group.name]) for m in members]
+        alive = [
+            np.isin(np.arange(graph.units_of(group.name, m)), kept[m][group.name]) for m in members
+        ]
         there = np.concatenate(alive)
         size = group.n_units if sizes is None else sizes[group.name]
         left_over = min(size, int(there.sum()))
         ranks = eliminate(covariance, torch.cat(scaled, 1), width, there, left_over)
-        pool = np.argwhere(np.stack(alive))
-        units = np.stack([np.asarray(members)[pool[:, 0]], pool[:, 1]], axis=1)
+        exist = [np.flatnonzero(a) for a in alive]
+        owner = np.repeat(members, [len(units) for units in exist])
+        units = np.stack([owner, np.concatenate(exist)], axis=1)
         rank = ranks[there]
         found[group.name] = (units, rank)
         left[group.name] = units[np.argsort(-rank)[:size]]
@@ -182,12 +191,16 @@ def width_of(consumer: Consumer) -> int:
     return 1 if consumer.repeated else consumer.slots.shape[1]
 
 
-def covariance_at(members: Sequence[torch.Tensor], consumer: Consumer) -> torch.Tensor:
-    """Covariance of all members' units at one reader, [units · width, units · width]."""
-    slots = torch.from_numpy(consumer.slots)
+def covariance_at(members: Sequence[torch.Tensor], reader: Sequence[Consumer]) -> torch.Tensor:
+    """Covariance of all members' units at one reader, [units · width, units · width].
+
+    Args:
+        members: What the reader gets in each member, [rows, channels].
+        reader: The reader as it is in each member.
+    """
     columns = []
-    for x in members:
-        owned = x[:, slots.to(x.device)]
+    for x, consumer in zip(members, reader, strict=True):
+        owned = x[:, torch.from_numpy(consumer.slots).to(x.device)]
         columns.append(owned.movedim(1, 2).flatten(0, 1) if consumer.repeated else owned.flatten(1))
     rows = torch.cat(columns, 1)
     rows = rows - rows.mean(0)

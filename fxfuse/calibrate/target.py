@@ -57,8 +57,8 @@ class Targets:
 
         Args:
             node: The node.
-            values: Its value in each member, of the node's shape (with any batch size); None in a
-                member that does not have the node, which lies in the head of another one.
+            values: Its value in each member, with any batch size; None in a member that does not
+                have the node, which lies in the head of another one.
 
         Returns:
             A tensor of the shape that the fused network has there; None where no member has the
@@ -94,16 +94,29 @@ class Targets:
             return None
         if not told:
             return []
-        places = _places_of(told[0], layouts)
-        return [self._merger(told[0], places, member) for member in range(self.n_members)]
+        places, members = _places_of(told[0], layouts), range(self.n_members)
+        own = [self._field_of(node, member, value.fields.index(told[0])) for member in members]
+        if any(f is None or f.dims != told[0].dims for f in own):
+            return None
+        return [
+            self._merger(told[0], f, places, member)
+            for member, f in zip(members, own, strict=True)
+            if f is not None
+        ]
+
+    def _field_of(self, node: fx.Node, member: int, number: int) -> Field | None:
+        """A field of the node's value in a member, by its number; None where there is none."""
+        own = self.graph.of_member(member).values[self.graph.node_of(node, member)]
+        found = own.fields if isinstance(own, Value) else ()
+        return found[number] if number < len(found) else None
 
     def _is_told(self, f: Field) -> bool:
         return bool(self.told[np.unique(neurons(f.ids).numpy())].any())
 
-    def _merger(self, f: Field, at: _Places, member: int) -> _Merger:
+    def _merger(self, f: Field, theirs: Field, at: _Places, member: int) -> _Merger:
         """Where along a field each place of the fused network comes from in one member."""
-        ids = f.ids.reshape(-1).numpy()
-        place_ids = ids[at.source]
+        place_ids = f.ids.reshape(-1).numpy()[at.source]
+        ids = theirs.ids.reshape(-1).numpy()
         own = neurons(f.ids).reshape(-1).numpy()[at.source]
         fused, source, weight = self.entries[member]
         keys = self._key(own, at.copy)
@@ -135,14 +148,18 @@ class Targets:
         return neuron + copy * self.graph.ledger.count
 
     def _entries(self, member: int) -> tuple[Index, Index, np.ndarray]:
-        ledger = self.graph.ledger
+        ledger, theirs = self.graph.ledger, self.graph.of_member(member)
         fused, source, weight = [], [], []
+        # Owners are the same in all members, each with as many neurons as it has units there.
         for owner, place in enumerate(ledger.owners):
-            start = ledger.starts[owner]
-            owned = np.zeros(len(ledger.ids_of(owner)), dtype=bool)
+            start, own_start = ledger.starts[owner], theirs.ledger.starts[owner]
+            rest = np.ones(len(ledger.ids_of(owner)), dtype=bool)
+            own_rest = np.ones(len(theirs.ledger.ids_of(owner)), dtype=bool)
+            own_index = {g.name: g.index[place] for g in theirs.group_of.get(place, ())}
             for group in self.graph.group_of.get(place, ()):
-                rows = group.index[place]
-                owned[rows.reshape(-1)] = True
+                rows, own = group.index[place], own_index[group.name]
+                rest[rows.reshape(-1)] = False
+                own_rest[own.reshape(-1)] = False
                 unit_map = self.plan.map_of(group.name)
                 chosen = unit_map.member == member
                 to, unit = unit_map.target[chosen], unit_map.unit[chosen]
@@ -150,16 +167,19 @@ class Targets:
                 template, copy = unit_copies(self.copies.get(group.name, one_each))
                 each = np.broadcast_to(unit_map.weight, unit_map.member.shape)[chosen]
                 fused.append(self._key(start + rows[template[to]], copy[to, None]).reshape(-1))
-                source.append(start + rows[unit].reshape(-1))
+                source.append(own_start + own[unit].reshape(-1))
                 weight.append(np.repeat(each, rows.shape[1]))
-            rest = start + np.flatnonzero(~owned)
+            if rest.sum() != own_rest.sum():
+                # What no parameter owns has no counterpart at another width.
+                continue
+            left = start + np.flatnonzero(rest)
             reason = self.graph.frozen.get(place)
             if reason is not None and reason.kind is Kind.HOST:
-                share = np.full(len(rest), float(member == self.plan.host))
+                share = np.full(len(left), float(member == self.plan.host))
             else:
-                share = np.full(len(rest), 1.0 / self.n_members)
-            fused.append(rest)
-            source.append(rest)
+                share = np.full(len(left), 1.0 / self.n_members)
+            fused.append(left)
+            source.append(own_start + np.flatnonzero(own_rest))
             weight.append(share)
         # Padding is no neuron: what stands there is the same for all.
         flat = [np.concatenate([np.zeros(1, np.int64), *fused])]

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -18,6 +19,8 @@ from fxfuse.labels import Value, neurons
 
 #: Rows of activations that are kept of a layer's input, for all calibration inputs together.
 ROWS = 4096
+
+Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
@@ -52,8 +55,8 @@ def consumers_of(graph: CouplingGraph) -> dict[str, list[Consumer]]:
 
 
 def consumer_inputs(
-    graph: CouplingGraph,
-    consumers: Mapping[str, Sequence[Consumer]],
+    graphs: Sequence[CouplingGraph],
+    consumers: Sequence[Mapping[str, Sequence[Consumer]]],
     states: Mapping[int, Mapping[str, torch.Tensor]],
     calibration: Calibration,
     *,
@@ -62,24 +65,21 @@ def consumer_inputs(
     """What the layers that read groups get, in each member.
 
     Args:
-        graph: The analysis of the members.
-        consumers: What `consumers_of` returned.
+        graphs: The analysis of each member.
+        consumers: For each member, what `consumers_of` returned.
         states: Their tensors by name, by number of the member.
         calibration: The inputs.
         rows: About how many rows are kept; the same ones in all members.
 
     Returns:
-        For each layer, one float32 tensor [rows, channels] per member.
+        For each layer of the first member, one float32 tensor [rows, channels] per member.
     """
-    place = {node: place for place, node in enumerate(graph.captured.graph.nodes)}
-    layers = {c.layer: None for found in consumers.values() for c in found}
-    result: dict[Layer, list[torch.Tensor]] = {
-        layer: [] for layer in sorted(layers, key=lambda layer: place[layer.node])
-    }
-    last = {layer.input: layer for layer in result}
-    for number, state in states.items():
+    each = [_in_order(*pair) for pair in zip(graphs, consumers, strict=True)]
+    result: dict[Layer, list[torch.Tensor]] = {layer: [] for layer in each[0]}
+    for graph, layers, (number, state) in zip(graphs, each, states.items(), strict=True):
+        last = {layer.input: layer for layer in layers}
         lane = _member_lane(graph, number, state, calibration, set(last))
-        for layer, found in result.items():
+        for layer, found in zip(layers, result.values(), strict=True):
             lane.run_to(layer.input)
             values = lane.value(layer.input)
             count = sum(layer.n_rows(x) for x in values)
@@ -87,6 +87,13 @@ def consumer_inputs(
             if last[layer.input] is layer:
                 lane.drop(layer.input)
     return result
+
+
+def _in_order(graph: CouplingGraph, consumers: Mapping[str, Sequence[Consumer]]) -> list[Layer]:
+    """The layers that read groups, each once, in graph order."""
+    place = {node: place for place, node in enumerate(graph.captured.graph.nodes)}
+    layers = {c.layer: None for found in consumers.values() for c in found}
+    return sorted(layers, key=lambda layer: place[layer.node])
 
 
 def _member_lane(
@@ -131,25 +138,51 @@ def unit_activations(
         no layer reads is taken where its units last stand along one dimension; one whose units
         never do is left out.
     """
-    consumers, found = consumers_of(graph), {}
+    graphs = [graph.of_member(member) for member in range(len(states))]
+    consumers = each_once(consumers_of, graphs)
+    found = {}
     numbered = dict(enumerate(states))
-    inputs = consumer_inputs(graph, consumers, numbered, calibration, rows=rows)
-    for group in graph.groups:
-        readers = consumers[group.name]
+    inputs = consumer_inputs(graphs, consumers, numbered, calibration, rows=rows)
+    for name, readers in consumers[0].items():
         if readers:
-            found[group.name] = [
-                torch.cat([_by_unit(inputs[c.layer][member], c.slots) for c in readers])
+            found[name] = [
+                torch.cat(
+                    [
+                        _by_unit(inputs[first.layer][member], own.slots)
+                        for first, own in zip(readers, consumers[member][name], strict=True)
+                    ]
+                )
                 for member in range(len(states))
             ]
-    places = {g.name: _last_place(graph, g) for g in graph.groups if g.name not in found}
-    held = {place[0] for place in places.values() if place is not None}
-    for number, state in enumerate(states if held else ()):
-        lane = _member_lane(graph, number, state, calibration, held)
+    unread = each_once(lambda g: _last_places(g, found), graphs)
+    for number, (own, places) in enumerate(zip(graphs, unread, strict=True)):
+        if not places:
+            continue
+        held = {place[0] for place in places.values()}
+        lane = _member_lane(own, number, states[number], calibration, held)
         lane.run_to(max(held, key=lane.order.__getitem__))
         for name, place in places.items():
-            if place is not None:
-                found.setdefault(name, []).append(_at_place(lane, *place, rows))
+            found.setdefault(name, []).append(_at_place(lane, *place, rows))
     return found
+
+
+def each_once(
+    function: Callable[[CouplingGraph], Result], graphs: Sequence[CouplingGraph]
+) -> list[Result]:
+    """What a function returns for each of some analyses; for equal ones it is called once."""
+    known: dict[int, Result] = {}
+    for graph in graphs:
+        if id(graph) not in known:
+            known[id(graph)] = function(graph)
+    return [known[id(graph)] for graph in graphs]
+
+
+def _last_places(
+    graph: CouplingGraph, found: Collection[str]
+) -> dict[str, tuple[fx.Node, int, Index]]:
+    """`_last_place` of the groups that were not found yet, where they have one."""
+    places = {g.name: _last_place(graph, g) for g in graph.groups if g.name not in found}
+    return {name: place for name, place in places.items() if place is not None}
 
 
 def _last_place(graph: CouplingGraph, group: CouplingGroup) -> tuple[fx.Node, int, Index] | None:

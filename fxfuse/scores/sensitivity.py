@@ -64,5 +64,5 @@ def _summed(
             tensor: damage(given[member], tensor, states[member][tensor].detach())
             for tensor in sorted(owned & given[member].mean.keys())
         }
-        found[member] = owned_sums(graph, values, units)
+        found[member] = owned_sums(graph.of_member(member), values, units)
     return found

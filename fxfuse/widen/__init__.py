@@ -7,6 +7,7 @@ from the labels of their node, never by matching numbers. `walk.py` says which f
 operator.
 """
 
+from fxfuse.widen.member import captured_at
 from fxfuse.widen.resized import Resized, emit_fused, resized_of
 from fxfuse.widen.walk import apart_names, blank, output_layouts, settle, widen
 
@@ -14,6 +15,7 @@ __all__ = [
     "Resized",
     "apart_names",
     "blank",
+    "captured_at",
     "emit_fused",
     "output_layouts",
     "resized_of",

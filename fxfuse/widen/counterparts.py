@@ -34,15 +34,11 @@ class Counterparts:
         self._roles = {
             number: _Roles(g, copies, graph.ledger.owners) for number, g in distinct.items()
         }
-        nodes = list(graph.captured.graph.nodes)
-        self._nodes = {
-            number: dict(zip(nodes, g.captured.graph.nodes, strict=True))
-            for number, g in distinct.items()
-        }
-        self._originals = {
-            number: {own: node for node, own in found.items()}
-            for number, found in self._nodes.items()
-        }
+        nodes = graph.captured.graph.nodes
+        self._originals = [
+            {graph.node_of(node, member): node for node in nodes}
+            for member in range(len(graph.members))
+        ]
         #: For each group: the first fused unit in the place of each unit of member 0, and which
         #: unit of which member each fused unit is, int64 [fused units] both.
         self._fused: list[tuple[Index, Index, Index]] = []
@@ -52,19 +48,13 @@ class Counterparts:
             starts = np.cumsum(count) - count
             self._fused.append((starts, unit_map.member[order], unit_map.unit[order]))
 
-    def node_of(self, node: fx.Node, member: int) -> fx.Node:
-        """The node of a member's own graph that does what `node` does."""
-        found = self._nodes.get(id(self.graph.of_member(member)))
-        return node if found is None else found[node]
-
     def original_of(self, own: fx.Node, member: int) -> fx.Node:
         """The node that a node of a member's own graph is the counterpart of."""
-        found = self._originals.get(id(self.graph.of_member(member)))
-        return own if found is None else found[own]
+        return self._originals[member][own] if self._originals else own
 
     def value_of(self, node: fx.Node, member: int) -> Value:
         """The member's own labelled value of a node that returns a tensor."""
-        value: Value = self.graph.of_member(member).values[self.node_of(node, member)]
+        value: Value = self.graph.of_member(member).values[self.graph.node_of(node, member)]
         return value
 
     def places(self, node: fx.Node, dim: int, layout: Layout, member: int) -> Index | None:

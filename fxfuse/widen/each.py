@@ -74,7 +74,7 @@ def _of_member(wide: WideGraph, node: fx.Node, member: int) -> fx.Node:
     def operand(own: fx.Node) -> fx.Node:
         return _own(wide, node, counterparts.original_of(own, member), member)
 
-    return wide.graph.node_copy(counterparts.node_of(node, member), operand)
+    return wide.graph.node_copy(wide.analysis.node_of(node, member), operand)
 
 
 def _own(wide: WideGraph, node: fx.Node, operand: fx.Node, member: int) -> fx.Node:
@@ -106,7 +106,7 @@ def _own(wide: WideGraph, node: fx.Node, operand: fx.Node, member: int) -> fx.No
 def _number(wide: WideGraph, operand: fx.Node, member: int) -> fx.Node:
     """A size as it is computed in a member; the one that all share where it is the same."""
     assert wide.apart is not None
-    own = wide.apart.counterparts.node_of(operand, member)
+    own = wide.analysis.node_of(operand, member)
     if any(has_tensor(wide.values[n]) for n in operand.all_input_nodes):
         # The size of a batch, or of another dimension that no member has of its own.
         return wide.mapping[operand]

@@ -177,7 +177,7 @@ def blank(
     Raises:
         RewriteError: As for `widen`.
     """
-    wide = _walk(graph, copies_of(graph, sizes)) if plan is None else walk_of(graph, plan)
+    wide = walk_at(graph, copies_of(graph, sizes)) if plan is None else walk_of(graph, plan)
     captured = graph.captured
 
     def made(name: str) -> torch.Tensor:
@@ -206,7 +206,7 @@ def walk_of(graph: CouplingGraph, plan: FusionPlan) -> WideGraph:
     """
     copies = copies_of(graph, plan.sizes())
     if plan.mixing == "joint":
-        return _walk(graph, copies)
+        return walk_at(graph, copies)
     apart = Apart(graph, plan, copies)
     while True:
         wide = WideGraph(graph, copies, apart)
@@ -225,7 +225,12 @@ def walk_of(graph: CouplingGraph, plan: FusionPlan) -> WideGraph:
             raise error
 
 
-def _walk(graph: CouplingGraph, copies: Copies) -> WideGraph:
+def walk_at(graph: CouplingGraph, copies: Copies) -> WideGraph:
+    """The network with so many copies of each unit, written for all of them at once.
+
+    Raises:
+        RewriteError: As for `widen`.
+    """
     wide = WideGraph(graph, copies)
     for node in graph.captured.graph.nodes:
         _step(wide, node)

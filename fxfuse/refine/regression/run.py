@@ -178,12 +178,12 @@ class _Refit:
         memory = settings.memory // (len(states) + 1)
         self.members = [
             Lane(
-                captured,
+                graph.of_member(i).captured,
                 s,
                 calibration,
                 name=f"member {i}",
                 held=set(aims),
-                asked_as=told,
+                asked_as=_asked_as(graph, told, i),
                 absent=others_region(captured, i),
                 memory=memory,
             )
@@ -372,6 +372,16 @@ class _Refit:
         self.changed |= _tensors_of(op)
         self.student.redo(op.node)
         return LayerFit(op.weight, op.node.name, before, after, True)
+
+
+def _asked_as(
+    graph: CouplingGraph, told: Mapping[fx.Node, fx.Node], member: int
+) -> Mapping[fx.Node, fx.Node]:
+    """What a member computes in its own graph at a node of the student's."""
+    if not graph.members:
+        return told
+    asked = told or {node: node for node in graph.captured.graph.nodes}
+    return {own: graph.node_of(node, member) for own, node in asked.items()}
 
 
 def _left(work: Route | PerChannel, why: str, error: float = inf) -> LayerFit:

@@ -1,0 +1,108 @@
+"""A network as it would have been captured at other sizes: node by node the same graph."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import fx, nn
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+
+from fxfuse.capture import Captured
+from fxfuse.coupling import CouplingGraph
+from fxfuse.errors import RewriteError
+from fxfuse.layout import copies_of
+from fxfuse.rebuild import rebuild
+from fxfuse.source_lines import where_of
+from fxfuse.widen.state import WideGraph
+from fxfuse.widen.walk import walk_at
+
+
+def captured_at(
+    graph: CouplingGraph, sizes: Mapping[str, int], own: Mapping[str, torch.Tensor]
+) -> Captured:
+    """The network of an analysis as it is at other sizes.
+
+    Args:
+        graph: The analysis of the network.
+        sizes: Units of each group, by its name.
+        own: Tensors of these sizes by name. Of others, parameters are zero, and buffers hold the
+            network's values, unit by unit.
+
+    Returns:
+        A captured network with the nodes of the given one, in which sizes are others.
+
+    Raises:
+        RewriteError: The network cannot be written at these sizes with the same operators.
+    """
+    captured = graph.captured
+    wide = walk_at(graph, copies_of(graph, sizes))
+    _check_operators(wide)
+    state: dict[str, torch.Tensor] = {}
+    for name in captured.names:
+        first = captured.canonical[name]
+        state[name] = state[first] if first != name else _tensor(wide, name, own)
+    # Not pruned: every node stands for one of the given network.
+    source = fx.GraphModule(captured.module, wide.graph)
+    module = rebuild(source, state, prune=False)
+    inputs = [node.meta["val"] for node in module.graph.nodes if node.op == "placeholder"]
+    _Shapes(module).propagate(inputs)
+    return replace(captured, module=module)
+
+
+def _check_operators(wide: WideGraph) -> None:
+    nodes, written = list(wide.analysis.captured.graph.nodes), list(wide.graph.nodes)
+    for before, after in zip(nodes, written, strict=False):
+        if wide.mapping.get(before, after) is not after or before.target != after.target:
+            raise RewriteError(
+                "the network cannot be written at these sizes with the same operators",
+                where=where_of(before),
+                why="units would have to be brought into another order there",
+                how="give members of one width or of one depth",
+            )
+
+
+def _tensor(wide: WideGraph, name: str, own: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    found = wide.analysis.captured.tensor(name)
+    tensor = found.detach()
+    for dim in range(found.dim()):
+        if (name, dim) in wide.resized:
+            source = torch.from_numpy(wide.place_layout((name, dim)).source)
+            tensor = tensor.index_select(dim, source.to(tensor.device))
+    if name in own:
+        if own[name].shape != tensor.shape:
+            raise RewriteError(
+                "a tensor has none of the sizes that it could have",
+                where=name,
+                why=f"{tuple(own[name].shape)} where the other tensors let it be "
+                f"{tuple(tensor.shape)}",
+                how="give members of one architecture",
+            )
+        return own[name]
+    if not isinstance(found, nn.Parameter):
+        return tensor.clone()
+    return nn.Parameter(torch.zeros_like(tensor), requires_grad=found.requires_grad)
+
+
+class _Shapes(fx.Interpreter):
+    """Runs a graph on fake tensors, and notes on every node what it returns."""
+
+    def propagate(self, inputs: Sequence[Any]) -> None:
+        """Starts from inputs, of which the tensors are fake ones."""
+        modes = (x.fake_mode for x in inputs if isinstance(x, FakeTensor))
+        self.mode = next(modes, None) or FakeTensorMode()
+        with self.mode, torch.no_grad():
+            self.run(*inputs, enable_io_processing=False)
+
+    def get_attr(self, target: Any, args: Any, kwargs: Any) -> Any:
+        """A tensor without its values."""
+        return self.mode.from_tensor(super().get_attr(target, args, kwargs), static_shapes=True)
+
+    def run_node(self, n: fx.Node) -> Any:
+        """Runs a node and keeps its result."""
+        result = super().run_node(n)
+        if n.op != "output":
+            n.meta["val"] = result
+        return result

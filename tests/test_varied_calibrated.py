@@ -1,0 +1,179 @@
+"""What is measured on calibration inputs, for members of different widths."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import nn
+
+import fxfuse
+from fxfuse.calibrate import elimination, unit_activations
+from fxfuse.calibration import Calibration
+from fxfuse.coupling import analyze
+from fxfuse.varied import of_all_widths
+from tests.models import excite, image
+from tests.nets import mean_of
+
+X = torch.randn(300, 8)
+
+
+def mlp(width: int, seed: int) -> nn.Module:
+    torch.manual_seed(seed)
+    layers = [nn.Linear(8, width), nn.ReLU(), nn.Linear(width, width + 3), nn.ReLU()]
+    return nn.Sequential(*layers, nn.Linear(width + 3, 3)).eval()
+
+
+class Images(nn.Module):
+    """A shortcut, batch statistics, and channels that are flattened with their pixels."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.first, self.norm = nn.Conv2d(3, width, 3, stride=8), nn.BatchNorm2d(width)
+        self.inner = nn.Conv2d(width, 2 * width, 3, padding=1)
+        self.back = nn.Conv2d(2 * width, width, 1)
+        self.second = nn.Conv2d(width, 2 * width, 3, stride=4)
+        self.head = nn.Linear(2 * width * 4, 5)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.norm(self.first(x)).relu()
+        x = (x + self.back(self.inner(x).relu())).relu()
+        return self.head(self.second(x).relu().flatten(1))
+
+
+class Heads(nn.Module):
+    """Attention with some heads, whose units are heads."""
+
+    def __init__(self, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.qkv, self.out = nn.Linear(8, 12 * heads), nn.Linear(4 * heads, 8)
+        self.head = nn.Linear(8, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        tokens = torch.stack([x, x.flip(-1), x.roll(3, -1)], 1)
+        q, k, v = (
+            self.qkv(tokens).unflatten(-1, (3, self.heads, 4)).permute(2, 0, 3, 1, 4).unbind(0)
+        )
+        y = nn.functional.scaled_dot_product_attention(q, k, v).transpose(1, 2)
+        return self.head((tokens + self.out(y.flatten(2))).mean(1))
+
+
+def excited(make: Callable[[], nn.Module], seed: int, x: torch.Tensor) -> nn.Module:
+    torch.manual_seed(seed)
+    return excite(make().eval(), x)
+
+
+IMAGES = image(0, 64, torch.float32)
+FAMILIES: dict[str, tuple[list[Callable[[], nn.Module]], torch.Tensor]] = {
+    "mlp": ([lambda: mlp(20, 0), lambda: mlp(30, 1), lambda: mlp(25, 2)], X),
+    "images": ([lambda: Images(6), lambda: Images(9)], IMAGES),
+    "heads": ([lambda: Heads(4), lambda: Heads(6)], X),
+}
+
+
+def members_of(family: str) -> list[nn.Module]:
+    make, x = FAMILIES[family]
+    return [excited(each, seed, x) for seed, each in enumerate(make)]
+
+
+def far(module: nn.Module, members: list[nn.Module], x: torch.Tensor) -> float:
+    with torch.no_grad():
+        return float((module(x) - mean_of(members, x)).square().mean())
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("width", [None, 1.5])
+def test_a_refit_brings_the_network_closer_to_the_ensemble(family: str, width: float | None):
+    members, x = members_of(family), FAMILIES[family][1]
+    plain = fxfuse.fuse(members, x[:4], width=width)
+    result = fxfuse.fuse(
+        members, x[:4], width=width, calibration=x, refit=True, outputs="values", score="l2"
+    )
+    assert result.refit is not None
+    fitted = [fit for fit in result.refit.layers if fit.fitted]
+    assert fitted
+    assert all(fit.after < fit.before for fit in fitted)
+    assert far(result.module, members, x) < 0.7 * far(plain.module, members, x)
+
+
+def test_a_unit_is_what_it_is_in_its_member():
+    members = [mlp(4, 0), mlp(7, 1)]
+    captured = [fxfuse.capture(member, X[:4]) for member in members]
+    graph = of_all_widths(analyze(captured[0]), captured, analyze)
+    calibration = Calibration.of(captured[0], X)
+    found = unit_activations(graph, [c.state() for c in captured], calibration)
+    inputs = torch.cat([args[0] for args, _ in calibration.batches])
+    for member, answers in zip(members, found["0.weight:0"], strict=True):
+        with torch.no_grad():
+            torch.testing.assert_close(answers, member[:2](inputs))
+
+
+@pytest.mark.parametrize("score", ["activation", "obs"])
+def test_dead_units_go_first(score: str):
+    members = [mlp(6, 0), mlp(12, 1)]
+    alive = [torch.arange(6) < 2, torch.arange(12) % 3 == 0]
+    with torch.no_grad():
+        for member, keeps in zip(members, alive, strict=True):
+            member[0].weight[~keeps] = 0
+            member[0].bias[~keeps] = -1
+    result = fxfuse.fuse(members, X[:4], calibration=X, score=score)
+    kept = result.plan.map_of("0.weight:0")
+    for member in range(2):
+        assert set(kept.of_member(member)[1]) == set(alive[member].nonzero().flatten().tolist())
+
+
+def test_copies_of_a_member_s_units_make_up_for_one_another():
+    """The wider member holds the narrow one's units twice: one of each pair is enough."""
+    small, large = mlp(5, 0), mlp(10, 1)
+    with torch.no_grad():
+        large[0].weight.copy_(small[0].weight.repeat(2, 1))
+        large[0].bias.copy_(small[0].bias.repeat(2))
+    captured = [fxfuse.capture(member, X[:4]) for member in (small, large)]
+    graph = of_all_widths(analyze(captured[0]), captured, analyze)
+    states = [c.state() for c in captured]
+    kept = {
+        m: {g.name: torch.arange(g.n_units).numpy() for g in graph.of_member(m).groups}
+        for m in range(2)
+    }
+    units, ranks = elimination(graph, states, Calibration.of(captured[0], X), kept)["0.weight:0"]
+    best = units[(-ranks).argsort()[:5]]
+    assert {int(unit) % 5 for _, unit in best} == set(range(5))
+
+
+def test_matching_starts_from_the_fused_network():
+    members, x = members_of("mlp"), X
+    result = fxfuse.fuse(members, x[:4], method="auto", calibration=x, steps=20, outputs="values")
+    assert result.choice is not None
+    assert result.choice.start == "fused"
+    assert set(result.choice.divergence) == {"fused"}
+    assert result.choice.after <= result.choice.divergence["fused"]
+
+
+@pytest.mark.parametrize("score", ["taylor", "fisher"])
+def test_labelled_inputs_score_every_member_in_its_own_graph(score: str):
+    members = [mlp(6, 0), mlp(12, 1)]
+    batches = [(X[:100], torch.arange(100) % 3)]
+    result = fxfuse.fuse(members, X[:4], calibration=batches, score=score)
+    assert result.plan.sizes()["0.weight:0"] == 6
+
+
+def test_members_of_other_depth_are_measured_too():
+    class Deep(nn.Module):
+        def __init__(self, blocks: int, width: int) -> None:
+            super().__init__()
+            self.stem, self.head = nn.Linear(8, width), nn.Linear(width, 3)
+            parts = [[nn.Linear(width, 9), nn.ReLU(), nn.Linear(9, width)] for _ in range(blocks)]
+            self.blocks = nn.ModuleList([nn.Sequential(*part) for part in parts])
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            x = self.stem(x)
+            for block in self.blocks:
+                x = x + block(x)
+            return self.head(x)
+
+    members = [excited(lambda: Deep(1, 12), 0, X), excited(lambda: Deep(2, 16), 1, X)]
+    plain = fxfuse.fuse(members, X[:4], score="obs", calibration=X)
+    result = fxfuse.fuse(members, X[:4], score="obs", calibration=X, refit=True, outputs="values")
+    assert far(result.module, members, X) < 0.7 * far(plain.module, members, X)
