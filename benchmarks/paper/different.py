@@ -53,7 +53,7 @@ EXPERIMENT = Experiment(
     title="Members of different widths",
     about="Members of half the usual width and of the usual width in turn, fused into one network: "
     "as wide as the narrow member, as the wide one, and as all of them together. The score decides "
-    "who provides which unit. Calibration inputs, and so the refit, need members of one width. An "
+    "who provides which unit. No calibration inputs are used. An "
     "untrained network of the same size is trained for the same k steps.",
     measure=measure,
     line="width of the fused network",
