@@ -91,7 +91,7 @@ def on_disk(size: str, source: Path, disk: Path, *arguments: object) -> subproce
     return command(*inside, size, disk, source, *python, *arguments, DISK=str(disk))
 
 
-@pytest.mark.parametrize("size", ["8k", "60k"])
+@pytest.mark.parametrize("size", [pytest.param("8k", marks=pytest.mark.nightly), "60k"])
 def test_a_full_disk(source: Path, tmp_path: Path, size: str) -> None:
     """At whatever file it is full: the error says so, and nothing is left."""
     child = on_disk(size, source, tmp_path, *FUSE, "--quiet", "--out", tmp_path / "fused")
@@ -175,7 +175,10 @@ def test_the_lock_belongs_to_the_name_and_ends_with_the_block(tmp_path: Path) ->
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+@pytest.mark.parametrize(
+    ("number", "code"),
+    [pytest.param(signal.SIGTERM, 143, marks=pytest.mark.nightly), (signal.SIGINT, 130)],
+)
 def test_a_signal_while_networks_are_fused(
     source: Path, tmp_path: Path, number: signal.Signals, code: int
 ) -> None:
@@ -205,7 +208,7 @@ output: {folder: nowhere}
 """
 
 
-@pytest.mark.parametrize("kind", ["transplant", "auto"])
+@pytest.mark.parametrize("kind", [pytest.param("transplant", marks=pytest.mark.nightly), "auto"])
 def test_the_same_bytes_whatever_the_hash_seed_and_threads(
     source: Path, tmp_path: Path, kind: str
 ) -> None:
