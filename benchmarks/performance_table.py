@@ -18,6 +18,7 @@ from benchmarks.pages import run, with_tables
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 PAGE = ROOT / "docs" / "performance.md"
+REPORT = PAGE.parent / "how-to" / "report.md"
 
 
 def inference(results: dict[str, Any]) -> str:
@@ -144,21 +145,31 @@ def analysis_growth(results: dict[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
-#: Name of a table's marks and of its JSON file → what writes it.
-TABLES: Mapping[str, Callable[[dict[str, Any]], str]] = {
-    "inference": inference,
-    "fusion": fusion,
-    "analysis_growth": analysis_growth,
+def report_size(results: dict[str, Any]) -> str:
+    """How large the report is, and how soon it can be used."""
+    return (
+        f"The report of a {results['network']} has {results['megabytes']:.2f} MB and can be used "
+        f"after {results['ready_s']:.2f} s (`python -m benchmarks.report_size`, median of "
+        f"{len(results['all_s'])}).\n"
+    )
+
+
+#: Name of a table's marks and of its JSON file → its page, and what writes it.
+TABLES: Mapping[str, tuple[Path, Callable[[dict[str, Any]], str]]] = {
+    "inference": (PAGE, inference),
+    "fusion": (PAGE, fusion),
+    "analysis_growth": (PAGE, analysis_growth),
+    "report_size": (REPORT, report_size),
 }
 
 
 def pages() -> dict[Path, str]:
-    """The page, and what it should hold."""
-    page = PAGE.read_text(encoding="utf-8")
-    for name, write in TABLES.items():
+    """The pages, and what they should hold."""
+    found = {page: page.read_text(encoding="utf-8") for page, _ in TABLES.values()}
+    for name, (page, write) in TABLES.items():
         results = json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))
-        page = with_tables(page, name, write(results))
-    return {PAGE: page}
+        found[page] = with_tables(found[page], name, write(results))
+    return found
 
 
 if __name__ == "__main__":

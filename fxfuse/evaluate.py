@@ -2,23 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 import torch.utils._pytree as pytree
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
 
 from fxfuse.eager import eval_mode
 from fxfuse.errors import DataError
 from fxfuse.example import first_line
+from fxfuse.measure import flops, milliseconds, parameters
 from fxfuse.refine.batch import logits_of
 from fxfuse.report.content import Network
 from fxfuse.sources import Data
 
 #: Inputs per call, and seconds of repetition for a latency.
-_BATCH, _RUN_TIME = 128, 0.3
+_BATCH, RUN_TIME = 128, 0.3
 
 
 class Ensemble(nn.Module):
@@ -63,19 +63,41 @@ def evaluate(
     wanted = None if data is None or ensemble is None else answers(ensemble, data)
     rows = []
     for name, network in networks.items():
-        found = None if data is None else answers(network, data)
+        found = wanted if network is ensemble else None if data is None else answers(network, data)
+        with eval_mode(network):
+            operations = flops(network, example)
+            took = milliseconds(network, example, RUN_TIME) if latency else None
         rows.append(
             Network(
                 name,
-                sum(p.numel() for p in network.parameters()),
-                flops(network, example),
+                parameters(network),
+                operations,
                 accuracy(found, None if data is None else data.labels),
                 agreement(found, wanted),
                 divergence(found, wanted),
-                milliseconds(network, example) if latency else None,
+                took,
             )
         )
     return tuple(rows)
+
+
+def beside_members(
+    networks: Mapping[str, nn.Module],
+    members: Sequence[nn.Module],
+    data: Data | None,
+    example: tuple[Any, ...],
+    *,
+    latency: bool = True,
+) -> tuple[Network, ...]:
+    """As `evaluate`, with rows of the members and of their ensemble before those of the networks.
+
+    Raises:
+        DataError: A network does not take the data.
+    """
+    ensemble = Ensemble(members)
+    rows: dict[str, nn.Module] = {f"member {i}": member for i, member in enumerate(members)}
+    rows[f"ensemble of {len(members)}"] = ensemble
+    return evaluate({**rows, **networks}, ensemble, data, example, latency=latency)
 
 
 def answers(network: nn.Module, data: Data) -> Tensor:
@@ -133,34 +155,6 @@ def divergence(found: Tensor | None, wanted: Tensor | None) -> float | None:
 
 def _comparable(found: Tensor, wanted: Tensor) -> bool:
     return found.dim() == 2 and found.shape[1] > 1 and found.shape == wanted.shape
-
-
-def flops(network: nn.Module, example: tuple[Any, ...]) -> int:
-    """Floating-point operations for the example inputs; a multiply-add counts as two."""
-    with torch.no_grad(), eval_mode(network), FlopCounterMode(display=False) as counter:
-        network(*example)
-    return int(counter.get_total_flops())
-
-
-def milliseconds(network: Callable[..., Any], example: tuple[Any, ...]) -> float:
-    """Median latency for the example inputs, on as many threads as torch uses otherwise."""
-    # Here, since it takes a second to import.
-    from torch.utils.benchmark import Timer
-
-    was = isinstance(network, nn.Module) and network.training
-    if isinstance(network, nn.Module):
-        network.eval()
-    with torch.no_grad():
-        network(*example)
-        timer = Timer(
-            "network(*example)",
-            globals={"network": network, "example": example},
-            num_threads=torch.get_num_threads(),
-        )
-        median = timer.blocked_autorange(min_run_time=_RUN_TIME).median
-    if was:
-        network.train()  # type: ignore[attr-defined]
-    return float(median * 1e3)
 
 
 def repeated(example: tuple[Any, ...], batch: int) -> tuple[Any, ...]:

@@ -17,11 +17,12 @@ from torch import nn
 from fxfuse.checkpoint import load_checkpoint, read_file
 from fxfuse.errors import ExampleInputError, ModelFactoryError
 from fxfuse.model_names import is_pretrained, named_factory
+from fxfuse.tensors import floating_dtype
 
 #: torch.export specialises a batch of 1.
 BATCH = 2
 
-_SHAPE = re.compile(r"\d+(,\d+)*")
+_SHAPE = re.compile(r"\s*\d+(\s*,\s*\d+)*\s*")
 #: Token ids: the length, and how many there are.
 _IDS = re.compile(r"ids:(\d+)(?::(\d+))?")
 _VOCABULARY = 100
@@ -127,8 +128,8 @@ def make_inputs(spec: str, dtype: torch.dtype = torch.float32) -> tuple[torch.Te
     Raises:
         ExampleInputError: The text is neither a shape nor a file of tensors.
     """
-    if _SHAPE.fullmatch(spec.replace(" ", "")):
-        shape = [int(size) for size in spec.split(",")]
+    shape = shape_in(spec)
+    if shape is not None:
         if 0 in shape:
             raise _bad_input(spec, "a dimension of size 0 holds nothing")
         generator = torch.Generator().manual_seed(0)
@@ -149,6 +150,29 @@ def make_inputs(spec: str, dtype: torch.dtype = torch.float32) -> tuple[torch.Te
     if not inputs or not all(isinstance(value, torch.Tensor) for value in inputs):
         raise _bad_input(spec, "the file holds neither one tensor nor a sequence of tensors")
     return inputs
+
+
+def shape_in(spec: str) -> list[int] | None:
+    """The sizes that a text such as `3,224,224` names; None where it is no shape."""
+    return [int(size) for size in spec.split(",")] if _SHAPE.fullmatch(spec) else None
+
+
+def inputs_for(
+    network: nn.Module, spec: str, dtype: torch.dtype | None = None
+) -> tuple[torch.Tensor, ...]:
+    """Example inputs on a network's device.
+
+    Args:
+        network: The network.
+        spec: As `make_inputs` takes it.
+        dtype: Of a tensor that is made from a shape; None: the network's.
+
+    Raises:
+        ExampleInputError: The text is neither a shape nor a file of tensors.
+    """
+    inputs = make_inputs(spec, dtype or floating_dtype(network.parameters()))
+    parameter = next(network.parameters(), None)
+    return inputs if parameter is None else tuple(x.to(parameter.device) for x in inputs)
 
 
 def import_object(spec: str) -> Callable[..., object]:

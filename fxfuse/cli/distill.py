@@ -8,9 +8,8 @@ from typing import Annotated
 import typer
 
 from fxfuse.cli.options import DataSpec, Folder, Force, Json, OutFolder
-from fxfuse.cli.outcome import show_outcome
-from fxfuse.cli.show import working
-from fxfuse.recipe import changed, read_recipe, run
+from fxfuse.cli.outcome import carry_out
+from fxfuse.recipe import changed, read_recipe
 from fxfuse.sources import absolute
 
 Kind = Annotated[
@@ -52,6 +51,4 @@ def distill(
         },
         output={"folder": os.path.abspath(out), "report": recipe.output.report},
     )
-    with working() as (stage, progress):
-        outcome = run(asked, force=force, stage=stage, progress=progress)
-    show_outcome(outcome, out, json=json)
+    carry_out(asked, out, force=force, json=json)

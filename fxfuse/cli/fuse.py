@@ -38,9 +38,7 @@ from fxfuse.cli.options import (
     parse_reference,
     read_classes,
 )
-from fxfuse.cli.outcome import show_outcome
-from fxfuse.cli.show import working
-from fxfuse.recipe import run
+from fxfuse.cli.outcome import carry_out
 
 Method = Annotated[
     str,
@@ -187,6 +185,4 @@ def fuse(
         evaluation=data,
         output={"folder": os.fspath(out_folder), "report": report},
     )
-    with working() as (stage, progress):
-        outcome = run(recipe, force=force, stage=stage, progress=progress)
-    show_outcome(outcome, out_folder, json=json)
+    carry_out(recipe, out_folder, force=force, json=json)

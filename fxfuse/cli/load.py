@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,10 +12,7 @@ from torch import nn
 
 from fxfuse.cli.options import parse_member_args
 from fxfuse.recipe import Recipe, as_recipe
-from fxfuse.tensors import floating_dtype
-from fxfuse.zoo import make_inputs, make_member, make_model, parse_model_args
-
-_SHAPE = re.compile(r"\s*\d+(\s*,\s*\d+)*\s*")
+from fxfuse.zoo import inputs_for, make_member, make_model, parse_model_args, shape_in
 
 
 def load_model(
@@ -24,7 +20,7 @@ def load_model(
 ) -> tuple[nn.Module, tuple[torch.Tensor, ...]]:
     """Makes a model with the weights that its factory gives it, and inputs for it."""
     network = make_model(model, parse_model_args(model_arg or ()))
-    return network, _inputs_for(network, example)
+    return network, inputs_for(network, example)
 
 
 def load_members(
@@ -40,7 +36,7 @@ def load_members(
     each = parse_member_args(member_arg or (), len(checkpoints))
     for checkpoint, own in zip(checkpoints, each, strict=True):
         members.append(make_member(model, {**arguments, **parse_model_args(own)}, checkpoint))
-    return members, _inputs_for(members[0], example)
+    return members, inputs_for(members[0], example)
 
 
 def asked_recipe(
@@ -61,24 +57,13 @@ def asked_recipe(
         {"path": os.fspath(path), "args": parse_model_args(own)}
         for path, own in zip(checkpoints, each, strict=True)
     ]
-    shape = [int(n) for n in example.split(",")] if _SHAPE.fullmatch(example) else example
     return as_recipe(
         {
             "model": model,
             "model_args": parse_model_args(model_arg or ()),
             "members": members,
-            "input": shape,
+            "input": shape_in(example) or example,
             "base": os.getcwd(),
             **parts,
         }
     )
-
-
-def _inputs_for(model: nn.Module, example: str) -> tuple[torch.Tensor, ...]:
-    """Inputs of the model's dtype, where they are made from a shape, and on its device."""
-    return _on_its_device(model, make_inputs(example, floating_dtype(model.parameters())))
-
-
-def _on_its_device(model: nn.Module, inputs: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
-    parameter = next(model.parameters(), None)
-    return inputs if parameter is None else tuple(x.to(parameter.device) for x in inputs)

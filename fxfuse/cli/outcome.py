@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -9,14 +10,28 @@ from typing import Any
 
 from rich.table import Table
 
-from fxfuse.cli.show import checks_json, checks_table, out, print_json, table
-from fxfuse.recipe import Outcome
+from fxfuse.cli.show import checks_json, checks_table, out, print_json, table, working
+from fxfuse.recipe import Outcome, Recipe, run
 from fxfuse.report import Network
 
 _MILLION = 1e6
 
 
-def show_outcome(outcome: Outcome, folder: Path, *, json: bool) -> None:
+def carry_out(recipe: Recipe, folder: Path | None, *, force: bool, json: bool) -> None:
+    """Runs a recipe and prints what came out.
+
+    Args:
+        recipe: The recipe.
+        folder: How its folder is called in what is printed; None: as seen from here.
+        force: Whether an earlier result may be replaced.
+        json: Whether to print JSON.
+    """
+    with working() as (stage, progress):
+        outcome = run(recipe, force=force, stage=stage, progress=progress)
+    _show(outcome, folder or Path(os.path.relpath(outcome.folder)), json=json)
+
+
+def _show(outcome: Outcome, folder: Path, *, json: bool) -> None:
     """Prints what running a recipe gave."""
     result = outcome.result
     checks, plan = result.verification.checks, result.plan

@@ -5,9 +5,8 @@ from __future__ import annotations
 import os
 
 from fxfuse.cli.options import CalibrationSpec, Folder, Force, Json, OutFolder
-from fxfuse.cli.outcome import show_outcome
-from fxfuse.cli.show import working
-from fxfuse.recipe import changed, read_recipe, run
+from fxfuse.cli.outcome import carry_out
+from fxfuse.recipe import changed, read_recipe
 from fxfuse.saved import PLAN
 from fxfuse.sources import absolute
 
@@ -31,6 +30,4 @@ def refit(
         train=None,
         output={"folder": os.path.abspath(out), "report": recipe.output.report},
     )
-    with working() as (stage, progress):
-        outcome = run(asked, force=force, stage=stage, progress=progress)
-    show_outcome(outcome, out, json=json)
+    carry_out(asked, out, force=force, json=json)

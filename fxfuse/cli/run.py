@@ -9,10 +9,8 @@ from typing import Annotated
 import typer
 
 from fxfuse.cli.options import Force, Json
-from fxfuse.cli.outcome import show_outcome
-from fxfuse.cli.show import working
+from fxfuse.cli.outcome import carry_out
 from fxfuse.recipe import moved_to, read_recipe
-from fxfuse.recipe import run as run_recipe
 
 RecipePath = Annotated[
     Path,
@@ -33,6 +31,4 @@ def run(recipe: RecipePath, out: OtherOut = None, force: Force = False, json: Js
     asked = read_recipe(recipe)
     if out is not None:
         asked = moved_to(asked, os.path.abspath(out))
-    with working() as (stage, progress):
-        outcome = run_recipe(asked, force=force, stage=stage, progress=progress)
-    show_outcome(outcome, out or Path(os.path.relpath(outcome.folder)), json=json)
+    carry_out(asked, out, force=force, json=json)

@@ -7,8 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
-from torch.utils.benchmark import Timer
-from torch.utils.flop_counter import FlopCounterMode
+
+from fxfuse import measure
+from fxfuse.measure import milliseconds, parameters
 
 # Seconds of repetition per latency; the median of that many runs is steady to a few percent.
 _RUN_TIME = 0.5
@@ -22,29 +23,15 @@ def evaluate(module: nn.Module, images: Tensor, labels: Tensor) -> tuple[float, 
     return float(accuracy), float(functional.cross_entropy(logits, labels))
 
 
-def parameters(module: nn.Module) -> int:
-    """Return the number of parameters, buffers not counted."""
-    return sum(parameter.numel() for parameter in module.parameters())
-
-
 def flops(module: nn.Module, batch: Tensor) -> int:
     """Return the floating-point operations per image; a multiply-add counts as two."""
-    with torch.no_grad(), FlopCounterMode(display=False) as counter:
-        module(batch)
-    return int(counter.get_total_flops()) // len(batch)
+    return measure.flops(module, (batch,)) // len(batch)
 
 
 def latency(module: nn.Module, batch: Tensor, *, compiled: bool) -> float:
     """Return the median milliseconds for one batch, on as many threads as torch uses otherwise."""
     call = torch.compile(module, fullgraph=True) if compiled else module
-    with torch.no_grad():
-        call(batch)
-        timer = Timer(
-            "call(batch)",
-            globals={"call": call, "batch": batch},
-            num_threads=torch.get_num_threads(),
-        )
-        return timer.blocked_autorange(min_run_time=_RUN_TIME).median * 1e3
+    return milliseconds(call, (batch,), _RUN_TIME)
 
 
 def costs(

@@ -14,11 +14,11 @@ from torch import nn
 from fxfuse.capture import capture
 from fxfuse.checkpoint import load_tensors, read_state_dict
 from fxfuse.errors import RecipeError, SavedError
-from fxfuse.evaluate import Ensemble, evaluate, milliseconds, repeated
+from fxfuse.evaluate import RUN_TIME, Ensemble, beside_members, repeated
 from fxfuse.fuse import fuse
+from fxfuse.measure import milliseconds
 from fxfuse.plan import FusionPlan
-from fxfuse.recipe.networks import Networks, files_of, load_data, load_networks
-from fxfuse.recipe.record import check_made, record
+from fxfuse.recipe.networks import Networks, load_data, load_networks, made_with
 from fxfuse.recipe.run import REPORT, Stage, evaluated
 from fxfuse.recipe.schema import DataSource, Recipe
 from fxfuse.recipe.text import RECIPE, read_recipe
@@ -55,12 +55,9 @@ def compared(folders: Sequence[Path], data: str | None, *, latency: bool) -> tup
                 how="compare results of the same members",
             )
     examples = _data(data)
-    loaded = {str(folder): load(folder) for folder in folders}
+    loaded: dict[str, nn.Module] = {str(folder): load(folder) for folder in folders}
     networks = _networks(first)
-    ensemble = Ensemble(networks.modules)
-    rows: dict[str, nn.Module] = {f"member {i}": m for i, m in enumerate(networks.modules)}
-    rows[f"ensemble of {len(networks.modules)}"] = ensemble
-    return evaluate({**rows, **loaded}, ensemble, examples, networks.inputs, latency=latency)
+    return beside_members(loaded, networks.modules, examples, networks.inputs, latency=latency)
 
 
 def latencies(
@@ -93,7 +90,7 @@ def latencies(
                     ways["compiled"][name] = _compiled(network, inputs)
         for how, calls in ways.items():
             with stage(f"timing batch {batch}, {how}"):
-                took = {name: milliseconds(call, inputs) for name, call in calls.items()}
+                took = {name: milliseconds(call, inputs, RUN_TIME) for name, call in calls.items()}
             rows += [
                 {
                     "network": name,
@@ -165,9 +162,7 @@ def _networks(recipe: Recipe) -> Networks:
     """
     with contextlib.chdir(recipe.base or "."):
         networks = load_networks(recipe, in_memory=True)
-        if recipe.made is not None:
-            files = files_of(recipe)
-            check_made(recipe.made, record(files, networks.inputs[0].device, Path.cwd()))
+        made_with(recipe, networks)
     return networks
 
 

@@ -10,12 +10,11 @@ import torch
 from torch import nn
 
 from fxfuse.model_names import is_pretrained, weights_in
-from fxfuse.recipe.record import parts_of
-from fxfuse.recipe.schema import DataSource, Recipe
+from fxfuse.recipe.record import check_made, parts_of, record
+from fxfuse.recipe.schema import DataSource, Made, Recipe
 from fxfuse.sources import Data, Preparation, read_data
 from fxfuse.streamed import Stored
-from fxfuse.tensors import floating_dtype
-from fxfuse.zoo import make_inputs, make_member, make_model
+from fxfuse.zoo import inputs_for, make_member, make_model
 
 
 @dataclass(frozen=True)
@@ -68,8 +67,7 @@ def load_networks(recipe: Recipe, *, in_memory: bool = False) -> Networks:
     members: list[nn.Module] = []
     for file, own in zip(files, recipe.members, strict=True):
         members.append(make_member(recipe.model, {**recipe.model_args, **own.args}, file))
-    dtype = floating_dtype(members[0].parameters())
-    return Networks(members, None, _inputs(recipe, members[0], dtype))
+    return Networks(members, None, _inputs(recipe, members[0]))
 
 
 def load_data(source: DataSource | None) -> Data | None:
@@ -95,8 +93,20 @@ def files_of(recipe: Recipe) -> list[Path]:
     return found + [Path(text) for text in others if Path(text).is_file()]
 
 
-def _inputs(recipe: Recipe, network: nn.Module, dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
+def made_with(recipe: Recipe, networks: Networks) -> Made:
+    """What a recipe is run with now.
+
+    Raises:
+        RecipeError: It was run before, and a file has changed since.
+    """
+    made = record(files_of(recipe), networks.inputs[0].device, Path.cwd())
+    if recipe.made is not None:
+        check_made(recipe.made, made)
+    return made
+
+
+def _inputs(
+    recipe: Recipe, network: nn.Module, dtype: torch.dtype | None = None
+) -> tuple[torch.Tensor, ...]:
     spec = recipe.input if isinstance(recipe.input, str) else ",".join(map(str, recipe.input))
-    inputs = make_inputs(spec, dtype)
-    parameter = next(network.parameters(), None)
-    return inputs if parameter is None else tuple(x.to(parameter.device) for x in inputs)
+    return inputs_for(network, spec, dtype)

@@ -11,14 +11,13 @@ from pathlib import Path
 import torch
 from rich.progress import Progress
 
-from fxfuse.evaluate import Ensemble, evaluate
+from fxfuse.evaluate import beside_members
 from fxfuse.fuse import fuse
 from fxfuse.members import check_enough
 from fxfuse.output import atomic_folder, check_output
 from fxfuse.output_lock import locked
 from fxfuse.plan import FusionPlan
-from fxfuse.recipe.networks import Networks, files_of, load_data, load_networks
-from fxfuse.recipe.record import check_made, record
+from fxfuse.recipe.networks import Networks, load_data, load_networks, made_with
 from fxfuse.recipe.schema import Recipe
 from fxfuse.recipe.summary import summary
 from fxfuse.recipe.text import RECIPE, write_recipe
@@ -120,9 +119,7 @@ def run(
         with stage("reading networks and data"):
             networks, calibration = load_networks(recipe), load_data(recipe.calibration)
             evaluation = load_data(recipe.evaluation)
-            made = record(files_of(recipe), networks.inputs[0].device, Path.cwd())
-        if recipe.made is not None:
-            check_made(recipe.made, made)
+            made = made_with(recipe, networks)
         stack.enter_context(torch.random.fork_rng(devices=[]))
         torch.manual_seed(recipe.seed)
         with stage(f"fusing {len(recipe.members)} networks"):
@@ -176,16 +173,8 @@ def _fused(
 
 def evaluated(result: FusionResult, networks: Networks, data: Data) -> tuple[Network, ...]:
     """The members, their ensemble and the fused network, on the same data."""
-    members = networks.modules
-    rows = {f"member {i}": member for i, member in enumerate(members)}
-    ensemble = Ensemble(members)
     fused = result.module if result.emitted else result.to_module()
-    return evaluate(
-        {**rows, f"ensemble of {len(members)}": ensemble, "fused": fused},
-        ensemble,
-        data,
-        networks.inputs,
-    )
+    return beside_members({"fused": fused}, networks.modules, data, networks.inputs)
 
 
 def _write(

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from difflib import get_close_matches
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator
 
 from fxfuse.methods.registry import methods
 from fxfuse.scores import scores
@@ -15,6 +15,11 @@ class Part(BaseModel):
     """A part of a recipe: nothing is converted, and a field that is not known is an error."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+
+def _named(name: str) -> BeforeValidator:
+    """Lets a part of which only the most important field is given be that field."""
+    return BeforeValidator(lambda given: {name: given} if isinstance(given, str) else given)
 
 
 class Member(Part):
@@ -37,6 +42,11 @@ class DataSource(Part):
     )
     mean: list[float] = Field([], description="for each channel, subtracted from images in [0, 1]")
     std: list[float] = Field([], description="for each channel, by which they are divided then")
+
+
+#: Parts that may be a text.
+AnyMember = Annotated[Member, _named("path")]
+AnySource = Annotated[DataSource, _named("source")]
 
 
 class Fuse(Part):
@@ -99,12 +109,7 @@ class Train(Part):
     learning_rate: float | None = Field(None, gt=0, description="None: the loop's own")
     temperature: float = Field(4.0, gt=0, description="of distill")
     batch: int = Field(64, gt=0, description="examples in a step")
-    data: DataSource | None = Field(None, description="None: the calibration data")
-
-    @field_validator("data", mode="before")
-    @classmethod
-    def _source(cls, given: Any) -> Any:
-        return _named("source", given)
+    data: AnySource | None = Field(None, description="None: the calibration data")
 
 
 class Output(Part):
@@ -134,14 +139,16 @@ class Recipe(Part):
         description="torchvision:NAME, timm:NAME, hf:FOLDER, or package.module:factory"
     )
     model_args: dict[str, Any] = Field({}, description="keyword arguments of the factory")
-    members: list[Member] = Field(min_length=1, description="checkpoints: paths, or {path, args}")
+    members: list[AnyMember] = Field(
+        min_length=1, description="checkpoints: paths, or {path, args}"
+    )
     input: list[int] | str = Field(
         description="shape of one example without the batch, ids:LENGTH, or a file of inputs"
     )
-    calibration: DataSource | None = Field(None, description="100 to 1,000 inputs")
+    calibration: AnySource | None = Field(None, description="100 to 1,000 inputs")
     fuse: Fuse = Fuse()
     train: Train | None = Field(None, description="training after the fusion")
-    evaluation: DataSource | None = Field(None, description="inputs and labels to report on")
+    evaluation: AnySource | None = Field(None, description="inputs and labels to report on")
     output: Output
     seed: int = Field(0, ge=0, description="of all random numbers")
     threads: int | None = Field(
@@ -152,26 +159,11 @@ class Recipe(Part):
     )
     made: Made | None = Field(None, description="written by fxfuse")
 
-    @field_validator("members", mode="before")
-    @classmethod
-    def _members(cls, given: Any) -> Any:
-        return [_named("path", m) for m in given] if isinstance(given, list) else given
-
     @field_validator("fuse", mode="before")
     @classmethod
     def _fuse(cls, given: Any) -> Any:
         # A part all of whose fields are commented out.
         return {} if given is None else given
-
-    @field_validator("calibration", "evaluation", mode="before")
-    @classmethod
-    def _source(cls, given: Any) -> Any:
-        return _named("source", given)
-
-
-def _named(name: str, given: Any) -> Any:
-    """A part of which only the most important field is given."""
-    return {name: given} if isinstance(given, str) else given
 
 
 #: How alike a name must be to be suggested: `l3` is half of `l2`.

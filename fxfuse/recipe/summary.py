@@ -24,36 +24,39 @@ def summary(result: FusionResult, networks: Sequence[Network], trained: str) -> 
         parts.append(f"{trained}\n")
     if networks:
         parts.append(_networks(networks))
-    return "\n".join([*parts, checks_markdown(result.verification.checks)])
+    return "\n".join([*parts, _checks(result.verification.checks)])
 
 
-def checks_markdown(checks: Iterable[Check]) -> str:
+def _checks(checks: Sequence[Check]) -> str:
     """The oracles that ran, with their errors and tolerances."""
-    lines = [
-        "## Verification",
-        "",
-        "| oracle | error | tolerance | result |",
-        "|---|---:|---:|---|",
+    if not checks:
+        return "## Verification\n\nSkipped at the caller's wish.\n"
+    rows = [
+        (c.name, f"{c.error:.3g}", f"{c.tolerance:.3g}", "passed" if c.passed else "FAILED")
+        for c in checks
     ]
-    for c in checks:
-        result = "passed" if c.passed else "FAILED"
-        lines.append(f"| {c.name} | {c.error:.3g} | {c.tolerance:.3g} | {result} |")
-    if len(lines) == 4:
-        lines = [*lines[:2], "Skipped at the caller's wish."]
-    return "\n".join(lines) + "\n"
+    return _table("Verification", ("oracle", "error", "tolerance", "result"), "---:|---:|---", rows)
 
 
 def _networks(networks: Sequence[Network]) -> str:
-    lines = [
-        "## Networks",
-        "",
-        "| network | accuracy, % | agrees with the ensemble, % | KL, nats | parameters |",
-        "|---|---:|---:|---:|---:|",
+    columns = ("network", "accuracy, %", "agrees with the ensemble, %", "KL, nats", "parameters")
+    rows = [
+        (
+            n.name,
+            _cell(n.accuracy, 2),
+            _cell(n.agreement, 2),
+            _cell(n.divergence, 4),
+            f"{n.parameters:,}",
+        )
+        for n in networks
     ]
-    for n in networks:
-        cells = (_cell(n.accuracy, 2), _cell(n.agreement, 2), _cell(n.divergence, 4))
-        lines.append(f"| {n.name} | {' | '.join(cells)} | {n.parameters:,} |")
-    return "\n".join(lines) + "\n"
+    return _table("Networks", columns, "---:|---:|---:|---:", rows)
+
+
+def _table(title: str, columns: Sequence[str], rule: str, rows: Iterable[Sequence[str]]) -> str:
+    """A heading and a table; `rule` is how the columns behind the first stand."""
+    lines = [f"## {title}", "", f"| {' | '.join(columns)} |", f"|---|{rule}|"]
+    return "\n".join([*lines, *(f"| {' | '.join(row)} |" for row in rows)]) + "\n"
 
 
 def _cell(value: float | None, digits: int) -> str:

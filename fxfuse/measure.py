@@ -1,0 +1,43 @@
+"""What a network costs when it runs: parameters, operations, latency."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+
+def parameters(network: nn.Module) -> int:
+    """The number of parameter elements, buffers not counted."""
+    return sum(parameter.numel() for parameter in network.parameters())
+
+
+def flops(network: Callable[..., Any], example: tuple[Any, ...]) -> int:
+    """Floating-point operations for the example inputs; a multiply-add counts as two."""
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        network(*example)
+    return int(counter.get_total_flops())
+
+
+def milliseconds(network: Callable[..., Any], example: tuple[Any, ...], run_time: float) -> float:
+    """Median latency for the example inputs, on as many threads as torch uses otherwise.
+
+    Args:
+        network: What is called; a module is in the mode that counts.
+        example: Positional inputs.
+        run_time: Seconds of repetition.
+    """
+    # Here, since it takes a second to import.
+    from torch.utils.benchmark import Timer
+
+    with torch.no_grad():
+        network(*example)
+        timer = Timer(
+            "network(*example)",
+            globals={"network": network, "example": example},
+            num_threads=torch.get_num_threads(),
+        )
+        return float(timer.blocked_autorange(min_run_time=run_time).median * 1e3)
