@@ -18,7 +18,7 @@ from fxfuse import verify
 from fxfuse.cost import operations_of, parameters_of
 from fxfuse.errors import ControlError, MemberMismatchError
 from fxfuse.plan import FusionPlan
-from tests.models import image
+from tests.models import excite, image
 from tests.nets import mean_of
 from tests.strategies import Block, Recipe, build, images, recipes
 from tests.test_mixing import TOKENS, seeded
@@ -110,7 +110,8 @@ FAMILIES: dict[str, tuple[Made, torch.Tensor]] = {
 
 
 def members_of(family: str) -> list[nn.Module]:
-    return [seeded(make, seed) for seed, make in enumerate(FAMILIES[family][0])]
+    makers, x = FAMILIES[family]
+    return [excite(seeded(make, seed), x) for seed, make in enumerate(makers)]
 
 
 @pytest.mark.parametrize("family", FAMILIES)
