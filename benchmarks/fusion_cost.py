@@ -1,7 +1,7 @@
 """What fusing costs: seconds and peak memory, against copying the bytes and against the others.
 
     python -m benchmarks.fusion_cost [--networks mlp512,resnet50] [--members 2 8] [--keep]
-        [--memory 16] [--seconds 300] [--json FILE]
+        [--device cpu] [--memory 16] [--seconds 300] [--json FILE]
 
 Each case runs in a process of its own, on one thread; the members lie in `.safetensors` files that
 another process wrote. Ways:
@@ -15,8 +15,9 @@ another process wrote. Ways:
 - *reference*: the members concatenated into a wide network, which torch-pruning prunes.
 - *whole*: `fxfuse.fuse` from loaded members: capture, analysis, scores, gather, oracles.
 
-Seconds are the least of three for what takes below ten. Memory is the most resident memory of the
-process beyond what it had after the imports, files mapped into it included.
+Seconds are the least of three for what takes below ten, from and to an idle device. Memory is the
+most resident memory of the process beyond what it had after the imports, files mapped into it
+included; on CUDA it is the most that was allocated there.
 """
 
 from __future__ import annotations
@@ -40,7 +41,7 @@ from torch import nn
 
 import fxfuse
 from benchmarks.memory import forget_peak, peak
-from benchmarks.records import earlier, versions, write
+from benchmarks.records import earlier, on_device, versions, write
 from fxfuse.apply import fused_tensors
 from fxfuse.demo.environment import environment
 from fxfuse.options import Options
@@ -71,28 +72,28 @@ NETWORKS: Mapping[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
 }
 
 
-def run(name: str, n: int, way: str, folder: Path) -> dict[str, Any]:
+def run(name: str, n: int, way: str, folder: Path, device: torch.device) -> dict[str, Any]:
     """One case, in this process."""
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
     build, shape = NETWORKS[name]
-    x = torch.randn(2, *shape)
+    x = torch.randn(2, *shape, device=device)
     paths = [folder / f"{i}.safetensors" for i in range(n)]
-    forget_peak()
-    base = peak()
+    base = _begin(device)
     with torch.device("meta"):
         template = build()
     if any(b.is_meta for b in template.buffers()):
         template = build()
-    member = first_member(template, paths[0]).eval()
+    member = first_member(template, paths[0]).eval().to(device)
     if way == "whole":
-        members = [first_member(template, path).eval() for path in paths]
-        seconds = _timed(lambda: fxfuse.fuse(members, x))
-        return {"seconds": seconds, "megabytes": peak() - base}
+        members = [first_member(template, path).eval().to(device) for path in paths]
+        seconds = _timed(lambda: fxfuse.fuse(members, x), device)
+        return {"seconds": seconds, "megabytes": _most(device) - base}
     captured = fxfuse.capture(member, x)
     graph = fxfuse.analyze(captured)
     streams = way == "streamed"
-    loaded = None if streams else [captured.state(), *map(load_file, paths[1:])]
+    read = partial(load_file, device=str(device))
+    loaded = None if streams else [captured.state(), *map(read, paths[1:])]
 
     def fused(method: str, score: str = "l2") -> None:
         states = loaded or streamed_states(paths, captured)
@@ -107,18 +108,42 @@ def run(name: str, n: int, way: str, folder: Path) -> dict[str, Any]:
             "average": partial(fused, "average"),
             "transport": partial(fused, "optimal_transport"),
             "reference": lambda: concatenated_and_pruned(member, graph, loaded or (), (x,), 2),
-        }[way]
+        }[way],
+        device,
     )
-    return {"seconds": seconds, "megabytes": peak() - base}
+    return {"seconds": seconds, "megabytes": _most(device) - base}
 
 
-def _timed(call: Callable[[], Any]) -> float:
+def _begin(device: torch.device) -> float:
+    """Begins to watch memory; returns what is in use, in MB."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    else:
+        forget_peak()
+    return _most(device)
+
+
+def _most(device: torch.device) -> float:
+    """Most memory since the beginning, in MB."""
+    if device.type == "cuda":
+        return round(torch.cuda.max_memory_allocated(device) / 1e6, 1)
+    return peak()
+
+
+def _timed(call: Callable[[], Any], device: torch.device) -> float:
     times: list[float] = []
     while not times or (times[0] < _SHORT and len(times) < _REPEATS):
-        start = time.perf_counter()
+        start = _now(device)
         call()
-        times.append(time.perf_counter() - start)
+        times.append(_now(device) - start)
     return round(min(times), 4)
+
+
+def _now(device: torch.device) -> float:
+    """Seconds, once the device has done all that it was given."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
 
 
 def written(name: str, n: int, folder: Path) -> int:
@@ -146,7 +171,7 @@ def measure(name: str, n: int, options: argparse.Namespace) -> dict[str, Any]:
             command = [sys.executable, "-m", "benchmarks.fusion_cost", "--case"]
             try:
                 done = subprocess.run(
-                    [*command, name, str(n), way, work],
+                    [*command, name, str(n), way, work, options.device],
                     capture_output=True,
                     text=True,
                     timeout=options.seconds,
@@ -165,13 +190,14 @@ def measure(name: str, n: int, options: argparse.Namespace) -> dict[str, Any]:
 
 def main() -> None:
     if "--case" in sys.argv:
-        name, n, way, folder = sys.argv[sys.argv.index("--case") + 1 :]
-        print(json.dumps(run(name, int(n), way, Path(folder))))
+        name, n, way, folder, device = sys.argv[sys.argv.index("--case") + 1 :]
+        print(json.dumps(run(name, int(n), way, Path(folder), torch.device(device))))
         return
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--networks", nargs="+", choices=NETWORKS, default=list(NETWORKS))
     parser.add_argument("--members", type=int, nargs="+", default=MEMBERS)
     parser.add_argument("--ways", nargs="+", choices=WAYS, default=WAYS)
+    parser.add_argument("--device", default="cpu")
     parser.add_argument("--memory", type=float, default=16, help="GB")
     parser.add_argument("--disk", type=float, default=12, help="GB for the members' files")
     parser.add_argument("--seconds", type=float, default=300, help="for each case")
@@ -189,6 +215,7 @@ def main() -> None:
             rows.append(measure(name, n, options))
             print(json.dumps(rows[-1]), flush=True)
             about = {"versions": versions(), "environment": environment(), "threads": 1}
+            about |= on_device(options.device)
             write(options.json, {**about, "rows": rows})
 
 

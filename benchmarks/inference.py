@@ -3,6 +3,7 @@
     python -m benchmarks.inference [--device cpu] [--members 4] [--networks resnet18,vit]
         [--batches 1 8 64] [--rounds 7] [--seconds 0.3] [--keep] [--json FILE]
 
+Each network and batch size has a process of its own, since compiled networks are never let go of.
 Every way is first compared with what it stands for. *plain* is `torch.compile(fullgraph=True)` of
 the user's own class; *passes* is `fxfuse.compile`, also for the member and for the ensemble one
 after the other, so that equals are compared. Times are taken in rounds in which every way has its
@@ -15,10 +16,13 @@ from __future__ import annotations
 
 import argparse
 import copy
+import multiprocessing
 import time
 import warnings
 from collections.abc import Callable, Mapping
+from concurrent.futures import ProcessPoolExecutor
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -55,17 +59,23 @@ def ways(members: list[nn.Module], fused: nn.Module, x: torch.Tensor) -> dict[st
     passes = partial(fxfuse.compile, example_inputs=x, dynamic=False, strict=True)
     return {
         "member, eager": (MEMBER, member),
-        "member, plain": (MEMBER, compile(copy.deepcopy(member))),
+        "member, plain": (MEMBER, compile(_apart(member))),
         "member, passes": (MEMBER, passes(fxfuse.capture(member, _two(x)).module)),
         "fused, eager": (FUSED, fused),
         "fused, passes": (FUSED, passes(fused)),
         "sequential, eager": (ENSEMBLE, together),
-        "sequential, plain": (ENSEMBLE, compile(copy.deepcopy(together))),
+        "sequential, plain": (ENSEMBLE, compile(_apart(together))),
         "sequential, passes": (ENSEMBLE, passes(fxfuse.capture(together, _two(x)).module)),
         "vmap, eager": (ENSEMBLE, through_vmap(members)),
         "stack, eager": (ENSEMBLE, stacked),
         "stack, passes": (ENSEMBLE, passes(stacked)),
     }
+
+
+def _apart(module: nn.Module) -> nn.Module:
+    """A copy with the same tensors: compiled, it leaves the module itself as it was."""
+    tensors = chain(module.parameters(), module.buffers())
+    return copy.deepcopy(module, {id(tensor): tensor for tensor in tensors})
 
 
 def _two(x: torch.Tensor) -> torch.Tensor:
@@ -75,9 +85,10 @@ def _two(x: torch.Tensor) -> torch.Tensor:
 
 def measure(name: str, batch: int, options: argparse.Namespace) -> dict[str, Any]:
     """One network at one batch size."""
+    torch.set_num_threads(options.threads)
+    warnings.simplefilter("ignore")
     build, shape = NETWORKS[name]
     torch.manual_seed(0)
-    torch._dynamo.reset()
     members = [build().to(options.device).eval() for _ in range(options.members)]
     for member in members:
         # A class head of zeros, as torchvision's ViT has it, would hide every mistake.
@@ -131,7 +142,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path, default=RESULTS)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
-    warnings.simplefilter("ignore")
+    fresh = multiprocessing.get_context("spawn")
     rows = earlier(options.json, "rows", keep=options.keep)
     done = {(row["network"], row["batch"]) for row in rows}
     parts = options.networks.split(",")
@@ -139,7 +150,8 @@ def main() -> None:
         for batch in options.batches:
             if (name, batch) in done:
                 continue
-            rows.append(measure(name, batch, options))
+            with ProcessPoolExecutor(1, fresh) as process:
+                rows.append(process.submit(measure, name, batch, options).result())
             print(name, batch, rows[-1]["ms"], rows[-1]["ratios"], flush=True)
             write(options.json, {**_about(options), "rows": rows})
 

@@ -76,7 +76,7 @@ def fusion(results: dict[str, Any]) -> str:
     lines += [
         "",
         f"Seconds, in multiples of *copy* in brackets, and the most memory beyond the imports; one "
-        f"thread on {about['cpu']}, torch {about['torch']}.",
+        f"thread on {results['card'] or about['cpu']}, torch {about['torch']}.",
     ]
     lines += ["", *_asked(results["rows"])]
     if left:

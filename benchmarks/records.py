@@ -8,6 +8,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
+
 
 def earlier(path: Path, key: str, *, keep: bool) -> list[dict[str, Any]]:
     """What an earlier run measured.
@@ -36,3 +38,10 @@ def versions() -> dict[str, str]:
         # Imported here, before processes fork, so that each of them has it at once.
         found[library] = __import__(library).__version__
     return found
+
+
+def on_device(name: str) -> dict[str, str | None]:
+    """The kind of a device, and of a CUDA device its name."""
+    device = torch.device(name)
+    card = torch.cuda.get_device_name(device) if device.type == "cuda" else None
+    return {"device": device.type, "card": card}

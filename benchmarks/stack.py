@@ -30,6 +30,7 @@ from torch.utils.benchmark import Timer
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import fxfuse
+from benchmarks.records import on_device
 from fxfuse.demo.environment import environment
 from fxfuse.output import write_json
 
@@ -167,12 +168,9 @@ def main() -> None:
 
 
 def _about(options: argparse.Namespace) -> dict[str, Any]:
-    device = torch.device(options.device)
-    card = torch.cuda.get_device_name(device) if device.type == "cuda" else None
     return {
         "environment": {**environment(), "torchvision": torchvision.__version__},
-        "device": device.type,
-        "card": card,
+        **on_device(options.device),
         "members": options.members,
         "rounds": options.rounds,
         "seconds": options.seconds,
