@@ -34,15 +34,29 @@ def permuted(
         New tensors; those that no group owns are the old ones. The function of the network is
         unchanged (DESIGN.md section 7, permutation oracle).
     """
-    result = dict(state)
-    groups = {group.name: group for group in graph.groups}
-    for name, permutation in permutations.items():
-        for (tensor, dim), rows in groups[name].index.items():
-            source = np.arange(state[tensor].shape[dim])
-            source[rows.reshape(-1)] = rows[permutation].reshape(-1)
-            index = torch.from_numpy(source).to(result[tensor].device)
-            result[tensor] = result[tensor].index_select(dim, index)
-    return result
+    return {name: moved_tensor(name, state[name], graph, permutations) for name in state}
+
+
+def moved_tensor(
+    name: str, tensor: torch.Tensor, graph: CouplingGraph, permutations: Mapping[str, Index]
+) -> torch.Tensor:
+    """One tensor of `permuted`, in any precision: a new one, or itself if no group owns any of it.
+
+    Args:
+        name: Its `state_dict()` name.
+        tensor: It.
+        graph: The analysis of the network.
+        permutations: As for `permuted`.
+    """
+    for dim in range(tensor.dim()):
+        source = np.arange(tensor.shape[dim])
+        for group in graph.groups:
+            if group.name in permutations and (name, dim) in group.index:
+                rows = group.index[name, dim]
+                source[rows.reshape(-1)] = rows[permutations[group.name]].reshape(-1)
+        if (source[1:] < source[:-1]).any():
+            tensor = tensor.index_select(dim, torch.from_numpy(source).to(tensor.device))
+    return tensor
 
 
 def random_permutations(

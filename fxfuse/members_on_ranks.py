@@ -123,7 +123,9 @@ def _state(member: Any, number: int, first: Captured, dynamic_shapes: Any) -> St
         return streamed_state(member, number, first)
     check_model(member)
     args, kwargs = first.example_inputs
-    other = capture(member, args, kwargs, dynamic_shapes=dynamic_shapes)
+    other = captured_twin(first, member) or capture(
+        member, args, kwargs, dynamic_shapes=dynamic_shapes
+    )
     check_same_as(first, other, number)
     return other.state()
 
