@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
+from typing import Any
 
 import numpy as np
 
@@ -216,6 +217,45 @@ def place_units(
         unmerge.append(u)
     fused_size = size if layout is None else layout.size
     return Placement(fused_size, tuple(targets), tuple(sources), tuple(merge), tuple(unmerge))
+
+
+class Placements:
+    """`place_units` for all tensors of a plan: dimensions with the same units share a placement.
+
+    Args:
+        graph: The analysis of the members.
+        plan: Says which unit of which member becomes which fused unit.
+        layouts: As for `place_units`.
+    """
+
+    def __init__(
+        self,
+        graph: CouplingGraph,
+        plan: FusionPlan,
+        layouts: Mapping[Place, Layout] = MappingProxyType({}),
+    ) -> None:
+        self._graph, self._plan, self._layouts = graph, plan, layouts
+        self._copies = copies_of(graph, plan.sizes())
+        self._made: dict[Any, Placement] = {}
+
+    def __getitem__(self, place: Place) -> Placement:
+        """Where units land along a dimension."""
+        # Placements differ wherever members differ in width, or a layout was made for the place.
+        key = place if self._graph.members or place in self._layouts else self._content(place)
+        if key not in self._made:
+            told = self._graph, self._plan, place, self._copies, self._layouts
+            self._made[key] = place_units(*told)
+        return self._made[key]
+
+    def _content(self, place: Place) -> Any:
+        """All of the analysis that a placement depends on."""
+        graph = self._graph
+        reason = graph.frozen.get(place)
+        return (
+            int(graph.captured.tensor(place[0]).shape[place[1]]),
+            tuple((g.name, g.index[place].tobytes()) for g in graph.group_of.get(place, ())),
+            reason and (reason.kind, reason.indices.tobytes()),
+        )
 
 
 def _rows(graph: CouplingGraph, member: int, group: str, place: Place) -> Index:

@@ -17,6 +17,7 @@ from fxfuse.ranks import Ranks, Spread, State
 from fxfuse.rewrite import named_tensors
 from fxfuse.same_network import check_same_as
 from fxfuse.streamed import first_member, streamed_state, with_tensors
+from fxfuse.twins import captured_twin
 
 
 def members_on_ranks(
