@@ -161,7 +161,9 @@ class _Fusion:
                 continue
             box = self._box(contributed(member))
             if box is None:
-                where = [torch.from_numpy(line.targets).to(like.device) for line in contributed(member)]
+                where = [
+                    torch.from_numpy(line.targets).to(like.device) for line in contributed(member)
+                ]
                 grid = tuple(_along(index, dim, len(where)) for dim, index in enumerate(where))
                 result.index_put_(grid, part, accumulate=role is not Role.OWN)
             elif apart and part.data_ptr() == result[box].data_ptr():

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 from typing import Any
 
 import numpy as np
@@ -68,7 +68,7 @@ class Line:
 
     @cached_property
     def shares(self) -> tuple[NDArray[Any], ...]:
-        """`share`, `owned`, `output` and `hosted`; what is the same for all indices is said once."""
+        """`share`, `owned`, `output`, `hosted`; what is the same for all indices is said once."""
         return tuple(
             values[:1] if len(values) and bool((values == values[0]).all()) else values
             for values in (self.share, self.owned, self.output, self.hosted)
@@ -173,6 +173,7 @@ class Lines:
 
     def __init__(self, graph: CouplingGraph) -> None:
         self._graph = graph
+        self._uses = cache(lambda name, member: _uses(graph.of_member(member), name))
         # With the placements, so that no other one gets the identity of one of them.
         self._made: dict[Any, tuple[Placement, Line]] = {}
 
@@ -185,7 +186,8 @@ class Lines:
             member: Number of the member.
         """
         graph = self._graph.of_member(member)
-        uses = _uses(graph, name, len(placements))
+        # Members of one width have one analysis.
+        uses = self._uses(name, member if self._graph.members else 0)
         return tuple(
             self._line(graph, (name, dim), placement, member, use)
             for dim, (placement, use) in enumerate(zip(placements, uses, strict=True))
@@ -209,9 +211,9 @@ class _Use:
     unmerges: bool
 
 
-def _uses(graph: CouplingGraph, name: str, rank: int) -> list[_Use]:
+def _uses(graph: CouplingGraph, name: str) -> list[_Use]:
     """How the dimensions of a tensor are used."""
-    places = [(name, dim) for dim in range(rank)]
+    places = [(name, dim) for dim in range(graph.captured.tensor(name).dim())]
     writes = [is_written(graph, place) for place in places]
     output = any(_kind(graph, place) is Kind.OUTPUT for place in places)
     owned = (d for d, place in enumerate(places) if place in graph.group_of and writes[d])
@@ -220,7 +222,8 @@ def _uses(graph: CouplingGraph, name: str, rank: int) -> list[_Use]:
     leading = None if output else next(owned, None)
     first = graph.captured.canonical[name]
     return [
-        _Use(writes[dim], (first, dim) in graph.readers and dim != leading) for dim in range(rank)
+        _Use(writes[dim], (first, dim) in graph.readers and dim != leading)
+        for dim in range(len(places))
     ]
 
 

@@ -134,6 +134,5 @@ class _Comparison:
 def _is_python(kind: type) -> bool:
     """Whether a class and those that it is made of are written in Python, without slots."""
     heap = 1 << 9  # Py_TPFLAGS_HEAPTYPE
-    return all(
-        c is object or (c.__flags__ & heap and not c.__dict__.get("__slots__")) for c in kind.__mro__
-    )
+    bases = (base for base in kind.__mro__ if base is not object)
+    return all(base.__flags__ & heap and not base.__dict__.get("__slots__") for base in bases)

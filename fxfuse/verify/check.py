@@ -115,8 +115,7 @@ def run(
 
 
 def in_double(module: FusedModule) -> FusedModule:
-    """The module in float64, and its graph's own casts to a lower precision lifted to float64.
-    """
+    """The module in float64, and its graph's own casts to a lower precision lifted to float64."""
     for node in module.graph.nodes:
         node.args, node.kwargs = lifted(node.args), lifted(node.kwargs)
     module.recompile()

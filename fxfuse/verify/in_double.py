@@ -54,6 +54,10 @@ class Changed(Mapping[str, torch.Tensor]):
         """The changed tensor, a new one each time."""
         return self._change(name, self._state[name])
 
+    def __contains__(self, name: object) -> bool:
+        """Whether there is such a tensor; it is not changed."""
+        return name in self._state
+
     def __iter__(self) -> Iterator[str]:
         return iter(self._state)
 
