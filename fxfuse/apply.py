@@ -128,53 +128,64 @@ class _Fusion:
             ((_, tensor),) = of_each(states, lambda _, state: state[name].detach(), kept)
             return tensor.clone()
         like = states[owner or 0][name]
-        placements = [self._placements[name, d] for d in range(like.dim())]
+        given, device, rank, empty = like.dtype, like.device, like.dim(), not like.numel()
+        # A tensor that is made for being read is not to be kept.
+        del like
+        placements = [self._placements[name, d] for d in range(rank)]
         # Half precision holds weights, not sums of weights.
-        dtype = torch.promote_types(like.dtype, torch.float32)
-        result = zeros([p.size for p in placements], dtype, like.device)
+        dtype = torch.promote_types(given, torch.float32)
+        result = _Result(zeros([p.size for p in placements], dtype, device), role)
 
         @cache
         def contributed(member: int) -> tuple[Line, ...]:
             return self._lines.of(name, placements, member)
 
-        # Of a head, only its member has tensors, and only a member with tensors is asked.
+        # Only the member whose head it is has a tensor of a head, and only with it there are lines.
         everyone = range(len(states)) if owner is None else ()
         apart = owner is None and self._apart(tuple(contributed(m) for m in everyone))
 
         def gathered(member: int, state: Mapping[str, torch.Tensor]) -> torch.Tensor | None:
             if name not in state:
                 return None
-            tensor = state[name].detach().to(dtype=dtype, device=like.device)
             lines = contributed(member)
-            box = self._box(lines)
-            cells = result[box] if apart and box is not None else None
+            cells = result.cells[self._box(lines)] if apart else None
+            tensor = state[name].detach().to(dtype=dtype, device=device)
             part = combined(lines, tensor, self._scratch, cells)
             share = self._share(lines, role, plan.n_members)
             if share.numel() == 1 and share.item() == 1.0:
                 return part
-            return part.mul_(share.to(part)) if cells is not None else part * share.to(part)
+            return part.mul_(share.to(part)) if apart else part * share.to(part)
 
         # A head's own values come last, over those that stand in where a unit is another member's.
-        order, boxes = sorted(range(len(states)), key=lambda m: m == owner), list[Box]()
+        order = sorted(range(len(states)), key=lambda m: m == owner)
         for member, part in of_each(states, gathered, order):
-            if part is None or (part.numel() == 0 and like.numel()):
-                continue
-            box = self._box(contributed(member))
-            if box is None:
-                where = [
-                    torch.from_numpy(line.targets).to(like.device) for line in contributed(member)
-                ]
-                grid = tuple(_along(index, dim, len(where)) for dim, index in enumerate(where))
-                result.index_put_(grid, part, accumulate=role is not Role.OWN)
-            elif apart and part.data_ptr() == result[box].data_ptr():
-                # The common case of whole rows of one member: they were written where they stand.
-                continue
-            elif role is Role.OWN or not any(_meet(box, other) for other in boxes):
-                result[box] = part
-            else:
-                result[box] += part
-            boxes.append(box or tuple(slice(0, p.size) for p in placements))
-        return result.to(like.dtype)
+            if part is not None and (part.numel() or empty):
+                lines = contributed(member)
+                result.put(part, lines, self._box(lines))
+        return result.cells.to(given)
+
+
+class _Result:
+    """A fused tensor, to which one member after the other contributes."""
+
+    def __init__(self, cells: torch.Tensor, role: Role) -> None:
+        self.cells, self._role = cells, role
+        self._boxes = list[Box]()
+
+    def put(self, part: torch.Tensor, lines: Sequence[Line], box: Box | None) -> None:
+        """Adds what a member contributes, unless it was written where it stands."""
+        if box is None:
+            where = [torch.from_numpy(line.targets).to(part.device) for line in lines]
+            grid = tuple(_along(index, dim, len(where)) for dim, index in enumerate(where))
+            self.cells.index_put_(grid, part, accumulate=self._role is not Role.OWN)
+        elif part.data_ptr() == self.cells[box].data_ptr():
+            pass
+        elif self._role is Role.OWN or not any(_meet(box, other) for other in self._boxes):
+            # The common case of whole rows of one member: nothing is added to anything.
+            self.cells[box] = part
+        else:
+            self.cells[box] += part
+        self._boxes.append(box or tuple(slice(0, size) for size in self.cells.shape))
 
 
 def _apart(lines: Sequence[Sequence[Line]]) -> bool:
@@ -198,9 +209,9 @@ def _share(lines: Sequence[Line], role: Role, n_members: int) -> torch.Tensor:
     rank = len(lines)
     share = np.ones([1] * rank)
     if role is Role.OWN:
-        return torch.from_numpy(share)
+        return torch.as_tensor(share)
     if role is Role.MEAN:
-        return torch.from_numpy(share / n_members)
+        return torch.as_tensor(share / n_members)
     owned = output = hosted = np.zeros([1] * rank, dtype=bool)
     for dim, line in enumerate(lines):
         shape = [-1 if d == dim else 1 for d in range(rank)]
@@ -210,7 +221,8 @@ def _share(lines: Sequence[Line], role: Role, n_members: int) -> torch.Tensor:
     # Where an index means the same to all members, the mean of what they write there is taken, and
     # an output is the mean of theirs; what only the host contributes to is no mean of the members.
     share = np.where(owned & ~output, share, 1.0 / n_members)
-    return torch.from_numpy(np.where(hosted, 1.0, share))
+    # Of a tensor without dimensions numpy returns a number.
+    return torch.as_tensor(np.where(hosted, 1.0, share))
 
 
 def _along(line: torch.Tensor, dim: int, rank: int) -> torch.Tensor:
