@@ -12,7 +12,7 @@ import enum
 import types
 import weakref
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -33,6 +33,25 @@ _PLAIN = (
 _ATOMIC = type | types.FunctionType | types.BuiltinFunctionType | types.ModuleType | None
 _SEQUENCES = (list, tuple, torch.Size)
 _MAPPINGS = (dict, OrderedDict)
+
+
+def captured_each(
+    members: Sequence[object], captured: Callable[[Any, Captured | None], Captured]
+) -> list[Captured]:
+    """Captures members; twins of the first one are not exported again.
+
+    Args:
+        members: What is to be captured, or is already. They must have passed `check_model`.
+        captured: Captures one, given it and what the first one became.
+    """
+    found: list[Captured] = []
+    for member in members:
+        first = found[0] if found else None
+        # One that was given may have been captured with other inputs.
+        known = first is not None and not isinstance(members[0], Captured)
+        twin = captured_twin(found[0], member) if known else None
+        found.append(twin or captured(member, first))
+    return found
 
 
 def captured_twin(first: Captured, model: object) -> Captured | None:
@@ -65,6 +84,10 @@ def are_twins(first: nn.Module, other: nn.Module) -> bool:
         type is in an attribute, say.
     """
     return _Comparison(first, other).same(first, other)
+
+
+class _Bare:
+    """An object of a class that is written in Python, and has no slots."""
 
 
 class _Comparison:
@@ -107,8 +130,10 @@ class _Comparison:
             return self.same(*parts)
         if type(a) is weakref.ref:
             return self.same(a(), b())
-        # Modules, and other objects whose whole content is in their attributes.
-        return _is_python(type(a)) and hasattr(a, "__dict__") and self.same(vars(a), vars(b))
+        # Modules, and other objects whose whole content is in their attributes: they have room for
+        # nothing else, as those with slots have, or those that are written in C.
+        known = type(a).__basicsize__ == _Bare.__basicsize__ and hasattr(a, "__dict__")
+        return known and self.same(vars(a), vars(b))
 
     def _same_tensors(self, a: torch.Tensor, b: torch.Tensor) -> bool:
         if type(a) not in (torch.Tensor, nn.Parameter) or not self.same(vars(a), vars(b)):
@@ -129,10 +154,3 @@ class _Comparison:
             if b is missing or not self.same(a, b):
                 return False
         return next(theirs, missing) is missing
-
-
-def _is_python(kind: type) -> bool:
-    """Whether a class and those that it is made of are written in Python, without slots."""
-    heap = 1 << 9  # Py_TPFLAGS_HEAPTYPE
-    bases = (base for base in kind.__mro__ if base is not object)
-    return all(base.__flags__ & heap and not base.__dict__.get("__slots__") for base in bases)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import random
 import types
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -108,6 +109,8 @@ def changed(net: Net, how: str) -> None:
         net.second = nn.Linear(6, 5)
     elif how == "a mode":
         net.norm.training = False
+    elif how == "what is not in attributes":
+        net.random.random()
 
 
 CHANGES = [
@@ -125,6 +128,7 @@ CHANGES = [
     "a container",
     "a shape",
     "a mode",
+    "what is not in attributes",
 ]
 
 
@@ -132,6 +136,9 @@ CHANGES = [
 def test_strangers(how: str):
     first, other = Net(), Net()
     assert are_twins(first, other)
+    if how == "what is not in attributes":
+        # Equal at first, and nobody can see it.
+        first.random, other.random = random.Random(0), random.Random(0)
     changed(other, how)
     assert not are_twins(first, other)
     assert not are_twins(other, first)
