@@ -143,8 +143,10 @@ def combined(
     first, others = chosen[0], [(d, i) for d, i in enumerate(chosen) if d and i is not None]
     if first is not None and not others and cells.is_contiguous():
         return torch.index_select(tensor, 0, first, out=cells)
-    # In blocks, so that what is taken along one dimension is in the cache for the next one.
+    # In blocks, so that what is taken along one dimension is in the cache for the next one. A GPU
+    # would only wait for its next kernel.
     rows = max(1, BLOCK * tensor.shape[0] // max(tensor.numel(), 1))
+    rows = rows if tensor.device.type == "cpu" else max(1, cells.shape[0])
     for start in range(0, cells.shape[0], rows):
         here = slice(start, min(start + rows, cells.shape[0]))
         block = tensor[here]
@@ -227,13 +229,7 @@ def _uses(graph: CouplingGraph, name: str) -> list[_Use]:
     ]
 
 
-def _line(
-    graph: CouplingGraph,
-    place: Place,
-    placement: Placement,
-    member: int,
-    use: _Use,
-) -> Line:
+def _line(graph: CouplingGraph, place: Place, placement: Placement, member: int, use: _Use) -> Line:
     entries, sources = placement.targets[member], placement.sources[member]
     targets, first, rows = np.unique(entries, return_index=True, return_inverse=True)
     if len(targets) == len(entries):
