@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache, cached_property
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -205,8 +205,7 @@ class Lines:
         return self._made[key][1]
 
 
-@dataclass(frozen=True)
-class _Use:
+class _Use(NamedTuple):
     """Whether a dimension writes units, and whether U combines them there or M."""
 
     writes: bool
@@ -231,10 +230,10 @@ def _uses(graph: CouplingGraph, name: str) -> list[_Use]:
 
 def _line(graph: CouplingGraph, place: Place, placement: Placement, member: int, use: _Use) -> Line:
     entries, sources = placement.targets[member], placement.sources[member]
-    targets, first, rows = np.unique(entries, return_index=True, return_inverse=True)
-    if len(targets) == len(entries):
-        # As listed, so that a gather needs no sorting.
-        targets, first, rows = entries, np.arange(len(entries)), np.arange(len(entries))
+    targets, first, rows = entries, np.arange(len(entries)), np.arange(len(entries))
+    # As listed where each is listed once, which is plain to see where they are in order.
+    if not (np.diff(entries) > 0).all() and len(np.unique(entries)) < len(entries):
+        targets, first, rows = np.unique(entries, return_index=True, return_inverse=True)
     merge = placement.merge[member]
     # Also of no entries at all, which numpy counts in integers.
     share = np.bincount(rows, np.abs(merge), minlength=len(targets)).astype(np.float64)

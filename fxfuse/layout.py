@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from fxfuse.coupling import CouplingGraph, Index, Place
+from fxfuse.coupling import CouplingGraph, CouplingGroup, Index, Place
 from fxfuse.labels import Kind
 from fxfuse.plan import FusionPlan, Weights
 
@@ -194,6 +194,7 @@ def place_units(
     if resized:
         layout = layouts.get(place) or default_layout(graph, place, copies)
     at = _positions(size, layout)
+    landing = {group.name: _landing(group, place, copies, at) for group in groups}
     targets, sources, merge, unmerge = [], [], [], []
     for member in range(plan.n_members):
         fixed = _fixed(graph, plan, place, member)
@@ -203,10 +204,7 @@ def place_units(
             unit_map = plan.map_of(group.name)
             target, unit = unit_map.of_member(member)
             rows, own = group.index[place], _rows(graph, member, group.name, place)
-            count = copies.get(group.name, np.ones(group.n_units, dtype=np.int64))
-            template, copy = unit_copies(count)
-            fused = at[rows[template], copy[:, None]]
-            to.append(fused[target].reshape(-1))
+            to.append(landing[group.name][target].reshape(-1))
             origin.append(own[unit].reshape(-1))
             both = np.stack(unit_map.weights_of(member))
             weights.append(np.repeat(both, rows.shape[1], axis=1))
@@ -217,6 +215,13 @@ def place_units(
         unmerge.append(u)
     fused_size = size if layout is None else layout.size
     return Placement(fused_size, tuple(targets), tuple(sources), tuple(merge), tuple(unmerge))
+
+
+def _landing(group: CouplingGroup, place: Place, copies: Copies, at: Index) -> Index:
+    """Which indices each fused unit of a group owns in a place, int64 [fused units, slots]."""
+    count = copies.get(group.name, np.ones(group.n_units, dtype=np.int64))
+    template, copy = unit_copies(count)
+    return at[group.index[place][template], copy[:, None]]
 
 
 class Placements:
