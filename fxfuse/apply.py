@@ -185,19 +185,26 @@ class _Result:
             self.cells[box] = part
         else:
             self.cells[box] += part
-        self._boxes.append(box or tuple(slice(0, size) for size in self.cells.shape))
+        self._boxes.append(box or tuple(slice(0, size, 1) for size in self.cells.shape))
 
 
 def _apart(lines: Sequence[Sequence[Line]]) -> bool:
-    """Whether each member contributes to neighbouring cells, and no two to one cell."""
+    """Whether each member contributes to evenly spaced cells, and no two to one cell."""
     boxes = [box_of(each) for each in lines]
     found = [box for box in boxes if box is not None]
     return len(found) == len(boxes) and not any(_meet(*pair) for pair in combinations(found, 2))
 
 
 def _meet(box: Box, other: Box) -> bool:
-    """Whether two members contribute to one cell."""
-    return all(a.start < b.stop and b.start < a.stop for a, b in zip(box, other, strict=True))
+    """Whether two members may contribute to one cell."""
+    return all(_overlap(a, b) for a, b in zip(box, other, strict=True))
+
+
+def _overlap(a: slice, b: slice) -> bool:
+    if a.start >= b.stop or b.start >= a.stop:
+        return False
+    # Those that are spaced alike may lie between one another: the copies of units in a wide layer.
+    return a.step != b.step or bool((a.start - b.start) % a.step == 0)
 
 
 def _share(lines: Sequence[Line], role: Role, n_members: int) -> torch.Tensor:

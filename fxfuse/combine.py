@@ -21,7 +21,7 @@ from fxfuse.scratch import BLOCK, Scratch
 _DENSE = 0.1
 
 
-#: Cells that are neighbours in every dimension.
+#: Cells that are evenly spaced in each dimension.
 Box = tuple[slice, ...]
 
 
@@ -60,11 +60,14 @@ class Line:
 
     @cached_property
     def span(self) -> slice | None:
-        """The fused indices, if they are neighbours; an empty one if there are none."""
-        if not _is_range(self.targets):
+        """The fused indices, if they are evenly spaced; an empty slice if there are none."""
+        if not len(self.targets):
+            return slice(0, 0, 1)
+        steps = np.diff(self.targets)
+        step = int(steps[0]) if len(steps) else 1
+        if step < 1 or self.targets[0] < 0 or (steps != step).any():
             return None
-        start = int(self.targets[0]) if len(self.targets) else 0
-        return slice(start, start + len(self.targets))
+        return slice(int(self.targets[0]), int(self.targets[-1]) + 1, step)
 
     @cached_property
     def shares(self) -> tuple[NDArray[Any], ...]:
@@ -114,7 +117,7 @@ class Line:
 
 
 def box_of(lines: Sequence[Line]) -> Box | None:
-    """The fused cells that a member contributes to, if they are neighbours in every dimension."""
+    """The fused cells that a member contributes to, if they are evenly spaced in each dimension."""
     spans = [line.span for line in lines]
     found = tuple(span for span in spans if span is not None)
     return found if len(found) == len(spans) else None

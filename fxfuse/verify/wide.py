@@ -83,8 +83,7 @@ def equals_ensemble(
         hands_out: Whether an output dimension is no interface, so that units are handed out.
     """
     # Each tensor is converted when it is read: beside the wide network there is one at a time.
-    states = mapped(states, doubled)
-    module = in_double(widen(graph, plan, states))
+    module = in_double(widen(graph, plan, mapped(states, doubled)))
     answers = of_each(states, lambda i, state: run(graph.of_member(i).captured, state))
     outputs = [answer for _, answer in answers]
     args, kwargs = inputs_of(graph.captured)
