@@ -21,7 +21,8 @@ from fxfuse.errors import CheckpointCorruptError, CheckpointMissingError
 from fxfuse.methods import Options
 from fxfuse.options import State
 from fxfuse.planner import make_plan
-from fxfuse.scratch import zeros
+from fxfuse.scores.owned import _lines
+from fxfuse.scratch import Scratch, zeros
 from fxfuse.tensor_file import TensorFile
 from tests.nets import images, resnets
 
@@ -128,9 +129,6 @@ def test_finite_weights_may_add_up_to_infinity():
 @pytest.mark.parametrize("threads", [2, 5])
 def test_scores_do_not_depend_on_threads(threads: int):
     def scores() -> list[np.ndarray]:
-        from fxfuse.scores.owned import _lines
-        from fxfuse.scratch import Scratch
-
         tensor = torch.randn(130, 1031, 3, generator=torch.Generator().manual_seed(0))
         return list(_lines(tensor, {0: {}, 1: {}}, torch.square_, Scratch()).values())
 
