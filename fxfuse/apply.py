@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from functools import cache
+from itertools import combinations
 from types import MappingProxyType
-from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 
-from fxfuse.combine import Box, Line, box_of, lines_of
+from fxfuse.combine import Box, Line, Lines, box_of, combined
 from fxfuse.coupling import CouplingGraph, CouplingGroup, Index, Place
-from fxfuse.layout import Layout, Placement, copies_of, place_units
+from fxfuse.layout import Layout, Placements
 from fxfuse.plan import FusionPlan, Role, role_of
 from fxfuse.ranks import of_each
+from fxfuse.scratch import Scratch, zeros
 
 
 def permuted(
@@ -34,15 +34,29 @@ def permuted(
         New tensors; those that no group owns are the old ones. The function of the network is
         unchanged (DESIGN.md section 7, permutation oracle).
     """
-    result = dict(state)
-    groups = {group.name: group for group in graph.groups}
-    for name, permutation in permutations.items():
-        for (tensor, dim), rows in groups[name].index.items():
-            source = np.arange(state[tensor].shape[dim])
-            source[rows.reshape(-1)] = rows[permutation].reshape(-1)
-            index = torch.from_numpy(source).to(result[tensor].device)
-            result[tensor] = result[tensor].index_select(dim, index)
-    return result
+    return {name: moved_tensor(name, state[name], graph, permutations) for name in state}
+
+
+def moved_tensor(
+    name: str, tensor: torch.Tensor, graph: CouplingGraph, permutations: Mapping[str, Index]
+) -> torch.Tensor:
+    """One tensor of `permuted`, in any precision: a new one, or itself if no group owns any of it.
+
+    Args:
+        name: Its `state_dict()` name.
+        tensor: It.
+        graph: The analysis of the network.
+        permutations: As for `permuted`.
+    """
+    for dim in range(tensor.dim()):
+        source = np.arange(tensor.shape[dim])
+        for group in graph.groups:
+            if group.name in permutations and (name, dim) in group.index:
+                rows = group.index[name, dim]
+                source[rows.reshape(-1)] = rows[permutations[group.name]].reshape(-1)
+        if (source[1:] < source[:-1]).any():
+            tensor = tensor.index_select(dim, torch.from_numpy(source).to(tensor.device))
+    return tensor
 
 
 def random_permutations(
@@ -64,100 +78,133 @@ def fused_tensors(
     layouts: Mapping[Place, Layout] = MappingProxyType({}),
     skip: Collection[str] = (),
 ) -> dict[str, torch.Tensor]:
-    """`fused_state` at the plan's sizes, in the given layouts (the default one elsewhere)."""
-    copies = copies_of(graph, plan.sizes())
-    return fused_state(
-        graph, plan, states, lambda place: place_units(graph, plan, place, copies, layouts), skip
-    )
-
-
-def fused_state(
-    graph: CouplingGraph,
-    plan: FusionPlan,
-    states: Sequence[Mapping[str, torch.Tensor]],
-    place: Callable[[Place], Placement],
-    skip: Collection[str] = (),
-) -> dict[str, torch.Tensor]:
     """W_fused = Σ_i M⁽ⁱ⁾ · W_i · U⁽ⁱ⁾ for every tensor (DESIGN.md section 5).
 
     Args:
         graph: The analysis of the members.
-        plan: Groups and maps.
+        plan: Groups and maps, which say the sizes as well.
         states: For each member, its tensors by name; of heads, only the member's own.
-        place: Placement of each dimension.
+        layouts: The order of units where the network has another size than a member; the default
+            one elsewhere.
         skip: Canonical names of tensors that are left out.
 
     Returns:
         New tensors by name, in the members' dtype and on the first member's device. Tied names
         share one tensor.
     """
+    fusion = _Fusion(graph, plan, states, layouts)
     fused: dict[str, torch.Tensor] = {}
     for name in graph.captured.names:
         first = graph.captured.canonical[name]
         if first in skip:
             continue
-        fused[name] = fused[first] if first in fused else _fused(graph, plan, states, place, name)
+        fused[name] = fused[first] if first in fused else fusion.fused(name)
     return fused
 
 
-def _fused(
-    graph: CouplingGraph,
-    plan: FusionPlan,
-    states: Sequence[Mapping[str, torch.Tensor]],
-    place: Callable[[Place], Placement],
-    name: str,
-) -> torch.Tensor:
-    role = role_of(graph, name)
-    owner = graph.captured.heads.get(name)
-    if role is Role.COPY:
-        kept = [plan.host if owner is None else owner]
-        ((_, tensor),) = of_each(states, lambda _, state: state[name].detach(), kept)
-        return tensor.clone()
-    like = states[owner or 0][name]
-    placements = [place((name, d)) for d in range(like.dim())]
-    # Half precision holds weights, not sums of weights.
-    dtype = torch.promote_types(like.dtype, torch.float32)
-    result = torch.zeros([p.size for p in placements], dtype=dtype, device=like.device)
-    whole, boxes = tuple(slice(0, p.size) for p in placements), list[Box]()
+class _Fusion:
+    """Fuses one tensor after the other; what several have in common is found out once."""
 
-    @cache
-    def contributed(member: int) -> list[Line]:
-        return lines_of(graph, name, placements, member)
+    def __init__(
+        self,
+        graph: CouplingGraph,
+        plan: FusionPlan,
+        states: Sequence[Mapping[str, torch.Tensor]],
+        layouts: Mapping[Place, Layout],
+    ) -> None:
+        self._graph, self._plan, self._states = graph, plan, states
+        self._placements = Placements(graph, plan, layouts)
+        self._lines = Lines(graph)
+        self._share, self._apart, self._box = cache(_share), cache(_apart), cache(box_of)
+        self._scratch = Scratch()
 
-    def gathered(member: int, state: Mapping[str, torch.Tensor]) -> torch.Tensor | None:
-        if name not in state:
-            return None
-        part = state[name].detach().to(dtype=dtype, device=like.device)
-        for dim, line in enumerate(contributed(member)):
-            part = line.combine(part, dim)
-        return part
+    def fused(self, name: str) -> torch.Tensor:
+        """A tensor of the fused network."""
+        plan, states = self._plan, self._states
+        role = role_of(self._graph, name)
+        owner = self._graph.captured.heads.get(name)
+        if role is Role.COPY:
+            kept = [plan.host if owner is None else owner]
+            ((_, tensor),) = of_each(states, lambda _, state: state[name].detach(), kept)
+            return tensor.clone()
+        like = states[owner or 0][name]
+        given, device, rank, empty = like.dtype, like.device, like.dim(), not like.numel()
+        # A tensor that is made for being read is not to be kept.
+        del like
+        placements = [self._placements[name, d] for d in range(rank)]
+        # Half precision holds weights, not sums of weights.
+        dtype = torch.promote_types(given, torch.float32)
+        result = _Result(zeros([p.size for p in placements], dtype, device), role)
 
-    # A head's own values come last, over those that stand in where a unit is another member's.
-    order = sorted(range(len(states)), key=lambda m: m == owner)
-    for member, part in of_each(states, gathered, order):
-        if part is None or (part.numel() == 0 and like.numel()):
-            continue
-        lines = contributed(member)
-        share = _share(lines, role, plan.n_members)
-        if share.numel() > 1 or share.item() != 1.0:
-            part = part * share.to(part)
-        box = box_of(lines)
-        if box is not None and (role is Role.OWN or not any(_meet(box, other) for other in boxes)):
-            # The common case of whole rows of one member: nothing is added to anything.
-            result[box] = part
-        elif box is not None:
-            result[box] += part
-        else:
-            where = [torch.from_numpy(line.targets).to(like.device) for line in lines]
+        @cache
+        def contributed(member: int) -> tuple[Line, ...]:
+            return self._lines.of(name, placements, member)
+
+        # Only the member whose head it is has a tensor of a head, and only with it there are lines.
+        everyone = range(len(states)) if owner is None else ()
+        apart = owner is None and self._apart(tuple(contributed(m) for m in everyone))
+
+        def gathered(member: int, state: Mapping[str, torch.Tensor]) -> torch.Tensor | None:
+            if name not in state:
+                return None
+            lines = contributed(member)
+            cells = result.cells[self._box(lines)] if apart else None
+            tensor = state[name].detach().to(dtype=dtype, device=device)
+            part = combined(lines, tensor, self._scratch, cells)
+            share = self._share(lines, role, plan.n_members)
+            if share.numel() == 1 and share.item() == 1.0:
+                return part
+            return part.mul_(share.to(part)) if apart else part * share.to(part)
+
+        # A head's own values come last, over those that stand in where a unit is another member's.
+        order = sorted(range(len(states)), key=lambda m: m == owner)
+        for member, part in of_each(states, gathered, order):
+            if part is not None and (part.numel() or empty):
+                lines = contributed(member)
+                result.put(part, lines, self._box(lines))
+        return result.cells.to(given)
+
+
+class _Result:
+    """A fused tensor, to which one member after the other contributes."""
+
+    def __init__(self, cells: torch.Tensor, role: Role) -> None:
+        self.cells, self._role = cells, role
+        self._boxes = list[Box]()
+
+    def put(self, part: torch.Tensor, lines: Sequence[Line], box: Box | None) -> None:
+        """Adds what a member contributes, unless it was written where it stands."""
+        if box is None:
+            where = [torch.from_numpy(line.targets).to(part.device) for line in lines]
             grid = tuple(_along(index, dim, len(where)) for dim, index in enumerate(where))
-            result.index_put_(grid, part, accumulate=role is not Role.OWN)
-        boxes.append(box or whole)
-    return result.to(like.dtype)
+            self.cells.index_put_(grid, part, accumulate=self._role is not Role.OWN)
+        elif part.data_ptr() == self.cells[box].data_ptr():
+            pass
+        elif self._role is Role.OWN or not any(_meet(box, other) for other in self._boxes):
+            # The common case of whole rows of one member: nothing is added to anything.
+            self.cells[box] = part
+        else:
+            self.cells[box] += part
+        self._boxes.append(box or tuple(slice(0, size, 1) for size in self.cells.shape))
+
+
+def _apart(lines: Sequence[Sequence[Line]]) -> bool:
+    """Whether each member contributes to evenly spaced cells, and no two to one cell."""
+    boxes = [box_of(each) for each in lines]
+    found = [box for box in boxes if box is not None]
+    return len(found) == len(boxes) and not any(_meet(*pair) for pair in combinations(found, 2))
 
 
 def _meet(box: Box, other: Box) -> bool:
-    """Whether two members contribute to one cell."""
-    return all(a.start < b.stop and b.start < a.stop for a, b in zip(box, other, strict=True))
+    """Whether two members may contribute to one cell."""
+    return all(_overlap(a, b) for a, b in zip(box, other, strict=True))
+
+
+def _overlap(a: slice, b: slice) -> bool:
+    if a.start >= b.stop or b.start >= a.stop:
+        return False
+    # Those that are spaced alike may lie between one another: the copies of units in a wide layer.
+    return a.step != b.step or bool((a.start - b.start) % a.step == 0)
 
 
 def _share(lines: Sequence[Line], role: Role, n_members: int) -> torch.Tensor:
@@ -166,28 +213,23 @@ def _share(lines: Sequence[Line], role: Role, n_members: int) -> torch.Tensor:
     Along one dimension that is what M gives the member. Of further dimensions that are written only
     the member's own mean is taken, so that the members' shares of a cell sum to one there too.
     """
-    share = torch.ones([1] * len(lines), dtype=torch.float64)
+    rank = len(lines)
+    share = np.ones([1] * rank)
     if role is Role.OWN:
-        return share
+        return torch.as_tensor(share)
     if role is Role.MEAN:
-        return share / n_members
-    none = torch.zeros([1] * len(lines), dtype=torch.bool)
-    owned, output, hosted = none, none, none
+        return torch.as_tensor(share / n_members)
+    owned = output = hosted = np.zeros([1] * rank, dtype=bool)
     for dim, line in enumerate(lines):
-
-        def along(values: NDArray[Any], dim: int = dim) -> torch.Tensor:
-            # What is the same for all indices is said once, and broadcast.
-            uniform = len(values) > 0 and bool((values == values[0]).all())
-            return _along(torch.from_numpy(values[:1] if uniform else values), dim, len(lines))
-
-        share = torch.where(~owned & along(line.owned), along(line.share), share)
-        owned = owned | along(line.owned)
-        output = output | along(line.output)
-        hosted = hosted | along(line.hosted)
+        shape = [-1 if d == dim else 1 for d in range(rank)]
+        own, writes, out, host = (values.reshape(shape) for values in line.shares)
+        share = np.where(~owned & writes, own, share)
+        owned, output, hosted = owned | writes, output | out, hosted | host
     # Where an index means the same to all members, the mean of what they write there is taken, and
     # an output is the mean of theirs; what only the host contributes to is no mean of the members.
-    share = torch.where(owned & ~output, share, 1.0 / n_members)
-    return torch.where(hosted, 1.0, share)
+    share = np.where(owned & ~output, share, 1.0 / n_members)
+    # Of a tensor without dimensions numpy returns a number.
+    return torch.as_tensor(np.where(hosted, 1.0, share))
 
 
 def _along(line: torch.Tensor, dim: int, rank: int) -> torch.Tensor:

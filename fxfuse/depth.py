@@ -18,7 +18,7 @@ from fxfuse.controls import Controls
 from fxfuse.coupling import CouplingGraph, couple
 from fxfuse.errors import MemberMismatchError, RewriteError
 from fxfuse.verify import EXACT, relative_error
-from fxfuse.verify.check import as_double, run
+from fxfuse.verify.check import run
 from fxfuse.widen import captured_at
 
 
@@ -102,8 +102,8 @@ def _check_answers(
     member: Captured, deeper: Captured, missing: Sequence[str], number: int, other: int
 ) -> None:
     """Checks that the deeper network answers as the member does."""
-    expected = run(member, as_double(member.state()))
-    error = relative_error(run(deeper, as_double(deeper.state())), expected)
+    expected = run(member, member.state())
+    error = relative_error(run(deeper, deeper.state()), expected)
     if error > EXACT:
         where = missing[0] if missing else ""
         without = f"without {where} and what belongs to it, " if missing else "with its tensors, "

@@ -45,11 +45,16 @@ def _hash(name: str, tensor: torch.Tensor) -> str:
     digest = hashlib.sha256(repr((name, tuple(tensor.shape), str(tensor.dtype))).encode())
     count = min(tensor.numel(), _SAMPLED)
     if count:
-        chosen = torch.arange(count, dtype=torch.int64) * tensor.numel() // count
-        if tensor.dim():
+        if count < tensor.numel():
+            chosen = torch.arange(count, dtype=torch.int64) * tensor.numel() // count
+            chosen = chosen.to(tensor.device)
             # By index, since flattening would copy a tensor that is not contiguous.
-            index = torch.unravel_index(chosen.to(tensor.device), tensor.shape)
-            tensor = tensor[index]
+            contiguous = tensor.is_contiguous()
+            tensor = (
+                tensor.view(-1)[chosen]
+                if contiguous
+                else tensor[torch.unravel_index(chosen, tensor.shape)]
+            )
         sample = tensor.reshape(-1).cpu().contiguous().resolve_conj()
         digest.update(sample.view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()[:_DIGITS]

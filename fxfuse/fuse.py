@@ -40,6 +40,7 @@ from fxfuse.result import FusionResult
 from fxfuse.same_network import check_same_network
 from fxfuse.scores import check_score
 from fxfuse.streamed import first_member, split_paths, streamed_states
+from fxfuse.twins import captured_each
 from fxfuse.varied import of_all_widths
 from fxfuse.verify import equals_ensemble, equals_heads, handover
 from fxfuse.wide import wide_plan
@@ -477,17 +478,15 @@ def _capture_all(
     kwargs: Mapping[str, Any] | None,
     dynamic_shapes: Any,
 ) -> list[Captured]:
-    captured: list[Captured] = []
-    for member in members:
-        refusal = captured[0].refusal if captured else ""
+    def one(member: nn.Module | ExportedProgram | Captured, first: Captured | None) -> Captured:
         if isinstance(member, Captured):
-            captured.append(member)
-        elif refusal and isinstance(member, nn.Module):
+            return member
+        if first is not None and first.refusal and isinstance(member, nn.Module):
             # torch.export refuses the first one: it is not asked, and does not warn, again.
-            captured.append(capture_eagerly(member, inputs, kwargs, refusal=refusal))
-        else:
-            captured.append(capture(member, inputs, kwargs, dynamic_shapes=dynamic_shapes))
-    return captured
+            return capture_eagerly(member, inputs, kwargs, refusal=first.refusal)
+        return capture(member, inputs, kwargs, dynamic_shapes=dynamic_shapes)
+
+    return captured_each(members, one)
 
 
 def _eager(member: Captured, state: Mapping[str, torch.Tensor]) -> Callable[..., Any]:

@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
+from typing import Any
 
 import numpy as np
 
-from fxfuse.coupling import CouplingGraph, Index, Place
+from fxfuse.coupling import CouplingGraph, CouplingGroup, Index, Place
 from fxfuse.labels import Kind
 from fxfuse.plan import FusionPlan, Weights
 
@@ -193,6 +194,7 @@ def place_units(
     if resized:
         layout = layouts.get(place) or default_layout(graph, place, copies)
     at = _positions(size, layout)
+    landing = {group.name: _landing(group, place, copies, at) for group in groups}
     targets, sources, merge, unmerge = [], [], [], []
     for member in range(plan.n_members):
         fixed = _fixed(graph, plan, place, member)
@@ -202,10 +204,7 @@ def place_units(
             unit_map = plan.map_of(group.name)
             target, unit = unit_map.of_member(member)
             rows, own = group.index[place], _rows(graph, member, group.name, place)
-            count = copies.get(group.name, np.ones(group.n_units, dtype=np.int64))
-            template, copy = unit_copies(count)
-            fused = at[rows[template], copy[:, None]]
-            to.append(fused[target].reshape(-1))
+            to.append(landing[group.name][target].reshape(-1))
             origin.append(own[unit].reshape(-1))
             both = np.stack(unit_map.weights_of(member))
             weights.append(np.repeat(both, rows.shape[1], axis=1))
@@ -216,6 +215,52 @@ def place_units(
         unmerge.append(u)
     fused_size = size if layout is None else layout.size
     return Placement(fused_size, tuple(targets), tuple(sources), tuple(merge), tuple(unmerge))
+
+
+def _landing(group: CouplingGroup, place: Place, copies: Copies, at: Index) -> Index:
+    """Which indices each fused unit of a group owns in a place, int64 [fused units, slots]."""
+    count = copies.get(group.name, np.ones(group.n_units, dtype=np.int64))
+    template, copy = unit_copies(count)
+    return at[group.index[place][template], copy[:, None]]
+
+
+class Placements:
+    """`place_units` for all tensors of a plan: dimensions with the same units share a placement.
+
+    Args:
+        graph: The analysis of the members.
+        plan: Says which unit of which member becomes which fused unit.
+        layouts: As for `place_units`.
+    """
+
+    def __init__(
+        self,
+        graph: CouplingGraph,
+        plan: FusionPlan,
+        layouts: Mapping[Place, Layout] = MappingProxyType({}),
+    ) -> None:
+        self._graph, self._plan, self._layouts = graph, plan, layouts
+        self._copies = copies_of(graph, plan.sizes())
+        self._made: dict[Any, Placement] = {}
+
+    def __getitem__(self, place: Place) -> Placement:
+        """Where units land along a dimension."""
+        # Placements differ wherever members differ in width, or a layout was made for the place.
+        key = place if self._graph.members or place in self._layouts else self._content(place)
+        if key not in self._made:
+            told = self._graph, self._plan, place, self._copies, self._layouts
+            self._made[key] = place_units(*told)
+        return self._made[key]
+
+    def _content(self, place: Place) -> Any:
+        """All of the analysis that a placement depends on."""
+        graph = self._graph
+        reason = graph.frozen.get(place)
+        return (
+            int(graph.captured.tensor(place[0]).shape[place[1]]),
+            tuple((g.name, g.index[place].tobytes()) for g in graph.group_of.get(place, ())),
+            reason and (reason.kind, reason.indices.tobytes()),
+        )
 
 
 def _rows(graph: CouplingGraph, member: int, group: str, place: Place) -> Index:

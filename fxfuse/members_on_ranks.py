@@ -17,6 +17,7 @@ from fxfuse.ranks import Ranks, Spread, State
 from fxfuse.rewrite import named_tensors
 from fxfuse.same_network import check_same_as
 from fxfuse.streamed import first_member, streamed_state, with_tensors
+from fxfuse.twins import captured_twin
 
 
 def members_on_ranks(
@@ -123,7 +124,9 @@ def _state(member: Any, number: int, first: Captured, dynamic_shapes: Any) -> St
         return streamed_state(member, number, first)
     check_model(member)
     args, kwargs = first.example_inputs
-    other = capture(member, args, kwargs, dynamic_shapes=dynamic_shapes)
+    other = captured_twin(first, member) or capture(
+        member, args, kwargs, dynamic_shapes=dynamic_shapes
+    )
     check_same_as(first, other, number)
     return other.state()
 

@@ -6,10 +6,8 @@ import copy
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import nn
 from torch.export import ExportedProgram
 
@@ -29,6 +27,7 @@ from fxfuse.errors import (
     NoWeightsError,
 )
 from fxfuse.same_network import check_constant
+from fxfuse.tensor_file import TensorFile
 from fxfuse.tensors import floating_dtype, is_constant
 
 Network = nn.Module | ExportedProgram | Captured
@@ -66,6 +65,10 @@ class StreamedState(Mapping[str, torch.Tensor]):
             )
         return tensor.to(own.device)
 
+    def __contains__(self, name: object) -> bool:
+        """Whether there is such a tensor; it is not read."""
+        return name in self._names
+
     def __iter__(self) -> Iterator[str]:
         return iter(self._names)
 
@@ -89,11 +92,13 @@ class Stored:
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
         self._held: dict[str, torch.Tensor] = {}
-        self._files: dict[str, Path] = {}
+        self._files: dict[str, TensorFile] = {}
         if self.path.name.endswith(_INDEX):
             self._files = _shards(self.path)
         elif self.path.suffix == _SAFETENSORS:
-            self._files = dict.fromkeys(_names_in(self.path), self.path)
+            check_openable(self.path)
+            file = TensorFile(self.path)
+            self._files = dict.fromkeys(file.shapes, file)
         else:
             # A .pt file is mapped as a whole: its pages are the system's to keep or to drop.
             self._held = read_state_dict(self.path, mmap=True)
@@ -102,14 +107,10 @@ class Stored:
         """For each tensor one without content, of its shape."""
         if self._held:
             return {name: t.to("meta") for name, t in self._held.items()}
-        found: dict[str, torch.Tensor] = {}
-        for file in dict.fromkeys(self._files.values()):
-            with _opened(file) as handle:
-                for name in handle.keys():  # noqa: SIM118 - a handle is no mapping
-                    if self._files.get(name) == file:
-                        shape = handle.get_slice(name).get_shape()
-                        found[name] = torch.empty(shape, device="meta")
-        return found
+        return {
+            name: torch.empty(file.shapes[name], device="meta")
+            for name, file in self._files.items()
+        }
 
     def dtype(self) -> torch.dtype:
         """That of the numbers in it, as `floating_dtype` says."""
@@ -119,9 +120,7 @@ class Stored:
         """A tensor, on the CPU."""
         if self._held:
             return self._held[name]
-        with _opened(self._files[name]) as handle:
-            tensor: torch.Tensor = handle.get_tensor(name)
-        return tensor
+        return self._files[name].read(name)
 
 
 def first_member(template: nn.Module, path: str | Path) -> nn.Module:
@@ -198,7 +197,7 @@ def streamed_state(path: str | Path, number: int, first: Captured) -> StreamedSt
     known = set(shapes)
     restore_tied(shapes, own)
     check_fit(shapes, own, path)
-    names = {name: _stored_name(name, known, first) for name in first.names}
+    names = _stored_names(known, first)
     state = StreamedState(names, stored, first)
     for name in read & own.keys():
         if is_constant(own[name]):
@@ -235,14 +234,14 @@ def split_paths(
     return files, networks
 
 
-def _stored_name(name: str, known: set[str], first: Captured) -> str:
-    """Under which name a tensor is stored; a tied one may be there under another."""
-    tied = [n for n in first.names if first.canonical[n] == first.canonical[name] and n in known]
+def _stored_names(known: set[str], first: Captured) -> dict[str, str]:
+    """Under which name each tensor is stored; a tied one may be there under another."""
     # Of several, the one that loading a module would write last.
-    return tied[-1]
+    last = {first.canonical[name]: name for name in first.names if name in known}
+    return {name: last[first.canonical[name]] for name in first.names}
 
 
-def _shards(index: Path) -> dict[str, Path]:
+def _shards(index: Path) -> dict[str, TensorFile]:
     """The files of a sharded checkpoint, by tensor.
 
     Raises:
@@ -260,27 +259,15 @@ def _shards(index: Path) -> dict[str, Path]:
     for name, file in files.items():
         if Path(file).name != file or file in ("", ".", ".."):
             raise corrupt(index, f"{name} is said to be in {file!r}, outside of the folder")
+    shards: dict[str, TensorFile] = {}
     for file in dict.fromkeys(files.values()):
-        held = set(_names_in(index.parent / file))
+        check_openable(index.parent / file)
+        shards[file] = TensorFile(index.parent / file)
+        held = shards[file].shapes
         lacking = next((n for n, f in files.items() if f == file and n not in held), None)
         if lacking is not None:
             raise corrupt(index, f"{file} lacks {lacking}")
-    return {name: index.parent / file for name, file in files.items()}
-
-
-def _names_in(path: Path) -> list[str]:
-    check_openable(path)
-    with _opened(path) as handle:
-        return list(handle.keys())
-
-
-def _opened(path: Path) -> Any:
-    try:
-        return safe_open(path, framework="pt", device="cpu")
-    except SafetensorError as error:
-        raise corrupt(path, str(error)) from error
-    except OSError as error:
-        raise missing(path, error) from error
+    return {name: shards[file] for name, file in files.items()}
 
 
 def _materialise(module: nn.Module) -> None:

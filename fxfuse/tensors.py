@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import nn
@@ -10,8 +11,9 @@ from torch import nn
 
 def fetch(module: nn.Module, target: str) -> torch.Tensor:
     """The tensor attribute of a dotted name."""
-    prefix, _, leaf = target.rpartition(".")
-    value = getattr(module.get_submodule(prefix), leaf)
+    value: Any = module
+    for part in target.split("."):
+        value = getattr(value, part)
     assert isinstance(value, torch.Tensor)
     return value
 

@@ -180,7 +180,7 @@ def _scored(
 ) -> dict[str, tuple[Index, Weights]]:
     """For each group, all units of several networks, int64 [n, 2], and their scores [n]."""
     pool = {g.name: np.concatenate([part[g.name] for part in parts]) for g in graph.groups}
-    involved = sorted({int(m) for rows in pool.values() for m in rows[:, 0]})
+    involved = sorted({m for rows in pool.values() for m in np.unique(rows[:, 0]).tolist()})
     alive = {
         member: {name: rows[rows[:, 0] == member][:, 1] for name, rows in pool.items()}
         for member in involved

@@ -56,7 +56,8 @@ def magnitude(
 
     def value_of(name: str, weights: torch.Tensor) -> torch.Tensor:
         scale = (1.0 / len(kept)) ** degree if name in outputs else 1.0
-        return scale * (weights.square() if degree == 2 else weights.abs())
+        values = weights.square_() if degree == 2 else weights.abs_()
+        return values if scale == 1.0 else values.mul_(scale)
 
     def scored(member: int, state: State) -> Scores:
         return owned_sums(

@@ -11,12 +11,10 @@ from numpy.typing import NDArray
 
 from fxfuse.coupling import CouplingGraph, Index
 from fxfuse.scores.registry import Scores
+from fxfuse.scratch import BLOCK, Scratch
 
 #: Value of each number of a tensor, by the tensor's name.
 Value = Callable[[str, torch.Tensor], torch.Tensor]
-
-#: Elements that are turned into values at once: few enough to stay in a processor's cache.
-_BLOCK = 1 << 17
 
 
 def owned_sums(
@@ -40,12 +38,13 @@ def owned_sums(
             which members can be compared.
         names: Those of `values` that count; None: all.
         value_of: Value of each number of a tensor, by its name, float64 [*] → float64 [*],
-            elementwise; None: the number itself.
+            elementwise; it may write into what it is given. None: the number itself.
 
     Returns:
         For each group, float64 [n_units].
     """
     sums: Scores = {g.name: np.zeros(g.n_units) for g in graph.groups}
+    scratch = Scratch()
     for name in values if names is None else names:
         tensor = values[name].detach()
         wanted = {
@@ -54,7 +53,7 @@ def owned_sums(
             if (name, dim) in graph.group_of
         }
         made = partial(value_of, name) if value_of is not None else None
-        for dim, line in _lines(tensor, wanted, made).items():
+        for dim, line in _lines(tensor, wanted, made, scratch).items():
             for group in graph.group_of[name, dim]:
                 if name in absent and not all(n in absent for n, _ in group.index):
                     continue
@@ -66,6 +65,7 @@ def _lines(
     tensor: torch.Tensor,
     wanted: Mapping[int, Mapping[int, torch.Tensor]],
     value_of: Callable[[torch.Tensor], torch.Tensor] | None,
+    scratch: Scratch,
 ) -> dict[int, NDArray[np.float64]]:
     """For each dimension, the sums of the values over all others.
 
@@ -73,14 +73,16 @@ def _lines(
         tensor: The numbers.
         wanted: The dimensions, and for each the indices of others that count; all, if left out.
         value_of: Value of each number, or None.
+        scratch: Memory for a block.
     """
     lines = {
         dim: torch.zeros(tensor.shape[dim], dtype=torch.float64, device=tensor.device)
         for dim in wanted
     }
-    rows = max(1, _BLOCK * tensor.shape[0] // max(tensor.numel(), 1)) if tensor.dim() else 1
+    rows = max(1, BLOCK * tensor.shape[0] // max(tensor.numel(), 1)) if tensor.dim() else 1
     for start in range(0, tensor.shape[0] if tensor.dim() and wanted else 0, rows):
-        block = tensor[start : start + rows].to(torch.float64)
+        part = tensor[start : start + rows]
+        block = scratch.empty(part.shape, torch.float64, part.device).copy_(part)
         if value_of is not None:
             block = value_of(block)
         for dim, counting in wanted.items():
@@ -90,13 +92,20 @@ def _lines(
                 if other == 0:
                     here = index[(index >= start) & (index < start + rows)] - start
                 part = part.index_select(other, here.to(block.device))
-            others = [d for d in range(tensor.dim()) if d != dim]
-            line = part.sum(others) if others else part
+            line = _sum_of_others(part, dim)
             if dim == 0:
                 lines[dim][start : start + rows] = line
             else:
                 lines[dim] += line
     return {dim: line.cpu().numpy() for dim, line in lines.items()}
+
+
+def _sum_of_others(values: torch.Tensor, dim: int) -> torch.Tensor:
+    """The sums over all dimensions but one."""
+    # Those in front and those behind apart: torch takes twice as long for both at once.
+    if dim:
+        values = values.sum(list(range(dim)))
+    return values.flatten(1).sum(1) if values.dim() > 1 else values
 
 
 def _existing_elsewhere(
@@ -115,10 +124,11 @@ def _existing(
     graph: CouplingGraph, place: tuple[str, int], kept: Mapping[str, Index]
 ) -> torch.Tensor | None:
     """Indices of a place that no dropped unit owns; None: all of them."""
-    if place not in graph.group_of:
+    groups = graph.group_of.get(place, ())
+    if all(len(kept[group.name]) == group.n_units for group in groups):
         return None
     exists = np.ones(graph.captured.tensor(place[0]).shape[place[1]], dtype=bool)
-    for group in graph.group_of[place]:
+    for group in groups:
         exists[group.index[place].reshape(-1)] = False
         exists[group.index[place][kept[group.name]].reshape(-1)] = True
-    return None if exists.all() else torch.from_numpy(np.flatnonzero(exists))
+    return torch.from_numpy(np.flatnonzero(exists))

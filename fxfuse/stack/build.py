@@ -30,6 +30,7 @@ from fxfuse.stack.reduce import REDUCTIONS, write_output
 from fxfuse.stack.reuse import reuse_memory
 from fxfuse.stack.walk import changes_tensors, walk
 from fxfuse.stack.weights import as_words
+from fxfuse.twins import captured_each
 from fxfuse.verify.check import in_double, inputs_of, relative_error, tensors_of
 
 #: Relative to the largest output, in float64: the members do not meet, so nothing but rounding.
@@ -95,7 +96,9 @@ def stack(
         if not isinstance(member, Captured):
             check_model(member)
     check_alike(members)
-    captured = [_captured(m, example_inputs, example_kwargs, dynamic_shapes) for m in members]
+    captured = captured_each(
+        members, lambda m, _: _captured(m, example_inputs, example_kwargs, dynamic_shapes)
+    )
     check_same_network(captured)
     for member in captured:
         check_values(member.state())

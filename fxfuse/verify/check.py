@@ -15,11 +15,11 @@ from fxfuse.capture import Captured, capture
 from fxfuse.eager import answers
 from fxfuse.errors import VerificationError
 from fxfuse.members import check_values
-from fxfuse.rewrite import FusedModule, emit
+from fxfuse.rewrite import FusedModule
+from fxfuse.verify.in_double import InDouble, lifted, to_double
 
 #: Relative to the largest output, in float64.
 EXACT = 1e-9
-_LOWER = (torch.float32, torch.float16, torch.bfloat16)
 
 
 @dataclass(frozen=True)
@@ -79,22 +79,14 @@ def as_captured(model: Any, inputs: Any, kwargs: Mapping[str, Any] | None) -> Ca
 
 def as_double(state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """Floating-point tensors in float64, complex ones in complex128, the others unchanged."""
-    return {n: _to_double(t) for n, t in state.items()}
-
-
-def _to_double(value: Any) -> Any:
-    if not isinstance(value, torch.Tensor):
-        return value
-    if value.is_complex():
-        return value.to(torch.complex128)
-    return value.double() if value.is_floating_point() else value
+    return {n: to_double(t) for n, t in state.items()}
 
 
 def inputs_of(captured: Captured, *, flip: bool = False) -> Any:
     """The example inputs in float64; flipped: other inputs of the same kind."""
 
     def other(x: Any) -> Any:
-        x = _to_double(x)
+        x = to_double(x)
         if flip and isinstance(x, torch.Tensor) and x.is_floating_point():
             return x.flip(-1) * 0.5 + 0.25
         return x.flip(-1) if flip and isinstance(x, torch.Tensor) and x.dim() else x
@@ -107,33 +99,25 @@ def run(
 ) -> list[torch.Tensor]:
     """Outputs of the captured network with other tensors, in float64.
 
-    The captured graph runs where it is a program, a copy of the user's own module elsewhere.
+    The captured graph runs where it is a program, and reads each tensor when it needs it; a copy of
+    the user's own module runs elsewhere.
 
     Raises:
         NoWeightsError: The network is on the meta device.
         VerificationError: The user's own module cannot run in float64.
     """
-    check_values(state)
     args, kwargs = inputs_of(captured, flip=flip)
     if captured.source is not None and not captured.is_program:
+        check_values(state)
         return _run_eagerly(captured.source, captured.once(as_double(state)), args, kwargs)
-    module = in_double(emit(captured, as_double(state)))
     with torch.no_grad():
-        return tensors_of(module(*args, **kwargs))
+        return tensors_of(InDouble(captured, state).answer(args, kwargs))
 
 
 def in_double(module: FusedModule) -> FusedModule:
-    """The module in float64, and its graph's own casts to a lower precision lifted to float64.
-
-    What a network rounds on purpose (norms in float32, say) would hide what an oracle looks for.
-    """
-
-    def lifted(x: Any) -> Any:
-        return torch.float64 if x in _LOWER else x
-
+    """The module in float64, and its graph's own casts to a lower precision lifted to float64."""
     for node in module.graph.nodes:
-        node.args = pytree.tree_map_only(torch.dtype, lifted, node.args)
-        node.kwargs = pytree.tree_map_only(torch.dtype, lifted, node.kwargs)
+        node.args, node.kwargs = lifted(node.args), lifted(node.kwargs)
     module.recompile()
     return module.double()
 

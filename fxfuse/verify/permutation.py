@@ -10,11 +10,12 @@ import numpy as np
 import torch
 from torch import nn
 
-from fxfuse.apply import permuted, random_permutations
+from fxfuse.apply import moved_tensor, random_permutations
 from fxfuse.capture import Captured
 from fxfuse.controls import Controls
 from fxfuse.coupling import CouplingGraph, CouplingGroup, couple
-from fxfuse.verify.check import EXACT, Check, as_captured, as_double, relative_error, run
+from fxfuse.verify.check import EXACT, Check, as_captured, relative_error, run
+from fxfuse.verify.in_double import Changed, to_double
 from fxfuse.verify.outputs import put_back
 
 #: What a network answers, in float64.
@@ -90,14 +91,16 @@ def _tolerance(
     if error <= EXACT or not isfinite(error):
         return EXACT, 0.0
     generator = torch.Generator().manual_seed(seed)
-    state = as_double(graph.captured.state())
-    rounded = {
-        name: tensor * (1 + _ROUNDING * torch.randn(tensor.shape, generator=generator).to(tensor))
-        if tensor.is_floating_point() or tensor.is_complex()
-        else tensor
-        for name, tensor in state.items()
-    }
-    floor = relative_error(run(graph.captured, rounded), reference)
+
+    def rounded(_: str, tensor: torch.Tensor) -> torch.Tensor:
+        tensor = to_double(tensor)
+        if not (tensor.is_floating_point() or tensor.is_complex()):
+            return tensor
+        noise = torch.randn(tensor.shape, generator=generator).to(tensor)
+        return tensor * (1 + _ROUNDING * noise)
+
+    state = Changed(graph.captured.state(), rounded)
+    floor = relative_error(run(graph.captured, state), reference)
     return max(EXACT, min(_MARGIN * floor, _UNDECIDABLE)), floor
 
 
@@ -123,8 +126,8 @@ def _permuted_error(
     graph: CouplingGraph, groups: Sequence[CouplingGroup], seed: int, reference: Outputs
 ) -> float:
     moves = random_permutations(groups, np.random.default_rng(seed))
-    moved = run(graph.captured, permuted(graph.captured.state(), graph, moves))
-    return relative_error(put_back(graph, moves, moved), reference)
+    state = Changed(graph.captured.state(), lambda name, t: moved_tensor(name, t, graph, moves))
+    return relative_error(put_back(graph, moves, run(graph.captured, state)), reference)
 
 
 def sensitivity(captured: Captured) -> float:

@@ -18,13 +18,13 @@ from fxfuse.verify.check import (
     EXACT,
     Check,
     as_captured,
-    as_double,
     in_double,
     inputs_of,
     relative_error,
     run,
     tensors_of,
 )
+from fxfuse.verify.in_double import doubled
 from fxfuse.verify.outputs import parts
 from fxfuse.wide import wide_plan
 from fxfuse.widen import output_layouts, widen
@@ -82,8 +82,8 @@ def equals_ensemble(
         plan: A plan that keeps every unit of every member.
         hands_out: Whether an output dimension is no interface, so that units are handed out.
     """
-    states = mapped(states, as_double)
-    module = in_double(widen(graph, plan, states))
+    # Each tensor is converted when it is read: beside the wide network there is one at a time.
+    module = in_double(widen(graph, plan, mapped(states, doubled)))
     answers = of_each(states, lambda i, state: run(graph.of_member(i).captured, state))
     outputs = [answer for _, answer in answers]
     args, kwargs = inputs_of(graph.captured)
@@ -114,7 +114,7 @@ def equals_heads(
         members: The members themselves.
         dim: The output's dimension of classes, where heads are handed out as one tensor.
     """
-    module = in_double(widen(graph, plan, [as_double(s) for s in states]))
+    module = in_double(widen(graph, plan, [doubled(s) for s in states]))
     args, kwargs = inputs_of(graph.captured)
     with torch.no_grad():
         found = tensors_of(module(*args, **kwargs))

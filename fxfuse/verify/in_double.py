@@ -1,0 +1,149 @@
+"""A captured network in float64, of whose weights no copy in float64 is kept."""
+
+from __future__ import annotations
+
+import inspect
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import torch
+import torch.fx._pytree as fx_pytree
+import torch.utils._pytree as pytree
+from torch import fx
+
+from fxfuse.capture import Captured
+from fxfuse.members import check_values
+
+_LOWER = (torch.float32, torch.float16, torch.bfloat16)
+
+
+def to_double(value: Any) -> Any:
+    """A floating-point tensor in float64, a complex one in complex128; all else as it is."""
+    if not isinstance(value, torch.Tensor):
+        return value
+    if value.is_complex():
+        return value.to(torch.complex128)
+    return value.double() if value.is_floating_point() else value
+
+
+def lifted(value: Any) -> Any:
+    """Arguments of an operator, with a lower precision that they name lifted to float64.
+
+    What a network rounds on purpose (norms in float32, say) would hide what an oracle looks for.
+    """
+    return pytree.tree_map_only(torch.dtype, lambda x: torch.float64 if x in _LOWER else x, value)
+
+
+class Changed(Mapping[str, torch.Tensor]):
+    """Tensors that are changed when they are read, and not kept.
+
+    Args:
+        state: Tensors by name.
+        change: From a name and its tensor to the one that is handed out.
+    """
+
+    def __init__(
+        self,
+        state: Mapping[str, torch.Tensor],
+        change: Callable[[str, torch.Tensor], torch.Tensor],
+    ) -> None:
+        self._state, self._change = state, change
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        """The changed tensor, a new one each time."""
+        return self._change(name, self._state[name])
+
+    def __contains__(self, name: object) -> bool:
+        """Whether there is such a tensor; it is not changed."""
+        return name in self._state
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._state)
+
+    def __len__(self) -> int:
+        return len(self._state)
+
+
+def doubled(state: Mapping[str, torch.Tensor]) -> Mapping[str, torch.Tensor]:
+    """The tensors in float64, each converted when it is read."""
+    return Changed(state, lambda _, tensor: to_double(tensor))
+
+
+class InDouble(fx.Interpreter):
+    """Runs a captured graph in float64 with other tensors, each read at its first use.
+
+    An exported graph names all of its tensors at its top; to read them there would hold all of them
+    at once.
+
+    Args:
+        captured: A captured network that is a program.
+        state: Tensors by `state_dict()` name, in any precision; none is written to.
+    """
+
+    def __init__(self, captured: Captured, state: Mapping[str, torch.Tensor]) -> None:
+        super().__init__(captured.module)
+        self._captured, self._state = captured, state
+        names = Counter(self._first(n.target) for n in captured.graph.nodes if n.op == "get_attr")
+        #: What several nodes read is one tensor: they see what one of them writes into it.
+        self._shared: dict[str, torch.Tensor | None] = {
+            name: None for name, count in names.items() if count > 1
+        }
+
+    def answer(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+        """What the network answers, called as the captured module is.
+
+        Raises:
+            NoWeightsError: A tensor that it reads is on the meta device.
+        """
+        bound = inspect.signature(self._captured.module.forward).bind(*args, **kwargs)
+        flat = list(bound.arguments.values())
+        form = getattr(self._captured.graph._codegen, "pytree_info", None)
+        if form is not None:
+            # As the module's generated code does it.
+            positional = form.in_spec.child(0).num_children
+            named = dict(zip(form.orig_args[positional:], flat[positional:], strict=True))
+            flat = fx_pytree.tree_flatten_spec((flat[:positional], named), form.in_spec)
+        found = super().run(*flat, enable_io_processing=False)
+        return found if form is None else self._captured.graph.process_outputs(found)
+
+    def get_attr(self, target: Any, args: Any, kwargs: Any) -> Any:
+        """A tensor, still to be read."""
+        return _Unread(self._first(target))
+
+    def map_nodes_to_values(self, args: Any, n: fx.Node) -> Any:
+        """Values of arguments; tensors that nobody has read yet are read."""
+
+        def value(node: fx.Node) -> Any:
+            if isinstance(self.env[node], _Unread):
+                self.env[node] = self._read(self.env[node].name)
+            return self.env[node]
+
+        return fx.map_arg(args, value)
+
+    def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
+        """An operator in float64, also where it names another precision."""
+        return super().call_function(target, lifted(args), lifted(kwargs))
+
+    def _first(self, target: Any) -> str:
+        return self._captured.canonical.get(str(target), str(target))
+
+    def _read(self, name: str) -> torch.Tensor:
+        known = self._shared.get(name)
+        if known is not None:
+            return known
+        own = self._state[name] if name in self._state else self._captured.tensor(name)
+        check_values({name: own})
+        made: torch.Tensor = to_double(own.detach())
+        # The network may write into what it reads.
+        made = made.clone() if made.data_ptr() == own.data_ptr() else made
+        if name in self._shared:
+            self._shared[name] = made
+        return made
+
+
+class _Unread:
+    """Stands for a tensor by its canonical name."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
