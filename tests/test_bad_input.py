@@ -179,6 +179,18 @@ def test_complex_weights_are_fused(method: str):
             assert bool((rows == row).all(1).any())
 
 
+@pytest.mark.parametrize("score", ["l1", "l2"])
+def test_an_imaginary_part_counts_for_scores(score: str):
+    members = [complex_mlp(), complex_mlp()]
+    with torch.no_grad():
+        for name, parameter in members[1].named_parameters():
+            # Without its real part, and larger than the other member's as soon as the rest counts.
+            parameter.copy_(3j * members[0].get_parameter(name).abs())
+    x = torch.randn(3, 4, dtype=torch.complex64)
+    plan = fxfuse.fuse(members, x, score=score).plan
+    assert all(set(one.member.tolist()) == {1} for one in plan.maps)
+
+
 def test_oracles_hold_for_complex_weights():
     x = torch.randn(3, 4, dtype=torch.complex64)
     assert verify.identity(complex_mlp(), x).passed

@@ -70,7 +70,7 @@ def _lines(
     """For each dimension, the sums of the values over all others.
 
     Args:
-        tensor: The numbers.
+        tensor: The numbers; of complex ones the absolute values.
         wanted: The dimensions, and for each the indices of others that count; all, if left out.
         value_of: Value of each number, or None.
         scratch: Memory for a block.
@@ -82,6 +82,8 @@ def _lines(
     rows = max(1, BLOCK * tensor.shape[0] // max(tensor.numel(), 1)) if tensor.dim() else 1
     for start in range(0, tensor.shape[0] if tensor.dim() and wanted else 0, rows):
         part = tensor[start : start + rows]
+        if part.is_complex():
+            part = part.abs()
         block = scratch.empty(part.shape, torch.float64, part.device).copy_(part)
         if value_of is not None:
             block = value_of(block)
