@@ -133,7 +133,8 @@ def fuse(
         fraction: For `transplant`: the share of units that come from other members than the host,
             in [0, 1], or shares by pattern, as `width`; None leaves it to the score.
         reference: For alignment: the member that the others are aligned to, or "mean": each to the
-            mean of the others.
+            mean of the others. Where members differ in width, the result has this member's (member
+            0's for "mean").
         regularisation: For `optimal_transport`: entropic regularisation, in units of the mean cost;
             None is exact.
         calibration: 100 to 1,000 inputs from the members' own domain: a tensor [n, ...], a tuple or
@@ -144,7 +145,7 @@ def fuse(
             for matching; None lets the output's shape decide.
         steps: For `auto`: budget of the matching in steps; without `seconds`: 300.
         seconds: For `auto`: budget of the matching in CPU seconds.
-        width: For `transplant` and `auto`: size of the fused network in units of a member, in
+        width: For `transplant`, `zip` and `auto`: size of the fused network in units of a member, in
             (0, N]; 1 is a member's size, N keeps every unit of every member, which is their mean
             exactly. Or widths by `fnmatch` pattern of the tensors that groups are named after. A
             group that cannot be written in another size keeps its own: the plan's `refused` says
@@ -269,7 +270,6 @@ def fuse(
     graph = couple(network, controls)
     graph = of_all_widths(graph, captured, lambda member: couple(member, controls))
     graph, checks = examined(graph, verify=verify)
-    _check_widths(graph, "transplant" if auto else method)
     inputs = None if calibration is None else Calibration.of(network, calibration)
     _check_calibrated(graph, inputs, auto=auto, refit=refit)
     if auto and hands_out(graph, controls):
@@ -404,23 +404,12 @@ def _check_resizable(sizes: Mapping[str, int], graph: CouplingGraph, method: str
     """Checks that a method works at another width than a member's."""
     if all(sizes[group.name] == group.n_units for group in graph.groups):
         return
-    if method in ("auto", "transplant", "wide"):
+    if method in ("auto", "transplant", "wide", "zip"):
         return
     raise ControlError(
         f"method {method!r} works at a member's width only",
-        why="it gives every fused unit the place of a member's unit",
-        how="leave the width out, or use method='transplant' or 'auto'",
-    )
-
-
-def _check_widths(graph: CouplingGraph, method: str) -> None:
-    """Checks that a method works with members of different widths."""
-    if not graph.members or method in ("transplant", "wide"):
-        return
-    raise ControlError(
-        f"method {method!r} works with members of one width only",
-        why="it compares units with units of the same number",
-        how="use method='transplant' or 'auto'",
+        why="it gives every fused unit the place of a unit of the reference member",
+        how="leave the width out, or use method='transplant', 'zip' or 'auto'",
     )
 
 

@@ -14,7 +14,7 @@ from torchvision.models import densenet, mobilenetv2, resnet, shufflenetv2
 import fxfuse
 from fxfuse import verify
 from fxfuse.coupling import analyze
-from fxfuse.errors import ControlError, MemberMismatchError
+from fxfuse.errors import MemberMismatchError
 from fxfuse.plan import FusionPlan
 from fxfuse.varied import of_all_widths
 from fxfuse.verify.check import as_double, in_double, inputs_of, relative_error, tensors_of
@@ -179,11 +179,6 @@ def test_members_that_differ_in_more_are_refused(other: Callable[[], nn.Module],
 def test_other_classes_are_refused():
     with pytest.raises(MemberMismatchError, match="reaches the network's output"):
         fxfuse.fuse([mlp(6, 0), mlp(8, 1, outputs=4)], X)
-
-
-def test_what_compares_units_by_number_is_refused():
-    with pytest.raises(ControlError, match="one width only"):
-        fxfuse.fuse([mlp(6, 0), mlp(8, 1)], X, method="average")
 
 
 # --- depth ----------------------------------------------------------------------------------------
