@@ -145,8 +145,8 @@ def fuse(
             for matching; None lets the output's shape decide.
         steps: For `auto`: budget of the matching in steps; without `seconds`: 300.
         seconds: For `auto`: budget of the matching in CPU seconds.
-        width: For `transplant`, `zip` and `auto`: size of the fused network in units of a member, in
-            (0, N]; 1 is a member's size, N keeps every unit of every member, which is their mean
+        width: For `transplant`, `zip` and `auto`: size of the fused network in units of a member,
+            in (0, N]; 1 is a member's size, N keeps every unit of every member, which is their mean
             exactly. Or widths by `fnmatch` pattern of the tensors that groups are named after. A
             group that cannot be written in another size keeps its own: the plan's `refused` says
             why.

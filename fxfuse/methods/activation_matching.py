@@ -37,8 +37,8 @@ def activation_matching(
     the same to all inputs correlates with nothing.
 
     Members of different widths: the assignments are rectangular, and what does not correlate
-    positively is no pair. A unit of a wider member that is left over writes nothing, and is read off
-    the unit of its own member that tells most of it, by least squares on their activations.
+    positively is no pair. A unit of a wider member that is left over writes nothing, and is read
+    off the unit of its own member that tells most of it, by least squares on their activations.
 
     Raises:
         CalibrationError: There are no activations, or they do not fit.
