@@ -40,7 +40,7 @@ from fxfuse.result import FusionResult
 from fxfuse.same_network import check_same_network
 from fxfuse.scores import check_score
 from fxfuse.streamed import first_member, split_paths, streamed_states
-from fxfuse.varied import of_all_widths
+from fxfuse.varied import check_host, of_all_widths
 from fxfuse.verify import equals_ensemble, equals_heads, handover
 from fxfuse.wide import wide_plan
 from fxfuse.widen import emit_fused, output_layouts, widen
@@ -269,6 +269,7 @@ def fuse(
     _check_weights(states)
     graph = couple(network, controls)
     graph = of_all_widths(graph, captured, lambda member: couple(member, controls))
+    check_host(graph, host if plan is None else plan.host)
     graph, checks = examined(graph, verify=verify)
     inputs = None if calibration is None else Calibration.of(network, calibration)
     _check_calibrated(graph, inputs, auto=auto, refit=refit)

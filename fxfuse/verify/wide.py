@@ -13,6 +13,7 @@ from fxfuse.controls import Controls
 from fxfuse.coupling import CouplingGraph, couple
 from fxfuse.plan import FusionPlan, Mixing
 from fxfuse.ranks import mapped, of_each
+from fxfuse.same_network import check_same_network
 from fxfuse.varied import of_all_widths
 from fxfuse.verify.check import (
     EXACT,
@@ -54,11 +55,13 @@ def wide_equals_ensemble(
         mixing: `joint` or `per_member`, as in `fxfuse.FusionPlan`.
 
     Raises:
+        MemberMismatchError: The members are not the same network.
         NotEmittedError: torch.export refused a member, so that there is no concatenation to run.
     """
     captured = [as_captured(m, example_inputs, example_kwargs) for m in members]
     for member in captured:
         member.require_program()
+    check_same_network(captured, any_width=True)
     controls = controls or Controls()
     graph = couple(captured[0], controls)
     graph = of_all_widths(graph, captured, lambda member: couple(member, controls))
