@@ -329,6 +329,27 @@ class Images(nn.Module):
         return self.head(x.mean((2, 3)))
 
 
+class Encoder(nn.Module):
+    """Layers of torch, whose views hold batch · heads: one number for the heads of all blocks."""
+
+    def __init__(
+        self, blocks: int, heads: int, inner: int, *, size: int = 4, first: bool = True
+    ) -> None:
+        super().__init__()
+        width = size * heads
+        self.stem, self.head = nn.Linear(8, width), nn.Linear(width, 3)
+        self.blocks = nn.ModuleList(
+            nn.TransformerEncoderLayer(width, heads, inner, norm_first=first, batch_first=True)
+            for _ in range(blocks)
+        )
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.stem(torch.stack([x.roll(i, -1) for i in range(5)], 1))
+        for block in self.blocks:
+            x = block(x)
+        return self.head(x.mean(1))
+
+
 def seeded(make: Callable[[], nn.Module], seed: int) -> nn.Module:
     torch.manual_seed(seed)
     return make().double().eval()
@@ -339,6 +360,7 @@ DIFFERENT: dict[str, tuple[list[Callable[[], nn.Module]], torch.Tensor]] = {
     "deepest first": ([lambda: Stream(3, 8, 6), lambda: Stream(1, 10, 9)], X),
     "norm": ([lambda: Stream(1, 6, 9, norm=True), lambda: Stream(2, 8, 5, norm=True)], X),
     "images": ([lambda: Images(1, 3, 4), lambda: Images(2, 2, 6)], image(dtype=torch.float64)),
+    "encoder": ([lambda: Encoder(1, 2, 6), lambda: Encoder(2, 3, 5)], X),
 }
 
 
@@ -362,6 +384,16 @@ def test_members_of_other_depth_and_width(family: str):
     assert "not in" in result.plan.summary()
     again = fxfuse.fuse(members, x, plan=FusionPlan.from_json(result.plan.to_json()))
     torch.testing.assert_close(again.state_dict(), result.state_dict(), rtol=0, atol=0)
+
+
+def test_what_no_width_and_no_block_explains_is_named():
+    """A block that is normalised after its sum is no identity; heads have one size."""
+    after = [seeded(lambda n=n: Encoder(n, 2, 6, first=False), n) for n in (1, 2)]
+    with pytest.raises(MemberMismatchError, match=r"answers otherwise(.|\n)*norm_first"):
+        fxfuse.fuse(after, X)
+    sizes = [seeded(lambda n=n: Encoder(n, 2, 6, size=3 + n), n) for n in (1, 2)]
+    with pytest.raises(MemberMismatchError, match="no whole number of units of 15"):
+        fxfuse.fuse(sizes, X)
 
 
 def test_the_result_has_the_width_of_the_first_and_the_depth_of_the_deepest():
