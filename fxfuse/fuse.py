@@ -32,7 +32,7 @@ from fxfuse.members import check_alike, check_enough, check_finite, check_model,
 from fxfuse.members_on_ranks import members_on_ranks
 from fxfuse.methods import find_method
 from fxfuse.options import Options, Reference, State
-from fxfuse.plan import FusionPlan, Mixing
+from fxfuse.plan import FusionPlan, Mixing, widths_of
 from fxfuse.planner import make_plan
 from fxfuse.ranks import Ranks, of_each
 from fxfuse.resize import Target, mixing_of, resized
@@ -301,6 +301,7 @@ def fuse(
             members=fingerprints(states),
             absent=absent,
             spaces=spaces,
+            widths=widths_of(graph, len(states), absent),
         )
     else:
         check_plan(plan, graph, states)

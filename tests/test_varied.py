@@ -381,7 +381,16 @@ def test_members_of_other_depth_and_width(family: str):
     lacking = tuple(i for i, depth in enumerate(depths) if depth <= last)
     found = {m for name, m in result.plan.absent.items() if name.startswith(f"blocks.{last}.")}
     assert found == {lacking}
-    assert "not in" in result.plan.summary()
+    summary = result.plan.summary()
+    assert "not in" in summary
+    # Who has how many units of each group, and none of a block that is not there.
+    for group, units in result.plan.widths.items():
+        number = int(group.split(".")[1]) if group.startswith("blocks.") else -1
+        assert [n > 0 for n in units] == [depth > number for depth in depths]
+        taken = result.plan.map_of(group).counts(n)
+        cells = [f"{a} of {b}" if b else "–" for a, b in zip(taken, units, strict=True)]
+        assert f"| `{group}` | {sum(taken)} | {' | '.join(cells)} |" in summary
+    assert FusionPlan.from_json(result.plan.to_json()).widths == result.plan.widths
     again = fxfuse.fuse(members, x, plan=FusionPlan.from_json(result.plan.to_json()))
     torch.testing.assert_close(again.state_dict(), result.state_dict(), rtol=0, atol=0)
 

@@ -86,9 +86,10 @@ def equals_ensemble(
         hands_out: Whether an output dimension is no interface, so that units are handed out.
     """
     states = mapped(states, as_double)
-    module = in_double(widen(graph, plan, states))
+    # Before the concatenation is there: a member and its copy need not be in memory beside it.
     answers = of_each(states, lambda i, state: run(graph.of_member(i).captured, state))
     outputs = [answer for _, answer in answers]
+    module = in_double(widen(graph, plan, states))
     args, kwargs = inputs_of(graph.captured)
     with torch.no_grad():
         wide = tensors_of(module(*args, **kwargs))
