@@ -329,25 +329,25 @@ class Images(nn.Module):
         return self.head(x.mean((2, 3)))
 
 
-class Encoder(nn.Module):
-    """Layers of torch, whose views hold batch · heads: one number for the heads of all blocks."""
+class Attentive(nn.Module):
+    """Attention of torch, whose views hold batch · heads: one number for all blocks."""
 
-    def __init__(
-        self, blocks: int, heads: int, inner: int, *, size: int = 4, first: bool = True
-    ) -> None:
+    def __init__(self, blocks: int, heads: int, size: int = 4, *, first: bool = True) -> None:
         super().__init__()
-        width = size * heads
+        width, self.first = size * heads, first
         self.stem, self.head = nn.Linear(8, width), nn.Linear(width, 3)
         self.blocks = nn.ModuleList(
-            nn.TransformerEncoderLayer(width, heads, inner, norm_first=first, batch_first=True)
+            nn.ModuleList([nn.LayerNorm(width), nn.MultiheadAttention(width, heads)])
             for _ in range(blocks)
         )
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        x = self.stem(torch.stack([x.roll(i, -1) for i in range(5)], 1))
-        for block in self.blocks:
-            x = block(x)
-        return self.head(x.mean(1))
+        x = self.stem(torch.stack([x.roll(i, -1) for i in range(5)]))
+        for norm, attention in self.blocks:
+            y = norm(x) if self.first else x
+            x = x + attention(y, y, y, need_weights=False)[0]
+            x = x if self.first else norm(x)
+        return self.head(x.mean(0))
 
 
 def seeded(make: Callable[[], nn.Module], seed: int) -> nn.Module:
@@ -360,7 +360,7 @@ DIFFERENT: dict[str, tuple[list[Callable[[], nn.Module]], torch.Tensor]] = {
     "deepest first": ([lambda: Stream(3, 8, 6), lambda: Stream(1, 10, 9)], X),
     "norm": ([lambda: Stream(1, 6, 9, norm=True), lambda: Stream(2, 8, 5, norm=True)], X),
     "images": ([lambda: Images(1, 3, 4), lambda: Images(2, 2, 6)], image(dtype=torch.float64)),
-    "encoder": ([lambda: Encoder(1, 2, 6), lambda: Encoder(2, 3, 5)], X),
+    "attention": ([lambda: Attentive(1, 2), lambda: Attentive(2, 3)], X),
 }
 
 
@@ -397,10 +397,10 @@ def test_members_of_other_depth_and_width(family: str):
 
 def test_what_no_width_and_no_block_explains_is_named():
     """A block that is normalised after its sum is no identity; heads have one size."""
-    after = [seeded(lambda n=n: Encoder(n, 2, 6, first=False), n) for n in (1, 2)]
+    after = [seeded(lambda n=n: Attentive(n, 2, first=False), n) for n in (1, 2)]
     with pytest.raises(MemberMismatchError, match=r"answers otherwise(.|\n)*norm_first"):
         fxfuse.fuse(after, X)
-    sizes = [seeded(lambda n=n: Encoder(n, 2, 6, size=3 + n), n) for n in (1, 2)]
+    sizes = [seeded(lambda n=n: Attentive(n, 2, 3 + n), n) for n in (1, 2)]
     with pytest.raises(MemberMismatchError, match="no whole number of units of 15"):
         fxfuse.fuse(sizes, X)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -80,6 +80,23 @@ def as_captured(model: Any, inputs: Any, kwargs: Mapping[str, Any] | None) -> Ca
 def as_double(state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """Floating-point tensors in float64, complex ones in complex128, the others unchanged."""
     return {n: _to_double(t) for n, t in state.items()}
+
+
+class Doubled(Mapping[str, torch.Tensor]):
+    """As `as_double`, one tensor at a time when it is read, so that no second copy is in memory."""
+
+    def __init__(self, state: Mapping[str, torch.Tensor]) -> None:
+        self._state = state
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        doubled: torch.Tensor = _to_double(self._state[name])
+        return doubled
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._state)
+
+    def __len__(self) -> int:
+        return len(self._state)
 
 
 def _to_double(value: Any) -> Any:

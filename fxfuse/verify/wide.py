@@ -18,8 +18,8 @@ from fxfuse.varied import of_all_widths
 from fxfuse.verify.check import (
     EXACT,
     Check,
+    Doubled,
     as_captured,
-    as_double,
     in_double,
     inputs_of,
     relative_error,
@@ -85,7 +85,7 @@ def equals_ensemble(
         plan: A plan that keeps every unit of every member.
         hands_out: Whether an output dimension is no interface, so that units are handed out.
     """
-    states = mapped(states, as_double)
+    states = mapped(states, Doubled)
     # Before the concatenation is there: a member and its copy need not be in memory beside it.
     answers = of_each(states, lambda i, state: run(graph.of_member(i).captured, state))
     outputs = [answer for _, answer in answers]
@@ -118,7 +118,7 @@ def equals_heads(
         members: The members themselves.
         dim: The output's dimension of classes, where heads are handed out as one tensor.
     """
-    module = in_double(widen(graph, plan, [as_double(s) for s in states]))
+    module = in_double(widen(graph, plan, [Doubled(s) for s in states]))
     args, kwargs = inputs_of(graph.captured)
     with torch.no_grad():
         found = tensors_of(module(*args, **kwargs))
