@@ -99,11 +99,11 @@ def fuse(
     Args:
         members: Two or more networks with the same graph, apart from `heads`. They may differ in
             width (the score decides who provides which unit; with width None, the result has member
-            0's size), and in depth, if some lack residual blocks that others have: then all have
-            the deepest one's graph, and a block that a member lacks counts as the identity. Or
-            paths of their checkpoints (`.safetensors`, `*.safetensors.index.json`, weights-only
-            `.pt`): besides the fused network only one member is in memory then, and the result is
-            the same.
+            0's size), in the size of heads and groups (where not all is kept, member 0's are), and
+            in depth, if some lack residual blocks that others have: then all have the deepest
+            one's graph, and a block that a member lacks counts as the identity. Or paths of their
+            checkpoints (`.safetensors`, `*.safetensors.index.json`, weights-only `.pt`): besides
+            the fused network only one member is in memory then, and the result is the same.
         example_inputs: A tensor or a tuple of inputs that the members accept, batch of at least 2.
             Members that torch.export refuses are traced on them, so they should reach every part.
         example_kwargs: Keyword inputs.
