@@ -16,6 +16,7 @@ from fxfuse import verify
 from fxfuse.coupling import analyze
 from fxfuse.errors import MemberMismatchError
 from fxfuse.plan import FusionPlan
+from fxfuse.report.content import gather
 from fxfuse.varied import of_all_widths
 from fxfuse.verify.check import as_double, in_double, inputs_of, relative_error, tensors_of
 from fxfuse.widen import settle, widen
@@ -411,6 +412,11 @@ def test_the_result_has_the_width_of_the_first_and_the_depth_of_the_deepest():
     sizes = result.plan.sizes()
     # A block that member 0 lacks has no width of its own in it.
     assert sizes == {"stem.weight:0": 8, "blocks.0.1.weight:0": 6, "blocks.1.1.weight:0": 9}
+    said = gather(result, title="", members=members)
+    assert "Members differ in width in 2 of 3 groups." in said.verdict
+    assert "(members 0): 4 tensors." in " ".join(said.verdict)
+    assert [share.counts[0] > 0 for share in said.shares] == [True, True, False]
+    assert all(0 < share.kept <= 1 for share in said.shares)
 
 
 def test_a_member_of_another_width_has_to_be_the_same_network_too():
