@@ -15,7 +15,7 @@ import torch
 
 from fxfuse.capture import Captured
 from fxfuse.controls import Controls
-from fxfuse.coupling import CouplingGraph, couple
+from fxfuse.coupling import CouplingGraph, CouplingGroup, couple
 from fxfuse.errors import MemberMismatchError, RewriteError
 from fxfuse.verify import EXACT, relative_error
 from fxfuse.verify.check import run
@@ -83,19 +83,46 @@ def _deeper(
     graph: CouplingGraph, own: Mapping[str, torch.Tensor], number: int, other: int
 ) -> Captured:
     """The deepest network with a member's tensors, and zeros for the parameters that it lacks."""
-    sizes = {}
-    for group in graph.groups:
-        sizes[group.name] = group.n_units
-        for (name, dim), rows in group.index.items():
-            if name in own and len(graph.group_of[(name, dim)]) == 1:
-                more = own[name].shape[dim] - graph.captured.tensor(name).shape[dim]
-                sizes[group.name] += more // rows.shape[1]
-                break
     try:
-        deeper = captured_at(graph, sizes, own)
+        found = {group.name: _own_size(graph, group, own) for group in graph.groups}
     except RewriteError as error:
         raise _mismatch(number, other, error.where, f"in its width, {error.why}") from error
-    return deeper
+    kept = {g.name: found[g.name] or g.n_units for g in graph.groups}
+    alike = {_shape(g): size for g in graph.groups if (size := found[g.name]) is not None}
+    # Heads of all blocks may stand in one size, b · heads: then they are as many in all blocks.
+    twins = {g.name: found[g.name] or alike.get(_shape(g), g.n_units) for g in graph.groups}
+    for sizes in (kept, twins):
+        try:
+            return captured_at(graph, sizes, own)
+        except RewriteError as error:
+            refused = error
+    raise _mismatch(number, other, refused.where, f"in its width, {refused.why}") from refused
+
+
+def _own_size(
+    graph: CouplingGraph, group: CouplingGroup, own: Mapping[str, torch.Tensor]
+) -> int | None:
+    """How many units of a group a member has; None where it lacks the block, or no tensor tells."""
+    for (name, dim), rows in group.index.items():
+        if name in own and len(graph.group_of[(name, dim)]) == 1:
+            more, rest = divmod(
+                own[name].shape[dim] - graph.captured.tensor(name).shape[dim], rows.shape[1]
+            )
+            if rest:
+                raise RewriteError(
+                    "units of another size",
+                    where=f"{name}:{dim}",
+                    why=f"{own[name].shape[dim]} indices are no whole number of units of "
+                    f"{rows.shape[1]} (heads, groups): members of other depth need units of one "
+                    "size",
+                )
+            return group.n_units + int(more)
+    return None
+
+
+def _shape(group: CouplingGroup) -> tuple[int, tuple[int, ...]]:
+    """What groups of the same part of other blocks have in common."""
+    return group.n_units, tuple(rows.shape[1] for rows in group.index.values())
 
 
 def _check_answers(
@@ -117,5 +144,7 @@ def _mismatch(number: int, other: int, where: str, why: str) -> MemberMismatchEr
         where=where,
         why=why,
         how="give members of one architecture; of different depths only if the blocks that one of "
-        "them lacks are residual and the others have the same names",
+        "them lacks are residual and the others have the same names: a block whose sum is "
+        "normalised (norm_first=False), or a network that counts its blocks, is no identity at "
+        "zero",
     )

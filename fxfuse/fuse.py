@@ -32,7 +32,7 @@ from fxfuse.members import check_alike, check_enough, check_finite, check_model,
 from fxfuse.members_on_ranks import members_on_ranks
 from fxfuse.methods import find_method
 from fxfuse.options import Options, Reference, State
-from fxfuse.plan import FusionPlan, Mixing
+from fxfuse.plan import FusionPlan, Mixing, widths_of
 from fxfuse.planner import make_plan
 from fxfuse.ranks import Ranks, of_each
 from fxfuse.resize import Target, mixing_of, resized
@@ -41,7 +41,7 @@ from fxfuse.same_network import check_same_network
 from fxfuse.scores import check_score
 from fxfuse.streamed import first_member, split_paths, streamed_states
 from fxfuse.twins import captured_each
-from fxfuse.varied import of_all_widths
+from fxfuse.varied import check_host, of_all_widths
 from fxfuse.verify import equals_ensemble, equals_heads, handover
 from fxfuse.wide import wide_plan
 from fxfuse.widen import emit_fused, output_layouts, widen
@@ -100,11 +100,11 @@ def fuse(
     Args:
         members: Two or more networks with the same graph, apart from `heads`. They may differ in
             width (the score decides who provides which unit; with width None, the result has member
-            0's size), and in depth, if some lack residual blocks that others have: then all have
-            the deepest one's graph, and a block that a member lacks counts as the identity. Or
-            paths of their checkpoints (`.safetensors`, `*.safetensors.index.json`, weights-only
-            `.pt`): besides the fused network only one member is in memory then, and the result is
-            the same.
+            0's size), in the size of heads and groups (where not all is kept, member 0's are), and
+            in depth, if some lack residual blocks that others have: then all have the deepest
+            one's graph, and a block that a member lacks counts as the identity. Or paths of their
+            checkpoints (`.safetensors`, `*.safetensors.index.json`, weights-only `.pt`): besides
+            the fused network only one member is in memory then, and the result is the same.
         example_inputs: A tensor or a tuple of inputs that the members accept, batch of at least 2.
             Members that torch.export refuses are traced on them, so they should reach every part.
         example_kwargs: Keyword inputs.
@@ -134,7 +134,8 @@ def fuse(
         fraction: For `transplant`: the share of units that come from other members than the host,
             in [0, 1], or shares by pattern, as `width`; None leaves it to the score.
         reference: For alignment: the member that the others are aligned to, or "mean": each to the
-            mean of the others.
+            mean of the others. Where members differ in width, the result has this member's (member
+            0's for "mean").
         regularisation: For `optimal_transport`: entropic regularisation, in units of the mean cost;
             None is exact.
         calibration: 100 to 1,000 inputs from the members' own domain: a tensor [n, ...], a tuple or
@@ -145,8 +146,8 @@ def fuse(
             for matching; None lets the output's shape decide.
         steps: For `auto`: budget of the matching in steps; without `seconds`: 300.
         seconds: For `auto`: budget of the matching in CPU seconds.
-        width: For `transplant` and `auto`: size of the fused network in units of a member, in
-            (0, N]; 1 is a member's size, N keeps every unit of every member, which is their mean
+        width: For `transplant`, `zip` and `auto`: size of the fused network in units of a member,
+            in (0, N]; 1 is a member's size, N keeps every unit of every member, which is their mean
             exactly. Or widths by `fnmatch` pattern of the tensors that groups are named after. A
             group that cannot be written in another size keeps its own: the plan's `refused` says
             why.
@@ -269,8 +270,8 @@ def fuse(
     _check_weights(states)
     graph = couple(network, controls)
     graph = of_all_widths(graph, captured, lambda member: couple(member, controls))
+    check_host(graph, host if plan is None else plan.host)
     graph, checks = examined(graph, verify=verify)
-    _check_widths(graph, "transplant" if auto else method)
     inputs = None if calibration is None else Calibration.of(network, calibration)
     _check_calibrated(graph, inputs, auto=auto, refit=refit)
     if auto and hands_out(graph, controls):
@@ -301,6 +302,7 @@ def fuse(
             members=fingerprints(states),
             absent=absent,
             spaces=spaces,
+            widths=widths_of(graph, len(states), absent),
         )
     else:
         check_plan(plan, graph, states)
@@ -405,23 +407,12 @@ def _check_resizable(sizes: Mapping[str, int], graph: CouplingGraph, method: str
     """Checks that a method works at another width than a member's."""
     if all(sizes[group.name] == group.n_units for group in graph.groups):
         return
-    if method in ("auto", "transplant", "wide"):
+    if method in ("auto", "transplant", "wide", "zip"):
         return
     raise ControlError(
         f"method {method!r} works at a member's width only",
-        why="it gives every fused unit the place of a member's unit",
-        how="leave the width out, or use method='transplant' or 'auto'",
-    )
-
-
-def _check_widths(graph: CouplingGraph, method: str) -> None:
-    """Checks that a method works with members of different widths."""
-    if not graph.members or method in ("transplant", "wide"):
-        return
-    raise ControlError(
-        f"method {method!r} works with members of one width only",
-        why="it compares units with units of the same number",
-        how="use method='transplant' or 'auto'",
+        why="it gives every fused unit the place of a unit of the reference member",
+        how="leave the width out, or use method='transplant', 'zip' or 'auto'",
     )
 
 

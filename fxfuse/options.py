@@ -41,7 +41,7 @@ class Options:
         gradients: For each member, the gradients of the loss on labelled calibration inputs. None:
             measured.
         sizes: Units of each fused group, by its name. None: as many as a member has.
-        absent: Tensors that some members lack.
+        absent: Tensors that some members lack → the numbers of these members.
     """
 
     score: str = "l2"
@@ -56,7 +56,7 @@ class Options:
     )
     gradients: Sequence[Gradients] | None = field(default=None, repr=False, compare=False)
     sizes: Mapping[str, int] | None = field(default=None, compare=False)
-    absent: Collection[str] = field(default=(), compare=False)
+    absent: Mapping[str, Collection[int]] = field(default_factory=dict, compare=False)
 
     def size_of(self, group: CouplingGroup) -> int:
         """How many units a fused group is to have."""

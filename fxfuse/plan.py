@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any, Literal, get_args
@@ -110,6 +110,9 @@ class FusionPlan:
             version wrote.
         origin: Where a network was pruned that had a plan of its own: the digest of that plan.
         spaces: How the heads are handed out.
+        widths: For each group, how many units each member has, where members differ in width; of a
+            block that a member lacks, 0.
+        reasons: Why the host's part of a hosted tensor is frozen, by its name.
     """
 
     method: str
@@ -131,6 +134,8 @@ class FusionPlan:
     members: tuple[Fingerprint, ...] = field(default=(), repr=False)
     origin: str = ""
     spaces: LabelSpaces = field(default_factory=LabelSpaces)
+    widths: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    reasons: Mapping[str, str] = field(default_factory=dict)
 
     def map_of(self, group: str) -> UnitMap:
         """The map of a group.
@@ -212,6 +217,13 @@ class FusionPlan:
             "origin": self.origin,
             "head_outputs": self.spaces.outputs,
             "classes": [list(names) for names in self.spaces.classes],
+            # Not in plans of earlier versions, whose digests stay what they are.
+            **(
+                {"widths": {g: list(units) for g, units in self.widths.items()}}
+                if self.widths
+                else {}
+            ),
+            **({"reasons": dict(self.reasons)} if self.reasons else {}),
         }
 
     @staticmethod
@@ -256,6 +268,8 @@ class FusionPlan:
                 tuple(dict(member) for member in value.get("members", ())),
                 value.get("origin", ""),
                 _read_spaces(value),
+                {group: tuple(map(int, n)) for group, n in value.get("widths", {}).items()},
+                dict(value.get("reasons", {})),
             )
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise PlanError(
@@ -277,8 +291,11 @@ class FusionPlan:
             "|---|---:|" + "---:|" * self.n_members,
         ]
         for m in self.maps:
-            counts = m.counts(self.n_members)
-            lines.append(f"| `{m.group}` | {m.n_units} | " + " | ".join(map(str, counts)) + " |")
+            cells = [str(count) for count in m.counts(self.n_members)]
+            if m.group in self.widths:
+                each = zip(cells, self.widths[m.group], strict=True)
+                cells = [f"{count} of {units}" if units else "–" for count, units in each]
+            lines.append(f"| `{m.group}` | {m.n_units} | " + " | ".join(cells) + " |")
         for title, names in (
             ("Averaged inside the network (an approximation)", self.averaged),
             ("Kept from the host", self.hosted),
@@ -292,7 +309,8 @@ class FusionPlan:
                     if names is self.averaged
                     else ""
                 )
-                lines.append(f"- `{name}`{spread}")
+                why = self.reasons.get(name, "") if names is self.hosted else ""
+                lines.append(f"- `{name}`{spread}" + (f": {why}" if why else ""))
         if self.heads:
             lines += ["", "## Heads, each with its member's own weights", ""]
             lines += [f"- `{name}`: member {member}" for name, member in self.heads.items()]
@@ -506,6 +524,37 @@ def hosted_names(graph: CouplingGraph) -> tuple[str, ...]:
     found = {n for (n, _), r in graph.frozen.items() if r.kind is Kind.HOST and n not in heads}
     wishes = {name for name, wish in graph.asked.items() if wish.kind is Kind.HOST}
     return tuple(n for n in graph.captured.names if n in found or canonical[n] in wishes)
+
+
+def hosted_reasons(graph: CouplingGraph) -> dict[str, str]:
+    """Why tensors are hosted, by name; the first reason of each."""
+    names = set(hosted_names(graph))
+    found: dict[str, str] = {}
+    for (name, _), reason in graph.frozen.items():
+        if name in names and reason.kind is Kind.HOST:
+            found.setdefault(name, reason.why)
+    return found
+
+
+def widths_of(
+    graph: CouplingGraph, n_members: int, absent: Mapping[str, Collection[int]]
+) -> dict[str, tuple[int, ...]]:
+    """For each group, how many units each member has, where members differ in width or depth.
+
+    Args:
+        graph: The analysis of the members.
+        n_members: N.
+        absent: Tensors that some members lack → the numbers of these members.
+    """
+    if not graph.members and not absent:
+        return {}
+    found = {}
+    for group in graph.groups:
+        without = [set(absent.get(name, ())) for name, _ in group.index]
+        lacking = set.intersection(*without)
+        units = [graph.units_of(group.name, member) for member in range(n_members)]
+        found[group.name] = tuple(0 if m in lacking else n for m, n in enumerate(units))
+    return found
 
 
 def copied_names(graph: CouplingGraph) -> tuple[str, ...]:

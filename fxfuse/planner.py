@@ -11,6 +11,7 @@ from fxfuse.plan import (
     FusionPlan,
     copied_names,
     hosted_names,
+    hosted_reasons,
     inner_averages,
     relevant_notes,
 )
@@ -64,4 +65,5 @@ def make_plan(
         copied_names(graph),
         relevant_notes(graph, states),
         graph.captured.heads,
+        reasons=hosted_reasons(graph),
     )

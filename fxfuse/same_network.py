@@ -33,6 +33,10 @@ _SIZES = frozenset(
     }
 )
 
+#: Of these, those in which members may differ although all of their tensors have the same shape:
+#: heads and groups are another number of units of another size then.
+_VIEWS = frozenset({"num_groups", "shape", "size", "sizes"})
+
 
 def check_same_network(members: Sequence[Captured], *, any_width: bool = False) -> None:
     """Checks that the members have one graph, the same tensors and the same constants.
@@ -42,7 +46,9 @@ def check_same_network(members: Sequence[Captured], *, any_width: bool = False) 
 
     Args:
         members: Captured members.
-        any_width: Whether members may have other sizes: shapes, and numbers in the graph.
+        any_width: Whether members may have other sizes: shapes, and numbers in the graph. What the
+            graph calculates with may be another number then, too, as the scale of heads of another
+            size is; `fxfuse.varied` looks at which it is.
 
     Raises:
         MemberMismatchError: Names the first difference.
@@ -68,7 +74,8 @@ def check_same_as(
     programs = first.is_program and other.is_program
     same_sizes = _check_tensors(first, other, number, any_width=any_width and programs)
     if programs:
-        _check_graph(first, other, number, same_sizes=same_sizes)
+        free = (_VIEWS if same_sizes else _SIZES) if any_width else frozenset()
+        _check_graph(first, other, number, free)
     else:
         _check_answers(first, other, number)
 
@@ -154,13 +161,13 @@ def check_constant(
     raise _mismatch("constants", number, name, why)
 
 
-def _check_graph(first: Captured, other: Captured, number: int, *, same_sizes: bool) -> None:
+def _check_graph(first: Captured, other: Captured, number: int, free: frozenset[str]) -> None:
     ours, theirs = list(first.graph.nodes), list(other.graph.nodes)
     position = {node: index for index, node in enumerate(ours)}
     position_theirs = {node: index for index, node in enumerate(theirs)}
     for a, b in zip(ours, theirs, strict=False):
-        line_a = _signature(a, position, sizes=same_sizes)
-        line_b = _signature(b, position_theirs, sizes=same_sizes)
+        line_a = _signature(a, position, free)
+        line_b = _signature(b, position_theirs, free)
         if line_a != line_b:
             raise _mismatch(
                 "graphs",
@@ -180,8 +187,10 @@ def _is_constant(captured: Captured, target: str) -> bool:
     return target not in captured.canonical or is_constant(captured.tensor(target))
 
 
-def _signature(node: fx.Node, position: Mapping[fx.Node, int], *, sizes: bool) -> tuple[Any, ...]:
-    """What a node does to which nodes; without sizes, those among its arguments do not count."""
+def _signature(
+    node: fx.Node, position: Mapping[fx.Node, int], free: frozenset[str]
+) -> tuple[Any, ...]:
+    """What a node does to which nodes; sizes in arguments of these names do not count."""
 
     def plain(value: Any) -> Any:
         return fx.map_arg(value, lambda n: ("node", position[n]))
@@ -189,13 +198,14 @@ def _signature(node: fx.Node, position: Mapping[fx.Node, int], *, sizes: bool) -
     target = node.target if node.op in ("get_attr", "call_function") else ""
     args, kwargs = list(node.args), dict(node.kwargs)
     schema = getattr(node.target, "_schema", None)
-    if not sizes and schema is not None:
+    if free and schema is not None:
+        args, kwargs = pytree.tree_map_only(float, lambda _: "a number", (args, kwargs))
         for place, argument in enumerate(schema.arguments):
-            if argument.name in _SIZES and place < len(args):
+            if argument.name in free and place < len(args):
                 args[place] = _unsized(args[place])
-            elif argument.name in _SIZES and argument.name in kwargs:
+            elif argument.name in free and argument.name in kwargs:
                 kwargs[argument.name] = _unsized(kwargs[argument.name])
-    if not sizes and schema is None and isinstance(node.meta.get("val"), torch.SymInt):
+    if free and schema is None and isinstance(node.meta.get("val"), torch.SymInt):
         # Arithmetic on sizes: a batch times a number of heads.
         args = _unsized(args)
     return (node.op, target, plain(tuple(args)), plain(kwargs))

@@ -254,7 +254,7 @@ def test_transport_goes_from_the_input_on_whatever_the_names(monkeypatch: pytest
     def never(*args: object) -> None:
         raise AssertionError("a group was compared before those that it reads from")
 
-    module = sys.modules["fxfuse.methods.optimal_transport"]
+    module = sys.modules["fxfuse.methods._from_input"]
     monkeypatch.setattr(module, "statistics_distance", never)
     graph = fxfuse.analyze(Backwards().double(), torch.randn(3, 4).double())
     states = permuted_copies(graph, 2)

@@ -14,8 +14,9 @@ from torchvision.models import densenet, mobilenetv2, resnet, shufflenetv2
 import fxfuse
 from fxfuse import verify
 from fxfuse.coupling import analyze
-from fxfuse.errors import ControlError, MemberMismatchError
+from fxfuse.errors import MemberMismatchError
 from fxfuse.plan import FusionPlan
+from fxfuse.report.content import gather
 from fxfuse.varied import of_all_widths
 from fxfuse.verify.check import as_double, in_double, inputs_of, relative_error, tensors_of
 from fxfuse.widen import settle, widen
@@ -148,8 +149,6 @@ def test_heads_are_chosen_whole():
     result = fxfuse.fuse(members, X, width=2)
     mean = torch.stack([member(X) for member in members]).mean(0)
     torch.testing.assert_close(result.module(X), mean)
-    with pytest.raises(MemberMismatchError, match="in more than its number of units"):
-        fxfuse.fuse([Heads(2).double(), Heads(2, size=6).double()], X)
 
 
 class Strided(nn.Module):
@@ -179,11 +178,6 @@ def test_members_that_differ_in_more_are_refused(other: Callable[[], nn.Module],
 def test_other_classes_are_refused():
     with pytest.raises(MemberMismatchError, match="reaches the network's output"):
         fxfuse.fuse([mlp(6, 0), mlp(8, 1, outputs=4)], X)
-
-
-def test_what_compares_units_by_number_is_refused():
-    with pytest.raises(ControlError, match="one width only"):
-        fxfuse.fuse([mlp(6, 0), mlp(8, 1)], X, method="average")
 
 
 # --- depth ----------------------------------------------------------------------------------------
@@ -336,6 +330,27 @@ class Images(nn.Module):
         return self.head(x.mean((2, 3)))
 
 
+class Attentive(nn.Module):
+    """Attention of torch, whose views hold batch · heads: one number for all blocks."""
+
+    def __init__(self, blocks: int, heads: int, size: int = 4, *, first: bool = True) -> None:
+        super().__init__()
+        width, self.first = size * heads, first
+        self.stem, self.head = nn.Linear(8, width), nn.Linear(width, 3)
+        self.blocks = nn.ModuleList(
+            nn.ModuleList([nn.LayerNorm(width), nn.MultiheadAttention(width, heads)])
+            for _ in range(blocks)
+        )
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.stem(torch.stack([x.roll(i, -1) for i in range(5)]))
+        for norm, attention in self.blocks:
+            y = norm(x) if self.first else x
+            x = x + attention(y, y, y, need_weights=False)[0]
+            x = x if self.first else norm(x)
+        return self.head(x.mean(0))
+
+
 def seeded(make: Callable[[], nn.Module], seed: int) -> nn.Module:
     torch.manual_seed(seed)
     return make().double().eval()
@@ -346,6 +361,7 @@ DIFFERENT: dict[str, tuple[list[Callable[[], nn.Module]], torch.Tensor]] = {
     "deepest first": ([lambda: Stream(3, 8, 6), lambda: Stream(1, 10, 9)], X),
     "norm": ([lambda: Stream(1, 6, 9, norm=True), lambda: Stream(2, 8, 5, norm=True)], X),
     "images": ([lambda: Images(1, 3, 4), lambda: Images(2, 2, 6)], image(dtype=torch.float64)),
+    "attention": ([lambda: Attentive(1, 2), lambda: Attentive(2, 3)], X),
 }
 
 
@@ -366,9 +382,28 @@ def test_members_of_other_depth_and_width(family: str):
     lacking = tuple(i for i, depth in enumerate(depths) if depth <= last)
     found = {m for name, m in result.plan.absent.items() if name.startswith(f"blocks.{last}.")}
     assert found == {lacking}
-    assert "not in" in result.plan.summary()
+    summary = result.plan.summary()
+    assert "not in" in summary
+    # Who has how many units of each group, and none of a block that is not there.
+    for group, units in result.plan.widths.items():
+        number = int(group.split(".")[1]) if group.startswith("blocks.") else -1
+        assert [n > 0 for n in units] == [depth > number for depth in depths]
+        taken = result.plan.map_of(group).counts(n)
+        cells = [f"{a} of {b}" if b else "–" for a, b in zip(taken, units, strict=True)]
+        assert f"| `{group}` | {sum(taken)} | {' | '.join(cells)} |" in summary
+    assert FusionPlan.from_json(result.plan.to_json()).widths == result.plan.widths
     again = fxfuse.fuse(members, x, plan=FusionPlan.from_json(result.plan.to_json()))
     torch.testing.assert_close(again.state_dict(), result.state_dict(), rtol=0, atol=0)
+
+
+def test_what_no_width_and_no_block_explains_is_named():
+    """A block that is normalised after its sum is no identity; heads have one size."""
+    after = [seeded(lambda n=n: Attentive(n, 2, first=False), n) for n in (1, 2)]
+    with pytest.raises(MemberMismatchError, match=r"answers otherwise(.|\n)*norm_first"):
+        fxfuse.fuse(after, X)
+    sizes = [seeded(lambda n=n: Attentive(n, 2, 3 + n), n) for n in (1, 2)]
+    with pytest.raises(MemberMismatchError, match="no whole number of units of 15"):
+        fxfuse.fuse(sizes, X)
 
 
 def test_the_result_has_the_width_of_the_first_and_the_depth_of_the_deepest():
@@ -377,6 +412,11 @@ def test_the_result_has_the_width_of_the_first_and_the_depth_of_the_deepest():
     sizes = result.plan.sizes()
     # A block that member 0 lacks has no width of its own in it.
     assert sizes == {"stem.weight:0": 8, "blocks.0.1.weight:0": 6, "blocks.1.1.weight:0": 9}
+    said = gather(result, title="", members=members)
+    assert "Members differ in width in 2 of 3 groups." in said.verdict
+    assert "(members 0): 4 tensors." in " ".join(said.verdict)
+    assert [share.counts[0] > 0 for share in said.shares] == [True, True, False]
+    assert all(0 < share.kept <= 1 for share in said.shares)
 
 
 def test_a_member_of_another_width_has_to_be_the_same_network_too():

@@ -12,6 +12,9 @@ import fxfuse
 from fxfuse.calibrate import elimination, unit_activations
 from fxfuse.calibration import Calibration
 from fxfuse.coupling import analyze
+from fxfuse.errors import MemberMismatchError, RefineError
+from fxfuse.layout import copies_of, place_units
+from fxfuse.refine import match, refit, repair
 from fxfuse.varied import of_all_widths
 from tests.models import excite, image
 from tests.nets import mean_of
@@ -159,21 +162,76 @@ def test_labelled_inputs_score_every_member_in_its_own_graph(score: str):
     assert result.plan.sizes()["0.weight:0"] == 6
 
 
+class Deep(nn.Module):
+    """Residual blocks on a stream."""
+
+    def __init__(self, blocks: int, width: int) -> None:
+        super().__init__()
+        self.stem, self.head = nn.Linear(8, width), nn.Linear(width, 3)
+        parts = [[nn.Linear(width, 9), nn.ReLU(), nn.Linear(9, width)] for _ in range(blocks)]
+        self.blocks = nn.ModuleList([nn.Sequential(*part) for part in parts])
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.stem(x)
+        for block in self.blocks:
+            x = x + block(x)
+        return self.head(x)
+
+
 def test_members_of_other_depth_are_measured_too():
-    class Deep(nn.Module):
-        def __init__(self, blocks: int, width: int) -> None:
-            super().__init__()
-            self.stem, self.head = nn.Linear(8, width), nn.Linear(width, 3)
-            parts = [[nn.Linear(width, 9), nn.ReLU(), nn.Linear(9, width)] for _ in range(blocks)]
-            self.blocks = nn.ModuleList([nn.Sequential(*part) for part in parts])
-
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
-            x = self.stem(x)
-            for block in self.blocks:
-                x = x + block(x)
-            return self.head(x)
-
     members = [excited(lambda: Deep(1, 12), 0, X), excited(lambda: Deep(2, 16), 1, X)]
     plain = fxfuse.fuse(members, X[:4], score="obs", calibration=X)
     result = fxfuse.fuse(members, X[:4], score="obs", calibration=X, refit=True, outputs="values")
     assert far(result.module, members, X) < 0.7 * far(plain.module, members, X)
+
+
+def test_refit_repair_and_match_take_results_of_different_widths():
+    members, x = members_of("images"), FAMILIES["images"][1]
+    result = fxfuse.fuse(members, x[:4], width=1.5)
+    both = fxfuse.fuse(members, x[:4], width=1.5, calibration=x, refit=True, outputs="values")
+    plain = far(result.module, members, x)
+    report = refit(result, members, x, outputs="values")
+    assert [fit.weight for fit in report.layers if fit.fitted]
+    torch.testing.assert_close(result.state_dict(), both.state_dict(), rtol=0, atol=0)
+    refitted = far(result.module, members, x)
+    match(result.module, members, x, outputs="values", steps=10)
+    assert refitted < 0.5 * plain
+    assert far(result.module, members, x) < plain
+    with pytest.raises(MemberMismatchError, match="member 0 is not one of those"):
+        refit(result, members[::-1], x)
+
+
+def test_refit_takes_members_without_a_block():
+    members = [excited(lambda: Deep(1, 12), 0, X), excited(lambda: Deep(2, 16), 1, X)]
+    result = fxfuse.fuse(members, X[:4])
+    both = fxfuse.fuse(members, X[:4], calibration=X, refit=True, outputs="values")
+    refit(result, members, X, outputs="values")
+    torch.testing.assert_close(result.state_dict(), both.state_dict(), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("width", [None, 0.5, 1.5])
+def test_repaired_units_vary_as_they_do_in_their_members(width: float | None):
+    members = [mlp(6, 0), mlp(12, 1)]
+    result = fxfuse.fuse(members, X[:4], width=width, mixing="joint")
+    report = repair(result, members, X)
+    assert report.layers == ("0.weight", "2.weight")
+    units = result.plan.map_of("2.weight:0")
+    place, layout = ("2.weight", 0), copies_of(result.graph, result.plan.sizes())
+    placed = place_units(result.graph, result.plan, place, layout)
+    with torch.no_grad():
+        each = [member[:3](X) for member in members]
+        named = result.module.get_parameter
+        hidden = (X @ named("0.weight").T + named("0.bias")).relu()
+        found = hidden @ named("2.weight").T + named("2.bias")
+    assert sum(map(len, placed.targets)) == units.n_units
+    for own, targets, sources in zip(each, placed.targets, placed.sources, strict=True):
+        for statistic in (torch.mean, torch.std):
+            torch.testing.assert_close(
+                statistic(found[:, targets], 0), statistic(own[:, sources], 0), rtol=1e-4, atol=1e-4
+            )
+
+
+def test_what_is_the_mean_already_is_not_repaired():
+    members, x = members_of("heads"), FAMILIES["heads"][1]
+    with pytest.raises(RefineError, match="nothing to repair"):
+        repair(fxfuse.fuse(members, x[:4], width=2), members, x)

@@ -6,16 +6,18 @@ from collections.abc import Callable, Mapping
 
 import numpy as np
 import torch
+from torch import nn
 
 from fxfuse.calibrated import Matrix, matrix_of
 from fxfuse.coupling import CouplingGraph, CouplingGroup, Index, Place
 from fxfuse.options import State
+from fxfuse.plan import is_written
 
 #: Tensors in float64 by canonical name.
 Tensors = Mapping[str, Matrix]
 
-#: Moves the units of a group: rows [n_units, *] of a member → rows of the reference's units.
-Move = Callable[[CouplingGroup, Matrix], Matrix]
+#: Moves the units of a group at a place: rows [n_units, *] of a member → rows of the frame's units.
+Move = Callable[[CouplingGroup, Place, Matrix], Matrix]
 
 
 def real_tensors(graph: CouplingGraph, state: State) -> dict[str, Matrix]:
@@ -41,26 +43,71 @@ def units_of(weight: Matrix, dim: int, rows: Index) -> Matrix:
 
 
 def moved(
-    graph: CouplingGraph, name: str, weight: Matrix, move: Move, *, skip: int | None = None
+    graph: CouplingGraph,
+    name: str,
+    weight: Matrix,
+    move: Move,
+    *,
+    frame: CouplingGraph | None = None,
+    skip: int | None = None,
 ) -> Matrix:
     """A tensor with the units of every group moved, along every dimension but one.
 
     Args:
-        graph: The analysis of the members.
+        graph: The analysis of the member that it is of.
         name: Canonical name of the tensor.
         weight: The tensor.
         move: What becomes of the units of a group.
+        frame: The analysis of the network to whose units they are moved, where that is another one.
         skip: The dimension that stays as it is.
     """
+    frame = frame or graph
     for dim in range(weight.ndim):
-        for group in graph.group_of.get((name, dim), ()) if dim != skip else ():
-            rows = group.index[(name, dim)]
-            front = np.moveaxis(weight, dim, 0)
+        place = (name, dim)
+        groups = graph.group_of.get(place, ()) if dim != skip else ()
+        if not groups:
+            continue
+        front = np.moveaxis(weight, dim, 0)
+        size = frame.captured.tensor(name).shape[dim]
+        changed = np.empty((size, *front.shape[1:]))
+        changed[_rest(frame, place)] = front[_rest(graph, place)]
+        for group in groups:
+            rows, to = group.index[place], rows_of(frame, group.name, place)
             owned = front[rows.reshape(-1)].reshape(len(rows), -1)
-            changed = front.copy()
-            changed[rows.reshape(-1)] = move(group, owned).reshape(rows.size, *front.shape[1:])
-            weight = np.moveaxis(changed, 0, dim)
+            found = move(group, place, owned)
+            changed[to.reshape(-1)] = found.reshape(to.size, *front.shape[1:])
+        weight = np.moveaxis(changed, 0, dim)
     return weight
+
+
+def rows_of(graph: CouplingGraph, group: str, place: Place) -> Index:
+    """Which indices each unit of a group owns in a place, int64 [n_units, slots]."""
+    return next(g.index[place] for g in graph.group_of[place] if g.name == group)
+
+
+def _rest(graph: CouplingGraph, place: Place) -> Index:
+    """The indices of a place that no group owns."""
+    size = graph.captured.tensor(place[0]).shape[place[1]]
+    owned = [group.index[place].reshape(-1) for group in graph.group_of.get(place, ())]
+    return np.setdiff1d(np.arange(size), np.concatenate([np.empty(0, np.int64), *owned]))
+
+
+def writing_places(graph: CouplingGraph, group: CouplingGroup) -> list[Place]:
+    """The slots of a group's units in the parameters that write them."""
+    return [
+        place
+        for place in own_places(graph, group)
+        if isinstance(graph.captured.tensor(place[0]), nn.Parameter) and is_written(graph, place)
+    ]
+
+
+def written(graph: CouplingGraph, group: CouplingGroup, tensors: Tensors) -> Matrix:
+    """The parameters that write each unit of a member, [n_units, k]."""
+    parts = [
+        units_of(tensors[name], dim, group.index[(name, dim)])
+        for name, dim in writing_places(graph, group)
+    ]
+    return np.concatenate([np.empty((group.n_units, 0)), *parts], axis=1)
 
 
 def statistics(graph: CouplingGraph, group: CouplingGroup, tensors: Tensors) -> Matrix:
@@ -73,10 +120,13 @@ def statistics(graph: CouplingGraph, group: CouplingGroup, tensors: Tensors) -> 
 
 
 def statistics_distance(
-    graph: CouplingGraph, group: CouplingGroup, a: Tensors, b: Tensors
+    frame: CouplingGraph, graph: CouplingGraph, group: str, ours: Tensors, theirs: Tensors
 ) -> Matrix:
-    """Squared distance of the statistics of the units of two members, each relative, [n, n]."""
-    ours, theirs = statistics(graph, group, a), statistics(graph, group, b)
-    scale = np.maximum(np.abs(ours).max(axis=0), 1e-12)
-    distance: Matrix = (((ours[:, None] - theirs[None]) / scale) ** 2).sum(axis=2)
+    """Squared distance of the statistics of the units of two members, each relative, [n, m]."""
+    first, second = (
+        statistics(g, next(x for x in g.groups if x.name == group), tensors)
+        for g, tensors in ((frame, ours), (graph, theirs))
+    )
+    scale = np.maximum(np.abs(first).max(axis=0), 1e-12)
+    distance: Matrix = (((first[:, None] - second[None]) / scale) ** 2).sum(axis=2)
     return distance

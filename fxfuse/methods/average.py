@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
+
 from fxfuse.coupling import CouplingGraph
-from fxfuse.methods._alignment import averaged, identity_orders
+from fxfuse.methods._alignment import averaged, frame_of, identity_orders, lacking
 from fxfuse.methods.registry import check_variant, method
 from fxfuse.options import Options, State
 from fxfuse.plan import UnitMap
@@ -15,7 +17,20 @@ from fxfuse.plan import UnitMap
 def average(graph: CouplingGraph, states: Sequence[State], options: Options) -> tuple[UnitMap, ...]:
     """M = I/N, U = I: the mean of the members' weights, index by index.
 
-    Only members whose units correspond already (fine-tuned from one network, say) average well.
+    Only members whose units correspond already (fine-tuned from one network, say) average well. Of
+    members of different widths, the frame is the reference's width (member 0's for "mean"): unit k
+    is the mean of the members that have one, as where narrow networks are the first units of wide
+    ones (Diao et al., "HeteroFL", arXiv:2010.01264), and further units are left out.
+
+    Raises:
+        ControlError: There is no such reference member, or it lacks blocks that others have.
+        UnknownMethodError: A variant was asked for.
     """
     check_variant("average", options, ())
-    return averaged(graph, [identity_orders(graph) for _ in range(len(states))])
+    frame = graph.of_member(frame_of(graph, len(states), options))
+    orders = []
+    for member in range(len(states)):
+        missing = lacking(graph, options, member)
+        every = identity_orders(graph.of_member(member), frame)
+        orders.append({k: np.full_like(o, -1) if k in missing else o for k, o in every.items()})
+    return averaged(frame, orders)

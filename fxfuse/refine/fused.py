@@ -39,16 +39,31 @@ class Fused(Protocol):
 def states_of(result: Fused, members: Sequence[Member]) -> Sequence[Mapping[str, torch.Tensor]]:
     """The tensors of the members that were fused, by their names in the fused network.
 
+    Of a block that a member lacks, parameters are zero, as they were in the fusion.
+
     Raises:
         MemberMismatchError: These are not the members that were fused.
     """
     captured = result.graph.captured
+    _check_count(result, members)
     own = [
         member.state() if isinstance(member, Captured) else state_of(member) for member in members
     ]
     states = [joined_state(captured, i, state) for i, state in enumerate(own)]
+    states = [{**_absent(result, i), **state} for i, state in enumerate(states)]
     _check_members(result, states)
     return states
+
+
+def _absent(result: Fused, member: int) -> dict[str, torch.Tensor]:
+    """What stands for the tensors that a member lacks, by name."""
+    captured = result.graph.of_member(member).captured
+    names = [name for name, numbers in result.plan.absent.items() if member in numbers]
+    found = {name: captured.tensor(name) for name in names}
+    return {
+        name: torch.zeros_like(tensor) if isinstance(tensor, nn.Parameter) else tensor.clone()
+        for name, tensor in found.items()
+    }
 
 
 def measurable(
@@ -89,14 +104,17 @@ def check_one_head(result: Fused, what: str, why: str) -> None:
         )
 
 
-def _check_members(result: Fused, states: Sequence[Mapping[str, torch.Tensor]]) -> None:
-    if len(states) != result.plan.n_members:
+def _check_count(result: Fused, members: Sequence[Member]) -> None:
+    if len(members) != result.plan.n_members:
         raise MemberMismatchError(
-            f"{len(states)} members given, {result.plan.n_members} were fused",
+            f"{len(members)} members given, {result.plan.n_members} were fused",
             how="pass the members of the fusion, in the same order",
         )
-    captured = result.graph.captured
+
+
+def _check_members(result: Fused, states: Sequence[Mapping[str, torch.Tensor]]) -> None:
     for number, state in enumerate(states):
+        captured = result.graph.of_member(number).captured
         for name in captured.names:
             tensor = captured.tensor(name)
             if captured.heads.get(name, number) != number:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -22,8 +22,10 @@ from fxfuse.calibrate.layers import Layer, layers_of, name_of
 from fxfuse.calibration import Calibration
 from fxfuse.capture import Captured
 from fxfuse.coupling import CouplingGraph
+from fxfuse.errors import RefineError
 from fxfuse.refine.fused import Fused, Member, check_one_head, measurable
 from fxfuse.rules.registry import argument_of
+from fxfuse.widen import Resized, resized_of
 
 _BATCH_NORM = torch.ops.aten.batch_norm.default
 
@@ -70,29 +72,60 @@ def repair(result: Fused, members: Sequence[Member], inputs: Any) -> RepairRepor
         MemberMismatchError: These are not the members that were fused.
         NotEmittedError: The members were traced: there is no graph to run.
         PartialFusionError: The network has several heads.
+        RefineError: The members run one by one in it, so that it is their mean already.
     """
     check_one_head(result, "repaired", why="the members' trunks lead to different outputs")
     states, calibration = measurable(result, members, inputs)
-    captured = result.graph.captured
+    if result.plan.mixing == "per_member":
+        raise RefineError(
+            "There is nothing to repair.",
+            why="The members run one by one in this network, so it is exactly their mean.",
+            how='Fuse with a smaller width, or with mixing="joint".',
+        )
+    graph, captured = result.graph, result.graph.captured
+    resized = resized_of(graph, result.plan) or _same(captured)
     norms = _norms_of(captured)
-    free = _free_layers(result.graph)
+    free = _free_layers(graph)
     layers = [layer for layer in free if not any(user in norms for user in layer.node.users)]
-    wanted = _wanted(Targets(result.graph, result.plan), captured, layers, states, calibration)
+    layers = [layer for layer in layers if layer.node in resized.nodes]
+    targets = Targets(graph, result.plan, resized.layouts)
+    wanted = _wanted(targets, graph, layers, states, calibration)
     state = {name: tensor.clone() for name, tensor in result.module.state_dict().items()}
-    lane = Lane(captured, state, calibration, name="the fused network")
-    rescaled = {layer.node: layer for layer in layers if layer in wanted}
-    for node in captured.graph.nodes:
-        if node in norms:
-            _reset(lane, node, norms[node], state)
+    lane = Lane(
+        captured,
+        state,
+        calibration,
+        name="the fused network",
+        graph=resized.graph,
+        constants=resized.constants,
+    )
+    rescaled = {resized.nodes[layer.node]: layer for layer in layers if layer in wanted}
+    own_norms = {resized.nodes[n]: names for n, names in norms.items() if n in resized.nodes}
+    for node in lane.nodes:
+        if node in own_norms:
+            _reset(lane, node, own_norms[node], state)
         elif node in rescaled:
-            _rescale(lane, rescaled[node], *wanted[rescaled[node]], state)
+            layer = rescaled[node]
+            _rescale(lane, _written(layer, node), *wanted[layer], state)
     result.module.load_state_dict(state)
     return RepairReport(
         tuple(layer.weight for layer in rescaled.values()),
         tuple(layer.weight for layer in rescaled.values() if not layer.bias),
-        tuple(mean for mean, _ in norms.values()),
-        tuple(layer.weight for layer in free if layer.node not in rescaled),
+        tuple(mean for mean, _ in own_norms.values()),
+        tuple(layer.weight for layer in free if layer not in rescaled.values()),
     )
+
+
+def _same(captured: Captured) -> Resized:
+    """The fused network of a member's size: its graph is the members'."""
+    return Resized(captured.graph, {}, {node: node for node in captured.graph.nodes}, {})
+
+
+def _written(layer: Layer, node: fx.Node) -> Layer:
+    """A layer as it stands in the graph of the fused network."""
+    read = node.args[layer.node.args.index(layer.input)]
+    assert isinstance(read, fx.Node)
+    return replace(layer, node=node, input=read)
 
 
 def _norms_of(captured: Captured) -> dict[fx.Node, tuple[str, str]]:
@@ -123,7 +156,7 @@ def _free_layers(graph: CouplingGraph) -> list[Layer]:
 
 def _wanted(
     targets: Targets,
-    captured: Captured,
+    graph: CouplingGraph,
     layers: Sequence[Layer],
     states: Sequence[Mapping[str, Tensor]],
     calibration: Calibration,
@@ -132,10 +165,11 @@ def _wanted(
     means: dict[Layer, list[Tensor]] = {layer: [] for layer in layers}
     deviations: dict[Layer, list[Tensor]] = {layer: [] for layer in layers}
     for number, state in enumerate(states):
-        lane = Lane(captured, state, calibration, name=f"member {number}")
+        lane = Lane(graph.of_member(number).captured, state, calibration, name=f"member {number}")
         for layer in layers:
-            lane.run_to(layer.node)
-            values = lane.value(layer.node)
+            node = graph.node_of(layer.node, number)
+            lane.run_to(node)
+            values = lane.value(node)
             mean, variance = _moments(layer.output_rows(y) for y in values)
             means[layer].append(_spread(layer, mean, values[0]))
             deviations[layer].append(_spread(layer, variance.sqrt(), values[0]))

@@ -143,6 +143,15 @@ def _verdict(result: FusionResult, rows: Sequence[Network]) -> tuple[str, ...]:
     if plan.notes:
         treated = "once for each member" if plan.mixing == "per_member" else "over all members"
         said.append(f"{len(plan.notes)} operators mix members; they run {treated}.")
+    differ = [group for group, units in plan.widths.items() if len({*units} - {0}) > 1]
+    if differ:
+        said.append(f"Members differ in width in {len(differ)} of {len(plan.widths)} groups.")
+    if plan.absent:
+        who = sorted({member for members in plan.absent.values() for member in members})
+        said.append(
+            f"Blocks that are the identity where members lack them (members "
+            f"{', '.join(map(str, who))}): {len(plan.absent)} tensors."
+        )
     if plan.refused:
         said.append(f"{len(plan.refused)} groups keep a member's size.")
     return tuple(said)

@@ -13,6 +13,7 @@ from fxfuse.coupling import CouplingGraph
 from fxfuse.errors import CalibrationError, UnknownScoreError
 from fxfuse.options import Options
 from fxfuse.plan import UnitMap
+from fxfuse.refine.fused import states_of
 from fxfuse.result import FusionResult
 from fxfuse.scores import score_units
 
@@ -99,12 +100,12 @@ def _kept(
 ) -> dict[str, float]:
     """Share of the members' score that every group keeps; empty where it needs data."""
     plan = result.plan
-    options = Options(plan.options.get("score", _DEFAULT_SCORE))
+    options = Options(plan.options.get("score", _DEFAULT_SCORE), absent=plan.absent)
     units = {
         i: {g.name: np.arange(g.n_units) for g in graph.of_member(i).groups}
         for i in range(len(members))
     }
-    states = [member.state_dict() for member in members]
+    states = states_of(result, members)
     try:
         scores = score_units(graph.trunk(), states, options, units)
     except (CalibrationError, UnknownScoreError):

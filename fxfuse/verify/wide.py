@@ -13,6 +13,7 @@ from fxfuse.controls import Controls
 from fxfuse.coupling import CouplingGraph, couple
 from fxfuse.plan import FusionPlan, Mixing
 from fxfuse.ranks import mapped, of_each
+from fxfuse.same_network import check_same_network
 from fxfuse.varied import of_all_widths
 from fxfuse.verify.check import (
     EXACT,
@@ -54,11 +55,13 @@ def wide_equals_ensemble(
         mixing: `joint` or `per_member`, as in `fxfuse.FusionPlan`.
 
     Raises:
+        MemberMismatchError: The members are not the same network.
         NotEmittedError: torch.export refused a member, so that there is no concatenation to run.
     """
     captured = [as_captured(m, example_inputs, example_kwargs) for m in members]
     for member in captured:
         member.require_program()
+    check_same_network(captured, any_width=True)
     controls = controls or Controls()
     graph = couple(captured[0], controls)
     graph = of_all_widths(graph, captured, lambda member: couple(member, controls))
@@ -82,10 +85,11 @@ def equals_ensemble(
         plan: A plan that keeps every unit of every member.
         hands_out: Whether an output dimension is no interface, so that units are handed out.
     """
-    # Each tensor is converted when it is read: beside the wide network there is one at a time.
-    module = in_double(widen(graph, plan, mapped(states, doubled)))
+    # Before the concatenation is there: a member and its copy need not be in memory beside it.
     answers = of_each(states, lambda i, state: run(graph.of_member(i).captured, state))
     outputs = [answer for _, answer in answers]
+    # Each tensor is converted when it is read: beside the wide network there is one at a time.
+    module = in_double(widen(graph, plan, mapped(states, doubled)))
     args, kwargs = inputs_of(graph.captured)
     with torch.no_grad():
         wide = tensors_of(module(*args, **kwargs))

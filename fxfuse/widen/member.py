@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from fractions import Fraction
 from typing import Any
 
 import torch
@@ -39,6 +41,7 @@ def captured_at(
     """
     captured = graph.captured
     wide = walk_at(graph, copies_of(graph, sizes))
+    _fold_sizes(wide)
     _check_operators(wide)
     state: dict[str, torch.Tensor] = {}
     for name in captured.names:
@@ -50,6 +53,40 @@ def captured_at(
     inputs = [node.meta["val"] for node in module.graph.nodes if node.op == "placeholder"]
     _Shapes(module).propagate(inputs)
     return replace(captured, module=module)
+
+
+def _fold_sizes(wide: WideGraph) -> None:
+    """Writes a size such as batch · heads with the new number, where all that reads it grew alike.
+
+    `b * 3`, of which every reader makes `(b * 3) * 2 // 3`, becomes `b * 2`.
+    """
+    kept = set(wide.mapping.values())
+    for node in wide.mapping.values():
+        size, factor = node.args if node.target is operator.mul else (None, None)
+        if not isinstance(size, fx.Node) or not isinstance(factor, int):
+            continue
+        scaled = [_scaled(user) for user in node.users if user not in kept]
+        ratios = {ratio for _, ratio in scaled}
+        if len(scaled) < len(node.users) or len(ratios) != 1:
+            continue
+        (grown,) = (factor * ratio for ratio in ratios)
+        if grown.denominator == 1:
+            node.args = (size, int(grown))
+            for product, (last, _) in zip(list(node.users), scaled, strict=True):
+                last.replace_all_uses_with(node)
+                for written in dict.fromkeys((last, product)):
+                    wide.graph.erase_node(written)
+
+
+def _scaled(product: fx.Node) -> tuple[fx.Node, Fraction]:
+    """The node that scales a size, which may be a product and its quotient, and by how much."""
+    (number,) = (arg for arg in product.args if isinstance(arg, int))
+    (user, *others) = product.users
+    if others or user.target is not operator.floordiv:
+        return product, Fraction(number)
+    divisor = user.args[1]
+    assert isinstance(divisor, int)
+    return user, Fraction(number, divisor)
 
 
 def _check_operators(wide: WideGraph) -> None:
