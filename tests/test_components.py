@@ -163,20 +163,23 @@ def test_no_choice_of_units_tells_the_readers_more() -> None:
         torch.testing.assert_close(spread, level * torch.eye(count).double(), atol=1e-6, rtol=1e-4)
 
 
-def test_after_the_refit_a_narrow_one_is_closer_to_the_ensemble() -> None:
+@pytest.mark.parametrize("heads", [(), ("norm", "head")])
+def test_after_the_refit_a_narrow_one_is_closer_to_what_it_stands_for(heads: tuple[str, ...]):
     """Few units carry less than as many mixtures; of trained ones benchmarks.paper.gains tells."""
     networks, x = members(2), tokens(400)
+    told = {"score": "obs", "calibration": x, "refit": True, "width": 0.5, "heads": heads}
     with torch.no_grad():
-        wanted = torch.stack([network(x) for network in networks]).mean(0)
+        answers = torch.stack([network(x) for network in networks])
+    wanted = answers if heads else answers.mean(0, keepdim=True)
     errors = {}
     for variant in (None, "components"):
-        result = fxfuse.fuse(
-            networks, x[:2], score="obs", variant=variant, calibration=x, refit=True, width=0.5
-        )
+        result = fxfuse.fuse(networks, x[:2], variant=variant, **told)
         assert result.verification.passed
         with torch.no_grad():
-            difference = result.module(x) - wanted
-        errors[variant] = float(difference.square().mean() / wanted.var(0).mean())
+            found = result.module(x)
+        found = torch.stack(found) if heads else found[None]
+        share = (found - wanted).square().mean((1, 2)) / wanted.var(1).mean(1)
+        errors[variant] = float(share.mean())
     assert errors["components"] < errors[None]
 
 

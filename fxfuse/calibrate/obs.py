@@ -48,7 +48,7 @@ def elimination(
     """The order in which units of all members are removed, until as many are left as are kept.
 
     A reader's outputs count as far as they survive themselves, in groups that were gone through
-    before.
+    before. Layers of the members' heads are readers, too: each of its own member's units.
 
     Args:
         graph: The analysis of the members.
@@ -64,7 +64,12 @@ def elimination(
     """
     members = sorted(kept)
     graphs = [graph.of_member(m) for m in members]
-    consumers = each_once(consumers_of, graphs)
+
+    def readers_of(own: CouplingGraph) -> dict[str, list[Consumer]]:
+        every = consumers_of(own)
+        return {g: [c for c in cs if c.owner in (None, *members)] for g, cs in every.items()}
+
+    consumers = each_once(readers_of, graphs)
     inputs = consumer_inputs(graphs, consumers, {m: states[m] for m in members}, calibration)
     order = {node: place for place, node in enumerate(graphs[0].captured.graph.nodes)}
     first = consumers[0]
@@ -218,8 +223,12 @@ def weights_at(
     """A reader's weights from one member's units to those of its outputs that are left.
 
     Returns:
-        float64 [units · width, outputs].
+        float64 [units · width, outputs]; no outputs, where the reader is in another member's head.
     """
+    if consumer.owner not in (None, member):
+        device = next(iter(state.values())).device
+        rows = len(consumer.slots) * width_of(consumer)
+        return torch.zeros(rows, 0, dtype=torch.float64, device=device)
     weight = _folded(graph, state, consumer).double()
     outputs = _outputs(graph, consumer, left, member, host, weight.shape[1])
     weight = weight[:, torch.from_numpy(outputs).to(weight.device)]
