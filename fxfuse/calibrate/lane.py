@@ -84,6 +84,10 @@ class Lane:
             self._step(self.nodes[self.done])
             self.done += 1
 
+    def has(self, node: fx.Node) -> bool:
+        """Whether the network has a node, which may lie in the head of another one."""
+        return self.asked_as.get(node, node) not in self.absent
+
     def value(self, node: fx.Node) -> Sequence[Any]:
         """What a node that has run returned, for each batch.
 
