@@ -35,7 +35,8 @@ class Layers(nn.Module):
         self.depthwise = nn.Conv2d(8, 8, 3, padding=1, groups=8)
         self.back = nn.ConvTranspose2d(8, 4, (3, 2), (2, 3), (1, 2), (1, 0), dilation=(1, 2))
         self.flat_back = nn.ConvTranspose1d(4, 8, 2, padding=1, bias=False)
-        self.line = nn.Conv1d(8, 5, 3, padding="valid")
+        self.parted_back = nn.ConvTranspose1d(8, 12, 3, stride=2, groups=4)
+        self.line = nn.Conv1d(12, 5, 3, padding="valid")
         self.linear = nn.Linear(5, 7)
         self.transposed = nn.Parameter(torch.randn(7, 6))
         self.shift = nn.Parameter(torch.randn(6))
@@ -43,7 +44,7 @@ class Layers(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         x = self.depthwise(self.grouped(self.same(x)).relu()).relu()
-        x = self.flat_back(self.back(x).flatten(2))
+        x = self.parted_back(self.flat_back(self.back(x).flatten(2)))
         x = self.linear(self.line(x).mean(2))
         return torch.addmm(self.shift, x, self.transposed) @ self.last
 
@@ -54,7 +55,7 @@ def test_layers_are_rows_times_a_matrix():
     layers = layers_of(captured)
     assert [layer.weight for layer in layers] == [
         *(f"{n}.weight" for n in ("same", "grouped", "depthwise")),
-        *(f"{n}.weight" for n in ("back", "flat_back", "line", "linear")),
+        *(f"{n}.weight" for n in ("back", "flat_back", "parted_back", "line", "linear")),
         "transposed",
         "last",
     ]

@@ -67,10 +67,10 @@ class Depthwise(nn.Module):
 class Decoder(nn.Module):
     """A code that transposed convolutions unfold into an image, one of them behind a norm."""
 
-    def __init__(self) -> None:
+    def __init__(self, groups: int = 1) -> None:
         super().__init__()
         self.down = nn.Conv2d(3, 10, 3, stride=2, padding=1)
-        self.up = nn.ConvTranspose2d(10, 12, 4, stride=2, padding=1, bias=False)
+        self.up = nn.ConvTranspose2d(10, 12, 4, stride=2, padding=1, groups=groups, bias=False)
         self.norm = nn.BatchNorm2d(12)
         self.out = nn.ConvTranspose2d(12, 3, 3, padding=1)
 
@@ -84,9 +84,10 @@ NETWORKS = {
     "depthwise": (Depthwise, (3, 8, 8)),
     "decoder": (Decoder, (3, 8, 8)),
 }
+GROUPED = {"grouped decoder": (lambda: Decoder(2), (3, 8, 8))}
 
 
-SAMPLES = Samples(NETWORKS, 300)
+SAMPLES = Samples({**NETWORKS, **GROUPED}, 300)
 inputs_for, members_for = SAMPLES.inputs, SAMPLES.members
 
 
@@ -140,14 +141,15 @@ def test_a_shuffled_layer_is_found_again():
     assert distance(result.module, members, inputs_for("ResNet", seed=5)) < 1e-5
 
 
-def test_a_shuffled_transposed_convolution_is_found_again():
-    members, x = members_for("decoder", same=True), inputs_for("decoder")
+@pytest.mark.parametrize("name", ["decoder", *GROUPED])
+def test_a_shuffled_transposed_convolution_is_found_again(name: str):
+    members, x = members_for(name, same=True), inputs_for(name)
     result = fxfuse.fuse(members, x[:4], method="average")
     with torch.no_grad():
         weights = dict(result.module.named_parameters())
         weights["up.weight"].copy_(torch.randn_like(weights["up.weight"]))
     report = refit(result, members, x, alpha=1e-7)
-    assert distance(result.module, members, inputs_for("decoder", seed=5)) < 1e-5
+    assert distance(result.module, members, inputs_for(name, seed=5)) < 1e-5
     assert {fit.weight for fit in report.layers if fit.fitted} >= {"up.weight"}
 
 

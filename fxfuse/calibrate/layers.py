@@ -48,7 +48,8 @@ class Layer:
         bias: Name of the bias, or "".
         inputs: Dimension of the weight along which it reads the activation's channels.
         outputs: Dimension of the weight along which its outputs stand.
-        groups: Number of groups; channels of the weight's `inputs` are those of one group.
+        groups: Number of groups; channels of the weight's `inputs` are those of one group, and of
+            a transposed convolution those of its `outputs`.
         space: Number of dimensions that a kernel goes along; 0 for a matrix product.
         back: Whether it is a transposed convolution: a convolution of its input spread out by the
             stride, with zeros in between, by the kernel turned round.
@@ -99,7 +100,8 @@ class Layer:
         if not self.space:
             return (weight if self.outputs else weight.t()).unsqueeze(0)
         if self.back:
-            return weight.flatten(2).transpose(1, 2).reshape(1, -1, weight.shape[1])
+            taps = weight.flatten(2).transpose(1, 2)
+            return taps.reshape(self.groups, -1, weight.shape[1])
         return weight.reshape(self.groups, -1, weight[0].numel()).transpose(1, 2)
 
     def weight_of(self, matrix: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
@@ -210,9 +212,8 @@ def layer_at(captured: Captured, node: fx.Node) -> Layer | None:
         shape, space, groups = (0, 1), _CONVOLUTIONS[node.target], int(_argument(node, "groups"))
     elif node.target in _CONVOLUTIONS_BACK:
         x, weight, bias = (_argument(node, n) for n in ("input", "weight", "bias"))
-        shape, space, groups = (1, 0), _CONVOLUTIONS_BACK[node.target], 1
-        if _argument(node, "groups") != 1:
-            return None
+        shape, space = (1, 0), _CONVOLUTIONS_BACK[node.target]
+        groups = int(_argument(node, "groups"))
     elif node.target in _TRANSPOSED:
         x, weight, bias = (_argument(node, n) if n else None for n in _TRANSPOSED[node.target])
         shape, space, groups = (1, 0), 0, 1

@@ -184,9 +184,8 @@ def _rescale(
     alive = own > _DEAD * own.max()
     scale = torch.where(alive, deviation / own.where(alive, torch.ones_like(own)), 1.0)
     weight = state[layer.weight]
-    shape = [1] * weight.dim()
-    shape[layer.outputs] = -1
-    state[layer.weight] = weight * scale.reshape(shape).to(weight.dtype)
+    factor = scale.reshape(layer.groups, 1, -1).to(weight.dtype)
+    state[layer.weight] = layer.weight_of(layer.matrix(weight) * factor, weight)
     if layer.bias:
         bias = (state[layer.bias].double() - own_mean) * scale + mean
         state[layer.bias] = bias.to(state[layer.bias].dtype)
