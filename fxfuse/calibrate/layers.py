@@ -65,6 +65,15 @@ class Layer:
     space: int = 0
     back: bool = False
 
+    @property
+    def written(self) -> int:
+        """Dimension of the weight that tells the units of the output apart.
+
+        Of a transposed convolution with groups that is the one of the inputs: along the other one
+        all groups stand on top of each other.
+        """
+        return self.inputs if self.back and self.groups > 1 else self.outputs
+
     def channels_last(self, x: torch.Tensor) -> torch.Tensor:
         """An input or output of the layer with its channels last, [..., channels]."""
         return x.movedim(1, -1) if self.space else x

@@ -117,7 +117,7 @@ def _free_layers(graph: CouplingGraph) -> list[Layer]:
     return [
         layer
         for layer in layers_of(graph.captured)
-        if graph.group_of.get((canonical[layer.weight], layer.outputs))
+        if graph.group_of.get((canonical[layer.weight], layer.written))
     ]
 
 
