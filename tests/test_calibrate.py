@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import numpy as np
@@ -243,6 +244,16 @@ def test_few_inputs_are_warned_of():
         Calibration.of(captured, images(20))
 
 
+def test_as_many_inputs_as_are_allowed():
+    captured = fxfuse.capture(excite(SmallResNet(), images(4)), images(4))
+    assert Calibration.of(captured, images(1500), limit=1500).size == 1500
+    endless = itertools.repeat(images(50))
+    with pytest.warns(UserWarning, match=r"the first 150 calibration inputs are taken"):
+        assert Calibration.of(captured, endless, limit=150).size == 150
+    with pytest.raises(CalibrationError, match="are none"):
+        Calibration.of(captured, images(4), limit=0)
+
+
 def test_batches_with_labels_and_parts():
     captured = fxfuse.capture(excite(SmallResNet(), images(4)), images(4))
     batches = [(images(60), torch.arange(60)), (images(60), torch.arange(60))]
@@ -258,7 +269,8 @@ def test_batches_with_labels_and_parts():
 def test_sorted_inputs_are_shuffled_with_their_labels():
     captured = fxfuse.capture(excite(SmallResNet(), images(4)), images(4))
     x, labels = images(2000), torch.arange(2000)
-    calibration = Calibration.of(captured, [(x[:900], labels[:900]), (x[900:], labels[900:])])
+    with pytest.warns(UserWarning, match=r"1,000 of 2,000 calibration inputs are taken"):
+        calibration = Calibration.of(captured, [(x[:900], labels[:900]), (x[900:], labels[900:])])
     taken = torch.cat(calibration.labels)
     assert calibration.size == len(taken.unique()) == 1000
     assert int((taken >= 1000).sum()) > 400

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 
 import numpy as np
 import pytest
@@ -485,3 +486,18 @@ def test_an_embedding_is_its_target_already(method: str):
     report = refit(result, members, x)
     assert "token.weight" in report.left
     assert "hidden.weight" not in report.left or method == "average"
+
+
+def test_more_inputs_are_taken_when_they_are_allowed():
+    """Of data that never repeat themselves more say more; what is left out is spoken of."""
+    members, x = members_for("transformer"), inputs_for("transformer", 3000)
+    fresh, found = inputs_for("transformer", 500, seed=9), []
+    for limit in (100, 3000):
+        result = fxfuse.fuse(members, x[:4], verify=False)
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            report = refit(result, members, x, outputs="values", limit=limit)
+        assert report.inputs == limit
+        assert any("are taken" in str(w.message) for w in caught) == (limit < 3000)
+        found.append(distance(result.module, members, fresh))
+    assert found[1] < found[0]
