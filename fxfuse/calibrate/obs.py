@@ -16,6 +16,7 @@ import torch
 from numpy.typing import NDArray
 
 from fxfuse.calibrate.layers import name_of
+from fxfuse.calibrate.parts import part_of
 from fxfuse.calibrate.units import Consumer, consumer_inputs, consumers_of, each_once
 from fxfuse.calibration import Calibration
 from fxfuse.coupling import CouplingGraph, Index
@@ -230,7 +231,8 @@ def weights_at(
         rows = len(consumer.slots) * width_of(consumer)
         return torch.zeros(rows, 0, dtype=torch.float64, device=device)
     weight = _folded(graph, state, consumer).double()
-    outputs = _outputs(graph, consumer, left, member, host, weight.shape[1])
+    shape = state[consumer.layer.weight].shape
+    outputs = _outputs(graph, consumer, left, member, host, shape)
     weight = weight[:, torch.from_numpy(outputs).to(weight.device)]
     # [units, slots, outputs, kernel]
     own = weight[torch.from_numpy(consumer.slots).to(weight.device)]
@@ -240,7 +242,7 @@ def weights_at(
 def _folded(graph: CouplingGraph, state: State, consumer: Consumer) -> torch.Tensor:
     """The weight as [inputs, outputs, kernel], with the batch norm behind it folded in."""
     layer = consumer.layer
-    weight = state[layer.weight].detach().unsqueeze(-1)
+    weight = layer.held(state).detach().unsqueeze(-1)
     weight = weight.movedim((layer.inputs, layer.outputs), (0, 1)).flatten(2)
     users = list(layer.node.users)
     if len(users) == 1 and users[0].target is _BATCH_NORM:
@@ -259,11 +261,11 @@ def _outputs(
     left: Units,
     member: int,
     host: int,
-    size: int,
+    shape: torch.Size,
 ) -> Index:
-    """Which of a reader's outputs count in one member."""
+    """Which of a reader's outputs count in one member, whose weight has this shape."""
     place = (consumer.layer.weight, consumer.layer.outputs)
-    counts = np.ones(size, dtype=bool)
+    counts = np.ones(shape[consumer.layer.outputs], dtype=bool)
     reason = graph.frozen.get(place)
     if reason is not None and reason.kind is Kind.HOST and member != host:
         counts[reason.indices] = False
@@ -273,7 +275,11 @@ def _outputs(
             counts[group.index[place].reshape(-1)] = False
             own = chosen[chosen[:, 0] == member, 1]
             counts[group.index[place][own].reshape(-1)] = True
-    return np.flatnonzero(counts)
+    # A layer that reads a part of the weight has the outputs of this part.
+    layer = consumer.layer
+    line = [-1 if dim == layer.outputs else 1 for dim in range(len(shape))]
+    read = part_of(layer.way, torch.from_numpy(counts).reshape(line).expand(shape))
+    return np.flatnonzero(read.movedim(layer.outputs, 0).flatten(1)[:, 0].numpy())
 
 
 def size_of(weights: torch.Tensor, covariance: torch.Tensor) -> torch.Tensor:

@@ -183,11 +183,10 @@ def _rescale(
     own = variance.sqrt()
     alive = own > _DEAD * own.max()
     scale = torch.where(alive, deviation / own.where(alive, torch.ones_like(own)), 1.0)
-    weight = state[layer.weight]
+    weight = layer.held(state)
     factor = scale.reshape(layer.groups, 1, -1).to(weight.dtype)
-    state[layer.weight] = layer.weight_of(layer.matrix(weight) * factor, weight)
+    layer.put(state, layer.weight_of(layer.matrix(weight) * factor, weight))
     if layer.bias:
-        bias = (state[layer.bias].double() - own_mean) * scale + mean
-        state[layer.bias] = bias.to(state[layer.bias].dtype)
+        layer.put_bias(state, (layer.held_bias(state).double() - own_mean) * scale + mean)
     lane.redo(layer.node)
     lane.drop(layer.input)

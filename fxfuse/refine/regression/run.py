@@ -306,7 +306,7 @@ class _Refit:
         )
         if chosen is None:
             return [left(each, NO_CLOSER, before) for each in (first, last)]
-        features = first.layer.matrix(self.state[first.layer.weight]).shape[1]
+        features = first.layer.matrix(first.layer.held(self.state)).shape[1]
         parts = parted(chosen, features, shift_in_last=last.has_shift)
         self.write(first, parts[0], found.rows[..., :features])
         self.write(last, parts[1], found.rows[..., features:])
@@ -338,7 +338,7 @@ class _Refit:
 
     def sample(self, route: Route, beside: Route | None = None) -> Sample | None:
         layers = [r.layer for r in (beside, route) if r is not None]
-        features = sum(x.matrix(self.state[x.weight]).shape[1] for x in layers)
+        features = sum(x.matrix(x.held(self.state)).shape[1] for x in layers)
         limit = max(_ROWS, _PER_FEATURE * features)
         return sample(
             route, self.student, self.members, self.targets, limit, self.generator, beside
