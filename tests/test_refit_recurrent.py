@@ -139,6 +139,26 @@ def test_layers_that_should_stay_and_cells_are_left():
     }
 
 
+def test_obs_sees_what_recurrent_layers_read():
+    """A unit that is never awake before them goes; a state that the next step alone reads stays."""
+    networks, x = members("RNN"), inputs(200)
+    with torch.no_grad():
+        net = networks[1]
+        net.embed.bias[3] = -100
+        net.embed.weight[3] *= 5
+        net.rnn.weight_ih_l0[:, 3] *= 5
+        net.head.weight[:, 4] = 0
+        net.rnn.weight_hh_l0[:, 4] *= 10
+    told: dict[str, Any] = {"calibration": x, "width": 0.3, "verify": False, "mixing": "joint"}
+    kept = {}
+    for score in ("l2", "obs"):
+        plan = fxfuse.fuse(networks, x[:4], score=score, **told).plan
+        kept[score] = {m.group.split(".")[0]: m.units().tolist() for m in plan.maps}
+    assert [1, 3] in kept["l2"]["embed"]
+    assert [1, 3] not in kept["obs"]["embed"]
+    assert [1, 4] in kept["obs"]["rnn"]
+
+
 def test_every_head_keeps_its_recurrent_layer():
     """A head of one member aims at that member alone."""
     networks, x = members("RNN"), inputs(300)

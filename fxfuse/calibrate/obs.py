@@ -19,7 +19,7 @@ from fxfuse.calibrate.layers import name_of
 from fxfuse.calibrate.parts import part_of
 from fxfuse.calibrate.units import Consumer, consumer_inputs, consumers_of, each_once
 from fxfuse.calibration import Calibration
-from fxfuse.coupling import CouplingGraph, Index
+from fxfuse.coupling import CouplingGraph, CouplingGroup, Index
 from fxfuse.labels import Kind
 
 #: Ridge on the covariance, as a share of the mean of its diagonal.
@@ -75,7 +75,13 @@ def elimination(
     order = {node: place for place, node in enumerate(graphs[0].captured.graph.nodes)}
     first = consumers[0]
     groups = [group for group in graph.groups if first[group.name]]
-    groups.sort(key=lambda g: order[first[g.name][0].layer.node], reverse=True)
+
+    def place(group: CouplingGroup) -> tuple[int, int]:
+        # A recurrent layer reads its own units later than what it is given.
+        layer = first[group.name][0].layer
+        return order[layer.node], order[layer.input]
+
+    groups.sort(key=place, reverse=True)
     left: Units = {}
     found: dict[str, tuple[Index, Ranks]] = {}
     for group in groups:

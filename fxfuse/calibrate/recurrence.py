@@ -6,6 +6,7 @@ without a projection), g gates and units (`k h`, k the gates).
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -13,7 +14,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from fxfuse.calibrate.layers import name_of, reads_of
+from fxfuse.calibrate.layers import Layer, name_of, reads_of
 from fxfuse.capture import Captured
 from fxfuse.rules.recurrent import GATES, weights_of
 from fxfuse.rules.registry import argument_of
@@ -195,6 +196,22 @@ def recurrent_of(captured: Captured) -> tuple[Recurrent, ...]:
     reads = reads_of(captured)
     found = (recurrent_at(captured, node, reads) for node in captured.graph.nodes)
     return tuple(work for work in found if work is not None)
+
+
+def readers_of(captured: Captured) -> tuple[Layer, ...]:
+    """What recurrent layers read, each product of a step as the layer that it would be by itself.
+
+    The first layer's directions read the node's input. The hidden states before the steps are those
+    behind them but for one, where they can be seen: of a last layer that goes one way.
+    """
+    found = []
+    for work in recurrent_of(captured):
+        first, last = work.layers[0], work.layers[-1]
+        found += [Layer(work.node, work.input, d.inner, "", 1, 0) for d in first]
+        outputs = [n for n in work.node.users if n.target is operator.getitem and n.args[1] == 0]
+        if len(last) == 1 and outputs:
+            found.append(Layer(work.node, outputs[0], last[0].recurrent, "", 1, 0))
+    return tuple(found)
 
 
 def recurrent_at(captured: Captured, node: fx.Node, reads: Mapping[str, int]) -> Recurrent | None:

@@ -12,6 +12,7 @@ from torch import fx
 
 from fxfuse.calibrate.lane import Lane
 from fxfuse.calibrate.layers import Layer, layers_of
+from fxfuse.calibrate.recurrence import readers_of
 from fxfuse.calibration import Calibration
 from fxfuse.coupling import CouplingGraph, CouplingGroup, Index
 from fxfuse.heads import others_region, region_of
@@ -43,11 +44,14 @@ class Consumer:
 def consumers_of(graph: CouplingGraph) -> dict[str, list[Consumer]]:
     """For each group, the layers that read it, in the trunk and in the heads, in graph order.
 
-    Layers with groups of channels are left out. Of a `trunk()` the heads are readers all the same.
+    Recurrent layers are among them (`readers_of`), layers with groups of channels are not. Of a
+    `trunk()` the heads are readers all the same.
     """
     found: dict[str, list[Consumer]] = {group.name: [] for group in graph.groups}
     whole = graph.whole or graph
-    for layer in layers_of(graph.captured):
+    order = {node: place for place, node in enumerate(graph.captured.graph.nodes)}
+    layers = [*layers_of(graph.captured), *readers_of(graph.captured)]
+    for layer in sorted(layers, key=lambda each: order[each.node]):
         place = (graph.captured.canonical[layer.weight], layer.inputs)
         if layer.groups > 1:
             continue
