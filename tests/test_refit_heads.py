@@ -171,7 +171,9 @@ def test_scores_that_measure_see_the_trunk(score: str):
             assert distance(b, m(x)) < distance(a, m(x))
 
 
-@pytest.mark.parametrize("heads", ["concat", "map", ["head"]])
+@pytest.mark.parametrize(
+    "heads", ["concat", *(pytest.param(h, marks=pytest.mark.nightly) for h in ("map", ["head"]))]
+)
 def test_obs_keeps_the_unit_that_one_head_reads_strongly(heads: str | list[str]):
     """Nothing but the heads reads the last group, and its weights tell nothing of that."""
     members, x = plain(), torch.randn(400, 6)

@@ -102,6 +102,7 @@ def test_a_refit_brings_it_close_and_makes_no_layer_worse(kind: str, width: floa
     assert all(fits[name].fitted and fits[name].after < fits[name].before for name in layers)
 
 
+@pytest.mark.nightly
 def test_a_network_of_twice_the_width_is_the_mean_already():
     networks, x = members("RNN relu"), inputs(200)
     result = fxfuse.fuse(networks, x[:4], width=2, mixing="joint", calibration=x, refit=True)
