@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -186,9 +187,16 @@ def test_after_the_refit_a_narrow_one_is_closer_to_what_it_stands_for(heads: tup
     assert errors["components"] < errors[None]
 
 
-def test_the_plan_says_so_and_is_applied_again() -> None:
+@cache
+def mixed() -> tuple[list[nn.Module], torch.Tensor, fxfuse.FusionResult]:
+    """Two members, inputs, and what they were fused into."""
     networks, x = members(2), tokens(120)
-    result = fxfuse.fuse(networks, x[:2], score="obs", variant="components", calibration=x)
+    told = {"score": "obs", "variant": "components", "calibration": x}
+    return networks, x, fxfuse.fuse(networks, x[:2], **told)
+
+
+def test_the_plan_says_so_and_is_applied_again() -> None:
+    networks, x, result = mixed()
     plan = fxfuse.FusionPlan.from_json(result.plan.to_json())
     assert plan.options["variant"] == "components"
     (name,) = streams(result.graph)
@@ -199,8 +207,7 @@ def test_the_plan_says_so_and_is_applied_again() -> None:
 
 
 def test_the_matrix_of_a_plan_is_short_and_guarded() -> None:
-    networks, x = members(2), tokens(120)
-    result = fxfuse.fuse(networks, x[:2], score="obs", variant="components", calibration=x)
+    networks, x, result = mixed()
     text = result.plan.to_json()
     value = json.loads(text)
     (name,) = streams(result.graph)
@@ -227,8 +234,7 @@ def test_the_matrix_of_a_plan_is_short_and_guarded() -> None:
 
 
 def test_plans_that_list_every_entry_still_apply() -> None:
-    networks, x = members(2), tokens(120)
-    result = fxfuse.fuse(networks, x[:2], score="obs", variant="components", calibration=x)
+    networks, x, result = mixed()
     value = json.loads(result.plan.to_json())
     value["schema"] = 2
     for place, entry in enumerate(result.plan.maps):

@@ -83,7 +83,7 @@ def test_a_forgotten_layer_is_found_again(kind: str):
 @pytest.mark.parametrize(
     ("kind", "width"),
     [
-        ("LSTM both ways", None),
+        pytest.param("LSTM both ways", None, marks=pytest.mark.nightly),
         ("GRU both ways", 0.5),
         pytest.param("LSTM projected", 1.5, marks=pytest.mark.nightly),
         pytest.param("RNN relu", 0.5, marks=pytest.mark.nightly),
