@@ -207,7 +207,7 @@ def test_the_plan_says_so_and_is_applied_again() -> None:
 
 
 def test_the_matrix_of_a_plan_is_short_and_guarded() -> None:
-    networks, x, result = mixed()
+    *_, result = mixed()
     text = result.plan.to_json()
     value = json.loads(text)
     (name,) = streams(result.graph)
