@@ -72,7 +72,7 @@ class Calibration:
                 them (keyword inputs), or an iterable of batches, each of these kinds or a pair
                 (inputs, labels), whose labels are left out.
             batch: Inputs per call; a graph with a fixed batch has its own.
-            limit: So many inputs are taken; of an iterable the first ones.
+            limit: So many inputs are taken at most; of an iterable the first ones.
             shuffle: Whether inputs are taken in a random order (always the same one): data that are
                 sorted by class would otherwise show a part of the classes only.
 
@@ -80,9 +80,13 @@ class Calibration:
             CalibrationError: There are none, or they are not what the network was captured with,
                 or not finite.
 
-        Warns of fewer than `FEW` inputs.
+        Warns of fewer than `FEW` inputs, and of more than `limit`.
         """
-        found = list(_calls(inputs, captured, limit))
+        if limit < 1:
+            raise _error(
+                f"at most {limit} calibration inputs are none", "nothing is left", "allow 1,000"
+            )
+        found, cut = _calls(inputs, captured, limit)
         calls = [call for call, _ in found]
         if not calls:
             raise _error(
@@ -92,13 +96,20 @@ class Calibration:
             _check(captured, args, kwargs)
         fixed = None if captured.dynamic_batch else _size(captured.example_inputs)
         whole = pytree.tree_map(lambda *parts: _joined(parts), *calls)
-        given = [labels for _, labels in found if labels is not None]
-        labels = torch.cat(given) if len(given) == len(found) else None
+        each = [labels for _, labels in found if labels is not None]
+        labels = torch.cat(each) if len(each) == len(found) else None
         if shuffle:
             order = torch.randperm(_size(whole), generator=torch.Generator().manual_seed(0))
             whole = _picked(whole, order)
             labels = None if labels is None or len(labels) < len(order) else labels[order]
-        size = min(_size(whole), limit)
+        given, size = _size(whole), min(_size(whole), limit)
+        if cut or given > limit:
+            which = f"the first {size:,}" if cut else f"{size:,} of {given:,}"
+            warnings.warn(
+                f"{which} calibration inputs are taken: calibration_limit of fxfuse.fuse, and "
+                "limit of a step by itself, allow more.",
+                stacklevel=3,
+            )
         step = fixed or batch
         starts = range(0, size - (step - 1 if fixed else 0), step)
         batches = tuple(_cut(whole, start, min(start + step, size)) for start in starts)
@@ -124,28 +135,29 @@ class Calibration:
         return Calibration(batches, size, parts, fixed is not None)
 
 
-def _calls(inputs: Any, captured: Captured, limit: int) -> Iterable[tuple[_Call, Any]]:
-    """What the network is called with, and labels or None."""
+def _calls(inputs: Any, captured: Captured, limit: int) -> tuple[list[tuple[_Call, Any]], bool]:
+    """What the network is called with, and labels or None; whether there is more of an iterable."""
     if isinstance(inputs, torch.Tensor | tuple | Mapping):
-        yield _call(inputs), None
-        return
+        return [(_call(inputs), None)], False
     if not isinstance(inputs, Iterable):
         raise _error(
             f"a {type(inputs).__name__} holds no calibration inputs",
             "it is no tensor, tuple, mapping or iterable of batches",
             "pass a tensor [n, ...] or a DataLoader",
         )
-    found = 0
+    found: list[tuple[_Call, Any]] = []
+    count = 0
     n_inputs = sum(isinstance(x, torch.Tensor) for x in captured.example_inputs[0])
     for batch in inputs:
+        if count >= limit:
+            return found, True
         given, labels = batch, None
         if isinstance(batch, list | tuple) and len(batch) == 2 and n_inputs == 1:
             given, labels = batch
         call = _call(tuple(given) if isinstance(given, list) else given)
-        found += _size(call)
-        yield call, labels
-        if found >= limit:
-            return
+        count += _size(call)
+        found.append((call, labels))
+    return found, False
 
 
 def _call(inputs: Any) -> _Call:

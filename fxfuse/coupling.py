@@ -54,6 +54,7 @@ class CouplingGraph:
         without_rule: Operators without a rule, or without a rule for this use, that labelled
             neurons or parameters met, in graph order.
         members: The analysis of each member where they differ in width; empty elsewhere.
+        whole: Of a `trunk()`, the analysis with the members' heads; None: this one is whole.
     """
 
     captured: Captured
@@ -68,6 +69,7 @@ class CouplingGraph:
     asked: Mapping[str, Asked] = field(default_factory=dict)
     without_rule: tuple[WithoutRule, ...] = ()
     members: tuple[CouplingGraph, ...] = field(default=(), repr=False)
+    whole: CouplingGraph | None = field(default=None, repr=False)
 
     def of_member(self, member: int) -> CouplingGraph:
         """The analysis of a member, whose width may be another one."""
@@ -142,7 +144,8 @@ class CouplingGraph:
             kept = {place: rows for place, rows in group.index.items() if place[0] not in heads}
             return replace(group, index=kept)
 
-        return replace(self, groups=tuple(without_heads(g) for g in self.groups))
+        groups = tuple(without_heads(g) for g in self.groups)
+        return replace(self, groups=groups, whole=self.whole or self)
 
     def freezing(self, names: Iterable[str], why: str) -> CouplingGraph:
         """The same analysis with some groups frozen (inside the network, so of kind host)."""

@@ -70,6 +70,7 @@ def fuse(
     reference: Reference = 0,
     regularisation: float | None = None,
     calibration: Any = None,
+    calibration_limit: int = 1000,
     refit: bool = False,
     outputs: str | None = None,
     steps: int | None = None,
@@ -140,6 +141,9 @@ def fuse(
             None is exact.
         calibration: 100 to 1,000 inputs from the members' own domain: a tensor [n, ...], a tuple or
             mapping of tensors, or an iterable of batches; with labels as pairs (inputs, labels).
+        calibration_limit: So many of them are taken at most, in a random order that is always the
+            same (of an iterable, the first ones). Memory does not grow with their number, beside
+            the inputs themselves.
         refit: Whether to refit the fused network to the members' activations, in closed form; with
             `heads`, each head to its own member's.
         outputs: `logits` or `values`: what the network's output is, for the refit of the head and
@@ -272,7 +276,11 @@ def fuse(
     graph = of_all_widths(graph, captured, lambda member: couple(member, controls))
     check_host(graph, host if plan is None else plan.host)
     graph, checks = examined(graph, verify=verify)
-    inputs = None if calibration is None else Calibration.of(network, calibration)
+    inputs = (
+        None
+        if calibration is None
+        else Calibration.of(network, calibration, limit=calibration_limit)
+    )
     _check_calibrated(graph, inputs, auto=auto, refit=refit)
     if auto and hands_out(graph, controls):
         raise ControlError(

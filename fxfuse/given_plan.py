@@ -23,6 +23,7 @@ BESIDE = frozenset(
         "group",
         "plan",
         "calibration",
+        "calibration_limit",
         "refit",
         "outputs",
         "dynamic_shapes",

@@ -18,12 +18,13 @@ from fxfuse.errors import PlanError
 from fxfuse.fingerprint import Fingerprint, digest_of
 from fxfuse.label_spaces import HeadOutputs, LabelSpaces
 from fxfuse.labels import Kind
+from fxfuse.map_text import MapEntries, read, written
 from fxfuse.ranks import of_each
 from fxfuse.tensors import is_constant
 
 #: Plans of schema 1 know neither their members nor what was asked for: they can be read, and not
-#: applied.
-_SCHEMA, _OLDEST = 2, 1
+#: applied. Those of schema 2 list every entry of every map.
+_SCHEMA, _LISTED, _OLDEST = 3, 2, 1
 
 Weights = NDArray[np.float64]
 #: How operators that mix members run.
@@ -60,6 +61,10 @@ class UnitMap:
     unit: Index
     weight: float | Weights = 1.0
     read: float | Weights = 1.0
+
+    def entries(self) -> MapEntries:
+        """All entries."""
+        return MapEntries(self.target, self.member, self.unit, self.weight, self.read)
 
     def units(self) -> Index:
         """The units with a part in the fused group, each once, as (member, unit): int64 [n, 2]."""
@@ -183,15 +188,7 @@ class FusionPlan:
             "n_members": self.n_members,
             "host": self.host,
             "groups": [
-                {
-                    "group": m.group,
-                    "n_units": m.n_units,
-                    "target": m.target.tolist(),
-                    "member": m.member.tolist(),
-                    "unit": m.unit.tolist(),
-                    "weight": np.asarray(m.weight).tolist(),
-                    "read": np.asarray(m.read).tolist(),
-                }
+                {"group": m.group, "n_units": m.n_units, **written(m.entries(), m.n_units)}
                 for m in self.maps
             ],
             "averaged": dict(self.averaged),
@@ -237,7 +234,7 @@ class FusionPlan:
         """
         try:
             value = json.loads(text)
-            if value["schema"] not in (_SCHEMA, _OLDEST):
+            if value["schema"] not in (_SCHEMA, _LISTED, _OLDEST):
                 raise PlanError(
                     f"plan schema {value['schema']} is not {_SCHEMA}",
                     how="make the plan again with this version of fxfuse",
@@ -370,23 +367,11 @@ def _read_mixing(value: Any) -> Mixing:
 
 
 def _read_map(value: Mapping[str, Any]) -> UnitMap:
-    target, member, unit = (
-        np.asarray(value[k], dtype=np.int64) for k in ("target", "member", "unit")
-    )
-    if not target.shape == member.shape == unit.shape:
-        raise ValueError(f"group {value['group']!r}: lists of different lengths")
-    # Plans written before maps had a U of their own have none: it was 1.
-    weight, read = (_read_weights(value.get(k, 1.0), target) for k in ("weight", "read"))
-    return UnitMap(value["group"], int(value["n_units"]), target, member, unit, weight, read)
-
-
-def _read_weights(value: Any, target: Index) -> float | Weights:
-    if not isinstance(value, list):
-        return float(value)
-    weights = np.asarray(value, dtype=np.float64)
-    if weights.shape != target.shape:
-        raise ValueError("weights and entries of a map differ in number")
-    return weights
+    try:
+        n_units = int(value["n_units"])
+        return UnitMap(value["group"], n_units, *read(value, n_units))
+    except ValueError as error:
+        raise ValueError(f"group {value['group']!r}: {error}") from error
 
 
 class Role(StrEnum):

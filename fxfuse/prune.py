@@ -42,6 +42,7 @@ def prune(
     round_to: int = 1,
     budget: Budget = "local",
     calibration: Any = None,
+    calibration_limit: int = 1000,
     freeze: Patterns = (),
     ignore: Patterns = (),
     output_dims: OutputDims | None = None,
@@ -70,6 +71,7 @@ def prune(
         round_to: Channels are rounded to multiples of this, 8 for most hardware.
         budget: `local` or `global`, as in `fuse`.
         calibration: Inputs from the network's own domain, as in `fuse`.
+        calibration_limit: So many of them are taken at most, as in `fuse`.
         freeze: `state_dict()` names of parameters that stay exactly as they are, as in `analyze`.
         ignore: Dotted paths of submodules of which nothing is pruned.
         output_dims: The interface dimensions of outputs, as in `analyze`.
@@ -117,7 +119,11 @@ def prune(
         controls = plan.controls.and_also(controls)
     graph = couple(captured, controls)
     graph, checks = examined(graph, verify=verify)
-    inputs = None if calibration is None else Calibration.of(captured, calibration)
+    inputs = (
+        None
+        if calibration is None
+        else Calibration.of(captured, calibration, limit=calibration_limit)
+    )
     options = Options(score, calibration=inputs)
     wider = spread(graph, [state], options, round_to) if budget == "global" else None
     found = resized(graph, 1, target, spread=wider)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import numpy as np
@@ -35,7 +36,8 @@ class Layers(nn.Module):
         self.depthwise = nn.Conv2d(8, 8, 3, padding=1, groups=8)
         self.back = nn.ConvTranspose2d(8, 4, (3, 2), (2, 3), (1, 2), (1, 0), dilation=(1, 2))
         self.flat_back = nn.ConvTranspose1d(4, 8, 2, padding=1, bias=False)
-        self.line = nn.Conv1d(8, 5, 3, padding="valid")
+        self.parted_back = nn.ConvTranspose1d(8, 12, 3, stride=2, groups=4)
+        self.line = nn.Conv1d(12, 5, 3, padding="valid")
         self.linear = nn.Linear(5, 7)
         self.transposed = nn.Parameter(torch.randn(7, 6))
         self.shift = nn.Parameter(torch.randn(6))
@@ -43,7 +45,7 @@ class Layers(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         x = self.depthwise(self.grouped(self.same(x)).relu()).relu()
-        x = self.flat_back(self.back(x).flatten(2))
+        x = self.parted_back(self.flat_back(self.back(x).flatten(2)))
         x = self.linear(self.line(x).mean(2))
         return torch.addmm(self.shift, x, self.transposed) @ self.last
 
@@ -54,7 +56,7 @@ def test_layers_are_rows_times_a_matrix():
     layers = layers_of(captured)
     assert [layer.weight for layer in layers] == [
         *(f"{n}.weight" for n in ("same", "grouped", "depthwise")),
-        *(f"{n}.weight" for n in ("back", "flat_back", "line", "linear")),
+        *(f"{n}.weight" for n in ("back", "flat_back", "parted_back", "line", "linear")),
         "transposed",
         "last",
     ]
@@ -242,6 +244,16 @@ def test_few_inputs_are_warned_of():
         Calibration.of(captured, images(20))
 
 
+def test_as_many_inputs_as_are_allowed():
+    captured = fxfuse.capture(excite(SmallResNet(), images(4)), images(4))
+    assert Calibration.of(captured, images(1500), limit=1500).size == 1500
+    endless = itertools.repeat(images(50))
+    with pytest.warns(UserWarning, match=r"the first 150 calibration inputs are taken"):
+        assert Calibration.of(captured, endless, limit=150).size == 150
+    with pytest.raises(CalibrationError, match="are none"):
+        Calibration.of(captured, images(4), limit=0)
+
+
 def test_batches_with_labels_and_parts():
     captured = fxfuse.capture(excite(SmallResNet(), images(4)), images(4))
     batches = [(images(60), torch.arange(60)), (images(60), torch.arange(60))]
@@ -257,7 +269,8 @@ def test_batches_with_labels_and_parts():
 def test_sorted_inputs_are_shuffled_with_their_labels():
     captured = fxfuse.capture(excite(SmallResNet(), images(4)), images(4))
     x, labels = images(2000), torch.arange(2000)
-    calibration = Calibration.of(captured, [(x[:900], labels[:900]), (x[900:], labels[900:])])
+    with pytest.warns(UserWarning, match=r"1,000 of 2,000 calibration inputs are taken"):
+        calibration = Calibration.of(captured, [(x[:900], labels[:900]), (x[900:], labels[900:])])
     taken = torch.cat(calibration.labels)
     assert calibration.size == len(taken.unique()) == 1000
     assert int((taken >= 1000).sum()) > 400

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
+from functools import cache
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,7 +18,8 @@ from fxfuse.calibrate.obs import covariance_at, size_of, weights_at
 from fxfuse.calibrate.streams import streams
 from fxfuse.calibrate.units import consumer_inputs, consumers_of
 from fxfuse.calibration import Calibration
-from fxfuse.errors import CalibrationError
+from fxfuse.errors import CalibrationError, PlanError
+from fxfuse.fingerprint import digest_of
 from tests.models import excite
 from tests.nets import resnets
 
@@ -163,26 +167,36 @@ def test_no_choice_of_units_tells_the_readers_more() -> None:
         torch.testing.assert_close(spread, level * torch.eye(count).double(), atol=1e-6, rtol=1e-4)
 
 
-def test_after_the_refit_a_narrow_one_is_closer_to_the_ensemble() -> None:
+@pytest.mark.parametrize("heads", [(), ("norm", "head")])
+def test_after_the_refit_a_narrow_one_is_closer_to_what_it_stands_for(heads: tuple[str, ...]):
     """Few units carry less than as many mixtures; of trained ones benchmarks.paper.gains tells."""
     networks, x = members(2), tokens(400)
+    told = {"score": "obs", "calibration": x, "refit": True, "width": 0.5, "heads": heads}
     with torch.no_grad():
-        wanted = torch.stack([network(x) for network in networks]).mean(0)
+        answers = torch.stack([network(x) for network in networks])
+    wanted = answers if heads else answers.mean(0, keepdim=True)
     errors = {}
     for variant in (None, "components"):
-        result = fxfuse.fuse(
-            networks, x[:2], score="obs", variant=variant, calibration=x, refit=True, width=0.5
-        )
+        result = fxfuse.fuse(networks, x[:2], variant=variant, **told)
         assert result.verification.passed
         with torch.no_grad():
-            difference = result.module(x) - wanted
-        errors[variant] = float(difference.square().mean() / wanted.var(0).mean())
+            found = result.module(x)
+        found = torch.stack(found) if heads else found[None]
+        share = (found - wanted).square().mean((1, 2)) / wanted.var(1).mean(1)
+        errors[variant] = float(share.mean())
     assert errors["components"] < errors[None]
 
 
-def test_the_plan_says_so_and_is_applied_again() -> None:
+@cache
+def mixed() -> tuple[list[nn.Module], torch.Tensor, fxfuse.FusionResult]:
+    """Two members, inputs, and what they were fused into."""
     networks, x = members(2), tokens(120)
-    result = fxfuse.fuse(networks, x[:2], score="obs", variant="components", calibration=x)
+    told = {"score": "obs", "variant": "components", "calibration": x}
+    return networks, x, fxfuse.fuse(networks, x[:2], **told)
+
+
+def test_the_plan_says_so_and_is_applied_again() -> None:
+    networks, x, result = mixed()
     plan = fxfuse.FusionPlan.from_json(result.plan.to_json())
     assert plan.options["variant"] == "components"
     (name,) = streams(result.graph)
@@ -190,6 +204,47 @@ def test_the_plan_says_so_and_is_applied_again() -> None:
     again = fxfuse.fuse(networks, x[:2], plan=plan)
     for key, value in result.state_dict().items():
         assert torch.equal(value, again.state_dict()[key]), key
+
+
+def test_the_matrix_of_a_plan_is_short_and_guarded() -> None:
+    *_, result = mixed()
+    text = result.plan.to_json()
+    value = json.loads(text)
+    (name,) = streams(result.graph)
+    (group,) = (g for g in value["groups"] if g["group"] == name)
+    assert (group["units"], group["weight"]["type"]) == ([WIDTH, WIDTH], "<f4")
+    # Four bytes an entry, of which base64 makes 5 1/3 letters; "read" is the same.
+    assert len(json.dumps(group)) < 6 * 2 * WIDTH * WIDTH + 200
+
+    def refused(message: str, **changed: Any) -> None:
+        before = dict(group["weight"])
+        group["weight"] |= changed
+        with pytest.raises(PlanError, match=message):
+            fxfuse.FusionPlan.from_json(json.dumps(value))
+        group["weight"] = before
+
+    letters = group["weight"]["base64"]
+    refused("edited", base64=("A" if letters[0] != "A" else "B") + letters[1:])
+    # Schema 1 has no digest: the matrix itself has to be one.
+    value["schema"] = 1
+    assert fxfuse.FusionPlan.from_json(json.dumps(value)).map_of(name).n_units == WIDTH
+    refused(f"group '{name}': a matrix of {2 * WIDTH * WIDTH - 3} entries", base64=letters[16:])
+    refused("neither float32 nor float64", type="<i4")
+    refused("not a fusion plan", base64=letters[:-1] + "?")
+
+
+def test_plans_that_list_every_entry_still_apply() -> None:
+    networks, x, result = mixed()
+    value = json.loads(result.plan.to_json())
+    value["schema"] = 2
+    for place, entry in enumerate(result.plan.maps):
+        lists = {k: np.asarray(v).tolist() for k, v in entry.entries()._asdict().items()}
+        value["groups"][place] = {"group": entry.group, "n_units": entry.n_units, **lists}
+    value["digest"] = digest_of({key: v for key, v in value.items() if key != "digest"})
+    old = fxfuse.FusionPlan.from_json(json.dumps(value))
+    again = fxfuse.fuse(networks, x[:2], plan=old)
+    for key, tensor in result.state_dict().items():
+        assert torch.equal(tensor, again.state_dict()[key]), key
 
 
 def test_without_streams_it_is_the_transplant() -> None:

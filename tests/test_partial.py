@@ -271,7 +271,7 @@ def test_plans_with_heads_survive_json():
     assert plan.heads == result.heads
     assert "- `heads.1.fc.weight`: member 1" in plan.summary()
     old = result.plan.to_json().replace('"heads"', '"something else"')
-    old = old.replace('"schema": 2', '"schema": 1')
+    old = old.replace('"schema": 3', '"schema": 1')
     assert fxfuse.FusionPlan.from_json(old).heads == {}
 
 

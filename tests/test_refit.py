@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 
 import numpy as np
 import pytest
@@ -67,15 +68,29 @@ class Depthwise(nn.Module):
 class Decoder(nn.Module):
     """A code that transposed convolutions unfold into an image, one of them behind a norm."""
 
-    def __init__(self) -> None:
+    def __init__(self, groups: int = 1) -> None:
         super().__init__()
         self.down = nn.Conv2d(3, 10, 3, stride=2, padding=1)
-        self.up = nn.ConvTranspose2d(10, 12, 4, stride=2, padding=1, bias=False)
+        self.up = nn.ConvTranspose2d(10, 12, 4, stride=2, padding=1, groups=groups, bias=False)
         self.norm = nn.BatchNorm2d(12)
         self.out = nn.ConvTranspose2d(12, 3, 3, padding=1)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.out(self.norm(self.up(self.down(x).relu())).relu())
+
+
+class Crossed(nn.Module):
+    """Queries from one sequence, keys and values from another: parts of one weight."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.left, self.right = nn.Linear(6, 16), nn.Linear(6, 16)
+        self.cross = nn.MultiheadAttention(16, 4, batch_first=True)
+        self.head = nn.Linear(16, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        memory = self.right(x.flip(1)).relu()
+        return self.head(self.cross(self.left(x).relu(), memory, memory, need_weights=False)[0])
 
 
 NETWORKS = {
@@ -84,9 +99,15 @@ NETWORKS = {
     "depthwise": (Depthwise, (3, 8, 8)),
     "decoder": (Decoder, (3, 8, 8)),
 }
+#: Networks with a layer of another kind, of which one tensor is lost.
+LOST = {
+    "decoder": ("up.weight", Decoder, (3, 8, 8)),
+    "grouped decoder": ("up.weight", lambda: Decoder(2), (3, 8, 8)),
+    "crossed": ("cross.in_proj_weight", Crossed, (5, 6)),
+}
 
 
-SAMPLES = Samples(NETWORKS, 300)
+SAMPLES = Samples({**NETWORKS, **{name: case[1:] for name, case in LOST.items()}}, 300)
 inputs_for, members_for = SAMPLES.inputs, SAMPLES.members
 
 
@@ -140,15 +161,19 @@ def test_a_shuffled_layer_is_found_again():
     assert distance(result.module, members, inputs_for("ResNet", seed=5)) < 1e-5
 
 
-def test_a_shuffled_transposed_convolution_is_found_again():
-    members, x = members_for("decoder", same=True), inputs_for("decoder")
+@pytest.mark.parametrize("name", LOST)
+def test_a_lost_layer_is_found_again(name: str):
+    """Also where little memory makes the activations go to files and back."""
+    members, x, tensor = members_for(name, same=True), inputs_for(name), LOST[name][0]
     result = fxfuse.fuse(members, x[:4], method="average")
     with torch.no_grad():
         weights = dict(result.module.named_parameters())
-        weights["up.weight"].copy_(torch.randn_like(weights["up.weight"]))
-    report = refit(result, members, x, alpha=1e-7)
-    assert distance(result.module, members, inputs_for("decoder", seed=5)) < 1e-5
-    assert {fit.weight for fit in report.layers if fit.fitted} >= {"up.weight"}
+        weights[tensor].copy_(torch.randn_like(weights[tensor]))
+    assert distance(result.module, members, x) > 1e-2
+    report = refit(result, members, x, alpha=1e-7, memory=0)
+    assert distance(result.module, members, inputs_for(name, seed=5)) < 1e-5
+    assert {fit.weight for fit in report.layers if fit.fitted} >= {tensor}
+    assert tensor not in report.left
 
 
 def test_train_mode_agrees_with_eval_mode():
@@ -483,3 +508,23 @@ def test_an_embedding_is_its_target_already(method: str):
     report = refit(result, members, x)
     assert "token.weight" in report.left
     assert "hidden.weight" not in report.left or method == "average"
+
+
+def test_more_inputs_are_taken_when_they_are_allowed():
+    """Of data that never repeat themselves more say more; what is left out is spoken of."""
+    members = []
+    for seed in range(2):
+        torch.manual_seed(seed)
+        sizes = zip((8, 24, 24), (24, 24, 4), strict=True)
+        layers = [layer for size in sizes for layer in (nn.Linear(*size), nn.ReLU())]
+        members.append(nn.Sequential(*layers[:-1]).eval())
+    x, fresh, found = torch.randn(3000, 8), torch.randn(500, 8), []
+    for limit in (100, 3000):
+        result = fxfuse.fuse(members, x[:4], verify=False)
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            report = refit(result, members, x, outputs="values", limit=limit)
+        assert report.inputs == limit
+        assert any("are taken" in str(w.message) for w in caught) == (limit < 3000)
+        found.append(distance(result.module, members, fresh))
+    assert found[1] < found[0]

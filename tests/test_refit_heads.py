@@ -171,6 +171,43 @@ def test_scores_that_measure_see_the_trunk(score: str):
             assert distance(b, m(x)) < distance(a, m(x))
 
 
+@pytest.mark.parametrize(
+    "heads", ["concat", *(pytest.param(h, marks=pytest.mark.nightly) for h in ("map", ["head"]))]
+)
+def test_obs_keeps_the_unit_that_one_head_reads_strongly(heads: str | list[str]):
+    """Nothing but the heads reads the last group, and its weights tell nothing of that."""
+    members, x = plain(), torch.randn(400, 6)
+    with torch.no_grad():
+        # A small unit that one head reads, and a large one that none reads.
+        members[1].second.weight[5] *= 0.05
+        members[1].second.bias[5] = 0
+        members[1].head.weight[:, 5] *= 400
+        members[0].second.weight[2] *= 5
+        members[0].head.weight[:, 2] = 0
+    classes = [list("abc"), list("cdef")] if heads == "map" else None
+    told = {"example_inputs": x[:4], "heads": heads, "classes": classes}
+    for score, kept in (("l2", {(0, 2)}), ("obs", {(1, 5)})):
+        plan = fxfuse.fuse(members, **told, score=score, calibration=x, width=0.25).plan
+        units = plan.map_of("second.weight:0")
+        found = set(zip(units.member.tolist(), units.unit.tolist(), strict=True))
+        assert found & {(0, 2), (1, 5)} == kept
+
+
+def test_obs_knows_that_a_heads_own_norm_has_nothing_for_units_of_others():
+    """Behind a norm of a head, copies in other members make up for no unit."""
+    members = [tower(0, 3), tower(0, 3)]
+    with torch.no_grad():
+        for own, unit in zip(members, (1, 4), strict=True):
+            own.up.weight *= 0.01
+            own.up.weight[:, unit] = 1
+    x = torch.randn(300, 4).double()
+    result = fxfuse.fuse(
+        members, x[:4], heads=HEADS, score="obs", calibration=x, width=1 / 3, refit=True
+    )
+    units = result.plan.map_of("trunk.2.weight:0")
+    assert set(zip(units.member.tolist(), units.unit.tolist(), strict=True)) == {(0, 1), (1, 4)}
+
+
 def test_what_needs_one_task_is_refused():
     members, x = plain(), torch.randn(200, 6)
     with pytest.raises(PartialFusionError, match="choose a start") as caught:

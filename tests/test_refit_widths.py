@@ -245,7 +245,7 @@ def test_operators_in_between_belong_to_the_way():
         order = copy.get_attr("order")
         between = copy.call_function(torch.ops.aten.index_select.default, (output, 1, order))
     aim.replace_input_with(output, between)
-    own, operators, missing = counterparts(captured, nodes, routes, ())
+    own, operators, _, missing = counterparts(captured, nodes, routes, ())
     assert (operators, missing) == ([], [])
     found = own[routes.index(route)]
     assert found.chain == (*(nodes[n] for n in route.chain), between)

@@ -16,13 +16,13 @@ IMAGES = torch.randn(120, 2, 6, 6, generator=torch.Generator().manual_seed(1)) +
 
 
 class Plain(nn.Module):
-    """No normalisation: two convolutions, of which one has no bias, and two linear layers."""
+    """No normalisation: two convolutions, one of them transposed, and two linear layers."""
 
     def __init__(self, seed):
         torch.manual_seed(seed)
         super().__init__()
         self.conv1 = nn.Conv2d(2, 8, 3)
-        self.conv2 = nn.Conv2d(8, 6, 3, bias=False)
+        self.conv2 = nn.ConvTranspose2d(8, 6, 3, padding=2, groups=2, bias=False)
         self.hidden = nn.Linear(24, 10)
         self.head = nn.Linear(10, 3)
 

@@ -10,6 +10,7 @@ import torch
 import torch.utils._pytree as pytree
 from torch import fx
 
+from fxfuse.calibrate.parts import part_of, way_from
 from fxfuse.calibrate.shelf import MEMORY, Shelf, Stored
 from fxfuse.calibration import Calibration
 from fxfuse.capture import Captured
@@ -60,6 +61,8 @@ class Lane:
         self.absent = absent
         self.held = {asked_as.get(node, node) for node in held}
         self.nodes = list((graph or captured.graph).nodes)
+        #: What is only cut out of tensors of the state is no value: they may change.
+        self.parts = {n for n in self.nodes if n.op == "call_function" and way_from(n) is not None}
         self.order = {node: place for place, node in enumerate(self.nodes)}
         self.done = 0
         self.shelf = Shelf(memory)
@@ -84,6 +87,10 @@ class Lane:
             self._step(self.nodes[self.done])
             self.done += 1
 
+    def has(self, node: fx.Node) -> bool:
+        """Whether the network has a node, which may lie in the head of another one."""
+        return self.asked_as.get(node, node) not in self.absent
+
     def value(self, node: fx.Node) -> Sequence[Any]:
         """What a node that has run returned, for each batch.
 
@@ -92,8 +99,8 @@ class Lane:
         node = self.asked_as.get(node, node)
         if node in self.absent:
             return [None] * len(self.calibration.batches)
-        if node.op == "get_attr":
-            return [self._tensor(node)] * len(self.calibration.batches)
+        if node.op == "get_attr" or node in self.parts:
+            return [self._part(node)] * len(self.calibration.batches)
         return self.values[node]
 
     def drop(self, node: fx.Node) -> None:
@@ -131,7 +138,7 @@ class Lane:
         """
         if node in known:
             return known[node]
-        if node.op == "get_attr" or node in self.values:
+        if node.op == "get_attr" or node in self.parts or node in self.values:
             return self.value(node)[batch]
         target: Any = node.target
         args, kwargs = fx.map_arg(
@@ -142,7 +149,7 @@ class Lane:
         return known[node]
 
     def _step(self, node: fx.Node) -> None:
-        if node.op != "call_function":
+        if node.op != "call_function" or node in self.parts:
             return
         if node not in self.absent:
             self._forget(node)
@@ -163,6 +170,12 @@ class Lane:
         """Whether all readers of a node have run."""
         now = self.done - 1 if now is None else now
         return all(self.order[user] <= now for user in node.users)
+
+    def _part(self, node: fx.Node) -> Any:
+        """A tensor of the state, or a part of it, as it is now."""
+        found = way_from(node)
+        assert found is not None
+        return part_of(found[1], self._tensor(found[0]))
 
     def _tensor(self, node: fx.Node) -> torch.Tensor:
         name = self.captured.canonical.get(str(node.target))

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import operator
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import fx
 
+from fxfuse.calibrate.parts import Way, is_read_once, part_of, way_from
 from fxfuse.capture import Captured
 from fxfuse.rules.registry import argument_of
 
@@ -48,8 +50,11 @@ class Layer:
         bias: Name of the bias, or "".
         inputs: Dimension of the weight along which it reads the activation's channels.
         outputs: Dimension of the weight along which its outputs stand.
-        groups: Number of groups; channels of the weight's `inputs` are those of one group.
+        groups: Number of groups; channels of the weight's `inputs` are those of one group, and of
+            a transposed convolution those of its `outputs`.
         space: Number of dimensions that a kernel goes along; 0 for a matrix product.
+        way: From the weight to the rows of it that the layer reads; empty: it reads the whole.
+        bias_way: The same for the bias.
         back: Whether it is a transposed convolution: a convolution of its input spread out by the
             stride, with zeros in between, by the kernel turned round.
     """
@@ -63,6 +68,33 @@ class Layer:
     groups: int = 1
     space: int = 0
     back: bool = False
+    way: Way = ()
+    bias_way: Way = ()
+
+    def held(self, state: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        """The weight, or the part of it that the layer reads, among tensors by name."""
+        return part_of(self.way, state[self.weight])
+
+    def held_bias(self, state: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        """The same of the bias; there has to be one."""
+        return part_of(self.bias_way, state[self.bias])
+
+    def put(self, state: dict[str, torch.Tensor], weight: torch.Tensor) -> None:
+        """Sets what `held` returns; tensors that stood there stay as they are."""
+        state[self.weight] = _with_part(self.way, state[self.weight], weight)
+
+    def put_bias(self, state: dict[str, torch.Tensor], bias: torch.Tensor) -> None:
+        """Sets what `held_bias` returns; tensors that stood there stay as they are."""
+        state[self.bias] = _with_part(self.bias_way, state[self.bias], bias)
+
+    @property
+    def written(self) -> int:
+        """Dimension of the weight that tells the units of the output apart.
+
+        Of a transposed convolution with groups that is the one of the inputs: along the other one
+        all groups stand on top of each other.
+        """
+        return self.inputs if self.back and self.groups > 1 else self.outputs
 
     def channels_last(self, x: torch.Tensor) -> torch.Tensor:
         """An input or output of the layer with its channels last, [..., channels]."""
@@ -99,7 +131,8 @@ class Layer:
         if not self.space:
             return (weight if self.outputs else weight.t()).unsqueeze(0)
         if self.back:
-            return weight.flatten(2).transpose(1, 2).reshape(1, -1, weight.shape[1])
+            taps = weight.flatten(2).transpose(1, 2)
+            return taps.reshape(self.groups, -1, weight.shape[1])
         return weight.reshape(self.groups, -1, weight[0].numel()).transpose(1, 2)
 
     def weight_of(self, matrix: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
@@ -165,14 +198,16 @@ class Layer:
 def layers_of(captured: Captured) -> tuple[Layer, ...]:
     """The layers of a network whose weight is a parameter of its own, in graph order.
 
-    Weights that are used twice or tied, and weights that are computed, make no layer.
+    Weights that are used twice or tied, and weights that are computed, make no layer; one that is
+    cut into parts, as the projections of a cross attention are, makes one for each part.
     """
     reads, found = reads_of(captured), []
     for node in captured.graph.nodes:
         layer = layer_at(captured, node)
         if layer is None:
             continue
-        if all(reads[name] == 1 for name in (layer.weight, layer.bias) if name):
+        once = all(reads[name] == 1 for name in (layer.weight, layer.bias) if name)
+        if once and is_read_once(layer.way) and is_read_once(layer.bias_way):
             found.append(layer)
     return tuple(found)
 
@@ -210,9 +245,8 @@ def layer_at(captured: Captured, node: fx.Node) -> Layer | None:
         shape, space, groups = (0, 1), _CONVOLUTIONS[node.target], int(_argument(node, "groups"))
     elif node.target in _CONVOLUTIONS_BACK:
         x, weight, bias = (_argument(node, n) for n in ("input", "weight", "bias"))
-        shape, space, groups = (1, 0), _CONVOLUTIONS_BACK[node.target], 1
-        if _argument(node, "groups") != 1:
-            return None
+        shape, space = (1, 0), _CONVOLUTIONS_BACK[node.target]
+        groups = int(_argument(node, "groups"))
     elif node.target in _TRANSPOSED:
         x, weight, bias = (_argument(node, n) if n else None for n in _TRANSPOSED[node.target])
         shape, space, groups = (1, 0), 0, 1
@@ -221,15 +255,37 @@ def layer_at(captured: Captured, node: fx.Node) -> Layer | None:
             return None
     else:
         return None
-    name, bias_name = name_of(captured, weight), name_of(captured, bias)
+    (name, way), (bias_name, bias_way) = (_read_by(captured, n) for n in (weight, bias))
     if name is None or not isinstance(x, fx.Node) or x.op == "get_attr":
         return None
     if bias is not None and bias_name is None:
         return None
+    # Parts are cut along the outputs, so that the inputs stand as in the whole.
+    cuts = (_argument(n, "dim") for n in way if n.target is not operator.getitem)
+    if any(dim % captured.tensor(name).dim() != shape[0] for dim in cuts):
+        return None
     rank, back = 2 + space, node.target in _CONVOLUTIONS_BACK
     if captured.tensor(name).dim() != rank or (space and len(_shape(node)) != rank):
         return None
-    return Layer(node, x, name, bias_name or "", shape[1], shape[0], groups, space, back)
+    told = (shape[1], shape[0], groups, space, back, way, bias_way)
+    return Layer(node, x, name, bias_name or "", *told)
+
+
+def _read_by(captured: Captured, node: Any) -> tuple[str | None, Way]:
+    """Name of the state tensor of which a node is a part, and the way there."""
+    found = way_from(node)
+    if found is None:
+        return None, ()
+    return name_of(captured, found[0]), found[1]
+
+
+def _with_part(way: Way, whole: torch.Tensor, part: torch.Tensor) -> torch.Tensor:
+    """A tensor whose part at the end of a way is `part`, in the dtype that it has."""
+    if not way:
+        return part.to(whole.dtype)
+    whole = whole.detach().clone()
+    part_of(way, whole).copy_(part)
+    return whole
 
 
 def _argument(node: fx.Node, name: str) -> Any:

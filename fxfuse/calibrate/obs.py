@@ -16,9 +16,10 @@ import torch
 from numpy.typing import NDArray
 
 from fxfuse.calibrate.layers import name_of
+from fxfuse.calibrate.parts import part_of
 from fxfuse.calibrate.units import Consumer, consumer_inputs, consumers_of, each_once
 from fxfuse.calibration import Calibration
-from fxfuse.coupling import CouplingGraph, Index
+from fxfuse.coupling import CouplingGraph, CouplingGroup, Index
 from fxfuse.labels import Kind
 
 #: Ridge on the covariance, as a share of the mean of its diagonal.
@@ -48,7 +49,7 @@ def elimination(
     """The order in which units of all members are removed, until as many are left as are kept.
 
     A reader's outputs count as far as they survive themselves, in groups that were gone through
-    before.
+    before. Layers of the members' heads are readers, too: each of its own member's units.
 
     Args:
         graph: The analysis of the members.
@@ -64,12 +65,23 @@ def elimination(
     """
     members = sorted(kept)
     graphs = [graph.of_member(m) for m in members]
-    consumers = each_once(consumers_of, graphs)
+
+    def readers_of(own: CouplingGraph) -> dict[str, list[Consumer]]:
+        every = consumers_of(own)
+        return {g: [c for c in cs if c.owner in (None, *members)] for g, cs in every.items()}
+
+    consumers = each_once(readers_of, graphs)
     inputs = consumer_inputs(graphs, consumers, {m: states[m] for m in members}, calibration)
     order = {node: place for place, node in enumerate(graphs[0].captured.graph.nodes)}
     first = consumers[0]
     groups = [group for group in graph.groups if first[group.name]]
-    groups.sort(key=lambda g: order[first[g.name][0].layer.node], reverse=True)
+
+    def place(group: CouplingGroup) -> tuple[int, int]:
+        # A recurrent layer reads its own units later than what it is given.
+        layer = first[group.name][0].layer
+        return order[layer.node], order[layer.input]
+
+    groups.sort(key=place, reverse=True)
     left: Units = {}
     found: dict[str, tuple[Index, Ranks]] = {}
     for group in groups:
@@ -218,10 +230,15 @@ def weights_at(
     """A reader's weights from one member's units to those of its outputs that are left.
 
     Returns:
-        float64 [units · width, outputs].
+        float64 [units · width, outputs]; no outputs, where the reader is in another member's head.
     """
+    if consumer.owner not in (None, member):
+        device = next(iter(state.values())).device
+        rows = len(consumer.slots) * width_of(consumer)
+        return torch.zeros(rows, 0, dtype=torch.float64, device=device)
     weight = _folded(graph, state, consumer).double()
-    outputs = _outputs(graph, consumer, left, member, host, weight.shape[1])
+    shape = state[consumer.layer.weight].shape
+    outputs = _outputs(graph, consumer, left, member, host, shape)
     weight = weight[:, torch.from_numpy(outputs).to(weight.device)]
     # [units, slots, outputs, kernel]
     own = weight[torch.from_numpy(consumer.slots).to(weight.device)]
@@ -231,7 +248,7 @@ def weights_at(
 def _folded(graph: CouplingGraph, state: State, consumer: Consumer) -> torch.Tensor:
     """The weight as [inputs, outputs, kernel], with the batch norm behind it folded in."""
     layer = consumer.layer
-    weight = state[layer.weight].detach().unsqueeze(-1)
+    weight = layer.held(state).detach().unsqueeze(-1)
     weight = weight.movedim((layer.inputs, layer.outputs), (0, 1)).flatten(2)
     users = list(layer.node.users)
     if len(users) == 1 and users[0].target is _BATCH_NORM:
@@ -250,11 +267,11 @@ def _outputs(
     left: Units,
     member: int,
     host: int,
-    size: int,
+    shape: torch.Size,
 ) -> Index:
-    """Which of a reader's outputs count in one member."""
+    """Which of a reader's outputs count in one member, whose weight has this shape."""
     place = (consumer.layer.weight, consumer.layer.outputs)
-    counts = np.ones(size, dtype=bool)
+    counts = np.ones(shape[consumer.layer.outputs], dtype=bool)
     reason = graph.frozen.get(place)
     if reason is not None and reason.kind is Kind.HOST and member != host:
         counts[reason.indices] = False
@@ -264,7 +281,11 @@ def _outputs(
             counts[group.index[place].reshape(-1)] = False
             own = chosen[chosen[:, 0] == member, 1]
             counts[group.index[place][own].reshape(-1)] = True
-    return np.flatnonzero(counts)
+    # A layer that reads a part of the weight has the outputs of this part.
+    layer = consumer.layer
+    line = [-1 if dim == layer.outputs else 1 for dim in range(len(shape))]
+    read = part_of(layer.way, torch.from_numpy(counts).reshape(line).expand(shape))
+    return np.flatnonzero(read.movedim(layer.outputs, 0).flatten(1)[:, 0].numpy())
 
 
 def size_of(weights: torch.Tensor, covariance: torch.Tensor) -> torch.Tensor:

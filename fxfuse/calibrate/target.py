@@ -17,9 +17,9 @@ import numpy as np
 import torch
 from torch import fx
 
-from fxfuse.coupling import CouplingGraph, Index
+from fxfuse.coupling import CouplingGraph, Index, Place
 from fxfuse.labels import Field, Kind, Value, neurons
-from fxfuse.layout import Layout, copies_of, unit_copies
+from fxfuse.layout import Layout, Placement, copies_of, place_units, unit_copies
 from fxfuse.plan import FusionPlan
 
 
@@ -32,6 +32,7 @@ class Targets:
         layouts: For nodes of the members' graph, the layouts of the dimensions that have another
             size in the fused network.
         asked_as: Nodes of another graph by which `merge` may name nodes of the members' graph.
+        places: The layouts of the dimensions of parameters that have another size.
     """
 
     def __init__(
@@ -40,17 +41,20 @@ class Targets:
         plan: FusionPlan,
         layouts: Mapping[fx.Node, Any] = MappingProxyType({}),
         asked_as: Mapping[fx.Node, fx.Node] = MappingProxyType({}),
+        places: Mapping[Place, Layout] = MappingProxyType({}),
     ) -> None:
         self.graph = graph
         self.plan = plan
         self.layouts = layouts
         self.asked_as = asked_as
+        self.places = places
         self.copies = copies_of(graph, plan.sizes())
         self.n_members = plan.n_members
         #: For each member: fused neuron (`_key`), member's neuron, weight; sorted by fused neuron.
         self.entries = [self._entries(member) for member in range(plan.n_members)]
         self.told = self._told()
         self._mergers: dict[fx.Node, list[_Merger] | None] = {}
+        self._placements: dict[Place, Placement] = {}
 
     def merge(self, node: fx.Node, values: Sequence[torch.Tensor | None]) -> torch.Tensor | None:
         """The fused value of a node.
@@ -81,6 +85,35 @@ class Targets:
         result = own[0].new_zeros(mergers[0].fused_shape(own[0].shape))
         for merger, value in zip(mergers, own, strict=True):
             merger.add_to(result, value)
+        return result
+
+    def merge_rows(self, place: Place, values: Sequence[torch.Tensor]) -> torch.Tensor | None:
+        """The fused value of what stands along a dimension of a parameter: of gates, say.
+
+        Args:
+            place: The parameter's canonical name, and the dimension.
+            values: In each member that has it, [..., indices].
+
+        Returns:
+            [..., fused indices]; None where units of all members stand in the head of one.
+        """
+        if place[0] in self.graph.captured.heads:
+            return None if place in self.graph.group_of else values[0]
+        if place not in self._placements:
+            self._placements[place] = place_units(
+                self.graph, self.plan, place, self.copies, self.places
+            )
+        found, reason = self._placements[place], self.graph.frozen.get(place)
+        # What all members share comes before the units.
+        shared = 0 if reason is None or reason.kind is Kind.HOST else len(reason.indices)
+        result = values[0].new_zeros(*values[0].shape[:-1], found.size)
+        columns = zip(found.targets, found.sources, found.merge, values, strict=True)
+        for targets, sources, merge, value in columns:
+            weights = np.where(np.arange(len(merge)) < shared, merge / self.n_members, merge)
+            to, source, weight = (
+                torch.from_numpy(x).to(value.device) for x in (targets, sources, weights)
+            )
+            result.index_add_(-1, to, value[..., source] * weight.to(value.dtype))
         return result
 
     def _mergers_of(self, node: fx.Node) -> list[_Merger] | None:

@@ -12,6 +12,7 @@ from torch import fx
 
 from fxfuse.calibrate.lane import Lane
 from fxfuse.calibrate.layers import Layer, layers_of
+from fxfuse.calibrate.recurrence import readers_of
 from fxfuse.calibration import Calibration
 from fxfuse.coupling import CouplingGraph, CouplingGroup, Index
 from fxfuse.heads import others_region, region_of
@@ -31,27 +32,40 @@ class Consumer:
         layer: The layer.
         slots: Which of its input channels each unit owns, int64 [n_units, slots].
         repeated: Whether the slots of a unit are one neuron at several places (a flattened image).
+        owner: The member whose head the layer is in; None: it is in the trunk.
     """
 
     layer: Layer
     slots: Index
     repeated: bool
+    owner: int | None = None
 
 
 def consumers_of(graph: CouplingGraph) -> dict[str, list[Consumer]]:
-    """For each group, the trunk's layers that read it, in graph order.
+    """For each group, the layers that read it, in the trunk and in the heads, in graph order.
 
-    Layers with groups of channels are left out, and so are the members' heads.
+    Recurrent layers are among them (`readers_of`), layers with groups of channels are not. Of a
+    `trunk()` the heads are readers all the same.
     """
     found: dict[str, list[Consumer]] = {group.name: [] for group in graph.groups}
-    for layer in layers_of(graph.captured):
+    whole = graph.whole or graph
+    order = {node: place for place, node in enumerate(graph.captured.graph.nodes)}
+    layers = [*layers_of(graph.captured), *readers_of(graph.captured)]
+    for layer in sorted(layers, key=lambda each: order[each.node]):
         place = (graph.captured.canonical[layer.weight], layer.inputs)
-        if layer.groups > 1 or layer.weight in graph.captured.heads:
+        if layer.groups > 1:
             continue
-        for group in graph.group_of.get(place, ()):
+        owner = graph.captured.heads.get(layer.weight)
+        for group in whole.group_of.get(place, ()):
             slots = group.index[place]
-            found[group.name].append(Consumer(layer, slots, _is_repeated(graph, layer, slots)))
+            repeated = _is_repeated(graph, layer, slots)
+            found[group.name].append(Consumer(layer, slots, repeated, owner))
     return found
+
+
+def _trunk_consumers_of(graph: CouplingGraph) -> dict[str, list[Consumer]]:
+    found = consumers_of(graph)
+    return {name: [c for c in own if c.owner is None] for name, own in found.items()}
 
 
 def consumer_inputs(
@@ -64,9 +78,12 @@ def consumer_inputs(
 ) -> dict[Layer, list[torch.Tensor]]:
     """What the layers that read groups get, in each member.
 
+    Where a head has computed it with tensors of its own (a norm, say), units of other members are
+    not there, and count as zeros: the head has no tensors for them.
+
     Args:
         graphs: The analysis of each member.
-        consumers: For each member, what `consumers_of` returned.
+        consumers: For each member, what `consumers_of` returned; of heads, those of `states`.
         states: Their tensors by name, by number of the member.
         calibration: The inputs.
         rows: About how many rows are kept; the same ones in all members.
@@ -75,18 +92,27 @@ def consumer_inputs(
         For each layer of the first member, one float32 tensor [rows, channels] per member.
     """
     each = [_in_order(*pair) for pair in zip(graphs, consumers, strict=True)]
-    result: dict[Layer, list[torch.Tensor]] = {layer: [] for layer in each[0]}
+    result: dict[Layer, list[torch.Tensor | None]] = {layer: [] for layer in each[0]}
     for graph, layers, (number, state) in zip(graphs, each, states.items(), strict=True):
         last = {layer.input: layer for layer in layers}
         lane = _member_lane(graph, number, state, calibration, set(last))
         for layer, found in zip(layers, result.values(), strict=True):
             lane.run_to(layer.input)
+            if layer.input in lane.absent:
+                found.append(None)
+                continue
             values = lane.value(layer.input)
             count = sum(layer.n_rows(x) for x in values)
             found.append(_some((layer.output_rows(x) for x in values), count, rows))
             if last[layer.input] is layer:
                 lane.drop(layer.input)
-    return result
+    return {layer: _with_zeros(found) for layer, found in result.items()}
+
+
+def _with_zeros(found: Sequence[torch.Tensor | None]) -> list[torch.Tensor]:
+    """The members' rows, zeros where one has none; members with heads have one size."""
+    like = next(x for x in found if x is not None)
+    return [torch.zeros_like(like) if x is None else x for x in found]
 
 
 def _in_order(graph: CouplingGraph, consumers: Mapping[str, Sequence[Consumer]]) -> list[Layer]:
@@ -124,7 +150,7 @@ def unit_activations(
     *,
     rows: int = ROWS,
 ) -> dict[str, list[torch.Tensor]]:
-    """Activations of the units of each group, as the layers that read them see them.
+    """Activations of the units of each group, as the trunk's layers that read them see them.
 
     Args:
         graph: The analysis of the members.
@@ -139,7 +165,7 @@ def unit_activations(
         never do is left out.
     """
     graphs = [graph.of_member(member) for member in range(len(states))]
-    consumers = each_once(consumers_of, graphs)
+    consumers = each_once(_trunk_consumers_of, graphs)
     found = {}
     numbered = dict(enumerate(states))
     inputs = consumer_inputs(graphs, consumers, numbered, calibration, rows=rows)

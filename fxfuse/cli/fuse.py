@@ -11,6 +11,7 @@ import typer
 from fxfuse.cli.load import asked_recipe
 from fxfuse.cli.options import (
     Budget,
+    CalibrationLimit,
     CalibrationSpec,
     Checkpoints,
     Classes,
@@ -122,6 +123,7 @@ def fuse(
     fraction: Fraction = None,
     reference: Reference = "0",
     calibration: OptionalCalibration = None,
+    calibration_limit: CalibrationLimit = 1000,
     refit: Refit = False,
     outputs: Outputs = None,
     steps: Steps = None,
@@ -154,6 +156,7 @@ def fuse(
         "variant": variant,
         "fraction": parse_by_group("--fraction", fraction or ()),
         "reference": parse_reference(reference),
+        "calibration_limit": calibration_limit,
         "refit": refit,
         "outputs": outputs,
         "steps": steps,

@@ -150,6 +150,9 @@ _DATA = (
 CalibrationSpec = Annotated[
     str, typer.Option("--calibration", help=f"100 to 1,000 inputs: {_DATA}", metavar="DATA")
 ]
+CalibrationLimit = Annotated[
+    int, typer.Option(help="So many calibration inputs are taken at most.", metavar="N")
+]
 DataSpec = Annotated[str, typer.Option("--data", help=f"Inputs: {_DATA}", metavar="DATA")]
 EvaluationSpec = Annotated[
     str | None,

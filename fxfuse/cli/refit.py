@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 
-from fxfuse.cli.options import CalibrationSpec, Folder, Force, Json, OutFolder
+from fxfuse.cli.options import CalibrationLimit, CalibrationSpec, Folder, Force, Json, OutFolder
 from fxfuse.cli.outcome import carry_out
 from fxfuse.recipe import changed, read_recipe
 from fxfuse.saved import PLAN
@@ -15,6 +15,7 @@ def refit(
     folder: Folder,
     out: OutFolder,
     calibration: CalibrationSpec,
+    calibration_limit: CalibrationLimit = 1000,
     force: Force = False,
     json: Json = False,
 ) -> None:
@@ -22,7 +23,12 @@ def refit(
     recipe = read_recipe(folder)
     kept = recipe.fuse.model_dump(include={"outputs", "verify"})
     # Everything else that was asked for is in the plan.
-    options = {**kept, "plan": os.path.abspath(folder / PLAN), "refit": True}
+    options = {
+        **kept,
+        "plan": os.path.abspath(folder / PLAN),
+        "calibration_limit": calibration_limit,
+        "refit": True,
+    }
     asked = changed(
         recipe,
         fuse=options,

@@ -67,7 +67,7 @@ def _absent(result: Fused, member: int) -> dict[str, torch.Tensor]:
 
 
 def measurable(
-    result: Fused, members: Sequence[Member], inputs: Any
+    result: Fused, members: Sequence[Member], inputs: Any, limit: int = 1000
 ) -> tuple[Sequence[Mapping[str, torch.Tensor]], Calibration]:
     """The members' tensors and the checked inputs, for a step that measures activations.
 
@@ -75,6 +75,7 @@ def measurable(
         result: What `fxfuse.fuse` returned.
         members: The networks that were fused, in the same order.
         inputs: What `Calibration.of` takes.
+        limit: So many of them are taken at most.
 
     Raises:
         CalibrationError: The inputs are not what the members take.
@@ -82,7 +83,7 @@ def measurable(
         NotEmittedError: The members were traced: there is no graph to run.
     """
     result.graph.captured.require_program()
-    return states_of(result, members), Calibration.of(result.graph.captured, inputs)
+    return states_of(result, members), Calibration.of(result.graph.captured, inputs, limit=limit)
 
 
 def check_one_head(result: Fused, what: str, why: str) -> None:

@@ -150,7 +150,7 @@ def _free_layers(graph: CouplingGraph) -> list[Layer]:
     return [
         layer
         for layer in layers_of(graph.captured)
-        if graph.group_of.get((canonical[layer.weight], layer.outputs))
+        if graph.group_of.get((canonical[layer.weight], layer.written))
     ]
 
 
@@ -217,12 +217,10 @@ def _rescale(
     own = variance.sqrt()
     alive = own > _DEAD * own.max()
     scale = torch.where(alive, deviation / own.where(alive, torch.ones_like(own)), 1.0)
-    weight = state[layer.weight]
-    shape = [1] * weight.dim()
-    shape[layer.outputs] = -1
-    state[layer.weight] = weight * scale.reshape(shape).to(weight.dtype)
+    weight = layer.held(state)
+    factor = scale.reshape(layer.groups, 1, -1).to(weight.dtype)
+    layer.put(state, layer.weight_of(layer.matrix(weight) * factor, weight))
     if layer.bias:
-        bias = (state[layer.bias].double() - own_mean) * scale + mean
-        state[layer.bias] = bias.to(state[layer.bias].dtype)
+        layer.put_bias(state, (layer.held_bias(state).double() - own_mean) * scale + mean)
     lane.redo(layer.node)
     lane.drop(layer.input)

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import fx
 
-from fxfuse.coupling import CouplingGraph
-from fxfuse.layout import copies_of
+from fxfuse.coupling import CouplingGraph, Place
+from fxfuse.layout import Layout, copies_of
 from fxfuse.plan import FusionPlan
 from fxfuse.rewrite import FusedModule, copy_graph, emit, emit_graph
 from fxfuse.widen.walk import walk_of
@@ -27,12 +27,14 @@ class Resized:
             fused units; there is none for what is only written together with what follows.
         layouts: For nodes of the members' graph, the layouts of the dimensions of the result that
             have another size (a list where the node returns a list).
+        places: The layouts of the dimensions of parameters and buffers that have another size.
     """
 
     graph: fx.Graph
     constants: Mapping[str, torch.Tensor]
     nodes: Mapping[fx.Node, fx.Node]
     layouts: Mapping[fx.Node, Any]
+    places: Mapping[Place, Layout]
 
 
 def resized_of(graph: CouplingGraph, plan: FusionPlan) -> Resized | None:
@@ -58,7 +60,7 @@ def resized_of(graph: CouplingGraph, plan: FusionPlan) -> Resized | None:
         # A value that was put together by several operators has the rank of the one it stands for.
         if "val" in node.meta:
             own.meta.setdefault("val", node.meta["val"])
-    return Resized(wide.graph, wide.orders, nodes, wide.layouts)
+    return Resized(wide.graph, wide.orders, nodes, wide.layouts, wide.places)
 
 
 def emit_fused(

@@ -2,6 +2,7 @@
 
 from fxfuse.refine.regression.last_layer import refit_head
 from fxfuse.refine.regression.refit import refit
-from fxfuse.refine.regression.run import LayerFit, RefitReport, Settings, refit_state
+from fxfuse.refine.regression.run import RefitReport, Settings, refit_state
+from fxfuse.refine.regression.work import LayerFit
 
 __all__ = ["LayerFit", "RefitReport", "Settings", "refit", "refit_head", "refit_state"]

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 from torch import fx
 
 from fxfuse.calibrate.layers import layer_at, reads_of
+from fxfuse.calibrate.recurrence import Recurrent, recurrent_at
 from fxfuse.capture import Captured
 from fxfuse.refine.regression.channel import PerChannel, per_channel_at
 from fxfuse.refine.regression.route import Norm, Route, norm_of, other_operand, users_of
+from fxfuse.refine.regression.work import Work
 
 #: For nodes of the members' graph, the nodes of the other graph that compute the same there.
 Nodes = Mapping[fx.Node, fx.Node]
@@ -20,7 +23,8 @@ def counterparts(
     nodes: Nodes,
     routes: Sequence[Route],
     operators: Sequence[PerChannel],
-) -> tuple[list[Route], list[PerChannel], list[Route | PerChannel]]:
+    layers: Sequence[Recurrent] = (),
+) -> tuple[list[Route], list[PerChannel], list[Recurrent], list[Work]]:
     """The work of a refit in another graph.
 
     Args:
@@ -28,17 +32,23 @@ def counterparts(
         nodes: For nodes of its graph, those of the other one.
         routes: `routes_of` the member.
         operators: `per_channel_of` the member.
+        layers: `recurrent_of` the member.
 
     Returns:
-        The same routes, the same operators, and those of both that have no counterpart.
+        The same routes, operators and recurrent layers, and those that have no counterpart.
     """
     find = _Counterparts(captured, nodes, reads_of(captured))
     own_routes = {route: find.route(route) for route in routes}
     own_operators = {op: find.per_channel(op) for op in operators}
+    own_layers = {work: find.recurrent(work) for work in layers}
+    missing: list[Work] = [work for work, own in own_routes.items() if own is None]
+    missing += [work for work, own in own_operators.items() if own is None]
+    missing += [work for work, own in own_layers.items() if own is None]
     return (
         [own for own in own_routes.values() if own is not None],
         [own for own in own_operators.values() if own is not None],
-        [w for found in (own_routes, own_operators) for w, own in found.items() if own is None],
+        [own for own in own_layers.values() if own is not None],
+        missing,
     )
 
 
@@ -84,6 +94,15 @@ class _Counterparts:
         found = None if node is None else per_channel_at(self.captured, node, self.reads)
         same = found is not None and (found.weight, found.bias) == (op.weight, op.bias)
         return found if same else None
+
+    def recurrent(self, work: Recurrent) -> Recurrent | None:
+        """The same recurrent layers; units may be brought into another order before."""
+        node = self.nodes.get(work.node)
+        found = None if node is None else recurrent_at(self.captured, node, self.reads)
+        if found is None or found.tensors != work.tensors:
+            return None
+        theirs = tuple(self.nodes[read] for read in work.reads if read in self.nodes)
+        return replace(found, theirs=theirs) if len(theirs) == len(work.reads) else None
 
     def _norm(self, norm: Norm) -> Norm | None:
         node = self.nodes.get(norm.node)

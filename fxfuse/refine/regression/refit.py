@@ -21,6 +21,7 @@ def refit(
     outputs: str | None = None,
     seed: int = 0,
     memory: int = MEMORY,
+    limit: int = 1000,
 ) -> RefitReport:
     """Refits a fused network in place, layer by layer, in closed form and without labels.
 
@@ -48,6 +49,7 @@ def refit(
         outputs: `logits` or `values`; None lets the output's shape decide.
         seed: Decides which rows of large layers are taken.
         memory: Bytes of activations that stay in memory.
+        limit: So many inputs are taken at most, in a random order that is always the same.
 
     Returns:
         The error of every layer before and after, and what was left.
@@ -58,7 +60,7 @@ def refit(
         NotEmittedError: The members were traced: there is no graph to run.
         RefineError: The members run one by one in it, so that it is their mean already.
     """
-    states, calibration = measurable(result, members, inputs)
+    states, calibration = measurable(result, members, inputs, limit)
     if result.plan.mixing == "per_member":
         raise RefineError(
             "There is nothing to refit.",

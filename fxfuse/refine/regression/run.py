@@ -12,6 +12,7 @@ import torch
 from torch import fx
 
 from fxfuse.calibrate import MEMORY, Lane, Targets
+from fxfuse.calibrate.recurrence import Recurrent, recurrent_of
 from fxfuse.calibration import FEW, Calibration
 from fxfuse.coupling import CouplingGraph
 from fxfuse.heads import others_region
@@ -27,9 +28,23 @@ from fxfuse.refine.regression.counterpart import counterparts
 from fxfuse.refine.regression.error import Error, relaxed
 from fxfuse.refine.regression.head import fit_head
 from fxfuse.refine.regression.joint import joined, joint_pairs, parted
+from fxfuse.refine.regression.recurrent import RecurrentFit
 from fxfuse.refine.regression.route import Route, routes_of
 from fxfuse.refine.regression.rows import Sample, sample
 from fxfuse.refine.regression.solve import Fit, Ridge
+from fxfuse.refine.regression.work import (
+    NO_CLOSER,
+    NO_LAYER,
+    NO_TARGET,
+    LayerFit,
+    Work,
+    aim_of,
+    asked_of_members,
+    inputs_of,
+    left,
+    node_of,
+    tensors_of,
+)
 from fxfuse.refine.regression.write import State, current, write
 from fxfuse.widen import Resized, resized_of
 
@@ -37,32 +52,8 @@ from fxfuse.widen import Resized, resized_of
 _PER_FEATURE, _ROWS = 4, 8192
 #: Times that targets are relaxed where the activation cuts them.
 _RELAXATIONS = 3
-_NO_TARGET = "no member has the value that it should have"
-_NO_LAYER = "the network of this width computes it by other operators"
-_NO_CLOSER = "no map is closer on the calibration inputs"
 #: Times that two layers of one sum are fitted in turn.
 _TURNS = 2
-
-
-@dataclass(frozen=True)
-class LayerFit:
-    """What became of one layer.
-
-    Attributes:
-        weight: Name of its weight.
-        aim: Name of the graph node that it was fitted to.
-        before: Error before, on the rows it was fitted on, as a share of the target's variance.
-        after: Error after.
-        fitted: Whether the fit was kept; else the layer is as transplanted.
-        why: Why it was left, or "".
-    """
-
-    weight: str
-    aim: str
-    before: float
-    after: float
-    fitted: bool
-    why: str = ""
 
 
 @dataclass(frozen=True)
@@ -153,18 +144,20 @@ class _Refit:
         routes: Sequence[Route] = routes_of(captured)
         taken = {route.norm.node for route in routes if route.norm is not None}
         operators: Sequence[PerChannel] = per_channel_of(captured, taken)
+        layers: Sequence[Recurrent] = recurrent_of(captured)
         resized = resized_of(graph, plan)
         if resized is None:
-            resized = Resized(captured.graph, {}, {}, {})
+            resized = Resized(captured.graph, {}, {}, {}, {})
         else:
-            routes, operators, missing = counterparts(captured, resized.nodes, routes, operators)
-            self.fits += [_left(work, _NO_LAYER) for work in missing]
+            routes, operators, layers, missing = counterparts(
+                captured, resized.nodes, routes, operators, layers
+            )
+            self.fits += [left(work, NO_LAYER) for work in missing]
         #: What the members compute at a node of the student's graph.
         told = {own: node for node, own in resized.nodes.items()}
-        self.work: dict[fx.Node, Route | PerChannel] = {r.layer.node: r for r in routes}
-        self.work |= {op.node: op for op in operators}
-        aims = [_aim(w) for w in self.work.values()]
-        aims += [w.output for w in self.work.values() if isinstance(w, Route)]
+        every: list[Work] = [*routes, *operators, *layers]
+        self.work = {node_of(work): work for work in every}
+        aims = [node for work in self.work.values() for node in asked_of_members(work)]
         #: Layers that are fitted together: the first by the last of each pair.
         self.first_of: dict[fx.Node, Route] = {
             last.layer.node: first
@@ -174,7 +167,7 @@ class _Refit:
         self.postponed = {first.layer.node for first in self.first_of.values()}
         #: How many pieces of work still need a node's value.
         self.waiting = Counter(aims)
-        self.unread = Counter(read for work in self.work.values() for read in _inputs(work))
+        self.unread = Counter(read for work in self.work.values() for read in inputs_of(work))
         memory = settings.memory // (len(states) + 1)
         self.members = [
             Lane(
@@ -199,7 +192,7 @@ class _Refit:
             constants=resized.constants,
             memory=memory,
         )
-        self.targets = Targets(graph, plan, resized.layouts, told)
+        self.targets = Targets(graph, plan, resized.layouts, told, resized.places)
         self.generator = torch.Generator().manual_seed(settings.seed)
         self.outputs = [resized.nodes.get(output, output) for output in captured.outputs()]
         self.changed: set[str] = set()
@@ -212,25 +205,27 @@ class _Refit:
                     self.visit(self.work[node])
         captured = self.graph.captured
         parameters = {n for n, _ in captured.module.named_parameters()}
-        left = tuple(n for n in captured.names if n in parameters and n not in self.changed)
+        kept = tuple(n for n in captured.names if n in parameters and n not in self.changed)
         for name in captured.names:
             self.state[name] = self.state[captured.canonical[name]]
         seconds = time.process_time() - started
-        report = RefitReport(tuple(self.fits), left, seconds, self.calibration.size, self.alpha)
+        report = RefitReport(tuple(self.fits), kept, seconds, self.calibration.size, self.alpha)
         return self.state, report
 
-    def visit(self, work: Route | PerChannel) -> None:
-        node = work.layer.node if isinstance(work, Route) else work.node
+    def visit(self, work: Work) -> None:
+        node = node_of(work)
         if node in self.postponed:
             return
         for member in self.members:
-            member.run_to(_aim(work))
+            member.run_to(aim_of(work))
         self.student.run_to(node)
         why = self.reason_to_leave(work)
         first = self.first_of.get(node)
         if why:
-            self.fits.append(_left(work, why))
-        elif not isinstance(work, Route):
+            self.fits.append(left(work, why))
+        elif isinstance(work, Recurrent):
+            self.fits += self.fit_recurrent(work)
+        elif isinstance(work, PerChannel):
             self.fits.append(self.fit_channels(work))
         elif first is not None:
             self.fits += self.fit_together(first, work)
@@ -243,18 +238,17 @@ class _Refit:
             if done is not None:
                 self.let_go(done)
 
-    def reason_to_leave(self, work: Route | PerChannel) -> str:
-        asked = sorted(n for n in _tensors_of(work) if n in self.graph.asked)
+    def reason_to_leave(self, work: Work) -> str:
+        asked = sorted(n for n in tensors_of(work) if n in self.graph.asked)
         return f"an option asked for {asked[0]} to stay" if asked else ""
 
-    def let_go(self, work: Route | PerChannel) -> None:
-        done = [work.aim, work.output] if isinstance(work, Route) else [work.node]
-        for node in done:
+    def let_go(self, work: Work) -> None:
+        for node in asked_of_members(work):
             self.waiting[node] -= 1
             if not self.waiting[node]:
                 for member in self.members:
                     member.drop(node)
-        for read in _inputs(work):
+        for read in inputs_of(work):
             self.unread[read] -= 1
             if not self.unread[read]:
                 self.student.drop(read)
@@ -267,12 +261,12 @@ class _Refit:
             route = route.alone()
             found = self.sample(route)
         if found is None:
-            return _left(route, _NO_TARGET)
+            return left(route, NO_TARGET)
         before, after, chosen = self.closest(
             route, found, current(route, self.state), centred=route.has_shift
         )
         if chosen is None:
-            return _left(route, _NO_CLOSER, before)
+            return left(route, NO_CLOSER, before)
         self.write(route, chosen, found.rows)
         return LayerFit(route.layer.weight, route.aim.name, before, after, True)
 
@@ -298,7 +292,7 @@ class _Refit:
 
     def write(self, route: Route, fit: Fit, rows: torch.Tensor) -> None:
         write(route, self.state, fit, rows)
-        self.changed |= _tensors_of(route)
+        self.changed |= tensors_of(route)
         self.student.redo(route.layer.node)
 
     def fit_together(self, first: Route, last: Route) -> list[LayerFit]:
@@ -311,8 +305,8 @@ class _Refit:
             last, found, held, centred=first.has_shift or last.has_shift
         )
         if chosen is None:
-            return [_left(each, _NO_CLOSER, before) for each in (first, last)]
-        features = first.layer.matrix(self.state[first.layer.weight]).shape[1]
+            return [left(each, NO_CLOSER, before) for each in (first, last)]
+        features = first.layer.matrix(first.layer.held(self.state)).shape[1]
         parts = parted(chosen, features, shift_in_last=last.has_shift)
         self.write(first, parts[0], found.rows[..., :features])
         self.write(last, parts[1], found.rows[..., features:])
@@ -344,7 +338,7 @@ class _Refit:
 
     def sample(self, route: Route, beside: Route | None = None) -> Sample | None:
         layers = [r.layer for r in (beside, route) if r is not None]
-        features = sum(x.matrix(self.state[x.weight]).shape[1] for x in layers)
+        features = sum(x.matrix(x.held(self.state)).shape[1] for x in layers)
         limit = max(_ROWS, _PER_FEATURE * features)
         return sample(
             route, self.student, self.members, self.targets, limit, self.generator, beside
@@ -355,11 +349,26 @@ class _Refit:
         shape = route.aim.meta["val"].shape
         return self.settings.logits and is_output and len(shape) == 2 and shape[1] > 1
 
+    def fit_recurrent(self, work: Recurrent) -> list[LayerFit]:
+        fit = RecurrentFit(
+            work,
+            self.student,
+            self.members,
+            self.targets,
+            self.state,
+            self.alpha,
+            self.generator,
+        )
+        found = fit.run()
+        self.changed |= fit.changed
+        self.student.redo(work.node)
+        return found
+
     def fit_channels(self, op: PerChannel) -> LayerFit:
         memory = self.settings.memory
         found = channel_rows(op, self.student, self.members, self.targets, memory)
         if found is None:
-            return _left(op, _NO_TARGET)
+            return left(op, NO_TARGET)
         x, z = found.unscaled, found.wanted
         scale, shift = fit_channels(x, z)
         if not op.bias:
@@ -367,9 +376,9 @@ class _Refit:
         error_of = Error((-inf, inf), z)
         before, after = error_of(found.held), error_of(x * scale + shift)
         if not after < before:
-            return _left(op, _NO_CLOSER, before)
+            return left(op, NO_CLOSER, before)
         write_channels(op, self.state, found.inputs, scale, shift)
-        self.changed |= _tensors_of(op)
+        self.changed |= tensors_of(op)
         self.student.redo(op.node)
         return LayerFit(op.weight, op.node.name, before, after, True)
 
@@ -382,38 +391,3 @@ def _asked_as(
         return told
     asked = told or {node: node for node in graph.captured.graph.nodes}
     return {own: graph.node_of(node, member) for own, node in asked.items()}
-
-
-def _left(work: Route | PerChannel, why: str, error: float = inf) -> LayerFit:
-    """The layer as it was transplanted."""
-    return LayerFit(_name(work), _aim(work).name, error, error, False, why)
-
-
-def _tensors_of(work: Route | PerChannel) -> set[str]:
-    if isinstance(work, PerChannel):
-        names = [work.weight, work.bias]
-    else:
-        names = [work.layer.weight, work.layer.bias]
-        if work.norm is not None:
-            names += [work.norm.weight, work.norm.bias]
-    return {name for name in names if name}
-
-
-def _aim(work: Route | PerChannel) -> fx.Node:
-    return work.aim if isinstance(work, Route) else work.node
-
-
-def _name(work: Route | PerChannel) -> str:
-    return work.layer.weight if isinstance(work, Route) else work.weight
-
-
-def _inputs(work: Route | PerChannel) -> set[fx.Node]:
-    """The activations that must be there when a layer is fitted."""
-    partner = work.partner if isinstance(work, Route) else None
-    return {_input(work)} | ({partner.layer.input} if partner else set())
-
-
-def _input(work: Route | PerChannel) -> fx.Node:
-    read = work.layer.input if isinstance(work, Route) else work.node.args[0]
-    assert isinstance(read, fx.Node)
-    return read

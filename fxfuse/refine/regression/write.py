@@ -16,10 +16,10 @@ _SMALL = 1e-6
 def current(route: Route, state: State) -> Fit:
     """The affine map from a layer's input rows to its (normalised) output."""
     layer, norm = route.layer, route.norm
-    matrix = layer.matrix(state[layer.weight].detach().float())
+    matrix = layer.matrix(layer.held(state).detach().float())
     groups, _, outputs = matrix.shape
     zero = matrix.new_zeros(groups * outputs)
-    shift = state[layer.bias].detach().float() if layer.bias else zero
+    shift = layer.held_bias(state).detach().float() if layer.bias else zero
     if norm is not None:
         weight, bias, mean, variance = (
             state[name].detach().float()
@@ -46,18 +46,18 @@ def write(route: Route, state: State, fit: Fit, rows: torch.Tensor) -> None:
     """
     layer = route.layer
     if route.norm is None:
-        _set(state, layer.weight, layer.weight_of(fit.matrix, state[layer.weight]))
+        layer.put(state, layer.weight_of(fit.matrix, layer.held(state)))
         if layer.bias:
-            _set(state, layer.bias, fit.shift.flatten())
+            layer.put_bias(state, fit.shift.flatten())
         return
     scale = _scale(route.norm, state)
     groups, _, outputs = fit.matrix.shape
     matrix = fit.matrix * scale.reshape(groups, 1, outputs)
     new = Fit(matrix, torch.zeros_like(fit.shift))(rows).double()
     mean, variance = new.mean(0).float(), new.var(0, correction=0).float()
-    _set(state, layer.weight, layer.weight_of(matrix, state[layer.weight]))
+    layer.put(state, layer.weight_of(matrix, layer.held(state)))
     if layer.bias:
-        _set(state, layer.bias, torch.zeros_like(mean))
+        layer.put_bias(state, torch.zeros_like(mean))
     _set_norm(route.norm, state, mean, variance, 1 / scale, fit.shift.flatten() + mean / scale)
 
 
