@@ -25,18 +25,17 @@ from fxfuse.refine.outputs import Outputs, kind_of
 from fxfuse.refine.parallel import together
 from fxfuse.refine.pool import Pool, Teacher, check_inputs, make_judges, make_pool, split
 from fxfuse.refine.schedule import (
+    RATE,
     SHARE_OF_JUDGED,
     SHARE_OF_POOL,
     Budget,
     course,
-    for_length,
-    for_start,
+    highest,
 )
 from fxfuse.refine.watch import READ_EVERY, bar, check_weights, last_finite
 from fxfuse.refine.way_back import Judges, Start
 
 _STEPS = 300
-_RATE = 3e-3
 
 
 @dataclass(frozen=True)
@@ -109,11 +108,10 @@ def match(
         seconds: Budget in CPU seconds of this process, all threads together. What it gives depends
             on the machine, so it is not reproducible bit for bit, as a budget in steps is.
         batch: Inputs per step.
-        learning_rate: Its highest value. None: 3e-3; in fewer than 600 steps a network that
-            normalises by statistics of the batch, which takes larger steps well, gets √(600 /
-            steps) as much, up to 6e-3. With a budget in seconds the number of steps is what the
-            time of those before leads to expect. A start whose error on the held-out inputs is
-            below a fifth of what the ensemble's answers vary by gets as much less.
+        learning_rate: Its highest value. None: 3e-3, or 6e-3 for a network that normalises by
+            statistics of the batch, which takes larger steps well; a start whose error on the
+            held-out inputs is below a fifth of what the ensemble's answers vary by gets as much
+            less.
         weight_decay: Of parameters with two dimensions or more; others do not decay.
         augment: Function of (inputs `[b, *]`, CPU generator) that returns a copy; needs a single
             input tensor. None: `shift_and_mix` for floating images `[n, c, h, w]` and signals
@@ -147,7 +145,7 @@ def match(
     target = device_of(module, device)
     module.to(target)
     # Before the clock starts: making a process's first optimiser imports for seconds.
-    optimizer = _optimizer(module, learning_rate or _RATE, weight_decay)
+    optimizer = _optimizer(module, learning_rate or RATE, weight_decay)
     budget = Budget(_STEPS if steps is None and seconds is None else steps, seconds)
     trained, judging = split(given, seed)
     teacher = Teacher(members, augment or default_augment(given), batch, seed, target)
@@ -162,9 +160,6 @@ def match(
     kind = _kind(pool.targets, outputs)
     module.eval()
     start = Start(module, Judges(judges, kind, batch))
-    if learning_rate is None:
-        for group in optimizer.param_groups:
-            group["lr"] = _RATE * for_start(start.error)
     budget.start_training(start.seconds)
     with seeded(seed, target), bar(progress, "matching", 1.0) as advance:
         try:
@@ -177,7 +172,7 @@ def match(
                 budget,
                 kind,
                 advance,
-                adapted=learning_rate is None,
+                lambda normalises: learning_rate or highest(start.error, normalises=normalises),
             )
         finally:
             module.eval()
@@ -196,13 +191,11 @@ def _train(
     budget: Budget,
     kind: Outputs,
     advance: Callable[[float, float], None],
-    *,
-    adapted: bool,
+    highest_rate: Callable[[bool], float],
 ) -> Tensor:
     """Take steps until the budget is spent; return the loss of each `[steps]`, on the CPU."""
-    (rate,) = {group["lr"] for group in optimizer.param_groups}
-    before = [buffer.clone() for buffer in module.buffers()] if adapted else []
-    higher = False
+    before = [buffer.clone() for buffer in module.buffers()]
+    rate = highest_rate(False)
     losses: list[Tensor] = []
     read: list[float] = []
     device = pool.targets.device
@@ -216,9 +209,8 @@ def _train(
 
     step = 0
     while (share := budget.share(step)) < 1:
-        factor = for_length(step / share) if higher and share else 1.0
         for group in optimizer.param_groups:
-            group["lr"] = rate * factor * course(share, step)
+            group["lr"] = rate * course(share, step)
         chosen = several.part(next(orders)).to(device, non_blocking=True)
         optimizer.zero_grad(set_to_none=True)
         answer = logits_of(call(module, tuple(tensor[chosen] for tensor in pool.inputs)))
@@ -226,11 +218,11 @@ def _train(
         error.backward()
         optimizer.step()
         losses.append(several.mean(error.detach()))
-        if step == 0:
-            # Running statistics are renewed from those of the batch.
-            higher = any(
-                not torch.equal(*pair) for pair in zip(before, module.buffers(), strict=False)
-            )
+        if step == 0 and any(
+            not torch.equal(*pair) for pair in zip(before, module.buffers(), strict=True)
+        ):
+            # Running statistics were renewed from those of the batch.
+            rate = highest_rate(True)
         step += 1
         if step % READ_EVERY == 0:
             look(share)

@@ -7,8 +7,8 @@ import time
 
 #: Share of the schedule, and steps at least: at once, the full rate undoes what the start knows.
 _WARM_UP, _WARM_UP_STEPS = 0.03, 10
-#: The steps below which the rate may be higher, and how much at most.
-_LONG, _HIGHEST = 600, 2.0
+#: The usual rate, and how much more a network takes that normalises by statistics of the batch.
+RATE, _NORMALISED = 3e-3, 2.0
 #: Relative error of a start below which the rate is lower. A step of AdamW is as long as the rate,
 #: however small the gradient, so that a start that is close would first be thrown as far as others.
 _CLOSE = 0.2
@@ -61,11 +61,12 @@ def course(share: float, step: int) -> float:
     return (0.1 + 0.9 * warm) * cosine
 
 
-def for_length(steps: float) -> float:
-    """How many times the usual rate a run of so many steps may take."""
-    return min(max(math.sqrt(_LONG / steps), 1.0), _HIGHEST)
+def highest(error: float, *, normalises: bool) -> float:
+    """The highest learning rate of a run.
 
-
-def for_start(error: float) -> float:
-    """What share of the usual rate a start of this relative error takes."""
-    return min(error / _CLOSE, 1.0)
+    Args:
+        error: Relative error of its start.
+        normalises: Whether the network normalises by statistics of the batch: the length of its
+            weights does not count then, and it takes larger steps well.
+    """
+    return RATE * min(error / _CLOSE, 1.0) * (_NORMALISED if normalises else 1.0)
