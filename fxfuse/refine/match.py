@@ -1,7 +1,7 @@
 """Match a network to an ensemble without labels: the mean of the members' logits is its target.
 
 match: ask the members about inputs that judge, and a pool → (batch → loss → step)* until the budget
-is spent → back to the point of the way that is closest to the ensemble
+is spent → back on the way until it is closer to the ensemble than the start
 
 Notation of shapes: n inputs, b batch, k classes, * any further dimensions.
 """
@@ -94,7 +94,8 @@ def match(
 
     A tenth of the inputs, 8 to 128 of 32 or more, is held out, and judges by KL divergence (values:
     squared difference) on three augmented copies of each. The module is left at its end, at a half
-    or a quarter of the way there, or at its start, whichever is closest to the ensemble.
+    or a quarter of the way there, whichever is the first that is closer to the ensemble than the
+    start, or else at its start.
 
     Where several processes train one network (DDP, `fully_shard`), each calls with the same
     arguments, asks the members itself and takes its part of every batch.
@@ -110,8 +111,8 @@ def match(
         batch: Inputs per step.
         learning_rate: Its highest value. None: 3e-3, or 6e-3 for a network that normalises by
             statistics of the batch, which takes larger steps well; a start whose error on the
-            held-out inputs is below a fifth of what the ensemble's answers vary by gets as much
-            less.
+            held-out inputs is below a quarter of what the ensemble's answers vary by gets less, by
+            the square of that error.
         weight_decay: Of parameters with two dimensions or more; others do not decay.
         augment: Function of (inputs `[b, *]`, CPU generator) that returns a copy; needs a single
             input tensor. None: `shift_and_mix` for floating images `[n, c, h, w]` and signals
@@ -176,7 +177,7 @@ def match(
             )
         finally:
             module.eval()
-    after, kept = start.closest()
+    after, kept = start.settle()
     first, last = float(losses[0]), float(losses[-1])
     return MatchReport(
         len(losses), first, last, budget.spent(), len(pool), kind, start.distance, after, kept

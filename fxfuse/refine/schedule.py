@@ -9,9 +9,10 @@ import time
 _WARM_UP, _WARM_UP_STEPS = 0.03, 10
 #: The usual rate, and how much more a network takes that normalises by statistics of the batch.
 RATE, _NORMALISED = 3e-3, 2.0
-#: Relative error of a start below which the rate is lower. A step of AdamW is as long as the rate,
-#: however small the gradient, so that a start that is close would first be thrown as far as others.
-_CLOSE = 0.2
+#: Relative error of a start below which the rate is lower, as its square is. A step of AdamW is as
+#: long as the rate, however small the gradient, so that a start that is close would first be thrown
+#: as far as others.
+_CLOSE = 0.25
 #: Of a budget in seconds, the shares after which the members are asked no more: about what judges,
 #: and about what is trained on.
 SHARE_OF_JUDGED, SHARE_OF_POOL = 0.05, 0.25
@@ -69,4 +70,4 @@ def highest(error: float, *, normalises: bool) -> float:
         normalises: Whether the network normalises by statistics of the batch: the length of its
             weights does not count then, and it takes larger steps well.
     """
-    return RATE * min(error / _CLOSE, 1.0) * (_NORMALISED if normalises else 1.0)
+    return RATE * min((error / _CLOSE) ** 2, 1.0) * (_NORMALISED if normalises else 1.0)

@@ -1,4 +1,4 @@
-"""The way back from a trained network to its start: which point of it is closest to the ensemble.
+"""The way back from a trained network to its start: how far to go until there is no harm done.
 
 Notation of shapes: p inputs that judge, * any further dimensions.
 """
@@ -63,27 +63,28 @@ class Start:
         begin = time.process_time()
         #: How far it is from the ensemble, and its error relative to how the answers vary.
         self.distance, self.error = judges.measure(module)
-        #: CPU seconds that `closest` takes, about.
+        #: CPU seconds that `settle` takes at most, about.
         self.seconds = (1 + len(_POINTS)) * (time.process_time() - begin)
 
-    def closest(self) -> tuple[float, float]:
-        """Leave the network, in eval mode, at the point of the way that is closest to the ensemble.
+    def settle(self) -> tuple[float, float]:
+        """Leave the network, in eval mode, at the last point of the way that is closer than this.
 
         The way is the straight line between the tensors of start and end (Wortsman et al., "Robust
         fine-tuning of zero-shot models", arXiv:2109.01903); running statistics are tensors of it.
+        The last point, not the closest one: what is trained after that still learns from the
+        inputs, which the distance from the ensemble does not show.
 
         Returns:
             The distance of that point, and its share of the way: 1 is the end, 0 the start.
         """
         end = _copies(self._module)
-        found = [(self._judges.measure(self._module)[0], 1.0)]
-        for share in _POINTS:
+        for share in (1.0, *_POINTS):
             self._go(end, share)
-            found.append((self._judges.measure(self._module)[0], share))
-        # Where two are level, that which was trained longer.
-        best = min([*found, (self.distance, 0.0)], key=lambda pair: pair[0])
-        self._go(end, best[1])
-        return best
+            far, _ = self._judges.measure(self._module)
+            if far < self.distance:
+                return far, share
+        self._go(end, 0.0)
+        return self.distance, 0.0
 
     def _go(self, end: list[Tensor], share: float) -> None:
         """Set all tensors to a point of the way; counters are those of its end but at the start."""
