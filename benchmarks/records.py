@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import platform
+import subprocess
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,13 @@ def write(path: Path, content: Mapping[str, Any]) -> None:
     """Writes results as JSON; makes the folder."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+
+
+def described() -> str:
+    """The commit of the working tree, and whether it has changes beside."""
+    git = ["git", "describe", "--always", "--dirty"]
+    root = Path(__file__).resolve().parent
+    return subprocess.run(git, cwd=root, capture_output=True, text=True, check=True).stdout.strip()
 
 
 def versions() -> dict[str, str]:

@@ -19,7 +19,6 @@ import copy
 import hashlib
 import itertools
 import platform
-import subprocess
 import warnings
 from importlib import metadata
 from pathlib import Path
@@ -35,7 +34,7 @@ from benchmarks.paper.datasets import load
 from benchmarks.paper.matching import PLACES
 from benchmarks.paper.networks import NETWORKS
 from benchmarks.paper.setting import SETTINGS, Case, accuracy, case
-from benchmarks.records import earlier, write
+from benchmarks.records import described, earlier, write
 from fxfuse.cost import operations_of, parameters_of
 from fxfuse.refine import match
 
@@ -129,15 +128,13 @@ def _cost(module: nn.Module, inputs: Tensor) -> tuple[int, int]:
 def conditions() -> dict[str, Any]:
     """What a measurement was made with."""
     packages = ("torch", "torch-pruning", "numpy", "scipy")
-    git = ["git", "describe", "--always", "--dirty"]
-    commit = subprocess.run(git, cwd=ROOT, capture_output=True, text=True, check=True)
     return {
         "python": platform.python_version(),
         **{name: metadata.version(name) for name in packages},
         "device": "cpu",
         "machine": platform.machine(),
         "threads": torch.get_num_threads(),
-        "commit": commit.stdout.strip(),
+        "commit": described(),
     }
 
 

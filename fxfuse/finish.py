@@ -16,6 +16,7 @@ from fxfuse.errors import RefineError
 from fxfuse.layout import copies_of
 from fxfuse.plan import FusionPlan, UnitMap
 from fxfuse.refine.batch import logits_of
+from fxfuse.refine.distance import distance
 from fxfuse.refine.match import MatchReport, match
 from fxfuse.refine.outputs import kind_of_network
 from fxfuse.refine.regression import RefitReport, Settings, refit_state
@@ -38,19 +39,28 @@ class Choice:
         divergence: For each start, how far its outputs are from the ensemble's on calibration
             inputs that no fit has seen: KL divergence in nats for class logits, else the mean
             squared difference relative to the outputs' variance.
-        after: The same for the network that is handed over.
+        before: The same of the chosen start on the inputs that the matching holds out, copies of
+            them where it makes some (`MatchReport.before`). Members that were trained on the
+            calibration inputs answer there like the ensemble from memory, and on copies they do
+            not; so the two are not to be compared.
+        after: As `before`, of the network that is handed over; never above it.
         kept: Whether the matching was kept; it is not where it did not bring the start closer.
     """
 
     start: str
     divergence: Mapping[str, float]
+    before: float
     after: float
     kept: bool = True
 
     def __str__(self) -> str:
         """What was chosen and why."""
         each = ", ".join(f"{name} {value:.3g}" for name, value in self.divergence.items())
-        end = f"{self.after:.3g} after matching" if self.kept else "which matching did not improve"
+        end = (
+            f"matching brought it from {self.before:.3g} to {self.after:.3g} on inputs of its own"
+            if self.kept
+            else "which matching did not improve"
+        )
         why = (
             "closest to the ensemble"
             if len(self.divergence) > 1
@@ -112,8 +122,8 @@ def matched_start(
 ) -> Start:
     """The refitted network or a member, whichever answers most like the ensemble, matched to it.
 
-    A network that matching does not bring closer to the ensemble keeps its tensors: a budget of a
-    few steps can do more harm than good.
+    A network that matching does not bring closer to the ensemble, on inputs that it holds out,
+    keeps its tensors: a budget of a few steps can do more harm than good.
 
     Args:
         graph: The analysis of the members.
@@ -140,10 +150,10 @@ def matched_start(
     if not copies_of(graph, plan.sizes()) and not graph.members:
         # No member has the width that is asked for, where that is another one.
         starts = {f"member {i}": Start(_all_of(plan, i), s) for i, s in enumerate(states)}
-        far = {name: _divergence(a, wanted, kind) for name, a in zip(starts, answers, strict=True)}
+        far = {name: distance(a, wanted, kind) for name, a in zip(starts, answers, strict=True)}
     starts["fused"] = fused
     refit = emit_fused(graph, plan, fused.state)
-    far["fused"] = _divergence(_answers(refit, choosing), wanted, kind)
+    far["fused"] = distance(_answers(refit, choosing), wanted, kind)
     name = min(far, key=lambda n: far[n])
     chosen = starts[name]
     # A start may be a member's own tensors, which stay as they are.
@@ -152,16 +162,12 @@ def matched_start(
     report = match(
         module, members, inputs, outputs=outputs, steps=steps, seconds=seconds, progress=progress
     )
-    after = _divergence(_answers(module, choosing), wanted, kind)
-    kept = after < far[name]
-    if not kept:
-        module.load_state_dict(chosen.state)
     return Start(
         replace(chosen.plan, method="auto", options={**plan.options, "start": name}),
         chosen.state,
         fused.refit,
         module,
-        Choice(name, far, after if kept else far[name], kept),
+        Choice(name, far, report.before, report.after, report.kept > 0),
         report,
     )
 
@@ -184,15 +190,6 @@ def _answers(module: nn.Module, calibration: Calibration) -> torch.Tensor:
     with torch.no_grad():
         found = [logits_of(module(*args, **kwargs)).float() for args, kwargs in calibration.batches]
     return torch.cat(found)
-
-
-def _divergence(answers: torch.Tensor, wanted: torch.Tensor, kind: str) -> float:
-    if kind == "logits":
-        target, log = wanted.double().log_softmax(1), answers.double().log_softmax(1)
-        # Rounding must not bring anything closer to the ensemble than the ensemble itself.
-        return max(float((target.exp() * (target - log)).sum(1).mean()), 0.0)
-    variance = wanted.var(0, correction=0).mean().clamp(min=1e-30)
-    return float((answers - wanted).square().mean() / variance)
 
 
 def _all_of(plan: FusionPlan, member: int) -> FusionPlan:

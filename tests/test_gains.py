@@ -8,6 +8,7 @@ import pytest
 
 from benchmarks.pages import marks
 from benchmarks.paper import gains_page
+from benchmarks.paper.gains import merged
 from benchmarks.paper.gains_tables import controls, figures, share, table
 
 ROWS = {
@@ -92,3 +93,16 @@ def test_the_page(tmp_path, capsys):
     assert text.startswith("before\n")
     assert text.endswith("after\n")
     assert "**VGG, MNIST-1D, same data**" in text
+
+
+def test_rows_that_are_measured_again_stand_beside_those_that_are_not():
+    before = case()
+    rows = merged(before, {"auto": {"accuracy": 95.0, "seconds": 2.0}}, "abc1234")
+    assert rows["auto"] == {"accuracy": 95.0, "seconds": 2.0, "commit": "abc1234"}
+    assert {**rows, "auto": before["rows"]["auto"]} == before["rows"]
+    assert merged(None, {"auto": rows["auto"]}, "abc1234") == {"auto": rows["auto"]}
+    told = gains_page.origin([{**before, "rows": rows}])
+    assert "*auto* at `abc1234`" in told
+    assert "*best member + KL distillation* earlier" in told
+    # One run for all rows needs no word.
+    assert gains_page.origin([before]) == ""

@@ -56,7 +56,8 @@ def test_a_network_comes_closer_to_the_mean_of_the_members():
     assert report.last_loss < 0.3 * report.first_loss
     assert centred_error(module, wanted, INPUTS) < 0.15 * start
     assert not any(part.training for part in module.modules())
-    assert (report.pool, report.outputs) == (len(INPUTS), "logits")
+    # A tenth is held out.
+    assert (report.pool, report.outputs) == (108, "logits")
     for member, state in zip(members, before, strict=True):
         torch.testing.assert_close(dict(member.state_dict()), dict(state), rtol=0, atol=0)
     assert members[1][3].training
@@ -144,16 +145,25 @@ def rates_of(monkeypatch, module, **options):
     return list(Rates.seen)
 
 
-def test_a_short_run_of_a_network_with_batch_norms_takes_a_higher_rate(monkeypatch):
+def test_the_rate_follows_the_network_and_how_far_its_start_is(monkeypatch):
+    torch.manual_seed(3)
     plain = nn.Sequential(nn.Linear(6, 16), nn.ReLU(), nn.Linear(16, 3)).eval()
-    assert max(rates_of(monkeypatch, mlp(3), steps=100)) == pytest.approx(6e-3, rel=0.05)
-    assert max(rates_of(monkeypatch, mlp(3), steps=300)) == pytest.approx(3e-3 * 2**0.5, rel=0.02)
-    assert max(rates_of(monkeypatch, mlp(3), steps=700)) == pytest.approx(3e-3, rel=0.01)
-    assert max(rates_of(monkeypatch, plain, steps=100)) == pytest.approx(3e-3, rel=0.05)
+    for steps in (100, 700):
+        assert max(rates_of(monkeypatch, plain, steps=steps)) == pytest.approx(3e-3, rel=0.02)
+    assert max(rates_of(monkeypatch, mlp(3), steps=100)) == pytest.approx(6e-3, rel=0.02)
     asked = rates_of(monkeypatch, mlp(3), steps=100, learning_rate=1e-3)
-    assert max(asked) == pytest.approx(1e-3, rel=0.05)
-    seconds = rates_of(monkeypatch, mlp(3), seconds=0.1)
-    assert len(seconds) > 600 or max(seconds) > 3.1e-3
+    assert max(asked) == pytest.approx(1e-3, rel=0.02)
+    # A twentieth of what the answers vary by is a fifth of the error that takes the whole rate.
+    close = copy.deepcopy(plain)
+    answers = mean_of([plain], INPUTS)
+    answers = answers - answers.mean(1, keepdim=True)
+    away = torch.tensor([1.5, -1.5, 0.0]) / 1.5**0.5
+    close[2].bias.data += 0.05 * answers.var(0, correction=0).mean().sqrt() * away
+    monkeypatch.setattr(torch.optim, "AdamW", Rates)
+    Rates.seen.clear()
+    match(close, [plain], INPUTS, steps=200)
+    # The twelve inputs that judge vary by about as much as all of them.
+    assert max(Rates.seen) == pytest.approx(3e-3 * 0.2**2, rel=0.5)
 
 
 def test_the_rate_rises_over_ten_steps_at_least_and_falls_to_nothing(monkeypatch):
@@ -162,6 +172,87 @@ def test_the_rate_rises_over_ten_steps_at_least_and_falls_to_nothing(monkeypatch
     assert rates[5] < 0.6
     assert rates[-1] < 0.02
     assert rates == sorted(rates[:11]) + sorted(rates[11:], reverse=True)
+
+
+class Copied(nn.Module):
+    """A member, and what it does to its weights as soon as it is trained: it forgets."""
+
+    def __init__(self, member, harm):
+        super().__init__()
+        self.inner, self.harm = copy.deepcopy(member), harm
+
+    def forward(self, x):
+        if self.training:
+            with torch.no_grad():
+                for parameter in self.inner.parameters():
+                    parameter.add_(self.harm * torch.randn_like(parameter))
+        return self.inner(x)
+
+
+@pytest.mark.parametrize(("outputs", "make"), [("logits", mlp), ("values", mlp), ("logits", cnn)])
+def test_training_that_does_harm_is_taken_back(outputs, make):
+    inputs = IMAGES if make is cnn else INPUTS
+    module = Copied(make(1), harm=0.3)
+    module.inner[0].weight.data *= 1.05
+    before = copy.deepcopy(module.state_dict())
+    report = match(module, [make(1)], inputs, steps=10, outputs=outputs)
+    assert report.kept == 0
+    assert 0 < report.after == report.before
+    after = module.state_dict()
+    assert all(torch.equal(after[name], before[name]) for name in before)
+
+
+def test_a_point_of_the_way_is_kept_where_the_end_went_too_far():
+    """Steps much longer than the way to the target: the half of it is closer, the end is not."""
+    start = nn.Linear(6, 3)
+    target = copy.deepcopy(start)
+    target.weight.data += 0.1
+
+    class Far(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = copy.deepcopy(start)
+
+        def forward(self, x):
+            if self.training:
+                self.inner.weight.data = start.weight.data + 0.25
+            return self.inner(x)
+
+    module = Far()
+    report = match(module, [target], INPUTS, steps=3, learning_rate=1e-9, outputs="values")
+    assert report.kept == 0.5
+    assert report.after < 0.1 * report.before
+    torch.testing.assert_close(module.inner.weight, start.weight + 0.125, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("make", [mlp, cnn])
+def test_a_network_that_equals_the_ensemble_stays_as_good(make):
+    module, inputs = make(1), IMAGES if make is cnn else INPUTS
+    wanted = mean_of([module], inputs)
+    report = match(module, [make(1), make(1)], inputs, steps=60)
+    assert report.after <= report.before < 1e-9
+    torch.testing.assert_close(mean_of([module], inputs), wanted, rtol=0, atol=1e-4)
+    # The oracle sees: another start is told from the ensemble, and comes closer.
+    other = match(make(2), [make(1), make(1)], inputs, steps=60)
+    assert 0 < other.after < 0.7 * other.before
+
+
+def test_copies_of_inputs_judge_where_members_remember_the_inputs():
+    """A start that is right on the very inputs only is no good start, and is left behind."""
+    member = cnn(1)
+
+    class Remembers(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = cnn(2)
+
+        def forward(self, x):
+            known = (x.flatten(1)[:, None] == IMAGES.flatten(1)).all(2).any(1)
+            return torch.where(known[:, None] & (not self.training), member(x), self.inner(x))
+
+    report = match(Remembers(), [member], IMAGES, steps=100)
+    assert report.kept == 1
+    assert report.after < 0.7 * report.before
 
 
 def run(seed, outside, **options):
@@ -181,7 +272,9 @@ def test_a_seed_reproduces_a_run_bit_for_bit():
 
 
 def test_the_pool_holds_copies_of_images_and_no_more_than_is_used():
-    assert run(0, 0)[1].pool == 4 * len(IMAGES)
+    # Of 40 images 8 are held out; each of the 200 entries drawn is drawn about three times.
+    assert 2 * 32 < run(0, 0)[1].pool < 100
+    assert match(cnn(3), [cnn(1)], IMAGES, steps=200, batch=16).pool == 12 * 32
     assert match(cnn(3), [cnn(1)], IMAGES, steps=2, batch=16).pool < 2 * len(IMAGES)
 
 
@@ -193,7 +286,7 @@ def test_own_augmentation_is_used():
         return inputs + 0.1 * torch.randn(inputs.shape, generator=generator)
 
     report = match(mlp(3), [mlp(1), mlp(2)], INPUTS, steps=20, augment=augment)
-    assert report.pool == 4 * len(INPUTS)
+    assert 4 * 108 - 64 <= report.pool <= 4 * 108
     assert seen
     assert all(shape[1:] == (6,) for shape in seen)
 
@@ -224,7 +317,7 @@ def test_integer_inputs_and_outputs_per_position():
     tokens = torch.randint(11, (60, 5), generator=torch.Generator().manual_seed(0))
     members, module = [language(1), language(2)], language(3)
     report = match(module, members, tokens, steps=200, learning_rate=3e-2)
-    assert (report.outputs, report.pool) == ("values", 60)
+    assert (report.outputs, report.pool) == ("values", 52)
     difference = module(tokens).detach() - mean_of(members, tokens)
     assert float(difference.square().mean()) < 0.05
 
@@ -299,7 +392,7 @@ def test_divergence_names_the_step():
             self.inner = nn.Linear(6, 3)
 
         def forward(self, x):
-            self.calls += 1
+            self.calls += self.training
             return self.inner(x) * (float("nan") if self.calls == 7 else 1.0)
 
     with pytest.raises(RefineError, match="at step 7"):

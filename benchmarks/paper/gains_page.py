@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,22 @@ def section(found: dict[str, Any]) -> str:
         f"`python -m benchmarks.paper.gains`; {seeds} seeds, {len(cases)} runs, `auto` with "
         f"{budgets} CPU seconds of matching, torch {found['torch']}. {found['conditions']}"
     )
-    return f"\n{about}\n\n{markdown(cases)}\n\n"
+    return f"\n{about}{origin(cases)}\n\n{markdown(cases)}\n\n"
+
+
+def origin(cases: Sequence[dict[str, Any]]) -> str:
+    """Which rows were measured with which commit, where that was not one for all."""
+    rows: dict[str, dict[str, None]] = {}
+    for case in cases:
+        for name, row in case["rows"].items():
+            rows.setdefault(row.get("commit", ""), {})[name] = None
+    if len(rows) < 2:
+        return ""
+    told = [
+        f"{', '.join(f'*{name}*' for name in names)} {f'at `{commit}`' if commit else 'earlier'}"
+        for commit, names in rows.items()
+    ]
+    return f" Not all rows are of one run: {'; '.join(told)}."
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -1,14 +1,13 @@
 """Match a network to an ensemble without labels: the mean of the members' logits is its target.
 
-match: ask the members about a pool → (batch → loss → step)* until the budget is spent
+match: ask the members about inputs that judge, and a pool → (batch → loss → step)* until the budget
+is spent → back on the way until it is closer to the ensemble than the start
 
 Notation of shapes: n inputs, b batch, k classes, * any further dimensions.
 """
 
 from __future__ import annotations
 
-import math
-import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -20,20 +19,23 @@ from torch import Tensor, nn
 from fxfuse.errors import RefineError
 from fxfuse.refine.augment import Augment, default_augment
 from fxfuse.refine.batch import call, logits_of
+from fxfuse.refine.distance import loss
 from fxfuse.refine.modes import check_teachers, device_of, evaluating, seeded, trainable
 from fxfuse.refine.outputs import Outputs, kind_of
 from fxfuse.refine.parallel import together
-from fxfuse.refine.pool import Pool, check_inputs, make_pool
+from fxfuse.refine.pool import Pool, Teacher, check_inputs, make_judges, make_pool, split
+from fxfuse.refine.schedule import (
+    RATE,
+    SHARE_OF_JUDGED,
+    SHARE_OF_POOL,
+    Budget,
+    course,
+    highest,
+)
 from fxfuse.refine.watch import READ_EVERY, bar, check_weights, last_finite
+from fxfuse.refine.way_back import Judges, Start
 
 _STEPS = 300
-# Share of the schedule, and steps at least: at once, the full rate undoes what the start knows.
-_WARM_UP, _WARM_UP_STEPS = 0.03, 10
-# The usual rate; the steps below which it may be higher, and how much at most.
-_RATE, _LONG, _HIGHEST = 3e-3, 600, 2.0
-
-# Of a budget in seconds, the share after which the members are asked no more.
-_SHARE_OF_TEACHER = 0.25
 
 
 @dataclass(frozen=True)
@@ -47,6 +49,12 @@ class MatchReport:
         seconds: CPU seconds of this process, all threads together; the members' answers included.
         pool: Inputs and augmented copies that the members answered.
         outputs: `logits` (compared up to a constant per input) or `values` (as they are).
+        before: How far the start was from the ensemble on held-out inputs, copies of them where
+            there is an augmentation: KL divergence in nats for logits, else the mean squared
+            difference relative to the outputs' variance.
+        after: The same of the network that is left; never above `before`.
+        kept: The share that is kept of the way from start to end: 1 is all that was trained, 0 the
+            start, which the training has brought no closer.
     """
 
     steps: int
@@ -55,6 +63,9 @@ class MatchReport:
     seconds: float
     pool: int
     outputs: Outputs
+    before: float
+    after: float
+    kept: float
 
 
 def match(
@@ -75,10 +86,16 @@ def match(
 ) -> MatchReport:
     """Train `module` in place to answer like the mean of the members; no labels are needed.
 
-    The members are asked once about a pool: the inputs, and augmented copies of them. The loss is
-    the mean squared difference of the outputs; AdamW with a short warm-up and a cosine to zero. The
+    The members are asked once about a pool: the inputs, and augmented copies of them. The loss for
+    logits is the KL divergence at temperature 2 and a tenth of the mean squared difference up to a
+    constant, for values the latter as it is; AdamW with a short warm-up and a cosine to zero. The
     module is trained in train mode, which renews running statistics; they should not be
     recalibrated on clean inputs afterwards. It is left in eval mode.
+
+    A tenth of the inputs, 8 to 128 of 32 or more, is held out, and judges by KL divergence (values:
+    squared difference) on three augmented copies of each. The module is left at its end, at a half
+    or a quarter of the way there, whichever is the first that is closer to the ensemble than the
+    start, or else at its start.
 
     Where several processes train one network (DDP, `fully_shard`), each calls with the same
     arguments, asks the members itself and takes its part of every batch.
@@ -92,10 +109,10 @@ def match(
         seconds: Budget in CPU seconds of this process, all threads together. What it gives depends
             on the machine, so it is not reproducible bit for bit, as a budget in steps is.
         batch: Inputs per step.
-        learning_rate: Its highest value. None: 3e-3; in fewer than 600 steps a network that
-            normalises by statistics of the batch, which takes larger steps well, gets √(600 /
-            steps) as much, up to 6e-3. With a budget in seconds the number of steps is what the
-            time of those before leads to expect.
+        learning_rate: Its highest value. None: 3e-3, or 6e-3 for a network that normalises by
+            statistics of the batch, which takes larger steps well; a start whose error on the
+            held-out inputs is below a quarter of what the ensemble's answers vary by gets less, by
+            the square of that error.
         weight_decay: Of parameters with two dimensions or more; others do not decay.
         augment: Function of (inputs `[b, *]`, CPU generator) that returns a copy; needs a single
             input tensor. None: `shift_and_mix` for floating images `[n, c, h, w]` and signals
@@ -107,7 +124,8 @@ def match(
         device: Where to train; None stays where the module is. The module is moved in place.
 
     Returns:
-        Steps, losses, time, size of the pool, and how outputs were compared.
+        Steps, losses, time, size of the pool, how outputs were compared, and what the held-out
+        inputs say of the start and of what is left.
 
     Raises:
         RefineError: No members, or the module among them; inputs that are missing or unfit; a
@@ -128,21 +146,22 @@ def match(
     target = device_of(module, device)
     module.to(target)
     # Before the clock starts: making a process's first optimiser imports for seconds.
-    optimizer = _optimizer(module, learning_rate or _RATE, weight_decay)
-    budget = _Budget(_STEPS if steps is None and seconds is None else steps, seconds)
+    optimizer = _optimizer(module, learning_rate or RATE, weight_decay)
+    budget = Budget(_STEPS if steps is None and seconds is None else steps, seconds)
+    trained, judging = split(given, seed)
+    teacher = Teacher(members, augment or default_augment(given), batch, seed, target)
     with evaluating(members, target):
+        judges = make_judges(teacher, judging, enough=lambda: budget.is_over(SHARE_OF_JUDGED))
         pool = make_pool(
-            members,
-            given,
-            augment=augment or default_augment(given),
-            most=None if budget.steps is None else budget.steps * batch,
-            enough=budget.teacher_is_done,
-            batch=batch,
-            seed=seed,
-            device=target,
+            teacher,
+            trained,
+            drawn=None if budget.steps is None else budget.steps * batch,
+            enough=lambda: budget.is_over(SHARE_OF_POOL),
         )
     kind = _kind(pool.targets, outputs)
-    budget.start_training()
+    module.eval()
+    start = Start(module, Judges(judges, kind, batch))
+    budget.start_training(start.seconds)
     with seeded(seed, target), bar(progress, "matching", 1.0) as advance:
         try:
             module.train()
@@ -154,44 +173,15 @@ def match(
                 budget,
                 kind,
                 advance,
-                adapted=learning_rate is None,
+                lambda normalises: learning_rate or highest(start.error, normalises=normalises),
             )
         finally:
             module.eval()
+    after, kept = start.settle()
+    first, last = float(losses[0]), float(losses[-1])
     return MatchReport(
-        len(losses), float(losses[0]), float(losses[-1]), budget.spent(), len(pool), kind
+        len(losses), first, last, budget.spent(), len(pool), kind, start.distance, after, kept
     )
-
-
-class _Budget:
-    """How much of a run is done, in steps or in CPU seconds of this process."""
-
-    def __init__(self, steps: int | None, seconds: float | None) -> None:
-        self.steps = steps
-        self._seconds = seconds
-        self._begin = self._trained_from = time.process_time()
-
-    def spent(self) -> float:
-        """Return the CPU seconds since the budget was made."""
-        return time.process_time() - self._begin
-
-    def teacher_is_done(self) -> bool:
-        """Return whether the members have had their share of the seconds."""
-        return self._seconds is not None and self.spent() >= _SHARE_OF_TEACHER * self._seconds
-
-    def start_training(self) -> None:
-        """Make what is left the whole of the schedule."""
-        self._trained_from = time.process_time()
-
-    def share(self, step: int) -> float:
-        """Return the share of the schedule that is over before step `step`, counted from 0."""
-        if self._seconds is None:
-            assert self.steps is not None
-            return step / self.steps
-        if step == 0:
-            return 0.0
-        left = self._begin + self._seconds - self._trained_from
-        return (time.process_time() - self._trained_from) / left if left > 0 else 1.0
 
 
 def _train(
@@ -199,16 +189,14 @@ def _train(
     pool: Pool,
     orders: Iterator[Tensor],
     optimizer: torch.optim.Optimizer,
-    budget: _Budget,
+    budget: Budget,
     kind: Outputs,
     advance: Callable[[float, float], None],
-    *,
-    adapted: bool,
+    highest_rate: Callable[[bool], float],
 ) -> Tensor:
     """Take steps until the budget is spent; return the loss of each `[steps]`, on the CPU."""
-    (rate,) = {group["lr"] for group in optimizer.param_groups}
-    before = [buffer.clone() for buffer in module.buffers()] if adapted else []
-    higher = False
+    before = [buffer.clone() for buffer in module.buffers()]
+    rate = highest_rate(False)
     losses: list[Tensor] = []
     read: list[float] = []
     device = pool.targets.device
@@ -222,21 +210,20 @@ def _train(
 
     step = 0
     while (share := budget.share(step)) < 1:
-        factor = _factor(step / share) if higher and share else 1.0
         for group in optimizer.param_groups:
-            group["lr"] = rate * factor * _course(share, step)
+            group["lr"] = rate * course(share, step)
         chosen = several.part(next(orders)).to(device, non_blocking=True)
         optimizer.zero_grad(set_to_none=True)
         answer = logits_of(call(module, tuple(tensor[chosen] for tensor in pool.inputs)))
-        loss = _loss(answer, pool.targets[chosen], kind)
-        loss.backward()
+        error = loss(answer, pool.targets[chosen], kind)
+        error.backward()
         optimizer.step()
-        losses.append(several.mean(loss.detach()))
-        if step == 0:
-            # Running statistics are renewed from those of the batch.
-            higher = any(
-                not torch.equal(*pair) for pair in zip(before, module.buffers(), strict=False)
-            )
+        losses.append(several.mean(error.detach()))
+        if step == 0 and any(
+            not torch.equal(*pair) for pair in zip(before, module.buffers(), strict=True)
+        ):
+            # Running statistics were renewed from those of the batch.
+            rate = highest_rate(True)
         step += 1
         if step % READ_EVERY == 0:
             look(share)
@@ -244,33 +231,6 @@ def _train(
         look(1.0)
     check_weights(module)
     return torch.tensor(read)
-
-
-def _course(share: float, step: int) -> float:
-    """Return the learning rate, as a share of its highest value, after a share of the run."""
-    warm = min(share / _WARM_UP, step / _WARM_UP_STEPS, 1.0)
-    cosine = 0.5 + 0.5 * math.cos(math.pi * max(share - _WARM_UP, 0.0) / (1 - _WARM_UP))
-    return (0.1 + 0.9 * warm) * cosine
-
-
-def _factor(steps: float) -> float:
-    """Return how many times the usual rate a run of so many steps may take."""
-    return min(max(math.sqrt(_LONG / steps), 1.0), _HIGHEST)
-
-
-def _loss(answer: Tensor, wanted: Tensor, kind: Outputs) -> Tensor:
-    """Return the mean squared difference of outputs `[b, *]`, for logits up to a constant."""
-    if answer.shape != wanted.shape:
-        raise RefineError(
-            "The module and the members give outputs of different shapes.",
-            where=f"module {list(answer.shape)}, members {list(wanted.shape)}",
-            why="Matching compares them value by value.",
-            how="Match a network with the members' classes and output size.",
-        )
-    difference = answer.to(wanted.dtype) - wanted
-    if kind == "logits":
-        difference = difference - difference.mean(dim=1, keepdim=True)
-    return difference.square().mean()
 
 
 def _kind(targets: Tensor, asked: str | None) -> Outputs:

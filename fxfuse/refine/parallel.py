@@ -77,6 +77,17 @@ def together(module: nn.Module) -> Together:
     return Together()
 
 
+def reshard(module: nn.Module) -> None:
+    """Make a module's parameters those that `fully_shard` keeps, whatever has run since."""
+    if not dist.is_available() or not dist.is_initialized():
+        return
+    from torch.distributed.fsdp import FSDPModule
+
+    for part in module.modules():
+        if isinstance(part, FSDPModule):
+            part.reshard()
+
+
 def is_sharded(tensor: Tensor) -> bool:
     """Whether each process has a part of a tensor only."""
     # Asked without torch.distributed.tensor, which takes long to import.

@@ -16,8 +16,12 @@ from fxfuse.errors import RefineError
 from fxfuse.refine.augment import Augment
 from fxfuse.refine.batch import logits_of, try_call
 
-# Passes over the inputs that the pool holds: the inputs, then augmented copies.
-_PASSES = 4
+# Passes over the inputs that the pool holds at most: the inputs, then augmented copies; and how
+# often each entry is to be used at least: a member's answer costs a third of a step on one input.
+_PASSES, _USES = 12, 3
+# The share of the inputs that is held out to judge by, how many at least and at most, and how many
+# copies of each are asked about.
+_HELD_OUT, _LEAST_HELD_OUT, _MOST_HELD_OUT, _COPIES = 0.1, 8, 128, 3
 
 
 @dataclass(frozen=True)
@@ -35,6 +39,25 @@ class Pool:
     def __len__(self) -> int:
         """Return p."""
         return len(self.targets)
+
+
+@dataclass(frozen=True)
+class Teacher:
+    """The members, and how they are asked.
+
+    Attributes:
+        members: Networks in eval mode that return logits, or an object with a field of that name.
+        augment: Makes copies of inputs; None makes none.
+        batch: Inputs per batch.
+        seed: Seed of the order and of the copies.
+        device: Where the members are.
+    """
+
+    members: Sequence[nn.Module]
+    augment: Augment | None
+    batch: int
+    seed: int
+    device: torch.device
 
 
 def check_inputs(inputs: Any, augment: Augment | None) -> tuple[Tensor, ...]:
@@ -77,39 +100,82 @@ def check_inputs(inputs: Any, augment: Augment | None) -> tuple[Tensor, ...]:
 
 
 def make_pool(
-    members: Sequence[nn.Module],
+    teacher: Teacher,
     inputs: tuple[Tensor, ...],
     *,
-    augment: Augment | None,
-    most: int | None,
+    drawn: int | None,
     enough: Callable[[], bool],
-    batch: int,
-    seed: int,
-    device: torch.device,
 ) -> Pool:
-    """Ask the members, in eval mode already, about the inputs and copies of them.
+    """Ask the members about the inputs and copies of them.
 
     Args:
-        members: Networks that return logits, or an object with a field of that name.
+        teacher: The members.
         inputs: Positional inputs, each `[n, *]`.
-        augment: Makes copies; None keeps the pool to the inputs themselves.
-        most: Entries that will be used, at most; None is no limit.
+        drawn: How many entries will be drawn; a third of them are asked about, or all inputs if
+            those are more. None is no limit.
         enough: Asked after each batch whether the pool is large enough.
-        batch: Inputs per batch.
-        seed: Seed of the order and of the copies.
-        device: Where the members are.
 
     Raises:
         RefineError: The members reject the inputs, give outputs of different shapes, or such as are
             not finite.
     """
+    count = len(inputs[0])
+    most = None if drawn is None else min(drawn, max(count, -(-drawn // _USES)))
+    turns = range(1 if teacher.augment is None else _PASSES)
+    return _asked(teacher, _chunks(teacher, inputs, turns), most, enough)
+
+
+def split(inputs: tuple[Tensor, ...], seed: int) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+    """Inputs to train on, and others that judge; both are all of them where those are few.
+
+    Args:
+        inputs: Positional inputs, each `[n, *]`.
+        seed: Seed of the choice.
+    """
+    count = len(inputs[0])
+    held = min(max(round(_HELD_OUT * count), _LEAST_HELD_OUT), _MOST_HELD_OUT)
+    if count < 4 * held:
+        return inputs, inputs
+    order = torch.randperm(count, generator=torch.Generator().manual_seed(seed))
+    chosen, others = order[:held], order[held:].sort().values
+    return _select(inputs, others), _select(inputs, chosen)
+
+
+def make_judges(
+    teacher: Teacher, inputs: tuple[Tensor, ...], *, enough: Callable[[], bool]
+) -> Pool:
+    """Ask the members about augmented copies of inputs that nothing is trained on.
+
+    Copies, not the inputs themselves: members that were trained on those remember the answers, and
+    every one of them is then close to the ensemble there, as it is on no other input.
+
+    Args:
+        teacher: The members; without an augmentation they are asked about the inputs themselves.
+        inputs: Positional inputs, each `[n, *]`.
+        enough: Asked after each batch whether there are enough.
+
+    Raises:
+        RefineError: As in `make_pool`.
+    """
+    chosen = tuple(tensor[: 4 * _MOST_HELD_OUT] for tensor in inputs)
+    turns = range(1) if teacher.augment is None else range(1, 1 + _COPIES)
+    return _asked(teacher, _chunks(teacher, chosen, turns), None, enough)
+
+
+def _asked(
+    teacher: Teacher,
+    chunks: Iterator[tuple[Tensor, ...]],
+    most: int | None,
+    enough: Callable[[], bool],
+) -> Pool:
+    """Ask about chunk after chunk, until there are enough."""
     asked: list[tuple[Tensor, ...]] = []
     answers: list[Tensor] = []
     count = 0
     with torch.no_grad():
-        for chunk in _chunks(inputs, augment, batch, seed):
-            moved = tuple(tensor.to(device) for tensor in chunk)
-            answers.append(_mean(members, moved))
+        for chunk in chunks:
+            moved = tuple(tensor.to(teacher.device) for tensor in chunk)
+            answers.append(_mean(teacher.members, moved))
             asked.append(moved)
             count += len(answers[-1])
             if (most is not None and count >= most) or enough():
@@ -128,18 +194,22 @@ def make_pool(
 
 
 def _chunks(
-    inputs: tuple[Tensor, ...], augment: Augment | None, batch: int, seed: int
+    teacher: Teacher, inputs: tuple[Tensor, ...], turns: range
 ) -> Iterator[tuple[Tensor, ...]]:
-    """Yield all inputs in random order, then augmented copies, in batches of 2 or more."""
-    generator = torch.Generator().manual_seed(seed)
+    """Yield all inputs in random order, in turns but turn 0 augmented, in batches of 2 or more."""
+    generator = torch.Generator().manual_seed(teacher.seed)
     count = len(inputs[0])
-    for turn in range(1 if augment is None else _PASSES):
+    for turn in turns:
         order = torch.randperm(count, generator=generator)
-        for chosen in order.tensor_split(max(1, -(-count // batch))):
-            chunk = tuple(tensor[chosen.to(tensor.device)] for tensor in inputs)
-            if turn and augment is not None:
-                chunk = (augment(chunk[0], generator),)
+        for chosen in order.tensor_split(max(1, -(-count // teacher.batch))):
+            chunk = _select(inputs, chosen)
+            if turn and teacher.augment is not None:
+                chunk = (teacher.augment(chunk[0], generator),)
             yield chunk
+
+
+def _select(inputs: tuple[Tensor, ...], chosen: Tensor) -> tuple[Tensor, ...]:
+    return tuple(tensor[chosen.to(tensor.device)] for tensor in inputs)
 
 
 def _mean(members: Sequence[nn.Module], chunk: tuple[Tensor, ...]) -> Tensor:

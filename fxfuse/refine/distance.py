@@ -1,0 +1,105 @@
+"""How far a network's answers are from the ensemble's: what matching minimises, and what judges it.
+
+Notation of shapes: b batch, k classes, * any further dimensions.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor
+from torch.nn import functional
+
+from fxfuse.errors import RefineError
+from fxfuse.refine.outputs import Outputs
+
+# Temperature of the divergence in the loss, and the weight of the squared differences beside it.
+_TEMPERATURE, _SQUARES = 2.0, 0.1
+_LEAST_VARIANCE = 1e-30
+
+
+def loss(answer: Tensor, wanted: Tensor, kind: Outputs) -> Tensor:
+    """What matching minimises.
+
+    For logits T² · KL(softmax(w / T) ‖ softmax(a / T)) at T = 2 (Hinton et al., "Distilling the
+    knowledge in a neural network", arXiv:1503.02531, section 2), and a tenth of the mean squared
+    difference up to a constant per input. The divergence counts what decides between classes, and
+    hardly what experts make of classes that neither of them knows; the squares keep the small
+    probabilities in place where the divergence does not see them any more.
+
+    Args:
+        answer: Outputs of the network `[b, *]`, for logits `[b, k]`.
+        wanted: Those of the ensemble, of the same shape.
+        kind: `logits`, or `values`, for which the loss is the mean squared difference.
+
+    Returns:
+        A scalar, in the dtype of `wanted`.
+
+    Raises:
+        RefineError: The shapes differ.
+    """
+    check_shapes(answer, wanted)
+    answer = answer.to(wanted.dtype)
+    squares = _squares(answer, wanted, kind)
+    if kind == "values":
+        return squares
+    divergence = _divergence(answer / _TEMPERATURE, wanted / _TEMPERATURE)
+    return _TEMPERATURE**2 * divergence + _SQUARES * squares
+
+
+def check_shapes(answer: Tensor, wanted: Tensor) -> None:
+    """Check that outputs can be compared.
+
+    Raises:
+        RefineError: The shapes differ.
+    """
+    if answer.shape != wanted.shape:
+        raise RefineError(
+            "The module and the members give outputs of different shapes.",
+            where=f"module {list(answer.shape)}, members {list(wanted.shape)}",
+            why="Matching compares them value by value.",
+            how="Match a network with the members' classes and output size.",
+        )
+
+
+def distance(answers: Tensor, wanted: Tensor, kind: str) -> float:
+    """What judges a network: one number, by which networks of one kind of output are compared.
+
+    Args:
+        answers: Outputs of the network `[b, *]`, for logits `[b, k]`.
+        wanted: Those of the ensemble, of the same shape.
+        kind: `logits`: KL(softmax(wanted) ‖ softmax(answers)) in nats, mean over inputs; else: the
+            mean squared difference relative to the variance over inputs.
+    """
+    if kind == "logits":
+        # Rounding must not bring anything closer to the ensemble than the ensemble itself.
+        return max(float(_divergence(answers.double(), wanted.double())), 0.0)
+    return float((answers - wanted).square().mean() / _variance(wanted))
+
+
+def relative_error(answers: Tensor, wanted: Tensor, kind: Outputs) -> float:
+    """Root of the mean squared difference over that of what the ensemble's answers vary by.
+
+    Args:
+        answers: Outputs of the network `[b, *]`, for logits `[b, k]`.
+        wanted: Those of the ensemble, of the same shape.
+        kind: Of logits, a constant per input is no difference.
+    """
+    targets = wanted - wanted.mean(dim=1, keepdim=True) if kind == "logits" else wanted
+    return float((_squares(answers, wanted, kind) / _variance(targets)).sqrt())
+
+
+def _divergence(answers: Tensor, wanted: Tensor) -> Tensor:
+    """KL of the classes' probabilities, mean over the inputs of `[b, k]`."""
+    return functional.kl_div(
+        answers.log_softmax(1), wanted.log_softmax(1), reduction="batchmean", log_target=True
+    )
+
+
+def _squares(answers: Tensor, wanted: Tensor, kind: Outputs) -> Tensor:
+    difference = answers - wanted
+    if kind == "logits":
+        difference = difference - difference.mean(dim=1, keepdim=True)
+    return difference.square().mean()
+
+
+def _variance(wanted: Tensor) -> Tensor:
+    return wanted.var(0, correction=0).mean().clamp(min=_LEAST_VARIANCE)
