@@ -118,7 +118,7 @@ def repair(result: Fused, members: Sequence[Member], inputs: Any) -> RepairRepor
 
 def _same(captured: Captured) -> Resized:
     """The fused network of a member's size: its graph is the members'."""
-    return Resized(captured.graph, {}, {node: node for node in captured.graph.nodes}, {})
+    return Resized(captured.graph, {}, {node: node for node in captured.graph.nodes}, {}, {})
 
 
 def _written(layer: Layer, node: fx.Node) -> Layer:
