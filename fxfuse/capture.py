@@ -6,6 +6,7 @@ A module that `torch.export` refuses is traced on the example instead
 
 from __future__ import annotations
 
+import inspect
 import sys
 import warnings
 from collections.abc import Collection, Mapping
@@ -270,9 +271,9 @@ def export(
     """
     if dynamic_shapes is not None:
         return _export_once(model, args, kwargs, dynamic_shapes)
-    batched = pytree.tree_map(_batch_dynamic, (args, kwargs))
-    # Keyword inputs of a model are given to export by name, positional ones by position.
-    shapes = batched[0] if not kwargs else (*batched[0], *batched[1].values())
+    # By name, as export binds them: what `*args` and `**kwargs` take is nested.
+    bound = inspect.signature(model.forward).bind(*args, **kwargs)
+    shapes = pytree.tree_map(_batch_dynamic, dict(bound.arguments))
     if any(isinstance(x, torch.Tensor) and x.dim() for x in pytree.tree_leaves((args, kwargs))):
         try:
             return _export_once(model, args, kwargs, shapes)

@@ -141,6 +141,13 @@ class UnknownScoreError(FxfuseError):
     """
 
 
+class BatchSizeError(FxfuseError):
+    """An input holds another number of examples than the network was captured with.
+
+    Mend: Pass as many at a time as the example held, or capture with `dynamic_shapes`.
+    """
+
+
 class CalibrationError(FxfuseError):
     """Calibration inputs or labels are missing or no good, or an activation on them is NaN.
 

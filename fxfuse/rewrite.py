@@ -18,10 +18,13 @@ from torch.fx.passes.infra.pass_base import PassBase, PassResult
 
 from fxfuse.capture import Captured
 from fxfuse.errors import RewriteError
+from fxfuse.fixed_batch import check_sizes, fixed_sizes, uncheck_sizes
 from fxfuse.tensors import attach
 from fxfuse.training_argument import TRAINING_ARGUMENT, follows_mode
 
 _BATCH_NORM = torch.ops.aten.batch_norm.default
+#: Where a module says which sizes its inputs have to have (`fxfuse.fixed_batch`).
+_FIXED = "fixed_batch"
 #: Last parts of the names of a batch norm's buffers.
 MEAN, COUNTER = "running_mean", "num_batches_tracked"
 
@@ -50,6 +53,7 @@ class FusedModule(fx.GraphModule):
         share_tensors(self, plain)
         plain.graph = copy_graph(self.graph)
         unswitch_training(plain.graph)
+        uncheck_sizes(plain.graph)
         plain.recompile()
         return _restore, (plain, self.training, dict(self.meta))
 
@@ -115,6 +119,9 @@ def emit_graph(
             constant = constants[name] if name in constants else captured.tensor(name)
             attach(module, name, constant.detach().clone(), persistent=False)
             known.add(name)
+    if not captured.dynamic_batch:
+        module.meta[_FIXED] = fixed_sizes(graph)
+        check_sizes(graph, module.meta[_FIXED])
     module.graph = graph
     SwitchTraining()(module)
     FollowDevice()(module)
@@ -292,6 +299,7 @@ def _restore(plain: fx.GraphModule, training: bool, meta: Mapping[str, Any]) -> 
     module = FusedModule({}, fx.Graph())
     share_tensors(plain, module)
     graph = copy_graph(plain.graph)
+    check_sizes(graph, meta.get(_FIXED, {}))
     module.graph = graph
     SwitchTraining()(module)
     module.train(training)

@@ -172,6 +172,7 @@ RAISES: dict[str, Callable[[Path], object]] = {
     "UnreachedParametersError": lambda _: fxfuse.fuse([Branch(True), Branch(True)], X),
     "UnknownMethodError": lambda _: two(method="alchemy"),
     "UnknownScoreError": lambda _: two(score="vibes"),
+    "BatchSizeError": lambda _: two(dynamic_shapes=({},), verify=False).module(X[:1]),
     "CalibrationError": lambda _: two(refit=True),
     "DataError": lambda folder: read_data(str(folder / "nothing.here")),
     "UnknownTensorError": lambda _: fxfuse.analyze(net(), X).explain("nobody", 0),

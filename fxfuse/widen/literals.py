@@ -16,7 +16,7 @@ from torch import fx
 
 from fxfuse.labels import Index, Value
 from fxfuse.layout import Layout
-from fxfuse.rules import find, movement
+from fxfuse.rules import creation, find, movement
 from fxfuse.rules.registry import argument_of, hint
 from fxfuse.widen.state import Layouts, WideGraph, cannot_write
 
@@ -57,17 +57,52 @@ def set_arguments(wide: WideGraph, node: fx.Node, args: Sequence[Any]) -> None:
     """Rewrites the positional arguments of the copy of a node to one of its `candidates`."""
     target = wide.mapping[node]
 
-    def literal(x: Any) -> Any:
-        if isinstance(x, _Scaled):
-            with wide.graph.inserting_before(target):
-                size = wide.graph.call_function(operator.mul, (literal(x.size), x.ratio.numerator))
-                if x.ratio.denominator == 1:
-                    return size
-                return wide.graph.call_function(operator.floordiv, (size, x.ratio.denominator))
-        return wide.mapping[x] if isinstance(x, fx.Node) else x
-
     target.target = _target(node, args)
-    target.args = tuple(pytree.tree_map(literal, list(args)))
+    target.args = tuple(pytree.tree_map(lambda x: _literal(wide, target, x), list(args)))
+
+
+def resized_fill(
+    wide: WideGraph, node: fx.Node, operand: fx.Node, dim: int, size: int
+) -> fx.Node | None:
+    """Writes an operand that holds one value everywhere in another size, before a node.
+
+    Args:
+        wide: The concatenated graph.
+        node: The node that reads it, of the members' graph.
+        operand: What is written again, of the members' graph.
+        dim: The dimension that gets another size.
+        size: That size, for the example.
+
+    Returns:
+        A node of the concatenated graph; None where the operand is no such one, or where its sizes
+        are no literals.
+    """
+    if find(operand.target) is not creation.filled:
+        return None
+    names = [a.name for a in operand.target._schema.arguments]  # type: ignore[union-attr]
+    if "size" not in names:
+        return None
+    place = names.index("size")
+    sizes = list(cast("Sequence[Any]", operand.args[place]))
+    sizes[dim] = _grown(sizes[dim], wide.values[operand].shape[dim], size)
+    if sizes[dim] is None:
+        return None
+    with wide.graph.inserting_before(wide.mapping[node]):
+        again = wide.graph.node_copy(wide.mapping[operand], lambda n: n)
+        again.update_arg(place, [_literal(wide, again, x) for x in sizes])
+    return again
+
+
+def _literal(wide: WideGraph, target: fx.Node, x: Any) -> Any:
+    """An argument for a node of the concatenated graph, before which sizes are computed."""
+    if isinstance(x, _Scaled):
+        with wide.graph.inserting_before(target):
+            own = wide.mapping[x.size]
+            size = wide.graph.call_function(operator.mul, (own, x.ratio.numerator))
+            if x.ratio.denominator == 1:
+                return size
+            return wide.graph.call_function(operator.floordiv, (size, x.ratio.denominator))
+    return wide.mapping[x] if isinstance(x, fx.Node) else x
 
 
 def _target(node: fx.Node, args: Sequence[Any]) -> Any:

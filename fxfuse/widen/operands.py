@@ -11,6 +11,7 @@ from torch import fx
 
 from fxfuse.labels import Index, Value
 from fxfuse.layout import Layout
+from fxfuse.widen.literals import resized_fill
 from fxfuse.widen.state import Layouts, WideGraph, cannot_write
 
 aten = torch.ops.aten
@@ -74,7 +75,11 @@ def spread(
     if have is not None:
         agree(wide, node, operand, dim, have, wanted)
     elif size > 1 or not broadcasts:
-        _pick(wide, node, operand, dim, wanted.source.tolist())
+        fill = resized_fill(wide, node, operand, dim, wanted.size)
+        if fill is not None:
+            wide.reroute(node, operand, fill)
+        else:
+            _pick(wide, node, operand, dim, wanted.source.tolist())
 
 
 def require(
@@ -139,7 +144,13 @@ def same(a: Layout, b: Layout) -> bool:
 def _pick(
     wide: WideGraph, node: fx.Node, operand: fx.Node, dim: int, places: Sequence[int]
 ) -> None:
-    """Puts an `index_select` between an operand and a node."""
+    """Puts an `index_select` between an operand and a node.
+
+    Raises:
+        RewriteError: The dimension's size is known only when the network runs.
+    """
+    if operand.op != "get_attr" and not isinstance(operand.meta["val"].shape[dim], int):
+        raise cannot_write(node, "neurons stand in another order in every sample")
     current = wide.current(node, operand)
     wide.reroute(node, operand, select(wide, node, current, dim, places))
 

@@ -1,0 +1,61 @@
+"""A network that was captured with a batch of one size answers no other.
+
+`torch.export` writes sizes that it could not keep open into the graph as numbers; with another
+batch such a graph may run all the same, and answer wrongly.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import fx
+
+from fxfuse.errors import BatchSizeError
+
+
+@fx.has_side_effect
+def check_batch(value: torch.Tensor, size: int, name: str) -> None:
+    """Checks the size of an input's first dimension, where the graph calls it.
+
+    Raises:
+        BatchSizeError: It is another one than the network was captured with.
+    """
+    if value.shape[0] != size:
+        raise BatchSizeError(
+            "the network was captured with a batch of one size and answers no other",
+            where=f"input {name}",
+            why=f"it holds {value.shape[0]}, the example held {size}, and torch.export could not "
+            "keep the batch dimension open",
+            how=f"pass {size} at a time, or capture with dynamic_shapes",
+        )
+
+
+def fixed_sizes(graph: fx.Graph) -> dict[str, int]:
+    """The first dimension of each tensor input of a graph with a fixed batch, by the input's name.
+
+    Args:
+        graph: A captured graph whose first dimensions are all numbers.
+    """
+    inputs = ((n.name, n.meta.get("val")) for n in graph.nodes if n.op == "placeholder")
+    return {
+        name: int(value.shape[0])
+        for name, value in inputs
+        if isinstance(value, torch.Tensor) and value.dim()
+    }
+
+
+def check_sizes(graph: fx.Graph, sizes: Mapping[str, int]) -> None:
+    """Writes a check of each input into a graph, before anything is computed."""
+    inputs = [node for node in graph.nodes if node.op == "placeholder"]
+    for node in reversed(inputs):
+        if node.name in sizes:
+            with graph.inserting_after(inputs[-1]):
+                graph.call_function(check_batch, (node, sizes[node.name], node.name))
+
+
+def uncheck_sizes(graph: fx.Graph) -> None:
+    """Takes `check_sizes` back."""
+    for node in list(graph.nodes):
+        if node.target is check_batch:
+            graph.erase_node(node)

@@ -1,0 +1,55 @@
+"""What runs at another batch than the example's, and what says that it does not."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+
+import pytest
+import torch
+from torch import nn
+
+import fxfuse
+from fxfuse.errors import BatchSizeError
+from tests.layers import LAYERS
+
+X = torch.randn(2, 3, generator=torch.Generator().manual_seed(0))
+
+
+def fixed() -> list[nn.Module]:
+    torch.manual_seed(0)
+    return [nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2)).eval() for _ in range(2)]
+
+
+@pytest.mark.parametrize("how", ["fuse", "stack", "pickle", "copy", "load"])
+def test_a_fixed_batch_is_refused_at_another_size(how, tmp_path):
+    made = fxfuse.stack if how == "stack" else fxfuse.fuse
+    module = result = made(fixed(), X, dynamic_shapes=({},))
+    if how != "stack":
+        module = result.module
+    expected = module(X)
+    if how == "pickle":
+        module = pickle.loads(pickle.dumps(module))
+    elif how == "copy":
+        module = copy.deepcopy(module)
+    elif how == "load":
+        fxfuse.save(result, tmp_path / "fused")
+        module = fxfuse.load(tmp_path / "fused")
+    assert torch.equal(module(X), expected)
+    with pytest.raises(BatchSizeError, match="input input"):
+        module(torch.cat([X, X]))
+
+
+@pytest.mark.parametrize("width", [0.5, 1.5])
+@pytest.mark.parametrize("name", ["EmbeddingBag mean", "MultiheadAttention bias_kv"])
+def test_what_is_made_inside_follows_the_batch(name, width):
+    """Offsets of bags, and zeros for batch times heads."""
+    layer = LAYERS[name]
+    result = fxfuse.fuse([layer.member(seed) for seed in range(2)], layer.example(), width=width)
+    torch.manual_seed(1)
+    inputs = layer.network.example(5)
+    with torch.no_grad():
+        together = result.module(*inputs)
+        parts = [result.module(*(x[i : i + 2] for x in inputs)) for i in (0, 2, 3)]
+    torch.testing.assert_close(together, torch.cat([parts[0], parts[1][:1], parts[2]]))
+    assert len(together.flatten(1).unique(dim=0)) == 5
