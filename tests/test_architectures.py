@@ -47,7 +47,7 @@ def test_wide_equals_ensemble(name: str):
     assert check.tolerance == verify.EXACT, check.detail
 
 
-@pytest.mark.parametrize("name", MIXING)
+@pytest.mark.parametrize("name", [pytest.param("vit_b_32", marks=pytest.mark.nightly), "swin_t"])
 def test_wide_reports_what_mixes(name: str):
     members = [build(name, seed) for seed in range(2)]
     check = verify.wide_equals_ensemble(members, image())
