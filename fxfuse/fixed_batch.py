@@ -32,17 +32,14 @@ def check_batch(value: torch.Tensor, size: int, name: str) -> None:
 
 
 def fixed_sizes(graph: fx.Graph) -> dict[str, int]:
-    """The first dimension of each tensor input of a graph with a fixed batch, by the input's name.
+    """The first dimension of each tensor input, by its name; nothing where one is kept open.
 
     Args:
-        graph: A captured graph whose first dimensions are all numbers.
+        graph: A captured graph, or one that was written from it.
     """
     inputs = ((n.name, n.meta.get("val")) for n in graph.nodes if n.op == "placeholder")
-    return {
-        name: int(value.shape[0])
-        for name, value in inputs
-        if isinstance(value, torch.Tensor) and value.dim()
-    }
+    sizes = {n: v.shape[0] for n, v in inputs if isinstance(v, torch.Tensor) and v.dim()}
+    return sizes if all(isinstance(size, int) for size in sizes.values()) else {}
 
 
 def check_sizes(graph: fx.Graph, sizes: Mapping[str, int]) -> None:

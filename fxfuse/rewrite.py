@@ -119,9 +119,8 @@ def emit_graph(
             constant = constants[name] if name in constants else captured.tensor(name)
             attach(module, name, constant.detach().clone(), persistent=False)
             known.add(name)
-    if not captured.dynamic_batch:
-        module.meta[_FIXED] = fixed_sizes(graph)
-        check_sizes(graph, module.meta[_FIXED])
+    module.meta[_FIXED] = fixed_sizes(graph)
+    check_sizes(graph, module.meta[_FIXED])
     module.graph = graph
     SwitchTraining()(module)
     FollowDevice()(module)
