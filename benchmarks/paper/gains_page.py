@@ -9,7 +9,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -35,14 +35,21 @@ def section(found: dict[str, Any]) -> str:
 
 def origin(cases: Sequence[dict[str, Any]]) -> str:
     """Which rows were measured with which commit, where that was not one for all."""
-    rows: dict[str, dict[str, None]] = {}
+    rows: dict[str, dict[str, dict[str, None]]] = {}
     for case in cases:
         for name, row in case["rows"].items():
-            rows.setdefault(row.get("commit", ""), {})[name] = None
+            of = rows.setdefault(row.get("commit", ""), {}).setdefault(name, {})
+            of[case["network"]] = None
     if len(rows) < 2:
         return ""
+    networks = {case["network"] for case in cases}
+
+    def said(name: str, of: Iterable[str]) -> str:
+        return f"*{name}*" if {*of} == networks else f"*{name}* ({', '.join(of)})"
+
     told = [
-        f"{', '.join(f'*{name}*' for name in names)} {f'at `{commit}`' if commit else 'earlier'}"
+        f"{', '.join(said(name, of) for name, of in names.items())} "
+        f"{f'at `{commit}`' if commit else 'earlier'}"
         for commit, names in rows.items()
     ]
     return f" Not all rows are of one run: {'; '.join(told)}."
