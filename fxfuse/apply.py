@@ -50,8 +50,8 @@ def moved_tensor(
     """
     for dim in range(tensor.dim()):
         source = np.arange(tensor.shape[dim])
-        for group in graph.groups:
-            if group.name in permutations and (name, dim) in group.index:
+        for group in graph.group_of.get((name, dim), ()):
+            if group.name in permutations:
                 rows = group.index[name, dim]
                 source[rows.reshape(-1)] = rows[permutations[group.name]].reshape(-1)
         if (source[1:] < source[:-1]).any():

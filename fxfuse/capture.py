@@ -24,6 +24,7 @@ from torch.export import Dim, ExportedProgram
 from fxfuse.eager import eval_mode, trace
 from fxfuse.errors import CaptureError, NotEmittedError, UnreachedParametersError
 from fxfuse.example import at_least_two, check_example, first_line, is_single, try_example
+from fxfuse.fixed_batch import batch_sizes
 from fxfuse.members import check_model, state_of
 from fxfuse.rebuild import rebuild
 from fxfuse.tensors import fetch, is_constant
@@ -83,11 +84,7 @@ class Captured:
     @property
     def dynamic_batch(self) -> bool:
         """Whether dimension 0 of an input is symbolic."""
-        inputs = [n.meta.get("val") for n in self.graph.nodes if n.op == "placeholder"]
-        return any(
-            isinstance(x, torch.Tensor) and x.dim() > 0 and isinstance(x.shape[0], torch.SymInt)
-            for x in inputs
-        )
+        return any(isinstance(n, torch.SymInt) for n in batch_sizes(self.graph).values())
 
     def outputs(self) -> tuple[Any, ...]:
         """The graph's outputs in flattened order: nodes, or constants."""

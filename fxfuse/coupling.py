@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, overload
@@ -78,6 +78,21 @@ class CouplingGraph:
     def units_of(self, group: str, member: int) -> int:
         """How many units of a group a member has."""
         return next(g.n_units for g in self.of_member(member).groups if g.name == group)
+
+    def lacking(self, absent: Mapping[str, Collection[int]], member: int) -> frozenset[str]:
+        """The groups that a member has no units of, since it lacks the block that they are in.
+
+        Args:
+            absent: Tensors that some members lack → the numbers of these members.
+            member: Number of the member.
+        """
+        missing = {name for name, members in absent.items() if member in members}
+        groups = (g for g in self.groups if all(name in missing for name, _ in g.index))
+        return frozenset(g.name for g in groups) if missing else frozenset()
+
+    def rows_of(self, group: str, place: Place) -> Index:
+        """Which indices each unit of a group owns in a place, int64 [n_units, slots_per_unit]."""
+        return next(g.index[place] for g in self.group_of[place] if g.name == group)
 
     def node_of(self, node: fx.Node, member: int) -> fx.Node:
         """The node of a member's own graph that does what a node of this one does."""

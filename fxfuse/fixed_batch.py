@@ -31,15 +31,21 @@ def check_batch(value: torch.Tensor, size: int, name: str) -> None:
         )
 
 
-def fixed_sizes(graph: fx.Graph) -> dict[str, int]:
-    """The first dimension of each tensor input, by its name; nothing where one is kept open.
+def batch_sizes(graph: fx.Graph) -> dict[str, int | torch.SymInt]:
+    """The first dimension of each tensor input, by its name; symbolic where it is kept open.
 
     Args:
         graph: A captured graph, or one that was written from it.
     """
     inputs = ((n.name, n.meta.get("val")) for n in graph.nodes if n.op == "placeholder")
-    sizes = {n: v.shape[0] for n, v in inputs if isinstance(v, torch.Tensor) and v.dim()}
-    return sizes if all(isinstance(size, int) for size in sizes.values()) else {}
+    return {n: v.shape[0] for n, v in inputs if isinstance(v, torch.Tensor) and v.dim()}
+
+
+def fixed_sizes(graph: fx.Graph) -> dict[str, int]:
+    """The `batch_sizes` of a graph, if all of them are fixed; else nothing."""
+    sizes = batch_sizes(graph)
+    fixed = {name: size for name, size in sizes.items() if isinstance(size, int)}
+    return fixed if len(fixed) == len(sizes) else {}
 
 
 def check_sizes(graph: fx.Graph, sizes: Mapping[str, int]) -> None:

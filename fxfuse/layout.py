@@ -203,7 +203,8 @@ def place_units(
         for group in groups:
             unit_map = plan.map_of(group.name)
             target, unit = unit_map.of_member(member)
-            rows, own = group.index[place], _rows(graph, member, group.name, place)
+            rows = group.index[place]
+            own = graph.of_member(member).rows_of(group.name, place)
             to.append(landing[group.name][target].reshape(-1))
             origin.append(own[unit].reshape(-1))
             both = np.stack(unit_map.weights_of(member))
@@ -261,12 +262,6 @@ class Placements:
             tuple((g.name, g.index[place].tobytes()) for g in graph.group_of.get(place, ())),
             reason and (reason.kind, reason.indices.tobytes()),
         )
-
-
-def _rows(graph: CouplingGraph, member: int, group: str, place: Place) -> Index:
-    """Which indices each unit of a member owns in a place, int64 [n_units, slots_per_unit]."""
-    groups = graph.of_member(member).group_of[place]
-    return next(g.index[place] for g in groups if g.name == group)
 
 
 def _positions(size: int, layout: Layout | None) -> Index:

@@ -533,13 +533,14 @@ def widths_of(
     """
     if not graph.members and not absent:
         return {}
-    found = {}
-    for group in graph.groups:
-        without = [set(absent.get(name, ())) for name, _ in group.index]
-        lacking = set.intersection(*without)
-        units = [graph.units_of(group.name, member) for member in range(n_members)]
-        found[group.name] = tuple(0 if m in lacking else n for m, n in enumerate(units))
-    return found
+    lacking = [graph.lacking(absent, member) for member in range(n_members)]
+    return {
+        group.name: tuple(
+            0 if group.name in missing else graph.units_of(group.name, member)
+            for member, missing in enumerate(lacking)
+        )
+        for group in graph.groups
+    }
 
 
 def copied_names(graph: CouplingGraph) -> tuple[str, ...]:

@@ -56,21 +56,18 @@ class TensorFile:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        # The library checks that every tensor lies in the file.
-        with _opened(path):
-            pass
         with _open(path) as file:
+            # The library checks that every tensor lies in the file.
+            with _opened(path):
+                pass
             self._state = _state(file)
             size = int.from_bytes(file.read(8), "little")
             header = json.loads(file.read(size))
         self._entries = {
             name: _entry(told, 8 + size) for name, told in header.items() if name != "__metadata__"
         }
-
-    @property
-    def shapes(self) -> Mapping[str, tuple[int, ...]]:
-        """The shape of each tensor, by name."""
-        return {name: entry.shape for name, entry in self._entries.items()}
+        #: The shape of each tensor, by name.
+        self.shapes = {name: entry.shape for name, entry in self._entries.items()}
 
     def read(self, name: str) -> torch.Tensor:
         """A tensor, as a view of a mapping of its part of the file, which ends with the tensor.

@@ -19,7 +19,7 @@ from torch import fx
 
 from fxfuse.coupling import CouplingGraph, Index, Place
 from fxfuse.labels import Field, Kind, Value, neurons
-from fxfuse.layout import Layout, Placement, copies_of, place_units, unit_copies
+from fxfuse.layout import Layout, Placements, copies_of, unit_copies
 from fxfuse.plan import FusionPlan
 
 
@@ -47,14 +47,13 @@ class Targets:
         self.plan = plan
         self.layouts = layouts
         self.asked_as = asked_as
-        self.places = places
         self.copies = copies_of(graph, plan.sizes())
         self.n_members = plan.n_members
         #: For each member: fused neuron (`_key`), member's neuron, weight; sorted by fused neuron.
         self.entries = [self._entries(member) for member in range(plan.n_members)]
         self.told = self._told()
         self._mergers: dict[fx.Node, list[_Merger] | None] = {}
-        self._placements: dict[Place, Placement] = {}
+        self._placements = Placements(graph, plan, places)
 
     def merge(self, node: fx.Node, values: Sequence[torch.Tensor | None]) -> torch.Tensor | None:
         """The fused value of a node.
@@ -99,10 +98,6 @@ class Targets:
         """
         if place[0] in self.graph.captured.heads:
             return None if place in self.graph.group_of else values[0]
-        if place not in self._placements:
-            self._placements[place] = place_units(
-                self.graph, self.plan, place, self.copies, self.places
-            )
         found, reason = self._placements[place], self.graph.frozen.get(place)
         # What all members share comes before the units.
         shared = 0 if reason is None or reason.kind is Kind.HOST else len(reason.indices)

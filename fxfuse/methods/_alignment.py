@@ -138,9 +138,9 @@ def frame_of(graph: CouplingGraph, n_members: int, options: Options) -> int:
         ControlError: There is no such member, or it lacks blocks that others have.
     """
     first = reference_of(options, n_members) or 0
-    missing = sorted(lacking(graph, options, first))
+    missing = sorted(graph.lacking(options.absent, first))
     if missing:
-        deepest = [m for m in range(n_members) if not lacking(graph, options, m)]
+        deepest = [m for m in range(n_members) if not graph.lacking(options.absent, m)]
         raise ControlError(
             f"members cannot be aligned to member {first}",
             where=f"group {missing[0]}",
@@ -150,11 +150,10 @@ def frame_of(graph: CouplingGraph, n_members: int, options: Options) -> int:
     return first
 
 
-def lacking(graph: CouplingGraph, options: Options, member: int) -> frozenset[str]:
-    """The groups that a member has no units of, since it lacks the block they are in."""
-    absent = {name for name, members in options.absent.items() if member in members}
-    groups = (g for g in graph.groups if all(name in absent for name, _ in g.index))
-    return frozenset(g.name for g in groups) if absent else frozenset()
+def present(graph: CouplingGraph, options: Options, member: int, orders: Orders) -> Orders:
+    """Orders of a member that stand for nothing in the blocks that it lacks."""
+    missing = graph.lacking(options.absent, member)
+    return {k: np.full_like(o, -1) if k in missing else o for k, o in orders.items()}
 
 
 def common_orders(
@@ -184,19 +183,17 @@ def common_orders(
     first = frame_of(graph, n, options)
     target, frame = features(first), graph.of_member(first)
 
-    def present(member: int, orders: Orders) -> Orders:
-        missing = lacking(graph, options, member)
-        return {k: np.full_like(o, -1) if k in missing else o for k, o in orders.items()}
+    def aligned(member: int, to: Features, start: Orders | None) -> Orders:
+        return present(graph, options, member, align(to, member, start))
 
     orders = [
-        identity_orders(frame, frame) if i == first else present(i, align(target, i, None))
-        for i in range(n)
+        identity_orders(frame, frame) if i == first else aligned(i, target, None) for i in range(n)
     ]
     for _ in range(_ROUNDS if reference_of(options, n) is None else 0):
         changed = False
         for i in range(n):
             mean = _mean(graph, features, orders, i, reorder)
-            found = present(i, align(mean, i, orders[i]))
+            found = aligned(i, mean, orders[i])
             changed |= any(not np.array_equal(found[k], orders[i][k]) for k in found)
             orders[i] = found
         if not changed:

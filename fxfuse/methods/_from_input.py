@@ -14,7 +14,6 @@ from fxfuse.methods._unit_weights import (
     Move,
     Tensors,
     moved,
-    rows_of,
     statistics_distance,
     units_of,
     writing_places,
@@ -136,7 +135,7 @@ def _written(
     standing: dict[str, Mask] = {n: np.any(merge != 0, axis=1) for n, (merge, _) in found.items()}
     for name, dim in places:
         common = shared(frame, name, ours[name], standing, skip=dim)
-        a.append(units_of(common, dim, rows_of(frame, group.name, (name, dim))))
+        a.append(units_of(common, dim, frame.rows_of(group.name, (name, dim))))
         carried = moved(graph, name, theirs[name], move, frame=frame, skip=dim)
         b.append(units_of(carried, dim, group.index[(name, dim)]))
     return np.concatenate(a, axis=1), np.concatenate(b, axis=1)

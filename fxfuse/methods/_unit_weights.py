@@ -72,17 +72,12 @@ def moved(
         changed = np.empty((size, *front.shape[1:]))
         changed[_rest(frame, place)] = front[_rest(graph, place)]
         for group in groups:
-            rows, to = group.index[place], rows_of(frame, group.name, place)
+            rows, to = group.index[place], frame.rows_of(group.name, place)
             owned = front[rows.reshape(-1)].reshape(len(rows), -1)
             found = move(group, place, owned)
             changed[to.reshape(-1)] = found.reshape(to.size, *front.shape[1:])
         weight = np.moveaxis(changed, 0, dim)
     return weight
-
-
-def rows_of(graph: CouplingGraph, group: str, place: Place) -> Index:
-    """Which indices each unit of a group owns in a place, int64 [n_units, slots]."""
-    return next(g.index[place] for g in graph.group_of[place] if g.name == group)
 
 
 def _rest(graph: CouplingGraph, place: Place) -> Index:

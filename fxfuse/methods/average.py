@@ -4,10 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import numpy as np
-
 from fxfuse.coupling import CouplingGraph
-from fxfuse.methods._alignment import averaged, frame_of, identity_orders, lacking
+from fxfuse.methods._alignment import averaged, frame_of, identity_orders, present
 from fxfuse.methods.registry import check_variant, method
 from fxfuse.options import Options, State
 from fxfuse.plan import UnitMap
@@ -28,9 +26,8 @@ def average(graph: CouplingGraph, states: Sequence[State], options: Options) -> 
     """
     check_variant("average", options, ())
     frame = graph.of_member(frame_of(graph, len(states), options))
-    orders = []
-    for member in range(len(states)):
-        missing = lacking(graph, options, member)
-        every = identity_orders(graph.of_member(member), frame)
-        orders.append({k: np.full_like(o, -1) if k in missing else o for k, o in every.items()})
+    orders = [
+        present(graph, options, member, identity_orders(graph.of_member(member), frame))
+        for member in range(len(states))
+    ]
     return averaged(frame, orders)

@@ -11,7 +11,7 @@ from scipy.spatial.distance import cdist
 from fxfuse.calibrated import Matrix, matrix_of, require_activations
 from fxfuse.coupling import CouplingGraph, CouplingGroup
 from fxfuse.errors import ControlError, MissingDependencyError
-from fxfuse.methods._alignment import frame_of, lacking, reference_of
+from fxfuse.methods._alignment import frame_of, reference_of
 from fxfuse.methods._from_input import Carried, from_the_input
 from fxfuse.methods._unit_weights import real_tensors
 from fxfuse.methods.registry import check_variant, method
@@ -88,7 +88,7 @@ def optimal_transport(
 
     whole = {g.name: (np.eye(g.n_units), np.eye(g.n_units)) for g in frame.groups}
     found = [whole if i == reference else transported(i) for i in range(len(states))]
-    without = [lacking(graph, options, i) for i in range(len(states))]
+    without = [graph.lacking(options.absent, i) for i in range(len(states))]
     return tuple(
         _map_of(group, [t[group.name] for t in found], [group.name in w for w in without])
         for group in frame.groups

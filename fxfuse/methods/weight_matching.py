@@ -25,7 +25,6 @@ from fxfuse.methods._unit_weights import (
     moved,
     own_places,
     real_tensors,
-    rows_of,
     statistics_distance,
     units_of,
 )
@@ -57,7 +56,8 @@ def weight_matching(
         UnknownMethodError: A variant was asked for.
     """
     check_variant("weight_matching", options, ())
-    frame = graph.of_member(frame_of(graph, len(states), options))
+    first = frame_of(graph, len(states), options)
+    frame = graph.of_member(first)
 
     def features(member: int) -> Features:
         return real_tensors(graph, states[member])
@@ -76,7 +76,7 @@ def weight_matching(
     orders = common_orders(graph, features, len(states), options, align, reorder)
     if not graph.members:
         return averaged(frame, orders)
-    ours = features(frame_of(graph, len(states), options))
+    ours = features(first)
     surplus = [
         _surplus(frame, graph.of_member(member), ours, features(member), order)
         for member, order in enumerate(orders)
@@ -137,7 +137,7 @@ def _descend(
             for place, rows in own_places(own, group).items():
                 name, dim = place
                 found = _reordered(frame, own, name, theirs[name], order, pairs, skip=dim)
-                member, there = units_of(found, dim, rows), rows_of(frame, group.name, place)
+                member, there = units_of(found, dim, rows), frame.rows_of(group.name, place)
                 if own is frame:
                     similarity += units_of(ours[name], dim, there) @ member.T
                     continue

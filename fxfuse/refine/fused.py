@@ -12,7 +12,7 @@ from torch.export import ExportedProgram
 from fxfuse.calibration import Calibration
 from fxfuse.capture import Captured
 from fxfuse.coupling import CouplingGraph
-from fxfuse.errors import MemberMismatchError, PartialFusionError
+from fxfuse.errors import MemberMismatchError, PartialFusionError, RefineError
 from fxfuse.heads import joined_state
 from fxfuse.members import state_of
 from fxfuse.plan import FusionPlan
@@ -102,6 +102,24 @@ def check_one_head(result: Fused, what: str, why: str) -> None:
             f"a network with several heads cannot be {what}",
             why=why,
             how="train the heads with fxfuse.refine.finetune or distill",
+        )
+
+
+def check_joint(result: Fused, what: str) -> None:
+    """Checks that the members do not run one by one in a network.
+
+    Args:
+        result: What `fxfuse.fuse` returned.
+        what: What there is nothing to do then, for the message.
+
+    Raises:
+        RefineError: They do, so that the network is their mean already.
+    """
+    if result.plan.mixing == "per_member":
+        raise RefineError(
+            f"There is nothing to {what}.",
+            why="The members run one by one in this network, so it is exactly their mean.",
+            how='Fuse with a smaller width, or with mixing="joint".',
         )
 
 

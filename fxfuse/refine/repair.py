@@ -22,8 +22,7 @@ from fxfuse.calibrate.layers import Layer, layers_of, name_of
 from fxfuse.calibration import Calibration
 from fxfuse.capture import Captured
 from fxfuse.coupling import CouplingGraph
-from fxfuse.errors import RefineError
-from fxfuse.refine.fused import Fused, Member, check_one_head, measurable
+from fxfuse.refine.fused import Fused, Member, check_joint, check_one_head, measurable
 from fxfuse.rules.registry import argument_of
 from fxfuse.widen import Resized, resized_of
 
@@ -76,12 +75,7 @@ def repair(result: Fused, members: Sequence[Member], inputs: Any) -> RepairRepor
     """
     check_one_head(result, "repaired", why="the members' trunks lead to different outputs")
     states, calibration = measurable(result, members, inputs)
-    if result.plan.mixing == "per_member":
-        raise RefineError(
-            "There is nothing to repair.",
-            why="The members run one by one in this network, so it is exactly their mean.",
-            how='Fuse with a smaller width, or with mixing="joint".',
-        )
+    check_joint(result, "repair")
     graph, captured = result.graph, result.graph.captured
     resized = resized_of(graph, result.plan) or _same(captured)
     norms = _norms_of(captured)

@@ -30,6 +30,7 @@ from fxfuse.calibrate.recurrence import (
 )
 from fxfuse.calibrate.shelf import Stored
 from fxfuse.refine.regression.error import Error
+from fxfuse.refine.regression.rows import rows_for
 from fxfuse.refine.regression.solve import Ridge
 from fxfuse.refine.regression.work import NO_CLOSER, NO_TARGET, LayerFit, read_in_members
 from fxfuse.rules.recurrent import GATES
@@ -38,8 +39,6 @@ State = dict[str, torch.Tensor]
 
 #: Regressions on the states of the fused network, after the one on the members' states.
 _TURNS = 3
-#: Rows per feature, at least `_ROWS` in all.
-_PER_FEATURE, _ROWS = 4, 8192
 
 
 @dataclass(frozen=True)
@@ -166,9 +165,8 @@ class RecurrentFit:
 
     def _aims(self, direction: Direction) -> _Aims | None:
         features = sum(self.state[n].shape[1] for n in (direction.inner, direction.recurrent))
-        limit = max(_ROWS, _PER_FEATURE * features)
         sizes = [x.shape[0] * x.shape[1] for x in self.read]
-        share = min(limit / sum(sizes), 1.0)
+        share = min(rows_for(features) / sum(sizes), 1.0)
         chosen, columns = [], []
         for batch, (x, size) in enumerate(zip(self.read, sizes, strict=True)):
             order = torch.randperm(size, generator=self.generator)

@@ -6,8 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from fxfuse.calibrate import MEMORY
-from fxfuse.errors import RefineError
-from fxfuse.refine.fused import Fused, Member, measurable
+from fxfuse.refine.fused import Fused, Member, check_joint, measurable
 from fxfuse.refine.outputs import kind_of_network
 from fxfuse.refine.regression.run import RefitReport, Settings, refit_state
 
@@ -61,12 +60,7 @@ def refit(
         RefineError: The members run one by one in it, so that it is their mean already.
     """
     states, calibration = measurable(result, members, inputs, limit)
-    if result.plan.mixing == "per_member":
-        raise RefineError(
-            "There is nothing to refit.",
-            why="The members run one by one in this network, so it is exactly their mean.",
-            how='Fuse with a smaller width, or with mixing="joint".',
-        )
+    check_joint(result, "refit")
     logits = kind_of_network(result.graph.captured, outputs) == "logits"
     module = result.module
     settings = Settings(alpha, logits, seed, memory)

@@ -15,6 +15,13 @@ from fxfuse.refine.regression.route import Route
 
 #: A scale below this share of the largest one cannot be undone.
 _SMALL = 1e-4
+#: Rows per feature of a layer, at least `_ROWS` in all.
+_PER_FEATURE, _ROWS = 4, 8192
+
+
+def rows_for(features: int) -> int:
+    """How many rows a regression on so many features looks at, about."""
+    return max(_ROWS, _PER_FEATURE * features)
 
 
 @dataclass(frozen=True)

@@ -30,7 +30,7 @@ from fxfuse.refine.regression.head import fit_head
 from fxfuse.refine.regression.joint import joined, joint_pairs, parted
 from fxfuse.refine.regression.recurrent import RecurrentFit
 from fxfuse.refine.regression.route import Route, routes_of
-from fxfuse.refine.regression.rows import Sample, sample
+from fxfuse.refine.regression.rows import Sample, rows_for, sample
 from fxfuse.refine.regression.solve import Fit, Ridge
 from fxfuse.refine.regression.work import (
     NO_CLOSER,
@@ -48,8 +48,6 @@ from fxfuse.refine.regression.work import (
 from fxfuse.refine.regression.write import State, current, write
 from fxfuse.widen import Resized, resized_of
 
-#: Rows per feature of a layer, at least `_ROWS` in all.
-_PER_FEATURE, _ROWS = 4, 8192
 #: Times that targets are relaxed where the activation cuts them.
 _RELAXATIONS = 3
 #: Times that two layers of one sum are fitted in turn.
@@ -339,7 +337,7 @@ class _Refit:
     def sample(self, route: Route, beside: Route | None = None) -> Sample | None:
         layers = [r.layer for r in (beside, route) if r is not None]
         features = sum(x.matrix(x.held(self.state)).shape[1] for x in layers)
-        limit = max(_ROWS, _PER_FEATURE * features)
+        limit = rows_for(features)
         return sample(
             route, self.student, self.members, self.targets, limit, self.generator, beside
         )
