@@ -44,6 +44,24 @@ class SmallResNet(nn.Module):
         return self.fc(self.drop(x.mean((2, 3))))
 
 
+class Residual(nn.Module):
+    """[*, inputs] → [*, 3]: residual blocks on a stream of `width`, `hidden` wide inside."""
+
+    def __init__(self, blocks: int, inputs: int, width: int, hidden: int) -> None:
+        super().__init__()
+        self.stem, self.head = nn.Linear(inputs, width), nn.Linear(width, 3)
+        parts = [
+            [nn.Linear(width, hidden), nn.ReLU(), nn.Linear(hidden, width)] for _ in range(blocks)
+        ]
+        self.blocks = nn.ModuleList([nn.Sequential(*part) for part in parts])
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.stem(x)
+        for block in self.blocks:
+            x = x + block(x)
+        return self.head(x)
+
+
 def images(batch: int = 4, dtype: torch.dtype = torch.float32) -> torch.Tensor:
     """[batch, 3, 8, 8]."""
     return torch.randn(batch, 3, 8, 8, dtype=dtype)

@@ -25,7 +25,7 @@ from fxfuse.varied import of_all_widths
 from fxfuse.verify.check import as_double, relative_error
 from fxfuse.widen import widen
 from tests.models import excite
-from tests.nets import SmallResNet
+from tests.nets import Residual, SmallResNet
 
 SIZES = (5, 9, 7)
 
@@ -337,27 +337,11 @@ def test_the_reference_decides_the_width():
     torch.testing.assert_close(again.state_dict(), result.state_dict(), rtol=0, atol=0)
 
 
-class Residual(nn.Module):
-    """Residual blocks on a stream."""
-
-    def __init__(self, blocks: int) -> None:
-        super().__init__()
-        self.stem, self.head = nn.Linear(6, 5), nn.Linear(5, 3)
-        parts = [[nn.Linear(5, 4), nn.ReLU(), nn.Linear(4, 5)] for _ in range(blocks)]
-        self.blocks = nn.ModuleList([nn.Sequential(*part) for part in parts])
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        x = self.stem(x)
-        for block in self.blocks:
-            x = x + block(x)
-        return self.head(x)
-
-
 @pytest.mark.parametrize("method", ["average", "weight_matching"])
 def test_a_member_without_a_block_has_no_units_in_it(method: str):
     """Its zeros are not averaged with the units of the others; the stream is the mean, though."""
     x = inputs_of("mlp")
-    shallow, deep = Residual(1).double().eval(), Residual(2).double().eval()
+    shallow, deep = (Residual(blocks, 6, 5, 4).double().eval() for blocks in (1, 2))
     deep.load_state_dict({**deep.state_dict(), **shallow.state_dict()})
     with pytest.raises(ControlError, match=r"lacks this block(.|\n)*pass reference=1"):
         fxfuse.fuse([shallow, deep], x[:4], method=method)

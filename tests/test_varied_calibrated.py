@@ -17,7 +17,7 @@ from fxfuse.layout import copies_of, place_units
 from fxfuse.refine import match, refit, repair
 from fxfuse.varied import of_all_widths
 from tests.models import excite, image
-from tests.nets import mean_of
+from tests.nets import Residual, mean_of
 
 X = torch.randn(300, 8)
 
@@ -162,24 +162,12 @@ def test_labelled_inputs_score_every_member_in_its_own_graph(score: str):
     assert result.plan.sizes()["0.weight:0"] == 6
 
 
-class Deep(nn.Module):
-    """Residual blocks on a stream."""
-
-    def __init__(self, blocks: int, width: int) -> None:
-        super().__init__()
-        self.stem, self.head = nn.Linear(8, width), nn.Linear(width, 3)
-        parts = [[nn.Linear(width, 9), nn.ReLU(), nn.Linear(9, width)] for _ in range(blocks)]
-        self.blocks = nn.ModuleList([nn.Sequential(*part) for part in parts])
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        x = self.stem(x)
-        for block in self.blocks:
-            x = x + block(x)
-        return self.head(x)
+def deep(blocks: int, width: int) -> nn.Module:
+    return Residual(blocks, 8, width, 9)
 
 
 def test_members_of_other_depth_are_measured_too():
-    members = [excited(lambda: Deep(1, 12), 0, X), excited(lambda: Deep(2, 16), 1, X)]
+    members = [excited(lambda: deep(1, 12), 0, X), excited(lambda: deep(2, 16), 1, X)]
     plain = fxfuse.fuse(members, X[:4], score="obs", calibration=X)
     result = fxfuse.fuse(members, X[:4], score="obs", calibration=X, refit=True, outputs="values")
     assert far(result.module, members, X) < 0.7 * far(plain.module, members, X)
@@ -202,7 +190,7 @@ def test_refit_repair_and_match_take_results_of_different_widths():
 
 
 def test_refit_takes_members_without_a_block():
-    members = [excited(lambda: Deep(1, 12), 0, X), excited(lambda: Deep(2, 16), 1, X)]
+    members = [excited(lambda: deep(1, 12), 0, X), excited(lambda: deep(2, 16), 1, X)]
     result = fxfuse.fuse(members, X[:4])
     both = fxfuse.fuse(members, X[:4], calibration=X, refit=True, outputs="values")
     refit(result, members, X, outputs="values")
