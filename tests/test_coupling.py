@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from dataclasses import replace
+
 import networkx as nx
 import numpy as np
 import pytest
@@ -251,7 +253,7 @@ def test_a_wrong_group_is_found_named_and_frozen(monkeypatch: pytest.MonkeyPatch
     wrong[("block1.conv2.weight", 1)] = np.roll(wrong[("block1.conv2.weight", 1)], 1, axis=0)
     sabotaged = fxfuse.CouplingGroup(victim.name, victim.n_units, wrong)
     groups = (graph.groups[0], sabotaged, graph.groups[2])
-    object.__setattr__(graph, "groups", groups)
+    graph = replace(graph, groups=groups)
     assert not verify.permutation_of(graph).passed
     assert [g.name for g in verify.wrong_groups(graph)] == [victim.name]
 
