@@ -13,8 +13,9 @@ import torch
 from fxfuse.combine import Box, Line, Lines, box_of, combined
 from fxfuse.coupling import CouplingGraph, CouplingGroup, Index, Place
 from fxfuse.layout import Layout, Placements
-from fxfuse.plan import FusionPlan, Role, role_of
+from fxfuse.plan import FusionPlan
 from fxfuse.ranks import of_each
+from fxfuse.roles import Role, role_of
 from fxfuse.scratch import Scratch, zeros
 
 

@@ -14,7 +14,8 @@ from numpy.typing import NDArray
 from fxfuse.coupling import CouplingGraph, Index, Place
 from fxfuse.labels import Kind
 from fxfuse.layout import Placement
-from fxfuse.plan import Weights, is_written
+from fxfuse.plan import Weights
+from fxfuse.roles import is_written
 from fxfuse.scratch import BLOCK, Scratch
 
 #: A matrix with more than this share of its entries listed is multiplied as a dense one.

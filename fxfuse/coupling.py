@@ -21,7 +21,8 @@ from fxfuse.freezing import FrozenReason, excused, frozen_components, frozen_pla
 from fxfuse.gaps import WithoutRule, without_rule
 from fxfuse.grouping import CouplingGroup, form_groups
 from fxfuse.interpreter import interpret
-from fxfuse.labels import Index, Kind, Ledger, Place, Value
+from fxfuse.labels import Index, Kind, Place, Value
+from fxfuse.ledger import Ledger
 from fxfuse.mixing import MixingNote, mixing_notes, shared_writers, tied_outputs
 
 # What an analysis consists of is imported from here, whichever file makes it.

@@ -14,7 +14,8 @@ from fxfuse.capture import Captured
 from fxfuse.errors import UnknownTensorError
 from fxfuse.freezing import FrozenReason
 from fxfuse.grouping import CouplingGroup
-from fxfuse.labels import Ledger, Place
+from fxfuse.labels import Place
+from fxfuse.ledger import Ledger
 from fxfuse.source_lines import source_of
 
 

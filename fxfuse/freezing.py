@@ -11,7 +11,8 @@ from numpy.typing import NDArray
 from fxfuse.capture import Captured
 from fxfuse.controls import Asked, contradiction
 from fxfuse.heads import region_of
-from fxfuse.labels import Freeze, Index, Kind, Ledger, Place
+from fxfuse.labels import Index, Kind, Place
+from fxfuse.ledger import Freeze, Ledger
 from fxfuse.rules import rule_file
 from fxfuse.source_lines import source_of
 from fxfuse.tensors import is_constant

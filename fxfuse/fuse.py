@@ -13,34 +13,29 @@ from torch import nn
 from torch.export import ExportedProgram
 
 from fxfuse.apply import fused_tensors
-from fxfuse.budget import Budget, check_budget, spread
+from fxfuse.budget import Budget, check_budget
 from fxfuse.calibration import Calibration
-from fxfuse.capture import Captured, capture, capture_eagerly
+from fxfuse.capture import Captured
 from fxfuse.controls import Controls, OutputDims, Patterns
 from fxfuse.coupling import CouplingGraph, couple, hands_out
-from fxfuse.depth import as_deepest
 from fxfuse.eager import answers
-from fxfuse.errors import CalibrationError, ControlError, PartialFusionError, RewriteError
+from fxfuse.errors import CalibrationError, ControlError, PartialFusionError
 from fxfuse.examine import examined, verified
 from fxfuse.fingerprint import fingerprints
 from fxfuse.finish import Start, matched_start, refitted
+from fxfuse.gathered import gathered
 from fxfuse.given_plan import check_alone, check_count, check_plan
-from fxfuse.head_search import find_heads
-from fxfuse.heads import join
-from fxfuse.label_spaces import HeadOutputs, LabelSpaces, label_spaces
-from fxfuse.members import check_alike, check_enough, check_finite, check_model, check_values
-from fxfuse.members_on_ranks import members_on_ranks
+from fxfuse.label_spaces import HeadOutputs, label_spaces
+from fxfuse.members import check_enough
 from fxfuse.methods import find_method
-from fxfuse.options import Options, Reference, State
-from fxfuse.plan import FusionPlan, Mixing, widths_of
-from fxfuse.planner import make_plan
-from fxfuse.ranks import Ranks, of_each
-from fxfuse.resize import Target, mixing_of, resized
+from fxfuse.options import Options, Reference
+from fxfuse.plan import FusionPlan, Mixing
+from fxfuse.ranks import Ranks
+from fxfuse.resize import Target
 from fxfuse.result import FusionResult
-from fxfuse.same_network import check_same_network
+from fxfuse.roles import widths_of
 from fxfuse.scores import check_score
-from fxfuse.streamed import first_member, split_paths, streamed_states
-from fxfuse.twins import captured_each
+from fxfuse.sized_plan import make_sized_plan
 from fxfuse.varied import check_host, of_all_widths
 from fxfuse.verify import equals_ensemble, equals_heads, handover
 from fxfuse.wide import wide_plan
@@ -49,9 +44,6 @@ from fxfuse.widths import Width
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
-
-#: The network to fuse, what each member has of it, members of its graph, and what they lack.
-_Gathered = tuple[Captured, Sequence[State], list[Captured], Mapping[str, tuple[int, ...]]]
 
 
 def fuse(
@@ -244,36 +236,21 @@ def fuse(
     check_score(score)
     target = Target(width, max_params, max_flops, round_to, mixing, budget)
     check_budget(budget, width, given=width is not None or target.is_budget, score=score)
-    calibrated = calibration is not None or auto or refit
-    several = bool(heads) or spaces.outputs != "tuple"
-    dim = 0
-    if ranks is not None:
-        _check_apart(several, "each is on its own rank", calibrated=calibrated)
-        example = example_inputs, example_kwargs
-        spread = members_on_ranks(ranks, members, template, example, dynamic_shapes)
-        network, states, captured, absent = _from_ranks(*spread)
-        given_members = captured
-    else:
-        files, networks = split_paths(members, template)
-        if files:
-            _check_apart(several, "files are only read", calibrated=calibrated)
-            assert template is not None
-            networks = [first_member(template, files[0])]
-        for member in networks:
-            if not isinstance(member, Captured):
-                check_model(member)
-        check_alike(networks)
-        captured = _capture_all(networks, example_inputs, example_kwargs, dynamic_shapes)
-        if spaces.outputs != "tuple":
-            heads, dim = find_heads(captured, heads, spaces)
-        given_members = captured
-        if files:
-            network, states, captured, absent = _from_files(captured[0], files)
-        else:
-            network, states, captured, absent = _as_one(captured, heads, spaces, dim)
-    _check_weights(states)
+    fitted = auto or refit
+    found = gathered(
+        members,
+        (example_inputs, example_kwargs),
+        dynamic_shapes,
+        template=template,
+        ranks=ranks,
+        heads=heads,
+        spaces=spaces,
+        calibrated=calibration is not None or fitted,
+    )
+    found.check_weights()
+    network, states, heads = found.network, found.states, found.heads
     graph = couple(network, controls)
-    graph = of_all_widths(graph, captured, lambda member: couple(member, controls))
+    graph = of_all_widths(graph, found.aligned, lambda member: couple(member, controls))
     check_host(graph, host if plan is None else plan.host)
     graph, checks = examined(graph, verify=verify)
     inputs = (
@@ -290,8 +267,6 @@ def fuse(
             "them to be matched to",
             how="use method='transplant', with refit=True",
         )
-    if method == "wide":
-        target = replace(target, width=_width_of_all(width, len(states)))
     if plan is None:
         options = Options(
             score,
@@ -300,17 +275,17 @@ def fuse(
             reference=reference,
             regularisation=regularisation,
             calibration=inputs,
-            absent=absent,
+            absent=found.absent,
         )
-        plan = _planned(graph, states, method, options, target, host=host, refit=refit)
+        plan = make_sized_plan(graph, states, method, options, target, host=host, fitted=fitted)
         plan = replace(
             plan,
             controls=controls,
             heads_asked=heads,
             members=fingerprints(states),
-            absent=absent,
+            absent=found.absent,
             spaces=spaces,
-            widths=widths_of(graph, len(states), absent),
+            widths=widths_of(graph, len(states), found.absent),
         )
     else:
         check_plan(plan, graph, states)
@@ -336,7 +311,7 @@ def fuse(
         grown = output_layouts(graph, start.plan) if handed_out and network.is_program else None
         checks += handover(network, module or _eager(network, start.state), grown)
     if verify and plan.mixing == "per_member" and heads:
-        checks.append(equals_heads(graph, states, plan, given_members, dim))
+        checks.append(equals_heads(graph, states, plan, found.given, found.dim))
     elif verify and plan.mixing == "per_member":
         checks.append(equals_ensemble(graph, states, plan, hands_out=handed_out))
     elif verify and graph.members:
@@ -351,43 +326,8 @@ def fuse(
         start.refit,
         start.choice,
         start.match,
-        given_members[0] if heads else None,
+        found.given[0] if heads else None,
     )
-
-
-def _planned(
-    graph: CouplingGraph,
-    states: Sequence[Mapping[str, torch.Tensor]],
-    method: str,
-    options: Options,
-    target: Target,
-    *,
-    host: int,
-    refit: bool,
-) -> FusionPlan:
-    """The plan of a method, at the sizes that are asked for."""
-    auto = method == "auto"
-    mixing = mixing_of(graph, len(states), target, fitted=auto or refit)
-    wider = None
-    if target.budget == "global":
-        wider = spread(graph, states, options, target.round_to)
-    found = resized(graph, len(states), target, mixing, wider)
-    if found is not None:
-        _check_resizable(found[0], graph, method)
-    sizes, refused = found or (None, {})
-    plan = None
-    if mixing == "per_member":
-        try:
-            plan = wide_plan(graph, states, host=host)
-        except RewriteError:
-            # Heads may begin before the last operator that mixes members.
-            if target.mixing or not graph.captured.heads:
-                raise
-    if plan is None:
-        options = replace(options, sizes=sizes)
-        plan = make_plan(graph, states, "transplant" if auto else method, options, host=host)
-    told = {"budget": "global"} if target.budget == "global" else {}
-    return replace(plan, refused=refused, options={**plan.options, **told})
 
 
 def _start(
@@ -399,52 +339,6 @@ def _start(
         return Start(plan, fused_tensors(graph, plan, states))
     wide = widen(graph, plan, states)
     return Start(plan, wide.state_dict(), module=wide)
-
-
-def _width_of_all(width: Width | None, n_members: int) -> Width:
-    if width not in (None, n_members):
-        raise ControlError(
-            f"width {width} and method 'wide' contradict each other",
-            why=f"it keeps every unit of every member, which is width {n_members}",
-            how="leave the width out, or use method='transplant'",
-        )
-    return n_members
-
-
-def _check_resizable(sizes: Mapping[str, int], graph: CouplingGraph, method: str) -> None:
-    """Checks that a method works at another width than a member's."""
-    if all(sizes[group.name] == group.n_units for group in graph.groups):
-        return
-    if method in ("auto", "transplant", "wide", "zip"):
-        return
-    raise ControlError(
-        f"method {method!r} works at a member's width only",
-        why="it gives every fused unit the place of a unit of the reference member",
-        how="leave the width out, or use method='transplant', 'zip' or 'auto'",
-    )
-
-
-def _check_apart(heads: object, why: str, *, calibrated: bool) -> None:
-    """Checks that what is asked for works with members that are not in memory together."""
-    if not (heads or calibrated):
-        return
-    what = "heads=" if heads else "calibration, refit or method 'auto'"
-    raise ControlError(
-        f"{what} needs members in memory",
-        why=f"members run for it, and {why}",
-        how="load the checkpoints into modules and pass those to one process",
-    )
-
-
-def _check_weights(states: Sequence[State]) -> None:
-    """Checks that all members have values, and finite ones."""
-
-    def check(number: int, state: State) -> None:
-        check_values(state)
-        check_finite(number, state)
-
-    for _ in of_each(states, check):
-        pass
 
 
 def _check_calibrated(
@@ -471,23 +365,6 @@ def _check_calibrated(
     graph.captured.require_program()
 
 
-def _capture_all(
-    members: Sequence[nn.Module | ExportedProgram | Captured],
-    inputs: Any,
-    kwargs: Mapping[str, Any] | None,
-    dynamic_shapes: Any,
-) -> list[Captured]:
-    def one(member: nn.Module | ExportedProgram | Captured, first: Captured | None) -> Captured:
-        if isinstance(member, Captured):
-            return member
-        if first is not None and first.refusal and isinstance(member, nn.Module):
-            # torch.export refuses the first one: it is not asked, and does not warn, again.
-            return capture_eagerly(member, inputs, kwargs, refusal=first.refusal)
-        return capture(member, inputs, kwargs, dynamic_shapes=dynamic_shapes)
-
-    return captured_each(members, one)
-
-
 def _eager(member: Captured, state: Mapping[str, torch.Tensor]) -> Callable[..., Any]:
     """The user's own module with other tensors, as a function of its inputs."""
     source = member.source
@@ -497,27 +374,3 @@ def _eager(member: Captured, state: Mapping[str, torch.Tensor]) -> Callable[...,
         return answers(source, member.once(state), args, kwargs)
 
     return call
-
-
-def _from_files(first: Captured, files: Sequence[str | Path]) -> _Gathered:
-    """As `_as_one`, for members that stay in their files."""
-    return first, streamed_states(files, first), [first] * len(files), {}
-
-
-def _from_ranks(first: Captured, states: Sequence[State]) -> _Gathered:
-    """As `_as_one`, for members that are spread over ranks."""
-    return first, states, [first] * len(states), {}
-
-
-def _as_one(captured: list[Captured], heads: Patterns, spaces: LabelSpaces, dim: int) -> _Gathered:
-    """The network to fuse, what each member has of it, members of its graph, and what they lack."""
-    if heads:
-        joined = join(captured, heads, spaces, dim)
-        return joined.captured, joined.states, [joined.captured] * len(captured), {}
-    deepest = as_deepest(captured)
-    if deepest is not None:
-        aligned = list(deepest.members)
-        check_same_network(aligned, any_width=True)
-        return aligned[0], deepest.states, aligned, deepest.absent
-    check_same_network(captured, any_width=True)
-    return captured[0], [c.state() for c in captured], captured, {}

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import fx
 
-from fxfuse.labels import Ledger
+from fxfuse.ledger import Ledger
 from fxfuse.rules import rule_file
 from fxfuse.source_lines import source_of
 

@@ -10,7 +10,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fxfuse.capture import Captured
-from fxfuse.labels import Index, Ledger, Place
+from fxfuse.labels import Index, Place
+from fxfuse.ledger import Ledger
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,8 @@ from torch import fx
 from fxfuse.capture import Captured
 from fxfuse.conformance import check_result
 from fxfuse.errors import FxfuseError, RuleError
-from fxfuse.labels import Field, Gap, Kind, Ledger, Value, positions, sources_of
+from fxfuse.labels import Field, Kind, Value, positions, sources_of
+from fxfuse.ledger import Gap, Ledger
 from fxfuse.rules import Call, Rule, concrete_shape, find, hint, rule_file
 from fxfuse.rules.pointwise import is_pointwise, pointwise
 from fxfuse.tensors import is_constant

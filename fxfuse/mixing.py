@@ -12,7 +12,8 @@ from fxfuse.capture import Captured
 from fxfuse.controls import Asked
 from fxfuse.freezing import FrozenComponents, FrozenReason
 from fxfuse.grouping import CouplingGroup
-from fxfuse.labels import Index, Kind, Ledger, Mixing, Place, Value, neurons
+from fxfuse.labels import Index, Kind, Place, Value, neurons
+from fxfuse.ledger import Ledger, Mixing
 from fxfuse.source_lines import source_of
 
 

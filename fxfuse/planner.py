@@ -7,14 +7,8 @@ from dataclasses import replace
 
 from fxfuse.coupling import CouplingGraph
 from fxfuse.methods import Options, State, find_method
-from fxfuse.plan import (
-    FusionPlan,
-    copied_names,
-    hosted_names,
-    hosted_reasons,
-    inner_averages,
-    relevant_notes,
-)
+from fxfuse.plan import FusionPlan
+from fxfuse.roles import copied_names, hosted_names, hosted_reasons, inner_averages, relevant_notes
 from fxfuse.scores import note_of
 
 

@@ -11,7 +11,7 @@ from torch import nn
 from fxfuse.calibrated import Matrix, matrix_of
 from fxfuse.coupling import CouplingGraph, CouplingGroup, Index, Place
 from fxfuse.options import State
-from fxfuse.plan import is_written
+from fxfuse.roles import is_written
 
 #: Tensors in float64 by canonical name.
 Tensors = Mapping[str, Matrix]

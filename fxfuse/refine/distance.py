@@ -19,9 +19,8 @@ _LEAST_VARIANCE = 1e-30
 def loss(answer: Tensor, wanted: Tensor, kind: Outputs) -> Tensor:
     """What matching minimises.
 
-    For logits T² · KL(softmax(w / T) ‖ softmax(a / T)) at T = 2 (Hinton et al., "Distilling the
-    knowledge in a neural network", arXiv:1503.02531, section 2), and a tenth of the mean squared
-    difference up to a constant per input. The divergence counts what decides between classes, and
+    For logits `divergence` at T = 2, and a tenth of the mean squared difference up to a constant
+    per input. The divergence counts what decides between classes, and
     hardly what experts make of classes that neither of them knows; the squares keep the small
     probabilities in place where the divergence does not see them any more.
 
@@ -41,8 +40,32 @@ def loss(answer: Tensor, wanted: Tensor, kind: Outputs) -> Tensor:
     squares = _squares(answer, wanted, kind)
     if kind == "values":
         return squares
-    divergence = _divergence(answer / _TEMPERATURE, wanted / _TEMPERATURE)
-    return _TEMPERATURE**2 * divergence + _SQUARES * squares
+    return divergence(answer, wanted, _TEMPERATURE) + _SQUARES * squares
+
+
+def divergence(
+    answers: Tensor, wanted: Tensor, temperature: float = 1.0, class_dim: int = 1
+) -> Tensor:
+    """T² · KL(softmax(wanted / T) ‖ softmax(answers / T)), mean over all positions.
+
+    Hinton et al., "Distilling the knowledge in a neural network", arXiv:1503.02531, section 2.
+
+    Args:
+        answers: Logits of the network `[b, *]`, with k classes along one dimension.
+        wanted: Those of the ensemble, of the same shape.
+        temperature: T.
+        class_dim: The dimension of the classes.
+
+    Returns:
+        A scalar in nats, for T = 1.
+    """
+    each = functional.kl_div(
+        (answers / temperature).log_softmax(class_dim),
+        (wanted / temperature).log_softmax(class_dim),
+        reduction="sum",
+        log_target=True,
+    )
+    return each * (temperature**2 * wanted.shape[class_dim] / wanted.numel())
 
 
 def check_shapes(answer: Tensor, wanted: Tensor) -> None:
@@ -71,7 +94,7 @@ def distance(answers: Tensor, wanted: Tensor, kind: str) -> float:
     """
     if kind == "logits":
         # Rounding must not bring anything closer to the ensemble than the ensemble itself.
-        return max(float(_divergence(answers.double(), wanted.double())), 0.0)
+        return max(float(divergence(answers.double(), wanted.double())), 0.0)
     return float((answers - wanted).square().mean() / _variance(wanted))
 
 
@@ -85,13 +108,6 @@ def relative_error(answers: Tensor, wanted: Tensor, kind: Outputs) -> float:
     """
     targets = wanted - wanted.mean(dim=1, keepdim=True) if kind == "logits" else wanted
     return float((_squares(answers, wanted, kind) / _variance(targets)).sqrt())
-
-
-def _divergence(answers: Tensor, wanted: Tensor) -> Tensor:
-    """KL of the classes' probabilities, mean over the inputs of `[b, k]`."""
-    return functional.kl_div(
-        answers.log_softmax(1), wanted.log_softmax(1), reduction="batchmean", log_target=True
-    )
 
 
 def _squares(answers: Tensor, wanted: Tensor, kind: Outputs) -> Tensor:

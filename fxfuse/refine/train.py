@@ -19,6 +19,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from fxfuse.errors import RefineError
 from fxfuse.refine.batch import call, logits_of, split_batch
 from fxfuse.refine.checkpoint import checkpoint_file
+from fxfuse.refine.distance import divergence
 from fxfuse.refine.loop import RefineReport, Run, train
 from fxfuse.refine.modes import check_teachers, device_of, evaluating, trainable
 
@@ -160,7 +161,7 @@ def distill(
         with torch.no_grad():
             answers = [logits_of(call(teacher, inputs)) for teacher in teachers]
             wanted = torch.stack(answers).mean(dim=0)
-        return _divergence(logits_of(call(module, inputs)), wanted, temperature, class_dim)
+        return _distilled(logits_of(call(module, inputs)), wanted, temperature, class_dim)
 
     run = Run(
         module,
@@ -195,7 +196,7 @@ def _cross_entropy(output: Any, labels: Tensor) -> Tensor:
     return functional.cross_entropy(logits_of(output), labels)
 
 
-def _divergence(student: Tensor, teacher: Tensor, temperature: float, class_dim: int) -> Tensor:
+def _distilled(student: Tensor, teacher: Tensor, temperature: float, class_dim: int) -> Tensor:
     """Return T² · KL(teacher ‖ student), averaged over all positions of `[b, k, *]`."""
     if student.shape != teacher.shape:
         raise RefineError(
@@ -204,13 +205,7 @@ def _divergence(student: Tensor, teacher: Tensor, temperature: float, class_dim:
             why="Distillation compares them class by class.",
             how="Use teachers with the same classes and output size.",
         )
-    divergence = functional.kl_div(
-        functional.log_softmax(student / temperature, dim=class_dim),
-        functional.log_softmax(teacher / temperature, dim=class_dim),
-        reduction="none",
-        log_target=True,
-    )
-    return divergence.sum(class_dim).mean() * temperature**2
+    return divergence(student, teacher, temperature, class_dim)
 
 
 def _optimizer(

@@ -3,7 +3,8 @@
 All that a rule of one's own needs can be imported from here.
 """
 
-from fxfuse.labels import Field, Kind, Ledger, Value, positions
+from fxfuse.labels import Field, Kind, Value, positions
+from fxfuse.ledger import Ledger
 from fxfuse.rules import (
     contraction,
     creation,

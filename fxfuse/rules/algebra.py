@@ -9,7 +9,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 
-from fxfuse.labels import Field, Kind, Ledger, Value, neurons, positions
+from fxfuse.labels import Field, Kind, Value, neurons, positions
+from fxfuse.ledger import Ledger
 
 
 def align(value: Value, rank: int) -> Value:

@@ -12,7 +12,8 @@ from typing import Any
 
 import torch
 
-from fxfuse.labels import Field, Kind, Ledger, Value, positions
+from fxfuse.labels import Field, Kind, Value, positions
+from fxfuse.ledger import Ledger
 from fxfuse.rules.algebra import align, contract, drop, meet, merge_positions, only_unlabelled
 from fxfuse.rules.registry import Call, rule
 

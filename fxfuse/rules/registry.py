@@ -12,7 +12,8 @@ from torch import fx
 from torch.library import CustomOpDef  # type: ignore[attr-defined]
 
 from fxfuse.errors import RuleError
-from fxfuse.labels import Ledger, Value
+from fxfuse.labels import Value
+from fxfuse.ledger import Ledger
 from fxfuse.source_lines import where_of
 
 #: A rule gets the ledger, the node and the node's arguments (nodes replaced by their values,
