@@ -6,12 +6,14 @@ import copy
 import dataclasses
 import importlib.metadata
 import json
+import math
 
 import pytest
 import torch
+from torch import nn
 
 from benchmarks.pages import marks, with_tables
-from benchmarks.paper import cost, depth, runner, sparsity, sync_sgd, table, width
+from benchmarks.paper import cost, depth, refining, runner, sparsity, sync_sgd, table, width
 from benchmarks.paper.datasets import Data
 from benchmarks.paper.experiment import Experiment, Job, Options, Place, Row, run, summary
 from benchmarks.paper.markdown import markdown
@@ -251,9 +253,26 @@ def test_validation_chooses_and_the_start_stays_as_it_is(data):
     start = job.case.fresh(7).eval()
     before = copy.deepcopy(start.state_dict())
     refined = finetuned(job, start)
-    assert refined.rate == 3e-2
+    assert refined.rate >= 3e-2
     for name, tensor in start.state_dict().items():
         assert torch.equal(tensor, before[name])
+
+
+@pytest.mark.parametrize("best", [0.027, 0.1, 0.3, 1.0, 8.1])
+def test_a_rate_at_the_end_of_the_range_widens_it(data, best: float, monkeypatch):
+    job = Job("mlp", data, "same data", 2, 0, dataclasses.replace(TINY, rates=(0.1, 0.3)))
+    monkeypatch.setattr(refining, "merit", lambda _, module: -abs(math.log(module.rate / best)))
+
+    def candidate(rate: float) -> nn.Module:
+        module = nn.Identity()
+        module.rate = rate
+        tried.append(rate)
+        return module
+
+    tried: list[float] = []
+    found = refining.chosen(job, candidate).rate
+    assert abs(math.log(found / best)) < math.log(3.0) / 2
+    assert min(tried) < found < max(tried)
 
 
 def test_pruning_first_takes_the_same_share_of_every_member(data):

@@ -33,6 +33,7 @@ class Options:
         seeds: How many repetitions.
         steps: Steps k of fine-tuning, distillation and matching.
         rates: Learning rates among which validation data chooses.
+        beyond: Factor between the rates that are tried beyond those, where the last one is best.
         calibration: Unlabelled training inputs for what needs some.
         batch: Inputs per step.
         member_steps: Steps that a member is trained for; None takes the data set's own.
@@ -41,6 +42,7 @@ class Options:
     seeds: int = 3
     steps: int = 160
     rates: tuple[float, ...] = (1e-3, 5e-3)
+    beyond: float = 3.0
     calibration: int = 500
     batch: int = 64
     member_steps: int | None = None

@@ -1,7 +1,8 @@
 """Refined copies of networks, and the controls that stand in every table.
 
-Whatever is trained on labels is trained once with each of the same learning rates; validation data
-chooses, and test data is asked about the chosen one only.
+Whatever is trained on labels is trained once with each of the same learning rates, and with others
+beyond them as long as the last one is best; validation data chooses, and test data is asked about
+the chosen one only.
 """
 
 from __future__ import annotations
@@ -53,13 +54,28 @@ def merit(job: Job, module: nn.Module) -> tuple[float, float]:
 
 
 def chosen(job: Job, candidate: Callable[[float], nn.Module]) -> Refined:
-    """Of what `candidate` makes with each learning rate, the best on validation data."""
-    found = []
-    for rate in job.options.rates:
+    """Of what `candidate` makes with each learning rate, the best on validation data.
+
+    A best rate at an end of the range may lie short of a better one: the range is widened there,
+    until its end is not the best any more. A single rate is no range.
+    """
+
+    def tried(rate: float) -> Refined:
         start = time.process_time()
         module = candidate(rate)
-        found.append(Refined(module, rate, time.process_time() - start))
-    return max(found, key=lambda refined: merit(job, refined.module))
+        return Refined(module, rate, time.process_time() - start)
+
+    def worth(refined: Refined) -> tuple[float, float]:
+        return merit(job, refined.module)
+
+    rates = sorted(job.options.rates)
+    best = max(map(tried, rates), key=worth)
+    beyond = job.options.beyond
+    for end, factor in ((rates[-1], beyond), (rates[0], 1 / beyond)):
+        while len(rates) > 1 and best.rate == end:
+            end *= factor
+            best = max(best, tried(end), key=worth)
+    return best
 
 
 def finetuned(job: Job, start: nn.Module, steps: int | None = None) -> Refined:
