@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import torch
 import torch.utils._pytree as pytree
 
+from fxfuse.augment import Augment, default_augment
 from fxfuse.capture import Captured
 from fxfuse.errors import CalibrationError
 
@@ -29,12 +31,31 @@ class Calibration:
         size: Number of inputs in all batches.
         labels: Of each batch; empty where none were given.
         fixed: Whether all calls must have the size that they have.
+        copies: How many augmented copies of each input are looked at as well, where activations
+            are measured.
     """
 
     batches: tuple[_Call, ...]
     size: int
     labels: tuple[torch.Tensor, ...] = ()
     fixed: bool = False
+    copies: int = 0
+
+    @cached_property
+    def with_copies(self) -> Calibration:
+        """The inputs and their augmented copies, always the same ones; without labels.
+
+        A copy has no label of its own.
+        """
+        if not self.copies:
+            return self
+        augment = _augment(self.batches[0])
+        generator = torch.Generator().manual_seed(0)
+        batches = list(self.batches)
+        for _ in range(self.copies):
+            batches += [((augment(args[0], generator),), {}) for args, _ in self.batches]
+        size = (1 + self.copies) * self.size
+        return replace(self, batches=tuple(batches), size=size, labels=(), copies=0)
 
     def split(self, share: float) -> tuple[Calibration, Calibration]:
         """Two parts without labels, the second with about `share` of the inputs.
@@ -52,7 +73,8 @@ class Calibration:
         for begin, end in ((0, first), (first, self.size)):
             starts = range(begin, end - (step - 1 if self.fixed else 0), step)
             batches = tuple(_cut(whole, s, min(s + step, end)) for s in starts)
-            parts.append(Calibration(batches, sum(map(_size, batches)), fixed=self.fixed))
+            size = sum(map(_size, batches))
+            parts.append(replace(self, batches=batches, size=size, labels=()))
         return parts[0], parts[1]
 
     @staticmethod
@@ -63,6 +85,7 @@ class Calibration:
         batch: int = 128,
         limit: int = 1000,
         shuffle: bool = True,
+        copies: int = 0,
     ) -> Calibration:
         """Checks inputs and cuts them into batches.
 
@@ -75,16 +98,21 @@ class Calibration:
             limit: So many inputs are taken at most; of an iterable the first ones.
             shuffle: Whether inputs are taken in a random order (always the same one): data that are
                 sorted by class would otherwise show a part of the classes only.
+            copies: How many augmented copies of each input are looked at as well.
 
         Raises:
             CalibrationError: There are none, or they are not what the network was captured with,
-                or not finite.
+                or not finite; or copies are asked for of what is neither images nor signals.
 
         Warns of fewer than `FEW` inputs, and of more than `limit`.
         """
         if limit < 1:
             raise _error(
                 f"at most {limit} calibration inputs are none", "nothing is left", "allow 1,000"
+            )
+        if copies < 0:
+            raise _error(
+                f"{copies} copies of each input", "a number of copies is 0 or more", "pass 1"
             )
         found, cut = _calls(inputs, captured, limit)
         calls = [call for call, _ in found]
@@ -94,6 +122,8 @@ class Calibration:
             )
         for args, kwargs in calls:
             _check(captured, args, kwargs)
+        if copies:
+            _augment(calls[0])
         fixed = None if captured.dynamic_batch else _size(captured.example_inputs)
         whole = pytree.tree_map(lambda *parts: _joined(parts), *calls)
         each = [labels for _, labels in found if labels is not None]
@@ -130,9 +160,23 @@ class Calibration:
                 stacklevel=3,
             )
         if labels is None or len(labels) < size:
-            return Calibration(batches, size, fixed=fixed is not None)
+            return Calibration(batches, size, fixed=fixed is not None, copies=copies)
         parts = labels[:size].split([_size(b) for b in batches])
-        return Calibration(batches, size, parts, fixed is not None)
+        return Calibration(batches, size, parts, fixed is not None, copies)
+
+
+def _augment(call: _Call) -> Augment:
+    """What makes copies of inputs."""
+    args, kwargs = call
+    found = None if kwargs else default_augment(args)
+    if found is None:
+        raise _error(
+            "no augmented copies can be made of these inputs",
+            "only one floating tensor of images [n, c, h, w] or signals [n, c, l] can be shifted "
+            "and mixed",
+            "leave the copies out, or add copies of your own to the inputs",
+        )
+    return found
 
 
 def _calls(inputs: Any, captured: Captured, limit: int) -> tuple[list[tuple[_Call, Any]], bool]:

@@ -63,6 +63,7 @@ def fuse(
     regularisation: float | None = None,
     calibration: Any = None,
     calibration_limit: int = 1000,
+    calibration_copies: int = 0,
     refit: bool = False,
     outputs: str | None = None,
     steps: int | None = None,
@@ -136,6 +137,9 @@ def fuse(
         calibration_limit: So many of them are taken at most, in a random order that is always the
             same (of an iterable, the first ones). Memory does not grow with their number, beside
             the inputs themselves.
+        calibration_copies: So many augmented copies of each of them are looked at as well wherever
+            activations are: copies of images and signals, shifted by up to a position and half of
+            them mixed in pairs (`fxfuse.refine.shift_and_mix`).
         refit: Whether to refit the fused network to the members' activations, in closed form; with
             `heads`, each head to its own member's.
         outputs: `logits` or `values`: what the network's output is, for the refit of the head and
@@ -256,7 +260,9 @@ def fuse(
     inputs = (
         None
         if calibration is None
-        else Calibration.of(network, calibration, limit=calibration_limit)
+        else Calibration.of(
+            network, calibration, limit=calibration_limit, copies=calibration_copies
+        )
     )
     _check_calibrated(graph, inputs, auto=auto, refit=refit)
     if auto and hands_out(graph, controls):

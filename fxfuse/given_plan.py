@@ -24,6 +24,7 @@ BESIDE = frozenset(
         "plan",
         "calibration",
         "calibration_limit",
+        "calibration_copies",
         "refit",
         "outputs",
         "dynamic_shapes",

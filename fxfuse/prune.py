@@ -43,6 +43,7 @@ def prune(
     budget: Budget = "local",
     calibration: Any = None,
     calibration_limit: int = 1000,
+    calibration_copies: int = 0,
     freeze: Patterns = (),
     ignore: Patterns = (),
     output_dims: OutputDims | None = None,
@@ -72,6 +73,7 @@ def prune(
         budget: `local` or `global`, as in `fuse`.
         calibration: Inputs from the network's own domain, as in `fuse`.
         calibration_limit: So many of them are taken at most, as in `fuse`.
+        calibration_copies: So many augmented copies of each are looked at as well, as in `fuse`.
         freeze: `state_dict()` names of parameters that stay exactly as they are, as in `analyze`.
         ignore: Dotted paths of submodules of which nothing is pruned.
         output_dims: The interface dimensions of outputs, as in `analyze`.
@@ -122,7 +124,9 @@ def prune(
     inputs = (
         None
         if calibration is None
-        else Calibration.of(captured, calibration, limit=calibration_limit)
+        else Calibration.of(
+            captured, calibration, limit=calibration_limit, copies=calibration_copies
+        )
     )
     options = Options(score, calibration=inputs)
     wider = spread(graph, [state], options, round_to) if budget == "global" else None

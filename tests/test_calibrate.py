@@ -254,6 +254,66 @@ def test_as_many_inputs_as_are_allowed():
         Calibration.of(captured, images(4), limit=0)
 
 
+def test_copies_are_looked_at_beside_the_inputs():
+    """The measured values are those of inputs and copies, and a wrong copy would show."""
+    model = SmallResNet()
+    captured = fxfuse.capture(model, images(2))
+    x, labels = images(150), torch.zeros(150)
+    calibration = Calibration.of(captured, [(x, labels)], copies=2, shuffle=False)
+    assert (calibration.size, len(calibration.labels)) == (150, 2)
+    seen = calibration.with_copies
+    assert (seen.size, seen.copies, seen.labels) == (450, 0, ())
+    assert [len(args[0]) for args, _ in seen.batches] == 3 * [128, 22]
+    parts = torch.cat([args[0] for args, _ in seen.batches]).split(150)
+    assert torch.equal(parts[0], x)
+    assert not any(torch.equal(a, b) for a, b in itertools.combinations(parts, 2))
+    again = Calibration.of(captured, x, copies=2, shuffle=False)
+    assert all(
+        torch.equal(a[0][0], b[0][0])
+        for a, b in zip(seen.batches, again.with_copies.batches, strict=True)
+    )
+    lane = Lane(captured, captured.state(), calibration)
+    last = list(captured.graph.nodes)[-1]
+    lane.run_to(last.all_input_nodes[0])
+    answers = torch.cat(list(lane.value(last.all_input_nodes[0])))
+    torch.testing.assert_close(answers, model.eval()(torch.cat(parts)))
+
+
+def test_a_part_keeps_its_copies_and_gradients_have_none():
+    captured = fxfuse.capture(SmallResNet(), images(2))
+    labelled = [(images(120), torch.zeros(120, dtype=torch.long))]
+    calibration = Calibration.of(captured, labelled, copies=1)
+    fitting, choosing = calibration.split(0.25)
+    assert (fitting.size, choosing.size) == (90, 30)
+    assert (fitting.with_copies.size, choosing.with_copies.size) == (180, 60)
+    members = [SmallResNet(), SmallResNet()]
+    plans = [
+        fxfuse.fuse(
+            members, images(2), score=score, calibration=labelled, calibration_copies=copies
+        ).plan
+        for score in ("taylor", "obs")
+        for copies in (0, 1)
+    ]
+    units = [[(m.member.tolist(), m.unit.tolist()) for m in plan.maps] for plan in plans]
+    assert units[0] == units[1]
+    assert units[2] != units[3]
+
+
+@pytest.mark.parametrize(
+    ("module", "inputs"),
+    [
+        (nn.Linear(4, 2), torch.randn(120, 4)),
+        (nn.Sequential(nn.Embedding(5, 4), nn.Linear(4, 2)), torch.randint(5, (120, 3))),
+    ],
+)
+def test_no_copies_are_made_of_other_inputs(module: nn.Module, inputs: torch.Tensor):
+    captured = fxfuse.capture(module, inputs[:2])
+    with pytest.raises(CalibrationError, match="no augmented copies"):
+        Calibration.of(captured, inputs, copies=1)
+    with pytest.raises(CalibrationError, match="-1 copies"):
+        Calibration.of(captured, inputs, copies=-1)
+
+
 def test_batches_with_labels_and_parts():
     captured = fxfuse.capture(excite(SmallResNet(), images(4)), images(4))
     batches = [(images(60), torch.arange(60)), (images(60), torch.arange(60))]

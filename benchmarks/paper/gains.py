@@ -39,6 +39,7 @@ from benchmarks.paper.datasets import load
 from benchmarks.paper.gains_tables import (
     AUTO,
     BEST,
+    COPIES,
     DISTILLED,
     ENSEMBLE,
     LABELLED,
@@ -74,8 +75,8 @@ HEAD, PLAIN_MATCHED, BEST_MATCHED = (
 )
 #: All rows, in the order of the table.
 ROWS = (
-    *(BEST, ENSEMBLE, AVERAGED, ALIGNED, PLAIN, LABELLED, PLAIN_REFIT, UNITS, REFIT, QUICK_ROW),
-    *(AUTO, HEAD, PLAIN_MATCHED, BEST_MATCHED, DISTILLED),
+    *(BEST, ENSEMBLE, AVERAGED, ALIGNED, PLAIN, LABELLED, PLAIN_REFIT, UNITS, REFIT, COPIES),
+    *(QUICK_ROW, AUTO, HEAD, PLAIN_MATCHED, BEST_MATCHED, DISTILLED),
 )
 
 
@@ -135,6 +136,9 @@ def measure(
     best = {"score": "obs", "variant": "components"}
     if REFIT in rows:
         note(REFIT, *_module(fused(**best, calibration=x, refit=True)))
+    if COPIES in rows:
+        options = {**best, "calibration": x, "calibration_copies": 1, "refit": True}
+        note(COPIES, *_module(fused(**options)))
     if QUICK_ROW in rows:
         module, spent = _module(fused(score="obs", calibration=x[:QUICK_INPUTS], refit=True))
         steps = 0

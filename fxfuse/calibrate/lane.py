@@ -55,7 +55,7 @@ class Lane:
     ) -> None:
         self.captured = captured
         self.state = state
-        self.calibration = calibration
+        self.calibration = calibration.with_copies
         self.name = name
         self.asked_as = asked_as
         self.absent = absent
@@ -70,7 +70,7 @@ class Lane:
         device = next((t.device for t in state.values()), torch.device("cpu"))
         self.constants = {name: tensor.to(device) for name, tensor in constants.items()}
         inputs = [n for n in self.nodes if n.op == "placeholder"]
-        calls = [pytree.tree_leaves(call) for call in calibration.batches]
+        calls = [pytree.tree_leaves(call) for call in self.calibration.batches]
         for node, leaves in zip(inputs, zip(*calls, strict=True), strict=True):
             self.values[node] = [
                 leaf.to(device) if isinstance(leaf, torch.Tensor) else leaf for leaf in leaves

@@ -11,6 +11,7 @@ import typer
 from fxfuse.cli.load import asked_recipe
 from fxfuse.cli.options import (
     Budget,
+    CalibrationCopies,
     CalibrationLimit,
     CalibrationSpec,
     Checkpoints,
@@ -124,6 +125,7 @@ def fuse(
     reference: Reference = "0",
     calibration: OptionalCalibration = None,
     calibration_limit: CalibrationLimit = 1000,
+    calibration_copies: CalibrationCopies = 0,
     refit: Refit = False,
     outputs: Outputs = None,
     steps: Steps = None,
@@ -157,6 +159,7 @@ def fuse(
         "fraction": parse_by_group("--fraction", fraction or ()),
         "reference": parse_reference(reference),
         "calibration_limit": calibration_limit,
+        "calibration_copies": calibration_copies,
         "refit": refit,
         "outputs": outputs,
         "steps": steps,

@@ -153,6 +153,15 @@ CalibrationSpec = Annotated[
 CalibrationLimit = Annotated[
     int, typer.Option(help="So many calibration inputs are taken at most.", metavar="N")
 ]
+CalibrationCopies = Annotated[
+    int,
+    typer.Option(
+        min=0,
+        help="So many augmented copies of each calibration input are looked at as well: of images "
+        "and signals.",
+        metavar="N",
+    ),
+]
 DataSpec = Annotated[str, typer.Option("--data", help=f"Inputs: {_DATA}", metavar="DATA")]
 EvaluationSpec = Annotated[
     str | None,

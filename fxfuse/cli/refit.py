@@ -4,7 +4,15 @@ from __future__ import annotations
 
 import os
 
-from fxfuse.cli.options import CalibrationLimit, CalibrationSpec, Folder, Force, Json, OutFolder
+from fxfuse.cli.options import (
+    CalibrationCopies,
+    CalibrationLimit,
+    CalibrationSpec,
+    Folder,
+    Force,
+    Json,
+    OutFolder,
+)
 from fxfuse.cli.outcome import carry_out
 from fxfuse.recipe import changed, read_recipe
 from fxfuse.saved import PLAN
@@ -16,6 +24,7 @@ def refit(
     out: OutFolder,
     calibration: CalibrationSpec,
     calibration_limit: CalibrationLimit = 1000,
+    calibration_copies: CalibrationCopies = 0,
     force: Force = False,
     json: Json = False,
 ) -> None:
@@ -27,6 +36,7 @@ def refit(
         **kept,
         "plan": os.path.abspath(folder / PLAN),
         "calibration_limit": calibration_limit,
+        "calibration_copies": calibration_copies,
         "refit": True,
     }
     asked = changed(

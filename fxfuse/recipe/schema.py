@@ -62,6 +62,7 @@ class Fuse(Part):
     reference: int | Literal["mean"] = Field(0, description="member that others are aligned to")
     regularisation: float | None = Field(None, description="of optimal_transport")
     calibration_limit: int = Field(1000, gt=0, description="so many inputs are taken at most")
+    calibration_copies: int = Field(0, ge=0, description="augmented copies of each input")
     refit: bool = Field(False, description="fit every layer in closed form; needs calibration")
     outputs: Literal["logits", "values"] | None = Field(None, description="what the output is")
     steps: int | None = Field(None, gt=0, description="of matching, for auto")

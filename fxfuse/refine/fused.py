@@ -67,7 +67,7 @@ def _absent(result: Fused, member: int) -> dict[str, torch.Tensor]:
 
 
 def measurable(
-    result: Fused, members: Sequence[Member], inputs: Any, limit: int = 1000
+    result: Fused, members: Sequence[Member], inputs: Any, limit: int = 1000, copies: int = 0
 ) -> tuple[Sequence[Mapping[str, torch.Tensor]], Calibration]:
     """The members' tensors and the checked inputs, for a step that measures activations.
 
@@ -76,14 +76,16 @@ def measurable(
         members: The networks that were fused, in the same order.
         inputs: What `Calibration.of` takes.
         limit: So many of them are taken at most.
+        copies: So many augmented copies of each are asked for.
 
     Raises:
-        CalibrationError: The inputs are not what the members take.
+        CalibrationError: The inputs are not what the members take, or cannot be augmented.
         MemberMismatchError: These are not the members that were fused.
         NotEmittedError: The members were traced: there is no graph to run.
     """
     result.graph.captured.require_program()
-    return states_of(result, members), Calibration.of(result.graph.captured, inputs, limit=limit)
+    calibration = Calibration.of(result.graph.captured, inputs, limit=limit, copies=copies)
+    return states_of(result, members), calibration
 
 
 def check_one_head(result: Fused, what: str, why: str) -> None:

@@ -16,8 +16,8 @@ import torch
 from rich.progress import Progress
 from torch import Tensor, nn
 
+from fxfuse.augment import Augment, default_augment
 from fxfuse.errors import RefineError
-from fxfuse.refine.augment import Augment, default_augment
 from fxfuse.refine.batch import call, logits_of
 from fxfuse.refine.distance import loss
 from fxfuse.refine.modes import check_teachers, device_of, evaluating, seeded, trainable

@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fxfuse.augment import Augment
 from fxfuse.errors import RefineError
-from fxfuse.refine.augment import Augment
 from fxfuse.refine.batch import logits_of, try_call
 
 # Passes over the inputs that the pool holds at most: the inputs, then augmented copies; and how

@@ -21,6 +21,7 @@ def refit(
     seed: int = 0,
     memory: int = MEMORY,
     limit: int = 1000,
+    copies: int = 0,
 ) -> RefitReport:
     """Refits a fused network in place, layer by layer, in closed form and without labels.
 
@@ -49,6 +50,8 @@ def refit(
         seed: Decides which rows of large layers are taken.
         memory: Bytes of activations that stay in memory.
         limit: So many inputs are taken at most, in a random order that is always the same.
+        copies: So many augmented copies of each input are looked at as well: of images and signals,
+            by `shift_and_mix`.
 
     Returns:
         The error of every layer before and after, and what was left.
@@ -59,7 +62,7 @@ def refit(
         NotEmittedError: The members were traced: there is no graph to run.
         RefineError: The members run one by one in it, so that it is their mean already.
     """
-    states, calibration = measurable(result, members, inputs, limit)
+    states, calibration = measurable(result, members, inputs, limit, copies)
     check_joint(result, "refit")
     logits = kind_of_network(result.graph.captured, outputs) == "logits"
     module = result.module
