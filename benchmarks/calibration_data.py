@@ -36,29 +36,39 @@ ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results" / "calibration_data.json"
 PAGE = ROOT / "docs" / "how-to" / "choose-calibration-data.md"
 NETWORKS, N, SEEDS, STEPS, KINDS_SIZE = ("mlp", "vgg"), 2, 3, 100, 500
-COUNTS = (10, 30, 100, 300, 1000)
+COUNTS, WITH_COPIES = (10, 30, 100, 300, 1000), (30, 100, 1000)
 CONTROLS = ("best member", "ensemble")
 
 
-def inputs_of(made: Case) -> Iterator[tuple[str, str, Tensor]]:
-    """(table, row, inputs `[n, 1, 28, 28]`) of everything that is tried."""
+def inputs_of(made: Case) -> Iterator[tuple[str, str, Tensor, int]]:
+    """(table, row, inputs `[n, 1, 28, 28]`, copies of each) of everything that is tried."""
     generator = torch.Generator().manual_seed(made.seed)
     inputs, labels = made.train
     order = torch.randperm(len(inputs), generator=generator)
     inputs, labels = inputs[order], labels[order]
     for count in COUNTS:
-        yield "count", f"{count:,}", inputs[:count]
+        yield "count", f"{count:,}", inputs[:count], 0
+    for count in WITH_COPIES:
+        yield "count", f"{count:,} and a copy of each", inputs[:count], 1
+    for row, kind in kinds_of(inputs, labels, generator):
+        yield "kind", row, kind, 0
+
+
+def kinds_of(
+    inputs: Tensor, labels: Tensor, generator: torch.Generator
+) -> Iterator[tuple[str, Tensor]]:
+    """(row, inputs) of every kind of inputs, made of the right ones."""
     own = inputs[:KINDS_SIZE]
-    yield "kind", "images of all classes", own
-    yield "kind", "images of member 0's classes", inputs[labels % N == 0][:KINDS_SIZE]
-    yield "kind", "images of one class", inputs[labels == 0][:KINDS_SIZE]
-    yield "kind", "the images with black and white exchanged", 1 - own
-    yield "kind", "scikit-learn's digits, 8 x 8 enlarged", enlarged_digits(generator)
+    yield "images of all classes", own
+    yield "images of member 0's classes", inputs[labels % N == 0][:KINDS_SIZE]
+    yield "images of one class", inputs[labels == 0][:KINDS_SIZE]
+    yield "the images with black and white exchanged", 1 - own
+    yield "scikit-learn's digits, 8 x 8 enlarged", enlarged_digits(generator)
     pixels = own.flatten(1)
     shuffled = pixels.gather(1, torch.rand(pixels.shape, generator=generator).argsort(1))
-    yield "kind", "the images with pixels in random places", shuffled.view_as(own)
+    yield "the images with pixels in random places", shuffled.view_as(own)
     noise = torch.randn(own.shape, generator=generator) * own.std() + own.mean()
-    yield "kind", "noise of the images' mean and deviation", noise
+    yield "noise of the images' mean and deviation", noise
 
 
 def enlarged_digits(generator: torch.Generator) -> Tensor:
@@ -76,9 +86,14 @@ def measure(made: Case) -> list[dict[str, Any]]:
         {"table": "control", "row": name, "refit": accuracy(model, *made.test)}
         for name, model in controls
     ]
-    for table, row, inputs in inputs_of(made):
+    for table, row, inputs, copies in inputs_of(made):
         result = fxfuse.fuse(
-            made.members, made.calibration[:4], score="obs", calibration=inputs, refit=True
+            made.members,
+            made.calibration[:4],
+            score="obs",
+            calibration=inputs,
+            calibration_copies=copies,
+            refit=True,
         )
         refitted = accuracy(result.module, *made.test)
         match(result.module, made.members, inputs, steps=STEPS)
