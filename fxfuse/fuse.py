@@ -204,7 +204,8 @@ def fuse(
         UnknownScoreError: No such score.
         ControlError: An option names nothing in the network, has a value that the method cannot
             use, or contradicts another one or the plan.
-        CalibrationError: The method or the score needs calibration inputs, and there are none.
+        CalibrationError: The method or the score needs calibration inputs, and there are none; or
+            no copies can be made of them.
         MissingDependencyError: The method needs a package that is not installed.
         PartialFusionError: The heads are not found or cannot be kept apart from the trunk, the
             classes are not those of the members, or what is asked for needs members of one task.
