@@ -98,6 +98,12 @@ def _asked(rows: list[dict[str, Any]]) -> list[str]:
     }
     within = [f"{name} N = {n}" for (name, n), ratio in times.items() if ratio <= 3]
     lines.append(f"- at most 3 times the copy: {len(within)} of {len(times)} ({'; '.join(within)})")
+    fastest = max(rates.values())
+    fast = sum(r["ways"]["transplant"]["seconds"] <= 3 * r["megabytes"] / fastest for r in rows)
+    lines.append(
+        f"- the same if every copy had the fastest row's rate, {fastest / 1000:.1f} GB/s (the "
+        f"slowest: {min(rates.values()) / 1000:.1f}): {fast} of {len(rows)}"
+    )
     ways = by_case["mlp4096", 2]
     faster = ways["reference"]["seconds"] / ways["transplant"]["seconds"]
     lines.append(f"- 20 times as fast as the reference on mlp4096, N = 2: {faster:.1f} times")

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 from torch import nn
-from torch.export import ExportedProgram
 
 from fxfuse.capture import Captured, capture, capture_eagerly
 from fxfuse.depth import as_deepest
@@ -16,16 +15,14 @@ from fxfuse.errors import ControlError
 from fxfuse.head_search import find_heads
 from fxfuse.heads import join
 from fxfuse.label_spaces import LabelSpaces
-from fxfuse.members import check_alike, check_finite, check_model, check_values
+from fxfuse.members import check_finite, check_values
 from fxfuse.members_on_ranks import members_on_ranks
 from fxfuse.options import State
 from fxfuse.ranks import Ranks, of_each
 from fxfuse.same_network import check_same_network
-from fxfuse.streamed import first_member, split_paths, streamed_states
+from fxfuse.streamed import Network, first_member, split_paths, streamed_states
 from fxfuse.twins import captured_each
 
-#: A member in memory.
-Network = nn.Module | ExportedProgram | Captured
 #: Positional and keyword inputs.
 Example = tuple[Any, Mapping[str, Any] | None]
 
@@ -131,10 +128,6 @@ def _alike(first: Captured, states: Sequence[State]) -> Gathered:
 
 
 def _captured(members: Sequence[Network], example: Example, dynamic_shapes: Any) -> list[Captured]:
-    for member in members:
-        if not isinstance(member, Captured):
-            check_model(member)
-    check_alike(members)
     inputs, kwargs = example
 
     def one(member: Network, first: Captured | None) -> Captured:

@@ -9,7 +9,7 @@ from typing import Any
 from torch import nn
 from torch.export import ExportedProgram
 
-from fxfuse.budget import Budget, check_budget, spread
+from fxfuse.budget import Budget, check_budget
 from fxfuse.calibration import Calibration
 from fxfuse.capture import Captured, capture
 from fxfuse.controls import Controls, OutputDims, Patterns
@@ -20,10 +20,10 @@ from fxfuse.fingerprint import fingerprint
 from fxfuse.members import check_finite, check_values
 from fxfuse.options import Options
 from fxfuse.plan import FusionPlan
-from fxfuse.planner import make_plan
-from fxfuse.resize import Target, resized
+from fxfuse.resize import Target
 from fxfuse.result import FusionResult
 from fxfuse.scores import check_score
+from fxfuse.sized_plan import make_sized_plan
 from fxfuse.verify import handover
 from fxfuse.widen import output_layouts, widen
 from fxfuse.widths import Width
@@ -100,7 +100,7 @@ def prune(
         VerificationError: An oracle failed.
         RewriteError: The network cannot be written in another size.
     """
-    target = Target(width, max_params, max_flops, round_to, budget=budget)
+    target = Target(width, max_params, max_flops, round_to, "joint", budget)
     if width is None and not target.is_budget:
         raise ControlError(
             "pruning needs a width or a budget",
@@ -129,14 +129,9 @@ def prune(
         )
     )
     options = Options(score, calibration=inputs)
-    wider = spread(graph, [state], options, round_to) if budget == "global" else None
-    found = resized(graph, 1, target, spread=wider)
-    assert found is not None
-    made = make_plan(graph, [state], "transplant", replace(options, sizes=found[0]))
+    made = make_sized_plan(graph, [state], "transplant", options, target, host=0, fitted=False)
     made = replace(
         made,
-        options={**made.options, "budget": budget} if wider else made.options,
-        refused=found[1],
         controls=controls,
         members=(fingerprint(state),),
         origin="" if plan is None else plan.digest,

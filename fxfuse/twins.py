@@ -21,7 +21,7 @@ import torch
 from torch import nn
 
 from fxfuse.capture import Captured
-from fxfuse.members import state_of
+from fxfuse.members import check_alike, check_model, state_of
 from fxfuse.rebuild import rebuild
 
 #: Immutable values, which are the same when they are equal.
@@ -38,12 +38,21 @@ _MAPPINGS = (dict, OrderedDict)
 def captured_each(
     members: Sequence[object], captured: Callable[[Any, Captured | None], Captured]
 ) -> list[Captured]:
-    """Captures members; twins of the first one are not exported again.
+    """Checks members and captures them; twins of the first one are not exported again.
 
     Args:
-        members: What is to be captured, or is already. They must have passed `check_model`.
+        members: What is to be captured, or is already.
         captured: Captures one, given it and what the first one became.
+
+    Raises:
+        CaptureError: A member is of a kind that cannot be captured.
+        UnsupportedTensorError: A member holds sparse or quantised tensors.
+        MemberMismatchError: Members differ in the dtypes or devices of tensors.
     """
+    for member in members:
+        if not isinstance(member, Captured):
+            check_model(member)
+    check_alike(members)
     found: list[Captured] = []
     for member in members:
         first = found[0] if found else None

@@ -5,8 +5,9 @@
         [--json benchmarks/results/gains.json]
 
 Rows, all on the same at most 1,000 unlabelled training inputs: plain NT; averaging; weight
-matching and recalibration; NT, and obs, with the closed-form refit (no step); obs and the refit on
-a part of the inputs, and matching for what is left of 2 CPU seconds in all; `auto` with its budget.
+matching and recalibration; NT, and obs, with the closed-form refit (no step), the latter also
+with an augmented copy of each input; obs and the refit on a part of the inputs, and matching for
+what is left of 2 CPU seconds in all; `auto` with its budget.
 Where a network has residual streams (the vision transformer), `obs` and `auto` merge them
 (`components`), and a row of its own chooses units there, too, as the 2 seconds do, in which there
 is no time to merge.

@@ -79,8 +79,7 @@ def _section(experiment: Experiment, found: dict[str, Any] | None, plot: Path | 
         return f"\n{experiment.about}\n\nNot measured yet: `{_command(experiment, [])}`.\n\n"
     options = found["options"]
     rates = " or ".join(f"{rate:g}" for rate in options["rates"])
-    if "beyond" in options:
-        rates += f" or beyond by factors of {options['beyond']:g}"
+    rates += f" or beyond by factors of {options['beyond']:g}"
     lines = [
         "",
         experiment.about,

@@ -20,9 +20,9 @@ def loss(answer: Tensor, wanted: Tensor, kind: Outputs) -> Tensor:
     """What matching minimises.
 
     For logits `divergence` at T = 2, and a tenth of the mean squared difference up to a constant
-    per input. The divergence counts what decides between classes, and
-    hardly what experts make of classes that neither of them knows; the squares keep the small
-    probabilities in place where the divergence does not see them any more.
+    per input. The divergence counts what decides between classes, and hardly what experts make of
+    classes that neither of them knows; the squares keep the small probabilities in place where the
+    divergence does not see them any more.
 
     Args:
         answer: Outputs of the network `[b, *]`, for logits `[b, k]`.
@@ -59,13 +59,13 @@ def divergence(
     Returns:
         A scalar in nats, for T = 1.
     """
-    each = functional.kl_div(
+    total = functional.kl_div(
         (answers / temperature).log_softmax(class_dim),
         (wanted / temperature).log_softmax(class_dim),
         reduction="sum",
         log_target=True,
     )
-    return each * (temperature**2 * wanted.shape[class_dim] / wanted.numel())
+    return total * (temperature**2 * wanted.shape[class_dim] / wanted.numel())
 
 
 def check_shapes(answer: Tensor, wanted: Tensor) -> None:

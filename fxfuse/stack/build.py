@@ -19,7 +19,7 @@ from fxfuse.errors import (
     VerificationError,
 )
 from fxfuse.example import is_single
-from fxfuse.members import check_alike, check_enough, check_model, check_values
+from fxfuse.members import check_enough, check_values
 from fxfuse.rewrite import FusedModule, copy_graph, emit, emit_graph
 from fxfuse.same_network import check_same_network
 from fxfuse.stack.forms import Writer
@@ -92,10 +92,6 @@ def stack(
         raise ControlError(
             f"there is no reduction {reduce!r}", how=f"use one of {', '.join(REDUCTIONS)}"
         )
-    for member in members:
-        if not isinstance(member, Captured):
-            check_model(member)
-    check_alike(members)
     captured = captured_each(
         members, lambda m, _: _captured(m, example_inputs, example_kwargs, dynamic_shapes)
     )

@@ -57,7 +57,8 @@ def refit(
         The error of every layer before and after, and what was left.
 
     Raises:
-        CalibrationError: The inputs are not what the members take, or an activation is NaN.
+        CalibrationError: The inputs are not what the members take, no copies can be made of them,
+            or an activation is NaN.
         MemberMismatchError: These are not the members that were fused.
         NotEmittedError: The members were traced: there is no graph to run.
         RefineError: The members run one by one in it, so that it is their mean already.
