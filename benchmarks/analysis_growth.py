@@ -30,8 +30,8 @@ from torchvision.models.resnet import Bottleneck, ResNet
 import fxfuse
 from benchmarks.memory import forget_peak, peak
 from benchmarks.records import write
-from fxfuse.capture import export
-from fxfuse.demo.environment import environment
+from fxfuse.cli.demo.environment import environment
+from fxfuse.graph.capture import export
 
 RESULTS = Path(__file__).parent / "results" / "analysis_growth.json"
 BLOCKS = (4, 8, 16, 32, 64, 128)

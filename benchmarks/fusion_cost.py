@@ -42,11 +42,11 @@ from torch import nn
 import fxfuse
 from benchmarks.memory import forget_peak, peak
 from benchmarks.records import earlier, on_device, versions, write
-from fxfuse.apply import fused_tensors
-from fxfuse.demo.environment import environment
-from fxfuse.options import Options
-from fxfuse.planner import make_plan
-from fxfuse.streamed import first_member, streamed_states
+from fxfuse.cli.demo.environment import environment
+from fxfuse.members.streamed import first_member, streamed_states
+from fxfuse.planning.options import Options
+from fxfuse.planning.planner import make_plan
+from fxfuse.transform.apply import fused_tensors
 from fxfuse.verify.parity import concatenated_and_pruned
 
 RESULTS = Path(__file__).parent / "results" / "fusion.json"

@@ -54,8 +54,8 @@ class Sources:
 
     def __init__(self, folder: Path) -> None:
         import fxfuse
-        from fxfuse.checkpoint import write_state_dict
-        from fxfuse.recipe.text import parse_recipe
+        from fxfuse.cli.recipe.text import parse_recipe
+        from fxfuse.members.checkpoint import write_state_dict
 
         torch.manual_seed(0)
         self.folder = folder
@@ -187,9 +187,9 @@ def read(kind: str, content: bytes, sources: Sources, *, checked: bool) -> None:
         FxfuseError: It was refused.
     """
     import fxfuse
-    from fxfuse.checkpoint import load_checkpoint
-    from fxfuse.recipe.text import parse_recipe
-    from fxfuse.sources import read_data
+    from fxfuse.cli.recipe.text import parse_recipe
+    from fxfuse.cli.sources import read_data
+    from fxfuse.members.checkpoint import load_checkpoint
 
     folder = sources.folder
     if kind in ("safetensors", "pt"):

@@ -33,7 +33,7 @@ from torch import nn
 import fxfuse
 from benchmarks.records import earlier, write
 from benchmarks.stack import Sequential, Way, _about, race, through_vmap
-from fxfuse.demo.network import SmallResNet
+from fxfuse.cli.demo.network import SmallResNet
 
 RESULTS = Path(__file__).parent / "results" / "inference.json"
 BATCHES = (1, 8, 64)

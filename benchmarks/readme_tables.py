@@ -15,7 +15,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from benchmarks.pages import update, with_tables
-from fxfuse.demo.table import to_markdown
+from fxfuse.cli.demo.table import to_markdown
 
 ROOT = Path(__file__).resolve().parent.parent
 MARK = "demo"

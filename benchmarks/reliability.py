@@ -18,14 +18,14 @@ import time
 from pathlib import Path
 
 from benchmarks.records import write
-from fxfuse.output import atomic_folder
+from fxfuse.common.output import atomic_folder
 
 NAMES = ("weights", "plan", "summary")
 _BYTES = 200_000
 _CHILD = f"""
 import sys
 from pathlib import Path
-from fxfuse.output import atomic_folder
+from fxfuse.common.output import atomic_folder
 path, version = Path(sys.argv[1]), int(sys.argv[2])
 print("ready", flush=True)
 while True:

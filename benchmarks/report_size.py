@@ -20,7 +20,7 @@ from playwright.sync_api import sync_playwright
 
 import fxfuse
 from benchmarks.records import versions, write
-from fxfuse.report import write_report
+from fxfuse.cli.report import write_report
 
 REPETITIONS = 5
 

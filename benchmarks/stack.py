@@ -31,8 +31,8 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import fxfuse
 from benchmarks.records import on_device
-from fxfuse.demo.environment import environment
-from fxfuse.output import write_json
+from fxfuse.cli.demo.environment import environment
+from fxfuse.common.output import write_json
 
 RESULTS = Path(__file__).parent / "results" / "stack.json"
 BATCHES = (1, 16)

@@ -29,16 +29,16 @@ from benchmarks.coverage import BLIND, double, sweep
 from benchmarks.coverage import RESULTS as COVERAGE
 from benchmarks.records import earlier, versions, write
 from fxfuse import verify
-from fxfuse.cost import operations_of, parameters_of
-from fxfuse.coupling import CouplingGraph
-from fxfuse.options import Options
-from fxfuse.plan import FusionPlan
-from fxfuse.planner import make_plan
-from fxfuse.rewrite import FusedModule
+from fxfuse.analysis.coupling import CouplingGraph
+from fxfuse.planning.options import Options
+from fxfuse.planning.plan import FusionPlan
+from fxfuse.planning.planner import make_plan
+from fxfuse.planning.widths import sizes_of
+from fxfuse.transform.cost import operations_of, parameters_of
+from fxfuse.transform.emit import FusedModule
+from fxfuse.transform.resizing import settle, widen
+from fxfuse.transform.wide import wide_plan
 from fxfuse.verify.check import as_double, in_double, inputs_of, run, tensors_of
-from fxfuse.wide import wide_plan
-from fxfuse.widen import settle, widen
-from fxfuse.widths import sizes_of
 
 RESULTS = Path(__file__).parent / "results" / "wide.json"
 MEMBERS = 2

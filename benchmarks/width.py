@@ -35,8 +35,8 @@ from benchmarks.paper.matching import PLACES
 from benchmarks.paper.networks import NETWORKS
 from benchmarks.paper.setting import SETTINGS, Case, accuracy, case
 from benchmarks.records import described, earlier, write
-from fxfuse.cost import operations_of, parameters_of
 from fxfuse.refine import match
+from fxfuse.transform.cost import operations_of, parameters_of
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results" / "width.json"

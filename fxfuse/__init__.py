@@ -2,23 +2,49 @@
 
 from __future__ import annotations
 
-import sys
 from importlib import import_module
-from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from fxfuse.capture import Captured, capture
-    from fxfuse.compile import compile, export_onnx, load_package, package
-    from fxfuse.coupling import CouplingGraph, CouplingGroup, FrozenReason, analyze
+    from fxfuse.analysis.coupling import CouplingGraph, CouplingGroup, FrozenReason, analyze
+    from fxfuse.analysis.rules import rule
+    from fxfuse.api.fuse import fuse
+    from fxfuse.api.prune import prune
+    from fxfuse.api.result import FusionResult
+    from fxfuse.api.saved import load, save
+    from fxfuse.ensemble import stack, unstack
     from fxfuse.errors import FxfuseError
-    from fxfuse.fuse import fuse
-    from fxfuse.plan import FusionPlan
-    from fxfuse.prune import prune
-    from fxfuse.result import FusionResult
-    from fxfuse.rules import rule
-    from fxfuse.saved import load, save
-    from fxfuse.stack import stack, unstack
+    from fxfuse.graph.capture import Captured, capture
+    from fxfuse.planning.plan import FusionPlan
+    from fxfuse.runtime import compile, export_onnx, load_package, package
+
+__version__ = "0.1.0"
+
+#: Public name → the module that has it. Imported at first use: torch takes a second to import.
+_PUBLIC = {
+    "Captured": "graph.capture",
+    "CouplingGraph": "analysis.coupling",
+    "CouplingGroup": "analysis.coupling",
+    "FrozenReason": "analysis.coupling",
+    "FusionPlan": "planning.plan",
+    "FusionResult": "api.result",
+    "FxfuseError": "errors",
+    "analyze": "analysis.coupling",
+    "capture": "graph.capture",
+    "compile": "runtime",
+    "export_onnx": "runtime",
+    "fuse": "api.fuse",
+    "load": "api.saved",
+    "load_package": "runtime",
+    "package": "runtime",
+    "prune": "api.prune",
+    "rule": "analysis.rules",
+    "save": "api.saved",
+    "stack": "ensemble",
+    "unstack": "ensemble",
+}
+#: Packages that are part of the public surface.
+_PACKAGES = ("errors", "refine", "verify")
 
 __all__ = [
     "Captured",
@@ -42,60 +68,18 @@ __all__ = [
     "stack",
     "unstack",
 ]
-__version__ = "0.1.0"
-
-#: Name → the file that it is in. Imported when it is first asked for: torch takes a second.
-_HOMES = {
-    "Captured": "capture",
-    "CouplingGraph": "coupling",
-    "CouplingGroup": "coupling",
-    "FrozenReason": "coupling",
-    "FusionPlan": "plan",
-    "FusionResult": "result",
-    "FxfuseError": "errors",
-    "analyze": "coupling",
-    "capture": "capture",
-    "compile": "compile",
-    "export_onnx": "compile",
-    "fuse": "fuse",
-    "load": "saved",
-    "load_package": "compile",
-    "package": "compile",
-    "prune": "prune",
-    "rule": "rules",
-    "save": "saved",
-    "stack": "stack",
-    "unstack": "stack",
-}
-
-
-class _Package(ModuleType):
-    """This package: `fxfuse.fuse` is the function, not the file of that name."""
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        # Importing a file makes it an attribute of its package.
-        if not (name in _HOMES and isinstance(value, ModuleType)):
-            super().__setattr__(name, value)
-
-
-sys.modules[__name__].__class__ = _Package
 
 
 def __getattr__(name: str) -> Any:
-    if name in _HOMES:
-        value = getattr(import_module(f"fxfuse.{_HOMES[name]}"), name)
-        globals()[name] = value
-        return value
-    missing = AttributeError(f"module 'fxfuse' has no attribute {name!r}")
-    if name.startswith("_"):
-        raise missing
-    try:
-        return import_module(f"fxfuse.{name}")
-    except ModuleNotFoundError as error:
-        if error.name != f"fxfuse.{name}":
-            raise
-        raise missing from None
+    if name in _PUBLIC:
+        value = getattr(import_module(f"fxfuse.{_PUBLIC[name]}"), name)
+    elif name in _PACKAGES:
+        value = import_module(f"fxfuse.{name}")
+    else:
+        raise AttributeError(f"module 'fxfuse' has no attribute {name!r}")
+    globals()[name] = value
+    return value
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+    return sorted((*__all__, *_PACKAGES, "__version__"))

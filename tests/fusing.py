@@ -8,11 +8,11 @@ import numpy as np
 import torch
 from torch import fx
 
-from fxfuse.apply import fused_tensors, permuted, random_permutations
-from fxfuse.coupling import CouplingGraph
-from fxfuse.methods import Options
-from fxfuse.planner import make_plan
-from fxfuse.rewrite import emit
+from fxfuse.analysis.coupling import CouplingGraph
+from fxfuse.planning.methods import Options
+from fxfuse.planning.planner import make_plan
+from fxfuse.transform.apply import fused_tensors, permuted, random_permutations
+from fxfuse.transform.emit import emit
 from fxfuse.verify.check import as_double, in_double, inputs_of, relative_error, run
 
 State = Mapping[str, torch.Tensor]

@@ -17,8 +17,8 @@ from hypothesis import strategies as st
 from torch import nn
 
 import fxfuse
-from fxfuse.capture import Captured
-from fxfuse.rebuild import rebuild
+from fxfuse.graph.capture import Captured
+from fxfuse.graph.rebuild import rebuild
 from tests.models import excite
 
 CLASSES = 3

@@ -13,8 +13,8 @@ from torch import fx, nn
 from torch.fx.passes.infra.pass_base import PassResult
 
 import fxfuse
-from fxfuse.compile import StackBranches, fxfuse_backend
 from fxfuse.errors import ControlError
+from fxfuse.runtime import StackBranches, fxfuse_backend
 
 aten = torch.ops.aten
 ALWAYS = {"backend": "aot_eager", "always": True}

@@ -16,14 +16,14 @@ from torch import nn
 
 import fxfuse
 from fxfuse import verify
-from fxfuse.apply import fused_tensors
+from fxfuse.common.scratch import Scratch, zeros
 from fxfuse.errors import CheckpointCorruptError, CheckpointMissingError
-from fxfuse.methods import Options
-from fxfuse.options import State
-from fxfuse.planner import make_plan
-from fxfuse.scores.owned import _lines
-from fxfuse.scratch import Scratch, zeros
-from fxfuse.tensor_file import TensorFile
+from fxfuse.members.tensor_file import TensorFile
+from fxfuse.planning.methods import Options
+from fxfuse.planning.options import State
+from fxfuse.planning.planner import make_plan
+from fxfuse.planning.scores.owned import _lines
+from fxfuse.transform.apply import fused_tensors
 from tests.nets import images, resnets
 
 
@@ -42,7 +42,7 @@ def test_blocks(variant: str | None, monkeypatch: pytest.MonkeyPatch):
     plan, at_once = fused(Options(variant=variant))
     # A convolution's row has 72 elements: one row in a block, or three, of eight.
     for block in (1, 250):
-        for name in ("fxfuse.scores.owned", "fxfuse.combine"):
+        for name in ("fxfuse.planning.scores.owned", "fxfuse.transform.combine"):
             monkeypatch.setattr(importlib.import_module(name), "BLOCK", block)
         again, tensors = fused(Options(variant=variant))
         assert again.digest == plan.digest

@@ -8,8 +8,8 @@ import torch
 from torch import nn
 
 import fxfuse
-from fxfuse.budget import best_of_all
 from fxfuse.errors import ControlError
+from fxfuse.planning.allocation import best_of_all
 
 FIRST, SECOND = "0.weight:0", "2.weight:0"
 

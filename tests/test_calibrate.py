@@ -11,11 +11,12 @@ import torch
 from torch import nn
 
 import fxfuse
-from fxfuse.calibrate import Lane, Targets, elimination, unit_activations
-from fxfuse.calibrate.layers import layers_of
-from fxfuse.calibrate.obs import eliminate
-from fxfuse.calibration import Calibration
+from fxfuse.activations import Lane, elimination, unit_activations
+from fxfuse.activations.calibration import Calibration
+from fxfuse.activations.elimination import eliminate
+from fxfuse.activations.layers import layers_of
 from fxfuse.errors import CalibrationError
+from fxfuse.refine.targets import Targets
 from tests.models import excite
 from tests.nets import SmallResNet
 

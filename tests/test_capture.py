@@ -10,8 +10,8 @@ from torch.utils.checkpoint import checkpoint
 import fxfuse
 from fxfuse import verify
 from fxfuse.errors import CaptureError, ExampleInputError, MemberMismatchError
-from fxfuse.same_network import check_same_network
-from fxfuse.source_lines import source_of
+from fxfuse.graph.same_network import check_same_network
+from fxfuse.graph.source_lines import source_of
 from tests.nets import SmallResNet, images, resnets
 
 

@@ -11,13 +11,13 @@ import safetensors.torch
 import torch
 from torch import nn
 
-from fxfuse.checkpoint import load_checkpoint, read_file, read_state_dict, write_state_dict
 from fxfuse.errors import (
     CheckpointCorruptError,
     CheckpointMismatchError,
     CheckpointMissingError,
     CheckpointPickleError,
 )
+from fxfuse.members.checkpoint import load_checkpoint, read_file, read_state_dict, write_state_dict
 
 
 class Tied(nn.Module):

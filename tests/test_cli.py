@@ -16,12 +16,12 @@ from torch import nn
 from typer.testing import CliRunner
 
 import fxfuse
-from fxfuse.checkpoint import read_state_dict
 from fxfuse.cli import show
 from fxfuse.cli.app import app
 from fxfuse.cli.lazy import COMMANDS
+from fxfuse.cli.zoo import make_inputs, make_model, parse_model_args
 from fxfuse.errors import ExampleInputError, ModelFactoryError
-from fxfuse.zoo import make_inputs, make_model, parse_model_args
+from fxfuse.members.checkpoint import read_state_dict
 
 MODELS = """
 import time
@@ -202,7 +202,7 @@ def test_analyze_explains_what_is_frozen_inside(work):
         "at: renorm, renorm_1",
         "cli_models.py:",
         "x = torch.renorm(layer(x), 2.0, 0, 1.0)",
-        "a rule for aten.renorm.default belongs in fxfuse/rules/normalisation.py",
+        "a rule for aten.renorm.default belongs in fxfuse/analysis/rules/normalisation.py",
         "aten.renorm.default at renorm, renorm_1: no rule",
     ):
         assert words in inside, words
@@ -231,13 +231,13 @@ def test_analyze_json_holds_every_reason(work):
     (missing,) = content["without_rule"]
     assert missing["operator"] == "aten.renorm.default"
     assert missing["nodes"] == ["renorm", "renorm_1"]
-    assert missing["rule_file"] == "fxfuse/rules/normalisation.py"
+    assert missing["rule_file"] == "fxfuse/analysis/rules/normalisation.py"
     assert not missing["has_rule"]
     assert len(missing["sources"]) == 2
     frozen = {(entry["tensor"], entry["dim"]): entry for entry in content["frozen"]}
     inner = frozen[("layers.0.weight", 0)]
     assert inner["operator"] == "aten.renorm.default"
-    assert inner["rule_file"] == "fxfuse/rules/normalisation.py"
+    assert inner["rule_file"] == "fxfuse/analysis/rules/normalisation.py"
     assert (inner["interface"], inner["count"], inner["size"]) == (False, 5, 5)
     assert "cli_models.py" in inner["source"]
     assert frozen[("layers.0.weight", 1)]["interface"]
@@ -422,7 +422,7 @@ def test_verify_one_network_and_an_ensemble(work):
 
 
 def test_verify_exits_1_when_an_oracle_fails(work, monkeypatch):
-    from fxfuse.cli.verify import oracles
+    from fxfuse.cli.commands.verify import oracles
 
     failed = oracles.Check("permutation", 1.0, 1e-9, False, "group 0")
     monkeypatch.setattr(oracles, "permutation", lambda *_: failed)
@@ -447,18 +447,18 @@ def test_help_needs_no_torch():
 
 def test_the_overview_says_what_the_commands_say():
     for name, summary in COMMANDS.items():
-        function = getattr(importlib.import_module(f"fxfuse.cli.{name}"), name)
+        function = getattr(importlib.import_module(f"fxfuse.cli.commands.{name}"), name)
         assert function.__doc__.split("\n")[0] == summary
         assert summary.split()[0] in invoke("--help").stdout
 
 
-def test_the_package_gives_functions_and_files():
+def test_the_package_shows_its_public_names_only():
     code = (
-        "import fxfuse, fxfuse.fuse, fxfuse.stack\n"
+        "import fxfuse\n"
+        "import fxfuse.api.fuse, fxfuse.ensemble, fxfuse.runtime\n"
         "assert callable(fxfuse.fuse) and callable(fxfuse.stack) and callable(fxfuse.compile)\n"
-        "from fxfuse.fuse import fuse\n"
-        "assert fxfuse.fuse is fuse and fxfuse.refine.match\n"
-        "assert set(fxfuse.__all__) <= set(dir(fxfuse))\n"
+        "assert fxfuse.fuse is fxfuse.api.fuse.fuse and fxfuse.refine.match\n"
+        "assert set(dir(fxfuse)) == {*fxfuse.__all__, '__version__', 'errors', 'refine', 'verify'}\n"
         "try:\n"
         "    fxfuse.nothing\n"
         "except AttributeError as error:\n"
@@ -479,8 +479,8 @@ def test_a_report_is_written_where_it_is_asked_for(work):
 
 
 def test_demo_prints_tables_and_writes_the_numbers(work, monkeypatch):
-    monkeypatch.setattr("fxfuse.demo.measure._RUN_TIME", 0.01)
-    monkeypatch.setattr("fxfuse.demo.repetition.CALIBRATION", 100)
+    monkeypatch.setattr("fxfuse.cli.demo.measure._RUN_TIME", 0.01)
+    monkeypatch.setattr("fxfuse.cli.demo.repetition.CALIBRATION", 100)
     result = invoke(
         "demo", "--seeds", 1, "--steps", 1, "--member-steps", 2, "--no-compile", "--json", "n.json"
     )
@@ -634,7 +634,7 @@ def test_an_error_while_writing_leaves_nothing(work, monkeypatch):
     def fail(*_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("fxfuse.saved.write_state_dict", fail)
+    monkeypatch.setattr("fxfuse.api.saved.write_state_dict", fail)
     assert "No space left" in refused(work, *FUSE, *MODEL)
 
 

@@ -15,12 +15,12 @@ import yaml
 from typer.testing import CliRunner, Result
 
 import fxfuse
-from fxfuse.checkpoint import read_state_dict
 from fxfuse.cli import show
 from fxfuse.cli.app import app
 from fxfuse.cli.lazy import COMMANDS
+from fxfuse.cli.zoo import make_inputs, make_model
 from fxfuse.errors import ModelFactoryError
-from fxfuse.zoo import make_inputs, make_model
+from fxfuse.members.checkpoint import read_state_dict
 from tests.models import excite
 
 FACTORY = """

@@ -15,15 +15,6 @@ from torch.fx.passes.infra.pass_manager import PassManager
 
 import fxfuse
 from fxfuse import FusionResult
-from fxfuse.compile import (
-    ChannelsLast,
-    EvalForm,
-    FoldBatchNorm,
-    RemoveDropout,
-    apply_passes,
-    inference_copy,
-)
-from fxfuse.compile.layouts import by_rule
 from fxfuse.errors import (
     CheckpointCorruptError,
     CheckpointMissingError,
@@ -32,7 +23,16 @@ from fxfuse.errors import (
     MissingDependencyError,
     PassError,
 )
-from fxfuse.rewrite import emit
+from fxfuse.runtime import (
+    ChannelsLast,
+    EvalForm,
+    FoldBatchNorm,
+    RemoveDropout,
+    apply_passes,
+    inference_copy,
+)
+from fxfuse.runtime.layouts import by_rule
+from fxfuse.transform.emit import emit
 from tests.nets import images, resnets
 from tests.strategies import Recipe, members_of, recipes
 
@@ -301,7 +301,7 @@ def test_onnx(result: FusionResult, tmp_path: Path):
 def test_onnx_without_its_packages(
     result: FusionResult, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr(sys.modules["fxfuse.compile.onnx"], "find_spec", lambda name: None)
+    monkeypatch.setattr(sys.modules["fxfuse.runtime.onnx"], "find_spec", lambda name: None)
     with pytest.raises(MissingDependencyError, match="onnxruntime"):
         fxfuse.export_onnx(result, tmp_path / "model.onnx")
 
@@ -319,7 +319,7 @@ def test_train_mode_is_kept_apart(result: FusionResult):
 
 
 def test_tuning_keeps_the_fastest(result: FusionResult, monkeypatch: pytest.MonkeyPatch):
-    module = sys.modules["fxfuse.compile.compiled"]
+    module = sys.modules["fxfuse.runtime.compiled"]
     times = iter([2.0, 1.0])
     made: list[object] = []
 

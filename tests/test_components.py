@@ -13,13 +13,13 @@ import torch
 from torch import nn
 
 import fxfuse
-from fxfuse.calibrate import components
-from fxfuse.calibrate.obs import covariance_at, size_of, weights_at
-from fxfuse.calibrate.streams import streams
-from fxfuse.calibrate.units import consumer_inputs, consumers_of
-from fxfuse.calibration import Calibration
+from fxfuse.activations import components
+from fxfuse.activations.calibration import Calibration
+from fxfuse.activations.elimination import covariance_at, size_of, weights_at
+from fxfuse.activations.streams import streams
+from fxfuse.activations.units import consumer_inputs, consumers_of
 from fxfuse.errors import CalibrationError, PlanError
-from fxfuse.fingerprint import digest_of
+from fxfuse.members.fingerprint import digest_of
 from tests.models import excite
 from tests.nets import resnets
 

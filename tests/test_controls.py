@@ -14,12 +14,12 @@ from typer.testing import CliRunner, Result
 
 import fxfuse
 from fxfuse import verify
-from fxfuse.checkpoint import read_state_dict
+from fxfuse.analysis.controls import Controls
+from fxfuse.analysis.labels import Kind
 from fxfuse.cli.app import app
 from fxfuse.cli.options import parse_output_dims
-from fxfuse.controls import Controls
 from fxfuse.errors import ControlError
-from fxfuse.labels import Kind
+from fxfuse.members.checkpoint import read_state_dict
 from tests.nets import SmallResNet, images, resnets
 
 

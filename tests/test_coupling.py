@@ -11,8 +11,8 @@ from torch import nn
 
 import fxfuse
 from fxfuse import verify
+from fxfuse.analysis.labels import Kind
 from fxfuse.errors import UnknownTensorError
-from fxfuse.labels import Kind
 from tests.nets import images, resnets
 
 
@@ -259,7 +259,7 @@ def test_a_wrong_group_is_found_named_and_frozen(monkeypatch: pytest.MonkeyPatch
 
     import sys
 
-    monkeypatch.setattr(sys.modules["fxfuse.fuse"], "couple", lambda *args, **kwargs: graph)
+    monkeypatch.setattr(sys.modules["fxfuse.api.fuse"], "couple", lambda *args, **kwargs: graph)
     with pytest.warns(UserWarning, match=r"block1\.conv1\.weight:0"):
         result = fxfuse.fuse(members, x)
     assert ("block1.conv1.weight", 0) not in result.graph.group_of

@@ -7,7 +7,7 @@ import sys
 import pytest
 import torch
 
-from fxfuse.data import Batches, mnist5k, specialist_indices, split
+from fxfuse.cli.data import Batches, mnist5k, specialist_indices, split
 from fxfuse.errors import MissingDependencyError
 
 LABELS = torch.arange(10).repeat_interleave(20)

@@ -14,13 +14,13 @@ import torch
 from rich.console import Console
 from rich.progress import Progress
 
-from fxfuse.data import mnist5k
-from fxfuse.demo import measure, run_demo, to_markdown, to_rich
-from fxfuse.demo.compare import Entry
-from fxfuse.demo.members import average
-from fxfuse.demo.network import Ensemble, SmallResNet
-from fxfuse.demo.repetition import SETTINGS, Repetition
-from fxfuse.demo.rows import Row
+from fxfuse.cli.data import mnist5k
+from fxfuse.cli.demo import measure, run_demo, to_markdown, to_rich
+from fxfuse.cli.demo.compare import Entry
+from fxfuse.cli.demo.members import average
+from fxfuse.cli.demo.network import Ensemble, SmallResNet
+from fxfuse.cli.demo.repetition import SETTINGS, Repetition
+from fxfuse.cli.demo.rows import Row
 
 ROWS = [
     "member 1",
@@ -59,7 +59,7 @@ def results():
         pytest.MonkeyPatch.context() as m,
     ):
         m.setattr(measure, "_RUN_TIME", 0.01)
-        m.setattr("fxfuse.demo.repetition.CALIBRATION", 200)
+        m.setattr("fxfuse.cli.demo.repetition.CALIBRATION", 200)
         found = run_demo(
             seeds=(3,), steps=4, member_steps=40, progress=progress, compile_latency=False
         )

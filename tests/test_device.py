@@ -14,7 +14,7 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import fxfuse
-from fxfuse.rewrite import FusedModule, emit
+from fxfuse.transform.emit import FusedModule, emit
 from tests.models import build as known
 from tests.nets import images, resnets
 

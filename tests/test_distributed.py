@@ -29,9 +29,9 @@ from fxfuse.errors import (
     TooFewMembersError,
     UnknownMethodError,
 )
+from fxfuse.members.streamed import Stored
 from fxfuse.refine import distill, finetune, match
 from fxfuse.refine.stream import BatchStream
-from fxfuse.streamed import Stored
 from tests.nets import images, resnets
 from tests.pair import Processes
 from tests.test_streamed import Tied, saved

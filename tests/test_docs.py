@@ -23,11 +23,11 @@ import typer
 from torchvision.models.resnet import BasicBlock, ResNet
 
 import fxfuse
+from fxfuse.analysis.rules import registry
 from fxfuse.cli.app import app
 from fxfuse.cli.lazy import COMMANDS
-from fxfuse.methods import registry as methods
-from fxfuse.rules import registry
-from fxfuse.scores import registry as scores
+from fxfuse.planning.methods import registry as methods
+from fxfuse.planning.scores import registry as scores
 from tests.nets import images, resnets
 
 ROOT = Path(__file__).parents[1]

@@ -20,20 +20,20 @@ from torch import nn
 import fxfuse
 from benchmarks.errors_page import classes, parts
 from fxfuse import errors
-from fxfuse.checkpoint import load_checkpoint, read_file, read_state_dict
-from fxfuse.compile import RemoveDropout
+from fxfuse.api.soundness import verified
+from fxfuse.cli.recipe import read_recipe
+from fxfuse.cli.sources import read_data
+from fxfuse.cli.zoo import make_model
+from fxfuse.common.output import check_output
+from fxfuse.common.output_lock import locked
 from fxfuse.errors import FxfuseError
-from fxfuse.examine import verified
-from fxfuse.output import check_output
-from fxfuse.output_lock import locked
-from fxfuse.ranks import Ranks
-from fxfuse.recipe import read_recipe
+from fxfuse.members.checkpoint import load_checkpoint, read_file, read_state_dict
+from fxfuse.members.ranks import Ranks
+from fxfuse.planning.scores.registry import score
 from fxfuse.refine import match
-from fxfuse.rewrite import SwitchTraining
-from fxfuse.scores.registry import score
-from fxfuse.sources import read_data
+from fxfuse.runtime import RemoveDropout
+from fxfuse.transform.emit import SwitchTraining
 from fxfuse.verify import Check
-from fxfuse.zoo import make_model
 
 CLASSES = [
     value
@@ -211,7 +211,7 @@ RAISES: dict[str, Callable[[Path], object]] = {
 def test_every_error_is_raised_by_something(
     kind: type[FxfuseError], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr(sys.modules["fxfuse.compile.onnx"], "find_spec", lambda name: None)
+    monkeypatch.setattr(sys.modules["fxfuse.runtime.onnx"], "find_spec", lambda name: None)
     with pytest.raises(FxfuseError) as found:
         RAISES[kind.__name__](tmp_path)
     assert type(found.value) is kind

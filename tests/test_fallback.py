@@ -12,7 +12,6 @@ from torch import nn
 
 import fxfuse
 from fxfuse import verify
-from fxfuse.capture import capture_eagerly, check_reached
 from fxfuse.errors import (
     CaptureError,
     CheckpointMismatchError,
@@ -22,7 +21,8 @@ from fxfuse.errors import (
     UnreachedParametersError,
     VerificationError,
 )
-from fxfuse.same_network import check_same_network
+from fxfuse.graph.capture import capture_eagerly, check_reached
+from fxfuse.graph.same_network import check_same_network
 from tests.models import detector, excite, pictures
 from tests.nets import SmallResNet, images, resnets
 

@@ -1,4 +1,4 @@
-"""Writes in place become values (fxfuse/functional.py)."""
+"""Writes in place become values (fxfuse/graph/functional.py)."""
 
 from __future__ import annotations
 

@@ -19,7 +19,7 @@ from fxfuse.errors import (
     UnknownScoreError,
     VerificationError,
 )
-from fxfuse.methods import methods
+from fxfuse.planning.methods import methods
 from tests.nets import SmallResNet, images, resnets
 
 

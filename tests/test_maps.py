@@ -11,14 +11,14 @@ import torch
 from torch import nn
 
 import fxfuse
-from fxfuse.apply import fused_tensors
-from fxfuse.coupling import CouplingGraph
+from fxfuse.analysis.coupling import CouplingGraph
+from fxfuse.analysis.heads import join
 from fxfuse.errors import PlanError
-from fxfuse.fingerprint import digest_of
-from fxfuse.heads import join
-from fxfuse.methods import Options
-from fxfuse.plan import FusionPlan, UnitMap
-from fxfuse.planner import make_plan
+from fxfuse.members.fingerprint import digest_of
+from fxfuse.planning.methods import Options
+from fxfuse.planning.plan import FusionPlan, UnitMap
+from fxfuse.planning.planner import make_plan
+from fxfuse.transform.apply import fused_tensors
 from tests.nets import SmallResNet, images, resnets
 
 

@@ -14,18 +14,18 @@ from torch import nn
 from torchvision.models import DenseNet, VisionTransformer
 
 import fxfuse
-from fxfuse.apply import fused_tensors
-from fxfuse.coupling import CouplingGraph
+from fxfuse.analysis.coupling import CouplingGraph
 from fxfuse.errors import (
     CalibrationError,
     ControlError,
     MissingDependencyError,
     UnknownMethodError,
 )
-from fxfuse.methods import Options
-from fxfuse.methods._clusters import Clusters
-from fxfuse.plan import UnitMap
-from fxfuse.planner import make_plan
+from fxfuse.planning.methods import Options
+from fxfuse.planning.methods._clusters import Clusters
+from fxfuse.planning.plan import UnitMap
+from fxfuse.planning.planner import make_plan
+from fxfuse.transform.apply import fused_tensors
 from fxfuse.verify.check import as_double
 from tests.fusing import activations, distance_to_the_first, permuted_copies
 from tests.models import excite
@@ -254,7 +254,7 @@ def test_transport_goes_from_the_input_on_whatever_the_names(monkeypatch: pytest
     def never(*args: object) -> None:
         raise AssertionError("a group was compared before those that it reads from")
 
-    module = sys.modules["fxfuse.methods._from_input"]
+    module = sys.modules["fxfuse.planning.methods._from_input"]
     monkeypatch.setattr(module, "statistics_distance", never)
     graph = fxfuse.analyze(Backwards().double(), torch.randn(3, 4).double())
     states = permuted_copies(graph, 2)

@@ -15,9 +15,9 @@ from torchvision.models import SwinTransformer
 
 import fxfuse
 from fxfuse import verify
-from fxfuse.cost import operations_of, parameters_of
 from fxfuse.errors import ControlError, PlanError, RewriteError
-from fxfuse.plan import FusionPlan
+from fxfuse.planning.plan import FusionPlan
+from fxfuse.transform.cost import operations_of, parameters_of
 from tests.models import excite, image
 from tests.nets import mean_of
 from tests.strategies import Recipe, members_of, recipes

@@ -12,7 +12,7 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import fxfuse
-from fxfuse.rewrite import FusedModule
+from fxfuse.transform.emit import FusedModule
 from tests.nets import SmallResNet, images, resnets
 
 

@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 
 from benchmarks.reliability import killed
-from fxfuse import output
+from fxfuse.common import output
+from fxfuse.common.output import atomic_folder, check_output, write_text
 from fxfuse.errors import OutputExistsError
-from fxfuse.output import atomic_folder, check_output, write_text
 
 NAMES = ("a.txt", "b.txt")
 

@@ -13,8 +13,8 @@ from torch.nn import functional
 
 import fxfuse
 from fxfuse.errors import NoOwnModuleError
-from fxfuse.layer_sizes import sizes_of_layer
-from fxfuse.rewrite import FusedModule
+from fxfuse.graph.layer_sizes import sizes_of_layer
+from fxfuse.transform.emit import FusedModule
 from tests.models import build, image
 from tests.nets import SmallResNet, images, resnets
 from tests.test_prune import SmallVGG

@@ -14,8 +14,7 @@ from torch import nn
 
 import fxfuse
 from fxfuse import verify
-from fxfuse.errors import RuleError
-from fxfuse.rules import (
+from fxfuse.analysis.rules import (
     Call,
     Field,
     Value,
@@ -29,6 +28,7 @@ from fxfuse.rules import (
     rule_file,
     same_labels,
 )
+from fxfuse.errors import RuleError
 from tests import own
 
 FIRST = ("first.weight", 0)
@@ -128,7 +128,7 @@ def test_same_labels_does_not_cover_a_second_tensor_that_varies(weights: str):
     assert FIRST not in graph.group_of
     (missing,) = graph.without_rule
     assert missing.has_rule
-    assert missing.rule_file == "fxfuse/rules/templates.py"
+    assert missing.rule_file == "fxfuse/analysis/rules/templates.py"
 
 
 @pytest.mark.parametrize("pattern", ["... i, o i, o -> ... o", "b t i, o i, o -> b t o"])

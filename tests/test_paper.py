@@ -21,7 +21,7 @@ from benchmarks.paper.order import prune_first, register
 from benchmarks.paper.plot import draw
 from benchmarks.paper.refining import controls, finetuned
 from fxfuse import fuse
-from fxfuse.methods import registry
+from fxfuse.planning.methods import registry
 
 TINY = Options(seeds=1, steps=8, rates=(1e-3,), calibration=24, batch=8, member_steps=4)
 NAMES = [experiment.name for experiment in table.EXPERIMENTS]

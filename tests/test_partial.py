@@ -15,11 +15,11 @@ from torch import nn
 
 import fxfuse
 from fxfuse import verify
+from fxfuse.analysis.heads import join
 from fxfuse.errors import ControlError, MemberMismatchError, PartialFusionError
-from fxfuse.heads import join
-from fxfuse.methods import Options
-from fxfuse.planner import make_plan
-from fxfuse.widen import widen
+from fxfuse.planning.methods import Options
+from fxfuse.planning.planner import make_plan
+from fxfuse.transform.resizing import widen
 from tests.models import excite
 from tests.nets import SmallResNet, images
 

@@ -13,7 +13,7 @@ from torch import nn
 
 import fxfuse
 from fxfuse.errors import ControlError, PlanError, PlanMismatchError, TooFewMembersError
-from fxfuse.fingerprint import digest_of, fingerprint
+from fxfuse.members.fingerprint import digest_of, fingerprint
 from tests.nets import SmallResNet, images, resnets
 
 

@@ -15,9 +15,9 @@ from hypothesis import HealthCheck, given, settings
 
 import fxfuse
 from fxfuse import verify
-from fxfuse.apply import permuted, random_permutations
-from fxfuse.labels import Kind
-from fxfuse.rebuild import rebuild
+from fxfuse.analysis.labels import Kind
+from fxfuse.graph.rebuild import rebuild
+from fxfuse.transform.apply import permuted, random_permutations
 from tests.strategies import (
     BLOCKS,
     IMAGE,

@@ -12,13 +12,13 @@ import torch
 import yaml
 
 import fxfuse
-from fxfuse.checkpoint import read_state_dict, write_state_dict
+from fxfuse.api.saved import GRAPH, PLAN, WEIGHTS
 from fxfuse.cli.lazy import COMMANDS
+from fxfuse.cli.recipe import Recipe, example, read_recipe, run, write_recipe
+from fxfuse.cli.recipe.run import FILES
+from fxfuse.cli.recipe.text import parse_recipe
 from fxfuse.errors import FxfuseError, OutputExistsError, RecipeError
-from fxfuse.recipe import Recipe, example, read_recipe, run, write_recipe
-from fxfuse.recipe.run import FILES
-from fxfuse.recipe.text import parse_recipe
-from fxfuse.saved import GRAPH, PLAN, WEIGHTS
+from fxfuse.members.checkpoint import read_state_dict, write_state_dict
 from tests.models import excite
 
 FACTORY = """

@@ -17,7 +17,7 @@ from torch.nn import functional
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.data import DataLoader, TensorDataset
 
-from fxfuse.data import Batches
+from fxfuse.cli.data import Batches
 from fxfuse.errors import CheckpointCorruptError, CheckpointMismatchError, RefineError
 from fxfuse.refine import checkpoint as checkpoints
 from fxfuse.refine import default_optimizer, distill, finetune

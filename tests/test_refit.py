@@ -12,19 +12,20 @@ from torch import nn
 
 import fxfuse
 from fxfuse import verify
-from fxfuse.calibrate import Lane, Targets
-from fxfuse.calibration import Calibration
+from fxfuse.activations import Lane
+from fxfuse.activations.calibration import Calibration
 from fxfuse.errors import (
     CalibrationError,
     ControlError,
     MemberMismatchError,
     RefineError,
 )
-from fxfuse.plan import UnitMap
+from fxfuse.planning.plan import UnitMap
 from fxfuse.refine import refit
 from fxfuse.refine.regression.head import fit_head
 from fxfuse.refine.regression.route import routes_of
 from fxfuse.refine.regression.solve import Fit, Ridge
+from fxfuse.refine.targets import Targets
 from tests.nets import Samples, SmallResNet, mean_of
 
 

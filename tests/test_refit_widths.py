@@ -9,14 +9,15 @@ import torch
 from torch import fx, nn
 
 import fxfuse
-from fxfuse.calibrate import Lane, Targets
-from fxfuse.calibration import Calibration
+from fxfuse.activations import Lane
+from fxfuse.activations.calibration import Calibration
+from fxfuse.analysis.labels import Value
 from fxfuse.errors import ControlError, RefineError
-from fxfuse.labels import Value
 from fxfuse.refine import refit
 from fxfuse.refine.regression.counterpart import counterparts
 from fxfuse.refine.regression.route import routes_of
-from fxfuse.widen import resized_of
+from fxfuse.refine.targets import Targets
+from fxfuse.transform.resizing import resized_of
 from tests.nets import Samples, SmallResNet
 from tests.test_refit import Depthwise, Transformer, distance
 

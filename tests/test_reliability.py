@@ -16,10 +16,10 @@ import torch
 
 import fxfuse
 from benchmarks.fuzz import fuzz
-from fxfuse.checkpoint import read_state_dict
+from fxfuse.common.output import atomic_folder
+from fxfuse.common.output_lock import locked
 from fxfuse.errors import OutputBusyError
-from fxfuse.output import atomic_folder
-from fxfuse.output_lock import locked
+from fxfuse.members.checkpoint import read_state_dict
 from tests.nets import resnets
 
 ROOT = Path(fxfuse.__file__).parents[1]
@@ -27,7 +27,7 @@ FACTORY = """
 import sys
 from pathlib import Path
 
-import fxfuse.saved
+import fxfuse.api.saved
 
 sys.path.insert(0, {root!r})
 from tests.nets import SmallResNet
@@ -141,7 +141,7 @@ def test_two_writers_of_one_folder(source: Path, tmp_path: Path) -> None:
 
 HOLD = """
 import sys, time
-from fxfuse.output import atomic_folder
+from fxfuse.common.output import atomic_folder
 with atomic_folder(sys.argv[1], ["a"]) as work:
     (work / "a").write_text("half")
     print("ready", flush=True)

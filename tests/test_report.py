@@ -17,13 +17,13 @@ from PIL import Image
 
 import fxfuse
 from fxfuse import FusionResult
+from fxfuse.cli.report import Network, write_report
+from fxfuse.cli.report.content import gather
+from fxfuse.cli.report.coupled import FREE, coupled
+from fxfuse.cli.report.transplanted import SEVERAL, shares
 from fxfuse.errors import MissingDependencyError
-from fxfuse.options import Options
-from fxfuse.report import Network, write_report
-from fxfuse.report.content import gather
-from fxfuse.report.coupled import FREE, coupled
-from fxfuse.report.transplanted import SEVERAL, shares
-from fxfuse.scores import score_units
+from fxfuse.planning.options import Options
+from fxfuse.planning.scores import score_units
 from tests.nets import images, resnets
 
 #: Headless, and silent: nothing that asks a network by itself.
@@ -126,7 +126,7 @@ def test_without_altair(
 ) -> None:
     monkeypatch.setitem(sys.modules, "altair", None)
     for name in ("page", "charts"):
-        monkeypatch.delitem(sys.modules, f"fxfuse.report.{name}", raising=False)
+        monkeypatch.delitem(sys.modules, f"fxfuse.cli.report.{name}", raising=False)
     with pytest.raises(MissingDependencyError, match="fxfuse\\[report\\]"):
         write_report(result, tmp_path / "report.html")
     assert not list(tmp_path.iterdir())

@@ -11,10 +11,10 @@ from torch import nn
 
 import fxfuse
 from fxfuse import verify
+from fxfuse.analysis.rules import registered, rule
+from fxfuse.analysis.rules.registry import name_of
 from fxfuse.errors import RuleError
-from fxfuse.rebuild import rebuild
-from fxfuse.rules import registered, rule
-from fxfuse.rules.registry import name_of
+from fxfuse.graph.rebuild import rebuild
 from tests.models import excite
 from tests.samples import BY_DATA, SAMPLES, Net
 

@@ -19,7 +19,8 @@ import torch
 from torch import nn
 
 import fxfuse
-from fxfuse.archive import read_graph
+from fxfuse.api.archive import read_graph
+from fxfuse.api.saved import FILES, GRAPH, PLAN, WEIGHTS
 from fxfuse.errors import (
     CheckpointCorruptError,
     CheckpointMismatchError,
@@ -28,7 +29,6 @@ from fxfuse.errors import (
     OutputExistsError,
     SavedError,
 )
-from fxfuse.saved import FILES, GRAPH, PLAN, WEIGHTS
 from tests.nets import images, mean_of, resnets
 
 
@@ -132,7 +132,7 @@ def test_a_stack_is_saved_too(tmp_path: Path) -> None:
 def test_weights_of_another_run_are_taken_from_their_file(
     result: fxfuse.FusionResult, saved: Path, tmp_path: Path
 ) -> None:
-    from fxfuse.checkpoint import write_state_dict
+    from fxfuse.members.checkpoint import write_state_dict
 
     shutil.copytree(saved, tmp_path / "other")
     state = {name: value * 2 for name, value in result.state_dict().items()}

@@ -10,13 +10,13 @@ import torch
 from torch import nn
 
 import fxfuse
-from fxfuse.calibration import Calibration
-from fxfuse.capture import capture_eagerly
+from fxfuse.activations.calibration import Calibration
+from fxfuse.activations.gradients import gradients
 from fxfuse.errors import CalibrationError, RuleError, UnknownScoreError
-from fxfuse.gradients import gradients
-from fxfuse.methods import Options
-from fxfuse.planner import make_plan
-from fxfuse.scores import check_score, degree_of, note_of, score, score_units, scores
+from fxfuse.graph.capture import capture_eagerly
+from fxfuse.planning.methods import Options
+from fxfuse.planning.planner import make_plan
+from fxfuse.planning.scores import check_score, degree_of, note_of, score, score_units, scores
 from tests.fusing import activations
 from tests.nets import images, resnets
 

@@ -8,10 +8,10 @@ import pytest
 import torch
 
 import fxfuse
-from fxfuse.calibrate import Lane, unit_activations
-from fxfuse.calibrate import lane as lanes
-from fxfuse.calibrate.shelf import Shelf
-from fxfuse.calibration import Calibration
+from fxfuse.activations import Lane, unit_activations
+from fxfuse.activations import lane as lanes
+from fxfuse.activations.calibration import Calibration
+from fxfuse.activations.spill_store import Shelf
 from fxfuse.refine import refit
 from fxfuse.refine.regression import channel
 from tests.test_refit import NETWORKS, inputs_for, members_for

@@ -14,8 +14,8 @@ from safetensors.torch import save_file
 from torchvision import datasets as vision
 from torchvision.transforms.functional import to_pil_image
 
+from fxfuse.cli.sources import Data, Preparation, absolute, read_data
 from fxfuse.errors import CheckpointPickleError, DataError, MissingDependencyError
-from fxfuse.sources import Data, Preparation, absolute, read_data
 
 X = torch.arange(24, dtype=torch.float32).reshape(6, 4)
 Y = torch.arange(6) % 3

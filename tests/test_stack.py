@@ -19,6 +19,11 @@ from hypothesis import strategies as st
 from torch import nn
 
 import fxfuse
+from fxfuse.analysis.rules.pointwise import is_pointwise
+from fxfuse.ensemble.forms import Form
+from fxfuse.ensemble.lowerings import lowering, registered
+from fxfuse.ensemble.policy import Policy, policy_of
+from fxfuse.ensemble.walk import walk
 from fxfuse.errors import (
     ControlError,
     MemberMismatchError,
@@ -29,13 +34,8 @@ from fxfuse.errors import (
     TooFewMembersError,
     VerificationError,
 )
-from fxfuse.rebuild import rebuild
-from fxfuse.rules.pointwise import is_pointwise
-from fxfuse.stack.forms import Form
-from fxfuse.stack.lowerings import lowering, registered
-from fxfuse.stack.policy import Policy, policy_of
-from fxfuse.stack.walk import walk
-from fxfuse.tensors import is_constant
+from fxfuse.graph.rebuild import rebuild
+from fxfuse.graph.tensors import is_constant
 from fxfuse.verify.check import tensors_of
 from tests.layers import FROZEN, LAYERS
 from tests.models import LARGE, MIXING, PLAIN, build, excite, image
@@ -55,8 +55,8 @@ def greedy(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def make_greedy(monkeypatch: pytest.MonkeyPatch) -> None:
-    # Not `import fxfuse.stack.build`: the package's name is that of its function.
-    builder = importlib.import_module("fxfuse.stack.build")
+    # Not `import fxfuse.ensemble.build`: the package's name is that of its function.
+    builder = importlib.import_module("fxfuse.ensemble.build")
     monkeypatch.setattr(builder, "policy_of", lambda device: GREEDY)
 
 
@@ -281,7 +281,7 @@ def test_a_wrong_lowering_is_noticed(monkeypatch: pytest.MonkeyPatch):
     def wrong(writer: Any, node: Any) -> Any:
         return writer.call(aten.relu.default, writer.stacked(node.args[0]))
 
-    walker = importlib.import_module("fxfuse.stack.walk")
+    walker = importlib.import_module("fxfuse.ensemble.walk")
     find = walker.find
     entry = replace(find(aten.tanh.default), run=wrong)
     monkeypatch.setattr(walker, "find", lambda t: entry if t is aten.tanh.default else find(t))

@@ -23,7 +23,7 @@ from fxfuse.errors import (
     NonFiniteWeightsError,
     NoWeightsError,
 )
-from fxfuse.streamed import Stored
+from fxfuse.members.streamed import Stored
 from tests.nets import images, resnets
 
 

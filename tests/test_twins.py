@@ -14,7 +14,7 @@ from torch import nn
 
 import fxfuse
 from fxfuse.errors import MemberMismatchError
-from fxfuse.twins import are_twins, captured_twin
+from fxfuse.graph.twins import are_twins, captured_twin
 from fxfuse.verify.check import tensors_of
 from tests.nets import SmallResNet, images, resnets
 

@@ -13,14 +13,14 @@ from torchvision.models import densenet, mobilenetv2, resnet, shufflenetv2
 
 import fxfuse
 from fxfuse import verify
-from fxfuse.coupling import analyze
+from fxfuse.analysis.coupling import analyze
+from fxfuse.analysis.multi_width import of_all_widths
+from fxfuse.cli.report.content import gather
 from fxfuse.errors import MemberMismatchError
-from fxfuse.plan import FusionPlan
-from fxfuse.report.content import gather
-from fxfuse.varied import of_all_widths
+from fxfuse.planning.plan import FusionPlan
+from fxfuse.planning.widths import sizes_of
+from fxfuse.transform.resizing import settle, widen
 from fxfuse.verify.check import as_double, in_double, inputs_of, relative_error, tensors_of
-from fxfuse.widen import settle, widen
-from fxfuse.widths import sizes_of
 from tests.models import excite, image
 from tests.test_widths import plans
 

@@ -13,17 +13,17 @@ import torch
 from torch import nn
 
 import fxfuse
-from fxfuse.calibrate import unit_activations
-from fxfuse.calibration import Calibration
-from fxfuse.coupling import CouplingGraph, analyze
+from fxfuse.activations import unit_activations
+from fxfuse.activations.calibration import Calibration
+from fxfuse.analysis.coupling import CouplingGraph, analyze
+from fxfuse.analysis.multi_width import of_all_widths
 from fxfuse.errors import ControlError
-from fxfuse.methods import Options
-from fxfuse.options import State
-from fxfuse.plan import FusionPlan, UnitMap
-from fxfuse.planner import make_plan
-from fxfuse.varied import of_all_widths
+from fxfuse.planning.methods import Options
+from fxfuse.planning.options import State
+from fxfuse.planning.plan import FusionPlan, UnitMap
+from fxfuse.planning.planner import make_plan
+from fxfuse.transform.resizing import widen
 from fxfuse.verify.check import as_double, relative_error
-from fxfuse.widen import widen
 from tests.models import excite
 from tests.nets import Residual, SmallResNet
 

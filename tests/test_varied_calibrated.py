@@ -9,13 +9,13 @@ import torch
 from torch import nn
 
 import fxfuse
-from fxfuse.calibrate import elimination, unit_activations
-from fxfuse.calibration import Calibration
-from fxfuse.coupling import analyze
+from fxfuse.activations import elimination, unit_activations
+from fxfuse.activations.calibration import Calibration
+from fxfuse.analysis.coupling import analyze
+from fxfuse.analysis.multi_width import of_all_widths
 from fxfuse.errors import MemberMismatchError, RefineError
-from fxfuse.layout import copies_of, place_units
 from fxfuse.refine import match, refit, repair
-from fxfuse.varied import of_all_widths
+from fxfuse.transform.layout import copies_of, place_units
 from tests.models import excite, image
 from tests.nets import Residual, mean_of
 

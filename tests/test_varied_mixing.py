@@ -16,9 +16,9 @@ from torch import nn
 
 import fxfuse
 from fxfuse import verify
-from fxfuse.cost import operations_of, parameters_of
 from fxfuse.errors import ControlError, MemberMismatchError
-from fxfuse.plan import FusionPlan
+from fxfuse.planning.plan import FusionPlan
+from fxfuse.transform.cost import operations_of, parameters_of
 from tests.models import excite, image
 from tests.nets import mean_of
 from tests.strategies import Block, Recipe, build, images, recipes

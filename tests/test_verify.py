@@ -11,8 +11,8 @@ from torch import nn
 
 import fxfuse
 from fxfuse import verify
-from fxfuse.apply import random_permutations
 from fxfuse.errors import RewriteError
+from fxfuse.transform.apply import random_permutations
 from tests.nets import images, resnets
 
 
@@ -76,9 +76,9 @@ def test_the_wide_oracle_notices_a_wrong_weight(monkeypatch: pytest.MonkeyPatch)
 
 
 def test_the_wide_network_is_three_times_as_wide():
-    from fxfuse.methods import Options
-    from fxfuse.planner import make_plan
-    from fxfuse.widen import widen
+    from fxfuse.planning.methods import Options
+    from fxfuse.planning.planner import make_plan
+    from fxfuse.transform.resizing import widen
 
     members = resnets(3)
     x = images()

@@ -17,15 +17,15 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import fxfuse
-from fxfuse.cost import operations_of, parameters_of
-from fxfuse.coupling import CouplingGraph
+from fxfuse.analysis.coupling import CouplingGraph
 from fxfuse.errors import ControlError, RewriteError, WidthError
-from fxfuse.methods import Options
-from fxfuse.plan import FusionPlan, UnitMap
-from fxfuse.planner import make_plan
+from fxfuse.planning.methods import Options
+from fxfuse.planning.plan import FusionPlan, UnitMap
+from fxfuse.planning.planner import make_plan
+from fxfuse.planning.widths import sizes_of
+from fxfuse.transform.cost import operations_of, parameters_of
+from fxfuse.transform.resizing import settle, widen
 from fxfuse.verify.check import as_double, in_double, inputs_of, relative_error, tensors_of
-from fxfuse.widen import settle, widen
-from fxfuse.widths import sizes_of
 from tests.models import build, image
 from tests.strategies import Recipe, is_plain, members_of, recipes
 
@@ -258,7 +258,7 @@ def test_bad_options(members: list[nn.Module], options: dict[str, object], match
 def test_a_group_that_cannot_be_written_keeps_its_size(
     members: list[nn.Module], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from fxfuse.widen import walk
+    from fxfuse.transform.resizing import walk
 
     honest = walk._step
 

@@ -20,7 +20,7 @@ from benchmarks.paper.memory import peak
 from benchmarks.paper.runner import command
 from benchmarks.paper.setting import Size, network
 from fxfuse import fuse
-from fxfuse.data import Batches
+from fxfuse.cli.data import Batches
 from fxfuse.refine import default_optimizer, finetune
 
 WIDTHS = (0.5, 1.0, 2.0, 4.0, 8.0)

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from fxfuse.data import Split, mnist5k, split
+from fxfuse.cli.data import Split, mnist5k, split
 from fxfuse.errors import MissingDependencyError
 
 TORCHVISION = {"cifar10": "CIFAR10", "cifar100": "CIFAR100", "svhn": "SVHN"}

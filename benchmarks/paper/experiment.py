@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from benchmarks.paper.datasets import Data
 from benchmarks.paper.setting import OWN_SIZE, SETTINGS, Case, Size, accuracy, case
 from fxfuse import Captured, capture, fuse
-from fxfuse.data import Batches
+from fxfuse.cli.data import Batches
 
 ACCURACY = "accuracy"
 

@@ -52,8 +52,8 @@ from benchmarks.paper.matching import PLACES, distilled
 from benchmarks.paper.networks import NETWORKS
 from benchmarks.paper.setting import SETTINGS, Case, accuracy, case
 from benchmarks.records import described, earlier, write
-from fxfuse.calibrate.streams import streams
-from fxfuse.data import Batches
+from fxfuse.activations.streams import streams
+from fxfuse.cli.data import Batches
 from fxfuse.refine import default_optimizer, finetune, match, recalibrate, refit_head
 
 CONDITIONS = (

@@ -25,7 +25,7 @@ from benchmarks.paper import datasets
 from benchmarks.paper.datasets import load
 from benchmarks.paper.networks import NETWORKS
 from benchmarks.paper.setting import SETTINGS, Case, accuracy, case
-from fxfuse.data import Batches
+from fxfuse.cli.data import Batches
 from fxfuse.refine import default_optimizer, distill, match
 
 # Networks on the data where they are neither at chance nor without an error.

@@ -17,10 +17,10 @@ from torch import nn
 from benchmarks.paper.experiment import Experiment, Job, Row
 from benchmarks.paper.refining import after, both, controls, finetuned, refitted, trained
 from benchmarks.paper.runner import command
-from fxfuse.coupling import CouplingGraph
-from fxfuse.methods import Options, State, method, methods
-from fxfuse.plan import UnitMap
-from fxfuse.scores import score_units
+from fxfuse.analysis.coupling import CouplingGraph
+from fxfuse.planning.methods import Options, State, method, methods
+from fxfuse.planning.plan import UnitMap
+from fxfuse.planning.scores import score_units
 
 
 def register() -> None:

@@ -21,8 +21,8 @@ from benchmarks.paper import datasets
 from benchmarks.paper.datasets import Data, load
 from benchmarks.paper.networks import NETWORKS
 from benchmarks.paper.training import Recipe, trained
-from fxfuse.data import Split, specialist_indices
-from fxfuse.demo.network import Ensemble
+from fxfuse.cli.data import Split, specialist_indices
+from fxfuse.cli.demo.network import Ensemble
 
 SETTINGS = ("same data", "specialists")
 _SHARE_OF_OTHERS = 0.1

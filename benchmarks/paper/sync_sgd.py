@@ -18,8 +18,8 @@ from benchmarks.paper.experiment import Experiment, Job, Row
 from benchmarks.paper.refining import after, chosen, controls, merit
 from benchmarks.paper.runner import command
 from benchmarks.paper.setting import seen
-from fxfuse.data import Batches
-from fxfuse.demo.network import Ensemble
+from fxfuse.cli.data import Batches
+from fxfuse.cli.demo.network import Ensemble
 from fxfuse.refine import finetune
 
 #: Into how many parts the k steps are cut, with an exchange between them.

@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from benchmarks.paper import networks
-from fxfuse.data import Batches
+from fxfuse.cli.data import Batches
 from fxfuse.refine import finetune
 
 

@@ -6,7 +6,7 @@ import re
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator
 
-from fxfuse.coupling import CouplingGraph, FrozenReason, Place, WithoutRule
+from fxfuse.analysis.coupling import CouplingGraph, FrozenReason, Place, WithoutRule
 
 #: Names that are shown of each kind of thing; the others are counted.
 _SHOWN = 3

@@ -11,7 +11,7 @@ from typer.main import get_command
 
 from fxfuse.cli.guard import guarded
 
-#: Command → what the overview says about it. The function of that name is in the file of that name.
+#: Command → what the overview says about it. The function is in the file of its name in `commands`.
 COMMANDS = {
     "demo": "Train four small networks on real images, fuse them, and compare.",
     "analyze": "Show the coupling groups of a network, and what is frozen and why.",
@@ -37,7 +37,7 @@ class LazyGroup(TyperGroup):
         name = args[0]
         if name in COMMANDS:
             alone = typer.Typer(add_completion=False, rich_markup_mode="markdown")
-            function = getattr(import_module(f"fxfuse.cli.{name}"), name)
+            function = getattr(import_module(f"fxfuse.cli.commands.{name}"), name)
             alone.command(name)(guarded(function))
             self.commands[name] = get_command(alone)
         return super().resolve_command(ctx, args)

@@ -11,8 +11,8 @@ import torch
 from torch import nn
 
 from fxfuse.cli.options import parse_member_args
-from fxfuse.recipe import Recipe, as_recipe
-from fxfuse.zoo import inputs_for, make_member, make_model, parse_model_args, shape_in
+from fxfuse.cli.recipe import Recipe, as_recipe
+from fxfuse.cli.zoo import inputs_for, make_member, make_model, parse_model_args, shape_in
 
 
 def load_model(

@@ -9,10 +9,10 @@ from typing import Annotated, Any
 
 import typer
 
-from fxfuse.controls import Patterns
+from fxfuse.analysis.controls import Patterns
 from fxfuse.errors import ControlError
-from fxfuse.options import Reference
-from fxfuse.widths import Width
+from fxfuse.planning.options import Reference
+from fxfuse.planning.widths import Width
 
 Model = Annotated[
     str,

@@ -10,9 +10,9 @@ from typing import Any
 
 from rich.table import Table
 
+from fxfuse.cli.recipe import Outcome, Recipe, run
+from fxfuse.cli.report import Network
 from fxfuse.cli.show import checks_json, checks_table, out, print_json, table, working
-from fxfuse.recipe import Outcome, Recipe, run
-from fxfuse.report import Network
 
 _MILLION = 1e6
 

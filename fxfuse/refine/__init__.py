@@ -1,6 +1,6 @@
 """Refine a fused network: in closed form, by matching the ensemble, on labels, by distillation."""
 
-from fxfuse.augment import Augment, shift_and_mix
+from fxfuse.activations.augment import Augment, shift_and_mix
 from fxfuse.refine.loop import RefineReport
 from fxfuse.refine.match import MatchReport, match
 from fxfuse.refine.recalibrate import recalibrate

@@ -16,8 +16,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
+from fxfuse.common.output import atomic_file
 from fxfuse.errors import CheckpointCorruptError, RefineError
-from fxfuse.output import atomic_file
 
 _HEADER = "fxfuse.refine"
 _SCALARS = (str, int, float, bool, type(None))

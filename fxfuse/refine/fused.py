@@ -9,13 +9,13 @@ import torch
 from torch import fx, nn
 from torch.export import ExportedProgram
 
-from fxfuse.calibration import Calibration
-from fxfuse.capture import Captured
-from fxfuse.coupling import CouplingGraph
+from fxfuse.activations.calibration import Calibration
+from fxfuse.analysis.coupling import CouplingGraph
+from fxfuse.analysis.heads import joined_state
 from fxfuse.errors import MemberMismatchError, PartialFusionError, RefineError
-from fxfuse.heads import joined_state
-from fxfuse.members import state_of
-from fxfuse.plan import FusionPlan
+from fxfuse.graph.capture import Captured
+from fxfuse.graph.module_checks import state_of
+from fxfuse.planning.plan import FusionPlan
 
 Member = nn.Module | ExportedProgram | Captured
 

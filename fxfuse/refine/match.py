@@ -16,7 +16,7 @@ import torch
 from rich.progress import Progress
 from torch import Tensor, nn
 
-from fxfuse.augment import Augment, default_augment
+from fxfuse.activations.augment import Augment, default_augment
 from fxfuse.errors import RefineError
 from fxfuse.refine.batch import call, logits_of
 from fxfuse.refine.distance import loss

@@ -7,8 +7,8 @@ from typing import Literal
 
 from torch import fx
 
-from fxfuse.capture import Captured
 from fxfuse.errors import RefineError
+from fxfuse.graph.capture import Captured
 
 #: Logits of classes, of which only differences count; or values, each of which counts.
 Outputs = Literal["logits", "values"]

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fxfuse.augment import Augment
+from fxfuse.activations.augment import Augment
 from fxfuse.errors import RefineError
 from fxfuse.refine.batch import logits_of, try_call
 

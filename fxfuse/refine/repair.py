@@ -17,14 +17,15 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from fxfuse.calibrate import Lane, Targets
-from fxfuse.calibrate.layers import Layer, layers_of, name_of
-from fxfuse.calibration import Calibration
-from fxfuse.capture import Captured
-from fxfuse.coupling import CouplingGraph
+from fxfuse.activations import Lane
+from fxfuse.activations.calibration import Calibration
+from fxfuse.activations.layers import Layer, layers_of, name_of
+from fxfuse.analysis.coupling import CouplingGraph
+from fxfuse.analysis.rules.registry import argument_of
+from fxfuse.graph.capture import Captured
 from fxfuse.refine.fused import Fused, Member, check_joint, check_one_head, measurable
-from fxfuse.rules.registry import argument_of
-from fxfuse.widen import Resized, resized_of
+from fxfuse.refine.targets import Targets
+from fxfuse.transform.resizing import Resized, resized_of
 
 _BATCH_NORM = torch.ops.aten.batch_norm.default
 

@@ -84,5 +84,5 @@ class BatchStream:
             f"The batches ran out after {self._read} steps.",
             where=f"batches, a {kind}",
             why="It can be iterated only once, and the run needs another pass over it.",
-            how="Give a list, a DataLoader or fxfuse.data.Batches, or ask for fewer steps.",
+            how="Give a list, a DataLoader or fxfuse.cli.data.Batches, or ask for fewer steps.",
         )

@@ -11,11 +11,11 @@ import torch
 import torch.utils._pytree as pytree
 from torch import nn
 
-from fxfuse.capture import Captured, capture
-from fxfuse.eager import answers
 from fxfuse.errors import VerificationError
-from fxfuse.members import check_values
-from fxfuse.rewrite import FusedModule
+from fxfuse.graph.capture import Captured, capture
+from fxfuse.graph.eager import answers
+from fxfuse.graph.module_checks import check_values
+from fxfuse.transform.emit import FusedModule
 from fxfuse.verify.in_double import InDouble, lifted, to_double
 
 #: Relative to the largest output, in float64.

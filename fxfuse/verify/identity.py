@@ -9,12 +9,12 @@ import numpy as np
 import torch
 from torch import nn
 
-from fxfuse.apply import fused_tensors, permuted, random_permutations
-from fxfuse.capture import Captured
-from fxfuse.coupling import analyze
-from fxfuse.layout import Layout
-from fxfuse.methods import Options
-from fxfuse.planner import make_plan
+from fxfuse.analysis.coupling import analyze
+from fxfuse.graph.capture import Captured
+from fxfuse.planning.methods import Options
+from fxfuse.planning.planner import make_plan
+from fxfuse.transform.apply import fused_tensors, permuted, random_permutations
+from fxfuse.transform.layout import Layout
 from fxfuse.verify.check import EXACT, Check, as_double, relative_error, run, tensors_of
 
 

@@ -12,8 +12,8 @@ import torch.fx._pytree as fx_pytree
 import torch.utils._pytree as pytree
 from torch import fx
 
-from fxfuse.capture import Captured
-from fxfuse.members import check_values
+from fxfuse.graph.capture import Captured
+from fxfuse.graph.module_checks import check_values
 
 _LOWER = (torch.float32, torch.float16, torch.bfloat16)
 

@@ -8,9 +8,9 @@ import numpy as np
 import torch
 from torch import fx
 
-from fxfuse.coupling import CouplingGraph, Index
-from fxfuse.labels import Field, Value, neurons
-from fxfuse.layout import Layout
+from fxfuse.analysis.coupling import CouplingGraph, Index
+from fxfuse.analysis.labels import Field, Value, neurons
+from fxfuse.transform.layout import Layout
 
 
 def put_back(
@@ -20,7 +20,7 @@ def put_back(
 
     Args:
         graph: The analysis of the network.
-        permutations: What `fxfuse.apply.permuted` was given.
+        permutations: What `fxfuse.transform.apply.permuted` was given.
         outputs: What the permuted network answers.
 
     Returns:

@@ -10,16 +10,16 @@ import numpy as np
 import torch
 from torch import nn
 
-from fxfuse.apply import fused_tensors
-from fxfuse.capture import capture
-from fxfuse.coupling import CouplingGraph, Place, analyze
+from fxfuse.analysis.coupling import CouplingGraph, Place, analyze
+from fxfuse.analysis.labels import Kind
 from fxfuse.errors import MissingDependencyError
-from fxfuse.labels import Kind
-from fxfuse.layer_sizes import sizes_of_layer
-from fxfuse.layout import Layout
-from fxfuse.methods import Options
-from fxfuse.planner import make_plan
-from fxfuse.scores import degree_of
+from fxfuse.graph.capture import capture
+from fxfuse.graph.layer_sizes import sizes_of_layer
+from fxfuse.planning.methods import Options
+from fxfuse.planning.planner import make_plan
+from fxfuse.planning.scores import degree_of
+from fxfuse.transform.apply import fused_tensors
+from fxfuse.transform.layout import Layout
 from fxfuse.verify.check import Check, as_double, inputs_of, relative_error
 
 #: torch-pruning scores in float32; weights are only copied, so what is kept must be equal.

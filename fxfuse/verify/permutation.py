@@ -10,10 +10,10 @@ import numpy as np
 import torch
 from torch import nn
 
-from fxfuse.apply import moved_tensor, random_permutations
-from fxfuse.capture import Captured
-from fxfuse.controls import Controls
-from fxfuse.coupling import CouplingGraph, CouplingGroup, couple
+from fxfuse.analysis.controls import Controls
+from fxfuse.analysis.coupling import CouplingGraph, CouplingGroup, couple
+from fxfuse.graph.capture import Captured
+from fxfuse.transform.apply import moved_tensor, random_permutations
 from fxfuse.verify.check import EXACT, Check, as_captured, relative_error, run
 from fxfuse.verify.in_double import Changed, to_double
 from fxfuse.verify.outputs import put_back

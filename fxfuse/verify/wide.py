@@ -8,13 +8,15 @@ from typing import Any
 import torch
 from torch import nn
 
-from fxfuse.capture import Captured
-from fxfuse.controls import Controls
-from fxfuse.coupling import CouplingGraph, couple
-from fxfuse.plan import FusionPlan, Mixing
-from fxfuse.ranks import mapped, of_each
-from fxfuse.same_network import check_same_network
-from fxfuse.varied import of_all_widths
+from fxfuse.analysis.controls import Controls
+from fxfuse.analysis.coupling import CouplingGraph, couple
+from fxfuse.analysis.multi_width import of_all_widths
+from fxfuse.graph.capture import Captured
+from fxfuse.graph.same_network import check_same_network
+from fxfuse.members.ranks import mapped, of_each
+from fxfuse.planning.plan import FusionPlan, Mixing
+from fxfuse.transform.resizing import output_layouts, widen
+from fxfuse.transform.wide import wide_plan
 from fxfuse.verify.check import (
     EXACT,
     Check,
@@ -27,8 +29,6 @@ from fxfuse.verify.check import (
 )
 from fxfuse.verify.in_double import doubled
 from fxfuse.verify.outputs import parts
-from fxfuse.wide import wide_plan
-from fxfuse.widen import output_layouts, widen
 
 
 def wide_equals_ensemble(
@@ -112,7 +112,7 @@ def equals_heads(
     """The wide oracle of a partial fusion: every head answers as its own member.
 
     Args:
-        graph: The analysis of the members as one network (`fxfuse.heads.join`).
+        graph: The analysis of the members as one network (`fxfuse.analysis.heads.join`).
         states: For each member, its tensors by name.
         plan: A plan that keeps every unit of every member.
         members: The members themselves.

@@ -8,12 +8,13 @@ from dataclasses import dataclass
 import torch
 from torch import fx
 
-from fxfuse.calibrate import Lane, Targets
-from fxfuse.calibrate.layers import name_of, reads_of
-from fxfuse.capture import Captured
+from fxfuse.activations import Lane
+from fxfuse.activations.layers import name_of, reads_of
+from fxfuse.analysis.rules.registry import argument_of
+from fxfuse.graph.capture import Captured
 from fxfuse.refine.regression.route import Norm, norm_of
 from fxfuse.refine.regression.write import State
-from fxfuse.rules.registry import argument_of
+from fxfuse.refine.targets import Targets
 
 aten = torch.ops.aten
 

@@ -7,9 +7,9 @@ from dataclasses import replace
 
 from torch import fx
 
-from fxfuse.calibrate.layers import layer_at, reads_of
-from fxfuse.calibrate.recurrence import Recurrent, recurrent_at
-from fxfuse.capture import Captured
+from fxfuse.activations.layers import layer_at, reads_of
+from fxfuse.activations.recurrence import Recurrent, recurrent_at
+from fxfuse.graph.capture import Captured
 from fxfuse.refine.regression.channel import PerChannel, per_channel_at
 from fxfuse.refine.regression.route import Norm, Route, norm_of, other_operand, users_of
 from fxfuse.refine.regression.work import Work

@@ -19,8 +19,8 @@ from math import inf
 import torch
 from torch import fx
 
-from fxfuse.calibrate import Lane, Targets
-from fxfuse.calibrate.recurrence import (
+from fxfuse.activations import Lane
+from fxfuse.activations.recurrence import (
     Direction,
     Recurrent,
     Steps,
@@ -28,12 +28,13 @@ from fxfuse.calibrate.recurrence import (
     run_direction,
     side_by_side,
 )
-from fxfuse.calibrate.shelf import Stored
+from fxfuse.activations.spill_store import Stored
+from fxfuse.analysis.rules.recurrent import GATES
 from fxfuse.refine.regression.error import Error
 from fxfuse.refine.regression.rows import rows_for
 from fxfuse.refine.regression.solve import Ridge
 from fxfuse.refine.regression.work import NO_CLOSER, NO_TARGET, LayerFit, read_in_members
-from fxfuse.rules.recurrent import GATES
+from fxfuse.refine.targets import Targets
 
 State = dict[str, torch.Tensor]
 

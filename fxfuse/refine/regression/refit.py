@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from fxfuse.calibrate import MEMORY
+from fxfuse.activations import MEMORY
 from fxfuse.refine.fused import Fused, Member, check_joint, measurable
 from fxfuse.refine.outputs import kind_of_network
 from fxfuse.refine.regression.run import RefitReport, Settings, refit_state

@@ -11,10 +11,10 @@ from typing import Any
 import torch
 from torch import fx
 
-from fxfuse.calibrate.layers import Layer, layers_of, name_of, reads_of
-from fxfuse.capture import Captured
-from fxfuse.rules import find, movement
-from fxfuse.rules.registry import argument_of
+from fxfuse.activations.layers import Layer, layers_of, name_of, reads_of
+from fxfuse.analysis.rules import find, movement
+from fxfuse.analysis.rules.registry import argument_of
+from fxfuse.graph.capture import Captured
 
 aten = torch.ops.aten
 

@@ -9,9 +9,10 @@ from typing import Any
 import torch
 from torch import fx
 
-from fxfuse.calibrate import Lane, Targets
-from fxfuse.calibrate.layers import Layer
+from fxfuse.activations import Lane
+from fxfuse.activations.layers import Layer
 from fxfuse.refine.regression.route import Route
+from fxfuse.refine.targets import Targets
 
 #: A scale below this share of the largest one cannot be undone.
 _SMALL = 1e-4

@@ -11,12 +11,12 @@ from math import inf, isfinite
 import torch
 from torch import fx
 
-from fxfuse.calibrate import MEMORY, Lane, Targets
-from fxfuse.calibrate.recurrence import Recurrent, recurrent_of
-from fxfuse.calibration import FEW, Calibration
-from fxfuse.coupling import CouplingGraph
-from fxfuse.heads import others_region
-from fxfuse.plan import FusionPlan
+from fxfuse.activations import MEMORY, Lane
+from fxfuse.activations.calibration import FEW, Calibration
+from fxfuse.activations.recurrence import Recurrent, recurrent_of
+from fxfuse.analysis.coupling import CouplingGraph
+from fxfuse.analysis.heads import others_region
+from fxfuse.planning.plan import FusionPlan
 from fxfuse.refine.regression.channel import (
     PerChannel,
     channel_rows,
@@ -46,7 +46,8 @@ from fxfuse.refine.regression.work import (
     tensors_of,
 )
 from fxfuse.refine.regression.write import State, current, write
-from fxfuse.widen import Resized, resized_of
+from fxfuse.refine.targets import Targets
+from fxfuse.transform.resizing import Resized, resized_of
 
 #: Times that targets are relaxed where the activation cuts them.
 _RELAXATIONS = 3

@@ -7,7 +7,7 @@ from math import inf
 
 from torch import fx
 
-from fxfuse.calibrate.recurrence import Recurrent
+from fxfuse.activations.recurrence import Recurrent
 from fxfuse.refine.regression.channel import PerChannel
 from fxfuse.refine.regression.route import Route
 

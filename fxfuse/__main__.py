@@ -1,0 +1,5 @@
+"""`python -m fxfuse`."""
+
+from fxfuse.cli import main
+
+main()

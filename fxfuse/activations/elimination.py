@@ -1,0 +1,293 @@
+"""Optimal-brain-surgeon selection: which units of all members a group keeps.
+
+Groups are gone through from the last to the first. Of all units of all members, one after the other
+is removed: the one whose loss the remaining units make up for best, in the least-squares sense, at
+the inputs of the layers that read the group (Hassibi & Stork, "Second order derivatives for network
+pruning: Optimal Brain Surgeon", NeurIPS 1993, per unit instead of per weight).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from fxfuse.activations.calibration import Calibration
+from fxfuse.activations.layers import name_of
+from fxfuse.activations.parts import part_of
+from fxfuse.activations.units import Consumer, consumer_inputs, consumers_of, each_once
+from fxfuse.analysis.coupling import CouplingGraph, CouplingGroup, Index
+from fxfuse.analysis.labels import Kind
+
+#: Ridge on the covariance, as a share of the mean of its diagonal.
+_RIDGE = 1e-3
+#: Share of the rows that may be gone before they are cut out.
+_CUT = 0.2
+_BATCH_NORM = torch.ops.aten.batch_norm.default
+
+#: Steps of the elimination.
+Ranks = NDArray[np.float64]
+State = Mapping[str, torch.Tensor]
+#: For each member that takes part, for each group: the units that exist, int64 [k].
+Kept = Mapping[int, Mapping[str, Index]]
+#: For each group: units as (member, unit), int64 [n, 2].
+Units = dict[str, Index]
+
+
+def elimination(
+    graph: CouplingGraph,
+    states: Sequence[State],
+    calibration: Calibration,
+    kept: Kept,
+    *,
+    sizes: Mapping[str, int] | None = None,
+    host: int = 0,
+) -> dict[str, tuple[Index, Ranks]]:
+    """The order in which units of all members are removed, until as many are left as are kept.
+
+    A reader's outputs count as far as they survive themselves, in groups that were gone through
+    before. Layers of the members' heads are readers, too: each of its own member's units.
+
+    Args:
+        graph: The analysis of the members.
+        states: Their tensors by name.
+        calibration: Unlabelled inputs.
+        kept: The members that take part, and which of their units exist.
+        sizes: How many units of each group are kept. None: as many as a member has.
+        host: The member that keeps what is frozen inside the network.
+
+    Returns:
+        For each group that a layer reads: units as (member, unit), int64 [n, 2], and the step at
+        which each of them is removed, float64 [n], higher for those that are left.
+    """
+    members = sorted(kept)
+    graphs = [graph.of_member(m) for m in members]
+
+    def readers_of(own: CouplingGraph) -> dict[str, list[Consumer]]:
+        every = consumers_of(own)
+        return {g: [c for c in cs if c.owner in (None, *members)] for g, cs in every.items()}
+
+    consumers = each_once(readers_of, graphs)
+    inputs = consumer_inputs(graphs, consumers, {m: states[m] for m in members}, calibration)
+    order = {node: place for place, node in enumerate(graphs[0].captured.graph.nodes)}
+    first = consumers[0]
+    groups = [group for group in graph.groups if first[group.name]]
+
+    def place(group: CouplingGroup) -> tuple[int, int]:
+        # A recurrent layer reads its own units later than what it is given.
+        layer = first[group.name][0].layer
+        return order[layer.node], order[layer.input]
+
+    groups.sort(key=place, reverse=True)
+    left: Units = {}
+    found: dict[str, tuple[Index, Ranks]] = {}
+    for group in groups:
+        width = width_of(first[group.name][0])
+        # Each reader as it is in each member.
+        each = zip(*(own[group.name] for own in consumers), strict=True)
+        readers = [reader for reader in each if width_of(reader[0]) == width]
+        covariances = [covariance_at(inputs[reader[0].layer], reader) for reader in readers]
+        covariance = torch.stack(covariances).mean(0)
+        weights = []
+        for reader in readers:
+            own = [
+                weights_at(graphs[i], states[m], reader[i], left, m, host)
+                for i, m in enumerate(members)
+            ]
+            weights.append(torch.block_diag(*own))
+        scaled = [w / size_of(w, covariance) for w in weights]
+        alive = [
+            np.isin(np.arange(graph.units_of(group.name, m)), kept[m][group.name]) for m in members
+        ]
+        there = np.concatenate(alive)
+        size = group.n_units if sizes is None else sizes[group.name]
+        left_over = min(size, int(there.sum()))
+        ranks = eliminate(covariance, torch.cat(scaled, 1), width, there, left_over)
+        exist = [np.flatnonzero(a) for a in alive]
+        owner = np.repeat(members, [len(units) for units in exist])
+        units = np.stack([owner, np.concatenate(exist)], axis=1)
+        rank = ranks[there]
+        found[group.name] = (units, rank)
+        left[group.name] = units[np.argsort(-rank)[:size]]
+    return found
+
+
+def eliminate(
+    covariance: torch.Tensor,
+    weights: torch.Tensor,
+    width: int,
+    alive: NDArray[np.bool_],
+    n_left: int = 0,
+) -> Ranks:
+    """Removes units one by one, each time the one whose loss the others make up for best.
+
+    Of the weights only their products between units count, so what a step costs does not depend on
+    the number of outputs; what is gone is cut out of the matrices now and then.
+
+    Args:
+        covariance: Of what the readers get, [units · width, units · width].
+        weights: The readers' weights, [units · width, outputs].
+        width: Neurons of a unit.
+        alive: Which units exist, bool [units].
+        n_left: Units that are left at the end, ranked by what the loss of each alone costs.
+
+    Returns:
+        The step at which each unit is removed, float64 [units]; -1 for those that do not exist.
+    """
+    ranks = np.full(len(alive), -1.0)
+    units = np.flatnonzero(alive)
+    covariance, weights = covariance.double(), weights.double()
+    level = covariance.diagonal().mean().clamp(min=1e-30)
+    covariance = _part(covariance, units, width)
+    ridge = _RIDGE * level * torch.eye(len(covariance), device=covariance.device)
+    inverse = torch.cholesky_inverse(torch.linalg.cholesky(covariance + ridge))
+    products = _part(weights @ weights.T, units, width)
+    there = torch.ones(len(units), dtype=torch.bool, device=covariance.device)
+    for step in range(len(units) - n_left):
+        if len(there) - int(there.sum()) > _CUT * len(there):
+            keep = there.nonzero().flatten().cpu().numpy()
+            inverse, products = (_part(m, keep, width) for m in (inverse, products))
+            units, there = units[keep], there[there]
+        loss = _losses(inverse, products, width)
+        loss[~there] = torch.inf
+        unit = int(loss.argmin())
+        ranks[units[unit]] = step
+        there[unit] = False
+        _remove(inverse, products, slice(unit * width, (unit + 1) * width))
+    last = there.nonzero().flatten()
+    cost = _losses(inverse, products, width)[last].cpu().numpy()
+    ranks[units[last.cpu().numpy()]] = alive.sum() + np.argsort(np.argsort(cost))
+    return ranks
+
+
+def _remove(inverse: torch.Tensor, products: torch.Tensor, gone: slice) -> None:
+    """Takes a unit out of the inverse covariance, and its weights over to the other units."""
+    step = torch.linalg.solve(inverse[gone, gone], inverse[gone])
+    own, row = products[gone, gone].clone(), products[gone].clone()
+    # (I - kE) S (I - kE)ᵀ with k the step and E the rows that go.
+    products.addmm_(step.T, row - 0.5 * (own @ step), alpha=-1)
+    products.addmm_(row.T - 0.5 * (step.T @ own), step, alpha=-1)
+    inverse.addmm_(inverse[:, gone].clone(), step, alpha=-1)
+    # What is gone must not come back by rounding.
+    for matrix in (inverse, products):
+        matrix[gone] = 0
+        matrix[:, gone] = 0
+    inverse[gone, gone] = torch.eye(len(own), dtype=inverse.dtype, device=inverse.device)
+
+
+def _part(matrix: torch.Tensor, units: Index, width: int) -> torch.Tensor:
+    """Rows and columns of some units."""
+    index = (units[:, None] * width + np.arange(width)).reshape(-1)
+    chosen = torch.from_numpy(index).to(matrix.device)
+    return matrix[chosen][:, chosen].contiguous()
+
+
+def _losses(inverse: torch.Tensor, products: torch.Tensor, width: int) -> torch.Tensor:
+    """What removing each unit costs after the others have made up for it; [units]."""
+    if width == 1:
+        return products.diagonal() / inverse.diagonal()
+    units = len(products) // width
+    blocks, own = (
+        m.reshape(units, width, units, width).diagonal(dim1=0, dim2=2).movedim(-1, 0)
+        for m in (inverse, products)
+    )
+    solved: torch.Tensor = torch.linalg.solve(blocks, own)
+    return solved.diagonal(dim1=1, dim2=2).sum(1)
+
+
+def width_of(consumer: Consumer) -> int:
+    """Neurons of a unit that a reader tells apart."""
+    return 1 if consumer.repeated else consumer.slots.shape[1]
+
+
+def covariance_at(members: Sequence[torch.Tensor], reader: Sequence[Consumer]) -> torch.Tensor:
+    """Covariance of all members' units at one reader, [units · width, units · width].
+
+    Args:
+        members: What the reader gets in each member, [rows, channels].
+        reader: The reader as it is in each member.
+    """
+    columns = []
+    for x, consumer in zip(members, reader, strict=True):
+        owned = x[:, torch.from_numpy(consumer.slots).to(x.device)]
+        columns.append(owned.movedim(1, 2).flatten(0, 1) if consumer.repeated else owned.flatten(1))
+    rows = torch.cat(columns, 1)
+    rows = rows - rows.mean(0)
+    return (rows.T @ rows / len(rows)).double()
+
+
+def weights_at(
+    graph: CouplingGraph,
+    state: State,
+    consumer: Consumer,
+    left: Units,
+    member: int,
+    host: int,
+) -> torch.Tensor:
+    """A reader's weights from one member's units to those of its outputs that are left.
+
+    Returns:
+        float64 [units · width, outputs]; no outputs, where the reader is in another member's head.
+    """
+    if consumer.owner not in (None, member):
+        device = next(iter(state.values())).device
+        rows = len(consumer.slots) * width_of(consumer)
+        return torch.zeros(rows, 0, dtype=torch.float64, device=device)
+    weight = _folded(graph, state, consumer).double()
+    shape = state[consumer.layer.weight].shape
+    outputs = _outputs(graph, consumer, left, member, host, shape)
+    weight = weight[:, torch.from_numpy(outputs).to(weight.device)]
+    # [units, slots, outputs, kernel]
+    own = weight[torch.from_numpy(consumer.slots).to(weight.device)]
+    return own.flatten(1) if consumer.repeated else own.flatten(0, 1).flatten(1)
+
+
+def _folded(graph: CouplingGraph, state: State, consumer: Consumer) -> torch.Tensor:
+    """The weight as [inputs, outputs, kernel], with the batch norm behind it folded in."""
+    layer = consumer.layer
+    weight = layer.held(state).detach().unsqueeze(-1)
+    weight = weight.movedim((layer.inputs, layer.outputs), (0, 1)).flatten(2)
+    users = list(layer.node.users)
+    if len(users) == 1 and users[0].target is _BATCH_NORM:
+        args: Any = users[0].args
+        gamma, variance = (name_of(graph.captured, args[i]) for i in (1, 4))
+        if variance is not None:
+            factor = (state[variance] + float(args[7])).rsqrt()
+            factor = factor if gamma is None else factor * state[gamma]
+            weight = weight * factor.detach()[None, :, None]
+    return weight
+
+
+def _outputs(
+    graph: CouplingGraph,
+    consumer: Consumer,
+    left: Units,
+    member: int,
+    host: int,
+    shape: torch.Size,
+) -> Index:
+    """Which of a reader's outputs count in one member, whose weight has this shape."""
+    place = (consumer.layer.weight, consumer.layer.outputs)
+    counts = np.ones(shape[consumer.layer.outputs], dtype=bool)
+    reason = graph.frozen.get(place)
+    if reason is not None and reason.kind is Kind.HOST and member != host:
+        counts[reason.indices] = False
+    for group in graph.group_of.get(place, ()):
+        if group.name in left:
+            chosen = left[group.name]
+            counts[group.index[place].reshape(-1)] = False
+            own = chosen[chosen[:, 0] == member, 1]
+            counts[group.index[place][own].reshape(-1)] = True
+    # A layer that reads a part of the weight has the outputs of this part.
+    layer = consumer.layer
+    line = [-1 if dim == layer.outputs else 1 for dim in range(len(shape))]
+    read = part_of(layer.way, torch.from_numpy(counts).reshape(line).expand(shape))
+    return np.flatnonzero(read.movedim(layer.outputs, 0).flatten(1)[:, 0].numpy())
+
+
+def size_of(weights: torch.Tensor, covariance: torch.Tensor) -> torch.Tensor:
+    """√tr(MᵀCM), the size of what a reader makes of its inputs."""
+    return ((covariance @ weights) * weights).sum().clamp(min=1e-30).sqrt()

@@ -1,0 +1,302 @@
+"""Layers: operators that multiply an activation by a parameter, as rows times a matrix (im2col)."""
+
+from __future__ import annotations
+
+import operator
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import fx
+
+from fxfuse.activations.parts import Way, is_read_once, part_of, way_from
+from fxfuse.analysis.rules.registry import argument_of
+from fxfuse.graph.capture import Captured
+
+aten = torch.ops.aten
+
+_CONVOLUTIONS = {
+    aten.conv1d.default: 1,
+    aten.conv2d.default: 2,
+    aten.conv3d.default: 3,
+    aten.conv1d.padding: 1,
+    aten.conv2d.padding: 2,
+    aten.conv3d.padding: 3,
+}
+_CONVOLUTIONS_BACK = {
+    aten.conv_transpose1d.default: 1,
+    aten.conv_transpose2d.input: 2,
+    aten.conv_transpose3d.input: 3,
+}
+#: Operators whose weight is [inputs, outputs] → names of their activation, weight and bias.
+_TRANSPOSED = {
+    aten.addmm.default: ("mat1", "mat2", "self"),
+    aten.mm.default: ("self", "mat2", ""),
+    aten.matmul.default: ("self", "other", ""),
+}
+
+
+@dataclass(frozen=True)
+class Layer:
+    """A node that computes rows(x) · matrix(weight) + bias.
+
+    Attributes:
+        node: The node.
+        input: The activation that it reads.
+        weight: Name of the weight.
+        bias: Name of the bias, or "".
+        inputs: Dimension of the weight along which it reads the activation's channels.
+        outputs: Dimension of the weight along which its outputs stand.
+        groups: Number of groups; channels of the weight's `inputs` are those of one group, and of
+            a transposed convolution those of its `outputs`.
+        space: Number of dimensions that a kernel goes along; 0 for a matrix product.
+        way: From the weight to the rows of it that the layer reads; empty: it reads the whole.
+        bias_way: The same for the bias.
+        back: Whether it is a transposed convolution: a convolution of its input spread out by the
+            stride, with zeros in between, by the kernel turned round.
+    """
+
+    node: fx.Node
+    input: fx.Node
+    weight: str
+    bias: str
+    inputs: int
+    outputs: int
+    groups: int = 1
+    space: int = 0
+    back: bool = False
+    way: Way = ()
+    bias_way: Way = ()
+
+    def held(self, state: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        """The weight, or the part of it that the layer reads, among tensors by name."""
+        return part_of(self.way, state[self.weight])
+
+    def held_bias(self, state: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        """The same of the bias; there has to be one."""
+        return part_of(self.bias_way, state[self.bias])
+
+    def put(self, state: dict[str, torch.Tensor], weight: torch.Tensor) -> None:
+        """Sets what `held` returns; tensors that stood there stay as they are."""
+        state[self.weight] = _with_part(self.way, state[self.weight], weight)
+
+    def put_bias(self, state: dict[str, torch.Tensor], bias: torch.Tensor) -> None:
+        """Sets what `held_bias` returns; tensors that stood there stay as they are."""
+        state[self.bias] = _with_part(self.bias_way, state[self.bias], bias)
+
+    @property
+    def written(self) -> int:
+        """Dimension of the weight that tells the units of the output apart.
+
+        Of a transposed convolution with groups that is the one of the inputs: along the other one
+        all groups stand on top of each other.
+        """
+        return self.inputs if self.back and self.groups > 1 else self.outputs
+
+    def channels_last(self, x: torch.Tensor) -> torch.Tensor:
+        """An input or output of the layer with its channels last, [..., channels]."""
+        return x.movedim(1, -1) if self.space else x
+
+    def n_rows(self, y: torch.Tensor) -> int:
+        """Rows of one output of the layer: examples times positions."""
+        return y.numel() // y.shape[1 if self.space else -1]
+
+    def output_rows(self, y: torch.Tensor) -> torch.Tensor:
+        """An output of the layer, or anything of its shape, as [rows, channels]."""
+        last = self.channels_last(y)
+        return last.reshape(-1, last.shape[-1])
+
+    def input_rows(self, x: torch.Tensor, chosen: torch.Tensor) -> torch.Tensor:
+        """What the chosen rows of the output are computed from.
+
+        Args:
+            x: The layer's input.
+            chosen: Row numbers, int64 [n].
+
+        Returns:
+            [n, groups, features]; features are channels of a group, then kernel positions.
+        """
+        if not self.space:
+            return x.reshape(-1, x.shape[-1])[chosen].unsqueeze(1)
+        patches = self._patches_back(x) if self.back else self._patches(x)
+        sizes = [patches.shape[0], *patches.shape[2 : 2 + self.space]]
+        rows = patches.movedim(1, 1 + self.space)[torch.unravel_index(chosen, sizes)]
+        return rows.reshape(len(chosen), self.groups, -1)
+
+    def matrix(self, weight: torch.Tensor) -> torch.Tensor:
+        """The weight as [groups, features, outputs of a group]."""
+        if not self.space:
+            return (weight if self.outputs else weight.t()).unsqueeze(0)
+        if self.back:
+            taps = weight.flatten(2).transpose(1, 2)
+            return taps.reshape(self.groups, -1, weight.shape[1])
+        return weight.reshape(self.groups, -1, weight[0].numel()).transpose(1, 2)
+
+    def weight_of(self, matrix: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+        """The weight that `matrix` gives [groups, features, outputs of a group]."""
+        if not self.space:
+            weight = matrix[0] if self.outputs else matrix[0].t()
+        elif self.back:
+            taps = matrix.reshape(like.shape[0], -1, like.shape[1])
+            weight = taps.transpose(1, 2).reshape(like.shape)
+        else:
+            weight = matrix.transpose(1, 2).reshape(like.shape)
+        return weight.to(like.dtype).contiguous()
+
+    def _patches(self, x: torch.Tensor) -> torch.Tensor:
+        """View of the padded input: [batch, channels, *positions, *kernel]."""
+        weight_shape = _shape(self.node.args[1])
+        kernel = weight_shape[2:]
+        stride = _spread(_argument(self.node, "stride"), self.space)
+        dilation = _spread(_argument(self.node, "dilation"), self.space)
+        padding: Any = _argument(self.node, "padding")
+        if padding == "same":
+            total = [d * (k - 1) for d, k in zip(dilation, kernel, strict=True)]
+            sides = [(t // 2, t - t // 2) for t in total]
+        elif padding == "valid":
+            sides = [(0, 0)] * self.space
+        else:
+            sides = [(p, p) for p in _spread(padding, self.space)]
+        return self._unfolded(x, sides, kernel, stride, dilation)
+
+    def _patches_back(self, x: torch.Tensor) -> torch.Tensor:
+        """As `_patches`, of a transposed convolution's input, in the order of its kernel."""
+        kernel = _shape(self.node.args[1])[2:]
+        names = ("stride", "dilation", "padding", "output_padding")
+        stride, dilation, padding, extra = (
+            _spread(_argument(self.node, name), self.space) for name in names
+        )
+        sizes = [(n - 1) * s + 1 for n, s in zip(x.shape[2:], stride, strict=True)]
+        spread = x.new_zeros(*x.shape[:2], *sizes)
+        index = [slice(None), slice(None), *(slice(None, None, s) for s in stride)]
+        spread[tuple(index)] = x
+        # A tap reaches as far back as the kernel is long; a padding takes that away again.
+        reach = [d * (k - 1) - p for d, k, p in zip(dilation, kernel, padding, strict=True)]
+        sides = [(r, r + e) for r, e in zip(reach, extra, strict=True)]
+        patches = self._unfolded(spread, sides, kernel, [1] * self.space, dilation)
+        return patches.flip([-1 - d for d in range(self.space)])
+
+    def _unfolded(
+        self,
+        x: torch.Tensor,
+        sides: Sequence[tuple[int, int]],
+        kernel: Sequence[int],
+        stride: Sequence[int],
+        dilation: Sequence[int],
+    ) -> torch.Tensor:
+        """View of a padded input: [batch, channels, *positions, *kernel]."""
+        x = F.pad(x, [p for side in reversed(sides) for p in side])
+        for d in range(self.space):
+            x = x.unfold(2 + d, dilation[d] * (kernel[d] - 1) + 1, stride[d])
+            x = x[..., :: dilation[d]]
+        return x
+
+
+def layers_of(captured: Captured) -> tuple[Layer, ...]:
+    """The layers of a network whose weight is a parameter of its own, in graph order.
+
+    Weights that are used twice or tied, and weights that are computed, make no layer; one that is
+    cut into parts, as the projections of a cross attention are, makes one for each part.
+    """
+    reads, found = reads_of(captured), []
+    for node in captured.graph.nodes:
+        layer = layer_at(captured, node)
+        if layer is None:
+            continue
+        once = all(reads[name] == 1 for name in (layer.weight, layer.bias) if name)
+        if once and is_read_once(layer.way) and is_read_once(layer.bias_way):
+            found.append(layer)
+    return tuple(found)
+
+
+def reads_of(captured: Captured) -> Counter[str]:
+    """How often the graph reads each state tensor, by canonical name; once: some node's own."""
+    return Counter(
+        captured.canonical[str(n.target)]
+        for n in captured.graph.nodes
+        if n.op == "get_attr" and str(n.target) in captured.canonical
+        for _ in n.users
+    )
+
+
+def name_of(captured: Captured, node: Any) -> str | None:
+    """Canonical name of the floating-point state tensor that a node reads, if it reads one."""
+    if not isinstance(node, fx.Node) or node.op != "get_attr":
+        return None
+    name = captured.canonical.get(str(node.target))
+    return name if name is not None and captured.tensor(name).is_floating_point() else None
+
+
+def layer_at(captured: Captured, node: fx.Node) -> Layer | None:
+    """The layer that a node is, whose weight may be used elsewhere, too.
+
+    Args:
+        captured: A network.
+        node: A node of its graph, or of one that reads the same tensors by the same names.
+    """
+    if node.target is aten.linear.default:
+        x, weight, bias = (_argument(node, n) for n in ("input", "weight", "bias"))
+        shape, space, groups = (0, 1), 0, 1
+    elif node.target in _CONVOLUTIONS:
+        x, weight, bias = (_argument(node, n) for n in ("input", "weight", "bias"))
+        shape, space, groups = (0, 1), _CONVOLUTIONS[node.target], int(_argument(node, "groups"))
+    elif node.target in _CONVOLUTIONS_BACK:
+        x, weight, bias = (_argument(node, n) for n in ("input", "weight", "bias"))
+        shape, space = (1, 0), _CONVOLUTIONS_BACK[node.target]
+        groups = int(_argument(node, "groups"))
+    elif node.target in _TRANSPOSED:
+        x, weight, bias = (_argument(node, n) if n else None for n in _TRANSPOSED[node.target])
+        shape, space, groups = (1, 0), 0, 1
+        scaled = any(_argument(node, n) not in (None, 1) for n in ("alpha", "beta"))
+        if scaled:
+            return None
+    else:
+        return None
+    (name, way), (bias_name, bias_way) = (_read_by(captured, n) for n in (weight, bias))
+    if name is None or not isinstance(x, fx.Node) or x.op == "get_attr":
+        return None
+    if bias is not None and bias_name is None:
+        return None
+    # Parts are cut along the outputs, so that the inputs stand as in the whole.
+    cuts = (_argument(n, "dim") for n in way if n.target is not operator.getitem)
+    if any(dim % captured.tensor(name).dim() != shape[0] for dim in cuts):
+        return None
+    rank, back = 2 + space, node.target in _CONVOLUTIONS_BACK
+    if captured.tensor(name).dim() != rank or (space and len(_shape(node)) != rank):
+        return None
+    told = (shape[1], shape[0], groups, space, back, way, bias_way)
+    return Layer(node, x, name, bias_name or "", *told)
+
+
+def _read_by(captured: Captured, node: Any) -> tuple[str | None, Way]:
+    """Name of the state tensor of which a node is a part, and the way there."""
+    found = way_from(node)
+    if found is None:
+        return None, ()
+    return name_of(captured, found[0]), found[1]
+
+
+def _with_part(way: Way, whole: torch.Tensor, part: torch.Tensor) -> torch.Tensor:
+    """A tensor whose part at the end of a way is `part`, in the dtype that it has."""
+    if not way:
+        return part.to(whole.dtype)
+    whole = whole.detach().clone()
+    part_of(way, whole).copy_(part)
+    return whole
+
+
+def _argument(node: fx.Node, name: str) -> Any:
+    return argument_of(node, name, node.args, node.kwargs)
+
+
+def _shape(node: Any) -> Sequence[int]:
+    shape: Sequence[int] = node.meta["val"].shape
+    return shape
+
+
+def _spread(value: Any, space: int) -> list[int]:
+    values = list(value) if isinstance(value, list | tuple) else [value]
+    return values * space if len(values) == 1 else values

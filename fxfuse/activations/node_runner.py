@@ -1,0 +1,213 @@
+"""A network run node by node on all calibration batches, with values freed once they are read."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from types import MappingProxyType
+from typing import Any
+
+import torch
+import torch.utils._pytree as pytree
+from torch import fx
+
+from fxfuse.activations.calibration import Calibration
+from fxfuse.activations.parts import part_of, way_from
+from fxfuse.activations.spill_store import MEMORY, Shelf, Stored
+from fxfuse.errors import CalibrationError
+from fxfuse.graph.capture import Captured
+from fxfuse.graph.source_lines import source_of
+
+
+class Lane:
+    """One network on its way through the graph.
+
+    A value is one entry per batch. It is kept until the last node that reads it has run, and as
+    long as it is among `held`; what does not fit into `memory`, in a temporary folder (`Shelf`).
+
+    Args:
+        captured: The network's graph.
+        state: Its tensors by name; read when a node needs them, so they may change on the way.
+        calibration: The inputs.
+        name: Who that is, for messages.
+        held: Nodes whose values are kept until `drop`.
+        graph: The graph, where the network has another size than `captured`; None: its graph.
+        constants: Tensors that this graph reads beside the network's, by name.
+        asked_as: Nodes of another graph by which `run_to`, `value`, `drop` and `held` may name
+            nodes of this one.
+        absent: Nodes that the network does not have, as those of other members' heads: they are
+            passed over, and their value is None.
+        memory: Bytes of values that stay in memory, beside the calibration inputs.
+    """
+
+    def __init__(
+        self,
+        captured: Captured,
+        state: Mapping[str, torch.Tensor],
+        calibration: Calibration,
+        *,
+        name: str = "the network",
+        held: Collection[fx.Node] = (),
+        graph: fx.Graph | None = None,
+        constants: Mapping[str, torch.Tensor] = MappingProxyType({}),
+        asked_as: Mapping[fx.Node, fx.Node] = MappingProxyType({}),
+        absent: Collection[fx.Node] = (),
+        memory: int = MEMORY,
+    ) -> None:
+        self.captured = captured
+        self.state = state
+        self.calibration = calibration.with_copies
+        self.name = name
+        self.asked_as = asked_as
+        self.absent = absent
+        self.held = {asked_as.get(node, node) for node in held}
+        self.nodes = list((graph or captured.graph).nodes)
+        #: What is only cut out of tensors of the state is no value: they may change.
+        self.parts = {n for n in self.nodes if n.op == "call_function" and way_from(n) is not None}
+        self.order = {node: place for place, node in enumerate(self.nodes)}
+        self.done = 0
+        self.shelf = Shelf(memory)
+        self.values: dict[fx.Node, Sequence[Any]] = {}
+        device = next((t.device for t in state.values()), torch.device("cpu"))
+        self.constants = {name: tensor.to(device) for name, tensor in constants.items()}
+        inputs = [n for n in self.nodes if n.op == "placeholder"]
+        calls = [pytree.tree_leaves(call) for call in self.calibration.batches]
+        for node, leaves in zip(inputs, zip(*calls, strict=True), strict=True):
+            self.values[node] = [
+                leaf.to(device) if isinstance(leaf, torch.Tensor) else leaf for leaf in leaves
+            ]
+
+    def run_to(self, node: fx.Node) -> None:
+        """Runs all nodes up to and with `node`.
+
+        Raises:
+            CalibrationError: An activation is not finite; names the node.
+        """
+        end = self.order[self.asked_as.get(node, node)]
+        while self.done <= end:
+            self._step(self.nodes[self.done])
+            self.done += 1
+
+    def has(self, node: fx.Node) -> bool:
+        """Whether the network has a node, which may lie in the head of another one."""
+        return self.asked_as.get(node, node) not in self.absent
+
+    def value(self, node: fx.Node) -> Sequence[Any]:
+        """What a node that has run returned, for each batch.
+
+        A value in a file is read by each access, so go through the batches once, and keep none.
+        """
+        node = self.asked_as.get(node, node)
+        if node in self.absent:
+            return [None] * len(self.calibration.batches)
+        if node.op == "get_attr" or node in self.parts:
+            return [self._part(node)] * len(self.calibration.batches)
+        return self.values[node]
+
+    def drop(self, node: fx.Node) -> None:
+        """Lets a held value go."""
+        node = self.asked_as.get(node, node)
+        self.held.discard(node)
+        if self._is_read(node):
+            self._forget(node)
+
+    def compute(self, node: fx.Node, replaced: Callable[[int, fx.Node], Any]) -> Iterator[Any]:
+        """What a node returns for each batch with operands as `replaced(batch, operand)` says."""
+        target: Any = node.target
+        for batch in range(len(self.calibration.batches)):
+
+            def operand(n: fx.Node, batch: int = batch) -> Any:
+                return replaced(batch, n)
+
+            args, kwargs = fx.map_arg((node.args, node.kwargs), operand)
+            with torch.no_grad():
+                result = target(*args, **kwargs)
+            yield result
+
+    def redo(self, node: fx.Node) -> None:
+        """Runs a node again, whose operands are still there, because tensors changed."""
+        self._forget(node)
+        self.values[node] = self.shelf.put(self._results(node))
+
+    def compute_one(self, node: fx.Node, batch: int, known: dict[fx.Node, Any]) -> Any:
+        """What a node would return for one batch, whether it has run or not.
+
+        Args:
+            node: The node.
+            batch: Number of the batch.
+            known: Values that stand in for those of nodes; filled with what had to be computed.
+        """
+        if node in known:
+            return known[node]
+        if node.op == "get_attr" or node in self.parts or node in self.values:
+            return self.value(node)[batch]
+        target: Any = node.target
+        args, kwargs = fx.map_arg(
+            (node.args, node.kwargs), lambda n: self.compute_one(n, batch, known)
+        )
+        with torch.no_grad():
+            known[node] = target(*args, **kwargs)
+        return known[node]
+
+    def _step(self, node: fx.Node) -> None:
+        if node.op != "call_function" or node in self.parts:
+            return
+        if node not in self.absent:
+            self._forget(node)
+            self.values[node] = self.shelf.put(self._checked(node))
+        for operand in node.all_input_nodes:
+            if operand not in self.held and self._is_read(operand, self.order[node]):
+                self._forget(operand)
+
+    def _results(self, node: fx.Node) -> Iterator[Any]:
+        return self.compute(node, lambda batch, n: self.value(n)[batch])
+
+    def _forget(self, node: fx.Node) -> None:
+        value = self.values.pop(node, None)
+        if isinstance(value, Stored):
+            self.shelf.free(value)
+
+    def _is_read(self, node: fx.Node, now: int | None = None) -> bool:
+        """Whether all readers of a node have run."""
+        now = self.done - 1 if now is None else now
+        return all(self.order[user] <= now for user in node.users)
+
+    def _part(self, node: fx.Node) -> Any:
+        """A tensor of the state, or a part of it, as it is now."""
+        found = way_from(node)
+        assert found is not None
+        return part_of(found[1], self._tensor(found[0]))
+
+    def _tensor(self, node: fx.Node) -> torch.Tensor:
+        name = self.captured.canonical.get(str(node.target))
+        if name is not None:
+            return self.state[name].detach()
+        if node.target in self.constants:
+            return self.constants[str(node.target)]
+        return self.captured.tensor(str(node.target)).detach()
+
+    def _checked(self, node: fx.Node) -> Iterator[Any]:
+        """The results of a node, none of which is NaN."""
+        looked_at = not _is_view(node)
+        for result in self._results(node):
+            # Masks hold infinities on purpose; NaN is what nothing recovers from.
+            for x in pytree.tree_leaves(result) if looked_at else ():
+                if isinstance(x, torch.Tensor) and x.is_floating_point() and _has_nan(x):
+                    raise CalibrationError(
+                        f"an activation of {self.name} is not a number",
+                        where=f"{node.name} [{node.target}]  {source_of(node)}".rstrip(),
+                        why="NaN appears there on the calibration inputs",
+                        how="check the inputs' range and the members' weights",
+                    )
+            yield result
+
+
+def _is_view(node: fx.Node) -> bool:
+    """Whether an operator only looks at its operand in another way, with no value of its own."""
+    schema = getattr(node.target, "_schema", None)
+    aliases = [] if schema is None else [r.alias_info for r in schema.returns]
+    return bool(aliases) and all(a is not None and not a.is_write for a in aliases)
+
+
+def _has_nan(x: torch.Tensor) -> bool:
+    # A NaN makes the sum one, which is far cheaper to see; infinities may do so, too.
+    return bool(x.sum().isnan()) and bool(x.isnan().any())

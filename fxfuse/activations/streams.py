@@ -1,0 +1,101 @@
+"""Residual streams: groups whose units meet nothing but what treats all mixtures of them alike."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import numpy as np
+import torch
+from torch import fx
+
+from fxfuse.analysis.coupling import CouplingGraph, Index
+from fxfuse.analysis.labels import Value, neurons
+from fxfuse.analysis.rules.registry import find
+
+_ATEN = torch.ops.aten
+#: Sums, and what is the identity in eval mode.
+_SUMS = {_ATEN.add.Tensor, _ATEN.sub.Tensor, _ATEN.dropout.default, _ATEN.clone.default}
+#: Norms over the units; in any other basis they are an approximation, as over other units.
+_NORMS = {_ATEN.layer_norm.default, _ATEN.rms_norm.default}
+#: Layers, with the position of their number of groups.
+_LAYERS: dict[Any, int | None] = {
+    _ATEN.linear.default: None,
+    _ATEN.embedding.default: None,
+    _ATEN.addmm.default: None,
+    _ATEN.conv1d.default: 6,
+    _ATEN.conv2d.default: 6,
+    _ATEN.conv3d.default: 6,
+    **{getattr(_ATEN, f"conv{n}d").padding: 6 for n in (1, 2, 3)},
+}
+#: Where they are over other dimensions.
+_MEANS = {_ATEN.mean.dim, _ATEN.sum.dim_IntList}
+#: Files of rules for what only moves values.
+_MOVES = {
+    "fxfuse.analysis.rules.movement",
+    "fxfuse.analysis.rules.selection",
+    "fxfuse.analysis.rules.creation",
+}
+
+
+def streams(graph: CouplingGraph) -> frozenset[str]:
+    """Names of the groups of which any mixture of units can stand in a unit's place.
+
+    Such units are added, moved, normalised over, written and read by layers without groups of
+    channels, and nothing else: no activation and no scale meets one of them by itself.
+
+    Args:
+        graph: The analysis of the members.
+    """
+    numbers = _numbers(graph)
+    mixed = {
+        number
+        for number, group in enumerate(graph.groups)
+        if any(rows.shape[1] != 1 for rows in group.index.values())
+    }
+    normed: set[int] = set()
+    for node in graph.captured.graph.nodes:
+        if node.op != "call_function":
+            continue
+        met = _groups_at(node.all_input_nodes, graph, numbers)
+        if met and not _is_linear(node, met, graph, numbers):
+            mixed |= met
+        elif node.target in _NORMS:
+            normed |= met
+    return frozenset(graph.groups[number].name for number in normed - mixed)
+
+
+def _numbers(graph: CouplingGraph) -> Index:
+    """For each neuron the number of its group, or -1; int64 [ids]."""
+    place = {group.name: number for number, group in enumerate(graph.groups)}
+    found = np.full(graph.ledger.count, -1, dtype=np.int64)
+    for owner, where in enumerate(graph.ledger.owners):
+        for group in graph.group_of.get(where, ()):
+            rows = group.index[where].reshape(-1)
+            found[graph.ledger.starts[owner] + rows] = place[group.name]
+    return found
+
+
+def _groups_at(nodes: Iterable[fx.Node], graph: CouplingGraph, numbers: Index) -> set[int]:
+    found: set[int] = set()
+    for node in nodes:
+        value = graph.values.get(node)
+        if isinstance(value, Value):
+            for field in value.fields:
+                found |= set(numbers[np.unique(neurons(field.ids).numpy())].tolist())
+    return found - {-1}
+
+
+def _is_linear(node: fx.Node, met: set[int], graph: CouplingGraph, numbers: Index) -> bool:
+    """Whether a node treats mixtures of the units that it meets as it treats the units."""
+    target: Any = node.target
+    if target in _SUMS or target in _NORMS:
+        return True
+    if target in _LAYERS:
+        at = _LAYERS[target]
+        groups: Any = 1 if at is None or len(node.args) <= at else node.args[at]
+        return bool(groups == 1)
+    if target in _MEANS:
+        return met <= _groups_at([node], graph, numbers)
+    rule = find(target)
+    return rule is not None and rule.__module__ in _MOVES

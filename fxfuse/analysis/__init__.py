@@ -1,0 +1,1 @@
+"""The dependency analyzer: labels, rules, coupling groups, and what is frozen and why."""

@@ -1,0 +1,198 @@
+"""What a caller may ask of an analysis: parameters that stay, are shared, or outputs set free."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from difflib import get_close_matches
+from fnmatch import fnmatchcase
+from typing import NoReturn
+
+import torch
+from torch import fx
+
+from fxfuse.analysis.labels import Kind
+from fxfuse.errors import ControlError
+from fxfuse.graph.capture import Captured
+
+#: One pattern, or several.
+Patterns = str | Iterable[str]
+#: For an output, by its index in flattened order: the dimensions that are interface.
+OutputDims = Mapping[int, Sequence[int]]
+
+
+@dataclass(frozen=True)
+class Controls:
+    """Options of an analysis; patterns are those of `fnmatch`.
+
+    Attributes:
+        freeze: `state_dict()` names of parameters that stay exactly as in the host.
+        share: `state_dict()` names of parameters whose index means the same in all members.
+        ignore: Dotted paths of submodules of which nothing is fused: all is the host's.
+        output_dims: For an output, by its index in flattened order, the dimensions that are
+            interface. An output that is not listed is interface in every dimension.
+    """
+
+    freeze: tuple[str, ...] = ()
+    share: tuple[str, ...] = ()
+    ignore: tuple[str, ...] = ()
+    output_dims: Mapping[int, tuple[int, ...]] = field(default_factory=dict)
+
+    @staticmethod
+    def of(
+        freeze: Patterns = (),
+        share: Patterns = (),
+        ignore: Patterns = (),
+        output_dims: OutputDims | None = None,
+    ) -> Controls:
+        """Controls from what a caller writes: one pattern may stand without a list."""
+        dims = {output: tuple(dims) for output, dims in (output_dims or {}).items()}
+        return Controls(listed(freeze), listed(share), listed(ignore), dims)
+
+    def and_also(self, other: Controls) -> Controls:
+        """What both ask for; of an output that both speak of, what the other says."""
+        return Controls(
+            self.freeze + other.freeze,
+            self.share + other.share,
+            self.ignore + other.ignore,
+            {**self.output_dims, **other.output_dims},
+        )
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What was asked for one tensor.
+
+    Attributes:
+        kind: `Kind.HOST` (frozen, ignored) or `Kind.COMMON` (shared).
+        why: The option, as it is told to the user.
+    """
+
+    kind: Kind
+    why: str
+
+
+def listed(patterns: Patterns) -> tuple[str, ...]:
+    """Patterns as a tuple."""
+    return (patterns,) if isinstance(patterns, str) else tuple(patterns)
+
+
+def paths_of(name: str) -> tuple[str, ...]:
+    """The dotted paths of the modules that hold a tensor, outermost first."""
+    parts = name.split(".")[:-1]
+    return tuple(".".join(parts[: n + 1]) for n in range(len(parts)))
+
+
+def names_like(names: Iterable[str], pattern: str, option: str) -> tuple[str, ...]:
+    """The tensor names that match a pattern.
+
+    Raises:
+        ControlError: None does.
+    """
+    names = tuple(names)
+    found = tuple(name for name in names if fnmatchcase(name, pattern))
+    return found or nothing_like(pattern, option, names, "no tensor of the network has such a name")
+
+
+def names_under(names: Iterable[str], pattern: str, option: str) -> tuple[str, ...]:
+    """The tensor names that lie in a submodule whose path matches a pattern.
+
+    A tensor that the network itself holds lies in no submodule and is matched by its own name.
+
+    Raises:
+        ControlError: None does.
+    """
+    names = tuple(names)
+    paths = {name: paths_of(name) or (name,) for name in names}
+    found = tuple(n for n in names if any(fnmatchcase(path, pattern) for path in paths[n]))
+    known = tuple(dict.fromkeys(path for name in names for path in paths[name]))
+    return found or nothing_like(pattern, option, known, "no submodule of this path holds a tensor")
+
+
+def nothing_like(pattern: str, option: str, known: Sequence[str], why: str) -> NoReturn:
+    """Raises the error for a pattern that matches nothing, with what comes close to it.
+
+    Raises:
+        ControlError: Always.
+    """
+    close = get_close_matches(pattern, known, n=5, cutoff=0.4) or list(known[:5])
+    more = f" (and {len(known) - len(close)} more)" if len(known) > len(close) else ""
+    raise ControlError(
+        f"{option}={pattern!r} matches nothing",
+        why=why,
+        how=f"there are {', '.join(close)}{more}" if known else "the network has no tensors",
+    )
+
+
+def asked_for(captured: Captured, controls: Controls) -> dict[str, Asked]:
+    """What was asked for each tensor, by canonical name.
+
+    Raises:
+        ControlError: A pattern matches nothing, or two options contradict each other.
+    """
+    found: dict[str, Asked] = {}
+    for option, patterns, search, kind in (
+        ("freeze", controls.freeze, names_like, Kind.HOST),
+        ("ignore", controls.ignore, names_under, Kind.HOST),
+        ("share", controls.share, names_like, Kind.COMMON),
+    ):
+        for pattern in patterns:
+            asked = Asked(kind, f"asked for: {option}={pattern}")
+            for name in search(captured.names, pattern, option):
+                _add(found, captured, name, asked)
+    return found
+
+
+def _add(found: dict[str, Asked], captured: Captured, name: str, asked: Asked) -> None:
+    if name in captured.heads:
+        raise ControlError(
+            "a head is asked to stay or to be shared",
+            where=name,
+            why=f"{asked.why}, but every head keeps its own member's weights anyhow",
+            how="choose a pattern that matches tensors of the trunk only",
+        )
+    earlier = found.setdefault(captured.canonical[name], asked)
+    if earlier.kind is not asked.kind:
+        raise contradiction(name, earlier.why, asked.why)
+
+
+def contradiction(where: str, first: str, second: str) -> ControlError:
+    """The error for something that is to be the host's and shared at once."""
+    return ControlError(
+        "two options contradict each other",
+        where=where,
+        why=f"{first}, but also {second}",
+        how="what is the host's is no mean of the members: drop one of the two patterns",
+    )
+
+
+def interface_dims(captured: Captured, controls: Controls) -> dict[int, frozenset[int]]:
+    """The interface dimensions of the outputs that are listed, counted from the front.
+
+    Raises:
+        ControlError: There is no such output, or it has no such dimension.
+    """
+    outputs = captured.outputs()
+    found = {}
+    ranks = {
+        index: node.meta["val"].dim()
+        for index, node in enumerate(outputs)
+        if isinstance(node, fx.Node) and isinstance(node.meta.get("val"), torch.Tensor)
+    }
+    for index, dims in controls.output_dims.items():
+        if index not in ranks:
+            raise ControlError(
+                f"output_dims names output {index}, which the network does not have",
+                how="in flattened order, the network has the outputs "
+                + ", ".join(f"{i} ({rank} dimensions)" for i, rank in ranks.items()),
+            )
+        rank = ranks[index]
+        for dim in dims:
+            if not -rank <= dim < rank:
+                raise ControlError(
+                    f"output {index} has no dimension {dim}",
+                    where=f"output_dims={dict(controls.output_dims)}",
+                    why=f"it has {rank} dimensions",
+                )
+        found[index] = frozenset(dim % rank for dim in dims)
+    return found

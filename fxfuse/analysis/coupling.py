@@ -1,0 +1,310 @@
+"""Coupling: the units and groups of a network, what is frozen and why, and who couples whom."""
+
+from __future__ import annotations
+
+import warnings
+from collections import defaultdict
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from typing import Any, overload
+
+import networkx as nx
+import numpy as np
+from torch import fx, nn
+from torch.export import ExportedProgram
+
+from fxfuse.analysis.constraints import Ledger
+from fxfuse.analysis.controls import (
+    Asked,
+    Controls,
+    OutputDims,
+    Patterns,
+    asked_for,
+    interface_dims,
+)
+from fxfuse.analysis.explain import Explainer
+from fxfuse.analysis.freezing import FrozenReason, excused, frozen_components, frozen_places
+from fxfuse.analysis.gaps import WithoutRule, without_rule
+from fxfuse.analysis.grouping import CouplingGroup, form_groups
+from fxfuse.analysis.interpreter import interpret
+from fxfuse.analysis.labels import Index, Kind, Place, Value
+from fxfuse.analysis.mixing import MixingNote, mixing_notes, shared_writers, tied_outputs
+from fxfuse.graph.capture import Captured, capture
+
+# What an analysis consists of is imported from here, whichever file makes it.
+__all__ = [
+    "CouplingGraph",
+    "CouplingGroup",
+    "FrozenReason",
+    "Index",
+    "MixingNote",
+    "Place",
+    "WithoutRule",
+    "analyze",
+    "couple",
+    "hands_out",
+]
+
+
+@dataclass(frozen=True)
+class CouplingGraph:
+    """The result of `analyze`.
+
+    Attributes:
+        captured: The captured network.
+        groups: Coupling groups.
+        frozen: Reason for every place that is frozen, wholly or in part.
+        mixing: Operators that mix members.
+        free_fraction: Share of parameter elements that lie in tensors with at least one free
+            dimension, of those that the graph reads.
+        asked: What options asked for, by canonical tensor name.
+        without_rule: Operators without a rule, or without a rule for this use, that labelled
+            neurons or parameters met, in graph order.
+        members: The analysis of each member where they differ in width; empty elsewhere.
+        whole: Of a `trunk()`, the analysis with the members' heads; None: this one is whole.
+    """
+
+    captured: Captured
+    groups: tuple[CouplingGroup, ...]
+    frozen: Mapping[Place, FrozenReason]
+    mixing: tuple[MixingNote, ...]
+    free_fraction: float
+    readers: frozenset[Place]
+    writers: frozenset[Place]
+    values: Mapping[fx.Node, Any] = field(repr=False)
+    ledger: Ledger = field(repr=False)
+    asked: Mapping[str, Asked] = field(default_factory=dict)
+    without_rule: tuple[WithoutRule, ...] = ()
+    members: tuple[CouplingGraph, ...] = field(default=(), repr=False)
+    whole: CouplingGraph | None = field(default=None, repr=False)
+
+    def of_member(self, member: int) -> CouplingGraph:
+        """The analysis of a member, whose width may be another one."""
+        return self.members[member] if self.members else self
+
+    def units_of(self, group: str, member: int) -> int:
+        """How many units of a group a member has."""
+        return next(g.n_units for g in self.of_member(member).groups if g.name == group)
+
+    def lacking(self, absent: Mapping[str, Collection[int]], member: int) -> frozenset[str]:
+        """The groups that a member has no units of, since it lacks the block that they are in.
+
+        Args:
+            absent: Tensors that some members lack → the numbers of these members.
+            member: Number of the member.
+        """
+        missing = {name for name, members in absent.items() if member in members}
+        groups = (g for g in self.groups if all(name in missing for name, _ in g.index))
+        return frozenset(g.name for g in groups) if missing else frozenset()
+
+    def rows_of(self, group: str, place: Place) -> Index:
+        """Which indices each unit of a group owns in a place, int64 [n_units, slots_per_unit]."""
+        return next(g.index[place] for g in self.group_of[place] if g.name == group)
+
+    def node_of(self, node: fx.Node, member: int) -> fx.Node:
+        """The node of a member's own graph that does what a node of this one does."""
+        return self._nodes[member][node] if self.members else node
+
+    @cached_property
+    def _nodes(self) -> tuple[Mapping[fx.Node, fx.Node], ...]:
+        """For each member, its own nodes: the graphs differ in sizes alone."""
+        nodes = list(self.captured.graph.nodes)
+        each = (member.captured.graph.nodes for member in self.members)
+        return tuple(dict(zip(nodes, own, strict=True)) for own in each)
+
+    @cached_property
+    def group_of(self) -> Mapping[Place, tuple[CouplingGroup, ...]]:
+        """The groups that own slots in each place."""
+        found: dict[Place, list[CouplingGroup]] = defaultdict(list)
+        for group in self.groups:
+            for place in group.index:
+                found[place].append(group)
+        return {place: tuple(groups) for place, groups in found.items()}
+
+    @cached_property
+    def _explainer(self) -> Explainer:
+        return Explainer(self.captured, self.ledger, self.group_of, self.frozen)
+
+    def to_networkx(self) -> nx.Graph:
+        """The coupling as a graph: nodes `(tensor, dim)`, edges with the fx nodes that tied them.
+
+        Node attributes: `size`, `groups` (names), `frozen` (why, or ""). Edge attribute
+        `nodes`: names of graph nodes, in graph order. Nodes named `<name>` are results of
+        operators without a rule.
+        """
+        return self._explainer.graph.copy()
+
+    @overload
+    def explain(self, first: str, second: int) -> str: ...
+
+    @overload
+    def explain(self, first: Place, second: Place | None = None) -> str: ...
+
+    def explain(self, first: Any, second: Any = None) -> str:
+        """Says in which group a dimension is and why, why it is frozen, or what couples two.
+
+        Args:
+            first: A tensor name, or a pair `(tensor, dim)`.
+            second: The dimension if `first` is a name; another pair to explain a coupling.
+
+        Raises:
+            UnknownTensorError: The network has no such tensor or dimension.
+        """
+        if isinstance(first, str):
+            return self._explainer.one((first, int(second)))
+        if second is None:
+            return self._explainer.one(tuple(first))
+        return self._explainer.two(tuple(first), tuple(second))
+
+    def trunk(self) -> CouplingGraph:
+        """The same analysis with groups of which the members' own heads are no part."""
+        if not self.captured.heads:
+            return self
+        heads = self.captured.heads
+
+        def without_heads(group: CouplingGroup) -> CouplingGroup:
+            kept = {place: rows for place, rows in group.index.items() if place[0] not in heads}
+            return replace(group, index=kept)
+
+        groups = tuple(without_heads(g) for g in self.groups)
+        return replace(self, groups=groups, whole=self.whole or self)
+
+    def freezing(self, names: Iterable[str], why: str) -> CouplingGraph:
+        """The same analysis with some groups frozen (inside the network, so of kind host)."""
+        chosen = set(names)
+        frozen = dict(self.frozen)
+        for group in self.groups:
+            if group.name in chosen:
+                for place, rows in group.index.items():
+                    before = frozen[place].indices if place in frozen else np.empty(0, np.int64)
+                    indices = np.union1d(before, rows.reshape(-1))
+                    frozen[place] = FrozenReason(Kind.HOST, why, "", "", indices)
+        groups = tuple(g for g in self.groups if g.name not in chosen)
+        return replace(
+            self,
+            groups=groups,
+            frozen=frozen,
+            free_fraction=_free_fraction(self.captured, groups),
+            members=tuple(member.freezing(names, why) for member in self.members),
+        )
+
+
+def analyze(
+    model: nn.Module | ExportedProgram | Captured,
+    example_inputs: Any = (),
+    example_kwargs: Mapping[str, Any] | None = None,
+    *,
+    freeze: Patterns = (),
+    share: Patterns = (),
+    ignore: Patterns = (),
+    output_dims: OutputDims | None = None,
+    dynamic_shapes: Any = None,
+) -> CouplingGraph:
+    """Finds the coupling groups of a network.
+
+    Patterns are those of `fnmatch`; one may stand without a list.
+
+    Args:
+        model: What `fxfuse.capture` takes, or its result.
+        example_inputs: A tensor or a tuple of positional inputs, batch of at least 2.
+        example_kwargs: Keyword inputs.
+        freeze: `state_dict()` names of parameters that stay exactly as in the host. Every
+            dimension freezes, and what is coupled to it follows: the host keeps it. A dimension
+            that means the same in all members anyhow (input channels, tokens) draws nothing in.
+        share: `state_dict()` names of parameters whose index means the same in all members (a
+            pretrained stem that all members hold): the members' mean is taken, along with
+            whatever is coupled to it, and the plan lists how far they disagree.
+        ignore: Dotted paths of submodules of which nothing is fused: all their parameters and
+            buffers are frozen as by `freeze`.
+        output_dims: For an output, by its index in flattened order, the dimensions that are
+            interface: `{0: ()}` sets all dimensions of the first output free, so that its channels
+            may be permuted and fused. An output that is not listed is interface in every
+            dimension.
+        dynamic_shapes: Passed to `torch.export.export` unchanged.
+
+    Returns:
+        Groups, frozen dimensions and explanations.
+
+    Raises:
+        ExampleInputError: The model rejects the example inputs.
+        CaptureError: The model cannot be captured.
+        ControlError: An option names nothing in the network, or two contradict each other.
+    """
+    captured = model
+    if not isinstance(captured, Captured):
+        captured = capture(captured, example_inputs, example_kwargs, dynamic_shapes=dynamic_shapes)
+    return couple(captured, Controls.of(freeze, share, ignore, output_dims))
+
+
+def couple(captured: Captured, controls: Controls) -> CouplingGraph:
+    """Finds the coupling groups of a captured network.
+
+    Args:
+        captured: The network.
+        controls: The options of `analyze`.
+
+    Raises:
+        ControlError: An option names nothing in the network, or two contradict each other.
+    """
+    asked = asked_for(captured, controls)
+    missing = captured.unreached(excused(asked))
+    if missing:
+        warnings.warn(
+            f"the example inputs do not reach {', '.join(missing)}: nothing is known of these, and "
+            "they count as frozen. Pass an example that reaches them.",
+            stacklevel=3,
+        )
+    ledger, values = interpret(captured, interface_dims(captured, controls))
+    for name, wish in asked.items():
+        ledger.ask(name, wish.kind, wish.why)
+    component = ledger.components()
+    stuck = frozen_components(captured, ledger, component)
+    groups = form_groups(captured, ledger, component, stuck.mask)
+    frozen = frozen_places(captured, ledger, component, stuck, asked)
+    notes = [
+        *mixing_notes(ledger, component, stuck, values),
+        *shared_writers(captured, groups, frozen, ledger.readers, asked),
+        *tied_outputs(captured, groups, frozen, ledger.readers, ledger.writers),
+    ]
+    return CouplingGraph(
+        captured,
+        groups,
+        frozen,
+        tuple(notes),
+        _free_fraction(captured, groups),
+        frozenset(ledger.readers),
+        frozenset(ledger.writers),
+        values,
+        ledger,
+        asked,
+        without_rule(ledger),
+    )
+
+
+def hands_out(graph: CouplingGraph, controls: Controls) -> bool:
+    """Whether units stand in an output along a dimension that is no interface (`output_dims`).
+
+    Args:
+        graph: The analysis of a network.
+        controls: The options that it was made with.
+    """
+    outputs, interface = graph.captured.outputs(), interface_dims(graph.captured, controls)
+    values = {index: graph.values.get(outputs[index]) for index in interface}
+    return any(
+        interface[index].isdisjoint(f.dims)
+        for index, value in values.items()
+        if isinstance(value, Value)
+        for f in value.fields
+    )
+
+
+def _free_fraction(captured: Captured, groups: Iterable[CouplingGroup]) -> float:
+    free = {captured.canonical[name] for group in groups for name, _ in group.index}
+    total = inside = 0
+    for name in captured.reached():
+        tensor = captured.tensor(name)
+        if isinstance(tensor, nn.Parameter):
+            total += tensor.numel()
+            inside += tensor.numel() if name in free else 0
+    return inside / total if total else 0.0

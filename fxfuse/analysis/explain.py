@@ -1,0 +1,140 @@
+"""Explanations: why a dimension is free or frozen, and which operators couple two."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import pairwise
+
+import networkx as nx
+import numpy as np
+
+from fxfuse.analysis.constraints import Ledger
+from fxfuse.analysis.freezing import FrozenReason
+from fxfuse.analysis.grouping import CouplingGroup
+from fxfuse.analysis.labels import Place
+from fxfuse.errors import UnknownTensorError
+from fxfuse.graph.capture import Captured
+from fxfuse.graph.source_lines import source_of
+
+
+@dataclass(frozen=True)
+class Explainer:
+    """Puts an analysis into sentences.
+
+    Attributes:
+        captured: The network.
+        ledger: What was found out.
+        group_of: The groups that own slots in each place.
+        frozen: Why places are frozen.
+    """
+
+    captured: Captured
+    ledger: Ledger
+    group_of: Mapping[Place, tuple[CouplingGroup, ...]]
+    frozen: Mapping[Place, FrozenReason]
+
+    @cached_property
+    def graph(self) -> nx.Graph:
+        """Nodes `(tensor, dim)`, edges with the fx nodes that tied them."""
+        ledger = self.ledger
+        result: nx.Graph = nx.Graph()
+        for owner, place in enumerate(ledger.owners):
+            result.add_node(
+                place,
+                size=len(ledger.ids_of(owner)),
+                groups=[g.name for g in self.group_of.get(place, ())],
+                frozen=self.frozen[place].why if place in self.frozen else "",
+            )
+        for a, b, node in ledger.ties:
+            pairs = np.stack([ledger.owner_positions(a), ledger.owner_positions(b)], axis=1)
+            for left, right in np.unique(pairs, axis=0).tolist():
+                if left == right or node is None:
+                    continue
+                u, v = ledger.owners[left], ledger.owners[right]
+                if not result.has_edge(u, v):
+                    result.add_edge(u, v, nodes=[])
+                if node.name not in result.edges[u, v]["nodes"]:
+                    result.edges[u, v]["nodes"].append(node.name)
+        return result
+
+    def one(self, place: Place) -> str:
+        """Why a dimension is free or frozen.
+
+        Raises:
+            UnknownTensorError: The network has no such tensor or dimension.
+        """
+        key = self._place(place)
+        lines = [f"{place[0]}, dimension {key[1]}:"]
+        for group in self.group_of.get(key, ()):
+            slots = group.index[key].shape[1]
+            lines.append(
+                f"  free, in group {group.name!r}: {group.n_units} units, "
+                f"{slots} slot{'s' if slots > 1 else ''} of each unit here; coupled with"
+            )
+            for other in group.index:
+                if other != key:
+                    lines += [f"    {other[0]}, dimension {other[1]}"]
+                    lines += [f"      {step}" for step in self._chain(key, other)]
+        reason = self.frozen.get(key)
+        if reason is not None:
+            part = (
+                ""
+                if len(reason.indices) == self._size(key)
+                else f" ({len(reason.indices)} indices)"
+            )
+            lines.append(f"  frozen{part} ({reason.kind}): {reason.why}")
+            if reason.node:
+                lines.append(f"    at {reason.node}  {reason.source}".rstrip())
+            if reason.operator:
+                lines.append(f"    a rule for {reason.operator} belongs in {reason.rule_file}")
+        return "\n".join(lines)
+
+    def two(self, a: Place, b: Place) -> str:
+        """The chain of operators that couples two dimensions.
+
+        Raises:
+            UnknownTensorError: The network has no such tensor or dimension.
+        """
+        first, second = self._place(a), self._place(b)
+        head = f"{a[0]}, dimension {first[1]} and {b[0]}, dimension {second[1]}"
+        if first == second:
+            return f"{head}: the same place"
+        steps = self._chain(first, second)
+        if not steps:
+            return f"{head}: not coupled"
+        return "\n".join([f"{head}: coupled by", *(f"  {step}" for step in steps)])
+
+    def _place(self, place: Place) -> Place:
+        name, dim = place
+        if name not in self.captured.canonical:
+            close = [n for n in self.captured.names if name in n][:5]
+            raise UnknownTensorError(
+                f"the network has no tensor {name!r}",
+                how="use a name of model.state_dict()" + (f", such as {close}" if close else ""),
+            )
+        rank = self.captured.tensor(name).dim()
+        if not -rank <= dim < rank:
+            raise UnknownTensorError(
+                f"{name!r} has no dimension {dim}", why=f"it has {rank} dimensions"
+            )
+        return self.captured.canonical[name], dim % rank
+
+    def _size(self, place: Place) -> int:
+        return int(self.captured.tensor(place[0]).shape[place[1]])
+
+    def _chain(self, a: Place, b: Place) -> list[str]:
+        if a not in self.graph or b not in self.graph or not nx.has_path(self.graph, a, b):
+            return []
+        by_name = {node.name: node for node in self.captured.graph.nodes}
+        path = nx.shortest_path(self.graph, a, b)
+        steps = []
+        for left, right in pairwise(path):
+            name = self.graph.edges[left, right]["nodes"][0]
+            source = source_of(by_name[name])
+            steps.append(
+                f"{left[0]}:{left[1]} - {right[0]}:{right[1]} by {name} "
+                f"[{by_name[name].target}]  {source}".rstrip()
+            )
+        return steps

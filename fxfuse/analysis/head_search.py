@@ -1,0 +1,110 @@
+"""Where the members' classes stand: the dimension of the output, and the layers that write it."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Sequence
+
+import numpy as np
+from torch import fx
+
+from fxfuse.analysis.controls import Controls, names_under
+from fxfuse.analysis.coupling import couple
+from fxfuse.analysis.label_spaces import LabelSpaces
+from fxfuse.analysis.labels import Value, neurons
+from fxfuse.errors import PartialFusionError
+from fxfuse.graph.capture import Captured
+
+_HOW = "name the modules that write the logits: heads=[...], with head_outputs="
+
+
+def find_heads(
+    members: Sequence[Captured], patterns: tuple[str, ...], spaces: LabelSpaces
+) -> tuple[tuple[str, ...], int]:
+    """The heads whose outputs become one tensor, and the dimension of that tensor that is classes.
+
+    A head that is to be found consists of the modules whose parameters have an index for each
+    class.
+
+    Args:
+        members: Captured members.
+        patterns: The caller's patterns of the heads; none where they are to be found.
+        spaces: How the heads are handed out.
+
+    Returns:
+        Patterns of the heads, and the dimension.
+
+    Raises:
+        ControlError: A pattern matches nothing.
+        NotEmittedError: torch.export refused a member.
+        PartialFusionError: The members return no single tensor, the heads are not found, or the
+            classes are not those of the members.
+    """
+    for member in members:
+        member.require_program()
+    outputs = [_output(member) for member in members]
+    shapes = [output.meta["val"].shape for output in outputs]
+    ranks = {len(shape) for shape in shapes}
+    if len(ranks) != 1:
+        raise PartialFusionError(
+            "the members' outputs differ in their number of dimensions",
+            why=f"they have {', '.join(map(str, sorted(ranks)))}",
+            how="use head_outputs='tuple', which hands them out one by one",
+        )
+    (rank,) = ranks
+    sizes = [[shape[dim] for shape in shapes] for dim in range(rank)]
+    differing = [
+        d for d in range(rank) if all(isinstance(s, int) for s in sizes[d]) and len({*sizes[d]}) > 1
+    ]
+    writers: dict[int, set[str]] = {}
+    for member, output in zip(members, outputs, strict=True):
+        # A dimension of size 1 has no labels: of one class, another member knows more.
+        writers = writers or _writers(member, output)
+    if patterns:
+        inside = {n for p in patterns for n in names_under(members[0].names, p, "heads")}
+        writers = {dim: names & inside for dim, names in writers.items() if names & inside}
+    found = [dim for dim in writers if dim in differing] or sorted(writers)
+    if patterns and not found:
+        found = differing or ([1] if rank == 2 else [])
+    if len(found) != 1:
+        raise PartialFusionError(
+            "it is not clear which dimension of the output is the classes"
+            if found
+            else "no layer writes the network's output, index by index",
+            where=f"{outputs[0].name}, of {rank} dimensions",
+            why="parameters have an index for each place along "
+            + (f"dimensions {', '.join(map(str, found))}" if found else "none of them"),
+            how=_HOW,
+        )
+    (dim,) = found
+    spaces.check_counts([int(size) for size in sizes[dim]])
+    modules = {name.rpartition(".")[0] or name for name in writers.get(dim, ())}
+    return patterns or tuple(sorted(modules)), dim
+
+
+def _output(member: Captured) -> fx.Node:
+    tensors = [node for node in member.outputs() if isinstance(node, fx.Node)]
+    if len(tensors) == 1:
+        return tensors[0]
+    raise PartialFusionError(
+        f"the members return {len(tensors)} tensors",
+        why="logits of several members can only become one tensor where each returns one",
+        how="use head_outputs='tuple', or wrap the networks in a module that returns the logits",
+    )
+
+
+def _writers(member: Captured, output: fx.Node) -> dict[int, set[str]]:
+    """For each dimension of the output, the tensors that have an index for each place along it."""
+    graph = couple(member, Controls())
+    component = graph.ledger.components()
+    value = graph.values[output]
+    found: dict[int, set[str]] = defaultdict(set)
+    for f in value.fields if isinstance(value, Value) else ():
+        here = component[neurons(f.ids).reshape(-1).numpy()]
+        if len(f.dims) != 1 or len(np.unique(here)) < len(here):
+            continue
+        for owner, (name, _) in enumerate(graph.ledger.owners):
+            ids = graph.ledger.ids_of(owner)
+            if name in member.canonical and np.isin(component[ids], here).any():
+                found[f.dims[0]].add(name)
+    return dict(found)

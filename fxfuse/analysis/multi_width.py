@@ -1,0 +1,226 @@
+"""Members of different widths: one graph, other sizes, an analysis for each of them.
+
+Where only the number of units differs, each member's units go on as those of members of one width.
+Where the units themselves have another size (heads of 4 and of 6 channels, groups of a GroupNorm),
+no unit of one member can stand in the place of another's: such a group is frozen. The first member
+keeps it, and where members run one by one each keeps its own. A number that the graph calculates
+with and that follows from a width (a scale) mixes members, since the fused network has one of it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import torch.utils._pytree as pytree
+from torch import fx
+
+from fxfuse.analysis.coupling import CouplingGraph, CouplingGroup, MixingNote
+from fxfuse.analysis.labels import Kind, Place, Value, neurons
+from fxfuse.errors import ControlError, MemberMismatchError
+from fxfuse.graph.capture import Captured
+from fxfuse.graph.source_lines import source_of, where_of
+
+
+def of_all_widths(
+    graph: CouplingGraph,
+    members: Sequence[Captured],
+    analyze: Callable[[Captured], CouplingGraph],
+) -> CouplingGraph:
+    """The analysis of the first member, with those of the others where their sizes differ.
+
+    Groups whose units differ in size are frozen in all of them.
+
+    Args:
+        graph: The analysis of the first member.
+        members: Captured members with one graph, apart from sizes.
+        analyze: Analyzes a member with the same options.
+
+    Returns:
+        `graph` itself where all members have one size.
+
+    Raises:
+        MemberMismatchError: The members differ in something else than the number or the size of
+            units.
+    """
+    keys = [_key(member) for member in members]
+    known = {keys[0]: graph}
+    irregular: dict[str, str] = {}
+    for number, (key, member) in enumerate(zip(keys, members, strict=True)):
+        if key not in known:
+            known[key] = analyze(member)
+            irregular |= _irregular(graph, known[key], number)
+    if len(known) == 1:
+        return graph
+    shared = set[Place]().union(*(_shared(graph, g) for g in known.values()))
+    notes: dict[str, MixingNote] = {}
+    for number, key in enumerate(keys):
+        _check_alike(graph, known[key], number, irregular, shared)
+        apart = _numbers_apart(graph, known[key], number, irregular)
+        notes = {note.node: note for note in apart} | notes
+    for name, why in irregular.items():
+        known = {key: found.freezing([name], why) for key, found in known.items()}
+    known = {key: _hosted(found, shared) for key, found in known.items()}
+    mixing = (*known[keys[0]].mixing, *notes.values())
+    return replace(known[keys[0]], mixing=mixing, members=tuple(known[key] for key in keys))
+
+
+def check_host(graph: CouplingGraph, host: int) -> None:
+    """Checks that a member can keep what is frozen inside the network: that has its size there.
+
+    Args:
+        graph: What `of_all_widths` returned.
+        host: Number of the member.
+
+    Raises:
+        ControlError: It is frozen at another size than member 0's, in whose graph the result is.
+    """
+    own = graph.of_member(host)
+    for (name, dim), reason in graph.frozen.items():
+        found = own.frozen[(name, dim)].indices
+        if reason.kind is Kind.HOST and len(found) != len(reason.indices):
+            raise ControlError(
+                f"member {host} cannot be the host",
+                where=f"{name}:{dim}",
+                why=f"it has {len(found)} frozen indices there, and member 0, whose graph the "
+                f"fused network has, has {len(reason.indices)}: {reason.why}",
+                how="pass that member first, and leave host= out",
+            )
+
+
+def _key(member: Captured) -> tuple[Any, ...]:
+    """What members with one graph may differ in: shapes, and numbers in the graph."""
+    shapes = tuple(tuple(member.tensor(name).shape) for name in member.names)
+    return shapes, tuple(_numbers(node) for node in member.graph.nodes)
+
+
+def _numbers(node: fx.Node) -> tuple[int | float, ...]:
+    leaves = pytree.tree_leaves((node.args, node.kwargs))
+    return tuple(leaf for leaf in leaves if isinstance(leaf, int | float))
+
+
+def _irregular(first: CouplingGraph, other: CouplingGraph, number: int) -> dict[str, str]:
+    """The groups whose units are others in a member, by name → why they are frozen."""
+    ours, theirs = ({group.name: group for group in g.groups} for g in (first, other))
+    found = {}
+    for name in {**ours, **theirs}:
+        slots = [_slots(groups.get(name)) for groups in (ours, theirs)]
+        for where in {**slots[0], **slots[1]}:
+            a, b = (of.get(where, 0) for of in slots)
+            if a != b:
+                place = f"{where[0]}:{where[1]}"
+                found[name] = (
+                    f"a unit has {a} indices of {place} in member 0, {b} in member {number}"
+                )
+                break
+    return found
+
+
+def _slots(group: CouplingGroup | None) -> dict[Place, int]:
+    """How many indices a unit owns in each place."""
+    return {} if group is None else {p: rows.shape[1] for p, rows in group.index.items()}
+
+
+def _shared(first: CouplingGraph, other: CouplingGraph) -> set[Place]:
+    """Places of another size in a member that all units share: a norm over each head's channels."""
+    found = set[Place]()
+    for place, reason in first.frozen.items():
+        sizes = [g.captured.tensor(place[0]).shape[place[1]] for g in (first, other)]
+        if sizes[0] != sizes[1] and reason.inside and place not in first.group_of:
+            found.add(place)
+    return found
+
+
+def _hosted(graph: CouplingGraph, places: Collection[Place]) -> CouplingGraph:
+    """The same analysis with places of which the host's are kept: there is no mean of them."""
+    frozen = {
+        place: replace(reason, kind=Kind.HOST) if place in places else reason
+        for place, reason in graph.frozen.items()
+    }
+    return replace(graph, frozen=frozen)
+
+
+def _check_alike(
+    first: CouplingGraph,
+    other: CouplingGraph,
+    number: int,
+    irregular: Collection[str],
+    shared: Collection[Place],
+) -> None:
+    frozen_now = {
+        place
+        for g in (first, other)
+        for group in g.groups
+        if group.name in irregular
+        for place in group.index
+    }
+    for name in first.captured.names:
+        ours, sizes = (g.captured.tensor(name).shape for g in (first, other))
+        for dim, (a, b) in enumerate(zip(ours, sizes, strict=True)):
+            place = (name, dim)
+            frozen = [
+                0 if g.frozen.get(place) is None else len(g.frozen[place].indices)
+                for g in (first, other)
+            ]
+            if a == b or place in shared or place in frozen_now:
+                continue
+            if place in first.group_of and frozen[0] == frozen[1]:
+                continue
+            reason = first.frozen.get(place)
+            why = f"{a} and {b} indices, and they are frozen"
+            raise _mismatch(number, f"{name}:{dim}", f"{why}: {reason.why}" if reason else why)
+
+
+def _numbers_apart(
+    first: CouplingGraph, other: CouplingGraph, number: int, irregular: Collection[str]
+) -> list[MixingNote]:
+    """Where a member calculates with other numbers, on units that are not of another size.
+
+    A scale that follows from a width, say. Each member needs its own.
+
+    Raises:
+        MemberMismatchError: The members have the same shapes, so no width decides these numbers.
+    """
+    shapes = [
+        [tuple(g.captured.tensor(name).shape) for name in first.captured.names]
+        for g in (first, other)
+    ]
+    component = first.ledger.components()
+    inside = np.zeros(int(component.max(initial=-1)) + 1, dtype=bool)
+    for owner, place in enumerate(first.ledger.owners):
+        for group in first.group_of.get(place, ()):
+            if group.name in irregular:
+                inside[component[first.ledger.starts[owner] + group.index[place]]] = True
+    found = []
+    nodes = zip(first.captured.graph.nodes, other.captured.graph.nodes, strict=True)
+    for ours, theirs in nodes:
+        # Of members that differ in shape, sizes in the graph differ as well.
+        a, b = (
+            [x for x in _numbers(node) if shapes[0] == shapes[1] or isinstance(x, float)]
+            for node in (ours, theirs)
+        )
+        if a == b:
+            continue
+        values = pytree.tree_leaves(first.values.get(ours), is_leaf=lambda x: isinstance(x, Value))
+        fields = [f for value in values if isinstance(value, Value) for f in value.fields]
+        if any(inside[component[neurons(f.ids).reshape(-1).numpy()]].any() for f in fields):
+            continue
+        if shapes[0] == shapes[1]:
+            why = f"{ours.format_node()} vs {theirs.format_node()}"
+            raise _mismatch(number, where_of(ours), why)
+        why = f"members calculate with other numbers: {a} in member 0, {b} in member {number}"
+        found.append(MixingNote(why, ours.name, source_of(ours)))
+    return found
+
+
+def _mismatch(number: int, where: str, why: str) -> MemberMismatchError:
+    return MemberMismatchError(
+        f"member {number} differs from member 0 in more than its number of units",
+        where=where,
+        why=why,
+        how="give members of one architecture whose layers differ in their number or size of "
+        "channels, neurons, heads or groups only; where tasks or classes differ, name the heads to "
+        "keep: heads=...",
+    )

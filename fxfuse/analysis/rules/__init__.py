@@ -1,0 +1,60 @@
+"""Operator rules, one file per family (how to add one: docs/how-to/add-an-operator.md).
+
+All that a rule of one's own needs can be imported from here.
+"""
+
+from fxfuse.analysis.constraints import Ledger
+from fxfuse.analysis.labels import Field, Kind, Value, positions
+from fxfuse.analysis.rules import (
+    contraction,
+    creation,
+    lookup,
+    movement,
+    normalisation,
+    ordering,
+    pointwise,
+    recurrent,
+    reduction,
+    sampling,
+    selection,
+)
+from fxfuse.analysis.rules.algebra import align, contract, drop, meet, only_unlabelled, reduce_over
+from fxfuse.analysis.rules.family import rule_file
+from fxfuse.analysis.rules.registry import Call, Rule, concrete_shape, find, hint, registered, rule
+from fxfuse.analysis.rules.templates import contracting, elementwise, same_labels
+
+__all__ = [
+    "Call",
+    "Field",
+    "Kind",
+    "Ledger",
+    "Rule",
+    "Value",
+    "align",
+    "concrete_shape",
+    "contract",
+    "contracting",
+    "contraction",
+    "creation",
+    "drop",
+    "elementwise",
+    "find",
+    "hint",
+    "lookup",
+    "meet",
+    "movement",
+    "normalisation",
+    "only_unlabelled",
+    "ordering",
+    "pointwise",
+    "positions",
+    "recurrent",
+    "reduce_over",
+    "reduction",
+    "registered",
+    "rule",
+    "rule_file",
+    "same_labels",
+    "sampling",
+    "selection",
+]

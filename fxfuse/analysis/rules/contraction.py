@@ -1,0 +1,228 @@
+"""Contractions: a letter that both operands have and the result lacks is summed over.
+
+Notation of shapes: b batch, i input channel, o output channel, g group, h head, t query token,
+s key token, d channel of a head, k kernel position, p output pixel.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from fxfuse.analysis.labels import Value, positions
+from fxfuse.analysis.rules.algebra import align, contract, meet, only_unlabelled, reduce_over
+from fxfuse.analysis.rules.registry import Call, rule
+
+aten = torch.ops.aten
+
+
+def _bias(call: Call, result: Value, bias: Value | None, dim: int) -> Value:
+    """Adds a bias of shape [o] along one dimension of the result."""
+    if bias is None:
+        return result
+    for f in bias.fields:
+        call.ledger.role(bias, f, reader=False)
+    column = bias.moved(lambda t: t.reshape([-1] + [1] * (result.rank - 1 - dim % result.rank)))
+    return replace(meet(call.ledger, result, align(column, result.rank)), shape=result.shape)
+
+
+def _free_letters(count: int) -> str:
+    # Letters before 'g' name the leading dimensions; the rules use later ones for their own.
+    return "ABCDEFGH"[:count]
+
+
+@rule(aten.linear.default)
+def linear(call: Call) -> Value:
+    """`* i, o i -> * o` plus bias `o`."""
+    x, weight = call.args[0], call.args[1]
+    call.ledger.touch(x)
+    lead = _free_letters(x.rank - 1)
+    result = contract(call.ledger, x, lead + "i", weight, "oi", lead + "o")
+    return _bias(call, result, call.argument("bias"), -1)
+
+
+@rule(aten.addmm.default, aten.baddbmm.default)
+def addmm(call: Call) -> Value:
+    """`* t i, * i o -> * t o` plus an addend that broadcasts."""
+    addend, x, weight = call.args[:3]
+    call.ledger.touch(x)
+    lead = _free_letters(x.rank - 2)
+    result = contract(call.ledger, x, lead + "ti", weight, lead + "io", lead + "to")
+    for f in addend.fields:
+        call.ledger.role(addend, f, reader=False)
+    return replace(meet(call.ledger, result, align(addend, x.rank)), shape=result.shape)
+
+
+@rule(aten.matmul.default, aten.mm.default, aten.bmm.default)
+def matmul(call: Call) -> Value:
+    """`* t s, * s d -> * t d`, leading dimensions broadcast."""
+    a, b = call.args[0], call.args[1]
+    call.ledger.touch(a, 0)
+    call.ledger.touch(b, 1)
+    if a.rank == 1 or b.rank == 1:
+        lead = _free_letters(max(a.rank, b.rank) - (1 if 1 in (a.rank, b.rank) else 2))
+        if a.rank == 1 and b.rank == 1:
+            return contract(call.ledger, a, "s", b, "s", "")
+        if a.rank == 1:
+            return contract(call.ledger, a, "s", b, lead[:-1] + "sd", lead[:-1] + "d")
+        return contract(call.ledger, a, lead + "s", b, "s", lead)
+    rank = max(a.rank, b.rank)
+    lead = _free_letters(rank - 2)
+    result = contract(
+        call.ledger, align(a, rank), lead + "ts", align(b, rank), lead + "sd", lead + "td"
+    )
+    return replace(result, shape=call.shape)
+
+
+@rule(aten.einsum.default)
+def einsum(call: Call) -> Any:
+    """`torch.einsum` with two operands and named letters; anything else freezes."""
+    equation: str = call.args[0].replace(" ", "")
+    operands: list[Value] = call.args[1]
+    left, _, out = equation.partition("->")
+    terms = left.split(",")
+    if len(operands) != 2 or "." in equation or "->" not in equation:
+        return NotImplemented
+    if any(len(set(t)) != len(t) for t in terms):
+        return NotImplemented
+    call.ledger.touch(operands[0], 0)
+    call.ledger.touch(operands[1], 1)
+    return contract(call.ledger, operands[0], terms[0], operands[1], terms[1], out)
+
+
+@rule(aten.mv.default)
+def matrix_vector(call: Call) -> Value:
+    """`t s, s -> t`."""
+    call.ledger.touch(call.args[0], 0)
+    call.ledger.touch(call.args[1], 1)
+    return contract(call.ledger, call.args[0], "ts", call.args[1], "s", "t")
+
+
+@rule(aten.dot.default, aten.vdot.default)
+def inner_product(call: Call) -> Value:
+    """`s, s ->`."""
+    call.ledger.touch(call.args[0], 0)
+    call.ledger.touch(call.args[1], 1)
+    return contract(call.ledger, call.args[0], "s", call.args[1], "s", "")
+
+
+@rule(aten.bilinear.default)
+def bilinear(call: Call) -> Value:
+    """`* i, * j, o i j -> * o` plus bias `o`."""
+    weight: Value = call.args[2]
+    parts = []
+    for place, (x, letter) in enumerate(zip(call.args[:2], "ij", strict=True)):
+        call.ledger.touch(x, place)
+        lead = _free_letters(x.rank - 1)
+        parts.append(contract(call.ledger, x, lead + letter, weight, "oij", lead + "o"))
+    return _bias(call, meet(call.ledger, *parts), call.argument("bias"), -1)
+
+
+@rule(
+    aten.conv1d.default,
+    aten.conv1d.padding,
+    aten.conv2d.default,
+    aten.conv2d.padding,
+    aten.conv3d.default,
+    aten.conv3d.padding,
+)
+def convolution(call: Call) -> Value:
+    """`b g i *, g o i k -> b g o *`: the kernel positions k and the pixels stay in place."""
+    x, weight, groups = call.args[0], call.args[1], call.argument("groups")
+    return _convolve(call, x, weight, groups, transposed=False)
+
+
+@rule(aten.conv_transpose1d.default, aten.conv_transpose2d.input, aten.conv_transpose3d.input)
+def convolution_transposed(call: Call) -> Value:
+    """`b g i *, g i o k -> b g o *`."""
+    x, weight, groups = call.args[0], call.args[1], call.argument("groups")
+    return _convolve(call, x, weight, groups, transposed=True)
+
+
+def _convolve(call: Call, x: Value, weight: Value, groups: int, *, transposed: bool) -> Value:
+    call.ledger.touch(x)
+    if x.rank < weight.rank:
+        # Unbatched input; the result gets the batch dimension removed again at the end.
+        x = x.moved(lambda t: t[None])
+        batched = _convolve_batched(call, x, weight, groups, transposed)
+        return replace(batched.moved(lambda t: t[0]), shape=call.shape)
+    return replace(_convolve_batched(call, x, weight, groups, transposed), shape=call.shape)
+
+
+def _convolve_batched(call: Call, x: Value, weight: Value, groups: int, transposed: bool) -> Value:
+    ledger = call.ledger
+    space = range(2, weight.rank)
+    passing = _passing(call, x, weight)
+    x = only_unlabelled(ledger, x, set(space) - set(passing), "convolved over: neighbours matter")
+    weight = only_unlabelled(ledger, weight, space, "kernel positions are in order")
+    # Other pixels play no part in the labels: [b, c, *] is seen as [b, g, i] and what passes.
+    flat = _corner(x, passing).moved(lambda t: t.unflatten(1, (groups, -1)))
+    kernel = _corner(weight, ()).moved(lambda t: t.unflatten(0, (groups, -1)))
+    letters = "gio" if transposed else "goi"
+    if transposed and groups > 1:
+        # The groups share the kernel's output dimension: either the groups are the units and the
+        # outputs of a group are in order, or all groups read the same neurons, in order.
+        tells_groups = any(1 in f.dims for f in flat.fields)
+        kernel = only_unlabelled(
+            ledger, kernel, [2 if tells_groups else 0], "the groups share their output channels"
+        )
+    pixels = "xyz"[: len(passing)]
+    result = contract(ledger, flat, "bgi" + pixels, kernel, letters, "bgo" + pixels)
+    sizes = [x.shape[d] if d in passing else 1 for d in space]
+    result = result.moved(lambda t: t.flatten(1, 2).reshape(t.shape[0], -1, *sizes))
+    full = (*result.shape[:2], *call.shape[-len(space) :])
+    rest = set(space) - {d for f in result.fields for d in f.dims}
+    result = replace(result, shape=full, positions=(*result.positions, *positions(full, rest)))
+    return _bias(call, result, call.argument("bias"), 1)
+
+
+def _passing(call: Call, x: Value, weight: Value) -> tuple[int, ...]:
+    """Labelled dimensions in which the kernel has size 1, so that no neighbour plays a part."""
+    labelled = {d for f in x.fields for d in f.dims}
+    space = weight.rank - 2
+
+    def plain(name: str, neutral: int, d: int) -> bool:
+        given = call.argument(name)
+        # A padding given as a word is none for a kernel of size 1.
+        return isinstance(given, str) or (list(given) * space)[d - 2] == neutral
+
+    return tuple(
+        d
+        for d in range(2, weight.rank)
+        if d in labelled
+        and weight.shape[d] == 1
+        and plain("stride", 1, d)
+        and plain("padding", 0, d)
+    )
+
+
+def _corner(value: Value, kept: Sequence[int]) -> Value:
+    """The first pixel along every dimension of space but those that are kept."""
+    whole = slice(None)
+    corner = tuple(whole if d < 2 or d in kept else 0 for d in range(value.rank))
+    return value.moved(lambda t: t[corner])
+
+
+@rule(aten.scaled_dot_product_attention.default)
+def attention(call: Call) -> Any:
+    """`* t d, * s d -> * t s`, softmax over s, `* t s, * s d -> * t d`."""
+    query, key, value = call.args[:3]
+    ledger = call.ledger
+    if call.argument("enable_gqa"):
+        # Each head of keys and values serves several heads of queries, one after the other.
+        repeats = query.shape[-3] // key.shape[-3]
+        key, value = (x.moved(lambda t: t.repeat_interleave(repeats, -3)) for x in (key, value))
+    for place, operand in enumerate((query, key, value)):
+        ledger.touch(operand, min(place, 1))
+    lead = _free_letters(query.rank - 2)
+    scores = contract(ledger, query, lead + "td", key, lead + "sd", lead + "ts")
+    mask = call.argument("attn_mask")
+    if mask is not None:
+        for f in mask.fields:
+            ledger.role(mask, f, reader=False)
+        scores = replace(meet(ledger, scores, align(mask, scores.rank)), shape=scores.shape)
+    reduce_over(ledger, scores, [scores.rank - 1], "softmax over labelled neurons")
+    return contract(ledger, scores, lead + "ts", value, lead + "se", lead + "te")

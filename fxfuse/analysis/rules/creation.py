@@ -1,0 +1,57 @@
+"""Tensors made from sizes alone (sizes known at capture are folded before a rule is asked)."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+
+from fxfuse.analysis.labels import Value, positions, sources_of
+from fxfuse.analysis.rules.algebra import align
+from fxfuse.analysis.rules.registry import Call, rule
+
+aten = torch.ops.aten
+
+
+@rule(
+    aten.zeros.default,
+    aten.ones.default,
+    aten.full.default,
+    aten.new_zeros.default,
+    aten.new_ones.default,
+    aten.new_full.default,
+    aten.zeros_like.default,
+    aten.ones_like.default,
+    aten.full_like.default,
+)
+def filled(call: Call) -> Value:
+    """One value everywhere: nothing varies."""
+    return Value(call.shape, sources=frozenset())
+
+
+@rule(aten.arange.default, aten.arange.start, aten.arange.start_step)
+def arange(call: Call) -> Value:
+    """A count: varies along its dimension, without labels."""
+    return Value(call.shape, positions=positions(call.shape, [0]), sources=frozenset())
+
+
+@rule(aten.zero_.default, aten.fill_.Scalar)
+def overwrite(call: Call) -> Value:
+    """Whatever stood there is gone; no neuron stands there now."""
+    value: Value = call.args[0]
+    return Value(value.shape, sources=value.sources)
+
+
+@rule(aten.fill_.Tensor)
+def overwrite_with(call: Call) -> Value:
+    """As `overwrite`; the value comes from a tensor without dimensions."""
+    call.ledger.touch(call.args[1], 1)
+    return Value(call.args[0].shape, sources=sources_of(call.values()))
+
+
+@rule(aten.copy_.default)
+def copy(call: Call) -> Value:
+    """The content of another tensor, broadcast."""
+    target, source = call.args[0], align(call.args[1], call.args[0].rank)
+    call.ledger.touch(source)
+    return replace(source, shape=target.shape)

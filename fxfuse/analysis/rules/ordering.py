@@ -1,0 +1,73 @@
+"""Operators along one dimension in which the order counts: running sums, sorting, triangles."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import replace
+from typing import Any
+
+import torch
+import torch.utils._pytree as pytree
+
+from fxfuse.analysis.labels import Field, Value, positions
+from fxfuse.analysis.rules.algebra import only_unlabelled
+from fxfuse.analysis.rules.registry import Call, concrete_shape, rule
+
+aten = torch.ops.aten
+
+_WHY = "the operator goes along this dimension in order"
+
+
+@rule(
+    aten.cumsum.default,
+    aten.cumprod.default,
+    aten.logcumsumexp.default,
+    aten.cummax.default,
+    aten.sort.default,
+    aten.sort.stable,
+    aten.argsort.default,
+    aten.topk.default,
+)
+def along(call: Call) -> Any:
+    """Labels along the dimension freeze; those of the others stay."""
+    x: Value = call.args[0]
+    return _kept(call, [call.argument("dim") % max(x.rank, 1)])
+
+
+@rule(aten.tril.default, aten.triu.default)
+def triangle(call: Call) -> Any:
+    """A triangle of the last two dimensions is kept."""
+    x: Value = call.args[0]
+    return _kept(call, [x.rank - 2, x.rank - 1])
+
+
+def _kept(call: Call, dims: Iterable[int]) -> Any:
+    x: Value = call.args[0]
+    call.ledger.touch(x)
+    over = set(dims)
+    stuck = {d: f for f in x.fields for d in over if f.dims == (d,)}
+    rest = only_unlabelled(call.ledger, x, over, _WHY)
+    for f in rest.fields:
+        call.ledger.mix("an averaged activation passes a nonlinear operator", ids=f.ids)
+
+    def result(fake: torch.Tensor) -> Value:
+        shape = concrete_shape(fake)
+        # Neurons that must keep their order still are neurons: their readers are the host's too.
+        fields = [
+            Field(f.ids.narrow(d, 0, shape[d]), f.dims) for d, f in stuck.items() if shape[d] > 1
+        ]
+        varying = (rest.unlabelled | over) - set(stuck)
+        return replace(
+            rest,
+            shape=shape,
+            fields=(*rest.fields, *fields),
+            positions=positions(shape, varying),
+            constant=None,
+        )
+
+    return pytree.tree_map_only(torch.Tensor, result, _plain(call.node.meta["val"]))
+
+
+def _plain(value: Any) -> Any:
+    """Named tuples of results as lists."""
+    return value if isinstance(value, torch.Tensor) else list(value)

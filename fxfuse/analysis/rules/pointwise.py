@@ -1,0 +1,165 @@
+"""Pointwise operators: operands meet element by element."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import torch
+import torch.utils._pytree as pytree
+
+from fxfuse.analysis.labels import Value
+from fxfuse.analysis.rules.algebra import align, meet
+from fxfuse.analysis.rules.registry import Call, rule
+
+aten = torch.ops.aten
+
+#: Pointwise operators without the tag.
+_UNTAGGED = (
+    aten.dropout.default,
+    aten.dropout_.default,
+    aten.feature_dropout.default,
+    aten.feature_dropout_.default,
+    aten.alpha_dropout.default,
+    aten.alpha_dropout_.default,
+    aten.feature_alpha_dropout.default,
+    aten.feature_alpha_dropout_.default,
+    aten.abs_.default,
+    aten.rrelu_.default,
+    aten.gelu_.default,
+    aten.elu_.default,
+    aten.hardtanh.default,
+    aten.hardtanh_.default,
+    aten.hardswish.default,
+    aten.hardswish_.default,
+    aten.hardsigmoid_.default,
+    aten.leaky_relu_.default,
+    aten.silu_.default,
+    aten.mish_.default,
+    aten.relu6.default,
+    aten.relu6_.default,
+    aten.selu.default,
+    aten.selu_.default,
+    aten.celu_.default,
+    aten.softplus.default,
+    aten.log_sigmoid.default,
+    aten.threshold_.default,
+    aten.masked_fill.Scalar,
+    aten.masked_fill_.Scalar,
+    aten.masked_fill.Tensor,
+    aten.masked_fill_.Tensor,
+    aten.where.ScalarOther,
+    aten.where.ScalarSelf,
+    aten.where.Scalar,
+    aten.rsub.Tensor,
+    aten.floor_divide.default,
+    aten.floor_divide.Scalar,
+    aten.arctan2.default,
+    aten.less.Tensor,
+    aten.less.Scalar,
+    aten.greater.Tensor,
+    aten.greater.Scalar,
+    aten.__and__.Tensor,
+    aten.__or__.Tensor,
+    aten.__xor__.Tensor,
+)
+
+#: The mean of the members passes through these unchanged: f(mean(x)) = mean(f(x)).
+_ADDITIVE = {
+    "aten::add",
+    "aten::add_",
+    "aten::sub",
+    "aten::sub_",
+    "aten::neg",
+    "aten::neg_",
+    "aten::rsub",
+    "aten::dropout",
+    "aten::dropout_",
+    "aten::feature_dropout",
+    "aten::feature_dropout_",
+    "aten::positive",
+}
+_SCALING = {"aten::mul", "aten::mul_", "aten::div", "aten::div_"}
+
+
+def is_pointwise(target: Any) -> bool:
+    """Whether torch itself says that an operator is pointwise."""
+    return torch.Tag.pointwise in getattr(target, "tags", ())
+
+
+@rule(*_UNTAGGED)
+def pointwise(call: Call) -> Value:
+    """All tensor operands broadcast and meet."""
+    operands = call.values()
+    for place, value in enumerate(operands):
+        call.ledger.touch(value, min(place, 1))
+    rank = max(v.rank for v in operands)
+    aligned = [align(v, rank) for v in operands]
+    if any(v.sources is None for v in operands):
+        for value in aligned:
+            for f in value.fields:
+                call.ledger.role(value, f, reader=False)
+    result = aligned[0]
+    for other in aligned[1:]:
+        result = meet(call.ledger, result, other)
+    if not _is_linear(call, operands):
+        for f in result.fields:
+            call.ledger.mix("an averaged activation passes a nonlinear operator", ids=f.ids)
+    if result.is_parameter and not _keeps_zeros(call):
+        call.ledger.mix("zeros between the members' weights do not stay zeros")
+    return replace(result, shape=call.shape, constant=None)
+
+
+def _keeps_zeros(call: Call) -> bool:
+    """Whether an operator keeps the zeros between members in weights with several labels."""
+
+    def stand_in(x: Any) -> Any:
+        if not isinstance(x, Value):
+            return x
+        # Any value but zero stands for tensors in which members are not told apart.
+        return torch.full([1] * x.rank, 0.0 if len(x.fields) > 1 else 0.7, dtype=torch.float64)
+
+    if all(len(v.fields) < 2 for v in call.values()):
+        return True
+    args, kwargs = pytree.tree_map(
+        stand_in, (call.args, call.kwargs), is_leaf=lambda x: isinstance(x, Value)
+    )
+    run: Any = call.node.target
+    try:
+        return bool(run(*args, **kwargs) == 0)
+    except RuntimeError:
+        # It takes no such numbers (a mask, say): it may write anything between the members.
+        return False
+
+
+def _is_linear(call: Call, operands: list[Value]) -> bool:
+    name = call.node.target._schema.name  # type: ignore[union-attr]
+    return name in _ADDITIVE or (name in _SCALING and len(operands) == 1)
+
+
+@rule(aten.glu.default)
+def gated_linear_unit(call: Call) -> Value:
+    """The first half times the sigmoid of the second: a unit is a pair."""
+    x: Value = call.args[0]
+    dim = call.argument("dim") % x.rank
+    half = x.shape[dim] // 2
+    parts = [x.moved(partial(torch.narrow, dim=dim, start=s, length=half)) for s in (0, half)]
+    for place, part in enumerate(parts):
+        call.ledger.touch(part, place)
+    for f in parts[0].fields:
+        call.ledger.mix("an averaged activation passes a nonlinear operator", ids=f.ids)
+    return replace(meet(call.ledger, *parts), shape=call.shape)
+
+
+@rule(aten.prelu.default)
+def parametric_relu(call: Call) -> Value:
+    """One slope for each channel (dimension 1), or one for all."""
+    x, slope = call.args[0], call.args[1]
+    call.ledger.touch(x)
+    for f in slope.fields:
+        call.ledger.role(slope, f, reader=False)
+    column = slope.moved(lambda t: t.reshape([-1] + [1] * max(x.rank - 2, 0)))
+    for f in x.fields:
+        call.ledger.mix("an averaged activation passes a nonlinear operator", ids=f.ids)
+    return replace(meet(call.ledger, x, align(column, x.rank)), shape=x.shape)

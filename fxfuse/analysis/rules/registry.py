@@ -1,0 +1,172 @@
+"""The registry of operator rules: one decorator, one lookup, no order of registration."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from itertools import chain
+from types import MappingProxyType
+from typing import Any
+
+import torch
+from torch import fx
+from torch.library import CustomOpDef  # type: ignore[attr-defined]
+
+from fxfuse.analysis.constraints import Ledger
+from fxfuse.analysis.labels import Value
+from fxfuse.errors import RuleError
+from fxfuse.graph.source_lines import where_of
+
+#: A rule gets the ledger, the node and the node's arguments (nodes replaced by their values,
+#: symbolic numbers by their hints) and returns the value of the node.
+Rule = Callable[["Call"], Any]
+
+_RULES: dict[Any, Rule] = {}
+
+
+class Call:
+    """One call of an operator, as a rule sees it.
+
+    Attributes:
+        ledger: Where the rule writes ties, freezes and mixings.
+        node: The graph node.
+        args: Positional arguments by schema, defaults filled in.
+    """
+
+    def __init__(
+        self, ledger: Ledger, node: fx.Node, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+    ) -> None:
+        self.ledger = ledger
+        self.node = node
+        self.args = args
+        self.kwargs = dict(kwargs)
+
+    @property
+    def where(self) -> str:
+        """Name and source line of the node, for messages."""
+        return where_of(self.node)
+
+    def argument(self, name: str) -> Any:
+        """An argument by its name in the operator's schema, or the schema's default."""
+        if name not in _names(self.node):
+            raise RuleError(f"{self.node.target} has no argument {name!r}", where=self.where)
+        return self.optional(name)
+
+    def optional(self, name: str) -> Any:
+        """As `argument`, or None where the operator's schema has no such argument."""
+        return argument_of(self.node, name, self.args, self.kwargs)
+
+    def values(self) -> list[Value]:
+        """All tensor arguments, those in lists included."""
+        found: list[Value] = []
+        for argument in [*self.args, *self.kwargs.values()]:
+            items = argument if isinstance(argument, list | tuple) else [argument]
+            found.extend(x for x in items if isinstance(x, Value))
+        return found
+
+    def tensor_arguments(self) -> list[Value | None]:
+        """The arguments that the schema declares as one tensor, in its order; None if left out."""
+        schema: Any = self.node.target
+        names = [
+            argument.name
+            for argument in schema._schema.arguments
+            if str(argument.type) in ("Tensor", "Optional[Tensor]")
+        ]
+        return [self.argument(name) for name in names]
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Concrete shape of the node's (single) result."""
+        return concrete_shape(self.node.meta["val"])
+
+
+def argument_of(node: fx.Node, name: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+    """An argument by its name in the schema, the default, or None where there is no such name."""
+    if name not in _names(node):
+        return None
+    position = _names(node).index(name)
+    if position < len(args):
+        return args[position]
+    schema: Any = node.target
+    return kwargs.get(name, schema._schema.arguments[position].default_value)
+
+
+def _names(node: fx.Node) -> list[str]:
+    target: Any = node.target
+    return [argument.name for argument in target._schema.arguments]
+
+
+def concrete_shape(value: torch.Tensor) -> tuple[int, ...]:
+    """Shape of a fake tensor with symbolic sizes replaced by their hints."""
+    return tuple(hint(s) for s in value.shape)
+
+
+#: Stands for a size that depends on the data (unbacked, in torch's words), which has no hint.
+_SOME = 3
+
+
+def hint(size: Any) -> Any:
+    """The number behind a symbolic number; anything else unchanged."""
+    if not isinstance(size, torch.SymInt | torch.SymFloat | torch.SymBool):
+        return size
+    if size.node.hint is not None:
+        return size.node.hint
+    node: Any = size.node
+    known = node.shape_env.backed_var_to_val
+    values = {symbol: known.get(symbol, _SOME) for symbol in node.expr.free_symbols}
+    return node.pytype(node.expr.xreplace(values))
+
+
+def rule(*targets: Any) -> Callable[[Rule], Rule]:
+    """Registers a function as the rule of one or more operators.
+
+    Args:
+        targets: Operators (`torch.ops.library.name.default`), packets of overloads
+            (`torch.ops.library.name`: every overload), what `torch.library.custom_op` returned, or
+            qualified names such as "torchvision::roi_align" for all overloads of an operator of a
+            library that need not be installed.
+
+    Returns:
+        A decorator that leaves the function as it is.
+
+    Raises:
+        RuleError: One of them has a rule already.
+    """
+
+    def register(function: Rule) -> Rule:
+        for target in chain.from_iterable(map(_overloads, targets)):
+            if target in _RULES:
+                raise RuleError(
+                    f"{target} has two rules",
+                    where=f"{function.__module__}.{function.__name__}",
+                    how="keep one of them",
+                )
+            _RULES[target] = function
+        return function
+
+    return register
+
+
+def _overloads(target: Any) -> Sequence[Any]:
+    """What stands in a graph for an operator that a user names."""
+    if isinstance(target, CustomOpDef):
+        # torch has no public way from the definition to the operator.
+        return [target._opoverload]
+    if isinstance(target, torch._ops.OpOverloadPacket):
+        return [getattr(target, name) for name in target.overloads()]
+    return [target]
+
+
+def find(target: Any) -> Rule | None:
+    """The rule of an operator, itself or by its name, or None: then its operands freeze."""
+    return _RULES.get(target) or _RULES.get(name_of(target))
+
+
+def name_of(target: Any) -> str:
+    """The qualified name of an operator without its overload; "" for other functions."""
+    schema = getattr(target, "_schema", None)
+    return "" if schema is None else str(schema.name)
+
+
+def registered() -> Mapping[Any, Rule]:
+    """All rules by operator, read-only."""
+    return MappingProxyType(_RULES)

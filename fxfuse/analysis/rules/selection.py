@@ -1,0 +1,178 @@
+"""Reading and writing at places that the data decide: labels along the other dimensions stay.
+
+Where data go along an indexed dimension is not known, so labels along it freeze. Along the other
+dimensions the operator is the same for every index: it runs on the ids, which have size 1 along the
+indexed dimensions, with an index of zeros.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+import torch.utils._pytree as pytree
+from torch import fx
+
+from fxfuse.analysis.labels import Field, Value, positions, sources_of
+from fxfuse.analysis.rules.algebra import align, meet, only_unlabelled
+from fxfuse.analysis.rules.movement import run_on_ids
+from fxfuse.analysis.rules.registry import Call, concrete_shape, rule
+
+aten = torch.ops.aten
+
+_WHY = "indexed by data: which neuron stands where is not known"
+
+#: Zeros for each index of an advanced indexing, None for dimensions that are taken whole.
+Zeros = list[torch.Tensor | None]
+
+
+@rule(aten.index.Tensor)
+def index(call: Call) -> Any:
+    """`x[index]`: constants move data."""
+    if _is_constant(call):
+        return run_on_ids(call, call.node.target)
+    x: Value = call.args[0]
+    zeros = _zeros(call, x.rank)
+    if zeros is None:
+        return NotImplemented
+    call.ledger.touch(x)
+    indexed = _indexed(zeros)
+    x = only_unlabelled(call.ledger, x, indexed, _WHY)
+    _freeze_index(call)
+
+    def move(fields: tuple[Field, ...]) -> tuple[Field, ...]:
+        return tuple(_field(aten.index.Tensor(f.ids, zeros)) for f in fields)
+
+    shape, fields = call.shape, move(x.fields)
+    content = move(positions(x.shape, x.unlabelled - indexed))
+    kept = {d for f in (*fields, *content) for d in f.dims}
+    picked = set(range(len(shape))) - kept
+    return Value(shape, fields, (*content, *positions(shape, picked)), sources_of(call.values()))
+
+
+@rule(aten.index_select.default)
+def index_select(call: Call) -> Any:
+    """`index` along one dimension: constants move data."""
+    if _is_constant(call):
+        return run_on_ids(call, call.node.target)
+    x, dim, chosen = call.args[0], call.args[1] % call.args[0].rank, call.args[2]
+    only_unlabelled(call.ledger, chosen, range(chosen.rank), "used as an index")
+    return replace(_picked(call, x, dim, call.shape), sources=sources_of(call.values()))
+
+
+@rule(aten.gather.default)
+def gather(call: Call) -> Any:
+    """`x[i, index[i, j]]` along one dimension: the others meet those of the index."""
+    if _is_constant(call):
+        return run_on_ids(call, call.node.target)
+    x, dim, chosen = call.args[0], call.args[1] % call.args[0].rank, call.args[2]
+    met = meet(call.ledger, _picked(call, x, dim, chosen.shape), chosen)
+    return replace(met, shape=call.shape, sources=sources_of(call.values()))
+
+
+def _picked(call: Call, x: Value, dim: int, shape: tuple[int, ...]) -> Value:
+    """The labels of x, none along a dimension of which it is not known what is picked."""
+    call.ledger.touch(x)
+    x = only_unlabelled(call.ledger, x, [dim], _WHY)
+
+    def cut(t: torch.Tensor) -> torch.Tensor:
+        ranges = [slice(0, 1 if d == dim else size) for d, size in enumerate(shape)]
+        return t[tuple(ranges)].expand(shape)
+
+    picked = x.moved(cut)
+    return replace(picked, positions=(*picked.positions, *positions(shape, [dim])))
+
+
+@rule(aten.index_put.default, aten.index_put_.default)
+def write(call: Call) -> Any:
+    """`x[index] = values`: along dimensions that are not indexed, both are tied."""
+    x, values = call.args[0], call.args[2]
+    zeros = _zeros(call, x.rank)
+    if zeros is None:
+        return NotImplemented
+    indexed = _indexed(zeros)
+    x = only_unlabelled(call.ledger, x, indexed, _WHY)
+    _freeze_index(call)
+    # Sizes that tell dimensions apart show where each of them stands in x[index].
+    sizes = [1 if d in indexed else d + 2 for d in range(x.rank)]
+    picked = aten.index.Tensor(torch.empty(1).expand(sizes), zeros)
+    place = {size - 2: at for at, size in enumerate(picked.shape) if size > 1}
+    values = align(values, picked.dim())
+    scattered = set(range(picked.dim())) - set(place.values())
+    values = only_unlabelled(call.ledger, values, scattered, _WHY)
+    for operand in (x, values):
+        call.ledger.touch(operand)
+        if sources_of(call.values()) is None:
+            for f in operand.fields:
+                call.ledger.role(operand, f, reader=False)
+
+    def scatter(fields: tuple[Field, ...]) -> tuple[Field, ...]:
+        return tuple(_field(f.ids.permute(order).reshape(shape_in_x(f.ids.shape))) for f in fields)
+
+    def shape_in_x(shape: Sequence[int]) -> tuple[int, ...]:
+        return tuple(shape[place[d]] if d in place else 1 for d in range(x.rank))
+
+    order = [place[d] for d in sorted(place)] + sorted(scattered)
+    content = scatter(positions(values.shape, values.unlabelled - scattered))
+    written = Value(shape_in_x(values.shape), scatter(values.fields), content, values.sources)
+    met = meet(call.ledger, x, written)
+    varying = positions(x.shape, met.unlabelled | indexed)
+    return replace(
+        met, shape=x.shape, positions=varying, sources=sources_of(call.values()), constant=None
+    )
+
+
+@rule(aten.where.default, aten.nonzero.default, aten.nonzero_numpy.default)
+def places(call: Call) -> Any:
+    """Indices of the entries that are not zero: numbers that name a place along every dimension."""
+    x: Value = call.args[0]
+    call.ledger.touch(x)
+    only_unlabelled(call.ledger, x, range(x.rank), "its places are counted")
+
+    def result(fake: torch.Tensor) -> Value:
+        shape = concrete_shape(fake)
+        return Value(shape, positions=positions(shape, range(len(shape))), sources=x.sources)
+
+    return pytree.tree_map_only(torch.Tensor, result, call.node.meta["val"])
+
+
+def _is_constant(call: Call) -> bool:
+    return all(v.constant is not None for v in call.values()[1:])
+
+
+def _zeros(call: Call, rank: int) -> Zeros | None:
+    """An index of the same kind into ids, which have one entry along every indexed dimension.
+
+    None for a mask without dimensions, which adds a dimension instead of indexing one.
+    """
+    given: Any = call.node.args[1]
+    zeros: Zeros = []
+    for node in given:
+        if not isinstance(node, fx.Node):
+            zeros.append(None)
+            continue
+        fake = node.meta["val"]
+        if fake.dtype in (torch.bool, torch.uint8):
+            if not fake.dim():
+                return None
+            # A mask indexes all of its dimensions at once.
+            zeros += [torch.zeros(1, dtype=torch.int64)] * fake.dim()
+        else:
+            zeros.append(torch.zeros([1] * fake.dim(), dtype=torch.int64))
+    return zeros + [None] * (rank - len(zeros))
+
+
+def _indexed(zeros: Zeros) -> set[int]:
+    return {d for d, index in enumerate(zeros) if index is not None}
+
+
+def _field(ids: torch.Tensor) -> Field:
+    return Field(ids, tuple(d for d, size in enumerate(ids.shape) if size > 1))
+
+
+def _freeze_index(call: Call) -> None:
+    for index in call.args[1]:
+        if isinstance(index, Value):
+            only_unlabelled(call.ledger, index, range(index.rank), "used as an index")

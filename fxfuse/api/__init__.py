@@ -1,0 +1,1 @@
+"""The public functions, their results, and saved results."""

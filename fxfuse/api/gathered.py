@@ -1,0 +1,153 @@
+"""Members as they are given → the network to fuse, and what each member has of it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from fxfuse.analysis.head_search import find_heads
+from fxfuse.analysis.heads import join
+from fxfuse.analysis.label_spaces import LabelSpaces
+from fxfuse.api.depth import as_deepest
+from fxfuse.errors import ControlError
+from fxfuse.graph.capture import Captured, capture, capture_eagerly
+from fxfuse.graph.module_checks import check_finite, check_values
+from fxfuse.graph.same_network import check_same_network
+from fxfuse.graph.twins import captured_each
+from fxfuse.members.on_ranks import members_on_ranks
+from fxfuse.members.ranks import Ranks, of_each
+from fxfuse.members.streamed import Network, first_member, split_paths, streamed_states
+from fxfuse.planning.options import State
+
+#: Positional and keyword inputs.
+Example = tuple[Any, Mapping[str, Any] | None]
+
+
+@dataclass(frozen=True)
+class Gathered:
+    """Members, wherever they are.
+
+    Attributes:
+        network: The network to fuse.
+        states: For each member, its tensors of that network by name.
+        aligned: For each member, its own capture of that network's graph; sizes may differ.
+        given: The members as they were captured: before heads were joined, of any depth.
+        absent: Tensors that some members lack → the numbers of these members.
+        heads: Patterns of the modules in which each member keeps its own head; found ones.
+        dim: The dimension of the outputs along which classes lie, where heads were looked for.
+    """
+
+    network: Captured
+    states: Sequence[State]
+    aligned: list[Captured]
+    given: list[Captured]
+    absent: Mapping[str, tuple[int, ...]]
+    heads: tuple[str, ...]
+    dim: int = 0
+
+    def check_weights(self) -> None:
+        """Checks that all members have values, and finite ones.
+
+        Raises:
+            NoWeightsError: A member is on the meta device.
+            NonFiniteWeightsError: A member holds NaN or infinity.
+        """
+
+        def check(number: int, state: State) -> None:
+            check_values(state)
+            check_finite(number, state)
+
+        for _ in of_each(self.states, check):
+            pass
+
+
+def gathered(
+    members: Sequence[Network | str | Path],
+    example: Example,
+    dynamic_shapes: Any,
+    *,
+    template: nn.Module | None,
+    ranks: Ranks | None,
+    heads: tuple[str, ...],
+    spaces: LabelSpaces,
+    calibrated: bool,
+) -> Gathered:
+    """Captures members, in memory or in files, or spread over processes, and compares them.
+
+    Args:
+        members: As in `fxfuse.fuse`.
+        example: Inputs that they accept.
+        dynamic_shapes: Passed to `torch.export.export` unchanged.
+        template: A module of the members' class, for members that are files.
+        ranks: The processes over which members are spread.
+        heads: Patterns of the modules in which each member keeps its own head.
+        spaces: What a network with heads returns.
+        calibrated: Whether members will run on calibration inputs.
+
+    Raises:
+        FxfuseError: What reading, capturing and comparing members raises; a `ControlError` where
+            members are not in memory together, as what is asked for needs them.
+    """
+    several = bool(heads) or spaces.outputs != "tuple"
+    if ranks is not None:
+        _check_apart(several, "each is on its own rank", calibrated=calibrated)
+        spread = members_on_ranks(ranks, members, template, example, dynamic_shapes)
+        return _alike(*spread)
+    files, networks = split_paths(members, template)
+    if files:
+        _check_apart(several, "files are only read", calibrated=calibrated)
+        assert template is not None
+        captured = _captured([first_member(template, files[0])], example, dynamic_shapes)
+        return _alike(captured[0], streamed_states(files, captured[0]))
+    captured = _captured(networks, example, dynamic_shapes)
+    dim = 0
+    if spaces.outputs != "tuple":
+        heads, dim = find_heads(captured, heads, spaces)
+    if heads:
+        joined = join(captured, heads, spaces, dim)
+        aligned = [joined.captured] * len(captured)
+        return Gathered(joined.captured, joined.states, aligned, captured, {}, heads, dim)
+    deepest = as_deepest(captured)
+    if deepest is None:
+        check_same_network(captured, any_width=True)
+        states = [member.state() for member in captured]
+        return Gathered(captured[0], states, captured, captured, {}, heads)
+    aligned = list(deepest.members)
+    check_same_network(aligned, any_width=True)
+    return Gathered(aligned[0], deepest.states, aligned, captured, deepest.absent, heads)
+
+
+def _alike(first: Captured, states: Sequence[State]) -> Gathered:
+    """Members that all have the first one's graph; only this one is captured."""
+    each = [first] * len(states)
+    return Gathered(first, states, each, each, {}, ())
+
+
+def _captured(members: Sequence[Network], example: Example, dynamic_shapes: Any) -> list[Captured]:
+    inputs, kwargs = example
+
+    def one(member: Network, first: Captured | None) -> Captured:
+        if isinstance(member, Captured):
+            return member
+        if first is not None and first.refusal and isinstance(member, nn.Module):
+            # torch.export refuses the first one: it is not asked, and does not warn, again.
+            return capture_eagerly(member, inputs, kwargs, refusal=first.refusal)
+        return capture(member, inputs, kwargs, dynamic_shapes=dynamic_shapes)
+
+    return captured_each(members, one)
+
+
+def _check_apart(several: bool, why: str, *, calibrated: bool) -> None:
+    """Checks that what is asked for works with members that are not in memory together."""
+    if not (several or calibrated):
+        return
+    what = "heads=" if several else "calibration, refit or method 'auto'"
+    raise ControlError(
+        f"{what} needs members in memory",
+        why=f"members run for it, and {why}",
+        how="load the checkpoints into modules and pass those to one process",
+    )

@@ -1,0 +1,122 @@
+"""A plan that is given in place of being made: is it for these members, and is it alone."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from inspect import signature
+from typing import Any
+
+import torch
+
+from fxfuse.analysis.coupling import CouplingGraph, Index
+from fxfuse.errors import ControlError, PlanError, PlanMismatchError
+from fxfuse.members.fingerprint import check_members
+from fxfuse.planning.plan import FusionPlan, UnitMap
+
+#: Options of `fuse` that may be given beside a plan: they speak of what is done with it.
+BESIDE = frozenset(
+    {
+        "members",
+        "example_inputs",
+        "example_kwargs",
+        "template",
+        "group",
+        "plan",
+        "calibration",
+        "calibration_limit",
+        "calibration_copies",
+        "refit",
+        "outputs",
+        "dynamic_shapes",
+        "verify",
+        "progress",
+    }
+)
+
+
+def check_alone(function: Callable[..., Any], given: Mapping[str, Any]) -> None:
+    """Checks that no option contradicts a plan that is given.
+
+    Args:
+        function: What takes the plan: an option counts as given where it is not at its default.
+        given: Every option by name.
+
+    Raises:
+        ControlError: An option is given that the plan holds already.
+    """
+    defaults = {name: p.default for name, p in signature(function).parameters.items()}
+    for name, value in given.items():
+        # No pattern and an empty list of patterns are the same.
+        if name not in BESIDE and value != defaults[name] and value not in ([], {}, ()):
+            raise ControlError(
+                f"{name}={value!r} and a plan are given",
+                why="the plan holds the method, its options, the sizes, and what was asked of the "
+                "analysis",
+                how=f"leave {name} out, or make a new plan by leaving plan out",
+            )
+
+
+def check_count(plan: FusionPlan, count: int) -> None:
+    """Checks that there are as many members as a plan was made for.
+
+    Raises:
+        PlanMismatchError: There are more or fewer.
+    """
+    if count != plan.n_members:
+        raise PlanMismatchError(
+            f"the plan was made for {plan.n_members} members, and {count} are given",
+            how="give the networks that were fused, in the same order",
+        )
+
+
+def check_plan(
+    plan: FusionPlan, graph: CouplingGraph, states: Sequence[Mapping[str, torch.Tensor]]
+) -> None:
+    """Checks that a plan can be applied to members.
+
+    Args:
+        plan: The plan.
+        graph: The analysis of the members, with what the plan's controls ask for.
+        states: For each member, its tensors by name.
+
+    Raises:
+        PlanMismatchError: The plan was made for other members.
+        PlanError: The plan does not say for which members it was made, its groups are not those of
+            the network, or a map names a unit that there is not.
+    """
+    if not plan.members:
+        raise PlanError(
+            "the plan does not say for which members it was made",
+            why="an earlier version of fxfuse wrote it, without hashes",
+            how="make the plan again with this version of fxfuse",
+        )
+    check_members(plan.members, states)
+    differing = {entry.group for entry in plan.maps} ^ {group.name for group in graph.groups}
+    if differing:
+        raise PlanError(
+            "the plan's coupling groups are not those of the network",
+            where=min(differing),
+            why=f"{len(differing)} of them are in one of the two only",
+            how="make the plan again with this version of fxfuse, with the same verify=",
+        )
+    for entry in plan.maps:
+        units = [graph.units_of(entry.group, member) for member in range(plan.n_members)]
+        _check_map(entry, units, plan.n_members)
+
+
+def _check_map(entry: UnitMap, units: Sequence[int], n_members: int) -> None:
+    _check_numbers(entry, "fused unit", entry.target, entry.n_units)
+    _check_numbers(entry, "member", entry.member, n_members)
+    for member, count in enumerate(units):
+        _check_numbers(entry, "unit", entry.unit[entry.member == member], count)
+
+
+def _check_numbers(entry: UnitMap, what: str, values: Index, count: int) -> None:
+    wrong = values[(values < 0) | (values >= count)]
+    if len(wrong):
+        raise PlanError(
+            f"the plan names a {what} that there is not",
+            where=entry.group,
+            why=f"{what} {wrong[0]} of {count}, counted from 0",
+            how="use a plan that fxfuse.fuse made",
+        )

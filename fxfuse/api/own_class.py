@@ -1,0 +1,335 @@
+"""A network of another size in the user's own class: a copy whose numbers follow its tensors.
+
+Torch's own layers say what their tensors decide (`layer_sizes`). Of other modules, a number
+may have to change where it equals a size that changed in the module's own operators or tensors.
+That is a guess, so what comes out runs against the network that it has to equal, and numbers that
+the forward pass does not need changed keep their value.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from itertools import combinations, product
+from typing import Any
+
+import torch
+import torch.utils._pytree as pytree
+from torch import nn
+
+from fxfuse.api.literal_changes import Changes, changes_of
+from fxfuse.errors import NoOwnModuleError
+from fxfuse.graph.capture import Captured
+from fxfuse.graph.eager import answers
+from fxfuse.graph.example import first_line
+from fxfuse.graph.layer_sizes import sizes_of_layer
+from fxfuse.graph.tensors import is_constant
+from fxfuse.transform.emit import FusedModule
+from fxfuse.verify.check import relative_error, tensors_of
+
+#: Relative to the largest output.
+_TOLERANCE = 1e-5
+#: Ways of setting the numbers that are tried: each costs a run of the network.
+_TRIES = 64
+
+
+@dataclass
+class _Attribute:
+    """One number (or tuple of numbers) that all modules of a class have, and what it could become.
+
+    Attributes:
+        name: Class and attribute, for messages.
+        ways: Functions that set it in all these modules; the preferred way first.
+        leave: Which of them leaves it as it was.
+    """
+
+    name: str
+    ways: list[Callable[[], None]]
+    leave: int
+
+
+@dataclass(frozen=True)
+class _Place:
+    """An attribute of one module.
+
+    Attributes:
+        part: The module.
+        candidates: What the attribute could become.
+        likely: Whether the module's own operators or tensors say so, not only its submodules'.
+    """
+
+    part: nn.Module
+    candidates: list[Any]
+    likely: bool
+
+
+def copy_source(source: nn.Module) -> nn.Module:
+    """A copy of the user's module.
+
+    Raises:
+        NoOwnModuleError: It cannot be copied.
+    """
+    try:
+        return copy.deepcopy(source)
+    except Exception as error:
+        raise NoOwnModuleError(
+            f"{type(source).__name__} cannot be copied",
+            why=f"{type(error).__name__}: {error}",
+            how="build a second model and call result.load_into(model)",
+        ) from error
+
+
+def resized_copy(
+    source: nn.Module,
+    captured: Captured,
+    module: FusedModule,
+    state: Mapping[str, torch.Tensor],
+) -> nn.Module:
+    """A copy of a module whose tensors have other sizes.
+
+    Args:
+        source: The user's own module; it stays as it is.
+        captured: What it was captured as.
+        module: The network that the copy has to equal.
+        state: Its tensors by name.
+
+    Returns:
+        A module of the source's class, in the mode that it has, which answers what `module` answers
+        to the example inputs, and to another number of them where the batch is dynamic.
+
+    Raises:
+        NoOwnModuleError: The module cannot be copied, members keep tensors of their own, or no way
+            of setting its numbers makes it answer as `module` does; says what was tried.
+    """
+    model = copy_source(source)
+    missing = next((name for name in captured.names if name not in state), None)
+    if missing is not None:
+        raise NoOwnModuleError(
+            f"{type(source).__name__} cannot hold this network",
+            where=missing,
+            why="each member keeps its own tensor there, and runs on its own",
+            how='use result.module, or fuse with mixing="joint"',
+        )
+    _put_tensors(model, captured, state)
+    reference = _Reference(captured, module, state)
+    reference.move(model)
+    attributes = _attributes(model, captured, module, state)
+    reason, tried = "", 0
+    for chosen in _choices(attributes):
+        _set(attributes, chosen)
+        found = reference.difference(model)
+        tried += 1
+        if not found:
+            _set(attributes, _needed(attributes, chosen, lambda: not reference.difference(model)))
+            return model
+        reason = reason or found
+    names = ", ".join(attribute.name for attribute in attributes)
+    raise NoOwnModuleError(
+        f"{type(source).__name__} cannot be built at this width",
+        why=f"with the fused tensors it does not answer as result.module does: {reason}"
+        + (f"; {tried} ways of setting {names} were tried" if names else ""),
+        how="use result.module, or build the model with sizes that fit and call "
+        "result.load_into(model)",
+    )
+
+
+def _put_tensors(model: nn.Module, captured: Captured, state: Mapping[str, torch.Tensor]) -> None:
+    """Replaces parameters and buffers; tied ones stay one."""
+    put: dict[str, torch.Tensor] = {}
+    for name in captured.names:
+        path, _, leaf = name.rpartition(".")
+        owner, first = model.get_submodule(path), captured.canonical[name]
+        if first not in put:
+            before, tensor = getattr(owner, leaf), state[name].detach().clone()
+            if isinstance(before, nn.Parameter):
+                tensor = nn.Parameter(tensor, requires_grad=before.requires_grad)
+            put[first] = tensor
+        setattr(owner, leaf, put[first])
+
+
+class _Reference:
+    """What the network in another size answers: to the example, and with other inputs and weights.
+
+    Other weights, since a network may hide what it computes, behind a head of zeros for instance.
+    """
+
+    def __init__(
+        self, captured: Captured, module: FusedModule, state: Mapping[str, torch.Tensor]
+    ) -> None:
+        floats = (n for n in captured.names if state[n].is_floating_point())
+        name = next(floats, captured.names[0])
+        self.before, self.now = captured.tensor(name), state[name]
+        # Heads that became one layer stand in the network one by one, so they stay as they are.
+        held = module.state_dict().keys()
+        other = captured.once({name: state[name] for name in captured.names if name in held})
+        inputs = (self._moved(x) for x in (captured.example_inputs, _longer(captured)))
+        states: list[Mapping[str, torch.Tensor]] = [{}, _shaken(other)]
+        self.calls = list(zip(inputs, states, strict=True))
+        self.outputs = [tensors_of(answers(module, s, *x)) for x, s in self.calls]
+        eps = torch.finfo(self.now.dtype).eps if self.now.is_floating_point() else 0.0
+        self.tolerance = max(_TOLERANCE, 8 * eps)
+
+    def move(self, model: nn.Module) -> None:
+        """Takes a model to where the network has been taken since it was captured."""
+        if self.now.device != self.before.device:
+            model.to(self.now.device)
+        if self.now.dtype != self.before.dtype:
+            model.to(self.now.dtype)
+
+    def _moved(self, inputs: Any) -> Any:
+        def moved(x: torch.Tensor) -> torch.Tensor:
+            dtype = self.now.dtype if x.dtype == self.before.dtype else x.dtype
+            return x.to(self.now.device, dtype)
+
+        return pytree.tree_map_only(torch.Tensor, moved, inputs)
+
+    def difference(self, model: nn.Module) -> str:
+        """How a model answers otherwise; empty where it does not."""
+        for ((args, kwargs), state), expected in zip(self.calls, self.outputs, strict=True):
+            try:
+                found = tensors_of(answers(model, state, args, kwargs))
+            except Exception as error:
+                return first_line(error)
+            shapes = [[tuple(x.shape) for x in outputs] for outputs in (found, expected)]
+            if shapes[0] != shapes[1]:
+                return f"outputs of shapes {shapes[0]} instead of {shapes[1]}"
+            distance = relative_error(found, expected)
+            if distance > self.tolerance:
+                return f"outputs differ by {distance:.1e}"
+        return ""
+
+
+def _is_symbolic(size: Any) -> bool:
+    return isinstance(size, torch.SymInt)
+
+
+def _longer(captured: Captured) -> Any:
+    """The example inputs with one more example, which is the first again, in reverse order.
+
+    Where the batch is static, the example inputs as they are.
+    """
+    if not captured.dynamic_batch:
+        return captured.example_inputs
+    leaves, spec = pytree.tree_flatten(captured.example_inputs)
+    nodes = [node for node in captured.graph.nodes if node.op == "placeholder"]
+
+    def longer(leaf: Any, value: Any) -> Any:
+        batched = isinstance(value, torch.Tensor) and value.dim() and _is_symbolic(value.shape[0])
+        return torch.cat([leaf, leaf[:1]]).flip(0) if batched else leaf
+
+    pairs = zip(leaves, nodes, strict=True)
+    return pytree.tree_unflatten([longer(x, node.meta.get("val")) for x, node in pairs], spec)
+
+
+def _shaken(state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Tensors a tenth away, or a little away from zero; integers stay."""
+    generator = torch.Generator().manual_seed(0)
+
+    def shaken(tensor: torch.Tensor) -> torch.Tensor:
+        if is_constant(tensor):
+            return tensor
+        noise = torch.randn(tensor.shape, generator=generator).clamp(-3, 3).to(tensor)
+        return tensor * (1 + 0.1 * noise) if bool(tensor.any()) else 0.02 * noise
+
+    return {name: shaken(tensor) for name, tensor in state.items()}
+
+
+def _attributes(
+    model: nn.Module, captured: Captured, module: FusedModule, state: Mapping[str, torch.Tensor]
+) -> list[_Attribute]:
+    """Sets what torch's own layers decide; returns what is left to be found."""
+    changes = changes_of(captured.graph, module.graph)
+    own: dict[str, Changes] = defaultdict(Changes)
+    for name in captured.names:
+        for before, after in zip(captured.tensor(name).shape, state[name].shape, strict=True):
+            if before != after:
+                own[name.rpartition(".")[0]].size(before, after)
+    found: dict[tuple[type, str], list[_Place]] = defaultdict(list)
+    for path, part in model.named_modules():
+        literal = changes.get(path, Changes())
+        if sizes_of_layer(part) is not None:
+            for name, value in literal.named.items():
+                if name in vars(part) and value is not None:
+                    setattr(part, name, value)
+            for name, value in (sizes_of_layer(part) or {}).items():
+                setattr(part, name, value)
+            continue
+        inner = [f"{path}.{name}".lstrip(".") for name, _ in part.named_children()]
+        near = [literal, own.get(path, Changes())]
+        far = [own[name] for name in inner if name in own]
+        for name, value in vars(part).items():
+            likely, others = _candidates(value, near), _candidates(value, far)
+            others = [other for other in others if other not in likely]
+            if likely or others:
+                found[(type(part), name)].append(_Place(part, [*likely, *others], bool(likely)))
+    return [_attribute(kind, name, places) for (kind, name), places in found.items()]
+
+
+def _candidates(value: Any, changes: list[Changes]) -> list[Any]:
+    """What an attribute could become."""
+    found: list[Any] = []
+    if isinstance(value, int) and not isinstance(value, bool):
+        found = [new for change in changes for new in change.sizes.get(value, ())]
+    elif isinstance(value, list | tuple) and value and all(type(x) is int for x in value):
+        found = [s for change in changes if (s := change.shape_of(value)) is not None]
+        sizes = [
+            [new for change in changes for new in change.sizes.get(x, ())] or [x] for x in value
+        ]
+        found += [each for each in product(*(s[:2] for s in sizes)) if each != tuple(value)][:4]
+        found = [type(value)(each) for each in found]
+    return [new for place, new in enumerate(found) if new not in found[:place]]
+
+
+def _attribute(kind: type, name: str, places: list[_Place]) -> _Attribute:
+    def way(number: int) -> Callable[[], None]:
+        def choose() -> None:
+            for place in places:
+                last = len(place.candidates) - 1
+                setattr(place.part, name, place.candidates[min(number, last)])
+
+        return choose
+
+    before = [getattr(place.part, name) for place in places]
+
+    def leave() -> None:
+        for place, value in zip(places, before, strict=True):
+            setattr(place.part, name, value)
+
+    ways = [way(number) for number in range(max(len(place.candidates) for place in places))]
+    likely = all(place.likely for place in places)
+    ways.insert(len(ways) if likely else 0, leave)
+    return _Attribute(f"{kind.__name__}.{name}", ways, ways.index(leave))
+
+
+def _choices(attributes: list[_Attribute]) -> Iterator[list[int]]:
+    """For each attribute a way, few other than the preferred ones first; not all where many are."""
+
+    def every() -> Iterator[list[int]]:
+        for count in range(len(attributes) + 1):
+            for other in combinations(range(len(attributes)), count):
+                for ways in product(*(range(1, len(attributes[i].ways)) for i in other)):
+                    chosen = [0] * len(attributes)
+                    for place, way in zip(other, ways, strict=True):
+                        chosen[place] = way
+                    yield chosen
+
+    return (chosen for _, chosen in zip(range(_TRIES), every(), strict=False))
+
+
+def _needed(
+    attributes: list[_Attribute], chosen: list[int], holds: Callable[[], bool]
+) -> list[int]:
+    """Leaves every attribute as it was that the forward pass does not need changed."""
+    for place, attribute in enumerate(attributes):
+        if chosen[place] != attribute.leave:
+            without = [*chosen[:place], attribute.leave, *chosen[place + 1 :]]
+            _set(attributes, without)
+            chosen = without if holds() else chosen
+    return chosen
+
+
+def _set(attributes: list[_Attribute], chosen: list[int]) -> None:
+    for attribute, way in zip(attributes, chosen, strict=True):
+        attribute.ways[way]()

@@ -1,0 +1,164 @@
+"""What `fuse` and `prune` return: the network, its plan, and ways into the user's own class."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import TypeVar
+
+import torch
+from torch import nn
+
+from fxfuse.analysis.coupling import CouplingGraph
+from fxfuse.analysis.heads import head_name
+from fxfuse.api.own_class import copy_source, resized_copy
+from fxfuse.errors import CheckpointMismatchError, NoOwnModuleError, PartialFusionError
+from fxfuse.graph.capture import Captured
+from fxfuse.planning.plan import FusionPlan
+from fxfuse.refine import MatchReport, RefitReport
+from fxfuse.refine.pipeline import Choice
+from fxfuse.transform.emit import FusedModule
+from fxfuse.verify import Verification
+
+Model = TypeVar("Model", bound=nn.Module)
+
+
+@dataclass(frozen=True)
+class FusionResult:
+    """A fused network.
+
+    Attributes:
+        plan: Which unit of which member went where.
+        verification: The oracles that ran.
+        graph: The analysis of the members.
+        refit: What the closed-form refit did, if one was asked for.
+        choice: For `method="auto"`: which network was the start, and why.
+        match: For `method="auto"`: what the matching did.
+    """
+
+    plan: FusionPlan
+    verification: Verification
+    graph: CouplingGraph = field(repr=False)
+    _state: Mapping[str, torch.Tensor] = field(repr=False)
+    _module: FusedModule | None = field(repr=False)
+    refit: RefitReport | None = field(default=None, repr=False)
+    choice: Choice | None = None
+    match: MatchReport | None = field(default=None, repr=False)
+    _member: Captured | None = field(default=None, repr=False)
+
+    @property
+    def emitted(self) -> bool:
+        """Whether there is a `module`: False where torch.export refused the members."""
+        return self._module is not None
+
+    @property
+    def module(self) -> FusedModule:
+        """The network: `train()`/`eval()`, picklable, exportable, compilable with `fullgraph=True`.
+
+        Its `state_dict()` has the names of a member's, at a member's width the shapes, too.
+
+        Raises:
+            NotEmittedError: torch.export refused the members; `to_module` works all the same.
+        """
+        if self._module is None:
+            self.graph.captured.require_program()
+        assert self._module is not None
+        return self._module
+
+    @property
+    def heads(self) -> Mapping[str, int]:
+        """Tensors of a partial fusion's heads, by name → the member that each belongs to."""
+        return self.plan.heads
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """Where heads are mapped (`heads="map"`): the class of each logit, in order."""
+        return self.plan.spaces.union
+
+    def state_dict(self) -> dict[str, torch.Tensor]:
+        """The fused tensors by name; those of `module`, where there is one."""
+        return dict(self._state) if self._module is None else self._module.state_dict()
+
+    def _require_one_head(self, name: str) -> None:
+        if self.heads:
+            raise PartialFusionError(
+                f"a network with {self.plan.n_members} heads does not fit {name}",
+                why="the members' class has one head",
+                how="use result.module, or build a class whose state_dict() has the names of "
+                "result.state_dict()",
+            )
+
+    def to_module(self) -> nn.Module:
+        """A copy of member 0, of the user's own class and in the mode it has, with fused weights.
+
+        At another width than a member's, the sizes that torch's layers and the class's own modules
+        hold (`in_features`, `num_heads`) are derived again. The copy then runs on the example
+        inputs, and is handed out only where it answers as `module` does; a size that the forward
+        pass does not read may keep its value. Of a network that `fuse` or `prune` made, a copy of
+        `module` is returned. Heads that are handed out as one tensor become one layer, with as many
+        outputs, where that answers as they do.
+
+        Raises:
+            NoOwnModuleError: Member 0 was an `ExportedProgram`, it cannot be copied, or its class
+                cannot be built at this width or with these heads; says what was tried.
+            PartialFusionError: The network returns a tuple with an entry for each head.
+        """
+        if self.heads and self.plan.spaces.outputs == "tuple":
+            self._require_one_head("a member's class")
+        captured = self._member or self.graph.captured
+        source = captured.source
+        if source is None:
+            raise NoOwnModuleError(
+                "there is no module to copy",
+                why="member 0 was given as an ExportedProgram, which holds no module of your class",
+                how="use result.module, or build your model and call result.load_into(model)",
+            )
+        if isinstance(source, FusedModule):
+            return copy.deepcopy(self.module).train(source.training)
+        state = self._one_headed(captured)
+        names = captured.names
+        # The deepest member's class, where members differ in depth: its width may be another one.
+        held = source.state_dict()
+        same = all(n in state and state[n].shape == held[n].shape for n in names)
+        if same and not self.heads:
+            return self.load_into(copy_source(source))
+        return resized_copy(source, captured, self.module, state)
+
+    def _one_headed(self, member: Captured) -> dict[str, torch.Tensor]:
+        """The fused tensors by a member's names."""
+        state = self.state_dict()
+        for name in member.names:
+            own = [state.get(head_name(i, name)) for i in range(self.plan.n_members)]
+            tensors = [tensor for tensor in own if tensor is not None]
+            if name in state or len(tensors) < len(own):
+                continue
+            try:
+                state[name] = self.plan.spaces.merged(tensors)
+            except PartialFusionError as error:
+                raise NoOwnModuleError(
+                    f"{type(member.source).__name__} cannot hold these heads",
+                    where=name,
+                    why=f"{error.what}: {error.why}",
+                    how="use result.module",
+                ) from error
+        return state
+
+    def load_into(self, model: Model) -> Model:
+        """Loads the fused weights into the user's own class, strictly; returns that model.
+
+        Raises:
+            CheckpointMismatchError: The model has other tensors.
+            PartialFusionError: The network has several heads, and a member's class only one.
+        """
+        self._require_one_head(type(model).__name__)
+        try:
+            model.load_state_dict(self.state_dict(), strict=True)
+        except RuntimeError as error:
+            raise CheckpointMismatchError(
+                f"the fused network does not fit {type(model).__name__}",
+                why=" ".join(str(error).split()),
+                how="build the model with the arguments that the members were built with, or at "
+                "another width with sizes that fit; result.module has them",
+            ) from error
+        return model

@@ -1,0 +1,31 @@
+"""`fxfuse report`: a page about a fusion that was written."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from fxfuse.cli.options import EvaluationSpec, Folder, Json
+from fxfuse.cli.recipe.compared import report_on
+from fxfuse.cli.show import out as console
+from fxfuse.cli.show import print_json, working
+from fxfuse.cli.sources import absolute
+
+Page = Annotated[
+    Path | None,
+    typer.Option("--out", help="The page; else report.html in the folder.", metavar="FILE"),
+]
+
+
+def report(
+    folder: Folder, out: Page = None, data: EvaluationSpec = None, json: Json = False
+) -> None:
+    """Write a page that shows what a fusion did, and what came out on data."""
+    with working() as (stage, _), stage("writing the report"):
+        page = report_on(folder, data and absolute(data), out)
+    if json:
+        print_json({"out": str(page)})
+        return
+    console.print(f"written to {page}", markup=False)

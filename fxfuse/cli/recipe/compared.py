@@ -1,0 +1,175 @@
+"""Results that have been written, read again and measured beside their members."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from fxfuse.api.fuse import fuse
+from fxfuse.api.saved import PLAN, WEIGHTS, load
+from fxfuse.cli.evaluate import RUN_TIME, Ensemble, beside_members, repeated
+from fxfuse.cli.recipe.networks import Networks, load_data, load_networks, made_with
+from fxfuse.cli.recipe.run import REPORT, Stage, evaluated
+from fxfuse.cli.recipe.schema import DataSource, Recipe
+from fxfuse.cli.recipe.text import RECIPE, read_recipe
+from fxfuse.cli.report.content import Network
+from fxfuse.cli.report.write import check_installed, write_report
+from fxfuse.cli.sources import Data
+from fxfuse.errors import RecipeError, SavedError
+from fxfuse.graph.capture import capture
+from fxfuse.members.checkpoint import load_tensors, read_state_dict
+from fxfuse.planning.plan import FusionPlan
+from fxfuse.runtime.measure import milliseconds
+from fxfuse.transform.emit import emit
+
+
+def compared(folders: Sequence[Path], data: str | None, *, latency: bool) -> tuple[Network, ...]:
+    """Measures written networks, and the members and ensemble of the first of them.
+
+    Args:
+        folders: What `fxfuse fuse`, `run`, `refit` or `distill` wrote, of the same members, and
+            after the first also stacks.
+        data: Where examples are, or None.
+        latency: Whether to measure latency.
+
+    Raises:
+        RecipeError: They are not of the same members.
+        SavedError: A folder holds no network.
+        DataError: The data cannot be read, or do not fit.
+    """
+    first = read_recipe(folders[0])
+    # A stack has no recipe: what it is made of is its own business.
+    for folder in (f for f in folders[1:] if (f / RECIPE).exists()):
+        recipe = read_recipe(folder)
+        if (recipe.model, _hashes(recipe)) != (first.model, _hashes(first)):
+            raise RecipeError(
+                "the results are of different members",
+                where=str(folder),
+                why=f"they are compared with the ensemble of those in {folders[0]}",
+                how="compare results of the same members",
+            )
+    examples = _data(data)
+    loaded: dict[str, nn.Module] = {str(folder): load(folder) for folder in folders}
+    networks = _networks(first)
+    return beside_members(loaded, networks.modules, examples, networks.inputs, latency=latency)
+
+
+def latencies(
+    folder: Path, batches: Sequence[int], *, compiled: bool, stage: Stage
+) -> list[dict[str, Any]]:
+    """Times a written network, one of its members and the ensemble.
+
+    Args:
+        folder: What `fxfuse fuse` wrote.
+        batches: Batch sizes.
+        compiled: Whether to compile each of them with `fxfuse.compile`, too, where it has a graph.
+        stage: Is told what is being done.
+
+    Returns:
+        For each network, batch size and way: its median in ms, and the ratio to one member's.
+    """
+    recipe = read_recipe(folder)
+    fused = load(folder)
+    networks = _networks(recipe)
+    member = networks.modules[0].eval()
+    kinds = {"one member": member, "ensemble": Ensemble(networks.modules).eval(), "fused": fused}
+    rows = []
+    for batch in batches:
+        inputs = repeated(networks.inputs, batch)
+        ways: dict[str, dict[str, Any]] = {"eager": dict(kinds)}
+        if compiled:
+            ways["compiled"] = {}
+            for name, network in kinds.items():
+                with stage(f"compiling {name} for batch {batch}"):
+                    ways["compiled"][name] = _compiled(network, inputs)
+        for how, calls in ways.items():
+            with stage(f"timing batch {batch}, {how}"):
+                took = {name: milliseconds(call, inputs, RUN_TIME) for name, call in calls.items()}
+            rows += [
+                {
+                    "network": name,
+                    "batch": batch,
+                    "how": how,
+                    "ms": ms,
+                    "of_one": ms / took["one member"],
+                }
+                for name, ms in took.items()
+            ]
+    return rows
+
+
+def report_on(folder: Path, data: str | None, page: Path | None) -> Path:
+    """Writes a report on a written fusion; returns where it is.
+
+    The plan is applied to the members again, and gets the weights in the folder.
+
+    Args:
+        folder: What `fxfuse fuse` wrote.
+        data: Where examples are, or None.
+        page: The file; None: in the folder.
+
+    Raises:
+        SavedError: The folder holds no plan.
+        CheckpointMismatchError: The weights do not fit the plan.
+    """
+    check_installed()
+    recipe = read_recipe(folder)
+    page = Path(page or folder / REPORT).absolute()
+    examples = _data(data)
+    if not (folder / PLAN).is_file():
+        raise SavedError(
+            f"{folder.name} holds no plan",
+            where=str(folder / PLAN),
+            why="a report is about a fusion",
+            how="name a folder that `fxfuse fuse` wrote",
+        )
+    plan = FusionPlan.from_json((folder / PLAN).read_text(encoding="utf-8", errors="replace"))
+    state = read_state_dict(folder / WEIGHTS)
+    networks = _networks(recipe)
+    result = fuse(networks.members, networks.inputs, plan=plan)
+    if result.emitted:
+        load_tensors(result.module, state, folder / WEIGHTS)
+    else:
+        result = replace(result, _state=state)
+    rows = () if examples is None else evaluated(result, networks, examples)
+    title = f"{len(recipe.members)} networks fused into one"
+    write_report(result, page, title=title, members=networks.modules, networks=rows)
+    return page
+
+
+def _compiled(network: nn.Module, inputs: tuple[torch.Tensor, ...]) -> nn.Module:
+    """A network after the same passes as any other, and compiled; an ensemble's members each."""
+    # Here, since it takes a second to import.
+    from fxfuse.runtime import compile as compiled_form
+
+    if isinstance(network, Ensemble):
+        return Ensemble([_compiled(member, inputs) for member in network.members]).eval()
+    captured = capture(network, inputs)
+    return compiled_form(emit(captured, captured.state()), inputs)
+
+
+def _networks(recipe: Recipe) -> Networks:
+    """The members of a result, in memory.
+
+    Raises:
+        RecipeError: They have changed since.
+    """
+    with contextlib.chdir(recipe.base or "."):
+        networks = load_networks(recipe, in_memory=True)
+        made_with(recipe, networks)
+    return networks
+
+
+def _data(spec: str | None) -> Data | None:
+    return None if spec is None else load_data(DataSource(source=spec))
+
+
+def _hashes(recipe: Recipe) -> list[str]:
+    made = recipe.made.sha256 if recipe.made else {}
+    return [made.get(m.path, m.path) for m in recipe.members]

@@ -1,0 +1,83 @@
+"""What a result was made with, so that it can be made again, and told where it cannot."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import platform
+import warnings
+from collections.abc import Iterable
+from pathlib import Path
+
+import torch
+
+import fxfuse
+from fxfuse.cli.recipe.schema import Made
+from fxfuse.errors import RecipeError
+
+
+def record(files: Iterable[Path], device: torch.device, base: Path) -> Made:
+    """What a result is made with now.
+
+    Args:
+        files: The files that are read.
+        device: Where the networks are.
+        base: Where relative paths begin.
+    """
+    hashes = {_name(file, base): _sha256(file) for file in files}
+    return Made(
+        fxfuse=fxfuse.__version__,
+        torch=torch.__version__,
+        python=platform.python_version(),
+        threads=torch.get_num_threads(),
+        device=str(device),
+        sha256=dict(sorted(hashes.items())),
+    )
+
+
+def parts_of(file: Path) -> list[Path]:
+    """A file, and for the index of a checkpoint in several files those, too."""
+    if not file.name.endswith(".index.json"):
+        return [file] if file.is_file() else []
+    try:
+        shards = set(json.loads(file.read_text(encoding="utf-8"))["weight_map"].values())
+        return [file, *(file.parent / str(shard) for shard in sorted(shards))]
+    # What the index lacks is said when it is read for its weights.
+    except (OSError, ValueError, KeyError, AttributeError, TypeError):
+        return [file]
+
+
+def check_made(before: Made, now: Made) -> None:
+    """Checks that a result can come out again as it was.
+
+    Warns where another version or device makes that doubtful.
+
+    Raises:
+        RecipeError: A file has changed.
+    """
+    changed = [name for name, sha in before.sha256.items() if now.sha256.get(name) != sha]
+    if changed:
+        found = now.sha256.get(changed[0], "not known, since it is not read")
+        raise RecipeError(
+            "a file has changed since the recipe was run",
+            where=changed[0],
+            why=f"its SHA-256 is {found}, the recipe says {before.sha256[changed[0]]}",
+            how="give the file back, or take `made` out of the recipe to make a new result",
+        )
+    for name in ("fxfuse", "torch", "python", "device"):
+        one, other = getattr(before, name), getattr(now, name)
+        if one != other:
+            warnings.warn(
+                f"the recipe was run with {name} {one}, and this is {other}: numbers may differ in "
+                f"their last digits",
+                stacklevel=2,
+            )
+
+
+def _name(file: Path, base: Path) -> str:
+    return str(file.relative_to(base)) if file.is_relative_to(base) else str(file)
+
+
+def _sha256(file: Path) -> str:
+    with file.open("rb") as content:
+        return hashlib.file_digest(content, "sha256").hexdigest()

@@ -1,0 +1,63 @@
+"""`summary.md`: what a fusion did, for people."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+from fxfuse.api.result import FusionResult
+from fxfuse.cli.report.content import Network
+from fxfuse.verify import Check
+
+
+def summary(result: FusionResult, networks: Sequence[Network], trained: str) -> str:
+    """Markdown about a fusion.
+
+    Args:
+        result: What was fused.
+        networks: What was measured, if anything was.
+        trained: What training did, or "".
+    """
+    parts = [result.plan.summary()]
+    if result.choice:
+        parts.append(f"Matched to the ensemble: {result.choice}.\n")
+    if trained:
+        parts.append(f"{trained}\n")
+    if networks:
+        parts.append(_networks(networks))
+    return "\n".join([*parts, _checks(result.verification.checks)])
+
+
+def _checks(checks: Sequence[Check]) -> str:
+    """The oracles that ran, with their errors and tolerances."""
+    if not checks:
+        return "## Verification\n\nSkipped at the caller's wish.\n"
+    rows = [
+        (c.name, f"{c.error:.3g}", f"{c.tolerance:.3g}", "passed" if c.passed else "FAILED")
+        for c in checks
+    ]
+    return _table("Verification", ("oracle", "error", "tolerance", "result"), "---:|---:|---", rows)
+
+
+def _networks(networks: Sequence[Network]) -> str:
+    columns = ("network", "accuracy, %", "agrees with the ensemble, %", "KL, nats", "parameters")
+    rows = [
+        (
+            n.name,
+            _cell(n.accuracy, 2),
+            _cell(n.agreement, 2),
+            _cell(n.divergence, 4),
+            f"{n.parameters:,}",
+        )
+        for n in networks
+    ]
+    return _table("Networks", columns, "---:|---:|---:|---:", rows)
+
+
+def _table(title: str, columns: Sequence[str], rule: str, rows: Iterable[Sequence[str]]) -> str:
+    """A heading and a table; `rule` is how the columns behind the first stand."""
+    lines = [f"## {title}", "", f"| {' | '.join(columns)} |", f"|---|{rule}|"]
+    return "\n".join([*lines, *(f"| {' | '.join(row)} |" for row in rows)]) + "\n"
+
+
+def _cell(value: float | None, digits: int) -> str:
+    return "–" if value is None else f"{value:.{digits}f}"

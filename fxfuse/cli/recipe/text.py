@@ -1,0 +1,288 @@
+"""Recipes as YAML: read with the line of every mistake, and written."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any, get_args
+
+import yaml
+from pydantic import BaseModel, ValidationError
+from pydantic_core import ErrorDetails
+
+from fxfuse.cli.recipe.schema import Part, Recipe
+from fxfuse.common.output import write_text
+from fxfuse.errors import RecipeError
+
+#: The file in a result's folder.
+RECIPE = "recipe.yaml"
+#: Longest recipe that is read, in bytes, and how deep its parts may lie in each other.
+_LONGEST, _DEEPEST = 1_000_000, 20
+
+
+def read_recipe(path: str | Path) -> Recipe:
+    """Reads a recipe.
+
+    Args:
+        path: A YAML file, or a folder that `fxfuse` wrote.
+
+    Returns:
+        The recipe, whose `base` says where relative paths begin.
+
+    Raises:
+        RecipeError: It cannot be read; names every line and field that is wrong, and the nearest
+            name that would be right.
+    """
+    path = Path(path)
+    file = path / RECIPE if path.is_dir() else path
+    try:
+        content = file.read_bytes()
+    except OSError as error:
+        raise RecipeError(
+            f"there is no recipe {file.name}",
+            where=str(file),
+            why=error.strerror or str(error),
+            how="name a recipe, or a folder that `fxfuse fuse` or `fxfuse run` wrote",
+        ) from error
+    if len(content) > _LONGEST:
+        raise RecipeError(f"{file.name} is too long for a recipe", where=str(file))
+    recipe = parse_recipe(content.decode("utf-8", errors="replace"), str(file))
+    if recipe.base is None:
+        recipe = recipe.model_copy(update={"base": str(file.absolute().parent)})
+    return recipe
+
+
+def parse_recipe(text: str, where: str = "recipe") -> Recipe:
+    """Reads a recipe from its text.
+
+    Args:
+        text: YAML.
+        where: What it is called in messages.
+
+    Raises:
+        RecipeError: As `read_recipe`.
+    """
+    try:
+        root = yaml.compose(text, Loader=yaml.SafeLoader)
+        _check_nodes(root)
+        content = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise _not_yaml(error, where) from error
+    # A date that is none, a number with too many digits, parts that lie too deep in each other.
+    except (ValueError, RecursionError, TypeError, OverflowError) as error:
+        raise RecipeError(
+            "the recipe is no YAML", where=where, why=str(error), how="mend its spelling"
+        ) from error
+    if not isinstance(content, dict):
+        raise RecipeError(
+            "the recipe holds no fields",
+            where=where,
+            why=f"it holds {'nothing' if content is None else f'a {type(content).__name__}'}",
+            how="`fxfuse recipe --example` prints one to begin with",
+        )
+    return as_recipe(content, where, root)
+
+
+def as_recipe(content: dict[str, Any], where: str = "", root: yaml.Node | None = None) -> Recipe:
+    """Checks the fields of a recipe.
+
+    Args:
+        content: The fields.
+        where: What the recipe is called in messages; "" for one that was not read from a file.
+        root: Where in the file each of them stands.
+
+    Raises:
+        RecipeError: Names every field that is wrong, and its line.
+    """
+    try:
+        return Recipe.model_validate(content)
+    except ValidationError as error:
+        found = [_problem(details, root) for details in error.errors()]
+        # Of what may be of several kinds, it is said for each why it is not of that one.
+        whys = list(dict.fromkeys(f"line {n}, {text}" if root else text for n, text in found))
+        raise RecipeError(
+            f"the recipe has {len(whys)} mistake{'s' * (len(whys) > 1)}"
+            if root
+            else "an option cannot be used",
+            where=f"{where}, line {found[0][0]}" if root else where,
+            why="; ".join(whys),
+            how="`fxfuse recipe --example` shows every field",
+        ) from error
+
+
+def changed(recipe: Recipe, **parts: Any) -> Recipe:
+    """A recipe with other parts, which was not run yet.
+
+    Args:
+        recipe: The recipe.
+        parts: Fields of the recipe and what they hold now.
+
+    Raises:
+        RecipeError: They cannot hold that.
+    """
+    content = recipe.model_dump(exclude={"made"}, exclude_defaults=True)
+    return as_recipe({**content, **parts})
+
+
+def moved_to(recipe: Recipe, folder: str) -> Recipe:
+    """A recipe whose result goes to another folder.
+
+    Args:
+        recipe: The recipe.
+        folder: The folder.
+    """
+    output = recipe.output.model_copy(update={"folder": folder})
+    return recipe.model_copy(update={"output": output})
+
+
+def write_recipe(recipe: Recipe, path: str | Path) -> None:
+    """Writes a recipe, without the fields that are at their defaults.
+
+    Args:
+        recipe: The recipe.
+        path: The file; an existing one is replaced.
+    """
+    content = recipe.model_dump(mode="python", exclude_defaults=True)
+    write_text(path, yaml.safe_dump(content, sort_keys=False, allow_unicode=True))
+
+
+def example() -> str:
+    """A recipe to begin with: every field, what it means, and its default."""
+    lines = [
+        "# A recipe: `fxfuse run recipe.yaml`. Fields that are commented out are optional, or at",
+        "# their defaults; relative paths begin at the folder of this file.",
+    ]
+    lines += _fields(Recipe, "", commented=False)
+    return "\n".join(lines) + "\n"
+
+
+#: What the example has for fields that have no default.
+_SAMPLES = {
+    "model": "torchvision:resnet18",
+    "members": "[a.safetensors, b.safetensors]",
+    "input": "[3, 224, 224]",
+    "folder": "fused",
+    "source": "images.npy",
+    "path": "a.safetensors",
+}
+#: Fields that fxfuse itself writes.
+_OWN = ("base", "made")
+
+
+def _fields(part: type[BaseModel], indent: str, *, commented: bool) -> list[str]:
+    """The lines of a part; `commented` where the part as a whole is optional."""
+    lines = []
+    for name, field in part.model_fields.items():
+        if name in _OWN:
+            continue
+        inner = _part_of(field.annotation)
+        if name == "members":
+            inner = None
+        absent = field.is_required() is False and (inner is None or field.default is None)
+        mark = "# " if absent and not commented else ""
+        said = f"  # {field.description}" if field.description else ""
+        if inner is not None:
+            lines.append(f"{indent}{mark}{name}:{said}")
+            lines += _fields(inner, f"{indent}{mark}  ", commented=commented or bool(mark))
+            continue
+        value = _SAMPLES.get(name)
+        if value is None:
+            dumped = yaml.safe_dump(field.get_default(), default_flow_style=True)
+            value = dumped.removesuffix("...\n").strip()
+        lines.append(f"{indent}{mark}{name}: {value}{said}")
+    return lines
+
+
+def _part_of(annotation: Any) -> type[Part] | None:
+    """The part of a recipe that a field holds, if it does."""
+    kinds = [annotation, *get_args(annotation)]
+    kinds += [inner for kind in kinds[1:] for inner in get_args(kind)]
+    return next((k for k in kinds if isinstance(k, type) and issubclass(k, Part)), None)
+
+
+def _check_nodes(root: yaml.Node | None) -> None:
+    """Checks what YAML's own reader lets pass: fields that are given twice, and endless depth.
+
+    Raises:
+        YAMLError: There is such a thing.
+    """
+    waiting = [(root, 0)]
+    while waiting:
+        node, depth = waiting.pop()
+        if depth > _DEEPEST:
+            raise _mistake("parts lie too deep in each other", node)
+        if isinstance(node, yaml.SequenceNode):
+            waiting += ((each, depth + 1) for each in node.value)
+        elif isinstance(node, yaml.MappingNode):
+            seen: set[Any] = set()
+            for key, value in node.value:
+                if key.value in seen:
+                    raise _mistake(f"{key.value!r} is given twice", key)
+                if isinstance(key.value, str):
+                    seen.add(key.value)
+                waiting.append((value, depth + 1))
+
+
+def _mistake(what: str, node: yaml.Node | None) -> yaml.MarkedYAMLError:
+    return yaml.MarkedYAMLError(problem=what, problem_mark=node.start_mark if node else None)
+
+
+def _not_yaml(error: yaml.YAMLError, where: str) -> RecipeError:
+    mark = getattr(error, "problem_mark", None) or getattr(error, "context_mark", None)
+    why = getattr(error, "problem", None) or getattr(error, "context", None) or str(error)
+    return RecipeError(
+        "the recipe is no YAML",
+        where=f"{where}, line {mark.line + 1}" if mark else where,
+        why=why,
+        how="mend its spelling; `fxfuse recipe --example` prints one to begin with",
+    )
+
+
+def _problem(details: ErrorDetails, root: yaml.Node | None) -> tuple[int, str]:
+    """The line of a mistake, and what it is."""
+    location = details["loc"]
+    line, named = _line_of(root, location)
+    field = ".".join(map(str, named)) or "the recipe"
+    if details["type"] == "extra_forbidden":
+        known = _names_at(named[:-1])
+        near = get_close_matches(str(named[-1]), known, n=1)
+        hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(known)}"
+        return line, f"{field}: there is no such field; {hint}"
+    if details["type"] == "missing":
+        return line, f"{field}.{location[-1]} is missing".replace("the recipe.", "")
+    said = details["msg"].removeprefix("Value error, ")
+    said = said[:1].lower() + said[1:]
+    if details["type"] == "literal_error":
+        allowed = str(details.get("ctx", {}).get("expected", "")).replace("'", "")
+        options = allowed.replace(" or ", ", ").split(", ")
+        near = get_close_matches(str(details["input"]), options, n=1)
+        hint = f"did you mean {near[0]}?" if near else f"use {allowed}"
+        said = f"{str(details['input'])[:40]!r} is not one of its values; {hint}"
+    return line, f"{field}: {said}"
+
+
+def _line_of(root: yaml.Node | None, location: Sequence[int | str]) -> tuple[int, list[int | str]]:
+    """Where in the text a field is, and its name without what pydantic adds for unions."""
+    node, line, named = root, 1, list[int | str]()
+    if root is None:
+        return line, [step for step in location if isinstance(step, int) or step.isidentifier()]
+    for step in location:
+        found = None
+        if isinstance(node, yaml.MappingNode):
+            found = next(((k, v) for k, v in node.value if k.value == str(step)), None)
+        elif isinstance(node, yaml.SequenceNode) and isinstance(step, int):
+            found = (node.value[step],) * 2 if step < len(node.value) else None
+        if found is not None:
+            line, node = found[0].start_mark.line + 1, found[1]
+            named.append(step)
+    return line, named
+
+
+def _names_at(location: Sequence[int | str]) -> list[str]:
+    """The fields that there are at a place."""
+    part: type[BaseModel] = Recipe
+    for step in location:
+        field = part.model_fields.get(str(step))
+        part = (_part_of(field.annotation) or part) if field is not None else part
+    return [name for name in part.model_fields if name not in _OWN]

@@ -1,0 +1,237 @@
+"""The charts of a report, as Vega-Lite specifications (altair checks them)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import altair as alt
+
+from fxfuse.cli.report.content import Network
+from fxfuse.cli.report.coupled import FREE, FROZEN_LANES, Coupled
+from fxfuse.cli.report.transplanted import SEVERAL, GroupShare
+from fxfuse.refine import RefitReport
+
+#: Okabe and Ito's palette, which the colour-blind can tell apart, too.
+COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#F0E442", "#000000")
+_GREY = "#999999"
+#: Colour and shape of what is free and of each kind of freezing.
+_MARKS = (
+    (COLOURS[0], "circle"),
+    (_GREY, "square"),
+    (COLOURS[1], "triangle"),
+    (COLOURS[5], "diamond"),
+)
+_ROW = 14
+_LABEL = alt.Axis(labelLimit=220, title=None, ticks=False, domain=False)
+
+Spec = dict[str, Any]
+_Chart = alt.Chart | alt.LayerChart | alt.FacetChart
+
+
+def member_name(member: int) -> str:
+    """What a member is called in a legend."""
+    return "several members" if member == SEVERAL else f"member {member}"
+
+
+def transplant_map(shares: Sequence[GroupShare], n_members: int) -> Spec:
+    """For each group a strip: which member each fused unit came from."""
+    rows = [
+        {
+            "group": share.group,
+            "from": run.start / share.n_units,
+            "to": run.stop / share.n_units,
+            "units": f"{run.start} to {run.stop - 1}",
+            "member": member_name(run.member),
+        }
+        for share in shares
+        for run in share.runs
+    ]
+    names = [member_name(i) for i in range(n_members)]
+    names += [member_name(SEVERAL)] * any(row["member"] == member_name(SEVERAL) for row in rows)
+    # More members than colours can be told apart repeat them; the tooltip names each.
+    colours = [COLOURS[i % len(COLOURS)] for i in range(n_members)]
+    colours += [_GREY] * (len(names) - n_members)
+    chart = (
+        alt.Chart(_table(rows))
+        .mark_bar(height=_ROW - 3)
+        .encode(
+            x=alt.X("from:Q", title="share of the fused units", scale=alt.Scale(domain=[0, 1])),
+            x2="to:Q",
+            y=alt.Y("group:N", sort=None, axis=_LABEL),
+            color=alt.Color(
+                "member:N",
+                title=None,
+                scale=alt.Scale(domain=names, range=colours),
+                legend=alt.Legend(orient="top"),
+            ),
+            tooltip=["group:N", "member:N", "units:N"],
+        )
+    )
+    return _spec(chart, _ROW * len(shares), "Which member each kept unit came from, by group.")
+
+
+def scores(shares: Sequence[GroupShare]) -> Spec:
+    """For each group, the share of the members' score that was kept and lost."""
+    rows = [
+        {"group": s.group, "part": part, "share": value}
+        for s in shares
+        if s.kept is not None
+        for part, value in (("kept", s.kept), ("lost", 1 - s.kept))
+    ]
+    chart = (
+        alt.Chart(_table(rows))
+        .mark_bar(height=_ROW - 3)
+        .encode(
+            x=alt.X("share:Q", title="share of the members' summed score"),
+            y=alt.Y("group:N", sort=None, axis=_LABEL),
+            color=alt.Color(
+                "part:N",
+                title=None,
+                scale=alt.Scale(domain=["kept", "lost"], range=[COLOURS[0], "#DDDDDD"]),
+                legend=alt.Legend(orient="top"),
+            ),
+            tooltip=["group:N", "part:N", alt.Tooltip("share:Q", format=".1%")],
+        )
+    )
+    height = _ROW * sum(s.kept is not None for s in shares)
+    return _spec(chart, height, "Score kept and lost, by group.")
+
+
+def coupling(coupled: Coupled) -> Spec:
+    """Every dimension as a dot in the lane of its group; a click goes to its explanation."""
+    names = [lane.name for lane in coupled.lanes]
+    dots = [
+        {
+            "place": dot.place,
+            "order": dot.order,
+            "lane": names[dot.lane],
+            "state": dot.state,
+            "why": dot.why,
+            "size": dot.size,
+            "href": f"#{dot.anchor}",
+        }
+        for lane in coupled.lanes
+        for dot in lane.dots
+    ]
+    edges = [
+        {"lane": names[a.lane], "from": min(a.order, b.order), "to": max(a.order, b.order)}
+        for a, b in coupled.edges
+        if a.order != b.order
+    ]
+    y = alt.Y("lane:N", sort=None, scale=alt.Scale(domain=names), axis=_LABEL)
+    x = alt.X(
+        "order:Q",
+        title="tensors, in the network's order",
+        scale=alt.Scale(zero=False, nice=False, padding=8),
+    )
+    marks = {
+        state: mark
+        for state, mark in zip((FREE, *FROZEN_LANES.values()), _MARKS, strict=True)
+        if any(dot["state"] == state for dot in dots)
+    }
+    states = list(marks)
+    colours, shapes = (list(part) for part in zip(*marks.values(), strict=True))
+    lines = (
+        alt.Chart(_table(edges))
+        .mark_rule(color=_GREY, opacity=0.6)
+        .encode(x=alt.X("from:Q", title="tensors, in the network's order"), x2="to:Q", y=y)
+    )
+    points = (
+        alt.Chart(_table(dots))
+        .mark_point(filled=True, size=55, opacity=0.9, cursor="pointer")
+        .encode(
+            x=x,
+            y=y,
+            color=alt.Color(
+                "state:N",
+                title=None,
+                scale=alt.Scale(domain=states, range=colours),
+                legend=alt.Legend(orient="top", columns=1, labelLimit=300),
+            ),
+            shape=alt.Shape("state:N", title=None, scale=alt.Scale(domain=states, range=shapes)),
+            href="href:N",
+            tooltip=["place:N", "size:Q", "state:N", "why:N"],
+        )
+    )
+    zoom = alt.selection_interval(bind="scales", encodings=["x"])
+    chart = alt.layer(lines, points.add_params(zoom))
+    return _spec(chart, (_ROW + 4) * len(names), "Dimensions of all tensors by coupling group.")
+
+
+def refit_errors(refit: RefitReport) -> Spec:
+    """For each layer, the error of its output before and after the refit."""
+    rows = [
+        {"layer": fit.weight, "when": when, "error": max(error, 1e-6)}
+        for fit in refit.layers
+        if fit.fitted
+        for when, error in (("before", fit.before), ("after", fit.after))
+    ]
+    base = alt.Chart(_table(rows)).encode(
+        x=alt.X(
+            "error:Q",
+            title="error, as a share of the target's variance",
+            scale=alt.Scale(type="log"),
+        ),
+        y=alt.Y("layer:N", sort=None, axis=_LABEL),
+    )
+    dots = base.mark_point(filled=True, size=60, opacity=1).encode(
+        color=alt.Color(
+            "when:N",
+            title=None,
+            scale=alt.Scale(domain=["before", "after"], range=[COLOURS[1], COLOURS[0]]),
+            legend=alt.Legend(orient="top"),
+        ),
+        shape=alt.Shape(
+            "when:N",
+            title=None,
+            scale=alt.Scale(domain=["before", "after"], range=["square", "circle"]),
+        ),
+        tooltip=["layer:N", "when:N", alt.Tooltip("error:Q", format=".3g")],
+    )
+    line = base.mark_line(color=_GREY).encode(detail="layer:N")
+    fitted = sum(fit.fitted for fit in refit.layers)
+    return _spec(alt.layer(line, dots), _ROW * fitted, "Error of every layer, before and after.")
+
+
+def sweep(networks: Sequence[Network], points: Sequence[Network]) -> Spec:
+    """Accuracy against floating-point operations, with other networks as points of reference."""
+    rows = [
+        {"name": n.name, "flops": n.flops, "accuracy": n.accuracy, "kind": kind}
+        for kind, group in (("fused, by width", networks), ("for comparison", points))
+        for n in group
+        if n.flops is not None and n.accuracy is not None
+    ]
+    base = alt.Chart(_table(rows)).encode(
+        x=alt.X("flops:Q", title="floating-point operations", axis=alt.Axis(format="~s")),
+        y=alt.Y("accuracy:Q", title="accuracy, %", scale=alt.Scale(zero=False)),
+    )
+    kinds = ["fused, by width", "for comparison"]
+    dots = base.mark_point(filled=True, size=70).encode(
+        color=alt.Color(
+            "kind:N",
+            title=None,
+            scale=alt.Scale(domain=kinds, range=list(COLOURS[:2])),
+            legend=alt.Legend(orient="top"),
+        ),
+        shape=alt.Shape(
+            "kind:N", title=None, scale=alt.Scale(domain=kinds, range=["circle", "square"])
+        ),
+        tooltip=["name:N", "accuracy:Q", "flops:Q"],
+    )
+    line = base.mark_line(color=COLOURS[0]).transform_filter("datum.kind == 'fused, by width'")
+    return _spec(alt.layer(line, dots), 260, "Accuracy against floating-point operations.")
+
+
+def _table(rows: Sequence[Mapping[str, Any]]) -> Any:
+    """Rows as a chart's data; altair has no annotations here."""
+    make: Any = alt.Data
+    return make(values=rows)
+
+
+def _spec(
+    chart: alt.Chart | alt.LayerChart | alt.FacetChart, height: int, description: str
+) -> Spec:
+    told = chart.properties(width="container", height=max(height, 40), description=description)
+    spec: Spec = told.configure_view(stroke=None).configure_axis(grid=False).to_dict()
+    return spec

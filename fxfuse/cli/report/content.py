@@ -1,0 +1,157 @@
+"""What a report says, gathered from a result before any of it is drawn."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+import fxfuse
+from fxfuse.api.result import FusionResult
+from fxfuse.cli.report.coupled import Coupled, coupled
+from fxfuse.cli.report.transplanted import GroupShare, shares
+from fxfuse.errors import RewriteError, WidthError
+from fxfuse.refine import RefitReport
+from fxfuse.transform.cost import operations_of, parameters_of
+from fxfuse.verify import Check
+
+
+@dataclass(frozen=True)
+class Network:
+    """A network of the report's table; None is what was not measured.
+
+    Attributes:
+        name: What it is called.
+        parameters: Number of parameter elements.
+        flops: Floating-point operations for the example inputs.
+        accuracy: On the data that was given, in percent.
+        agreement: Share of inputs on which it names the ensemble's class, in percent.
+        divergence: KL divergence from the ensemble's probabilities, in nats.
+        milliseconds: Median latency for one batch.
+    """
+
+    name: str
+    parameters: int
+    flops: int | None = None
+    accuracy: float | None = None
+    agreement: float | None = None
+    divergence: float | None = None
+    milliseconds: float | None = None
+
+
+@dataclass(frozen=True)
+class Content:
+    """A report.
+
+    Attributes:
+        title: Of the page.
+        verdict: Sentences that say what came out, the most important first.
+        networks: Rows of the table.
+        checks: The oracles that ran.
+        n_members: N.
+        shares: For each group, where its units come from.
+        coupled: The coupling graph.
+        refit: What the closed-form refit did, if there was one.
+        sweep: Networks of other widths, where some were measured.
+        free: Share of the parameter elements in tensors with a free dimension, in percent.
+        versions: Package → version.
+    """
+
+    title: str
+    verdict: tuple[str, ...]
+    networks: tuple[Network, ...]
+    checks: tuple[Check, ...]
+    n_members: int
+    shares: tuple[GroupShare, ...]
+    coupled: Coupled
+    refit: RefitReport | None
+    sweep: tuple[Network, ...]
+    free: float
+    versions: dict[str, str]
+
+
+def gather(
+    result: FusionResult,
+    *,
+    title: str,
+    members: Sequence[nn.Module] | None = None,
+    networks: Sequence[Network] = (),
+    sweep: Sequence[Network] = (),
+) -> Content:
+    """Everything that a report says.
+
+    Args:
+        result: What was fused.
+        title: Of the page.
+        members: The members, for the scores of the units that were lost.
+        networks: Rows of the table; none: sizes of a member, the ensemble and the fused network.
+        sweep: Networks of other widths.
+    """
+    rows = tuple(networks) or _sizes(result)
+    return Content(
+        title,
+        _verdict(result, rows),
+        rows,
+        result.verification.checks,
+        result.plan.n_members,
+        shares(result, members),
+        coupled(result.graph),
+        result.refit,
+        tuple(sweep),
+        100 * result.graph.free_fraction,
+        {"fxfuse": fxfuse.__version__, "torch": torch.__version__},
+    )
+
+
+def _sizes(result: FusionResult) -> tuple[Network, ...]:
+    """What the networks cost, foretold from the plan."""
+    graph, plan, n = result.graph, result.plan, result.plan.n_members
+    own, fused = parameters_of(graph, {}), parameters_of(graph, plan.sizes(), plan)
+    try:
+        work: int | None = operations_of(graph, {})
+        fused_work: int | None = operations_of(graph, plan.sizes(), plan)
+    except (RewriteError, WidthError):
+        work = fused_work = None
+    ensemble = Network(f"ensemble of {n}", n * own, None if work is None else n * work)
+    alone = Network("one member", own, work)
+    rows = (alone, ensemble) if n > 1 else (alone,)
+    return (*rows, Network("fused" if n > 1 else "pruned", fused, fused_work))
+
+
+def _verdict(result: FusionResult, rows: Sequence[Network]) -> tuple[str, ...]:
+    plan, checks = result.plan, result.verification.checks
+    failed = [check.name for check in checks if not check.passed]
+    said = [f"{plan.n_members} networks became one" if plan.n_members > 1 else "One network"]
+    said[0] += f" by method {plan.method}, with {rows[-1].parameters:,} parameters."
+    if not checks:
+        said.append("No oracle ran: verification was skipped.")
+    elif failed:
+        said.append(f"FAILED: {', '.join(failed)}.")
+    else:
+        said.append(f"All {len(checks)} oracles hold.")
+    accuracies = {row.name: row.accuracy for row in rows if row.accuracy is not None}
+    if accuracies:
+        said.append("; ".join(f"{name} {value:.2f} %" for name, value in accuracies.items()) + ".")
+    if result.choice is not None:
+        said.append(f"Matching {result.choice}.")
+    if plan.averaged:
+        said.append(
+            f"{len(plan.averaged)} tensors are averaged inside the network, an approximation."
+        )
+    if plan.notes:
+        treated = "once for each member" if plan.mixing == "per_member" else "over all members"
+        said.append(f"{len(plan.notes)} operators mix members; they run {treated}.")
+    differ = [group for group, units in plan.widths.items() if len({*units} - {0}) > 1]
+    if differ:
+        said.append(f"Members differ in width in {len(differ)} of {len(plan.widths)} groups.")
+    if plan.absent:
+        who = sorted({member for members in plan.absent.values() for member in members})
+        said.append(
+            f"Blocks that are the identity where members lack them (members "
+            f"{', '.join(map(str, who))}): {len(plan.absent)} tensors."
+        )
+    if plan.refused:
+        said.append(f"{len(plan.refused)} groups keep a member's size.")
+    return tuple(said)

@@ -1,0 +1,83 @@
+"""The page itself: a template filled with content and charts, everything in one file."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import altair
+import jinja2
+import vl_convert
+from markupsafe import Markup
+
+from fxfuse.cli.report import charts
+from fxfuse.cli.report.content import Content, Network
+
+_TEMPLATE = Path(__file__).with_name("report.html.jinja")
+#: Columns of the table of networks: attribute, heading, format.
+_COLUMNS = (
+    ("accuracy", "accuracy, %", "{:.2f}"),
+    ("parameters", "parameters", "{:,}"),
+    ("flops", "MFLOPs", "{:,.2f}"),
+    ("milliseconds", "latency, ms", "{:.2f}"),
+    ("agreement", "agrees with the ensemble, %", "{:.2f}"),
+    ("divergence", "KL from the ensemble, nats", "{:.4f}"),
+)
+_MILLION = 1e6
+
+
+def render(content: Content) -> str:
+    """A report as HTML that needs no other file and no network."""
+    environment = jinja2.Environment(
+        autoescape=True,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        undefined=jinja2.StrictUndefined,
+        loader=jinja2.FileSystemLoader(_TEMPLATE.parent),
+    )
+    columns = [c for c in _COLUMNS if any(getattr(n, c[0]) is not None for n in content.networks)]
+    return environment.get_template(_TEMPLATE.name).render(
+        content=content,
+        columns=[heading for _, heading, _ in columns],
+        rows=[
+            (n.name, [_cell(n, name, form) for name, _, form in columns]) for n in content.networks
+        ],
+        charts={name: Markup(_script_safe(spec)) for name, spec in _charts(content).items()},
+        library=Markup(_library()),
+        members=[charts.member_name(i) for i in range(content.n_members)],
+    )
+
+
+def _charts(content: Content) -> dict[str, charts.Spec]:
+    """Specifications by the id of their place in the page."""
+    found = {"coupling": charts.coupling(content.coupled)}
+    if content.n_members > 1:
+        found["map"] = charts.transplant_map(content.shares, content.n_members)
+    if any(share.kept is not None for share in content.shares):
+        found["scores"] = charts.scores(content.shares)
+    if content.refit is not None and any(fit.fitted for fit in content.refit.layers):
+        found["refit"] = charts.refit_errors(content.refit)
+    if content.sweep:
+        found["sweep"] = charts.sweep(content.sweep, content.networks)
+    return found
+
+
+def _cell(network: Network, name: str, form: str) -> str:
+    value: Any = getattr(network, name)
+    if value is None:
+        return "–"
+    return form.format(value / _MILLION if name == "flops" else value)
+
+
+def _library() -> str:
+    """Vega, Vega-Lite and Vega-Embed as one script, which brings no other."""
+    version = ".".join(altair.SCHEMA_VERSION.lstrip("v").split(".")[:2])
+    return vl_convert.javascript_bundle("window.vegaEmbed = vegaEmbed;", version).replace(
+        "</script", "<\\/script"
+    )
+
+
+def _script_safe(spec: charts.Spec) -> str:
+    """JSON that may stand inside a script element: no name in it can end that element."""
+    return json.dumps(spec, separators=(",", ":")).replace("<", "\\u003c")

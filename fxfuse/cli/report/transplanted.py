@@ -1,0 +1,119 @@
+"""Where the units of every group come from, and how much of the members' score they hold."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+
+import numpy as np
+from torch import nn
+
+from fxfuse.analysis.coupling import CouplingGraph
+from fxfuse.api.result import FusionResult
+from fxfuse.errors import CalibrationError, UnknownScoreError
+from fxfuse.planning.options import Options
+from fxfuse.planning.plan import UnitMap
+from fxfuse.planning.scores import score_units
+from fxfuse.refine.fused import states_of
+
+#: Origin of a unit that several members have a part in.
+SEVERAL = -1
+#: The score that stands for a method that has none.
+_DEFAULT_SCORE = "l2"
+
+
+@dataclass(frozen=True)
+class Run:
+    """Neighbouring fused units of one origin.
+
+    Attributes:
+        start: The first of them.
+        stop: One past the last.
+        member: The member that they come from, or `SEVERAL`.
+    """
+
+    start: int
+    stop: int
+    member: int
+
+
+@dataclass(frozen=True)
+class GroupShare:
+    """Where the units of a group come from.
+
+    Attributes:
+        group: Its name.
+        n_units: Units of the fused group.
+        available: Units of all members.
+        counts: Units that come from each member; those of several members count for each.
+        runs: The fused units in order.
+        kept: Share of the members' summed score that the kept units have, in [0, 1]; None where it
+            is not known.
+    """
+
+    group: str
+    n_units: int
+    available: int
+    counts: tuple[int, ...]
+    runs: tuple[Run, ...]
+    kept: float | None
+
+
+def shares(
+    result: FusionResult, members: Sequence[nn.Module] | None = None
+) -> tuple[GroupShare, ...]:
+    """Where the units of every group come from.
+
+    Args:
+        result: What was fused.
+        members: The members, for the scores; without them no score is known.
+    """
+    plan, graph = result.plan, result.graph
+    kept = {} if members is None else _kept(graph, result, members)
+    return tuple(
+        GroupShare(
+            m.group,
+            m.n_units,
+            sum(graph.units_of(m.group, i) for i in range(plan.n_members)),
+            m.counts(plan.n_members),
+            _runs(m),
+            kept.get(m.group),
+        )
+        for m in plan.maps
+    )
+
+
+def _runs(m: UnitMap) -> tuple[Run, ...]:
+    origin = np.full(m.n_units, SEVERAL - 1)
+    for target, member in np.unique(np.stack([m.target, m.member]), axis=1).T.tolist():
+        origin[target] = member if origin[target] == SEVERAL - 1 else SEVERAL
+    edges = np.flatnonzero(np.diff(origin)) + 1
+    bounds = [0, *edges.tolist(), m.n_units]
+    return tuple(
+        Run(start, stop, int(origin[start])) for start, stop in pairwise(bounds) if stop > start
+    )
+
+
+def _kept(
+    graph: CouplingGraph, result: FusionResult, members: Sequence[nn.Module]
+) -> dict[str, float]:
+    """Share of the members' score that every group keeps; empty where it needs data."""
+    plan = result.plan
+    options = Options(plan.options.get("score", _DEFAULT_SCORE), absent=plan.absent)
+    units = {
+        i: {g.name: np.arange(g.n_units) for g in graph.of_member(i).groups}
+        for i in range(len(members))
+    }
+    states = states_of(result, members)
+    try:
+        scores = score_units(graph.trunk(), states, options, units)
+    except (CalibrationError, UnknownScoreError):
+        return {}
+    kept = {}
+    for m in plan.maps:
+        whole = sum(float(scores[i][m.group].sum()) for i in range(len(members)))
+        part = sum(float(scores[i][m.group][unit]) for i, unit in m.units().tolist())
+        if whole > 0:
+            kept[m.group] = part / whole
+    return kept

@@ -1,0 +1,88 @@
+"""Images of folders and of data sets, as tensors."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fxfuse.cli.sources.data import Data, Preparation, spread
+from fxfuse.errors import DataError, MissingDependencyError
+
+#: Lets the first dimension of an image be its channels.
+_CHANNELS_FIRST = (2, 0, 1)
+
+
+def image_folder(path: Path, prepare: Preparation) -> Data:
+    """Images of a folder with one folder for each class, in the order of the classes' names.
+
+    Raises:
+        DataError: There are none, or they differ in size.
+        MissingDependencyError: torchvision is not installed.
+    """
+    datasets = torchvision_datasets()
+    try:
+        folder = datasets.ImageFolder(str(path))
+    except FileNotFoundError as error:
+        raise DataError(
+            f"{path.name} is no folder of images",
+            where=str(path),
+            why=str(error),
+            how="put the images of each class into a folder of their own in it",
+        ) from error
+    return images(folder, str(path), prepare)
+
+
+def images(pairs: Any, where: str, prepare: Preparation) -> Data:
+    """Pairs (PIL image, class) as tensors."""
+    read, labels = [], []
+    for index in spread(len(pairs), prepare.limit).tolist():
+        image, label = pairs[index]
+        read.append(_image(image, prepare))
+        labels.append(int(label))
+    if len({image.shape for image in read}) > 1:
+        raise DataError(
+            "the images differ in size",
+            where=where,
+            why=", ".join(sorted({str(list(image.shape)) for image in read})[:3]),
+            how="give a size that they are resized to, such as 224,224",
+        )
+    if not read:
+        raise DataError("there are no images", where=where)
+    return Data((torch.stack(read),), torch.tensor(labels, dtype=torch.int64))
+
+
+def _image(image: Any, prepare: Preparation) -> Tensor:
+    if prepare.size is not None and hasattr(image, "resize"):
+        height, width = prepare.size
+        image = image.resize((width, height))
+    values = np.asarray(image)
+    values = values[..., None] if values.ndim == 2 else values
+    pixels = torch.as_tensor(values.transpose(_CHANNELS_FIRST).copy()).to(torch.float32) / 255
+    for given, change in ((prepare.mean, torch.sub), (prepare.std, torch.div)):
+        if given:
+            if len(given) not in (1, len(pixels)):
+                raise DataError(
+                    f"there are {len(given)} means or deviations for {len(pixels)} channels",
+                    how="give one for each channel",
+                )
+            pixels = change(pixels, torch.tensor(list(given)).reshape(-1, 1, 1))
+    return pixels
+
+
+def torchvision_datasets() -> Any:
+    """The module of torchvision's data sets.
+
+    Raises:
+        MissingDependencyError: torchvision is not installed.
+    """
+    try:
+        from torchvision import datasets
+    except ImportError as error:
+        raise MissingDependencyError(
+            "images need torchvision", why=str(error), how='pip install "fxfuse[vision]"'
+        ) from error
+    return datasets

@@ -1,0 +1,145 @@
+"""From what a user wrote to examples."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+
+from fxfuse.cli.sources.data import Data, Preparation, spread
+from fxfuse.cli.sources.datasets import hugging_face, torchvision_dataset
+from fxfuse.cli.sources.images import image_folder
+from fxfuse.cli.sources.pairs import joined, pair
+from fxfuse.cli.zoo import import_object
+from fxfuse.errors import DataError, FxfuseError
+from fxfuse.members.checkpoint import TORCH_SUFFIXES, read_file
+
+#: Sources that a prefix names.
+_NAMED: dict[str, Callable[[str, Preparation], Data]] = {
+    "torchvision": torchvision_dataset,
+    "datasets": hugging_face,
+}
+
+
+def read_data(spec: str, prepare: Preparation | None = None) -> Data:
+    """Reads examples.
+
+    Args:
+        spec: A `.npy`, `.npz`, `.safetensors` or weights-only `.pt` file with inputs, or with
+            `inputs` and `labels`; a folder with one folder of images for each class;
+            `torchvision:CLASS:ROOT` or `torchvision:CLASS:ROOT:SPLIT`, a data set that is on disk
+            (SPLIT: `test`, the default, or `train`); `datasets:FOLDER`, what `save_to_disk` of
+            Hugging Face datasets wrote; or `package.module:function`, which returns such inputs, a
+            pair (inputs, labels), or an iterable of batches of either kind.
+        prepare: What is done to them; None: nothing.
+
+    Raises:
+        DataError: There is nothing of that name, it holds no examples, or they do not fit
+            together.
+        CheckpointCorruptError: A file is damaged.
+        CheckpointPickleError: A `.pt` file holds other objects than tensors.
+        MissingDependencyError: The source needs a package that is not installed.
+        ModelFactoryError: The function cannot be imported.
+    """
+    prepare = prepare or Preparation()
+    kind, _, rest = spec.partition(":")
+    if kind in _NAMED and rest:
+        data = _NAMED[kind](rest, prepare)
+    elif Path(spec).is_dir():
+        data = image_folder(Path(spec), prepare)
+    elif Path(spec).suffix in (".npy", ".npz"):
+        data = _numpy(Path(spec))
+    elif Path(spec).suffix in (".safetensors", *TORCH_SUFFIXES):
+        data = pair(read_file(spec), spec)
+    elif ":" in spec:
+        data = _function(spec, prepare.limit)
+    else:
+        raise DataError(
+            f"the data cannot be read: {spec!r}",
+            where=spec,
+            why="it is no folder, no file of a known format, and no module:function",
+            how="name a .npy, .npz, .safetensors or .pt file, a folder with one folder of images "
+            "for each class, torchvision:CLASS:ROOT, datasets:FOLDER, or module:function",
+        )
+    return _limited(_checked(data, spec), prepare.limit)
+
+
+def absolute(spec: str) -> str:
+    """A source that is found from another working directory, too.
+
+    Args:
+        spec: As `read_data` takes it.
+    """
+    kind, _, rest = spec.partition(":")
+    if kind == "datasets" and rest:
+        return f"{kind}:{os.path.abspath(rest)}"
+    if kind == "torchvision" and ":" in rest:
+        name, _, place = rest.partition(":")
+        return f"{kind}:{name}:{os.path.abspath(place)}"
+    if Path(spec).exists() or ":" not in spec:
+        return os.path.abspath(spec)
+    # Where the module of a function is looked for.
+    if os.getcwd() not in sys.path:
+        sys.path.insert(0, os.getcwd())
+    return spec
+
+
+def _numpy(path: Path) -> Data:
+    try:
+        # Arrays of objects would be unpickled.
+        content = np.load(path, allow_pickle=False)
+        arrays = content if isinstance(content, np.ndarray) else {k: content[k] for k in content}
+    # What a damaged file makes numpy, its zip reader or the decompressor say is not documented.
+    except Exception as error:
+        raise DataError(
+            f"{path.name} cannot be read",
+            where=str(path),
+            why=f"{type(error).__name__}: {error}",
+            how="save arrays of numbers with numpy.save or numpy.savez",
+        ) from error
+    return pair(arrays, str(path))
+
+
+def _function(spec: str, limit: int | None) -> Data:
+    function = import_object(spec)
+    try:
+        content: Any = function()
+        if isinstance(content, Tensor | np.ndarray | tuple | Mapping):
+            return pair(content, spec)
+        return joined(content, spec, limit)
+    except FxfuseError:
+        raise
+    # The user's function may raise anything.
+    except Exception as error:
+        raise DataError(
+            f"{spec} gives no data",
+            where=spec,
+            why=f"{type(error).__name__}: {error}",
+            how="let it return inputs, a pair (inputs, labels), or an iterable of batches",
+        ) from error
+
+
+def _checked(data: Data, where: str) -> Data:
+    sizes = {len(x) if x.dim() else 0 for x in data.inputs}
+    sizes |= set() if data.labels is None else {len(data.labels)}
+    if len(sizes) > 1 or 0 in sizes:
+        raise DataError(
+            "inputs and labels do not fit together" if len(sizes) > 1 else "there are no examples",
+            where=where,
+            why=f"their numbers are {', '.join(map(str, sorted(sizes)))}",
+            how="give as many labels as inputs, along the first dimension",
+        )
+    return data
+
+
+def _limited(data: Data, limit: int | None) -> Data:
+    if limit is None or len(data) <= limit:
+        return data
+    chosen = spread(len(data), limit)
+    labels = None if data.labels is None else data.labels[chosen]
+    return Data(tuple(x[chosen] for x in data.inputs), labels)

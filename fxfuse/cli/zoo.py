@@ -1,0 +1,227 @@
+"""Models and example inputs for the command line, from text that a user types."""
+
+from __future__ import annotations
+
+import ast
+import importlib
+import os
+import re
+import sys
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from fxfuse.cli.model_names import is_pretrained, named_factory
+from fxfuse.errors import ExampleInputError, ModelFactoryError
+from fxfuse.graph.tensors import floating_dtype
+from fxfuse.members.checkpoint import load_checkpoint, read_file
+
+#: torch.export specialises a batch of 1.
+BATCH = 2
+
+_SHAPE = re.compile(r"\s*\d+(\s*,\s*\d+)*\s*")
+#: Token ids: the length, and how many there are.
+_IDS = re.compile(r"ids:(\d+)(?::(\d+))?")
+_VOCABULARY = 100
+
+
+def parse_model_args(pairs: Iterable[str]) -> dict[str, Any]:
+    """Parses `key=value` texts; a value is a Python literal, or else the text itself.
+
+    Args:
+        pairs: For instance `num_classes=10`, `weights=None`, `activation=gelu`.
+
+    Returns:
+        Keyword arguments of a model factory.
+
+    Raises:
+        ModelFactoryError: A text is not of the form `key=value`.
+    """
+    arguments: dict[str, Any] = {}
+    for pair in pairs:
+        key, equals, text = pair.partition("=")
+        if not equals or not key.isidentifier():
+            raise ModelFactoryError(
+                f"a model argument cannot be read: {pair!r}",
+                why="it is not of the form key=value",
+                how="write it like --model-arg num_classes=10",
+            )
+        try:
+            arguments[key] = ast.literal_eval(text)
+        except (ValueError, SyntaxError):
+            arguments[key] = text
+    return arguments
+
+
+def make_model(spec: str, arguments: Mapping[str, Any]) -> nn.Module:
+    """Calls a model factory.
+
+    Args:
+        spec: `package.module:factory`, importable, also from the working directory; or a library's
+            name of a network, `torchvision:resnet18`, `timm:convnext_tiny`, `hf:FOLDER`.
+        arguments: Keyword arguments for the factory.
+
+    Returns:
+        A model in eval mode.
+
+    Raises:
+        ModelFactoryError: The factory cannot be imported or called, or makes no `nn.Module`.
+        MissingDependencyError: The library of the name is not installed.
+    """
+    factory = named_factory(spec) or import_object(spec)
+    try:
+        model = factory(**arguments)
+    except Exception as error:
+        raise ModelFactoryError(
+            f"{spec} cannot be called",
+            where=f"{spec}({', '.join(f'{k}={v!r}' for k, v in arguments.items())})",
+            why=f"{type(error).__name__}: {error}",
+            how="pass what the factory needs with --model-arg key=value",
+        ) from error
+    if not isinstance(model, nn.Module):
+        raise ModelFactoryError(
+            f"{spec} makes a {type(model).__name__}, not a torch.nn.Module",
+            where=spec,
+            how="name a class or function that returns the network itself",
+        )
+    return model.eval()
+
+
+def make_member(spec: str, arguments: Mapping[str, Any], checkpoint: Path) -> nn.Module:
+    """Makes a model with the weights of a checkpoint.
+
+    Args:
+        spec: As `make_model` takes it.
+        arguments: Keyword arguments for the factory.
+        checkpoint: A file of weights; for `hf:` also a folder that `save_pretrained` wrote.
+
+    Raises:
+        ModelFactoryError: As `make_model`.
+        MissingDependencyError: As `make_model`.
+        CheckpointMissingError: There is no such file.
+        CheckpointCorruptError: It is damaged.
+        CheckpointPickleError: It holds other objects than tensors.
+        CheckpointMismatchError: It does not fit the model.
+    """
+    if spec.startswith("hf:") and is_pretrained(checkpoint):
+        return make_model(f"hf:{checkpoint}", arguments)
+    model = make_model(spec, arguments)
+    load_checkpoint(model, checkpoint)
+    return model
+
+
+def make_inputs(spec: str, dtype: torch.dtype = torch.float32) -> tuple[torch.Tensor, ...]:
+    """Makes or reads example inputs.
+
+    Args:
+        spec: A shape without the batch dimension, such as `3,224,224`; `ids:LENGTH` or
+            `ids:LENGTH:VOCABULARY` for token ids, int64; or a `.safetensors` or `.pt` file that
+            holds one tensor, or (`.pt`) a sequence of tensors with their batch.
+        dtype: Of a tensor that is made from a shape.
+
+    Returns:
+        Positional inputs.
+
+    Raises:
+        ExampleInputError: The text is neither a shape nor a file of tensors.
+    """
+    shape = shape_in(spec)
+    if shape is not None:
+        if 0 in shape:
+            raise _bad_input(spec, "a dimension of size 0 holds nothing")
+        generator = torch.Generator().manual_seed(0)
+        return (torch.randn(BATCH, *shape, generator=generator).to(dtype),)
+    ids = _IDS.fullmatch(spec)
+    if ids is not None:
+        length, vocabulary = int(ids[1]), int(ids[2] or _VOCABULARY)
+        if not length or not vocabulary:
+            raise _bad_input(spec, "a dimension of size 0 holds nothing")
+        generator = torch.Generator().manual_seed(0)
+        return (torch.randint(vocabulary, (BATCH, length), generator=generator),)
+    if not Path(spec).exists():
+        raise _bad_input(spec, "it is neither a shape nor the path of a file")
+    content = read_file(spec)
+    if isinstance(content, Mapping) and len(content) == 1:
+        content = next(iter(content.values()))
+    inputs = tuple(content) if isinstance(content, list | tuple) else (content,)
+    if not inputs or not all(isinstance(value, torch.Tensor) for value in inputs):
+        raise _bad_input(spec, "the file holds neither one tensor nor a sequence of tensors")
+    return inputs
+
+
+def shape_in(spec: str) -> list[int] | None:
+    """The sizes that a text such as `3,224,224` names; None where it is no shape."""
+    return [int(size) for size in spec.split(",")] if _SHAPE.fullmatch(spec) else None
+
+
+def inputs_for(
+    network: nn.Module, spec: str, dtype: torch.dtype | None = None
+) -> tuple[torch.Tensor, ...]:
+    """Example inputs on a network's device.
+
+    Args:
+        network: The network.
+        spec: As `make_inputs` takes it.
+        dtype: Of a tensor that is made from a shape; None: the network's.
+
+    Raises:
+        ExampleInputError: The text is neither a shape nor a file of tensors.
+    """
+    inputs = make_inputs(spec, dtype or floating_dtype(network.parameters()))
+    parameter = next(network.parameters(), None)
+    return inputs if parameter is None else tuple(x.to(parameter.device) for x in inputs)
+
+
+def import_object(spec: str) -> Callable[..., object]:
+    """Imports a function or class that a user named.
+
+    Args:
+        spec: `package.module:name`; modules in the working directory are found too.
+
+    Raises:
+        ModelFactoryError: It cannot be imported or called.
+    """
+    module_name, _, attribute = spec.partition(":")
+    if not module_name or not attribute:
+        raise ModelFactoryError(
+            f"a name cannot be read: {spec!r}",
+            why="it is not of the form package.module:factory",
+            how="write it like torchvision.models:resnet18",
+        )
+    # A console script does not look into the working directory, where a user's own model lies.
+    if os.getcwd() not in sys.path:
+        sys.path.insert(0, os.getcwd())
+    try:
+        value: Any = importlib.import_module(module_name)
+        for part in attribute.split("."):
+            value = getattr(value, part)
+    # Importing runs the user's module, which may raise anything.
+    except Exception as error:
+        raise ModelFactoryError(
+            f"{spec} cannot be imported",
+            where=spec,
+            why=f"{type(error).__name__}: {error}",
+            how=_install_hint(module_name),
+        ) from error
+    if not callable(value):
+        raise ModelFactoryError(f"{spec} cannot be called: it is a {type(value).__name__}")
+    factory: Callable[..., object] = value
+    return factory
+
+
+def _install_hint(module_name: str) -> str:
+    if module_name.partition(".")[0] == "torchvision":
+        return 'pip install "fxfuse[vision]", and check the spelling'
+    return "check the spelling, and that the module is installed or in the working directory"
+
+
+def _bad_input(spec: str, why: str) -> ExampleInputError:
+    return ExampleInputError(
+        f"the example input cannot be read: {spec!r}",
+        where=spec,
+        why=why,
+        how="write a shape without the batch dimension, like --input 3,224,224, or name a file",
+    )

@@ -1,0 +1,220 @@
+"""Writing results: whole or not at all, and never over something of the user's."""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import glob
+import json
+import os
+import re
+import shutil
+import uuid
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from fxfuse.common.output_lock import locked
+from fxfuse.errors import OutputExistsError
+
+#: AT_FDCWD and RENAME_EXCHANGE of renameat2(2).
+_HERE, _EXCHANGE = -100, 2
+#: What comes after the name of an output in the name of a folder that is not finished.
+_PARTIAL = re.compile(r"\.[0-9a-f]{8}\.(partial|old)")
+#: The end of the name of an earlier result that steps aside.
+_ASIDE = ".old"
+
+
+def check_output(path: str | Path, names: Collection[str], *, force: bool = False) -> None:
+    """Checks that a folder may be written, before the work that fills it.
+
+    Args:
+        path: The folder.
+        names: Files that the folder will hold.
+        force: Whether an existing folder may be replaced. Only a folder that holds nothing but
+            such files is ever replaced.
+
+    Raises:
+        OutputExistsError: Something is there already that may not be overwritten.
+    """
+    path = Path(path)
+    if not os.path.lexists(path):
+        return
+    if path.is_symlink() or not path.is_dir():
+        raise _exists(path, "it is not a folder", "choose another name")
+    if not force:
+        raise _exists(path, "a result is not overwritten unasked", "add --force, or choose another")
+    foreign = _foreign(path, names)
+    if foreign:
+        raise _exists(
+            path,
+            f"replacing it would delete {foreign[0]}, which fxfuse does not write",
+            "choose another folder",
+        )
+
+
+@contextmanager
+def atomic_folder(
+    path: str | Path, names: Collection[str], *, force: bool = False
+) -> Iterator[Path]:
+    """Gives a temporary folder that becomes `path` when the block ends without an error.
+
+    Args:
+        path: The folder to write.
+        names: Files that the folder will hold.
+        force: Whether an existing folder that holds only such files may be replaced.
+
+    Yields:
+        The folder to write into. After an error it is gone, and `path` is as it was.
+
+    Raises:
+        OutputExistsError: Something is there already that may not be overwritten.
+        OutputBusyError: Another process is writing it.
+    """
+    path = Path(os.path.abspath(path))
+    check_output(path, names, force=force)
+    with locked(path), _partial(path) as work:
+        yield work
+        # Before the rename: after a power cut the name must not be there without the content.
+        for file in (entry for entry in work.rglob("*") if entry.is_file()):
+            _settle(file)
+        _settle(work)
+        check_output(path, names, force=force)
+        _swap_in(work, path, names, force=force)
+        _settle(path.parent)
+
+
+@contextmanager
+def _partial(path: Path) -> Iterator[Path]:
+    """A folder beside another, gone after an error, as are those that killed writers left there."""
+    # The lock is ours, so whatever is here belongs to no one any more.
+    for entry in path.parent.glob(f".{glob.escape(path.name)}.*"):
+        if not _PARTIAL.fullmatch(entry.name.removeprefix(f".{path.name}")):
+            continue
+        if entry.suffix == _ASIDE and not path.exists():
+            # Its writer was killed between the two steps of an exchange.
+            entry.rename(path)
+        else:
+            shutil.rmtree(entry, ignore_errors=True)
+    # Beside the target, since a rename is atomic only within one file system.
+    work = path.parent / f".{path.name}.{uuid.uuid4().hex[:8]}.partial"
+    try:
+        work.mkdir()
+        yield work
+    except BaseException:
+        shutil.rmtree(work, ignore_errors=True)
+        raise
+
+
+@contextmanager
+def atomic_file(path: str | Path) -> Iterator[Path]:
+    """Gives a temporary file that replaces `path` when the block ends without an error.
+
+    Args:
+        path: The file to write; its folder exists.
+
+    Yields:
+        The file to write. After an error it is gone, and `path` is as it was.
+    """
+    path = Path(path)
+    # Beside the target, since a rename is atomic only within one file system; of the same suffix,
+    # since writers may go by it.
+    work = path.with_name(f".{path.stem}.{uuid.uuid4().hex[:8]}.partial{path.suffix}")
+    try:
+        yield work
+        _settle(work)
+        os.replace(work, path)
+        _settle(path.parent)
+    finally:
+        work.unlink(missing_ok=True)
+
+
+def write_text(path: str | Path, text: str) -> None:
+    """Writes a text file whole or not at all; an existing file is replaced.
+
+    Args:
+        path: The file.
+        text: Its content.
+    """
+    with atomic_file(path) as work:
+        work.write_text(text, encoding="utf-8")
+
+
+def write_json(path: str | Path, value: object) -> None:
+    """Writes JSON, indented, whole or not at all.
+
+    Args:
+        path: The file.
+        value: Whatever `json.dumps` takes.
+    """
+    write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+
+
+def _swap_in(work: Path, path: Path, names: Collection[str], *, force: bool) -> None:
+    """Gives a folder its name; what may have appeared under that name meanwhile is not lost.
+
+    Raises:
+        OutputExistsError: Something is there that may not be overwritten.
+    """
+    if not force or not path.exists():
+        try:
+            # Replaces nothing but an empty folder.
+            work.rename(path)
+        except OSError as error:
+            if error.errno in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR):
+                raise _appeared(path) from error
+            raise
+        return
+    if _exchange(work, path):
+        if _foreign(work, names):
+            _exchange(work, path)
+            raise _appeared(path)
+        shutil.rmtree(work)
+        return
+    # Elsewhere a folder with content cannot be replaced in one step: the old one steps aside first,
+    # and comes back if the new one cannot take its place.
+    aside = work.with_suffix(_ASIDE)
+    path.rename(aside)
+    try:
+        if _foreign(aside, names):
+            raise _appeared(path)
+        work.rename(path)
+    except BaseException:
+        aside.rename(path)
+        raise
+    shutil.rmtree(aside)
+
+
+def _foreign(folder: Path, names: Collection[str]) -> list[str]:
+    """Names of what is in a folder and not written by fxfuse."""
+    return sorted({entry.name for entry in folder.iterdir()} - set(names))
+
+
+def _appeared(path: Path) -> OutputExistsError:
+    return _exists(path, "it appeared while the result was written", "choose another name")
+
+
+def _exchange(one: Path, other: Path) -> bool:
+    """Exchanges two folders in one step, so that both names exist at every moment (Linux).
+
+    Returns:
+        Whether it did; not where the system or the file system cannot.
+    """
+    rename = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
+    if rename is None:
+        return False
+    paths = os.fsencode(one), os.fsencode(other)
+    return int(rename(_HERE, paths[0], _HERE, paths[1], _EXCHANGE)) == 0
+
+
+def _settle(path: Path) -> None:
+    """Waits until a file, or the names in a folder, are on the disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _exists(path: Path, why: str, how: str) -> OutputExistsError:
+    return OutputExistsError(f"{path.name} exists already", where=str(path), why=why, how=how)

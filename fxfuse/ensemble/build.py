@@ -1,0 +1,193 @@
+"""Stacking: members → capture → walk → order → emit → verify."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+import torch.utils._pytree as pytree
+from torch import nn
+from torch.export import ExportedProgram
+
+from fxfuse.ensemble.forms import Writer
+from fxfuse.ensemble.members import INVENTORY
+from fxfuse.ensemble.order import in_depth
+from fxfuse.ensemble.policy import policy_of
+from fxfuse.ensemble.reduce import REDUCTIONS, write_output
+from fxfuse.ensemble.reuse import reuse_memory
+from fxfuse.ensemble.walk import changes_tensors, walk
+from fxfuse.ensemble.weights import as_words
+from fxfuse.errors import (
+    CaptureError,
+    ControlError,
+    NotEmittedError,
+    VerificationError,
+)
+from fxfuse.graph.capture import Captured, capture
+from fxfuse.graph.example import is_single
+from fxfuse.graph.module_checks import check_enough, check_values
+from fxfuse.graph.same_network import check_same_network
+from fxfuse.graph.twins import captured_each
+from fxfuse.transform.emit import FusedModule, copy_graph, emit, emit_graph
+from fxfuse.verify.check import in_double, inputs_of, relative_error, tensors_of
+
+#: Relative to the largest output, in float64: the members do not meet, so nothing but rounding.
+_EXACT = 1e-12
+
+
+def stack(
+    members: Sequence[nn.Module | ExportedProgram | Captured],
+    example_inputs: Any = (),
+    example_kwargs: Mapping[str, Any] | None = None,
+    *,
+    reduce: str = "mean",
+    class_dim: int = -1,
+    dynamic_shapes: Any = None,
+    verify: bool = True,
+) -> FusedModule:
+    """Writes an ensemble as one graph that computes all members, losslessly.
+
+    Members never meet, so the outputs are theirs, whatever their operators are: what is the same
+    for all is computed once, linear layers of all members are one product, and whatever has no
+    better way runs member by member.
+
+    Args:
+        members: Two or more networks with the same graph and the same shapes; they are copied.
+        example_inputs: A tensor or a tuple of inputs that the members accept. The stack takes any
+            batch, but what pays is judged by the example: give one of the size that it will run
+            on. A single one is repeated where members answer both as they answer one.
+        example_kwargs: Keyword inputs.
+        reduce: What becomes of every output tensor, of shape `[*]` in a member. `mean`: the mean,
+            `[*]`. `none`: `[N, *]`, member i at index i. `vote`: of the classes along `class_dim`
+            the one that most members find largest, int64 without that dimension; of several such
+            classes the one with the largest mean output. A member that finds two classes equally
+            large votes for both.
+        class_dim: Dimension of the classes in a member's output, for `vote`.
+        dynamic_shapes: Passed to `torch.export.export` unchanged. By default the batch is dynamic.
+        verify: Whether to compare what each member answers with that member, in float64, on the
+            example.
+
+    Returns:
+        A module in eval mode, called as a member is. It follows `train()` and `eval()`, trains
+        every member, and can be pickled, moved, compiled with `fullgraph=True` and exported. Its
+        tensors are `member<i>__<name>`, or `stacked__<name>` for all members in one (`[N, *shape]`
+        or a view of it), or `shared__<name>` where members hold the same tensor object, with `__`
+        for dots; `fxfuse.unstack` gives the members' state dicts. Inputs are never written into.
+
+    Raises:
+        TooFewMembersError: Fewer than two members.
+        ControlError: There is no such reduction.
+        ExampleInputError: A member rejects the example inputs.
+        UnsupportedTensorError: A member holds sparse or quantised tensors.
+        NoWeightsError: The members are on the meta device.
+        NotEmittedError: torch.export refuses a member.
+        MemberMismatchError: The members are not the same network.
+        StackError: An output cannot be reduced in that way.
+        VerificationError: An output differs from the members'.
+    """
+    check_enough(members, "a stack")
+    if reduce not in REDUCTIONS:
+        raise ControlError(
+            f"there is no reduction {reduce!r}", how=f"use one of {', '.join(REDUCTIONS)}"
+        )
+    captured = captured_each(
+        members, lambda m, _: _captured(m, example_inputs, example_kwargs, dynamic_shapes)
+    )
+    check_same_network(captured)
+    for member in captured:
+        check_values(member.state())
+    single = is_single(*_example(members[0], example_inputs, example_kwargs))
+    writer = walk(captured, policy_of(_device(captured[0])), single=single)
+    joined, inventory = writer.weights.settle()
+    module = _emitted(writer, joined, "none", class_dim)
+    if verify:
+        _check(module, captured)
+    if reduce != "none":
+        module = _emitted(writer, joined, reduce, class_dim)
+    module.meta[INVENTORY] = inventory
+    return module
+
+
+def _captured(
+    member: nn.Module | ExportedProgram | Captured,
+    inputs: Any,
+    kwargs: Mapping[str, Any] | None,
+    dynamic_shapes: Any,
+) -> Captured:
+    if isinstance(member, Captured):
+        member.require_program()
+        return member
+    try:
+        return capture(member, inputs, kwargs, dynamic_shapes=dynamic_shapes, fallback=False)
+    except CaptureError as error:
+        raise NotEmittedError(
+            "no stack can be written for this network",
+            where=type(member).__name__,
+            why=f"{error.what}: {error.why}",
+            how=error.how,
+        ) from error
+
+
+def _example(
+    member: nn.Module | ExportedProgram | Captured, inputs: Any, kwargs: Mapping[str, Any] | None
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The example as it was given: capture may have made two of it."""
+    if isinstance(member, Captured):
+        return member.example_inputs
+    return inputs if isinstance(inputs, tuple) else (inputs,), dict(kwargs or {})
+
+
+def _device(captured: Captured) -> torch.device:
+    tensors = [*captured.state().values(), *tensors_of(captured.example_inputs)]
+    return tensors[0].device if tensors else torch.device("cpu")
+
+
+def _emitted(writer: Writer, joined: Captured, reduce: str, class_dim: int) -> FusedModule:
+    """A module with the tensors of `joined` themselves, so that two of them cost what one does."""
+    output = write_output(writer, reduce, class_dim)
+    keeps_order = changes_tensors(writer.members[0].graph)
+    graph = copy_graph(writer.graph) if keeps_order else in_depth(writer.graph)
+    writer.graph.erase_node(output)
+    reuse_memory(graph)
+    graph.lint()
+    constants: dict[str, torch.Tensor] = {}
+    reads = [n for n in graph.nodes if n.op == "get_attr" and n.target not in joined.canonical]
+    words = as_words(dict.fromkeys(str(node.target) for node in reads))
+    for node in reads:
+        own = str(node.target)
+        node.target = f"constant{words[own]}"
+        constants[node.target] = writer.members[0].tensor(own)
+    return emit_graph(joined, joined.state(), graph, constants)
+
+
+def _check(module: FusedModule, members: Sequence[Captured]) -> None:
+    """Compares all outputs of all members with theirs, in float64."""
+    # Networks that draw random numbers draw the same ones, member after member.
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        expected = [_answers(emit(member, _copied(member.state())), member) for member in members]
+        torch.manual_seed(0)
+        found = _answers(copy.deepcopy(module), members[0])
+    together = [torch.stack(outputs) for outputs in zip(*expected, strict=True)]
+    error = relative_error(found, together)
+    if error > _EXACT:
+        raise VerificationError(
+            "the stack answers otherwise than its members and is not handed over",
+            why=f"relative error {error:.2e} in float64, and at most {_EXACT:.0e} may be rounding",
+            how="check that the members answer the example with numbers, and twice alike; "
+            "stack(..., verify=False) goes without the check. Else please report the network",
+        )
+
+
+def _copied(state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Copies, since a network may write into its own tensors."""
+    return {name: tensor.clone() for name, tensor in state.items()}
+
+
+def _answers(module: FusedModule, member: Captured) -> list[torch.Tensor]:
+    # Copies of the inputs too, for the same reason.
+    args, kwargs = pytree.tree_map_only(torch.Tensor, torch.clone, inputs_of(member))
+    with torch.no_grad():
+        return tensors_of(in_double(module)(*args, **kwargs))

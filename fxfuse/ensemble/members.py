@@ -1,0 +1,52 @@
+"""The members of a stack, taken out again."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from fxfuse.ensemble.weights import Inventory, Place, name_in_stack
+from fxfuse.errors import StackError
+
+#: Under this key of `GraphModule.meta` a stack keeps its inventory.
+INVENTORY = "fxfuse.stack"
+
+
+def unstack(module: nn.Module) -> list[dict[str, torch.Tensor]]:
+    """The members of a stack as they are now, trained or not.
+
+    Args:
+        module: What `fxfuse.stack` returned, or a copy of it: pickled, moved, compiled.
+
+    Returns:
+        For each member its `state_dict()`: names, shapes, order and ties are those of the network
+        that was stacked. As in `nn.Module.state_dict`, tensors share memory with the module.
+
+    Raises:
+        StackError: The module is no stack.
+    """
+    inventory = getattr(module, "meta", {}).get(INVENTORY)
+    if not isinstance(inventory, Inventory):
+        raise StackError(
+            f"a {type(module).__name__} is no stack",
+            why="it does not say where the members' tensors are",
+            how="pass what fxfuse.stack returned",
+        )
+    # Of a compiled module, the module that was compiled.
+    own = dict(getattr(module, "_orig_mod", module).state_dict())
+    return [_member(own, inventory, number) for number in range(inventory.n_members)]
+
+
+def _member(
+    own: dict[str, torch.Tensor], inventory: Inventory, number: int
+) -> dict[str, torch.Tensor]:
+    state: dict[str, torch.Tensor] = {}
+    for entry in inventory.entries:
+        if entry.key in state:
+            state[entry.name] = state[entry.key]
+            continue
+        tensor = own[name_in_stack(entry.place, entry.word, number)]
+        if entry.place is Place.STACKED:
+            tensor = tensor.reshape(inventory.n_members, *entry.shape)[number]
+        state[entry.name] = tensor
+    return state

@@ -1,0 +1,93 @@
+"""What the stack returns: the members' outputs together, their mean or their vote."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import fx
+
+from fxfuse.ensemble.forms import Form, Writer, is_tensor
+from fxfuse.errors import StackError
+from fxfuse.graph.source_lines import where_of
+
+aten = torch.ops.aten
+
+#: Writes the reduction of one output, [N, *shape].
+Reduction = Callable[[Writer, fx.Node, int], fx.Node]
+
+
+def write_output(writer: Writer, reduce: str, class_dim: int) -> fx.Node:
+    """Writes the output node: as a member's, every tensor reduced.
+
+    Args:
+        writer: The graph of the stack, but for its output.
+        reduce: A key of `REDUCTIONS`.
+        class_dim: For votes: the dimension of the classes in a member's output.
+
+    Returns:
+        The output node.
+
+    Raises:
+        StackError: An output cannot be reduced in that way.
+    """
+    source = writer.members[0].graph
+    (output,) = (node for node in source.nodes if node.op == "output")
+
+    def reduced(node: fx.Node) -> Any:
+        if not is_tensor(node):
+            if writer.form(node) is Form.SHARED:
+                return writer.shared(node)
+            raise _error(node, "is a number that depends on data", "return it as a tensor")
+        if reduce != "none":
+            _check(node, reduce, class_dim)
+        return REDUCTIONS[reduce](writer, writer.stacked(node), class_dim)
+
+    writer.graph._codegen = source._codegen
+    written: fx.Node = writer.graph.output(fx.map_arg(output.args[0], reduced))
+    return written
+
+
+def _none(writer: Writer, outputs: fx.Node, class_dim: int) -> fx.Node:
+    return outputs
+
+
+def _mean(writer: Writer, outputs: fx.Node, class_dim: int) -> fx.Node:
+    return writer.call(aten.mean.dim, outputs, [0])
+
+
+def _vote(writer: Writer, outputs: fx.Node, class_dim: int) -> fx.Node:
+    """Of the classes with most votes, the one with the largest mean output."""
+    dim = class_dim if class_dim < 0 else class_dim + 1
+    largest = writer.call(aten.amax.default, outputs, [dim], True)
+    votes = writer.call(aten.sum.dim_IntList, writer.call(aten.eq.Tensor, outputs, largest), [0])
+    mean = writer.call(aten.mean.dim, outputs, [0])
+    most = writer.call(aten.amax.default, votes, [class_dim], True)
+    beaten = writer.call(aten.lt.Tensor, votes, most)
+    left = writer.call(aten.masked_fill.Scalar, mean, beaten, -float("inf"))
+    return writer.call(aten.argmax.default, left, class_dim)
+
+
+#: By name.
+REDUCTIONS: Mapping[str, Reduction] = {"mean": _mean, "none": _none, "vote": _vote}
+
+
+def _check(node: fx.Node, reduce: str, class_dim: int) -> None:
+    tensor = node.meta["val"]
+    if not tensor.is_floating_point() and not (reduce == "mean" and tensor.is_complex()):
+        raise _error(
+            node, f"has dtype {tensor.dtype}, of which no {reduce} is taken", "use reduce='none'"
+        )
+    if reduce == "vote" and not -tensor.dim() <= class_dim < tensor.dim():
+        shape = tuple(tensor.shape)
+        raise _error(node, f"{shape} has no dimension {class_dim}", "pass class_dim=")
+
+
+def _error(node: fx.Node, why: str, how: str) -> StackError:
+    return StackError(
+        "the members' outputs cannot be put together",
+        where=where_of(node),
+        why=f"an output {why}",
+        how=how,
+    )

@@ -1,0 +1,317 @@
+"""Capture: a module becomes a `torch.fx` graph in the ATen training IR of `torch.export`.
+
+A module that `torch.export` refuses is traced on the example instead
+(docs/adr/0010-eager-fallback.md).
+"""
+
+from __future__ import annotations
+
+import inspect
+import sys
+import warnings
+from collections.abc import Collection, Mapping
+from contextlib import redirect_stderr
+from dataclasses import dataclass, field
+from functools import cached_property
+from io import StringIO
+from typing import Any
+
+import torch
+import torch.utils._pytree as pytree
+from torch import fx, nn
+from torch.export import Dim, ExportedProgram
+
+from fxfuse.errors import CaptureError, NotEmittedError, UnreachedParametersError
+from fxfuse.graph.eager import eval_mode, trace
+from fxfuse.graph.example import at_least_two, check_example, first_line, is_single, try_example
+from fxfuse.graph.fixed_batch import batch_sizes
+from fxfuse.graph.module_checks import check_model, state_of
+from fxfuse.graph.rebuild import rebuild
+from fxfuse.graph.tensors import fetch, is_constant
+
+
+@dataclass(frozen=True)
+class Captured:
+    """A captured network: an eval-mode ATen graph with its tensors.
+
+    Attributes:
+        module: The rebuilt graph module. `get_attr` targets are `state_dict()` names or constants.
+        names: Names of the model's `state_dict()`, in its order, parameters and buffers.
+        canonical: For each name, the first name under which the same tensor appears (itself,
+            unless the tensor is tied).
+        example_inputs: Positional and keyword inputs that the graph was captured with.
+        source: The user's own module; None when an `ExportedProgram` was captured.
+        refusal: Why torch.export refused the module, one line. Then the graph is a trace that
+            holds for the example only, and no program. "" for an exported graph.
+        heads: Names of tensors that only one member has → the number of that member (partial
+            fusion, `fxfuse.analysis.heads`).
+    """
+
+    module: fx.GraphModule
+    names: tuple[str, ...]
+    canonical: Mapping[str, str]
+    example_inputs: tuple[tuple[Any, ...], dict[str, Any]]
+    source: nn.Module | None = None
+    refusal: str = ""
+    heads: Mapping[str, int] = field(default_factory=dict)
+
+    @property
+    def is_program(self) -> bool:
+        """Whether the graph can be run on other inputs (it was exported, not traced)."""
+        return not self.refusal
+
+    def require_program(self) -> None:
+        """Checks that the graph can be run.
+
+        Raises:
+            NotEmittedError: It is a trace, which holds for the example only.
+        """
+        if not self.is_program:
+            raise NotEmittedError(
+                "no GraphModule can be emitted for this network",
+                where=type(self.source).__name__,
+                why=f"torch.export refused it, so its graph is a trace of the example: "
+                f"{self.refusal}",
+                how="use FusionResult.to_module() or load_into(model), which put the fused weights "
+                "into your own class; or make the forward pass exportable",
+            )
+
+    @property
+    def graph(self) -> fx.Graph:
+        """The ATen graph."""
+        return self.module.graph
+
+    @property
+    def dynamic_batch(self) -> bool:
+        """Whether dimension 0 of an input is symbolic."""
+        return any(isinstance(n, torch.SymInt) for n in batch_sizes(self.graph).values())
+
+    def outputs(self) -> tuple[Any, ...]:
+        """The graph's outputs in flattened order: nodes, or constants."""
+        (result,) = (node.args[0] for node in self.graph.nodes if node.op == "output")
+        return tuple(pytree.tree_leaves(result))
+
+    def tensor(self, name: str) -> torch.Tensor:
+        """The tensor behind a `get_attr` target or a `state_dict()` name."""
+        return fetch(self.module, name)
+
+    def state(self) -> dict[str, torch.Tensor]:
+        """The tensors of `state_dict()`, detached and not copied, in the model's order."""
+        return {name: self.tensor(name).detach() for name in self.names}
+
+    def once(self, state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """Of tensors by `state_dict()` name, each tied one once, under its canonical name."""
+        return {name: tensor for name, tensor in state.items() if self.canonical[name] == name}
+
+    def reached(self) -> frozenset[str]:
+        """Canonical names of the state tensors that the graph uses."""
+        return self._reached
+
+    @cached_property
+    def _reached(self) -> frozenset[str]:
+        used = {str(n.target) for n in self.graph.nodes if n.op == "get_attr" and n.users}
+        return frozenset(self.canonical[name] for name in used if name in self.canonical)
+
+    def unreached(self, excused: Collection[str] = ()) -> tuple[str, ...]:
+        """Names of the weights that a trace did not reach, so that nothing is known of them.
+
+        Args:
+            excused: Names that do not count.
+
+        Returns:
+            Always empty for an exported graph, which holds every branch that there is.
+        """
+        if self.is_program:
+            return ()
+        reached = self.reached()
+        return tuple(
+            name
+            for name in self.names
+            if self.canonical[name] not in reached
+            and name not in excused
+            and not is_constant(self.tensor(name))
+        )
+
+
+def capture(
+    model: nn.Module | ExportedProgram,
+    example_inputs: Any,
+    example_kwargs: Mapping[str, Any] | None = None,
+    *,
+    dynamic_shapes: Any = None,
+    fallback: bool = True,
+) -> Captured:
+    """Captures a network in eval mode; the model itself is left as it was.
+
+    Args:
+        model: An `nn.Module`, a `torch.fx.GraphModule` or a `torch.export.ExportedProgram`.
+        example_inputs: A tensor or a tuple of positional inputs; a batch of at least 2. A single
+            example is repeated, if the model answers both as it answers one.
+        example_kwargs: Keyword inputs.
+        dynamic_shapes: Passed to `torch.export.export` unchanged. By default dimension 0 of every
+            tensor input is dynamic; a model that cannot be captured so is captured with a static
+            batch, and a warning says so.
+        fallback: Whether a module that `torch.export` refuses is traced on the example instead
+            (docs/adr/0010-eager-fallback.md); a warning says so.
+
+    Returns:
+        The captured network. Its tensors are those of the model, not copies.
+
+    Raises:
+        ExampleInputError: The example inputs are sparse, empty or NaN, or the model rejects them.
+        UnsupportedTensorError: The model holds sparse or quantised tensors.
+        CaptureError: `torch.export` cannot capture the model, nor can it be traced if `fallback`;
+            or it returns no tensor.
+    """
+    check_model(model)
+    args = example_inputs if isinstance(example_inputs, tuple) else (example_inputs,)
+    kwargs = dict(example_kwargs or {})
+    check_example(args, kwargs)
+    if isinstance(model, ExportedProgram):
+        program = model
+    else:
+        with eval_mode(model):
+            answer = try_example(model, args, kwargs)
+            if dynamic_shapes is None:
+                args, kwargs = at_least_two(model, args, kwargs, answer)
+            try:
+                program = export(model, args, kwargs, dynamic_shapes)
+            except CaptureError as error:
+                if not fallback:
+                    raise
+                warnings.warn(
+                    f"torch.export refuses {type(model).__name__}, so it is traced on the example "
+                    f"inputs: the fused weights go into your own class, and no GraphModule is "
+                    f"emitted. The reason: {error.why}",
+                    stacklevel=2,
+                )
+                return capture_eagerly(model, args, kwargs, refusal=error.why)
+    state = state_of(model)
+    module = rebuild(program.module(check_guards=False), state)
+    source = None if isinstance(model, ExportedProgram) else model
+    return Captured(module, tuple(state), _canonical(state), (args, kwargs), source)
+
+
+def capture_eagerly(
+    model: nn.Module,
+    example_inputs: Any,
+    example_kwargs: Mapping[str, Any] | None = None,
+    *,
+    refusal: str,
+) -> Captured:
+    """Captures a trace of one eager run in eval mode: for the analysis only, never to be run.
+
+    Args:
+        model: A module that `torch.export` refuses; it is left as it was.
+        example_inputs: A tensor or a tuple of positional inputs.
+        example_kwargs: Keyword inputs.
+        refusal: Why `torch.export` refuses it.
+
+    Raises:
+        ExampleInputError: The model rejects the example inputs.
+        CaptureError: The model cannot be traced.
+    """
+    args = example_inputs if isinstance(example_inputs, tuple) else (example_inputs,)
+    kwargs = dict(example_kwargs or {})
+    check_model(model)
+    check_example(args, kwargs)
+    state = state_of(model)
+    with eval_mode(model):
+        try_example(model, args, kwargs)
+        traced = trace(model, args, kwargs, state)
+    # What leaves the graph as a number has no users in it, and must stay all the same.
+    module = rebuild(traced, state, prune=False)
+    return Captured(module, tuple(state), _canonical(state), (args, kwargs), model, refusal)
+
+
+def check_reached(captured: Captured, excused: Collection[str] = ()) -> None:
+    """Checks that a trace reached every weight.
+
+    Args:
+        captured: A captured network.
+        excused: `state_dict()` names that need not be reached.
+
+    Raises:
+        UnreachedParametersError: Lists the weights that the trace did not reach.
+    """
+    missing = captured.unreached(excused)
+    if missing:
+        raise UnreachedParametersError(
+            f"the example inputs do not reach {len(missing)} of the network's tensors",
+            where=", ".join(missing),
+            why="the network was traced on the example, and what another branch does with these "
+            "is unknown",
+            how="pass an example that reaches them, or name them in ignore=",
+        )
+
+
+def _canonical(state: Mapping[str, torch.Tensor]) -> dict[str, str]:
+    first: dict[int, str] = {}
+    return {name: first.setdefault(id(tensor), name) for name, tensor in state.items()}
+
+
+def export(
+    model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], dynamic_shapes: Any
+) -> ExportedProgram:
+    """Exports a network in eval mode; by default with a dynamic batch, where that can be.
+
+    Args:
+        model: The network.
+        args: Example inputs.
+        kwargs: Keyword inputs.
+        dynamic_shapes: Passed to `torch.export.export` unchanged. None: dimension 0 of every tensor
+            input is dynamic; a network that cannot be exported so gets a static batch, with a
+            warning.
+
+    Raises:
+        CaptureError: torch.export refuses it.
+    """
+    if dynamic_shapes is not None:
+        return _export_once(model, args, kwargs, dynamic_shapes)
+    # By name, as export binds them: what `*args` and `**kwargs` take is nested.
+    bound = inspect.signature(model.forward).bind(*args, **kwargs)
+    shapes = pytree.tree_map(_batch_dynamic, dict(bound.arguments))
+    if any(isinstance(x, torch.Tensor) and x.dim() for x in pytree.tree_leaves((args, kwargs))):
+        try:
+            return _export_once(model, args, kwargs, shapes)
+        except CaptureError as error:
+            program = _export_once(model, args, kwargs, None)
+            why = f"torch.export could not keep the batch dimension dynamic: {error.why}"
+            if is_single(args, kwargs):
+                why = (
+                    "the example holds one, and the model does not answer two of it alike; pass "
+                    "a batch of 2 or more"
+                )
+            warnings.warn(
+                f"captured with a static batch, because {why}",
+                stacklevel=3,
+            )
+            return program
+    return _export_once(model, args, kwargs, None)
+
+
+def _batch_dynamic(value: Any) -> Any:
+    return {0: Dim.DYNAMIC} if isinstance(value, torch.Tensor) and value.dim() else None
+
+
+def _export_once(
+    model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], dynamic_shapes: Any
+) -> ExportedProgram:
+    # Fresh tensor objects: export leaves its marks of dynamic dimensions on the ones it is given.
+    args, kwargs = pytree.tree_map_only(torch.Tensor, torch.Tensor.detach, (args, kwargs))
+    try:
+        with redirect_stderr(StringIO()) as said:
+            program = torch.export.export(
+                model, args, kwargs, dynamic_shapes=dynamic_shapes, strict=False
+            )
+        # Only now: when it fails, torch prints its unfinished graph, up to thousands of lines.
+        sys.stderr.write(said.getvalue())
+        return program
+    except Exception as error:
+        raise CaptureError(
+            f"torch.export cannot capture {type(model).__name__}",
+            why=first_line(error),
+            how="make the forward pass exportable (no data-dependent Python branches; see "
+            "https://docs.pytorch.org/docs/stable/export.html), pass dynamic_shapes, or pass an "
+            "ExportedProgram that you captured yourself",
+        ) from error

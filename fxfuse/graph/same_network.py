@@ -1,0 +1,215 @@
+"""Whether captured members are one network: the same graph, tensors and constants."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+import torch.utils._pytree as pytree
+from torch import fx
+
+from fxfuse.errors import MemberMismatchError
+from fxfuse.graph.capture import Captured
+from fxfuse.graph.eager import answers
+from fxfuse.graph.example import first_line
+from fxfuse.graph.source_lines import where_of
+from fxfuse.graph.tensors import is_constant
+
+#: Names of the arguments of operators that may be a number of channels, heads or groups.
+_SIZES = frozenset(
+    {
+        "end",
+        "groups",
+        "length",
+        "normalized_shape",
+        "num_groups",
+        "size",
+        "sizes",
+        "shape",
+        "split_size",
+        "split_sizes",
+        "start",
+    }
+)
+
+#: Of these, those in which members may differ although all of their tensors have the same shape:
+#: heads and groups are another number of units of another size then.
+_VIEWS = frozenset({"num_groups", "shape", "size", "sizes"})
+
+
+def check_same_network(members: Sequence[Captured], *, any_width: bool = False) -> None:
+    """Checks that the members have one graph, the same tensors and the same constants.
+
+    Members that were traced have other sizes in their graphs, so they are compared by what they
+    answer: the first member's module with another member's weights has to answer as that member.
+
+    Args:
+        members: Captured members.
+        any_width: Whether members may have other sizes: shapes, and numbers in the graph. What the
+            graph calculates with may be another number then, too, as the scale of heads of another
+            size is; `fxfuse.analysis.multi_width` looks at which it is.
+
+    Raises:
+        MemberMismatchError: Names the first difference.
+    """
+    for number, other in enumerate(members[1:], start=1):
+        check_same_as(members[0], other, number, any_width=any_width)
+
+
+def check_same_as(
+    first: Captured, other: Captured, number: int, *, any_width: bool = False
+) -> None:
+    """Checks that a member is the same network as the first one.
+
+    Args:
+        first: Member 0, captured.
+        other: The member, captured.
+        number: Of the member.
+        any_width: As for `check_same_network`.
+
+    Raises:
+        MemberMismatchError: Names the first difference.
+    """
+    programs = first.is_program and other.is_program
+    same_sizes = _check_tensors(first, other, number, any_width=any_width and programs)
+    if programs:
+        free = (_VIEWS if same_sizes else _SIZES) if any_width else frozenset()
+        _check_graph(first, other, number, free)
+    else:
+        _check_answers(first, other, number)
+
+
+def _mismatch(what: str, number: int, where: str, why: str) -> MemberMismatchError:
+    return MemberMismatchError(
+        f"member {number} differs from member 0: {what}",
+        where=where,
+        why=why,
+        how="give members of one architecture, built with the same arguments",
+    )
+
+
+def _check_tensors(first: Captured, other: Captured, number: int, *, any_width: bool) -> bool:
+    """Whether all tensors have the same shape."""
+    same_sizes = True
+    for name in [*first.names, *(n for n in other.names if n not in first.canonical)]:
+        if (name in other.canonical) != (name in first.canonical):
+            owner = "member 0" if name in first.canonical else f"member {number}"
+            raise _mismatch("tensor names", number, name, f"only {owner} has this tensor")
+        ours, theirs = first.tensor(name), other.tensor(name)
+        if ours.shape != theirs.shape:
+            same_sizes = False
+        if not same_sizes and not (any_width and ours.dim() == theirs.dim()):
+            raise _mismatch("shapes", number, name, f"{tuple(ours.shape)} vs {tuple(theirs.shape)}")
+        if ours.dtype != theirs.dtype:
+            raise _mismatch("dtypes", number, name, f"{ours.dtype} vs {theirs.dtype}")
+        if first.canonical[name] != other.canonical[name]:
+            raise _mismatch(
+                "tied parameters",
+                number,
+                name,
+                f"same tensor as {first.canonical[name]!r} vs same as {other.canonical[name]!r}",
+            )
+    return same_sizes
+
+
+def _check_answers(first: Captured, other: Captured, number: int) -> None:
+    if first.source is None or other.source is None or first.is_program != other.is_program:
+        raise _mismatch("capture", number, "", "only one of them can be exported")
+    args, kwargs = other.example_inputs
+    expected = answers(other.source, {}, args, kwargs)
+    try:
+        found = answers(first.source, other.once(other.state()), args, kwargs)
+        # Leaves, since outputs may be of a type that only pytree knows.
+        torch.testing.assert_close(
+            *(
+                [x for x in pytree.tree_leaves(y) if isinstance(x, torch.Tensor)]
+                for y in (found, expected)
+            ),
+            equal_nan=True,
+        )
+    except Exception as error:
+        raise _mismatch(
+            "answers",
+            number,
+            type(other.source).__name__,
+            f"member 0 with its weights answers otherwise: {first_line(error)}",
+        ) from error
+
+
+def check_constant(
+    name: str, value: torch.Tensor, other: torch.Tensor, number: int, *, stored: bool
+) -> None:
+    """Checks that a constant which the graph reads is the same in a member as in member 0.
+
+    Args:
+        name: Name of the constant.
+        value: Member 0's.
+        other: The member's.
+        number: Of the member.
+        stored: Whether it is saved with the weights.
+
+    Raises:
+        MemberMismatchError: It is not.
+    """
+    if value.dtype == other.dtype and torch.equal(value, other):
+        return
+    why = f"a constant ({value.dtype}) that the graph reads has another value"
+    if stored:
+        why += "; integer tensors are constants, quantised weights too: fuse the "
+        why += "floating-point networks and quantise the result"
+    raise _mismatch("constants", number, name, why)
+
+
+def _check_graph(first: Captured, other: Captured, number: int, free: frozenset[str]) -> None:
+    ours, theirs = list(first.graph.nodes), list(other.graph.nodes)
+    position = {node: index for index, node in enumerate(ours)}
+    position_theirs = {node: index for index, node in enumerate(theirs)}
+    for a, b in zip(ours, theirs, strict=False):
+        line_a = _signature(a, position, free)
+        line_b = _signature(b, position_theirs, free)
+        if line_a != line_b:
+            raise _mismatch(
+                "graphs",
+                number,
+                where_of(a),
+                f"{a.format_node()} vs {b.format_node()}",
+            )
+        if a.op == "get_attr" and _is_constant(first, str(a.target)):
+            name, stored = str(a.target), str(a.target) in first.canonical
+            value, value_other = first.tensor(name), other.tensor(str(b.target))
+            check_constant(name, value, value_other, number, stored=stored)
+    if len(ours) != len(theirs):
+        raise _mismatch("graphs", number, "end of the graph", f"{len(ours)} vs {len(theirs)} nodes")
+
+
+def _is_constant(captured: Captured, target: str) -> bool:
+    return target not in captured.canonical or is_constant(captured.tensor(target))
+
+
+def _signature(
+    node: fx.Node, position: Mapping[fx.Node, int], free: frozenset[str]
+) -> tuple[Any, ...]:
+    """What a node does to which nodes; sizes in arguments of these names do not count."""
+
+    def plain(value: Any) -> Any:
+        return fx.map_arg(value, lambda n: ("node", position[n]))
+
+    target = node.target if node.op in ("get_attr", "call_function") else ""
+    args, kwargs = list(node.args), dict(node.kwargs)
+    schema = getattr(node.target, "_schema", None)
+    if free and schema is not None:
+        args, kwargs = pytree.tree_map_only(float, lambda _: "a number", (args, kwargs))
+        for place, argument in enumerate(schema.arguments):
+            if argument.name in free and place < len(args):
+                args[place] = _unsized(args[place])
+            elif argument.name in free and argument.name in kwargs:
+                kwargs[argument.name] = _unsized(kwargs[argument.name])
+    if free and schema is None and isinstance(node.meta.get("val"), torch.SymInt):
+        # Arithmetic on sizes: a batch times a number of heads.
+        args = _unsized(args)
+    return (node.op, target, plain(tuple(args)), plain(kwargs))
+
+
+def _unsized(value: Any) -> Any:
+    return pytree.tree_map_only(int, lambda _: "a size", value)

@@ -1,0 +1,54 @@
+"""The tensors of a module, by dotted name."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import torch
+from torch import nn
+
+
+def fetch(module: nn.Module, target: str) -> torch.Tensor:
+    """The tensor attribute of a dotted name."""
+    value: Any = module
+    for part in target.split("."):
+        value = getattr(value, part)
+    assert isinstance(value, torch.Tensor)
+    return value
+
+
+def attach(root: nn.Module, name: str, tensor: torch.Tensor, *, persistent: bool) -> None:
+    """Registers a tensor under a dotted name: parameters as parameters, the rest as buffers."""
+    *path, leaf = name.split(".")
+    owner = root
+    for part in path:
+        if not hasattr(owner, part):
+            owner.add_module(part, nn.Module())
+        owner = getattr(owner, part)
+    if isinstance(tensor, nn.Parameter):
+        owner.register_parameter(leaf, tensor)
+    else:
+        owner.register_buffer(leaf, tensor, persistent=persistent)
+
+
+def is_constant(tensor: torch.Tensor) -> bool:
+    """Whether a state tensor is a constant of the network: integer and boolean tensors are."""
+    return not (tensor.is_floating_point() or tensor.is_complex())
+
+
+def floating_dtype(tensors: Iterable[torch.Tensor]) -> torch.dtype:
+    """The dtype of the first floating-point tensor, or of the first complex one.
+
+    float32 when there is neither.
+    """
+    dtypes = [tensor.dtype for tensor in tensors]
+    real = [dtype for dtype in dtypes if dtype.is_floating_point]
+    imaginary = [dtype for dtype in dtypes if dtype.is_complex]
+    return [*real, *imaginary, torch.float32][0]
+
+
+def named_tensors(module: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+    """The parameters and buffers of a module by name, tied ones under each of their names."""
+    yield from module.named_parameters(remove_duplicate=False)
+    yield from module.named_buffers(remove_duplicate=False)

@@ -1,0 +1,1 @@
+"""Where members come from: checkpoints read tensor by tensor, processes that hold them."""

@@ -1,0 +1,150 @@
+"""Members that are given to several processes: member 0 on every rank, others where they are."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from fxfuse.errors import CheckpointMismatchError, ControlError, MemberMismatchError
+from fxfuse.graph.capture import Captured, capture
+from fxfuse.graph.module_checks import check_model
+from fxfuse.graph.same_network import check_same_as
+from fxfuse.graph.tensors import named_tensors
+from fxfuse.graph.twins import captured_twin
+from fxfuse.members.fingerprint import fingerprint
+from fxfuse.members.ranks import Ranks, Spread, State
+from fxfuse.members.streamed import first_member, streamed_state, with_tensors
+
+
+def members_on_ranks(
+    ranks: Ranks,
+    members: Sequence[Any],
+    template: nn.Module | None,
+    example: tuple[Any, Mapping[str, Any] | None],
+    dynamic_shapes: Any,
+) -> tuple[Captured, Spread]:
+    """Member 0, captured on every rank, and the tensors of all members.
+
+    Args:
+        ranks: The processes; each calls with its own members.
+        members: Of this rank: modules, or paths of checkpoints. There may be none.
+        template: A module of the members' class, for paths and for a rank without members.
+        example: Positional and keyword inputs; those of the rank that has member 0 count.
+        dynamic_shapes: Passed to `torch.export.export` unchanged.
+
+    Raises:
+        ControlError: A rank has neither a module nor a template, or a member is neither a module
+            nor a path.
+        MemberMismatchError: The ranks' networks differ.
+        FxfuseError: What reading, capturing and comparing members raises, on all ranks.
+    """
+    owners = [r for r, n in enumerate(ranks.all(lambda: len(members))) for _ in range(n)]
+    numbers = [number for number, owner in enumerate(owners) if owner == ranks.rank]
+    made: list[Any] = []
+
+    def own_network() -> None:
+        _check_members(members, template)
+        if numbers[:1] == [0]:
+            made.append(members[0] if template is None else first_member(template, members[0]))
+        else:
+            made.append(members[0] if template is None else template)
+        check_model(made[0])
+
+    ranks.all(own_network)
+    device = next(
+        (t.device for _, t in named_tensors(made[0]) if not t.is_meta), torch.device("cpu")
+    )
+
+    tensors = ranks.from_rank(owners[0], lambda: dict(made[0].state_dict()), device)
+    # Examples that are drawn at random differ from rank to rank.
+    inputs, kwargs = ranks.from_rank(owners[0], lambda: example, device)
+
+    def captured() -> dict[str, str]:
+        if ranks.rank != owners[0]:
+            made[0] = _stand_in(made[0], tensors)
+        made.append(capture(made[0], inputs, kwargs, dynamic_shapes=dynamic_shapes))
+        return _told(made[1])
+
+    _check_alike(ranks.all(captured), owners[0])
+    first: Captured = made[1]
+    own: dict[int, State] = {}
+
+    def read() -> None:
+        for number, member in zip(numbers, members, strict=True):
+            own[number] = (
+                first.state() if number == 0 else _state(member, number, first, dynamic_shapes)
+            )
+
+    ranks.all(read)
+    return first, Spread(ranks, owners, first.state(), own, device)
+
+
+def _stand_in(template: nn.Module, tensors: dict[str, torch.Tensor]) -> nn.Module:
+    """Member 0, as a copy of a module of this rank."""
+    try:
+        return with_tensors(template, tensors, "member 0")
+    except CheckpointMismatchError as error:
+        raise MemberMismatchError(
+            "the network of this rank is not that of member 0",
+            why=error.why,
+            how="build the modules and templates of all ranks with the same arguments",
+        ) from error
+
+
+def _check_members(members: Sequence[Any], template: nn.Module | None) -> None:
+    kinds = {isinstance(member, str | Path) for member in members}
+    wrong = next((m for m in members if not isinstance(m, nn.Module | str | Path)), None)
+    if wrong is not None:
+        raise ControlError(
+            f"a {type(wrong).__name__} cannot be a member with group=",
+            why="every rank runs member 0, as a copy of a module of its own",
+            how="give modules, or paths of checkpoints with template=",
+        )
+    if template is None and kinds != {False}:
+        raise ControlError(
+            "this rank has no module of the members' class",
+            why="every rank runs member 0, and files hold tensors only"
+            if kinds
+            else "every rank runs member 0, also one that has no members",
+            how="pass template=, a module of the members' class; it may be on the meta device",
+        )
+    if template is not None and False in kinds:
+        raise ControlError(
+            "a template is for members that are files, and for a rank without members",
+            how="leave it out, or give paths",
+        )
+
+
+def _state(member: Any, number: int, first: Captured, dynamic_shapes: Any) -> State:
+    if not isinstance(member, nn.Module):
+        return streamed_state(member, number, first)
+    check_model(member)
+    args, kwargs = first.example_inputs
+    other = captured_twin(first, member) or capture(
+        member, args, kwargs, dynamic_shapes=dynamic_shapes
+    )
+    check_same_as(first, other, number)
+    return other.state()
+
+
+def _told(captured: Captured) -> dict[str, str]:
+    """What must be the same of member 0 on all ranks: operators, tensors, constants."""
+    nodes = {f"node {i}": f"{n.op} {n.target}" for i, n in enumerate(captured.graph.nodes)}
+    return {**nodes, **fingerprint(dict(named_tensors(captured.module)))}
+
+
+def _check_alike(told: Sequence[Mapping[str, str]], first: int) -> None:
+    for rank, theirs in enumerate(told):
+        names = [*told[first], *theirs]
+        differing = next((n for n in names if told[first].get(n) != theirs.get(n)), None)
+        if differing is not None:
+            raise MemberMismatchError(
+                f"the network of rank {rank} is not the one of rank {first}",
+                where=differing,
+                why="with the weights of member 0 it has other operators or constants",
+                how="build the modules and templates of all ranks with the same arguments",
+            )

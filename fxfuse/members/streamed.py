@@ -1,0 +1,301 @@
+"""Members that stay in their files: tensors are read one at a time, and let go again."""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+
+import torch
+from torch import nn
+from torch.export import ExportedProgram
+
+from fxfuse.errors import (
+    CheckpointMismatchError,
+    ControlError,
+    NoWeightsError,
+)
+from fxfuse.graph.capture import Captured
+from fxfuse.graph.same_network import check_constant
+from fxfuse.graph.tensors import floating_dtype, is_constant
+from fxfuse.members.checkpoint import (
+    check_fit,
+    corrupt,
+    load_tensors,
+    missing,
+    read_state_dict,
+    restore_tied,
+)
+from fxfuse.members.tensor_file import TensorFile
+
+Network = nn.Module | ExportedProgram | Captured
+
+#: Ends of the names of files that are read tensor by tensor.
+_SAFETENSORS, _INDEX = ".safetensors", ".index.json"
+
+
+class StreamedState(Mapping[str, torch.Tensor]):
+    """The tensors of a member by `state_dict()` name, each read from its file when it is asked for.
+
+    A tensor of a `.safetensors` file is a view of the mapped file: only the pages that are used are
+    read, and the mapping ends with the tensor. Nothing is kept.
+    """
+
+    def __init__(self, names: Mapping[str, str], stored: Stored, like: Captured) -> None:
+        self._names = names
+        self._stored = stored
+        self._like = like
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        """Reads a tensor.
+
+        Raises:
+            CheckpointMismatchError: It has another dtype than member 0's.
+            CheckpointCorruptError: The file cannot be read.
+        """
+        tensor, own = self._stored.read(self._names[name]), self._like.tensor(name)
+        if tensor.dtype != own.dtype:
+            raise CheckpointMismatchError(
+                f"{self._stored.path.name} holds other dtypes than the first checkpoint",
+                where=f"{name} in {self._stored.path}",
+                why=f"it is {tensor.dtype}, the first checkpoint's is {own.dtype}",
+                how="convert the checkpoints to one dtype",
+            )
+        return tensor.to(own.device)
+
+    def __contains__(self, name: object) -> bool:
+        """Whether there is such a tensor; it is not read."""
+        return name in self._names
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+
+class Stored:
+    """A checkpoint: what it holds, and how a tensor of it is read.
+
+    Args:
+        path: A `.safetensors` file, the index of several (`*.safetensors.index.json`), or a
+            weights-only `.pt` file.
+
+    Raises:
+        CheckpointMissingError: A file is not there, or cannot be opened.
+        CheckpointCorruptError: A file is damaged, or in no format that is read here.
+        CheckpointPickleError: A `.pt` file holds other objects than tensors.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        self._held: dict[str, torch.Tensor] = {}
+        self._files: dict[str, TensorFile] = {}
+        if self.path.name.endswith(_INDEX):
+            self._files = _shards(self.path)
+        elif self.path.suffix == _SAFETENSORS:
+            file = TensorFile(self.path)
+            self._files = dict.fromkeys(file.shapes, file)
+        else:
+            # A .pt file is mapped as a whole: its pages are the system's to keep or to drop.
+            self._held = read_state_dict(self.path, mmap=True)
+
+    def shapes(self) -> dict[str, torch.Tensor]:
+        """For each tensor one without content, of its shape."""
+        if self._held:
+            return {name: t.to("meta") for name, t in self._held.items()}
+        return {
+            name: torch.empty(file.shapes[name], device="meta")
+            for name, file in self._files.items()
+        }
+
+    def dtype(self) -> torch.dtype:
+        """That of the numbers in it, as `floating_dtype` says."""
+        return floating_dtype(self.read(name) for name in self.shapes())
+
+    def read(self, name: str) -> torch.Tensor:
+        """A tensor, on the CPU."""
+        if self._held:
+            return self._held[name]
+        return self._files[name].read(name)
+
+
+def first_member(template: nn.Module, path: str | Path) -> nn.Module:
+    """A copy of a template with the weights of a checkpoint.
+
+    Args:
+        template: A module of the members' class; it may be on the meta device.
+        path: The checkpoint.
+
+    Raises:
+        NoWeightsError: A buffer that no checkpoint holds is on the meta device.
+        CheckpointMissingError: A file is not there, or cannot be opened.
+        CheckpointCorruptError: A file is damaged.
+        CheckpointMismatchError: Names or shapes differ from the template's, or dtypes are mixed.
+    """
+    stored = Stored(path)
+    return with_tensors(template, {name: stored.read(name) for name in stored.shapes()}, path)
+
+
+def with_tensors(
+    template: nn.Module, tensors: dict[str, torch.Tensor], source: str | Path
+) -> nn.Module:
+    """A copy of a template with other tensors; `source` says in messages where they are from.
+
+    Raises:
+        NoWeightsError: A buffer that no checkpoint holds is on the meta device.
+        CheckpointMismatchError: Names or shapes differ from the template's, or dtypes are mixed.
+    """
+    made = copy.deepcopy(template)
+    if any(tensor.is_meta for tensor in (*made.parameters(), *made.buffers())):
+        _check_buffers(made)
+        _materialise(made)
+    load_tensors(made, tensors, source)
+    return made
+
+
+def streamed_states(
+    paths: Sequence[str | Path], first: Captured
+) -> list[Mapping[str, torch.Tensor]]:
+    """The tensors of all members: the first one's from memory, the others' from their files.
+
+    Args:
+        paths: The checkpoints.
+        first: Member 0, captured with its weights.
+
+    Raises:
+        CheckpointMissingError: A file is not there, or cannot be opened.
+        CheckpointCorruptError: A file is damaged.
+        CheckpointMismatchError: Names or shapes differ from member 0's.
+        MemberMismatchError: A constant of the network differs from member 0's.
+    """
+    others = enumerate(paths[1:], start=1)
+    return [first.state(), *(streamed_state(path, number, first) for number, path in others)]
+
+
+def streamed_state(path: str | Path, number: int, first: Captured) -> StreamedState:
+    """The tensors of a member other than the first, from its file.
+
+    Args:
+        path: The checkpoint.
+        number: Of the member.
+        first: Member 0, captured with its weights.
+
+    Raises:
+        CheckpointMissingError: As for `streamed_states`; so are the others.
+        CheckpointCorruptError: A file is damaged.
+        CheckpointMismatchError: Names or shapes differ from member 0's.
+        MemberMismatchError: A constant of the network differs from member 0's.
+    """
+    own = {name: first.tensor(name) for name in first.names}
+    read = {str(node.target) for node in first.graph.nodes if node.op == "get_attr"}
+    stored = Stored(path)
+    shapes = stored.shapes()
+    known = set(shapes)
+    restore_tied(shapes, own)
+    check_fit(shapes, own, path)
+    names = _stored_names(known, first)
+    state = StreamedState(names, stored, first)
+    for name in read & own.keys():
+        if is_constant(own[name]):
+            check_constant(name, own[name], state[name], number, stored=True)
+    return state
+
+
+def split_paths(
+    members: Sequence[Network | str | Path], template: nn.Module | None
+) -> tuple[list[str | Path], list[Network]]:
+    """The members that are files, or those that are networks: one of the two is empty.
+
+    Raises:
+        ControlError: Some are files and some are not, or there is no template for files.
+    """
+    files = [member for member in members if isinstance(member, str | Path)]
+    networks = [member for member in members if not isinstance(member, str | Path)]
+    if files and networks:
+        raise ControlError(
+            "some members are files and some are networks",
+            why="a file is read tensor by tensor, and a network is in memory",
+            how="load the files into networks, or save the networks",
+        )
+    if files and template is None:
+        raise ControlError(
+            "files hold tensors, and no network",
+            why="what the tensors mean is said by the module that they belong to",
+            how="pass template=, a module of the members' class; it may be on the meta device",
+        )
+    if template is not None and not files:
+        raise ControlError(
+            "a template is for members that are files", how="leave it out, or give paths"
+        )
+    return files, networks
+
+
+def _stored_names(known: set[str], first: Captured) -> dict[str, str]:
+    """Under which name each tensor is stored; a tied one may be there under another."""
+    # Of several, the one that loading a module would write last.
+    last = {first.canonical[name]: name for name in first.names if name in known}
+    return {name: last[first.canonical[name]] for name in first.names}
+
+
+def _shards(index: Path) -> dict[str, TensorFile]:
+    """The files of a sharded checkpoint, by tensor.
+
+    Raises:
+        CheckpointMissingError: The index or a shard is not there.
+        CheckpointCorruptError: The index is no index, names a file outside its folder, or a shard
+            lacks a tensor.
+    """
+    try:
+        content = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        files = {str(name): str(file) for name, file in content.items()}
+    except OSError as error:
+        raise missing(index, error) from error
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise corrupt(index, f"it holds no weight_map ({type(error).__name__})") from error
+    for name, file in files.items():
+        if Path(file).name != file or file in ("", ".", ".."):
+            raise corrupt(index, f"{name} is said to be in {file!r}, outside of the folder")
+    shards: dict[str, TensorFile] = {}
+    for file in dict.fromkeys(files.values()):
+        shards[file] = TensorFile(index.parent / file)
+        held = shards[file].shapes
+        lacking = next((n for n, f in files.items() if f == file and n not in held), None)
+        if lacking is not None:
+            raise corrupt(index, f"{file} lacks {lacking}")
+    return {name: shards[file] for name, file in files.items()}
+
+
+def _materialise(module: nn.Module) -> None:
+    """Gives tensors on the meta device memory; those that are tied stay so."""
+    made: dict[int, torch.Tensor] = {}
+
+    def real(tensor: torch.Tensor) -> torch.Tensor:
+        if not tensor.is_meta:
+            return tensor
+        if id(tensor) not in made:
+            empty = torch.empty_like(tensor, device="cpu")
+            trains = tensor.requires_grad
+            keeps = isinstance(tensor, nn.Parameter)
+            made[id(tensor)] = nn.Parameter(empty, requires_grad=trains) if keeps else empty
+        return made[id(tensor)]
+
+    for own in module.modules():
+        for tensors in (own._parameters, own._buffers):
+            for name, tensor in tensors.items():
+                if tensor is not None:
+                    tensors[name] = real(tensor)  # type: ignore[assignment]
+
+
+def _check_buffers(module: nn.Module) -> None:
+    """Checks that whatever no checkpoint holds has values."""
+    stored = module.state_dict().keys()
+    for name, buffer in module.named_buffers(remove_duplicate=False):
+        if buffer.is_meta and name not in stored:
+            raise NoWeightsError(
+                "the template lacks values that no checkpoint holds",
+                where=name,
+                why="this buffer is not saved with the weights, and it is on the meta device",
+                how="pass a template that was built on the CPU",
+            )

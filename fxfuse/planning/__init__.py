@@ -1,0 +1,1 @@
+"""The plan: methods, scores, sizes, and the role of every tensor."""

@@ -1,0 +1,105 @@
+"""What was measured on calibration inputs, checked before a method or a score works on it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from fxfuse.activations import unit_activations
+from fxfuse.activations.gradients import Gradients, gradients
+from fxfuse.analysis.coupling import CouplingGraph
+from fxfuse.errors import CalibrationError, PartialFusionError
+from fxfuse.planning.options import Options, State
+
+Matrix = NDArray[np.float64]
+
+
+def require_activations(
+    graph: CouplingGraph, states: Sequence[State], options: Options, user: str
+) -> dict[str, list[torch.Tensor]]:
+    """What the units of every group answer to the calibration inputs.
+
+    Args:
+        graph: The analysis of the members.
+        states: For each member, its tensors by name.
+        options: Where the activations stand, or the inputs to measure them on.
+        user: What needs them, for messages: "method 'zip'".
+
+    Returns:
+        For each group, for each member, [rows, n_units], as given: `matrix_of` one at a time.
+
+    Raises:
+        CalibrationError: There are none, they do not fit the groups, or they are not finite.
+    """
+    n_members, given = len(states), options.activations
+    if given is None and options.calibration is not None:
+        given = unit_activations(graph, states, options.calibration)
+    if given is None:
+        raise CalibrationError(
+            f"{user} needs calibration inputs",
+            why="it compares units by what they answer",
+            how="pass calibration=..., 100 to 1,000 inputs without labels",
+        )
+    found = {}
+    for group in graph.groups:
+        tensors = list(given.get(group.name, ()))
+        shapes = [tuple(t.shape) for t in tensors]
+        units = [graph.units_of(group.name, member) for member in range(n_members)]
+        rows = shapes[0][0] if shapes and shapes[0] else 0
+        if shapes != [(rows, n) for n in units] or rows < 2:
+            raise CalibrationError(
+                "activations do not fit the members",
+                where=f"group {group.name}",
+                why=f"{n_members} tensors [rows, units], of {', '.join(map(str, units))} units and "
+                f"with the same two or more rows, are needed, there are {shapes}",
+                how="compute them on the same calibration inputs for every member",
+            )
+        for member, tensor in enumerate(tensors):
+            if not bool(torch.isfinite(tensor).all()):
+                raise CalibrationError(
+                    "an activation on the calibration inputs is not finite",
+                    where=f"group {group.name}, member {member}",
+                    why="a unit answers NaN or infinity",
+                    how="check the calibration inputs, or leave this member out",
+                )
+        found[group.name] = tensors
+    return found
+
+
+def matrix_of(tensor: torch.Tensor) -> Matrix:
+    """A real tensor in float64, on the CPU."""
+    return tensor.detach().to("cpu", torch.float64).numpy()
+
+
+def require_gradients(
+    graph: CouplingGraph, states: Sequence[State], options: Options, user: str
+) -> Sequence[Gradients]:
+    """The members' gradients.
+
+    Raises:
+        CalibrationError: There are none, or not one for each member.
+        PartialFusionError: The members have heads for different tasks.
+    """
+    if graph.captured.heads:
+        raise PartialFusionError(
+            f"{user} does not work with several heads",
+            why="its gradients are of one loss on one output, and each head has a task of its own",
+            how="use score='l2', 'bn_scale', 'activation' or 'obs'",
+        )
+    n_members, given = len(states), options.gradients
+    if given is None and options.calibration is not None and options.calibration.labels:
+        calls = [args for args, _ in options.calibration.batches]
+        pairs = list(zip(calls, options.calibration.labels, strict=True))
+        each = (graph.of_member(member).captured for member in range(n_members))
+        given = [gradients(own, pairs, state) for own, state in zip(each, states, strict=True)]
+    if given is None or len(given) != n_members:
+        raise CalibrationError(
+            f"{user} needs labelled calibration inputs",
+            why="it measures units by the gradient of the loss, "
+            + ("and there is none" if given is None else f"given for {len(given)} members"),
+            how="pass calibration=... with batches (inputs, labels)",
+        )
+    return given

@@ -1,0 +1,208 @@
+"""Neuron Transplantation: concatenate the members, keep the most important units."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+
+from fxfuse.activations import components
+from fxfuse.analysis.coupling import CouplingGraph, Index
+from fxfuse.errors import CalibrationError, ControlError
+from fxfuse.planning.methods.registry import check_variant, method
+from fxfuse.planning.options import Options, State
+from fxfuse.planning.plan import UnitMap, Weights
+from fxfuse.planning.scores import Scores, score_units
+from fxfuse.planning.widths import by_pattern
+
+#: For each group: (member, unit) of every unit that is kept, sorted, int64 [n, 2].
+Kept = dict[str, Index]
+
+VARIANTS = ("iterative", "hierarchical", "components")
+
+
+@method("transplant")
+def transplant(
+    graph: CouplingGraph, states: Sequence[State], options: Options
+) -> tuple[UnitMap, ...]:
+    """One-hot maps (Öz et al., "Model Fusion via Neuron Transplantation", arXiv:2502.06849).
+
+    Variants: None fuses all members at once; `iterative` fuses the first two, then the result with
+    the next member, and so on; `hierarchical` fuses pairs, then pairs of the results; `components`
+    fuses all at once, and merges residual streams, of which no unit means anything by itself: their
+    maps are mixtures of all members' units (`fxfuse.activations.components`), for a refit to build
+    on.
+
+    With `fraction` f, a group of n units keeps the (1 - f)·n best of the host, and takes the f·n
+    best of all others. With fractions by pattern, groups that none speaks of keep the best of all.
+
+    Raises:
+        UnknownScoreError: The score is unknown.
+        UnknownMethodError: The variant is unknown.
+        CalibrationError: The score needs calibration inputs, or labels, and there are none.
+        ControlError: A fraction is not between 0 and 1, or given with a variant, or its pattern
+            names nothing.
+    """
+    check_variant("transplant", options, VARIANTS)
+    leaves = [_whole(graph, i) for i in range(len(states))]
+    if options.fraction is not None:
+        kept = _by_fraction(graph, states, leaves, options)
+    elif options.variant in (None, "components"):
+        kept = _select(graph, states, leaves, options)
+    elif options.variant == "iterative":
+        kept = leaves[0]
+        for leaf in leaves[1:]:
+            kept = _select(graph, states, [kept, leaf], options)
+    else:
+        while len(leaves) > 1:
+            pairs = [leaves[i : i + 2] for i in range(0, len(leaves), 2)]
+            leaves = [
+                _select(graph, states, pair, options) if len(pair) > 1 else pair[0]
+                for pair in pairs
+            ]
+        kept = leaves[0]
+    mixtures = _mixtures(graph, states, kept, options) if options.variant == "components" else {}
+    return tuple(
+        mixtures.get(group.name)
+        or UnitMap(
+            group.name,
+            options.size_of(group),
+            np.arange(options.size_of(group)),
+            kept[group.name][:, 0],
+            kept[group.name][:, 1],
+        )
+        for group in graph.groups
+    )
+
+
+def _mixtures(
+    graph: CouplingGraph, states: Sequence[State], kept: Kept, options: Options
+) -> dict[str, UnitMap]:
+    """Maps of residual streams that are not one-hot.
+
+    Raises:
+        CalibrationError: There are no calibration inputs.
+        ControlError: The members have different widths.
+    """
+    if options.calibration is None:
+        raise CalibrationError(
+            "variant 'components' needs calibration inputs",
+            why="it looks for what the layers that read a residual stream make of it",
+            how="pass calibration=..., 100 to 1,000 inputs without labels",
+        )
+    if graph.members:
+        raise ControlError(
+            "variant 'components' works with members of one width only",
+            why="it mixes units of the same stream",
+            how="leave the variant out",
+        )
+    sizes = {group.name: options.size_of(group) for group in graph.groups}
+    found = components(graph, states, options.calibration, kept, sizes, options.host)
+    maps = {}
+    for name, mixture in found.items():
+        rows, size = mixture.shape
+        n_units = rows // len(states)
+        target, row = np.divmod(np.arange(rows * size), rows)
+        # As precise as the members' weights, and half as long in a plan.
+        entries = mixture[row, target].astype(np.float32).astype(np.float64)
+        maps[name] = UnitMap(name, size, target, row // n_units, row % n_units, entries, entries)
+    return maps
+
+
+def _whole(graph: CouplingGraph, member: int) -> Kept:
+    return {
+        g.name: np.stack([np.full(g.n_units, member), np.arange(g.n_units)], axis=1)
+        for g in graph.of_member(member).groups
+    }
+
+
+def _select(
+    graph: CouplingGraph, states: Sequence[State], parts: Sequence[Kept], options: Options
+) -> Kept:
+    """Keeps the best units of several (fused) networks, as many as are asked for."""
+    values = _scored(graph, states, parts, options)
+    return {
+        group.name: _sorted(_best(*values[group.name], count=options.size_of(group)))
+        for group in graph.groups
+    }
+
+
+def _by_fraction(
+    graph: CouplingGraph, states: Sequence[State], parts: Sequence[Kept], options: Options
+) -> Kept:
+    """Keeps the host's best units, and the given share of the best units of all others."""
+    given, host = options.fraction, options.host
+    assert given is not None
+    shares = (
+        by_pattern(graph, "fraction", given)
+        if isinstance(given, Mapping)
+        else {group.name: given for group in graph.groups}
+    )
+    for share in shares.values():
+        if not 0.0 <= share <= 1.0:
+            raise ControlError(
+                f"fraction {share} is not between 0 and 1",
+                why="it is the share of units that come from other members than the host",
+                how="use 0 for the host alone, 1 for the others alone",
+            )
+    if options.variant is not None:
+        raise ControlError(
+            f"fraction and variant {options.variant!r} contradict each other",
+            why="a variant fuses in steps, and a fraction speaks of one step",
+            how="leave one of them out",
+        )
+    if not 0 <= host < len(states):
+        raise ControlError(
+            f"there is no member {host} to be the host",
+            why=f"the {len(states)} members are counted from 0",
+            how="pass host= with the number of a member",
+        )
+    kept, scored = {}, _scored(graph, states, parts, options)
+    for group in graph.groups:
+        rows, values = scored[group.name]
+        mine, size = rows[:, 0] == host, options.size_of(group)
+        if group.name not in shares:
+            kept[group.name] = _sorted(_best(rows, values, count=size))
+            continue
+        # A half is rounded up, so that the members' counts do not depend on the width's parity.
+        taken = int(np.floor(shares[group.name] * size + 0.5))
+        # Nobody gives more units than there are.
+        taken = min(max(taken, size - int(mine.sum())), int((~mine).sum()))
+        chosen = [
+            _best(rows[who], values[who], count=count)
+            for who, count in ((mine, size - taken), (~mine, taken))
+        ]
+        kept[group.name] = _sorted(np.concatenate(chosen))
+    return kept
+
+
+def _scored(
+    graph: CouplingGraph, states: Sequence[State], parts: Sequence[Kept], options: Options
+) -> dict[str, tuple[Index, Weights]]:
+    """For each group, all units of several networks, int64 [n, 2], and their scores [n]."""
+    pool = {g.name: np.concatenate([part[g.name] for part in parts]) for g in graph.groups}
+    involved = sorted({m for rows in pool.values() for m in np.unique(rows[:, 0]).tolist()})
+    alive = {
+        member: {name: rows[rows[:, 0] == member][:, 1] for name, rows in pool.items()}
+        for member in involved
+    }
+    scores = score_units(graph, states, options, alive)
+    return {name: (rows, _of_rows(rows, name, scores)) for name, rows in pool.items()}
+
+
+def _of_rows(rows: Index, group: str, scores: Mapping[int, Scores]) -> Weights:
+    """The score of each (member, unit), float64 [n]."""
+    values = np.empty(len(rows))
+    for member in np.unique(rows[:, 0]).tolist():
+        mine = rows[:, 0] == member
+        values[mine] = scores[member][group][rows[mine, 1]]
+    return values
+
+
+def _best(rows: Index, values: Weights, *, count: int) -> Index:
+    # Stable: of equal scores the earlier member's unit stays.
+    return rows[np.argsort(-values, kind="stable")[:count]]
+
+
+def _sorted(rows: Index) -> Index:
+    return rows[np.lexsort((rows[:, 1], rows[:, 0]))]

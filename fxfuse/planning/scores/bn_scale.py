@@ -1,0 +1,67 @@
+"""Score `bn_scale`: the scale of the normalisation that a unit passes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+
+from fxfuse.analysis.coupling import CouplingGraph
+from fxfuse.analysis.rules.registry import argument_of, name_of
+from fxfuse.members.ranks import of_each
+from fxfuse.planning.options import Options, State
+from fxfuse.planning.scores.magnitude import magnitude
+from fxfuse.planning.scores.owned import owned_sums
+from fxfuse.planning.scores.registry import Kept, Scores, score
+
+_NORMS = ("batch_norm", "instance_norm", "group_norm", "layer_norm", "rms_norm")
+
+
+def _without_scale(graph: CouplingGraph) -> list[str]:
+    """Groups that own no scale of a normalisation."""
+    scales = _scales(graph)
+    return [g.name for g in graph.groups if not any(name in scales for name, _ in g.index)]
+
+
+def _note(graph: CouplingGraph) -> Mapping[str, str]:
+    missing = _without_scale(graph)
+    return {"scored by l2": ", ".join(missing)} if missing else {}
+
+
+@score("bn_scale", note=_note)
+def bn_scale(
+    graph: CouplingGraph, states: Sequence[State], options: Options, kept: Kept
+) -> dict[int, Scores]:
+    """Σ |scale| of a unit (Liu et al., "Network Slimming", arXiv:1708.06519).
+
+    A group that owns no scale of a normalisation is scored by `l2`; the plan's options name it.
+    """
+    scales, missing = _scales(graph), _without_scale(graph)
+
+    def scored(member: int, state: State) -> Scores:
+        return owned_sums(
+            graph.of_member(member),
+            state,
+            kept[member],
+            options.absent,
+            names=sorted(scales),
+            value_of=lambda name, scale: scale.abs(),
+        )
+
+    found = dict(of_each(states, scored, kept))
+    if missing:
+        instead = magnitude(graph, states, options, kept, degree=2)
+        for member, scores in found.items():
+            scores.update({name: instead[member][name] for name in missing})
+    return found
+
+
+def _scales(graph: CouplingGraph) -> frozenset[str]:
+    """Canonical names of the parameters that scale what a normalisation returns."""
+    captured, found = graph.captured, set()
+    for node in captured.graph.nodes:
+        if name_of(node.target).removeprefix("aten::") in _NORMS:
+            weight = argument_of(node, "weight", node.args, node.kwargs)
+            if isinstance(weight, torch.fx.Node) and str(weight.target) in captured.canonical:
+                found.add(captured.canonical[str(weight.target)])
+    return frozenset(found & {name for name, _ in graph.group_of})

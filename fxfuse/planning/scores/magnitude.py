@@ -1,0 +1,110 @@
+"""Scores `l1` and `l2`: the magnitude of what a unit owns."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from functools import partial
+
+import torch
+
+from fxfuse.analysis.coupling import CouplingGraph
+from fxfuse.analysis.labels import Kind
+from fxfuse.errors import UnknownScoreError
+from fxfuse.members.ranks import of_each
+from fxfuse.planning.options import Options, State
+from fxfuse.planning.scores.owned import owned_sums
+from fxfuse.planning.scores.registry import Kept, Scores, score
+
+#: Score name → degree of the norm.
+DEGREES: Mapping[str, int] = {"l1": 1, "l2": 2}
+
+
+def degree_of(name: str) -> int:
+    """The degree of a score that is a norm.
+
+    Raises:
+        UnknownScoreError: The score is no norm.
+    """
+    if name not in DEGREES:
+        raise UnknownScoreError(
+            f"the score {name!r} is no norm of weights", how=f"use one of {', '.join(DEGREES)}"
+        )
+    return DEGREES[name]
+
+
+def magnitude(
+    graph: CouplingGraph, states: Sequence[State], options: Options, kept: Kept, *, degree: int
+) -> dict[int, Scores]:
+    """Group magnitude of each unit.
+
+    The score of a unit is Σ |w|^degree over all weights that it owns: rows of what writes it and
+    columns of what reads it (biases, tables that are added, and buffers are left out). This orders
+    units as `torch_pruning.importance.MagnitudeImportance(p=degree)` orders the channels of the
+    members' concatenation, whose output layer is scaled by 1/N.
+
+    Args:
+        graph: The analysis of the members.
+        states: For each member, its tensors by name.
+        options: Says which tensors some members lack.
+        kept: The members that are concatenated, and which of their units exist.
+        degree: 1 or 2.
+
+    Returns:
+        For each member that takes part, for each group, float64 [n_units].
+    """
+    names, outputs = multiplied(graph), _outputs(graph)
+
+    def value_of(name: str, weights: torch.Tensor) -> torch.Tensor:
+        scale = (1.0 / len(kept)) ** degree if name in outputs else 1.0
+        values = weights.square_() if degree == 2 else weights.abs_()
+        return values if scale == 1.0 else values.mul_(scale)
+
+    def scored(member: int, state: State) -> Scores:
+        return owned_sums(
+            graph.of_member(member),
+            state,
+            kept[member],
+            options.absent,
+            names=names,
+            value_of=value_of,
+        )
+
+    return dict(of_each(states, scored, kept))
+
+
+for _name, _degree in DEGREES.items():
+    score(_name)(partial(magnitude, degree=_degree))
+
+
+def _outputs(graph: CouplingGraph) -> frozenset[str]:
+    """Canonical names of the tensors that write the network's output."""
+    return frozenset(n for (n, _), reason in graph.frozen.items() if reason.kind is Kind.OUTPUT)
+
+
+def multiplied(graph: CouplingGraph) -> list[str]:
+    """The parameters of groups that multiply activations (not biases, not added tables)."""
+    owned = {name for name, _ in graph.group_of}
+    used: dict[str, bool] = {}
+    captured = graph.captured
+    for node in captured.graph.nodes:
+        if node.op != "get_attr" or str(node.target) not in captured.canonical:
+            continue
+        name = captured.canonical[str(node.target)]
+        if not isinstance(captured.tensor(name), torch.nn.Parameter):
+            continue
+        for user in node.users:
+            used[name] = used.get(name, False) or not _is_added(node, user)
+    return [name for name, multiplies in used.items() if multiplies and name in owned]
+
+
+def _is_added(node: torch.fx.Node, user: torch.fx.Node) -> bool:
+    schema = getattr(user.target, "_schema", None)
+    if schema is None:
+        return False
+    if schema.name in ("aten::add", "aten::add_", "aten::sub", "aten::sub_"):
+        return True
+    names = [a.name for a in schema.arguments]
+    given = {names[i]: a for i, a in enumerate(user.args)} | dict(user.kwargs)
+    added = ("bias", "running_mean", "running_var")
+    addend = ("self",) if schema.name == "aten::addmm" else ()
+    return any(given.get(n) is node for n in (*added, *addend))

@@ -1,0 +1,46 @@
+"""Score `obs`: in which order an optimal brain surgeon would remove the units."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from fxfuse.activations import elimination
+from fxfuse.analysis.coupling import CouplingGraph
+from fxfuse.errors import CalibrationError
+from fxfuse.planning.options import Options, State
+from fxfuse.planning.scores.magnitude import magnitude
+from fxfuse.planning.scores.registry import Kept, Scores, score
+
+
+@score("obs")
+def obs(
+    graph: CouplingGraph, states: Sequence[State], options: Options, kept: Kept
+) -> dict[int, Scores]:
+    """The later a unit would be removed, the higher (`fxfuse.activations.elimination`).
+
+    What the members have in common counts once: of units that the others can make up for, in the
+    least-squares sense at the layers that read them, one after the other goes. A group that no
+    layer reads is scored by `l2`.
+
+    Raises:
+        CalibrationError: There are no calibration inputs.
+    """
+    if options.calibration is None:
+        raise CalibrationError(
+            "score 'obs' needs calibration inputs",
+            why="it removes units that the others can make up for on these",
+            how="pass calibration=..., 100 to 1,000 inputs without labels",
+        )
+    found = magnitude(graph, states, options, kept, degree=2)
+    ranks = elimination(
+        graph, states, options.calibration, kept, sizes=options.sizes, host=options.host
+    )
+    for name, (units, rank) in ranks.items():
+        for member in kept:
+            values = np.full(len(found[member][name]), -np.inf)
+            own = units[:, 0] == member
+            values[units[own, 1]] = rank[own]
+            found[member][name] = values
+    return found

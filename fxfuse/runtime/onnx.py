@@ -1,0 +1,92 @@
+"""ONNX, for runtimes other than torch."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import warnings
+from collections.abc import Mapping
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import fx
+
+from fxfuse.common.output import atomic_file
+from fxfuse.errors import CompileError, MissingDependencyError
+from fxfuse.graph.example import first_line
+from fxfuse.refine.fused import Fused
+from fxfuse.runtime.inputs import resolve_inputs
+from fxfuse.runtime.package import checked, exported
+from fxfuse.runtime.prepare import answers_of
+from fxfuse.verify.check import tensors_of
+
+_PACKAGES = ("onnx", "onnxscript", "onnxruntime")
+
+
+def export_onnx(
+    network: Fused | fx.GraphModule,
+    path: str | Path,
+    example_inputs: Any = None,
+    example_kwargs: Mapping[str, Any] | None = None,
+    *,
+    dynamic_shapes: Any = None,
+) -> float:
+    """Writes a network as ONNX, and compares what onnxruntime makes of it with the network.
+
+    After the eval passes of `fxfuse.compile`. An existing file is replaced, once the comparison
+    holds; a partial one is never left.
+
+    Args:
+        network: What `fuse` or `prune` returned, or a graph module; it is left as it is.
+        path: The file.
+        example_inputs: A tensor or a tuple of inputs; those that were fused with, if None.
+        example_kwargs: Keyword inputs.
+        dynamic_shapes: Of `torch.export.export`. None: dimension 0 of every input is dynamic, where
+            that can be, else none.
+
+    Returns:
+        Largest difference from the network's outputs on the example, relative to the largest.
+
+    Raises:
+        MissingDependencyError: onnx, onnxscript or onnxruntime is not installed.
+        ControlError: There are no example inputs.
+        CompileError: The network cannot be written as ONNX, or answers otherwise there.
+        NotEmittedError: torch.export refused the members, so that there is no graph.
+    """
+    missing = [name for name in _PACKAGES if find_spec(name) is None]
+    if missing:
+        raise MissingDependencyError(
+            f"ONNX needs {', '.join(missing)}", how='pip install "fxfuse[onnx]"'
+        )
+    module, args, kwargs = resolve_inputs(network, example_inputs, example_kwargs)
+    expected = answers_of(module, args, kwargs)
+    program = exported(module, args, kwargs, dynamic_shapes)
+    with atomic_file(path) as work:
+        try:
+            # The exporter reports its steps on standard output.
+            with contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                torch.onnx.export(
+                    program, (), str(work), dynamo=True, external_data=False, verbose=False
+                )
+            found = _run(work, args, kwargs)
+        except Exception as error:
+            raise CompileError(
+                "the network cannot be written as ONNX",
+                why=first_line(error),
+                how="fxfuse.package writes a file for torch's own runtime",
+            ) from error
+        difference = checked([f.to(e) for f, e in zip(found, expected, strict=True)], expected)
+    return difference
+
+
+def _run(path: Path, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> list[torch.Tensor]:
+    import onnxruntime
+
+    session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+    tensors = tensors_of((args, dict(kwargs)))
+    names = [entry.name for entry in session.get_inputs()]
+    given = {n: t.detach().cpu().numpy() for n, t in zip(names, tensors, strict=True)}
+    return [torch.from_numpy(value) for value in session.run(None, given)]

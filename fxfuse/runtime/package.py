@@ -1,0 +1,151 @@
+"""Packages: a network compiled ahead of time, in one file that runs without its Python code."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import fx
+from torch.export import ExportedProgram
+
+from fxfuse.common.output import atomic_file
+from fxfuse.errors import CaptureError, CheckpointCorruptError, CheckpointMissingError, CompileError
+from fxfuse.graph.capture import export
+from fxfuse.graph.example import first_line
+from fxfuse.refine.fused import Fused
+from fxfuse.runtime.inputs import resolve_inputs
+from fxfuse.runtime.prepare import answers_of, prepared
+from fxfuse.verify.check import relative_error, tensors_of
+
+#: Largest difference from the network itself that a package may have, by its precision.
+_TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-3}
+_LOW_PRECISION = 5e-2
+
+
+def package(
+    network: Fused | fx.GraphModule,
+    path: str | Path,
+    example_inputs: Any = None,
+    example_kwargs: Mapping[str, Any] | None = None,
+    *,
+    dynamic_shapes: Any = None,
+    options: Mapping[str, Any] | None = None,
+) -> float:
+    """Compiles a network ahead of time, through AOTInductor, for the device that it is on.
+
+    After the eval passes of `fxfuse.compile`. The package is loaded and compared with the network
+    before it takes its place; an existing file is replaced, and a partial one is never left.
+
+    Args:
+        network: What `fuse` or `prune` returned, or a graph module; it is left as it is.
+        path: The file, `.pt2`.
+        example_inputs: A tensor or a tuple of inputs; those that were fused with, if None.
+        example_kwargs: Keyword inputs.
+        dynamic_shapes: Of `torch.export.export`. None: dimension 0 of every input is dynamic, where
+            that can be, else none.
+        options: Of inductor.
+
+    Returns:
+        Largest difference from the network's outputs on the example, relative to the largest.
+
+    Raises:
+        ControlError: There are no example inputs.
+        CompileError: The path does not end in `.pt2`, the network cannot be compiled ahead of time,
+            or the package answers otherwise than the network.
+        NotEmittedError: torch.export refused the members, so that there is no graph.
+    """
+    path = Path(path)
+    if path.suffix != ".pt2":
+        raise CompileError(
+            f"{path.name} is no name for a package", how="use a name that ends in .pt2"
+        )
+    module, args, kwargs = resolve_inputs(network, example_inputs, example_kwargs)
+    expected = answers_of(module, args, kwargs)
+    program = exported(module, args, kwargs, dynamic_shapes)
+    with atomic_file(path) as work:
+        try:
+            torch._inductor.aoti_compile_and_package(
+                program, package_path=str(work), inductor_configs=dict(options or {})
+            )
+            found = tensors_of(load_package(work)(*args, **kwargs))
+        except (CheckpointCorruptError, OSError):
+            raise
+        except Exception as error:
+            raise CompileError(
+                "the network cannot be compiled ahead of time",
+                why=first_line(error),
+                how="AOTInductor needs a C++ compiler; fxfuse.compile works in the process itself",
+            ) from error
+        difference = checked(found, expected)
+    return difference
+
+
+def load_package(path: str | Path) -> Callable[..., Any]:
+    """Loads what `package` wrote.
+
+    A package holds compiled code: load only what you trust.
+
+    Args:
+        path: The file.
+
+    Returns:
+        A callable that takes and returns what the network does.
+
+    Raises:
+        CheckpointMissingError: There is no such file.
+        CheckpointCorruptError: The file is no package.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise CheckpointMissingError(
+            f"there is no package {path.name}", where=str(path), how="check the path"
+        )
+    try:
+        loaded: Callable[..., Any] = torch._inductor.aoti_load_package(str(path))
+    # The loader has no error class of its own.
+    except Exception as error:
+        raise CheckpointCorruptError(
+            f"{path.name} is no package",
+            where=str(path),
+            why=first_line(error),
+            how="make it again with fxfuse.package, with this version of torch",
+        ) from error
+    return loaded
+
+
+def exported(
+    module: fx.GraphModule, args: tuple[Any, ...], kwargs: dict[str, Any], dynamic_shapes: Any
+) -> ExportedProgram:
+    """The inference graph as a program of torch.export, with a dynamic batch where that can be.
+
+    Raises:
+        CompileError: torch.export refuses it.
+    """
+    copy, _ = prepared(module, channels_last=False)
+    try:
+        return export(copy, args, kwargs, dynamic_shapes)
+    except CaptureError as error:
+        raise CompileError(
+            "torch.export refuses the fused network",
+            why=error.why,
+            how="pass dynamic_shapes= that the network allows",
+        ) from error
+
+
+def checked(found: list[torch.Tensor], expected: list[torch.Tensor]) -> float:
+    """How far outputs are from those of the network itself.
+
+    Raises:
+        CompileError: Farther than rounding.
+    """
+    error = relative_error(found, expected)
+    allowed = max(_TOLERANCE.get(t.dtype, _LOW_PRECISION) for t in expected)
+    if error > allowed:
+        raise CompileError(
+            "what was compiled answers otherwise than the network and is not written",
+            why=f"relative error {error:.2e} on the example, and {allowed:.0e} is allowed",
+            how="please report the network",
+        )
+    return error

@@ -1,0 +1,64 @@
+"""What compiling, packaging and exporting begin with: the example, and the inference graph."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import fx, nn
+from torch.fx.passes.infra.pass_base import PassBase
+
+from fxfuse.errors import ControlError
+from fxfuse.graph.eager import eval_mode
+from fxfuse.runtime.channels_last import ChannelsLast
+from fxfuse.runtime.eval_form import EvalForm, RemoveDropout, inference_copy
+from fxfuse.runtime.fold import FoldBatchNorm
+from fxfuse.verify.check import tensors_of
+
+
+def prepared(
+    module: fx.GraphModule, *, channels_last: bool
+) -> tuple[fx.GraphModule, tuple[str, ...]]:
+    """A copy of a network after the eval passes, and the names of those that changed it."""
+    passes = [EvalForm(), RemoveDropout(), FoldBatchNorm()]
+    if channels_last:
+        passes.append(ChannelsLast())
+    copy = inference_copy(module)
+    return copy, apply_passes(copy, passes)
+
+
+def apply_passes(module: fx.GraphModule, passes: Sequence[PassBase]) -> tuple[str, ...]:
+    """Runs passes in order, each with its checks; returns the names of those that changed it."""
+    done = []
+    for one in passes:
+        result = one(module)
+        if result is not None and result.modified:
+            done.append(type(one).__name__)
+    return tuple(done)
+
+
+def answers_of(
+    module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> list[torch.Tensor]:
+    """What the network itself answers in eval mode; its own mode is left as it is."""
+    with torch.no_grad(), eval_mode(module):
+        return tensors_of(module(*args, **kwargs))
+
+
+def inductor_options(mode: str | None, options: Mapping[str, Any]) -> dict[str, Any]:
+    """What a mode and options of inductor come to.
+
+    Raises:
+        ControlError: There is no such mode or option.
+    """
+    modes = torch._inductor.list_mode_options()
+    if mode is not None and mode not in modes:
+        raise ControlError(f"there is no mode {mode!r}", how=f"use one of {', '.join(modes)}")
+    names = torch._inductor.list_options()
+    unknown = [name for name in options if name.replace("-", "_") not in names]
+    if unknown:
+        raise ControlError(
+            f"inductor has no option {unknown[0]!r}", how="see torch._inductor.list_options()"
+        )
+    return {**modes.get(mode or "default", {}), **options}

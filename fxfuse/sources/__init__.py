@@ -1,6 +1,0 @@
-"""Data for calibration and evaluation, from where users keep it: files, folders, data sets."""
-
-from fxfuse.sources.data import Data, Preparation
-from fxfuse.sources.read import absolute, read_data
-
-__all__ = ["Data", "Preparation", "absolute", "read_data"]

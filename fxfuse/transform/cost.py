@@ -1,0 +1,86 @@
+"""What a network of some width costs, known before it is made."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from math import prod
+
+import torch
+import torch.utils._pytree as pytree
+from torch import nn
+from torch._subclasses.fake_tensor import (
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+    FakeTensorMode,
+)
+from torch.utils.flop_counter import FlopCounterMode
+
+from fxfuse.analysis.coupling import CouplingGraph
+from fxfuse.errors import WidthError
+from fxfuse.planning.plan import FusionPlan
+from fxfuse.transform.layout import copies_of, default_layout
+from fxfuse.transform.resizing import blank
+
+
+def parameters_of(
+    graph: CouplingGraph, sizes: Mapping[str, int], plan: FusionPlan | None = None
+) -> int:
+    """Elements of the parameters of the network of these sizes, tied ones once.
+
+    Args:
+        graph: The analysis of the members.
+        sizes: Units of each fused group, by its name.
+        plan: A plan of these sizes, whose `mixing` counts; None: nothing runs member by member.
+    """
+    captured, copies = graph.captured, copies_of(graph, sizes)
+
+    def elements(name: str) -> int:
+        if plan is not None and name in plan.apart:
+            members = (graph.of_member(member) for member in range(plan.n_members))
+            return sum(member.captured.tensor(name).numel() for member in members)
+        places = [(name, dim) for dim in range(captured.tensor(name).dim())]
+        return prod(default_layout(graph, place, copies).size for place in places)
+
+    names = dict.fromkeys(captured.canonical[name] for name in captured.names)
+    return sum(elements(n) for n in names if isinstance(captured.tensor(n), nn.Parameter))
+
+
+def operations_of(
+    graph: CouplingGraph, sizes: Mapping[str, int], plan: FusionPlan | None = None
+) -> int:
+    """Floating-point operations of the network of these sizes for the example inputs.
+
+    As `torch.utils.flop_counter` counts them, a multiplication and an addition as two. No memory is
+    used and nothing is computed.
+
+    Args:
+        graph: The analysis of the members.
+        sizes: Units of each fused group, by its name.
+        plan: A plan of these sizes, whose `mixing` counts; None: nothing runs member by member.
+
+    Raises:
+        RewriteError: The network cannot be written in these sizes.
+        WidthError: Shapes in it depend on the values of its inputs.
+    """
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
+
+    def empty(shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
+        with mode:
+            return torch.empty(shape, dtype=dtype)
+
+    module = blank(graph, sizes, empty, plan)
+    counter = FlopCounterMode(display=False)
+    with torch.no_grad():
+        args, kwargs = pytree.tree_map_only(
+            torch.Tensor, mode.from_tensor, graph.captured.example_inputs
+        )
+        try:
+            with counter, mode:
+                module(*args, **kwargs)
+        except (DataDependentOutputException, DynamicOutputShapeException) as error:
+            raise WidthError(
+                "the floating-point operations of this network cannot be counted beforehand",
+                why=f"shapes in it depend on the values of its inputs: {error}",
+                how="give a width, or max_params, in place of max_flops",
+            ) from error
+    return counter.get_total_flops()

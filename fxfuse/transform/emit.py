@@ -1,0 +1,300 @@
+"""torch.fx passes: a captured graph and fused tensors become a module.
+
+capture → analyze → plan → apply → **rewrite** → verify → compile. At member width the graph is the
+members' graph; what is rewritten is how it behaves in training (`SwitchTraining`), and where the
+tensors lie that it creates (`FollowDevice`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from types import MappingProxyType
+from typing import Any
+
+import torch
+import torch.utils._pytree as pytree
+from torch import fx, nn
+from torch.fx.passes.infra.pass_base import PassBase, PassResult
+
+from fxfuse.errors import RewriteError
+from fxfuse.graph.capture import Captured
+from fxfuse.graph.fixed_batch import check_sizes, fixed_sizes, uncheck_sizes
+from fxfuse.graph.tensors import attach, named_tensors
+from fxfuse.graph.training_argument import TRAINING_ARGUMENT, follows_mode
+
+_BATCH_NORM = torch.ops.aten.batch_norm.default
+#: Where a module says which sizes its inputs have to have (`fxfuse.graph.fixed_batch`).
+_FIXED = "fixed_batch"
+#: Last parts of the names of a batch norm's buffers.
+MEAN, COUNTER = "running_mean", "num_batches_tracked"
+
+
+def count_batch(counter: torch.Tensor, training: bool) -> None:
+    """Counts a batch in training, as `nn.BatchNorm` does.
+
+    Args:
+        counter: int64 [].
+        training: Whether the module is in training mode.
+    """
+    if training:
+        counter.add_(1)
+
+
+class FusedModule(fx.GraphModule):
+    """A fused network: trainable, picklable, exportable, compilable.
+
+    Normalisation and dropout follow `train()` and `eval()` through a `training` node in the graph,
+    on which `torch.compile` guards.
+    """
+
+    def __reduce__(self) -> tuple[Callable[..., Any], tuple[Any, ...]]:
+        """Pickles the eval form of the graph; unpickling traces it and would bake the mode in."""
+        plain = fx.GraphModule({}, fx.Graph())
+        share_tensors(self, plain)
+        plain.graph = copy_graph(self.graph)
+        unswitch_training(plain.graph)
+        uncheck_sizes(plain.graph)
+        plain.recompile()
+        return _restore, (plain, self.training, dict(self.meta))
+
+
+def emit(captured: Captured, state: Mapping[str, torch.Tensor]) -> FusedModule:
+    """Makes a module of a captured graph and tensors of the members' names and shapes.
+
+    Args:
+        captured: A captured member.
+        state: Tensors by `state_dict()` name; tied names share one tensor.
+
+    Returns:
+        A module in eval mode that owns `state`.
+
+    Raises:
+        NotEmittedError: The captured graph is a trace, which holds for its example only.
+    """
+    return emit_graph(captured, state, copy_graph(captured.graph))
+
+
+def member_name(captured: Captured, member: int, name: str) -> str:
+    """Name, in the fused network, of a tensor of which each member has its own."""
+    prefix = "members"
+    while any(n.split(".", 1)[0] == prefix for n in captured.names):
+        prefix += "_"
+    return f"{prefix}.{member}.{name}"
+
+
+def emit_graph(
+    captured: Captured,
+    state: Mapping[str, torch.Tensor],
+    graph: fx.Graph,
+    constants: Mapping[str, torch.Tensor] = MappingProxyType({}),
+    own: Mapping[str, Sequence[torch.Tensor]] = MappingProxyType({}),
+) -> FusedModule:
+    """Makes a module of a rewritten copy of a captured graph; takes the graph over.
+
+    Args:
+        captured: A captured member.
+        state: Tensors by `state_dict()` name; tied names share one tensor.
+        graph: The graph.
+        constants: Tensors that the graph reads beside the members', by name.
+        own: Tensors that take the place of one in `state`, one for each member, by canonical name;
+            the graph reads them as `member_name` says.
+
+    Raises:
+        NotEmittedError: The captured graph is a trace, which holds for its example only.
+    """
+    captured.require_program()
+    module = FusedModule({}, fx.Graph())
+    registered: dict[str, torch.Tensor] = {}
+    for name, first, written, tensor in _written(captured, state, own):
+        template = captured.tensor(name)
+        if first not in registered:
+            if isinstance(template, nn.Parameter):
+                tensor = nn.Parameter(tensor, requires_grad=template.requires_grad)
+            registered[first] = tensor
+        attach(module, written, registered[first], persistent=True)
+    known = {name for name, _ in named_tensors(module)}
+    for node in graph.nodes:
+        if node.op == "get_attr" and node.target not in known:
+            name = str(node.target)
+            constant = constants[name] if name in constants else captured.tensor(name)
+            attach(module, name, constant.detach().clone(), persistent=False)
+            known.add(name)
+    module.meta[_FIXED] = fixed_sizes(graph)
+    check_sizes(graph, module.meta[_FIXED])
+    module.graph = graph
+    SwitchTraining()(module)
+    FollowDevice()(module)
+    module.eval()
+    return module
+
+
+def _written(
+    captured: Captured,
+    state: Mapping[str, torch.Tensor],
+    own: Mapping[str, Sequence[torch.Tensor]],
+) -> Iterator[tuple[str, str, str, torch.Tensor]]:
+    """Each tensor of a network: a member's name, the first of tied names, its name, and it."""
+    for name in captured.names:
+        first = captured.canonical[name]
+        if first not in own:
+            yield name, first, name, state[name]
+            continue
+        for member, tensor in enumerate(own[first]):
+            first_written = member_name(captured, member, first)
+            yield name, first_written, member_name(captured, member, name), tensor
+
+
+def copy_graph(graph: fx.Graph, mapping: dict[fx.Node, fx.Node] | None = None) -> fx.Graph:
+    """A copy of a graph; `mapping` is filled with old node → new node."""
+    copy = fx.Graph()
+    result = copy.graph_copy(graph, {} if mapping is None else mapping)
+    copy.output(result)
+    copy._codegen = graph._codegen
+    return copy
+
+
+def share_tensors(source: nn.Module, target: nn.Module) -> None:
+    """Registers the tensors of one module in another, the very objects, under the same names."""
+    persistent = set(source.state_dict())
+    for name, tensor in named_tensors(source):
+        attach(target, name, tensor, persistent=name in persistent)
+
+
+class SwitchTraining(PassBase):
+    """Makes operators that behave differently in training follow the module's mode.
+
+    requires: every `training` argument is a literal (the captured eval form).
+    call: one `get_attr` node reads `self.training`; BatchNorm counts its batches.
+    ensures: no literal `training` argument is left, and the graph is well formed.
+    """
+
+    def requires(self, graph_module: fx.GraphModule) -> None:
+        """Checks that the graph is in its eval form.
+
+        Raises:
+            RewriteError: A `training` argument is a node already.
+        """
+        for node in _modal_nodes(graph_module.graph):
+            if isinstance(node.args[TRAINING_ARGUMENT[node.target]], fx.Node):
+                raise RewriteError(
+                    "the graph follows the module's mode already",
+                    where=node.name,
+                    how="apply SwitchTraining to a captured graph, once",
+                )
+
+    def call(self, graph_module: fx.GraphModule) -> PassResult:
+        """Rewrites the graph in place."""
+        graph = graph_module.graph
+        nodes = _modal_nodes(graph)
+        if not nodes:
+            return PassResult(graph_module, False)
+        with graph.inserting_before(next(iter(graph.nodes))):
+            # Not graph.get_attr, which expects a tensor or a submodule and warns.
+            training = graph.create_node("get_attr", "training")
+        buffers = dict(graph_module.named_buffers(remove_duplicate=False))
+        for node in nodes:
+            node.update_arg(TRAINING_ARGUMENT[node.target], training)
+            counter = _counter_of(node)
+            if counter in buffers:
+                with graph.inserting_before(node):
+                    graph.call_function(count_batch, (graph.get_attr(counter), training))
+        graph_module.recompile()
+        return PassResult(graph_module, True)
+
+    def ensures(self, graph_module: fx.GraphModule) -> None:
+        """Checks that every mode is read from the module."""
+        graph_module.graph.lint()
+        literal = [
+            node.name
+            for node in _modal_nodes(graph_module.graph)
+            if not isinstance(node.args[TRAINING_ARGUMENT[node.target]], fx.Node)
+        ]
+        if literal:
+            raise RewriteError("a training argument is still a literal", where=", ".join(literal))
+
+
+class FollowDevice(PassBase):
+    """Makes tensors that a graph creates lie where its inputs do.
+
+    requires: nothing.
+    call: every device that was written down in the capture becomes that of the first tensor input.
+    ensures: no device is written down, where the graph has a tensor input.
+    """
+
+    def call(self, graph_module: fx.GraphModule) -> PassResult:
+        """Rewrites the graph in place."""
+        graph = graph_module.graph
+        written = _with_device(graph)
+        anchor = next((node for node in graph.nodes if _is_tensor_input(node)), None)
+        if not written or anchor is None:
+            return PassResult(graph_module, False)
+        with graph.inserting_after(_last_input(graph)):
+            device = graph.call_function(getattr, (anchor, "device"))
+        for node in written:
+            node.args, node.kwargs = pytree.tree_map_only(
+                torch.device, lambda _: device, (node.args, dict(node.kwargs))
+            )
+        graph_module.recompile()
+        return PassResult(graph_module, True)
+
+    def ensures(self, graph_module: fx.GraphModule) -> None:
+        """Checks that no device is left."""
+        graph_module.graph.lint()
+        left = [node.name for node in _with_device(graph_module.graph)]
+        if left and any(_is_tensor_input(node) for node in graph_module.graph.nodes):
+            raise RewriteError("a device is still written down", where=", ".join(left))
+
+
+def _with_device(graph: fx.Graph) -> list[Any]:
+    """Operators that are told a device."""
+    return [
+        node
+        for node in graph.nodes
+        if node.op == "call_function"
+        and any(isinstance(x, torch.device) for x in pytree.tree_leaves((node.args, node.kwargs)))
+    ]
+
+
+def _is_tensor_input(node: fx.Node) -> bool:
+    return node.op == "placeholder" and isinstance(node.meta.get("val"), torch.Tensor)
+
+
+def _last_input(graph: fx.Graph) -> fx.Node:
+    inputs: list[fx.Node] = [node for node in graph.nodes if node.op == "placeholder"]
+    return inputs[-1]
+
+
+def _modal_nodes(graph: fx.Graph) -> list[Any]:
+    return [node for node in graph.nodes if follows_mode(node)]
+
+
+def unswitch_training(graph: fx.Graph) -> None:
+    """Takes `SwitchTraining` back: the eval form of the graph."""
+    for node in reversed(list(graph.nodes)):
+        if node.target is count_batch:
+            counter = node.args[0]
+            graph.erase_node(node)
+            graph.erase_node(counter)
+        elif follows_mode(node):
+            node.update_arg(TRAINING_ARGUMENT[node.target], False)
+        elif node.op == "get_attr" and node.target == "training":
+            graph.erase_node(node)
+
+
+def _counter_of(node: fx.Node) -> str:
+    mean = node.args[3] if node.target is _BATCH_NORM else None
+    if not isinstance(mean, fx.Node) or not str(mean.target).endswith(MEAN):
+        return ""
+    return str(mean.target).removesuffix(MEAN) + COUNTER
+
+
+def _restore(plain: fx.GraphModule, training: bool, meta: Mapping[str, Any]) -> FusedModule:
+    module = FusedModule({}, fx.Graph())
+    share_tensors(plain, module)
+    graph = copy_graph(plain.graph)
+    check_sizes(graph, meta.get(_FIXED, {}))
+    module.graph = graph
+    SwitchTraining()(module)
+    module.train(training)
+    module.meta.update(meta)
+    return module

@@ -1,0 +1,98 @@
+"""Hands layouts on: a result carries the neurons of its operands in their order."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, cast
+
+from torch import fx
+
+from fxfuse.analysis.labels import Value
+from fxfuse.analysis.rules import contraction, find, pointwise
+from fxfuse.transform.layout import Layout
+from fxfuse.transform.resizing.literals import argument, set_argument
+from fxfuse.transform.resizing.operands import agree, broadcast
+from fxfuse.transform.resizing.state import Layouts, WideGraph, cannot_write, has_tensor
+
+
+def carry(wide: WideGraph, node: fx.Node) -> Any:
+    """Hands layouts over to whatever carries the same neurons in the same order."""
+    known: dict[bytes, Layout] = {}
+    operands = [n for n in node.all_input_nodes if has_tensor(wide.values[n])]
+    for operand in operands:
+        if operand.op == "get_attr":
+            continue
+        for dim, layout in wide.layouts[operand].items():
+            key = wide.units.order(wide.values[operand], dim)
+            if key is not None:
+                agree(wide, node, operand, dim, layout, known.setdefault(key, layout))
+    for operand in operands:
+        if operand.op != "get_attr":
+            continue
+        for dim, place in wide.parameter_places(operand):
+            key = wide.units.order(wide.values[operand], dim)
+            if key is None:
+                continue
+            if place not in wide.places and key in known:
+                wide.places[place] = known[key]
+            layout = wide.place_layout(place)
+            agree(wide, node, operand, dim, layout, known.setdefault(key, layout))
+    value = wide.values[node]
+    if isinstance(value, list):
+        return [_handed(wide, node, part, known) for part in value]
+    result = _handed(wide, node, value, known)
+    if find(node.target) is contraction.addmm:
+        broadcast(wide, node, operands[:1], result)
+    elif find(node.target) is contraction.attention:
+        # The mask has the heads in common with the result, and nothing behind them.
+        mask = argument(node, "attn_mask")
+        heads = {d: layout for d, layout in result.items() if d < value.rank - 2}
+        broadcast(wide, node, [mask] if isinstance(mask, fx.Node) else [], heads)
+    elif find(node.target) is pointwise.pointwise or pointwise.is_pointwise(node.target):
+        broadcast(wide, node, operands, result)
+    return result
+
+
+def _handed(wide: WideGraph, node: fx.Node, value: Value, known: Mapping[bytes, Layout]) -> Layouts:
+    """Layouts of a result that carries the neurons of operands."""
+    result: Layouts = {}
+    for dim in range(value.rank):
+        key = wide.units.order(value, dim)
+        if key is not None and key in known:
+            result[dim] = known[key]
+    return complete(wide, node, value, result)
+
+
+def complete(wide: WideGraph, node: fx.Node, value: Value, result: Layouts) -> Layouts:
+    """The layouts of a result, once it is sure that none is missing.
+
+    Raises:
+        RewriteError: Neurons that grow stand along no dimension that has a layout.
+    """
+    for f in value.fields:
+        grows = bool((wide.units.free_units(f) >= 0).any())
+        if grows and not set(f.dims) & set(result):
+            raise cannot_write(node, "no operand tells the order of its neurons")
+    return result
+
+
+def keep(wide: WideGraph, node: fx.Node) -> Layouts:
+    """Operators whose result stands as their operand does."""
+    operand = cast("fx.Node", node.args[0])
+    if operand in wide.pending:
+        source, move, passed = wide.pending[operand]
+        wide.pending[node] = source, move, (*passed, node)
+    return wide.layout_of(node.args[0])
+
+
+def normalise(wide: WideGraph, node: fx.Node) -> Layouts:
+    """Normalisation of the last dimensions: the normalised shape is a literal that grows."""
+    result: Layouts = carry(wide, node)
+    value: Value = wide.values[node]
+    shape = list(node.args[1])  # type: ignore[arg-type]
+    first = value.rank - len(shape)
+    for dim, layout in result.items():
+        if dim >= first:
+            shape[dim - first] = layout.size
+    set_argument(wide, node, "normalized_shape", shape)
+    return result

@@ -1,0 +1,113 @@
+"""Data movement: it runs on positions, with every candidate for its literals."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any, cast
+
+import numpy as np
+import torch.utils._pytree as pytree
+from torch import fx
+
+from fxfuse.analysis.labels import Value
+from fxfuse.transform.layout import Layout
+from fxfuse.transform.resizing.carry import carry, complete
+from fxfuse.transform.resizing.gather import gather
+from fxfuse.transform.resizing.literals import candidates, evaluate, set_arguments
+from fxfuse.transform.resizing.operands import reorder, spread
+from fxfuse.transform.resizing.positions import layouts_of, positions_of
+from fxfuse.transform.resizing.state import Layouts, WideGraph, as_list, cannot_write
+
+
+def move(wide: WideGraph, node: fx.Node) -> Any:
+    """Views, permutations, slices and the like; what no literals describe becomes a gather.
+
+    Raises:
+        RewriteError: Not even a gather describes it.
+    """
+    source = cast("fx.Node", node.args[0])
+    value: Value = wide.values[source]
+    layouts = wide.layout_of(source)
+    if source in wide.pending:
+        return gather(wide, node, source, layouts)
+    if not layouts:
+        return pytree.tree_map(
+            lambda _: {}, wide.values[node], is_leaf=lambda x: isinstance(x, Value)
+        )
+    narrow = as_list(evaluate(wide, node, node.args, positions_of(value, {})[0]))
+    growing = [
+        [dim for dim in range(part.rank) if wide.units.order(part, dim) is not None]
+        for part in as_list(wide.values[node])
+    ]
+    # The order that the operand happens to have, else one in which copies stand together.
+    for ordered in ({}, *_reorderings(wide, value, layouts)):
+        tried = {**layouts, **ordered}
+        place, copy = positions_of(value, tried)
+        for args in candidates(wide, node, value, tried):
+            try:
+                moved = as_list(evaluate(wide, node, args, place))
+                copies = as_list(evaluate(wide, node, args, copy))
+            except (IndexError, RuntimeError):
+                # These sizes do not fit: the next candidate.
+                continue
+            if len(moved) != len(narrow):
+                continue
+            found = [layouts_of(*p) for p in zip(narrow, moved, copies, growing, strict=True)]
+            if _keeps_units_apart(wide, node, found):
+                set_arguments(wide, node, args)
+                reorder(wide, node, layouts, ordered)
+                return found if isinstance(wide.values[node], list) else found[0]
+    return gather(wide, node, source, layouts)
+
+
+def index(wide: WideGraph, node: fx.Node) -> Any:
+    """Indexing: by constants it moves data, by data it picks from dimensions without neurons."""
+    nodes = [x for x in pytree.tree_leaves(node.args[1:]) if isinstance(x, fx.Node)]
+    values = [wide.values[x] for x in nodes]
+    if all(v.constant is not None for v in values if isinstance(v, Value)):
+        return move(wide, node)
+    return carry(wide, node)
+
+
+def pick(wide: WideGraph, node: fx.Node) -> Layouts:
+    """Gathering: the index names one place for each element, so it grows as its operand does.
+
+    Raises:
+        RewriteError: The index leaves out a part of a dimension that grows.
+    """
+    x, chosen = cast("fx.Node", node.args[0]), cast("fx.Node", node.args[2])
+    if wide.values[chosen].constant is not None:
+        return cast("Layouts", move(wide, node))
+    result: Layouts = {**wide.layout_of(chosen), **wide.layout_of(x)}
+    for dim, layout in result.items():
+        if wide.values[x].shape[dim] != wide.values[chosen].shape[dim]:
+            raise cannot_write(node, "it takes a part of the neurons only")
+        for operand in (x, chosen):
+            spread(wide, node, operand, dim, layout, broadcasts=False)
+    return complete(wide, node, wide.values[node], result)
+
+
+def _keeps_units_apart(wide: WideGraph, node: fx.Node, found: Sequence[Layouts | None]) -> bool:
+    """Whether the results are made of whole copies, and grow where units differ."""
+    return all(
+        layouts is not None and all(wide.units.order(value, dim) is not None for dim in layouts)
+        for value, layouts in zip(as_list(wide.values[node]), found, strict=True)
+    )
+
+
+def _reorderings(wide: WideGraph, value: Value, layouts: Layouts) -> Iterator[Layouts]:
+    """Layouts in which the copies of an index, or of a run of a unit's, stand together."""
+    yield {dim: layout.by_index() for dim, layout in layouts.items()}
+    blocks: Layouts = {}
+    for dim, layout in layouts.items():
+        units = wide.units.along(value, dim)
+        if units is None:
+            return
+        run = np.cumsum(np.r_[0, units[1:] != units[:-1]])
+        by_run = np.lexsort((layout.source, layout.copy, run[layout.source]))
+        blocks[dim] = Layout(layout.source[by_run], layout.copy[by_run])
+    yield blocks
+    for dim, layout in layouts.items():
+        for size in range(2, value.shape[dim]):
+            if value.shape[dim] % size == 0:
+                yield {dim: layout.by_block(size)}

@@ -1,0 +1,253 @@
+"""The walk over the graph, and which handler widens which operator."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import fx
+
+from fxfuse.analysis.coupling import CouplingGraph
+from fxfuse.analysis.labels import Value
+from fxfuse.analysis.rules import (
+    Rule,
+    contraction,
+    find,
+    movement,
+    normalisation,
+    pointwise,
+    recurrent,
+    reduction,
+    selection,
+)
+from fxfuse.errors import RewriteError
+from fxfuse.members.ranks import of_each
+from fxfuse.planning.plan import FusionPlan
+from fxfuse.transform.apply import fused_tensors
+from fxfuse.transform.emit import FusedModule, emit_graph
+from fxfuse.transform.layout import Copies, copies_of
+from fxfuse.transform.resizing.apart import Apart
+from fxfuse.transform.resizing.carry import carry, keep, normalise
+from fxfuse.transform.resizing.each import run_apart, write_outputs
+from fxfuse.transform.resizing.grouping import group, halve, patch
+from fxfuse.transform.resizing.joining import join, overwrite, pad
+from fxfuse.transform.resizing.movement import index, move, pick
+from fxfuse.transform.resizing.recurrence import recur
+from fxfuse.transform.resizing.state import Layouts, WideGraph, has_tensor
+
+#: Widens one node of the members' graph: rewrites its copy in the wide graph, and returns the
+#: layouts of the result (a list of them where the node returns a list).
+Handler = Callable[[WideGraph, fx.Node], Any]
+
+#: By the rule of the operator; every other operator hands layouts on (`carry`).
+_HANDLERS: Mapping[Rule | None, Handler] = {
+    contraction.convolution: group,
+    contraction.convolution_transposed: group,
+    movement.cat: join,
+    movement.move: move,
+    movement.overwrite: overwrite,
+    movement.pad: pad,
+    movement.same: keep,
+    movement.stack: join,
+    movement.view: move,
+    normalisation.group_norm: group,
+    normalisation.layer_norm: normalise,
+    pointwise.gated_linear_unit: halve,
+    recurrent.cell: recur,
+    recurrent.layers: recur,
+    reduction.fold: patch,
+    reduction.unfold: patch,
+    selection.gather: pick,
+    selection.index: index,
+    selection.index_select: index,
+}
+
+
+def widen(
+    graph: CouplingGraph, plan: FusionPlan, states: Sequence[Mapping[str, torch.Tensor]]
+) -> FusedModule:
+    """Emits the concatenation of the members.
+
+    Args:
+        graph: The analysis of the members.
+        plan: Says how many units each group has, and which.
+        states: For each member, its tensors by name.
+
+    Returns:
+        A module whose labelled dimensions have the sizes that the plan gives them.
+
+    Raises:
+        RewriteError: An operator's literals or layouts cannot be rewritten; names the node.
+    """
+    wide = walk_of(graph, plan)
+    names = wide.own_tensors()
+    state = fused_tensors(graph, plan, states, wide.places, names)
+
+    def kept(_: int, state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        return {n: state[n].detach().clone().to(states[0][n].device) for n in names}
+
+    each = [tensors for _, tensors in of_each(states, kept)]
+    own = {n: [tensors[n] for tensors in each] for n in names}
+    return emit_graph(graph.captured, state, wide.graph, wide.orders, own)
+
+
+def apart_names(graph: CouplingGraph, plan: FusionPlan) -> tuple[str, ...]:
+    """Names of the tensors of which each member keeps its own in a wide model.
+
+    Args:
+        graph: The analysis of the members.
+        plan: Its `mixing` is `per_member`.
+
+    Raises:
+        RewriteError: As for `widen`.
+    """
+    names = walk_of(graph, plan).own_tensors()
+    return tuple(n for n in graph.captured.names if graph.captured.canonical[n] in names)
+
+
+def output_layouts(graph: CouplingGraph, plan: FusionPlan) -> list[Layouts]:
+    """For each output tensor of the resized network, the layouts of the dimensions that grow.
+
+    Args:
+        graph: The analysis of the members.
+        plan: Says how many units each group has.
+
+    Raises:
+        RewriteError: As for `widen`.
+    """
+    wide = walk_of(graph, plan)
+    outputs = [n for n in graph.captured.outputs() if isinstance(n, fx.Node)]
+    return [wide.layout_of(n) for n in outputs if isinstance(graph.values[n], Value)]
+
+
+def settle(graph: CouplingGraph, sizes: Mapping[str, int]) -> tuple[dict[str, int], dict[str, str]]:
+    """Sizes that the network can be written in.
+
+    Args:
+        graph: The analysis of the members.
+        sizes: Units of each fused group that are asked for, by the group's name.
+
+    Returns:
+        The sizes, in which every group that stands in the way of writing the network keeps a
+        member's size; and for each of these groups, the operator and why.
+
+    Raises:
+        RewriteError: No group that changes its size has to do with what cannot be written.
+    """
+    settled, refused = dict(sizes), dict[str, str]()
+    own = {group.name: group.n_units for group in graph.groups}
+    while True:
+        wide = WideGraph(graph, copies_of(graph, settled))
+        stuck = _first_obstacle(wide)
+        if stuck is None:
+            return settled, refused
+        node, error = stuck
+        names = wide.units.groups_at(wide.values[n] for n in (node, *node.all_input_nodes))
+        if not names:
+            raise error
+        for name in names:
+            settled[name] = own[name]
+            refused[name] = f"{error.why} ({error.where})"
+
+
+def _first_obstacle(wide: WideGraph) -> tuple[fx.Node, RewriteError] | None:
+    for node in wide.analysis.captured.graph.nodes:
+        try:
+            _step(wide, node)
+        except RewriteError as error:
+            return node, error
+    return None
+
+
+def blank(
+    graph: CouplingGraph,
+    sizes: Mapping[str, int],
+    empty: Callable[[Sequence[int], torch.dtype], torch.Tensor],
+    plan: FusionPlan | None = None,
+) -> FusedModule:
+    """The resized network with tensors that hold nothing yet, for shapes and costs.
+
+    Args:
+        graph: The analysis of the members.
+        sizes: Units of each fused group, by its name.
+        empty: Makes a tensor of a shape and a dtype.
+        plan: A plan of these sizes, whose `mixing` counts; None: all members' units together.
+
+    Raises:
+        RewriteError: As for `widen`.
+    """
+    wide = walk_at(graph, copies_of(graph, sizes)) if plan is None else walk_of(graph, plan)
+    captured = graph.captured
+
+    def made(name: str) -> torch.Tensor:
+        tensor = captured.tensor(name)
+        shape = list(tensor.shape)
+        for dim in range(tensor.dim()):
+            if (captured.canonical[name], dim) in wide.resized:
+                shape[dim] = wide.place_layout((captured.canonical[name], dim)).size
+        return empty(shape, tensor.dtype)
+
+    names = wide.own_tensors()
+    state = {name: made(name) for name in captured.names if captured.canonical[name] not in names}
+    own: dict[str, list[torch.Tensor]] = {}
+    for name in names:
+        members = range(plan.n_members if plan else 0)
+        each = (graph.of_member(member).captured.tensor(name) for member in members)
+        own[name] = [empty(tensor.shape, tensor.dtype) for tensor in each]
+    return emit_graph(captured, state, wide.graph, wide.orders, own)
+
+
+def walk_of(graph: CouplingGraph, plan: FusionPlan) -> WideGraph:
+    """The concatenated graph of a plan, written.
+
+    Raises:
+        RewriteError: As for `widen`.
+    """
+    copies = copies_of(graph, plan.sizes())
+    if plan.mixing == "joint":
+        return walk_at(graph, copies)
+    apart = Apart(graph, plan, copies)
+    while True:
+        wide = WideGraph(graph, copies, apart)
+        stuck = _first_obstacle(wide)
+        if stuck is None:
+            write_outputs(wide)
+            # Values that were put together although nobody reads them so.
+            wide.graph.eliminate_dead_code()
+            return wide
+        node, error = stuck
+        # What cannot be written for all members at once is written for each, and what a member's
+        # own values cannot be taken from as well.
+        before = len(apart.nodes)
+        apart.add(apart.dependent(node) if node in apart.nodes else [node])
+        if len(apart.nodes) == before:
+            raise error
+
+
+def walk_at(graph: CouplingGraph, copies: Copies) -> WideGraph:
+    """The network with so many copies of each unit, written for all of them at once.
+
+    Raises:
+        RewriteError: As for `widen`.
+    """
+    wide = WideGraph(graph, copies)
+    for node in graph.captured.graph.nodes:
+        _step(wide, node)
+    return wide
+
+
+def _step(wide: WideGraph, node: fx.Node) -> None:
+    if node.op == "call_function" and has_tensor(wide.values[node]):
+        wide.layouts[node] = _widened(wide, node)
+    elif node.op != "output":
+        wide.layouts[node] = {}
+
+
+def _widened(wide: WideGraph, node: fx.Node) -> Any:
+    if wide.apart is not None and node in wide.apart.nodes:
+        return run_apart(wide, node)
+    first = node.args[0] if node.args else None
+    if isinstance(first, fx.Node) and isinstance(wide.layouts.get(first), list):
+        return wide.layouts[first][node.args[1]]
+    return _HANDLERS.get(find(node.target), carry)(wide, node)
