@@ -59,12 +59,12 @@ def measure(blocks: int, repetitions: int) -> dict[str, float]:
     fxfuse.analyze(fxfuse.capture(*network(BLOCKS[0])))
     model, x = network(blocks)
     _, export_s, export_mb = cost(lambda: export(model, (x,), {}, None))
-    captured, capture_s, _ = cost(lambda: fxfuse.capture(model, x))
-    _, first, analysis_mb = cost(lambda: fxfuse.analyze(captured))
-    others = [cost(lambda: fxfuse.analyze(captured))[1] for _ in range(repetitions - 1)]
+    program, capture_s, _ = cost(lambda: fxfuse.capture(model, x))
+    _, first, analysis_mb = cost(lambda: fxfuse.analyze(program))
+    others = [cost(lambda: fxfuse.analyze(program))[1] for _ in range(repetitions - 1)]
     return {
         "blocks": blocks,
-        "nodes": len(captured.graph.nodes),
+        "nodes": len(program.graph.nodes),
         "export_s": round(export_s, 3),
         "capture_s": round(capture_s, 3),
         "analysis_s": round(statistics.median([first, *others]), 4),

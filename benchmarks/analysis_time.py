@@ -26,12 +26,12 @@ def measure(name: str, repetitions: int) -> dict[str, object]:
     x = torch.randn(2, 3, 224, 224)
     shapes = ({0: torch.export.Dim.DYNAMIC},)
     exports, analyses = [], []
-    captured = fxfuse.capture(model, x)  # warms both up
+    program = fxfuse.capture(model, x)  # warms both up
     for _ in range(repetitions):
         start = time.perf_counter()
         torch.export.export(model, (x,), dynamic_shapes=shapes, strict=False)
         middle = time.perf_counter()
-        fxfuse.analyze(captured)
+        fxfuse.analyze(program)
         exports.append(middle - start)
         analyses.append(time.perf_counter() - middle)
     export, analysis = statistics.median(exports), statistics.median(analyses)

@@ -81,10 +81,10 @@ def enlarged_digits(generator: torch.Generator) -> Tensor:
 
 def measure(made: Case) -> list[dict[str, Any]]:
     """Accuracy on test data of the controls and for each kind of inputs."""
-    controls = zip(CONTROLS, (made.best, made.ensemble), strict=True)
+    constraints = zip(CONTROLS, (made.best, made.ensemble), strict=True)
     rows: list[dict[str, Any]] = [
         {"table": "control", "row": name, "refit": accuracy(model, *made.test)}
-        for name, model in controls
+        for name, model in constraints
     ]
     for table, row, inputs, copies in inputs_of(made):
         result = fxfuse.fuse(

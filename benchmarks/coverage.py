@@ -54,13 +54,13 @@ def measure(name: str) -> dict[str, Any]:
     row["parameters"] = sum(p.numel() for p in model.parameters())
     # In float32 first: what a user does, and what the times and the memory are claimed for.
     start = time.perf_counter()
-    captured = fxfuse.capture(model, args, kwargs)
+    program = fxfuse.capture(model, args, kwargs)
     row["capture_s"] = round(time.perf_counter() - start, 3)
-    row["capture"] = "export" if captured.is_program else "trace"
-    row["nodes"] = len(captured.graph.nodes)
+    row["capture"] = "export" if program.is_exported else "trace"
+    row["nodes"] = len(program.graph.nodes)
     before = _peak_gb()
     start = time.perf_counter()
-    graph = fxfuse.analyze(captured)
+    graph = fxfuse.analyze(program)
     row["analysis_s"] = round(time.perf_counter() - start, 3)
     row["analysis_gb"] = round(_peak_gb() - before, 2)
     row["groups"] = len(graph.groups)
@@ -69,7 +69,7 @@ def measure(name: str) -> dict[str, Any]:
     row["frozen"] = _reasons(graph)
     row["mixes"] = len(graph.mixing)
     row["without_rule"] = [gap.operator for gap in graph.without_rule]
-    del captured, graph, model
+    del program, graph, model
     member = double(name, 0)
     graph = fxfuse.analyze(member)
     check = verify.permutation_of(graph)
@@ -79,7 +79,7 @@ def measure(name: str) -> dict[str, Any]:
     row["sensitivity"] = verify.sensitivity(member)
     if row["sensitivity"] < BLIND:
         row["failure"] = "blind: the outputs hardly depend on the input"
-    if not member.is_program:
+    if not member.is_exported:
         row["wide"] = "traced"
     elif graph.mixing:
         row["wide"] = "mixes"
@@ -90,7 +90,7 @@ def measure(name: str) -> dict[str, Any]:
     return row
 
 
-def double(name: str, seed: int) -> fxfuse.Captured:
+def double(name: str, seed: int) -> fxfuse.Program:
     """A member in float64, or in float32 where its own code casts to that.
 
     The oracles run both in float64: they lift the casts of a captured graph.
@@ -109,7 +109,7 @@ def double(name: str, seed: int) -> fxfuse.Captured:
 
 def _excited(
     model: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], seed: int
-) -> fxfuse.Captured:
+) -> fxfuse.Program:
     torch.manual_seed(seed)
     return fxfuse.capture(excite(model, *_more(args, kwargs)), args, kwargs)
 
@@ -126,9 +126,9 @@ def _more(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...
     return found
 
 
-def _wide(name: str, member: fxfuse.Captured) -> float | str:
+def _wide(name: str, member: fxfuse.Program) -> float | str:
     try:
-        check = verify.wide_equals_ensemble([member, double(name, 1)])
+        check = verify.concatenation_equals_ensemble([member, double(name, 1)])
     except fxfuse.FxfuseError as error:
         return f"not written: {' '.join(str(error).split())}"
     if check.tolerance == float("inf"):
@@ -140,16 +140,16 @@ def _reasons(graph: fxfuse.CouplingGraph) -> list[str]:
     """Why parameters without a free dimension are frozen, the heaviest reason first."""
     free = {name for name, _ in graph.group_of}
     weights: Counter[str] = Counter()
-    for name, parameter in graph.captured.module.named_parameters():
-        if name in free or graph.captured.canonical[name] != name:
+    for name, parameter in graph.program.module.named_parameters():
+        if name in free or graph.program.canonical[name] != name:
             continue
         reasons = [r for (n, _), r in graph.frozen.items() if n == name and r.node] or [
             r for (n, _), r in graph.frozen.items() if n == name
         ]
-        reason = min(reasons, key=lambda r: r.kind != "host", default=None)
+        reason = min(reasons, key=lambda r: r.kind != "base", default=None)
         text = f"{reason.kind}: {reason.why} [{reason.source}]" if reason else "no dimension"
         weights[text] += parameter.numel()
-    total = sum(p.numel() for p in graph.captured.module.parameters()) or 1
+    total = sum(p.numel() for p in graph.program.module.parameters()) or 1
     return [f"{n / total:.2%} {why}" for why, n in weights.most_common(6)]
 
 

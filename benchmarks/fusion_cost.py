@@ -89,14 +89,14 @@ def run(name: str, n: int, way: str, folder: Path, device: torch.device) -> dict
         members = [first_member(template, path).eval().to(device) for path in paths]
         seconds = _timed(lambda: fxfuse.fuse(members, x), device)
         return {"seconds": seconds, "megabytes": _most(device) - base}
-    captured = fxfuse.capture(member, x)
-    graph = fxfuse.analyze(captured)
+    program = fxfuse.capture(member, x)
+    graph = fxfuse.analyze(program)
     streams = way == "streamed"
     read = partial(load_file, device=str(device))
-    loaded = None if streams else [captured.state(), *map(read, paths[1:])]
+    loaded = None if streams else [program.state(), *map(read, paths[1:])]
 
     def fused(method: str, score: str = "l2") -> None:
-        states = loaded or streamed_states(paths, captured)
+        states = loaded or streamed_states(paths, program)
         plan = make_plan(graph, states, method, Options(score))
         fused_tensors(graph, plan, states)
 

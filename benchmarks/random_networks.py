@@ -104,7 +104,7 @@ def judge(recipe: Recipe, seed: int) -> tuple[bool, list[tuple[str, str]]]:
     if not permutation.passed:
         found.append(("permutation", f"error {permutation.error:.1e}"))
     try:
-        wide = verify.wide_equals_ensemble(members)
+        wide = verify.concatenation_equals_ensemble(members)
     except fxfuse.FxfuseError as error:
         return False, [*found, ("not written", str(error))]
     exact = wide.tolerance < float("inf")

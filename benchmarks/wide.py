@@ -36,8 +36,8 @@ from fxfuse.planning.planner import make_plan
 from fxfuse.planning.widths import sizes_of
 from fxfuse.transform.cost import operations_of, parameters_of
 from fxfuse.transform.emit import FusedModule
-from fxfuse.transform.resizing import settle, widen
-from fxfuse.transform.wide import wide_plan
+from fxfuse.transform.resizing import emit_resized, settle
+from fxfuse.transform.wide import concatenation_plan
 from fxfuse.verify.check import as_double, in_double, inputs_of, run, tensors_of
 
 RESULTS = Path(__file__).parent / "results" / "wide.json"
@@ -50,28 +50,28 @@ def measure(name: str) -> dict[str, Any]:
     """One model at widths 0.5, 1.5 and N."""
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
-    captured = [double(name, seed) for seed in range(MEMBERS)]
-    graph = fxfuse.analyze(captured[0])
-    states = [as_double(c.state()) for c in captured]
+    program = [double(name, seed) for seed in range(MEMBERS)]
+    graph = fxfuse.analyze(program[0])
+    states = [as_double(c.state()) for c in program]
     row: dict[str, Any] = {"model": name, "parameters": parameters_of(graph, {})}
-    row["sensitivity"] = verify.sensitivity(captured[0])
+    row["sensitivity"] = verify.sensitivity(program[0])
     if row["sensitivity"] < BLIND:
         row["failure"] = "blind: the outputs hardly depend on the input"
-    outputs = [run(c, s) for c, s in zip(captured, states, strict=True)]
+    outputs = [run(c, s) for c, s in zip(program, states, strict=True)]
     row["widths"] = {}
     for width in WIDTHS:
         sizes, refused = settle(graph, sizes_of(graph, MEMBERS, width, at_least_one=True))
         options = Options("l2", sizes=sizes)
         plan = make_plan(graph, states, "transplant", options)
-        found, told = _run(graph, plan, widen(graph, plan, states))
+        found, told = _run(graph, plan, emit_resized(graph, plan, states))
         told["shape"] = [t.shape for t in found] == [t.shape for t in outputs[0]]
         told["refused"] = len(refused)
         row["widths"][str(width)] = told
         del found
-    plan = wide_plan(graph, states)
-    module = widen(graph, plan, states)
+    plan = concatenation_plan(graph, states)
+    module = emit_resized(graph, plan, states)
     found, told = _run(graph, plan, module)
-    row["apart"], row["tensors"] = len(plan.apart), len(graph.captured.names)
+    row["apart"], row["tensors"] = len(plan.apart), len(graph.program.names)
     row["mixes"] = len(plan.notes)
     means = [torch.stack(each).mean(0) for each in zip(*outputs, strict=True)]
     row["wide"] = verify.relative_error(found, means)
@@ -83,7 +83,7 @@ def _run(
     graph: CouplingGraph, plan: FusionPlan, module: FusedModule
 ) -> tuple[list[torch.Tensor], dict[str, Any]]:
     """Outputs, and the operations that the network takes beside those foretold."""
-    args, kwargs = inputs_of(graph.captured)
+    args, kwargs = inputs_of(graph.program)
     counter = FlopCounterMode(display=False)
     with counter, torch.no_grad():
         found = tensors_of(in_double(module)(*args, **kwargs))

@@ -4,7 +4,7 @@
         [--keep] [--json benchmarks/results/width.json]
 
 Rows: at each width (in units of a member, up to N) units chosen by `obs` and refitted (no step),
-and that network after 160 steps of matching. Controls: the member that validates best, pruned by
+and that network after 160 steps of matching. Constraints: the member that validates best, pruned by
 torch-pruning (group L2 magnitude, all layers alike, the last one kept) to the same width, and
 matched to the same ensemble for as many steps; at width 1 it is not pruned. All see the same at
 most 1,000 unlabelled training inputs; matching has its defaults. Validation data chooses the best
@@ -81,14 +81,14 @@ def measure(made: Case) -> list[dict[str, Any]]:
         return module
 
     # Capturing is no part of fusing: it is done once, whatever follows.
-    captured = [fxfuse.capture(member, x[:2]) for member in made.members]
+    program = [fxfuse.capture(member, x[:2]) for member in made.members]
     own = _cost(made.best, x)
     note(MEMBER, 1.0, made.best, *own)
     note(ENSEMBLE, float(n), made.ensemble, *(n * amount for amount in own))
     note(MEMBER_MATCHED, 1.0, matched(copy.deepcopy(made.best)), *own)
     for width in sorted({*WIDTHS, float(n)}):
         result = fxfuse.fuse(
-            captured, width=width, score="obs", calibration=x, refit=True, verify=False
+            program, width=width, score="obs", calibration=x, refit=True, verify=False
         )
         sizes = result.plan.sizes()
         # Operations are counted for the example, which is two inputs.

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from fxfuse.api.saved import load, save
     from fxfuse.ensemble import stack, unstack
     from fxfuse.errors import FxfuseError
-    from fxfuse.graph.capture import Captured, capture
+    from fxfuse.graph.capture import Program, capture
     from fxfuse.planning.plan import FusionPlan
     from fxfuse.runtime import compile, export_onnx, load_package, package
 
@@ -22,7 +22,7 @@ __version__ = "0.1.0"
 
 #: Public name → the module that has it. Imported at first use: torch takes a second to import.
 _PUBLIC = {
-    "Captured": "graph.capture",
+    "Program": "graph.capture",
     "CouplingGraph": "analysis.coupling",
     "CouplingGroup": "analysis.coupling",
     "FrozenReason": "analysis.coupling",
@@ -47,13 +47,13 @@ _PUBLIC = {
 _PACKAGES = ("errors", "refine", "verify")
 
 __all__ = [
-    "Captured",
     "CouplingGraph",
     "CouplingGroup",
     "FrozenReason",
     "FusionPlan",
     "FusionResult",
     "FxfuseError",
+    "Program",
     "analyze",
     "capture",
     "compile",

@@ -43,9 +43,9 @@ def activations(
     """Pre-activations of every unit: for each group, for each member, [rows, n_units]."""
     found: dict[str, list[torch.Tensor]] = {group.name: [] for group in graph.groups}
     for state in states:
-        module = in_double(emit(graph.captured, as_double(state)))
+        module = in_double(emit(graph.program, as_double(state)))
         recorder = _Recorder(module)
-        args = tuple(x.double() for x in inputs) or inputs_of(graph.captured)[0]
+        args = tuple(x.double() for x in inputs) or inputs_of(graph.program)[0]
         with torch.no_grad():
             recorder.run(*args)
         for group in graph.groups:
@@ -58,7 +58,7 @@ def activations(
 
 def permuted_copies(graph: CouplingGraph, n: int, seed: int = 0) -> list[State]:
     """The network and n - 1 randomly permuted copies of it, in float64."""
-    own = as_double(graph.captured.state())
+    own = as_double(graph.program.state())
     generator = np.random.default_rng(seed)
     copies = [
         permuted(own, graph, random_permutations(graph.groups, generator)) for _ in range(n - 1)
@@ -72,4 +72,4 @@ def distance_to_the_first(
     """Relative error of the fused network's outputs against those of the first member."""
     plan = make_plan(graph, states, method, options)
     fused = fused_tensors(graph, plan, states)
-    return relative_error(run(graph.captured, fused), run(graph.captured, states[0]))
+    return relative_error(run(graph.program, fused), run(graph.program, states[0]))

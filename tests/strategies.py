@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 import fxfuse
-from fxfuse.graph.capture import Captured
+from fxfuse.graph.capture import Program
 from fxfuse.graph.rebuild import rebuild
 from tests.models import excite
 
@@ -1018,7 +1018,7 @@ def build(recipe: Recipe, seed: int = 0) -> Network:
     return model
 
 
-def members_of(recipe: Recipe, n: int) -> list[Captured]:
+def members_of(recipe: Recipe, n: int) -> list[Program]:
     """Members of one architecture; they share the first one's graph, which saves exports."""
     first = fxfuse.capture(build(recipe, 0), images())
     states = (build(recipe, seed).state_dict(keep_vars=True) for seed in range(1, n))

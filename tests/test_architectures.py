@@ -18,13 +18,13 @@ NETWORKS = [pytest.param(n, marks=pytest.mark.nightly) if n in LARGE else n for 
 
 @pytest.mark.parametrize("name", [*NETWORKS, *MIXING])
 def test_permutation(name: str):
-    captured = fxfuse.capture(slim(build(name)), image())
-    graph = fxfuse.analyze(captured)
+    program = fxfuse.capture(slim(build(name)), image())
+    graph = fxfuse.analyze(program)
     check = verify.permutation_of(graph)
     assert check.passed, check
     assert check.tolerance == verify.EXACT
     # Not blind: the input reaches the output, and nearly every weight was moved.
-    assert verify.sensitivity(captured) > 1e-3
+    assert verify.sensitivity(program) > 1e-3
     assert graph.free_fraction > 0.99
 
 
@@ -42,7 +42,7 @@ def slim(model: nn.Module) -> nn.Module:
 @pytest.mark.parametrize("name", NETWORKS)
 def test_wide_equals_ensemble(name: str):
     members = [slim(build(name, seed)) for seed in range(2)]
-    check = verify.wide_equals_ensemble(members, image())
+    check = verify.concatenation_equals_ensemble(members, image())
     assert check.passed, check
     assert check.tolerance == verify.EXACT, check.detail
 
@@ -50,7 +50,7 @@ def test_wide_equals_ensemble(name: str):
 @pytest.mark.parametrize("name", [pytest.param("vit_b_32", marks=pytest.mark.nightly), "swin_t"])
 def test_wide_reports_what_mixes(name: str):
     members = [build(name, seed) for seed in range(2)]
-    check = verify.wide_equals_ensemble(members, image())
+    check = verify.concatenation_equals_ensemble(members, image())
     assert check.tolerance == float("inf")
     assert "normalisation over the members' neurons (layer_norm)" in check.detail
     assert check.error > 1e-6
@@ -77,7 +77,7 @@ def test_perceptron(norm: type[nn.Module]):
     x = torch.randn(6, 12, dtype=torch.float64)
     members = [excite(Perceptron(norm).double(), x) for _ in range(3)]
     assert verify.permutation(members[0], x).passed
-    wide = verify.wide_equals_ensemble(members, x)
+    wide = verify.concatenation_equals_ensemble(members, x)
     assert wide.passed, wide
     assert (wide.tolerance == verify.EXACT) == (norm is not nn.LayerNorm)
     graph = fxfuse.analyze(members[0], x)

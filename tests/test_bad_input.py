@@ -52,11 +52,11 @@ def test_a_single_example_is_repeated():
     x = images(1)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        captured = fxfuse.capture(model, x)
-    assert captured.dynamic_batch
-    assert captured.example_inputs[0][0].shape == (2, 3, 8, 8)
+        program = fxfuse.capture(model, x)
+    assert program.dynamic_batch
+    assert program.example_inputs[0][0].shape == (2, 3, 8, 8)
     more = images(5)
-    torch.testing.assert_close(captured.module(more), model(more))
+    torch.testing.assert_close(program.module(more), model(more))
     groups = [g.name for g in fxfuse.analyze(model, x).groups]
     assert groups == [g.name for g in fxfuse.analyze(model, images(2)).groups]
     assert fxfuse.fuse(resnets(2), x).module(more).shape == (5, 4)
@@ -72,9 +72,9 @@ def test_every_input_is_repeated_keyword_inputs_too():
             return self.layer(x + shift) * factor
 
     inputs = {"shift": torch.randn(1, 4), "factor": 2.0}
-    captured = fxfuse.capture(Two(), torch.randn(1, 4), inputs)
-    assert captured.dynamic_batch
-    assert captured.example_inputs[1]["shift"].shape == (2, 4)
+    program = fxfuse.capture(Two(), torch.randn(1, 4), inputs)
+    assert program.dynamic_batch
+    assert program.example_inputs[1]["shift"].shape == (2, 4)
 
 
 class Unbatched(nn.Module):
@@ -106,9 +106,9 @@ class OverBatch(nn.Module):
 def test_what_does_not_answer_two_alike_is_captured_as_it_is(model: nn.Module, shape: Any):
     x = torch.randn(shape)
     with pytest.warns(UserWarning, match="batch of 2 or more"):
-        captured = fxfuse.capture(model, x)
-    assert captured.example_inputs[0][0] is x
-    torch.testing.assert_close(captured.module(x), model(x))
+        program = fxfuse.capture(model, x)
+    assert program.example_inputs[0][0] is x
+    torch.testing.assert_close(program.module(x), model(x))
 
 
 # --- modes and dtypes ---
@@ -194,7 +194,7 @@ def test_an_imaginary_part_counts_for_scores(score: str):
 def test_oracles_hold_for_complex_weights():
     x = torch.randn(3, 4, dtype=torch.complex64)
     assert verify.identity(complex_mlp(), x).passed
-    check = verify.wide_equals_ensemble([complex_mlp(), complex_mlp()], x)
+    check = verify.concatenation_equals_ensemble([complex_mlp(), complex_mlp()], x)
     assert check.passed
     assert check.tolerance == verify.EXACT
 

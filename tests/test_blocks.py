@@ -29,9 +29,9 @@ from tests.nets import images, resnets
 
 def fused(options: Options, n: int = 3) -> tuple[fxfuse.FusionPlan, dict[str, torch.Tensor]]:
     members = resnets(n, torch.float64)
-    captured = [fxfuse.capture(m, images(dtype=torch.float64)) for m in members]
-    graph = fxfuse.analyze(captured[0])
-    states: list[State] = [c.state() for c in captured]
+    program = [fxfuse.capture(m, images(dtype=torch.float64)) for m in members]
+    graph = fxfuse.analyze(program[0])
+    states: list[State] = [c.state() for c in program]
     plan = make_plan(graph, states, "transplant", options)
     return plan, fused_tensors(graph, plan, states)
 
@@ -51,7 +51,7 @@ def test_blocks(variant: str | None, monkeypatch: pytest.MonkeyPatch):
 
 def test_the_wide_oracle_holds_one_weight_of_a_member(monkeypatch: pytest.MonkeyPatch):
     """Beside the wide network there are, in float64, a tensor of a member and of the next one."""
-    captured = [fxfuse.capture(m, images()) for m in resnets(4)]
+    program = [fxfuse.capture(m, images()) for m in resnets(4)]
     module = importlib.import_module("fxfuse.verify.in_double")
     original, alive, most = module.to_double, list[weakref.ref[Any]](), 0
 
@@ -64,8 +64,8 @@ def test_the_wide_oracle_holds_one_weight_of_a_member(monkeypatch: pytest.Monkey
         return torch.from_numpy(array)
 
     monkeypatch.setattr(module, "to_double", tracked)
-    assert verify.wide_equals_ensemble(captured, mixing="per_member").passed
-    sizes = [tensor.numel() for tensor in captured[0].state().values()]
+    assert verify.concatenation_equals_ensemble(program, mixing="per_member").passed
+    sizes = [tensor.numel() for tensor in program[0].state().values()]
     assert max(sizes) <= most <= 2 * max(sizes) + 64 < sum(sizes)
 
 

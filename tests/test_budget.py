@@ -27,7 +27,7 @@ def mlp(seed: int) -> nn.Module:
 
 
 @pytest.fixture(scope="module")
-def members() -> list[fxfuse.Captured]:
+def members() -> list[fxfuse.Program]:
     return [fxfuse.capture(mlp(seed), torch.randn(4, 5).double()) for seed in range(2)]
 
 
@@ -42,7 +42,7 @@ def test_the_best_of_all_groups_by_hand():
     assert best_of_all({"a": np.zeros(3), "b": np.ones(2)}, 3) == {"a": 1, "b": 2}
 
 
-def relative(members: list[fxfuse.Captured], layer: int) -> torch.Tensor:
+def relative(members: list[fxfuse.Program], layer: int) -> torch.Tensor:
     """Score l2 over the group's mean: squares of what writes a unit and of what reads it.
 
     The output layer holds the 1/N of the mean.
@@ -59,7 +59,7 @@ def relative(members: list[fxfuse.Captured], layer: int) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("width", [0.5, 1.5])
-def test_a_global_budget_keeps_the_best_units_of_all(members: list[fxfuse.Captured], width: float):
+def test_a_global_budget_keeps_the_best_units_of_all(members: list[fxfuse.Program], width: float):
     result = fxfuse.fuse(members, width=width, budget="global")
     local = fxfuse.fuse(members, width=width, verify=False)
     assert sum(result.plan.sizes().values()) == sum(local.plan.sizes().values())
@@ -76,7 +76,7 @@ def test_a_global_budget_keeps_the_best_units_of_all(members: list[fxfuse.Captur
     assert torch.cat(kept).min() >= torch.cat(gone).max()
 
 
-def test_pruning_and_parameters_with_a_global_budget(members: list[fxfuse.Captured]):
+def test_pruning_and_parameters_with_a_global_budget(members: list[fxfuse.Program]):
     pruned = fxfuse.prune(members[0], width=0.25, budget="global")
     assert sum(pruned.plan.sizes().values()) == 5
     assert min(pruned.plan.sizes().values()) >= 1
@@ -105,14 +105,14 @@ def test_pruning_and_parameters_with_a_global_budget(members: list[fxfuse.Captur
         ({"fraction": {"0.*": 0.5, "*.weight": 0.25}}, "two values of fraction"),
     ],
 )
-def test_bad_input(members: list[fxfuse.Captured], options: dict[str, object], match: str):
+def test_bad_input(members: list[fxfuse.Program], options: dict[str, object], match: str):
     with pytest.raises(ControlError, match=match):
         fxfuse.fuse(members, **options)
 
 
-def test_a_share_for_a_group_leaves_the_others_to_the_score(members: list[fxfuse.Captured]):
+def test_a_share_for_a_group_leaves_the_others_to_the_score(members: list[fxfuse.Program]):
     by_score = fxfuse.fuse(members, verify=False).plan
-    plan = fxfuse.fuse(members, fraction={"0.*": 0.25}, host=1).plan
+    plan = fxfuse.fuse(members, fraction={"0.*": 0.25}, base_member=1).plan
     assert (plan.map_of(FIRST).member == 0).sum() == 3
     for member in range(2):
         mine = np.sort(plan.map_of(FIRST).of_member(member)[1])

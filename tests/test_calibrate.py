@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 import fxfuse
-from fxfuse.activations import Lane, elimination, unit_activations
+from fxfuse.activations import NodeRunner, elimination, unit_activations
 from fxfuse.activations.calibration import Calibration
 from fxfuse.activations.elimination import eliminate
 from fxfuse.activations.layers import layers_of
@@ -53,23 +53,23 @@ class Layers(nn.Module):
 
 def test_layers_are_rows_times_a_matrix():
     model = Layers().double().eval()
-    captured = fxfuse.capture(model, images(4).double())
-    layers = layers_of(captured)
+    program = fxfuse.capture(model, images(4).double())
+    layers = layers_of(program)
     assert [layer.weight for layer in layers] == [
         *(f"{n}.weight" for n in ("same", "grouped", "depthwise")),
         *(f"{n}.weight" for n in ("back", "flat_back", "parted_back", "line", "linear")),
         "transposed",
         "last",
     ]
-    state = captured.state()
-    lane = Lane(captured, state, Calibration.of(captured, images().double()))
+    state = program.state()
+    runner = NodeRunner(program, state, Calibration.of(program, images().double()))
     for layer in layers:
-        lane.held.add(layer.input)
-        lane.run_to(layer.node)
-        y = lane.value(layer.node)[0]
+        runner.held.add(layer.input)
+        runner.run_to(layer.node)
+        y = runner.value(layer.node)[0]
         chosen = torch.randperm(layer.n_rows(y))[:40]
         matrix = layer.matrix(state[layer.weight])
-        rows = layer.input_rows(lane.value(layer.input)[0], chosen)
+        rows = layer.input_rows(runner.value(layer.input)[0], chosen)
         answer = torch.einsum("ngf,gfo->ngo", rows, matrix).flatten(1)
         if layer.bias:
             answer = answer + state[layer.bias]
@@ -87,21 +87,21 @@ def test_weights_that_are_used_twice_make_no_layer():
         def forward(self, x: torch.Tensor) -> torch.Tensor:
             return self.twice(self.twice(self.once(x)).relu())
 
-    captured = fxfuse.capture(Twice(), torch.randn(3, 4))
-    assert [layer.weight for layer in layers_of(captured)] == ["once.weight"]
+    program = fxfuse.capture(Twice(), torch.randn(3, 4))
+    assert [layer.weight for layer in layers_of(program)] == ["once.weight"]
 
 
 def test_a_lane_computes_what_the_network_does_and_frees_what_is_read():
     model = excite(SmallResNet(), images(4))
-    captured = fxfuse.capture(model, images(4))
-    calibration = Calibration.of(captured, images(), batch=50, shuffle=False)
+    program = fxfuse.capture(model, images(4))
+    calibration = Calibration.of(program, images(), batch=50, shuffle=False)
     assert [len(args[0]) for args, _ in calibration.batches] == [50, 50, 20]
-    lane = Lane(captured, captured.state(), calibration)
-    (output,) = captured.outputs()
-    lane.run_to(output)
+    runner = NodeRunner(program, program.state(), calibration)
+    (output,) = program.outputs()
+    runner.run_to(output)
     with torch.no_grad():
-        torch.testing.assert_close(torch.cat(list(lane.value(output))), model(images()))
-    tensors = [n for n in lane.values if isinstance(n.meta.get("val"), torch.Tensor)]
+        torch.testing.assert_close(torch.cat(list(runner.value(output))), model(images()))
+    tensors = [n for n in runner.values if isinstance(n.meta.get("val"), torch.Tensor)]
     assert len([n for n in tensors if n.op == "call_function"]) <= 2
 
 
@@ -109,15 +109,15 @@ def test_targets_are_the_kept_units_of_the_members():
     members = [excite(SmallResNet(), images(4)) for _ in range(3)]
     result = fxfuse.fuse(members, images(4))
     graph, plan = result.graph, result.plan
-    calibration = Calibration.of(graph.captured, images())
-    held = set(graph.captured.graph.nodes)
-    lanes = [Lane(graph.captured, m.state_dict(), calibration, held=held) for m in members]
-    (output,) = graph.captured.outputs()
-    for lane in lanes:
-        lane.run_to(output)
+    calibration = Calibration.of(graph.program, images())
+    held = set(graph.program.graph.nodes)
+    runners = [NodeRunner(graph.program, m.state_dict(), calibration, held=held) for m in members]
+    (output,) = graph.program.outputs()
+    for runner in runners:
+        runner.run_to(output)
     targets, seen = Targets(graph, plan), 0
-    for layer in layers_of(graph.captured):
-        values = [lane.value(layer.node)[0] for lane in lanes]
+    for layer in layers_of(graph.program):
+        values = [runner.value(layer.node)[0] for runner in runners]
         merged = targets.merge(layer.node, values)
         for group in graph.group_of.get((layer.weight, layer.outputs), ()):
             unit_map, rows = plan.map_of(group.name), group.index[(layer.weight, layer.outputs)]
@@ -129,8 +129,8 @@ def test_targets_are_the_kept_units_of_the_members():
                     torch.testing.assert_close(ours[..., to], theirs[..., source])
                     seen += 1
     assert seen > 20
-    mean = torch.stack([lane.value(output)[0] for lane in lanes]).mean(0)
-    torch.testing.assert_close(targets.merge(output, [x.value(output)[0] for x in lanes]), mean)
+    mean = torch.stack([runner.value(output)[0] for runner in runners]).mean(0)
+    torch.testing.assert_close(targets.merge(output, [x.value(output)[0] for x in runners]), mean)
 
 
 def test_unit_activations_are_what_the_reader_gets():
@@ -138,7 +138,7 @@ def test_unit_activations_are_what_the_reader_gets():
     x = torch.randn(150, 4)
     graph = fxfuse.analyze(model, x[:3])
     found = unit_activations(
-        graph, [model.state_dict()], Calibration.of(graph.captured, x, shuffle=False)
+        graph, [model.state_dict()], Calibration.of(graph.program, x, shuffle=False)
     )
     torch.testing.assert_close(found["0.weight:0"][0], model[:2](x).detach())
 
@@ -154,7 +154,7 @@ def test_units_of_heads_and_flattened_images_are_blocks_and_rows():
 
     model = Flat().eval()
     graph = fxfuse.analyze(model, images(4))
-    calibration = Calibration.of(graph.captured, images(110), shuffle=False)
+    calibration = Calibration.of(graph.program, images(110), shuffle=False)
     found = unit_activations(graph, [model.state_dict()], calibration)["conv.weight:0"][0]
     assert found.shape == (110 * 16, 5)
     with torch.no_grad():
@@ -177,7 +177,7 @@ def test_units_that_no_layer_reads():
     graph = fxfuse.analyze(model, x[:3])
     (group,) = graph.groups
     found = unit_activations(
-        graph, [model.state_dict()] * 2, Calibration.of(graph.captured, x, shuffle=False)
+        graph, [model.state_dict()] * 2, Calibration.of(graph.program, x, shuffle=False)
     )
     with torch.no_grad():
         expected = model.twice(model.twice(model.first(x)).relu()).tanh()
@@ -215,7 +215,7 @@ def test_a_copy_of_a_unit_goes_before_any_other():
     graph = fxfuse.analyze(members[0], x[:3])
     states = [m.state_dict() for m in members]
     kept = {i: {g.name: np.arange(g.n_units) for g in graph.groups} for i in range(2)}
-    found = elimination(graph, states, Calibration.of(graph.captured, x), kept)
+    found = elimination(graph, states, Calibration.of(graph.program, x), kept)
     units, rank = found["0.weight:0"]
     left = units[np.argsort(-rank)[:6], 1]
     assert sorted(left.tolist()) == list(range(6))
@@ -233,34 +233,34 @@ def test_a_copy_of_a_unit_goes_before_any_other():
     ],
 )
 def test_inputs_that_do_not_fit(inputs: Any, message: str):
-    captured = fxfuse.capture(excite(SmallResNet(), images(4)), images(4))
+    program = fxfuse.capture(excite(SmallResNet(), images(4)), images(4))
     with pytest.raises(CalibrationError, match=message) as caught:
-        Calibration.of(captured, inputs)
+        Calibration.of(program, inputs)
     assert caught.value.how
 
 
 def test_few_inputs_are_warned_of():
-    captured = fxfuse.capture(excite(SmallResNet(), images(4)), images(4))
+    program = fxfuse.capture(excite(SmallResNet(), images(4)), images(4))
     with pytest.warns(UserWarning, match="20 calibration inputs are few"):
-        Calibration.of(captured, images(20))
+        Calibration.of(program, images(20))
 
 
 def test_as_many_inputs_as_are_allowed():
-    captured = fxfuse.capture(excite(SmallResNet(), images(4)), images(4))
-    assert Calibration.of(captured, images(1500), limit=1500).size == 1500
+    program = fxfuse.capture(excite(SmallResNet(), images(4)), images(4))
+    assert Calibration.of(program, images(1500), limit=1500).size == 1500
     endless = itertools.repeat(images(50))
     with pytest.warns(UserWarning, match=r"the first 150 calibration inputs are taken"):
-        assert Calibration.of(captured, endless, limit=150).size == 150
+        assert Calibration.of(program, endless, limit=150).size == 150
     with pytest.raises(CalibrationError, match="are none"):
-        Calibration.of(captured, images(4), limit=0)
+        Calibration.of(program, images(4), limit=0)
 
 
 def test_copies_are_looked_at_beside_the_inputs():
     """The measured values are those of inputs and copies, and a wrong copy would show."""
     model = SmallResNet()
-    captured = fxfuse.capture(model, images(2))
+    program = fxfuse.capture(model, images(2))
     x, labels = images(150), torch.zeros(150)
-    calibration = Calibration.of(captured, [(x, labels)], copies=2, shuffle=False)
+    calibration = Calibration.of(program, [(x, labels)], copies=2, shuffle=False)
     assert (calibration.size, len(calibration.labels)) == (150, 2)
     seen = calibration.with_copies
     assert (seen.size, seen.copies, seen.labels) == (450, 0, ())
@@ -268,22 +268,22 @@ def test_copies_are_looked_at_beside_the_inputs():
     parts = torch.cat([args[0] for args, _ in seen.batches]).split(150)
     assert torch.equal(parts[0], x)
     assert not any(torch.equal(a, b) for a, b in itertools.combinations(parts, 2))
-    again = Calibration.of(captured, x, copies=2, shuffle=False)
+    again = Calibration.of(program, x, copies=2, shuffle=False)
     assert all(
         torch.equal(a[0][0], b[0][0])
         for a, b in zip(seen.batches, again.with_copies.batches, strict=True)
     )
-    lane = Lane(captured, captured.state(), calibration)
-    last = list(captured.graph.nodes)[-1]
-    lane.run_to(last.all_input_nodes[0])
-    answers = torch.cat(list(lane.value(last.all_input_nodes[0])))
+    runner = NodeRunner(program, program.state(), calibration)
+    last = list(program.graph.nodes)[-1]
+    runner.run_to(last.all_input_nodes[0])
+    answers = torch.cat(list(runner.value(last.all_input_nodes[0])))
     torch.testing.assert_close(answers, model.eval()(torch.cat(parts)))
 
 
 def test_a_part_keeps_its_copies_and_gradients_have_none():
-    captured = fxfuse.capture(SmallResNet(), images(2))
+    program = fxfuse.capture(SmallResNet(), images(2))
     labelled = [(images(120), torch.zeros(120, dtype=torch.long))]
-    calibration = Calibration.of(captured, labelled, copies=1)
+    calibration = Calibration.of(program, labelled, copies=1)
     fitting, choosing = calibration.split(0.25)
     assert (fitting.size, choosing.size) == (90, 30)
     assert (fitting.with_copies.size, choosing.with_copies.size) == (180, 60)
@@ -308,17 +308,17 @@ def test_a_part_keeps_its_copies_and_gradients_have_none():
     ],
 )
 def test_no_copies_are_made_of_other_inputs(module: nn.Module, inputs: torch.Tensor):
-    captured = fxfuse.capture(module, inputs[:2])
+    program = fxfuse.capture(module, inputs[:2])
     with pytest.raises(CalibrationError, match="no augmented copies"):
-        Calibration.of(captured, inputs, copies=1)
+        Calibration.of(program, inputs, copies=1)
     with pytest.raises(CalibrationError, match="-1 copies"):
-        Calibration.of(captured, inputs, copies=-1)
+        Calibration.of(program, inputs, copies=-1)
 
 
 def test_batches_with_labels_and_parts():
-    captured = fxfuse.capture(excite(SmallResNet(), images(4)), images(4))
+    program = fxfuse.capture(excite(SmallResNet(), images(4)), images(4))
     batches = [(images(60), torch.arange(60)), (images(60), torch.arange(60))]
-    calibration = Calibration.of(captured, batches, batch=100, shuffle=False)
+    calibration = Calibration.of(program, batches, batch=100, shuffle=False)
     assert calibration.size == 120
     assert [len(labels) for labels in calibration.labels] == [100, 20]
     fitting, choosing = calibration.split(0.25)
@@ -328,10 +328,10 @@ def test_batches_with_labels_and_parts():
 
 
 def test_sorted_inputs_are_shuffled_with_their_labels():
-    captured = fxfuse.capture(excite(SmallResNet(), images(4)), images(4))
+    program = fxfuse.capture(excite(SmallResNet(), images(4)), images(4))
     x, labels = images(2000), torch.arange(2000)
     with pytest.warns(UserWarning, match=r"1,000 of 2,000 calibration inputs are taken"):
-        calibration = Calibration.of(captured, [(x[:900], labels[:900]), (x[900:], labels[900:])])
+        calibration = Calibration.of(program, [(x[:900], labels[:900]), (x[900:], labels[900:])])
     taken = torch.cat(calibration.labels)
     assert calibration.size == len(taken.unique()) == 1000
     assert int((taken >= 1000).sum()) > 400

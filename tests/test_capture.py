@@ -19,15 +19,15 @@ def test_captures_modules_graph_modules_and_exported_programs():
     model = resnets(1)[0]
     x = images()
     traced = torch.fx.symbolic_trace(model)
-    program = torch.export.export(model, (x,))
+    exported = torch.export.export(model, (x,))
     expected = model(x)
-    for given in (model, traced, program, program.module(), fxfuse.capture(model, x).module):
+    for given in (model, traced, exported, exported.module(), fxfuse.capture(model, x).module):
         with warnings.catch_warnings():
             # The program was exported with a static batch; that it stays so is said.
             warnings.simplefilter("ignore")
-            captured = fxfuse.capture(given, x)
-        assert set(captured.names) == set(model.state_dict())
-        torch.testing.assert_close(captured.module(x), expected)
+            program = fxfuse.capture(given, x)
+        assert set(program.names) == set(model.state_dict())
+        torch.testing.assert_close(program.module(x), expected)
 
 
 def test_the_model_stays_as_it_was():
@@ -44,10 +44,10 @@ def test_the_model_stays_as_it_was():
 
 def test_the_batch_is_dynamic_and_dynamic_shapes_are_passed_on():
     model = resnets(1)[0]
-    captured = fxfuse.capture(model, images(4))
-    assert captured.dynamic_batch
+    program = fxfuse.capture(model, images(4))
+    assert program.dynamic_batch
     more = images(7)
-    torch.testing.assert_close(captured.module(more), model(more))
+    torch.testing.assert_close(program.module(more), model(more))
     dim = torch.export.Dim("height", min=4, max=64)
     shaped = fxfuse.capture(model, images(4), dynamic_shapes=({2: dim},))
     assert shaped.module(torch.randn(4, 3, 12, 8)).shape == (4, 4)
@@ -59,13 +59,13 @@ def test_a_static_batch_is_warned_about():
             return x.reshape(4, -1) if x.shape[0] == 4 else x
 
     with pytest.warns(UserWarning, match="static batch"):
-        captured = fxfuse.capture(Fixed(), torch.randn(4, 6))
-    assert not captured.dynamic_batch
+        program = fxfuse.capture(Fixed(), torch.randn(4, 6))
+    assert not program.dynamic_batch
 
 
 def test_source_locations_survive():
-    captured = fxfuse.capture(resnets(1)[0], images())
-    norms = [n for n in captured.graph.nodes if "batch_norm" in str(n.target)]
+    program = fxfuse.capture(resnets(1)[0], images())
+    norms = [n for n in program.graph.nodes if "batch_norm" in str(n.target)]
     assert "nets.py" in source_of(norms[0])
     assert "self.bn(self.stem(x))" in source_of(norms[0])
 
@@ -81,10 +81,10 @@ def test_tied_parameters_keep_both_names():
         def forward(self, x: torch.Tensor) -> torch.Tensor:
             return self.b(self.a(x).relu())
 
-    captured = fxfuse.capture(Tied(), torch.randn(3, 6))
-    assert set(captured.names) == {"a.weight", "a.bias", "b.weight", "b.bias"}
-    assert captured.canonical["b.weight"] == "a.weight"
-    assert captured.tensor("b.weight") is captured.tensor("a.weight")
+    program = fxfuse.capture(Tied(), torch.randn(3, 6))
+    assert set(program.names) == {"a.weight", "a.bias", "b.weight", "b.bias"}
+    assert program.canonical["b.weight"] == "a.weight"
+    assert program.tensor("b.weight") is program.tensor("a.weight")
 
 
 def test_rejected_inputs_are_an_error():
@@ -147,10 +147,10 @@ def test_no_grad_regions_are_inlined():
 
     model = Partly()
     x = torch.randn(3, 4)
-    captured = fxfuse.capture(model, x)
-    assert all(node.op != "call_module" for node in captured.graph.nodes)
-    assert "higher_order" not in str(captured.graph)
-    torch.testing.assert_close(captured.module(x), model(x))
+    program = fxfuse.capture(model, x)
+    assert all(node.op != "call_module" for node in program.graph.nodes)
+    assert "higher_order" not in str(program.graph)
+    torch.testing.assert_close(program.module(x), model(x))
 
 
 class Regions(nn.Module):
@@ -172,9 +172,9 @@ class Regions(nn.Module):
 
 def test_regions_are_inlined():
     model, x = Regions().double(), torch.randn(4, 5, dtype=torch.float64)
-    captured = fxfuse.capture(model, x)
-    assert not [n for n in captured.graph.nodes if "wrap_with" in str(n.target)]
-    torch.testing.assert_close(captured.module(x), model(x))
-    graph = fxfuse.analyze(captured)
+    program = fxfuse.capture(model, x)
+    assert not [n for n in program.graph.nodes if "wrap_with" in str(n.target)]
+    torch.testing.assert_close(program.module(x), model(x))
+    graph = fxfuse.analyze(program)
     assert verify.permutation_of(graph).passed
     assert ("second.weight", 0) in graph.group_of

@@ -95,8 +95,8 @@ def norms_of(module: fx.GraphModule) -> int:
 def test_folding_every_kind_of_layer():
     member = randomised(Layers()).double()
     x = torch.randn(2, 3, 6, 6, dtype=torch.float64)
-    captured = fxfuse.capture(member, x)
-    module = inference_copy(emit(captured, {n: t.clone() for n, t in captured.state().items()}))
+    program = fxfuse.capture(member, x)
+    module = inference_copy(emit(program, {n: t.clone() for n, t in program.state().items()}))
     before = norms_of(module)
     changed = apply_passes(module, [make() for make in EVAL])
     assert changed == tuple(make.__name__ for make in EVAL)
@@ -119,8 +119,8 @@ def test_a_weight_that_is_read_twice_is_folded_for_one_reader():
 
     member = randomised(Tied()).double()
     x = torch.randn(2, 3, 4, 4, dtype=torch.float64)
-    captured = fxfuse.capture(member, x)
-    module = inference_copy(emit(captured, captured.state()))
+    program = fxfuse.capture(member, x)
+    module = inference_copy(emit(program, program.state()))
     apply_passes(module, [make() for make in EVAL])
     assert norms_of(module) == 0
     torch.testing.assert_close(module(x), member.eval()(x), rtol=1e-9, atol=1e-9)

@@ -125,7 +125,7 @@ def test_no_choice_of_units_tells_the_readers_more() -> None:
     networks, x = members(2), tokens(200)
     graph = fxfuse.analyze(networks[0], x[:2])
     states = [network.state_dict() for network in networks]
-    calibration = Calibration.of(graph.captured, x)
+    calibration = Calibration.of(graph.program, x)
     (name,) = streams(graph)
     sizes = {group.name: group.n_units for group in graph.groups}
     every = {

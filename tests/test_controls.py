@@ -14,7 +14,7 @@ from typer.testing import CliRunner, Result
 
 import fxfuse
 from fxfuse import verify
-from fxfuse.analysis.controls import Controls
+from fxfuse.analysis.constraints import Constraints
 from fxfuse.analysis.labels import Kind
 from fxfuse.cli.app import app
 from fxfuse.cli.options import parse_output_dims
@@ -71,15 +71,15 @@ class Two(nn.Module):
 
 def test_frozen_parameters_are_exactly_the_hosts():
     members, x = [Two() for _ in range(3)], torch.randn(4, 4)
-    result = fxfuse.fuse(members, x, host=2, freeze=["stem.*", "scale"])
+    result = fxfuse.fuse(members, x, base_member=2, freeze=["stem.*", "scale"])
     state = result.module.state_dict()
     for name in ("stem.weight", "stem.bias", "scale"):
         assert torch.equal(state[name], members[2].state_dict()[name])
         assert name in result.plan.hosted
     reason = result.graph.frozen[("stem.weight", 0)]
-    assert (reason.kind, reason.why) == (Kind.HOST, "asked for: freeze=stem.*")
-    # What is coupled follows: the next layer reads the host's units.
-    assert result.graph.frozen[("inner.weight", 1)].kind is Kind.HOST
+    assert (reason.kind, reason.why) == (Kind.KEEP_BASE, "asked for: freeze=stem.*")
+    # What is coupled follows: the next layer reads the base member's units.
+    assert result.graph.frozen[("inner.weight", 1)].kind is Kind.KEEP_BASE
     assert [g.name for g in result.graph.groups] == ["inner.weight:0"]
     units = result.plan.map_of("inner.weight:0")
     for row, (member, unit) in enumerate(zip(units.member, units.unit, strict=True)):
@@ -93,18 +93,18 @@ def test_a_frozen_bias_draws_in_what_it_is_coupled_with():
     result = fxfuse.fuse(members, x, freeze="block1.bn1.bias")
     state = result.module.state_dict()
     frozen = result.graph.frozen
-    assert frozen[("block1.conv1.weight", 0)].kind is Kind.HOST
-    assert frozen[("block1.conv2.weight", 1)].kind is Kind.HOST
+    assert frozen[("block1.conv1.weight", 0)].kind is Kind.KEEP_BASE
+    assert frozen[("block1.conv2.weight", 1)].kind is Kind.KEEP_BASE
     assert torch.equal(state["block1.bn1.running_var"], members[0].block1.bn1.running_var)
     assert torch.equal(state["block1.bn1.bias"], members[0].block1.bn1.bias)
 
 
 def test_a_frozen_head_is_the_hosts_and_no_mean():
     members, x = [Two(), Two()], torch.randn(4, 4)
-    result = fxfuse.fuse(members, x, host=1, freeze=["fc.*"])
+    result = fxfuse.fuse(members, x, base_member=1, freeze=["fc.*"])
     for name in ("fc.weight", "fc.bias"):
         assert torch.equal(result.state_dict()[name], members[1].state_dict()[name])
-    # The host's head reads the host's units only.
+    # The base member's head reads the base member's units only.
     assert torch.equal(result.state_dict()["inner.bias"], members[1].inner.bias)
     assert [g.name for g in result.graph.groups] == ["stem.weight:0"]
 
@@ -121,7 +121,7 @@ def test_a_frozen_head_on_a_trunk_that_members_agree_on():
 
 @pytest.mark.parametrize("pattern", ["stem.*", "scale", "fc.bias"])
 def test_copies_averaged_around_a_frozen_part_are_the_network(pattern: str):
-    """What reads the host's units is the host's alone, and so no mean over N."""
+    """What reads the base member's units is the base member's alone, and so no mean over N."""
     member, x = Two(), torch.randn(4, 4)
     members = [member, copy.deepcopy(member), copy.deepcopy(member)]
     result = fxfuse.fuse(members, x, method="average", freeze=[pattern])
@@ -145,7 +145,7 @@ def test_free_columns_beside_the_hosts_are_a_mean():
     x = torch.randn(4, 4).double()
     assert verify.identity(PartlySorted().double(), x).passed
     members = [PartlySorted(), PartlySorted()]
-    result = fxfuse.fuse(members, x.float(), method="transplant", host=1)
+    result = fxfuse.fuse(members, x.float(), method="transplant", base_member=1)
     weight = result.state_dict()["head.weight"]
     torch.testing.assert_close(weight[:, :8], members[1].head.weight[:, :8])
     units = result.plan.map_of("second.weight:0")
@@ -181,11 +181,15 @@ def test_with_one_stem_for_all_the_concatenation_is_the_ensemble():
         member.stem.load_state_dict(members[0].stem.state_dict())
         member.scale.data.copy_(members[0].scale)
     x = torch.randn(4, 4, dtype=torch.float64)
-    check = verify.wide_equals_ensemble(members, x, controls=Controls(share=("stem.*",)))
+    check = verify.concatenation_equals_ensemble(
+        members, x, constraints=Constraints(share=("stem.*",))
+    )
     assert check.passed
     assert check.tolerance < 1e-6, check.detail
     members[1].stem.bias.data += 1
-    check = verify.wide_equals_ensemble(members, x, controls=Controls(share=("stem.*",)))
+    check = verify.concatenation_equals_ensemble(
+        members, x, constraints=Constraints(share=("stem.*",))
+    )
     assert "stem.bias is averaged" in check.detail
 
 
@@ -194,8 +198,10 @@ def test_what_members_add_to_a_shared_dimension_is_no_ensemble():
     members = resnets(2, torch.float64)
     for member in members[1:]:
         member.stem.load_state_dict(members[0].stem.state_dict())
-    controls = Controls(share=("stem.weight",))
-    check = verify.wide_equals_ensemble(members, images(dtype=torch.float64), controls=controls)
+    constraints = Constraints(share=("stem.weight",))
+    check = verify.concatenation_equals_ensemble(
+        members, images(dtype=torch.float64), constraints=constraints
+    )
     assert check.tolerance == float("inf")
     assert "asked for: share=stem.weight" in check.detail
 
@@ -205,12 +211,12 @@ def test_what_members_add_to_a_shared_dimension_is_no_ensemble():
 
 def test_ignored_submodules_are_the_hosts():
     members, x = resnets(2), images()
-    result = fxfuse.fuse(members, x, host=1, ignore=["block1"])
-    state, host = result.module.state_dict(), members[1].state_dict()
-    inside = [name for name in host if name.startswith("block1.")]
+    result = fxfuse.fuse(members, x, base_member=1, ignore=["block1"])
+    state, base_member = result.module.state_dict(), members[1].state_dict()
+    inside = [name for name in base_member if name.startswith("block1.")]
     assert len(inside) == 12
     for name in inside:
-        assert torch.equal(state[name], host[name]), name
+        assert torch.equal(state[name], base_member[name]), name
     assert [g.name for g in result.graph.groups] == ["block2.conv1.weight:0"]
     nested = fxfuse.analyze(members[0], x, ignore=["*.bn1"])
     assert nested.frozen[("block2.bn1.running_mean", 0)].why == "asked for: ignore=*.bn1"
@@ -221,8 +227,8 @@ def test_controls_change_nothing_that_is_not_asked_for():
     members, x = resnets(2), images()
     plain = fxfuse.fuse(members, x)
     asked = fxfuse.fuse(members, x, output_dims={0: (1,)})
-    assert asked.plan.controls == Controls.of(output_dims={0: (1,)})
-    unasked = replace(asked.plan, controls=plain.plan.controls)
+    assert asked.plan.constraints == Constraints.of(output_dims={0: (1,)})
+    unasked = replace(asked.plan, constraints=plain.plan.constraints)
     assert unasked.to_json() == plain.plan.to_json()
     for name, tensor in plain.state_dict().items():
         assert torch.equal(asked.state_dict()[name], tensor)
@@ -234,7 +240,7 @@ def test_controls_change_nothing_that_is_not_asked_for():
 def test_units_that_are_handed_out_are_permuted_and_put_back():
     x = images(dtype=torch.float64)
     members = features(3)
-    assert verify.permutation(members[0], x, controls=Controls.of(output_dims=FREE)).passed
+    assert verify.permutation(members[0], x, constraints=Constraints.of(output_dims=FREE)).passed
     graph = fxfuse.analyze(members[0], x, output_dims=FREE)
     # The first four channels are handed out once more than the others.
     assert sorted(g.n_units for g in graph.groups) == [4, 4, 8, 8]
@@ -269,7 +275,9 @@ def test_the_permutation_oracle_looks_at_outputs_whose_units_are_free():
 def test_handed_out_units_of_the_concatenation_are_the_members():
     x = images(dtype=torch.float64)
     members = features(3)
-    check = verify.wide_equals_ensemble(members, x, controls=Controls.of(output_dims=FREE))
+    check = verify.concatenation_equals_ensemble(
+        members, x, constraints=Constraints.of(output_dims=FREE)
+    )
     assert check.passed, check
     assert check.tolerance < 1e-6
 

@@ -75,11 +75,11 @@ def test_index_and_frozen(graph: fxfuse.CouplingGraph):
     head = graph.frozen[("fc.weight", 0)]
     assert (head.kind, head.node) == (Kind.OUTPUT, "output")
     pixels = graph.frozen[("stem.weight", 1)]
-    assert pixels.kind is Kind.COMMON
+    assert pixels.kind is Kind.SHARED_INDEX
     assert "nets.py" in pixels.source
     assert graph.free_fraction == pytest.approx(
-        sum(p.numel() for n, p in graph.captured.module.named_parameters() if n != "fc.bias")
-        / sum(p.numel() for p in graph.captured.module.parameters())
+        sum(p.numel() for n, p in graph.program.module.named_parameters() if n != "fc.bias")
+        / sum(p.numel() for p in graph.program.module.parameters())
     )
 
 
@@ -161,7 +161,7 @@ def test_networkx_says_who_ties_whom(graph: fxfuse.CouplingGraph):
     connected = nx.node_connected_component(net, ("block1.conv1.weight", 0))
     assert connected == set(group.index)
     assert net.nodes[("fc.weight", 0)]["frozen"]
-    nodes = {node.name for node in graph.captured.graph.nodes}
+    nodes = {node.name for node in graph.program.graph.nodes}
     assert all(set(data["nodes"]) <= nodes for _, _, data in net.edges(data=True))
     net.remove_node(("fc.weight", 0))
     assert ("fc.weight", 0) in graph.to_networkx(), "a copy was handed out"
@@ -264,5 +264,6 @@ def test_a_wrong_group_is_found_named_and_frozen(monkeypatch: pytest.MonkeyPatch
         result = fxfuse.fuse(members, x)
     assert ("block1.conv1.weight", 0) not in result.graph.group_of
     fused = result.module.state_dict()
-    # Frozen inside the network: the host's weights, not an average of what does not correspond.
+    # Frozen inside the network: the base member's weights, not an average of what does not
+    # correspond.
     torch.testing.assert_close(fused["block1.bn1.weight"], members[0].block1.bn1.weight.detach())

@@ -63,8 +63,8 @@ def devices_of(module: nn.Module, args: tuple[Any, ...], device: str) -> set[str
 
 
 def emitted(model: nn.Module, args: tuple[Any, ...]) -> FusedModule:
-    captured = fxfuse.capture(model.eval(), args)
-    return emit(captured, captured.state())
+    program = fxfuse.capture(model.eval(), args)
+    return emit(program, program.state())
 
 
 @pytest.mark.parametrize("device", ["cuda", "meta"])

@@ -91,16 +91,16 @@ def test_a_trace_replaces_what_cannot_be_exported():
     model = Early().train()
     x = torch.randn(5, 6)
     with pytest.warns(UserWarning, match=r"torch.export refuses Early.*data-dependent"):
-        captured = fxfuse.capture(model, x)
-    assert not captured.is_program
-    assert "data-dependent" in captured.refusal
-    assert captured.source is model
+        program = fxfuse.capture(model, x)
+    assert not program.is_exported
+    assert "data-dependent" in program.refusal
+    assert program.source is model
     assert model.training
     assert model.norm.training
-    assert captured.names == tuple(model.state_dict())
-    assert all(captured.tensor(name) is t for name, t in model.state_dict(keep_vars=True).items())
-    assert captured.reached() == set(captured.names)
-    calls = [node for node in captured.graph.nodes if node.op == "call_function"]
+    assert program.names == tuple(model.state_dict())
+    assert all(program.tensor(name) is t for name, t in model.state_dict(keep_vars=True).items())
+    assert program.reached() == set(program.names)
+    calls = [node for node in program.graph.nodes if node.op == "call_function"]
     targets = {str(node.target) for node in calls}
     whole = {"linear", "layer_norm", "scaled_dot_product_attention"}
     assert {f"aten.{name}.default" for name in whole} <= targets
@@ -108,7 +108,7 @@ def test_a_trace_replaces_what_cannot_be_exported():
         if any(str(node.target) == f"aten.{name}.default" for name in whole):
             assert isinstance(node.meta["val"], torch.Tensor)
             assert "test_fallback.py" in node.stack_trace
-    assert fxfuse.capture(SmallResNet(), images()).is_program
+    assert fxfuse.capture(SmallResNet(), images()).is_exported
 
 
 def test_without_fallback_the_refusal_is_an_error():
@@ -123,12 +123,12 @@ def test_frozen_reasons_name_source_lines(quiet):
 
 def test_the_permutation_oracle_runs_the_module_itself(quiet):
     model = early(1, torch.float64)[0]
-    captured = fxfuse.capture(model, torch.randn(5, 6, dtype=torch.float64))
-    graph = fxfuse.analyze(captured)
+    program = fxfuse.capture(model, torch.randn(5, 6, dtype=torch.float64))
+    graph = fxfuse.analyze(program)
     check = verify.permutation_of(graph)
     assert check.passed, check
     assert check.tolerance == verify.EXACT
-    assert verify.sensitivity(captured) > 1e-3
+    assert verify.sensitivity(program) > 1e-3
     assert graph.free_fraction > 0.99
     group = next(g for g in graph.groups if ("first.weight", 0) in g.index)
     # A unit whose slots do not belong together has to be noticed.
@@ -141,9 +141,9 @@ def test_the_permutation_oracle_runs_the_module_itself(quiet):
 
 def test_buffers_that_are_not_persistent_are_cast_for_the_oracle(quiet):
     model = Branching()
-    captured = fxfuse.capture(model, torch.randn(5, 6))
+    program = fxfuse.capture(model, torch.randn(5, 6))
     with pytest.warns(UserWarning, match=r"do not reach (left|right).weight"):
-        check = verify.permutation(captured)
+        check = verify.permutation(program)
     assert check.passed, check
     assert model.scale.dtype is torch.float32
 
@@ -202,9 +202,9 @@ def test_a_tensor_on_the_memory_of_a_weight_is_that_weight():
         def forward(self, x: torch.Tensor) -> torch.Tensor:
             return super().forward(x) + nn.functional.linear(self.first(x), self.last.weight.data)
 
-    captured = capture_eagerly(Twice(), torch.randn(5, 6), refusal="because of a test")
-    assert not any("constant" in str(n.target) for n in captured.graph.nodes if n.op == "get_attr")
-    check = verify.permutation(captured)
+    program = capture_eagerly(Twice(), torch.randn(5, 6), refusal="because of a test")
+    assert not any("constant" in str(n.target) for n in program.graph.nodes if n.op == "get_attr")
+    check = verify.permutation(program)
     assert check.passed, check
 
 
@@ -230,14 +230,14 @@ def test_weights_that_the_example_does_not_reach(quiet):
         fxfuse.fuse(members, x)
     assert caught.value.where == ", ".join(names)
     assert "ignore=" in caught.value.how
-    captured = fxfuse.capture(members[0], x)
-    assert captured.unreached() == names
-    assert captured.unreached(names[:1]) == names[1:]
-    check_reached(captured, excused=names)
+    program = fxfuse.capture(members[0], x)
+    assert program.unreached() == names
+    assert program.unreached(names[:1]) == names[1:]
+    check_reached(program, excused=names)
     with pytest.raises(UnreachedParametersError, match="1 of"):
-        check_reached(captured, excused=names[:1])
+        check_reached(program, excused=names[:1])
     with pytest.warns(UserWarning, match=f"do not reach {names[0]}, {names[1]}"):
-        graph = fxfuse.analyze(captured)
+        graph = fxfuse.analyze(program)
     assert (names[0], 0) not in graph.group_of
 
 
@@ -275,7 +275,7 @@ def test_fusion_without_a_program():
     with pytest.raises(CheckpointMismatchError):
         result.load_into(Branching())
     with pytest.warns(UserWarning, match="refuses"), pytest.raises(NotEmittedError, match="Early"):
-        verify.wide_equals_ensemble(members, x)
+        verify.concatenation_equals_ensemble(members, x)
 
 
 def test_a_fused_network_that_answers_nan_is_not_handed_over(quiet):
@@ -329,7 +329,7 @@ def test_detection_end_to_end():
     check = result.verification.checks[0]
     assert check.passed, check
     assert check.tolerance == verify.EXACT
-    assert verify.sensitivity(result.graph.captured) > 1e-3
+    assert verify.sensitivity(result.graph.program) > 1e-3
     assert result.graph.free_fraction > 0.99
     # Across roi_align and the writes by level: the pyramid's channels are free.
     pyramid = [p for p in result.graph.group_of if "fpn.layer_blocks" in p[0] and p[1] == 0]

@@ -104,9 +104,9 @@ CASES = [
 @pytest.mark.parametrize("write", CASES, ids=lambda f: f.__name__)
 def test_same_outputs_without_a_write(write: Callable[[torch.Tensor], torch.Tensor]):
     model, x = Writes(write), torch.randn(5, 4)
-    captured = fxfuse.capture(model, x)
-    torch.testing.assert_close(captured.module(x), model(x))
-    targets = [n.target for n in captured.graph.nodes if n.op == "call_function"]
+    program = fxfuse.capture(model, x)
+    torch.testing.assert_close(program.module(x), model(x))
+    targets = [n.target for n in program.graph.nodes if n.op == "call_function"]
     assert not [t for t in targets if getattr(getattr(t, "_schema", None), "is_mutable", False)]
 
 
@@ -123,7 +123,7 @@ class Counts(nn.Module):
 
 
 def test_a_write_into_the_module_stays():
-    captured = fxfuse.capture(Counts(), torch.randn(5, 4))
-    before = captured.tensor("total").clone()
-    captured.module(torch.randn(5, 4))
-    assert not torch.equal(captured.tensor("total"), before)
+    program = fxfuse.capture(Counts(), torch.randn(5, 4))
+    before = program.tensor("total").clone()
+    program.module(torch.randn(5, 4))
+    assert not torch.equal(program.tensor("total"), before)

@@ -143,7 +143,7 @@ class Unknown(nn.Module):
 
 def test_what_is_frozen_inside_stays_the_hosts():
     members = [Unknown(), Unknown()]
-    result = fxfuse.fuse(members, torch.randn(3, 4), host=1)
+    result = fxfuse.fuse(members, torch.randn(3, 4), base_member=1)
     state = result.module.state_dict()
     assert "second.bias" in result.plan.hosted
     assert torch.equal(state["second.bias"], members[1].second.bias)
@@ -152,8 +152,10 @@ def test_what_is_frozen_inside_stays_the_hosts():
     rows = torch.from_numpy(third.target[third.member == 1])
     assert torch.equal(state["third.weight"][rows], members[1].third.weight[mine])
     others = torch.from_numpy(third.target[third.member == 0])
-    assert not state["third.weight"][others].any(), "the host's neurons do not feed others' units"
-    assert "Kept from the host" in result.plan.summary()
+    assert not state["third.weight"][others].any(), (
+        "the base member's neurons do not feed others' units"
+    )
+    assert "Kept from the base member" in result.plan.summary()
 
 
 def test_a_shared_parameter_is_averaged_and_listed():

@@ -99,7 +99,7 @@ def mapped(members: list[nn.Module], x: torch.Tensor) -> torch.Tensor:
     return torch.stack(columns, 1)
 
 
-def captured(members: list[nn.Module], x: torch.Tensor) -> list[fxfuse.Captured]:
+def program(members: list[nn.Module], x: torch.Tensor) -> list[fxfuse.Program]:
     """Members that are fused more than once."""
     return [fxfuse.capture(m, x) for m in members]
 
@@ -107,7 +107,7 @@ def captured(members: list[nn.Module], x: torch.Tensor) -> list[fxfuse.Captured]
 @pytest.mark.parametrize("name", NETWORKS)
 def test_the_wide_model_hands_out_all_members(name: str):
     members, x = made(*NETWORKS[name])
-    own = captured(members, x)
+    own = program(members, x)
     concat = fxfuse.fuse(own, heads="concat", width=2)
     union = fxfuse.fuse(own, heads="map", classes=CLASSES, width=2)
     side_by_side = torch.cat([Logits(m)(x) for m in members], 1)
@@ -124,7 +124,7 @@ def test_the_wide_model_hands_out_all_members(name: str):
 def test_other_widths_hand_out_the_heads_of_their_tuple(name: str, head: str):
     """One tensor is the tuple's entries side by side, whatever the trunk is."""
     members, x = made(*NETWORKS[name])
-    own = captured(members, x)
+    own = program(members, x)
     for width in (None, 0.5, 1.5):
         options = {"width": width, "score": "l1", "verify": False}
         apart = fxfuse.fuse(own, heads=[head], **options)
@@ -182,7 +182,7 @@ def test_freezing_and_a_plan_go_with_it():
 
 def test_the_members_class_holds_the_heads_as_one():
     members, x = made(*NETWORKS["ResNet"])
-    own = captured(members, x)
+    own = program(members, x)
     for options, classes in (({"heads": "concat"}, 5), ({"heads": "map", "classes": CLASSES}, 4)):
         for width in (None, 0.5):
             result = fxfuse.fuse(own, width=width, verify=False, **options)
@@ -220,8 +220,8 @@ class Mixer(nn.Module):
 
 
 @pytest.fixture(scope="module")
-def own_mlps() -> list[fxfuse.Captured]:
-    return captured(*made(*NETWORKS["MLP"]))
+def own_mlps() -> list[fxfuse.Program]:
+    return program(*made(*NETWORKS["MLP"]))
 
 
 @pytest.mark.parametrize(

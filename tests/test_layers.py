@@ -27,7 +27,7 @@ def test_layer(name: str):
     for place in layer.free:
         assert place in graph.group_of, graph.explain(*place)
 
-    wide = verify.wide_equals_ensemble(members)
+    wide = verify.concatenation_equals_ensemble(members)
     assert wide.passed, wide
     assert (wide.tolerance == verify.EXACT) != layer.mixes, wide.detail
 
@@ -42,11 +42,11 @@ def test_layer(name: str):
 def fixed_parameters(graph: fxfuse.CouplingGraph) -> set[str]:
     """Parameters that the graph reads and of which no dimension is free."""
     free = {name for group in graph.groups for name, _ in group.index}
-    captured = graph.captured
+    program = graph.program
     return {
         name
-        for name in captured.reached()
-        if isinstance(captured.tensor(name), nn.Parameter) and name not in free
+        for name in program.reached()
+        if isinstance(program.tensor(name), nn.Parameter) and name not in free
     }
 
 

@@ -46,9 +46,9 @@ def matrices(unit_map: UnitMap, n_members: int, slots: int = 1) -> tuple[list, l
 def with_maps(
     members: list[nn.Module], x: torch.Tensor, density: float
 ) -> tuple[CouplingGraph, FusionPlan, dict[str, torch.Tensor]]:
-    captured = [fxfuse.capture(m, x) for m in members]
-    graph = fxfuse.analyze(captured[0])
-    states = [c.state() for c in captured]
+    program = [fxfuse.capture(m, x) for m in members]
+    graph = fxfuse.analyze(program[0])
+    states = [c.state() for c in program]
     plan = make_plan(graph, states, "average", Options())
     maps = tuple(
         random_map(g.name, g.n_units, len(members), density, seed)
@@ -125,7 +125,7 @@ def test_a_cnn_with_any_maps(density: float):
     }
     for name, tensor in expected.items():
         torch.testing.assert_close(fused[name], tensor)
-    # Integers are constants of the network: the host's.
+    # Integers are constants of the network: the base member's.
     assert fused["norm.num_batches_tracked"].dtype is torch.int64
 
 
@@ -215,11 +215,11 @@ def test_rows_that_leave_the_network_are_a_mean_and_the_others_are_not():
     torch.testing.assert_close(weight[:3], mean[:3].detach())
     for place, (i, unit) in enumerate(zip(units.member, units.unit, strict=True)):
         assert torch.equal(weight[3 + place], members[i].first.weight[3 + unit])
-    assert fxfuse.verify.wide_equals_ensemble(members, x).passed
+    assert fxfuse.verify.concatenation_equals_ensemble(members, x).passed
 
 
 def test_the_hosts_units_are_no_mean_however_units_are_merged():
-    """What reads a part that only the host has takes the mean of the host's own units."""
+    """What reads a part that only the base member has takes the mean of its own units."""
 
     class PartlyFrozen(nn.Module):
         def __init__(self) -> None:
@@ -231,8 +231,8 @@ def test_the_hosts_units_are_no_mean_however_units_are_merged():
             return self.head(self.second(self.first(x).sort(-1).values).relu())
 
     members = [PartlyFrozen().double(), PartlyFrozen().double()]
-    captured = [fxfuse.capture(m, torch.randn(3, 4).double()) for m in members]
-    graph, states = fxfuse.analyze(captured[0]), [c.state() for c in captured]
+    program = [fxfuse.capture(m, torch.randn(3, 4).double()) for m in members]
+    graph, states = fxfuse.analyze(program[0]), [c.state() for c in program]
     (group,) = graph.groups
     # Units 0 and 1 of both members are one unit; 2 of both; the others are one member's each.
     target = np.array([0, 0, 0, 0, 1, 1, 2, 3, 4, 5])
@@ -251,8 +251,8 @@ def test_the_hosts_units_are_no_mean_however_units_are_merged():
 
 def test_the_mean_in_a_shared_dimension_reads_units_by_their_map():
     members = [mlp(), mlp()]
-    captured = [fxfuse.capture(m, torch.randn(3, 4).double()) for m in members]
-    graph, states = fxfuse.analyze(captured[0], share=["2.bias"]), [c.state() for c in captured]
+    program = [fxfuse.capture(m, torch.randn(3, 4).double()) for m in members]
+    graph, states = fxfuse.analyze(program[0], share=["2.bias"]), [c.state() for c in program]
     (group,) = graph.groups
     plan = make_plan(graph, states, "average", Options())
     plan = replace(plan, maps=(random_map(group.name, group.n_units, 2, 0.7, 0),))
@@ -279,10 +279,10 @@ class Outer(nn.Module):
 
 def test_the_shares_of_members_in_a_table_of_two_groups_sum_to_one():
     member = Outer().double()
-    captured = fxfuse.capture(member, torch.randn(3, 4).double())
-    graph = fxfuse.analyze(captured)
+    program = fxfuse.capture(member, torch.randn(3, 4).double())
+    graph = fxfuse.analyze(program)
     assert {len(graph.group_of.get(("table", d), ())) for d in (0, 1)} == {1}
-    states = [captured.state()] * 2
+    states = [program.state()] * 2
     plan = make_plan(graph, states, "average", Options())
     torch.testing.assert_close(fused_tensors(graph, plan, states)["table"], states[0]["table"])
     # Units 0 and 1 of both members are one unit, in both groups.
@@ -305,7 +305,7 @@ def test_every_head_reads_its_own_members_units():
     members = [mlp() for _ in range(3)]
     x = torch.randn(3, 4).double()
     joined = join([fxfuse.capture(m, x) for m in members], ("4",))
-    graph = fxfuse.analyze(joined.captured)
+    graph = fxfuse.analyze(joined.program)
     plan = make_plan(graph, joined.states, "average", Options())
     plan = replace(plan, maps=tuple(random_map(m.group, m.n_units, 3, 0.7, 0) for m in plan.maps))
     fused = fused_tensors(graph, plan, joined.states)

@@ -55,8 +55,8 @@ def analyzed(name: str) -> CouplingGraph:
 def lists(n_members: int) -> tuple[CouplingGraph, list[dict[str, torch.Tensor]]]:
     """An analysis and unrelated members."""
     x = images(dtype=torch.float64)
-    captured = [fxfuse.capture(m, x) for m in resnets(n_members, torch.float64)]
-    return fxfuse.analyze(captured[0]), [c.state() for c in captured]
+    program = [fxfuse.capture(m, x) for m in resnets(n_members, torch.float64)]
+    return fxfuse.analyze(program[0]), [c.state() for c in program]
 
 
 def matrix(unit_map: UnitMap, member: int, *, read: bool = False) -> np.ndarray:
@@ -104,7 +104,7 @@ def test_activation_matching_is_the_best_assignment():
     graph = fxfuse.analyze(
         nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2)), torch.ones(2, 3)
     )
-    states = [graph.captured.state()] * 2
+    states = [graph.program.state()] * 2
     a, b = torch.randn(20, 4).double(), torch.randn(20, 4).double()
     options = Options(activations={graph.groups[0].name: [a, b]})
     (unit_map,) = make_plan(graph, states, "activation_matching", options).maps
@@ -232,7 +232,7 @@ def test_aligning_to_another_member_gives_the_network_in_its_order():
 @pytest.mark.parametrize("n", [2, 4])
 def test_zipping_identical_networks_gives_the_network(n: int, variant: str | None):
     graph = analyzed("resnet")
-    states = [as_double(graph.captured.state())] * n
+    states = [as_double(graph.program.state())] * n
     options = Options(variant=variant, activations=activations(graph, states))
     plan = make_plan(graph, states, "zip", options)
     for name, tensor in fused_tensors(graph, plan, states).items():
@@ -275,14 +275,14 @@ def test_entropic_transport_is_close_to_exact_where_it_is_weak():
 
 
 @pytest.mark.parametrize("fraction", [0.0, 0.25, 0.5, 1.0])
-@pytest.mark.parametrize("host", [0, 2])
-def test_a_fraction_of_the_units_comes_from_others(fraction: float, host: int):
+@pytest.mark.parametrize("base_member", [0, 2])
+def test_a_fraction_of_the_units_comes_from_others(fraction: float, base_member: int):
     members, x = resnets(3), images()
-    plan = fxfuse.fuse(members, x, fraction=fraction, host=host).plan
+    plan = fxfuse.fuse(members, x, fraction=fraction, base_member=base_member).plan
     assert plan.options["fraction"] == str(fraction)
     graph = fxfuse.analyze(members[0], x)
     for unit_map in plan.maps:
-        taken = unit_map.member != host
+        taken = unit_map.member != base_member
         assert taken.sum() == fraction * unit_map.n_units
         pairs = set(zip(unit_map.member.tolist(), unit_map.unit.tolist(), strict=True))
         assert (
@@ -319,7 +319,7 @@ def test_without_a_fraction_the_host_is_the_network_itself():
         ("transplant", {"fraction": 1.5}, ControlError, "fraction 1.5"),
         ("transplant", {"fraction": float("nan")}, ControlError, "fraction nan"),
         ("transplant", {"fraction": 0.5, "variant": "iterative"}, ControlError, "contradict"),
-        ("transplant", {"fraction": 0.5, "host": 2}, ControlError, "no member 2"),
+        ("transplant", {"fraction": 0.5, "base_member": 2}, ControlError, "no member 2"),
         ("weight_matching", {"reference": 2}, ControlError, "reference member 2"),
         ("weight_matching", {"reference": -1}, ControlError, "reference member -1"),
         ("weight_matching", {"reference": "median"}, ControlError, "'median'"),

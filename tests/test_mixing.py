@@ -142,15 +142,15 @@ def test_wide_models_are_the_mean_of_their_members(make, x: torch.Tensor):
 def test_a_transformer_of_windows():
     """One of many, and a small one: benchmarks/wide.py has the others."""
 
-    def member(seed: int) -> fxfuse.Captured:
+    def member(seed: int) -> fxfuse.Program:
         torch.manual_seed(seed)
         model = SwinTransformer([4, 4], 24, [2, 2], [2, 4], [4, 4], num_classes=10).double()
         return fxfuse.capture(excite(model.eval(), x), (x,))
 
     x = image()[:, :, :32, :32]
     members = [member(seed) for seed in range(2)]
-    assert verify.wide_equals_ensemble(members).tolerance == float("inf")
-    check = verify.wide_equals_ensemble(members, mixing="per_member")
+    assert verify.concatenation_equals_ensemble(members).tolerance == float("inf")
+    check = verify.concatenation_equals_ensemble(members, mixing="per_member")
     assert check.passed, check
     assert check.tolerance == 1e-9
 
@@ -158,7 +158,7 @@ def test_a_transformer_of_windows():
 @settings(suppress_health_check=list(HealthCheck), deadline=None, max_examples=20)
 @given(recipes())
 def test_random_networks(recipe: Recipe):
-    check = verify.wide_equals_ensemble(members_of(recipe, 2), mixing="per_member")
+    check = verify.concatenation_equals_ensemble(members_of(recipe, 2), mixing="per_member")
     assert check.passed, check
     assert check.tolerance == 1e-9
 

@@ -94,7 +94,7 @@ def test_torchs_own_tag_needs_no_rule():
 def test_two_members_stay_side_by_side_through_an_elementwise_operator():
     rule(own.swish)(elementwise)
     members = [Net(lambda net, h: own.swish(h, net.scale)).double() for _ in range(2)]
-    check = verify.wide_equals_ensemble(members, torch.randn(3, 4, dtype=torch.float64))
+    check = verify.concatenation_equals_ensemble(members, torch.randn(3, 4, dtype=torch.float64))
     assert check.passed
     assert check.tolerance == verify.EXACT
 
@@ -273,7 +273,7 @@ def test_the_wrong_number_of_results(results: Callable[[Value], Any], why: str):
 
 def test_several_results_of_a_right_rule():
     def split(call: Call) -> list[Value]:
-        call.ledger.touch(call.args[0])
+        call.coupling.record_use(call.args[0])
         return [call.args[0].moved(lambda t, s=s: t[..., s : s + 4]) for s in (0, 4)]
 
     rule(own.halves)(split)

@@ -19,7 +19,7 @@ from benchmarks.paper.experiment import Experiment, Job, Options, Place, Row, ru
 from benchmarks.paper.markdown import markdown
 from benchmarks.paper.order import prune_first, register
 from benchmarks.paper.plot import draw
-from benchmarks.paper.refining import controls, finetuned
+from benchmarks.paper.refining import constraints, finetuned
 from fxfuse import fuse
 from fxfuse.planning.methods import registry
 
@@ -163,7 +163,7 @@ def test_experiment(name, data, tmp_path):
 def measured(data, tmp_path, monkeypatch, capsys):
     """A run of the controls: the folders of its JSON and its plot, and what it printed."""
     monkeypatch.setattr(runner, "load", lambda name, root: dataclasses.replace(data, name=name))
-    fewer = dataclasses.replace(of("fraction"), measure=controls)
+    fewer = dataclasses.replace(of("fraction"), measure=constraints)
     out = tmp_path / "results" / "fraction.json"
     plot = tmp_path / "plots" / "fraction.svg"
     arguments = [

@@ -19,7 +19,7 @@ from fxfuse.analysis.heads import join
 from fxfuse.errors import ControlError, MemberMismatchError, PartialFusionError
 from fxfuse.planning.methods import Options
 from fxfuse.planning.planner import make_plan
-from fxfuse.transform.resizing import widen
+from fxfuse.transform.resizing import emit_resized
 from tests.models import excite
 from tests.nets import SmallResNet, images
 
@@ -168,11 +168,11 @@ def test_every_head_of_the_concatenation_answers_as_its_member(heads: tuple[str,
     members = [member(0, 3), member(1, 5), member(2, 4)]
     x = images(dtype=torch.float64)
     joined = join([fxfuse.capture(m, x) for m in members], heads)
-    graph = fxfuse.analyze(joined.captured)
+    graph = fxfuse.analyze(joined.program)
     plan = make_plan(graph, joined.states, "wide", Options())
     if heads == ("fc",):
         assert plan.inexact() == []
-        wide = widen(graph, plan, joined.states)
+        wide = emit_resized(graph, plan, joined.states)
         assert wide.get_parameter("block1.conv1.weight").shape[:2] == (24, 24)
         for m, answer in zip(members, wide(x), strict=True):
             torch.testing.assert_close(answer, m(x))
@@ -234,7 +234,7 @@ def test_an_in_place_trunk_after_a_head_keeps_its_place():
 def test_hosted_units_reach_the_hosts_head_only():
     members = [member(0, 3), member(1, 5)]
     x = images(dtype=torch.float64)
-    result = fxfuse.fuse(members, x, host=1, heads=["fc"], ignore=["stem", "bn"])
+    result = fxfuse.fuse(members, x, base_member=1, heads=["fc"], ignore=["stem", "bn"])
     state = result.state_dict()
     assert torch.equal(state["heads.1.fc.weight"], members[1].fc.weight)
     assert not state["heads.0.fc.weight"].any()

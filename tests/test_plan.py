@@ -56,7 +56,7 @@ def test_a_plan_applied_again_gives_the_same_tensors(network: str, width: float)
 @pytest.mark.parametrize(
     "options",
     [
-        {"freeze": "stem.*", "host": 1},
+        {"freeze": "stem.*", "base_member": 1},
         {"ignore": ["block1"], "width": 1.5},
         {"share": ("stem.weight",), "width": 0.5},
         {"heads": ["fc"]},
@@ -115,7 +115,7 @@ def test_an_edited_plan_is_refused(plan: fxfuse.FusionPlan) -> None:
     text = plan.to_json()
     value = json.loads(text)
     value["groups"][0]["unit"][0] += 1
-    for edited in (json.dumps(value), text.replace('"host": 0', '"host": 1')):
+    for edited in (json.dumps(value), text.replace('"base_member": 0', '"base_member": 1')):
         with pytest.raises(PlanError, match="was edited"):
             fxfuse.FusionPlan.from_json(edited)
     # How the text is set is no edit.
@@ -148,7 +148,7 @@ def test_a_plan_without_hashes_can_be_read_and_not_applied(plan: fxfuse.FusionPl
         {"ignore": ["block1"]},
         {"heads": ["fc"]},
         {"output_dims": {0: ()}},
-        {"host": 1},
+        {"base_member": 1},
         {"steps": 10},
     ],
 )

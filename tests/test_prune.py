@@ -178,8 +178,8 @@ def test_what_was_frozen_in_the_fusion_stays_so() -> None:
     assert torch.equal(pruned.state_dict()["block1.conv1.weight"], frozen)
     assert pruned.plan.origin == wide.plan.digest
     more = fxfuse.prune(wide.module, x, width=0.5, plan=wide.plan, freeze="stem.*")
-    assert more.plan.controls.ignore == ("block1",)
-    assert more.plan.controls.freeze == ("stem.*",)
+    assert more.plan.constraints.ignore == ("block1",)
+    assert more.plan.constraints.freeze == ("stem.*",)
     assert fxfuse.prune(wide.module, x, width=0.5).plan.origin == ""
 
 

@@ -53,7 +53,7 @@ def check_oracles(recipe: Recipe, n: int) -> fxfuse.CouplingGraph:
     members = members_of(recipe, n)
     graph = fxfuse.analyze(members[0])
     check_permutation(graph)
-    wide = verify.wide_equals_ensemble(members)
+    wide = verify.concatenation_equals_ensemble(members)
     assert wide.passed, wide
     kinds = {block.kind for block in (*recipe.images, *recipe.tokens, *recipe.vectors)}
     if is_plain(recipe):
@@ -74,16 +74,16 @@ def check_permutation(graph: fxfuse.CouplingGraph) -> None:
     for seed in range(3):
         check = verify.permutation_of(graph, seed=seed)
         assert check.passed, check
-    assert verify.sensitivity(graph.captured) > 1e-6
+    assert verify.sensitivity(graph.program) > 1e-6
 
 
 def check_copies(graph: fxfuse.CouplingGraph) -> None:
     """A network beside its permuted copy is the network, even where a norm mixes the two."""
-    captured = graph.captured
+    program = graph.program
     moves = random_permutations(graph.groups, np.random.default_rng(1))
-    state = permuted(captured.state(), graph, moves)
-    twin = replace(captured, module=rebuild(captured.module, state))
-    wide = verify.wide_equals_ensemble([captured, twin])
+    state = permuted(program.state(), graph, moves)
+    twin = replace(program, module=rebuild(program.module, state))
+    wide = verify.concatenation_equals_ensemble([program, twin])
     assert wide.error <= verify.EXACT, wide
 
 
@@ -118,12 +118,12 @@ ALONE = [
 def test_block(kind: str, space: Space, flag: bool):
     graph = check_oracles(alone(kind, space, flag), 2)
     if kind in _ORDERED:
-        assert {reason.kind for reason in graph.frozen.values()} >= {Kind.HOST}
+        assert {reason.kind for reason in graph.frozen.values()} >= {Kind.KEEP_BASE}
         return
     assert graph.free_fraction > 0.9
     inside = {IMAGE: "images.", TOKENS: "tokens."}.get(space, "vectors.")
     own = {name for name, _ in build(alone(kind, space, flag)).named_parameters()}
-    own = {name for name in own if name.startswith(inside)} & graph.captured.reached()
+    own = {name for name in own if name.startswith(inside)} & graph.program.reached()
     free = {name for name, _ in graph.group_of}
     assert own <= free | {f"{inside}0.{name}" for name in _SHARED.get(kind, ())}
 
@@ -202,7 +202,7 @@ def test_network_that_failed_once(blocks: tuple[Block, ...]):
     recipe = Recipe(6, (Block("layer", 6), *blocks, Block("layer", 3)))
     members = members_of(recipe, 2)
     check_permutation(fxfuse.analyze(members[0]))
-    wide = verify.wide_equals_ensemble(members)
+    wide = verify.concatenation_equals_ensemble(members)
     assert wide.passed, wide
     assert wide.tolerance < float("inf") or not is_plain(recipe), wide.detail
 
@@ -211,7 +211,7 @@ def test_a_constant_behind_a_weight_and_its_transpose():
     """The transpose writes the sum of the members into an index that all of them share."""
     blocks = (Block("write_constant", 2, 2, True), Block("tied_transposed", 3, 2))
     members = members_of(Recipe(2, bridge="tokens", tokens=blocks), 2)
-    wide = verify.wide_equals_ensemble(members)
+    wide = verify.concatenation_equals_ensemble(members)
     assert wide.tolerance == float("inf")
     assert "tokens.1.layer.weight is averaged" in wide.detail
 
@@ -256,6 +256,6 @@ class Blur(torch.nn.Module):
 def test_a_constant_filter_grows_with_the_channels():
     members, x = [Blur().double() for _ in range(2)], torch.randn(4, 3, 8, 8, dtype=torch.float64)
     check_permutation(fxfuse.analyze(members[0], x))
-    wide = verify.wide_equals_ensemble(members, x)
+    wide = verify.concatenation_equals_ensemble(members, x)
     assert wide.passed, wide
     assert wide.tolerance == verify.EXACT, wide.detail

@@ -336,9 +336,9 @@ def test_a_given_progress_display_gets_a_task_and_loses_it():
 
 def test_own_progress_bar_goes_to_stderr(capsys):
     finetune(_linear(0), batches(), steps=3)
-    captured = capsys.readouterr()
-    assert captured.out == ""
-    assert "fine-tuning" in captured.err
+    program = capsys.readouterr()
+    assert program.out == ""
+    assert "fine-tuning" in program.err
 
 
 def test_checkpoint_is_safetensors_and_nothing_is_pickled(tmp_path, monkeypatch):

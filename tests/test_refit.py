@@ -12,7 +12,7 @@ from torch import nn
 
 import fxfuse
 from fxfuse import verify
-from fxfuse.activations import Lane
+from fxfuse.activations import NodeRunner
 from fxfuse.activations.calibration import Calibration
 from fxfuse.errors import (
     CalibrationError,
@@ -22,8 +22,8 @@ from fxfuse.errors import (
 )
 from fxfuse.planning.plan import UnitMap
 from fxfuse.refine import refit
+from fxfuse.refine.regression.fit_target import routes_of
 from fxfuse.refine.regression.head import fit_head
-from fxfuse.refine.regression.route import routes_of
 from fxfuse.refine.regression.solve import Fit, Ridge
 from fxfuse.refine.targets import Targets
 from tests.nets import Samples, SmallResNet, mean_of
@@ -203,7 +203,7 @@ def test_train_mode_agrees_with_eval_mode():
 
 def test_the_routes_of_a_residual_network():
     graph = fxfuse.analyze(members_for("ResNet", 1)[0], inputs_for("ResNet", 4))
-    routes = {route.layer.weight: route for route in routes_of(graph.captured)}
+    routes = {route.layer.weight: route for route in routes_of(graph.program)}
     added = [r for r in routes.values() if r.skip is not None]
     assert added
     assert all("add" in r.aim.name and r.cut == (0.0, float("inf")) for r in added)
@@ -212,7 +212,7 @@ def test_the_routes_of_a_residual_network():
 
 def test_two_layers_of_one_sum_are_partners():
     graph = fxfuse.analyze(members_for("depthwise", 1)[0], inputs_for("depthwise", 4))
-    routes = {route.layer.weight: route for route in routes_of(graph.captured)}
+    routes = {route.layer.weight: route for route in routes_of(graph.program)}
     last = routes["side.weight"]
     assert last.partner is not None
     assert last.partner.layer.weight == "narrow.weight"
@@ -482,7 +482,7 @@ def test_the_fused_network_passes_the_oracles_after_a_refit():
     result = fxfuse.fuse(members, x[:4], score="obs", calibration=x, refit=True)
     graph = fxfuse.analyze(result.module, x[:4])
     assert verify.permutation_of(graph).passed
-    assert Calibration.of(graph.captured, x).size == 300
+    assert Calibration.of(graph.program, x).size == 300
 
 
 @pytest.mark.parametrize("method", ["transplant", "average"])
@@ -500,14 +500,16 @@ def test_an_embedding_is_its_target_already(method: str):
 
     members, x = [Tokens().eval() for _ in range(2)], torch.randint(0, 11, (300, 5))
     result = fxfuse.fuse(members, x[:4], method=method)
-    captured = result.graph.captured
-    calibration = Calibration.of(captured, x)
-    (node,) = (n for n in captured.graph.nodes if n.target is torch.ops.aten.embedding.default)
+    program = result.graph.program
+    calibration = Calibration.of(program, x)
+    (node,) = (n for n in program.graph.nodes if n.target is torch.ops.aten.embedding.default)
     states = [member.state_dict() for member in members]
-    lanes = [Lane(captured, s, calibration, held=[node]) for s in (*states, result.state_dict())]
-    for lane in lanes:
-        lane.run_to(node)
-    *values, found = (lane.value(node)[0] for lane in lanes)
+    runners = [
+        NodeRunner(program, s, calibration, held=[node]) for s in (*states, result.state_dict())
+    ]
+    for runner in runners:
+        runner.run_to(node)
+    *values, found = (runner.value(node)[0] for runner in runners)
     torch.testing.assert_close(found, Targets(result.graph, result.plan).merge(node, values))
     report = refit(result, members, x)
     assert "token.weight" in report.left

@@ -9,13 +9,13 @@ import torch
 from torch import fx, nn
 
 import fxfuse
-from fxfuse.activations import Lane
+from fxfuse.activations import NodeRunner
 from fxfuse.activations.calibration import Calibration
-from fxfuse.analysis.labels import Value
+from fxfuse.analysis.labels import AbstractTensor
 from fxfuse.errors import ControlError, RefineError
 from fxfuse.refine import refit
 from fxfuse.refine.regression.counterpart import counterparts
-from fxfuse.refine.regression.route import routes_of
+from fxfuse.refine.regression.fit_target import routes_of
 from fxfuse.refine.targets import Targets
 from fxfuse.transform.resizing import resized_of
 from tests.nets import Samples, SmallResNet
@@ -80,13 +80,13 @@ def test_targets_stand_where_the_wide_network_has_the_units(name: str, n: int):
     result = fxfuse.fuse(members, x, width=n, mixing="joint")
     graph, resized = result.graph, resized_of(result.graph, result.plan)
     assert resized is not None
-    nodes = [node for node, value in graph.values.items() if isinstance(value, Value)]
+    nodes = [node for node, value in graph.values.items() if isinstance(value, AbstractTensor)]
     nodes = [node for node in nodes if node.op == "call_function" and node in resized.nodes]
     with pytest.warns(UserWarning, match="few"):
-        calibration = Calibration.of(graph.captured, x)
-    lanes = [Lane(graph.captured, m.state_dict(), calibration, held=nodes) for m in members]
-    student = Lane(
-        graph.captured,
+        calibration = Calibration.of(graph.program, x)
+    runners = [NodeRunner(graph.program, m.state_dict(), calibration, held=nodes) for m in members]
+    student = NodeRunner(
+        graph.program,
         result.state_dict(),
         calibration,
         held=resized.nodes.values(),
@@ -95,10 +95,10 @@ def test_targets_stand_where_the_wide_network_has_the_units(name: str, n: int):
     )
     targets, compared = Targets(graph, result.plan, resized.layouts), 0
     for node in nodes:
-        for lane in lanes:
-            lane.run_to(node)
+        for runner in runners:
+            runner.run_to(node)
         student.run_to(resized.nodes[node])
-        wanted = targets.merge(node, [lane.value(node)[0] for lane in lanes])
+        wanted = targets.merge(node, [runner.value(node)[0] for runner in runners])
         if wanted is not None:
             torch.testing.assert_close(student.value(resized.nodes[node])[0], wanted)
             compared += 1
@@ -236,17 +236,17 @@ def test_a_layer_without_a_counterpart_is_left_and_named():
 def test_operators_in_between_belong_to_the_way():
     """An index before the sum, as the rewriting of an order puts it there, is on the way."""
     graph = fxfuse.analyze(members_for("ResNet", 1)[0], inputs_for("ResNet", 4))
-    captured = graph.captured
+    program = graph.program
     copy, nodes = fx.Graph(), dict[fx.Node, fx.Node]()
-    copy.output(copy.graph_copy(captured.graph, nodes))
-    routes = routes_of(captured)
+    copy.output(copy.graph_copy(program.graph, nodes))
+    routes = routes_of(program)
     route = next(r for r in routes if r.skip is not None)
     output, aim = nodes[route.output], nodes[route.aim]
     with copy.inserting_before(aim):
         order = copy.get_attr("order")
         between = copy.call_function(torch.ops.aten.index_select.default, (output, 1, order))
     aim.replace_input_with(output, between)
-    own, operators, _, missing = counterparts(captured, nodes, routes, ())
+    own, operators, _, missing = counterparts(program, nodes, routes, ())
     assert (operators, missing) == ([], [])
     found = own[routes.index(route)]
     assert found.chain == (*(nodes[n] for n in route.chain), between)

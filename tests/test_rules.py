@@ -25,13 +25,13 @@ def test_every_rule_has_a_sample_and_every_sample_a_rule():
 
 @pytest.mark.parametrize("operator", SAMPLES, ids=str)
 def test_sample(operator: Any):
-    captured = _captured(SAMPLES[operator])
-    _check(captured)
+    program = _captured(SAMPLES[operator])
+    _check(program)
     if name_of(operator).endswith("_"):
         # Capture makes values of writes; a trace for the eager fallback keeps them.
-        captured = _with_writes(SAMPLES[operator])
-        _check(captured)
-    targets = {node.target for node in captured.graph.nodes}
+        program = _with_writes(SAMPLES[operator])
+        _check(program)
+    targets = {node.target for node in program.graph.nodes}
     assert operator in targets | {name_of(target) for target in targets}
 
 
@@ -47,25 +47,25 @@ def _model(sample: nn.Module) -> tuple[nn.Module, torch.Tensor]:
     return excite(model, torch.randn(4, 3, 6, 6, dtype=torch.float64)), x
 
 
-def _captured(sample: nn.Module) -> fxfuse.Captured:
+def _captured(sample: nn.Module) -> fxfuse.Program:
     return fxfuse.capture(*_model(sample))
 
 
-def _with_writes(sample: nn.Module) -> fxfuse.Captured:
+def _with_writes(sample: nn.Module) -> fxfuse.Program:
     model, x = _model(sample)
     shapes = ({0: torch.export.Dim.DYNAMIC},)
     program = torch.export.export(model, (x,), dynamic_shapes=shapes, strict=False)
     state = model.state_dict(keep_vars=True)
     module = rebuild(program.module(check_guards=False), state, prune=False)
-    return fxfuse.Captured(module, tuple(state), {n: n for n in state}, ((x,), {}))
+    return fxfuse.Program(module, tuple(state), {n: n for n in state}, ((x,), {}))
 
 
-def _check(captured: fxfuse.Captured) -> None:
-    graph = fxfuse.analyze(captured)
+def _check(program: fxfuse.Program) -> None:
+    graph = fxfuse.analyze(program)
     check = verify.permutation_of(graph)
     assert check.passed, check
     assert check.tolerance == verify.EXACT
-    assert verify.sensitivity(captured) > 1e-3
+    assert verify.sensitivity(program) > 1e-3
     assert ("conv.weight", 0) in graph.group_of, graph.explain("conv.weight", 0)
     assert sum(group.n_units for group in graph.group_of[("conv.weight", 0)]) >= 2
 

@@ -36,9 +36,9 @@ def whole(graph: fxfuse.CouplingGraph, n: int) -> dict[int, dict[str, np.ndarray
 def scored(
     members: list[nn.Module], x: torch.Tensor, options: Options
 ) -> dict[int, dict[str, np.ndarray]]:
-    captured = [fxfuse.capture(m, x) for m in members]
-    graph = fxfuse.analyze(captured[0])
-    return score_units(graph, [c.state() for c in captured], options, whole(graph, len(members)))
+    program = [fxfuse.capture(m, x) for m in members]
+    graph = fxfuse.analyze(program[0])
+    return score_units(graph, [c.state() for c in program], options, whole(graph, len(members)))
 
 
 def test_registered_scores():
@@ -102,8 +102,8 @@ def test_groups_without_a_normalisation_fall_back_and_the_plan_says_so():
 
 def test_activation_is_the_root_mean_square():
     members, x = [mlp(), mlp()], torch.randn(50, 4)
-    captured = [fxfuse.capture(m, x) for m in members]
-    graph, states = fxfuse.analyze(captured[0]), [c.state() for c in captured]
+    program = [fxfuse.capture(m, x) for m in members]
+    graph, states = fxfuse.analyze(program[0]), [c.state() for c in program]
     options = Options("activation", activations=activations(graph, states, x))
     found = score_units(graph, states, options, whole(graph, 2))
     for i, m in enumerate(members):
@@ -142,8 +142,8 @@ def test_gradients_in_eval_mode_whatever_the_model_is_in():
     model = resnets(1)[0]
     given = [(images(), torch.randint(4, (4,))) for _ in range(2)]
     expected = by_autograd(model, given)
-    captured = fxfuse.capture(model.train(), images())
-    found = gradients(captured, given)
+    program = fxfuse.capture(model.train(), images())
+    found = gradients(program, given)
     for name, each in expected.items():
         torch.testing.assert_close(found.mean[name], each.mean(0))
     assert model.training
@@ -180,9 +180,9 @@ def test_tied_weights_have_one_gradient():
 @pytest.mark.parametrize("name", ["taylor", "fisher"])
 def test_damage_by_the_gradient(name: str):
     members, given = [mlp(), mlp()], batches()
-    captured = [fxfuse.capture(m, torch.randn(3, 4)) for m in members]
-    options = Options(name, gradients=[gradients(c, given) for c in captured])
-    graph, states = fxfuse.analyze(captured[0]), [c.state() for c in captured]
+    program = [fxfuse.capture(m, torch.randn(3, 4)) for m in members]
+    options = Options(name, gradients=[gradients(c, given) for c in program])
+    graph, states = fxfuse.analyze(program[0]), [c.state() for c in program]
     found = score_units(graph, states, options, whole(graph, 2))
     for i, m in enumerate(members):
         each = by_autograd(m, given)
@@ -201,15 +201,15 @@ def test_damage_by_the_gradient(name: str):
 @pytest.mark.parametrize("variant", [None, "iterative", "hierarchical"])
 def test_every_score_chooses_units(name: str, variant: str | None):
     members, x = resnets(3), images()
-    captured = [fxfuse.capture(m, x) for m in members]
-    graph, states = fxfuse.analyze(captured[0]), [c.state() for c in captured]
+    program = [fxfuse.capture(m, x) for m in members]
+    graph, states = fxfuse.analyze(program[0]), [c.state() for c in program]
     given = [(images(), torch.randint(4, (4,)))]
     options = Options(
         name,
         variant,
-        calibration=Calibration.of(graph.captured, torch.cat([images()] * 30)),
+        calibration=Calibration.of(graph.program, torch.cat([images()] * 30)),
         activations=activations(graph, states),
-        gradients=[gradients(c, given) for c in captured],
+        gradients=[gradients(c, given) for c in program],
     )
     plan = make_plan(graph, states, "transplant", options)
     values = score_units(graph, states, options, whole(graph, 3))
@@ -225,10 +225,10 @@ def test_every_score_chooses_units(name: str, variant: str | None):
 def test_units_that_are_gone_do_not_count():
     """Weights towards them are left out, and they never win."""
     members = [mlp()]
-    captured = fxfuse.capture(members[0], torch.randn(3, 4))
-    graph = fxfuse.analyze(captured)
+    program = fxfuse.capture(members[0], torch.randn(3, 4))
+    graph = fxfuse.analyze(program)
     kept = {0: {"0.weight:0": np.array([0, 2]), "2.weight:0": np.array([1, 3, 4])}}
-    found = score_units(graph, [captured.state()], Options("l1"), kept)[0]
+    found = score_units(graph, [program.state()], Options("l1"), kept)[0]
     assert np.isneginf(found["2.weight:0"][[0, 2]]).all()
     weight, reader = members[0][2].weight.detach(), members[0][4].weight.detach()
     expected = weight[:, [0, 2]].abs().sum(1) + reader.abs().sum(0)
@@ -254,8 +254,8 @@ def test_scores_without_what_they_need(name: str, message: str):
 
 
 def test_gradients_of_too_few_members():
-    captured = fxfuse.capture(mlp(), torch.randn(3, 4))
-    options = Options("taylor", gradients=[gradients(captured, batches())])
+    program = fxfuse.capture(mlp(), torch.randn(3, 4))
+    options = Options("taylor", gradients=[gradients(program, batches())])
     with pytest.raises(CalibrationError, match="given for 1 members"):
         scored([mlp(), mlp()], torch.randn(3, 4), options)
 
@@ -273,9 +273,9 @@ def test_gradients_of_too_few_members():
     ],
 )
 def test_batches_that_are_no_good(batch: Any, message: str):
-    captured = fxfuse.capture(mlp(), torch.randn(3, 4))
+    program = fxfuse.capture(mlp(), torch.randn(3, 4))
     with pytest.raises(CalibrationError, match=message):
-        gradients(captured, [batch])
+        gradients(program, [batch])
 
 
 def test_no_batches():

@@ -8,34 +8,34 @@ import pytest
 import torch
 
 import fxfuse
-from fxfuse.activations import Lane, unit_activations
-from fxfuse.activations import lane as lanes
+from fxfuse.activations import NodeRunner, unit_activations
+from fxfuse.activations import runner as runners
 from fxfuse.activations.calibration import Calibration
-from fxfuse.activations.spill_store import Shelf
+from fxfuse.activations.spill_store import SpillStore
 from fxfuse.refine import refit
 from fxfuse.refine.regression import channel
 from tests.test_refit import NETWORKS, inputs_for, members_for
 
 
-def files(shelf: Shelf) -> int:
-    return 0 if shelf._folder is None else len(list(Path(shelf._folder.name).iterdir()))
+def files(store: SpillStore) -> int:
+    return 0 if store._folder is None else len(list(Path(store._folder.name).iterdir()))
 
 
 def test_values_that_do_not_fit_are_written_and_read():
     base = torch.randn(4, 6)
     values = [base, (base.bfloat16(), 3), base.t()[1:3], base[:1].expand(50, 6), 7]
-    shelf = Shelf(memory=100)
-    stored = shelf.put(values)
+    store = SpillStore(memory=100)
+    stored = store.put(values)
     # The first takes 96 bytes; a view counts as what it is a view of, a number as nothing.
-    assert (shelf.left, files(shelf)) == (4, 3)
+    assert (store.left, files(store)) == (4, 3)
     assert stored[4] == 7
     assert stored[1][1] == 3
     assert torch.equal(stored[1][0], base.bfloat16())
     for found, value in ((stored[0], base), (stored[2], values[2]), (stored[3], values[3])):
         assert torch.equal(found, value)
     assert stored[2].untyped_storage().nbytes() == values[2].nbytes
-    shelf.free(stored)
-    assert (shelf.left, files(shelf)) == (100, 0)
+    store.free(stored)
+    assert (store.left, files(store)) == (100, 0)
 
 
 def test_never_more_than_one_value_is_there_beside_what_is_kept():
@@ -51,7 +51,7 @@ def test_never_more_than_one_value_is_there_beside_what_is_kept():
         alive.append(id(tensor))
         return tensor
 
-    class Dropping(Shelf):
+    class Dropping(SpillStore):
         def _keep(self, value: torch.Tensor) -> int:
             return len(value)
 
@@ -61,16 +61,18 @@ def test_never_more_than_one_value_is_there_beside_what_is_kept():
 def test_a_lane_keeps_its_budget():
     model, x = members_for("ResNet", 1)[0], inputs_for("ResNet")
     graph = fxfuse.analyze(model, x[:4])
-    calibration = Calibration.of(graph.captured, x, shuffle=False)
-    (last,) = graph.captured.outputs()
-    lane = Lane(graph.captured, graph.captured.state(), calibration, memory=300_000, held=[last])
-    for node in lane.nodes:
-        lane.run_to(node)
-        assert 0 <= lane.shelf.left <= 300_000
+    calibration = Calibration.of(graph.program, x, shuffle=False)
+    (last,) = graph.program.outputs()
+    runner = NodeRunner(
+        graph.program, graph.program.state(), calibration, memory=300_000, held=[last]
+    )
+    for node in runner.nodes:
+        runner.run_to(node)
+        assert 0 <= runner.store.left <= 300_000
     with torch.no_grad():
-        torch.testing.assert_close(torch.cat(list(lane.value(last))), model(x))
-    lane.drop(last)
-    assert (lane.shelf.left, files(lane.shelf)) == (300_000, 0)
+        torch.testing.assert_close(torch.cat(list(runner.value(last))), model(x))
+    runner.drop(last)
+    assert (runner.store.left, files(runner.store)) == (300_000, 0)
 
 
 @pytest.mark.parametrize("name", NETWORKS)
@@ -104,10 +106,10 @@ def test_normalisations_are_fitted_to_a_sample_in_little_memory(monkeypatch: pyt
 def test_units_are_measured_in_little_memory(monkeypatch: pytest.MonkeyPatch):
     members, x = members_for("ResNet"), inputs_for("ResNet")
     graph = fxfuse.analyze(members[0], x[:4])
-    calibration = Calibration.of(graph.captured, x)
+    calibration = Calibration.of(graph.program, x)
     states = [member.state_dict() for member in members]
     found = unit_activations(graph, states, calibration)
-    monkeypatch.setattr(lanes, "Shelf", lambda _: Shelf(0))
+    monkeypatch.setattr(runners, "Shelf", lambda _: SpillStore(0))
     again = unit_activations(graph, states, calibration)
     for name, tensors in found.items():
         assert all(map(torch.equal, tensors, again[name]))

@@ -60,13 +60,13 @@ def make_greedy(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(builder, "policy_of", lambda device: GREEDY)
 
 
-def other(captured: fxfuse.Captured, seed: int) -> fxfuse.Captured:
+def other(program: fxfuse.Program, seed: int) -> fxfuse.Program:
     """The same network with other weights; running variances and the like stay positive."""
     generator = torch.Generator().manual_seed(seed)
     made: dict[int, torch.Tensor] = {}
     state = {}
-    for name in captured.names:
-        tensor = captured.tensor(name)
+    for name in program.names:
+        tensor = program.tensor(name)
         if is_constant(tensor):
             state[name] = tensor
             continue
@@ -75,7 +75,7 @@ def other(captured: fxfuse.Captured, seed: int) -> fxfuse.Captured:
             new = tensor.detach() * factor
             made[id(tensor)] = nn.Parameter(new) if isinstance(tensor, nn.Parameter) else new
         state[name] = made[id(tensor)]
-    return replace(captured, module=rebuild(captured.module, state), source=None)
+    return replace(program, module=rebuild(program.module, state), source=None)
 
 
 def answers(module: Callable[..., Any], *inputs: Any) -> list[torch.Tensor]:
@@ -228,7 +228,7 @@ def test_a_network_that_draws_numbers_in_eval_mode_draws_them_in_the_members_ord
     torch.testing.assert_close(answers(module, *layer.example())[0], torch.stack(expected))
 
 
-def check_stack(members: Sequence[fxfuse.Captured]) -> None:
+def check_stack(members: Sequence[fxfuse.Program]) -> None:
     """By the check that `stack` makes itself; it is not blind."""
     module = fxfuse.stack(members, reduce="none")
     assert fxfuse.verify.sensitivity(members[0]) > 1e-6
@@ -264,10 +264,10 @@ def test_lowering(operator: Any):
     x = torch.randn(2, 3, 6, 6, dtype=torch.float64)
     with torch.no_grad():
         net(x)
-    captured = fxfuse.capture(excite(net, x), x)
-    members = [captured, other(captured, 1)]
+    program = fxfuse.capture(excite(net, x), x)
+    members = [program, other(program, 1)]
     writer = walk(members, GREEDY)
-    forms = {writer.form(n) for n in captured.graph.nodes if n.target is operator}
+    forms = {writer.form(n) for n in program.graph.nodes if n.target is operator}
     assert Form.STACKED in forms, forms
     check_stack(members)
 

@@ -14,7 +14,7 @@ from torch import nn
 
 import fxfuse
 from fxfuse.errors import MemberMismatchError
-from fxfuse.graph.twins import are_twins, captured_twin
+from fxfuse.graph.export_reuse import are_twins, reuse_export
 from fxfuse.verify.check import tensors_of
 from tests.nets import SmallResNet, images, resnets
 
@@ -52,7 +52,7 @@ def inputs() -> torch.Tensor:
 def test_a_twin_is_what_its_own_export_gives(build: Callable[[], nn.Module]):
     first, model = build(), build()
     x = images() if hasattr(first, "fc") else torch.randn(3, 5, 4)
-    found, own = captured_twin(fxfuse.capture(first, x), model), fxfuse.capture(model, x)
+    found, own = reuse_export(fxfuse.capture(first, x), model), fxfuse.capture(model, x)
     assert found is not None
     assert found.source is model
     assert found.module.code == own.module.code

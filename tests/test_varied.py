@@ -14,12 +14,12 @@ from torchvision.models import densenet, mobilenetv2, resnet, shufflenetv2
 import fxfuse
 from fxfuse import verify
 from fxfuse.analysis.coupling import analyze
-from fxfuse.analysis.multi_width import of_all_widths
+from fxfuse.analysis.multi_width import multi_width
 from fxfuse.cli.report.content import gather
 from fxfuse.errors import MemberMismatchError
 from fxfuse.planning.plan import FusionPlan
 from fxfuse.planning.widths import sizes_of
-from fxfuse.transform.resizing import settle, widen
+from fxfuse.transform.resizing import emit_resized, settle
 from fxfuse.verify.check import as_double, in_double, inputs_of, relative_error, tensors_of
 from tests.models import excite, image
 from tests.test_widths import plans
@@ -70,14 +70,14 @@ FAMILIES: dict[str, tuple[Callable[[], nn.Module], ...]] = {
 }
 
 
-def members_of(family: str) -> list[fxfuse.Captured]:
+def members_of(family: str) -> list[fxfuse.Program]:
     models = [made(make, seed) for seed, make in enumerate(FAMILIES[family])]
     return [fxfuse.capture(model, image(dtype=torch.float64)) for model in models]
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_wide_model_of_different_widths_is_their_mean(family: str):
-    check = verify.wide_equals_ensemble(members_of(family))
+    check = verify.concatenation_equals_ensemble(members_of(family))
     assert check.passed, check
     assert check.tolerance == 1e-9
 
@@ -85,17 +85,17 @@ def test_the_wide_model_of_different_widths_is_their_mean(family: str):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_any_width_is_the_concatenation_with_dead_units(family: str):
     members = members_of(family)
-    graph = of_all_widths(analyze(members[0]), members, analyze)
+    graph = multi_width(analyze(members[0]), members, analyze)
     assert graph.members
     states = [as_double(m.state()) for m in members]
-    args, kwargs = inputs_of(graph.captured)
+    args, kwargs = inputs_of(graph.program)
     for width in (0.5, 1.0, 1.5):
         wanted = sizes_of(graph, len(members), width, at_least_one=True)
         sizes, refused = settle(graph, wanted)
         assert not refused
         with torch.no_grad():
             found, expected = (
-                tensors_of(in_double(widen(graph, plan, states))(*args, **kwargs))
+                tensors_of(in_double(emit_resized(graph, plan, states))(*args, **kwargs))
                 for plan in plans(graph, states, sizes)
             )
         assert relative_error(found, expected) < 1e-9

@@ -16,13 +16,13 @@ import fxfuse
 from fxfuse.activations import unit_activations
 from fxfuse.activations.calibration import Calibration
 from fxfuse.analysis.coupling import CouplingGraph, analyze
-from fxfuse.analysis.multi_width import of_all_widths
+from fxfuse.analysis.multi_width import multi_width
 from fxfuse.errors import ControlError
 from fxfuse.planning.methods import Options
 from fxfuse.planning.options import State
 from fxfuse.planning.plan import FusionPlan, UnitMap
 from fxfuse.planning.planner import make_plan
-from fxfuse.transform.resizing import widen
+from fxfuse.transform.resizing import emit_resized
 from fxfuse.verify.check import as_double, relative_error
 from tests.models import excite
 from tests.nets import Residual, SmallResNet
@@ -71,9 +71,9 @@ def inputs_of(family: str, n: int = 40) -> torch.Tensor:
 @cache
 def unrelated() -> tuple[CouplingGraph, list[State], torch.Tensor]:
     x = inputs_of("mlp")
-    captured = [fxfuse.capture(made(mlp, w, seed, x), x[:4]) for seed, w in enumerate(SIZES)]
-    graph = of_all_widths(analyze(captured[0]), captured, analyze)
-    return graph, [as_double(c.state()) for c in captured], x
+    program = [fxfuse.capture(made(mlp, w, seed, x), x[:4]) for seed, w in enumerate(SIZES)]
+    graph = multi_width(analyze(program[0]), program, analyze)
+    return graph, [as_double(c.state()) for c in program], x
 
 
 def answers(graph: CouplingGraph, states: list[State], x: torch.Tensor) -> dict[str, Any]:
@@ -129,8 +129,8 @@ def test_a_rectangular_assignment_is_the_best_of_all():
     """Against every way to choose three of five."""
     graph = analyze(nn.Sequential(nn.Linear(3, 3), nn.ReLU(), nn.Linear(3, 2)), torch.ones(2, 3))
     wide = analyze(nn.Sequential(nn.Linear(3, 5), nn.ReLU(), nn.Linear(5, 2)), torch.ones(2, 3))
-    both = [graph.captured, wide.captured]
-    graph = of_all_widths(graph, both, analyze)
+    both = [graph.program, wide.program]
+    graph = multi_width(graph, both, analyze)
     a, b = torch.randn(20, 3).double(), torch.randn(20, 5).double()
     b = b + 0.5 * b.roll(1, 1)
     options = Options(activations={graph.groups[0].name: [a, b]})
@@ -243,7 +243,7 @@ def widened(
             source = (even if kind == "doubled" else copies)(*sizes, generator)
             moves[group.name] = source, shares(source, generator)
     found = {}
-    for name in narrow.captured.names:
+    for name in narrow.program.names:
         tensor = state[name]
         for dim in range(tensor.dim()):
             for group in narrow.group_of.get((name, dim), ()):
@@ -251,7 +251,7 @@ def widened(
                 reads = (name, dim) in narrow.readers
                 here, there = group.index[(name, dim)], groups[group.name].index[(name, dim)]
                 front = tensor.movedim(dim, 0)
-                size = wide.captured.tensor(name).shape[dim]
+                size = wide.program.tensor(name).shape[dim]
                 new = front.new_zeros(size, *front.shape[1:])
                 for unit, (origin, part) in enumerate(zip(source, share, strict=True)):
                     if origin >= 0:
@@ -283,8 +283,8 @@ def analyzed(family: str, *, doubled: bool) -> tuple[CouplingGraph, list[nn.Modu
         make, large = doubling if family == "mlp" else make, 2 * small
     x = inputs_of(family)
     members = [made(make, width, seed, x) for seed, width in enumerate((small, large))]
-    captured = [fxfuse.capture(member, x[:4]) for member in members]
-    return of_all_widths(analyze(captured[0]), captured, analyze), members, x
+    program = [fxfuse.capture(member, x[:4]) for member in members]
+    return multi_width(analyze(program[0]), program, analyze), members, x
 
 
 def doubling(width: int) -> nn.Module:
@@ -299,14 +299,14 @@ def test_a_member_and_itself_widened_are_the_member(family: str, kind: str):
     """Whichever of the two is the reference."""
     graph, members, x = analyzed(family, doubled=kind == "doubled")
     narrow, wide = graph.members
-    state, generator = as_double(narrow.captured.state()), np.random.default_rng(3)
+    state, generator = as_double(narrow.program.state()), np.random.default_rng(3)
     states = [state, widened(narrow, wide, state, kind, generator)]
     with torch.no_grad():
         expected = members[0](x)
         found = torch.func.functional_call(members[1], states[1], x)
         torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-9)
         assert relative_error([expected.flip(0)], [expected]) > 0.01
-    calibration = Calibration.of(graph.captured, x)
+    calibration = Calibration.of(graph.program, x)
     activations = unit_activations(graph, states, calibration)
 
     def error(method: str, reference: int) -> float:
@@ -315,7 +315,7 @@ def test_a_member_and_itself_widened_are_the_member(family: str, kind: str):
         plan = make_plan(graph, states, method, options)
         assert plan.sizes() == sizes
         with torch.no_grad():
-            return relative_error([widen(graph, plan, states)(x)], [expected])
+            return relative_error([emit_resized(graph, plan, states)(x)], [expected])
 
     for method, reference in itertools.product(SEEN[kind], (0, 1)):
         assert error(method, reference) < 1e-9, (method, reference)

@@ -12,7 +12,7 @@ import fxfuse
 from fxfuse.activations import elimination, unit_activations
 from fxfuse.activations.calibration import Calibration
 from fxfuse.analysis.coupling import analyze
-from fxfuse.analysis.multi_width import of_all_widths
+from fxfuse.analysis.multi_width import multi_width
 from fxfuse.errors import MemberMismatchError, RefineError
 from fxfuse.refine import match, refit, repair
 from fxfuse.transform.layout import copies_of, place_units
@@ -103,10 +103,10 @@ def test_a_refit_brings_the_network_closer_to_the_ensemble(family: str, width: f
 
 def test_a_unit_is_what_it_is_in_its_member():
     members = [mlp(4, 0), mlp(7, 1)]
-    captured = [fxfuse.capture(member, X[:4]) for member in members]
-    graph = of_all_widths(analyze(captured[0]), captured, analyze)
-    calibration = Calibration.of(captured[0], X)
-    found = unit_activations(graph, [c.state() for c in captured], calibration)
+    program = [fxfuse.capture(member, X[:4]) for member in members]
+    graph = multi_width(analyze(program[0]), program, analyze)
+    calibration = Calibration.of(program[0], X)
+    found = unit_activations(graph, [c.state() for c in program], calibration)
     inputs = torch.cat([args[0] for args, _ in calibration.batches])
     for member, answers in zip(members, found["0.weight:0"], strict=True):
         with torch.no_grad():
@@ -133,14 +133,14 @@ def test_copies_of_a_member_s_units_make_up_for_one_another():
     with torch.no_grad():
         large[0].weight.copy_(small[0].weight.repeat(2, 1))
         large[0].bias.copy_(small[0].bias.repeat(2))
-    captured = [fxfuse.capture(member, X[:4]) for member in (small, large)]
-    graph = of_all_widths(analyze(captured[0]), captured, analyze)
-    states = [c.state() for c in captured]
+    program = [fxfuse.capture(member, X[:4]) for member in (small, large)]
+    graph = multi_width(analyze(program[0]), program, analyze)
+    states = [c.state() for c in program]
     kept = {
         m: {g.name: torch.arange(g.n_units).numpy() for g in graph.of_member(m).groups}
         for m in range(2)
     }
-    units, ranks = elimination(graph, states, Calibration.of(captured[0], X), kept)["0.weight:0"]
+    units, ranks = elimination(graph, states, Calibration.of(program[0], X), kept)["0.weight:0"]
     best = units[(-ranks).argsort()[:5]]
     assert {int(unit) % 5 for _, unit in best} == set(range(5))
 

@@ -159,7 +159,7 @@ def test_random_networks(recipe: Recipe):
     both = enumerate((recipe, wider(recipe)))
     members = [fxfuse.capture(build(r, seed), images()) for seed, r in both]
     try:
-        check = verify.wide_equals_ensemble(members, mixing="per_member")
+        check = verify.concatenation_equals_ensemble(members, mixing="per_member")
     except MemberMismatchError:
         assume(False)  # A shortcut that only one of them needs, since its width changes.
     assert check.passed, check
@@ -191,8 +191,8 @@ def test_the_first_member_keeps_units_of_other_sizes(family: str, width: float |
 
 def test_who_keeps_units_of_other_sizes_has_to_come_first():
     members, x = members_of("sizes of heads"), TOKENS
-    with pytest.raises(ControlError, match=r"member 1 cannot be the host(.|\n)*first"):
-        fxfuse.fuse(members, x, host=1)
+    with pytest.raises(ControlError, match=r"member 1 cannot be the base member(.|\n)*first"):
+        fxfuse.fuse(members, x, base_member=1)
 
 
 class Scaled(nn.Module):

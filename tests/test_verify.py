@@ -60,7 +60,7 @@ def test_a_blind_network_is_told():
 
 def test_the_wide_oracle_notices_a_wrong_weight(monkeypatch: pytest.MonkeyPatch):
     module = importlib.import_module("fxfuse.verify.wide")
-    honest = module.widen
+    honest = module.emit_resized
 
     def sabotaged(*args: object) -> nn.Module:
         wide = honest(*args)
@@ -70,22 +70,22 @@ def test_the_wide_oracle_notices_a_wrong_weight(monkeypatch: pytest.MonkeyPatch)
 
     members = resnets(3, torch.float64)
     x = images(dtype=torch.float64)
-    assert verify.wide_equals_ensemble(members, x).passed
+    assert verify.concatenation_equals_ensemble(members, x).passed
     monkeypatch.setattr(module, "widen", sabotaged)
-    assert not verify.wide_equals_ensemble(members, x).passed
+    assert not verify.concatenation_equals_ensemble(members, x).passed
 
 
 def test_the_wide_network_is_three_times_as_wide():
     from fxfuse.planning.methods import Options
     from fxfuse.planning.planner import make_plan
-    from fxfuse.transform.resizing import widen
+    from fxfuse.transform.resizing import emit_resized
 
     members = resnets(3)
     x = images()
-    captured = [fxfuse.capture(m, x) for m in members]
-    graph = fxfuse.analyze(captured[0])
-    states = [c.state() for c in captured]
-    wide = widen(graph, make_plan(graph, states, "wide", Options()), states)
+    program = [fxfuse.capture(m, x) for m in members]
+    graph = fxfuse.analyze(program[0])
+    states = [c.state() for c in program]
+    wide = emit_resized(graph, make_plan(graph, states, "wide", Options()), states)
     assert wide.get_parameter("block1.conv1.weight").shape == (24, 24, 3, 3)
     assert wide.get_parameter("fc.weight").shape == (4, 24)
     mean = torch.stack([m(x) for m in members]).mean(0)
@@ -109,7 +109,7 @@ class Written(nn.Module):
 def test_a_part_that_is_written_to_is_concatenated():
     x = torch.randn(3, 4)
     assert verify.permutation(Written(), x).passed
-    wide = verify.wide_equals_ensemble([Written(), Written()], x)
+    wide = verify.concatenation_equals_ensemble([Written(), Written()], x)
     assert (wide.passed, wide.tolerance) == (True, verify.EXACT)
 
 
@@ -129,7 +129,7 @@ class BesideZeros(nn.Module):
 def test_zeros_are_joined_to_neurons():
     x = torch.randn(3, 4)
     assert verify.permutation(BesideZeros(), x).passed
-    wide = verify.wide_equals_ensemble([BesideZeros(), BesideZeros()], x)
+    wide = verify.concatenation_equals_ensemble([BesideZeros(), BesideZeros()], x)
     assert (wide.passed, wide.tolerance) == (True, verify.EXACT)
 
 
@@ -149,7 +149,7 @@ def test_what_cannot_be_concatenated_is_an_error_that_names_the_node():
     x = torch.randn(3, 4)
     assert verify.permutation(Cropped(), x).passed
     with pytest.raises(RewriteError, match="cannot be written") as caught:
-        verify.wide_equals_ensemble([Cropped(), Cropped()], x)
+        verify.concatenation_equals_ensemble([Cropped(), Cropped()], x)
     assert "(-1, 0)" in caught.value.where
 
 

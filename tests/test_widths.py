@@ -24,7 +24,7 @@ from fxfuse.planning.plan import FusionPlan, UnitMap
 from fxfuse.planning.planner import make_plan
 from fxfuse.planning.widths import sizes_of
 from fxfuse.transform.cost import operations_of, parameters_of
-from fxfuse.transform.resizing import settle, widen
+from fxfuse.transform.resizing import emit_resized, settle
 from fxfuse.verify.check import as_double, in_double, inputs_of, relative_error, tensors_of
 from tests.models import build, image
 from tests.strategies import Recipe, is_plain, members_of, recipes
@@ -48,17 +48,17 @@ def plans(
 
 def error_at(members: list[nn.Module], width: float) -> tuple[float, dict[str, str]]:
     """Relative error against the masked concatenation, float64; and the groups that refused."""
-    captured = [m if isinstance(m, fxfuse.Captured) else None for m in members]
-    assert all(c is not None for c in captured)
+    program = [m if isinstance(m, fxfuse.Program) else None for m in members]
+    assert all(c is not None for c in program)
     graph = fxfuse.analyze(members[0])
     wanted = sizes_of(graph, len(members), width, at_least_one=True)
     sizes, refused = settle(graph, wanted)
-    states = [as_double(c.state()) for c in captured if c is not None]
+    states = [as_double(c.state()) for c in program if c is not None]
     small, masked = plans(graph, states, sizes)
-    args, kwargs = inputs_of(graph.captured)
+    args, kwargs = inputs_of(graph.program)
     with torch.no_grad():
         found, expected = (
-            tensors_of(in_double(widen(graph, plan, states))(*args, **kwargs))
+            tensors_of(in_double(emit_resized(graph, plan, states))(*args, **kwargs))
             for plan in (small, masked)
         )
     return relative_error(found, expected), refused
@@ -262,7 +262,7 @@ def test_a_group_that_cannot_be_written_keeps_its_size(
 
     honest = walk._step
 
-    def refusing(wide: walk.WideGraph, node: torch.fx.Node) -> None:
+    def refusing(wide: walk.ResizedGraph, node: torch.fx.Node) -> None:
         honest(wide, node)
         if node.name == "batch_norm" and wide.layout_of(node):
             raise RewriteError("not written", where=node.name, why="this is a test")

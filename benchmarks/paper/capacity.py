@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 
 from benchmarks.paper.experiment import Experiment, Job, Row
-from benchmarks.paper.refining import both, controls
+from benchmarks.paper.refining import both, constraints
 from benchmarks.paper.runner import command
 from benchmarks.paper.setting import Size, members
 from fxfuse import fuse, prune
@@ -18,8 +18,8 @@ def measure(job: Job) -> list[Row]:
     small = dataclasses.replace(job, size=Size(width=1 / job.n))
     inputs, calibration = small.calibration[:2], small.calibration
     fitted = {"score": "obs", "calibration": calibration, "refit": True}
-    together = fuse(small.captured, width=job.n)
-    fused = fuse(small.captured, **fitted)
+    together = fuse(small.program, width=job.n)
+    fused = fuse(small.program, **fitted)
     # It sees what all members see together, for as many steps as each of them.
     (large,) = members(job.network, job.data, "same data", 1, job.seed, job.options.member_steps)
     pruned = prune(large, inputs, width=1 / job.n, score="obs", calibration=calibration)
@@ -28,7 +28,7 @@ def measure(job: Job) -> list[Row]:
         *both(small, "small members fused: NT (obs) + refit", fused.module),
         *both(small, "one large network", large),
         *both(small, "one large network, pruned (obs) to a small one", pruned.module),
-        *controls(small),
+        *constraints(small),
     ]
 
 

@@ -10,7 +10,7 @@ import functools
 from dataclasses import dataclass
 
 from benchmarks.paper.experiment import Experiment, Job, Row, along
-from benchmarks.paper.refining import both, controls
+from benchmarks.paper.refining import both, constraints
 from benchmarks.paper.runner import command
 from benchmarks.paper.setting import Case, Size, network
 from fxfuse import fuse
@@ -41,11 +41,11 @@ def measure(job: Job) -> list[Row]:
     mean = sum(each) / job.n
     rows = []
     for target in (*sorted(set(each)), sum(each)):
-        fused = fuse(own.captured, width=target / mean).module
+        fused = fuse(own.program, width=target / mean).module
         fresh = network(job.network, job.data, job.seed, Size(width=target))
         found = [*both(own, "NT (l2)", fused), both(own, "untrained network", fresh)[-1]]
         rows += along(f"{target:g}", target, found)
-    return rows + controls(own)
+    return rows + constraints(own)
 
 
 EXPERIMENT = Experiment(

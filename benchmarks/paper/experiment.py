@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from benchmarks.paper.datasets import Data
 from benchmarks.paper.setting import OWN_SIZE, SETTINGS, Case, Size, accuracy, case
-from fxfuse import Captured, capture, fuse
+from fxfuse import Program, capture, fuse
 from fxfuse.cli.data import Batches
 
 ACCURACY = "accuracy"
@@ -96,17 +96,15 @@ class Job:
         return inputs[torch.randperm(len(inputs), generator=generator)[: self.options.calibration]]
 
     @functools.cached_property
-    def captured(self) -> list[Captured]:
+    def program(self) -> list[Program]:
         """The members' graphs, for experiments that fuse them often."""
         return [capture(member, self.calibration[:2]) for member in self.case.members]
 
     def fused(
-        self, members: Sequence[nn.Module | Captured] | None = None, **options: Any
+        self, members: Sequence[nn.Module | Program] | None = None, **options: Any
     ) -> nn.Module:
         """A network of the members' class with fused weights; of all members if none are given."""
-        result = fuse(
-            self.captured if members is None else members, self.calibration[:2], **options
-        )
+        result = fuse(self.program if members is None else members, self.calibration[:2], **options)
         return result.load_into(self.case.fresh(self.seed)).eval()
 
     def batches(self, seed: int | None = None) -> Batches:

@@ -6,19 +6,19 @@ python -m benchmarks.paper.fraction
 from __future__ import annotations
 
 from benchmarks.paper.experiment import Experiment, Job, Row
-from benchmarks.paper.refining import both, controls
+from benchmarks.paper.refining import both, constraints
 from benchmarks.paper.runner import command
 
 TENTHS = range(11)
 
 
 def measure(job: Job) -> list[Row]:
-    host = next(i for i, member in enumerate(job.case.members) if member is job.case.best)
+    base_member = next(i for i, member in enumerate(job.case.members) if member is job.case.best)
     rows = []
     for tenth in TENTHS:
         share = tenth / len(TENTHS[1:])
-        rows += both(job, f"{share:g}", job.fused(fraction=share, host=host), share)
-    return rows + controls(job)
+        rows += both(job, f"{share:g}", job.fused(fraction=share, base_member=base_member), share)
+    return rows + constraints(job)
 
 
 EXPERIMENT = Experiment(

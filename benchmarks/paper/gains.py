@@ -107,11 +107,11 @@ def measure(
 
     def fused(**options: Any) -> tuple[fxfuse.FusionResult, float]:
         start = time.process_time()
-        result = fxfuse.fuse(captured, verify=False, **options)
+        result = fxfuse.fuse(program, verify=False, **options)
         return result, time.process_time() - start
 
     # Capturing is no part of fusing: it is done once, whatever follows.
-    captured = [fxfuse.capture(member, x[:2]) for member in members]
+    program = [fxfuse.capture(member, x[:2]) for member in members]
     if BEST in rows:
         note(BEST, made.best, 0.0)
     if ENSEMBLE in rows:
@@ -131,7 +131,7 @@ def measure(
         note(LABELLED, module, spent + used)
     if PLAIN_REFIT in rows:
         note(PLAIN_REFIT, *_module(fused(calibration=x, refit=True)))
-    if UNITS in rows and streams(fxfuse.analyze(captured[0])):
+    if UNITS in rows and streams(fxfuse.analyze(program[0])):
         note(UNITS, *_module(fused(score="obs", calibration=x, refit=True)))
     # Without residual streams the variant is the plain transplant.
     best = {"score": "obs", "variant": "components"}

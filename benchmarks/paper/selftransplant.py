@@ -6,21 +6,21 @@ python -m benchmarks.paper.selftransplant
 from __future__ import annotations
 
 from benchmarks.paper.experiment import Experiment, Job, Row
-from benchmarks.paper.refining import both, controls
+from benchmarks.paper.refining import both, constraints
 from benchmarks.paper.runner import command
 
 
 def measure(job: Job) -> list[Row]:
     place = next(i for i, member in enumerate(job.case.members) if member is job.case.best)
-    own = job.captured[place]
-    other = job.captured[(place + 1) % job.n]
+    own = job.program[place]
+    other = job.program[(place + 1) % job.n]
     fitted = {"score": "obs", "calibration": job.calibration, "refit": True}
     rows = []
     for name, members in (("itself", [own, own]), ("another member", [own, other])):
         rows += both(job, f"with {name}", job.fused(members))
         rows += both(job, f"with {name}, half of each", job.fused(members, fraction=0.5))
         rows += both(job, f"with {name}, obs + refit", job.fused(members, **fitted))
-    return rows + controls(job)
+    return rows + constraints(job)
 
 
 EXPERIMENT = Experiment(

@@ -8,7 +8,7 @@ from __future__ import annotations
 from torch import nn
 
 from benchmarks.paper.experiment import Experiment, Job, Row, along
-from benchmarks.paper.refining import both, controls
+from benchmarks.paper.refining import both, constraints
 from benchmarks.paper.runner import command
 from fxfuse import analyze, fuse
 
@@ -27,16 +27,16 @@ def measure(job: Job) -> list[Row]:
         }
         for name, module in networks.items():
             rows += along(f"{sparsity:g}", sparsity, both(job, name, module))
-    return rows + controls(job)
+    return rows + constraints(job)
 
 
 def _fused(job: Job, **options: object) -> nn.Module:
-    return fuse(job.captured, mixing="joint", **options).module
+    return fuse(job.program, mixing="joint", **options).module
 
 
 def _widths(job: Job, width: float) -> dict[str, float]:
     """The width of every group, one unit at least."""
-    groups = analyze(job.captured[0]).groups
+    groups = analyze(job.program[0]).groups
     return {g.name.rpartition(":")[0]: max(width, 1 / g.n_units) for g in groups}
 
 

@@ -2,8 +2,8 @@
 
 from fxfuse.activations.components import components
 from fxfuse.activations.elimination import elimination
-from fxfuse.activations.node_runner import Lane
+from fxfuse.activations.node_runner import NodeRunner
 from fxfuse.activations.spill_store import MEMORY
 from fxfuse.activations.units import unit_activations
 
-__all__ = ["MEMORY", "Lane", "components", "elimination", "unit_activations"]
+__all__ = ["MEMORY", "NodeRunner", "components", "elimination", "unit_activations"]

@@ -13,7 +13,7 @@ import torch.utils._pytree as pytree
 
 from fxfuse.activations.augment import Augment, default_augment
 from fxfuse.errors import CalibrationError
-from fxfuse.graph.capture import Captured
+from fxfuse.graph.capture import Program
 
 #: Below this many inputs regressions are noisy (issue 4 asks for 100 to 1,000).
 FEW = 100
@@ -79,7 +79,7 @@ class Calibration:
 
     @staticmethod
     def of(
-        captured: Captured,
+        program: Program,
         inputs: Any,
         *,
         batch: int = 128,
@@ -90,7 +90,7 @@ class Calibration:
         """Checks inputs and cuts them into batches.
 
         Args:
-            captured: The network.
+            program: The network.
             inputs: A tensor [n, ...], a tuple of such tensors (positional inputs), a mapping of
                 them (keyword inputs), or an iterable of batches, each of these kinds or a pair
                 (inputs, labels), whose labels are left out.
@@ -114,17 +114,17 @@ class Calibration:
             raise _error(
                 f"{copies} copies of each input", "a number of copies is 0 or more", "pass 1"
             )
-        found, cut = _calls(inputs, captured, limit)
+        found, cut = _calls(inputs, program, limit)
         calls = [call for call, _ in found]
         if not calls:
             raise _error(
                 "there are no calibration inputs", "nothing was given", "pass 100 to 1,000"
             )
         for args, kwargs in calls:
-            _check(captured, args, kwargs)
+            _check(program, args, kwargs)
         if copies:
             _augment(calls[0])
-        fixed = None if captured.dynamic_batch else _size(captured.example_inputs)
+        fixed = None if program.dynamic_batch else _size(program.example_inputs)
         whole = pytree.tree_map(lambda *parts: _joined(parts), *calls)
         each = [labels for _, labels in found if labels is not None]
         labels = torch.cat(each) if len(each) == len(found) else None
@@ -179,7 +179,7 @@ def _augment(call: _Call) -> Augment:
     return found
 
 
-def _calls(inputs: Any, captured: Captured, limit: int) -> tuple[list[tuple[_Call, Any]], bool]:
+def _calls(inputs: Any, program: Program, limit: int) -> tuple[list[tuple[_Call, Any]], bool]:
     """What the network is called with, and labels or None; whether there is more of an iterable."""
     if isinstance(inputs, torch.Tensor | tuple | Mapping):
         return [(_call(inputs), None)], False
@@ -191,7 +191,7 @@ def _calls(inputs: Any, captured: Captured, limit: int) -> tuple[list[tuple[_Cal
         )
     found: list[tuple[_Call, Any]] = []
     count = 0
-    n_inputs = sum(isinstance(x, torch.Tensor) for x in captured.example_inputs[0])
+    n_inputs = sum(isinstance(x, torch.Tensor) for x in program.example_inputs[0])
     for batch in inputs:
         if count >= limit:
             return found, True
@@ -210,8 +210,8 @@ def _call(inputs: Any) -> _Call:
     return (inputs if isinstance(inputs, tuple) else (inputs,)), {}
 
 
-def _check(captured: Captured, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
-    wanted, structure = pytree.tree_flatten(captured.example_inputs)
+def _check(program: Program, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+    wanted, structure = pytree.tree_flatten(program.example_inputs)
     given, own = pytree.tree_flatten((args, dict(kwargs)))
     if structure != own:
         raise _error(

@@ -24,7 +24,7 @@ def components(
     calibration: Calibration,
     kept: Mapping[str, Index],
     sizes: Mapping[str, int],
-    host: int,
+    base_member: int,
 ) -> dict[str, NDArray[np.float64]]:
     """For each residual stream, the mixtures of all members' units that tell its readers most.
 
@@ -41,7 +41,7 @@ def components(
         kept: For each group, the units (member, unit) that are kept, int64 [n, 2]: of a reader,
             the outputs count that survive.
         sizes: k, for each group.
-        host: The member that keeps what is frozen inside the network.
+        base_member: The member that keeps what is frozen inside the network.
 
     Returns:
         For each stream that a layer reads, P, float64 [members · units, k].
@@ -59,7 +59,9 @@ def components(
         covariances, products = [], []
         for reader in own:
             covariance = covariance_at(inputs[reader.layer], [reader] * n)
-            each = [weights_at(graph, s, reader, left, m, host) for m, s in enumerate(states)]
+            each = [
+                weights_at(graph, s, reader, left, m, base_member) for m, s in enumerate(states)
+            ]
             weights = torch.block_diag(*each)
             weights = weights / size_of(weights, covariance)
             covariances.append(covariance)

@@ -44,7 +44,7 @@ def elimination(
     kept: Kept,
     *,
     sizes: Mapping[str, int] | None = None,
-    host: int = 0,
+    base_member: int = 0,
 ) -> dict[str, tuple[Index, Ranks]]:
     """The order in which units of all members are removed, until as many are left as are kept.
 
@@ -57,7 +57,7 @@ def elimination(
         calibration: Unlabelled inputs.
         kept: The members that take part, and which of their units exist.
         sizes: How many units of each group are kept. None: as many as a member has.
-        host: The member that keeps what is frozen inside the network.
+        base_member: The member that keeps what is frozen inside the network.
 
     Returns:
         For each group that a layer reads: units as (member, unit), int64 [n, 2], and the step at
@@ -72,7 +72,7 @@ def elimination(
 
     consumers = each_once(readers_of, graphs)
     inputs = consumer_inputs(graphs, consumers, {m: states[m] for m in members}, calibration)
-    order = {node: place for place, node in enumerate(graphs[0].captured.graph.nodes)}
+    order = {node: place for place, node in enumerate(graphs[0].program.graph.nodes)}
     first = consumers[0]
     groups = [group for group in graph.groups if first[group.name]]
 
@@ -94,7 +94,7 @@ def elimination(
         weights = []
         for reader in readers:
             own = [
-                weights_at(graphs[i], states[m], reader[i], left, m, host)
+                weights_at(graphs[i], states[m], reader[i], left, m, base_member)
                 for i, m in enumerate(members)
             ]
             weights.append(torch.block_diag(*own))
@@ -225,7 +225,7 @@ def weights_at(
     consumer: Consumer,
     left: Units,
     member: int,
-    host: int,
+    base_member: int,
 ) -> torch.Tensor:
     """A reader's weights from one member's units to those of its outputs that are left.
 
@@ -238,7 +238,7 @@ def weights_at(
         return torch.zeros(rows, 0, dtype=torch.float64, device=device)
     weight = _folded(graph, state, consumer).double()
     shape = state[consumer.layer.weight].shape
-    outputs = _outputs(graph, consumer, left, member, host, shape)
+    outputs = _outputs(graph, consumer, left, member, base_member, shape)
     weight = weight[:, torch.from_numpy(outputs).to(weight.device)]
     # [units, slots, outputs, kernel]
     own = weight[torch.from_numpy(consumer.slots).to(weight.device)]
@@ -253,7 +253,7 @@ def _folded(graph: CouplingGraph, state: State, consumer: Consumer) -> torch.Ten
     users = list(layer.node.users)
     if len(users) == 1 and users[0].target is _BATCH_NORM:
         args: Any = users[0].args
-        gamma, variance = (name_of(graph.captured, args[i]) for i in (1, 4))
+        gamma, variance = (name_of(graph.program, args[i]) for i in (1, 4))
         if variance is not None:
             factor = (state[variance] + float(args[7])).rsqrt()
             factor = factor if gamma is None else factor * state[gamma]
@@ -266,14 +266,14 @@ def _outputs(
     consumer: Consumer,
     left: Units,
     member: int,
-    host: int,
+    base_member: int,
     shape: torch.Size,
 ) -> Index:
     """Which of a reader's outputs count in one member, whose weight has this shape."""
     place = (consumer.layer.weight, consumer.layer.outputs)
     counts = np.ones(shape[consumer.layer.outputs], dtype=bool)
     reason = graph.frozen.get(place)
-    if reason is not None and reason.kind is Kind.HOST and member != host:
+    if reason is not None and reason.kind is Kind.KEEP_BASE and member != base_member:
         counts[reason.indices] = False
     for group in graph.group_of.get(place, ()):
         if group.name in left:

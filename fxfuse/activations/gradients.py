@@ -12,7 +12,7 @@ from torch import nn
 from torch.func import functional_call
 
 from fxfuse.errors import CalibrationError
-from fxfuse.graph.capture import Captured
+from fxfuse.graph.capture import Program
 from fxfuse.graph.eager import eval_mode
 from fxfuse.graph.example import first_line
 
@@ -31,14 +31,14 @@ class Gradients:
 
 
 def gradients(
-    captured: Captured,
+    program: Program,
     batches: Iterable[Any],
     state: Mapping[str, torch.Tensor] | None = None,
 ) -> Gradients:
     """Accumulates the gradients of the cross-entropy, batch by batch, in eval mode.
 
     Args:
-        captured: A captured member; its weights stay as they are.
+        program: A captured member; its weights stay as they are.
         batches: Pairs `(inputs, labels)`: a tensor or a tuple of positional inputs, and int64
             [b, *] for logits [b, classes, *], the first tensor that the network returns.
         state: Other tensors by name, in place of the captured ones.
@@ -50,15 +50,15 @@ def gradients(
         CalibrationError: There are no batches or no labels, the network or the loss rejects a
             batch, or the loss is not finite.
     """
-    state = captured.once(captured.state() if state is None else state)
-    names = [n for n in state if isinstance(captured.tensor(n), nn.Parameter)]
+    state = program.once(program.state() if state is None else state)
+    names = [n for n in state if isinstance(program.tensor(n), nn.Parameter)]
     leaves = {n: state[n].clone().requires_grad_() for n in names if _has_gradient(state[n])}
     mean = {n: torch.zeros_like(state[n]) for n in leaves}
     square = {n: torch.zeros_like(state[n].abs()) for n in leaves}
     count = 0
     for batch in batches:
         inputs, labels = _labelled(batch)
-        loss = _loss(captured, {**state, **leaves}, inputs, labels)
+        loss = _loss(program, {**state, **leaves}, inputs, labels)
         found = torch.autograd.grad(loss, list(leaves.values()), allow_unused=True)
         for name, gradient in zip(leaves, found, strict=True):
             if gradient is not None:
@@ -97,18 +97,18 @@ def _labelled(batch: Any) -> tuple[tuple[Any, ...], torch.Tensor]:
 
 
 def _loss(
-    captured: Captured,
+    program: Program,
     state: Mapping[str, torch.Tensor],
     inputs: tuple[Any, ...],
     labels: torch.Tensor,
 ) -> torch.Tensor:
     try:
-        if captured.is_program:
-            answer = functional_call(captured.module, dict(state), inputs)
+        if program.is_exported:
+            answer = functional_call(program.module, dict(state), inputs)
         else:
-            assert captured.source is not None
-            with eval_mode(captured.source):
-                answer = functional_call(captured.source, dict(state), inputs)
+            assert program.source is not None
+            with eval_mode(program.source):
+                answer = functional_call(program.source, dict(state), inputs)
         logits = next(x for x in pytree.tree_leaves(answer) if isinstance(x, torch.Tensor))
         loss = nn.functional.cross_entropy(logits, labels)
     except (RuntimeError, ValueError, TypeError, IndexError, AssertionError) as error:

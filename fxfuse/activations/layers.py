@@ -12,9 +12,9 @@ import torch
 import torch.nn.functional as F
 from torch import fx
 
-from fxfuse.activations.parts import Way, is_read_once, part_of, way_from
+from fxfuse.activations.parts import ViewChain, is_read_once, part_of, view_chain_of
 from fxfuse.analysis.rules.registry import argument_of
-from fxfuse.graph.capture import Captured
+from fxfuse.graph.capture import Program
 
 aten = torch.ops.aten
 
@@ -68,8 +68,8 @@ class Layer:
     groups: int = 1
     space: int = 0
     back: bool = False
-    way: Way = ()
-    bias_way: Way = ()
+    way: ViewChain = ()
+    bias_way: ViewChain = ()
 
     def held(self, state: Mapping[str, torch.Tensor]) -> torch.Tensor:
         """The weight, or the part of it that the layer reads, among tensors by name."""
@@ -195,15 +195,15 @@ class Layer:
         return x
 
 
-def layers_of(captured: Captured) -> tuple[Layer, ...]:
+def layers_of(program: Program) -> tuple[Layer, ...]:
     """The layers of a network whose weight is a parameter of its own, in graph order.
 
     Weights that are used twice or tied, and weights that are computed, make no layer; one that is
     cut into parts, as the projections of a cross attention are, makes one for each part.
     """
-    reads, found = reads_of(captured), []
-    for node in captured.graph.nodes:
-        layer = layer_at(captured, node)
+    reads, found = reads_of(program), []
+    for node in program.graph.nodes:
+        layer = layer_at(program, node)
         if layer is None:
             continue
         once = all(reads[name] == 1 for name in (layer.weight, layer.bias) if name)
@@ -212,29 +212,29 @@ def layers_of(captured: Captured) -> tuple[Layer, ...]:
     return tuple(found)
 
 
-def reads_of(captured: Captured) -> Counter[str]:
+def reads_of(program: Program) -> Counter[str]:
     """How often the graph reads each state tensor, by canonical name; once: some node's own."""
     return Counter(
-        captured.canonical[str(n.target)]
-        for n in captured.graph.nodes
-        if n.op == "get_attr" and str(n.target) in captured.canonical
+        program.canonical[str(n.target)]
+        for n in program.graph.nodes
+        if n.op == "get_attr" and str(n.target) in program.canonical
         for _ in n.users
     )
 
 
-def name_of(captured: Captured, node: Any) -> str | None:
+def name_of(program: Program, node: Any) -> str | None:
     """Canonical name of the floating-point state tensor that a node reads, if it reads one."""
     if not isinstance(node, fx.Node) or node.op != "get_attr":
         return None
-    name = captured.canonical.get(str(node.target))
-    return name if name is not None and captured.tensor(name).is_floating_point() else None
+    name = program.canonical.get(str(node.target))
+    return name if name is not None and program.tensor(name).is_floating_point() else None
 
 
-def layer_at(captured: Captured, node: fx.Node) -> Layer | None:
+def layer_at(program: Program, node: fx.Node) -> Layer | None:
     """The layer that a node is, whose weight may be used elsewhere, too.
 
     Args:
-        captured: A network.
+        program: A network.
         node: A node of its graph, or of one that reads the same tensors by the same names.
     """
     if node.target is aten.linear.default:
@@ -255,31 +255,31 @@ def layer_at(captured: Captured, node: fx.Node) -> Layer | None:
             return None
     else:
         return None
-    (name, way), (bias_name, bias_way) = (_read_by(captured, n) for n in (weight, bias))
+    (name, way), (bias_name, bias_way) = (_read_by(program, n) for n in (weight, bias))
     if name is None or not isinstance(x, fx.Node) or x.op == "get_attr":
         return None
     if bias is not None and bias_name is None:
         return None
     # Parts are cut along the outputs, so that the inputs stand as in the whole.
     cuts = (_argument(n, "dim") for n in way if n.target is not operator.getitem)
-    if any(dim % captured.tensor(name).dim() != shape[0] for dim in cuts):
+    if any(dim % program.tensor(name).dim() != shape[0] for dim in cuts):
         return None
     rank, back = 2 + space, node.target in _CONVOLUTIONS_BACK
-    if captured.tensor(name).dim() != rank or (space and len(_shape(node)) != rank):
+    if program.tensor(name).dim() != rank or (space and len(_shape(node)) != rank):
         return None
     told = (shape[1], shape[0], groups, space, back, way, bias_way)
     return Layer(node, x, name, bias_name or "", *told)
 
 
-def _read_by(captured: Captured, node: Any) -> tuple[str | None, Way]:
+def _read_by(program: Program, node: Any) -> tuple[str | None, ViewChain]:
     """Name of the state tensor of which a node is a part, and the way there."""
-    found = way_from(node)
+    found = view_chain_of(node)
     if found is None:
         return None, ()
-    return name_of(captured, found[0]), found[1]
+    return name_of(program, found[0]), found[1]
 
 
-def _with_part(way: Way, whole: torch.Tensor, part: torch.Tensor) -> torch.Tensor:
+def _with_part(way: ViewChain, whole: torch.Tensor, part: torch.Tensor) -> torch.Tensor:
     """A tensor whose part at the end of a way is `part`, in the dtype that it has."""
     if not way:
         return part.to(whole.dtype)

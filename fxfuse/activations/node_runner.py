@@ -11,26 +11,27 @@ import torch.utils._pytree as pytree
 from torch import fx
 
 from fxfuse.activations.calibration import Calibration
-from fxfuse.activations.parts import part_of, way_from
-from fxfuse.activations.spill_store import MEMORY, Shelf, Stored
+from fxfuse.activations.parts import part_of, view_chain_of
+from fxfuse.activations.spill_store import MEMORY, SpillStore, Stored
 from fxfuse.errors import CalibrationError
-from fxfuse.graph.capture import Captured
+from fxfuse.graph.capture import Program
 from fxfuse.graph.source_lines import source_of
 
 
-class Lane:
+class NodeRunner:
     """One network on its way through the graph.
 
     A value is one entry per batch. It is kept until the last node that reads it has run, and as
-    long as it is among `held`; what does not fit into `memory`, in a temporary folder (`Shelf`).
+    long as it is among `held`; what does not fit into `memory`, in a temporary folder
+    (`SpillStore`).
 
     Args:
-        captured: The network's graph.
+        program: The network's graph.
         state: Its tensors by name; read when a node needs them, so they may change on the way.
         calibration: The inputs.
         name: Who that is, for messages.
         held: Nodes whose values are kept until `drop`.
-        graph: The graph, where the network has another size than `captured`; None: its graph.
+        graph: The graph, where the network has another size than `program`; None: its graph.
         constants: Tensors that this graph reads beside the network's, by name.
         asked_as: Nodes of another graph by which `run_to`, `value`, `drop` and `held` may name
             nodes of this one.
@@ -41,7 +42,7 @@ class Lane:
 
     def __init__(
         self,
-        captured: Captured,
+        program: Program,
         state: Mapping[str, torch.Tensor],
         calibration: Calibration,
         *,
@@ -53,19 +54,21 @@ class Lane:
         absent: Collection[fx.Node] = (),
         memory: int = MEMORY,
     ) -> None:
-        self.captured = captured
+        self.program = program
         self.state = state
         self.calibration = calibration.with_copies
         self.name = name
         self.asked_as = asked_as
         self.absent = absent
         self.held = {asked_as.get(node, node) for node in held}
-        self.nodes = list((graph or captured.graph).nodes)
+        self.nodes = list((graph or program.graph).nodes)
         #: What is only cut out of tensors of the state is no value: they may change.
-        self.parts = {n for n in self.nodes if n.op == "call_function" and way_from(n) is not None}
+        self.parts = {
+            n for n in self.nodes if n.op == "call_function" and view_chain_of(n) is not None
+        }
         self.order = {node: place for place, node in enumerate(self.nodes)}
         self.done = 0
-        self.shelf = Shelf(memory)
+        self.store = SpillStore(memory)
         self.values: dict[fx.Node, Sequence[Any]] = {}
         device = next((t.device for t in state.values()), torch.device("cpu"))
         self.constants = {name: tensor.to(device) for name, tensor in constants.items()}
@@ -126,7 +129,7 @@ class Lane:
     def redo(self, node: fx.Node) -> None:
         """Runs a node again, whose operands are still there, because tensors changed."""
         self._forget(node)
-        self.values[node] = self.shelf.put(self._results(node))
+        self.values[node] = self.store.put(self._results(node))
 
     def compute_one(self, node: fx.Node, batch: int, known: dict[fx.Node, Any]) -> Any:
         """What a node would return for one batch, whether it has run or not.
@@ -153,7 +156,7 @@ class Lane:
             return
         if node not in self.absent:
             self._forget(node)
-            self.values[node] = self.shelf.put(self._checked(node))
+            self.values[node] = self.store.put(self._checked(node))
         for operand in node.all_input_nodes:
             if operand not in self.held and self._is_read(operand, self.order[node]):
                 self._forget(operand)
@@ -164,7 +167,7 @@ class Lane:
     def _forget(self, node: fx.Node) -> None:
         value = self.values.pop(node, None)
         if isinstance(value, Stored):
-            self.shelf.free(value)
+            self.store.free(value)
 
     def _is_read(self, node: fx.Node, now: int | None = None) -> bool:
         """Whether all readers of a node have run."""
@@ -173,17 +176,17 @@ class Lane:
 
     def _part(self, node: fx.Node) -> Any:
         """A tensor of the state, or a part of it, as it is now."""
-        found = way_from(node)
+        found = view_chain_of(node)
         assert found is not None
         return part_of(found[1], self._tensor(found[0]))
 
     def _tensor(self, node: fx.Node) -> torch.Tensor:
-        name = self.captured.canonical.get(str(node.target))
+        name = self.program.canonical.get(str(node.target))
         if name is not None:
             return self.state[name].detach()
         if node.target in self.constants:
             return self.constants[str(node.target)]
-        return self.captured.tensor(str(node.target)).detach()
+        return self.program.tensor(str(node.target)).detach()
 
     def _checked(self, node: fx.Node) -> Iterator[Any]:
         """The results of a node, none of which is NaN."""

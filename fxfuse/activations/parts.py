@@ -20,10 +20,10 @@ _CUTS = {
     operator.getitem,
 }
 #: From a parameter to a part of it: nodes, each of which reads the one before.
-Way = tuple[fx.Node, ...]
+ViewChain = tuple[fx.Node, ...]
 
 
-def way_from(node: Any) -> tuple[fx.Node, Way] | None:
+def view_chain_of(node: Any) -> tuple[fx.Node, ViewChain] | None:
     """The node that reads a tensor of the state, and the way from there to a part of it.
 
     Args:
@@ -43,7 +43,7 @@ def way_from(node: Any) -> tuple[fx.Node, Way] | None:
     return node, tuple(reversed(way))
 
 
-def part_of(way: Way, tensor: torch.Tensor) -> torch.Tensor:
+def part_of(way: ViewChain, tensor: torch.Tensor) -> torch.Tensor:
     """The part of a tensor at the end of a way: a view of it."""
     value: Any = tensor
     for node in way:
@@ -53,7 +53,7 @@ def part_of(way: Way, tensor: torch.Tensor) -> torch.Tensor:
     return found
 
 
-def is_read_once(way: Way) -> bool:
+def is_read_once(way: ViewChain) -> bool:
     """Whether one node alone reads a part, and none the same cells by another way."""
     for node in way:
         taken = [user.args[1] for user in node.users if user.target is operator.getitem]

@@ -17,7 +17,7 @@ from torch import fx
 from fxfuse.activations.layers import Layer, name_of, reads_of
 from fxfuse.analysis.rules.recurrent import GATES, weights_of
 from fxfuse.analysis.rules.registry import argument_of
-from fxfuse.graph.capture import Captured
+from fxfuse.graph.capture import Program
 
 aten = torch.ops.aten
 
@@ -188,24 +188,24 @@ def side_by_side(layer: Sequence[Direction], steps: Sequence[Steps]) -> torch.Te
     return torch.cat([s.hidden.flip(0) if d.backwards else s.hidden for d, s in each], -1)
 
 
-def recurrent_of(captured: Captured) -> tuple[Recurrent, ...]:
+def recurrent_of(program: Program) -> tuple[Recurrent, ...]:
     """The recurrent layers of a network whose weights are parameters of their own, in graph order.
 
     Cells that a loop of the network calls share their weights, and are none.
     """
-    reads = reads_of(captured)
-    found = (recurrent_at(captured, node, reads) for node in captured.graph.nodes)
+    reads = reads_of(program)
+    found = (recurrent_at(program, node, reads) for node in program.graph.nodes)
     return tuple(work for work in found if work is not None)
 
 
-def readers_of(captured: Captured) -> tuple[Layer, ...]:
+def readers_of(program: Program) -> tuple[Layer, ...]:
     """What recurrent layers read, each product of a step as the layer that it would be by itself.
 
     The first layer's directions read the node's input. The hidden states before the steps are those
     behind them but for one, where they can be seen: of a last layer that goes one way.
     """
     found = []
-    for work in recurrent_of(captured):
+    for work in recurrent_of(program):
         first, last = work.layers[0], work.layers[-1]
         found += [Layer(work.node, work.input, d.inner, "", 1, 0) for d in first]
         outputs = [n for n in work.node.users if n.target is operator.getitem and n.args[1] == 0]
@@ -214,11 +214,11 @@ def readers_of(captured: Captured) -> tuple[Layer, ...]:
     return tuple(found)
 
 
-def recurrent_at(captured: Captured, node: fx.Node, reads: Mapping[str, int]) -> Recurrent | None:
+def recurrent_at(program: Program, node: fx.Node, reads: Mapping[str, int]) -> Recurrent | None:
     """The recurrent layers that a node is, if all their weights are its own.
 
     Args:
-        captured: A network.
+        program: A network.
         node: A node of its graph, or of one that reads the same tensors by the same names.
         reads: `reads_of` the network.
     """
@@ -237,7 +237,7 @@ def recurrent_at(captured: Captured, node: fx.Node, reads: Mapping[str, int]) ->
         )
     )
     states = tuple(hx) if isinstance(hx, list | tuple) else (hx,)
-    names = [name_of(captured, each) for each in parameters]
+    names = [name_of(program, each) for each in parameters]
     own = [name for name in names if name is not None and reads[name] == 1]
     if len(own) < len(names) or not all(isinstance(n, fx.Node) for n in (x, *states)):
         return None

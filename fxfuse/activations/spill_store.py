@@ -16,7 +16,7 @@ import torch.utils._pytree as pytree
 MEMORY = 4 * 2**30
 
 
-class Shelf:
+class SpillStore:
     """Room for values, one entry per batch.
 
     Args:
@@ -59,7 +59,7 @@ class Shelf:
 class Stored(Sequence[Any]):
     """Values on a shelf; those in files are read anew by each access."""
 
-    shelf: Shelf
+    store: SpillStore
     items: list[Any]
 
     def __len__(self) -> int:

@@ -10,7 +10,7 @@ import torch
 from torch import fx
 
 from fxfuse.analysis.coupling import CouplingGraph, Index
-from fxfuse.analysis.labels import Value, neurons
+from fxfuse.analysis.labels import AbstractTensor, neurons
 from fxfuse.analysis.rules.registry import find
 
 _ATEN = torch.ops.aten
@@ -54,7 +54,7 @@ def streams(graph: CouplingGraph) -> frozenset[str]:
         if any(rows.shape[1] != 1 for rows in group.index.values())
     }
     normed: set[int] = set()
-    for node in graph.captured.graph.nodes:
+    for node in graph.program.graph.nodes:
         if node.op != "call_function":
             continue
         met = _groups_at(node.all_input_nodes, graph, numbers)
@@ -68,11 +68,11 @@ def streams(graph: CouplingGraph) -> frozenset[str]:
 def _numbers(graph: CouplingGraph) -> Index:
     """For each neuron the number of its group, or -1; int64 [ids]."""
     place = {group.name: number for number, group in enumerate(graph.groups)}
-    found = np.full(graph.ledger.count, -1, dtype=np.int64)
-    for owner, where in enumerate(graph.ledger.owners):
+    found = np.full(graph.coupling.count, -1, dtype=np.int64)
+    for owner, where in enumerate(graph.coupling.owners):
         for group in graph.group_of.get(where, ()):
             rows = group.index[where].reshape(-1)
-            found[graph.ledger.starts[owner] + rows] = place[group.name]
+            found[graph.coupling.starts[owner] + rows] = place[group.name]
     return found
 
 
@@ -80,7 +80,7 @@ def _groups_at(nodes: Iterable[fx.Node], graph: CouplingGraph, numbers: Index) -
     found: set[int] = set()
     for node in nodes:
         value = graph.values.get(node)
-        if isinstance(value, Value):
+        if isinstance(value, AbstractTensor):
             for field in value.fields:
                 found |= set(numbers[np.unique(neurons(field.ids).numpy())].tolist())
     return found - {-1}

@@ -12,11 +12,11 @@ from torch import fx
 
 from fxfuse.activations.calibration import Calibration
 from fxfuse.activations.layers import Layer, layers_of
-from fxfuse.activations.node_runner import Lane
+from fxfuse.activations.node_runner import NodeRunner
 from fxfuse.activations.recurrence import readers_of
 from fxfuse.analysis.coupling import CouplingGraph, CouplingGroup, Index
 from fxfuse.analysis.heads import others_region, region_of
-from fxfuse.analysis.labels import Value, neurons
+from fxfuse.analysis.labels import AbstractTensor, neurons
 
 #: Rows of activations that are kept of a layer's input, for all calibration inputs together.
 ROWS = 4096
@@ -49,13 +49,13 @@ def consumers_of(graph: CouplingGraph) -> dict[str, list[Consumer]]:
     """
     found: dict[str, list[Consumer]] = {group.name: [] for group in graph.groups}
     whole = graph.whole or graph
-    order = {node: place for place, node in enumerate(graph.captured.graph.nodes)}
-    layers = [*layers_of(graph.captured), *readers_of(graph.captured)]
+    order = {node: place for place, node in enumerate(graph.program.graph.nodes)}
+    layers = [*layers_of(graph.program), *readers_of(graph.program)]
     for layer in sorted(layers, key=lambda each: order[each.node]):
-        place = (graph.captured.canonical[layer.weight], layer.inputs)
+        place = (graph.program.canonical[layer.weight], layer.inputs)
         if layer.groups > 1:
             continue
-        owner = graph.captured.heads.get(layer.weight)
+        owner = graph.program.heads.get(layer.weight)
         for group in whole.group_of.get(place, ()):
             slots = group.index[place]
             repeated = _is_repeated(graph, layer, slots)
@@ -95,17 +95,17 @@ def consumer_inputs(
     result: dict[Layer, list[torch.Tensor | None]] = {layer: [] for layer in each[0]}
     for graph, layers, (number, state) in zip(graphs, each, states.items(), strict=True):
         last = {layer.input: layer for layer in layers}
-        lane = _member_lane(graph, number, state, calibration, set(last))
+        runner = _member_lane(graph, number, state, calibration, set(last))
         for layer, found in zip(layers, result.values(), strict=True):
-            lane.run_to(layer.input)
-            if layer.input in lane.absent:
+            runner.run_to(layer.input)
+            if layer.input in runner.absent:
                 found.append(None)
                 continue
-            values = lane.value(layer.input)
+            values = runner.value(layer.input)
             count = sum(layer.n_rows(x) for x in values)
             found.append(_some((layer.output_rows(x) for x in values), count, rows))
             if last[layer.input] is layer:
-                lane.drop(layer.input)
+                runner.drop(layer.input)
     return {layer: _with_zeros(found) for layer, found in result.items()}
 
 
@@ -117,7 +117,7 @@ def _with_zeros(found: Sequence[torch.Tensor | None]) -> list[torch.Tensor]:
 
 def _in_order(graph: CouplingGraph, consumers: Mapping[str, Sequence[Consumer]]) -> list[Layer]:
     """The layers that read groups, each once, in graph order."""
-    place = {node: place for place, node in enumerate(graph.captured.graph.nodes)}
+    place = {node: place for place, node in enumerate(graph.program.graph.nodes)}
     layers = {c.layer: None for found in consumers.values() for c in found}
     return sorted(layers, key=lambda layer: place[layer.node])
 
@@ -128,10 +128,10 @@ def _member_lane(
     state: Mapping[str, torch.Tensor],
     calibration: Calibration,
     held: Collection[fx.Node],
-) -> Lane:
-    absent = others_region(graph.captured, number)
+) -> NodeRunner:
+    absent = others_region(graph.program, number)
     name = f"member {number}"
-    return Lane(graph.captured, state, calibration, name=name, held=held, absent=absent)
+    return NodeRunner(graph.program, state, calibration, name=name, held=held, absent=absent)
 
 
 def _some(parts: Iterable[torch.Tensor], count: int, rows: int) -> torch.Tensor:
@@ -185,10 +185,10 @@ def unit_activations(
         if not places:
             continue
         held = {place[0] for place in places.values()}
-        lane = _member_lane(own, number, states[number], calibration, held)
-        lane.run_to(max(held, key=lane.order.__getitem__))
+        runner = _member_lane(own, number, states[number], calibration, held)
+        runner.run_to(max(held, key=runner.order.__getitem__))
         for name, place in places.items():
-            found.setdefault(name, []).append(_at_place(lane, *place, rows))
+            found.setdefault(name, []).append(_at_place(runner, *place, rows))
     return found
 
 
@@ -217,15 +217,15 @@ def _last_place(graph: CouplingGraph, group: CouplingGroup) -> tuple[fx.Node, in
     Returns:
         The node, the dimension, and where each unit stands along it, int64 [n_units, slots].
     """
-    ledger = graph.ledger
-    heads = region_of(graph.captured, graph.captured.heads)
-    unit_of = np.full(ledger.count, -1)
-    for owner, place in enumerate(ledger.owners):
+    coupling = graph.coupling
+    heads = region_of(graph.program, graph.program.heads)
+    unit_of = np.full(coupling.count, -1)
+    for owner, place in enumerate(coupling.owners):
         if place in group.index:
-            ids = ledger.starts[owner] + group.index[place]
+            ids = coupling.starts[owner] + group.index[place]
             unit_of[ids] = np.arange(group.n_units)[:, None]
     for node, value in reversed(list(graph.values.items())):
-        if node in heads or not isinstance(value, Value) or value.sources is not None:
+        if node in heads or not isinstance(value, AbstractTensor) or value.sources is not None:
             continue
         for f in value.fields:
             units = unit_of[neurons(f.ids).reshape(-1).numpy()]
@@ -237,8 +237,8 @@ def _last_place(graph: CouplingGraph, group: CouplingGroup) -> tuple[fx.Node, in
     return None
 
 
-def _at_place(lane: Lane, node: fx.Node, dim: int, slots: Index, rows: int) -> torch.Tensor:
-    values = lane.value(node)
+def _at_place(runner: NodeRunner, node: fx.Node, dim: int, slots: Index, rows: int) -> torch.Tensor:
+    values = runner.value(node)
     count = sum(v.numel() // v.shape[dim] for v in values)
     lines = (v.movedim(dim, -1).reshape(-1, v.shape[dim]) for v in values)
     return _by_unit(_some(lines, count, rows), slots)
@@ -251,7 +251,7 @@ def _by_unit(x: torch.Tensor, slots: Index) -> torch.Tensor:
 
 def _is_repeated(graph: CouplingGraph, layer: Layer, slots: Index) -> bool:
     value = graph.values[layer.input]
-    assert isinstance(value, Value)
+    assert isinstance(value, AbstractTensor)
     dim = 1 if layer.space else value.rank - 1
     for f in value.fields:
         if f.dims == (dim,):

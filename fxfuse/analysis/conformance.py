@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from fxfuse.analysis.labels import Field, Value, neurons
+from fxfuse.analysis.labels import AbstractTensor, DimLabels, neurons
 from fxfuse.analysis.rules import concrete_shape, rule_file
 from fxfuse.errors import RuleError
 from fxfuse.graph.source_lines import where_of
@@ -40,7 +40,7 @@ def check_result(node: fx.Node, result: Any, count: int) -> None:
 def _check_one(node: fx.Node, fake: Any, value: Any, count: int, which: str) -> None:
     if not isinstance(fake, torch.Tensor):
         return
-    if not isinstance(value, Value):
+    if not isinstance(value, AbstractTensor):
         raise _error(node, f"{which}the rule returns a {type(value).__name__}, not a Value")
     shape = concrete_shape(fake)
     if tuple(value.shape) != shape:
@@ -60,7 +60,7 @@ def _check_one(node: fx.Node, fake: Any, value: Any, count: int, which: str) -> 
 
 def _fault(f: Any, shape: tuple[int, ...]) -> str:
     """What is wrong with a field of a tensor of this shape; empty when nothing is."""
-    if not isinstance(f, Field):
+    if not isinstance(f, DimLabels):
         return f"a {type(f).__name__} stands where a Field must"
     sizes = tuple(f.ids.shape)
     if f.ids.dtype != torch.int64:

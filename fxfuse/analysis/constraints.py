@@ -1,331 +1,198 @@
-"""The ledger: who owns neurons, which neurons move together, which must stay where they are.
-
-The rules write into it; coupling groups are read off it. Words are those of `labels.py`.
-"""
+"""What a caller may ask of an analysis: parameters that stay, are shared, or outputs set free."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from difflib import get_close_matches
+from fnmatch import fnmatchcase
+from typing import NoReturn
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
-from scipy.sparse import coo_array
-from scipy.sparse.csgraph import connected_components
 from torch import fx
 
-from fxfuse.analysis.labels import (
-    NEURON,
-    PART,
-    Field,
-    Ids,
-    Kind,
-    Place,
-    Value,
-    counted,
-    flat_ids,
-    neurons,
-    numbered,
-)
+from fxfuse.analysis.labels import Kind
+from fxfuse.errors import ControlError
+from fxfuse.graph.capture import Program
+
+#: One pattern, or several.
+Patterns = str | Iterable[str]
+#: For an output, by its index in flattened order: the dimensions that are interface.
+OutputDims = Mapping[int, Sequence[int]]
 
 
 @dataclass(frozen=True)
-class Freeze:
-    """A note that some neurons must stay where they are.
+class Constraints:
+    """Options of an analysis; patterns are those of `fnmatch`.
 
     Attributes:
-        ids: The neurons, int64 [n].
-        kind: What that means for fusion.
-        why: One sentence.
-        node: The graph node that needs it; None for what was asked for.
-        operator: The operator whose rule is missing, when that is the reason.
-        inside: Whether the reason lies inside the network, so that a rule, or another way to write
-            the network, could free the neurons; always so for `Kind.HOST`.
-        asked: Whether it was asked for by an option, not needed by an operator.
+        freeze: `state_dict()` names of parameters that stay exactly as in the base member.
+        share: `state_dict()` names of parameters whose index means the same in all members.
+        ignore: Dotted paths of submodules of which nothing is fused: all is the base member's.
+        output_dims: For an output, by its index in flattened order, the dimensions that are
+            interface. An output that is not listed is interface in every dimension.
     """
 
-    ids: NDArray[np.int64]
+    freeze: tuple[str, ...] = ()
+    share: tuple[str, ...] = ()
+    ignore: tuple[str, ...] = ()
+    output_dims: Mapping[int, tuple[int, ...]] = field(default_factory=dict)
+
+    @staticmethod
+    def of(
+        freeze: Patterns = (),
+        share: Patterns = (),
+        ignore: Patterns = (),
+        output_dims: OutputDims | None = None,
+    ) -> Constraints:
+        """Constraints from what a caller writes: one pattern may stand without a list."""
+        dims = {output: tuple(dims) for output, dims in (output_dims or {}).items()}
+        return Constraints(listed(freeze), listed(share), listed(ignore), dims)
+
+    def and_also(self, other: Constraints) -> Constraints:
+        """What both ask for; of an output that both speak of, what the other says."""
+        return Constraints(
+            self.freeze + other.freeze,
+            self.share + other.share,
+            self.ignore + other.ignore,
+            {**self.output_dims, **other.output_dims},
+        )
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What was asked for one tensor.
+
+    Attributes:
+        kind: `Kind.KEEP_BASE` (frozen, ignored) or `Kind.SHARED_INDEX` (shared).
+        why: The option, as it is told to the user.
+    """
+
     kind: Kind
     why: str
-    node: fx.Node | None
-    operator: str = ""
-    inside: bool = False
-    asked: bool = False
 
 
-@dataclass(frozen=True)
-class Gap:
-    """A note that labelled neurons or parameters met an operator that the rules do not cover.
+def listed(patterns: Patterns) -> tuple[str, ...]:
+    """Patterns as a tuple."""
+    return (patterns,) if isinstance(patterns, str) else tuple(patterns)
 
-    Attributes:
-        node: Where.
-        has_rule: Whether the operator has a rule, which does not cover this use.
+
+def paths_of(name: str) -> tuple[str, ...]:
+    """The dotted paths of the modules that hold a tensor, outermost first."""
+    parts = name.split(".")[:-1]
+    return tuple(".".join(parts[: n + 1]) for n in range(len(parts)))
+
+
+def names_like(names: Iterable[str], pattern: str, option: str) -> tuple[str, ...]:
+    """The tensor names that match a pattern.
+
+    Raises:
+        ControlError: None does.
     """
+    names = tuple(names)
+    found = tuple(name for name in names if fnmatchcase(name, pattern))
+    return found or nothing_like(pattern, option, names, "no tensor of the network has such a name")
 
-    node: fx.Node
-    has_rule: bool
 
+def names_under(names: Iterable[str], pattern: str, option: str) -> tuple[str, ...]:
+    """The tensor names that lie in a submodule whose path matches a pattern.
 
-@dataclass(frozen=True)
-class Mixing:
-    """A note that an operator mixes members that are put side by side.
+    A tensor that the network itself holds lies in no submodule and is matched by its own name.
 
-    Attributes:
-        why: What mixes.
-        node: Where.
-        sources: When not empty, it mixes only if members disagree on one of these parameters.
-        ids: When given, it mixes only if one of these neurons is averaged (an output).
+    Raises:
+        ControlError: None does.
     """
+    names = tuple(names)
+    paths = {name: paths_of(name) or (name,) for name in names}
+    found = tuple(n for n in names if any(fnmatchcase(path, pattern) for path in paths[n]))
+    known = tuple(dict.fromkeys(path for name in names for path in paths[name]))
+    return found or nothing_like(pattern, option, known, "no submodule of this path holds a tensor")
 
-    why: str
-    node: fx.Node | None
-    sources: frozenset[str] = frozenset()
-    ids: NDArray[np.int64] | None = None
 
+def nothing_like(pattern: str, option: str, known: Sequence[str], why: str) -> NoReturn:
+    """Raises the error for a pattern that matches nothing, with what comes close to it.
 
-@dataclass
-class Ledger:
-    """Everything that was found out about neurons: who owns them, who is tied to whom.
-
-    The rules in `fxfuse.analysis.rules` write into it; `fxfuse.analysis.coupling` reads it.
+    Raises:
+        ControlError: Always.
     """
-
-    owners: list[Place] = field(default_factory=list)
-    starts: list[int] = field(default_factory=list)
-    count: int = 1
-    ties: list[tuple[NDArray[np.int64], NDArray[np.int64], fx.Node | None]] = field(
-        default_factory=list
+    close = get_close_matches(pattern, known, n=5, cutoff=0.4) or list(known[:5])
+    more = f" (and {len(known) - len(close)} more)" if len(known) > len(close) else ""
+    raise ControlError(
+        f"{option}={pattern!r} matches nothing",
+        why=why,
+        how=f"there are {', '.join(close)}{more}" if known else "the network has no tensors",
     )
-    strands: list[tuple[NDArray[np.int64], NDArray[np.int64]]] = field(default_factory=list)
-    orders: list[tuple[NDArray[np.int64], NDArray[np.int64]]] = field(default_factory=list)
-    deferred: list[tuple[Field, Field, bool, fx.Node | None]] = field(default_factory=list)
-    freezes: list[Freeze] = field(default_factory=list)
-    mixings: list[Mixing] = field(default_factory=list)
-    gaps: list[Gap] = field(default_factory=list)
-    touches: list[tuple[NDArray[np.int64], NDArray[np.int64], int]] = field(default_factory=list)
-    readers: set[Place] = field(default_factory=set)
-    writers: set[Place] = field(default_factory=set)
-    node: fx.Node | None = None
-    clock: int = 0
-
-    def parameter(self, name: str, shape: Sequence[int]) -> Value:
-        """A parameter or float buffer, with fresh ids along each of its dimensions."""
-        fields = []
-        for dim, size in enumerate(shape):
-            if size > 1:
-                fields.append(numbered(shape, dim, self.fresh(size, (name, dim))))
-        return Value(tuple(shape), tuple(fields), (), frozenset({name}))
-
-    def fresh(self, size: int, owner: Place) -> int:
-        """Reserves `size` ids for an owner; returns the first."""
-        start = self.count
-        self.owners.append(owner)
-        self.starts.append(start)
-        self.count += size
-        return start
-
-    def owner_positions(self, ids: NDArray[np.int64]) -> NDArray[np.int64]:
-        """Index into `owners` for each id."""
-        found: NDArray[np.int64] = np.searchsorted(np.asarray(self.starts), ids, side="right") - 1
-        return found
-
-    def ids_of(self, owner: int) -> NDArray[np.int64]:
-        """The ids that an owner, given by its index into `owners`, has."""
-        end = self.starts[owner + 1] if owner + 1 < len(self.starts) else self.count
-        return np.arange(self.starts[owner], end)
-
-    def owners_of(self, ids: Ids) -> set[Place]:
-        """The (tensor, dim) pairs that own the given ids."""
-        flat = np.unique(flat_ids(neurons(ids)))
-        return {self.owners[i] for i in np.unique(self.owner_positions(flat[flat > 0]))}
-
-    # --- what rules say -------------------------------------------------------------------------
-
-    def tie(self, a: Ids, b: Ids) -> None:
-        """Neurons at the same place of `a` and `b` (broadcast) move together; 0 ties nothing."""
-        left, right = torch.broadcast_tensors(a, b)
-        x, y = flat_ids(left), flat_ids(right)
-        real = (x > 0) & (y > 0) & (x != y)
-        if real.any():
-            x, y = x[real], y[real]
-            self.strands.append((x, y))
-            self.ties.append((x & NEURON, y & NEURON, self.node))
-
-    def block(self, f: Field, dims: Iterable[int]) -> None:
-        """All neurons along `dims` become one unit, in order."""
-        dims, order, stride = tuple(dims), torch.zeros_like(f.ids), 1
-        for dim in dims:
-            size = f.ids.shape[dim]
-            line = torch.arange(size).reshape([-1 if d == dim else 1 for d in range(f.ids.dim())])
-            order, stride = order + line * stride, stride * size
-        self.tie(f.first(dims), f.ids)
-        self.orders.append((flat_ids(f.ids), flat_ids(order)))
-
-    def freeze(
-        self, f: Field, kind: Kind, why: str, *, operator: str = "", inside: bool = False
-    ) -> None:
-        """The neurons of a field stay where they are (the arguments are those of `Freeze`)."""
-        inside = inside or kind is Kind.HOST
-        ids = np.unique(f.tally[0] & NEURON)
-        self.freezes.append(Freeze(ids, kind, why, self.node, operator, inside))
-
-    def ask(self, tensor: str, kind: Kind, why: str) -> None:
-        """All neurons of a parameter stay where they are, because it was asked for."""
-        for owner, (name, _) in enumerate(self.owners):
-            if name == tensor:
-                self.freezes.append(Freeze(self.ids_of(owner), kind, why, None, asked=True))
-
-    def mix(self, why: str, sources: frozenset[str] = frozenset(), ids: Ids | None = None) -> None:
-        """Members put side by side no longer give the mean of the members after this operator."""
-        flat = None if ids is None else np.unique(flat_ids(neurons(ids)))
-        self.mixings.append(Mixing(why, self.node, sources, flat))
-
-    def touch(self, value: Value, tag: int = 0) -> None:
-        """Neurons of `value` pass through the current operator (part of a unit's signature)."""
-        self.touches += [(*f.tally, 2 * self.clock + tag) for f in value.fields]
-
-    def role(self, value: Value, f: Field, *, reader: bool) -> None:
-        """Notes on which side of its tensor a parameter's field is used."""
-        if value.is_parameter:
-            (self.readers if reader else self.writers).update(self.owners_of(f.ids))
-
-    # --- what follows ---------------------------------------------------------------------------
-
-    def components(self) -> NDArray[np.int64]:
-        """Connected component of each id; settles the ties that depend on blocks."""
-        pending = self.deferred
-        self.deferred = []
-        component = self._connect()
-        for small, large, is_parameter, node in pending:
-            self.node = node
-            if _is_blocked(component, small, large):
-                self.freeze(
-                    small,
-                    Kind.COMMON if is_parameter else Kind.HOST,
-                    "one index is shared by several units that each need it in order",
-                    inside=True,
-                )
-            else:
-                # What `large` has more of stays in order: two outputs of a depthwise channel, say.
-                self.block(large, sorted(set(large.dims) - set(small.dims)))
-                self.tie(small.ids, large.ids)
-        self.node = None
-        return self._connect() if pending else component
-
-    def slots(self, component: NDArray[np.int64]) -> NDArray[np.int64]:
-        """Numbers the neurons of one owner in each unit: equal numbers should correspond.
-
-        Neurons correspond when they play the same part in their units: the same owner, the same
-        place in every block, the same operators passed, tied in the same way to neurons that
-        correspond (colour refinement). Where that tells nothing, their indices decide;
-        `structure` says whether the units are alike under this numbering.
-        """
-        owner = self.owner_positions(np.arange(self.count))
-        keys, counts = np.unique(component * len(self.owners) + owner, return_counts=True)
-        # Units with one slot in each place have no order to find.
-        several = np.zeros(int(component.max(initial=0)) + 1, dtype=bool)
-        several[keys[counts > 1] // len(self.owners)] = True
-        wanted = several[component]
-        colour = self._seen(_scramble(owner.astype(np.uint64)))
-        ends = [
-            self._labelled(*strand, number, wanted) for number, strand in enumerate(self.strands)
-        ]
-        ends = [e for e in ends if len(e[0])]
-        known = 0
-        while known < (found := len(np.unique(colour[wanted]))):
-            known = found
-            around = np.zeros_like(colour)
-            for x, y, forth, back in ends:
-                np.add.at(around, x, _scramble(colour[y] ^ forth))
-                np.add.at(around, y, _scramble(colour[x] ^ back))
-            colour = _scramble(colour + _scramble(around))
-        chosen = np.flatnonzero(wanted)
-        place = np.stack([component, owner])[:, chosen]
-        order = np.lexsort((_ranks(colour[chosen]), place[1], place[0]))
-        slot = np.zeros_like(owner)
-        slot[chosen[order]] = counted(place[:, order])
-        return slot
-
-    def structure(
-        self, component: NDArray[np.int64], slots: NDArray[np.int64]
-    ) -> NDArray[np.uint64]:
-        """For each unit, a hash of all that was found out about its slots.
-
-        Two units with the same hash are interchangeable slot by slot: every operator treats their
-        slots alike, and the slots are tied alike.
-        """
-        owner = self.owner_positions(np.arange(self.count))
-        slot = _scramble((owner << PART | slots).astype(np.uint64))
-        result = np.zeros(int(component.max(initial=0)) + 1, dtype=np.uint64)
-        np.add.at(result, component, _scramble(self._seen(slot)))
-        everything = np.ones(self.count, dtype=bool)
-        for number, strand in enumerate(self.strands):
-            x, y, forth, _ = self._labelled(*strand, number, everything)
-            # Which end of a strand is which shows in its label.
-            np.add.at(result, component[x], _scramble(_scramble(slot[x] ^ forth) + slot[y]))
-        return result
-
-    def _seen(self, colour: NDArray[np.uint64]) -> NDArray[np.uint64]:
-        """Adds to each neuron's colour what the operators saw of the neuron itself."""
-        colour = colour.copy()
-        for ids, counts, tag in self.touches:
-            seen = counts.astype(np.uint64) * _scramble(_key(2 * tag, ids >> PART))
-            np.add.at(colour, ids & NEURON, seen)
-        for number, (ids, order) in enumerate(self.orders):
-            place = _scramble(_key(2 * number + 1, ids >> PART)) + order.astype(np.uint64)
-            np.add.at(colour, ids & NEURON, _scramble(place))
-        return colour
-
-    def _labelled(
-        self,
-        x: NDArray[np.int64],
-        y: NDArray[np.int64],
-        number: int,
-        wanted: NDArray[np.bool_],
-    ) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.uint64], NDArray[np.uint64]]:
-        """Both ends of a strand, and its label as seen from either: which tie, which parts."""
-        kept = wanted[x & NEURON]
-        x, y = x[kept], y[kept]
-        forth = _scramble(_scramble(_key(2 * number, x >> PART)) + (y >> PART).astype(np.uint64))
-        return x & NEURON, y & NEURON, forth, ~forth
-
-    def _connect(self) -> NDArray[np.int64]:
-        if not self.ties:
-            return np.arange(self.count)
-        a = np.concatenate([x for x, _, _ in self.ties])
-        b = np.concatenate([y for _, y, _ in self.ties])
-        graph = coo_array((np.ones(len(a), dtype=np.int8), (a, b)), shape=(self.count, self.count))
-        _, component = connected_components(graph, directed=False)
-        return np.asarray(component, dtype=np.int64)
 
 
-def _scramble(keys: NDArray[np.uint64]) -> NDArray[np.uint64]:
-    """A 64-bit hash (splitmix64), so that sums of colours tell multisets apart."""
-    with np.errstate(over="ignore"):
-        x = keys.astype(np.uint64) + np.uint64(0x9E3779B97F4A7C15)
-        x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-        x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-        return x ^ (x >> np.uint64(31))
+def asked_for(program: Program, constraints: Constraints) -> dict[str, Asked]:
+    """What was asked for each tensor, by canonical name.
 
-
-def _key(number: int, part: NDArray[np.int64]) -> NDArray[np.uint64]:
-    return (part << PART | number).astype(np.uint64)
-
-
-def _ranks(colours: NDArray[np.uint64]) -> NDArray[np.int64]:
-    """Colours as small numbers, in the order in which they first appear."""
-    _, first, inverse = np.unique(colours, return_index=True, return_inverse=True)
-    return np.argsort(np.argsort(first))[inverse].astype(np.int64)
-
-
-def _is_blocked(component: NDArray[np.int64], small: Field, large: Field) -> bool:
-    """Whether `large` is tied along the dimensions of `small`: then `small` is an order in it.
-
-    A single unit shares the order with nobody.
+    Raises:
+        ControlError: A pattern matches nothing, or two options contradict each other.
     """
-    grouped = component[neurons(large.ids).numpy()]
-    if bool((grouped == grouped.flat[0]).all()):
-        return False
-    dims = [d for d in small.dims if large.ids.shape[d] > 1]
-    return all(bool((grouped == grouped.take([0], axis=d)).all()) for d in dims)
+    found: dict[str, Asked] = {}
+    for option, patterns, search, kind in (
+        ("freeze", constraints.freeze, names_like, Kind.KEEP_BASE),
+        ("ignore", constraints.ignore, names_under, Kind.KEEP_BASE),
+        ("share", constraints.share, names_like, Kind.SHARED_INDEX),
+    ):
+        for pattern in patterns:
+            asked = Asked(kind, f"asked for: {option}={pattern}")
+            for name in search(program.names, pattern, option):
+                _add(found, program, name, asked)
+    return found
+
+
+def _add(found: dict[str, Asked], program: Program, name: str, asked: Asked) -> None:
+    if name in program.heads:
+        raise ControlError(
+            "a head is asked to stay or to be shared",
+            where=name,
+            why=f"{asked.why}, but every head keeps its own member's weights anyhow",
+            how="choose a pattern that matches tensors of the trunk only",
+        )
+    earlier = found.setdefault(program.canonical[name], asked)
+    if earlier.kind is not asked.kind:
+        raise contradiction(name, earlier.why, asked.why)
+
+
+def contradiction(where: str, first: str, second: str) -> ControlError:
+    """The error for something that is to be the base member's and shared at once."""
+    return ControlError(
+        "two options contradict each other",
+        where=where,
+        why=f"{first}, but also {second}",
+        how="what is the base member's is no mean of the members: drop one of the two patterns",
+    )
+
+
+def interface_dims(program: Program, constraints: Constraints) -> dict[int, frozenset[int]]:
+    """The interface dimensions of the outputs that are listed, counted from the front.
+
+    Raises:
+        ControlError: There is no such output, or it has no such dimension.
+    """
+    outputs = program.outputs()
+    found = {}
+    ranks = {
+        index: node.meta["val"].dim()
+        for index, node in enumerate(outputs)
+        if isinstance(node, fx.Node) and isinstance(node.meta.get("val"), torch.Tensor)
+    }
+    for index, dims in constraints.output_dims.items():
+        if index not in ranks:
+            raise ControlError(
+                f"output_dims names output {index}, which the network does not have",
+                how="in flattened order, the network has the outputs "
+                + ", ".join(f"{i} ({rank} dimensions)" for i, rank in ranks.items()),
+            )
+        rank = ranks[index]
+        for dim in dims:
+            if not -rank <= dim < rank:
+                raise ControlError(
+                    f"output {index} has no dimension {dim}",
+                    where=f"output_dims={dict(constraints.output_dims)}",
+                    why=f"it has {rank} dimensions",
+                )
+        found[index] = frozenset(dim % rank for dim in dims)
+    return found

@@ -14,23 +14,23 @@ import numpy as np
 from torch import fx, nn
 from torch.export import ExportedProgram
 
-from fxfuse.analysis.constraints import Ledger
-from fxfuse.analysis.controls import (
+from fxfuse.analysis.constraints import (
     Asked,
-    Controls,
+    Constraints,
     OutputDims,
     Patterns,
     asked_for,
     interface_dims,
 )
+from fxfuse.analysis.coupling_constraints import CouplingConstraints
 from fxfuse.analysis.explain import Explainer
 from fxfuse.analysis.freezing import FrozenReason, excused, frozen_components, frozen_places
 from fxfuse.analysis.gaps import WithoutRule, without_rule
 from fxfuse.analysis.grouping import CouplingGroup, form_groups
 from fxfuse.analysis.interpreter import interpret
-from fxfuse.analysis.labels import Index, Kind, Place, Value
+from fxfuse.analysis.labels import AbstractTensor, Index, Kind, Place
 from fxfuse.analysis.mixing import MixingNote, mixing_notes, shared_writers, tied_outputs
-from fxfuse.graph.capture import Captured, capture
+from fxfuse.graph.capture import Program, capture
 
 # What an analysis consists of is imported from here, whichever file makes it.
 __all__ = [
@@ -52,7 +52,7 @@ class CouplingGraph:
     """The result of `analyze`.
 
     Attributes:
-        captured: The captured network.
+        program: The captured network.
         groups: Coupling groups.
         frozen: Reason for every place that is frozen, wholly or in part.
         mixing: Operators that mix members.
@@ -65,7 +65,7 @@ class CouplingGraph:
         whole: Of a `trunk()`, the analysis with the members' heads; None: this one is whole.
     """
 
-    captured: Captured
+    program: Program
     groups: tuple[CouplingGroup, ...]
     frozen: Mapping[Place, FrozenReason]
     mixing: tuple[MixingNote, ...]
@@ -73,7 +73,7 @@ class CouplingGraph:
     readers: frozenset[Place]
     writers: frozenset[Place]
     values: Mapping[fx.Node, Any] = field(repr=False)
-    ledger: Ledger = field(repr=False)
+    coupling: CouplingConstraints = field(repr=False)
     asked: Mapping[str, Asked] = field(default_factory=dict)
     without_rule: tuple[WithoutRule, ...] = ()
     members: tuple[CouplingGraph, ...] = field(default=(), repr=False)
@@ -109,8 +109,8 @@ class CouplingGraph:
     @cached_property
     def _nodes(self) -> tuple[Mapping[fx.Node, fx.Node], ...]:
         """For each member, its own nodes: the graphs differ in sizes alone."""
-        nodes = list(self.captured.graph.nodes)
-        each = (member.captured.graph.nodes for member in self.members)
+        nodes = list(self.program.graph.nodes)
+        each = (member.program.graph.nodes for member in self.members)
         return tuple(dict(zip(nodes, own, strict=True)) for own in each)
 
     @cached_property
@@ -124,7 +124,7 @@ class CouplingGraph:
 
     @cached_property
     def _explainer(self) -> Explainer:
-        return Explainer(self.captured, self.ledger, self.group_of, self.frozen)
+        return Explainer(self.program, self.coupling, self.group_of, self.frozen)
 
     def to_networkx(self) -> nx.Graph:
         """The coupling as a graph: nodes `(tensor, dim)`, edges with the fx nodes that tied them.
@@ -159,9 +159,9 @@ class CouplingGraph:
 
     def trunk(self) -> CouplingGraph:
         """The same analysis with groups of which the members' own heads are no part."""
-        if not self.captured.heads:
+        if not self.program.heads:
             return self
-        heads = self.captured.heads
+        heads = self.program.heads
 
         def without_heads(group: CouplingGroup) -> CouplingGroup:
             kept = {place: rows for place, rows in group.index.items() if place[0] not in heads}
@@ -171,7 +171,7 @@ class CouplingGraph:
         return replace(self, groups=groups, whole=self.whole or self)
 
     def freezing(self, names: Iterable[str], why: str) -> CouplingGraph:
-        """The same analysis with some groups frozen (inside the network, so of kind host)."""
+        """The same analysis with some groups frozen (inside the network: the base member keeps them)."""
         chosen = set(names)
         frozen = dict(self.frozen)
         for group in self.groups:
@@ -179,19 +179,19 @@ class CouplingGraph:
                 for place, rows in group.index.items():
                     before = frozen[place].indices if place in frozen else np.empty(0, np.int64)
                     indices = np.union1d(before, rows.reshape(-1))
-                    frozen[place] = FrozenReason(Kind.HOST, why, "", "", indices)
+                    frozen[place] = FrozenReason(Kind.KEEP_BASE, why, "", "", indices)
         groups = tuple(g for g in self.groups if g.name not in chosen)
         return replace(
             self,
             groups=groups,
             frozen=frozen,
-            free_fraction=_free_fraction(self.captured, groups),
+            free_fraction=_free_fraction(self.program, groups),
             members=tuple(member.freezing(names, why) for member in self.members),
         )
 
 
 def analyze(
-    model: nn.Module | ExportedProgram | Captured,
+    model: nn.Module | ExportedProgram | Program,
     example_inputs: Any = (),
     example_kwargs: Mapping[str, Any] | None = None,
     *,
@@ -209,8 +209,9 @@ def analyze(
         model: What `fxfuse.capture` takes, or its result.
         example_inputs: A tensor or a tuple of positional inputs, batch of at least 2.
         example_kwargs: Keyword inputs.
-        freeze: `state_dict()` names of parameters that stay exactly as in the host. Every
-            dimension freezes, and what is coupled to it follows: the host keeps it. A dimension
+        freeze: `state_dict()` names of parameters that stay exactly as in the base member. Every
+            dimension freezes, and what is coupled to it follows: the base member keeps it. A
+            dimension
             that means the same in all members anyhow (input channels, tokens) draws nothing in.
         share: `state_dict()` names of parameters whose index means the same in all members (a
             pretrained stem that all members hold): the members' mean is taken, along with
@@ -231,79 +232,79 @@ def analyze(
         CaptureError: The model cannot be captured.
         ControlError: An option names nothing in the network, or two contradict each other.
     """
-    captured = model
-    if not isinstance(captured, Captured):
-        captured = capture(captured, example_inputs, example_kwargs, dynamic_shapes=dynamic_shapes)
-    return couple(captured, Controls.of(freeze, share, ignore, output_dims))
+    program = model
+    if not isinstance(program, Program):
+        program = capture(program, example_inputs, example_kwargs, dynamic_shapes=dynamic_shapes)
+    return couple(program, Constraints.of(freeze, share, ignore, output_dims))
 
 
-def couple(captured: Captured, controls: Controls) -> CouplingGraph:
+def couple(program: Program, constraints: Constraints) -> CouplingGraph:
     """Finds the coupling groups of a captured network.
 
     Args:
-        captured: The network.
-        controls: The options of `analyze`.
+        program: The network.
+        constraints: The options of `analyze`.
 
     Raises:
         ControlError: An option names nothing in the network, or two contradict each other.
     """
-    asked = asked_for(captured, controls)
-    missing = captured.unreached(excused(asked))
+    asked = asked_for(program, constraints)
+    missing = program.unreached(excused(asked))
     if missing:
         warnings.warn(
             f"the example inputs do not reach {', '.join(missing)}: nothing is known of these, and "
             "they count as frozen. Pass an example that reaches them.",
             stacklevel=3,
         )
-    ledger, values = interpret(captured, interface_dims(captured, controls))
+    coupling, values = interpret(program, interface_dims(program, constraints))
     for name, wish in asked.items():
-        ledger.ask(name, wish.kind, wish.why)
-    component = ledger.components()
-    stuck = frozen_components(captured, ledger, component)
-    groups = form_groups(captured, ledger, component, stuck.mask)
-    frozen = frozen_places(captured, ledger, component, stuck, asked)
+        coupling.ask(name, wish.kind, wish.why)
+    component = coupling.components()
+    stuck = frozen_components(program, coupling, component)
+    groups = form_groups(program, coupling, component, stuck.mask)
+    frozen = frozen_places(program, coupling, component, stuck, asked)
     notes = [
-        *mixing_notes(ledger, component, stuck, values),
-        *shared_writers(captured, groups, frozen, ledger.readers, asked),
-        *tied_outputs(captured, groups, frozen, ledger.readers, ledger.writers),
+        *mixing_notes(coupling, component, stuck, values),
+        *shared_writers(program, groups, frozen, coupling.readers, asked),
+        *tied_outputs(program, groups, frozen, coupling.readers, coupling.writers),
     ]
     return CouplingGraph(
-        captured,
+        program,
         groups,
         frozen,
         tuple(notes),
-        _free_fraction(captured, groups),
-        frozenset(ledger.readers),
-        frozenset(ledger.writers),
+        _free_fraction(program, groups),
+        frozenset(coupling.readers),
+        frozenset(coupling.writers),
         values,
-        ledger,
+        coupling,
         asked,
-        without_rule(ledger),
+        without_rule(coupling),
     )
 
 
-def hands_out(graph: CouplingGraph, controls: Controls) -> bool:
+def hands_out(graph: CouplingGraph, constraints: Constraints) -> bool:
     """Whether units stand in an output along a dimension that is no interface (`output_dims`).
 
     Args:
         graph: The analysis of a network.
-        controls: The options that it was made with.
+        constraints: The options that it was made with.
     """
-    outputs, interface = graph.captured.outputs(), interface_dims(graph.captured, controls)
+    outputs, interface = graph.program.outputs(), interface_dims(graph.program, constraints)
     values = {index: graph.values.get(outputs[index]) for index in interface}
     return any(
         interface[index].isdisjoint(f.dims)
         for index, value in values.items()
-        if isinstance(value, Value)
+        if isinstance(value, AbstractTensor)
         for f in value.fields
     )
 
 
-def _free_fraction(captured: Captured, groups: Iterable[CouplingGroup]) -> float:
-    free = {captured.canonical[name] for group in groups for name, _ in group.index}
+def _free_fraction(program: Program, groups: Iterable[CouplingGroup]) -> float:
+    free = {program.canonical[name] for group in groups for name, _ in group.index}
     total = inside = 0
-    for name in captured.reached():
-        tensor = captured.tensor(name)
+    for name in program.reached():
+        tensor = program.tensor(name)
         if isinstance(tensor, nn.Parameter):
             total += tensor.numel()
             inside += tensor.numel() if name in free else 0

@@ -10,12 +10,12 @@ from itertools import pairwise
 import networkx as nx
 import numpy as np
 
-from fxfuse.analysis.constraints import Ledger
+from fxfuse.analysis.coupling_constraints import CouplingConstraints
 from fxfuse.analysis.freezing import FrozenReason
 from fxfuse.analysis.grouping import CouplingGroup
 from fxfuse.analysis.labels import Place
 from fxfuse.errors import UnknownTensorError
-from fxfuse.graph.capture import Captured
+from fxfuse.graph.capture import Program
 from fxfuse.graph.source_lines import source_of
 
 
@@ -24,35 +24,35 @@ class Explainer:
     """Puts an analysis into sentences.
 
     Attributes:
-        captured: The network.
-        ledger: What was found out.
+        program: The network.
+        coupling: What was found out.
         group_of: The groups that own slots in each place.
         frozen: Why places are frozen.
     """
 
-    captured: Captured
-    ledger: Ledger
+    program: Program
+    coupling: CouplingConstraints
     group_of: Mapping[Place, tuple[CouplingGroup, ...]]
     frozen: Mapping[Place, FrozenReason]
 
     @cached_property
     def graph(self) -> nx.Graph:
         """Nodes `(tensor, dim)`, edges with the fx nodes that tied them."""
-        ledger = self.ledger
+        coupling = self.coupling
         result: nx.Graph = nx.Graph()
-        for owner, place in enumerate(ledger.owners):
+        for owner, place in enumerate(coupling.owners):
             result.add_node(
                 place,
-                size=len(ledger.ids_of(owner)),
+                size=len(coupling.ids_of(owner)),
                 groups=[g.name for g in self.group_of.get(place, ())],
                 frozen=self.frozen[place].why if place in self.frozen else "",
             )
-        for a, b, node in ledger.ties:
-            pairs = np.stack([ledger.owner_positions(a), ledger.owner_positions(b)], axis=1)
+        for a, b, node in coupling.ties:
+            pairs = np.stack([coupling.owner_positions(a), coupling.owner_positions(b)], axis=1)
             for left, right in np.unique(pairs, axis=0).tolist():
                 if left == right or node is None:
                     continue
-                u, v = ledger.owners[left], ledger.owners[right]
+                u, v = coupling.owners[left], coupling.owners[right]
                 if not result.has_edge(u, v):
                     result.add_edge(u, v, nodes=[])
                 if node.name not in result.edges[u, v]["nodes"]:
@@ -108,26 +108,26 @@ class Explainer:
 
     def _place(self, place: Place) -> Place:
         name, dim = place
-        if name not in self.captured.canonical:
-            close = [n for n in self.captured.names if name in n][:5]
+        if name not in self.program.canonical:
+            close = [n for n in self.program.names if name in n][:5]
             raise UnknownTensorError(
                 f"the network has no tensor {name!r}",
                 how="use a name of model.state_dict()" + (f", such as {close}" if close else ""),
             )
-        rank = self.captured.tensor(name).dim()
+        rank = self.program.tensor(name).dim()
         if not -rank <= dim < rank:
             raise UnknownTensorError(
                 f"{name!r} has no dimension {dim}", why=f"it has {rank} dimensions"
             )
-        return self.captured.canonical[name], dim % rank
+        return self.program.canonical[name], dim % rank
 
     def _size(self, place: Place) -> int:
-        return int(self.captured.tensor(place[0]).shape[place[1]])
+        return int(self.program.tensor(place[0]).shape[place[1]])
 
     def _chain(self, a: Place, b: Place) -> list[str]:
         if a not in self.graph or b not in self.graph or not nx.has_path(self.graph, a, b):
             return []
-        by_name = {node.name: node for node in self.captured.graph.nodes}
+        by_name = {node.name: node for node in self.program.graph.nodes}
         path = nx.shortest_path(self.graph, a, b)
         steps = []
         for left, right in pairwise(path):

@@ -8,19 +8,19 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 from numpy.typing import NDArray
 
-from fxfuse.analysis.constraints import Freeze, Ledger
-from fxfuse.analysis.controls import Asked, contradiction
+from fxfuse.analysis.constraints import Asked, contradiction
+from fxfuse.analysis.coupling_constraints import CouplingConstraints, Freeze
 from fxfuse.analysis.heads import region_of
 from fxfuse.analysis.labels import Index, Kind, Place
 from fxfuse.analysis.rules import rule_file
-from fxfuse.graph.capture import Captured
+from fxfuse.graph.capture import Program
 from fxfuse.graph.source_lines import source_of
 from fxfuse.graph.tensors import is_constant
 
-_KINDS = (Kind.HOST, Kind.OUTPUT, Kind.COMMON)
+_KINDS = (Kind.KEEP_BASE, Kind.OUTPUT, Kind.SHARED_INDEX)
 #: Where an index means the same in all members anyhow, a wish concerns its tensor alone.
-_SPARED = {Kind.HOST: Kind.COMMON, Kind.COMMON: Kind.OUTPUT}
-_HEAD = Freeze(np.empty(0, np.int64), Kind.COMMON, "lies inside the head of one member", None)
+_SPARED = {Kind.KEEP_BASE: Kind.SHARED_INDEX, Kind.SHARED_INDEX: Kind.OUTPUT}
+_HEAD = Freeze(np.empty(0, np.int64), Kind.SHARED_INDEX, "lies inside the head of one member", None)
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,7 @@ class FrozenReason:
         Inputs and outputs of the network, positions in a kernel or a sequence, integer constants,
         and dimensions of size 1.
         """
-        return self.kind is not Kind.HOST and not self.inside
+        return self.kind is not Kind.KEEP_BASE and not self.inside
 
 
 @dataclass(frozen=True)
@@ -95,35 +95,37 @@ class FrozenComponents:
 
 
 def excused(asked: Mapping[str, Asked]) -> frozenset[str]:
-    """Tensors that stay the host's as they are, so that nothing has to be known of them."""
-    return frozenset(name for name, wish in asked.items() if wish.kind is Kind.HOST)
+    """Tensors that stay the base member's as they are, so that nothing has to be known of them."""
+    return frozenset(name for name, wish in asked.items() if wish.kind is Kind.KEEP_BASE)
 
 
-def frozen_components(captured: Captured, ledger: Ledger, component: Index) -> FrozenComponents:
+def frozen_components(
+    program: Program, coupling: CouplingConstraints, component: Index
+) -> FrozenComponents:
     """Kind and first reason of every frozen component.
 
     Args:
-        captured: The network.
-        ledger: What was found out.
+        program: The network.
+        coupling: What was found out.
         component: The component of each id.
 
     Raises:
-        ControlError: A component is to be the host's and shared at once.
+        ControlError: A component is to be the base member's and shared at once.
     """
-    heads = _inside_heads(captured, ledger, component)
+    heads = _inside_heads(program, coupling, component)
     size = len(heads)
     needed = np.full((len(_KINDS), size), -1, dtype=np.int64)
     wished = needed.copy()
     # What lies inside could be mended, so it is only said where nothing else holds.
-    order = sorted(range(len(ledger.freezes)), key=lambda n: ledger.freezes[n].inside)
+    order = sorted(range(len(coupling.freezes)), key=lambda n: coupling.freezes[n].inside)
     # Backwards, so that the first reason is the one that stays.
     for number in reversed(order):
-        freeze = ledger.freezes[number]
+        freeze = coupling.freezes[number]
         table = wished if freeze.asked else needed
         table[_KINDS.index(freeze.kind), component[freeze.ids]] = number
     read = np.zeros(size, dtype=bool)
-    for place in ledger.readers:
-        read[component[ledger.ids_of(ledger.owners.index(place))]] = True
+    for place in coupling.readers:
+        read[component[coupling.ids_of(coupling.owners.index(place))]] = True
     kind = np.full(size, -1, dtype=np.int8)
     for number in reversed(range(len(_KINDS))):
         kind[needed[number] >= 0] = number
@@ -137,20 +139,20 @@ def frozen_components(captured: Captured, ledger: Ledger, component: Index) -> F
     }
     torn = np.flatnonzero(np.logical_and(*granted.values()))
     if len(torn):
-        wishes = [ledger.freezes[wished[_KINDS.index(k), torn[0]]] for k in granted]
-        places = [ledger.owners[int(ledger.owner_positions(w.ids)[0])] for w in wishes]
+        wishes = [coupling.freezes[wished[_KINDS.index(k), torn[0]]] for k in granted]
+        places = [coupling.owners[int(coupling.owner_positions(w.ids)[0])] for w in wishes]
         where = " is coupled with ".join(f"{name}:{dim}" for name, dim in places)
         raise contradiction(where, *(w.why for w in wishes))
     for k, mask in granted.items():
         kind[mask] = _KINDS.index(k)
         reason[mask] = wished[_KINDS.index(k)][mask]
-    kind[heads], reason[heads] = _KINDS.index(_HEAD.kind), len(ledger.freezes)
-    return FrozenComponents(kind, reason, (*ledger.freezes, _HEAD))
+    kind[heads], reason[heads] = _KINDS.index(_HEAD.kind), len(coupling.freezes)
+    return FrozenComponents(kind, reason, (*coupling.freezes, _HEAD))
 
 
 def frozen_places(
-    captured: Captured,
-    ledger: Ledger,
+    program: Program,
+    coupling: CouplingConstraints,
     component: Index,
     stuck: FrozenComponents,
     asked: Mapping[str, Asked],
@@ -158,19 +160,19 @@ def frozen_places(
     """Why each place is frozen, of those that are, wholly or in part.
 
     Args:
-        captured: The network.
-        ledger: What was found out.
+        program: The network.
+        coupling: What was found out.
         component: The component of each id.
         stuck: The frozen components.
         asked: What options asked for, by canonical tensor name.
     """
     by_owner: dict[Place, Index] = {}
-    for owner, place in enumerate(ledger.owners):
-        by_owner[place] = component[ledger.ids_of(owner)]
-    reached = captured.reached()
+    for owner, place in enumerate(coupling.owners):
+        by_owner[place] = component[coupling.ids_of(owner)]
+    reached = program.reached()
     frozen: dict[Place, FrozenReason] = {}
-    for name, first in captured.canonical.items():
-        tensor = captured.tensor(name)
+    for name, first in program.canonical.items():
+        tensor = program.tensor(name)
         for dim, size in enumerate(tensor.shape):
             members = by_owner.get((first, dim))
             everything = np.arange(size)
@@ -179,14 +181,14 @@ def frozen_places(
                 frozen[(name, dim)] = FrozenReason(wish.kind, wish.why, "", "", everything)
             elif is_constant(tensor):
                 why = "an integer or boolean tensor is a constant of the network"
-                frozen[(name, dim)] = FrozenReason(Kind.COMMON, why, "", "", everything)
+                frozen[(name, dim)] = FrozenReason(Kind.SHARED_INDEX, why, "", "", everything)
             elif first not in reached:
                 why = "the captured graph does not read this tensor"
-                reason = FrozenReason(Kind.COMMON, why, "", "", everything, inside=True)
+                reason = FrozenReason(Kind.SHARED_INDEX, why, "", "", everything, inside=True)
                 frozen[(name, dim)] = reason
             elif members is None:
                 why = "size 1: there is nothing to permute"
-                frozen[(name, dim)] = FrozenReason(Kind.COMMON, why, "", "", everything)
+                frozen[(name, dim)] = FrozenReason(Kind.SHARED_INDEX, why, "", "", everything)
             else:
                 indices = np.flatnonzero(stuck.mask[members])
                 if len(indices):
@@ -195,16 +197,18 @@ def frozen_places(
     return frozen
 
 
-def _inside_heads(captured: Captured, ledger: Ledger, component: Index) -> NDArray[np.bool_]:
+def _inside_heads(
+    program: Program, coupling: CouplingConstraints, component: Index
+) -> NDArray[np.bool_]:
     """Components that only heads have: a head keeps its member's order in them."""
     size = int(component.max(initial=0)) + 1
     heads, trunk = np.zeros(size, dtype=bool), np.zeros(size, dtype=bool)
-    if not captured.heads:
+    if not program.heads:
         return heads
-    inner = {f"<{node.name}>" for node in region_of(captured, captured.heads)}
-    for owner, (name, _) in enumerate(ledger.owners):
-        own = name in captured.heads or name in inner
-        (heads if own else trunk)[component[ledger.ids_of(owner)]] = True
+    inner = {f"<{node.name}>" for node in region_of(program, program.heads)}
+    for owner, (name, _) in enumerate(coupling.owners):
+        own = name in program.heads or name in inner
+        (heads if own else trunk)[component[coupling.ids_of(owner)]] = True
     return heads & ~trunk
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import fx
 
-from fxfuse.analysis.constraints import Ledger
+from fxfuse.analysis.coupling_constraints import CouplingConstraints
 from fxfuse.analysis.rules import rule_file
 from fxfuse.graph.source_lines import source_of
 
@@ -37,10 +37,10 @@ class WithoutRule:
         return self.sources[0]
 
 
-def without_rule(ledger: Ledger) -> tuple[WithoutRule, ...]:
+def without_rule(coupling: CouplingConstraints) -> tuple[WithoutRule, ...]:
     """The gaps that the rules left, those of one operator together, in graph order."""
     found: dict[tuple[Any, bool], list[fx.Node]] = defaultdict(list)
-    for gap in ledger.gaps:
+    for gap in coupling.gaps:
         found[(gap.node.target, gap.has_rule)].append(gap.node)
     return tuple(
         WithoutRule(

@@ -9,9 +9,9 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from fxfuse.analysis.constraints import Ledger
+from fxfuse.analysis.coupling_constraints import CouplingConstraints
 from fxfuse.analysis.labels import Index, Place
-from fxfuse.graph.capture import Captured
+from fxfuse.graph.capture import Program
 
 
 @dataclass(frozen=True)
@@ -34,22 +34,22 @@ class CouplingGroup:
 
 
 def form_groups(
-    captured: Captured,
-    ledger: Ledger,
+    program: Program,
+    coupling: CouplingConstraints,
     component: Index,
     frozen: NDArray[np.bool_],
 ) -> tuple[CouplingGroup, ...]:
     """Free components are units; those of one structure are a group.
 
     Args:
-        captured: The network.
-        ledger: What was found out.
+        program: The network.
+        coupling: What was found out.
         component: The component of each id.
         frozen: bool [components].
     """
-    parts = ledger.slots(component)
-    structure = ledger.structure(component, parts)
-    places = [(p, ledger.ids_of(owner)) for owner, p in enumerate(ledger.owners) if _is_real(p)]
+    parts = coupling.slots(component)
+    structure = coupling.structure(component, parts)
+    places = [(p, coupling.ids_of(owner)) for owner, p in enumerate(coupling.owners) if _is_real(p)]
     appeared = np.full(len(frozen), len(places))
     for number, (_, ids) in reversed(list(enumerate(places))):
         appeared[component[ids]] = number
@@ -65,7 +65,7 @@ def form_groups(
     together = np.argsort(group, kind="stable")
     unit_of[units[together]] = np.arange(len(units)) - np.repeat(np.cumsum(sizes) - sizes, sizes)
     aliases = defaultdict(list)
-    for name, canonical in captured.canonical.items():
+    for name, canonical in program.canonical.items():
         aliases[canonical].append(name)
     indexes: list[dict[Place, Index]] = [{} for _ in sizes]
     for (name, dim), ids in places:

@@ -8,18 +8,18 @@ from collections.abc import Sequence
 import numpy as np
 from torch import fx
 
-from fxfuse.analysis.controls import Controls, names_under
+from fxfuse.analysis.constraints import Constraints, names_under
 from fxfuse.analysis.coupling import couple
 from fxfuse.analysis.label_spaces import LabelSpaces
-from fxfuse.analysis.labels import Value, neurons
+from fxfuse.analysis.labels import AbstractTensor, neurons
 from fxfuse.errors import PartialFusionError
-from fxfuse.graph.capture import Captured
+from fxfuse.graph.capture import Program
 
 _HOW = "name the modules that write the logits: heads=[...], with head_outputs="
 
 
 def find_heads(
-    members: Sequence[Captured], patterns: tuple[str, ...], spaces: LabelSpaces
+    members: Sequence[Program], patterns: tuple[str, ...], spaces: LabelSpaces
 ) -> tuple[tuple[str, ...], int]:
     """The heads whose outputs become one tensor, and the dimension of that tensor that is classes.
 
@@ -27,7 +27,7 @@ def find_heads(
     class.
 
     Args:
-        members: Captured members.
+        members: Program members.
         patterns: The caller's patterns of the heads; none where they are to be found.
         spaces: How the heads are handed out.
 
@@ -41,7 +41,7 @@ def find_heads(
             classes are not those of the members.
     """
     for member in members:
-        member.require_program()
+        member.require_exported()
     outputs = [_output(member) for member in members]
     shapes = [output.meta["val"].shape for output in outputs]
     ranks = {len(shape) for shape in shapes}
@@ -82,7 +82,7 @@ def find_heads(
     return patterns or tuple(sorted(modules)), dim
 
 
-def _output(member: Captured) -> fx.Node:
+def _output(member: Program) -> fx.Node:
     tensors = [node for node in member.outputs() if isinstance(node, fx.Node)]
     if len(tensors) == 1:
         return tensors[0]
@@ -93,18 +93,18 @@ def _output(member: Captured) -> fx.Node:
     )
 
 
-def _writers(member: Captured, output: fx.Node) -> dict[int, set[str]]:
+def _writers(member: Program, output: fx.Node) -> dict[int, set[str]]:
     """For each dimension of the output, the tensors that have an index for each place along it."""
-    graph = couple(member, Controls())
-    component = graph.ledger.components()
+    graph = couple(member, Constraints())
+    component = graph.coupling.components()
     value = graph.values[output]
     found: dict[int, set[str]] = defaultdict(set)
-    for f in value.fields if isinstance(value, Value) else ():
+    for f in value.fields if isinstance(value, AbstractTensor) else ():
         here = component[neurons(f.ids).reshape(-1).numpy()]
         if len(f.dims) != 1 or len(np.unique(here)) < len(here):
             continue
-        for owner, (name, _) in enumerate(graph.ledger.owners):
-            ids = graph.ledger.ids_of(owner)
+        for owner, (name, _) in enumerate(graph.coupling.owners):
+            ids = graph.coupling.ids_of(owner)
             if name in member.canonical and np.isin(component[ids], here).any():
                 found[f.dims[0]].add(name)
     return dict(found)

@@ -17,10 +17,10 @@ import torch.utils._pytree as pytree
 from torch import fx, nn
 from torch.fx.graph import _PyTreeCodeGen
 
-from fxfuse.analysis.controls import Patterns, listed, names_under
+from fxfuse.analysis.constraints import Patterns, listed, names_under
 from fxfuse.analysis.label_spaces import LabelSpaces
 from fxfuse.errors import PartialFusionError
-from fxfuse.graph.capture import Captured
+from fxfuse.graph.capture import Program
 from fxfuse.graph.same_network import check_same_network
 from fxfuse.graph.source_lines import source_of
 from fxfuse.graph.tensors import attach, is_constant
@@ -36,7 +36,7 @@ class Joined:
     """The members as one network: the trunk once, and every member's head.
 
     Attributes:
-        captured: The trunk of member 0 and all heads. Tensors of head i are named
+        program: The trunk of member 0 and all heads. Tensors of head i are named
             `heads.<i>.<name>`; it returns a tuple with the outputs of each head, structured as its
             member's, or one tensor for all of them, structured as member 0's output.
         states: For each member, its tensors by those names. Its head's buffers stand under the
@@ -44,12 +44,12 @@ class Joined:
             not have (a variance of 0 is no variance to train with).
     """
 
-    captured: Captured
+    program: Program
     states: tuple[dict[str, torch.Tensor], ...]
 
 
 def join(
-    members: Sequence[Captured],
+    members: Sequence[Program],
     patterns: Patterns,
     spaces: LabelSpaces = _APART,
     dim: int = 0,
@@ -57,7 +57,7 @@ def join(
     """Writes the trunk once and the heads side by side.
 
     Args:
-        members: Captured members, equal in everything but their heads.
+        members: Program members, equal in everything but their heads.
         patterns: Dotted paths of the head modules, `fnmatch` patterns.
         spaces: How the heads are handed out.
         dim: The output's dimension of classes, where they are handed out as one tensor.
@@ -69,7 +69,7 @@ def join(
         PartialFusionError: The heads cannot be kept apart from the trunk.
     """
     for member in members:
-        member.require_program()
+        member.require_exported()
     parts = [_split(member, patterns) for member in members]
     check_same_network([part.trunk_alone() for part in parts])
     return _Joiner(parts, spaces, dim).run()
@@ -81,20 +81,20 @@ def head_name(member: int, name: str) -> str:
 
 
 def joined_state(
-    captured: Captured, member: int, state: Mapping[str, torch.Tensor]
+    program: Program, member: int, state: Mapping[str, torch.Tensor]
 ) -> dict[str, torch.Tensor]:
     """A member's tensors, by their names in the joined network (`Joined.states`).
 
     Args:
-        captured: The joined network.
+        program: The joined network.
         member: Number of the member.
         state: Its tensors by its own names; what it lacks is left out.
     """
     own, standing_in = {}, {}
-    for joined in captured.names:
-        owner = captured.heads.get(joined, member)
-        name = joined.split(".", 2)[2] if joined in captured.heads else joined
-        like = captured.tensor(joined)
+    for joined in program.names:
+        owner = program.heads.get(joined, member)
+        name = joined.split(".", 2)[2] if joined in program.heads else joined
+        like = program.tensor(joined)
         if name not in state:
             continue
         if owner == member:
@@ -104,26 +104,26 @@ def joined_state(
     return own | standing_in
 
 
-def region_of(captured: Captured, names: Collection[str]) -> frozenset[fx.Node]:
+def region_of(program: Program, names: Collection[str]) -> frozenset[fx.Node]:
     """The nodes that depend on one of the named tensors, and the constants that only they read."""
     if not names:
         return frozenset()
-    graph = captured.graph
+    graph = program.graph
     region = _dependents(graph, lambda n: n.op == "get_attr" and n.target in names)
-    variable = _dependents(graph, lambda n: n.op == "placeholder" or _is_parameter(captured, n))
+    variable = _dependents(graph, lambda n: n.op == "placeholder" or _is_parameter(program, n))
     for node in reversed(graph.nodes):
         # Class counts are written into constants and sizes, so each head needs its own.
         is_size = node.op == "call_function" and not _holds_tensor(node)
-        is_state = node.op == "get_attr" and node.target in captured.canonical
+        is_state = node.op == "get_attr" and node.target in program.canonical
         is_own = node.op in ("call_function", "get_attr") and not is_state
         if is_own and (is_size or node not in variable) and node.users:
             region |= {node} if region.issuperset(node.users) else set()
     return frozenset(region)
 
 
-def others_region(captured: Captured, member: int) -> frozenset[fx.Node]:
+def others_region(program: Program, member: int) -> frozenset[fx.Node]:
     """The nodes that a member of a joined network does not have: its part is the rest."""
-    return region_of(captured, [name for name, own in captured.heads.items() if own != member])
+    return region_of(program, [name for name, own in program.heads.items() if own != member])
 
 
 def _dependents(graph: fx.Graph, starts: Callable[[fx.Node], bool]) -> set[fx.Node]:
@@ -134,11 +134,11 @@ def _dependents(graph: fx.Graph, starts: Callable[[fx.Node], bool]) -> set[fx.No
     return found
 
 
-def _is_parameter(captured: Captured, node: fx.Node) -> bool:
+def _is_parameter(program: Program, node: fx.Node) -> bool:
     """Whether a node reads a parameter or a float buffer."""
     name = str(node.target)
-    is_state = node.op == "get_attr" and name in captured.canonical
-    return is_state and not is_constant(captured.tensor(name))
+    is_state = node.op == "get_attr" and name in program.canonical
+    return is_state and not is_constant(program.tensor(name))
 
 
 def _holds_tensor(node: fx.Node) -> bool:
@@ -150,66 +150,66 @@ def _holds_tensor(node: fx.Node) -> bool:
 class _Part:
     """A member, divided into trunk and head."""
 
-    captured: Captured
+    program: Program
     names: frozenset[str]
     region: frozenset[fx.Node]
 
     def trunk_names(self) -> list[str]:
-        return [name for name in self.captured.names if name not in self.names]
+        return [name for name in self.program.names if name not in self.names]
 
     def head_names(self) -> list[str]:
-        return [name for name in self.captured.names if name in self.names]
+        return [name for name in self.program.names if name in self.names]
 
     def trunk_nodes(self) -> list[fx.Node]:
-        nodes = self.captured.graph.nodes
+        nodes = self.program.graph.nodes
         return [n for n in nodes if n not in self.region and n.op != "output"]
 
-    def trunk_alone(self) -> Captured:
+    def trunk_alone(self) -> Program:
         """The trunk as a network without outputs, to be compared with the other trunks."""
-        captured, names = self.captured, self.trunk_names()
-        module = _holder({name: captured.tensor(name) for name in names})
+        program, names = self.program, self.trunk_names()
+        module = _holder({name: program.tensor(name) for name in names})
         graph = fx.Graph()
         nodes: dict[fx.Node, fx.Node] = {}
         for node in self.trunk_nodes():
             nodes[node] = graph.node_copy(node, nodes.__getitem__)
-            _attach_constant(captured, node, module, str(node.target))
+            _attach_constant(program, node, module, str(node.target))
         graph.output(None)
         module.graph = graph
-        canonical = {name: captured.canonical[name] for name in names}
-        return replace(captured, module=module, names=tuple(names), canonical=canonical)
+        canonical = {name: program.canonical[name] for name in names}
+        return replace(program, module=module, names=tuple(names), canonical=canonical)
 
 
-def _split(captured: Captured, patterns: Patterns) -> _Part:
-    found = (names_under(captured.names, pattern, "heads") for pattern in listed(patterns))
+def _split(program: Program, patterns: Patterns) -> _Part:
+    found = (names_under(program.names, pattern, "heads") for pattern in listed(patterns))
     names = frozenset(name for group in found for name in group)
-    for name in captured.names:
-        tied = captured.canonical[name]
+    for name in program.names:
+        tied = program.canonical[name]
         if (name in names) != (tied in names):
             raise _error(
                 "a head shares a parameter with the trunk",
                 f"{name} is the same tensor as {tied}",
                 "it would have to be fused and kept at once",
             )
-    part = _Part(captured, names, region_of(captured, names))
+    part = _Part(program, names, region_of(program, names))
     _check_part(part)
     return part
 
 
 def _check_part(part: _Part) -> None:
-    captured, region = part.captured, part.region
+    program, region = part.program, part.region
     if not any(node.op == "call_function" for node in region):
         raise _error(
             "the graph does not read the heads",
             ", ".join(part.head_names()[:3]),
             "no node of the captured graph depends on them",
         )
-    if not any(_is_parameter(captured, node) for node in part.trunk_nodes()):
+    if not any(_is_parameter(program, node) for node in part.trunk_nodes()):
         raise _error(
             "the heads are the whole network", "", "no parameter is left that could be fused"
         )
-    fed = _dependents(captured.graph, lambda n: n.op == "placeholder")
-    weights = _dependents(captured.graph, lambda n: _is_parameter(captured, n)) - fed
-    for node in captured.graph.nodes:
+    fed = _dependents(program.graph, lambda n: n.op == "placeholder")
+    weights = _dependents(program.graph, lambda n: _is_parameter(program, n)) - fed
+    for node in program.graph.nodes:
         if node not in region or node.op != "call_function":
             continue
         for source in node.all_input_nodes:
@@ -217,7 +217,7 @@ def _check_part(part: _Part) -> None:
                 raise _error(
                     "a head feeds back into the trunk",
                     _place(node),
-                    f"it depends on a head and reads {_parameters_of(captured, source)}, "
+                    f"it depends on a head and reads {_parameters_of(program, source)}, "
                     "which belongs to no head",
                 )
         schema = getattr(node.target, "_schema", None)
@@ -242,12 +242,12 @@ def _place(node: fx.Node) -> str:
     return f"{node.name} [{node.target}]  {source_of(node)}".rstrip()
 
 
-def _parameters_of(captured: Captured, node: fx.Node) -> str:
+def _parameters_of(program: Program, node: fx.Node) -> str:
     """Names of the parameters that a node is computed from."""
     found, open_nodes = set(), [node]
     while open_nodes:
         current = open_nodes.pop()
-        if _is_parameter(captured, current):
+        if _is_parameter(program, current):
             found.add(str(current.target))
         open_nodes += current.all_input_nodes
     return ", ".join(sorted(found))
@@ -261,22 +261,22 @@ class _Joiner:
         self.spaces = spaces
         self.dim = dim
         self.graph = fx.Graph()
-        tensors = {name: parts[0].captured.tensor(name) for name in parts[0].trunk_names()}
-        self.canonical = {name: parts[0].captured.canonical[name] for name in tensors}
+        tensors = {name: parts[0].program.tensor(name) for name in parts[0].trunk_names()}
+        self.canonical = {name: parts[0].program.canonical[name] for name in tensors}
         self.heads: dict[str, int] = {}
         for member, part in enumerate(parts):
             for name in part.head_names():
                 joined = head_name(member, name)
                 if joined in tensors:
                     raise _error("two tensors would have one name", joined, "the trunk has it too")
-                tensors[joined] = part.captured.tensor(name)
-                self.canonical[joined] = head_name(member, part.captured.canonical[name])
+                tensors[joined] = part.program.tensor(name)
+                self.canonical[joined] = head_name(member, part.program.canonical[name])
                 self.heads[joined] = member
         self.module = _holder(tensors)
         self.nodes: list[dict[fx.Node, fx.Node]] = [{} for _ in parts]
 
     def run(self) -> Joined:
-        first = self.parts[0].captured
+        first = self.parts[0].program
         trunks = [part.trunk_nodes() for part in self.parts]
         rows = list(zip(*trunks, strict=True))
         # Inputs first, so that nothing else takes their names.
@@ -292,19 +292,19 @@ class _Joiner:
         self.output()
         self.module.graph = self.graph
         self.graph.lint()
-        joined = Captured(
+        joined = Program(
             self.module,
             tuple(self.canonical),
             self.canonical,
             first.example_inputs,
             heads=self.heads,
         )
-        own = [part.captured.state() for part in self.parts]
+        own = [part.program.state() for part in self.parts]
         return Joined(joined, tuple(joined_state(joined, i, s) for i, s in enumerate(own)))
 
     def trunk(self, row: Sequence[fx.Node]) -> None:
         copied = self.graph.node_copy(row[0], self.nodes[0].__getitem__)
-        _attach_constant(self.parts[0].captured, row[0], self.module, str(row[0].target))
+        _attach_constant(self.parts[0].program, row[0], self.module, str(row[0].target))
         for nodes, node in zip(self.nodes, row, strict=True):
             nodes[node] = copied
 
@@ -315,7 +315,7 @@ class _Joiner:
                 self.nodes[member][node] = copied
                 if node.op == "get_attr":
                     copied.target = head_name(member, str(node.target))
-                    _attach_constant(part.captured, node, self.module, copied.target)
+                    _attach_constant(part.program, node, self.module, copied.target)
 
     def output(self) -> None:
         if self.spaces.outputs != "tuple":
@@ -323,15 +323,15 @@ class _Joiner:
             return
         results = []
         for part, nodes in zip(self.parts, self.nodes, strict=True):
-            (output,) = (n for n in part.captured.graph.nodes if n.op == "output")
+            (output,) = (n for n in part.program.graph.nodes if n.op == "output")
             results.append(fx.map_arg(output.args[0], nodes.__getitem__))
-        specs = [_output_spec(part.captured.graph) for part in self.parts]
+        specs = [_output_spec(part.program.graph) for part in self.parts]
         if None in specs:
             # Such a graph hands out its structure as it is.
             self.graph.output(tuple(results))
             return
         self.graph.output(tuple(leaf for result in results for leaf in pytree.tree_leaves(result)))
-        codegen: Any = copy.copy(self.parts[0].captured.graph._codegen)
+        codegen: Any = copy.copy(self.parts[0].program.graph._codegen)
         codegen.pytree_info = codegen.pytree_info._replace(out_spec=pytree.treespec_tuple(specs))
         self.graph._codegen = codegen
 
@@ -339,7 +339,7 @@ class _Joiner:
         """Hands out all heads as one tensor, in the place of member 0's."""
         logits, shapes = [], []
         for part, nodes in zip(self.parts, self.nodes, strict=True):
-            (output,) = (n for n in part.captured.outputs() if isinstance(n, fx.Node))
+            (output,) = (n for n in part.program.outputs() if isinstance(n, fx.Node))
             logits.append(nodes[output])
             shapes.append(output.meta["val"].shape)
         like = logits[0].meta["val"]
@@ -348,7 +348,7 @@ class _Joiner:
         result = self.written(aten.cat.default, (logits, self.dim), like.new_empty(sizes))
         if self.spaces.outputs == "map":
             result = self.mapped(result)
-        before = self.parts[0].captured.graph
+        before = self.parts[0].program.graph
         (output,) = (n for n in before.nodes if n.op == "output")
         self.graph.output(fx.map_arg(output.args[0], lambda _: result))
         self.graph._codegen = copy.copy(before._codegen)
@@ -390,7 +390,7 @@ def _output_spec(graph: fx.Graph) -> Any:
 def _chunks(part: _Part) -> list[list[fx.Node]]:
     """The nodes of a region, divided by the trunk's nodes between which they stand."""
     chunks: list[list[fx.Node]] = [[]]
-    for node in part.captured.graph.nodes:
+    for node in part.program.graph.nodes:
         if node in part.region:
             chunks[-1].append(node)
         elif node.op != "output":
@@ -406,8 +406,8 @@ def _holder(tensors: Mapping[str, torch.Tensor]) -> fx.GraphModule:
     return module
 
 
-def _attach_constant(captured: Captured, node: fx.Node, module: nn.Module, target: str) -> None:
+def _attach_constant(program: Program, node: fx.Node, module: nn.Module, target: str) -> None:
     """Registers what a `get_attr` node reads, unless it is a tensor of the state."""
     name = str(node.target)
-    if node.op == "get_attr" and name not in captured.canonical:
-        attach(module, target, captured.tensor(name), persistent=False)
+    if node.op == "get_attr" and name not in program.canonical:
+        attach(module, target, program.tensor(name), persistent=False)

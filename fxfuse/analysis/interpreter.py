@@ -14,12 +14,12 @@ import torch.utils._pytree as pytree
 from torch import fx
 
 from fxfuse.analysis.conformance import check_result
-from fxfuse.analysis.constraints import Gap, Ledger
-from fxfuse.analysis.labels import Field, Kind, Value, positions, sources_of
+from fxfuse.analysis.coupling_constraints import CouplingConstraints, Gap
+from fxfuse.analysis.labels import AbstractTensor, DimLabels, Kind, positions, sources_of
 from fxfuse.analysis.rules import Call, Rule, concrete_shape, find, hint, rule_file
 from fxfuse.analysis.rules.pointwise import is_pointwise, pointwise
 from fxfuse.errors import FxfuseError, RuleError
-from fxfuse.graph.capture import Captured
+from fxfuse.graph.capture import Program
 from fxfuse.graph.tensors import is_constant
 
 #: Constants above this size count as varying along every dimension; comparing would cost more
@@ -30,22 +30,22 @@ _WRITTEN = "is written into a part of another tensor, or stands in a tensor that
 
 
 def interpret(
-    captured: Captured, interface: Mapping[int, frozenset[int]] = MappingProxyType({})
-) -> tuple[Ledger, dict[fx.Node, Any]]:
+    program: Program, interface: Mapping[int, frozenset[int]] = MappingProxyType({})
+) -> tuple[CouplingConstraints, dict[fx.Node, Any]]:
     """Runs the rules over a graph.
 
     Args:
-        captured: The network.
+        program: The network.
         interface: For an output, by its index in flattened order, the dimensions that are
             interface; an output that is not listed is interface in every dimension.
 
     Warns of constants on the meta device, whose values the analysis would need.
 
     Returns:
-        The ledger of ties, freezes and mixings, and the value of every node (tensors as `Value`,
-        numbers as their hints, lists as lists).
+        The ledger of ties, freezes and mixings, and the value of every node (tensors as
+        `AbstractTensor`, numbers as their hints, lists as lists).
     """
-    interpreter = _Interpreter(captured, interface)
+    interpreter = _Interpreter(program, interface)
     with torch.no_grad():
         interpreter.run()
     if interpreter.valueless:
@@ -56,45 +56,45 @@ def interpret(
             "on them freezes. Analyse the network with real buffers to see what is free.",
             stacklevel=3,
         )
-    return interpreter.ledger, interpreter.values
+    return interpreter.coupling, interpreter.values
 
 
 class _Interpreter:
-    def __init__(self, captured: Captured, interface: Mapping[int, frozenset[int]]) -> None:
-        self.captured = captured
+    def __init__(self, program: Program, interface: Mapping[int, frozenset[int]]) -> None:
+        self.program = program
         self.interface = interface
-        self.ledger = Ledger()
+        self.coupling = CouplingConstraints()
         self.values: dict[fx.Node, Any] = {}
-        self.parameters: dict[str, Value] = {}
+        self.parameters: dict[str, AbstractTensor] = {}
         self.valueless: list[str] = []
 
     def run(self) -> None:
-        for clock, node in enumerate(self.captured.graph.nodes):
-            self.ledger.node, self.ledger.clock = node, clock
+        for clock, node in enumerate(self.program.graph.nodes):
+            self.coupling.node, self.coupling.clock = node, clock
             if node.op == "output":
                 self.output()
             else:
                 self.values[node] = getattr(self, node.op)(node)
-        self.ledger.node = None
+        self.coupling.node = None
 
     def placeholder(self, node: fx.Node) -> Any:
         value = node.meta.get("val")
         if not isinstance(value, torch.Tensor):
             return hint(value)
         shape = concrete_shape(value)
-        return Value(shape, positions=positions(shape, range(len(shape))))
+        return AbstractTensor(shape, positions=positions(shape, range(len(shape))))
 
-    def get_attr(self, node: fx.Node) -> Value:
+    def get_attr(self, node: fx.Node) -> AbstractTensor:
         target = str(node.target)
-        tensor = self.captured.tensor(target).detach()
-        name = self.captured.canonical.get(target)
+        tensor = self.program.tensor(target).detach()
+        name = self.program.canonical.get(target)
         if name is None or is_constant(tensor):
             if tensor.is_meta and tensor.dim():
                 self.valueless.append(target)
             # Cloned, because in-place operators on constants are really carried out.
             return constant(tensor.clone())
         if name not in self.parameters:
-            self.parameters[name] = self.ledger.parameter(name, tuple(tensor.shape))
+            self.parameters[name] = self.coupling.parameter(name, tuple(tensor.shape))
         return self.parameters[name]
 
     def call_function(self, node: fx.Node) -> Any:
@@ -115,27 +115,27 @@ class _Interpreter:
             rule = find(node.target) or (pointwise if is_pointwise(node.target) else None)
             result = NotImplemented
             if rule is not None:
-                result = self.ask(rule, Call(self.ledger, node, tuple(args), kwargs))
+                result = self.ask(rule, Call(self.coupling, node, tuple(args), kwargs))
             if result is NotImplemented:
                 result = self.boundary(node, operands, has_rule=rule is not None)
-        check_result(node, result, self.ledger.count)
+        check_result(node, result, self.coupling.count)
         self.mutate(node, result)
         return result
 
     def output(self) -> None:
-        for index, result in enumerate(self.captured.outputs()):
+        for index, result in enumerate(self.program.outputs()):
             value = self.values[result] if isinstance(result, fx.Node) else None
-            if not isinstance(value, Value):
+            if not isinstance(value, AbstractTensor):
                 continue
             interface = self.interface.get(index, frozenset(range(value.rank)))
             fixed = [f for f in value.fields if interface.intersection(f.dims)]
             for f in fixed:
-                self.ledger.freeze(f, Kind.OUTPUT, "reaches the network's output")
+                self.coupling.freeze(f, Kind.OUTPUT, "reaches the network's output")
             free = tuple(f for f in value.fields if not interface.intersection(f.dims))
             # Units that are handed out are not interchangeable with units that are not.
-            self.ledger.touch(replace(value, fields=free), index)
+            self.coupling.record_use(replace(value, fields=free), index)
 
-    def is_foldable(self, node: fx.Node, operands: list[Value]) -> bool:
+    def is_foldable(self, node: fx.Node, operands: list[AbstractTensor]) -> bool:
         """Whether the result depends on neither inputs nor parameters nor symbolic sizes."""
         if torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ()):
             return False
@@ -162,23 +162,23 @@ class _Interpreter:
                 "NotImplemented for a use that it does not cover",
             ) from error
 
-    def boundary(self, node: fx.Node, operands: list[Value], *, has_rule: bool) -> Any:
+    def boundary(self, node: fx.Node, operands: list[AbstractTensor], *, has_rule: bool) -> Any:
         """An operator without a rule: its operands freeze, its result is frozen neurons.
 
         Where no neuron goes in, none comes out: the result only varies.
         """
         if any(value.fields or value.is_parameter for value in operands):
-            self.ledger.gaps.append(Gap(node, has_rule))
+            self.coupling.gaps.append(Gap(node, has_rule))
         lack = "has a rule that does not cover this use" if has_rule else "has no rule"
         name = str(node.target)
         for value in operands:
             for f in value.fields:
-                # A parameter goes with the result, which is the host's.
+                # A parameter goes with the result, which is the base member's.
                 why = f"goes into {name}, which {lack}"
-                self.ledger.freeze(f, Kind.HOST, why, operator=name)
-                self.ledger.role(value, f, reader=True)
+                self.coupling.freeze(f, Kind.KEEP_BASE, why, operator=name)
+                self.coupling.role(value, f, reader=True)
             if value.is_parameter:
-                self.ledger.mix(f"operator {name} {lack}", sources=value.sources or frozenset())
+                self.coupling.mix(f"operator {name} {lack}", sources=value.sources or frozenset())
         why, sources = f"comes out of {name}, which {lack}", sources_of(operands)
         is_labelled = any(value.fields for value in operands)
 
@@ -193,15 +193,15 @@ class _Interpreter:
 
     def frozen_value(
         self, node: fx.Node, fake: torch.Tensor, why: str, *, operator: str = ""
-    ) -> Value:
+    ) -> AbstractTensor:
         shape = concrete_shape(fake)
         sizes: Sequence[Any] = fake.shape  # a fake tensor has SymInt sizes, which are no int
         static = [d for d, s in enumerate(sizes) if isinstance(s, int)]
-        labelled = self.ledger.parameter(f"<{node.name}>", shape)
+        labelled = self.coupling.parameter(f"<{node.name}>", shape)
         fields = tuple(f for f in labelled.fields if f.dims[0] in static)
         for f in fields:
-            self.ledger.freeze(f, Kind.HOST, why, operator=operator)
-        return Value(shape, fields, positions(shape, set(range(len(shape))) - set(static)))
+            self.coupling.freeze(f, Kind.KEEP_BASE, why, operator=operator)
+        return AbstractTensor(shape, fields, positions(shape, set(range(len(shape))) - set(static)))
 
     def mutate(self, node: fx.Node, result: Any) -> None:
         """In-place operators change the tensor that they write to, and whatever it is a view of."""
@@ -231,26 +231,28 @@ class _Interpreter:
                     else _unlabelled(fake)
                 )
 
-    def overwritten(self, node: fx.Node, base: fx.Node, views: list[fx.Node], part: Value) -> Value:
+    def overwritten(
+        self, node: fx.Node, base: fx.Node, views: list[fx.Node], part: AbstractTensor
+    ) -> AbstractTensor:
         """The labels of a tensor after a view of it was written to: the write runs on the ids."""
-        value: Value = self.values[base]
+        value: AbstractTensor = self.values[base]
         if value.fields and part.fields:
             for f in (*value.fields, *part.fields):
-                self.ledger.freeze(f, Kind.HOST, _WRITTEN)
-            self.ledger.mix("a part of a tensor is overwritten in place")
+                self.coupling.freeze(f, Kind.KEEP_BASE, _WRITTEN)
+            self.coupling.mix("a part of a tensor is overwritten in place")
             return self.frozen_value(node, base.meta["val"], _WRITTEN)
 
-        def write(old: Field | None, new: Field | None) -> Field | None:
+        def write(old: DimLabels | None, new: DimLabels | None) -> DimLabels | None:
             whole = old.ids if old else torch.zeros([1] * value.rank, dtype=torch.int64)
             whole = whole.expand(value.shape).clone()
             self.view(whole, views).copy_(new.ids.expand(part.shape) if new else torch.zeros(()))
-            return Field.of(whole)
+            return DimLabels.of(whole)
 
         pairs = [(old, None) for old in value.fields] + [(None, new) for new in part.fields]
         fields = tuple(f for f in (write(*pair) for pair in pairs) if f is not None)
         borders = {d for d in range(value.rank) if value.shape[d] > 1}
         labelled = {d for f in fields for d in f.dims}
-        return Value(
+        return AbstractTensor(
             value.shape,
             fields,
             positions(value.shape, value.unlabelled | borders - labelled),
@@ -270,10 +272,10 @@ class _Interpreter:
         return tensor
 
 
-def _unlabelled(fake: torch.Tensor, sources: frozenset[str] | None = None) -> Value:
+def _unlabelled(fake: torch.Tensor, sources: frozenset[str] | None = None) -> AbstractTensor:
     """What an operator without a rule makes of content without labels: more of it."""
     shape = concrete_shape(fake)
-    return Value(shape, positions=positions(shape, range(len(shape))), sources=sources)
+    return AbstractTensor(shape, positions=positions(shape, range(len(shape))), sources=sources)
 
 
 _MADE_FROM_SIZES = frozenset(
@@ -284,7 +286,7 @@ _MADE_FROM_SIZES = frozenset(
 )
 
 
-def constant(tensor: torch.Tensor) -> Value:
+def constant(tensor: torch.Tensor) -> AbstractTensor:
     """The value of a real tensor that depends on neither inputs nor parameters.
 
     One on the meta device has no values: it counts as varying along every dimension.
@@ -292,10 +294,10 @@ def constant(tensor: torch.Tensor) -> Value:
     shape = tuple(tensor.shape)
     varying: Sequence[int] = range(len(shape))
     if tensor.is_meta:
-        return Value(shape, (), positions(shape, varying), frozenset())
+        return AbstractTensor(shape, (), positions(shape, varying), frozenset())
     if tensor.numel() <= _COMPARE_LIMIT:
         varying = [d for d in varying if shape[d] > 1 and not _equal_along(tensor, d)]
-    return Value(shape, (), positions(shape, varying), frozenset(), tensor)
+    return AbstractTensor(shape, (), positions(shape, varying), frozenset(), tensor)
 
 
 def fold(node: fx.Node, args: Any, kwargs: Mapping[str, Any]) -> Any:
@@ -309,7 +311,7 @@ def _real(argument: Any) -> Any:
     if isinstance(argument, torch.device) and argument.type == "meta":
         # What is made from sizes alone has values, whatever device the network lies on.
         return torch.device("cpu")
-    if not isinstance(argument, Value):
+    if not isinstance(argument, AbstractTensor):
         return argument
     if argument.constant is not None:
         return argument.constant
@@ -322,19 +324,19 @@ def _equal_along(tensor: torch.Tensor, dim: int) -> bool:
 
 
 def _is_leaf(x: Any) -> bool:
-    return isinstance(x, Value)
+    return isinstance(x, AbstractTensor)
 
 
-def _operands(args: Any, kwargs: Any) -> list[Value]:
+def _operands(args: Any, kwargs: Any) -> list[AbstractTensor]:
     leaves = pytree.tree_leaves((args, kwargs), is_leaf=_is_leaf)
-    return [x for x in leaves if isinstance(x, Value)]
+    return [x for x in leaves if isinstance(x, AbstractTensor)]
 
 
 def _holds_tensor(value: Any) -> bool:
     return any(isinstance(x, torch.Tensor) for x in pytree.tree_leaves(value))
 
 
-def _same_labels(a: Value, b: Value) -> bool:
+def _same_labels(a: AbstractTensor, b: AbstractTensor) -> bool:
     return len(a.fields) == len(b.fields) and all(
         f.dims == g.dims and torch.equal(f.ids, g.ids)
         for f, g in zip(a.fields, b.fields, strict=True)

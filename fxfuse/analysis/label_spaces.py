@@ -8,7 +8,7 @@ from typing import Any, Literal, get_args
 
 import torch
 
-from fxfuse.analysis.controls import Patterns, listed
+from fxfuse.analysis.constraints import Patterns, listed
 from fxfuse.errors import ControlError, PartialFusionError
 
 #: How the outputs of the members' heads are handed out.

@@ -39,16 +39,16 @@ class Kind(StrEnum):
     """What a frozen dimension means for fusion (docs/adr/0002-freeze-by-default.md)."""
 
     #: The index has one meaning for all members: input channels, kernel positions, tokens.
-    COMMON = "common"
+    SHARED_INDEX = "shared"
     #: The network's output: the members' mean is taken.
     OUTPUT = "output"
     #: A dimension inside the network in which members' neurons do not correspond: one member, the
-    #: host, keeps the whole connected piece.
-    HOST = "host"
+    #: base member, keeps the whole connected piece.
+    KEEP_BASE = "base"
 
 
 @dataclass(frozen=True)
-class Field:
+class DimLabels:
     """Ids of the neurons along some dimensions of a tensor.
 
     Attributes:
@@ -76,7 +76,7 @@ class Field:
         return found[real], counts[real]
 
     @staticmethod
-    def of(ids: Ids, where: Callable[[], torch.Tensor] | None = None) -> Field | None:
+    def of(ids: Ids, where: Callable[[], torch.Tensor] | None = None) -> DimLabels | None:
         """Compresses ids: dimensions along which the neurons are the same get size 1.
 
         Args:
@@ -95,7 +95,7 @@ class Field:
         for dim in range(told.dim()):
             if dim not in found.dims:
                 told = told.narrow(dim, 0, 1)
-        return Field(_with_parts(found.ids, told), found.dims)
+        return DimLabels(_with_parts(found.ids, told), found.dims)
 
     def first(self, dims: Iterable[int]) -> Ids:
         """One id for each block along `dims`: the first, which plays the same part in each.
@@ -126,12 +126,12 @@ def counted(rows: NDArray[np.int64]) -> NDArray[np.int64]:
     return number - np.maximum.accumulate(np.where(starts, number, 0))
 
 
-def _compressed(ids: Ids, told: Ids) -> Field | None:
+def _compressed(ids: Ids, told: Ids) -> DimLabels | None:
     for dim, size in enumerate(ids.shape):
         if size > 1 and _is_constant_along(told.numpy(), dim):
             ids, told = ids.narrow(dim, 0, 1), told.narrow(dim, 0, 1)
     dims = tuple(d for d in range(ids.dim()) if ids.shape[d] > 1)
-    return Field(ids.contiguous(), dims) if dims else None
+    return DimLabels(ids.contiguous(), dims) if dims else None
 
 
 def _all_different(ids: Ids) -> bool:
@@ -161,7 +161,7 @@ def _is_constant_along(ids: NDArray[np.int64], dim: int) -> bool:
 
 
 @dataclass(frozen=True)
-class Value:
+class AbstractTensor:
     """What the analyzer knows about one tensor of the graph.
 
     Attributes:
@@ -175,8 +175,8 @@ class Value:
     """
 
     shape: tuple[int, ...]
-    fields: tuple[Field, ...] = ()
-    positions: tuple[Field, ...] = ()
+    fields: tuple[DimLabels, ...] = ()
+    positions: tuple[DimLabels, ...] = ()
     sources: frozenset[str] | None = None
     constant: torch.Tensor | None = None
 
@@ -195,7 +195,7 @@ class Value:
         """Dimensions along which unlabelled content varies."""
         return frozenset(d for f in self.positions for d in f.dims)
 
-    def moved(self, operation: Callable[[torch.Tensor], torch.Tensor]) -> Value:
+    def moved(self, operation: Callable[[torch.Tensor], torch.Tensor]) -> AbstractTensor:
         """Applies a data-movement operator to every field, by running it on the ids.
 
         Args:
@@ -203,20 +203,20 @@ class Value:
         """
         shape: tuple[int, ...] = tuple(operation(torch.empty(()).expand(self.shape)).shape)
 
-        def move(f: Field, tell: bool) -> Field | None:
+        def move(f: DimLabels, tell: bool) -> DimLabels | None:
             def where() -> torch.Tensor:
                 # Along dimensions that the field does not have, the same neuron stands everywhere.
                 sizes = [1 if d in f.dims else size for d, size in enumerate(self.shape)]
                 return operation(torch.arange(prod(sizes)).reshape(sizes).expand(self.shape))
 
-            return Field.of(operation(f.ids.expand(self.shape)), where if tell else None)
+            return DimLabels.of(operation(f.ids.expand(self.shape)), where if tell else None)
 
         fields = [move(f, True) for f in self.fields]
         places = [move(f, False) for f in self.positions]
         for before, after in zip(self.fields, fields, strict=True):
             if int(before.ids.max()) > NEURON and after is not None:
                 # Where only the part varies there is no label, but the content differs.
-                part = Field.of(operation(before.ids.expand(self.shape)) >> PART)
+                part = DimLabels.of(operation(before.ids.expand(self.shape)) >> PART)
                 places += positions(shape, set(part.dims if part else ()) - set(after.dims))
         return replace(
             self,
@@ -227,19 +227,19 @@ class Value:
         )
 
 
-def sources_of(values: Iterable[Value]) -> frozenset[str] | None:
+def sources_of(values: Iterable[AbstractTensor]) -> frozenset[str] | None:
     """Names of the parameters that values are computed from; None if one depends on inputs."""
     found = [value.sources for value in values]
     return None if None in found else frozenset[str]().union(*(s or () for s in found))
 
 
-def positions(shape: Sequence[int], dims: Iterable[int]) -> tuple[Field, ...]:
+def positions(shape: Sequence[int], dims: Iterable[int]) -> tuple[DimLabels, ...]:
     """Unlabelled variation along each of `dims`."""
     return tuple(numbered(shape, d, 1) for d in sorted(dims) if shape[d] > 1)
 
 
-def numbered(shape: Sequence[int], dim: int, start: int) -> Field:
+def numbered(shape: Sequence[int], dim: int, start: int) -> DimLabels:
     """A field of ids start, start + 1, ... along one dimension."""
     view = [1] * len(shape)
     view[dim] = shape[dim]
-    return Field(torch.arange(start, start + shape[dim]).view(view), (dim,))
+    return DimLabels(torch.arange(start, start + shape[dim]).view(view), (dim,))

@@ -8,12 +8,12 @@ from typing import Any
 
 from torch import fx
 
-from fxfuse.analysis.constraints import Ledger, Mixing
-from fxfuse.analysis.controls import Asked
+from fxfuse.analysis.constraints import Asked
+from fxfuse.analysis.coupling_constraints import CouplingConstraints, Mixing
 from fxfuse.analysis.freezing import FrozenComponents, FrozenReason
 from fxfuse.analysis.grouping import CouplingGroup
-from fxfuse.analysis.labels import Index, Kind, Place, Value, neurons
-from fxfuse.graph.capture import Captured
+from fxfuse.analysis.labels import AbstractTensor, Index, Kind, Place, neurons
+from fxfuse.graph.capture import Program
 from fxfuse.graph.source_lines import source_of
 
 
@@ -35,14 +35,17 @@ class MixingNote:
 
 
 def mixing_notes(
-    ledger: Ledger, component: Index, stuck: FrozenComponents, values: Mapping[fx.Node, Any]
+    coupling: CouplingConstraints,
+    component: Index,
+    stuck: FrozenComponents,
+    values: Mapping[fx.Node, Any],
 ) -> Iterable[MixingNote]:
     """Mixing operators; one that mixes certain neurons counts where an output averages them.
 
     An operator that meets nothing but neurons of one member's head mixes nobody.
 
     Args:
-        ledger: What was found out.
+        coupling: What was found out.
         component: The component of each id.
         stuck: The frozen components.
         values: The labelled value of each node.
@@ -51,13 +54,15 @@ def mixing_notes(
 
     def is_of_heads(node: fx.Node) -> bool:
         operands = (values.get(n) for n in node.all_input_nodes)
-        fields = [f for value in operands if isinstance(value, Value) for f in value.fields]
+        fields = [
+            f for value in operands if isinstance(value, AbstractTensor) for f in value.fields
+        ]
         ids = [component[neurons(f.ids[f.ids > 0]).numpy()] for f in fields]
         return bool(fields) and all(bool(heads[each].all()) for each in ids)
 
     averaged = stuck.kind_is(Kind.OUTPUT)
     seen: set[tuple[str, str]] = set()
-    for note in ledger.mixings:
+    for note in coupling.mixings:
         if note.ids is not None and not averaged[component[note.ids]].any():
             continue
         if note.node is not None and heads.any() and is_of_heads(note.node):
@@ -69,7 +74,7 @@ def mixing_notes(
 
 
 def shared_writers(
-    captured: Captured,
+    program: Program,
     groups: Iterable[CouplingGroup],
     frozen: Mapping[Place, FrozenReason],
     readers: set[Place],
@@ -78,27 +83,27 @@ def shared_writers(
     """What the members' own units add to a shared dimension is averaged.
 
     Args:
-        captured: The network.
+        program: The network.
         groups: Its coupling groups.
         frozen: The frozen places.
         readers: The places along which a parameter reads neurons.
         asked: What options asked for, by canonical tensor name.
     """
-    shared = {wish.why for wish in asked.values() if wish.kind is Kind.COMMON}
+    shared = {wish.why for wish in asked.values() if wish.kind is Kind.SHARED_INDEX}
     free = {place for group in groups for place in group.index}
     for name, dim in sorted(free):
         if (name, dim) not in readers:
             continue
-        reasons = _reasons(captured, frozen, name)
+        reasons = _reasons(program, frozen, name)
         why = next((r.why for r in reasons if r.why in shared), "")
         if why:
-            node = next(n for n in captured.graph.nodes if n.op == "get_attr" and n.target == name)
+            node = next(n for n in program.graph.nodes if n.op == "get_attr" and n.target == name)
             user = next(iter(node.users))
             yield MixingNote(f"members are averaged in what is {why}", user.name, source_of(user))
 
 
 def tied_outputs(
-    captured: Captured,
+    program: Program,
     groups: Iterable[CouplingGroup],
     frozen: Mapping[Place, FrozenReason],
     readers: set[Place],
@@ -107,7 +112,7 @@ def tied_outputs(
     """Weights that write neurons and make the output of them: one use has the 1/N of the other.
 
     Args:
-        captured: The network.
+        program: The network.
         groups: Its coupling groups.
         frozen: The frozen places.
         readers: The places along which a parameter reads neurons.
@@ -115,20 +120,20 @@ def tied_outputs(
     """
     both = {place for group in groups for place in group.index} & readers & writers
     for name, _ in sorted(both):
-        if not any(r.kind is Kind.OUTPUT for r in _reasons(captured, frozen, name)):
+        if not any(r.kind is Kind.OUTPUT for r in _reasons(program, frozen, name)):
             continue
-        for node in captured.graph.nodes:
-            if node.op == "get_attr" and captured.canonical.get(str(node.target)) == name:
+        for node in program.graph.nodes:
+            if node.op == "get_attr" and program.canonical.get(str(node.target)) == name:
                 for user in node.users:
                     why = f"{name} both writes neurons and makes the output, the mean, of them"
                     yield MixingNote(why, user.name, source_of(user))
 
 
 def _reasons(
-    captured: Captured, frozen: Mapping[Place, FrozenReason], name: str
+    program: Program, frozen: Mapping[Place, FrozenReason], name: str
 ) -> list[FrozenReason]:
     """Why dimensions of a tensor are frozen, of those that are."""
-    places = ((name, dim) for dim in range(captured.tensor(name).dim()))
+    places = ((name, dim) for dim in range(program.tensor(name).dim()))
     return [frozen[place] for place in places if place in frozen]
 
 

@@ -18,16 +18,16 @@ import torch.utils._pytree as pytree
 from torch import fx
 
 from fxfuse.analysis.coupling import CouplingGraph, CouplingGroup, MixingNote
-from fxfuse.analysis.labels import Kind, Place, Value, neurons
+from fxfuse.analysis.labels import AbstractTensor, Kind, Place, neurons
 from fxfuse.errors import ControlError, MemberMismatchError
-from fxfuse.graph.capture import Captured
+from fxfuse.graph.capture import Program
 from fxfuse.graph.source_lines import source_of, where_of
 
 
-def of_all_widths(
+def multi_width(
     graph: CouplingGraph,
-    members: Sequence[Captured],
-    analyze: Callable[[Captured], CouplingGraph],
+    members: Sequence[Program],
+    analyze: Callable[[Program], CouplingGraph],
 ) -> CouplingGraph:
     """The analysis of the first member, with those of the others where their sizes differ.
 
@@ -35,7 +35,7 @@ def of_all_widths(
 
     Args:
         graph: The analysis of the first member.
-        members: Captured members with one graph, apart from sizes.
+        members: Program members with one graph, apart from sizes.
         analyze: Analyzes a member with the same options.
 
     Returns:
@@ -67,30 +67,30 @@ def of_all_widths(
     return replace(known[keys[0]], mixing=mixing, members=tuple(known[key] for key in keys))
 
 
-def check_host(graph: CouplingGraph, host: int) -> None:
+def check_base_member(graph: CouplingGraph, base_member: int) -> None:
     """Checks that a member can keep what is frozen inside the network: that has its size there.
 
     Args:
-        graph: What `of_all_widths` returned.
-        host: Number of the member.
+        graph: What `multi_width` returned.
+        base_member: Number of the member.
 
     Raises:
         ControlError: It is frozen at another size than member 0's, in whose graph the result is.
     """
-    own = graph.of_member(host)
+    own = graph.of_member(base_member)
     for (name, dim), reason in graph.frozen.items():
         found = own.frozen[(name, dim)].indices
-        if reason.kind is Kind.HOST and len(found) != len(reason.indices):
+        if reason.kind is Kind.KEEP_BASE and len(found) != len(reason.indices):
             raise ControlError(
-                f"member {host} cannot be the host",
+                f"member {base_member} cannot be the base member",
                 where=f"{name}:{dim}",
                 why=f"it has {len(found)} frozen indices there, and member 0, whose graph the "
                 f"fused network has, has {len(reason.indices)}: {reason.why}",
-                how="pass that member first, and leave host= out",
+                how="pass that member first, and leave base_member= out",
             )
 
 
-def _key(member: Captured) -> tuple[Any, ...]:
+def _key(member: Program) -> tuple[Any, ...]:
     """What members with one graph may differ in: shapes, and numbers in the graph."""
     shapes = tuple(tuple(member.tensor(name).shape) for name in member.names)
     return shapes, tuple(_numbers(node) for node in member.graph.nodes)
@@ -127,16 +127,16 @@ def _shared(first: CouplingGraph, other: CouplingGraph) -> set[Place]:
     """Places of another size in a member that all units share: a norm over each head's channels."""
     found = set[Place]()
     for place, reason in first.frozen.items():
-        sizes = [g.captured.tensor(place[0]).shape[place[1]] for g in (first, other)]
+        sizes = [g.program.tensor(place[0]).shape[place[1]] for g in (first, other)]
         if sizes[0] != sizes[1] and reason.inside and place not in first.group_of:
             found.add(place)
     return found
 
 
 def _hosted(graph: CouplingGraph, places: Collection[Place]) -> CouplingGraph:
-    """The same analysis with places of which the host's are kept: there is no mean of them."""
+    """The same analysis with places frozen to the base member: there is no mean of them."""
     frozen = {
-        place: replace(reason, kind=Kind.HOST) if place in places else reason
+        place: replace(reason, kind=Kind.KEEP_BASE) if place in places else reason
         for place, reason in graph.frozen.items()
     }
     return replace(graph, frozen=frozen)
@@ -156,8 +156,8 @@ def _check_alike(
         if group.name in irregular
         for place in group.index
     }
-    for name in first.captured.names:
-        ours, sizes = (g.captured.tensor(name).shape for g in (first, other))
+    for name in first.program.names:
+        ours, sizes = (g.program.tensor(name).shape for g in (first, other))
         for dim, (a, b) in enumerate(zip(ours, sizes, strict=True)):
             place = (name, dim)
             frozen = [
@@ -184,17 +184,17 @@ def _numbers_apart(
         MemberMismatchError: The members have the same shapes, so no width decides these numbers.
     """
     shapes = [
-        [tuple(g.captured.tensor(name).shape) for name in first.captured.names]
+        [tuple(g.program.tensor(name).shape) for name in first.program.names]
         for g in (first, other)
     ]
-    component = first.ledger.components()
+    component = first.coupling.components()
     inside = np.zeros(int(component.max(initial=-1)) + 1, dtype=bool)
-    for owner, place in enumerate(first.ledger.owners):
+    for owner, place in enumerate(first.coupling.owners):
         for group in first.group_of.get(place, ()):
             if group.name in irregular:
-                inside[component[first.ledger.starts[owner] + group.index[place]]] = True
+                inside[component[first.coupling.starts[owner] + group.index[place]]] = True
     found = []
-    nodes = zip(first.captured.graph.nodes, other.captured.graph.nodes, strict=True)
+    nodes = zip(first.program.graph.nodes, other.program.graph.nodes, strict=True)
     for ours, theirs in nodes:
         # Of members that differ in shape, sizes in the graph differ as well.
         a, b = (
@@ -203,8 +203,10 @@ def _numbers_apart(
         )
         if a == b:
             continue
-        values = pytree.tree_leaves(first.values.get(ours), is_leaf=lambda x: isinstance(x, Value))
-        fields = [f for value in values if isinstance(value, Value) for f in value.fields]
+        values = pytree.tree_leaves(
+            first.values.get(ours), is_leaf=lambda x: isinstance(x, AbstractTensor)
+        )
+        fields = [f for value in values if isinstance(value, AbstractTensor) for f in value.fields]
         if any(inside[component[neurons(f.ids).reshape(-1).numpy()]].any() for f in fields):
             continue
         if shapes[0] == shapes[1]:

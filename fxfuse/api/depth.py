@@ -13,11 +13,11 @@ from dataclasses import dataclass
 
 import torch
 
-from fxfuse.analysis.controls import Controls
+from fxfuse.analysis.constraints import Constraints
 from fxfuse.analysis.coupling import CouplingGraph, CouplingGroup, couple
 from fxfuse.errors import MemberMismatchError, RewriteError
-from fxfuse.graph.capture import Captured
-from fxfuse.transform.resizing import captured_at
+from fxfuse.graph.capture import Program
+from fxfuse.transform.resizing import program_at
 from fxfuse.verify import EXACT, relative_error
 from fxfuse.verify.check import run
 
@@ -32,16 +32,16 @@ class Deepest:
         absent: Tensors that some members lack, by name → the numbers of these members.
     """
 
-    members: tuple[Captured, ...]
+    members: tuple[Program, ...]
     states: tuple[Mapping[str, torch.Tensor], ...]
     absent: Mapping[str, tuple[int, ...]]
 
 
-def as_deepest(members: Sequence[Captured]) -> Deepest | None:
+def as_deepest(members: Sequence[Program]) -> Deepest | None:
     """The members in the graph of the deepest one, where some lack blocks that others have.
 
     Args:
-        members: Captured members.
+        members: Program members.
 
     Returns:
         None where all members have the same tensors, or where one of them was traced.
@@ -50,11 +50,11 @@ def as_deepest(members: Sequence[Captured]) -> Deepest | None:
         MemberMismatchError: A member is not the deepest one with residual blocks left out.
     """
     names = [set(member.names) for member in members]
-    if all(n == names[0] for n in names) or not all(m.is_program for m in members):
+    if all(n == names[0] for n in names) or not all(m.is_exported for m in members):
         return None
     number = max(range(len(members)), key=lambda i: len(names[i]))
     deepest = members[number]
-    graph, found, states = None, list[Captured](), list[Mapping[str, torch.Tensor]]()
+    graph, found, states = None, list[Program](), list[Mapping[str, torch.Tensor]]()
     absent = dict[str, tuple[int, ...]]()
     for i, member in enumerate(members):
         missing = [name for name in deepest.names if name not in names[i]]
@@ -70,7 +70,7 @@ def as_deepest(members: Sequence[Captured]) -> Deepest | None:
             found.append(member)
             states.append(member.state())
             continue
-        graph = graph or couple(deepest, Controls())
+        graph = graph or couple(deepest, Constraints())
         deeper = _deeper(graph, own, i, number)
         # Also one that lacks nothing: tensors of the same names do not make the same network.
         _check_answers(member, deeper, missing, i, number)
@@ -81,7 +81,7 @@ def as_deepest(members: Sequence[Captured]) -> Deepest | None:
 
 def _deeper(
     graph: CouplingGraph, own: Mapping[str, torch.Tensor], number: int, other: int
-) -> Captured:
+) -> Program:
     """The deepest network with a member's tensors, and zeros for the parameters that it lacks."""
     try:
         found = {group.name: _own_size(graph, group, own) for group in graph.groups}
@@ -93,7 +93,7 @@ def _deeper(
     twins = {g.name: found[g.name] or alike.get(_shape(g), g.n_units) for g in graph.groups}
     for sizes in (kept, twins):
         try:
-            return captured_at(graph, sizes, own)
+            return program_at(graph, sizes, own)
         except RewriteError as error:
             refused = error
     raise _mismatch(number, other, refused.where, f"in its width, {refused.why}") from refused
@@ -106,7 +106,7 @@ def _own_size(
     for (name, dim), rows in group.index.items():
         if name in own and len(graph.group_of[(name, dim)]) == 1:
             more, rest = divmod(
-                own[name].shape[dim] - graph.captured.tensor(name).shape[dim], rows.shape[1]
+                own[name].shape[dim] - graph.program.tensor(name).shape[dim], rows.shape[1]
             )
             if rest:
                 raise RewriteError(
@@ -126,7 +126,7 @@ def _shape(group: CouplingGroup) -> tuple[int, tuple[int, ...]]:
 
 
 def _check_answers(
-    member: Captured, deeper: Captured, missing: Sequence[str], number: int, other: int
+    member: Program, deeper: Program, missing: Sequence[str], number: int, other: int
 ) -> None:
     """Checks that the deeper network answers as the member does."""
     expected = run(member, member.state())

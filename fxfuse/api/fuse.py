@@ -13,16 +13,16 @@ from torch import nn
 from torch.export import ExportedProgram
 
 from fxfuse.activations.calibration import Calibration
-from fxfuse.analysis.controls import Controls, OutputDims, Patterns
+from fxfuse.analysis.constraints import Constraints, OutputDims, Patterns
 from fxfuse.analysis.coupling import CouplingGraph, couple, hands_out
 from fxfuse.analysis.label_spaces import HeadOutputs, label_spaces
-from fxfuse.analysis.multi_width import check_host, of_all_widths
+from fxfuse.analysis.multi_width import check_base_member, multi_width
 from fxfuse.api.gathered import gathered
 from fxfuse.api.given_plan import check_alone, check_count, check_plan
 from fxfuse.api.result import FusionResult
 from fxfuse.api.soundness import examined, verified
 from fxfuse.errors import CalibrationError, ControlError, PartialFusionError
-from fxfuse.graph.capture import Captured
+from fxfuse.graph.capture import Program
 from fxfuse.graph.eager import answers
 from fxfuse.graph.module_checks import check_enough
 from fxfuse.members.fingerprint import fingerprints
@@ -37,9 +37,9 @@ from fxfuse.planning.widths import Width
 from fxfuse.refine.pipeline import Start, matched_start, refitted
 from fxfuse.transform.apply import fused_tensors
 from fxfuse.transform.resize import Target
-from fxfuse.transform.resizing import emit_fused, output_layouts, widen
+from fxfuse.transform.resizing import emit_fused, emit_resized, output_layouts
 from fxfuse.transform.sized_plan import make_sized_plan
-from fxfuse.transform.wide import wide_plan
+from fxfuse.transform.wide import concatenation_plan
 from fxfuse.verify import equals_ensemble, equals_heads, handover
 
 if TYPE_CHECKING:
@@ -47,7 +47,7 @@ if TYPE_CHECKING:
 
 
 def fuse(
-    members: Sequence[nn.Module | ExportedProgram | Captured | str | Path],
+    members: Sequence[nn.Module | ExportedProgram | Program | str | Path],
     example_inputs: Any = (),
     example_kwargs: Mapping[str, Any] | None = None,
     *,
@@ -57,7 +57,7 @@ def fuse(
     method: str = "transplant",
     score: str | None = None,
     variant: str | None = None,
-    host: int = 0,
+    base_member: int = 0,
     fraction: float | Mapping[str, float] | None = None,
     reference: Reference = 0,
     regularisation: float | None = None,
@@ -89,7 +89,7 @@ def fuse(
 
     With `heads`, networks for different tasks share one trunk: head i reads the units that come
     from member i with that member's weights, and the others with weight 0. A head that reads what
-    the host keeps starts from nothing there, unless its member is the host.
+    the base member keeps starts from nothing there, unless its member is the base member.
 
     Args:
         members: Two or more networks with the same graph, apart from `heads`. They may differ in
@@ -124,8 +124,9 @@ def fuse(
             which merges residual streams that only layers, sums and norms over the units meet (as
             in transformers) by what their readers make of them; for `optimal_transport`: `weights`
             or `activations`; for `zip`: None or `across`.
-        host: The member that keeps every piece that is frozen inside the network.
-        fraction: For `transplant`: the share of units that come from other members than the host,
+        base_member: The member that keeps every piece that is frozen inside the network.
+        fraction: For `transplant`: the share of units that come from other members than the base
+        member,
             in [0, 1], or shares by pattern, as `width`; None leaves it to the score.
         reference: For alignment: the member that the others are aligned to, or "mean": each to the
             mean of the others. Where members differ in width, the result has this member's (member
@@ -160,10 +161,10 @@ def fuse(
         mixing: `per_member`: operators that mix members (LayerNorm and the like) run once for each
             member, so that the wide model is exactly their mean; for width N, where it is the
             default. `joint`: they run over the kept units of all members together.
-        freeze: `state_dict()` names of parameters that stay exactly as in the host, as in
+        freeze: `state_dict()` names of parameters that stay exactly as in the base member, as in
             `analyze`.
         share: `state_dict()` names of parameters whose index means the same in all members.
-        ignore: Dotted paths of submodules of which nothing is fused: all is the host's.
+        ignore: Dotted paths of submodules of which nothing is fused: all is the base member's.
         output_dims: The interface dimensions of outputs, as in `analyze`. Along another dimension
             an output is no mean of the members' any more: it hands out the fused units, in the
             order that the plan says.
@@ -224,10 +225,10 @@ def fuse(
     if plan is not None:
         check_alone(fuse, given)
         check_count(plan, count)
-        controls, heads, spaces = plan.controls, plan.heads_asked, plan.spaces
+        constraints, heads, spaces = plan.constraints, plan.heads_asked, plan.spaces
     else:
         check_enough(range(count), "fusion")
-        controls = Controls.of(freeze, share, ignore, output_dims)
+        constraints = Constraints.of(freeze, share, ignore, output_dims)
         heads, spaces = label_spaces(heads, head_outputs, classes)
     if not auto:
         find_method(method)
@@ -254,9 +255,9 @@ def fuse(
     )
     found.check_weights()
     network, states, heads = found.network, found.states, found.heads
-    graph = couple(network, controls)
-    graph = of_all_widths(graph, found.aligned, lambda member: couple(member, controls))
-    check_host(graph, host if plan is None else plan.host)
+    graph = couple(network, constraints)
+    graph = multi_width(graph, found.aligned, lambda member: couple(member, constraints))
+    check_base_member(graph, base_member if plan is None else plan.base_member)
     graph, checks = examined(graph, verify=verify)
     inputs = (
         None
@@ -266,10 +267,10 @@ def fuse(
         )
     )
     _check_calibrated(graph, inputs, auto=auto, refit=refit)
-    if auto and hands_out(graph, controls):
+    if auto and hands_out(graph, constraints):
         raise ControlError(
             "method 'auto' does not work where units are handed out",
-            where=f"output_dims={dict(controls.output_dims)}",
+            where=f"output_dims={dict(constraints.output_dims)}",
             why="units of an output that is free stand for no others, so there is no ensemble of "
             "them to be matched to",
             how="use method='transplant', with refit=True",
@@ -284,10 +285,12 @@ def fuse(
             calibration=inputs,
             absent=found.absent,
         )
-        plan = make_sized_plan(graph, states, method, options, target, host=host, fitted=fitted)
+        plan = make_sized_plan(
+            graph, states, method, options, target, base_member=base_member, fitted=fitted
+        )
         plan = replace(
             plan,
-            controls=controls,
+            constraints=constraints,
             heads_asked=heads,
             members=fingerprints(states),
             absent=found.absent,
@@ -311,18 +314,18 @@ def fuse(
     elif inputs is not None and refit:
         start = refitted(*told, inputs, outputs)
     module = start.module
-    if module is None and network.is_program:
+    if module is None and network.is_exported:
         module = emit_fused(graph, start.plan, start.state)
-    handed_out = bool(controls.output_dims)
+    handed_out = bool(constraints.output_dims)
     if verify:
-        grown = output_layouts(graph, start.plan) if handed_out and network.is_program else None
+        grown = output_layouts(graph, start.plan) if handed_out and network.is_exported else None
         checks += handover(network, module or _eager(network, start.state), grown)
     if verify and plan.mixing == "per_member" and heads:
         checks.append(equals_heads(graph, states, plan, found.given, found.dim))
     elif verify and plan.mixing == "per_member":
         checks.append(equals_ensemble(graph, states, plan, hands_out=handed_out))
     elif verify and graph.members:
-        wide = wide_plan(graph, states, "joint")
+        wide = concatenation_plan(graph, states, "joint")
         checks.append(equals_ensemble(graph, states, wide, hands_out=handed_out))
     return FusionResult(
         start.plan,
@@ -344,7 +347,7 @@ def _start(
     same = all(plan.sizes()[group.name] == group.n_units for group in graph.groups)
     if same and plan.mixing == "joint":
         return Start(plan, fused_tensors(graph, plan, states))
-    wide = widen(graph, plan, states)
+    wide = emit_resized(graph, plan, states)
     return Start(plan, wide.state_dict(), module=wide)
 
 
@@ -353,7 +356,7 @@ def _check_calibrated(
 ) -> None:
     """Checks that what is asked for can be measured."""
     what = 'method "auto"' if auto else "refit=True"
-    if graph.captured.heads and auto:
+    if graph.program.heads and auto:
         raise PartialFusionError(
             f"{what} does not work with several heads",
             why="the members' heads have other tasks, so there is no one network to choose a start "
@@ -369,10 +372,10 @@ def _check_calibrated(
             why="layers are fitted to what the members answer on them",
             how="pass calibration=..., 100 to 1,000 inputs without labels",
         )
-    graph.captured.require_program()
+    graph.program.require_exported()
 
 
-def _eager(member: Captured, state: Mapping[str, torch.Tensor]) -> Callable[..., Any]:
+def _eager(member: Program, state: Mapping[str, torch.Tensor]) -> Callable[..., Any]:
     """The user's own module with other tensors, as a function of its inputs."""
     source = member.source
     assert source is not None

@@ -14,10 +14,10 @@ from fxfuse.analysis.heads import join
 from fxfuse.analysis.label_spaces import LabelSpaces
 from fxfuse.api.depth import as_deepest
 from fxfuse.errors import ControlError
-from fxfuse.graph.capture import Captured, capture, capture_eagerly
+from fxfuse.graph.capture import Program, capture, capture_eagerly
+from fxfuse.graph.export_reuse import captured_each
 from fxfuse.graph.module_checks import check_finite, check_values
 from fxfuse.graph.same_network import check_same_network
-from fxfuse.graph.twins import captured_each
 from fxfuse.members.on_ranks import members_on_ranks
 from fxfuse.members.ranks import Ranks, of_each
 from fxfuse.members.streamed import Network, first_member, split_paths, streamed_states
@@ -41,10 +41,10 @@ class Gathered:
         dim: The dimension of the outputs along which classes lie, where heads were looked for.
     """
 
-    network: Captured
+    network: Program
     states: Sequence[State]
-    aligned: list[Captured]
-    given: list[Captured]
+    aligned: list[Program]
+    given: list[Program]
     absent: Mapping[str, tuple[int, ...]]
     heads: tuple[str, ...]
     dim: int = 0
@@ -101,37 +101,37 @@ def gathered(
     if files:
         _check_apart(several, "files are only read", calibrated=calibrated)
         assert template is not None
-        captured = _captured([first_member(template, files[0])], example, dynamic_shapes)
-        return _alike(captured[0], streamed_states(files, captured[0]))
-    captured = _captured(networks, example, dynamic_shapes)
+        program = _captured([first_member(template, files[0])], example, dynamic_shapes)
+        return _alike(program[0], streamed_states(files, program[0]))
+    program = _captured(networks, example, dynamic_shapes)
     dim = 0
     if spaces.outputs != "tuple":
-        heads, dim = find_heads(captured, heads, spaces)
+        heads, dim = find_heads(program, heads, spaces)
     if heads:
-        joined = join(captured, heads, spaces, dim)
-        aligned = [joined.captured] * len(captured)
-        return Gathered(joined.captured, joined.states, aligned, captured, {}, heads, dim)
-    deepest = as_deepest(captured)
+        joined = join(program, heads, spaces, dim)
+        aligned = [joined.program] * len(program)
+        return Gathered(joined.program, joined.states, aligned, program, {}, heads, dim)
+    deepest = as_deepest(program)
     if deepest is None:
-        check_same_network(captured, any_width=True)
-        states = [member.state() for member in captured]
-        return Gathered(captured[0], states, captured, captured, {}, heads)
+        check_same_network(program, any_width=True)
+        states = [member.state() for member in program]
+        return Gathered(program[0], states, program, program, {}, heads)
     aligned = list(deepest.members)
     check_same_network(aligned, any_width=True)
-    return Gathered(aligned[0], deepest.states, aligned, captured, deepest.absent, heads)
+    return Gathered(aligned[0], deepest.states, aligned, program, deepest.absent, heads)
 
 
-def _alike(first: Captured, states: Sequence[State]) -> Gathered:
+def _alike(first: Program, states: Sequence[State]) -> Gathered:
     """Members that all have the first one's graph; only this one is captured."""
     each = [first] * len(states)
     return Gathered(first, states, each, each, {}, ())
 
 
-def _captured(members: Sequence[Network], example: Example, dynamic_shapes: Any) -> list[Captured]:
+def _captured(members: Sequence[Network], example: Example, dynamic_shapes: Any) -> list[Program]:
     inputs, kwargs = example
 
-    def one(member: Network, first: Captured | None) -> Captured:
-        if isinstance(member, Captured):
+    def one(member: Network, first: Program | None) -> Program:
+        if isinstance(member, Program):
             return member
         if first is not None and first.refusal and isinstance(member, nn.Module):
             # torch.export refuses the first one: it is not asked, and does not warn, again.

@@ -21,7 +21,7 @@ from torch import nn
 
 from fxfuse.api.literal_changes import Changes, changes_of
 from fxfuse.errors import NoOwnModuleError
-from fxfuse.graph.capture import Captured
+from fxfuse.graph.capture import Program
 from fxfuse.graph.eager import answers
 from fxfuse.graph.example import first_line
 from fxfuse.graph.layer_sizes import sizes_of_layer
@@ -83,7 +83,7 @@ def copy_source(source: nn.Module) -> nn.Module:
 
 def resized_copy(
     source: nn.Module,
-    captured: Captured,
+    program: Program,
     module: FusedModule,
     state: Mapping[str, torch.Tensor],
 ) -> nn.Module:
@@ -91,7 +91,7 @@ def resized_copy(
 
     Args:
         source: The user's own module; it stays as it is.
-        captured: What it was captured as.
+        program: What it was captured as.
         module: The network that the copy has to equal.
         state: Its tensors by name.
 
@@ -104,7 +104,7 @@ def resized_copy(
             of setting its numbers makes it answer as `module` does; says what was tried.
     """
     model = copy_source(source)
-    missing = next((name for name in captured.names if name not in state), None)
+    missing = next((name for name in program.names if name not in state), None)
     if missing is not None:
         raise NoOwnModuleError(
             f"{type(source).__name__} cannot hold this network",
@@ -112,10 +112,10 @@ def resized_copy(
             why="each member keeps its own tensor there, and runs on its own",
             how='use result.module, or fuse with mixing="joint"',
         )
-    _put_tensors(model, captured, state)
-    reference = _Reference(captured, module, state)
+    _put_tensors(model, program, state)
+    reference = _Reference(program, module, state)
     reference.move(model)
-    attributes = _attributes(model, captured, module, state)
+    attributes = _attributes(model, program, module, state)
     reason, tried = "", 0
     for chosen in _choices(attributes):
         _set(attributes, chosen)
@@ -135,12 +135,12 @@ def resized_copy(
     )
 
 
-def _put_tensors(model: nn.Module, captured: Captured, state: Mapping[str, torch.Tensor]) -> None:
+def _put_tensors(model: nn.Module, program: Program, state: Mapping[str, torch.Tensor]) -> None:
     """Replaces parameters and buffers; tied ones stay one."""
     put: dict[str, torch.Tensor] = {}
-    for name in captured.names:
+    for name in program.names:
         path, _, leaf = name.rpartition(".")
-        owner, first = model.get_submodule(path), captured.canonical[name]
+        owner, first = model.get_submodule(path), program.canonical[name]
         if first not in put:
             before, tensor = getattr(owner, leaf), state[name].detach().clone()
             if isinstance(before, nn.Parameter):
@@ -156,15 +156,15 @@ class _Reference:
     """
 
     def __init__(
-        self, captured: Captured, module: FusedModule, state: Mapping[str, torch.Tensor]
+        self, program: Program, module: FusedModule, state: Mapping[str, torch.Tensor]
     ) -> None:
-        floats = (n for n in captured.names if state[n].is_floating_point())
-        name = next(floats, captured.names[0])
-        self.before, self.now = captured.tensor(name), state[name]
+        floats = (n for n in program.names if state[n].is_floating_point())
+        name = next(floats, program.names[0])
+        self.before, self.now = program.tensor(name), state[name]
         # Heads that became one layer stand in the network one by one, so they stay as they are.
         held = module.state_dict().keys()
-        other = captured.once({name: state[name] for name in captured.names if name in held})
-        inputs = (self._moved(x) for x in (captured.example_inputs, _longer(captured)))
+        other = program.once({name: state[name] for name in program.names if name in held})
+        inputs = (self._moved(x) for x in (program.example_inputs, _longer(program)))
         states: list[Mapping[str, torch.Tensor]] = [{}, _shaken(other)]
         self.calls = list(zip(inputs, states, strict=True))
         self.outputs = [tensors_of(answers(module, s, *x)) for x, s in self.calls]
@@ -205,15 +205,15 @@ def _is_symbolic(size: Any) -> bool:
     return isinstance(size, torch.SymInt)
 
 
-def _longer(captured: Captured) -> Any:
+def _longer(program: Program) -> Any:
     """The example inputs with one more example, which is the first again, in reverse order.
 
     Where the batch is static, the example inputs as they are.
     """
-    if not captured.dynamic_batch:
-        return captured.example_inputs
-    leaves, spec = pytree.tree_flatten(captured.example_inputs)
-    nodes = [node for node in captured.graph.nodes if node.op == "placeholder"]
+    if not program.dynamic_batch:
+        return program.example_inputs
+    leaves, spec = pytree.tree_flatten(program.example_inputs)
+    nodes = [node for node in program.graph.nodes if node.op == "placeholder"]
 
     def longer(leaf: Any, value: Any) -> Any:
         batched = isinstance(value, torch.Tensor) and value.dim() and _is_symbolic(value.shape[0])
@@ -237,13 +237,13 @@ def _shaken(state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 
 
 def _attributes(
-    model: nn.Module, captured: Captured, module: FusedModule, state: Mapping[str, torch.Tensor]
+    model: nn.Module, program: Program, module: FusedModule, state: Mapping[str, torch.Tensor]
 ) -> list[_Attribute]:
     """Sets what torch's own layers decide; returns what is left to be found."""
-    changes = changes_of(captured.graph, module.graph)
+    changes = changes_of(program.graph, module.graph)
     own: dict[str, Changes] = defaultdict(Changes)
-    for name in captured.names:
-        for before, after in zip(captured.tensor(name).shape, state[name].shape, strict=True):
+    for name in program.names:
+        for before, after in zip(program.tensor(name).shape, state[name].shape, strict=True):
             if before != after:
                 own[name.rpartition(".")[0]].size(before, after)
     found: dict[tuple[type, str], list[_Place]] = defaultdict(list)

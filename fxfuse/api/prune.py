@@ -10,12 +10,12 @@ from torch import nn
 from torch.export import ExportedProgram
 
 from fxfuse.activations.calibration import Calibration
-from fxfuse.analysis.controls import Controls, OutputDims, Patterns
+from fxfuse.analysis.constraints import Constraints, OutputDims, Patterns
 from fxfuse.analysis.coupling import couple
 from fxfuse.api.result import FusionResult
 from fxfuse.api.soundness import examined, verified
 from fxfuse.errors import ControlError
-from fxfuse.graph.capture import Captured, capture
+from fxfuse.graph.capture import Program, capture
 from fxfuse.graph.module_checks import check_finite, check_values
 from fxfuse.members.fingerprint import fingerprint
 from fxfuse.planning.allocation import Budget, check_budget
@@ -24,13 +24,13 @@ from fxfuse.planning.plan import FusionPlan
 from fxfuse.planning.scores import check_score
 from fxfuse.planning.widths import Width
 from fxfuse.transform.resize import Target
-from fxfuse.transform.resizing import output_layouts, widen
+from fxfuse.transform.resizing import emit_resized, output_layouts
 from fxfuse.transform.sized_plan import make_sized_plan
 from fxfuse.verify import handover
 
 
 def prune(
-    module: nn.Module | ExportedProgram | Captured,
+    module: nn.Module | ExportedProgram | Program,
     example_inputs: Any = (),
     example_kwargs: Mapping[str, Any] | None = None,
     *,
@@ -109,35 +109,37 @@ def prune(
         )
     check_score(score)
     check_budget(budget, width, given=True, score=score)
-    captured = module
-    if not isinstance(captured, Captured):
-        captured = capture(captured, example_inputs, example_kwargs, dynamic_shapes=dynamic_shapes)
-    captured.require_program()
-    state = captured.state()
+    program = module
+    if not isinstance(program, Program):
+        program = capture(program, example_inputs, example_kwargs, dynamic_shapes=dynamic_shapes)
+    program.require_exported()
+    state = program.state()
     check_values(state)
     check_finite(0, state)
-    controls = Controls.of(freeze, (), ignore, output_dims)
+    constraints = Constraints.of(freeze, (), ignore, output_dims)
     if plan is not None:
-        controls = plan.controls.and_also(controls)
-    graph = couple(captured, controls)
+        constraints = plan.constraints.and_also(constraints)
+    graph = couple(program, constraints)
     graph, checks = examined(graph, verify=verify)
     inputs = (
         None
         if calibration is None
         else Calibration.of(
-            captured, calibration, limit=calibration_limit, copies=calibration_copies
+            program, calibration, limit=calibration_limit, copies=calibration_copies
         )
     )
     options = Options(score, calibration=inputs)
-    made = make_sized_plan(graph, [state], "transplant", options, target, host=0, fitted=False)
+    made = make_sized_plan(
+        graph, [state], "transplant", options, target, base_member=0, fitted=False
+    )
     made = replace(
         made,
-        controls=controls,
+        constraints=constraints,
         members=(fingerprint(state),),
         origin="" if plan is None else plan.digest,
     )
-    pruned = widen(graph, made, [state])
+    pruned = emit_resized(graph, made, [state])
     if verify:
-        grown = output_layouts(graph, made) if controls.output_dims else None
-        checks += handover(captured, pruned, grown)
+        grown = output_layouts(graph, made) if constraints.output_dims else None
+        checks += handover(program, pruned, grown)
     return FusionResult(made, verified(checks), graph, pruned.state_dict(), pruned)

@@ -14,7 +14,7 @@ from fxfuse.analysis.coupling import CouplingGraph
 from fxfuse.analysis.heads import head_name
 from fxfuse.api.own_class import copy_source, resized_copy
 from fxfuse.errors import CheckpointMismatchError, NoOwnModuleError, PartialFusionError
-from fxfuse.graph.capture import Captured
+from fxfuse.graph.capture import Program
 from fxfuse.planning.plan import FusionPlan
 from fxfuse.refine import MatchReport, RefitReport
 from fxfuse.refine.pipeline import Choice
@@ -45,7 +45,7 @@ class FusionResult:
     refit: RefitReport | None = field(default=None, repr=False)
     choice: Choice | None = None
     match: MatchReport | None = field(default=None, repr=False)
-    _member: Captured | None = field(default=None, repr=False)
+    _member: Program | None = field(default=None, repr=False)
 
     @property
     def emitted(self) -> bool:
@@ -62,7 +62,7 @@ class FusionResult:
             NotEmittedError: torch.export refused the members; `to_module` works all the same.
         """
         if self._module is None:
-            self.graph.captured.require_program()
+            self.graph.program.require_exported()
         assert self._module is not None
         return self._module
 
@@ -106,8 +106,8 @@ class FusionResult:
         """
         if self.heads and self.plan.spaces.outputs == "tuple":
             self._require_one_head("a member's class")
-        captured = self._member or self.graph.captured
-        source = captured.source
+        program = self._member or self.graph.program
+        source = program.source
         if source is None:
             raise NoOwnModuleError(
                 "there is no module to copy",
@@ -116,16 +116,16 @@ class FusionResult:
             )
         if isinstance(source, FusedModule):
             return copy.deepcopy(self.module).train(source.training)
-        state = self._one_headed(captured)
-        names = captured.names
+        state = self._one_headed(program)
+        names = program.names
         # The deepest member's class, where members differ in depth: its width may be another one.
         held = source.state_dict()
         same = all(n in state and state[n].shape == held[n].shape for n in names)
         if same and not self.heads:
             return self.load_into(copy_source(source))
-        return resized_copy(source, captured, self.module, state)
+        return resized_copy(source, program, self.module, state)
 
-    def _one_headed(self, member: Captured) -> dict[str, torch.Tensor]:
+    def _one_headed(self, member: Program) -> dict[str, torch.Tensor]:
         """The fused tensors by a member's names."""
         state = self.state_dict()
         for name in member.names:

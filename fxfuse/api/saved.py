@@ -110,10 +110,10 @@ def load(folder: str | Path) -> FusedModule:
             why="torch.export refused the members, or graph.pt2 was taken away",
             how=f"load {WEIGHTS} into a model of the members' class",
         )
-    program = read_graph(graph)
-    args, kwargs = program.example_inputs or ((), {})
-    captured = capture(program, args, kwargs)
-    state, own = read_state_dict(weights), captured.state()
+    exported = read_graph(graph)
+    args, kwargs = exported.example_inputs or ((), {})
+    program = capture(exported, args, kwargs)
+    state, own = read_state_dict(weights), program.state()
     check_fit(state, own, weights)
     for name, tensor in own.items():
         if state[name].dtype != tensor.dtype:
@@ -124,4 +124,4 @@ def load(folder: str | Path) -> FusedModule:
                 how="write the folder again with fxfuse.save",
             )
     # Tied names share one tensor.
-    return emit(captured, {name: state[captured.canonical[name]] for name in captured.names})
+    return emit(program, {name: state[program.canonical[name]] for name in program.names})

@@ -25,7 +25,7 @@ def examined(graph: CouplingGraph, *, verify: bool) -> tuple[CouplingGraph, list
             weights.
         NothingToFuseError: No parameter has a free dimension.
     """
-    check_reached(graph.captured, excused(graph.asked))
+    check_reached(graph.program, excused(graph.asked))
     checks = []
     if verify:
         graph, check = _only_what_moves(graph)
@@ -37,7 +37,7 @@ def examined(graph: CouplingGraph, *, verify: bool) -> tuple[CouplingGraph, list
 def _check_free(graph: CouplingGraph) -> None:
     if graph.groups:
         return
-    if not list(graph.captured.module.parameters()):
+    if not list(graph.program.module.parameters()):
         raise NothingToFuseError(
             "nothing in this network can be fused",
             why="it has no parameters",

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
-from fxfuse.analysis.controls import Patterns
+from fxfuse.analysis.constraints import Patterns
 from fxfuse.errors import ControlError
 from fxfuse.planning.options import Reference
 from fxfuse.planning.widths import Width

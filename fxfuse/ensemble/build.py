@@ -25,11 +25,11 @@ from fxfuse.errors import (
     NotEmittedError,
     VerificationError,
 )
-from fxfuse.graph.capture import Captured, capture
+from fxfuse.graph.capture import Program, capture
 from fxfuse.graph.example import is_single
+from fxfuse.graph.export_reuse import captured_each
 from fxfuse.graph.module_checks import check_enough, check_values
 from fxfuse.graph.same_network import check_same_network
-from fxfuse.graph.twins import captured_each
 from fxfuse.transform.emit import FusedModule, copy_graph, emit, emit_graph
 from fxfuse.verify.check import in_double, inputs_of, relative_error, tensors_of
 
@@ -38,7 +38,7 @@ _EXACT = 1e-12
 
 
 def stack(
-    members: Sequence[nn.Module | ExportedProgram | Captured],
+    members: Sequence[nn.Module | ExportedProgram | Program],
     example_inputs: Any = (),
     example_kwargs: Mapping[str, Any] | None = None,
     *,
@@ -92,18 +92,18 @@ def stack(
         raise ControlError(
             f"there is no reduction {reduce!r}", how=f"use one of {', '.join(REDUCTIONS)}"
         )
-    captured = captured_each(
+    program = captured_each(
         members, lambda m, _: _captured(m, example_inputs, example_kwargs, dynamic_shapes)
     )
-    check_same_network(captured)
-    for member in captured:
+    check_same_network(program)
+    for member in program:
         check_values(member.state())
     single = is_single(*_example(members[0], example_inputs, example_kwargs))
-    writer = walk(captured, policy_of(_device(captured[0])), single=single)
+    writer = walk(program, policy_of(_device(program[0])), single=single)
     joined, inventory = writer.weights.settle()
     module = _emitted(writer, joined, "none", class_dim)
     if verify:
-        _check(module, captured)
+        _check(module, program)
     if reduce != "none":
         module = _emitted(writer, joined, reduce, class_dim)
     module.meta[INVENTORY] = inventory
@@ -111,13 +111,13 @@ def stack(
 
 
 def _captured(
-    member: nn.Module | ExportedProgram | Captured,
+    member: nn.Module | ExportedProgram | Program,
     inputs: Any,
     kwargs: Mapping[str, Any] | None,
     dynamic_shapes: Any,
-) -> Captured:
-    if isinstance(member, Captured):
-        member.require_program()
+) -> Program:
+    if isinstance(member, Program):
+        member.require_exported()
         return member
     try:
         return capture(member, inputs, kwargs, dynamic_shapes=dynamic_shapes, fallback=False)
@@ -131,20 +131,20 @@ def _captured(
 
 
 def _example(
-    member: nn.Module | ExportedProgram | Captured, inputs: Any, kwargs: Mapping[str, Any] | None
+    member: nn.Module | ExportedProgram | Program, inputs: Any, kwargs: Mapping[str, Any] | None
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """The example as it was given: capture may have made two of it."""
-    if isinstance(member, Captured):
+    if isinstance(member, Program):
         return member.example_inputs
     return inputs if isinstance(inputs, tuple) else (inputs,), dict(kwargs or {})
 
 
-def _device(captured: Captured) -> torch.device:
-    tensors = [*captured.state().values(), *tensors_of(captured.example_inputs)]
+def _device(program: Program) -> torch.device:
+    tensors = [*program.state().values(), *tensors_of(program.example_inputs)]
     return tensors[0].device if tensors else torch.device("cpu")
 
 
-def _emitted(writer: Writer, joined: Captured, reduce: str, class_dim: int) -> FusedModule:
+def _emitted(writer: Writer, joined: Program, reduce: str, class_dim: int) -> FusedModule:
     """A module with the tensors of `joined` themselves, so that two of them cost what one does."""
     output = write_output(writer, reduce, class_dim)
     keeps_order = changes_tensors(writer.members[0].graph)
@@ -162,7 +162,7 @@ def _emitted(writer: Writer, joined: Captured, reduce: str, class_dim: int) -> F
     return emit_graph(joined, joined.state(), graph, constants)
 
 
-def _check(module: FusedModule, members: Sequence[Captured]) -> None:
+def _check(module: FusedModule, members: Sequence[Program]) -> None:
     """Compares all outputs of all members with theirs, in float64."""
     # Networks that draw random numbers draw the same ones, member after member.
     with torch.random.fork_rng():
@@ -186,7 +186,7 @@ def _copied(state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return {name: tensor.clone() for name, tensor in state.items()}
 
 
-def _answers(module: FusedModule, member: Captured) -> list[torch.Tensor]:
+def _answers(module: FusedModule, member: Program) -> list[torch.Tensor]:
     # Copies of the inputs too, for the same reason.
     args, kwargs = pytree.tree_map_only(torch.Tensor, torch.clone, inputs_of(member))
     with torch.no_grad():

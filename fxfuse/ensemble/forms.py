@@ -15,7 +15,7 @@ from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 from fxfuse.analysis.rules.registry import argument_of
 from fxfuse.ensemble.policy import Policy
 from fxfuse.ensemble.weights import Weights
-from fxfuse.graph.capture import Captured
+from fxfuse.graph.capture import Program
 
 aten = torch.ops.aten
 
@@ -58,7 +58,7 @@ class Writer:
     """The graph of the stack while it is being written.
 
     Attributes:
-        members: Captured members of one network.
+        members: Program members of one network.
         policy: Which lowerings pay.
         graph: The graph of the stack.
         weights: The members' tensors.
@@ -66,7 +66,7 @@ class Writer:
         values: For each node of the members' graph, what stands for it.
     """
 
-    members: Sequence[Captured]
+    members: Sequence[Program]
     policy: Policy
     graph: fx.Graph
     weights: Weights

@@ -14,7 +14,7 @@ from fxfuse.ensemble.forms import Form, Value, Writer, has_data_sizes, is_number
 from fxfuse.ensemble.lowerings import find
 from fxfuse.ensemble.policy import Policy
 from fxfuse.ensemble.weights import Weights, is_variable
-from fxfuse.graph.capture import Captured
+from fxfuse.graph.capture import Program
 from fxfuse.graph.functional import is_write
 from fxfuse.graph.training_argument import follows_mode
 
@@ -24,11 +24,11 @@ _CHANNELS_LAST = (torch.channels_last, torch.channels_last_3d)
 _SIZES = (aten.sym_size.int, aten.sym_numel.default)
 
 
-def walk(members: Sequence[Captured], policy: Policy, *, single: bool = False) -> Writer:
+def walk(members: Sequence[Program], policy: Policy, *, single: bool = False) -> Writer:
     """Writes the members as one graph, without its output.
 
     Args:
-        members: Captured members of one network.
+        members: Program members of one network.
         policy: Which lowerings pay.
         single: Whether the stack is made for a batch of one.
 
@@ -77,7 +77,7 @@ def _written(writer: Writer, node: fx.Node) -> Value:
     return Value(Form.STACKED, stacked=stacked) if stacked else _split(writer, node)
 
 
-def _read(writer: Writer, first: Captured, node: fx.Node) -> Value:
+def _read(writer: Writer, first: Program, node: fx.Node) -> Value:
     name = str(node.target)
     if name not in first.canonical:
         return Value(Form.SHARED, shared=writer.graph.node_copy(node))

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from fxfuse.graph.capture import Captured
+from fxfuse.graph.capture import Program
 from fxfuse.graph.tensors import attach, fetch, is_constant
 from fxfuse.transform.emit import COUNTER, MEAN
 
@@ -99,11 +99,11 @@ class Weights:
     it is kept as [N, *shape], and readers take views.
 
     Args:
-        members: Captured members of one network.
+        members: Program members of one network.
         graph: The graph of the stack, which gets the `get_attr` nodes.
     """
 
-    def __init__(self, members: Sequence[Captured], graph: fx.Graph) -> None:
+    def __init__(self, members: Sequence[Program], graph: fx.Graph) -> None:
         self.members = members
         self.graph = graph
         self.words = as_words(members[0].names)
@@ -174,7 +174,7 @@ class Weights:
             for shape, node in stacked.items():
                 yield node, key, shape
 
-    def settle(self) -> tuple[Captured, Inventory]:
+    def settle(self) -> tuple[Program, Inventory]:
         """Decides how every tensor is kept, and lets all readers read it there.
 
         Returns:
@@ -272,17 +272,17 @@ class Weights:
             reader.replace_input_with(node, view)
 
 
-def read_twice(captured: Captured) -> frozenset[str]:
+def read_twice(program: Program) -> frozenset[str]:
     """Names of tensors that more than one node of the graph reads, by their first name."""
     readers = Counter(
-        captured.canonical[str(node.target)]
-        for node in captured.graph.nodes
-        if node.op == "get_attr" and node.target in captured.canonical
+        program.canonical[str(node.target)]
+        for node in program.graph.nodes
+        if node.op == "get_attr" and node.target in program.canonical
         for _ in node.users
     )
     return frozenset(name for name, count in readers.items() if count > 1)
 
 
-def is_variable(captured: Captured, name: str) -> bool:
+def is_variable(program: Program, name: str) -> bool:
     """Whether a name is that of a tensor of the state which members have values of their own of."""
-    return name in captured.canonical and not is_constant(captured.tensor(name))
+    return name in program.canonical and not is_constant(program.tensor(name))

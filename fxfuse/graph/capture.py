@@ -31,7 +31,7 @@ from fxfuse.graph.tensors import fetch, is_constant
 
 
 @dataclass(frozen=True)
-class Captured:
+class Program:
     """A captured network: an eval-mode ATen graph with its tensors.
 
     Attributes:
@@ -56,17 +56,17 @@ class Captured:
     heads: Mapping[str, int] = field(default_factory=dict)
 
     @property
-    def is_program(self) -> bool:
+    def is_exported(self) -> bool:
         """Whether the graph can be run on other inputs (it was exported, not traced)."""
         return not self.refusal
 
-    def require_program(self) -> None:
+    def require_exported(self) -> None:
         """Checks that the graph can be run.
 
         Raises:
             NotEmittedError: It is a trace, which holds for the example only.
         """
-        if not self.is_program:
+        if not self.is_exported:
             raise NotEmittedError(
                 "no GraphModule can be emitted for this network",
                 where=type(self.source).__name__,
@@ -121,7 +121,7 @@ class Captured:
         Returns:
             Always empty for an exported graph, which holds every branch that there is.
         """
-        if self.is_program:
+        if self.is_exported:
             return ()
         reached = self.reached()
         return tuple(
@@ -140,7 +140,7 @@ def capture(
     *,
     dynamic_shapes: Any = None,
     fallback: bool = True,
-) -> Captured:
+) -> Program:
     """Captures a network in eval mode; the model itself is left as it was.
 
     Args:
@@ -189,7 +189,7 @@ def capture(
     state = state_of(model)
     module = rebuild(program.module(check_guards=False), state)
     source = None if isinstance(model, ExportedProgram) else model
-    return Captured(module, tuple(state), _canonical(state), (args, kwargs), source)
+    return Program(module, tuple(state), _canonical(state), (args, kwargs), source)
 
 
 def capture_eagerly(
@@ -198,7 +198,7 @@ def capture_eagerly(
     example_kwargs: Mapping[str, Any] | None = None,
     *,
     refusal: str,
-) -> Captured:
+) -> Program:
     """Captures a trace of one eager run in eval mode: for the analysis only, never to be run.
 
     Args:
@@ -221,20 +221,20 @@ def capture_eagerly(
         traced = trace(model, args, kwargs, state)
     # What leaves the graph as a number has no users in it, and must stay all the same.
     module = rebuild(traced, state, prune=False)
-    return Captured(module, tuple(state), _canonical(state), (args, kwargs), model, refusal)
+    return Program(module, tuple(state), _canonical(state), (args, kwargs), model, refusal)
 
 
-def check_reached(captured: Captured, excused: Collection[str] = ()) -> None:
+def check_reached(program: Program, excused: Collection[str] = ()) -> None:
     """Checks that a trace reached every weight.
 
     Args:
-        captured: A captured network.
+        program: A captured network.
         excused: `state_dict()` names that need not be reached.
 
     Raises:
         UnreachedParametersError: Lists the weights that the trace did not reach.
     """
-    missing = captured.unreached(excused)
+    missing = program.unreached(excused)
     if missing:
         raise UnreachedParametersError(
             f"the example inputs do not reach {len(missing)} of the network's tensors",

@@ -10,7 +10,7 @@ import torch.utils._pytree as pytree
 from torch import fx
 
 from fxfuse.errors import MemberMismatchError
-from fxfuse.graph.capture import Captured
+from fxfuse.graph.capture import Program
 from fxfuse.graph.eager import answers
 from fxfuse.graph.example import first_line
 from fxfuse.graph.source_lines import where_of
@@ -38,14 +38,14 @@ _SIZES = frozenset(
 _VIEWS = frozenset({"num_groups", "shape", "size", "sizes"})
 
 
-def check_same_network(members: Sequence[Captured], *, any_width: bool = False) -> None:
+def check_same_network(members: Sequence[Program], *, any_width: bool = False) -> None:
     """Checks that the members have one graph, the same tensors and the same constants.
 
     Members that were traced have other sizes in their graphs, so they are compared by what they
     answer: the first member's module with another member's weights has to answer as that member.
 
     Args:
-        members: Captured members.
+        members: Program members.
         any_width: Whether members may have other sizes: shapes, and numbers in the graph. What the
             graph calculates with may be another number then, too, as the scale of heads of another
             size is; `fxfuse.analysis.multi_width` looks at which it is.
@@ -57,9 +57,7 @@ def check_same_network(members: Sequence[Captured], *, any_width: bool = False) 
         check_same_as(members[0], other, number, any_width=any_width)
 
 
-def check_same_as(
-    first: Captured, other: Captured, number: int, *, any_width: bool = False
-) -> None:
+def check_same_as(first: Program, other: Program, number: int, *, any_width: bool = False) -> None:
     """Checks that a member is the same network as the first one.
 
     Args:
@@ -71,7 +69,7 @@ def check_same_as(
     Raises:
         MemberMismatchError: Names the first difference.
     """
-    programs = first.is_program and other.is_program
+    programs = first.is_exported and other.is_exported
     same_sizes = _check_tensors(first, other, number, any_width=any_width and programs)
     if programs:
         free = (_VIEWS if same_sizes else _SIZES) if any_width else frozenset()
@@ -89,7 +87,7 @@ def _mismatch(what: str, number: int, where: str, why: str) -> MemberMismatchErr
     )
 
 
-def _check_tensors(first: Captured, other: Captured, number: int, *, any_width: bool) -> bool:
+def _check_tensors(first: Program, other: Program, number: int, *, any_width: bool) -> bool:
     """Whether all tensors have the same shape."""
     same_sizes = True
     for name in [*first.names, *(n for n in other.names if n not in first.canonical)]:
@@ -113,8 +111,8 @@ def _check_tensors(first: Captured, other: Captured, number: int, *, any_width: 
     return same_sizes
 
 
-def _check_answers(first: Captured, other: Captured, number: int) -> None:
-    if first.source is None or other.source is None or first.is_program != other.is_program:
+def _check_answers(first: Program, other: Program, number: int) -> None:
+    if first.source is None or other.source is None or first.is_exported != other.is_exported:
         raise _mismatch("capture", number, "", "only one of them can be exported")
     args, kwargs = other.example_inputs
     expected = answers(other.source, {}, args, kwargs)
@@ -161,7 +159,7 @@ def check_constant(
     raise _mismatch("constants", number, name, why)
 
 
-def _check_graph(first: Captured, other: Captured, number: int, free: frozenset[str]) -> None:
+def _check_graph(first: Program, other: Program, number: int, free: frozenset[str]) -> None:
     ours, theirs = list(first.graph.nodes), list(other.graph.nodes)
     position = {node: index for index, node in enumerate(ours)}
     position_theirs = {node: index for index, node in enumerate(theirs)}
@@ -183,8 +181,8 @@ def _check_graph(first: Captured, other: Captured, number: int, free: frozenset[
         raise _mismatch("graphs", number, "end of the graph", f"{len(ours)} vs {len(theirs)} nodes")
 
 
-def _is_constant(captured: Captured, target: str) -> bool:
-    return target not in captured.canonical or is_constant(captured.tensor(target))
+def _is_constant(program: Program, target: str) -> bool:
+    return target not in program.canonical or is_constant(program.tensor(target))
 
 
 def _signature(

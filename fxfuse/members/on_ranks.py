@@ -10,13 +10,13 @@ import torch
 from torch import nn
 
 from fxfuse.errors import CheckpointMismatchError, ControlError, MemberMismatchError
-from fxfuse.graph.capture import Captured, capture
+from fxfuse.graph.capture import Program, capture
+from fxfuse.graph.export_reuse import reuse_export
 from fxfuse.graph.module_checks import check_model
 from fxfuse.graph.same_network import check_same_as
 from fxfuse.graph.tensors import named_tensors
-from fxfuse.graph.twins import captured_twin
 from fxfuse.members.fingerprint import fingerprint
-from fxfuse.members.ranks import Ranks, Spread, State
+from fxfuse.members.ranks import RankedStates, Ranks, State
 from fxfuse.members.streamed import first_member, streamed_state, with_tensors
 
 
@@ -26,7 +26,7 @@ def members_on_ranks(
     template: nn.Module | None,
     example: tuple[Any, Mapping[str, Any] | None],
     dynamic_shapes: Any,
-) -> tuple[Captured, Spread]:
+) -> tuple[Program, RankedStates]:
     """Member 0, captured on every rank, and the tensors of all members.
 
     Args:
@@ -63,14 +63,14 @@ def members_on_ranks(
     # Examples that are drawn at random differ from rank to rank.
     inputs, kwargs = ranks.from_rank(owners[0], lambda: example, device)
 
-    def captured() -> dict[str, str]:
+    def program() -> dict[str, str]:
         if ranks.rank != owners[0]:
             made[0] = _stand_in(made[0], tensors)
         made.append(capture(made[0], inputs, kwargs, dynamic_shapes=dynamic_shapes))
         return _told(made[1])
 
-    _check_alike(ranks.all(captured), owners[0])
-    first: Captured = made[1]
+    _check_alike(ranks.all(program), owners[0])
+    first: Program = made[1]
     own: dict[int, State] = {}
 
     def read() -> None:
@@ -80,7 +80,7 @@ def members_on_ranks(
             )
 
     ranks.all(read)
-    return first, Spread(ranks, owners, first.state(), own, device)
+    return first, RankedStates(ranks, owners, first.state(), own, device)
 
 
 def _stand_in(template: nn.Module, tensors: dict[str, torch.Tensor]) -> nn.Module:
@@ -119,22 +119,22 @@ def _check_members(members: Sequence[Any], template: nn.Module | None) -> None:
         )
 
 
-def _state(member: Any, number: int, first: Captured, dynamic_shapes: Any) -> State:
+def _state(member: Any, number: int, first: Program, dynamic_shapes: Any) -> State:
     if not isinstance(member, nn.Module):
         return streamed_state(member, number, first)
     check_model(member)
     args, kwargs = first.example_inputs
-    other = captured_twin(first, member) or capture(
+    other = reuse_export(first, member) or capture(
         member, args, kwargs, dynamic_shapes=dynamic_shapes
     )
     check_same_as(first, other, number)
     return other.state()
 
 
-def _told(captured: Captured) -> dict[str, str]:
+def _told(program: Program) -> dict[str, str]:
     """What must be the same of member 0 on all ranks: operators, tensors, constants."""
-    nodes = {f"node {i}": f"{n.op} {n.target}" for i, n in enumerate(captured.graph.nodes)}
-    return {**nodes, **fingerprint(dict(named_tensors(captured.module)))}
+    nodes = {f"node {i}": f"{n.op} {n.target}" for i, n in enumerate(program.graph.nodes)}
+    return {**nodes, **fingerprint(dict(named_tensors(program.module)))}
 
 
 def _check_alike(told: Sequence[Mapping[str, str]], first: int) -> None:

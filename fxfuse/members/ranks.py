@@ -128,7 +128,7 @@ class Ranks:
         return result
 
 
-class Spread(Sequence[State]):
+class RankedStates(Sequence[State]):
     """For each member of all ranks, its tensors: rank 0's members first, then rank 1's, and so on.
 
     Member 0 is on every rank, since it is the network that is analysed. The others are read by
@@ -198,10 +198,10 @@ class Spread(Sequence[State]):
             value = made.pop(member) if member in made else outlines[owner][member]
             yield member, self._ranks.sent(owner, value, self._device)
 
-    def mapped(self, function: Callable[[State], State]) -> Spread:
+    def mapped(self, function: Callable[[State], State]) -> RankedStates:
         """The members with other tensors, each changed on its own rank."""
         own = {member: function(state) for member, state in self._own.items()}
-        return Spread(self._ranks, self._owners, function(self._first), own, self._device)
+        return RankedStates(self._ranks, self._owners, function(self._first), own, self._device)
 
 
 def of_each(
@@ -225,7 +225,7 @@ def of_each(
         RankError: It raised something else on another rank.
     """
     members = range(len(states)) if members is None else members
-    if isinstance(states, Spread):
+    if isinstance(states, RankedStates):
         yield from states.of_each(work, members)
     else:
         for member in members:
@@ -234,7 +234,7 @@ def of_each(
 
 def mapped(states: Sequence[State], function: Callable[[State], State]) -> Sequence[State]:
     """The members with other tensors, each changed where it is."""
-    if isinstance(states, Spread):
+    if isinstance(states, RankedStates):
         return states.mapped(function)
     return [function(state) for state in states]
 

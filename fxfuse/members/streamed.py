@@ -16,7 +16,7 @@ from fxfuse.errors import (
     ControlError,
     NoWeightsError,
 )
-from fxfuse.graph.capture import Captured
+from fxfuse.graph.capture import Program
 from fxfuse.graph.same_network import check_constant
 from fxfuse.graph.tensors import floating_dtype, is_constant
 from fxfuse.members.checkpoint import (
@@ -29,7 +29,7 @@ from fxfuse.members.checkpoint import (
 )
 from fxfuse.members.tensor_file import TensorFile
 
-Network = nn.Module | ExportedProgram | Captured
+Network = nn.Module | ExportedProgram | Program
 
 #: Ends of the names of files that are read tensor by tensor.
 _SAFETENSORS, _INDEX = ".safetensors", ".index.json"
@@ -42,7 +42,7 @@ class StreamedState(Mapping[str, torch.Tensor]):
     read, and the mapping ends with the tensor. Nothing is kept.
     """
 
-    def __init__(self, names: Mapping[str, str], stored: Stored, like: Captured) -> None:
+    def __init__(self, names: Mapping[str, str], stored: Stored, like: Program) -> None:
         self._names = names
         self._stored = stored
         self._like = like
@@ -156,7 +156,7 @@ def with_tensors(
 
 
 def streamed_states(
-    paths: Sequence[str | Path], first: Captured
+    paths: Sequence[str | Path], first: Program
 ) -> list[Mapping[str, torch.Tensor]]:
     """The tensors of all members: the first one's from memory, the others' from their files.
 
@@ -174,7 +174,7 @@ def streamed_states(
     return [first.state(), *(streamed_state(path, number, first) for number, path in others)]
 
 
-def streamed_state(path: str | Path, number: int, first: Captured) -> StreamedState:
+def streamed_state(path: str | Path, number: int, first: Program) -> StreamedState:
     """The tensors of a member other than the first, from its file.
 
     Args:
@@ -232,7 +232,7 @@ def split_paths(
     return files, networks
 
 
-def _stored_names(known: set[str], first: Captured) -> dict[str, str]:
+def _stored_names(known: set[str], first: Program) -> dict[str, str]:
     """Under which name each tensor is stored; a tied one may be there under another."""
     # Of several, the one that loading a module would write last.
     last = {first.canonical[name]: name for name in first.names if name in known}

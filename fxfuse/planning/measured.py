@@ -83,7 +83,7 @@ def require_gradients(
         CalibrationError: There are none, or not one for each member.
         PartialFusionError: The members have heads for different tasks.
     """
-    if graph.captured.heads:
+    if graph.program.heads:
         raise PartialFusionError(
             f"{user} does not work with several heads",
             why="its gradients are of one loss on one output, and each head has a task of its own",
@@ -93,7 +93,7 @@ def require_gradients(
     if given is None and options.calibration is not None and options.calibration.labels:
         calls = [args for args, _ in options.calibration.batches]
         pairs = list(zip(calls, options.calibration.labels, strict=True))
-        each = (graph.of_member(member).captured for member in range(n_members))
+        each = (graph.of_member(member).program for member in range(n_members))
         given = [gradients(own, pairs, state) for own, state in zip(each, states, strict=True)]
     if given is None or len(given) != n_members:
         raise CalibrationError(

@@ -26,11 +26,12 @@ class Options:
     Attributes:
         score: Name of the importance score.
         variant: Name of a variant of the method, or None.
-        host: The member that keeps what is frozen inside the network, and of which `fraction`
+        base_member: The member that keeps what is frozen inside the network, and of which
+        `fraction`
             speaks.
         fraction: For `transplant`: the share of each group's units that come from other members
-            than the host, in [0, 1], for all groups or by pattern of the tensors that groups are
-            named after; None leaves it to the score.
+            than the base member, in [0, 1], for all groups or by pattern of the tensors that
+            groups are named after; None leaves it to the score.
         reference: For alignment: the member that the others are aligned to, or "mean": each of
             them to the mean of the others, in turn.
         regularisation: For `optimal_transport`: entropic regularisation (Sinkhorn), in units of the
@@ -46,7 +47,7 @@ class Options:
 
     score: str = "l2"
     variant: str | None = None
-    host: int = 0
+    base_member: int = 0
     fraction: float | Mapping[str, float] | None = None
     reference: Reference = 0
     regularisation: float | None = None

@@ -10,7 +10,7 @@ from typing import Any, Literal, get_args
 import numpy as np
 from numpy.typing import NDArray
 
-from fxfuse.analysis.controls import Controls
+from fxfuse.analysis.constraints import Constraints
 from fxfuse.analysis.coupling import Index, MixingNote
 from fxfuse.analysis.label_spaces import HeadOutputs, LabelSpaces
 from fxfuse.errors import PlanError
@@ -89,14 +89,14 @@ class FusionPlan:
         method: Name of the fusion method.
         options: Its options (score, variant).
         n_members: N.
-        host: The member that keeps every piece frozen inside the network.
+        base_member: The member that keeps every piece frozen inside the network.
         maps: One map per coupling group.
         averaged: Parameters inside the network that no group owns: the members' mean is taken,
             an approximation. Values: largest difference between members, relative to the largest
             weight.
-        hosted: Tensors of which the host's frozen part is kept.
-        copied: Tensors copied from the host (constants, tensors that the graph does not read).
-        notes: Operators that mix members.
+        hosted: Tensors of which the base member's frozen part is kept.
+        copied: Tensors copied from the base member (constants, tensors that the graph does not
+        read). notes: Operators that mix members.
         heads: Tensors that one member's head keeps (partial fusion) → the number of that member.
         refused: Groups that keep a member's size although another was asked for → why.
         mixing: How operators that mix members run: `joint`, over the kept units of all members
@@ -104,7 +104,7 @@ class FusionPlan:
         apart: With `per_member`: the tensors of which each member keeps its own.
         absent: Tensors of residual blocks that some members lack → the numbers of these members, in
             which such a block is the identity.
-        controls: What was asked of the analysis.
+        constraints: What was asked of the analysis.
         heads_asked: Patterns of the modules in which each member keeps its own head.
         members: The fingerprint of each member; empty in a plan that an earlier
             version wrote.
@@ -112,13 +112,13 @@ class FusionPlan:
         spaces: How the heads are handed out.
         widths: For each group, how many units each member has, where members differ in width; of a
             block that a member lacks, 0.
-        reasons: Why the host's part of a hosted tensor is frozen, by its name.
+        reasons: Why the base member's part of a hosted tensor is frozen, by its name.
     """
 
     method: str
     options: Mapping[str, str]
     n_members: int
-    host: int
+    base_member: int
     maps: tuple[UnitMap, ...]
     averaged: Mapping[str, float]
     hosted: tuple[str, ...]
@@ -129,7 +129,7 @@ class FusionPlan:
     mixing: Mixing = "joint"
     apart: tuple[str, ...] = ()
     absent: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
-    controls: Controls = field(default_factory=Controls)
+    constraints: Constraints = field(default_factory=Constraints)
     heads_asked: tuple[str, ...] = ()
     members: tuple[Fingerprint, ...] = field(default=(), repr=False)
     origin: str = ""
@@ -162,7 +162,7 @@ class FusionPlan:
             return []
         found = [f"{n.why} ({n.node})" for n in self.notes]
         found += [f"{name} is averaged" for name, spread in self.averaged.items() if spread > 0]
-        found += [f"{name} is the host's" for name in self.hosted]
+        found += [f"{name} is the base member's" for name in self.hosted]
         return found
 
     @property
@@ -181,7 +181,7 @@ class FusionPlan:
             "method": self.method,
             "options": dict(self.options),
             "n_members": self.n_members,
-            "host": self.host,
+            "base_member": self.base_member,
             "groups": [
                 {"group": m.group, "n_units": m.n_units, **written(m.entries(), m.n_units)}
                 for m in self.maps
@@ -199,10 +199,10 @@ class FusionPlan:
                 for n in self.notes
             ],
             "controls": {
-                "freeze": list(self.controls.freeze),
-                "share": list(self.controls.share),
-                "ignore": list(self.controls.ignore),
-                "output_dims": {str(k): list(v) for k, v in self.controls.output_dims.items()},
+                "freeze": list(self.constraints.freeze),
+                "share": list(self.constraints.share),
+                "ignore": list(self.constraints.ignore),
+                "output_dims": {str(k): list(v) for k, v in self.constraints.output_dims.items()},
             },
             "heads_asked": list(self.heads_asked),
             "members": [dict(member) for member in self.members],
@@ -240,7 +240,7 @@ class FusionPlan:
                 value["method"],
                 value["options"],
                 int(value["n_members"]),
-                int(value["host"]),
+                int(value["base_member"]),
                 tuple(_read_map(m) for m in value["groups"]),
                 value["averaged"],
                 tuple(value["hosted"]),
@@ -277,7 +277,7 @@ class FusionPlan:
             "",
             f"{self.n_members} members, method `{self.method}`"
             + "".join(f", {key} `{value}`" for key, value in self.options.items())
-            + f", host: member {self.host}.",
+            + f", base member: member {self.base_member}.",
             "",
             "| group | units | " + " | ".join(f"from {i}" for i in range(self.n_members)) + " |",
             "|---|---:|" + "---:|" * self.n_members,
@@ -290,8 +290,8 @@ class FusionPlan:
             lines.append(f"| `{m.group}` | {m.n_units} | " + " | ".join(cells) + " |")
         for title, names in (
             ("Averaged inside the network (an approximation)", self.averaged),
-            ("Kept from the host", self.hosted),
-            ("Copied from the host", self.copied),
+            ("Kept from the base member", self.hosted),
+            ("Copied from the base member", self.copied),
         ):
             if names:
                 lines += ["", f"## {title}", ""]
@@ -340,10 +340,10 @@ def _check_digest(value: Mapping[str, Any]) -> None:
         )
 
 
-def _read_controls(value: Mapping[str, Any]) -> Controls:
+def _read_controls(value: Mapping[str, Any]) -> Constraints:
     dims = {int(output): tuple(dims) for output, dims in value.get("output_dims", {}).items()}
     freeze, share, ignore = (tuple(value.get(name, ())) for name in ("freeze", "share", "ignore"))
-    return Controls(freeze, share, ignore, dims)
+    return Constraints(freeze, share, ignore, dims)
 
 
 def _read_spaces(value: Mapping[str, Any]) -> LabelSpaces:

@@ -24,7 +24,7 @@ def make_plan(
     method: str,
     options: Options,
     *,
-    host: int = 0,
+    base_member: int = 0,
 ) -> FusionPlan:
     """Asks a method for its maps and notes what they leave open.
 
@@ -35,7 +35,8 @@ def make_plan(
         states: For each member, its tensors by name.
         method: Name of the method.
         options: What it is told.
-        host: The member that keeps what is frozen inside the network, in place of `options.host`.
+        base_member: The member that keeps what is frozen inside the network, in place of
+        `options.base_member`.
 
     Raises:
         UnknownMethodError: There is no such method or variant.
@@ -44,7 +45,7 @@ def make_plan(
         CalibrationError: The method or the score needs calibration inputs, and there are none.
         MissingDependencyError: The method needs a package that is not installed.
     """
-    options = replace(options, host=host)
+    options = replace(options, base_member=base_member)
     maps = find_method(method)(graph.trunk(), states, options)
     told = {}
     if method == "transplant":
@@ -58,12 +59,12 @@ def make_plan(
         method,
         told,
         len(states),
-        host,
+        base_member,
         maps,
         inner_averages(graph, states),
         hosted_names(graph),
         copied_names(graph),
         relevant_notes(graph, states),
-        graph.captured.heads,
+        graph.program.heads,
         reasons=hosted_reasons(graph),
     )

@@ -1,4 +1,4 @@
-"""What a fusion does with each tensor beside the maps of groups: averages, the host's, copies."""
+"""The role of every tensor that no group owns: averaged, kept from the base member, or copied."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from fxfuse.members.ranks import of_each
 class Role(StrEnum):
     """How the members' contributions to a tensor are combined."""
 
-    #: The host's tensor is copied.
+    #: The base member's tensor is copied.
     COPY = "copy"
     #: A tensor of a head: its member's weights at the units that come from this member.
     OWN = "own"
@@ -31,19 +31,19 @@ class Role(StrEnum):
 
 def role_of(graph: CouplingGraph, name: str) -> Role:
     """How the members' contributions to a tensor are combined."""
-    captured = graph.captured
-    tensor = captured.tensor(name)
-    if is_constant(tensor) or captured.canonical[name] not in captured.reached():
+    program = graph.program
+    tensor = program.tensor(name)
+    if is_constant(tensor) or program.canonical[name] not in program.reached():
         return Role.COPY
-    wish = graph.asked.get(captured.canonical[name])
+    wish = graph.asked.get(program.canonical[name])
     if wish is not None:
-        return Role.COPY if wish.kind is Kind.HOST else Role.MEAN
-    if name in captured.heads:
+        return Role.COPY if wish.kind is Kind.KEEP_BASE else Role.MEAN
+    if name in program.heads:
         return Role.OWN
     places = [(name, d) for d in range(tensor.dim())]
     for place in places:
         reason = graph.frozen.get(place)
-        if reason is not None and reason.kind in (Kind.HOST, Kind.OUTPUT):
+        if reason is not None and reason.kind in (Kind.KEEP_BASE, Kind.OUTPUT):
             return Role.SUM
         # A dimension that is only read sums over the members: without a dimension that is
         # written, the sum has to become the mean.
@@ -54,19 +54,19 @@ def role_of(graph: CouplingGraph, name: str) -> Role:
 
 def is_written(graph: CouplingGraph, place: tuple[str, int]) -> bool:
     """Whether a dimension writes neurons somewhere; one that is only read sums over them."""
-    key = (graph.captured.canonical[place[0]], place[1])
+    key = (graph.program.canonical[place[0]], place[1])
     return key in graph.writers or key not in graph.readers
 
 
 def own_indices(graph: CouplingGraph, place: tuple[str, int]) -> NDArray[np.bool_]:
-    """Where along a dimension each member has units of its own, or the host has all: bool [size].
+    """Where along a dimension a member has units of its own, or the base member all: bool [size].
 
     Dimensions that are only read sum over the members, so they tell nobody apart.
     """
     name, dim = place
-    found = np.zeros(graph.captured.tensor(name).shape[dim], dtype=bool)
+    found = np.zeros(graph.program.tensor(name).shape[dim], dtype=bool)
     reason = graph.frozen.get(place)
-    if reason is not None and reason.kind is Kind.HOST:
+    if reason is not None and reason.kind is Kind.KEEP_BASE:
         found[reason.indices] = True
     if is_written(graph, place):
         for group in graph.group_of.get(place, ()):
@@ -79,7 +79,7 @@ def relevant_notes(
 ) -> tuple[MixingNote, ...]:
     """The analysis's mixing notes, without those on parameters that all members agree on."""
     # Of a head there is one only.
-    sources = {name for note in graph.mixing for name in note.sources} - graph.captured.heads.keys()
+    sources = {name for note in graph.mixing for name in note.sources} - graph.program.heads.keys()
 
     def differing(_: int, state: Mapping[str, Any]) -> list[str]:
         return [name for name in sorted(sources) if not torch.equal(state[name], states[0][name])]
@@ -93,7 +93,7 @@ def inner_averages(graph: CouplingGraph, states: Sequence[Mapping[str, Any]]) ->
 
     All of a tensor, or the part of it that belongs to no member's own units.
     """
-    cells = {name: _averaged_cells(graph, name) for name in graph.captured.names}
+    cells = {name: _averaged_cells(graph, name) for name in graph.program.names}
     averaged = {name: where for name, where in cells.items() if where is not None}
 
     def distances(member: int, state: Mapping[str, Any]) -> dict[str, float]:
@@ -126,7 +126,7 @@ def _averaged_cells(graph: CouplingGraph, name: str) -> tuple[Any, ...] | None:
     Also of a part that should be and cannot: a weight that is used transposed as well writes the
     sum of the members into an index that all of them share.
     """
-    role, rank = role_of(graph, name), graph.captured.tensor(name).dim()
+    role, rank = role_of(graph, name), graph.program.tensor(name).dim()
     if role is Role.MEAN:
         return ()
     places = [(name, dim) for dim in range(rank)]
@@ -136,7 +136,7 @@ def _averaged_cells(graph: CouplingGraph, name: str) -> tuple[Any, ...] | None:
     shared = [np.flatnonzero(~own_indices(graph, place)) for place in places]
     if rank and all(len(indices) for indices in shared):
         return tuple(torch.from_numpy(indices) for indices in np.ix_(*shared))
-    canonical = graph.captured.canonical[name]
+    canonical = graph.program.canonical[name]
     for dim, indices in enumerate(shared):
         others = (place for place in places if place[1] != dim and place in graph.group_of)
         summed = any((canonical, d) in graph.readers for _, d in others)
@@ -147,10 +147,10 @@ def _averaged_cells(graph: CouplingGraph, name: str) -> tuple[Any, ...] | None:
 
 def hosted_names(graph: CouplingGraph) -> tuple[str, ...]:
     """Tensors of the trunk with a dimension that is frozen inside the network, or by the caller."""
-    heads, canonical = graph.captured.heads, graph.captured.canonical
-    found = {n for (n, _), r in graph.frozen.items() if r.kind is Kind.HOST and n not in heads}
-    wishes = {name for name, wish in graph.asked.items() if wish.kind is Kind.HOST}
-    return tuple(n for n in graph.captured.names if n in found or canonical[n] in wishes)
+    heads, canonical = graph.program.heads, graph.program.canonical
+    found = {n for (n, _), r in graph.frozen.items() if r.kind is Kind.KEEP_BASE and n not in heads}
+    wishes = {name for name, wish in graph.asked.items() if wish.kind is Kind.KEEP_BASE}
+    return tuple(n for n in graph.program.names if n in found or canonical[n] in wishes)
 
 
 def hosted_reasons(graph: CouplingGraph) -> dict[str, str]:
@@ -158,7 +158,7 @@ def hosted_reasons(graph: CouplingGraph) -> dict[str, str]:
     names = set(hosted_names(graph))
     found: dict[str, str] = {}
     for (name, _), reason in graph.frozen.items():
-        if name in names and reason.kind is Kind.HOST:
+        if name in names and reason.kind is Kind.KEEP_BASE:
             found.setdefault(name, reason.why)
     return found
 
@@ -186,7 +186,7 @@ def widths_of(
 
 
 def copied_names(graph: CouplingGraph) -> tuple[str, ...]:
-    """Tensors that are copied from the host because nothing is to be fused in them."""
-    kept = {*hosted_names(graph), *graph.captured.heads}
-    names = (n for n in graph.captured.names if n not in kept)
+    """Tensors that are copied from the base member because nothing is to be fused in them."""
+    kept = {*hosted_names(graph), *graph.program.heads}
+    names = (n for n in graph.program.names if n not in kept)
     return tuple(n for n in names if role_of(graph, n) == Role.COPY)

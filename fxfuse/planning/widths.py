@@ -8,7 +8,7 @@ from math import gcd, isfinite
 
 import numpy as np
 
-from fxfuse.analysis.controls import nothing_like
+from fxfuse.analysis.constraints import nothing_like
 from fxfuse.analysis.coupling import CouplingGraph, CouplingGroup
 from fxfuse.errors import ControlError, WidthError
 

@@ -13,11 +13,11 @@ from fxfuse.activations.calibration import Calibration
 from fxfuse.analysis.coupling import CouplingGraph
 from fxfuse.analysis.heads import joined_state
 from fxfuse.errors import MemberMismatchError, PartialFusionError, RefineError
-from fxfuse.graph.capture import Captured
+from fxfuse.graph.capture import Program
 from fxfuse.graph.module_checks import state_of
 from fxfuse.planning.plan import FusionPlan
 
-Member = nn.Module | ExportedProgram | Captured
+Member = nn.Module | ExportedProgram | Program
 
 
 class Fused(Protocol):
@@ -44,12 +44,12 @@ def states_of(result: Fused, members: Sequence[Member]) -> Sequence[Mapping[str,
     Raises:
         MemberMismatchError: These are not the members that were fused.
     """
-    captured = result.graph.captured
+    program = result.graph.program
     _check_count(result, members)
     own = [
-        member.state() if isinstance(member, Captured) else state_of(member) for member in members
+        member.state() if isinstance(member, Program) else state_of(member) for member in members
     ]
-    states = [joined_state(captured, i, state) for i, state in enumerate(own)]
+    states = [joined_state(program, i, state) for i, state in enumerate(own)]
     states = [{**_absent(result, i), **state} for i, state in enumerate(states)]
     _check_members(result, states)
     return states
@@ -57,9 +57,9 @@ def states_of(result: Fused, members: Sequence[Member]) -> Sequence[Mapping[str,
 
 def _absent(result: Fused, member: int) -> dict[str, torch.Tensor]:
     """What stands for the tensors that a member lacks, by name."""
-    captured = result.graph.of_member(member).captured
+    program = result.graph.of_member(member).program
     names = [name for name, numbers in result.plan.absent.items() if member in numbers]
-    found = {name: captured.tensor(name) for name in names}
+    found = {name: program.tensor(name) for name in names}
     return {
         name: torch.zeros_like(tensor) if isinstance(tensor, nn.Parameter) else tensor.clone()
         for name, tensor in found.items()
@@ -83,8 +83,8 @@ def measurable(
         MemberMismatchError: These are not the members that were fused.
         NotEmittedError: The members were traced: there is no graph to run.
     """
-    result.graph.captured.require_program()
-    calibration = Calibration.of(result.graph.captured, inputs, limit=limit, copies=copies)
+    result.graph.program.require_exported()
+    calibration = Calibration.of(result.graph.program, inputs, limit=limit, copies=copies)
     return states_of(result, members), calibration
 
 
@@ -135,10 +135,10 @@ def _check_count(result: Fused, members: Sequence[Member]) -> None:
 
 def _check_members(result: Fused, states: Sequence[Mapping[str, torch.Tensor]]) -> None:
     for number, state in enumerate(states):
-        captured = result.graph.of_member(number).captured
-        for name in captured.names:
-            tensor = captured.tensor(name)
-            if captured.heads.get(name, number) != number:
+        program = result.graph.of_member(number).program
+        for name in program.names:
+            tensor = program.tensor(name)
+            if program.heads.get(name, number) != number:
                 continue
             if name not in state or state[name].shape != tensor.shape:
                 raise MemberMismatchError(

@@ -20,6 +20,7 @@ from fxfuse.activations.augment import Augment, default_augment
 from fxfuse.errors import RefineError
 from fxfuse.refine.batch import call, logits_of
 from fxfuse.refine.distance import loss
+from fxfuse.refine.interpolation import Judges, Start
 from fxfuse.refine.modes import check_teachers, device_of, evaluating, seeded, trainable
 from fxfuse.refine.outputs import Outputs, kind_of
 from fxfuse.refine.parallel import together
@@ -33,7 +34,6 @@ from fxfuse.refine.schedule import (
     highest,
 )
 from fxfuse.refine.watch import READ_EVERY, bar, check_weights, last_finite
-from fxfuse.refine.way_back import Judges, Start
 
 _STEPS = 300
 

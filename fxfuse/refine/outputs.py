@@ -8,7 +8,7 @@ from typing import Literal
 from torch import fx
 
 from fxfuse.errors import RefineError
-from fxfuse.graph.capture import Captured
+from fxfuse.graph.capture import Program
 
 #: Logits of classes, of which only differences count; or values, each of which counts.
 Outputs = Literal["logits", "values"]
@@ -37,13 +37,13 @@ def kind_of(shape: Sequence[int], wish: str | None) -> Outputs:
     return "logits" if wish == "logits" else "values"
 
 
-def kind_of_network(captured: Captured, wish: str | None) -> Outputs:
+def kind_of_network(program: Program, wish: str | None) -> Outputs:
     """The kind of a network's first output; of several heads: logits, if any of them has logits.
 
     Raises:
         RefineError: Another kind is asked for.
     """
-    outputs = [node for node in captured.outputs() if isinstance(node, fx.Node)]
-    asked = outputs if captured.heads else outputs[:1]
+    outputs = [node for node in program.outputs() if isinstance(node, fx.Node)]
+    asked = outputs if program.heads else outputs[:1]
     kinds = [kind_of(node.meta["val"].shape, wish) for node in asked]
     return "logits" if "logits" in kinds else "values"

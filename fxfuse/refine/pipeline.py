@@ -103,7 +103,7 @@ def refitted(
     Raises:
         CalibrationError: An activation is not a number.
     """
-    settings = Settings(logits=kind_of_network(graph.captured, outputs) == "logits")
+    settings = Settings(logits=kind_of_network(graph.program, outputs) == "logits")
     new, report = refit_state(graph, plan, states, state, calibration, settings)
     return Start(plan, new, report)
 
@@ -140,10 +140,10 @@ def matched_start(
         CalibrationError: An activation is not a number.
         RefineError: The inputs are no tensors, or a budget is not positive.
     """
-    kind = kind_of_network(graph.captured, outputs)
+    kind = kind_of_network(graph.program, outputs)
     fitting, choosing = calibration.split(_HELD_OUT)
     fused = refitted(graph, plan, states, state, fitting, outputs)
-    members = [emit(graph.of_member(i).captured, s) for i, s in enumerate(states)]
+    members = [emit(graph.of_member(i).program, s) for i, s in enumerate(states)]
     answers = [_answers(member, choosing) for member in members]
     wanted = torch.stack(answers).mean(0)
     starts, far = dict[str, Start](), dict[str, float]()
@@ -204,4 +204,4 @@ def _all_of(plan: FusionPlan, member: int) -> FusionPlan:
         )
         for m in plan.maps
     )
-    return replace(plan, host=member, maps=maps, averaged={}, hosted=(), notes=())
+    return replace(plan, base_member=member, maps=maps, averaged={}, hosted=(), notes=())

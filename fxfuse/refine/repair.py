@@ -17,12 +17,12 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from fxfuse.activations import Lane
+from fxfuse.activations import NodeRunner
 from fxfuse.activations.calibration import Calibration
 from fxfuse.activations.layers import Layer, layers_of, name_of
 from fxfuse.analysis.coupling import CouplingGraph
 from fxfuse.analysis.rules.registry import argument_of
-from fxfuse.graph.capture import Captured
+from fxfuse.graph.capture import Program
 from fxfuse.refine.fused import Fused, Member, check_joint, check_one_head, measurable
 from fxfuse.refine.targets import Targets
 from fxfuse.transform.resizing import Resized, resized_of
@@ -77,17 +77,17 @@ def repair(result: Fused, members: Sequence[Member], inputs: Any) -> RepairRepor
     check_one_head(result, "repaired", why="the members' trunks lead to different outputs")
     states, calibration = measurable(result, members, inputs)
     check_joint(result, "repair")
-    graph, captured = result.graph, result.graph.captured
-    resized = resized_of(graph, result.plan) or _same(captured)
-    norms = _norms_of(captured)
+    graph, program = result.graph, result.graph.program
+    resized = resized_of(graph, result.plan) or _same(program)
+    norms = _norms_of(program)
     free = _free_layers(graph)
     layers = [layer for layer in free if not any(user in norms for user in layer.node.users)]
     layers = [layer for layer in layers if layer.node in resized.nodes]
     targets = Targets(graph, result.plan, resized.layouts)
     wanted = _wanted(targets, graph, layers, states, calibration)
     state = {name: tensor.clone() for name, tensor in result.module.state_dict().items()}
-    lane = Lane(
-        captured,
+    runner = NodeRunner(
+        program,
         state,
         calibration,
         name="the fused network",
@@ -96,12 +96,12 @@ def repair(result: Fused, members: Sequence[Member], inputs: Any) -> RepairRepor
     )
     rescaled = {resized.nodes[layer.node]: layer for layer in layers if layer in wanted}
     own_norms = {resized.nodes[n]: names for n, names in norms.items() if n in resized.nodes}
-    for node in lane.nodes:
+    for node in runner.nodes:
         if node in own_norms:
-            _reset(lane, node, own_norms[node], state)
+            _reset(runner, node, own_norms[node], state)
         elif node in rescaled:
             layer = rescaled[node]
-            _rescale(lane, _written(layer, node), *wanted[layer], state)
+            _rescale(runner, _written(layer, node), *wanted[layer], state)
     result.module.load_state_dict(state)
     return RepairReport(
         tuple(layer.weight for layer in rescaled.values()),
@@ -111,9 +111,9 @@ def repair(result: Fused, members: Sequence[Member], inputs: Any) -> RepairRepor
     )
 
 
-def _same(captured: Captured) -> Resized:
+def _same(program: Program) -> Resized:
     """The fused network of a member's size: its graph is the members'."""
-    return Resized(captured.graph, {}, {node: node for node in captured.graph.nodes}, {}, {})
+    return Resized(program.graph, {}, {node: node for node in program.graph.nodes}, {}, {})
 
 
 def _written(layer: Layer, node: fx.Node) -> Layer:
@@ -123,16 +123,16 @@ def _written(layer: Layer, node: fx.Node) -> Layer:
     return replace(layer, node=node, input=read)
 
 
-def _norms_of(captured: Captured) -> dict[fx.Node, tuple[str, str]]:
+def _norms_of(program: Program) -> dict[fx.Node, tuple[str, str]]:
     """Batch normalisations with running statistics of their own → names of these."""
     found = {}
-    for node in captured.graph.nodes:
+    for node in program.graph.nodes:
         if node.target is _BATCH_NORM:
             arguments = (
                 argument_of(node, n, node.args, node.kwargs)
                 for n in ("running_mean", "running_var")
             )
-            mean, variance = (name_of(captured, argument) for argument in arguments)
+            mean, variance = (name_of(program, argument) for argument in arguments)
             if mean is not None and variance is not None:
                 found[node] = (mean, variance)
     uses = Counter(mean for mean, _ in found.values())
@@ -141,10 +141,10 @@ def _norms_of(captured: Captured) -> dict[fx.Node, tuple[str, str]]:
 
 def _free_layers(graph: CouplingGraph) -> list[Layer]:
     """Layers whose outputs are units of a group."""
-    canonical = graph.captured.canonical
+    canonical = graph.program.canonical
     return [
         layer
-        for layer in layers_of(graph.captured)
+        for layer in layers_of(graph.program)
         if graph.group_of.get((canonical[layer.weight], layer.written))
     ]
 
@@ -160,11 +160,13 @@ def _wanted(
     means: dict[Layer, list[Tensor]] = {layer: [] for layer in layers}
     deviations: dict[Layer, list[Tensor]] = {layer: [] for layer in layers}
     for number, state in enumerate(states):
-        lane = Lane(graph.of_member(number).captured, state, calibration, name=f"member {number}")
+        runner = NodeRunner(
+            graph.of_member(number).program, state, calibration, name=f"member {number}"
+        )
         for layer in layers:
             node = graph.node_of(layer.node, number)
-            lane.run_to(node)
-            values = lane.value(node)
+            runner.run_to(node)
+            values = runner.value(node)
             mean, variance = _moments(layer.output_rows(y) for y in values)
             means[layer].append(_spread(layer, mean, values[0]))
             deviations[layer].append(_spread(layer, variance.sqrt(), values[0]))
@@ -193,22 +195,24 @@ def _moments(rows: Iterable[Tensor]) -> tuple[Tensor, Tensor]:
     return mean, squares / max(1, count - 1)
 
 
-def _reset(lane: Lane, node: fx.Node, names: tuple[str, str], state: dict[str, Tensor]) -> None:
+def _reset(
+    runner: NodeRunner, node: fx.Node, names: tuple[str, str], state: dict[str, Tensor]
+) -> None:
     """Make running statistics those of what the normalisation is about to read."""
     (x, *_) = node.all_input_nodes
-    lane.run_to(x)
-    mean, variance = _moments(y.movedim(1, -1).flatten(0, -2) for y in lane.value(x))
+    runner.run_to(x)
+    mean, variance = _moments(y.movedim(1, -1).flatten(0, -2) for y in runner.value(x))
     for name, statistic in zip(names, (mean, variance), strict=True):
         state[name] = statistic.to(state[name].dtype)
 
 
 def _rescale(
-    lane: Lane, layer: Layer, mean: Tensor, deviation: Tensor, state: dict[str, Tensor]
+    runner: NodeRunner, layer: Layer, mean: Tensor, deviation: Tensor, state: dict[str, Tensor]
 ) -> None:
     """Give the layer's output the wanted mean and standard deviation `[c]`."""
-    lane.held.add(layer.input)
-    lane.run_to(layer.node)
-    own_mean, variance = _moments(layer.output_rows(y) for y in lane.value(layer.node))
+    runner.held.add(layer.input)
+    runner.run_to(layer.node)
+    own_mean, variance = _moments(layer.output_rows(y) for y in runner.value(layer.node))
     own = variance.sqrt()
     alive = own > _DEAD * own.max()
     scale = torch.where(alive, deviation / own.where(alive, torch.ones_like(own)), 1.0)
@@ -217,5 +221,5 @@ def _rescale(
     layer.put(state, layer.weight_of(layer.matrix(weight) * factor, weight))
     if layer.bias:
         layer.put_bias(state, (layer.held_bias(state).double() - own_mean) * scale + mean)
-    lane.redo(layer.node)
-    lane.drop(layer.input)
+    runner.redo(layer.node)
+    runner.drop(layer.input)

@@ -1,7 +1,8 @@
 """What a node of the fused network should be: the members' values, merged by the plan's maps.
 
 For a group, the fused activation is Σ_i M⁽ⁱ⁾ · (activation of member i): with one-hot maps the
-activations of the kept units. Where a dimension is the host's, so is the value; where an index has
+activations of the kept units. Where a dimension is the base member's, so is the value; where an
+index has
 one meaning for all members (the logits, say), the members' mean is taken; in the head of one
 member, its own value. Where the fused network has another size, the units stand as its layouts say.
 """
@@ -18,7 +19,7 @@ import torch
 from torch import fx
 
 from fxfuse.analysis.coupling import CouplingGraph, Index, Place
-from fxfuse.analysis.labels import Field, Kind, Value, neurons
+from fxfuse.analysis.labels import AbstractTensor, DimLabels, Kind, neurons
 from fxfuse.planning.plan import FusionPlan
 from fxfuse.transform.layout import Layout, Placements, copies_of, unit_copies
 
@@ -96,11 +97,11 @@ class Targets:
         Returns:
             [..., fused indices]; None where units of all members stand in the head of one.
         """
-        if place[0] in self.graph.captured.heads:
+        if place[0] in self.graph.program.heads:
             return None if place in self.graph.group_of else values[0]
         found, reason = self._placements[place], self.graph.frozen.get(place)
         # What all members share comes before the units.
-        shared = 0 if reason is None or reason.kind is Kind.HOST else len(reason.indices)
+        shared = 0 if reason is None or reason.kind is Kind.KEEP_BASE else len(reason.indices)
         result = values[0].new_zeros(*values[0].shape[:-1], found.size)
         columns = zip(found.targets, found.sources, found.merge, values, strict=True)
         for targets, sources, merge, value in columns:
@@ -113,7 +114,7 @@ class Targets:
 
     def _mergers_of(self, node: fx.Node) -> list[_Merger] | None:
         value: Any = self.graph.values.get(node)
-        if not isinstance(value, Value):
+        if not isinstance(value, AbstractTensor):
             return None
         told = [f for f in value.fields if self._is_told(f)]
         layouts: Mapping[int, Layout] = self.layouts.get(node) or {}
@@ -132,16 +133,16 @@ class Targets:
             if f is not None
         ]
 
-    def _field_of(self, node: fx.Node, member: int, number: int) -> Field | None:
+    def _field_of(self, node: fx.Node, member: int, number: int) -> DimLabels | None:
         """A field of the node's value in a member, by its number; None where there is none."""
         own = self.graph.of_member(member).values[self.graph.node_of(node, member)]
-        found = own.fields if isinstance(own, Value) else ()
+        found = own.fields if isinstance(own, AbstractTensor) else ()
         return found[number] if number < len(found) else None
 
-    def _is_told(self, f: Field) -> bool:
+    def _is_told(self, f: DimLabels) -> bool:
         return bool(self.told[np.unique(neurons(f.ids).numpy())].any())
 
-    def _merger(self, f: Field, theirs: Field, at: _Places, member: int) -> _Merger:
+    def _merger(self, f: DimLabels, theirs: DimLabels, at: _Places, member: int) -> _Merger:
         """Where along a field each place of the fused network comes from in one member."""
         place_ids = f.ids.reshape(-1).numpy()[at.source]
         ids = theirs.ids.reshape(-1).numpy()
@@ -173,16 +174,16 @@ class Targets:
 
     def _key(self, neuron: Index, copy: Index) -> Index:
         """The number of a fused neuron: a copy of a member's neuron, int64."""
-        return neuron + copy * self.graph.ledger.count
+        return neuron + copy * self.graph.coupling.count
 
     def _entries(self, member: int) -> tuple[Index, Index, np.ndarray]:
-        ledger, theirs = self.graph.ledger, self.graph.of_member(member)
+        coupling, theirs = self.graph.coupling, self.graph.of_member(member)
         fused, source, weight = [], [], []
         # Owners are the same in all members, each with as many neurons as it has units there.
-        for owner, place in enumerate(ledger.owners):
-            start, own_start = ledger.starts[owner], theirs.ledger.starts[owner]
-            rest = np.ones(len(ledger.ids_of(owner)), dtype=bool)
-            own_rest = np.ones(len(theirs.ledger.ids_of(owner)), dtype=bool)
+        for owner, place in enumerate(coupling.owners):
+            start, own_start = coupling.starts[owner], theirs.coupling.starts[owner]
+            rest = np.ones(len(coupling.ids_of(owner)), dtype=bool)
+            own_rest = np.ones(len(theirs.coupling.ids_of(owner)), dtype=bool)
             own_index = {g.name: g.index[place] for g in theirs.group_of.get(place, ())}
             for group in self.graph.group_of.get(place, ()):
                 rows, own = group.index[place], own_index[group.name]
@@ -202,8 +203,8 @@ class Targets:
                 continue
             left = start + np.flatnonzero(rest)
             reason = self.graph.frozen.get(place)
-            if reason is not None and reason.kind is Kind.HOST:
-                share = np.full(len(left), float(member == self.plan.host))
+            if reason is not None and reason.kind is Kind.KEEP_BASE:
+                share = np.full(len(left), float(member == self.plan.base_member))
             else:
                 share = np.full(len(left), 1.0 / self.n_members)
             fused.append(left)
@@ -219,14 +220,14 @@ class Targets:
 
     def _told(self) -> np.ndarray:
         """Which neurons are not the same thing in all members: bool [ids]."""
-        ledger = self.graph.ledger
-        told = np.zeros(ledger.count, dtype=bool)
-        for owner, place in enumerate(ledger.owners):
+        coupling = self.graph.coupling
+        told = np.zeros(coupling.count, dtype=bool)
+        for owner, place in enumerate(coupling.owners):
             reason = self.graph.frozen.get(place)
-            if reason is not None and reason.kind is Kind.HOST:
-                told[ledger.starts[owner] + reason.indices] = True
+            if reason is not None and reason.kind is Kind.KEEP_BASE:
+                told[coupling.starts[owner] + reason.indices] = True
             for group in self.graph.group_of.get(place, ()):
-                told[ledger.starts[owner] + group.index[place].reshape(-1)] = True
+                told[coupling.starts[owner] + group.index[place].reshape(-1)] = True
         return told
 
 
@@ -244,7 +245,7 @@ class _Places(NamedTuple):
     copy: Index
 
 
-def _places_of(f: Field, layouts: Mapping[int, Layout]) -> _Places:
+def _places_of(f: DimLabels, layouts: Mapping[int, Layout]) -> _Places:
     """The places of a field, of which one dimension at most has a layout."""
     sizes = [f.ids.shape[dim] for dim in f.dims]
     source = np.arange(f.ids.numel()).reshape(sizes)

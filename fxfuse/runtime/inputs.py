@@ -25,7 +25,7 @@ def resolve_inputs(
         args = () if inputs is None else inputs if isinstance(inputs, tuple) else (inputs,)
         return module, args, dict(kwargs or {})
     if not isinstance(network, fx.GraphModule):
-        return module, *network.graph.captured.example_inputs
+        return module, *network.graph.program.example_inputs
     raise ControlError(
         "there are no example inputs",
         why="what comes out is run on them and compared with the network itself",

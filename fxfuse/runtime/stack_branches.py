@@ -12,7 +12,7 @@ from torch.fx.passes.tools_common import legalize_graph
 from fxfuse.ensemble.forms import Form, Writer, is_number, is_tensor
 from fxfuse.ensemble.policy import policy_of
 from fxfuse.ensemble.walk import changes_tensors, walk
-from fxfuse.graph.capture import Captured
+from fxfuse.graph.capture import Program
 from fxfuse.graph.tensors import attach
 from fxfuse.graph.training_argument import in_training
 from fxfuse.runtime.branches import Branches, find_branches
@@ -108,7 +108,7 @@ def _together(branches: Branches) -> Writer | None:
     return writer if together else None
 
 
-def _member(branches: Branches, number: int) -> Captured:
+def _member(branches: Branches, number: int) -> Program:
     """A branch as a captured network of its own; its tensors are the graph's fake ones."""
     match, graph = branches.matches[number], fx.Graph()
     module, names = fx.GraphModule({}, fx.Graph()), {}
@@ -125,7 +125,7 @@ def _member(branches: Branches, number: int) -> Captured:
         made[node] = graph.node_copy(node, made.__getitem__)
     graph.output(tuple(made[node] for node in branches.nodes))
     module.graph = graph
-    return Captured(module, tuple(names.values()), {n: n for n in names.values()}, ((), {}))
+    return Program(module, tuple(names.values()), {n: n for n in names.values()}, ((), {}))
 
 
 def _splice(graph: fx.Graph, branches: Branches, writer: Writer) -> None:
@@ -153,7 +153,7 @@ def _splice(graph: fx.Graph, branches: Branches, writer: Writer) -> None:
             match[node].replace_all_uses_with(new, lambda user: user not in branches.inside)
 
 
-def _operators(member: Captured) -> list[fx.Node]:
+def _operators(member: Program) -> list[fx.Node]:
     return [node for node in member.graph.nodes if node.op == "call_function"]
 
 

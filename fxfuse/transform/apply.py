@@ -15,7 +15,7 @@ from fxfuse.common.scratch import Scratch, zeros
 from fxfuse.members.ranks import of_each
 from fxfuse.planning.plan import FusionPlan
 from fxfuse.planning.roles import Role, role_of
-from fxfuse.transform.combine import Box, Line, Lines, box_of, combined
+from fxfuse.transform.combine import Box, DimContribution, Lines, box_of, combined
 from fxfuse.transform.layout import Layout, Placements
 
 
@@ -95,8 +95,8 @@ def fused_tensors(
     """
     fusion = _Fusion(graph, plan, states, layouts)
     fused: dict[str, torch.Tensor] = {}
-    for name in graph.captured.names:
-        first = graph.captured.canonical[name]
+    for name in graph.program.names:
+        first = graph.program.canonical[name]
         if first in skip:
             continue
         fused[name] = fused[first] if first in fused else fusion.fused(name)
@@ -123,9 +123,9 @@ class _Fusion:
         """A tensor of the fused network."""
         plan, states = self._plan, self._states
         role = role_of(self._graph, name)
-        owner = self._graph.captured.heads.get(name)
+        owner = self._graph.program.heads.get(name)
         if role is Role.COPY:
-            kept = [plan.host if owner is None else owner]
+            kept = [plan.base_member if owner is None else owner]
             ((_, tensor),) = of_each(states, lambda _, state: state[name].detach(), kept)
             return tensor.clone()
         like = states[owner or 0][name]
@@ -138,7 +138,7 @@ class _Fusion:
         result = _Result(zeros([p.size for p in placements], dtype, device), role)
 
         @cache
-        def contributed(member: int) -> tuple[Line, ...]:
+        def contributed(member: int) -> tuple[DimContribution, ...]:
             return self._lines.of(name, placements, member)
 
         # Only the member whose head it is has a tensor of a head, and only with it there are lines.
@@ -173,7 +173,7 @@ class _Result:
         self.cells, self._role = cells, role
         self._boxes = list[Box]()
 
-    def put(self, part: torch.Tensor, lines: Sequence[Line], box: Box | None) -> None:
+    def put(self, part: torch.Tensor, lines: Sequence[DimContribution], box: Box | None) -> None:
         """Adds what a member contributes, unless it was written where it stands."""
         if box is None:
             where = [torch.from_numpy(line.targets).to(part.device) for line in lines]
@@ -189,7 +189,7 @@ class _Result:
         self._boxes.append(box or tuple(slice(0, size, 1) for size in self.cells.shape))
 
 
-def _apart(lines: Sequence[Sequence[Line]]) -> bool:
+def _apart(lines: Sequence[Sequence[DimContribution]]) -> bool:
     """Whether each member contributes to evenly spaced cells, and no two to one cell."""
     boxes = [box_of(each) for each in lines]
     found = [box for box in boxes if box is not None]
@@ -208,7 +208,7 @@ def _overlap(a: slice, b: slice) -> bool:
     return a.step != b.step or bool((a.start - b.start) % a.step == 0)
 
 
-def _share(lines: Sequence[Line], role: Role, n_members: int) -> torch.Tensor:
+def _share(lines: Sequence[DimContribution], role: Role, n_members: int) -> torch.Tensor:
     """How much of each fused cell is this member's, broadcast over equal cells, float64.
 
     Along one dimension that is what M gives the member. Of further dimensions that are written only
@@ -223,11 +223,12 @@ def _share(lines: Sequence[Line], role: Role, n_members: int) -> torch.Tensor:
     owned = output = hosted = np.zeros([1] * rank, dtype=bool)
     for dim, line in enumerate(lines):
         shape = [-1 if d == dim else 1 for d in range(rank)]
-        own, writes, out, host = (values.reshape(shape) for values in line.shares)
+        own, writes, out, base_member = (values.reshape(shape) for values in line.shares)
         share = np.where(~owned & writes, own, share)
-        owned, output, hosted = owned | writes, output | out, hosted | host
+        owned, output, hosted = owned | writes, output | out, hosted | base_member
     # Where an index means the same to all members, the mean of what they write there is taken, and
-    # an output is the mean of theirs; what only the host contributes to is no mean of the members.
+    # an output is the mean of theirs; what only the base member contributes to is no mean of the
+    # members.
     share = np.where(owned & ~output, share, 1.0 / n_members)
     # Of a tensor without dimensions numpy returns a number.
     return torch.as_tensor(np.where(hosted, 1.0, share))

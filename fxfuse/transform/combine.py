@@ -28,7 +28,7 @@ Box = tuple[slice, ...]
 
 # By identity: two that are equal are one object, and what is known of it is known of both.
 @dataclass(frozen=True, eq=False)
-class Line:
+class DimContribution:
     """One member's contribution along one dimension.
 
     Entry e adds index `sources[e]` of the member, times `weights[e]`, to fused index
@@ -39,7 +39,7 @@ class Line:
         share: How much of each is the member's by M, float64 [t]; 1 where no group writes it.
         owned: Where a group writes, bool [t].
         output: Where the network's output is written, bool [t].
-        hosted: What the host keeps, bool [t].
+        hosted: What the base member keeps, bool [t].
         rows: int64 [e].
         sources: int64 [e].
         weights: float64 [e].
@@ -117,7 +117,7 @@ class Line:
         return product.reshape(size[0], *moved.shape[1:]).movedim(0, dim)
 
 
-def box_of(lines: Sequence[Line]) -> Box | None:
+def box_of(lines: Sequence[DimContribution]) -> Box | None:
     """The fused cells that a member contributes to, if they are evenly spaced in each dimension."""
     spans = [line.span for line in lines]
     found = tuple(span for span in spans if span is not None)
@@ -125,7 +125,10 @@ def box_of(lines: Sequence[Line]) -> Box | None:
 
 
 def combined(
-    lines: Sequence[Line], tensor: torch.Tensor, scratch: Scratch, cells: torch.Tensor | None
+    lines: Sequence[DimContribution],
+    tensor: torch.Tensor,
+    scratch: Scratch,
+    cells: torch.Tensor | None,
 ) -> torch.Tensor:
     """What a member contributes to a fused tensor.
 
@@ -181,9 +184,11 @@ class Lines:
         self._graph = graph
         self._uses = cache(lambda name, member: _uses(graph.of_member(member), name))
         # With the placements, so that no other one gets the identity of one of them.
-        self._made: dict[Any, tuple[Placement, Line]] = {}
+        self._made: dict[Any, tuple[Placement, DimContribution]] = {}
 
-    def of(self, name: str, placements: Sequence[Placement], member: int) -> tuple[Line, ...]:
+    def of(
+        self, name: str, placements: Sequence[Placement], member: int
+    ) -> tuple[DimContribution, ...]:
         """For each dimension of a tensor.
 
         Args:
@@ -201,7 +206,7 @@ class Lines:
 
     def _line(
         self, graph: CouplingGraph, place: Place, placement: Placement, member: int, use: _Use
-    ) -> Line:
+    ) -> DimContribution:
         # A placement is made for the units and the frozen indices of a dimension.
         key = id(placement), member, use
         if key not in self._made:
@@ -218,21 +223,23 @@ class _Use(NamedTuple):
 
 def _uses(graph: CouplingGraph, name: str) -> list[_Use]:
     """How the dimensions of a tensor are used."""
-    places = [(name, dim) for dim in range(graph.captured.tensor(name).dim())]
+    places = [(name, dim) for dim in range(graph.program.tensor(name).dim())]
     writes = [is_written(graph, place) for place in places]
     output = any(_kind(graph, place) is Kind.OUTPUT for place in places)
     owned = (d for d, place in enumerate(places) if place in graph.group_of and writes[d])
     # A tied weight both writes and reads along a dimension, and can only have one map there: M
     # once, as in W_fused = M W U, and none in an output, where 1/N stands for it.
     leading = None if output else next(owned, None)
-    first = graph.captured.canonical[name]
+    first = graph.program.canonical[name]
     return [
         _Use(writes[dim], (first, dim) in graph.readers and dim != leading)
         for dim in range(len(places))
     ]
 
 
-def _line(graph: CouplingGraph, place: Place, placement: Placement, member: int, use: _Use) -> Line:
+def _line(
+    graph: CouplingGraph, place: Place, placement: Placement, member: int, use: _Use
+) -> DimContribution:
     entries, sources = placement.targets[member], placement.sources[member]
     targets, first, rows = entries, np.arange(len(entries)), np.arange(len(entries))
     # As listed where each is listed once, which is plain to see where they are in order.
@@ -243,7 +250,7 @@ def _line(graph: CouplingGraph, place: Place, placement: Placement, member: int,
     share = np.bincount(rows, np.abs(merge), minlength=len(targets)).astype(np.float64)
     # Explicit zeros are no share, and nothing to divide by.
     within = merge / np.where(share, share, 1.0)[rows]
-    owned = np.zeros(graph.captured.tensor(place[0]).shape[place[1]], dtype=bool)
+    owned = np.zeros(graph.program.tensor(place[0]).shape[place[1]], dtype=bool)
     if use.writes:
         for group in graph.group_of.get(place, ()):
             owned[group.index[place].reshape(-1)] = True
@@ -251,10 +258,10 @@ def _line(graph: CouplingGraph, place: Place, placement: Placement, member: int,
     reason = graph.frozen.get(place)
     if reason is not None:
         output[reason.indices] = reason.kind is Kind.OUTPUT
-        hosted[reason.indices] = reason.kind is Kind.HOST
+        hosted[reason.indices] = reason.kind is Kind.KEEP_BASE
     origin = sources[first]
     weights = placement.unmerge[member] if use.unmerges else within
-    return Line(
+    return DimContribution(
         targets, share, owned[origin], output[origin], hosted[origin], rows, sources, weights
     )
 

@@ -32,17 +32,17 @@ def parameters_of(
         sizes: Units of each fused group, by its name.
         plan: A plan of these sizes, whose `mixing` counts; None: nothing runs member by member.
     """
-    captured, copies = graph.captured, copies_of(graph, sizes)
+    program, copies = graph.program, copies_of(graph, sizes)
 
     def elements(name: str) -> int:
         if plan is not None and name in plan.apart:
             members = (graph.of_member(member) for member in range(plan.n_members))
-            return sum(member.captured.tensor(name).numel() for member in members)
-        places = [(name, dim) for dim in range(captured.tensor(name).dim())]
+            return sum(member.program.tensor(name).numel() for member in members)
+        places = [(name, dim) for dim in range(program.tensor(name).dim())]
         return prod(default_layout(graph, place, copies).size for place in places)
 
-    names = dict.fromkeys(captured.canonical[name] for name in captured.names)
-    return sum(elements(n) for n in names if isinstance(captured.tensor(n), nn.Parameter))
+    names = dict.fromkeys(program.canonical[name] for name in program.names)
+    return sum(elements(n) for n in names if isinstance(program.tensor(n), nn.Parameter))
 
 
 def operations_of(
@@ -72,7 +72,7 @@ def operations_of(
     counter = FlopCounterMode(display=False)
     with torch.no_grad():
         args, kwargs = pytree.tree_map_only(
-            torch.Tensor, mode.from_tensor, graph.captured.example_inputs
+            torch.Tensor, mode.from_tensor, graph.program.example_inputs
         )
         try:
             with counter, mode:

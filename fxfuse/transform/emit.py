@@ -17,7 +17,7 @@ from torch import fx, nn
 from torch.fx.passes.infra.pass_base import PassBase, PassResult
 
 from fxfuse.errors import RewriteError
-from fxfuse.graph.capture import Captured
+from fxfuse.graph.capture import Program
 from fxfuse.graph.fixed_batch import check_sizes, fixed_sizes, uncheck_sizes
 from fxfuse.graph.tensors import attach, named_tensors
 from fxfuse.graph.training_argument import TRAINING_ARGUMENT, follows_mode
@@ -58,11 +58,11 @@ class FusedModule(fx.GraphModule):
         return _restore, (plain, self.training, dict(self.meta))
 
 
-def emit(captured: Captured, state: Mapping[str, torch.Tensor]) -> FusedModule:
+def emit(program: Program, state: Mapping[str, torch.Tensor]) -> FusedModule:
     """Makes a module of a captured graph and tensors of the members' names and shapes.
 
     Args:
-        captured: A captured member.
+        program: A captured member.
         state: Tensors by `state_dict()` name; tied names share one tensor.
 
     Returns:
@@ -71,19 +71,19 @@ def emit(captured: Captured, state: Mapping[str, torch.Tensor]) -> FusedModule:
     Raises:
         NotEmittedError: The captured graph is a trace, which holds for its example only.
     """
-    return emit_graph(captured, state, copy_graph(captured.graph))
+    return emit_graph(program, state, copy_graph(program.graph))
 
 
-def member_name(captured: Captured, member: int, name: str) -> str:
+def member_name(program: Program, member: int, name: str) -> str:
     """Name, in the fused network, of a tensor of which each member has its own."""
     prefix = "members"
-    while any(n.split(".", 1)[0] == prefix for n in captured.names):
+    while any(n.split(".", 1)[0] == prefix for n in program.names):
         prefix += "_"
     return f"{prefix}.{member}.{name}"
 
 
 def emit_graph(
-    captured: Captured,
+    program: Program,
     state: Mapping[str, torch.Tensor],
     graph: fx.Graph,
     constants: Mapping[str, torch.Tensor] = MappingProxyType({}),
@@ -92,7 +92,7 @@ def emit_graph(
     """Makes a module of a rewritten copy of a captured graph; takes the graph over.
 
     Args:
-        captured: A captured member.
+        program: A captured member.
         state: Tensors by `state_dict()` name; tied names share one tensor.
         graph: The graph.
         constants: Tensors that the graph reads beside the members', by name.
@@ -102,11 +102,11 @@ def emit_graph(
     Raises:
         NotEmittedError: The captured graph is a trace, which holds for its example only.
     """
-    captured.require_program()
+    program.require_exported()
     module = FusedModule({}, fx.Graph())
     registered: dict[str, torch.Tensor] = {}
-    for name, first, written, tensor in _written(captured, state, own):
-        template = captured.tensor(name)
+    for name, first, written, tensor in _written(program, state, own):
+        template = program.tensor(name)
         if first not in registered:
             if isinstance(template, nn.Parameter):
                 tensor = nn.Parameter(tensor, requires_grad=template.requires_grad)
@@ -116,7 +116,7 @@ def emit_graph(
     for node in graph.nodes:
         if node.op == "get_attr" and node.target not in known:
             name = str(node.target)
-            constant = constants[name] if name in constants else captured.tensor(name)
+            constant = constants[name] if name in constants else program.tensor(name)
             attach(module, name, constant.detach().clone(), persistent=False)
             known.add(name)
     module.meta[_FIXED] = fixed_sizes(graph)
@@ -129,19 +129,19 @@ def emit_graph(
 
 
 def _written(
-    captured: Captured,
+    program: Program,
     state: Mapping[str, torch.Tensor],
     own: Mapping[str, Sequence[torch.Tensor]],
 ) -> Iterator[tuple[str, str, str, torch.Tensor]]:
     """Each tensor of a network: a member's name, the first of tied names, its name, and it."""
-    for name in captured.names:
-        first = captured.canonical[name]
+    for name in program.names:
+        first = program.canonical[name]
         if first not in own:
             yield name, first, name, state[name]
             continue
         for member, tensor in enumerate(own[first]):
-            first_written = member_name(captured, member, first)
-            yield name, first_written, member_name(captured, member, name), tensor
+            first_written = member_name(program, member, first)
+            yield name, first_written, member_name(program, member, name), tensor
 
 
 def copy_graph(graph: fx.Graph, mapping: dict[fx.Node, fx.Node] | None = None) -> fx.Graph:

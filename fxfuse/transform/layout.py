@@ -131,7 +131,7 @@ def default_layout(graph: CouplingGraph, place: Place, copies: Copies) -> Layout
     Such an order survives the views that split or merge dimensions: a head's channels stay
     together, and so do the pixels of a flattened channel.
     """
-    size = int(graph.captured.tensor(place[0]).shape[place[1]])
+    size = int(graph.program.tensor(place[0]).shape[place[1]])
     unit = np.full(size, -1, dtype=np.int64)
     count: list[Index] = []
     offset = 0
@@ -187,7 +187,7 @@ def place_units(
         copies: `copies_of` the plan.
         layouts: The order of the copies where the network has another size than a member.
     """
-    size = int(graph.captured.tensor(place[0]).shape[place[1]])
+    size = int(graph.program.tensor(place[0]).shape[place[1]])
     groups = graph.group_of.get(place, ())
     resized = any(group.name in copies for group in groups)
     layout = None
@@ -258,7 +258,7 @@ class Placements:
         graph = self._graph
         reason = graph.frozen.get(place)
         return (
-            int(graph.captured.tensor(place[0]).shape[place[1]]),
+            int(graph.program.tensor(place[0]).shape[place[1]]),
             tuple((g.name, g.index[place].tobytes()) for g in graph.group_of.get(place, ())),
             reason and (reason.kind, reason.indices.tobytes()),
         )
@@ -274,8 +274,8 @@ def _positions(size: int, layout: Layout | None) -> Index:
 
 
 def _fixed(graph: CouplingGraph, plan: FusionPlan, place: Place, member: int) -> Index:
-    """Frozen indices that a member contributes to: those inside the network are the host's."""
+    """Frozen indices that a member contributes to; the base member has those inside the network."""
     reason = graph.frozen.get(place)
-    if reason is None or (reason.kind is Kind.HOST and member != plan.host):
+    if reason is None or (reason.kind is Kind.KEEP_BASE and member != plan.base_member):
         return np.empty(0, dtype=np.int64)
     return reason.indices

@@ -130,7 +130,7 @@ def resized(
     """
     if target.width is None and not target.is_budget:
         return None
-    graph.captured.require_program()
+    graph.program.require_exported()
     if target.width is None:
         return _within(graph, n_members, target, spread or dict)
     if target.is_budget:

@@ -12,7 +12,7 @@ from fxfuse.planning.options import Options, State
 from fxfuse.planning.plan import FusionPlan
 from fxfuse.planning.planner import make_plan
 from fxfuse.transform.resize import Target, mixing_of, resized
-from fxfuse.transform.wide import wide_plan
+from fxfuse.transform.wide import concatenation_plan
 
 #: Methods that fill any number of units; the others give each fused unit a reference's place.
 _ANY_WIDTH = ("auto", "transplant", "wide", "zip")
@@ -25,7 +25,7 @@ def make_sized_plan(
     options: Options,
     target: Target,
     *,
-    host: int,
+    base_member: int,
     fitted: bool,
 ) -> FusionPlan:
     """Finds the sizes, asks the method for its maps at these, and notes what was refused.
@@ -36,7 +36,7 @@ def make_sized_plan(
         method: Name of the method, or `auto`.
         options: What it is told, but for the sizes.
         target: What size is asked for.
-        host: The member that keeps what is frozen inside the network.
+        base_member: The member that keeps what is frozen inside the network.
         fitted: Whether layers will be fitted, to units of all members.
 
     Raises:
@@ -61,14 +61,16 @@ def make_sized_plan(
     plan = None
     if mixing == "per_member":
         try:
-            plan = wide_plan(graph, states, host=host)
+            plan = concatenation_plan(graph, states, base_member=base_member)
         except RewriteError:
             # Heads may begin before the last operator that mixes members.
-            if target.mixing or not graph.captured.heads:
+            if target.mixing or not graph.program.heads:
                 raise
     if plan is None:
         asked = "transplant" if method == "auto" else method
-        plan = make_plan(graph, states, asked, replace(options, sizes=sizes), host=host)
+        plan = make_plan(
+            graph, states, asked, replace(options, sizes=sizes), base_member=base_member
+        )
     told = {"budget": "global"} if target.budget == "global" else {}
     return replace(plan, refused=refused, options={**plan.options, **told})
 

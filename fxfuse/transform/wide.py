@@ -12,8 +12,12 @@ from fxfuse.planning.planner import make_plan
 from fxfuse.transform.resizing import apart_names
 
 
-def wide_plan(
-    graph: CouplingGraph, states: Sequence[State], mixing: Mixing = "per_member", *, host: int = 0
+def concatenation_plan(
+    graph: CouplingGraph,
+    states: Sequence[State],
+    mixing: Mixing = "per_member",
+    *,
+    base_member: int = 0,
 ) -> FusionPlan:
     """The plan that keeps every unit of every member.
 
@@ -21,12 +25,13 @@ def wide_plan(
         graph: The analysis of the members.
         states: For each member, its tensors by name.
         mixing: How operators that mix members run, as in `FusionPlan`.
-        host: The member that keeps what is frozen inside the network, where they run jointly.
+        base_member: The member that keeps what is frozen inside the network, where they run
+        jointly.
 
     Raises:
         RewriteError: The network cannot be written with members that run one by one.
     """
-    plan = make_plan(graph, states, "wide", Options(), host=host)
+    plan = make_plan(graph, states, "wide", Options(), base_member=base_member)
     if mixing == "joint":
         return plan
     plan = replace(plan, mixing=mixing)

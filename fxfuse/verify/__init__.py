@@ -4,12 +4,13 @@ from fxfuse.verify.check import EXACT, Check, Verification, relative_error
 from fxfuse.verify.identity import handover, identity
 from fxfuse.verify.parity import parity
 from fxfuse.verify.permutation import permutation, permutation_of, sensitivity, wrong_groups
-from fxfuse.verify.wide import equals_ensemble, equals_heads, wide_equals_ensemble
+from fxfuse.verify.wide import concatenation_equals_ensemble, equals_ensemble, equals_heads
 
 __all__ = [
     "EXACT",
     "Check",
     "Verification",
+    "concatenation_equals_ensemble",
     "equals_ensemble",
     "equals_heads",
     "handover",
@@ -19,6 +20,5 @@ __all__ = [
     "permutation_of",
     "relative_error",
     "sensitivity",
-    "wide_equals_ensemble",
     "wrong_groups",
 ]

@@ -12,7 +12,7 @@ import torch.utils._pytree as pytree
 from torch import nn
 
 from fxfuse.errors import VerificationError
-from fxfuse.graph.capture import Captured, capture
+from fxfuse.graph.capture import Program, capture
 from fxfuse.graph.eager import answers
 from fxfuse.graph.module_checks import check_values
 from fxfuse.transform.emit import FusedModule
@@ -72,9 +72,9 @@ def relative_error(found: Sequence[torch.Tensor], expected: Sequence[torch.Tenso
     return worst
 
 
-def as_captured(model: Any, inputs: Any, kwargs: Mapping[str, Any] | None) -> Captured:
+def as_captured(model: Any, inputs: Any, kwargs: Mapping[str, Any] | None) -> Program:
     """Captures a model, unless it is captured already."""
-    return model if isinstance(model, Captured) else capture(model, inputs, kwargs)
+    return model if isinstance(model, Program) else capture(model, inputs, kwargs)
 
 
 def as_double(state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -82,7 +82,7 @@ def as_double(state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return {n: to_double(t) for n, t in state.items()}
 
 
-def inputs_of(captured: Captured, *, flip: bool = False) -> Any:
+def inputs_of(program: Program, *, flip: bool = False) -> Any:
     """The example inputs in float64; flipped: other inputs of the same kind."""
 
     def other(x: Any) -> Any:
@@ -91,11 +91,11 @@ def inputs_of(captured: Captured, *, flip: bool = False) -> Any:
             return x.flip(-1) * 0.5 + 0.25
         return x.flip(-1) if flip and isinstance(x, torch.Tensor) and x.dim() else x
 
-    return pytree.tree_map(other, captured.example_inputs)
+    return pytree.tree_map(other, program.example_inputs)
 
 
 def run(
-    captured: Captured, state: Mapping[str, torch.Tensor], *, flip: bool = False
+    program: Program, state: Mapping[str, torch.Tensor], *, flip: bool = False
 ) -> list[torch.Tensor]:
     """Outputs of the captured network with other tensors, in float64.
 
@@ -106,12 +106,12 @@ def run(
         NoWeightsError: The network is on the meta device.
         VerificationError: The user's own module cannot run in float64.
     """
-    args, kwargs = inputs_of(captured, flip=flip)
-    if captured.source is not None and not captured.is_program:
+    args, kwargs = inputs_of(program, flip=flip)
+    if program.source is not None and not program.is_exported:
         check_values(state)
-        return _run_eagerly(captured.source, captured.once(as_double(state)), args, kwargs)
+        return _run_eagerly(program.source, program.once(as_double(state)), args, kwargs)
     with torch.no_grad():
-        return tensors_of(InDouble(captured, state).answer(args, kwargs))
+        return tensors_of(InDouble(program, state).answer(args, kwargs))
 
 
 def in_double(module: FusedModule) -> FusedModule:

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from fxfuse.analysis.coupling import analyze
-from fxfuse.graph.capture import Captured
+from fxfuse.graph.capture import Program
 from fxfuse.planning.methods import Options
 from fxfuse.planning.planner import make_plan
 from fxfuse.transform.apply import fused_tensors, permuted, random_permutations
@@ -19,7 +19,7 @@ from fxfuse.verify.check import EXACT, Check, as_double, relative_error, run, te
 
 
 def identity(
-    model: nn.Module | Captured,
+    model: nn.Module | Program,
     example_inputs: Any = (),
     example_kwargs: Mapping[str, Any] | None = None,
     *,
@@ -39,17 +39,17 @@ def identity(
         The largest difference of an output, in float64.
     """
     graph = analyze(model, example_inputs, example_kwargs)
-    own = as_double(graph.captured.state())
+    own = as_double(graph.program.state())
     moves = random_permutations(graph.groups, np.random.default_rng(seed))
     states = [own, permuted(own, graph, moves)]
     plan = make_plan(graph, states, "weight_matching", Options())
     fused = fused_tensors(graph, plan, states)
-    error = relative_error(run(graph.captured, fused), run(graph.captured, own))
+    error = relative_error(run(graph.program, fused), run(graph.program, own))
     return Check("identity", error, EXACT, error <= EXACT, "averaging after weight matching")
 
 
 def handover(
-    member: Captured,
+    member: Program,
     network: Callable[..., Any],
     layouts: Sequence[Mapping[int, Layout]] | None = None,
 ) -> tuple[Check, ...]:
@@ -71,7 +71,7 @@ def handover(
     finite = Check(
         "finite outputs", float(broken), 0.0, broken == 0, f"{broken} values are not finite"
     )
-    if not member.is_program:
+    if not member.is_exported:
         return (finite,)
     with torch.no_grad():
         expected = tensors_of(member.module(*args, **kwargs))

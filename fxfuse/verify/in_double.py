@@ -12,7 +12,7 @@ import torch.fx._pytree as fx_pytree
 import torch.utils._pytree as pytree
 from torch import fx
 
-from fxfuse.graph.capture import Captured
+from fxfuse.graph.capture import Program
 from fxfuse.graph.module_checks import check_values
 
 _LOWER = (torch.float32, torch.float16, torch.bfloat16)
@@ -77,14 +77,14 @@ class InDouble(fx.Interpreter):
     at once.
 
     Args:
-        captured: A captured network that is a program.
+        program: A captured network that is a program.
         state: Tensors by `state_dict()` name, in any precision; none is written to.
     """
 
-    def __init__(self, captured: Captured, state: Mapping[str, torch.Tensor]) -> None:
-        super().__init__(captured.module)
-        self._captured, self._state = captured, state
-        names = Counter(self._first(n.target) for n in captured.graph.nodes if n.op == "get_attr")
+    def __init__(self, program: Program, state: Mapping[str, torch.Tensor]) -> None:
+        super().__init__(program.module)
+        self._captured, self._state = program, state
+        names = Counter(self._first(n.target) for n in program.graph.nodes if n.op == "get_attr")
         #: What several nodes read is one tensor: they see what one of them writes into it.
         self._shared: dict[str, torch.Tensor | None] = {
             name: None for name, count in names.items() if count > 1

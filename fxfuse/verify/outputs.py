@@ -9,7 +9,7 @@ import torch
 from torch import fx
 
 from fxfuse.analysis.coupling import CouplingGraph, Index
-from fxfuse.analysis.labels import Field, Value, neurons
+from fxfuse.analysis.labels import AbstractTensor, DimLabels, neurons
 from fxfuse.transform.layout import Layout
 
 
@@ -33,23 +33,23 @@ def put_back(
     ]
 
 
-def _output_values(graph: CouplingGraph) -> list[Value]:
-    found = (graph.values.get(n) for n in graph.captured.outputs() if isinstance(n, fx.Node))
-    return [value for value in found if isinstance(value, Value)]
+def _output_values(graph: CouplingGraph) -> list[AbstractTensor]:
+    found = (graph.values.get(n) for n in graph.program.outputs() if isinstance(n, fx.Node))
+    return [value for value in found if isinstance(value, AbstractTensor)]
 
 
 def _moved_ids(graph: CouplingGraph, permutations: Mapping[str, Index]) -> Index:
     """For each neuron of the permuted network, which neuron it was before."""
-    source = np.arange(graph.ledger.count)
-    for owner, place in enumerate(graph.ledger.owners):
+    source = np.arange(graph.coupling.count)
+    for owner, place in enumerate(graph.coupling.owners):
         for group in graph.group_of.get(place, ()):
             if group.name in permutations:
-                rows = graph.ledger.starts[owner] + group.index[place]
+                rows = graph.coupling.starts[owner] + group.index[place]
                 source[rows.reshape(-1)] = rows[permutations[group.name]].reshape(-1)
     return source
 
 
-def _ordered(output: torch.Tensor, value: Value, source: Index) -> torch.Tensor:
+def _ordered(output: torch.Tensor, value: AbstractTensor, source: Index) -> torch.Tensor:
     for f in value.fields:
         order = _order(f, source)
         if order is None:
@@ -61,7 +61,7 @@ def _ordered(output: torch.Tensor, value: Value, source: Index) -> torch.Tensor:
     return output
 
 
-def _order(f: Field, source: Index) -> Index | None:
+def _order(f: DimLabels, source: Index) -> Index | None:
     """Where each place of an output has to be read from; None: as it is."""
     neuron = neurons(f.ids).reshape(-1).numpy()
     wanted = f.ids.reshape(-1).numpy()

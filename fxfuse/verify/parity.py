@@ -46,14 +46,14 @@ def parity(members: Sequence[nn.Module], example_inputs: Any, *, score: str = "l
         MissingDependencyError: torch-pruning is not installed.
     """
     n = len(members)
-    captured = [capture(member, example_inputs) for member in members]
-    graph = analyze(captured[0])
-    states = [c.state() for c in captured]
+    program = [capture(member, example_inputs) for member in members]
+    graph = analyze(program[0])
+    states = [c.state() for c in program]
     plan = make_plan(graph, states, "transplant", Options(score))
     ours = fused_tensors(graph, plan, states)
 
     # In float64, so that rounding makes no ties that the weights do not have.
-    inputs, _ = inputs_of(captured[0])
+    inputs, _ = inputs_of(program[0])
     doubled = [as_double(state) for state in states]
     wide = concatenated_and_pruned(members[0], graph, doubled, inputs, degree_of(score))
     theirs = wide.state_dict()
@@ -113,7 +113,7 @@ def _concatenated(
     plan = make_plan(graph, states, "wide", Options())
     layouts: dict[Place, Layout] = {}
     for name, dim in graph.group_of:
-        size = graph.captured.tensor(name).shape[dim]
+        size = graph.program.tensor(name).shape[dim]
         layouts[(name, dim)] = Layout(np.tile(np.arange(size), n), np.repeat(np.arange(n), size))
     state = fused_tensors(graph, plan, states, layouts)
     wide = copy.deepcopy(member).eval()

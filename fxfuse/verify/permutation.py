@@ -10,9 +10,9 @@ import numpy as np
 import torch
 from torch import nn
 
-from fxfuse.analysis.controls import Controls
+from fxfuse.analysis.constraints import Constraints
 from fxfuse.analysis.coupling import CouplingGraph, CouplingGroup, couple
-from fxfuse.graph.capture import Captured
+from fxfuse.graph.capture import Program
 from fxfuse.transform.apply import moved_tensor, random_permutations
 from fxfuse.verify.check import EXACT, Check, as_captured, relative_error, run
 from fxfuse.verify.in_double import Changed, to_double
@@ -30,11 +30,11 @@ _UNDECIDABLE = 1e-4
 
 
 def permutation(
-    model: nn.Module | Captured,
+    model: nn.Module | Program,
     example_inputs: Any = (),
     example_kwargs: Mapping[str, Any] | None = None,
     *,
-    controls: Controls | None = None,
+    constraints: Constraints | None = None,
     seed: int = 0,
 ) -> Check:
     """Permutation oracle: random permutations of all coupling groups leave the outputs unchanged.
@@ -46,20 +46,20 @@ def permutation(
         model: The network, or a captured one.
         example_inputs: A tensor or a tuple of inputs.
         example_kwargs: Keyword inputs.
-        controls: The options of `fxfuse.analyze`.
+        constraints: The options of `fxfuse.analyze`.
         seed: Seed of the permutations.
 
     Returns:
         The largest difference of an output. The detail says how much the outputs depend on the
         inputs: the oracle sees little of a network that ignores them.
     """
-    graph = couple(as_captured(model, example_inputs, example_kwargs), controls or Controls())
+    graph = couple(as_captured(model, example_inputs, example_kwargs), constraints or Constraints())
     return permutation_of(graph, seed=seed)
 
 
 def permutation_of(graph: CouplingGraph, *, seed: int = 0) -> Check:
     """The permutation oracle on an analysis that exists."""
-    reference = run(graph.captured, graph.captured.state())
+    reference = run(graph.program, graph.program.state())
     error = _permuted_error(graph, graph.groups, seed, reference)
     tolerance, floor = _tolerance(graph, error, seed, reference)
     detail = f"{len(graph.groups)} groups, {graph.free_fraction:.2%} of the weights are free; "
@@ -68,13 +68,13 @@ def permutation_of(graph: CouplingGraph, *, seed: int = 0) -> Check:
     if floor:
         detail += "ill-conditioned: one rounding of the weights changes the outputs by "
         detail += f"{floor:.1e}; "
-    detail += f"two inputs differ by {_sensitivity(graph.captured, reference):.1e} in the outputs"
+    detail += f"two inputs differ by {_sensitivity(graph.program, reference):.1e} in the outputs"
     return Check("permutation", error, tolerance, error <= tolerance, detail)
 
 
 def wrong_groups(graph: CouplingGraph, *, seed: int = 0) -> tuple[CouplingGroup, ...]:
     """Groups that the permutation oracle cannot move, found by bisection; empty when it holds."""
-    reference = run(graph.captured, graph.captured.state())
+    reference = run(graph.program, graph.program.state())
     error = _permuted_error(graph, graph.groups, seed, reference)
     tolerance, _ = _tolerance(graph, error, seed, reference)
     return _bisect(graph, graph.groups, tolerance, seed, reference)
@@ -99,8 +99,8 @@ def _tolerance(
         noise = torch.randn(tensor.shape, generator=generator).to(tensor)
         return tensor * (1 + _ROUNDING * noise)
 
-    state = Changed(graph.captured.state(), rounded)
-    floor = relative_error(run(graph.captured, state), reference)
+    state = Changed(graph.program.state(), rounded)
+    floor = relative_error(run(graph.program, state), reference)
     return max(EXACT, min(_MARGIN * floor, _UNDECIDABLE)), floor
 
 
@@ -126,14 +126,14 @@ def _permuted_error(
     graph: CouplingGraph, groups: Sequence[CouplingGroup], seed: int, reference: Outputs
 ) -> float:
     moves = random_permutations(groups, np.random.default_rng(seed))
-    state = Changed(graph.captured.state(), lambda name, t: moved_tensor(name, t, graph, moves))
-    return relative_error(put_back(graph, moves, run(graph.captured, state)), reference)
+    state = Changed(graph.program.state(), lambda name, t: moved_tensor(name, t, graph, moves))
+    return relative_error(put_back(graph, moves, run(graph.program, state)), reference)
 
 
-def sensitivity(captured: Captured) -> float:
+def sensitivity(program: Program) -> float:
     """Relative difference between the outputs for two different inputs of the same shape."""
-    return _sensitivity(captured, run(captured, captured.state()))
+    return _sensitivity(program, run(program, program.state()))
 
 
-def _sensitivity(captured: Captured, reference: Outputs) -> float:
-    return relative_error(run(captured, captured.state(), flip=True), reference)
+def _sensitivity(program: Program, reference: Outputs) -> float:
+    return relative_error(run(program, program.state(), flip=True), reference)

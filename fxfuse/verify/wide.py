@@ -8,15 +8,15 @@ from typing import Any
 import torch
 from torch import nn
 
-from fxfuse.analysis.controls import Controls
+from fxfuse.analysis.constraints import Constraints
 from fxfuse.analysis.coupling import CouplingGraph, couple
-from fxfuse.analysis.multi_width import of_all_widths
-from fxfuse.graph.capture import Captured
+from fxfuse.analysis.multi_width import multi_width
+from fxfuse.graph.capture import Program
 from fxfuse.graph.same_network import check_same_network
 from fxfuse.members.ranks import mapped, of_each
 from fxfuse.planning.plan import FusionPlan, Mixing
-from fxfuse.transform.resizing import output_layouts, widen
-from fxfuse.transform.wide import wide_plan
+from fxfuse.transform.resizing import emit_resized, output_layouts
+from fxfuse.transform.wide import concatenation_plan
 from fxfuse.verify.check import (
     EXACT,
     Check,
@@ -31,12 +31,12 @@ from fxfuse.verify.in_double import doubled
 from fxfuse.verify.outputs import parts
 
 
-def wide_equals_ensemble(
-    members: Sequence[nn.Module | Captured],
+def concatenation_equals_ensemble(
+    members: Sequence[nn.Module | Program],
     example_inputs: Any = (),
     example_kwargs: Mapping[str, Any] | None = None,
     *,
-    controls: Controls | None = None,
+    constraints: Constraints | None = None,
     mixing: Mixing = "joint",
 ) -> Check:
     """Wide oracle: without a mixing operator, the concatenation equals the mean of the members.
@@ -51,23 +51,23 @@ def wide_equals_ensemble(
         members: Two or more networks, or captured ones.
         example_inputs: A tensor or a tuple of inputs.
         example_kwargs: Keyword inputs.
-        controls: The options of `fxfuse.analyze`.
+        constraints: The options of `fxfuse.analyze`.
         mixing: `joint` or `per_member`, as in `fxfuse.FusionPlan`.
 
     Raises:
         MemberMismatchError: The members are not the same network.
         NotEmittedError: torch.export refused a member, so that there is no concatenation to run.
     """
-    captured = [as_captured(m, example_inputs, example_kwargs) for m in members]
-    for member in captured:
-        member.require_program()
-    check_same_network(captured, any_width=True)
-    controls = controls or Controls()
-    graph = couple(captured[0], controls)
-    graph = of_all_widths(graph, captured, lambda member: couple(member, controls))
-    states = [c.state() for c in captured]
-    plan = wide_plan(graph, states, mixing)
-    return equals_ensemble(graph, states, plan, hands_out=bool(controls.output_dims))
+    program = [as_captured(m, example_inputs, example_kwargs) for m in members]
+    for member in program:
+        member.require_exported()
+    check_same_network(program, any_width=True)
+    constraints = constraints or Constraints()
+    graph = couple(program[0], constraints)
+    graph = multi_width(graph, program, lambda member: couple(member, constraints))
+    states = [c.state() for c in program]
+    plan = concatenation_plan(graph, states, mixing)
+    return equals_ensemble(graph, states, plan, hands_out=bool(constraints.output_dims))
 
 
 def equals_ensemble(
@@ -86,11 +86,11 @@ def equals_ensemble(
         hands_out: Whether an output dimension is no interface, so that units are handed out.
     """
     # Before the concatenation is there: a member and its copy need not be in memory beside it.
-    answers = of_each(states, lambda i, state: run(graph.of_member(i).captured, state))
+    answers = of_each(states, lambda i, state: run(graph.of_member(i).program, state))
     outputs = [answer for _, answer in answers]
     # Each tensor is converted when it is read: beside the wide network there is one at a time.
-    module = in_double(widen(graph, plan, mapped(states, doubled)))
-    args, kwargs = inputs_of(graph.captured)
+    module = in_double(emit_resized(graph, plan, mapped(states, doubled)))
+    args, kwargs = inputs_of(graph.program)
     with torch.no_grad():
         wide = tensors_of(module(*args, **kwargs))
     layouts = output_layouts(graph, plan) if hands_out else [{} for _ in wide]
@@ -106,7 +106,7 @@ def equals_heads(
     graph: CouplingGraph,
     states: Sequence[Mapping[str, torch.Tensor]],
     plan: FusionPlan,
-    members: Sequence[Captured],
+    members: Sequence[Program],
     dim: int,
 ) -> Check:
     """The wide oracle of a partial fusion: every head answers as its own member.
@@ -118,8 +118,8 @@ def equals_heads(
         members: The members themselves.
         dim: The output's dimension of classes, where heads are handed out as one tensor.
     """
-    module = in_double(widen(graph, plan, [doubled(s) for s in states]))
-    args, kwargs = inputs_of(graph.captured)
+    module = in_double(emit_resized(graph, plan, [doubled(s) for s in states]))
+    args, kwargs = inputs_of(graph.program)
     with torch.no_grad():
         found = tensors_of(module(*args, **kwargs))
     expected = plan.spaces.combined([run(m, m.state()) for m in members], dim)

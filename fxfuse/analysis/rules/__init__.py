@@ -3,8 +3,8 @@
 All that a rule of one's own needs can be imported from here.
 """
 
-from fxfuse.analysis.constraints import Ledger
-from fxfuse.analysis.labels import Field, Kind, Value, positions
+from fxfuse.analysis.coupling_constraints import CouplingConstraints
+from fxfuse.analysis.labels import AbstractTensor, DimLabels, Kind, positions
 from fxfuse.analysis.rules import (
     contraction,
     creation,
@@ -24,12 +24,12 @@ from fxfuse.analysis.rules.registry import Call, Rule, concrete_shape, find, hin
 from fxfuse.analysis.rules.templates import contracting, elementwise, same_labels
 
 __all__ = [
+    "AbstractTensor",
     "Call",
-    "Field",
+    "CouplingConstraints",
+    "DimLabels",
     "Kind",
-    "Ledger",
     "Rule",
-    "Value",
     "align",
     "concrete_shape",
     "contract",

@@ -9,19 +9,19 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 
-from fxfuse.analysis.constraints import Ledger
-from fxfuse.analysis.labels import Field, Kind, Value, neurons, positions
+from fxfuse.analysis.coupling_constraints import CouplingConstraints
+from fxfuse.analysis.labels import AbstractTensor, DimLabels, Kind, neurons, positions
 
 
-def align(value: Value, rank: int) -> Value:
+def align(value: AbstractTensor, rank: int) -> AbstractTensor:
     """Adds leading dimensions of size 1, as broadcasting does."""
     extra = rank - value.rank
     if extra == 0:
         return value
 
-    def lift(fields: tuple[Field, ...]) -> tuple[Field, ...]:
+    def lift(fields: tuple[DimLabels, ...]) -> tuple[DimLabels, ...]:
         return tuple(
-            Field(
+            DimLabels(
                 f.ids.reshape((1,) * extra + tuple(f.ids.shape)), tuple(d + extra for d in f.dims)
             )
             for f in fields
@@ -36,7 +36,7 @@ def align(value: Value, rank: int) -> Value:
     )
 
 
-def meet(ledger: Ledger, a: Value, b: Value) -> Value:
+def meet(coupling: CouplingConstraints, a: AbstractTensor, b: AbstractTensor) -> AbstractTensor:
     """Two operands of equal rank meet element by element (sizes of 1 broadcast).
 
     Ids along the same dimensions are tied. Ids that face content without labels freeze, or move
@@ -45,24 +45,26 @@ def meet(ledger: Ledger, a: Value, b: Value) -> Value:
     Returns:
         The labels of the result.
     """
-    a, b = _only_one(ledger, a, b), _only_one(ledger, b, a)
-    covered_a = [_match(ledger, f, b, a) for f in a.fields]
+    a, b = _only_one(coupling, a, b), _only_one(coupling, b, a)
+    covered_a = [_match(coupling, f, b, a) for f in a.fields]
     covered_b = [_covered(g, a) for g in b.fields]
-    kept = [f for f, c in zip(a.fields, covered_a, strict=True) if _face(ledger, f, c, a, b)]
-    others = [g for g, c in zip(b.fields, covered_b, strict=True) if _face(ledger, g, c, b, a)]
+    kept = [f for f, c in zip(a.fields, covered_a, strict=True) if _face(coupling, f, c, a, b)]
+    others = [g for g, c in zip(b.fields, covered_b, strict=True) if _face(coupling, g, c, b, a)]
     sources = None
     if a.sources is not None and b.sources is not None:
         sources = a.sources | b.sources
     shape = tuple(max(x, y) for x, y in zip(a.shape, b.shape, strict=True))
-    return Value(
+    return AbstractTensor(
         shape,
-        _merge(ledger, kept, others),
+        _merge(coupling, kept, others),
         merge_positions((*a.positions, *b.positions)),
         sources,
     )
 
 
-def _only_one(ledger: Ledger, value: Value, other: Value) -> Value:
+def _only_one(
+    coupling: CouplingConstraints, value: AbstractTensor, other: AbstractTensor
+) -> AbstractTensor:
     """Of several labels along the same dimensions, one may move neurons of another tensor.
 
     A flattened kernel has labels for its channels and for its positions. Against neurons that are
@@ -74,8 +76,8 @@ def _only_one(ledger: Ledger, value: Value, other: Value) -> Value:
         if len(rivals) < 2 or len(neurons(g.ids).unique()) < g.ids.numel():
             continue
         for f in rivals[1:]:
-            kind = Kind.COMMON if value.is_parameter else Kind.HOST
-            ledger.freeze(f, kind, "is flattened together with other neurons")
+            kind = Kind.SHARED_INDEX if value.is_parameter else Kind.KEEP_BASE
+            coupling.freeze(f, kind, "is flattened together with other neurons")
         value = replace(
             value,
             fields=tuple(f for f in value.fields if not any(f is r for r in rivals[1:])),
@@ -84,16 +86,18 @@ def _only_one(ledger: Ledger, value: Value, other: Value) -> Value:
     return value
 
 
-def merge_positions(fields: Iterable[Field]) -> tuple[Field, ...]:
+def merge_positions(fields: Iterable[DimLabels]) -> tuple[DimLabels, ...]:
     """One entry per set of dimensions is enough to know where content varies."""
     return tuple({f.dims: f for f in fields}.values())
 
 
-def _covered(f: Field, other: Value) -> frozenset[int]:
+def _covered(f: DimLabels, other: AbstractTensor) -> frozenset[int]:
     return frozenset(d for g in other.fields for d in g.dims if d in f.dims)
 
 
-def _match(ledger: Ledger, f: Field, other: Value, own: Value) -> frozenset[int]:
+def _match(
+    coupling: CouplingConstraints, f: DimLabels, other: AbstractTensor, own: AbstractTensor
+) -> frozenset[int]:
     """Ties a field to the fields of the other operand that share dimensions with it."""
     mine = set(f.dims)
     for g in other.fields:
@@ -102,42 +106,50 @@ def _match(ledger: Ledger, f: Field, other: Value, own: Value) -> frozenset[int]
         if not overlap:
             continue
         if mine == theirs:
-            ledger.tie(f.ids, g.ids)
+            coupling.tie(f.ids, g.ids)
         elif mine < theirs:
-            ledger.deferred.append((f, g, own.is_parameter, ledger.node))
+            coupling.deferred.append((f, g, own.is_parameter, coupling.node))
         elif theirs < mine:
-            ledger.deferred.append((g, f, other.is_parameter, ledger.node))
+            coupling.deferred.append((g, f, other.is_parameter, coupling.node))
         else:
-            ledger.block(f, mine - overlap)
-            ledger.block(g, theirs - overlap)
-            ledger.tie(f.first(mine - overlap), g.first(theirs - overlap))
+            coupling.block(f, mine - overlap)
+            coupling.block(g, theirs - overlap)
+            coupling.tie(f.first(mine - overlap), g.first(theirs - overlap))
     return _covered(f, other)
 
 
-def _face(ledger: Ledger, f: Field, covered: frozenset[int], own: Value, other: Value) -> bool:
+def _face(
+    coupling: CouplingConstraints,
+    f: DimLabels,
+    covered: frozenset[int],
+    own: AbstractTensor,
+    other: AbstractTensor,
+) -> bool:
     """Deals with what the other operand has where it has no labels; False drops the field."""
     bare = (other.unlabelled & set(f.dims)) - covered
     if bare == set(f.dims):
         # What comes from the input tells what each index means, for all members alike.
         meant = own.is_parameter or other.sources is None
-        ledger.freeze(
+        coupling.freeze(
             f,
-            Kind.COMMON if meant else Kind.HOST,
+            Kind.SHARED_INDEX if meant else Kind.KEEP_BASE,
             "meets content without labels that varies along the same dimension",
         )
         # The position stays visible through the other operand; a parameter's index is no neuron.
         return not own.is_parameter
     if bare:
-        ledger.block(f, bare)
+        coupling.block(f, bare)
     if not covered and not own.is_parameter:
         if other.is_parameter:
-            ledger.mix("a parameter is shared by all units", sources=other.sources or frozenset())
+            coupling.mix("a parameter is shared by all units", sources=other.sources or frozenset())
         elif any(not set(g.dims) & set(f.dims) for g in other.fields):
-            ledger.mix("two unrelated coupling groups meet in one tensor")
+            coupling.mix("two unrelated coupling groups meet in one tensor")
     return True
 
 
-def _merge(ledger: Ledger, ours: Sequence[Field], theirs: Sequence[Field]) -> tuple[Field, ...]:
+def _merge(
+    coupling: CouplingConstraints, ours: Sequence[DimLabels], theirs: Sequence[DimLabels]
+) -> tuple[DimLabels, ...]:
     merged = list(ours)
     for g in theirs:
         twin = next((f for f in ours if set(f.dims) >= set(g.dims)), None)
@@ -147,7 +159,14 @@ def _merge(ledger: Ledger, ours: Sequence[Field], theirs: Sequence[Field]) -> tu
     return tuple(merged)
 
 
-def contract(ledger: Ledger, a: Value, letters_a: str, b: Value, letters_b: str, out: str) -> Value:
+def contract(
+    coupling: CouplingConstraints,
+    a: AbstractTensor,
+    letters_a: str,
+    b: AbstractTensor,
+    letters_b: str,
+    out: str,
+) -> AbstractTensor:
     """Contracts two operands as `einsum(f"{letters_a},{letters_b}->{out}")` would.
 
     Ids along a contracted letter are tied. Where ids vary along a contracted letter and along one
@@ -163,35 +182,35 @@ def contract(ledger: Ledger, a: Value, letters_a: str, b: Value, letters_b: str,
             # A block that is read and stays (a group) tells the members apart, as a writer does.
             # Parameters among themselves read nothing: what is made of them does.
             if not are_parameters:
-                ledger.role(value, f, reader=summed == set(f.dims))
+                coupling.role(value, f, reader=summed == set(f.dims))
             if not summed:
                 continue
             if summed != set(f.dims):
-                ledger.block(f, summed)
+                coupling.block(f, summed)
             elif not value.is_parameter:
-                _note_sum(ledger, f, other)
-    met = meet(ledger, lifted_a, lifted_b)
-    result = _lower(ledger, met, order, out)
+                _note_sum(coupling, f, other)
+    met = meet(coupling, lifted_a, lifted_b)
+    result = _lower(coupling, met, order, out)
     if are_parameters and met.fields and not result.fields:
-        ledger.mix("weights are summed over the members' neurons")
+        coupling.mix("weights are summed over the members' neurons")
     return result
 
 
-def _note_sum(ledger: Ledger, f: Field, other: Value) -> None:
+def _note_sum(coupling: CouplingConstraints, f: DimLabels, other: AbstractTensor) -> None:
     """A sum over neurons is the sum of the members' sums only against per-neuron weights."""
     facing = [g for g in other.fields if set(g.dims) & set(f.dims)]
     if not facing:
-        ledger.mix("neurons are summed without weights of their own")
+        coupling.mix("neurons are summed without weights of their own")
     elif not other.is_parameter:
-        ledger.mix("two activations are contracted over their neurons")
-    ledger.mix("an averaged activation is read by weights", ids=f.ids)
+        coupling.mix("two activations are contracted over their neurons")
+    coupling.mix("an averaged activation is read by weights", ids=f.ids)
 
 
-def _lift(value: Value, letters: str, order: str) -> Value:
+def _lift(value: AbstractTensor, letters: str, order: str) -> AbstractTensor:
     """Brings a value into the space of all letters, size 1 where it lacks one."""
     places = [order.index(x) for x in letters]
 
-    def lift(fields: tuple[Field, ...]) -> tuple[Field, ...]:
+    def lift(fields: tuple[DimLabels, ...]) -> tuple[DimLabels, ...]:
         lifted = []
         for f in fields:
             permutation = sorted(range(len(letters)), key=lambda d: places[d])
@@ -199,20 +218,22 @@ def _lift(value: Value, letters: str, order: str) -> Value:
             shape = [1] * len(order)
             for d in permutation:
                 shape[places[d]] = f.ids.shape[d]
-            lifted.append(Field(ids.reshape(shape), tuple(sorted(places[d] for d in f.dims))))
+            lifted.append(DimLabels(ids.reshape(shape), tuple(sorted(places[d] for d in f.dims))))
         return tuple(lifted)
 
     shape = [1] * len(order)
     for d, place in enumerate(places):
         shape[place] = value.shape[d]
-    return Value(tuple(shape), lift(value.fields), lift(value.positions), value.sources)
+    return AbstractTensor(tuple(shape), lift(value.fields), lift(value.positions), value.sources)
 
 
-def _lower(ledger: Ledger, met: Value, order: str, out: str) -> Value:
+def _lower(
+    coupling: CouplingConstraints, met: AbstractTensor, order: str, out: str
+) -> AbstractTensor:
     gone = [d for d, x in enumerate(order) if x not in out]
     keep = [order.index(x) for x in out]
 
-    def lower(fields: tuple[Field, ...]) -> list[Field]:
+    def lower(fields: tuple[DimLabels, ...]) -> list[DimLabels]:
         lowered = []
         for f in fields:
             ids = (
@@ -222,20 +243,22 @@ def _lower(ledger: Ledger, met: Value, order: str, out: str) -> Value:
             )
             dims = tuple(d for d in range(len(keep)) if ids.shape[d] > 1)
             if dims:
-                lowered.append(Field(ids, dims))
+                lowered.append(DimLabels(ids, dims))
         return lowered
 
-    fields: dict[tuple[int, ...], Field] = {}
+    fields: dict[tuple[int, ...], DimLabels] = {}
     for f in lower(met.fields):
         # Labels that now share their dimensions say the same neurons twice.
-        ledger.tie(fields.setdefault(f.dims, f).ids, f.ids)
+        coupling.tie(fields.setdefault(f.dims, f).ids, f.ids)
     # One that lost a dimension of its block says less than another of the same units.
     told = [f for f in fields.values() if not any(set(f.dims) < set(dims) for dims in fields)]
     shape = tuple(met.shape[d] for d in keep)
-    return Value(shape, tuple(told), merge_positions(lower(met.positions)), met.sources)
+    return AbstractTensor(shape, tuple(told), merge_positions(lower(met.positions)), met.sources)
 
 
-def reduce_over(ledger: Ledger, value: Value, dims: Iterable[int], why: str) -> None:
+def reduce_over(
+    coupling: CouplingConstraints, value: AbstractTensor, dims: Iterable[int], why: str
+) -> None:
     """Notes that an operator mixes everything along `dims` (mean, softmax, normalisation)."""
     over = set(dims)
     for f in value.fields:
@@ -243,16 +266,16 @@ def reduce_over(ledger: Ledger, value: Value, dims: Iterable[int], why: str) -> 
         if not inside:
             continue
         if inside == set(f.dims):
-            ledger.mix(why)
+            coupling.mix(why)
         else:
-            ledger.block(f, inside)
+            coupling.block(f, inside)
 
 
-def drop(value: Value, dims: Iterable[int], *, keepdim: bool) -> Value:
+def drop(value: AbstractTensor, dims: Iterable[int], *, keepdim: bool) -> AbstractTensor:
     """The labels left after a reduction over `dims`."""
     gone = sorted({d % value.rank for d in dims})
 
-    def shrink(fields: tuple[Field, ...]) -> tuple[Field, ...]:
+    def shrink(fields: tuple[DimLabels, ...]) -> tuple[DimLabels, ...]:
         left = []
         for f in fields:
             ids = f.first(gone)
@@ -260,25 +283,27 @@ def drop(value: Value, dims: Iterable[int], *, keepdim: bool) -> Value:
                 ids = ids.reshape([s for d, s in enumerate(ids.shape) if d not in gone])
             kept = tuple(d for d in range(ids.dim()) if ids.shape[d] > 1)
             if kept:
-                left.append(Field(ids, kept))
+                left.append(DimLabels(ids, kept))
         return tuple(left)
 
     shape = tuple(
         1 if d in gone else s for d, s in enumerate(value.shape) if keepdim or d not in gone
     )
-    return Value(
+    return AbstractTensor(
         shape, shrink(value.fields), merge_positions(shrink(value.positions)), value.sources
     )
 
 
-def only_unlabelled(ledger: Ledger, value: Value, dims: Iterable[int], what: str) -> Value:
+def only_unlabelled(
+    coupling: CouplingConstraints, value: AbstractTensor, dims: Iterable[int], what: str
+) -> AbstractTensor:
     """Leaves no labels along dimensions in which an operator is not the same for every index.
 
     Labels that vary along other dimensions too (the pixels of a shuffled channel, say) become one
     unit, in order; the others freeze.
     """
     over = set(dims)
-    kept, hit = list[Field](), list[Field]()
+    kept, hit = list[DimLabels](), list[DimLabels]()
     for f in value.fields:
         inside, rest = over & set(f.dims), set(f.dims) - over
         if not inside:
@@ -286,8 +311,8 @@ def only_unlabelled(ledger: Ledger, value: Value, dims: Iterable[int], what: str
             continue
         hit += positions(value.shape, inside)
         if rest:
-            ledger.block(f, sorted(inside))
-            kept.append(Field(f.first(sorted(inside)), tuple(sorted(rest))))
+            coupling.block(f, sorted(inside))
+            kept.append(DimLabels(f.first(sorted(inside)), tuple(sorted(rest))))
         else:
-            ledger.freeze(f, Kind.COMMON if value.is_parameter else Kind.HOST, what)
+            coupling.freeze(f, Kind.SHARED_INDEX if value.is_parameter else Kind.KEEP_BASE, what)
     return replace(value, fields=tuple(kept), positions=merge_positions((*hit, *value.positions)))

@@ -12,21 +12,23 @@ from typing import Any
 
 import torch
 
-from fxfuse.analysis.labels import Value, positions
+from fxfuse.analysis.labels import AbstractTensor, positions
 from fxfuse.analysis.rules.algebra import align, contract, meet, only_unlabelled, reduce_over
 from fxfuse.analysis.rules.registry import Call, rule
 
 aten = torch.ops.aten
 
 
-def _bias(call: Call, result: Value, bias: Value | None, dim: int) -> Value:
+def _bias(
+    call: Call, result: AbstractTensor, bias: AbstractTensor | None, dim: int
+) -> AbstractTensor:
     """Adds a bias of shape [o] along one dimension of the result."""
     if bias is None:
         return result
     for f in bias.fields:
-        call.ledger.role(bias, f, reader=False)
+        call.coupling.role(bias, f, reader=False)
     column = bias.moved(lambda t: t.reshape([-1] + [1] * (result.rank - 1 - dim % result.rank)))
-    return replace(meet(call.ledger, result, align(column, result.rank)), shape=result.shape)
+    return replace(meet(call.coupling, result, align(column, result.rank)), shape=result.shape)
 
 
 def _free_letters(count: int) -> str:
@@ -35,44 +37,44 @@ def _free_letters(count: int) -> str:
 
 
 @rule(aten.linear.default)
-def linear(call: Call) -> Value:
+def linear(call: Call) -> AbstractTensor:
     """`* i, o i -> * o` plus bias `o`."""
     x, weight = call.args[0], call.args[1]
-    call.ledger.touch(x)
+    call.coupling.record_use(x)
     lead = _free_letters(x.rank - 1)
-    result = contract(call.ledger, x, lead + "i", weight, "oi", lead + "o")
+    result = contract(call.coupling, x, lead + "i", weight, "oi", lead + "o")
     return _bias(call, result, call.argument("bias"), -1)
 
 
 @rule(aten.addmm.default, aten.baddbmm.default)
-def addmm(call: Call) -> Value:
+def addmm(call: Call) -> AbstractTensor:
     """`* t i, * i o -> * t o` plus an addend that broadcasts."""
     addend, x, weight = call.args[:3]
-    call.ledger.touch(x)
+    call.coupling.record_use(x)
     lead = _free_letters(x.rank - 2)
-    result = contract(call.ledger, x, lead + "ti", weight, lead + "io", lead + "to")
+    result = contract(call.coupling, x, lead + "ti", weight, lead + "io", lead + "to")
     for f in addend.fields:
-        call.ledger.role(addend, f, reader=False)
-    return replace(meet(call.ledger, result, align(addend, x.rank)), shape=result.shape)
+        call.coupling.role(addend, f, reader=False)
+    return replace(meet(call.coupling, result, align(addend, x.rank)), shape=result.shape)
 
 
 @rule(aten.matmul.default, aten.mm.default, aten.bmm.default)
-def matmul(call: Call) -> Value:
+def matmul(call: Call) -> AbstractTensor:
     """`* t s, * s d -> * t d`, leading dimensions broadcast."""
     a, b = call.args[0], call.args[1]
-    call.ledger.touch(a, 0)
-    call.ledger.touch(b, 1)
+    call.coupling.record_use(a, 0)
+    call.coupling.record_use(b, 1)
     if a.rank == 1 or b.rank == 1:
         lead = _free_letters(max(a.rank, b.rank) - (1 if 1 in (a.rank, b.rank) else 2))
         if a.rank == 1 and b.rank == 1:
-            return contract(call.ledger, a, "s", b, "s", "")
+            return contract(call.coupling, a, "s", b, "s", "")
         if a.rank == 1:
-            return contract(call.ledger, a, "s", b, lead[:-1] + "sd", lead[:-1] + "d")
-        return contract(call.ledger, a, lead + "s", b, "s", lead)
+            return contract(call.coupling, a, "s", b, lead[:-1] + "sd", lead[:-1] + "d")
+        return contract(call.coupling, a, lead + "s", b, "s", lead)
     rank = max(a.rank, b.rank)
     lead = _free_letters(rank - 2)
     result = contract(
-        call.ledger, align(a, rank), lead + "ts", align(b, rank), lead + "sd", lead + "td"
+        call.coupling, align(a, rank), lead + "ts", align(b, rank), lead + "sd", lead + "td"
     )
     return replace(result, shape=call.shape)
 
@@ -81,44 +83,44 @@ def matmul(call: Call) -> Value:
 def einsum(call: Call) -> Any:
     """`torch.einsum` with two operands and named letters; anything else freezes."""
     equation: str = call.args[0].replace(" ", "")
-    operands: list[Value] = call.args[1]
+    operands: list[AbstractTensor] = call.args[1]
     left, _, out = equation.partition("->")
     terms = left.split(",")
     if len(operands) != 2 or "." in equation or "->" not in equation:
         return NotImplemented
     if any(len(set(t)) != len(t) for t in terms):
         return NotImplemented
-    call.ledger.touch(operands[0], 0)
-    call.ledger.touch(operands[1], 1)
-    return contract(call.ledger, operands[0], terms[0], operands[1], terms[1], out)
+    call.coupling.record_use(operands[0], 0)
+    call.coupling.record_use(operands[1], 1)
+    return contract(call.coupling, operands[0], terms[0], operands[1], terms[1], out)
 
 
 @rule(aten.mv.default)
-def matrix_vector(call: Call) -> Value:
+def matrix_vector(call: Call) -> AbstractTensor:
     """`t s, s -> t`."""
-    call.ledger.touch(call.args[0], 0)
-    call.ledger.touch(call.args[1], 1)
-    return contract(call.ledger, call.args[0], "ts", call.args[1], "s", "t")
+    call.coupling.record_use(call.args[0], 0)
+    call.coupling.record_use(call.args[1], 1)
+    return contract(call.coupling, call.args[0], "ts", call.args[1], "s", "t")
 
 
 @rule(aten.dot.default, aten.vdot.default)
-def inner_product(call: Call) -> Value:
+def inner_product(call: Call) -> AbstractTensor:
     """`s, s ->`."""
-    call.ledger.touch(call.args[0], 0)
-    call.ledger.touch(call.args[1], 1)
-    return contract(call.ledger, call.args[0], "s", call.args[1], "s", "")
+    call.coupling.record_use(call.args[0], 0)
+    call.coupling.record_use(call.args[1], 1)
+    return contract(call.coupling, call.args[0], "s", call.args[1], "s", "")
 
 
 @rule(aten.bilinear.default)
-def bilinear(call: Call) -> Value:
+def bilinear(call: Call) -> AbstractTensor:
     """`* i, * j, o i j -> * o` plus bias `o`."""
-    weight: Value = call.args[2]
+    weight: AbstractTensor = call.args[2]
     parts = []
     for place, (x, letter) in enumerate(zip(call.args[:2], "ij", strict=True)):
-        call.ledger.touch(x, place)
+        call.coupling.record_use(x, place)
         lead = _free_letters(x.rank - 1)
-        parts.append(contract(call.ledger, x, lead + letter, weight, "oij", lead + "o"))
-    return _bias(call, meet(call.ledger, *parts), call.argument("bias"), -1)
+        parts.append(contract(call.coupling, x, lead + letter, weight, "oij", lead + "o"))
+    return _bias(call, meet(call.coupling, *parts), call.argument("bias"), -1)
 
 
 @rule(
@@ -129,21 +131,23 @@ def bilinear(call: Call) -> Value:
     aten.conv3d.default,
     aten.conv3d.padding,
 )
-def convolution(call: Call) -> Value:
+def convolution(call: Call) -> AbstractTensor:
     """`b g i *, g o i k -> b g o *`: the kernel positions k and the pixels stay in place."""
     x, weight, groups = call.args[0], call.args[1], call.argument("groups")
     return _convolve(call, x, weight, groups, transposed=False)
 
 
 @rule(aten.conv_transpose1d.default, aten.conv_transpose2d.input, aten.conv_transpose3d.input)
-def convolution_transposed(call: Call) -> Value:
+def convolution_transposed(call: Call) -> AbstractTensor:
     """`b g i *, g i o k -> b g o *`."""
     x, weight, groups = call.args[0], call.args[1], call.argument("groups")
     return _convolve(call, x, weight, groups, transposed=True)
 
 
-def _convolve(call: Call, x: Value, weight: Value, groups: int, *, transposed: bool) -> Value:
-    call.ledger.touch(x)
+def _convolve(
+    call: Call, x: AbstractTensor, weight: AbstractTensor, groups: int, *, transposed: bool
+) -> AbstractTensor:
+    call.coupling.record_use(x)
     if x.rank < weight.rank:
         # Unbatched input; the result gets the batch dimension removed again at the end.
         x = x.moved(lambda t: t[None])
@@ -152,12 +156,14 @@ def _convolve(call: Call, x: Value, weight: Value, groups: int, *, transposed: b
     return replace(_convolve_batched(call, x, weight, groups, transposed), shape=call.shape)
 
 
-def _convolve_batched(call: Call, x: Value, weight: Value, groups: int, transposed: bool) -> Value:
-    ledger = call.ledger
+def _convolve_batched(
+    call: Call, x: AbstractTensor, weight: AbstractTensor, groups: int, transposed: bool
+) -> AbstractTensor:
+    coupling = call.coupling
     space = range(2, weight.rank)
     passing = _passing(call, x, weight)
-    x = only_unlabelled(ledger, x, set(space) - set(passing), "convolved over: neighbours matter")
-    weight = only_unlabelled(ledger, weight, space, "kernel positions are in order")
+    x = only_unlabelled(coupling, x, set(space) - set(passing), "convolved over: neighbours matter")
+    weight = only_unlabelled(coupling, weight, space, "kernel positions are in order")
     # Other pixels play no part in the labels: [b, c, *] is seen as [b, g, i] and what passes.
     flat = _corner(x, passing).moved(lambda t: t.unflatten(1, (groups, -1)))
     kernel = _corner(weight, ()).moved(lambda t: t.unflatten(0, (groups, -1)))
@@ -167,10 +173,10 @@ def _convolve_batched(call: Call, x: Value, weight: Value, groups: int, transpos
         # outputs of a group are in order, or all groups read the same neurons, in order.
         tells_groups = any(1 in f.dims for f in flat.fields)
         kernel = only_unlabelled(
-            ledger, kernel, [2 if tells_groups else 0], "the groups share their output channels"
+            coupling, kernel, [2 if tells_groups else 0], "the groups share their output channels"
         )
     pixels = "xyz"[: len(passing)]
-    result = contract(ledger, flat, "bgi" + pixels, kernel, letters, "bgo" + pixels)
+    result = contract(coupling, flat, "bgi" + pixels, kernel, letters, "bgo" + pixels)
     sizes = [x.shape[d] if d in passing else 1 for d in space]
     result = result.moved(lambda t: t.flatten(1, 2).reshape(t.shape[0], -1, *sizes))
     full = (*result.shape[:2], *call.shape[-len(space) :])
@@ -179,7 +185,7 @@ def _convolve_batched(call: Call, x: Value, weight: Value, groups: int, transpos
     return _bias(call, result, call.argument("bias"), 1)
 
 
-def _passing(call: Call, x: Value, weight: Value) -> tuple[int, ...]:
+def _passing(call: Call, x: AbstractTensor, weight: AbstractTensor) -> tuple[int, ...]:
     """Labelled dimensions in which the kernel has size 1, so that no neighbour plays a part."""
     labelled = {d for f in x.fields for d in f.dims}
     space = weight.rank - 2
@@ -199,7 +205,7 @@ def _passing(call: Call, x: Value, weight: Value) -> tuple[int, ...]:
     )
 
 
-def _corner(value: Value, kept: Sequence[int]) -> Value:
+def _corner(value: AbstractTensor, kept: Sequence[int]) -> AbstractTensor:
     """The first pixel along every dimension of space but those that are kept."""
     whole = slice(None)
     corner = tuple(whole if d < 2 or d in kept else 0 for d in range(value.rank))
@@ -210,19 +216,19 @@ def _corner(value: Value, kept: Sequence[int]) -> Value:
 def attention(call: Call) -> Any:
     """`* t d, * s d -> * t s`, softmax over s, `* t s, * s d -> * t d`."""
     query, key, value = call.args[:3]
-    ledger = call.ledger
+    coupling = call.coupling
     if call.argument("enable_gqa"):
         # Each head of keys and values serves several heads of queries, one after the other.
         repeats = query.shape[-3] // key.shape[-3]
         key, value = (x.moved(lambda t: t.repeat_interleave(repeats, -3)) for x in (key, value))
     for place, operand in enumerate((query, key, value)):
-        ledger.touch(operand, min(place, 1))
+        coupling.record_use(operand, min(place, 1))
     lead = _free_letters(query.rank - 2)
-    scores = contract(ledger, query, lead + "td", key, lead + "sd", lead + "ts")
+    scores = contract(coupling, query, lead + "td", key, lead + "sd", lead + "ts")
     mask = call.argument("attn_mask")
     if mask is not None:
         for f in mask.fields:
-            ledger.role(mask, f, reader=False)
-        scores = replace(meet(ledger, scores, align(mask, scores.rank)), shape=scores.shape)
-    reduce_over(ledger, scores, [scores.rank - 1], "softmax over labelled neurons")
-    return contract(ledger, scores, lead + "ts", value, lead + "se", lead + "te")
+            coupling.role(mask, f, reader=False)
+        scores = replace(meet(coupling, scores, align(mask, scores.rank)), shape=scores.shape)
+    reduce_over(coupling, scores, [scores.rank - 1], "softmax over labelled neurons")
+    return contract(coupling, scores, lead + "ts", value, lead + "se", lead + "te")

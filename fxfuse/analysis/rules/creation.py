@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import torch
 
-from fxfuse.analysis.labels import Value, positions, sources_of
+from fxfuse.analysis.labels import AbstractTensor, positions, sources_of
 from fxfuse.analysis.rules.algebra import align
 from fxfuse.analysis.rules.registry import Call, rule
 
@@ -24,34 +24,34 @@ aten = torch.ops.aten
     aten.ones_like.default,
     aten.full_like.default,
 )
-def filled(call: Call) -> Value:
+def filled(call: Call) -> AbstractTensor:
     """One value everywhere: nothing varies."""
-    return Value(call.shape, sources=frozenset())
+    return AbstractTensor(call.shape, sources=frozenset())
 
 
 @rule(aten.arange.default, aten.arange.start, aten.arange.start_step)
-def arange(call: Call) -> Value:
+def arange(call: Call) -> AbstractTensor:
     """A count: varies along its dimension, without labels."""
-    return Value(call.shape, positions=positions(call.shape, [0]), sources=frozenset())
+    return AbstractTensor(call.shape, positions=positions(call.shape, [0]), sources=frozenset())
 
 
 @rule(aten.zero_.default, aten.fill_.Scalar)
-def overwrite(call: Call) -> Value:
+def overwrite(call: Call) -> AbstractTensor:
     """Whatever stood there is gone; no neuron stands there now."""
-    value: Value = call.args[0]
-    return Value(value.shape, sources=value.sources)
+    value: AbstractTensor = call.args[0]
+    return AbstractTensor(value.shape, sources=value.sources)
 
 
 @rule(aten.fill_.Tensor)
-def overwrite_with(call: Call) -> Value:
+def overwrite_with(call: Call) -> AbstractTensor:
     """As `overwrite`; the value comes from a tensor without dimensions."""
-    call.ledger.touch(call.args[1], 1)
-    return Value(call.args[0].shape, sources=sources_of(call.values()))
+    call.coupling.record_use(call.args[1], 1)
+    return AbstractTensor(call.args[0].shape, sources=sources_of(call.values()))
 
 
 @rule(aten.copy_.default)
-def copy(call: Call) -> Value:
+def copy(call: Call) -> AbstractTensor:
     """The content of another tensor, broadcast."""
     target, source = call.args[0], align(call.args[1], call.args[0].rank)
-    call.ledger.touch(source)
+    call.coupling.record_use(source)
     return replace(source, shape=target.shape)

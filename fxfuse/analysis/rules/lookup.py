@@ -7,24 +7,24 @@ from dataclasses import replace
 
 import torch
 
-from fxfuse.analysis.labels import Value, positions
+from fxfuse.analysis.labels import AbstractTensor, positions
 from fxfuse.analysis.rules.algebra import only_unlabelled
 from fxfuse.analysis.rules.registry import Call, concrete_shape, rule
 
 aten = torch.ops.aten
 
 
-def _table(call: Call, weight: Value, others: Iterable[Value]) -> Value:
+def _table(call: Call, weight: AbstractTensor, others: Iterable[AbstractTensor]) -> AbstractTensor:
     """The labels of a table's channels [1, c]; whatever selects rows has no neurons."""
     for value in others:
-        only_unlabelled(call.ledger, value, range(value.rank), "says which rows are looked up")
-    call.ledger.touch(weight)
-    table = only_unlabelled(call.ledger, weight, [0], "rows of a table are looked up by number")
+        only_unlabelled(call.coupling, value, range(value.rank), "says which rows are looked up")
+    call.coupling.record_use(weight)
+    table = only_unlabelled(call.coupling, weight, [0], "rows of a table are looked up by number")
     return replace(table.moved(lambda t: t[:1]), positions=())
 
 
 @rule(aten.embedding.default)
-def embedding(call: Call) -> Value:
+def embedding(call: Call) -> AbstractTensor:
     """`v c, * → * c`."""
     weight, indices = call.args[0], call.args[1]
     table = _table(call, weight, [indices])
@@ -32,23 +32,23 @@ def embedding(call: Call) -> Value:
     sources = None
     if indices.sources is None or weight.sources is None:
         for f in weight.fields:
-            call.ledger.role(weight, f, reader=False)
+            call.coupling.role(weight, f, reader=False)
     else:
         sources = weight.sources | indices.sources
     row = table.moved(lambda t: t.reshape([1] * (len(shape) - 1) + [-1]))
-    return Value(shape, row.fields, positions(shape, range(len(shape) - 1)), sources)
+    return AbstractTensor(shape, row.fields, positions(shape, range(len(shape) - 1)), sources)
 
 
 @rule(aten.embedding_bag.default, aten.embedding_bag.padding_idx)
-def embedding_bag(call: Call) -> list[Value]:
+def embedding_bag(call: Call) -> list[AbstractTensor]:
     """`v c, * → b c` and the operator's notes on its bags."""
     weight, others = call.args[0], call.values()[1:]
     table = _table(call, weight, others)
     for f in weight.fields:
-        call.ledger.role(weight, f, reader=False)
+        call.coupling.role(weight, f, reader=False)
     if call.argument("mode") == _MAX:
         for f in table.fields:
-            call.ledger.mix("an averaged activation passes a nonlinear operator", ids=f.ids)
+            call.coupling.mix("an averaged activation passes a nonlinear operator", ids=f.ids)
     results = []
     for fake in call.node.meta["val"]:
         shape = concrete_shape(fake)
@@ -56,7 +56,7 @@ def embedding_bag(call: Call) -> list[Value]:
         has_channels = len(shape) == 2 and shape[1] == weight.shape[1]
         fields = table.fields if has_channels else ()
         rest = range(1) if has_channels else range(len(shape))
-        results.append(Value(shape, fields, positions(shape, rest)))
+        results.append(AbstractTensor(shape, fields, positions(shape, rest)))
     return results
 
 
@@ -64,10 +64,10 @@ _MAX = 2
 
 
 @rule(aten.embedding_renorm_.default)
-def renormalise(call: Call) -> Value:
+def renormalise(call: Call) -> AbstractTensor:
     """Rows that are looked up are scaled to a largest norm over their channels."""
-    weight: Value = call.args[0]
-    call.ledger.touch(weight)
-    call.ledger.mix("normalisation over the members' neurons")
-    only_unlabelled(call.ledger, weight, [0], "rows of a table are looked up by number")
+    weight: AbstractTensor = call.args[0]
+    call.coupling.record_use(weight)
+    call.coupling.mix("normalisation over the members' neurons")
+    only_unlabelled(call.coupling, weight, [0], "rows of a table are looked up by number")
     return weight

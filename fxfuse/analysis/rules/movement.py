@@ -9,7 +9,7 @@ from typing import Any
 import torch
 import torch.utils._pytree as pytree
 
-from fxfuse.analysis.labels import Field, Kind, Value, positions
+from fxfuse.analysis.labels import AbstractTensor, DimLabels, Kind, positions
 from fxfuse.analysis.rules.registry import Call, rule
 
 aten = torch.ops.aten
@@ -76,9 +76,9 @@ def view(call: Call) -> Any:
     aten._to_copy.default,
     aten.type_as.default,
 )
-def same(call: Call) -> Value:
+def same(call: Call) -> AbstractTensor:
     """Layout, dtype and device change; the content does not."""
-    value: Value = call.args[0]
+    value: AbstractTensor = call.args[0]
     return value
 
 
@@ -94,7 +94,7 @@ def reshaped_as(call: Call) -> Any:
 @rule(aten.pad.default, aten.constant_pad_nd.default)
 def pad(call: Call) -> Any:
     """Padded places are neurons of their own: whatever is added to them moves with them."""
-    value: Value = call.args[0]
+    value: AbstractTensor = call.args[0]
     amounts = list(call.argument("pad"))
     padded = {value.rank - 1 - i // 2 for i, amount in enumerate(amounts) if amount}
     labelled = {d for f in value.fields for d in f.dims}
@@ -102,7 +102,7 @@ def pad(call: Call) -> Any:
     if labelled & padded and not (is_constant or call.argument("mode") == "constant"):
         return NotImplemented
 
-    def grow(f: Field) -> Field:
+    def grow(f: DimLabels) -> DimLabels:
         # A channel's neurons are the channel's neurons at padded pixels too: only labelled
         # dimensions get padding.
         inside = [
@@ -112,14 +112,16 @@ def pad(call: Call) -> Any:
         new = torch.nn.functional.pad(torch.zeros_like(f.ids), inside, value=1).bool()
         size = int(new.sum())
         if size:
-            start = call.ledger.fresh(size, (f"<{call.node.name}>", f.dims[0]))
+            start = call.coupling.fresh(size, (f"<{call.node.name}>", f.dims[0]))
             ids[new] = torch.arange(start, start + size)
             # Places with different padding are no equals, even if the same layers read them.
-            call.ledger.touch(Value(tuple(ids.shape), (Field(ids * new, f.dims),)))
-        return Field(ids, f.dims)
+            call.coupling.record_use(
+                AbstractTensor(tuple(ids.shape), (DimLabels(ids * new, f.dims),))
+            )
+        return DimLabels(ids, f.dims)
 
     shape = call.shape
-    return Value(
+    return AbstractTensor(
         shape,
         tuple(grow(f) for f in value.fields),
         positions(shape, value.unlabelled | (padded - labelled)),
@@ -131,7 +133,7 @@ def pad(call: Call) -> Any:
 def cat(call: Call) -> Any:
     """Along the labelled dimension ids are joined; along another one they are tied."""
     # Legacy: empty one-dimensional tensors are skipped by the operator.
-    parts: list[Value] = [v for v in call.args[0] if v.shape != (0,)]
+    parts: list[AbstractTensor] = [v for v in call.args[0] if v.shape != (0,)]
     return join(call, parts, call.argument("dim") % parts[0].rank)
 
 
@@ -158,7 +160,7 @@ def overwrite(call: Call) -> Any:
 
 def join(
     call: Call,
-    parts: list[Value],
+    parts: list[AbstractTensor],
     dim: int,
     operation: Callable[[list[torch.Tensor]], torch.Tensor] | None = None,
 ) -> Any:
@@ -167,24 +169,24 @@ def join(
     shape = call.shape
     depends_on_input = any(v.sources is None for v in parts)
     for place, value in enumerate(parts):
-        call.ledger.touch(value, min(place, 1))
+        call.coupling.record_use(value, min(place, 1))
         if depends_on_input:
             for f in value.fields:
-                call.ledger.role(value, f, reader=False)
+                call.coupling.role(value, f, reader=False)
     along = any(dim in f.dims for v in parts for f in v.fields)
-    fields: list[Field] = []
+    fields: list[DimLabels] = []
     if along:
         rows = [_along(call, v, dim) for v in parts]
         wide = torch.broadcast_shapes(*(_with(r.shape, dim, 1) for r in rows))
         rows = [r.expand(_with(wide, dim, r.shape[dim])) for r in rows]
         places = [torch.full_like(r, place) for place, r in enumerate(rows)]
-        found = Field.of(operation(rows), partial(operation, places))
+        found = DimLabels.of(operation(rows), partial(operation, places))
         fields += [found] if found else []
     across = _across(call, parts, dim)
     if across is NotImplemented:
         return NotImplemented
     varying = frozenset[int]().union(*(v.unlabelled for v in parts))
-    return Value(
+    return AbstractTensor(
         shape,
         (*fields, *across),
         positions(shape, varying if along else varying | {dim}),
@@ -196,24 +198,26 @@ def _with(shape: Sequence[int], dim: int, size: int) -> list[int]:
     return [size if d == dim else s for d, s in enumerate(shape)]
 
 
-def _along(call: Call, value: Value, dim: int) -> torch.Tensor:
+def _along(call: Call, value: AbstractTensor, dim: int) -> torch.Tensor:
     """Ids of one part along the joined dimension; fresh frozen ids where it has no labels."""
     size = value.shape[dim]
     found = [f for f in value.fields if dim in f.dims]
     if found:
         for extra in found[1:]:
-            call.ledger.tie(found[0].ids, extra.ids)
+            call.coupling.tie(found[0].ids, extra.ids)
         return found[0].ids
-    start = call.ledger.fresh(size, (f"<{call.node.name}>", dim))
+    start = call.coupling.fresh(size, (f"<{call.node.name}>", dim))
     row = torch.arange(start, start + size)
     ids = row.reshape([-1 if d == dim else 1 for d in range(value.rank)])
-    call.ledger.freeze(
-        Field(ids, (dim,)), Kind.COMMON, "content without labels is joined to labelled neurons"
+    call.coupling.freeze(
+        DimLabels(ids, (dim,)),
+        Kind.SHARED_INDEX,
+        "content without labels is joined to labelled neurons",
     )
     return ids
 
 
-def _across(call: Call, parts: list[Value], dim: int) -> Any:
+def _across(call: Call, parts: list[AbstractTensor], dim: int) -> Any:
     """One canonical field for labels along other dimensions (class token and patches, say)."""
     rest = [[f for f in v.fields if dim not in f.dims] for v in parts]
     canonical = next((fields for fields in rest if fields), [])
@@ -221,7 +225,7 @@ def _across(call: Call, parts: list[Value], dim: int) -> Any:
         for part, fields in zip(parts, rest, strict=True):
             twin = next((g for g in fields if g.dims == f.dims), None)
             if twin is not None:
-                call.ledger.tie(f.ids, twin.ids)
+                call.coupling.tie(f.ids, twin.ids)
             elif set(f.dims) & (part.unlabelled | {d for g in part.fields for d in g.dims}):
                 return NotImplemented
     return canonical
@@ -230,12 +234,12 @@ def _across(call: Call, parts: list[Value], dim: int) -> Any:
 def run_on_ids(call: Call, operation: Any) -> Any:
     """Runs an operator on the ids of its first argument, constants as they are."""
     value = call.args[0]
-    if not isinstance(value, Value):
+    if not isinstance(value, AbstractTensor):
         return NotImplemented
     args, kwargs = pytree.tree_map(
         _real,
         (tuple(call.args[1:]), call.kwargs),
-        is_leaf=lambda x: isinstance(x, Value),
+        is_leaf=lambda x: isinstance(x, AbstractTensor),
     )
 
     def run(ids: torch.Tensor) -> Any:
@@ -247,16 +251,16 @@ def run_on_ids(call: Call, operation: Any) -> Any:
     return [_moved(call, value, partial(_nth, run, i)) for i in range(len(probe))]
 
 
-def _moved(call: Call, value: Value, operation: Any) -> Value:
+def _moved(call: Call, value: AbstractTensor, operation: Any) -> AbstractTensor:
     """Moves a value; a neuron that is cut off from all others loses its label, so it freezes."""
     result = value.moved(operation)
     if len(result.fields) < len(value.fields):
-        kind = Kind.COMMON if value.is_parameter else Kind.HOST
+        kind = Kind.SHARED_INDEX if value.is_parameter else Kind.KEEP_BASE
         for f in value.fields:
             ids = operation(f.ids.expand(value.shape))
-            if Field.of(ids) is None:
+            if DimLabels.of(ids) is None:
                 why = "a single neuron is cut out by its index"
-                call.ledger.freeze(Field(ids, ()), kind, why, inside=True)
+                call.coupling.freeze(DimLabels(ids, ()), kind, why, inside=True)
     return result
 
 
@@ -267,4 +271,4 @@ def _nth(run: Any, place: int, ids: torch.Tensor) -> torch.Tensor:
 
 def _real(x: Any) -> Any:
     # Ids live on the CPU, wherever the network's constants are.
-    return x.constant.cpu() if isinstance(x, Value) and x.constant is not None else x
+    return x.constant.cpu() if isinstance(x, AbstractTensor) and x.constant is not None else x

@@ -8,72 +8,76 @@ from typing import Any
 
 import torch
 
-from fxfuse.analysis.labels import Value
+from fxfuse.analysis.labels import AbstractTensor
 from fxfuse.analysis.rules.algebra import align, meet, reduce_over
 from fxfuse.analysis.rules.registry import Call, rule
 
 aten = torch.ops.aten
 
 
-def _affine(call: Call, x: Value, parameters: Iterable[Value | None], dim: int) -> Value:
+def _affine(
+    call: Call, x: AbstractTensor, parameters: Iterable[AbstractTensor | None], dim: int
+) -> AbstractTensor:
     """Parameters whose first dimension is dimension `dim` of x."""
     result = x
     for parameter in parameters:
         if parameter is None:
             continue
         for f in parameter.fields:
-            call.ledger.role(parameter, f, reader=False)
+            call.coupling.role(parameter, f, reader=False)
         trailing = x.rank - dim - parameter.rank
         column = parameter.moved(lambda t, n=trailing: t.reshape(*t.shape, *[1] * n))  # type: ignore[misc]
-        result = meet(call.ledger, result, align(column, x.rank))
+        result = meet(call.coupling, result, align(column, x.rank))
     for f in x.fields:
-        call.ledger.mix("an averaged activation is normalised", ids=f.ids)
+        call.coupling.mix("an averaged activation is normalised", ids=f.ids)
     return replace(result, shape=x.shape, constant=None)
 
 
 @rule(aten.batch_norm.default)
-def batch_norm(call: Call) -> Value:
+def batch_norm(call: Call) -> AbstractTensor:
     """Per channel (dimension 1): weight, bias, running mean and variance.
 
     Without running statistics it normalises over everything else, as a weight that is standardised
     in the graph does.
     """
     x = call.args[0]
-    call.ledger.touch(x)
+    call.coupling.record_use(x)
     if call.args[3] is None:
         others = [d for d in range(x.rank) if d != 1]
-        reduce_over(call.ledger, x, others, "normalisation over the members' neurons")
+        reduce_over(call.coupling, x, others, "normalisation over the members' neurons")
     return _affine(call, x, call.args[1:5], 1)
 
 
 @rule(aten.instance_norm.default)
-def instance_norm(call: Call) -> Value:
+def instance_norm(call: Call) -> AbstractTensor:
     """Per channel and sample, over the pixels."""
     x = call.args[0]
-    call.ledger.touch(x)
-    reduce_over(call.ledger, x, range(2, x.rank), "instance normalisation over labelled neurons")
+    call.coupling.record_use(x)
+    reduce_over(call.coupling, x, range(2, x.rank), "instance normalisation over labelled neurons")
     return _affine(call, x, call.args[1:5], 1)
 
 
 @rule(aten.layer_norm.default, aten.rms_norm.default)
-def layer_norm(call: Call) -> Value:
+def layer_norm(call: Call) -> AbstractTensor:
     """Over the last dimensions, which are mixed."""
     x, shape = call.args[0], call.args[1]
-    call.ledger.touch(x)
+    call.coupling.record_use(x)
     first = x.rank - len(shape)
-    reduce_over(call.ledger, x, range(first, x.rank), "normalisation over the members' neurons")
+    reduce_over(call.coupling, x, range(first, x.rank), "normalisation over the members' neurons")
     has_bias = call.node.target is aten.layer_norm.default
     bias = call.argument("bias") if has_bias else None
     return _affine(call, x, (call.argument("weight"), bias), first)
 
 
 @rule(aten.group_norm.default)
-def group_norm(call: Call) -> Value:
+def group_norm(call: Call) -> AbstractTensor:
     """Over the channels of each group and the pixels: the unit is the group."""
     x, groups = call.args[0], call.args[1]
-    call.ledger.touch(x)
+    call.coupling.record_use(x)
     split = x.moved(lambda t: t.unflatten(1, (groups, -1)))
-    reduce_over(call.ledger, split, range(2, split.rank), "normalisation over the members' neurons")
+    reduce_over(
+        call.coupling, split, range(2, split.rank), "normalisation over the members' neurons"
+    )
     return _affine(call, x, (call.argument("weight"), call.argument("bias")), 1)
 
 
@@ -83,13 +87,13 @@ def group_norm(call: Call) -> Value:
     aten.log_softmax.int,
     aten._log_softmax.default,
 )
-def softmax(call: Call) -> Value:
+def softmax(call: Call) -> AbstractTensor:
     """Shape and labels stay; the dimension is mixed."""
-    x: Value = call.args[0]
-    call.ledger.touch(x)
-    reduce_over(call.ledger, x, [call.args[1] % x.rank], "softmax over the members' neurons")
+    x: AbstractTensor = call.args[0]
+    call.coupling.record_use(x)
+    reduce_over(call.coupling, x, [call.args[1] % x.rank], "softmax over the members' neurons")
     for f in x.fields:
-        call.ledger.mix("an averaged activation passes a softmax", ids=f.ids)
+        call.coupling.mix("an averaged activation passes a softmax", ids=f.ids)
     return x
 
 
@@ -100,22 +104,24 @@ _ALL = -1
 @rule(aten._weight_norm.default, aten._weight_norm_interface.default)
 def weight_norm(call: Call) -> Any:
     """A weight is a direction times a length for each index of one dimension (or one for all)."""
-    direction, length, ledger = call.args[0], call.args[1], call.ledger
+    direction, length, coupling = call.args[0], call.args[1], call.coupling
     dim: int = call.argument("dim")
     if dim != _ALL:
         dim %= direction.rank
-    ledger.touch(direction)
+    coupling.record_use(direction)
     others = [d for d in range(direction.rank) if d != dim]
     for f in direction.fields:
         if set(f.dims) & set(others) and dim in f.dims:
-            ledger.block(f, others)
+            coupling.block(f, others)
     rows = [f for f in direction.fields if dim in f.dims]
     # Other members' places in a row are zero, so its norm stays, unless the row is an average.
     for f in rows:
-        ledger.mix("an averaged weight is normalised", ids=f.ids)
+        coupling.mix("an averaged weight is normalised", ids=f.ids)
     if not rows:
-        ledger.mix("a weight is normalised over the members' neurons")
-    result = replace(meet(ledger, direction, align(length, direction.rank)), shape=direction.shape)
+        coupling.mix("a weight is normalised over the members' neurons")
+    result = replace(
+        meet(coupling, direction, align(length, direction.rank)), shape=direction.shape
+    )
     if call.node.target is aten._weight_norm.default:
         return result
     return [result, replace(length, constant=None)]

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 import torch.utils._pytree as pytree
 
-from fxfuse.analysis.labels import Field, Value, positions
+from fxfuse.analysis.labels import AbstractTensor, DimLabels, positions
 from fxfuse.analysis.rules.algebra import only_unlabelled
 from fxfuse.analysis.rules.registry import Call, concrete_shape, rule
 
@@ -30,31 +30,34 @@ _WHY = "the operator goes along this dimension in order"
 )
 def along(call: Call) -> Any:
     """Labels along the dimension freeze; those of the others stay."""
-    x: Value = call.args[0]
+    x: AbstractTensor = call.args[0]
     return _kept(call, [call.argument("dim") % max(x.rank, 1)])
 
 
 @rule(aten.tril.default, aten.triu.default)
 def triangle(call: Call) -> Any:
     """A triangle of the last two dimensions is kept."""
-    x: Value = call.args[0]
+    x: AbstractTensor = call.args[0]
     return _kept(call, [x.rank - 2, x.rank - 1])
 
 
 def _kept(call: Call, dims: Iterable[int]) -> Any:
-    x: Value = call.args[0]
-    call.ledger.touch(x)
+    x: AbstractTensor = call.args[0]
+    call.coupling.record_use(x)
     over = set(dims)
     stuck = {d: f for f in x.fields for d in over if f.dims == (d,)}
-    rest = only_unlabelled(call.ledger, x, over, _WHY)
+    rest = only_unlabelled(call.coupling, x, over, _WHY)
     for f in rest.fields:
-        call.ledger.mix("an averaged activation passes a nonlinear operator", ids=f.ids)
+        call.coupling.mix("an averaged activation passes a nonlinear operator", ids=f.ids)
 
-    def result(fake: torch.Tensor) -> Value:
+    def result(fake: torch.Tensor) -> AbstractTensor:
         shape = concrete_shape(fake)
-        # Neurons that must keep their order still are neurons: their readers are the host's too.
+        # Neurons that must keep their order still are neurons: their readers are the base member's
+        # too.
         fields = [
-            Field(f.ids.narrow(d, 0, shape[d]), f.dims) for d, f in stuck.items() if shape[d] > 1
+            DimLabels(f.ids.narrow(d, 0, shape[d]), f.dims)
+            for d, f in stuck.items()
+            if shape[d] > 1
         ]
         varying = (rest.unlabelled | over) - set(stuck)
         return replace(

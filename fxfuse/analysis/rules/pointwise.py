@@ -9,7 +9,7 @@ from typing import Any
 import torch
 import torch.utils._pytree as pytree
 
-from fxfuse.analysis.labels import Value
+from fxfuse.analysis.labels import AbstractTensor
 from fxfuse.analysis.rules.algebra import align, meet
 from fxfuse.analysis.rules.registry import Call, rule
 
@@ -89,25 +89,25 @@ def is_pointwise(target: Any) -> bool:
 
 
 @rule(*_UNTAGGED)
-def pointwise(call: Call) -> Value:
+def pointwise(call: Call) -> AbstractTensor:
     """All tensor operands broadcast and meet."""
     operands = call.values()
     for place, value in enumerate(operands):
-        call.ledger.touch(value, min(place, 1))
+        call.coupling.record_use(value, min(place, 1))
     rank = max(v.rank for v in operands)
     aligned = [align(v, rank) for v in operands]
     if any(v.sources is None for v in operands):
         for value in aligned:
             for f in value.fields:
-                call.ledger.role(value, f, reader=False)
+                call.coupling.role(value, f, reader=False)
     result = aligned[0]
     for other in aligned[1:]:
-        result = meet(call.ledger, result, other)
+        result = meet(call.coupling, result, other)
     if not _is_linear(call, operands):
         for f in result.fields:
-            call.ledger.mix("an averaged activation passes a nonlinear operator", ids=f.ids)
+            call.coupling.mix("an averaged activation passes a nonlinear operator", ids=f.ids)
     if result.is_parameter and not _keeps_zeros(call):
-        call.ledger.mix("zeros between the members' weights do not stay zeros")
+        call.coupling.mix("zeros between the members' weights do not stay zeros")
     return replace(result, shape=call.shape, constant=None)
 
 
@@ -115,7 +115,7 @@ def _keeps_zeros(call: Call) -> bool:
     """Whether an operator keeps the zeros between members in weights with several labels."""
 
     def stand_in(x: Any) -> Any:
-        if not isinstance(x, Value):
+        if not isinstance(x, AbstractTensor):
             return x
         # Any value but zero stands for tensors in which members are not told apart.
         return torch.full([1] * x.rank, 0.0 if len(x.fields) > 1 else 0.7, dtype=torch.float64)
@@ -123,7 +123,7 @@ def _keeps_zeros(call: Call) -> bool:
     if all(len(v.fields) < 2 for v in call.values()):
         return True
     args, kwargs = pytree.tree_map(
-        stand_in, (call.args, call.kwargs), is_leaf=lambda x: isinstance(x, Value)
+        stand_in, (call.args, call.kwargs), is_leaf=lambda x: isinstance(x, AbstractTensor)
     )
     run: Any = call.node.target
     try:
@@ -133,33 +133,33 @@ def _keeps_zeros(call: Call) -> bool:
         return False
 
 
-def _is_linear(call: Call, operands: list[Value]) -> bool:
+def _is_linear(call: Call, operands: list[AbstractTensor]) -> bool:
     name = call.node.target._schema.name  # type: ignore[union-attr]
     return name in _ADDITIVE or (name in _SCALING and len(operands) == 1)
 
 
 @rule(aten.glu.default)
-def gated_linear_unit(call: Call) -> Value:
+def gated_linear_unit(call: Call) -> AbstractTensor:
     """The first half times the sigmoid of the second: a unit is a pair."""
-    x: Value = call.args[0]
+    x: AbstractTensor = call.args[0]
     dim = call.argument("dim") % x.rank
     half = x.shape[dim] // 2
     parts = [x.moved(partial(torch.narrow, dim=dim, start=s, length=half)) for s in (0, half)]
     for place, part in enumerate(parts):
-        call.ledger.touch(part, place)
+        call.coupling.record_use(part, place)
     for f in parts[0].fields:
-        call.ledger.mix("an averaged activation passes a nonlinear operator", ids=f.ids)
-    return replace(meet(call.ledger, *parts), shape=call.shape)
+        call.coupling.mix("an averaged activation passes a nonlinear operator", ids=f.ids)
+    return replace(meet(call.coupling, *parts), shape=call.shape)
 
 
 @rule(aten.prelu.default)
-def parametric_relu(call: Call) -> Value:
+def parametric_relu(call: Call) -> AbstractTensor:
     """One slope for each channel (dimension 1), or one for all."""
     x, slope = call.args[0], call.args[1]
-    call.ledger.touch(x)
+    call.coupling.record_use(x)
     for f in slope.fields:
-        call.ledger.role(slope, f, reader=False)
+        call.coupling.role(slope, f, reader=False)
     column = slope.moved(lambda t: t.reshape([-1] + [1] * max(x.rank - 2, 0)))
     for f in x.fields:
-        call.ledger.mix("an averaged activation passes a nonlinear operator", ids=f.ids)
-    return replace(meet(call.ledger, x, align(column, x.rank)), shape=x.shape)
+        call.coupling.mix("an averaged activation passes a nonlinear operator", ids=f.ids)
+    return replace(meet(call.coupling, x, align(column, x.rank)), shape=x.shape)

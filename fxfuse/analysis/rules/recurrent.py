@@ -12,8 +12,8 @@ from typing import Any
 
 import torch
 
-from fxfuse.analysis.constraints import Ledger
-from fxfuse.analysis.labels import Field, Kind, Value, positions
+from fxfuse.analysis.coupling_constraints import CouplingConstraints
+from fxfuse.analysis.labels import AbstractTensor, DimLabels, Kind, positions
 from fxfuse.analysis.rules.algebra import (
     align,
     contract,
@@ -69,9 +69,9 @@ def weights_of(parameters: Sequence[Any], *, has_biases: bool, parts: int) -> li
 
 
 @rule(aten.lstm.input, aten.gru.input, aten.rnn_tanh.input, aten.rnn_relu.input)
-def layers(call: Call) -> list[Value]:
+def layers(call: Call) -> list[AbstractTensor]:
     """`b t i → b t h` and the last states `n b h`; directions of a layer stand side by side."""
-    ledger = call.ledger
+    coupling = call.coupling
     x, hx = call.args[0], call.args[1]
     states = list(hx) if isinstance(hx, list | tuple) else [hx]
     directions = 2 if call.argument("bidirectional") else 1
@@ -82,22 +82,22 @@ def layers(call: Call) -> list[Value]:
         parts=directions * call.argument("num_layers"),
     )
     for state in states:
-        _freeze_layers(ledger, state)
-    x = only_unlabelled(ledger, x, [time], "a recurrent layer reads the steps in their order")
-    finals: list[list[Value]] = [[] for _ in states]
+        _freeze_layers(coupling, state)
+    x = only_unlabelled(coupling, x, [time], "a recurrent layer reads the steps in their order")
+    finals: list[list[AbstractTensor]] = [[] for _ in states]
     for start in range(0, len(weights), directions):
         outputs = []
         for part in range(start, start + directions):
             initial = [_initial(state, part, time) for state in states]
-            last = step(ledger, x, initial, weights[part], GATES[call.node.target])
+            last = step(coupling, x, initial, weights[part], GATES[call.node.target])
             for found, value in zip(finals, last, strict=True):
                 found.append(drop(value, [time], keepdim=False).moved(lambda t: t.unsqueeze(0)))
             varying = positions(last[0].shape, [time])
             outputs.append(
                 replace(last[0], positions=merge_positions((*last[0].positions, *varying)))
             )
-        x = _side_by_side(ledger, outputs, x.rank - 1)
-    return [x, *(_side_by_side(ledger, found, 0) for found in finals)]
+        x = _side_by_side(coupling, outputs, x.rank - 1)
+    return [x, *(_side_by_side(coupling, found, 0) for found in finals)]
 
 
 @rule(
@@ -113,66 +113,72 @@ def cell(call: Call) -> Any:
     names = ("w_ih", "w_hh", "b_ih", "b_hh")
     inner, recurrent, *biases = (call.argument(name) for name in names)
     weights = Weights(inner, recurrent, tuple(b for b in biases if b is not None))
-    result = step(call.ledger, x, states, weights, GATES[call.node.target])
+    result = step(call.coupling, x, states, weights, GATES[call.node.target])
     return result if isinstance(hx, list | tuple) else result[0]
 
 
 def step(
-    ledger: Ledger, x: Value, initial: Sequence[Value], weights: Weights, gates: int
-) -> list[Value]:
+    coupling: CouplingConstraints,
+    x: AbstractTensor,
+    initial: Sequence[AbstractTensor],
+    weights: Weights,
+    gates: int,
+) -> list[AbstractTensor]:
     """One direction of one layer: `* i → * h` for each state, the hidden state first.
 
     Args:
-        ledger: Where ties are written.
+        coupling: Where ties are written.
         x: [* i].
         initial: The states before the first step, each [* h] (sizes of 1 broadcast).
         weights: The layer's parameters.
         gates: Number of gates k.
     """
     lead = "ABC"[: x.rank - 1]
-    ledger.touch(x)
-    rows = contract(ledger, x, lead + "i", weights.inner, "gi", lead + "g")
+    coupling.record_use(x)
+    rows = contract(coupling, x, lead + "i", weights.inner, "gi", lead + "g")
     for bias in weights.biases:
         for f in bias.fields:
-            ledger.role(bias, f, reader=False)
-        rows = meet(ledger, rows, align(bias, rows.rank))
+            coupling.role(bias, f, reader=False)
+        rows = meet(coupling, rows, align(bias, rows.rank))
     by_gate = rows.moved(lambda t: t.unflatten(-1, (gates, -1)))  # [* k h]
     gate = by_gate.rank - 2
     for f in by_gate.fields:
         if f.dims == (gate,):
-            ledger.freeze(f, Kind.COMMON, "gates are in order, and there is one unit")
+            coupling.freeze(f, Kind.SHARED_INDEX, "gates are in order, and there is one unit")
         elif gate in f.dims:
-            ledger.block(f, [gate])
+            coupling.block(f, [gate])
     units = drop(by_gate, [gate], keepdim=False)
     hidden = units
     if weights.projection is not None:
-        hidden = contract(ledger, units, lead + "h", weights.projection, "rh", lead + "r")
+        hidden = contract(coupling, units, lead + "h", weights.projection, "rh", lead + "r")
     states = [hidden, units][: len(initial)]
     for place, (state, before) in enumerate(zip(states, initial, strict=True)):
         for f in before.fields:
-            ledger.role(before, f, reader=False)
-        states[place] = meet(ledger, state, before)
-    again = contract(ledger, states[0], lead + "h", weights.recurrent, "gh", lead + "g")
-    meet(ledger, rows, again)
+            coupling.role(before, f, reader=False)
+        states[place] = meet(coupling, state, before)
+    again = contract(coupling, states[0], lead + "h", weights.recurrent, "gh", lead + "g")
+    meet(coupling, rows, again)
     for f in rows.fields:
-        ledger.mix("an averaged activation passes a recurrent layer", ids=f.ids)
+        coupling.mix("an averaged activation passes a recurrent layer", ids=f.ids)
     return [replace(state, shape=(*x.shape[:-1], state.shape[-1])) for state in states]
 
 
-def _freeze_layers(ledger: Ledger, state: Value) -> None:
+def _freeze_layers(coupling: CouplingConstraints, state: AbstractTensor) -> None:
     """Layers have an order: a state that is a parameter labels them."""
     for f in state.fields:
         if f.dims == (0,):
-            kind = Kind.COMMON if state.is_parameter else Kind.HOST
-            ledger.freeze(f, kind, "layers and directions are in order")
+            kind = Kind.SHARED_INDEX if state.is_parameter else Kind.KEEP_BASE
+            coupling.freeze(f, kind, "layers and directions are in order")
 
 
-def _initial(state: Value, part: int, time: int) -> Value:
+def _initial(state: AbstractTensor, part: int, time: int) -> AbstractTensor:
     """`n b h → b 1 h` (or `1 b h`) of one layer and direction."""
     return state.moved(lambda t: t[part].unsqueeze(time))
 
 
-def _side_by_side(ledger: Ledger, parts: Sequence[Value], dim: int) -> Value:
+def _side_by_side(
+    coupling: CouplingConstraints, parts: Sequence[AbstractTensor], dim: int
+) -> AbstractTensor:
     """Concatenates along one dimension; units (along the last dimension) are not tied."""
     if len(parts) == 1:
         return parts[0]
@@ -186,11 +192,13 @@ def _side_by_side(ledger: Ledger, parts: Sequence[Value], dim: int) -> Value:
     fields = [f for f in parts[0].fields if last not in f.dims]
     if len(found) == len(parts):
         wide = torch.broadcast_shapes(*(row.shape for row in found))
-        joined = Field.of(torch.cat([row.expand(wide) for row in found], dim))
+        joined = DimLabels.of(torch.cat([row.expand(wide) for row in found], dim))
         fields += [joined] if joined else []
     else:
         # A layer of one unit has no label: what stands beside it must stay.
         for row in found:
-            ledger.freeze(Field(row, (last,)), Kind.HOST, "stands beside a layer without labels")
+            coupling.freeze(
+                DimLabels(row, (last,)), Kind.KEEP_BASE, "stands beside a layer without labels"
+            )
         varying |= {dim, last}
-    return Value(tuple(shape), tuple(fields), positions(shape, varying))
+    return AbstractTensor(tuple(shape), tuple(fields), positions(shape, varying))

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from fxfuse.analysis.labels import Value, positions
+from fxfuse.analysis.labels import AbstractTensor, positions
 from fxfuse.analysis.rules.algebra import align, drop, meet, only_unlabelled, reduce_over
 from fxfuse.analysis.rules.registry import Call, concrete_shape, rule
 
@@ -68,16 +68,16 @@ _AVERAGES = (
 
 
 @rule(*_SPACE)
-def pool(call: Call) -> Value:
+def pool(call: Call) -> AbstractTensor:
     """Channels pass; pixels are pooled or interpolated."""
-    call.ledger.touch(call.args[0])
+    call.coupling.record_use(call.args[0])
     return _pooled(call, call.args[0], _SPACE[call.node.target], call.shape)
 
 
-def _pooled(call: Call, x: Value, space: int, shape: tuple[int, ...]) -> Value:
+def _pooled(call: Call, x: AbstractTensor, space: int, shape: tuple[int, ...]) -> AbstractTensor:
     """Labels of x without those along its last `space` dimensions, which get a new size."""
     pixels = range(x.rank - space, x.rank)
-    x = only_unlabelled(call.ledger, x, pixels, "pooled over: neighbours matter")
+    x = only_unlabelled(call.coupling, x, pixels, "pooled over: neighbours matter")
     _note_nonlinear(call, x)
     return replace(
         x, shape=shape, positions=positions(shape, x.unlabelled | set(pixels)), constant=None
@@ -85,41 +85,41 @@ def _pooled(call: Call, x: Value, space: int, shape: tuple[int, ...]) -> Value:
 
 
 @rule(*_INDEXED)
-def pool_with_indices(call: Call) -> list[Value]:
+def pool_with_indices(call: Call) -> list[AbstractTensor]:
     """As `pool`; the numbers of the pixels that were taken belong to the same channels."""
     x, space = call.args[0], _INDEXED[call.node.target]
-    call.ledger.touch(x)
+    call.coupling.record_use(x)
     samples = call.optional("random_samples")
     if samples is not None:
         # [b, c, s]: where a channel's windows begin along each of the s dimensions.
-        samples = only_unlabelled(call.ledger, samples, [2], "dimensions are in order")
-        x = meet(call.ledger, x, _per_channel(samples, x.rank))
+        samples = only_unlabelled(call.coupling, samples, [2], "dimensions are in order")
+        x = meet(call.coupling, x, _per_channel(samples, x.rank))
     shapes = [concrete_shape(fake) for fake in call.node.meta["val"]]
     return [_pooled(call, x, space, shape) for shape in shapes]
 
 
-def _per_channel(samples: Value, rank: int) -> Value:
+def _per_channel(samples: AbstractTensor, rank: int) -> AbstractTensor:
     first = samples.moved(lambda t: t[..., 0])
     return first.moved(lambda t: t.reshape(t.shape + (1,) * (rank - t.dim())))
 
 
 @rule(*_UNPOOLING)
-def unpool(call: Call) -> Value:
+def unpool(call: Call) -> AbstractTensor:
     """Values go back to the pixels that their indices name."""
     x, indices = call.args[0], call.args[1]
-    call.ledger.touch(x, 0)
-    call.ledger.touch(indices, 1)
-    met = meet(call.ledger, x, indices)
+    call.coupling.record_use(x, 0)
+    call.coupling.record_use(indices, 1)
+    met = meet(call.coupling, x, indices)
     return _pooled(call, met, _UNPOOLING[call.node.target], call.shape)
 
 
 @rule(aten.im2col.default)
-def unfold(call: Call) -> Value:
+def unfold(call: Call) -> AbstractTensor:
     """`b c y x -> b (c k) p`: the patches p, each with k pixels of every channel."""
-    x: Value = call.args[0]
-    call.ledger.touch(x)
+    x: AbstractTensor = call.args[0]
+    call.coupling.record_use(x)
     pixels = (x.rank - 2, x.rank - 1)
-    x = only_unlabelled(call.ledger, x, pixels, "cut into patches: neighbours matter")
+    x = only_unlabelled(call.coupling, x, pixels, "cut into patches: neighbours matter")
     shape = call.shape
     patch = shape[-2] // x.shape[-3]
     channels = replace(x, positions=()).moved(
@@ -134,17 +134,17 @@ def unfold(call: Call) -> Value:
 
 
 @rule(aten.col2im.default)
-def fold(call: Call) -> Value:
+def fold(call: Call) -> AbstractTensor:
     """`b (c k) p -> b c y x`: a channel is k neurons in order."""
-    x: Value = call.args[0]
-    call.ledger.touch(x)
-    x = only_unlabelled(call.ledger, x, [x.rank - 1], "patches overlap: neighbours matter")
+    x: AbstractTensor = call.args[0]
+    call.coupling.record_use(x)
+    x = only_unlabelled(call.coupling, x, [x.rank - 1], "patches overlap: neighbours matter")
     shape = call.shape
     split = x.moved(lambda t: t[..., 0].unflatten(-1, (shape[-3], -1)))
     kernel = split.rank - 1
     for f in split.fields:
         if kernel in f.dims:
-            call.ledger.block(f, [kernel])
+            call.coupling.block(f, [kernel])
     channels = drop(split, [kernel], keepdim=False).moved(lambda t: t[..., None, None])
     varying = {d for d in x.unlabelled if d < x.rank - 2}
     pixels = {len(shape) - 2, len(shape) - 1}
@@ -152,20 +152,20 @@ def fold(call: Call) -> Value:
 
 
 @rule(aten.cosine_similarity.default, aten.pairwise_distance.default)
-def compare(call: Call) -> Value:
+def compare(call: Call) -> AbstractTensor:
     """Two tensors are compared along one dimension, which is mixed and gone."""
-    ledger, operands = call.ledger, call.args[:2]
+    coupling, operands = call.coupling, call.args[:2]
     rank = max(v.rank for v in operands)
     for place, value in enumerate(operands):
-        ledger.touch(value, place)
+        coupling.record_use(value, place)
         for f in value.fields:
-            ledger.role(value, f, reader=False)
-    met = meet(ledger, *(align(v, rank) for v in operands))
+            coupling.role(value, f, reader=False)
+    met = meet(coupling, *(align(v, rank) for v in operands))
     given = call.optional("dim")
     dim = (-1 if given is None else given) % rank
-    reduce_over(ledger, met, [dim], "compared over the members' neurons")
+    reduce_over(coupling, met, [dim], "compared over the members' neurons")
     for f in met.fields:
-        ledger.mix("an averaged activation passes a nonlinear operator", ids=f.ids)
+        coupling.mix("an averaged activation passes a nonlinear operator", ids=f.ids)
     return replace(drop(met, [dim], keepdim=bool(call.optional("keepdim"))), shape=call.shape)
 
 
@@ -195,7 +195,7 @@ def compare(call: Call) -> Value:
     aten.all.dim,
     aten.linalg_vector_norm.default,
 )
-def reduce(call: Call) -> Value:
+def reduce(call: Call) -> AbstractTensor:
     """Labels along reduced dimensions are mixed and gone."""
     return _reduced(call, call.shape)
 
@@ -209,18 +209,18 @@ def reduce(call: Call) -> Value:
     aten.std_mean.correction,
     aten.aminmax.default,
 )
-def reduce_to_two(call: Call) -> list[Value]:
+def reduce_to_two(call: Call) -> list[AbstractTensor]:
     """Two reductions at once."""
     return [_reduced(call, concrete_shape(fake)) for fake in call.node.meta["val"]]
 
 
-def _reduced(call: Call, shape: tuple[int, ...]) -> Value:
-    x: Value = call.args[0]
-    call.ledger.touch(x)
+def _reduced(call: Call, shape: tuple[int, ...]) -> AbstractTensor:
+    x: AbstractTensor = call.args[0]
+    call.coupling.record_use(x)
     given = call.optional("dim")
     dims = [given] if isinstance(given, int) else given
     over: Sequence[int] = [d % x.rank for d in dims] if dims else range(x.rank)
-    reduce_over(call.ledger, x, over, "reduction over the members' neurons")
+    reduce_over(call.coupling, x, over, "reduction over the members' neurons")
     _note_nonlinear(call, x)
     return replace(drop(x, over, keepdim=bool(call.optional("keepdim"))), shape=shape)
 
@@ -228,11 +228,11 @@ def _reduced(call: Call, shape: tuple[int, ...]) -> Value:
 @rule(aten.max.dim, aten.min.dim, aten.median.dim, aten.argmax.default, aten.argmin.default)
 def choose(call: Call) -> Any:
     """The number of the largest is a place in an order, so what is chosen from has to stay."""
-    x: Value = call.args[0]
-    call.ledger.touch(x)
+    x: AbstractTensor = call.args[0]
+    call.coupling.record_use(x)
     dim = call.argument("dim")
     over = range(x.rank) if dim is None else [dim % x.rank]
-    x = only_unlabelled(call.ledger, x, over, "chosen by its index")
+    x = only_unlabelled(call.coupling, x, over, "chosen by its index")
     _note_nonlinear(call, x)
     result = drop(x, over, keepdim=bool(call.argument("keepdim")))
     fakes = call.node.meta["val"]
@@ -241,7 +241,7 @@ def choose(call: Call) -> Any:
     return [replace(result, shape=concrete_shape(fake)) for fake in fakes]
 
 
-def _note_nonlinear(call: Call, x: Value) -> None:
+def _note_nonlinear(call: Call, x: AbstractTensor) -> None:
     if not call.node.target._schema.name.startswith(_AVERAGES):  # type: ignore[union-attr]
         for f in x.fields:
-            call.ledger.mix("an averaged activation passes a nonlinear operator", ids=f.ids)
+            call.coupling.mix("an averaged activation passes a nonlinear operator", ids=f.ids)

@@ -11,8 +11,8 @@ import torch
 from torch import fx
 from torch.library import CustomOpDef  # type: ignore[attr-defined]
 
-from fxfuse.analysis.constraints import Ledger
-from fxfuse.analysis.labels import Value
+from fxfuse.analysis.coupling_constraints import CouplingConstraints
+from fxfuse.analysis.labels import AbstractTensor
 from fxfuse.errors import RuleError
 from fxfuse.graph.source_lines import where_of
 
@@ -27,15 +27,19 @@ class Call:
     """One call of an operator, as a rule sees it.
 
     Attributes:
-        ledger: Where the rule writes ties, freezes and mixings.
+        coupling: Where the rule writes ties, freezes and mixings.
         node: The graph node.
         args: Positional arguments by schema, defaults filled in.
     """
 
     def __init__(
-        self, ledger: Ledger, node: fx.Node, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+        self,
+        coupling: CouplingConstraints,
+        node: fx.Node,
+        args: tuple[Any, ...],
+        kwargs: Mapping[str, Any],
     ) -> None:
-        self.ledger = ledger
+        self.coupling = coupling
         self.node = node
         self.args = args
         self.kwargs = dict(kwargs)
@@ -55,15 +59,15 @@ class Call:
         """As `argument`, or None where the operator's schema has no such argument."""
         return argument_of(self.node, name, self.args, self.kwargs)
 
-    def values(self) -> list[Value]:
+    def values(self) -> list[AbstractTensor]:
         """All tensor arguments, those in lists included."""
-        found: list[Value] = []
+        found: list[AbstractTensor] = []
         for argument in [*self.args, *self.kwargs.values()]:
             items = argument if isinstance(argument, list | tuple) else [argument]
-            found.extend(x for x in items if isinstance(x, Value))
+            found.extend(x for x in items if isinstance(x, AbstractTensor))
         return found
 
-    def tensor_arguments(self) -> list[Value | None]:
+    def tensor_arguments(self) -> list[AbstractTensor | None]:
         """The arguments that the schema declares as one tensor, in its order; None if left out."""
         schema: Any = self.node.target
         names = [

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from fxfuse.analysis.labels import Value, positions
+from fxfuse.analysis.labels import AbstractTensor, positions
 from fxfuse.analysis.rules.algebra import only_unlabelled
 from fxfuse.analysis.rules.registry import Call, concrete_shape, rule
 
@@ -19,12 +19,12 @@ aten = torch.ops.aten
 
 
 @rule(aten.grid_sampler.default)
-def grid_sampler(call: Call) -> Value:
+def grid_sampler(call: Call) -> AbstractTensor:
     """`b c *, b * d -> b c *`: each sample has its own grid."""
     x, grid = call.args[:2]
-    call.ledger.touch(x)
-    x = only_unlabelled(call.ledger, x, range(2, x.rank), "sampled over: neighbours matter")
-    grid = only_unlabelled(call.ledger, grid, range(grid.rank), "says where pixels are sampled")
+    call.coupling.record_use(x)
+    x = only_unlabelled(call.coupling, x, range(2, x.rank), "sampled over: neighbours matter")
+    grid = only_unlabelled(call.coupling, grid, range(grid.rank), "says where pixels are sampled")
     return _sampled(x, grid, call.shape, {0, *range(2, x.rank)})
 
 
@@ -32,11 +32,11 @@ def grid_sampler(call: Call) -> Value:
 def roi(call: Call) -> Any:
     """`b c *, k box -> k c *`: channels pass, every box is a sample of its own."""
     x, boxes = call.args[:2]
-    call.ledger.touch(x)
-    x = only_unlabelled(call.ledger, x, (0, 2, 3), "sampled at boxes: neighbours matter")
-    boxes = only_unlabelled(call.ledger, boxes, (0, 1), "the coordinates of a box are in order")
+    call.coupling.record_use(x)
+    x = only_unlabelled(call.coupling, x, (0, 2, 3), "sampled at boxes: neighbours matter")
+    boxes = only_unlabelled(call.coupling, boxes, (0, 1), "the coordinates of a box are in order")
     for f in x.fields:
-        call.ledger.mix("an averaged activation is sampled at boxes", ids=f.ids)
+        call.coupling.mix("an averaged activation is sampled at boxes", ids=f.ids)
     produced = call.node.meta["val"]
     # roi_pool also returns where each maximum was found, channel by channel.
     if isinstance(produced, list | tuple):
@@ -44,7 +44,9 @@ def roi(call: Call) -> Any:
     return _sampled(x, boxes, call.shape, {0, 2, 3})
 
 
-def _sampled(x: Value, places: Value, shape: tuple[int, ...], varying: Set[int]) -> Value:
+def _sampled(
+    x: AbstractTensor, places: AbstractTensor, shape: tuple[int, ...], varying: Set[int]
+) -> AbstractTensor:
     sources = None if x.sources is None or places.sources is None else x.sources | places.sources
     content = positions(shape, x.unlabelled | varying)
     return replace(x, shape=shape, positions=content, sources=sources, constant=None)

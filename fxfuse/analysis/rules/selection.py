@@ -15,7 +15,7 @@ import torch
 import torch.utils._pytree as pytree
 from torch import fx
 
-from fxfuse.analysis.labels import Field, Value, positions, sources_of
+from fxfuse.analysis.labels import AbstractTensor, DimLabels, positions, sources_of
 from fxfuse.analysis.rules.algebra import align, meet, only_unlabelled
 from fxfuse.analysis.rules.movement import run_on_ids
 from fxfuse.analysis.rules.registry import Call, concrete_shape, rule
@@ -33,23 +33,25 @@ def index(call: Call) -> Any:
     """`x[index]`: constants move data."""
     if _is_constant(call):
         return run_on_ids(call, call.node.target)
-    x: Value = call.args[0]
+    x: AbstractTensor = call.args[0]
     zeros = _zeros(call, x.rank)
     if zeros is None:
         return NotImplemented
-    call.ledger.touch(x)
+    call.coupling.record_use(x)
     indexed = _indexed(zeros)
-    x = only_unlabelled(call.ledger, x, indexed, _WHY)
+    x = only_unlabelled(call.coupling, x, indexed, _WHY)
     _freeze_index(call)
 
-    def move(fields: tuple[Field, ...]) -> tuple[Field, ...]:
+    def move(fields: tuple[DimLabels, ...]) -> tuple[DimLabels, ...]:
         return tuple(_field(aten.index.Tensor(f.ids, zeros)) for f in fields)
 
     shape, fields = call.shape, move(x.fields)
     content = move(positions(x.shape, x.unlabelled - indexed))
     kept = {d for f in (*fields, *content) for d in f.dims}
     picked = set(range(len(shape))) - kept
-    return Value(shape, fields, (*content, *positions(shape, picked)), sources_of(call.values()))
+    return AbstractTensor(
+        shape, fields, (*content, *positions(shape, picked)), sources_of(call.values())
+    )
 
 
 @rule(aten.index_select.default)
@@ -58,7 +60,7 @@ def index_select(call: Call) -> Any:
     if _is_constant(call):
         return run_on_ids(call, call.node.target)
     x, dim, chosen = call.args[0], call.args[1] % call.args[0].rank, call.args[2]
-    only_unlabelled(call.ledger, chosen, range(chosen.rank), "used as an index")
+    only_unlabelled(call.coupling, chosen, range(chosen.rank), "used as an index")
     return replace(_picked(call, x, dim, call.shape), sources=sources_of(call.values()))
 
 
@@ -68,14 +70,14 @@ def gather(call: Call) -> Any:
     if _is_constant(call):
         return run_on_ids(call, call.node.target)
     x, dim, chosen = call.args[0], call.args[1] % call.args[0].rank, call.args[2]
-    met = meet(call.ledger, _picked(call, x, dim, chosen.shape), chosen)
+    met = meet(call.coupling, _picked(call, x, dim, chosen.shape), chosen)
     return replace(met, shape=call.shape, sources=sources_of(call.values()))
 
 
-def _picked(call: Call, x: Value, dim: int, shape: tuple[int, ...]) -> Value:
+def _picked(call: Call, x: AbstractTensor, dim: int, shape: tuple[int, ...]) -> AbstractTensor:
     """The labels of x, none along a dimension of which it is not known what is picked."""
-    call.ledger.touch(x)
-    x = only_unlabelled(call.ledger, x, [dim], _WHY)
+    call.coupling.record_use(x)
+    x = only_unlabelled(call.coupling, x, [dim], _WHY)
 
     def cut(t: torch.Tensor) -> torch.Tensor:
         ranges = [slice(0, 1 if d == dim else size) for d, size in enumerate(shape)]
@@ -93,7 +95,7 @@ def write(call: Call) -> Any:
     if zeros is None:
         return NotImplemented
     indexed = _indexed(zeros)
-    x = only_unlabelled(call.ledger, x, indexed, _WHY)
+    x = only_unlabelled(call.coupling, x, indexed, _WHY)
     _freeze_index(call)
     # Sizes that tell dimensions apart show where each of them stands in x[index].
     sizes = [1 if d in indexed else d + 2 for d in range(x.rank)]
@@ -101,14 +103,14 @@ def write(call: Call) -> Any:
     place = {size - 2: at for at, size in enumerate(picked.shape) if size > 1}
     values = align(values, picked.dim())
     scattered = set(range(picked.dim())) - set(place.values())
-    values = only_unlabelled(call.ledger, values, scattered, _WHY)
+    values = only_unlabelled(call.coupling, values, scattered, _WHY)
     for operand in (x, values):
-        call.ledger.touch(operand)
+        call.coupling.record_use(operand)
         if sources_of(call.values()) is None:
             for f in operand.fields:
-                call.ledger.role(operand, f, reader=False)
+                call.coupling.role(operand, f, reader=False)
 
-    def scatter(fields: tuple[Field, ...]) -> tuple[Field, ...]:
+    def scatter(fields: tuple[DimLabels, ...]) -> tuple[DimLabels, ...]:
         return tuple(_field(f.ids.permute(order).reshape(shape_in_x(f.ids.shape))) for f in fields)
 
     def shape_in_x(shape: Sequence[int]) -> tuple[int, ...]:
@@ -116,8 +118,10 @@ def write(call: Call) -> Any:
 
     order = [place[d] for d in sorted(place)] + sorted(scattered)
     content = scatter(positions(values.shape, values.unlabelled - scattered))
-    written = Value(shape_in_x(values.shape), scatter(values.fields), content, values.sources)
-    met = meet(call.ledger, x, written)
+    written = AbstractTensor(
+        shape_in_x(values.shape), scatter(values.fields), content, values.sources
+    )
+    met = meet(call.coupling, x, written)
     varying = positions(x.shape, met.unlabelled | indexed)
     return replace(
         met, shape=x.shape, positions=varying, sources=sources_of(call.values()), constant=None
@@ -127,13 +131,15 @@ def write(call: Call) -> Any:
 @rule(aten.where.default, aten.nonzero.default, aten.nonzero_numpy.default)
 def places(call: Call) -> Any:
     """Indices of the entries that are not zero: numbers that name a place along every dimension."""
-    x: Value = call.args[0]
-    call.ledger.touch(x)
-    only_unlabelled(call.ledger, x, range(x.rank), "its places are counted")
+    x: AbstractTensor = call.args[0]
+    call.coupling.record_use(x)
+    only_unlabelled(call.coupling, x, range(x.rank), "its places are counted")
 
-    def result(fake: torch.Tensor) -> Value:
+    def result(fake: torch.Tensor) -> AbstractTensor:
         shape = concrete_shape(fake)
-        return Value(shape, positions=positions(shape, range(len(shape))), sources=x.sources)
+        return AbstractTensor(
+            shape, positions=positions(shape, range(len(shape))), sources=x.sources
+        )
 
     return pytree.tree_map_only(torch.Tensor, result, call.node.meta["val"])
 
@@ -168,11 +174,11 @@ def _indexed(zeros: Zeros) -> set[int]:
     return {d for d, index in enumerate(zeros) if index is not None}
 
 
-def _field(ids: torch.Tensor) -> Field:
-    return Field(ids, tuple(d for d, size in enumerate(ids.shape) if size > 1))
+def _field(ids: torch.Tensor) -> DimLabels:
+    return DimLabels(ids, tuple(d for d, size in enumerate(ids.shape) if size > 1))
 
 
 def _freeze_index(call: Call) -> None:
     for index in call.args[1]:
-        if isinstance(index, Value):
-            only_unlabelled(call.ledger, index, range(index.rank), "used as an index")
+        if isinstance(index, AbstractTensor):
+            only_unlabelled(call.coupling, index, range(index.rank), "used as an index")

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
-from fxfuse.analysis.labels import Value, positions
+from fxfuse.analysis.labels import AbstractTensor, positions
 from fxfuse.analysis.rules.algebra import align, contract, meet, only_unlabelled, reduce_over
 from fxfuse.analysis.rules.pointwise import pointwise
 from fxfuse.analysis.rules.registry import Call, Rule
@@ -46,13 +46,13 @@ def same_labels(*, ordered: Sequence[int] = (), mixed: Sequence[int] = ()) -> Ru
         x, *others = call.values()
         if any(other.fields or other.positions for other in others):
             return NotImplemented
-        call.ledger.touch(x)
+        call.coupling.record_use(x)
         along = {d % x.rank for d in ordered}
-        x = only_unlabelled(call.ledger, x, along, "worked along: the order of indices matters")
+        x = only_unlabelled(call.coupling, x, along, "worked along: the order of indices matters")
         name = call.node.target
-        reduce_over(call.ledger, x, {d % x.rank for d in mixed}, f"{name} over members' neurons")
+        reduce_over(call.coupling, x, {d % x.rank for d in mixed}, f"{name} over members' neurons")
         for f in x.fields:
-            call.ledger.mix(f"an averaged activation passes {name}", ids=f.ids)
+            call.coupling.mix(f"an averaged activation passes {name}", ids=f.ids)
         varying = x.unlabelled | {d for d in along if x.shape[d] > 1}
         return replace(x, positions=positions(x.shape, varying), constant=None)
 
@@ -81,7 +81,7 @@ def contracting(pattern: str, *, nonlinear: bool = False) -> Rule:
     terms = left.split(",")
     _check_pattern(pattern, terms, out if arrow else None)
 
-    def apply(call: Call) -> Value:
+    def apply(call: Call) -> AbstractTensor:
         operands = call.tensor_arguments()
         if len(operands) != len(terms) or None in operands[:2]:
             raise _misfit(pattern, call, operands)
@@ -93,23 +93,25 @@ def contracting(pattern: str, *, nonlinear: bool = False) -> Rule:
         (a, b, *addends) = operands
         assert a is not None
         assert b is not None
-        call.ledger.touch(a, 0)
-        call.ledger.touch(b, 1)
-        result = contract(call.ledger, a, named[0], b, named[1], letters_out)
+        call.coupling.record_use(a, 0)
+        call.coupling.record_use(b, 1)
+        result = contract(call.coupling, a, named[0], b, named[1], letters_out)
         for letters, addend in zip(named[2:], addends, strict=True):
             if addend is not None:
                 result = _added(call, result, letters_out, addend, letters)
         if nonlinear:
             for f in result.fields:
-                call.ledger.mix("an averaged activation passes a nonlinear operator", ids=f.ids)
+                call.coupling.mix("an averaged activation passes a nonlinear operator", ids=f.ids)
         return replace(result, shape=call.shape)
 
     return apply
 
 
-def _added(call: Call, result: Value, out: str, addend: Value, letters: str) -> Value:
+def _added(
+    call: Call, result: AbstractTensor, out: str, addend: AbstractTensor, letters: str
+) -> AbstractTensor:
     for f in addend.fields:
-        call.ledger.role(addend, f, reader=False)
+        call.coupling.role(addend, f, reader=False)
     order = sorted(range(len(letters)), key=lambda d: out.index(letters[d]))
     first = min((out.index(x) for x in letters), default=0)
 
@@ -117,7 +119,7 @@ def _added(call: Call, result: Value, out: str, addend: Value, letters: str) -> 
         sizes = {letters[d]: t.shape[d] for d in range(len(letters))}
         return t.permute(order).reshape([sizes.get(x, 1) for x in out[first:]])
 
-    return meet(call.ledger, result, align(addend.moved(spread), result.rank))
+    return meet(call.coupling, result, align(addend.moved(spread), result.rank))
 
 
 def _check_pattern(pattern: str, terms: Sequence[str], out: str | None) -> None:
@@ -154,7 +156,7 @@ def _expand(pattern: str, call: Call, term: str, rank: int, operands: Sequence[A
     return _BATCH_LETTERS[len(_BATCH_LETTERS) - lead :] + letters
 
 
-def _misfit(pattern: str, call: Call, operands: Sequence[Value | None]) -> RuleError:
+def _misfit(pattern: str, call: Call, operands: Sequence[AbstractTensor | None]) -> RuleError:
     shapes = [None if operand is None else operand.shape for operand in operands]
     return RuleError(
         f"the pattern {pattern!r} does not fit {call.node.target}",

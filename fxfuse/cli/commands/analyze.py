@@ -105,7 +105,7 @@ def _as_json(graph: CouplingGraph) -> dict[str, Any]:
                 "node": r.node,
                 "source": r.source,
                 "count": len(r.indices),
-                "size": graph.captured.tensor(t).shape[d],
+                "size": graph.program.tensor(t).shape[d],
                 "interface": r.interface,
                 "operator": r.operator,
                 "rule_file": r.rule_file,

@@ -43,7 +43,7 @@ def verify(
     if len(members) > 1:
         with err.status("comparing the wide network with the ensemble"):
             try:
-                found = oracles.wide_equals_ensemble(members, inputs, mixing="per_member")
+                found = oracles.concatenation_equals_ensemble(members, inputs, mixing="per_member")
                 checks.append(found)
             except NotEmittedError as error:
                 warnings.warn(

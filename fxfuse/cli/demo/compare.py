@@ -20,7 +20,7 @@ from fxfuse.cli.demo.members import average, train_member
 from fxfuse.cli.demo.network import Ensemble
 from fxfuse.cli.demo.refined import Refined, matched, merit, timed, trained
 from fxfuse.cli.demo.repetition import BATCH, MEMBERS, Repetition
-from fxfuse.graph.capture import Captured, capture
+from fxfuse.graph.capture import Program, capture
 from fxfuse.refine import RefineReport, distill, finetune, recalibrate, refit_head
 
 #: Networks of one repetition.
@@ -66,19 +66,19 @@ def compare(
     yield Entry(f"ensemble of {MEMBERS}", "ensemble", Ensemble(members))
     images = case.calibration()
     # Capturing is the same for every method: once is enough.
-    captured = [capture(member, images[:2]) for member in members]
-    plain = fuse(captured).module
-    yield from _alignments(members, captured, images)
+    program = [capture(member, images[:2]) for member in members]
+    plain = fuse(program).module
+    yield from _alignments(members, program, images)
     yield Entry("NT, right after fusion", "fused", plain, _BEST)
-    yield from _without_labels(case, members, captured, best, images, steps, progress)
+    yield from _without_labels(case, members, program, best, images, steps, progress)
     yield from _trained(case, members, plain, best, images, steps, progress)
 
 
 def _alignments(
-    members: list[nn.Module], captured: list[Captured], images: Tensor
+    members: list[nn.Module], program: list[Program], images: Tensor
 ) -> Iterator[Entry]:
     yield Entry("weight averaging", "member", average(members), _BEST)
-    aligned = fuse(captured, method="weight_matching").module
+    aligned = fuse(program, method="weight_matching").module
     done = timed(aligned, lambda module: recalibrate(module, images))
     yield _entry("weight matching + recalibration", "fused", done, _BEST)
 
@@ -86,14 +86,14 @@ def _alignments(
 def _without_labels(
     case: Repetition,
     members: list[nn.Module],
-    captured: list[Captured],
+    program: list[Program],
     best: nn.Module,
     images: Tensor,
     steps: int,
     progress: Progress | bool,
 ) -> Iterator[Entry]:
     control = f"best member + {steps} matching steps"
-    result = fuse(captured, score="obs", calibration=images, refit=True)
+    result = fuse(program, score="obs", calibration=images, refit=True)
     assert result.refit is not None
     refit_seconds = result.refit.seconds
     yield Entry("NT + refit", "fused", result.module, _HEAD, refit_seconds)
@@ -101,7 +101,7 @@ def _without_labels(
     done = Refined(done.module, refit_seconds + done.seconds)
     yield _entry(f"NT + refit + {steps} matching steps", "fused", done, control)
 
-    auto = fuse(captured, method="auto", calibration=images, steps=steps)
+    auto = fuse(program, method="auto", calibration=images, steps=steps)
     assert auto.refit is not None
     assert auto.match is not None
     assert auto.choice is not None

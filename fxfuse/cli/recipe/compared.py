@@ -150,8 +150,8 @@ def _compiled(network: nn.Module, inputs: tuple[torch.Tensor, ...]) -> nn.Module
 
     if isinstance(network, Ensemble):
         return Ensemble([_compiled(member, inputs) for member in network.members]).eval()
-    captured = capture(network, inputs)
-    return compiled_form(emit(captured, captured.state()), inputs)
+    program = capture(network, inputs)
+    return compiled_form(emit(program, program.state()), inputs)
 
 
 def _networks(recipe: Recipe) -> Networks:

@@ -55,7 +55,7 @@ class Fuse(Part):
     method: str = Field("transplant", description="transplant, average, ..., or auto")
     score: str | None = Field(None, description="importance of a unit: l1, l2, bn_scale, ...")
     variant: str | None = Field(None, description="iterative or hierarchical, for transplant")
-    host: int = Field(0, ge=0, description="the member that keeps what is frozen")
+    base_member: int = Field(0, ge=0, description="the member that keeps what is frozen")
     fraction: float | dict[str, float] | None = Field(
         None, description="share of units of other members, for all groups or by pattern"
     )
@@ -77,7 +77,7 @@ class Fuse(Part):
     round_to: int = Field(1, ge=1, description="channels are multiples of this")
     budget: Literal["local", "global"] = Field("local", description="who gets the width")
     mixing: Literal["joint", "per_member"] | None = Field(None, description="of LayerNorm etc.")
-    freeze: list[str] = Field([], description="patterns of tensors that stay as in the host")
+    freeze: list[str] = Field([], description="patterns of tensors that stay as in the base member")
     share: list[str] = Field([], description="patterns of tensors that are averaged")
     ignore: list[str] = Field([], description="submodules of which nothing is fused")
     output_dims: dict[int, list[int]] = Field({}, description="interface dimensions of outputs")

@@ -14,9 +14,9 @@ from fxfuse.graph.source_lines import source_of
 
 #: What a kind of freezing means, as the name of its lane.
 FROZEN_LANES = {
-    Kind.COMMON: "frozen: means the same in all members",
+    Kind.SHARED_INDEX: "frozen: means the same in all members",
     Kind.OUTPUT: "frozen: the network's output",
-    Kind.HOST: "frozen: kept from the host",
+    Kind.KEEP_BASE: "frozen: kept from the base member",
 }
 FREE = "free"
 
@@ -80,7 +80,7 @@ def coupled(graph: CouplingGraph) -> Coupled:
     """The coupling graph of an analysis."""
     tied = graph.to_networkx()
     ties = _ties(graph, tied)
-    order = {name: number for number, name in enumerate(graph.captured.names)}
+    order = {name: number for number, name in enumerate(graph.program.names)}
     lanes: list[Lane] = []
 
     def add(name: str, n_units: int | None, places: Iterable[Place], state: str) -> None:
@@ -109,7 +109,7 @@ def _dot(
     ties: Mapping[Place, tuple[str, ...]],
 ) -> Dot:
     name, dim = place
-    size = int(graph.captured.tensor(name).shape[dim])
+    size = int(graph.program.tensor(name).shape[dim])
     told = (f"lane{lane}-{order}-{dim}", f"{name}:{dim}", order, lane, state, size)
     if state == FREE:
         return Dot(*told, why=group, where="", ties=ties.get(place, ()))
@@ -119,7 +119,7 @@ def _dot(
 
 def _ties(graph: CouplingGraph, tied: nx.Graph) -> dict[Place, tuple[str, ...]]:
     """For each place, what it is tied to by which operator at which source line."""
-    nodes: dict[str, fx.Node] = {node.name: node for node in graph.captured.graph.nodes}
+    nodes: dict[str, fx.Node] = {node.name: node for node in graph.program.graph.nodes}
     found: dict[Place, list[str]] = {}
     for left, right, data in tied.edges(data=True):
         node = nodes[data["nodes"][0]]

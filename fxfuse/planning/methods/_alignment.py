@@ -4,7 +4,8 @@ Every member gets one order in a common frame, so the way from one member to ano
 through that frame, and going round a cycle of members is the identity. The frame is the
 reference's units; with reference "mean", those of member 0. Orders are permutations where members
 have one width. A narrower member leaves units of the frame without one of its own; the units that a
-wider member has too many stand for no fused unit, and are read off those that do (`Surplus`).
+wider member has too many stand for no fused unit, and are read off those that do
+(`UnmatchedUnits`).
 """
 
 from __future__ import annotations
@@ -40,7 +41,7 @@ _ROUNDS = 20
 
 
 @dataclass(frozen=True)
-class Surplus:
+class UnmatchedUnits:
     """What units that stand for no fused unit are read off.
 
     Attributes:
@@ -86,7 +87,7 @@ def _total(similarity: Matrix, order: Index) -> float:
     return float(similarity[matched, order[matched]].sum())
 
 
-def surplus_of(features: Matrix, order: Index, *, opposite: bool = False) -> Surplus:
+def surplus_of(features: Matrix, order: Index, *, opposite: bool = False) -> UnmatchedUnits:
     """Reads each unit that stands for none off the one it is most like, by least squares.
 
     So a unit that is a copy of another one is read off it, and one that is nothing is left out.
@@ -100,7 +101,7 @@ def surplus_of(features: Matrix, order: Index, *, opposite: bool = False) -> Sur
     left = np.setdiff1d(np.arange(len(features)), order)
     if not len(target) or not len(left):
         none = np.empty(0, dtype=np.int64)
-        return Surplus(none, none, np.empty(0))
+        return UnmatchedUnits(none, none, np.empty(0))
     standing = features[order[target]]
     product = features[left] @ standing.T
     product = product if opposite else np.maximum(product, 0.0)
@@ -109,7 +110,7 @@ def surplus_of(features: Matrix, order: Index, *, opposite: bool = False) -> Sur
     nearest = (product**2 / energy).argmax(axis=1)
     read = product[np.arange(len(left)), nearest] / energy[nearest]
     some = read != 0
-    return Surplus(left[some], target[nearest[some]], read[some])
+    return UnmatchedUnits(left[some], target[nearest[some]], read[some])
 
 
 def reference_of(options: Options, n_members: int) -> int | None:
@@ -227,7 +228,7 @@ def _mean(
 def averaged(
     frame: CouplingGraph,
     orders: Sequence[Orders],
-    surplus: Sequence[Mapping[str, Surplus]] = (),
+    surplus: Sequence[Mapping[str, UnmatchedUnits]] = (),
 ) -> tuple[UnitMap, ...]:
     """M takes the mean of the units that stand for a fused one, U hands it back to each of them.
 

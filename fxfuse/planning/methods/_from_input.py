@@ -37,7 +37,7 @@ def carrying(graph: CouplingGraph, found: Carried) -> Move:
 
     def move(group: CouplingGroup, place: Place, units: Matrix) -> Matrix:
         merge, unmerge = found[group.name]
-        read = (graph.captured.canonical[place[0]], place[1]) in graph.readers
+        read = (graph.program.canonical[place[0]], place[1]) in graph.readers
         carried: Matrix = (unmerge if read else merge) @ units
         return carried
 
@@ -108,13 +108,13 @@ def _missing(graph: CouplingGraph, group: CouplingGroup, found: Carried) -> int:
 def _weights(graph: CouplingGraph, group: CouplingGroup) -> list[Place]:
     """The parameters of more than one dimension that write a group."""
     places = writing_places(graph, group)
-    return [place for place in places if graph.captured.tensor(place[0]).dim() > 1]
+    return [place for place in places if graph.program.tensor(place[0]).dim() > 1]
 
 
 def _known(graph: CouplingGraph, place: Place, found: Carried) -> bool:
     """Whether units correspond along all other dimensions of a tensor."""
     name, dim = place
-    others = [d for d in range(graph.captured.tensor(name).dim()) if d != dim]
+    others = [d for d in range(graph.program.tensor(name).dim()) if d != dim]
     return all(g.name in found for d in others for g in graph.group_of.get((name, d), ()))
 
 

@@ -22,7 +22,7 @@ Move = Callable[[CouplingGroup, Place, Matrix], Matrix]
 
 def real_tensors(graph: CouplingGraph, state: State) -> dict[str, Matrix]:
     """All tensors that groups own, in float64; complex ones get a last dimension of size 2."""
-    names = sorted({graph.captured.canonical[name] for g in graph.groups for name, _ in g.index})
+    names = sorted({graph.program.canonical[name] for g in graph.groups for name, _ in g.index})
     return {name: _real(state[name]) for name in names}
 
 
@@ -32,7 +32,7 @@ def _real(tensor: torch.Tensor) -> Matrix:
 
 def own_places(graph: CouplingGraph, group: CouplingGroup) -> dict[Place, Index]:
     """The slots of a group's units, each tied tensor once: indices [n_units, slots]."""
-    canonical = graph.captured.canonical
+    canonical = graph.program.canonical
     return {place: rows for place, rows in group.index.items() if canonical[place[0]] == place[0]}
 
 
@@ -68,7 +68,7 @@ def moved(
         if not groups:
             continue
         front = np.moveaxis(weight, dim, 0)
-        size = frame.captured.tensor(name).shape[dim]
+        size = frame.program.tensor(name).shape[dim]
         changed = np.empty((size, *front.shape[1:]))
         changed[_rest(frame, place)] = front[_rest(graph, place)]
         for group in groups:
@@ -82,7 +82,7 @@ def moved(
 
 def _rest(graph: CouplingGraph, place: Place) -> Index:
     """The indices of a place that no group owns."""
-    size = graph.captured.tensor(place[0]).shape[place[1]]
+    size = graph.program.tensor(place[0]).shape[place[1]]
     owned = [group.index[place].reshape(-1) for group in graph.group_of.get(place, ())]
     return np.setdiff1d(np.arange(size), np.concatenate([np.empty(0, np.int64), *owned]))
 
@@ -92,7 +92,7 @@ def writing_places(graph: CouplingGraph, group: CouplingGroup) -> list[Place]:
     return [
         place
         for place in own_places(graph, group)
-        if isinstance(graph.captured.tensor(place[0]), nn.Parameter) and is_written(graph, place)
+        if isinstance(graph.program.tensor(place[0]), nn.Parameter) and is_written(graph, place)
     ]
 
 

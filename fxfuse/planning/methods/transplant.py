@@ -33,7 +33,8 @@ def transplant(
     maps are mixtures of all members' units (`fxfuse.activations.components`), for a refit to build
     on.
 
-    With `fraction` f, a group of n units keeps the (1 - f)·n best of the host, and takes the f·n
+    With `fraction` f, a group of n units keeps the (1 - f)·n best of the base member, and takes
+    the f·n
     best of all others. With fractions by pattern, groups that none speaks of keep the best of all.
 
     Raises:
@@ -97,7 +98,7 @@ def _mixtures(
             how="leave the variant out",
         )
     sizes = {group.name: options.size_of(group) for group in graph.groups}
-    found = components(graph, states, options.calibration, kept, sizes, options.host)
+    found = components(graph, states, options.calibration, kept, sizes, options.base_member)
     maps = {}
     for name, mixture in found.items():
         rows, size = mixture.shape
@@ -130,8 +131,8 @@ def _select(
 def _by_fraction(
     graph: CouplingGraph, states: Sequence[State], parts: Sequence[Kept], options: Options
 ) -> Kept:
-    """Keeps the host's best units, and the given share of the best units of all others."""
-    given, host = options.fraction, options.host
+    """Keeps the base member's best units, and the given share of the best units of all others."""
+    given, base_member = options.fraction, options.base_member
     assert given is not None
     shares = (
         by_pattern(graph, "fraction", given)
@@ -142,8 +143,8 @@ def _by_fraction(
         if not 0.0 <= share <= 1.0:
             raise ControlError(
                 f"fraction {share} is not between 0 and 1",
-                why="it is the share of units that come from other members than the host",
-                how="use 0 for the host alone, 1 for the others alone",
+                why="it is the share of units that come from other members than the base member",
+                how="use 0 for the base member alone, 1 for the others alone",
             )
     if options.variant is not None:
         raise ControlError(
@@ -151,16 +152,16 @@ def _by_fraction(
             why="a variant fuses in steps, and a fraction speaks of one step",
             how="leave one of them out",
         )
-    if not 0 <= host < len(states):
+    if not 0 <= base_member < len(states):
         raise ControlError(
-            f"there is no member {host} to be the host",
+            f"there is no member {base_member} to be the base member",
             why=f"the {len(states)} members are counted from 0",
-            how="pass host= with the number of a member",
+            how="pass base_member= with the number of a member",
         )
     kept, scored = {}, _scored(graph, states, parts, options)
     for group in graph.groups:
         rows, values = scored[group.name]
-        mine, size = rows[:, 0] == host, options.size_of(group)
+        mine, size = rows[:, 0] == base_member, options.size_of(group)
         if group.name not in shares:
             kept[group.name] = _sorted(_best(rows, values, count=size))
             continue

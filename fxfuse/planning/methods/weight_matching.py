@@ -12,7 +12,7 @@ from fxfuse.planning.measured import Matrix
 from fxfuse.planning.methods._alignment import (
     Features,
     Orders,
-    Surplus,
+    UnmatchedUnits,
     averaged,
     best_order,
     common_orders,
@@ -100,7 +100,7 @@ def _start(frame: CouplingGraph, own: CouplingGraph, ours: Tensors, theirs: Tens
 
 def _surplus(
     frame: CouplingGraph, own: CouplingGraph, ours: Tensors, theirs: Tensors, orders: Orders
-) -> dict[str, Surplus]:
+) -> dict[str, UnmatchedUnits]:
     """What the units of a member that are left over are read off, given its orders."""
     found = {}
 
@@ -112,7 +112,9 @@ def _surplus(
     return found
 
 
-def _pair(group: CouplingGroup, order: Index, surplus: Surplus | None) -> tuple[Matrix, Matrix]:
+def _pair(
+    group: CouplingGroup, order: Index, surplus: UnmatchedUnits | None
+) -> tuple[Matrix, Matrix]:
     """M and U of a member, [n, m] both."""
     standing = np.flatnonzero(order >= 0)
     merge = np.zeros((len(order), group.n_units))

@@ -58,10 +58,10 @@ def bn_scale(
 
 def _scales(graph: CouplingGraph) -> frozenset[str]:
     """Canonical names of the parameters that scale what a normalisation returns."""
-    captured, found = graph.captured, set()
-    for node in captured.graph.nodes:
+    program, found = graph.program, set()
+    for node in program.graph.nodes:
         if name_of(node.target).removeprefix("aten::") in _NORMS:
             weight = argument_of(node, "weight", node.args, node.kwargs)
-            if isinstance(weight, torch.fx.Node) and str(weight.target) in captured.canonical:
-                found.add(captured.canonical[str(weight.target)])
+            if isinstance(weight, torch.fx.Node) and str(weight.target) in program.canonical:
+                found.add(program.canonical[str(weight.target)])
     return frozenset(found & {name for name, _ in graph.group_of})

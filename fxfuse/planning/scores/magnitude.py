@@ -85,12 +85,12 @@ def multiplied(graph: CouplingGraph) -> list[str]:
     """The parameters of groups that multiply activations (not biases, not added tables)."""
     owned = {name for name, _ in graph.group_of}
     used: dict[str, bool] = {}
-    captured = graph.captured
-    for node in captured.graph.nodes:
-        if node.op != "get_attr" or str(node.target) not in captured.canonical:
+    program = graph.program
+    for node in program.graph.nodes:
+        if node.op != "get_attr" or str(node.target) not in program.canonical:
             continue
-        name = captured.canonical[str(node.target)]
-        if not isinstance(captured.tensor(name), torch.nn.Parameter):
+        name = program.canonical[str(node.target)]
+        if not isinstance(program.tensor(name), torch.nn.Parameter):
             continue
         for user in node.users:
             used[name] = used.get(name, False) or not _is_added(node, user)

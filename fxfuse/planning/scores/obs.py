@@ -35,7 +35,12 @@ def obs(
         )
     found = magnitude(graph, states, options, kept, degree=2)
     ranks = elimination(
-        graph, states, options.calibration, kept, sizes=options.sizes, host=options.host
+        graph,
+        states,
+        options.calibration,
+        kept,
+        sizes=options.sizes,
+        base_member=options.base_member,
     )
     for name, (units, rank) in ranks.items():
         for member in kept:

@@ -129,7 +129,7 @@ def _existing(
     groups = graph.group_of.get(place, ())
     if all(len(kept[group.name]) == group.n_units for group in groups):
         return None
-    exists = np.ones(graph.captured.tensor(place[0]).shape[place[1]], dtype=bool)
+    exists = np.ones(graph.program.tensor(place[0]).shape[place[1]], dtype=bool)
     for group in groups:
         exists[group.index[place].reshape(-1)] = False
         exists[group.index[place][kept[group.name]].reshape(-1)] = True

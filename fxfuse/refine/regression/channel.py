@@ -8,11 +8,11 @@ from dataclasses import dataclass
 import torch
 from torch import fx
 
-from fxfuse.activations import Lane
+from fxfuse.activations import NodeRunner
 from fxfuse.activations.layers import name_of, reads_of
 from fxfuse.analysis.rules.registry import argument_of
-from fxfuse.graph.capture import Captured
-from fxfuse.refine.regression.route import Norm, norm_of
+from fxfuse.graph.capture import Program
+from fxfuse.refine.regression.fit_target import Norm, norm_of
 from fxfuse.refine.regression.write import State
 from fxfuse.refine.targets import Targets
 
@@ -54,7 +54,7 @@ class PerChannel:
         last = value.movedim(1, -1) if self.channel_first else value
         return last.reshape(-1, last.shape[-1]).float()
 
-    def unscaled(self, student: Lane) -> Iterator[torch.Tensor]:
+    def unscaled(self, student: NodeRunner) -> Iterator[torch.Tensor]:
         """The node's value with scale 1 and shift 0, of each batch."""
         names = (self.weight, self.bias)
 
@@ -67,33 +67,31 @@ class PerChannel:
         return student.compute(self.node, operand)
 
 
-def per_channel_of(captured: Captured, taken: set[fx.Node]) -> tuple[PerChannel, ...]:
+def per_channel_of(program: Program, taken: set[fx.Node]) -> tuple[PerChannel, ...]:
     """The normalisations of a network with one-dimensional parameters, but those that are taken."""
-    reads = reads_of(captured)
-    nodes = (node for node in captured.graph.nodes if node not in taken)
-    found = (per_channel_at(captured, node, reads) for node in nodes)
+    reads = reads_of(program)
+    nodes = (node for node in program.graph.nodes if node not in taken)
+    found = (per_channel_at(program, node, reads) for node in nodes)
     return tuple(op for op in found if op is not None)
 
 
-def per_channel_at(
-    captured: Captured, node: fx.Node, reads: Mapping[str, int]
-) -> PerChannel | None:
+def per_channel_at(program: Program, node: fx.Node, reads: Mapping[str, int]) -> PerChannel | None:
     """The normalisation that a node is, if its tensors are its own.
 
     Args:
-        captured: A network.
+        program: A network.
         node: A node of its graph, or of one that reads the same tensors by the same names.
         reads: `reads_of` the network.
     """
-    norm = norm_of(captured, node, reads)
+    norm = norm_of(program, node, reads)
     if norm is not None:
         return PerChannel(node, norm.weight, norm.bias, norm)
     if node.target not in _NORMS:
         return None
     weight, bias = (argument_of(node, n, node.args, node.kwargs) for n in ("weight", "bias"))
-    name, shift = name_of(captured, weight), name_of(captured, bias)
+    name, shift = name_of(program, weight), name_of(program, bias)
     own = all(reads[n] == 1 for n in (name, shift) if n)
-    if name and captured.tensor(name).dim() == 1 and own and (bias is None or shift):
+    if name and program.tensor(name).dim() == 1 and own and (bias is None or shift):
         return PerChannel(node, name, shift or "", None)
     return None
 
@@ -117,8 +115,8 @@ class ChannelRows:
 
 def channel_rows(
     op: PerChannel,
-    student: Lane,
-    members: Sequence[Lane],
+    student: NodeRunner,
+    members: Sequence[NodeRunner],
     targets: Targets,
     memory: int,
 ) -> ChannelRows | None:

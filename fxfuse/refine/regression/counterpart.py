@@ -9,9 +9,9 @@ from torch import fx
 
 from fxfuse.activations.layers import layer_at, reads_of
 from fxfuse.activations.recurrence import Recurrent, recurrent_at
-from fxfuse.graph.capture import Captured
+from fxfuse.graph.capture import Program
 from fxfuse.refine.regression.channel import PerChannel, per_channel_at
-from fxfuse.refine.regression.route import Norm, Route, norm_of, other_operand, users_of
+from fxfuse.refine.regression.fit_target import FitTarget, Norm, norm_of, other_operand, users_of
 from fxfuse.refine.regression.work import Work
 
 #: For nodes of the members' graph, the nodes of the other graph that compute the same there.
@@ -19,16 +19,16 @@ Nodes = Mapping[fx.Node, fx.Node]
 
 
 def counterparts(
-    captured: Captured,
+    program: Program,
     nodes: Nodes,
-    routes: Sequence[Route],
+    routes: Sequence[FitTarget],
     operators: Sequence[PerChannel],
     layers: Sequence[Recurrent] = (),
-) -> tuple[list[Route], list[PerChannel], list[Recurrent], list[Work]]:
+) -> tuple[list[FitTarget], list[PerChannel], list[Recurrent], list[Work]]:
     """The work of a refit in another graph.
 
     Args:
-        captured: A member, whose tensors' names both graphs read.
+        program: A member, whose tensors' names both graphs read.
         nodes: For nodes of its graph, those of the other one.
         routes: `routes_of` the member.
         operators: `per_channel_of` the member.
@@ -37,7 +37,7 @@ def counterparts(
     Returns:
         The same routes, operators and recurrent layers, and those that have no counterpart.
     """
-    find = _Counterparts(captured, nodes, reads_of(captured))
+    find = _Counterparts(program, nodes, reads_of(program))
     own_routes = {route: find.route(route) for route in routes}
     own_operators = {op: find.per_channel(op) for op in operators}
     own_layers = {work: find.recurrent(work) for work in layers}
@@ -59,15 +59,15 @@ class _Counterparts:
     index that brings units into another order. They belong to the way.
     """
 
-    def __init__(self, captured: Captured, nodes: Nodes, reads: Mapping[str, int]) -> None:
-        self.captured = captured
+    def __init__(self, program: Program, nodes: Nodes, reads: Mapping[str, int]) -> None:
+        self.program = program
         self.nodes = nodes
         self.reads = reads
 
-    def route(self, route: Route) -> Route | None:
+    def route(self, route: FitTarget) -> FitTarget | None:
         """The route of the same layer; to its own output where there is no way to the sum."""
         node = self.nodes.get(route.layer.node)
-        layer = None if node is None else layer_at(self.captured, node)
+        layer = None if node is None else layer_at(self.program, node)
         names = route.layer.weight, route.layer.bias
         if layer is None or (layer.weight, layer.bias) != names:
             return None
@@ -76,7 +76,7 @@ class _Counterparts:
             norm = self._norm(route.norm)
             if norm is None or norm.node.args[0] is not layer.node:
                 return None
-        own = Route(layer, norm, (), None, layer.node, route.cut).alone()
+        own = FitTarget(layer, norm, (), None, layer.node, route.cut).alone()
         if route.skip is None:
             return own
         way = self._way(own.output, route.aim)
@@ -86,19 +86,19 @@ class _Counterparts:
         partner = None if route.partner is None else self.route(route.partner)
         if partner is not None and partner.aim is not aim:
             partner = None
-        return Route(layer, norm, chain, skip, aim, route.cut, partner)
+        return FitTarget(layer, norm, chain, skip, aim, route.cut, partner)
 
     def per_channel(self, op: PerChannel) -> PerChannel | None:
         """The same normalisation."""
         node = self.nodes.get(op.node)
-        found = None if node is None else per_channel_at(self.captured, node, self.reads)
+        found = None if node is None else per_channel_at(self.program, node, self.reads)
         same = found is not None and (found.weight, found.bias) == (op.weight, op.bias)
         return found if same else None
 
     def recurrent(self, work: Recurrent) -> Recurrent | None:
         """The same recurrent layers; units may be brought into another order before."""
         node = self.nodes.get(work.node)
-        found = None if node is None else recurrent_at(self.captured, node, self.reads)
+        found = None if node is None else recurrent_at(self.program, node, self.reads)
         if found is None or found.tensors != work.tensors:
             return None
         theirs = tuple(self.nodes[read] for read in work.reads if read in self.nodes)
@@ -106,7 +106,7 @@ class _Counterparts:
 
     def _norm(self, norm: Norm) -> Norm | None:
         node = self.nodes.get(norm.node)
-        return None if node is None else norm_of(self.captured, node, self.reads)
+        return None if node is None else norm_of(self.program, node, self.reads)
 
     def _way(
         self, output: fx.Node, aim: fx.Node

@@ -6,11 +6,11 @@ from collections.abc import Iterable
 
 import torch
 
-from fxfuse.refine.regression.route import Route
+from fxfuse.refine.regression.fit_target import FitTarget
 from fxfuse.refine.regression.solve import Fit
 
 
-def joint_pairs(routes: Iterable[Route]) -> list[tuple[Route, Route]]:
+def joint_pairs(routes: Iterable[FitTarget]) -> list[tuple[FitTarget, FitTarget]]:
     """Layers that one regression can fit: the one that comes first, and the one that comes last.
 
     Both write straight into their sum, in the same layout, and mix all their inputs.
@@ -22,7 +22,7 @@ def joint_pairs(routes: Iterable[Route]) -> list[tuple[Route, Route]]:
     ]
 
 
-def _alike(last: Route, first: Route) -> bool:
+def _alike(last: FitTarget, first: FitTarget) -> bool:
     layers = (last.layer, first.layer)
     straight = not last.chain and not first.chain
     return straight and all(x.groups == 1 for x in layers) and len({x.space for x in layers}) == 1

@@ -19,7 +19,7 @@ from math import inf
 import torch
 from torch import fx
 
-from fxfuse.activations import Lane
+from fxfuse.activations import NodeRunner
 from fxfuse.activations.recurrence import (
     Direction,
     Recurrent,
@@ -79,8 +79,8 @@ class RecurrentFit:
     def __init__(
         self,
         work: Recurrent,
-        student: Lane,
-        members: Sequence[Lane],
+        student: NodeRunner,
+        members: Sequence[NodeRunner],
         targets: Targets,
         state: State,
         alpha: float,
@@ -103,39 +103,41 @@ class RecurrentFit:
         """Fits one direction after the other; `changed` names the tensors that are new then."""
         fits = []
         self.read, *self.theirs = (
-            lane.shelf.put(self._given(lane)) for lane in (self.student, *self.members)
+            runner.store.put(self._given(runner)) for runner in (self.student, *self.members)
         )
         for place, layer in enumerate(self.work.layers):
             fits += [self._fit(direction) for direction in layer]
             if place + 1 < len(self.work.layers):
                 self._next(layer)
-        for lane, values in self._lanes():
-            lane.shelf.free(values)
+        for runner, values in self._lanes():
+            runner.store.free(values)
         return fits
 
-    def _lanes(self) -> list[tuple[Lane, Stored]]:
+    def _lanes(self) -> list[tuple[NodeRunner, Stored]]:
         return [(self.student, self.read), *zip(self.members, self.theirs, strict=True)]
 
-    def _given(self, lane: Lane) -> Iterator[torch.Tensor]:
-        return (self.work.by_time(x) for x in lane.value(self._reads(lane)[0]))
+    def _given(self, runner: NodeRunner) -> Iterator[torch.Tensor]:
+        return (self.work.by_time(x) for x in runner.value(self._reads(runner)[0]))
 
-    def _reads(self, lane: Lane) -> tuple[fx.Node, ...]:
-        return self.work.reads if lane is self.student else read_in_members(self.work)
+    def _reads(self, runner: NodeRunner) -> tuple[fx.Node, ...]:
+        return self.work.reads if runner is self.student else read_in_members(self.work)
 
     def _next(self, layer: Sequence[Direction]) -> None:
         """Goes on to what the layer hands on."""
         following = []
-        for lane, values in self._lanes():
-            steps = ([self._steps(lane, d, values[b], b) for d in layer] for b in self.batches)
-            following.append(lane.shelf.put(side_by_side(layer, each) for each in steps))
-            lane.shelf.free(values)
+        for runner, values in self._lanes():
+            steps = ([self._steps(runner, d, values[b], b) for d in layer] for b in self.batches)
+            following.append(runner.store.put(side_by_side(layer, each) for each in steps))
+            runner.store.free(values)
         self.read, *self.theirs = following
 
-    def _steps(self, lane: Lane, direction: Direction, x: torch.Tensor, batch: int) -> Steps:
-        return run_direction(self.work, direction, lane.state, x, self._initial(lane, batch))
+    def _steps(
+        self, runner: NodeRunner, direction: Direction, x: torch.Tensor, batch: int
+    ) -> Steps:
+        return run_direction(self.work, direction, runner.state, x, self._initial(runner, batch))
 
-    def _initial(self, lane: Lane, batch: int) -> list[torch.Tensor]:
-        return [lane.value(state)[batch] for state in self._reads(lane)[1:]]
+    def _initial(self, runner: NodeRunner, batch: int) -> list[torch.Tensor]:
+        return [runner.value(state)[batch] for state in self._reads(runner)[1:]]
 
     # --- one direction --------------------------------------------------------------------------
 
@@ -185,9 +187,9 @@ class RecurrentFit:
     ) -> list[torch.Tensor] | None:
         """What the gates get, and the states before and behind, of the kept units."""
         each = []
-        for lane, values in zip(self.members, self.theirs, strict=True):
-            steps = self._steps(lane, direction, values[batch], batch)
-            found = (*steps.sides(direction, lane.state), steps.before, steps.hidden)
+        for runner, values in zip(self.members, self.theirs, strict=True):
+            steps = self._steps(runner, direction, values[batch], batch)
+            found = (*steps.sides(direction, runner.state), steps.before, steps.hidden)
             each.append([value.flatten(0, 1)[rows].float() for value in found])
         places = [(direction.inner, 0)] * 2 + [(direction.recurrent, 1)] * 2
         merged = [

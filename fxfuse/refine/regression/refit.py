@@ -65,7 +65,7 @@ def refit(
     """
     states, calibration = measurable(result, members, inputs, limit, copies)
     check_joint(result, "refit")
-    logits = kind_of_network(result.graph.captured, outputs) == "logits"
+    logits = kind_of_network(result.graph.program, outputs) == "logits"
     module = result.module
     settings = Settings(alpha, logits, seed, memory)
     state, report = refit_state(

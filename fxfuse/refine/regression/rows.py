@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import fx
 
-from fxfuse.activations import Lane
+from fxfuse.activations import NodeRunner
 from fxfuse.activations.layers import Layer
-from fxfuse.refine.regression.route import Route
+from fxfuse.refine.regression.fit_target import FitTarget
 from fxfuse.refine.targets import Targets
 
 #: A scale below this share of the largest one cannot be undone.
@@ -53,13 +53,13 @@ class Sample:
 
 
 def sample(
-    route: Route,
-    student: Lane,
-    members: Sequence[Lane],
+    route: FitTarget,
+    student: NodeRunner,
+    members: Sequence[NodeRunner],
     targets: Targets,
     limit: int,
     generator: torch.Generator,
-    beside: Route | None = None,
+    beside: FitTarget | None = None,
 ) -> Sample | None:
     """Rows of a layer, spread over all calibration inputs.
 
@@ -108,8 +108,8 @@ def _read(
     layer: Layer,
     x: torch.Tensor,
     chosen: torch.Tensor,
-    beside: Route | None,
-    student: Lane,
+    beside: FitTarget | None,
+    student: NodeRunner,
     batch: int,
 ) -> torch.Tensor:
     """The chosen rows of what a layer reads, after those of the layer beside it."""
@@ -130,7 +130,7 @@ def _joined(parts: Sequence[torch.Tensor]) -> torch.Tensor:
 
 
 def _back(
-    route: Route, student: Lane, batch: int, like: torch.Tensor, z: torch.Tensor
+    route: FitTarget, student: NodeRunner, batch: int, like: torch.Tensor, z: torch.Tensor
 ) -> tuple[torch.Tensor, ...] | None:
     """Brings the aim's value back to the layer's output.
 
@@ -174,7 +174,7 @@ def _back(
 
 
 def _along(
-    route: Route, student: Lane, batch: int, value: torch.Tensor, *, moving: bool
+    route: FitTarget, student: NodeRunner, batch: int, value: torch.Tensor, *, moving: bool
 ) -> torch.Tensor:
     """Sends a stand-in for the layer's output along the chain; `moving`: positions alone."""
     known: dict[fx.Node, Any] = {route.output: value}

@@ -11,7 +11,7 @@ from math import inf, isfinite
 import torch
 from torch import fx
 
-from fxfuse.activations import MEMORY, Lane
+from fxfuse.activations import MEMORY, NodeRunner
 from fxfuse.activations.calibration import FEW, Calibration
 from fxfuse.activations.recurrence import Recurrent, recurrent_of
 from fxfuse.analysis.coupling import CouplingGraph
@@ -26,10 +26,10 @@ from fxfuse.refine.regression.channel import (
 )
 from fxfuse.refine.regression.counterpart import counterparts
 from fxfuse.refine.regression.error import Error, relaxed
+from fxfuse.refine.regression.fit_target import FitTarget, routes_of
 from fxfuse.refine.regression.head import fit_head
 from fxfuse.refine.regression.joint import joined, joint_pairs, parted
 from fxfuse.refine.regression.recurrent import RecurrentFit
-from fxfuse.refine.regression.route import Route, routes_of
 from fxfuse.refine.regression.rows import Sample, rows_for, sample
 from fxfuse.refine.regression.solve import Fit, Ridge
 from fxfuse.refine.regression.work import (
@@ -118,7 +118,7 @@ def refit_state(
         CalibrationError: An activation is not a number.
         NotEmittedError: The network was traced, so its graph cannot be run.
     """
-    graph.captured.require_program()
+    graph.program.require_exported()
     return _Refit(graph, plan, states, state, calibration, settings).run()
 
 
@@ -138,18 +138,18 @@ class _Refit:
         self.alpha = settings.alpha or (1e-2 if few else 1e-3)
         self.calibration = calibration
         self.state: State = {name: tensor.detach() for name, tensor in state.items()}
-        captured = graph.captured
+        program = graph.program
         self.fits: list[LayerFit] = []
-        routes: Sequence[Route] = routes_of(captured)
+        routes: Sequence[FitTarget] = routes_of(program)
         taken = {route.norm.node for route in routes if route.norm is not None}
-        operators: Sequence[PerChannel] = per_channel_of(captured, taken)
-        layers: Sequence[Recurrent] = recurrent_of(captured)
+        operators: Sequence[PerChannel] = per_channel_of(program, taken)
+        layers: Sequence[Recurrent] = recurrent_of(program)
         resized = resized_of(graph, plan)
         if resized is None:
-            resized = Resized(captured.graph, {}, {}, {}, {})
+            resized = Resized(program.graph, {}, {}, {}, {})
         else:
             routes, operators, layers, missing = counterparts(
-                captured, resized.nodes, routes, operators, layers
+                program, resized.nodes, routes, operators, layers
             )
             self.fits += [left(work, NO_LAYER) for work in missing]
         #: What the members compute at a node of the student's graph.
@@ -158,7 +158,7 @@ class _Refit:
         self.work = {node_of(work): work for work in every}
         aims = [node for work in self.work.values() for node in asked_of_members(work)]
         #: Layers that are fitted together: the first by the last of each pair.
-        self.first_of: dict[fx.Node, Route] = {
+        self.first_of: dict[fx.Node, FitTarget] = {
             last.layer.node: first
             for first, last in joint_pairs(routes)
             if not self.reason_to_leave(first) and not self.reason_to_leave(last)
@@ -169,20 +169,20 @@ class _Refit:
         self.unread = Counter(read for work in self.work.values() for read in inputs_of(work))
         memory = settings.memory // (len(states) + 1)
         self.members = [
-            Lane(
-                graph.of_member(i).captured,
+            NodeRunner(
+                graph.of_member(i).program,
                 s,
                 calibration,
                 name=f"member {i}",
                 held=set(aims),
                 asked_as=_asked_as(graph, told, i),
-                absent=others_region(captured, i),
+                absent=others_region(program, i),
                 memory=memory,
             )
             for i, s in enumerate(states)
         ]
-        self.student = Lane(
-            captured,
+        self.student = NodeRunner(
+            program,
             self.state,
             calibration,
             name="the fused network",
@@ -193,7 +193,7 @@ class _Refit:
         )
         self.targets = Targets(graph, plan, resized.layouts, told, resized.places)
         self.generator = torch.Generator().manual_seed(settings.seed)
-        self.outputs = [resized.nodes.get(output, output) for output in captured.outputs()]
+        self.outputs = [resized.nodes.get(output, output) for output in program.outputs()]
         self.changed: set[str] = set()
 
     def run(self) -> tuple[State, RefitReport]:
@@ -202,11 +202,11 @@ class _Refit:
             for node in self.student.nodes:
                 if node in self.work:
                     self.visit(self.work[node])
-        captured = self.graph.captured
-        parameters = {n for n, _ in captured.module.named_parameters()}
-        kept = tuple(n for n in captured.names if n in parameters and n not in self.changed)
-        for name in captured.names:
-            self.state[name] = self.state[captured.canonical[name]]
+        program = self.graph.program
+        parameters = {n for n, _ in program.module.named_parameters()}
+        kept = tuple(n for n in program.names if n in parameters and n not in self.changed)
+        for name in program.names:
+            self.state[name] = self.state[program.canonical[name]]
         seconds = time.process_time() - started
         report = RefitReport(tuple(self.fits), kept, seconds, self.calibration.size, self.alpha)
         return self.state, report
@@ -254,7 +254,7 @@ class _Refit:
 
     # --- one layer ------------------------------------------------------------------------------
 
-    def fit_layer(self, route: Route) -> LayerFit:
+    def fit_layer(self, route: FitTarget) -> LayerFit:
         found = self.sample(route)
         if found is None and route.skip is not None:
             route = route.alone()
@@ -270,7 +270,7 @@ class _Refit:
         return LayerFit(route.layer.weight, route.aim.name, before, after, True)
 
     def closest(
-        self, route: Route, found: Sample, held: Fit, *, centred: bool
+        self, route: FitTarget, found: Sample, held: Fit, *, centred: bool
     ) -> tuple[float, float, Fit | None]:
         """The errors of a map and of the best one found; that one, if it is better."""
         ridge = Ridge(found.rows, self.alpha, centred=centred)
@@ -289,12 +289,12 @@ class _Refit:
             chosen = fit_head(found.rows, aim, chosen, self.alpha)
         return before, best, chosen
 
-    def write(self, route: Route, fit: Fit, rows: torch.Tensor) -> None:
+    def write(self, route: FitTarget, fit: Fit, rows: torch.Tensor) -> None:
         write(route, self.state, fit, rows)
         self.changed |= tensors_of(route)
         self.student.redo(route.layer.node)
 
-    def fit_together(self, first: Route, last: Route) -> list[LayerFit]:
+    def fit_together(self, first: FitTarget, last: FitTarget) -> list[LayerFit]:
         """Two layers whose outputs are added, by one regression on the inputs of both."""
         found = self.sample(last, beside=first)
         if found is None:
@@ -313,7 +313,7 @@ class _Refit:
         name = last.aim.name
         return [LayerFit(r.layer.weight, name, before, after, True) for r in (first, last)]
 
-    def fit_in_turn(self, last: Route, first: Route, fit: LayerFit) -> LayerFit:
+    def fit_in_turn(self, last: FitTarget, first: FitTarget, fit: LayerFit) -> LayerFit:
         """Two layers whose outputs are added: each makes up for what the other leaves."""
         assert first.skip is not None
         for route in [first, last] * _TURNS:
@@ -327,7 +327,7 @@ class _Refit:
         self.again(last)
         return fit
 
-    def again(self, route: Route) -> None:
+    def again(self, route: FitTarget) -> None:
         """Computes anew what a layer adds to a sum."""
         way = [route.layer.node, *([route.norm.node] if route.norm else []), *route.chain]
         for node in way:
@@ -335,7 +335,7 @@ class _Refit:
         for node in way[:-1]:
             self.student.drop(node)
 
-    def sample(self, route: Route, beside: Route | None = None) -> Sample | None:
+    def sample(self, route: FitTarget, beside: FitTarget | None = None) -> Sample | None:
         layers = [r.layer for r in (beside, route) if r is not None]
         features = sum(x.matrix(x.held(self.state)).shape[1] for x in layers)
         limit = rows_for(features)
@@ -343,7 +343,7 @@ class _Refit:
             route, self.student, self.members, self.targets, limit, self.generator, beside
         )
 
-    def is_head(self, route: Route) -> bool:
+    def is_head(self, route: FitTarget) -> bool:
         is_output = any(route.aim is output for output in self.outputs)
         shape = route.aim.meta["val"].shape
         return self.settings.logits and is_output and len(shape) == 2 and shape[1] > 1
@@ -388,5 +388,5 @@ def _asked_as(
     """What a member computes in its own graph at a node of the student's."""
     if not graph.members:
         return told
-    asked = told or {node: node for node in graph.captured.graph.nodes}
+    asked = told or {node: node for node in graph.program.graph.nodes}
     return {own: graph.node_of(node, member) for own, node in asked.items()}

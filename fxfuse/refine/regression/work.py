@@ -9,10 +9,10 @@ from torch import fx
 
 from fxfuse.activations.recurrence import Recurrent
 from fxfuse.refine.regression.channel import PerChannel
-from fxfuse.refine.regression.route import Route
+from fxfuse.refine.regression.fit_target import FitTarget
 
 #: A layer with what it aims at, a normalisation, or recurrent layers.
-Work = Route | PerChannel | Recurrent
+Work = FitTarget | PerChannel | Recurrent
 
 NO_TARGET = "no member has the value that it should have"
 NO_LAYER = "the network of this width computes it by other operators"
@@ -47,12 +47,12 @@ def left(work: Work, why: str, error: float = inf) -> LayerFit:
 
 def node_of(work: Work) -> fx.Node:
     """The node at which it is done."""
-    return work.layer.node if isinstance(work, Route) else work.node
+    return work.layer.node if isinstance(work, FitTarget) else work.node
 
 
 def aim_of(work: Work) -> fx.Node:
     """The node that is aimed at."""
-    return work.aim if isinstance(work, Route) else work.node
+    return work.aim if isinstance(work, FitTarget) else work.node
 
 
 def tensors_of(work: Work) -> set[str]:
@@ -70,7 +70,7 @@ def tensors_of(work: Work) -> set[str]:
 
 def asked_of_members(work: Work) -> list[fx.Node]:
     """The nodes whose values in the members a fit needs."""
-    if isinstance(work, Route):
+    if isinstance(work, FitTarget):
         return [work.aim, work.output]
     return (
         list(dict.fromkeys(read_in_members(work))) if isinstance(work, Recurrent) else [work.node]
@@ -81,7 +81,7 @@ def inputs_of(work: Work) -> set[fx.Node]:
     """The activations of the fused network that must be there when a layer is fitted."""
     if isinstance(work, Recurrent):
         return set(work.reads)
-    if isinstance(work, Route):
+    if isinstance(work, FitTarget):
         partner = work.partner
         return {work.layer.input} | ({partner.layer.input} if partner else set())
     read = work.node.args[0]
@@ -97,4 +97,4 @@ def read_in_members(work: Recurrent) -> tuple[fx.Node, ...]:
 def _name_of(work: Work) -> str:
     if isinstance(work, Recurrent):
         return work.layers[0][0].inner
-    return work.layer.weight if isinstance(work, Route) else work.weight
+    return work.layer.weight if isinstance(work, FitTarget) else work.weight

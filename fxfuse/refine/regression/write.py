@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from fxfuse.refine.regression.route import Norm, Route
+from fxfuse.refine.regression.fit_target import FitTarget, Norm
 from fxfuse.refine.regression.solve import Fit
 
 State = dict[str, torch.Tensor]
@@ -13,7 +13,7 @@ State = dict[str, torch.Tensor]
 _SMALL = 1e-6
 
 
-def current(route: Route, state: State) -> Fit:
+def current(route: FitTarget, state: State) -> Fit:
     """The affine map from a layer's input rows to its (normalised) output."""
     layer, norm = route.layer, route.norm
     matrix = layer.matrix(layer.held(state).detach().float())
@@ -31,7 +31,7 @@ def current(route: Route, state: State) -> Fit:
     return Fit(matrix, shift.reshape(groups, outputs))
 
 
-def write(route: Route, state: State, fit: Fit, rows: torch.Tensor) -> None:
+def write(route: FitTarget, state: State, fit: Fit, rows: torch.Tensor) -> None:
     """Sets a layer's tensors so that its (normalised) output in eval mode is `fit`.
 
     Behind a batch norm the layer's scale stays that of the weights that it had, and the running

@@ -7,18 +7,18 @@ from the labels of their node, never by matching numbers. `walk.py` says which f
 operator.
 """
 
-from fxfuse.transform.resizing.member import captured_at
+from fxfuse.transform.resizing.member import program_at
 from fxfuse.transform.resizing.resized import Resized, emit_fused, resized_of
-from fxfuse.transform.resizing.walk import apart_names, blank, output_layouts, settle, widen
+from fxfuse.transform.resizing.walk import apart_names, blank, emit_resized, output_layouts, settle
 
 __all__ = [
     "Resized",
     "apart_names",
     "blank",
-    "captured_at",
     "emit_fused",
+    "emit_resized",
     "output_layouts",
+    "program_at",
     "resized_of",
     "settle",
-    "widen",
 ]

@@ -18,7 +18,7 @@ from torch import fx
 
 from fxfuse.analysis.coupling import CouplingGraph
 from fxfuse.analysis.heads import region_of
-from fxfuse.analysis.labels import Value
+from fxfuse.analysis.labels import AbstractTensor
 from fxfuse.analysis.rules import contraction, find, movement
 from fxfuse.errors import RewriteError
 from fxfuse.graph.source_lines import source_of
@@ -64,7 +64,7 @@ class Apart:
         self.tensors: set[str] = set()
         self.counterparts = Counterparts(graph, plan, copies)
         self._units = Units(graph, copies)
-        self._heads = region_of(graph.captured, graph.captured.heads)
+        self._heads = region_of(graph.program, graph.program.heads)
         self._whole: dict[fx.Node, bool] = {}
         # What depends on the members, and what depends on the network's inputs as well.
         self._depends: set[fx.Node] = set()
@@ -73,9 +73,9 @@ class Apart:
         self._survey()
         differing = (name for name, spread in plan.averaged.items() if spread > 0)
         for name in (*differing, *plan.hosted):
-            self._add_tensor(graph.captured.canonical[name])
+            self._add_tensor(graph.program.canonical[name])
         noted = {note.node for note in plan.notes}
-        self.add(node for node in graph.captured.graph.nodes if node.name in noted)
+        self.add(node for node in graph.program.graph.nodes if node.name in noted)
         means = self._means() | self._heads
         self.add(n for n in self._depends if self._is_sum(n) and n not in means)
 
@@ -108,7 +108,7 @@ class Apart:
         """Whether each tensor that a node returns holds the members' values next to each other."""
         if node not in self._whole:
             value = self.graph.values.get(node)
-            if isinstance(value, Value):
+            if isinstance(value, AbstractTensor):
                 self._whole[node] = self.layout_of(node) is not None
             else:
                 whole = [self._layout(value) is not None for value in self._values(node)]
@@ -128,7 +128,7 @@ class Apart:
         stand = (self.counterparts.places(node, *found, member) is not None for member in members)
         return found if all(stand) else None
 
-    def _layout(self, value: Value) -> tuple[int, Layout] | None:
+    def _layout(self, value: AbstractTensor) -> tuple[int, Layout] | None:
         growing = [(d, f) for f in value.fields if (d := self._units.growing(f)) is not None]
         if len(growing) != 1:
             return None
@@ -147,7 +147,7 @@ class Apart:
     # --- what is told from the graph ------------------------------------------------------------
 
     def _survey(self) -> None:
-        for node in self.graph.captured.graph.nodes:
+        for node in self.graph.program.graph.nodes:
             if node.op == "placeholder":
                 self._varies.add(node)
             name = self._own_tensor(node)
@@ -160,11 +160,11 @@ class Apart:
 
     def _own_tensor(self, node: fx.Node) -> str:
         """Canonical name of the members' tensor that a node reads; "" for all other nodes."""
-        captured = self.graph.captured
-        name = captured.canonical.get(str(node.target)) if node.op == "get_attr" else None
-        return name if name is not None and not is_constant(captured.tensor(name)) else ""
+        program = self.graph.program
+        name = program.canonical.get(str(node.target)) if node.op == "get_attr" else None
+        return name if name is not None and not is_constant(program.tensor(name)) else ""
 
-    def _values(self, node: fx.Node) -> list[Value]:
+    def _values(self, node: fx.Node) -> list[AbstractTensor]:
         return values_in(self.graph.values.get(node))
 
     def _add_tensor(self, name: str) -> None:
@@ -184,7 +184,7 @@ class Apart:
     def _means(self) -> set[fx.Node]:
         """Sums over the members that are their mean, and are handed out as they are."""
         found: set[fx.Node] = set()
-        for node in reversed(list(self.graph.captured.graph.nodes)):
+        for node in reversed(list(self.graph.program.graph.nodes)):
             if node in self._depends and self._is_sum(node) and node not in self.nodes:
                 moves = self._moves(node)
                 handed_out = all(

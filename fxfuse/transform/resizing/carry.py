@@ -7,15 +7,15 @@ from typing import Any, cast
 
 from torch import fx
 
-from fxfuse.analysis.labels import Value
+from fxfuse.analysis.labels import AbstractTensor
 from fxfuse.analysis.rules import contraction, find, pointwise
 from fxfuse.transform.layout import Layout
 from fxfuse.transform.resizing.literals import argument, set_argument
 from fxfuse.transform.resizing.operands import agree, broadcast
-from fxfuse.transform.resizing.state import Layouts, WideGraph, cannot_write, has_tensor
+from fxfuse.transform.resizing.state import Layouts, ResizedGraph, cannot_write, has_tensor
 
 
-def carry(wide: WideGraph, node: fx.Node) -> Any:
+def carry(wide: ResizedGraph, node: fx.Node) -> Any:
     """Hands layouts over to whatever carries the same neurons in the same order."""
     known: dict[bytes, Layout] = {}
     operands = [n for n in node.all_input_nodes if has_tensor(wide.values[n])]
@@ -53,7 +53,9 @@ def carry(wide: WideGraph, node: fx.Node) -> Any:
     return result
 
 
-def _handed(wide: WideGraph, node: fx.Node, value: Value, known: Mapping[bytes, Layout]) -> Layouts:
+def _handed(
+    wide: ResizedGraph, node: fx.Node, value: AbstractTensor, known: Mapping[bytes, Layout]
+) -> Layouts:
     """Layouts of a result that carries the neurons of operands."""
     result: Layouts = {}
     for dim in range(value.rank):
@@ -63,7 +65,7 @@ def _handed(wide: WideGraph, node: fx.Node, value: Value, known: Mapping[bytes, 
     return complete(wide, node, value, result)
 
 
-def complete(wide: WideGraph, node: fx.Node, value: Value, result: Layouts) -> Layouts:
+def complete(wide: ResizedGraph, node: fx.Node, value: AbstractTensor, result: Layouts) -> Layouts:
     """The layouts of a result, once it is sure that none is missing.
 
     Raises:
@@ -76,7 +78,7 @@ def complete(wide: WideGraph, node: fx.Node, value: Value, result: Layouts) -> L
     return result
 
 
-def keep(wide: WideGraph, node: fx.Node) -> Layouts:
+def keep(wide: ResizedGraph, node: fx.Node) -> Layouts:
     """Operators whose result stands as their operand does."""
     operand = cast("fx.Node", node.args[0])
     if operand in wide.pending:
@@ -85,10 +87,10 @@ def keep(wide: WideGraph, node: fx.Node) -> Layouts:
     return wide.layout_of(node.args[0])
 
 
-def normalise(wide: WideGraph, node: fx.Node) -> Layouts:
+def normalise(wide: ResizedGraph, node: fx.Node) -> Layouts:
     """Normalisation of the last dimensions: the normalised shape is a literal that grows."""
     result: Layouts = carry(wide, node)
-    value: Value = wide.values[node]
+    value: AbstractTensor = wide.values[node]
     shape = list(node.args[1])  # type: ignore[arg-type]
     first = value.rank - len(shape)
     for dim, layout in result.items():

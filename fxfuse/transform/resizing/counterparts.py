@@ -13,7 +13,7 @@ import numpy as np
 from torch import fx
 
 from fxfuse.analysis.coupling import CouplingGraph, Index, Place
-from fxfuse.analysis.labels import Value, neurons
+from fxfuse.analysis.labels import AbstractTensor, neurons
 from fxfuse.planning.plan import FusionPlan
 from fxfuse.transform.layout import Copies, Layout
 
@@ -29,12 +29,12 @@ class Counterparts:
 
     def __init__(self, graph: CouplingGraph, plan: FusionPlan, copies: Copies) -> None:
         self.graph = graph
-        self._template = _Roles(graph, copies, graph.ledger.owners)
+        self._template = _Roles(graph, copies, graph.coupling.owners)
         distinct = {id(g): g for g in graph.members}
         self._roles = {
-            number: _Roles(g, copies, graph.ledger.owners) for number, g in distinct.items()
+            number: _Roles(g, copies, graph.coupling.owners) for number, g in distinct.items()
         }
-        nodes = graph.captured.graph.nodes
+        nodes = graph.program.graph.nodes
         self._originals = [
             {graph.node_of(node, member): node for node in nodes}
             for member in range(len(graph.members))
@@ -52,9 +52,11 @@ class Counterparts:
         """The node that a node of a member's own graph is the counterpart of."""
         return self._originals[member][own] if self._originals else own
 
-    def value_of(self, node: fx.Node, member: int) -> Value:
+    def value_of(self, node: fx.Node, member: int) -> AbstractTensor:
         """The member's own labelled value of a node that returns a tensor."""
-        value: Value = self.graph.of_member(member).values[self.graph.node_of(node, member)]
+        value: AbstractTensor = self.graph.of_member(member).values[
+            self.graph.node_of(node, member)
+        ]
         return value
 
     def places(self, node: fx.Node, dim: int, layout: Layout, member: int) -> Index | None:
@@ -100,17 +102,17 @@ class _Roles:
     """
 
     def __init__(self, graph: CouplingGraph, copies: Copies, owners: list[Place]) -> None:
-        ledger = graph.ledger
-        component = ledger.components()
+        coupling = graph.coupling
+        component = coupling.components()
         unit_of = np.full((int(component.max(initial=0)) + 1, 2), -1, dtype=np.int64)
-        part = np.full((ledger.count, 2), -1, dtype=np.int64)
+        part = np.full((coupling.count, 2), -1, dtype=np.int64)
         numbers: Mapping[str, int] = {name: number for number, name in enumerate(copies)}
         positions = {place: position for position, place in enumerate(owners)}
-        for owner, place in enumerate(ledger.owners):
+        for owner, place in enumerate(coupling.owners):
             for group in graph.group_of.get(place, ()):
                 if group.name not in numbers:
                     continue
-                ids = ledger.starts[owner] + group.index[place]
+                ids = coupling.starts[owner] + group.index[place]
                 unit_of[component[ids], 0] = numbers[group.name]
                 unit_of[component[ids], 1] = np.arange(len(ids))[:, None]
                 part[ids, 0] = positions[place]
@@ -118,7 +120,7 @@ class _Roles:
         #: Group, unit, and place and slot in the unit of each neuron, -1 for none: [neurons, 4].
         self.table = np.concatenate([unit_of[component], part], axis=1)
 
-    def along(self, value: Value, dim: int) -> Index:
+    def along(self, value: AbstractTensor, dim: int) -> Index:
         """What stands at each index of a dimension.
 
         Returns:

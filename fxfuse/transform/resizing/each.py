@@ -8,15 +8,15 @@ import numpy as np
 import torch
 from torch import fx
 
-from fxfuse.analysis.labels import Index, Value
+from fxfuse.analysis.labels import AbstractTensor, Index
 from fxfuse.transform.layout import Layout
 from fxfuse.transform.resizing.operands import select
-from fxfuse.transform.resizing.state import Layouts, WideGraph, cannot_write, has_tensor
+from fxfuse.transform.resizing.state import Layouts, ResizedGraph, cannot_write, has_tensor
 
 aten = torch.ops.aten
 
 
-def run_apart(wide: WideGraph, node: fx.Node) -> Any:
+def run_apart(wide: ResizedGraph, node: fx.Node) -> Any:
     """Writes a node once for each member; layouts of the results, put together where that works.
 
     Raises:
@@ -28,7 +28,7 @@ def run_apart(wide: WideGraph, node: fx.Node) -> Any:
         parts = [_of_member(wide, node, i) for i in range(wide.apart.n_members)]
         wide.split[node] = parts
         value = wide.values[node]
-        found = wide.apart.layout_of(node) if isinstance(value, Value) else None
+        found = wide.apart.layout_of(node) if isinstance(value, AbstractTensor) else None
         if found is None:
             written, layouts = parts[0], Layouts()
         else:
@@ -37,13 +37,13 @@ def run_apart(wide: WideGraph, node: fx.Node) -> Any:
     return layouts
 
 
-def write_outputs(wide: WideGraph) -> None:
+def write_outputs(wide: ResizedGraph) -> None:
     """Hands out the members' mean where an output is computed once for each member.
 
     Raises:
         RewriteError: An output is no number, so that there is no mean of it.
     """
-    before = next(n for n in wide.analysis.captured.graph.nodes if n.op == "output")
+    before = next(n for n in wide.analysis.program.graph.nodes if n.op == "output")
     after = next(n for n in wide.graph.nodes if n.op == "output")
     means: dict[fx.Node, fx.Node] = {}
 
@@ -58,7 +58,7 @@ def write_outputs(wide: WideGraph) -> None:
         after.args = fx.map_arg(before.args, handed_out)
 
 
-def _mean(wide: WideGraph, node: fx.Node) -> fx.Node:
+def _mean(wide: ResizedGraph, node: fx.Node) -> fx.Node:
     dtype = node.meta["val"].dtype
     if not (dtype.is_floating_point or dtype.is_complex):
         raise cannot_write(node, f"an output of {dtype} has no mean over the members")
@@ -66,7 +66,7 @@ def _mean(wide: WideGraph, node: fx.Node) -> fx.Node:
     return wide.graph.call_function(aten.mean.dim, (together, [0]))
 
 
-def _of_member(wide: WideGraph, node: fx.Node, member: int) -> fx.Node:
+def _of_member(wide: ResizedGraph, node: fx.Node, member: int) -> fx.Node:
     """A node as it is in a member, with the sizes that its literals have there."""
     assert wide.apart is not None
     counterparts = wide.apart.counterparts
@@ -77,7 +77,7 @@ def _of_member(wide: WideGraph, node: fx.Node, member: int) -> fx.Node:
     return wide.graph.node_copy(wide.analysis.node_of(node, member), operand)
 
 
-def _own(wide: WideGraph, node: fx.Node, operand: fx.Node, member: int) -> fx.Node:
+def _own(wide: ResizedGraph, node: fx.Node, operand: fx.Node, member: int) -> fx.Node:
     """A member's own value of an operand."""
     assert wide.apart is not None
     if wide.apart.owns(operand):
@@ -87,7 +87,7 @@ def _own(wide: WideGraph, node: fx.Node, operand: fx.Node, member: int) -> fx.No
     if not has_tensor(wide.values[operand]):
         return _number(wide, operand, member)
     found = wide.mapping[operand]
-    if operand not in wide.layouts or not isinstance(wide.values[operand], Value):
+    if operand not in wide.layouts or not isinstance(wide.values[operand], AbstractTensor):
         return found
     layouts = wide.layout_of(operand)
     size = wide.values[operand].shape
@@ -103,7 +103,7 @@ def _own(wide: WideGraph, node: fx.Node, operand: fx.Node, member: int) -> fx.No
     return found
 
 
-def _number(wide: WideGraph, operand: fx.Node, member: int) -> fx.Node:
+def _number(wide: ResizedGraph, operand: fx.Node, member: int) -> fx.Node:
     """A size as it is computed in a member; the one that all share where it is the same."""
     assert wide.apart is not None
     own = wide.analysis.node_of(operand, member)
@@ -118,7 +118,7 @@ def _number(wide: WideGraph, operand: fx.Node, member: int) -> fx.Node:
     return wide.graph.node_copy(own, lambda n: numbers[counterparts.original_of(n, member)])
 
 
-def _taken(wide: WideGraph, node: fx.Node, tensor: fx.Node, dim: int, places: Index) -> fx.Node:
+def _taken(wide: ResizedGraph, node: fx.Node, tensor: fx.Node, dim: int, places: Index) -> fx.Node:
     """Some places along a dimension; a view where they stand at equal distances."""
     steps = np.unique(np.diff(places))
     if len(steps) == 1 and steps[0] > 0:
@@ -129,7 +129,7 @@ def _taken(wide: WideGraph, node: fx.Node, tensor: fx.Node, dim: int, places: In
 
 
 def _together(
-    wide: WideGraph, node: fx.Node, parts: list[fx.Node], dim: int, layout: Layout
+    wide: ResizedGraph, node: fx.Node, parts: list[fx.Node], dim: int, layout: Layout
 ) -> fx.Node:
     """The members' values along one dimension, in the order of a layout."""
     assert wide.apart is not None

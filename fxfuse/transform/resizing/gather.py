@@ -8,20 +8,20 @@ from typing import Any
 import torch
 from torch import fx
 
-from fxfuse.analysis.labels import Field, Value
+from fxfuse.analysis.labels import AbstractTensor, DimLabels
 from fxfuse.analysis.rules import find, movement
 from fxfuse.errors import RewriteError
 from fxfuse.transform.layout import Layout
 from fxfuse.transform.resizing.gather_index import Move, Movement
 from fxfuse.transform.resizing.literals import evaluate
-from fxfuse.transform.resizing.state import Layouts, WideGraph, as_list, cannot_write
+from fxfuse.transform.resizing.state import Layouts, ResizedGraph, as_list, cannot_write
 
 aten = torch.ops.aten
 #: Operators whose result is the operand itself; casts are none of them.
 _IDENTITIES = (aten.contiguous.default, aten.clone.default, aten.alias.default, aten.detach.default)
 
 
-def gather(wide: WideGraph, node: fx.Node, operand: fx.Node, have: Layouts) -> Any:
+def gather(wide: ResizedGraph, node: fx.Node, operand: fx.Node, have: Layouts) -> Any:
     """Writes a gather in place of a data movement.
 
     A result that is no tensor of whole copies (half way through a channel shuffle, say) is left to
@@ -89,7 +89,12 @@ def _moves(node: fx.Node) -> bool:
 
 
 def _movement(
-    wide: WideGraph, node: fx.Node, value: Value, part: Value, move: Move, have: Layouts
+    wide: ResizedGraph,
+    node: fx.Node,
+    value: AbstractTensor,
+    part: AbstractTensor,
+    move: Move,
+    have: Layouts,
 ) -> Movement:
     """The movement of an operand to one result, whose layouts are new.
 
@@ -107,7 +112,7 @@ def _movement(
     twin = {}
     for dim in have:
         f = next(f for f in value.fields if dim in f.dims and units.growing(f) is not None)
-        moved = units.free_units(Field(move(f.ids.expand(value.shape)), ()))
+        moved = units.free_units(DimLabels(move(f.ids.expand(value.shape)), ()))
         for d, g in fields.items():
             # Where nothing is free, nothing has copies.
             if bool(((units.free_units(g) == moved) | (moved < 0)).all()):
@@ -116,7 +121,7 @@ def _movement(
 
 
 def _write(
-    wide: WideGraph, node: fx.Node, source: fx.Node, result: fx.Node, movement: Movement
+    wide: ResizedGraph, node: fx.Node, source: fx.Node, result: fx.Node, movement: Movement
 ) -> fx.Node:
     """Writes a movement as `index_select` of the flat operand, sample by sample."""
     before, after = (_symbolic(n.meta["val"]) for n in (source, result))

@@ -8,16 +8,16 @@ from typing import Any, cast
 import numpy as np
 from torch import fx
 
-from fxfuse.analysis.labels import Value
+from fxfuse.analysis.labels import AbstractTensor
 from fxfuse.analysis.rules import contraction, find, normalisation, reduction
 from fxfuse.transform.layout import Layout
 from fxfuse.transform.resizing.carry import carry, complete
 from fxfuse.transform.resizing.literals import argument, set_argument
 from fxfuse.transform.resizing.operands import agree, require
-from fxfuse.transform.resizing.state import Layouts, WideGraph, cannot_write
+from fxfuse.transform.resizing.state import Layouts, ResizedGraph, cannot_write
 
 
-def group(wide: WideGraph, node: fx.Node) -> Any:
+def group(wide: ResizedGraph, node: fx.Node) -> Any:
     """Convolution and group normalisation: channels of a group have to stand together."""
     if _groups_of(node) == 1:
         return carry(wide, node)
@@ -62,7 +62,7 @@ def group(wide: WideGraph, node: fx.Node) -> Any:
 
 
 def _copies_of_groups(
-    wide: WideGraph, groups: int, value: Value, dim: int, layout: Layout | None
+    wide: ResizedGraph, groups: int, value: AbstractTensor, dim: int, layout: Layout | None
 ) -> list[list[int]] | None:
     """Which members' copies each group has; None if it is not groups that are copied."""
     line = wide.units.along(value, dim)
@@ -75,10 +75,10 @@ def _copies_of_groups(
     return [np.unique(layout.copy[of == g]).tolist() for g in range(groups)]
 
 
-def halve(wide: WideGraph, node: fx.Node) -> Layouts:
+def halve(wide: ResizedGraph, node: fx.Node) -> Layouts:
     """Gated linear units: the first half of the layout has to be the order of both halves."""
     x = cast("fx.Node", node.args[0])
-    value: Value = wide.values[x]
+    value: AbstractTensor = wide.values[x]
     dim = int(argument(node, "dim")) % value.rank
     result = dict(wide.layouts[x])
     layout = result.get(dim)
@@ -93,7 +93,7 @@ def halve(wide: WideGraph, node: fx.Node) -> Layouts:
     return result
 
 
-def patch(wide: WideGraph, node: fx.Node) -> Layouts:
+def patch(wide: ResizedGraph, node: fx.Node) -> Layouts:
     """Patches: the pixels of a channel stand together in a column."""
     inverse = find(node.target) is reduction.unfold
     x = cast("fx.Node", node.args[0])

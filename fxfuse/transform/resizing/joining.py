@@ -9,17 +9,17 @@ import numpy as np
 import torch
 from torch import fx
 
-from fxfuse.analysis.labels import Value
+from fxfuse.analysis.labels import AbstractTensor
 from fxfuse.analysis.rules import find, movement
 from fxfuse.transform.layout import Layout
 from fxfuse.transform.resizing.literals import argument, dimension, set_argument
 from fxfuse.transform.resizing.operands import agree, spread
-from fxfuse.transform.resizing.state import Layouts, WideGraph, cannot_write
+from fxfuse.transform.resizing.state import Layouts, ResizedGraph, cannot_write
 
 aten = torch.ops.aten
 
 
-def join(wide: WideGraph, node: fx.Node) -> Layouts:
+def join(wide: ResizedGraph, node: fx.Node) -> Layouts:
     """Concatenation and stacking: layouts along the joined dimension follow each other."""
     tensors = cast("Sequence[fx.Node]", node.args[0])
     parts = [n for n in tensors if wide.values[n].shape != (0,)]
@@ -28,7 +28,7 @@ def join(wide: WideGraph, node: fx.Node) -> Layouts:
 
 
 def _joined(
-    wide: WideGraph, node: fx.Node, parts: Sequence[fx.Node], dim: int, *, stacks: bool
+    wide: ResizedGraph, node: fx.Node, parts: Sequence[fx.Node], dim: int, *, stacks: bool
 ) -> Layouts:
     """Layouts of parts that follow each other along a dimension."""
     result: Layouts = {}
@@ -56,10 +56,10 @@ def _joined(
     return result
 
 
-def overwrite(wide: WideGraph, node: fx.Node) -> Layouts:
+def overwrite(wide: ResizedGraph, node: fx.Node) -> Layouts:
     """A part is replaced: what is left of the whole, and the part, in the order of both."""
     whole, part = cast("tuple[fx.Node, fx.Node]", node.args[:2])
-    value: Value = wide.values[node]
+    value: AbstractTensor = wide.values[node]
     dim = dimension(node, value.rank)
     result = _joined(wide, node, [whole, part], dim, stacks=False)
     have = result.pop(dim, None)
@@ -81,10 +81,10 @@ def overwrite(wide: WideGraph, node: fx.Node) -> Layouts:
     return result
 
 
-def pad(wide: WideGraph, node: fx.Node) -> Layouts:
+def pad(wide: ResizedGraph, node: fx.Node) -> Layouts:
     """Padding: a padded place that grows is padded once for each member."""
     source = cast("fx.Node", node.args[0])
-    value: Value = wide.values[node]
+    value: AbstractTensor = wide.values[node]
     layouts = wide.layout_of(source)
     amounts = list(argument(node, "pad"))
     result: Layouts = {}

@@ -14,11 +14,11 @@ import torch
 import torch.utils._pytree as pytree
 from torch import fx
 
-from fxfuse.analysis.labels import Index, Value
+from fxfuse.analysis.labels import AbstractTensor, Index
 from fxfuse.analysis.rules import creation, find, movement
 from fxfuse.analysis.rules.registry import argument_of, hint
 from fxfuse.transform.layout import Layout
-from fxfuse.transform.resizing.state import Layouts, WideGraph, cannot_write
+from fxfuse.transform.resizing.state import Layouts, ResizedGraph, cannot_write
 
 aten = torch.ops.aten
 
@@ -42,7 +42,7 @@ def dimension(node: fx.Node, rank: int) -> int:
     return int(dim) % rank if isinstance(dim, int) else -1
 
 
-def set_argument(wide: WideGraph, node: fx.Node, name: str, value: Any) -> None:
+def set_argument(wide: ResizedGraph, node: fx.Node, name: str, value: Any) -> None:
     """Rewrites one argument of the copy of a node."""
     target = wide.mapping[node]
     names = [a.name for a in node.target._schema.arguments]  # type: ignore[union-attr]
@@ -53,7 +53,7 @@ def set_argument(wide: WideGraph, node: fx.Node, name: str, value: Any) -> None:
         target.update_kwarg(name, value)
 
 
-def set_arguments(wide: WideGraph, node: fx.Node, args: Sequence[Any]) -> None:
+def set_arguments(wide: ResizedGraph, node: fx.Node, args: Sequence[Any]) -> None:
     """Rewrites the positional arguments of the copy of a node to one of its `candidates`."""
     target = wide.mapping[node]
 
@@ -62,7 +62,7 @@ def set_arguments(wide: WideGraph, node: fx.Node, args: Sequence[Any]) -> None:
 
 
 def resized_fill(
-    wide: WideGraph, node: fx.Node, operand: fx.Node, dim: int, size: int
+    wide: ResizedGraph, node: fx.Node, operand: fx.Node, dim: int, size: int
 ) -> fx.Node | None:
     """Writes an operand that holds one value everywhere in another size, before a node.
 
@@ -93,7 +93,7 @@ def resized_fill(
     return again
 
 
-def _literal(wide: WideGraph, target: fx.Node, x: Any) -> Any:
+def _literal(wide: ResizedGraph, target: fx.Node, x: Any) -> Any:
     """An argument for a node of the concatenated graph, before which sizes are computed."""
     if isinstance(x, _Scaled):
         with wide.graph.inserting_before(target):
@@ -111,7 +111,7 @@ def _target(node: fx.Node, args: Sequence[Any]) -> Any:
     return aten.split_with_sizes.default if parts else node.target
 
 
-def evaluate(wide: WideGraph, node: fx.Node, args: Any, tensor: torch.Tensor) -> Any:
+def evaluate(wide: ResizedGraph, node: fx.Node, args: Any, tensor: torch.Tensor) -> Any:
     """Runs a node's operator on a tensor in place of its first argument.
 
     Args:
@@ -130,7 +130,7 @@ def evaluate(wide: WideGraph, node: fx.Node, args: Any, tensor: torch.Tensor) ->
         if not isinstance(x, fx.Node):
             return x
         value = wide.values[x]
-        return value.constant if isinstance(value, Value) else hint(value)
+        return value.constant if isinstance(value, AbstractTensor) else hint(value)
 
     rest = pytree.tree_map(concrete, tuple(args[1:]))
     kwargs = pytree.tree_map(concrete, dict(node.kwargs))
@@ -140,7 +140,7 @@ def evaluate(wide: WideGraph, node: fx.Node, args: Any, tensor: torch.Tensor) ->
 
 
 def candidates(
-    wide: WideGraph, node: fx.Node, value: Value, layouts: Layouts
+    wide: ResizedGraph, node: fx.Node, value: AbstractTensor, layouts: Layouts
 ) -> Iterator[tuple[Any, ...]]:
     """Arguments that a data movement could have in the concatenated network.
 
@@ -174,7 +174,7 @@ def candidates(
         yield (args[0], _sizes(layouts[dim], ends), *args[2:])
         return
     if node.target in (aten.split.Tensor, aten.chunk.default) and dim in layouts:
-        parts = cast("Sequence[Value]", wide.values[node])
+        parts = cast("Sequence[AbstractTensor]", wide.values[node])
         ends = np.cumsum([0, *(part.shape[dim] for part in parts)])
         sizes = _sizes(layouts[dim], ends)
         if node.target is aten.split.Tensor and {*sizes[:-1], max(sizes)} == {max(sizes)}:
@@ -193,7 +193,9 @@ def _sizes(layout: Layout, ends: Index) -> list[int]:
     return sizes
 
 
-def _slices(wide: WideGraph, node: fx.Node, layout: Layout, size: int) -> Iterator[tuple[Any, ...]]:
+def _slices(
+    wide: ResizedGraph, node: fx.Node, layout: Layout, size: int
+) -> Iterator[tuple[Any, ...]]:
     """The wide range that holds exactly the copies of a narrow range (steps of 1)."""
     kept = evaluate(wide, node, (None, 0, *node.args[2:]), torch.arange(size)).numpy()
     inside = np.flatnonzero(np.isin(layout.source, kept))

@@ -14,17 +14,17 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 from fxfuse.analysis.coupling import CouplingGraph
 from fxfuse.errors import RewriteError
-from fxfuse.graph.capture import Captured
+from fxfuse.graph.capture import Program
 from fxfuse.graph.rebuild import rebuild
 from fxfuse.graph.source_lines import where_of
 from fxfuse.transform.layout import copies_of
-from fxfuse.transform.resizing.state import WideGraph
+from fxfuse.transform.resizing.state import ResizedGraph
 from fxfuse.transform.resizing.walk import walk_at
 
 
-def captured_at(
+def program_at(
     graph: CouplingGraph, sizes: Mapping[str, int], own: Mapping[str, torch.Tensor]
-) -> Captured:
+) -> Program:
     """The network of an analysis as it is at other sizes.
 
     Args:
@@ -39,23 +39,23 @@ def captured_at(
     Raises:
         RewriteError: The network cannot be written at these sizes with the same operators.
     """
-    captured = graph.captured
+    program = graph.program
     wide = walk_at(graph, copies_of(graph, sizes))
     _fold_sizes(wide)
     _check_operators(wide)
     state: dict[str, torch.Tensor] = {}
-    for name in captured.names:
-        first = captured.canonical[name]
+    for name in program.names:
+        first = program.canonical[name]
         state[name] = state[first] if first != name else _tensor(wide, name, own)
     # Not pruned: every node stands for one of the given network.
-    source = fx.GraphModule(captured.module, wide.graph)
+    source = fx.GraphModule(program.module, wide.graph)
     module = rebuild(source, state, prune=False)
     inputs = [node.meta["val"] for node in module.graph.nodes if node.op == "placeholder"]
     _Shapes(module).propagate(inputs)
-    return replace(captured, module=module)
+    return replace(program, module=module)
 
 
-def _fold_sizes(wide: WideGraph) -> None:
+def _fold_sizes(wide: ResizedGraph) -> None:
     """Writes a size such as batch · heads with the new number, where all that reads it grew alike.
 
     `b * 3`, of which every reader makes `(b * 3) * 2 // 3`, becomes `b * 2`.
@@ -89,8 +89,8 @@ def _scaled(product: fx.Node) -> tuple[fx.Node, Fraction]:
     return user, Fraction(number, divisor)
 
 
-def _check_operators(wide: WideGraph) -> None:
-    nodes, written = list(wide.analysis.captured.graph.nodes), list(wide.graph.nodes)
+def _check_operators(wide: ResizedGraph) -> None:
+    nodes, written = list(wide.analysis.program.graph.nodes), list(wide.graph.nodes)
     for before, after in zip(nodes, written, strict=False):
         if wide.mapping.get(before, after) is not after or before.target != after.target:
             raise RewriteError(
@@ -101,8 +101,8 @@ def _check_operators(wide: WideGraph) -> None:
             )
 
 
-def _tensor(wide: WideGraph, name: str, own: Mapping[str, torch.Tensor]) -> torch.Tensor:
-    found = wide.analysis.captured.tensor(name)
+def _tensor(wide: ResizedGraph, name: str, own: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    found = wide.analysis.program.tensor(name)
     tensor = found.detach()
     for dim in range(found.dim()):
         if (name, dim) in wide.resized:

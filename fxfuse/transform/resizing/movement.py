@@ -9,30 +9,30 @@ import numpy as np
 import torch.utils._pytree as pytree
 from torch import fx
 
-from fxfuse.analysis.labels import Value
+from fxfuse.analysis.labels import AbstractTensor
 from fxfuse.transform.layout import Layout
 from fxfuse.transform.resizing.carry import carry, complete
 from fxfuse.transform.resizing.gather import gather
 from fxfuse.transform.resizing.literals import candidates, evaluate, set_arguments
 from fxfuse.transform.resizing.operands import reorder, spread
 from fxfuse.transform.resizing.positions import layouts_of, positions_of
-from fxfuse.transform.resizing.state import Layouts, WideGraph, as_list, cannot_write
+from fxfuse.transform.resizing.state import Layouts, ResizedGraph, as_list, cannot_write
 
 
-def move(wide: WideGraph, node: fx.Node) -> Any:
+def move(wide: ResizedGraph, node: fx.Node) -> Any:
     """Views, permutations, slices and the like; what no literals describe becomes a gather.
 
     Raises:
         RewriteError: Not even a gather describes it.
     """
     source = cast("fx.Node", node.args[0])
-    value: Value = wide.values[source]
+    value: AbstractTensor = wide.values[source]
     layouts = wide.layout_of(source)
     if source in wide.pending:
         return gather(wide, node, source, layouts)
     if not layouts:
         return pytree.tree_map(
-            lambda _: {}, wide.values[node], is_leaf=lambda x: isinstance(x, Value)
+            lambda _: {}, wide.values[node], is_leaf=lambda x: isinstance(x, AbstractTensor)
         )
     narrow = as_list(evaluate(wide, node, node.args, positions_of(value, {})[0]))
     growing = [
@@ -60,16 +60,16 @@ def move(wide: WideGraph, node: fx.Node) -> Any:
     return gather(wide, node, source, layouts)
 
 
-def index(wide: WideGraph, node: fx.Node) -> Any:
+def index(wide: ResizedGraph, node: fx.Node) -> Any:
     """Indexing: by constants it moves data, by data it picks from dimensions without neurons."""
     nodes = [x for x in pytree.tree_leaves(node.args[1:]) if isinstance(x, fx.Node)]
     values = [wide.values[x] for x in nodes]
-    if all(v.constant is not None for v in values if isinstance(v, Value)):
+    if all(v.constant is not None for v in values if isinstance(v, AbstractTensor)):
         return move(wide, node)
     return carry(wide, node)
 
 
-def pick(wide: WideGraph, node: fx.Node) -> Layouts:
+def pick(wide: ResizedGraph, node: fx.Node) -> Layouts:
     """Gathering: the index names one place for each element, so it grows as its operand does.
 
     Raises:
@@ -87,7 +87,7 @@ def pick(wide: WideGraph, node: fx.Node) -> Layouts:
     return complete(wide, node, wide.values[node], result)
 
 
-def _keeps_units_apart(wide: WideGraph, node: fx.Node, found: Sequence[Layouts | None]) -> bool:
+def _keeps_units_apart(wide: ResizedGraph, node: fx.Node, found: Sequence[Layouts | None]) -> bool:
     """Whether the results are made of whole copies, and grow where units differ."""
     return all(
         layouts is not None and all(wide.units.order(value, dim) is not None for dim in layouts)
@@ -95,7 +95,7 @@ def _keeps_units_apart(wide: WideGraph, node: fx.Node, found: Sequence[Layouts |
     )
 
 
-def _reorderings(wide: WideGraph, value: Value, layouts: Layouts) -> Iterator[Layouts]:
+def _reorderings(wide: ResizedGraph, value: AbstractTensor, layouts: Layouts) -> Iterator[Layouts]:
     """Layouts in which the copies of an index, or of a run of a unit's, stand together."""
     yield {dim: layout.by_index() for dim, layout in layouts.items()}
     blocks: Layouts = {}

@@ -9,16 +9,16 @@ import numpy as np
 import torch
 from torch import fx
 
-from fxfuse.analysis.labels import Index, Value
+from fxfuse.analysis.labels import AbstractTensor, Index
 from fxfuse.transform.layout import Layout
 from fxfuse.transform.resizing.literals import resized_fill
-from fxfuse.transform.resizing.state import Layouts, WideGraph, cannot_write
+from fxfuse.transform.resizing.state import Layouts, ResizedGraph, cannot_write
 
 aten = torch.ops.aten
 
 
 def agree(
-    wide: WideGraph, node: fx.Node, operand: fx.Node, dim: int, layout: Layout, wanted: Layout
+    wide: ResizedGraph, node: fx.Node, operand: fx.Node, dim: int, layout: Layout, wanted: Layout
 ) -> None:
     """Brings one dimension of an operand into the order that a node needs.
 
@@ -38,7 +38,7 @@ def agree(
 
 
 def _with_shared(
-    wide: WideGraph, operand: fx.Node, dim: int, layout: Layout
+    wide: ResizedGraph, operand: fx.Node, dim: int, layout: Layout
 ) -> dict[tuple[int, int], int]:
     """Where an activation's neurons stand that do not grow: any copy of them is the others."""
     units = wide.units.along(wide.values[operand], dim)
@@ -55,7 +55,7 @@ def _with_shared(
 
 
 def spread(
-    wide: WideGraph,
+    wide: ResizedGraph,
     node: fx.Node,
     operand: fx.Node,
     dim: int,
@@ -83,7 +83,7 @@ def spread(
 
 
 def require(
-    wide: WideGraph, node: fx.Node, operand: fx.Node, dim: int, wanted: Layout | None
+    wide: ResizedGraph, node: fx.Node, operand: fx.Node, dim: int, wanted: Layout | None
 ) -> None:
     """An operand has to have a layout along a dimension; a parameter without one gets it.
 
@@ -105,15 +105,17 @@ def require(
         raise cannot_write(node, "a parameter does not grow with the groups of its channels")
 
 
-def _is_labelled(wide: WideGraph, operand: fx.Node, dim: int) -> bool:
+def _is_labelled(wide: ResizedGraph, operand: fx.Node, dim: int) -> bool:
     return any(dim in f.dims for f in wide.values[operand].fields)
 
 
-def broadcast(wide: WideGraph, node: fx.Node, operands: Sequence[fx.Node], result: Layouts) -> None:
+def broadcast(
+    wide: ResizedGraph, node: fx.Node, operands: Sequence[fx.Node], result: Layouts
+) -> None:
     """An operand that is the same for all neurons of a dimension keeps one of them there."""
-    value: Value = wide.values[node]
+    value: AbstractTensor = wide.values[node]
     for operand in operands:
-        own: Value = wide.values[operand]
+        own: AbstractTensor = wide.values[operand]
         layouts = wide.layout_of(operand)
         for dim, layout in result.items():
             place = dim - value.rank + own.rank
@@ -127,7 +129,7 @@ def broadcast(wide: WideGraph, node: fx.Node, operands: Sequence[fx.Node], resul
                 wide.reroute(node, operand, one)
 
 
-def reorder(wide: WideGraph, node: fx.Node, layouts: Layouts, ordered: Layouts) -> None:
+def reorder(wide: ResizedGraph, node: fx.Node, layouts: Layouts, ordered: Layouts) -> None:
     """Brings the first operand of a node from its layouts into others of the same copies."""
     operand = cast("fx.Node", wide.mapping[node].args[0])
     for dim, wanted in ordered.items():
@@ -142,7 +144,7 @@ def same(a: Layout, b: Layout) -> bool:
 
 
 def _pick(
-    wide: WideGraph, node: fx.Node, operand: fx.Node, dim: int, places: Sequence[int]
+    wide: ResizedGraph, node: fx.Node, operand: fx.Node, dim: int, places: Sequence[int]
 ) -> None:
     """Puts an `index_select` between an operand and a node.
 
@@ -156,7 +158,7 @@ def _pick(
 
 
 def select(
-    wide: WideGraph, node: fx.Node, tensor: fx.Node, dim: int, places: Sequence[int] | Index
+    wide: ResizedGraph, node: fx.Node, tensor: fx.Node, dim: int, places: Sequence[int] | Index
 ) -> fx.Node:
     """Writes an `index_select` before a node; returns it."""
     with wide.graph.inserting_before(wide.mapping[node]):

@@ -12,7 +12,7 @@ from collections.abc import Collection
 import numpy as np
 import torch
 
-from fxfuse.analysis.labels import Value
+from fxfuse.analysis.labels import AbstractTensor
 from fxfuse.transform.layout import Layout
 from fxfuse.transform.resizing.state import Layouts
 
@@ -20,7 +20,7 @@ from fxfuse.transform.resizing.state import Layouts
 _BASE = 1 << 20
 
 
-def positions_of(value: Value, layouts: Layouts) -> tuple[torch.Tensor, torch.Tensor]:
+def positions_of(value: AbstractTensor, layouts: Layouts) -> tuple[torch.Tensor, torch.Tensor]:
     """For each element: the member's element of which it is a copy, and the copies' numbers.
 
     Args:

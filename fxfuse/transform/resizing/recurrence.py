@@ -7,15 +7,15 @@ from typing import Any, cast
 import numpy as np
 from torch import fx
 
-from fxfuse.analysis.labels import Value
+from fxfuse.analysis.labels import AbstractTensor
 from fxfuse.analysis.rules import find, recurrent
 from fxfuse.transform.layout import Layout
 from fxfuse.transform.resizing.literals import argument
 from fxfuse.transform.resizing.operands import require, same, spread
-from fxfuse.transform.resizing.state import WideGraph, cannot_write
+from fxfuse.transform.resizing.state import ResizedGraph, cannot_write
 
 
-def recur(wide: WideGraph, node: fx.Node) -> Any:
+def recur(wide: ResizedGraph, node: fx.Node) -> Any:
     """Recurrent layers: every gate has its rows in the order of the units."""
     x, hx, *rest = cast("tuple[Any, ...]", node.args)
     states: list[fx.Node] = list(hx) if isinstance(hx, list | tuple) else [hx]
@@ -60,11 +60,11 @@ def recur(wide: WideGraph, node: fx.Node) -> Any:
 
 
 def _direction(
-    wide: WideGraph, node: fx.Node, part: recurrent.Weights, incoming: Layout | None
+    wide: ResizedGraph, node: fx.Node, part: recurrent.Weights, incoming: Layout | None
 ) -> tuple[Layout, Layout]:
     """Brings the parameters of one direction into order; layouts of both of its states."""
     gates = recurrent.GATES[node.target]
-    inner: Value = wide.values[part.inner]
+    inner: AbstractTensor = wide.values[part.inner]
     size = inner.shape[0] // gates
     units = hidden = wide.units.index_layout(inner, 0, np.arange(size))
     rows = units
@@ -75,7 +75,7 @@ def _direction(
     for operand in (part.recurrent, *part.biases):
         require(wide, node, operand, 0, rows)
     if part.projection is not None:
-        value: Value = wide.values[part.projection]
+        value: AbstractTensor = wide.values[part.projection]
         hidden = wide.units.index_layout(value, 0, np.arange(value.shape[0]))
         require(wide, node, part.projection, 0, hidden)
         require(wide, node, part.projection, 1, units)

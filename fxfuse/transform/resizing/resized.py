@@ -45,7 +45,7 @@ def resized_of(graph: CouplingGraph, plan: FusionPlan) -> Resized | None:
         plan: Says how many units each group has, and which.
 
     Raises:
-        RewriteError: As for `widen`.
+        RewriteError: As for `emit_resized`.
     """
     if not copies_of(graph, plan.sizes()):
         return None
@@ -77,10 +77,10 @@ def emit_fused(
         A module in eval mode that owns `state`.
 
     Raises:
-        RewriteError: As for `widen`.
+        RewriteError: As for `emit_resized`.
         NotEmittedError: The captured graph is a trace, which holds for its example only.
     """
     resized = resized_of(graph, plan)
     if resized is None:
-        return emit(graph.captured, state)
-    return emit_graph(graph.captured, state, copy_graph(resized.graph), resized.constants)
+        return emit(graph.program, state)
+    return emit_graph(graph.program, state, copy_graph(resized.graph), resized.constants)

@@ -21,7 +21,7 @@ from fxfuse.transform.resizing.units import Units, values_in
 Layouts = dict[int, Layout]
 
 
-class WideGraph:
+class ResizedGraph:
     """A copy of the members' graph on its way to the concatenated one.
 
     Attributes:
@@ -59,7 +59,7 @@ class WideGraph:
         self.split: dict[fx.Node, list[fx.Node]] = {}
         self._own: dict[tuple[str, int], fx.Node] = {}
         self.mapping: dict[fx.Node, fx.Node] = {}
-        self.graph = copy_graph(analysis.captured.graph, self.mapping)
+        self.graph = copy_graph(analysis.program.graph, self.mapping)
 
     def layout_of(self, node: Any) -> Layouts:
         """Layouts of an operand; a parameter that has none yet gets the default ones."""
@@ -74,9 +74,9 @@ class WideGraph:
 
     def parameter_places(self, node: fx.Node) -> Iterator[tuple[int, Place]]:
         """Each dimension of a parameter or buffer with its place; nothing for a constant."""
-        name = self.analysis.captured.canonical.get(str(node.target))
+        name = self.analysis.program.canonical.get(str(node.target))
         if name is not None:
-            for dim in range(self.analysis.captured.tensor(name).dim()):
+            for dim in range(self.analysis.program.tensor(name).dim()):
                 yield dim, (name, dim)
 
     def place_layout(self, place: Place) -> Layout:
@@ -102,7 +102,7 @@ class WideGraph:
 
     def own_tensor(self, operand: fx.Node, member: int) -> fx.Node:
         """A node that reads a member's own tensor in place of `operand`, which reads the fused."""
-        name = member_name(self.analysis.captured, member, str(operand.target))
+        name = member_name(self.analysis.program, member, str(operand.target))
         if (name, member) not in self._own:
             node = self.graph.get_attr(name)
             node.meta.update(operand.meta)

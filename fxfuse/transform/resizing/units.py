@@ -9,14 +9,14 @@ import numpy as np
 import torch.utils._pytree as pytree
 
 from fxfuse.analysis.coupling import CouplingGraph, Index
-from fxfuse.analysis.labels import Field, Value, neurons
+from fxfuse.analysis.labels import AbstractTensor, DimLabels, neurons
 from fxfuse.transform.layout import Copies, Layout, run_layout
 
 
-def values_in(value: Any) -> list[Value]:
+def values_in(value: Any) -> list[AbstractTensor]:
     """The tensors that the value of a node is or holds."""
-    leaves = pytree.tree_leaves(value, is_leaf=lambda x: isinstance(x, Value))
-    return [x for x in leaves if isinstance(x, Value)]
+    leaves = pytree.tree_leaves(value, is_leaf=lambda x: isinstance(x, AbstractTensor))
+    return [x for x in leaves if isinstance(x, AbstractTensor)]
 
 
 class Units:
@@ -29,16 +29,16 @@ class Units:
     """
 
     def __init__(self, analysis: CouplingGraph, copies: Copies) -> None:
-        self.component: Index = analysis.ledger.components()
+        self.component: Index = analysis.coupling.components()
         # One more than there are units: number -1, no unit, is none that grows.
         self._grows = np.zeros(int(self.component.max(initial=-1)) + 2, dtype=bool)
         self.count: Index = np.ones(len(self._grows), dtype=np.int64)
         self._names: dict[int, str] = {}
-        ledger = analysis.ledger
-        for owner, (name, dim) in enumerate(ledger.owners):
+        coupling = analysis.coupling
+        for owner, (name, dim) in enumerate(coupling.owners):
             for group in analysis.group_of.get((name, dim), ()):
                 if group.name in copies:
-                    units = self.component[ledger.starts[owner] + group.index[(name, dim)]]
+                    units = self.component[coupling.starts[owner] + group.index[(name, dim)]]
                     self._grows[units] = True
                     self.count[units] = copies[group.name][:, None]
                     self._names.update(dict.fromkeys(units.reshape(-1).tolist(), group.name))
@@ -58,11 +58,11 @@ class Units:
                 found.update(self._names[unit] for unit in units.tolist() if unit >= 0)
         return sorted(found)
 
-    def along(self, value: Value, dim: int) -> Index | None:
+    def along(self, value: AbstractTensor, dim: int) -> Index | None:
         """The unit of each index along a dimension, int64 [size]; None where it has no labels."""
         return next((self._line(f, dim) for f in value.fields if dim in f.dims), None)
 
-    def _line(self, f: Field, dim: int) -> Index:
+    def _line(self, f: DimLabels, dim: int) -> Index:
         ids = neurons(f.ids)
         for other in f.dims:
             if other != dim:
@@ -70,7 +70,7 @@ class Units:
         line: Index = self.component[ids.reshape(-1).numpy()]
         return line
 
-    def order(self, value: Value, dim: int) -> bytes | None:
+    def order(self, value: AbstractTensor, dim: int) -> bytes | None:
         """Which units stand along a dimension, if the dimension is one that grows."""
         for f in value.fields:
             if dim in f.dims:
@@ -84,16 +84,16 @@ class Units:
                     return units.tobytes() + bytes([value.rank - dim])
         return None
 
-    def _is_one_unit(self, f: Field) -> bool:
+    def _is_one_unit(self, f: DimLabels) -> bool:
         units = np.unique(self.component[neurons(f.ids).numpy()])
         return len(units) == 1 and int(units[0]) in self.free
 
-    def free_units(self, f: Field) -> Index:
+    def free_units(self, f: DimLabels) -> Index:
         """The unit of each place of a field; -1 where it is none that grows."""
         units = self.component[neurons(f.ids).numpy()]
         return np.where(self.grow(units), units, -1)
 
-    def growing(self, f: Field) -> int | None:
+    def growing(self, f: DimLabels) -> int | None:
         """The dimension along which a field grows when it is given a new layout."""
         units = self.free_units(f)
         if bool((units < 0).all()):
@@ -108,7 +108,7 @@ class Units:
             ),
         )
 
-    def run_layout(self, f: Field, dim: int) -> Layout | None:
+    def run_layout(self, f: DimLabels, dim: int) -> Layout | None:
         """A new layout of a field: the copies of each run of a unit's neurons in one piece.
 
         None where neurons of one index have different numbers of copies: that is no tensor.
@@ -120,7 +120,7 @@ class Units:
             return None
         return run_layout(units, self.count)
 
-    def index_layout(self, value: Value, dim: int, indices: Index) -> Layout:
+    def index_layout(self, value: AbstractTensor, dim: int, indices: Index) -> Layout:
         """A new layout of some indices: copies next to each other, one where nothing grows."""
         units = self.along(value, dim)
         found = units[indices] if units is not None else np.full(len(indices), -1)

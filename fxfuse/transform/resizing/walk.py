@@ -9,7 +9,7 @@ import torch
 from torch import fx
 
 from fxfuse.analysis.coupling import CouplingGraph
-from fxfuse.analysis.labels import Value
+from fxfuse.analysis.labels import AbstractTensor
 from fxfuse.analysis.rules import (
     Rule,
     contraction,
@@ -34,11 +34,11 @@ from fxfuse.transform.resizing.grouping import group, halve, patch
 from fxfuse.transform.resizing.joining import join, overwrite, pad
 from fxfuse.transform.resizing.movement import index, move, pick
 from fxfuse.transform.resizing.recurrence import recur
-from fxfuse.transform.resizing.state import Layouts, WideGraph, has_tensor
+from fxfuse.transform.resizing.state import Layouts, ResizedGraph, has_tensor
 
 #: Widens one node of the members' graph: rewrites its copy in the wide graph, and returns the
 #: layouts of the result (a list of them where the node returns a list).
-Handler = Callable[[WideGraph, fx.Node], Any]
+Handler = Callable[[ResizedGraph, fx.Node], Any]
 
 #: By the rule of the operator; every other operator hands layouts on (`carry`).
 _HANDLERS: Mapping[Rule | None, Handler] = {
@@ -64,7 +64,7 @@ _HANDLERS: Mapping[Rule | None, Handler] = {
 }
 
 
-def widen(
+def emit_resized(
     graph: CouplingGraph, plan: FusionPlan, states: Sequence[Mapping[str, torch.Tensor]]
 ) -> FusedModule:
     """Emits the concatenation of the members.
@@ -89,7 +89,7 @@ def widen(
 
     each = [tensors for _, tensors in of_each(states, kept)]
     own = {n: [tensors[n] for tensors in each] for n in names}
-    return emit_graph(graph.captured, state, wide.graph, wide.orders, own)
+    return emit_graph(graph.program, state, wide.graph, wide.orders, own)
 
 
 def apart_names(graph: CouplingGraph, plan: FusionPlan) -> tuple[str, ...]:
@@ -100,10 +100,10 @@ def apart_names(graph: CouplingGraph, plan: FusionPlan) -> tuple[str, ...]:
         plan: Its `mixing` is `per_member`.
 
     Raises:
-        RewriteError: As for `widen`.
+        RewriteError: As for `emit_resized`.
     """
     names = walk_of(graph, plan).own_tensors()
-    return tuple(n for n in graph.captured.names if graph.captured.canonical[n] in names)
+    return tuple(n for n in graph.program.names if graph.program.canonical[n] in names)
 
 
 def output_layouts(graph: CouplingGraph, plan: FusionPlan) -> list[Layouts]:
@@ -114,11 +114,11 @@ def output_layouts(graph: CouplingGraph, plan: FusionPlan) -> list[Layouts]:
         plan: Says how many units each group has.
 
     Raises:
-        RewriteError: As for `widen`.
+        RewriteError: As for `emit_resized`.
     """
     wide = walk_of(graph, plan)
-    outputs = [n for n in graph.captured.outputs() if isinstance(n, fx.Node)]
-    return [wide.layout_of(n) for n in outputs if isinstance(graph.values[n], Value)]
+    outputs = [n for n in graph.program.outputs() if isinstance(n, fx.Node)]
+    return [wide.layout_of(n) for n in outputs if isinstance(graph.values[n], AbstractTensor)]
 
 
 def settle(graph: CouplingGraph, sizes: Mapping[str, int]) -> tuple[dict[str, int], dict[str, str]]:
@@ -138,7 +138,7 @@ def settle(graph: CouplingGraph, sizes: Mapping[str, int]) -> tuple[dict[str, in
     settled, refused = dict(sizes), dict[str, str]()
     own = {group.name: group.n_units for group in graph.groups}
     while True:
-        wide = WideGraph(graph, copies_of(graph, settled))
+        wide = ResizedGraph(graph, copies_of(graph, settled))
         stuck = _first_obstacle(wide)
         if stuck is None:
             return settled, refused
@@ -151,8 +151,8 @@ def settle(graph: CouplingGraph, sizes: Mapping[str, int]) -> tuple[dict[str, in
             refused[name] = f"{error.why} ({error.where})"
 
 
-def _first_obstacle(wide: WideGraph) -> tuple[fx.Node, RewriteError] | None:
-    for node in wide.analysis.captured.graph.nodes:
+def _first_obstacle(wide: ResizedGraph) -> tuple[fx.Node, RewriteError] | None:
+    for node in wide.analysis.program.graph.nodes:
         try:
             _step(wide, node)
         except RewriteError as error:
@@ -175,41 +175,41 @@ def blank(
         plan: A plan of these sizes, whose `mixing` counts; None: all members' units together.
 
     Raises:
-        RewriteError: As for `widen`.
+        RewriteError: As for `emit_resized`.
     """
     wide = walk_at(graph, copies_of(graph, sizes)) if plan is None else walk_of(graph, plan)
-    captured = graph.captured
+    program = graph.program
 
     def made(name: str) -> torch.Tensor:
-        tensor = captured.tensor(name)
+        tensor = program.tensor(name)
         shape = list(tensor.shape)
         for dim in range(tensor.dim()):
-            if (captured.canonical[name], dim) in wide.resized:
-                shape[dim] = wide.place_layout((captured.canonical[name], dim)).size
+            if (program.canonical[name], dim) in wide.resized:
+                shape[dim] = wide.place_layout((program.canonical[name], dim)).size
         return empty(shape, tensor.dtype)
 
     names = wide.own_tensors()
-    state = {name: made(name) for name in captured.names if captured.canonical[name] not in names}
+    state = {name: made(name) for name in program.names if program.canonical[name] not in names}
     own: dict[str, list[torch.Tensor]] = {}
     for name in names:
         members = range(plan.n_members if plan else 0)
-        each = (graph.of_member(member).captured.tensor(name) for member in members)
+        each = (graph.of_member(member).program.tensor(name) for member in members)
         own[name] = [empty(tensor.shape, tensor.dtype) for tensor in each]
-    return emit_graph(captured, state, wide.graph, wide.orders, own)
+    return emit_graph(program, state, wide.graph, wide.orders, own)
 
 
-def walk_of(graph: CouplingGraph, plan: FusionPlan) -> WideGraph:
+def walk_of(graph: CouplingGraph, plan: FusionPlan) -> ResizedGraph:
     """The concatenated graph of a plan, written.
 
     Raises:
-        RewriteError: As for `widen`.
+        RewriteError: As for `emit_resized`.
     """
     copies = copies_of(graph, plan.sizes())
     if plan.mixing == "joint":
         return walk_at(graph, copies)
     apart = Apart(graph, plan, copies)
     while True:
-        wide = WideGraph(graph, copies, apart)
+        wide = ResizedGraph(graph, copies, apart)
         stuck = _first_obstacle(wide)
         if stuck is None:
             write_outputs(wide)
@@ -225,26 +225,26 @@ def walk_of(graph: CouplingGraph, plan: FusionPlan) -> WideGraph:
             raise error
 
 
-def walk_at(graph: CouplingGraph, copies: Copies) -> WideGraph:
+def walk_at(graph: CouplingGraph, copies: Copies) -> ResizedGraph:
     """The network with so many copies of each unit, written for all of them at once.
 
     Raises:
-        RewriteError: As for `widen`.
+        RewriteError: As for `emit_resized`.
     """
-    wide = WideGraph(graph, copies)
-    for node in graph.captured.graph.nodes:
+    wide = ResizedGraph(graph, copies)
+    for node in graph.program.graph.nodes:
         _step(wide, node)
     return wide
 
 
-def _step(wide: WideGraph, node: fx.Node) -> None:
+def _step(wide: ResizedGraph, node: fx.Node) -> None:
     if node.op == "call_function" and has_tensor(wide.values[node]):
         wide.layouts[node] = _widened(wide, node)
     elif node.op != "output":
         wide.layouts[node] = {}
 
 
-def _widened(wide: WideGraph, node: fx.Node) -> Any:
+def _widened(wide: ResizedGraph, node: fx.Node) -> Any:
     if wide.apart is not None and node in wide.apart.nodes:
         return run_apart(wide, node)
     first = node.args[0] if node.args else None

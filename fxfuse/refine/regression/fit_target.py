@@ -14,7 +14,7 @@ from torch import fx
 from fxfuse.activations.layers import Layer, layers_of, name_of, reads_of
 from fxfuse.analysis.rules import find, movement
 from fxfuse.analysis.rules.registry import argument_of
-from fxfuse.graph.capture import Captured
+from fxfuse.graph.capture import Program
 
 aten = torch.ops.aten
 
@@ -65,7 +65,7 @@ class Norm:
 
 
 @dataclass(frozen=True)
-class Route:
+class FitTarget:
     """What a layer is fitted to.
 
     Attributes:
@@ -84,7 +84,7 @@ class Route:
     skip: fx.Node | None
     aim: fx.Node
     cut: tuple[float, float] = (-inf, inf)
-    partner: Route | None = None
+    partner: FitTarget | None = None
 
     @property
     def output(self) -> fx.Node:
@@ -96,19 +96,19 @@ class Route:
         """Whether the output can be shifted, by a bias or by the norm."""
         return self.norm is not None or bool(self.layer.bias)
 
-    def alone(self) -> Route:
+    def alone(self) -> FitTarget:
         """The same layer, fitted to its own output."""
-        return Route(self.layer, self.norm, (), None, self.output, _cut_behind(self.output))
+        return FitTarget(self.layer, self.norm, (), None, self.output, _cut_behind(self.output))
 
 
-def routes_of(captured: Captured) -> tuple[Route, ...]:
+def routes_of(program: Program) -> tuple[FitTarget, ...]:
     """A route for each layer, in graph order."""
-    order = {node: place for place, node in enumerate(captured.graph.nodes)}
-    reads, routes = reads_of(captured), []
+    order = {node: place for place, node in enumerate(program.graph.nodes)}
+    reads, routes = reads_of(program), []
     #: Routes that lead to a sum of which the other operand comes later, by that operand's sum.
-    early: dict[fx.Node, Route] = {}
-    for layer in layers_of(captured):
-        route = _route(captured, layer, reads)
+    early: dict[fx.Node, FitTarget] = {}
+    for layer in layers_of(program):
+        route = _route(program, layer, reads)
         if route.skip is not None and order[route.skip] > order[layer.node]:
             early[route.aim] = route
             route = route.alone()
@@ -118,12 +118,10 @@ def routes_of(captured: Captured) -> tuple[Route, ...]:
     return tuple(routes)
 
 
-def _route(captured: Captured, layer: Layer, reads: Mapping[str, int]) -> Route:
+def _route(program: Program, layer: Layer, reads: Mapping[str, int]) -> FitTarget:
     """The way of a layer to the next sum, whichever operand of it comes first."""
     user = _only_user(layer.node)
-    norm = (
-        None if user is None or layer.node is not user.args[0] else norm_of(captured, user, reads)
-    )
+    norm = None if user is None or layer.node is not user.args[0] else norm_of(program, user, reads)
     output = layer.node if norm is None else norm.node
     chain: list[fx.Node] = []
     node, skip, aim = output, None, output
@@ -139,15 +137,15 @@ def _route(captured: Captured, layer: Layer, reads: Mapping[str, int]) -> Route:
         node = user
     if skip is None:
         chain = []
-    return Route(layer, norm, tuple(chain), skip, aim, _cut_behind(aim))
+    return FitTarget(layer, norm, tuple(chain), skip, aim, _cut_behind(aim))
 
 
-def norm_of(captured: Captured, node: fx.Node, reads: Mapping[str, int]) -> Norm | None:
+def norm_of(program: Program, node: fx.Node, reads: Mapping[str, int]) -> Norm | None:
     """The batch norm that a node is, if its tensors are its own (`reads_of`)."""
     if node.target is not _BATCH_NORM:
         return None
     names = [
-        name_of(captured, _argument(node, n))
+        name_of(program, _argument(node, n))
         for n in ("weight", "bias", "running_mean", "running_var")
     ]
     own = [n for n in names if n is not None and reads[n] == 1]

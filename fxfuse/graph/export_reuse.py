@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from fxfuse.graph.capture import Captured
+from fxfuse.graph.capture import Program
 from fxfuse.graph.module_checks import check_alike, check_model, state_of
 from fxfuse.graph.rebuild import rebuild
 
@@ -36,13 +36,13 @@ _MAPPINGS = (dict, OrderedDict)
 
 
 def captured_each(
-    members: Sequence[object], captured: Callable[[Any, Captured | None], Captured]
-) -> list[Captured]:
+    members: Sequence[object], program: Callable[[Any, Program | None], Program]
+) -> list[Program]:
     """Checks members and captures them; twins of the first one are not exported again.
 
     Args:
         members: What is to be captured, or is already.
-        captured: Captures one, given it and what the first one became.
+        program: Captures one, given it and what the first one became.
 
     Raises:
         CaptureError: A member is of a kind that cannot be captured.
@@ -50,20 +50,20 @@ def captured_each(
         MemberMismatchError: Members differ in the dtypes or devices of tensors.
     """
     for member in members:
-        if not isinstance(member, Captured):
+        if not isinstance(member, Program):
             check_model(member)
     check_alike(members)
-    found: list[Captured] = []
+    found: list[Program] = []
     for member in members:
         first = found[0] if found else None
         # One that was given may have been captured with other inputs.
-        known = first is not None and not isinstance(members[0], Captured)
-        twin = captured_twin(found[0], member) if known else None
-        found.append(twin or captured(member, first))
+        known = first is not None and not isinstance(members[0], Program)
+        twin = reuse_export(found[0], member) if known else None
+        found.append(twin or program(member, first))
     return found
 
 
-def captured_twin(first: Captured, model: object) -> Captured | None:
+def reuse_export(first: Program, model: object) -> Program | None:
     """A model captured without `torch.export`, where the graph of another module is its own.
 
     Args:
@@ -73,7 +73,7 @@ def captured_twin(first: Captured, model: object) -> Captured | None:
     Returns:
         What `capture` would return; None if that has to be asked.
     """
-    if not first.is_program or not isinstance(model, nn.Module) or first.source is None:
+    if not first.is_exported or not isinstance(model, nn.Module) or first.source is None:
         return None
     if not are_twins(first.source, model):
         return None
