@@ -18,19 +18,19 @@ PAGE = Path(__file__).resolve().parent.parent / "docs" / "errors.md"
 _HEAD = """# Errors
 
 Every error that fxfuse raises on purpose is a `fxfuse.FxfuseError` with four parts: `what` went
-wrong, `where` (graph node and source line, parameter, file or option), `why`, and `how` to mend it.
+wrong, `where` (graph node and source line, parameter, file or option), `why`, and `how` to fix it.
 On the command line bad input exits with 2, and no traceback is shown; `FXFUSE_DEBUG=1` shows it. A
 fault of fxfuse exits with 70.
 
-| error | cause | how it is mended, mostly |
+| error | cause | usual fix |
 | --- | --- | --- |
 """
 
 
 def parts(kind: type[FxfuseError]) -> tuple[str, str]:
-    """Cause and mend of a class, from its docstring."""
-    cause, _, mend = (inspect.getdoc(kind) or "").partition("\n\nMend: ")
-    return " ".join(cause.split()), " ".join(mend.split())
+    """Cause and fix of a class, from its docstring."""
+    cause, _, fix = (inspect.getdoc(kind) or "").partition("\n\nFix: ")
+    return " ".join(cause.split()), " ".join(fix.split())
 
 
 def classes() -> list[type[FxfuseError]]:

@@ -13,7 +13,7 @@ from torch import fx, nn
 from torch.fx.passes.infra.pass_base import PassResult
 
 import fxfuse
-from fxfuse.errors import ControlError
+from fxfuse.errors import OptionError
 from fxfuse.runtime import StackBranches, fxfuse_backend
 
 aten = torch.ops.aten
@@ -270,7 +270,7 @@ def test_the_entry_point_leads_here():
 )
 def test_bad_options(options: dict[str, Any], message: str):
     module = torch.fx.symbolic_trace(nn.Linear(2, 2))
-    with pytest.raises(ControlError, match=message):
+    with pytest.raises(OptionError, match=message):
         fxfuse_backend(module, [torch.randn(2, 2)], options=options)
 
 

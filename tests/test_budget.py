@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 import fxfuse
-from fxfuse.errors import ControlError
+from fxfuse.errors import OptionError
 from fxfuse.planning.allocation import best_of_all
 
 FIRST, SECOND = "0.weight:0", "2.weight:0"
@@ -106,7 +106,7 @@ def test_pruning_and_parameters_with_a_global_budget(members: list[fxfuse.Progra
     ],
 )
 def test_bad_input(members: list[fxfuse.Program], options: dict[str, object], match: str):
-    with pytest.raises(ControlError, match=match):
+    with pytest.raises(OptionError, match=match):
         fxfuse.fuse(members, **options)
 
 

@@ -15,7 +15,7 @@ from fxfuse.activations import NodeRunner, elimination, unit_activations
 from fxfuse.activations.calibration import Calibration
 from fxfuse.activations.elimination import eliminate
 from fxfuse.activations.layers import layers_of
-from fxfuse.errors import CalibrationError
+from fxfuse.errors import InputError
 from fxfuse.refine.targets import Targets
 from tests.models import excite
 from tests.nets import SmallResNet
@@ -234,7 +234,7 @@ def test_a_copy_of_a_unit_goes_before_any_other():
 )
 def test_inputs_that_do_not_fit(inputs: Any, message: str):
     program = fxfuse.capture(excite(SmallResNet(), images(4)), images(4))
-    with pytest.raises(CalibrationError, match=message) as caught:
+    with pytest.raises(InputError, match=message) as caught:
         Calibration.of(program, inputs)
     assert caught.value.how
 
@@ -251,7 +251,7 @@ def test_as_many_inputs_as_are_allowed():
     endless = itertools.repeat(images(50))
     with pytest.warns(UserWarning, match=r"the first 150 calibration inputs are taken"):
         assert Calibration.of(program, endless, limit=150).size == 150
-    with pytest.raises(CalibrationError, match="are none"):
+    with pytest.raises(InputError, match="are none"):
         Calibration.of(program, images(4), limit=0)
 
 
@@ -309,9 +309,9 @@ def test_a_part_keeps_its_copies_and_gradients_have_none():
 )
 def test_no_copies_are_made_of_other_inputs(module: nn.Module, inputs: torch.Tensor):
     program = fxfuse.capture(module, inputs[:2])
-    with pytest.raises(CalibrationError, match="no augmented copies"):
+    with pytest.raises(InputError, match="no augmented copies"):
         Calibration.of(program, inputs, copies=1)
-    with pytest.raises(CalibrationError, match="-1 copies"):
+    with pytest.raises(InputError, match="-1 copies"):
         Calibration.of(program, inputs, copies=-1)
 
 
@@ -351,6 +351,6 @@ def test_an_activation_that_is_nan_is_named():
     for m in members:
         nn.init.constant_(m.first.bias, 9.0)
     result = fxfuse.fuse(members, torch.rand(4, 4))
-    with pytest.raises(CalibrationError, match="not a number") as caught:
+    with pytest.raises(InputError, match="not a number") as caught:
         fxfuse.refine.refit(result, members, torch.full((200, 4), -100.0))
     assert "aten.log" in caught.value.where

@@ -20,7 +20,7 @@ from fxfuse.cli import show
 from fxfuse.cli.app import app
 from fxfuse.cli.lazy import COMMANDS
 from fxfuse.cli.zoo import make_inputs, make_model, parse_model_args
-from fxfuse.errors import ExampleInputError, ModelFactoryError
+from fxfuse.errors import InputError, OptionError
 from fxfuse.members.checkpoint import read_state_dict
 
 MODELS = """
@@ -697,7 +697,7 @@ def test_model_arguments_are_literals_or_text():
 
 @pytest.mark.parametrize("pair", ["a", "=1", "1a=2", "a b=1"])
 def test_malformed_model_arguments(pair):
-    with pytest.raises(ModelFactoryError, match="key=value"):
+    with pytest.raises(OptionError, match="key=value"):
         parse_model_args([pair])
 
 
@@ -733,5 +733,5 @@ def test_inputs_from_files(tmp_path):
 @pytest.mark.parametrize("content", [{}, [], {"x": torch.ones(1), "y": torch.ones(1)}, [1], "text"])
 def test_input_files_that_hold_no_inputs(tmp_path, content):
     torch.save(content, tmp_path / "in.pt")
-    with pytest.raises(ExampleInputError, match="neither one tensor"):
+    with pytest.raises(InputError, match="neither one tensor"):
         make_inputs(str(tmp_path / "in.pt"))

@@ -18,7 +18,7 @@ from fxfuse.activations.calibration import Calibration
 from fxfuse.activations.elimination import covariance_at, size_of, weights_at
 from fxfuse.activations.streams import streams
 from fxfuse.activations.units import consumer_inputs, consumers_of
-from fxfuse.errors import CalibrationError, PlanError
+from fxfuse.errors import InputError, PlanError
 from fxfuse.members.fingerprint import digest_of
 from tests.models import excite
 from tests.nets import resnets
@@ -259,5 +259,5 @@ def test_without_streams_it_is_the_transplant() -> None:
 
 
 def test_it_needs_calibration_inputs() -> None:
-    with pytest.raises(CalibrationError, match="components"):
+    with pytest.raises(InputError, match="components"):
         fxfuse.fuse(members(2), tokens(2), variant="components")

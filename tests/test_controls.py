@@ -18,7 +18,7 @@ from fxfuse.analysis.constraints import Constraints
 from fxfuse.analysis.labels import Kind
 from fxfuse.cli.app import app
 from fxfuse.cli.options import parse_output_dims
-from fxfuse.errors import ControlError
+from fxfuse.errors import OptionError
 from fxfuse.members.checkpoint import read_state_dict
 from tests.nets import SmallResNet, images, resnets
 
@@ -295,7 +295,7 @@ def test_units_that_are_handed_out_follow_the_width(width: float):
     if width < 1:
         pruned = fxfuse.prune(members[0], x, output_dims={0: ()}, width=width)
         assert pruned.module(x).shape == shape
-        with pytest.raises(ControlError, match="handed out"):
+        with pytest.raises(OptionError, match="handed out"):
             fxfuse.fuse(
                 members, x, output_dims={0: ()}, method="auto", calibration=torch.randn(100, 5)
             )
@@ -346,16 +346,16 @@ def test_a_fused_feature_extractor_hands_out_the_units_of_the_plan():
     ],
 )
 def test_bad_options(options: dict[str, object], message: str):
-    with pytest.raises(ControlError, match=message):
+    with pytest.raises(OptionError, match=message):
         fxfuse.analyze(resnets(1)[0], images(), **options)
-    with pytest.raises(ControlError, match=message):
+    with pytest.raises(OptionError, match=message):
         fxfuse.fuse(resnets(2), images(), **options)
 
 
 def test_output_dims_on_the_command_line():
     assert parse_output_dims(["0=1,2", "3=", "1=-1"]) == {0: (1, 2), 3: (), 1: (-1,)}
     for text in ("0", "a=1", "0=b", "=1"):
-        with pytest.raises(ControlError, match="cannot be read"):
+        with pytest.raises(OptionError, match="cannot be read"):
             parse_output_dims([text])
 
 

@@ -12,7 +12,7 @@ from torch import nn
 import fxfuse
 from fxfuse import verify
 from fxfuse.analysis.labels import Kind
-from fxfuse.errors import UnknownTensorError
+from fxfuse.errors import OptionError
 from tests.nets import images, resnets
 
 
@@ -150,7 +150,7 @@ def test_explain(graph: fxfuse.CouplingGraph):
 def test_explaining_what_is_not_there_is_an_error(
     graph: fxfuse.CouplingGraph, place: tuple[str, int]
 ):
-    with pytest.raises(UnknownTensorError):
+    with pytest.raises(OptionError):
         graph.explain(*place)
 
 

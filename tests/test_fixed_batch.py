@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 import fxfuse
-from fxfuse.errors import BatchSizeError
+from fxfuse.errors import InputError
 from tests.layers import LAYERS
 
 X = torch.randn(2, 3, generator=torch.Generator().manual_seed(0))
@@ -36,7 +36,7 @@ def test_a_fixed_batch_is_refused_at_another_size(how, tmp_path):
         fxfuse.save(result, tmp_path / "fused")
         module = fxfuse.load(tmp_path / "fused")
     assert torch.equal(module(X), expected)
-    with pytest.raises(BatchSizeError, match="input input"):
+    with pytest.raises(InputError, match="input input"):
         module(torch.cat([X, X]))
 
 

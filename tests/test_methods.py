@@ -16,10 +16,9 @@ from torchvision.models import DenseNet, VisionTransformer
 import fxfuse
 from fxfuse.analysis.coupling import CouplingGraph
 from fxfuse.errors import (
-    CalibrationError,
-    ControlError,
+    InputError,
     MissingDependencyError,
-    UnknownMethodError,
+    OptionError,
 )
 from fxfuse.planning.methods import Options
 from fxfuse.planning.methods._clusters import Clusters
@@ -316,21 +315,21 @@ def test_without_a_fraction_the_host_is_the_network_itself():
 @pytest.mark.parametrize(
     ("method", "wrong", "error", "message"),
     [
-        ("transplant", {"fraction": 1.5}, ControlError, "fraction 1.5"),
-        ("transplant", {"fraction": float("nan")}, ControlError, "fraction nan"),
-        ("transplant", {"fraction": 0.5, "variant": "iterative"}, ControlError, "contradict"),
-        ("transplant", {"fraction": 0.5, "base_member": 2}, ControlError, "no member 2"),
-        ("weight_matching", {"reference": 2}, ControlError, "reference member 2"),
-        ("weight_matching", {"reference": -1}, ControlError, "reference member -1"),
-        ("weight_matching", {"reference": "median"}, ControlError, "'median'"),
-        ("optimal_transport", {"reference": "mean"}, ControlError, "no reference"),
-        ("optimal_transport", {"regularisation": 0.0}, ControlError, "regularisation 0.0"),
-        ("optimal_transport", {"variant": "features"}, UnknownMethodError, "weights, activations"),
-        ("average", {"variant": "iterative"}, UnknownMethodError, "no variants"),
-        ("zip", {"variant": "within"}, UnknownMethodError, "across"),
-        ("zip", {}, CalibrationError, "'zip' needs calibration inputs"),
-        ("activation_matching", {}, CalibrationError, "calibration="),
-        ("optimal_transport", {"variant": "activations"}, CalibrationError, "calibration="),
+        ("transplant", {"fraction": 1.5}, OptionError, "fraction 1.5"),
+        ("transplant", {"fraction": float("nan")}, OptionError, "fraction nan"),
+        ("transplant", {"fraction": 0.5, "variant": "iterative"}, OptionError, "contradict"),
+        ("transplant", {"fraction": 0.5, "base_member": 2}, OptionError, "no member 2"),
+        ("weight_matching", {"reference": 2}, OptionError, "reference member 2"),
+        ("weight_matching", {"reference": -1}, OptionError, "reference member -1"),
+        ("weight_matching", {"reference": "median"}, OptionError, "'median'"),
+        ("optimal_transport", {"reference": "mean"}, OptionError, "no reference"),
+        ("optimal_transport", {"regularisation": 0.0}, OptionError, "regularisation 0.0"),
+        ("optimal_transport", {"variant": "features"}, OptionError, "weights, activations"),
+        ("average", {"variant": "iterative"}, OptionError, "no variants"),
+        ("zip", {"variant": "within"}, OptionError, "across"),
+        ("zip", {}, InputError, "'zip' needs calibration inputs"),
+        ("activation_matching", {}, InputError, "calibration="),
+        ("optimal_transport", {"variant": "activations"}, InputError, "calibration="),
     ],
 )
 def test_wrong_options_are_named(
@@ -351,7 +350,7 @@ def test_activations_that_do_not_fit():
     }
     for message, tensors in bad.items():
         options = Options(activations={**good, name: tensors})
-        with pytest.raises(CalibrationError, match=message) as caught:
+        with pytest.raises(InputError, match=message) as caught:
             make_plan(graph, states, "zip", options)
         assert name in caught.value.where
 

@@ -15,7 +15,7 @@ from torchvision.models import SwinTransformer
 
 import fxfuse
 from fxfuse import verify
-from fxfuse.errors import ControlError, PlanError, RewriteError
+from fxfuse.errors import OptionError, PlanError, RewriteError
 from fxfuse.planning.plan import FusionPlan
 from fxfuse.transform.cost import operations_of, parameters_of
 from tests.models import excite, image
@@ -216,7 +216,7 @@ def test_the_wide_method_keeps_everything():
     members = [seeded(Attention, s) for s in range(2)]
     result = fxfuse.fuse(members, TOKENS, method="wide")
     torch.testing.assert_close(result.module(TOKENS), mean_of(members, TOKENS))
-    with pytest.raises(ControlError, match="keeps every unit"):
+    with pytest.raises(OptionError, match="keeps every unit"):
         fxfuse.fuse(members, TOKENS, method="wide", width=1)
 
 
@@ -231,7 +231,7 @@ def test_the_wide_method_keeps_everything():
 )
 def test_members_run_apart_only_where_all_of_them_is_kept(options, why: str):
     members = [seeded(Attention, s) for s in range(2)]
-    with pytest.raises(ControlError, match=why):
+    with pytest.raises(OptionError, match=why):
         fxfuse.fuse(members, TOKENS, **({"mixing": "per_member"} | options))
 
 

@@ -9,7 +9,7 @@ import pytest
 from benchmarks.reliability import killed
 from fxfuse.common import output
 from fxfuse.common.output import atomic_folder, check_output, write_text
-from fxfuse.errors import OutputExistsError
+from fxfuse.errors import OutputError
 
 NAMES = ("a.txt", "b.txt")
 
@@ -75,7 +75,7 @@ def test_an_error_leaves_the_earlier_result(tmp_path):
 
 def test_an_existing_folder_is_refused(tmp_path):
     write(tmp_path / "out", "one")
-    with pytest.raises(OutputExistsError, match="--force"):
+    with pytest.raises(OutputError, match="--force"):
         write(tmp_path / "out", "two")
     assert (tmp_path / "out" / "a.txt").read_text() == "one"
 
@@ -91,7 +91,7 @@ def test_force_replaces_the_whole_folder(tmp_path):
 def test_force_never_deletes_files_of_the_user(tmp_path):
     write(tmp_path / "out", "one")
     (tmp_path / "out" / "thesis.tex").write_text("years of work")
-    with pytest.raises(OutputExistsError, match=r"thesis\.tex"):
+    with pytest.raises(OutputError, match=r"thesis\.tex"):
         write(tmp_path / "out", "two", force=True)
     assert contents(tmp_path) == ["out", "out/a.txt", "out/thesis.tex"]
 
@@ -102,7 +102,7 @@ def test_force_replaces_neither_files_nor_links(tmp_path):
     (tmp_path / "link").symlink_to(tmp_path / "folder")
     (tmp_path / "dangling").symlink_to(tmp_path / "nowhere")
     for name in ("file", "link", "dangling"):
-        with pytest.raises(OutputExistsError, match="not a folder"):
+        with pytest.raises(OutputError, match="not a folder"):
             check_output(tmp_path / name, NAMES, force=True)
 
 
@@ -113,7 +113,7 @@ def test_a_folder_that_appears_meanwhile_is_not_overwritten(tmp_path):
             (tmp_path / "out").mkdir()
             (tmp_path / "out" / "a.txt").write_text("theirs")
 
-    with pytest.raises(OutputExistsError):
+    with pytest.raises(OutputError):
         race()
     assert contents(tmp_path) == ["out", "out/a.txt"]
     assert (tmp_path / "out" / "a.txt").read_text() == "theirs"
@@ -185,7 +185,7 @@ def test_what_appears_at_the_last_moment_is_not_lost(
     if not exchanges:
         monkeypatch.setattr(output, "_exchange", lambda one, other: False)
     with (
-        pytest.raises(OutputExistsError, match="exists already"),
+        pytest.raises(OutputError, match="exists already"),
         atomic_folder(path, ["a"], force=force) as folder,
     ):
         (folder / "a").write_text("ours")

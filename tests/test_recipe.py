@@ -17,7 +17,7 @@ from fxfuse.cli.lazy import COMMANDS
 from fxfuse.cli.recipe import Recipe, example, read_recipe, run, write_recipe
 from fxfuse.cli.recipe.run import FILES
 from fxfuse.cli.recipe.text import parse_recipe
-from fxfuse.errors import FxfuseError, OutputExistsError, RecipeError
+from fxfuse.errors import FxfuseError, OptionError, OutputError
 from fxfuse.members.checkpoint import read_state_dict, write_state_dict
 from tests.models import excite
 
@@ -181,7 +181,7 @@ def test_a_file_that_has_changed_is_named(work: Path) -> None:
     state["0.bias"] = state["0.bias"] + 1
     write_state_dict(work / "b.safetensors", state)
     before = (work / "fused" / WEIGHTS).read_bytes()
-    with pytest.raises(RecipeError, match=r"b\.safetensors"):
+    with pytest.raises(OptionError, match=r"b\.safetensors"):
         run(again, force=True)
     assert (work / "fused" / WEIGHTS).read_bytes() == before
 
@@ -212,7 +212,7 @@ def test_nothing_is_written_where_something_is_wrong(work: Path) -> None:
             run(recipe)
         assert sorted(p.name for p in work.iterdir()) == before, more
     run(recipe_in(work))
-    with pytest.raises(OutputExistsError):
+    with pytest.raises(OutputError):
         run(recipe_in(work))
 
 
@@ -249,7 +249,7 @@ def test_a_mistake_is_named_with_its_line(
     text: str, line: int | None, said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(RecipeError) as found:
+    with pytest.raises(OptionError) as found:
         parse_recipe(text, "recipe.yaml")
     assert said in str(found.value)
     assert found.value.where == ("recipe.yaml" if line is None else f"recipe.yaml, line {line}")
@@ -257,7 +257,7 @@ def test_a_mistake_is_named_with_its_line(
 
 
 def test_every_mistake_is_named(tmp_path: Path) -> None:
-    with pytest.raises(RecipeError, match="2 mistakes") as found:
+    with pytest.raises(OptionError, match="2 mistakes") as found:
         parse_recipe(GOOD + "sed: 3\nfuse:\n  widht: 2\n")
     assert "line 6, sed" in found.value.why
     said = "line 8, fuse.widht: there is no such field; did you mean width?"

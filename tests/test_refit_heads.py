@@ -8,7 +8,7 @@ from sklearn.datasets import load_digits
 from torch import nn
 
 import fxfuse
-from fxfuse.errors import MemberMismatchError, PartialFusionError
+from fxfuse.errors import MemberError, OptionError
 from fxfuse.refine import RefitReport, finetune, refit
 from tests.nets import SmallResNet, images
 from tests.test_partial import HEADS, member, one_trunk, tower
@@ -156,7 +156,7 @@ def test_a_refit_afterwards_is_the_same():
     for name, tensor in at_once.state_dict().items():
         assert torch.equal(tensor, later.state_dict()[name]), name
     assert report.layers == at_once.refit.layers
-    with pytest.raises(MemberMismatchError, match=r"member 0(.|\n)*heads\.0\.head\.weight"):
+    with pytest.raises(MemberError, match=r"member 0(.|\n)*heads\.0\.head\.weight"):
         refit(later, members[::-1], x)
 
 
@@ -210,11 +210,11 @@ def test_obs_knows_that_a_heads_own_norm_has_nothing_for_units_of_others():
 
 def test_what_needs_one_task_is_refused():
     members, x = plain(), torch.randn(200, 6)
-    with pytest.raises(PartialFusionError, match="choose a start") as caught:
+    with pytest.raises(OptionError, match="choose a start") as caught:
         fxfuse.fuse(members, x[:4], heads=["head"], method="auto", calibration=x)
     assert "refit=True" in caught.value.how
     labelled = [(x, torch.zeros(200, dtype=torch.int64))]
-    with pytest.raises(PartialFusionError, match="one loss"):
+    with pytest.raises(OptionError, match="one loss"):
         fxfuse.fuse(members, x[:4], heads=["head"], score="taylor", calibration=labelled)
 
 

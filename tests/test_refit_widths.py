@@ -12,7 +12,7 @@ import fxfuse
 from fxfuse.activations import NodeRunner
 from fxfuse.activations.calibration import Calibration
 from fxfuse.analysis.labels import AbstractTensor
-from fxfuse.errors import ControlError, RefineError
+from fxfuse.errors import OptionError, RefineError
 from fxfuse.refine import refit
 from fxfuse.refine.regression.counterpart import counterparts
 from fxfuse.refine.regression.fit_target import routes_of
@@ -210,7 +210,7 @@ def test_auto_at_a_members_width_still_has_every_start():
 
 def test_alignment_stays_at_a_members_width():
     members, x = members_for("flat"), inputs_for("flat", 4)
-    with pytest.raises(ControlError, match="weight_matching"):
+    with pytest.raises(OptionError, match="weight_matching"):
         fxfuse.fuse(members, x, method="weight_matching", width=0.5)
 
 

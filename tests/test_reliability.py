@@ -18,7 +18,7 @@ import fxfuse
 from benchmarks.fuzz import fuzz
 from fxfuse.common.output import atomic_folder
 from fxfuse.common.output_lock import locked
-from fxfuse.errors import OutputBusyError
+from fxfuse.errors import OutputError
 from fxfuse.members.checkpoint import read_state_dict
 from tests.nets import resnets
 
@@ -154,7 +154,7 @@ def test_a_writer_that_was_killed_locks_nothing(tmp_path: Path, number: signal.S
     child = command(sys.executable, "-c", HOLD, tmp_path / "out")
     assert child.stdout is not None
     assert child.stdout.readline() == "ready\n"
-    with pytest.raises(OutputBusyError), locked(tmp_path / "out"):
+    with pytest.raises(OutputError), locked(tmp_path / "out"):
         pass
     child.send_signal(number)
     child.communicate()

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 import fxfuse
-from fxfuse.errors import CalibrationError, MemberMismatchError, PartialFusionError
+from fxfuse.errors import InputError, MemberError, OptionError
 from fxfuse.refine import recalibrate, repair
 
 IMAGES = torch.randn(120, 2, 6, 6, generator=torch.Generator().manual_seed(1)) + 0.3
@@ -132,14 +132,14 @@ def test_a_dead_unit_is_left_dead():
 def test_other_members_or_inputs_are_refused():
     members = plain(1, 2)
     result = fxfuse.fuse(members, IMAGES[:4])
-    with pytest.raises(MemberMismatchError):
+    with pytest.raises(MemberError):
         repair(result, members[:1], IMAGES)
-    with pytest.raises(CalibrationError):
+    with pytest.raises(InputError):
         repair(result, members, IMAGES[:, :1])
 
 
 def test_several_heads_are_refused():
     members = plain(1, 2)
     result = fxfuse.fuse(members, IMAGES[:4], heads=["head"])
-    with pytest.raises(PartialFusionError):
+    with pytest.raises(OptionError):
         repair(result, members, IMAGES)

@@ -15,7 +15,7 @@ from torchvision import datasets as vision
 from torchvision.transforms.functional import to_pil_image
 
 from fxfuse.cli.sources import Data, Preparation, absolute, read_data
-from fxfuse.errors import CheckpointPickleError, DataError, MissingDependencyError
+from fxfuse.errors import CheckpointError, InputError, MissingDependencyError
 
 X = torch.arange(24, dtype=torch.float32).reshape(6, 4)
 Y = torch.arange(6) % 3
@@ -110,13 +110,13 @@ def test_a_folder_of_images(pictures: Path) -> None:
 
 def test_images_that_do_not_fit(pictures: Path, tmp_path: Path) -> None:
     to_pil_image(torch.zeros(3, 9, 9, dtype=torch.uint8)).save(pictures / "dog" / "large.png")
-    with pytest.raises(DataError, match="differ in size"):
+    with pytest.raises(InputError, match="differ in size"):
         read_data(str(pictures))
     assert read_data(str(pictures), Preparation(size=(4, 4))).inputs[0].shape == (7, 3, 4, 4)
-    with pytest.raises(DataError, match="2 means"):
+    with pytest.raises(InputError, match="2 means"):
         read_data(str(pictures), Preparation(size=(4, 4), mean=(0.1, 0.2)))
     (tmp_path / "empty").mkdir()
-    with pytest.raises(DataError, match="no folder of images"):
+    with pytest.raises(InputError, match="no folder of images"):
         read_data(str(tmp_path / "empty"))
 
 
@@ -133,9 +133,9 @@ def test_a_data_set_of_torchvision(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert read_data(f"torchvision:Own:{tmp_path}").inputs[0].shape == (5, 1, 4, 4)
     assert len(read_data(f"torchvision:Own:{tmp_path}:train")) == 8
     assert len(read_data(f"torchvision:Own:{tmp_path}:test", Preparation(limit=3))) == 3
-    with pytest.raises(DataError, match="no data set 'Nothing'"):
+    with pytest.raises(InputError, match="no data set 'Nothing'"):
         read_data(f"torchvision:Nothing:{tmp_path}")
-    with pytest.raises(DataError, match="nothing is downloaded"):
+    with pytest.raises(InputError, match="nothing is downloaded"):
         read_data(f"torchvision:MNIST:{tmp_path}")
 
 
@@ -186,13 +186,13 @@ def test_what_cannot_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
         ("absent.npy", "cannot be read"),
         ("builtins:dict", "inputs are not found"),
     ):
-        with pytest.raises(DataError) as found:
+        with pytest.raises(InputError) as found:
             read_data(spec)
         assert said in str(found.value), spec
     torch.save(torch.nn.ReLU(), "module.pt")
-    with pytest.raises(CheckpointPickleError):
+    with pytest.raises(CheckpointError):
         read_data("module.pt")
-    with pytest.raises(DataError, match="labels"):
+    with pytest.raises(InputError, match="labels"):
         Data((X,)).require_labels("here")
 
 

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 import fxfuse
-from fxfuse.errors import MemberMismatchError
+from fxfuse.errors import MemberError
 from fxfuse.graph.export_reuse import are_twins, reuse_export
 from fxfuse.verify.check import tensors_of
 from tests.nets import SmallResNet, images, resnets
@@ -147,5 +147,5 @@ def test_strangers(how: str):
 def test_another_program_is_refused_as_before():
     first, other = Net(), Net()
     other.config.scale = 3.0
-    with pytest.raises(MemberMismatchError, match="member 1 differs from member 0"):
+    with pytest.raises(MemberError, match="member 1 differs from member 0"):
         fxfuse.fuse([first, other], inputs())

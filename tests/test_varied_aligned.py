@@ -17,7 +17,7 @@ from fxfuse.activations import unit_activations
 from fxfuse.activations.calibration import Calibration
 from fxfuse.analysis.coupling import CouplingGraph, analyze
 from fxfuse.analysis.multi_width import multi_width
-from fxfuse.errors import ControlError
+from fxfuse.errors import OptionError
 from fxfuse.planning.methods import Options
 from fxfuse.planning.options import State
 from fxfuse.planning.plan import FusionPlan, UnitMap
@@ -343,7 +343,7 @@ def test_a_member_without_a_block_has_no_units_in_it(method: str):
     x = inputs_of("mlp")
     shallow, deep = (Residual(blocks, 6, 5, 4).double().eval() for blocks in (1, 2))
     deep.load_state_dict({**deep.state_dict(), **shallow.state_dict()})
-    with pytest.raises(ControlError, match=r"lacks this block(.|\n)*pass reference=1"):
+    with pytest.raises(OptionError, match=r"lacks this block(.|\n)*pass reference=1"):
         fxfuse.fuse([shallow, deep], x[:4], method=method)
     result = fxfuse.fuse([shallow, deep], x[:4], method=method, reference=1)
     torch.testing.assert_close(
@@ -359,9 +359,9 @@ def test_a_member_without_a_block_has_no_units_in_it(method: str):
 def test_what_has_no_meaning_is_named():
     x = inputs_of("mlp")
     members = [made(mlp, width, seed, x) for seed, width in enumerate((5, 9))]
-    with pytest.raises(ControlError, match="leave the width out, or use"):
+    with pytest.raises(OptionError, match="leave the width out, or use"):
         fxfuse.fuse(members, x[:4], method="weight_matching", width=1)
-    with pytest.raises(ControlError, match="variant 'across' of zip has no width"):
+    with pytest.raises(OptionError, match="variant 'across' of zip has no width"):
         fxfuse.fuse(members, x[:4], method="zip", variant="across", calibration=x, width=1)
-    with pytest.raises(ControlError, match="no reference"):
+    with pytest.raises(OptionError, match="no reference"):
         fxfuse.fuse(members, x[:4], method="optimal_transport", reference="mean")

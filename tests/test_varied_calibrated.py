@@ -13,7 +13,7 @@ from fxfuse.activations import elimination, unit_activations
 from fxfuse.activations.calibration import Calibration
 from fxfuse.analysis.coupling import analyze
 from fxfuse.analysis.multi_width import multi_width
-from fxfuse.errors import MemberMismatchError, RefineError
+from fxfuse.errors import MemberError, RefineError
 from fxfuse.refine import match, refit, repair
 from fxfuse.transform.layout import copies_of, place_units
 from tests.models import excite, image
@@ -185,7 +185,7 @@ def test_refit_repair_and_match_take_results_of_different_widths():
     match(result.module, members, x, outputs="values", steps=10)
     assert refitted < 0.5 * plain
     assert far(result.module, members, x) < plain
-    with pytest.raises(MemberMismatchError, match="member 0 is not one of those"):
+    with pytest.raises(MemberError, match="member 0 is not one of those"):
         refit(result, members[::-1], x)
 
 

@@ -18,7 +18,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import fxfuse
 from fxfuse.analysis.coupling import CouplingGraph
-from fxfuse.errors import ControlError, RewriteError, WidthError
+from fxfuse.errors import OptionError, RewriteError
 from fxfuse.planning.methods import Options
 from fxfuse.planning.plan import FusionPlan, UnitMap
 from fxfuse.planning.planner import make_plan
@@ -231,12 +231,12 @@ def test_budgets_are_met(members: list[nn.Module]) -> None:
 
 @pytest.mark.parametrize("width", [0, -1, 3.01, float("nan"), float("inf"), 0.01])
 def test_widths_that_no_network_has(members: list[nn.Module], width: float) -> None:
-    with pytest.raises(WidthError, match="width"):
+    with pytest.raises(OptionError, match="width"):
         fxfuse.fuse(members, X, width=width)
 
 
 def test_a_budget_that_cannot_be_met_says_the_smallest(members: list[nn.Module]) -> None:
-    with pytest.raises(WidthError, match=r"smallest network has [0-9,]+ parameters"):
+    with pytest.raises(OptionError, match=r"smallest network has [0-9,]+ parameters"):
         fxfuse.fuse(members, X, max_params=10)
 
 
@@ -251,7 +251,7 @@ def test_a_budget_that_cannot_be_met_says_the_smallest(members: list[nn.Module])
     ],
 )
 def test_bad_options(members: list[nn.Module], options: dict[str, object], match: str) -> None:
-    with pytest.raises(ControlError, match=match):
+    with pytest.raises(OptionError, match=match):
         fxfuse.fuse(members, X, **options)  # type: ignore[arg-type]
 
 

@@ -12,7 +12,7 @@ import torch
 import torch.utils._pytree as pytree
 
 from fxfuse.activations.augment import Augment, default_augment
-from fxfuse.errors import CalibrationError
+from fxfuse.errors import InputError
 from fxfuse.graph.capture import Program
 
 #: Below this many inputs regressions are noisy (issue 4 asks for 100 to 1,000).
@@ -101,7 +101,7 @@ class Calibration:
             copies: How many augmented copies of each input are looked at as well.
 
         Raises:
-            CalibrationError: There are none, or they are not what the network was captured with,
+            InputError: There are none, or they are not what the network was captured with,
                 or not finite; or copies are asked for of what is neither images nor signals.
 
         Warns of fewer than `FEW` inputs, and of more than `limit`.
@@ -266,5 +266,5 @@ def _picked(whole: Any, chosen: slice | torch.Tensor) -> Any:
     return pytree.tree_map(pick, whole)
 
 
-def _error(what: str, why: str, how: str, where: str = "calibration inputs") -> CalibrationError:
-    return CalibrationError(what, where=where, why=why, how=how)
+def _error(what: str, why: str, how: str, where: str = "calibration inputs") -> InputError:
+    return InputError(what, where=where, why=why, how=how)

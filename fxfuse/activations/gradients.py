@@ -11,7 +11,7 @@ import torch.utils._pytree as pytree
 from torch import nn
 from torch.func import functional_call
 
-from fxfuse.errors import CalibrationError
+from fxfuse.errors import InputError
 from fxfuse.graph.capture import Program
 from fxfuse.graph.eager import eval_mode
 from fxfuse.graph.example import first_line
@@ -47,7 +47,7 @@ def gradients(
         Means over the batches; a parameter that the loss does not depend on has gradient 0.
 
     Raises:
-        CalibrationError: There are no batches or no labels, the network or the loss rejects a
+        InputError: There are no batches or no labels, the network or the loss rejects a
             batch, or the loss is not finite.
     """
     state = program.once(program.state() if state is None else state)
@@ -66,7 +66,7 @@ def gradients(
                 square[name] += gradient.abs() ** 2
         count += 1
     if not count:
-        raise CalibrationError(
+        raise InputError(
             "there are no labelled calibration inputs",
             why="gradients are taken on batches of them, and none was given",
             how="pass calibration= with batches (inputs, labels)",
@@ -84,7 +84,7 @@ def _has_gradient(tensor: torch.Tensor) -> bool:
 def _labelled(batch: Any) -> tuple[tuple[Any, ...], torch.Tensor]:
     pair = batch if isinstance(batch, tuple | list) else ()
     if len(pair) != 2 or not isinstance(pair[1], torch.Tensor):
-        raise CalibrationError(
+        raise InputError(
             "labels are missing",
             where=f"a batch of type {type(batch).__name__}",
             why="this score needs the gradient of the cross-entropy, which compares logits with "
@@ -112,7 +112,7 @@ def _loss(
         logits = next(x for x in pytree.tree_leaves(answer) if isinstance(x, torch.Tensor))
         loss = nn.functional.cross_entropy(logits, labels)
     except (RuntimeError, ValueError, TypeError, IndexError, AssertionError) as error:
-        raise CalibrationError(
+        raise InputError(
             "a labelled batch does not fit the network",
             where=f"inputs {[tuple(x.shape) for x in inputs if isinstance(x, torch.Tensor)]}, "
             f"labels {tuple(labels.shape)} of {labels.dtype}",
@@ -121,7 +121,7 @@ def _loss(
             "is fine), and int64 labels [b, *] for logits [b, classes, *]",
         ) from error
     if not bool(torch.isfinite(loss)):
-        raise CalibrationError(
+        raise InputError(
             "the loss on the calibration inputs is not finite",
             why=f"the cross-entropy of a batch is {loss.item()}",
             how="check the inputs, and that the labels are class numbers",

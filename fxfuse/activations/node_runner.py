@@ -13,7 +13,7 @@ from torch import fx
 from fxfuse.activations.calibration import Calibration
 from fxfuse.activations.parts import part_of, view_chain_of
 from fxfuse.activations.spill_store import MEMORY, SpillStore, Stored
-from fxfuse.errors import CalibrationError
+from fxfuse.errors import InputError
 from fxfuse.graph.capture import Program
 from fxfuse.graph.source_lines import source_of
 
@@ -83,7 +83,7 @@ class NodeRunner:
         """Runs all nodes up to and with `node`.
 
         Raises:
-            CalibrationError: An activation is not finite; names the node.
+            InputError: An activation is not finite; names the node.
         """
         end = self.order[self.asked_as.get(node, node)]
         while self.done <= end:
@@ -195,7 +195,7 @@ class NodeRunner:
             # Masks hold infinities on purpose; NaN is what nothing recovers from.
             for x in pytree.tree_leaves(result) if looked_at else ():
                 if isinstance(x, torch.Tensor) and x.is_floating_point() and _has_nan(x):
-                    raise CalibrationError(
+                    raise InputError(
                         f"an activation of {self.name} is not a number",
                         where=f"{node.name} [{node.target}]  {source_of(node)}".rstrip(),
                         why="NaN appears there on the calibration inputs",

@@ -12,7 +12,7 @@ import torch
 from torch import fx
 
 from fxfuse.analysis.labels import Kind
-from fxfuse.errors import ControlError
+from fxfuse.errors import OptionError
 from fxfuse.graph.capture import Program
 
 #: One pattern, or several.
@@ -87,7 +87,7 @@ def names_like(names: Iterable[str], pattern: str, option: str) -> tuple[str, ..
     """The tensor names that match a pattern.
 
     Raises:
-        ControlError: None does.
+        OptionError: None does.
     """
     names = tuple(names)
     found = tuple(name for name in names if fnmatchcase(name, pattern))
@@ -100,7 +100,7 @@ def names_under(names: Iterable[str], pattern: str, option: str) -> tuple[str, .
     A tensor that the network itself holds lies in no submodule and is matched by its own name.
 
     Raises:
-        ControlError: None does.
+        OptionError: None does.
     """
     names = tuple(names)
     paths = {name: paths_of(name) or (name,) for name in names}
@@ -113,11 +113,11 @@ def nothing_like(pattern: str, option: str, known: Sequence[str], why: str) -> N
     """Raises the error for a pattern that matches nothing, with what comes close to it.
 
     Raises:
-        ControlError: Always.
+        OptionError: Always.
     """
     close = get_close_matches(pattern, known, n=5, cutoff=0.4) or list(known[:5])
     more = f" (and {len(known) - len(close)} more)" if len(known) > len(close) else ""
-    raise ControlError(
+    raise OptionError(
         f"{option}={pattern!r} matches nothing",
         why=why,
         how=f"there are {', '.join(close)}{more}" if known else "the network has no tensors",
@@ -128,7 +128,7 @@ def asked_for(program: Program, constraints: Constraints) -> dict[str, Asked]:
     """What was asked for each tensor, by canonical name.
 
     Raises:
-        ControlError: A pattern matches nothing, or two options contradict each other.
+        OptionError: A pattern matches nothing, or two options contradict each other.
     """
     found: dict[str, Asked] = {}
     for option, patterns, search, kind in (
@@ -145,7 +145,7 @@ def asked_for(program: Program, constraints: Constraints) -> dict[str, Asked]:
 
 def _add(found: dict[str, Asked], program: Program, name: str, asked: Asked) -> None:
     if name in program.heads:
-        raise ControlError(
+        raise OptionError(
             "a head is asked to stay or to be shared",
             where=name,
             why=f"{asked.why}, but every head keeps its own member's weights anyhow",
@@ -156,9 +156,9 @@ def _add(found: dict[str, Asked], program: Program, name: str, asked: Asked) -> 
         raise contradiction(name, earlier.why, asked.why)
 
 
-def contradiction(where: str, first: str, second: str) -> ControlError:
+def contradiction(where: str, first: str, second: str) -> OptionError:
     """The error for something that is to be the base member's and shared at once."""
-    return ControlError(
+    return OptionError(
         "two options contradict each other",
         where=where,
         why=f"{first}, but also {second}",
@@ -170,7 +170,7 @@ def interface_dims(program: Program, constraints: Constraints) -> dict[int, froz
     """The interface dimensions of the outputs that are listed, counted from the front.
 
     Raises:
-        ControlError: There is no such output, or it has no such dimension.
+        OptionError: There is no such output, or it has no such dimension.
     """
     outputs = program.outputs()
     found = {}
@@ -181,7 +181,7 @@ def interface_dims(program: Program, constraints: Constraints) -> dict[int, froz
     }
     for index, dims in constraints.output_dims.items():
         if index not in ranks:
-            raise ControlError(
+            raise OptionError(
                 f"output_dims names output {index}, which the network does not have",
                 how="in flattened order, the network has the outputs "
                 + ", ".join(f"{i} ({rank} dimensions)" for i, rank in ranks.items()),
@@ -189,7 +189,7 @@ def interface_dims(program: Program, constraints: Constraints) -> dict[int, froz
         rank = ranks[index]
         for dim in dims:
             if not -rank <= dim < rank:
-                raise ControlError(
+                raise OptionError(
                     f"output {index} has no dimension {dim}",
                     where=f"output_dims={dict(constraints.output_dims)}",
                     why=f"it has {rank} dimensions",

@@ -149,7 +149,7 @@ class CouplingGraph:
             second: The dimension if `first` is a name; another pair to explain a coupling.
 
         Raises:
-            UnknownTensorError: The network has no such tensor or dimension.
+            OptionError: The network has no such tensor or dimension.
         """
         if isinstance(first, str):
             return self._explainer.one((first, int(second)))
@@ -171,7 +171,7 @@ class CouplingGraph:
         return replace(self, groups=groups, whole=self.whole or self)
 
     def freezing(self, names: Iterable[str], why: str) -> CouplingGraph:
-        """The same analysis with some groups frozen (inside the network: the base member keeps them)."""
+        """The same analysis with some groups frozen: the base member keeps them."""
         chosen = set(names)
         frozen = dict(self.frozen)
         for group in self.groups:
@@ -228,9 +228,9 @@ def analyze(
         Groups, frozen dimensions and explanations.
 
     Raises:
-        ExampleInputError: The model rejects the example inputs.
+        InputError: The model rejects the example inputs.
         CaptureError: The model cannot be captured.
-        ControlError: An option names nothing in the network, or two contradict each other.
+        OptionError: An option names nothing in the network, or two contradict each other.
     """
     program = model
     if not isinstance(program, Program):
@@ -246,7 +246,7 @@ def couple(program: Program, constraints: Constraints) -> CouplingGraph:
         constraints: The options of `analyze`.
 
     Raises:
-        ControlError: An option names nothing in the network, or two contradict each other.
+        OptionError: An option names nothing in the network, or two contradict each other.
     """
     asked = asked_for(program, constraints)
     missing = program.unreached(excused(asked))

@@ -14,7 +14,7 @@ from fxfuse.analysis.coupling_constraints import CouplingConstraints
 from fxfuse.analysis.freezing import FrozenReason
 from fxfuse.analysis.grouping import CouplingGroup
 from fxfuse.analysis.labels import Place
-from fxfuse.errors import UnknownTensorError
+from fxfuse.errors import OptionError
 from fxfuse.graph.capture import Program
 from fxfuse.graph.source_lines import source_of
 
@@ -63,7 +63,7 @@ class Explainer:
         """Why a dimension is free or frozen.
 
         Raises:
-            UnknownTensorError: The network has no such tensor or dimension.
+            OptionError: The network has no such tensor or dimension.
         """
         key = self._place(place)
         lines = [f"{place[0]}, dimension {key[1]}:"]
@@ -95,7 +95,7 @@ class Explainer:
         """The chain of operators that couples two dimensions.
 
         Raises:
-            UnknownTensorError: The network has no such tensor or dimension.
+            OptionError: The network has no such tensor or dimension.
         """
         first, second = self._place(a), self._place(b)
         head = f"{a[0]}, dimension {first[1]} and {b[0]}, dimension {second[1]}"
@@ -110,15 +110,13 @@ class Explainer:
         name, dim = place
         if name not in self.program.canonical:
             close = [n for n in self.program.names if name in n][:5]
-            raise UnknownTensorError(
+            raise OptionError(
                 f"the network has no tensor {name!r}",
                 how="use a name of model.state_dict()" + (f", such as {close}" if close else ""),
             )
         rank = self.program.tensor(name).dim()
         if not -rank <= dim < rank:
-            raise UnknownTensorError(
-                f"{name!r} has no dimension {dim}", why=f"it has {rank} dimensions"
-            )
+            raise OptionError(f"{name!r} has no dimension {dim}", why=f"it has {rank} dimensions")
         return self.program.canonical[name], dim % rank
 
     def _size(self, place: Place) -> int:

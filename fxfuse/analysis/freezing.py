@@ -110,7 +110,7 @@ def frozen_components(
         component: The component of each id.
 
     Raises:
-        ControlError: A component is to be the base member's and shared at once.
+        OptionError: A component is to be the base member's and shared at once.
     """
     heads = _inside_heads(program, coupling, component)
     size = len(heads)

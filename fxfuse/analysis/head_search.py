@@ -12,7 +12,7 @@ from fxfuse.analysis.constraints import Constraints, names_under
 from fxfuse.analysis.coupling import couple
 from fxfuse.analysis.label_spaces import LabelSpaces
 from fxfuse.analysis.labels import AbstractTensor, neurons
-from fxfuse.errors import PartialFusionError
+from fxfuse.errors import OptionError
 from fxfuse.graph.capture import Program
 
 _HOW = "name the modules that write the logits: heads=[...], with head_outputs="
@@ -35,9 +35,9 @@ def find_heads(
         Patterns of the heads, and the dimension.
 
     Raises:
-        ControlError: A pattern matches nothing.
-        NotEmittedError: torch.export refused a member.
-        PartialFusionError: The members return no single tensor, the heads are not found, or the
+        OptionError: A pattern matches nothing.
+        NoGraphError: torch.export refused a member.
+        OptionError: The members return no single tensor, the heads are not found, or the
             classes are not those of the members.
     """
     for member in members:
@@ -46,7 +46,7 @@ def find_heads(
     shapes = [output.meta["val"].shape for output in outputs]
     ranks = {len(shape) for shape in shapes}
     if len(ranks) != 1:
-        raise PartialFusionError(
+        raise OptionError(
             "the members' outputs differ in their number of dimensions",
             why=f"they have {', '.join(map(str, sorted(ranks)))}",
             how="use head_outputs='tuple', which hands them out one by one",
@@ -67,7 +67,7 @@ def find_heads(
     if patterns and not found:
         found = differing or ([1] if rank == 2 else [])
     if len(found) != 1:
-        raise PartialFusionError(
+        raise OptionError(
             "it is not clear which dimension of the output is the classes"
             if found
             else "no layer writes the network's output, index by index",
@@ -86,7 +86,7 @@ def _output(member: Program) -> fx.Node:
     tensors = [node for node in member.outputs() if isinstance(node, fx.Node)]
     if len(tensors) == 1:
         return tensors[0]
-    raise PartialFusionError(
+    raise OptionError(
         f"the members return {len(tensors)} tensors",
         why="logits of several members can only become one tensor where each returns one",
         how="use head_outputs='tuple', or wrap the networks in a module that returns the logits",

@@ -19,7 +19,7 @@ from torch.fx.graph import _PyTreeCodeGen
 
 from fxfuse.analysis.constraints import Patterns, listed, names_under
 from fxfuse.analysis.label_spaces import LabelSpaces
-from fxfuse.errors import PartialFusionError
+from fxfuse.errors import OptionError
 from fxfuse.graph.capture import Program
 from fxfuse.graph.same_network import check_same_network
 from fxfuse.graph.source_lines import source_of
@@ -63,10 +63,10 @@ def join(
         dim: The output's dimension of classes, where they are handed out as one tensor.
 
     Raises:
-        ControlError: A pattern matches nothing.
-        MemberMismatchError: The members' trunks differ.
-        NotEmittedError: torch.export refused a member: its trace cannot be written anew.
-        PartialFusionError: The heads cannot be kept apart from the trunk.
+        OptionError: A pattern matches nothing.
+        MemberError: The members' trunks differ.
+        NoGraphError: torch.export refused a member: its trace cannot be written anew.
+        OptionError: The heads cannot be kept apart from the trunk.
     """
     for member in members:
         member.require_exported()
@@ -229,8 +229,8 @@ def _check_part(part: _Part) -> None:
             )
 
 
-def _error(what: str, where: str, why: str) -> PartialFusionError:
-    return PartialFusionError(
+def _error(what: str, where: str, why: str) -> OptionError:
+    return OptionError(
         what,
         where=where,
         why=why,

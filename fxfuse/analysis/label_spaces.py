@@ -9,7 +9,7 @@ from typing import Any, Literal, get_args
 import torch
 
 from fxfuse.analysis.constraints import Patterns, listed
-from fxfuse.errors import ControlError, PartialFusionError
+from fxfuse.errors import OptionError
 
 #: How the outputs of the members' heads are handed out.
 HeadOutputs = Literal["tuple", "concat", "map"]
@@ -37,19 +37,19 @@ class LabelSpaces:
         """Checks the lists of classes against the sizes of the members' heads.
 
         Raises:
-            PartialFusionError: There are more or fewer lists than members, or names than logits.
+            OptionError: There are more or fewer lists than members, or names than logits.
         """
         if self.outputs != "map":
             return
         if len(self.classes) != len(counts):
-            raise PartialFusionError(
+            raise OptionError(
                 f"{len(self.classes)} lists of classes for {len(counts)} members",
                 where="classes=",
                 how="give one list for each member, in the members' order",
             )
         for number, (names, count) in enumerate(zip(self.classes, counts, strict=True)):
             if len(names) != count:
-                raise PartialFusionError(
+                raise OptionError(
                     f"member {number} has {count} logits, and {len(names)} classes are named",
                     where=f"classes[{number}]",
                     how="name every class of the member once, in the order of its logits",
@@ -88,13 +88,13 @@ class LabelSpaces:
             tensors: For each member, [classes, *]; the first one's if it has no dimension.
 
         Raises:
-            PartialFusionError: They differ in another dimension.
+            OptionError: They differ in another dimension.
         """
         first = tensors[0]
         if not first.dim():
             return first
         if len({tensor.shape[1:] for tensor in tensors}) > 1:
-            raise PartialFusionError(
+            raise OptionError(
                 "the members' heads do not fit into one layer",
                 why=f"they have the shapes {', '.join(str(tuple(t.shape)) for t in tensors)}",
             )
@@ -126,13 +126,13 @@ def label_spaces(
         Patterns of the heads, none where they are to be found, and how they are handed out.
 
     Raises:
-        ControlError: The options contradict each other.
-        PartialFusionError: A member's classes are no list of different names.
+        OptionError: The options contradict each other.
+        OptionError: A member's classes are no list of different names.
     """
     outputs: Any = head_outputs
     if heads in ("concat", "map"):
         if head_outputs not in (None, heads):
-            raise ControlError(
+            raise OptionError(
                 f"heads={heads!r} and head_outputs={head_outputs!r} contradict each other",
                 why=f"{heads!r} is a way of handing out the heads that fxfuse finds",
                 how="leave head_outputs out, or give heads as a list of patterns",
@@ -140,12 +140,12 @@ def label_spaces(
         heads, outputs = (), heads
     outputs = outputs or "tuple"
     if outputs not in get_args(HeadOutputs):
-        raise ControlError(
+        raise OptionError(
             f"head_outputs={outputs!r} is unknown",
             how=f"use one of {', '.join(get_args(HeadOutputs))}",
         )
     if (outputs == "map") != (classes is not None):
-        raise ControlError(
+        raise OptionError(
             "the outputs are mapped to the union of the members' classes"
             if outputs == "map"
             else f"classes are given, and head_outputs is {outputs!r}",
@@ -161,7 +161,7 @@ def _named(classes: Sequence[Sequence[Any]]) -> tuple[tuple[str, ...], ...]:
     found = []
     for number, names in enumerate(classes):
         if isinstance(names, str) or not isinstance(names, Sequence):
-            raise PartialFusionError(
+            raise OptionError(
                 "a member's classes are no list of names",
                 where=f"classes[{number}]",
                 why=f"it is {names!r}",
@@ -170,7 +170,7 @@ def _named(classes: Sequence[Sequence[Any]]) -> tuple[tuple[str, ...], ...]:
         texts = tuple(str(name) for name in names)
         twice = next((name for name in texts if texts.count(name) > 1), None)
         if twice is not None:
-            raise PartialFusionError(
+            raise OptionError(
                 f"member {number} has two classes named {twice!r}",
                 where=f"classes[{number}]",
                 why="a class of the union is the mean of one logit of each member that knows it",

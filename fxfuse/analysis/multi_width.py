@@ -19,7 +19,7 @@ from torch import fx
 
 from fxfuse.analysis.coupling import CouplingGraph, CouplingGroup, MixingNote
 from fxfuse.analysis.labels import AbstractTensor, Kind, Place, neurons
-from fxfuse.errors import ControlError, MemberMismatchError
+from fxfuse.errors import MemberError, OptionError
 from fxfuse.graph.capture import Program
 from fxfuse.graph.source_lines import source_of, where_of
 
@@ -42,7 +42,7 @@ def multi_width(
         `graph` itself where all members have one size.
 
     Raises:
-        MemberMismatchError: The members differ in something else than the number or the size of
+        MemberError: The members differ in something else than the number or the size of
             units.
     """
     keys = [_key(member) for member in members]
@@ -75,13 +75,13 @@ def check_base_member(graph: CouplingGraph, base_member: int) -> None:
         base_member: Number of the member.
 
     Raises:
-        ControlError: It is frozen at another size than member 0's, in whose graph the result is.
+        OptionError: It is frozen at another size than member 0's, in whose graph the result is.
     """
     own = graph.of_member(base_member)
     for (name, dim), reason in graph.frozen.items():
         found = own.frozen[(name, dim)].indices
         if reason.kind is Kind.KEEP_BASE and len(found) != len(reason.indices):
-            raise ControlError(
+            raise OptionError(
                 f"member {base_member} cannot be the base member",
                 where=f"{name}:{dim}",
                 why=f"it has {len(found)} frozen indices there, and member 0, whose graph the "
@@ -181,7 +181,7 @@ def _numbers_apart(
     A scale that follows from a width, say. Each member needs its own.
 
     Raises:
-        MemberMismatchError: The members have the same shapes, so no width decides these numbers.
+        MemberError: The members have the same shapes, so no width decides these numbers.
     """
     shapes = [
         [tuple(g.program.tensor(name).shape) for name in first.program.names]
@@ -217,8 +217,8 @@ def _numbers_apart(
     return found
 
 
-def _mismatch(number: int, where: str, why: str) -> MemberMismatchError:
-    return MemberMismatchError(
+def _mismatch(number: int, where: str, why: str) -> MemberError:
+    return MemberError(
         f"member {number} differs from member 0 in more than its number of units",
         where=where,
         why=why,

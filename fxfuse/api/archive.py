@@ -22,7 +22,7 @@ from typing import Any, NoReturn
 import torch
 from torch.export import ExportedProgram
 
-from fxfuse.errors import CheckpointCorruptError, CheckpointMissingError
+from fxfuse.errors import CheckpointError
 from fxfuse.graph.example import first_line
 
 #: Names of sizes that torch.export gives.
@@ -102,13 +102,13 @@ def read_graph(path: str | Path) -> ExportedProgram:
         path: The file.
 
     Raises:
-        CheckpointMissingError: There is no such file.
-        CheckpointCorruptError: It is damaged, was written by an incompatible version of torch, or
+        CheckpointError: There is no such file.
+        CheckpointError: It is damaged, was written by an incompatible version of torch, or
             holds what `write_graph` does not write.
     """
     path = Path(path)
     if not path.is_file():
-        raise CheckpointMissingError(
+        raise CheckpointError(
             f"there is no graph {path.name}", where=str(path), how="check the path"
         )
     said = _Heard()
@@ -119,12 +119,12 @@ def read_graph(path: str | Path) -> ExportedProgram:
         program = torch.export.load(path)
         _tie(program)
         return program
-    except CheckpointCorruptError:
+    except CheckpointError:
         raise
     # A damaged file breaks torch's reader, JSON and zip in many ways.
     except Exception as error:
         cause = said.error or error
-        raise CheckpointCorruptError(
+        raise CheckpointError(
             f"{path.name} cannot be read",
             where=str(path),
             why=f"{type(cause).__name__}: {first_line(cause)}",
@@ -261,7 +261,7 @@ def _is_known(name: str) -> bool:
 
 
 def _refuse(path: Path, why: str) -> NoReturn:
-    raise CheckpointCorruptError(
+    raise CheckpointError(
         f"{path.name} is not what fxfuse writes, and is not opened",
         where=str(path),
         why=why,

@@ -15,7 +15,7 @@ import torch
 
 from fxfuse.analysis.constraints import Constraints
 from fxfuse.analysis.coupling import CouplingGraph, CouplingGroup, couple
-from fxfuse.errors import MemberMismatchError, RewriteError
+from fxfuse.errors import MemberError, RewriteError
 from fxfuse.graph.capture import Program
 from fxfuse.transform.resizing import program_at
 from fxfuse.verify import EXACT, relative_error
@@ -47,7 +47,7 @@ def as_deepest(members: Sequence[Program]) -> Deepest | None:
         None where all members have the same tensors, or where one of them was traced.
 
     Raises:
-        MemberMismatchError: A member is not the deepest one with residual blocks left out.
+        MemberError: A member is not the deepest one with residual blocks left out.
     """
     names = [set(member.names) for member in members]
     if all(n == names[0] for n in names) or not all(m.is_exported for m in members):
@@ -138,8 +138,8 @@ def _check_answers(
         raise _mismatch(number, other, where, why)
 
 
-def _mismatch(number: int, other: int, where: str, why: str) -> MemberMismatchError:
-    return MemberMismatchError(
+def _mismatch(number: int, other: int, where: str, why: str) -> MemberError:
+    return MemberError(
         f"member {number} is not member {other} with residual blocks left out",
         where=where,
         why=why,

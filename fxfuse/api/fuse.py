@@ -21,7 +21,7 @@ from fxfuse.api.gathered import gathered
 from fxfuse.api.given_plan import check_alone, check_count, check_plan
 from fxfuse.api.result import FusionResult
 from fxfuse.api.soundness import examined, verified
-from fxfuse.errors import CalibrationError, ControlError, PartialFusionError
+from fxfuse.errors import InputError, OptionError
 from fxfuse.graph.capture import Program
 from fxfuse.graph.eager import answers
 from fxfuse.graph.module_checks import check_enough
@@ -186,35 +186,36 @@ def fuse(
         The fused network, its plan and what was verified.
 
     Raises:
-        TooFewMembersError: Fewer than two members, and no plan of one.
-        CheckpointMissingError: A member's file is not there, or cannot be opened.
-        CheckpointCorruptError: A member's file is damaged.
-        CheckpointPickleError: A member's file holds other objects than tensors.
-        CheckpointMismatchError: A member's file does not fit the template.
-        PlanMismatchError: The plan was made for other members; names the first that differs.
+        MemberError: Fewer than two members, and no plan of one.
+        CheckpointError: A member's file is not there, or cannot be opened.
+        CheckpointError: A member's file is damaged.
+        CheckpointError: A member's file holds other objects than tensors.
+        CheckpointError: A member's file does not fit the template.
+        PlanError: The plan was made for other members; names the first that differs.
         PlanError: The plan holds no hashes of its members, or does not fit their network.
-        ExampleInputError: A member rejects the example inputs.
-        UnsupportedTensorError: A member holds sparse or quantised tensors.
-        NoWeightsError: The members are on the meta device.
+        InputError: A member rejects the example inputs.
+        MemberError: A member holds sparse or quantised tensors.
+        MemberError: The members are on the meta device.
         CaptureError: A member cannot be captured.
-        MemberMismatchError: The members are not the same network.
-        UnreachedParametersError: torch.export refuses the members, and the example does not reach
+        MemberError: The members are not the same network.
+        CaptureError: torch.export refuses the members, and the example does not reach
             all of their weights.
-        NonFiniteWeightsError: A member holds NaN or infinity.
-        UnknownMethodError: No such method or variant.
-        UnknownScoreError: No such score.
-        ControlError: An option names nothing in the network, has a value that the method cannot
+        MemberError: A member holds NaN or infinity.
+        OptionError: No such method or variant.
+        OptionError: No such score.
+        OptionError: An option names nothing in the network, has a value that the method cannot
             use, or contradicts another one or the plan.
-        CalibrationError: The method or the score needs calibration inputs, and there are none; or
+        InputError: The method or the score needs calibration inputs, and there are none; or
             no copies can be made of them.
         MissingDependencyError: The method needs a package that is not installed.
-        PartialFusionError: The heads are not found or cannot be kept apart from the trunk, the
+        OptionError: The heads are not found or cannot be kept apart from the trunk, the
             classes are not those of the members, or what is asked for needs members of one task.
-        NothingToFuseError: No parameter has a free dimension.
+        PlanError: No parameter has a free dimension.
         VerificationError: An oracle failed.
         RankError: With `group`: another rank failed, with an error that is not fxfuse's. Every
             other error of one rank is raised on all of them.
-        WidthError: A width is no number in (0, N], leaves a group without a unit, or no width meets
+        OptionError: A width is no number in (0, N], leaves a group without a unit, or no width
+        meets
             the budget.
         RewriteError: The network cannot be written in another size.
     """
@@ -233,7 +234,7 @@ def fuse(
     if not auto:
         find_method(method)
     if not auto and (steps, seconds) != (None, None):
-        raise ControlError(
+        raise OptionError(
             "a budget of steps or seconds is for method='auto'",
             why=f"method {method!r} trains nothing",
             how="use method='auto', or fxfuse.refine.match on the result's module",
@@ -268,7 +269,7 @@ def fuse(
     )
     _check_calibrated(graph, inputs, auto=auto, refit=refit)
     if auto and hands_out(graph, constraints):
-        raise ControlError(
+        raise OptionError(
             "method 'auto' does not work where units are handed out",
             where=f"output_dims={dict(constraints.output_dims)}",
             why="units of an output that is free stand for no others, so there is no ensemble of "
@@ -300,7 +301,7 @@ def fuse(
     else:
         check_plan(plan, graph, states)
         if refit and plan.mixing == "per_member":
-            raise ControlError(
+            raise OptionError(
                 "refit=True is not for this plan",
                 why="members run one by one in its network, so it is exactly their mean",
                 how="leave the refit out",
@@ -357,7 +358,7 @@ def _check_calibrated(
     """Checks that what is asked for can be measured."""
     what = 'method "auto"' if auto else "refit=True"
     if graph.program.heads and auto:
-        raise PartialFusionError(
+        raise OptionError(
             f"{what} does not work with several heads",
             why="the members' heads have other tasks, so there is no one network to choose a start "
             "by and to match",
@@ -367,7 +368,7 @@ def _check_calibrated(
     if not (auto or refit):
         return
     if inputs is None:
-        raise CalibrationError(
+        raise InputError(
             f"{what} needs calibration inputs",
             why="layers are fitted to what the members answer on them",
             how="pass calibration=..., 100 to 1,000 inputs without labels",

@@ -13,7 +13,7 @@ from fxfuse.analysis.head_search import find_heads
 from fxfuse.analysis.heads import join
 from fxfuse.analysis.label_spaces import LabelSpaces
 from fxfuse.api.depth import as_deepest
-from fxfuse.errors import ControlError
+from fxfuse.errors import OptionError
 from fxfuse.graph.capture import Program, capture, capture_eagerly
 from fxfuse.graph.export_reuse import captured_each
 from fxfuse.graph.module_checks import check_finite, check_values
@@ -53,8 +53,8 @@ class Gathered:
         """Checks that all members have values, and finite ones.
 
         Raises:
-            NoWeightsError: A member is on the meta device.
-            NonFiniteWeightsError: A member holds NaN or infinity.
+            MemberError: A member is on the meta device.
+            MemberError: A member holds NaN or infinity.
         """
 
         def check(number: int, state: State) -> None:
@@ -89,7 +89,7 @@ def gathered(
         calibrated: Whether members will run on calibration inputs.
 
     Raises:
-        FxfuseError: What reading, capturing and comparing members raises; a `ControlError` where
+        FxfuseError: What reading, capturing and comparing members raises; a `OptionError` where
             members are not in memory together, as what is asked for needs them.
     """
     several = bool(heads) or spaces.outputs != "tuple"
@@ -146,7 +146,7 @@ def _check_apart(several: bool, why: str, *, calibrated: bool) -> None:
     if not (several or calibrated):
         return
     what = "heads=" if several else "calibration, refit or method 'auto'"
-    raise ControlError(
+    raise OptionError(
         f"{what} needs members in memory",
         why=f"members run for it, and {why}",
         how="load the checkpoints into modules and pass those to one process",

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from fxfuse.analysis.coupling import CouplingGraph, Index
-from fxfuse.errors import ControlError, PlanError, PlanMismatchError
+from fxfuse.errors import OptionError, PlanError
 from fxfuse.members.fingerprint import check_members
 from fxfuse.planning.plan import FusionPlan, UnitMap
 
@@ -42,13 +42,13 @@ def check_alone(function: Callable[..., Any], given: Mapping[str, Any]) -> None:
         given: Every option by name.
 
     Raises:
-        ControlError: An option is given that the plan holds already.
+        OptionError: An option is given that the plan holds already.
     """
     defaults = {name: p.default for name, p in signature(function).parameters.items()}
     for name, value in given.items():
         # No pattern and an empty list of patterns are the same.
         if name not in BESIDE and value != defaults[name] and value not in ([], {}, ()):
-            raise ControlError(
+            raise OptionError(
                 f"{name}={value!r} and a plan are given",
                 why="the plan holds the method, its options, the sizes, and what was asked of the "
                 "analysis",
@@ -60,10 +60,10 @@ def check_count(plan: FusionPlan, count: int) -> None:
     """Checks that there are as many members as a plan was made for.
 
     Raises:
-        PlanMismatchError: There are more or fewer.
+        PlanError: There are more or fewer.
     """
     if count != plan.n_members:
-        raise PlanMismatchError(
+        raise PlanError(
             f"the plan was made for {plan.n_members} members, and {count} are given",
             how="give the networks that were fused, in the same order",
         )
@@ -80,7 +80,7 @@ def check_plan(
         states: For each member, its tensors by name.
 
     Raises:
-        PlanMismatchError: The plan was made for other members.
+        PlanError: The plan was made for other members.
         PlanError: The plan does not say for which members it was made, its groups are not those of
             the network, or a map names a unit that there is not.
     """

@@ -20,7 +20,7 @@ import torch.utils._pytree as pytree
 from torch import nn
 
 from fxfuse.api.literal_changes import Changes, changes_of
-from fxfuse.errors import NoOwnModuleError
+from fxfuse.errors import RewriteError
 from fxfuse.graph.capture import Program
 from fxfuse.graph.eager import answers
 from fxfuse.graph.example import first_line
@@ -69,12 +69,12 @@ def copy_source(source: nn.Module) -> nn.Module:
     """A copy of the user's module.
 
     Raises:
-        NoOwnModuleError: It cannot be copied.
+        RewriteError: It cannot be copied.
     """
     try:
         return copy.deepcopy(source)
     except Exception as error:
-        raise NoOwnModuleError(
+        raise RewriteError(
             f"{type(source).__name__} cannot be copied",
             why=f"{type(error).__name__}: {error}",
             how="build a second model and call result.load_into(model)",
@@ -100,13 +100,13 @@ def resized_copy(
         to the example inputs, and to another number of them where the batch is dynamic.
 
     Raises:
-        NoOwnModuleError: The module cannot be copied, members keep tensors of their own, or no way
+        RewriteError: The module cannot be copied, members keep tensors of their own, or no way
             of setting its numbers makes it answer as `module` does; says what was tried.
     """
     model = copy_source(source)
     missing = next((name for name in program.names if name not in state), None)
     if missing is not None:
-        raise NoOwnModuleError(
+        raise RewriteError(
             f"{type(source).__name__} cannot hold this network",
             where=missing,
             why="each member keeps its own tensor there, and runs on its own",
@@ -126,7 +126,7 @@ def resized_copy(
             return model
         reason = reason or found
     names = ", ".join(attribute.name for attribute in attributes)
-    raise NoOwnModuleError(
+    raise RewriteError(
         f"{type(source).__name__} cannot be built at this width",
         why=f"with the fused tensors it does not answer as result.module does: {reason}"
         + (f"; {tried} ways of setting {names} were tried" if names else ""),

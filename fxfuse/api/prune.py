@@ -14,7 +14,7 @@ from fxfuse.analysis.constraints import Constraints, OutputDims, Patterns
 from fxfuse.analysis.coupling import couple
 from fxfuse.api.result import FusionResult
 from fxfuse.api.soundness import examined, verified
-from fxfuse.errors import ControlError
+from fxfuse.errors import OptionError
 from fxfuse.graph.capture import Program, capture
 from fxfuse.graph.module_checks import check_finite, check_values
 from fxfuse.members.fingerprint import fingerprint
@@ -84,25 +84,26 @@ def prune(
         The pruned network, its plan (of one member, this network) and what was verified.
 
     Raises:
-        ControlError: Neither a width nor a budget is given, or an option names nothing in the
+        OptionError: Neither a width nor a budget is given, or an option names nothing in the
             network or contradicts another one.
-        WidthError: A width is no number in (0, 1], leaves a group without a unit, or no width meets
+        OptionError: A width is no number in (0, 1], leaves a group without a unit, or no width
+        meets
             the budget.
-        ExampleInputError: The network rejects the example inputs.
-        UnsupportedTensorError: The network holds sparse or quantised tensors.
-        NoWeightsError: The network is on the meta device.
+        InputError: The network rejects the example inputs.
+        MemberError: The network holds sparse or quantised tensors.
+        MemberError: The network is on the meta device.
         CaptureError: The network cannot be captured.
-        NotEmittedError: torch.export refuses the network, so it cannot be written in another size.
-        NonFiniteWeightsError: The network holds NaN or infinity.
-        UnknownScoreError: No such score.
-        CalibrationError: The score needs calibration inputs, or labels, and there are none.
-        NothingToFuseError: No parameter has a free dimension.
+        NoGraphError: torch.export refuses the network, so it cannot be written in another size.
+        MemberError: The network holds NaN or infinity.
+        OptionError: No such score.
+        InputError: The score needs calibration inputs, or labels, and there are none.
+        PlanError: No parameter has a free dimension.
         VerificationError: An oracle failed.
         RewriteError: The network cannot be written in another size.
     """
     target = Target(width, max_params, max_flops, round_to, "joint", budget)
     if width is None and not target.is_budget:
-        raise ControlError(
+        raise OptionError(
             "pruning needs a width or a budget",
             why="neither width, max_params nor max_flops is given",
             how="pass width=0.5 to keep half of every layer, for instance",

@@ -13,7 +13,7 @@ from torch import nn
 from fxfuse.analysis.coupling import CouplingGraph
 from fxfuse.analysis.heads import head_name
 from fxfuse.api.own_class import copy_source, resized_copy
-from fxfuse.errors import CheckpointMismatchError, NoOwnModuleError, PartialFusionError
+from fxfuse.errors import CheckpointError, OptionError, RewriteError
 from fxfuse.graph.capture import Program
 from fxfuse.planning.plan import FusionPlan
 from fxfuse.refine import MatchReport, RefitReport
@@ -59,7 +59,7 @@ class FusionResult:
         Its `state_dict()` has the names of a member's, at a member's width the shapes, too.
 
         Raises:
-            NotEmittedError: torch.export refused the members; `to_module` works all the same.
+            NoGraphError: torch.export refused the members; `to_module` works all the same.
         """
         if self._module is None:
             self.graph.program.require_exported()
@@ -82,7 +82,7 @@ class FusionResult:
 
     def _require_one_head(self, name: str) -> None:
         if self.heads:
-            raise PartialFusionError(
+            raise OptionError(
                 f"a network with {self.plan.n_members} heads does not fit {name}",
                 why="the members' class has one head",
                 how="use result.module, or build a class whose state_dict() has the names of "
@@ -100,16 +100,16 @@ class FusionResult:
         outputs, where that answers as they do.
 
         Raises:
-            NoOwnModuleError: Member 0 was an `ExportedProgram`, it cannot be copied, or its class
+            RewriteError: Member 0 was an `ExportedProgram`, it cannot be copied, or its class
                 cannot be built at this width or with these heads; says what was tried.
-            PartialFusionError: The network returns a tuple with an entry for each head.
+            OptionError: The network returns a tuple with an entry for each head.
         """
         if self.heads and self.plan.spaces.outputs == "tuple":
             self._require_one_head("a member's class")
         program = self._member or self.graph.program
         source = program.source
         if source is None:
-            raise NoOwnModuleError(
+            raise RewriteError(
                 "there is no module to copy",
                 why="member 0 was given as an ExportedProgram, which holds no module of your class",
                 how="use result.module, or build your model and call result.load_into(model)",
@@ -135,8 +135,8 @@ class FusionResult:
                 continue
             try:
                 state[name] = self.plan.spaces.merged(tensors)
-            except PartialFusionError as error:
-                raise NoOwnModuleError(
+            except OptionError as error:
+                raise RewriteError(
                     f"{type(member.source).__name__} cannot hold these heads",
                     where=name,
                     why=f"{error.what}: {error.why}",
@@ -148,14 +148,14 @@ class FusionResult:
         """Loads the fused weights into the user's own class, strictly; returns that model.
 
         Raises:
-            CheckpointMismatchError: The model has other tensors.
-            PartialFusionError: The network has several heads, and a member's class only one.
+            CheckpointError: The model has other tensors.
+            OptionError: The network has several heads, and a member's class only one.
         """
         self._require_one_head(type(model).__name__)
         try:
             model.load_state_dict(self.state_dict(), strict=True)
         except RuntimeError as error:
-            raise CheckpointMismatchError(
+            raise CheckpointError(
                 f"the fused network does not fit {type(model).__name__}",
                 why=" ".join(str(error).split()),
                 how="build the model with the arguments that the members were built with, or at "

@@ -11,7 +11,7 @@ from torch import fx
 from fxfuse.api.archive import read_graph, write_graph
 from fxfuse.api.result import FusionResult
 from fxfuse.common.output import atomic_folder
-from fxfuse.errors import CheckpointMismatchError, NotEmittedError, SavedError
+from fxfuse.errors import CheckpointError, NoGraphError
 from fxfuse.graph.capture import capture, export
 from fxfuse.graph.eager import eval_mode
 from fxfuse.members.checkpoint import check_fit, read_state_dict, write_state_dict
@@ -45,9 +45,9 @@ def save(
         force: Whether a folder that holds nothing but such files may be replaced.
 
     Raises:
-        ControlError: There are no example inputs.
-        OutputExistsError: Something is there already that may not be overwritten.
-        OutputBusyError: Another process is writing the folder.
+        OptionError: There are no example inputs.
+        OutputError: Something is there already that may not be overwritten.
+        OutputError: Another process is writing the folder.
         CaptureError: torch.export refuses the network.
     """
     with atomic_folder(folder, FILES, force=force) as work:
@@ -89,22 +89,22 @@ def load(folder: str | Path) -> FusedModule:
         work as before.
 
     Raises:
-        SavedError: There is no such folder, or no network in it.
-        NotEmittedError: It holds weights only, since torch.export refused the members.
-        CheckpointCorruptError: A file is damaged, or not what `save` writes.
-        CheckpointMismatchError: The weights do not fit the graph.
+        CheckpointError: There is no such folder, or no network in it.
+        NoGraphError: It holds weights only, since torch.export refused the members.
+        CheckpointError: A file is damaged, or not what `save` writes.
+        CheckpointError: The weights do not fit the graph.
     """
     folder = Path(folder)
     weights, graph = folder / WEIGHTS, folder / GRAPH
     if not weights.is_file():
-        raise SavedError(
+        raise CheckpointError(
             f"{folder.name or folder} holds no fused network",
             where=str(folder),
             why=f"there is no {WEIGHTS} in it" if folder.is_dir() else "there is no such folder",
             how="name a folder that fxfuse.save or `fxfuse fuse` wrote",
         )
     if not graph.is_file():
-        raise NotEmittedError(
+        raise NoGraphError(
             f"{folder.name} holds weights and no graph",
             where=str(folder),
             why="torch.export refused the members, or graph.pt2 was taken away",
@@ -117,7 +117,7 @@ def load(folder: str | Path) -> FusedModule:
     check_fit(state, own, weights)
     for name, tensor in own.items():
         if state[name].dtype != tensor.dtype:
-            raise CheckpointMismatchError(
+            raise CheckpointError(
                 f"{WEIGHTS} holds another dtype than {GRAPH}",
                 where=f"{name} in {weights}",
                 why=f"it is {state[name].dtype}, the graph's is {tensor.dtype}",

@@ -8,7 +8,7 @@ from math import isfinite
 
 from fxfuse.analysis.coupling import CouplingGraph
 from fxfuse.analysis.freezing import excused
-from fxfuse.errors import NothingToFuseError, VerificationError
+from fxfuse.errors import PlanError, VerificationError
 from fxfuse.graph.capture import check_reached
 from fxfuse.verify import Check, Verification, permutation_of, wrong_groups
 
@@ -21,9 +21,9 @@ def examined(graph: CouplingGraph, *, verify: bool) -> tuple[CouplingGraph, list
         verify: Whether to run the permutation oracle; groups that it cannot move are frozen.
 
     Raises:
-        UnreachedParametersError: The network was traced, and the example does not reach all of its
+        CaptureError: The network was traced, and the example does not reach all of its
             weights.
-        NothingToFuseError: No parameter has a free dimension.
+        PlanError: No parameter has a free dimension.
     """
     check_reached(graph.program, excused(graph.asked))
     checks = []
@@ -38,14 +38,14 @@ def _check_free(graph: CouplingGraph) -> None:
     if graph.groups:
         return
     if not list(graph.program.module.parameters()):
-        raise NothingToFuseError(
+        raise PlanError(
             "nothing in this network can be fused",
             why="it has no parameters",
             how="pass networks with trained weights",
         )
     reasons = [r for r in graph.frozen.values() if r.node]
     reasons.sort(key=lambda reason: reason.interface)
-    raise NothingToFuseError(
+    raise PlanError(
         "nothing in this network can be fused",
         where=f"{reasons[0].node}  {reasons[0].source}".rstrip() if reasons else "",
         why="every dimension of every parameter is frozen"

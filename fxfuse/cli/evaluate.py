@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from fxfuse.cli.report.content import Network
 from fxfuse.cli.sources import Data
-from fxfuse.errors import DataError
+from fxfuse.errors import InputError
 from fxfuse.graph.eager import eval_mode
 from fxfuse.graph.example import first_line
 from fxfuse.refine.batch import logits_of
@@ -58,7 +58,7 @@ def evaluate(
         A row for each network.
 
     Raises:
-        DataError: A network does not take the data.
+        InputError: A network does not take the data.
     """
     wanted = None if data is None or ensemble is None else answers(ensemble, data)
     rows = []
@@ -92,7 +92,7 @@ def beside_members(
     """As `evaluate`, with rows of the members and of their ensemble before those of the networks.
 
     Raises:
-        DataError: A network does not take the data.
+        InputError: A network does not take the data.
     """
     ensemble = Ensemble(members)
     rows: dict[str, nn.Module] = {f"member {i}": member for i, member in enumerate(members)}
@@ -104,7 +104,7 @@ def answers(network: nn.Module, data: Data) -> Tensor:
     """Outputs of a network in eval mode, float32 [n, *], on the CPU.
 
     Raises:
-        DataError: It does not take the data.
+        InputError: It does not take the data.
     """
     found = []
     parameter = next(network.parameters(), None)
@@ -118,7 +118,7 @@ def answers(network: nn.Module, data: Data) -> Tensor:
                 found.append(logits_of(network(*batch)).float().cpu())
             # The network may reject them with anything.
             except Exception as error:
-                raise DataError(
+                raise InputError(
                     "the network does not take the data",
                     where=", ".join(f"{list(x.shape)} {x.dtype}" for x in batch),
                     why=first_line(error),

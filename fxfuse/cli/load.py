@@ -50,7 +50,7 @@ def asked_recipe(
     """The recipe that options of the command line come to.
 
     Raises:
-        RecipeError: An option has a value that it cannot have.
+        OptionError: An option has a value that it cannot have.
     """
     each = parse_member_args(member_arg or (), len(checkpoints))
     members = [

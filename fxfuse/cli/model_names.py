@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import nn
 
-from fxfuse.errors import MissingDependencyError, ModelFactoryError
+from fxfuse.errors import MissingDependencyError, OptionError
 
 #: Files in which `save_pretrained` of transformers keeps weights.
 _CONFIG = "config.json"
@@ -31,7 +31,7 @@ def named_factory(spec: str) -> Callable[..., Any] | None:
 
     Raises:
         MissingDependencyError: The library is not installed.
-        ModelFactoryError: It knows no such network.
+        OptionError: It knows no such network.
     """
     library, _, name = spec.partition(":")
     make = _LIBRARIES.get(library)
@@ -79,7 +79,7 @@ def _timm(name: str) -> Callable[..., Any]:
 def _transformers(folder: str) -> Callable[..., Any]:
     transformers = _library("transformers", "transformers", "pip install transformers")
     if not is_pretrained(Path(folder)):
-        raise ModelFactoryError(
+        raise OptionError(
             f"{folder} is no folder of a transformers network",
             where=folder,
             why="there is no config.json in it",
@@ -117,12 +117,12 @@ def _library(module: str, name: str, how: str) -> Any:
         raise MissingDependencyError(f"{name} is not installed", why=str(error), how=how) from error
 
 
-def _unknown(library: str, name: str, known: list[str]) -> ModelFactoryError:
+def _unknown(library: str, name: str, known: list[str]) -> OptionError:
     # Here, since only a mistake needs it.
     from difflib import get_close_matches
 
     near = get_close_matches(name, known, n=3)
-    return ModelFactoryError(
+    return OptionError(
         f"{library} has no network {name!r}",
         where=f"{library}:{name}",
         why=f"it knows {len(known)} others",

@@ -10,7 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from fxfuse.analysis.constraints import Patterns
-from fxfuse.errors import ControlError
+from fxfuse.errors import OptionError
 from fxfuse.planning.options import Reference
 from fxfuse.planning.widths import Width
 
@@ -176,7 +176,7 @@ def parse_by_group(option: str, texts: Iterable[str]) -> Width | None:
         A number, numbers by pattern, or None where the option is not given.
 
     Raises:
-        ControlError: A text is no number and no PATTERN=WIDTH, or says of one thing two.
+        OptionError: A text is no number and no PATTERN=WIDTH, or says of one thing two.
     """
     found: dict[str, float] = {}
     for text in texts:
@@ -200,7 +200,7 @@ def parse_member_args(texts: Iterable[str], count: int) -> list[list[str]]:
     """Reads `--member-arg`: for each network, its arguments of the form KEY=VALUE.
 
     Raises:
-        ControlError: A text does not begin with the number of a network.
+        OptionError: A text does not begin with the number of a network.
     """
     found: list[list[str]] = [[] for _ in range(count)]
     for text in texts:
@@ -216,7 +216,7 @@ def read_classes(path: Path | None) -> Any:
     """Reads `--classes`; `fxfuse.fuse` checks what the lists hold.
 
     Raises:
-        ControlError: The file holds no JSON list.
+        OptionError: The file holds no JSON list.
     """
     if path is None:
         return None
@@ -234,7 +234,7 @@ def parse_output_dims(texts: Iterable[str]) -> dict[int, tuple[int, ...]]:
     """Reads `--output-dims`.
 
     Raises:
-        ControlError: A text is not of the form OUTPUT=DIM,DIM.
+        OptionError: A text is not of the form OUTPUT=DIM,DIM.
     """
     found = {}
     for text in texts:
@@ -253,7 +253,7 @@ def parse_reference(text: str) -> Reference:
     """Reads `--reference`.
 
     Raises:
-        ControlError: The text is neither a number nor `mean`.
+        OptionError: The text is neither a number nor `mean`.
     """
     if text == "mean":
         return "mean"
@@ -263,5 +263,5 @@ def parse_reference(text: str) -> Reference:
     return int(text)
 
 
-def _unreadable(option: str, text: str, why: str, how: str) -> ControlError:
-    return ControlError(f"{option} {text!r} cannot be read", why=why, how=how)
+def _unreadable(option: str, text: str, why: str, how: str) -> OptionError:
+    return OptionError(f"{option} {text!r} cannot be read", why=why, how=how)

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from fxfuse.cli.model_names import is_pretrained, named_factory
-from fxfuse.errors import ExampleInputError, ModelFactoryError
+from fxfuse.errors import InputError, OptionError
 from fxfuse.graph.tensors import floating_dtype
 from fxfuse.members.checkpoint import load_checkpoint, read_file
 
@@ -38,13 +38,13 @@ def parse_model_args(pairs: Iterable[str]) -> dict[str, Any]:
         Keyword arguments of a model factory.
 
     Raises:
-        ModelFactoryError: A text is not of the form `key=value`.
+        OptionError: A text is not of the form `key=value`.
     """
     arguments: dict[str, Any] = {}
     for pair in pairs:
         key, equals, text = pair.partition("=")
         if not equals or not key.isidentifier():
-            raise ModelFactoryError(
+            raise OptionError(
                 f"a model argument cannot be read: {pair!r}",
                 why="it is not of the form key=value",
                 how="write it like --model-arg num_classes=10",
@@ -68,21 +68,21 @@ def make_model(spec: str, arguments: Mapping[str, Any]) -> nn.Module:
         A model in eval mode.
 
     Raises:
-        ModelFactoryError: The factory cannot be imported or called, or makes no `nn.Module`.
+        OptionError: The factory cannot be imported or called, or makes no `nn.Module`.
         MissingDependencyError: The library of the name is not installed.
     """
     factory = named_factory(spec) or import_object(spec)
     try:
         model = factory(**arguments)
     except Exception as error:
-        raise ModelFactoryError(
+        raise OptionError(
             f"{spec} cannot be called",
             where=f"{spec}({', '.join(f'{k}={v!r}' for k, v in arguments.items())})",
             why=f"{type(error).__name__}: {error}",
             how="pass what the factory needs with --model-arg key=value",
         ) from error
     if not isinstance(model, nn.Module):
-        raise ModelFactoryError(
+        raise OptionError(
             f"{spec} makes a {type(model).__name__}, not a torch.nn.Module",
             where=spec,
             how="name a class or function that returns the network itself",
@@ -99,12 +99,12 @@ def make_member(spec: str, arguments: Mapping[str, Any], checkpoint: Path) -> nn
         checkpoint: A file of weights; for `hf:` also a folder that `save_pretrained` wrote.
 
     Raises:
-        ModelFactoryError: As `make_model`.
+        OptionError: As `make_model`.
         MissingDependencyError: As `make_model`.
-        CheckpointMissingError: There is no such file.
-        CheckpointCorruptError: It is damaged.
-        CheckpointPickleError: It holds other objects than tensors.
-        CheckpointMismatchError: It does not fit the model.
+        CheckpointError: There is no such file.
+        CheckpointError: It is damaged.
+        CheckpointError: It holds other objects than tensors.
+        CheckpointError: It does not fit the model.
     """
     if spec.startswith("hf:") and is_pretrained(checkpoint):
         return make_model(f"hf:{checkpoint}", arguments)
@@ -126,7 +126,7 @@ def make_inputs(spec: str, dtype: torch.dtype = torch.float32) -> tuple[torch.Te
         Positional inputs.
 
     Raises:
-        ExampleInputError: The text is neither a shape nor a file of tensors.
+        InputError: The text is neither a shape nor a file of tensors.
     """
     shape = shape_in(spec)
     if shape is not None:
@@ -168,7 +168,7 @@ def inputs_for(
         dtype: Of a tensor that is made from a shape; None: the network's.
 
     Raises:
-        ExampleInputError: The text is neither a shape nor a file of tensors.
+        InputError: The text is neither a shape nor a file of tensors.
     """
     inputs = make_inputs(spec, dtype or floating_dtype(network.parameters()))
     parameter = next(network.parameters(), None)
@@ -182,11 +182,11 @@ def import_object(spec: str) -> Callable[..., object]:
         spec: `package.module:name`; modules in the working directory are found too.
 
     Raises:
-        ModelFactoryError: It cannot be imported or called.
+        OptionError: It cannot be imported or called.
     """
     module_name, _, attribute = spec.partition(":")
     if not module_name or not attribute:
-        raise ModelFactoryError(
+        raise OptionError(
             f"a name cannot be read: {spec!r}",
             why="it is not of the form package.module:factory",
             how="write it like torchvision.models:resnet18",
@@ -200,14 +200,14 @@ def import_object(spec: str) -> Callable[..., object]:
             value = getattr(value, part)
     # Importing runs the user's module, which may raise anything.
     except Exception as error:
-        raise ModelFactoryError(
+        raise OptionError(
             f"{spec} cannot be imported",
             where=spec,
             why=f"{type(error).__name__}: {error}",
             how=_install_hint(module_name),
         ) from error
     if not callable(value):
-        raise ModelFactoryError(f"{spec} cannot be called: it is a {type(value).__name__}")
+        raise OptionError(f"{spec} cannot be called: it is a {type(value).__name__}")
     factory: Callable[..., object] = value
     return factory
 
@@ -218,8 +218,8 @@ def _install_hint(module_name: str) -> str:
     return "check the spelling, and that the module is installed or in the working directory"
 
 
-def _bad_input(spec: str, why: str) -> ExampleInputError:
-    return ExampleInputError(
+def _bad_input(spec: str, why: str) -> InputError:
+    return InputError(
         f"the example input cannot be read: {spec!r}",
         where=spec,
         why=why,

@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from fxfuse.common.output_lock import locked
-from fxfuse.errors import OutputExistsError
+from fxfuse.errors import OutputError
 
 #: AT_FDCWD and RENAME_EXCHANGE of renameat2(2).
 _HERE, _EXCHANGE = -100, 2
@@ -35,7 +35,7 @@ def check_output(path: str | Path, names: Collection[str], *, force: bool = Fals
             such files is ever replaced.
 
     Raises:
-        OutputExistsError: Something is there already that may not be overwritten.
+        OutputError: Something is there already that may not be overwritten.
     """
     path = Path(path)
     if not os.path.lexists(path):
@@ -68,8 +68,8 @@ def atomic_folder(
         The folder to write into. After an error it is gone, and `path` is as it was.
 
     Raises:
-        OutputExistsError: Something is there already that may not be overwritten.
-        OutputBusyError: Another process is writing it.
+        OutputError: Something is there already that may not be overwritten.
+        OutputError: Another process is writing it.
     """
     path = Path(os.path.abspath(path))
     check_output(path, names, force=force)
@@ -154,7 +154,7 @@ def _swap_in(work: Path, path: Path, names: Collection[str], *, force: bool) -> 
     """Gives a folder its name; what may have appeared under that name meanwhile is not lost.
 
     Raises:
-        OutputExistsError: Something is there that may not be overwritten.
+        OutputError: Something is there that may not be overwritten.
     """
     if not force or not path.exists():
         try:
@@ -190,7 +190,7 @@ def _foreign(folder: Path, names: Collection[str]) -> list[str]:
     return sorted({entry.name for entry in folder.iterdir()} - set(names))
 
 
-def _appeared(path: Path) -> OutputExistsError:
+def _appeared(path: Path) -> OutputError:
     return _exists(path, "it appeared while the result was written", "choose another name")
 
 
@@ -216,5 +216,5 @@ def _settle(path: Path) -> None:
         os.close(handle)
 
 
-def _exists(path: Path, why: str, how: str) -> OutputExistsError:
-    return OutputExistsError(f"{path.name} exists already", where=str(path), why=why, how=how)
+def _exists(path: Path, why: str, how: str) -> OutputError:
+    return OutputError(f"{path.name} exists already", where=str(path), why=why, how=how)

@@ -7,14 +7,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from fxfuse.errors import OutputBusyError
+from fxfuse.errors import OutputError
 
 try:
     import fcntl
 
     _has_locks = True
 except ImportError:
-    # Elsewhere than on POSIX a second writer is found out by `OutputExistsError` only.
+    # Elsewhere than on POSIX a second writer is found out by `OutputError` only.
     _has_locks = False
 
 #: Names that this process holds: a command locks its output before its work, and the writer that it
@@ -34,7 +34,7 @@ def locked(path: str | Path) -> Iterator[None]:
         path: The output.
 
     Raises:
-        OutputBusyError: Another process holds it.
+        OutputError: Another process holds it.
     """
     path = Path(os.path.abspath(path))
     if not _has_locks or path in _held:
@@ -63,7 +63,7 @@ def _acquire(file: Path, path: Path) -> int:
     """Opens and locks the file.
 
     Raises:
-        OutputBusyError: Another process holds it.
+        OutputError: Another process holds it.
     """
     while True:
         handle = os.open(file, os.O_RDWR | os.O_CREAT, 0o666)
@@ -74,7 +74,7 @@ def _acquire(file: Path, path: Path) -> int:
                 return handle
         except BlockingIOError:
             os.close(handle)
-            raise OutputBusyError(
+            raise OutputError(
                 f"{path.name} is being written by another process",
                 where=str(path),
                 why=f"it holds the lock {file.name}",

@@ -21,8 +21,8 @@ from fxfuse.ensemble.walk import changes_tensors, walk
 from fxfuse.ensemble.weights import as_words
 from fxfuse.errors import (
     CaptureError,
-    ControlError,
-    NotEmittedError,
+    NoGraphError,
+    OptionError,
     VerificationError,
 )
 from fxfuse.graph.capture import Program, capture
@@ -77,19 +77,19 @@ def stack(
         for dots; `fxfuse.unstack` gives the members' state dicts. Inputs are never written into.
 
     Raises:
-        TooFewMembersError: Fewer than two members.
-        ControlError: There is no such reduction.
-        ExampleInputError: A member rejects the example inputs.
-        UnsupportedTensorError: A member holds sparse or quantised tensors.
-        NoWeightsError: The members are on the meta device.
-        NotEmittedError: torch.export refuses a member.
-        MemberMismatchError: The members are not the same network.
-        StackError: An output cannot be reduced in that way.
+        MemberError: Fewer than two members.
+        OptionError: There is no such reduction.
+        InputError: A member rejects the example inputs.
+        MemberError: A member holds sparse or quantised tensors.
+        MemberError: The members are on the meta device.
+        NoGraphError: torch.export refuses a member.
+        MemberError: The members are not the same network.
+        RewriteError: An output cannot be reduced in that way.
         VerificationError: An output differs from the members'.
     """
     check_enough(members, "a stack")
     if reduce not in REDUCTIONS:
-        raise ControlError(
+        raise OptionError(
             f"there is no reduction {reduce!r}", how=f"use one of {', '.join(REDUCTIONS)}"
         )
     program = captured_each(
@@ -122,7 +122,7 @@ def _captured(
     try:
         return capture(member, inputs, kwargs, dynamic_shapes=dynamic_shapes, fallback=False)
     except CaptureError as error:
-        raise NotEmittedError(
+        raise NoGraphError(
             "no stack can be written for this network",
             where=type(member).__name__,
             why=f"{error.what}: {error.why}",

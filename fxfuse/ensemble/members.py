@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from fxfuse.ensemble.weights import Inventory, Place, name_in_stack
-from fxfuse.errors import StackError
+from fxfuse.errors import RewriteError
 
 #: Under this key of `GraphModule.meta` a stack keeps its inventory.
 INVENTORY = "fxfuse.stack"
@@ -23,11 +23,11 @@ def unstack(module: nn.Module) -> list[dict[str, torch.Tensor]]:
         that was stacked. As in `nn.Module.state_dict`, tensors share memory with the module.
 
     Raises:
-        StackError: The module is no stack.
+        RewriteError: The module is no stack.
     """
     inventory = getattr(module, "meta", {}).get(INVENTORY)
     if not isinstance(inventory, Inventory):
-        raise StackError(
+        raise RewriteError(
             f"a {type(module).__name__} is no stack",
             why="it does not say where the members' tensors are",
             how="pass what fxfuse.stack returned",

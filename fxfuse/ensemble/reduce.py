@@ -9,7 +9,7 @@ import torch
 from torch import fx
 
 from fxfuse.ensemble.forms import Form, Writer, is_tensor
-from fxfuse.errors import StackError
+from fxfuse.errors import RewriteError
 from fxfuse.graph.source_lines import where_of
 
 aten = torch.ops.aten
@@ -30,7 +30,7 @@ def write_output(writer: Writer, reduce: str, class_dim: int) -> fx.Node:
         The output node.
 
     Raises:
-        StackError: An output cannot be reduced in that way.
+        RewriteError: An output cannot be reduced in that way.
     """
     source = writer.members[0].graph
     (output,) = (node for node in source.nodes if node.op == "output")
@@ -84,8 +84,8 @@ def _check(node: fx.Node, reduce: str, class_dim: int) -> None:
         raise _error(node, f"{shape} has no dimension {class_dim}", "pass class_dim=")
 
 
-def _error(node: fx.Node, why: str, how: str) -> StackError:
-    return StackError(
+def _error(node: fx.Node, why: str, how: str) -> RewriteError:
+    return RewriteError(
         "the members' outputs cannot be put together",
         where=where_of(node),
         why=f"an output {why}",

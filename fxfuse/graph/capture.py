@@ -21,7 +21,7 @@ import torch.utils._pytree as pytree
 from torch import fx, nn
 from torch.export import Dim, ExportedProgram
 
-from fxfuse.errors import CaptureError, NotEmittedError, UnreachedParametersError
+from fxfuse.errors import CaptureError, NoGraphError
 from fxfuse.graph.eager import eval_mode, trace
 from fxfuse.graph.example import at_least_two, check_example, first_line, is_single, try_example
 from fxfuse.graph.fixed_batch import batch_sizes
@@ -64,10 +64,10 @@ class Program:
         """Checks that the graph can be run.
 
         Raises:
-            NotEmittedError: It is a trace, which holds for the example only.
+            NoGraphError: It is a trace, which holds for the example only.
         """
         if not self.is_exported:
-            raise NotEmittedError(
+            raise NoGraphError(
                 "no GraphModule can be emitted for this network",
                 where=type(self.source).__name__,
                 why=f"torch.export refused it, so its graph is a trace of the example: "
@@ -158,8 +158,8 @@ def capture(
         The captured network. Its tensors are those of the model, not copies.
 
     Raises:
-        ExampleInputError: The example inputs are sparse, empty or NaN, or the model rejects them.
-        UnsupportedTensorError: The model holds sparse or quantised tensors.
+        InputError: The example inputs are sparse, empty or NaN, or the model rejects them.
+        MemberError: The model holds sparse or quantised tensors.
         CaptureError: `torch.export` cannot capture the model, nor can it be traced if `fallback`;
             or it returns no tensor.
     """
@@ -208,7 +208,7 @@ def capture_eagerly(
         refusal: Why `torch.export` refuses it.
 
     Raises:
-        ExampleInputError: The model rejects the example inputs.
+        InputError: The model rejects the example inputs.
         CaptureError: The model cannot be traced.
     """
     args = example_inputs if isinstance(example_inputs, tuple) else (example_inputs,)
@@ -232,11 +232,11 @@ def check_reached(program: Program, excused: Collection[str] = ()) -> None:
         excused: `state_dict()` names that need not be reached.
 
     Raises:
-        UnreachedParametersError: Lists the weights that the trace did not reach.
+        CaptureError: Lists the weights that the trace did not reach.
     """
     missing = program.unreached(excused)
     if missing:
-        raise UnreachedParametersError(
+        raise CaptureError(
             f"the example inputs do not reach {len(missing)} of the network's tensors",
             where=", ".join(missing),
             why="the network was traced on the example, and what another branch does with these "

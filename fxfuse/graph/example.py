@@ -10,7 +10,7 @@ import torch.utils._pytree as pytree
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor
 
-from fxfuse.errors import CaptureError, ExampleInputError
+from fxfuse.errors import CaptureError, InputError
 
 #: Answers to one example and to two of it differ by rounding: kernels depend on the batch.
 _ROUNDING = 1e-3
@@ -25,7 +25,7 @@ def check_example(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
     """Checks example inputs before a model is run on them.
 
     Raises:
-        ExampleInputError: An input is sparse or quantised, holds nothing, or holds NaN.
+        InputError: An input is sparse or quantised, holds nothing, or holds NaN.
     """
     for number, x in enumerate(tensors_in((args, dict(kwargs)))):
         where = f"tensor {number} of the inputs, shape {tuple(x.shape)}, {x.dtype}"
@@ -40,8 +40,8 @@ def check_example(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
             raise _refused("not a number", where, why, "pass inputs that hold numbers")
 
 
-def _refused(what: str, where: str, why: str, how: str) -> ExampleInputError:
-    return ExampleInputError(f"an example input is {what}", where=where, why=why, how=how)
+def _refused(what: str, where: str, why: str, how: str) -> InputError:
+    return InputError(f"an example input is {what}", where=where, why=why, how=how)
 
 
 def try_example(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
@@ -51,7 +51,7 @@ def try_example(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, An
         What it answers.
 
     Raises:
-        ExampleInputError: The model rejects the inputs.
+        InputError: The model rejects the inputs.
         CaptureError: It answers with nothing that holds a tensor.
     """
     try:
@@ -62,7 +62,7 @@ def try_example(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, An
             lambda x: tuple(x.shape) if isinstance(x, torch.Tensor) else x, (args, dict(kwargs))
         )
         call = f"{type(model).__name__} called with shapes {shapes[0]} {shapes[1] or ''}"
-        raise ExampleInputError(
+        raise InputError(
             "the model rejects the example inputs",
             where=call.rstrip(),
             why=first_line(error),

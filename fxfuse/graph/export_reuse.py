@@ -46,8 +46,8 @@ def captured_each(
 
     Raises:
         CaptureError: A member is of a kind that cannot be captured.
-        UnsupportedTensorError: A member holds sparse or quantised tensors.
-        MemberMismatchError: Members differ in the dtypes or devices of tensors.
+        MemberError: A member holds sparse or quantised tensors.
+        MemberError: Members differ in the dtypes or devices of tensors.
     """
     for member in members:
         if not isinstance(member, Program):

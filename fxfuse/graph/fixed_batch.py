@@ -11,7 +11,7 @@ from collections.abc import Mapping
 import torch
 from torch import fx
 
-from fxfuse.errors import BatchSizeError
+from fxfuse.errors import InputError
 
 
 @fx.has_side_effect
@@ -19,10 +19,10 @@ def check_batch(value: torch.Tensor, size: int, name: str) -> None:
     """Checks the size of an input's first dimension, where the graph calls it.
 
     Raises:
-        BatchSizeError: It is another one than the network was captured with.
+        InputError: It is another one than the network was captured with.
     """
     if value.shape[0] != size:
-        raise BatchSizeError(
+        raise InputError(
             "the network was captured with a batch of one size and answers no other",
             where=f"input {name}",
             why=f"it holds {value.shape[0]}, the example held {size}, and torch.export could not "

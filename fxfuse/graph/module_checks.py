@@ -11,11 +11,7 @@ from torch.export import ExportedProgram
 
 from fxfuse.errors import (
     CaptureError,
-    MemberMismatchError,
-    NonFiniteWeightsError,
-    NoWeightsError,
-    TooFewMembersError,
-    UnsupportedTensorError,
+    MemberError,
 )
 
 
@@ -34,7 +30,7 @@ def check_model(model: object) -> None:
 
     Raises:
         CaptureError: It is no module and no exported program.
-        UnsupportedTensorError: It holds sparse or quantised tensors, or no tensors.
+        MemberError: It holds sparse or quantised tensors, or no tensors.
     """
     if not isinstance(model, nn.Module | ExportedProgram):
         raise CaptureError(
@@ -44,7 +40,7 @@ def check_model(model: object) -> None:
         )
     for name, tensor in state_of(model).items():
         if not isinstance(tensor, torch.Tensor):
-            raise UnsupportedTensorError(
+            raise MemberError(
                 "the model holds weights that are no tensors",
                 where=name,
                 why=f"a {type(tensor).__name__} stands in its state_dict(), as quantised layers "
@@ -54,7 +50,7 @@ def check_model(model: object) -> None:
         if tensor.is_quantized or tensor.layout is not torch.strided:
             form = "quantised" if tensor.is_quantized else f"in the layout {tensor.layout}"
             how = "dequantised" if tensor.is_quantized else "made dense by .to_dense()"
-            raise UnsupportedTensorError(
+            raise MemberError(
                 "the model holds a tensor that is not dense",
                 where=name,
                 why=f"it is {form}; neurons are indices of dense tensors",
@@ -70,10 +66,10 @@ def check_enough(members: Sequence[object], what: str) -> None:
         what: What needs them.
 
     Raises:
-        TooFewMembersError: There are fewer.
+        MemberError: There are fewer.
     """
     if len(members) < 2:
-        raise TooFewMembersError(
+        raise MemberError(
             f"{len(members)} member{'s' if len(members) != 1 else ''} given",
             why=f"{what} needs at least two networks",
             how="pass two or more trained networks of one architecture",
@@ -86,7 +82,7 @@ def check_alike(members: Sequence[object]) -> None:
     The same inputs are to run through all of them. Each must have passed `check_model`.
 
     Raises:
-        MemberMismatchError: Names the first difference.
+        MemberError: Names the first difference.
     """
     states = {
         number: state_of(member)
@@ -102,7 +98,7 @@ def check_alike(members: Sequence[object]) -> None:
                 ("devices", ours.device, theirs.device),
             ):
                 if a != b:
-                    raise MemberMismatchError(
+                    raise MemberError(
                         f"member {number} differs from member {first}: {what}",
                         where=name,
                         why=f"{a} vs {b}",
@@ -114,11 +110,11 @@ def check_values(state: Mapping[str, torch.Tensor]) -> None:
     """Checks that tensors have values.
 
     Raises:
-        NoWeightsError: One of them is on the meta device.
+        MemberError: One of them is on the meta device.
     """
     for name, tensor in state.items():
         if tensor.is_meta:
-            raise NoWeightsError(
+            raise MemberError(
                 "the network has no weights",
                 where=name,
                 why="it is on the meta device, which keeps shapes and no values: enough to "
@@ -131,7 +127,7 @@ def check_finite(number: int, state: Mapping[str, torch.Tensor]) -> None:
     """Checks that the weights of a member are finite.
 
     Raises:
-        NonFiniteWeightsError: Names the first tensor with NaN or infinity.
+        MemberError: Names the first tensor with NaN or infinity.
     """
     for name, tensor in state.items():
         weighs = tensor.is_floating_point() or tensor.is_complex()
@@ -141,7 +137,7 @@ def check_finite(number: int, state: Mapping[str, torch.Tensor]) -> None:
         broken = int((~torch.isfinite(tensor)).sum())
         # None is, where finite weights add up to more than their dtype holds.
         if broken:
-            raise NonFiniteWeightsError(
+            raise MemberError(
                 f"member {number} holds weights that are not finite",
                 where=name,
                 why=f"{broken} of {tensor.numel()} values are NaN or infinite",

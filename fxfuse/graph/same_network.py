@@ -9,7 +9,7 @@ import torch
 import torch.utils._pytree as pytree
 from torch import fx
 
-from fxfuse.errors import MemberMismatchError
+from fxfuse.errors import MemberError
 from fxfuse.graph.capture import Program
 from fxfuse.graph.eager import answers
 from fxfuse.graph.example import first_line
@@ -51,7 +51,7 @@ def check_same_network(members: Sequence[Program], *, any_width: bool = False) -
             size is; `fxfuse.analysis.multi_width` looks at which it is.
 
     Raises:
-        MemberMismatchError: Names the first difference.
+        MemberError: Names the first difference.
     """
     for number, other in enumerate(members[1:], start=1):
         check_same_as(members[0], other, number, any_width=any_width)
@@ -67,7 +67,7 @@ def check_same_as(first: Program, other: Program, number: int, *, any_width: boo
         any_width: As for `check_same_network`.
 
     Raises:
-        MemberMismatchError: Names the first difference.
+        MemberError: Names the first difference.
     """
     programs = first.is_exported and other.is_exported
     same_sizes = _check_tensors(first, other, number, any_width=any_width and programs)
@@ -78,8 +78,8 @@ def check_same_as(first: Program, other: Program, number: int, *, any_width: boo
         _check_answers(first, other, number)
 
 
-def _mismatch(what: str, number: int, where: str, why: str) -> MemberMismatchError:
-    return MemberMismatchError(
+def _mismatch(what: str, number: int, where: str, why: str) -> MemberError:
+    return MemberError(
         f"member {number} differs from member 0: {what}",
         where=where,
         why=why,
@@ -148,7 +148,7 @@ def check_constant(
         stored: Whether it is saved with the weights.
 
     Raises:
-        MemberMismatchError: It is not.
+        MemberError: It is not.
     """
     if value.dtype == other.dtype and torch.equal(value, other):
         return

@@ -21,10 +21,7 @@ from safetensors import SafetensorError
 from torch import nn
 
 from fxfuse.errors import (
-    CheckpointCorruptError,
-    CheckpointMismatchError,
-    CheckpointMissingError,
-    CheckpointPickleError,
+    CheckpointError,
 )
 
 #: Suffixes that torch.save is commonly used with.
@@ -45,9 +42,9 @@ def read_file(path: str | Path, *, mmap: bool = False) -> Any:
         A tensor, or containers of tensors and plain values. All tensors are on the CPU.
 
     Raises:
-        CheckpointMissingError: There is no such file, or it cannot be opened.
-        CheckpointCorruptError: The file is truncated or in no format that is read here.
-        CheckpointPickleError: The file holds pickled objects other than tensors.
+        CheckpointError: There is no such file, or it cannot be opened.
+        CheckpointError: The file is truncated or in no format that is read here.
+        CheckpointError: The file holds pickled objects other than tensors.
     """
     path = Path(path)
     check_openable(path)
@@ -55,7 +52,7 @@ def read_file(path: str | Path, *, mmap: bool = False) -> Any:
         return _read_safetensors(path)
     if path.suffix in TORCH_SUFFIXES:
         return _read_torch(path, mmap=mmap and zipfile.is_zipfile(path))
-    raise CheckpointCorruptError(
+    raise CheckpointError(
         f"the format of {path.name} is not known",
         where=str(path),
         why=f"weights are read from .safetensors and from {', '.join(TORCH_SUFFIXES)}",
@@ -75,9 +72,9 @@ def read_state_dict(path: str | Path, *, mmap: bool = False) -> dict[str, torch.
         Tensors by name, on the CPU.
 
     Raises:
-        CheckpointMissingError: There is no such file, or it cannot be opened.
-        CheckpointCorruptError: The file is truncated, or holds something else than a state_dict.
-        CheckpointPickleError: The file holds pickled objects other than tensors.
+        CheckpointError: There is no such file, or it cannot be opened.
+        CheckpointError: The file is truncated, or holds something else than a state_dict.
+        CheckpointError: The file holds pickled objects other than tensors.
     """
     content = read_file(path, mmap=mmap)
     for key in NESTING_KEYS:
@@ -99,10 +96,10 @@ def load_checkpoint(model: nn.Module, path: str | Path) -> None:
         path: The checkpoint.
 
     Raises:
-        CheckpointMissingError: There is no such file, or it cannot be opened.
-        CheckpointCorruptError: The file is truncated, or holds something else than a state_dict.
-        CheckpointPickleError: The file holds pickled objects other than tensors.
-        CheckpointMismatchError: Names or shapes differ from the model's, or dtypes are mixed.
+        CheckpointError: There is no such file, or it cannot be opened.
+        CheckpointError: The file is truncated, or holds something else than a state_dict.
+        CheckpointError: The file holds pickled objects other than tensors.
+        CheckpointError: Names or shapes differ from the model's, or dtypes are mixed.
     """
     load_tensors(model, read_state_dict(path), path)
 
@@ -116,7 +113,7 @@ def load_tensors(model: nn.Module, state: dict[str, torch.Tensor], path: str | P
         path: The checkpoint, for messages.
 
     Raises:
-        CheckpointMismatchError: Names or shapes differ from the model's, or dtypes are mixed.
+        CheckpointError: Names or shapes differ from the model's, or dtypes are mixed.
     """
     own = model.state_dict(keep_vars=True)
     restore_tied(state, own)
@@ -165,7 +162,7 @@ def check_openable(path: Path) -> None:
     """Checks that a checkpoint can be opened.
 
     Raises:
-        CheckpointMissingError: It cannot.
+        CheckpointError: It cannot.
     """
     try:
         with path.open("rb"):
@@ -174,9 +171,9 @@ def check_openable(path: Path) -> None:
         raise missing(path, error) from error
 
 
-def missing(path: Path, error: OSError) -> CheckpointMissingError:
+def missing(path: Path, error: OSError) -> CheckpointError:
     """The error for a checkpoint that cannot be opened."""
-    return CheckpointMissingError(
+    return CheckpointError(
         f"cannot open the checkpoint {path.name}",
         where=str(path),
         why=error.strerror or str(error),
@@ -203,7 +200,7 @@ def _read_torch(path: Path, *, mmap: bool) -> Any:
     except Exception as error:
         objects = _pickled_objects(path)
         if objects:
-            raise CheckpointPickleError(
+            raise CheckpointError(
                 f"{path.name} holds pickled Python objects",
                 where=str(path),
                 why=f"unpickling can run any code, and this file asks for {objects}",
@@ -264,7 +261,7 @@ def check_fit(
     """Checks that a checkpoint has the names and shapes of a model.
 
     Raises:
-        CheckpointMismatchError: Lists the first that differ.
+        CheckpointError: Lists the first that differ.
     """
     missing = [name for name in own if name not in state]
     unknown = [name for name in state if name not in own]
@@ -283,7 +280,7 @@ def check_fit(
         if names
     ]
     if differences:
-        raise CheckpointMismatchError(
+        raise CheckpointError(
             f"{Path(path).name} does not fit the model",
             where=str(path),
             why="; ".join(differences),
@@ -305,7 +302,7 @@ def _match_dtype(
         return
     if len(kinds) != 1 or not all(own[name].is_floating_point() for name in differing):
         name = differing[0]
-        raise CheckpointMismatchError(
+        raise CheckpointError(
             f"{Path(path).name} holds other dtypes than the model",
             where=f"{name} in {path}",
             why=f"it is {state[name].dtype}, the model's is {own[name].dtype}",
@@ -323,9 +320,9 @@ def _describe(value: object) -> str:
     return "nothing" if isinstance(value, Mapping) and not value else f"a {type(value).__name__}"
 
 
-def corrupt(path: Path, why: str) -> CheckpointCorruptError:
+def corrupt(path: Path, why: str) -> CheckpointError:
     """The error for a checkpoint that cannot be read."""
-    return CheckpointCorruptError(
+    return CheckpointError(
         f"the checkpoint {path.name} is damaged",
         where=str(path),
         why=why,
@@ -333,8 +330,8 @@ def corrupt(path: Path, why: str) -> CheckpointCorruptError:
     )
 
 
-def _not_a_state_dict(path: str | Path, why: str) -> CheckpointCorruptError:
-    return CheckpointCorruptError(
+def _not_a_state_dict(path: str | Path, why: str) -> CheckpointError:
+    return CheckpointError(
         f"{Path(path).name} holds no state_dict",
         where=str(path),
         why=f"{why}, where tensors by name are needed",

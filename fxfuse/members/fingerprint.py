@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from fxfuse.errors import PlanMismatchError
+from fxfuse.errors import PlanError
 from fxfuse.members.ranks import of_each
 
 #: For each tensor of a network, by `state_dict()` name, a hash of it.
@@ -83,13 +83,13 @@ def check_members(
         states: For each network given, its tensors by name.
 
     Raises:
-        PlanMismatchError: Names the first network and the first tensor that differ.
+        PlanError: Names the first network and the first tensor that differ.
     """
     for number, (ours, theirs) in enumerate(zip(known, fingerprints(states), strict=True)):
         if ours == theirs:
             continue
         if theirs in known:
-            raise PlanMismatchError(
+            raise PlanError(
                 f"member {number} is not the plan's member {number}",
                 why=f"it is the plan's member {list(known).index(theirs)}",
                 how="give the members in the order in which they were fused",
@@ -100,7 +100,7 @@ def check_members(
         why = f"{len(differing)} of {len(names)} tensors differ"
         if lacking is not None:
             why += f"; only the {'plan' if lacking in ours else 'network'} has {lacking}"
-        raise PlanMismatchError(
+        raise PlanError(
             f"member {number} is not the network that the plan was made for",
             where=differing[0],
             why=why,

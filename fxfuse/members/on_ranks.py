@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from fxfuse.errors import CheckpointMismatchError, ControlError, MemberMismatchError
+from fxfuse.errors import CheckpointError, MemberError, OptionError
 from fxfuse.graph.capture import Program, capture
 from fxfuse.graph.export_reuse import reuse_export
 from fxfuse.graph.module_checks import check_model
@@ -37,9 +37,9 @@ def members_on_ranks(
         dynamic_shapes: Passed to `torch.export.export` unchanged.
 
     Raises:
-        ControlError: A rank has neither a module nor a template, or a member is neither a module
+        OptionError: A rank has neither a module nor a template, or a member is neither a module
             nor a path.
-        MemberMismatchError: The ranks' networks differ.
+        MemberError: The ranks' networks differ.
         FxfuseError: What reading, capturing and comparing members raises, on all ranks.
     """
     owners = [r for r, n in enumerate(ranks.all(lambda: len(members))) for _ in range(n)]
@@ -87,8 +87,8 @@ def _stand_in(template: nn.Module, tensors: dict[str, torch.Tensor]) -> nn.Modul
     """Member 0, as a copy of a module of this rank."""
     try:
         return with_tensors(template, tensors, "member 0")
-    except CheckpointMismatchError as error:
-        raise MemberMismatchError(
+    except CheckpointError as error:
+        raise MemberError(
             "the network of this rank is not that of member 0",
             why=error.why,
             how="build the modules and templates of all ranks with the same arguments",
@@ -99,13 +99,13 @@ def _check_members(members: Sequence[Any], template: nn.Module | None) -> None:
     kinds = {isinstance(member, str | Path) for member in members}
     wrong = next((m for m in members if not isinstance(m, nn.Module | str | Path)), None)
     if wrong is not None:
-        raise ControlError(
+        raise OptionError(
             f"a {type(wrong).__name__} cannot be a member with group=",
             why="every rank runs member 0, as a copy of a module of its own",
             how="give modules, or paths of checkpoints with template=",
         )
     if template is None and kinds != {False}:
-        raise ControlError(
+        raise OptionError(
             "this rank has no module of the members' class",
             why="every rank runs member 0, and files hold tensors only"
             if kinds
@@ -113,7 +113,7 @@ def _check_members(members: Sequence[Any], template: nn.Module | None) -> None:
             how="pass template=, a module of the members' class; it may be on the meta device",
         )
     if template is not None and False in kinds:
-        raise ControlError(
+        raise OptionError(
             "a template is for members that are files, and for a rank without members",
             how="leave it out, or give paths",
         )
@@ -142,7 +142,7 @@ def _check_alike(told: Sequence[Mapping[str, str]], first: int) -> None:
         names = [*told[first], *theirs]
         differing = next((n for n in names if told[first].get(n) != theirs.get(n)), None)
         if differing is not None:
-            raise MemberMismatchError(
+            raise MemberError(
                 f"the network of rank {rank} is not the one of rank {first}",
                 where=differing,
                 why="with the weights of member 0 it has other operators or constants",

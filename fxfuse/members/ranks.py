@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 import torch.utils._pytree as pytree
 
-from fxfuse.errors import ControlError, FxfuseError, RankError
+from fxfuse.errors import FxfuseError, OptionError, RankError
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -32,13 +32,13 @@ class Ranks:
         group: A process group with a backend for the members' device, or "world": the default one.
 
     Raises:
-        ControlError: There is no such group, or this process is not in it.
+        OptionError: There is no such group, or this process is not in it.
     """
 
     def __init__(self, group: ProcessGroup | str) -> None:
         ready = dist.is_available() and dist.is_initialized()
         if isinstance(group, str) and (group != "world" or not ready):
-            raise ControlError(
+            raise OptionError(
                 f"there is no process group {group!r}",
                 where="group=",
                 why='"world" is the default group, and it is not initialised'
@@ -51,7 +51,7 @@ class Ranks:
         self.rank: int = dist.get_rank(self.group)
         self.size: int = dist.get_world_size(self.group)
         if self.rank < 0:
-            raise ControlError(
+            raise OptionError(
                 "this process is not in the group",
                 where="group=",
                 why="every rank of the group calls with its own members, and no other",
@@ -167,13 +167,13 @@ class RankedStates(Sequence[State]):
         """Member 0's tensors.
 
         Raises:
-            ControlError: Another member is asked for.
+            OptionError: Another member is asked for.
         """
         if index == 0:
             return self._first
         if isinstance(index, int) and index >= len(self):
             raise IndexError(index)
-        raise ControlError(
+        raise OptionError(
             "this needs all members in one process",
             where="group=",
             why="it reads members beside one another, and each is on the rank that it was given to",

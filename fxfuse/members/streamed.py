@@ -12,9 +12,9 @@ from torch import nn
 from torch.export import ExportedProgram
 
 from fxfuse.errors import (
-    CheckpointMismatchError,
-    ControlError,
-    NoWeightsError,
+    CheckpointError,
+    MemberError,
+    OptionError,
 )
 from fxfuse.graph.capture import Program
 from fxfuse.graph.same_network import check_constant
@@ -51,12 +51,12 @@ class StreamedState(Mapping[str, torch.Tensor]):
         """Reads a tensor.
 
         Raises:
-            CheckpointMismatchError: It has another dtype than member 0's.
-            CheckpointCorruptError: The file cannot be read.
+            CheckpointError: It has another dtype than member 0's.
+            CheckpointError: The file cannot be read.
         """
         tensor, own = self._stored.read(self._names[name]), self._like.tensor(name)
         if tensor.dtype != own.dtype:
-            raise CheckpointMismatchError(
+            raise CheckpointError(
                 f"{self._stored.path.name} holds other dtypes than the first checkpoint",
                 where=f"{name} in {self._stored.path}",
                 why=f"it is {tensor.dtype}, the first checkpoint's is {own.dtype}",
@@ -83,9 +83,9 @@ class Stored:
             weights-only `.pt` file.
 
     Raises:
-        CheckpointMissingError: A file is not there, or cannot be opened.
-        CheckpointCorruptError: A file is damaged, or in no format that is read here.
-        CheckpointPickleError: A `.pt` file holds other objects than tensors.
+        CheckpointError: A file is not there, or cannot be opened.
+        CheckpointError: A file is damaged, or in no format that is read here.
+        CheckpointError: A `.pt` file holds other objects than tensors.
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -129,10 +129,10 @@ def first_member(template: nn.Module, path: str | Path) -> nn.Module:
         path: The checkpoint.
 
     Raises:
-        NoWeightsError: A buffer that no checkpoint holds is on the meta device.
-        CheckpointMissingError: A file is not there, or cannot be opened.
-        CheckpointCorruptError: A file is damaged.
-        CheckpointMismatchError: Names or shapes differ from the template's, or dtypes are mixed.
+        MemberError: A buffer that no checkpoint holds is on the meta device.
+        CheckpointError: A file is not there, or cannot be opened.
+        CheckpointError: A file is damaged.
+        CheckpointError: Names or shapes differ from the template's, or dtypes are mixed.
     """
     stored = Stored(path)
     return with_tensors(template, {name: stored.read(name) for name in stored.shapes()}, path)
@@ -144,8 +144,8 @@ def with_tensors(
     """A copy of a template with other tensors; `source` says in messages where they are from.
 
     Raises:
-        NoWeightsError: A buffer that no checkpoint holds is on the meta device.
-        CheckpointMismatchError: Names or shapes differ from the template's, or dtypes are mixed.
+        MemberError: A buffer that no checkpoint holds is on the meta device.
+        CheckpointError: Names or shapes differ from the template's, or dtypes are mixed.
     """
     made = copy.deepcopy(template)
     if any(tensor.is_meta for tensor in (*made.parameters(), *made.buffers())):
@@ -165,10 +165,10 @@ def streamed_states(
         first: Member 0, captured with its weights.
 
     Raises:
-        CheckpointMissingError: A file is not there, or cannot be opened.
-        CheckpointCorruptError: A file is damaged.
-        CheckpointMismatchError: Names or shapes differ from member 0's.
-        MemberMismatchError: A constant of the network differs from member 0's.
+        CheckpointError: A file is not there, or cannot be opened.
+        CheckpointError: A file is damaged.
+        CheckpointError: Names or shapes differ from member 0's.
+        MemberError: A constant of the network differs from member 0's.
     """
     others = enumerate(paths[1:], start=1)
     return [first.state(), *(streamed_state(path, number, first) for number, path in others)]
@@ -183,10 +183,10 @@ def streamed_state(path: str | Path, number: int, first: Program) -> StreamedSta
         first: Member 0, captured with its weights.
 
     Raises:
-        CheckpointMissingError: As for `streamed_states`; so are the others.
-        CheckpointCorruptError: A file is damaged.
-        CheckpointMismatchError: Names or shapes differ from member 0's.
-        MemberMismatchError: A constant of the network differs from member 0's.
+        CheckpointError: As for `streamed_states`; so are the others.
+        CheckpointError: A file is damaged.
+        CheckpointError: Names or shapes differ from member 0's.
+        MemberError: A constant of the network differs from member 0's.
     """
     own = {name: first.tensor(name) for name in first.names}
     read = {str(node.target) for node in first.graph.nodes if node.op == "get_attr"}
@@ -209,24 +209,24 @@ def split_paths(
     """The members that are files, or those that are networks: one of the two is empty.
 
     Raises:
-        ControlError: Some are files and some are not, or there is no template for files.
+        OptionError: Some are files and some are not, or there is no template for files.
     """
     files = [member for member in members if isinstance(member, str | Path)]
     networks = [member for member in members if not isinstance(member, str | Path)]
     if files and networks:
-        raise ControlError(
+        raise OptionError(
             "some members are files and some are networks",
             why="a file is read tensor by tensor, and a network is in memory",
             how="load the files into networks, or save the networks",
         )
     if files and template is None:
-        raise ControlError(
+        raise OptionError(
             "files hold tensors, and no network",
             why="what the tensors mean is said by the module that they belong to",
             how="pass template=, a module of the members' class; it may be on the meta device",
         )
     if template is not None and not files:
-        raise ControlError(
+        raise OptionError(
             "a template is for members that are files", how="leave it out, or give paths"
         )
     return files, networks
@@ -243,8 +243,8 @@ def _shards(index: Path) -> dict[str, TensorFile]:
     """The files of a sharded checkpoint, by tensor.
 
     Raises:
-        CheckpointMissingError: The index or a shard is not there.
-        CheckpointCorruptError: The index is no index, names a file outside its folder, or a shard
+        CheckpointError: The index or a shard is not there.
+        CheckpointError: The index is no index, names a file outside its folder, or a shard
             lacks a tensor.
     """
     try:
@@ -293,7 +293,7 @@ def _check_buffers(module: nn.Module) -> None:
     stored = module.state_dict().keys()
     for name, buffer in module.named_buffers(remove_duplicate=False):
         if buffer.is_meta and name not in stored:
-            raise NoWeightsError(
+            raise MemberError(
                 "the template lacks values that no checkpoint holds",
                 where=name,
                 why="this buffer is not saved with the weights, and it is on the meta device",

@@ -50,8 +50,8 @@ class TensorFile:
         path: Of the file.
 
     Raises:
-        CheckpointMissingError: It is not there, or cannot be opened.
-        CheckpointCorruptError: It is damaged.
+        CheckpointError: It is not there, or cannot be opened.
+        CheckpointError: It is damaged.
     """
 
     def __init__(self, path: Path) -> None:
@@ -75,8 +75,8 @@ class TensorFile:
         What is written into it does not reach the file.
 
         Raises:
-            CheckpointMissingError: The file is gone.
-            CheckpointCorruptError: It is another one than that of which the header was read.
+            CheckpointError: The file is gone.
+            CheckpointError: It is another one than that of which the header was read.
         """
         entry = self._entries[name]
         if entry.dtype is None or entry.offset % entry.dtype.itemsize:

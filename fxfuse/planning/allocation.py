@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fxfuse.analysis.coupling import CouplingGraph
-from fxfuse.errors import ControlError
+from fxfuse.errors import OptionError
 from fxfuse.planning.options import Options, State
 from fxfuse.planning.scores import score_units
 from fxfuse.planning.widths import Sizes, Width, units_at
@@ -28,28 +28,28 @@ def check_budget(budget: str, width: Width | None, *, given: bool, score: str) -
         score: Name of the score.
 
     Raises:
-        ControlError: It cannot.
+        OptionError: It cannot.
     """
     if budget not in get_args(Budget):
-        raise ControlError(
+        raise OptionError(
             f"budget={budget!r} is unknown", how=f"use one of {', '.join(get_args(Budget))}"
         )
     if budget == "local":
         return
     if not given:
-        raise ControlError(
+        raise OptionError(
             "budget='global' needs something to spread",
             why="neither width, max_params nor max_flops is given",
             how="pass width=0.5 to keep half of all units, for instance",
         )
     if isinstance(width, Mapping):
-        raise ControlError(
+        raise OptionError(
             "budget='global' and a width for each pattern contradict each other",
             why="a global budget decides how wide each group is",
             how="pass one width for all groups, or leave the budget out",
         )
     if score == "obs":
-        raise ControlError(
+        raise OptionError(
             "budget='global' does not work with score 'obs'",
             why="it says in which order the units of one group go, so groups cannot be compared",
             how="use one of the other scores: score='l2'",
@@ -71,7 +71,7 @@ def spread(
         round_to: Channels are rounded to multiples of this, after the units are counted.
 
     Raises:
-        CalibrationError: The score needs calibration inputs, or labels, and there are none.
+        InputError: The score needs calibration inputs, or labels, and there are none.
     """
     alive = {
         member: {g.name: np.arange(g.n_units) for g in graph.of_member(member).groups}

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from fxfuse.activations import unit_activations
 from fxfuse.activations.gradients import Gradients, gradients
 from fxfuse.analysis.coupling import CouplingGraph
-from fxfuse.errors import CalibrationError, PartialFusionError
+from fxfuse.errors import InputError, OptionError
 from fxfuse.planning.options import Options, State
 
 Matrix = NDArray[np.float64]
@@ -32,13 +32,13 @@ def require_activations(
         For each group, for each member, [rows, n_units], as given: `matrix_of` one at a time.
 
     Raises:
-        CalibrationError: There are none, they do not fit the groups, or they are not finite.
+        InputError: There are none, they do not fit the groups, or they are not finite.
     """
     n_members, given = len(states), options.activations
     if given is None and options.calibration is not None:
         given = unit_activations(graph, states, options.calibration)
     if given is None:
-        raise CalibrationError(
+        raise InputError(
             f"{user} needs calibration inputs",
             why="it compares units by what they answer",
             how="pass calibration=..., 100 to 1,000 inputs without labels",
@@ -50,7 +50,7 @@ def require_activations(
         units = [graph.units_of(group.name, member) for member in range(n_members)]
         rows = shapes[0][0] if shapes and shapes[0] else 0
         if shapes != [(rows, n) for n in units] or rows < 2:
-            raise CalibrationError(
+            raise InputError(
                 "activations do not fit the members",
                 where=f"group {group.name}",
                 why=f"{n_members} tensors [rows, units], of {', '.join(map(str, units))} units and "
@@ -59,7 +59,7 @@ def require_activations(
             )
         for member, tensor in enumerate(tensors):
             if not bool(torch.isfinite(tensor).all()):
-                raise CalibrationError(
+                raise InputError(
                     "an activation on the calibration inputs is not finite",
                     where=f"group {group.name}, member {member}",
                     why="a unit answers NaN or infinity",
@@ -80,11 +80,11 @@ def require_gradients(
     """The members' gradients.
 
     Raises:
-        CalibrationError: There are none, or not one for each member.
-        PartialFusionError: The members have heads for different tasks.
+        InputError: There are none, or not one for each member.
+        OptionError: The members have heads for different tasks.
     """
     if graph.program.heads:
-        raise PartialFusionError(
+        raise OptionError(
             f"{user} does not work with several heads",
             why="its gradients are of one loss on one output, and each head has a task of its own",
             how="use score='l2', 'bn_scale', 'activation' or 'obs'",
@@ -96,7 +96,7 @@ def require_gradients(
         each = (graph.of_member(member).program for member in range(n_members))
         given = [gradients(own, pairs, state) for own, state in zip(each, states, strict=True)]
     if given is None or len(given) != n_members:
-        raise CalibrationError(
+        raise InputError(
             f"{user} needs labelled calibration inputs",
             why="it measures units by the gradient of the loss, "
             + ("and there is none" if given is None else f"given for {len(given)} members"),

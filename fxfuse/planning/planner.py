@@ -39,10 +39,10 @@ def make_plan(
         `options.base_member`.
 
     Raises:
-        UnknownMethodError: There is no such method or variant.
-        UnknownScoreError: There is no such score.
-        ControlError: An option has a value that the method cannot use.
-        CalibrationError: The method or the score needs calibration inputs, and there are none.
+        OptionError: There is no such method or variant.
+        OptionError: There is no such score.
+        OptionError: An option has a value that the method cannot use.
+        InputError: The method or the score needs calibration inputs, and there are none.
         MissingDependencyError: The method needs a package that is not installed.
     """
     options = replace(options, base_member=base_member)

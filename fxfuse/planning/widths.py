@@ -10,7 +10,7 @@ import numpy as np
 
 from fxfuse.analysis.constraints import nothing_like
 from fxfuse.analysis.coupling import CouplingGraph, CouplingGroup
-from fxfuse.errors import ControlError, WidthError
+from fxfuse.errors import OptionError
 
 #: A width for all groups, or by pattern of `state_dict()` names; 1 is a member's size.
 Width = float | Mapping[str, float]
@@ -39,11 +39,11 @@ def sizes_of(
         at_least_one: Whether a group that the width leaves without a unit keeps one.
 
     Raises:
-        WidthError: A width is no number in (0, N], or leaves a group without a unit.
-        ControlError: A pattern matches nothing, or two patterns give one group two widths.
+        OptionError: A width is no number in (0, N], or leaves a group without a unit.
+        OptionError: A pattern matches nothing, or two patterns give one group two widths.
     """
     if round_to < 1:
-        raise ControlError(
+        raise OptionError(
             f"round_to={round_to} is not a positive number of channels",
             how="use 8 for most hardware, or leave it out",
         )
@@ -71,7 +71,7 @@ def by_pattern(graph: CouplingGraph, option: str, values: Mapping[str, float]) -
         values: By `fnmatch` pattern of the tensors that groups are named after.
 
     Raises:
-        ControlError: A pattern matches nothing, or two patterns give one group two values.
+        OptionError: A pattern matches nothing, or two patterns give one group two values.
     """
     found: dict[str, tuple[float, str]] = {}
     names = {group.name: group.name.rpartition(":")[0] for group in graph.groups}
@@ -83,7 +83,7 @@ def by_pattern(graph: CouplingGraph, option: str, values: Mapping[str, float]) -
         for group in matched:
             before, earlier = found.setdefault(group, (float(value), pattern))
             if before != float(value):
-                raise ControlError(
+                raise OptionError(
                     f"two values of {option} for the coupling group {group!r}",
                     why=f"{earlier!r} gives it {before:g}, and {pattern!r} gives it {value:g}",
                     how="a group is fused as a whole: give it one of them",
@@ -94,7 +94,7 @@ def by_pattern(graph: CouplingGraph, option: str, values: Mapping[str, float]) -
 def _check(width: float, n_members: int) -> None:
     if isfinite(width) and 0 < width <= n_members:
         return
-    raise WidthError(
+    raise OptionError(
         f"width {width:g} is not greater than 0 and at most {n_members}",
         why=f"it is in units of a member: 1 is a member's size, {n_members} keeps everything",
         how="use a number greater than 0, and not greater than the number of members",
@@ -113,7 +113,7 @@ def units_at(
     """The units of a group at a width, its channels rounded as in `sizes_of`.
 
     Raises:
-        WidthError: They are none, where `least` is 0.
+        OptionError: They are none, where `least` is 0.
     """
     each = [graph.units_of(group.name, member) for member in range(n_members)]
     most, one = sum(each), sum(each) / len(each)
@@ -127,7 +127,7 @@ def units_at(
         return min(units, most // step * step)
     units = max(min(int(np.floor(wanted + 0.5)), most), least)
     if units < 1:
-        raise WidthError(
+        raise OptionError(
             f"width {width:g} leaves no unit of the coupling group {group.name!r}",
             why=f"a member has {one:g} of them",
             how=f"use a width of at least {0.5 / one:.2g} there",

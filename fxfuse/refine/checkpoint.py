@@ -17,7 +17,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from fxfuse.common.output import atomic_file
-from fxfuse.errors import CheckpointCorruptError, RefineError
+from fxfuse.errors import CheckpointError, RefineError
 
 _HEADER = "fxfuse.refine"
 _SCALARS = (str, int, float, bool, type(None))
@@ -52,7 +52,7 @@ def load(path: Path) -> dict[str, Any]:
     """Read back what `save` wrote, with all tensors on the CPU.
 
     Raises:
-        CheckpointCorruptError: The file is truncated, or was not written by `save`.
+        CheckpointError: The file is truncated, or was not written by `save`.
     """
     try:
         with safe_open(path, framework="pt") as file:
@@ -61,7 +61,7 @@ def load(path: Path) -> dict[str, Any]:
             header = json.loads((file.metadata() or {})[_HEADER])
         tree = _decode(header, tensors)
     except (SafetensorError, KeyError, ValueError) as error:
-        raise CheckpointCorruptError(
+        raise CheckpointError(
             "The training checkpoint cannot be read.",
             where=str(path),
             why=f"{type(error).__name__}: {error}",

@@ -12,7 +12,7 @@ from torch.export import ExportedProgram
 from fxfuse.activations.calibration import Calibration
 from fxfuse.analysis.coupling import CouplingGraph
 from fxfuse.analysis.heads import joined_state
-from fxfuse.errors import MemberMismatchError, PartialFusionError, RefineError
+from fxfuse.errors import MemberError, OptionError, RefineError
 from fxfuse.graph.capture import Program
 from fxfuse.graph.module_checks import state_of
 from fxfuse.planning.plan import FusionPlan
@@ -42,7 +42,7 @@ def states_of(result: Fused, members: Sequence[Member]) -> Sequence[Mapping[str,
     Of a block that a member lacks, parameters are zero, as they were in the fusion.
 
     Raises:
-        MemberMismatchError: These are not the members that were fused.
+        MemberError: These are not the members that were fused.
     """
     program = result.graph.program
     _check_count(result, members)
@@ -79,9 +79,9 @@ def measurable(
         copies: So many augmented copies of each are asked for.
 
     Raises:
-        CalibrationError: The inputs are not what the members take, or cannot be augmented.
-        MemberMismatchError: These are not the members that were fused.
-        NotEmittedError: The members were traced: there is no graph to run.
+        InputError: The inputs are not what the members take, or cannot be augmented.
+        MemberError: These are not the members that were fused.
+        NoGraphError: The members were traced: there is no graph to run.
     """
     result.graph.program.require_exported()
     calibration = Calibration.of(result.graph.program, inputs, limit=limit, copies=copies)
@@ -97,10 +97,10 @@ def check_one_head(result: Fused, what: str, why: str) -> None:
         why: The reason, for the message.
 
     Raises:
-        PartialFusionError: The network has several heads.
+        OptionError: The network has several heads.
     """
     if result.plan.heads:
-        raise PartialFusionError(
+        raise OptionError(
             f"a network with several heads cannot be {what}",
             why=why,
             how="train the heads with fxfuse.refine.finetune or distill",
@@ -127,7 +127,7 @@ def check_joint(result: Fused, what: str) -> None:
 
 def _check_count(result: Fused, members: Sequence[Member]) -> None:
     if len(members) != result.plan.n_members:
-        raise MemberMismatchError(
+        raise MemberError(
             f"{len(members)} members given, {result.plan.n_members} were fused",
             how="pass the members of the fusion, in the same order",
         )
@@ -141,7 +141,7 @@ def _check_members(result: Fused, states: Sequence[Mapping[str, torch.Tensor]]) 
             if program.heads.get(name, number) != number:
                 continue
             if name not in state or state[name].shape != tensor.shape:
-                raise MemberMismatchError(
+                raise MemberError(
                     f"member {number} is not one of those that were fused",
                     where=name,
                     why="it has no such tensor" if name not in state else "its shape differs",

@@ -18,7 +18,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 from torch.utils._pytree import tree_map_only
 
-from fxfuse.errors import CheckpointMismatchError, RefineError
+from fxfuse.errors import CheckpointError, RefineError
 from fxfuse.refine import checkpoint as checkpoints
 from fxfuse.refine.modes import seeded
 from fxfuse.refine.parallel import check_whole, together
@@ -77,8 +77,8 @@ def train(run: Run) -> RefineReport:
 
     Raises:
         RefineError: Counts below 1, batches that ran out, or a loss or weight that is not finite.
-        CheckpointCorruptError: The checkpoint cannot be read.
-        CheckpointMismatchError: The checkpoint belongs to another run.
+        CheckpointError: The checkpoint cannot be read.
+        CheckpointError: The checkpoint belongs to another run.
     """
     _check_counts(run)
     if run.checkpoint is not None:
@@ -185,8 +185,8 @@ def _restore(run: Run, losses: Tensor) -> int:
     return int(state["step"])
 
 
-def _mismatch(path: Path, why: str) -> CheckpointMismatchError:
-    return CheckpointMismatchError(
+def _mismatch(path: Path, why: str) -> CheckpointError:
+    return CheckpointError(
         "The checkpoint belongs to another run.",
         where=str(path),
         why=why,

@@ -101,7 +101,7 @@ def refitted(
     """The fused network after a refit (`fxfuse.refine.refit` has the method).
 
     Raises:
-        CalibrationError: An activation is not a number.
+        InputError: An activation is not a number.
     """
     settings = Settings(logits=kind_of_network(graph.program, outputs) == "logits")
     new, report = refit_state(graph, plan, states, state, calibration, settings)
@@ -137,7 +137,7 @@ def matched_start(
         progress: Of the matching.
 
     Raises:
-        CalibrationError: An activation is not a number.
+        InputError: An activation is not a number.
         RefineError: The inputs are no tensors, or a budget is not positive.
     """
     kind = kind_of_network(graph.program, outputs)

@@ -70,8 +70,8 @@ def finetune(
     Raises:
         RefineError: Arguments that do not fit together, a batch without labels, batches that ran
             out, a checkpoint of a sharded network, or a loss or weight that is not finite.
-        CheckpointCorruptError: The checkpoint cannot be read.
-        CheckpointMismatchError: The checkpoint belongs to another run.
+        CheckpointError: The checkpoint cannot be read.
+        CheckpointError: The checkpoint belongs to another run.
     """
     criterion = loss or _cross_entropy
 
@@ -149,8 +149,8 @@ def distill(
     Raises:
         RefineError: As in `finetune`; also for no teachers, the module among its own teachers, a
             temperature that is not positive, or outputs of different shapes.
-        CheckpointCorruptError: The checkpoint cannot be read.
-        CheckpointMismatchError: The checkpoint belongs to another run.
+        CheckpointError: The checkpoint cannot be read.
+        CheckpointError: The checkpoint belongs to another run.
     """
     check_teachers(module, teachers, "teachers")
     _check_temperature(temperature)

@@ -17,7 +17,7 @@ from torch import fx
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from fxfuse.errors import ControlError
+from fxfuse.errors import OptionError
 from fxfuse.graph.example import first_line
 from fxfuse.runtime.prepare import inductor_options
 from fxfuse.runtime.stack_branches import StackBranches
@@ -46,12 +46,12 @@ def fxfuse_backend(
         What the other backend returns.
 
     Raises:
-        ControlError: An option or a mode is unknown.
+        OptionError: An option or a mode is unknown.
     """
     told = dict(options or {})
     inner = told.pop("backend", _INNER)
     if inner == "fxfuse" or inner not in torch._dynamo.list_backends(exclude_tags=()):
-        raise ControlError(
+        raise OptionError(
             f"there is no backend {inner!r} to hand the graph to",
             how="name one of torch.compile's in options={'backend': ...}",
         )
@@ -61,7 +61,7 @@ def fxfuse_backend(
     module = stacked.graph_module if stacked is not None and stacked.modified else graph_module
     if inner != _INNER:
         if told or mode is not None:
-            raise ControlError(
+            raise OptionError(
                 f"the backend {inner!r} takes no options", how="give it 'backend' alone"
             )
         from torch._dynamo.backends.registry import lookup_backend

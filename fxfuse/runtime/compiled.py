@@ -11,7 +11,7 @@ import torch
 from torch import fx
 from torch.utils.flop_counter import FlopCounterMode
 
-from fxfuse.errors import CompileError, ControlError
+from fxfuse.errors import CompileError, OptionError
 from fxfuse.graph.example import first_line
 from fxfuse.refine.fused import Fused
 from fxfuse.runtime.inference import Compiled, CompileReport, Frozen
@@ -69,19 +69,19 @@ def compile(
         A module for inference with a `report`.
 
     Raises:
-        ControlError: There are no example inputs, or no such backend, mode, option or dtype.
+        OptionError: There are no example inputs, or no such backend, mode, option or dtype.
         CompileError: With `strict`: the backend failed.
-        NotEmittedError: torch.export refused the members, so that there is no graph.
+        NoGraphError: torch.export refused the members, so that there is no graph.
     """
     module, args, kwargs = resolve_inputs(network, example_inputs, example_kwargs)
     told = _options(backend, mode, options)
     if dtype is not None and dtype not in DTYPES:
-        raise ControlError(
+        raise OptionError(
             f"a network cannot be computed in {dtype}",
             how=f"use one of {', '.join(map(str, DTYPES))}",
         )
     if tune and (freeze is not None or channels_last is not None):
-        raise ControlError(
+        raise OptionError(
             "tune=True chooses freeze and channels_last itself", how="leave these out, or tune"
         )
     with FlopCounterMode(display=False) as counter:
@@ -159,12 +159,12 @@ def _options(backend: str, mode: str | None, options: Mapping[str, Any] | None) 
     """What the backend is told, checked."""
     known = torch._dynamo.list_backends(exclude_tags=())
     if backend not in known:
-        raise ControlError(
+        raise OptionError(
             f"there is no backend {backend!r}", how=f"use one of {', '.join(sorted(known))}"
         )
     told = dict[str, Any](options or {})
     if backend != _INDUCTOR:
         if mode is not None:
-            raise ControlError(f"mode {mode!r} is for backend='inductor'", how="leave it out")
+            raise OptionError(f"mode {mode!r} is for backend='inductor'", how="leave it out")
         return told
     return inductor_options(mode, told)

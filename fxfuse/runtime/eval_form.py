@@ -7,7 +7,7 @@ import copy
 from torch import fx
 from torch.fx.passes.infra.pass_base import PassBase, PassResult
 
-from fxfuse.errors import PassError
+from fxfuse.errors import RewriteError
 from fxfuse.graph.training_argument import DROPOUTS, follows_mode, in_training, set_eval
 from fxfuse.transform.emit import copy_graph, share_tensors, unswitch_training
 
@@ -44,11 +44,11 @@ class OfEvalForm(WellFormed):
         """Checks that the graph does not follow the module's mode.
 
         Raises:
-            PassError: It does.
+            RewriteError: It does.
         """
         modal = [node.name for node in graph_module.graph.nodes if in_training(node)]
         if modal:
-            raise PassError(
+            raise RewriteError(
                 f"{type(self).__name__} is for the eval form of a graph",
                 where=", ".join(modal[:3]),
                 why="these operators follow the module's mode or are in training mode",
@@ -81,7 +81,7 @@ class EvalForm(WellFormed):
         super().ensures(graph_module)
         left = [n.name for n in graph_module.graph.nodes if in_training(n)]
         if left:
-            raise PassError("operators still follow the module's mode", where=", ".join(left))
+            raise RewriteError("operators still follow the module's mode", where=", ".join(left))
 
 
 class RemoveDropout(OfEvalForm):

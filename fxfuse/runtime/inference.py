@@ -10,7 +10,7 @@ import torch
 import torch.utils._pytree as pytree
 from torch import fx, nn
 
-from fxfuse.errors import ControlError
+from fxfuse.errors import OptionError
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,7 @@ class Compiled(nn.Module):
         super().train(False)
 
     def _apply(self, fn: Any, recurse: bool = True) -> Compiled:
-        raise ControlError(
+        raise OptionError(
             "a compiled network stays as it is",
             why="it was compiled for its device and precision, and its weights may be constants",
             how="move or cast the module that it was made of, and compile that again",
@@ -72,10 +72,10 @@ class Compiled(nn.Module):
         """Stays in eval mode: batch norms and dropout are gone.
 
         Raises:
-            ControlError: Training mode is asked for.
+            OptionError: Training mode is asked for.
         """
         if mode:
-            raise ControlError(
+            raise OptionError(
                 "a compiled network cannot be trained",
                 why="its batch norms are folded and its dropout is gone",
                 how="train the module that it was made of, and compile that again",

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import fx
 
-from fxfuse.errors import ControlError
+from fxfuse.errors import OptionError
 from fxfuse.refine.fused import Fused
 
 
@@ -17,8 +17,8 @@ def resolve_inputs(
     """Find a network's module and example inputs: those given, else those it was fused with.
 
     Raises:
-        ControlError: There are none.
-        NotEmittedError: torch.export refused the members, so that there is no graph.
+        OptionError: There are none.
+        NoGraphError: torch.export refused the members, so that there is no graph.
     """
     module = network if isinstance(network, fx.GraphModule) else network.module
     if inputs is not None or kwargs is not None:
@@ -26,7 +26,7 @@ def resolve_inputs(
         return module, args, dict(kwargs or {})
     if not isinstance(network, fx.GraphModule):
         return module, *network.graph.program.example_inputs
-    raise ControlError(
+    raise OptionError(
         "there are no example inputs",
         why="what comes out is run on them and compared with the network itself",
         how="pass example_inputs, as to fxfuse.fuse",

@@ -51,9 +51,9 @@ def export_onnx(
 
     Raises:
         MissingDependencyError: onnx, onnxscript or onnxruntime is not installed.
-        ControlError: There are no example inputs.
+        OptionError: There are no example inputs.
         CompileError: The network cannot be written as ONNX, or answers otherwise there.
-        NotEmittedError: torch.export refused the members, so that there is no graph.
+        NoGraphError: torch.export refused the members, so that there is no graph.
     """
     missing = [name for name in _PACKAGES if find_spec(name) is None]
     if missing:

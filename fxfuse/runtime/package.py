@@ -11,7 +11,7 @@ from torch import fx
 from torch.export import ExportedProgram
 
 from fxfuse.common.output import atomic_file
-from fxfuse.errors import CaptureError, CheckpointCorruptError, CheckpointMissingError, CompileError
+from fxfuse.errors import CaptureError, CheckpointError, CompileError
 from fxfuse.graph.capture import export
 from fxfuse.graph.example import first_line
 from fxfuse.refine.fused import Fused
@@ -51,10 +51,10 @@ def package(
         Largest difference from the network's outputs on the example, relative to the largest.
 
     Raises:
-        ControlError: There are no example inputs.
+        OptionError: There are no example inputs.
         CompileError: The path does not end in `.pt2`, the network cannot be compiled ahead of time,
             or the package answers otherwise than the network.
-        NotEmittedError: torch.export refused the members, so that there is no graph.
+        NoGraphError: torch.export refused the members, so that there is no graph.
     """
     path = Path(path)
     if path.suffix != ".pt2":
@@ -70,7 +70,7 @@ def package(
                 program, package_path=str(work), inductor_configs=dict(options or {})
             )
             found = tensors_of(load_package(work)(*args, **kwargs))
-        except (CheckpointCorruptError, OSError):
+        except (CheckpointError, OSError):
             raise
         except Exception as error:
             raise CompileError(
@@ -94,19 +94,19 @@ def load_package(path: str | Path) -> Callable[..., Any]:
         A callable that takes and returns what the network does.
 
     Raises:
-        CheckpointMissingError: There is no such file.
-        CheckpointCorruptError: The file is no package.
+        CheckpointError: There is no such file.
+        CheckpointError: The file is no package.
     """
     path = Path(path)
     if not path.is_file():
-        raise CheckpointMissingError(
+        raise CheckpointError(
             f"there is no package {path.name}", where=str(path), how="check the path"
         )
     try:
         loaded: Callable[..., Any] = torch._inductor.aoti_load_package(str(path))
     # The loader has no error class of its own.
     except Exception as error:
-        raise CheckpointCorruptError(
+        raise CheckpointError(
             f"{path.name} is no package",
             where=str(path),
             why=first_line(error),

@@ -9,7 +9,7 @@ import torch
 from torch import fx, nn
 from torch.fx.passes.infra.pass_base import PassBase
 
-from fxfuse.errors import ControlError
+from fxfuse.errors import OptionError
 from fxfuse.graph.eager import eval_mode
 from fxfuse.runtime.channels_last import ChannelsLast
 from fxfuse.runtime.eval_form import EvalForm, RemoveDropout, inference_copy
@@ -50,15 +50,15 @@ def inductor_options(mode: str | None, options: Mapping[str, Any]) -> dict[str, 
     """What a mode and options of inductor come to.
 
     Raises:
-        ControlError: There is no such mode or option.
+        OptionError: There is no such mode or option.
     """
     modes = torch._inductor.list_mode_options()
     if mode is not None and mode not in modes:
-        raise ControlError(f"there is no mode {mode!r}", how=f"use one of {', '.join(modes)}")
+        raise OptionError(f"there is no mode {mode!r}", how=f"use one of {', '.join(modes)}")
     names = torch._inductor.list_options()
     unknown = [name for name in options if name.replace("-", "_") not in names]
     if unknown:
-        raise ControlError(
+        raise OptionError(
             f"inductor has no option {unknown[0]!r}", how="see torch._inductor.list_options()"
         )
     return {**modes.get(mode or "default", {}), **options}

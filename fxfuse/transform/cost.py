@@ -16,7 +16,7 @@ from torch._subclasses.fake_tensor import (
 from torch.utils.flop_counter import FlopCounterMode
 
 from fxfuse.analysis.coupling import CouplingGraph
-from fxfuse.errors import WidthError
+from fxfuse.errors import OptionError
 from fxfuse.planning.plan import FusionPlan
 from fxfuse.transform.layout import copies_of, default_layout
 from fxfuse.transform.resizing import blank
@@ -60,7 +60,7 @@ def operations_of(
 
     Raises:
         RewriteError: The network cannot be written in these sizes.
-        WidthError: Shapes in it depend on the values of its inputs.
+        OptionError: Shapes in it depend on the values of its inputs.
     """
     mode = FakeTensorMode(allow_non_fake_inputs=True)
 
@@ -78,7 +78,7 @@ def operations_of(
             with counter, mode:
                 module(*args, **kwargs)
         except (DataDependentOutputException, DynamicOutputShapeException) as error:
-            raise WidthError(
+            raise OptionError(
                 "the floating-point operations of this network cannot be counted beforehand",
                 why=f"shapes in it depend on the values of its inputs: {error}",
                 how="give a width, or max_params, in place of max_flops",

@@ -69,7 +69,7 @@ def emit(program: Program, state: Mapping[str, torch.Tensor]) -> FusedModule:
         A module in eval mode that owns `state`.
 
     Raises:
-        NotEmittedError: The captured graph is a trace, which holds for its example only.
+        NoGraphError: The captured graph is a trace, which holds for its example only.
     """
     return emit_graph(program, state, copy_graph(program.graph))
 
@@ -100,7 +100,7 @@ def emit_graph(
             the graph reads them as `member_name` says.
 
     Raises:
-        NotEmittedError: The captured graph is a trace, which holds for its example only.
+        NoGraphError: The captured graph is a trace, which holds for its example only.
     """
     program.require_exported()
     module = FusedModule({}, fx.Graph())

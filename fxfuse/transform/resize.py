@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import get_args
 
 from fxfuse.analysis.coupling import CouplingGraph
-from fxfuse.errors import ControlError, WidthError
+from fxfuse.errors import OptionError
 from fxfuse.planning.allocation import Budget
 from fxfuse.planning.plan import Mixing
 from fxfuse.planning.widths import Sizes, Width, sizes_of
@@ -67,12 +67,12 @@ def mixing_of(
         fitted: Whether layers will be fitted: to units of all members, so not member by member.
 
     Raises:
-        WidthError: As for `resized`.
-        ControlError: Members are to run one by one where not all of their units are kept, or where
+        OptionError: As for `resized`.
+        OptionError: Members are to run one by one where not all of their units are kept, or where
             something is to be one for all members.
     """
     if target.mixing not in (None, *get_args(Mixing)):
-        raise ControlError(
+        raise OptionError(
             f"mixing {target.mixing!r} is unknown",
             how=f"use one of {', '.join(get_args(Mixing))}, or leave it out",
         )
@@ -92,7 +92,7 @@ def mixing_of(
         )
         obstacle = next((f"{name} does not keep every unit of every member" for name in part), "")
     if obstacle and target.mixing == "per_member":
-        raise ControlError(
+        raise OptionError(
             'mixing="per_member" cannot be had here',
             why=obstacle,
             how=f"use width={n_members} without freeze, share, ignore and refit, or leave "
@@ -122,11 +122,12 @@ def resized(
         None where a member's size is asked for.
 
     Raises:
-        WidthError: A width is no number in (0, N], leaves a group without a unit, or no width meets
+        OptionError: A width is no number in (0, N], leaves a group without a unit, or no width
+        meets
             the budget.
-        ControlError: A width and a budget are given, or a pattern of widths names nothing.
+        OptionError: A width and a budget are given, or a pattern of widths names nothing.
         RewriteError: The network cannot be written in another size.
-        NotEmittedError: torch.export refused the members.
+        NoGraphError: torch.export refused the members.
     """
     if target.width is None and not target.is_budget:
         return None
@@ -134,7 +135,7 @@ def resized(
     if target.width is None:
         return _within(graph, n_members, target, spread or dict)
     if target.is_budget:
-        raise ControlError(
+        raise OptionError(
             "width and a budget are given",
             why="max_params and max_flops look for the width",
             how="leave one of them out",
@@ -160,7 +161,7 @@ def _within(
     if not target.excess(graph, most[0]):
         return most
     if excess := target.excess(graph, best[0]):
-        raise WidthError(
+        raise OptionError(
             "no width meets the budget",
             why=f"the smallest network {excess}",
             how="raise max_params or max_flops to at least that, or use a smaller architecture",

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 from fxfuse.analysis.coupling import CouplingGraph
-from fxfuse.errors import ControlError, RewriteError
+from fxfuse.errors import OptionError, RewriteError
 from fxfuse.planning.allocation import spread
 from fxfuse.planning.options import Options, State
 from fxfuse.planning.plan import FusionPlan
@@ -40,11 +40,11 @@ def make_sized_plan(
         fitted: Whether layers will be fitted, to units of all members.
 
     Raises:
-        ControlError: The method works at a member's width only, or an option has a value that
+        OptionError: The method works at a member's width only, or an option has a value that
             cannot be used.
-        WidthError: As for `fxfuse.transform.resize.resized`.
+        OptionError: As for `fxfuse.transform.resize.resized`.
         RewriteError: The network cannot be written in another size.
-        CalibrationError: The method or the score needs calibration inputs, and there are none.
+        InputError: The method or the score needs calibration inputs, and there are none.
         MissingDependencyError: The method needs a package that is not installed.
     """
     count = len(states)
@@ -77,7 +77,7 @@ def make_sized_plan(
 
 def _width_of_all(target: Target, n_members: int) -> int:
     if target.width not in (None, n_members):
-        raise ControlError(
+        raise OptionError(
             f"width {target.width} and method 'wide' contradict each other",
             why=f"it keeps every unit of every member, which is width {n_members}",
             how="leave the width out, or use method='transplant'",
@@ -91,7 +91,7 @@ def _check_resizable(sizes: Mapping[str, int], graph: CouplingGraph, method: str
         return
     if method in _ANY_WIDTH:
         return
-    raise ControlError(
+    raise OptionError(
         f"method {method!r} works at a member's width only",
         why="it gives every fused unit the place of a unit of the reference member",
         how="leave the width out, or use method='transplant', 'zip' or 'auto'",

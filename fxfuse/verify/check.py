@@ -103,7 +103,7 @@ def run(
     the user's own module runs elsewhere.
 
     Raises:
-        NoWeightsError: The network is on the meta device.
+        MemberError: The network is on the meta device.
         VerificationError: The user's own module cannot run in float64.
     """
     args, kwargs = inputs_of(program, flip=flip)

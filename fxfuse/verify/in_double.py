@@ -94,7 +94,7 @@ class InDouble(fx.Interpreter):
         """What the network answers, called as the captured module is.
 
         Raises:
-            NoWeightsError: A tensor that it reads is on the meta device.
+            MemberError: A tensor that it reads is on the meta device.
         """
         bound = inspect.signature(self._captured.module.forward).bind(*args, **kwargs)
         flat = list(bound.arguments.values())

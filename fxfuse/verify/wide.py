@@ -55,8 +55,8 @@ def concatenation_equals_ensemble(
         mixing: `joint` or `per_member`, as in `fxfuse.FusionPlan`.
 
     Raises:
-        MemberMismatchError: The members are not the same network.
-        NotEmittedError: torch.export refused a member, so that there is no concatenation to run.
+        MemberError: The members are not the same network.
+        NoGraphError: torch.export refused a member, so that there is no concatenation to run.
     """
     program = [as_captured(m, example_inputs, example_kwargs) for m in members]
     for member in program:

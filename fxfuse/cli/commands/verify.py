@@ -12,7 +12,7 @@ from fxfuse import verify as oracles
 from fxfuse.cli.load import load_members, load_model
 from fxfuse.cli.options import Input, Json, Model, ModelArg
 from fxfuse.cli.show import checks_json, checks_table, err, out, print_json
-from fxfuse.errors import NotEmittedError
+from fxfuse.errors import NoGraphError
 
 OptionalCheckpoints = Annotated[
     list[Path] | None,
@@ -45,7 +45,7 @@ def verify(
             try:
                 found = oracles.concatenation_equals_ensemble(members, inputs, mixing="per_member")
                 checks.append(found)
-            except NotEmittedError as error:
+            except NoGraphError as error:
                 warnings.warn(
                     f"wide equals ensemble: not emitted, so not run\n{error}", stacklevel=1
                 )

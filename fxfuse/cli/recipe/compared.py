@@ -21,7 +21,7 @@ from fxfuse.cli.recipe.text import RECIPE, read_recipe
 from fxfuse.cli.report.content import Network
 from fxfuse.cli.report.write import check_installed, write_report
 from fxfuse.cli.sources import Data
-from fxfuse.errors import RecipeError, SavedError
+from fxfuse.errors import CheckpointError, OptionError
 from fxfuse.graph.capture import capture
 from fxfuse.members.checkpoint import load_tensors, read_state_dict
 from fxfuse.planning.plan import FusionPlan
@@ -39,16 +39,16 @@ def compared(folders: Sequence[Path], data: str | None, *, latency: bool) -> tup
         latency: Whether to measure latency.
 
     Raises:
-        RecipeError: They are not of the same members.
-        SavedError: A folder holds no network.
-        DataError: The data cannot be read, or do not fit.
+        OptionError: They are not of the same members.
+        CheckpointError: A folder holds no network.
+        InputError: The data cannot be read, or do not fit.
     """
     first = read_recipe(folders[0])
     # A stack has no recipe: what it is made of is its own business.
     for folder in (f for f in folders[1:] if (f / RECIPE).exists()):
         recipe = read_recipe(folder)
         if (recipe.model, _hashes(recipe)) != (first.model, _hashes(first)):
-            raise RecipeError(
+            raise OptionError(
                 "the results are of different members",
                 where=str(folder),
                 why=f"they are compared with the ensemble of those in {folders[0]}",
@@ -115,15 +115,15 @@ def report_on(folder: Path, data: str | None, page: Path | None) -> Path:
         page: The file; None: in the folder.
 
     Raises:
-        SavedError: The folder holds no plan.
-        CheckpointMismatchError: The weights do not fit the plan.
+        CheckpointError: The folder holds no plan.
+        CheckpointError: The weights do not fit the plan.
     """
     check_installed()
     recipe = read_recipe(folder)
     page = Path(page or folder / REPORT).absolute()
     examples = _data(data)
     if not (folder / PLAN).is_file():
-        raise SavedError(
+        raise CheckpointError(
             f"{folder.name} holds no plan",
             where=str(folder / PLAN),
             why="a report is about a fusion",
@@ -158,7 +158,7 @@ def _networks(recipe: Recipe) -> Networks:
     """The members of a result, in memory.
 
     Raises:
-        RecipeError: They have changed since.
+        OptionError: They have changed since.
     """
     with contextlib.chdir(recipe.base or "."):
         networks = load_networks(recipe, in_memory=True)

@@ -74,7 +74,7 @@ def load_data(source: DataSource | None) -> Data | None:
     """Reads the examples that a recipe names, if it does.
 
     Raises:
-        DataError: They cannot be read.
+        InputError: They cannot be read.
     """
     if source is None:
         return None
@@ -97,7 +97,7 @@ def made_with(recipe: Recipe, networks: Networks) -> Made:
     """What a recipe is run with now.
 
     Raises:
-        RecipeError: It was run before, and a file has changed since.
+        OptionError: It was run before, and a file has changed since.
     """
     made = record(files_of(recipe), networks.inputs[0].device, Path.cwd())
     if recipe.made is not None:

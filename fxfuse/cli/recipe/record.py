@@ -13,7 +13,7 @@ import torch
 
 import fxfuse
 from fxfuse.cli.recipe.schema import Made
-from fxfuse.errors import RecipeError
+from fxfuse.errors import OptionError
 
 
 def record(files: Iterable[Path], device: torch.device, base: Path) -> Made:
@@ -53,12 +53,12 @@ def check_made(before: Made, now: Made) -> None:
     Warns where another version or device makes that doubtful.
 
     Raises:
-        RecipeError: A file has changed.
+        OptionError: A file has changed.
     """
     changed = [name for name, sha in before.sha256.items() if now.sha256.get(name) != sha]
     if changed:
         found = now.sha256.get(changed[0], "not known, since it is not read")
-        raise RecipeError(
+        raise OptionError(
             "a file has changed since the recipe was run",
             where=changed[0],
             why=f"its SHA-256 is {found}, the recipe says {before.sha256[changed[0]]}",

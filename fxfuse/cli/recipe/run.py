@@ -74,8 +74,8 @@ def prepare_output(recipe: Recipe, *, force: bool) -> Iterator[Path]:
         The folder.
 
     Raises:
-        OutputExistsError: Something is there already that may not be overwritten.
-        OutputBusyError: Another process is writing it.
+        OutputError: Something is there already that may not be overwritten.
+        OutputError: Another process is writing it.
     """
     folder = Path(recipe.base or "", recipe.output.folder)
     check_output(folder, FILES, force=force)

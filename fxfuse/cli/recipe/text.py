@@ -13,7 +13,7 @@ from pydantic_core import ErrorDetails
 
 from fxfuse.cli.recipe.schema import Part, Recipe
 from fxfuse.common.output import write_text
-from fxfuse.errors import RecipeError
+from fxfuse.errors import OptionError
 
 #: The file in a result's folder.
 RECIPE = "recipe.yaml"
@@ -31,7 +31,7 @@ def read_recipe(path: str | Path) -> Recipe:
         The recipe, whose `base` says where relative paths begin.
 
     Raises:
-        RecipeError: It cannot be read; names every line and field that is wrong, and the nearest
+        OptionError: It cannot be read; names every line and field that is wrong, and the nearest
             name that would be right.
     """
     path = Path(path)
@@ -39,14 +39,14 @@ def read_recipe(path: str | Path) -> Recipe:
     try:
         content = file.read_bytes()
     except OSError as error:
-        raise RecipeError(
+        raise OptionError(
             f"there is no recipe {file.name}",
             where=str(file),
             why=error.strerror or str(error),
             how="name a recipe, or a folder that `fxfuse fuse` or `fxfuse run` wrote",
         ) from error
     if len(content) > _LONGEST:
-        raise RecipeError(f"{file.name} is too long for a recipe", where=str(file))
+        raise OptionError(f"{file.name} is too long for a recipe", where=str(file))
     recipe = parse_recipe(content.decode("utf-8", errors="replace"), str(file))
     if recipe.base is None:
         recipe = recipe.model_copy(update={"base": str(file.absolute().parent)})
@@ -61,7 +61,7 @@ def parse_recipe(text: str, where: str = "recipe") -> Recipe:
         where: What it is called in messages.
 
     Raises:
-        RecipeError: As `read_recipe`.
+        OptionError: As `read_recipe`.
     """
     try:
         root = yaml.compose(text, Loader=yaml.SafeLoader)
@@ -71,11 +71,11 @@ def parse_recipe(text: str, where: str = "recipe") -> Recipe:
         raise _not_yaml(error, where) from error
     # A date that is none, a number with too many digits, parts that lie too deep in each other.
     except (ValueError, RecursionError, TypeError, OverflowError) as error:
-        raise RecipeError(
+        raise OptionError(
             "the recipe is no YAML", where=where, why=str(error), how="mend its spelling"
         ) from error
     if not isinstance(content, dict):
-        raise RecipeError(
+        raise OptionError(
             "the recipe holds no fields",
             where=where,
             why=f"it holds {'nothing' if content is None else f'a {type(content).__name__}'}",
@@ -93,7 +93,7 @@ def as_recipe(content: dict[str, Any], where: str = "", root: yaml.Node | None =
         root: Where in the file each of them stands.
 
     Raises:
-        RecipeError: Names every field that is wrong, and its line.
+        OptionError: Names every field that is wrong, and its line.
     """
     try:
         return Recipe.model_validate(content)
@@ -101,7 +101,7 @@ def as_recipe(content: dict[str, Any], where: str = "", root: yaml.Node | None =
         found = [_problem(details, root) for details in error.errors()]
         # Of what may be of several kinds, it is said for each why it is not of that one.
         whys = list(dict.fromkeys(f"line {n}, {text}" if root else text for n, text in found))
-        raise RecipeError(
+        raise OptionError(
             f"the recipe has {len(whys)} mistake{'s' * (len(whys) > 1)}"
             if root
             else "an option cannot be used",
@@ -119,7 +119,7 @@ def changed(recipe: Recipe, **parts: Any) -> Recipe:
         parts: Fields of the recipe and what they hold now.
 
     Raises:
-        RecipeError: They cannot hold that.
+        OptionError: They cannot hold that.
     """
     content = recipe.model_dump(exclude={"made"}, exclude_defaults=True)
     return as_recipe({**content, **parts})
@@ -228,10 +228,10 @@ def _mistake(what: str, node: yaml.Node | None) -> yaml.MarkedYAMLError:
     return yaml.MarkedYAMLError(problem=what, problem_mark=node.start_mark if node else None)
 
 
-def _not_yaml(error: yaml.YAMLError, where: str) -> RecipeError:
+def _not_yaml(error: yaml.YAMLError, where: str) -> OptionError:
     mark = getattr(error, "problem_mark", None) or getattr(error, "context_mark", None)
     why = getattr(error, "problem", None) or getattr(error, "context", None) or str(error)
-    return RecipeError(
+    return OptionError(
         "the recipe is no YAML",
         where=f"{where}, line {mark.line + 1}" if mark else where,
         why=why,

@@ -11,7 +11,7 @@ from torch import nn
 from fxfuse.cli.data import Batches
 from fxfuse.cli.recipe.schema import Train
 from fxfuse.cli.sources import Data
-from fxfuse.errors import CalibrationError, ControlError
+from fxfuse.errors import InputError, OptionError
 from fxfuse.refine import MatchReport, RefineReport, default_optimizer, distill, finetune, match
 
 #: Steps where a recipe names no budget.
@@ -33,13 +33,13 @@ def train(
     """Trains a network in place; returns what that did, in a sentence.
 
     Raises:
-        CalibrationError: There are no inputs.
-        ControlError: A budget in seconds is for `match` only.
-        DataError: There are no labels, where `finetune` needs them.
+        InputError: There are no inputs.
+        OptionError: A budget in seconds is for `match` only.
+        InputError: There are no labels, where `finetune` needs them.
         RefineError: The run cannot go on.
     """
     if data is None:
-        raise CalibrationError(
+        raise InputError(
             f"train: {asked.kind} needs inputs",
             why="the network is trained on them",
             how="give calibration data, or data of its own",
@@ -59,7 +59,7 @@ def train(
         )
         return _sentence("Matched to the ensemble", told)
     if asked.seconds is not None:
-        raise ControlError(
+        raise OptionError(
             f"a budget in seconds is not for train: {asked.kind}",
             why="its schedule needs the number of steps",
             how="give steps, or use kind: match",
@@ -74,7 +74,7 @@ def train(
         "seed": seed,
     }
     if len(data.inputs) > 1:
-        raise ControlError(
+        raise OptionError(
             f"train: {asked.kind} takes one input",
             why=f"the data have {len(data.inputs)}",
             how="use kind: match",

@@ -12,7 +12,7 @@ import fxfuse
 from fxfuse.api.result import FusionResult
 from fxfuse.cli.report.coupled import Coupled, coupled
 from fxfuse.cli.report.transplanted import GroupShare, shares
-from fxfuse.errors import RewriteError, WidthError
+from fxfuse.errors import OptionError, RewriteError
 from fxfuse.refine import RefitReport
 from fxfuse.transform.cost import operations_of, parameters_of
 from fxfuse.verify import Check
@@ -112,7 +112,7 @@ def _sizes(result: FusionResult) -> tuple[Network, ...]:
     try:
         work: int | None = operations_of(graph, {})
         fused_work: int | None = operations_of(graph, plan.sizes(), plan)
-    except (RewriteError, WidthError):
+    except (RewriteError, OptionError):
         work = fused_work = None
     ensemble = Network(f"ensemble of {n}", n * own, None if work is None else n * work)
     alone = Network("one member", own, work)

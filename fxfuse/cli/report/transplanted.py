@@ -11,7 +11,7 @@ from torch import nn
 
 from fxfuse.analysis.coupling import CouplingGraph
 from fxfuse.api.result import FusionResult
-from fxfuse.errors import CalibrationError, UnknownScoreError
+from fxfuse.errors import InputError, OptionError
 from fxfuse.planning.options import Options
 from fxfuse.planning.plan import UnitMap
 from fxfuse.planning.scores import score_units
@@ -108,7 +108,7 @@ def _kept(
     states = states_of(result, members)
     try:
         scores = score_units(graph.trunk(), states, options, units)
-    except (CalibrationError, UnknownScoreError):
+    except (InputError, OptionError):
         return {}
     kept = {}
     for m in plan.maps:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fxfuse.errors import DataError
+from fxfuse.errors import InputError
 
 
 @dataclass(frozen=True)
@@ -48,10 +48,10 @@ class Data:
         """The labels.
 
         Raises:
-            DataError: There are none.
+            InputError: There are none.
         """
         if self.labels is None:
-            raise DataError(
+            raise InputError(
                 "the data have no labels",
                 where=where,
                 why="accuracy and fine-tuning need them",

@@ -11,14 +11,14 @@ import torch
 from fxfuse.cli.sources.data import Data, Preparation, spread
 from fxfuse.cli.sources.images import images, torchvision_datasets
 from fxfuse.cli.sources.pairs import INPUTS, LABELS
-from fxfuse.errors import DataError, MissingDependencyError
+from fxfuse.errors import InputError, MissingDependencyError
 
 
 def torchvision_dataset(rest: str, prepare: Preparation) -> Data:
     """Examples of `CLASS:ROOT` or `CLASS:ROOT:SPLIT`; nothing is downloaded.
 
     Raises:
-        DataError: torchvision has no such data set, or it is not there.
+        InputError: torchvision has no such data set, or it is not there.
         MissingDependencyError: torchvision is not installed.
     """
     datasets = torchvision_datasets()
@@ -29,7 +29,7 @@ def torchvision_dataset(rest: str, prepare: Preparation) -> Data:
             root, split = place[: -len(known) - 1], known
     kind = getattr(datasets, name, None)
     if not isinstance(kind, type) or not root:
-        raise DataError(
+        raise InputError(
             f"torchvision has no data set {name!r}" if root else "the folder is missing",
             where=f"torchvision:{rest}",
             how="write it like torchvision:CIFAR10:/data or torchvision:CIFAR10:/data:train",
@@ -44,7 +44,7 @@ def torchvision_dataset(rest: str, prepare: Preparation) -> Data:
         except (RuntimeError, OSError) as error:
             first = error
             break
-    raise DataError(
+    raise InputError(
         f"{name} cannot be read",
         where=root,
         why=str(first),
@@ -56,7 +56,7 @@ def hugging_face(folder: str, prepare: Preparation) -> Data:
     """Examples of a folder that `save_to_disk` wrote; of several splits, of `test` or the first.
 
     Raises:
-        DataError: There is none, or its columns are not known.
+        InputError: There is none, or its columns are not known.
         MissingDependencyError: Hugging Face datasets is not installed.
     """
     try:
@@ -72,7 +72,7 @@ def hugging_face(folder: str, prepare: Preparation) -> Data:
         table = datasets.load_from_disk(folder)
     # Its errors are of many kinds.
     except Exception as error:
-        raise DataError(
+        raise InputError(
             f"{folder} holds no data set",
             where=folder,
             why=f"{type(error).__name__}: {error}",
@@ -89,7 +89,7 @@ def hugging_face(folder: str, prepare: Preparation) -> Data:
     table = table.with_format("torch")
     found = next((c for c in ("input_ids", *INPUTS) if c in columns), None)
     if found is None:
-        raise DataError(
+        raise InputError(
             "the inputs are not found",
             where=folder,
             why=f"the data set has the columns {', '.join(columns)}",

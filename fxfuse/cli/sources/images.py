@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from fxfuse.cli.sources.data import Data, Preparation, spread
-from fxfuse.errors import DataError, MissingDependencyError
+from fxfuse.errors import InputError, MissingDependencyError
 
 #: Lets the first dimension of an image be its channels.
 _CHANNELS_FIRST = (2, 0, 1)
@@ -20,14 +20,14 @@ def image_folder(path: Path, prepare: Preparation) -> Data:
     """Images of a folder with one folder for each class, in the order of the classes' names.
 
     Raises:
-        DataError: There are none, or they differ in size.
+        InputError: There are none, or they differ in size.
         MissingDependencyError: torchvision is not installed.
     """
     datasets = torchvision_datasets()
     try:
         folder = datasets.ImageFolder(str(path))
     except FileNotFoundError as error:
-        raise DataError(
+        raise InputError(
             f"{path.name} is no folder of images",
             where=str(path),
             why=str(error),
@@ -44,14 +44,14 @@ def images(pairs: Any, where: str, prepare: Preparation) -> Data:
         read.append(_image(image, prepare))
         labels.append(int(label))
     if len({image.shape for image in read}) > 1:
-        raise DataError(
+        raise InputError(
             "the images differ in size",
             where=where,
             why=", ".join(sorted({str(list(image.shape)) for image in read})[:3]),
             how="give a size that they are resized to, such as 224,224",
         )
     if not read:
-        raise DataError("there are no images", where=where)
+        raise InputError("there are no images", where=where)
     return Data((torch.stack(read),), torch.tensor(labels, dtype=torch.int64))
 
 
@@ -65,7 +65,7 @@ def _image(image: Any, prepare: Preparation) -> Tensor:
     for given, change in ((prepare.mean, torch.sub), (prepare.std, torch.div)):
         if given:
             if len(given) not in (1, len(pixels)):
-                raise DataError(
+                raise InputError(
                     f"there are {len(given)} means or deviations for {len(pixels)} channels",
                     how="give one for each channel",
                 )

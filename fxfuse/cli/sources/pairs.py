@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from fxfuse.cli.sources.data import Data
-from fxfuse.errors import DataError
+from fxfuse.errors import InputError
 
 #: Names under which files hold inputs and labels, the usual ones first.
 INPUTS, LABELS = ("inputs", "images", "x", "data"), ("labels", "targets", "y", "label")
@@ -24,7 +24,7 @@ def pair(content: Any, where: str) -> Data:
         if inputs is None and len(content) == 1:
             inputs = next(iter(content.values()))
         if inputs is None:
-            raise DataError(
+            raise InputError(
                 "the inputs are not found",
                 where=where,
                 why=f"it holds {', '.join(map(repr, list(content)[:5]))}",
@@ -39,7 +39,7 @@ def pair(content: Any, where: str) -> Data:
 def _tensors(value: Any, where: str) -> tuple[Tensor, ...]:
     parts = value if isinstance(value, tuple | list) else (value,)
     if not parts or not all(isinstance(part, Tensor | np.ndarray) for part in parts):
-        raise DataError(
+        raise InputError(
             "the inputs are no tensors",
             where=where,
             why=f"they are {type(value).__name__}",
@@ -49,7 +49,7 @@ def _tensors(value: Any, where: str) -> tuple[Tensor, ...]:
         return tuple(torch.as_tensor(part) for part in parts)
     # Texts and times have no dtype in torch.
     except TypeError as error:
-        raise DataError("the inputs are no numbers", where=where, why=str(error)) from error
+        raise InputError("the inputs are no numbers", where=where, why=str(error)) from error
 
 
 def _is_labels(value: Any) -> bool:
@@ -63,7 +63,7 @@ def _labels(value: Any, where: str) -> Tensor:
     found = torch.as_tensor(value)
     whole = not found.is_floating_point() and not found.is_complex()
     if found.dim() != 1 or not whole:
-        raise DataError(
+        raise InputError(
             "the labels are no class numbers",
             where=where,
             why=f"they are {found.dtype} of shape {list(found.shape)}",
@@ -81,7 +81,7 @@ def joined(batches: Iterable[Any], where: str, limit: int | None) -> Data:
         if limit is not None and sum(map(len, found)) >= limit:
             break
     if not found:
-        raise DataError("there are no batches", where=where, why="the iterable is empty")
+        raise InputError("there are no batches", where=where, why="the iterable is empty")
     inputs = tuple(torch.cat(parts) for parts in zip(*(d.inputs for d in found), strict=True))
     labels = [d.labels for d in found if d.labels is not None]
     return Data(inputs, torch.cat(labels) if len(labels) == len(found) else None)

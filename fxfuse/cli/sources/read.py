@@ -16,7 +16,7 @@ from fxfuse.cli.sources.datasets import hugging_face, torchvision_dataset
 from fxfuse.cli.sources.images import image_folder
 from fxfuse.cli.sources.pairs import joined, pair
 from fxfuse.cli.zoo import import_object
-from fxfuse.errors import DataError, FxfuseError
+from fxfuse.errors import FxfuseError, InputError
 from fxfuse.members.checkpoint import TORCH_SUFFIXES, read_file
 
 #: Sources that a prefix names.
@@ -39,12 +39,12 @@ def read_data(spec: str, prepare: Preparation | None = None) -> Data:
         prepare: What is done to them; None: nothing.
 
     Raises:
-        DataError: There is nothing of that name, it holds no examples, or they do not fit
+        InputError: There is nothing of that name, it holds no examples, or they do not fit
             together.
-        CheckpointCorruptError: A file is damaged.
-        CheckpointPickleError: A `.pt` file holds other objects than tensors.
+        CheckpointError: A file is damaged.
+        CheckpointError: A `.pt` file holds other objects than tensors.
         MissingDependencyError: The source needs a package that is not installed.
-        ModelFactoryError: The function cannot be imported.
+        OptionError: The function cannot be imported.
     """
     prepare = prepare or Preparation()
     kind, _, rest = spec.partition(":")
@@ -59,7 +59,7 @@ def read_data(spec: str, prepare: Preparation | None = None) -> Data:
     elif ":" in spec:
         data = _function(spec, prepare.limit)
     else:
-        raise DataError(
+        raise InputError(
             f"the data cannot be read: {spec!r}",
             where=spec,
             why="it is no folder, no file of a known format, and no module:function",
@@ -96,7 +96,7 @@ def _numpy(path: Path) -> Data:
         arrays = content if isinstance(content, np.ndarray) else {k: content[k] for k in content}
     # What a damaged file makes numpy, its zip reader or the decompressor say is not documented.
     except Exception as error:
-        raise DataError(
+        raise InputError(
             f"{path.name} cannot be read",
             where=str(path),
             why=f"{type(error).__name__}: {error}",
@@ -116,7 +116,7 @@ def _function(spec: str, limit: int | None) -> Data:
         raise
     # The user's function may raise anything.
     except Exception as error:
-        raise DataError(
+        raise InputError(
             f"{spec} gives no data",
             where=spec,
             why=f"{type(error).__name__}: {error}",
@@ -128,7 +128,7 @@ def _checked(data: Data, where: str) -> Data:
     sizes = {len(x) if x.dim() else 0 for x in data.inputs}
     sizes |= set() if data.labels is None else {len(data.labels)}
     if len(sizes) > 1 or 0 in sizes:
-        raise DataError(
+        raise InputError(
             "inputs and labels do not fit together" if len(sizes) > 1 else "there are no examples",
             where=where,
             why=f"their numbers are {', '.join(map(str, sorted(sizes)))}",

@@ -18,7 +18,7 @@ import numpy as np
 from scipy.optimize import linear_sum_assignment
 
 from fxfuse.analysis.coupling import CouplingGraph, Index
-from fxfuse.errors import ControlError
+from fxfuse.errors import OptionError
 from fxfuse.planning.measured import Matrix
 from fxfuse.planning.options import Options
 from fxfuse.planning.plan import UnitMap, Weights
@@ -117,14 +117,14 @@ def reference_of(options: Options, n_members: int) -> int | None:
     """The number of the reference member, or None for the mean.
 
     Raises:
-        ControlError: There is no such member.
+        OptionError: There is no such member.
     """
     # Callers may pass anything; the annotation is not the check.
     reference: Any = options.reference
     if reference == "mean":
         return None
     if not isinstance(reference, int) or reference not in range(n_members):
-        raise ControlError(
+        raise OptionError(
             f"there is no reference member {reference!r}",
             why=f"the {n_members} members are counted from 0",
             how='pass reference= with the number of a member, or "mean"',
@@ -136,13 +136,13 @@ def frame_of(graph: CouplingGraph, n_members: int, options: Options) -> int:
     """The number of the member whose units are the common frame.
 
     Raises:
-        ControlError: There is no such member, or it lacks blocks that others have.
+        OptionError: There is no such member, or it lacks blocks that others have.
     """
     first = reference_of(options, n_members) or 0
     missing = sorted(graph.lacking(options.absent, first))
     if missing:
         deepest = [m for m in range(n_members) if not graph.lacking(options.absent, m)]
-        raise ControlError(
+        raise OptionError(
             f"members cannot be aligned to member {first}",
             where=f"group {missing[0]}",
             why="it lacks this block, so there is nothing to compare the others' units with",
@@ -179,7 +179,7 @@ def common_orders(
         reorder: Brings a member's features into other orders.
 
     Raises:
-        ControlError: There is no such reference member, or it lacks blocks that others have.
+        OptionError: There is no such reference member, or it lacks blocks that others have.
     """
     first = frame_of(graph, n, options)
     target, frame = features(first), graph.of_member(first)

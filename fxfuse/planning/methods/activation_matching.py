@@ -41,9 +41,9 @@ def activation_matching(
     off the unit of its own member that tells most of it, by least squares on their activations.
 
     Raises:
-        CalibrationError: There are no activations, or they do not fit.
-        ControlError: There is no such reference member, or it lacks blocks that others have.
-        UnknownMethodError: A variant was asked for.
+        InputError: There are no activations, or they do not fit.
+        OptionError: There is no such reference member, or it lacks blocks that others have.
+        OptionError: A variant was asked for.
     """
     check_variant("activation_matching", options, ())
     activations = require_activations(graph, states, options, "method 'activation_matching'")

@@ -21,8 +21,8 @@ def average(graph: CouplingGraph, states: Sequence[State], options: Options) -> 
     ones (Diao et al., "HeteroFL", arXiv:2010.01264), and further units are left out.
 
     Raises:
-        ControlError: There is no such reference member, or it lacks blocks that others have.
-        UnknownMethodError: A variant was asked for.
+        OptionError: There is no such reference member, or it lacks blocks that others have.
+        OptionError: A variant was asked for.
     """
     check_variant("average", options, ())
     frame = graph.of_member(frame_of(graph, len(states), options))

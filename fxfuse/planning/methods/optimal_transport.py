@@ -9,7 +9,7 @@ import numpy as np
 from scipy.spatial.distance import cdist
 
 from fxfuse.analysis.coupling import CouplingGraph, CouplingGroup
-from fxfuse.errors import ControlError, MissingDependencyError
+from fxfuse.errors import MissingDependencyError, OptionError
 from fxfuse.planning.measured import Matrix, matrix_of, require_activations
 from fxfuse.planning.methods._alignment import frame_of, reference_of
 from fxfuse.planning.methods._from_input import Carried, from_the_input
@@ -43,22 +43,22 @@ def optimal_transport(
 
     Raises:
         MissingDependencyError: POT is not installed.
-        CalibrationError: Variant `activations` has none.
-        ControlError: There is no such reference member, it lacks blocks that others have, or the
+        InputError: Variant `activations` has none.
+        OptionError: There is no such reference member, it lacks blocks that others have, or the
             regularisation is not positive.
-        UnknownMethodError: The variant is unknown.
+        OptionError: The variant is unknown.
     """
     check_variant("optimal_transport", options, VARIANTS)
     reference = reference_of(options, len(states))
     if reference is None:
-        raise ControlError(
+        raise OptionError(
             'optimal_transport has no reference "mean"',
             why="it transports every member to the units of one of them",
             how="pass reference= with the number of a member",
         )
     regularisation = options.regularisation
     if regularisation is not None and not 0 < regularisation < float("inf"):
-        raise ControlError(
+        raise OptionError(
             f"regularisation {regularisation} is not positive",
             why="it is the weight of the entropy of a transport",
             how="use None for exact transport, or a value such as 0.05",

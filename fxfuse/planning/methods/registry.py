@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
 
 from fxfuse.analysis.coupling import CouplingGraph
-from fxfuse.errors import RuleError, UnknownMethodError
+from fxfuse.errors import OptionError, RuleError
 from fxfuse.planning.options import Options, State
 from fxfuse.planning.plan import UnitMap
 
@@ -32,10 +32,10 @@ def find_method(name: str) -> Method:
     """A method by name.
 
     Raises:
-        UnknownMethodError: There is no such method.
+        OptionError: There is no such method.
     """
     if name not in _METHODS:
-        raise UnknownMethodError(
+        raise OptionError(
             f"unknown method {name!r}", how=f"use one of {', '.join(sorted(_METHODS))}"
         )
     return _METHODS[name]
@@ -50,10 +50,10 @@ def check_variant(method: str, options: Options, known: Sequence[str]) -> None:
         known: The variants that the method has.
 
     Raises:
-        UnknownMethodError: It has no such variant.
+        OptionError: It has no such variant.
     """
     if options.variant is not None and options.variant not in known:
-        raise UnknownMethodError(
+        raise OptionError(
             f"unknown variant {options.variant!r} of {method}",
             how=f"use one of {', '.join(known)}, or None"
             if known

@@ -8,7 +8,7 @@ import numpy as np
 
 from fxfuse.activations import components
 from fxfuse.analysis.coupling import CouplingGraph, Index
-from fxfuse.errors import CalibrationError, ControlError
+from fxfuse.errors import InputError, OptionError
 from fxfuse.planning.methods.registry import check_variant, method
 from fxfuse.planning.options import Options, State
 from fxfuse.planning.plan import UnitMap, Weights
@@ -38,10 +38,10 @@ def transplant(
     best of all others. With fractions by pattern, groups that none speaks of keep the best of all.
 
     Raises:
-        UnknownScoreError: The score is unknown.
-        UnknownMethodError: The variant is unknown.
-        CalibrationError: The score needs calibration inputs, or labels, and there are none.
-        ControlError: A fraction is not between 0 and 1, or given with a variant, or its pattern
+        OptionError: The score is unknown.
+        OptionError: The variant is unknown.
+        InputError: The score needs calibration inputs, or labels, and there are none.
+        OptionError: A fraction is not between 0 and 1, or given with a variant, or its pattern
             names nothing.
     """
     check_variant("transplant", options, VARIANTS)
@@ -82,17 +82,17 @@ def _mixtures(
     """Maps of residual streams that are not one-hot.
 
     Raises:
-        CalibrationError: There are no calibration inputs.
-        ControlError: The members have different widths.
+        InputError: There are no calibration inputs.
+        OptionError: The members have different widths.
     """
     if options.calibration is None:
-        raise CalibrationError(
+        raise InputError(
             "variant 'components' needs calibration inputs",
             why="it looks for what the layers that read a residual stream make of it",
             how="pass calibration=..., 100 to 1,000 inputs without labels",
         )
     if graph.members:
-        raise ControlError(
+        raise OptionError(
             "variant 'components' works with members of one width only",
             why="it mixes units of the same stream",
             how="leave the variant out",
@@ -141,19 +141,19 @@ def _by_fraction(
     )
     for share in shares.values():
         if not 0.0 <= share <= 1.0:
-            raise ControlError(
+            raise OptionError(
                 f"fraction {share} is not between 0 and 1",
                 why="it is the share of units that come from other members than the base member",
                 how="use 0 for the base member alone, 1 for the others alone",
             )
     if options.variant is not None:
-        raise ControlError(
+        raise OptionError(
             f"fraction and variant {options.variant!r} contradict each other",
             why="a variant fuses in steps, and a fraction speaks of one step",
             how="leave one of them out",
         )
     if not 0 <= base_member < len(states):
-        raise ControlError(
+        raise OptionError(
             f"there is no member {base_member} to be the base member",
             why=f"the {len(states)} members are counted from 0",
             how="pass base_member= with the number of a member",

@@ -52,8 +52,8 @@ def weight_matching(
     off it, and one that nothing writes is left out.
 
     Raises:
-        ControlError: There is no such reference member, or it lacks blocks that others have.
-        UnknownMethodError: A variant was asked for.
+        OptionError: There is no such reference member, or it lacks blocks that others have.
+        OptionError: A variant was asked for.
     """
     check_variant("weight_matching", options, ())
     first = frame_of(graph, len(states), options)

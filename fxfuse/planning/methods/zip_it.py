@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from fxfuse.analysis.coupling import CouplingGraph
-from fxfuse.errors import ControlError
+from fxfuse.errors import OptionError
 from fxfuse.planning.measured import Matrix, matrix_of, require_activations
 from fxfuse.planning.methods._clusters import Clusters
 from fxfuse.planning.methods.registry import check_variant, method
@@ -33,16 +33,16 @@ def zip_it(graph: CouplingGraph, states: Sequence[State], options: Options) -> t
     `across` each group is as large as in the widest member.
 
     Raises:
-        CalibrationError: There are no activations, or they do not fit.
-        ControlError: A size was asked for with `across`.
-        UnknownMethodError: The variant is unknown.
+        InputError: There are no activations, or they do not fit.
+        OptionError: A size was asked for with `across`.
+        OptionError: The variant is unknown.
     """
     check_variant("zip", options, VARIANTS)
     activations = require_activations(graph, states, options, "method 'zip'")
     sizes = {group.name: options.size_of(group) for group in graph.groups}
     resized = bool(graph.members) or any(sizes[g.name] != g.n_units for g in graph.groups)
     if options.variant == "across" and options.sizes is not None and resized:
-        raise ControlError(
+        raise OptionError(
             "variant 'across' of zip has no width",
             why="it never merges two units of one member, so its size follows from the members'",
             how="leave the width out, or the variant",

@@ -19,7 +19,7 @@ def activation(
     """Root mean square of a unit's activation over the calibration inputs.
 
     Raises:
-        CalibrationError: There are no activations, or they do not fit.
+        InputError: There are no activations, or they do not fit.
     """
     answers = require_activations(graph, states, options, "score 'activation'")
     return {

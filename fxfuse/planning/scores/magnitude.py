@@ -9,7 +9,7 @@ import torch
 
 from fxfuse.analysis.coupling import CouplingGraph
 from fxfuse.analysis.labels import Kind
-from fxfuse.errors import UnknownScoreError
+from fxfuse.errors import OptionError
 from fxfuse.members.ranks import of_each
 from fxfuse.planning.options import Options, State
 from fxfuse.planning.scores.owned import owned_sums
@@ -23,10 +23,10 @@ def degree_of(name: str) -> int:
     """The degree of a score that is a norm.
 
     Raises:
-        UnknownScoreError: The score is no norm.
+        OptionError: The score is no norm.
     """
     if name not in DEGREES:
-        raise UnknownScoreError(
+        raise OptionError(
             f"the score {name!r} is no norm of weights", how=f"use one of {', '.join(DEGREES)}"
         )
     return DEGREES[name]

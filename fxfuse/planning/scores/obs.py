@@ -8,7 +8,7 @@ import numpy as np
 
 from fxfuse.activations import elimination
 from fxfuse.analysis.coupling import CouplingGraph
-from fxfuse.errors import CalibrationError
+from fxfuse.errors import InputError
 from fxfuse.planning.options import Options, State
 from fxfuse.planning.scores.magnitude import magnitude
 from fxfuse.planning.scores.registry import Kept, Scores, score
@@ -25,10 +25,10 @@ def obs(
     layer reads is scored by `l2`.
 
     Raises:
-        CalibrationError: There are no calibration inputs.
+        InputError: There are no calibration inputs.
     """
     if options.calibration is None:
-        raise CalibrationError(
+        raise InputError(
             "score 'obs' needs calibration inputs",
             why="it removes units that the others can make up for on these",
             how="pass calibration=..., 100 to 1,000 inputs without labels",

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fxfuse.analysis.coupling import CouplingGraph, Index
-from fxfuse.errors import RuleError, UnknownScoreError
+from fxfuse.errors import OptionError, RuleError
 from fxfuse.planning.options import Options, State
 
 #: For each group, the score of each unit of one member, float64 [n_units].
@@ -64,7 +64,7 @@ def check_score(name: str) -> None:
     """Checks that there is a score of this name.
 
     Raises:
-        UnknownScoreError: There is none.
+        OptionError: There is none.
     """
     _find(name)
 
@@ -78,7 +78,7 @@ def note_of(name: str, graph: CouplingGraph) -> Mapping[str, str]:
     """What a plan says about a score: option → value, besides its name.
 
     Raises:
-        UnknownScoreError: There is no such score.
+        OptionError: There is no such score.
     """
     return _find(name).note(graph)
 
@@ -99,8 +99,8 @@ def score_units(
         not exist.
 
     Raises:
-        UnknownScoreError: There is no such score.
-        CalibrationError: It needs calibration inputs, or labels, and there are none.
+        OptionError: There is no such score.
+        InputError: It needs calibration inputs, or labels, and there are none.
     """
     found = _find(options.score).score(graph, states, options, kept)
     result: dict[int, Scores] = {}
@@ -115,7 +115,5 @@ def score_units(
 
 def _find(name: str) -> _Entry:
     if name not in _SCORES:
-        raise UnknownScoreError(
-            f"unknown score {name!r}", how=f"use one of {', '.join(sorted(_SCORES))}"
-        )
+        raise OptionError(f"unknown score {name!r}", how=f"use one of {', '.join(sorted(_SCORES))}")
     return _SCORES[name]

@@ -23,7 +23,7 @@ def taylor(
     The gradient is the mean over the batches.
 
     Raises:
-        CalibrationError: There are no gradients.
+        InputError: There are no gradients.
     """
 
     def damage(given: Gradients, name: str, weight: torch.Tensor) -> torch.Tensor:
@@ -39,7 +39,7 @@ def fisher(
     """Σ (w · ∂L/∂w)² over the parameters of a unit, the mean over the batches.
 
     Raises:
-        CalibrationError: There are no gradients.
+        InputError: There are no gradients.
     """
 
     def damage(given: Gradients, name: str, weight: torch.Tensor) -> torch.Tensor:

@@ -57,10 +57,10 @@ def refit(
         The error of every layer before and after, and what was left.
 
     Raises:
-        CalibrationError: The inputs are not what the members take, no copies can be made of them,
+        InputError: The inputs are not what the members take, no copies can be made of them,
             or an activation is NaN.
-        MemberMismatchError: These are not the members that were fused.
-        NotEmittedError: The members were traced: there is no graph to run.
+        MemberError: These are not the members that were fused.
+        NoGraphError: The members were traced: there is no graph to run.
         RefineError: The members run one by one in it, so that it is their mean already.
     """
     states, calibration = measurable(result, members, inputs, limit, copies)

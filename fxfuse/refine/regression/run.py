@@ -115,8 +115,8 @@ def refit_state(
         New fused tensors, and the report.
 
     Raises:
-        CalibrationError: An activation is not a number.
-        NotEmittedError: The network was traced, so its graph cannot be run.
+        InputError: An activation is not a number.
+        NoGraphError: The network was traced, so its graph cannot be run.
     """
     graph.program.require_exported()
     return _Refit(graph, plan, states, state, calibration, settings).run()

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
-from fxfuse.errors import CalibrationError
+from fxfuse.errors import InputError
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ class Ridge:
         centred: Whether there is a shift; else the map goes through the origin.
 
     Raises:
-        CalibrationError: The Gram matrix is not finite.
+        InputError: The Gram matrix is not finite.
     """
 
     def __init__(self, rows: torch.Tensor, alpha: float, *, centred: bool) -> None:
@@ -62,7 +62,7 @@ class Ridge:
         self.factor, failed = torch.linalg.cholesky_ex(gram)
         while failed.any():
             if not bool(torch.isfinite(gram).all()):
-                raise CalibrationError(
+                raise InputError(
                     "a layer cannot be regressed on its inputs",
                     why="their products are too large for float32, or no numbers",
                     how="scale the calibration inputs as in training, and check them for NaN",

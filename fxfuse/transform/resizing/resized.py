@@ -78,7 +78,7 @@ def emit_fused(
 
     Raises:
         RewriteError: As for `emit_resized`.
-        NotEmittedError: The captured graph is a trace, which holds for its example only.
+        NoGraphError: The captured graph is a trace, which holds for its example only.
     """
     resized = resized_of(graph, plan)
     if resized is None:
