@@ -44,7 +44,7 @@ from benchmarks.memory import forget_peak, peak
 from benchmarks.records import earlier, on_device, versions, write
 from fxfuse.cli.demo.environment import environment
 from fxfuse.members.streamed import first_member, streamed_states
-from fxfuse.planning.options import Options
+from fxfuse.planning.context import Options
 from fxfuse.planning.planner import make_plan
 from fxfuse.transform.apply import fused_tensors
 from fxfuse.verify.parity import concatenated_and_pruned

@@ -30,14 +30,14 @@ from benchmarks.coverage import RESULTS as COVERAGE
 from benchmarks.records import earlier, versions, write
 from fxfuse import verify
 from fxfuse.analysis.coupling import CouplingGraph
-from fxfuse.planning.options import Options
+from fxfuse.planning.context import Options
 from fxfuse.planning.plan import FusionPlan
 from fxfuse.planning.planner import make_plan
-from fxfuse.planning.widths import sizes_of
+from fxfuse.planning.size import sizes_of
 from fxfuse.transform.cost import operations_of, parameters_of
 from fxfuse.transform.emit import FusedModule
 from fxfuse.transform.resizing import emit_resized, settle
-from fxfuse.transform.wide import concatenation_plan
+from fxfuse.transform.sizes import concatenation_plan
 from fxfuse.verify.check import as_double, in_double, inputs_of, run, tensors_of
 
 RESULTS = Path(__file__).parent / "results" / "wide.json"

@@ -12,7 +12,7 @@ from torch import nn
 
 import fxfuse
 from fxfuse.activations import NodeRunner, elimination, unit_activations
-from fxfuse.activations.calibration import Calibration
+from fxfuse.activations.calibration import CalibrationBatches
 from fxfuse.activations.elimination import eliminate
 from fxfuse.activations.layers import layers_of
 from fxfuse.errors import InputError
@@ -62,7 +62,7 @@ def test_layers_are_rows_times_a_matrix():
         "last",
     ]
     state = program.state()
-    runner = NodeRunner(program, state, Calibration.of(program, images().double()))
+    runner = NodeRunner(program, state, CalibrationBatches.of(program, images().double()))
     for layer in layers:
         runner.held.add(layer.input)
         runner.run_to(layer.node)
@@ -94,7 +94,7 @@ def test_weights_that_are_used_twice_make_no_layer():
 def test_a_lane_computes_what_the_network_does_and_frees_what_is_read():
     model = excite(SmallResNet(), images(4))
     program = fxfuse.capture(model, images(4))
-    calibration = Calibration.of(program, images(), batch=50, shuffle=False)
+    calibration = CalibrationBatches.of(program, images(), batch=50, shuffle=False)
     assert [len(args[0]) for args, _ in calibration.batches] == [50, 50, 20]
     runner = NodeRunner(program, program.state(), calibration)
     (output,) = program.outputs()
@@ -109,7 +109,7 @@ def test_targets_are_the_kept_units_of_the_members():
     members = [excite(SmallResNet(), images(4)) for _ in range(3)]
     result = fxfuse.fuse(members, images(4))
     graph, plan = result.graph, result.plan
-    calibration = Calibration.of(graph.program, images())
+    calibration = CalibrationBatches.of(graph.program, images())
     held = set(graph.program.graph.nodes)
     runners = [NodeRunner(graph.program, m.state_dict(), calibration, held=held) for m in members]
     (output,) = graph.program.outputs()
@@ -138,7 +138,7 @@ def test_unit_activations_are_what_the_reader_gets():
     x = torch.randn(150, 4)
     graph = fxfuse.analyze(model, x[:3])
     found = unit_activations(
-        graph, [model.state_dict()], Calibration.of(graph.program, x, shuffle=False)
+        graph, [model.state_dict()], CalibrationBatches.of(graph.program, x, shuffle=False)
     )
     torch.testing.assert_close(found["0.weight:0"][0], model[:2](x).detach())
 
@@ -154,7 +154,7 @@ def test_units_of_heads_and_flattened_images_are_blocks_and_rows():
 
     model = Flat().eval()
     graph = fxfuse.analyze(model, images(4))
-    calibration = Calibration.of(graph.program, images(110), shuffle=False)
+    calibration = CalibrationBatches.of(graph.program, images(110), shuffle=False)
     found = unit_activations(graph, [model.state_dict()], calibration)["conv.weight:0"][0]
     assert found.shape == (110 * 16, 5)
     with torch.no_grad():
@@ -177,7 +177,7 @@ def test_units_that_no_layer_reads():
     graph = fxfuse.analyze(model, x[:3])
     (group,) = graph.groups
     found = unit_activations(
-        graph, [model.state_dict()] * 2, Calibration.of(graph.program, x, shuffle=False)
+        graph, [model.state_dict()] * 2, CalibrationBatches.of(graph.program, x, shuffle=False)
     )
     with torch.no_grad():
         expected = model.twice(model.twice(model.first(x)).relu()).tanh()
@@ -215,7 +215,7 @@ def test_a_copy_of_a_unit_goes_before_any_other():
     graph = fxfuse.analyze(members[0], x[:3])
     states = [m.state_dict() for m in members]
     kept = {i: {g.name: np.arange(g.n_units) for g in graph.groups} for i in range(2)}
-    found = elimination(graph, states, Calibration.of(graph.program, x), kept)
+    found = elimination(graph, states, CalibrationBatches.of(graph.program, x), kept)
     units, rank = found["0.weight:0"]
     left = units[np.argsort(-rank)[:6], 1]
     assert sorted(left.tolist()) == list(range(6))
@@ -235,24 +235,24 @@ def test_a_copy_of_a_unit_goes_before_any_other():
 def test_inputs_that_do_not_fit(inputs: Any, message: str):
     program = fxfuse.capture(excite(SmallResNet(), images(4)), images(4))
     with pytest.raises(InputError, match=message) as caught:
-        Calibration.of(program, inputs)
+        CalibrationBatches.of(program, inputs)
     assert caught.value.how
 
 
 def test_few_inputs_are_warned_of():
     program = fxfuse.capture(excite(SmallResNet(), images(4)), images(4))
     with pytest.warns(UserWarning, match="20 calibration inputs are few"):
-        Calibration.of(program, images(20))
+        CalibrationBatches.of(program, images(20))
 
 
 def test_as_many_inputs_as_are_allowed():
     program = fxfuse.capture(excite(SmallResNet(), images(4)), images(4))
-    assert Calibration.of(program, images(1500), limit=1500).size == 1500
+    assert CalibrationBatches.of(program, images(1500), limit=1500).size == 1500
     endless = itertools.repeat(images(50))
     with pytest.warns(UserWarning, match=r"the first 150 calibration inputs are taken"):
-        assert Calibration.of(program, endless, limit=150).size == 150
+        assert CalibrationBatches.of(program, endless, limit=150).size == 150
     with pytest.raises(InputError, match="are none"):
-        Calibration.of(program, images(4), limit=0)
+        CalibrationBatches.of(program, images(4), limit=0)
 
 
 def test_copies_are_looked_at_beside_the_inputs():
@@ -260,7 +260,7 @@ def test_copies_are_looked_at_beside_the_inputs():
     model = SmallResNet()
     program = fxfuse.capture(model, images(2))
     x, labels = images(150), torch.zeros(150)
-    calibration = Calibration.of(program, [(x, labels)], copies=2, shuffle=False)
+    calibration = CalibrationBatches.of(program, [(x, labels)], copies=2, shuffle=False)
     assert (calibration.size, len(calibration.labels)) == (150, 2)
     seen = calibration.with_copies
     assert (seen.size, seen.copies, seen.labels) == (450, 0, ())
@@ -268,7 +268,7 @@ def test_copies_are_looked_at_beside_the_inputs():
     parts = torch.cat([args[0] for args, _ in seen.batches]).split(150)
     assert torch.equal(parts[0], x)
     assert not any(torch.equal(a, b) for a, b in itertools.combinations(parts, 2))
-    again = Calibration.of(program, x, copies=2, shuffle=False)
+    again = CalibrationBatches.of(program, x, copies=2, shuffle=False)
     assert all(
         torch.equal(a[0][0], b[0][0])
         for a, b in zip(seen.batches, again.with_copies.batches, strict=True)
@@ -283,7 +283,7 @@ def test_copies_are_looked_at_beside_the_inputs():
 def test_a_part_keeps_its_copies_and_gradients_have_none():
     program = fxfuse.capture(SmallResNet(), images(2))
     labelled = [(images(120), torch.zeros(120, dtype=torch.long))]
-    calibration = Calibration.of(program, labelled, copies=1)
+    calibration = CalibrationBatches.of(program, labelled, copies=1)
     fitting, choosing = calibration.split(0.25)
     assert (fitting.size, choosing.size) == (90, 30)
     assert (fitting.with_copies.size, choosing.with_copies.size) == (180, 60)
@@ -310,15 +310,15 @@ def test_a_part_keeps_its_copies_and_gradients_have_none():
 def test_no_copies_are_made_of_other_inputs(module: nn.Module, inputs: torch.Tensor):
     program = fxfuse.capture(module, inputs[:2])
     with pytest.raises(InputError, match="no augmented copies"):
-        Calibration.of(program, inputs, copies=1)
+        CalibrationBatches.of(program, inputs, copies=1)
     with pytest.raises(InputError, match="-1 copies"):
-        Calibration.of(program, inputs, copies=-1)
+        CalibrationBatches.of(program, inputs, copies=-1)
 
 
 def test_batches_with_labels_and_parts():
     program = fxfuse.capture(excite(SmallResNet(), images(4)), images(4))
     batches = [(images(60), torch.arange(60)), (images(60), torch.arange(60))]
-    calibration = Calibration.of(program, batches, batch=100, shuffle=False)
+    calibration = CalibrationBatches.of(program, batches, batch=100, shuffle=False)
     assert calibration.size == 120
     assert [len(labels) for labels in calibration.labels] == [100, 20]
     fitting, choosing = calibration.split(0.25)
@@ -331,7 +331,7 @@ def test_sorted_inputs_are_shuffled_with_their_labels():
     program = fxfuse.capture(excite(SmallResNet(), images(4)), images(4))
     x, labels = images(2000), torch.arange(2000)
     with pytest.warns(UserWarning, match=r"1,000 of 2,000 calibration inputs are taken"):
-        calibration = Calibration.of(program, [(x[:900], labels[:900]), (x[900:], labels[900:])])
+        calibration = CalibrationBatches.of(program, [(x[:900], labels[:900]), (x[900:], labels[900:])])
     taken = torch.cat(calibration.labels)
     assert calibration.size == len(taken.unique()) == 1000
     assert int((taken >= 1000).sum()) > 400

@@ -14,7 +14,7 @@ from torch import nn
 
 import fxfuse
 from fxfuse.activations import components
-from fxfuse.activations.calibration import Calibration
+from fxfuse.activations.calibration import CalibrationBatches
 from fxfuse.activations.elimination import covariance_at, size_of, weights_at
 from fxfuse.activations.streams import streams
 from fxfuse.activations.units import consumer_inputs, consumers_of
@@ -125,7 +125,7 @@ def test_no_choice_of_units_tells_the_readers_more() -> None:
     networks, x = members(2), tokens(200)
     graph = fxfuse.analyze(networks[0], x[:2])
     states = [network.state_dict() for network in networks]
-    calibration = Calibration.of(graph.program, x)
+    calibration = CalibrationBatches.of(graph.program, x)
     (name,) = streams(graph)
     sizes = {group.name: group.n_units for group in graph.groups}
     every = {

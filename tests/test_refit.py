@@ -13,7 +13,7 @@ from torch import nn
 import fxfuse
 from fxfuse import verify
 from fxfuse.activations import NodeRunner
-from fxfuse.activations.calibration import Calibration
+from fxfuse.activations.calibration import CalibrationBatches
 from fxfuse.errors import (
     InputError,
     MemberError,
@@ -482,7 +482,7 @@ def test_the_fused_network_passes_the_oracles_after_a_refit():
     result = fxfuse.fuse(members, x[:4], score="obs", calibration=x, refit=True)
     graph = fxfuse.analyze(result.module, x[:4])
     assert verify.permutation_of(graph).passed
-    assert Calibration.of(graph.program, x).size == 300
+    assert CalibrationBatches.of(graph.program, x).size == 300
 
 
 @pytest.mark.parametrize("method", ["transplant", "average"])
@@ -501,7 +501,7 @@ def test_an_embedding_is_its_target_already(method: str):
     members, x = [Tokens().eval() for _ in range(2)], torch.randint(0, 11, (300, 5))
     result = fxfuse.fuse(members, x[:4], method=method)
     program = result.graph.program
-    calibration = Calibration.of(program, x)
+    calibration = CalibrationBatches.of(program, x)
     (node,) = (n for n in program.graph.nodes if n.target is torch.ops.aten.embedding.default)
     states = [member.state_dict() for member in members]
     runners = [

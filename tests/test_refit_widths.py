@@ -10,7 +10,7 @@ from torch import fx, nn
 
 import fxfuse
 from fxfuse.activations import NodeRunner
-from fxfuse.activations.calibration import Calibration
+from fxfuse.activations.calibration import CalibrationBatches
 from fxfuse.analysis.labels import AbstractTensor
 from fxfuse.errors import OptionError, RefineError
 from fxfuse.refine import refit
@@ -83,7 +83,7 @@ def test_targets_stand_where_the_wide_network_has_the_units(name: str, n: int):
     nodes = [node for node, value in graph.values.items() if isinstance(value, AbstractTensor)]
     nodes = [node for node in nodes if node.op == "call_function" and node in resized.nodes]
     with pytest.warns(UserWarning, match="few"):
-        calibration = Calibration.of(graph.program, x)
+        calibration = CalibrationBatches.of(graph.program, x)
     runners = [NodeRunner(graph.program, m.state_dict(), calibration, held=nodes) for m in members]
     student = NodeRunner(
         graph.program,

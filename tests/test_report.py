@@ -22,7 +22,7 @@ from fxfuse.cli.report.content import gather
 from fxfuse.cli.report.coupled import FREE, coupled
 from fxfuse.cli.report.transplanted import SEVERAL, shares
 from fxfuse.errors import MissingDependencyError
-from fxfuse.planning.options import Options
+from fxfuse.planning.context import Options
 from fxfuse.planning.scores import score_units
 from tests.nets import images, resnets
 

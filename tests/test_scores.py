@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 import fxfuse
-from fxfuse.activations.calibration import Calibration
+from fxfuse.activations.calibration import CalibrationBatches
 from fxfuse.activations.gradients import gradients
 from fxfuse.errors import InputError, OptionError, RuleError
 from fxfuse.graph.capture import capture_eagerly
@@ -205,7 +205,7 @@ def test_every_score_chooses_units(name: str, variant: str | None):
     options = Options(
         name,
         variant,
-        calibration=Calibration.of(graph.program, torch.cat([images()] * 30)),
+        calibration=CalibrationBatches.of(graph.program, torch.cat([images()] * 30)),
         activations=activations(graph, states),
         gradients=[gradients(c, given) for c in program],
     )

@@ -10,7 +10,7 @@ import torch
 import fxfuse
 from fxfuse.activations import NodeRunner, unit_activations
 from fxfuse.activations import runner as runners
-from fxfuse.activations.calibration import Calibration
+from fxfuse.activations.calibration import CalibrationBatches
 from fxfuse.activations.spill_store import SpillStore
 from fxfuse.refine import refit
 from fxfuse.refine.regression import channel
@@ -61,7 +61,7 @@ def test_never_more_than_one_value_is_there_beside_what_is_kept():
 def test_a_lane_keeps_its_budget():
     model, x = members_for("ResNet", 1)[0], inputs_for("ResNet")
     graph = fxfuse.analyze(model, x[:4])
-    calibration = Calibration.of(graph.program, x, shuffle=False)
+    calibration = CalibrationBatches.of(graph.program, x, shuffle=False)
     (last,) = graph.program.outputs()
     runner = NodeRunner(
         graph.program, graph.program.state(), calibration, memory=300_000, held=[last]
@@ -106,7 +106,7 @@ def test_normalisations_are_fitted_to_a_sample_in_little_memory(monkeypatch: pyt
 def test_units_are_measured_in_little_memory(monkeypatch: pytest.MonkeyPatch):
     members, x = members_for("ResNet"), inputs_for("ResNet")
     graph = fxfuse.analyze(members[0], x[:4])
-    calibration = Calibration.of(graph.program, x)
+    calibration = CalibrationBatches.of(graph.program, x)
     states = [member.state_dict() for member in members]
     found = unit_activations(graph, states, calibration)
     monkeypatch.setattr(runners, "Shelf", lambda _: SpillStore(0))

@@ -18,7 +18,7 @@ from fxfuse.analysis.multi_width import multi_width
 from fxfuse.cli.report.content import gather
 from fxfuse.errors import MemberError
 from fxfuse.planning.plan import FusionPlan
-from fxfuse.planning.widths import sizes_of
+from fxfuse.planning.size import sizes_of
 from fxfuse.transform.resizing import emit_resized, settle
 from fxfuse.verify.check import as_double, in_double, inputs_of, relative_error, tensors_of
 from tests.models import excite, image

@@ -14,12 +14,12 @@ from torch import nn
 
 import fxfuse
 from fxfuse.activations import unit_activations
-from fxfuse.activations.calibration import Calibration
+from fxfuse.activations.calibration import CalibrationBatches
 from fxfuse.analysis.coupling import CouplingGraph, analyze
 from fxfuse.analysis.multi_width import multi_width
 from fxfuse.errors import OptionError
 from fxfuse.planning.methods import Options
-from fxfuse.planning.options import State
+from fxfuse.planning.context import State
 from fxfuse.planning.plan import FusionPlan, UnitMap
 from fxfuse.planning.planner import make_plan
 from fxfuse.transform.resizing import emit_resized
@@ -306,7 +306,7 @@ def test_a_member_and_itself_widened_are_the_member(family: str, kind: str):
         found = torch.func.functional_call(members[1], states[1], x)
         torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-9)
         assert relative_error([expected.flip(0)], [expected]) > 0.01
-    calibration = Calibration.of(graph.program, x)
+    calibration = CalibrationBatches.of(graph.program, x)
     activations = unit_activations(graph, states, calibration)
 
     def error(method: str, reference: int) -> float:

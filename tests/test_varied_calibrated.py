@@ -10,7 +10,7 @@ from torch import nn
 
 import fxfuse
 from fxfuse.activations import elimination, unit_activations
-from fxfuse.activations.calibration import Calibration
+from fxfuse.activations.calibration import CalibrationBatches
 from fxfuse.analysis.coupling import analyze
 from fxfuse.analysis.multi_width import multi_width
 from fxfuse.errors import MemberError, RefineError
@@ -105,7 +105,7 @@ def test_a_unit_is_what_it_is_in_its_member():
     members = [mlp(4, 0), mlp(7, 1)]
     program = [fxfuse.capture(member, X[:4]) for member in members]
     graph = multi_width(analyze(program[0]), program, analyze)
-    calibration = Calibration.of(program[0], X)
+    calibration = CalibrationBatches.of(program[0], X)
     found = unit_activations(graph, [c.state() for c in program], calibration)
     inputs = torch.cat([args[0] for args, _ in calibration.batches])
     for member, answers in zip(members, found["0.weight:0"], strict=True):
@@ -140,7 +140,7 @@ def test_copies_of_a_member_s_units_make_up_for_one_another():
         m: {g.name: torch.arange(g.n_units).numpy() for g in graph.of_member(m).groups}
         for m in range(2)
     }
-    units, ranks = elimination(graph, states, Calibration.of(program[0], X), kept)["0.weight:0"]
+    units, ranks = elimination(graph, states, CalibrationBatches.of(program[0], X), kept)["0.weight:0"]
     best = units[(-ranks).argsort()[:5]]
     assert {int(unit) % 5 for _, unit in best} == set(range(5))
 

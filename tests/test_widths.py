@@ -22,7 +22,7 @@ from fxfuse.errors import OptionError, RewriteError
 from fxfuse.planning.methods import Options
 from fxfuse.planning.plan import FusionPlan, UnitMap
 from fxfuse.planning.planner import make_plan
-from fxfuse.planning.widths import sizes_of
+from fxfuse.planning.size import sizes_of
 from fxfuse.transform.cost import operations_of, parameters_of
 from fxfuse.transform.resizing import emit_resized, settle
 from fxfuse.verify.check import as_double, in_double, inputs_of, relative_error, tensors_of

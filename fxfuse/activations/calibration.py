@@ -1,4 +1,4 @@
-"""Calibration inputs of a network, checked and cut into batches; labels, if there are any."""
+"""CalibrationBatches inputs of a network, checked and cut into batches; labels, if there are any."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ import torch
 import torch.utils._pytree as pytree
 
 from fxfuse.activations.augment import Augment, default_augment
+from fxfuse.common.options import Options
 from fxfuse.errors import InputError
 from fxfuse.graph.capture import Program
 
@@ -23,7 +24,44 @@ _Call = tuple[tuple[Any, ...], dict[str, Any]]
 
 
 @dataclass(frozen=True)
-class Calibration:
+class Calibration(Options):
+    """Calibration inputs, from the members' own domain, and how they are used.
+
+    Attributes:
+        inputs: 100 to 1,000 inputs: a tensor [n, ...], a tuple of tensors (positional inputs), a
+            mapping of tensors (keyword inputs), or an iterable of batches of these; with labels as
+            pairs (inputs, labels).
+        limit: Largest number of inputs, sampled in a fixed random order (the first ones of an
+            iterable). Memory does not grow with it, apart from the inputs themselves.
+        augmentations: Number of augmented copies of each input that are measured as well: images
+            and signals, shifted by up to a position, and half of them mixed in pairs.
+    """
+
+    inputs: Any
+    limit: int = 1000
+    augmentations: int = 0
+
+    def __post_init__(self) -> None:
+        """Check the numbers."""
+        if self.limit < 1:
+            raise _error(
+                f"limit must be at least 1, got {self.limit}", "no input is left", "pass 1,000"
+            )
+        if self.augmentations < 0:
+            raise _error(
+                f"augmentations must be at least 0, got {self.augmentations}",
+                "it is a number of copies",
+                "pass 1",
+            )
+
+    @staticmethod
+    def of(given: Any) -> Calibration:
+        """What a caller gave as calibration: inputs, or a `Calibration`."""
+        return given if isinstance(given, Calibration) else Calibration(given)
+
+
+@dataclass(frozen=True)
+class CalibrationBatches:
     """Inputs in batches, in the structure that the network is called with.
 
     Attributes:
@@ -31,33 +69,32 @@ class Calibration:
         size: Number of inputs in all batches.
         labels: Of each batch; empty where none were given.
         fixed: Whether all calls must have the size that they have.
-        copies: How many augmented copies of each input are looked at as well, where activations
-            are measured.
+        augmentations: Number of augmented copies of each input that are measured as well.
     """
 
     batches: tuple[_Call, ...]
     size: int
     labels: tuple[torch.Tensor, ...] = ()
     fixed: bool = False
-    copies: int = 0
+    augmentations: int = 0
 
     @cached_property
-    def with_copies(self) -> Calibration:
+    def with_copies(self) -> CalibrationBatches:
         """The inputs and their augmented copies, always the same ones; without labels.
 
         A copy has no label of its own.
         """
-        if not self.copies:
+        if not self.augmentations:
             return self
         augment = _augment(self.batches[0])
         generator = torch.Generator().manual_seed(0)
         batches = list(self.batches)
-        for _ in range(self.copies):
+        for _ in range(self.augmentations):
             batches += [((augment(args[0], generator),), {}) for args, _ in self.batches]
-        size = (1 + self.copies) * self.size
-        return replace(self, batches=tuple(batches), size=size, labels=(), copies=0)
+        size = (1 + self.augmentations) * self.size
+        return replace(self, batches=tuple(batches), size=size, labels=(), augmentations=0)
 
-    def split(self, share: float) -> tuple[Calibration, Calibration]:
+    def split(self, share: float) -> tuple[CalibrationBatches, CalibrationBatches]:
         """Two parts without labels, the second with about `share` of the inputs.
 
         Both are the whole where there is nothing to divide.
@@ -83,38 +120,26 @@ class Calibration:
         inputs: Any,
         *,
         batch: int = 128,
-        limit: int = 1000,
         shuffle: bool = True,
-        copies: int = 0,
-    ) -> Calibration:
-        """Checks inputs and cuts them into batches.
+    ) -> CalibrationBatches:
+        """Check inputs and cut them into batches.
 
         Args:
             program: The network.
-            inputs: A tensor [n, ...], a tuple of such tensors (positional inputs), a mapping of
-                them (keyword inputs), or an iterable of batches, each of these kinds or a pair
-                (inputs, labels), whose labels are left out.
+            inputs: Calibration inputs, or a `Calibration`.
             batch: Inputs per call; a graph with a fixed batch has its own.
-            limit: So many inputs are taken at most; of an iterable the first ones.
             shuffle: Whether inputs are taken in a random order (always the same one): data that are
                 sorted by class would otherwise show a part of the classes only.
-            copies: How many augmented copies of each input are looked at as well.
 
         Raises:
-            InputError: There are none, or they are not what the network was captured with,
-                or not finite; or copies are asked for of what is neither images nor signals.
+            InputError: There are none, or they are not what the network was captured with, or not
+                finite; or augmented copies are asked for of what is neither images nor signals.
 
-        Warns of fewer than `FEW` inputs, and of more than `limit`.
+        Warns of fewer than `FEW` inputs, and of more than the limit.
         """
-        if limit < 1:
-            raise _error(
-                f"at most {limit} calibration inputs are none", "nothing is left", "allow 1,000"
-            )
-        if copies < 0:
-            raise _error(
-                f"{copies} copies of each input", "a number of copies is 0 or more", "pass 1"
-            )
-        found, cut = _calls(inputs, program, limit)
+        given = Calibration.of(inputs)
+        limit = given.limit
+        found, cut = _calls(given.inputs, program, limit)
         calls = [call for call, _ in found]
         if not calls:
             raise _error(
@@ -122,7 +147,7 @@ class Calibration:
             )
         for args, kwargs in calls:
             _check(program, args, kwargs)
-        if copies:
+        if given.augmentations:
             _augment(calls[0])
         fixed = None if program.dynamic_batch else _size(program.example_inputs)
         whole = pytree.tree_map(lambda *parts: _joined(parts), *calls)
@@ -132,12 +157,11 @@ class Calibration:
             order = torch.randperm(_size(whole), generator=torch.Generator().manual_seed(0))
             whole = _picked(whole, order)
             labels = None if labels is None or len(labels) < len(order) else labels[order]
-        given, size = _size(whole), min(_size(whole), limit)
-        if cut or given > limit:
-            which = f"the first {size:,}" if cut else f"{size:,} of {given:,}"
+        count, size = _size(whole), min(_size(whole), limit)
+        if cut or count > limit:
+            which = f"the first {size:,}" if cut else f"{size:,} of {count:,}"
             warnings.warn(
-                f"{which} calibration inputs are taken: calibration_limit of fxfuse.fuse, and "
-                "limit of a step by itself, allow more.",
+                f"{which} calibration inputs are used; Calibration(inputs, limit=...) allows more.",
                 stacklevel=3,
             )
         step = fixed or batch
@@ -160,9 +184,11 @@ class Calibration:
                 stacklevel=3,
             )
         if labels is None or len(labels) < size:
-            return Calibration(batches, size, fixed=fixed is not None, copies=copies)
+            return CalibrationBatches(
+                batches, size, fixed=fixed is not None, augmentations=given.augmentations
+            )
         parts = labels[:size].split([_size(b) for b in batches])
-        return Calibration(batches, size, parts, fixed is not None, copies)
+        return CalibrationBatches(batches, size, parts, fixed is not None, given.augmentations)
 
 
 def _augment(call: _Call) -> Augment:

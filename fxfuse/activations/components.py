@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from fxfuse.activations.calibration import Calibration
+from fxfuse.activations.calibration import CalibrationBatches
 from fxfuse.activations.elimination import covariance_at, size_of, weights_at, width_of
 from fxfuse.activations.streams import streams
 from fxfuse.activations.units import consumer_inputs, consumers_of
@@ -21,7 +21,7 @@ _LEAST = 1e-6
 def components(
     graph: CouplingGraph,
     states: Sequence[Mapping[str, torch.Tensor]],
-    calibration: Calibration,
+    calibration: CalibrationBatches,
     kept: Mapping[str, Index],
     sizes: Mapping[str, int],
     base_member: int,

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from fxfuse.activations.calibration import Calibration
+from fxfuse.activations.calibration import CalibrationBatches
 from fxfuse.activations.layers import name_of
 from fxfuse.activations.parts import part_of
 from fxfuse.activations.units import Consumer, consumer_inputs, consumers_of, each_once
@@ -40,7 +40,7 @@ Units = dict[str, Index]
 def elimination(
     graph: CouplingGraph,
     states: Sequence[State],
-    calibration: Calibration,
+    calibration: CalibrationBatches,
     kept: Kept,
     *,
     sizes: Mapping[str, int] | None = None,

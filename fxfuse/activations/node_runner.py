@@ -10,7 +10,7 @@ import torch
 import torch.utils._pytree as pytree
 from torch import fx
 
-from fxfuse.activations.calibration import Calibration
+from fxfuse.activations.calibration import CalibrationBatches
 from fxfuse.activations.parts import part_of, view_chain_of
 from fxfuse.activations.spill_store import MEMORY, SpillStore, Stored
 from fxfuse.errors import InputError
@@ -44,7 +44,7 @@ class NodeRunner:
         self,
         program: Program,
         state: Mapping[str, torch.Tensor],
-        calibration: Calibration,
+        calibration: CalibrationBatches,
         *,
         name: str = "the network",
         held: Collection[fx.Node] = (),

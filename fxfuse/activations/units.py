@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import fx
 
-from fxfuse.activations.calibration import Calibration
+from fxfuse.activations.calibration import CalibrationBatches
 from fxfuse.activations.layers import Layer, layers_of
 from fxfuse.activations.node_runner import NodeRunner
 from fxfuse.activations.recurrence import readers_of
@@ -72,7 +72,7 @@ def consumer_inputs(
     graphs: Sequence[CouplingGraph],
     consumers: Sequence[Mapping[str, Sequence[Consumer]]],
     states: Mapping[int, Mapping[str, torch.Tensor]],
-    calibration: Calibration,
+    calibration: CalibrationBatches,
     *,
     rows: int = ROWS,
 ) -> dict[Layer, list[torch.Tensor]]:
@@ -126,7 +126,7 @@ def _member_lane(
     graph: CouplingGraph,
     number: int,
     state: Mapping[str, torch.Tensor],
-    calibration: Calibration,
+    calibration: CalibrationBatches,
     held: Collection[fx.Node],
 ) -> NodeRunner:
     absent = others_region(graph.program, number)
@@ -146,7 +146,7 @@ def _some(parts: Iterable[torch.Tensor], count: int, rows: int) -> torch.Tensor:
 def unit_activations(
     graph: CouplingGraph,
     states: Sequence[Mapping[str, torch.Tensor]],
-    calibration: Calibration,
+    calibration: CalibrationBatches,
     *,
     rows: int = ROWS,
 ) -> dict[str, list[torch.Tensor]]:

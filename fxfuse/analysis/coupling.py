@@ -17,8 +17,6 @@ from torch.export import ExportedProgram
 from fxfuse.analysis.constraints import (
     Asked,
     Constraints,
-    OutputDims,
-    Patterns,
     asked_for,
     interface_dims,
 )
@@ -192,37 +190,16 @@ class CouplingGraph:
 
 def analyze(
     model: nn.Module | ExportedProgram | Program,
-    example_inputs: Any = (),
-    example_kwargs: Mapping[str, Any] | None = None,
-    *,
-    freeze: Patterns = (),
-    share: Patterns = (),
-    ignore: Patterns = (),
-    output_dims: OutputDims | None = None,
-    dynamic_shapes: Any = None,
+    example: Any = (),
+    constraints: Constraints | None = None,
 ) -> CouplingGraph:
-    """Finds the coupling groups of a network.
-
-    Patterns are those of `fnmatch`; one may stand without a list.
+    """Find the coupling groups of a network.
 
     Args:
         model: What `fxfuse.capture` takes, or its result.
-        example_inputs: A tensor or a tuple of positional inputs, batch of at least 2.
-        example_kwargs: Keyword inputs.
-        freeze: `state_dict()` names of parameters that stay exactly as in the base member. Every
-            dimension freezes, and what is coupled to it follows: the base member keeps it. A
-            dimension
-            that means the same in all members anyhow (input channels, tokens) draws nothing in.
-        share: `state_dict()` names of parameters whose index means the same in all members (a
-            pretrained stem that all members hold): the members' mean is taken, along with
-            whatever is coupled to it, and the plan lists how far they disagree.
-        ignore: Dotted paths of submodules of which nothing is fused: all their parameters and
-            buffers are frozen as by `freeze`.
-        output_dims: For an output, by its index in flattened order, the dimensions that are
-            interface: `{0: ()}` sets all dimensions of the first output free, so that its channels
-            may be permuted and fused. An output that is not listed is interface in every
-            dimension.
-        dynamic_shapes: Passed to `torch.export.export` unchanged.
+        example: A tensor, a tuple, a mapping of keyword inputs, or an `Example`; batch of at least
+            2.
+        constraints: What must stay as it is.
 
     Returns:
         Groups, frozen dimensions and explanations.
@@ -230,12 +207,10 @@ def analyze(
     Raises:
         InputError: The model rejects the example inputs.
         CaptureError: The model cannot be captured.
-        OptionError: An option names nothing in the network, or two contradict each other.
+        OptionError: A constraint names nothing in the network, or two contradict each other.
     """
-    program = model
-    if not isinstance(program, Program):
-        program = capture(program, example_inputs, example_kwargs, dynamic_shapes=dynamic_shapes)
-    return couple(program, Constraints.of(freeze, share, ignore, output_dims))
+    program = model if isinstance(model, Program) else capture(model, example)
+    return couple(program, constraints or Constraints())
 
 
 def couple(program: Program, constraints: Constraints) -> CouplingGraph:

@@ -2,145 +2,99 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import replace
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
 from torch.export import ExportedProgram
 
-from fxfuse.activations.calibration import Calibration
-from fxfuse.analysis.constraints import Constraints, OutputDims, Patterns
-from fxfuse.analysis.coupling import couple
+from fxfuse.analysis.constraints import Constraints
+from fxfuse.api.load_members import single
 from fxfuse.api.result import FusionResult
-from fxfuse.api.soundness import examined, verified
+from fxfuse.api.stages import Refinement, analyze_ensemble, build_network, plan_network
 from fxfuse.errors import OptionError
 from fxfuse.graph.capture import Program, capture
-from fxfuse.graph.module_checks import check_finite, check_values
-from fxfuse.members.fingerprint import fingerprint
-from fxfuse.planning.allocation import Budget, check_budget
-from fxfuse.planning.options import Options
+from fxfuse.planning.methods import Method, find_method
 from fxfuse.planning.plan import FusionPlan
-from fxfuse.planning.scores import check_score
-from fxfuse.planning.widths import Width
-from fxfuse.transform.resize import Target
-from fxfuse.transform.resizing import emit_resized, output_layouts
-from fxfuse.transform.sized_plan import make_sized_plan
-from fxfuse.verify import handover
+from fxfuse.planning.size import Size
+from fxfuse.refine import Match, Refit, Task
+
+if TYPE_CHECKING:
+    from rich.progress import Progress
 
 
 def prune(
-    module: nn.Module | ExportedProgram | Program,
-    example_inputs: Any = (),
-    example_kwargs: Mapping[str, Any] | None = None,
+    network: nn.Module | ExportedProgram | Program,
+    example: Any = (),
     *,
-    width: Width | None = None,
-    plan: FusionPlan | None = None,
-    score: str = "l2",
-    max_params: int | None = None,
-    max_flops: int | None = None,
-    round_to: int = 1,
-    budget: Budget = "local",
+    size: float | Mapping[str, float] | Size | None = None,
+    method: str | Method = "transplant",
     calibration: Any = None,
-    calibration_limit: int = 1000,
-    calibration_copies: int = 0,
-    freeze: Patterns = (),
-    ignore: Patterns = (),
-    output_dims: OutputDims | None = None,
-    dynamic_shapes: Any = None,
+    task: Task | None = None,
+    refine: Sequence[Refit | Match] | None = None,
+    constraints: Constraints | None = None,
+    plan: FusionPlan | None = None,
     verify: bool = True,
+    progress: bool | Progress = False,
 ) -> FusionResult:
-    """Prunes the least important units of one network: whole channels, neurons and heads.
+    """Prune the least important units of one network: whole channels, neurons and heads.
 
     The network may be a trained one of any class, or what `fuse` or `prune` returned, trained on:
-    a gradual schedule is a loop of pruning and training. Units that stand in other layers' way are
-    removed with everything that writes or reads them, so what comes out is a smaller dense network.
+    a gradual schedule is a loop of pruning and training. Units that other layers depend on are
+    removed with everything that writes or reads them, so the result is a smaller dense network.
 
     Args:
-        module: What `fxfuse.capture` takes; it stays as it is.
-        example_inputs: A tensor or a tuple of inputs that it accepts, batch of at least 2.
-        example_kwargs: Keyword inputs.
-        width: Size of the pruned network in units of this network, in (0, 1], or widths by pattern,
-            as in `fuse`. A group that cannot be written in another size keeps its own: the plan's
-            `refused` says why.
-        plan: The plan that the network was made with. What it was told to freeze, share and ignore
-            and which outputs it set free holds here, too, and the new plan names it as its origin.
-        score: Importance of a unit, as in `fuse`; `activation` and `obs` need calibration inputs,
-            `taylor` and `fisher` labels as well.
-        max_params: In place of `width`: the most parameter elements; the widest network is made.
-        max_flops: The same for floating-point operations on the example inputs.
-        round_to: Channels are rounded to multiples of this, 8 for most hardware.
-        budget: `local` or `global`, as in `fuse`.
-        calibration: Inputs from the network's own domain, as in `fuse`.
-        calibration_limit: So many of them are taken at most, as in `fuse`.
-        calibration_copies: So many augmented copies of each are looked at as well, as in `fuse`.
-        freeze: `state_dict()` names of parameters that stay exactly as they are, as in `analyze`.
-        ignore: Dotted paths of submodules of which nothing is pruned.
-        output_dims: The interface dimensions of outputs, as in `analyze`.
-        dynamic_shapes: Passed to `torch.export.export` unchanged.
-        verify: Whether to run the oracles before handing the network over.
+        network: What `fxfuse.capture` takes; it stays as it is.
+        example: Example inputs, as in `fuse`.
+        size: Size of the result in units of this network, in (0, 1], or a `Size`. A group that
+            cannot be written in another size keeps its own: its map in the plan says why.
+        method: How units are chosen: `Transplant(score=...)` names their importance.
+        calibration: Calibration inputs, as in `fuse`.
+        task: What the output means, as in `fuse`.
+        refine: What follows the pruning, as in `fuse`; the network itself is the ensemble.
+        constraints: Parameters that stay or are left alone; free outputs.
+        plan: The plan that the network was made with: its constraints hold here, too, and the new
+            plan names it as its origin.
+        verify: Whether to run the oracles before the network is returned.
+        progress: Of the matching, as in `fuse`.
 
     Returns:
         The pruned network, its plan (of one member, this network) and what was verified.
 
     Raises:
-        OptionError: Neither a width nor a budget is given, or an option names nothing in the
-            network or contradicts another one.
-        OptionError: A width is no number in (0, 1], leaves a group without a unit, or no width
-        meets
-            the budget.
-        InputError: The network rejects the example inputs.
-        MemberError: The network holds sparse or quantised tensors.
-        MemberError: The network is on the meta device.
+        OptionError: There is no size, or an option names nothing in the network.
+        InputError: The network rejects the inputs, or calibration inputs are missing or unfit.
         CaptureError: The network cannot be captured.
-        NoGraphError: torch.export refuses the network, so it cannot be written in another size.
-        MemberError: The network holds NaN or infinity.
-        OptionError: No such score.
-        InputError: The score needs calibration inputs, or labels, and there are none.
+        NoGraphError: torch.export rejects the network, so it cannot be written in another size.
         PlanError: No parameter has a free dimension.
+        RewriteError: The network cannot be written in this size.
         VerificationError: An oracle failed.
-        RewriteError: The network cannot be written in another size.
     """
-    target = Target(width, max_params, max_flops, round_to, "joint", budget)
-    if width is None and not target.is_budget:
+    wanted = Size.of(size)
+    if not wanted.is_given:
         raise OptionError(
-            "pruning needs a width or a budget",
-            why="neither width, max_params nor max_flops is given",
-            how="pass width=0.5 to keep half of every layer, for instance",
+            "pruning needs a size",
+            why="neither a width nor a budget is given",
+            how="pass size=0.5 to keep half of every layer, for instance",
         )
-    check_score(score)
-    check_budget(budget, width, given=True, score=score)
-    program = module
-    if not isinstance(program, Program):
-        program = capture(program, example_inputs, example_kwargs, dynamic_shapes=dynamic_shapes)
-    program.require_exported()
-    state = program.state()
-    check_values(state)
-    check_finite(0, state)
-    constraints = Constraints.of(freeze, (), ignore, output_dims)
+    chosen, constraints = find_method(method), constraints or Constraints()
     if plan is not None:
         constraints = plan.constraints.and_also(constraints)
-    graph = couple(program, constraints)
-    graph, checks = examined(graph, verify=verify)
-    inputs = (
-        None
-        if calibration is None
-        else Calibration.of(
-            program, calibration, limit=calibration_limit, copies=calibration_copies
-        )
+    refinement = Refinement.of(
+        refine, calibration, task, progress, matchable=not constraints.output_dims
     )
-    options = Options(score, calibration=inputs)
-    made = make_sized_plan(
-        graph, [state], "transplant", options, target, base_member=0, fitted=False
-    )
-    made = replace(
-        made,
-        constraints=constraints,
-        members=(fingerprint(state),),
+    program = network if isinstance(network, Program) else capture(network, example)
+    program.require_exported()
+    ensemble = single(program)
+    graph, checks = analyze_ensemble(ensemble, constraints, verify=verify)
+    batches = refinement.batches(program)
+    made = plan_network(
+        graph,
+        ensemble,
+        chosen,
+        wanted,
+        batches,
+        fitted=bool(refinement),
         origin="" if plan is None else plan.digest,
     )
-    pruned = emit_resized(graph, made, [state])
-    if verify:
-        grown = output_layouts(graph, made) if constraints.output_dims else None
-        checks += handover(program, pruned, grown)
-    return FusionResult(made, verified(checks), graph, pruned.state_dict(), pruned)
+    return build_network(graph, ensemble, made, refinement, checks, batches=batches, verify=verify)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +13,7 @@ from fxfuse.common.output import atomic_folder
 from fxfuse.errors import CheckpointError, NoGraphError
 from fxfuse.graph.capture import capture, export
 from fxfuse.graph.eager import eval_mode
+from fxfuse.graph.example import Example
 from fxfuse.members.checkpoint import check_fit, read_state_dict, write_state_dict
 from fxfuse.runtime.inputs import resolve_inputs
 from fxfuse.transform.emit import FusedModule, emit
@@ -26,8 +26,7 @@ FILES = (WEIGHTS, GRAPH, PLAN)
 def save(
     network: FusionResult | fx.GraphModule,
     folder: str | Path,
-    example_inputs: Any = None,
-    example_kwargs: Mapping[str, Any] | None = None,
+    example: Any = None,
     *,
     force: bool = False,
 ) -> None:
@@ -40,8 +39,7 @@ def save(
     Args:
         network: What `fuse` or `prune` returned, its module after training, or a stack.
         folder: The folder.
-        example_inputs: A tensor or a tuple of inputs; those that were fused with, if None.
-        example_kwargs: Keyword inputs.
+        example: Example inputs, as in `fxfuse.fuse`. None: those that it was fused with.
         force: Whether a folder that holds nothing but such files may be replaced.
 
     Raises:
@@ -51,14 +49,13 @@ def save(
         CaptureError: torch.export refuses the network.
     """
     with atomic_folder(folder, FILES, force=force) as work:
-        write_network(network, work, example_inputs, example_kwargs)
+        write_network(network, work, example)
 
 
 def write_network(
     network: FusionResult | fx.GraphModule,
     folder: Path,
-    example_inputs: Any = None,
-    example_kwargs: Mapping[str, Any] | None = None,
+    example: Any = None,
 ) -> tuple[str, ...]:
     """Writes the files of a network into a folder that is there; returns their names.
 
@@ -71,7 +68,8 @@ def write_network(
         (folder / PLAN).write_text(network.plan.to_json(), encoding="utf-8")
         written.append(PLAN)
     if not isinstance(network, FusionResult) or network.emitted:
-        module, args, kwargs = resolve_inputs(network, example_inputs, example_kwargs)
+        module, given = resolve_inputs(network, example)
+        args, kwargs = given.args, dict(given.kwargs)
         with eval_mode(module):
             write_graph(export(module, args, kwargs, None), folder / GRAPH)
         written.append(GRAPH)
@@ -112,7 +110,7 @@ def load(folder: str | Path) -> FusedModule:
         )
     exported = read_graph(graph)
     args, kwargs = exported.example_inputs or ((), {})
-    program = capture(exported, args, kwargs)
+    program = capture(exported, Example(args, kwargs))
     state, own = read_state_dict(weights), program.state()
     check_fit(state, own, weights)
     for name, tensor in own.items():

@@ -11,8 +11,8 @@ import typer
 
 from fxfuse.analysis.constraints import Patterns
 from fxfuse.errors import OptionError
-from fxfuse.planning.options import Reference
-from fxfuse.planning.widths import Width
+from fxfuse.planning.context import Reference
+from fxfuse.planning.size import Width
 
 Model = Annotated[
     str,

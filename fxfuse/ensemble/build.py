@@ -26,7 +26,7 @@ from fxfuse.errors import (
     VerificationError,
 )
 from fxfuse.graph.capture import Program, capture
-from fxfuse.graph.example import is_single
+from fxfuse.graph.example import Example, is_single
 from fxfuse.graph.export_reuse import captured_each
 from fxfuse.graph.module_checks import check_enough, check_values
 from fxfuse.graph.same_network import check_same_network
@@ -39,12 +39,10 @@ _EXACT = 1e-12
 
 def stack(
     members: Sequence[nn.Module | ExportedProgram | Program],
-    example_inputs: Any = (),
-    example_kwargs: Mapping[str, Any] | None = None,
+    example: Any = (),
     *,
     reduce: str = "mean",
     class_dim: int = -1,
-    dynamic_shapes: Any = None,
     verify: bool = True,
 ) -> FusedModule:
     """Writes an ensemble as one graph that computes all members, losslessly.
@@ -55,17 +53,15 @@ def stack(
 
     Args:
         members: Two or more networks with the same graph and the same shapes; they are copied.
-        example_inputs: A tensor or a tuple of inputs that the members accept. The stack takes any
+        example: A tensor, a tuple, a mapping of keyword inputs, or an `Example`. The stack takes any
             batch, but what pays is judged by the example: give one of the size that it will run
             on. A single one is repeated where members answer both as they answer one.
-        example_kwargs: Keyword inputs.
         reduce: What becomes of every output tensor, of shape `[*]` in a member. `mean`: the mean,
             `[*]`. `none`: `[N, *]`, member i at index i. `vote`: of the classes along `class_dim`
             the one that most members find largest, int64 without that dimension; of several such
             classes the one with the largest mean output. A member that finds two classes equally
             large votes for both.
         class_dim: Dimension of the classes in a member's output, for `vote`.
-        dynamic_shapes: Passed to `torch.export.export` unchanged. By default the batch is dynamic.
         verify: Whether to compare what each member answers with that member, in float64, on the
             example.
 
@@ -92,13 +88,12 @@ def stack(
         raise OptionError(
             f"there is no reduction {reduce!r}", how=f"use one of {', '.join(REDUCTIONS)}"
         )
-    program = captured_each(
-        members, lambda m, _: _captured(m, example_inputs, example_kwargs, dynamic_shapes)
-    )
+    given = Example.of(example)
+    program = captured_each(members, lambda m, _: _captured(m, given))
     check_same_network(program)
     for member in program:
         check_values(member.state())
-    single = is_single(*_example(members[0], example_inputs, example_kwargs))
+    single = is_single(*_example(members[0], given))
     writer = walk(program, policy_of(_device(program[0])), single=single)
     joined, inventory = writer.weights.settle()
     module = _emitted(writer, joined, "none", class_dim)
@@ -110,17 +105,12 @@ def stack(
     return module
 
 
-def _captured(
-    member: nn.Module | ExportedProgram | Program,
-    inputs: Any,
-    kwargs: Mapping[str, Any] | None,
-    dynamic_shapes: Any,
-) -> Program:
+def _captured(member: nn.Module | ExportedProgram | Program, example: Example) -> Program:
     if isinstance(member, Program):
         member.require_exported()
         return member
     try:
-        return capture(member, inputs, kwargs, dynamic_shapes=dynamic_shapes, fallback=False)
+        return capture(member, example, fallback=False)
     except CaptureError as error:
         raise NoGraphError(
             "no stack can be written for this network",
@@ -131,12 +121,12 @@ def _captured(
 
 
 def _example(
-    member: nn.Module | ExportedProgram | Program, inputs: Any, kwargs: Mapping[str, Any] | None
+    member: nn.Module | ExportedProgram | Program, example: Example
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """The example as it was given: capture may have made two of it."""
     if isinstance(member, Program):
         return member.example_inputs
-    return inputs if isinstance(inputs, tuple) else (inputs,), dict(kwargs or {})
+    return example.args, dict(example.kwargs)
 
 
 def _device(program: Program) -> torch.device:

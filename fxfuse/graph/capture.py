@@ -23,7 +23,14 @@ from torch.export import Dim, ExportedProgram
 
 from fxfuse.errors import CaptureError, NoGraphError
 from fxfuse.graph.eager import eval_mode, trace
-from fxfuse.graph.example import at_least_two, check_example, first_line, is_single, try_example
+from fxfuse.graph.example import (
+    Example,
+    at_least_two,
+    check_example,
+    first_line,
+    is_single,
+    try_example,
+)
 from fxfuse.graph.fixed_batch import batch_sizes
 from fxfuse.graph.module_checks import check_model, state_of
 from fxfuse.graph.rebuild import rebuild
@@ -135,20 +142,17 @@ class Program:
 
 def capture(
     model: nn.Module | ExportedProgram,
-    example_inputs: Any,
-    example_kwargs: Mapping[str, Any] | None = None,
+    example: Any = (),
     *,
-    dynamic_shapes: Any = None,
     fallback: bool = True,
 ) -> Program:
     """Captures a network in eval mode; the model itself is left as it was.
 
     Args:
         model: An `nn.Module`, a `torch.fx.GraphModule` or a `torch.export.ExportedProgram`.
-        example_inputs: A tensor or a tuple of positional inputs; a batch of at least 2. A single
-            example is repeated, if the model answers both as it answers one.
-        example_kwargs: Keyword inputs.
-        dynamic_shapes: Passed to `torch.export.export` unchanged. By default dimension 0 of every
+        example: A tensor, a tuple of positional inputs, a mapping of keyword inputs, or an
+            `Example`; a batch of at least 2. A single example is repeated, if the model answers
+            both as it answers one. Unless the `Example` has dynamic shapes, dimension 0 of every
             tensor input is dynamic; a model that cannot be captured so is captured with a static
             batch, and a warning says so.
         fallback: Whether a module that `torch.export` refuses is traced on the example instead
@@ -164,8 +168,8 @@ def capture(
             or it returns no tensor.
     """
     check_model(model)
-    args = example_inputs if isinstance(example_inputs, tuple) else (example_inputs,)
-    kwargs = dict(example_kwargs or {})
+    given = Example.of(example)
+    args, kwargs, dynamic_shapes = given.args, dict(given.kwargs), given.dynamic_shapes
     check_example(args, kwargs)
     if isinstance(model, ExportedProgram):
         program = model
@@ -185,7 +189,7 @@ def capture(
                     f"emitted. The reason: {error.why}",
                     stacklevel=2,
                 )
-                return capture_eagerly(model, args, kwargs, refusal=error.why)
+                return capture_eagerly(model, Example(args, kwargs), refusal=error.why)
     state = state_of(model)
     module = rebuild(program.module(check_guards=False), state)
     source = None if isinstance(model, ExportedProgram) else model
@@ -194,8 +198,7 @@ def capture(
 
 def capture_eagerly(
     model: nn.Module,
-    example_inputs: Any,
-    example_kwargs: Mapping[str, Any] | None = None,
+    example: Any,
     *,
     refusal: str,
 ) -> Program:
@@ -203,16 +206,15 @@ def capture_eagerly(
 
     Args:
         model: A module that `torch.export` refuses; it is left as it was.
-        example_inputs: A tensor or a tuple of positional inputs.
-        example_kwargs: Keyword inputs.
+        example: As in `capture`.
         refusal: Why `torch.export` refuses it.
 
     Raises:
         InputError: The model rejects the example inputs.
         CaptureError: The model cannot be traced.
     """
-    args = example_inputs if isinstance(example_inputs, tuple) else (example_inputs,)
-    kwargs = dict(example_kwargs or {})
+    given = Example.of(example)
+    args, kwargs = given.args, dict(given.kwargs)
     check_model(model)
     check_example(args, kwargs)
     state = state_of(model)

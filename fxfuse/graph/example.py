@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -14,6 +15,35 @@ from fxfuse.errors import CaptureError, InputError
 
 #: Answers to one example and to two of it differ by rounding: kernels depend on the batch.
 _ROUNDING = 1e-3
+
+
+@dataclass(frozen=True)
+class Example:
+    """Example inputs of a network, with a batch of at least 2.
+
+    Attributes:
+        args: Positional inputs: a tuple, or the only one.
+        kwargs: Keyword inputs by name.
+        dynamic_shapes: Passed to `torch.export.export` unchanged. None: dimension 0 of every tensor
+            input is dynamic.
+    """
+
+    args: Any = ()
+    kwargs: Mapping[str, Any] = field(default_factory=dict)
+    dynamic_shapes: Any = None
+
+    def __post_init__(self) -> None:
+        """Make the only positional input a tuple."""
+        if not isinstance(self.args, tuple):
+            object.__setattr__(self, "args", (self.args,))
+        object.__setattr__(self, "kwargs", dict(self.kwargs))
+
+    @staticmethod
+    def of(given: Any) -> Example:
+        """What a caller gave: a tensor, a tuple of inputs, a mapping of keyword inputs, or this."""
+        if isinstance(given, Example):
+            return given
+        return Example(kwargs=given) if isinstance(given, Mapping) else Example(given)
 
 
 def tensors_in(value: Any) -> list[torch.Tensor]:

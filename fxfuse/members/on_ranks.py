@@ -11,6 +11,7 @@ from torch import nn
 
 from fxfuse.errors import CheckpointError, MemberError, OptionError
 from fxfuse.graph.capture import Program, capture
+from fxfuse.graph.example import Example
 from fxfuse.graph.export_reuse import reuse_export
 from fxfuse.graph.module_checks import check_model
 from fxfuse.graph.same_network import check_same_as
@@ -24,8 +25,7 @@ def members_on_ranks(
     ranks: Ranks,
     members: Sequence[Any],
     template: nn.Module | None,
-    example: tuple[Any, Mapping[str, Any] | None],
-    dynamic_shapes: Any,
+    example: Example,
 ) -> tuple[Program, RankedStates]:
     """Member 0, captured on every rank, and the tensors of all members.
 
@@ -33,8 +33,7 @@ def members_on_ranks(
         ranks: The processes; each calls with its own members.
         members: Of this rank: modules, or paths of checkpoints. There may be none.
         template: A module of the members' class, for paths and for a rank without members.
-        example: Positional and keyword inputs; those of the rank that has member 0 count.
-        dynamic_shapes: Passed to `torch.export.export` unchanged.
+        example: Example inputs; those of the rank that has member 0 count.
 
     Raises:
         OptionError: A rank has neither a module nor a template, or a member is neither a module
@@ -61,12 +60,13 @@ def members_on_ranks(
 
     tensors = ranks.from_rank(owners[0], lambda: dict(made[0].state_dict()), device)
     # Examples that are drawn at random differ from rank to rank.
-    inputs, kwargs = ranks.from_rank(owners[0], lambda: example, device)
+    args, kwargs = ranks.from_rank(owners[0], lambda: (example.args, example.kwargs), device)
+    example = Example(args, kwargs, example.dynamic_shapes)
 
     def program() -> dict[str, str]:
         if ranks.rank != owners[0]:
             made[0] = _stand_in(made[0], tensors)
-        made.append(capture(made[0], inputs, kwargs, dynamic_shapes=dynamic_shapes))
+        made.append(capture(made[0], example))
         return _told(made[1])
 
     _check_alike(ranks.all(program), owners[0])
@@ -76,7 +76,9 @@ def members_on_ranks(
     def read() -> None:
         for number, member in zip(numbers, members, strict=True):
             own[number] = (
-                first.state() if number == 0 else _state(member, number, first, dynamic_shapes)
+                first.state()
+                if number == 0
+                else _state(member, number, first, example.dynamic_shapes)
             )
 
     ranks.all(read)
@@ -124,9 +126,7 @@ def _state(member: Any, number: int, first: Program, dynamic_shapes: Any) -> Sta
         return streamed_state(member, number, first)
     check_model(member)
     args, kwargs = first.example_inputs
-    other = reuse_export(first, member) or capture(
-        member, args, kwargs, dynamic_shapes=dynamic_shapes
-    )
+    other = reuse_export(first, member) or capture(member, Example(args, kwargs, dynamic_shapes))
     check_same_as(first, other, number)
     return other.state()
 

@@ -3,61 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Literal, get_args
 
 import numpy as np
 from numpy.typing import NDArray
 
 from fxfuse.analysis.coupling import CouplingGraph
-from fxfuse.errors import OptionError
-from fxfuse.planning.options import Options, State
+from fxfuse.planning.context import Context, State
 from fxfuse.planning.scores import score_units
-from fxfuse.planning.widths import Sizes, Width, units_at
-
-#: Every group has the width, or all groups together have the units that they would have so.
-Budget = Literal["local", "global"]
-
-
-def check_budget(budget: str, width: Width | None, *, given: bool, score: str) -> None:
-    """Checks that a budget can be spread.
-
-    Args:
-        budget: What is asked for.
-        width: The width that is asked for.
-        given: Whether there is a width, or a budget of parameters or operations.
-        score: Name of the score.
-
-    Raises:
-        OptionError: It cannot.
-    """
-    if budget not in get_args(Budget):
-        raise OptionError(
-            f"budget={budget!r} is unknown", how=f"use one of {', '.join(get_args(Budget))}"
-        )
-    if budget == "local":
-        return
-    if not given:
-        raise OptionError(
-            "budget='global' needs something to spread",
-            why="neither width, max_params nor max_flops is given",
-            how="pass width=0.5 to keep half of all units, for instance",
-        )
-    if isinstance(width, Mapping):
-        raise OptionError(
-            "budget='global' and a width for each pattern contradict each other",
-            why="a global budget decides how wide each group is",
-            how="pass one width for all groups, or leave the budget out",
-        )
-    if score == "obs":
-        raise OptionError(
-            "budget='global' does not work with score 'obs'",
-            why="it says in which order the units of one group go, so groups cannot be compared",
-            how="use one of the other scores: score='l2'",
-        )
+from fxfuse.planning.size import Sizes, units_at
 
 
 def spread(
-    graph: CouplingGraph, states: Sequence[State], options: Options, round_to: int
+    graph: CouplingGraph, states: Sequence[State], score: str, context: Context, multiple_of: int
 ) -> Callable[[Sizes], Sizes]:
     """From sizes at which every group is equally wide to those of a global budget.
 
@@ -67,8 +24,9 @@ def spread(
     Args:
         graph: The analysis of the members.
         states: For each member, its tensors by name.
-        options: Names the score.
-        round_to: Channels are rounded to multiples of this, after the units are counted.
+        score: Name of the score.
+        context: What it is measured on.
+        multiple_of: Channels are rounded to multiples of this, after the units are counted.
 
     Raises:
         InputError: The score needs calibration inputs, or labels, and there are none.
@@ -77,7 +35,7 @@ def spread(
         member: {g.name: np.arange(g.n_units) for g in graph.of_member(member).groups}
         for member in range(len(states))
     }
-    scores = score_units(graph.trunk(), states, options, alive)
+    scores = score_units(graph.trunk(), states, score, context, alive)
     values = {
         group.name: np.concatenate([scores[member][group.name] for member in alive])
         for group in graph.groups
@@ -89,7 +47,7 @@ def spread(
         for group in graph.groups:
             one = len(values[group.name]) / len(states)
             width = counts[group.name] / one
-            found[group.name] = units_at(graph, group, len(states), width, round_to)
+            found[group.name] = units_at(graph, group, len(states), width, multiple_of)
         return found
 
     return wider_where_it_matters

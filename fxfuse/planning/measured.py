@@ -12,20 +12,20 @@ from fxfuse.activations import unit_activations
 from fxfuse.activations.gradients import Gradients, gradients
 from fxfuse.analysis.coupling import CouplingGraph
 from fxfuse.errors import InputError, OptionError
-from fxfuse.planning.options import Options, State
+from fxfuse.planning.context import Context, State
 
 Matrix = NDArray[np.float64]
 
 
 def require_activations(
-    graph: CouplingGraph, states: Sequence[State], options: Options, user: str
+    graph: CouplingGraph, states: Sequence[State], context: Context, user: str
 ) -> dict[str, list[torch.Tensor]]:
     """What the units of every group answer to the calibration inputs.
 
     Args:
         graph: The analysis of the members.
         states: For each member, its tensors by name.
-        options: Where the activations stand, or the inputs to measure them on.
+        context: Where the activations stand, or the inputs to measure them on.
         user: What needs them, for messages: "method 'zip'".
 
     Returns:
@@ -34,9 +34,9 @@ def require_activations(
     Raises:
         InputError: There are none, they do not fit the groups, or they are not finite.
     """
-    n_members, given = len(states), options.activations
-    if given is None and options.calibration is not None:
-        given = unit_activations(graph, states, options.calibration)
+    n_members, given = len(states), context.activations
+    if given is None and context.calibration is not None:
+        given = unit_activations(graph, states, context.calibration)
     if given is None:
         raise InputError(
             f"{user} needs calibration inputs",
@@ -75,7 +75,7 @@ def matrix_of(tensor: torch.Tensor) -> Matrix:
 
 
 def require_gradients(
-    graph: CouplingGraph, states: Sequence[State], options: Options, user: str
+    graph: CouplingGraph, states: Sequence[State], context: Context, user: str
 ) -> Sequence[Gradients]:
     """The members' gradients.
 
@@ -89,10 +89,10 @@ def require_gradients(
             why="its gradients are of one loss on one output, and each head has a task of its own",
             how="use score='l2', 'bn_scale', 'activation' or 'obs'",
         )
-    n_members, given = len(states), options.gradients
-    if given is None and options.calibration is not None and options.calibration.labels:
-        calls = [args for args, _ in options.calibration.batches]
-        pairs = list(zip(calls, options.calibration.labels, strict=True))
+    n_members, given = len(states), context.gradients
+    if given is None and context.calibration is not None and context.calibration.labels:
+        calls = [args for args, _ in context.calibration.batches]
+        pairs = list(zip(calls, context.calibration.labels, strict=True))
         each = (graph.of_member(member).program for member in range(n_members))
         given = [gradients(own, pairs, state) for own, state in zip(each, states, strict=True)]
     if given is None or len(given) != n_members:

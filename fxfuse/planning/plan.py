@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,14 +16,13 @@ from fxfuse.analysis.label_spaces import HeadOutputs, LabelSpaces
 from fxfuse.errors import PlanError
 from fxfuse.members.fingerprint import Fingerprint, digest_of
 from fxfuse.planning.plan_codec import MapEntries, read, written
+from fxfuse.planning.size import Mixing
 
 #: Plans of schema 1 know neither their members nor what was asked for: they can be read, and not
 #: applied. Those of schema 2 list every entry of every map.
 _SCHEMA, _LISTED, _OLDEST = 3, 2, 1
 
 Weights = NDArray[np.float64]
-#: How operators that mix members run.
-Mixing = Literal["joint", "per_member"]
 _TREATMENT: Mapping[Mixing, str] = {
     "joint": "over the kept units of all members together, which is an approximation",
     "per_member": "once for each member",

@@ -2,19 +2,25 @@
 
 from fxfuse.activations.augment import Augment, shift_and_mix
 from fxfuse.refine.loop import RefineReport
-from fxfuse.refine.match import MatchReport, match
+from fxfuse.refine.match import Match, MatchReport, match
 from fxfuse.refine.recalibrate import recalibrate
-from fxfuse.refine.regression import LayerFit, RefitReport, refit, refit_head
+from fxfuse.refine.regression import LayerFit, Refit, RefitReport, refit, refit_head
 from fxfuse.refine.repair import RepairReport, repair
+from fxfuse.refine.task import Classification, Regression, Task
 from fxfuse.refine.train import default_optimizer, distill, finetune
 
 __all__ = [
     "Augment",
+    "Classification",
     "LayerFit",
+    "Match",
     "MatchReport",
     "RefineReport",
+    "Refit",
     "RefitReport",
+    "Regression",
     "RepairReport",
+    "Task",
     "default_optimizer",
     "distill",
     "finetune",

@@ -9,7 +9,7 @@ import torch
 from torch import fx, nn
 from torch.export import ExportedProgram
 
-from fxfuse.activations.calibration import Calibration
+from fxfuse.activations.calibration import CalibrationBatches
 from fxfuse.analysis.coupling import CouplingGraph
 from fxfuse.analysis.heads import joined_state
 from fxfuse.errors import MemberError, OptionError, RefineError
@@ -67,16 +67,14 @@ def _absent(result: Fused, member: int) -> dict[str, torch.Tensor]:
 
 
 def measurable(
-    result: Fused, members: Sequence[Member], inputs: Any, limit: int = 1000, copies: int = 0
-) -> tuple[Sequence[Mapping[str, torch.Tensor]], Calibration]:
+    result: Fused, members: Sequence[Member], calibration: Any
+) -> tuple[Sequence[Mapping[str, torch.Tensor]], CalibrationBatches]:
     """The members' tensors and the checked inputs, for a step that measures activations.
 
     Args:
         result: What `fxfuse.fuse` returned.
         members: The networks that were fused, in the same order.
-        inputs: What `Calibration.of` takes.
-        limit: So many of them are taken at most.
-        copies: So many augmented copies of each are asked for.
+        calibration: Inputs, or a `Calibration`.
 
     Raises:
         InputError: The inputs are not what the members take, or cannot be augmented.
@@ -84,8 +82,8 @@ def measurable(
         NoGraphError: The members were traced: there is no graph to run.
     """
     result.graph.program.require_exported()
-    calibration = Calibration.of(result.graph.program, inputs, limit=limit, copies=copies)
-    return states_of(result, members), calibration
+    batches = CalibrationBatches.of(result.graph.program, calibration)
+    return states_of(result, members), batches
 
 
 def check_one_head(result: Fused, what: str, why: str) -> None:

@@ -17,7 +17,8 @@ from rich.progress import Progress
 from torch import Tensor, nn
 
 from fxfuse.activations.augment import Augment, default_augment
-from fxfuse.errors import RefineError
+from fxfuse.common.options import Options
+from fxfuse.errors import OptionError, RefineError
 from fxfuse.refine.batch import call, logits_of
 from fxfuse.refine.distance import loss
 from fxfuse.refine.interpolation import Judges, Start
@@ -33,9 +34,61 @@ from fxfuse.refine.schedule import (
     course,
     highest,
 )
+from fxfuse.refine.task import Task
 from fxfuse.refine.watch import READ_EVERY, bar, check_weights, last_finite
 
 _STEPS = 300
+
+
+@dataclass(frozen=True)
+class Match(Options):
+    """Matching: label-free training to answer like the ensemble.
+
+    Attributes:
+        steps: Budget in optimiser steps. With neither this nor `seconds`: 300.
+        seconds: Budget in CPU seconds of this process, all threads together. What it gives depends
+            on the machine, so it is not reproducible bit for bit, as a budget in steps is.
+        batch: Inputs per step, 2 or more.
+        learning_rate: Its highest value. None: 3e-3, or 6e-3 for a network that normalises by
+            statistics of the batch; a start whose error on the held-out inputs is below a quarter
+            of what the ensemble's answers vary by gets less, by the square of that error.
+        weight_decay: Weight decay of parameters with two dimensions or more; others do not decay.
+        augment: Function of (inputs `[b, *]`, CPU generator) that returns a copy; needs a single
+            input tensor. None: `shift_and_mix` for floating images `[n, c, h, w]` and signals
+            `[n, c, l]`, no copies for all others.
+        seed: Seed of all random numbers; torch's global generators are left as they were.
+    """
+
+    steps: int | None = None
+    seconds: float | None = None
+    batch: int = 64
+    learning_rate: float | None = None
+    weight_decay: float = 1e-4
+    augment: Augment | None = None
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        """Check that there is one budget, and that all numbers are positive."""
+        super().__post_init__()
+        if self.steps is not None and self.seconds is not None:
+            raise OptionError(
+                "steps and seconds contradict each other",
+                where=f"steps={self.steps}, seconds={self.seconds}",
+                why="the learning rate follows one of them to zero",
+                how="pass steps or seconds",
+            )
+        for name in ("steps", "seconds", "learning_rate"):
+            value = getattr(self, name)
+            if value is not None and not value > 0:
+                raise OptionError(
+                    f"{name} must be greater than 0, got {value}", how=f"pass a positive {name}"
+                )
+        if self.batch < 2:
+            raise OptionError(
+                f"batch must be at least 2, got {self.batch}",
+                why="normalisation in training takes its statistics from a batch of two or more",
+                how="pass a batch of 2 or more",
+            )
 
 
 @dataclass(frozen=True)
@@ -72,15 +125,9 @@ def match(
     module: nn.Module,
     members: Sequence[nn.Module],
     inputs: Any,
+    options: Match | None = None,
     *,
-    steps: int | None = None,
-    seconds: float | None = None,
-    batch: int = 64,
-    learning_rate: float | None = None,
-    weight_decay: float = 1e-4,
-    augment: Augment | None = None,
-    outputs: str | None = None,
-    seed: int = 0,
+    task: Task | None = None,
     progress: bool | Progress = False,
     device: torch.device | str | None = None,
 ) -> MatchReport:
@@ -105,21 +152,9 @@ def match(
         members: The networks to match, run in eval mode and never changed, except that they are
             moved to `device`. They return a tensor, or an object with a field `logits`.
         inputs: Unlabelled inputs `[n, *]`, or a tuple of positional inputs with the same n.
-        steps: Budget in optimiser steps; neither this nor `seconds`: 300.
-        seconds: Budget in CPU seconds of this process, all threads together. What it gives depends
-            on the machine, so it is not reproducible bit for bit, as a budget in steps is.
-        batch: Inputs per step.
-        learning_rate: Its highest value. None: 3e-3, or 6e-3 for a network that normalises by
-            statistics of the batch, which takes larger steps well; a start whose error on the
-            held-out inputs is below a quarter of what the ensemble's answers vary by gets less, by
-            the square of that error.
-        weight_decay: Of parameters with two dimensions or more; others do not decay.
-        augment: Function of (inputs `[b, *]`, CPU generator) that returns a copy; needs a single
-            input tensor. None: `shift_and_mix` for floating images `[n, c, h, w]` and signals
-            `[n, c, l]`, no copies for all others.
-        outputs: `logits` compares class logits `[b, k]` up to a constant per input, `values`
-            compares each position as it is. None takes `logits` for outputs `[b, k]`, k > 1.
-        seed: Seed of all random numbers; torch's global generators are left as they were.
+        options: Budget, batch, rate, augmentation and seed.
+        task: What the output means: logits of classes `[b, k]` are compared up to a constant per
+            input, values position by position. None: outputs `[b, k]`, k > 1, are logits.
         progress: True shows a bar on stderr; a `rich.progress.Progress` gets a task of its own.
         device: Where to train; None stays where the module is. The module is moved in place.
 
@@ -128,26 +163,28 @@ def match(
         inputs say of the start and of what is left.
 
     Raises:
-        RefineError: No members, or the module among them; inputs that are missing or unfit; a
-            budget, batch or rate that is not positive, or two budgets; outputs of different shapes;
-            a loss or weight that is not finite. Of several processes: a budget in seconds, or a
-            batch without equal parts.
+        MemberError: There are no members, or the module is among them.
+        InputError: Inputs are missing or unfit.
+        RefineError: Outputs have different shapes; a loss or weight is not finite. Of several
+            processes: a budget in seconds, or a batch without equal parts.
     """
-    _check_budget(steps, seconds)
-    if seconds is not None and together(module).groups:
+    options = options or Match()
+    if options.seconds is not None and together(module).groups:
         raise RefineError(
             "A budget in seconds is for one process.",
             where="seconds",
             why="Processes take their steps together, and seconds end at another step in each.",
             how="Give steps.",
         )
-    _check(module, members, batch, learning_rate)
+    check_teachers(module, members, "members")
+    batch, augment, seed = options.batch, options.augment, options.seed
     given = check_inputs(inputs, augment)
     target = device_of(module, device)
     module.to(target)
     # Before the clock starts: making a process's first optimiser imports for seconds.
-    optimizer = _optimizer(module, learning_rate or RATE, weight_decay)
-    budget = Budget(_STEPS if steps is None and seconds is None else steps, seconds)
+    optimizer = _optimizer(module, options.learning_rate or RATE, options.weight_decay)
+    steps = _STEPS if options.steps is None and options.seconds is None else options.steps
+    budget = Budget(steps, options.seconds)
     trained, judging = split(given, seed)
     teacher = Teacher(members, augment or default_augment(given), batch, seed, target)
     with evaluating(members, target):
@@ -158,7 +195,7 @@ def match(
             drawn=None if budget.steps is None else budget.steps * batch,
             enough=lambda: budget.is_over(SHARE_OF_POOL),
         )
-    kind = _kind(pool.targets, outputs)
+    kind = _kind(pool.targets, task)
     module.eval()
     start = Start(module, Judges(judges, kind, batch))
     budget.start_training(start.seconds)
@@ -173,7 +210,9 @@ def match(
                 budget,
                 kind,
                 advance,
-                lambda normalises: learning_rate or highest(start.error, normalises=normalises),
+                lambda normalises: (
+                    options.learning_rate or highest(start.error, normalises=normalises)
+                ),
             )
         finally:
             module.eval()
@@ -233,14 +272,14 @@ def _train(
     return torch.tensor(read)
 
 
-def _kind(targets: Tensor, asked: str | None) -> Outputs:
-    kind = kind_of(targets.shape, asked)
+def _kind(targets: Tensor, task: Task | None) -> Outputs:
+    kind = kind_of(targets.shape, task)
     if kind == "logits" and (targets.dim() != 2 or targets.shape[1] < 2):
-        raise RefineError(
-            f"Outputs {list(targets.shape[1:])} per input are no class logits.",
-            where="outputs='logits'",
-            why="Only logits [b, k] of two or more classes are defined up to a constant.",
-            how="Use outputs='values'.",
+        raise OptionError(
+            f"outputs {list(targets.shape[1:])} per input are no class logits",
+            where="task=Classification()",
+            why="only logits [b, k] of two or more classes are defined up to a constant",
+            how="pass task=Regression()",
         )
     return kind
 
@@ -265,43 +304,3 @@ def _optimizer(module: nn.Module, rate: float, decay: float) -> torch.optim.Opti
     # One kernel for all parameters: small networks spend a third of a step in the loop over them.
     fused = all(p.is_floating_point() and p.device.type in ("cpu", "cuda") for p in trained)
     return torch.optim.AdamW([group for group in groups if group["params"]], lr=rate, fused=fused)
-
-
-def _check_budget(steps: int | None, seconds: float | None) -> None:
-    if steps is not None and seconds is not None:
-        raise RefineError(
-            "Two budgets were given.",
-            where=f"steps={steps}, seconds={seconds}",
-            why="The learning rate follows one of them to zero.",
-            how="Give steps or seconds.",
-        )
-    for name, value in (("steps", steps), ("seconds", seconds)):
-        if value is not None and not value > 0:
-            raise _not_positive(name, value)
-
-
-def _not_positive(name: str, value: float) -> RefineError:
-    return RefineError(
-        f"{name} is {value}.",
-        where=name,
-        why="A run trains for some time, on some inputs, by some amount.",
-        how=f"Give {name} above 0.",
-    )
-
-
-def _check(
-    module: nn.Module,
-    members: Sequence[nn.Module],
-    batch: int,
-    learning_rate: float | None,
-) -> None:
-    if batch < 2:
-        raise RefineError(
-            f"batch is {batch}.",
-            where="batch",
-            why="Normalisation in training takes its statistics from a batch of two or more.",
-            how="Give a batch of 2 or more.",
-        )
-    if learning_rate is not None and not learning_rate > 0:
-        raise _not_positive("learning_rate", learning_rate)
-    check_teachers(module, members, "members")

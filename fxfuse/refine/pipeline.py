@@ -10,15 +10,16 @@ import torch
 from rich.progress import Progress
 from torch import nn
 
-from fxfuse.activations.calibration import Calibration
+from fxfuse.activations.calibration import CalibrationBatches
 from fxfuse.analysis.coupling import CouplingGraph
-from fxfuse.errors import RefineError
+from fxfuse.errors import InputError, OptionError, RefineError
 from fxfuse.planning.plan import FusionPlan, UnitMap
 from fxfuse.refine.batch import logits_of
 from fxfuse.refine.distance import distance
-from fxfuse.refine.match import MatchReport, match
+from fxfuse.refine.match import Match, MatchReport, match
 from fxfuse.refine.outputs import kind_of_network
-from fxfuse.refine.regression import RefitReport, Settings, refit_state
+from fxfuse.refine.regression import Refit, RefitReport, refit_state
+from fxfuse.refine.task import Task
 from fxfuse.transform.emit import FusedModule, emit
 from fxfuse.transform.layout import copies_of
 from fxfuse.transform.resizing import emit_fused
@@ -90,21 +91,58 @@ class Start:
     match: MatchReport | None = None
 
 
+def resolve_steps(
+    steps: Sequence[Refit | Match] | None, *, calibrated: bool, matchable: bool = True
+) -> tuple[Refit | None, Match | None]:
+    """The refit and the matching that follow a fusion.
+
+    Args:
+        steps: What a caller asked for; None: both, where there are calibration inputs.
+        calibrated: Whether there are calibration inputs.
+        matchable: Whether there is an ensemble to be matched: without it, None means a refit only.
+
+    Raises:
+        OptionError: A step is no refit and no matching, is there twice, or they are out of order.
+        InputError: There is a step, and no calibration inputs.
+    """
+    if steps is None:
+        default = (Refit(), Match()) if matchable else (Refit(), None)
+        return default if calibrated else (None, None)
+    kinds = [type(step) for step in steps]
+    if kinds not in ([], [Refit], [Match], [Refit, Match]):
+        raise OptionError(
+            f"refine={list(steps)!r} is not a sequence of steps",
+            why="a fusion is refitted first and matched then, each once",
+            how="pass some of [Refit(), Match()], in this order; [] leaves both out",
+        )
+    if steps and not calibrated:
+        raise InputError(
+            f"{kinds[0].__name__} needs calibration inputs",
+            why="layers are fitted to the members' activations on them",
+            how="pass calibration=..., 100 to 1,000 inputs without labels",
+        )
+    found = {type(step): step for step in steps}
+    refit, match_ = found.get(Refit), found.get(Match)
+    assert refit is None or isinstance(refit, Refit)
+    assert match_ is None or isinstance(match_, Match)
+    return refit, match_
+
+
 def refitted(
     graph: CouplingGraph,
     plan: FusionPlan,
     states: Sequence[State],
     state: State,
-    calibration: Calibration,
-    outputs: str | None,
+    calibration: CalibrationBatches,
+    options: Refit,
+    task: Task | None,
 ) -> Start:
     """The fused network after a refit (`fxfuse.refine.refit` has the method).
 
     Raises:
         InputError: An activation is not a number.
     """
-    settings = Settings(logits=kind_of_network(graph.program, outputs) == "logits")
-    new, report = refit_state(graph, plan, states, state, calibration, settings)
+    new, report = refit_state(graph, plan, states, state, calibration, options, task)
     return Start(plan, new, report)
 
 
@@ -113,11 +151,11 @@ def matched_start(
     plan: FusionPlan,
     states: Sequence[State],
     state: State,
-    calibration: Calibration,
-    outputs: str | None,
+    calibration: CalibrationBatches,
+    refit: Refit | None,
+    options: Match,
+    task: Task | None,
     *,
-    steps: int | None,
-    seconds: float | None,
     progress: bool | Progress = False,
 ) -> Start:
     """The refitted network or a member, whichever answers most like the ensemble, matched to it.
@@ -131,18 +169,19 @@ def matched_start(
         states: The members' tensors by name.
         state: The fused tensors by name.
         calibration: A part of it fits, the rest chooses; matching sees all.
-        outputs: `logits`, `values`, or None to let the outputs' shape decide.
-        steps: Budget of the matching in steps.
-        seconds: Budget of the matching in CPU seconds.
+        refit: The refit before it, if any.
+        options: The matching.
+        task: What the output means.
         progress: Of the matching.
 
     Raises:
-        InputError: An activation is not a number.
-        RefineError: The inputs are no tensors, or a budget is not positive.
+        InputError: An activation is not a number, or the inputs are no tensors.
     """
-    kind = kind_of_network(graph.program, outputs)
+    kind = kind_of_network(graph.program, task)
     fitting, choosing = calibration.split(_HELD_OUT)
-    fused = refitted(graph, plan, states, state, fitting, outputs)
+    fused = Start(plan, state)
+    if refit is not None:
+        fused = refitted(graph, plan, states, state, fitting, refit, task)
     members = [emit(graph.of_member(i).program, s) for i, s in enumerate(states)]
     answers = [_answers(member, choosing) for member in members]
     wanted = torch.stack(answers).mean(0)
@@ -152,18 +191,16 @@ def matched_start(
         starts = {f"member {i}": Start(_all_of(plan, i), s) for i, s in enumerate(states)}
         far = {name: distance(a, wanted, kind) for name, a in zip(starts, answers, strict=True)}
     starts["fused"] = fused
-    refit = emit_fused(graph, plan, fused.state)
-    far["fused"] = distance(_answers(refit, choosing), wanted, kind)
+    network = emit_fused(graph, plan, fused.state)
+    far["fused"] = distance(_answers(network, choosing), wanted, kind)
     name = min(far, key=lambda n: far[n])
     chosen = starts[name]
     # A start may be a member's own tensors, which stay as they are.
     module = emit_fused(graph, plan, {n: t.detach().clone() for n, t in chosen.state.items()})
     inputs = _joined(calibration)
-    report = match(
-        module, members, inputs, outputs=outputs, steps=steps, seconds=seconds, progress=progress
-    )
+    report = match(module, members, inputs, options, task=task, progress=progress)
     return Start(
-        replace(chosen.plan, method="auto", options={**plan.options, "start": name}),
+        replace(chosen.plan, options={**plan.options, "start": name}),
         chosen.state,
         fused.refit,
         module,
@@ -172,7 +209,7 @@ def matched_start(
     )
 
 
-def _joined(calibration: Calibration) -> tuple[torch.Tensor, ...]:
+def _joined(calibration: CalibrationBatches) -> tuple[torch.Tensor, ...]:
     """All inputs of the calls, position by position."""
     if any(kwargs for _, kwargs in calibration.batches):
         raise RefineError(
@@ -185,7 +222,7 @@ def _joined(calibration: Calibration) -> tuple[torch.Tensor, ...]:
     return tuple(torch.cat(column) for column in columns)
 
 
-def _answers(module: nn.Module, calibration: Calibration) -> torch.Tensor:
+def _answers(module: nn.Module, calibration: CalibrationBatches) -> torch.Tensor:
     """Outputs of a network in eval mode on all calibration inputs, float32 [n, *]."""
     with torch.no_grad():
         found = [logits_of(module(*args, **kwargs)).float() for args, kwargs in calibration.batches]

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, fx
 
 from fxfuse.activations import NodeRunner
-from fxfuse.activations.calibration import Calibration
+from fxfuse.activations.calibration import CalibrationBatches
 from fxfuse.activations.layers import Layer, layers_of, name_of
 from fxfuse.analysis.coupling import CouplingGraph
 from fxfuse.analysis.rules.registry import argument_of
@@ -154,7 +154,7 @@ def _wanted(
     graph: CouplingGraph,
     layers: Sequence[Layer],
     states: Sequence[Mapping[str, Tensor]],
-    calibration: Calibration,
+    calibration: CalibrationBatches,
 ) -> dict[Layer, tuple[Tensor, Tensor]]:
     """Mean and standard deviation `[c]` that each layer's output should have, in float64."""
     means: dict[Layer, list[Tensor]] = {layer: [] for layer in layers}

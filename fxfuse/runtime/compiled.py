@@ -27,8 +27,7 @@ DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 def compile(
     network: Fused | fx.GraphModule,
-    example_inputs: Any = None,
-    example_kwargs: Mapping[str, Any] | None = None,
+    example: Any = None,
     *,
     backend: str = "inductor",
     mode: str | None = None,
@@ -49,8 +48,7 @@ def compile(
     Args:
         network: What `fuse` or `prune` returned, or a graph module (of `stack`, say). It is left as
             it is.
-        example_inputs: A tensor or a tuple of inputs; those that were fused with, if None.
-        example_kwargs: Keyword inputs.
+        example: Example inputs, as in `fxfuse.fuse`. None: those that it was fused with.
         backend: Of `torch.compile`.
         mode: Of `torch.compile`: `reduce-overhead`, `max-autotune` and the like.
         options: For the backend, beside what the mode sets.
@@ -73,7 +71,8 @@ def compile(
         CompileError: With `strict`: the backend failed.
         NoGraphError: torch.export refused the members, so that there is no graph.
     """
-    module, args, kwargs = resolve_inputs(network, example_inputs, example_kwargs)
+    module, given = resolve_inputs(network, example)
+    args, kwargs = given.args, dict(given.kwargs)
     told = _options(backend, mode, options)
     if dtype is not None and dtype not in DTYPES:
         raise OptionError(

@@ -2,32 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 from torch import fx
 
-from fxfuse.errors import OptionError
+from fxfuse.errors import InputError
+from fxfuse.graph.example import Example
 from fxfuse.refine.fused import Fused
 
 
-def resolve_inputs(
-    network: Fused | fx.GraphModule, inputs: Any, kwargs: Mapping[str, Any] | None
-) -> tuple[fx.GraphModule, tuple[Any, ...], dict[str, Any]]:
+def resolve_inputs(network: Fused | fx.GraphModule, example: Any) -> tuple[fx.GraphModule, Example]:
     """Find a network's module and example inputs: those given, else those it was fused with.
 
     Raises:
-        OptionError: There are none.
-        NoGraphError: torch.export refused the members, so that there is no graph.
+        InputError: There are none.
+        NoGraphError: torch.export rejected the members, so that there is no graph.
     """
     module = network if isinstance(network, fx.GraphModule) else network.module
-    if inputs is not None or kwargs is not None:
-        args = () if inputs is None else inputs if isinstance(inputs, tuple) else (inputs,)
-        return module, args, dict(kwargs or {})
+    if example is not None:
+        return module, Example.of(example)
     if not isinstance(network, fx.GraphModule):
-        return module, *network.graph.program.example_inputs
-    raise OptionError(
+        return module, Example(*network.graph.program.example_inputs)
+    raise InputError(
         "there are no example inputs",
-        why="what comes out is run on them and compared with the network itself",
-        how="pass example_inputs, as to fxfuse.fuse",
+        why="the result is run on them and compared with the network itself",
+        how="pass example, as to fxfuse.fuse",
     )

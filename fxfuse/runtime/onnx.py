@@ -28,10 +28,7 @@ _PACKAGES = ("onnx", "onnxscript", "onnxruntime")
 def export_onnx(
     network: Fused | fx.GraphModule,
     path: str | Path,
-    example_inputs: Any = None,
-    example_kwargs: Mapping[str, Any] | None = None,
-    *,
-    dynamic_shapes: Any = None,
+    example: Any = None,
 ) -> float:
     """Writes a network as ONNX, and compares what onnxruntime makes of it with the network.
 
@@ -41,10 +38,7 @@ def export_onnx(
     Args:
         network: What `fuse` or `prune` returned, or a graph module; it is left as it is.
         path: The file.
-        example_inputs: A tensor or a tuple of inputs; those that were fused with, if None.
-        example_kwargs: Keyword inputs.
-        dynamic_shapes: Of `torch.export.export`. None: dimension 0 of every input is dynamic, where
-            that can be, else none.
+        example: Example inputs, as in `fxfuse.fuse`. None: those that it was fused with.
 
     Returns:
         Largest difference from the network's outputs on the example, relative to the largest.
@@ -60,9 +54,10 @@ def export_onnx(
         raise MissingDependencyError(
             f"ONNX needs {', '.join(missing)}", how='pip install "fxfuse[onnx]"'
         )
-    module, args, kwargs = resolve_inputs(network, example_inputs, example_kwargs)
+    module, given = resolve_inputs(network, example)
+    args, kwargs = given.args, dict(given.kwargs)
     expected = answers_of(module, args, kwargs)
-    program = exported(module, args, kwargs, dynamic_shapes)
+    program = exported(module, args, kwargs, given.dynamic_shapes)
     with atomic_file(path) as work:
         try:
             # The exporter reports its steps on standard output.

@@ -27,10 +27,8 @@ _LOW_PRECISION = 5e-2
 def package(
     network: Fused | fx.GraphModule,
     path: str | Path,
-    example_inputs: Any = None,
-    example_kwargs: Mapping[str, Any] | None = None,
+    example: Any = None,
     *,
-    dynamic_shapes: Any = None,
     options: Mapping[str, Any] | None = None,
 ) -> float:
     """Compiles a network ahead of time, through AOTInductor, for the device that it is on.
@@ -41,10 +39,7 @@ def package(
     Args:
         network: What `fuse` or `prune` returned, or a graph module; it is left as it is.
         path: The file, `.pt2`.
-        example_inputs: A tensor or a tuple of inputs; those that were fused with, if None.
-        example_kwargs: Keyword inputs.
-        dynamic_shapes: Of `torch.export.export`. None: dimension 0 of every input is dynamic, where
-            that can be, else none.
+        example: Example inputs, as in `fxfuse.fuse`. None: those that it was fused with.
         options: Of inductor.
 
     Returns:
@@ -61,9 +56,10 @@ def package(
         raise CompileError(
             f"{path.name} is no name for a package", how="use a name that ends in .pt2"
         )
-    module, args, kwargs = resolve_inputs(network, example_inputs, example_kwargs)
+    module, given = resolve_inputs(network, example)
+    args, kwargs = given.args, dict(given.kwargs)
     expected = answers_of(module, args, kwargs)
-    program = exported(module, args, kwargs, dynamic_shapes)
+    program = exported(module, args, kwargs, given.dynamic_shapes)
     with atomic_file(path) as work:
         try:
             torch._inductor.aoti_compile_and_package(

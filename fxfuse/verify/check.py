@@ -72,9 +72,9 @@ def relative_error(found: Sequence[torch.Tensor], expected: Sequence[torch.Tenso
     return worst
 
 
-def as_captured(model: Any, inputs: Any, kwargs: Mapping[str, Any] | None) -> Program:
-    """Captures a model, unless it is captured already."""
-    return model if isinstance(model, Program) else capture(model, inputs, kwargs)
+def as_program(model: Any, example: Any) -> Program:
+    """Capture a model, unless it is captured already."""
+    return model if isinstance(model, Program) else capture(model, example)
 
 
 def as_double(state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:

@@ -20,8 +20,7 @@ from fxfuse.verify.check import EXACT, Check, as_double, relative_error, run, te
 
 def identity(
     model: nn.Module | Program,
-    example_inputs: Any = (),
-    example_kwargs: Mapping[str, Any] | None = None,
+    example: Any = (),
     *,
     seed: int = 0,
 ) -> Check:
@@ -31,14 +30,13 @@ def identity(
 
     Args:
         model: The network, or a captured one.
-        example_inputs: A tensor or a tuple of inputs.
-        example_kwargs: Keyword inputs.
+        example: A tensor, a tuple, a mapping of keyword inputs, or an `Example`.
         seed: Seed of the permutations.
 
     Returns:
         The largest difference of an output, in float64.
     """
-    graph = analyze(model, example_inputs, example_kwargs)
+    graph = analyze(model, example)
     own = as_double(graph.program.state())
     moves = random_permutations(graph.groups, np.random.default_rng(seed))
     states = [own, permuted(own, graph, moves)]

@@ -26,7 +26,7 @@ from fxfuse.verify.check import Check, as_double, inputs_of, relative_error
 _TOLERANCE = 1e-6
 
 
-def parity(members: Sequence[nn.Module], example_inputs: Any, *, score: str = "l2") -> Check:
+def parity(members: Sequence[nn.Module], example: Any, *, score: str = "l2") -> Check:
     """Parity oracle: our transplant equals concatenating the members and pruning the result.
 
     The reference concatenates the members into a wide copy of the first one, scales the output
@@ -36,7 +36,7 @@ def parity(members: Sequence[nn.Module], example_inputs: Any, *, score: str = "l
 
     Args:
         members: Two or more networks; they stay as they are.
-        example_inputs: A tensor or a tuple of inputs.
+        example: A tensor, a tuple, a mapping of keyword inputs, or an `Example`.
         score: `l1` or `l2`.
 
     Returns:
@@ -46,7 +46,7 @@ def parity(members: Sequence[nn.Module], example_inputs: Any, *, score: str = "l
         MissingDependencyError: torch-pruning is not installed.
     """
     n = len(members)
-    program = [capture(member, example_inputs) for member in members]
+    program = [capture(member, example) for member in members]
     graph = analyze(program[0])
     states = [c.state() for c in program]
     plan = make_plan(graph, states, "transplant", Options(score))

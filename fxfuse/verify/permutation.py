@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from math import isfinite
 from typing import Any
 
@@ -14,7 +14,7 @@ from fxfuse.analysis.constraints import Constraints
 from fxfuse.analysis.coupling import CouplingGraph, CouplingGroup, couple
 from fxfuse.graph.capture import Program
 from fxfuse.transform.apply import moved_tensor, random_permutations
-from fxfuse.verify.check import EXACT, Check, as_captured, relative_error, run
+from fxfuse.verify.check import EXACT, Check, as_program, relative_error, run
 from fxfuse.verify.in_double import Changed, to_double
 from fxfuse.verify.outputs import put_back
 
@@ -31,8 +31,7 @@ _UNDECIDABLE = 1e-4
 
 def permutation(
     model: nn.Module | Program,
-    example_inputs: Any = (),
-    example_kwargs: Mapping[str, Any] | None = None,
+    example: Any = (),
     *,
     constraints: Constraints | None = None,
     seed: int = 0,
@@ -44,8 +43,7 @@ def permutation(
 
     Args:
         model: The network, or a captured one.
-        example_inputs: A tensor or a tuple of inputs.
-        example_kwargs: Keyword inputs.
+        example: A tensor, a tuple, a mapping of keyword inputs, or an `Example`.
         constraints: The options of `fxfuse.analyze`.
         seed: Seed of the permutations.
 
@@ -53,7 +51,7 @@ def permutation(
         The largest difference of an output. The detail says how much the outputs depend on the
         inputs: the oracle sees little of a network that ignores them.
     """
-    graph = couple(as_captured(model, example_inputs, example_kwargs), constraints or Constraints())
+    graph = couple(as_program(model, example), constraints or Constraints())
     return permutation_of(graph, seed=seed)
 
 

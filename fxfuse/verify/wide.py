@@ -16,11 +16,11 @@ from fxfuse.graph.same_network import check_same_network
 from fxfuse.members.ranks import mapped, of_each
 from fxfuse.planning.plan import FusionPlan, Mixing
 from fxfuse.transform.resizing import emit_resized, output_layouts
-from fxfuse.transform.wide import concatenation_plan
+from fxfuse.transform.sizes import concatenation_plan
 from fxfuse.verify.check import (
     EXACT,
     Check,
-    as_captured,
+    as_program,
     in_double,
     inputs_of,
     relative_error,
@@ -33,8 +33,7 @@ from fxfuse.verify.outputs import parts
 
 def concatenation_equals_ensemble(
     members: Sequence[nn.Module | Program],
-    example_inputs: Any = (),
-    example_kwargs: Mapping[str, Any] | None = None,
+    example: Any = (),
     *,
     constraints: Constraints | None = None,
     mixing: Mixing = "joint",
@@ -49,8 +48,7 @@ def concatenation_equals_ensemble(
 
     Args:
         members: Two or more networks, or captured ones.
-        example_inputs: A tensor or a tuple of inputs.
-        example_kwargs: Keyword inputs.
+        example: A tensor, a tuple, a mapping of keyword inputs, or an `Example`.
         constraints: The options of `fxfuse.analyze`.
         mixing: `joint` or `per_member`, as in `fxfuse.FusionPlan`.
 
@@ -58,7 +56,7 @@ def concatenation_equals_ensemble(
         MemberError: The members are not the same network.
         NoGraphError: torch.export refused a member, so that there is no concatenation to run.
     """
-    program = [as_captured(m, example_inputs, example_kwargs) for m in members]
+    program = [as_program(m, example) for m in members]
     for member in program:
         member.require_exported()
     check_same_network(program, any_width=True)

@@ -12,7 +12,7 @@ from torch import nn
 from fxfuse.analysis.coupling import CouplingGraph
 from fxfuse.api.result import FusionResult
 from fxfuse.errors import InputError, OptionError
-from fxfuse.planning.options import Options
+from fxfuse.planning.context import Options
 from fxfuse.planning.plan import UnitMap
 from fxfuse.planning.scores import score_units
 from fxfuse.refine.fused import states_of

@@ -1,29 +1,27 @@
 """Fusion methods: members and groups → merge and unmerge maps, one file per method."""
 
-from fxfuse.planning.methods import (
-    activation_matching,
-    average,
-    optimal_transport,
-    transplant,
-    weight_matching,
-    wide,
-    zip_it,
-)
+from fxfuse.planning.context import Context, State
+from fxfuse.planning.methods.activation_matching import ActivationMatching
+from fxfuse.planning.methods.average import Average
+from fxfuse.planning.methods.concatenate import Concatenate
+from fxfuse.planning.methods.optimal_transport import OptimalTransport
 from fxfuse.planning.methods.registry import Method, find_method, method, methods
-from fxfuse.planning.options import Options, State
+from fxfuse.planning.methods.transplant import Transplant
+from fxfuse.planning.methods.weight_matching import WeightMatching
+from fxfuse.planning.methods.zip_it import Zip
 
 __all__ = [
+    "ActivationMatching",
+    "Average",
+    "Concatenate",
+    "Context",
     "Method",
-    "Options",
+    "OptimalTransport",
     "State",
-    "activation_matching",
-    "average",
+    "Transplant",
+    "WeightMatching",
+    "Zip",
     "find_method",
     "method",
     "methods",
-    "optimal_transport",
-    "transplant",
-    "weight_matching",
-    "wide",
-    "zip_it",
 ]

@@ -19,8 +19,8 @@ from scipy.optimize import linear_sum_assignment
 
 from fxfuse.analysis.coupling import CouplingGraph, Index
 from fxfuse.errors import OptionError
+from fxfuse.planning.context import Context, Reference
 from fxfuse.planning.measured import Matrix
-from fxfuse.planning.options import Options
 from fxfuse.planning.plan import UnitMap, Weights
 
 #: For each group, which unit of a member stands for each unit of the frame, int64 [n]; -1: none.
@@ -113,14 +113,12 @@ def surplus_of(features: Matrix, order: Index, *, opposite: bool = False) -> Unm
     return UnmatchedUnits(left[some], target[nearest[some]], read[some])
 
 
-def reference_of(options: Options, n_members: int) -> int | None:
+def reference_of(reference: Any, n_members: int) -> int | None:
     """The number of the reference member, or None for the mean.
 
     Raises:
         OptionError: There is no such member.
     """
-    # Callers may pass anything; the annotation is not the check.
-    reference: Any = options.reference
     if reference == "mean":
         return None
     if not isinstance(reference, int) or reference not in range(n_members):
@@ -132,16 +130,16 @@ def reference_of(options: Options, n_members: int) -> int | None:
     return int(reference)
 
 
-def frame_of(graph: CouplingGraph, n_members: int, options: Options) -> int:
+def frame_of(graph: CouplingGraph, n_members: int, reference: Reference, context: Context) -> int:
     """The number of the member whose units are the common frame.
 
     Raises:
         OptionError: There is no such member, or it lacks blocks that others have.
     """
-    first = reference_of(options, n_members) or 0
-    missing = sorted(graph.lacking(options.absent, first))
+    first = reference_of(reference, n_members) or 0
+    missing = sorted(graph.lacking(context.absent, first))
     if missing:
-        deepest = [m for m in range(n_members) if not graph.lacking(options.absent, m)]
+        deepest = [m for m in range(n_members) if not graph.lacking(context.absent, m)]
         raise OptionError(
             f"members cannot be aligned to member {first}",
             where=f"group {missing[0]}",
@@ -151,9 +149,9 @@ def frame_of(graph: CouplingGraph, n_members: int, options: Options) -> int:
     return first
 
 
-def present(graph: CouplingGraph, options: Options, member: int, orders: Orders) -> Orders:
+def present(graph: CouplingGraph, context: Context, member: int, orders: Orders) -> Orders:
     """Orders of a member that stand for nothing in the blocks that it lacks."""
-    missing = graph.lacking(options.absent, member)
+    missing = graph.lacking(context.absent, member)
     return {k: np.full_like(o, -1) if k in missing else o for k, o in orders.items()}
 
 
@@ -161,7 +159,8 @@ def common_orders(
     graph: CouplingGraph,
     features: Callable[[int], Features],
     n: int,
-    options: Options,
+    reference: Reference,
+    context: Context,
     align: Align,
     reorder: Reorder,
 ) -> list[Orders]:
@@ -174,23 +173,24 @@ def common_orders(
         graph: The analysis of the members.
         features: What a member is compared by; asked for again rather than held for all members.
         n: Number of members.
-        options: Names the reference.
+        reference: The member that the others are aligned to, or "mean".
+        context: Says what members lack.
         align: Aligns a member to a target.
         reorder: Brings a member's features into other orders.
 
     Raises:
         OptionError: There is no such reference member, or it lacks blocks that others have.
     """
-    first = frame_of(graph, n, options)
+    first = frame_of(graph, n, reference, context)
     target, frame = features(first), graph.of_member(first)
 
     def aligned(member: int, to: Features, start: Orders | None) -> Orders:
-        return present(graph, options, member, align(to, member, start))
+        return present(graph, context, member, align(to, member, start))
 
     orders = [
         identity_orders(frame, frame) if i == first else aligned(i, target, None) for i in range(n)
     ]
-    for _ in range(_ROUNDS if reference_of(options, n) is None else 0):
+    for _ in range(_ROUNDS if reference_of(reference, n) is None else 0):
         changed = False
         for i in range(n):
             mean = _mean(graph, features, orders, i, reorder)

@@ -9,8 +9,8 @@ import torch
 from torch import nn
 
 from fxfuse.analysis.coupling import CouplingGraph, CouplingGroup, Index, Place
+from fxfuse.planning.context import State
 from fxfuse.planning.measured import Matrix, matrix_of
-from fxfuse.planning.options import State
 from fxfuse.planning.roles import is_written
 
 #: Tensors in float64 by canonical name.

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 
 from fxfuse.analysis.coupling import CouplingGraph
+from fxfuse.planning.context import Context, Reference, State
 from fxfuse.planning.measured import matrix_of, require_activations
 from fxfuse.planning.methods._alignment import (
     Features,
@@ -18,8 +20,7 @@ from fxfuse.planning.methods._alignment import (
     surplus_of,
 )
 from fxfuse.planning.methods._correlation import standardised
-from fxfuse.planning.methods.registry import check_variant, method
-from fxfuse.planning.options import Options, State
+from fxfuse.planning.methods.registry import Method, method
 from fxfuse.planning.plan import UnitMap
 
 #: A correlation below this is rounding.
@@ -27,9 +28,8 @@ _NOTHING = 1e-9
 
 
 @method("activation_matching")
-def activation_matching(
-    graph: CouplingGraph, states: Sequence[State], options: Options
-) -> tuple[UnitMap, ...]:
+@dataclass(frozen=True)
+class ActivationMatching(Method):
     """Matches the units of every member to those of the reference that answer alike, and averages.
 
     The assignment of largest total correlation over the calibration inputs (Li et al., "Convergent
@@ -40,41 +40,49 @@ def activation_matching(
     positively is no pair. A unit of a wider member that is left over writes nothing, and is read
     off the unit of its own member that tells most of it, by least squares on their activations.
 
-    Raises:
-        InputError: There are no activations, or they do not fit.
-        OptionError: There is no such reference member, or it lacks blocks that others have.
-        OptionError: A variant was asked for.
+    Attributes:
+        reference: Member that the others are aligned to, by number, or `mean`: each to the mean of
+            the others. Where members differ in width, the result has this member's (member 0's
+            for `mean`).
     """
-    check_variant("activation_matching", options, ())
-    activations = require_activations(graph, states, options, "method 'activation_matching'")
 
-    frame = graph.of_member(frame_of(graph, len(states), options))
+    reference: Reference = 0
 
-    def features(member: int) -> Features:
-        return {name: standardised(matrix_of(t[member])) for name, t in activations.items()}
+    def maps(
+        self, graph: CouplingGraph, states: Sequence[State], context: Context
+    ) -> tuple[UnitMap, ...]:
+        """Make the maps."""
+        activations = require_activations(graph, states, context, "method 'activation_matching'")
 
-    def align(target: Features, member: int, start: Orders | None) -> Orders:
-        orders = {}
-        for name, found in features(member).items():
-            similarity = target[name].T @ found
-            order = best_order(similarity, start[name] if start else None)
-            if graph.of_member(member) is not frame:
-                pairs = similarity[np.arange(len(order)), order] > _NOTHING
-                order = np.where((order >= 0) & pairs, order, -1)
-            orders[name] = order
-        return orders
+        frame = graph.of_member(frame_of(graph, len(states), self.reference, context))
 
-    orders = common_orders(graph, features, len(states), options, align, _reorder)
-    if not graph.members:
-        return averaged(frame, orders)
-    surplus = [
-        {
-            name: surplus_of(matrix_of(found[member]).T, order[name], opposite=True)
-            for name, found in activations.items()
-        }
-        for member, order in enumerate(orders)
-    ]
-    return averaged(frame, orders, surplus)
+        def features(member: int) -> Features:
+            return {name: standardised(matrix_of(t[member])) for name, t in activations.items()}
+
+        def align(target: Features, member: int, start: Orders | None) -> Orders:
+            orders = {}
+            for name, found in features(member).items():
+                similarity = target[name].T @ found
+                order = best_order(similarity, start[name] if start else None)
+                if graph.of_member(member) is not frame:
+                    pairs = similarity[np.arange(len(order)), order] > _NOTHING
+                    order = np.where((order >= 0) & pairs, order, -1)
+                orders[name] = order
+            return orders
+
+        orders = common_orders(
+            graph, features, len(states), self.reference, context, align, _reorder
+        )
+        if not graph.members:
+            return averaged(frame, orders)
+        surplus = [
+            {
+                name: surplus_of(matrix_of(found[member]).T, order[name], opposite=True)
+                for name, found in activations.items()
+            }
+            for member, order in enumerate(orders)
+        ]
+        return averaged(frame, orders, surplus)
 
 
 def _reorder(found: Features, member: int, orders: Orders) -> Features:

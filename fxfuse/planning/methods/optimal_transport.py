@@ -3,22 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Literal
 
 import numpy as np
 from scipy.spatial.distance import cdist
 
 from fxfuse.analysis.coupling import CouplingGraph, CouplingGroup
 from fxfuse.errors import MissingDependencyError, OptionError
+from fxfuse.planning.context import Context, State
 from fxfuse.planning.measured import Matrix, matrix_of, require_activations
 from fxfuse.planning.methods._alignment import frame_of, reference_of
 from fxfuse.planning.methods._from_input import Carried, from_the_input
 from fxfuse.planning.methods._unit_weights import real_tensors
-from fxfuse.planning.methods.registry import check_variant, method
-from fxfuse.planning.options import Options, State
+from fxfuse.planning.methods.registry import Method, method
 from fxfuse.planning.plan import UnitMap
-
-VARIANTS = ("weights", "activations")
 
 #: Entries of a transport below this are left out.
 _NEGLIGIBLE = 1e-9
@@ -26,9 +25,8 @@ _ITERATIONS = 10_000
 
 
 @method("optimal_transport")
-def optimal_transport(
-    graph: CouplingGraph, states: Sequence[State], options: Options
-) -> tuple[UnitMap, ...]:
+@dataclass(frozen=True)
+class OptimalTransport(Method):
     """Transports the units of every member to those of the reference, then averages.
 
     Singh & Jaggi, "Model Fusion via Optimal Transport", arXiv:1910.05653: uniform mass on the
@@ -41,58 +39,67 @@ def optimal_transport(
     unit stands twice, would be halved by every layer.) Mass is uniform, so that every unit counts,
     dead ones too.
 
-    Raises:
-        MissingDependencyError: POT is not installed.
-        InputError: Variant `activations` has none.
-        OptionError: There is no such reference member, it lacks blocks that others have, or the
-            regularisation is not positive.
-        OptionError: The variant is unknown.
+    Attributes:
+        variant: What units are compared by: the weights that write them, or their activations.
+        reference: Member that the others are transported to, by number.
+        regularisation: Entropic regularisation, in units of the mean cost; None is exact.
     """
-    check_variant("optimal_transport", options, VARIANTS)
-    reference = reference_of(options, len(states))
-    if reference is None:
-        raise OptionError(
-            'optimal_transport has no reference "mean"',
-            why="it transports every member to the units of one of them",
-            how="pass reference= with the number of a member",
+
+    variant: Literal["weights", "activations"] = "weights"
+    reference: int = 0
+    regularisation: float | None = None
+
+    def maps(
+        self, graph: CouplingGraph, states: Sequence[State], context: Context
+    ) -> tuple[UnitMap, ...]:
+        """Make the maps."""
+        reference = reference_of(self.reference, len(states))
+        if reference is None:
+            raise OptionError(
+                'optimal_transport has no reference "mean"',
+                why="it transports every member to the units of one of them",
+                how="pass reference= with the number of a member",
+            )
+        regularisation = self.regularisation
+        if regularisation is not None and not 0 < regularisation < float("inf"):
+            raise OptionError(
+                f"regularisation {regularisation} is not positive",
+                why="it is the weight of the entropy of a transport",
+                how="use None for exact transport, or a value such as 0.05",
+            )
+        pot = _pot()
+        frame_of(graph, len(states), self.reference, context)
+        frame = graph.of_member(reference)
+
+        def solve(group: CouplingGroup, cost: Matrix, own: Matrix) -> tuple[Matrix, Matrix]:
+            return _transport(pot, cost, regularisation)
+
+        if self.variant == "activations":
+            user = "variant 'activations' of optimal_transport"
+            answers = require_activations(graph, states, context, user)
+
+            def transported(member: int) -> Carried:
+                units = {
+                    n: (matrix_of(t[reference]).T, matrix_of(t[member]).T)
+                    for n, t in answers.items()
+                }
+                return {
+                    n: _transport(pot, cdist(*both), regularisation) for n, both in units.items()
+                }
+        else:
+            ours = real_tensors(frame, states[reference])
+
+            def transported(member: int) -> Carried:
+                own = graph.of_member(member)
+                return from_the_input(frame, own, ours, real_tensors(own, states[member]), solve)
+
+        whole = {g.name: (np.eye(g.n_units), np.eye(g.n_units)) for g in frame.groups}
+        found = [whole if i == reference else transported(i) for i in range(len(states))]
+        without = [graph.lacking(context.absent, i) for i in range(len(states))]
+        return tuple(
+            _map_of(group, [t[group.name] for t in found], [group.name in w for w in without])
+            for group in frame.groups
         )
-    regularisation = options.regularisation
-    if regularisation is not None and not 0 < regularisation < float("inf"):
-        raise OptionError(
-            f"regularisation {regularisation} is not positive",
-            why="it is the weight of the entropy of a transport",
-            how="use None for exact transport, or a value such as 0.05",
-        )
-    pot = _pot()
-    frame_of(graph, len(states), options)
-    frame = graph.of_member(reference)
-
-    def solve(group: CouplingGroup, cost: Matrix, own: Matrix) -> tuple[Matrix, Matrix]:
-        return _transport(pot, cost, regularisation)
-
-    if options.variant == "activations":
-        user = "variant 'activations' of optimal_transport"
-        answers = require_activations(graph, states, options, user)
-
-        def transported(member: int) -> Carried:
-            units = {
-                n: (matrix_of(t[reference]).T, matrix_of(t[member]).T) for n, t in answers.items()
-            }
-            return {n: _transport(pot, cdist(*both), regularisation) for n, both in units.items()}
-    else:
-        ours = real_tensors(frame, states[reference])
-
-        def transported(member: int) -> Carried:
-            own = graph.of_member(member)
-            return from_the_input(frame, own, ours, real_tensors(own, states[member]), solve)
-
-    whole = {g.name: (np.eye(g.n_units), np.eye(g.n_units)) for g in frame.groups}
-    found = [whole if i == reference else transported(i) for i in range(len(states))]
-    without = [graph.lacking(options.absent, i) for i in range(len(states))]
-    return tuple(
-        _map_of(group, [t[group.name] for t in found], [group.name in w for w in without])
-        for group in frame.groups
-    )
 
 
 def _pot() -> Any:

@@ -2,65 +2,89 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
 from types import MappingProxyType
+from typing import Any, ClassVar, TypeVar
 
 from fxfuse.analysis.coupling import CouplingGraph
-from fxfuse.errors import OptionError, RuleError
-from fxfuse.planning.options import Options, State
+from fxfuse.common.options import Options, check_choice, fields_of
+from fxfuse.errors import RuleError
+from fxfuse.planning.context import Context, State
 from fxfuse.planning.plan import UnitMap
 
-#: A method gets the analysis and the members' tensors, and returns one map per group.
-Method = Callable[[CouplingGraph, Sequence[State], Options], tuple[UnitMap, ...]]
 
-_METHODS: dict[str, Method] = {}
+class Method(Options, ABC):
+    """A fusion method: a frozen dataclass of its options that makes the maps of all groups.
+
+    A subclass is a frozen dataclass, registered with `@method("its_name")`. Its docstring describes
+    its options in an `Attributes` section, from which the command line's flags and the recipe's
+    schema are made.
+    """
+
+    #: What users call it; set when it is registered.
+    name: ClassVar[str]
+    #: Whether it fills any number of units; else each fused unit has the place of a unit of a
+    #: reference member, and the result has that member's size.
+    any_size: ClassVar[bool] = False
+
+    @abstractmethod
+    def maps(
+        self, graph: CouplingGraph, states: Sequence[State], context: Context
+    ) -> tuple[UnitMap, ...]:
+        """Make the merge and unmerge maps, one for each coupling group.
+
+        Args:
+            graph: The analysis of the members.
+            states: For each member, its tensors by name.
+            context: Sizes, calibration inputs and what else there is to look at.
+        """
+
+    def described(self, graph: CouplingGraph, context: Context) -> dict[str, str]:
+        """What a plan says of the options: those that are not at their default, as text."""
+        return {
+            option.name: str(getattr(self, option.name))
+            for option in fields_of(type(self))
+            if getattr(self, option.name) != option.default
+        }
 
 
-def method(name: str) -> Callable[[Method], Method]:
-    """Registers a function as a fusion method."""
+_METHODS: dict[str, type[Method]] = {}
+Kind = TypeVar("Kind", bound=type[Method])
 
-    def register(function: Method) -> Method:
+
+def method(name: str) -> Any:
+    """Register a class as a fusion method.
+
+    Args:
+        name: What users call it.
+
+    Raises:
+        RuleError: There is a method of this name.
+    """
+
+    def register(kind: Kind) -> Kind:
         if name in _METHODS:
             raise RuleError(f"method {name!r} is registered twice", how="choose another name")
-        _METHODS[name] = function
-        return function
+        kind.name = name
+        _METHODS[name] = kind
+        return kind
 
     return register
 
 
-def find_method(name: str) -> Method:
-    """A method by name.
+def find_method(given: str | Method) -> Method:
+    """The method that a name means, with its default options, or the one that was given.
 
     Raises:
         OptionError: There is no such method.
     """
-    if name not in _METHODS:
-        raise OptionError(
-            f"unknown method {name!r}", how=f"use one of {', '.join(sorted(_METHODS))}"
-        )
-    return _METHODS[name]
+    if isinstance(given, Method):
+        return given
+    check_choice("method", given, tuple(sorted(_METHODS)))
+    return _METHODS[given]()
 
 
-def check_variant(method: str, options: Options, known: Sequence[str]) -> None:
-    """Checks that a method has the variant that was asked for.
-
-    Args:
-        method: Name of the method.
-        options: Holds the name of the variant, or None.
-        known: The variants that the method has.
-
-    Raises:
-        OptionError: It has no such variant.
-    """
-    if options.variant is not None and options.variant not in known:
-        raise OptionError(
-            f"unknown variant {options.variant!r} of {method}",
-            how=f"use one of {', '.join(known)}, or None"
-            if known
-            else "this method has no variants: leave it out",
-        )
-
-
-def methods() -> Mapping[str, Method]:
+def methods() -> Mapping[str, type[Method]]:
     """All methods by name, read-only."""
     return MappingProxyType(_METHODS)

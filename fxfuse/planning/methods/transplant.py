@@ -3,28 +3,27 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import ClassVar, Literal
 
 import numpy as np
 
 from fxfuse.activations import components
 from fxfuse.analysis.coupling import CouplingGraph, Index
 from fxfuse.errors import InputError, OptionError
-from fxfuse.planning.methods.registry import check_variant, method
-from fxfuse.planning.options import Options, State
+from fxfuse.planning.context import Context, State
+from fxfuse.planning.methods.registry import Method, method
 from fxfuse.planning.plan import UnitMap, Weights
-from fxfuse.planning.scores import Scores, score_units
-from fxfuse.planning.widths import by_pattern
+from fxfuse.planning.scores import Scores, check_score, note_of, score_units
+from fxfuse.planning.size import by_pattern
 
 #: For each group: (member, unit) of every unit that is kept, sorted, int64 [n, 2].
 Kept = dict[str, Index]
 
-VARIANTS = ("iterative", "hierarchical", "components")
-
 
 @method("transplant")
-def transplant(
-    graph: CouplingGraph, states: Sequence[State], options: Options
-) -> tuple[UnitMap, ...]:
+@dataclass(frozen=True)
+class Transplant(Method):
     """One-hot maps (Öz et al., "Model Fusion via Neuron Transplantation", arXiv:2502.06849).
 
     Variants: None fuses all members at once; `iterative` fuses the first two, then the result with
@@ -34,50 +33,112 @@ def transplant(
     on.
 
     With `fraction` f, a group of n units keeps the (1 - f)·n best of the base member, and takes
-    the f·n
-    best of all others. With fractions by pattern, groups that none speaks of keep the best of all.
+    the
+    f·n best of all others. With fractions by pattern, groups that none speaks of keep the best of all.
 
-    Raises:
-        OptionError: The score is unknown.
-        OptionError: The variant is unknown.
-        InputError: The score needs calibration inputs, or labels, and there are none.
-        OptionError: A fraction is not between 0 and 1, or given with a variant, or its pattern
-            names nothing.
+    Attributes:
+        score: Importance of a unit: `l1`, `l2` or `bn_scale`; with calibration inputs also
+            `activation` and `obs`, with labelled ones `taylor` and `fisher`. None: `obs` with
+            calibration inputs, else `l2`.
+        variant: None fuses all members at once; `iterative` and `hierarchical` fuse in steps;
+            `components` merges residual streams (transformers) and needs calibration inputs and a
+            refit.
+        fraction: Share of units that come from other members than the base member, in [0, 1], for
+            all groups or by `fnmatch` pattern of their tensors; None leaves it to the score.
     """
-    check_variant("transplant", options, VARIANTS)
-    leaves = [_whole(graph, i) for i in range(len(states))]
-    if options.fraction is not None:
-        kept = _by_fraction(graph, states, leaves, options)
-    elif options.variant in (None, "components"):
-        kept = _select(graph, states, leaves, options)
-    elif options.variant == "iterative":
-        kept = leaves[0]
-        for leaf in leaves[1:]:
-            kept = _select(graph, states, [kept, leaf], options)
-    else:
-        while len(leaves) > 1:
-            pairs = [leaves[i : i + 2] for i in range(0, len(leaves), 2)]
-            leaves = [
-                _select(graph, states, pair, options) if len(pair) > 1 else pair[0]
-                for pair in pairs
-            ]
-        kept = leaves[0]
-    mixtures = _mixtures(graph, states, kept, options) if options.variant == "components" else {}
-    return tuple(
-        mixtures.get(group.name)
-        or UnitMap(
-            group.name,
-            options.size_of(group),
-            np.arange(options.size_of(group)),
-            kept[group.name][:, 0],
-            kept[group.name][:, 1],
+
+    score: str | None = None
+    variant: Literal["iterative", "hierarchical", "components"] | None = None
+    fraction: float | Mapping[str, float] | None = None
+    any_size: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        """Check the score and the fraction, too."""
+        super().__post_init__()
+        if self.score is not None:
+            check_score(self.score)
+        if self.fraction is not None and self.variant is not None:
+            raise OptionError(
+                f"fraction and variant {self.variant!r} contradict each other",
+                why="a variant fuses in steps, and a fraction speaks of one step",
+                how="leave one of them out",
+            )
+
+    def score_in(self, context: Context) -> str:
+        """The score, where None depends on whether there are calibration inputs."""
+        return self.score or ("l2" if context.calibration is None else "obs")
+
+    def described(self, graph: CouplingGraph, context: Context) -> dict[str, str]:
+        """What a plan says of the options; it always names the score."""
+        score = self.score_in(context)
+        rest = super().described(graph, context)
+        return {**rest, "score": score, **note_of(score, graph)}
+
+    def maps(
+        self, graph: CouplingGraph, states: Sequence[State], context: Context
+    ) -> tuple[UnitMap, ...]:
+        """Make one-hot maps; mixtures for residual streams with `components`."""
+        pool = _Pool(graph, states, self.score_in(context), context)
+        leaves = [_whole(graph, i) for i in range(len(states))]
+        if self.fraction is not None:
+            kept = _by_fraction(pool, leaves, self.fraction)
+        elif self.variant in (None, "components"):
+            kept = pool.select(leaves)
+        elif self.variant == "iterative":
+            kept = leaves[0]
+            for leaf in leaves[1:]:
+                kept = pool.select([kept, leaf])
+        else:
+            while len(leaves) > 1:
+                pairs = [leaves[i : i + 2] for i in range(0, len(leaves), 2)]
+                leaves = [pool.select(pair) if len(pair) > 1 else pair[0] for pair in pairs]
+            kept = leaves[0]
+        mixtures = _mixtures(graph, states, kept, context) if self.variant == "components" else {}
+        return tuple(
+            mixtures.get(group.name)
+            or UnitMap(
+                group.name,
+                context.size_of(group),
+                np.arange(context.size_of(group)),
+                kept[group.name][:, 0],
+                kept[group.name][:, 1],
+            )
+            for group in graph.groups
         )
-        for group in graph.groups
-    )
+
+
+@dataclass(frozen=True)
+class _Pool:
+    """Units of several networks, of which the best are kept."""
+
+    graph: CouplingGraph
+    states: Sequence[State]
+    score: str
+    context: Context
+
+    def select(self, parts: Sequence[Kept]) -> Kept:
+        """Keep the best units of several (fused) networks, as many as are asked for."""
+        values = self.scored(parts)
+        return {
+            group.name: _sorted(_best(*values[group.name], count=self.context.size_of(group)))
+            for group in self.graph.groups
+        }
+
+    def scored(self, parts: Sequence[Kept]) -> dict[str, tuple[Index, Weights]]:
+        """For each group, all units of several networks, int64 [n, 2], and their scores [n]."""
+        groups = self.graph.groups
+        pool = {g.name: np.concatenate([part[g.name] for part in parts]) for g in groups}
+        involved = sorted({m for rows in pool.values() for m in np.unique(rows[:, 0]).tolist()})
+        alive = {
+            member: {name: rows[rows[:, 0] == member][:, 1] for name, rows in pool.items()}
+            for member in involved
+        }
+        scores = score_units(self.graph, self.states, self.score, self.context, alive)
+        return {name: (rows, _of_rows(rows, name, scores)) for name, rows in pool.items()}
 
 
 def _mixtures(
-    graph: CouplingGraph, states: Sequence[State], kept: Kept, options: Options
+    graph: CouplingGraph, states: Sequence[State], kept: Kept, context: Context
 ) -> dict[str, UnitMap]:
     """Maps of residual streams that are not one-hot.
 
@@ -85,7 +146,7 @@ def _mixtures(
         InputError: There are no calibration inputs.
         OptionError: The members have different widths.
     """
-    if options.calibration is None:
+    if context.calibration is None:
         raise InputError(
             "variant 'components' needs calibration inputs",
             why="it looks for what the layers that read a residual stream make of it",
@@ -97,8 +158,8 @@ def _mixtures(
             why="it mixes units of the same stream",
             how="leave the variant out",
         )
-    sizes = {group.name: options.size_of(group) for group in graph.groups}
-    found = components(graph, states, options.calibration, kept, sizes, options.base_member)
+    sizes = {group.name: context.size_of(group) for group in graph.groups}
+    found = components(graph, states, context.calibration, kept, sizes, context.base_member)
     maps = {}
     for name, mixture in found.items():
         rows, size = mixture.shape
@@ -117,23 +178,9 @@ def _whole(graph: CouplingGraph, member: int) -> Kept:
     }
 
 
-def _select(
-    graph: CouplingGraph, states: Sequence[State], parts: Sequence[Kept], options: Options
-) -> Kept:
-    """Keeps the best units of several (fused) networks, as many as are asked for."""
-    values = _scored(graph, states, parts, options)
-    return {
-        group.name: _sorted(_best(*values[group.name], count=options.size_of(group)))
-        for group in graph.groups
-    }
-
-
-def _by_fraction(
-    graph: CouplingGraph, states: Sequence[State], parts: Sequence[Kept], options: Options
-) -> Kept:
-    """Keeps the base member's best units, and the given share of the best units of all others."""
-    given, base_member = options.fraction, options.base_member
-    assert given is not None
+def _by_fraction(pool: _Pool, parts: Sequence[Kept], given: float | Mapping[str, float]) -> Kept:
+    """Keep the base member's best units, and the given share of the best units of all others."""
+    graph, base_member = pool.graph, pool.context.base_member
     shares = (
         by_pattern(graph, "fraction", given)
         if isinstance(given, Mapping)
@@ -146,22 +193,16 @@ def _by_fraction(
                 why="it is the share of units that come from other members than the base member",
                 how="use 0 for the base member alone, 1 for the others alone",
             )
-    if options.variant is not None:
-        raise OptionError(
-            f"fraction and variant {options.variant!r} contradict each other",
-            why="a variant fuses in steps, and a fraction speaks of one step",
-            how="leave one of them out",
-        )
-    if not 0 <= base_member < len(states):
+    if not 0 <= base_member < len(pool.states):
         raise OptionError(
             f"there is no member {base_member} to be the base member",
-            why=f"the {len(states)} members are counted from 0",
+            why=f"the {len(pool.states)} members are counted from 0",
             how="pass base_member= with the number of a member",
         )
-    kept, scored = {}, _scored(graph, states, parts, options)
+    kept, scored = {}, pool.scored(parts)
     for group in graph.groups:
         rows, values = scored[group.name]
-        mine, size = rows[:, 0] == base_member, options.size_of(group)
+        mine, size = rows[:, 0] == base_member, pool.context.size_of(group)
         if group.name not in shares:
             kept[group.name] = _sorted(_best(rows, values, count=size))
             continue
@@ -175,20 +216,6 @@ def _by_fraction(
         ]
         kept[group.name] = _sorted(np.concatenate(chosen))
     return kept
-
-
-def _scored(
-    graph: CouplingGraph, states: Sequence[State], parts: Sequence[Kept], options: Options
-) -> dict[str, tuple[Index, Weights]]:
-    """For each group, all units of several networks, int64 [n, 2], and their scores [n]."""
-    pool = {g.name: np.concatenate([part[g.name] for part in parts]) for g in graph.groups}
-    involved = sorted({m for rows in pool.values() for m in np.unique(rows[:, 0]).tolist()})
-    alive = {
-        member: {name: rows[rows[:, 0] == member][:, 1] for name, rows in pool.items()}
-        for member in involved
-    }
-    scores = score_units(graph, states, options, alive)
-    return {name: (rows, _of_rows(rows, name, scores)) for name, rows in pool.items()}
 
 
 def _of_rows(rows: Index, group: str, scores: Mapping[int, Scores]) -> Weights:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 from scipy.spatial.distance import cdist
 
 from fxfuse.analysis.coupling import CouplingGraph, CouplingGroup, Index, Place
+from fxfuse.planning.context import Context, Reference, State
 from fxfuse.planning.measured import Matrix
 from fxfuse.planning.methods._alignment import (
     Features,
@@ -28,17 +30,15 @@ from fxfuse.planning.methods._unit_weights import (
     statistics_distance,
     units_of,
 )
-from fxfuse.planning.methods.registry import check_variant, method
-from fxfuse.planning.options import Options, State
+from fxfuse.planning.methods.registry import Method, method
 from fxfuse.planning.plan import UnitMap
 
 _SWEEPS = 20
 
 
 @method("weight_matching")
-def weight_matching(
-    graph: CouplingGraph, states: Sequence[State], options: Options
-) -> tuple[UnitMap, ...]:
+@dataclass(frozen=True)
+class WeightMatching(Method):
     """Matches the units of every member to those of the reference, then averages.
 
     Weight matching by coordinate descent (Ainsworth et al., "Git Re-Basin", arXiv:2209.04836,
@@ -51,37 +51,48 @@ def weight_matching(
     member that is written most alike, by least squares on these weights: a copy of a unit is read
     off it, and one that nothing writes is left out.
 
-    Raises:
-        OptionError: There is no such reference member, or it lacks blocks that others have.
-        OptionError: A variant was asked for.
+    Attributes:
+        reference: Member that the others are aligned to, by number, or `mean`: each to the mean of
+            the others. Where members differ in width, the result has this member's (member 0's
+            for `mean`).
     """
-    check_variant("weight_matching", options, ())
-    first = frame_of(graph, len(states), options)
-    frame = graph.of_member(first)
 
-    def features(member: int) -> Features:
-        return real_tensors(graph, states[member])
+    reference: Reference = 0
 
-    def align(target: Features, member: int, start: Orders | None) -> Orders:
-        own, theirs = graph.of_member(member), features(member)
-        if start is None:
-            start = _start(frame, own, target, theirs)
-        return _descend(frame, own, target, theirs, start)
+    def maps(
+        self, graph: CouplingGraph, states: Sequence[State], context: Context
+    ) -> tuple[UnitMap, ...]:
+        """Make the maps."""
+        first = frame_of(graph, len(states), self.reference, context)
+        frame = graph.of_member(first)
 
-    def reorder(found: Features, member: int, orders: Orders) -> Features:
-        own = graph.of_member(member)
-        pairs = {g.name: _pair(g, orders[g.name], None) for g in own.groups if own is not frame}
-        return {name: _reordered(frame, own, name, w, orders, pairs) for name, w in found.items()}
+        def features(member: int) -> Features:
+            return real_tensors(graph, states[member])
 
-    orders = common_orders(graph, features, len(states), options, align, reorder)
-    if not graph.members:
-        return averaged(frame, orders)
-    ours = features(first)
-    surplus = [
-        _surplus(frame, graph.of_member(member), ours, features(member), order)
-        for member, order in enumerate(orders)
-    ]
-    return averaged(frame, orders, surplus)
+        def align(target: Features, member: int, start: Orders | None) -> Orders:
+            own, theirs = graph.of_member(member), features(member)
+            if start is None:
+                start = _start(frame, own, target, theirs)
+            return _descend(frame, own, target, theirs, start)
+
+        def reorder(found: Features, member: int, orders: Orders) -> Features:
+            own = graph.of_member(member)
+            pairs = {g.name: _pair(g, orders[g.name], None) for g in own.groups if own is not frame}
+            return {
+                name: _reordered(frame, own, name, w, orders, pairs) for name, w in found.items()
+            }
+
+        orders = common_orders(
+            graph, features, len(states), self.reference, context, align, reorder
+        )
+        if not graph.members:
+            return averaged(frame, orders)
+        ours = features(first)
+        surplus = [
+            _surplus(frame, graph.of_member(member), ours, features(member), order)
+            for member, order in enumerate(orders)
+        ]
+        return averaged(frame, orders, surplus)
 
 
 def _start(frame: CouplingGraph, own: CouplingGraph, ours: Tensors, theirs: Tensors) -> Orders:

@@ -3,22 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar, Literal
 
 import numpy as np
 
 from fxfuse.analysis.coupling import CouplingGraph
 from fxfuse.errors import OptionError
+from fxfuse.planning.context import Context, State
 from fxfuse.planning.measured import Matrix, matrix_of, require_activations
 from fxfuse.planning.methods._clusters import Clusters
-from fxfuse.planning.methods.registry import check_variant, method
-from fxfuse.planning.options import Options, State
+from fxfuse.planning.methods.registry import Method, method
 from fxfuse.planning.plan import UnitMap
-
-VARIANTS = ("across",)
 
 
 @method("zip")
-def zip_it(graph: CouplingGraph, states: Sequence[State], options: Options) -> tuple[UnitMap, ...]:
+@dataclass(frozen=True)
+class Zip(Method):
     """Merges the most correlated pair of units until as many are left as a member has.
 
     Stoica et al., "ZipIt! Merging Models from Different Tasks without Training", arXiv:2305.03053:
@@ -32,30 +33,35 @@ def zip_it(graph: CouplingGraph, states: Sequence[State], options: Options) -> t
     unit that answers 0 to all inputs is left out then, so that it takes nobody's place. With
     `across` each group is as large as in the widest member.
 
-    Raises:
-        InputError: There are no activations, or they do not fit.
-        OptionError: A size was asked for with `across`.
-        OptionError: The variant is unknown.
+    Attributes:
+        variant: `across` never merges two units of one member; None merges any two.
     """
-    check_variant("zip", options, VARIANTS)
-    activations = require_activations(graph, states, options, "method 'zip'")
-    sizes = {group.name: options.size_of(group) for group in graph.groups}
-    resized = bool(graph.members) or any(sizes[g.name] != g.n_units for g in graph.groups)
-    if options.variant == "across" and options.sizes is not None and resized:
-        raise OptionError(
-            "variant 'across' of zip has no width",
-            why="it never merges two units of one member, so its size follows from the members'",
-            how="leave the width out, or the variant",
+
+    variant: Literal["across"] | None = None
+    any_size: ClassVar[bool] = True
+
+    def maps(
+        self, graph: CouplingGraph, states: Sequence[State], context: Context
+    ) -> tuple[UnitMap, ...]:
+        """Make the maps."""
+        activations = require_activations(graph, states, context, "method 'zip'")
+        sizes = {group.name: context.size_of(group) for group in graph.groups}
+        resized = bool(graph.members) or any(sizes[g.name] != g.n_units for g in graph.groups)
+        if self.variant == "across" and context.sizes is not None and resized:
+            raise OptionError(
+                "variant 'across' of zip has no width",
+                why="it never merges two units of one member, so its size follows from the members'",
+                how="leave the width out, or the variant",
+            )
+        return tuple(
+            _zipped(
+                name,
+                [matrix_of(t) for t in activations[name]],
+                None if self.variant == "across" else size,
+                resized=resized,
+            )
+            for name, size in sizes.items()
         )
-    return tuple(
-        _zipped(
-            name,
-            [matrix_of(t) for t in activations[name]],
-            None if options.variant == "across" else size,
-            resized=resized,
-        )
-        for name, size in sizes.items()
-    )
 
 
 def _zipped(

@@ -7,21 +7,21 @@ from collections.abc import Sequence
 import numpy as np
 
 from fxfuse.analysis.coupling import CouplingGraph
+from fxfuse.planning.context import Context, State
 from fxfuse.planning.measured import matrix_of, require_activations
-from fxfuse.planning.options import Options, State
 from fxfuse.planning.scores.registry import Kept, Scores, score
 
 
 @score("activation")
 def activation(
-    graph: CouplingGraph, states: Sequence[State], options: Options, kept: Kept
+    graph: CouplingGraph, states: Sequence[State], context: Context, kept: Kept
 ) -> dict[int, Scores]:
     """Root mean square of a unit's activation over the calibration inputs.
 
     Raises:
         InputError: There are no activations, or they do not fit.
     """
-    answers = require_activations(graph, states, options, "score 'activation'")
+    answers = require_activations(graph, states, context, "score 'activation'")
     return {
         member: {
             name: np.sqrt((matrix_of(members[member]) ** 2).mean(axis=0))

@@ -9,7 +9,7 @@ import torch
 from fxfuse.analysis.coupling import CouplingGraph
 from fxfuse.analysis.rules.registry import argument_of, name_of
 from fxfuse.members.ranks import of_each
-from fxfuse.planning.options import Options, State
+from fxfuse.planning.context import Context, State
 from fxfuse.planning.scores.magnitude import magnitude
 from fxfuse.planning.scores.owned import owned_sums
 from fxfuse.planning.scores.registry import Kept, Scores, score
@@ -30,7 +30,7 @@ def _note(graph: CouplingGraph) -> Mapping[str, str]:
 
 @score("bn_scale", note=_note)
 def bn_scale(
-    graph: CouplingGraph, states: Sequence[State], options: Options, kept: Kept
+    graph: CouplingGraph, states: Sequence[State], context: Context, kept: Kept
 ) -> dict[int, Scores]:
     """Σ |scale| of a unit (Liu et al., "Network Slimming", arXiv:1708.06519).
 
@@ -43,14 +43,14 @@ def bn_scale(
             graph.of_member(member),
             state,
             kept[member],
-            options.absent,
+            context.absent,
             names=sorted(scales),
             value_of=lambda name, scale: scale.abs(),
         )
 
     found = dict(of_each(states, scored, kept))
     if missing:
-        instead = magnitude(graph, states, options, kept, degree=2)
+        instead = magnitude(graph, states, context, kept, degree=2)
         for member, scores in found.items():
             scores.update({name: instead[member][name] for name in missing})
     return found

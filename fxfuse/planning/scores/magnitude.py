@@ -11,7 +11,7 @@ from fxfuse.analysis.coupling import CouplingGraph
 from fxfuse.analysis.labels import Kind
 from fxfuse.errors import OptionError
 from fxfuse.members.ranks import of_each
-from fxfuse.planning.options import Options, State
+from fxfuse.planning.context import Context, State
 from fxfuse.planning.scores.owned import owned_sums
 from fxfuse.planning.scores.registry import Kept, Scores, score
 
@@ -33,7 +33,7 @@ def degree_of(name: str) -> int:
 
 
 def magnitude(
-    graph: CouplingGraph, states: Sequence[State], options: Options, kept: Kept, *, degree: int
+    graph: CouplingGraph, states: Sequence[State], context: Context, kept: Kept, *, degree: int
 ) -> dict[int, Scores]:
     """Group magnitude of each unit.
 
@@ -45,7 +45,7 @@ def magnitude(
     Args:
         graph: The analysis of the members.
         states: For each member, its tensors by name.
-        options: Says which tensors some members lack.
+        context: Says which tensors some members lack.
         kept: The members that are concatenated, and which of their units exist.
         degree: 1 or 2.
 
@@ -64,7 +64,7 @@ def magnitude(
             graph.of_member(member),
             state,
             kept[member],
-            options.absent,
+            context.absent,
             names=names,
             value_of=value_of,
         )

@@ -9,14 +9,14 @@ import numpy as np
 from fxfuse.activations import elimination
 from fxfuse.analysis.coupling import CouplingGraph
 from fxfuse.errors import InputError
-from fxfuse.planning.options import Options, State
+from fxfuse.planning.context import Context, State
 from fxfuse.planning.scores.magnitude import magnitude
 from fxfuse.planning.scores.registry import Kept, Scores, score
 
 
 @score("obs")
 def obs(
-    graph: CouplingGraph, states: Sequence[State], options: Options, kept: Kept
+    graph: CouplingGraph, states: Sequence[State], context: Context, kept: Kept
 ) -> dict[int, Scores]:
     """The later a unit would be removed, the higher (`fxfuse.activations.elimination`).
 
@@ -27,20 +27,20 @@ def obs(
     Raises:
         InputError: There are no calibration inputs.
     """
-    if options.calibration is None:
+    if context.calibration is None:
         raise InputError(
             "score 'obs' needs calibration inputs",
             why="it removes units that the others can make up for on these",
             how="pass calibration=..., 100 to 1,000 inputs without labels",
         )
-    found = magnitude(graph, states, options, kept, degree=2)
+    found = magnitude(graph, states, context, kept, degree=2)
     ranks = elimination(
         graph,
         states,
-        options.calibration,
+        context.calibration,
         kept,
-        sizes=options.sizes,
-        base_member=options.base_member,
+        sizes=context.sizes,
+        base_member=context.base_member,
     )
     for name, (units, rank) in ranks.items():
         for member in kept:

@@ -10,8 +10,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fxfuse.analysis.coupling import CouplingGraph, Index
-from fxfuse.errors import OptionError, RuleError
-from fxfuse.planning.options import Options, State
+from fxfuse.common.options import check_choice
+from fxfuse.errors import RuleError
+from fxfuse.planning.context import Context, State
 
 #: For each group, the score of each unit of one member, float64 [n_units].
 Scores = dict[str, NDArray[np.float64]]
@@ -21,7 +22,7 @@ Kept = Mapping[int, Mapping[str, Index]]
 
 #: A score gets the analysis, the members' tensors, the options and the units that exist; it returns
 #: the scores of every member that takes part. What it says of units that are gone does not count.
-Score = Callable[[CouplingGraph, Sequence[State], Options, Kept], Mapping[int, Scores]]
+Score = Callable[[CouplingGraph, Sequence[State], Context, Kept], Mapping[int, Scores]]
 
 #: What a plan should say about a score, besides its name.
 Note = Callable[[CouplingGraph], Mapping[str, str]]
@@ -84,14 +85,15 @@ def note_of(name: str, graph: CouplingGraph) -> Mapping[str, str]:
 
 
 def score_units(
-    graph: CouplingGraph, states: Sequence[State], options: Options, kept: Kept
+    graph: CouplingGraph, states: Sequence[State], name: str, context: Context, kept: Kept
 ) -> dict[int, Scores]:
-    """The score `options.score` of every unit that exists.
+    """The score of every unit that exists.
 
     Args:
         graph: The analysis of the members.
         states: For each member, its tensors by name.
-        options: Names the score, and holds what it was measured on.
+        name: Name of the score.
+        context: What it is measured on.
         kept: The members that take part, and which of their units exist.
 
     Returns:
@@ -102,18 +104,17 @@ def score_units(
         OptionError: There is no such score.
         InputError: It needs calibration inputs, or labels, and there are none.
     """
-    found = _find(options.score).score(graph, states, options, kept)
+    found = _find(name).score(graph, states, context, kept)
     result: dict[int, Scores] = {}
     for member, groups in kept.items():
         result[member] = {}
-        for name, units in groups.items():
-            values = np.full(len(found[member][name]), -np.inf)
-            values[units] = found[member][name][units]
-            result[member][name] = values
+        for group, units in groups.items():
+            values = np.full(len(found[member][group]), -np.inf)
+            values[units] = found[member][group][units]
+            result[member][group] = values
     return result
 
 
 def _find(name: str) -> _Entry:
-    if name not in _SCORES:
-        raise OptionError(f"unknown score {name!r}", how=f"use one of {', '.join(sorted(_SCORES))}")
+    check_choice("score", name, tuple(sorted(_SCORES)))
     return _SCORES[name]

@@ -5,23 +5,18 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from fxfuse.activations import MEMORY
 from fxfuse.refine.fused import Fused, Member, check_joint, measurable
-from fxfuse.refine.outputs import kind_of_network
-from fxfuse.refine.regression.run import RefitReport, Settings, refit_state
+from fxfuse.refine.regression.run import Refit, RefitReport, refit_state
+from fxfuse.refine.task import Task
 
 
 def refit(
     result: Fused,
     members: Sequence[Member],
-    inputs: Any,
+    calibration: Any,
+    options: Refit | None = None,
     *,
-    alpha: float | None = None,
-    outputs: str | None = None,
-    seed: int = 0,
-    memory: int = MEMORY,
-    limit: int = 1000,
-    copies: int = 0,
+    task: Task | None = None,
 ) -> RefitReport:
     """Refits a fused network in place, layer by layer, in closed form and without labels.
 
@@ -42,16 +37,10 @@ def refit(
     Args:
         result: What `fxfuse.fuse` returned; `result.module` is changed.
         members: The networks that were fused, in the same order.
-        inputs: 100 to 1,000 unlabelled inputs from the members' own domain: a tensor [n, ...], a
-            tuple or mapping of tensors, or an iterable of batches.
-        alpha: Ridge of the regressions, relative to the mean square of a feature; None: 1e-3, or
-            1e-2 with fewer than 100 inputs.
-        outputs: `logits` or `values`; None lets the output's shape decide.
-        seed: Decides which rows of large layers are taken.
-        memory: Bytes of activations that stay in memory.
-        limit: So many inputs are taken at most, in a random order that is always the same.
-        copies: So many augmented copies of each input are looked at as well: of images and signals,
-            by `shift_and_mix`.
+        calibration: 100 to 1,000 unlabelled inputs from the members' own domain, or a
+            `Calibration`.
+        options: Ridge, seed and memory.
+        task: What the output means; None lets its shape decide.
 
     Returns:
         The error of every layer before and after, and what was left.
@@ -63,13 +52,11 @@ def refit(
         NoGraphError: The members were traced: there is no graph to run.
         RefineError: The members run one by one in it, so that it is their mean already.
     """
-    states, calibration = measurable(result, members, inputs, limit, copies)
+    states, batches = measurable(result, members, calibration)
     check_joint(result, "refit")
-    logits = kind_of_network(result.graph.program, outputs) == "logits"
     module = result.module
-    settings = Settings(alpha, logits, seed, memory)
     state, report = refit_state(
-        result.graph, result.plan, states, module.state_dict(), calibration, settings
+        result.graph, result.plan, states, module.state_dict(), batches, options or Refit(), task
     )
     module.load_state_dict(state)
     return report

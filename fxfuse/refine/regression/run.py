@@ -12,11 +12,12 @@ import torch
 from torch import fx
 
 from fxfuse.activations import MEMORY, NodeRunner
-from fxfuse.activations.calibration import FEW, Calibration
+from fxfuse.activations.calibration import FEW, CalibrationBatches
 from fxfuse.activations.recurrence import Recurrent, recurrent_of
 from fxfuse.analysis.coupling import CouplingGraph
 from fxfuse.analysis.heads import others_region
 from fxfuse.planning.plan import FusionPlan
+from fxfuse.refine.outputs import kind_of_network
 from fxfuse.refine.regression.channel import (
     PerChannel,
     channel_rows,
@@ -47,6 +48,7 @@ from fxfuse.refine.regression.work import (
 )
 from fxfuse.refine.regression.write import State, current, write
 from fxfuse.refine.targets import Targets
+from fxfuse.refine.task import Task
 from fxfuse.transform.resizing import Resized, resized_of
 
 #: Times that targets are relaxed where the activation cuts them.
@@ -76,19 +78,17 @@ class RefitReport:
 
 
 @dataclass(frozen=True)
-class Settings:
-    """How a refit is done.
+class Refit(Options):
+    """The closed-form, label-free refit of every layer to the members' activations.
 
     Attributes:
-        alpha: α; None: 1e-3, or 1e-2 with fewer than 100 inputs.
-        logits: Whether the network's output is class logits, so that its head is fitted to the
-            ensemble's probabilities; of several heads, each to its member's.
-        seed: Seed of the choice of rows.
-        memory: Bytes of activations in memory.
+        alpha: Ridge of the regressions, relative to the mean square of a feature. None: 1e-3, or
+            1e-2 with fewer than 100 inputs.
+        seed: Seed of the choice of rows of large layers.
+        memory: Bytes of activations that stay in memory; the rest goes to a temporary folder.
     """
 
     alpha: float | None = None
-    logits: bool = True
     seed: int = 0
     memory: int = MEMORY
 
@@ -98,8 +98,9 @@ def refit_state(
     plan: FusionPlan,
     states: Sequence[Mapping[str, torch.Tensor]],
     state: Mapping[str, torch.Tensor],
-    calibration: Calibration,
-    settings: Settings,
+    calibration: CalibrationBatches,
+    options: Refit,
+    task: Task | None = None,
 ) -> tuple[State, RefitReport]:
     """Refits every layer of a fused network to the members' merged activations.
 
@@ -109,7 +110,9 @@ def refit_state(
         states: The members' tensors by name.
         state: The fused tensors by name.
         calibration: Unlabelled inputs.
-        settings: How.
+        options: How.
+        task: What the output means: the head of a classifier is fitted to the ensemble's
+            probabilities, of several heads each to its member's.
 
     Returns:
         New fused tensors, and the report.
@@ -119,7 +122,7 @@ def refit_state(
         NoGraphError: The network was traced, so its graph cannot be run.
     """
     graph.program.require_exported()
-    return _Refit(graph, plan, states, state, calibration, settings).run()
+    return _Refit(graph, plan, states, state, calibration, options, task).run()
 
 
 class _Refit:
@@ -129,13 +132,15 @@ class _Refit:
         plan: FusionPlan,
         states: Sequence[Mapping[str, torch.Tensor]],
         state: Mapping[str, torch.Tensor],
-        calibration: Calibration,
-        settings: Settings,
+        calibration: CalibrationBatches,
+        options: Refit,
+        task: Task | None,
     ) -> None:
         self.graph = graph
-        self.settings = settings
+        self.options = options
+        self.logits = kind_of_network(graph.program, task) == "logits"
         few = calibration.size < FEW
-        self.alpha = settings.alpha or (1e-2 if few else 1e-3)
+        self.alpha = options.alpha or (1e-2 if few else 1e-3)
         self.calibration = calibration
         self.state: State = {name: tensor.detach() for name, tensor in state.items()}
         program = graph.program
@@ -167,7 +172,7 @@ class _Refit:
         #: How many pieces of work still need a node's value.
         self.waiting = Counter(aims)
         self.unread = Counter(read for work in self.work.values() for read in inputs_of(work))
-        memory = settings.memory // (len(states) + 1)
+        memory = options.memory // (len(states) + 1)
         self.members = [
             NodeRunner(
                 graph.of_member(i).program,
@@ -192,7 +197,7 @@ class _Refit:
             memory=memory,
         )
         self.targets = Targets(graph, plan, resized.layouts, told, resized.places)
-        self.generator = torch.Generator().manual_seed(settings.seed)
+        self.generator = torch.Generator().manual_seed(options.seed)
         self.outputs = [resized.nodes.get(output, output) for output in program.outputs()]
         self.changed: set[str] = set()
 
@@ -346,7 +351,7 @@ class _Refit:
     def is_head(self, route: FitTarget) -> bool:
         is_output = any(route.aim is output for output in self.outputs)
         shape = route.aim.meta["val"].shape
-        return self.settings.logits and is_output and len(shape) == 2 and shape[1] > 1
+        return self.logits and is_output and len(shape) == 2 and shape[1] > 1
 
     def fit_recurrent(self, work: Recurrent) -> list[LayerFit]:
         fit = RecurrentFit(
@@ -364,7 +369,7 @@ class _Refit:
         return found
 
     def fit_channels(self, op: PerChannel) -> LayerFit:
-        memory = self.settings.memory
+        memory = self.options.memory
         found = channel_rows(op, self.student, self.members, self.targets, memory)
         if found is None:
             return left(op, NO_TARGET)

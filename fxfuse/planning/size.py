@@ -1,28 +1,105 @@
-"""From a width, in units of a member, to the number of units of every coupling group."""
+"""The size of a fused network: what a caller asks for, and the units of every coupling group."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from math import gcd, isfinite
+from typing import Any, Literal
 
 import numpy as np
 
 from fxfuse.analysis.constraints import nothing_like
 from fxfuse.analysis.coupling import CouplingGraph, CouplingGroup
+from fxfuse.common.options import Options
 from fxfuse.errors import OptionError
 
 #: A width for all groups, or by pattern of `state_dict()` names; 1 is a member's size.
 Width = float | Mapping[str, float]
 #: Units of each fused group, by the group's name.
 Sizes = dict[str, int]
+#: How operators that mix members (LayerNorm and the like) run.
+Mixing = Literal["joint", "per_member"]
+
+
+@dataclass(frozen=True)
+class Size(Options):
+    """The size of a fused or pruned network, as a width or as a budget that a width is found for.
+
+    Attributes:
+        width: Size in units of one member, in (0, N]: 1 is a member's size, N keeps every unit of
+            every member, which is their mean exactly. Or widths by `fnmatch` pattern of the
+            tensors that coupling groups are named after. None: a member's size, or what the budget
+            allows.
+        max_params: Largest number of parameters, in place of a width; the widest network is made.
+        max_flops: Largest number of floating-point operations on the example inputs, in place of a
+            width.
+        multiple_of: Round channels to multiples of this, 8 for most hardware.
+        allocation: `uniform` gives every group the width; `global` gives groups whose units have
+            higher scores more of them, as many in all.
+        mixing: How operators that mix members (LayerNorm and the like) run: `joint` over the kept
+            units of all members together, or `per_member`, which needs width N and is the default
+            there.
+    """
+
+    width: float | Mapping[str, float] | None = None
+    max_params: int | None = None
+    max_flops: int | None = None
+    multiple_of: int = 1
+    allocation: Literal["uniform", "global"] = "uniform"
+    mixing: Mixing | None = None
+
+    def __post_init__(self) -> None:
+        """Check that a size is asked for once, and that a global allocation has one to spread."""
+        super().__post_init__()
+        if self.multiple_of < 1:
+            raise OptionError(
+                f"multiple_of must be at least 1, got {self.multiple_of}",
+                how="use 8 for most hardware, or leave it out",
+            )
+        if self.width is not None and self.is_budget:
+            raise OptionError(
+                "width and a budget contradict each other",
+                why="max_params and max_flops look for the width",
+                how="leave one of them out",
+            )
+        if self.allocation == "uniform":
+            return
+        if not self.is_given:
+            raise OptionError(
+                "allocation='global' needs a size to spread",
+                why="neither width, max_params nor max_flops is given",
+                how="pass width=0.5 to keep half of all units, for instance",
+            )
+        if isinstance(self.width, Mapping):
+            raise OptionError(
+                "allocation='global' and a width for each pattern contradict each other",
+                why="a global allocation decides how wide each group is",
+                how="pass one width for all groups, or leave the allocation out",
+            )
+
+    @staticmethod
+    def of(size: Any) -> Size:
+        """A size from what a caller wrote: a width, widths by pattern, a `Size`, or None."""
+        return size if isinstance(size, Size) else Size(size)
+
+    @property
+    def is_budget(self) -> bool:
+        """Whether the widths are to be found."""
+        return self.max_params is not None or self.max_flops is not None
+
+    @property
+    def is_given(self) -> bool:
+        """Whether another size than a member's may be asked for."""
+        return self.width is not None or self.is_budget
 
 
 def sizes_of(
     graph: CouplingGraph,
     n_members: int,
     width: Width,
-    round_to: int = 1,
+    multiple_of: int = 1,
     *,
     at_least_one: bool = False,
 ) -> Sizes:
@@ -35,18 +112,13 @@ def sizes_of(
             `fnmatch` patterns of `state_dict()` names to widths: a pattern speaks of the coupling
             groups that are named after a tensor it matches, as `CouplingGraph.groups` lists them.
             Groups that no pattern matches keep a member's size.
-        round_to: The channels of a group are rounded to a multiple of this, where it has as many.
+        multiple_of: The channels of a group are rounded to a multiple of this, where it has as many.
         at_least_one: Whether a group that the width leaves without a unit keeps one.
 
     Raises:
         OptionError: A width is no number in (0, N], or leaves a group without a unit.
         OptionError: A pattern matches nothing, or two patterns give one group two widths.
     """
-    if round_to < 1:
-        raise OptionError(
-            f"round_to={round_to} is not a positive number of channels",
-            how="use 8 for most hardware, or leave it out",
-        )
     widths = {group.name: 1.0 for group in graph.groups}
     if isinstance(width, Mapping):
         widths |= by_pattern(graph, "width", width)
@@ -56,7 +128,7 @@ def sizes_of(
         _check(value, n_members)
     return {
         group.name: units_at(
-            graph, group, n_members, widths[group.name], round_to, least=int(at_least_one)
+            graph, group, n_members, widths[group.name], multiple_of, least=int(at_least_one)
         )
         for group in graph.groups
     }
@@ -106,7 +178,7 @@ def units_at(
     group: CouplingGroup,
     n_members: int,
     width: float,
-    round_to: int,
+    multiple_of: int,
     *,
     least: int = 1,
 ) -> int:
@@ -120,7 +192,7 @@ def units_at(
     wanted = width * one
     # Units of several channels: heads, groups of a convolution.
     channels = next(rows.shape[1] for rows in group.index.values())
-    step = round_to // gcd(round_to, channels)
+    step = multiple_of // gcd(multiple_of, channels)
     if 1 < step <= most:
         # A half is rounded up.
         units = max(step, int(np.floor(wanted / step + 0.5)) * step)

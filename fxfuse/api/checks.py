@@ -1,19 +1,23 @@
-"""What stands between members and the network that is handed over: is it sound, and is it right."""
+"""Checks that run before a fused network is returned: of the analysis, of a plan, of the oracles."""
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from math import isfinite
 
-from fxfuse.analysis.coupling import CouplingGraph
+import torch
+
+from fxfuse.analysis.coupling import CouplingGraph, Index
 from fxfuse.analysis.freezing import excused
 from fxfuse.errors import PlanError, VerificationError
 from fxfuse.graph.capture import check_reached
+from fxfuse.members.fingerprint import check_members
+from fxfuse.planning.plan import FusionPlan, UnitMap
 from fxfuse.verify import Check, Verification, permutation_of, wrong_groups
 
 
-def examined(graph: CouplingGraph, *, verify: bool) -> tuple[CouplingGraph, list[Check]]:
+def check_sound(graph: CouplingGraph, *, verify: bool) -> tuple[CouplingGraph, list[Check]]:
     """What of a network can be fused or pruned, and what the oracles say of it.
 
     Args:
@@ -93,3 +97,77 @@ def verified(checks: Sequence[Check]) -> Verification:
             how="check the members' weights; verify=False returns the network all the same",
         )
     return Verification(tuple(checks))
+
+
+def check_count(wanted: int, count: int) -> None:
+    """Checks that there are as many members as a plan was made for.
+
+    Raises:
+        PlanError: There are more or fewer.
+    """
+    if count != wanted:
+        raise PlanError(
+            f"the plan was made for {wanted} members, and {count} are given",
+            how="give the networks that were fused, in the same order",
+        )
+
+
+def check_plan(
+    plan: FusionPlan, graph: CouplingGraph, states: Sequence[Mapping[str, torch.Tensor]]
+) -> None:
+    """Checks that a plan can be applied to members.
+
+    Args:
+        plan: The plan.
+        graph: The analysis of the members, with the plan's constraints.
+        states: For each member, its tensors by name.
+
+    Raises:
+        PlanError: The plan was made for other members.
+        PlanError: The plan does not say for which members it was made, its groups are not those of
+            the network, or a map names a unit that there is not.
+    """
+    tensors = [member.tensors for member in plan.members]
+    if not all(tensors):
+        raise PlanError(
+            "the plan does not say for which members it was made",
+            why="it holds no hashes of their tensors",
+            how="use a plan that fxfuse.fuse made",
+        )
+    check_members(tensors, states)
+    differing = {entry.group for entry in plan.maps} ^ {group.name for group in graph.groups}
+    if differing:
+        raise PlanError(
+            "the plan's coupling groups are not those of the network",
+            where=min(differing),
+            why=f"{len(differing)} of them are in one of the two only",
+            how="make the plan again with this version of fxfuse, with the same verify=",
+        )
+    for entry in plan.maps:
+        units = [graph.units_of(entry.group, member) for member in range(plan.n_members)]
+        _check_map(entry, units, plan.n_members)
+
+
+def _check_map(entry: UnitMap, units: Sequence[int], n_members: int) -> None:
+    if entry.n_units > sum(units):
+        raise PlanError(
+            "the plan has more fused units than the members have units",
+            where=entry.group,
+            why=f"{entry.n_units} fused units, {sum(units)} units of all members",
+            how="use a plan that fxfuse.fuse made",
+        )
+    _check_numbers(entry, "fused unit", entry.target, entry.n_units)
+    _check_numbers(entry, "member", entry.member, n_members)
+    for member, count in enumerate(units):
+        _check_numbers(entry, "unit", entry.unit[entry.member == member], count)
+
+
+def _check_numbers(entry: UnitMap, what: str, values: Index, count: int) -> None:
+    wrong = values[(values < 0) | (values >= count)]
+    if len(wrong):
+        raise PlanError(
+            f"the plan names a {what} that there is not",
+            where=entry.group,
+            why=f"{what} {wrong[0]} of {count}, counted from 0",
+            how="use a plan that fxfuse.fuse made",
+        )

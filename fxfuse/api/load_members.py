@@ -1,0 +1,171 @@
+"""Members, wherever they are, become the network to fuse and its tensors in each of them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from torch import nn
+
+from fxfuse.analysis.head_search import find_heads
+from fxfuse.analysis.heads import join
+from fxfuse.analysis.label_spaces import Heads
+from fxfuse.api.checks import check_count
+from fxfuse.api.depth import as_deepest
+from fxfuse.errors import OptionError
+from fxfuse.graph.capture import Program, capture, capture_eagerly
+from fxfuse.graph.example import Example
+from fxfuse.graph.export_reuse import captured_each
+from fxfuse.graph.module_checks import check_enough, check_finite, check_values
+from fxfuse.graph.same_network import check_same_network
+from fxfuse.members.members import Members
+from fxfuse.members.on_ranks import members_on_ranks
+from fxfuse.members.ranks import Ranks, of_each
+from fxfuse.members.streamed import Network, first_member, split_paths, streamed_states
+from fxfuse.planning.context import State
+
+
+@dataclass(frozen=True)
+class Ensemble:
+    """Members, captured and compared.
+
+    Attributes:
+        network: The network to fuse.
+        states: For each member, its tensors of that network by name.
+        aligned: For each member, its own capture of that network's graph; sizes may differ.
+        given: The members as they were captured: before heads were joined, of any depth.
+        absent: Tensors that some members lack → the numbers of these members.
+        heads: The members' own heads; found ones are named.
+        dim: The dimension of the outputs along which classes lie, where heads were looked for.
+    """
+
+    network: Program
+    states: Sequence[State]
+    aligned: list[Program]
+    given: list[Program]
+    absent: Mapping[str, tuple[int, ...]]
+    heads: Heads
+    dim: int = 0
+
+    def check_weights(self) -> None:
+        """Checks that all members have values, and finite ones.
+
+        Raises:
+            MemberError: A member is on the meta device.
+            MemberError: A member holds NaN or infinity.
+        """
+
+        def check(number: int, state: State) -> None:
+            check_values(state)
+            check_finite(number, state)
+
+        for _ in of_each(self.states, check):
+            pass
+
+
+def single(program: Program) -> Ensemble:
+    """The ensemble of one network.
+
+    Raises:
+        MemberError: It is on the meta device, or holds NaN or infinity.
+    """
+    found = Ensemble(program, [program.state()], [program], [program], {}, Heads(()))
+    found.check_weights()
+    return found
+
+
+def load_members(
+    members: Members,
+    example: Example,
+    heads: Heads,
+    *,
+    runs_members: bool,
+    count: int | None = None,
+) -> Ensemble:
+    """Capture members, in memory or in files, or spread over processes, and compare them.
+
+    Args:
+        members: The members.
+        example: Inputs that they accept.
+        heads: The members' own heads, as they are asked for.
+        runs_members: Whether members will run on calibration inputs.
+        count: How many there must be. None: two or more.
+
+    Raises:
+        MemberError: Members are too few, differ, or hold no finite dense weights.
+        PlanError: There are more or fewer than `count`.
+        CheckpointError: A file is missing, damaged, or does not fit the template.
+        OptionError: Members are not in memory together, as what is asked for needs them.
+    """
+    ranks = None if members.group is None else Ranks(members.group)
+    networks = members.networks
+    n = len(networks) if ranks is None else sum(ranks.all(lambda: len(networks)))
+    if count is None:
+        check_enough(range(n), "fusion")
+    else:
+        check_count(count, n)
+    found = _loaded(members, example, heads, ranks, runs_members=runs_members)
+    found.check_weights()
+    return found
+
+
+def _loaded(
+    members: Members, example: Example, heads: Heads, ranks: Ranks | None, *, runs_members: bool
+) -> Ensemble:
+    networks, template = members.networks, members.template
+    if ranks is not None:
+        _check_apart(bool(heads), "each is on its own rank", runs_members=runs_members)
+        spread = members_on_ranks(ranks, networks, template, example)
+        return _alike(*spread)
+    files, modules = split_paths(networks, template)
+    if files:
+        _check_apart(bool(heads), "files are only read", runs_members=runs_members)
+        assert template is not None
+        program = _captured([first_member(template, files[0])], example)
+        return _alike(program[0], streamed_states(files, program[0]))
+    program = _captured(modules, example)
+    dim = 0
+    if heads.modules is None or heads.output != "tuple":
+        heads, dim = find_heads(program, heads)
+    if heads:
+        joined = join(program, heads, dim)
+        aligned = [joined.program] * len(program)
+        return Ensemble(joined.program, joined.states, aligned, program, {}, heads, dim)
+    deepest = as_deepest(program)
+    if deepest is None:
+        check_same_network(program, any_width=True)
+        states = [member.state() for member in program]
+        return Ensemble(program[0], states, program, program, {}, heads)
+    aligned = list(deepest.members)
+    check_same_network(aligned, any_width=True)
+    return Ensemble(aligned[0], deepest.states, aligned, program, deepest.absent, heads)
+
+
+def _alike(first: Program, states: Sequence[State]) -> Ensemble:
+    """Members that all have the first one's graph; only this one is captured."""
+    each = [first] * len(states)
+    return Ensemble(first, states, each, each, {}, Heads(()))
+
+
+def _captured(members: Sequence[Network], example: Example) -> list[Program]:
+    def one(member: Network, first: Program | None) -> Program:
+        if isinstance(member, Program):
+            return member
+        if first is not None and first.refusal and isinstance(member, nn.Module):
+            # torch.export refuses the first one: it is not asked, and does not warn, again.
+            return capture_eagerly(member, example, refusal=first.refusal)
+        return capture(member, example)
+
+    return captured_each(members, one)
+
+
+def _check_apart(several: bool, why: str, *, runs_members: bool) -> None:
+    """Checks that what is asked for works with members that are not in memory together."""
+    if not (several or runs_members):
+        return
+    what = "heads=" if several else "calibration="
+    raise OptionError(
+        f"{what} needs members in memory",
+        why=f"members run for it, and {why}",
+        how="load the checkpoints into modules and pass those to one process",
+    )

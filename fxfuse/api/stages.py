@@ -1,0 +1,373 @@
+"""The stages of a fusion: analyze an ensemble, plan, build and refine a network, verify it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from fxfuse.activations.calibration import CalibrationBatches
+from fxfuse.analysis.constraints import Constraints
+from fxfuse.analysis.coupling import CouplingGraph, couple, hands_out
+from fxfuse.analysis.label_spaces import Heads
+from fxfuse.analysis.multi_width import check_base_member, multi_width
+from fxfuse.api.checks import check_plan, check_sound, verified
+from fxfuse.api.load_members import Ensemble, load_members
+from fxfuse.api.result import FusionResult
+from fxfuse.errors import OptionError
+from fxfuse.graph.capture import Program
+from fxfuse.graph.eager import answers
+from fxfuse.graph.example import Example
+from fxfuse.members.fingerprint import fingerprints
+from fxfuse.members.members import Members
+from fxfuse.members.streamed import Network
+from fxfuse.planning.context import Context
+from fxfuse.planning.methods import Method, find_method
+from fxfuse.planning.plan import FusionPlan
+from fxfuse.planning.size import Size
+from fxfuse.refine import Match, Refit, Task
+from fxfuse.refine.pipeline import Start, matched_start, refitted, resolve_steps
+from fxfuse.transform.apply import fused_tensors
+from fxfuse.transform.resizing import emit_fused, emit_resized, output_layouts
+from fxfuse.transform.sizes import concatenation_plan, make_sized_plan
+from fxfuse.verify import Check, equals_ensemble, equals_heads, handover
+
+if TYPE_CHECKING:
+    from rich.progress import Progress
+
+State = Mapping[str, torch.Tensor]
+
+
+@dataclass(frozen=True)
+class Refinement:
+    """What follows a fusion.
+
+    Attributes:
+        calibration: The calibration inputs, as they were given.
+        refit: The refit, if any.
+        match: The matching, if any.
+        task: What the output means.
+        progress: Of the matching.
+    """
+
+    calibration: Any = None
+    refit: Refit | None = None
+    match: Match | None = None
+    task: Task | None = None
+    progress: bool | Progress = False
+
+    @staticmethod
+    def of(
+        steps: Sequence[Refit | Match] | None,
+        calibration: Any,
+        task: Task | None,
+        progress: bool | Progress,
+        *,
+        matchable: bool = True,
+    ) -> Refinement:
+        """What a caller asked for.
+
+        Args:
+            steps: The steps; None lets the calibration inputs decide.
+            calibration: Calibration inputs, or None.
+            task: What the output means.
+            progress: Of the matching.
+            matchable: Whether there is an ensemble to be matched.
+
+        Raises:
+            OptionError: The steps are no refit and matching, in this order.
+            InputError: There are steps, and no calibration inputs.
+        """
+        refit, match = resolve_steps(steps, calibrated=calibration is not None, matchable=matchable)
+        return Refinement(calibration, refit, match, task, progress)
+
+    def __bool__(self) -> bool:
+        """Whether anything follows."""
+        return self.refit is not None or self.match is not None
+
+    def batches(self, program: Program) -> CalibrationBatches | None:
+        """The calibration inputs, checked and cut into batches."""
+        if self.calibration is None:
+            return None
+        return CalibrationBatches.of(program, self.calibration)
+
+
+def plan(
+    graph: CouplingGraph,
+    members: Sequence[Network | str | Path] | Members,
+    method: str | Method = "transplant",
+    *,
+    size: float | Mapping[str, float] | Size | None = None,
+    calibration: Any = None,
+    refine: Sequence[Refit | Match] = (),
+) -> FusionPlan:
+    """Plan a fusion: which unit of which member goes where, before any weight is touched.
+
+    Args:
+        graph: The analysis of member 0, with the constraints (`fxfuse.analyze`).
+        members: The members, as in `fxfuse.fuse`.
+        method: How units are chosen and combined, as in `fxfuse.fuse`.
+        size: Size of the result, as in `fxfuse.fuse`.
+        calibration: Calibration inputs, for methods and scores that measure activations.
+        refine: What will follow the fusion: a refit keeps operators that mix members joint.
+
+    Raises:
+        MemberError: The members are not the same network.
+        OptionError: An option has a value that the method cannot use.
+        InputError: The method or the score needs calibration inputs, and there are none.
+    """
+    given = Members.of(members)
+    args, kwargs = graph.program.example_inputs
+    refinement = Refinement.of(refine, calibration, None, False)
+    known = [graph.program if m is graph.program.source else m for m in given.networks]
+    ensemble = load_members(
+        replace(given, networks=known),
+        Example(args, kwargs),
+        Heads(()),
+        runs_members=calibration is not None,
+    )
+    if ensemble.network is not graph.program:
+        graph, _ = analyze_ensemble(ensemble, graph.constraints, verify=False)
+    elif len({id(program) for program in ensemble.aligned}) > 1:
+        graph = multi_width(
+            graph, ensemble.aligned, lambda member: couple(member, graph.constraints)
+        )
+    return plan_network(
+        graph,
+        ensemble,
+        find_method(method),
+        Size.of(size),
+        refinement.batches(graph.program),
+        fitted=bool(refinement),
+    )
+
+
+def build(
+    plan: FusionPlan,
+    members: Sequence[Network | str | Path] | Members,
+    example: Any = (),
+    *,
+    calibration: Any = None,
+    task: Task | None = None,
+    refine: Sequence[Refit | Match] = (),
+    verify: bool = True,
+    progress: bool | Progress = False,
+) -> FusionResult:
+    """Build the network of a plan from the members that it was made for.
+
+    Args:
+        plan: A plan of `fxfuse.plan`, of an earlier result, or of `FusionPlan.from_json`. It holds
+            the method, its options, the sizes, the constraints and the heads.
+        members: The members that it was made for, in the same order.
+        example: Example inputs, as in `fxfuse.fuse`; not needed where members are captured.
+        calibration: Calibration inputs, for `refine`.
+        task: What the output means.
+        refine: What follows: a plan holds no refit and no matching.
+        verify: Whether to run the oracles before the network is returned.
+        progress: Of the matching, as in `fxfuse.fuse`.
+
+    Raises:
+        PlanError: The plan was made for other members, or does not fit their network.
+        MemberError: The members differ, or hold no finite dense weights.
+        VerificationError: An oracle failed.
+    """
+    refinement = Refinement.of(refine, calibration, task, progress)
+    given = Members.of(members)
+    if not given.networks or isinstance(given.networks[0], Program):
+        first = given.networks[0] if given.networks else None
+        args, kwargs = first.example_inputs if isinstance(first, Program) else ((), {})
+        example = Example(args, kwargs)
+    ensemble = load_members(
+        given,
+        Example.of(example),
+        plan.heads,
+        runs_members=calibration is not None,
+        count=plan.n_members,
+    )
+    graph, checks = analyze_ensemble(ensemble, plan.constraints, verify=verify)
+    check_plan(plan, graph, ensemble.states)
+    if refinement and plan.mixing.mode == "per_member":
+        raise OptionError(
+            "refine is not for this plan",
+            why="members run one by one in its network, so it is exactly their mean",
+            how="leave refine out",
+        )
+    return build_network(graph, ensemble, plan, refinement, checks, verify=verify)
+
+
+def analyze_ensemble(
+    ensemble: Ensemble, constraints: Constraints, *, verify: bool
+) -> tuple[CouplingGraph, list[Check]]:
+    """Analyze what can be fused of an ensemble, and run the permutation oracle.
+
+    Args:
+        ensemble: The members.
+        constraints: What must stay as it is.
+        verify: Whether to run the oracle; groups that it cannot move are frozen.
+
+    Raises:
+        OptionError: A constraint names nothing in the network, or two contradict each other.
+        PlanError: No parameter has a free dimension.
+    """
+    graph = couple(ensemble.network, constraints)
+    graph = multi_width(graph, ensemble.aligned, lambda member: couple(member, constraints))
+    check_base_member(graph, len(ensemble.states))
+    return check_sound(graph, verify=verify)
+
+
+def plan_network(
+    graph: CouplingGraph,
+    ensemble: Ensemble,
+    method: Method,
+    size: Size,
+    batches: CalibrationBatches | None,
+    *,
+    fitted: bool,
+    origin: str = "",
+) -> FusionPlan:
+    """Plan the fusion of an analyzed ensemble.
+
+    Args:
+        graph: Its analysis.
+        ensemble: The members.
+        method: How units are chosen and combined.
+        size: Size of the result.
+        batches: Calibration inputs.
+        fitted: Whether layers will be fitted, to units of all members.
+        origin: Digest of the plan that the only member was made with.
+    """
+    context = Context(graph.constraints.base_member, absent=ensemble.absent, calibration=batches)
+    made = make_sized_plan(graph, ensemble.states, method, context, size, fitted=fitted)
+    return replace(made.made_for(fingerprints(ensemble.states), origin), heads=ensemble.heads)
+
+
+def build_network(
+    graph: CouplingGraph,
+    ensemble: Ensemble,
+    plan: FusionPlan,
+    refinement: Refinement,
+    checks: Sequence[Check],
+    *,
+    batches: CalibrationBatches | None = None,
+    verify: bool,
+) -> FusionResult:
+    """Build the network of a plan, refine it, and verify what came out.
+
+    Args:
+        graph: The analysis of the members.
+        ensemble: The members.
+        plan: Which unit of which member goes where.
+        refinement: What follows.
+        checks: The oracles that ran before.
+        batches: The calibration inputs, where they are checked already.
+        verify: Whether to run the oracles.
+
+    Raises:
+        VerificationError: An oracle failed.
+    """
+    network = ensemble.network
+    _check_refinable(graph, refinement)
+    start = _built(graph, plan, ensemble.states)
+    if refinement:
+        start = _refined(graph, plan, ensemble.states, start.state, refinement, batches)
+    module = start.module
+    if module is None and network.is_exported:
+        module = emit_fused(graph, start.plan, start.state)
+    checks = list(checks)
+    if verify:
+        free = bool(graph.constraints.output_dims) and network.is_exported
+        grown = output_layouts(graph, start.plan) if free else None
+        checks += handover(network, module or _as_function(network, start.state), grown)
+        checks += _ensemble_checks(graph, ensemble, plan)
+    return FusionResult(
+        start.plan,
+        verified(checks),
+        graph,
+        start.state,
+        module,
+        start.refit,
+        start.choice,
+        start.match,
+        ensemble.given[0] if ensemble.heads else None,
+    )
+
+
+def _built(graph: CouplingGraph, plan: FusionPlan, states: Sequence[State]) -> Start:
+    """The network of a plan: a member's graph with other tensors, or one of another size."""
+    same = all(plan.sizes()[group.name] == group.n_units for group in graph.groups)
+    if same and plan.mixing.mode == "joint":
+        return Start(plan, fused_tensors(graph, plan, states))
+    module = emit_resized(graph, plan, states)
+    return Start(plan, module.state_dict(), module=module)
+
+
+def _refined(
+    graph: CouplingGraph,
+    plan: FusionPlan,
+    states: Sequence[State],
+    state: State,
+    refinement: Refinement,
+    batches: CalibrationBatches | None,
+) -> Start:
+    refit, match, task = refinement.refit, refinement.match, refinement.task
+    batches = batches or refinement.batches(graph.program)
+    assert batches is not None
+    if match is None:
+        assert refit is not None
+        return refitted(graph, plan, states, state, batches, refit, task)
+    return matched_start(
+        graph, plan, states, state, batches, refit, match, task, progress=refinement.progress
+    )
+
+
+def _check_refinable(graph: CouplingGraph, refinement: Refinement) -> None:
+    """Check that what is to follow a fusion can be measured."""
+    if not refinement:
+        return
+    graph.program.require_exported()
+    if refinement.match is None:
+        return
+    how = "pass refine=[Refit()], and train the result with fxfuse.refine.finetune"
+    if graph.program.heads:
+        raise OptionError(
+            "matching does not work with several heads",
+            where="refine",
+            why="the members' heads have other tasks, so there is no one network to choose a start "
+            "by and to match",
+            how=how,
+        )
+    if hands_out(graph, graph.constraints):
+        raise OptionError(
+            "matching does not work where outputs are free",
+            where=f"output_dims={dict(graph.constraints.output_dims)}",
+            why="units of a free output stand for no others, so there is no ensemble of them to be "
+            "matched to",
+            how=how,
+        )
+
+
+def _ensemble_checks(graph: CouplingGraph, ensemble: Ensemble, plan: FusionPlan) -> list[Check]:
+    """The oracles that compare with the ensemble itself."""
+    free, states = bool(graph.constraints.output_dims), ensemble.states
+    if plan.mixing.mode == "per_member" and ensemble.heads:
+        return [equals_heads(graph, states, plan, ensemble.given, ensemble.dim)]
+    if plan.mixing.mode == "per_member":
+        return [equals_ensemble(graph, states, plan, hands_out=free)]
+    if graph.members:
+        whole = concatenation_plan(graph, states, "joint")
+        return [equals_ensemble(graph, states, whole, hands_out=free)]
+    return []
+
+
+def _as_function(member: Program, state: State) -> Callable[..., Any]:
+    """The user's own module with other tensors, as a function of its inputs."""
+    source = member.source
+    assert source is not None
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        return answers(source, member.once(state), args, kwargs)
+
+    return call

@@ -1,0 +1,255 @@
+"""The plan of a method at the sizes that are asked for."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+
+from fxfuse.analysis.coupling import CouplingGraph
+from fxfuse.errors import OptionError, RewriteError
+from fxfuse.planning.allocation import spread
+from fxfuse.planning.context import Context, State
+from fxfuse.planning.methods import Concatenate, Method, Transplant
+from fxfuse.planning.plan import FusionPlan, Mixing
+from fxfuse.planning.planner import make_plan
+from fxfuse.planning.size import Size, Sizes, sizes_of
+from fxfuse.transform.cost import operations_of, parameters_of
+from fxfuse.transform.resizing import apart_names, settle
+
+#: Halvings of the range of widths in which a budget is looked for.
+_HALVINGS = 12
+
+
+def make_sized_plan(
+    graph: CouplingGraph,
+    states: Sequence[State],
+    method: Method,
+    context: Context,
+    size: Size,
+    *,
+    fitted: bool = False,
+) -> FusionPlan:
+    """Find the units of each fused group, and ask the method for its maps at these sizes.
+
+    Args:
+        graph: The analysis of the members.
+        states: For each member, its tensors by name.
+        method: The method.
+        context: What it may look at, but for the sizes.
+        size: What size is asked for.
+        fitted: Whether layers will be fitted, to units of all members.
+
+    Raises:
+        OptionError: The method works at a member's size only, no width meets the budget, or an
+            option has a value that cannot be used.
+        InputError: The method or the score needs calibration inputs, and there are none.
+        RewriteError: The network cannot be written in another size.
+        NoGraphError: torch.export rejected the members.
+    """
+    if isinstance(method, Concatenate):
+        size = replace(size, width=_width_of_all(size, len(states)))
+    mixing = choose_mixing(graph, len(states), size, fitted=fitted)
+    found = find_sizes(
+        graph, len(states), size, mixing, _allocation(graph, states, method, context, size)
+    )
+    sizes, kept = found or (None, {})
+    if sizes is not None:
+        _check_resizable(sizes, graph, method)
+    plan = None
+    if mixing == "per_member":
+        try:
+            plan = concatenation_plan(graph, states, base_member=context.base_member)
+        except RewriteError:
+            # Heads may begin before the last operator that mixes members.
+            if size.mixing or not graph.program.heads:
+                raise
+    if plan is None:
+        plan = make_plan(graph, states, method, replace(context, sizes=sizes))
+    told = {} if size.allocation == "uniform" else {"allocation": size.allocation}
+    return replace(plan, refused=kept, options={**plan.options, **told})
+
+
+def concatenation_plan(
+    graph: CouplingGraph,
+    states: Sequence[State],
+    mixing: Mixing = "per_member",
+    *,
+    base_member: int = 0,
+) -> FusionPlan:
+    """Make the plan that keeps every unit of every member.
+
+    Args:
+        graph: The analysis of the members.
+        states: For each member, its tensors by name.
+        mixing: How operators that mix members run.
+        base_member: The member that keeps what is frozen inside the network, where they run
+            jointly.
+
+    Raises:
+        RewriteError: The network cannot be written with members that run one by one.
+    """
+    plan = make_plan(graph, states, Concatenate(), Context(base_member))
+    if mixing == "joint":
+        return plan
+    plan = replace(plan, mixing=mixing)
+    return replace(plan, apart=apart_names(graph, plan))
+
+
+def choose_mixing(
+    graph: CouplingGraph, n_members: int, size: Size, *, fitted: bool = False
+) -> Mixing:
+    """How operators that mix members are to run.
+
+    Args:
+        graph: The analysis of the members.
+        n_members: N.
+        size: What is asked for.
+        fitted: Whether layers will be fitted: to units of all members, so not member by member.
+
+    Raises:
+        OptionError: Members are to run one by one where not all of their units are kept, or where
+            something is to be one for all members; or a width cannot be had.
+    """
+    obstacle = ""
+    if size.width is None:
+        obstacle = "it takes a width that keeps every unit of every member"
+    elif graph.asked:
+        obstacle = f"{next(iter(graph.asked))} is to be one tensor for all members"
+    elif fitted:
+        obstacle = "the refit fits layers that all members share"
+    else:
+        obstacle = _not_kept(graph, n_members, size)
+    if obstacle and size.mixing == "per_member":
+        raise OptionError(
+            'mixing="per_member" is not possible here',
+            why=obstacle,
+            how=f"use width={n_members} without freeze, share, ignore and refine, or leave "
+            "mixing out",
+        )
+    return size.mixing or ("joint" if obstacle else "per_member")
+
+
+def _not_kept(graph: CouplingGraph, n_members: int, size: Size) -> str:
+    """Says of which group not every unit of every member is kept; empty where all are."""
+    assert size.width is not None
+    wanted = sizes_of(
+        graph, n_members, size.width, size.multiple_of, at_least_one=size.allocation == "global"
+    )
+    members = range(n_members)
+    part = (n for n in wanted if wanted[n] < sum(graph.units_of(n, m) for m in members))
+    return next((f"{name} does not keep every unit of every member" for name in part), "")
+
+
+def find_sizes(
+    graph: CouplingGraph,
+    n_members: int,
+    size: Size,
+    mixing: Mixing = "joint",
+    allocate: Callable[[Sizes], Sizes] | None = None,
+) -> tuple[Sizes, dict[str, str]] | None:
+    """The units of each fused group, and why some groups keep a member's size.
+
+    Args:
+        graph: The analysis of the members.
+        n_members: N.
+        size: What is asked for.
+        mixing: How operators that mix members run: member by member, everything can be written.
+        allocate: From sizes at which every group is equally wide to those that are wanted
+            (`fxfuse.planning.allocation`); None: these.
+
+    Returns:
+        None where a member's size is asked for.
+
+    Raises:
+        OptionError: A width is no number in (0, N] or leaves a group without a unit, no width meets
+            the budget, or a pattern of widths names nothing.
+        RewriteError: The network cannot be written in another size.
+        NoGraphError: torch.export rejected the members.
+    """
+    if not size.is_given:
+        return None
+    graph.program.require_exported()
+    if size.width is None:
+        return _within(graph, n_members, size, allocate or dict)
+    wanted = sizes_of(
+        graph, n_members, size.width, size.multiple_of, at_least_one=allocate is not None
+    )
+    if mixing == "per_member":
+        return wanted, {}
+    return settle(graph, (allocate or dict)(wanted))
+
+
+def _within(
+    graph: CouplingGraph, n_members: int, size: Size, allocate: Callable[[Sizes], Sizes]
+) -> tuple[Sizes, dict[str, str]]:
+    """The widest network within a budget."""
+
+    def at(width: float) -> tuple[Sizes, dict[str, str]]:
+        wanted = sizes_of(graph, n_members, width, size.multiple_of, at_least_one=True)
+        return settle(graph, allocate(wanted))
+
+    low, high = 1e-6, float(n_members)
+    best, most = at(low), at(high)
+    if not _excess(graph, most[0], size):
+        return most
+    if excess := _excess(graph, best[0], size):
+        raise OptionError(
+            "no width meets the budget",
+            why=f"the smallest network {excess}",
+            how="raise max_params or max_flops to at least that, or use a smaller architecture",
+        )
+    for _ in range(_HALVINGS):
+        middle = (low + high) / 2
+        found = at(middle)
+        if _excess(graph, found[0], size):
+            high = middle
+        else:
+            low, best = middle, found
+    return best
+
+
+def _excess(graph: CouplingGraph, sizes: Sizes, size: Size) -> str:
+    """What a network of these sizes has more of than the budget allows; empty within it."""
+    params, flops = size.max_params, size.max_flops
+    if params is not None and (found := parameters_of(graph, sizes)) > params:
+        return f"has {found:,} parameters"
+    if flops is not None and (found := operations_of(graph, sizes)) > flops:
+        return f"takes {found:,} floating-point operations for the example inputs"
+    return ""
+
+
+def _allocation(
+    graph: CouplingGraph, states: Sequence[State], method: Method, context: Context, size: Size
+) -> Callable[[Sizes], Sizes] | None:
+    """How sizes are spread over the groups, where not uniformly."""
+    if size.allocation == "uniform":
+        return None
+    score = method.score if isinstance(method, Transplant) else None
+    if score == "obs":
+        raise OptionError(
+            "allocation='global' does not work with score 'obs'",
+            why="it says in which order the units of one group go, so groups cannot be compared",
+            how="use one of the other scores: score='l2'",
+        )
+    return spread(graph, states, score or "l2", context, size.multiple_of)
+
+
+def _width_of_all(size: Size, n_members: int) -> float:
+    if size.width not in (None, n_members):
+        raise OptionError(
+            f"width {size.width} and method 'concatenate' contradict each other",
+            why=f"it keeps every unit of every member, which is width {n_members}",
+            how="leave the width out, or use method='transplant'",
+        )
+    return float(n_members)
+
+
+def _check_resizable(sizes: Sizes, graph: CouplingGraph, method: Method) -> None:
+    """Check that a method works at another size than a member's."""
+    if method.any_size or all(sizes[group.name] == group.n_units for group in graph.groups):
+        return
+    raise OptionError(
+        f"method {method.name!r} works at a member's width only",
+        why="it gives every fused unit the place of a unit of the reference member",
+        how="leave the size out, or use method='transplant' or 'zip'",
+    )
