@@ -173,11 +173,11 @@ def test_what_was_frozen_in_the_fusion_stays_so() -> None:
     frozen = wide.module.state_dict()["block1.conv1.weight"]
     pruned = fxfuse.prune(wide.module, x, width=0.5, plan=wide.plan)
     assert torch.equal(pruned.state_dict()["block1.conv1.weight"], frozen)
-    assert pruned.plan.origin == wide.plan.digest
+    assert pruned.plan.members[0].plan == wide.plan.digest
     more = fxfuse.prune(wide.module, x, width=0.5, plan=wide.plan, freeze="stem.*")
     assert more.plan.constraints.ignore == ("block1",)
     assert more.plan.constraints.freeze == ("stem.*",)
-    assert fxfuse.prune(wide.module, x, width=0.5).plan.origin == ""
+    assert fxfuse.prune(wide.module, x, width=0.5).plan.members[0].plan == ""
 
 
 def test_budgets_and_patterns() -> None:

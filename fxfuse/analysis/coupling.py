@@ -56,7 +56,8 @@ class CouplingGraph:
         mixing: Operators that mix members.
         free_fraction: Share of parameter elements that lie in tensors with at least one free
             dimension, of those that the graph reads.
-        asked: What options asked for, by canonical tensor name.
+        constraints: What was asked for.
+        asked: The same by canonical tensor name.
         without_rule: Operators without a rule, or without a rule for this use, that labelled
             neurons or parameters met, in graph order.
         members: The analysis of each member where they differ in width; empty elsewhere.
@@ -72,6 +73,7 @@ class CouplingGraph:
     writers: frozenset[Place]
     values: Mapping[fx.Node, Any] = field(repr=False)
     coupling: CouplingConstraints = field(repr=False)
+    constraints: Constraints = field(default_factory=Constraints)
     asked: Mapping[str, Asked] = field(default_factory=dict)
     without_rule: tuple[WithoutRule, ...] = ()
     members: tuple[CouplingGraph, ...] = field(default=(), repr=False)
@@ -253,6 +255,7 @@ def couple(program: Program, constraints: Constraints) -> CouplingGraph:
         frozenset(coupling.writers),
         values,
         coupling,
+        constraints,
         asked,
         without_rule(coupling),
     )

@@ -3,18 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 from fxfuse.analysis.coupling import CouplingGraph
 from fxfuse.planning.context import Context, State
 from fxfuse.planning.methods import Method
-from fxfuse.planning.plan import FusionPlan
-from fxfuse.planning.roles import (
-    copied_names,
-    hosted_names,
-    hosted_reasons,
-    inner_averages,
-    relevant_notes,
-)
+from fxfuse.planning.plan import FusionPlan, MemberRecord, Mixing
+from fxfuse.planning.roles import make_roles, relevant_notes, units_of_members
 
 
 def make_plan(
@@ -28,28 +23,26 @@ def make_plan(
     A method sees the trunk only: heads of different tasks cannot be compared.
 
     Args:
-        graph: The analysis of the members.
+        graph: The analysis of the members; its constraints name the base member.
         states: For each member, its tensors by name.
         method: The method.
-        context: What it may look at.
+        context: What it may look at, but for the base member.
 
     Raises:
         OptionError: An option has a value that the method cannot use.
         InputError: The method or the score needs calibration inputs, and there are none.
         MissingDependencyError: The method needs a package that is not installed.
     """
+    graph.constraints.check_base_member(len(states))
+    context = replace(context, base_member=graph.constraints.base_member)
     trunk = graph.trunk()
     maps = method.maps(trunk, states, context)
     return FusionPlan(
         method.name,
         method.described(trunk, context),
-        len(states),
-        context.base_member,
         maps,
-        inner_averages(graph, states),
-        hosted_names(graph),
-        copied_names(graph),
-        relevant_notes(graph, states),
-        graph.program.heads,
-        reasons=hosted_reasons(graph),
+        make_roles(graph, states, context.absent),
+        tuple(MemberRecord(units=n) for n in units_of_members(graph, len(states), context.absent)),
+        graph.constraints,
+        mixing=Mixing(notes=relevant_notes(graph, states)),
     )

@@ -20,7 +20,7 @@ Width = float | Mapping[str, float]
 #: Units of each fused group, by the group's name.
 Sizes = dict[str, int]
 #: How operators that mix members (LayerNorm and the like) run.
-Mixing = Literal["joint", "per_member"]
+MixingMode = Literal["joint", "per_member"]
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ class Size(Options):
     max_flops: int | None = None
     multiple_of: int = 1
     allocation: Literal["uniform", "global"] = "uniform"
-    mixing: Mixing | None = None
+    mixing: MixingMode | None = None
 
     def __post_init__(self) -> None:
         """Check that a size is asked for once, and that a global allocation has one to spread."""

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
+from types import MappingProxyType
 
 from fxfuse.analysis.coupling import CouplingGraph
 from fxfuse.errors import OptionError, RewriteError
 from fxfuse.planning.allocation import spread
 from fxfuse.planning.context import Context, State
 from fxfuse.planning.methods import Concatenate, Method, Transplant
-from fxfuse.planning.plan import FusionPlan, Mixing
+from fxfuse.planning.plan import FusionPlan
 from fxfuse.planning.planner import make_plan
-from fxfuse.planning.size import Size, Sizes, sizes_of
+from fxfuse.planning.roles import kept_per_member
+from fxfuse.planning.size import MixingMode, Size, Sizes, sizes_of
 from fxfuse.transform.cost import operations_of, parameters_of
 from fxfuse.transform.resizing import apart_names, settle
 
@@ -58,7 +60,7 @@ def make_sized_plan(
     plan = None
     if mixing == "per_member":
         try:
-            plan = concatenation_plan(graph, states, base_member=context.base_member)
+            plan = concatenation_plan(graph, states, absent=context.absent)
         except RewriteError:
             # Heads may begin before the last operator that mixes members.
             if size.mixing or not graph.program.heads:
@@ -66,15 +68,16 @@ def make_sized_plan(
     if plan is None:
         plan = make_plan(graph, states, method, replace(context, sizes=sizes))
     told = {} if size.allocation == "uniform" else {"allocation": size.allocation}
-    return replace(plan, refused=kept, options={**plan.options, **told})
+    maps = tuple(replace(m, kept=kept.get(m.group, "")) for m in plan.maps)
+    return replace(plan, maps=maps, options={**plan.options, **told})
 
 
 def concatenation_plan(
     graph: CouplingGraph,
     states: Sequence[State],
-    mixing: Mixing = "per_member",
+    mixing: MixingMode = "per_member",
     *,
-    base_member: int = 0,
+    absent: Mapping[str, Collection[int]] = MappingProxyType({}),
 ) -> FusionPlan:
     """Make the plan that keeps every unit of every member.
 
@@ -82,22 +85,21 @@ def concatenation_plan(
         graph: The analysis of the members.
         states: For each member, its tensors by name.
         mixing: How operators that mix members run.
-        base_member: The member that keeps what is frozen inside the network, where they run
-            jointly.
+        absent: Tensors that some members lack → the numbers of these members.
 
     Raises:
         RewriteError: The network cannot be written with members that run one by one.
     """
-    plan = make_plan(graph, states, Concatenate(), Context(base_member))
+    plan = make_plan(graph, states, Concatenate(), Context(absent=absent))
     if mixing == "joint":
         return plan
-    plan = replace(plan, mixing=mixing)
-    return replace(plan, apart=apart_names(graph, plan))
+    plan = replace(plan, mixing=replace(plan.mixing, mode=mixing))
+    return replace(plan, roles=kept_per_member(plan.roles, apart_names(graph, plan)))
 
 
 def choose_mixing(
     graph: CouplingGraph, n_members: int, size: Size, *, fitted: bool = False
-) -> Mixing:
+) -> MixingMode:
     """How operators that mix members are to run.
 
     Args:
@@ -144,7 +146,7 @@ def find_sizes(
     graph: CouplingGraph,
     n_members: int,
     size: Size,
-    mixing: Mixing = "joint",
+    mixing: MixingMode = "joint",
     allocate: Callable[[Sizes], Sizes] | None = None,
 ) -> tuple[Sizes, dict[str, str]] | None:
     """The units of each fused group, and why some groups keep a member's size.

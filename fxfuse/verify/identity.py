@@ -11,7 +11,8 @@ from torch import nn
 
 from fxfuse.analysis.coupling import analyze
 from fxfuse.graph.capture import Program
-from fxfuse.planning.methods import Options
+from fxfuse.planning.context import Context
+from fxfuse.planning.methods import WeightMatching
 from fxfuse.planning.planner import make_plan
 from fxfuse.transform.apply import fused_tensors, permuted, random_permutations
 from fxfuse.transform.layout import Layout
@@ -40,7 +41,7 @@ def identity(
     own = as_double(graph.program.state())
     moves = random_permutations(graph.groups, np.random.default_rng(seed))
     states = [own, permuted(own, graph, moves)]
-    plan = make_plan(graph, states, "weight_matching", Options())
+    plan = make_plan(graph, states, WeightMatching(), Context())
     fused = fused_tensors(graph, plan, states)
     error = relative_error(run(graph.program, fused), run(graph.program, own))
     return Check("identity", error, EXACT, error <= EXACT, "averaging after weight matching")

@@ -15,7 +15,8 @@ from fxfuse.analysis.labels import Kind
 from fxfuse.errors import MissingDependencyError
 from fxfuse.graph.capture import capture
 from fxfuse.graph.layer_sizes import sizes_of_layer
-from fxfuse.planning.methods import Options
+from fxfuse.planning.context import Context
+from fxfuse.planning.methods import Concatenate, Transplant
 from fxfuse.planning.planner import make_plan
 from fxfuse.planning.scores import degree_of
 from fxfuse.transform.apply import fused_tensors
@@ -49,7 +50,7 @@ def parity(members: Sequence[nn.Module], example: Any, *, score: str = "l2") -> 
     program = [capture(member, example) for member in members]
     graph = analyze(program[0])
     states = [c.state() for c in program]
-    plan = make_plan(graph, states, "transplant", Options(score))
+    plan = make_plan(graph, states, Transplant(score), Context())
     ours = fused_tensors(graph, plan, states)
 
     # In float64, so that rounding makes no ties that the weights do not have.
@@ -110,7 +111,7 @@ def _concatenated(
 ) -> nn.Module:
     """A wide copy of a member, the members' channels one member after the other."""
     n = len(states)
-    plan = make_plan(graph, states, "wide", Options())
+    plan = make_plan(graph, states, Concatenate(), Context())
     layouts: dict[Place, Layout] = {}
     for name, dim in graph.group_of:
         size = graph.program.tensor(name).shape[dim]

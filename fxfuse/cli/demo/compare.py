@@ -14,6 +14,7 @@ from typing import Any
 from rich.progress import Progress
 from torch import Tensor, nn
 
+from fxfuse import Match, Refit, Transplant
 from fxfuse.api.fuse import fuse
 from fxfuse.cli.data import Batches
 from fxfuse.cli.demo.members import average, train_member
@@ -93,7 +94,7 @@ def _without_labels(
     progress: Progress | bool,
 ) -> Iterator[Entry]:
     control = f"best member + {steps} matching steps"
-    result = fuse(program, score="obs", calibration=images, refit=True)
+    result = fuse(program, calibration=images, method=Transplant(score="obs"), refine=[Refit()])
     assert result.refit is not None
     refit_seconds = result.refit.seconds
     yield Entry("NT + refit", "fused", result.module, _HEAD, refit_seconds)
@@ -101,7 +102,7 @@ def _without_labels(
     done = Refined(done.module, refit_seconds + done.seconds)
     yield _entry(f"NT + refit + {steps} matching steps", "fused", done, control)
 
-    auto = fuse(program, method="auto", calibration=images, steps=steps)
+    auto = fuse(program, calibration=images, refine=[Refit(), Match(steps=steps)])
     assert auto.refit is not None
     assert auto.match is not None
     assert auto.choice is not None

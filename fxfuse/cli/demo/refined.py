@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from fxfuse.cli.data import Batches
 from fxfuse.cli.demo import measure
-from fxfuse.refine import RefineReport, default_optimizer, match
+from fxfuse.refine import Match, RefineReport, default_optimizer, match
 
 _LEARNING_RATES = (3e-3, 1e-2)
 
@@ -51,7 +51,7 @@ def matched(
 ) -> Refined:
     """Match a copy of `start` to the members on images `[n, 1, 28, 28]`, at the rate of `match`."""
     module = copy.deepcopy(start)
-    report = match(module, members, images, steps=steps, seed=seed, progress=progress)
+    report = match(module, members, images, Match(steps=steps, seed=seed), progress=progress)
     return Refined(module, report.seconds)
 
 

@@ -12,7 +12,7 @@ from torch import nn
 from fxfuse.analysis.coupling import CouplingGraph
 from fxfuse.api.result import FusionResult
 from fxfuse.errors import InputError, OptionError
-from fxfuse.planning.context import Options
+from fxfuse.planning.context import Context
 from fxfuse.planning.plan import UnitMap
 from fxfuse.planning.scores import score_units
 from fxfuse.refine.fused import states_of
@@ -100,14 +100,14 @@ def _kept(
 ) -> dict[str, float]:
     """Share of the members' score that every group keeps; empty where it needs data."""
     plan = result.plan
-    options = Options(plan.options.get("score", _DEFAULT_SCORE), absent=plan.absent)
+    score, context = plan.options.get("score", _DEFAULT_SCORE), Context(absent=plan.absent)
     units = {
         i: {g.name: np.arange(g.n_units) for g in graph.of_member(i).groups}
         for i in range(len(members))
     }
     states = states_of(result, members)
     try:
-        scores = score_units(graph.trunk(), states, options, units)
+        scores = score_units(graph.trunk(), states, score, context, units)
     except (InputError, OptionError):
         return {}
     kept = {}

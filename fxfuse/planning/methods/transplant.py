@@ -193,12 +193,6 @@ def _by_fraction(pool: _Pool, parts: Sequence[Kept], given: float | Mapping[str,
                 why="it is the share of units that come from other members than the base member",
                 how="use 0 for the base member alone, 1 for the others alone",
             )
-    if not 0 <= base_member < len(pool.states):
-        raise OptionError(
-            f"there is no member {base_member} to be the base member",
-            why=f"the {len(pool.states)} members are counted from 0",
-            how="pass base_member= with the number of a member",
-        )
     kept, scored = {}, pool.scored(parts)
     for group in graph.groups:
         rows, values = scored[group.name]

@@ -16,6 +16,7 @@ from fxfuse.activations.calibration import FEW, CalibrationBatches
 from fxfuse.activations.recurrence import Recurrent, recurrent_of
 from fxfuse.analysis.coupling import CouplingGraph
 from fxfuse.analysis.heads import others_region
+from fxfuse.common.options import Options
 from fxfuse.planning.plan import FusionPlan
 from fxfuse.refine.outputs import kind_of_network
 from fxfuse.refine.regression.channel import (
