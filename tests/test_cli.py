@@ -368,7 +368,7 @@ def test_fuse_networks_that_know_different_classes(work):
     networks = ("fuse", "a.pt", "c.pt", *MODEL, "--member-arg", "1:classes=2", "--json")
     names = [["cat", "dog", "fish"], ["dog", "bird"]]
     (work / "classes.json").write_text(json.dumps(names))
-    union = ("--heads", "map", "--classes", "classes.json")
+    union = ("--heads", "union", "--classes", "classes.json")
     result = invoke(*networks, *union, "--out", "union")
     assert result.exit_code == 0, result.output
     assert json.loads(result.stdout)["classes"] == ["cat", "dog", "fish", "bird"]
@@ -376,7 +376,7 @@ def test_fuse_networks_that_know_different_classes(work):
     side = ("--heads", "2", "--head-outputs", "concat")
     assert invoke(*networks, *side, "--out", "side").exit_code == 0
     plan = fxfuse.FusionPlan.from_json((work / "side" / "plan.json").read_text())
-    assert plan.spaces.outputs == "concat"
+    assert plan.heads.output == "concat"
     for text, message in (('[["cat"]]', "1 lists"), ("{}", "holds a dict"), ("[", "Expecting")):
         (work / "classes.json").write_text(text)
         assert message in refused(work, *networks, *union, "--out", "x")

@@ -75,7 +75,7 @@ def test_frozen_parameters_are_exactly_the_hosts():
     state = result.module.state_dict()
     for name in ("stem.weight", "stem.bias", "scale"):
         assert torch.equal(state[name], members[2].state_dict()[name])
-        assert name in result.plan.hosted
+        assert name in result.plan.names_of("base")
     reason = result.graph.frozen[("stem.weight", 0)]
     assert (reason.kind, reason.why) == (Kind.KEEP_BASE, "asked for: freeze=stem.*")
     # What is coupled follows: the next layer reads the base member's units.
@@ -164,7 +164,7 @@ def test_a_shared_stem_is_the_mean_and_the_spread_is_listed():
     result = fxfuse.fuse(members, x, share=["stem.*"])
     a, b = (m.stem.weight.detach() for m in members)
     torch.testing.assert_close(result.state_dict()["stem.weight"], (a + b) / 2)
-    assert result.plan.averaged["stem.weight"] == pytest.approx(
+    assert result.plan.roles["stem.weight"].spread == pytest.approx(
         float((a - b).abs().max() / a.abs().max())
     )
     assert result.graph.frozen[("stem.weight", 0)].why == "asked for: share=stem.*"
@@ -182,13 +182,13 @@ def test_with_one_stem_for_all_the_concatenation_is_the_ensemble():
         member.scale.data.copy_(members[0].scale)
     x = torch.randn(4, 4, dtype=torch.float64)
     check = verify.concatenation_equals_ensemble(
-        members, x, constraints=Constraints(share=("stem.*",))
+        members, x, constraints=Constraints(share=["stem.*"])
     )
     assert check.passed
     assert check.tolerance < 1e-6, check.detail
     members[1].stem.bias.data += 1
     check = verify.concatenation_equals_ensemble(
-        members, x, constraints=Constraints(share=("stem.*",))
+        members, x, constraints=Constraints(share=["stem.*"])
     )
     assert "stem.bias is averaged" in check.detail
 
@@ -198,7 +198,7 @@ def test_what_members_add_to_a_shared_dimension_is_no_ensemble():
     members = resnets(2, torch.float64)
     for member in members[1:]:
         member.stem.load_state_dict(members[0].stem.state_dict())
-    constraints = Constraints(share=("stem.weight",))
+    constraints = Constraints(share="stem.weight")
     check = verify.concatenation_equals_ensemble(
         members, images(dtype=torch.float64), constraints=constraints
     )
@@ -227,7 +227,7 @@ def test_controls_change_nothing_that_is_not_asked_for():
     members, x = resnets(2), images()
     plain = fxfuse.fuse(members, x)
     asked = fxfuse.fuse(members, x, output_dims={0: (1,)})
-    assert asked.plan.constraints == Constraints.of(output_dims={0: (1,)})
+    assert asked.plan.constraints == Constraints(output_dims={0: (1,)})
     unasked = replace(asked.plan, constraints=plain.plan.constraints)
     assert unasked.to_json() == plain.plan.to_json()
     for name, tensor in plain.state_dict().items():
@@ -240,7 +240,7 @@ def test_controls_change_nothing_that_is_not_asked_for():
 def test_units_that_are_handed_out_are_permuted_and_put_back():
     x = images(dtype=torch.float64)
     members = features(3)
-    assert verify.permutation(members[0], x, constraints=Constraints.of(output_dims=FREE)).passed
+    assert verify.permutation(members[0], x, constraints=Constraints(output_dims=FREE)).passed
     graph = fxfuse.analyze(members[0], x, output_dims=FREE)
     # The first four channels are handed out once more than the others.
     assert sorted(g.n_units for g in graph.groups) == [4, 4, 8, 8]
@@ -276,7 +276,7 @@ def test_handed_out_units_of_the_concatenation_are_the_members():
     x = images(dtype=torch.float64)
     members = features(3)
     check = verify.concatenation_equals_ensemble(
-        members, x, constraints=Constraints.of(output_dims=FREE)
+        members, x, constraints=Constraints(output_dims=FREE)
     )
     assert check.passed, check
     assert check.tolerance < 1e-6

@@ -64,7 +64,7 @@ def fused(members: list[Any], x: torch.Tensor, options: dict[str, Any]) -> dict[
         "verification": result.verification,
         "answer": result.module(x).detach(),
         # Members that run one by one do not fit into their class.
-        "own": None if result.plan.apart else result.to_module()(x).detach(),
+        "own": None if result.plan.names_of("per_member") else result.to_module()(x).detach(),
     }
 
 
@@ -94,7 +94,7 @@ def check_same(
         assert list(found["state"]) == list(state)
         assert all(torch.equal(found["state"][name], state[name]) for name in state)
         assert torch.equal(found["answer"], expected.module(inputs[number]))
-        if not expected.plan.apart:
+        if not expected.plan.names_of("per_member"):
             assert torch.equal(found["own"], expected.to_module()(inputs[number]))
 
 

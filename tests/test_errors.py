@@ -153,7 +153,7 @@ RAISES: list[tuple[str, Callable[[Path], object]]] = [
     ("MemberError", lambda _: fxfuse.fuse([net()], X)),
     ("OptionError", lambda _: two(freeze=["nobody"])),
     ("OptionError", lambda _: two(width=0)),
-    ("OptionError", lambda _: two(heads="map", classes=[["a"], ["b"]])),
+    ("OptionError", lambda _: two(heads="union", classes=[["a"], ["b"]])),
     ("MemberError", lambda _: fxfuse.fuse([net(), nn.Sequential(*net(), nn.ReLU())], X)),
     ("MemberError", lambda _: fxfuse.fuse([net(), _nan()], X)),
     ("MemberError", lambda _: fxfuse.fuse([net().to("meta") for _ in "ab"], X.to("meta"))),

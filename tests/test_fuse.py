@@ -141,7 +141,7 @@ def test_what_is_frozen_inside_stays_the_hosts():
     members = [Unknown(), Unknown()]
     result = fxfuse.fuse(members, torch.randn(3, 4), base_member=1)
     state = result.module.state_dict()
-    assert "second.bias" in result.plan.hosted
+    assert "second.bias" in result.plan.names_of("base")
     assert torch.equal(state["second.bias"], members[1].second.bias)
     third = result.plan.map_of("third.weight:0")
     mine = torch.from_numpy(third.unit[third.member == 1])
@@ -166,7 +166,8 @@ def test_a_shared_parameter_is_averaged_and_listed():
             return self.head((self.first(x) * self.scale).relu())
 
     plan = fxfuse.fuse([Scaled(1.0), Scaled(3.0)], torch.randn(3, 4)).plan
-    assert plan.averaged == {"scale": 2.0}
+    assert plan.names_of("averaged") == ("scale",)
+    assert plan.roles["scale"].spread == 2.0
     assert any("scale" in line for line in plan.inexact())
     agreeing = fxfuse.fuse([Scaled(1.0), Scaled(1.0)], torch.randn(3, 4)).plan
     assert agreeing.inexact() == []

@@ -109,7 +109,7 @@ def test_the_wide_model_hands_out_all_members(name: str):
     members, x = made(*NETWORKS[name])
     own = program(members, x)
     concat = fxfuse.fuse(own, heads="concat", width=2)
-    union = fxfuse.fuse(own, heads="map", classes=CLASSES, width=2)
+    union = fxfuse.fuse(own, heads="union", classes=CLASSES, width=2)
     side_by_side = torch.cat([Logits(m)(x) for m in members], 1)
     assert union.classes == ("cat", "dog", "fish", "bird")
     for result, expected in ((concat, side_by_side), (union, mapped(members, x))):
@@ -139,7 +139,7 @@ def test_other_widths_hand_out_the_heads_of_their_tuple(name: str, head: str):
 def test_a_tuple_of_heads_is_exact_at_full_width_too():
     members, x = made(*NETWORKS["ViT"])
     result = fxfuse.fuse(members, x, heads=["head"], width=2)
-    assert result.plan.mixing == "per_member"
+    assert result.plan.mixing.mode == "per_member"
     for m, found in zip(members, result.module(x), strict=True):
         torch.testing.assert_close(found, m(x), rtol=1e-9, atol=1e-9)
 
@@ -148,7 +148,7 @@ def test_a_head_that_mixes_runs_over_all_units():
     """Where a head holds a LayerNorm over the trunk, members cannot run one by one."""
     members, x = made(*NETWORKS["ViT"])
     result = fxfuse.fuse(members, x, heads=["norm", "head"], head_outputs="concat", width=2)
-    assert result.plan.mixing == "joint"
+    assert result.plan.mixing.mode == "joint"
     assert any("norm" in why for why in result.plan.inexact())
     with pytest.raises(fxfuse.errors.RewriteError, match="own head mixes"):
         fxfuse.fuse(members, x, heads=["norm", "head"], width=2, mixing="per_member")
@@ -159,15 +159,15 @@ def test_members_that_know_equally_many_classes_and_one_that_knows_one():
     result = fxfuse.fuse(members, x, heads="concat", width=3)
     torch.testing.assert_close(result.module(x), torch.cat([m(x) for m in members], 1))
     assert result.module(x).shape == (4, 7)
-    assert result.plan.heads_asked == ("4",)
+    assert result.plan.heads.modules == ("4",)
 
 
 def test_freezing_and_a_plan_go_with_it():
     members, x = made(*NETWORKS["ResNet"])
-    options = {"heads": "map", "classes": CLASSES, "freeze": ["stem.*"], "width": 0.5}
+    options = {"heads": "union", "classes": CLASSES, "freeze": ["stem.*"], "width": 0.5}
     result = fxfuse.fuse(members, x, **options)
     plan = fxfuse.FusionPlan.from_json(result.plan.to_json())
-    assert (plan.spaces, plan.spaces.outputs) == (result.plan.spaces, "map")
+    assert (plan.heads, plan.heads.output) == (result.plan.heads, "union")
     assert "cat, dog, fish, bird" in plan.summary()
     again = fxfuse.fuse(members, x, plan=plan)
     assert torch.equal(again.module(x), result.module(x))
@@ -183,7 +183,7 @@ def test_freezing_and_a_plan_go_with_it():
 def test_the_members_class_holds_the_heads_as_one():
     members, x = made(*NETWORKS["ResNet"])
     own = program(members, x)
-    for options, classes in (({"heads": "concat"}, 5), ({"heads": "map", "classes": CLASSES}, 4)):
+    for options, classes in (({"heads": "concat"}, 5), ({"heads": "union", "classes": CLASSES}, 4)):
         for width in (None, 0.5):
             result = fxfuse.fuse(own, width=width, verify=False, **options)
             model = result.to_module()
@@ -227,14 +227,14 @@ def own_mlps() -> list[fxfuse.Program]:
 @pytest.mark.parametrize(
     ("options", "error", "match"),
     [
-        ({"heads": "map"}, OptionError, "union(.|\n)*class names"),
-        ({"heads": "concat", "classes": CLASSES}, OptionError, "only head_outputs='map'"),
-        ({"heads": "concat", "head_outputs": "map"}, OptionError, "contradict"),
-        ({"heads": ["4"], "head_outputs": "sum"}, OptionError, "tuple, concat, map"),
-        ({"heads": "map", "classes": [["a"], ["b", "c", "d"]]}, OptionError, "2 logits"),
-        ({"heads": "map", "classes": [["a", "b"]]}, OptionError, "1 lists(.|\n)*2 members"),
-        ({"heads": "map", "classes": ["ab", ["c"]]}, OptionError, "no list of names"),
-        ({"heads": "map", "classes": [["a", "a"], ["b"]]}, OptionError, "named 'a'"),
+        ({"heads": "union"}, OptionError, "union(.|\n)*class names"),
+        ({"heads": "concat", "classes": CLASSES}, OptionError, "only the output 'union'"),
+        ({"heads": "concat", "head_outputs": "union"}, OptionError, "contradict"),
+        ({"heads": ["4"], "head_outputs": "sum"}, OptionError, "tuple, concat, union"),
+        ({"heads": "union", "classes": [["a"], ["b", "c", "d"]]}, OptionError, "2 logits"),
+        ({"heads": "union", "classes": [["a", "b"]]}, OptionError, "1 lists(.|\n)*2 members"),
+        ({"heads": "union", "classes": ["ab", ["c"]]}, OptionError, "no list of names"),
+        ({"heads": "union", "classes": [["a", "a"], ["b"]]}, OptionError, "named 'a'"),
         ({"heads": ["9"], "head_outputs": "concat"}, OptionError, "matches nothing"),
     ],
 )

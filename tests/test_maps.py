@@ -13,13 +13,14 @@ from torch import nn
 import fxfuse
 from fxfuse.analysis.coupling import CouplingGraph
 from fxfuse.analysis.heads import join
+from fxfuse.analysis.label_spaces import Heads
 from fxfuse.errors import PlanError
 from fxfuse.members.fingerprint import digest_of
 from fxfuse.planning.methods import Options
 from fxfuse.planning.plan import FusionPlan, UnitMap
 from fxfuse.planning.planner import make_plan
 from fxfuse.transform.apply import fused_tensors
-from tests.nets import SmallResNet, images, resnets
+from tests.nets import SmallResNet, images
 
 
 def random_map(name: str, n_units: int, n_members: int, density: float, seed: int) -> UnitMap:
@@ -304,7 +305,7 @@ def test_the_shares_of_members_in_a_table_of_two_groups_sum_to_one():
 def test_every_head_reads_its_own_members_units():
     members = [mlp() for _ in range(3)]
     x = torch.randn(3, 4).double()
-    joined = join([fxfuse.capture(m, x) for m in members], ("4",))
+    joined = join([fxfuse.capture(m, x) for m in members], Heads("4"))
     graph = fxfuse.analyze(joined.program)
     plan = make_plan(graph, joined.states, "average", Options())
     plan = replace(plan, maps=tuple(random_map(m.group, m.n_units, 3, 0.7, 0) for m in plan.maps))
@@ -325,20 +326,10 @@ def test_maps_survive_json():
     assert graph.groups[0].name in again.summary()
 
 
-def test_plans_of_earlier_versions_load():
-    value = json.loads(fxfuse.fuse(resnets(2), images(), method="average").plan.to_json())
-    value |= {"schema": 1}
-    for group in value["groups"]:
-        assert group.pop("read") == 1.0
-        assert group["weight"] == 0.5
-    again = FusionPlan.from_json(json.dumps(value))
-    assert {m.read for m in again.maps} == {1.0}
-
-
 def test_a_plan_with_too_few_weights_is_refused():
     _, plan, _ = with_maps([mlp(), mlp()], torch.randn(3, 4).double(), 0.5)
     value = json.loads(plan.to_json())
-    value["groups"][0]["read"].pop()
+    value["maps"][0]["read"].pop()
     value["digest"] = digest_of({k: v for k, v in value.items() if k != "digest"})
     with pytest.raises(PlanError, match="not a fusion plan"):
         FusionPlan.from_json(json.dumps(value))

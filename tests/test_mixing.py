@@ -16,7 +16,7 @@ from torchvision.models import SwinTransformer
 import fxfuse
 from fxfuse import verify
 from fxfuse.errors import OptionError, PlanError, RewriteError
-from fxfuse.planning.plan import FusionPlan
+from fxfuse.planning.plan import FusionPlan, Mixing
 from fxfuse.transform.cost import operations_of, parameters_of
 from tests.models import excite, image
 from tests.nets import mean_of
@@ -123,11 +123,12 @@ TOKENS = torch.randn(5, 3, 4, dtype=torch.float64)
 )
 def test_wide_models_are_the_mean_of_their_members(make, x: torch.Tensor):
     result = wide_of(make, x)
-    assert result.plan.mixing == "per_member"
+    assert result.plan.mixing.mode == "per_member"
     assert result.plan.inexact() == []
-    assert result.plan.apart
+    own = result.plan.names_of("per_member")
+    assert own
     names = set(result.state_dict())
-    for name in result.plan.apart:
+    for name in own:
         assert name not in names
         assert {f"members.{i}.{name}" for i in range(3)} <= names
     assert any("wide" in check.name for check in result.verification.checks)
@@ -184,13 +185,14 @@ def test_the_plan_says_what_runs_apart():
     result = wide_of(Attention, TOKENS)
     text = result.plan.to_json()
     again = FusionPlan.from_json(text)
-    assert (again.mixing, again.apart) == ("per_member", result.plan.apart)
+    assert (again.mixing, again.roles) == (result.plan.mixing, result.plan.roles)
+    assert again.mixing.mode == "per_member"
     assert "once for each member" in result.plan.summary()
     half = fxfuse.fuse([seeded(Attention, s) for s in range(2)], TOKENS, width=0.5).plan
-    assert half.mixing == "joint"
+    assert half.mixing.mode == "joint"
     assert "an approximation" in half.summary()
     with pytest.raises(PlanError, match="mixing"):
-        FusionPlan.from_json(replace(result.plan, mixing="sometimes").to_json())
+        FusionPlan.from_json(replace(result.plan, mixing=Mixing("sometimes")).to_json())
 
 
 def test_what_it_costs_is_known_beforehand():
@@ -207,7 +209,7 @@ def test_what_it_costs_is_known_beforehand():
 def test_joint_mixing_can_be_asked_for():
     members = [seeded(Attention, s) for s in range(2)]
     joint = fxfuse.fuse(members, TOKENS, width=2, mixing="joint")
-    assert joint.plan.mixing == "joint"
+    assert joint.plan.mixing.mode == "joint"
     assert joint.plan.inexact()
     assert not torch.allclose(joint.module(TOKENS), mean_of(members, TOKENS))
 

@@ -14,6 +14,7 @@ from torch import nn
 import fxfuse
 from fxfuse.errors import MemberError, OptionError, PlanError
 from fxfuse.members.fingerprint import digest_of, fingerprint
+from fxfuse.planning.plan import MemberRecord
 from tests.nets import SmallResNet, images, resnets
 
 
@@ -114,8 +115,8 @@ def test_a_tensor_that_only_one_side_has_is_named() -> None:
 def test_an_edited_plan_is_refused(plan: fxfuse.FusionPlan) -> None:
     text = plan.to_json()
     value = json.loads(text)
-    value["groups"][0]["unit"][0] += 1
-    for edited in (json.dumps(value), text.replace('"base_member": 0', '"base_member": 1')):
+    value["maps"][0]["unit"][0] += 1
+    for edited in (json.dumps(value), text.replace('"transplant"', '"average"')):
         with pytest.raises(PlanError, match="was edited"):
             fxfuse.FusionPlan.from_json(edited)
     # How the text is set is no edit.
@@ -123,16 +124,19 @@ def test_an_edited_plan_is_refused(plan: fxfuse.FusionPlan) -> None:
 
 
 def test_a_plan_without_hashes_can_be_read_and_not_applied(plan: fxfuse.FusionPlan) -> None:
-    members, x = resnets(2), images()
-    value = json.loads(plan.to_json())
-    for key in ("digest", "members", "controls", "heads_asked", "origin"):
-        del value[key]
-    old = fxfuse.FusionPlan.from_json(json.dumps(value | {"schema": 1}))
-    assert "block1.conv1.weight:0" in old.summary()
+    unknown = through_json(replace(plan, members=(MemberRecord(), MemberRecord())))
+    assert "block1.conv1.weight:0" in unknown.summary()
     with pytest.raises(PlanError, match="does not say for which members"):
-        fxfuse.fuse(members, x, plan=old)
-    with pytest.raises(PlanError, match="not a fusion plan"):
-        fxfuse.FusionPlan.from_json(json.dumps(value))
+        fxfuse.fuse(resnets(2), images(), plan=unknown)
+
+
+@pytest.mark.parametrize("schema", [1, 2, 3, 5, "4", None, [[]]])
+def test_a_plan_of_another_schema_is_to_be_made_again(
+    plan: fxfuse.FusionPlan, schema: object
+) -> None:
+    text = json.dumps(json.loads(plan.to_json()) | {"schema": schema})
+    with pytest.raises(PlanError, match=r"plan schema .* is not 4(.|\n)*make the plan again"):
+        fxfuse.FusionPlan.from_json(text)
 
 
 @pytest.mark.parametrize(

@@ -173,11 +173,11 @@ def test_what_was_frozen_in_the_fusion_stays_so() -> None:
     frozen = wide.module.state_dict()["block1.conv1.weight"]
     pruned = fxfuse.prune(wide.module, x, width=0.5, plan=wide.plan)
     assert torch.equal(pruned.state_dict()["block1.conv1.weight"], frozen)
-    assert pruned.plan.origin == wide.plan.digest
+    assert pruned.plan.members[0].plan == wide.plan.digest
     more = fxfuse.prune(wide.module, x, width=0.5, plan=wide.plan, freeze="stem.*")
     assert more.plan.constraints.ignore == ("block1",)
     assert more.plan.constraints.freeze == ("stem.*",)
-    assert fxfuse.prune(wide.module, x, width=0.5).plan.origin == ""
+    assert fxfuse.prune(wide.module, x, width=0.5).plan.members[0].plan == ""
 
 
 def test_budgets_and_patterns() -> None:
@@ -226,7 +226,7 @@ def test_a_wide_model_that_runs_member_by_member_is_pruned() -> None:
 
     x = torch.randn(3, 5, 16)
     wide = fxfuse.fuse([member(seed) for seed in range(2)], x, width=2)
-    assert wide.plan.mixing == "per_member"
+    assert wide.plan.mixing.mode == "per_member"
     pruned = fxfuse.prune(wide.module, x, width=0.5, plan=wide.plan)
     assert pruned.verification.passed
     before, after = (sum(p.numel() for p in r.module.parameters()) for r in (wide, pruned))

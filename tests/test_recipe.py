@@ -168,7 +168,7 @@ def test_members_with_arguments_of_their_own(work: Path) -> None:
         recipe_in(
             work,
             members=["a.safetensors", {"path": "c.safetensors", "args": {"classes": 2}}],
-            fuse={"heads": "map", "classes": [["x", "y", "z"], ["z", "w"]]},
+            fuse={"heads": "union", "classes": [["x", "y", "z"], ["z", "w"]]},
         )
     )
     assert outcome.result.classes == ("x", "y", "z", "w")

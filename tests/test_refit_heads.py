@@ -137,10 +137,10 @@ def test_an_early_head_is_fitted_on_its_own_way():
                 assert distance(b, wanted) < distance(a, wanted)
 
 
-@pytest.mark.parametrize("options", [{"heads": "concat"}, {"heads": "map"}])
+@pytest.mark.parametrize("options", [{"heads": "concat"}, {"heads": "union"}])
 def test_heads_that_are_handed_out_as_one_tensor(options: dict[str, str]):
     members, x = plain(), torch.randn(400, 6)
-    classes = [list("abc"), list("cdef")] if options["heads"] == "map" else None
+    classes = [list("abc"), list("cdef")] if options["heads"] == "union" else None
     told = {"example_inputs": x[:4], "classes": classes, **options}
     plainly = fxfuse.fuse(members, **told).module(x)
     exact = fxfuse.fuse(members, **told, width=2).module(x)
@@ -172,7 +172,7 @@ def test_scores_that_measure_see_the_trunk(score: str):
 
 
 @pytest.mark.parametrize(
-    "heads", ["concat", *(pytest.param(h, marks=pytest.mark.nightly) for h in ("map", ["head"]))]
+    "heads", ["concat", *(pytest.param(h, marks=pytest.mark.nightly) for h in ("union", ["head"]))]
 )
 def test_obs_keeps_the_unit_that_one_head_reads_strongly(heads: str | list[str]):
     """Nothing but the heads reads the last group, and its weights tell nothing of that."""
@@ -184,7 +184,7 @@ def test_obs_keeps_the_unit_that_one_head_reads_strongly(heads: str | list[str])
         members[1].head.weight[:, 5] *= 400
         members[0].second.weight[2] *= 5
         members[0].head.weight[:, 2] = 0
-    classes = [list("abc"), list("cdef")] if heads == "map" else None
+    classes = [list("abc"), list("cdef")] if heads == "union" else None
     told = {"example_inputs": x[:4], "heads": heads, "classes": classes}
     for score, kept in (("l2", {(0, 2)}), ("obs", {(1, 5)})):
         plan = fxfuse.fuse(members, **told, score=score, calibration=x, width=0.25).plan

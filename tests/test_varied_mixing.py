@@ -126,8 +126,8 @@ def members_of(family: str) -> list[nn.Module]:
 def test_the_wide_model_is_the_mean_of_its_members(family: str):
     members, x = members_of(family), FAMILIES[family][1]
     result = fxfuse.fuse(members, x, width=len(members))
-    assert result.plan.mixing == "per_member"
-    assert result.plan.apart
+    assert result.plan.mixing.mode == "per_member"
+    assert result.plan.names_of("per_member")
     check = next(c for c in result.verification.checks if c.name == "wide equals ensemble")
     assert check.passed
     assert check.tolerance == 1e-9
@@ -170,7 +170,7 @@ def test_random_networks(recipe: Recipe):
 def test_the_first_member_keeps_units_of_other_sizes(family: str, width: float | None):
     members, x = members_of(family), FAMILIES[family][1]
     result = fxfuse.fuse(members, x, width=width)
-    found, kept, state = result.module(x), result.plan.hosted, result.state_dict()
+    found, kept, state = result.module(x), result.plan.names_of("base"), result.state_dict()
     assert found.shape == members[0](x).shape
     assert not torch.allclose(found, result.module(x.flip(0)))
     name, reader = ("qkv.weight", "out") if "qkv.weight" in kept else ("first.weight", "second")
@@ -210,7 +210,7 @@ def test_a_number_that_differs_with_the_width_is_each_members_own():
     members = [Scaled(5, 0.5).double(), Scaled(7, 0.25).double()]
     wide = fxfuse.fuse(members, X, width=2)
     torch.testing.assert_close(wide.module(X), mean_of(members, X), rtol=1e-9, atol=1e-9)
-    (note,) = fxfuse.fuse(members, X).plan.notes
+    (note,) = fxfuse.fuse(members, X).plan.mixing.notes
     assert "other numbers: [0.5] in member 0, [0.25] in member 1" in note.why
 
 

@@ -273,5 +273,5 @@ def test_a_group_that_cannot_be_written_keeps_its_size(
         result = fxfuse.fuse(members, X, width=0.5)
     assert result.module.first.weight.shape[0] == 8
     assert result.module.second.weight.shape[0] == 8
-    assert list(result.plan.refused) == ["first.weight:0"]
+    assert list(result.plan.kept_sizes) == ["first.weight:0"]
     assert "this is a test" in result.plan.summary()

@@ -21,42 +21,73 @@ Patterns = str | Iterable[str]
 OutputDims = Mapping[int, Sequence[int]]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, init=False)
 class Constraints:
-    """Options of an analysis; patterns are those of `fnmatch`.
+    """What must stay as it is; patterns are those of `fnmatch`, and one may stand without a list.
 
     Attributes:
-        freeze: `state_dict()` names of parameters that stay exactly as in the base member.
-        share: `state_dict()` names of parameters whose index means the same in all members.
-        ignore: Dotted paths of submodules of which nothing is fused: all is the base member's.
+        freeze: `state_dict()` names of parameters that stay exactly as in the base member. Every
+            dimension freezes, and what is coupled to it follows: the base member keeps it. A
+            dimension that means the same in all members anyhow (input channels, tokens) draws
+            nothing in.
+        share: `state_dict()` names of parameters whose index means the same in all members (a
+            pretrained stem that all members hold): the members' mean is taken, along with
+            whatever is coupled to it, and the plan lists how far they disagree.
+        ignore: Dotted paths of submodules of which nothing is fused: all their parameters and
+            buffers are frozen as by `freeze`.
         output_dims: For an output, by its index in flattened order, the dimensions that are
-            interface. An output that is not listed is interface in every dimension.
+            interface: `{0: ()}` sets all dimensions of the first output free, so that its channels
+            may be permuted and fused. An output that is not listed is interface in every
+            dimension.
+        base_member: Number of the member that keeps every piece that is frozen inside the network.
     """
 
     freeze: tuple[str, ...] = ()
     share: tuple[str, ...] = ()
     ignore: tuple[str, ...] = ()
     output_dims: Mapping[int, tuple[int, ...]] = field(default_factory=dict)
+    base_member: int = 0
 
-    @staticmethod
-    def of(
+    def __init__(
+        self,
         freeze: Patterns = (),
         share: Patterns = (),
         ignore: Patterns = (),
         output_dims: OutputDims | None = None,
-    ) -> Constraints:
-        """Constraints from what a caller writes: one pattern may stand without a list."""
+        base_member: int = 0,
+    ) -> None:
         dims = {output: tuple(dims) for output, dims in (output_dims or {}).items()}
-        return Constraints(listed(freeze), listed(share), listed(ignore), dims)
+        for name, value in (
+            ("freeze", listed(freeze)),
+            ("share", listed(share)),
+            ("ignore", listed(ignore)),
+            ("output_dims", dims),
+            ("base_member", base_member),
+        ):
+            object.__setattr__(self, name, value)
 
     def and_also(self, other: Constraints) -> Constraints:
-        """What both ask for; of an output that both speak of, what the other says."""
+        """What both ask for; of an output or a base member that both name, what the other says."""
         return Constraints(
             self.freeze + other.freeze,
             self.share + other.share,
             self.ignore + other.ignore,
             {**self.output_dims, **other.output_dims},
+            other.base_member,
         )
+
+    def check_base_member(self, n_members: int) -> None:
+        """Checks that the base member is one of the members.
+
+        Raises:
+            OptionError: There is no member of its number.
+        """
+        if not 0 <= self.base_member < n_members:
+            raise OptionError(
+                f"there is no member {self.base_member} to be the base member",
+                why=f"there are {n_members} members, counted from 0",
+                how="pass base_member= with the number of a member",
+            )
 
 
 @dataclass(frozen=True)

@@ -58,7 +58,8 @@ class CouplingGraph:
         mixing: Operators that mix members.
         free_fraction: Share of parameter elements that lie in tensors with at least one free
             dimension, of those that the graph reads.
-        asked: What options asked for, by canonical tensor name.
+        constraints: What was asked for.
+        asked: The same by canonical tensor name.
         without_rule: Operators without a rule, or without a rule for this use, that labelled
             neurons or parameters met, in graph order.
         members: The analysis of each member where they differ in width; empty elsewhere.
@@ -74,6 +75,7 @@ class CouplingGraph:
     writers: frozenset[Place]
     values: Mapping[fx.Node, Any] = field(repr=False)
     coupling: CouplingConstraints = field(repr=False)
+    constraints: Constraints = field(default_factory=Constraints)
     asked: Mapping[str, Asked] = field(default_factory=dict)
     without_rule: tuple[WithoutRule, ...] = ()
     members: tuple[CouplingGraph, ...] = field(default=(), repr=False)
@@ -235,7 +237,7 @@ def analyze(
     program = model
     if not isinstance(program, Program):
         program = capture(program, example_inputs, example_kwargs, dynamic_shapes=dynamic_shapes)
-    return couple(program, Constraints.of(freeze, share, ignore, output_dims))
+    return couple(program, Constraints(freeze, share, ignore, output_dims))
 
 
 def couple(program: Program, constraints: Constraints) -> CouplingGraph:
@@ -278,6 +280,7 @@ def couple(program: Program, constraints: Constraints) -> CouplingGraph:
         frozenset(coupling.writers),
         values,
         coupling,
+        constraints,
         asked,
         without_rule(coupling),
     )

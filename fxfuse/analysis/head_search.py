@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 from torch import fx
 
 from fxfuse.analysis.constraints import Constraints, names_under
 from fxfuse.analysis.coupling import couple
-from fxfuse.analysis.label_spaces import LabelSpaces
+from fxfuse.analysis.label_spaces import Heads
 from fxfuse.analysis.labels import AbstractTensor, neurons
 from fxfuse.errors import OptionError
 from fxfuse.graph.capture import Program
@@ -18,9 +19,7 @@ from fxfuse.graph.capture import Program
 _HOW = "name the modules that write the logits: heads=[...], with head_outputs="
 
 
-def find_heads(
-    members: Sequence[Program], patterns: tuple[str, ...], spaces: LabelSpaces
-) -> tuple[tuple[str, ...], int]:
+def find_heads(members: Sequence[Program], heads: Heads) -> tuple[Heads, int]:
     """The heads whose outputs become one tensor, and the dimension of that tensor that is classes.
 
     A head that is to be found consists of the modules whose parameters have an index for each
@@ -28,11 +27,10 @@ def find_heads(
 
     Args:
         members: Program members.
-        patterns: The caller's patterns of the heads; none where they are to be found.
-        spaces: How the heads are handed out.
+        heads: What is asked for.
 
     Returns:
-        Patterns of the heads, and the dimension.
+        The same with the modules named, and the dimension.
 
     Raises:
         OptionError: A pattern matches nothing.
@@ -49,7 +47,7 @@ def find_heads(
         raise OptionError(
             "the members' outputs differ in their number of dimensions",
             why=f"they have {', '.join(map(str, sorted(ranks)))}",
-            how="use head_outputs='tuple', which hands them out one by one",
+            how="use the output 'tuple', which returns them one by one",
         )
     (rank,) = ranks
     sizes = [[shape[dim] for shape in shapes] for dim in range(rank)]
@@ -60,6 +58,7 @@ def find_heads(
     for member, output in zip(members, outputs, strict=True):
         # A dimension of size 1 has no labels: of one class, another member knows more.
         writers = writers or _writers(member, output)
+    patterns = heads.modules
     if patterns:
         inside = {n for p in patterns for n in names_under(members[0].names, p, "heads")}
         writers = {dim: names & inside for dim, names in writers.items() if names & inside}
@@ -77,9 +76,9 @@ def find_heads(
             how=_HOW,
         )
     (dim,) = found
-    spaces.check_counts([int(size) for size in sizes[dim]])
+    heads.check_counts([int(size) for size in sizes[dim]])
     modules = {name.rpartition(".")[0] or name for name in writers.get(dim, ())}
-    return patterns or tuple(sorted(modules)), dim
+    return replace(heads, modules=patterns or tuple(sorted(modules))), dim
 
 
 def _output(member: Program) -> fx.Node:
@@ -89,7 +88,7 @@ def _output(member: Program) -> fx.Node:
     raise OptionError(
         f"the members return {len(tensors)} tensors",
         why="logits of several members can only become one tensor where each returns one",
-        how="use head_outputs='tuple', or wrap the networks in a module that returns the logits",
+        how="use the output 'tuple', or wrap the networks in a module that returns the logits",
     )
 
 

@@ -17,8 +17,8 @@ import torch.utils._pytree as pytree
 from torch import fx, nn
 from torch.fx.graph import _PyTreeCodeGen
 
-from fxfuse.analysis.constraints import Patterns, listed, names_under
-from fxfuse.analysis.label_spaces import LabelSpaces
+from fxfuse.analysis.constraints import names_under
+from fxfuse.analysis.label_spaces import Heads
 from fxfuse.errors import OptionError
 from fxfuse.graph.capture import Program
 from fxfuse.graph.same_network import check_same_network
@@ -26,7 +26,6 @@ from fxfuse.graph.source_lines import source_of
 from fxfuse.graph.tensors import attach, is_constant
 
 aten = torch.ops.aten
-_APART = LabelSpaces()
 #: Name of the constant that maps the members' logits to the union of their classes.
 _PROJECTION = "_fxfuse_classes"
 
@@ -48,19 +47,13 @@ class Joined:
     states: tuple[dict[str, torch.Tensor], ...]
 
 
-def join(
-    members: Sequence[Program],
-    patterns: Patterns,
-    spaces: LabelSpaces = _APART,
-    dim: int = 0,
-) -> Joined:
+def join(members: Sequence[Program], heads: Heads, dim: int = 0) -> Joined:
     """Writes the trunk once and the heads side by side.
 
     Args:
         members: Program members, equal in everything but their heads.
-        patterns: Dotted paths of the head modules, `fnmatch` patterns.
-        spaces: How the heads are handed out.
-        dim: The output's dimension of classes, where they are handed out as one tensor.
+        heads: The head modules, by name, and how they are returned.
+        dim: The output's dimension of classes, where they are returned as one tensor.
 
     Raises:
         OptionError: A pattern matches nothing.
@@ -70,9 +63,9 @@ def join(
     """
     for member in members:
         member.require_exported()
-    parts = [_split(member, patterns) for member in members]
+    parts = [_split(member, heads) for member in members]
     check_same_network([part.trunk_alone() for part in parts])
-    return _Joiner(parts, spaces, dim).run()
+    return _Joiner(parts, heads, dim).run()
 
 
 def head_name(member: int, name: str) -> str:
@@ -179,8 +172,8 @@ class _Part:
         return replace(program, module=module, names=tuple(names), canonical=canonical)
 
 
-def _split(program: Program, patterns: Patterns) -> _Part:
-    found = (names_under(program.names, pattern, "heads") for pattern in listed(patterns))
+def _split(program: Program, heads: Heads) -> _Part:
+    found = (names_under(program.names, pattern, "heads") for pattern in heads.modules or ())
     names = frozenset(name for group in found for name in group)
     for name in program.names:
         tied = program.canonical[name]
@@ -256,9 +249,9 @@ def _parameters_of(program: Program, node: fx.Node) -> str:
 class _Joiner:
     """Writes the joined graph, every node after those that it follows in its own member."""
 
-    def __init__(self, parts: Sequence[_Part], spaces: LabelSpaces, dim: int) -> None:
+    def __init__(self, parts: Sequence[_Part], heads: Heads, dim: int) -> None:
         self.parts = parts
-        self.spaces = spaces
+        self.asked = heads
         self.dim = dim
         self.graph = fx.Graph()
         tensors = {name: parts[0].program.tensor(name) for name in parts[0].trunk_names()}
@@ -318,7 +311,7 @@ class _Joiner:
                     _attach_constant(part.program, node, self.module, copied.target)
 
     def output(self) -> None:
-        if self.spaces.outputs != "tuple":
+        if self.asked.output != "tuple":
             self.one_output()
             return
         results = []
@@ -346,7 +339,7 @@ class _Joiner:
         sizes = list(like.shape)
         sizes[self.dim] = sum(shape[self.dim] for shape in shapes)
         result = self.written(aten.cat.default, (logits, self.dim), like.new_empty(sizes))
-        if self.spaces.outputs == "map":
+        if self.asked.output == "union":
             result = self.mapped(result)
         before = self.parts[0].program.graph
         (output,) = (n for n in before.nodes if n.op == "output")
@@ -357,7 +350,7 @@ class _Joiner:
         """The mean of the logits of each class, over the members that know it."""
         dim, like = self.dim, logits.meta["val"]
         last = like.dim() - 1
-        matrix = self.spaces.projection(like.dtype, next(self.module.parameters()).device)
+        matrix = self.asked.projection(like.dtype, next(self.module.parameters()).device)
         attach(self.module, _PROJECTION, matrix, persistent=False)
         projection = self.graph.get_attr(_PROJECTION)
         projection.meta["val"] = like.new_empty(matrix.shape)

@@ -11,27 +11,59 @@ import torch
 from fxfuse.analysis.constraints import Patterns, listed
 from fxfuse.errors import OptionError
 
-#: How the outputs of the members' heads are handed out.
-HeadOutputs = Literal["tuple", "concat", "map"]
+#: How the outputs of the members' heads are returned.
+HeadOutput = Literal["tuple", "concat", "union"]
 
 
-@dataclass(frozen=True)
-class LabelSpaces:
-    """How the heads' outputs become the network's.
+@dataclass(frozen=True, init=False)
+class Heads:
+    """Which modules each member keeps as a head of its own, and what the network returns of them.
+
+    Heads may differ in shape. Tensors of head i are named `heads.<i>.<name>`.
 
     Attributes:
-        outputs: `tuple`: one entry for each member; `concat`: one tensor, the members' classes side
-            by side; `map`: one tensor over the union of the members' classes.
-        classes: For `map`: the names of each member's classes, in the order of its logits.
+        modules: Dotted paths of the head modules, `fnmatch` patterns; none: the network has one
+            head for all members. None: they are found, as the modules whose parameters have an
+            index for each class.
+        output: `tuple`: the outputs of every head; `concat`: one tensor, the members' logits side
+            by side, for members that know different classes; `union`: one tensor with the logits
+            of the union of their classes, in order of first appearance, each the mean of the
+            members that know the class.
+        classes: For `union`: the names of each member's classes, in the order of its logits.
     """
 
-    outputs: HeadOutputs = "tuple"
-    classes: tuple[tuple[str, ...], ...] = ()
+    modules: tuple[str, ...] | None = None
+    output: HeadOutput = "tuple"
+    classes: tuple[tuple[str, ...], ...] | None = None
+
+    def __init__(
+        self,
+        modules: Patterns | None = None,
+        output: HeadOutput = "tuple",
+        classes: Sequence[Sequence[Any]] | None = None,
+    ) -> None:
+        """Normalises patterns and names.
+
+        Raises:
+            OptionError: The arguments contradict each other, or a member's classes are no list of
+                different names.
+        """
+        for name, value in (
+            ("modules", None if modules is None else listed(modules)),
+            ("output", output),
+            ("classes", None if classes is None else _named(classes)),
+        ):
+            object.__setattr__(self, name, value)
+        _check(self)
+
+    def __bool__(self) -> bool:
+        """Whether members keep heads of their own."""
+        return self.modules != ()
 
     @property
     def union(self) -> tuple[str, ...]:
         """The classes of all members, in order of first appearance."""
-        return tuple(dict.fromkeys(name for names in self.classes for name in names))
+        return tuple(dict.fromkeys(name for names in self.classes or () for name in names))
 
     def check_counts(self, counts: Sequence[int]) -> None:
         """Checks the lists of classes against the sizes of the members' heads.
@@ -39,7 +71,7 @@ class LabelSpaces:
         Raises:
             OptionError: There are more or fewer lists than members, or names than logits.
         """
-        if self.outputs != "map":
+        if self.classes is None:
             return
         if len(self.classes) != len(counts):
             raise OptionError(
@@ -56,16 +88,16 @@ class LabelSpaces:
                 )
 
     def combined(self, outputs: Sequence[Sequence[torch.Tensor]], dim: int) -> list[torch.Tensor]:
-        """What the network hands out for the members' outputs, by definition.
+        """What the network returns for the members' outputs, by definition.
 
         Args:
             outputs: For each member, the tensors that it returns.
             dim: The dimension of classes.
         """
-        if self.outputs == "tuple":
+        if self.output == "tuple":
             return [tensor for own in outputs for tensor in own]
         logits = [own[0].movedim(dim, -1) for own in outputs]
-        if self.outputs == "concat":
+        if self.classes is None:
             return [torch.cat(logits, -1).movedim(-1, dim)]
         columns = [
             torch.stack(
@@ -99,7 +131,7 @@ class LabelSpaces:
                 why=f"they have the shapes {', '.join(str(tuple(t.shape)) for t in tensors)}",
             )
         joined = torch.cat(list(tensors))
-        if self.outputs != "map":
+        if self.classes is None:
             return joined
         projection = self.projection(joined.dtype, joined.device)
         return (projection @ joined.reshape(len(joined), -1)).reshape(-1, *first.shape[1:])
@@ -109,7 +141,7 @@ class LabelSpaces:
 
         A class has the mean of the members that know it.
         """
-        columns = [name for names in self.classes for name in names]
+        columns = [name for names in self.classes or () for name in names]
         matrix = torch.zeros(len(self.union), len(columns), dtype=dtype, device=device)
         for row, name in enumerate(self.union):
             known = [i for i, column in enumerate(columns) if column == name]
@@ -117,44 +149,52 @@ class LabelSpaces:
         return matrix
 
 
-def label_spaces(
-    heads: Patterns, head_outputs: str | None, classes: Sequence[Sequence[Any]] | None
-) -> tuple[tuple[str, ...], LabelSpaces]:
-    """What a caller asks for with `heads`, `head_outputs` and `classes`.
-
-    Returns:
-        Patterns of the heads, none where they are to be found, and how they are handed out.
+def heads_of(heads: Patterns, output: str | None, classes: Sequence[Sequence[Any]] | None) -> Heads:
+    """`Heads` from the options of `fuse`, in which `heads` may also be a way of returning them.
 
     Raises:
         OptionError: The options contradict each other.
-        OptionError: A member's classes are no list of different names.
     """
-    outputs: Any = head_outputs
-    if heads in ("concat", "map"):
-        if head_outputs not in (None, heads):
-            raise OptionError(
-                f"heads={heads!r} and head_outputs={head_outputs!r} contradict each other",
-                why=f"{heads!r} is a way of handing out the heads that fxfuse finds",
-                how="leave head_outputs out, or give heads as a list of patterns",
-            )
-        heads, outputs = (), heads
-    outputs = outputs or "tuple"
-    if outputs not in get_args(HeadOutputs):
+    found = heads in ("concat", "union")
+    if found and output not in (None, heads):
         raise OptionError(
-            f"head_outputs={outputs!r} is unknown",
-            how=f"use one of {', '.join(get_args(HeadOutputs))}",
+            f"heads={heads!r} and head_outputs={output!r} contradict each other",
+            why=f"{heads!r} is a way of returning the heads that fxfuse finds",
+            how="leave head_outputs out, or give heads as a list of patterns",
         )
-    if (outputs == "map") != (classes is not None):
+    way: Any = heads if found else output or "tuple"
+    unnamed = found or (way != "tuple" and not listed(heads))
+    return Heads(None if unnamed else heads, way, classes)
+
+
+def _check(heads: Heads) -> None:
+    """Checks that what is asked for with heads is one thing.
+
+    Raises:
+        OptionError: It is not.
+    """
+    if heads.output not in get_args(HeadOutput):
         raise OptionError(
-            "the outputs are mapped to the union of the members' classes"
-            if outputs == "map"
-            else f"classes are given, and head_outputs is {outputs!r}",
-            why="only head_outputs='map' needs to know which class a logit is of",
-            how="give one list of class names for each member: classes=[[...], [...]]"
-            if outputs == "map"
-            else "use heads='map', or leave classes out",
+            f"the output {heads.output!r} of heads is unknown",
+            how=f"use one of {', '.join(get_args(HeadOutput))}",
         )
-    return listed(heads), LabelSpaces(outputs, _named(classes or ()))
+    if not heads and heads.output != "tuple":
+        raise OptionError(
+            f"no module is a head, and the heads' output is {heads.output!r}",
+            how="leave modules out to have the heads found, or name them",
+        )
+    if heads.output == "union" and heads.classes is None:
+        raise OptionError(
+            "the outputs are mapped to the union of the members' classes, which are not named",
+            why="fxfuse has to know which class a logit is of",
+            how="give one list of class names for each member: classes=[[...], [...]]",
+        )
+    if heads.output != "union" and heads.classes is not None:
+        raise OptionError(
+            f"classes are given, and the heads' output is {heads.output!r}",
+            why="only the output 'union' needs to know which class a logit is of",
+            how="use the output 'union', or leave classes out",
+        )
 
 
 def _named(classes: Sequence[Sequence[Any]]) -> tuple[tuple[str, ...], ...]:

@@ -67,16 +67,19 @@ def multi_width(
     return replace(known[keys[0]], mixing=mixing, members=tuple(known[key] for key in keys))
 
 
-def check_base_member(graph: CouplingGraph, base_member: int) -> None:
-    """Checks that a member can keep what is frozen inside the network: that has its size there.
+def check_base_member(graph: CouplingGraph, n_members: int) -> None:
+    """Checks that the base member can keep what is frozen inside the network, at its size there.
 
     Args:
         graph: What `multi_width` returned.
-        base_member: Number of the member.
+        n_members: N.
 
     Raises:
-        OptionError: It is frozen at another size than member 0's, in whose graph the result is.
+        OptionError: There is no such member, or it is frozen at another size than member 0, in
+            whose graph the result is.
     """
+    graph.constraints.check_base_member(n_members)
+    base_member = graph.constraints.base_member
     own = graph.of_member(base_member)
     for (name, dim), reason in graph.frozen.items():
         found = own.frozen[(name, dim)].indices

@@ -15,7 +15,7 @@ from torch.export import ExportedProgram
 from fxfuse.activations.calibration import Calibration
 from fxfuse.analysis.constraints import Constraints, OutputDims, Patterns
 from fxfuse.analysis.coupling import CouplingGraph, couple, hands_out
-from fxfuse.analysis.label_spaces import HeadOutputs, label_spaces
+from fxfuse.analysis.label_spaces import HeadOutput, heads_of
 from fxfuse.analysis.multi_width import check_base_member, multi_width
 from fxfuse.api.gathered import gathered
 from fxfuse.api.given_plan import check_alone, check_count, check_plan
@@ -30,8 +30,7 @@ from fxfuse.members.ranks import Ranks
 from fxfuse.planning.allocation import Budget, check_budget
 from fxfuse.planning.methods import find_method
 from fxfuse.planning.options import Options, Reference
-from fxfuse.planning.plan import FusionPlan, Mixing
-from fxfuse.planning.roles import widths_of
+from fxfuse.planning.plan import FusionPlan, MixingMode
 from fxfuse.planning.scores import check_score
 from fxfuse.planning.widths import Width
 from fxfuse.refine.pipeline import Start, matched_start, refitted
@@ -73,13 +72,13 @@ def fuse(
     max_flops: int | None = None,
     round_to: int = 1,
     budget: Budget = "local",
-    mixing: Mixing | None = None,
+    mixing: MixingMode | None = None,
     freeze: Patterns = (),
     share: Patterns = (),
     ignore: Patterns = (),
     output_dims: OutputDims | None = None,
     heads: Patterns = (),
-    head_outputs: HeadOutputs | None = None,
+    head_outputs: HeadOutput | None = None,
     classes: Sequence[Sequence[Any]] | None = None,
     dynamic_shapes: Any = None,
     verify: bool = True,
@@ -150,7 +149,7 @@ def fuse(
         width: For `transplant`, `zip` and `auto`: size of the fused network in units of a member,
             in (0, N]; 1 is a member's size, N keeps every unit of every member, which is their mean
             exactly. Or widths by `fnmatch` pattern of the tensors that groups are named after. A
-            group that cannot be written in another size keeps its own: the plan's `refused` says
+            group that cannot be written in another size keeps its own: the plan's `kept_sizes` says
             why.
         max_params: In place of `width`: the most parameter elements; the widest network is made.
         max_flops: The same for floating-point operations on the example inputs.
@@ -170,13 +169,13 @@ def fuse(
             order that the plan says.
         heads: Dotted paths of the modules in which each member keeps its own head, `fnmatch`
             patterns. Heads may differ in shape, and tensors of head i are named `heads.<i>.<name>`.
-            Or "concat" or "map": the heads are found, as the modules whose parameters have an index
-            for each class, and handed out so.
+            Or "concat" or "union": the heads are found, as the modules whose parameters have an
+            index for each class, and returned so.
         head_outputs: What a network with heads returns: "tuple" (the default), the outputs of every
             head; "concat", one tensor with the members' logits side by side, for members that know
-            different classes; "map", one tensor with the logits of the union of their classes, in
+            different classes; "union", one tensor with the logits of the union of their classes, in
             order of first appearance: the mean of the members that know a class.
-        classes: For "map": for each member the names of its classes, in the order of its logits.
+        classes: For "union": for each member the names of its classes, in the order of its logits.
         dynamic_shapes: Passed to `torch.export.export` unchanged.
         verify: Whether to run the oracles before handing the network over.
         progress: For `auto`: True shows a bar of the matching on stderr; a `rich.progress.Progress`
@@ -226,11 +225,11 @@ def fuse(
     if plan is not None:
         check_alone(fuse, given)
         check_count(plan, count)
-        constraints, heads, spaces = plan.constraints, plan.heads_asked, plan.spaces
+        constraints, own_heads = plan.constraints, plan.heads
     else:
         check_enough(range(count), "fusion")
-        constraints = Constraints.of(freeze, share, ignore, output_dims)
-        heads, spaces = label_spaces(heads, head_outputs, classes)
+        constraints = Constraints(freeze, share, ignore, output_dims, base_member)
+        own_heads = heads_of(heads, head_outputs, classes)
     if not auto:
         find_method(method)
     if not auto and (steps, seconds) != (None, None):
@@ -250,15 +249,14 @@ def fuse(
         dynamic_shapes,
         template=template,
         ranks=ranks,
-        heads=heads,
-        spaces=spaces,
+        heads=own_heads,
         calibrated=calibration is not None or fitted,
     )
     found.check_weights()
-    network, states, heads = found.network, found.states, found.heads
+    network, states, own_heads = found.network, found.states, found.heads
     graph = couple(network, constraints)
     graph = multi_width(graph, found.aligned, lambda member: couple(member, constraints))
-    check_base_member(graph, base_member if plan is None else plan.base_member)
+    check_base_member(graph, len(states))
     graph, checks = examined(graph, verify=verify)
     inputs = (
         None
@@ -286,21 +284,11 @@ def fuse(
             calibration=inputs,
             absent=found.absent,
         )
-        plan = make_sized_plan(
-            graph, states, method, options, target, base_member=base_member, fitted=fitted
-        )
-        plan = replace(
-            plan,
-            constraints=constraints,
-            heads_asked=heads,
-            members=fingerprints(states),
-            absent=found.absent,
-            spaces=spaces,
-            widths=widths_of(graph, len(states), found.absent),
-        )
+        plan = make_sized_plan(graph, states, method, options, target, fitted=fitted)
+        plan = replace(plan.made_for(fingerprints(states)), heads=own_heads)
     else:
         check_plan(plan, graph, states)
-        if refit and plan.mixing == "per_member":
+        if refit and plan.mixing.mode == "per_member":
             raise OptionError(
                 "refit=True is not for this plan",
                 why="members run one by one in its network, so it is exactly their mean",
@@ -321,9 +309,9 @@ def fuse(
     if verify:
         grown = output_layouts(graph, start.plan) if handed_out and network.is_exported else None
         checks += handover(network, module or _eager(network, start.state), grown)
-    if verify and plan.mixing == "per_member" and heads:
+    if verify and plan.mixing.mode == "per_member" and own_heads:
         checks.append(equals_heads(graph, states, plan, found.given, found.dim))
-    elif verify and plan.mixing == "per_member":
+    elif verify and plan.mixing.mode == "per_member":
         checks.append(equals_ensemble(graph, states, plan, hands_out=handed_out))
     elif verify and graph.members:
         wide = concatenation_plan(graph, states, "joint")
@@ -337,7 +325,7 @@ def fuse(
         start.refit,
         start.choice,
         start.match,
-        found.given[0] if heads else None,
+        found.given[0] if own_heads else None,
     )
 
 
@@ -346,7 +334,7 @@ def _start(
 ) -> Start:
     """The network of a plan: a member's graph with other tensors, or one of another size."""
     same = all(plan.sizes()[group.name] == group.n_units for group in graph.groups)
-    if same and plan.mixing == "joint":
+    if same and plan.mixing.mode == "joint":
         return Start(plan, fused_tensors(graph, plan, states))
     wide = emit_resized(graph, plan, states)
     return Start(plan, wide.state_dict(), module=wide)

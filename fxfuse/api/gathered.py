@@ -11,7 +11,7 @@ from torch import nn
 
 from fxfuse.analysis.head_search import find_heads
 from fxfuse.analysis.heads import join
-from fxfuse.analysis.label_spaces import LabelSpaces
+from fxfuse.analysis.label_spaces import Heads
 from fxfuse.api.depth import as_deepest
 from fxfuse.errors import OptionError
 from fxfuse.graph.capture import Program, capture, capture_eagerly
@@ -37,7 +37,7 @@ class Gathered:
         aligned: For each member, its own capture of that network's graph; sizes may differ.
         given: The members as they were captured: before heads were joined, of any depth.
         absent: Tensors that some members lack → the numbers of these members.
-        heads: Patterns of the modules in which each member keeps its own head; found ones.
+        heads: The members' own heads; found ones are named.
         dim: The dimension of the outputs along which classes lie, where heads were looked for.
     """
 
@@ -46,7 +46,7 @@ class Gathered:
     aligned: list[Program]
     given: list[Program]
     absent: Mapping[str, tuple[int, ...]]
-    heads: tuple[str, ...]
+    heads: Heads
     dim: int = 0
 
     def check_weights(self) -> None:
@@ -72,8 +72,7 @@ def gathered(
     *,
     template: nn.Module | None,
     ranks: Ranks | None,
-    heads: tuple[str, ...],
-    spaces: LabelSpaces,
+    heads: Heads,
     calibrated: bool,
 ) -> Gathered:
     """Captures members, in memory or in files, or spread over processes, and compares them.
@@ -84,31 +83,29 @@ def gathered(
         dynamic_shapes: Passed to `torch.export.export` unchanged.
         template: A module of the members' class, for members that are files.
         ranks: The processes over which members are spread.
-        heads: Patterns of the modules in which each member keeps its own head.
-        spaces: What a network with heads returns.
+        heads: The members' own heads, as they are asked for.
         calibrated: Whether members will run on calibration inputs.
 
     Raises:
         FxfuseError: What reading, capturing and comparing members raises; a `OptionError` where
             members are not in memory together, as what is asked for needs them.
     """
-    several = bool(heads) or spaces.outputs != "tuple"
     if ranks is not None:
-        _check_apart(several, "each is on its own rank", calibrated=calibrated)
+        _check_apart(bool(heads), "each is on its own rank", calibrated=calibrated)
         spread = members_on_ranks(ranks, members, template, example, dynamic_shapes)
         return _alike(*spread)
     files, networks = split_paths(members, template)
     if files:
-        _check_apart(several, "files are only read", calibrated=calibrated)
+        _check_apart(bool(heads), "files are only read", calibrated=calibrated)
         assert template is not None
         program = _captured([first_member(template, files[0])], example, dynamic_shapes)
         return _alike(program[0], streamed_states(files, program[0]))
     program = _captured(networks, example, dynamic_shapes)
     dim = 0
-    if spaces.outputs != "tuple":
-        heads, dim = find_heads(program, heads, spaces)
+    if heads.modules is None or heads.output != "tuple":
+        heads, dim = find_heads(program, heads)
     if heads:
-        joined = join(program, heads, spaces, dim)
+        joined = join(program, heads, dim)
         aligned = [joined.program] * len(program)
         return Gathered(joined.program, joined.states, aligned, program, {}, heads, dim)
     deepest = as_deepest(program)
@@ -124,7 +121,7 @@ def gathered(
 def _alike(first: Program, states: Sequence[State]) -> Gathered:
     """Members that all have the first one's graph; only this one is captured."""
     each = [first] * len(states)
-    return Gathered(first, states, each, each, {}, ())
+    return Gathered(first, states, each, each, {}, Heads(()))
 
 
 def _captured(members: Sequence[Network], example: Example, dynamic_shapes: Any) -> list[Program]:

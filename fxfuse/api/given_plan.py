@@ -76,7 +76,7 @@ def check_plan(
 
     Args:
         plan: The plan.
-        graph: The analysis of the members, with what the plan's controls ask for.
+        graph: The analysis of the members, with the plan's constraints.
         states: For each member, its tensors by name.
 
     Raises:
@@ -84,13 +84,14 @@ def check_plan(
         PlanError: The plan does not say for which members it was made, its groups are not those of
             the network, or a map names a unit that there is not.
     """
-    if not plan.members:
+    tensors = [member.tensors for member in plan.members]
+    if not all(tensors):
         raise PlanError(
             "the plan does not say for which members it was made",
-            why="an earlier version of fxfuse wrote it, without hashes",
-            how="make the plan again with this version of fxfuse",
+            why="it holds no hashes of their tensors",
+            how="use a plan that fxfuse.fuse made",
         )
-    check_members(plan.members, states)
+    check_members(tensors, states)
     differing = {entry.group for entry in plan.maps} ^ {group.name for group in graph.groups}
     if differing:
         raise PlanError(
@@ -105,6 +106,13 @@ def check_plan(
 
 
 def _check_map(entry: UnitMap, units: Sequence[int], n_members: int) -> None:
+    if entry.n_units > sum(units):
+        raise PlanError(
+            "the plan has more fused units than the members have units",
+            where=entry.group,
+            why=f"{entry.n_units} fused units, {sum(units)} units of all members",
+            how="use a plan that fxfuse.fuse made",
+        )
     _check_numbers(entry, "fused unit", entry.target, entry.n_units)
     _check_numbers(entry, "member", entry.member, n_members)
     for member, count in enumerate(units):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
 from typing import Any
 
 from torch import nn
@@ -62,7 +61,7 @@ def prune(
         example_kwargs: Keyword inputs.
         width: Size of the pruned network in units of this network, in (0, 1], or widths by pattern,
             as in `fuse`. A group that cannot be written in another size keeps its own: the plan's
-            `refused` says why.
+            `kept_sizes` says why.
         plan: The plan that the network was made with. What it was told to freeze, share and ignore
             and which outputs it set free holds here, too, and the new plan names it as its origin.
         score: Importance of a unit, as in `fuse`; `activation` and `obs` need calibration inputs,
@@ -117,7 +116,7 @@ def prune(
     state = program.state()
     check_values(state)
     check_finite(0, state)
-    constraints = Constraints.of(freeze, (), ignore, output_dims)
+    constraints = Constraints(freeze, (), ignore, output_dims)
     if plan is not None:
         constraints = plan.constraints.and_also(constraints)
     graph = couple(program, constraints)
@@ -130,15 +129,8 @@ def prune(
         )
     )
     options = Options(score, calibration=inputs)
-    made = make_sized_plan(
-        graph, [state], "transplant", options, target, base_member=0, fitted=False
-    )
-    made = replace(
-        made,
-        constraints=constraints,
-        members=(fingerprint(state),),
-        origin="" if plan is None else plan.digest,
-    )
+    made = make_sized_plan(graph, [state], "transplant", options, target, fitted=False)
+    made = made.made_for([fingerprint(state)], "" if plan is None else plan.digest)
     pruned = emit_resized(graph, made, [state])
     if verify:
         grown = output_layouts(graph, made) if constraints.output_dims else None

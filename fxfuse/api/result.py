@@ -69,19 +69,20 @@ class FusionResult:
     @property
     def heads(self) -> Mapping[str, int]:
         """Tensors of a partial fusion's heads, by name → the member that each belongs to."""
-        return self.plan.heads
+        roles = self.plan.roles.items()
+        return {name: role.member for name, role in roles if role.member is not None}
 
     @property
     def classes(self) -> tuple[str, ...]:
-        """Where heads are mapped (`heads="map"`): the class of each logit, in order."""
-        return self.plan.spaces.union
+        """Where heads have the output "union": the class of each logit, in order."""
+        return self.plan.heads.union
 
     def state_dict(self) -> dict[str, torch.Tensor]:
         """The fused tensors by name; those of `module`, where there is one."""
         return dict(self._state) if self._module is None else self._module.state_dict()
 
     def _require_one_head(self, name: str) -> None:
-        if self.heads:
+        if self.plan.heads:
             raise OptionError(
                 f"a network with {self.plan.n_members} heads does not fit {name}",
                 why="the members' class has one head",
@@ -96,7 +97,7 @@ class FusionResult:
         hold (`in_features`, `num_heads`) are derived again. The copy then runs on the example
         inputs, and is handed out only where it answers as `module` does; a size that the forward
         pass does not read may keep its value. Of a network that `fuse` or `prune` made, a copy of
-        `module` is returned. Heads that are handed out as one tensor become one layer, with as many
+        `module` is returned. Heads that are returned as one tensor become one layer, with as many
         outputs, where that answers as they do.
 
         Raises:
@@ -104,7 +105,7 @@ class FusionResult:
                 cannot be built at this width or with these heads; says what was tried.
             OptionError: The network returns a tuple with an entry for each head.
         """
-        if self.heads and self.plan.spaces.outputs == "tuple":
+        if self.plan.heads and self.plan.heads.output == "tuple":
             self._require_one_head("a member's class")
         program = self._member or self.graph.program
         source = program.source
@@ -121,7 +122,7 @@ class FusionResult:
         # The deepest member's class, where members differ in depth: its width may be another one.
         held = source.state_dict()
         same = all(n in state and state[n].shape == held[n].shape for n in names)
-        if same and not self.heads:
+        if same and not self.plan.heads:
             return self.load_into(copy_source(source))
         return resized_copy(source, program, self.module, state)
 
@@ -134,7 +135,7 @@ class FusionResult:
             if name in state or len(tensors) < len(own):
                 continue
             try:
-                state[name] = self.plan.spaces.merged(tensors)
+                state[name] = self.plan.heads.merged(tensors)
             except OptionError as error:
                 raise RewriteError(
                     f"{type(member.source).__name__} cannot hold these heads",

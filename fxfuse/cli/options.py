@@ -84,21 +84,21 @@ Heads = Annotated[
     list[str] | None,
     typer.Option(
         help="Modules in which each network keeps its own head; may be repeated. Or `concat` or "
-        "`map`: the heads are found, and handed out as --head-outputs says.",
+        "`union`: the heads are found, and returned so.",
         metavar="MODULE",
     ),
 ]
 HeadOutputs = Annotated[
     str | None,
     typer.Option(
-        help="What a network with heads returns: `tuple`, `concat` (logits side by side) or `map` "
-        "(the union of the classes)."
+        help="What a network with heads returns: `tuple`, `concat` (logits side by side) or "
+        "`union` (of the classes)."
     ),
 ]
 Classes = Annotated[
     Path | None,
     typer.Option(
-        help="JSON file with one list of class names for each network, for `map`.", metavar="FILE"
+        help="JSON file with one list of class names for each network, for `union`.", metavar="FILE"
     ),
 ]
 Widths = Annotated[
@@ -193,7 +193,7 @@ def parse_by_group(option: str, texts: Iterable[str]) -> Width | None:
 
 def parse_heads(texts: Sequence[str]) -> Patterns:
     """Reads `--heads`: patterns, or the one word that lets the heads be found."""
-    return texts[0] if list(texts) in (["concat"], ["map"]) else tuple(texts)
+    return texts[0] if list(texts) in (["concat"], ["union"]) else tuple(texts)
 
 
 def parse_member_args(texts: Iterable[str], count: int) -> list[list[str]]:

@@ -45,7 +45,7 @@ def _show(outcome: Outcome, folder: Path, *, json: bool) -> None:
                 "trained": outcome.trained,
                 "networks": [asdict(network) for network in outcome.networks],
                 "sizes": plan.sizes(),
-                "refused": dict(plan.refused),
+                "kept_sizes": plan.kept_sizes,
                 "classes": list(result.classes),
             }
         )
@@ -56,7 +56,7 @@ def _show(outcome: Outcome, folder: Path, *, json: bool) -> None:
         out.print(str(result.choice), markup=False)
     if outcome.trained:
         out.print(outcome.trained, markup=False)
-    for name, why in plan.refused.items():
+    for name, why in plan.kept_sizes.items():
         out.print(f"{name} keeps the size that it has in one network: {why}", markup=False)
     if outcome.networks:
         out.print(networks_table(outcome.networks))

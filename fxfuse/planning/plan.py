@@ -1,30 +1,32 @@
-"""The fusion plan: groups and maps, before any weight is touched."""
+"""The fusion plan: groups, maps and roles, before any weight is touched."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import Any, Literal, get_args
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal, NoReturn
 
 import numpy as np
 from numpy.typing import NDArray
 
 from fxfuse.analysis.constraints import Constraints
 from fxfuse.analysis.coupling import Index, MixingNote
-from fxfuse.analysis.label_spaces import HeadOutputs, LabelSpaces
-from fxfuse.errors import PlanError
+from fxfuse.analysis.label_spaces import Heads
+from fxfuse.errors import OptionError, PlanError
 from fxfuse.members.fingerprint import Fingerprint, digest_of
-from fxfuse.planning.plan_codec import MapEntries, read, written
+from fxfuse.planning.plan_codec import MapEntries, decode, decode_map, encode, encode_map
+from fxfuse.planning.roles import Role, RoleKind
 
-#: Plans of schema 1 know neither their members nor what was asked for: they can be read, and not
-#: applied. Those of schema 2 list every entry of every map.
-_SCHEMA, _LISTED, _OLDEST = 3, 2, 1
+#: Other schemas are not read: nothing that wrote them was released.
+_SCHEMA = 4
+#: Far more units than a layer has, and few enough to be listed.
+_MOST_UNITS = 10**7
 
 Weights = NDArray[np.float64]
 #: How operators that mix members run.
-Mixing = Literal["joint", "per_member"]
-_TREATMENT: Mapping[Mixing, str] = {
+MixingMode = Literal["joint", "per_member"]
+_TREATMENT: Mapping[MixingMode, str] = {
     "joint": "over the kept units of all members together, which is an approximation",
     "per_member": "once for each member",
 }
@@ -47,6 +49,7 @@ class UnitMap:
         weight: Entries of M, float64 [k], or one number for all: 1 for one-hot maps, 1/N for
             averages.
         read: Entries of U, float64 [k], or one number for all.
+        kept: Why the group keeps a member's size although another was asked for; or "".
     """
 
     group: str
@@ -56,6 +59,7 @@ class UnitMap:
     unit: Index
     weight: float | Weights = 1.0
     read: float | Weights = 1.0
+    kept: str = ""
 
     def entries(self) -> MapEntries:
         """All entries."""
@@ -80,6 +84,61 @@ class UnitMap:
         merge, unmerge = (np.broadcast_to(w, chosen.shape) for w in (self.weight, self.read))
         return merge[chosen].astype(np.float64), unmerge[chosen].astype(np.float64)
 
+    def encoded(self) -> dict[str, Any]:
+        """The map as JSON can hold it."""
+        named = {"group": self.group, "n_units": self.n_units, "kept": self.kept}
+        if not self.kept:
+            del named["kept"]
+        return {**named, **encode_map(self.entries(), self.n_units)}
+
+    @staticmethod
+    def decoded(value: Mapping[str, Any], where: str) -> UnitMap:
+        """What `encoded` returned.
+
+        Raises:
+            ValueError: It is no map; says where and what.
+        """
+        entries = dict(value)
+        for name in ("group", "n_units"):
+            if name not in entries:
+                raise ValueError(f"{where} lacks {name!r}")
+        group = decode(str, entries.pop("group"), f"{where}.group")
+        n_units = decode(int, entries.pop("n_units"), f"{where}.n_units")
+        kept = decode(str, entries.pop("kept", ""), f"{where}.kept")
+        if not 0 < n_units <= _MOST_UNITS:
+            raise ValueError(f"{where}.n_units is {n_units}, and not between 1 and {_MOST_UNITS:,}")
+        return UnitMap(group, n_units, *decode_map(entries, n_units, where), kept=kept)
+
+
+@dataclass(frozen=True)
+class MemberRecord:
+    """What a plan knows of a member.
+
+    Attributes:
+        tensors: A hash of each of its tensors, by name; none: the plan is for any members.
+        units: How many units of each group it has, where members differ in width or depth; of a
+            block that it lacks, 0.
+        plan: Digest of the plan that it was made with, where it is a fused network itself.
+    """
+
+    tensors: Fingerprint = field(default_factory=dict, repr=False)
+    units: Mapping[str, int] = field(default_factory=dict)
+    plan: str = ""
+
+
+@dataclass(frozen=True)
+class Mixing:
+    """The operators that mix members, and how they run.
+
+    Attributes:
+        mode: `joint`, over the kept units of all members together, or `per_member`, in the wide
+            model, which is the members' mean exactly then.
+        notes: The operators.
+    """
+
+    mode: MixingMode = "joint"
+    notes: tuple[MixingNote, ...] = ()
+
 
 @dataclass(frozen=True)
 class FusionPlan:
@@ -88,54 +147,46 @@ class FusionPlan:
     Attributes:
         method: Name of the fusion method.
         options: Its options (score, variant).
-        n_members: N.
-        base_member: The member that keeps every piece frozen inside the network.
         maps: One map per coupling group.
-        averaged: Parameters inside the network that no group owns: the members' mean is taken,
-            an approximation. Values: largest difference between members, relative to the largest
-            weight.
-        hosted: Tensors of which the base member's frozen part is kept.
-        copied: Tensors copied from the base member (constants, tensors that the graph does not
-        read). notes: Operators that mix members.
-        heads: Tensors that one member's head keeps (partial fusion) → the number of that member.
-        refused: Groups that keep a member's size although another was asked for → why.
-        mixing: How operators that mix members run: `joint`, over the kept units of all members
-            together, or `per_member`, in the wide model, which is the members' mean exactly then.
-        apart: With `per_member`: the tensors of which each member keeps its own.
-        absent: Tensors of residual blocks that some members lack → the numbers of these members, in
-            which such a block is the identity.
-        constraints: What was asked of the analysis.
-        heads_asked: Patterns of the modules in which each member keeps its own head.
-        members: The fingerprint of each member; empty in a plan that an earlier
-            version wrote.
-        origin: Where a network was pruned that had a plan of its own: the digest of that plan.
-        spaces: How the heads are handed out.
-        widths: For each group, how many units each member has, where members differ in width; of a
-            block that a member lacks, 0.
-        reasons: Why the base member's part of a hosted tensor is frozen, by its name.
+        roles: What becomes of each tensor beside the maps, by name.
+        members: What is known of each member.
+        constraints: What had to stay as it is.
+        heads: The members' own heads (partial fusion).
+        mixing: The operators that mix members, and how they run.
     """
 
     method: str
     options: Mapping[str, str]
-    n_members: int
-    base_member: int
     maps: tuple[UnitMap, ...]
-    averaged: Mapping[str, float]
-    hosted: tuple[str, ...]
-    copied: tuple[str, ...]
-    notes: tuple[MixingNote, ...] = field(default=())
-    heads: Mapping[str, int] = field(default_factory=dict)
-    refused: Mapping[str, str] = field(default_factory=dict)
-    mixing: Mixing = "joint"
-    apart: tuple[str, ...] = ()
-    absent: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    roles: Mapping[str, Role]
+    members: tuple[MemberRecord, ...]
     constraints: Constraints = field(default_factory=Constraints)
-    heads_asked: tuple[str, ...] = ()
-    members: tuple[Fingerprint, ...] = field(default=(), repr=False)
-    origin: str = ""
-    spaces: LabelSpaces = field(default_factory=LabelSpaces)
-    widths: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
-    reasons: Mapping[str, str] = field(default_factory=dict)
+    heads: Heads = field(default_factory=lambda: Heads(()))
+    mixing: Mixing = field(default_factory=Mixing)
+
+    @property
+    def n_members(self) -> int:
+        """N."""
+        return len(self.members)
+
+    @property
+    def base_member(self) -> int:
+        """Number of the member that keeps every piece frozen inside the network."""
+        return self.constraints.base_member
+
+    def names_of(self, kind: str) -> tuple[str, ...]:
+        """The tensors with a role of this kind (`RoleKind`)."""
+        return tuple(name for name, role in self.roles.items() if role.kind == kind)
+
+    @property
+    def absent(self) -> dict[str, tuple[int, ...]]:
+        """Tensors of residual blocks that some members lack → the numbers of these members."""
+        return {name: role.absent_in for name, role in self.roles.items() if role.absent_in}
+
+    @property
+    def kept_sizes(self) -> dict[str, str]:
+        """Groups that keep a member's size although another was asked for → why."""
+        return {m.group: m.kept for m in self.maps if m.kept}
 
     def map_of(self, group: str) -> UnitMap:
         """The map of a group.
@@ -156,13 +207,25 @@ class FusionPlan:
         """Units of each fused group, by its name."""
         return {m.group: m.n_units for m in self.maps}
 
+    def made_for(self, tensors: Sequence[Fingerprint], plan: str = "") -> FusionPlan:
+        """The same plan, which knows its members.
+
+        Args:
+            tensors: The fingerprint of each member.
+            plan: Digest of the plan that they were made with.
+        """
+        pairs = zip(self.members, tensors, strict=True)
+        return replace(
+            self, members=tuple(replace(m, tensors=found, plan=plan) for m, found in pairs)
+        )
+
     def inexact(self) -> list[str]:
         """Why the concatenation is not exactly the mean of the members; empty when it is."""
-        if self.mixing == "per_member":
+        if self.mixing.mode == "per_member":
             return []
-        found = [f"{n.why} ({n.node})" for n in self.notes]
-        found += [f"{name} is averaged" for name, spread in self.averaged.items() if spread > 0]
-        found += [f"{name} is the base member's" for name in self.hosted]
+        found = [f"{n.why} ({n.node})" for n in self.mixing.notes]
+        found += [f"{name} is averaged" for name, role in self.roles.items() if role.spread > 0]
+        found += [f"{name} is the base member's" for name in self.names_of(RoleKind.BASE)]
         return found
 
     @property
@@ -176,162 +239,115 @@ class FusionPlan:
         return json.dumps({**content, "digest": digest_of(content)}, indent=1)
 
     def _content(self) -> dict[str, Any]:
-        return {
-            "schema": _SCHEMA,
-            "method": self.method,
-            "options": dict(self.options),
-            "n_members": self.n_members,
-            "base_member": self.base_member,
-            "groups": [
-                {"group": m.group, "n_units": m.n_units, **written(m.entries(), m.n_units)}
-                for m in self.maps
-            ],
-            "averaged": dict(self.averaged),
-            "hosted": list(self.hosted),
-            "copied": list(self.copied),
-            "heads": dict(self.heads),
-            "refused": dict(self.refused),
-            "mixing": self.mixing,
-            "apart": list(self.apart),
-            "absent": {name: list(members) for name, members in self.absent.items()},
-            "notes": [
-                {"why": n.why, "node": n.node, "source": n.source, "sources": sorted(n.sources)}
-                for n in self.notes
-            ],
-            "controls": {
-                "freeze": list(self.constraints.freeze),
-                "share": list(self.constraints.share),
-                "ignore": list(self.constraints.ignore),
-                "output_dims": {str(k): list(v) for k, v in self.constraints.output_dims.items()},
-            },
-            "heads_asked": list(self.heads_asked),
-            "members": [dict(member) for member in self.members],
-            "origin": self.origin,
-            "head_outputs": self.spaces.outputs,
-            "classes": [list(names) for names in self.spaces.classes],
-            # Not in plans of earlier versions, whose digests stay what they are.
-            **(
-                {"widths": {g: list(units) for g, units in self.widths.items()}}
-                if self.widths
-                else {}
-            ),
-            **({"reasons": dict(self.reasons)} if self.reasons else {}),
-        }
+        return {"schema": _SCHEMA, **encode(self)}
 
     @staticmethod
     def from_json(text: str) -> FusionPlan:
         """Reads a plan back.
 
-        Plans of earlier versions hold no hashes: they can be read, and `fuse(plan=)` refuses them.
-
         Raises:
-            PlanError: The text is no plan that this version reads, or it was edited.
+            PlanError: The text is no plan of this version's schema, or it was edited; says where
+                and how.
         """
         try:
             value = json.loads(text)
-            if value["schema"] not in (_SCHEMA, _LISTED, _OLDEST):
-                raise PlanError(
-                    f"plan schema {value['schema']} is not {_SCHEMA}",
-                    how="make the plan again with this version of fxfuse",
-                )
-            if value["schema"] != _OLDEST:
-                _check_digest(value)
-            return FusionPlan(
-                value["method"],
-                value["options"],
-                int(value["n_members"]),
-                int(value["base_member"]),
-                tuple(_read_map(m) for m in value["groups"]),
-                value["averaged"],
-                tuple(value["hosted"]),
-                tuple(value["copied"]),
-                tuple(
-                    MixingNote(n["why"], n["node"], n["source"], frozenset(n["sources"]))
-                    for n in value["notes"]
-                ),
-                # Plans written before partial fusion have none.
-                {name: int(member) for name, member in value.get("heads", {}).items()},
-                value.get("refused", {}),
-                _read_mixing(value.get("mixing", "joint")),
-                tuple(value.get("apart", ())),
-                {name: tuple(map(int, m)) for name, m in value.get("absent", {}).items()},
-                _read_controls(value.get("controls", {})),
-                tuple(value.get("heads_asked", ())),
-                tuple(dict(member) for member in value.get("members", ())),
-                value.get("origin", ""),
-                _read_spaces(value),
-                {group: tuple(map(int, n)) for group, n in value.get("widths", {}).items()},
-                dict(value.get("reasons", {})),
-            )
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise PlanError(
-                "this is not a fusion plan",
-                why=f"{type(error).__name__}: {error}",
-                how="pass the text of FusionPlan.to_json()",
-            ) from error
+            if not isinstance(value, dict) or "schema" not in value:
+                raise ValueError("it is no JSON object with a schema")
+            _check_origin(value)
+            content = {k: v for k, v in value.items() if k not in ("schema", "digest")}
+            plan: FusionPlan = decode(FusionPlan, content, "the plan")
+            _check(plan)
+        except OptionError as error:
+            _reject(f"{error.what}: {error.why}" if error.why else error.what, error)
+        except (ValueError, RecursionError) as error:
+            _reject(str(error), error)
+        return plan
 
     def summary(self) -> str:
         """The plan as a Markdown page."""
+        options = "".join(f", {key} `{value}`" for key, value in self.options.items())
         lines = [
             "# Fusion plan",
             "",
-            f"{self.n_members} members, method `{self.method}`"
-            + "".join(f", {key} `{value}`" for key, value in self.options.items())
-            + f", base member: member {self.base_member}.",
+            f"{self.n_members} members, method `{self.method}`{options}, "
+            f"base member: member {self.base_member}.",
             "",
+            *self._group_lines(),
+        ]
+        for title, entries in self._sections():
+            if entries:
+                lines += ["", f"## {title}", "", *entries]
+        if self.heads.output == "concat":
+            lines += ["", "The outputs of the heads stand side by side in one tensor."]
+        if self.heads.output == "union":
+            lines += [
+                "",
+                f"Classes: {', '.join(self.heads.union)}. Each has the mean of its logits.",
+            ]
+        if self.mixing.notes:
+            how = _TREATMENT[self.mixing.mode]
+            lines += ["", "## Operators that mix members", "", f"They run {how}.", ""]
+            lines += [f"- `{n.node}`: {n.why}  {n.source}".rstrip() for n in self.mixing.notes]
+        return "\n".join(lines) + "\n"
+
+    def _group_lines(self) -> list[str]:
+        lines = [
             "| group | units | " + " | ".join(f"from {i}" for i in range(self.n_members)) + " |",
             "|---|---:|" + "---:|" * self.n_members,
         ]
         for m in self.maps:
             cells = [str(count) for count in m.counts(self.n_members)]
-            if m.group in self.widths:
-                each = zip(cells, self.widths[m.group], strict=True)
-                cells = [f"{count} of {units}" if units else "–" for count, units in each]
+            own = [member.units.get(m.group) for member in self.members]
+            for i, units in enumerate(own):
+                if units is not None:
+                    cells[i] = f"{cells[i]} of {units}" if units else "–"
             lines.append(f"| `{m.group}` | {m.n_units} | " + " | ".join(cells) + " |")
-        for title, names in (
-            ("Averaged inside the network (an approximation)", self.averaged),
-            ("Kept from the base member", self.hosted),
-            ("Copied from the base member", self.copied),
-        ):
-            if names:
-                lines += ["", f"## {title}", ""]
-            for name in names:
-                spread = (
-                    f": members differ by {self.averaged[name]:.2g}"
-                    if names is self.averaged
-                    else ""
-                )
-                why = self.reasons.get(name, "") if names is self.hosted else ""
-                lines.append(f"- `{name}`{spread}" + (f": {why}" if why else ""))
-        if self.heads:
-            lines += ["", "## Heads, each with its member's own weights", ""]
-            lines += [f"- `{name}`: member {member}" for name, member in self.heads.items()]
-        if self.spaces.outputs == "concat":
-            lines += ["", "Their outputs stand side by side in one tensor."]
-        if self.spaces.outputs == "map":
-            lines += [
-                "",
-                f"Classes: {', '.join(self.spaces.union)}. Each has the mean of its logits.",
-            ]
-        if self.refused:
-            lines += ["", "## Groups that keep a member's size", ""]
-            lines += [f"- `{name}`: {why}" for name, why in self.refused.items()]
-        if self.absent:
-            lines += ["", "## Blocks that are the identity in members that lack them", ""]
-            lines += [f"- `{n}`: not in {', '.join(map(str, m))}" for n, m in self.absent.items()]
-        if self.apart:
-            lines += ["", "## Of these each member keeps its own, and runs on its own there", ""]
-            lines += [f"- `{name}`" for name in self.apart]
-        if self.notes:
-            how = _TREATMENT[self.mixing]
-            lines += ["", "## Operators that mix members", "", f"They run {how}.", ""]
-            lines += [f"- `{n.node}`: {n.why}  {n.source}".rstrip() for n in self.notes]
-        return "\n".join(lines) + "\n"
+        return lines
+
+    def _sections(self) -> Iterable[tuple[str, list[str]]]:
+        """The roles, each kind under a title."""
+
+        def lines(kind: RoleKind) -> list[str]:
+            found = ((name, self.roles[name]) for name in self.names_of(kind))
+            return [f"- `{name}`{_details(role)}" for name, role in found]
+
+        yield "Averaged inside the network (an approximation)", lines(RoleKind.AVERAGED)
+        yield "Kept from the base member", lines(RoleKind.BASE)
+        yield "Copied from the base member", lines(RoleKind.COPIED)
+        yield "Heads, each with its member's own weights", lines(RoleKind.HEAD)
+        kept = [f"- `{name}`: {why}" for name, why in self.kept_sizes.items()]
+        yield "Groups that keep a member's size", kept
+        absent = [f"- `{n}`: not in {', '.join(map(str, m))}" for n, m in self.absent.items()]
+        yield "Blocks that are the identity in members that lack them", absent
+        own = [f"- `{name}`" for name in self.names_of(RoleKind.PER_MEMBER)]
+        yield "Of these each member keeps its own, and runs on its own there", own
 
 
-def _check_digest(value: Mapping[str, Any]) -> None:
+def _details(role: Role) -> str:
+    """What is worth knowing of a role beside its kind."""
+    if role.kind is RoleKind.HEAD:
+        return f": member {role.member}"
+    if role.kind is RoleKind.AVERAGED:
+        return f": members differ by {role.spread:.2g}"
+    rest = f"; the rest is averaged, members differ by {role.spread:.2g}" if role.spread else ""
+    return (f": {role.why}" if role.why else "") + rest
+
+
+def _reject(why: str, cause: BaseException) -> NoReturn:
+    raise PlanError(
+        "this is not a fusion plan", why=why, how="pass the text of FusionPlan.to_json()"
+    ) from cause
+
+
+def _check_origin(value: Mapping[str, Any]) -> None:
+    """Checks that this version wrote a plan, and nobody changed it."""
+    if value["schema"] != _SCHEMA:
+        raise PlanError(
+            f"plan schema {value['schema']!r:.20} is not {_SCHEMA}",
+            how="make the plan again with this version of fxfuse",
+        )
     content = {key: entry for key, entry in value.items() if key != "digest"}
-    if digest_of(content) != value["digest"]:
+    if digest_of(content) != value.get("digest"):
         raise PlanError(
             "the plan was edited",
             why="its content has another digest than the one that it was written with",
@@ -340,30 +356,40 @@ def _check_digest(value: Mapping[str, Any]) -> None:
         )
 
 
-def _read_controls(value: Mapping[str, Any]) -> Constraints:
-    dims = {int(output): tuple(dims) for output, dims in value.get("output_dims", {}).items()}
-    freeze, share, ignore = (tuple(value.get(name, ())) for name in ("freeze", "share", "ignore"))
-    return Constraints(freeze, share, ignore, dims)
+def _check(plan: FusionPlan) -> None:
+    """Checks that the parts of a plan fit each other.
 
-
-def _read_spaces(value: Mapping[str, Any]) -> LabelSpaces:
-    # Plans written before heads could be handed out as one tensor have none.
-    outputs, classes = value.get("head_outputs", "tuple"), value.get("classes", ())
-    if outputs not in get_args(HeadOutputs):
-        raise ValueError(f"head_outputs {outputs!r} is none of {', '.join(get_args(HeadOutputs))}")
-    return LabelSpaces(outputs, tuple(tuple(map(str, names)) for names in classes))
-
-
-def _read_mixing(value: Any) -> Mixing:
-    if value not in _TREATMENT:
-        raise ValueError(f"mixing {value!r} is none of {', '.join(_TREATMENT)}")
-    found: Mixing = value
-    return found
-
-
-def _read_map(value: Mapping[str, Any]) -> UnitMap:
-    try:
-        n_units = int(value["n_units"])
-        return UnitMap(value["group"], n_units, *read(value, n_units))
-    except ValueError as error:
-        raise ValueError(f"group {value['group']!r}: {error}") from error
+    Raises:
+        ValueError: They do not; says which.
+    """
+    count = plan.n_members
+    if not count:
+        raise ValueError("it has no members")
+    if not 0 <= plan.base_member < count:
+        raise ValueError(f"the base member is member {plan.base_member} of {count}")
+    names = [m.group for m in plan.maps]
+    twice = next((name for name in names if names.count(name) > 1), None)
+    if twice is not None:
+        raise ValueError(f"the group {twice!r} has two maps")
+    for m in plan.maps:
+        for what, values, most in (
+            ("fused unit", m.target, m.n_units),
+            ("member", m.member, count),
+        ):
+            if (values >= most).any():
+                raise ValueError(f"the map of {m.group!r} has {what} {values.max()} of {most}")
+    for name, role in plan.roles.items():
+        numbers = [*role.absent_in, *([] if role.member is None else [role.member])]
+        wrong = next((n for n in numbers if not 0 <= n < count), None)
+        if wrong is not None:
+            raise ValueError(f"the role of {name!r} names member {wrong} of {count}")
+        if len({*role.absent_in}) < len(role.absent_in):
+            raise ValueError(f"the role of {name!r} names a member twice")
+        if role.spread < 0:
+            raise ValueError(f"the role of {name!r} has the spread {role.spread}, below 0")
+        if (role.kind is RoleKind.HEAD) != (role.member is not None):
+            raise ValueError(f"{name!r} is a head of no member, or a member's and no head")
+    for i, member in enumerate(plan.members):
+        for group, units in member.units.items():
+            if units < 0:
+                raise ValueError(f"member {i} has {units} units of {group!r}, below 0")

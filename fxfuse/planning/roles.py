@@ -1,8 +1,9 @@
-"""The role of every tensor that no group owns: averaged, kept from the base member, or copied."""
+"""The role of every tensor: what becomes of it beside the maps of the groups that own it."""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from enum import StrEnum
 from typing import Any
 
@@ -16,40 +17,115 @@ from fxfuse.graph.tensors import is_constant
 from fxfuse.members.ranks import of_each
 
 
-class Role(StrEnum):
+class RoleKind(StrEnum):
+    """What becomes of a tensor."""
+
+    #: The maps of the groups that own its dimensions say all; an output is the members' mean.
+    MAPPED = "mapped"
+    #: All of it, or what no group owns, is the members' mean: an approximation inside the network.
+    AVERAGED = "averaged"
+    #: What is frozen inside the network is the base member's.
+    BASE = "base"
+    #: The base member's tensor is copied: a constant, or one that the graph does not read.
+    COPIED = "copied"
+    #: It belongs to the head of one member, which keeps its own weights.
+    HEAD = "head"
+    #: Each member keeps its own, and runs on its own there.
+    PER_MEMBER = "per_member"
+
+
+@dataclass(frozen=True)
+class Role:
+    """What becomes of a tensor.
+
+    Attributes:
+        kind: The one thing that decides.
+        spread: Largest difference between members in what is averaged of it, relative to the
+            largest weight. A tensor of kind `base` may be averaged in part, and one of kind
+            `per_member` would be, if there were one for all members.
+        why: Why it is the base member's; of kind `per_member`, why it would be.
+        member: Of a head: the member that it belongs to.
+        absent_in: Members that lack the residual block that it is in, which is the identity there.
+    """
+
+    kind: RoleKind
+    spread: float = 0.0
+    why: str = ""
+    member: int | None = None
+    absent_in: tuple[int, ...] = ()
+
+
+def make_roles(
+    graph: CouplingGraph,
+    states: Sequence[Mapping[str, Any]],
+    absent: Mapping[str, Collection[int]],
+) -> dict[str, Role]:
+    """The role of every tensor of the members, by name.
+
+    Args:
+        graph: The analysis of the members.
+        states: For each member, its tensors by name.
+        absent: Tensors that some members lack → the numbers of these members.
+    """
+    averaged, frozen = inner_averages(graph, states), base_reasons(graph)
+
+    def role(name: str) -> Role:
+        if name in graph.program.heads:
+            return Role(RoleKind.HEAD, member=graph.program.heads[name])
+        if name in frozen:
+            return Role(RoleKind.BASE, averaged.get(name, 0.0), frozen[name])
+        if combination_of(graph, name) is Combination.COPY:
+            return Role(RoleKind.COPIED)
+        if name in averaged:
+            return Role(RoleKind.AVERAGED, averaged[name])
+        return Role(RoleKind.MAPPED)
+
+    return {
+        name: replace(role(name), absent_in=tuple(absent.get(name, ())))
+        for name in graph.program.names
+    }
+
+
+def kept_per_member(roles: Mapping[str, Role], names: Iterable[str]) -> dict[str, Role]:
+    """The same roles, but that each member keeps its own of the named tensors."""
+    own = {name: replace(roles[name], kind=RoleKind.PER_MEMBER) for name in names}
+    return {**roles, **own}
+
+
+class Combination(StrEnum):
     """How the members' contributions to a tensor are combined."""
 
     #: The base member's tensor is copied.
     COPY = "copy"
     #: A tensor of a head: its member's weights at the units that come from this member.
     OWN = "own"
-    #: Free or hosted dimensions tell the members apart, or the output's maps hold the 1/N.
+    #: Free dimensions or the base member's tell members apart, or the output's maps hold the 1/N.
     SUM = "sum"
     #: Nothing tells the members apart: their mean is taken.
     MEAN = "mean"
 
 
-def role_of(graph: CouplingGraph, name: str) -> Role:
+def combination_of(graph: CouplingGraph, name: str) -> Combination:
     """How the members' contributions to a tensor are combined."""
     program = graph.program
     tensor = program.tensor(name)
     if is_constant(tensor) or program.canonical[name] not in program.reached():
-        return Role.COPY
+        return Combination.COPY
     wish = graph.asked.get(program.canonical[name])
     if wish is not None:
-        return Role.COPY if wish.kind is Kind.KEEP_BASE else Role.MEAN
+        return Combination.COPY if wish.kind is Kind.KEEP_BASE else Combination.MEAN
     if name in program.heads:
-        return Role.OWN
+        return Combination.OWN
     places = [(name, d) for d in range(tensor.dim())]
     for place in places:
         reason = graph.frozen.get(place)
         if reason is not None and reason.kind in (Kind.KEEP_BASE, Kind.OUTPUT):
-            return Role.SUM
+            return Combination.SUM
         # A dimension that is only read sums over the members: without a dimension that is
         # written, the sum has to become the mean.
         if place in graph.group_of and is_written(graph, place):
-            return Role.SUM
-    return Role.MEAN
+            return Combination.SUM
+    return Combination.MEAN
 
 
 def is_written(graph: CouplingGraph, place: tuple[str, int]) -> bool:
@@ -126,12 +202,14 @@ def _averaged_cells(graph: CouplingGraph, name: str) -> tuple[Any, ...] | None:
     Also of a part that should be and cannot: a weight that is used transposed as well writes the
     sum of the members into an index that all of them share.
     """
-    role, rank = role_of(graph, name), graph.program.tensor(name).dim()
-    if role is Role.MEAN:
+    combination, rank = combination_of(graph, name), graph.program.tensor(name).dim()
+    if combination is Combination.MEAN:
         return ()
     places = [(name, dim) for dim in range(rank)]
     reasons = [graph.frozen.get(place) for place in places]
-    if role is not Role.SUM or any(r is not None and r.kind is Kind.OUTPUT for r in reasons):
+    if combination is not Combination.SUM or any(
+        r is not None and r.kind is Kind.OUTPUT for r in reasons
+    ):
         return None
     shared = [np.flatnonzero(~own_indices(graph, place)) for place in places]
     if rank and all(len(indices) for indices in shared):
@@ -145,48 +223,41 @@ def _averaged_cells(graph: CouplingGraph, name: str) -> tuple[Any, ...] | None:
     return None
 
 
-def hosted_names(graph: CouplingGraph) -> tuple[str, ...]:
-    """Tensors of the trunk with a dimension that is frozen inside the network, or by the caller."""
-    heads, canonical = graph.program.heads, graph.program.canonical
-    found = {n for (n, _), r in graph.frozen.items() if r.kind is Kind.KEEP_BASE and n not in heads}
-    wishes = {name for name, wish in graph.asked.items() if wish.kind is Kind.KEEP_BASE}
-    return tuple(n for n in graph.program.names if n in found or canonical[n] in wishes)
+def base_reasons(graph: CouplingGraph) -> dict[str, str]:
+    """The tensors of the trunk that are the base member's, wholly or in part, and why.
 
-
-def hosted_reasons(graph: CouplingGraph) -> dict[str, str]:
-    """Why tensors are hosted, by name; the first reason of each."""
-    names = set(hosted_names(graph))
+    Frozen inside the network, or by the caller; the first reason of each.
+    """
     found: dict[str, str] = {}
     for (name, _), reason in graph.frozen.items():
-        if name in names and reason.kind is Kind.KEEP_BASE:
+        if reason.kind is Kind.KEEP_BASE:
             found.setdefault(name, reason.why)
-    return found
+    for name in graph.program.names:
+        wish = graph.asked.get(graph.program.canonical[name])
+        # A tensor without dimensions has no frozen place.
+        if wish is not None and wish.kind is Kind.KEEP_BASE:
+            found.setdefault(name, wish.why)
+    return {name: why for name, why in found.items() if name not in graph.program.heads}
 
 
-def widths_of(
+def units_of_members(
     graph: CouplingGraph, n_members: int, absent: Mapping[str, Collection[int]]
-) -> dict[str, tuple[int, ...]]:
-    """For each group, how many units each member has, where members differ in width or depth.
+) -> list[dict[str, int]]:
+    """For each member, how many units of each group it has; empty where all members have as many.
 
     Args:
         graph: The analysis of the members.
         n_members: N.
-        absent: Tensors that some members lack → the numbers of these members.
+        absent: Tensors that some members lack → the numbers of these members. Of a block that a
+            member lacks it has 0 units.
     """
     if not graph.members and not absent:
-        return {}
+        return [{} for _ in range(n_members)]
     lacking = [graph.lacking(absent, member) for member in range(n_members)]
-    return {
-        group.name: tuple(
-            0 if group.name in missing else graph.units_of(group.name, member)
-            for member, missing in enumerate(lacking)
-        )
-        for group in graph.groups
-    }
-
-
-def copied_names(graph: CouplingGraph) -> tuple[str, ...]:
-    """Tensors that are copied from the base member because nothing is to be fused in them."""
-    kept = {*hosted_names(graph), *graph.program.heads}
-    names = (n for n in graph.program.names if n not in kept)
-    return tuple(n for n in names if role_of(graph, n) == Role.COPY)
+    return [
+        {
+            group.name: 0 if group.name in missing else graph.units_of(group.name, member)
+            for group in graph.groups
+        }
+        for member, missing in enumerate(lacking)
+    ]

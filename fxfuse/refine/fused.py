@@ -117,7 +117,7 @@ def check_joint(result: Fused, what: str) -> None:
     Raises:
         RefineError: They do, so that the network is their mean already.
     """
-    if result.plan.mixing == "per_member":
+    if result.plan.mixing.mode == "per_member":
         raise RefineError(
             f"There is nothing to {what}.",
             why="The members run one by one in this network, so it is exactly their mean.",

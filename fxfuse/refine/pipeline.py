@@ -13,7 +13,8 @@ from torch import nn
 from fxfuse.activations.calibration import Calibration
 from fxfuse.analysis.coupling import CouplingGraph
 from fxfuse.errors import RefineError
-from fxfuse.planning.plan import FusionPlan, UnitMap
+from fxfuse.planning.plan import FusionPlan, Mixing, UnitMap
+from fxfuse.planning.roles import Role, RoleKind
 from fxfuse.refine.batch import logits_of
 from fxfuse.refine.distance import distance
 from fxfuse.refine.match import MatchReport, match
@@ -204,4 +205,16 @@ def _all_of(plan: FusionPlan, member: int) -> FusionPlan:
         )
         for m in plan.maps
     )
-    return replace(plan, base_member=member, maps=maps, averaged={}, hosted=(), notes=())
+    # It is that member, so nothing in it is averaged or another's.
+    mixed = (RoleKind.AVERAGED, RoleKind.BASE)
+    roles = {
+        name: Role(RoleKind.MAPPED, absent_in=role.absent_in) if role.kind in mixed else role
+        for name, role in plan.roles.items()
+    }
+    return replace(
+        plan,
+        maps=maps,
+        roles=roles,
+        constraints=replace(plan.constraints, base_member=member),
+        mixing=Mixing(plan.mixing.mode),
+    )

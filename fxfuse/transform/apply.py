@@ -14,7 +14,7 @@ from fxfuse.analysis.coupling import CouplingGraph, CouplingGroup, Index, Place
 from fxfuse.common.scratch import Scratch, zeros
 from fxfuse.members.ranks import of_each
 from fxfuse.planning.plan import FusionPlan
-from fxfuse.planning.roles import Role, role_of
+from fxfuse.planning.roles import Combination, combination_of
 from fxfuse.transform.combine import Box, DimContribution, Lines, box_of, combined
 from fxfuse.transform.layout import Layout, Placements
 
@@ -122,9 +122,9 @@ class _Fusion:
     def fused(self, name: str) -> torch.Tensor:
         """A tensor of the fused network."""
         plan, states = self._plan, self._states
-        role = role_of(self._graph, name)
+        combination = combination_of(self._graph, name)
         owner = self._graph.program.heads.get(name)
-        if role is Role.COPY:
+        if combination is Combination.COPY:
             kept = [plan.base_member if owner is None else owner]
             ((_, tensor),) = of_each(states, lambda _, state: state[name].detach(), kept)
             return tensor.clone()
@@ -135,7 +135,7 @@ class _Fusion:
         placements = [self._placements[name, d] for d in range(rank)]
         # Half precision holds weights, not sums of weights.
         dtype = torch.promote_types(given, torch.float32)
-        result = _Result(zeros([p.size for p in placements], dtype, device), role)
+        result = _Result(zeros([p.size for p in placements], dtype, device), combination)
 
         @cache
         def contributed(member: int) -> tuple[DimContribution, ...]:
@@ -152,7 +152,7 @@ class _Fusion:
             cells = result.cells[self._box(lines)] if apart else None
             tensor = state[name].detach().to(dtype=dtype, device=device)
             part = combined(lines, tensor, self._scratch, cells)
-            share = self._share(lines, role, plan.n_members)
+            share = self._share(lines, combination, plan.n_members)
             if share.numel() == 1 and share.item() == 1.0:
                 return part
             return part.mul_(share.to(part)) if apart else part * share.to(part)
@@ -169,8 +169,8 @@ class _Fusion:
 class _Result:
     """A fused tensor, to which one member after the other contributes."""
 
-    def __init__(self, cells: torch.Tensor, role: Role) -> None:
-        self.cells, self._role = cells, role
+    def __init__(self, cells: torch.Tensor, combination: Combination) -> None:
+        self.cells, self._combination = cells, combination
         self._boxes = list[Box]()
 
     def put(self, part: torch.Tensor, lines: Sequence[DimContribution], box: Box | None) -> None:
@@ -178,10 +178,12 @@ class _Result:
         if box is None:
             where = [torch.from_numpy(line.targets).to(part.device) for line in lines]
             grid = tuple(_along(index, dim, len(where)) for dim, index in enumerate(where))
-            self.cells.index_put_(grid, part, accumulate=self._role is not Role.OWN)
+            self.cells.index_put_(grid, part, accumulate=self._combination is not Combination.OWN)
         elif part.data_ptr() == self.cells[box].data_ptr():
             pass
-        elif self._role is Role.OWN or not any(_meet(box, other) for other in self._boxes):
+        elif self._combination is Combination.OWN or not any(
+            _meet(box, other) for other in self._boxes
+        ):
             # The common case of whole rows of one member: nothing is added to anything.
             self.cells[box] = part
         else:
@@ -208,7 +210,9 @@ def _overlap(a: slice, b: slice) -> bool:
     return a.step != b.step or bool((a.start - b.start) % a.step == 0)
 
 
-def _share(lines: Sequence[DimContribution], role: Role, n_members: int) -> torch.Tensor:
+def _share(
+    lines: Sequence[DimContribution], combination: Combination, n_members: int
+) -> torch.Tensor:
     """How much of each fused cell is this member's, broadcast over equal cells, float64.
 
     Along one dimension that is what M gives the member. Of further dimensions that are written only
@@ -216,9 +220,9 @@ def _share(lines: Sequence[DimContribution], role: Role, n_members: int) -> torc
     """
     rank = len(lines)
     share = np.ones([1] * rank)
-    if role is Role.OWN:
+    if combination is Combination.OWN:
         return torch.as_tensor(share)
-    if role is Role.MEAN:
+    if combination is Combination.MEAN:
         return torch.as_tensor(share / n_members)
     owned = output = hosted = np.zeros([1] * rank, dtype=bool)
     for dim, line in enumerate(lines):

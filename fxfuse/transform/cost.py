@@ -18,6 +18,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from fxfuse.analysis.coupling import CouplingGraph
 from fxfuse.errors import OptionError
 from fxfuse.planning.plan import FusionPlan
+from fxfuse.planning.roles import RoleKind
 from fxfuse.transform.layout import copies_of, default_layout
 from fxfuse.transform.resizing import blank
 
@@ -35,7 +36,7 @@ def parameters_of(
     program, copies = graph.program, copies_of(graph, sizes)
 
     def elements(name: str) -> int:
-        if plan is not None and name in plan.apart:
+        if plan is not None and plan.roles[name].kind is RoleKind.PER_MEMBER:
             members = (graph.of_member(member) for member in range(plan.n_members))
             return sum(member.program.tensor(name).numel() for member in members)
         places = [(name, dim) for dim in range(program.tensor(name).dim())]

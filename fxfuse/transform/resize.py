@@ -9,7 +9,7 @@ from typing import get_args
 from fxfuse.analysis.coupling import CouplingGraph
 from fxfuse.errors import OptionError
 from fxfuse.planning.allocation import Budget
-from fxfuse.planning.plan import Mixing
+from fxfuse.planning.plan import MixingMode
 from fxfuse.planning.widths import Sizes, Width, sizes_of
 from fxfuse.transform.cost import operations_of, parameters_of
 from fxfuse.transform.resizing import settle
@@ -28,7 +28,7 @@ class Target:
         max_params: The most parameter elements.
         max_flops: The most floating-point operations for the example inputs.
         round_to: Channels are rounded to multiples of this.
-        mixing: How operators that mix members run, as in `FusionPlan`; None: member by member
+        mixing: How operators that mix members run, as in `Mixing`; None: member by member
             where every unit of every member is kept, and over all units together elsewhere.
         budget: Whether all groups are equally wide.
     """
@@ -37,7 +37,7 @@ class Target:
     max_params: int | None = None
     max_flops: int | None = None
     round_to: int = 1
-    mixing: Mixing | None = None
+    mixing: MixingMode | None = None
     budget: Budget = "local"
 
     @property
@@ -57,7 +57,7 @@ class Target:
 
 def mixing_of(
     graph: CouplingGraph, n_members: int, target: Target, *, fitted: bool = False
-) -> Mixing:
+) -> MixingMode:
     """How operators that mix members are to run.
 
     Args:
@@ -71,10 +71,10 @@ def mixing_of(
         OptionError: Members are to run one by one where not all of their units are kept, or where
             something is to be one for all members.
     """
-    if target.mixing not in (None, *get_args(Mixing)):
+    if target.mixing not in (None, *get_args(MixingMode)):
         raise OptionError(
             f"mixing {target.mixing!r} is unknown",
-            how=f"use one of {', '.join(get_args(Mixing))}, or leave it out",
+            how=f"use one of {', '.join(get_args(MixingMode))}, or leave it out",
         )
     obstacle = ""
     if target.width is None:
@@ -105,7 +105,7 @@ def resized(
     graph: CouplingGraph,
     n_members: int,
     target: Target,
-    mixing: Mixing = "joint",
+    mixing: MixingMode = "joint",
     spread: Callable[[Sizes], Sizes] | None = None,
 ) -> tuple[Sizes, dict[str, str]] | None:
     """The units of each fused group, and why some groups keep a member's size.

@@ -25,10 +25,9 @@ def make_sized_plan(
     options: Options,
     target: Target,
     *,
-    base_member: int,
     fitted: bool,
 ) -> FusionPlan:
-    """Finds the sizes, asks the method for its maps at these, and notes what was refused.
+    """Finds the sizes, asks the method for its maps at these, and notes which groups keep theirs.
 
     Args:
         graph: The analysis of the members.
@@ -36,7 +35,6 @@ def make_sized_plan(
         method: Name of the method, or `auto`.
         options: What it is told, but for the sizes.
         target: What size is asked for.
-        base_member: The member that keeps what is frozen inside the network.
         fitted: Whether layers will be fitted, to units of all members.
 
     Raises:
@@ -57,22 +55,21 @@ def make_sized_plan(
     found = resized(graph, count, target, mixing, wider)
     if found is not None:
         _check_resizable(found[0], graph, method)
-    sizes, refused = found or (None, {})
+    sizes, kept = found or (None, {})
     plan = None
     if mixing == "per_member":
         try:
-            plan = concatenation_plan(graph, states, base_member=base_member)
+            plan = concatenation_plan(graph, states, absent=options.absent)
         except RewriteError:
             # Heads may begin before the last operator that mixes members.
             if target.mixing or not graph.program.heads:
                 raise
     if plan is None:
         asked = "transplant" if method == "auto" else method
-        plan = make_plan(
-            graph, states, asked, replace(options, sizes=sizes), base_member=base_member
-        )
+        plan = make_plan(graph, states, asked, replace(options, sizes=sizes))
     told = {"budget": "global"} if target.budget == "global" else {}
-    return replace(plan, refused=refused, options={**plan.options, **told})
+    maps = tuple(replace(m, kept=kept.get(m.group, "")) for m in plan.maps)
+    return replace(plan, maps=maps, options={**plan.options, **told})
 
 
 def _width_of_all(target: Target, n_members: int) -> int:

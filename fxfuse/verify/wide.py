@@ -14,7 +14,7 @@ from fxfuse.analysis.multi_width import multi_width
 from fxfuse.graph.capture import Program
 from fxfuse.graph.same_network import check_same_network
 from fxfuse.members.ranks import mapped, of_each
-from fxfuse.planning.plan import FusionPlan, Mixing
+from fxfuse.planning.plan import FusionPlan, MixingMode
 from fxfuse.transform.resizing import emit_resized, output_layouts
 from fxfuse.transform.wide import concatenation_plan
 from fxfuse.verify.check import (
@@ -37,7 +37,7 @@ def concatenation_equals_ensemble(
     example_kwargs: Mapping[str, Any] | None = None,
     *,
     constraints: Constraints | None = None,
-    mixing: Mixing = "joint",
+    mixing: MixingMode = "joint",
 ) -> Check:
     """Wide oracle: without a mixing operator, the concatenation equals the mean of the members.
 
@@ -52,7 +52,7 @@ def concatenation_equals_ensemble(
         example_inputs: A tensor or a tuple of inputs.
         example_kwargs: Keyword inputs.
         constraints: The options of `fxfuse.analyze`.
-        mixing: `joint` or `per_member`, as in `fxfuse.FusionPlan`.
+        mixing: `joint` or `per_member`, as in `FusionPlan.mixing`.
 
     Raises:
         MemberError: The members are not the same network.
@@ -116,13 +116,13 @@ def equals_heads(
         states: For each member, its tensors by name.
         plan: A plan that keeps every unit of every member.
         members: The members themselves.
-        dim: The output's dimension of classes, where heads are handed out as one tensor.
+        dim: The output's dimension of classes, where heads are returned as one tensor.
     """
     module = in_double(emit_resized(graph, plan, [doubled(s) for s in states]))
     args, kwargs = inputs_of(graph.program)
     with torch.no_grad():
         found = tensors_of(module(*args, **kwargs))
-    expected = plan.spaces.combined([run(m, m.state()) for m in members], dim)
+    expected = plan.heads.combined([run(m, m.state()) for m in members], dim)
     error = relative_error(found, expected)
     notes = plan.inexact()
     tolerance = float("inf") if notes else EXACT

@@ -81,9 +81,9 @@ class Fuse(Part):
     share: list[str] = Field([], description="patterns of tensors that are averaged")
     ignore: list[str] = Field([], description="submodules of which nothing is fused")
     output_dims: dict[int, list[int]] = Field({}, description="interface dimensions of outputs")
-    heads: list[str] | Literal["concat", "map"] = Field([], description="modules kept apart")
-    head_outputs: Literal["tuple", "concat", "map"] | None = Field(None, description="of heads")
-    classes: list[list[str | int]] | None = Field(None, description="each member's, for map")
+    heads: list[str] | Literal["concat", "union"] = Field([], description="modules kept apart")
+    head_outputs: Literal["tuple", "concat", "union"] | None = Field(None, description="of heads")
+    classes: list[list[str | int]] | None = Field(None, description="each member's, for union")
     plan: str | None = Field(None, description="plan.json of an earlier fusion of these members")
     verify: bool = Field(True, description="run the oracles")
 

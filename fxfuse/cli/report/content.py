@@ -13,6 +13,8 @@ from fxfuse.api.result import FusionResult
 from fxfuse.cli.report.coupled import Coupled, coupled
 from fxfuse.cli.report.transplanted import GroupShare, shares
 from fxfuse.errors import OptionError, RewriteError
+from fxfuse.planning.plan import FusionPlan
+from fxfuse.planning.roles import RoleKind
 from fxfuse.refine import RefitReport
 from fxfuse.transform.cost import operations_of, parameters_of
 from fxfuse.verify import Check
@@ -136,22 +138,33 @@ def _verdict(result: FusionResult, rows: Sequence[Network]) -> tuple[str, ...]:
         said.append("; ".join(f"{name} {value:.2f} %" for name, value in accuracies.items()) + ".")
     if result.choice is not None:
         said.append(f"Matching {result.choice}.")
-    if plan.averaged:
-        said.append(
-            f"{len(plan.averaged)} tensors are averaged inside the network, an approximation."
-        )
-    if plan.notes:
-        treated = "once for each member" if plan.mixing == "per_member" else "over all members"
-        said.append(f"{len(plan.notes)} operators mix members; they run {treated}.")
-    differ = [group for group, units in plan.widths.items() if len({*units} - {0}) > 1]
+    said += _approximations(plan)
+    return tuple(said)
+
+
+def _approximations(plan: FusionPlan) -> list[str]:
+    """Sentences on what is not as the members have it."""
+    said = []
+    roles = plan.roles.values()
+    averaged = sum(
+        r.kind is RoleKind.AVERAGED or (r.kind is RoleKind.BASE and r.spread > 0) for r in roles
+    )
+    if averaged:
+        said.append(f"{averaged} tensors are averaged inside the network, an approximation.")
+    if plan.mixing.notes:
+        one_by_one = plan.mixing.mode == "per_member"
+        treated = "once for each member" if one_by_one else "over all members"
+        said.append(f"{len(plan.mixing.notes)} operators mix members; they run {treated}.")
+    units = {group: {m.units[group] for m in plan.members} for group in plan.members[0].units}
+    differ = [group for group, found in units.items() if len(found - {0}) > 1]
     if differ:
-        said.append(f"Members differ in width in {len(differ)} of {len(plan.widths)} groups.")
+        said.append(f"Members differ in width in {len(differ)} of {len(units)} groups.")
     if plan.absent:
         who = sorted({member for members in plan.absent.values() for member in members})
         said.append(
             f"Blocks that are the identity where members lack them (members "
             f"{', '.join(map(str, who))}): {len(plan.absent)} tensors."
         )
-    if plan.refused:
-        said.append(f"{len(plan.refused)} groups keep a member's size.")
-    return tuple(said)
+    if plan.kept_sizes:
+        said.append(f"{len(plan.kept_sizes)} groups keep a member's size.")
+    return said

@@ -152,12 +152,6 @@ def _by_fraction(
             why="a variant fuses in steps, and a fraction speaks of one step",
             how="leave one of them out",
         )
-    if not 0 <= base_member < len(states):
-        raise OptionError(
-            f"there is no member {base_member} to be the base member",
-            why=f"the {len(states)} members are counted from 0",
-            how="pass base_member= with the number of a member",
-        )
     kept, scored = {}, _scored(graph, states, parts, options)
     for group in graph.groups:
         rows, values = scored[group.name]

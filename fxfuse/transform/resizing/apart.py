@@ -24,6 +24,7 @@ from fxfuse.errors import RewriteError
 from fxfuse.graph.source_lines import source_of
 from fxfuse.graph.tensors import is_constant
 from fxfuse.planning.plan import FusionPlan
+from fxfuse.planning.roles import RoleKind
 from fxfuse.transform.layout import Copies, Layout
 from fxfuse.transform.resizing.counterparts import Counterparts
 from fxfuse.transform.resizing.units import Units, values_in
@@ -71,10 +72,11 @@ class Apart:
         self._varies: set[fx.Node] = set()
         self._readers: dict[str, list[fx.Node]] = {}
         self._survey()
-        differing = (name for name, spread in plan.averaged.items() if spread > 0)
-        for name in (*differing, *plan.hosted):
-            self._add_tensor(graph.program.canonical[name])
-        noted = {note.node for note in plan.notes}
+        for name, role in plan.roles.items():
+            # What the plan gives each member already, and what could be one for all of them only.
+            if role.kind in (RoleKind.BASE, RoleKind.PER_MEMBER) or role.spread > 0:
+                self._add_tensor(graph.program.canonical[name])
+        noted = {note.node for note in plan.mixing.notes}
         self.add(node for node in graph.program.graph.nodes if node.name in noted)
         means = self._means() | self._heads
         self.add(n for n in self._depends if self._is_sum(n) and n not in means)

@@ -205,7 +205,7 @@ def walk_of(graph: CouplingGraph, plan: FusionPlan) -> ResizedGraph:
         RewriteError: As for `emit_resized`.
     """
     copies = copies_of(graph, plan.sizes())
-    if plan.mixing == "joint":
+    if plan.mixing.mode == "joint":
         return walk_at(graph, copies)
     apart = Apart(graph, plan, copies)
     while True:
