@@ -71,8 +71,8 @@ def measure(name: str) -> dict[str, Any]:
     plan = concatenation_plan(graph, states)
     module = emit_resized(graph, plan, states)
     found, told = _run(graph, plan, module)
-    row["apart"], row["tensors"] = len(plan.apart), len(graph.program.names)
-    row["mixes"] = len(plan.notes)
+    row["apart"], row["tensors"] = len(plan.names_of("per_member")), len(graph.program.names)
+    row["mixes"] = len(plan.mixing.notes)
     means = [torch.stack(each).mean(0) for each in zip(*outputs, strict=True)]
     row["wide"] = verify.relative_error(found, means)
     row["widths"][str(MEMBERS)] = told

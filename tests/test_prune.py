@@ -226,7 +226,7 @@ def test_a_wide_model_that_runs_member_by_member_is_pruned() -> None:
 
     x = torch.randn(3, 5, 16)
     wide = fxfuse.fuse([member(seed) for seed in range(2)], x, width=2)
-    assert wide.plan.mixing == "per_member"
+    assert wide.plan.mixing.mode == "per_member"
     pruned = fxfuse.prune(wide.module, x, width=0.5, plan=wide.plan)
     assert pruned.verification.passed
     before, after = (sum(p.numel() for p in r.module.parameters()) for r in (wide, pruned))
