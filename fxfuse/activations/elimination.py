@@ -9,7 +9,6 @@ pruning: Optimal Brain Surgeon", NeurIPS 1993, per unit instead of per weight).
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import numpy as np
 import torch
@@ -21,12 +20,13 @@ from fxfuse.activations.parts import part_of
 from fxfuse.activations.units import Consumer, consumer_inputs, consumers_of, each_once
 from fxfuse.analysis.coupling import CouplingGraph, CouplingGroup, Index
 from fxfuse.analysis.labels import Kind
+from fxfuse.graph.arguments import argument
+from fxfuse.graph.operator_facts import batch_norm_of
 
 #: Ridge on the covariance, as a share of the mean of its diagonal.
 _RIDGE = 1e-3
 #: Share of the rows that may be gone before they are cut out.
 _CUT = 0.2
-_BATCH_NORM = torch.ops.aten.batch_norm.default
 
 #: Steps of the elimination.
 Ranks = NDArray[np.float64]
@@ -251,11 +251,12 @@ def _folded(graph: CouplingGraph, state: State, consumer: Consumer) -> torch.Ten
     weight = layer.held(state).detach().unsqueeze(-1)
     weight = weight.movedim((layer.inputs, layer.outputs), (0, 1)).flatten(2)
     users = list(layer.node.users)
-    if len(users) == 1 and users[0].target is _BATCH_NORM:
-        args: Any = users[0].args
-        gamma, variance = (name_of(graph.program, args[i]) for i in (1, 4))
+    norm = batch_norm_of(users[0]) if len(users) == 1 else None
+    if norm is not None:
+        given = (argument(users[0], name) for name in (norm.weight, norm.variance))
+        gamma, variance = (name_of(graph.program, node) for node in given)
         if variance is not None:
-            factor = (state[variance] + float(args[7])).rsqrt()
+            factor = (state[variance] + float(argument(users[0], norm.eps))).rsqrt()
             factor = factor if gamma is None else factor * state[gamma]
             weight = weight * factor.detach()[None, :, None]
     return weight

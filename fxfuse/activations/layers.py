@@ -13,30 +13,9 @@ import torch.nn.functional as F
 from torch import fx
 
 from fxfuse.activations.parts import ViewChain, is_read_once, part_of, view_chain_of
-from fxfuse.analysis.rules.registry import argument_of
+from fxfuse.graph.arguments import argument
 from fxfuse.graph.capture import Program
-
-aten = torch.ops.aten
-
-_CONVOLUTIONS = {
-    aten.conv1d.default: 1,
-    aten.conv2d.default: 2,
-    aten.conv3d.default: 3,
-    aten.conv1d.padding: 1,
-    aten.conv2d.padding: 2,
-    aten.conv3d.padding: 3,
-}
-_CONVOLUTIONS_BACK = {
-    aten.conv_transpose1d.default: 1,
-    aten.conv_transpose2d.input: 2,
-    aten.conv_transpose3d.input: 3,
-}
-#: Operators whose weight is [inputs, outputs] → names of their activation, weight and bias.
-_TRANSPOSED = {
-    aten.addmm.default: ("mat1", "mat2", "self"),
-    aten.mm.default: ("self", "mat2", ""),
-    aten.matmul.default: ("self", "other", ""),
-}
+from fxfuse.graph.operator_facts import FACTS, Contraction
 
 
 @dataclass(frozen=True)
@@ -148,11 +127,10 @@ class Layer:
 
     def _patches(self, x: torch.Tensor) -> torch.Tensor:
         """View of the padded input: [batch, channels, *positions, *kernel]."""
-        weight_shape = _shape(self.node.args[1])
-        kernel = weight_shape[2:]
-        stride = _spread(_argument(self.node, "stride"), self.space)
-        dilation = _spread(_argument(self.node, "dilation"), self.space)
-        padding: Any = _argument(self.node, "padding")
+        kernel = _shape(argument(self.node, "weight"))[2:]
+        stride = _spread(argument(self.node, "stride"), self.space)
+        dilation = _spread(argument(self.node, "dilation"), self.space)
+        padding: Any = argument(self.node, "padding")
         if padding == "same":
             total = [d * (k - 1) for d, k in zip(dilation, kernel, strict=True)]
             sides = [(t // 2, t - t // 2) for t in total]
@@ -164,10 +142,10 @@ class Layer:
 
     def _patches_back(self, x: torch.Tensor) -> torch.Tensor:
         """As `_patches`, of a transposed convolution's input, in the order of its kernel."""
-        kernel = _shape(self.node.args[1])[2:]
+        kernel = _shape(argument(self.node, "weight"))[2:]
         names = ("stride", "dilation", "padding", "output_padding")
         stride, dilation, padding, extra = (
-            _spread(_argument(self.node, name), self.space) for name in names
+            _spread(argument(self.node, name), self.space) for name in names
         )
         sizes = [(n - 1) * s + 1 for n, s in zip(x.shape[2:], stride, strict=True)]
         spread = x.new_zeros(*x.shape[:2], *sizes)
@@ -237,37 +215,24 @@ def layer_at(program: Program, node: fx.Node) -> Layer | None:
         program: A network.
         node: A node of its graph, or of one that reads the same tensors by the same names.
     """
-    if node.target is aten.linear.default:
-        x, weight, bias = (_argument(node, n) for n in ("input", "weight", "bias"))
-        shape, space, groups = (0, 1), 0, 1
-    elif node.target in _CONVOLUTIONS:
-        x, weight, bias = (_argument(node, n) for n in ("input", "weight", "bias"))
-        shape, space, groups = (0, 1), _CONVOLUTIONS[node.target], int(_argument(node, "groups"))
-    elif node.target in _CONVOLUTIONS_BACK:
-        x, weight, bias = (_argument(node, n) for n in ("input", "weight", "bias"))
-        shape, space = (1, 0), _CONVOLUTIONS_BACK[node.target]
-        groups = int(_argument(node, "groups"))
-    elif node.target in _TRANSPOSED:
-        x, weight, bias = (_argument(node, n) if n else None for n in _TRANSPOSED[node.target])
-        shape, space, groups = (1, 0), 0, 1
-        scaled = any(_argument(node, n) not in (None, 1) for n in ("alpha", "beta"))
-        if scaled:
-            return None
-    else:
+    facts = FACTS.get(node.target)
+    if not isinstance(facts, Contraction) or any(argument(node, n) != 1 for n in facts.factors):
         return None
+    x, weight, bias = (argument(node, n) for n in (facts.input, facts.weight, facts.bias))
     (name, way), (bias_name, bias_way) = (_read_by(program, n) for n in (weight, bias))
     if name is None or not isinstance(x, fx.Node) or x.op == "get_attr":
         return None
     if bias is not None and bias_name is None:
         return None
     # Parts are cut along the outputs, so that the inputs stand as in the whole.
-    cuts = (_argument(n, "dim") for n in way if n.target is not operator.getitem)
-    if any(dim % program.tensor(name).dim() != shape[0] for dim in cuts):
+    cuts = (argument(n, "dim") for n in way if n.target is not operator.getitem)
+    if any(dim % program.tensor(name).dim() != facts.outputs for dim in cuts):
         return None
-    rank, back = 2 + space, node.target in _CONVOLUTIONS_BACK
-    if program.tensor(name).dim() != rank or (space and len(_shape(node)) != rank):
+    space, groups = facts.space, int(argument(node, facts.groups) or 1)
+    if program.tensor(name).dim() != 2 + space or (space and len(_shape(node)) != 2 + space):
         return None
-    told = (shape[1], shape[0], groups, space, back, way, bias_way)
+    back = bool(space) and facts.transposed
+    told = (facts.inputs, facts.outputs, groups, space, back, way, bias_way)
     return Layer(node, x, name, bias_name or "", *told)
 
 
@@ -286,10 +251,6 @@ def _with_part(way: ViewChain, whole: torch.Tensor, part: torch.Tensor) -> torch
     whole = whole.detach().clone()
     part_of(way, whole).copy_(part)
     return whole
-
-
-def _argument(node: fx.Node, name: str) -> Any:
-    return argument_of(node, name, node.args, node.kwargs)
 
 
 def _shape(node: Any) -> Sequence[int]:

@@ -15,13 +15,11 @@ import torch
 from torch import fx
 
 from fxfuse.activations.layers import Layer, name_of, reads_of
-from fxfuse.analysis.rules.recurrent import GATES, weights_of
-from fxfuse.analysis.rules.registry import argument_of
+from fxfuse.analysis.rules.recurrent import weights_of
+from fxfuse.graph.arguments import argument
 from fxfuse.graph.capture import Program
+from fxfuse.graph.operator_facts import FACTS, Recurrence
 
-aten = torch.ops.aten
-
-_LAYERS = (aten.lstm.input, aten.gru.input, aten.rnn_tanh.input, aten.rnn_relu.input)
 State = Mapping[str, torch.Tensor]
 
 
@@ -109,8 +107,10 @@ def equations_of(node: fx.Node) -> tuple[Equation, ...]:
 
     All gates see the sum of both products, apart from a GRU's new state, which scales one of them.
     """
-    gates = GATES[node.target]
-    if node.target is not aten.gru.input:
+    facts = FACTS[node.target]
+    assert isinstance(facts, Recurrence)
+    gates = facts.gates
+    if not facts.resets:
         return (Equation((0, gates)),)
     new = (gates - 1, gates)
     sides = Equation(new, recurrent=False), Equation(new, inner=False)
@@ -222,10 +222,11 @@ def recurrent_at(program: Program, node: fx.Node, reads: Mapping[str, int]) -> R
         node: A node of its graph, or of one that reads the same tensors by the same names.
         reads: `reads_of` the network.
     """
-    if node.target not in _LAYERS:
+    facts = FACTS.get(node.target)
+    if not isinstance(facts, Recurrence) or facts.is_cell:
         return None
     x, hx, parameters, has_biases, n_layers, two_ways, batch_first = (
-        argument_of(node, name, node.args, node.kwargs)
+        argument(node, name)
         for name in (
             "input",
             "hx",
