@@ -20,7 +20,6 @@ from fxfuse.graph.operator_facts import (
     Contraction,
     Convolution,
     Dropout,
-    Lookup,
     Normalisation,
     OperatorFacts,
     Recurrence,
@@ -200,15 +199,6 @@ def test_the_training_argument_changes_the_result(operator: Any):
     assert still.equal(x) == isinstance(facts, Dropout)
 
 
-def test_a_table_is_looked_up():
-    table = torch.randn(5, 3)
-    for operator in operators(Lookup):
-        facts = FACTS[operator]
-        assert isinstance(facts, Lookup)
-        found = call(operator, **{facts.weight: table, facts.input: torch.tensor([4, 0])})
-        assert found.equal(table[[4, 0]])
-
-
 def test_an_operator_with_two_rows_is_an_error():
     with pytest.raises(RuleError, match="two rows"):
         operator_facts.register(aten.conv2d.default, Convolution(space=2))
@@ -218,11 +208,9 @@ def test_an_operator_with_two_rows_is_an_error():
 NAMED = {
     "analysis/heads.py": {"linear"},
     "analysis/rules/contraction.py": {"addmm", "linear", "matmul", "mm"},
-    "analysis/rules/lookup.py": {"embedding"},
     "analysis/rules/pointwise.py": {"rrelu_"},
     "ensemble/lowerings/contraction.py": {"addmm", "linear", "matmul", "mm"},
     "ensemble/lowerings/elementwise.py": {"dropout"},
-    "ensemble/lowerings/lookup.py": {"embedding"},
 }
 
 

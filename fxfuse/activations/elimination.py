@@ -249,7 +249,7 @@ def _folded(graph: CouplingGraph, state: State, consumer: Consumer) -> torch.Ten
     """The weight as [inputs, outputs, kernel], with the batch norm behind it folded in."""
     layer = consumer.layer
     weight = layer.held(state).detach().unsqueeze(-1)
-    weight = weight.movedim((layer.inputs, layer.outputs), (0, 1)).flatten(2)
+    weight = weight.movedim((layer.facts.inputs, layer.facts.outputs), (0, 1)).flatten(2)
     users = list(layer.node.users)
     norm = batch_norm_of(users[0]) if len(users) == 1 else None
     if norm is not None:
@@ -271,8 +271,8 @@ def _outputs(
     shape: torch.Size,
 ) -> Index:
     """Which of a reader's outputs count in one member, whose weight has this shape."""
-    place = (consumer.layer.weight, consumer.layer.outputs)
-    counts = np.ones(shape[consumer.layer.outputs], dtype=bool)
+    place = (consumer.layer.weight, consumer.layer.facts.outputs)
+    counts = np.ones(shape[consumer.layer.facts.outputs], dtype=bool)
     reason = graph.frozen.get(place)
     if reason is not None and reason.kind is Kind.KEEP_BASE and member != base_member:
         counts[reason.indices] = False
@@ -284,9 +284,9 @@ def _outputs(
             counts[group.index[place][own].reshape(-1)] = True
     # A layer that reads a part of the weight has the outputs of this part.
     layer = consumer.layer
-    line = [-1 if dim == layer.outputs else 1 for dim in range(len(shape))]
+    line = [-1 if dim == layer.facts.outputs else 1 for dim in range(len(shape))]
     read = part_of(layer.way, torch.from_numpy(counts).reshape(line).expand(shape))
-    return np.flatnonzero(read.movedim(layer.outputs, 0).flatten(1)[:, 0].numpy())
+    return np.flatnonzero(read.movedim(layer.facts.outputs, 0).flatten(1)[:, 0].numpy())
 
 
 def size_of(weights: torch.Tensor, covariance: torch.Tensor) -> torch.Tensor:

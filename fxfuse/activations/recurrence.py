@@ -18,7 +18,7 @@ from fxfuse.activations.layers import Layer, name_of, reads_of
 from fxfuse.analysis.rules.recurrent import weights_of
 from fxfuse.graph.arguments import argument
 from fxfuse.graph.capture import Program
-from fxfuse.graph.operator_facts import FACTS, Recurrence
+from fxfuse.graph.operator_facts import FACTS, Contraction, Recurrence
 
 State = Mapping[str, torch.Tensor]
 
@@ -207,10 +207,10 @@ def readers_of(program: Program) -> tuple[Layer, ...]:
     found = []
     for work in recurrent_of(program):
         first, last = work.layers[0], work.layers[-1]
-        found += [Layer(work.node, work.input, d.inner, "", 1, 0) for d in first]
+        found += [Layer(work.node, work.input, d.inner, "", Contraction()) for d in first]
         outputs = [n for n in work.node.users if n.target is operator.getitem and n.args[1] == 0]
         if len(last) == 1 and outputs:
-            found.append(Layer(work.node, outputs[0], last[0].recurrent, "", 1, 0))
+            found.append(Layer(work.node, outputs[0], last[0].recurrent, "", Contraction()))
     return tuple(found)
 
 
@@ -225,28 +225,18 @@ def recurrent_at(program: Program, node: fx.Node, reads: Mapping[str, int]) -> R
     facts = FACTS.get(node.target)
     if not isinstance(facts, Recurrence) or facts.is_cell:
         return None
-    x, hx, parameters, has_biases, n_layers, two_ways, batch_first = (
-        argument(node, name)
-        for name in (
-            "input",
-            "hx",
-            "params",
-            "has_biases",
-            "num_layers",
-            "bidirectional",
-            "batch_first",
-        )
-    )
+    x, hx, parameters = (argument(node, name) for name in (facts.input, "hx", "params"))
     states = tuple(hx) if isinstance(hx, list | tuple) else (hx,)
     names = [name_of(program, each) for each in parameters]
     own = [name for name in names if name is not None and reads[name] == 1]
     if len(own) < len(names) or not all(isinstance(n, fx.Node) for n in (x, *states)):
         return None
-    directions = 2 if two_ways else 1
-    parts = weights_of(own, has_biases=has_biases, parts=directions * n_layers)
+    directions = 2 if argument(node, "bidirectional") else 1
+    count = directions * argument(node, "num_layers")
+    parts = weights_of(own, has_biases=argument(node, "has_biases"), parts=count)
     each = [
         Direction(part, part % directions == 1, w.inner, w.recurrent, w.biases, w.projection or "")
         for part, w in enumerate(parts)
     ]
     layers = tuple(tuple(each[s : s + directions]) for s in range(0, len(each), directions))
-    return Recurrent(node, x, states, layers, bool(batch_first))
+    return Recurrent(node, x, states, layers, bool(argument(node, "batch_first")))

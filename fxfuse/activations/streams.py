@@ -12,11 +12,11 @@ from fxfuse.analysis.coupling import CouplingGraph, Index
 from fxfuse.analysis.labels import AbstractTensor, neurons
 from fxfuse.analysis.rules.registry import find
 from fxfuse.graph.arguments import argument
-from fxfuse.graph.operator_facts import FACTS, Contraction, Dropout, Lookup, Normalisation
+from fxfuse.graph.operator_facts import FACTS, Contraction, Dropout, Normalisation
 
 _ATEN = torch.ops.aten
-#: Sums, and a copy.
-_SUMS = {_ATEN.add.Tensor, _ATEN.sub.Tensor, _ATEN.clone.default}
+#: Sums, a copy, and a table that writes units.
+_LINEAR = {_ATEN.add.Tensor, _ATEN.sub.Tensor, _ATEN.clone.default, _ATEN.embedding.default}
 #: Where they are over other dimensions.
 _MEANS = {_ATEN.mean.dim, _ATEN.sum.dim_IntList}
 #: Files of rules for what only moves values.
@@ -78,7 +78,7 @@ def _groups_at(nodes: Iterable[fx.Node], graph: CouplingGraph, numbers: Index) -
 def _is_linear(node: fx.Node, met: set[int], graph: CouplingGraph, numbers: Index) -> bool:
     """Whether a node treats mixtures of the units that it meets as it treats the units."""
     facts = FACTS.get(node.target)
-    if node.target in _SUMS or _is_norm(node) or isinstance(facts, Dropout | Lookup):
+    if node.target in _LINEAR or _is_norm(node) or isinstance(facts, Dropout):
         return True
     # Without a bias, both operands may be activations.
     if isinstance(facts, Contraction) and facts.bias:

@@ -135,18 +135,6 @@ class Dropout(OperatorFacts):
     training: str = "train"
 
 
-@dataclass(frozen=True, kw_only=True)
-class Lookup(OperatorFacts):
-    """Looks rows of a table up; their channels stand last.
-
-    Attributes:
-        weight: Name of the table.
-    """
-
-    input: str = "indices"
-    weight: str = "weight"
-
-
 _FACTS: dict[Any, OperatorFacts] = {}
 #: The facts of each operator that has any, read-only.
 FACTS: Mapping[Any, OperatorFacts] = MappingProxyType(_FACTS)
@@ -258,5 +246,3 @@ register(aten.feature_alpha_dropout.default, Dropout())
 register(aten.feature_alpha_dropout_.default, Dropout(input="self"))
 register(aten.rrelu.default, OperatorFacts(input="self", training="training"))
 register(aten.rrelu_.default, OperatorFacts(input="self", training="training"))
-
-register(aten.embedding.default, Lookup())

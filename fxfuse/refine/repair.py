@@ -177,7 +177,7 @@ def _wanted(
 def _spread(layer: Layer, statistic: Tensor, like: Tensor) -> Tensor:
     """A statistic `[c]` at every position of one output of a layer."""
     shape = [1] * like.dim()
-    shape[1 if layer.space else -1] = -1
+    shape[layer.facts.channels] = -1
     return statistic.reshape(shape).expand(1, *like.shape[1:])
 
 

@@ -36,27 +36,28 @@ class FoldBatchNorm(OfEvalForm):
 
 def _fold(module: fx.GraphModule, norm: fx.Node) -> bool:
     """Folds a node that is a batch norm into the layer before it; False where it must stay."""
-    facts = batch_norm_of(norm)
-    if facts is None:
+    batch_norm = batch_norm_of(norm)
+    if batch_norm is None:
         return False
-    layer: fx.Node = argument(norm, facts.input)
-    own = FACTS.get(layer.target)
-    if not isinstance(own, Contraction) or len(layer.users) > 1:
+    layer: fx.Node = argument(norm, batch_norm.input)
+    facts = FACTS.get(layer.target)
+    if not isinstance(facts, Contraction) or len(layer.users) > 1:
         return False
     # What addmm adds need not be a bias, and groups lie along the inputs of a transposed weight.
-    if own.transposed and argument(layer, own.groups) != 1:
+    if facts.transposed and argument(layer, facts.groups) != 1:
         return False
-    weight, bias = argument(layer, own.weight), argument(layer, own.bias)
-    nodes = (weight, bias, *(argument(norm, name) for name in facts.state))
+    weight, bias = argument(layer, facts.weight), argument(layer, facts.bias)
+    nodes = (weight, bias, *(argument(norm, name) for name in batch_norm.state))
     tensors = [_tensor(module, node) for node in nodes]
     known = all(t is not None or n is None for t, n in zip(tensors, nodes, strict=True))
     kernel, shift, gamma, beta, mean, variance = tensors
     if not known or kernel is None or mean is None or variance is None:
         return False
-    if not own.space and not _is_matrix(layer):
+    if not facts.space and not _is_matrix(layer):
         return False
+    epsilon = argument(norm, batch_norm.eps)
     new_weight, new_bias = fuse_conv_bn_weights(
-        kernel, shift, mean, variance, argument(norm, facts.eps), gamma, beta, own.transposed
+        kernel, shift, mean, variance, epsilon, gamma, beta, facts.transposed
     )
     name = str(weight.target)
     beside = f"{name.rpartition('.')[0]}.bias".lstrip(".") if bias is None else str(bias.target)
@@ -65,8 +66,8 @@ def _fold(module: fx.GraphModule, norm: fx.Node) -> bool:
             module.graph.get_attr(_attached(module, own, tensor.detach()))
             for own, tensor in ((name, new_weight), (beside, new_bias))
         ]
-    set_argument(layer, own.weight, made[0])
-    set_argument(layer, own.bias, made[1])
+    set_argument(layer, facts.weight, made[0])
+    set_argument(layer, facts.bias, made[1])
     norm.replace_all_uses_with(layer)
     module.graph.erase_node(norm)
     return True

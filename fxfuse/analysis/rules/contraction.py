@@ -59,9 +59,16 @@ def addmm(call: Call) -> AbstractTensor:
     return replace(meet(call.coupling, result, align(addend, x.rank)), shape=result.shape)
 
 
-@rule(aten.matmul.default, aten.mm.default, aten.bmm.default)
+@rule(
+    aten.matmul.default,
+    aten.mm.default,
+    aten.bmm.default,
+    aten.mv.default,
+    aten.dot.default,
+    aten.vdot.default,
+)
 def matmul(call: Call) -> AbstractTensor:
-    """`* t s, * s d -> * t d`, leading dimensions broadcast."""
+    """`* t s, * s d -> * t d`, leading dimensions broadcast; a vector lacks t or d."""
     a, b = call.args[0], call.args[1]
     call.coupling.record_use(a, 0)
     call.coupling.record_use(b, 1)
@@ -94,22 +101,6 @@ def einsum(call: Call) -> Any:
     call.coupling.record_use(operands[0], 0)
     call.coupling.record_use(operands[1], 1)
     return contract(call.coupling, operands[0], terms[0], operands[1], terms[1], out)
-
-
-@rule(aten.mv.default)
-def matrix_vector(call: Call) -> AbstractTensor:
-    """`t s, s -> t`."""
-    call.coupling.record_use(call.args[0], 0)
-    call.coupling.record_use(call.args[1], 1)
-    return contract(call.coupling, call.args[0], "ts", call.args[1], "s", "t")
-
-
-@rule(aten.dot.default, aten.vdot.default)
-def inner_product(call: Call) -> AbstractTensor:
-    """`s, s ->`."""
-    call.coupling.record_use(call.args[0], 0)
-    call.coupling.record_use(call.args[1], 1)
-    return contract(call.coupling, call.args[0], "s", call.args[1], "s", "")
 
 
 @rule(aten.bilinear.default)
