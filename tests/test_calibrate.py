@@ -119,8 +119,9 @@ def test_targets_are_the_kept_units_of_the_members():
     for layer in layers_of(graph.program):
         values = [runner.value(layer.node)[0] for runner in runners]
         merged = targets.merge(layer.node, values)
-        for group in graph.group_of.get((layer.weight, layer.outputs), ()):
-            unit_map, rows = plan.map_of(group.name), group.index[(layer.weight, layer.outputs)]
+        place = (layer.weight, layer.facts.outputs)
+        for group in graph.group_of.get(place, ()):
+            unit_map, rows = plan.map_of(group.name), group.index[place]
             for target, member, unit in zip(
                 unit_map.target, unit_map.member, unit_map.unit, strict=True
             ):

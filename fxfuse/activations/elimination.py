@@ -9,7 +9,6 @@ pruning: Optimal Brain Surgeon", NeurIPS 1993, per unit instead of per weight).
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import numpy as np
 import torch
@@ -21,12 +20,13 @@ from fxfuse.activations.parts import part_of
 from fxfuse.activations.units import Consumer, consumer_inputs, consumers_of, each_once
 from fxfuse.analysis.coupling import CouplingGraph, CouplingGroup, Index
 from fxfuse.analysis.labels import Kind
+from fxfuse.graph.arguments import argument
+from fxfuse.graph.operator_facts import batch_norm_of
 
 #: Ridge on the covariance, as a share of the mean of its diagonal.
 _RIDGE = 1e-3
 #: Share of the rows that may be gone before they are cut out.
 _CUT = 0.2
-_BATCH_NORM = torch.ops.aten.batch_norm.default
 
 #: Steps of the elimination.
 Ranks = NDArray[np.float64]
@@ -249,13 +249,14 @@ def _folded(graph: CouplingGraph, state: State, consumer: Consumer) -> torch.Ten
     """The weight as [inputs, outputs, kernel], with the batch norm behind it folded in."""
     layer = consumer.layer
     weight = layer.held(state).detach().unsqueeze(-1)
-    weight = weight.movedim((layer.inputs, layer.outputs), (0, 1)).flatten(2)
+    weight = weight.movedim((layer.facts.inputs, layer.facts.outputs), (0, 1)).flatten(2)
     users = list(layer.node.users)
-    if len(users) == 1 and users[0].target is _BATCH_NORM:
-        args: Any = users[0].args
-        gamma, variance = (name_of(graph.program, args[i]) for i in (1, 4))
+    norm = batch_norm_of(users[0]) if len(users) == 1 else None
+    if norm is not None:
+        given = (argument(users[0], name) for name in (norm.weight, norm.variance))
+        gamma, variance = (name_of(graph.program, node) for node in given)
         if variance is not None:
-            factor = (state[variance] + float(args[7])).rsqrt()
+            factor = (state[variance] + float(argument(users[0], norm.eps))).rsqrt()
             factor = factor if gamma is None else factor * state[gamma]
             weight = weight * factor.detach()[None, :, None]
     return weight
@@ -270,8 +271,8 @@ def _outputs(
     shape: torch.Size,
 ) -> Index:
     """Which of a reader's outputs count in one member, whose weight has this shape."""
-    place = (consumer.layer.weight, consumer.layer.outputs)
-    counts = np.ones(shape[consumer.layer.outputs], dtype=bool)
+    place = (consumer.layer.weight, consumer.layer.facts.outputs)
+    counts = np.ones(shape[consumer.layer.facts.outputs], dtype=bool)
     reason = graph.frozen.get(place)
     if reason is not None and reason.kind is Kind.KEEP_BASE and member != base_member:
         counts[reason.indices] = False
@@ -283,9 +284,9 @@ def _outputs(
             counts[group.index[place][own].reshape(-1)] = True
     # A layer that reads a part of the weight has the outputs of this part.
     layer = consumer.layer
-    line = [-1 if dim == layer.outputs else 1 for dim in range(len(shape))]
+    line = [-1 if dim == layer.facts.outputs else 1 for dim in range(len(shape))]
     read = part_of(layer.way, torch.from_numpy(counts).reshape(line).expand(shape))
-    return np.flatnonzero(read.movedim(layer.outputs, 0).flatten(1)[:, 0].numpy())
+    return np.flatnonzero(read.movedim(layer.facts.outputs, 0).flatten(1)[:, 0].numpy())
 
 
 def size_of(weights: torch.Tensor, covariance: torch.Tensor) -> torch.Tensor:

@@ -13,30 +13,9 @@ import torch.nn.functional as F
 from torch import fx
 
 from fxfuse.activations.parts import ViewChain, is_read_once, part_of, view_chain_of
-from fxfuse.analysis.rules.registry import argument_of
+from fxfuse.graph.arguments import argument
 from fxfuse.graph.capture import Program
-
-aten = torch.ops.aten
-
-_CONVOLUTIONS = {
-    aten.conv1d.default: 1,
-    aten.conv2d.default: 2,
-    aten.conv3d.default: 3,
-    aten.conv1d.padding: 1,
-    aten.conv2d.padding: 2,
-    aten.conv3d.padding: 3,
-}
-_CONVOLUTIONS_BACK = {
-    aten.conv_transpose1d.default: 1,
-    aten.conv_transpose2d.input: 2,
-    aten.conv_transpose3d.input: 3,
-}
-#: Operators whose weight is [inputs, outputs] → names of their activation, weight and bias.
-_TRANSPOSED = {
-    aten.addmm.default: ("mat1", "mat2", "self"),
-    aten.mm.default: ("self", "mat2", ""),
-    aten.matmul.default: ("self", "other", ""),
-}
+from fxfuse.graph.operator_facts import FACTS, Contraction
 
 
 @dataclass(frozen=True)
@@ -48,26 +27,21 @@ class Layer:
         input: The activation that it reads.
         weight: Name of the weight.
         bias: Name of the bias, or "".
-        inputs: Dimension of the weight along which it reads the activation's channels.
-        outputs: Dimension of the weight along which its outputs stand.
-        groups: Number of groups; channels of the weight's `inputs` are those of one group, and of
-            a transposed convolution those of its `outputs`.
-        space: Number of dimensions that a kernel goes along; 0 for a matrix product.
+        facts: Where the weight has its inputs and outputs, and the activation its channels. Of a
+            transposed convolution: it is a convolution of its input spread out by the stride, with
+            zeros in between, by the kernel turned round.
+        groups: Number of groups; the weight's inputs are those of one group, and of a transposed
+            convolution its outputs.
         way: From the weight to the rows of it that the layer reads; empty: it reads the whole.
         bias_way: The same for the bias.
-        back: Whether it is a transposed convolution: a convolution of its input spread out by the
-            stride, with zeros in between, by the kernel turned round.
     """
 
     node: fx.Node
     input: fx.Node
     weight: str
     bias: str
-    inputs: int
-    outputs: int
+    facts: Contraction
     groups: int = 1
-    space: int = 0
-    back: bool = False
     way: ViewChain = ()
     bias_way: ViewChain = ()
 
@@ -94,15 +68,16 @@ class Layer:
         Of a transposed convolution with groups that is the one of the inputs: along the other one
         all groups stand on top of each other.
         """
-        return self.inputs if self.back and self.groups > 1 else self.outputs
+        transposed = self.facts.transposed and self.groups > 1
+        return self.facts.inputs if transposed else self.facts.outputs
 
     def channels_last(self, x: torch.Tensor) -> torch.Tensor:
         """An input or output of the layer with its channels last, [..., channels]."""
-        return x.movedim(1, -1) if self.space else x
+        return x.movedim(self.facts.channels, -1)
 
     def n_rows(self, y: torch.Tensor) -> int:
         """Rows of one output of the layer: examples times positions."""
-        return y.numel() // y.shape[1 if self.space else -1]
+        return y.numel() // y.shape[self.facts.channels]
 
     def output_rows(self, y: torch.Tensor) -> torch.Tensor:
         """An output of the layer, or anything of its shape, as [rows, channels]."""
@@ -119,27 +94,28 @@ class Layer:
         Returns:
             [n, groups, features]; features are channels of a group, then kernel positions.
         """
-        if not self.space:
+        space = self.facts.space
+        if not space:
             return x.reshape(-1, x.shape[-1])[chosen].unsqueeze(1)
-        patches = self._patches_back(x) if self.back else self._patches(x)
-        sizes = [patches.shape[0], *patches.shape[2 : 2 + self.space]]
-        rows = patches.movedim(1, 1 + self.space)[torch.unravel_index(chosen, sizes)]
+        patches = self._patches_back(x) if self.facts.transposed else self._patches(x)
+        sizes = [patches.shape[0], *patches.shape[2 : 2 + space]]
+        rows = patches.movedim(1, 1 + space)[torch.unravel_index(chosen, sizes)]
         return rows.reshape(len(chosen), self.groups, -1)
 
     def matrix(self, weight: torch.Tensor) -> torch.Tensor:
         """The weight as [groups, features, outputs of a group]."""
-        if not self.space:
-            return (weight if self.outputs else weight.t()).unsqueeze(0)
-        if self.back:
+        if not self.facts.space:
+            return (weight if self.facts.transposed else weight.t()).unsqueeze(0)
+        if self.facts.transposed:
             taps = weight.flatten(2).transpose(1, 2)
             return taps.reshape(self.groups, -1, weight.shape[1])
         return weight.reshape(self.groups, -1, weight[0].numel()).transpose(1, 2)
 
     def weight_of(self, matrix: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
         """The weight that `matrix` gives [groups, features, outputs of a group]."""
-        if not self.space:
-            weight = matrix[0] if self.outputs else matrix[0].t()
-        elif self.back:
+        if not self.facts.space:
+            weight = matrix[0] if self.facts.transposed else matrix[0].t()
+        elif self.facts.transposed:
             taps = matrix.reshape(like.shape[0], -1, like.shape[1])
             weight = taps.transpose(1, 2).reshape(like.shape)
         else:
@@ -148,27 +124,23 @@ class Layer:
 
     def _patches(self, x: torch.Tensor) -> torch.Tensor:
         """View of the padded input: [batch, channels, *positions, *kernel]."""
-        weight_shape = _shape(self.node.args[1])
-        kernel = weight_shape[2:]
-        stride = _spread(_argument(self.node, "stride"), self.space)
-        dilation = _spread(_argument(self.node, "dilation"), self.space)
-        padding: Any = _argument(self.node, "padding")
+        kernel = _shape(argument(self.node, "weight"))[2:]
+        stride, dilation = self._along("stride"), self._along("dilation")
+        padding: Any = argument(self.node, "padding")
         if padding == "same":
             total = [d * (k - 1) for d, k in zip(dilation, kernel, strict=True)]
             sides = [(t // 2, t - t // 2) for t in total]
         elif padding == "valid":
-            sides = [(0, 0)] * self.space
+            sides = [(0, 0)] * len(kernel)
         else:
-            sides = [(p, p) for p in _spread(padding, self.space)]
+            sides = [(p, p) for p in self._along("padding")]
         return self._unfolded(x, sides, kernel, stride, dilation)
 
     def _patches_back(self, x: torch.Tensor) -> torch.Tensor:
         """As `_patches`, of a transposed convolution's input, in the order of its kernel."""
-        kernel = _shape(self.node.args[1])[2:]
+        kernel = _shape(argument(self.node, "weight"))[2:]
         names = ("stride", "dilation", "padding", "output_padding")
-        stride, dilation, padding, extra = (
-            _spread(_argument(self.node, name), self.space) for name in names
-        )
+        stride, dilation, padding, extra = map(self._along, names)
         sizes = [(n - 1) * s + 1 for n, s in zip(x.shape[2:], stride, strict=True)]
         spread = x.new_zeros(*x.shape[:2], *sizes)
         index = [slice(None), slice(None), *(slice(None, None, s) for s in stride)]
@@ -176,8 +148,14 @@ class Layer:
         # A tap reaches as far back as the kernel is long; a padding takes that away again.
         reach = [d * (k - 1) - p for d, k, p in zip(dilation, kernel, padding, strict=True)]
         sides = [(r, r + e) for r, e in zip(reach, extra, strict=True)]
-        patches = self._unfolded(spread, sides, kernel, [1] * self.space, dilation)
-        return patches.flip([-1 - d for d in range(self.space)])
+        patches = self._unfolded(spread, sides, kernel, [1] * len(kernel), dilation)
+        return patches.flip([-1 - d for d in range(len(kernel))])
+
+    def _along(self, name: str) -> list[int]:
+        """An argument of the node, with a number for each dimension that the kernel goes along."""
+        given = argument(self.node, name)
+        values = list(given) if isinstance(given, list | tuple) else [given]
+        return values * self.facts.space if len(values) == 1 else values
 
     def _unfolded(
         self,
@@ -189,7 +167,7 @@ class Layer:
     ) -> torch.Tensor:
         """View of a padded input: [batch, channels, *positions, *kernel]."""
         x = F.pad(x, [p for side in reversed(sides) for p in side])
-        for d in range(self.space):
+        for d in range(len(kernel)):
             x = x.unfold(2 + d, dilation[d] * (kernel[d] - 1) + 1, stride[d])
             x = x[..., :: dilation[d]]
         return x
@@ -237,38 +215,23 @@ def layer_at(program: Program, node: fx.Node) -> Layer | None:
         program: A network.
         node: A node of its graph, or of one that reads the same tensors by the same names.
     """
-    if node.target is aten.linear.default:
-        x, weight, bias = (_argument(node, n) for n in ("input", "weight", "bias"))
-        shape, space, groups = (0, 1), 0, 1
-    elif node.target in _CONVOLUTIONS:
-        x, weight, bias = (_argument(node, n) for n in ("input", "weight", "bias"))
-        shape, space, groups = (0, 1), _CONVOLUTIONS[node.target], int(_argument(node, "groups"))
-    elif node.target in _CONVOLUTIONS_BACK:
-        x, weight, bias = (_argument(node, n) for n in ("input", "weight", "bias"))
-        shape, space = (1, 0), _CONVOLUTIONS_BACK[node.target]
-        groups = int(_argument(node, "groups"))
-    elif node.target in _TRANSPOSED:
-        x, weight, bias = (_argument(node, n) if n else None for n in _TRANSPOSED[node.target])
-        shape, space, groups = (1, 0), 0, 1
-        scaled = any(_argument(node, n) not in (None, 1) for n in ("alpha", "beta"))
-        if scaled:
-            return None
-    else:
+    facts = FACTS.get(node.target)
+    if not isinstance(facts, Contraction) or any(argument(node, n) != 1 for n in facts.factors):
         return None
+    x, weight, bias = (argument(node, n) for n in (facts.input, facts.weight, facts.bias))
     (name, way), (bias_name, bias_way) = (_read_by(program, n) for n in (weight, bias))
     if name is None or not isinstance(x, fx.Node) or x.op == "get_attr":
         return None
     if bias is not None and bias_name is None:
         return None
     # Parts are cut along the outputs, so that the inputs stand as in the whole.
-    cuts = (_argument(n, "dim") for n in way if n.target is not operator.getitem)
-    if any(dim % program.tensor(name).dim() != shape[0] for dim in cuts):
+    cuts = (argument(n, "dim") for n in way if n.target is not operator.getitem)
+    if any(dim % program.tensor(name).dim() != facts.outputs for dim in cuts):
         return None
-    rank, back = 2 + space, node.target in _CONVOLUTIONS_BACK
-    if program.tensor(name).dim() != rank or (space and len(_shape(node)) != rank):
+    rank, groups = 2 + facts.space, int(argument(node, facts.groups) or 1)
+    if program.tensor(name).dim() != rank or (facts.space and len(_shape(node)) != rank):
         return None
-    told = (shape[1], shape[0], groups, space, back, way, bias_way)
-    return Layer(node, x, name, bias_name or "", *told)
+    return Layer(node, x, name, bias_name or "", facts, groups, way, bias_way)
 
 
 def _read_by(program: Program, node: Any) -> tuple[str | None, ViewChain]:
@@ -288,15 +251,6 @@ def _with_part(way: ViewChain, whole: torch.Tensor, part: torch.Tensor) -> torch
     return whole
 
 
-def _argument(node: fx.Node, name: str) -> Any:
-    return argument_of(node, name, node.args, node.kwargs)
-
-
 def _shape(node: Any) -> Sequence[int]:
     shape: Sequence[int] = node.meta["val"].shape
     return shape
-
-
-def _spread(value: Any, space: int) -> list[int]:
-    values = list(value) if isinstance(value, list | tuple) else [value]
-    return values * space if len(values) == 1 else values

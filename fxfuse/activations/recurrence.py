@@ -15,13 +15,11 @@ import torch
 from torch import fx
 
 from fxfuse.activations.layers import Layer, name_of, reads_of
-from fxfuse.analysis.rules.recurrent import GATES, weights_of
-from fxfuse.analysis.rules.registry import argument_of
+from fxfuse.analysis.rules.recurrent import weights_of
+from fxfuse.graph.arguments import argument
 from fxfuse.graph.capture import Program
+from fxfuse.graph.operator_facts import FACTS, Contraction, Recurrence
 
-aten = torch.ops.aten
-
-_LAYERS = (aten.lstm.input, aten.gru.input, aten.rnn_tanh.input, aten.rnn_relu.input)
 State = Mapping[str, torch.Tensor]
 
 
@@ -109,8 +107,10 @@ def equations_of(node: fx.Node) -> tuple[Equation, ...]:
 
     All gates see the sum of both products, apart from a GRU's new state, which scales one of them.
     """
-    gates = GATES[node.target]
-    if node.target is not aten.gru.input:
+    facts = FACTS[node.target]
+    assert isinstance(facts, Recurrence)
+    gates = facts.gates
+    if not facts.resets:
         return (Equation((0, gates)),)
     new = (gates - 1, gates)
     sides = Equation(new, recurrent=False), Equation(new, inner=False)
@@ -207,10 +207,10 @@ def readers_of(program: Program) -> tuple[Layer, ...]:
     found = []
     for work in recurrent_of(program):
         first, last = work.layers[0], work.layers[-1]
-        found += [Layer(work.node, work.input, d.inner, "", 1, 0) for d in first]
+        found += [Layer(work.node, work.input, d.inner, "", Contraction()) for d in first]
         outputs = [n for n in work.node.users if n.target is operator.getitem and n.args[1] == 0]
         if len(last) == 1 and outputs:
-            found.append(Layer(work.node, outputs[0], last[0].recurrent, "", 1, 0))
+            found.append(Layer(work.node, outputs[0], last[0].recurrent, "", Contraction()))
     return tuple(found)
 
 
@@ -222,30 +222,21 @@ def recurrent_at(program: Program, node: fx.Node, reads: Mapping[str, int]) -> R
         node: A node of its graph, or of one that reads the same tensors by the same names.
         reads: `reads_of` the network.
     """
-    if node.target not in _LAYERS:
+    facts = FACTS.get(node.target)
+    if not isinstance(facts, Recurrence) or facts.is_cell:
         return None
-    x, hx, parameters, has_biases, n_layers, two_ways, batch_first = (
-        argument_of(node, name, node.args, node.kwargs)
-        for name in (
-            "input",
-            "hx",
-            "params",
-            "has_biases",
-            "num_layers",
-            "bidirectional",
-            "batch_first",
-        )
-    )
+    x, hx, parameters = (argument(node, name) for name in (facts.input, "hx", "params"))
     states = tuple(hx) if isinstance(hx, list | tuple) else (hx,)
     names = [name_of(program, each) for each in parameters]
     own = [name for name in names if name is not None and reads[name] == 1]
     if len(own) < len(names) or not all(isinstance(n, fx.Node) for n in (x, *states)):
         return None
-    directions = 2 if two_ways else 1
-    parts = weights_of(own, has_biases=has_biases, parts=directions * n_layers)
+    directions = 2 if argument(node, "bidirectional") else 1
+    count = directions * argument(node, "num_layers")
+    parts = weights_of(own, has_biases=argument(node, "has_biases"), parts=count)
     each = [
         Direction(part, part % directions == 1, w.inner, w.recurrent, w.biases, w.projection or "")
         for part, w in enumerate(parts)
     ]
     layers = tuple(tuple(each[s : s + directions]) for s in range(0, len(each), directions))
-    return Recurrent(node, x, states, layers, bool(batch_first))
+    return Recurrent(node, x, states, layers, bool(argument(node, "batch_first")))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any
 
 import numpy as np
 import torch
@@ -12,22 +11,12 @@ from torch import fx
 from fxfuse.analysis.coupling import CouplingGraph, Index
 from fxfuse.analysis.labels import AbstractTensor, neurons
 from fxfuse.analysis.rules.registry import find
+from fxfuse.graph.arguments import argument
+from fxfuse.graph.operator_facts import FACTS, Contraction, Dropout, Normalisation
 
 _ATEN = torch.ops.aten
-#: Sums, and what is the identity in eval mode.
-_SUMS = {_ATEN.add.Tensor, _ATEN.sub.Tensor, _ATEN.dropout.default, _ATEN.clone.default}
-#: Norms over the units; in any other basis they are an approximation, as over other units.
-_NORMS = {_ATEN.layer_norm.default, _ATEN.rms_norm.default}
-#: Layers, with the position of their number of groups.
-_LAYERS: dict[Any, int | None] = {
-    _ATEN.linear.default: None,
-    _ATEN.embedding.default: None,
-    _ATEN.addmm.default: None,
-    _ATEN.conv1d.default: 6,
-    _ATEN.conv2d.default: 6,
-    _ATEN.conv3d.default: 6,
-    **{getattr(_ATEN, f"conv{n}d").padding: 6 for n in (1, 2, 3)},
-}
+#: Sums, a copy, and a table that writes units.
+_LINEAR = {_ATEN.add.Tensor, _ATEN.sub.Tensor, _ATEN.clone.default, _ATEN.embedding.default}
 #: Where they are over other dimensions.
 _MEANS = {_ATEN.mean.dim, _ATEN.sum.dim_IntList}
 #: Files of rules for what only moves values.
@@ -60,7 +49,7 @@ def streams(graph: CouplingGraph) -> frozenset[str]:
         met = _groups_at(node.all_input_nodes, graph, numbers)
         if met and not _is_linear(node, met, graph, numbers):
             mixed |= met
-        elif node.target in _NORMS:
+        elif _is_norm(node):
             normed |= met
     return frozenset(graph.groups[number].name for number in normed - mixed)
 
@@ -88,14 +77,19 @@ def _groups_at(nodes: Iterable[fx.Node], graph: CouplingGraph, numbers: Index) -
 
 def _is_linear(node: fx.Node, met: set[int], graph: CouplingGraph, numbers: Index) -> bool:
     """Whether a node treats mixtures of the units that it meets as it treats the units."""
-    target: Any = node.target
-    if target in _SUMS or target in _NORMS:
+    facts = FACTS.get(node.target)
+    if node.target in _LINEAR or _is_norm(node) or isinstance(facts, Dropout):
         return True
-    if target in _LAYERS:
-        at = _LAYERS[target]
-        groups: Any = 1 if at is None or len(node.args) <= at else node.args[at]
-        return bool(groups == 1)
-    if target in _MEANS:
+    # Without a bias, both operands may be activations.
+    if isinstance(facts, Contraction) and facts.bias:
+        return argument(node, facts.groups) in (None, 1)
+    if node.target in _MEANS:
         return met <= _groups_at([node], graph, numbers)
-    rule = find(target)
+    rule = find(node.target)
     return rule is not None and rule.__module__ in _MOVES
+
+
+def _is_norm(node: fx.Node) -> bool:
+    """Whether a node normalises over the units; in any other basis that is an approximation."""
+    facts = FACTS.get(node.target)
+    return isinstance(facts, Normalisation) and facts.over == "last"

@@ -52,7 +52,7 @@ def consumers_of(graph: CouplingGraph) -> dict[str, list[Consumer]]:
     order = {node: place for place, node in enumerate(graph.program.graph.nodes)}
     layers = [*layers_of(graph.program), *readers_of(graph.program)]
     for layer in sorted(layers, key=lambda each: order[each.node]):
-        place = (graph.program.canonical[layer.weight], layer.inputs)
+        place = (graph.program.canonical[layer.weight], layer.facts.inputs)
         if layer.groups > 1:
             continue
         owner = graph.program.heads.get(layer.weight)
@@ -252,7 +252,7 @@ def _by_unit(x: torch.Tensor, slots: Index) -> torch.Tensor:
 def _is_repeated(graph: CouplingGraph, layer: Layer, slots: Index) -> bool:
     value = graph.values[layer.input]
     assert isinstance(value, AbstractTensor)
-    dim = 1 if layer.space else value.rank - 1
+    dim = layer.facts.channels % value.rank
     for f in value.fields:
         if f.dims == (dim,):
             own = neurons(f.ids).reshape(-1).numpy()[slots]

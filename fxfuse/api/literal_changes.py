@@ -10,6 +10,8 @@ from typing import Any
 
 from torch import fx
 
+from fxfuse.graph.arguments import argument_names
+
 #: Sizes of a shape; None where one is no number.
 Shape = tuple[int | None, ...]
 
@@ -76,13 +78,11 @@ def _path_of(node: fx.Node) -> str:
 
 
 def _arguments(node: fx.Node, twin: fx.Node) -> Iterator[tuple[str, Any, Any]]:
-    schema: Any = getattr(node.target, "_schema", None)
-    same = node.target == twin.target and schema is not None
-    names = [argument.name for argument in schema.arguments] if same else []
+    names = argument_names(node.target) if node.target == twin.target else []
     for position, (old, new) in enumerate(zip(node.args, twin.args, strict=False)):
         yield names[position] if position < len(names) else "", old, new
     for name, old in node.kwargs.items():
-        yield name if same else "", old, twin.kwargs.get(name, old)
+        yield name if names else "", old, twin.kwargs.get(name, old)
 
 
 def _note(changes: Changes, name: str, old: Any, new: Any) -> None:

@@ -12,9 +12,9 @@ import torch.utils._pytree as pytree
 from torch import fx
 from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 
-from fxfuse.analysis.rules.registry import argument_of
 from fxfuse.ensemble.policy import Policy
 from fxfuse.ensemble.weights import Weights
+from fxfuse.graph.arguments import argument, argument_names
 from fxfuse.graph.capture import Program
 
 aten = torch.ops.aten
@@ -178,9 +178,7 @@ def has_data_sizes(node: fx.Node) -> bool:
 
 def arguments(node: fx.Node) -> dict[str, Any]:
     """All arguments of an operator by their names in its schema, defaults filled in."""
-    target: Any = node.target
-    names = (argument.name for argument in target._schema.arguments)
-    return {name: argument_of(node, name, node.args, node.kwargs) for name in names}
+    return {name: argument(node, name) for name in argument_names(node.target)}
 
 
 def recall(writer: Writer, node: fx.Node, given: Mapping[str, Any]) -> fx.Node:

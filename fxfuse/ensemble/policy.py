@@ -8,14 +8,13 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import fx
 
-from fxfuse.analysis.rules import concrete_shape, contraction, find
-
-aten = torch.ops.aten
+from fxfuse.analysis.rules import concrete_shape
+from fxfuse.graph.arguments import argument
+from fxfuse.graph.operator_facts import FACTS, Convolution
 
 
 @dataclass(frozen=True)
@@ -54,7 +53,7 @@ class Policy:
         Args:
             layers: Linear layers of a member.
         """
-        weights: list[Any] = [node.args[1] for node in layers]
+        weights = [argument(node, "weight") for node in layers]
         if any(weight.op != "get_attr" for weight in weights):
             return self.parameters
         sizes = (math.prod(concrete_shape(weight.meta["val"])) for weight in weights)
@@ -74,18 +73,17 @@ class Policy:
         if not (single or self.batches):
             return False
         inputs = {node for node in graph.nodes if node.op == "placeholder"}
-        layers = [
-            node
-            for node in graph.nodes
-            if find(node.target) in (contraction.convolution, contraction.convolution_transposed)
-            and node.args[0] not in inputs
-        ]
-        return all(self._pays_group(node) for node in layers)
+        layers = ((node, FACTS.get(node.target)) for node in graph.nodes)
+        return all(
+            self._pays_group(node, facts)
+            for node, facts in layers
+            if isinstance(facts, Convolution) and argument(node, facts.input) not in inputs
+        )
 
-    def _pays_group(self, node: fx.Node) -> bool:
-        if find(node.target) is not contraction.convolution:
+    def _pays_group(self, node: fx.Node, facts: Convolution) -> bool:
+        if facts.transposed:
             return False
-        weight, outputs = node.args[1].meta["val"], node.meta["val"]  # type: ignore[union-attr]
+        weight, outputs = argument(node, facts.weight).meta["val"], node.meta["val"]
         _, channels, *kernel = concrete_shape(weight)
         light = self.dense or channels == 1 or math.prod(kernel) == 1
         return light and math.prod(concrete_shape(outputs)[1:]) <= self.grouped

@@ -12,16 +12,16 @@ from typing import Any
 import torch
 from torch import fx
 
+from fxfuse.graph.operator_facts import Convolution, Normalisation, operators
+
 aten = torch.ops.aten
 
 #: Operators that allocate their result and do not need it for their gradient.
 _FRESH = (
     aten.add.Tensor,
     aten.add_.Tensor,
-    aten.batch_norm.default,
-    aten.conv1d.default,
-    aten.conv2d.default,
-    aten.conv3d.default,
+    *operators(Normalisation, over="batch"),
+    *operators(Convolution),
 )
 #: Operators that can write over their operand and do not need it for their gradient.
 _IN_PLACE: Mapping[Any, Any] = {

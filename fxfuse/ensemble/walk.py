@@ -16,7 +16,7 @@ from fxfuse.ensemble.policy import Policy
 from fxfuse.ensemble.weights import Weights, is_variable
 from fxfuse.graph.capture import Program
 from fxfuse.graph.functional import is_write
-from fxfuse.graph.training_argument import follows_mode
+from fxfuse.graph.operator_facts import follows_mode
 
 aten = torch.ops.aten
 

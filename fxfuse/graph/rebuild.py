@@ -15,9 +15,9 @@ from torch import fx, nn
 
 from fxfuse.errors import CaptureError
 from fxfuse.graph.functional import functional
+from fxfuse.graph.operator_facts import follows_mode, set_training
 from fxfuse.graph.source_lines import where_of
 from fxfuse.graph.tensors import attach, fetch
-from fxfuse.graph.training_argument import follows_mode, set_eval
 
 #: Operators that only state facts which hold for the captured device and dtype: they would break
 #: the fused module after `.to("cuda")` or `.to(torch.bfloat16)`.
@@ -64,7 +64,7 @@ def rebuild(
         if node.op == "get_attr" and node.target not in state:
             attach(module, node.target, fetch(source, node.target), persistent=False)
         if follows_mode(node):
-            set_eval(node)
+            set_training(node, False)
     if prune:
         # Nodes with a side effect (an in-place fill of a mask) are kept by fx's own rule.
         graph.eliminate_dead_code()

@@ -5,6 +5,7 @@ Notation of shapes: n inputs, b batch, c channels, * any further dimensions.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -15,36 +16,18 @@ from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
 from fxfuse.errors import RefineError
+from fxfuse.graph.arguments import argument_names
+from fxfuse.graph.operator_facts import Normalisation, operators
 from fxfuse.refine.batch import try_call
 from fxfuse.refine.modes import device_of, evaluating
 from fxfuse.refine.pool import check_inputs
 
-_ATEN = [
-    "input",
-    "weight",
-    "bias",
-    "running_mean",
-    "running_var",
-    "training",
-    "momentum",
-    "eps",
-    "cudnn_enabled",
-]
-
+(_ATEN,) = operators(Normalisation, over="batch")
 # How batch normalisation is called (by modules, by a fused graph, by hand) → its arguments.
 _SPELLINGS: dict[Callable[..., Any], Sequence[str]] = {
-    functional.batch_norm: [
-        "input",
-        "running_mean",
-        "running_var",
-        "weight",
-        "bias",
-        "training",
-        "momentum",
-        "eps",
-    ],
-    torch.ops.aten.batch_norm.default: _ATEN,
-    torch.batch_norm: _ATEN,
+    functional.batch_norm: list(inspect.signature(functional.batch_norm).parameters),
+    _ATEN: argument_names(_ATEN),
+    torch.batch_norm: argument_names(_ATEN),
 }
 
 

@@ -21,13 +21,12 @@ from fxfuse.activations import NodeRunner
 from fxfuse.activations.calibration import CalibrationBatches
 from fxfuse.activations.layers import Layer, layers_of, name_of
 from fxfuse.analysis.coupling import CouplingGraph
-from fxfuse.analysis.rules.registry import argument_of
+from fxfuse.graph.arguments import argument
 from fxfuse.graph.capture import Program
+from fxfuse.graph.operator_facts import FACTS, batch_norm_of
 from fxfuse.refine.fused import Fused, Member, check_joint, check_one_head, measurable
 from fxfuse.refine.targets import Targets
 from fxfuse.transform.resizing import Resized, resized_of
-
-_BATCH_NORM = torch.ops.aten.batch_norm.default
 
 # A unit that varies less than this share of the layer's most varying one is as good as dead.
 _DEAD = 1e-6
@@ -118,21 +117,17 @@ def _same(program: Program) -> Resized:
 
 def _written(layer: Layer, node: fx.Node) -> Layer:
     """A layer as it stands in the graph of the fused network."""
-    read = node.args[layer.node.args.index(layer.input)]
-    assert isinstance(read, fx.Node)
-    return replace(layer, node=node, input=read)
+    return replace(layer, node=node, input=argument(node, FACTS[node.target].input))
 
 
 def _norms_of(program: Program) -> dict[fx.Node, tuple[str, str]]:
     """Batch normalisations with running statistics of their own → names of these."""
     found = {}
     for node in program.graph.nodes:
-        if node.target is _BATCH_NORM:
-            arguments = (
-                argument_of(node, n, node.args, node.kwargs)
-                for n in ("running_mean", "running_var")
-            )
-            mean, variance = (name_of(program, argument) for argument in arguments)
+        facts = batch_norm_of(node)
+        if facts is not None:
+            statistics = (argument(node, name) for name in (facts.mean, facts.variance))
+            mean, variance = (name_of(program, each) for each in statistics)
             if mean is not None and variance is not None:
                 found[node] = (mean, variance)
     uses = Counter(mean for mean, _ in found.values())
@@ -182,7 +177,7 @@ def _wanted(
 def _spread(layer: Layer, statistic: Tensor, like: Tensor) -> Tensor:
     """A statistic `[c]` at every position of one output of a layer."""
     shape = [1] * like.dim()
-    shape[1 if layer.space else -1] = -1
+    shape[layer.facts.channels] = -1
     return statistic.reshape(shape).expand(1, *like.shape[1:])
 
 

@@ -7,11 +7,12 @@ from torch import fx
 from torch.fx.passes.infra.pass_base import PassResult
 
 from fxfuse.graph.functional import is_write
+from fxfuse.graph.operator_facts import Convolution, operators
 from fxfuse.runtime.eval_form import WellFormed
 
 aten = torch.ops.aten
 
-_CONVOLUTIONS = (aten.conv2d.default, aten.conv2d.padding, aten.conv_transpose2d.input)
+_CONVOLUTIONS = operators(Convolution, space=2)
 _IMAGE = 4
 
 

@@ -8,7 +8,8 @@ from torch import fx
 from torch.fx.passes.infra.pass_base import PassBase, PassResult
 
 from fxfuse.errors import RewriteError
-from fxfuse.graph.training_argument import DROPOUTS, follows_mode, in_training, set_eval
+from fxfuse.graph.arguments import argument
+from fxfuse.graph.operator_facts import FACTS, Dropout, follows_mode, in_training, set_training
 from fxfuse.transform.emit import copy_graph, share_tensors, unswitch_training
 
 
@@ -71,7 +72,7 @@ class EvalForm(WellFormed):
         unswitch_training(graph)
         for node in graph.nodes:
             if follows_mode(node):
-                set_eval(node)
+                set_training(node, False)
         graph_module.eval()
         graph_module.recompile()
         return PassResult(graph_module, bool(modal))
@@ -95,9 +96,11 @@ class RemoveDropout(OfEvalForm):
     def call(self, graph_module: fx.GraphModule) -> PassResult:
         """Rewrites the graph in place."""
         graph = graph_module.graph
-        dropouts = [node for node in graph.nodes if node.target in DROPOUTS]
-        for node in dropouts:
-            node.replace_all_uses_with(node.args[0])
-            graph.erase_node(node)
+        before = len(graph.nodes)
+        for node in graph.nodes:
+            facts = FACTS.get(node.target)
+            if isinstance(facts, Dropout):
+                node.replace_all_uses_with(argument(node, facts.input))
+                graph.erase_node(node)
         graph_module.recompile()
-        return PassResult(graph_module, bool(dropouts))
+        return PassResult(graph_module, len(graph.nodes) < before)

@@ -9,29 +9,10 @@ from torch import fx
 from torch.fx.passes.infra.pass_base import PassResult
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 
-from fxfuse.analysis.rules.registry import argument_of
+from fxfuse.graph.arguments import argument, set_argument
+from fxfuse.graph.operator_facts import FACTS, Contraction, batch_norm_of
 from fxfuse.graph.tensors import attach, fetch, named_tensors
 from fxfuse.runtime.eval_form import OfEvalForm
-
-aten = torch.ops.aten
-
-#: Layers whose outputs of dimension 1 are rows of their weight, and of transposed ones columns.
-_LAYERS = (
-    aten.conv1d.default,
-    aten.conv1d.padding,
-    aten.conv2d.default,
-    aten.conv2d.padding,
-    aten.conv3d.default,
-    aten.conv3d.padding,
-    aten.linear.default,
-)
-_TRANSPOSED = (
-    aten.conv_transpose1d.default,
-    aten.conv_transpose2d.input,
-    aten.conv_transpose3d.input,
-)
-_BATCH_NORM = aten.batch_norm.default
-_STATE = ("weight", "bias", "running_mean", "running_var")
 
 
 class FoldBatchNorm(OfEvalForm):
@@ -46,8 +27,7 @@ class FoldBatchNorm(OfEvalForm):
     def call(self, graph_module: fx.GraphModule) -> PassResult:
         """Rewrites the graph, and the module's tensors, in place."""
         graph = graph_module.graph
-        norms = [node for node in graph.nodes if node.target is _BATCH_NORM]
-        folded = [norm for norm in norms if _fold(graph_module, norm)]
+        folded = [node for node in list(graph.nodes) if _fold(graph_module, node)]
         graph.eliminate_dead_code()
         _forget_unread(graph_module)
         graph_module.recompile()
@@ -55,26 +35,29 @@ class FoldBatchNorm(OfEvalForm):
 
 
 def _fold(module: fx.GraphModule, norm: fx.Node) -> bool:
-    """Folds one batch norm; False where it must stay."""
-    layer: Any = norm.args[0]
-    if layer.target not in (*_LAYERS, *_TRANSPOSED) or len(layer.users) > 1:
+    """Folds a node that is a batch norm into the layer before it; False where it must stay."""
+    batch_norm = batch_norm_of(norm)
+    if batch_norm is None:
         return False
-    transposed = layer.target in _TRANSPOSED
-    if transposed and _given(layer, "groups") != 1:
+    layer: fx.Node = argument(norm, batch_norm.input)
+    facts = FACTS.get(layer.target)
+    if not isinstance(facts, Contraction) or len(layer.users) > 1:
         return False
-    weight, bias = _given(layer, "weight"), _given(layer, "bias")
-    state = [_given(norm, name) for name in _STATE]
-    tensors = [_tensor(module, node) for node in (weight, bias, *state)]
-    nodes = (weight, bias, *state)
+    # What addmm adds need not be a bias, and groups lie along the inputs of a transposed weight.
+    if facts.transposed and argument(layer, facts.groups) != 1:
+        return False
+    weight, bias = argument(layer, facts.weight), argument(layer, facts.bias)
+    nodes = (weight, bias, *(argument(norm, name) for name in batch_norm.state))
+    tensors = [_tensor(module, node) for node in nodes]
     known = all(t is not None or n is None for t, n in zip(tensors, nodes, strict=True))
     kernel, shift, gamma, beta, mean, variance = tensors
     if not known or kernel is None or mean is None or variance is None:
         return False
-    if layer.target is aten.linear.default and not _is_matrix(layer):
+    if not facts.space and not _is_matrix(layer):
         return False
-    epsilon = _given(norm, "eps")
+    epsilon = argument(norm, batch_norm.eps)
     new_weight, new_bias = fuse_conv_bn_weights(
-        kernel, shift, mean, variance, epsilon, gamma, beta, transposed
+        kernel, shift, mean, variance, epsilon, gamma, beta, facts.transposed
     )
     name = str(weight.target)
     beside = f"{name.rpartition('.')[0]}.bias".lstrip(".") if bias is None else str(bias.target)
@@ -83,26 +66,11 @@ def _fold(module: fx.GraphModule, norm: fx.Node) -> bool:
             module.graph.get_attr(_attached(module, own, tensor.detach()))
             for own, tensor in ((name, new_weight), (beside, new_bias))
         ]
-    _replace(layer, "weight", made[0])
-    _replace(layer, "bias", made[1])
+    set_argument(layer, facts.weight, made[0])
+    set_argument(layer, facts.bias, made[1])
     norm.replace_all_uses_with(layer)
     module.graph.erase_node(norm)
     return True
-
-
-def _given(node: fx.Node, name: str) -> Any:
-    return argument_of(node, name, node.args, node.kwargs)
-
-
-def _replace(node: fx.Node, name: str, value: fx.Node) -> None:
-    names = [argument.name for argument in node.target._schema.arguments]  # type: ignore[union-attr]
-    position = names.index(name)
-    if position < len(node.args):
-        node.update_arg(position, value)
-    elif position == len(node.args):
-        node.args = (*node.args, value)
-    else:
-        node.update_kwarg(name, value)
 
 
 def _tensor(module: fx.GraphModule, node: Any) -> torch.Tensor | None:

@@ -9,19 +9,17 @@ from torch import fx
 from torch.fx.passes.infra.pass_base import PassResult
 from torch.fx.passes.tools_common import legalize_graph
 
+from fxfuse.analysis.rules import contraction, find
 from fxfuse.ensemble.forms import Form, Writer, is_number, is_tensor
 from fxfuse.ensemble.policy import policy_of
 from fxfuse.ensemble.walk import changes_tensors, walk
 from fxfuse.graph.capture import Program
+from fxfuse.graph.operator_facts import FACTS, Normalisation, in_training
 from fxfuse.graph.tensors import attach
-from fxfuse.graph.training_argument import in_training
 from fxfuse.runtime.branches import Branches, find_branches
 from fxfuse.runtime.eval_form import WellFormed
 
 aten = torch.ops.aten
-
-#: Operators that write into the running statistics they are given when they are in training.
-_COUNTING = (aten.batch_norm.default, aten.instance_norm.default)
 
 
 class StackBranches(WellFormed):
@@ -71,7 +69,8 @@ def _is_understood(graph: fx.Graph) -> bool:
             return False
         if node.op == "call_function" and "val" not in node.meta:
             return False
-        if node.target in _COUNTING and in_training(node):
+        # In training it writes into the running statistics that it is given.
+        if isinstance(FACTS.get(node.target), Normalisation) and in_training(node):
             return False
     return not changes_tensors(graph)
 
@@ -81,13 +80,13 @@ def _may_pay(graph: fx.Graph) -> bool:
     return any(
         policy_of(node.meta["val"].device).pays_within([node])
         for node in graph.nodes
-        if node.target is aten.linear.default
+        if find(node.target) is contraction.linear
     )
 
 
 def _pays(branches: Branches) -> bool:
     """Whether the members are faster as one, where their layers are linear ones."""
-    layers = [node for node in branches.nodes if node.target is aten.linear.default]
+    layers = [node for node in branches.nodes if find(node.target) is contraction.linear]
     return bool(layers) and policy_of(_device(branches)).pays_within(layers)
 
 

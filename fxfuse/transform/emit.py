@@ -17,12 +17,12 @@ from torch import fx, nn
 from torch.fx.passes.infra.pass_base import PassBase, PassResult
 
 from fxfuse.errors import RewriteError
+from fxfuse.graph.arguments import argument
 from fxfuse.graph.capture import Program
 from fxfuse.graph.fixed_batch import check_sizes, fixed_sizes, uncheck_sizes
+from fxfuse.graph.operator_facts import batch_norm_of, follows_mode, set_training, training_of
 from fxfuse.graph.tensors import attach, named_tensors
-from fxfuse.graph.training_argument import TRAINING_ARGUMENT, follows_mode
 
-_BATCH_NORM = torch.ops.aten.batch_norm.default
 #: Where a module says which sizes its inputs have to have (`fxfuse.graph.fixed_batch`).
 _FIXED = "fixed_batch"
 #: Last parts of the names of a batch norm's buffers.
@@ -175,7 +175,7 @@ class SwitchTraining(PassBase):
             RewriteError: A `training` argument is a node already.
         """
         for node in _modal_nodes(graph_module.graph):
-            if isinstance(node.args[TRAINING_ARGUMENT[node.target]], fx.Node):
+            if isinstance(training_of(node), fx.Node):
                 raise RewriteError(
                     "the graph follows the module's mode already",
                     where=node.name,
@@ -193,7 +193,7 @@ class SwitchTraining(PassBase):
             training = graph.create_node("get_attr", "training")
         buffers = dict(graph_module.named_buffers(remove_duplicate=False))
         for node in nodes:
-            node.update_arg(TRAINING_ARGUMENT[node.target], training)
+            set_training(node, training)
             counter = _counter_of(node)
             if counter in buffers:
                 with graph.inserting_before(node):
@@ -207,7 +207,7 @@ class SwitchTraining(PassBase):
         literal = [
             node.name
             for node in _modal_nodes(graph_module.graph)
-            if not isinstance(node.args[TRAINING_ARGUMENT[node.target]], fx.Node)
+            if not isinstance(training_of(node), fx.Node)
         ]
         if literal:
             raise RewriteError("a training argument is still a literal", where=", ".join(literal))
@@ -276,13 +276,14 @@ def unswitch_training(graph: fx.Graph) -> None:
             graph.erase_node(node)
             graph.erase_node(counter)
         elif follows_mode(node):
-            node.update_arg(TRAINING_ARGUMENT[node.target], False)
+            set_training(node, False)
         elif node.op == "get_attr" and node.target == "training":
             graph.erase_node(node)
 
 
 def _counter_of(node: fx.Node) -> str:
-    mean = node.args[3] if node.target is _BATCH_NORM else None
+    norm = batch_norm_of(node)
+    mean = None if norm is None else argument(node, norm.mean)
     if not isinstance(mean, fx.Node) or not str(mean.target).endswith(MEAN):
         return ""
     return str(mean.target).removesuffix(MEAN) + COUNTER

@@ -15,6 +15,7 @@ import torch
 from fxfuse.analysis.labels import AbstractTensor, positions
 from fxfuse.analysis.rules.algebra import align, contract, meet, only_unlabelled, reduce_over
 from fxfuse.analysis.rules.registry import Call, rule
+from fxfuse.graph.operator_facts import FACTS, Convolution, operators
 
 aten = torch.ops.aten
 
@@ -58,9 +59,16 @@ def addmm(call: Call) -> AbstractTensor:
     return replace(meet(call.coupling, result, align(addend, x.rank)), shape=result.shape)
 
 
-@rule(aten.matmul.default, aten.mm.default, aten.bmm.default)
+@rule(
+    aten.matmul.default,
+    aten.mm.default,
+    aten.bmm.default,
+    aten.mv.default,
+    aten.dot.default,
+    aten.vdot.default,
+)
 def matmul(call: Call) -> AbstractTensor:
-    """`* t s, * s d -> * t d`, leading dimensions broadcast."""
+    """`* t s, * s d -> * t d`, leading dimensions broadcast; a vector lacks t or d."""
     a, b = call.args[0], call.args[1]
     call.coupling.record_use(a, 0)
     call.coupling.record_use(b, 1)
@@ -95,22 +103,6 @@ def einsum(call: Call) -> Any:
     return contract(call.coupling, operands[0], terms[0], operands[1], terms[1], out)
 
 
-@rule(aten.mv.default)
-def matrix_vector(call: Call) -> AbstractTensor:
-    """`t s, s -> t`."""
-    call.coupling.record_use(call.args[0], 0)
-    call.coupling.record_use(call.args[1], 1)
-    return contract(call.coupling, call.args[0], "ts", call.args[1], "s", "t")
-
-
-@rule(aten.dot.default, aten.vdot.default)
-def inner_product(call: Call) -> AbstractTensor:
-    """`s, s ->`."""
-    call.coupling.record_use(call.args[0], 0)
-    call.coupling.record_use(call.args[1], 1)
-    return contract(call.coupling, call.args[0], "s", call.args[1], "s", "")
-
-
 @rule(aten.bilinear.default)
 def bilinear(call: Call) -> AbstractTensor:
     """`* i, * j, o i j -> * o` plus bias `o`."""
@@ -123,43 +115,27 @@ def bilinear(call: Call) -> AbstractTensor:
     return _bias(call, meet(call.coupling, *parts), call.argument("bias"), -1)
 
 
-@rule(
-    aten.conv1d.default,
-    aten.conv1d.padding,
-    aten.conv2d.default,
-    aten.conv2d.padding,
-    aten.conv3d.default,
-    aten.conv3d.padding,
-)
+@rule(*operators(Convolution))
 def convolution(call: Call) -> AbstractTensor:
-    """`b g i *, g o i k -> b g o *`: the kernel positions k and the pixels stay in place."""
-    x, weight, groups = call.args[0], call.args[1], call.argument("groups")
-    return _convolve(call, x, weight, groups, transposed=False)
+    """`b g i *, g o i k -> b g o *`: the kernel positions k and the pixels stay in place.
 
-
-@rule(aten.conv_transpose1d.default, aten.conv_transpose2d.input, aten.conv_transpose3d.input)
-def convolution_transposed(call: Call) -> AbstractTensor:
-    """`b g i *, g i o k -> b g o *`."""
-    x, weight, groups = call.args[0], call.args[1], call.argument("groups")
-    return _convolve(call, x, weight, groups, transposed=True)
-
-
-def _convolve(
-    call: Call, x: AbstractTensor, weight: AbstractTensor, groups: int, *, transposed: bool
-) -> AbstractTensor:
+    The weight of a transposed one is `g i o k`.
+    """
+    facts = FACTS[call.node.target]
+    assert isinstance(facts, Convolution)
+    x, weight = call.argument(facts.input), call.argument(facts.weight)
     call.coupling.record_use(x)
     if x.rank < weight.rank:
         # Unbatched input; the result gets the batch dimension removed again at the end.
         x = x.moved(lambda t: t[None])
-        batched = _convolve_batched(call, x, weight, groups, transposed)
-        return replace(batched.moved(lambda t: t[0]), shape=call.shape)
-    return replace(_convolve_batched(call, x, weight, groups, transposed), shape=call.shape)
+        return replace(_convolve(call, facts, x, weight).moved(lambda t: t[0]), shape=call.shape)
+    return replace(_convolve(call, facts, x, weight), shape=call.shape)
 
 
-def _convolve_batched(
-    call: Call, x: AbstractTensor, weight: AbstractTensor, groups: int, transposed: bool
+def _convolve(
+    call: Call, facts: Convolution, x: AbstractTensor, weight: AbstractTensor
 ) -> AbstractTensor:
-    coupling = call.coupling
+    coupling, groups = call.coupling, call.argument(facts.groups)
     space = range(2, weight.rank)
     passing = _passing(call, x, weight)
     x = only_unlabelled(coupling, x, set(space) - set(passing), "convolved over: neighbours matter")
@@ -167,8 +143,8 @@ def _convolve_batched(
     # Other pixels play no part in the labels: [b, c, *] is seen as [b, g, i] and what passes.
     flat = _corner(x, passing).moved(lambda t: t.unflatten(1, (groups, -1)))
     kernel = _corner(weight, ()).moved(lambda t: t.unflatten(0, (groups, -1)))
-    letters = "gio" if transposed else "goi"
-    if transposed and groups > 1:
+    letters = "gio" if facts.transposed else "goi"
+    if facts.transposed and groups > 1:
         # The groups share the kernel's output dimension: either the groups are the units and the
         # outputs of a group are in order, or all groups read the same neurons, in order.
         tells_groups = any(1 in f.dims for f in flat.fields)
@@ -182,7 +158,7 @@ def _convolve_batched(
     full = (*result.shape[:2], *call.shape[-len(space) :])
     rest = set(space) - {d for f in result.fields for d in f.dims}
     result = replace(result, shape=full, positions=(*result.positions, *positions(full, rest)))
-    return _bias(call, result, call.argument("bias"), 1)
+    return _bias(call, result, call.argument(facts.bias), 1)
 
 
 def _passing(call: Call, x: AbstractTensor, weight: AbstractTensor) -> tuple[int, ...]:

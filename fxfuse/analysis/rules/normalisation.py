@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import replace
 from typing import Any
 
@@ -11,16 +10,17 @@ import torch
 from fxfuse.analysis.labels import AbstractTensor
 from fxfuse.analysis.rules.algebra import align, meet, reduce_over
 from fxfuse.analysis.rules.registry import Call, rule
+from fxfuse.graph.operator_facts import FACTS, Normalisation, operators
 
 aten = torch.ops.aten
 
 
-def _affine(
-    call: Call, x: AbstractTensor, parameters: Iterable[AbstractTensor | None], dim: int
-) -> AbstractTensor:
-    """Parameters whose first dimension is dimension `dim` of x."""
-    result = x
-    for parameter in parameters:
+def _affine(call: Call, x: AbstractTensor, dim: int) -> AbstractTensor:
+    """The parameters of a normalisation, whose first dimension is dimension `dim` of x."""
+    facts, result = FACTS[call.node.target], x
+    assert isinstance(facts, Normalisation)
+    for name in facts.state:
+        parameter: AbstractTensor | None = call.argument(name)
         if parameter is None:
             continue
         for f in parameter.fields:
@@ -33,52 +33,50 @@ def _affine(
     return replace(result, shape=x.shape, constant=None)
 
 
-@rule(aten.batch_norm.default)
+@rule(*operators(Normalisation, over="batch"))
 def batch_norm(call: Call) -> AbstractTensor:
     """Per channel (dimension 1): weight, bias, running mean and variance.
 
     Without running statistics it normalises over everything else, as a weight that is standardised
     in the graph does.
     """
-    x = call.args[0]
+    x = call.argument("input")
     call.coupling.record_use(x)
-    if call.args[3] is None:
+    if call.argument("running_mean") is None:
         others = [d for d in range(x.rank) if d != 1]
         reduce_over(call.coupling, x, others, "normalisation over the members' neurons")
-    return _affine(call, x, call.args[1:5], 1)
+    return _affine(call, x, 1)
 
 
-@rule(aten.instance_norm.default)
+@rule(*operators(Normalisation, over="instance"))
 def instance_norm(call: Call) -> AbstractTensor:
     """Per channel and sample, over the pixels."""
-    x = call.args[0]
+    x = call.argument("input")
     call.coupling.record_use(x)
     reduce_over(call.coupling, x, range(2, x.rank), "instance normalisation over labelled neurons")
-    return _affine(call, x, call.args[1:5], 1)
+    return _affine(call, x, 1)
 
 
-@rule(aten.layer_norm.default, aten.rms_norm.default)
+@rule(*operators(Normalisation, over="last"))
 def layer_norm(call: Call) -> AbstractTensor:
     """Over the last dimensions, which are mixed."""
-    x, shape = call.args[0], call.args[1]
+    x, shape = call.argument("input"), call.argument("normalized_shape")
     call.coupling.record_use(x)
     first = x.rank - len(shape)
     reduce_over(call.coupling, x, range(first, x.rank), "normalisation over the members' neurons")
-    has_bias = call.node.target is aten.layer_norm.default
-    bias = call.argument("bias") if has_bias else None
-    return _affine(call, x, (call.argument("weight"), bias), first)
+    return _affine(call, x, first)
 
 
-@rule(aten.group_norm.default)
+@rule(*operators(Normalisation, over="group"))
 def group_norm(call: Call) -> AbstractTensor:
     """Over the channels of each group and the pixels: the unit is the group."""
-    x, groups = call.args[0], call.args[1]
+    x, groups = call.argument("input"), call.argument("num_groups")
     call.coupling.record_use(x)
     split = x.moved(lambda t: t.unflatten(1, (groups, -1)))
     reduce_over(
         call.coupling, split, range(2, split.rank), "normalisation over the members' neurons"
     )
-    return _affine(call, x, (call.argument("weight"), call.argument("bias")), 1)
+    return _affine(call, x, 1)
 
 
 @rule(

@@ -12,19 +12,13 @@ import torch.utils._pytree as pytree
 from fxfuse.analysis.labels import AbstractTensor
 from fxfuse.analysis.rules.algebra import align, meet
 from fxfuse.analysis.rules.registry import Call, rule
+from fxfuse.graph.operator_facts import FACTS, Dropout, operators
 
 aten = torch.ops.aten
 
 #: Pointwise operators without the tag.
 _UNTAGGED = (
-    aten.dropout.default,
-    aten.dropout_.default,
-    aten.feature_dropout.default,
-    aten.feature_dropout_.default,
-    aten.alpha_dropout.default,
-    aten.alpha_dropout_.default,
-    aten.feature_alpha_dropout.default,
-    aten.feature_alpha_dropout_.default,
+    *operators(Dropout),
     aten.abs_.default,
     aten.rrelu_.default,
     aten.gelu_.default,
@@ -74,10 +68,6 @@ _ADDITIVE = {
     "aten::neg",
     "aten::neg_",
     "aten::rsub",
-    "aten::dropout",
-    "aten::dropout_",
-    "aten::feature_dropout",
-    "aten::feature_dropout_",
     "aten::positive",
 }
 _SCALING = {"aten::mul", "aten::mul_", "aten::div", "aten::div_"}
@@ -134,6 +124,8 @@ def _keeps_zeros(call: Call) -> bool:
 
 
 def _is_linear(call: Call, operands: list[AbstractTensor]) -> bool:
+    if isinstance(FACTS.get(call.node.target), Dropout):
+        return True
     name = call.node.target._schema.name  # type: ignore[union-attr]
     return name in _ADDITIVE or (name in _SCALING and len(operands) == 1)
 

@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+from torch import fx
 
 from fxfuse.analysis.coupling_constraints import CouplingConstraints
 from fxfuse.analysis.labels import AbstractTensor, DimLabels, Kind, positions
@@ -23,20 +24,7 @@ from fxfuse.analysis.rules.algebra import (
     only_unlabelled,
 )
 from fxfuse.analysis.rules.registry import Call, rule
-
-aten = torch.ops.aten
-
-#: Gates of one layer.
-GATES: dict[Any, int] = {
-    aten.lstm.input: 4,
-    aten.gru.input: 3,
-    aten.rnn_tanh.input: 1,
-    aten.rnn_relu.input: 1,
-    aten.lstm_cell.default: 4,
-    aten.gru_cell.default: 3,
-    aten.rnn_tanh_cell.default: 1,
-    aten.rnn_relu_cell.default: 1,
-}
+from fxfuse.graph.operator_facts import FACTS, Recurrence, operators
 
 
 @dataclass(frozen=True)
@@ -68,11 +56,18 @@ def weights_of(parameters: Sequence[Any], *, has_biases: bool, parts: int) -> li
     return found
 
 
-@rule(aten.lstm.input, aten.gru.input, aten.rnn_tanh.input, aten.rnn_relu.input)
+def gates_of(node: fx.Node) -> int:
+    """Number of gates of a recurrent layer or cell."""
+    facts = FACTS[node.target]
+    assert isinstance(facts, Recurrence)
+    return facts.gates
+
+
+@rule(*operators(Recurrence, is_cell=False))
 def layers(call: Call) -> list[AbstractTensor]:
     """`b t i → b t h` and the last states `n b h`; directions of a layer stand side by side."""
     coupling = call.coupling
-    x, hx = call.args[0], call.args[1]
+    x, hx = call.argument("input"), call.argument("hx")
     states = list(hx) if isinstance(hx, list | tuple) else [hx]
     directions = 2 if call.argument("bidirectional") else 1
     time = 1 if call.argument("batch_first") else 0
@@ -89,7 +84,7 @@ def layers(call: Call) -> list[AbstractTensor]:
         outputs = []
         for part in range(start, start + directions):
             initial = [_initial(state, part, time) for state in states]
-            last = step(coupling, x, initial, weights[part], GATES[call.node.target])
+            last = step(coupling, x, initial, weights[part], gates_of(call.node))
             for found, value in zip(finals, last, strict=True):
                 found.append(drop(value, [time], keepdim=False).moved(lambda t: t.unsqueeze(0)))
             varying = positions(last[0].shape, [time])
@@ -100,20 +95,15 @@ def layers(call: Call) -> list[AbstractTensor]:
     return [x, *(_side_by_side(coupling, found, 0) for found in finals)]
 
 
-@rule(
-    aten.lstm_cell.default,
-    aten.gru_cell.default,
-    aten.rnn_tanh_cell.default,
-    aten.rnn_relu_cell.default,
-)
+@rule(*operators(Recurrence, is_cell=True))
 def cell(call: Call) -> Any:
     """One step: `b i, b h → b h`."""
-    x, hx = call.args[0], call.args[1]
+    x, hx = call.argument("input"), call.argument("hx")
     states = list(hx) if isinstance(hx, list | tuple) else [hx]
     names = ("w_ih", "w_hh", "b_ih", "b_hh")
     inner, recurrent, *biases = (call.argument(name) for name in names)
     weights = Weights(inner, recurrent, tuple(b for b in biases if b is not None))
-    result = step(call.coupling, x, states, weights, GATES[call.node.target])
+    result = step(call.coupling, x, states, weights, gates_of(call.node))
     return result if isinstance(hx, list | tuple) else result[0]
 
 

@@ -14,6 +14,7 @@ from torch.library import CustomOpDef  # type: ignore[attr-defined]
 from fxfuse.analysis.coupling_constraints import CouplingConstraints
 from fxfuse.analysis.labels import AbstractTensor
 from fxfuse.errors import RuleError
+from fxfuse.graph.arguments import argument, argument_names
 from fxfuse.graph.source_lines import where_of
 
 #: A rule gets the ledger, the node and the node's arguments (nodes replaced by their values,
@@ -51,19 +52,19 @@ class Call:
 
     def argument(self, name: str) -> Any:
         """An argument by its name in the operator's schema, or the schema's default."""
-        if name not in _names(self.node):
+        if name not in argument_names(self.node.target):
             raise RuleError(f"{self.node.target} has no argument {name!r}", where=self.where)
         return self.optional(name)
 
     def optional(self, name: str) -> Any:
         """As `argument`, or None where the operator's schema has no such argument."""
-        return argument_of(self.node, name, self.args, self.kwargs)
+        return argument(self.node, name, self.args, self.kwargs)
 
     def values(self) -> list[AbstractTensor]:
         """All tensor arguments, those in lists included."""
         found: list[AbstractTensor] = []
-        for argument in [*self.args, *self.kwargs.values()]:
-            items = argument if isinstance(argument, list | tuple) else [argument]
+        for given in [*self.args, *self.kwargs.values()]:
+            items = given if isinstance(given, list | tuple) else [given]
             found.extend(x for x in items if isinstance(x, AbstractTensor))
         return found
 
@@ -71,9 +72,9 @@ class Call:
         """The arguments that the schema declares as one tensor, in its order; None if left out."""
         schema: Any = self.node.target
         names = [
-            argument.name
-            for argument in schema._schema.arguments
-            if str(argument.type) in ("Tensor", "Optional[Tensor]")
+            declared.name
+            for declared in schema._schema.arguments
+            if str(declared.type) in ("Tensor", "Optional[Tensor]")
         ]
         return [self.argument(name) for name in names]
 
@@ -81,22 +82,6 @@ class Call:
     def shape(self) -> tuple[int, ...]:
         """Concrete shape of the node's (single) result."""
         return concrete_shape(self.node.meta["val"])
-
-
-def argument_of(node: fx.Node, name: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
-    """An argument by its name in the schema, the default, or None where there is no such name."""
-    if name not in _names(node):
-        return None
-    position = _names(node).index(name)
-    if position < len(args):
-        return args[position]
-    schema: Any = node.target
-    return kwargs.get(name, schema._schema.arguments[position].default_value)
-
-
-def _names(node: fx.Node) -> list[str]:
-    target: Any = node.target
-    return [argument.name for argument in target._schema.arguments]
 
 
 def concrete_shape(value: torch.Tensor) -> tuple[int, ...]:

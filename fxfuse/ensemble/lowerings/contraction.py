@@ -7,29 +7,24 @@ from torch import fx
 
 from fxfuse.ensemble.forms import Writer, arguments
 from fxfuse.ensemble.lowerings.registry import lowering
+from fxfuse.graph.operator_facts import FACTS, Contraction
 
 aten = torch.ops.aten
 
 
-@lowering(aten.linear.default, starts=True)
+@lowering(aten.linear.default, aten.addmm.default, starts=True)
 def linear(writer: Writer, node: fx.Node) -> fx.Node | None:
     """`[*, i] → [n, *, o]`."""
-    given = arguments(node)
-    x, weight, bias = given["input"], given["weight"], given["bias"]
-    if weight.meta["val"].dim() != 2:
+    facts, given = FACTS[node.target], arguments(node)
+    assert isinstance(facts, Contraction)
+    x, weight, bias = (given[name] for name in (facts.input, facts.weight, facts.bias))
+    ranks = [n.meta["val"].dim() for n in (weight, bias) if n is not None]
+    if ranks not in ([2], [2, 1]) or any(given[name] != 1 for name in facts.factors):
         return None
-    matrices = writer.call(aten.transpose.int, writer.stacked(weight), 1, 2)  # [n, i, o]
+    matrices = writer.stacked(weight)
+    if not facts.transposed:
+        matrices = writer.call(aten.transpose.int, matrices, 1, 2)  # [n, i, o]
     return _batched(writer, x, matrices, bias)
-
-
-@lowering(aten.addmm.default, starts=True)
-def addmm(writer: Writer, node: fx.Node) -> fx.Node | None:
-    """`bias + x · w`, `[b, i]` and `[i, o]`."""
-    given = arguments(node)
-    bias, x, weight = given["self"], given["mat1"], given["mat2"]
-    if given["beta"] != 1 or given["alpha"] != 1 or bias.meta["val"].dim() != 1:
-        return None
-    return _batched(writer, x, writer.stacked(weight), bias)
 
 
 @lowering(aten.matmul.default, aten.mm.default, aten.bmm.default)

@@ -4,24 +4,15 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import fx
 
 from fxfuse.ensemble.forms import Form, Writer, arguments, recall
 from fxfuse.ensemble.lowerings.channels import apart, side_by_side
 from fxfuse.ensemble.lowerings.registry import lowering
+from fxfuse.graph.operator_facts import Convolution, operators
 
-aten = torch.ops.aten
 
-
-@lowering(
-    aten.conv1d.default,
-    aten.conv2d.default,
-    aten.conv3d.default,
-    aten.conv1d.padding,
-    aten.conv2d.padding,
-    aten.conv3d.padding,
-)
+@lowering(*operators(Convolution, transposed=False))
 def convolution(writer: Writer, node: fx.Node) -> fx.Node | None:
     """`[b, i, *]` or `[b, n·i, *]` by `[n·o, i, *]`: `[b, n·o, *]`, taken apart."""
     given = arguments(node)

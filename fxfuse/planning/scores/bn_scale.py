@@ -7,14 +7,13 @@ from collections.abc import Mapping, Sequence
 import torch
 
 from fxfuse.analysis.coupling import CouplingGraph
-from fxfuse.analysis.rules.registry import argument_of, name_of
+from fxfuse.graph.arguments import argument
+from fxfuse.graph.operator_facts import FACTS, Normalisation
 from fxfuse.members.ranks import of_each
 from fxfuse.planning.context import Context, State
 from fxfuse.planning.scores.magnitude import magnitude
 from fxfuse.planning.scores.owned import owned_sums
 from fxfuse.planning.scores.registry import Kept, Scores, score
-
-_NORMS = ("batch_norm", "instance_norm", "group_norm", "layer_norm", "rms_norm")
 
 
 def _without_scale(graph: CouplingGraph) -> list[str]:
@@ -60,8 +59,9 @@ def _scales(graph: CouplingGraph) -> frozenset[str]:
     """Canonical names of the parameters that scale what a normalisation returns."""
     program, found = graph.program, set()
     for node in program.graph.nodes:
-        if name_of(node.target).removeprefix("aten::") in _NORMS:
-            weight = argument_of(node, "weight", node.args, node.kwargs)
+        facts = FACTS.get(node.target)
+        if isinstance(facts, Normalisation):
+            weight = argument(node, facts.weight)
             if isinstance(weight, torch.fx.Node) and str(weight.target) in program.canonical:
                 found.add(program.canonical[str(weight.target)])
     return frozenset(found & {name for name, _ in graph.group_of})

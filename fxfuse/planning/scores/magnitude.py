@@ -9,7 +9,10 @@ import torch
 
 from fxfuse.analysis.coupling import CouplingGraph
 from fxfuse.analysis.labels import Kind
+from fxfuse.analysis.rules.registry import name_of
 from fxfuse.errors import OptionError
+from fxfuse.graph.arguments import argument
+from fxfuse.graph.operator_facts import FACTS, Contraction
 from fxfuse.members.ranks import of_each
 from fxfuse.planning.context import Context, State
 from fxfuse.planning.scores.owned import owned_sums
@@ -98,13 +101,8 @@ def multiplied(graph: CouplingGraph) -> list[str]:
 
 
 def _is_added(node: torch.fx.Node, user: torch.fx.Node) -> bool:
-    schema = getattr(user.target, "_schema", None)
-    if schema is None:
-        return False
-    if schema.name in ("aten::add", "aten::add_", "aten::sub", "aten::sub_"):
+    if name_of(user.target) in ("aten::add", "aten::add_", "aten::sub", "aten::sub_"):
         return True
-    names = [a.name for a in schema.arguments]
-    given = {names[i]: a for i, a in enumerate(user.args)} | dict(user.kwargs)
-    added = ("bias", "running_mean", "running_var")
-    addend = ("self",) if schema.name == "aten::addmm" else ()
-    return any(given.get(n) is node for n in (*added, *addend))
+    facts, added = FACTS.get(user.target), ("bias", "running_mean", "running_var")
+    addend = (facts.bias,) if isinstance(facts, Contraction) else ()
+    return any(argument(user, n) is node for n in (*added, *addend))

@@ -10,18 +10,16 @@ from torch import fx
 
 from fxfuse.activations import NodeRunner
 from fxfuse.activations.layers import name_of, reads_of
-from fxfuse.analysis.rules.registry import argument_of
+from fxfuse.graph.arguments import argument
 from fxfuse.graph.capture import Program
+from fxfuse.graph.operator_facts import FACTS, Normalisation
 from fxfuse.refine.regression.fit_target import Norm, norm_of
 from fxfuse.refine.regression.write import State
 from fxfuse.refine.targets import Targets
 
-aten = torch.ops.aten
-
 #: What a fit takes for each element: four kinds of rows in float32, their products in float64.
 _BYTES = 48
 _ROWS = 8192
-_NORMS = (aten.layer_norm.default, aten.group_norm.default, aten.rms_norm.default)
 
 
 @dataclass(frozen=True)
@@ -33,25 +31,22 @@ class PerChannel:
         weight: Name of its scale.
         bias: Name of its shift, or "".
         norm: The batch norm that it is, if it is one.
+        channels: Dimension of the channels of the input and of the output.
     """
 
     node: fx.Node
     weight: str
     bias: str
     norm: Norm | None
+    channels: int
 
     def n_rows(self, value: torch.Tensor) -> int:
         """Rows of one output: examples times positions."""
-        return value.numel() // value.shape[1 if self.channel_first else -1]
-
-    @property
-    def channel_first(self) -> bool:
-        """Whether channels stand along dimension 1 of the output, and not last."""
-        return self.node.target not in (aten.layer_norm.default, aten.rms_norm.default)
+        return value.numel() // value.shape[self.channels]
 
     def rows(self, value: torch.Tensor) -> torch.Tensor:
         """An input or output of the node as float32 [rows, channels]."""
-        last = value.movedim(1, -1) if self.channel_first else value
+        last = value.movedim(self.channels, -1)
         return last.reshape(-1, last.shape[-1]).float()
 
     def unscaled(self, student: NodeRunner) -> Iterator[torch.Tensor]:
@@ -83,16 +78,19 @@ def per_channel_at(program: Program, node: fx.Node, reads: Mapping[str, int]) ->
         node: A node of its graph, or of one that reads the same tensors by the same names.
         reads: `reads_of` the network.
     """
-    norm = norm_of(program, node, reads)
-    if norm is not None:
-        return PerChannel(node, norm.weight, norm.bias, norm)
-    if node.target not in _NORMS:
+    facts, norm = FACTS.get(node.target), norm_of(program, node, reads)
+    if not isinstance(facts, Normalisation):
         return None
-    weight, bias = (argument_of(node, n, node.args, node.kwargs) for n in ("weight", "bias"))
+    if norm is not None:
+        return PerChannel(node, norm.weight, norm.bias, norm, facts.channels)
+    # Instance norms, and batch norms that share a tensor.
+    if facts.mean:
+        return None
+    weight, bias = argument(node, facts.weight), argument(node, facts.bias)
     name, shift = name_of(program, weight), name_of(program, bias)
     own = all(reads[n] == 1 for n in (name, shift) if n)
     if name and program.tensor(name).dim() == 1 and own and (bias is None or shift):
-        return PerChannel(node, name, shift or "", None)
+        return PerChannel(node, name, shift or "", None, facts.channels)
     return None
 
 

@@ -74,7 +74,7 @@ class _Counterparts:
         norm = None
         if route.norm is not None:
             norm = self._norm(route.norm)
-            if norm is None or norm.node.args[0] is not layer.node:
+            if norm is None or norm.input is not layer.node:
                 return None
         own = FitTarget(layer, norm, (), None, layer.node, route.cut).alone()
         if route.skip is None:

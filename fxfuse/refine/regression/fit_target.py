@@ -6,33 +6,23 @@ import operator
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from math import inf
-from typing import Any
 
 import torch
 from torch import fx
 
 from fxfuse.activations.layers import Layer, layers_of, name_of, reads_of
 from fxfuse.analysis.rules import find, movement
-from fxfuse.analysis.rules.registry import argument_of
+from fxfuse.analysis.rules.registry import name_of as operator_name
+from fxfuse.graph.arguments import argument
 from fxfuse.graph.capture import Program
+from fxfuse.graph.operator_facts import FACTS, Dropout, batch_norm_of
 
 aten = torch.ops.aten
 
-_BATCH_NORM = aten.batch_norm.default
 _ADD = (aten.add.Tensor, aten.add_.Tensor, operator.add)
 _MUL = (aten.mul.Tensor, aten.mul_.Tensor)
-#: Operators that are the identity in eval mode.
-_NOTHING = {
-    "aten::dropout",
-    "aten::dropout_",
-    "aten::feature_dropout",
-    "aten::feature_dropout_",
-    "aten::alpha_dropout",
-    "aten::alias",
-    "aten::clone",
-    "aten::contiguous",
-    "aten::detach",
-}
+#: Operators that return their input, beside dropout.
+_NOTHING = {"aten::alias", "aten::clone", "aten::contiguous", "aten::detach"}
 #: Activations that let nothing of a value beyond a limit through → (lower, upper) limit.
 _CUTS = {
     "aten::relu": (0.0, inf),
@@ -49,6 +39,7 @@ class Norm:
 
     Attributes:
         node: The node.
+        input: What it normalises.
         weight: Name of γ.
         bias: Name of β.
         mean: Name of the running mean.
@@ -57,6 +48,7 @@ class Norm:
     """
 
     node: fx.Node
+    input: fx.Node
     weight: str
     bias: str
     mean: str
@@ -121,7 +113,7 @@ def routes_of(program: Program) -> tuple[FitTarget, ...]:
 def _route(program: Program, layer: Layer, reads: Mapping[str, int]) -> FitTarget:
     """The way of a layer to the next sum, whichever operand of it comes first."""
     user = _only_user(layer.node)
-    norm = None if user is None or layer.node is not user.args[0] else norm_of(program, user, reads)
+    norm = None if user is None else norm_of(program, user, reads)
     output = layer.node if norm is None else norm.node
     chain: list[fx.Node] = []
     node, skip, aim = output, None, output
@@ -142,17 +134,16 @@ def _route(program: Program, layer: Layer, reads: Mapping[str, int]) -> FitTarge
 
 def norm_of(program: Program, node: fx.Node, reads: Mapping[str, int]) -> Norm | None:
     """The batch norm that a node is, if its tensors are its own (`reads_of`)."""
-    if node.target is not _BATCH_NORM:
+    facts = batch_norm_of(node)
+    if facts is None:
         return None
-    names = [
-        name_of(program, _argument(node, n))
-        for n in ("weight", "bias", "running_mean", "running_var")
-    ]
+    names = [name_of(program, argument(node, n)) for n in facts.state]
     own = [n for n in names if n is not None and reads[n] == 1]
     if len(own) < len(names):
         return None
     weight, bias, mean, variance = own
-    return Norm(node, weight, bias, mean, variance, float(_argument(node, "eps")))
+    x, eps = argument(node, facts.input), float(argument(node, facts.eps))
+    return Norm(node, x, weight, bias, mean, variance, eps)
 
 
 def _is_scaled(node: fx.Node) -> bool:
@@ -185,8 +176,7 @@ def _is_passed(user: fx.Node, other: fx.Node | None) -> bool:
     """Whether an operator moves data, or scales or shifts by parameters or constants."""
     if user.target in (*_ADD, *_MUL):
         return (other is None or other.op == "get_attr") and not _is_scaled(user)
-    name = _name(user)
-    if name in _NOTHING:
+    if isinstance(FACTS.get(user.target), Dropout) or operator_name(user.target) in _NOTHING:
         return True
     tensors = [n for n in user.all_input_nodes if isinstance(n.meta.get("val"), torch.Tensor)]
     rule = find(user.target)
@@ -198,15 +188,7 @@ def _cut_behind(node: fx.Node) -> tuple[float, float]:
     user = _only_user(node)
     if user is None:
         return (-inf, inf)
-    if _name(user) in _HARDTANH:
-        return float(_argument(user, "min_val")), float(_argument(user, "max_val"))
-    return _CUTS.get(_name(user), (-inf, inf))
-
-
-def _name(node: fx.Node) -> str:
-    schema = getattr(node.target, "_schema", None)
-    return "" if schema is None else str(schema.name)
-
-
-def _argument(node: fx.Node, name: str) -> Any:
-    return argument_of(node, name, node.args, node.kwargs)
+    name = operator_name(user.target)
+    if name in _HARDTANH:
+        return float(argument(user, "min_val")), float(argument(user, "max_val"))
+    return _CUTS.get(name, (-inf, inf))

@@ -25,7 +25,11 @@ def joint_pairs(routes: Iterable[FitTarget]) -> list[tuple[FitTarget, FitTarget]
 def _alike(last: FitTarget, first: FitTarget) -> bool:
     layers = (last.layer, first.layer)
     straight = not last.chain and not first.chain
-    return straight and all(x.groups == 1 for x in layers) and len({x.space for x in layers}) == 1
+    return (
+        straight
+        and all(x.groups == 1 for x in layers)
+        and len({x.facts.space for x in layers}) == 1
+    )
 
 
 def joined(first: Fit, last: Fit) -> Fit:

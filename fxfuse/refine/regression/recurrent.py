@@ -29,7 +29,7 @@ from fxfuse.activations.recurrence import (
     side_by_side,
 )
 from fxfuse.activations.spill_store import Stored
-from fxfuse.analysis.rules.recurrent import GATES
+from fxfuse.analysis.rules.recurrent import gates_of
 from fxfuse.refine.regression.error import Error
 from fxfuse.refine.regression.rows import rows_for
 from fxfuse.refine.regression.solve import Ridge
@@ -214,7 +214,7 @@ class RecurrentFit:
         """Writes the regressions of all gates on the input and these states."""
         state, names = self.state, direction.tensors
         new = {name: state[name].clone() for name in names}
-        units = aims.inner.shape[1] // GATES[self.work.node.target]
+        units = aims.inner.shape[1] // gates_of(self.work.node)
         for equation in equations_of(self.work.node):
             gates = slice(equation.gates[0] * units, equation.gates[1] * units)
             read, wanted, written = [], torch.zeros_like(aims.inner[:, gates]), []

@@ -9,8 +9,8 @@ from torch import fx
 
 from fxfuse.analysis.labels import AbstractTensor
 from fxfuse.analysis.rules import contraction, find, pointwise
+from fxfuse.graph.arguments import argument, set_argument
 from fxfuse.transform.layout import Layout
-from fxfuse.transform.resizing.literals import argument, set_argument
 from fxfuse.transform.resizing.operands import agree, broadcast
 from fxfuse.transform.resizing.state import Layouts, ResizedGraph, cannot_write, has_tensor
 
@@ -91,10 +91,10 @@ def normalise(wide: ResizedGraph, node: fx.Node) -> Layouts:
     """Normalisation of the last dimensions: the normalised shape is a literal that grows."""
     result: Layouts = carry(wide, node)
     value: AbstractTensor = wide.values[node]
-    shape = list(node.args[1])  # type: ignore[arg-type]
+    shape = list(argument(node, "normalized_shape"))
     first = value.rank - len(shape)
     for dim, layout in result.items():
         if dim >= first:
             shape[dim - first] = layout.size
-    set_argument(wide, node, "normalized_shape", shape)
+    set_argument(wide.mapping[node], "normalized_shape", shape)
     return result

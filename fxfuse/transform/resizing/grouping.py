@@ -9,24 +9,27 @@ import numpy as np
 from torch import fx
 
 from fxfuse.analysis.labels import AbstractTensor
-from fxfuse.analysis.rules import contraction, find, normalisation, reduction
+from fxfuse.analysis.rules import find, reduction
+from fxfuse.graph.arguments import argument, set_argument
+from fxfuse.graph.operator_facts import FACTS, Convolution, Normalisation
 from fxfuse.transform.layout import Layout
 from fxfuse.transform.resizing.carry import carry, complete
-from fxfuse.transform.resizing.literals import argument, set_argument
 from fxfuse.transform.resizing.operands import agree, require
 from fxfuse.transform.resizing.state import Layouts, ResizedGraph, cannot_write
 
 
 def group(wide: ResizedGraph, node: fx.Node) -> Any:
     """Convolution and group normalisation: channels of a group have to stand together."""
-    if _groups_of(node) == 1:
+    facts = FACTS[node.target]
+    assert isinstance(facts, Convolution | Normalisation)
+    groups = int(argument(node, facts.groups))
+    if groups == 1:
         return carry(wide, node)
-    x = cast("fx.Node", node.args[0])
+    x: fx.Node = argument(node, facts.input)
     value, result = wide.values[x], wide.values[node]
-    is_norm = _is_norm(node)
-    weight = None if is_norm else cast("fx.Node", node.args[1])
-    space = value.rank - 2 if weight is None else wide.values[weight].rank - 2
-    dim, groups = value.rank - space - 1, _groups_of(node)
+    weight = argument(node, facts.weight) if isinstance(facts, Convolution) else None
+    transposed = isinstance(facts, Convolution) and facts.transposed
+    dim = facts.channels % value.rank
     layout = wide.layouts[x].get(dim)
     copies = _copies_of_groups(wide, groups, value, dim, layout)
     if weight is not None and 1 in wide.layout_of(weight):
@@ -42,21 +45,20 @@ def group(wide: ResizedGraph, node: fx.Node) -> Any:
             if there is not None and not _is_even(there, size, groups):
                 raise cannot_write(node, "its groups of channels would differ in size")
         inner = None if wanted is None else wanted.head(value.shape[dim] // groups)
-        if _is_transposed(node):
+        if transposed:
             inner = None if out is None else out.head(result.shape[dim] // groups)
     else:
         wanted = _by_group(copies, value.shape[dim] // groups)
         out, inner = _by_group(copies, result.shape[dim] // groups), None
-        set_argument(wide, node, "num_groups" if is_norm else "groups", sum(map(len, copies)))
+        set_argument(wide.mapping[node], facts.groups, sum(map(len, copies)))
     if layout is not None and wanted is not None:
         agree(wide, node, x, dim, layout, wanted)
-    for name, dims in (
-        ("weight", (wanted, inner) if _is_transposed(node) else (out, inner)),
-        ("bias", (out,)),
-    ):
+    first = wanted if transposed else out
+    shapes = {facts.weight: (first,) if weight is None else (first, inner), facts.bias: (out,)}
+    for name, layouts in shapes.items():
         operand = argument(node, name)
         if isinstance(operand, fx.Node):
-            for d, needed in enumerate(dims[:1] if is_norm else dims):
+            for d, needed in enumerate(layouts):
                 require(wide, node, operand, d, needed)
     return complete(wide, node, result, {} if out is None else {dim: out})
 
@@ -115,18 +117,6 @@ def patch(wide: ResizedGraph, node: fx.Node) -> Layouts:
         agree(wide, node, x, column, layout, wanted)
         result[channel] = Layout(wanted.source[::size] // size, wanted.copy[::size])
     return complete(wide, node, after, result)
-
-
-def _groups_of(node: fx.Node) -> int:
-    return int(argument(node, "num_groups" if _is_norm(node) else "groups"))
-
-
-def _is_norm(node: fx.Node) -> bool:
-    return find(node.target) is normalisation.group_norm
-
-
-def _is_transposed(node: fx.Node) -> bool:
-    return find(node.target) is contraction.convolution_transposed
 
 
 def _by_group(copies: Sequence[Sequence[int]], size: int) -> Layout:

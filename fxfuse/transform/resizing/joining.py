@@ -11,8 +11,9 @@ from torch import fx
 
 from fxfuse.analysis.labels import AbstractTensor
 from fxfuse.analysis.rules import find, movement
+from fxfuse.graph.arguments import argument, set_argument
 from fxfuse.transform.layout import Layout
-from fxfuse.transform.resizing.literals import argument, dimension, set_argument
+from fxfuse.transform.resizing.literals import dimension
 from fxfuse.transform.resizing.operands import agree, spread
 from fxfuse.transform.resizing.state import Layouts, ResizedGraph, cannot_write
 
@@ -110,5 +111,5 @@ def pad(wide: ResizedGraph, node: fx.Node) -> Layouts:
         )
         amounts[at : at + 2] = [first.size, last.size]
     if result:
-        set_argument(wide, node, "pad", amounts)
+        set_argument(wide.mapping[node], "pad", amounts)
     return result

@@ -16,7 +16,8 @@ from torch import fx
 
 from fxfuse.analysis.labels import AbstractTensor, Index
 from fxfuse.analysis.rules import creation, find, movement
-from fxfuse.analysis.rules.registry import argument_of, hint
+from fxfuse.analysis.rules.registry import hint
+from fxfuse.graph.arguments import argument, argument_names
 from fxfuse.transform.layout import Layout
 from fxfuse.transform.resizing.state import Layouts, ResizedGraph, cannot_write
 
@@ -31,26 +32,10 @@ class _Scaled:
     ratio: Fraction
 
 
-def argument(node: fx.Node, name: str) -> Any:
-    """An argument of a node of the members' graph by its name in the operator's schema."""
-    return argument_of(node, name, node.args, node.kwargs)
-
-
 def dimension(node: fx.Node, rank: int) -> int:
     """The argument `dim` of a node, not negative; -1 where it names no single dimension."""
     dim = argument(node, "dim")
     return int(dim) % rank if isinstance(dim, int) else -1
-
-
-def set_argument(wide: ResizedGraph, node: fx.Node, name: str, value: Any) -> None:
-    """Rewrites one argument of the copy of a node."""
-    target = wide.mapping[node]
-    names = [a.name for a in node.target._schema.arguments]  # type: ignore[union-attr]
-    position = names.index(name)
-    if position < len(target.args):
-        target.update_arg(position, value)
-    else:
-        target.update_kwarg(name, value)
 
 
 def set_arguments(wide: ResizedGraph, node: fx.Node, args: Sequence[Any]) -> None:
@@ -79,7 +64,7 @@ def resized_fill(
     """
     if find(operand.target) is not creation.filled:
         return None
-    names = [a.name for a in operand.target._schema.arguments]  # type: ignore[union-attr]
+    names = argument_names(operand.target)
     if "size" not in names:
         return None
     place = names.index("size")

@@ -2,31 +2,32 @@
 
 from __future__ import annotations
 
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 from torch import fx
 
 from fxfuse.analysis.labels import AbstractTensor
 from fxfuse.analysis.rules import find, recurrent
+from fxfuse.graph.arguments import argument
 from fxfuse.transform.layout import Layout
-from fxfuse.transform.resizing.literals import argument
 from fxfuse.transform.resizing.operands import require, same, spread
 from fxfuse.transform.resizing.state import ResizedGraph, cannot_write
 
 
 def recur(wide: ResizedGraph, node: fx.Node) -> Any:
     """Recurrent layers: every gate has its rows in the order of the units."""
-    x, hx, *rest = cast("tuple[Any, ...]", node.args)
+    x, hx = argument(node, "input"), argument(node, "hx")
     states: list[fx.Node] = list(hx) if isinstance(hx, list | tuple) else [hx]
     is_cell = find(node.target) is recurrent.cell
     if is_cell:
-        parts = [recurrent.Weights(rest[0], rest[1], tuple(b for b in rest[2:] if b))]
+        inner, again, *biases = (argument(node, n) for n in ("w_ih", "w_hh", "b_ih", "b_hh"))
+        parts = [recurrent.Weights(inner, again, tuple(b for b in biases if b))]
         directions = 1
     else:
         directions = 2 if argument(node, "bidirectional") else 1
         parts = recurrent.weights_of(
-            rest[0],
+            argument(node, "params"),
             has_biases=argument(node, "has_biases"),
             parts=directions * argument(node, "num_layers"),
         )
@@ -63,7 +64,7 @@ def _direction(
     wide: ResizedGraph, node: fx.Node, part: recurrent.Weights, incoming: Layout | None
 ) -> tuple[Layout, Layout]:
     """Brings the parameters of one direction into order; layouts of both of its states."""
-    gates = recurrent.GATES[node.target]
+    gates = recurrent.gates_of(node)
     inner: AbstractTensor = wide.values[part.inner]
     size = inner.shape[0] // gates
     units = hidden = wide.units.index_layout(inner, 0, np.arange(size))

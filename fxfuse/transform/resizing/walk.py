@@ -43,7 +43,6 @@ Handler = Callable[[ResizedGraph, fx.Node], Any]
 #: By the rule of the operator; every other operator hands layouts on (`carry`).
 _HANDLERS: Mapping[Rule | None, Handler] = {
     contraction.convolution: group,
-    contraction.convolution_transposed: group,
     movement.cat: join,
     movement.move: move,
     movement.overwrite: overwrite,

@@ -1,0 +1,56 @@
+"""Arguments of a call of an operator, by their names in the operator's schema."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from torch import fx
+
+
+def argument_names(operator: Any) -> list[str]:
+    """Names of an operator's arguments, in the order of its schema; of other functions none."""
+    schema = getattr(operator, "_schema", None)
+    return [] if schema is None else [argument.name for argument in schema.arguments]
+
+
+def argument(
+    node: fx.Node,
+    name: str,
+    args: Sequence[Any] | None = None,
+    kwargs: Mapping[str, Any] | None = None,
+) -> Any:
+    """An argument of a node, by its name in the operator's schema.
+
+    Args:
+        node: A call of an operator.
+        name: The name.
+        args: What stands for the node's positional arguments (values of an analysis, say). None:
+            these themselves.
+        kwargs: The same for its keyword arguments.
+
+    Returns:
+        The argument, or its default; None where the schema has no such name.
+    """
+    names, target = argument_names(node.target), node.target
+    if name not in names:
+        return None
+    position = names.index(name)
+    args, kwargs = node.args if args is None else args, node.kwargs if kwargs is None else kwargs
+    if position < len(args):
+        return args[position]
+    return kwargs.get(name, target._schema.arguments[position].default_value)  # type: ignore[union-attr]
+
+
+def set_argument(node: fx.Node, name: str, value: Any) -> None:
+    """Change an argument of a node, by its name in the operator's schema."""
+    names = argument_names(node.target)
+    position, schema = names.index(name), node.target._schema  # type: ignore[union-attr]
+    if schema.arguments[position].kwarg_only:
+        node.update_kwarg(name, value)
+        return
+    # What stands before it, and was left out or given by name, is written out as well.
+    written = [argument(node, n) for n in names[: max(position + 1, len(node.args))]]
+    written[position] = value
+    node.args = tuple(written)
+    node.kwargs = {n: x for n, x in node.kwargs.items() if n not in names[: len(written)]}
