@@ -4,49 +4,41 @@ from __future__ import annotations
 
 from typing import Any
 
-from fxfuse import (
-    Calibration,
-    Constraints,
-    Heads,
-    Match,
-    Refit,
-    Size,
-)
+from fxfuse import Calibration, Constraints, Heads, Match, Refit, Size
 from fxfuse.planning.methods import methods
 
+_METHOD = ("score", "variant", "fraction", "reference", "regularisation")
 _SIZE = ("width", "max_params", "max_flops", "multiple_of", "allocation", "mixing")
 _CONSTRAINTS = ("freeze", "share", "ignore", "output_dims", "base_member")
-_METHOD = ("score", "variant", "fraction", "reference", "regularisation")
+_CALIBRATION = {"calibration_limit": "limit", "augmentations": "augmentations"}
+_HEADS = {"heads": "modules", "head_output": "output", "classes": "classes"}
 
 
-def options(**flat: Any) -> dict[str, Any]:
+def flat(**given: Any) -> dict[str, Any]:
     """Arguments of `fuse` and `prune`.
 
-    `refit` and `match` are True or options of the step; without them nothing follows the fusion.
+    `refit` and `match` are True, or the options of the step; without them nothing follows the
+    fusion. A transplant without a score takes `l2`, with calibration inputs, too.
     """
-    found: dict[str, Any] = {"refine": []}
-    chosen = {name: flat.pop(name) for name in _METHOD if name in flat}
-    name = flat.pop("method", "transplant")
-    found["method"] = methods()[name](**chosen) if chosen else name
-    size = {name: flat.pop(name) for name in _SIZE if name in flat}
-    if size:
+    name = given.pop("method", "transplant")
+    chosen = _taken(given, _METHOD)
+    if name == "transplant":
+        chosen = {"score": "l2", **chosen}
+    found: dict[str, Any] = {"method": methods()[name](**chosen) if chosen else name}
+    if size := _taken(given, _SIZE):
         found["size"] = Size(**size)
-    constraints = {name: flat.pop(name) for name in _CONSTRAINTS if name in flat}
-    if constraints:
+    if constraints := _taken(given, _CONSTRAINTS):
         found["constraints"] = Constraints(**constraints)
-    if "heads" in flat:
-        heads = {"modules": flat.pop("heads")}
-        heads |= {k: flat.pop(o) for o, k in _HEADS if o in flat}
-        found["heads"] = Heads(**heads)
-    if "calibration" in flat:
-        told = {k: flat.pop(o) for o, k in _CALIBRATION if o in flat}
-        found["calibration"] = Calibration(flat.pop("calibration"), **told)
-    for step, kind in (("refit", Refit), ("match", Match)):
-        wish = flat.pop(step, None)
-        if wish:
-            found["refine"].append(kind() if wish is True else kind(**wish))
-    return found | flat
+    if heads := _taken(given, _HEADS):
+        found["heads"] = Heads(**{_HEADS[key]: value for key, value in heads.items()})
+    if "calibration" in given:
+        limits = {_CALIBRATION[k]: v for k, v in _taken(given, _CALIBRATION).items()}
+        found["calibration"] = Calibration(given.pop("calibration"), **limits)
+    steps = {"refit": Refit, "match": Match}
+    wishes = {step: given.pop(step) for step in steps if given.get(step)}
+    found["refine"] = [steps[s](**({} if w is True else w)) for s, w in wishes.items()]
+    return found | given
 
 
-_HEADS = (("head_output", "output"), ("classes", "classes"))
-_CALIBRATION = (("calibration_limit", "limit"), ("augmentations", "augmentations"))
+def _taken(given: dict[str, Any], names: Any) -> dict[str, Any]:
+    return {name: given.pop(name) for name in names if name in given}

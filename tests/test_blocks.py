@@ -19,8 +19,8 @@ from fxfuse import verify
 from fxfuse.common.scratch import Scratch, zeros
 from fxfuse.errors import CheckpointError
 from fxfuse.members.tensor_file import TensorFile
-from fxfuse.planning.methods import Options
 from fxfuse.planning.context import State
+from fxfuse.planning.methods import Options
 from fxfuse.planning.planner import make_plan
 from fxfuse.planning.scores.owned import _lines
 from fxfuse.transform.apply import fused_tensors

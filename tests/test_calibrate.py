@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 import fxfuse
+from fxfuse import Calibration, Transplant
 from fxfuse.activations import NodeRunner, elimination, unit_activations
 from fxfuse.activations.calibration import CalibrationBatches
 from fxfuse.activations.elimination import eliminate
@@ -291,7 +292,11 @@ def test_a_part_keeps_its_copies_and_gradients_have_none():
     members = [SmallResNet(), SmallResNet()]
     plans = [
         fxfuse.fuse(
-            members, images(2), score=score, calibration=labelled, calibration_copies=copies
+            members,
+            images(2),
+            calibration=Calibration(labelled, augmentations=copies),
+            method=Transplant(score=score),
+            refine=[],
         ).plan
         for score in ("taylor", "obs")
         for copies in (0, 1)
@@ -332,7 +337,9 @@ def test_sorted_inputs_are_shuffled_with_their_labels():
     program = fxfuse.capture(excite(SmallResNet(), images(4)), images(4))
     x, labels = images(2000), torch.arange(2000)
     with pytest.warns(UserWarning, match=r"1,000 of 2,000 calibration inputs are taken"):
-        calibration = CalibrationBatches.of(program, [(x[:900], labels[:900]), (x[900:], labels[900:])])
+        calibration = CalibrationBatches.of(
+            program, [(x[:900], labels[:900]), (x[900:], labels[900:])]
+        )
     taken = torch.cat(calibration.labels)
     assert calibration.size == len(taken.unique()) == 1000
     assert int((taken >= 1000).sum()) > 400

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 import fxfuse
+from fxfuse import Transplant
 from fxfuse.activations import components
 from fxfuse.activations.calibration import CalibrationBatches
 from fxfuse.activations.elimination import covariance_at, size_of, weights_at
@@ -22,6 +23,7 @@ from fxfuse.errors import InputError, PlanError
 from fxfuse.members.fingerprint import digest_of
 from tests.models import excite
 from tests.nets import resnets
+from tests.options import flat
 
 WIDTH = 12
 
@@ -177,7 +179,7 @@ def test_after_the_refit_a_narrow_one_is_closer_to_what_it_stands_for(heads: tup
     wanted = answers if heads else answers.mean(0, keepdim=True)
     errors = {}
     for variant in (None, "components"):
-        result = fxfuse.fuse(networks, x[:2], variant=variant, **told)
+        result = fxfuse.fuse(networks, x[:2], **flat(variant=variant, **told))
         assert result.verification.passed
         with torch.no_grad():
             found = result.module(x)
@@ -192,7 +194,7 @@ def mixed() -> tuple[list[nn.Module], torch.Tensor, fxfuse.FusionResult]:
     """Two members, inputs, and what they were fused into."""
     networks, x = members(2), tokens(120)
     told = {"score": "obs", "variant": "components", "calibration": x}
-    return networks, x, fxfuse.fuse(networks, x[:2], **told)
+    return networks, x, fxfuse.fuse(networks, x[:2], **flat(**told))
 
 
 def test_the_plan_says_so_and_is_applied_again() -> None:
@@ -201,7 +203,7 @@ def test_the_plan_says_so_and_is_applied_again() -> None:
     assert plan.options["variant"] == "components"
     (name,) = streams(result.graph)
     assert len(plan.map_of(name).target) == 2 * WIDTH * WIDTH
-    again = fxfuse.fuse(networks, x[:2], plan=plan)
+    again = fxfuse.build(plan, networks, x[:2])
     for key, value in result.state_dict().items():
         assert torch.equal(value, again.state_dict()[key]), key
 
@@ -242,7 +244,7 @@ def test_plans_that_list_every_entry_still_apply() -> None:
         value["groups"][place] = {"group": entry.group, "n_units": entry.n_units, **lists}
     value["digest"] = digest_of({key: v for key, v in value.items() if key != "digest"})
     old = fxfuse.FusionPlan.from_json(json.dumps(value))
-    again = fxfuse.fuse(networks, x[:2], plan=old)
+    again = fxfuse.build(old, networks, x[:2])
     for key, tensor in result.state_dict().items():
         assert torch.equal(tensor, again.state_dict()[key]), key
 
@@ -250,7 +252,14 @@ def test_plans_that_list_every_entry_still_apply() -> None:
 def test_without_streams_it_is_the_transplant() -> None:
     networks, x = resnets(2), torch.randn(120, 3, 8, 8)
     plans = [
-        fxfuse.fuse(networks, x[:2], score="obs", variant=v, calibration=x, verify=False).plan
+        fxfuse.fuse(
+            networks,
+            x[:2],
+            calibration=x,
+            verify=False,
+            method=Transplant(score="obs", variant=v),
+            refine=[],
+        ).plan
         for v in (None, "components")
     ]
     for one, other in zip(plans[0].maps, plans[1].maps, strict=True):
@@ -260,4 +269,4 @@ def test_without_streams_it_is_the_transplant() -> None:
 
 def test_it_needs_calibration_inputs() -> None:
     with pytest.raises(InputError, match="components"):
-        fxfuse.fuse(members(2), tokens(2), variant="components")
+        fxfuse.fuse(members(2), tokens(2), method=Transplant(variant="components"))

@@ -19,7 +19,7 @@ from torch import nn
 
 import fxfuse
 from benchmarks.errors_page import classes, parts
-from fxfuse import errors
+from fxfuse import Match, errors
 from fxfuse.api.soundness import verified
 from fxfuse.cli.recipe import read_recipe
 from fxfuse.cli.sources import read_data
@@ -179,7 +179,7 @@ RAISES: list[tuple[str, Callable[[Path], object]]] = [
     ("PlanError", lambda _: fxfuse.FusionPlan.from_json("{}")),
     (
         "PlanError",
-        lambda _: fxfuse.fuse([net(seed=5), net(seed=6)], X, plan=two(verify=False).plan),
+        lambda _: fxfuse.build(two(verify=False).plan, [net(seed=5), net(seed=6)], X),
     ),
     ("RewriteError", lambda _: SwitchTraining()(two(verify=False).module)),
     ("RewriteError", lambda _: RemoveDropout()(two(verify=False).module)),
@@ -199,7 +199,7 @@ RAISES: list[tuple[str, Callable[[Path], object]]] = [
     ("OptionError", read_recipe),
     ("CheckpointError", fxfuse.load),
     ("RankError", another_rank_fails),
-    ("RefineError", lambda _: match(two(verify=False).module, [net()], X, steps=0)),
+    ("RefineError", lambda _: match(two(verify=False).module, [net()], X, Match(steps=0))),
     (
         "MissingDependencyError",
         lambda folder: fxfuse.export_onnx(two(verify=False), folder / "a.onnx"),

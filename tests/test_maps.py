@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 import fxfuse
+from fxfuse import Constraints
 from fxfuse.analysis.coupling import CouplingGraph
 from fxfuse.analysis.heads import join
 from fxfuse.analysis.label_spaces import Heads
@@ -253,7 +254,10 @@ def test_the_hosts_units_are_no_mean_however_units_are_merged():
 def test_the_mean_in_a_shared_dimension_reads_units_by_their_map():
     members = [mlp(), mlp()]
     program = [fxfuse.capture(m, torch.randn(3, 4).double()) for m in members]
-    graph, states = fxfuse.analyze(program[0], share=["2.bias"]), [c.state() for c in program]
+    graph, states = (
+        fxfuse.analyze(program[0], constraints=Constraints(share=["2.bias"])),
+        [c.state() for c in program],
+    )
     (group,) = graph.groups
     plan = make_plan(graph, states, "average", Options())
     plan = replace(plan, maps=(random_map(group.name, group.n_units, 2, 0.7, 0),))

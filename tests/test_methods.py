@@ -14,6 +14,7 @@ from torch import nn
 from torchvision.models import DenseNet, VisionTransformer
 
 import fxfuse
+from fxfuse import Constraints, Transplant
 from fxfuse.analysis.coupling import CouplingGraph
 from fxfuse.errors import (
     InputError,
@@ -29,6 +30,7 @@ from fxfuse.verify.check import as_double
 from tests.fusing import activations, distance_to_the_first, permuted_copies
 from tests.models import excite
 from tests.nets import SmallResNet, images, resnets
+from tests.options import flat
 
 CALIBRATED = ("activation_matching", "zip")
 
@@ -277,7 +279,12 @@ def test_entropic_transport_is_close_to_exact_where_it_is_weak():
 @pytest.mark.parametrize("base_member", [0, 2])
 def test_a_fraction_of_the_units_comes_from_others(fraction: float, base_member: int):
     members, x = resnets(3), images()
-    plan = fxfuse.fuse(members, x, fraction=fraction, base_member=base_member).plan
+    plan = fxfuse.fuse(
+        members,
+        x,
+        method=Transplant(fraction=fraction),
+        constraints=Constraints(base_member=base_member),
+    ).plan
     assert plan.options["fraction"] == str(fraction)
     graph = fxfuse.analyze(members[0], x)
     for unit_map in plan.maps:
@@ -296,14 +303,16 @@ def test_the_hosts_best_units_stay():
     with torch.no_grad():
         members[0].block1.conv1.weight[3:5] *= 100
         members[1].block1.conv1.weight[6:] *= 1000
-    unit_map = fxfuse.fuse(members, images(), fraction=0.75).plan.map_of("block1.conv1.weight:0")
+    unit_map = fxfuse.fuse(members, images(), method=Transplant(fraction=0.75)).plan.map_of(
+        "block1.conv1.weight:0"
+    )
     assert unit_map.unit[unit_map.member == 0].tolist() == [3, 4]
     assert {6, 7} <= set(unit_map.unit[unit_map.member == 1].tolist())
 
 
 def test_without_a_fraction_the_host_is_the_network_itself():
     members, x = resnets(2), images()
-    state = fxfuse.fuse(members, x, fraction=0.0).state_dict()
+    state = fxfuse.fuse(members, x, method=Transplant(fraction=0.0)).state_dict()
     own = members[0].state_dict()
     for name in ("stem.weight", "block1.conv2.weight", "bn.running_var"):
         assert torch.equal(state[name], own[name])
@@ -336,7 +345,7 @@ def test_wrong_options_are_named(
     method: str, wrong: dict[str, object], error: type[Exception], message: str
 ):
     with pytest.raises(error, match=message):
-        fxfuse.fuse(resnets(2), images(), method=method, **wrong)
+        fxfuse.fuse(resnets(2), images(), **flat(method=method, **wrong))
 
 
 def test_activations_that_do_not_fit():

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 import fxfuse
+from fxfuse import Refit, Transplant
 from fxfuse.errors import MemberError, OptionError, PlanError
 from fxfuse.members.fingerprint import digest_of, fingerprint
 from fxfuse.planning.plan import MemberRecord
@@ -47,8 +48,8 @@ def test_a_plan_applied_again_gives_the_same_tensors(network: str, width: float)
         members, x = resnets(2), images()
     else:
         members, x = [attention(seed) for seed in range(2)], torch.randn(3, 5, 16)
-    first = fxfuse.fuse(members, x, width=width)
-    again = fxfuse.fuse(members, x, plan=through_json(first.plan))
+    first = fxfuse.fuse(members, x, size=width)
+    again = fxfuse.build(through_json(first.plan), members, x)
     assert_equal_networks(first, again)
     assert again.plan.to_json() == first.plan.to_json()
     assert torch.equal(again.module(x), first.module(x))
@@ -68,8 +69,8 @@ def test_a_plan_applied_again_gives_the_same_tensors(network: str, width: float)
 )
 def test_a_plan_holds_what_was_asked(options: dict[str, Any]) -> None:
     members, x = resnets(2, torch.float64), images(dtype=torch.float64)
-    first = fxfuse.fuse(members, x, **options)
-    again = fxfuse.fuse(members, x, plan=through_json(first.plan))
+    first = fxfuse.fuse(members, x, **flat(**options))
+    again = fxfuse.build(through_json(first.plan), members, x)
     assert_equal_networks(first, again)
     assert again.plan.digest == first.plan.digest
 
@@ -77,28 +78,30 @@ def test_a_plan_holds_what_was_asked(options: dict[str, Any]) -> None:
 def test_a_refit_may_follow_a_plan() -> None:
     members, x = resnets(2), images()
     calibration = images(64)
-    first = fxfuse.fuse(members, x, calibration=calibration, refit=True)
-    again = fxfuse.fuse(members, x, plan=first.plan, calibration=calibration, refit=True)
+    first = fxfuse.fuse(
+        members, x, calibration=calibration, method=Transplant(score="l2"), refine=[Refit()]
+    )
+    again = fxfuse.build(first.plan, members, x, calibration=calibration, refine=[Refit()])
     assert_equal_networks(first, again)
 
 
 def test_other_members_are_told_from_these(plan: fxfuse.FusionPlan) -> None:
     members, x = resnets(3), images()
     with pytest.raises(PlanError, match="made for 2 members, and 3 are given"):
-        fxfuse.fuse(members, x, plan=plan)
+        fxfuse.build(plan, members, x)
     with pytest.raises(PlanError, match=r"member 1 is not the network.*\n.*stem\.weight"):
-        fxfuse.fuse([members[0], members[2]], x, plan=plan)
+        fxfuse.build(plan, [members[0], members[2]], x)
     with pytest.raises(PlanError, match="it is the plan's member 1"):
-        fxfuse.fuse(members[1::-1], x, plan=plan)
+        fxfuse.build(plan, members[1::-1], x)
     with torch.no_grad():
         members[1].block2.bn2.bias[3] += 0.1
     with pytest.raises(PlanError) as caught:
-        fxfuse.fuse(members[:2], x, plan=plan)
+        fxfuse.build(plan, members[:2], x)
     assert caught.value.where == "block2.bn2.bias"
     assert caught.value.why.startswith("1 of ")
     other = [SmallResNet(width=4).eval() for _ in range(2)]
     with pytest.raises(PlanError, match=r"member 0.*\n.*stem\.weight"):
-        fxfuse.fuse(other, x, plan=plan)
+        fxfuse.build(plan, other, x)
 
 
 def test_a_tensor_that_only_one_side_has_is_named() -> None:
@@ -109,7 +112,7 @@ def test_a_tensor_that_only_one_side_has_is_named() -> None:
     x = torch.randn(3, 4)
     plan = fxfuse.fuse([member(i, True) for i in range(2)], x).plan
     with pytest.raises(PlanError, match=r"only the plan has 0\.bias"):
-        fxfuse.fuse([member(i, False) for i in range(2)], x, plan=plan)
+        fxfuse.build(plan, [member(i, False) for i in range(2)], x)
 
 
 def test_an_edited_plan_is_refused(plan: fxfuse.FusionPlan) -> None:
@@ -127,7 +130,7 @@ def test_a_plan_without_hashes_can_be_read_and_not_applied(plan: fxfuse.FusionPl
     unknown = through_json(replace(plan, members=(MemberRecord(), MemberRecord())))
     assert "block1.conv1.weight:0" in unknown.summary()
     with pytest.raises(PlanError, match="does not say for which members"):
-        fxfuse.fuse(resnets(2), images(), plan=unknown)
+        fxfuse.build(unknown, resnets(2), images())
 
 
 @pytest.mark.parametrize("schema", [1, 2, 3, 5, "4", None, [[]]])
@@ -161,7 +164,7 @@ def test_what_a_plan_holds_may_not_be_given_as_well(
 ) -> None:
     members, x = resnets(2), images()
     with pytest.raises(OptionError, match=f"{next(iter(options))}=.* and a plan are given"):
-        fxfuse.fuse(members, x, plan=plan, **options)
+        fxfuse.fuse(members, x, plan=plan, **flat(**options))
 
 
 def test_maps_of_units_that_there_are_not(plan: fxfuse.FusionPlan) -> None:
@@ -173,9 +176,9 @@ def test_maps_of_units_that_there_are_not(plan: fxfuse.FusionPlan) -> None:
         (replace(first, target=first.target - 1), "fused unit"),
     ):
         with pytest.raises(PlanError, match=f"names a {what} that there is not"):
-            fxfuse.fuse(members, x, plan=replace(plan, maps=(entry, *others)))
+            fxfuse.build(replace(plan, maps=(entry, *others)), members, x)
     with pytest.raises(PlanError, match="coupling groups"):
-        fxfuse.fuse(members, x, plan=replace(plan, maps=tuple(others)))
+        fxfuse.build(replace(plan, maps=tuple(others)), members, x)
 
 
 def test_a_single_member_needs_a_plan_of_one(plan: fxfuse.FusionPlan) -> None:
@@ -183,7 +186,7 @@ def test_a_single_member_needs_a_plan_of_one(plan: fxfuse.FusionPlan) -> None:
     with pytest.raises(MemberError):
         fxfuse.fuse(members[:1], x)
     with pytest.raises(PlanError, match="made for 2 members"):
-        fxfuse.fuse(members[:1], x, plan=plan)
+        fxfuse.build(plan, members[:1], x)
 
 
 # --- fingerprints ---

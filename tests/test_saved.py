@@ -46,7 +46,7 @@ class Tied(nn.Module):
 
 @pytest.fixture(scope="module")
 def result() -> fxfuse.FusionResult:
-    return fxfuse.fuse(resnets(2), images(), width=1.5)
+    return fxfuse.fuse(resnets(2), images(), size=1.5)
 
 
 @pytest.fixture(scope="module")

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 import fxfuse
+from fxfuse import Transplant
 from fxfuse.activations.calibration import CalibrationBatches
 from fxfuse.activations.gradients import gradients
 from fxfuse.errors import InputError, OptionError, RuleError
@@ -91,7 +92,7 @@ def test_groups_without_a_normalisation_fall_back_and_the_plan_says_so():
         scale = m.norm.weight.detach().abs()
         np.testing.assert_allclose(found[i]["first.weight:0"], scale, rtol=1e-6)
         assert (found[i]["second.weight:0"] == by_norm[i]["second.weight:0"]).all()
-    plan = fxfuse.fuse(members, x, score="bn_scale").plan
+    plan = fxfuse.fuse(members, x, method=Transplant(score="bn_scale")).plan
     assert plan.options == {"score": "bn_scale", "scored by l2": "second.weight:0"}
     assert "scored by l2 `second.weight:0`" in plan.summary()
     graph = fxfuse.analyze(resnets(1)[0], images())
@@ -247,7 +248,7 @@ def test_units_that_are_gone_do_not_count():
 )
 def test_scores_without_what_they_need(name: str, message: str):
     with pytest.raises(InputError, match=message) as caught:
-        fxfuse.fuse(resnets(2), images(), score=name)
+        fxfuse.fuse(resnets(2), images(), method=Transplant(score=name))
     assert "calibration=" in caught.value.how
 
 

@@ -13,13 +13,14 @@ import torch
 from torch import nn
 
 import fxfuse
+from fxfuse import OptimalTransport, WeightMatching, Zip
 from fxfuse.activations import unit_activations
 from fxfuse.activations.calibration import CalibrationBatches
 from fxfuse.analysis.coupling import CouplingGraph, analyze
 from fxfuse.analysis.multi_width import multi_width
 from fxfuse.errors import OptionError
-from fxfuse.planning.methods import Options
 from fxfuse.planning.context import State
+from fxfuse.planning.methods import Options
 from fxfuse.planning.plan import FusionPlan, UnitMap
 from fxfuse.planning.planner import make_plan
 from fxfuse.transform.resizing import emit_resized
@@ -330,10 +331,10 @@ def test_the_reference_decides_the_width():
     x = inputs_of("mlp")
     members = [made(mlp, width, seed, x) for seed, width in enumerate((5, 9))]
     for reference, size in ((0, 5), (1, 9), ("mean", 5)):
-        result = fxfuse.fuse(members, x[:4], method="weight_matching", reference=reference)
+        result = fxfuse.fuse(members, x[:4], method=WeightMatching(reference=reference))
         assert result.plan.sizes()["0.weight:0"] == size
         assert result.module.get_parameter("0.weight").shape[0] == size
-    again = fxfuse.fuse(members, x[:4], plan=FusionPlan.from_json(result.plan.to_json()))
+    again = fxfuse.build(FusionPlan.from_json(result.plan.to_json()), members, x[:4])
     torch.testing.assert_close(again.state_dict(), result.state_dict(), rtol=0, atol=0)
 
 
@@ -345,7 +346,7 @@ def test_a_member_without_a_block_has_no_units_in_it(method: str):
     deep.load_state_dict({**deep.state_dict(), **shallow.state_dict()})
     with pytest.raises(OptionError, match=r"lacks this block(.|\n)*pass reference=1"):
         fxfuse.fuse([shallow, deep], x[:4], method=method)
-    result = fxfuse.fuse([shallow, deep], x[:4], method=method, reference=1)
+    result = fxfuse.fuse([shallow, deep], x[:4], method=method)
     torch.testing.assert_close(
         result.module.get_parameter("blocks.1.0.weight"), deep.blocks[1][0].weight
     )
@@ -360,8 +361,8 @@ def test_what_has_no_meaning_is_named():
     x = inputs_of("mlp")
     members = [made(mlp, width, seed, x) for seed, width in enumerate((5, 9))]
     with pytest.raises(OptionError, match="leave the width out, or use"):
-        fxfuse.fuse(members, x[:4], method="weight_matching", width=1)
+        fxfuse.fuse(members, x[:4], method="weight_matching", size=1)
     with pytest.raises(OptionError, match="variant 'across' of zip has no width"):
-        fxfuse.fuse(members, x[:4], method="zip", variant="across", calibration=x, width=1)
+        fxfuse.fuse(members, x[:4], calibration=x, method=Zip(variant="across"), size=1, refine=[])
     with pytest.raises(OptionError, match="no reference"):
-        fxfuse.fuse(members, x[:4], method="optimal_transport", reference="mean")
+        fxfuse.fuse(members, x[:4], method=OptimalTransport(reference="mean"))

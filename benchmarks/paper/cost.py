@@ -61,7 +61,10 @@ def _of_width(job: Job, width: float) -> list[Row]:
         rows.append(Row(f"{width:g}", column, {**values, "ratio": ratio}, width))
 
     for name, told in options.items():
-        add(name, _cost(lambda told=told: fuse(members, inputs[:2], verify=False, **told)))
+        add(
+            name,
+            _cost(lambda told=told: fuse(members, inputs[:2], verify=False, **flat(**told))),
+        )
     add(f"{job.options.steps} training steps", training)
     return rows
 

@@ -104,7 +104,9 @@ class Job:
         self, members: Sequence[nn.Module | Program] | None = None, **options: Any
     ) -> nn.Module:
         """A network of the members' class with fused weights; of all members if none are given."""
-        result = fuse(self.program if members is None else members, self.calibration[:2], **options)
+        result = fuse(
+            self.program if members is None else members, self.calibration[:2], **flat(**options)
+        )
         return result.load_into(self.case.fresh(self.seed)).eval()
 
     def batches(self, seed: int | None = None) -> Batches:

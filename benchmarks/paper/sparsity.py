@@ -31,7 +31,7 @@ def measure(job: Job) -> list[Row]:
 
 
 def _fused(job: Job, **options: object) -> nn.Module:
-    return fuse(job.program, mixing="joint", **options).module
+    return fuse(job.program, **flat(mixing="joint", **options)).module
 
 
 def _widths(job: Job, width: float) -> dict[str, float]:
