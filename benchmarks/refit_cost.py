@@ -27,6 +27,7 @@ import fxfuse
 from fxfuse import Transplant
 from fxfuse.refine import refit
 from tests.models import excite
+from tests.options import flat
 
 RESULTS = Path(__file__).parent / "results" / "refit_cost.json"
 

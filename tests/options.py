@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
-from fxfuse import Calibration, Constraints, Heads, Match, Refit, Size
+from fxfuse import Calibration, Constraints, CouplingGraph, FusionPlan, Heads, Match, Refit, Size
+from fxfuse.planning.context import Context, State
 from fxfuse.planning.methods import methods
+from fxfuse.planning.planner import make_plan
+from fxfuse.planning.scores import score_units
 
 _METHOD = ("score", "variant", "fraction", "reference", "regularisation")
 _SIZE = ("width", "max_params", "max_flops", "multiple_of", "allocation", "mixing")
@@ -38,6 +42,19 @@ def flat(**given: Any) -> dict[str, Any]:
     wishes = {step: given.pop(step) for step in steps if given.get(step)}
     found["refine"] = [steps[s](**({} if w is True else w)) for s, w in wishes.items()]
     return found | given
+
+
+def planned(graph: CouplingGraph, states: Sequence[State], method: str, **given: Any) -> FusionPlan:
+    """The plan of a method by name; options of the method and of the context side by side."""
+    chosen = _taken(given, _METHOD)
+    return make_plan(graph, states, methods()[method](**chosen), Context(**given))
+
+
+def scored(
+    graph: CouplingGraph, states: Sequence[State], kept: Any, score: str = "l2", **given: Any
+) -> dict[int, Any]:
+    """The scores of units, with what the context holds."""
+    return score_units(graph, states, score, Context(**given), kept)
 
 
 def _taken(given: dict[str, Any], names: Any) -> dict[str, Any]:

@@ -11,6 +11,7 @@ import fxfuse
 from fxfuse import Constraints, Size, Transplant
 from fxfuse.errors import OptionError
 from fxfuse.planning.allocation import best_of_all
+from tests.options import flat
 
 FIRST, SECOND = "0.weight:0", "2.weight:0"
 

@@ -21,6 +21,7 @@ from fxfuse.cli.options import parse_output_dims
 from fxfuse.errors import OptionError
 from fxfuse.members.checkpoint import read_state_dict
 from tests.nets import SmallResNet, images, resnets
+from tests.options import flat
 
 
 class Features(nn.Module):

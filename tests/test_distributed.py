@@ -30,6 +30,7 @@ from fxfuse.members.streamed import Stored
 from fxfuse.refine import distill, finetune, match
 from fxfuse.refine.stream import BatchStream
 from tests.nets import images, resnets
+from tests.options import flat
 from tests.pair import Processes
 from tests.test_streamed import Tied, saved
 

@@ -20,7 +20,7 @@ from torch import nn
 import fxfuse
 from benchmarks.errors_page import classes, parts
 from fxfuse import Match, errors
-from fxfuse.api.soundness import verified
+from fxfuse.api.checks import verified
 from fxfuse.cli.recipe import read_recipe
 from fxfuse.cli.sources import read_data
 from fxfuse.cli.zoo import make_model

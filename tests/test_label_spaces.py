@@ -14,6 +14,7 @@ from fxfuse import Heads, Size
 from fxfuse.errors import OptionError, RewriteError
 from tests.models import excite
 from tests.nets import SmallResNet
+from tests.options import flat
 
 CLASSES = [["cat", "dog"], ["dog", "fish", "bird"]]
 

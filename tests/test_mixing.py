@@ -20,6 +20,7 @@ from fxfuse.planning.plan import FusionPlan, Mixing
 from fxfuse.transform.cost import operations_of, parameters_of
 from tests.models import excite, image
 from tests.nets import mean_of
+from tests.options import flat
 from tests.strategies import Recipe, members_of, recipes
 
 

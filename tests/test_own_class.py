@@ -18,6 +18,7 @@ from fxfuse.graph.layer_sizes import sizes_of_layer
 from fxfuse.transform.emit import FusedModule
 from tests.models import build, image
 from tests.nets import SmallResNet, images, resnets
+from tests.options import flat
 from tests.test_prune import SmallVGG
 
 WIDTHS = [0.5, 1.5, 2]

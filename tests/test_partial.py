@@ -18,11 +18,10 @@ from fxfuse import Constraints, verify
 from fxfuse.analysis.heads import join
 from fxfuse.analysis.label_spaces import Heads
 from fxfuse.errors import MemberError, OptionError
-from fxfuse.planning.methods import Options
-from fxfuse.planning.planner import make_plan
 from fxfuse.transform.resizing import emit_resized
 from tests.models import excite
 from tests.nets import SmallResNet, images
+from tests.options import planned
 
 
 def member(seed: int, classes: int, dtype: torch.dtype = torch.float64) -> SmallResNet:
@@ -170,7 +169,7 @@ def test_every_head_of_the_concatenation_answers_as_its_member(heads: tuple[str,
     x = images(dtype=torch.float64)
     joined = join([fxfuse.capture(m, x) for m in members], Heads(heads))
     graph = fxfuse.analyze(joined.program)
-    plan = make_plan(graph, joined.states, "wide", Options())
+    plan = planned(graph, joined.states, "wide")
     if heads == ("fc",):
         assert plan.inexact() == []
         wide = emit_resized(graph, plan, joined.states)

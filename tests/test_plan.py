@@ -17,6 +17,7 @@ from fxfuse.errors import MemberError, OptionError, PlanError
 from fxfuse.members.fingerprint import digest_of, fingerprint
 from fxfuse.planning.plan import MemberRecord
 from tests.nets import SmallResNet, images, resnets
+from tests.options import flat
 
 
 def through_json(plan: fxfuse.FusionPlan) -> fxfuse.FusionPlan:

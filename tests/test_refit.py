@@ -27,6 +27,7 @@ from fxfuse.refine.regression.head import fit_head
 from fxfuse.refine.regression.solve import Fit, Ridge
 from fxfuse.refine.targets import Targets
 from tests.nets import Samples, SmallResNet, mean_of
+from tests.options import flat
 
 
 class Transformer(nn.Module):

@@ -9,8 +9,7 @@ import torch
 
 import fxfuse
 from fxfuse import Refit
-from fxfuse.activations import NodeRunner, unit_activations
-from fxfuse.activations import runner as runners
+from fxfuse.activations import NodeRunner, node_runner, unit_activations
 from fxfuse.activations.calibration import CalibrationBatches
 from fxfuse.activations.spill_store import SpillStore
 from fxfuse.refine import refit
@@ -110,7 +109,7 @@ def test_units_are_measured_in_little_memory(monkeypatch: pytest.MonkeyPatch):
     calibration = CalibrationBatches.of(graph.program, x)
     states = [member.state_dict() for member in members]
     found = unit_activations(graph, states, calibration)
-    monkeypatch.setattr(runners, "Shelf", lambda _: SpillStore(0))
+    monkeypatch.setattr(node_runner, "SpillStore", lambda _: SpillStore(0))
     again = unit_activations(graph, states, calibration)
     for name, tensors in found.items():
         assert all(map(torch.equal, tensors, again[name]))

@@ -21,6 +21,7 @@ from fxfuse.errors import (
 )
 from fxfuse.members.streamed import Stored
 from tests.nets import images, resnets
+from tests.options import flat
 
 
 class Tied(nn.Module):

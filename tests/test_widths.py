@@ -20,14 +20,13 @@ import fxfuse
 from fxfuse import Size
 from fxfuse.analysis.coupling import CouplingGraph
 from fxfuse.errors import OptionError, RewriteError
-from fxfuse.planning.methods import Options
 from fxfuse.planning.plan import FusionPlan, UnitMap
-from fxfuse.planning.planner import make_plan
 from fxfuse.planning.size import sizes_of
 from fxfuse.transform.cost import operations_of, parameters_of
 from fxfuse.transform.resizing import emit_resized, settle
 from fxfuse.verify.check import as_double, in_double, inputs_of, relative_error, tensors_of
 from tests.models import build, image
+from tests.options import flat, planned
 from tests.strategies import Recipe, is_plain, members_of, recipes
 
 
@@ -36,7 +35,7 @@ def plans(
 ) -> tuple[FusionPlan, FusionPlan]:
     """Randomly chosen units in the given sizes; and all units, those not chosen dead."""
     generator = np.random.default_rng(0)
-    whole = make_plan(graph, states, "wide", Options())
+    whole = planned(graph, states, "wide")
     chosen, masked = [], []
     for m in whole.maps:
         keep = np.sort(generator.permutation(m.n_units)[: sizes[m.group]])

@@ -22,6 +22,7 @@ from benchmarks.paper.setting import Size, network
 from fxfuse import fuse
 from fxfuse.cli.data import Batches
 from fxfuse.refine import default_optimizer, finetune
+from tests.options import flat
 
 WIDTHS = (0.5, 1.0, 2.0, 4.0, 8.0)
 _FUSIONS: dict[str, dict[str, Any]] = {

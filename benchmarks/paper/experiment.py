@@ -21,6 +21,7 @@ from benchmarks.paper.datasets import Data
 from benchmarks.paper.setting import OWN_SIZE, SETTINGS, Case, Size, accuracy, case
 from fxfuse import Program, capture, fuse
 from fxfuse.cli.data import Batches
+from tests.options import flat
 
 ACCURACY = "accuracy"
 

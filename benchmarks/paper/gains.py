@@ -56,6 +56,7 @@ from fxfuse import Match
 from fxfuse.activations.streams import streams
 from fxfuse.cli.data import Batches
 from fxfuse.refine import default_optimizer, finetune, match, recalibrate, refit_head
+from tests.options import flat
 
 CONDITIONS = (
     "One thread; budgets and times are CPU seconds of the process, because other work shares the "

@@ -11,6 +11,7 @@ from benchmarks.paper.experiment import Experiment, Job, Row, along
 from benchmarks.paper.refining import both, constraints
 from benchmarks.paper.runner import command
 from fxfuse import analyze, fuse
+from tests.options import flat
 
 SPARSITIES = (0.0, 0.5, 0.75, 0.9, 0.99)
 
