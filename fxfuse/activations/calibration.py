@@ -1,4 +1,4 @@
-"""CalibrationBatches inputs of a network, checked and cut into batches; labels, if there are any."""
+"""Calibration inputs of a network, checked and cut into batches; labels, if there are any."""
 
 from __future__ import annotations
 

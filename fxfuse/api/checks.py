@@ -1,4 +1,4 @@
-"""Checks that run before a fused network is returned: of the analysis, of a plan, of the oracles."""
+"""Checks before a fused network is returned: the analysis, a given plan, and the oracles."""
 
 from __future__ import annotations
 
