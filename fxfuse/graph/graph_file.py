@@ -259,7 +259,8 @@ class _Reader:
         dtype = from_data({"dtype": made.dtype}, {})
         trains = dtype.is_floating_point or dtype.is_complex
         _check(made.kind in (_PARAMETER, _BUFFER, _CONSTANT), f"{name} is of no kind")
-        _check(made.requires_grad in ((False, True) if trains else (False,)), "requires_grad")
+        good = made.requires_grad is False or (trains and made.requires_grad is True)
+        _check(good, f"{name} cannot be trained")
         return made
 
     def node(
@@ -310,9 +311,10 @@ class _Reader:
         ops = [node.op for node in steps]
         _check(last.op == "output" and "output" not in ops, "the output is not the last node")
         given: Any = last.args[0]
-        counts = len(set(arguments)), ops.count("placeholder"), len(given)
+        counts = len(arguments), ops.count("placeholder"), len(given)
         stated = positional.num_children + named.num_children, takes.num_leaves, returns.num_leaves
-        _check(counts == stated, "the graph takes or returns something else than it says")
+        good = counts == stated and len(set(arguments)) == len(arguments)
+        _check(good, "the graph takes or returns something else than it says")
         self.graph.set_codegen(_PyTreeCodeGen(_PyTreeInfo(arguments, takes, returns)))
 
 
