@@ -79,6 +79,17 @@ class Along(nn.Module):
         return self.conv(x.transpose(1, 2)).transpose(1, 2)
 
 
+class Across(nn.Module):
+    """A transposed convolution over the tokens."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.ConvTranspose1d(WIDTH, WIDTH, 3, padding=1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.conv(x.transpose(1, 2)).transpose(1, 2)
+
+
 def tokens(n: int) -> torch.Tensor:
     return torch.randn(n, 5, 6)
 
@@ -96,7 +107,10 @@ def members(n: int) -> list[nn.Module]:
     [
         (nn.Identity(), True),
         (nn.Dropout(0.1), True),
+        (nn.Dropout1d(0.1), True),
+        (nn.AlphaDropout(0.1), True),
         (nn.Linear(WIDTH, WIDTH), True),
+        (Across(), True),
         (nn.ReLU(), False),
         (Scale(), False),
         (Along(), False),
@@ -107,7 +121,7 @@ def test_a_stream_meets_nothing_that_tells_its_units_apart(
     middle: nn.Module, is_stream: bool
 ) -> None:
     found = streams(fxfuse.analyze(Stream(middle).eval(), tokens(2)))
-    if isinstance(middle, nn.Linear):
+    if isinstance(middle, nn.Linear | Across):
         # The layer ends one stream and begins another.
         assert len(found) == 2
     else:

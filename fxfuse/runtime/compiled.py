@@ -118,7 +118,7 @@ def _compiled(
     expected: list[torch.Tensor],
 ) -> Compiled:
     """A network in one layout, compiled and compared."""
-    copy, changed = prepared(asked.module, channels_last=layout.channels_last)
+    copy, changed = prepared(asked.module, args, kwargs, channels_last=layout.channels_last)
     if asked.dtype is not None:
         copy.to(asked.dtype)
     run = torch.compile(

@@ -119,7 +119,7 @@ def exported(
     Raises:
         CompileError: torch.export refuses it.
     """
-    copy, _ = prepared(module, channels_last=False)
+    copy, _ = prepared(module, args, kwargs, channels_last=False)
     try:
         return export(copy, args, kwargs, dynamic_shapes)
     except CaptureError as error:

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from typing import Any
 
 import torch
+import torch.utils._pytree as pytree
 from torch import fx, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.passes.fake_tensor_prop import FakeTensorProp
 from torch.fx.passes.infra.pass_base import PassBase
 
 from fxfuse.errors import OptionError
@@ -18,13 +23,19 @@ from fxfuse.verify.check import tensors_of
 
 
 def prepared(
-    module: fx.GraphModule, *, channels_last: bool
+    module: fx.GraphModule, args: tuple[Any, ...], kwargs: dict[str, Any], *, channels_last: bool
 ) -> tuple[fx.GraphModule, tuple[str, ...]]:
     """A copy of a network after the eval passes, and the names of those that changed it."""
     passes = [EvalForm(), RemoveDropout(), FoldBatchNorm()]
     if channels_last:
         passes.append(ChannelsLast())
     copy = inference_copy(module)
+    if not any("val" in node.meta for node in copy.graph.nodes):
+        # It was loaded or unpickled. Passes leave alone whatever has no shape then.
+        with suppress(Exception):
+            given = inspect.signature(copy.forward).bind(*args, **kwargs).arguments
+            mode = FakeTensorMode(allow_non_fake_inputs=True)
+            FakeTensorProp(copy, mode).propagate(*pytree.tree_leaves(list(given.values())))
     return copy, apply_passes(copy, passes)
 
 
