@@ -208,7 +208,9 @@ def test_everything_that_a_graph_can_hold_comes_back(kind: str, tmp_path: Path) 
     elif kind == "stack":
         made = fxfuse.stack(members, Example(x, kwargs={"scale": scale}), verify=False)
     else:
-        made = fxfuse.fuse(members, Example(x, kwargs={"scale": scale}), size=1.5 if kind == "wider" else 1.0)
+        made = fxfuse.fuse(
+            members, Example(x, kwargs={"scale": scale}), size=1.5 if kind == "wider" else 1.0
+        )
     fxfuse.save(made, tmp_path / "saved")
     assert (tmp_path / "saved" / CONSTANTS).exists()
     network, found = getattr(made, "module", made), fxfuse.load(tmp_path / "saved")
