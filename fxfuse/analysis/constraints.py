@@ -12,6 +12,7 @@ import torch
 from torch import fx
 
 from fxfuse.analysis.labels import Kind
+from fxfuse.common.options import Options
 from fxfuse.errors import OptionError
 from fxfuse.graph.capture import Program
 
@@ -22,7 +23,7 @@ OutputDims = Mapping[int, Sequence[int]]
 
 
 @dataclass(frozen=True, init=False)
-class Constraints:
+class Constraints(Options):
     """What must stay as it is; patterns are those of `fnmatch`, and one may stand without a list.
 
     Attributes:

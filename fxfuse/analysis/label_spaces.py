@@ -9,6 +9,7 @@ from typing import Any, Literal, get_args
 import torch
 
 from fxfuse.analysis.constraints import Patterns, listed
+from fxfuse.common.options import Options
 from fxfuse.errors import OptionError
 
 #: How the outputs of the members' heads are returned.
@@ -16,15 +17,15 @@ HeadOutput = Literal["tuple", "concat", "union"]
 
 
 @dataclass(frozen=True, init=False)
-class Heads:
+class Heads(Options):
     """Which modules each member keeps as a head of its own, and what the network returns of them.
 
     Heads may differ in shape. Tensors of head i are named `heads.<i>.<name>`.
 
     Attributes:
-        modules: Dotted paths of the head modules, `fnmatch` patterns; none: the network has one
-            head for all members. None: they are found, as the modules whose parameters have an
-            index for each class.
+        modules: Dotted paths of the head modules, `fnmatch` patterns. None: they are found, as the
+            modules whose parameters have an index for each class. An empty tuple: one head for all
+            members.
         output: `tuple`: the outputs of every head; `concat`: one tensor, the members' logits side
             by side, for members that know different classes; `union`: one tensor with the logits
             of the union of their classes, in order of first appearance, each the mean of the
@@ -147,24 +148,6 @@ class Heads:
             known = [i for i, column in enumerate(columns) if column == name]
             matrix[row, known] = 1 / len(known)
         return matrix
-
-
-def heads_of(heads: Patterns, output: str | None, classes: Sequence[Sequence[Any]] | None) -> Heads:
-    """`Heads` from the options of `fuse`, in which `heads` may also be a way of returning them.
-
-    Raises:
-        OptionError: The options contradict each other.
-    """
-    found = heads in ("concat", "union")
-    if found and output not in (None, heads):
-        raise OptionError(
-            f"heads={heads!r} and head_outputs={output!r} contradict each other",
-            why=f"{heads!r} is a way of returning the heads that fxfuse finds",
-            how="leave head_outputs out, or give heads as a list of patterns",
-        )
-    way: Any = heads if found else output or "tuple"
-    unnamed = found or (way != "tuple" and not listed(heads))
-    return Heads(None if unnamed else heads, way, classes)
 
 
 def _check(heads: Heads) -> None:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from html import escape
 from typing import TypeVar
 
 import torch
@@ -18,34 +19,62 @@ from fxfuse.graph.capture import Program
 from fxfuse.planning.plan import FusionPlan
 from fxfuse.refine import MatchReport, RefitReport
 from fxfuse.refine.pipeline import Choice
+from fxfuse.transform.cost import parameters_of
 from fxfuse.transform.emit import FusedModule
 from fxfuse.verify import Verification
 
 Model = TypeVar("Model", bound=nn.Module)
 
+#: What nothing was fitted after is worth, fused or pruned.
+_RAW_FUSION = (
+    "This is a raw transplant, most likely at chance level: no layer was fitted to the members."
+)
+_RAW_PRUNING = (
+    "This network is pruned and not refitted, so it is most likely far less accurate than before."
+)
 
-@dataclass(frozen=True)
+
+@dataclass(frozen=True, repr=False)
 class FusionResult:
     """A fused network.
+
+    `print(result)` says from what it was made, into what, how close it is to the ensemble, which
+    checks passed, and what to do next.
 
     Attributes:
         plan: Which unit of which member went where.
         verification: The oracles that ran.
         graph: The analysis of the members.
         refit: What the closed-form refit did, if one was asked for.
-        choice: For `method="auto"`: which network was the start, and why.
-        match: For `method="auto"`: what the matching did.
+        choice: Which network the matching started from, and why, if one was asked for.
+        match: What the matching did.
     """
 
     plan: FusionPlan
     verification: Verification
-    graph: CouplingGraph = field(repr=False)
-    _state: Mapping[str, torch.Tensor] = field(repr=False)
-    _module: FusedModule | None = field(repr=False)
-    refit: RefitReport | None = field(default=None, repr=False)
+    graph: CouplingGraph
+    _state: Mapping[str, torch.Tensor]
+    _module: FusedModule | None
+    refit: RefitReport | None = None
     choice: Choice | None = None
-    match: MatchReport | None = field(default=None, repr=False)
-    _member: Program | None = field(default=None, repr=False)
+    match: MatchReport | None = None
+    _member: Program | None = None
+
+    def __repr__(self) -> str:
+        return "\n  ".join(self._lines())
+
+    def _repr_html_(self) -> str:
+        return f"<pre>{escape(repr(self))}</pre>"
+
+    @property
+    def raw_note(self) -> str:
+        """What the network is worth if nothing was fitted after its units were chosen, else "".
+
+        A network that runs every member one by one is their mean, and not raw.
+        """
+        if self.refit or self.match or self.plan.mixing.mode == "per_member":
+            return ""
+        return _RAW_FUSION if self.plan.n_members > 1 else _RAW_PRUNING
 
     @property
     def emitted(self) -> bool:
@@ -80,6 +109,34 @@ class FusionResult:
     def state_dict(self) -> dict[str, torch.Tensor]:
         """The fused tensors by name; those of `module`, where there is one."""
         return dict(self._state) if self._module is None else self._module.state_dict()
+
+    def _lines(self) -> Iterator[str]:
+        """What `print` shows."""
+        yield self._from_what_into_what()
+        options = "".join(f", {name} {value}" for name, value in self.plan.options.items())
+        yield f"method: {self.plan.method}{options}"
+        if self.refit is not None:
+            yield f"refit: {self.refit}"
+        if self.choice is not None and self.match is not None:
+            unit = "KL, nats" if self.match.outputs == "logits" else "share of the variance"
+            yield f"distance to the ensemble ({unit}): {self.choice}"
+        yield str(self.verification)
+        if self.raw_note:
+            yield self.raw_note
+            yield "next: pass calibration=..., 100 to 1,000 unlabelled inputs, to refit and match"
+        elif self.emitted:
+            yield "next: use result.module, or keep it with fxfuse.save(result, folder)"
+        else:
+            yield "next: use result.to_module(): there is no graph, as torch.export rejects it"
+
+    def _from_what_into_what(self) -> str:
+        plan, source = self.plan, (self._member or self.graph.program).source
+        name = "a network" if source is None else type(source).__name__
+        fused = f"{parameters_of(self.graph, plan.sizes(), plan):,} parameters"
+        own = "" if plan.heads else f" ({parameters_of(self.graph, {}):,} parameters)"
+        if plan.n_members == 1:
+            return f"{name}{own} → {fused}"
+        return f"{plan.n_members} members of {name}{own} → one network ({fused})"
 
     def _require_one_head(self, name: str) -> None:
         if self.plan.heads:

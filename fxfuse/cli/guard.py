@@ -7,12 +7,13 @@ import functools
 import inspect
 import os
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Annotated, Any, TypeVar, get_type_hints
 
 import typer
 
 from fxfuse.cli.show import err, out
+from fxfuse.cli.wording import naming_flags
 from fxfuse.errors import FxfuseError
 
 R = TypeVar("R")
@@ -52,10 +53,10 @@ def guarded(command: Callable[..., R]) -> Callable[..., R]:
         except (typer.Exit, typer.Abort, typer.BadParameter, BrokenPipeError):
             raise
         except FxfuseError as error:
-            _say(f"error: {error}")
+            _say(f"error: {naming_flags(error, flags)}")
             raise typer.Exit(BAD_INPUT) from None
         except OSError as error:
-            # A full disk, a folder without permission: the user's to mend, not ours.
+            # A full disk, a folder without permission: the user's to fix, not ours.
             where = f": {error.filename}" if error.filename else ""
             _say(f"error: {error.strerror or error}{where}")
             raise typer.Exit(BAD_INPUT) from None
@@ -68,6 +69,7 @@ def guarded(command: Callable[..., R]) -> Callable[..., R]:
     # What typer reads a command's options from.
     hints = get_type_hints(command, include_extras=True)
     own = inspect.signature(command)
+    flags = _flag_names(command, own.parameters)
     parameters = [p.replace(annotation=hints[name]) for name, p in own.parameters.items()]
     option = inspect.Parameter(
         "quiet", inspect.Parameter.KEYWORD_ONLY, default=False, annotation=Quiet
@@ -77,6 +79,14 @@ def guarded(command: Callable[..., R]) -> Callable[..., R]:
     )
     run.__annotations__ = {**hints, "quiet": Quiet}
     return run
+
+
+def _flag_names(command: Callable[..., Any], parameters: Iterable[str]) -> dict[str, str]:
+    """What Python calls the options of a command → flag."""
+    found = {name: f"--{name.replace('_', '-')}" for name in parameters}
+    if "no_verify" in found:
+        found["verify"] = found.pop("no_verify")
+    return {**found, **getattr(command, "flag_names", {})}
 
 
 @contextlib.contextmanager

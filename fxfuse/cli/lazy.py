@@ -17,11 +17,12 @@ COMMANDS = {
     "analyze": "Show the coupling groups of a network, and what is frozen and why.",
     "explain": "Explain one dimension of a parameter, or what couples it with another one.",
     "fuse": "Fuse trained networks of one architecture into one network.",
+    "prune": "Remove the least important channels, neurons and heads of one network.",
     "stack": "Write the ensemble as one graph that answers exactly as its members do.",
     "run": "Fuse as a recipe says; on a folder that fxfuse wrote, make its content again.",
     "recipe": "Print an example of a recipe or its JSON schema, or check a recipe.",
     "refit": "Apply the plan of a fusion again, and fit every layer to the members' activations.",
-    "distill": "Make a fusion again, and train it to answer like its members' ensemble.",
+    "distill": "Make a fusion again, and train it on its ensemble's answers or on labels.",
     "compare": "Compare fused networks with their members and the ensemble, on the same data.",
     "bench": "Time a fused network beside one of its members and the ensemble.",
     "report": "Write a page that shows what a fusion did, and what came out on data.",
@@ -31,6 +32,13 @@ COMMANDS = {
 
 class LazyGroup(TyperGroup):
     """A group that puts a command in the place of its stand-in when it is called."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> Any:
+        """Parse the arguments; without any, print the overview, which is no mistake."""
+        if not args:
+            print(ctx.get_help())
+            ctx.exit()
+        return super().parse_args(ctx, args)
 
     def resolve_command(self, ctx: Any, args: list[str]) -> Any:
         """The command that the arguments name."""

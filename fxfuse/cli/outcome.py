@@ -41,6 +41,7 @@ def _show(outcome: Outcome, folder: Path, *, json: bool) -> None:
                 "out": str(folder),
                 "files": outcome.files,
                 "verification": checks_json(checks),
+                "raw": bool(outcome.raw_note),
                 "choice": asdict(result.choice) if result.choice else None,
                 "trained": outcome.trained,
                 "networks": [asdict(network) for network in outcome.networks],
@@ -52,6 +53,8 @@ def _show(outcome: Outcome, folder: Path, *, json: bool) -> None:
         return
     if checks:
         out.print(checks_table(checks))
+    if result.refit:
+        out.print(f"refit: {result.refit}", markup=False)
     if result.choice:
         out.print(str(result.choice), markup=False)
     if outcome.trained:
@@ -60,7 +63,11 @@ def _show(outcome: Outcome, folder: Path, *, json: bool) -> None:
         out.print(f"{name} keeps the size that it has in one network: {why}", markup=False)
     if outcome.networks:
         out.print(networks_table(outcome.networks))
-    out.print(f"{plan.n_members} networks fused into one, written to {folder}", markup=False)
+    out.print(f"{outcome.recipe.title}, written to {folder}", markup=False)
+    if outcome.raw_note:
+        out.print(outcome.raw_note, style="yellow", markup=False)
+        refine = f"fxfuse refit {folder} --calibration DATA --refine refit,match --out FOLDER"
+        out.print(f"next: {refine}, or --calibration DATA from the beginning", markup=False)
 
 
 def networks_table(networks: Sequence[Network]) -> Table:

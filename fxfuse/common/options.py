@@ -56,7 +56,7 @@ class OptionField:
     @property
     def choices(self) -> tuple[Any, ...]:
         """The values of the field's `Literal`, if its type has one and no other kind of value."""
-        parts = [p for p in _alternatives(self.type) if p is not type(None)]
+        parts = [p for p in alternatives(self.type) if p is not type(None)]
         if not parts or any(get_origin(p) is not Literal for p in parts):
             return ()
         return tuple(value for part in parts for value in get_args(part))
@@ -99,15 +99,15 @@ def check_choice(name: str, value: Any, known: tuple[Any, ...]) -> None:
     )
 
 
+def alternatives(kind: Any) -> tuple[Any, ...]:
+    """Return the members of a union; of any other type, the type itself."""
+    return get_args(kind) if get_origin(kind) in (Union, types.UnionType) else (kind,)
+
+
 def _default(field: dataclasses.Field[Any]) -> Any:
     if field.default_factory is not dataclasses.MISSING:
         return field.default_factory()
     return field.default
-
-
-def _alternatives(kind: Any) -> tuple[Any, ...]:
-    """The members of a union; a type that is none by itself."""
-    return get_args(kind) if get_origin(kind) in (Union, types.UnionType) else (kind,)
 
 
 def _descriptions(kind: type) -> Mapping[str, str]:

@@ -49,7 +49,7 @@ class Match(Options):
         seconds: Budget in CPU seconds of this process, all threads together. What it gives depends
             on the machine, so it is not reproducible bit for bit, as a budget in steps is.
         batch: Inputs per step, 2 or more.
-        learning_rate: Its highest value. None: 3e-3, or 6e-3 for a network that normalises by
+        learning_rate: Highest learning rate. None: 3e-3, or 6e-3 for a network that normalises by
             statistics of the batch; a start whose error on the held-out inputs is below a quarter
             of what the ensemble's answers vary by gets less, by the square of that error.
         weight_decay: Weight decay of parameters with two dimensions or more; others do not decay.

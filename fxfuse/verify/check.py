@@ -52,6 +52,14 @@ class Verification:
         """Whether all of them hold."""
         return all(check.passed for check in self.checks)
 
+    def __str__(self) -> str:
+        """Which oracles hold, and which do not."""
+        holds = [check.name for check in self.checks if check.passed]
+        fails = [check.name for check in self.checks if not check.passed]
+        parts = [f"passed: {', '.join(holds)}"] if holds else []
+        parts += [f"FAILED: {', '.join(fails)}"] if fails else []
+        return f"checks {'; '.join(parts)}" if parts else "checks: none ran"
+
 
 def relative_error(found: Sequence[torch.Tensor], expected: Sequence[torch.Tensor]) -> float:
     """Largest absolute difference over the largest expected magnitude; inf for NaN.

@@ -10,19 +10,10 @@ import typer
 
 import fxfuse
 from fxfuse.analysis.coupling import CouplingGraph
+from fxfuse.cli.flags import CONSTRAINTS, Given, takes
 from fxfuse.cli.frozen import few, frozen_lines, interface_lines, without_rule_lines
 from fxfuse.cli.load import load_model
-from fxfuse.cli.options import (
-    Freeze,
-    Ignore,
-    Input,
-    Json,
-    Model,
-    ModelArg,
-    OutputDims,
-    Share,
-    parse_output_dims,
-)
+from fxfuse.cli.options import Input, Json, Model, ModelArg
 from fxfuse.cli.show import err, out, print_json, table
 
 Strict = Annotated[
@@ -31,14 +22,12 @@ Strict = Annotated[
 ]
 
 
+@takes(CONSTRAINTS)
 def analyze(
     model: Model,
     input: Input,
+    given: Given,
     model_arg: ModelArg = None,
-    freeze: Freeze = None,
-    share: Share = None,
-    ignore: Ignore = None,
-    output_dims: OutputDims = None,
     strict: Strict = False,
     json: Json = False,
 ) -> None:
@@ -48,15 +37,9 @@ def analyze(
     operator has no rule, or none for this use; 2 for bad input.
     """
     network, inputs = load_model(model, model_arg, input)
+    constraints = given.make(CONSTRAINTS)
     with err.status("analysing"):
-        graph = fxfuse.analyze(
-            network,
-            inputs,
-            freeze=freeze or (),
-            share=share or (),
-            ignore=ignore or (),
-            output_dims=parse_output_dims(output_dims or ()),
-        )
+        graph = fxfuse.analyze(network, inputs, constraints)
     if json:
         print_json(_as_json(graph))
     else:

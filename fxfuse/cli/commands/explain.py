@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 
 import fxfuse
+from fxfuse.cli.flags import CONSTRAINTS, Given, takes
 from fxfuse.cli.load import load_model
 from fxfuse.cli.options import Input, Json, Model, ModelArg
 from fxfuse.cli.show import err, out, print_json
@@ -17,11 +18,13 @@ OtherTensor = Annotated[str | None, typer.Argument(help="A second tensor.", show
 OtherDim = Annotated[int | None, typer.Argument(help="Its dimension.", show_default=False)]
 
 
+@takes(CONSTRAINTS)
 def explain(
     tensor: Tensor,
     dim: Dim,
     model: Model,
     input: Input,
+    given: Given,
     other_tensor: OtherTensor = None,
     other_dim: OtherDim = None,
     model_arg: ModelArg = None,
@@ -31,8 +34,9 @@ def explain(
     if other_tensor is not None and other_dim is None:
         raise typer.BadParameter(f"the dimension of {other_tensor} is missing")
     network, inputs = load_model(model, model_arg, input)
+    constraints = given.make(CONSTRAINTS)
     with err.status("analysing"):
-        graph = fxfuse.analyze(network, inputs)
+        graph = fxfuse.analyze(network, inputs, constraints)
     if other_tensor is None or other_dim is None:
         text = graph.explain(tensor, dim)
     else:

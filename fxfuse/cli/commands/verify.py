@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from fxfuse import verify as oracles
+from fxfuse.cli.flags import CONSTRAINTS, Given, takes
 from fxfuse.cli.load import load_members, load_model
 from fxfuse.cli.options import Input, Json, Model, ModelArg
 from fxfuse.cli.show import checks_json, checks_table, err, out, print_json
@@ -25,25 +26,30 @@ OptionalCheckpoints = Annotated[
 ]
 
 
+@takes(CONSTRAINTS)
 def verify(
     model: Model,
     input: Input,
+    given: Given,
     checkpoints: OptionalCheckpoints = None,
     model_arg: ModelArg = None,
     json: Json = False,
 ) -> None:
     """Check that fxfuse understands a network: run its oracles, exit 1 if one fails."""
+    constraints = given.make(CONSTRAINTS)
     if checkpoints:
         members, inputs = load_members(model, model_arg, input, checkpoints)
     else:
         network, inputs = load_model(model, model_arg, input)
         members = [network]
     with err.status("permuting every coupling group"):
-        checks = [oracles.permutation(members[0], inputs)]
+        checks = [oracles.permutation(members[0], inputs, constraints=constraints)]
     if len(members) > 1:
         with err.status("comparing the wide network with the ensemble"):
             try:
-                found = oracles.concatenation_equals_ensemble(members, inputs, mixing="per_member")
+                found = oracles.concatenation_equals_ensemble(
+                    members, inputs, mixing="per_member", constraints=constraints
+                )
                 checks.append(found)
             except NoGraphError as error:
                 warnings.warn(

@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from fxfuse.api.fuse import fuse
 from fxfuse.api.saved import PLAN, WEIGHTS, load
+from fxfuse.api.stages import build
 from fxfuse.cli.evaluate import RUN_TIME, Ensemble, beside_members, repeated
 from fxfuse.cli.recipe.networks import Networks, load_data, load_networks, made_with
 from fxfuse.cli.recipe.run import REPORT, Stage, evaluated
@@ -132,14 +132,20 @@ def report_on(folder: Path, data: str | None, page: Path | None) -> Path:
     plan = FusionPlan.from_json((folder / PLAN).read_text(encoding="utf-8", errors="replace"))
     state = read_state_dict(folder / WEIGHTS)
     networks = _networks(recipe)
-    result = fuse(networks.members, networks.inputs, plan=plan)
+    result = build(plan, networks.modules, networks.inputs)
     if result.emitted:
         load_tensors(result.module, state, folder / WEIGHTS)
     else:
         result = replace(result, _state=state)
     rows = () if examples is None else evaluated(result, networks, examples)
-    title = f"{len(recipe.members)} networks fused into one"
-    write_report(result, page, title=title, members=networks.modules, networks=rows)
+    write_report(
+        result,
+        page,
+        title=recipe.title,
+        members=networks.modules,
+        networks=rows,
+        refined=recipe.refines,
+    )
     return page
 
 

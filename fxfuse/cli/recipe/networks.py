@@ -39,13 +39,11 @@ class Networks:
 
 def needs_modules(recipe: Recipe) -> bool:
     """Whether the members run, or may differ; else they stay in their files."""
-    fuse = recipe.fuse
-    runs = recipe.calibration or recipe.train or recipe.evaluation or fuse.refit
+    runs = recipe.calibration or recipe.train or recipe.evaluation or recipe.fuse.refine
     return bool(
         runs
-        or fuse.method == "auto"
-        or fuse.heads
-        or fuse.classes
+        or recipe.fuse.heads
+        or len(recipe.members) == 1
         or any(m.args or is_pretrained(Path(m.path)) for m in recipe.members)
     )
 

@@ -7,27 +7,34 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from rich.progress import Progress
 
+from fxfuse.activations.calibration import Calibration
 from fxfuse.api.fuse import fuse
+from fxfuse.api.prune import prune
 from fxfuse.api.result import FusionResult
 from fxfuse.api.saved import FILES as NETWORK_FILES
 from fxfuse.api.saved import write_network
+from fxfuse.api.stages import build
 from fxfuse.cli.evaluate import beside_members
 from fxfuse.cli.recipe.networks import Networks, load_data, load_networks, made_with
-from fxfuse.cli.recipe.schema import Recipe
+from fxfuse.cli.recipe.schema import Fuse, OptionPart, Recipe
 from fxfuse.cli.recipe.summary import summary
 from fxfuse.cli.recipe.text import RECIPE, write_recipe
-from fxfuse.cli.recipe.train import train
 from fxfuse.cli.report.content import Network
 from fxfuse.cli.report.write import check_installed, write_report
 from fxfuse.cli.sources import Data
+from fxfuse.cli.training import train
 from fxfuse.common.output import atomic_folder, check_output
 from fxfuse.common.output_lock import locked
 from fxfuse.graph.module_checks import check_enough
+from fxfuse.members.members import Members
 from fxfuse.planning.plan import FusionPlan
+from fxfuse.refine import Match, Refit
+from fxfuse.refine.pipeline import resolve_steps
 
 SUMMARY, REPORT, PACKAGE, ONNX = "summary.md", "report.html", "package.pt2", "network.onnx"
 #: Every file that a result's folder may hold.
@@ -56,6 +63,11 @@ class Outcome:
     recipe: Recipe
     networks: tuple[Network, ...]
     trained: str
+
+    @property
+    def raw_note(self) -> str:
+        """What a network is worth that was neither fitted nor trained, else ""."""
+        return "" if self.recipe.refines else self.result.raw_note
 
 
 def _silently(what: str) -> AbstractContextManager[object]:
@@ -115,7 +127,9 @@ def run(
         threads = recipe.made.threads if recipe.made is not None else recipe.threads
         if threads is not None:
             stack.enter_context(_threads(threads))
-        check_enough(recipe.members, "fusion")
+        if recipe.fuse.size is None and recipe.fuse.plan is None:
+            # With a size, one member alone is pruned.
+            check_enough(recipe.members, "fusion")
         with stage("reading networks and data"):
             networks, calibration = load_networks(recipe), load_data(recipe.calibration)
             evaluation = load_data(recipe.evaluation)
@@ -129,11 +143,10 @@ def run(
             data = load_data(recipe.train.data) or calibration
             with stage("training"):
                 trained = train(
-                    recipe.train,
+                    recipe.train.make(),
                     result.module,
                     networks.modules,
                     data,
-                    outputs=recipe.fuse.outputs,
                     seed=recipe.seed,
                     progress=progress,
                 )
@@ -151,24 +164,49 @@ def run(
 def _fused(
     recipe: Recipe, networks: Networks, calibration: Data | None, progress: bool | Progress
 ) -> FusionResult:
-    options = recipe.fuse.model_dump(exclude={"plan"})
-    plan = recipe.fuse.plan
-    if plan is not None:
-        text = Path(plan).read_text(encoding="utf-8", errors="replace")
-        options["plan"] = FusionPlan.from_json(text)
-    pairs = None
-    if calibration is not None:
-        inputs = calibration.inputs if len(calibration.inputs) > 1 else calibration.inputs[0]
-        # As one batch: fuse cuts it up.
-        pairs = inputs if calibration.labels is None else [(inputs, calibration.labels)]
-    return fuse(
-        networks.members,
-        networks.inputs,
-        template=networks.template,
-        calibration=pairs,
-        progress=progress,
-        **options,
+    asked, members = recipe.fuse, networks.members
+    options: dict[str, Any] = {
+        "calibration": None if calibration is None else _calibration(asked, calibration),
+        "task": _made(asked.task),
+        "verify": asked.verify,
+        "progress": progress,
+    }
+    source = Members(members, networks.template)
+    steps = None if asked.refine is None else [step.make() for step in asked.refine]
+    if asked.plan is not None:
+        plan = FusionPlan.from_json(Path(asked.plan).read_text(encoding="utf-8", errors="replace"))
+        steps = _steps_after(plan, calibration) if steps is None else steps
+        return build(plan, source, networks.inputs, refine=steps, **options)
+    options |= {
+        "method": _made(asked.method) or "transplant",
+        "size": _made(asked.size),
+        "constraints": _made(asked.constraints),
+        "refine": steps,
+    }
+    if len(members) == 1:
+        return prune(networks.modules[0], networks.inputs, **options)
+    return fuse(source, networks.inputs, heads=_made(asked.heads), **options)
+
+
+def _made(part: OptionPart | None) -> Any:
+    return None if part is None else part.make()
+
+
+def _calibration(asked: Fuse, data: Data) -> Calibration:
+    inputs: Any = data.inputs if len(data.inputs) > 1 else data.inputs[0]
+    # As one batch: it is cut up later.
+    given = inputs if data.labels is None else [(inputs, data.labels)]
+    found: Calibration = (
+        Calibration(given) if asked.calibration is None else asked.calibration.make(inputs=given)
     )
+    return found
+
+
+def _steps_after(plan: FusionPlan, calibration: Data | None) -> list[Refit | Match]:
+    """What follows a plan where a recipe does not say it: what `fuse` does by default."""
+    matchable = not plan.heads and not plan.constraints.output_dims
+    steps = resolve_steps(None, calibrated=calibration is not None, matchable=matchable)
+    return [step for step in steps if step is not None]
 
 
 def evaluated(result: FusionResult, networks: Networks, data: Data) -> tuple[Network, ...]:
@@ -190,14 +228,8 @@ def _write(
     (work / SUMMARY).write_text(text, encoding="utf-8")
     write_recipe(recipe, work / RECIPE)
     if recipe.output.report:
-        title = f"{len(recipe.members)} networks fused into one"
-        write_report(
-            result,
-            work / REPORT,
-            title=title,
-            members=networks.modules or None,
-            networks=measured,
-        )
+        modules = networks.modules or None
+        write_report(result, work / REPORT, title=recipe.title, members=modules, networks=measured)
     if recipe.output.package or recipe.output.onnx:
         # Here, since it takes a second to import.
         from fxfuse.runtime import export_onnx, package

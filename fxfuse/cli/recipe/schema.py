@@ -1,14 +1,37 @@
-"""What a recipe may say. The fields of `fuse` are the arguments of `fxfuse.fuse`."""
+"""What a recipe may say. The parts that hold options are made from their classes (`cli.flags`)."""
 
 from __future__ import annotations
 
-from difflib import get_close_matches
-from typing import Annotated, Any, Literal
+from collections.abc import Callable, Mapping
+from dataclasses import MISSING
+from functools import reduce
+from operator import or_
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, TypeAlias, get_args, get_origin
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    create_model,
+    field_validator,
+    model_validator,
+)
 
-from fxfuse.planning.methods.registry import methods
-from fxfuse.planning.scores import scores
+from fxfuse.cli.flags import (
+    CALIBRATION,
+    CONSTRAINTS,
+    HEADS,
+    METHOD,
+    SIZE,
+    STEPS,
+    TASK,
+    TRAINING,
+    Group,
+    options_of,
+)
+from fxfuse.common.options import alternatives, fields_of
+from fxfuse.errors import FxfuseError
 
 
 class Part(BaseModel):
@@ -17,110 +40,225 @@ class Part(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
 
-def _named(name: str) -> BeforeValidator:
-    """Lets a part of which only the most important field is given be that field."""
-    return BeforeValidator(lambda given: {name: given} if isinstance(given, str) else given)
+class OptionPart(Part):
+    """A part that holds the options of a class."""
+
+    options: ClassVar[type]
+
+    @model_validator(mode="after")
+    def _check(self) -> OptionPart:
+        try:
+            self.make(**{f.name: None for f in fields_of(self.options) if f.default is MISSING})
+        except FxfuseError as error:
+            said = (error.what, error.why, error.how)
+            raise ValueError("; ".join(text for text in said if text)) from error
+        return self
+
+    def make(self, **inputs: Any) -> Any:
+        """Make the object of the class.
+
+        Args:
+            inputs: Fields that no recipe holds.
+        """
+        found = {f.name: getattr(self, f.name) for f in options_of(self.options)}
+        return self.options(**inputs, **found)
+
+
+def _part_of(kind: type, **more: Any) -> type[OptionPart]:
+    """The part that holds the options of a class; `more` are fields before these."""
+    fields: dict[str, Any] = dict(more)
+    for option in options_of(kind):
+        described = Field(_plain(option.default), description=option.help)
+        fields[option.name] = (_in_yaml(option.type), described)
+    text = (kind.__doc__ or "").partition("\n\n")[0]
+    part = create_model(kind.__name__, __base__=OptionPart, __doc__=text, **fields)
+    part.options = kind
+    return part
+
+
+def _plain(value: Any) -> Any:
+    """A default as YAML can hold it."""
+    if isinstance(value, tuple):
+        return [_plain(each) for each in value]
+    return dict(value) if isinstance(value, Mapping) else value
+
+
+def _in_yaml(kind: Any, *, listed: int = 0) -> Any:
+    """The type of an option's value in YAML, which has lists and no tuples."""
+    origin, arguments = get_origin(kind), get_args(kind)
+    if len(alternatives(kind)) > 1:
+        return reduce(or_, (_in_yaml(each, listed=listed) for each in alternatives(kind)))
+    if origin is tuple:
+        return list[_in_yaml(arguments[0], listed=listed + 1)]  # type: ignore[misc]
+    if origin is Mapping.__class__ or (isinstance(origin, type) and issubclass(origin, Mapping)):
+        return dict[arguments[0], _in_yaml(arguments[1])]  # type: ignore[misc,valid-type]
+    # Names in lists of names may be numbers: classes often are.
+    return str | int if kind is str and listed > 1 else kind
+
+
+def _single(group: Group) -> type[OptionPart]:
+    return _part_of(group.kind_of(None))
+
+
+def _choice(group: Group) -> Any:
+    """A part for each class of a group, told apart by `name`; the name alone will do."""
+    parts = [
+        _part_of(kind, name=(Literal[name], Field(description="Which one.")))  # type: ignore[valid-type]
+        for name, kind in group.kinds.items()
+    ]
+    first, names = next(iter(group.kinds)), Literal[tuple(group.kinds)]  # type: ignore[valid-type]
+
+    def named(given: Any) -> Any:
+        if isinstance(given, Mapping):
+            return {"name": first, **given}
+        return {"name": given} if isinstance(given, str) else given
+
+    choice = Annotated[reduce(or_, parts), Field(discriminator="name")]
+    return Annotated[choice, _short(named, names | choice)]
+
+
+def _short(complete: Callable[[Any], Any], schema: Any) -> BeforeValidator:
+    """Lets a part be written in a short form, which the schema lists, too."""
+    return BeforeValidator(complete, json_schema_input_type=schema)
+
+
+def _as_step(given: Any) -> Any:
+    if isinstance(given, Mapping):
+        return {name: {} if options is None else options for name, options in given.items()}
+    return {given: {}} if isinstance(given, str) else given
+
+
+class Step(Part):
+    """A step after the fusion."""
+
+    @model_validator(mode="after")
+    def _one(self) -> Step:
+        if len(self.model_fields_set) != 1:
+            raise ValueError("a step has one name")
+        return self
+
+    def make(self) -> Any:
+        """Make the object of the step that is named."""
+        return getattr(self, next(iter(self.model_fields_set))).make()
+
+
+if TYPE_CHECKING:
+    # What is made at run time is no type for mypy.
+    AnyMethod: TypeAlias = OptionPart
+    AnyTask: TypeAlias = OptionPart
+    AnySize: TypeAlias = OptionPart
+    AnyCalibration: TypeAlias = OptionPart
+    AnyConstraints: TypeAlias = OptionPart
+    AnyHeads: TypeAlias = OptionPart
+    AnyStep: TypeAlias = Step
+    TrainingPart: TypeAlias = OptionPart
+else:
+    AnyMethod, AnyTask = _choice(METHOD), _choice(TASK)
+    _SizePart = _single(SIZE)
+    AnySize = Annotated[
+        _SizePart,
+        _short(
+            lambda given: {"width": given} if isinstance(given, int | float) else given,
+            float | _SizePart,
+        ),
+    ]
+    AnyCalibration, AnyConstraints, AnyHeads = map(_single, (CALIBRATION, CONSTRAINTS, HEADS))
+    _Steps = create_model(
+        "Steps",
+        __base__=Step,
+        **{g.name: (_single(g) | None, Field(None, description=g.help)) for g in STEPS},
+    )
+    AnyStep = Annotated[_Steps, _short(_as_step, Literal[tuple(g.name for g in STEPS)] | _Steps)]
+    TrainingPart = _single(TRAINING)
 
 
 class Member(Part):
     """A network that goes into the fusion; its path alone will do."""
 
-    path: str = Field(description="weights: .safetensors, its index, or .pt with tensors only")
-    args: dict[str, Any] = Field({}, description="arguments of the factory for this one only")
+    path: str = Field(description="Weights: .safetensors, its index, or .pt with tensors only.")
+    args: dict[str, Any] = Field({}, description="Arguments of the factory for this one only.")
 
 
 class DataSource(Part):
     """Examples for calibration, training or evaluation; the source alone will do."""
 
     source: str = Field(
-        description="a file, a folder of images, torchvision:CLASS:ROOT, datasets:FOLDER, or "
-        "module:function"
+        description="A file, a folder of images, torchvision:CLASS:ROOT, datasets:FOLDER, or "
+        "module:function."
     )
-    limit: int | None = Field(None, gt=0, description="so many examples, spread over the source")
+    limit: int | None = Field(None, gt=0, description="Number of examples, spread over the source.")
     size: list[int] | None = Field(
-        None, min_length=2, max_length=2, description="height and width that images are resized to"
+        None, min_length=2, max_length=2, description="Height and width that images are resized to."
     )
-    mean: list[float] = Field([], description="for each channel, subtracted from images in [0, 1]")
-    std: list[float] = Field([], description="for each channel, by which they are divided then")
+    mean: list[float] = Field([], description="Per channel, subtracted from images in [0, 1].")
+    std: list[float] = Field([], description="Per channel, by which they are divided then.")
+
+
+def _source(given: Any) -> Any:
+    return {"source": given} if isinstance(given, str) else given
+
+
+def _path(given: Any) -> Any:
+    return {"path": given} if isinstance(given, str) else given
 
 
 #: Parts that may be a text.
-AnyMember = Annotated[Member, _named("path")]
-AnySource = Annotated[DataSource, _named("source")]
+AnyMember = Annotated[Member, _short(_path, str | Member)]
+AnySource = Annotated[DataSource, _short(_source, str | DataSource)]
 
 
 class Fuse(Part):
-    """How members are fused: the arguments of `fxfuse.fuse`."""
+    """How members are fused: the options of `fxfuse.fuse`."""
 
-    method: str = Field("transplant", description="transplant, average, ..., or auto")
-    score: str | None = Field(None, description="importance of a unit: l1, l2, bn_scale, ...")
-    variant: str | None = Field(None, description="iterative or hierarchical, for transplant")
-    base_member: int = Field(0, ge=0, description="the member that keeps what is frozen")
-    fraction: float | dict[str, float] | None = Field(
-        None, description="share of units of other members, for all groups or by pattern"
+    method: AnyMethod | None = Field(None, description=METHOD.help)
+    size: AnySize | None = Field(
+        None, description="Size of the result: a width, or these fields. None: a member's size."
     )
-    reference: int | Literal["mean"] = Field(0, description="member that others are aligned to")
-    regularisation: float | None = Field(None, description="of optimal_transport")
-    calibration_limit: int = Field(1000, gt=0, description="so many inputs are taken at most")
-    calibration_copies: int = Field(0, ge=0, description="augmented copies of each input")
-    refit: bool = Field(False, description="fit every layer in closed form; needs calibration")
-    outputs: Literal["logits", "values"] | None = Field(None, description="what the output is")
-    steps: int | None = Field(None, gt=0, description="of matching, for auto")
-    seconds: float | None = Field(
-        None, gt=0, description="CPU seconds of matching, for auto; not reproducible bit for bit"
+    calibration: AnyCalibration | None = Field(
+        None,
+        description="How calibration inputs are used; where they are stands above, outside `fuse`.",
     )
-    width: float | dict[str, float] | None = Field(
-        None, description="in units of a member, for all groups or by pattern"
+    task: AnyTask | None = Field(None, description=TASK.help)
+    refine: list[AnyStep] | None = Field(
+        None,
+        description="Steps after the fusion, each by its name alone or with options. None: refit "
+        "and match with calibration inputs (refit only with heads or free outputs), else nothing.",
     )
-    max_params: int | None = Field(None, gt=0, description="in place of width")
-    max_flops: int | None = Field(None, gt=0, description="in place of width")
-    round_to: int = Field(1, ge=1, description="channels are multiples of this")
-    budget: Literal["local", "global"] = Field("local", description="who gets the width")
-    mixing: Literal["joint", "per_member"] | None = Field(None, description="of LayerNorm etc.")
-    freeze: list[str] = Field([], description="patterns of tensors that stay as in the base member")
-    share: list[str] = Field([], description="patterns of tensors that are averaged")
-    ignore: list[str] = Field([], description="submodules of which nothing is fused")
-    output_dims: dict[int, list[int]] = Field({}, description="interface dimensions of outputs")
-    heads: list[str] | Literal["concat", "union"] = Field([], description="modules kept apart")
-    head_outputs: Literal["tuple", "concat", "union"] | None = Field(None, description="of heads")
-    classes: list[list[str | int]] | None = Field(None, description="each member's, for union")
-    plan: str | None = Field(None, description="plan.json of an earlier fusion of these members")
-    verify: bool = Field(True, description="run the oracles")
+    constraints: AnyConstraints | None = Field(
+        None, description="What must stay as it is. A pattern matches names of state_dict()."
+    )
+    heads: AnyHeads | None = Field(
+        None, description="Modules in which each member keeps its own head. None: there are none."
+    )
+    verify: bool = Field(True, description="Run the oracles before the network is written.")
+    plan: str | None = Field(
+        None,
+        description="plan.json of an earlier fusion of these members, in place of method, size, "
+        "constraints and heads.",
+    )
 
-    @field_validator("method")
-    @classmethod
-    def _method(cls, name: str) -> str:
-        return _one_of("method", name, ["auto", *sorted(methods())])
-
-    @field_validator("score")
-    @classmethod
-    def _score(cls, name: str | None) -> str | None:
-        return name if name is None else _one_of("score", name, sorted(scores()))
+    @model_validator(mode="after")
+    def _check(self) -> Fuse:
+        parts = ("method", "size", "constraints", "heads")
+        twice = [name for name in parts if getattr(self, name) is not None]
+        if self.plan is not None and twice:
+            raise ValueError(f"a plan holds {' and '.join(twice)} already; leave one of them out")
+        return self
 
 
-class Train(Part):
+class Train(TrainingPart):
     """Training after the fusion."""
 
-    kind: Literal["match", "distill", "finetune"] = Field(
-        "match", description="match and distill need no labels; finetune does"
-    )
-    steps: int | None = Field(None, gt=0, description="None: 300")
-    seconds: float | None = Field(
-        None, gt=0, description="CPU seconds in place of steps, for match"
-    )
-    learning_rate: float | None = Field(None, gt=0, description="None: the loop's own")
-    temperature: float = Field(4.0, gt=0, description="of distill")
-    batch: int = Field(64, gt=0, description="examples in a step")
-    data: AnySource | None = Field(None, description="None: the calibration data")
+    data: AnySource | None = Field(None, description="None: the calibration data.")
 
 
 class Output(Part):
     """What is written."""
 
-    folder: str = Field(description="the folder")
-    report: bool = Field(False, description="report.html as well")
-    package: bool = Field(False, description="package.pt2 as well, compiled ahead of time")
-    onnx: bool = Field(False, description="network.onnx as well")
+    folder: str = Field(description="The folder.")
+    report: bool = Field(False, description="Write report.html as well.")
+    package: bool = Field(False, description="Write package.pt2 as well, compiled ahead of time.")
+    onnx: bool = Field(False, description="Write network.onnx as well.")
 
 
 class Made(Part):
@@ -135,31 +273,45 @@ class Made(Part):
 
 
 class Recipe(Part):
-    """A fusion."""
+    """A fusion; of one member, a pruning."""
 
     model: str = Field(
-        description="torchvision:NAME, timm:NAME, hf:FOLDER, or package.module:factory"
+        description="torchvision:NAME, timm:NAME, hf:FOLDER, or package.module:factory."
     )
-    model_args: dict[str, Any] = Field({}, description="keyword arguments of the factory")
+    model_args: dict[str, Any] = Field({}, description="Keyword arguments of the factory.")
     members: list[AnyMember] = Field(
-        min_length=1, description="checkpoints: paths, or {path, args}"
+        min_length=1, description="Checkpoints: paths, or {path, args}. One alone is pruned."
     )
     input: list[int] | str = Field(
-        description="shape of one example without the batch, ids:LENGTH, or a file of inputs"
+        description="Shape of one example without the batch, ids:LENGTH, or a file of inputs."
     )
-    calibration: AnySource | None = Field(None, description="100 to 1,000 inputs")
+    calibration: AnySource | None = Field(
+        None, description="100 to 1,000 inputs from the members' own domain."
+    )
     fuse: Fuse = Fuse()
-    train: Train | None = Field(None, description="training after the fusion")
-    evaluation: AnySource | None = Field(None, description="inputs and labels to report on")
+    train: Train | None = Field(None, description="Training after the fusion.")
+    evaluation: AnySource | None = Field(None, description="Inputs and labels to report on.")
     output: Output
-    seed: int = Field(0, ge=0, description="of all random numbers")
+    seed: int = Field(0, ge=0, description="Seed of all random numbers.")
     threads: int | None = Field(
-        None, gt=0, description="of the computation; sums depend on it in their last digits"
+        None, gt=0, description="Number of threads; sums depend on it in their last digits."
     )
     base: str | None = Field(
-        None, description="where relative paths begin; None: the recipe's own folder"
+        None, description="Where relative paths begin. None: the recipe's own folder."
     )
-    made: Made | None = Field(None, description="written by fxfuse")
+    made: Made | None = Field(None, description="Written by fxfuse.")
+
+    @property
+    def title(self) -> str:
+        """What it makes, in words."""
+        n = len(self.members)
+        return f"{n} networks fused into one" if n > 1 else "One network, pruned"
+
+    @property
+    def refines(self) -> bool:
+        """Whether anything is fitted or trained after the units are chosen."""
+        steps = self.fuse.refine
+        return self.train is not None or bool(self.calibration if steps is None else steps)
 
     @field_validator("fuse", mode="before")
     @classmethod
@@ -167,14 +319,8 @@ class Recipe(Part):
         # A part all of whose fields are commented out.
         return {} if given is None else given
 
-
-#: How alike a name must be to be suggested: `l3` is half of `l2`.
-_NEAR = 0.5
-
-
-def _one_of(what: str, name: str, known: list[str]) -> str:
-    if name in known:
-        return name
-    near = get_close_matches(name, known, n=1, cutoff=_NEAR)
-    hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(known)}"
-    raise ValueError(f"there is no {what} {name!r}; {hint}")
+    @model_validator(mode="after")
+    def _check(self) -> Recipe:
+        if len(self.members) == 1 and self.fuse.heads is not None:
+            raise ValueError("one member alone is pruned, so there are no heads to keep apart")
+        return self

@@ -18,6 +18,10 @@ def summary(result: FusionResult, networks: Sequence[Network], trained: str) -> 
         trained: What training did, or "".
     """
     parts = [result.plan.summary()]
+    if result.raw_note and not trained:
+        parts.append(f"**{result.raw_note}**\n")
+    if result.refit:
+        parts.append(f"Refitted: {result.refit}.\n")
     if result.choice:
         parts.append(f"Matched to the ensemble: {result.choice}.\n")
     if trained:

@@ -5,13 +5,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any, get_args
+from textwrap import wrap
+from typing import Any, Literal, get_args, get_origin
 
 import yaml
 from pydantic import BaseModel, ValidationError
+from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails
 
-from fxfuse.cli.recipe.schema import Part, Recipe
+from fxfuse.cli.recipe.schema import Part, Recipe, Step
 from fxfuse.common.output import write_text
 from fxfuse.errors import OptionError
 
@@ -150,10 +152,10 @@ def write_recipe(recipe: Recipe, path: str | Path) -> None:
 def example() -> str:
     """A recipe to begin with: every field, what it means, and its default."""
     lines = [
-        "# A recipe: `fxfuse run recipe.yaml`. Fields that are commented out are optional, or at",
-        "# their defaults; relative paths begin at the folder of this file.",
+        "# A recipe: `fxfuse run recipe.yaml`. A field behind a # without a space is optional, and",
+        "# shows its default. Relative paths begin at the folder of this file.",
+        *_fields(Recipe, "", ""),
     ]
-    lines += _fields(Recipe, "", commented=False)
     return "\n".join(lines) + "\n"
 
 
@@ -168,37 +170,71 @@ _SAMPLES = {
 }
 #: Fields that fxfuse itself writes.
 _OWN = ("base", "made")
+#: Width of the example.
+_WIDTH = 100
 
 
-def _fields(part: type[BaseModel], indent: str, *, commented: bool) -> list[str]:
-    """The lines of a part; `commented` where the part as a whole is optional."""
+def _fields(part: type[BaseModel], indent: str, mark: str) -> list[str]:
+    """The lines of a part; `mark` is # where the part as a whole is optional."""
     lines = []
     for name, field in part.model_fields.items():
         if name in _OWN:
             continue
-        inner = _part_of(field.annotation)
-        if name == "members":
-            inner = None
-        absent = field.is_required() is False and (inner is None or field.default is None)
-        mark = "# " if absent and not commented else ""
-        said = f"  # {field.description}" if field.description else ""
-        if inner is not None:
-            lines.append(f"{indent}{mark}{name}:{said}")
-            lines += _fields(inner, f"{indent}{mark}  ", commented=commented or bool(mark))
+        lines += _comment(field.description or "", indent)
+        parts = _parts_of(field.annotation)
+        if name == "members" or not parts:
+            optional = mark or ("" if field.is_required() else "#")
+            value = _SAMPLES.get(name) or _named(parts or [part], name) or _as_yaml(field)
+            lines.append(f"{indent}{optional}{name}: {value}")
             continue
-        value = _SAMPLES.get(name)
-        if value is None:
-            dumped = yaml.safe_dump(field.get_default(), default_flow_style=True)
-            value = dumped.removesuffix("...\n").strip()
-        lines.append(f"{indent}{mark}{name}: {value}{said}")
+        optional = mark or ("#" if not field.is_required() and field.default is None else "")
+        lines.append(f"{indent}{optional}{name}:")
+        lines += _inner(parts, f"{indent}  ", optional)
     return lines
 
 
-def _part_of(annotation: Any) -> type[Part] | None:
-    """The part of a recipe that a field holds, if it does."""
-    kinds = [annotation, *get_args(annotation)]
-    kinds += [inner for kind in kinds[1:] for inner in get_args(kind)]
-    return next((k for k in kinds if isinstance(k, type) and issubclass(k, Part)), None)
+def _inner(parts: Sequence[type[Part]], indent: str, mark: str) -> list[str]:
+    """The lines of the first of several parts, and what the others have."""
+    first, *others = parts
+    if issubclass(first, Step):
+        lines = []
+        for name, field in first.model_fields.items():
+            lines.append(f"{indent}{mark}- {name}:")
+            lines += _fields(_parts_of(field.annotation)[0], f"{indent}    ", mark)
+        return lines
+    lines = _fields(first, indent, mark)
+    for other in others:
+        lines += _comment(f"Or name: {_named([other], 'name')}", indent)
+        for name, field in other.model_fields.items():
+            if name != "name":
+                text = f"{name}: {_as_yaml(field)}  {field.description}"
+                lines += _comment(text, f"{indent}", "    ")
+    return lines
+
+
+def _comment(text: str, indent: str, further: str = "") -> list[str]:
+    """Lines that say something."""
+    start = f"{indent}# {further}"
+    return wrap(text, _WIDTH, initial_indent=start, subsequent_indent=start)
+
+
+def _named(parts: Sequence[type[BaseModel]], name: str) -> str:
+    """The only value of a field that tells parts apart, or ""."""
+    annotation = parts[0].model_fields[name].annotation if name in parts[0].model_fields else None
+    values = get_args(annotation) if get_origin(annotation) is Literal else ()
+    return str(values[0]) if len(values) == 1 else ""
+
+
+def _as_yaml(field: FieldInfo) -> str:
+    dumped: str = yaml.safe_dump(field.get_default(), default_flow_style=True)
+    return dumped.removesuffix("...\n").strip()
+
+
+def _parts_of(annotation: Any) -> list[type[Part]]:
+    """The parts of a recipe that a field may hold."""
+    if isinstance(annotation, type) and issubclass(annotation, Part):
+        return [annotation]
+    return [part for inner in get_args(annotation) for part in _parts_of(inner)]
 
 
 def _check_nodes(root: yaml.Node | None) -> None:
@@ -245,7 +281,7 @@ def _problem(details: ErrorDetails, root: yaml.Node | None) -> tuple[int, str]:
     line, named = _line_of(root, location)
     field = ".".join(map(str, named)) or "the recipe"
     if details["type"] == "extra_forbidden":
-        known = _names_at(named[:-1])
+        known = _names_at(location[:-1])
         near = get_close_matches(str(named[-1]), known, n=1)
         hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(known)}"
         return line, f"{field}: there is no such field; {hint}"
@@ -253,12 +289,14 @@ def _problem(details: ErrorDetails, root: yaml.Node | None) -> tuple[int, str]:
         return line, f"{field}.{location[-1]} is missing".replace("the recipe.", "")
     said = details["msg"].removeprefix("Value error, ")
     said = said[:1].lower() + said[1:]
-    if details["type"] == "literal_error":
-        allowed = str(details.get("ctx", {}).get("expected", "")).replace("'", "")
-        options = allowed.replace(" or ", ", ").split(", ")
-        near = get_close_matches(str(details["input"]), options, n=1)
+    context = details.get("ctx", {})
+    allowed = context.get("expected" if details["type"] == "literal_error" else "expected_tags")
+    if allowed is not None:
+        allowed = str(allowed).replace("'", "")
+        value = str(context.get("tag", details["input"]))
+        near = get_close_matches(value, allowed.replace(" or ", ", ").split(", "), n=1)
         hint = f"did you mean {near[0]}?" if near else f"use {allowed}"
-        said = f"{str(details['input'])[:40]!r} is not one of its values; {hint}"
+        said = f"{value[:40]!r} is not one of its values; {hint}"
     return line, f"{field}: {said}"
 
 
@@ -280,9 +318,13 @@ def _line_of(root: yaml.Node | None, location: Sequence[int | str]) -> tuple[int
 
 
 def _names_at(location: Sequence[int | str]) -> list[str]:
-    """The fields that there are at a place."""
-    part: type[BaseModel] = Recipe
+    """The fields that there are at a place, which names the parts of a choice, too."""
+    parts: list[type[BaseModel]] = [Recipe]
     for step in location:
-        field = part.model_fields.get(str(step))
-        part = (_part_of(field.annotation) or part) if field is not None else part
-    return [name for name in part.model_fields if name not in _OWN]
+        fields = [part.model_fields[str(step)] for part in parts if str(step) in part.model_fields]
+        if fields:
+            parts = [part for field in fields for part in _parts_of(field.annotation)]
+        else:
+            parts = [part for part in parts if _named([part], "name") == step] or parts
+    names = [name for part in parts for name in part.model_fields if name not in _OWN]
+    return list(dict.fromkeys(names))

@@ -81,6 +81,7 @@ def gather(
     members: Sequence[nn.Module] | None = None,
     networks: Sequence[Network] = (),
     sweep: Sequence[Network] = (),
+    refined: bool = False,
 ) -> Content:
     """Everything that a report says.
 
@@ -90,11 +91,12 @@ def gather(
         members: The members, for the scores of the units that were lost.
         networks: Rows of the table; none: sizes of a member, the ensemble and the fused network.
         sweep: Networks of other widths.
+        refined: Whether the network was fitted or trained after it was fused, elsewhere.
     """
     rows = tuple(networks) or _sizes(result)
     return Content(
         title,
-        _verdict(result, rows),
+        _verdict(result, rows, refined=refined),
         rows,
         result.verification.checks,
         result.plan.n_members,
@@ -122,11 +124,13 @@ def _sizes(result: FusionResult) -> tuple[Network, ...]:
     return (*rows, Network("fused" if n > 1 else "pruned", fused, fused_work))
 
 
-def _verdict(result: FusionResult, rows: Sequence[Network]) -> tuple[str, ...]:
+def _verdict(result: FusionResult, rows: Sequence[Network], *, refined: bool) -> tuple[str, ...]:
     plan, checks = result.plan, result.verification.checks
     failed = [check.name for check in checks if not check.passed]
     said = [f"{plan.n_members} networks became one" if plan.n_members > 1 else "One network"]
     said[0] += f" by method {plan.method}, with {rows[-1].parameters:,} parameters."
+    if result.raw_note and not refined:
+        said.append(result.raw_note)
     if not checks:
         said.append("No oracle ran: verification was skipped.")
     elif failed:

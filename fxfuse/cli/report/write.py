@@ -22,6 +22,7 @@ def write_report(
     members: Sequence[nn.Module] | None = None,
     networks: Sequence[Network] = (),
     sweep: Sequence[Network] = (),
+    refined: bool = False,
 ) -> None:
     """Writes what a fusion did as one HTML file, which needs no other file and no network.
 
@@ -34,6 +35,7 @@ def write_report(
         networks: Rows of the table, measured by the caller; none: the sizes of a member, of the
             ensemble and of the fused network.
         sweep: Networks of other widths with their accuracies, for a curve against operations.
+        refined: Whether the network was fitted or trained after it was fused, elsewhere.
 
     Raises:
         MissingDependencyError: altair or vl-convert-python is not installed.
@@ -41,7 +43,9 @@ def write_report(
     check_installed()
     from fxfuse.cli.report.page import render
 
-    content = gather(result, title=title, members=members, networks=networks, sweep=sweep)
+    content = gather(
+        result, title=title, members=members, networks=networks, sweep=sweep, refined=refined
+    )
     write_text(path, render(content))
 
 

@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from math import inf, isfinite
+from statistics import median
 
 import torch
 from torch import fx
@@ -76,6 +77,15 @@ class RefitReport:
     seconds: float
     inputs: int
     alpha: float
+
+    def __str__(self) -> str:
+        """How many layers were fitted, and how much closer that brought them."""
+        fits = [layer for layer in self.layers if layer.fitted]
+        text = f"{len(fits)} of {len(self.layers)} layers fitted on {self.inputs:,} inputs"
+        if not fits:
+            return text
+        before, after = median(f.before for f in fits), median(f.after for f in fits)
+        return f"{text}, median error {before:.3g} → {after:.3g} of the variance"
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,54 @@
+"""Python's errors name Python's options; on the command line they name flags."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import TypeVar
+
+from fxfuse.errors import FxfuseError
+
+E = TypeVar("E", bound=FxfuseError)
+
+#: An option with its value, as Python writes them; not the end of a longer or a dotted name.
+_OPTION = re.compile(
+    r"""(?<![\w.(-])(?P<name>[a-z_]+)=(?P<value>\[[^\]]*\]|\{[^}]*\}|'[^']*'|"[^"]*"|\.{3}|\w[\w.()]*)?"""
+)
+#: A call of which only one option is of interest.
+_CALL = re.compile(r"\w+\((?:\.{3}|inputs), (\w+=[^()]*)\)")
+#: Nothing but options with values.
+_ONLY_OPTIONS = re.compile(r"[a-z_]+=\S*(?:, [a-z_]+=\S*)*")
+
+
+def naming_flags(error: E, flags: Mapping[str, str], *, bare: bool = False) -> E:
+    """Return an error that names flags.
+
+    Args:
+        error: The error.
+        flags: Python option → flag.
+        bare: Whether options are meant where they stand without a value, too: those of one class in
+            a message of that class. Names with an underscore always are.
+    """
+    meant = {name: flag for name, flag in flags.items() if bare or "_" in name}
+
+    def reword(text: str) -> str:
+        found = _OPTION.sub(lambda match: _typed(match, flags), _CALL.sub(r"\1", text))
+        for name, flag in meant.items():
+            # The members' classes are no `--classes`.
+            found = re.sub(rf"(?<![\w.`'-])(?<!s' )(?<!'s ){name}(?![\w.`'=-])", flag, found)
+        return found
+
+    where = reword(error.where) if _ONLY_OPTIONS.fullmatch(error.where) else error.where
+    return type(error)(
+        reword(error.what), where=where, why=reword(error.why), how=reword(error.how)
+    )
+
+
+def _typed(match: re.Match[str], flags: Mapping[str, str]) -> str:
+    flag, value = flags.get(match["name"]), match["value"]
+    if flag is None:
+        return match[0]
+    if value in (None, "True", "False"):
+        return flag
+    text = value.strip("[]'\"").replace("()", "").replace(", ", ",")
+    return f"{flag} {text.lower() if text[:1].isupper() else text}"
