@@ -1,4 +1,3 @@
-from fxfuse import Members
 """Damaged files: whatever is in them, there is a named error or the right result.
 
     python -m benchmarks.fuzz [--cases 2000] [--seed 0] [--json benchmarks/results/fuzz.json]
@@ -201,7 +200,8 @@ def read(kind: str, content: bytes, sources: Sources, *, checked: bool) -> None:
         load_checkpoint(model, path)
         for name, tensor in reference(path).items():
             assert torch.equal(model.state_dict()[name].nan_to_num(), tensor.nan_to_num()), name
-        fxfuse.fuse(Members.from_files([path, folder / "whole.safetensors"], network()), sources.x)
+        members = fxfuse.Members.from_files([path, folder / "whole.safetensors"], network())
+        fxfuse.fuse(members, sources.x)
     elif kind == "plan":
         plan = fxfuse.FusionPlan.from_json(content.decode("utf-8", errors="replace"))
         found = fxfuse.build(plan, sources.members, sources.x)

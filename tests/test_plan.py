@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 from dataclasses import replace
 from typing import Any
@@ -13,7 +14,7 @@ from torch import nn
 
 import fxfuse
 from fxfuse import Refit, Transplant
-from fxfuse.errors import MemberError, OptionError, PlanError
+from fxfuse.errors import MemberError, PlanError
 from fxfuse.members.fingerprint import digest_of, fingerprint
 from fxfuse.planning.plan import MemberRecord
 from tests.nets import SmallResNet, images, resnets
@@ -143,29 +144,11 @@ def test_a_plan_of_another_schema_is_to_be_made_again(
         fxfuse.FusionPlan.from_json(text)
 
 
-@pytest.mark.parametrize(
-    "options",
-    [
-        {"method": "average"},
-        {"score": "l2"},
-        {"width": 0.5},
-        {"max_params": 1000},
-        {"round_to": 8},
-        {"mixing": "joint"},
-        {"freeze": "stem.*"},
-        {"ignore": ["block1"]},
-        {"heads": ["fc"]},
-        {"output_dims": {0: ()}},
-        {"base_member": 1},
-        {"steps": 10},
-    ],
-)
-def test_what_a_plan_holds_may_not_be_given_as_well(
-    plan: fxfuse.FusionPlan, options: dict[str, Any]
-) -> None:
-    members, x = resnets(2), images()
-    with pytest.raises(OptionError, match=f"{next(iter(options))}=.* and a plan are given"):
-        fxfuse.fuse(members, x, plan=plan, **flat(**options))
+def test_what_a_plan_holds_is_no_option_of_building() -> None:
+    held = {"method", "size", "constraints", "heads"}
+    assert held <= inspect.signature(fxfuse.fuse).parameters.keys()
+    assert not held & inspect.signature(fxfuse.build).parameters.keys()
+    assert "plan" not in inspect.signature(fxfuse.fuse).parameters
 
 
 def test_maps_of_units_that_there_are_not(plan: fxfuse.FusionPlan) -> None:
