@@ -33,6 +33,8 @@ def flat(**given: Any) -> dict[str, Any]:
         found["size"] = Size(**size)
     if constraints := _taken(given, _CONSTRAINTS):
         found["constraints"] = Constraints(**constraints)
+    if given.get("heads") in ("concat", "union"):
+        given["head_output"] = given.pop("heads")
     if heads := _taken(given, _HEADS):
         found["heads"] = Heads(**{_HEADS[key]: value for key, value in heads.items()})
     if "calibration" in given:

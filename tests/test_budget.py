@@ -95,11 +95,11 @@ def test_pruning_and_parameters_with_a_global_budget(members: list[fxfuse.Progra
 @pytest.mark.parametrize(
     ("options", "match"),
     [
-        ({"budget": "global"}, "something to spread"),
-        ({"budget": "global", "width": {"0.*": 0.5}}, "width for each pattern"),
-        ({"budget": "fair", "width": 0.5}, "local, global"),
+        ({"allocation": "global"}, "something to spread"),
+        ({"allocation": "global", "width": {"0.*": 0.5}}, "width for each pattern"),
+        ({"allocation": "fair", "width": 0.5}, "local, global"),
         (
-            {"budget": "global", "width": 0.5, "score": "obs", "calibration": torch.rand(100, 5)},
+            {"allocation": "global", "width": 0.5, "score": "obs", "calibration": torch.rand(100, 5)},
             "score 'obs'",
         ),
         ({"fraction": {"9.*": 0.5}}, "matches nothing"),

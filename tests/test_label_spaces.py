@@ -111,7 +111,7 @@ def test_the_wide_model_hands_out_all_members(name: str):
     members, x = made(*NETWORKS[name])
     own = program(members, x)
     concat = fxfuse.fuse(own, size=2, heads=Heads(output="concat"))
-    union = fxfuse.fuse(own, size=2, heads=Heads("union", classes=CLASSES))
+    union = fxfuse.fuse(own, size=2, heads=Heads(output="union", classes=CLASSES))
     side_by_side = torch.cat([Logits(m)(x) for m in members], 1)
     assert union.classes == ("cat", "dog", "fish", "bird")
     for result, expected in ((concat, side_by_side), (union, mapped(members, x))):
@@ -131,7 +131,7 @@ def test_other_widths_hand_out_the_heads_of_their_tuple(name: str, head: str):
         options = {"width": width, "score": "l1", "verify": False}
         apart = fxfuse.fuse(own, **flat(heads=[head], **options))
         one = fxfuse.fuse(own, **flat(heads="concat", **options))
-        named = fxfuse.fuse(own, **flat(heads=head, head_outputs="concat", **options))
+        named = fxfuse.fuse(own, **flat(heads=head, head_output="concat", **options))
         torch.testing.assert_close(one.module(x), torch.cat(apart.module(x), 1))
         assert torch.equal(named.module(x), one.module(x))
         assert one.plan.sizes() == apart.plan.sizes()
@@ -231,13 +231,13 @@ def own_mlps() -> list[fxfuse.Program]:
     [
         ({"heads": "union"}, OptionError, "union(.|\n)*class names"),
         ({"heads": "concat", "classes": CLASSES}, OptionError, "only the output 'union'"),
-        ({"heads": "concat", "head_outputs": "union"}, OptionError, "contradict"),
-        ({"heads": ["4"], "head_outputs": "sum"}, OptionError, "tuple, concat, union"),
+        ({"heads": "concat", "head_output": "union"}, OptionError, "contradict"),
+        ({"heads": ["4"], "head_output": "sum"}, OptionError, "tuple, concat, union"),
         ({"heads": "union", "classes": [["a"], ["b", "c", "d"]]}, OptionError, "2 logits"),
         ({"heads": "union", "classes": [["a", "b"]]}, OptionError, "1 lists(.|\n)*2 members"),
         ({"heads": "union", "classes": ["ab", ["c"]]}, OptionError, "no list of names"),
         ({"heads": "union", "classes": [["a", "a"], ["b"]]}, OptionError, "named 'a'"),
-        ({"heads": ["9"], "head_outputs": "concat"}, OptionError, "matches nothing"),
+        ({"heads": ["9"], "head_output": "concat"}, OptionError, "matches nothing"),
     ],
 )
 def test_bad_input(options: dict[str, object], error: type[Exception], match: str, own_mlps):

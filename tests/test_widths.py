@@ -247,7 +247,7 @@ def test_a_budget_that_cannot_be_met_says_the_smallest(members: list[nn.Module])
         ({"width": {"first.*": 0.5, "first.weight": 1.5}}, "two values of width"),
         ({"width": 0.5, "max_params": 1000}, "a budget"),
         ({"width": 0.5, "method": "average"}, "member's width only"),
-        ({"width": 0.5, "round_to": 0}, "round_to"),
+        ({"width": 0.5, "multiple_of": 0}, "multiple_of"),
     ],
 )
 def test_bad_options(members: list[nn.Module], options: dict[str, object], match: str) -> None:

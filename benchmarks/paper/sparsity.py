@@ -23,7 +23,7 @@ def measure(job: Job) -> list[Row]:
         calibrated = {"score": "obs", "calibration": job.calibration, "refit": True}
         networks = {
             "NT (l2)": _fused(job, width=_widths(job, width)),
-            "NT (l2), global": _fused(job, width=width, budget="global"),
+            "NT (l2), global": _fused(job, width=width, allocation="global"),
             "NT (obs) + refit": _fused(job, width=_widths(job, width), **calibrated),
         }
         for name, module in networks.items():
