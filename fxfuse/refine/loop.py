@@ -16,9 +16,9 @@ from rich.progress import Progress
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
-from torch.utils._pytree import tree_map_only
 
 from fxfuse.errors import CheckpointError, RefineError
+from fxfuse.graph.torch_compat import pytree
 from fxfuse.refine import checkpoint as checkpoints
 from fxfuse.refine.modes import seeded
 from fxfuse.refine.parallel import check_whole, together
@@ -110,7 +110,7 @@ def _steps(
     read = start
     several = together(run.module)
     for step in range(start, run.steps):
-        batch = tree_map_only(
+        batch = pytree.tree_map_only(
             Tensor, lambda tensor: tensor.to(run.device, non_blocking=True), stream.next()
         )
         run.optimizer.zero_grad(set_to_none=True)

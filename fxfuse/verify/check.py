@@ -8,13 +8,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.utils._pytree as pytree
 from torch import nn
 
 from fxfuse.errors import VerificationError
 from fxfuse.graph.capture import Program, capture
 from fxfuse.graph.eager import answers
 from fxfuse.graph.module_checks import check_values
+from fxfuse.graph.torch_compat import pytree
 from fxfuse.transform.emit import FusedModule
 from fxfuse.verify.in_double import InDouble, lifted, to_double
 
