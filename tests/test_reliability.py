@@ -16,8 +16,7 @@ import torch
 
 import fxfuse
 from benchmarks.fuzz import fuzz
-from fxfuse.common.output import atomic_folder
-from fxfuse.common.output_lock import locked
+from fxfuse.common.output import atomic_folder, locked
 from fxfuse.errors import OutputError
 from fxfuse.members.checkpoint import read_state_dict
 from tests.nets import resnets
