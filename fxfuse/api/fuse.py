@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
-from rich.progress import Progress
 from torch import nn
 from torch.export import ExportedProgram
 
@@ -40,6 +39,9 @@ from fxfuse.transform.resizing import emit_fused, emit_resized, output_layouts
 from fxfuse.transform.sized_plan import make_sized_plan
 from fxfuse.transform.wide import concatenation_plan
 from fxfuse.verify import equals_ensemble, equals_heads, handover
+
+if TYPE_CHECKING:
+    from rich.progress import Progress
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup

@@ -9,10 +9,9 @@ import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from rich.progress import Progress
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
@@ -24,6 +23,9 @@ from fxfuse.refine.modes import seeded
 from fxfuse.refine.parallel import check_whole, together
 from fxfuse.refine.stream import BatchStream
 from fxfuse.refine.watch import READ_EVERY, bar, check_weights, last_finite
+
+if TYPE_CHECKING:
+    from rich.progress import Progress
 
 
 @dataclass(frozen=True)
