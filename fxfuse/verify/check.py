@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from fxfuse.common.readable import Description, Readable, counted
 from fxfuse.errors import VerificationError
 from fxfuse.graph.capture import Program, capture
 from fxfuse.graph.eager import answers
@@ -41,9 +42,9 @@ class Check:
     detail: str = ""
 
 
-@dataclass(frozen=True)
-class Verification:
-    """The oracles that ran before a fused network was handed over."""
+@dataclass(frozen=True, repr=False)
+class Verification(Readable):
+    """The oracles that ran before a fused network was returned."""
 
     checks: tuple[Check, ...] = ()
 
@@ -51,6 +52,24 @@ class Verification:
     def passed(self) -> bool:
         """Whether all of them hold."""
         return all(check.passed for check in self.checks)
+
+    def described(self) -> Description:
+        """Which oracles hold, and how exactly."""
+        failed = [check.name for check in self.checks if not check.passed]
+        title = f"Verification: all {counted(len(self.checks), 'check')} passed"
+        if failed:
+            title = f"Verification: FAILED: {', '.join(failed)}"
+        elif not self.checks:
+            title = "Verification: no check ran"
+        return title, {check.name: _found(check) for check in self.checks}
+
+
+def _found(check: Check) -> str:
+    most = "any" if check.tolerance == float("inf") else f"at most {check.tolerance:.2g}"
+    said = f"error {check.error:.2g} ({most} passes)"
+    return (
+        ("" if check.passed else "FAILED: ") + said + (f"; {check.detail}" if check.detail else "")
+    )
 
 
 def relative_error(found: Sequence[torch.Tensor], expected: Sequence[torch.Tensor]) -> float:
