@@ -99,7 +99,12 @@ def test_pruning_and_parameters_with_a_global_budget(members: list[fxfuse.Progra
         ({"allocation": "global", "width": {"0.*": 0.5}}, "width for each pattern"),
         ({"allocation": "fair", "width": 0.5}, "local, global"),
         (
-            {"allocation": "global", "width": 0.5, "score": "obs", "calibration": torch.rand(100, 5)},
+            {
+                "allocation": "global",
+                "width": 0.5,
+                "score": "obs",
+                "calibration": torch.rand(100, 5),
+            },
             "score 'obs'",
         ),
         ({"fraction": {"9.*": 0.5}}, "matches nothing"),

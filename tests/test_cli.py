@@ -645,7 +645,7 @@ def test_an_error_while_writing_leaves_nothing(work, monkeypatch):
 def start(*arguments):
     environment = os.environ | {"PYTHONPATH": str(Path(fxfuse.__file__).parents[1])}
     return subprocess.Popen(
-        [sys.executable, "-m", "fxfuse.cli", *arguments],
+        [sys.executable, "-m", "fxfuse", *arguments],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,

@@ -24,8 +24,7 @@ from fxfuse.api.checks import verified
 from fxfuse.cli.recipe import read_recipe
 from fxfuse.cli.sources import read_data
 from fxfuse.cli.zoo import make_model
-from fxfuse.common.output import check_output
-from fxfuse.common.output_lock import locked
+from fxfuse.common.output import check_output, locked
 from fxfuse.errors import FxfuseError
 from fxfuse.members.checkpoint import load_checkpoint, read_file, read_state_dict
 from fxfuse.members.ranks import Ranks

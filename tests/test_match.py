@@ -8,7 +8,6 @@ from typing import ClassVar
 
 import pytest
 import torch
-from rich.progress import Progress
 from torch import nn
 
 import fxfuse
@@ -379,7 +378,8 @@ def test_frozen_parameters_stay():
 
 
 def test_own_progress_display():
-    with Progress(disable=True) as progress:
+    rich = pytest.importorskip("rich.progress")
+    with rich.Progress(disable=True) as progress:
         match(mlp(3), [mlp(1), mlp(2)], INPUTS, Match(steps=5), progress=progress)
         assert not progress.tasks
 

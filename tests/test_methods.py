@@ -11,7 +11,6 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
-from torchvision.models import DenseNet, VisionTransformer
 
 import fxfuse
 from fxfuse import Constraints, Transplant
@@ -26,7 +25,7 @@ from fxfuse.planning.plan import UnitMap
 from fxfuse.transform.apply import fused_tensors
 from fxfuse.verify.check import as_double
 from tests.fusing import activations, distance_to_the_first, permuted_copies
-from tests.models import excite
+from tests.models import excite, torchvision
 from tests.nets import SmallResNet, images, resnets
 from tests.options import flat, planned
 
@@ -39,9 +38,11 @@ def small(name: str) -> tuple[nn.Module, torch.Tensor]:
     if name == "resnet":
         model, size = SmallResNet(), 8
     elif name == "vit":
-        model, size = VisionTransformer(16, 4, 2, 4, 16, 24, num_classes=5), 16
+        made = torchvision().models.VisionTransformer
+        model, size = made(16, 4, 2, 4, 16, 24, num_classes=5), 16
     else:
-        model, size = DenseNet(4, (2, 2), 8, bn_size=2, num_classes=5), 32
+        made = torchvision().models.DenseNet
+        model, size = made(4, (2, 2), 8, bn_size=2, num_classes=5), 32
     x = torch.randn(16, 3, size, size).double()
     return excite(model.double(), x), x
 

@@ -11,14 +11,13 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
-from torchvision.models import SwinTransformer
 
 import fxfuse
 from fxfuse import Size, verify
 from fxfuse.errors import OptionError, PlanError, RewriteError
 from fxfuse.planning.plan import FusionPlan, Mixing
 from fxfuse.transform.cost import operations_of, parameters_of
-from tests.models import excite, image
+from tests.models import excite, image, torchvision
 from tests.nets import mean_of
 from tests.options import flat
 from tests.strategies import Recipe, members_of, recipes
@@ -146,7 +145,8 @@ def test_a_transformer_of_windows():
 
     def member(seed: int) -> fxfuse.Program:
         torch.manual_seed(seed)
-        model = SwinTransformer([4, 4], 24, [2, 2], [2, 4], [4, 4], num_classes=10).double()
+        made = torchvision().models.SwinTransformer
+        model = made([4, 4], 24, [2, 2], [2, 4], [4, 4], num_classes=10).double()
         return fxfuse.capture(excite(model.eval(), x), (x,))
 
     x = image()[:, :, :32, :32]

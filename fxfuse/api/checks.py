@@ -143,6 +143,14 @@ def check_plan(
             why=f"{len(differing)} of them are in one of the two only",
             how="make the plan again with this version of fxfuse, with the same verify=",
         )
+    unknown = plan.roles.keys() ^ {*graph.program.names}
+    if unknown:
+        raise PlanError(
+            "the plan's tensors are not those of the network",
+            where=min(unknown),
+            why=f"{len(unknown)} of them are in one of the two only",
+            how="use a plan that fxfuse.fuse made",
+        )
     for entry in plan.maps:
         units = [graph.units_of(entry.group, member) for member in range(plan.n_members)]
         _check_map(entry, units, plan.n_members)

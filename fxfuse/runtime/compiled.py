@@ -156,7 +156,7 @@ def _compiled(
 
 def _options(backend: str, mode: str | None, options: Mapping[str, Any] | None) -> dict[str, Any]:
     """What the backend is told, checked."""
-    known = torch._dynamo.list_backends(exclude_tags=())
+    known = torch.compiler.list_backends(exclude_tags=())
     if backend not in known:
         raise OptionError(
             f"there is no backend {backend!r}", how=f"use one of {', '.join(sorted(known))}"

@@ -16,6 +16,7 @@ from torch.fx.passes.infra.pass_base import PassBase
 
 from fxfuse.errors import OptionError
 from fxfuse.graph.eager import eval_mode
+from fxfuse.graph.torch_compat import inductor_modes, inductor_settings
 from fxfuse.runtime.channels_last import ChannelsLast
 from fxfuse.runtime.eval_form import EvalForm, RemoveDropout, inference_copy
 from fxfuse.runtime.fold import FoldBatchNorm
@@ -63,10 +64,10 @@ def inductor_options(mode: str | None, options: Mapping[str, Any]) -> dict[str, 
     Raises:
         OptionError: There is no such mode or option.
     """
-    modes = torch._inductor.list_mode_options()
+    modes = inductor_modes()
     if mode is not None and mode not in modes:
         raise OptionError(f"there is no mode {mode!r}", how=f"use one of {', '.join(modes)}")
-    names = torch._inductor.list_options()
+    names = inductor_settings()
     unknown = [name for name in options if name.replace("-", "_") not in names]
     if unknown:
         raise OptionError(
