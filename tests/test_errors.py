@@ -160,7 +160,7 @@ RAISES: list[tuple[str, Callable[[Path], object]]] = [
     ("MemberError", lambda _: fxfuse.fuse([_sparse(), _sparse()], X)),
     ("InputError", lambda _: fxfuse.fuse([net(), net()], X[:, :2])),
     ("CaptureError", lambda _: fxfuse.capture(Silent(), X)),
-    ("NoGraphError", lambda _: fxfuse.fuse([Branch(False), Branch(False)], X).module),
+    ("CaptureError", lambda _: fxfuse.fuse([Branch(False), Branch(False)], X).module),
     (
         "RewriteError",
         lambda _: fxfuse.fuse(
@@ -198,8 +198,8 @@ RAISES: list[tuple[str, Callable[[Path], object]]] = [
     ("OutputError", _busy),
     ("OptionError", read_recipe),
     ("CheckpointError", fxfuse.load),
-    ("RankError", another_rank_fails),
-    ("RefineError", lambda _: match(two(verify=False).module, [net()], X, steps=0)),
+    ("MemberError", another_rank_fails),
+    ("RefineError", lambda _: match(two(verify=False).module.requires_grad_(False), [net()], X)),
     (
         "MissingDependencyError",
         lambda folder: fxfuse.export_onnx(two(verify=False), folder / "a.onnx"),

@@ -12,7 +12,7 @@ import fxfuse
 from fxfuse.activations import NodeRunner
 from fxfuse.activations.calibration import Calibration
 from fxfuse.analysis.labels import AbstractTensor
-from fxfuse.errors import OptionError, RefineError
+from fxfuse.errors import OptionError
 from fxfuse.refine import refit
 from fxfuse.refine.regression.counterpart import counterparts
 from fxfuse.refine.regression.fit_target import routes_of
@@ -216,7 +216,7 @@ def test_alignment_stays_at_a_members_width():
 
 def test_members_that_run_one_by_one_need_no_refit():
     members, x = members_for("flat"), inputs_for("flat")
-    with pytest.raises(RefineError, match="exactly their mean"):
+    with pytest.raises(OptionError, match="exactly their mean"):
         refit(fxfuse.fuse(members, x[:4], width=2), members, x)
 
 

@@ -13,7 +13,7 @@ from fxfuse.activations import elimination, unit_activations
 from fxfuse.activations.calibration import Calibration
 from fxfuse.analysis.coupling import analyze
 from fxfuse.analysis.multi_width import multi_width
-from fxfuse.errors import MemberError, RefineError
+from fxfuse.errors import MemberError, OptionError
 from fxfuse.refine import match, refit, repair
 from fxfuse.transform.layout import copies_of, place_units
 from tests.models import excite, image
@@ -221,5 +221,5 @@ def test_repaired_units_vary_as_they_do_in_their_members(width: float | None):
 
 def test_what_is_the_mean_already_is_not_repaired():
     members, x = members_of("heads"), FAMILIES["heads"][1]
-    with pytest.raises(RefineError, match="nothing to repair"):
+    with pytest.raises(OptionError, match="nothing to repair"):
         repair(fxfuse.fuse(members, x[:4], width=2), members, x)

@@ -211,8 +211,6 @@ def fuse(
             classes are not those of the members, or what is asked for needs members of one task.
         PlanError: No parameter has a free dimension.
         VerificationError: An oracle failed.
-        RankError: With `group`: another rank failed, with an error that is not fxfuse's. Every
-            other error of one rank is raised on all of them.
         OptionError: A width is no number in (0, N], leaves a group without a unit, or no width
         meets
             the budget.

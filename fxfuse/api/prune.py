@@ -92,7 +92,7 @@ def prune(
         MemberError: The network holds sparse or quantised tensors.
         MemberError: The network is on the meta device.
         CaptureError: The network cannot be captured.
-        NoGraphError: torch.export refuses the network, so it cannot be written in another size.
+        CaptureError: torch.export rejects the network, so it cannot be written in another size.
         MemberError: The network holds NaN or infinity.
         OptionError: No such score.
         InputError: The score needs calibration inputs, or labels, and there are none.

@@ -59,7 +59,7 @@ class FusionResult:
         Its `state_dict()` has the names of a member's, at a member's width the shapes, too.
 
         Raises:
-            NoGraphError: torch.export refused the members; `to_module` works all the same.
+            CaptureError: torch.export rejected the members; use `to_module`.
         """
         if self._module is None:
             self.graph.program.require_exported()

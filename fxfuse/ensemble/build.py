@@ -19,12 +19,7 @@ from fxfuse.ensemble.reduce import REDUCTIONS, write_output
 from fxfuse.ensemble.reuse import reuse_memory
 from fxfuse.ensemble.walk import changes_tensors, walk
 from fxfuse.ensemble.weights import as_words
-from fxfuse.errors import (
-    CaptureError,
-    NoGraphError,
-    OptionError,
-    VerificationError,
-)
+from fxfuse.errors import OptionError, VerificationError
 from fxfuse.graph.capture import Program, capture
 from fxfuse.graph.example import is_single
 from fxfuse.graph.export_reuse import captured_each
@@ -82,7 +77,7 @@ def stack(
         InputError: A member rejects the example inputs.
         MemberError: A member holds sparse or quantised tensors.
         MemberError: The members are on the meta device.
-        NoGraphError: torch.export refuses a member.
+        CaptureError: torch.export rejects a member.
         MemberError: The members are not the same network.
         RewriteError: An output cannot be reduced in that way.
         VerificationError: An output differs from the members'.
@@ -119,15 +114,7 @@ def _captured(
     if isinstance(member, Program):
         member.require_exported()
         return member
-    try:
-        return capture(member, inputs, kwargs, dynamic_shapes=dynamic_shapes, fallback=False)
-    except CaptureError as error:
-        raise NoGraphError(
-            "no stack can be written for this network",
-            where=type(member).__name__,
-            why=f"{error.what}: {error.why}",
-            how=error.how,
-        ) from error
+    return capture(member, inputs, kwargs, dynamic_shapes=dynamic_shapes, fallback=False)
 
 
 def _example(

@@ -21,7 +21,7 @@ import torch.utils._pytree as pytree
 from torch import fx, nn
 from torch.export import Dim, ExportedProgram
 
-from fxfuse.errors import CaptureError, NoGraphError
+from fxfuse.errors import CaptureError
 from fxfuse.graph.eager import eval_mode, trace
 from fxfuse.graph.example import at_least_two, check_example, first_line, is_single, try_example
 from fxfuse.graph.fixed_batch import batch_sizes
@@ -67,13 +67,13 @@ class Program:
             NoGraphError: It is a trace, which holds for the example only.
         """
         if not self.is_exported:
-            raise NoGraphError(
-                "no GraphModule can be emitted for this network",
+            raise CaptureError(
+                "this network has no exported graph",
                 where=type(self.source).__name__,
-                why=f"torch.export refused it, so its graph is a trace of the example: "
-                f"{self.refusal}",
-                how="use FusionResult.to_module() or load_into(model), which put the fused weights "
-                "into your own class; or make the forward pass exportable",
+                why=f"torch.export rejected it, and a trace of the example cannot run on other "
+                f"inputs: {self.refusal}",
+                how="use result.to_module() or result.load_into(model), which put the fused "
+                "weights into your own class; or make the forward pass exportable",
             )
 
     @property

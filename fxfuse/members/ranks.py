@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 import torch.utils._pytree as pytree
 
-from fxfuse.errors import FxfuseError, OptionError, RankError
+from fxfuse.errors import FxfuseError, MemberError, OptionError
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -63,7 +63,6 @@ class Ranks:
 
         Raises:
             FxfuseError: The work raised it on some rank: it is raised on all of them.
-            RankError: It raised something else on another rank.
         """
         value, error = None, None
         try:
@@ -222,7 +221,6 @@ def of_each(
 
     Raises:
         FxfuseError: The work raised it on some rank: it is raised on all of them.
-        RankError: It raised something else on another rank.
     """
     members = range(len(states)) if members is None else members
     if isinstance(states, RankedStates):
@@ -248,8 +246,8 @@ def _on_rank(rank: int, failure: FxfuseError | str) -> FxfuseError:
     if isinstance(failure, FxfuseError):
         where = f"{failure.where} on rank {rank}".strip()
         return type(failure)(failure.what, where=where, why=failure.why, how=failure.how)
-    return RankError(
+    return MemberError(
         f"rank {rank} failed",
         why=failure,
-        how="see what that process printed, and start all of them again",
+        how="read what that process printed, and start all processes again",
     )

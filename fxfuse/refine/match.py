@@ -17,7 +17,7 @@ from rich.progress import Progress
 from torch import Tensor, nn
 
 from fxfuse.activations.augment import Augment, default_augment
-from fxfuse.errors import RefineError
+from fxfuse.errors import OptionError
 from fxfuse.refine.batch import call, logits_of
 from fxfuse.refine.distance import loss
 from fxfuse.refine.interpolation import Judges, Start
@@ -128,18 +128,17 @@ def match(
         inputs say of the start and of what is left.
 
     Raises:
-        RefineError: No members, or the module among them; inputs that are missing or unfit; a
-            budget, batch or rate that is not positive, or two budgets; outputs of different shapes;
-            a loss or weight that is not finite. Of several processes: a budget in seconds, or a
-            batch without equal parts.
+        RefineError: The loss or a weight is no longer finite, or no parameter requires a gradient.
+        InputError: The inputs are missing, or the networks reject them.
+        MemberError: A member returns outputs that cannot be matched.
     """
     _check_budget(steps, seconds)
     if seconds is not None and together(module).groups:
-        raise RefineError(
-            "A budget in seconds is for one process.",
+        raise OptionError(
+            "a budget in seconds works in one process only",
             where="seconds",
-            why="Processes take their steps together, and seconds end at another step in each.",
-            how="Give steps.",
+            why="processes take their steps together, and seconds end at another step in each",
+            how="pass steps= instead",
         )
     _check(module, members, batch, learning_rate)
     given = check_inputs(inputs, augment)
@@ -236,11 +235,11 @@ def _train(
 def _kind(targets: Tensor, asked: str | None) -> Outputs:
     kind = kind_of(targets.shape, asked)
     if kind == "logits" and (targets.dim() != 2 or targets.shape[1] < 2):
-        raise RefineError(
-            f"Outputs {list(targets.shape[1:])} per input are no class logits.",
+        raise OptionError(
+            f"outputs of shape {list(targets.shape[1:])} per input are not class logits",
             where="outputs='logits'",
-            why="Only logits [b, k] of two or more classes are defined up to a constant.",
-            how="Use outputs='values'.",
+            why="only logits [b, k] of two or more classes are defined up to a constant",
+            how="use outputs='values'",
         )
     return kind
 
@@ -269,23 +268,23 @@ def _optimizer(module: nn.Module, rate: float, decay: float) -> torch.optim.Opti
 
 def _check_budget(steps: int | None, seconds: float | None) -> None:
     if steps is not None and seconds is not None:
-        raise RefineError(
-            "Two budgets were given.",
+        raise OptionError(
+            "steps and seconds contradict each other",
             where=f"steps={steps}, seconds={seconds}",
-            why="The learning rate follows one of them to zero.",
-            how="Give steps or seconds.",
+            why="the learning rate follows one budget to zero",
+            how="pass one of them",
         )
     for name, value in (("steps", steps), ("seconds", seconds)):
         if value is not None and not value > 0:
             raise _not_positive(name, value)
 
 
-def _not_positive(name: str, value: float) -> RefineError:
-    return RefineError(
-        f"{name} is {value}.",
+def _not_positive(name: str, value: float) -> OptionError:
+    return OptionError(
+        f"{name} must be above 0, got {value}",
         where=name,
-        why="A run trains for some time, on some inputs, by some amount.",
-        how=f"Give {name} above 0.",
+        why="nothing would be trained",
+        how=f"pass {name} above 0",
     )
 
 
@@ -296,11 +295,11 @@ def _check(
     learning_rate: float | None,
 ) -> None:
     if batch < 2:
-        raise RefineError(
-            f"batch is {batch}.",
+        raise OptionError(
+            f"batch must be at least 2, got {batch}",
             where="batch",
-            why="Normalisation in training takes its statistics from a batch of two or more.",
-            how="Give a batch of 2 or more.",
+            why="in training, normalisation computes its statistics over a batch of two or more",
+            how="pass batch=2 or more",
         )
     if learning_rate is not None and not learning_rate > 0:
         raise _not_positive("learning_rate", learning_rate)

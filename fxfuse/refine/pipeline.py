@@ -12,7 +12,7 @@ from torch import nn
 
 from fxfuse.activations.calibration import Calibration
 from fxfuse.analysis.coupling import CouplingGraph
-from fxfuse.errors import RefineError
+from fxfuse.errors import InputError
 from fxfuse.planning.plan import FusionPlan, Mixing, UnitMap
 from fxfuse.planning.roles import Role, RoleKind
 from fxfuse.refine.batch import logits_of
@@ -99,11 +99,7 @@ def refitted(
     calibration: Calibration,
     outputs: str | None,
 ) -> Start:
-    """The fused network after a refit (`fxfuse.refine.refit` has the method).
-
-    Raises:
-        InputError: An activation is not a number.
-    """
+    """The fused network after a refit (`fxfuse.refine.refit` has the method)."""
     settings = Settings(logits=kind_of_network(graph.program, outputs) == "logits")
     new, report = refit_state(graph, plan, states, state, calibration, settings)
     return Start(plan, new, report)
@@ -124,22 +120,8 @@ def matched_start(
     """The refitted network or a member, whichever answers most like the ensemble, matched to it.
 
     A network that matching does not bring closer to the ensemble, on inputs that it holds out,
-    keeps its tensors: a budget of a few steps can do more harm than good.
-
-    Args:
-        graph: The analysis of the members.
-        plan: The plan of the fusion.
-        states: The members' tensors by name.
-        state: The fused tensors by name.
-        calibration: A part of it fits, the rest chooses; matching sees all.
-        outputs: `logits`, `values`, or None to let the outputs' shape decide.
-        steps: Budget of the matching in steps.
-        seconds: Budget of the matching in CPU seconds.
-        progress: Of the matching.
-
-    Raises:
-        InputError: An activation is not a number.
-        RefineError: The inputs are no tensors, or a budget is not positive.
+    keeps its tensors: a budget of a few steps can do more harm than good. A part of the calibration
+    inputs fits, the rest chooses the start; matching uses all of them.
     """
     kind = kind_of_network(graph.program, outputs)
     fitting, choosing = calibration.split(_HELD_OUT)
@@ -176,10 +158,10 @@ def matched_start(
 def _joined(calibration: Calibration) -> tuple[torch.Tensor, ...]:
     """All inputs of the calls, position by position."""
     if any(kwargs for _, kwargs in calibration.batches):
-        raise RefineError(
+        raise InputError(
             "matching takes positional inputs only",
             where="calibration",
-            why="its pool is indexed input by input",
+            why="it draws inputs one by one, by their position",
             how="wrap the networks in a module whose inputs are positional",
         )
     columns = zip(*(args for args, _ in calibration.batches), strict=True)

@@ -56,7 +56,7 @@ def concatenation_equals_ensemble(
 
     Raises:
         MemberError: The members are not the same network.
-        NoGraphError: torch.export refused a member, so that there is no concatenation to run.
+        CaptureError: torch.export rejected a member, so there is no concatenation to run.
     """
     program = [as_captured(m, example_inputs, example_kwargs) for m in members]
     for member in program:

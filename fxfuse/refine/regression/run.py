@@ -103,20 +103,8 @@ def refit_state(
 ) -> tuple[State, RefitReport]:
     """Refits every layer of a fused network to the members' merged activations.
 
-    Args:
-        graph: The analysis of the members.
-        plan: The plan by which they were fused.
-        states: The members' tensors by name.
-        state: The fused tensors by name.
-        calibration: Unlabelled inputs.
-        settings: How.
-
     Returns:
         New fused tensors, and the report.
-
-    Raises:
-        InputError: An activation is not a number.
-        NoGraphError: The network was traced, so its graph cannot be run.
     """
     graph.program.require_exported()
     return _Refit(graph, plan, states, state, calibration, settings).run()
