@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import numpy as np
@@ -117,7 +118,9 @@ def test_pruning_the_wide_model_is_fusing_for_random_networks(recipe: Recipe, wi
     members = members_of(recipe, 2)
     try:
         fused = fxfuse.fuse(members, width=2 * width, verify=False)
-    except (OptionError, PlanError):
+    except (OptionError, PlanError) as error:
+        if not re.search("leaves no unit|nothing in this network can be fused", str(error)):
+            raise
         assume(False)
     wide = fxfuse.fuse(members, width=2, verify=False)
     args, kwargs = inputs_of(members[0])

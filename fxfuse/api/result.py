@@ -134,15 +134,16 @@ class FusionResult:
             tensors = [tensor for tensor in own if tensor is not None]
             if name in state or len(tensors) < len(own):
                 continue
-            try:
-                state[name] = self.plan.heads.merged(tensors)
-            except OptionError as error:
+            merged = self.plan.heads.merged(tensors)
+            if merged is None:
                 raise RewriteError(
                     f"{type(member.source).__name__} cannot hold these heads",
                     where=name,
-                    why=f"{error.what}: {error.why}",
+                    why="they do not fit into one layer: their shapes are "
+                    + ", ".join(str(tuple(tensor.shape)) for tensor in tensors),
                     how="use result.module",
-                ) from error
+                )
+            state[name] = merged
         return state
 
     def load_into(self, model: Model) -> Model:

@@ -29,12 +29,6 @@ def locked(path: str | Path) -> Iterator[None]:
     The lock is a file beside the output, `.NAME.lock`, which is gone afterwards. The system lets go
     of it when its process ends, in whatever way, so that a file that a killed one left behind locks
     nothing.
-
-    Args:
-        path: The output.
-
-    Raises:
-        OutputError: Another process holds it.
     """
     path = Path(os.path.abspath(path))
     if not _has_locks or path in _held:
@@ -60,11 +54,7 @@ def locked(path: str | Path) -> Iterator[None]:
 
 
 def _acquire(file: Path, path: Path) -> int:
-    """Opens and locks the file.
-
-    Raises:
-        OutputError: Another process holds it.
-    """
+    """Opens and locks the file."""
     while True:
         handle = os.open(file, os.O_RDWR | os.O_CREAT, 0o666)
         try:
@@ -75,7 +65,7 @@ def _acquire(file: Path, path: Path) -> int:
         except BlockingIOError:
             os.close(handle)
             raise OutputError(
-                f"{path.name} is being written by another process",
+                f"another process is writing {path.name}",
                 where=str(path),
                 why=f"it holds the lock {file.name}",
                 how="wait until it is done, or choose another name",

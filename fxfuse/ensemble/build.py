@@ -72,21 +72,15 @@ def stack(
         for dots; `fxfuse.unstack` gives the members' state dicts. Inputs are never written into.
 
     Raises:
-        MemberError: Fewer than two members.
-        OptionError: There is no such reduction.
         InputError: A member rejects the example inputs.
-        MemberError: A member holds sparse or quantised tensors.
-        MemberError: The members are on the meta device.
-        CaptureError: torch.export rejects a member.
-        MemberError: The members are not the same network.
+        MemberError: The members are fewer than two, differ, or hold unusable weights.
+        CaptureError: `torch.export` rejects a member.
         RewriteError: An output cannot be reduced in that way.
         VerificationError: An output differs from the members'.
     """
     check_enough(members, "a stack")
     if reduce not in REDUCTIONS:
-        raise OptionError(
-            f"there is no reduction {reduce!r}", how=f"use one of {', '.join(REDUCTIONS)}"
-        )
+        raise OptionError(f"unknown reduce {reduce!r}", how=f"use one of {', '.join(REDUCTIONS)}")
     program = captured_each(
         members, lambda m, _: _captured(m, example_inputs, example_kwargs, dynamic_shapes)
     )
@@ -161,10 +155,10 @@ def _check(module: FusedModule, members: Sequence[Program]) -> None:
     error = relative_error(found, together)
     if error > _EXACT:
         raise VerificationError(
-            "the stack answers otherwise than its members and is not handed over",
-            why=f"relative error {error:.2e} in float64, and at most {_EXACT:.0e} may be rounding",
-            how="check that the members answer the example with numbers, and twice alike; "
-            "stack(..., verify=False) goes without the check. Else please report the network",
+            "the stack does not answer like its members",
+            why=f"the relative error in float64 is {error:.2e}, rounding explains {_EXACT:.0e}",
+            how="check that the members' outputs are finite and the same in every call, or report "
+            "the network; verify=False skips this check",
         )
 
 

@@ -61,11 +61,7 @@ class Program:
         return not self.refusal
 
     def require_exported(self) -> None:
-        """Checks that the graph can be run.
-
-        Raises:
-            NoGraphError: It is a trace, which holds for the example only.
-        """
+        """Checks that the graph can be run."""
         if not self.is_exported:
             raise CaptureError(
                 "this network has no exported graph",
@@ -115,9 +111,6 @@ class Program:
     def unreached(self, excused: Collection[str] = ()) -> tuple[str, ...]:
         """Names of the weights that a trace did not reach, so that nothing is known of them.
 
-        Args:
-            excused: Names that do not count.
-
         Returns:
             Always empty for an exported graph, which holds every branch that there is.
         """
@@ -160,8 +153,8 @@ def capture(
     Raises:
         InputError: The example inputs are sparse, empty or NaN, or the model rejects them.
         MemberError: The model holds sparse or quantised tensors.
-        CaptureError: `torch.export` cannot capture the model, nor can it be traced if `fallback`;
-            or it returns no tensor.
+        CaptureError: `torch.export` rejects the model, and it cannot be traced or `fallback` is
+            False; or it returns no tensor.
     """
     check_model(model)
     args = example_inputs if isinstance(example_inputs, tuple) else (example_inputs,)
@@ -199,18 +192,7 @@ def capture_eagerly(
     *,
     refusal: str,
 ) -> Program:
-    """Captures a trace of one eager run in eval mode: for the analysis only, never to be run.
-
-    Args:
-        model: A module that `torch.export` refuses; it is left as it was.
-        example_inputs: A tensor or a tuple of positional inputs.
-        example_kwargs: Keyword inputs.
-        refusal: Why `torch.export` refuses it.
-
-    Raises:
-        InputError: The model rejects the example inputs.
-        CaptureError: The model cannot be traced.
-    """
+    """Captures a trace of one eager run in eval mode: for the analysis only, never to be run."""
     args = example_inputs if isinstance(example_inputs, tuple) else (example_inputs,)
     kwargs = dict(example_kwargs or {})
     check_model(model)
@@ -225,22 +207,14 @@ def capture_eagerly(
 
 
 def check_reached(program: Program, excused: Collection[str] = ()) -> None:
-    """Checks that a trace reached every weight.
-
-    Args:
-        program: A captured network.
-        excused: `state_dict()` names that need not be reached.
-
-    Raises:
-        CaptureError: Lists the weights that the trace did not reach.
-    """
+    """Checks that a trace reached every weight."""
     missing = program.unreached(excused)
     if missing:
         raise CaptureError(
             f"the example inputs do not reach {len(missing)} of the network's tensors",
             where=", ".join(missing),
-            why="the network was traced on the example, and what another branch does with these "
-            "is unknown",
+            why="torch.export rejects the network, and a trace of the example does not show how "
+            "other branches use them",
             how="pass an example that reaches them, or name them in ignore=",
         )
 
@@ -262,9 +236,6 @@ def export(
         dynamic_shapes: Passed to `torch.export.export` unchanged. None: dimension 0 of every tensor
             input is dynamic; a network that cannot be exported so gets a static batch, with a
             warning.
-
-    Raises:
-        CaptureError: torch.export refuses it.
     """
     if dynamic_shapes is not None:
         return _export_once(model, args, kwargs, dynamic_shapes)

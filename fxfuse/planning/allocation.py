@@ -19,40 +19,30 @@ Budget = Literal["local", "global"]
 
 
 def check_budget(budget: str, width: Width | None, *, given: bool, score: str) -> None:
-    """Checks that a budget can be spread.
-
-    Args:
-        budget: What is asked for.
-        width: The width that is asked for.
-        given: Whether there is a width, or a budget of parameters or operations.
-        score: Name of the score.
-
-    Raises:
-        OptionError: It cannot.
-    """
+    """Checks that a budget can be spread."""
     if budget not in get_args(Budget):
         raise OptionError(
-            f"budget={budget!r} is unknown", how=f"use one of {', '.join(get_args(Budget))}"
+            f"unknown budget {budget!r}", how=f"use one of {', '.join(get_args(Budget))}"
         )
     if budget == "local":
         return
     if not given:
         raise OptionError(
-            "budget='global' needs something to spread",
-            why="neither width, max_params nor max_flops is given",
-            how="pass width=0.5 to keep half of all units, for instance",
+            "budget='global' needs a size",
+            why="width, max_params and max_flops are all missing",
+            how="pass one of them, such as width=0.5 to keep half of all units",
         )
     if isinstance(width, Mapping):
         raise OptionError(
             "budget='global' and a width for each pattern contradict each other",
             why="a global budget decides how wide each group is",
-            how="pass one width for all groups, or leave the budget out",
+            how="pass one width for all groups, or leave budget out",
         )
     if score == "obs":
         raise OptionError(
             "budget='global' does not work with score 'obs'",
-            why="it says in which order the units of one group go, so groups cannot be compared",
-            how="use one of the other scores: score='l2'",
+            why="it ranks units within one group, so groups cannot be compared",
+            how="use another score, such as score='l2'",
         )
 
 
@@ -63,15 +53,6 @@ def spread(
 
     A unit's score counts relative to the mean over all members' units of its group. Of all groups
     together the best units are kept, as many as before, and of each group the best one.
-
-    Args:
-        graph: The analysis of the members.
-        states: For each member, its tensors by name.
-        options: Names the score.
-        round_to: Channels are rounded to multiples of this, after the units are counted.
-
-    Raises:
-        InputError: The score needs calibration inputs, or labels, and there are none.
     """
     alive = {
         member: {g.name: np.arange(g.n_units) for g in graph.of_member(member).groups}

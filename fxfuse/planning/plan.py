@@ -93,11 +93,7 @@ class UnitMap:
 
     @staticmethod
     def decoded(value: Mapping[str, Any], where: str) -> UnitMap:
-        """What `encoded` returned.
-
-        Raises:
-            ValueError: It is no map; says where and what.
-        """
+        """What `encoded` returned."""
         entries = dict(value)
         for name in ("group", "n_units"):
             if name not in entries:
@@ -200,7 +196,7 @@ class FusionPlan:
         raise PlanError(
             f"the plan has no group {group!r}",
             why="it was made for another network",
-            how="make the plan with members of the network that it is applied to",
+            how="make a plan with members of this network",
         )
 
     def sizes(self) -> dict[str, int]:
@@ -350,18 +346,14 @@ def _check_origin(value: Mapping[str, Any]) -> None:
     if digest_of(content) != value.get("digest"):
         raise PlanError(
             "the plan was edited",
-            why="its content has another digest than the one that it was written with",
-            how="use the plan as to_json() wrote it; to change a plan, change the FusionPlan in "
-            "Python and write that",
+            why="its content does not match its digest",
+            how="use the plan as to_json() wrote it; to change it, change the FusionPlan in Python "
+            "and write that",
         )
 
 
 def _check(plan: FusionPlan) -> None:
-    """Checks that the parts of a plan fit each other.
-
-    Raises:
-        ValueError: They do not; says which.
-    """
+    """Checks that the parts of a plan fit each other."""
     count = plan.n_members
     if not count:
         raise ValueError("it has no members")

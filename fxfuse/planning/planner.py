@@ -18,19 +18,6 @@ def make_plan(
     """Asks a method for its maps and notes what they leave open.
 
     A method sees the trunk only: heads of different tasks cannot be compared.
-
-    Args:
-        graph: The analysis of the members; its constraints name the base member.
-        states: For each member, its tensors by name.
-        method: Name of the method.
-        options: What it is told, but for the base member.
-
-    Raises:
-        OptionError: There is no such method, variant or base member.
-        OptionError: There is no such score.
-        OptionError: An option has a value that the method cannot use.
-        InputError: The method or the score needs calibration inputs, and there are none.
-        MissingDependencyError: The method needs a package that is not installed.
     """
     graph.constraints.check_base_member(len(states))
     options = replace(options, base_member=graph.constraints.base_member)

@@ -37,14 +37,10 @@ def sizes_of(
             Groups that no pattern matches keep a member's size.
         round_to: The channels of a group are rounded to a multiple of this, where it has as many.
         at_least_one: Whether a group that the width leaves without a unit keeps one.
-
-    Raises:
-        OptionError: A width is no number in (0, N], or leaves a group without a unit.
-        OptionError: A pattern matches nothing, or two patterns give one group two widths.
     """
     if round_to < 1:
         raise OptionError(
-            f"round_to={round_to} is not a positive number of channels",
+            f"round_to must be at least 1, got {round_to}",
             how="use 8 for most hardware, or leave it out",
         )
     widths = {group.name: 1.0 for group in graph.groups}
@@ -63,16 +59,7 @@ def sizes_of(
 
 
 def by_pattern(graph: CouplingGraph, option: str, values: Mapping[str, float]) -> dict[str, float]:
-    """The value of each coupling group that a pattern speaks of.
-
-    Args:
-        graph: The analysis of the members.
-        option: Name of the option, for messages.
-        values: By `fnmatch` pattern of the tensors that groups are named after.
-
-    Raises:
-        OptionError: A pattern matches nothing, or two patterns give one group two values.
-    """
+    """The value of each coupling group that a pattern speaks of."""
     found: dict[str, tuple[float, str]] = {}
     names = {group.name: group.name.rpartition(":")[0] for group in graph.groups}
     for pattern, value in values.items():
@@ -84,9 +71,10 @@ def by_pattern(graph: CouplingGraph, option: str, values: Mapping[str, float]) -
             before, earlier = found.setdefault(group, (float(value), pattern))
             if before != float(value):
                 raise OptionError(
-                    f"two values of {option} for the coupling group {group!r}",
-                    why=f"{earlier!r} gives it {before:g}, and {pattern!r} gives it {value:g}",
-                    how="a group is fused as a whole: give it one of them",
+                    f"two patterns of {option} contradict each other",
+                    where=f"coupling group {group}",
+                    why=f"{earlier!r} sets {before:g}, and {pattern!r} sets {value:g}",
+                    how="use patterns of which one matches each group",
                 )
     return {group: value for group, (value, _) in found.items()}
 
@@ -95,9 +83,9 @@ def _check(width: float, n_members: int) -> None:
     if isfinite(width) and 0 < width <= n_members:
         return
     raise OptionError(
-        f"width {width:g} is not greater than 0 and at most {n_members}",
+        f"width must be in (0, {n_members}], got {width:g}",
         why=f"it is in units of a member: 1 is a member's size, {n_members} keeps everything",
-        how="use a number greater than 0, and not greater than the number of members",
+        how=f"use a number in (0, {n_members}]",
     )
 
 
@@ -110,11 +98,7 @@ def units_at(
     *,
     least: int = 1,
 ) -> int:
-    """The units of a group at a width, its channels rounded as in `sizes_of`.
-
-    Raises:
-        OptionError: They are none, where `least` is 0.
-    """
+    """The units of a group at a width, its channels rounded as in `sizes_of`."""
     each = [graph.units_of(group.name, member) for member in range(n_members)]
     most, one = sum(each), sum(each) / len(each)
     wanted = width * one
@@ -128,8 +112,8 @@ def units_at(
     units = max(min(int(np.floor(wanted + 0.5)), most), least)
     if units < 1:
         raise OptionError(
-            f"width {width:g} leaves no unit of the coupling group {group.name!r}",
-            why=f"a member has {one:g} of them",
+            f"width {width:g} leaves no unit in coupling group {group.name!r}",
+            why=f"a member has {one:g} units there",
             how=f"use a width of at least {0.5 / one:.2g} there",
         )
     return units

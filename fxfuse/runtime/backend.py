@@ -44,16 +44,14 @@ def fxfuse_backend(
 
     Returns:
         What the other backend returns.
-
-    Raises:
-        OptionError: An option or a mode is unknown.
     """
     told = dict(options or {})
     inner = told.pop("backend", _INNER)
     if inner == "fxfuse" or inner not in torch._dynamo.list_backends(exclude_tags=()):
         raise OptionError(
-            f"there is no backend {inner!r} to hand the graph to",
-            how="name one of torch.compile's in options={'backend': ...}",
+            f"unknown backend {inner!r}",
+            where="options['backend']",
+            how="use a backend of torch.compile",
         )
     always = bool(told.pop("always", False))
     traced = _traced(graph_module)
@@ -61,9 +59,7 @@ def fxfuse_backend(
     module = stacked.graph_module if stacked is not None and stacked.modified else graph_module
     if inner != _INNER:
         if told or mode is not None:
-            raise OptionError(
-                f"the backend {inner!r} takes no options", how="give it 'backend' alone"
-            )
+            raise OptionError(f"backend {inner!r} takes no options", how="pass 'backend' only")
         from torch._dynamo.backends.registry import lookup_backend
 
         compiled: Callable[..., Any] = lookup_backend(inner)(module, list(example_inputs))

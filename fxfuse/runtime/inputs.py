@@ -14,12 +14,7 @@ from fxfuse.refine.fused import Fused
 def resolve_inputs(
     network: Fused | fx.GraphModule, inputs: Any, kwargs: Mapping[str, Any] | None
 ) -> tuple[fx.GraphModule, tuple[Any, ...], dict[str, Any]]:
-    """Find a network's module and example inputs: those given, else those it was fused with.
-
-    Raises:
-        OptionError: There are none.
-        NoGraphError: torch.export refused the members, so that there is no graph.
-    """
+    """Find a network's module and example inputs: those given, else those it was fused with."""
     module = network if isinstance(network, fx.GraphModule) else network.module
     if inputs is not None or kwargs is not None:
         args = () if inputs is None else inputs if isinstance(inputs, tuple) else (inputs,)
@@ -27,7 +22,7 @@ def resolve_inputs(
     if not isinstance(network, fx.GraphModule):
         return module, *network.graph.program.example_inputs
     raise OptionError(
-        "there are no example inputs",
-        why="what comes out is run on them and compared with the network itself",
+        "example_inputs are missing",
+        why="the result is run on them and compared with the network",
         how="pass example_inputs, as to fxfuse.fuse",
     )

@@ -58,18 +58,15 @@ def answers_of(
 
 
 def inductor_options(mode: str | None, options: Mapping[str, Any]) -> dict[str, Any]:
-    """What a mode and options of inductor come to.
-
-    Raises:
-        OptionError: There is no such mode or option.
-    """
+    """What a mode and options of inductor come to."""
     modes = torch._inductor.list_mode_options()
     if mode is not None and mode not in modes:
-        raise OptionError(f"there is no mode {mode!r}", how=f"use one of {', '.join(modes)}")
+        raise OptionError(f"unknown mode {mode!r}", how=f"use one of {', '.join(modes)}")
     names = torch._inductor.list_options()
     unknown = [name for name in options if name.replace("-", "_") not in names]
     if unknown:
         raise OptionError(
-            f"inductor has no option {unknown[0]!r}", how="see torch._inductor.list_options()"
+            f"unknown option {unknown[0]!r} of inductor",
+            how="use one of torch._inductor.list_options()",
         )
     return {**modes.get(mode or "default", {}), **options}

@@ -50,35 +50,35 @@ class Target:
         params, flops = self.max_params, self.max_flops
         if params is not None and (found := parameters_of(graph, sizes)) > params:
             return f"has {found:,} parameters"
-        if flops is not None and (found := operations_of(graph, sizes)) > flops:
-            return f"takes {found:,} floating-point operations for the example inputs"
-        return ""
+        if flops is None:
+            return ""
+        needed = operations_of(graph, sizes)
+        if needed is None:
+            raise OptionError(
+                "max_flops does not work with this network",
+                why="shapes in it depend on the values of its inputs, so its operations cannot be "
+                "counted beforehand",
+                how="use width or max_params instead",
+            )
+        return (
+            f"takes {needed:,} floating-point operations for the example inputs"
+            if needed > flops
+            else ""
+        )
 
 
 def mixing_of(
     graph: CouplingGraph, n_members: int, target: Target, *, fitted: bool = False
 ) -> MixingMode:
-    """How operators that mix members are to run.
-
-    Args:
-        graph: The analysis of the members.
-        n_members: N.
-        target: What is asked for.
-        fitted: Whether layers will be fitted: to units of all members, so not member by member.
-
-    Raises:
-        OptionError: As for `resized`.
-        OptionError: Members are to run one by one where not all of their units are kept, or where
-            something is to be one for all members.
-    """
+    """How operators that mix members are to run."""
     if target.mixing not in (None, *get_args(MixingMode)):
         raise OptionError(
-            f"mixing {target.mixing!r} is unknown",
+            f"unknown mixing {target.mixing!r}",
             how=f"use one of {', '.join(get_args(MixingMode))}, or leave it out",
         )
     obstacle = ""
     if target.width is None:
-        obstacle = "it takes a width that keeps every unit of every member"
+        obstacle = "it needs a width that keeps every unit of every member"
     elif graph.asked:
         obstacle = f"{next(iter(graph.asked))} is to be one tensor for all members"
     elif fitted:
@@ -93,7 +93,7 @@ def mixing_of(
         obstacle = next((f"{name} does not keep every unit of every member" for name in part), "")
     if obstacle and target.mixing == "per_member":
         raise OptionError(
-            'mixing="per_member" cannot be had here',
+            "mixing='per_member' does not work here",
             why=obstacle,
             how=f"use width={n_members} without freeze, share, ignore and refit, or leave "
             "mixing out",
@@ -120,14 +120,6 @@ def resized(
 
     Returns:
         None where a member's size is asked for.
-
-    Raises:
-        OptionError: A width is no number in (0, N], leaves a group without a unit, or no width
-        meets
-            the budget.
-        OptionError: A width and a budget are given, or a pattern of widths names nothing.
-        RewriteError: The network cannot be written in another size.
-        NoGraphError: torch.export refused the members.
     """
     if target.width is None and not target.is_budget:
         return None
@@ -136,8 +128,8 @@ def resized(
         return _within(graph, n_members, target, spread or dict)
     if target.is_budget:
         raise OptionError(
-            "width and a budget are given",
-            why="max_params and max_flops look for the width",
+            "width and a budget contradict each other",
+            why="max_params and max_flops determine the width",
             how="leave one of them out",
         )
     least = spread is not None

@@ -27,24 +27,7 @@ def make_sized_plan(
     *,
     fitted: bool,
 ) -> FusionPlan:
-    """Finds the sizes, asks the method for its maps at these, and notes which groups keep theirs.
-
-    Args:
-        graph: The analysis of the members.
-        states: For each member, its tensors by name.
-        method: Name of the method, or `auto`.
-        options: What it is told, but for the sizes.
-        target: What size is asked for.
-        fitted: Whether layers will be fitted, to units of all members.
-
-    Raises:
-        OptionError: The method works at a member's width only, or an option has a value that
-            cannot be used.
-        OptionError: As for `fxfuse.transform.resize.resized`.
-        RewriteError: The network cannot be written in another size.
-        InputError: The method or the score needs calibration inputs, and there are none.
-        MissingDependencyError: The method needs a package that is not installed.
-    """
+    """Finds the sizes, asks the method for its maps, and notes which groups keep a member's size."""
     count = len(states)
     if method == "wide":
         target = replace(target, width=_width_of_all(target, count))
@@ -75,9 +58,9 @@ def make_sized_plan(
 def _width_of_all(target: Target, n_members: int) -> int:
     if target.width not in (None, n_members):
         raise OptionError(
-            f"width {target.width} and method 'wide' contradict each other",
-            why=f"it keeps every unit of every member, which is width {n_members}",
-            how="leave the width out, or use method='transplant'",
+            f"width={target.width} and method='wide' contradict each other",
+            why=f"the method keeps every unit of every member, which is width {n_members}",
+            how="leave width out, or use method='transplant'",
         )
     return n_members
 
@@ -90,6 +73,6 @@ def _check_resizable(sizes: Mapping[str, int], graph: CouplingGraph, method: str
         return
     raise OptionError(
         f"method {method!r} works at a member's width only",
-        why="it gives every fused unit the place of a unit of the reference member",
-        how="leave the width out, or use method='transplant', 'zip' or 'auto'",
+        why="it puts every fused unit in the place of a unit of the reference member",
+        how="leave the size out, or use method='transplant', 'zip' or 'auto'",
     )

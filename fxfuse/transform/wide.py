@@ -21,17 +21,7 @@ def concatenation_plan(
     *,
     absent: Mapping[str, Collection[int]] = MappingProxyType({}),
 ) -> FusionPlan:
-    """The plan that keeps every unit of every member.
-
-    Args:
-        graph: The analysis of the members.
-        states: For each member, its tensors by name.
-        mixing: How operators that mix members run, as in `Mixing`.
-        absent: Tensors that some members lack → the numbers of these members.
-
-    Raises:
-        RewriteError: The network cannot be written with members that run one by one.
-    """
+    """The plan that keeps every unit of every member."""
     plan = make_plan(graph, states, "wide", Options(absent=absent))
     if mixing == "joint":
         return plan

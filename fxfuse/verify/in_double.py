@@ -91,11 +91,7 @@ class InDouble(fx.Interpreter):
         }
 
     def answer(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
-        """What the network answers, called as the captured module is.
-
-        Raises:
-            MemberError: A tensor that it reads is on the meta device.
-        """
+        """What the network answers, called as the captured module is."""
         bound = inspect.signature(self._captured.module.forward).bind(*args, **kwargs)
         flat = list(bound.arguments.values())
         form = getattr(self._captured.graph._codegen, "pytree_info", None)

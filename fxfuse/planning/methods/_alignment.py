@@ -114,30 +114,21 @@ def surplus_of(features: Matrix, order: Index, *, opposite: bool = False) -> Unm
 
 
 def reference_of(options: Options, n_members: int) -> int | None:
-    """The number of the reference member, or None for the mean.
-
-    Raises:
-        OptionError: There is no such member.
-    """
+    """The number of the reference member, or None for the mean."""
     # Callers may pass anything; the annotation is not the check.
     reference: Any = options.reference
     if reference == "mean":
         return None
     if not isinstance(reference, int) or reference not in range(n_members):
         raise OptionError(
-            f"there is no reference member {reference!r}",
-            why=f"the {n_members} members are counted from 0",
-            how='pass reference= with the number of a member, or "mean"',
+            f"reference must be 0 to {n_members - 1} or 'mean', got {reference!r}",
+            how="pass reference= with the number of a member, counted from 0",
         )
     return int(reference)
 
 
 def frame_of(graph: CouplingGraph, n_members: int, options: Options) -> int:
-    """The number of the member whose units are the common frame.
-
-    Raises:
-        OptionError: There is no such member, or it lacks blocks that others have.
-    """
+    """The number of the member whose units are the common frame."""
     first = reference_of(options, n_members) or 0
     missing = sorted(graph.lacking(options.absent, first))
     if missing:
@@ -145,7 +136,7 @@ def frame_of(graph: CouplingGraph, n_members: int, options: Options) -> int:
         raise OptionError(
             f"members cannot be aligned to member {first}",
             where=f"group {missing[0]}",
-            why="it lacks this block, so there is nothing to compare the others' units with",
+            why="it lacks this block, so the units of other members have no counterpart",
             how=f"pass reference={deepest[0]}" if deepest else "use method='transplant'",
         )
     return first
@@ -177,9 +168,6 @@ def common_orders(
         options: Names the reference.
         align: Aligns a member to a target.
         reorder: Brings a member's features into other orders.
-
-    Raises:
-        OptionError: There is no such reference member, or it lacks blocks that others have.
     """
     first = frame_of(graph, n, options)
     target, frame = features(first), graph.of_member(first)

@@ -39,11 +39,6 @@ def activation_matching(
     Members of different widths: the assignments are rectangular, and what does not correlate
     positively is no pair. A unit of a wider member that is left over writes nothing, and is read
     off the unit of its own member that tells most of it, by least squares on their activations.
-
-    Raises:
-        InputError: There are no activations, or they do not fit.
-        OptionError: There is no such reference member, or it lacks blocks that others have.
-        OptionError: A variant was asked for.
     """
     check_variant("activation_matching", options, ())
     activations = require_activations(graph, states, options, "method 'activation_matching'")

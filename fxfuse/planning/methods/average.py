@@ -19,10 +19,6 @@ def average(graph: CouplingGraph, states: Sequence[State], options: Options) -> 
     members of different widths, the frame is the reference's width (member 0's for "mean"): unit k
     is the mean of the members that have one, as where narrow networks are the first units of wide
     ones (Diao et al., "HeteroFL", arXiv:2010.01264), and further units are left out.
-
-    Raises:
-        OptionError: There is no such reference member, or it lacks blocks that others have.
-        OptionError: A variant was asked for.
     """
     check_variant("average", options, ())
     frame = graph.of_member(frame_of(graph, len(states), options))

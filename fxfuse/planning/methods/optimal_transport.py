@@ -40,26 +40,19 @@ def optimal_transport(
     divides by the reference's mass in both places: then a member of twice the width, in which every
     unit stands twice, would be halved by every layer.) Mass is uniform, so that every unit counts,
     dead ones too.
-
-    Raises:
-        MissingDependencyError: POT is not installed.
-        InputError: Variant `activations` has none.
-        OptionError: There is no such reference member, it lacks blocks that others have, or the
-            regularisation is not positive.
-        OptionError: The variant is unknown.
     """
     check_variant("optimal_transport", options, VARIANTS)
     reference = reference_of(options, len(states))
     if reference is None:
         raise OptionError(
-            'optimal_transport has no reference "mean"',
-            why="it transports every member to the units of one of them",
+            "reference='mean' does not work with optimal_transport",
+            why="it transports every member to the units of one member",
             how="pass reference= with the number of a member",
         )
     regularisation = options.regularisation
     if regularisation is not None and not 0 < regularisation < float("inf"):
         raise OptionError(
-            f"regularisation {regularisation} is not positive",
+            f"regularisation must be above 0 and finite, got {regularisation}",
             why="it is the weight of the entropy of a transport",
             how="use None for exact transport, or a value such as 0.05",
         )

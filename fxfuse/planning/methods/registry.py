@@ -29,11 +29,7 @@ def method(name: str) -> Callable[[Method], Method]:
 
 
 def find_method(name: str) -> Method:
-    """A method by name.
-
-    Raises:
-        OptionError: There is no such method.
-    """
+    """A method by name."""
     if name not in _METHODS:
         raise OptionError(
             f"unknown method {name!r}", how=f"use one of {', '.join(sorted(_METHODS))}"
@@ -42,22 +38,13 @@ def find_method(name: str) -> Method:
 
 
 def check_variant(method: str, options: Options, known: Sequence[str]) -> None:
-    """Checks that a method has the variant that was asked for.
-
-    Args:
-        method: Name of the method.
-        options: Holds the name of the variant, or None.
-        known: The variants that the method has.
-
-    Raises:
-        OptionError: It has no such variant.
-    """
+    """Checks that a method has the variant that was asked for."""
     if options.variant is not None and options.variant not in known:
         raise OptionError(
             f"unknown variant {options.variant!r} of {method}",
             how=f"use one of {', '.join(known)}, or None"
             if known
-            else "this method has no variants: leave it out",
+            else "leave variant out: this method has none",
         )
 
 

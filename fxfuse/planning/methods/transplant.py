@@ -36,13 +36,6 @@ def transplant(
     With `fraction` f, a group of n units keeps the (1 - f)·n best of the base member, and takes
     the f·n
     best of all others. With fractions by pattern, groups that none speaks of keep the best of all.
-
-    Raises:
-        OptionError: The score is unknown.
-        OptionError: The variant is unknown.
-        InputError: The score needs calibration inputs, or labels, and there are none.
-        OptionError: A fraction is not between 0 and 1, or given with a variant, or its pattern
-            names nothing.
     """
     check_variant("transplant", options, VARIANTS)
     leaves = [_whole(graph, i) for i in range(len(states))]
@@ -79,23 +72,18 @@ def transplant(
 def _mixtures(
     graph: CouplingGraph, states: Sequence[State], kept: Kept, options: Options
 ) -> dict[str, UnitMap]:
-    """Maps of residual streams that are not one-hot.
-
-    Raises:
-        InputError: There are no calibration inputs.
-        OptionError: The members have different widths.
-    """
+    """Maps of residual streams that are not one-hot."""
     if options.calibration is None:
         raise InputError(
             "variant 'components' needs calibration inputs",
-            why="it looks for what the layers that read a residual stream make of it",
+            why="it measures what the layers that read a residual stream make of it",
             how="pass calibration=..., 100 to 1,000 inputs without labels",
         )
     if graph.members:
         raise OptionError(
             "variant 'components' works with members of one width only",
-            why="it mixes units of the same stream",
-            how="leave the variant out",
+            why="it mixes units of one stream across members",
+            how="leave variant out",
         )
     sizes = {group.name: options.size_of(group) for group in graph.groups}
     found = components(graph, states, options.calibration, kept, sizes, options.base_member)
@@ -142,14 +130,14 @@ def _by_fraction(
     for share in shares.values():
         if not 0.0 <= share <= 1.0:
             raise OptionError(
-                f"fraction {share} is not between 0 and 1",
+                f"fraction must be in [0, 1], got {share}",
                 why="it is the share of units that come from other members than the base member",
                 how="use 0 for the base member alone, 1 for the others alone",
             )
     if options.variant is not None:
         raise OptionError(
-            f"fraction and variant {options.variant!r} contradict each other",
-            why="a variant fuses in steps, and a fraction speaks of one step",
+            f"fraction and variant={options.variant!r} contradict each other",
+            why="a variant fuses in several steps, and fraction describes one step",
             how="leave one of them out",
         )
     kept, scored = {}, _scored(graph, states, parts, options)

@@ -50,10 +50,6 @@ def weight_matching(
     unit of a wider member that is left over writes nothing, and is read off the unit of its own
     member that is written most alike, by least squares on these weights: a copy of a unit is read
     off it, and one that nothing writes is left out.
-
-    Raises:
-        OptionError: There is no such reference member, or it lacks blocks that others have.
-        OptionError: A variant was asked for.
     """
     check_variant("weight_matching", options, ())
     first = frame_of(graph, len(states), options)

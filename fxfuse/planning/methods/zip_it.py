@@ -31,11 +31,6 @@ def zip_it(graph: CouplingGraph, states: Sequence[State], options: Options) -> t
     Any other size than a member's, and members of different widths, are merged to as they are; a
     unit that answers 0 to all inputs is left out then, so that it takes nobody's place. With
     `across` each group is as large as in the widest member.
-
-    Raises:
-        InputError: There are no activations, or they do not fit.
-        OptionError: A size was asked for with `across`.
-        OptionError: The variant is unknown.
     """
     check_variant("zip", options, VARIANTS)
     activations = require_activations(graph, states, options, "method 'zip'")
@@ -43,9 +38,9 @@ def zip_it(graph: CouplingGraph, states: Sequence[State], options: Options) -> t
     resized = bool(graph.members) or any(sizes[g.name] != g.n_units for g in graph.groups)
     if options.variant == "across" and options.sizes is not None and resized:
         raise OptionError(
-            "variant 'across' of zip has no width",
-            why="it never merges two units of one member, so its size follows from the members'",
-            how="leave the width out, or the variant",
+            "variant='across' and a size contradict each other",
+            why="it never merges two units of one member, so its size is a member's",
+            how="leave the size or the variant out",
         )
     return tuple(
         _zipped(

@@ -16,11 +16,7 @@ from fxfuse.planning.scores.registry import Kept, Scores, score
 def activation(
     graph: CouplingGraph, states: Sequence[State], options: Options, kept: Kept
 ) -> dict[int, Scores]:
-    """Root mean square of a unit's activation over the calibration inputs.
-
-    Raises:
-        InputError: There are no activations, or they do not fit.
-    """
+    """Root mean square of a unit's activation over the calibration inputs."""
     answers = require_activations(graph, states, options, "score 'activation'")
     return {
         member: {

@@ -23,14 +23,10 @@ DEGREES: Mapping[str, int] = {"l1": 1, "l2": 2}
 
 
 def degree_of(name: str) -> int:
-    """The degree of a score that is a norm.
-
-    Raises:
-        OptionError: The score is no norm.
-    """
+    """The degree of a score that is a norm."""
     if name not in DEGREES:
         raise OptionError(
-            f"the score {name!r} is no norm of weights", how=f"use one of {', '.join(DEGREES)}"
+            f"score {name!r} is not a norm of weights", how=f"use one of {', '.join(DEGREES)}"
         )
     return DEGREES[name]
 
@@ -44,13 +40,6 @@ def magnitude(
     columns of what reads it (biases, tables that are added, and buffers are left out). This orders
     units as `torch_pruning.importance.MagnitudeImportance(p=degree)` orders the channels of the
     members' concatenation, whose output layer is scaled by 1/N.
-
-    Args:
-        graph: The analysis of the members.
-        states: For each member, its tensors by name.
-        options: Says which tensors some members lack.
-        kept: The members that are concatenated, and which of their units exist.
-        degree: 1 or 2.
 
     Returns:
         For each member that takes part, for each group, float64 [n_units].

@@ -46,9 +46,6 @@ def score(name: str, *, note: Note = _nothing) -> Callable[[Score], Score]:
     Args:
         name: What users call it.
         note: What plans say about it, given the analysis.
-
-    Raises:
-        RuleError: There is a score of this name.
     """
 
     def register(function: Score) -> Score:
@@ -61,11 +58,7 @@ def score(name: str, *, note: Note = _nothing) -> Callable[[Score], Score]:
 
 
 def check_score(name: str) -> None:
-    """Checks that there is a score of this name.
-
-    Raises:
-        OptionError: There is none.
-    """
+    """Checks that there is a score of this name."""
     _find(name)
 
 
@@ -75,11 +68,7 @@ def scores() -> Mapping[str, Score]:
 
 
 def note_of(name: str, graph: CouplingGraph) -> Mapping[str, str]:
-    """What a plan says about a score: option → value, besides its name.
-
-    Raises:
-        OptionError: There is no such score.
-    """
+    """What a plan says about a score: option → value, besides its name."""
     return _find(name).note(graph)
 
 
@@ -88,19 +77,9 @@ def score_units(
 ) -> dict[int, Scores]:
     """The score `options.score` of every unit that exists.
 
-    Args:
-        graph: The analysis of the members.
-        states: For each member, its tensors by name.
-        options: Names the score, and holds what it was measured on.
-        kept: The members that take part, and which of their units exist.
-
     Returns:
         For each member that takes part, for each group, float64 [n_units]; -inf where a unit does
         not exist.
-
-    Raises:
-        OptionError: There is no such score.
-        InputError: It needs calibration inputs, or labels, and there are none.
     """
     found = _find(options.score).score(graph, states, options, kept)
     result: dict[int, Scores] = {}
