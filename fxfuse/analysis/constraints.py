@@ -80,9 +80,8 @@ class Constraints:
         """Checks that the base member is one of the members."""
         if not 0 <= self.base_member < n_members:
             raise OptionError(
-                f"there is no member {self.base_member} to be the base member",
-                why=f"there are {n_members} members, counted from 0",
-                how="pass base_member= with the number of a member",
+                f"base_member must be 0 to {n_members - 1}, got {self.base_member}",
+                how="pass base_member= with the number of a member, counted from 0",
             )
 
 
@@ -202,7 +201,7 @@ def interface_dims(program: Program, constraints: Constraints) -> dict[int, froz
                 raise OptionError(
                     f"output {index} has no dimension {dim}",
                     where=f"output_dims={dict(constraints.output_dims)}",
-                    why=f"it has {rank} dimensions",
+                    how=f"use one of 0 to {rank - 1}",
                 )
         found[index] = frozenset(dim % rank for dim in dims)
     return found

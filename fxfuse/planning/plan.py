@@ -248,7 +248,7 @@ class FusionPlan:
         try:
             value = json.loads(text)
             if not isinstance(value, dict) or "schema" not in value:
-                raise ValueError("it is no JSON object with a schema")
+                raise ValueError("it is not a JSON object with a schema")
             _check_origin(value)
             content = {k: v for k, v in value.items() if k not in ("schema", "digest")}
             plan: FusionPlan = decode(FusionPlan, content, "the plan")
@@ -339,7 +339,7 @@ def _check_origin(value: Mapping[str, Any]) -> None:
     """Checks that this version wrote a plan, and nobody changed it."""
     if value["schema"] != _SCHEMA:
         raise PlanError(
-            f"plan schema {value['schema']!r:.20} is not {_SCHEMA}",
+            f"unknown plan schema {value['schema']!r:.20}, expected {_SCHEMA}",
             how="make the plan again with this version of fxfuse",
         )
     content = {key: entry for key, entry in value.items() if key != "digest"}

@@ -209,7 +209,7 @@ def _unpacked(value: Any, count: int, where: str) -> NDArray[np.float64]:
     entries = _expect(dict, "an object", value, where)
     kind, text = entries.get("type"), entries.get("base64")
     if kind not in (_SHORT, _EXACT) or not isinstance(text, str):
-        raise ValueError(f"{where} is no matrix of float32 or float64 in base64")
+        raise ValueError(f"{where} is not a matrix of float32 or float64 in base64")
     try:
         found = np.frombuffer(base64.b64decode(text, validate=True), kind).astype(np.float64)
     except ValueError as error:

@@ -27,7 +27,7 @@ def make_sized_plan(
     *,
     fitted: bool,
 ) -> FusionPlan:
-    """Finds the sizes, asks the method for its maps, and notes which groups keep a member's size."""
+    """Finds the sizes, asks the method for its maps, and notes which groups keep their size."""
     count = len(states)
     if method == "wide":
         target = replace(target, width=_width_of_all(target, count))
