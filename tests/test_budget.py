@@ -93,7 +93,7 @@ def test_pruning_and_parameters_with_a_global_budget(members: list[fxfuse.Progra
 @pytest.mark.parametrize(
     ("options", "match"),
     [
-        ({"budget": "global"}, "something to spread"),
+        ({"budget": "global"}, "budget='global' needs a size"),
         ({"budget": "global", "width": {"0.*": 0.5}}, "width for each pattern"),
         ({"budget": "fair", "width": 0.5}, "local, global"),
         (
@@ -101,8 +101,8 @@ def test_pruning_and_parameters_with_a_global_budget(members: list[fxfuse.Progra
             "score 'obs'",
         ),
         ({"fraction": {"9.*": 0.5}}, "matches nothing"),
-        ({"fraction": {"0.*": 1.5}}, "fraction 1.5"),
-        ({"fraction": {"0.*": 0.5, "*.weight": 0.25}}, "two values of fraction"),
+        ({"fraction": {"0.*": 1.5}}, r"fraction must be in \[0, 1\], got 1.5"),
+        ({"fraction": {"0.*": 0.5, "*.weight": 0.25}}, "two patterns of fraction contradict"),
     ],
 )
 def test_bad_input(members: list[fxfuse.Program], options: dict[str, object], match: str):

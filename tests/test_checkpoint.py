@@ -116,7 +116,7 @@ def test_files_that_are_no_checkpoints(tmp_path, content, suffix):
 
 def test_unknown_suffix(tmp_path):
     (tmp_path / "a.npz").write_bytes(b"x")
-    with pytest.raises(CheckpointError, match="not known"):
+    with pytest.raises(CheckpointError, match="unknown format"):
         read_file(tmp_path / "a.npz")
 
 

@@ -271,7 +271,7 @@ def test_no_partial_package_is_left(
         fxfuse.package(result, path)
     assert [p.name for p in tmp_path.iterdir()] == ["model.pt2"]
     assert path.read_bytes() == b"the old one"
-    with pytest.raises(CompileError, match="ends in"):
+    with pytest.raises(OptionError, match=r"must end in \.pt2, got model\.bin"):
         fxfuse.package(result, tmp_path / "model.bin")
 
 

@@ -256,7 +256,7 @@ def faulty(kind: str, folder: Path) -> tuple[list[list[Any]], list[dict[str, Any
         ("score", OptionError, "on its own rank"),
         ("heads", OptionError, "on its own rank"),
         ("unknown", OptionError, "magic"),
-        ("one", MemberError, "1 member"),
+        ("one", MemberError, "needs at least 2 members, got 1"),
         ("crash", MemberError, "MemoryError: no more of it"),
     ],
 )

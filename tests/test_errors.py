@@ -149,6 +149,12 @@ def another_rank_fails(folder: Path) -> None:
         dist.destroy_process_group()
 
 
+def no_compiler(folder: Path) -> None:
+    """Packaging where there is no C++ compiler."""
+    with patch.object(torch._inductor, "aoti_compile_and_package", side_effect=RuntimeError):
+        fxfuse.package(two(verify=False), folder / "model.pt2")
+
+
 RAISES: list[tuple[str, Callable[[Path], object]]] = [
     ("MemberError", lambda _: fxfuse.fuse([net()], X)),
     ("OptionError", lambda _: two(freeze=["nobody"])),
@@ -183,7 +189,8 @@ RAISES: list[tuple[str, Callable[[Path], object]]] = [
     ),
     ("RewriteError", lambda _: SwitchTraining()(two(verify=False).module)),
     ("RewriteError", lambda _: RemoveDropout()(two(verify=False).module)),
-    ("CompileError", lambda folder: fxfuse.package(two(verify=False), folder / "model.bin")),
+    ("OptionError", lambda folder: fxfuse.package(two(verify=False), folder / "model.bin")),
+    ("CompileError", no_compiler),
     ("RewriteError", lambda _: fxfuse.unstack(net())),
     ("RuleError", lambda _: score("l2")(lambda *_: {})),
     ("CheckpointError", lambda folder: read_file(folder / "nobody.pt")),

@@ -215,7 +215,7 @@ def test_outputs_that_may_hide_tensors_are_an_error(quiet):
         def forward(self, x: torch.Tensor) -> Answer:
             return Answer(super().forward(x))
 
-    with pytest.raises(CaptureError, match="sees no tensor"):
+    with pytest.raises(CaptureError, match="finds no tensor"):
         fxfuse.capture(Opaque(), torch.randn(5, 6))
 
 

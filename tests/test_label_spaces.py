@@ -150,7 +150,7 @@ def test_a_head_that_mixes_runs_over_all_units():
     result = fxfuse.fuse(members, x, heads=["norm", "head"], head_outputs="concat", width=2)
     assert result.plan.mixing.mode == "joint"
     assert any("norm" in why for why in result.plan.inexact())
-    with pytest.raises(fxfuse.errors.RewriteError, match="own head mixes"):
+    with pytest.raises(fxfuse.errors.RewriteError, match="a head mixes neurons of the trunk"):
         fxfuse.fuse(members, x, heads=["norm", "head"], width=2, mixing="per_member")
 
 
@@ -228,12 +228,20 @@ def own_mlps() -> list[fxfuse.Program]:
     ("options", "error", "match"),
     [
         ({"heads": "union"}, OptionError, "union(.|\n)*class names"),
-        ({"heads": "concat", "classes": CLASSES}, OptionError, "only the output 'union'"),
+        ({"heads": "concat", "classes": CLASSES}, OptionError, "classes and output 'concat' contradict"),
         ({"heads": "concat", "head_outputs": "union"}, OptionError, "contradict"),
         ({"heads": ["4"], "head_outputs": "sum"}, OptionError, "tuple, concat, union"),
-        ({"heads": "union", "classes": [["a"], ["b", "c", "d"]]}, OptionError, "2 logits"),
-        ({"heads": "union", "classes": [["a", "b"]]}, OptionError, "1 lists(.|\n)*2 members"),
-        ({"heads": "union", "classes": ["ab", ["c"]]}, OptionError, "no list of names"),
+        (
+            {"heads": "union", "classes": [["a"], ["b", "c", "d"]]},
+            OptionError,
+            "member 0 needs 2 classes, one for each logit, got 1",
+        ),
+        (
+            {"heads": "union", "classes": [["a", "b"]]},
+            OptionError,
+            "classes must hold 2 lists, one for each member, got 1",
+        ),
+        ({"heads": "union", "classes": ["ab", ["c"]]}, OptionError, "not a list of names"),
         ({"heads": "union", "classes": [["a", "a"], ["b"]]}, OptionError, "named 'a'"),
         ({"heads": ["9"], "head_outputs": "concat"}, OptionError, "matches nothing"),
     ],
@@ -245,10 +253,10 @@ def test_bad_input(options: dict[str, object], error: type[Exception], match: st
 
 def test_heads_that_are_not_found():
     members, x = made(Two, (4, 6))
-    with pytest.raises(OptionError, match="2 tensors"):
+    with pytest.raises(OptionError, match="must return one tensor, got 2"):
         fxfuse.fuse(members, x, heads="concat")
     members, x = made(lambda c: nn.Sequential(mlp(4), nn.Flatten(0)), (4, 6))
-    with pytest.raises(OptionError, match="no layer writes"):
+    with pytest.raises(OptionError, match="no dimension of the output is written by a layer"):
         fxfuse.fuse(members, x, heads="concat")
     members, x = made(Mixer, (4, 3, 6), (2, 2))
     with pytest.raises(OptionError, match=r"not clear(.|\n)*1, 2"):

@@ -226,7 +226,7 @@ def test_the_wide_method_keeps_everything():
     ("options", "why"),
     [
         ({"width": 1}, "does not keep every unit"),
-        ({}, "takes a width"),
+        ({}, "needs a width that keeps every unit"),
         ({"width": 2, "freeze": "head.*"}, "one tensor for all members"),
         ({"width": 2, "mixing": "sometimes"}, "sometimes"),
     ],

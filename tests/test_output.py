@@ -75,7 +75,7 @@ def test_an_error_leaves_the_earlier_result(tmp_path):
 
 def test_an_existing_folder_is_refused(tmp_path):
     write(tmp_path / "out", "one")
-    with pytest.raises(OutputError, match="--force"):
+    with pytest.raises(OutputError, match="force=True"):
         write(tmp_path / "out", "two")
     assert (tmp_path / "out" / "a.txt").read_text() == "one"
 

@@ -304,10 +304,10 @@ class Coda(nn.Module):
 @pytest.mark.parametrize(
     ("options", "heads", "message"),
     [
-        ({}, ["head"], r"feeds back(.|\n)*reads coda\.(bias|weight), which belongs to no head"),
+        ({}, ["head"], r"feeds back(.|\n)*reads coda\.(bias|weight), which is not in a head"),
         ({"writes": True}, ["shift"], "feeds back(.|\n)*in place(.|\n)*other heads"),
         ({"tied": True}, ["head", "coda"], r"shares a parameter(.|\n)*second\.weight"),
-        ({}, ["unused"], "does not read the heads"),
+        ({}, ["unused"], "does not use the heads"),
         ({}, ["*"], "whole network"),
     ],
 )

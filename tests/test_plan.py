@@ -135,7 +135,9 @@ def test_a_plan_of_another_schema_is_to_be_made_again(
     plan: fxfuse.FusionPlan, schema: object
 ) -> None:
     text = json.dumps(json.loads(plan.to_json()) | {"schema": schema})
-    with pytest.raises(PlanError, match=r"plan schema .* is not 4(.|\n)*make the plan again"):
+    with pytest.raises(
+        PlanError, match=r"unknown plan schema .*, expected 4(.|\n)*make the plan again"
+    ):
         fxfuse.FusionPlan.from_json(text)
 
 

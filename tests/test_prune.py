@@ -282,9 +282,9 @@ def test_train_prune_train() -> None:
     ("options", "error", "match"),
     [
         ({}, OptionError, "needs a width or a budget"),
-        ({"width": 1.5}, OptionError, "at most 1"),
-        ({"width": 0}, OptionError, "greater than 0"),
-        ({"width": float("nan")}, OptionError, "width nan"),
+        ({"width": 1.5}, OptionError, r"width must be in \(0, 1\], got 1.5"),
+        ({"width": 0}, OptionError, r"width must be in \(0, 1\], got 0"),
+        ({"width": float("nan")}, OptionError, r"width must be in \(0, 1\], got nan"),
         ({"width": 0.5, "max_params": 100}, OptionError, "a budget"),
         ({"max_flops": 1}, OptionError, "no width meets the budget"),
         ({"width": 0.5, "score": "best"}, OptionError, "best"),

@@ -48,7 +48,7 @@ def test_registered_scores():
     with pytest.raises(OptionError, match="activation, bn_scale, fisher, l1, l2, obs, taylor"):
         check_score("l3")
     assert (degree_of("l1"), degree_of("l2")) == (1, 2)
-    with pytest.raises(OptionError, match="no norm"):
+    with pytest.raises(OptionError, match="not a norm of weights"):
         degree_of("taylor")
 
 
@@ -254,7 +254,7 @@ def test_scores_without_what_they_need(name: str, message: str):
 def test_gradients_of_too_few_members():
     program = fxfuse.capture(mlp(), torch.randn(3, 4))
     options = Options("taylor", gradients=[gradients(program, batches())])
-    with pytest.raises(InputError, match="given for 1 members"):
+    with pytest.raises(InputError, match="passed for 1 members"):
         scored([mlp(), mlp()], torch.randn(3, 4), options)
 
 

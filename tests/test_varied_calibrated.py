@@ -185,7 +185,7 @@ def test_refit_repair_and_match_take_results_of_different_widths():
     match(result.module, members, x, outputs="values", steps=10)
     assert refitted < 0.5 * plain
     assert far(result.module, members, x) < plain
-    with pytest.raises(MemberError, match="member 0 is not one of those"):
+    with pytest.raises(MemberError, match="member 0 is not the network that was fused"):
         refit(result, members[::-1], x)
 
 

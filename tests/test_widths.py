@@ -244,7 +244,7 @@ def test_a_budget_that_cannot_be_met_says_the_smallest(members: list[nn.Module])
     ("options", "match"),
     [
         ({"width": {"frist.*": 0.5}}, "matches nothing"),
-        ({"width": {"first.*": 0.5, "first.weight": 1.5}}, "two values of width"),
+        ({"width": {"first.*": 0.5, "first.weight": 1.5}}, "two patterns of width contradict"),
         ({"width": 0.5, "max_params": 1000}, "a budget"),
         ({"width": 0.5, "method": "average"}, "member's width only"),
         ({"width": 0.5, "round_to": 0}, "round_to"),

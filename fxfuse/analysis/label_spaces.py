@@ -74,8 +74,7 @@ class Heads:
         for number, (names, count) in enumerate(zip(self.classes, counts, strict=True)):
             if len(names) != count:
                 raise OptionError(
-                    f"classes of member {number} must be {count}, one for each logit, "
-                    f"got {len(names)}",
+                    f"member {number} needs {count} classes, one for each logit, got {len(names)}",
                     where=f"classes[{number}]",
                     how="name each class of the member once, in the order of its logits",
                 )
