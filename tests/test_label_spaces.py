@@ -176,7 +176,7 @@ def test_freezing_and_a_plan_go_with_it():
     loaded = pickle.loads(pickle.dumps(result.module))
     assert torch.equal(loaded(x), result.module(x))
     assert not [name for name in result.state_dict() if "fxfuse" in name]
-    with pytest.raises(OptionError, match="and a plan are given"):
+    with pytest.raises(OptionError, match="and plan= contradict each other"):
         fxfuse.fuse(members, x, plan=plan, classes=CLASSES)
 
 
@@ -228,7 +228,11 @@ def own_mlps() -> list[fxfuse.Program]:
     ("options", "error", "match"),
     [
         ({"heads": "union"}, OptionError, "union(.|\n)*class names"),
-        ({"heads": "concat", "classes": CLASSES}, OptionError, "classes and output 'concat' contradict"),
+        (
+            {"heads": "concat", "classes": CLASSES},
+            OptionError,
+            "classes and output 'concat' contradict",
+        ),
         ({"heads": "concat", "head_outputs": "union"}, OptionError, "contradict"),
         ({"heads": ["4"], "head_outputs": "sum"}, OptionError, "tuple, concat, union"),
         (

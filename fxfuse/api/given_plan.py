@@ -49,10 +49,9 @@ def check_alone(function: Callable[..., Any], given: Mapping[str, Any]) -> None:
         # No pattern and an empty list of patterns are the same.
         if name not in BESIDE and value != defaults[name] and value not in ([], {}, ()):
             raise OptionError(
-                f"{name}={value!r} and a plan are given",
-                why="the plan holds the method, its options, the sizes, and what was asked of the "
-                "analysis",
-                how=f"leave {name} out, or make a new plan by leaving plan out",
+                f"{name}={value!r} and plan= contradict each other",
+                why="the plan already holds the method, its options, the sizes and the constraints",
+                how=f"leave {name} out, or leave plan out to make a new plan",
             )
 
 
@@ -64,8 +63,8 @@ def check_count(plan: FusionPlan, count: int) -> None:
     """
     if count != plan.n_members:
         raise PlanError(
-            f"the plan was made for {plan.n_members} members, and {count} are given",
-            how="give the networks that were fused, in the same order",
+            f"the plan was made for {plan.n_members} members, got {count}",
+            how="pass the networks that were fused, in the same order",
         )
 
 
@@ -87,7 +86,7 @@ def check_plan(
     tensors = [member.tensors for member in plan.members]
     if not all(tensors):
         raise PlanError(
-            "the plan does not say for which members it was made",
+            "the plan does not identify its members",
             why="it holds no hashes of their tensors",
             how="use a plan that fxfuse.fuse made",
         )
@@ -95,9 +94,9 @@ def check_plan(
     differing = {entry.group for entry in plan.maps} ^ {group.name for group in graph.groups}
     if differing:
         raise PlanError(
-            "the plan's coupling groups are not those of the network",
+            "the plan and the network have different coupling groups",
             where=min(differing),
-            why=f"{len(differing)} of them are in one of the two only",
+            why=f"{len(differing)} groups are in only one of them",
             how="make the plan again with this version of fxfuse, with the same verify=",
         )
     for entry in plan.maps:
@@ -110,7 +109,7 @@ def _check_map(entry: UnitMap, units: Sequence[int], n_members: int) -> None:
         raise PlanError(
             "the plan has more fused units than the members have units",
             where=entry.group,
-            why=f"{entry.n_units} fused units, {sum(units)} units of all members",
+            why=f"it has {entry.n_units} fused units, all members together have {sum(units)}",
             how="use a plan that fxfuse.fuse made",
         )
     _check_numbers(entry, "fused unit", entry.target, entry.n_units)
@@ -123,8 +122,7 @@ def _check_numbers(entry: UnitMap, what: str, values: Index, count: int) -> None
     wrong = values[(values < 0) | (values >= count)]
     if len(wrong):
         raise PlanError(
-            f"the plan names a {what} that there is not",
+            f"{what} out of range: must be 0 to {count - 1}, got {wrong[0]}",
             where=entry.group,
-            why=f"{what} {wrong[0]} of {count}, counted from 0",
             how="use a plan that fxfuse.fuse made",
         )

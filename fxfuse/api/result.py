@@ -84,7 +84,7 @@ class FusionResult:
     def _require_one_head(self, name: str) -> None:
         if self.plan.heads:
             raise OptionError(
-                f"a network with {self.plan.n_members} heads does not fit {name}",
+                f"a network with {self.plan.n_members} heads does not fit into {name}",
                 why="the members' class has one head",
                 how="use result.module, or build a class whose state_dict() has the names of "
                 "result.state_dict()",
@@ -112,7 +112,7 @@ class FusionResult:
         if source is None:
             raise RewriteError(
                 "there is no module to copy",
-                why="member 0 was given as an ExportedProgram, which holds no module of your class",
+                why="member 0 was an ExportedProgram, which holds no module of your class",
                 how="use result.module, or build your model and call result.load_into(model)",
             )
         if isinstance(source, FusedModule):
@@ -160,7 +160,7 @@ class FusionResult:
             raise CheckpointError(
                 f"the fused network does not fit {type(model).__name__}",
                 why=" ".join(str(error).split()),
-                how="build the model with the arguments that the members were built with, or at "
-                "another width with sizes that fit; result.module has them",
+                how="build the model with the arguments of the members or, at another width, with "
+                "the sizes of result.module",
             ) from error
         return model

@@ -184,7 +184,7 @@ def _check_files(folder: Path) -> None:
             f"{folder.name or folder} holds no fused network",
             where=str(folder),
             why=f"there is no {WEIGHTS} in it" if folder.is_dir() else "there is no such folder",
-            how="name a folder that fxfuse.save or `fxfuse fuse` wrote",
+            how="use a folder that fxfuse.save or `fxfuse fuse` wrote",
         )
     if (folder / GRAPH).is_file():
         return

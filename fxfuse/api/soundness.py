@@ -52,9 +52,9 @@ def _check_free(graph: CouplingGraph) -> None:
         + (f"; the first: {reasons[0].why}" if reasons else ""),
         how="see fxfuse.analyze(...).frozen for all reasons; "
         + (
-            "freeze, share and ignore may ask for too much"
+            "use freeze, share and ignore for fewer tensors"
             if graph.asked
-            else "an operator without a rule can get one in fxfuse/rules/"
+            else "write a rule for an operator that has none"
         ),
     )
 
@@ -84,12 +84,12 @@ def verified(checks: Sequence[Check]) -> Verification:
     failed = [check for check in checks if not check.passed]
     if failed:
         raise VerificationError(
-            "the fused network failed its verification and is not handed over",
+            "the fused network failed its verification",
             where=", ".join(check.name for check in failed),
             why="; ".join(
                 f"{c.name}: error {c.error:.2e}, tolerance {c.tolerance:.0e} {c.detail}"
                 for c in failed
             ),
-            how="check the members' weights; verify=False returns the network all the same",
+            how="check the members' weights, or use verify=False to get the network anyway",
         )
     return Verification(tuple(checks))

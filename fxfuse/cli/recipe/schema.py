@@ -176,5 +176,5 @@ def _one_of(what: str, name: str, known: list[str]) -> str:
     if name in known:
         return name
     near = get_close_matches(name, known, n=1, cutoff=_NEAR)
-    hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(known)}"
-    raise ValueError(f"there is no {what} {name!r}; {hint}")
+    hint = f"did you mean {near[0]}?" if near else f"use one of {', '.join(known)}"
+    raise ValueError(f"unknown {what} {name!r}; {hint}")

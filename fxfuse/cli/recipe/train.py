@@ -42,7 +42,7 @@ def train(
         raise InputError(
             f"train: {asked.kind} needs inputs",
             why="the network is trained on them",
-            how="give calibration data, or data of its own",
+            how="name calibration data, or data: for this step",
         )
     if asked.kind == "match":
         told = match(
@@ -60,9 +60,9 @@ def train(
         return _sentence("Matched to the ensemble", told)
     if asked.seconds is not None:
         raise OptionError(
-            f"a budget in seconds is not for train: {asked.kind}",
+            f"seconds does not work with train: {asked.kind}",
             why="its schedule needs the number of steps",
-            how="give steps, or use kind: match",
+            how="use steps, or kind: match",
         )
     steps = asked.steps or _STEPS
     optimizer, scheduler = default_optimizer(module, steps, asked.learning_rate or _RATE)
@@ -75,8 +75,7 @@ def train(
     }
     if len(data.inputs) > 1:
         raise OptionError(
-            f"train: {asked.kind} takes one input",
-            why=f"the data have {len(data.inputs)}",
+            f"train: {asked.kind} takes one input, got {len(data.inputs)}",
             how="use kind: match",
         )
     images = data.inputs[0]
