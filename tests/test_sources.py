@@ -177,12 +177,12 @@ def test_what_cannot_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     for spec, said in (
         ("few.npz", "inputs and labels differ in length"),
         ("soft.npz", "not class numbers"),
-        ("other.npz", "the there are no inputs"),
+        ("other.npz", "there are no inputs"),
         ("none.npz", "no examples"),
         ("objects.npy", "cannot be read"),
         ("texts.npy", "not numbers"),
         ("broken.npz", "cannot be read"),
-        ("notes.txt", "no file of a known format"),
+        ("notes.txt", "a file of a known format, or module:function"),
         ("absent.npy", "cannot be read"),
         ("builtins:dict", "there are no inputs"),
     ):
