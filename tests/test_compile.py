@@ -276,7 +276,7 @@ def test_no_partial_package_is_left(
 
 
 def test_what_is_no_package(tmp_path: Path):
-    with pytest.raises(CheckpointError):
+    with pytest.raises(CheckpointError, match=r"the package model\.pt2 does not exist"):
         fxfuse.load_package(tmp_path / "model.pt2")
     (tmp_path / "model.pt2").write_bytes(b"no archive")
     with pytest.raises(CheckpointError, match="no package"):

@@ -224,7 +224,7 @@ def test_weights_that_the_example_does_not_reach(quiet):
     x = torch.randn(5, 6)
     missing = "left" if fxfuse.capture(members[0], x).unreached()[0].startswith("left") else "right"
     names = (f"{missing}.weight", f"{missing}.bias")
-    with pytest.raises(CaptureError) as caught:
+    with pytest.raises(CaptureError, match="do not reach 2 of the network's tensors") as caught:
         fxfuse.fuse(members, x)
     assert caught.value.where == ", ".join(names)
     assert "ignore=" in caught.value.how
@@ -271,7 +271,7 @@ def test_fusion_without_a_program():
     assert all(torch.equal(t, state[name]) for name, t in model.state_dict().items())
     torch.testing.assert_close(result.load_into(Early()).eval()(x), model(x))
     assert len({i for unit_map in result.plan.maps for i in unit_map.member.tolist()}) > 1
-    with pytest.raises(CheckpointError):
+    with pytest.raises(CheckpointError, match="the fused network does not fit Branching"):
         result.load_into(Branching())
     with (
         pytest.warns(UserWarning, match="refuses"),

@@ -322,7 +322,12 @@ def test_without_a_fraction_the_host_is_the_network_itself():
             OptionError,
             r"fraction must be in \[0, 1\], got nan",
         ),
-        ("transplant", {"fraction": 0.5, "variant": "iterative"}, OptionError, "contradict"),
+        (
+            "transplant",
+            {"fraction": 0.5, "variant": "iterative"},
+            OptionError,
+            "fraction and variant",
+        ),
         (
             "transplant",
             {"fraction": 0.5, "base_member": 2},
@@ -341,7 +346,12 @@ def test_without_a_fraction_the_host_is_the_network_itself():
             OptionError,
             "reference must be 0 to 1 or 'mean', got -1",
         ),
-        ("weight_matching", {"reference": "median"}, OptionError, "'median'"),
+        (
+            "weight_matching",
+            {"reference": "median"},
+            OptionError,
+            "reference must be .*, got 'median'",
+        ),
         ("optimal_transport", {"reference": "mean"}, OptionError, "reference='mean' does not work"),
         (
             "optimal_transport",
@@ -349,17 +359,27 @@ def test_without_a_fraction_the_host_is_the_network_itself():
             OptionError,
             "regularisation must be above 0 and finite, got 0.0",
         ),
-        ("optimal_transport", {"variant": "features"}, OptionError, "weights, activations"),
+        (
+            "optimal_transport",
+            {"variant": "features"},
+            OptionError,
+            "unknown variant 'features'(.|\n)*weights, activations",
+        ),
         (
             "average",
             {"variant": "iterative"},
             OptionError,
             "leave variant out: this method has none",
         ),
-        ("zip", {"variant": "within"}, OptionError, "across"),
+        ("zip", {"variant": "within"}, OptionError, "unknown variant 'within' of zip"),
         ("zip", {}, InputError, "'zip' needs calibration inputs"),
-        ("activation_matching", {}, InputError, "calibration="),
-        ("optimal_transport", {"variant": "activations"}, InputError, "calibration="),
+        ("activation_matching", {}, InputError, "'activation_matching' needs calibration inputs"),
+        (
+            "optimal_transport",
+            {"variant": "activations"},
+            InputError,
+            "'activations' of optimal_transport needs calibration inputs",
+        ),
     ],
 )
 def test_wrong_options_are_named(
@@ -376,7 +396,7 @@ def test_activations_that_do_not_fit():
     bad = {
         "do not fit": [good[name][0]],
         "do not fit the members": [good[name][0], good[name][1][:-1]],
-        "not finite": [good[name][0], good[name][1] * float("nan")],
+        "an activation .* is not finite": [good[name][0], good[name][1] * float("nan")],
     }
     for message, tensors in bad.items():
         options = Options(activations={**good, name: tensors})

@@ -319,14 +319,14 @@ def test_heads_that_cannot_be_kept_apart(options: dict[str, bool], heads: list[s
 def test_bad_input():
     members = [member(0, 3), member(1, 5)]
     x = images(dtype=torch.float64)
-    with pytest.raises(MemberError, match="heads="):
+    with pytest.raises(MemberError, match=r"member 1 differs from member 0 (.|\n)*heads="):
         fxfuse.fuse(members, x)
     with pytest.raises(OptionError, match=r"heads='fcc' matches nothing(.|\n)*fc"):
         fxfuse.fuse(members, x, heads=["fcc"])
     with pytest.raises(OptionError, match="every head keeps"):
         fxfuse.fuse(members, x, heads=["fc"], freeze=["*fc.weight"])
     wider = excite(SmallResNet(width=16, classes=5).double(), x)
-    with pytest.raises(MemberError, match="shapes"):
+    with pytest.raises(MemberError, match="member 1 differs from member 0: shapes"):
         fxfuse.fuse([members[0], wider], x, heads=["fc"])
 
     class Quadratic(SmallResNet):

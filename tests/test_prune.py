@@ -285,10 +285,10 @@ def test_train_prune_train() -> None:
         ({"width": 1.5}, OptionError, r"width must be in \(0, 1\], got 1.5"),
         ({"width": 0}, OptionError, r"width must be in \(0, 1\], got 0"),
         ({"width": float("nan")}, OptionError, r"width must be in \(0, 1\], got nan"),
-        ({"width": 0.5, "max_params": 100}, OptionError, "a budget"),
+        ({"width": 0.5, "max_params": 100}, OptionError, "width and a budget contradict"),
         ({"max_flops": 1}, OptionError, "no width meets the budget"),
-        ({"width": 0.5, "score": "best"}, OptionError, "best"),
-        ({"width": 0.5, "score": "obs"}, InputError, "calibration"),
+        ({"width": 0.5, "score": "best"}, OptionError, "unknown score 'best'"),
+        ({"width": 0.5, "score": "obs"}, InputError, "score 'obs' needs calibration inputs"),
         ({"width": 0.5, "freeze": "nothing"}, OptionError, "matches nothing"),
     ],
 )
@@ -301,5 +301,5 @@ def test_weights_that_are_not_finite() -> None:
     model = resnets(1)[0]
     with torch.no_grad():
         model.stem.weight[0, 0, 0, 0] = float("nan")
-    with pytest.raises(MemberError):
+    with pytest.raises(MemberError, match="member 0 holds weights that are not finite"):
         fxfuse.prune(model, images(), width=0.5)

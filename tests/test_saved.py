@@ -164,10 +164,10 @@ def test_what_is_not_there_or_not_ours(saved: Path, tmp_path: Path) -> None:
     (tmp_path / "weights" / GRAPH).unlink()
     with pytest.raises(CheckpointError, match="holds weights, but no graph"):
         fxfuse.load(tmp_path / "weights")
-    with pytest.raises(OutputError):
+    with pytest.raises(OutputError, match="saved exists already"):
         fxfuse.save(fxfuse.load(saved), saved, images())
     plain = inference_copy(fxfuse.load(saved))
-    with pytest.raises(OptionError, match="example inputs"):
+    with pytest.raises(OptionError, match="example_inputs are missing"):
         fxfuse.save(plain, tmp_path / "new")
     assert not (tmp_path / "new").exists()
     fxfuse.save(plain, tmp_path / "new", images())
@@ -493,7 +493,7 @@ def test_a_graph_that_is_not_what_fxfuse_writes_is_rejected(
     folder = edited(saved, tmp_path / "edited", ATTACKS[name])
     monkeypatch.chdir(tmp_path)
     start = time.monotonic()
-    with pytest.raises(CheckpointError) as found:
+    with pytest.raises(CheckpointError, match="is not a graph that fxfuse wrote") as found:
         fxfuse.load(folder)
     assert time.monotonic() - start < 10
     assert found.value.why
@@ -554,7 +554,7 @@ def test_a_damaged_byte_is_noticed(name: str, tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"checksum|belongs to this graph"):
         fxfuse.load(tmp_path / "saved")
     path.unlink()
-    with pytest.raises((CheckpointError, NoGraphError)):
+    with pytest.raises(CheckpointError, match=r"holds weights, but no graph|cannot open"):
         fxfuse.load(tmp_path / "saved")
 
 

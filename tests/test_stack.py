@@ -698,7 +698,7 @@ def test_bad_input_is_named():
         fxfuse.stack([members[0], perceptrons(norm=False)[0]], x)
     with pytest.raises(MemberError, match="dtypes"):
         fxfuse.stack([members[0], copy.deepcopy(members[1]).double()], x)
-    with pytest.raises(MemberError):
+    with pytest.raises(MemberError, match="the network has no weights"):
         fxfuse.stack([copy.deepcopy(m).to("meta") for m in members], x.to("meta"))
     with pytest.raises(RewriteError, match="Sequential is not a stack"):
         fxfuse.unstack(members[0])

@@ -134,7 +134,7 @@ def test_what_no_checkpoint_holds_must_be_there(tmp_path: Path):
     paths = saved(tmp_path, members, "safetensors")
     with torch.device("meta"):
         template = Tied(False)
-    with pytest.raises(MemberError, match="order"):
+    with pytest.raises(MemberError, match=r"no values for a buffer(.|\n)*order"):
         fxfuse.fuse(paths, ids, template=template)
     assert fxfuse.fuse(paths, ids, template=Tied(False)).verification.passed
 
@@ -229,21 +229,21 @@ def broken(kind: str, folder: Path) -> tuple[list[Any], dict[str, Any]]:
 @pytest.mark.parametrize(
     ("kind", "error", "message"),
     [
-        ("missing", CheckpointError, "cannot open"),
-        ("folder", CheckpointError, "directory"),
+        ("missing", CheckpointError, "cannot open the checkpoint"),
+        ("folder", CheckpointError, "cannot open the checkpoint(.|\n)*directory"),
         ("truncated", CheckpointError, "damaged"),
-        ("shard", CheckpointError, "1-1.safetensors"),
+        ("shard", CheckpointError, "cannot open the checkpoint 1-1.safetensors"),
         ("outside", CheckpointError, "outside its folder"),
         ("lacking", CheckpointError, "lacks nobody"),
         ("index", CheckpointError, "weight_map"),
-        ("dtype", CheckpointError, "float64"),
-        ("shape", CheckpointError, "fc.weight"),
+        ("dtype", CheckpointError, "other dtypes than the first checkpoint(.|\n)*float64"),
+        ("shape", CheckpointError, "does not fit the model(.|\n)*fc.weight"),
         ("name", CheckpointError, "lacks fc.weight"),
-        ("nan", MemberError, "member 1"),
+        ("nan", MemberError, "member 1 holds weights that are not finite"),
         ("pickle", CheckpointError, "pickled"),
         ("mixed", OptionError, "some members are files"),
-        ("no template", OptionError, "template="),
-        ("template", OptionError, "template= is for members in files"),
+        ("no template", OptionError, "files need template="),
+        ("template", OptionError, "template= is for members in files\n"),
         ("calibrated", OptionError, "members in memory"),
         ("heads", OptionError, "members in memory"),
         ("label spaces", OptionError, "members in memory"),
@@ -260,5 +260,5 @@ def test_constants_are_compared(tmp_path: Path):
     members = [Tied(), Tied()]
     members[1].order = torch.arange(8)
     paths = saved(tmp_path, members, "safetensors")
-    with pytest.raises(MemberError, match="order"):
+    with pytest.raises(MemberError, match=r"differs from member 0: constants(.|\n)*order"):
         fxfuse.fuse(paths, torch.randint(0, 20, (2, 5)), template=members[0])
