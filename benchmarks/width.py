@@ -98,7 +98,9 @@ def measure(made: Case) -> list[dict[str, Any]]:
         )
         sizes = result.plan.sizes()
         # Operations are counted for the example, which is two inputs.
-        cost = parameters_of(result.graph, sizes), operations_of(result.graph, sizes) // 2
+        operations = operations_of(result.graph, sizes)
+        assert operations is not None
+        cost = parameters_of(result.graph, sizes), operations // 2
         note(REFITTED, width, result.module, *cost)
         note(MATCHED, width, matched(result.module), *cost)
         if width < 1:

@@ -95,9 +95,9 @@ def test_pruning_and_parameters_with_a_global_budget(members: list[fxfuse.Progra
 @pytest.mark.parametrize(
     ("options", "match"),
     [
-        ({"allocation": "global"}, "something to spread"),
-        ({"allocation": "global", "width": {"0.*": 0.5}}, "width for each pattern"),
-        ({"allocation": "fair", "width": 0.5}, "local, global"),
+        ({"budget": "global"}, "budget='global' needs a size"),
+        ({"budget": "global", "width": {"0.*": 0.5}}, "width for each pattern"),
+        ({"budget": "fair", "width": 0.5}, "local, global"),
         (
             {
                 "allocation": "global",
@@ -108,8 +108,8 @@ def test_pruning_and_parameters_with_a_global_budget(members: list[fxfuse.Progra
             "score 'obs'",
         ),
         ({"fraction": {"9.*": 0.5}}, "matches nothing"),
-        ({"fraction": {"0.*": 1.5}}, "fraction 1.5"),
-        ({"fraction": {"0.*": 0.5, "*.weight": 0.25}}, "two values of fraction"),
+        ({"fraction": {"0.*": 1.5}}, r"fraction must be in \[0, 1\], got 1.5"),
+        ({"fraction": {"0.*": 0.5, "*.weight": 0.25}}, "two patterns of fraction contradict"),
     ],
 )
 def test_bad_input(members: list[fxfuse.Program], options: dict[str, object], match: str):
@@ -120,7 +120,7 @@ def test_bad_input(members: list[fxfuse.Program], options: dict[str, object], ma
 def test_a_share_for_a_group_leaves_the_others_to_the_score(members: list[fxfuse.Program]):
     by_score = fxfuse.fuse(members, verify=False).plan
     plan = fxfuse.fuse(
-        members, method=Transplant(fraction={"0.*": 0.25}), constraints=Constraints(base_member=1)
+        members, constraints=Constraints(base_member=1), method=Transplant(fraction={"0.*": 0.25})
     ).plan
     assert (plan.map_of(FIRST).member == 0).sum() == 3
     for member in range(2):

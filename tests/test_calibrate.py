@@ -16,7 +16,7 @@ from fxfuse.activations import NodeRunner, elimination, unit_activations
 from fxfuse.activations.calibration import CalibrationBatches
 from fxfuse.activations.elimination import eliminate
 from fxfuse.activations.layers import layers_of
-from fxfuse.errors import InputError
+from fxfuse.errors import InputError, OptionError
 from fxfuse.refine.targets import Targets
 from tests.models import excite
 from tests.nets import SmallResNet
@@ -226,10 +226,10 @@ def test_a_copy_of_a_unit_goes_before_any_other():
 @pytest.mark.parametrize(
     ("inputs", "message"),
     [
-        (torch.randn(120, 3, 9, 8), "another shape"),
-        (torch.randn(120, 3, 8, 8).double(), "another dtype"),
+        (torch.randn(120, 3, 9, 8), "the wrong shape"),
+        (torch.randn(120, 3, 8, 8).double(), "the wrong dtype"),
         (torch.full((120, 3, 8, 8), torch.nan), "not finite"),
-        ((torch.randn(120, 3, 8, 8),) * 2, "another structure"),
+        ((torch.randn(120, 3, 8, 8),) * 2, "differ in structure"),
         ([], "no calibration inputs"),
         (7, "holds no calibration inputs"),
     ],
@@ -252,9 +252,9 @@ def test_as_many_inputs_as_are_allowed():
     assert CalibrationBatches.of(program, Calibration(images(1500), limit=1500)).size == 1500
     endless = itertools.repeat(images(50))
     with pytest.warns(UserWarning, match=r"the first 150 calibration inputs are taken"):
-        assert CalibrationBatches.of(program, Calibration(endless, limit=150)).size == 150
-    with pytest.raises(InputError, match="are none"):
-        CalibrationBatches.of(program, Calibration(images(4), limit=0))
+        assert Calibration.of(program, endless, limit=150).size == 150
+    with pytest.raises(OptionError, match="limit of calibration inputs must be at least 1, got 0"):
+        Calibration.of(program, images(4), limit=0)
 
 
 def test_copies_are_looked_at_beside_the_inputs():
@@ -297,8 +297,8 @@ def test_a_part_keeps_its_copies_and_gradients_have_none():
             members,
             images(2),
             calibration=Calibration(labelled, augmentations=copies),
-            method=Transplant(score=score),
             refine=[],
+            method=Transplant(score=score),
         ).plan
         for score in ("taylor", "obs")
         for copies in (0, 1)
@@ -317,10 +317,10 @@ def test_a_part_keeps_its_copies_and_gradients_have_none():
 )
 def test_no_copies_are_made_of_other_inputs(module: nn.Module, inputs: torch.Tensor):
     program = fxfuse.capture(module, inputs[:2])
-    with pytest.raises(InputError, match="no augmented copies"):
-        CalibrationBatches.of(program, Calibration(inputs, augmentations=1))
-    with pytest.raises(InputError, match="-1 copies"):
-        CalibrationBatches.of(program, Calibration(inputs, augmentations=-1))
+    with pytest.raises(InputError, match="cannot be augmented"):
+        Calibration.of(program, inputs, copies=1)
+    with pytest.raises(OptionError, match="augmented copies must be at least 0, got -1"):
+        Calibration.of(program, inputs, copies=-1)
 
 
 def test_batches_with_labels_and_parts():
@@ -361,6 +361,6 @@ def test_an_activation_that_is_nan_is_named():
     for m in members:
         nn.init.constant_(m.first.bias, 9.0)
     result = fxfuse.fuse(members, torch.rand(4, 4))
-    with pytest.raises(InputError, match="not a number") as caught:
+    with pytest.raises(InputError, match="an activation of member 0 is NaN") as caught:
         fxfuse.refine.refit(result, members, torch.full((200, 4), -100.0))
     assert "aten.log" in caught.value.where

@@ -271,12 +271,12 @@ def test_no_partial_package_is_left(
         fxfuse.package(result, path)
     assert [p.name for p in tmp_path.iterdir()] == ["model.pt2"]
     assert path.read_bytes() == b"the old one"
-    with pytest.raises(CompileError, match="ends in"):
+    with pytest.raises(OptionError, match=r"must end in \.pt2, got model\.bin"):
         fxfuse.package(result, tmp_path / "model.bin")
 
 
 def test_what_is_no_package(tmp_path: Path):
-    with pytest.raises(CheckpointError):
+    with pytest.raises(CheckpointError, match=r"the package model\.pt2 does not exist"):
         fxfuse.load_package(tmp_path / "model.pt2")
     (tmp_path / "model.pt2").write_bytes(b"no archive")
     with pytest.raises(CheckpointError, match="no package"):

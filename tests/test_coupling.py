@@ -146,11 +146,17 @@ def test_explain(graph: fxfuse.CouplingGraph):
     assert apart.endswith("not coupled")
 
 
-@pytest.mark.parametrize("place", [("stem.wieght", 0), ("stem.weight", 4)])
+@pytest.mark.parametrize(
+    ("place", "message"),
+    [
+        (("stem.wieght", 0), "the network has no tensor 'stem.wieght'"),
+        (("stem.weight", 4), "'stem.weight' has no dimension 4"),
+    ],
+)
 def test_explaining_what_is_not_there_is_an_error(
-    graph: fxfuse.CouplingGraph, place: tuple[str, int]
+    graph: fxfuse.CouplingGraph, place: tuple[str, int], message: str
 ):
-    with pytest.raises(OptionError):
+    with pytest.raises(OptionError, match=message):
         graph.explain(*place)
 
 

@@ -17,6 +17,7 @@ from fxfuse.common.readable import Description, Readable
 from fxfuse.graph.source_lines import source_of
 from fxfuse.verify import Check, Verification
 from tests.nets import SmallResNet, images, resnets
+from tests.options import flat
 
 
 def steady(shown: object) -> str:
@@ -63,7 +64,7 @@ Fusion plan: 2 members by wide
     )
     torch.manual_seed(0)
     heads = fxfuse.fuse(
-        [SmallResNet(), SmallResNet(classes=5)], images(), verify=False, heads=Heads(["fc"])
+        [SmallResNet(), SmallResNet(classes=5)], images(), verify=False, heads=Heads(Heads(["fc"]))
     )
     assert_expected_inline(
         f"{heads.plan}",

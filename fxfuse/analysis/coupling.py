@@ -106,12 +106,7 @@ class CouplingGraph(Readable):
         return next(g.n_units for g in self.of_member(member).groups if g.name == group)
 
     def lacking(self, absent: Mapping[str, Collection[int]], member: int) -> frozenset[str]:
-        """The groups that a member has no units of, since it lacks the block that they are in.
-
-        Args:
-            absent: Tensors that some members lack → the numbers of these members.
-            member: Number of the member.
-        """
+        """The groups that a member has no units of, since it lacks the block that they are in."""
         missing = {name for name, members in absent.items() if member in members}
         groups = (g for g in self.groups if all(name in missing for name, _ in g.index))
         return frozenset(g.name for g in groups) if missing else frozenset()
@@ -234,15 +229,7 @@ def analyze(
 
 
 def couple(program: Program, constraints: Constraints) -> CouplingGraph:
-    """Finds the coupling groups of a captured network.
-
-    Args:
-        program: The network.
-        constraints: The options of `analyze`.
-
-    Raises:
-        OptionError: An option names nothing in the network, or two contradict each other.
-    """
+    """Finds the coupling groups of a captured network."""
     asked = asked_for(program, constraints)
     missing = program.unreached(excused(asked))
     if missing:
@@ -280,12 +267,7 @@ def couple(program: Program, constraints: Constraints) -> CouplingGraph:
 
 
 def hands_out(graph: CouplingGraph, constraints: Constraints) -> bool:
-    """Whether units stand in an output along a dimension that is no interface (`output_dims`).
-
-    Args:
-        graph: The analysis of a network.
-        constraints: The options that it was made with.
-    """
+    """Whether units stand in an output along a dimension that is no interface (`output_dims`)."""
     outputs, interface = graph.program.outputs(), interface_dims(graph.program, constraints)
     values = {index: graph.values.get(outputs[index]) for index in interface}
     return any(

@@ -88,7 +88,7 @@ class FusionResult:
         Its `state_dict()` has the names of a member's, at a member's width the shapes, too.
 
         Raises:
-            NoGraphError: torch.export refused the members; `to_module` works all the same.
+            CaptureError: torch.export rejected the members; use `to_module`.
         """
         if self._module is None:
             self.graph.program.require_exported()
@@ -141,7 +141,7 @@ class FusionResult:
     def _require_one_head(self, name: str) -> None:
         if self.plan.heads:
             raise OptionError(
-                f"a network with {self.plan.n_members} heads does not fit {name}",
+                f"a network with {self.plan.n_members} heads does not fit into {name}",
                 why="the members' class has one head",
                 how="use result.module, or build a class whose state_dict() has the names of "
                 "result.state_dict()",
@@ -169,7 +169,7 @@ class FusionResult:
         if source is None:
             raise RewriteError(
                 "there is no module to copy",
-                why="member 0 was given as an ExportedProgram, which holds no module of your class",
+                why="member 0 was an ExportedProgram, which holds no module of your class",
                 how="use result.module, or build your model and call result.load_into(model)",
             )
         if isinstance(source, FusedModule):
@@ -191,15 +191,16 @@ class FusionResult:
             tensors = [tensor for tensor in own if tensor is not None]
             if name in state or len(tensors) < len(own):
                 continue
-            try:
-                state[name] = self.plan.heads.merged(tensors)
-            except OptionError as error:
+            merged = self.plan.heads.merged(tensors)
+            if merged is None:
                 raise RewriteError(
                     f"{type(member.source).__name__} cannot hold these heads",
                     where=name,
-                    why=f"{error.what}: {error.why}",
+                    why="they do not fit into one layer: their shapes are "
+                    + ", ".join(str(tuple(tensor.shape)) for tensor in tensors),
                     how="use result.module",
-                ) from error
+                )
+            state[name] = merged
         return state
 
     def load_into(self, model: Model) -> Model:
@@ -216,7 +217,7 @@ class FusionResult:
             raise CheckpointError(
                 f"the fused network does not fit {type(model).__name__}",
                 why=" ".join(str(error).split()),
-                how="build the model with the arguments that the members were built with, or at "
-                "another width with sizes that fit; result.module has them",
+                how="build the model with the arguments of the members or, at another width, with "
+                "the sizes of result.module",
             ) from error
         return model

@@ -27,11 +27,6 @@ _SIZES = (aten.sym_size.int, aten.sym_numel.default)
 def walk(members: Sequence[Program], policy: Policy, *, single: bool = False) -> Writer:
     """Writes the members as one graph, without its output.
 
-    Args:
-        members: Program members of one network.
-        policy: Which lowerings pay.
-        single: Whether the stack is made for a batch of one.
-
     Returns:
         The graph, and what stands in it for each node of the members' graph.
     """

@@ -88,9 +88,6 @@ def write_graph(module: fx.GraphModule, path: Path, constants: str = "") -> None
         module: An emitted module.
         path: The file, `.json`.
         constants: SHA-256 of the file that holds the constants.
-
-    Raises:
-        RewriteError: The graph has no plain form, or a name cannot be written safely.
     """
     try:
         text = _write(_content(StoredGraph(module.graph, _describe_tensors(module), constants)))
@@ -113,9 +110,6 @@ def read_graph(path: Path, allow: Collection[str] = ()) -> StoredGraph:
         path: The file.
         allow: Libraries beside torch's whose operators and output classes the graph may use; they
             are registered in this process already.
-
-    Raises:
-        CheckpointError: It cannot be opened, is damaged, or is not what `write_graph` writes.
     """
     try:
         with path.open("rb") as file:
@@ -201,11 +195,7 @@ def _digest(content: Mapping[str, Any]) -> str:
 
 
 def _parse(text: bytes, allow: Collection[str] | None) -> StoredGraph:
-    """Read the text of a file; `allow` is None where every library is allowed.
-
-    Raises:
-        NotPlainError: It is not what `write_graph` writes.
-    """
+    """Read the text of a file; `allow` is None where every library is allowed."""
     if len(text) > _BYTES:
         raise NotPlainError(f"it is larger than {_BYTES >> 20} MiB")
     try:

@@ -117,9 +117,6 @@ def from_structure(told: Any, allow: Collection[str] | None) -> pytree.TreeSpec:
     Args:
         told: Data within the limits.
         allow: Libraries whose classes may be named; all, if None.
-
-    Raises:
-        NotPlainError: A class is not known, or not allowed.
     """
     if told == _LEAF:
         return pytree.treespec_leaf()
@@ -146,11 +143,7 @@ def from_structure(told: Any, allow: Collection[str] | None) -> pytree.TreeSpec:
 
 
 def check_limits(content: Any) -> None:
-    """Check nesting and sizes of data before anything is made of it.
-
-    Raises:
-        NotPlainError: Something is too deep, too long or too large.
-    """
+    """Check nesting and sizes of data before anything is made of it."""
     level = [content]
     for _ in range(_LEVELS):
         for value in level:

@@ -45,9 +45,6 @@ def rebuild(
     Returns:
         A graph module in eval mode: `no_grad` regions inlined, assertions dropped, every
         `training` argument False.
-
-    Raises:
-        CaptureError: The graph holds a region that cannot be inlined (`torch.cond` and the like).
     """
     # Attached before the graph is set: GraphModule itself would copy only what the graph reads,
     # in the order of the graph, and lose the names and the order of the state_dict.
@@ -107,11 +104,11 @@ class _Copier:
             return
         if any(n not in self.environment for n in node.all_input_nodes):
             raise CaptureError(
-                f"the graph holds a region that cannot be inlined: {node.target}",
+                f"the graph holds a subgraph that cannot be inlined: {node.target}",
                 where=where_of(node),
                 why="torch.export keeps torch.cond and the like as subgraphs, in which neurons "
                 "cannot be followed",
-                how="write the forward pass without the region (torch.where for both branches)",
+                how="write the forward pass without it, for instance with torch.where",
             )
         copied = self.graph.node_copy(node, lambda n: self.environment[n])
         self.environment[node] = copied

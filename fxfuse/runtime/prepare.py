@@ -71,6 +71,7 @@ def inductor_options(mode: str | None, options: Mapping[str, Any]) -> dict[str, 
     unknown = [name for name in options if name.replace("-", "_") not in names]
     if unknown:
         raise OptionError(
-            f"inductor has no option {unknown[0]!r}", how="see torch._inductor.list_options()"
+            f"unknown option {unknown[0]!r} of inductor",
+            how="use one of torch._inductor.list_options()",
         )
     return {**modes.get(mode or "default", {}), **options}

@@ -49,15 +49,8 @@ class FusedModule(fx.GraphModule):
 def emit(program: Program, state: Mapping[str, torch.Tensor]) -> FusedModule:
     """Makes a module of a captured graph and tensors of the members' names and shapes.
 
-    Args:
-        program: A captured member.
-        state: Tensors by `state_dict()` name; tied names share one tensor.
-
     Returns:
         A module in eval mode that owns `state`.
-
-    Raises:
-        NoGraphError: The captured graph is a trace, which holds for its example only.
     """
     return emit_graph(program, state, copy_graph(program.graph))
 
@@ -86,9 +79,6 @@ def emit_graph(
         constants: Tensors that the graph reads beside the members', by name.
         own: Tensors that take the place of one in `state`, one for each member, by canonical name;
             the graph reads them as `member_name` says.
-
-    Raises:
-        NoGraphError: The captured graph is a trace, which holds for its example only.
     """
     program.require_exported()
     module = FusedModule({}, fx.Graph())
@@ -156,17 +146,13 @@ class SwitchTraining(PassBase):
     """
 
     def requires(self, graph_module: fx.GraphModule) -> None:
-        """Checks that the graph is in its eval form.
-
-        Raises:
-            RewriteError: A `training` argument is a node already.
-        """
+        """Checks that the graph is in its eval form."""
         for node in _modal_nodes(graph_module.graph):
             if isinstance(training_of(node), fx.Node):
                 raise RewriteError(
-                    "the graph follows the module's mode already",
+                    "the graph already follows the module's mode",
                     where=node.name,
-                    how="apply SwitchTraining to a captured graph, once",
+                    how="apply SwitchTraining once, to a captured graph",
                 )
 
     def call(self, graph_module: fx.GraphModule) -> PassResult:
@@ -229,7 +215,7 @@ class FollowDevice(PassBase):
         graph_module.graph.lint()
         left = [node.name for node in _with_device(graph_module.graph)]
         if left and any(_is_tensor_input(node) for node in graph_module.graph.nodes):
-            raise RewriteError("a device is still written down", where=", ".join(left))
+            raise RewriteError("a device is still a literal", where=", ".join(left))
 
 
 def _with_device(graph: fx.Graph) -> list[Any]:

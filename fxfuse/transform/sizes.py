@@ -114,7 +114,7 @@ def choose_mixing(
     """
     obstacle = ""
     if size.width is None:
-        obstacle = "it takes a width that keeps every unit of every member"
+        obstacle = "it needs a width that keeps every unit of every member"
     elif graph.asked:
         obstacle = f"{next(iter(graph.asked))} is to be one tensor for all members"
     elif fitted:
@@ -123,7 +123,7 @@ def choose_mixing(
         obstacle = _not_kept(graph, n_members, size)
     if obstacle and size.mixing == "per_member":
         raise OptionError(
-            'mixing="per_member" is not possible here',
+            "mixing='per_member' does not work here",
             why=obstacle,
             how=f"use width={n_members} without freeze, share, ignore and refine, or leave "
             "mixing out",
@@ -215,9 +215,21 @@ def _excess(graph: CouplingGraph, sizes: Sizes, size: Size) -> str:
     params, flops = size.max_params, size.max_flops
     if params is not None and (found := parameters_of(graph, sizes)) > params:
         return f"has {found:,} parameters"
-    if flops is not None and (found := operations_of(graph, sizes)) > flops:
-        return f"takes {found:,} floating-point operations for the example inputs"
-    return ""
+    if flops is None:
+        return ""
+    needed = operations_of(graph, sizes)
+    if needed is None:
+        raise OptionError(
+            "max_flops does not work with this network",
+            why="shapes in it depend on the values of its inputs, so its operations cannot be "
+            "counted beforehand",
+            how="use width or max_params instead",
+        )
+    return (
+        f"takes {needed:,} floating-point operations for the example inputs"
+        if needed > flops
+        else ""
+    )
 
 
 def _allocation(
@@ -239,9 +251,9 @@ def _allocation(
 def _width_of_all(size: Size, n_members: int) -> float:
     if size.width not in (None, n_members):
         raise OptionError(
-            f"width {size.width} and method 'concatenate' contradict each other",
-            why=f"it keeps every unit of every member, which is width {n_members}",
-            how="leave the width out, or use method='transplant'",
+            f"width={size.width} and method='concatenate' contradict each other",
+            why=f"the method keeps every unit of every member, which is width {n_members}",
+            how="leave width out, or use method='transplant'",
         )
     return float(n_members)
 
@@ -252,6 +264,6 @@ def _check_resizable(sizes: Sizes, graph: CouplingGraph, method: Method) -> None
         return
     raise OptionError(
         f"method {method.name!r} works at a member's width only",
-        why="it gives every fused unit the place of a unit of the reference member",
+        why="it puts every fused unit in the place of a unit of the reference member",
         how="leave the size out, or use method='transplant' or 'zip'",
     )

@@ -52,8 +52,13 @@ class Call:
 
     def argument(self, name: str) -> Any:
         """An argument by its name in the operator's schema, or the schema's default."""
-        if name not in argument_names(self.node.target):
-            raise RuleError(f"{self.node.target} has no argument {name!r}", where=self.where)
+        names = argument_names(self.node.target)
+        if name not in names:
+            raise RuleError(
+                f"{self.node.target} has no argument {name!r}",
+                where=self.where,
+                how=f"use one of {', '.join(names)}",
+            )
         return self.optional(name)
 
     def optional(self, name: str) -> Any:
