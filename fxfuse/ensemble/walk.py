@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-import torch.utils._pytree as pytree
 from torch import fx
 
 from fxfuse.ensemble.forms import Form, Value, Writer, has_data_sizes, is_number, is_tensor
@@ -17,6 +16,7 @@ from fxfuse.ensemble.weights import Weights, is_variable
 from fxfuse.graph.capture import Program
 from fxfuse.graph.functional import is_write
 from fxfuse.graph.operator_facts import follows_mode
+from fxfuse.graph.torch_compat import pytree
 
 aten = torch.ops.aten
 

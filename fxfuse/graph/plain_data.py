@@ -9,8 +9,9 @@ from importlib import import_module
 from typing import Any, NamedTuple
 
 import torch
-import torch.utils._pytree as pytree
 from torch import fx
+
+from fxfuse.graph.torch_compat import pytree
 
 #: Most levels of nesting, entries of a list and characters of a text.
 _LEVELS, _ENTRIES, _TEXT = 20, 65_536, 10_000

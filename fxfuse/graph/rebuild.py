@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Mapping
+from operator import attrgetter
 from typing import Any, cast
 
 import torch
@@ -18,6 +19,7 @@ from fxfuse.graph.functional import functional
 from fxfuse.graph.operator_facts import follows_mode, set_training
 from fxfuse.graph.source_lines import where_of
 from fxfuse.graph.tensors import attach, fetch
+from fxfuse.graph.torch_compat import copy_signature
 
 #: Operators that only state facts which hold for the captured device and dtype: they would break
 #: the fused module after `.to("cuda")` or `.to(torch.bfloat16)`.
@@ -52,7 +54,7 @@ def rebuild(
     for name, tensor in state.items():
         attach(module, name, tensor, persistent=True)
     graph = fx.Graph()
-    graph._codegen = source.graph._codegen
+    copy_signature(source.graph, graph)
     _Copier(source, graph, state).run()
     if prune:
         # The copy holds views that nobody may read: only pruning makes it small again.
@@ -114,11 +116,11 @@ class _Copier:
         self.environment[node] = copied
 
     def is_subgraph(self, target: str, owner: fx.GraphModule) -> bool:
-        return target not in self.state and isinstance(_attribute(owner, target), nn.Module)
+        return target not in self.state and isinstance(attrgetter(target)(owner), nn.Module)
 
     def inline(self, call: fx.Node, owner: fx.GraphModule) -> Any:
         subgraph, *operands = cast("tuple[fx.Node, ...]", call.args[_REGIONS[call.target] :])
-        body = _attribute(owner, str(subgraph.target))
+        body = attrgetter(str(subgraph.target))(owner)
         inputs = iter(operands)
         for node in body.graph.nodes:
             if node.op == "placeholder":
@@ -128,10 +130,3 @@ class _Copier:
             else:
                 self.copy(node, body)
         return ()
-
-
-def _attribute(owner: nn.Module, target: str) -> Any:
-    value: Any = owner
-    for part in target.split("."):
-        value = getattr(value, part)
-    return value

@@ -8,15 +8,13 @@ from contextlib import suppress
 from typing import Any
 
 import torch
-import torch.utils._pytree as pytree
 from torch import fx, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.passes.fake_tensor_prop import FakeTensorProp
 from torch.fx.passes.infra.pass_base import PassBase
 
 from fxfuse.errors import OptionError
 from fxfuse.graph.eager import eval_mode
-from fxfuse.graph.torch_compat import inductor_modes, inductor_settings
+from fxfuse.graph.torch_compat import FakeTensorMode, inductor_modes, inductor_settings, pytree
 from fxfuse.runtime.channels_last import ChannelsLast
 from fxfuse.runtime.eval_form import EvalForm, RemoveDropout, inference_copy
 from fxfuse.runtime.fold import FoldBatchNorm

@@ -12,7 +12,6 @@ from types import MappingProxyType
 from typing import Any
 
 import torch
-import torch.utils._pytree as pytree
 from torch import fx, nn
 from torch.fx.passes.infra.pass_base import PassBase, PassResult
 
@@ -23,6 +22,7 @@ from fxfuse.graph.capture import Program
 from fxfuse.graph.fixed_batch import check_sizes, fixed_sizes, uncheck_sizes
 from fxfuse.graph.operator_facts import batch_norm_of, follows_mode, set_training, training_of
 from fxfuse.graph.tensors import attach, named_tensors
+from fxfuse.graph.torch_compat import copy_signature, pytree
 
 #: Last parts of the names of a batch norm's buffers.
 MEAN, COUNTER = "running_mean", "num_batches_tracked"
@@ -126,7 +126,7 @@ def copy_graph(graph: fx.Graph, mapping: dict[fx.Node, fx.Node] | None = None) -
     copy = fx.Graph()
     result = copy.graph_copy(graph, {} if mapping is None else mapping)
     copy.output(result)
-    copy._codegen = graph._codegen
+    copy_signature(graph, copy)
     return copy
 
 

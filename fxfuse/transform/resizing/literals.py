@@ -11,13 +11,12 @@ from typing import Any, cast
 
 import numpy as np
 import torch
-import torch.utils._pytree as pytree
 from torch import fx
 
 from fxfuse.analysis.labels import AbstractTensor, Index
 from fxfuse.analysis.rules import creation, find, movement
-from fxfuse.analysis.rules.registry import hint
 from fxfuse.graph.arguments import argument, argument_names
+from fxfuse.graph.torch_compat import hint, pytree
 from fxfuse.transform.layout import Layout
 from fxfuse.transform.resizing.state import Layouts, ResizedGraph, cannot_write
 
