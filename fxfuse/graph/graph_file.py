@@ -35,7 +35,7 @@ from fxfuse.graph.tensors import named_tensors
 
 _VERSION = 1
 #: Most bytes of a file, nodes of a graph, and characters of a name.
-_BYTES, _NODES, _NAME = 1 << 24, 50_000, 200
+_BYTES, _NODES, _NAME = 1 << 24, 40_000, 200
 _IDENTIFIER = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 #: Parts of a tensor's name: an attribute, or the number or key of a submodule.
 _PART = re.compile(r"[A-Za-z0-9_-]+")

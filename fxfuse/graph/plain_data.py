@@ -6,14 +6,15 @@ import math
 from collections.abc import Callable, Collection, Mapping
 from contextlib import suppress
 from importlib import import_module
+from itertools import chain
 from typing import Any, NamedTuple
 
 import torch
 import torch.utils._pytree as pytree
 from torch import fx
 
-#: Most levels of nesting, entries of a list and characters of a text.
-_LEVELS, _ENTRIES, _TEXT = 20, 65_536, 10_000
+#: Most levels of nesting, values and characters of a text in a file.
+_LEVELS, _VALUES, _TEXT = 20, 400_000, 10_000
 _INTEGERS = range(-(1 << 63), 1 << 63)
 #: The library whose output classes any graph may name, and the module that registers most of them.
 _OUTPUTS, _OUTPUTS_MODULE = "transformers", "transformers.modeling_outputs"
@@ -151,8 +152,11 @@ def check_limits(content: Any) -> None:
     Raises:
         NotPlainError: Something is too deep, too long or too large.
     """
-    level = [content]
+    level, count = [content], 0
     for _ in range(_LEVELS):
+        count += len(level)
+        if count > _VALUES:
+            raise NotPlainError(f"it holds more than {_VALUES:,} values")
         for value in level:
             if isinstance(value, int) and value not in _INTEGERS:
                 raise NotPlainError("an integer does not fit into 64 bits")
@@ -160,11 +164,8 @@ def check_limits(content: Any) -> None:
                 raise NotPlainError("a number is too large")
             if isinstance(value, str) and len(value) > _TEXT:
                 raise NotPlainError(f"a text has more than {_TEXT:,} characters")
-            if isinstance(value, list | dict) and len(value) > _ENTRIES:
-                raise NotPlainError(f"a list has more than {_ENTRIES:,} entries")
-        nested = [value for value in level if isinstance(value, list | dict)]
-        level = [
-            x for value in nested for x in (value.values() if isinstance(value, dict) else value)
-        ]
+        lists = [value for value in level if isinstance(value, list)]
+        lists += [list(value.values()) for value in level if isinstance(value, dict)]
+        level = list(chain.from_iterable(lists))
     if level:
         raise NotPlainError(f"it is nested more than {_LEVELS} levels deep")
