@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import Any
 
 from torch import fx, nn
-from torch.fx.graph import _PyTreeCodeGen, _PyTreeInfo
 
 from fxfuse.errors import CheckpointError, RewriteError
 from fxfuse.graph.allowed import LIBRARIES, find_operator, is_call, name_of, registered_in
@@ -32,6 +31,7 @@ from fxfuse.graph.plain_data import (
     to_structure,
 )
 from fxfuse.graph.tensors import named_tensors
+from fxfuse.graph.torch_compat import set_signature, signature_of
 
 _VERSION = 1
 #: Most bytes of a file, nodes of a graph, and characters of a name.
@@ -153,13 +153,12 @@ def _describe_tensors(module: fx.GraphModule) -> dict[str, StoredTensor]:
 
 def _content(stored: StoredGraph) -> dict[str, Any]:
     """All that a graph file holds but its checksum."""
-    # The structures of inputs and outputs have no public accessor on a graph.
-    info = stored.graph._codegen.pytree_info  # type: ignore[attr-defined]
+    names, inputs, outputs = signature_of(stored.graph)
     return {
         "fxfuse_graph": _VERSION,
-        "arguments": list(info.orig_args),
-        "inputs": to_structure(info.in_spec),
-        "outputs": to_structure(info.out_spec),
+        "arguments": names,
+        "inputs": to_structure(inputs),
+        "outputs": to_structure(outputs),
         "constants": stored.constants,
         "tensors": {
             name: {"tied_to": told.tied_to} if told.tied_to else _without_tie(told)
@@ -315,7 +314,7 @@ class _Reader:
         stated = positional.num_children + named.num_children, takes.num_leaves, returns.num_leaves
         good = counts == stated and len(set(arguments)) == len(arguments)
         _check(good, "the graph takes or returns something else than it says")
-        self.graph.set_codegen(_PyTreeCodeGen(_PyTreeInfo(arguments, takes, returns)))
+        set_signature(self.graph, arguments, takes, returns)
 
 
 def _check(good: bool, why: str) -> None:

@@ -10,8 +10,9 @@ from itertools import chain
 from typing import Any, NamedTuple
 
 import torch
-import torch.utils._pytree as pytree
 from torch import fx
+
+from fxfuse.graph.torch_compat import pytree
 
 #: Most levels of nesting, values and characters of a text in a file.
 _LEVELS, _VALUES, _TEXT = 20, 400_000, 10_000
