@@ -461,6 +461,11 @@ ATTACKS: dict[str, Callable[[Any], object]] = {
     "an order of its own": lambda g: dict(reversed(g.items())),
     "no nodes": lambda g: g.update(nodes=[]),
     "no output": lambda g: g["nodes"].pop(),
+    "an annotation": lambda g: g["nodes"][-1]["args"].append(MARK),
+    "a default": change_node("input", args=[1]),
+    "many modules": lambda g: g["tensors"].update(
+        {f"{i}{'.a' * 90}": g["tensors"]["fc.bias"] for i in range(500)}
+    ),
     "two outputs": lambda g: g["nodes"].append(g["nodes"][-1]),
     "outputs that lack": lambda g: g.update(outputs=["builtins.list", None, ["*", "*"]]),
     "many nodes": lambda g: g.update(nodes=g["nodes"][:1] * 50_000),

@@ -28,13 +28,15 @@ class NotPlainError(Exception):
 
     Args:
         why: The reason.
-        how: What can be done about it, where that is special.
+        saving: What can be done about it when saving, where that is special.
+        loading: The same when loading.
     """
 
-    def __init__(self, why: str, how: str = "") -> None:
+    def __init__(self, why: str, *, saving: str = "", loading: str = "") -> None:
         super().__init__(why)
         self.why = why
-        self.how = how
+        self.saving = saving
+        self.loading = loading
 
 
 class _Kind(NamedTuple):
@@ -107,7 +109,7 @@ def to_structure(spec: pytree.TreeSpec) -> Any:
     if name is None:
         raise NotPlainError(
             f"an input or output is a {spec.type.__name__}, which has no name in files",
-            "use tuples, lists and dicts, or register the class with a serialized_type_name "
+            saving="use tuples, lists and dicts, or register the class with a serialized_type_name "
             "(torch.export.register_dataclass)",
         )
     return [name, to_data(spec.context), [to_structure(child) for child in spec.children()]]
@@ -134,14 +136,10 @@ def from_structure(told: Any, allow: Collection[str] | None) -> pytree.TreeSpec:
     known = pytree.SERIALIZED_TYPE_TO_PYTHON_TYPE
     allowed = allow is None or name in _CONTAINERS or library in (_OUTPUTS, *allow)
     if name not in known or not allowed:
+        own = "" if library == _OUTPUTS else f' and allowed: fxfuse.load(..., allow=("{library}",))'
         raise NotPlainError(
-            f"it takes or returns a {name}, which is not known or not allowed",
-            "a class that the network returns must have been imported before"
-            + (
-                ""
-                if library == _OUTPUTS
-                else f' and allowed: fxfuse.load(..., allow=("{library}",))'
-            ),
+            f"it takes or returns a {name:.99}, which is not known or not allowed",
+            loading=f"a class that the network returns must have been imported before{own:.99}",
         )
     children = [from_structure(item, allow) for item in items]
     return pytree.TreeSpec(known[name], from_data(context, {}), children)
