@@ -67,6 +67,17 @@ class Two(nn.Module):
         return self.fc((self.inner(self.stem(x).relu()) * self.scale).relu())
 
 
+def test_constraints_take_what_callers_write():
+    asked = Constraints("stem.*", ["fc.*"], iter(["block1"]), {0: [1, -1]}, base_member=1)
+    assert asked == Constraints(("stem.*",), ("fc.*",), ("block1",), {0: (1, -1)}, 1)
+    other = Constraints(freeze=["bn.*"], output_dims={0: (), 1: (0,)})
+    assert asked.and_also(other) == Constraints(
+        ["stem.*", "bn.*"], "fc.*", "block1", {0: (), 1: (0,)}, base_member=0
+    )
+    with pytest.raises(OptionError, match="no member 2 to be the base member"):
+        fxfuse.fuse(resnets(2), images(), base_member=2)
+
+
 # --- freeze ---
 
 

@@ -11,6 +11,7 @@ from torch import nn
 
 import fxfuse
 from fxfuse import Heads, Size, Transplant
+from fxfuse.analysis.head_search import find_heads
 from fxfuse.errors import OptionError, RewriteError
 from tests.models import excite
 from tests.nets import SmallResNet
@@ -255,6 +256,19 @@ def own_mlps() -> list[fxfuse.Program]:
 def test_bad_input(options: dict[str, object], error: type[Exception], match: str, own_mlps):
     with pytest.raises(error, match=match):
         fxfuse.fuse(own_mlps, **flat(**options))
+
+
+def test_heads_are_options_of_their_own(own_mlps):
+    assert Heads("fc") == Heads(["fc"]) == Heads(iter(["fc"]))
+    assert Heads(["fc"], "union", [["a", 1]]).classes == (("a", "1"),)
+    assert Heads(["fc"])
+    assert Heads()
+    assert not Heads(())
+    with pytest.raises(OptionError, match="no module is a head"):
+        Heads([], output="concat")
+    # Without names they are found, whatever is returned of them.
+    for output in ("tuple", "concat"):
+        assert find_heads(own_mlps, Heads(output=output)) == (Heads("4", output), 1)
 
 
 def test_heads_that_are_not_found():

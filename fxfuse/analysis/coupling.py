@@ -87,10 +87,11 @@ class CouplingGraph(Readable):
         network = "a network" if source is None else type(source).__name__
         title = f"Coupling graph of {network}: {counted(len(self.groups), 'group')}"
         inside = [reason for reason in self.frozen.values() if not reason.interface]
-        whys = Counter(at_line(reason.why, reason.source) for reason in inside).most_common()
+        whys = Counter((reason.why, reason.source) for reason in inside).most_common()
+        frozen = [f"{at_line(counted(n, 'dimension'), line)}: {why}" for (why, line), n in whys]
         return f"{title}, {self.free_fraction:.1%} of the weights are free", {
             "groups": [f"{g.name} ({counted(g.n_units, 'unit')})" for g in self.groups],
-            "frozen": [f"{counted(count, 'dimension')}: {why}" for why, count in whys],
+            "frozen": frozen,
             "mixing": [at_line(note.node, note.source) for note in self.mixing],
             "no rule": [at_line(gap.operator, gap.source) for gap in self.without_rule],
             "constraints": str(self.constraints),

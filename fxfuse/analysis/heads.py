@@ -21,7 +21,7 @@ from fxfuse.graph.capture import Program
 from fxfuse.graph.same_network import check_same_network
 from fxfuse.graph.source_lines import source_of
 from fxfuse.graph.tensors import attach, is_constant
-from fxfuse.graph.torch_compat import copy_signature, pytree, schema_of, set_signature, signature_of
+from fxfuse.graph.torch_compat import copy_inputs, copy_signature, output_spec, pytree, schema_of
 
 aten = torch.ops.aten
 #: Name of the constant that maps the members' logits to the union of their classes.
@@ -310,14 +310,13 @@ class _Joiner:
         for part, nodes in zip(self.parts, self.nodes, strict=True):
             (output,) = (n for n in part.program.graph.nodes if n.op == "output")
             results.append(fx.map_arg(output.args[0], nodes.__getitem__))
-        signatures = [signature_of(part.program.graph) for part in self.parts]
-        if None in signatures:
+        specs = [output_spec(part.program.graph) for part in self.parts]
+        if None in specs:
             # Such a graph hands out its structure as it is.
             self.graph.output(tuple(results))
             return
         self.graph.output(tuple(leaf for result in results for leaf in pytree.tree_leaves(result)))
-        first, returns = signatures[0], pytree.treespec_tuple([s.out_spec for s in signatures])
-        set_signature(self.graph, first.orig_args, first.in_spec, returns)
+        copy_inputs(self.parts[0].program.graph, self.graph, pytree.treespec_tuple(specs))
 
     def one_output(self) -> None:
         """Hands out all heads as one tensor, in the place of member 0's."""

@@ -12,7 +12,7 @@ import torch
 from torch import fx
 
 from fxfuse.graph.fixed_batch import check_batch
-from fxfuse.graph.torch_compat import is_operator, operator_names, pytree
+from fxfuse.graph.torch_compat import is_operator, pytree, registered_operators
 
 
 def count_batch(counter: torch.Tensor, training: bool) -> None:
@@ -50,9 +50,7 @@ _NAMES = {function: name for name, function in _FUNCTIONS.items()}
 
 def name_of(target: Any) -> str | None:
     """The name of an operator in a file; None where it has none."""
-    if is_operator(target):
-        return str(target)
-    return _NAMES.get(target)
+    return str(target) if is_operator(target) else _NAMES.get(target)
 
 
 def find_operator(name: str, registered: Collection[str]) -> Callable[..., Any] | None:
@@ -74,8 +72,7 @@ def find_operator(name: str, registered: Collection[str]) -> Callable[..., Any] 
 
 def registered_in(libraries: Collection[str] | None) -> frozenset[str]:
     """Qualified names of the operators of libraries, of all if None, without denied ones."""
-    # The dispatcher's list lacks what TorchScript alone can call, such as aten::save(obj, path).
-    found = (name for name in operator_names() if not _DENIED.fullmatch(name))
+    found = (name for name in registered_operators() if not _DENIED.fullmatch(name))
     return frozenset(n for n in found if libraries is None or n.partition("::")[0] in libraries)
 
 

@@ -6,6 +6,7 @@ torch 2.13.0 and 2.14.1; `.ci/oldest` runs the tests on the older one.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
@@ -23,10 +24,6 @@ from torch._subclasses.fake_tensor import (
     FakeTensorMode,
 )
 
-# The generated code of a captured module flattens what it is called with through this one.
-# Replaced by: keyword arguments of `Graph.process_inputs`.
-from torch.fx._pytree import tree_flatten_spec
-
 # Traces a function below autograd with composite operators kept (`pre_dispatch`); `torch.export`
 # does it for whole modules only. Replaced by: `make_fx` outside of `experimental`.
 from torch.fx.experimental.proxy_tensor import make_fx
@@ -35,7 +32,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 # `__all__`. It tells sizes that depend on data. Replaced by: a public test for unbacked sizes.
 from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols, optimization_hint
 
-# What holds the nesting of a graph's inputs and outputs (`signature_of`, below).
+# How a graph takes and returns nested values. Replaced by: see `signature_of`.
 from torch.fx.graph import _PyTreeCodeGen, _PyTreeInfo
 
 # The common base of torch's batch and instance norms, and of its convolutions: a class of the
@@ -54,7 +51,9 @@ __all__ = [
     "FakeTensor",
     "FakeTensorMode",
     "NormBase",
+    "argument_names",
     "compile_with_inductor",
+    "copy_inputs",
     "copy_origin",
     "copy_signature",
     "flatten_inputs",
@@ -68,10 +67,11 @@ __all__ = [
     "load_package",
     "lookup_backend",
     "make_fx",
-    "operator_names",
     "original_module",
+    "output_spec",
     "overloads_of",
     "pytree",
+    "registered_operators",
     "schema_of",
     "set_signature",
     "signature_of",
@@ -102,6 +102,11 @@ def schema_of(target: Any) -> Any:
     return getattr(target, "_schema", None)
 
 
+def argument_names(target: Any) -> list[str]:
+    """Names of an operator's arguments, in the order of its schema."""
+    return [argument.name for argument in target._schema.arguments]
+
+
 def overloads_of(target: Any) -> Sequence[Any]:
     """What stands in a graph for an operator that a user names.
 
@@ -123,12 +128,13 @@ def is_operator(target: Any) -> bool:
     return isinstance(target, torch._ops.OpOverload)
 
 
-def operator_names() -> Sequence[str]:
-    """Qualified names of all operators that the dispatcher knows, `aten::add.Tensor`.
+def registered_operators() -> Sequence[str]:
+    """Names of all operators of the dispatcher, such as "aten::add.Tensor".
 
-    `torch.ops` finds an operator by its name and lists none. Replaced by: a public list.
+    TorchScript has more, `aten::save` among them, which writes files: attributes of `torch.ops`
+    lead to these, too. Replaced by: a public list.
     """
-    names: list[str] = torch._C._dispatch_get_all_op_names()
+    names: Sequence[str] = torch._C._dispatch_get_all_op_names()
     return names
 
 
@@ -137,28 +143,40 @@ def is_region(target: Any) -> bool:
     return isinstance(target, torch._ops.HigherOrderOperator)
 
 
-# What a graph takes and returns is in the object that writes its Python code. `Graph.set_codegen`
-# sets it, and nothing public reads or makes one. Replaced by: a public signature of graphs.
-
-
 def copy_signature(source: fx.Graph, target: fx.Graph) -> None:
-    """Lets a graph take and return what another one does: names, nested inputs and outputs."""
+    """Lets a graph take and return what another one does: names, nested inputs and outputs.
+
+    `Graph.set_codegen` is public; there is no public way to read what it sets. Replaced by: one.
+    """
     target.set_codegen(source._codegen)
 
 
-def signature_of(graph: fx.Graph) -> Any:
-    """What a captured graph takes and returns; None: a flat list of each.
+def output_spec(graph: fx.Graph) -> Any:
+    """How the flattened outputs of a captured graph are put together; None: they are not flat."""
+    info = getattr(graph._codegen, "pytree_info", None)
+    return None if info is None else info.out_spec
 
-    Returns:
-        A named tuple: `orig_args`, names of the arguments; `in_spec` and `out_spec`, their nesting
-        and that of the outputs.
+
+def signature_of(graph: fx.Graph) -> tuple[list[str], Any, Any]:
+    """Names of the inputs of a captured graph, and the structures of inputs and outputs.
+
+    `Graph.set_codegen` is public; what it sets, and how it is read, is not. Replaced by: a class of
+    signatures.
     """
-    return getattr(graph._codegen, "pytree_info", None)
+    info = graph._codegen.pytree_info  # type: ignore[attr-defined]
+    return list(info.orig_args), info.in_spec, info.out_spec
 
 
-def set_signature(graph: fx.Graph, names: list[str], takes: Any, returns: Any) -> None:
+def set_signature(graph: fx.Graph, names: list[str], inputs: Any, outputs: Any) -> None:
     """Sets what `signature_of` returns."""
-    graph.set_codegen(_PyTreeCodeGen(_PyTreeInfo(names, takes, returns)))
+    graph.set_codegen(_PyTreeCodeGen(_PyTreeInfo(names, inputs, outputs)))
+
+
+def copy_inputs(source: fx.Graph, target: fx.Graph, spec: Any) -> None:
+    """As `copy_signature`, for flattened outputs that are put together as `spec` says."""
+    codegen: Any = copy.copy(source._codegen)
+    codegen.pytree_info = codegen.pytree_info._replace(out_spec=spec)
+    target.set_codegen(codegen)
 
 
 def flatten_inputs(graph: fx.Graph, values: Sequence[Any]) -> Sequence[Any]:
@@ -171,7 +189,10 @@ def flatten_inputs(graph: fx.Graph, values: Sequence[Any]) -> Sequence[Any]:
         graph: A captured graph.
         values: What its module is called with, in the order of the signature.
     """
-    info = signature_of(graph)
+    # Here, where it is needed: it is private beside the other one, and needed once.
+    from torch.fx._pytree import tree_flatten_spec
+
+    info = getattr(graph._codegen, "pytree_info", None)
     if info is None:
         return values
     positional = info.in_spec.child(0).num_children

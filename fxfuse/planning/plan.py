@@ -141,7 +141,7 @@ class Mixing:
         """How they run, and where they stand; empty where there are none."""
         if not self.notes:
             return []
-        how = "once for each member" if self.mode == "per_member" else "jointly (approximate)"
+        how = "one by one" if self.mode == "per_member" else "jointly, inexact"
         where = [at_line(note.node, note.source) for note in self.notes]
         return [f"{len(self.notes):,} {how}: {where[0]}", *where[1:]]
 

@@ -14,7 +14,12 @@ from torch.fx.passes.infra.pass_base import PassBase
 
 from fxfuse.errors import OptionError
 from fxfuse.graph.eager import eval_mode
-from fxfuse.graph.torch_compat import FakeTensorMode, inductor_modes, inductor_settings, pytree
+from fxfuse.graph.torch_compat import (
+    FakeTensorMode,
+    flatten_inputs,
+    inductor_modes,
+    inductor_settings,
+)
 from fxfuse.runtime.channels_last import ChannelsLast
 from fxfuse.runtime.eval_form import EvalForm, RemoveDropout, inference_copy
 from fxfuse.runtime.fold import FoldBatchNorm
@@ -33,8 +38,8 @@ def prepared(
         # It was loaded or unpickled. Passes leave alone whatever has no shape then.
         with suppress(Exception):
             given = inspect.signature(copy.forward).bind(*args, **kwargs).arguments
-            mode = FakeTensorMode(allow_non_fake_inputs=True)
-            FakeTensorProp(copy, mode).propagate(*pytree.tree_leaves(list(given.values())))
+            values = flatten_inputs(copy.graph, list(given.values()))
+            FakeTensorProp(copy, FakeTensorMode(allow_non_fake_inputs=True)).propagate(*values)
     return copy, apply_passes(copy, passes)
 
 
