@@ -30,6 +30,7 @@ from benchmarks.pages import update, with_tables
 from benchmarks.paper.datasets import load
 from benchmarks.paper.setting import Case, accuracy, case
 from benchmarks.records import write
+from fxfuse import Calibration, Match, Refit, Transplant
 from fxfuse.refine import match
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -90,13 +91,12 @@ def measure(made: Case) -> list[dict[str, Any]]:
         result = fxfuse.fuse(
             made.members,
             made.calibration[:4],
-            score="obs",
-            calibration=inputs,
-            calibration_copies=copies,
-            refit=True,
+            calibration=Calibration(inputs, augmentations=copies),
+            method=Transplant(score="obs"),
+            refine=[Refit()],
         )
         refitted = accuracy(result.module, *made.test)
-        match(result.module, made.members, inputs, steps=STEPS)
+        match(result.module, made.members, inputs, Match(steps=STEPS))
         matched = accuracy(result.module, *made.test)
         found = {"table": table, "row": row, "inputs": len(inputs)}
         rows.append({**found, "refit": refitted, "matched": matched})

@@ -35,7 +35,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import fxfuse
 from benchmarks.coverage_models import BATCH, build, models
 from benchmarks.records import earlier, versions, write
-from fxfuse import verify
+from fxfuse import Example, verify
 from tests.models import excite
 
 RESULTS = Path(__file__).parent / "results" / "coverage.json"
@@ -54,7 +54,7 @@ def measure(name: str) -> dict[str, Any]:
     row["parameters"] = sum(p.numel() for p in model.parameters())
     # In float32 first: what a user does, and what the times and the memory are claimed for.
     start = time.perf_counter()
-    program = fxfuse.capture(model, args, kwargs)
+    program = fxfuse.capture(model, Example(args, kwargs=kwargs))
     row["capture_s"] = round(time.perf_counter() - start, 3)
     row["capture"] = "export" if program.is_exported else "trace"
     row["nodes"] = len(program.graph.nodes)
@@ -111,7 +111,7 @@ def _excited(
     model: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], seed: int
 ) -> fxfuse.Program:
     torch.manual_seed(seed)
-    return fxfuse.capture(excite(model, *_more(args, kwargs)), args, kwargs)
+    return fxfuse.capture(excite(model, *_more(args, kwargs)), Example(args, kwargs=kwargs))
 
 
 def _more(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:

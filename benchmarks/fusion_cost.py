@@ -44,10 +44,9 @@ from benchmarks.memory import forget_peak, peak
 from benchmarks.records import earlier, on_device, versions, write
 from fxfuse.cli.demo.environment import environment
 from fxfuse.members.streamed import first_member, streamed_states
-from fxfuse.planning.context import Options
-from fxfuse.planning.planner import make_plan
 from fxfuse.transform.apply import fused_tensors
 from fxfuse.verify.parity import concatenated_and_pruned
+from tests.options import planned
 
 RESULTS = Path(__file__).parent / "results" / "fusion.json"
 WAYS = ("copy", "transplant", "streamed", "average", "transport", "reference", "whole")
@@ -97,7 +96,7 @@ def run(name: str, n: int, way: str, folder: Path, device: torch.device) -> dict
 
     def fused(method: str, score: str = "l2") -> None:
         states = loaded or streamed_states(paths, program)
-        plan = make_plan(graph, states, method, Options(score))
+        plan = planned(graph, states, method, score)
         fused_tensors(graph, plan, states)
 
     seconds = _timed(

@@ -26,6 +26,7 @@ from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader, TensorDataset
 
 import fxfuse
+from fxfuse import Heads
 from fxfuse.refine import default_optimizer, finetune
 
 TASKS = ("even or odd", "which digit")
@@ -112,7 +113,7 @@ def tune(
 
 
 def two_heads(members: list[nn.Module], images: torch.Tensor, method: str) -> nn.Module:
-    return fxfuse.fuse(members, images, method=method, heads=["head"]).module
+    return fxfuse.fuse(members, images, method=method, heads=Heads(["head"])).module
 
 
 def on_trunk(members: list[nn.Module], trunk: int, images: torch.Tensor) -> nn.Module:

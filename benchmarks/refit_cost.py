@@ -24,8 +24,10 @@ import torchvision
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import fxfuse
+from fxfuse import Transplant
 from fxfuse.refine import refit
 from tests.models import excite
+from tests.options import flat
 
 RESULTS = Path(__file__).parent / "results" / "refit_cost.json"
 
@@ -49,10 +51,12 @@ def main() -> None:
     fused: list[fxfuse.FusionResult] = []
 
     def fuse(**more: Any) -> None:
-        fused.append(fxfuse.fuse(members, images[:2], verify=False, **more))
+        fused.append(fxfuse.fuse(members, images[:2], verify=False, **flat(**more)))
 
     row["fuse, l2"] = _timed(fuse)
-    row["fuse, obs"] = _timed(lambda: fuse(score="obs", calibration=images))
+    row["fuse, obs"] = _timed(
+        lambda: fuse(calibration=images, method=Transplant(score="obs"), refine=[])
+    )
     row["refit"] = _timed(lambda: refit(fused[-1], members, images))
     row["refit over forward"] = round(row["refit"]["cpu_s"] / forward["cpu_s"], 1)
     row["peak_gb"] = round(_peak_gb(), 2)

@@ -30,15 +30,14 @@ from benchmarks.coverage import RESULTS as COVERAGE
 from benchmarks.records import earlier, versions, write
 from fxfuse import verify
 from fxfuse.analysis.coupling import CouplingGraph
-from fxfuse.planning.context import Options
 from fxfuse.planning.plan import FusionPlan
-from fxfuse.planning.planner import make_plan
 from fxfuse.planning.size import sizes_of
 from fxfuse.transform.cost import operations_of, parameters_of
 from fxfuse.transform.emit import FusedModule
 from fxfuse.transform.resizing import emit_resized, settle
 from fxfuse.transform.sizes import concatenation_plan
 from fxfuse.verify.check import as_double, in_double, inputs_of, run, tensors_of
+from tests.options import planned
 
 RESULTS = Path(__file__).parent / "results" / "wide.json"
 MEMBERS = 2
@@ -61,8 +60,8 @@ def measure(name: str) -> dict[str, Any]:
     row["widths"] = {}
     for width in WIDTHS:
         sizes, refused = settle(graph, sizes_of(graph, MEMBERS, width, at_least_one=True))
-        options = Options("l2", sizes=sizes)
-        plan = make_plan(graph, states, "transplant", options)
+        options = {"score": "l2", "sizes": sizes}
+        plan = planned(graph, states, "transplant", **options)
         found, told = _run(graph, plan, emit_resized(graph, plan, states))
         told["shape"] = [t.shape for t in found] == [t.shape for t in outputs[0]]
         told["refused"] = len(refused)

@@ -39,10 +39,10 @@ def measure(name: str, n_members: int, *, verify: bool) -> dict[str, Any]:
     x = torch.randn(2, 3, 224, 224)
     small = [torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.Linear(4, 2)) for _ in range(2)]
     # What is loaded with the first fusion is no memory of this one.
-    fxfuse.fuse(small, torch.randn(3, 3), width=2)
+    fxfuse.fuse(small, torch.randn(3, 3), size=2)
     forget_peak()
     before = peak()
-    module = fxfuse.fuse(members, x, width=n_members, verify=verify).module
+    module = fxfuse.fuse(members, x, verify=verify, size=n_members).module
     most = peak() - before
     member, result = _megabytes(members[0]), _megabytes(module)
     return {

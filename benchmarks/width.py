@@ -35,6 +35,7 @@ from benchmarks.paper.matching import PLACES
 from benchmarks.paper.networks import NETWORKS
 from benchmarks.paper.setting import SETTINGS, Case, accuracy, case
 from benchmarks.records import described, earlier, write
+from fxfuse import Match, Refit, Transplant
 from fxfuse.refine import match
 from fxfuse.transform.cost import operations_of, parameters_of
 
@@ -77,7 +78,7 @@ def measure(made: Case) -> list[dict[str, Any]]:
         rows.append({**told, "parameters": parameters, "flops": flops})
 
     def matched(module: nn.Module) -> nn.Module:
-        match(module, [teacher], x, steps=STEPS, batch=BATCH, seed=made.seed)
+        match(module, [teacher], x, Match(steps=STEPS, batch=BATCH, seed=made.seed))
         return module
 
     # Capturing is no part of fusing: it is done once, whatever follows.
@@ -88,7 +89,12 @@ def measure(made: Case) -> list[dict[str, Any]]:
     note(MEMBER_MATCHED, 1.0, matched(copy.deepcopy(made.best)), *own)
     for width in sorted({*WIDTHS, float(n)}):
         result = fxfuse.fuse(
-            program, width=width, score="obs", calibration=x, refit=True, verify=False
+            program,
+            calibration=x,
+            verify=False,
+            method=Transplant(score="obs"),
+            size=width,
+            refine=[Refit()],
         )
         sizes = result.plan.sizes()
         # Operations are counted for the example, which is two inputs.

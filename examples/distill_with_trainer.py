@@ -20,6 +20,7 @@ from torch.utils.data import Dataset
 from transformers import Trainer, TrainingArguments, ViTConfig, ViTForImageClassification
 
 import fxfuse
+from fxfuse import Refit, Transplant
 
 
 class EnsembleTrainer(Trainer):
@@ -113,7 +114,11 @@ def main(steps: int) -> dict[str, float]:
             members.append(member.cpu().eval())
 
         result = fxfuse.fuse(
-            members, images[:4], score="obs", refit=True, calibration=images[unlabelled]
+            members,
+            images[:4],
+            calibration=images[unlabelled],
+            method=Transplant(score="obs"),
+            refine=[Refit()],
         )
         # A copy of the members' own class: the Trainer knows how to save it, too.
         fused = result.to_module()

@@ -27,6 +27,14 @@ settings.register_profile("nightly", deadline=None, max_examples=2000)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    """At night, API that torch is about to take away is an error, wherever it is called."""
+    if "nightly" in (config.option.markexpr, config.getoption("--hypothesis-profile", None)):
+        for kind in ("DeprecationWarning", "FutureWarning"):
+            # The last filter that fits wins, so this one beats that of pyproject.toml.
+            config.addinivalue_line("filterwarnings", rf"error::{kind}:(fxfuse|torch)(\.|$)")
+
+
 @pytest.fixture(autouse=True)
 def _fixed_seeds() -> None:
     random.seed(0)

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import torch
 from torch import fx
 
 from fxfuse.analysis.coupling import CouplingGraph
-from fxfuse.planning.methods import Options
-from fxfuse.planning.planner import make_plan
 from fxfuse.transform.apply import fused_tensors, permuted, random_permutations
 from fxfuse.transform.emit import emit
 from fxfuse.verify.check import as_double, in_double, inputs_of, relative_error, run
+from tests.options import planned
 
 State = Mapping[str, torch.Tensor]
 
@@ -67,9 +67,9 @@ def permuted_copies(graph: CouplingGraph, n: int, seed: int = 0) -> list[State]:
 
 
 def distance_to_the_first(
-    graph: CouplingGraph, states: Sequence[State], method: str, options: Options
+    graph: CouplingGraph, states: Sequence[State], method: str, options: dict[str, Any]
 ) -> float:
     """Relative error of the fused network's outputs against those of the first member."""
-    plan = make_plan(graph, states, method, options)
+    plan = planned(graph, states, method, **options)
     fused = fused_tensors(graph, plan, states)
     return relative_error(run(graph.program, fused), run(graph.program, states[0]))

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import pytest
 import torch
-import torchvision
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
@@ -58,10 +58,15 @@ _ARGUMENTS = {
 _CLASSES = 10
 
 
+def torchvision() -> Any:
+    """The package; a test that needs it is skipped where it is not installed."""
+    return pytest.importorskip("torchvision")
+
+
 def build(name: str, seed: int = 0, dtype: torch.dtype = torch.float64) -> nn.Module:
     """A torchvision network in eval mode, excited."""
     torch.manual_seed(seed)
-    model = getattr(torchvision.models, name)(num_classes=_CLASSES, **_ARGUMENTS.get(name, {}))
+    model = getattr(torchvision().models, name)(num_classes=_CLASSES, **_ARGUMENTS.get(name, {}))
     model = model.to(dtype)
     # All members see the same images: one that meets foreign ones may explode.
     return excite(model, image(0, 4, dtype))
@@ -84,7 +89,7 @@ def detector(name: str, seed: int = 0, dtype: torch.dtype = torch.float64) -> nn
         arguments |= {"score_thresh": 0.0}
     if not name.startswith("ssd"):  # the size of those is fixed
         arguments |= {"min_size": 96, "max_size": 128}
-    model = getattr(torchvision.models.detection, name)(**arguments).to(dtype)
+    model = getattr(torchvision().models.detection, name)(**arguments).to(dtype)
     return excite(model, (pictures(dtype=dtype),))
 
 

@@ -2,51 +2,62 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
-from fxfuse import (
-    Calibration,
-    Constraints,
-    Heads,
-    Match,
-    Refit,
-    Size,
-)
+from fxfuse import Calibration, Constraints, CouplingGraph, FusionPlan, Heads, Match, Refit, Size
+from fxfuse.planning.context import Context, State
 from fxfuse.planning.methods import methods
+from fxfuse.planning.planner import make_plan
+from fxfuse.planning.scores import score_units
 
+_METHOD = ("score", "variant", "fraction", "reference", "regularisation")
 _SIZE = ("width", "max_params", "max_flops", "multiple_of", "allocation", "mixing")
 _CONSTRAINTS = ("freeze", "share", "ignore", "output_dims", "base_member")
-_METHOD = ("score", "variant", "fraction", "reference", "regularisation")
+_CALIBRATION = {"calibration_limit": "limit", "augmentations": "augmentations"}
+_HEADS = {"heads": "modules", "head_output": "output", "classes": "classes"}
 
 
-def options(**flat: Any) -> dict[str, Any]:
+def flat(**given: Any) -> dict[str, Any]:
     """Arguments of `fuse` and `prune`.
 
-    `refit` and `match` are True or options of the step; without them nothing follows the fusion.
+    `refit` and `match` are True, or the options of the step; without them nothing follows the
+    fusion. A transplant without a score takes `l2`, with calibration inputs, too.
     """
-    found: dict[str, Any] = {"refine": []}
-    chosen = {name: flat.pop(name) for name in _METHOD if name in flat}
-    name = flat.pop("method", "transplant")
-    found["method"] = methods()[name](**chosen) if chosen else name
-    size = {name: flat.pop(name) for name in _SIZE if name in flat}
-    if size:
+    name = given.pop("method", "transplant")
+    chosen = _taken(given, _METHOD)
+    if name == "transplant":
+        chosen = {"score": "l2", **chosen}
+    found: dict[str, Any] = {"method": methods()[name](**chosen) if chosen else name}
+    if size := _taken(given, _SIZE):
         found["size"] = Size(**size)
-    constraints = {name: flat.pop(name) for name in _CONSTRAINTS if name in flat}
-    if constraints:
+    if constraints := _taken(given, _CONSTRAINTS):
         found["constraints"] = Constraints(**constraints)
-    if "heads" in flat:
-        heads = {"modules": flat.pop("heads")}
-        heads |= {k: flat.pop(o) for o, k in _HEADS if o in flat}
-        found["heads"] = Heads(**heads)
-    if "calibration" in flat:
-        told = {k: flat.pop(o) for o, k in _CALIBRATION if o in flat}
-        found["calibration"] = Calibration(flat.pop("calibration"), **told)
-    for step, kind in (("refit", Refit), ("match", Match)):
-        wish = flat.pop(step, None)
-        if wish:
-            found["refine"].append(kind() if wish is True else kind(**wish))
-    return found | flat
+    if given.get("heads") in ("concat", "union"):
+        given["head_output"] = given.pop("heads")
+    if heads := _taken(given, _HEADS):
+        found["heads"] = Heads(**{_HEADS[key]: value for key, value in heads.items()})
+    if "calibration" in given:
+        limits = {_CALIBRATION[k]: v for k, v in _taken(given, _CALIBRATION).items()}
+        found["calibration"] = Calibration(given.pop("calibration"), **limits)
+    steps = {"refit": Refit, "match": Match}
+    wishes = {step: given.pop(step) for step in steps if given.get(step)}
+    found["refine"] = [steps[s](**({} if w is True else w)) for s, w in wishes.items()]
+    return found | given
 
 
-_HEADS = (("head_output", "output"), ("classes", "classes"))
-_CALIBRATION = (("calibration_limit", "limit"), ("augmentations", "augmentations"))
+def planned(graph: CouplingGraph, states: Sequence[State], method: str, **given: Any) -> FusionPlan:
+    """The plan of a method by name; options of the method and of the context side by side."""
+    chosen = _taken(given, _METHOD)
+    return make_plan(graph, states, methods()[method](**chosen), Context(**given))
+
+
+def scored(
+    graph: CouplingGraph, states: Sequence[State], kept: Any, score: str = "l2", **given: Any
+) -> dict[int, Any]:
+    """The scores of units, with what the context holds."""
+    return score_units(graph, states, score, Context(**given), kept)
+
+
+def _taken(given: dict[str, Any], names: Any) -> dict[str, Any]:
+    return {name: given.pop(name) for name in names if name in given}

@@ -13,9 +13,10 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-import torchvision
 from torch import nn
 from torch.nn.utils.parametrizations import weight_norm
+
+from tests.models import torchvision
 
 aten = torch.ops.aten
 
@@ -464,8 +465,8 @@ SAMPLES: dict[Any, nn.Module] = {
     aten.index_put.default: Call(lambda t: _put(t, inplace=False)),
     aten.index_put_.default: Call(lambda t: _put(t, inplace=True)),
     # sampling
-    "torchvision::roi_align": Call(lambda t: torchvision.ops.roi_align(t, _boxes(t), 3)),
-    "torchvision::roi_pool": Call(lambda t: torchvision.ops.roi_pool(t, _boxes(t), 3)),
+    "torchvision::roi_align": Call(lambda t: torchvision().ops.roi_align(t, _boxes(t), 3)),
+    "torchvision::roi_pool": Call(lambda t: torchvision().ops.roi_pool(t, _boxes(t), 3)),
     # pointwise operators without torch's tag
     aten.glu.default: Call(lambda t: F.glu(t, 1)),
     aten.dropout.default: Call(lambda t: F.dropout(t, 0.5, training=False)),

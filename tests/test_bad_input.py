@@ -13,7 +13,7 @@ from torch import nn
 from torch.ao.quantization import quantize_dynamic
 
 import fxfuse
-from fxfuse import verify
+from fxfuse import Example, Transplant, verify
 from fxfuse.errors import (
     CaptureError,
     FxfuseError,
@@ -70,7 +70,7 @@ def test_every_input_is_repeated_keyword_inputs_too():
             return self.layer(x + shift) * factor
 
     inputs = {"shift": torch.randn(1, 4), "factor": 2.0}
-    program = fxfuse.capture(Two(), torch.randn(1, 4), inputs)
+    program = fxfuse.capture(Two(), Example(torch.randn(1, 4), kwargs=inputs))
     assert program.dynamic_batch
     assert program.example_inputs[1]["shift"].shape == (2, 4)
 
@@ -185,7 +185,7 @@ def test_an_imaginary_part_counts_for_scores(score: str):
             # Without its real part, and larger than the other member's as soon as the rest counts.
             parameter.copy_(3j * members[0].get_parameter(name).abs())
     x = torch.randn(3, 4, dtype=torch.complex64)
-    plan = fxfuse.fuse(members, x, score=score).plan
+    plan = fxfuse.fuse(members, x, method=Transplant(score=score)).plan
     assert all(set(one.member.tolist()) == {1} for one in plan.maps)
 
 

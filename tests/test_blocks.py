@@ -19,32 +19,31 @@ from fxfuse import verify
 from fxfuse.common.scratch import Scratch, zeros
 from fxfuse.errors import CheckpointError
 from fxfuse.members.tensor_file import TensorFile
-from fxfuse.planning.methods import Options
 from fxfuse.planning.context import State
-from fxfuse.planning.planner import make_plan
 from fxfuse.planning.scores.owned import _lines
 from fxfuse.transform.apply import fused_tensors
 from tests.nets import images, resnets
+from tests.options import planned
 
 
-def fused(options: Options, n: int = 3) -> tuple[fxfuse.FusionPlan, dict[str, torch.Tensor]]:
+def fused(options: dict[str, Any], n: int = 3) -> tuple[fxfuse.FusionPlan, dict[str, torch.Tensor]]:
     members = resnets(n, torch.float64)
     program = [fxfuse.capture(m, images(dtype=torch.float64)) for m in members]
     graph = fxfuse.analyze(program[0])
     states: list[State] = [c.state() for c in program]
-    plan = make_plan(graph, states, "transplant", options)
+    plan = planned(graph, states, "transplant", **options)
     return plan, fused_tensors(graph, plan, states)
 
 
 @pytest.mark.parametrize("variant", [None, "iterative"])
 def test_blocks(variant: str | None, monkeypatch: pytest.MonkeyPatch):
     """Scores and gathers: a tensor that is cut into many blocks, the last one shorter."""
-    plan, at_once = fused(Options(variant=variant))
+    plan, at_once = fused({"variant": variant})
     # A convolution's row has 72 elements: one row in a block, or three, of eight.
     for block in (1, 250):
         for name in ("fxfuse.planning.scores.owned", "fxfuse.transform.combine"):
             monkeypatch.setattr(importlib.import_module(name), "BLOCK", block)
-        again, tensors = fused(Options(variant=variant))
+        again, tensors = fused({"variant": variant})
         assert again.digest == plan.digest
         assert all(torch.equal(tensors[name], at_once[name]) for name in at_once)
 

@@ -8,8 +8,10 @@ import torch
 from torch import nn
 
 import fxfuse
+from fxfuse import Constraints, Size, Transplant
 from fxfuse.errors import OptionError
 from fxfuse.planning.allocation import best_of_all
+from tests.options import flat
 
 FIRST, SECOND = "0.weight:0", "2.weight:0"
 
@@ -60,8 +62,8 @@ def relative(members: list[fxfuse.Program], layer: int) -> torch.Tensor:
 
 @pytest.mark.parametrize("width", [0.5, 1.5])
 def test_a_global_budget_keeps_the_best_units_of_all(members: list[fxfuse.Program], width: float):
-    result = fxfuse.fuse(members, width=width, budget="global")
-    local = fxfuse.fuse(members, width=width, verify=False)
+    result = fxfuse.fuse(members, size=Size(width, allocation="global"))
+    local = fxfuse.fuse(members, verify=False, size=width)
     assert sum(result.plan.sizes().values()) == sum(local.plan.sizes().values())
     assert result.plan.sizes()[FIRST] < local.plan.sizes()[FIRST]
     assert result.plan.options["budget"] == "global"
@@ -77,27 +79,32 @@ def test_a_global_budget_keeps_the_best_units_of_all(members: list[fxfuse.Progra
 
 
 def test_pruning_and_parameters_with_a_global_budget(members: list[fxfuse.Program]):
-    pruned = fxfuse.prune(members[0], width=0.25, budget="global")
+    pruned = fxfuse.prune(members[0], size=Size(0.25, allocation="global"))
     assert sum(pruned.plan.sizes().values()) == 5
     assert min(pruned.plan.sizes().values()) >= 1
     assert pruned.plan.options["budget"] == "global"
-    least = fxfuse.fuse(members, width=0.01, budget="global", verify=False)
+    least = fxfuse.fuse(members, verify=False, size=Size(0.01, allocation="global"))
     assert set(least.plan.sizes().values()) == {1}
-    small = fxfuse.fuse(members, max_params=90, budget="global", round_to=2)
+    small = fxfuse.fuse(members, size=Size(max_params=90, multiple_of=2, allocation="global"))
     assert sum(p.numel() for p in small.module.parameters()) <= 90
     assert all(size % 2 == 0 for size in small.plan.sizes().values())
-    again = fxfuse.fuse(members, plan=fxfuse.FusionPlan.from_json(small.plan.to_json()))
+    again = fxfuse.build(fxfuse.FusionPlan.from_json(small.plan.to_json()), members)
     assert again.plan.sizes() == small.plan.sizes()
 
 
 @pytest.mark.parametrize(
     ("options", "match"),
     [
-        ({"budget": "global"}, "something to spread"),
-        ({"budget": "global", "width": {"0.*": 0.5}}, "width for each pattern"),
-        ({"budget": "fair", "width": 0.5}, "local, global"),
+        ({"allocation": "global"}, "something to spread"),
+        ({"allocation": "global", "width": {"0.*": 0.5}}, "width for each pattern"),
+        ({"allocation": "fair", "width": 0.5}, "local, global"),
         (
-            {"budget": "global", "width": 0.5, "score": "obs", "calibration": torch.rand(100, 5)},
+            {
+                "allocation": "global",
+                "width": 0.5,
+                "score": "obs",
+                "calibration": torch.rand(100, 5),
+            },
             "score 'obs'",
         ),
         ({"fraction": {"9.*": 0.5}}, "matches nothing"),
@@ -107,12 +114,14 @@ def test_pruning_and_parameters_with_a_global_budget(members: list[fxfuse.Progra
 )
 def test_bad_input(members: list[fxfuse.Program], options: dict[str, object], match: str):
     with pytest.raises(OptionError, match=match):
-        fxfuse.fuse(members, **options)
+        fxfuse.fuse(members, **flat(**options))
 
 
 def test_a_share_for_a_group_leaves_the_others_to_the_score(members: list[fxfuse.Program]):
     by_score = fxfuse.fuse(members, verify=False).plan
-    plan = fxfuse.fuse(members, fraction={"0.*": 0.25}, base_member=1).plan
+    plan = fxfuse.fuse(
+        members, method=Transplant(fraction={"0.*": 0.25}), constraints=Constraints(base_member=1)
+    ).plan
     assert (plan.map_of(FIRST).member == 0).sum() == 3
     for member in range(2):
         mine = np.sort(plan.map_of(FIRST).of_member(member)[1])

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 import fxfuse
+from fxfuse import Calibration, Transplant
 from fxfuse.activations import NodeRunner, elimination, unit_activations
 from fxfuse.activations.calibration import CalibrationBatches
 from fxfuse.activations.elimination import eliminate
@@ -248,12 +249,12 @@ def test_few_inputs_are_warned_of():
 
 def test_as_many_inputs_as_are_allowed():
     program = fxfuse.capture(excite(SmallResNet(), images(4)), images(4))
-    assert CalibrationBatches.of(program, images(1500), limit=1500).size == 1500
+    assert CalibrationBatches.of(program, Calibration(images(1500), limit=1500)).size == 1500
     endless = itertools.repeat(images(50))
     with pytest.warns(UserWarning, match=r"the first 150 calibration inputs are taken"):
-        assert CalibrationBatches.of(program, endless, limit=150).size == 150
+        assert CalibrationBatches.of(program, Calibration(endless, limit=150)).size == 150
     with pytest.raises(InputError, match="are none"):
-        CalibrationBatches.of(program, images(4), limit=0)
+        CalibrationBatches.of(program, Calibration(images(4), limit=0))
 
 
 def test_copies_are_looked_at_beside_the_inputs():
@@ -261,7 +262,9 @@ def test_copies_are_looked_at_beside_the_inputs():
     model = SmallResNet()
     program = fxfuse.capture(model, images(2))
     x, labels = images(150), torch.zeros(150)
-    calibration = CalibrationBatches.of(program, [(x, labels)], copies=2, shuffle=False)
+    calibration = CalibrationBatches.of(
+        program, Calibration([(x, labels)], augmentations=2), shuffle=False
+    )
     assert (calibration.size, len(calibration.labels)) == (150, 2)
     seen = calibration.with_copies
     assert (seen.size, seen.copies, seen.labels) == (450, 0, ())
@@ -269,7 +272,7 @@ def test_copies_are_looked_at_beside_the_inputs():
     parts = torch.cat([args[0] for args, _ in seen.batches]).split(150)
     assert torch.equal(parts[0], x)
     assert not any(torch.equal(a, b) for a, b in itertools.combinations(parts, 2))
-    again = CalibrationBatches.of(program, x, copies=2, shuffle=False)
+    again = CalibrationBatches.of(program, Calibration(x, augmentations=2), shuffle=False)
     assert all(
         torch.equal(a[0][0], b[0][0])
         for a, b in zip(seen.batches, again.with_copies.batches, strict=True)
@@ -284,14 +287,18 @@ def test_copies_are_looked_at_beside_the_inputs():
 def test_a_part_keeps_its_copies_and_gradients_have_none():
     program = fxfuse.capture(SmallResNet(), images(2))
     labelled = [(images(120), torch.zeros(120, dtype=torch.long))]
-    calibration = CalibrationBatches.of(program, labelled, copies=1)
+    calibration = CalibrationBatches.of(program, Calibration(labelled, augmentations=1))
     fitting, choosing = calibration.split(0.25)
     assert (fitting.size, choosing.size) == (90, 30)
     assert (fitting.with_copies.size, choosing.with_copies.size) == (180, 60)
     members = [SmallResNet(), SmallResNet()]
     plans = [
         fxfuse.fuse(
-            members, images(2), score=score, calibration=labelled, calibration_copies=copies
+            members,
+            images(2),
+            calibration=Calibration(labelled, augmentations=copies),
+            method=Transplant(score=score),
+            refine=[],
         ).plan
         for score in ("taylor", "obs")
         for copies in (0, 1)
@@ -311,9 +318,9 @@ def test_a_part_keeps_its_copies_and_gradients_have_none():
 def test_no_copies_are_made_of_other_inputs(module: nn.Module, inputs: torch.Tensor):
     program = fxfuse.capture(module, inputs[:2])
     with pytest.raises(InputError, match="no augmented copies"):
-        CalibrationBatches.of(program, inputs, copies=1)
+        CalibrationBatches.of(program, Calibration(inputs, augmentations=1))
     with pytest.raises(InputError, match="-1 copies"):
-        CalibrationBatches.of(program, inputs, copies=-1)
+        CalibrationBatches.of(program, Calibration(inputs, augmentations=-1))
 
 
 def test_batches_with_labels_and_parts():
@@ -332,7 +339,9 @@ def test_sorted_inputs_are_shuffled_with_their_labels():
     program = fxfuse.capture(excite(SmallResNet(), images(4)), images(4))
     x, labels = images(2000), torch.arange(2000)
     with pytest.warns(UserWarning, match=r"1,000 of 2,000 calibration inputs are taken"):
-        calibration = CalibrationBatches.of(program, [(x[:900], labels[:900]), (x[900:], labels[900:])])
+        calibration = CalibrationBatches.of(
+            program, [(x[:900], labels[:900]), (x[900:], labels[900:])]
+        )
     taken = torch.cat(calibration.labels)
     assert calibration.size == len(taken.unique()) == 1000
     assert int((taken >= 1000).sum()) > 400

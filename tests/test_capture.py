@@ -8,7 +8,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import fxfuse
-from fxfuse import verify
+from fxfuse import Example, verify
 from fxfuse.errors import CaptureError, InputError, MemberError
 from fxfuse.graph.same_network import check_same_network
 from fxfuse.graph.source_lines import source_of
@@ -49,7 +49,7 @@ def test_the_batch_is_dynamic_and_dynamic_shapes_are_passed_on():
     more = images(7)
     torch.testing.assert_close(program.module(more), model(more))
     dim = torch.export.Dim("height", min=4, max=64)
-    shaped = fxfuse.capture(model, images(4), dynamic_shapes=({2: dim},))
+    shaped = fxfuse.capture(model, Example(images(4), dynamic_shapes=({2: dim},)))
     assert shaped.module(torch.randn(4, 3, 12, 8)).shape == (4, 4)
 
 

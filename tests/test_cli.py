@@ -271,7 +271,7 @@ def test_fuse_writes_a_whole_folder(work):
     result = invoke("fuse", "a.pt", "b.pt", *MODEL, "--out", "fused")
     assert result.exit_code == 0, result.output
     written = work / "fused"
-    expected = ["fused.safetensors", "graph.pt2", "plan.json", "recipe.yaml", "summary.md"]
+    expected = ["fused.safetensors", "graph.json", "plan.json", "recipe.yaml", "summary.md"]
     assert listing(written) == expected
     mlp().load_state_dict(read_state_dict(written / "fused.safetensors"), strict=True)
     fxfuse.FusionPlan.from_json((written / "plan.json").read_text())
@@ -725,7 +725,7 @@ def test_an_error_while_writing_leaves_nothing(work, monkeypatch):
 def start(*arguments):
     environment = os.environ | {"PYTHONPATH": str(Path(fxfuse.__file__).parents[1])}
     return subprocess.Popen(
-        [sys.executable, "-m", "fxfuse.cli", *arguments],
+        [sys.executable, "-m", "fxfuse", *arguments],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,

@@ -83,7 +83,7 @@ def distance(folder: str) -> float:
 
 def test_run_makes_a_result_again(work: Path) -> None:
     done("run", "fused", "--out", "again")
-    for name in ("fused.safetensors", "graph.pt2", "plan.json"):
+    for name in ("fused.safetensors", "graph.json", "plan.json"):
         assert (work / "fused" / name).read_bytes() == (work / "again" / name).read_bytes()
     assert "exists" in refused("run", "fused")
     found = json.loads(done("run", "fused", "--force", "--json").stdout)
@@ -100,7 +100,7 @@ def test_refit_and_distill_bring_it_closer_to_the_ensemble(work: Path) -> None:
     assert matched < refitted < before / 2
     assert done("run", "matched", "--out", "again")
     one, two = work / "matched", work / "again"
-    assert (one / "graph.pt2").read_bytes() == (two / "graph.pt2").read_bytes()
+    assert (one / "graph.json").read_bytes() == (two / "graph.json").read_bytes()
     recipe = yaml.safe_load((one / "recipe.yaml").read_text())
     assert recipe["fuse"]["refit"]
     assert recipe["train"]["steps"] == 40
@@ -243,8 +243,8 @@ def test_networks_of_transformers(pretrained: Path) -> None:
     with torch.no_grad():
         torch.testing.assert_close(make_model("hf:whole", {})(ids).logits, loaded(ids).logits)
     done("run", "fused", "--out", "again")
-    graph = (pretrained / "again" / "graph.pt2").read_bytes()
-    assert graph == (pretrained / "fused" / "graph.pt2").read_bytes()
+    graph = (pretrained / "again" / "graph.json").read_bytes()
+    assert graph == (pretrained / "fused" / "graph.json").read_bytes()
     hashes = yaml.safe_load((pretrained / "fused" / "recipe.yaml").read_text())["made"]["sha256"]
     assert set(hashes) == {"a/model.safetensors", "b/model.safetensors"}
 

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 import fxfuse
+from fxfuse import Transplant
 from fxfuse.activations import components
 from fxfuse.activations.calibration import CalibrationBatches
 from fxfuse.activations.elimination import covariance_at, size_of, weights_at
@@ -22,6 +23,7 @@ from fxfuse.errors import InputError, PlanError
 from fxfuse.members.fingerprint import digest_of
 from tests.models import excite
 from tests.nets import resnets
+from tests.options import flat
 
 WIDTH = 12
 
@@ -77,6 +79,17 @@ class Along(nn.Module):
         return self.conv(x.transpose(1, 2)).transpose(1, 2)
 
 
+class Across(nn.Module):
+    """A transposed convolution over the tokens."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.ConvTranspose1d(WIDTH, WIDTH, 3, padding=1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.conv(x.transpose(1, 2)).transpose(1, 2)
+
+
 def tokens(n: int) -> torch.Tensor:
     return torch.randn(n, 5, 6)
 
@@ -94,7 +107,10 @@ def members(n: int) -> list[nn.Module]:
     [
         (nn.Identity(), True),
         (nn.Dropout(0.1), True),
+        (nn.Dropout1d(0.1), True),
+        (nn.AlphaDropout(0.1), True),
         (nn.Linear(WIDTH, WIDTH), True),
+        (Across(), True),
         (nn.ReLU(), False),
         (Scale(), False),
         (Along(), False),
@@ -105,7 +121,7 @@ def test_a_stream_meets_nothing_that_tells_its_units_apart(
     middle: nn.Module, is_stream: bool
 ) -> None:
     found = streams(fxfuse.analyze(Stream(middle).eval(), tokens(2)))
-    if isinstance(middle, nn.Linear):
+    if isinstance(middle, nn.Linear | Across):
         # The layer ends one stream and begins another.
         assert len(found) == 2
     else:
@@ -177,7 +193,7 @@ def test_after_the_refit_a_narrow_one_is_closer_to_what_it_stands_for(heads: tup
     wanted = answers if heads else answers.mean(0, keepdim=True)
     errors = {}
     for variant in (None, "components"):
-        result = fxfuse.fuse(networks, x[:2], variant=variant, **told)
+        result = fxfuse.fuse(networks, x[:2], **flat(variant=variant, **told)))
         assert result.verification.passed
         with torch.no_grad():
             found = result.module(x)
@@ -192,7 +208,7 @@ def mixed() -> tuple[list[nn.Module], torch.Tensor, fxfuse.FusionResult]:
     """Two members, inputs, and what they were fused into."""
     networks, x = members(2), tokens(120)
     told = {"score": "obs", "variant": "components", "calibration": x}
-    return networks, x, fxfuse.fuse(networks, x[:2], **told)
+    return networks, x, fxfuse.fuse(networks, x[:2], **flat(**told)))
 
 
 def test_the_plan_says_so_and_is_applied_again() -> None:
@@ -201,7 +217,7 @@ def test_the_plan_says_so_and_is_applied_again() -> None:
     assert plan.options["variant"] == "components"
     (name,) = streams(result.graph)
     assert len(plan.map_of(name).target) == 2 * WIDTH * WIDTH
-    again = fxfuse.fuse(networks, x[:2], plan=plan)
+    again = fxfuse.build(plan, networks, x[:2])
     for key, value in result.state_dict().items():
         assert torch.equal(value, again.state_dict()[key]), key
 
@@ -211,38 +227,37 @@ def test_the_matrix_of_a_plan_is_short_and_guarded() -> None:
     text = result.plan.to_json()
     value = json.loads(text)
     (name,) = streams(result.graph)
-    (group,) = (g for g in value["groups"] if g["group"] == name)
+    (group,) = (g for g in value["maps"] if g["group"] == name)
     assert (group["units"], group["weight"]["type"]) == ([WIDTH, WIDTH], "<f4")
     # Four bytes an entry, of which base64 makes 5 1/3 letters; "read" is the same.
     assert len(json.dumps(group)) < 6 * 2 * WIDTH * WIDTH + 200
 
-    def refused(message: str, **changed: Any) -> None:
+    def rejected(message: str, *, sign: bool = True, **changed: Any) -> None:
         before = dict(group["weight"])
         group["weight"] |= changed
+        if sign:
+            value["digest"] = digest_of({k: v for k, v in value.items() if k != "digest"})
         with pytest.raises(PlanError, match=message):
             fxfuse.FusionPlan.from_json(json.dumps(value))
         group["weight"] = before
 
     letters = group["weight"]["base64"]
-    refused("edited", base64=("A" if letters[0] != "A" else "B") + letters[1:])
-    # Schema 1 has no digest: the matrix itself has to be one.
-    value["schema"] = 1
-    assert fxfuse.FusionPlan.from_json(json.dumps(value)).map_of(name).n_units == WIDTH
-    refused(f"group '{name}': a matrix of {2 * WIDTH * WIDTH - 3} entries", base64=letters[16:])
-    refused("neither float32 nor float64", type="<i4")
-    refused("not a fusion plan", base64=letters[:-1] + "?")
+    rejected("edited", sign=False, base64=("A" if letters[0] != "A" else "B") + letters[1:])
+    # With a digest that fits, the matrix itself has to be one.
+    rejected(f"weight is a matrix of {2 * WIDTH * WIDTH - 3} entries", base64=letters[16:])
+    rejected("no matrix of float32 or float64", type="<i4")
+    rejected("not a fusion plan", base64=letters[:-1] + "?")
 
 
-def test_plans_that_list_every_entry_still_apply() -> None:
+def test_plans_that_list_every_entry_apply() -> None:
     networks, x, result = mixed()
     value = json.loads(result.plan.to_json())
-    value["schema"] = 2
     for place, entry in enumerate(result.plan.maps):
         lists = {k: np.asarray(v).tolist() for k, v in entry.entries()._asdict().items()}
-        value["groups"][place] = {"group": entry.group, "n_units": entry.n_units, **lists}
+        value["maps"][place] = {"group": entry.group, "n_units": entry.n_units, **lists}
     value["digest"] = digest_of({key: v for key, v in value.items() if key != "digest"})
-    old = fxfuse.FusionPlan.from_json(json.dumps(value))
-    again = fxfuse.fuse(networks, x[:2], plan=old)
+    listed = fxfuse.FusionPlan.from_json(json.dumps(value))
+    again = fxfuse.build(listed, networks, x[:2])
     for key, tensor in result.state_dict().items():
         assert torch.equal(tensor, again.state_dict()[key]), key
 
@@ -250,7 +265,14 @@ def test_plans_that_list_every_entry_still_apply() -> None:
 def test_without_streams_it_is_the_transplant() -> None:
     networks, x = resnets(2), torch.randn(120, 3, 8, 8)
     plans = [
-        fxfuse.fuse(networks, x[:2], score="obs", variant=v, calibration=x, verify=False).plan
+        fxfuse.fuse(
+            networks,
+            x[:2],
+            calibration=x,
+            verify=False,
+            refine=[],
+            method=Transplant(score="obs", variant=v),
+        ).plan
         for v in (None, "components")
     ]
     for one, other in zip(plans[0].maps, plans[1].maps, strict=True):
@@ -260,4 +282,4 @@ def test_without_streams_it_is_the_transplant() -> None:
 
 def test_it_needs_calibration_inputs() -> None:
     with pytest.raises(InputError, match="components"):
-        fxfuse.fuse(members(2), tokens(2), variant="components")
+        fxfuse.fuse(members(2), tokens(2), method=Transplant(variant="components"))

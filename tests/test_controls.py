@@ -21,6 +21,7 @@ from fxfuse.cli.options import parse_output_dims
 from fxfuse.errors import OptionError
 from fxfuse.members.checkpoint import read_state_dict
 from tests.nets import SmallResNet, images, resnets
+from tests.options import flat
 
 
 class Features(nn.Module):
@@ -71,7 +72,9 @@ class Two(nn.Module):
 
 def test_frozen_parameters_are_exactly_the_hosts():
     members, x = [Two() for _ in range(3)], torch.randn(4, 4)
-    result = fxfuse.fuse(members, x, base_member=2, freeze=["stem.*", "scale"])
+    result = fxfuse.fuse(
+        members, x, constraints=Constraints(freeze=["stem.*", "scale"], base_member=2)
+    )
     state = result.module.state_dict()
     for name in ("stem.weight", "stem.bias", "scale"):
         assert torch.equal(state[name], members[2].state_dict()[name])
@@ -90,7 +93,7 @@ def test_frozen_parameters_are_exactly_the_hosts():
 
 def test_a_frozen_bias_draws_in_what_it_is_coupled_with():
     members, x = resnets(2), images()
-    result = fxfuse.fuse(members, x, freeze="block1.bn1.bias")
+    result = fxfuse.fuse(members, x, constraints=Constraints(freeze="block1.bn1.bias"))
     state = result.module.state_dict()
     frozen = result.graph.frozen
     assert frozen[("block1.conv1.weight", 0)].kind is Kind.KEEP_BASE
@@ -101,7 +104,7 @@ def test_a_frozen_bias_draws_in_what_it_is_coupled_with():
 
 def test_a_frozen_head_is_the_hosts_and_no_mean():
     members, x = [Two(), Two()], torch.randn(4, 4)
-    result = fxfuse.fuse(members, x, base_member=1, freeze=["fc.*"])
+    result = fxfuse.fuse(members, x, constraints=Constraints(freeze=["fc.*"], base_member=1))
     for name in ("fc.weight", "fc.bias"):
         assert torch.equal(result.state_dict()[name], members[1].state_dict()[name])
     # The base member's head reads the base member's units only.
@@ -115,7 +118,9 @@ def test_a_frozen_head_on_a_trunk_that_members_agree_on():
     with torch.no_grad():
         other.fc.bias += 1
     x = torch.randn(4, 4)
-    result = fxfuse.fuse([member, other], x, method="average", freeze=["fc.*"])
+    result = fxfuse.fuse(
+        [member, other], x, method="average", constraints=Constraints(freeze=["fc.*"])
+    )
     torch.testing.assert_close(result.module(x), member(x))
 
 
@@ -124,7 +129,7 @@ def test_copies_averaged_around_a_frozen_part_are_the_network(pattern: str):
     """What reads the base member's units is the base member's alone, and so no mean over N."""
     member, x = Two(), torch.randn(4, 4)
     members = [member, copy.deepcopy(member), copy.deepcopy(member)]
-    result = fxfuse.fuse(members, x, method="average", freeze=[pattern])
+    result = fxfuse.fuse(members, x, method="average", constraints=Constraints(freeze=[pattern]))
     torch.testing.assert_close(result.module(x), member(x))
 
 
@@ -145,7 +150,7 @@ def test_free_columns_beside_the_hosts_are_a_mean():
     x = torch.randn(4, 4).double()
     assert verify.identity(PartlySorted().double(), x).passed
     members = [PartlySorted(), PartlySorted()]
-    result = fxfuse.fuse(members, x.float(), method="transplant", base_member=1)
+    result = fxfuse.fuse(members, x.float(), constraints=Constraints(base_member=1))
     weight = result.state_dict()["head.weight"]
     torch.testing.assert_close(weight[:, :8], members[1].head.weight[:, :8])
     units = result.plan.map_of("second.weight:0")
@@ -161,7 +166,7 @@ def test_free_columns_beside_the_hosts_are_a_mean():
 def test_a_shared_stem_is_the_mean_and_the_spread_is_listed():
     members = [Two() for _ in range(2)]
     x = torch.randn(4, 4)
-    result = fxfuse.fuse(members, x, share=["stem.*"])
+    result = fxfuse.fuse(members, x, constraints=Constraints(share=["stem.*"]))
     a, b = (m.stem.weight.detach() for m in members)
     torch.testing.assert_close(result.state_dict()["stem.weight"], (a + b) / 2)
     assert result.plan.roles["stem.weight"].spread == pytest.approx(
@@ -211,14 +216,14 @@ def test_what_members_add_to_a_shared_dimension_is_no_ensemble():
 
 def test_ignored_submodules_are_the_hosts():
     members, x = resnets(2), images()
-    result = fxfuse.fuse(members, x, base_member=1, ignore=["block1"])
+    result = fxfuse.fuse(members, x, constraints=Constraints(ignore=["block1"], base_member=1))
     state, base_member = result.module.state_dict(), members[1].state_dict()
     inside = [name for name in base_member if name.startswith("block1.")]
     assert len(inside) == 12
     for name in inside:
         assert torch.equal(state[name], base_member[name]), name
     assert [g.name for g in result.graph.groups] == ["block2.conv1.weight:0"]
-    nested = fxfuse.analyze(members[0], x, ignore=["*.bn1"])
+    nested = fxfuse.analyze(members[0], x, constraints=Constraints(ignore=["*.bn1"]))
     assert nested.frozen[("block2.bn1.running_mean", 0)].why == "asked for: ignore=*.bn1"
     assert [g.name for g in nested.groups] == ["stem.weight:0"]
 
@@ -226,7 +231,7 @@ def test_ignored_submodules_are_the_hosts():
 def test_controls_change_nothing_that_is_not_asked_for():
     members, x = resnets(2), images()
     plain = fxfuse.fuse(members, x)
-    asked = fxfuse.fuse(members, x, output_dims={0: (1,)})
+    asked = fxfuse.fuse(members, x, constraints=Constraints(output_dims={0: (1,)}))
     assert asked.plan.constraints == Constraints(output_dims={0: (1,)})
     unasked = replace(asked.plan, constraints=plain.plan.constraints)
     assert unasked.to_json() == plain.plan.to_json()
@@ -241,12 +246,12 @@ def test_units_that_are_handed_out_are_permuted_and_put_back():
     x = images(dtype=torch.float64)
     members = features(3)
     assert verify.permutation(members[0], x, constraints=Constraints(output_dims=FREE)).passed
-    graph = fxfuse.analyze(members[0], x, output_dims=FREE)
+    graph = fxfuse.analyze(members[0], x, constraints=Constraints(output_dims=FREE))
     # The first four channels are handed out once more than the others.
     assert sorted(g.n_units for g in graph.groups) == [4, 4, 8, 8]
     interface = fxfuse.analyze(members[0], x)
     assert sorted(g.n_units for g in interface.groups) == [8, 8]
-    partly = fxfuse.analyze(members[0], x, output_dims={**FREE, 2: (1,)})
+    partly = fxfuse.analyze(members[0], x, constraints=Constraints(output_dims={**FREE, 2: (1,)}))
     assert sorted(g.n_units for g in partly.groups) == [8, 8]
 
 
@@ -261,7 +266,9 @@ def test_the_permutation_oracle_looks_at_outputs_whose_units_are_free():
         def forward(self, x: torch.Tensor) -> torch.Tensor:
             return self.second(self.first(x).relu())
 
-    graph = fxfuse.analyze(Encoder().double(), torch.randn(3, 4).double(), output_dims={0: ()})
+    graph = fxfuse.analyze(
+        Encoder().double(), torch.randn(3, 4).double(), constraints=Constraints(output_dims={0: ()})
+    )
     assert [g.name for g in graph.groups] == ["first.weight:0", "second.weight:0"]
     assert verify.permutation_of(graph).passed
     victim = graph.groups[1]
@@ -287,17 +294,22 @@ def test_units_that_are_handed_out_follow_the_width(width: float):
     torch.manual_seed(0)
     members = [nn.Sequential(nn.Linear(5, 8), nn.ReLU(), nn.Linear(8, 6)) for _ in range(2)]
     x = torch.randn(4, 5)
-    result = fxfuse.fuse(members, x, output_dims={0: ()}, width=width)
+    result = fxfuse.fuse(members, x, size=width, constraints=Constraints(output_dims={0: ()}))
     shape = (4, int(6 * width))
     assert result.module(x).shape == shape
     check = next(c for c in result.verification.checks if c.name == "output shape")
     assert (check.passed, check.detail) == (True, str(shape))
     if width < 1:
-        pruned = fxfuse.prune(members[0], x, output_dims={0: ()}, width=width)
+        pruned = fxfuse.prune(
+            members[0], x, size=width, constraints=Constraints(output_dims={0: ()})
+        )
         assert pruned.module(x).shape == shape
         with pytest.raises(OptionError, match="handed out"):
             fxfuse.fuse(
-                members, x, output_dims={0: ()}, method="auto", calibration=torch.randn(100, 5)
+                members,
+                x,
+                calibration=torch.randn(100, 5),
+                constraints=Constraints(output_dims={0: ()}),
             )
 
 
@@ -317,7 +329,7 @@ def test_a_fused_feature_extractor_hands_out_the_units_of_the_plan():
         with torch.no_grad():
             member.layer.weight[3:] = 0
     x = torch.randn(5, 4)
-    result = fxfuse.fuse(members, x, output_dims={0: ()})
+    result = fxfuse.fuse(members, x, constraints=Constraints(output_dims={0: ()}))
     units = result.plan.map_of("layer.weight:0")
     assert set(zip(units.member, units.unit, strict=True)) == {
         (m, u) for m in (0, 1) for u in range(3)
@@ -349,7 +361,7 @@ def test_bad_options(options: dict[str, object], message: str):
     with pytest.raises(OptionError, match=message):
         fxfuse.analyze(resnets(1)[0], images(), **options)
     with pytest.raises(OptionError, match=message):
-        fxfuse.fuse(resnets(2), images(), **options)
+        fxfuse.fuse(resnets(2), images(), **flat(**options))
 
 
 def test_output_dims_on_the_command_line():

@@ -91,9 +91,9 @@ def test_fused_wide_and_stacked_networks_on_a_fake_gpu():
     ids = torch.randint(0, 20, (2, 5))
     made = [
         fxfuse.fuse(members, ids).module,
-        fxfuse.fuse(members, ids, width=2).module,
+        fxfuse.fuse(members, ids, size=2).module,
         fxfuse.stack(members, ids),
-        fxfuse.fuse(resnets(2), images(), width=0.5).module,
+        fxfuse.fuse(resnets(2), images(), size=0.5).module,
     ]
     for module in made[:3]:
         assert devices_of(module, (ids,), "cuda") == {"cuda"}

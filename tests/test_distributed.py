@@ -18,6 +18,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 
 import fxfuse
+from fxfuse import Match, Members
 from fxfuse.errors import (
     CheckpointError,
     MemberError,
@@ -29,6 +30,7 @@ from fxfuse.members.streamed import Stored
 from fxfuse.refine import distill, finetune, match
 from fxfuse.refine.stream import BatchStream
 from tests.nets import images, resnets
+from tests.options import flat
 from tests.pair import Processes
 from tests.test_streamed import Tied, saved
 
@@ -57,7 +59,7 @@ class Normalised(nn.Module):
 
 def fused(members: list[Any], x: torch.Tensor, options: dict[str, Any]) -> dict[str, Any]:
     """What a fusion gives, as far as it can be sent; runs on each rank."""
-    result = fxfuse.fuse(members, x, group="world", **options)
+    result = fxfuse.fuse(members, x, group="world", **flat(**options))
     return {
         "plan": result.plan.to_json(),
         "state": result.state_dict(),
@@ -82,7 +84,7 @@ def check_same(
     counts: Sequence[int] = (2, 1),
     templates: Sequence[nn.Module | None] = (None, None),
 ) -> None:
-    expected = fxfuse.fuse(list(members), x, **options)
+    expected = fxfuse.fuse(list(members), x, **flat(**options))
     each = [{**options, **({} if t is None else {"template": t})} for t in templates]
     # The inputs of the rank that has member 0 count.
     inputs = [x, x] if not counts[0] else [x, torch.zeros_like(x)]
@@ -142,8 +144,8 @@ def test_half_precision(pair: Processes):
 def test_a_plan_is_applied(pair: Processes, tmp_path: Path):
     members = [Normalised().eval() for _ in range(3)]
     x = torch.randn(4, 6)
-    plan = fxfuse.fuse(members, x, width=0.5).plan
-    expected = fxfuse.fuse(members, x, plan=plan).state_dict()
+    plan = fxfuse.fuse(members, x, size=0.5).plan
+    expected = fxfuse.build(plan, members, x).state_dict()
     for well, found in pair.run(fused, split(members, (1, 2)), [x, x], [{"plan": plan}] * 2):
         assert well, found
         assert all(torch.equal(found["state"][name], expected[name]) for name in expected)
@@ -164,7 +166,7 @@ def most_read(members: list[Any], x: torch.Tensor, options: dict[str, Any]) -> i
 
     Stored.read = read
     try:
-        fxfuse.fuse(members, x, group="world", **options)
+        fxfuse.fuse(members, x, group="world", **flat(**options))
     finally:
         Stored.read = original
     return most
@@ -379,9 +381,9 @@ def broken(network: nn.Module, kind: str, path: Path) -> None:
     elif kind == "sharded":
         taught("finetune", module, [], part, checkpoint=path)
     elif kind == "seconds":
-        match(module, members, INPUTS, seconds=1)
+        match(module, members, INPUTS, Match(seconds=1))
     else:
-        match(module, members, INPUTS, steps=2, batch=5)
+        match(module, members, INPUTS, Match(steps=2, batch=5))
 
 
 @pytest.mark.parametrize(
@@ -415,6 +417,6 @@ def test_a_sampler_is_told_the_pass():
 
 def test_without_a_group():
     with pytest.raises(OptionError, match="init_process_group"):
-        fxfuse.fuse(resnets(2), images(), group="world")
+        fxfuse.fuse(Members.on_ranks(resnets(2)), images())
     with pytest.raises(OptionError, match='"world"'):
-        fxfuse.fuse(resnets(2), images(), group="gloo")
+        fxfuse.fuse(Members.on_ranks(resnets(2), "gloo"), images())

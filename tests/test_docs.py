@@ -23,6 +23,7 @@ import typer
 from torchvision.models.resnet import BasicBlock, ResNet
 
 import fxfuse
+from fxfuse import Transplant
 from fxfuse.analysis.rules import registry
 from fxfuse.cli.app import app
 from fxfuse.cli.lazy import COMMANDS
@@ -168,7 +169,9 @@ def a_method_was_added(names: dict[str, Any]) -> None:
 
 
 def a_score_was_added(names: dict[str, Any]) -> None:
-    plan = fxfuse.fuse(resnets(2), images(), score="spread", variant="iterative").plan
+    plan = fxfuse.fuse(
+        resnets(2), images(), method=Transplant(score="spread", variant="iterative")
+    ).plan
     assert plan.options == {"score": "spread", "variant": "iterative"}
 
 

@@ -19,13 +19,12 @@ from torch import nn
 
 import fxfuse
 from benchmarks.errors_page import classes, parts
-from fxfuse import errors
-from fxfuse.api.soundness import verified
+from fxfuse import Constraints, Example, Heads, Match, Refit, Transplant, errors
+from fxfuse.api.checks import verified
 from fxfuse.cli.recipe import read_recipe
 from fxfuse.cli.sources import read_data
 from fxfuse.cli.zoo import make_model
-from fxfuse.common.output import check_output
-from fxfuse.common.output_lock import locked
+from fxfuse.common.output import check_output, locked
 from fxfuse.errors import FxfuseError
 from fxfuse.members.checkpoint import load_checkpoint, read_file, read_state_dict
 from fxfuse.members.ranks import Ranks
@@ -151,9 +150,9 @@ def another_rank_fails(folder: Path) -> None:
 
 RAISES: list[tuple[str, Callable[[Path], object]]] = [
     ("MemberError", lambda _: fxfuse.fuse([net()], X)),
-    ("OptionError", lambda _: two(freeze=["nobody"])),
-    ("OptionError", lambda _: two(width=0)),
-    ("OptionError", lambda _: two(heads="union", classes=[["a"], ["b"]])),
+    ("OptionError", lambda _: two(constraints=Constraints(freeze=["nobody"]))),
+    ("OptionError", lambda _: two(size=0)),
+    ("OptionError", lambda _: two(heads=Heads(output="union", classes=[["a"], ["b"]]))),
     ("MemberError", lambda _: fxfuse.fuse([net(), nn.Sequential(*net(), nn.ReLU())], X)),
     ("MemberError", lambda _: fxfuse.fuse([net(), _nan()], X)),
     ("MemberError", lambda _: fxfuse.fuse([net().to("meta") for _ in "ab"], X.to("meta"))),
@@ -169,9 +168,14 @@ RAISES: list[tuple[str, Callable[[Path], object]]] = [
     ),
     ("CaptureError", lambda _: fxfuse.fuse([Branch(True), Branch(True)], X)),
     ("OptionError", lambda _: two(method="alchemy")),
-    ("OptionError", lambda _: two(score="vibes")),
-    ("InputError", lambda _: two(dynamic_shapes=({},), verify=False).module(X[:1])),
-    ("InputError", lambda _: two(refit=True)),
+    ("OptionError", lambda _: two(method=Transplant(score="vibes"))),
+    (
+        "InputError",
+        lambda _: fxfuse.fuse(
+            [net(), net(seed=1)], Example(X, dynamic_shapes=({},)), verify=False
+        ).module(X[:1]),
+    ),
+    ("InputError", lambda _: two(refine=[Refit()])),
     ("InputError", lambda folder: read_data(str(folder / "nothing.here"))),
     ("OptionError", lambda _: fxfuse.analyze(net(), X).explain("nobody", 0)),
     ("PlanError", lambda _: fxfuse.fuse([nn.Linear(3, 2), nn.Linear(3, 2)], X)),
@@ -179,7 +183,7 @@ RAISES: list[tuple[str, Callable[[Path], object]]] = [
     ("PlanError", lambda _: fxfuse.FusionPlan.from_json("{}")),
     (
         "PlanError",
-        lambda _: fxfuse.fuse([net(seed=5), net(seed=6)], X, plan=two(verify=False).plan),
+        lambda _: fxfuse.build(two(verify=False).plan, [net(seed=5), net(seed=6)], X),
     ),
     ("RewriteError", lambda _: SwitchTraining()(two(verify=False).module)),
     ("RewriteError", lambda _: RemoveDropout()(two(verify=False).module)),
@@ -199,7 +203,7 @@ RAISES: list[tuple[str, Callable[[Path], object]]] = [
     ("OptionError", read_recipe),
     ("CheckpointError", fxfuse.load),
     ("RankError", another_rank_fails),
-    ("RefineError", lambda _: match(two(verify=False).module, [net()], X, steps=0)),
+    ("RefineError", lambda _: match(two(verify=False).module, [net()], X, Match(steps=0))),
     (
         "MissingDependencyError",
         lambda folder: fxfuse.export_onnx(two(verify=False), folder / "a.onnx"),

@@ -45,7 +45,7 @@ def test_a_fixed_batch_is_refused_at_another_size(how, tmp_path):
 def test_what_is_made_inside_follows_the_batch(name, width):
     """Offsets of bags, and zeros for batch times heads."""
     layer = LAYERS[name]
-    result = fxfuse.fuse([layer.member(seed) for seed in range(2)], layer.example(), width=width)
+    result = fxfuse.fuse([layer.member(seed) for seed in range(2)], layer.example(), size=width)
     torch.manual_seed(1)
     inputs = layer.network.example(5)
     with torch.no_grad():

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 import fxfuse
+from fxfuse import Constraints, Example, Transplant
 from fxfuse.errors import (
     CheckpointError,
     MemberError,
@@ -25,7 +26,7 @@ from tests.nets import SmallResNet, images, resnets
 def test_transplant(score: str, variant: str | None, n: int):
     members = resnets(n)
     x = images()
-    result = fxfuse.fuse(members, x, method="transplant", score=score, variant=variant)
+    result = fxfuse.fuse(members, x, method=Transplant(score=score, variant=variant))
     assert result.verification.passed
     state, template = result.module.state_dict(), members[0].state_dict()
     assert {k: v.shape for k, v in state.items()} == {k: v.shape for k, v in template.items()}
@@ -117,7 +118,7 @@ def test_keyword_inputs():
             return self.head((self.a(x) + self.b(y)).relu())
 
     x, y = torch.randn(3, 4), torch.randn(3, 3)
-    result = fxfuse.fuse([Two(), Two()], x, {"y": y})
+    result = fxfuse.fuse([Two(), Two()], Example(x, kwargs={"y": y}))
     assert result.module(x[:2], y=y[:2]).shape == (2, 2)
     assert [g.n_units for g in result.graph.groups] == [6]
 
@@ -139,7 +140,7 @@ class Unknown(nn.Module):
 
 def test_what_is_frozen_inside_stays_the_hosts():
     members = [Unknown(), Unknown()]
-    result = fxfuse.fuse(members, torch.randn(3, 4), base_member=1)
+    result = fxfuse.fuse(members, torch.randn(3, 4), constraints=Constraints(base_member=1))
     state = result.module.state_dict()
     assert "second.bias" in result.plan.names_of("base")
     assert torch.equal(state["second.bias"], members[1].second.bias)
@@ -182,9 +183,9 @@ def test_bad_input():
     with pytest.raises(OptionError, match="average, optimal_transport, transplant"):
         fxfuse.fuse([good, other], x, method="magic")
     with pytest.raises(OptionError, match="hierarchical"):
-        fxfuse.fuse([good, other], x, variant="sideways")
+        fxfuse.fuse([good, other], x, method=Transplant(variant="sideways"))
     with pytest.raises(OptionError, match="l1, l2"):
-        fxfuse.fuse([good, other], x, score="l3")
+        fxfuse.fuse([good, other], x, method=Transplant(score="l3"))
     with pytest.raises(MemberError, match="reaches the network's output"):
         fxfuse.fuse([good, SmallResNet(classes=7)], x)
     with torch.no_grad():

@@ -10,9 +10,11 @@ import torch
 from torch import nn
 
 import fxfuse
+from fxfuse import Heads, Size
 from fxfuse.errors import OptionError, RewriteError
 from tests.models import excite
 from tests.nets import SmallResNet
+from tests.options import flat
 
 CLASSES = [["cat", "dog"], ["dog", "fish", "bird"]]
 
@@ -108,8 +110,8 @@ def program(members: list[nn.Module], x: torch.Tensor) -> list[fxfuse.Program]:
 def test_the_wide_model_hands_out_all_members(name: str):
     members, x = made(*NETWORKS[name])
     own = program(members, x)
-    concat = fxfuse.fuse(own, heads="concat", width=2)
-    union = fxfuse.fuse(own, heads="union", classes=CLASSES, width=2)
+    concat = fxfuse.fuse(own, size=2, heads=Heads(output="concat"))
+    union = fxfuse.fuse(own, size=2, heads=Heads(output="union", classes=CLASSES))
     side_by_side = torch.cat([Logits(m)(x) for m in members], 1)
     assert union.classes == ("cat", "dog", "fish", "bird")
     for result, expected in ((concat, side_by_side), (union, mapped(members, x))):
@@ -127,9 +129,9 @@ def test_other_widths_hand_out_the_heads_of_their_tuple(name: str, head: str):
     own = program(members, x)
     for width in (None, 0.5, 1.5):
         options = {"width": width, "score": "l1", "verify": False}
-        apart = fxfuse.fuse(own, heads=[head], **options)
-        one = fxfuse.fuse(own, heads="concat", **options)
-        named = fxfuse.fuse(own, heads=head, head_outputs="concat", **options)
+        apart = fxfuse.fuse(own, **flat(heads=[head], **options))
+        one = fxfuse.fuse(own, **flat(heads="concat", **options))
+        named = fxfuse.fuse(own, **flat(heads=head, head_output="concat", **options))
         torch.testing.assert_close(one.module(x), torch.cat(apart.module(x), 1))
         assert torch.equal(named.module(x), one.module(x))
         assert one.plan.sizes() == apart.plan.sizes()
@@ -138,7 +140,7 @@ def test_other_widths_hand_out_the_heads_of_their_tuple(name: str, head: str):
 
 def test_a_tuple_of_heads_is_exact_at_full_width_too():
     members, x = made(*NETWORKS["ViT"])
-    result = fxfuse.fuse(members, x, heads=["head"], width=2)
+    result = fxfuse.fuse(members, x, size=2, heads=Heads(["head"]))
     assert result.plan.mixing.mode == "per_member"
     for m, found in zip(members, result.module(x), strict=True):
         torch.testing.assert_close(found, m(x), rtol=1e-9, atol=1e-9)
@@ -147,16 +149,16 @@ def test_a_tuple_of_heads_is_exact_at_full_width_too():
 def test_a_head_that_mixes_runs_over_all_units():
     """Where a head holds a LayerNorm over the trunk, members cannot run one by one."""
     members, x = made(*NETWORKS["ViT"])
-    result = fxfuse.fuse(members, x, heads=["norm", "head"], head_outputs="concat", width=2)
+    result = fxfuse.fuse(members, x, size=2, heads=Heads(["norm", "head"], output="concat"))
     assert result.plan.mixing.mode == "joint"
     assert any("norm" in why for why in result.plan.inexact())
     with pytest.raises(fxfuse.errors.RewriteError, match="own head mixes"):
-        fxfuse.fuse(members, x, heads=["norm", "head"], width=2, mixing="per_member")
+        fxfuse.fuse(members, x, size=Size(2, mixing="per_member"), heads=Heads(["norm", "head"]))
 
 
 def test_members_that_know_equally_many_classes_and_one_that_knows_one():
     members, x = made(*NETWORKS["MLP"], classes=(3, 3, 1))
-    result = fxfuse.fuse(members, x, heads="concat", width=3)
+    result = fxfuse.fuse(members, x, size=3, heads=Heads(output="concat"))
     torch.testing.assert_close(result.module(x), torch.cat([m(x) for m in members], 1))
     assert result.module(x).shape == (4, 7)
     assert result.plan.heads.modules == ("4",)
@@ -165,11 +167,11 @@ def test_members_that_know_equally_many_classes_and_one_that_knows_one():
 def test_freezing_and_a_plan_go_with_it():
     members, x = made(*NETWORKS["ResNet"])
     options = {"heads": "union", "classes": CLASSES, "freeze": ["stem.*"], "width": 0.5}
-    result = fxfuse.fuse(members, x, **options)
+    result = fxfuse.fuse(members, x, **flat(**options))
     plan = fxfuse.FusionPlan.from_json(result.plan.to_json())
     assert (plan.heads, plan.heads.output) == (result.plan.heads, "union")
     assert "cat, dog, fish, bird" in plan.summary()
-    again = fxfuse.fuse(members, x, plan=plan)
+    again = fxfuse.build(plan, members, x)
     assert torch.equal(again.module(x), result.module(x))
     assert again.classes == result.classes
     # The map of the classes goes with the module, and is no tensor of its state.
@@ -177,7 +179,7 @@ def test_freezing_and_a_plan_go_with_it():
     assert torch.equal(loaded(x), result.module(x))
     assert not [name for name in result.state_dict() if "fxfuse" in name]
     with pytest.raises(OptionError, match="and a plan are given"):
-        fxfuse.fuse(members, x, plan=plan, classes=CLASSES)
+        fxfuse.build(plan, members, x)
 
 
 def test_the_members_class_holds_the_heads_as_one():
@@ -185,7 +187,7 @@ def test_the_members_class_holds_the_heads_as_one():
     own = program(members, x)
     for options, classes in (({"heads": "concat"}, 5), ({"heads": "union", "classes": CLASSES}, 4)):
         for width in (None, 0.5):
-            result = fxfuse.fuse(own, width=width, verify=False, **options)
+            result = fxfuse.fuse(own, verify=False, **flat(width=width, **options))
             model = result.to_module()
             assert isinstance(model, SmallResNet)
             assert model.fc.out_features == classes
@@ -194,7 +196,7 @@ def test_the_members_class_holds_the_heads_as_one():
 
 def test_a_head_of_several_layers_does_not_fit_the_members_class():
     members, x = made(*NETWORKS["MLP"])
-    result = fxfuse.fuse(members, x, heads=["2", "4"], head_outputs="concat")
+    result = fxfuse.fuse(members, x, heads=Heads(["2", "4"], output="concat"))
     with pytest.raises(RewriteError, match="use result"):
         result.to_module()
 
@@ -229,34 +231,34 @@ def own_mlps() -> list[fxfuse.Program]:
     [
         ({"heads": "union"}, OptionError, "union(.|\n)*class names"),
         ({"heads": "concat", "classes": CLASSES}, OptionError, "only the output 'union'"),
-        ({"heads": "concat", "head_outputs": "union"}, OptionError, "contradict"),
-        ({"heads": ["4"], "head_outputs": "sum"}, OptionError, "tuple, concat, union"),
+        ({"heads": "concat", "head_output": "union"}, OptionError, "contradict"),
+        ({"heads": ["4"], "head_output": "sum"}, OptionError, "tuple, concat, union"),
         ({"heads": "union", "classes": [["a"], ["b", "c", "d"]]}, OptionError, "2 logits"),
         ({"heads": "union", "classes": [["a", "b"]]}, OptionError, "1 lists(.|\n)*2 members"),
         ({"heads": "union", "classes": ["ab", ["c"]]}, OptionError, "no list of names"),
         ({"heads": "union", "classes": [["a", "a"], ["b"]]}, OptionError, "named 'a'"),
-        ({"heads": ["9"], "head_outputs": "concat"}, OptionError, "matches nothing"),
+        ({"heads": ["9"], "head_output": "concat"}, OptionError, "matches nothing"),
     ],
 )
 def test_bad_input(options: dict[str, object], error: type[Exception], match: str, own_mlps):
     with pytest.raises(error, match=match):
-        fxfuse.fuse(own_mlps, **options)
+        fxfuse.fuse(own_mlps, **flat(**options))
 
 
 def test_heads_that_are_not_found():
     members, x = made(Two, (4, 6))
     with pytest.raises(OptionError, match="2 tensors"):
-        fxfuse.fuse(members, x, heads="concat")
+        fxfuse.fuse(members, x, heads=Heads(output="concat"))
     members, x = made(lambda c: nn.Sequential(mlp(4), nn.Flatten(0)), (4, 6))
     with pytest.raises(OptionError, match="no layer writes"):
-        fxfuse.fuse(members, x, heads="concat")
+        fxfuse.fuse(members, x, heads=Heads(output="concat"))
     members, x = made(Mixer, (4, 3, 6), (2, 2))
     with pytest.raises(OptionError, match=r"not clear(.|\n)*1, 2"):
-        fxfuse.fuse(members, x, heads="concat")
+        fxfuse.fuse(members, x, heads=Heads(output="concat"))
 
 
 def test_what_needs_one_teacher_is_refused(own_mlps):
     with pytest.raises(OptionError, match="several heads"):
         fxfuse.fuse(
-            own_mlps, heads="concat", calibration=torch.randn(100, 6).double(), method="auto"
+            own_mlps, calibration=torch.randn(100, 6).double(), heads=Heads(output="concat")
         )

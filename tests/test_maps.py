@@ -11,16 +11,16 @@ import torch
 from torch import nn
 
 import fxfuse
+from fxfuse import Constraints
 from fxfuse.analysis.coupling import CouplingGraph
 from fxfuse.analysis.heads import join
 from fxfuse.analysis.label_spaces import Heads
 from fxfuse.errors import PlanError
 from fxfuse.members.fingerprint import digest_of
-from fxfuse.planning.methods import Options
 from fxfuse.planning.plan import FusionPlan, UnitMap
-from fxfuse.planning.planner import make_plan
 from fxfuse.transform.apply import fused_tensors
 from tests.nets import SmallResNet, images
+from tests.options import planned
 
 
 def random_map(name: str, n_units: int, n_members: int, density: float, seed: int) -> UnitMap:
@@ -50,7 +50,7 @@ def with_maps(
     program = [fxfuse.capture(m, x) for m in members]
     graph = fxfuse.analyze(program[0])
     states = [c.state() for c in program]
-    plan = make_plan(graph, states, "average", Options())
+    plan = planned(graph, states, "average")
     maps = tuple(
         random_map(g.name, g.n_units, len(members), density, seed)
         for seed, g in enumerate(graph.groups)
@@ -240,7 +240,7 @@ def test_the_hosts_units_are_no_mean_however_units_are_merged():
     member = np.array([0, 0, 1, 1, 0, 1, 0, 0, 1, 1])
     unit = np.array([0, 1, 0, 1, 2, 2, 3, 4, 3, 4])
     weight = 1.0 / np.bincount(target)[target]
-    plan = make_plan(graph, states, "average", Options())
+    plan = planned(graph, states, "average")
     plan = replace(plan, maps=(UnitMap(group.name, 6, target, member, unit, weight),))
     fused = fused_tensors(graph, plan, states)["second.weight"]
     own = members[0].second.weight.detach()
@@ -253,9 +253,12 @@ def test_the_hosts_units_are_no_mean_however_units_are_merged():
 def test_the_mean_in_a_shared_dimension_reads_units_by_their_map():
     members = [mlp(), mlp()]
     program = [fxfuse.capture(m, torch.randn(3, 4).double()) for m in members]
-    graph, states = fxfuse.analyze(program[0], share=["2.bias"]), [c.state() for c in program]
+    graph, states = (
+        fxfuse.analyze(program[0], constraints=Constraints(share=["2.bias"])),
+        [c.state() for c in program],
+    )
     (group,) = graph.groups
-    plan = make_plan(graph, states, "average", Options())
+    plan = planned(graph, states, "average")
     plan = replace(plan, maps=(random_map(group.name, group.n_units, 2, 0.7, 0),))
     _, unmerge = matrices(plan.maps[0], 2)
     expected = sum(m[2].weight.detach() @ u for m, u in zip(members, unmerge, strict=True)) / 2
@@ -284,7 +287,7 @@ def test_the_shares_of_members_in_a_table_of_two_groups_sum_to_one():
     graph = fxfuse.analyze(program)
     assert {len(graph.group_of.get(("table", d), ())) for d in (0, 1)} == {1}
     states = [program.state()] * 2
-    plan = make_plan(graph, states, "average", Options())
+    plan = planned(graph, states, "average")
     torch.testing.assert_close(fused_tensors(graph, plan, states)["table"], states[0]["table"])
     # Units 0 and 1 of both members are one unit, in both groups.
     maps = []
@@ -307,7 +310,7 @@ def test_every_head_reads_its_own_members_units():
     x = torch.randn(3, 4).double()
     joined = join([fxfuse.capture(m, x) for m in members], Heads("4"))
     graph = fxfuse.analyze(joined.program)
-    plan = make_plan(graph, joined.states, "average", Options())
+    plan = planned(graph, joined.states, "average")
     plan = replace(plan, maps=tuple(random_map(m.group, m.n_units, 3, 0.7, 0) for m in plan.maps))
     fused = fused_tensors(graph, plan, joined.states)
     _, unmerge = matrices(plan.map_of("2.weight:0"), 3)

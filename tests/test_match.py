@@ -8,10 +8,10 @@ from typing import ClassVar
 
 import pytest
 import torch
-from rich.progress import Progress
 from torch import nn
 
 import fxfuse
+from fxfuse import Match, Regression
 from fxfuse.errors import RefineError
 from fxfuse.refine import match, shift_and_mix
 
@@ -51,7 +51,7 @@ def test_a_network_comes_closer_to_the_mean_of_the_members():
     members[1][3].train()
     wanted = mean_of([mlp(1), mlp(2)], INPUTS)
     start = centred_error(module, wanted, INPUTS)
-    report = match(module, members, INPUTS, steps=200, learning_rate=1e-2)
+    report = match(module, members, INPUTS, Match(steps=200, learning_rate=1e-2))
     assert report.steps == 200
     assert report.last_loss < 0.3 * report.first_loss
     assert centred_error(module, wanted, INPUTS) < 0.15 * start
@@ -82,24 +82,24 @@ def test_specialists_are_matched_where_neither_of_them_is_right():
 
     module = copy.deepcopy(members[0])
     assert right(module) < 0.7
-    match(module, members, INPUTS, steps=300, learning_rate=3e-2, weight_decay=0.0)
+    match(module, members, INPUTS, Match(steps=300, learning_rate=3e-2, weight_decay=0.0))
     assert right(module) > 0.95
 
 
 @pytest.mark.parametrize("steps", [1, 19, 20, 21, 45])
 def test_a_budget_in_steps_is_exact(steps):
-    report = match(mlp(3), [mlp(1), mlp(2)], INPUTS, steps=steps)
+    report = match(mlp(3), [mlp(1), mlp(2)], INPUTS, Match(steps=steps))
     assert report.steps == steps
     assert report.seconds > 0
 
 
 def test_without_a_budget_there_are_300_steps():
-    assert match(mlp(3), [mlp(1), mlp(2)], INPUTS, batch=8).steps == 300
+    assert match(mlp(3), [mlp(1), mlp(2)], INPUTS, Match(batch=8)).steps == 300
 
 
 def test_a_budget_in_seconds_is_kept():
     begin = time.process_time()
-    report = match(mlp(3), [mlp(1), mlp(2)], INPUTS, seconds=0.5)
+    report = match(mlp(3), [mlp(1), mlp(2)], INPUTS, Match(seconds=0.5))
     assert report.steps > 20
     assert 0.45 < report.seconds < 1.0
     assert time.process_time() - begin < 1.2
@@ -118,14 +118,14 @@ def test_members_get_no_more_than_their_share_of_the_seconds():
 
     slow = Slow()
     inputs = INPUTS.repeat(40, 1)
-    report = match(mlp(3), [slow, mlp(1)], inputs, seconds=0.6)
+    report = match(mlp(3), [slow, mlp(1)], inputs, Match(seconds=0.6))
     assert slow.calls < 10
     assert report.pool < len(inputs)
     assert report.steps > 5
 
 
 def test_a_budget_that_the_members_use_up_still_makes_a_step():
-    assert match(mlp(3), [mlp(1), mlp(2)], INPUTS, seconds=1e-6).steps == 1
+    assert match(mlp(3), [mlp(1), mlp(2)], INPUTS, Match(seconds=1e-6)).steps == 1
 
 
 class Rates(torch.optim.AdamW):
@@ -161,7 +161,7 @@ def test_the_rate_follows_the_network_and_how_far_its_start_is(monkeypatch):
     close[2].bias.data += 0.05 * answers.var(0, correction=0).mean().sqrt() * away
     monkeypatch.setattr(torch.optim, "AdamW", Rates)
     Rates.seen.clear()
-    match(close, [plain], INPUTS, steps=200)
+    match(close, [plain], INPUTS, Match(steps=200))
     # The twelve inputs that judge vary by about as much as all of them.
     assert max(Rates.seen) == pytest.approx(3e-3 * 0.2**2, rel=0.5)
 
@@ -195,7 +195,7 @@ def test_training_that_does_harm_is_taken_back(outputs, make):
     module = Copied(make(1), harm=0.3)
     module.inner[0].weight.data *= 1.05
     before = copy.deepcopy(module.state_dict())
-    report = match(module, [make(1)], inputs, steps=10, outputs=outputs)
+    report = match(module, [make(1)], inputs, Match(steps=10), task=outputs)
     assert report.kept == 0
     assert 0 < report.after == report.before
     after = module.state_dict()
@@ -219,7 +219,7 @@ def test_a_point_of_the_way_is_kept_where_the_end_went_too_far():
             return self.inner(x)
 
     module = Far()
-    report = match(module, [target], INPUTS, steps=3, learning_rate=1e-9, outputs="values")
+    report = match(module, [target], INPUTS, Match(steps=3, learning_rate=1e-9), task=Regression())
     assert report.kept == 0.5
     assert report.after < 0.1 * report.before
     torch.testing.assert_close(module.inner.weight, start.weight + 0.125, rtol=0, atol=1e-4)
@@ -229,11 +229,11 @@ def test_a_point_of_the_way_is_kept_where_the_end_went_too_far():
 def test_a_network_that_equals_the_ensemble_stays_as_good(make):
     module, inputs = make(1), IMAGES if make is cnn else INPUTS
     wanted = mean_of([module], inputs)
-    report = match(module, [make(1), make(1)], inputs, steps=60)
+    report = match(module, [make(1), make(1)], inputs, Match(steps=60))
     assert report.after <= report.before < 1e-9
     torch.testing.assert_close(mean_of([module], inputs), wanted, rtol=0, atol=1e-4)
     # The oracle sees: another start is told from the ensemble, and comes closer.
-    other = match(make(2), [make(1), make(1)], inputs, steps=60)
+    other = match(make(2), [make(1), make(1)], inputs, Match(steps=60))
     assert 0 < other.after < 0.7 * other.before
 
 
@@ -250,7 +250,7 @@ def test_copies_of_inputs_judge_where_members_remember_the_inputs():
             known = (x.flatten(1)[:, None] == IMAGES.flatten(1)).all(2).any(1)
             return torch.where(known[:, None] & (not self.training), member(x), self.inner(x))
 
-    report = match(Remembers(), [member], IMAGES, steps=100)
+    report = match(Remembers(), [member], IMAGES, Match(steps=100))
     assert report.kept == 1
     assert report.after < 0.7 * report.before
 
@@ -259,7 +259,7 @@ def run(seed, outside, **options):
     module, members = cnn(3), [cnn(1), cnn(2)]
     torch.manual_seed(outside)
     state = torch.get_rng_state()
-    report = match(module, members, IMAGES, steps=25, batch=8, seed=seed, **options)
+    report = match(module, members, IMAGES, Match(steps=25, batch=8, seed=seed), **options)
     assert torch.equal(torch.get_rng_state(), state)
     return module.state_dict(), report
 
@@ -274,8 +274,8 @@ def test_a_seed_reproduces_a_run_bit_for_bit():
 def test_the_pool_holds_copies_of_images_and_no_more_than_is_used():
     # Of 40 images 8 are held out; each of the 200 entries drawn is drawn about three times.
     assert 2 * 32 < run(0, 0)[1].pool < 100
-    assert match(cnn(3), [cnn(1)], IMAGES, steps=200, batch=16).pool == 12 * 32
-    assert match(cnn(3), [cnn(1)], IMAGES, steps=2, batch=16).pool < 2 * len(IMAGES)
+    assert match(cnn(3), [cnn(1)], IMAGES, Match(steps=200, batch=16)).pool == 12 * 32
+    assert match(cnn(3), [cnn(1)], IMAGES, Match(steps=2, batch=16)).pool < 2 * len(IMAGES)
 
 
 def test_own_augmentation_is_used():
@@ -285,7 +285,7 @@ def test_own_augmentation_is_used():
         seen.append(inputs.shape)
         return inputs + 0.1 * torch.randn(inputs.shape, generator=generator)
 
-    report = match(mlp(3), [mlp(1), mlp(2)], INPUTS, steps=20, augment=augment)
+    report = match(mlp(3), [mlp(1), mlp(2)], INPUTS, Match(steps=20, augment=augment))
     assert 4 * 108 - 64 <= report.pool <= 4 * 108
     assert seen
     assert all(shape[1:] == (6,) for shape in seen)
@@ -316,7 +316,7 @@ def test_integer_inputs_and_outputs_per_position():
 
     tokens = torch.randint(11, (60, 5), generator=torch.Generator().manual_seed(0))
     members, module = [language(1), language(2)], language(3)
-    report = match(module, members, tokens, steps=200, learning_rate=3e-2)
+    report = match(module, members, tokens, Match(steps=200, learning_rate=3e-2))
     assert (report.outputs, report.pool) == ("values", 52)
     difference = module(tokens).detach() - mean_of(members, tokens)
     assert float(difference.square().mean()) < 0.05
@@ -329,7 +329,7 @@ def test_values_are_matched_as_they_are_and_logits_up_to_a_constant():
     def matched(**options):
         module = mlp(3)
         module[4].bias.data += 5
-        match(module, members, INPUTS, steps=200, learning_rate=1e-2, **options)
+        match(module, members, INPUTS, Match(steps=200, learning_rate=1e-2), **options)
         with torch.no_grad():
             return (module(INPUTS) - wanted).mean().abs()
 
@@ -338,7 +338,7 @@ def test_values_are_matched_as_they_are_and_logits_up_to_a_constant():
 
 
 def test_one_output_per_input_is_a_value():
-    report = match(mlp(3, 1), [mlp(1, 1), mlp(2, 1)], INPUTS, steps=50)
+    report = match(mlp(3, 1), [mlp(1, 1), mlp(2, 1)], INPUTS, Match(steps=50))
     assert report.outputs == "values"
     assert report.last_loss < report.first_loss
 
@@ -357,14 +357,14 @@ def test_several_inputs_and_an_output_with_a_field_of_logits():
             return Answer(logits=self.head(torch.cat([a, b], dim=1)))
 
     pair = (INPUTS, INPUTS.flip(0))
-    report = match(Two(3), [Two(1), Two(2)], pair, steps=100, learning_rate=1e-2)
+    report = match(Two(3), [Two(1), Two(2)], pair, Match(steps=100, learning_rate=1e-2))
     assert report.last_loss < 0.2 * report.first_loss
 
 
 def test_a_fused_network_is_matched():
     members = [cnn(1), cnn(2)]
     module = fxfuse.fuse(members, IMAGES[:4]).module
-    report = match(module, members, IMAGES, steps=80)
+    report = match(module, members, IMAGES, Match(steps=80))
     assert report.last_loss < 0.5 * report.first_loss
     assert module.get_buffer("1.num_batches_tracked") > 0
 
@@ -373,13 +373,14 @@ def test_frozen_parameters_stay():
     module = mlp(3)
     module[0].weight.requires_grad_(False)
     before = module[0].weight.clone()
-    match(module, [mlp(1), mlp(2)], INPUTS, steps=5)
+    match(module, [mlp(1), mlp(2)], INPUTS, Match(steps=5))
     assert torch.equal(module[0].weight, before)
 
 
 def test_own_progress_display():
-    with Progress(disable=True) as progress:
-        match(mlp(3), [mlp(1), mlp(2)], INPUTS, steps=5, progress=progress)
+    rich = pytest.importorskip("rich.progress")
+    with rich.Progress(disable=True) as progress:
+        match(mlp(3), [mlp(1), mlp(2)], INPUTS, Match(steps=5), progress=progress)
         assert not progress.tasks
 
 
@@ -396,7 +397,7 @@ def test_divergence_names_the_step():
             return self.inner(x) * (float("nan") if self.calls == 7 else 1.0)
 
     with pytest.raises(RefineError, match="at step 7"):
-        match(Breaks(), [mlp(1), mlp(2)], INPUTS, steps=30)
+        match(Breaks(), [mlp(1), mlp(2)], INPUTS, Match(steps=30))
 
 
 def broken(seed):
@@ -442,4 +443,4 @@ BAD = {
 def test_bad_input_is_named(name):
     module, members, inputs, options, message = BAD[name]
     with pytest.raises(RefineError, match=message):
-        match(module, members, inputs, batch=options.pop("batch", 64), **options)
+        match(module, members, inputs, Match(batch=options.pop("batch", 64)), **options)

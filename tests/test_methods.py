@@ -11,24 +11,23 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
-from torchvision.models import DenseNet, VisionTransformer
 
 import fxfuse
+from fxfuse import Constraints, Transplant
 from fxfuse.analysis.coupling import CouplingGraph
 from fxfuse.errors import (
     InputError,
     MissingDependencyError,
     OptionError,
 )
-from fxfuse.planning.methods import Options
 from fxfuse.planning.methods._clusters import Clusters
 from fxfuse.planning.plan import UnitMap
-from fxfuse.planning.planner import make_plan
 from fxfuse.transform.apply import fused_tensors
 from fxfuse.verify.check import as_double
 from tests.fusing import activations, distance_to_the_first, permuted_copies
-from tests.models import excite
+from tests.models import excite, torchvision
 from tests.nets import SmallResNet, images, resnets
+from tests.options import flat, planned
 
 CALIBRATED = ("activation_matching", "zip")
 
@@ -39,9 +38,11 @@ def small(name: str) -> tuple[nn.Module, torch.Tensor]:
     if name == "resnet":
         model, size = SmallResNet(), 8
     elif name == "vit":
-        model, size = VisionTransformer(16, 4, 2, 4, 16, 24, num_classes=5), 16
+        made = torchvision().models.VisionTransformer
+        model, size = made(16, 4, 2, 4, 16, 24, num_classes=5), 16
     else:
-        model, size = DenseNet(4, (2, 2), 8, bn_size=2, num_classes=5), 32
+        made = torchvision().models.DenseNet
+        model, size = made(4, (2, 2), 8, bn_size=2, num_classes=5), 32
     x = torch.randn(16, 3, size, size).double()
     return excite(model.double(), x), x
 
@@ -76,7 +77,7 @@ def is_permutation(m: np.ndarray) -> bool:
 @pytest.mark.parametrize("n", [2, 3])
 def test_average_keeps_indices(n: int):
     graph, states = lists(n)
-    plan = make_plan(graph, states, "average", Options())
+    plan = planned(graph, states, "average")
     fused = fused_tensors(graph, plan, states)
     for name, tensor in fused.items():
         if tensor.is_floating_point():
@@ -87,8 +88,8 @@ def test_average_keeps_indices(n: int):
 @pytest.mark.parametrize("reference", [0, 1, "mean"])
 def test_matchings_are_permutations(method: str, reference: int | str):
     graph, states = lists(3)
-    options = Options(reference=reference, activations=activations(graph, states))
-    plan = make_plan(graph, states, method, options)
+    options = {"reference": reference, "activations": activations(graph, states)}
+    plan = planned(graph, states, method, **options)
     assert plan.options == ({} if reference == 0 else {"reference": str(reference)})
     for unit_map in plan.maps:
         for member in range(3):
@@ -105,25 +106,25 @@ def test_activation_matching_is_the_best_assignment():
     )
     states = [graph.program.state()] * 2
     a, b = torch.randn(20, 4).double(), torch.randn(20, 4).double()
-    options = Options(activations={graph.groups[0].name: [a, b]})
-    (unit_map,) = make_plan(graph, states, "activation_matching", options).maps
+    options = {"activations": {graph.groups[0].name: [a, b]}}
+    (unit_map,) = planned(graph, states, "activation_matching", **options).maps
     found = np.corrcoef(a.T, b.T)[:4, 4:]
     chosen = unit_map.of_member(1)[1]
     best = max(found[range(4), list(p)].sum() for p in itertools.permutations(range(4)))
     assert found[range(4), chosen].sum() == pytest.approx(best)
 
 
-@pytest.mark.parametrize("variant", [None, "weights", "activations"])
+@pytest.mark.parametrize("variant", ["weights", "activations"])
 @pytest.mark.parametrize("regularisation", [None, 0.1])
-def test_transports_have_uniform_marginals(variant: str | None, regularisation: float | None):
+def test_transports_have_uniform_marginals(variant: str, regularisation: float | None):
     graph, states = lists(3)
-    options = Options(
-        variant=variant,
-        reference=2,
-        regularisation=regularisation,
-        activations=activations(graph, states),
-    )
-    for unit_map in make_plan(graph, states, "optimal_transport", options).maps:
+    options = {
+        "variant": variant,
+        "reference": 2,
+        "regularisation": regularisation,
+        "activations": activations(graph, states),
+    }
+    for unit_map in planned(graph, states, "optimal_transport", **options).maps:
         for member in range(3):
             m = matrix(unit_map, member) * 3
             assert (m >= 0).all()
@@ -139,9 +140,9 @@ def test_transports_have_uniform_marginals(variant: str | None, regularisation: 
 @pytest.mark.parametrize("variant", [None, "across"])
 def test_zip_clusters_divide_all_units(n: int, variant: str | None):
     graph, states = lists(n)
-    options = Options(variant=variant, activations=activations(graph, states))
+    options = {"variant": variant, "activations": activations(graph, states)}
     within = 0
-    for unit_map in make_plan(graph, states, "zip", options).maps:
+    for unit_map in planned(graph, states, "zip", **options).maps:
         pairs = list(zip(unit_map.member.tolist(), unit_map.unit.tolist(), strict=True))
         every = itertools.product(range(n), range(unit_map.n_units))
         assert sorted(pairs) == sorted(every), "each unit is in one cluster"
@@ -212,16 +213,16 @@ def test_permuted_copies_give_the_network_back(
     states = permuted_copies(graph, n)
     needed = method in CALIBRATED or options.get("variant") == "activations"
     measured = activations(graph, states) if needed else None
-    found = Options(activations=measured, **options)
+    found = dict(activations=measured, **options)
     assert distance_to_the_first(graph, states, method, found) <= 1e-6
     # The oracle sees something: without alignment, the copies are far apart.
-    assert distance_to_the_first(graph, states, "average", Options()) > 1e-3
+    assert distance_to_the_first(graph, states, "average", {}) > 1e-3
 
 
 def test_aligning_to_another_member_gives_the_network_in_its_order():
     graph = analyzed("resnet")
     states = permuted_copies(graph, 3)
-    plan = make_plan(graph, states, "weight_matching", Options(reference=2))
+    plan = planned(graph, states, "weight_matching", reference=2)
     fused = fused_tensors(graph, plan, states)
     for name, tensor in fused.items():
         torch.testing.assert_close(tensor, states[2][name])
@@ -232,8 +233,8 @@ def test_aligning_to_another_member_gives_the_network_in_its_order():
 def test_zipping_identical_networks_gives_the_network(n: int, variant: str | None):
     graph = analyzed("resnet")
     states = [as_double(graph.program.state())] * n
-    options = Options(variant=variant, activations=activations(graph, states))
-    plan = make_plan(graph, states, "zip", options)
+    options = {"variant": variant, "activations": activations(graph, states)}
+    plan = planned(graph, states, "zip", **options)
     for name, tensor in fused_tensors(graph, plan, states).items():
         torch.testing.assert_close(tensor, states[0][name])
 
@@ -257,14 +258,14 @@ def test_transport_goes_from_the_input_on_whatever_the_names(monkeypatch: pytest
     monkeypatch.setattr(module, "statistics_distance", never)
     graph = fxfuse.analyze(Backwards().double(), torch.randn(3, 4).double())
     states = permuted_copies(graph, 2)
-    assert distance_to_the_first(graph, states, "optimal_transport", Options()) <= 1e-6
+    assert distance_to_the_first(graph, states, "optimal_transport", {}) <= 1e-6
 
 
 def test_entropic_transport_is_close_to_exact_where_it_is_weak():
     graph = analyzed("resnet")
     states = permuted_copies(graph, 2)
     weak, strong = (
-        distance_to_the_first(graph, states, "optimal_transport", Options(regularisation=r))
+        distance_to_the_first(graph, states, "optimal_transport", {"regularisation": r})
         for r in (0.01, 1.0)
     )
     assert weak < 1e-3 < strong
@@ -277,7 +278,12 @@ def test_entropic_transport_is_close_to_exact_where_it_is_weak():
 @pytest.mark.parametrize("base_member", [0, 2])
 def test_a_fraction_of_the_units_comes_from_others(fraction: float, base_member: int):
     members, x = resnets(3), images()
-    plan = fxfuse.fuse(members, x, fraction=fraction, base_member=base_member).plan
+    plan = fxfuse.fuse(
+        members,
+        x,
+        method=Transplant(fraction=fraction),
+        constraints=Constraints(base_member=base_member),
+    ).plan
     assert plan.options["fraction"] == str(fraction)
     graph = fxfuse.analyze(members[0], x)
     for unit_map in plan.maps:
@@ -296,14 +302,16 @@ def test_the_hosts_best_units_stay():
     with torch.no_grad():
         members[0].block1.conv1.weight[3:5] *= 100
         members[1].block1.conv1.weight[6:] *= 1000
-    unit_map = fxfuse.fuse(members, images(), fraction=0.75).plan.map_of("block1.conv1.weight:0")
+    unit_map = fxfuse.fuse(members, images(), method=Transplant(fraction=0.75)).plan.map_of(
+        "block1.conv1.weight:0"
+    )
     assert unit_map.unit[unit_map.member == 0].tolist() == [3, 4]
     assert {6, 7} <= set(unit_map.unit[unit_map.member == 1].tolist())
 
 
 def test_without_a_fraction_the_host_is_the_network_itself():
     members, x = resnets(2), images()
-    state = fxfuse.fuse(members, x, fraction=0.0).state_dict()
+    state = fxfuse.fuse(members, x, method=Transplant(fraction=0.0)).state_dict()
     own = members[0].state_dict()
     for name in ("stem.weight", "block1.conv2.weight", "bn.running_var"):
         assert torch.equal(state[name], own[name])
@@ -325,7 +333,6 @@ def test_without_a_fraction_the_host_is_the_network_itself():
         ("optimal_transport", {"reference": "mean"}, OptionError, "no reference"),
         ("optimal_transport", {"regularisation": 0.0}, OptionError, "regularisation 0.0"),
         ("optimal_transport", {"variant": "features"}, OptionError, "weights, activations"),
-        ("average", {"variant": "iterative"}, OptionError, "no variants"),
         ("zip", {"variant": "within"}, OptionError, "across"),
         ("zip", {}, InputError, "'zip' needs calibration inputs"),
         ("activation_matching", {}, InputError, "calibration="),
@@ -336,7 +343,7 @@ def test_wrong_options_are_named(
     method: str, wrong: dict[str, object], error: type[Exception], message: str
 ):
     with pytest.raises(error, match=message):
-        fxfuse.fuse(resnets(2), images(), method=method, **wrong)
+        fxfuse.fuse(resnets(2), images(), **flat(method=method, **wrong))
 
 
 def test_activations_that_do_not_fit():
@@ -349,9 +356,9 @@ def test_activations_that_do_not_fit():
         "not finite": [good[name][0], good[name][1] * float("nan")],
     }
     for message, tensors in bad.items():
-        options = Options(activations={**good, name: tensors})
+        options = {"activations": {**good, name: tensors}}
         with pytest.raises(InputError, match=message) as caught:
-            make_plan(graph, states, "zip", options)
+            planned(graph, states, "zip", **options)
         assert name in caught.value.where
 
 

@@ -11,15 +11,15 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
-from torchvision.models import SwinTransformer
 
 import fxfuse
-from fxfuse import verify
+from fxfuse import Size, verify
 from fxfuse.errors import OptionError, PlanError, RewriteError
 from fxfuse.planning.plan import FusionPlan, Mixing
 from fxfuse.transform.cost import operations_of, parameters_of
-from tests.models import excite, image
+from tests.models import excite, image, torchvision
 from tests.nets import mean_of
+from tests.options import flat
 from tests.strategies import Recipe, members_of, recipes
 
 
@@ -34,7 +34,7 @@ def seeded(make, seed: int) -> nn.Module:
 
 def wide_of(make, x: torch.Tensor, n: int = 3):
     members = [seeded(make, seed) for seed in range(n)]
-    result = fxfuse.fuse(members, x, width=n)
+    result = fxfuse.fuse(members, x, size=n)
     with torch.no_grad():
         found = result.module(x)
     torch.testing.assert_close(found, mean_of(members, x), rtol=1e-9, atol=1e-9)
@@ -145,7 +145,8 @@ def test_a_transformer_of_windows():
 
     def member(seed: int) -> fxfuse.Program:
         torch.manual_seed(seed)
-        model = SwinTransformer([4, 4], 24, [2, 2], [2, 4], [4, 4], num_classes=10).double()
+        made = torchvision().models.SwinTransformer
+        model = made([4, 4], 24, [2, 2], [2, 4], [4, 4], num_classes=10).double()
         return fxfuse.capture(excite(model.eval(), x), (x,))
 
     x = image()[:, :, :32, :32]
@@ -168,7 +169,7 @@ def test_each_member_trains_as_it_would_alone():
     """One step on the mean of the outputs: the wide model's own tensors move as the members' do."""
     x = torch.randn(8, 2, 4, 4, dtype=torch.float64)
     members = [seeded(Norms, seed) for seed in range(2)]
-    wide = fxfuse.fuse(members, x, width=2).module.train()
+    wide = fxfuse.fuse(members, x, size=2).module.train()
     alone = [copy.deepcopy(member).train() for member in members]
     torch.stack([member(x) for member in alone]).mean(0).square().sum().backward()
     wide(x).square().sum().backward()
@@ -188,7 +189,7 @@ def test_the_plan_says_what_runs_apart():
     assert (again.mixing, again.roles) == (result.plan.mixing, result.plan.roles)
     assert again.mixing.mode == "per_member"
     assert "once for each member" in result.plan.summary()
-    half = fxfuse.fuse([seeded(Attention, s) for s in range(2)], TOKENS, width=0.5).plan
+    half = fxfuse.fuse([seeded(Attention, s) for s in range(2)], TOKENS, size=0.5).plan
     assert half.mixing.mode == "joint"
     assert "an approximation" in half.summary()
     with pytest.raises(PlanError, match="mixing"):
@@ -208,7 +209,7 @@ def test_what_it_costs_is_known_beforehand():
 
 def test_joint_mixing_can_be_asked_for():
     members = [seeded(Attention, s) for s in range(2)]
-    joint = fxfuse.fuse(members, TOKENS, width=2, mixing="joint")
+    joint = fxfuse.fuse(members, TOKENS, size=Size(2, mixing="joint"))
     assert joint.plan.mixing.mode == "joint"
     assert joint.plan.inexact()
     assert not torch.allclose(joint.module(TOKENS), mean_of(members, TOKENS))
@@ -216,10 +217,10 @@ def test_joint_mixing_can_be_asked_for():
 
 def test_the_wide_method_keeps_everything():
     members = [seeded(Attention, s) for s in range(2)]
-    result = fxfuse.fuse(members, TOKENS, method="wide")
+    result = fxfuse.fuse(members, TOKENS, method="concatenate")
     torch.testing.assert_close(result.module(TOKENS), mean_of(members, TOKENS))
     with pytest.raises(OptionError, match="keeps every unit"):
-        fxfuse.fuse(members, TOKENS, method="wide", width=1)
+        fxfuse.fuse(members, TOKENS, method="concatenate", size=1)
 
 
 @pytest.mark.parametrize(
@@ -234,7 +235,7 @@ def test_the_wide_method_keeps_everything():
 def test_members_run_apart_only_where_all_of_them_is_kept(options, why: str):
     members = [seeded(Attention, s) for s in range(2)]
     with pytest.raises(OptionError, match=why):
-        fxfuse.fuse(members, TOKENS, **({"mixing": "per_member"} | options))
+        fxfuse.fuse(members, TOKENS, **flat(**({"mixing": "per_member"} | options)))
 
 
 class Counts(nn.Module):
@@ -252,7 +253,7 @@ class Counts(nn.Module):
 def test_outputs_without_a_mean_are_refused():
     members = [seeded(Counts, s) for s in range(2)]
     with pytest.raises(RewriteError, match="has no mean"):
-        fxfuse.fuse(members, TOKENS, width=2)
+        fxfuse.fuse(members, TOKENS, size=2)
 
 
 class Members(nn.Module):

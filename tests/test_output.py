@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
 from benchmarks.reliability import killed
 from fxfuse.common import output
-from fxfuse.common.output import atomic_folder, check_output, write_text
+from fxfuse.common.output import atomic_folder, check_output, locked, write_text
 from fxfuse.errors import OutputError
 
 NAMES = ("a.txt", "b.txt")
@@ -191,3 +192,20 @@ def test_what_appears_at_the_last_moment_is_not_lost(
         (folder / "a").write_text("ours")
     assert (path / name).read_text() == "theirs"
     assert contents(tmp_path) == ["result", f"result/{name}"]
+
+
+def test_the_lock_is_no_link_to_somewhere_else(tmp_path: Path):
+    (tmp_path / "thesis.tex").write_text("years of work")
+    (tmp_path / ".out.lock").symlink_to(tmp_path / "thesis.tex")
+    with pytest.raises(OSError, match="symbolic links"):
+        write(tmp_path / "out", "one")
+    assert (tmp_path / "thesis.tex").read_text() == "years of work"
+
+
+def test_another_thread_writes_nothing_meanwhile(tmp_path: Path):
+    with locked(tmp_path / "out"), ThreadPoolExecutor() as pool:
+        other = pool.submit(write, tmp_path / "out", "two")
+        with pytest.raises(OutputError, match="being written"):
+            other.result()
+        write(tmp_path / "out", "one")
+    assert contents(tmp_path) == ["out", "out/a.txt"]

@@ -12,11 +12,13 @@ from torch import nn
 from torch.nn import functional
 
 import fxfuse
+from fxfuse import Size
 from fxfuse.errors import RewriteError
 from fxfuse.graph.layer_sizes import sizes_of_layer
 from fxfuse.transform.emit import FusedModule
 from tests.models import build, image
 from tests.nets import SmallResNet, images, resnets
+from tests.options import flat
 from tests.test_prune import SmallVGG
 
 WIDTHS = [0.5, 1.5, 2]
@@ -124,14 +126,14 @@ NETWORKS: dict[str, tuple[Callable[[], list[nn.Module]], torch.Tensor]] = {
 
 def fused(name: str, width: float, **options: Any) -> fxfuse.FusionResult:
     make, x = NETWORKS[name]
-    return fxfuse.fuse(make(), x, width=width, mixing="joint", verify=False, **options)
+    return fxfuse.fuse(make(), x, verify=False, **flat(width=width, mixing="joint", **options))
 
 
 @pytest.mark.parametrize("width", WIDTHS)
 @pytest.mark.parametrize("name", NETWORKS)
 def test_a_copy_of_the_class_answers_as_the_module_does(name: str, width: float) -> None:
     members, x = NETWORKS[name][0](), NETWORKS[name][1]
-    result = fxfuse.fuse(members, x, width=width, mixing="joint", verify=False)
+    result = fxfuse.fuse(members, x, verify=False, size=Size(width, mixing="joint"))
     own = result.to_module()
     assert type(own) is type(members[0])
     longer = torch.cat([x, x[:1]])
@@ -176,7 +178,7 @@ def test_tied_tensors_stay_tied() -> None:
 
 def test_the_copy_has_the_mode_of_its_source() -> None:
     members = [m.train() for m in resnets(2)]
-    result = fxfuse.fuse(members, images(), width=0.5)
+    result = fxfuse.fuse(members, images(), size=0.5)
     own = result.to_module()
     assert own.training
     assert all(part.training for part in own.modules())
@@ -192,12 +194,12 @@ def test_the_copy_has_the_mode_of_its_source() -> None:
 def test_a_pruned_network() -> None:
     torch.manual_seed(0)
     model, x = Attention().eval(), TOKENS
-    result = fxfuse.prune(model, x, width=0.5)
+    result = fxfuse.prune(model, x, size=0.5)
     own = result.to_module()
     assert (type(own), own.num_heads) == (Attention, 2)
     torch.testing.assert_close(own(x), result.module(x))
     # What was fused or pruned before is of no class of the user's.
-    again = fxfuse.prune(result.module, x, width=0.5)
+    again = fxfuse.prune(result.module, x, size=0.5)
     copied = again.to_module()
     assert isinstance(copied, FusedModule)
     assert copied is not again.module
@@ -205,7 +207,7 @@ def test_a_pruned_network() -> None:
 
 
 def test_a_trained_network_is_what_is_copied() -> None:
-    result = fxfuse.fuse(resnets(2), images(), width=0.5)
+    result = fxfuse.fuse(resnets(2), images(), size=0.5)
     with torch.no_grad():
         for tensor in result.module.double().parameters():
             tensor += 0.1
@@ -216,7 +218,7 @@ def test_a_trained_network_is_what_is_copied() -> None:
 
 def test_a_model_of_the_right_size_can_be_loaded() -> None:
     members, x = resnets(2), images()
-    result = fxfuse.fuse(members, x, width=1.5)
+    result = fxfuse.fuse(members, x, size=1.5)
     own = result.load_into(SmallResNet(width=12).eval())
     torch.testing.assert_close(own(x), result.module(x))
 
@@ -267,7 +269,7 @@ def test_a_class_that_cannot_be_built(make: Callable[[], nn.Module], why: str) -
             for tensor in list(member.parameters())[-2:]:
                 tensor.zero_()
     options = {"ignore": "0.norm2"} if make is heads_only else {}
-    result = fxfuse.fuse(members, TOKENS, width=0.5, **options)
+    result = fxfuse.fuse(members, TOKENS, **flat(width=0.5, **options))
     with pytest.raises(RewriteError, match=r"cannot be built at this width") as caught:
         result.to_module()
     assert why in caught.value.why
@@ -281,13 +283,13 @@ def test_what_was_tried_is_told() -> None:
             super().__init__()
             self.channels = 16
 
-    result = fxfuse.fuse(seeded(Sizes), TOKENS, width=0.5)
+    result = fxfuse.fuse(seeded(Sizes), TOKENS, size=0.5)
     with pytest.raises(RewriteError, match=r"2 ways of setting Sizes\.channels were tried"):
         result.to_module()
 
 
 def test_members_that_run_one_by_one_fit_no_class() -> None:
-    result = fxfuse.fuse(seeded(Attention), TOKENS, width=2)
+    result = fxfuse.fuse(seeded(Attention), TOKENS, size=2)
     with pytest.raises(RewriteError, match=r"each member keeps its own.*\n.*joint"):
         result.to_module()
 
@@ -297,6 +299,6 @@ def test_a_class_that_cannot_be_copied() -> None:
         def __deepcopy__(self, memo: Any) -> nn.Module:
             raise RuntimeError("holds a file")
 
-    result = fxfuse.fuse(seeded(Locked), TOKENS, width=0.5)
+    result = fxfuse.fuse(seeded(Locked), TOKENS, size=0.5)
     with pytest.raises(RewriteError, match="cannot be copied"):
         result.to_module()

@@ -15,9 +15,9 @@ from torch import nn
 import fxfuse
 from fxfuse import verify
 from fxfuse.analysis.rules import (
+    AbstractTensor,
     Call,
-    Field,
-    Value,
+    DimLabels,
     contracting,
     elementwise,
     find,
@@ -199,8 +199,8 @@ def test_a_second_rule_is_an_error_however_the_operator_is_named():
             rule(target)(elementwise)
 
 
-def other_ids(x: Value, size: int) -> Field:
-    return Field(torch.arange(1, 1 + size).reshape(1, 1, size), (2,))
+def other_ids(x: AbstractTensor, size: int) -> DimLabels:
+    return DimLabels(torch.arange(1, 1 + size).reshape(1, 1, size), (2,))
 
 
 WRONG: dict[str, tuple[Callable[[Call], Any], str]] = {
@@ -214,19 +214,23 @@ WRONG: dict[str, tuple[Callable[[Call], Any], str]] = {
         "does not broadcast",
     ),
     "ids of another rank": (
-        lambda c: replace(c.args[0], fields=(Field(torch.arange(1, 9), (0,)),)),
+        lambda c: replace(c.args[0], fields=(DimLabels(torch.arange(1, 9), (0,)),)),
         "1 dimensions, the tensor 3",
     ),
     "dims that do not match the ids": (
-        lambda c: replace(c.args[0], fields=(Field(other_ids(c.args[0], 8).ids, (1,)),)),
+        lambda c: replace(c.args[0], fields=(DimLabels(other_ids(c.args[0], 8).ids, (1,)),)),
         r"vary along \(1,\); they vary along \(2,\)",
     ),
     "ids from nowhere": (
-        lambda c: replace(c.args[0], fields=(Field(10**6 + other_ids(c.args[0], 8).ids, (2,)),)),
+        lambda c: replace(
+            c.args[0], fields=(DimLabels(10**6 + other_ids(c.args[0], 8).ids, (2,)),)
+        ),
         "not handed out",
     ),
     "ids of another type": (
-        lambda c: replace(c.args[0], fields=(Field(other_ids(c.args[0], 8).ids.float(), (2,)),)),
+        lambda c: replace(
+            c.args[0], fields=(DimLabels(other_ids(c.args[0], 8).ids.float(), (2,)),)
+        ),
         "torch.float32, not torch.int64",
     ),
     "a field that is none": (lambda c: replace(c.args[0], fields=(torch.arange(8),)), "a Tensor"),
@@ -238,9 +242,9 @@ WRONG: dict[str, tuple[Callable[[Call], Any], str]] = {
         lambda c: replace(c.args[0], constant=torch.zeros(2)),
         r"constant has shape \(2,\)",
     ),
-    "no value": (lambda c: None, "a NoneType, not a Value"),
-    "a tensor": (lambda c: torch.zeros(3, 5, 8), "a Tensor, not a Value"),
-    "a list for one result": (lambda c: [c.args[0]], "a list, not a Value"),
+    "no value": (lambda c: None, "a NoneType, not a AbstractTensor"),
+    "a tensor": (lambda c: torch.zeros(3, 5, 8), "a Tensor, not a AbstractTensor"),
+    "a list for one result": (lambda c: [c.args[0]], "a list, not a AbstractTensor"),
 }
 
 
@@ -258,21 +262,21 @@ def test_a_result_that_contradicts_the_operator(name: str):
 @pytest.mark.parametrize(
     ("results", "why"),
     [
-        (lambda x: x, "returns 2 results, the rule a Value"),
+        (lambda x: x, "returns 2 results, the rule a AbstractTensor"),
         (lambda x: [x], "returns 2 results, the rule 1"),
         (lambda x: [x, x, x], "returns 2 results, the rule 3"),
         (lambda x: [x, 3], "result 1: the rule returns a int"),
         (lambda x: [x, x.moved(lambda t: t[..., :2])], r"result 1: the rule gives shape"),
     ],
 )
-def test_the_wrong_number_of_results(results: Callable[[Value], Any], why: str):
+def test_the_wrong_number_of_results(results: Callable[[AbstractTensor], Any], why: str):
     rule(own.halves)(lambda c: results(c.args[0].moved(lambda t: t[..., :4])))
     with pytest.raises(RuleError, match=why):
         analyzed(lambda net, h: torch.cat(own.halves(h), -1))
 
 
 def test_several_results_of_a_right_rule():
-    def split(call: Call) -> list[Value]:
+    def split(call: Call) -> list[AbstractTensor]:
         call.coupling.record_use(call.args[0])
         return [call.args[0].moved(lambda t, s=s: t[..., s : s + 4]) for s in (0, 4)]
 
@@ -282,7 +286,7 @@ def test_several_results_of_a_right_rule():
 
 
 def test_whatever_a_rule_raises_is_a_rule_error():
-    def failing(call: Call) -> Value:
+    def failing(call: Call) -> AbstractTensor:
         return call.args[7]
 
     rule(own.swish)(failing)

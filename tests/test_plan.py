@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 from dataclasses import replace
 from typing import Any
@@ -12,10 +13,12 @@ import torch
 from torch import nn
 
 import fxfuse
-from fxfuse.errors import MemberError, OptionError, PlanError
+from fxfuse import Constraints, Refit, Transplant
+from fxfuse.errors import MemberError, PlanError
 from fxfuse.members.fingerprint import digest_of, fingerprint
-from fxfuse.planning.plan import MemberRecord
+from fxfuse.planning.plan import MemberRecord, UnitMap
 from tests.nets import SmallResNet, images, resnets
+from tests.options import flat
 
 
 def through_json(plan: fxfuse.FusionPlan) -> fxfuse.FusionPlan:
@@ -47,8 +50,8 @@ def test_a_plan_applied_again_gives_the_same_tensors(network: str, width: float)
         members, x = resnets(2), images()
     else:
         members, x = [attention(seed) for seed in range(2)], torch.randn(3, 5, 16)
-    first = fxfuse.fuse(members, x, width=width)
-    again = fxfuse.fuse(members, x, plan=through_json(first.plan))
+    first = fxfuse.fuse(members, x, size=width)
+    again = fxfuse.build(through_json(first.plan), members, x)
     assert_equal_networks(first, again)
     assert again.plan.to_json() == first.plan.to_json()
     assert torch.equal(again.module(x), first.module(x))
@@ -68,8 +71,8 @@ def test_a_plan_applied_again_gives_the_same_tensors(network: str, width: float)
 )
 def test_a_plan_holds_what_was_asked(options: dict[str, Any]) -> None:
     members, x = resnets(2, torch.float64), images(dtype=torch.float64)
-    first = fxfuse.fuse(members, x, **options)
-    again = fxfuse.fuse(members, x, plan=through_json(first.plan))
+    first = fxfuse.fuse(members, x, **flat(**options)))
+    again = fxfuse.build(through_json(first.plan), members, x)
     assert_equal_networks(first, again)
     assert again.plan.digest == first.plan.digest
 
@@ -77,28 +80,30 @@ def test_a_plan_holds_what_was_asked(options: dict[str, Any]) -> None:
 def test_a_refit_may_follow_a_plan() -> None:
     members, x = resnets(2), images()
     calibration = images(64)
-    first = fxfuse.fuse(members, x, calibration=calibration, refit=True)
-    again = fxfuse.fuse(members, x, plan=first.plan, calibration=calibration, refit=True)
+    first = fxfuse.fuse(
+        members, x, calibration=calibration, refine=[], method=Transplant(score="l2")
+    )
+    again = fxfuse.build(first.plan, members, x, calibration=calibration, refine=[Refit()])
     assert_equal_networks(first, again)
 
 
 def test_other_members_are_told_from_these(plan: fxfuse.FusionPlan) -> None:
     members, x = resnets(3), images()
     with pytest.raises(PlanError, match="made for 2 members, and 3 are given"):
-        fxfuse.fuse(members, x, plan=plan)
+        fxfuse.build(plan, members, x)
     with pytest.raises(PlanError, match=r"member 1 is not the network.*\n.*stem\.weight"):
-        fxfuse.fuse([members[0], members[2]], x, plan=plan)
+        fxfuse.build(plan, [members[0], members[2]], x)
     with pytest.raises(PlanError, match="it is the plan's member 1"):
-        fxfuse.fuse(members[1::-1], x, plan=plan)
+        fxfuse.build(plan, members[1::-1], x)
     with torch.no_grad():
         members[1].block2.bn2.bias[3] += 0.1
     with pytest.raises(PlanError) as caught:
-        fxfuse.fuse(members[:2], x, plan=plan)
+        fxfuse.build(plan, members[:2], x)
     assert caught.value.where == "block2.bn2.bias"
     assert caught.value.why.startswith("1 of ")
     other = [SmallResNet(width=4).eval() for _ in range(2)]
     with pytest.raises(PlanError, match=r"member 0.*\n.*stem\.weight"):
-        fxfuse.fuse(other, x, plan=plan)
+        fxfuse.build(plan, other, x)
 
 
 def test_a_tensor_that_only_one_side_has_is_named() -> None:
@@ -109,7 +114,7 @@ def test_a_tensor_that_only_one_side_has_is_named() -> None:
     x = torch.randn(3, 4)
     plan = fxfuse.fuse([member(i, True) for i in range(2)], x).plan
     with pytest.raises(PlanError, match=r"only the plan has 0\.bias"):
-        fxfuse.fuse([member(i, False) for i in range(2)], x, plan=plan)
+        fxfuse.build(plan, [member(i, False) for i in range(2)], x)
 
 
 def test_an_edited_plan_is_refused(plan: fxfuse.FusionPlan) -> None:
@@ -127,7 +132,7 @@ def test_a_plan_without_hashes_can_be_read_and_not_applied(plan: fxfuse.FusionPl
     unknown = through_json(replace(plan, members=(MemberRecord(), MemberRecord())))
     assert "block1.conv1.weight:0" in unknown.summary()
     with pytest.raises(PlanError, match="does not say for which members"):
-        fxfuse.fuse(resnets(2), images(), plan=unknown)
+        fxfuse.build(unknown, resnets(2), images())
 
 
 @pytest.mark.parametrize("schema", [1, 2, 3, 5, "4", None, [[]]])
@@ -139,29 +144,153 @@ def test_a_plan_of_another_schema_is_to_be_made_again(
         fxfuse.FusionPlan.from_json(text)
 
 
+def signed(value: dict[str, Any]) -> str:
+    """A plan's text with the digest that fits it."""
+    content = {k: v for k, v in value.items() if k != "digest"}
+    return json.dumps({**content, "digest": digest_of(content)})
+
+
+@pytest.fixture(scope="module")
+def varied_plan() -> fxfuse.FusionPlan:
+    """With a map that is a matrix, a frozen part, notes and members of several widths."""
+
+    def member(seed: int, width: int) -> nn.Module:
+        torch.manual_seed(seed)
+        layers = [nn.Linear(4, width), nn.LayerNorm(width), nn.Linear(width, 6), nn.ReLU()]
+        return nn.Sequential(*layers, nn.Linear(6, 2)).eval()
+
+    members = [member(0, 5), member(1, 4)]
+    plan = fxfuse.fuse(
+        members, torch.randn(3, 4), verify=False, constraints=Constraints(freeze="4.bias")
+    ).plan
+    units = [(i, u) for i, count in enumerate((5, 4)) for u in range(count)]
+    entries = np.array([(t, i, u) for t in range(5) for i, u in units]).T
+    matrix = UnitMap(plan.maps[0].group, 5, *entries, *np.random.default_rng(0).random((2, 45)))
+    return replace(plan, maps=(matrix, replace(plan.maps[1], kept="a reason")))
+
+
 @pytest.mark.parametrize(
-    "options",
+    ("path", "value", "why"),
     [
-        {"method": "average"},
-        {"score": "l2"},
-        {"width": 0.5},
-        {"max_params": 1000},
-        {"round_to": 8},
-        {"mixing": "joint"},
-        {"freeze": "stem.*"},
-        {"ignore": ["block1"]},
-        {"heads": ["fc"]},
-        {"output_dims": {0: ()}},
-        {"base_member": 1},
-        {"steps": 10},
+        (("maps", 0, "n_units"), 0, "maps[0].n_units is 0, and not between 1 and 10,000,000"),
+        (("maps", 0, "n_units"), -8, "maps[0].n_units is -8"),
+        (("maps", 0, "n_units"), 10**30, "and not between 1 and"),
+        (("maps", 0, "n_units"), 8.0, "maps[0].n_units is 8.0, and not an integer"),
+        (("maps", 0, "n_units"), True, "maps[0].n_units is True, and not an integer"),
+        (("maps", 0, "n_units"), 7, "fused unit 7 of 7, counted from 0"),
+        (("maps", 0, "group"), None, "maps[0].group is None, and not a text"),
+        (("maps", 0, "group"), "block1.conv1.weight:0", "has 2 maps"),
+        (("maps", 0, "unit"), [0], "maps[0] has lists of different lengths"),
+        (("maps", 0, "unit", 0), -1, "maps[0].unit holds -1, which is not an integer from 0 on"),
+        (("maps", 0, "unit", 0), 2**63, "maps[0].unit holds"),
+        (("maps", 0, "unit", 0), 1.5, "maps[0].unit holds 1.5"),
+        (("maps", 0, "member", 0), 2, "has member 2 of 2, counted from 0"),
+        (("maps", 0, "weight"), float("nan"), "maps[0].weight is nan, and not a finite number"),
+        (("maps", 0, "weight"), 10**400, "maps[0].weight is 1000"),
+        (("maps", 0, "units"), [2**62, 2**62], "maps[0] has the unknown entry 'member'"),
+        (("maps", 0), [], "maps[0] is a list, and not an object"),
+        (("maps", 0, "kept"), 1, "maps[0].kept is 1, and not a text"),
+        (("maps",), {}, "maps is an object, and not a list"),
+        (("members",), [], "it has no members"),
+        (("members", 0, "units"), {"stem.weight:0": -1}, "member 0 has -1 units"),
+        (("members", 0, "tensors", "stem.weight"), 3, "members[0].tensors['stem.weight'] is 3"),
+        (("members", 0, "hash"), "", "members[0] has the unknown entry 'hash'"),
+        (("roles", "stem.weight", "kind"), "lost", "is 'lost', and none of mapped, averaged"),
+        (("roles", "stem.weight", "spread"), -1, "has the spread -1"),
+        (("roles", "stem.weight", "member"), 0, "is mapped, and its member is 0"),
+        (("roles", "stem.weight", "absent_in"), [2], "is absent in member 2 of 2"),
+        (("roles", "stem.weight", "absent_in"), [0, 0], "is absent in one member twice"),
+        (("roles", "stem.weight"), {}, "roles['stem.weight'] lacks 'kind'"),
+        (("constraints", "base_member"), 2, "the base member is member 2 of 2"),
+        (("constraints", "base_member"), -1, "the base member is member -1 of 2"),
+        (("constraints", "output_dims"), {"-1": []}, "the key '-1', which is not a number"),
+        (("heads", "output"), "sum", "heads.output is 'sum', and none of tuple, concat, union"),
+        (("heads",), {"modules": [], "output": "concat"}, "no module is a head"),
+        (("heads", "classes"), [["a"], ["a"]], "classes are given"),
+        (("mixing", "mode"), "both", "mixing.mode is 'both', and none of joint, per_member"),
+        (("surprise",), 1, "the plan has the unknown entry 'surprise'"),
     ],
 )
-def test_what_a_plan_holds_may_not_be_given_as_well(
-    plan: fxfuse.FusionPlan, options: dict[str, Any]
+def test_what_is_no_plan_is_named(
+    plan: fxfuse.FusionPlan, path: tuple[str | int, ...], value: object, why: str
 ) -> None:
-    members, x = resnets(2), images()
-    with pytest.raises(OptionError, match=f"{next(iter(options))}=.* and a plan are given"):
-        fxfuse.fuse(members, x, plan=plan, **options)
+    content = json.loads(plan.to_json())
+    place: Any = content
+    for key in path[:-1]:
+        place = place[key] if isinstance(key, int) else place.setdefault(key, {})
+    place[path[-1]] = value
+    with pytest.raises(PlanError, match="this is not a fusion plan") as caught:
+        fxfuse.FusionPlan.from_json(signed(content))
+    assert why in caught.value.why
+
+
+@pytest.mark.parametrize(
+    "text", ["", "[]", "{", "null", "[" * 100_000, '{"a":' * 100_000, "1" * 5000]
+)
+def test_what_is_no_json_object_is_no_plan(text: str) -> None:
+    with pytest.raises(PlanError, match="this is not a fusion plan"):
+        fxfuse.FusionPlan.from_json(text)
+
+
+def test_a_matrix_of_another_size_than_its_units(varied_plan: fxfuse.FusionPlan) -> None:
+    content = json.loads(varied_plan.to_json())
+    matrix = next(entry for entry in content["maps"] if "units" in entry)
+    for name, value, why in (
+        ("units", [2**62, 2**62], "is a matrix of"),
+        ("n_units", 9_999_999, "is a matrix of"),
+        ("weight", {"type": "<f4", "base64": "AADAfw=="}, "is a matrix of 1 entries"),
+        ("weight", {"type": "<f4", "base64": "AADA"}, "cannot be read"),
+        ("weight", {"type": "<f4", "base64": "?"}, "cannot be read"),
+        ("weight", {"type": "<i8", "base64": ""}, "no matrix of float32 or float64"),
+        ("weight", 1.0, "is 1.0, and not an object"),
+    ):
+        before, matrix[name] = matrix[name], value
+        with pytest.raises(PlanError, match=why):
+            fxfuse.FusionPlan.from_json(signed(content))
+        matrix[name] = before
+    assert fxfuse.FusionPlan.from_json(signed(content)).digest == varied_plan.digest
+
+
+def places(value: Any, path: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
+    """Where every entry of a plan's content stands; of long lists, the first three."""
+    pairs = list(value.items()) if isinstance(value, dict) else []
+    if isinstance(value, list):
+        pairs = list(enumerate(value[:3]))
+    return [p for key, v in pairs for p in ((*path, key), *places(v, (*path, key)))]
+
+
+def test_whatever_is_changed_is_read_or_named(varied_plan: fxfuse.FusionPlan) -> None:
+    """Each entry is left out, or replaced by each of these."""
+    text = varied_plan.to_json()
+    numbers = [-1, 0, 1.5, 2**31, 2**63, -(10**400), float("nan"), float("inf"), 1e308]
+    values = [*numbers, None, True, "", "\ud800", [], {}, [[]], {"": None}, [1, 2], "mapped"]
+    read = 0
+    for path in places(json.loads(text)):
+        for value in (places, *values):
+            content = json.loads(text)
+            place = content
+            for key in path[:-1]:
+                place = place[key]
+            if value is places:
+                del place[path[-1]]
+            else:
+                place[path[-1]] = value
+            try:
+                plan = fxfuse.FusionPlan.from_json(signed(content))
+            except PlanError:
+                continue
+            read += 1
+            assert plan.summary()
+            assert repr(plan)
+            assert through_json(plan).digest == plan.digest
+    assert read
+
+
+def test_what_a_plan_holds_is_no_option_of_building() -> None:
+    held = {"method", "size", "constraints", "heads"}
+    assert held <= inspect.signature(fxfuse.fuse).parameters.keys()
+    assert not held & inspect.signature(fxfuse.build).parameters.keys()
+    assert "plan" not in inspect.signature(fxfuse.fuse).parameters
 
 
 def test_maps_of_units_that_there_are_not(plan: fxfuse.FusionPlan) -> None:
@@ -173,9 +302,15 @@ def test_maps_of_units_that_there_are_not(plan: fxfuse.FusionPlan) -> None:
         (replace(first, target=first.target - 1), "fused unit"),
     ):
         with pytest.raises(PlanError, match=f"names a {what} that there is not"):
-            fxfuse.fuse(members, x, plan=replace(plan, maps=(entry, *others)))
+            fxfuse.build(replace(plan, maps=(entry, *others)), members, x)
+    larger = replace(plan, maps=(replace(first, n_units=17), *others))
+    roles = {**plan.roles, "other.weight": plan.roles["stem.weight"]}
     with pytest.raises(PlanError, match="coupling groups"):
-        fxfuse.fuse(members, x, plan=replace(plan, maps=tuple(others)))
+        fxfuse.build(replace(plan, maps=tuple(others)), members, x)
+    with pytest.raises(PlanError, match="more fused units than the members have"):
+        fxfuse.build(larger, members, x)
+    with pytest.raises(PlanError, match=r"plan's tensors(.|\n)*other\.weight"):
+        fxfuse.build(replace(plan, roles=roles), members, x)
 
 
 def test_a_single_member_needs_a_plan_of_one(plan: fxfuse.FusionPlan) -> None:
@@ -183,7 +318,7 @@ def test_a_single_member_needs_a_plan_of_one(plan: fxfuse.FusionPlan) -> None:
     with pytest.raises(MemberError):
         fxfuse.fuse(members[:1], x)
     with pytest.raises(PlanError, match="made for 2 members"):
-        fxfuse.fuse(members[:1], x, plan=plan)
+        fxfuse.build(plan, members[:1], x)
 
 
 # --- fingerprints ---

@@ -14,6 +14,7 @@ from torch import nn
 from torch.nn.functional import cross_entropy
 
 import fxfuse
+from fxfuse import Constraints, Example, Heads, Size, Transplant
 from fxfuse.errors import (
     InputError,
     MemberError,
@@ -24,6 +25,7 @@ from fxfuse.refine import finetune
 from fxfuse.verify.check import in_double, inputs_of, relative_error, tensors_of
 from tests.models import build, excite, image
 from tests.nets import SmallResNet, images, resnets
+from tests.options import flat
 from tests.strategies import Block, Recipe, is_plain, members_of, recipes
 
 
@@ -81,7 +83,7 @@ def test_the_channels_that_torch_pruning_keeps(
 ) -> None:
     model = small_vgg() if name == "vgg" else build(name)
     x = images(2, torch.float64) if name == "vgg" else image()
-    result = fxfuse.prune(model, x, width=0.5, score=score, verify=False)
+    result = fxfuse.prune(model, x, verify=False, method=Transplant(score=score), size=0.5)
     ours = {}
     for group in result.graph.groups:
         units = result.plan.map_of(group.name).unit
@@ -101,9 +103,9 @@ def test_the_channels_that_torch_pruning_keeps(
 def test_pruning_the_wide_model_is_fusing(width: float) -> None:
     """The best units of all members are the best units of their concatenation."""
     members, x = resnets(2, torch.float64), images(dtype=torch.float64)
-    wide = fxfuse.fuse(members, x, width=2)
-    pruned = fxfuse.prune(wide.module, x, width=width, plan=wide.plan)
-    fused = fxfuse.fuse(members, x, width=2 * width)
+    wide = fxfuse.fuse(members, x, size=2)
+    pruned = fxfuse.prune(wide.module, x, plan=wide.plan, size=width)
+    fused = fxfuse.fuse(members, x, size=2 * width)
     assert pruned.plan.sizes() == fused.plan.sizes()
     torch.testing.assert_close(pruned.module(x), fused.module(x), rtol=1e-10, atol=1e-12)
     assert not torch.allclose(pruned.module(x), wide.module(x))
@@ -116,12 +118,14 @@ def test_pruning_the_wide_model_is_fusing_for_random_networks(recipe: Recipe, wi
     assume(is_plain(recipe))
     members = members_of(recipe, 2)
     try:
-        fused = fxfuse.fuse(members, width=2 * width, verify=False)
+        fused = fxfuse.fuse(members, verify=False, size=2 * width)
     except (OptionError, PlanError):
         assume(False)
-    wide = fxfuse.fuse(members, width=2, verify=False)
+    wide = fxfuse.fuse(members, verify=False, size=2)
     args, kwargs = inputs_of(members[0])
-    pruned = fxfuse.prune(in_double(wide.module), args, kwargs, width=width, verify=False)
+    pruned = fxfuse.prune(
+        in_double(wide.module), Example(args, kwargs=kwargs), verify=False, size=width
+    )
     # Where the wide model is written with a gather, it may have fewer groups than the members.
     assume(pruned.plan.sizes() == fused.plan.sizes())
     with torch.no_grad():
@@ -131,7 +135,7 @@ def test_pruning_the_wide_model_is_fusing_for_random_networks(recipe: Recipe, wi
 
 def test_rows_and_columns_by_hand() -> None:
     model = small_vgg()
-    result = fxfuse.prune(model, images(dtype=torch.float64), width=0.5)
+    result = fxfuse.prune(model, images(dtype=torch.float64), size=0.5)
     first = result.plan.map_of("features.0.weight:0").unit
     second = result.plan.map_of("features.3.weight:0").unit
     assert (len(first), len(second)) == (4, 6)
@@ -143,7 +147,7 @@ def test_rows_and_columns_by_hand() -> None:
 
 def test_width_one_is_the_network() -> None:
     model, x = small_vgg(), images(dtype=torch.float64)
-    result = fxfuse.prune(model, x, width=1)
+    result = fxfuse.prune(model, x, size=1)
     torch.testing.assert_close(result.module(x), model(x))
     assert result.verification.passed
 
@@ -151,41 +155,43 @@ def test_width_one_is_the_network() -> None:
 def test_the_network_stays_as_it_was() -> None:
     model, x = resnets(1)[0].train(), images()
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    fxfuse.prune(model, x, width=0.5)
+    fxfuse.prune(model, x, size=0.5)
     assert model.training
     assert all(torch.equal(before[name], t) for name, t in model.state_dict().items())
 
 
 def test_a_pruning_plan_is_applied_again() -> None:
     (model, other), x = resnets(2), images()
-    first = fxfuse.prune(model, x, width=0.5)
+    first = fxfuse.prune(model, x, size=0.5)
     plan = fxfuse.FusionPlan.from_json(first.plan.to_json())
-    again = fxfuse.fuse([model], x, plan=plan)
+    again = fxfuse.build(plan, [model], x)
     for name, tensor in first.state_dict().items():
         assert torch.equal(tensor, again.state_dict()[name]), name
     with pytest.raises(PlanError, match="member 0"):
-        fxfuse.fuse([other], x, plan=plan)
+        fxfuse.build(plan, [other], x)
 
 
 def test_what_was_frozen_in_the_fusion_stays_so() -> None:
     members, x = resnets(2), images()
-    wide = fxfuse.fuse(members, x, width=2, ignore="block1")
+    wide = fxfuse.fuse(members, x, size=2, constraints=Constraints(ignore="block1"))
     frozen = wide.module.state_dict()["block1.conv1.weight"]
-    pruned = fxfuse.prune(wide.module, x, width=0.5, plan=wide.plan)
+    pruned = fxfuse.prune(wide.module, x, plan=wide.plan, size=0.5)
     assert torch.equal(pruned.state_dict()["block1.conv1.weight"], frozen)
     assert pruned.plan.members[0].plan == wide.plan.digest
-    more = fxfuse.prune(wide.module, x, width=0.5, plan=wide.plan, freeze="stem.*")
+    more = fxfuse.prune(
+        wide.module, x, plan=wide.plan, size=0.5, constraints=Constraints(freeze="stem.*")
+    )
     assert more.plan.constraints.ignore == ("block1",)
     assert more.plan.constraints.freeze == ("stem.*",)
-    assert fxfuse.prune(wide.module, x, width=0.5).plan.members[0].plan == ""
+    assert fxfuse.prune(wide.module, x, size=0.5).plan.members[0].plan == ""
 
 
 def test_budgets_and_patterns() -> None:
     model, x = resnets(1)[0], images()
     whole = sum(p.numel() for p in model.parameters())
-    small = fxfuse.prune(model, x, max_params=whole // 2).module
+    small = fxfuse.prune(model, x, size=Size(max_params=whole // 2)).module
     assert 0.3 * whole < sum(p.numel() for p in small.parameters()) <= whole // 2
-    module = fxfuse.prune(model, x, width={"block1.*": 0.5}).module
+    module = fxfuse.prune(model, x, size={"block1.*": 0.5}).module
     assert module.get_parameter("block1.conv1.weight").shape == (4, 8, 3, 3)
     assert module.get_parameter("stem.weight").shape == (8, 3, 3, 3)
 
@@ -194,7 +200,7 @@ def test_budgets_and_patterns() -> None:
 def test_other_scores(score: str) -> None:
     model, x = resnets(1)[0], images()
     given = {} if score == "bn_scale" else {"calibration": images(128)}
-    result = fxfuse.prune(model, x, width=0.5, score=score, **given)
+    result = fxfuse.prune(model, x, **flat(width=0.5, score=score, **given))
     assert result.plan.options["score"] == score
     assert set(result.plan.sizes().values()) == {4}
 
@@ -207,10 +213,17 @@ def test_obs_removes_what_nobody_misses() -> None:
         model[0].weight[:4] *= 10
         model[0].bias[:4] = -1000.0
     calibration = torch.randn(200, 6)
-    result = fxfuse.prune(model, calibration[:4], width=0.5, score="obs", calibration=calibration)
+    result = fxfuse.prune(
+        model,
+        calibration[:4],
+        calibration=calibration,
+        method=Transplant(score="obs"),
+        size=0.5,
+        refine=[],
+    )
     assert result.plan.maps[0].unit.tolist() == [4, 5, 6, 7]
     torch.testing.assert_close(result.module(calibration), model(calibration))
-    assert fxfuse.prune(model, calibration[:4], width=0.5).plan.maps[0].unit.tolist() != [
+    assert fxfuse.prune(model, calibration[:4], size=0.5).plan.maps[0].unit.tolist() != [
         4,
         5,
         6,
@@ -225,9 +238,9 @@ def test_a_wide_model_that_runs_member_by_member_is_pruned() -> None:
         return nn.Sequential(layer, nn.Flatten(), nn.Linear(80, 3)).eval()
 
     x = torch.randn(3, 5, 16)
-    wide = fxfuse.fuse([member(seed) for seed in range(2)], x, width=2)
+    wide = fxfuse.fuse([member(seed) for seed in range(2)], x, size=2)
     assert wide.plan.mixing.mode == "per_member"
-    pruned = fxfuse.prune(wide.module, x, width=0.5, plan=wide.plan)
+    pruned = fxfuse.prune(wide.module, x, plan=wide.plan, size=0.5)
     assert pruned.verification.passed
     before, after = (sum(p.numel() for p in r.module.parameters()) for r in (wide, pruned))
     assert after < 0.8 * before
@@ -236,8 +249,8 @@ def test_a_wide_model_that_runs_member_by_member_is_pruned() -> None:
 def test_a_network_with_several_heads_is_pruned() -> None:
     x = images()
     members = [SmallResNet(classes=3).eval(), SmallResNet(classes=5).eval()]
-    fused = fxfuse.fuse(members, x, heads="fc")
-    pruned = fxfuse.prune(fused.module, x, width=0.5, plan=fused.plan)
+    fused = fxfuse.fuse(members, x, heads=Heads("fc"))
+    pruned = fxfuse.prune(fused.module, x, plan=fused.plan, size=0.5)
     assert [tuple(y.shape) for y in pruned.module(x)] == [(4, 3), (4, 5)]
     assert set(pruned.plan.sizes().values()) == {4}
 
@@ -258,11 +271,11 @@ def test_train_prune_train() -> None:
     members = [SmallResNet() for _ in range(2)]
     for member in members:
         finetune(member, batches, steps=40, progress=False)
-    result: Any = fxfuse.fuse(members, x[:4], width=2)
+    result: Any = fxfuse.fuse(members, x[:4], size=2)
     losses = []
     for width in (0.75, 2 / 3):
         finetune(result.module, batches, steps=30, progress=False)
-        result = fxfuse.prune(result.module, x[:4], width=width, plan=result.plan)
+        result = fxfuse.prune(result.module, x[:4], plan=result.plan, size=width)
         losses.append(loss_of(result.module))
     finetune(result.module, batches, steps=60, progress=False)
     losses.append(loss_of(result.module))
@@ -291,7 +304,7 @@ def test_train_prune_train() -> None:
 )
 def test_bad_options(options: dict[str, Any], error: type[Exception], match: str) -> None:
     with pytest.raises(error, match=match):
-        fxfuse.prune(resnets(1)[0], images(), **options)
+        fxfuse.prune(resnets(1)[0], images(), **flat(**options))
 
 
 def test_weights_that_are_not_finite() -> None:
@@ -299,4 +312,4 @@ def test_weights_that_are_not_finite() -> None:
     with torch.no_grad():
         model.stem.weight[0, 0, 0, 0] = float("nan")
     with pytest.raises(MemberError):
-        fxfuse.prune(model, images(), width=0.5)
+        fxfuse.prune(model, images(), size=0.5)

@@ -53,7 +53,7 @@ def work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     inputs = rng.standard_normal((200, 5)).astype("float32")
     np.savez(tmp_path / "data.npz", inputs=inputs, labels=rng.integers(0, 3, 200))
     monkeypatch.chdir(tmp_path / "here")
-    monkeypatch.setattr(sys, "path", list(sys.path))
+    monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.delitem(sys.modules, "recipe_models", raising=False)
     monkeypatch.setattr(sys, "dont_write_bytecode", True)
     return tmp_path
@@ -71,7 +71,6 @@ def test_a_recipe_fuses_as_the_python_interface_does(work: Path) -> None:
     assert sorted(p.name for p in outcome.folder.iterdir()) == sorted(outcome.files)
     assert set(outcome.files) == {WEIGHTS, GRAPH, PLAN, "summary.md", "recipe.yaml"}
     assert set(outcome.files) < set(FILES)
-    sys.path.insert(0, str(work))
     from recipe_models import mlp
 
     members = [mlp(), mlp()]
@@ -160,7 +159,6 @@ def test_everything_that_can_be_written(work: Path) -> None:
 
 def test_members_with_arguments_of_their_own(work: Path) -> None:
     torch.manual_seed(5)
-    sys.path.insert(0, str(work))
     from recipe_models import mlp
 
     write_state_dict(work / "c.safetensors", mlp(classes=2).state_dict())

@@ -6,12 +6,11 @@ import copy
 import io
 import json
 import pickle
+import sys
 import zipfile
 
 import pytest
 import torch
-from rich.console import Console
-from rich.progress import Progress
 from torch import nn
 from torch.nn import functional
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -325,7 +324,8 @@ def test_losses_are_read_once_in_many_steps():
 
 
 def test_a_given_progress_display_gets_a_task_and_loses_it():
-    display = Progress(console=Console(file=io.StringIO()))
+    rich = pytest.importorskip("rich.progress")
+    display = rich.Progress(console=rich.Console(file=io.StringIO()))
     seen = []
     display.update = lambda task, **fields: seen.append(fields)
     finetune(_linear(0), batches(), steps=30, progress=display)
@@ -339,6 +339,17 @@ def test_own_progress_bar_goes_to_stderr(capsys):
     program = capsys.readouterr()
     assert program.out == ""
     assert "fine-tuning" in program.err
+
+
+def test_progress_without_rich_is_a_line_after_each_tenth(capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "rich.progress", None)
+    finetune(_linear(0), batches(), steps=100)
+    program = capsys.readouterr()
+    assert program.out == ""
+    lines = program.err.splitlines()
+    assert [line.split(", loss ")[0] for line in lines] == [
+        f"fine-tuning: {percent} %" for percent in (20, 40, 60, 80, 100)
+    ]
 
 
 def test_checkpoint_is_safetensors_and_nothing_is_pickled(tmp_path, monkeypatch):

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 import fxfuse
-from fxfuse import verify
+from fxfuse import Calibration, Constraints, Match, Refit, Regression, Transplant, verify
 from fxfuse.activations import NodeRunner
 from fxfuse.activations.calibration import CalibrationBatches
 from fxfuse.errors import (
@@ -27,6 +27,7 @@ from fxfuse.refine.regression.head import fit_head
 from fxfuse.refine.regression.solve import Fit, Ridge
 from fxfuse.refine.targets import Targets
 from tests.nets import Samples, SmallResNet, mean_of
+from tests.options import flat
 
 
 class Transformer(nn.Module):
@@ -125,7 +126,7 @@ def test_a_refit_brings_the_fused_network_close_to_the_ensemble(name: str):
     result = fxfuse.fuse(members, x[:4])
     fresh = inputs_for(name, 200, seed=9)
     before = distance(result.module, members, fresh)
-    report = refit(result, members, x, outputs="values")
+    report = refit(result, members, x, task=Regression())
     after = distance(result.module, members, fresh)
     assert after < 0.5 * before, (before, after)
     assert report.inputs == 300
@@ -158,7 +159,7 @@ def test_a_shuffled_layer_is_found_again():
         name = next(n for n, w in weights.items() if w.dim() == 4 and w.shape[1] > 3)
         weights[name].copy_(torch.randn_like(weights[name]))
     assert distance(result.module, members, x) > 1e-2
-    refit(result, members, x, alpha=1e-7)
+    refit(result, members, x, Refit(alpha=1e-7))
     assert distance(result.module, members, inputs_for("ResNet", seed=5)) < 1e-5
 
 
@@ -171,7 +172,7 @@ def test_a_lost_layer_is_found_again(name: str):
         weights = dict(result.module.named_parameters())
         weights[tensor].copy_(torch.randn_like(weights[tensor]))
     assert distance(result.module, members, x) > 1e-2
-    report = refit(result, members, x, alpha=1e-7, memory=0)
+    report = refit(result, members, x, Refit(alpha=1e-7, memory=0))
     assert distance(result.module, members, inputs_for(name, seed=5)) < 1e-5
     assert {fit.weight for fit in report.layers if fit.fitted} >= {tensor}
     assert tensor not in report.left
@@ -236,7 +237,7 @@ def test_the_way_through_movements_and_scales():
 
     members, x = [Moved().eval() for _ in range(2)], torch.randn(300, 7, 6)
     result = fxfuse.fuse(members, x[:4])
-    report = refit(result, members, x, outputs="values")
+    report = refit(result, members, x, task=Regression())
     fits = {fit.weight: fit for fit in report.layers}
     assert "add" in fits["branch.weight"].aim
     assert fits["branch.weight"].after < 0.7 * fits["branch.weight"].before
@@ -299,7 +300,14 @@ def test_the_head_is_fitted_to_probabilities():
 def test_a_parameter_that_should_stay_stays():
     members, x = members_for("ResNet"), inputs_for("ResNet")
     name = next(n for n, w in members[0].named_parameters() if w.dim() == 4 and w.shape[1] > 3)
-    result = fxfuse.fuse(members, x[:4], freeze=[name], calibration=x, refit=True)
+    result = fxfuse.fuse(
+        members,
+        x[:4],
+        calibration=x,
+        method=Transplant(score="l2"),
+        refine=[Refit()],
+        constraints=Constraints(freeze=[name]),
+    )
     torch.testing.assert_close(result.state_dict()[name], members[0].state_dict()[name])
     assert name in result.refit.left
     fit = next(f for f in result.refit.layers if f.weight == name)
@@ -309,8 +317,15 @@ def test_a_parameter_that_should_stay_stays():
 def test_a_partner_that_should_stay_stays():
     """The other layer of a sum is fitted in turn, but not one that an option keeps."""
     members, x = members_for("depthwise"), inputs_for("depthwise")
-    plain = fxfuse.fuse(members, x[:4], freeze=["narrow.bias"])
-    result = fxfuse.fuse(members, x[:4], freeze=["narrow.bias"], calibration=x, refit=True)
+    plain = fxfuse.fuse(members, x[:4], constraints=Constraints(freeze=["narrow.bias"]))
+    result = fxfuse.fuse(
+        members,
+        x[:4],
+        calibration=x,
+        method=Transplant(score="l2"),
+        refine=[Refit()],
+        constraints=Constraints(freeze=["narrow.bias"]),
+    )
     torch.testing.assert_close(result.state_dict()["narrow.bias"], members[0].narrow.bias.detach())
     for name in ("narrow.weight", "narrow.bias"):
         torch.testing.assert_close(result.state_dict()[name], plain.state_dict()[name])
@@ -333,7 +348,7 @@ def test_two_layers_of_one_sum_are_one_regression():
 
     members, x = [Two().eval() for _ in range(2)], torch.randn(300, 6)
     result = fxfuse.fuse(members, x[:4])
-    report = refit(result, members, x, outputs="values", alpha=1e-9)
+    report = refit(result, members, x, Refit(alpha=1e-9), task=Regression())
     fits = {fit.weight: fit for fit in report.layers}
     assert {fits[n].aim for n in ("wide.weight", "slim.weight")} == {"add"}
     assert fits["wide.weight"].after == fits["slim.weight"].after < fits["wide.weight"].before
@@ -368,8 +383,10 @@ def test_a_norm_that_is_used_twice_is_left():
 
 def test_fuse_refits_and_verifies():
     members, x = members_for("ResNet"), inputs_for("ResNet")
-    plain = fxfuse.fuse(members, x[:4], score="obs", calibration=x)
-    result = fxfuse.fuse(members, x[:4], score="obs", calibration=x, refit=True)
+    plain = fxfuse.fuse(members, x[:4], calibration=x, method=Transplant(score="obs"), refine=[])
+    result = fxfuse.fuse(
+        members, x[:4], calibration=x, method=Transplant(score="obs"), refine=[Refit()]
+    )
     assert distance(result.module, members, x) < 0.5 * distance(plain.module, members, x)
     assert result.plan.options["score"] == "obs"
     assert result.refit is not None
@@ -382,7 +399,7 @@ def test_fuse_refits_and_verifies():
 def test_auto_starts_from_the_fused_network_or_from_a_member():
     """Random networks are as good as specialists: no member is close to their mean."""
     members, x = members_for("ResNet"), inputs_for("ResNet")
-    result = fxfuse.fuse(members, x[:4], method="auto", calibration=x, steps=30)
+    result = fxfuse.fuse(members, x[:4], calibration=x, refine=[Refit(), Match(steps=30)])
     assert result.plan.method == "auto"
     assert result.choice.start == result.plan.options["start"] == "fused"
     assert set(result.choice.divergence) == {"fused", "member 0", "member 1"}
@@ -391,7 +408,7 @@ def test_auto_starts_from_the_fused_network_or_from_a_member():
     # A member that is the ensemble is chosen, and it is left as it is.
     same = members_for("ResNet", same=True)
     before = {n: t.clone() for n, t in same[0].state_dict().items()}
-    result = fxfuse.fuse(same, x[:4], method="auto", calibration=x, steps=2)
+    result = fxfuse.fuse(same, x[:4], calibration=x, refine=[Refit(), Match(steps=2)])
     assert result.choice.start.startswith("member")
     for name, tensor in same[0].state_dict().items():
         torch.testing.assert_close(tensor, before[name])
@@ -402,7 +419,7 @@ def test_auto_hands_over_no_network_that_is_worse_than_its_start():
     with torch.no_grad():
         for tensor in members[1].parameters():
             tensor += 1e-4 * torch.randn_like(tensor)
-    result = fxfuse.fuse(members, x[:4], method="auto", calibration=x, steps=1)
+    result = fxfuse.fuse(members, x[:4], calibration=x, refine=[Refit(), Match(steps=1)])
     assert result.choice.after <= result.choice.before
     assert result.choice.kept == (result.match.kept > 0)
     if not result.choice.kept:
@@ -421,7 +438,7 @@ def test_auto_on_values():
             return self.last(self.first(x).relu())
 
     members, x = [Values() for _ in range(2)], torch.randn(200, 5, 4)
-    result = fxfuse.fuse(members, x[:3], method="auto", calibration=x, steps=10)
+    result = fxfuse.fuse(members, x[:3], calibration=x, refine=[Refit(), Match(steps=10)])
     assert result.match.outputs == "values"
     assert distance(result.module, members, torch.randn(50, 5, 4)) < 0.2
 
@@ -429,13 +446,13 @@ def test_auto_on_values():
 @pytest.mark.parametrize("options", [{"method": "auto"}, {"refit": True}, {"score": "obs"}])
 def test_calibration_is_asked_for(options: dict[str, object]):
     with pytest.raises(InputError, match="needs calibration inputs") as caught:
-        fxfuse.fuse(members_for("ResNet"), inputs_for("ResNet", 4), **options)
+        fxfuse.fuse(members_for("ResNet"), inputs_for("ResNet", 4), **flat(**options))
     assert "calibration=" in caught.value.how
 
 
 def test_budgets_without_auto_are_refused():
     with pytest.raises(OptionError, match="auto"):
-        fxfuse.fuse(members_for("ResNet"), inputs_for("ResNet", 4), steps=10)
+        fxfuse.fuse(members_for("ResNet"), inputs_for("ResNet", 4))
 
 
 def test_other_members_than_those_that_were_fused():
@@ -450,7 +467,7 @@ def test_other_members_than_those_that_were_fused():
 def test_kinds_of_output():
     members, x = members_for("ResNet"), inputs_for("ResNet")
     with pytest.raises(RefineError, match="classes"):
-        refit(fxfuse.fuse(members, x[:4]), members, x, outputs="classes")
+        refit(fxfuse.fuse(members, x[:4]), members, x, task="classes")
 
 
 def test_a_network_in_float64_is_refitted():
@@ -458,7 +475,7 @@ def test_a_network_in_float64_is_refitted():
     x = inputs_for("depthwise").double()
     result = fxfuse.fuse(members, x[:4])
     before = distance(result.module, members, x)
-    report = refit(result, members, x, outputs="values")
+    report = refit(result, members, x, task=Regression())
     assert distance(result.module, members, x) < 0.5 * before
     assert all(fit.after <= fit.before for fit in report.layers)
     assert {t.dtype for t in result.module.parameters()} == {torch.float64}
@@ -479,7 +496,9 @@ def test_averaged_units_have_averaged_targets():
 
 def test_the_fused_network_passes_the_oracles_after_a_refit():
     members, x = members_for("transformer"), inputs_for("transformer")
-    result = fxfuse.fuse(members, x[:4], score="obs", calibration=x, refit=True)
+    result = fxfuse.fuse(
+        members, x[:4], calibration=x, method=Transplant(score="obs"), refine=[Refit()]
+    )
     graph = fxfuse.analyze(result.module, x[:4])
     assert verify.permutation_of(graph).passed
     assert CalibrationBatches.of(graph.program, x).size == 300
@@ -529,7 +548,7 @@ def test_more_inputs_are_taken_when_they_are_allowed():
         result = fxfuse.fuse(members, x[:4], verify=False)
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
-            report = refit(result, members, x, outputs="values", limit=limit)
+            report = refit(result, members, Calibration(x, limit=limit), task=Regression())
         assert report.inputs == limit
         assert any("are taken" in str(w.message) for w in caught) == (limit < 3000)
         found.append(distance(result.module, members, fresh))

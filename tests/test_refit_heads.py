@@ -8,9 +8,11 @@ from sklearn.datasets import load_digits
 from torch import nn
 
 import fxfuse
+from fxfuse import Heads, Refit, Regression, Transplant
 from fxfuse.errors import MemberError, OptionError
 from fxfuse.refine import RefitReport, finetune, refit
 from tests.nets import SmallResNet, images
+from tests.options import flat
 from tests.test_partial import HEADS, member, one_trunk, tower
 
 DOUBLE = torch.float64
@@ -48,7 +50,9 @@ def test_members_of_one_trunk_are_left_as_they_are(heads: tuple[str, ...]):
     members = [member(seed, classes=3 + seed) for seed in range(2)]
     one_trunk(members, heads)
     x = torch.randn(200, 3, 8, 8).double()
-    result = fxfuse.fuse(members, x[:4], method="average", heads=heads, calibration=x, refit=True)
+    result = fxfuse.fuse(
+        members, x[:4], calibration=x, method="average", refine=[Refit()], heads=Heads(heads)
+    )
     x = images(dtype=DOUBLE)
     for m, answer in zip(members, result.module(x), strict=True):
         torch.testing.assert_close(answer, m(x), rtol=1e-6, atol=1e-6)
@@ -57,8 +61,8 @@ def test_members_of_one_trunk_are_left_as_they_are(heads: tuple[str, ...]):
 def test_each_head_is_the_regression_of_its_member():
     """From the student's own trunk to the member's logits, by least squares."""
     members, x = plain(3), torch.randn(400, 6)
-    result = fxfuse.fuse(members, x[:4], heads=["head"])
-    report = refit(result, members, x, outputs="values", alpha=1e-9)
+    result = fxfuse.fuse(members, x[:4], heads=Heads(["head"]))
+    report = refit(result, members, x, Refit(alpha=1e-9), task=Regression())
     fits = {fit.weight: fit for fit in report.layers}
     state = result.state_dict()
     read = (x @ state["first.weight"].T + state["first.bias"]).relu()
@@ -72,7 +76,14 @@ def test_each_head_is_the_regression_of_its_member():
 
 def test_the_trunk_aims_at_the_kept_units_of_all_members():
     members, x = plain(), torch.randn(400, 6)
-    result = fxfuse.fuse(members, x[:4], heads=["head"], calibration=x, refit=True)
+    result = fxfuse.fuse(
+        members,
+        x[:4],
+        calibration=x,
+        method=Transplant(score="l2"),
+        refine=[Refit()],
+        heads=Heads(["head"]),
+    )
     units = result.plan.map_of("first.weight:0")
     assert set(units.member) == {0, 1}
     state = result.state_dict()
@@ -88,8 +99,16 @@ def test_the_trunk_aims_at_the_kept_units_of_all_members():
 def test_no_layer_gets_worse(heads: tuple[str, ...], width: float | None):
     members = [member(seed, 3 + seed, torch.float32) for seed in range(2)]
     x = torch.randn(200, 3, 8, 8)
-    before = fxfuse.fuse(members, x[:4], heads=heads, width=width)
-    result = fxfuse.fuse(members, x[:4], heads=heads, width=width, calibration=x, refit=True)
+    before = fxfuse.fuse(members, x[:4], size=width, heads=Heads(heads))
+    result = fxfuse.fuse(
+        members,
+        x[:4],
+        calibration=x,
+        method=Transplant(score="l2"),
+        size=width,
+        refine=[Refit()],
+        heads=Heads(heads),
+    )
     assert no_layer_got_worse(result.refit)
     weights = {fit.weight for fit in result.refit.layers if fit.fitted}
     assert weights >= {"block1.conv1.weight", "heads.0.fc.weight", "heads.1.fc.weight"}
@@ -104,7 +123,14 @@ def test_units_of_others_in_a_head_have_no_target():
     """A head's own norm on the trunk is left; the layers behind it make up for it."""
     members = [tower(0, 3), tower(1, 7, hidden=9)]
     x = torch.randn(300, 4).double()
-    result = fxfuse.fuse(members, x[:4], heads=HEADS, calibration=x, refit=True)
+    result = fxfuse.fuse(
+        members,
+        x[:4],
+        calibration=x,
+        method=Transplant(score="l2"),
+        refine=[Refit()],
+        heads=Heads(HEADS),
+    )
     fits = {fit.weight: fit for fit in result.refit.layers}
     assert no_layer_got_worse(result.refit)
     for i in range(2):
@@ -129,8 +155,15 @@ def test_an_early_head_is_fitted_on_its_own_way():
     torch.manual_seed(1)
     members, x = [Early(2).eval(), Early(3).eval()], torch.randn(300, 6)
     heads = ["early", "late"]
-    plainly = fxfuse.fuse(members, x[:4], heads=heads)
-    result = fxfuse.fuse(members, x[:4], heads=heads, calibration=x, refit=True)
+    plainly = fxfuse.fuse(members, x[:4], heads=Heads(heads))
+    result = fxfuse.fuse(
+        members,
+        x[:4],
+        calibration=x,
+        method=Transplant(score="l2"),
+        refine=[Refit()],
+        heads=Heads(heads),
+    )
     with torch.no_grad():
         for i, m in enumerate(members):
             for wanted, a, b in zip(m(x), plainly.module(x)[i], result.module(x)[i], strict=True):
@@ -142,16 +175,23 @@ def test_heads_that_are_handed_out_as_one_tensor(options: dict[str, str]):
     members, x = plain(), torch.randn(400, 6)
     classes = [list("abc"), list("cdef")] if options["heads"] == "union" else None
     told = {"example_inputs": x[:4], "classes": classes, **options}
-    plainly = fxfuse.fuse(members, **told).module(x)
-    exact = fxfuse.fuse(members, **told, width=2).module(x)
-    refitted = fxfuse.fuse(members, **told, calibration=x, refit=True).module(x)
+    plainly = fxfuse.fuse(members, **flat(**told)).module(x)
+    exact = fxfuse.fuse(members, **flat(width=2, **told)).module(x)
+    refitted = fxfuse.fuse(members, **flat(refit=True, calibration=x, **told)).module(x)
     assert distance(refitted, exact) < 0.5 * distance(plainly, exact)
 
 
 def test_a_refit_afterwards_is_the_same():
     members, x = plain(), torch.randn(400, 6)
-    at_once = fxfuse.fuse(members, x[:4], heads=["head"], calibration=x, refit=True)
-    later = fxfuse.fuse(members, x[:4], heads=["head"])
+    at_once = fxfuse.fuse(
+        members,
+        x[:4],
+        calibration=x,
+        method=Transplant(score="l2"),
+        refine=[Refit()],
+        heads=Heads(["head"]),
+    )
+    later = fxfuse.fuse(members, x[:4], heads=Heads(["head"]))
     report = refit(later, members, x)
     for name, tensor in at_once.state_dict().items():
         assert torch.equal(tensor, later.state_dict()[name]), name
@@ -164,8 +204,15 @@ def test_a_refit_afterwards_is_the_same():
 def test_scores_that_measure_see_the_trunk(score: str):
     members = [member(seed, 3 + seed, torch.float32) for seed in range(2)]
     x = torch.randn(200, 3, 8, 8)
-    result = fxfuse.fuse(members, x[:4], heads=["fc"], score=score, calibration=x, refit=True)
-    plainly = fxfuse.fuse(members, x[:4], heads=["fc"])
+    result = fxfuse.fuse(
+        members,
+        x[:4],
+        calibration=x,
+        method=Transplant(score=score),
+        refine=[Refit()],
+        heads=Heads(["fc"]),
+    )
+    plainly = fxfuse.fuse(members, x[:4], heads=Heads(["fc"]))
     with torch.no_grad():
         for m, a, b in zip(members, plainly.module(x), result.module(x), strict=True):
             assert distance(b, m(x)) < distance(a, m(x))
@@ -187,7 +234,7 @@ def test_obs_keeps_the_unit_that_one_head_reads_strongly(heads: str | list[str])
     classes = [list("abc"), list("cdef")] if heads == "union" else None
     told = {"example_inputs": x[:4], "heads": heads, "classes": classes}
     for score, kept in (("l2", {(0, 2)}), ("obs", {(1, 5)})):
-        plan = fxfuse.fuse(members, **told, score=score, calibration=x, width=0.25).plan
+        plan = fxfuse.fuse(members, **flat(score=score, width=0.25, calibration=x, **told)).plan
         units = plan.map_of("second.weight:0")
         found = set(zip(units.member.tolist(), units.unit.tolist(), strict=True))
         assert found & {(0, 2), (1, 5)} == kept
@@ -202,7 +249,13 @@ def test_obs_knows_that_a_heads_own_norm_has_nothing_for_units_of_others():
             own.up.weight[:, unit] = 1
     x = torch.randn(300, 4).double()
     result = fxfuse.fuse(
-        members, x[:4], heads=HEADS, score="obs", calibration=x, width=1 / 3, refit=True
+        members,
+        x[:4],
+        calibration=x,
+        method=Transplant(score="obs"),
+        size=1 / 3,
+        refine=[Refit()],
+        heads=Heads(HEADS),
     )
     units = result.plan.map_of("trunk.2.weight:0")
     assert set(zip(units.member.tolist(), units.unit.tolist(), strict=True)) == {(0, 1), (1, 4)}
@@ -211,11 +264,18 @@ def test_obs_knows_that_a_heads_own_norm_has_nothing_for_units_of_others():
 def test_what_needs_one_task_is_refused():
     members, x = plain(), torch.randn(200, 6)
     with pytest.raises(OptionError, match="choose a start") as caught:
-        fxfuse.fuse(members, x[:4], heads=["head"], method="auto", calibration=x)
+        fxfuse.fuse(members, x[:4], calibration=x, heads=Heads(["head"]))
     assert "refit=True" in caught.value.how
     labelled = [(x, torch.zeros(200, dtype=torch.int64))]
     with pytest.raises(OptionError, match="one loss"):
-        fxfuse.fuse(members, x[:4], heads=["head"], score="taylor", calibration=labelled)
+        fxfuse.fuse(
+            members,
+            x[:4],
+            calibration=labelled,
+            method=Transplant(score="taylor"),
+            refine=[],
+            heads=Heads(["head"]),
+        )
 
 
 def test_two_tasks_on_digits():
@@ -237,8 +297,8 @@ def test_two_tasks_on_digits():
         finetune(net, batches, steps=80, progress=False)
         members.append(net.eval())
     options = {"heads": ["fc"], "example_inputs": x[:4]}
-    plainly = fxfuse.fuse(members, **options).module
-    refitted = fxfuse.fuse(members, **options, calibration=x[:500], refit=True).module
+    plainly = fxfuse.fuse(members, **flat(**options)).module
+    refitted = fxfuse.fuse(members, **flat(refit=True, calibration=x[:500], **options)).module
     with torch.no_grad():
         for m, a, b in zip(members, plainly(fresh), refitted(fresh), strict=True):
             wanted = m(fresh)

@@ -10,8 +10,10 @@ from sklearn.datasets import load_digits
 from torch import nn
 
 import fxfuse
+from fxfuse import Constraints, Refit, Regression, Size, Transplant
 from fxfuse.refine import finetune, refit
 from tests.nets import mean_of
+from tests.options import flat
 from tests.test_refit import distance
 
 #: Kinds of recurrent layers, and how each is built.
@@ -70,13 +72,13 @@ FEW = ("LSTM projected", "GRU both ways")
 def test_a_forgotten_layer_is_found_again(kind: str):
     """Only the right equations, from the right states in the right order, give the member back."""
     networks, x = members(kind, same=True, batch_first="both" not in kind), inputs(200)
-    result = fxfuse.fuse(networks, x[:4], method="average", verify=False)
+    result = fxfuse.fuse(networks, x[:4], verify=False, method="average")
     with torch.no_grad():
         for name, weight in result.module.named_parameters():
             if name.startswith("rnn"):
                 weight.copy_(torch.randn_like(weight))
     assert distance(result.module, networks, x) > 1e-1
-    refit(result, networks, x, alpha=1e-7)
+    refit(result, networks, x, Refit(alpha=1e-7))
     assert distance(result.module, networks, inputs(100, seed=5)) < 1e-4
 
 
@@ -92,9 +94,9 @@ def test_a_forgotten_layer_is_found_again(kind: str):
 def test_a_refit_brings_it_close_and_makes_no_layer_worse(kind: str, width: float | None):
     networks, x, fresh = members(kind), inputs(300), inputs(200, seed=9)
     mixing = "joint" if width else None
-    result = fxfuse.fuse(networks, x[:4], width=width, mixing=mixing, verify=False)
+    result = fxfuse.fuse(networks, x[:4], verify=False, size=Size(width, mixing=mixing))
     before = distance(result.module, networks, fresh)
-    report = refit(result, networks, x, outputs="values")
+    report = refit(result, networks, x, task=Regression())
     assert distance(result.module, networks, fresh) < 0.5 * before
     assert all(fit.after <= fit.before for fit in report.layers), report.layers
     layers = {n for n, _ in networks[0].named_parameters() if "weight_ih" in n}
@@ -105,7 +107,14 @@ def test_a_refit_brings_it_close_and_makes_no_layer_worse(kind: str, width: floa
 @pytest.mark.nightly
 def test_a_network_of_twice_the_width_is_the_mean_already():
     networks, x = members("RNN relu"), inputs(200)
-    result = fxfuse.fuse(networks, x[:4], width=2, mixing="joint", calibration=x, refit=True)
+    result = fxfuse.fuse(
+        networks,
+        x[:4],
+        calibration=x,
+        method=Transplant(score="l2"),
+        size=Size(2, mixing="joint"),
+        refine=[Refit()],
+    )
     assert result.refit is not None
     assert all(fit.after < 1e-9 for fit in result.refit.layers), result.refit.layers
 
@@ -113,7 +122,12 @@ def test_a_network_of_twice_the_width_is_the_mean_already():
 def test_layers_that_should_stay_and_cells_are_left():
     networks, x = members("RNN"), inputs(200)
     frozen = fxfuse.fuse(
-        networks, x[:4], freeze=["rnn.bias_hh_l0"], calibration=x, refit=True
+        networks,
+        x[:4],
+        calibration=x,
+        method=Transplant(score="l2"),
+        refine=[Refit()],
+        constraints=Constraints(freeze=["rnn.bias_hh_l0"]),
     ).refit
     assert frozen is not None
     assert {fit.why for fit in frozen.layers if fit.weight.startswith("rnn")} == {
@@ -132,7 +146,9 @@ def test_layers_that_should_stay_and_cells_are_left():
             return self.head(state)
 
     loops: list[nn.Module] = [Loop().eval(), Loop().eval()]
-    report = fxfuse.fuse(loops, x[:4], calibration=x, refit=True).refit
+    report = fxfuse.fuse(
+        loops, x[:4], calibration=x, method=Transplant(score="l2"), refine=[Refit()]
+    ).refit
     assert report is not None
     assert {name for name in report.left if "weight" in name} == {
         "cell.weight_ih",
@@ -153,7 +169,7 @@ def test_obs_sees_what_recurrent_layers_read():
     told: dict[str, Any] = {"calibration": x, "width": 0.3, "verify": False, "mixing": "joint"}
     kept = {}
     for score in ("l2", "obs"):
-        plan = fxfuse.fuse(networks, x[:4], score=score, **told).plan
+        plan = fxfuse.fuse(networks, x[:4], **flat(score=score, **told)).plan
         kept[score] = {m.group.split(".")[0]: m.units().tolist() for m in plan.maps}
     assert [1, 3] in kept["l2"]["embed"]
     assert [1, 3] not in kept["obs"]["embed"]
@@ -164,8 +180,8 @@ def test_every_head_keeps_its_recurrent_layer():
     """A head of one member aims at that member alone."""
     networks, x = members("RNN"), inputs(300)
     told: dict[str, Any] = {"example_inputs": x[:4], "heads": ["rnn", "head"]}
-    plainly = fxfuse.fuse(networks, **told).module
-    result = fxfuse.fuse(networks, **told, calibration=x, refit=True)
+    plainly = fxfuse.fuse(networks, **flat(**told)).module
+    result = fxfuse.fuse(networks, **flat(refit=True, calibration=x, **told))
     with torch.no_grad():
         for member, before, after in zip(networks, plainly(x), result.module(x), strict=True):
             wanted = member(x)
@@ -207,7 +223,9 @@ def test_rows_of_digits():
         ensemble = correct(mean_of(networks, fresh))
         best = max(correct(member(fresh)) for member in networks)
         plainly = correct(fxfuse.fuse(networks, x[:4]).module(fresh))
-        result = fxfuse.fuse(networks, x[:4], calibration=x[:500], refit=True)
+        result = fxfuse.fuse(
+            networks, x[:4], calibration=x[:500], method=Transplant(score="l2"), refine=[Refit()]
+        )
         refitted = correct(result.module(fresh))
     assert ensemble > best + 0.1
     assert plainly < ensemble - 0.1

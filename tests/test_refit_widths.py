@@ -9,6 +9,7 @@ import torch
 from torch import fx, nn
 
 import fxfuse
+from fxfuse import Match, Refit, Regression, Size, Transplant
 from fxfuse.activations import NodeRunner
 from fxfuse.activations.calibration import CalibrationBatches
 from fxfuse.analysis.labels import AbstractTensor
@@ -77,7 +78,7 @@ def test_targets_stand_where_the_wide_network_has_the_units(name: str, n: int):
     Each node on its own: a wrong order at one of them cannot be made up for by another one.
     """
     members, x = members_for(name, n), inputs_for(name, 6)
-    result = fxfuse.fuse(members, x, width=n, mixing="joint")
+    result = fxfuse.fuse(members, x, size=Size(n, mixing="joint"))
     graph, resized = result.graph, resized_of(result.graph, result.plan)
     assert resized is not None
     nodes = [node for node, value in graph.values.items() if isinstance(value, AbstractTensor)]
@@ -109,7 +110,9 @@ def test_targets_stand_where_the_wide_network_has_the_units(name: str, n: int):
 def test_the_wide_network_stays_what_it_is(name: str):
     """It is the members' mean already, so every error is rounding and no fit is kept."""
     members, x = members_for(name), inputs_for(name)
-    result = fxfuse.fuse(members, x[:4], width=2, calibration=x, refit=True)
+    result = fxfuse.fuse(
+        members, x[:4], calibration=x, method=Transplant(score="l2"), size=2, refine=[Refit()]
+    )
     assert result.refit is not None
     assert all(fit.after < 1e-9 for fit in result.refit.layers), result.refit.layers
     assert distance(result.module, members, inputs_for(name, seed=5)) < 1e-10
@@ -120,9 +123,11 @@ def test_the_wide_network_stays_what_it_is(name: str):
 def test_what_the_student_can_represent_is_found(name: str, width: float):
     """Identical members, all units of one of them and more: the network is that member."""
     members, x = members_for(name, same=True), inputs_for(name)
-    plain = fxfuse.fuse(members, x[:4], width=width, fraction=1 - 1 / width, mixing="joint")
+    plain = fxfuse.fuse(
+        members, x[:4], method=Transplant(fraction=1 - 1 / width), size=Size(width, mixing="joint")
+    )
     before = distance(plain.module, members, x)
-    report = refit(plain, members, x, alpha=1e-5)
+    report = refit(plain, members, x, Refit(alpha=1e-5))
     assert all(fit.after < 1e-6 for fit in report.layers), report.layers
     assert before > 1e-2 or width == 2
     assert distance(plain.module, members, inputs_for(name, seed=5)) < 1e-5
@@ -134,9 +139,9 @@ def test_what_the_student_can_represent_is_found(name: str, width: float):
 )
 def test_no_layer_gets_worse_on_the_sample(name: str, width: float):
     members, x = members_for(name), inputs_for(name)
-    result = fxfuse.fuse(members, x[:4], width=width, mixing="joint")
+    result = fxfuse.fuse(members, x[:4], size=Size(width, mixing="joint"))
     before = distance(result.module, members, x)
-    report = refit(result, members, x, outputs="values")
+    report = refit(result, members, x, task=Regression())
     assert all(fit.after <= fit.before for fit in report.layers), report.layers
     assert {fit.weight for fit in report.layers if fit.fitted}
     assert distance(result.module, members, inputs_for(name, seed=9)) < 0.5 * before
@@ -144,8 +149,10 @@ def test_no_layer_gets_worse_on_the_sample(name: str, width: float):
 
 def test_both_ways_to_refit_are_one():
     members, x = members_for("ResNet"), inputs_for("ResNet")
-    one = fxfuse.fuse(members, x[:4], width=1.5, calibration=x, refit=True)
-    other = fxfuse.fuse(members, x[:4], width=1.5)
+    one = fxfuse.fuse(
+        members, x[:4], calibration=x, method=Transplant(score="l2"), size=1.5, refine=[Refit()]
+    )
+    other = fxfuse.fuse(members, x[:4], size=1.5)
     refit(other, members, x)
     for name, tensor in one.state_dict().items():
         assert torch.equal(tensor, other.state_dict()[name]), name
@@ -180,7 +187,14 @@ def test_a_refit_makes_half_the_width_work():
 
     found = {
         fitted: accuracy(
-            fxfuse.fuse(members, x[:4], width=0.5, score="obs", calibration=x, refit=fitted).module
+            fxfuse.fuse(
+                members,
+                x[:4],
+                calibration=x,
+                method=Transplant(score="obs"),
+                size=0.5,
+                refine=[Refit()],
+            ).module
         )
         for fitted in (False, True)
     }
@@ -191,7 +205,7 @@ def test_a_refit_makes_half_the_width_work():
 
 def test_auto_starts_from_the_fused_network():
     members, x = members_for("ResNet"), inputs_for("ResNet")
-    result = fxfuse.fuse(members, x[:4], method="auto", width=0.5, calibration=x, steps=20)
+    result = fxfuse.fuse(members, x[:4], calibration=x, size=0.5, refine=[Refit(), Match(steps=20)])
     assert result.choice is not None
     assert result.match is not None
     assert set(result.choice.divergence) == {"fused"}
@@ -203,7 +217,7 @@ def test_auto_starts_from_the_fused_network():
 
 def test_auto_at_a_members_width_still_has_every_start():
     members, x = members_for("flat"), inputs_for("flat")
-    result = fxfuse.fuse(members, x[:4], method="auto", width=1, calibration=x, steps=5)
+    result = fxfuse.fuse(members, x[:4], calibration=x, size=1, refine=[Refit(), Match(steps=5)])
     assert result.choice is not None
     assert set(result.choice.divergence) == {"fused", "member 0", "member 1"}
 
@@ -211,19 +225,19 @@ def test_auto_at_a_members_width_still_has_every_start():
 def test_alignment_stays_at_a_members_width():
     members, x = members_for("flat"), inputs_for("flat", 4)
     with pytest.raises(OptionError, match="weight_matching"):
-        fxfuse.fuse(members, x, method="weight_matching", width=0.5)
+        fxfuse.fuse(members, x, method="weight_matching", size=0.5)
 
 
 def test_members_that_run_one_by_one_need_no_refit():
     members, x = members_for("flat"), inputs_for("flat")
     with pytest.raises(RefineError, match="exactly their mean"):
-        refit(fxfuse.fuse(members, x[:4], width=2), members, x)
+        refit(fxfuse.fuse(members, x[:4], size=2), members, x)
 
 
 def test_a_layer_without_a_counterpart_is_left_and_named():
     """The weights of grouped convolutions around a shuffle are read in another order there."""
     members, x = members_for("shuffled"), inputs_for("shuffled")
-    result = fxfuse.fuse(members, x[:4], width=2, mixing="joint")
+    result = fxfuse.fuse(members, x[:4], size=Size(2, mixing="joint"))
     before = result.state_dict()
     report = refit(result, members, x)
     missing = {fit.weight for fit in report.layers if "other operators" in fit.why}

@@ -16,8 +16,7 @@ import torch
 
 import fxfuse
 from benchmarks.fuzz import fuzz
-from fxfuse.common.output import atomic_folder
-from fxfuse.common.output_lock import locked
+from fxfuse.common.output import atomic_folder, locked
 from fxfuse.errors import OutputError
 from fxfuse.members.checkpoint import read_state_dict
 from tests.nets import resnets
@@ -69,7 +68,7 @@ def ended(child: subprocess.Popen[str], code: int) -> str:
 
 def fxfuse_in(source: Path, *arguments: object, **environment: str) -> subprocess.Popen[str]:
     script = 'cd "$1" && shift && exec "$@"'
-    python = (sys.executable, "-m", "fxfuse.cli")
+    python = (sys.executable, "-m", "fxfuse")
     return command("sh", "-c", script, "sh", source, *python, *arguments, **environment)
 
 
@@ -89,7 +88,7 @@ exit $code
 def on_disk(size: str, source: Path, disk: Path, *arguments: object) -> subprocess.Popen[str]:
     """Runs fxfuse where `disk` has a size in bytes; prints what is on it afterwards."""
     inside = ("unshare", "--map-root-user", "--mount", "sh", "-c", ON_A_SMALL_DISK, "sh")
-    python = (sys.executable, "-m", "fxfuse.cli")
+    python = (sys.executable, "-m", "fxfuse")
     return command(*inside, size, disk, source, *python, *arguments, DISK=str(disk))
 
 
@@ -120,7 +119,7 @@ def test_no_permission(source: Path, tmp_path: Path) -> None:
     # Who is root may write everywhere, unless that is taken away.
     less = "-dac_override,-dac_read_search"
     without = ("setpriv", "--bounding-set", less, "--inh-caps", less) if os.getuid() == 0 else ()
-    python = (sys.executable, "-m", "fxfuse.cli")
+    python = (sys.executable, "-m", "fxfuse")
     script = 'cd "$1" && shift && exec "$@"'
     arguments = (*FUSE, "--out", tmp_path / "fused")
     child = command("sh", "-c", script, "sh", source, *without, *python, *arguments)
@@ -223,7 +222,7 @@ def test_the_same_bytes_whatever_the_hash_seed_and_threads(
         environment = {"PYTHONHASHSEED": seed, "OMP_NUM_THREADS": threads}
         ended(fxfuse_in(source, *arguments, "--out", out, **environment), 0)
         found.add(
-            tuple((out / n).read_bytes() for n in ("fused.safetensors", "plan.json", "graph.pt2"))
+            tuple((out / n).read_bytes() for n in ("fused.safetensors", "plan.json", "graph.json"))
         )
     assert len(found) == 1
 

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 import fxfuse
+from fxfuse import Heads
 from fxfuse.errors import InputError, MemberError, OptionError
 from fxfuse.refine import recalibrate, repair
 
@@ -140,6 +141,6 @@ def test_other_members_or_inputs_are_refused():
 
 def test_several_heads_are_refused():
     members = plain(1, 2)
-    result = fxfuse.fuse(members, IMAGES[:4], heads=["head"])
+    result = fxfuse.fuse(members, IMAGES[:4], heads=Heads(["head"]))
     with pytest.raises(OptionError):
         repair(result, members, IMAGES)

@@ -10,15 +10,15 @@ import torch
 from torch import nn
 
 import fxfuse
+from fxfuse import Transplant
 from fxfuse.activations.calibration import CalibrationBatches
 from fxfuse.activations.gradients import gradients
 from fxfuse.errors import InputError, OptionError, RuleError
 from fxfuse.graph.capture import capture_eagerly
-from fxfuse.planning.methods import Options
-from fxfuse.planning.planner import make_plan
-from fxfuse.planning.scores import check_score, degree_of, note_of, score, score_units, scores
+from fxfuse.planning.scores import check_score, degree_of, note_of, score, scores
 from tests.fusing import activations
 from tests.nets import images, resnets
+from tests.options import planned, scored
 
 
 def mlp() -> nn.Module:
@@ -33,12 +33,12 @@ def whole(graph: fxfuse.CouplingGraph, n: int) -> dict[int, dict[str, np.ndarray
     return {i: {g.name: np.arange(g.n_units) for g in graph.groups} for i in range(n)}
 
 
-def scored(
-    members: list[nn.Module], x: torch.Tensor, options: Options
+def scored_members(
+    members: list[nn.Module], x: torch.Tensor, options: dict[str, Any]
 ) -> dict[int, dict[str, np.ndarray]]:
     program = [fxfuse.capture(m, x) for m in members]
     graph = fxfuse.analyze(program[0])
-    return score_units(graph, [c.state() for c in program], options, whole(graph, len(members)))
+    return scored(graph, [c.state() for c in program], whole(graph, len(members)), **options)
 
 
 def test_registered_scores():
@@ -55,7 +55,7 @@ def test_registered_scores():
 @pytest.mark.parametrize(("name", "degree"), [("l1", 1), ("l2", 2)])
 def test_norms(name: str, degree: int):
     members = [mlp(), mlp()]
-    found = scored(members, torch.randn(3, 4), Options(name))
+    found = scored_members(members, torch.randn(3, 4), {"score": name})
     for i, m in enumerate(members):
         own, reader = m[2].weight.detach().abs(), m[4].weight.detach().abs()
         # The output layer of the concatenation is scaled by 1/N.
@@ -65,7 +65,7 @@ def test_norms(name: str, degree: int):
 
 def test_bn_scale():
     members = resnets(2)
-    found = scored(members, images(), Options("bn_scale"))
+    found = scored_members(members, images(), {"score": "bn_scale"})
     for i, m in enumerate(members):
         inner = m.block1.bn1.weight.detach().abs()
         np.testing.assert_allclose(found[i]["block1.conv1.weight:0"], inner, rtol=1e-6)
@@ -86,12 +86,12 @@ class PartlyNormalised(nn.Module):
 
 def test_groups_without_a_normalisation_fall_back_and_the_plan_says_so():
     members, x = [PartlyNormalised(), PartlyNormalised()], torch.randn(3, 4)
-    found, by_norm = (scored(members, x, Options(s)) for s in ("bn_scale", "l2"))
+    found, by_norm = (scored_members(members, x, {"score": s}) for s in ("bn_scale", "l2"))
     for i, m in enumerate(members):
         scale = m.norm.weight.detach().abs()
         np.testing.assert_allclose(found[i]["first.weight:0"], scale, rtol=1e-6)
         assert (found[i]["second.weight:0"] == by_norm[i]["second.weight:0"]).all()
-    plan = fxfuse.fuse(members, x, score="bn_scale").plan
+    plan = fxfuse.fuse(members, x, method=Transplant(score="bn_scale")).plan
     assert plan.options == {"score": "bn_scale", "scored by l2": "second.weight:0"}
     assert "scored by l2 `second.weight:0`" in plan.summary()
     graph = fxfuse.analyze(resnets(1)[0], images())
@@ -102,8 +102,8 @@ def test_activation_is_the_root_mean_square():
     members, x = [mlp(), mlp()], torch.randn(50, 4)
     program = [fxfuse.capture(m, x) for m in members]
     graph, states = fxfuse.analyze(program[0]), [c.state() for c in program]
-    options = Options("activation", activations=activations(graph, states, x))
-    found = score_units(graph, states, options, whole(graph, 2))
+    options = {"score": "activation", "activations": activations(graph, states, x)}
+    found = scored(graph, states, whole(graph, 2), **options)
     for i, m in enumerate(members):
         answers = m[0](x).detach()
         expected = answers.pow(2).mean(0).sqrt()
@@ -179,9 +179,9 @@ def test_tied_weights_have_one_gradient():
 def test_damage_by_the_gradient(name: str):
     members, given = [mlp(), mlp()], batches()
     program = [fxfuse.capture(m, torch.randn(3, 4)) for m in members]
-    options = Options(name, gradients=[gradients(c, given) for c in program])
+    options = {"score": name, "gradients": [gradients(c, given) for c in program]}
     graph, states = fxfuse.analyze(program[0]), [c.state() for c in program]
-    found = score_units(graph, states, options, whole(graph, 2))
+    found = scored(graph, states, whole(graph, 2), **options)
     for i, m in enumerate(members):
         each = by_autograd(m, given)
         damage = {}
@@ -202,15 +202,15 @@ def test_every_score_chooses_units(name: str, variant: str | None):
     program = [fxfuse.capture(m, x) for m in members]
     graph, states = fxfuse.analyze(program[0]), [c.state() for c in program]
     given = [(images(), torch.randint(4, (4,)))]
-    options = Options(
+    options = dict(
         name,
         variant,
         calibration=CalibrationBatches.of(graph.program, torch.cat([images()] * 30)),
         activations=activations(graph, states),
         gradients=[gradients(c, given) for c in program],
     )
-    plan = make_plan(graph, states, "transplant", options)
-    values = score_units(graph, states, options, whole(graph, 3))
+    plan = planned(graph, states, "transplant", **options)
+    values = scored(graph, states, whole(graph, 3), **options)
     for unit_map in plan.maps:
         pairs = list(zip(unit_map.member.tolist(), unit_map.unit.tolist(), strict=True))
         assert len(set(pairs)) == unit_map.n_units
@@ -226,7 +226,7 @@ def test_units_that_are_gone_do_not_count():
     program = fxfuse.capture(members[0], torch.randn(3, 4))
     graph = fxfuse.analyze(program)
     kept = {0: {"0.weight:0": np.array([0, 2]), "2.weight:0": np.array([1, 3, 4])}}
-    found = score_units(graph, [program.state()], Options("l1"), kept)[0]
+    found = scored(graph, [program.state()], kept, "l1")[0]
     assert np.isneginf(found["2.weight:0"][[0, 2]]).all()
     weight, reader = members[0][2].weight.detach(), members[0][4].weight.detach()
     expected = weight[:, [0, 2]].abs().sum(1) + reader.abs().sum(0)
@@ -247,15 +247,15 @@ def test_units_that_are_gone_do_not_count():
 )
 def test_scores_without_what_they_need(name: str, message: str):
     with pytest.raises(InputError, match=message) as caught:
-        fxfuse.fuse(resnets(2), images(), score=name)
+        fxfuse.fuse(resnets(2), images(), method=Transplant(score=name))
     assert "calibration=" in caught.value.how
 
 
 def test_gradients_of_too_few_members():
     program = fxfuse.capture(mlp(), torch.randn(3, 4))
-    options = Options("taylor", gradients=[gradients(program, batches())])
+    options = {"score": "taylor", "gradients": [gradients(program, batches())]}
     with pytest.raises(InputError, match="given for 1 members"):
-        scored([mlp(), mlp()], torch.randn(3, 4), options)
+        scored_members([mlp(), mlp()], torch.randn(3, 4), options)
 
 
 @pytest.mark.parametrize(

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 import fxfuse
-from fxfuse.activations import NodeRunner, unit_activations
-from fxfuse.activations import runner as runners
+from fxfuse import Refit
+from fxfuse.activations import NodeRunner, node_runner, unit_activations
 from fxfuse.activations.calibration import CalibrationBatches
 from fxfuse.activations.spill_store import SpillStore
 from fxfuse.refine import refit
@@ -81,7 +81,7 @@ def test_a_refit_in_little_memory_is_the_same(name: str):
     states = []
     for memory in (2**30, 0):
         result = fxfuse.fuse(members, x[:4])
-        report = refit(result, members, x, memory=memory)
+        report = refit(result, members, x, Refit(memory=memory))
         states.append((result.state_dict(), report.layers))
     assert states[0][1] == states[1][1]
     for tensor, again in zip(states[0][0].values(), states[1][0].values(), strict=True):
@@ -93,7 +93,7 @@ def test_normalisations_are_fitted_to_a_sample_in_little_memory(monkeypatch: pyt
     members, x = members_for("transformer"), inputs_for("transformer")
     fits = []
     for memory in (2**30, 0):
-        report = refit(fxfuse.fuse(members, x[:4]), members, x, memory=memory)
+        report = refit(fxfuse.fuse(members, x[:4]), members, x, Refit(memory=memory))
         fits.append(next(fit for fit in report.layers if fit.weight == "blocks.0.norm1.weight"))
     # 1,500 rows, or every third of them.
     assert fits[0].before != fits[1].before
@@ -109,7 +109,7 @@ def test_units_are_measured_in_little_memory(monkeypatch: pytest.MonkeyPatch):
     calibration = CalibrationBatches.of(graph.program, x)
     states = [member.state_dict() for member in members]
     found = unit_activations(graph, states, calibration)
-    monkeypatch.setattr(runners, "Shelf", lambda _: SpillStore(0))
+    monkeypatch.setattr(node_runner, "SpillStore", lambda _: SpillStore(0))
     again = unit_activations(graph, states, calibration)
     for name, tensors in found.items():
         assert all(map(torch.equal, tensors, again[name]))

@@ -13,7 +13,6 @@ from typing import Any
 
 import pytest
 import torch
-import torchvision
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import nn
@@ -36,7 +35,7 @@ from fxfuse.graph.rebuild import rebuild
 from fxfuse.graph.tensors import is_constant
 from fxfuse.verify.check import tensors_of
 from tests.layers import FROZEN, LAYERS
-from tests.models import LARGE, MIXING, PLAIN, build, excite, image
+from tests.models import LARGE, MIXING, PLAIN, build, excite, image, torchvision
 from tests.nets import SmallResNet, images, resnets
 from tests.samples import SAMPLES, Net
 from tests.strategies import Recipe, members_of, recipes
@@ -134,7 +133,7 @@ def transformers(n: int = 2, dtype: torch.dtype = torch.float32, drop: float = 0
     found = []
     for seed in range(n):
         torch.manual_seed(seed)
-        model = torchvision.models.VisionTransformer(8, 4, 2, 2, 12, 24, drop, num_classes=4)
+        model = torchvision().models.VisionTransformer(8, 4, 2, 2, 12, 24, drop, num_classes=4)
         found.append(excite(model.to(dtype), images(2, dtype)))
     return found
 
@@ -143,7 +142,7 @@ def swins(n: int = 2, dtype: torch.dtype = torch.float32) -> list[Any]:
     found = []
     for seed in range(n):
         torch.manual_seed(seed)
-        model = torchvision.models.SwinTransformer(
+        model = torchvision().models.SwinTransformer(
             [2, 2], 12, [2, 2], [3, 3], [3, 3], stochastic_depth_prob=0.0, num_classes=3
         )
         found.append(excite(model.to(dtype), images(2, dtype)))

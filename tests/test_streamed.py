@@ -13,6 +13,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 import fxfuse
+from fxfuse import Members
 from fxfuse.errors import (
     CheckpointError,
     MemberError,
@@ -20,6 +21,7 @@ from fxfuse.errors import (
 )
 from fxfuse.members.streamed import Stored
 from tests.nets import images, resnets
+from tests.options import flat
 
 
 class Tied(nn.Module):
@@ -64,11 +66,11 @@ def saved(folder: Path, members: list[nn.Module], how: str) -> list[Path]:
 
 
 def check_same(folder: Path, members: list[nn.Module], x: Any, how: str, **options: Any) -> None:
-    loaded = fxfuse.fuse(members, x, **options)
+    loaded = fxfuse.fuse(members, x, **flat(**options))
     template = copy.deepcopy(members[0])
     for p in template.parameters():
         nn.init.zeros_(p)
-    streamed = fxfuse.fuse(saved(folder, members, how), x, template=template, **options)
+    streamed = fxfuse.fuse(saved(folder, members, how), x, template=template, **flat(**options))
     assert streamed.plan.to_json() == loaded.plan.to_json()
     assert streamed.verification == loaded.verification
     expected, found = loaded.state_dict(), streamed.state_dict()
@@ -110,8 +112,8 @@ def test_a_plan_is_applied_again_to_files(tmp_path: Path):
     torch.manual_seed(0)
     members = list(resnets(2))
     paths = saved(tmp_path, members, "safetensors")
-    first = fxfuse.fuse(members, images(), width=0.5)
-    again = fxfuse.fuse(paths, images(), template=members[1], plan=first.plan)
+    first = fxfuse.fuse(members, images(), size=0.5)
+    again = fxfuse.build(first.plan, Members.from_files(paths, members[1]), images())
     for name, tensor in first.state_dict().items():
         assert torch.equal(again.state_dict()[name], tensor)
 
@@ -122,7 +124,7 @@ def test_a_template_without_weights(tmp_path: Path):
     paths = saved(tmp_path, members, "safetensors")
     with torch.device("meta"):
         template = Tied()
-    streamed = fxfuse.fuse(paths, ids, template=template)
+    streamed = fxfuse.fuse(Members.from_files(paths, template), ids)
     expected = fxfuse.fuse(members, ids).module(ids)
     assert torch.equal(streamed.module(ids), expected)
     assert torch.equal(streamed.to_module()(ids), expected)
@@ -135,8 +137,8 @@ def test_what_no_checkpoint_holds_must_be_there(tmp_path: Path):
     with torch.device("meta"):
         template = Tied(False)
     with pytest.raises(MemberError, match="order"):
-        fxfuse.fuse(paths, ids, template=template)
-    assert fxfuse.fuse(paths, ids, template=Tied(False)).verification.passed
+        fxfuse.fuse(Members.from_files(paths, template), ids)
+    assert fxfuse.fuse(Members.from_files(paths, Tied(False)), ids).verification.passed
 
 
 def test_one_member_in_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
@@ -162,7 +164,7 @@ def test_one_member_in_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(Stored, "read", read)
     # Member 0 is loaded whole.
     whole = sum(t.numel() for t in members[0].state_dict().values())
-    fxfuse.fuse(paths, images(), template=template)
+    fxfuse.fuse(Members.from_files(paths, template), images())
     largest = max(t.numel() for t in members[0].state_dict().values())
     assert whole <= most <= whole + 2 * largest
 
@@ -253,7 +255,7 @@ def test_bad_input(tmp_path: Path, kind: str, error: type[Exception], message: s
     torch.manual_seed(0)
     members, options = broken(kind, tmp_path)
     with pytest.raises(error, match=message):
-        fxfuse.fuse(members, images(), **options)
+        fxfuse.fuse(members, images(), **flat(**options))
 
 
 def test_constants_are_compared(tmp_path: Path):
@@ -261,4 +263,4 @@ def test_constants_are_compared(tmp_path: Path):
     members[1].order = torch.arange(8)
     paths = saved(tmp_path, members, "safetensors")
     with pytest.raises(MemberError, match="order"):
-        fxfuse.fuse(paths, torch.randint(0, 20, (2, 5)), template=members[0])
+        fxfuse.fuse(Members.from_files(paths, members[0]), torch.randint(0, 20, (2, 5)))

@@ -118,9 +118,9 @@ def test_the_score_decides_who_provides_what():
 @pytest.mark.parametrize(("width", "units"), [(None, 6), (0.5, 5), (1, 9), (2, 18)])
 def test_a_width_is_in_units_of_the_mean_member(width: float | None, units: int):
     members = [mlp(6, 0), mlp(12, 1)]
-    result = fxfuse.fuse(members, X, width=width)
+    result = fxfuse.fuse(members, X, size=width)
     assert result.plan.sizes()["0.weight:0"] == units
-    again = fxfuse.fuse(members, X, plan=FusionPlan.from_json(result.plan.to_json()))
+    again = fxfuse.build(FusionPlan.from_json(result.plan.to_json()), members, X)
     torch.testing.assert_close(again.state_dict(), result.state_dict(), rtol=0, atol=0)
     if width == 2:
         mean = torch.stack([member(X) for member in members]).mean(0)
@@ -146,7 +146,7 @@ class Heads(nn.Module):
 
 def test_heads_are_chosen_whole():
     members = [Heads(2).double().eval(), Heads(3).double().eval()]
-    result = fxfuse.fuse(members, X, width=2)
+    result = fxfuse.fuse(members, X, size=2)
     mean = torch.stack([member(X) for member in members]).mean(0)
     torch.testing.assert_close(result.module(X), mean)
 
@@ -190,7 +190,7 @@ def deep(blocks: list[int], seed: int) -> nn.Module:
 def test_missing_blocks_are_the_identity():
     x = image(dtype=torch.float64)
     members = [deep([1, 1, 1, 1], 0), deep([2, 1, 2, 1], 1), deep([1, 1, 2, 1], 2)]
-    result = fxfuse.fuse(members, x, width=3)
+    result = fxfuse.fuse(members, x, size=3)
     with torch.no_grad():
         mean = torch.stack([member(x) for member in members]).mean(0)
         torch.testing.assert_close(result.module(x), mean)
@@ -218,7 +218,7 @@ def test_a_transformer_without_a_block():
 
     x = image(dtype=torch.float64)
     members = [vit(3, 0), vit(2, 1)]
-    result = fxfuse.fuse(members, x, width=2)
+    result = fxfuse.fuse(members, x, size=2)
     with torch.no_grad():
         mean = torch.stack([member(x) for member in members]).mean(0)
         torch.testing.assert_close(result.module(x), mean)
@@ -368,7 +368,7 @@ def test_members_of_other_depth_and_width(family: str):
     make, x = DIFFERENT[family]
     members = [seeded(each, seed) for seed, each in enumerate(make)]
     n = len(members)
-    result = fxfuse.fuse(members, x, width=n)
+    result = fxfuse.fuse(members, x, size=n)
     check = next(c for c in result.verification.checks if c.name == "wide equals ensemble")
     assert check.passed
     assert check.tolerance == 1e-9
@@ -391,7 +391,7 @@ def test_members_of_other_depth_and_width(family: str):
         cells = [f"{a} of {b}" if b else "–" for a, b in zip(taken, units, strict=True)]
         assert f"| `{group}` | {sum(taken)} | {' | '.join(cells)} |" in summary
     assert FusionPlan.from_json(result.plan.to_json()).members == result.plan.members
-    again = fxfuse.fuse(members, x, plan=FusionPlan.from_json(result.plan.to_json()))
+    again = fxfuse.build(FusionPlan.from_json(result.plan.to_json()), members, x)
     torch.testing.assert_close(again.state_dict(), result.state_dict(), rtol=0, atol=0)
 
 

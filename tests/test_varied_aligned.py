@@ -13,19 +13,19 @@ import torch
 from torch import nn
 
 import fxfuse
+from fxfuse import OptimalTransport, WeightMatching, Zip
 from fxfuse.activations import unit_activations
 from fxfuse.activations.calibration import CalibrationBatches
 from fxfuse.analysis.coupling import CouplingGraph, analyze
 from fxfuse.analysis.multi_width import multi_width
 from fxfuse.errors import OptionError
-from fxfuse.planning.methods import Options
 from fxfuse.planning.context import State
 from fxfuse.planning.plan import FusionPlan, UnitMap
-from fxfuse.planning.planner import make_plan
 from fxfuse.transform.resizing import emit_resized
 from fxfuse.verify.check import as_double, relative_error
 from tests.models import excite
 from tests.nets import Residual, SmallResNet
+from tests.options import planned
 
 SIZES = (5, 9, 7)
 
@@ -101,9 +101,9 @@ def matrices(unit_map: UnitMap, member: int, units: int) -> tuple[np.ndarray, np
 @pytest.mark.parametrize("reference", [0, 1, "mean"])
 def test_each_fused_unit_is_the_mean_of_those_that_stand_for_it(method: str, reference: int | str):
     graph, states, x = unrelated()
-    options = Options(reference=reference, activations=answers(graph, states, x))
+    options = {"reference": reference, "activations": answers(graph, states, x)}
     frame = 0 if reference == "mean" else int(reference)
-    for unit_map in make_plan(graph, states, method, options).maps:
+    for unit_map in planned(graph, states, method, **options).maps:
         n = graph.units_of(unit_map.group, frame)
         assert unit_map.n_units == n
         sizes = [graph.units_of(unit_map.group, member) for member in range(3)]
@@ -133,9 +133,9 @@ def test_a_rectangular_assignment_is_the_best_of_all():
     graph = multi_width(graph, both, analyze)
     a, b = torch.randn(20, 3).double(), torch.randn(20, 5).double()
     b = b + 0.5 * b.roll(1, 1)
-    options = Options(activations={graph.groups[0].name: [a, b]})
+    options = {"activations": {graph.groups[0].name: [a, b]}}
     states = [c.state() for c in both]
-    (unit_map,) = make_plan(graph, states, "activation_matching", options).maps
+    (unit_map,) = planned(graph, states, "activation_matching", **options).maps
     m, u = matrices(unit_map, 1, 5)
     found = np.corrcoef(a.T, b.T)[:3, 3:]
     best = max(found[range(3), list(p)].sum() for p in itertools.permutations(range(5), 3))
@@ -153,10 +153,13 @@ def test_a_rectangular_assignment_is_the_best_of_all():
 def test_transports_carry_uniform_masses(variant: str, regularisation: float | None):
     graph, states, x = unrelated()
     activations = answers(graph, states, x)
-    options = Options(
-        variant=variant, reference=2, regularisation=regularisation, activations=activations
-    )
-    for unit_map in make_plan(graph, states, "optimal_transport", options).maps:
+    options = {
+        "variant": variant,
+        "reference": 2,
+        "regularisation": regularisation,
+        "activations": activations,
+    }
+    for unit_map in planned(graph, states, "optimal_transport", **options).maps:
         n = graph.units_of(unit_map.group, 2)
         for member in range(3):
             size = graph.units_of(unit_map.group, member)
@@ -177,12 +180,12 @@ def test_zip_divides_all_units_into_as_many_clusters_as_are_asked_for(
     for group in graph.groups:
         sizes = [graph.units_of(group.name, member) for member in range(3)]
         wanted[group.name] = max(sizes) if variant else round(sum(sizes) / 3 * (width or 1))
-    options = Options(
-        variant=variant,
-        activations=answers(graph, states, x),
-        sizes=None if variant else wanted,
-    )
-    for unit_map in make_plan(graph, states, "zip", options).maps:
+    options = {
+        "variant": variant,
+        "activations": answers(graph, states, x),
+        "sizes": None if variant else wanted,
+    }
+    for unit_map in planned(graph, states, "zip", **options).maps:
         assert unit_map.n_units == wanted[unit_map.group]
         sizes = [graph.units_of(unit_map.group, member) for member in range(3)]
         every = {(i, k) for i, size in enumerate(sizes) for k in range(size)}
@@ -311,8 +314,8 @@ def test_a_member_and_itself_widened_are_the_member(family: str, kind: str):
 
     def error(method: str, reference: int) -> float:
         sizes = {g.name: g.n_units for g in graph.of_member(reference).groups}
-        options = Options(reference=reference, activations=activations, sizes=sizes)
-        plan = make_plan(graph, states, method, options)
+        options = {"reference": reference, "activations": activations, "sizes": sizes}
+        plan = planned(graph, states, method, **options)
         assert plan.sizes() == sizes
         with torch.no_grad():
             return relative_error([emit_resized(graph, plan, states)(x)], [expected])
@@ -330,10 +333,10 @@ def test_the_reference_decides_the_width():
     x = inputs_of("mlp")
     members = [made(mlp, width, seed, x) for seed, width in enumerate((5, 9))]
     for reference, size in ((0, 5), (1, 9), ("mean", 5)):
-        result = fxfuse.fuse(members, x[:4], method="weight_matching", reference=reference)
+        result = fxfuse.fuse(members, x[:4], method=WeightMatching(reference=reference))
         assert result.plan.sizes()["0.weight:0"] == size
         assert result.module.get_parameter("0.weight").shape[0] == size
-    again = fxfuse.fuse(members, x[:4], plan=FusionPlan.from_json(result.plan.to_json()))
+    again = fxfuse.build(FusionPlan.from_json(result.plan.to_json()), members, x[:4])
     torch.testing.assert_close(again.state_dict(), result.state_dict(), rtol=0, atol=0)
 
 
@@ -345,7 +348,7 @@ def test_a_member_without_a_block_has_no_units_in_it(method: str):
     deep.load_state_dict({**deep.state_dict(), **shallow.state_dict()})
     with pytest.raises(OptionError, match=r"lacks this block(.|\n)*pass reference=1"):
         fxfuse.fuse([shallow, deep], x[:4], method=method)
-    result = fxfuse.fuse([shallow, deep], x[:4], method=method, reference=1)
+    result = fxfuse.fuse([shallow, deep], x[:4], method=method)
     torch.testing.assert_close(
         result.module.get_parameter("blocks.1.0.weight"), deep.blocks[1][0].weight
     )
@@ -360,8 +363,8 @@ def test_what_has_no_meaning_is_named():
     x = inputs_of("mlp")
     members = [made(mlp, width, seed, x) for seed, width in enumerate((5, 9))]
     with pytest.raises(OptionError, match="leave the width out, or use"):
-        fxfuse.fuse(members, x[:4], method="weight_matching", width=1)
+        fxfuse.fuse(members, x[:4], method="weight_matching", size=1)
     with pytest.raises(OptionError, match="variant 'across' of zip has no width"):
-        fxfuse.fuse(members, x[:4], method="zip", variant="across", calibration=x, width=1)
+        fxfuse.fuse(members, x[:4], calibration=x, method=Zip(variant="across"), size=1, refine=[])
     with pytest.raises(OptionError, match="no reference"):
-        fxfuse.fuse(members, x[:4], method="optimal_transport", reference="mean")
+        fxfuse.fuse(members, x[:4], method=OptimalTransport(reference="mean"))

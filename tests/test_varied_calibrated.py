@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 import fxfuse
+from fxfuse import Match, Refit, Regression, Size, Transplant
 from fxfuse.activations import elimination, unit_activations
 from fxfuse.activations.calibration import CalibrationBatches
 from fxfuse.analysis.coupling import analyze
@@ -90,9 +91,15 @@ def far(module: nn.Module, members: list[nn.Module], x: torch.Tensor) -> float:
 @pytest.mark.parametrize("width", [None, 1.5])
 def test_a_refit_brings_the_network_closer_to_the_ensemble(family: str, width: float | None):
     members, x = members_of(family), FAMILIES[family][1]
-    plain = fxfuse.fuse(members, x[:4], width=width)
+    plain = fxfuse.fuse(members, x[:4], size=width)
     result = fxfuse.fuse(
-        members, x[:4], width=width, calibration=x, refit=True, outputs="values", score="l2"
+        members,
+        x[:4],
+        calibration=x,
+        method=Transplant(score="l2"),
+        size=width,
+        refine=[Refit()],
+        task=Regression(),
     )
     assert result.refit is not None
     fitted = [fit for fit in result.refit.layers if fit.fitted]
@@ -121,7 +128,7 @@ def test_dead_units_go_first(score: str):
         for member, keeps in zip(members, alive, strict=True):
             member[0].weight[~keeps] = 0
             member[0].bias[~keeps] = -1
-    result = fxfuse.fuse(members, X[:4], calibration=X, score=score)
+    result = fxfuse.fuse(members, X[:4], calibration=X, method=Transplant(score=score), refine=[])
     kept = result.plan.map_of("0.weight:0")
     for member in range(2):
         assert set(kept.of_member(member)[1]) == set(alive[member].nonzero().flatten().tolist())
@@ -140,14 +147,18 @@ def test_copies_of_a_member_s_units_make_up_for_one_another():
         m: {g.name: torch.arange(g.n_units).numpy() for g in graph.of_member(m).groups}
         for m in range(2)
     }
-    units, ranks = elimination(graph, states, CalibrationBatches.of(program[0], X), kept)["0.weight:0"]
+    units, ranks = elimination(graph, states, CalibrationBatches.of(program[0], X), kept)[
+        "0.weight:0"
+    ]
     best = units[(-ranks).argsort()[:5]]
     assert {int(unit) % 5 for _, unit in best} == set(range(5))
 
 
 def test_matching_starts_from_the_fused_network():
     members, x = members_of("mlp"), X
-    result = fxfuse.fuse(members, x[:4], method="auto", calibration=x, steps=20, outputs="values")
+    result = fxfuse.fuse(
+        members, x[:4], calibration=x, refine=[Refit(), Match(steps=20)], task=Regression()
+    )
     assert result.choice is not None
     assert result.choice.start == "fused"
     assert set(result.choice.divergence) == {"fused"}
@@ -158,7 +169,9 @@ def test_matching_starts_from_the_fused_network():
 def test_labelled_inputs_score_every_member_in_its_own_graph(score: str):
     members = [mlp(6, 0), mlp(12, 1)]
     batches = [(X[:100], torch.arange(100) % 3)]
-    result = fxfuse.fuse(members, X[:4], calibration=batches, score=score)
+    result = fxfuse.fuse(
+        members, X[:4], calibration=batches, method=Transplant(score=score), refine=[]
+    )
     assert result.plan.sizes()["0.weight:0"] == 6
 
 
@@ -168,21 +181,36 @@ def deep(blocks: int, width: int) -> nn.Module:
 
 def test_members_of_other_depth_are_measured_too():
     members = [excited(lambda: deep(1, 12), 0, X), excited(lambda: deep(2, 16), 1, X)]
-    plain = fxfuse.fuse(members, X[:4], score="obs", calibration=X)
-    result = fxfuse.fuse(members, X[:4], score="obs", calibration=X, refit=True, outputs="values")
+    plain = fxfuse.fuse(members, X[:4], calibration=X, method=Transplant(score="obs"), refine=[])
+    result = fxfuse.fuse(
+        members,
+        X[:4],
+        calibration=X,
+        method=Transplant(score="obs"),
+        refine=[Refit()],
+        task=Regression(),
+    )
     assert far(result.module, members, X) < 0.7 * far(plain.module, members, X)
 
 
 def test_refit_repair_and_match_take_results_of_different_widths():
     members, x = members_of("images"), FAMILIES["images"][1]
-    result = fxfuse.fuse(members, x[:4], width=1.5)
-    both = fxfuse.fuse(members, x[:4], width=1.5, calibration=x, refit=True, outputs="values")
+    result = fxfuse.fuse(members, x[:4], size=1.5)
+    both = fxfuse.fuse(
+        members,
+        x[:4],
+        calibration=x,
+        method=Transplant(score="l2"),
+        size=1.5,
+        refine=[Refit()],
+        task=Regression(),
+    )
     plain = far(result.module, members, x)
-    report = refit(result, members, x, outputs="values")
+    report = refit(result, members, x, task=Regression())
     assert [fit.weight for fit in report.layers if fit.fitted]
     torch.testing.assert_close(result.state_dict(), both.state_dict(), rtol=0, atol=0)
     refitted = far(result.module, members, x)
-    match(result.module, members, x, outputs="values", steps=10)
+    match(result.module, members, x, Match(steps=10), task=Regression())
     assert refitted < 0.5 * plain
     assert far(result.module, members, x) < plain
     with pytest.raises(MemberError, match="member 0 is not one of those"):
@@ -192,15 +220,22 @@ def test_refit_repair_and_match_take_results_of_different_widths():
 def test_refit_takes_members_without_a_block():
     members = [excited(lambda: deep(1, 12), 0, X), excited(lambda: deep(2, 16), 1, X)]
     result = fxfuse.fuse(members, X[:4])
-    both = fxfuse.fuse(members, X[:4], calibration=X, refit=True, outputs="values")
-    refit(result, members, X, outputs="values")
+    both = fxfuse.fuse(
+        members,
+        X[:4],
+        calibration=X,
+        method=Transplant(score="l2"),
+        refine=[Refit()],
+        task=Regression(),
+    )
+    refit(result, members, X, task=Regression())
     torch.testing.assert_close(result.state_dict(), both.state_dict(), rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("width", [None, 0.5, 1.5])
 def test_repaired_units_vary_as_they_do_in_their_members(width: float | None):
     members = [mlp(6, 0), mlp(12, 1)]
-    result = fxfuse.fuse(members, X[:4], width=width, mixing="joint")
+    result = fxfuse.fuse(members, X[:4], size=Size(width, mixing="joint"))
     report = repair(result, members, X)
     assert report.layers == ("0.weight", "2.weight")
     units = result.plan.map_of("2.weight:0")
@@ -222,4 +257,4 @@ def test_repaired_units_vary_as_they_do_in_their_members(width: float | None):
 def test_what_is_the_mean_already_is_not_repaired():
     members, x = members_of("heads"), FAMILIES["heads"][1]
     with pytest.raises(RefineError, match="nothing to repair"):
-        repair(fxfuse.fuse(members, x[:4], width=2), members, x)
+        repair(fxfuse.fuse(members, x[:4], size=2), members, x)

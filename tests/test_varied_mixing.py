@@ -15,7 +15,7 @@ from hypothesis import HealthCheck, assume, given, settings
 from torch import nn
 
 import fxfuse
-from fxfuse import verify
+from fxfuse import Constraints, Size, verify
 from fxfuse.errors import MemberError, OptionError
 from fxfuse.planning.plan import FusionPlan
 from fxfuse.transform.cost import operations_of, parameters_of
@@ -125,7 +125,7 @@ def members_of(family: str) -> list[nn.Module]:
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_wide_model_is_the_mean_of_its_members(family: str):
     members, x = members_of(family), FAMILIES[family][1]
-    result = fxfuse.fuse(members, x, width=len(members))
+    result = fxfuse.fuse(members, x, size=len(members))
     assert result.plan.mixing.mode == "per_member"
     assert result.plan.names_of("per_member")
     check = next(c for c in result.verification.checks if c.name == "wide equals ensemble")
@@ -169,7 +169,7 @@ def test_random_networks(recipe: Recipe):
 @pytest.mark.parametrize(("family", "width"), zip(IRREGULAR, (None, 0.5, 0.5), strict=True))
 def test_the_first_member_keeps_units_of_other_sizes(family: str, width: float | None):
     members, x = members_of(family), FAMILIES[family][1]
-    result = fxfuse.fuse(members, x, width=width)
+    result = fxfuse.fuse(members, x, size=width)
     found, kept, state = result.module(x), result.plan.names_of("base"), result.state_dict()
     assert found.shape == members[0](x).shape
     assert not torch.allclose(found, result.module(x.flip(0)))
@@ -192,7 +192,7 @@ def test_the_first_member_keeps_units_of_other_sizes(family: str, width: float |
 def test_who_keeps_units_of_other_sizes_has_to_come_first():
     members, x = members_of("sizes of heads"), TOKENS
     with pytest.raises(OptionError, match=r"member 1 cannot be the base member(.|\n)*first"):
-        fxfuse.fuse(members, x, base_member=1)
+        fxfuse.fuse(members, x, constraints=Constraints(base_member=1))
 
 
 class Scaled(nn.Module):
@@ -208,7 +208,7 @@ class Scaled(nn.Module):
 
 def test_a_number_that_differs_with_the_width_is_each_members_own():
     members = [Scaled(5, 0.5).double(), Scaled(7, 0.25).double()]
-    wide = fxfuse.fuse(members, X, width=2)
+    wide = fxfuse.fuse(members, X, size=2)
     torch.testing.assert_close(wide.module(X), mean_of(members, X), rtol=1e-9, atol=1e-9)
     (note,) = fxfuse.fuse(members, X).plan.mixing.notes
     assert "other numbers: [0.5] in member 0, [0.25] in member 1" in note.why
@@ -222,14 +222,14 @@ def test_a_number_that_no_width_decides_is_named():
 
 def test_each_member_has_tensors_of_its_own_size():
     members, x = members_of("mlp"), X
-    result = fxfuse.fuse(members, x, width=3)
+    result = fxfuse.fuse(members, x, size=3)
     own = [result.state_dict()[f"members.{i}.1.weight"] for i in range(3)]
     for tensor, member in zip(own, members, strict=True):
         torch.testing.assert_close(tensor, member[1].weight.detach())
     reloaded = pickle.loads(pickle.dumps(result.module))
     torch.testing.assert_close(reloaded(x), result.module(x))
     torch.export.export(result.module, (x,))
-    again = fxfuse.fuse(members, x, plan=FusionPlan.from_json(result.plan.to_json()))
+    again = fxfuse.build(FusionPlan.from_json(result.plan.to_json()), members, x)
     torch.testing.assert_close(again.state_dict(), result.state_dict(), rtol=0, atol=0)
     sizes = result.plan.sizes()
     elements = sum(p.numel() for p in result.module.parameters())
@@ -239,7 +239,7 @@ def test_each_member_has_tensors_of_its_own_size():
 
 def test_each_member_trains_as_it_would_alone():
     members, x = members_of("statistics"), PIXELS
-    wide = fxfuse.fuse(members, x, width=2).module.train()
+    wide = fxfuse.fuse(members, x, size=2).module.train()
     alone = [copy.deepcopy(member).train() for member in members]
     torch.stack([member(x) for member in alone]).mean(0).square().sum().backward()
     wide(x).square().sum().backward()
@@ -251,6 +251,6 @@ def test_each_member_trains_as_it_would_alone():
 def test_members_run_apart_only_where_all_of_them_is_kept():
     members = members_of("mlp")
     with pytest.raises(OptionError, match="does not keep every unit"):
-        fxfuse.fuse(members, X, width=2, mixing="per_member")
-    joint = fxfuse.fuse(members, X, width=3, mixing="joint")
+        fxfuse.fuse(members, X, size=Size(2, mixing="per_member"))
+    joint = fxfuse.fuse(members, X, size=Size(3, mixing="joint"))
     assert joint.plan.inexact()

@@ -14,6 +14,7 @@ from fxfuse import verify
 from fxfuse.errors import RewriteError
 from fxfuse.transform.apply import random_permutations
 from tests.nets import images, resnets
+from tests.options import planned
 
 
 class Chaos(nn.Module):
@@ -76,8 +77,6 @@ def test_the_wide_oracle_notices_a_wrong_weight(monkeypatch: pytest.MonkeyPatch)
 
 
 def test_the_wide_network_is_three_times_as_wide():
-    from fxfuse.planning.methods import Options
-    from fxfuse.planning.planner import make_plan
     from fxfuse.transform.resizing import emit_resized
 
     members = resnets(3)
@@ -85,7 +84,7 @@ def test_the_wide_network_is_three_times_as_wide():
     program = [fxfuse.capture(m, x) for m in members]
     graph = fxfuse.analyze(program[0])
     states = [c.state() for c in program]
-    wide = emit_resized(graph, make_plan(graph, states, "wide", Options()), states)
+    wide = emit_resized(graph, planned(graph, states, "wide"), states)
     assert wide.get_parameter("block1.conv1.weight").shape == (24, 24, 3, 3)
     assert wide.get_parameter("fc.weight").shape == (4, 24)
     mean = torch.stack([m(x) for m in members]).mean(0)

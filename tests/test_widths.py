@@ -17,16 +17,16 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import fxfuse
+from fxfuse import Size
 from fxfuse.analysis.coupling import CouplingGraph
 from fxfuse.errors import OptionError, RewriteError
-from fxfuse.planning.methods import Options
 from fxfuse.planning.plan import FusionPlan, UnitMap
-from fxfuse.planning.planner import make_plan
 from fxfuse.planning.size import sizes_of
 from fxfuse.transform.cost import operations_of, parameters_of
 from fxfuse.transform.resizing import emit_resized, settle
 from fxfuse.verify.check import as_double, in_double, inputs_of, relative_error, tensors_of
 from tests.models import build, image
+from tests.options import flat, planned
 from tests.strategies import Recipe, is_plain, members_of, recipes
 
 
@@ -35,7 +35,7 @@ def plans(
 ) -> tuple[FusionPlan, FusionPlan]:
     """Randomly chosen units in the given sizes; and all units, those not chosen dead."""
     generator = np.random.default_rng(0)
-    whole = make_plan(graph, states, "wide", Options())
+    whole = planned(graph, states, "wide")
     chosen, masked = [], []
     for m in whole.maps:
         keep = np.sort(generator.permutation(m.n_units)[: sizes[m.group]])
@@ -155,7 +155,7 @@ X = torch.randn(4, 3, 8, 8, generator=torch.Generator().manual_seed(0))
 
 
 def test_all_units_are_the_mean(members: list[nn.Module]) -> None:
-    result = fxfuse.fuse(members, X, width=3)
+    result = fxfuse.fuse(members, X, size=3)
     with torch.no_grad():
         mean = torch.stack([m(X) for m in members]).mean(0)
         torch.testing.assert_close(result.module(X), mean, rtol=1e-4, atol=1e-5)
@@ -163,13 +163,13 @@ def test_all_units_are_the_mean(members: list[nn.Module]) -> None:
 
 
 def test_a_members_width_is_what_it_was(members: list[nn.Module]) -> None:
-    first, second = fxfuse.fuse(members, X), fxfuse.fuse(members, X, width=1)
+    first, second = fxfuse.fuse(members, X), fxfuse.fuse(members, X, size=1)
     for name, tensor in first.state_dict().items():
         assert torch.equal(tensor, second.state_dict()[name]), name
 
 
 def test_rows_and_columns_by_hand(members: list[nn.Module]) -> None:
-    result = fxfuse.fuse(members, X, width=0.5)
+    result = fxfuse.fuse(members, X, size=0.5)
     units = result.plan.map_of("first.weight:0")
     rows = [members[m].first.weight[u] for m, u in zip(units.member, units.unit, strict=True)]
     assert torch.equal(result.module.first.weight, torch.stack(rows))
@@ -183,7 +183,7 @@ def test_rows_and_columns_by_hand(members: list[nn.Module]) -> None:
 
 @pytest.mark.parametrize("width", [0.5, 1.5, 3])
 def test_what_comes_out_is_a_module(members: list[nn.Module], width: float) -> None:
-    module = fxfuse.fuse(members, X, width=width).module
+    module = fxfuse.fuse(members, X, size=width).module
     again = pickle.loads(pickle.dumps(module))
     exported = torch.export.export(copy.deepcopy(module), (X,)).module()
     with torch.no_grad():
@@ -196,18 +196,18 @@ def test_what_comes_out_is_a_module(members: list[nn.Module], width: float) -> N
 
 
 def test_a_plan_survives_json(members: list[nn.Module]) -> None:
-    plan = fxfuse.fuse(members, X, width=1.5).plan
+    plan = fxfuse.fuse(members, X, size=1.5).plan
     assert fxfuse.FusionPlan.from_json(plan.to_json()).to_json() == plan.to_json()
 
 
 def test_width_by_pattern(members: list[nn.Module]) -> None:
-    module = fxfuse.fuse(members, X, width={"first.*": 0.5}).module
+    module = fxfuse.fuse(members, X, size={"first.*": 0.5}).module
     assert module.first.weight.shape == (4, 3, 3, 3)
     assert module.second.weight.shape == (16, 4, 3, 3)
 
 
 def test_channels_are_rounded(members: list[nn.Module]) -> None:
-    module = fxfuse.fuse(members, X, width=0.7, round_to=4).module
+    module = fxfuse.fuse(members, X, size=Size(0.7, multiple_of=4)).module
     assert module.first.weight.shape[0] % 4 == module.second.weight.shape[0] % 4 == 0
 
 
@@ -219,11 +219,11 @@ def test_budgets_are_met(members: list[nn.Module]) -> None:
         members[0](X)
     assert flops == counter.get_total_flops()
     assert params == sum(p.numel() for p in members[0].parameters())
-    result = fxfuse.fuse(members, X, max_params=params // 2)
+    result = fxfuse.fuse(members, X, size=Size(max_params=params // 2))
     used = sum(p.numel() for p in result.module.parameters())
     assert used == parameters_of(graph, result.plan.sizes())
     assert 0.3 * params < used <= params // 2
-    by_flops = fxfuse.fuse(members, X, max_flops=2 * flops).module
+    by_flops = fxfuse.fuse(members, X, size=Size(max_flops=2 * flops)).module
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         by_flops(X)
     assert 1.5 * flops < counter.get_total_flops() <= 2 * flops
@@ -232,12 +232,12 @@ def test_budgets_are_met(members: list[nn.Module]) -> None:
 @pytest.mark.parametrize("width", [0, -1, 3.01, float("nan"), float("inf"), 0.01])
 def test_widths_that_no_network_has(members: list[nn.Module], width: float) -> None:
     with pytest.raises(OptionError, match="width"):
-        fxfuse.fuse(members, X, width=width)
+        fxfuse.fuse(members, X, size=width)
 
 
 def test_a_budget_that_cannot_be_met_says_the_smallest(members: list[nn.Module]) -> None:
     with pytest.raises(OptionError, match=r"smallest network has [0-9,]+ parameters"):
-        fxfuse.fuse(members, X, max_params=10)
+        fxfuse.fuse(members, X, size=Size(max_params=10))
 
 
 @pytest.mark.parametrize(
@@ -247,12 +247,12 @@ def test_a_budget_that_cannot_be_met_says_the_smallest(members: list[nn.Module])
         ({"width": {"first.*": 0.5, "first.weight": 1.5}}, "two values of width"),
         ({"width": 0.5, "max_params": 1000}, "a budget"),
         ({"width": 0.5, "method": "average"}, "member's width only"),
-        ({"width": 0.5, "round_to": 0}, "round_to"),
+        ({"width": 0.5, "multiple_of": 0}, "multiple_of"),
     ],
 )
 def test_bad_options(members: list[nn.Module], options: dict[str, object], match: str) -> None:
     with pytest.raises(OptionError, match=match):
-        fxfuse.fuse(members, X, **options)  # type: ignore[arg-type]
+        fxfuse.fuse(members, X, **flat(**options))  # type: ignore[arg-type]
 
 
 def test_a_group_that_cannot_be_written_keeps_its_size(
@@ -270,7 +270,7 @@ def test_a_group_that_cannot_be_written_keeps_its_size(
     monkeypatch.setattr(walk, "_step", refusing)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        result = fxfuse.fuse(members, X, width=0.5)
+        result = fxfuse.fuse(members, X, size=0.5)
     assert result.module.first.weight.shape[0] == 8
     assert result.module.second.weight.shape[0] == 8
     assert list(result.plan.kept_sizes) == ["first.weight:0"]

@@ -11,18 +11,26 @@ from benchmarks.paper.experiment import Experiment, Job, Row
 from benchmarks.paper.refining import both, constraints
 from benchmarks.paper.runner import command
 from benchmarks.paper.setting import Size, members
-from fxfuse import fuse, prune
+from fxfuse import Transplant, fuse, prune
+from tests.options import flat
 
 
 def measure(job: Job) -> list[Row]:
     small = dataclasses.replace(job, size=Size(width=1 / job.n))
     inputs, calibration = small.calibration[:2], small.calibration
     fitted = {"score": "obs", "calibration": calibration, "refit": True}
-    together = fuse(small.program, width=job.n)
-    fused = fuse(small.program, **fitted)
+    together = fuse(small.program, size=job.n)
+    fused = fuse(small.program, **flat(**fitted))
     # It sees what all members see together, for as many steps as each of them.
     (large,) = members(job.network, job.data, "same data", 1, job.seed, job.options.member_steps)
-    pruned = prune(large, inputs, width=1 / job.n, score="obs", calibration=calibration)
+    pruned = prune(
+        large,
+        inputs,
+        calibration=calibration,
+        method=Transplant(score="obs"),
+        size=1 / job.n,
+        refine=[],
+    )
     return [
         *both(small, "small members side by side", together.module),
         *both(small, "small members fused: NT (obs) + refit", fused.module),

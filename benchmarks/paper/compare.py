@@ -13,6 +13,7 @@ from torch import nn
 from benchmarks.paper.experiment import Experiment, Job, Row
 from benchmarks.paper.refining import both, constraints, distilled, refitted, trained
 from benchmarks.paper.runner import command
+from fxfuse import Match
 from fxfuse.refine import match, recalibrate
 
 _ALIGNMENTS = {
@@ -55,7 +56,7 @@ def _auto(job: Job) -> nn.Module:
 
 def _matched(job: Job, start: nn.Module) -> nn.Module:
     module = copy.deepcopy(start)
-    match(module, job.case.members, job.calibration, steps=job.options.steps, seed=job.seed)
+    match(module, job.case.members, job.calibration, Match(steps=job.options.steps, seed=job.seed))
     return module
 
 

@@ -22,6 +22,7 @@ from benchmarks.paper.setting import Size, network
 from fxfuse import fuse
 from fxfuse.cli.data import Batches
 from fxfuse.refine import default_optimizer, finetune
+from tests.options import flat
 
 WIDTHS = (0.5, 1.0, 2.0, 4.0, 8.0)
 _FUSIONS: dict[str, dict[str, Any]] = {
@@ -61,7 +62,10 @@ def _of_width(job: Job, width: float) -> list[Row]:
         rows.append(Row(f"{width:g}", column, {**values, "ratio": ratio}, width))
 
     for name, told in options.items():
-        add(name, _cost(lambda told=told: fuse(members, inputs[:2], verify=False, **told)))
+        add(
+            name,
+            _cost(lambda told=told: fuse(members, inputs[:2], verify=False, **flat(**told))),
+        )
     add(f"{job.options.steps} training steps", training)
     return rows
 

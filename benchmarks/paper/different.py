@@ -41,7 +41,7 @@ def measure(job: Job) -> list[Row]:
     mean = sum(each) / job.n
     rows = []
     for target in (*sorted(set(each)), sum(each)):
-        fused = fuse(own.program, width=target / mean).module
+        fused = fuse(own.program, size=target / mean).module
         fresh = network(job.network, job.data, job.seed, Size(width=target))
         found = [*both(own, "NT (l2)", fused), both(own, "untrained network", fresh)[-1]]
         rows += along(f"{target:g}", target, found)

@@ -21,6 +21,7 @@ from benchmarks.paper.datasets import Data
 from benchmarks.paper.setting import OWN_SIZE, SETTINGS, Case, Size, accuracy, case
 from fxfuse import Program, capture, fuse
 from fxfuse.cli.data import Batches
+from tests.options import flat
 
 ACCURACY = "accuracy"
 
@@ -104,7 +105,9 @@ class Job:
         self, members: Sequence[nn.Module | Program] | None = None, **options: Any
     ) -> nn.Module:
         """A network of the members' class with fused weights; of all members if none are given."""
-        result = fuse(self.program if members is None else members, self.calibration[:2], **options)
+        result = fuse(
+            self.program if members is None else members, self.calibration[:2], **flat(**options)
+        )
         return result.load_into(self.case.fresh(self.seed)).eval()
 
     def batches(self, seed: int | None = None) -> Batches:

@@ -52,9 +52,11 @@ from benchmarks.paper.matching import PLACES, distilled
 from benchmarks.paper.networks import NETWORKS
 from benchmarks.paper.setting import SETTINGS, Case, accuracy, case
 from benchmarks.records import described, earlier, write
+from fxfuse import Match
 from fxfuse.activations.streams import streams
 from fxfuse.cli.data import Batches
 from fxfuse.refine import default_optimizer, finetune, match, recalibrate, refit_head
+from tests.options import flat
 
 CONDITIONS = (
     "One thread; budgets and times are CPU seconds of the process, because other work shares the "
@@ -107,7 +109,7 @@ def measure(
 
     def fused(**options: Any) -> tuple[fxfuse.FusionResult, float]:
         start = time.process_time()
-        result = fxfuse.fuse(program, verify=False, **options)
+        result = fxfuse.fuse(program, verify=False, **flat(**options))
         return result, time.process_time() - start
 
     # Capturing is no part of fusing: it is done once, whatever follows.
@@ -144,7 +146,7 @@ def measure(
         module, spent = _module(fused(score="obs", calibration=x[:QUICK_INPUTS], refit=True))
         steps = 0
         if QUICK - spent >= QUICK_LEAST:
-            report = match(module, members, x, seconds=QUICK - spent, seed=made.seed)
+            report = match(module, members, x, Match(seconds=QUICK - spent, seed=made.seed))
             spent += report.seconds
             steps = report.steps
         note(QUICK_ROW, module, spent, steps=steps)
@@ -162,7 +164,7 @@ def measure(
     for name, begin in ((PLAIN_MATCHED, plain), (BEST_MATCHED, made.best)):
         if name in rows:
             module = copy.deepcopy(begin)
-            report = match(module, members, x, seconds=spent, seed=made.seed)
+            report = match(module, members, x, Match(seconds=spent, seed=made.seed))
             note(name, module, report.seconds)
     if DISTILLED in rows:
         inputs, labels = made.train

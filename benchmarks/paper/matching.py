@@ -25,6 +25,7 @@ from benchmarks.paper import datasets
 from benchmarks.paper.datasets import load
 from benchmarks.paper.networks import NETWORKS
 from benchmarks.paper.setting import SETTINGS, Case, accuracy, case
+from fxfuse import Match
 from fxfuse.cli.data import Batches
 from fxfuse.refine import default_optimizer, distill, match
 
@@ -42,7 +43,7 @@ _TIMED_STEPS = 10
 def matched(made: Case, seconds: float) -> tuple[nn.Module, float]:
     """The best member after matching, and the CPU seconds that it took."""
     module = copy.deepcopy(made.best)
-    report = match(module, made.members, made.calibration, seconds=seconds, seed=made.seed)
+    report = match(module, made.members, made.calibration, Match(seconds=seconds, seed=made.seed))
     return module, report.seconds
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 from torch import nn
@@ -18,9 +19,9 @@ from benchmarks.paper.experiment import Experiment, Job, Row
 from benchmarks.paper.refining import after, both, constraints, finetuned, refitted, trained
 from benchmarks.paper.runner import command
 from fxfuse.analysis.coupling import CouplingGraph
-from fxfuse.planning.methods import Options, State, method, methods
+from fxfuse.planning.methods import State, method, methods
 from fxfuse.planning.plan import UnitMap
-from fxfuse.planning.scores import score_units
+from tests.options import scored
 
 
 def register() -> None:
@@ -30,7 +31,7 @@ def register() -> None:
 
 
 def prune_first(
-    graph: CouplingGraph, states: Sequence[State], options: Options
+    graph: CouplingGraph, states: Sequence[State], options: dict[str, Any]
 ) -> tuple[UnitMap, ...]:
     """Prunes every member to 1/N of its width by itself, then puts them side by side.
 
@@ -40,7 +41,7 @@ def prune_first(
         member: {group.name: np.arange(group.n_units) for group in graph.groups}
         for member in range(len(states))
     }
-    scores = score_units(graph, states, options, alive)
+    scores = scored(graph, states, alive, **options)
     maps = []
     for group in graph.groups:
         shares = np.array_split(np.arange(group.n_units), len(states))

@@ -11,6 +11,7 @@ from benchmarks.paper.experiment import Experiment, Job, Row, along
 from benchmarks.paper.refining import both, constraints
 from benchmarks.paper.runner import command
 from fxfuse import analyze, fuse
+from tests.options import flat
 
 SPARSITIES = (0.0, 0.5, 0.75, 0.9, 0.99)
 
@@ -22,7 +23,7 @@ def measure(job: Job) -> list[Row]:
         calibrated = {"score": "obs", "calibration": job.calibration, "refit": True}
         networks = {
             "NT (l2)": _fused(job, width=_widths(job, width)),
-            "NT (l2), global": _fused(job, width=width, budget="global"),
+            "NT (l2), global": _fused(job, width=width, allocation="global"),
             "NT (obs) + refit": _fused(job, width=_widths(job, width), **calibrated),
         }
         for name, module in networks.items():
@@ -31,7 +32,7 @@ def measure(job: Job) -> list[Row]:
 
 
 def _fused(job: Job, **options: object) -> nn.Module:
-    return fuse(job.program, mixing="joint", **options).module
+    return fuse(job.program, **flat(mixing="joint", **options)).module
 
 
 def _widths(job: Job, width: float) -> dict[str, float]:

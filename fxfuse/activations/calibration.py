@@ -1,4 +1,4 @@
-"""CalibrationBatches inputs of a network, checked and cut into batches; labels, if there are any."""
+"""Calibration inputs of a network, checked and cut into batches; labels, if there are any."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from functools import cached_property
 from typing import Any
 
 import torch
-import torch.utils._pytree as pytree
 
 from fxfuse.activations.augment import Augment, default_augment
 from fxfuse.common.options import Options
 from fxfuse.errors import InputError
 from fxfuse.graph.capture import Program
+from fxfuse.graph.torch_compat import pytree
 
 #: Below this many inputs regressions are noisy (issue 4 asks for 100 to 1,000).
 FEW = 100

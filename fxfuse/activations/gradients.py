@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.utils._pytree as pytree
 from torch import nn
 from torch.func import functional_call
 
@@ -15,6 +14,7 @@ from fxfuse.errors import InputError
 from fxfuse.graph.capture import Program
 from fxfuse.graph.eager import eval_mode
 from fxfuse.graph.example import first_line
+from fxfuse.graph.torch_compat import pytree
 
 
 @dataclass(frozen=True)

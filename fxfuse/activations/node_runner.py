@@ -7,7 +7,6 @@ from types import MappingProxyType
 from typing import Any
 
 import torch
-import torch.utils._pytree as pytree
 from torch import fx
 
 from fxfuse.activations.calibration import CalibrationBatches
@@ -16,6 +15,7 @@ from fxfuse.activations.spill_store import MEMORY, SpillStore, Stored
 from fxfuse.errors import InputError
 from fxfuse.graph.capture import Program
 from fxfuse.graph.source_lines import source_of
+from fxfuse.graph.torch_compat import pytree, schema_of
 
 
 class NodeRunner:
@@ -206,7 +206,7 @@ class NodeRunner:
 
 def _is_view(node: fx.Node) -> bool:
     """Whether an operator only looks at its operand in another way, with no value of its own."""
-    schema = getattr(node.target, "_schema", None)
+    schema = schema_of(node.target)
     aliases = [] if schema is None else [r.alias_info for r in schema.returns]
     return bool(aliases) and all(a is not None and not a.is_write for a in aliases)
 

@@ -10,7 +10,8 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
-import torch.utils._pytree as pytree
+
+from fxfuse.graph.torch_compat import pytree
 
 #: Bytes of activations that are kept in memory, of all networks that run side by side.
 MEMORY = 4 * 2**30

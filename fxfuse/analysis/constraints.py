@@ -67,6 +67,21 @@ class Constraints(Options):
         ):
             object.__setattr__(self, name, value)
 
+    def __str__(self) -> str:
+        """What is asked for, in one line; empty where that is nothing."""
+        found = [
+            f"{option}={list(patterns)}"
+            for option, patterns in (
+                ("freeze", self.freeze),
+                ("share", self.share),
+                ("ignore", self.ignore),
+            )
+            if patterns
+        ]
+        found += [f"output_dims={dict(self.output_dims)}"] if self.output_dims else []
+        found += [f"base_member={self.base_member}"] if self.base_member else []
+        return ", ".join(found)
+
     def and_also(self, other: Constraints) -> Constraints:
         """What both ask for; of an output or a base member that both name, what the other says."""
         return Constraints(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -28,7 +28,9 @@ from fxfuse.analysis.grouping import CouplingGroup, form_groups
 from fxfuse.analysis.interpreter import interpret
 from fxfuse.analysis.labels import AbstractTensor, Index, Kind, Place
 from fxfuse.analysis.mixing import MixingNote, mixing_notes, shared_writers, tied_outputs
+from fxfuse.common.readable import Description, Readable, counted
 from fxfuse.graph.capture import Program, capture
+from fxfuse.graph.source_lines import at_line
 
 # What an analysis consists of is imported from here, whichever file makes it.
 __all__ = [
@@ -45,8 +47,8 @@ __all__ = [
 ]
 
 
-@dataclass(frozen=True)
-class CouplingGraph:
+@dataclass(frozen=True, repr=False)
+class CouplingGraph(Readable):
     """The result of `analyze`.
 
     Attributes:
@@ -78,6 +80,22 @@ class CouplingGraph:
     without_rule: tuple[WithoutRule, ...] = ()
     members: tuple[CouplingGraph, ...] = field(default=(), repr=False)
     whole: CouplingGraph | None = field(default=None, repr=False)
+
+    def described(self) -> Description:
+        """The groups, and what is frozen or mixes members, in a few rows."""
+        source = self.program.source
+        network = "a network" if source is None else type(source).__name__
+        title = f"Coupling graph of {network}: {counted(len(self.groups), 'group')}"
+        inside = [reason for reason in self.frozen.values() if not reason.interface]
+        whys = Counter(at_line(reason.why, reason.source) for reason in inside).most_common()
+        return f"{title}, {self.free_fraction:.1%} of the weights are free", {
+            "groups": [f"{g.name} ({counted(g.n_units, 'unit')})" for g in self.groups],
+            "frozen": [f"{counted(count, 'dimension')}: {why}" for why, count in whys],
+            "mixing": [at_line(note.node, note.source) for note in self.mixing],
+            "no rule": [at_line(gap.operator, gap.source) for gap in self.without_rule],
+            "constraints": str(self.constraints),
+            "members": f"{len(self.members)} of different width" if self.members else "",
+        }
 
     def of_member(self, member: int) -> CouplingGraph:
         """The analysis of a member, whose width may be another one."""

@@ -7,15 +7,12 @@ trunk's graph, while each head has a graph, shapes and constants of its own.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-import torch.utils._pytree as pytree
 from torch import fx, nn
-from torch.fx.graph import _PyTreeCodeGen
 
 from fxfuse.analysis.constraints import names_under
 from fxfuse.analysis.label_spaces import Heads
@@ -24,6 +21,7 @@ from fxfuse.graph.capture import Program
 from fxfuse.graph.same_network import check_same_network
 from fxfuse.graph.source_lines import source_of
 from fxfuse.graph.tensors import attach, is_constant
+from fxfuse.graph.torch_compat import copy_inputs, copy_signature, output_spec, pytree, schema_of
 
 aten = torch.ops.aten
 #: Name of the constant that maps the members' logits to the union of their classes.
@@ -213,7 +211,7 @@ def _check_part(part: _Part) -> None:
                     f"it depends on a head and reads {_parameters_of(program, source)}, "
                     "which belongs to no head",
                 )
-        schema = getattr(node.target, "_schema", None)
+        schema = schema_of(node.target)
         if schema is not None and schema.is_mutable and node.args[0] not in region:
             raise _error(
                 "a head feeds back into the trunk",
@@ -318,15 +316,13 @@ class _Joiner:
         for part, nodes in zip(self.parts, self.nodes, strict=True):
             (output,) = (n for n in part.program.graph.nodes if n.op == "output")
             results.append(fx.map_arg(output.args[0], nodes.__getitem__))
-        specs = [_output_spec(part.program.graph) for part in self.parts]
+        specs = [output_spec(part.program.graph) for part in self.parts]
         if None in specs:
             # Such a graph hands out its structure as it is.
             self.graph.output(tuple(results))
             return
         self.graph.output(tuple(leaf for result in results for leaf in pytree.tree_leaves(result)))
-        codegen: Any = copy.copy(self.parts[0].program.graph._codegen)
-        codegen.pytree_info = codegen.pytree_info._replace(out_spec=pytree.treespec_tuple(specs))
-        self.graph._codegen = codegen
+        copy_inputs(self.parts[0].program.graph, self.graph, pytree.treespec_tuple(specs))
 
     def one_output(self) -> None:
         """Hands out all heads as one tensor, in the place of member 0's."""
@@ -344,7 +340,7 @@ class _Joiner:
         before = self.parts[0].program.graph
         (output,) = (n for n in before.nodes if n.op == "output")
         self.graph.output(fx.map_arg(output.args[0], lambda _: result))
-        self.graph._codegen = copy.copy(before._codegen)
+        copy_signature(before, self.graph)
 
     def mapped(self, logits: fx.Node) -> fx.Node:
         """The mean of the logits of each class, over the members that know it."""
@@ -372,12 +368,6 @@ class _Joiner:
         node = self.graph.call_function(target, args)
         node.meta["val"] = value
         return node
-
-
-def _output_spec(graph: fx.Graph) -> Any:
-    """How the flattened outputs of a captured graph are put together; None: they are not flat."""
-    codegen = graph._codegen
-    return codegen.pytree_info.out_spec if isinstance(codegen, _PyTreeCodeGen) else None
 
 
 def _chunks(part: _Part) -> list[list[fx.Node]]:

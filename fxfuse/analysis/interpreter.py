@@ -10,17 +10,17 @@ from types import MappingProxyType
 from typing import Any
 
 import torch
-import torch.utils._pytree as pytree
 from torch import fx
 
 from fxfuse.analysis.conformance import check_result
 from fxfuse.analysis.coupling_constraints import CouplingConstraints, Gap
 from fxfuse.analysis.labels import AbstractTensor, DimLabels, Kind, positions, sources_of
-from fxfuse.analysis.rules import Call, Rule, concrete_shape, find, hint, rule_file
+from fxfuse.analysis.rules import Call, Rule, concrete_shape, find, rule_file
 from fxfuse.analysis.rules.pointwise import is_pointwise, pointwise
 from fxfuse.errors import FxfuseError, RuleError
 from fxfuse.graph.capture import Program
 from fxfuse.graph.tensors import is_constant
+from fxfuse.graph.torch_compat import hint, pytree, schema_of
 
 #: Constants above this size count as varying along every dimension; comparing would cost more
 #: than the answer is worth.
@@ -205,7 +205,7 @@ class _Interpreter:
 
     def mutate(self, node: fx.Node, result: Any) -> None:
         """In-place operators change the tensor that they write to, and whatever it is a view of."""
-        schema = getattr(node.target, "_schema", None)
+        schema = schema_of(node.target)
         if schema is None or not schema.is_mutable or not isinstance(node.args[0], fx.Node):
             return
         written = node.args[0]
@@ -345,7 +345,7 @@ def _same_labels(a: AbstractTensor, b: AbstractTensor) -> bool:
 
 def _owns_memory(node: fx.Node) -> bool:
     """Whether an operator allocates its result (its schema aliases no argument)."""
-    schema = getattr(node.target, "_schema", None)
+    schema = schema_of(node.target)
     if schema is None:
         return False
     if node.target in (torch.ops.aten.reshape.default, torch.ops.aten.contiguous.default):

@@ -61,6 +61,15 @@ class Heads(Options):
         """Whether members keep heads of their own."""
         return self.modules != ()
 
+    def __str__(self) -> str:
+        """The modules and what is returned of them, in one line; empty where there are none."""
+        if not self:
+            return ""
+        named = "those that are found" if self.modules is None else ", ".join(self.modules)
+        return f"{named}; output: {self.output}" + (
+            f" of {', '.join(self.union)}" * bool(self.classes)
+        )
+
     @property
     def union(self) -> tuple[str, ...]:
         """The classes of all members, in order of first appearance."""

@@ -14,7 +14,6 @@ from dataclasses import replace
 from typing import Any
 
 import numpy as np
-import torch.utils._pytree as pytree
 from torch import fx
 
 from fxfuse.analysis.coupling import CouplingGraph, CouplingGroup, MixingNote
@@ -22,6 +21,7 @@ from fxfuse.analysis.labels import AbstractTensor, Kind, Place, neurons
 from fxfuse.errors import MemberError, OptionError
 from fxfuse.graph.capture import Program
 from fxfuse.graph.source_lines import source_of, where_of
+from fxfuse.graph.torch_compat import pytree
 
 
 def multi_width(

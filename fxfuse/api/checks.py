@@ -1,4 +1,4 @@
-"""Checks that run before a fused network is returned: of the analysis, of a plan, of the oracles."""
+"""Checks before a fused network is returned: the analysis, a given plan, and the oracles."""
 
 from __future__ import annotations
 
@@ -142,6 +142,14 @@ def check_plan(
             where=min(differing),
             why=f"{len(differing)} of them are in one of the two only",
             how="make the plan again with this version of fxfuse, with the same verify=",
+        )
+    unknown = plan.roles.keys() ^ {*graph.program.names}
+    if unknown:
+        raise PlanError(
+            "the plan's tensors are not those of the network",
+            where=min(unknown),
+            why=f"{len(unknown)} of them are in one of the two only",
+            how="use a plan that fxfuse.fuse made",
         )
     for entry in plan.maps:
         units = [graph.units_of(entry.group, member) for member in range(plan.n_members)]

@@ -16,7 +16,6 @@ from itertools import combinations, product
 from typing import Any
 
 import torch
-import torch.utils._pytree as pytree
 from torch import nn
 
 from fxfuse.api.literal_changes import Changes, changes_of
@@ -26,6 +25,7 @@ from fxfuse.graph.eager import answers
 from fxfuse.graph.example import first_line
 from fxfuse.graph.layer_sizes import sizes_of_layer
 from fxfuse.graph.tensors import is_constant
+from fxfuse.graph.torch_compat import pytree
 from fxfuse.transform.emit import FusedModule
 from fxfuse.verify.check import relative_error, tensors_of
 

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import logging
+import os
 import signal
 import sys
 import warnings
 from types import FrameType
-from typing import NoReturn, TextIO
+from typing import Annotated, NoReturn, TextIO
 
 import typer
 
+import fxfuse
 from fxfuse.cli.lazy import LazyGroup, stand_ins
 from fxfuse.cli.show import err
 
@@ -23,13 +25,26 @@ app = typer.Typer(
 )
 
 
+def _version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"fxfuse {fxfuse.__version__}")
+        raise typer.Exit
+
+
 @app.callback()
-def _fxfuse() -> None:
+def _fxfuse(
+    version: Annotated[
+        bool, typer.Option("--version", help="Print the version.", is_eager=True, callback=_version)
+    ] = False,
+) -> None:
     """Fuse several trained networks of one architecture into one.
 
     Exit status: 0 done; 1 an oracle failed, or `analyze --strict` found an operator without a rule;
     2 bad input; 70 a fault of fxfuse; 130 interrupted; 143 terminated.
     """
+    if not sys.flags.safe_path:
+        # As `python -m` does: a user's own models lie there. "" follows a recipe into its folder.
+        sys.path[:0] = [folder for folder in ("", os.getcwd()) if folder not in sys.path]
 
 
 stand_ins(app)

@@ -6,7 +6,6 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-import torch.utils._pytree as pytree
 from torch import Tensor, nn
 
 from fxfuse.cli.report.content import Network
@@ -14,6 +13,7 @@ from fxfuse.cli.sources import Data
 from fxfuse.errors import InputError
 from fxfuse.graph.eager import eval_mode
 from fxfuse.graph.example import first_line
+from fxfuse.graph.torch_compat import pytree
 from fxfuse.refine.batch import logits_of
 from fxfuse.runtime.measure import flops, milliseconds, parameters
 

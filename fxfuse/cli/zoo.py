@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import ast
 import importlib
-import os
 import re
-import sys
 from collections.abc import Callable, Iterable, Mapping
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -60,8 +59,8 @@ def make_model(spec: str, arguments: Mapping[str, Any]) -> nn.Module:
     """Calls a model factory.
 
     Args:
-        spec: `package.module:factory`, importable, also from the working directory; or a library's
-            name of a network, `torchvision:resnet18`, `timm:convnext_tiny`, `hf:FOLDER`.
+        spec: `package.module:factory`, importable; or a library's name of a network,
+            `torchvision:resnet18`, `timm:convnext_tiny`, `hf:FOLDER`.
         arguments: Keyword arguments for the factory.
 
     Returns:
@@ -179,7 +178,7 @@ def import_object(spec: str) -> Callable[..., object]:
     """Imports a function or class that a user named.
 
     Args:
-        spec: `package.module:name`; modules in the working directory are found too.
+        spec: `package.module:name`.
 
     Raises:
         OptionError: It cannot be imported or called.
@@ -191,13 +190,8 @@ def import_object(spec: str) -> Callable[..., object]:
             why="it is not of the form package.module:factory",
             how="write it like torchvision.models:resnet18",
         )
-    # A console script does not look into the working directory, where a user's own model lies.
-    if os.getcwd() not in sys.path:
-        sys.path.insert(0, os.getcwd())
     try:
-        value: Any = importlib.import_module(module_name)
-        for part in attribute.split("."):
-            value = getattr(value, part)
+        value: Any = attrgetter(attribute)(importlib.import_module(module_name))
     # Importing runs the user's module, which may raise anything.
     except Exception as error:
         raise OptionError(

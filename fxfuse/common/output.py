@@ -11,10 +11,11 @@ import re
 import shutil
 import uuid
 from collections.abc import Collection, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from fxfuse.common.output_lock import locked
+from filelock import FileLock, Timeout
+
 from fxfuse.errors import OutputError
 
 #: AT_FDCWD and RENAME_EXCHANGE of renameat2(2).
@@ -82,6 +83,50 @@ def atomic_folder(
         check_output(path, names, force=force)
         _swap_in(work, path, names, force=force)
         _settle(path.parent)
+
+
+@contextmanager
+def locked(path: str | Path) -> Iterator[None]:
+    """Holds the right to write a name, until the block ends.
+
+    The lock is a file beside the output, `.NAME.lock`, which is gone afterwards. The system lets go
+    of it when its process ends, in whatever way, so that a file that a killed one left behind locks
+    nothing. A thread that holds a name gets it again: a command locks its output before its work,
+    and the writer that it calls locks it once more.
+
+    Args:
+        path: The output.
+
+    Raises:
+        OutputError: Another process or thread holds it.
+    """
+    path = Path(os.path.abspath(path))
+    made = [folder for folder in path.parents if not folder.exists()]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(path.parent / f".{path.name}.lock", timeout=0, is_singleton=True)
+    try:
+        try:
+            lock.acquire()
+        except Timeout:
+            raise OutputError(
+                f"{path.name} is being written by another process",
+                where=str(path),
+                why=f"it holds the lock .{path.name}.lock",
+                how="wait until it is done, or choose another name",
+            ) from None
+        try:
+            yield
+        finally:
+            if lock.lock_counter == 1:
+                # Before it is let go, so that nobody gets a file that is about to vanish; Windows
+                # removes no open file.
+                with suppress(OSError):
+                    os.unlink(lock.lock_file)
+            lock.release()
+    finally:
+        for folder in made:
+            if folder.exists() and not any(folder.iterdir()):
+                folder.rmdir()
 
 
 @contextmanager

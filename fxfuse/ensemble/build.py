@@ -7,7 +7,6 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-import torch.utils._pytree as pytree
 from torch import nn
 from torch.export import ExportedProgram
 
@@ -30,6 +29,7 @@ from fxfuse.graph.example import Example, is_single
 from fxfuse.graph.export_reuse import captured_each
 from fxfuse.graph.module_checks import check_enough, check_values
 from fxfuse.graph.same_network import check_same_network
+from fxfuse.graph.torch_compat import pytree
 from fxfuse.transform.emit import FusedModule, copy_graph, emit, emit_graph
 from fxfuse.verify.check import in_double, inputs_of, relative_error, tensors_of
 
@@ -53,7 +53,8 @@ def stack(
 
     Args:
         members: Two or more networks with the same graph and the same shapes; they are copied.
-        example: A tensor, a tuple, a mapping of keyword inputs, or an `Example`. The stack takes any
+        example: A tensor, a tuple, a mapping of keyword inputs, or an `Example`. The stack takes
+        any
             batch, but what pays is judged by the example: give one of the size that it will run
             on. A single one is repeated where members answer both as they answer one.
         reduce: What becomes of every output tensor, of shape `[*]` in a member. `mean`: the mean,

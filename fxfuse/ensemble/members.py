@@ -7,6 +7,7 @@ from torch import nn
 
 from fxfuse.ensemble.weights import Inventory, Place, name_in_stack
 from fxfuse.errors import RewriteError
+from fxfuse.graph.torch_compat import original_module
 
 #: Under this key of `GraphModule.meta` a stack keeps its inventory.
 INVENTORY = "fxfuse.stack"
@@ -33,7 +34,7 @@ def unstack(module: nn.Module) -> list[dict[str, torch.Tensor]]:
             how="pass what fxfuse.stack returned",
         )
     # Of a compiled module, the module that was compiled.
-    own = dict(getattr(module, "_orig_mod", module).state_dict())
+    own = original_module(module).state_dict()
     return [_member(own, inventory, number) for number in range(inventory.n_members)]
 
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from torch import fx
 
+from fxfuse.graph.torch_compat import copy_signature
+
 
 def in_depth(graph: fx.Graph) -> fx.Graph:
     """A copy of a graph without side effects, ordered so that what is needed next comes next.
@@ -32,5 +34,5 @@ def in_depth(graph: fx.Graph) -> fx.Graph:
             continue
         # The earliest one comes out on top.
         waiting += sorted(missing, key=place.__getitem__, reverse=True)
-    copy._codegen = graph._codegen
+    copy_signature(graph, copy)
     return copy

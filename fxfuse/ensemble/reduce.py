@@ -11,6 +11,7 @@ from torch import fx
 from fxfuse.ensemble.forms import Form, Writer, is_tensor
 from fxfuse.errors import RewriteError
 from fxfuse.graph.source_lines import where_of
+from fxfuse.graph.torch_compat import copy_signature
 
 aten = torch.ops.aten
 
@@ -44,7 +45,7 @@ def write_output(writer: Writer, reduce: str, class_dim: int) -> fx.Node:
             _check(node, reduce, class_dim)
         return REDUCTIONS[reduce](writer, writer.stacked(node), class_dim)
 
-    writer.graph._codegen = source._codegen
+    copy_signature(source, writer.graph)
     written: fx.Node = writer.graph.output(fx.map_arg(output.args[0], reduced))
     return written
 

@@ -17,7 +17,6 @@ from io import StringIO
 from typing import Any
 
 import torch
-import torch.utils._pytree as pytree
 from torch import fx, nn
 from torch.export import Dim, ExportedProgram
 
@@ -35,6 +34,7 @@ from fxfuse.graph.fixed_batch import batch_sizes
 from fxfuse.graph.module_checks import check_model, state_of
 from fxfuse.graph.rebuild import rebuild
 from fxfuse.graph.tensors import fetch, is_constant
+from fxfuse.graph.torch_compat import pytree
 
 
 @dataclass(frozen=True)

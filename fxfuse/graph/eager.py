@@ -11,14 +11,13 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-import torch.utils._pytree as pytree
 from torch import fx, nn
 from torch.func import functional_call
-from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.traceback import preserve_node_meta
 from torch.overrides import TorchFunctionMode
 
 from fxfuse.errors import CaptureError
+from fxfuse.graph.torch_compat import make_fx, pytree
 
 #: What may stand in inputs and outputs: nothing in it can hide a tensor.
 _PLAIN = (

@@ -7,11 +7,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-import torch.utils._pytree as pytree
 from torch import nn
-from torch._subclasses.fake_tensor import FakeTensor
 
 from fxfuse.errors import CaptureError, InputError
+from fxfuse.graph.torch_compat import FakeTensor, pytree
 
 #: Answers to one example and to two of it differ by rounding: kernels depend on the batch.
 _ROUNDING = 1e-3

@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch import fx
 
+from fxfuse.graph.torch_compat import copy_signature, schema_of
+
 aten = torch.ops.aten
 
 _RESHAPED = (
@@ -51,7 +53,7 @@ def functional(graph: fx.Graph) -> fx.Graph:
     copier = _Copier(keeps_writes=any(map(_is_beyond, graph.nodes)))
     for node in graph.nodes:
         copier.copy(node)
-    copier.graph._codegen = graph._codegen
+    copy_signature(graph, copier.graph)
     return copier.graph
 
 
@@ -172,7 +174,7 @@ class _Copier:
 
 def is_write(node: fx.Node) -> bool:
     """Whether an operator writes into one of its operands."""
-    schema = getattr(node.target, "_schema", None)
+    schema = schema_of(node.target)
     return schema is not None and schema.is_mutable
 
 
@@ -180,8 +182,8 @@ def _is_beyond(node: fx.Node) -> bool:
     """Whether a write changes the size of a tensor, or another operand than the first."""
     if not is_write(node):
         return False
-    target: Any = node.target
-    written = [a.alias_info is not None and a.alias_info.is_write for a in target._schema.arguments]
+    arguments = schema_of(node.target).arguments
+    written = [a.alias_info is not None and a.alias_info.is_write for a in arguments]
     first = node.args[0] if node.args else None
     if not isinstance(first, fx.Node) or any(written[1:]):
         return True
@@ -197,7 +199,7 @@ def _is_view(node: fx.Node) -> bool:
     if node.target is operator.getitem:
         parent = node.args[0]
         return isinstance(parent, fx.Node) and _is_view(parent)
-    schema = getattr(node.target, "_schema", None)
+    schema = schema_of(node.target)
     if schema is None or not node.args or not isinstance(node.args[0], fx.Node):
         return False
     # What an in-place operator returns is the tensor that it wrote to.
@@ -251,8 +253,8 @@ def _sizes(node: fx.Node) -> list[int]:
 
 def _functional(node: fx.Node) -> Any:
     """The operator that returns what an in-place operator writes, if dtypes let it do the same."""
-    target: Any = node.target
-    name, overload = target._schema.name, target._overloadname
+    schema = schema_of(node.target)
+    name, overload = schema.name, schema.overload_name or "default"
     result = node.meta.get("val")
     if not name.endswith("_") or not isinstance(result, torch.Tensor):
         return None

@@ -6,9 +6,9 @@ from collections.abc import Callable
 from typing import Any
 
 from torch import nn
-from torch.nn.modules.batchnorm import _NormBase
-from torch.nn.modules.conv import _ConvNd
 from torch.nn.modules.rnn import RNNCellBase
+
+from fxfuse.graph.torch_compat import ConvNd, NormBase
 
 #: What a layer says of its own size, by attribute.
 Sizes = dict[str, Any]
@@ -79,8 +79,8 @@ def _slopes(layer: Any) -> Sizes:
 _LAYERS: tuple[tuple[type[nn.Module], Callable[[Any], Sizes]], ...] = (
     (nn.Linear, _linear),
     (nn.Bilinear, _bilinear),
-    (_ConvNd, _convolution),
-    (_NormBase, _channel_norm),
+    (ConvNd, _convolution),
+    (NormBase, _channel_norm),
     (nn.GroupNorm, _group_norm),
     (nn.LayerNorm, _shape_norm),
     (nn.RMSNorm, _shape_norm),

@@ -6,7 +6,6 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-import torch.utils._pytree as pytree
 from torch import fx
 
 from fxfuse.errors import MemberError
@@ -15,6 +14,7 @@ from fxfuse.graph.eager import answers
 from fxfuse.graph.example import first_line
 from fxfuse.graph.source_lines import where_of
 from fxfuse.graph.tensors import is_constant
+from fxfuse.graph.torch_compat import pytree, schema_of
 
 #: Names of the arguments of operators that may be a number of channels, heads or groups.
 _SIZES = frozenset(
@@ -195,7 +195,7 @@ def _signature(
 
     target = node.target if node.op in ("get_attr", "call_function") else ""
     args, kwargs = list(node.args), dict(node.kwargs)
-    schema = getattr(node.target, "_schema", None)
+    schema = schema_of(node.target)
     if free and schema is not None:
         args, kwargs = pytree.tree_map_only(float, lambda _: "a number", (args, kwargs))
         for place, argument in enumerate(schema.arguments):

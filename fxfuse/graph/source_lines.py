@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import linecache
+import os
 import re
+import sys
 from pathlib import Path
 
 import torch
@@ -16,14 +18,29 @@ _FRAME = re.compile(r'File "(?P<file>[^"]+)", line (?P<line>\d+)')
 def source_of(node: fx.Node) -> str:
     """Innermost frame of the user's code that made this node, as `file:line  code`.
 
-    Frames inside torch itself are passed over; empty when the node has no stack trace.
+    The file is named as seen from where Python imports it (`package/file.py`), so that the text is
+    short and the same on every machine. Frames inside torch itself are passed over; empty when the
+    node has no stack trace.
     """
     frames = [(m["file"], int(m["line"])) for m in _FRAME.finditer(node.stack_trace or "")]
     outside = [frame for frame in frames if not frame[0].startswith(_TORCH_ROOT)]
     if not outside:
         return ""
     file, line = outside[-1]
-    return f"{file}:{line}  {linecache.getline(file, line).strip()}".rstrip()
+    return f"{_as_imported(file)}:{line}  {linecache.getline(file, line).strip()}".rstrip()
+
+
+def at_line(name: str, source: str) -> str:
+    """A name, and the file and line of what `source_of` returned, without the code."""
+    line = source.partition("  ")[0]
+    return f"{name} ({line})" if line else name
+
+
+def _as_imported(file: str) -> str:
+    """A path relative to the nearest folder that modules are imported from; itself if in none."""
+    roots = (os.path.join(os.path.abspath(root), "") for root in sys.path)
+    inside = max((root for root in roots if file.startswith(root)), key=len, default="")
+    return file.removeprefix(inside)
 
 
 def where_of(node: fx.Node) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from typing import Any
+from operator import attrgetter
 
 import torch
 from torch import nn
@@ -11,9 +11,7 @@ from torch import nn
 
 def fetch(module: nn.Module, target: str) -> torch.Tensor:
     """The tensor attribute of a dotted name."""
-    value: Any = module
-    for part in target.split("."):
-        value = getattr(value, part)
+    value = attrgetter(target)(module)
     assert isinstance(value, torch.Tensor)
     return value
 
@@ -48,7 +46,7 @@ def floating_dtype(tensors: Iterable[torch.Tensor]) -> torch.dtype:
     return [*real, *imaginary, torch.float32][0]
 
 
-def named_tensors(module: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+def named_tensors(module: nn.Module, *, recurse: bool = True) -> Iterator[tuple[str, torch.Tensor]]:
     """The parameters and buffers of a module by name, tied ones under each of their names."""
-    yield from module.named_parameters(remove_duplicate=False)
-    yield from module.named_buffers(remove_duplicate=False)
+    yield from module.named_parameters(recurse=recurse, remove_duplicate=False)
+    yield from module.named_buffers(recurse=recurse, remove_duplicate=False)

@@ -13,7 +13,7 @@ import warnings
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import safetensors.torch
 import torch
@@ -255,9 +255,15 @@ def restore_tied(state: dict[str, torch.Tensor], own: Mapping[str, torch.Tensor]
             state[name] = stored[id(tensor)]
 
 
-def check_fit(
-    state: Mapping[str, torch.Tensor], own: Mapping[str, torch.Tensor], path: str | Path
-) -> None:
+class Shaped(Protocol):
+    """What has a shape: a tensor, or what a file says of one."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Sizes of its dimensions."""
+
+
+def check_fit(state: Mapping[str, Shaped], own: Mapping[str, Shaped], path: str | Path) -> None:
     """Checks that a checkpoint has the names and shapes of a model.
 
     Raises:

@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Any, TypeVar, overload
 
 import torch
 import torch.distributed as dist
-import torch.utils._pytree as pytree
 
 from fxfuse.errors import FxfuseError, OptionError, RankError
+from fxfuse.graph.torch_compat import pytree
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup

@@ -18,7 +18,7 @@ from fxfuse.errors import (
 )
 from fxfuse.graph.capture import Program
 from fxfuse.graph.same_network import check_constant
-from fxfuse.graph.tensors import floating_dtype, is_constant
+from fxfuse.graph.tensors import floating_dtype, is_constant, named_tensors
 from fxfuse.members.checkpoint import (
     check_fit,
     corrupt,
@@ -282,10 +282,8 @@ def _materialise(module: nn.Module) -> None:
         return made[id(tensor)]
 
     for own in module.modules():
-        for tensors in (own._parameters, own._buffers):
-            for name, tensor in tensors.items():
-                if tensor is not None:
-                    tensors[name] = real(tensor)  # type: ignore[assignment]
+        for name, tensor in list(named_tensors(own, recurse=False)):
+            setattr(own, name, real(tensor))
 
 
 def _check_buffers(module: nn.Module) -> None:

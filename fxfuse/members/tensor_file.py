@@ -31,7 +31,7 @@ _DTYPES: Mapping[str, torch.dtype] = {
 
 
 @dataclass(frozen=True)
-class _Entry:
+class Entry:
     """Where a tensor lies: offset and length in bytes; dtype None is for the library to read."""
 
     shape: tuple[int, ...]
@@ -63,11 +63,11 @@ class TensorFile:
             self._state = _state(file)
             size = int.from_bytes(file.read(8), "little")
             header = json.loads(file.read(size))
-        self._entries = {
+        self.entries = {
             name: _entry(told, 8 + size) for name, told in header.items() if name != "__metadata__"
         }
         #: The shape of each tensor, by name.
-        self.shapes = {name: entry.shape for name, entry in self._entries.items()}
+        self.shapes = {name: entry.shape for name, entry in self.entries.items()}
 
     def read(self, name: str) -> torch.Tensor:
         """A tensor, as a view of a mapping of its part of the file, which ends with the tensor.
@@ -78,7 +78,7 @@ class TensorFile:
             CheckpointError: The file is gone.
             CheckpointError: It is another one than that of which the header was read.
         """
-        entry = self._entries[name]
+        entry = self.entries[name]
         if entry.dtype is None or entry.offset % entry.dtype.itemsize:
             with _opened(self.path) as handle:
                 tensor: torch.Tensor = handle.get_tensor(name)
@@ -100,10 +100,10 @@ class TensorFile:
         return flat.view(entry.shape)
 
 
-def _entry(told: Mapping[str, Any], start: int) -> _Entry:
+def _entry(told: Mapping[str, Any], start: int) -> Entry:
     first, end = told["data_offsets"]
     dtype = _DTYPES.get(told["dtype"])
-    return _Entry(tuple(told["shape"]), dtype, start + first, end - first)
+    return Entry(tuple(told["shape"]), dtype, start + first, end - first)
 
 
 def _state(file: IO[bytes]) -> tuple[int, int, int]:

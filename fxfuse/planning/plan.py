@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, NoReturn
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,7 +14,9 @@ from numpy.typing import NDArray
 from fxfuse.analysis.constraints import Constraints
 from fxfuse.analysis.coupling import Index, MixingNote
 from fxfuse.analysis.label_spaces import Heads
+from fxfuse.common.readable import Description, Readable, counted
 from fxfuse.errors import OptionError, PlanError
+from fxfuse.graph.source_lines import at_line
 from fxfuse.members.fingerprint import Fingerprint, digest_of
 from fxfuse.planning.plan_codec import MapEntries, decode, decode_map, encode, encode_map
 from fxfuse.planning.roles import Role, RoleKind
@@ -138,9 +141,17 @@ class Mixing:
     mode: MixingMode = "joint"
     notes: tuple[MixingNote, ...] = ()
 
+    def in_words(self) -> list[str]:
+        """How they run, and where they stand; empty where there are none."""
+        if not self.notes:
+            return []
+        how = "once for each member" if self.mode == "per_member" else "jointly (approximate)"
+        where = [at_line(note.node, note.source) for note in self.notes]
+        return [f"{len(self.notes):,} {how}: {where[0]}", *where[1:]]
 
-@dataclass(frozen=True)
-class FusionPlan:
+
+@dataclass(frozen=True, repr=False)
+class FusionPlan(Readable):
     """What goes where.
 
     Attributes:
@@ -256,11 +267,50 @@ class FusionPlan:
             content = {k: v for k, v in value.items() if k not in ("schema", "digest")}
             plan: FusionPlan = decode(FusionPlan, content, "the plan")
             _check(plan)
-        except OptionError as error:
-            _reject(f"{error.what}: {error.why}" if error.why else error.what, error)
-        except (ValueError, RecursionError) as error:
-            _reject(str(error), error)
+        except (ValueError, RecursionError, OptionError) as error:
+            raise PlanError(
+                "this is not a fusion plan",
+                why=" ".join(str(error).split()),
+                how="pass the text of FusionPlan.to_json()",
+            ) from error
         return plan
+
+    def described(self) -> Description:
+        """What becomes of the members, in a few rows; `summary` says all."""
+        named = ", ".join(f"{key} {value}" for key, value in self.options.items())
+        title = f"Fusion plan: {counted(self.n_members, 'member')} by {self.method}"
+        absent = [
+            f"{name} (not in {', '.join(map(str, who))})" for name, who in self.absent.items()
+        ]
+        return title + (f" ({named})" if named else ""), {
+            "units": self._units_in_words(),
+            "kept sizes": [f"{name}: {why}" for name, why in self.kept_sizes.items()],
+            "tensors": self._roles_in_words(),
+            "absent": absent,
+            "heads": str(self.heads),
+            "constraints": str(self.constraints),
+            "mixing": self.mixing.in_words(),
+        }
+
+    def _units_in_words(self) -> list[str]:
+        total = sum(m.n_units for m in self.maps)
+        counts = [m.counts(self.n_members) for m in self.maps]
+        each = (sum(count[i] for count in counts) for i in range(self.n_members))
+        origin = [f"{count:,} from member {i}" for i, count in enumerate(each)]
+        return [f"{total:,} in {counted(len(self.maps), 'group')}: {origin[0]}", *origin[1:]]
+
+    def _roles_in_words(self) -> list[str]:
+        counts = Counter(role.kind for role in self.roles.values())
+        spread = max((role.spread for role in self.roles.values()), default=0.0)
+        said = {
+            RoleKind.MAPPED: "fused",
+            RoleKind.AVERAGED: f"averaged (members differ by up to {spread:.2g})",
+            RoleKind.BASE: f"kept from member {self.base_member}",
+            RoleKind.COPIED: "copied",
+            RoleKind.HEAD: "in heads",
+            RoleKind.PER_MEMBER: "one for each member",
+        }
+        return [f"{counts[kind]:,} {text}" for kind, text in said.items() if counts[kind]]
 
     def summary(self) -> str:
         """The plan as a Markdown page."""
@@ -332,12 +382,6 @@ def _details(role: Role) -> str:
     return (f": {role.why}" if role.why else "") + rest
 
 
-def _reject(why: str, cause: BaseException) -> NoReturn:
-    raise PlanError(
-        "this is not a fusion plan", why=why, how="pass the text of FusionPlan.to_json()"
-    ) from cause
-
-
 def _check_origin(value: Mapping[str, Any]) -> None:
     """Checks that this version wrote a plan, and nobody changed it."""
     if value["schema"] != _SCHEMA:
@@ -361,34 +405,37 @@ def _check(plan: FusionPlan) -> None:
     Raises:
         ValueError: They do not; says which.
     """
-    count = plan.n_members
-    if not count:
+    if not plan.members:
         raise ValueError("it has no members")
-    if not 0 <= plan.base_member < count:
-        raise ValueError(f"the base member is member {plan.base_member} of {count}")
-    names = [m.group for m in plan.maps]
-    twice = next((name for name in names if names.count(name) > 1), None)
-    if twice is not None:
-        raise ValueError(f"the group {twice!r} has two maps")
+    if not 0 <= plan.base_member < plan.n_members:
+        raise ValueError(f"the base member is member {plan.base_member} of {plan.n_members}")
+    for group, count in Counter(m.group for m in plan.maps).items():
+        if count > 1:
+            raise ValueError(f"the group {group!r} has {count} maps")
     for m in plan.maps:
-        for what, values, most in (
-            ("fused unit", m.target, m.n_units),
-            ("member", m.member, count),
-        ):
-            if (values >= most).any():
-                raise ValueError(f"the map of {m.group!r} has {what} {values.max()} of {most}")
+        _check_below(f"the map of {m.group!r} has fused unit", m.target, m.n_units)
+        _check_below(f"the map of {m.group!r} has member", m.member, plan.n_members)
     for name, role in plan.roles.items():
-        numbers = [*role.absent_in, *([] if role.member is None else [role.member])]
-        wrong = next((n for n in numbers if not 0 <= n < count), None)
-        if wrong is not None:
-            raise ValueError(f"the role of {name!r} names member {wrong} of {count}")
-        if len({*role.absent_in}) < len(role.absent_in):
-            raise ValueError(f"the role of {name!r} names a member twice")
-        if role.spread < 0:
-            raise ValueError(f"the role of {name!r} has the spread {role.spread}, below 0")
-        if (role.kind is RoleKind.HEAD) != (role.member is not None):
-            raise ValueError(f"{name!r} is a head of no member, or a member's and no head")
+        _check_role(f"the role of {name!r}", role, plan.n_members)
     for i, member in enumerate(plan.members):
         for group, units in member.units.items():
             if units < 0:
-                raise ValueError(f"member {i} has {units} units of {group!r}, below 0")
+                raise ValueError(f"member {i} has {units} units of {group!r}")
+
+
+def _check_role(called: str, role: Role, n_members: int) -> None:
+    _check_below(f"{called} is absent in member", np.asarray(role.absent_in), n_members)
+    if len({*role.absent_in}) < len(role.absent_in):
+        raise ValueError(f"{called} is absent in one member twice")
+    if role.member is not None:
+        _check_below(f"{called} names member", np.asarray([role.member]), n_members)
+    if (role.kind is RoleKind.HEAD) != (role.member is not None):
+        raise ValueError(f"{called} is {role.kind}, and its member is {role.member}")
+    if role.spread < 0:
+        raise ValueError(f"{called} has the spread {role.spread}")
+
+
+def _check_below(called: str, values: NDArray[Any], count: int) -> None:
+    wrong = values[(values < 0) | (values >= count)]
+    if len(wrong):
+        raise ValueError(f"{called} {wrong[0]} of {count}, counted from 0")

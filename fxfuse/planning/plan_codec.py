@@ -175,9 +175,9 @@ def decode_map(value: Mapping[str, Any], n_units: int, where: str) -> MapEntries
             matrix another size than its units.
     """
     lists = ("weight", "read", "units") if "units" in value else MapEntries._fields
-    for name in {*lists} - value.keys() - ({"read"} if "units" in value else set()):
+    for name in sorted({*lists} - value.keys() - ({"read"} if "units" in value else set())):
         raise ValueError(f"{where} lacks {name!r}")
-    for name in value.keys() - {*lists}:
+    for name in sorted(value.keys() - {*lists}):
         raise ValueError(f"{where} has the unknown entry {_shown(name)}")
     if "units" not in value:
         target, member, unit = (

@@ -112,7 +112,7 @@ def sizes_of(
             `fnmatch` patterns of `state_dict()` names to widths: a pattern speaks of the coupling
             groups that are named after a tensor it matches, as `CouplingGraph.groups` lists them.
             Groups that no pattern matches keep a member's size.
-        multiple_of: The channels of a group are rounded to a multiple of this, where it has as many.
+        multiple_of: The channels of a group are rounded to a multiple of this, if it has as many.
         at_least_one: Whether a group that the width leaves without a unit keeps one.
 
     Raises:

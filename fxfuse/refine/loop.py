@@ -9,21 +9,23 @@ import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from rich.progress import Progress
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
-from torch.utils._pytree import tree_map_only
 
 from fxfuse.errors import CheckpointError, RefineError
+from fxfuse.graph.torch_compat import pytree
 from fxfuse.refine import checkpoint as checkpoints
 from fxfuse.refine.modes import seeded
 from fxfuse.refine.parallel import check_whole, together
 from fxfuse.refine.stream import BatchStream
 from fxfuse.refine.watch import READ_EVERY, bar, check_weights, last_finite
+
+if TYPE_CHECKING:
+    from rich.progress import Progress
 
 
 @dataclass(frozen=True)
@@ -110,7 +112,7 @@ def _steps(
     read = start
     several = together(run.module)
     for step in range(start, run.steps):
-        batch = tree_map_only(
+        batch = pytree.tree_map_only(
             Tensor, lambda tensor: tensor.to(run.device, non_blocking=True), stream.next()
         )
         run.optimizer.zero_grad(set_to_none=True)

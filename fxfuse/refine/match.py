@@ -10,10 +10,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from rich.progress import Progress
 from torch import Tensor, nn
 
 from fxfuse.activations.augment import Augment, default_augment
@@ -36,6 +35,9 @@ from fxfuse.refine.schedule import (
 )
 from fxfuse.refine.task import Task
 from fxfuse.refine.watch import READ_EVERY, bar, check_weights, last_finite
+
+if TYPE_CHECKING:
+    from rich.progress import Progress
 
 _STEPS = 300
 

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
-from rich.progress import Progress
 from torch import nn
 
 from fxfuse.activations.calibration import CalibrationBatches
@@ -24,6 +24,9 @@ from fxfuse.refine.task import Task
 from fxfuse.transform.emit import FusedModule, emit
 from fxfuse.transform.layout import copies_of
 from fxfuse.transform.resizing import emit_fused
+
+if TYPE_CHECKING:
+    from rich.progress import Progress
 
 #: Share of the calibration inputs that choose the start; the refit does not see them.
 _HELD_OUT = 0.25

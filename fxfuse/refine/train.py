@@ -7,10 +7,9 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from rich.progress import Progress
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.optim import Optimizer
@@ -22,6 +21,9 @@ from fxfuse.refine.checkpoint import checkpoint_file
 from fxfuse.refine.distance import divergence
 from fxfuse.refine.loop import RefineReport, Run, train
 from fxfuse.refine.modes import check_teachers, device_of, evaluating, trainable
+
+if TYPE_CHECKING:
+    from rich.progress import Progress
 
 
 def finetune(

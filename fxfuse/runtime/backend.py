@@ -14,11 +14,17 @@ from typing import Any
 
 import torch
 from torch import fx
-from torch._subclasses.fake_tensor import FakeTensor
-from torch.fx.experimental.proxy_tensor import make_fx
 
 from fxfuse.errors import OptionError
 from fxfuse.graph.example import first_line
+from fxfuse.graph.torch_compat import (
+    FakeTensor,
+    compile_with_inductor,
+    copy_origin,
+    is_region,
+    lookup_backend,
+    make_fx,
+)
 from fxfuse.runtime.prepare import inductor_options
 from fxfuse.runtime.stack_branches import StackBranches
 
@@ -50,7 +56,7 @@ def fxfuse_backend(
     """
     told = dict(options or {})
     inner = told.pop("backend", _INNER)
-    if inner == "fxfuse" or inner not in torch._dynamo.list_backends(exclude_tags=()):
+    if inner == "fxfuse" or inner not in torch.compiler.list_backends(exclude_tags=()):
         raise OptionError(
             f"there is no backend {inner!r} to hand the graph to",
             how="name one of torch.compile's in options={'backend': ...}",
@@ -64,21 +70,9 @@ def fxfuse_backend(
             raise OptionError(
                 f"the backend {inner!r} takes no options", how="give it 'backend' alone"
             )
-        from torch._dynamo.backends.registry import lookup_backend
-
         compiled: Callable[..., Any] = lookup_backend(inner)(module, list(example_inputs))
         return compiled
-    return _inductor(module, example_inputs, mode, told)
-
-
-def _inductor(
-    module: fx.GraphModule, inputs: Sequence[Any], mode: str | None, told: dict[str, Any]
-) -> Callable[..., Any]:
-    from torch._inductor.compile_fx import compile_fx
-
-    patches = inductor_options(mode, told)
-    compiled: Any = compile_fx(module, list(inputs), config_patches=patches)
-    return compiled  # type: ignore[no-any-return]
+    return compile_with_inductor(module, example_inputs, inductor_options(mode, told))
 
 
 def _traced(graph_module: fx.GraphModule) -> fx.GraphModule | None:
@@ -109,8 +103,7 @@ def _traced(graph_module: fx.GraphModule) -> fx.GraphModule | None:
         # AOTAutograd asks where an input came from, and finds it in these.
         new.meta.update({k: v for k, v in old.meta.items() if k not in new.meta})
         new.meta["val"] = fake
-        if hasattr(old, "_dynamo_source"):
-            new._dynamo_source = old._dynamo_source
+        copy_origin(old, new)
     for node in traced.graph.nodes:
         if node.op == "get_attr" and isinstance(getattr(traced, str(node.target)), torch.Tensor):
             node.meta["val"] = mode.from_tensor(getattr(traced, str(node.target)))
@@ -121,7 +114,7 @@ def _is_plain(node: fx.Node) -> bool:
     """Whether a node is no region and no switch, such as autocast or a change of the grad mode."""
     if node.op != "call_function":
         return True
-    if isinstance(node.target, torch._ops.HigherOrderOperator):
+    if is_region(node.target):
         return False
     name = getattr(node.target, "__name__", "")
     return not name.startswith(("_set_grad", "_enter", "_exit", "set_grad"))

@@ -18,10 +18,10 @@ from operator import and_, or_
 from typing import Any
 
 import torch
-import torch.utils._pytree as pytree
 from torch import fx
 
 from fxfuse.graph.tensors import is_constant
+from fxfuse.graph.torch_compat import pytree
 
 #: Nodes of one branch by those of the first; the first one's are mapped to themselves.
 Match = dict[fx.Node, fx.Node]

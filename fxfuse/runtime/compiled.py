@@ -118,7 +118,7 @@ def _compiled(
     expected: list[torch.Tensor],
 ) -> Compiled:
     """A network in one layout, compiled and compared."""
-    copy, changed = prepared(asked.module, channels_last=layout.channels_last)
+    copy, changed = prepared(asked.module, args, kwargs, channels_last=layout.channels_last)
     if asked.dtype is not None:
         copy.to(asked.dtype)
     run = torch.compile(
@@ -156,7 +156,7 @@ def _compiled(
 
 def _options(backend: str, mode: str | None, options: Mapping[str, Any] | None) -> dict[str, Any]:
     """What the backend is told, checked."""
-    known = torch._dynamo.list_backends(exclude_tags=())
+    known = torch.compiler.list_backends(exclude_tags=())
     if backend not in known:
         raise OptionError(
             f"there is no backend {backend!r}", how=f"use one of {', '.join(sorted(known))}"

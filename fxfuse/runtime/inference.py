@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.utils._pytree as pytree
 from torch import fx, nn
 
 from fxfuse.errors import OptionError
+from fxfuse.graph.torch_compat import freezing, pytree
 
 
 @dataclass(frozen=True)
@@ -99,10 +99,7 @@ class Frozen:
         shapes = tuple(x.shape if isinstance(x, torch.Tensor) else x for x in leaves)
         if shapes in self._seen:
             return self._call(*args, **kwargs)
-        # Here, since importing inductor takes a second.
-        from torch._inductor import config
-
-        with config.patch(freezing=True):
+        with freezing():
             result = self._call(*args, **kwargs)
         self._seen.add(shapes)
         return result

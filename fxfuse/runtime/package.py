@@ -12,6 +12,7 @@ from torch.export import ExportedProgram
 
 from fxfuse.common.output import atomic_file
 from fxfuse.errors import CaptureError, CheckpointError, CompileError
+from fxfuse.graph import torch_compat
 from fxfuse.graph.capture import export
 from fxfuse.graph.example import first_line
 from fxfuse.refine.fused import Fused
@@ -62,9 +63,7 @@ def package(
     program = exported(module, args, kwargs, given.dynamic_shapes)
     with atomic_file(path) as work:
         try:
-            torch._inductor.aoti_compile_and_package(
-                program, package_path=str(work), inductor_configs=dict(options or {})
-            )
+            torch_compat.write_package(program, str(work), options or {})
             found = tensors_of(load_package(work)(*args, **kwargs))
         except (CheckpointError, OSError):
             raise
@@ -99,7 +98,7 @@ def load_package(path: str | Path) -> Callable[..., Any]:
             f"there is no package {path.name}", where=str(path), how="check the path"
         )
     try:
-        loaded: Callable[..., Any] = torch._inductor.aoti_load_package(str(path))
+        return torch_compat.load_package(str(path))
     # The loader has no error class of its own.
     except Exception as error:
         raise CheckpointError(
@@ -108,7 +107,6 @@ def load_package(path: str | Path) -> Callable[..., Any]:
             why=first_line(error),
             how="make it again with fxfuse.package, with this version of torch",
         ) from error
-    return loaded
 
 
 def exported(
@@ -119,7 +117,7 @@ def exported(
     Raises:
         CompileError: torch.export refuses it.
     """
-    copy, _ = prepared(module, channels_last=False)
+    copy, _ = prepared(module, args, kwargs, channels_last=False)
     try:
         return export(copy, args, kwargs, dynamic_shapes)
     except CaptureError as error:

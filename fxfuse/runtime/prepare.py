@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from typing import Any
 
 import torch
+import torch.utils._pytree as pytree
 from torch import fx, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.passes.fake_tensor_prop import FakeTensorProp
 from torch.fx.passes.infra.pass_base import PassBase
 
 from fxfuse.errors import OptionError
 from fxfuse.graph.eager import eval_mode
+from fxfuse.graph.torch_compat import inductor_modes, inductor_settings
 from fxfuse.runtime.channels_last import ChannelsLast
 from fxfuse.runtime.eval_form import EvalForm, RemoveDropout, inference_copy
 from fxfuse.runtime.fold import FoldBatchNorm
@@ -18,13 +24,19 @@ from fxfuse.verify.check import tensors_of
 
 
 def prepared(
-    module: fx.GraphModule, *, channels_last: bool
+    module: fx.GraphModule, args: tuple[Any, ...], kwargs: dict[str, Any], *, channels_last: bool
 ) -> tuple[fx.GraphModule, tuple[str, ...]]:
     """A copy of a network after the eval passes, and the names of those that changed it."""
     passes = [EvalForm(), RemoveDropout(), FoldBatchNorm()]
     if channels_last:
         passes.append(ChannelsLast())
     copy = inference_copy(module)
+    if not any("val" in node.meta for node in copy.graph.nodes):
+        # It was loaded or unpickled. Passes leave alone whatever has no shape then.
+        with suppress(Exception):
+            given = inspect.signature(copy.forward).bind(*args, **kwargs).arguments
+            mode = FakeTensorMode(allow_non_fake_inputs=True)
+            FakeTensorProp(copy, mode).propagate(*pytree.tree_leaves(list(given.values())))
     return copy, apply_passes(copy, passes)
 
 
@@ -52,10 +64,10 @@ def inductor_options(mode: str | None, options: Mapping[str, Any]) -> dict[str, 
     Raises:
         OptionError: There is no such mode or option.
     """
-    modes = torch._inductor.list_mode_options()
+    modes = inductor_modes()
     if mode is not None and mode not in modes:
         raise OptionError(f"there is no mode {mode!r}", how=f"use one of {', '.join(modes)}")
-    names = torch._inductor.list_options()
+    names = inductor_settings()
     unknown = [name for name in options if name.replace("-", "_") not in names]
     if unknown:
         raise OptionError(

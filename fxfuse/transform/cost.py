@@ -6,17 +6,17 @@ from collections.abc import Mapping, Sequence
 from math import prod
 
 import torch
-import torch.utils._pytree as pytree
 from torch import nn
-from torch._subclasses.fake_tensor import (
-    DataDependentOutputException,
-    DynamicOutputShapeException,
-    FakeTensorMode,
-)
 from torch.utils.flop_counter import FlopCounterMode
 
 from fxfuse.analysis.coupling import CouplingGraph
 from fxfuse.errors import OptionError
+from fxfuse.graph.torch_compat import (
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+    FakeTensorMode,
+    pytree,
+)
 from fxfuse.planning.plan import FusionPlan
 from fxfuse.planning.roles import RoleKind
 from fxfuse.transform.layout import copies_of, default_layout

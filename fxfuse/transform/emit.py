@@ -17,27 +17,15 @@ from torch import fx, nn
 from torch.fx.passes.infra.pass_base import PassBase, PassResult
 
 from fxfuse.errors import RewriteError
+from fxfuse.graph.allowed import count_batch
 from fxfuse.graph.arguments import argument
 from fxfuse.graph.capture import Program
 from fxfuse.graph.fixed_batch import check_sizes, fixed_sizes, uncheck_sizes
 from fxfuse.graph.operator_facts import batch_norm_of, follows_mode, set_training, training_of
 from fxfuse.graph.tensors import attach, named_tensors
 
-#: Where a module says which sizes its inputs have to have (`fxfuse.graph.fixed_batch`).
-_FIXED = "fixed_batch"
 #: Last parts of the names of a batch norm's buffers.
 MEAN, COUNTER = "running_mean", "num_batches_tracked"
-
-
-def count_batch(counter: torch.Tensor, training: bool) -> None:
-    """Counts a batch in training, as `nn.BatchNorm` does.
-
-    Args:
-        counter: int64 [].
-        training: Whether the module is in training mode.
-    """
-    if training:
-        counter.add_(1)
 
 
 class FusedModule(fx.GraphModule):
@@ -53,9 +41,9 @@ class FusedModule(fx.GraphModule):
         share_tensors(self, plain)
         plain.graph = copy_graph(self.graph)
         unswitch_training(plain.graph)
-        uncheck_sizes(plain.graph)
+        sizes = uncheck_sizes(plain.graph)
         plain.recompile()
-        return _restore, (plain, self.training, dict(self.meta))
+        return _restore, (plain, self.training, dict(self.meta), sizes)
 
 
 def emit(program: Program, state: Mapping[str, torch.Tensor]) -> FusedModule:
@@ -119,8 +107,7 @@ def emit_graph(
             constant = constants[name] if name in constants else program.tensor(name)
             attach(module, name, constant.detach().clone(), persistent=False)
             known.add(name)
-    module.meta[_FIXED] = fixed_sizes(graph)
-    check_sizes(graph, module.meta[_FIXED])
+    check_sizes(graph, fixed_sizes(graph))
     module.graph = graph
     SwitchTraining()(module)
     FollowDevice()(module)
@@ -289,11 +276,13 @@ def _counter_of(node: fx.Node) -> str:
     return str(mean.target).removesuffix(MEAN) + COUNTER
 
 
-def _restore(plain: fx.GraphModule, training: bool, meta: Mapping[str, Any]) -> FusedModule:
+def _restore(
+    plain: fx.GraphModule, training: bool, meta: Mapping[str, Any], sizes: Mapping[str, int]
+) -> FusedModule:
     module = FusedModule({}, fx.Graph())
     share_tensors(plain, module)
     graph = copy_graph(plain.graph)
-    check_sizes(graph, meta.get(_FIXED, {}))
+    check_sizes(graph, sizes)
     module.graph = graph
     SwitchTraining()(module)
     module.train(training)

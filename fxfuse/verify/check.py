@@ -8,13 +8,14 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.utils._pytree as pytree
 from torch import nn
 
+from fxfuse.common.readable import Description, Readable, counted
 from fxfuse.errors import VerificationError
 from fxfuse.graph.capture import Program, capture
 from fxfuse.graph.eager import answers
 from fxfuse.graph.module_checks import check_values
+from fxfuse.graph.torch_compat import pytree
 from fxfuse.transform.emit import FusedModule
 from fxfuse.verify.in_double import InDouble, lifted, to_double
 
@@ -41,9 +42,9 @@ class Check:
     detail: str = ""
 
 
-@dataclass(frozen=True)
-class Verification:
-    """The oracles that ran before a fused network was handed over."""
+@dataclass(frozen=True, repr=False)
+class Verification(Readable):
+    """The oracles that ran before a fused network was returned."""
 
     checks: tuple[Check, ...] = ()
 
@@ -52,13 +53,23 @@ class Verification:
         """Whether all of them hold."""
         return all(check.passed for check in self.checks)
 
-    def __str__(self) -> str:
-        """Which oracles hold, and which do not."""
-        holds = [check.name for check in self.checks if check.passed]
-        fails = [check.name for check in self.checks if not check.passed]
-        parts = [f"passed: {', '.join(holds)}"] if holds else []
-        parts += [f"FAILED: {', '.join(fails)}"] if fails else []
-        return f"checks {'; '.join(parts)}" if parts else "checks: none ran"
+    def described(self) -> Description:
+        """Which oracles hold, and how exactly."""
+        failed = [check.name for check in self.checks if not check.passed]
+        title = f"Verification: all {counted(len(self.checks), 'check')} passed"
+        if failed:
+            title = f"Verification: FAILED: {', '.join(failed)}"
+        elif not self.checks:
+            title = "Verification: no check ran"
+        return title, {check.name: _found(check) for check in self.checks}
+
+
+def _found(check: Check) -> str:
+    most = "any" if check.tolerance == float("inf") else f"at most {check.tolerance:.2g}"
+    said = f"error {check.error:.2g} ({most} passes)"
+    return (
+        ("" if check.passed else "FAILED: ") + said + (f"; {check.detail}" if check.detail else "")
+    )
 
 
 def relative_error(found: Sequence[torch.Tensor], expected: Sequence[torch.Tensor]) -> float:

@@ -8,12 +8,11 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
-import torch.fx._pytree as fx_pytree
-import torch.utils._pytree as pytree
 from torch import fx
 
 from fxfuse.graph.capture import Program
 from fxfuse.graph.module_checks import check_values
+from fxfuse.graph.torch_compat import flatten_inputs, pytree
 
 _LOWER = (torch.float32, torch.float16, torch.bfloat16)
 
@@ -97,15 +96,9 @@ class InDouble(fx.Interpreter):
             MemberError: A tensor that it reads is on the meta device.
         """
         bound = inspect.signature(self._captured.module.forward).bind(*args, **kwargs)
-        flat = list(bound.arguments.values())
-        form = getattr(self._captured.graph._codegen, "pytree_info", None)
-        if form is not None:
-            # As the module's generated code does it.
-            positional = form.in_spec.child(0).num_children
-            named = dict(zip(form.orig_args[positional:], flat[positional:], strict=True))
-            flat = fx_pytree.tree_flatten_spec((flat[:positional], named), form.in_spec)
-        found = super().run(*flat, enable_io_processing=False)
-        return found if form is None else self._captured.graph.process_outputs(found)
+        graph = self._captured.graph
+        flat = flatten_inputs(graph, list(bound.arguments.values()))
+        return graph.process_outputs(super().run(*flat, enable_io_processing=False))
 
     def get_attr(self, target: Any, args: Any, kwargs: Any) -> Any:
         """A tensor, still to be read."""

@@ -20,7 +20,7 @@ from fxfuse.analysis.rules import (
 )
 from fxfuse.analysis.rules.algebra import align, contract, drop, meet, only_unlabelled, reduce_over
 from fxfuse.analysis.rules.family import rule_file
-from fxfuse.analysis.rules.registry import Call, Rule, concrete_shape, find, hint, registered, rule
+from fxfuse.analysis.rules.registry import Call, Rule, concrete_shape, find, registered, rule
 from fxfuse.analysis.rules.templates import contracting, elementwise, same_labels
 
 __all__ = [
@@ -39,7 +39,6 @@ __all__ = [
     "drop",
     "elementwise",
     "find",
-    "hint",
     "lookup",
     "meet",
     "movement",

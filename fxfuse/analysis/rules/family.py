@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from fxfuse.analysis.rules.registry import find
+from fxfuse.graph.torch_compat import schema_of
 
 #: Word in the operator's name → family; the first that is found counts.
 _WORDS = (
@@ -39,7 +40,7 @@ def rule_file(target: Any) -> str:
 
 
 def _family(target: Any) -> str:
-    schema = getattr(target, "_schema", None)
+    schema = schema_of(target)
     tags = getattr(target, "tags", ())
     if torch.Tag.pointwise in tags:
         return "pointwise"

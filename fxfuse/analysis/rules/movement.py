@@ -7,10 +7,10 @@ from functools import partial
 from typing import Any
 
 import torch
-import torch.utils._pytree as pytree
 
 from fxfuse.analysis.labels import AbstractTensor, DimLabels, Kind, positions
 from fxfuse.analysis.rules.registry import Call, rule
+from fxfuse.graph.torch_compat import pytree
 
 aten = torch.ops.aten
 

@@ -7,11 +7,11 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-import torch.utils._pytree as pytree
 
 from fxfuse.analysis.labels import AbstractTensor, DimLabels, positions
 from fxfuse.analysis.rules.algebra import only_unlabelled
 from fxfuse.analysis.rules.registry import Call, concrete_shape, rule
+from fxfuse.graph.torch_compat import pytree
 
 aten = torch.ops.aten
 

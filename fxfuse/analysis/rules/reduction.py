@@ -11,6 +11,7 @@ import torch
 from fxfuse.analysis.labels import AbstractTensor, positions
 from fxfuse.analysis.rules.algebra import align, drop, meet, only_unlabelled, reduce_over
 from fxfuse.analysis.rules.registry import Call, concrete_shape, rule
+from fxfuse.graph.torch_compat import schema_of
 
 aten = torch.ops.aten
 
@@ -242,6 +243,6 @@ def choose(call: Call) -> Any:
 
 
 def _note_nonlinear(call: Call, x: AbstractTensor) -> None:
-    if not call.node.target._schema.name.startswith(_AVERAGES):  # type: ignore[union-attr]
+    if not schema_of(call.node.target).name.startswith(_AVERAGES):
         for f in x.fields:
             call.coupling.mix("an averaged activation passes a nonlinear operator", ids=f.ids)

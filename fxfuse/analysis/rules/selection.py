@@ -12,13 +12,13 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-import torch.utils._pytree as pytree
 from torch import fx
 
 from fxfuse.analysis.labels import AbstractTensor, DimLabels, positions, sources_of
 from fxfuse.analysis.rules.algebra import align, meet, only_unlabelled
 from fxfuse.analysis.rules.movement import run_on_ids
 from fxfuse.analysis.rules.registry import Call, concrete_shape, rule
+from fxfuse.graph.torch_compat import pytree
 
 aten = torch.ops.aten
 

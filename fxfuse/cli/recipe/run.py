@@ -28,8 +28,7 @@ from fxfuse.cli.report.content import Network
 from fxfuse.cli.report.write import check_installed, write_report
 from fxfuse.cli.sources import Data
 from fxfuse.cli.training import train
-from fxfuse.common.output import atomic_folder, check_output
-from fxfuse.common.output_lock import locked
+from fxfuse.common.output import atomic_folder, check_output, locked
 from fxfuse.graph.module_checks import check_enough
 from fxfuse.members.members import Members
 from fxfuse.planning.plan import FusionPlan

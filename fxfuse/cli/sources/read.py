@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -83,9 +82,6 @@ def absolute(spec: str) -> str:
         return f"{kind}:{name}:{os.path.abspath(place)}"
     if Path(spec).exists() or ":" not in spec:
         return os.path.abspath(spec)
-    # Where the module of a function is looked for.
-    if os.getcwd() not in sys.path:
-        sys.path.insert(0, os.getcwd())
     return spec
 
 

@@ -34,7 +34,8 @@ class Transplant(Method):
 
     With `fraction` f, a group of n units keeps the (1 - f)·n best of the base member, and takes
     the
-    f·n best of all others. With fractions by pattern, groups that none speaks of keep the best of all.
+    f·n best of all others. With fractions by pattern, groups that none speaks of keep the best of
+    all.
 
     Attributes:
         score: Importance of a unit: `l1`, `l2` or `bn_scale`; with calibration inputs also

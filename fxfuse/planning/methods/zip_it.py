@@ -50,7 +50,7 @@ class Zip(Method):
         if self.variant == "across" and context.sizes is not None and resized:
             raise OptionError(
                 "variant 'across' of zip has no width",
-                why="it never merges two units of one member, so its size follows from the members'",
+                why="it never merges two units of one member, so the members decide its size",
                 how="leave the width out, or the variant",
             )
         return tuple(

@@ -184,19 +184,7 @@ class _Refit:
         self.waiting = Counter(aims)
         self.unread = Counter(read for work in self.work.values() for read in inputs_of(work))
         memory = options.memory // (len(states) + 1)
-        self.members = [
-            NodeRunner(
-                graph.of_member(i).program,
-                s,
-                calibration,
-                name=f"member {i}",
-                held=set(aims),
-                asked_as=_asked_as(graph, told, i),
-                absent=others_region(program, i),
-                memory=memory,
-            )
-            for i, s in enumerate(states)
-        ]
+        self.members = self.member_runners(states, set(aims), told, memory)
         self.student = NodeRunner(
             program,
             self.state,
@@ -211,6 +199,28 @@ class _Refit:
         self.generator = torch.Generator().manual_seed(options.seed)
         self.outputs = [resized.nodes.get(output, output) for output in program.outputs()]
         self.changed: set[str] = set()
+
+    def member_runners(
+        self,
+        states: Sequence[Mapping[str, torch.Tensor]],
+        held: set[fx.Node],
+        told: Mapping[fx.Node, fx.Node],
+        memory: int,
+    ) -> list[NodeRunner]:
+        """Make what runs each member, and holds the values that layers aim at."""
+        return [
+            NodeRunner(
+                self.graph.of_member(i).program,
+                state,
+                self.calibration,
+                name=f"member {i}",
+                held=held,
+                asked_as=_asked_as(self.graph, told, i),
+                absent=others_region(self.graph.program, i),
+                memory=memory,
+            )
+            for i, state in enumerate(states)
+        ]
 
     def run(self) -> tuple[State, RefitReport]:
         started = time.process_time()

@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import replace
 from fractions import Fraction
-from typing import Any
 
 import torch
 from torch import fx, nn
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.fx.passes.fake_tensor_prop import FakeTensorProp
 
 from fxfuse.analysis.coupling import CouplingGraph
 from fxfuse.errors import RewriteError
 from fxfuse.graph.capture import Program
 from fxfuse.graph.rebuild import rebuild
 from fxfuse.graph.source_lines import where_of
+from fxfuse.graph.torch_compat import FakeTensor
 from fxfuse.transform.layout import copies_of
 from fxfuse.transform.resizing.state import ResizedGraph
 from fxfuse.transform.resizing.walk import walk_at
@@ -51,7 +51,9 @@ def program_at(
     source = fx.GraphModule(program.module, wide.graph)
     module = rebuild(source, state, prune=False)
     inputs = [node.meta["val"] for node in module.graph.nodes if node.op == "placeholder"]
-    _Shapes(module).propagate(inputs)
+    mode = next((x.fake_mode for x in inputs if isinstance(x, FakeTensor)), None)
+    with torch.no_grad():
+        FakeTensorProp(module, mode).propagate_dont_convert_inputs(*inputs)
     return replace(program, module=module)
 
 
@@ -121,25 +123,3 @@ def _tensor(wide: ResizedGraph, name: str, own: Mapping[str, torch.Tensor]) -> t
     if not isinstance(found, nn.Parameter):
         return tensor.clone()
     return nn.Parameter(torch.zeros_like(tensor), requires_grad=found.requires_grad)
-
-
-class _Shapes(fx.Interpreter):
-    """Runs a graph on fake tensors, and notes on every node what it returns."""
-
-    def propagate(self, inputs: Sequence[Any]) -> None:
-        """Starts from inputs, of which the tensors are fake ones."""
-        modes = (x.fake_mode for x in inputs if isinstance(x, FakeTensor))
-        self.mode = next(modes, None) or FakeTensorMode()
-        with self.mode, torch.no_grad():
-            self.run(*inputs, enable_io_processing=False)
-
-    def get_attr(self, target: Any, args: Any, kwargs: Any) -> Any:
-        """A tensor without its values."""
-        return self.mode.from_tensor(super().get_attr(target, args, kwargs), static_shapes=True)
-
-    def run_node(self, n: fx.Node) -> Any:
-        """Runs a node and keeps its result."""
-        result = super().run_node(n)
-        if n.op != "output":
-            n.meta["val"] = result
-        return result

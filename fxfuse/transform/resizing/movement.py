@@ -6,10 +6,10 @@ from collections.abc import Iterator, Sequence
 from typing import Any, cast
 
 import numpy as np
-import torch.utils._pytree as pytree
 from torch import fx
 
 from fxfuse.analysis.labels import AbstractTensor
+from fxfuse.graph.torch_compat import pytree
 from fxfuse.transform.layout import Layout
 from fxfuse.transform.resizing.carry import carry, complete
 from fxfuse.transform.resizing.gather import gather

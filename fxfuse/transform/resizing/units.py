@@ -6,10 +6,10 @@ from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
-import torch.utils._pytree as pytree
 
 from fxfuse.analysis.coupling import CouplingGraph, Index
 from fxfuse.analysis.labels import AbstractTensor, DimLabels, neurons
+from fxfuse.graph.torch_compat import pytree
 from fxfuse.transform.layout import Copies, Layout, run_layout
 
 

@@ -1,0 +1,170 @@
+"""Arguments of a graph, and structures of its inputs and outputs, as JSON and back."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Collection, Mapping
+from contextlib import suppress
+from importlib import import_module
+from typing import Any, NamedTuple
+
+import torch
+import torch.utils._pytree as pytree
+from torch import fx
+
+#: Most levels of nesting, entries of a list and characters of a text.
+_LEVELS, _ENTRIES, _TEXT = 20, 65_536, 10_000
+_INTEGERS = range(-(1 << 63), 1 << 63)
+#: The library whose output classes any graph may name, and the module that registers most of them.
+_OUTPUTS, _OUTPUTS_MODULE = "transformers", "transformers.modeling_outputs"
+_CONTAINERS = ("builtins.tuple", "builtins.list", "builtins.dict", "collections.OrderedDict")
+_LEAF = "*"
+
+
+class NotPlainError(Exception):
+    """A graph that cannot be written as plain data, or data that is no graph.
+
+    Args:
+        why: The reason.
+        how: What can be done about it, where that is special.
+    """
+
+    def __init__(self, why: str, how: str = "") -> None:
+        super().__init__(why)
+        self.why = why
+        self.how = how
+
+
+class _Kind(NamedTuple):
+    """A kind of value that JSON lacks, written as an object with one key."""
+
+    of: type
+    write: Callable[[Any], Any]
+    read: Callable[[Any], Any]
+
+
+def _named(of: type) -> _Kind:
+    """Constants of torch, by their names."""
+    known = {_short(value): value for value in vars(torch).values() if isinstance(value, of)}
+    return _Kind(of, _short, known.__getitem__)
+
+
+def _short(value: Any) -> str:
+    return str(value).removeprefix("torch.")
+
+
+_KINDS: Mapping[str, _Kind] = {
+    "dtype": _named(torch.dtype),
+    "layout": _named(torch.layout),
+    "memory_format": _named(torch.memory_format),
+    "device": _Kind(torch.device, str, torch.device),
+    "float": _Kind(float, str, float),
+    "complex": _Kind(complex, lambda z: [z.real, z.imag], lambda parts: complex(*parts)),
+    "slice": _Kind(slice, lambda s: [s.start, s.stop, s.step], lambda ends: slice(*ends)),
+    "tuple": _Kind(tuple, list, tuple),
+    "dict": _Kind(dict, lambda d: [list(pair) for pair in d.items()], dict),
+}
+
+
+def to_data(value: Any) -> Any:
+    """Write an argument: what JSON lacks is an object with its kind as the only key."""
+    if isinstance(value, fx.Node):
+        return {"node": value.name}
+    finite = isinstance(value, float) and math.isfinite(value)
+    if value is None or finite or isinstance(value, bool | int | str):
+        return value
+    if isinstance(value, list):
+        return [to_data(item) for item in value]
+    for name, kind in _KINDS.items():
+        if isinstance(value, kind.of):
+            return {name: to_data(kind.write(value))}
+    raise NotPlainError(f"an argument is a {type(value).__name__}, which has no plain form")
+
+
+def from_data(told: Any, nodes: Mapping[str, fx.Node]) -> Any:
+    """Read what `to_data` wrote.
+
+    Args:
+        told: Data within the limits.
+        nodes: Nodes that may be referred to, by name.
+    """
+    if isinstance(told, list):
+        return [from_data(item, nodes) for item in told]
+    if not isinstance(told, dict):
+        return told
+    ((name, content),) = told.items()
+    return nodes[content] if name == "node" else _KINDS[name].read(from_data(content, nodes))
+
+
+def to_structure(spec: pytree.TreeSpec) -> Any:
+    """Write the structure of inputs or outputs: class, context (keys) and items; "*" is a leaf."""
+    if spec.is_leaf():
+        return _LEAF
+    classes = pytree.SERIALIZED_TYPE_TO_PYTHON_TYPE.items()
+    name = next((name for name, found in classes if found is spec.type), None)
+    if name is None:
+        raise NotPlainError(
+            f"an input or output is a {spec.type.__name__}, which has no name in files",
+            "use tuples, lists and dicts, or register the class with a serialized_type_name "
+            "(torch.export.register_dataclass)",
+        )
+    return [name, to_data(spec.context), [to_structure(child) for child in spec.children()]]
+
+
+def from_structure(told: Any, allow: Collection[str] | None) -> pytree.TreeSpec:
+    """Read what `to_structure` wrote.
+
+    Args:
+        told: Data within the limits.
+        allow: Libraries whose classes may be named; all, if None.
+
+    Raises:
+        NotPlainError: A class is not known, or not allowed.
+    """
+    if told == _LEAF:
+        return pytree.treespec_leaf()
+    name, context, items = told
+    library = name.partition(".")[0]
+    if name.startswith(_OUTPUTS_MODULE):
+        # torch knows these classes once the module is imported; no other one ever is.
+        with suppress(ImportError):
+            import_module(_OUTPUTS_MODULE)
+    known = pytree.SERIALIZED_TYPE_TO_PYTHON_TYPE
+    allowed = allow is None or name in _CONTAINERS or library in (_OUTPUTS, *allow)
+    if name not in known or not allowed:
+        raise NotPlainError(
+            f"it takes or returns a {name}, which is not known or not allowed",
+            "a class that the network returns must have been imported before"
+            + (
+                ""
+                if library == _OUTPUTS
+                else f' and allowed: fxfuse.load(..., allow=("{library}",))'
+            ),
+        )
+    children = [from_structure(item, allow) for item in items]
+    return pytree.TreeSpec(known[name], from_data(context, {}), children)
+
+
+def check_limits(content: Any) -> None:
+    """Check nesting and sizes of data before anything is made of it.
+
+    Raises:
+        NotPlainError: Something is too deep, too long or too large.
+    """
+    level = [content]
+    for _ in range(_LEVELS):
+        for value in level:
+            if isinstance(value, int) and value not in _INTEGERS:
+                raise NotPlainError("an integer does not fit into 64 bits")
+            if isinstance(value, float) and not math.isfinite(value):
+                raise NotPlainError("a number is too large")
+            if isinstance(value, str) and len(value) > _TEXT:
+                raise NotPlainError(f"a text has more than {_TEXT:,} characters")
+            if isinstance(value, list | dict) and len(value) > _ENTRIES:
+                raise NotPlainError(f"a list has more than {_ENTRIES:,} entries")
+        nested = [value for value in level if isinstance(value, list | dict)]
+        level = [
+            x for value in nested for x in (value.values() if isinstance(value, dict) else value)
+        ]
+    if level:
+        raise NotPlainError(f"it is nested more than {_LEVELS} levels deep")

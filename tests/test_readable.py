@@ -1,0 +1,167 @@
+"""What `print` and a notebook show: at most ten lines, no index arrays, no path of this machine."""
+
+from __future__ import annotations
+
+import re
+import sys
+
+import pytest
+import torch
+from expecttest import assert_expected_inline
+from torch import nn
+from torchvision.models.vision_transformer import VisionTransformer
+
+import fxfuse
+from fxfuse import Heads
+from fxfuse.common.readable import Description, Readable
+from fxfuse.graph.source_lines import source_of
+from fxfuse.verify import Check, Verification
+from tests.nets import SmallResNet, images, resnets
+
+
+def steady(shown: object) -> str:
+    """The text without what differs between machines: errors of an oracle, numbers of lines."""
+    text = re.sub(r"\.py:\d+", ".py:1", f"{shown}")
+    return re.sub(r"error \d\S*(?= \(at most 1e-09)", "error 1e-15", text)
+
+
+def transformer(seed: int) -> nn.Module:
+    torch.manual_seed(seed)
+    model = VisionTransformer(32, 8, 2, 2, 16, 32, num_classes=5).eval()
+    nn.init.normal_(model.heads.head.weight)
+    return model
+
+
+@pytest.fixture(scope="module")
+def frozen() -> fxfuse.FusionResult:
+    options = {"freeze": ["stem.*"], "base_member": 1, "width": 0.5}
+    return fxfuse.fuse(resnets(2), images(), **flat(**options))
+
+
+@pytest.fixture(scope="module")
+def wide() -> fxfuse.FusionResult:
+    torch.manual_seed(0)
+    return fxfuse.fuse([transformer(0), transformer(1)], torch.randn(2, 3, 32, 32), size=2)
+
+
+def test_plans(frozen: fxfuse.FusionResult, wide: fxfuse.FusionResult) -> None:
+    assert_expected_inline(
+        f"{frozen.plan}",
+        """\
+Fusion plan: 2 members by transplant (score l2)
+  units        8 in 2 groups: 4 from member 0, 4 from member 1
+  tensors      9 fused, 18 kept from member 1, 5 copied
+  constraints  freeze=['stem.*'], base_member=1""",
+    )
+    assert_expected_inline(
+        steady(wide.plan),
+        """\
+Fusion plan: 2 members by wide
+  units    168 in 5 groups: 84 from member 0, 84 from member 1
+  tensors  22 fused, 10 one for each member
+  mixing   5 once for each member: layer_norm (torchvision/models/vision_transformer.py:1) and 4 more""",
+    )
+    torch.manual_seed(0)
+    heads = fxfuse.fuse(
+        [SmallResNet(), SmallResNet(classes=5)], images(), verify=False, heads=Heads(["fc"])
+    )
+    assert_expected_inline(
+        f"{heads.plan}",
+        """\
+Fusion plan: 2 members by transplant (score l2)
+  units    24 in 3 groups: 13 from member 0, 11 from member 1
+  tensors  25 fused, 5 copied, 4 in heads
+  heads    fc; output: tuple""",
+    )
+
+
+def test_graphs(frozen: fxfuse.FusionResult, wide: fxfuse.FusionResult) -> None:
+    assert_expected_inline(
+        f"{frozen.graph}",
+        """\
+Coupling graph of SmallResNet: 2 groups, 88.6% of the weights are free
+  groups       block1.conv1.weight:0 (8 units), block2.conv1.weight:0 (8 units)
+  frozen       21 dimensions: asked for: freeze=stem.*
+  constraints  freeze=['stem.*'], base_member=1""",
+    )
+    assert_expected_inline(
+        steady(wide.graph),
+        """\
+Coupling graph of VisionTransformer: 5 groups, 99.9% of the weights are free
+  groups  class_token:2 (16 units) and 4 more
+  mixing  layer_norm (torchvision/models/vision_transformer.py:1) and 4 more""",
+    )
+
+    class Sorted(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.last = nn.Linear(4, 8), nn.Linear(8, 3)
+            self.second, self.other = nn.Linear(4, 8), nn.Linear(8, 3)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.last(self.first(x).sort(-1).values) + self.other(self.second(x).relu())
+
+    assert_expected_inline(
+        steady(fxfuse.analyze(Sorted(), torch.randn(2, 4))),
+        """\
+Coupling graph of Sorted: 1 group, 47.8% of the weights are free
+  groups  second.weight:0 (8 units)
+  frozen  3 dimensions: the operator goes along this dimension in order (tests/test_readable.py:1)""",
+    )
+
+
+def test_verifications(wide: fxfuse.FusionResult) -> None:
+    assert_expected_inline(
+        steady(wide.verification),
+        """\
+Verification: all 4 checks passed
+  permutation           error 1e-15 (at most 1e-09 passes); 5 groups, 99.94% of the weights are free; ...
+  output shape          error 0 (at most 0 passes); (2, 5)
+  finite outputs        error 0 (at most 0 passes); 0 values are not finite
+  wide equals ensemble  error 1e-15 (at most 1e-09 passes); no operator mixes members""",
+    )
+    failed = Check("permutation", 0.25, 1e-9, False, "3 groups")
+    mixed = Check("wide equals ensemble", 0.5, float("inf"), True, "mixing: layer_norm")
+    assert_expected_inline(
+        f"{Verification((failed, mixed))}",
+        """\
+Verification: FAILED: permutation
+  permutation           FAILED: error 0.25 (at most 1e-09 passes); 3 groups
+  wide equals ensemble  error 0.5 (any passes); mixing: layer_norm""",
+    )
+    assert_expected_inline(f"{Verification()}", """Verification: no check ran""")
+
+
+def test_notebooks_get_a_table(frozen: fxfuse.FusionResult) -> None:
+    for shown in (frozen.plan, frozen.graph, frozen.verification):
+        html = shown._repr_html_()
+        assert html.count("<tr>") <= 9
+        assert html.count("<tr>") == html.count("</tr>") > 0
+    assert "freeze=[&#x27;stem.*&#x27;]" in frozen.plan._repr_html_()
+
+
+def test_no_more_than_ten_lines_of_no_more_than_110_letters() -> None:
+    class Long(Readable):
+        def described(self) -> Description:
+            rows = {f"row {i}": [f"item {j}" for j in range(50)] for i in range(20)}
+            return "Title", rows | {"row 0": "word " * 100, "row 1": "", "row 2": ()}
+
+    lines = f"{Long()}".splitlines()
+    assert len(lines) == 10
+    assert max(map(len, lines)) <= 110
+    assert lines[1].endswith("word ...")
+    assert lines[2].startswith("  row 3  item 0, item 1")
+    assert lines[2].endswith(" more")
+    assert lines[-1].startswith("  ...    and 10 more: row 10, row 11")
+
+
+def test_lines_are_named_as_python_imports_them(
+    wide: fxfuse.FusionResult, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sources = [note.source for note in wide.plan.mixing.notes]
+    assert {s.partition(":")[0] for s in sources} == {"torchvision/models/vision_transformer.py"}
+    assert re.fullmatch(r"\S+:\d+  x = self.ln_1\(input\)", sources[0])
+    node = next(n for n in wide.graph.program.graph.nodes if source_of(n) == sources[0])
+    # A file of no folder that modules are imported from has its whole path.
+    monkeypatch.setattr(sys, "path", [])
+    assert source_of(node).startswith("/")
