@@ -238,7 +238,7 @@ class Given:
         return found if steps is None else {**found, "refine": steps}
 
     def _steps(self, default: list[str] | None) -> list[Any] | None:
-        if STEPS[0] not in self.groups:
+        if not set(STEPS) & set(self.groups):
             return None
         given = {group.name: options for group in STEPS if (options := self.options(group))}
         text, known = self.values.get("refine"), [group.name for group in STEPS]
