@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -303,20 +304,86 @@ def test_fuse_json_is_all_that_stdout_holds(work):
 def test_fuse_with_calibration_inputs(work):
     torch.save(torch.randn(200, 5), "inputs.pt")
     arguments = ("fuse", "a.pt", "b.pt", *MODEL, "--calibration", "inputs.pt")
-    result = invoke(*arguments, "--out", "auto", "--method", "auto", "--steps", "3", "--json")
+    result = invoke(*arguments, "--out", "whole", "--match-steps", "3", "--json")
     assert result.exit_code == 0, result.output
-    choice = json.loads(result.stdout)["choice"]
-    assert set(choice["divergence"]) == {"fused", "member 0", "member 1"}
-    assert "Matched to the ensemble" in (work / "auto" / "summary.md").read_text()
-    result = invoke(*arguments, "--out", "obs", "--score", "obs", "--refit", "--outputs", "values")
-    assert result.exit_code == 0, result.output
-    plan = fxfuse.FusionPlan.from_json((work / "obs" / "plan.json").read_text())
+    content = json.loads(result.stdout)
+    assert set(content["choice"]["divergence"]) == {"fused", "member 0", "member 1"}
+    assert not content["raw"]
+    plan = fxfuse.FusionPlan.from_json((work / "whole" / "plan.json").read_text())
     assert plan.options["score"] == "obs"
-    assert "pass --calibration, 100" in refused(
-        work, "fuse", "a.pt", "b.pt", *MODEL, "--refit", "--out", "x"
-    )
-    bad = ("fuse", "a.pt", "b.pt", *MODEL, "--reference", "best", "--out", "x")
-    assert "--reference" in refused(work, *bad)
+    summary = (work / "whole" / "summary.md").read_text()
+    assert "Matched to the ensemble" in summary
+    assert "raw transplant" not in summary
+    values = ("--score", "l1", "--refine", "refit", "--task", "regression")
+    result = invoke(*arguments, "--out", "values", *values)
+    assert result.exit_code == 0, result.output
+    assert "2 layers fitted on 200 inputs, median error" in result.stdout
+    plan = fxfuse.FusionPlan.from_json((work / "values" / "plan.json").read_text())
+    assert plan.options["score"] == "l1"
+    raw = ("fuse", "a.pt", "b.pt", *MODEL, "--out", "x")
+    assert "pass --calibration ..., 100" in refused(work, *raw, "--refine", "refit")
+    for bad, message in (
+        (("--method", "average", "--reference", "best"), "--reference 'best' cannot be read"),
+        (("--reference", "1"), "method 'transplant' has no --reference"),
+        (("--refine", "polish"), "unknown --refine 'polish'"),
+        (("--refine", "match,refit"), "in this order"),
+        (("--match-steps", "3", "--refine", "refit"), "--refine does not name match"),
+        (("--match-steps", "3", "--match-seconds", "1"), "--match-steps and --match-seconds"),
+        (("--match-steps", "3", "--refine", "none"), "--refine does not name match"),
+        (("--task", "translation"), "unknown --task"),
+    ):
+        assert message in refused(work, *raw, *bad)
+
+
+def test_a_raw_transplant_is_said_to_be_one(work):
+    """On the command line, in the summary and in the report; and what to do next."""
+    raw = "This is a raw transplant, most likely at chance level"
+    arguments = ("fuse", "a.pt", "b.pt", *MODEL, "--report", "--out")
+    result = invoke(*arguments, "fused")
+    assert raw in result.stdout
+    torch.save(torch.randn(200, 5), "inputs.pt")
+    (command,) = re.findall(r"next: fxfuse (.*), or --calibration", result.stdout)
+    command = command.replace("DATA", "inputs.pt").replace("FOLDER", "refitted")
+    for name in ("summary.md", "report.html"):
+        assert raw in (work / "fused" / name).read_text()
+    assert json.loads(invoke(*arguments, "more", "--json").stdout)["raw"]
+    result = invoke(*command.split(), "--match-steps", "3")
+    assert result.exit_code == 0, result.output
+    assert "raw" not in result.stdout
+    # What was fitted stays so, where a report is written later.
+    assert invoke("report", "refitted").exit_code == 0
+    for name in ("summary.md", "report.html"):
+        assert raw not in (work / "refitted" / name).read_text()
+    assert "raw" not in invoke(*arguments, "whole", "--width", "2").stdout
+
+
+def test_prune_one_network(work):
+    torch.save(torch.randn(200, 5), "inputs.pt")
+    prune = ("prune", "a.pt", *MODEL, "--out", "small")
+    result = invoke(*prune, "--width", "0.5", "--calibration", "inputs.pt", "--match-steps", "3")
+    assert result.exit_code == 0, result.output
+    assert "One network, pruned, written to small" in result.stdout
+    assert read_state_dict("small/fused.safetensors")["0.weight"].shape == (4, 5)
+    assert invoke("run", "small", "--out", "again").exit_code == 0
+    for name in ("fused.safetensors", "plan.json"):
+        assert (work / "small" / name).read_bytes() == (work / "again" / name).read_bytes()
+    result = invoke(*prune, "--force", "--max-params", "50", "--freeze", "2.bias")
+    assert result.exit_code == 0, result.output
+    assert "not refitted" in result.stdout
+    result = invoke("refit", "small", "--calibration", "inputs.pt", "--out", "refitted")
+    assert result.exit_code == 0, result.output
+    assert "ensemble of" not in invoke("compare", "refitted", "--data", "inputs.pt").stdout
+    assert invoke("report", "refitted").exit_code == 0
+    assert "pass --width 0.5" in refused(work, "prune", "a.pt", *MODEL, "--out", "x")
+
+
+def test_constraints_are_flags_of_every_analysis(work):
+    explained = ("explain", "0.weight", 0, *MODEL)
+    assert "--freeze" not in invoke(*explained).stdout
+    assert "freeze=2.weight" in invoke(*explained, "--freeze", "2.weight").stdout
+    result = invoke("verify", "a.pt", "b.pt", *MODEL, "--ignore", "0")
+    assert result.exit_code == 0, result.output
+    assert "--share 9.* matches nothing" in refused(work, "verify", *MODEL, "--share", "9.*")
 
 
 def test_fuse_to_another_width(work):
@@ -330,19 +397,19 @@ def test_fuse_to_another_width(work):
     expected = {name: tuple(tensor.shape) for name, tensor in mlp(width=12).state_dict().items()}
     assert shapes("--width", "1.5") == expected
     assert shapes("--width", "0.*=1.5") == expected
-    assert shapes("--width", "1.3", "--round-to", "4") == expected
+    assert shapes("--width", "1.3", "--multiple-of", "4") == expected
     assert shapes("--max-params", "111") == expected
     assert shapes("--max-params", "119") == expected
     assert shapes("--max-flops", "5000")["0.weight"] == (16, 5)
     assert shapes("--width", "2", "--mixing", "joint")["0.weight"] == (16, 5)
 
 
-def test_fuse_with_a_share_for_a_group_and_a_global_budget(work):
-    share = ("--width", "0.5", "--budget", "global", "--fraction", "0.*=0.5", "--out", "share")
+def test_fuse_with_a_share_for_a_group_and_a_global_allocation(work):
+    share = ("--width", "0.5", "--allocation", "global", "--fraction", "0.*=0.5", "--out", "share")
     result = invoke("fuse", "a.pt", "b.pt", *MODEL, *share)
     assert result.exit_code == 0, result.output
     plan = fxfuse.FusionPlan.from_json((work / "share" / "plan.json").read_text())
-    assert (plan.options["budget"], plan.options["fraction"]) == ("global", "{'0.*': 0.5}")
+    assert (plan.options["allocation"], plan.options["fraction"]) == ("global", "{'0.*': 0.5}")
     assert (plan.map_of("0.weight:0").member == 1).sum() == 2
     for share, message in (
         ("half", "--fraction 'half'"),
@@ -361,7 +428,8 @@ def test_fuse_applies_a_plan_again(work):
     for name in ("fused.safetensors", "plan.json"):
         assert (work / "first" / name).read_bytes() == (work / "again" / name).read_bytes()
     new = ("--out", "new", "--plan", "first/plan.json", *MODEL)
-    assert "--plan contradict" in refused(work, "fuse", "a.pt", "b.pt", *new, "--width", "0.5")
+    twice = refused(work, "fuse", "a.pt", "b.pt", *new, "--width", "0.5", "--method", "zip")
+    assert "--plan and --method, --width contradict each other" in twice
     assert "the plan's member 1" in refused(work, "fuse", "b.pt", "a.pt", *new)
     (work / "first" / "plan.json").write_bytes(b"\xff\xfe plan")
     assert "not a fusion plan" in refused(work, "fuse", "a.pt", "b.pt", *new)
@@ -373,12 +441,12 @@ def test_fuse_networks_that_know_different_classes(work):
     networks = ("fuse", "a.pt", "c.pt", *MODEL, "--member-arg", "1:classes=2", "--json")
     names = [["cat", "dog", "fish"], ["dog", "bird"]]
     (work / "classes.json").write_text(json.dumps(names))
-    union = ("--heads", "union", "--classes", "classes.json")
+    union = ("--head-output", "union", "--classes", "classes.json")
     result = invoke(*networks, *union, "--out", "union")
     assert result.exit_code == 0, result.output
     assert json.loads(result.stdout)["classes"] == ["cat", "dog", "fish", "bird"]
     assert read_state_dict("union/fused.safetensors")["heads.1.2.weight"].shape == (2, 8)
-    side = ("--heads", "2", "--head-outputs", "concat")
+    side = ("--heads", "2", "--head-output", "concat")
     assert invoke(*networks, *side, "--out", "side").exit_code == 0
     plan = fxfuse.FusionPlan.from_json((work / "side" / "plan.json").read_text())
     assert plan.heads.output == "concat"
@@ -430,11 +498,17 @@ def test_verify_exits_1_when_an_oracle_fails(work, monkeypatch):
     from fxfuse.cli.commands.verify import oracles
 
     failed = oracles.Check("permutation", 1.0, 1e-9, False, "group 0")
-    monkeypatch.setattr(oracles, "permutation", lambda *_: failed)
+    monkeypatch.setattr(oracles, "permutation", lambda *_, **__: failed)
     result = invoke("verify", *MODEL)
     assert result.exit_code == 1
     assert "FAILED" in result.stdout
     assert "group 0" in result.stdout
+
+
+def test_without_a_command_the_overview_is_printed():
+    result = invoke()
+    assert result.exit_code == 0
+    assert result.output == invoke("--help").output
 
 
 def test_help_needs_no_torch():
@@ -506,13 +580,13 @@ FUSE = ("fuse", "a.pt", "b.pt", "--out", "new/fused")
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("fuse", "a.pt", "--out", "new/fused", *MODEL), "needs at least 2 members, got 1"),
-        ((*FUSE, *MODEL, "--method", "alchemy"), "alchemy"),
-        ((*FUSE, *MODEL, "--score", "vibes"), "vibes"),
-        ((*FUSE, *MODEL, "--variant", "sideways"), "sideways"),
-        ((*FUSE, *MODEL, "--width", "3"), "--width must be in (0, 2], got 3"),
-        ((*FUSE, *MODEL, "--width", "0"), "--width must be in (0, 2], got 0"),
-        ((*FUSE, *MODEL, "--width", "nan"), "--width must be in (0, 2], got nan"),
+        (("fuse", "a.pt", "--out", "new/fused", *MODEL), "at least"),
+        ((*FUSE, *MODEL, "--method", "alchemy"), "unknown --method 'alchemy'"),
+        ((*FUSE, *MODEL, "--score", "vibes"), "unknown --score 'vibes'"),
+        ((*FUSE, *MODEL, "--variant", "sideways"), "unknown --variant 'sideways'"),
+        ((*FUSE, *MODEL, "--width", "3"), "at most 2"),
+        ((*FUSE, *MODEL, "--width", "0"), "greater than 0"),
+        ((*FUSE, *MODEL, "--width", "nan"), "width nan"),
         ((*FUSE, *MODEL, "--width", "wide"), "cannot be read"),
         ((*FUSE, *MODEL, "--width", "0.*="), "cannot be read"),
         ((*FUSE, *MODEL, "--width", "0.5", "--width", "1.5"), "contradicts another --width"),
@@ -523,16 +597,13 @@ FUSE = ("fuse", "a.pt", "b.pt", "--out", "new/fused")
         ((*FUSE, *MODEL, "--max-params", "5"), "smallest network has"),
         ((*FUSE, *MODEL, "--max-flops", "1"), "smallest network takes"),
         ((*FUSE, *MODEL, "--max-params", "many"), "--max-params"),
-        (
-            (*FUSE, *MODEL, "--width", "0.5", "--round-to", "0"),
-            "--round-to: input should be greater than or equal to 1",
-        ),
-        (
-            (*FUSE, *MODEL, "--width", "0.5", "--mixing", "per_member"),
-            "--mixing per_member does not work here",
-        ),
-        ((*FUSE, *MODEL, "--mixing", "sometimes"), "joint or per_member"),
-        ((*FUSE, *MODEL, "--model-arg", "width=9"), "--model-arg num_classes=10"),
+        ((*FUSE, *MODEL, "--width", "0.5", "--multiple-of", "0"), "--multiple-of must be"),
+        ((*FUSE, *MODEL, "--width", "0.5", "--mixing", "per_member"), "--mixing per_member is not"),
+        ((*FUSE, *MODEL, "--mixing", "sometimes"), "use one of joint, per_member"),
+        ((*FUSE, *MODEL, "--allocation", "global"), "--allocation global needs a size"),
+        ((*FUSE, *MODEL, "--base-member", "2"), "pass --base-member with the number"),
+        ((*FUSE, *MODEL, "--head-output", "union"), "which are not named"),
+        ((*FUSE, *MODEL, "--model-arg", "width=9"), "does not fit"),
         ((*FUSE, *MODEL, "--model-arg", "height=9"), "cannot be called"),
         ((*FUSE, *MODEL, "--model-arg", "width"), "key=value"),
         ((*FUSE, "--model", "cli_models:mlp", "--input", "6"), "example inputs"),
@@ -623,7 +694,8 @@ def test_a_folder_that_cannot_be_written(work):
 
 def test_an_existing_folder_is_refused_before_any_work(work, monkeypatch):
     (work / "new" / "fused").mkdir(parents=True)
-    monkeypatch.setattr(fxfuse, "fuse", lambda *_, **__: pytest.fail("too late"))
+    running = sys.modules["fxfuse.cli.recipe.run"]
+    monkeypatch.setattr(running, "fuse", lambda *_, **__: pytest.fail("too late"))
     assert "exists already" in refused(work, *FUSE, *MODEL)
 
 

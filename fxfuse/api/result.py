@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from html import escape
 from typing import TypeVar
 
 import torch
@@ -14,6 +13,7 @@ from torch import nn
 from fxfuse.analysis.coupling import CouplingGraph
 from fxfuse.analysis.heads import head_name
 from fxfuse.api.own_class import copy_source, resized_copy
+from fxfuse.common.readable import Description, Readable
 from fxfuse.errors import CheckpointError, OptionError, RewriteError
 from fxfuse.graph.capture import Program
 from fxfuse.planning.plan import FusionPlan
@@ -35,7 +35,7 @@ _RAW_PRUNING = (
 
 
 @dataclass(frozen=True, repr=False)
-class FusionResult:
+class FusionResult(Readable):
     """A fused network.
 
     `print(result)` says from what it was made, into what, how close it is to the ensemble, which
@@ -59,12 +59,6 @@ class FusionResult:
     choice: Choice | None = None
     match: MatchReport | None = None
     _member: Program | None = None
-
-    def __repr__(self) -> str:
-        return "\n  ".join(self._lines())
-
-    def _repr_html_(self) -> str:
-        return f"<pre>{escape(repr(self))}</pre>"
 
     @property
     def raw_note(self) -> str:
@@ -110,24 +104,36 @@ class FusionResult:
         """The fused tensors by name; those of `module`, where there is one."""
         return dict(self._state) if self._module is None else self._module.state_dict()
 
-    def _lines(self) -> Iterator[str]:
-        """What `print` shows."""
-        yield self._from_what_into_what()
-        options = "".join(f", {name} {value}" for name, value in self.plan.options.items())
-        yield f"method: {self.plan.method}{options}"
-        if self.refit is not None:
-            yield f"refit: {self.refit}"
-        if self.choice is not None and self.match is not None:
-            unit = "KL, nats" if self.match.outputs == "logits" else "share of the variance"
-            yield f"distance to the ensemble ({unit}): {self.choice}"
-        yield str(self.verification)
+    def described(self) -> Description:
+        """From what, how, how close to the ensemble, which checks passed, and what to do next."""
+        options = ", ".join(f"{name} {value}" for name, value in self.plan.options.items())
+        rows: dict[str, str | Sequence[str]] = {
+            "method": f"{self.plan.method} ({options})" if options else self.plan.method,
+            "refit": str(self.refit or ""),
+            **self._distances(),
+            "checks": self.verification.described()[0].removeprefix("Verification: "),
+            "note": self.raw_note,
+            "next": "use result.module, or keep it with fxfuse.save(result, folder)",
+        }
         if self.raw_note:
-            yield self.raw_note
-            yield "next: pass calibration=..., 100 to 1,000 unlabelled inputs, to refit and match"
-        elif self.emitted:
-            yield "next: use result.module, or keep it with fxfuse.save(result, folder)"
-        else:
-            yield "next: use result.to_module(): there is no graph, as torch.export rejects it"
+            rows["next"] = (
+                "pass calibration=..., 100 to 1,000 inputs, to refit it and match it"
+            )
+        elif not self.emitted:
+            rows["next"] = "use result.to_module(): there is no graph, as torch.export rejects it"
+        return self._from_what_into_what(), rows
+
+    def _distances(self) -> dict[str, str]:
+        """How far the start and the network are from the ensemble."""
+        if self.choice is None or self.match is None:
+            return {}
+        unit = "KL in nats" if self.match.outputs == "logits" else "share of the variance"
+        each = ", ".join(f"{name} {far:.3g}" for name, far in self.choice.divergence.items())
+        how = f"{self.choice.before:.3g} → {self.choice.after:.3g}, {unit} from the ensemble"
+        return {
+            "start": f"{self.choice.start}; {unit} from the ensemble: {each}",
+            "matching": how if self.choice.kept else "no improvement",
+        }
 
     def _from_what_into_what(self) -> str:
         plan, source = self.plan, (self._member or self.graph.program).source

@@ -91,12 +91,15 @@ def beside_members(
 ) -> tuple[Network, ...]:
     """As `evaluate`, with rows of the members and of their ensemble before those of the networks.
 
+    One member alone has no ensemble, and networks are measured against itself.
+
     Raises:
         InputError: A network does not take the data.
     """
     ensemble = Ensemble(members)
     rows: dict[str, nn.Module] = {f"member {i}": member for i, member in enumerate(members)}
-    rows[f"ensemble of {len(members)}"] = ensemble
+    if len(members) > 1:
+        rows[f"ensemble of {len(members)}"] = ensemble
     return evaluate({**rows, **networks}, ensemble, data, example, latency=latency)
 
 

@@ -64,7 +64,7 @@ METHOD = Group(
     "method",
     # The default first.
     {"transplant": methods()["transplant"], **methods()},
-    help="How units of the members are chosen and combined.",
+    help="How units of the members are chosen and combined, `transplant` by default.",
 )
 SIZE = Group("size", {"size": Size})
 CONSTRAINTS = Group("constraints", {"constraints": Constraints})
@@ -125,20 +125,19 @@ class Flag:
 
     @property
     def help(self) -> str:
-        """What each class's docstring says of it."""
+        """What each class's docstring says of it, how it is typed, and the default."""
         texts: dict[str, list[str]] = {}
         for name, option in self.fields.items():
             texts.setdefault(option.help, []).append(name)
-        if len(self.group.kinds) == 1:
-            return next(iter(texts))
-        each = (f"For {', '.join(f'`{n}`' for n in names)}: {t}" for t, names in texts.items())
-        return " ".join(each)
-
-    @property
-    def default(self) -> str:
-        """The default as text; "" where there is none, or classes have different ones."""
-        found = {str(option.default) for option in self.fields.values()}
-        return found.pop() if found.isdisjoint({"None", "()", "{}"}) and len(found) == 1 else ""
+        if len(self.group.kinds) > 1:
+            parts = [f"For {_names(names)}: {text}" for text, names in texts.items()]
+        else:
+            parts = list(texts)
+        parts += dict.fromkeys(form.note for form in self.forms.values())
+        defaults = {str(option.default) for option in self.fields.values()}
+        if len(defaults) == 1 and defaults.isdisjoint({"None", "()", "{}"}):
+            parts.append(f"Default: {_names(defaults)}.")
+        return " ".join(filter(None, parts))
 
     def annotation(self) -> Any:
         """What typer makes the flag from."""
@@ -146,12 +145,11 @@ class Flag:
         kinds = {str(form.kind): form.kind for form in forms}
         kind = next(iter(kinds.values())) if len(kinds) == 1 else str
         words = (word for form in forms for word in (form.metavar or "").split("|") if word)
-        repeated = " May be repeated." if forms[0].repeated else ""
         option = typer.Option(
             f"{self.name}/--no-{self.name[2:]}" if kind is bool else self.name,
-            help=self.help + repeated,
+            help=self.help,
             metavar="|".join(dict.fromkeys(words)) or None,
-            show_default=self.default or False,
+            show_default=False,
             rich_help_panel=_panel(self.group),
         )
         return Annotated[kind | None, option]
@@ -242,14 +240,16 @@ class Given:
     def _steps(self, default: list[str] | None) -> list[Any] | None:
         if not set(STEPS) & set(self.groups):
             return None
-        text, known = self.values.get("refine"), tuple(group.name for group in STEPS)
         given = {group.name: options for group in STEPS if (options := self.options(group))}
-        if text is None:
-            names = default or (list(known) if given else None)
+        text, known = self.values.get("refine"), [group.name for group in STEPS]
+        if text is not None:
+            text = text.replace(" ", "")
+            if text not in (",".join(known), *known, "none"):
+                how = "use `refit`, `match`, `refit,match` in this order, or `none`"
+                raise OptionError(f"unknown --refine {text!r}", how=how)
+            names = [] if text == "none" else text.split(",")
         else:
-            names = [] if text == "none" else [name.strip() for name in text.split(",")]
-        for name in names or ():
-            check_choice("step of --refine", name, (*known, "none"))
+            names = default or (known if given else None)
         idle = [group for group in STEPS if group.name in given and group.name not in (names or ())]
         if idle:
             flags = ", ".join(self.names(*idle))
@@ -272,9 +272,11 @@ def takes(*groups: Group) -> Callable[[Callable[..., None]], Callable[..., None]
     Args:
         groups: The classes.
     """
-    made = [parameter for group in groups for parameter in _parameters(group)]
-    if set(STEPS) & set(groups):
-        made.append(_parameter("refine", _REFINE))
+    made: list[inspect.Parameter] = []
+    for group in groups:
+        if group is STEPS[0]:
+            made.append(_parameter("refine", _REFINE))
+        made += _parameters(group)
 
     def decorate(command: Callable[..., None]) -> Callable[..., None]:
         hints = get_type_hints(command, include_extras=True)
@@ -301,12 +303,11 @@ def _parameters(group: Group) -> list[inspect.Parameter]:
     found = [_parameter(flag.parameter, flag.annotation()) for flag in flags_of(group)]
     if len(group.kinds) == 1:
         return found
-    names = list(group.kinds)
     option = typer.Option(
         f"--{group.name}",
-        help=group.help,
-        metavar="|".join(names),
-        show_default=names[0] if group is METHOD else False,
+        help=f"{group.help} One of {_names(group.kinds)}.",
+        metavar=group.name.upper(),
+        show_default=False,
         rich_help_panel=_panel(group),
     )
     return [_parameter(group.name, Annotated[str | None, option]), *found]
@@ -315,6 +316,10 @@ def _parameters(group: Group) -> list[inspect.Parameter]:
 def _parameter(name: str, annotation: Any) -> inspect.Parameter:
     kind = inspect.Parameter.KEYWORD_ONLY
     return inspect.Parameter(name, kind, default=None, annotation=annotation)
+
+
+def _names(names: Iterable[str]) -> str:
+    return ", ".join(f"`{name}`" for name in names)
 
 
 def _panel(group: Group) -> str:

@@ -21,16 +21,13 @@ class Form:
         kind: What typer reads; of a list, the flag may be repeated.
         metavar: What stands for the value in the help. None: typer's own word for the type.
         read: Makes the value from a flag's name and what typer read.
+        note: What the help says of it besides.
     """
 
     kind: Any
     metavar: str | None
     read: Callable[[str, Any], Any]
-
-    @property
-    def repeated(self) -> bool:
-        """Whether the flag may be repeated."""
-        return get_origin(self.kind) is list
+    note: str = ""
 
 
 def form_of(kind: Any) -> Form | None:
@@ -139,14 +136,24 @@ def _list(flag: str, texts: Sequence[str]) -> list[str]:
     return list(texts)
 
 
+_REPEATED = "May be repeated."
 #: Types of a field, None and words aside → their form.
 _FORMS: dict[tuple[Any, ...], Form] = {
     (bool,): Form(bool, None, _unchanged),
     (int,): Form(int, None, _number(int)),
     (float,): Form(float, None, _number(float)),
     (str,): Form(str, None, _unchanged),
-    (float, Mapping[str, float]): Form(list[str], "NUMBER|PATTERN=NUMBER", read_by_group),
-    (tuple[str, ...],): Form(list[str], "PATTERN", _list),
-    (Mapping[int, tuple[int, ...]],): Form(list[str], "OUTPUT=DIM,DIM", read_output_dims),
-    (tuple[tuple[str, ...], ...],): Form(Path, "FILE", _read_lists),
+    (float, Mapping[str, float]): Form(
+        list[str], "NUMBER|PATTERN=NUMBER", read_by_group, _REPEATED
+    ),
+    (tuple[str, ...],): Form(list[str], "PATTERN", _list, _REPEATED),
+    (Mapping[int, tuple[int, ...]],): Form(
+        list[str],
+        "OUTPUT=DIM,DIM",
+        read_output_dims,
+        f"Typed as `0=1,2`, or `0=` for no dimension. {_REPEATED}",
+    ),
+    (tuple[tuple[str, ...], ...],): Form(
+        Path, "FILE", _read_lists, "A JSON file with one list for each member."
+    ),
 }

@@ -33,7 +33,7 @@ def rule_file(target: Any) -> str:
     if rule is not None:
         module: str = rule.__module__
         return f"{module.replace('.', '/')}.py" if module.startswith("fxfuse.") else module
-    return f"fxfuse/rules/{_family(target)}.py"
+    return f"fxfuse/analysis/rules/{_family(target)}.py"
 
 
 def _family(target: Any) -> str:

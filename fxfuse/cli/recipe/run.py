@@ -211,7 +211,8 @@ def _steps_after(plan: FusionPlan, calibration: Data | None) -> list[Refit | Mat
 def evaluated(result: FusionResult, networks: Networks, data: Data) -> tuple[Network, ...]:
     """The members, their ensemble and the fused network, on the same data."""
     fused = result.module if result.emitted else result.to_module()
-    return beside_members({"fused": fused}, networks.modules, data, networks.inputs)
+    name = "fused" if result.plan.n_members > 1 else "pruned"
+    return beside_members({name: fused}, networks.modules, data, networks.inputs)
 
 
 def _write(

@@ -90,7 +90,7 @@ def _in_yaml(kind: Any, *, listed: int = 0) -> Any:
         return reduce(or_, (_in_yaml(each, listed=listed) for each in alternatives(kind)))
     if origin is tuple:
         return list[_in_yaml(arguments[0], listed=listed + 1)]  # type: ignore[misc]
-    if origin is Mapping.__class__ or (isinstance(origin, type) and issubclass(origin, Mapping)):
+    if origin is Mapping:
         return dict[arguments[0], _in_yaml(arguments[1])]  # type: ignore[misc,valid-type]
     # Names in lists of names may be numbers: classes often are.
     return str | int if kind is str and listed > 1 else kind
@@ -103,23 +103,26 @@ def _single(group: Group) -> type[OptionPart]:
 def _choice(group: Group) -> Any:
     """A part for each class of a group, told apart by `name`; the name alone will do."""
     parts = [
-        _part_of(kind, name=(Literal[name], Field(description="Which one.")))  # type: ignore[valid-type]
+        _part_of(kind, name=(Literal[name], Field(description="Which one.")))
         for name, kind in group.kinds.items()
     ]
-    first, names = next(iter(group.kinds)), Literal[tuple(group.kinds)]  # type: ignore[valid-type]
+    first = next(iter(group.kinds))
 
     def named(given: Any) -> Any:
-        if isinstance(given, Mapping):
-            return {"name": first, **given}
-        return {"name": given} if isinstance(given, str) else given
+        return {"name": first, **given} if isinstance(given, Mapping) else _as_field("name", given)
 
-    choice = Annotated[reduce(or_, parts), Field(discriminator="name")]
-    return Annotated[choice, _short(named, names | choice)]
+    choice: Any = Annotated[reduce(or_, parts), Field(discriminator="name")]
+    return _short(choice, named, Literal[tuple(group.kinds)])
 
 
-def _short(complete: Callable[[Any], Any], schema: Any) -> BeforeValidator:
-    """Lets a part be written in a short form, which the schema lists, too."""
-    return BeforeValidator(complete, json_schema_input_type=schema)
+def _short(part: Any, complete: Callable[[Any], Any], form: Any) -> Any:
+    """A part that may be written in a short form, which the schema for editors lists, too."""
+    return Annotated[part, BeforeValidator(complete, json_schema_input_type=form | part)]
+
+
+def _as_field(name: str, given: Any) -> Any:
+    """A text, as the most important field of a part."""
+    return {name: given} if isinstance(given, str) else given
 
 
 def _as_step(given: Any) -> Any:
@@ -154,21 +157,16 @@ if TYPE_CHECKING:
     TrainingPart: TypeAlias = OptionPart
 else:
     AnyMethod, AnyTask = _choice(METHOD), _choice(TASK)
-    _SizePart = _single(SIZE)
-    AnySize = Annotated[
-        _SizePart,
-        _short(
-            lambda given: {"width": given} if isinstance(given, int | float) else given,
-            float | _SizePart,
-        ),
-    ]
     AnyCalibration, AnyConstraints, AnyHeads = map(_single, (CALIBRATION, CONSTRAINTS, HEADS))
-    _Steps = create_model(
-        "Steps",
-        __base__=Step,
-        **{g.name: (_single(g) | None, Field(None, description=g.help)) for g in STEPS},
+    AnySize = _short(
+        _single(SIZE),
+        lambda given: {"width": given} if isinstance(given, int | float) else given,
+        float,
     )
-    AnyStep = Annotated[_Steps, _short(_as_step, Literal[tuple(g.name for g in STEPS)] | _Steps)]
+    _steps = {g.name: (_single(g) | None, Field(None, description=g.help)) for g in STEPS}
+    AnyStep = _short(
+        create_model("Step", __base__=Step, **_steps), _as_step, Literal[tuple(_steps)]
+    )
     TrainingPart = _single(TRAINING)
 
 
@@ -194,17 +192,12 @@ class DataSource(Part):
     std: list[float] = Field([], description="Per channel, by which they are divided then.")
 
 
-def _source(given: Any) -> Any:
-    return {"source": given} if isinstance(given, str) else given
-
-
-def _path(given: Any) -> Any:
-    return {"path": given} if isinstance(given, str) else given
-
-
-#: Parts that may be a text.
-AnyMember = Annotated[Member, _short(_path, str | Member)]
-AnySource = Annotated[DataSource, _short(_source, str | DataSource)]
+if TYPE_CHECKING:
+    AnyMember: TypeAlias = Member
+    AnySource: TypeAlias = DataSource
+else:
+    AnyMember = _short(Member, lambda given: _as_field("path", given), str)
+    AnySource = _short(DataSource, lambda given: _as_field("source", given), str)
 
 
 class Fuse(Part):
