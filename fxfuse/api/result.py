@@ -116,9 +116,7 @@ class FusionResult(Readable):
             "next": "use result.module, or keep it with fxfuse.save(result, folder)",
         }
         if self.raw_note:
-            rows["next"] = (
-                "pass calibration=..., 100 to 1,000 inputs, to refit it and match it"
-            )
+            rows["next"] = "pass calibration=..., 100 to 1,000 inputs, to refit it and match it"
         elif not self.emitted:
             rows["next"] = "use result.to_module(): there is no graph, as torch.export rejects it"
         return self._from_what_into_what(), rows
