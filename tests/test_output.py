@@ -114,7 +114,7 @@ def test_a_folder_that_appears_meanwhile_is_not_overwritten(tmp_path):
             (tmp_path / "out").mkdir()
             (tmp_path / "out" / "a.txt").write_text("theirs")
 
-    with pytest.raises(OutputError, match="it appeared while the result was written"):
+    with pytest.raises(OutputError, match="out exists already"):
         race()
     assert contents(tmp_path) == ["out", "out/a.txt"]
     assert (tmp_path / "out" / "a.txt").read_text() == "theirs"

@@ -401,7 +401,7 @@ def test_what_no_width_and_no_block_explains_is_named():
     with pytest.raises(MemberError, match=r"returns other outputs(.|\n)*norm_first"):
         fxfuse.fuse(after, X)
     sizes = [seeded(lambda n=n: Attentive(n, 2, 3 + n), n) for n in (1, 2)]
-    with pytest.raises(MemberError, match="no whole number of units of 15"):
+    with pytest.raises(MemberError, match="24 is not a multiple of 15"):
         fxfuse.fuse(sizes, X)
 
 

@@ -75,7 +75,7 @@ def compile(
     told = _options(backend, mode, options)
     if dtype is not None and dtype not in DTYPES:
         raise OptionError(
-            f"unknown dtype {dtype}",
+            f"unsupported dtype {dtype}",
             how=f"use one of {', '.join(map(str, DTYPES))}",
         )
     if tune and (freeze is not None or channels_last is not None):
