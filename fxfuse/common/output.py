@@ -91,9 +91,6 @@ def locked(path: str | Path) -> Iterator[None]:
 
     Args:
         path: The output.
-
-    Raises:
-        OutputError: Another process or thread holds it.
     """
     path = Path(os.path.abspath(path))
     made = [folder for folder in path.parents if not folder.exists()]
@@ -104,7 +101,7 @@ def locked(path: str | Path) -> Iterator[None]:
             lock.acquire()
         except Timeout:
             raise OutputError(
-                f"{path.name} is being written by another process",
+                f"another process is writing {path.name}",
                 where=str(path),
                 why=f"it holds the lock .{path.name}.lock",
                 how="wait until it is done, or choose another name",
