@@ -146,12 +146,17 @@ def test_members_on_different_devices():
 
 
 def test_an_example_of_another_dtype():
-    error = refused(InputError, "rejects", model=mlp(torch.float16))
+    error = refused(InputError, "the model rejects the example inputs", model=mlp(torch.float16))
     assert ".to(torch.float16)" in error.how
 
 
 def test_an_example_on_another_device():
-    error = refused(InputError, "rejects", model=mlp(), x=torch.randn(3, 4, device="meta"))
+    error = refused(
+        InputError,
+        "the model rejects the example inputs",
+        model=mlp(),
+        x=torch.randn(3, 4, device="meta"),
+    )
     assert error.how == "move both to one device: the model is on cpu, an input on meta"
 
 
@@ -382,7 +387,7 @@ def test_answers_that_are_no_floats():
 
 
 def test_an_empty_batch():
-    refused(InputError, "empty", model=mlp(), x=torch.randn(0, 4))
+    refused(InputError, "an example input is empty", model=mlp(), x=torch.randn(0, 4))
 
 
 @pytest.mark.parametrize("given", [b"text", len, nn.Linear], ids=["bytes", "function", "class"])
