@@ -65,7 +65,7 @@ def prune(
         OptionError: There is no size, or an option names nothing in the network.
         InputError: The network rejects the inputs, or calibration inputs are missing or unfit.
         CaptureError: The network cannot be captured.
-        NoGraphError: torch.export rejects the network, so it cannot be written in another size.
+        CaptureError: torch.export rejects the network, so it cannot be written in another size.
         PlanError: No parameter has a free dimension.
         RewriteError: The network cannot be written in this size.
         VerificationError: An oracle failed.

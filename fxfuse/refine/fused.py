@@ -76,7 +76,7 @@ def measurable(
     Raises:
         InputError: The inputs are not what the members take, or cannot be augmented.
         MemberError: These are not the members that were fused.
-        NoGraphError: The members were traced: there is no graph to run.
+        CaptureError: The members were traced: there is no graph to run.
     """
     result.graph.program.require_exported()
     batches = CalibrationBatches.of(result.graph.program, calibration)

@@ -46,7 +46,7 @@ def make_sized_plan(
             option has a value that cannot be used.
         InputError: The method or the score needs calibration inputs, and there are none.
         RewriteError: The network cannot be written in another size.
-        NoGraphError: torch.export rejected the members.
+        CaptureError: torch.export rejected the members.
     """
     if isinstance(method, Concatenate):
         size = replace(size, width=_width_of_all(size, len(states)))
@@ -166,7 +166,7 @@ def find_sizes(
         OptionError: A width is no number in (0, N] or leaves a group without a unit, no width meets
             the budget, or a pattern of widths names nothing.
         RewriteError: The network cannot be written in another size.
-        NoGraphError: torch.export rejected the members.
+        CaptureError: torch.export rejected the members.
     """
     if not size.is_given:
         return None
