@@ -57,7 +57,7 @@ SIZES = (0.5, 1.5)
 
 def captured(model: torch.nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
     """A member; `members_of` gives such ones, too."""
-    return fxfuse.capture(model, args, kwargs)
+    return fxfuse.capture(model, fxfuse.Example(args, kwargs))
 
 
 def tensors_of(member: Any) -> Mapping[str, torch.Tensor]:
@@ -77,7 +77,7 @@ def coupling(member: Any) -> tuple[list[Mapping[Place, np.ndarray]], Mapping[Pla
 
 def fused(members: list[Any], size: float | None = None) -> Mapping[str, torch.Tensor] | None:
     """The tensors of the fused network; None: fxfuse refuses."""
-    options = {} if size is None else {"width": size}
+    options = {} if size is None else {"size": size}
     try:
         return fxfuse.fuse(members, **options).state_dict()
     except fxfuse.FxfuseError:

@@ -245,7 +245,7 @@ def test_the_matrix_of_a_plan_is_short_and_guarded() -> None:
     rejected("edited", sign=False, base64=("A" if letters[0] != "A" else "B") + letters[1:])
     # With a digest that fits, the matrix itself has to be one.
     rejected(f"weight is a matrix of {2 * WIDTH * WIDTH - 3} entries", base64=letters[16:])
-    rejected("no matrix of float32 or float64", type="<i4")
+    rejected("not a matrix of float32 or float64", type="<i4")
     rejected("not a fusion plan", base64=letters[:-1] + "?")
 
 

@@ -265,7 +265,7 @@ def test_a_wrong_group_is_found_named_and_frozen(monkeypatch: pytest.MonkeyPatch
 
     import sys
 
-    monkeypatch.setattr(sys.modules["fxfuse.api.fuse"], "couple", lambda *args, **kwargs: graph)
+    monkeypatch.setattr(sys.modules["fxfuse.api.stages"], "couple", lambda *args, **kwargs: graph)
     with pytest.warns(UserWarning, match=r"block1\.conv1\.weight:0"):
         result = fxfuse.fuse(members, x)
     assert ("block1.conv1.weight", 0) not in result.graph.group_of
