@@ -49,9 +49,8 @@ def stack(
     Args:
         members: Two or more networks with the same graph and the same shapes; they are copied.
         example: A tensor, a tuple, a mapping of keyword inputs, or an `Example`. The stack takes
-        any
-            batch, but what pays is judged by the example: give one of the size that it will run
-            on. A single one is repeated where members answer both as they answer one.
+            any batch, but what pays is judged by the example: give one of the size that it will
+            run on. A single one is repeated where members answer both as they answer one.
         reduce: What becomes of every output tensor, of shape `[*]` in a member. `mean`: the mean,
             `[*]`. `none`: `[N, *]`, member i at index i. `vote`: of the classes along `class_dim`
             the one that most members find largest, int64 without that dimension; of several such

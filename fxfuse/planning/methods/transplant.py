@@ -32,8 +32,7 @@ class Transplant(Method):
     maps are mixtures of all members' units (`fxfuse.activations.components`), for a refit to build
     on.
 
-    With `fraction` f, a group of n units keeps the (1 - f)·n best of the base member, and takes
-    the
+    With `fraction` f, a group of n units keeps the (1 - f)·n best of the base member, and takes the
     f·n best of all others. With fractions by pattern, groups that none speaks of keep the best of
     all.
 
