@@ -95,14 +95,19 @@ def test_refit_and_distill_bring_it_closer_to_the_ensemble(work: Path) -> None:
     done("refit", "fused", "--calibration", "data.npz", "--out", "refitted")
     # What they do is kept in the recipe, so the next step can follow from another folder.
     (work / "elsewhere").mkdir()
-    done("distill", "refitted", "--data", "data.npz", "--steps", 40, "--out", "matched")
-    before, refitted, matched = (distance(f) for f in ("fused", "refitted", "matched"))
+    done("distill", "refitted", "--data", "data.npz", "--steps", 40, "--out", "distilled")
+    matching = ("--refine", "refit,match", "--match-steps", 40)
+    done("refit", "refitted", "--calibration", "data.npz", *matching, "--out", "matched")
+    folders = ("fused", "refitted", "distilled", "matched")
+    before, refitted, distilled, matched = map(distance, folders)
     assert matched < refitted < before / 2
-    assert done("run", "matched", "--out", "again")
-    one, two = work / "matched", work / "again"
-    assert (one / "graph.json").read_bytes() == (two / "graph.json").read_bytes()
+    assert distilled < refitted
+    assert done("run", "distilled", "--out", "again")
+    one, two = work / "distilled", work / "again"
+    for name in ("fused.safetensors", "graph.json"):
+        assert (one / name).read_bytes() == (two / name).read_bytes()
     recipe = yaml.safe_load((one / "recipe.yaml").read_text())
-    assert recipe["fuse"]["refit"]
+    assert recipe["fuse"]["refine"] == [{"refit": {}}]
     assert recipe["train"]["steps"] == 40
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 from pathlib import Path
 
@@ -66,7 +67,7 @@ def recipe_in(work: Path, text: str = GOOD, **more: object) -> Recipe:
 
 
 def test_a_recipe_fuses_as_the_python_interface_does(work: Path) -> None:
-    outcome = run(recipe_in(work, fuse={"width": 1.5}))
+    outcome = run(recipe_in(work, fuse={"size": 1.5}))
     assert outcome.folder == work / "fused"
     assert sorted(p.name for p in outcome.folder.iterdir()) == sorted(outcome.files)
     assert set(outcome.files) == {WEIGHTS, GRAPH, PLAN, "summary.md", "recipe.yaml"}
@@ -76,7 +77,7 @@ def test_a_recipe_fuses_as_the_python_interface_does(work: Path) -> None:
     members = [mlp(), mlp()]
     for member, name in zip(members, "ab", strict=True):
         member.load_state_dict(read_state_dict(work / f"{name}.safetensors"))
-    expected = fxfuse.fuse(members, torch.randn(2, 5), width=1.5).state_dict()
+    expected = fxfuse.fuse(members, torch.randn(2, 5), size=1.5).state_dict()
     found = read_state_dict(work / "fused" / WEIGHTS)
     assert set(found) == set(expected)
     for name, value in found.items():
@@ -86,7 +87,7 @@ def test_a_recipe_fuses_as_the_python_interface_does(work: Path) -> None:
 #: Everything that training, refit and random numbers could make different.
 EVERYTHING = {
     "calibration": {"source": "data.npz", "limit": 150},
-    "fuse": {"method": "auto", "steps": 5},
+    "fuse": {"refine": ["refit", {"match": {"steps": 5}}], "calibration": {"augmentations": 0}},
     "train": {"kind": "distill", "steps": 4},
     "evaluation": "data.npz",
     "seed": 3,
@@ -96,9 +97,12 @@ EVERYTHING = {
 @pytest.mark.parametrize(
     "more",
     [
-        {"fuse": {"width": 1.5, "score": "l1"}},
-        {"calibration": "data.npz", "fuse": {"score": "obs", "refit": True}},
-        {"calibration": "data.npz", "train": {"kind": "match", "steps": 4, "learning_rate": 0.01}},
+        {"fuse": {"size": 1.5, "method": {"name": "transplant", "score": "l1"}}},
+        {"calibration": "data.npz", "fuse": {"method": {"score": "obs"}, "refine": ["refit"]}},
+        {
+            "calibration": "data.npz",
+            "fuse": {"refine": [{"match": {"steps": 4, "learning_rate": 0.01}}]},
+        },
         {"train": {"kind": "finetune", "steps": 4, "data": "data.npz"}},
         EVERYTHING,
     ],
@@ -128,7 +132,7 @@ def test_a_result_gives_itself_again_bit_for_bit(work: Path, more: dict[str, obj
 def test_training_changes_the_network(work: Path) -> None:
     """Else the test above would compare what nothing was done to."""
     plain = run(recipe_in(work)).result.state_dict()
-    for kind in ("match", "distill", "finetune"):
+    for kind in ("distill", "finetune"):
         more = {"train": {"kind": kind, "steps": 3, "data": "data.npz"}}
         outcome = run(recipe_in(work, **more), force=True)
         assert outcome.trained
@@ -166,10 +170,21 @@ def test_members_with_arguments_of_their_own(work: Path) -> None:
         recipe_in(
             work,
             members=["a.safetensors", {"path": "c.safetensors", "args": {"classes": 2}}],
-            fuse={"heads": "union", "classes": [["x", "y", "z"], ["z", "w"]]},
+            fuse={"heads": {"output": "union", "classes": [["x", 1, "z"], ["z", "w"]]}},
         )
     )
-    assert outcome.result.classes == ("x", "y", "z", "w")
+    assert outcome.result.classes == ("x", "1", "z", "w")
+
+
+def test_one_member_alone_is_pruned(work: Path) -> None:
+    one = {"members": ["a.safetensors"], "evaluation": "data.npz"}
+    outcome = run(recipe_in(work, **one, fuse={"size": {"width": 0.5}}))
+    assert outcome.result.plan.n_members == 1
+    assert [network.name for network in outcome.networks] == ["member 0", "pruned"]
+    again = read_recipe(work / "fused")
+    assert run(again, force=True).result.plan.digest == outcome.result.plan.digest
+    with pytest.raises(OptionError, match="no heads"):
+        recipe_in(work, **one, fuse={"heads": {"modules": ["6"]}})
 
 
 def test_a_file_that_has_changed_is_named(work: Path) -> None:
@@ -199,9 +214,8 @@ def test_nothing_is_written_where_something_is_wrong(work: Path) -> None:
         {"members": ["a.safetensors", "nobody.safetensors"]},
         {"model": "recipe_models:nobody"},
         {"calibration": "nobody.npz"},
-        {"fuse": {"refit": True}},
-        {"train": {"kind": "match"}},
-        {"train": {"kind": "distill", "seconds": 3, "data": "data.npz"}},
+        {"fuse": {"refine": ["refit"]}},
+        {"train": {"kind": "distill"}},
         {"fuse": {"plan": "a.safetensors"}},
     ):
         recipe = recipe_in(work, **more)
@@ -224,13 +238,20 @@ def test_nothing_is_written_where_something_is_wrong(work: Path) -> None:
             "fuse.metod: there is no such field; did you mean method?",
         ),
         (GOOD + "fuse:\n\n  method: avrage\n", 8, "did you mean average?"),
-        (GOOD + "fuse: {score: l3}\n", 6, "did you mean l2?"),
-        (GOOD + "fuse:\n  budget: globl\n", 7, "did you mean global?"),
-        (GOOD + "train:\n  kind: matsch\n", 7, "did you mean match?"),
-        (GOOD + "train:\n  steps: 0\n", 7, "greater than 0"),
+        (GOOD + "fuse:\n  method:\n    name: avrage\n", 7, "did you mean average?"),
+        (GOOD + "fuse: {method: {score: l3}}\n", 6, "did you mean l2?"),
+        (GOOD + "fuse:\n  method: {name: average, score: l1}\n", 7, "there are name, reference"),
+        (GOOD + "fuse:\n  size:\n    allocation: globl\n", 8, "did you mean global?"),
+        (GOOD + "fuse:\n  size: {multiple_of: 0}\n", 7, "must be at least 1"),
+        (GOOD + "fuse:\n  task: clasification\n", 7, "did you mean classification?"),
+        (GOOD + "fuse:\n  refine:\n    - mtch\n", 8, "there is no 'mtch'; did you mean match?"),
+        (GOOD + "fuse:\n  refine:\n    - match: {step: 3}\n", 8, "did you mean steps?"),
+        (GOOD + "fuse:\n  plan: p\n  size: 2\n  method: zip\n", 6, "holds method and size"),
+        (GOOD + "train:\n  kind: distil\n", 7, "did you mean distill?"),
+        (GOOD + "train:\n  steps: 0\n", 6, "greater than 0"),
         (GOOD + "train:\n  steps: many\n", 7, "valid integer"),
         (GOOD + "calibration:\n  limit: 3\n", 6, "calibration.source is missing"),
-        (GOOD + "fuse:\n  freeze: fc\n", 7, "valid list"),
+        (GOOD + "fuse:\n  constraints:\n    freeze: fc\n", 8, "valid list"),
         (GOOD + "seed: 1\nseed: 2\n", 7, "'seed' is given twice"),
         (GOOD + "members: [c]\n", 6, "'members' is given twice"),
         ("model: [", 1, "stream end"),
@@ -257,47 +278,67 @@ def test_a_mistake_is_named_with_its_line(
 
 def test_every_mistake_is_named(tmp_path: Path) -> None:
     with pytest.raises(OptionError, match="2 mistakes") as found:
-        parse_recipe(GOOD + "sed: 3\nfuse:\n  widht: 2\n")
+        parse_recipe(GOOD + "sed: 3\nfuse:\n  sise: 2\n")
     assert "line 6, sed" in found.value.why
-    said = "line 8, fuse.widht: there is no such field; did you mean width?"
+    said = "line 8, fuse.sise: there is no such field; did you mean size?"
     assert said in found.value.why
 
 
 def test_the_example_is_a_recipe_and_names_every_field() -> None:
     text = example()
     assert parse_recipe(text).model == "torchvision:resnet18"
-    # With everything uncommented it is one, too, apart from fields that exclude each other.
-    whole = [
-        line.replace("# ", "", 1) if line.lstrip().startswith("# ") else line
-        for line in text.splitlines()[2:]
-    ]
-    content = yaml.safe_load("\n".join(whole))
-    assert Recipe.model_validate(content)
+    # With everything uncommented it is one, too, apart from a plan, which excludes other fields.
+    whole = re.sub(r"^( *)#(?! )", r"\1", text, flags=re.MULTILINE)
+    content = yaml.safe_load(whole)
+    assert content["fuse"].pop("plan") is None
+    found = Recipe.model_validate(content)
+    assert found.fuse.method is not None
+    assert found.fuse.method.make() == fxfuse.Transplant()
     known = Recipe.model_json_schema()
     assert set(known["properties"]) - {"base", "made"} == set(content)
-    assert set(known["$defs"]["Fuse"]["properties"]) == set(content["fuse"])
-
-
-def test_options_of_fuse_are_fields_of_the_recipe() -> None:
-    import inspect
-
-    parameters = set(inspect.signature(fxfuse.fuse).parameters)
-    fields = set(Recipe.model_json_schema()["$defs"]["Fuse"]["properties"])
-    assert fields <= parameters
-    elsewhere = {"members", "example_inputs", "example_kwargs", "template", "calibration"}
-    assert parameters - fields == elsewhere | {"dynamic_shapes", "progress", "group"}
+    fields = known["$defs"]["Fuse"]["properties"]
+    assert set(fields) == {*content["fuse"], "plan"}
+    for part in known["$defs"].values():
+        for name, field in part.get("properties", {}).items():
+            words = field.get("description", "").split()
+            # Of a result's own fields the example says nothing, and members stand in one line.
+            if part["title"] not in ("Made", "Member") and name != "name":
+                assert " ".join(words[:3]) in text, name
 
 
 def test_a_recipe_is_written_as_it_is_read(tmp_path: Path) -> None:
-    recipe = parse_recipe(GOOD + "fuse: {output_dims: {0: [1]}, width: {'a*': 2.0}}\n")
+    text = "fuse: {constraints: {output_dims: {0: [1]}}, size: {width: {'a*': 2.0}}, method: zip}\n"
+    recipe = parse_recipe(GOOD + text)
     write_recipe(recipe, tmp_path / "recipe.yaml")
     text = (tmp_path / "recipe.yaml").read_text()
     assert parse_recipe(text) == recipe
-    assert "host" not in text
-    assert json.loads(recipe.model_dump_json())["fuse"]["output_dims"] == {"0": [1]}
+    assert "base_member" not in text
+    assert yaml.safe_load(text)["fuse"] == {
+        "method": {"name": "zip"},
+        "size": {"width": {"a*": 2.0}},
+        "constraints": {"output_dims": {0: [1]}},
+    }
+    dumped = json.loads(recipe.model_dump_json())["fuse"]["constraints"]
+    assert dumped["output_dims"] == {"0": [1]}
+
+
+def test_short_forms_mean_what_long_ones_do() -> None:
+    """Also in the schema for editors."""
+    short = "fuse: {method: zip, size: 2, task: regression, refine: [refit, match]}\n"
+    long = (
+        "fuse: {method: {name: zip}, size: {width: 2}, task: {name: regression}, "
+        "refine: [{refit: {}}, {match: }]}\n"
+    )
+    assert parse_recipe(GOOD + short) == parse_recipe(GOOD + long)
+    schema = Recipe.model_json_schema()
+    fields = schema["$defs"]["Fuse"]["properties"]
+    assert {"type": "number"} in fields["size"]["anyOf"]
+    assert "zip" in fields["method"]["anyOf"][0]["enum"]
+    assert fields["refine"]["anyOf"][0]["items"]["anyOf"][0]["enum"] == ["refit", "match"]
+    assert {"type": "string"} in schema["properties"]["members"]["items"]["anyOf"]
 
 
 def test_every_command_has_a_file_of_its_name() -> None:
-    folder = Path(fxfuse.__file__).parent / "cli"
+    folder = Path(fxfuse.__file__).parent / "cli" / "commands"
     for name in COMMANDS:
         assert (folder / f"{name}.py").is_file()

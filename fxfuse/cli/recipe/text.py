@@ -286,10 +286,12 @@ def _problem(details: ErrorDetails, root: yaml.Node | None) -> tuple[int, str]:
     line, named = _line_of(root, location)
     field = ".".join(map(str, named)) or "the recipe"
     if details["type"] == "extra_forbidden":
-        known = _names_at(location[:-1])
-        near = get_close_matches(str(named[-1]), known, n=1)
+        word, known = str(location[-1]), _names_at(location[:-1])
+        near = get_close_matches(word, known, n=1)
         hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(known)}"
-        return line, f"{field}: there is no such field; {hint}"
+        # A text that stands for a part has no line of its own.
+        what = "such field" if named and named[-1] == word else repr(word)
+        return line, f"{field}: there is no {what}; {hint}"
     if details["type"] == "missing":
         return line, f"{field}.{location[-1]} is missing".replace("the recipe.", "")
     said = details["msg"].removeprefix("Value error, ")
