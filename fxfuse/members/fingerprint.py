@@ -91,5 +91,5 @@ def check_members(
             where=differing[0],
             why=why,
             how="pass the networks that were fused, with the weights that they had then, or make "
-            "a new plan by fusing without plan=",
+            "a new plan with fxfuse.plan",
         )
