@@ -66,7 +66,7 @@ def test_a_global_budget_keeps_the_best_units_of_all(members: list[fxfuse.Progra
     local = fxfuse.fuse(members, verify=False, size=width)
     assert sum(result.plan.sizes().values()) == sum(local.plan.sizes().values())
     assert result.plan.sizes()[FIRST] < local.plan.sizes()[FIRST]
-    assert result.plan.options["budget"] == "global"
+    assert result.plan.options["allocation"] == "global"
     kept, gone = [], []
     for group, layer, size in ((FIRST, 0, 12), (SECOND, 2, 8)):
         units = result.plan.map_of(group)
@@ -82,7 +82,7 @@ def test_pruning_and_parameters_with_a_global_budget(members: list[fxfuse.Progra
     pruned = fxfuse.prune(members[0], size=Size(0.25, allocation="global"))
     assert sum(pruned.plan.sizes().values()) == 5
     assert min(pruned.plan.sizes().values()) >= 1
-    assert pruned.plan.options["budget"] == "global"
+    assert pruned.plan.options["allocation"] == "global"
     least = fxfuse.fuse(members, verify=False, size=Size(0.01, allocation="global"))
     assert set(least.plan.sizes().values()) == {1}
     small = fxfuse.fuse(members, size=Size(max_params=90, multiple_of=2, allocation="global"))
@@ -95,9 +95,9 @@ def test_pruning_and_parameters_with_a_global_budget(members: list[fxfuse.Progra
 @pytest.mark.parametrize(
     ("options", "match"),
     [
-        ({"budget": "global"}, "budget='global' needs a size"),
-        ({"budget": "global", "width": {"0.*": 0.5}}, "width for each pattern"),
-        ({"budget": "fair", "width": 0.5}, "local, global"),
+        ({"allocation": "global"}, "allocation='global' needs a size"),
+        ({"allocation": "global", "width": {"0.*": 0.5}}, "width for each pattern"),
+        ({"allocation": "fair", "width": 0.5}, "uniform, global"),
         (
             {
                 "allocation": "global",

@@ -58,7 +58,12 @@ class Normalised(nn.Module):
 
 def fused(members: list[Any], x: torch.Tensor, options: dict[str, Any]) -> dict[str, Any]:
     """What a fusion gives, as far as it can be sent; runs on each rank."""
-    result = fxfuse.fuse(fxfuse.Members.on_ranks(members), x, **flat(**options))
+    told = dict(options)
+    given = fxfuse.Members.on_ranks(members, template=told.pop("template", None))
+    plan = told.pop("plan", None)
+    result = (
+        fxfuse.fuse(given, x, **flat(**told)) if plan is None else fxfuse.build(plan, given, x)
+    )
     return {
         "plan": result.plan.to_json(),
         "state": result.state_dict(),
@@ -108,7 +113,7 @@ def check_same(
         {"width": 3},
         {"method": "average"},
         {"variant": "iterative", "freeze": ["stem.*"], "base_member": 2},
-        {"width": 0.5, "budget": "global"},
+        {"width": 0.5, "allocation": "global"},
         {"fraction": 0.5, "base_member": 1, "max_params": 1500},
     ],
     ids=str,
@@ -165,7 +170,7 @@ def most_read(members: list[Any], x: torch.Tensor, options: dict[str, Any]) -> i
 
     Stored.read = read
     try:
-        fxfuse.fuse(fxfuse.Members.on_ranks(members), x, **flat(**options))
+        fused(members, x, options)
     finally:
         Stored.read = original
     return most
