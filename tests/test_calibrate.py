@@ -252,9 +252,9 @@ def test_as_many_inputs_as_are_allowed():
     assert CalibrationBatches.of(program, Calibration(images(1500), limit=1500)).size == 1500
     endless = itertools.repeat(images(50))
     with pytest.warns(UserWarning, match=r"the first 150 calibration inputs are taken"):
-        assert Calibration.of(program, endless, limit=150).size == 150
-    with pytest.raises(OptionError, match="limit of calibration inputs must be at least 1, got 0"):
-        Calibration.of(program, images(4), limit=0)
+        assert CalibrationBatches.of(program, Calibration(endless, limit=150)).size == 150
+    with pytest.raises(OptionError, match="limit must be at least 1, got 0"):
+        Calibration(images(4), limit=0)
 
 
 def test_copies_are_looked_at_beside_the_inputs():
@@ -318,9 +318,9 @@ def test_a_part_keeps_its_copies_and_gradients_have_none():
 def test_no_copies_are_made_of_other_inputs(module: nn.Module, inputs: torch.Tensor):
     program = fxfuse.capture(module, inputs[:2])
     with pytest.raises(InputError, match="cannot be augmented"):
-        Calibration.of(program, inputs, copies=1)
-    with pytest.raises(OptionError, match="augmented copies must be at least 0, got -1"):
-        Calibration.of(program, inputs, copies=-1)
+        CalibrationBatches.of(program, Calibration(inputs, augmentations=1))
+    with pytest.raises(OptionError, match="augmentations must be at least 0, got -1"):
+        Calibration(inputs, augmentations=-1)
 
 
 def test_batches_with_labels_and_parts():

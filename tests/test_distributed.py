@@ -61,9 +61,7 @@ def fused(members: list[Any], x: torch.Tensor, options: dict[str, Any]) -> dict[
     told = dict(options)
     given = fxfuse.Members.on_ranks(members, template=told.pop("template", None))
     plan = told.pop("plan", None)
-    result = (
-        fxfuse.fuse(given, x, **flat(**told)) if plan is None else fxfuse.build(plan, given, x)
-    )
+    result = fxfuse.fuse(given, x, **flat(**told)) if plan is None else fxfuse.build(plan, given, x)
     return {
         "plan": result.plan.to_json(),
         "state": result.state_dict(),

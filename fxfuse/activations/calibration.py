@@ -12,7 +12,7 @@ import torch
 
 from fxfuse.activations.augment import Augment, default_augment
 from fxfuse.common.options import Options
-from fxfuse.errors import InputError
+from fxfuse.errors import InputError, OptionError
 from fxfuse.graph.capture import Program
 from fxfuse.graph.torch_compat import pytree
 
@@ -43,16 +43,12 @@ class Calibration(Options):
 
     def __post_init__(self) -> None:
         """Check the numbers."""
-        if self.limit < 1:
-            raise _error(
-                f"limit must be at least 1, got {self.limit}", "no input is left", "pass 1,000"
-            )
-        if self.augmentations < 0:
-            raise _error(
-                f"augmentations must be at least 0, got {self.augmentations}",
-                "it is a number of copies",
-                "pass 1",
-            )
+        for name, least in (("limit", 1), ("augmentations", 0)):
+            if getattr(self, name) < least:
+                raise OptionError(
+                    f"{name} must be at least {least}, got {getattr(self, name)}",
+                    how="leave it out, or pass a larger number",
+                )
 
     @staticmethod
     def of(given: Any) -> Calibration:

@@ -18,6 +18,7 @@ from fxfuse.planning.methods import Method, find_method
 from fxfuse.planning.plan import FusionPlan
 from fxfuse.planning.size import Size
 from fxfuse.refine import Match, Refit, Task
+from fxfuse.transform.sizes import check_allocation
 
 if TYPE_CHECKING:
     from rich.progress import Progress
@@ -78,6 +79,7 @@ def prune(
             how="pass size=0.5 to keep half of every layer, for instance",
         )
     chosen, constraints = find_method(method), constraints or Constraints()
+    check_allocation(chosen, wanted)
     if plan is not None:
         constraints = plan.constraints.and_also(constraints)
     refinement = Refinement.of(

@@ -72,6 +72,20 @@ def make_sized_plan(
     return replace(plan, maps=maps, options={**plan.options, **told})
 
 
+def check_allocation(method: Method, size: Size) -> None:
+    """Check that a method's score can spread units over all groups.
+
+    Raises:
+        OptionError: It cannot.
+    """
+    if size.allocation == "global" and isinstance(method, Transplant) and method.score == "obs":
+        raise OptionError(
+            "allocation='global' does not work with score 'obs'",
+            why="it says in which order the units of one group go, so groups cannot be compared",
+            how="use one of the other scores: score='l2'",
+        )
+
+
 def concatenation_plan(
     graph: CouplingGraph,
     states: Sequence[State],
@@ -239,12 +253,6 @@ def _allocation(
     if size.allocation == "uniform":
         return None
     score = method.score if isinstance(method, Transplant) else None
-    if score == "obs":
-        raise OptionError(
-            "allocation='global' does not work with score 'obs'",
-            why="it says in which order the units of one group go, so groups cannot be compared",
-            how="use one of the other scores: score='l2'",
-        )
     return spread(graph, states, score or "l2", context, size.multiple_of)
 
 
