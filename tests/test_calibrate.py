@@ -251,7 +251,7 @@ def test_as_many_inputs_as_are_allowed():
     program = fxfuse.capture(excite(SmallResNet(), images(4)), images(4))
     assert CalibrationBatches.of(program, Calibration(images(1500), limit=1500)).size == 1500
     endless = itertools.repeat(images(50))
-    with pytest.warns(UserWarning, match=r"the first 150 calibration inputs are taken"):
+    with pytest.warns(UserWarning, match=r"the first 150 calibration inputs are used"):
         assert CalibrationBatches.of(program, Calibration(endless, limit=150)).size == 150
     with pytest.raises(OptionError, match="limit must be at least 1, got 0"):
         Calibration(images(4), limit=0)
@@ -338,7 +338,7 @@ def test_batches_with_labels_and_parts():
 def test_sorted_inputs_are_shuffled_with_their_labels():
     program = fxfuse.capture(excite(SmallResNet(), images(4)), images(4))
     x, labels = images(2000), torch.arange(2000)
-    with pytest.warns(UserWarning, match=r"1,000 of 2,000 calibration inputs are taken"):
+    with pytest.warns(UserWarning, match=r"1,000 of 2,000 calibration inputs are used"):
         calibration = CalibrationBatches.of(
             program, [(x[:900], labels[:900]), (x[900:], labels[900:])]
         )
