@@ -267,7 +267,7 @@ def test_copies_are_looked_at_beside_the_inputs():
     )
     assert (calibration.size, len(calibration.labels)) == (150, 2)
     seen = calibration.with_copies
-    assert (seen.size, seen.copies, seen.labels) == (450, 0, ())
+    assert (seen.size, seen.augmentations, seen.labels) == (450, 0, ())
     assert [len(args[0]) for args, _ in seen.batches] == 3 * [128, 22]
     parts = torch.cat([args[0] for args, _ in seen.batches]).split(150)
     assert torch.equal(parts[0], x)
