@@ -13,7 +13,7 @@ from torch import nn
 from typer.testing import CliRunner, Result
 
 import fxfuse
-from fxfuse import Transplant, verify
+from fxfuse import verify
 from fxfuse.analysis.constraints import Constraints
 from fxfuse.analysis.labels import Kind
 from fxfuse.cli.app import app
@@ -321,8 +321,6 @@ def test_units_that_are_handed_out_follow_the_width(width: float):
                 x,
                 calibration=torch.randn(100, 5),
                 constraints=Constraints(output_dims={0: ()}),
-                method=Transplant(score="l2"),
-                refine=[],
             )
 
 

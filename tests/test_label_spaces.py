@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 import fxfuse
-from fxfuse import Heads, Size, Transplant
+from fxfuse import Heads, Size
 from fxfuse.analysis.head_search import find_heads
 from fxfuse.errors import OptionError, RewriteError
 from tests.models import excite
@@ -111,8 +111,8 @@ def program(members: list[nn.Module], x: torch.Tensor) -> list[fxfuse.Program]:
 def test_the_wide_model_hands_out_all_members(name: str):
     members, x = made(*NETWORKS[name])
     own = program(members, x)
-    concat = fxfuse.fuse(own, size=2, heads=Heads(Heads(output="concat")))
-    union = fxfuse.fuse(own, size=2, heads=Heads(Heads(output="union", classes=CLASSES)))
+    concat = fxfuse.fuse(own, size=2, heads=Heads(output="concat"))
+    union = fxfuse.fuse(own, size=2, heads=Heads(output="union", classes=CLASSES))
     side_by_side = torch.cat([Logits(m)(x) for m in members], 1)
     assert union.classes == ("cat", "dog", "fish", "bird")
     for result, expected in ((concat, side_by_side), (union, mapped(members, x))):
@@ -141,7 +141,7 @@ def test_other_widths_hand_out_the_heads_of_their_tuple(name: str, head: str):
 
 def test_a_tuple_of_heads_is_exact_at_full_width_too():
     members, x = made(*NETWORKS["ViT"])
-    result = fxfuse.fuse(members, x, size=2, heads=Heads(Heads(["head"])))
+    result = fxfuse.fuse(members, x, size=2, heads=Heads(["head"]))
     assert result.plan.mixing.mode == "per_member"
     for m, found in zip(members, result.module(x), strict=True):
         torch.testing.assert_close(found, m(x), rtol=1e-9, atol=1e-9)
@@ -150,7 +150,7 @@ def test_a_tuple_of_heads_is_exact_at_full_width_too():
 def test_a_head_that_mixes_runs_over_all_units():
     """Where a head holds a LayerNorm over the trunk, members cannot run one by one."""
     members, x = made(*NETWORKS["ViT"])
-    result = fxfuse.fuse(members, x, size=2, heads=Heads(Heads(["norm", "head"], output="concat")))
+    result = fxfuse.fuse(members, x, size=2, heads=Heads(["norm", "head"], output="concat"))
     assert result.plan.mixing.mode == "joint"
     assert any("norm" in why for why in result.plan.inexact())
     with pytest.raises(fxfuse.errors.RewriteError, match="a head mixes neurons of the trunk"):
@@ -159,7 +159,7 @@ def test_a_head_that_mixes_runs_over_all_units():
 
 def test_members_that_know_equally_many_classes_and_one_that_knows_one():
     members, x = made(*NETWORKS["MLP"], classes=(3, 3, 1))
-    result = fxfuse.fuse(members, x, size=3, heads=Heads(Heads(output="concat")))
+    result = fxfuse.fuse(members, x, size=3, heads=Heads(output="concat"))
     torch.testing.assert_close(result.module(x), torch.cat([m(x) for m in members], 1))
     assert result.module(x).shape == (4, 7)
     assert result.plan.heads.modules == ("4",)
@@ -286,9 +286,5 @@ def test_heads_that_are_not_found():
 def test_what_needs_one_teacher_is_refused(own_mlps):
     with pytest.raises(OptionError, match="several heads"):
         fxfuse.fuse(
-            own_mlps,
-            calibration=torch.randn(100, 6).double(),
-            method=Transplant(score="l2"),
-            refine=[],
-            heads=Heads(Heads(output="concat")),
+            own_mlps, calibration=torch.randn(100, 6).double(), heads=Heads(output="concat")
         )

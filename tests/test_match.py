@@ -189,13 +189,15 @@ class Copied(nn.Module):
         return self.inner(x)
 
 
-@pytest.mark.parametrize(("outputs", "make"), [("logits", mlp), ("values", mlp), ("logits", cnn)])
-def test_training_that_does_harm_is_taken_back(outputs, make):
+@pytest.mark.parametrize(
+    ("task", "make"), [(Classification(), mlp), (Regression(), mlp), (Classification(), cnn)]
+)
+def test_training_that_does_harm_is_taken_back(task, make):
     inputs = IMAGES if make is cnn else INPUTS
     module = Copied(make(1), harm=0.3)
     module.inner[0].weight.data *= 1.05
     before = copy.deepcopy(module.state_dict())
-    report = match(module, [make(1)], inputs, Match(steps=10), task=outputs)
+    report = match(module, [make(1)], inputs, Match(steps=10), task=task)
     assert report.kept == 0
     assert 0 < report.after == report.before
     after = module.state_dict()

@@ -80,10 +80,9 @@ def test_a_plan_holds_what_was_asked(options: dict[str, Any]) -> None:
 def test_a_refit_may_follow_a_plan() -> None:
     members, x = resnets(2), images()
     calibration = images(64)
-    first = fxfuse.fuse(
-        members, x, calibration=calibration, refine=[], method=Transplant(score="l2")
-    )
-    again = fxfuse.build(first.plan, members, x, calibration=calibration, refine=[Refit()])
+    method, steps = Transplant(score="l2"), [Refit()]
+    first = fxfuse.fuse(members, x, calibration=calibration, method=method, refine=steps)
+    again = fxfuse.build(first.plan, members, x, calibration=calibration, refine=steps)
     assert_equal_networks(first, again)
 
 
@@ -243,7 +242,7 @@ def test_a_matrix_of_another_size_than_its_units(varied_plan: fxfuse.FusionPlan)
         ("weight", {"type": "<f4", "base64": "AADAfw=="}, "is a matrix of 1 entries"),
         ("weight", {"type": "<f4", "base64": "AADA"}, "cannot be read"),
         ("weight", {"type": "<f4", "base64": "?"}, "cannot be read"),
-        ("weight", {"type": "<i8", "base64": ""}, "no matrix of float32 or float64"),
+        ("weight", {"type": "<i8", "base64": ""}, "not a matrix of float32 or float64"),
         ("weight", 1.0, "is 1.0, and not an object"),
     ):
         before, matrix[name] = matrix[name], value

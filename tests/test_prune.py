@@ -252,7 +252,7 @@ def test_a_wide_model_that_runs_member_by_member_is_pruned() -> None:
 def test_a_network_with_several_heads_is_pruned() -> None:
     x = images()
     members = [SmallResNet(classes=3).eval(), SmallResNet(classes=5).eval()]
-    fused = fxfuse.fuse(members, x, heads=Heads(Heads("fc")))
+    fused = fxfuse.fuse(members, x, heads=Heads("fc"))
     pruned = fxfuse.prune(fused.module, x, plan=fused.plan, size=0.5)
     assert [tuple(y.shape) for y in pruned.module(x)] == [(4, 3), (4, 5)]
     assert set(pruned.plan.sizes().values()) == {4}
@@ -294,7 +294,7 @@ def test_train_prune_train() -> None:
 @pytest.mark.parametrize(
     ("options", "error", "match"),
     [
-        ({}, OptionError, "needs a width or a budget"),
+        ({}, OptionError, "needs a size"),
         ({"width": 1.5}, OptionError, r"width must be in \(0, 1\], got 1.5"),
         ({"width": 0}, OptionError, r"width must be in \(0, 1\], got 0"),
         ({"width": float("nan")}, OptionError, r"width must be in \(0, 1\], got nan"),

@@ -64,7 +64,7 @@ Fusion plan: 2 members by wide
     )
     torch.manual_seed(0)
     heads = fxfuse.fuse(
-        [SmallResNet(), SmallResNet(classes=5)], images(), verify=False, heads=Heads(Heads(["fc"]))
+        [SmallResNet(), SmallResNet(classes=5)], images(), verify=False, heads=Heads(["fc"])
     )
     assert_expected_inline(
         f"{heads.plan}",

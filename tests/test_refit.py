@@ -303,7 +303,7 @@ def test_a_parameter_that_should_stay_stays():
         members,
         x[:4],
         calibration=x,
-        refine=[],
+        refine=[Refit()],
         constraints=Constraints(freeze=[name]),
         method=Transplant(score="l2"),
     )
@@ -321,7 +321,7 @@ def test_a_partner_that_should_stay_stays():
         members,
         x[:4],
         calibration=x,
-        refine=[],
+        refine=[Refit()],
         constraints=Constraints(freeze=["narrow.bias"]),
         method=Transplant(score="l2"),
     )
@@ -383,7 +383,9 @@ def test_a_norm_that_is_used_twice_is_left():
 def test_fuse_refits_and_verifies():
     members, x = members_for("ResNet"), inputs_for("ResNet")
     plain = fxfuse.fuse(members, x[:4], calibration=x, refine=[], method=Transplant(score="obs"))
-    result = fxfuse.fuse(members, x[:4], calibration=x, refine=[], method=Transplant(score="obs"))
+    result = fxfuse.fuse(
+        members, x[:4], calibration=x, refine=[Refit()], method=Transplant(score="obs")
+    )
     assert distance(result.module, members, x) < 0.5 * distance(plain.module, members, x)
     assert result.plan.options["score"] == "obs"
     assert result.refit is not None
@@ -396,7 +398,7 @@ def test_fuse_refits_and_verifies():
 def test_auto_starts_from_the_fused_network_or_from_a_member():
     """Random networks are as good as specialists: no member is close to their mean."""
     members, x = members_for("ResNet"), inputs_for("ResNet")
-    result = fxfuse.fuse(members, x[:4], calibration=x, refine=[], method=Transplant(score="l2"))
+    result = fxfuse.fuse(members, x[:4], calibration=x, refine=[Refit(), Match(steps=30)])
     assert result.plan.method == "auto"
     assert result.choice.start == result.plan.options["start"] == "fused"
     assert set(result.choice.divergence) == {"fused", "member 0", "member 1"}
@@ -405,7 +407,7 @@ def test_auto_starts_from_the_fused_network_or_from_a_member():
     # A member that is the ensemble is chosen, and it is left as it is.
     same = members_for("ResNet", same=True)
     before = {n: t.clone() for n, t in same[0].state_dict().items()}
-    result = fxfuse.fuse(same, x[:4], calibration=x, refine=[], method=Transplant(score="l2"))
+    result = fxfuse.fuse(same, x[:4], calibration=x, refine=[Refit(), Match(steps=2)])
     assert result.choice.start.startswith("member")
     for name, tensor in same[0].state_dict().items():
         torch.testing.assert_close(tensor, before[name])
@@ -416,7 +418,7 @@ def test_auto_hands_over_no_network_that_is_worse_than_its_start():
     with torch.no_grad():
         for tensor in members[1].parameters():
             tensor += 1e-4 * torch.randn_like(tensor)
-    result = fxfuse.fuse(members, x[:4], calibration=x, refine=[], method=Transplant(score="l2"))
+    result = fxfuse.fuse(members, x[:4], calibration=x, refine=[Refit(), Match(steps=1)])
     assert result.choice.after <= result.choice.before
     assert result.choice.kept == (result.match.kept > 0)
     if not result.choice.kept:
@@ -435,7 +437,7 @@ def test_auto_on_values():
             return self.last(self.first(x).relu())
 
     members, x = [Values() for _ in range(2)], torch.randn(200, 5, 4)
-    result = fxfuse.fuse(members, x[:3], calibration=x, refine=[], method=Transplant(score="l2"))
+    result = fxfuse.fuse(members, x[:3], calibration=x, refine=[Refit(), Match(steps=10)])
     assert result.match.outputs == "values"
     assert distance(result.module, members, torch.randn(50, 5, 4)) < 0.2
 
@@ -497,7 +499,9 @@ def test_averaged_units_have_averaged_targets():
 
 def test_the_fused_network_passes_the_oracles_after_a_refit():
     members, x = members_for("transformer"), inputs_for("transformer")
-    result = fxfuse.fuse(members, x[:4], calibration=x, refine=[], method=Transplant(score="obs"))
+    result = fxfuse.fuse(
+        members, x[:4], calibration=x, refine=[Refit()], method=Transplant(score="obs")
+    )
     graph = fxfuse.analyze(result.module, x[:4])
     assert verify.permutation_of(graph).passed
     assert CalibrationBatches.of(graph.program, x).size == 300

@@ -112,7 +112,7 @@ def test_a_network_of_twice_the_width_is_the_mean_already():
         x[:4],
         calibration=x,
         size=Size(2, mixing="joint"),
-        refine=[],
+        refine=[Refit()],
         method=Transplant(score="l2"),
     )
     assert result.refit is not None
@@ -125,7 +125,7 @@ def test_layers_that_should_stay_and_cells_are_left():
         networks,
         x[:4],
         calibration=x,
-        refine=[],
+        refine=[Refit()],
         constraints=Constraints(freeze=["rnn.bias_hh_l0"]),
         method=Transplant(score="l2"),
     ).refit
@@ -147,7 +147,7 @@ def test_layers_that_should_stay_and_cells_are_left():
 
     loops: list[nn.Module] = [Loop().eval(), Loop().eval()]
     report = fxfuse.fuse(
-        loops, x[:4], calibration=x, refine=[], method=Transplant(score="l2")
+        loops, x[:4], calibration=x, refine=[Refit()], method=Transplant(score="l2")
     ).refit
     assert report is not None
     assert {name for name in report.left if "weight" in name} == {
@@ -179,7 +179,7 @@ def test_obs_sees_what_recurrent_layers_read():
 def test_every_head_keeps_its_recurrent_layer():
     """A head of one member aims at that member alone."""
     networks, x = members("RNN"), inputs(300)
-    told: dict[str, Any] = {"example_inputs": x[:4], "heads": ["rnn", "head"]}
+    told: dict[str, Any] = {"example": x[:4], "heads": ["rnn", "head"]}
     plainly = fxfuse.fuse(networks, **flat(**told)).module
     result = fxfuse.fuse(networks, **flat(refit=True, calibration=x, **told))
     with torch.no_grad():
@@ -224,7 +224,7 @@ def test_rows_of_digits():
         best = max(correct(member(fresh)) for member in networks)
         plainly = correct(fxfuse.fuse(networks, x[:4]).module(fresh))
         result = fxfuse.fuse(
-            networks, x[:4], calibration=x[:500], refine=[], method=Transplant(score="l2")
+            networks, x[:4], calibration=x[:500], refine=[Refit()], method=Transplant(score="l2")
         )
         refitted = correct(result.module(fresh))
     assert ensemble > best + 0.1

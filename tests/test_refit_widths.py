@@ -9,7 +9,7 @@ import torch
 from torch import fx, nn
 
 import fxfuse
-from fxfuse import Refit, Regression, Size, Transplant
+from fxfuse import Match, Refit, Regression, Size, Transplant
 from fxfuse.activations import NodeRunner
 from fxfuse.activations.calibration import CalibrationBatches
 from fxfuse.analysis.labels import AbstractTensor
@@ -111,7 +111,7 @@ def test_the_wide_network_stays_what_it_is(name: str):
     """It is the members' mean already, so every error is rounding and no fit is kept."""
     members, x = members_for(name), inputs_for(name)
     result = fxfuse.fuse(
-        members, x[:4], calibration=x, size=2, refine=[], method=Transplant(score="l2")
+        members, x[:4], calibration=x, size=2, refine=[Refit()], method=Transplant(score="l2")
     )
     assert result.refit is not None
     assert all(fit.after < 1e-9 for fit in result.refit.layers), result.refit.layers
@@ -150,7 +150,7 @@ def test_no_layer_gets_worse_on_the_sample(name: str, width: float):
 def test_both_ways_to_refit_are_one():
     members, x = members_for("ResNet"), inputs_for("ResNet")
     one = fxfuse.fuse(
-        members, x[:4], calibration=x, size=1.5, refine=[], method=Transplant(score="l2")
+        members, x[:4], calibration=x, size=1.5, refine=[Refit()], method=Transplant(score="l2")
     )
     other = fxfuse.fuse(members, x[:4], size=1.5)
     refit(other, members, x)
@@ -188,7 +188,12 @@ def test_a_refit_makes_half_the_width_work():
     found = {
         fitted: accuracy(
             fxfuse.fuse(
-                members, x[:4], calibration=x, size=0.5, refine=[], method=Transplant(score="obs")
+                members,
+                x[:4],
+                calibration=x,
+                size=0.5,
+                refine=[Refit()],
+                method=Transplant(score="obs"),
             ).module
         )
         for fitted in (False, True)
@@ -200,9 +205,7 @@ def test_a_refit_makes_half_the_width_work():
 
 def test_auto_starts_from_the_fused_network():
     members, x = members_for("ResNet"), inputs_for("ResNet")
-    result = fxfuse.fuse(
-        members, x[:4], calibration=x, size=0.5, refine=[], method=Transplant(score="l2")
-    )
+    result = fxfuse.fuse(members, x[:4], calibration=x, size=0.5, refine=[Refit(), Match(steps=20)])
     assert result.choice is not None
     assert result.match is not None
     assert set(result.choice.divergence) == {"fused"}
@@ -214,9 +217,7 @@ def test_auto_starts_from_the_fused_network():
 
 def test_auto_at_a_members_width_still_has_every_start():
     members, x = members_for("flat"), inputs_for("flat")
-    result = fxfuse.fuse(
-        members, x[:4], calibration=x, size=1, refine=[], method=Transplant(score="l2")
-    )
+    result = fxfuse.fuse(members, x[:4], calibration=x, size=1, refine=[Refit(), Match(steps=5)])
     assert result.choice is not None
     assert set(result.choice.divergence) == {"fused", "member 0", "member 1"}
 

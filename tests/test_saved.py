@@ -229,7 +229,7 @@ def test_everything_that_a_graph_can_hold_comes_back(kind: str, tmp_path: Path) 
 
 
 def test_other_precisions_and_heads_come_back(tmp_path: Path) -> None:
-    heads = fxfuse.fuse(resnets(2), images(), heads=Heads(Heads(output="concat"))).module
+    heads = fxfuse.fuse(resnets(2), images(), heads=Heads(output="concat")).module
     half = fxfuse.fuse(resnets(2), images()).module.to(torch.bfloat16)
     for network, x in ((heads, images()), (half, images().bfloat16())):
         fxfuse.save(network, tmp_path / "saved", force=True)

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 import fxfuse
-from fxfuse import Match, Regression, Size, Transplant
+from fxfuse import Match, Refit, Regression, Size, Transplant
 from fxfuse.activations import elimination, unit_activations
 from fxfuse.activations.calibration import CalibrationBatches
 from fxfuse.analysis.coupling import analyze
@@ -97,7 +97,7 @@ def test_a_refit_brings_the_network_closer_to_the_ensemble(family: str, width: f
         x[:4],
         calibration=x,
         size=width,
-        refine=[],
+        refine=[Refit()],
         task=Regression(),
         method=Transplant(score="l2"),
     )
@@ -157,7 +157,7 @@ def test_copies_of_a_member_s_units_make_up_for_one_another():
 def test_matching_starts_from_the_fused_network():
     members, x = members_of("mlp"), X
     result = fxfuse.fuse(
-        members, x[:4], calibration=x, refine=[], task=Regression(), method=Transplant(score="l2")
+        members, x[:4], calibration=x, refine=[Refit(), Match(steps=20)], task=Regression()
     )
     assert result.choice is not None
     assert result.choice.start == "fused"
@@ -183,7 +183,12 @@ def test_members_of_other_depth_are_measured_too():
     members = [excited(lambda: deep(1, 12), 0, X), excited(lambda: deep(2, 16), 1, X)]
     plain = fxfuse.fuse(members, X[:4], calibration=X, refine=[], method=Transplant(score="obs"))
     result = fxfuse.fuse(
-        members, X[:4], calibration=X, refine=[], task=Regression(), method=Transplant(score="obs")
+        members,
+        X[:4],
+        calibration=X,
+        refine=[Refit()],
+        task=Regression(),
+        method=Transplant(score="obs"),
     )
     assert far(result.module, members, X) < 0.7 * far(plain.module, members, X)
 
@@ -196,7 +201,7 @@ def test_refit_repair_and_match_take_results_of_different_widths():
         x[:4],
         calibration=x,
         size=1.5,
-        refine=[],
+        refine=[Refit()],
         task=Regression(),
         method=Transplant(score="l2"),
     )
@@ -216,7 +221,12 @@ def test_refit_takes_members_without_a_block():
     members = [excited(lambda: deep(1, 12), 0, X), excited(lambda: deep(2, 16), 1, X)]
     result = fxfuse.fuse(members, X[:4])
     both = fxfuse.fuse(
-        members, X[:4], calibration=X, refine=[], task=Regression(), method=Transplant(score="l2")
+        members,
+        X[:4],
+        calibration=X,
+        refine=[Refit()],
+        task=Regression(),
+        method=Transplant(score="l2"),
     )
     refit(result, members, X, task=Regression())
     torch.testing.assert_close(result.state_dict(), both.state_dict(), rtol=0, atol=0)
