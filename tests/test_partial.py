@@ -169,7 +169,7 @@ def test_every_head_of_the_concatenation_answers_as_its_member(heads: tuple[str,
     x = images(dtype=torch.float64)
     joined = join([fxfuse.capture(m, x) for m in members], Heads(heads))
     graph = fxfuse.analyze(joined.program)
-    plan = planned(graph, joined.states, "wide")
+    plan = planned(graph, joined.states, "concatenate")
     if heads == ("fc",):
         assert plan.inexact() == []
         wide = emit_resized(graph, plan, joined.states)

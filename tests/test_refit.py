@@ -399,7 +399,7 @@ def test_auto_starts_from_the_fused_network_or_from_a_member():
     """Random networks are as good as specialists: no member is close to their mean."""
     members, x = members_for("ResNet"), inputs_for("ResNet")
     result = fxfuse.fuse(members, x[:4], calibration=x, refine=[Refit(), Match(steps=30)])
-    assert result.plan.method == "auto"
+    assert result.plan.method == "transplant"
     assert result.choice.start == result.plan.options["start"] == "fused"
     assert set(result.choice.divergence) == {"fused", "member 0", "member 1"}
     assert str(result.choice).startswith("started from fused")
@@ -553,6 +553,6 @@ def test_more_inputs_are_taken_when_they_are_allowed():
             warnings.simplefilter("always")
             report = refit(result, members, Calibration(x, limit=limit), task=Regression())
         assert report.inputs == limit
-        assert any("are taken" in str(w.message) for w in caught) == (limit < 3000)
+        assert any("are used" in str(w.message) for w in caught) == (limit < 3000)
         found.append(distance(result.module, members, fresh))
     assert found[1] < found[0]

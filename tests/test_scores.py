@@ -202,14 +202,13 @@ def test_every_score_chooses_units(name: str, variant: str | None):
     program = [fxfuse.capture(m, x) for m in members]
     graph, states = fxfuse.analyze(program[0]), [c.state() for c in program]
     given = [(images(), torch.randint(4, (4,)))]
-    options = dict(
-        name,
-        variant,
-        calibration=CalibrationBatches.of(graph.program, torch.cat([images()] * 30)),
-        activations=activations(graph, states),
-        gradients=[gradients(c, given) for c in program],
-    )
-    plan = planned(graph, states, "transplant", **options)
+    options: dict[str, Any] = {
+        "score": name,
+        "calibration": CalibrationBatches.of(graph.program, torch.cat([images()] * 30)),
+        "activations": activations(graph, states),
+        "gradients": [gradients(c, given) for c in program],
+    }
+    plan = planned(graph, states, "transplant", variant=variant, **options)
     values = scored(graph, states, whole(graph, 3), **options)
     for unit_map in plan.maps:
         pairs = list(zip(unit_map.member.tolist(), unit_map.unit.tolist(), strict=True))

@@ -257,7 +257,8 @@ def test_bad_input(tmp_path: Path, kind: str, error: type[Exception], message: s
     torch.manual_seed(0)
     members, options = broken(kind, tmp_path)
     with pytest.raises(error, match=message):
-        fxfuse.fuse(members, images(), **flat(**options))
+        given = Members(members, options.pop("template", None))
+        fxfuse.fuse(given, images(), **flat(**options))
 
 
 def test_constants_are_compared(tmp_path: Path):

@@ -84,7 +84,7 @@ def test_the_wide_network_is_three_times_as_wide():
     program = [fxfuse.capture(m, x) for m in members]
     graph = fxfuse.analyze(program[0])
     states = [c.state() for c in program]
-    wide = emit_resized(graph, planned(graph, states, "wide"), states)
+    wide = emit_resized(graph, planned(graph, states, "concatenate"), states)
     assert wide.get_parameter("block1.conv1.weight").shape == (24, 24, 3, 3)
     assert wide.get_parameter("fc.weight").shape == (4, 24)
     mean = torch.stack([m(x) for m in members]).mean(0)

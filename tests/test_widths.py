@@ -35,7 +35,7 @@ def plans(
 ) -> tuple[FusionPlan, FusionPlan]:
     """Randomly chosen units in the given sizes; and all units, those not chosen dead."""
     generator = np.random.default_rng(0)
-    whole = planned(graph, states, "wide")
+    whole = planned(graph, states, "concatenate")
     chosen, masked = [], []
     for m in whole.maps:
         keep = np.sort(generator.permutation(m.n_units)[: sizes[m.group]])
