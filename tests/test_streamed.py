@@ -256,8 +256,8 @@ def broken(kind: str, folder: Path) -> tuple[list[Any], dict[str, Any]]:
 def test_bad_input(tmp_path: Path, kind: str, error: type[Exception], message: str):
     torch.manual_seed(0)
     members, options = broken(kind, tmp_path)
+    given = Members(members, options.pop("template", None))
     with pytest.raises(error, match=message):
-        given = Members(members, options.pop("template", None))
         fxfuse.fuse(given, images(), **flat(**options))
 
 
