@@ -16,6 +16,8 @@ _OPTION = re.compile(
 )
 #: A call of which only one option is of interest.
 _CALL = re.compile(r"\w+\((?:\.{3}|inputs), (\w+=[^()]*)\)")
+#: An option of which a message says what it must be.
+_REQUIRED = re.compile(r"^([a-z_]+)(?= must be )")
 #: Nothing but options with values.
 _ONLY_OPTIONS = re.compile(r"[a-z_]+=\S*(?:, [a-z_]+=\S*)*")
 
@@ -33,6 +35,7 @@ def naming_flags(error: E, flags: Mapping[str, str], *, bare: bool = False) -> E
 
     def reword(text: str) -> str:
         found = _OPTION.sub(lambda match: _typed(match, flags), _CALL.sub(r"\1", text))
+        found = _REQUIRED.sub(lambda match: flags.get(match[1], match[1]), found)
         for name, flag in meant.items():
             # The members' classes are no `--classes`.
             found = re.sub(rf"(?<![\w.`'-])(?<!s' )(?<!'s ){name}(?![\w.`'=-])", flag, found)
