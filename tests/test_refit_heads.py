@@ -8,7 +8,7 @@ from sklearn.datasets import load_digits
 from torch import nn
 
 import fxfuse
-from fxfuse import Heads, Refit, Regression, Transplant
+from fxfuse import Heads, Match, Refit, Regression, Transplant
 from fxfuse.errors import MemberError, OptionError
 from fxfuse.refine import RefitReport, finetune, refit
 from tests.nets import SmallResNet, images
@@ -264,8 +264,8 @@ def test_obs_knows_that_a_heads_own_norm_has_nothing_for_units_of_others():
 def test_what_needs_one_task_is_refused():
     members, x = plain(), torch.randn(200, 6)
     with pytest.raises(OptionError, match="choose a start") as caught:
-        fxfuse.fuse(members, x[:4], calibration=x, heads=Heads(["head"]))
-    assert "refit=True" in caught.value.how
+        fxfuse.fuse(members, x[:4], calibration=x, refine=[Refit(), Match()], heads=Heads(["head"]))
+    assert "refine=[Refit()]" in caught.value.how
     labelled = [(x, torch.zeros(200, dtype=torch.int64))]
     with pytest.raises(OptionError, match="one loss"):
         fxfuse.fuse(
