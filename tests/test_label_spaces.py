@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 import fxfuse
-from fxfuse import Heads, Size
+from fxfuse import Heads, Match, Refit, Size
 from fxfuse.analysis.head_search import find_heads
 from fxfuse.errors import OptionError, RewriteError
 from tests.models import excite
@@ -284,5 +284,8 @@ def test_heads_that_are_not_found():
 def test_what_needs_one_teacher_is_refused(own_mlps):
     with pytest.raises(OptionError, match="several heads"):
         fxfuse.fuse(
-            own_mlps, calibration=torch.randn(100, 6).double(), heads=Heads(output="concat")
+            own_mlps,
+            calibration=torch.randn(100, 6).double(),
+            refine=[Refit(), Match()],
+            heads=Heads(output="concat"),
         )
