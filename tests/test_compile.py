@@ -231,7 +231,7 @@ def test_bad_options(result: FusionResult, options: dict, message: str):
 
 
 def test_a_module_needs_an_example(result: FusionResult):
-    with pytest.raises(OptionError, match="example_inputs are missing"):
+    with pytest.raises(OptionError, match="example inputs are missing"):
         fxfuse.compile(result.module)
 
 

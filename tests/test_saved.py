@@ -165,10 +165,10 @@ def test_what_is_not_there_or_not_ours(saved: Path, tmp_path: Path) -> None:
     (tmp_path / "weights" / GRAPH).unlink()
     with pytest.raises(CheckpointError, match="holds weights, but no graph"):
         fxfuse.load(tmp_path / "weights")
-    with pytest.raises(OutputError, match="saved exists already"):
+    with pytest.raises(OutputError, match="fused exists already"):
         fxfuse.save(fxfuse.load(saved), saved, images())
     plain = inference_copy(fxfuse.load(saved))
-    with pytest.raises(OptionError, match="example_inputs are missing"):
+    with pytest.raises(OptionError, match="example inputs are missing"):
         fxfuse.save(plain, tmp_path / "new")
     assert not (tmp_path / "new").exists()
     fxfuse.save(plain, tmp_path / "new", images())

@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import fx
 
-from fxfuse.errors import InputError
+from fxfuse.errors import OptionError
 from fxfuse.graph.example import Example
 from fxfuse.refine.fused import Fused
 
@@ -15,7 +15,7 @@ def resolve_inputs(network: Fused | fx.GraphModule, example: Any) -> tuple[fx.Gr
     """Find a network's module and example inputs: those given, else those it was fused with.
 
     Raises:
-        InputError: There are none.
+        OptionError: There are none.
         CaptureError: torch.export rejected the members, so that there is no graph.
     """
     module = network if isinstance(network, fx.GraphModule) else network.module
@@ -23,8 +23,8 @@ def resolve_inputs(network: Fused | fx.GraphModule, example: Any) -> tuple[fx.Gr
         return module, Example.of(example)
     if not isinstance(network, fx.GraphModule):
         return module, Example(*network.graph.program.example_inputs)
-    raise InputError(
-        "there are no example inputs",
+    raise OptionError(
+        "example inputs are missing",
         why="the result is run on them and compared with the network itself",
         how="pass example, as to fxfuse.fuse",
     )
