@@ -57,7 +57,7 @@ Fusion plan: 2 members by transplant (score l2)
     assert_expected_inline(
         steady(wide.plan),
         """\
-Fusion plan: 2 members by wide
+Fusion plan: 2 members by concatenate
   units    168 in 5 groups: 84 from member 0, 84 from member 1
   tensors  22 fused, 10 one for each member
   mixing   5 one by one: layer_norm (torchvision/models/vision_transformer.py:1) and 4 more""",
