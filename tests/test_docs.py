@@ -303,11 +303,3 @@ def test_every_change_is_one_that_towncrier_finds():
         assert found[1] in kinds, path.name
         for target in re.findall(r"\]\(([^)#:\s]+)", path.read_text()):
             assert (ROOT / target).exists(), f"{path.name}: {target}"
-
-
-def test_contributing_has_a_line_for_every_layer():
-    """Of the layers that import-linter knows; that these are all there are, it checks itself."""
-    contract = PROJECT["tool"]["importlinter"]["contracts"][0]
-    layers = {name.strip(" ()") for layer in contract["layers"] for name in layer.split("|")}
-    table = re.findall(r"^\|[^|]*\|([^|]*)\|[^|]*\|$", PAGES["CONTRIBUTING.md"].read_text(), re.M)
-    assert {name for cell in table for name in re.findall(r"`(\w+)`", cell)} >= layers

@@ -16,7 +16,7 @@ import torch
 from PIL import Image
 
 import fxfuse
-from fxfuse import FusionResult
+from fxfuse import FusionResult, Refit, Transplant
 from fxfuse.cli.report import Network, write_report
 from fxfuse.cli.report.content import gather
 from fxfuse.cli.report.coupled import FREE, coupled
@@ -46,7 +46,9 @@ def members() -> list[torch.nn.Module]:
 @pytest.fixture(scope="module")
 def result(members: list[torch.nn.Module]) -> FusionResult:
     torch.manual_seed(0)
-    return fxfuse.fuse(members, images(), calibration=images(64), refit=True)
+    return fxfuse.fuse(
+        members, images(), calibration=images(64), method=Transplant(score="l2"), refine=[Refit()]
+    )
 
 
 @pytest.fixture(scope="module")
@@ -70,7 +72,7 @@ def test_runs_are_the_plan(result: FusionResult) -> None:
 
 
 def test_aligned_units_are_of_several_members(members: list[torch.nn.Module]) -> None:
-    result = fxfuse.fuse(members, images(), method="weight_matching", verify=False)
+    result = fxfuse.fuse(members, images(), verify=False, method="weight_matching")
     for share in shares(result):
         assert [run.member for run in share.runs] == [SEVERAL]
 

@@ -72,7 +72,7 @@ def test_the_wide_oracle_notices_a_wrong_weight(monkeypatch: pytest.MonkeyPatch)
     members = resnets(3, torch.float64)
     x = images(dtype=torch.float64)
     assert verify.concatenation_equals_ensemble(members, x).passed
-    monkeypatch.setattr(module, "widen", sabotaged)
+    monkeypatch.setattr(module, "emit_resized", sabotaged)
     assert not verify.concatenation_equals_ensemble(members, x).passed
 
 
