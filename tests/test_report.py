@@ -22,8 +22,8 @@ from fxfuse.cli.report.content import gather
 from fxfuse.cli.report.coupled import FREE, coupled
 from fxfuse.cli.report.transplanted import SEVERAL, shares
 from fxfuse.errors import MissingDependencyError
-from fxfuse.planning.scores import score_units
 from tests.nets import images, resnets
+from tests.options import scored
 
 #: Headless, and silent: nothing that asks a network by itself.
 _FLAGS = (
@@ -82,7 +82,7 @@ def test_kept_is_the_share_of_the_score(
 ) -> None:
     states = [member.state_dict() for member in members]
     whole = {g.name: np.arange(g.n_units) for g in result.graph.groups}
-    scores = score_units(result.graph, states, {"score": "l2"}, dict.fromkeys(range(3), whole))
+    scores = scored(result.graph, states, dict.fromkeys(range(3), whole), "l2")
     for share, m in zip(shares(result, members), result.plan.maps, strict=True):
         part = sum(scores[i][m.group][u] for i, u in zip(m.member, m.unit, strict=True))
         assert share.kept == pytest.approx(part / sum(scores[i][m.group].sum() for i in range(3)))
