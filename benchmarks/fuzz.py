@@ -43,10 +43,9 @@ input: [3, 32, 32]
 calibration: {source: data.npz, limit: 200}
 fuse:
   method: transplant
-  width: {'layer*': 1.5}
-  freeze: [stem.*]
-  output_dims: {0: [1]}
-train: {kind: match, steps: 10}
+  size: {width: {'layer*': 1.5}}
+  constraints: {freeze: [stem.*], output_dims: {0: [1]}}
+train: {kind: distill, steps: 10}
 output: {folder: fused, report: true}
 """
 

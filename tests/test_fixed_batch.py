@@ -24,7 +24,7 @@ def fixed() -> list[nn.Module]:
 @pytest.mark.parametrize("how", ["fuse", "stack", "pickle", "copy", "load"])
 def test_a_fixed_batch_is_refused_at_another_size(how, tmp_path):
     made = fxfuse.stack if how == "stack" else fxfuse.fuse
-    module = result = made(fixed(), X, dynamic_shapes=({},))
+    module = result = made(fixed(), fxfuse.Example(X, dynamic_shapes=({},)))
     if how != "stack":
         module = result.module
     expected = module(X)

@@ -205,7 +205,7 @@ def test_the_lock_is_no_link_to_somewhere_else(tmp_path: Path):
 def test_another_thread_writes_nothing_meanwhile(tmp_path: Path):
     with locked(tmp_path / "out"), ThreadPoolExecutor() as pool:
         other = pool.submit(write, tmp_path / "out", "two")
-        with pytest.raises(OutputError, match="being written"):
+        with pytest.raises(OutputError, match="another process is writing"):
             other.result()
         write(tmp_path / "out", "one")
     assert contents(tmp_path) == ["out", "out/a.txt"]

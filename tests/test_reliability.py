@@ -131,7 +131,7 @@ def test_no_permission(source: Path, tmp_path: Path) -> None:
 def test_two_writers_of_one_folder(source: Path, tmp_path: Path) -> None:
     with locked(tmp_path / "fused"):
         child = fxfuse_in(source, *FUSE, "--out", tmp_path / "fused")
-        assert "being written by another process" in ended(child, 2)
+        assert "another process is writing" in ended(child, 2)
         assert [p.name for p in tmp_path.iterdir()] == [".fused.lock"]
     assert not list(tmp_path.iterdir())
     ended(fxfuse_in(source, *FUSE, "--out", tmp_path / "fused"), 0)
@@ -203,7 +203,7 @@ model: own_models:slow
 members: [a.pt, b.pt]
 input: [3, 8, 8]
 calibration: inputs.npy
-fuse: {method: auto, steps: 5}
+fuse: {refine: [refit, {match: {steps: 5}}]}
 threads: 1
 output: {folder: nowhere}
 """

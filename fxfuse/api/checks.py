@@ -58,7 +58,7 @@ def _check_free(graph: CouplingGraph) -> None:
         + (
             "use freeze, share and ignore for fewer tensors"
             if graph.asked
-            else "an operator without a rule can get one in fxfuse/rules/"
+            else "write a rule for an operator that has none"
         ),
     )
 
