@@ -69,7 +69,7 @@ def inductor_options(mode: str | None, options: Mapping[str, Any]) -> dict[str, 
     """
     modes = inductor_modes()
     if mode is not None and mode not in modes:
-        raise OptionError(f"there is no mode {mode!r}", how=f"use one of {', '.join(modes)}")
+        raise OptionError(f"unknown mode {mode!r}", how=f"use one of {', '.join(modes)}")
     names = inductor_settings()
     unknown = [name for name in options if name.replace("-", "_") not in names]
     if unknown:
