@@ -17,7 +17,6 @@ from fxfuse import verify
 from fxfuse.analysis.constraints import Constraints
 from fxfuse.analysis.labels import Kind
 from fxfuse.cli.app import app
-from fxfuse.cli.options import parse_output_dims
 from fxfuse.errors import OptionError
 from fxfuse.members.checkpoint import read_state_dict
 from tests.nets import SmallResNet, images, resnets
@@ -362,13 +361,6 @@ def test_bad_options(options: dict[str, object], message: str):
         fxfuse.analyze(resnets(1)[0], images(), **options)
     with pytest.raises(OptionError, match=message):
         fxfuse.fuse(resnets(2), images(), **flat(**options))
-
-
-def test_output_dims_on_the_command_line():
-    assert parse_output_dims(["0=1,2", "3=", "1=-1"]) == {0: (1, 2), 3: (), 1: (-1,)}
-    for text in ("0", "a=1", "0=b", "=1"):
-        with pytest.raises(OptionError, match="cannot be read"):
-            parse_output_dims([text])
 
 
 CLI_MODEL = """
