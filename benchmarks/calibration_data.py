@@ -82,10 +82,10 @@ def enlarged_digits(generator: torch.Generator) -> Tensor:
 
 def measure(made: Case) -> list[dict[str, Any]]:
     """Accuracy on test data of the controls and for each kind of inputs."""
-    constraints = zip(CONTROLS, (made.best, made.ensemble), strict=True)
+    controls = zip(CONTROLS, (made.best, made.ensemble), strict=True)
     rows: list[dict[str, Any]] = [
         {"table": "control", "row": name, "refit": accuracy(model, *made.test)}
-        for name, model in constraints
+        for name, model in controls
     ]
     for table, row, inputs, copies in inputs_of(made):
         result = fxfuse.fuse(

@@ -12,6 +12,7 @@ written, or for a recipe what its text says.
 from __future__ import annotations
 
 import argparse
+import copy
 import hashlib
 import json
 import random
@@ -22,7 +23,7 @@ import sys
 import tempfile
 import warnings
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -135,6 +136,13 @@ def repeat(content: bytes, rng: random.Random) -> bytes:
     return content[:end] + content[start:end] * rng.randrange(1, 5) + content[end:]
 
 
+#: What values of a graph are replaced by.
+JSON_VALUES: tuple[Any, ...] = (
+    *(None, True, 0, -1, 1.5, 2**63, 10**30, "", "x", "self", "lambda", "__class__", [], {}, [[]]),
+    *(float("inf"), {"node": "x"}, {"dtype": "os"}, {"tuple": []}, {"slice": [1]}, "fc.weight"),
+    *("x=open('opened', 'w')", 'fc"+str(open)+"', "aten.from_file.default", "operator.pow"),
+    *("aten.relu.default", "torch.os.system", "aten.save.default", "getattr", [0] * 500_000),
+)
 #: What torch says of a network that cannot run.
 NO_NETWORK = (RuntimeError, TypeError, ValueError, LookupError, AttributeError)
 #: What texts are replaced by in headers and descriptions.
@@ -170,14 +178,26 @@ def swap(text: bytes, rng: random.Random) -> bytes:
 
 def edit_graph(content: bytes, rng: random.Random) -> bytes:
     """An edited graph with a right checksum, as someone would make it on purpose."""
-    edited = swap(content, rng)
-    try:
-        graph = json.loads(edited)
-        del graph["sha256"]
-        digest = hashlib.sha256(json.dumps(graph).encode()).hexdigest()
-        return json.dumps({**graph, "sha256": digest}).encode()
-    except (ValueError, LookupError, TypeError, RecursionError):
-        return edited
+    graph = json.loads(content)
+    del graph["sha256"]
+    for _ in range(rng.choice((1, 1, 3))):
+        places = list(_places(graph))
+        (holder, key), (other, place) = rng.choice(places), rng.choice(places)
+        value = copy.deepcopy(other[place]) if rng.random() < 0.5 else rng.choice(JSON_VALUES)
+        if isinstance(holder, dict) and rng.random() < 0.2:
+            holder[value if isinstance(value, str) else repr(value)] = holder.pop(key)
+        else:
+            holder[key] = value
+    digest = hashlib.sha256(json.dumps(graph).encode()).hexdigest()
+    return json.dumps({**graph, "sha256": digest}).encode()
+
+
+def _places(value: Any) -> Iterator[tuple[Any, Any]]:
+    """Every container of a document with each of its keys."""
+    for key in list(value) if isinstance(value, dict) else range(len(value)):
+        yield value, key
+        if isinstance(value[key], dict | list):
+            yield from _places(value[key])
 
 
 def read(kind: str, content: bytes, sources: Sources, *, checked: bool) -> None:

@@ -148,8 +148,8 @@ def measure(seed: int, member_steps: int, tune_steps: int) -> dict[str, list[flo
         fused = two_heads(members, images, method)
         rows[f"fused ({method})"] = tested(fused)
         rows[f"fused ({method}) + fine-tuning"] = tested(tuned(fused))
-    constraints = [tuned(on_trunk(members, trunk, images)) for trunk in both]
-    best = max(constraints, key=lambda n: sum(accuracies(n, data.validation, both)))
+    controls = [tuned(on_trunk(members, trunk, images)) for trunk in both]
+    best = max(controls, key=lambda n: sum(accuracies(n, data.validation, both)))
     rows["one member's trunk, both heads + fine-tuning"] = tested(best)
     torch.manual_seed(100 * seed + 50)
     fresh = on_trunk([Net(classes) for classes in CLASSES], 0, images)

@@ -67,7 +67,7 @@ def main() -> int:
     )
     options = parser.parse_args()
     results = json.loads(options.results.read_text(encoding="utf-8"))
-    pages = {options.readme: to_markdown(results), options.constraints: controls_table(results)}
+    pages = {options.readme: to_markdown(results), options.controls: controls_table(results)}
     wanted = {
         path: with_tables(path.read_text(encoding="utf-8"), MARK, tables)
         for path, tables in pages.items()

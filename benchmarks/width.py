@@ -4,7 +4,7 @@
         [--keep] [--json benchmarks/results/width.json]
 
 Rows: at each width (in units of a member, up to N) units chosen by `obs` and refitted (no step),
-and that network after 160 steps of matching. Constraints: the member that validates best, pruned by
+and that network after 160 steps of matching. Controls: the member that validates best, pruned by
 torch-pruning (group L2 magnitude, all layers alike, the last one kept) to the same width, and
 matched to the same ensemble for as many steps; at width 1 it is not pruned. All see the same at
 most 1,000 unlabelled training inputs; matching has its defaults. Validation data chooses the best
@@ -98,7 +98,9 @@ def measure(made: Case) -> list[dict[str, Any]]:
         )
         sizes = result.plan.sizes()
         # Operations are counted for the example, which is two inputs.
-        cost = parameters_of(result.graph, sizes), operations_of(result.graph, sizes) // 2
+        operations = operations_of(result.graph, sizes)
+        assert operations is not None
+        cost = parameters_of(result.graph, sizes), operations // 2
         note(REFITTED, width, result.module, *cost)
         note(MATCHED, width, matched(result.module), *cost)
         if width < 1:

@@ -130,7 +130,7 @@ def page(results: dict[str, Any]) -> str:
         "",
         f"Units chosen by `obs` and refitted in closed form from {results['calibration']:,} "
         "unlabelled training inputs (at most), and then matched to the ensemble for "
-        f"{results['steps']} steps of {results['batch']} inputs, without labels. Constraints: the "
+        f"{results['steps']} steps of {results['batch']} inputs, without labels. Controls: the "
         "member that validates best, and it pruned by torch-pruning (group L2 magnitude) to the "
         "same width, both matched to the same ensemble as long. Test accuracy in percent, mean "
         "[least, greatest] over the seeds; parameters and floating-point operations in units of a "

@@ -7,10 +7,10 @@ class FxfuseError(Exception):
     """Base of every error that fxfuse raises on purpose.
 
     Args:
-        what: One sentence: what went wrong.
+        what: What went wrong: a short clause without a full stop.
         where: The graph node and source line, parameter, file or option concerned.
         why: The reason, in terms of what the program needs.
-        how: What the caller can do about it.
+        how: What the caller can do about it, beginning with an imperative.
     """
 
     def __init__(self, what: str, *, where: str = "", why: str = "", how: str = "") -> None:
@@ -45,9 +45,9 @@ class OptionError(FxfuseError):
 
 
 class MemberError(FxfuseError):
-    """Members are too few, differ from each other, or hold weights that cannot be fused.
+    """Members are too few, differ, hold unusable weights or outputs, or failed in another process.
 
-    Fix: Give two or more trained networks that were built with the same arguments, dtype and
+    Fix: Pass two or more trained networks that were built with the same arguments, dtype and
     device, with finite dense weights on a real device; `fxfuse.prune` takes one network.
     """
 
@@ -61,17 +61,10 @@ class InputError(FxfuseError):
 
 
 class CaptureError(FxfuseError):
-    """A network cannot be captured as a graph.
+    """A network cannot be captured as a graph, or was captured without one that can run elsewhere.
 
-    Fix: Follow the message: it names the line that torch.export rejects, or the parameters that the
-    example inputs do not reach.
-    """
-
-
-class NoGraphError(FxfuseError):
-    """There is no graph: `torch.export` rejected the network, so only its weights were fused.
-
-    Fix: Use `result.to_module()`, which needs no graph, or rewrite the line that the message names.
+    Fix: Rewrite what `torch.export` rejects, or pass inputs that reach all parameters; where only
+    the weights were fused, `result.to_module()` needs no graph.
     """
 
 
@@ -127,20 +120,13 @@ class OutputError(FxfuseError):
 
 
 class RefineError(FxfuseError):
-    """A refit, matching or training cannot start, or diverged.
+    """Training diverged, or has no parameter to train.
 
-    Fix: Follow the message; a lower learning rate is the usual cure for a loss that is not finite.
+    Fix: Lower the learning rate, or call `module.requires_grad_(True)`.
     """
 
 
-class RankError(FxfuseError):
-    """Another process of the group failed with an error that is not fxfuse's.
-
-    Fix: Read that process's own output.
-    """
-
-
-class MissingDependencyError(FxfuseError):
+class MissingDependencyError(FxfuseError, ImportError):
     """An optional package is not installed.
 
     Fix: Install the extra that the message names.

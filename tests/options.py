@@ -22,9 +22,14 @@ def flat(**given: Any) -> dict[str, Any]:
     """Arguments of `fuse` and `prune`.
 
     `refit` and `match` are True, or the options of the step; without them nothing follows the
-    fusion. A transplant without a score takes `l2`, with calibration inputs, too.
+    fusion. A transplant without a score takes `l2`, with calibration inputs, too. Method `auto` is
+    the whole way, with a budget of `steps` or `seconds` for the matching.
     """
     name = given.pop("method", "transplant")
+    if name == "auto":
+        budget = _taken(given, ("steps", "seconds"))
+        given |= {"refit": True, "match": budget or True, "score": given.get("score", "obs")}
+        name = "transplant"
     chosen = _taken(given, _METHOD)
     if name == "transplant":
         chosen = {"score": "l2", **chosen}

@@ -262,10 +262,10 @@ def test_the_entry_point_leads_here():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"backend": "nobody"}, "no backend 'nobody'"),
-        ({"backend": "fxfuse"}, "no backend 'fxfuse'"),
+        ({"backend": "nobody"}, "unknown backend 'nobody'"),
+        ({"backend": "fxfuse"}, "unknown backend 'fxfuse'"),
         ({"backend": "eager", "max_autotune": True}, "takes no options"),
-        ({"max_autotun": True}, "no option 'max_autotun'"),
+        ({"max_autotun": True}, "unknown option 'max_autotun'"),
     ],
 )
 def test_bad_options(options: dict[str, Any], message: str):

@@ -66,7 +66,7 @@ def test_a_global_budget_keeps_the_best_units_of_all(members: list[fxfuse.Progra
     local = fxfuse.fuse(members, verify=False, size=width)
     assert sum(result.plan.sizes().values()) == sum(local.plan.sizes().values())
     assert result.plan.sizes()[FIRST] < local.plan.sizes()[FIRST]
-    assert result.plan.options["budget"] == "global"
+    assert result.plan.options["allocation"] == "global"
     kept, gone = [], []
     for group, layer, size in ((FIRST, 0, 12), (SECOND, 2, 8)):
         units = result.plan.map_of(group)
@@ -82,7 +82,7 @@ def test_pruning_and_parameters_with_a_global_budget(members: list[fxfuse.Progra
     pruned = fxfuse.prune(members[0], size=Size(0.25, allocation="global"))
     assert sum(pruned.plan.sizes().values()) == 5
     assert min(pruned.plan.sizes().values()) >= 1
-    assert pruned.plan.options["budget"] == "global"
+    assert pruned.plan.options["allocation"] == "global"
     least = fxfuse.fuse(members, verify=False, size=Size(0.01, allocation="global"))
     assert set(least.plan.sizes().values()) == {1}
     small = fxfuse.fuse(members, size=Size(max_params=90, multiple_of=2, allocation="global"))
@@ -95,9 +95,9 @@ def test_pruning_and_parameters_with_a_global_budget(members: list[fxfuse.Progra
 @pytest.mark.parametrize(
     ("options", "match"),
     [
-        ({"allocation": "global"}, "something to spread"),
+        ({"allocation": "global"}, "allocation='global' needs a size"),
         ({"allocation": "global", "width": {"0.*": 0.5}}, "width for each pattern"),
-        ({"allocation": "fair", "width": 0.5}, "local, global"),
+        ({"allocation": "fair", "width": 0.5}, "uniform, global"),
         (
             {
                 "allocation": "global",
@@ -108,8 +108,8 @@ def test_pruning_and_parameters_with_a_global_budget(members: list[fxfuse.Progra
             "score 'obs'",
         ),
         ({"fraction": {"9.*": 0.5}}, "matches nothing"),
-        ({"fraction": {"0.*": 1.5}}, "fraction 1.5"),
-        ({"fraction": {"0.*": 0.5, "*.weight": 0.25}}, "two values of fraction"),
+        ({"fraction": {"0.*": 1.5}}, r"fraction must be in \[0, 1\], got 1.5"),
+        ({"fraction": {"0.*": 0.5, "*.weight": 0.25}}, "two patterns of fraction contradict"),
     ],
 )
 def test_bad_input(members: list[fxfuse.Program], options: dict[str, object], match: str):
@@ -120,7 +120,7 @@ def test_bad_input(members: list[fxfuse.Program], options: dict[str, object], ma
 def test_a_share_for_a_group_leaves_the_others_to_the_score(members: list[fxfuse.Program]):
     by_score = fxfuse.fuse(members, verify=False).plan
     plan = fxfuse.fuse(
-        members, method=Transplant(fraction={"0.*": 0.25}), constraints=Constraints(base_member=1)
+        members, constraints=Constraints(base_member=1), method=Transplant(fraction={"0.*": 0.25})
     ).plan
     assert (plan.map_of(FIRST).member == 0).sum() == 3
     for member in range(2):

@@ -16,7 +16,7 @@ from fxfuse.activations import NodeRunner, elimination, unit_activations
 from fxfuse.activations.calibration import CalibrationBatches
 from fxfuse.activations.elimination import eliminate
 from fxfuse.activations.layers import layers_of
-from fxfuse.errors import InputError
+from fxfuse.errors import InputError, OptionError
 from fxfuse.refine.targets import Targets
 from tests.models import excite
 from tests.nets import SmallResNet
@@ -226,10 +226,10 @@ def test_a_copy_of_a_unit_goes_before_any_other():
 @pytest.mark.parametrize(
     ("inputs", "message"),
     [
-        (torch.randn(120, 3, 9, 8), "another shape"),
-        (torch.randn(120, 3, 8, 8).double(), "another dtype"),
+        (torch.randn(120, 3, 9, 8), "the wrong shape"),
+        (torch.randn(120, 3, 8, 8).double(), "the wrong dtype"),
         (torch.full((120, 3, 8, 8), torch.nan), "not finite"),
-        ((torch.randn(120, 3, 8, 8),) * 2, "another structure"),
+        ((torch.randn(120, 3, 8, 8),) * 2, "differ in structure"),
         ([], "no calibration inputs"),
         (7, "holds no calibration inputs"),
     ],
@@ -251,10 +251,10 @@ def test_as_many_inputs_as_are_allowed():
     program = fxfuse.capture(excite(SmallResNet(), images(4)), images(4))
     assert CalibrationBatches.of(program, Calibration(images(1500), limit=1500)).size == 1500
     endless = itertools.repeat(images(50))
-    with pytest.warns(UserWarning, match=r"the first 150 calibration inputs are taken"):
+    with pytest.warns(UserWarning, match=r"the first 150 calibration inputs are used"):
         assert CalibrationBatches.of(program, Calibration(endless, limit=150)).size == 150
-    with pytest.raises(InputError, match="are none"):
-        CalibrationBatches.of(program, Calibration(images(4), limit=0))
+    with pytest.raises(OptionError, match="limit must be at least 1, got 0"):
+        Calibration(images(4), limit=0)
 
 
 def test_copies_are_looked_at_beside_the_inputs():
@@ -267,7 +267,7 @@ def test_copies_are_looked_at_beside_the_inputs():
     )
     assert (calibration.size, len(calibration.labels)) == (150, 2)
     seen = calibration.with_copies
-    assert (seen.size, seen.copies, seen.labels) == (450, 0, ())
+    assert (seen.size, seen.augmentations, seen.labels) == (450, 0, ())
     assert [len(args[0]) for args, _ in seen.batches] == 3 * [128, 22]
     parts = torch.cat([args[0] for args, _ in seen.batches]).split(150)
     assert torch.equal(parts[0], x)
@@ -297,8 +297,8 @@ def test_a_part_keeps_its_copies_and_gradients_have_none():
             members,
             images(2),
             calibration=Calibration(labelled, augmentations=copies),
-            method=Transplant(score=score),
             refine=[],
+            method=Transplant(score=score),
         ).plan
         for score in ("taylor", "obs")
         for copies in (0, 1)
@@ -317,10 +317,10 @@ def test_a_part_keeps_its_copies_and_gradients_have_none():
 )
 def test_no_copies_are_made_of_other_inputs(module: nn.Module, inputs: torch.Tensor):
     program = fxfuse.capture(module, inputs[:2])
-    with pytest.raises(InputError, match="no augmented copies"):
+    with pytest.raises(InputError, match="cannot be augmented"):
         CalibrationBatches.of(program, Calibration(inputs, augmentations=1))
-    with pytest.raises(InputError, match="-1 copies"):
-        CalibrationBatches.of(program, Calibration(inputs, augmentations=-1))
+    with pytest.raises(OptionError, match="augmentations must be at least 0, got -1"):
+        Calibration(inputs, augmentations=-1)
 
 
 def test_batches_with_labels_and_parts():
@@ -338,7 +338,7 @@ def test_batches_with_labels_and_parts():
 def test_sorted_inputs_are_shuffled_with_their_labels():
     program = fxfuse.capture(excite(SmallResNet(), images(4)), images(4))
     x, labels = images(2000), torch.arange(2000)
-    with pytest.warns(UserWarning, match=r"1,000 of 2,000 calibration inputs are taken"):
+    with pytest.warns(UserWarning, match=r"1,000 of 2,000 calibration inputs are used"):
         calibration = CalibrationBatches.of(
             program, [(x[:900], labels[:900]), (x[900:], labels[900:])]
         )
@@ -361,6 +361,6 @@ def test_an_activation_that_is_nan_is_named():
     for m in members:
         nn.init.constant_(m.first.bias, 9.0)
     result = fxfuse.fuse(members, torch.rand(4, 4))
-    with pytest.raises(InputError, match="not a number") as caught:
+    with pytest.raises(InputError, match="an activation of member 0 is NaN") as caught:
         fxfuse.refine.refit(result, members, torch.full((200, 4), -100.0))
     assert "aten.log" in caught.value.where

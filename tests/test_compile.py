@@ -217,12 +217,12 @@ def test_a_backend_that_fails(result: FusionResult, monkeypatch: pytest.MonkeyPa
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"backend": "inductr"}, "no backend 'inductr'"),
-        ({"mode": "fastest"}, "no mode 'fastest'"),
-        ({"options": {"max_autotun": True}}, "no option 'max_autotun'"),
-        ({"backend": "eager", "mode": "default"}, "is for backend='inductor'"),
-        ({"dtype": torch.int8}, "cannot be computed in torch.int8"),
-        ({"tune": True, "freeze": True}, "chooses freeze and channels_last itself"),
+        ({"backend": "inductr"}, "unknown backend 'inductr'"),
+        ({"mode": "fastest"}, "unknown mode 'fastest'"),
+        ({"options": {"max_autotun": True}}, "unknown option 'max_autotun'"),
+        ({"backend": "eager", "mode": "default"}, "works with backend='inductor' only"),
+        ({"dtype": torch.int8}, "unsupported dtype torch.int8"),
+        ({"tune": True, "freeze": True}, "tune=True contradicts freeze and channels_last"),
     ],
 )
 def test_bad_options(result: FusionResult, options: dict, message: str):
@@ -231,7 +231,7 @@ def test_bad_options(result: FusionResult, options: dict, message: str):
 
 
 def test_a_module_needs_an_example(result: FusionResult):
-    with pytest.raises(OptionError, match="no example inputs"):
+    with pytest.raises(OptionError, match="example_inputs are missing"):
         fxfuse.compile(result.module)
 
 
@@ -239,7 +239,7 @@ def test_what_is_compiled_stays(result: FusionResult):
     compiled = fxfuse.compile(result, backend="eager")
     with pytest.raises(OptionError, match="cannot be trained"):
         compiled.train()
-    with pytest.raises(OptionError, match="compile that again"):
+    with pytest.raises(OptionError, match=r"cannot be moved or cast(.|\n)*compile that again"):
         compiled.double()
     assert compiled.eval() is compiled
 
@@ -271,15 +271,15 @@ def test_no_partial_package_is_left(
         fxfuse.package(result, path)
     assert [p.name for p in tmp_path.iterdir()] == ["model.pt2"]
     assert path.read_bytes() == b"the old one"
-    with pytest.raises(CompileError, match="ends in"):
+    with pytest.raises(OptionError, match=r"must end in \.pt2, got model\.bin"):
         fxfuse.package(result, tmp_path / "model.bin")
 
 
 def test_what_is_no_package(tmp_path: Path):
-    with pytest.raises(CheckpointError):
+    with pytest.raises(CheckpointError, match=r"the package model\.pt2 does not exist"):
         fxfuse.load_package(tmp_path / "model.pt2")
     (tmp_path / "model.pt2").write_bytes(b"no archive")
-    with pytest.raises(CheckpointError, match="no package"):
+    with pytest.raises(CheckpointError, match="is not a package"):
         fxfuse.load_package(tmp_path / "model.pt2")
 
 

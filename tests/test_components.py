@@ -193,7 +193,7 @@ def test_after_the_refit_a_narrow_one_is_closer_to_what_it_stands_for(heads: tup
     wanted = answers if heads else answers.mean(0, keepdim=True)
     errors = {}
     for variant in (None, "components"):
-        result = fxfuse.fuse(networks, x[:2], **flat(variant=variant, **told)))
+        result = fxfuse.fuse(networks, x[:2], **flat(variant=variant, **told))
         assert result.verification.passed
         with torch.no_grad():
             found = result.module(x)
@@ -208,7 +208,7 @@ def mixed() -> tuple[list[nn.Module], torch.Tensor, fxfuse.FusionResult]:
     """Two members, inputs, and what they were fused into."""
     networks, x = members(2), tokens(120)
     told = {"score": "obs", "variant": "components", "calibration": x}
-    return networks, x, fxfuse.fuse(networks, x[:2], **flat(**told)))
+    return networks, x, fxfuse.fuse(networks, x[:2], **flat(**told))
 
 
 def test_the_plan_says_so_and_is_applied_again() -> None:
@@ -245,7 +245,7 @@ def test_the_matrix_of_a_plan_is_short_and_guarded() -> None:
     rejected("edited", sign=False, base64=("A" if letters[0] != "A" else "B") + letters[1:])
     # With a digest that fits, the matrix itself has to be one.
     rejected(f"weight is a matrix of {2 * WIDTH * WIDTH - 3} entries", base64=letters[16:])
-    rejected("no matrix of float32 or float64", type="<i4")
+    rejected("not a matrix of float32 or float64", type="<i4")
     rejected("not a fusion plan", base64=letters[:-1] + "?")
 
 

@@ -12,6 +12,7 @@ from torch import nn
 import fxfuse
 from fxfuse import verify
 from fxfuse.analysis.labels import Kind
+from fxfuse.api import stages
 from fxfuse.errors import OptionError
 from tests.nets import images, resnets
 
@@ -146,11 +147,17 @@ def test_explain(graph: fxfuse.CouplingGraph):
     assert apart.endswith("not coupled")
 
 
-@pytest.mark.parametrize("place", [("stem.wieght", 0), ("stem.weight", 4)])
+@pytest.mark.parametrize(
+    ("place", "message"),
+    [
+        (("stem.wieght", 0), "the network has no tensor 'stem.wieght'"),
+        (("stem.weight", 4), "'stem.weight' has no dimension 4"),
+    ],
+)
 def test_explaining_what_is_not_there_is_an_error(
-    graph: fxfuse.CouplingGraph, place: tuple[str, int]
+    graph: fxfuse.CouplingGraph, place: tuple[str, int], message: str
 ):
-    with pytest.raises(OptionError):
+    with pytest.raises(OptionError, match=message):
         graph.explain(*place)
 
 
@@ -257,9 +264,7 @@ def test_a_wrong_group_is_found_named_and_frozen(monkeypatch: pytest.MonkeyPatch
     assert not verify.permutation_of(graph).passed
     assert [g.name for g in verify.wrong_groups(graph)] == [victim.name]
 
-    import sys
-
-    monkeypatch.setattr(sys.modules["fxfuse.api.fuse"], "couple", lambda *args, **kwargs: graph)
+    monkeypatch.setattr(stages, "couple", lambda *args, **kwargs: graph)
     with pytest.warns(UserWarning, match=r"block1\.conv1\.weight:0"):
         result = fxfuse.fuse(members, x)
     assert ("block1.conv1.weight", 0) not in result.graph.group_of

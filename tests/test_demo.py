@@ -78,8 +78,8 @@ def test_both_settings_have_every_row(results):
     assert names == ["same data, different seeds", "specialists"]
     for setting in results["settings"]:
         assert [row["name"] for row in setting["rows"]] == ROWS
-        constraints = {r["name"]: r["control"] for r in setting["rows"] if r["control"] is not None}
-        assert constraints == CONTROLS
+        controls = {r["name"]: r["control"] for r in setting["rows"] if r["control"] is not None}
+        assert controls == CONTROLS
         assert setting["members"] == 4
 
 
@@ -307,28 +307,26 @@ def readme_tables(tmp_path, monkeypatch):
     spec = importlib.util.spec_from_file_location("readme_tables", path)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    readme, constraints, numbers = (
-        tmp_path / name for name in ("README.md", "when.md", "demo.json")
-    )
-    for page in (readme, constraints):
+    readme, controls, numbers = (tmp_path / name for name in ("README.md", "when.md", "demo.json"))
+    for page in (readme, controls):
         page.write_text("before\n<!-- demo:begin -->\nold\n<!-- demo:end -->\nafter\n")
     numbers.write_text(json.dumps(EXAMPLE))
 
     def run(*options):
-        files = ["--readme", readme, "--controls", constraints, "--results", numbers]
+        files = ["--readme", readme, "--controls", controls, "--results", numbers]
         monkeypatch.setattr(sys, "argv", ["readme_tables", *map(str, files), *options])
         return module.main()
 
-    return readme, constraints, numbers, run
+    return readme, controls, numbers, run
 
 
 def test_pages_are_rewritten_between_the_marks(readme_tables):
-    readme, constraints, numbers, run = readme_tables
+    readme, controls, numbers, run = readme_tables
     assert run("--check") == 1
     assert "old" in readme.read_text()
-    assert "old" in constraints.read_text()
+    assert "old" in controls.read_text()
     assert run() == 0
-    for page, table in ((readme, MARKDOWN), (constraints, CONTROLS_TABLE)):
+    for page, table in ((readme, MARKDOWN), (controls, CONTROLS_TABLE)):
         expected = f"before\n<!-- demo:begin -->\n{table}<!-- demo:end -->\nafter\n"
         assert page.read_text() == expected
     assert run("--check") == 0

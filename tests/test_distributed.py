@@ -23,7 +23,6 @@ from fxfuse.errors import (
     CheckpointError,
     MemberError,
     OptionError,
-    RankError,
     RefineError,
 )
 from fxfuse.members.streamed import Stored
@@ -59,7 +58,10 @@ class Normalised(nn.Module):
 
 def fused(members: list[Any], x: torch.Tensor, options: dict[str, Any]) -> dict[str, Any]:
     """What a fusion gives, as far as it can be sent; runs on each rank."""
-    result = fxfuse.fuse(members, x, group="world", **flat(**options))
+    told = dict(options)
+    given = fxfuse.Members.on_ranks(members, template=told.pop("template", None))
+    plan = told.pop("plan", None)
+    result = fxfuse.fuse(given, x, **flat(**told)) if plan is None else fxfuse.build(plan, given, x)
     return {
         "plan": result.plan.to_json(),
         "state": result.state_dict(),
@@ -109,7 +111,7 @@ def check_same(
         {"width": 3},
         {"method": "average"},
         {"variant": "iterative", "freeze": ["stem.*"], "base_member": 2},
-        {"width": 0.5, "budget": "global"},
+        {"width": 0.5, "allocation": "global"},
         {"fraction": 0.5, "base_member": 1, "max_params": 1500},
     ],
     ids=str,
@@ -166,7 +168,7 @@ def most_read(members: list[Any], x: torch.Tensor, options: dict[str, Any]) -> i
 
     Stored.read = read
     try:
-        fxfuse.fuse(members, x, group="world", **flat(**options))
+        fused(members, x, options)
     finally:
         Stored.read = original
     return most
@@ -259,8 +261,8 @@ def faulty(kind: str, folder: Path) -> tuple[list[list[Any]], list[dict[str, Any
         ("score", OptionError, "on its own rank"),
         ("heads", OptionError, "on its own rank"),
         ("unknown", OptionError, "magic"),
-        ("one", MemberError, "1 member"),
-        ("crash", RankError, "MemoryError: no more of it"),
+        ("one", MemberError, "needs at least 2 members, got 1"),
+        ("crash", MemberError, "MemoryError: no more of it"),
     ],
 )
 def test_a_fault_of_one_rank_is_named_on_all(
@@ -387,21 +389,21 @@ def broken(network: nn.Module, kind: str, path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("kind", "message"),
+    ("kind", "error", "message"),
     [
-        ("nan", "became nan"),
-        ("sharded", "torch.distributed.checkpoint"),
-        ("seconds", "Give steps"),
-        ("parts", "2 equal parts"),
+        ("nan", RefineError, "became nan"),
+        ("sharded", OptionError, "torch.distributed.checkpoint"),
+        ("seconds", OptionError, "a budget in seconds works in one process only"),
+        ("parts", OptionError, "2 equal parts"),
     ],
 )
 def test_a_run_that_stops_stops_everywhere(
-    pair: Processes, tmp_path: Path, kind: str, message: str
+    pair: Processes, tmp_path: Path, kind: str, error: type[Exception], message: str
 ):
     _, result = normalised()
     for well, raised in pair.run(broken, [result.module] * 2, [kind] * 2, [tmp_path / "run"] * 2):
         assert not well
-        assert isinstance(raised, RefineError), raised
+        assert isinstance(raised, error), raised
         assert message in str(raised)
 
 

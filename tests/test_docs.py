@@ -105,7 +105,8 @@ def run(page: str, capsys: pytest.CaptureFixture[str]) -> dict[str, Any]:
             name = f"{page}#{number}"
             # So that torch.library can read the source, and reasons name the line.
             linecache.cache[name] = (len(content), None, content.splitlines(keepends=True), name)
-            exec(compile(content, name, "exec"), names)
+            # Without the futures that this file imports: a user has none of them.
+            exec(compile(content, name, "exec", dont_inherit=True), names)
         elif kind == "text":
             printed = capsys.readouterr().out
             if varies:

@@ -19,7 +19,7 @@ from torch import nn
 
 import fxfuse
 from benchmarks.errors_page import classes, parts
-from fxfuse import Constraints, Example, Heads, Match, Refit, Transplant, errors
+from fxfuse import Constraints, Example, Heads, Refit, Transplant, errors
 from fxfuse.api.checks import verified
 from fxfuse.cli.recipe import read_recipe
 from fxfuse.cli.sources import read_data
@@ -148,6 +148,12 @@ def another_rank_fails(folder: Path) -> None:
         dist.destroy_process_group()
 
 
+def no_compiler(folder: Path) -> None:
+    """Packaging where there is no C++ compiler."""
+    with patch.object(torch._inductor, "aoti_compile_and_package", side_effect=RuntimeError):
+        fxfuse.package(two(verify=False), folder / "model.pt2")
+
+
 RAISES: list[tuple[str, Callable[[Path], object]]] = [
     ("MemberError", lambda _: fxfuse.fuse([net()], X)),
     ("OptionError", lambda _: two(constraints=Constraints(freeze=["nobody"]))),
@@ -159,7 +165,7 @@ RAISES: list[tuple[str, Callable[[Path], object]]] = [
     ("MemberError", lambda _: fxfuse.fuse([_sparse(), _sparse()], X)),
     ("InputError", lambda _: fxfuse.fuse([net(), net()], X[:, :2])),
     ("CaptureError", lambda _: fxfuse.capture(Silent(), X)),
-    ("NoGraphError", lambda _: fxfuse.fuse([Branch(False), Branch(False)], X).module),
+    ("CaptureError", lambda _: fxfuse.fuse([Branch(False), Branch(False)], X).module),
     (
         "RewriteError",
         lambda _: fxfuse.fuse(
@@ -187,7 +193,8 @@ RAISES: list[tuple[str, Callable[[Path], object]]] = [
     ),
     ("RewriteError", lambda _: SwitchTraining()(two(verify=False).module)),
     ("RewriteError", lambda _: RemoveDropout()(two(verify=False).module)),
-    ("CompileError", lambda folder: fxfuse.package(two(verify=False), folder / "model.bin")),
+    ("OptionError", lambda folder: fxfuse.package(two(verify=False), folder / "model.bin")),
+    ("CompileError", no_compiler),
     ("RewriteError", lambda _: fxfuse.unstack(net())),
     ("RuleError", lambda _: score("l2")(lambda *_: {})),
     ("CheckpointError", lambda folder: read_file(folder / "nobody.pt")),
@@ -202,8 +209,8 @@ RAISES: list[tuple[str, Callable[[Path], object]]] = [
     ("OutputError", _busy),
     ("OptionError", read_recipe),
     ("CheckpointError", fxfuse.load),
-    ("RankError", another_rank_fails),
-    ("RefineError", lambda _: match(two(verify=False).module, [net()], X, Match(steps=0))),
+    ("MemberError", another_rank_fails),
+    ("RefineError", lambda _: match(two(verify=False).module.requires_grad_(False), [net()], X)),
     (
         "MissingDependencyError",
         lambda folder: fxfuse.export_onnx(two(verify=False), folder / "a.onnx"),

@@ -10,7 +10,8 @@ import torch
 from torch import nn
 
 import fxfuse
-from fxfuse import Heads, Size
+from fxfuse import Heads, Size, Transplant
+from fxfuse.analysis.head_search import find_heads
 from fxfuse.errors import OptionError, RewriteError
 from tests.models import excite
 from tests.nets import SmallResNet
@@ -110,8 +111,8 @@ def program(members: list[nn.Module], x: torch.Tensor) -> list[fxfuse.Program]:
 def test_the_wide_model_hands_out_all_members(name: str):
     members, x = made(*NETWORKS[name])
     own = program(members, x)
-    concat = fxfuse.fuse(own, size=2, heads=Heads(output="concat"))
-    union = fxfuse.fuse(own, size=2, heads=Heads(output="union", classes=CLASSES))
+    concat = fxfuse.fuse(own, size=2, heads=Heads(Heads(output="concat")))
+    union = fxfuse.fuse(own, size=2, heads=Heads(Heads(output="union", classes=CLASSES)))
     side_by_side = torch.cat([Logits(m)(x) for m in members], 1)
     assert union.classes == ("cat", "dog", "fish", "bird")
     for result, expected in ((concat, side_by_side), (union, mapped(members, x))):
@@ -140,7 +141,7 @@ def test_other_widths_hand_out_the_heads_of_their_tuple(name: str, head: str):
 
 def test_a_tuple_of_heads_is_exact_at_full_width_too():
     members, x = made(*NETWORKS["ViT"])
-    result = fxfuse.fuse(members, x, size=2, heads=Heads(["head"]))
+    result = fxfuse.fuse(members, x, size=2, heads=Heads(Heads(["head"])))
     assert result.plan.mixing.mode == "per_member"
     for m, found in zip(members, result.module(x), strict=True):
         torch.testing.assert_close(found, m(x), rtol=1e-9, atol=1e-9)
@@ -149,16 +150,16 @@ def test_a_tuple_of_heads_is_exact_at_full_width_too():
 def test_a_head_that_mixes_runs_over_all_units():
     """Where a head holds a LayerNorm over the trunk, members cannot run one by one."""
     members, x = made(*NETWORKS["ViT"])
-    result = fxfuse.fuse(members, x, size=2, heads=Heads(["norm", "head"], output="concat"))
+    result = fxfuse.fuse(members, x, size=2, heads=Heads(Heads(["norm", "head"], output="concat")))
     assert result.plan.mixing.mode == "joint"
     assert any("norm" in why for why in result.plan.inexact())
-    with pytest.raises(fxfuse.errors.RewriteError, match="own head mixes"):
+    with pytest.raises(fxfuse.errors.RewriteError, match="a head mixes neurons of the trunk"):
         fxfuse.fuse(members, x, size=Size(2, mixing="per_member"), heads=Heads(["norm", "head"]))
 
 
 def test_members_that_know_equally_many_classes_and_one_that_knows_one():
     members, x = made(*NETWORKS["MLP"], classes=(3, 3, 1))
-    result = fxfuse.fuse(members, x, size=3, heads=Heads(output="concat"))
+    result = fxfuse.fuse(members, x, size=3, heads=Heads(Heads(output="concat")))
     torch.testing.assert_close(result.module(x), torch.cat([m(x) for m in members], 1))
     assert result.module(x).shape == (4, 7)
     assert result.plan.heads.modules == ("4",)
@@ -178,7 +179,7 @@ def test_freezing_and_a_plan_go_with_it():
     loaded = pickle.loads(pickle.dumps(result.module))
     assert torch.equal(loaded(x), result.module(x))
     assert not [name for name in result.state_dict() if "fxfuse" in name]
-    with pytest.raises(OptionError, match="and a plan are given"):
+    with pytest.raises(OptionError, match="and plan= contradict each other"):
         fxfuse.build(plan, members, x)
 
 
@@ -197,7 +198,7 @@ def test_the_members_class_holds_the_heads_as_one():
 def test_a_head_of_several_layers_does_not_fit_the_members_class():
     members, x = made(*NETWORKS["MLP"])
     result = fxfuse.fuse(members, x, heads=Heads(["2", "4"], output="concat"))
-    with pytest.raises(RewriteError, match="use result"):
+    with pytest.raises(RewriteError, match="cannot be built at this width"):
         result.to_module()
 
 
@@ -230,14 +231,26 @@ def own_mlps() -> list[fxfuse.Program]:
     ("options", "error", "match"),
     [
         ({"heads": "union"}, OptionError, "union(.|\n)*class names"),
-        ({"heads": "concat", "classes": CLASSES}, OptionError, "only the output 'union'"),
-        ({"heads": "concat", "head_output": "union"}, OptionError, "contradict"),
-        ({"heads": ["4"], "head_output": "sum"}, OptionError, "tuple, concat, union"),
-        ({"heads": "union", "classes": [["a"], ["b", "c", "d"]]}, OptionError, "2 logits"),
-        ({"heads": "union", "classes": [["a", "b"]]}, OptionError, "1 lists(.|\n)*2 members"),
-        ({"heads": "union", "classes": ["ab", ["c"]]}, OptionError, "no list of names"),
+        (
+            {"heads": "concat", "classes": CLASSES},
+            OptionError,
+            "classes and output 'concat' contradict",
+        ),
+        ({"heads": "concat", "head_outputs": "union"}, OptionError, "contradict"),
+        ({"heads": ["4"], "head_outputs": "sum"}, OptionError, "tuple, concat, union"),
+        (
+            {"heads": "union", "classes": [["a"], ["b", "c", "d"]]},
+            OptionError,
+            "member 0 needs 2 classes, one for each logit, got 1",
+        ),
+        (
+            {"heads": "union", "classes": [["a", "b"]]},
+            OptionError,
+            "classes must hold 2 lists, one for each member, got 1",
+        ),
+        ({"heads": "union", "classes": ["ab", ["c"]]}, OptionError, "not a list of names"),
         ({"heads": "union", "classes": [["a", "a"], ["b"]]}, OptionError, "named 'a'"),
-        ({"heads": ["9"], "head_output": "concat"}, OptionError, "matches nothing"),
+        ({"heads": ["9"], "head_outputs": "concat"}, OptionError, "heads='9' matches nothing"),
     ],
 )
 def test_bad_input(options: dict[str, object], error: type[Exception], match: str, own_mlps):
@@ -245,20 +258,37 @@ def test_bad_input(options: dict[str, object], error: type[Exception], match: st
         fxfuse.fuse(own_mlps, **flat(**options))
 
 
+def test_heads_are_options_of_their_own(own_mlps):
+    assert Heads("fc") == Heads(["fc"]) == Heads(iter(["fc"]))
+    assert Heads(["fc"], "union", [["a", 1]]).classes == (("a", "1"),)
+    assert Heads(["fc"])
+    assert Heads()
+    assert not Heads(())
+    with pytest.raises(OptionError, match="no module is a head"):
+        Heads([], output="concat")
+    # Without names they are found, whatever is returned of them.
+    for output in ("tuple", "concat"):
+        assert find_heads(own_mlps, Heads(output=output)) == (Heads("4", output), 1)
+
+
 def test_heads_that_are_not_found():
     members, x = made(Two, (4, 6))
-    with pytest.raises(OptionError, match="2 tensors"):
+    with pytest.raises(OptionError, match="must return one tensor, got 2"):
         fxfuse.fuse(members, x, heads=Heads(output="concat"))
     members, x = made(lambda c: nn.Sequential(mlp(4), nn.Flatten(0)), (4, 6))
-    with pytest.raises(OptionError, match="no layer writes"):
+    with pytest.raises(OptionError, match="no dimension of the output is written by a layer"):
         fxfuse.fuse(members, x, heads=Heads(output="concat"))
     members, x = made(Mixer, (4, 3, 6), (2, 2))
-    with pytest.raises(OptionError, match=r"not clear(.|\n)*1, 2"):
+    with pytest.raises(OptionError, match=r"dimension of classes is ambiguous(.|\n)*1, 2"):
         fxfuse.fuse(members, x, heads=Heads(output="concat"))
 
 
 def test_what_needs_one_teacher_is_refused(own_mlps):
     with pytest.raises(OptionError, match="several heads"):
         fxfuse.fuse(
-            own_mlps, calibration=torch.randn(100, 6).double(), heads=Heads(output="concat")
+            own_mlps,
+            calibration=torch.randn(100, 6).double(),
+            method=Transplant(score="l2"),
+            refine=[],
+            heads=Heads(Heads(output="concat")),
         )

@@ -11,8 +11,8 @@ import torch
 from torch import nn
 
 import fxfuse
-from fxfuse import Match, Regression
-from fxfuse.errors import RefineError
+from fxfuse import Classification, Match, Regression
+from fxfuse.errors import FxfuseError, InputError, MemberError, OptionError, RefineError
 from fxfuse.refine import match, shift_and_mix
 
 INPUTS = torch.randn(120, 6, generator=torch.Generator().manual_seed(1))
@@ -141,7 +141,7 @@ class Rates(torch.optim.AdamW):
 def rates_of(monkeypatch, module, **options):
     monkeypatch.setattr(torch.optim, "AdamW", Rates)
     Rates.seen.clear()
-    match(module, [mlp(1), mlp(2)], INPUTS, **options)
+    match(module, [mlp(1), mlp(2)], INPUTS, Match(**options))
     return list(Rates.seen)
 
 
@@ -259,7 +259,7 @@ def run(seed, outside, **options):
     module, members = cnn(3), [cnn(1), cnn(2)]
     torch.manual_seed(outside)
     state = torch.get_rng_state()
-    report = match(module, members, IMAGES, Match(steps=25, batch=8, seed=seed), **options)
+    report = match(module, members, IMAGES, Match(steps=25, batch=8, seed=seed, **options))
     assert torch.equal(torch.get_rng_state(), state)
     return module.state_dict(), report
 
@@ -326,15 +326,15 @@ def test_values_are_matched_as_they_are_and_logits_up_to_a_constant():
     members = [mlp(1), mlp(2)]
     wanted = mean_of(members, INPUTS)
 
-    def matched(**options):
+    def matched(task=None):
         module = mlp(3)
         module[4].bias.data += 5
-        match(module, members, INPUTS, Match(steps=200, learning_rate=1e-2), **options)
+        match(module, members, INPUTS, Match(steps=200, learning_rate=1e-2), task=task)
         with torch.no_grad():
             return (module(INPUTS) - wanted).mean().abs()
 
     assert matched() > 3
-    assert matched(outputs="values") < 3
+    assert matched(Regression()) < 3
 
 
 def test_one_output_per_input_is_a_value():
@@ -408,39 +408,112 @@ def broken(seed):
 
 SELF = mlp(7)
 BAD = {
-    "no members": (mlp(3), [], INPUTS, {}, "no members"),
-    "its own member": (SELF, [mlp(1), SELF], INPUTS, {}, "its own members"),
-    "no inputs": (mlp(3), [mlp(1)], INPUTS[:0], {}, "0 inputs"),
-    "an empty tuple": (mlp(3), [mlp(1)], (), {}, "no tensors"),
-    "a scalar": (mlp(3), [mlp(1)], torch.tensor(1.0), {}, "no tensors"),
-    "unlike lengths": (mlp(3), [mlp(1)], (INPUTS, INPUTS[1:]), {}, "differ in length"),
-    "another shape": (mlp(3), [mlp(1)], INPUTS[:, :5], {}, "Member 0 rejects"),
-    "another dtype": (mlp(3), [mlp(1)], INPUTS.double(), {}, "Member 0 rejects"),
-    "both budgets": (mlp(3), [mlp(1)], INPUTS, {"steps": 1, "seconds": 1}, "Two budgets"),
-    "no steps": (mlp(3), [mlp(1)], INPUTS, {"steps": 0}, "steps is 0"),
-    "no seconds": (mlp(3), [mlp(1)], INPUTS, {"seconds": -1.0}, "seconds is -1"),
-    "seconds NaN": (mlp(3), [mlp(1)], INPUTS, {"seconds": float("nan")}, "seconds is nan"),
-    "batch": (mlp(3), [mlp(1)], INPUTS, {"batch": 1}, "batch is 1"),
-    "rate": (mlp(3), [mlp(1)], INPUTS, {"learning_rate": 0.0}, "learning_rate is 0"),
-    "outputs": (mlp(3), [mlp(1)], INPUTS, {"outputs": "mean"}, "outputs are 'mean'"),
-    "no classes": (mlp(3, 1), [mlp(1, 1)], INPUTS, {"outputs": "logits"}, "no class logits"),
-    "members unlike": (mlp(3), [mlp(1), mlp(2, 4)], INPUTS, {}, r"member 1 \[\d+, 4\]"),
-    "module unlike": (mlp(3, 4), [mlp(1)], INPUTS, {}, r"module \[\d+, 4\]"),
-    "members NaN": (mlp(3), [mlp(1), broken(2)], INPUTS, {}, "not finite"),
-    "no batch": (mlp(3), [nn.Flatten(0)], INPUTS, {}, "answer of its own"),
-    "nothing to train": (mlp(3).requires_grad_(False), [mlp(1)], INPUTS, {}, "nothing to train"),
+    "no members": (mlp(3), [], INPUTS, {}, MemberError, "no members"),
+    "its own member": (SELF, [mlp(1), SELF], INPUTS, {}, MemberError, "its own members"),
+    "no inputs": (
+        mlp(3),
+        [mlp(1)],
+        INPUTS[:0],
+        {},
+        InputError,
+        "at least 2 inputs are needed, got 0",
+    ),
+    "an empty tuple": (mlp(3), [mlp(1)], (), {}, InputError, "not tensors"),
+    "a scalar": (mlp(3), [mlp(1)], torch.tensor(1.0), {}, InputError, "not tensors"),
+    "unlike lengths": (mlp(3), [mlp(1)], (INPUTS, INPUTS[1:]), {}, InputError, "differ in length"),
+    "another shape": (mlp(3), [mlp(1)], INPUTS[:, :5], {}, InputError, "member 0 rejects"),
+    "another dtype": (mlp(3), [mlp(1)], INPUTS.double(), {}, InputError, "member 0 rejects"),
+    "both budgets": (
+        mlp(3),
+        [mlp(1)],
+        INPUTS,
+        {"steps": 1, "seconds": 1},
+        OptionError,
+        "steps and seconds contradict",
+    ),
+    "no steps": (
+        mlp(3),
+        [mlp(1)],
+        INPUTS,
+        {"steps": 0},
+        OptionError,
+        "steps must be above 0, got 0",
+    ),
+    "no seconds": (
+        mlp(3),
+        [mlp(1)],
+        INPUTS,
+        {"seconds": -1.0},
+        OptionError,
+        "seconds must be above 0, got -1",
+    ),
+    "seconds NaN": (
+        mlp(3),
+        [mlp(1)],
+        INPUTS,
+        {"seconds": float("nan")},
+        OptionError,
+        "seconds must be above 0, got nan",
+    ),
+    "batch": (
+        mlp(3),
+        [mlp(1)],
+        INPUTS,
+        {"batch": 1},
+        OptionError,
+        "batch must be at least 2, got 1",
+    ),
+    "rate": (
+        mlp(3),
+        [mlp(1)],
+        INPUTS,
+        {"learning_rate": 0.0},
+        OptionError,
+        "learning_rate must be above 0, got 0",
+    ),
+    "no classes": (
+        mlp(3, 1),
+        [mlp(1, 1)],
+        INPUTS,
+        {"task": Classification()},
+        OptionError,
+        "not class logits",
+    ),
+    "members unlike": (
+        mlp(3),
+        [mlp(1), mlp(2, 4)],
+        INPUTS,
+        {},
+        MemberError,
+        r"member 1 \[\d+, 4\]",
+    ),
+    "module unlike": (mlp(3, 4), [mlp(1)], INPUTS, {}, MemberError, r"module \[\d+, 4\]"),
+    "members NaN": (mlp(3), [mlp(1), broken(2)], INPUTS, {}, MemberError, "not finite"),
+    "no batch": (mlp(3), [nn.Flatten(0)], INPUTS, {}, MemberError, "output of its own"),
+    "nothing to train": (
+        mlp(3).requires_grad_(False),
+        [mlp(1)],
+        INPUTS,
+        {},
+        RefineError,
+        "nothing to train",
+    ),
     "augment of two": (
         mlp(3),
         [mlp(1)],
         (INPUTS, INPUTS),
         {"augment": lambda x, generator: x},
-        "augmentation was given for 2 inputs",
+        OptionError,
+        "augment works with one input tensor, got 2",
     ),
 }
 
 
 @pytest.mark.parametrize("name", BAD)
 def test_bad_input_is_named(name):
-    module, members, inputs, options, message = BAD[name]
-    with pytest.raises(RefineError, match=message):
-        match(module, members, inputs, Match(batch=options.pop("batch", 64)), **options)
+    module, members, inputs, given, kind, message = BAD[name]
+    options = dict(given)
+    task = options.pop("task", None)
+    with pytest.raises(FxfuseError, match=message) as caught:
+        match(module, members, inputs, Match(**options), task=task)
+    assert type(caught.value) is kind

@@ -281,8 +281,8 @@ def test_a_fraction_of_the_units_comes_from_others(fraction: float, base_member:
     plan = fxfuse.fuse(
         members,
         x,
-        method=Transplant(fraction=fraction),
         constraints=Constraints(base_member=base_member),
+        method=Transplant(fraction=fraction),
     ).plan
     assert plan.options["fraction"] == str(fraction)
     graph = fxfuse.analyze(members[0], x)
@@ -323,20 +323,71 @@ def test_without_a_fraction_the_host_is_the_network_itself():
 @pytest.mark.parametrize(
     ("method", "wrong", "error", "message"),
     [
-        ("transplant", {"fraction": 1.5}, OptionError, "fraction 1.5"),
-        ("transplant", {"fraction": float("nan")}, OptionError, "fraction nan"),
-        ("transplant", {"fraction": 0.5, "variant": "iterative"}, OptionError, "contradict"),
-        ("transplant", {"fraction": 0.5, "base_member": 2}, OptionError, "no member 2"),
-        ("weight_matching", {"reference": 2}, OptionError, "reference member 2"),
-        ("weight_matching", {"reference": -1}, OptionError, "reference member -1"),
-        ("weight_matching", {"reference": "median"}, OptionError, "'median'"),
-        ("optimal_transport", {"reference": "mean"}, OptionError, "no reference"),
-        ("optimal_transport", {"regularisation": 0.0}, OptionError, "regularisation 0.0"),
-        ("optimal_transport", {"variant": "features"}, OptionError, "weights, activations"),
-        ("zip", {"variant": "within"}, OptionError, "across"),
+        ("transplant", {"fraction": 1.5}, OptionError, r"fraction must be in \[0, 1\], got 1.5"),
+        (
+            "transplant",
+            {"fraction": float("nan")},
+            OptionError,
+            r"fraction must be in \[0, 1\], got nan",
+        ),
+        (
+            "transplant",
+            {"fraction": 0.5, "variant": "iterative"},
+            OptionError,
+            "fraction and variant",
+        ),
+        (
+            "transplant",
+            {"fraction": 0.5, "base_member": 2},
+            OptionError,
+            "base_member must be 0 to 1, got 2",
+        ),
+        (
+            "weight_matching",
+            {"reference": 2},
+            OptionError,
+            "reference must be 0 to 1 or 'mean', got 2",
+        ),
+        (
+            "weight_matching",
+            {"reference": -1},
+            OptionError,
+            "reference must be 0 to 1 or 'mean', got -1",
+        ),
+        (
+            "weight_matching",
+            {"reference": "median"},
+            OptionError,
+            "reference must be .*, got 'median'",
+        ),
+        ("optimal_transport", {"reference": "mean"}, OptionError, "reference='mean' does not work"),
+        (
+            "optimal_transport",
+            {"regularisation": 0.0},
+            OptionError,
+            "regularisation must be above 0 and finite, got 0.0",
+        ),
+        (
+            "optimal_transport",
+            {"variant": "features"},
+            OptionError,
+            "unknown variant 'features'(.|\n)*weights, activations",
+        ),
+        (
+            "average",
+            {"variant": "iterative"},
+            OptionError,
+            "leave variant out: this method has none",
+        ),
+        ("zip", {"variant": "within"}, OptionError, "unknown variant 'within' of zip"),
         ("zip", {}, InputError, "'zip' needs calibration inputs"),
-        ("activation_matching", {}, InputError, "calibration="),
-        ("optimal_transport", {"variant": "activations"}, InputError, "calibration="),
+        ("activation_matching", {}, InputError, "'activation_matching' needs calibration inputs"),
+        (
+            "optimal_transport",
+            {"variant": "activations"},
+            InputError,
+            "'activations' of optimal_transport needs calibration inputs",
+        ),
     ],
 )
 def test_wrong_options_are_named(
@@ -353,7 +404,7 @@ def test_activations_that_do_not_fit():
     bad = {
         "do not fit": [good[name][0]],
         "do not fit the members": [good[name][0], good[name][1][:-1]],
-        "not finite": [good[name][0], good[name][1] * float("nan")],
+        "an activation .* is not finite": [good[name][0], good[name][1] * float("nan")],
     }
     for message, tensors in bad.items():
         options = {"activations": {**good, name: tensors}}

@@ -220,14 +220,14 @@ def test_the_wide_method_keeps_everything():
     result = fxfuse.fuse(members, TOKENS, method="concatenate")
     torch.testing.assert_close(result.module(TOKENS), mean_of(members, TOKENS))
     with pytest.raises(OptionError, match="keeps every unit"):
-        fxfuse.fuse(members, TOKENS, method="concatenate", size=1)
+        fxfuse.fuse(members, TOKENS, size=1, method="concatenate")
 
 
 @pytest.mark.parametrize(
     ("options", "why"),
     [
         ({"width": 1}, "does not keep every unit"),
-        ({}, "takes a width"),
+        ({}, "needs a width that keeps every unit"),
         ({"width": 2, "freeze": "head.*"}, "one tensor for all members"),
         ({"width": 2, "mixing": "sometimes"}, "sometimes"),
     ],

@@ -76,7 +76,7 @@ def test_an_error_leaves_the_earlier_result(tmp_path):
 
 def test_an_existing_folder_is_refused(tmp_path):
     write(tmp_path / "out", "one")
-    with pytest.raises(OutputError, match="--force"):
+    with pytest.raises(OutputError, match="force=True"):
         write(tmp_path / "out", "two")
     assert (tmp_path / "out" / "a.txt").read_text() == "one"
 
@@ -114,7 +114,7 @@ def test_a_folder_that_appears_meanwhile_is_not_overwritten(tmp_path):
             (tmp_path / "out").mkdir()
             (tmp_path / "out" / "a.txt").write_text("theirs")
 
-    with pytest.raises(OutputError):
+    with pytest.raises(OutputError, match="out exists already"):
         race()
     assert contents(tmp_path) == ["out", "out/a.txt"]
     assert (tmp_path / "out" / "a.txt").read_text() == "theirs"

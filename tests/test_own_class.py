@@ -284,7 +284,7 @@ def test_what_was_tried_is_told() -> None:
             self.channels = 16
 
     result = fxfuse.fuse(seeded(Sizes), TOKENS, size=0.5)
-    with pytest.raises(RewriteError, match=r"2 ways of setting Sizes\.channels were tried"):
+    with pytest.raises(RewriteError, match=r"2 ways to set Sizes\.channels were tried"):
         result.to_module()
 
 

@@ -68,7 +68,7 @@ def test_heads_on_one_trunk_answer_as_their_members(n: int):
     members = [member(seed, classes=3 + seed) for seed in range(n)]
     one_trunk(members, ("fc",))
     x = images(dtype=torch.float64)
-    result = fxfuse.fuse(members, x, method="average", heads=Heads(["fc"]))
+    result = fxfuse.fuse(members, x, method="average", heads=Heads(Heads(["fc"])))
     answers = result.module(x)
     assert isinstance(answers, tuple)
     for m, answer in zip(members, answers, strict=True):
@@ -88,7 +88,7 @@ def test_heads_keep_their_order_constants_and_structure():
     members = [tower(0, 3), tower(1, 7, hidden=9)]
     one_trunk(members, HEADS)
     x = torch.randn(5, 4).double()
-    result = fxfuse.fuse(members, x, method="average", heads=Heads(HEADS))
+    result = fxfuse.fuse(members, x, method="average", heads=Heads(Heads(HEADS)))
     # At another batch size too.
     x = torch.randn(9, 4).double()
     for m, answer in zip(members, result.module(x), strict=True):
@@ -112,14 +112,14 @@ def test_a_permuted_trunk_is_aligned_and_its_head_with_it():
             tensor.copy_(tensor[order])
         other.up.weight.copy_(other.up.weight[:, order])
     torch.testing.assert_close(other(x)["logits"], expected[1])
-    result = fxfuse.fuse(members, x, method="weight_matching", heads=Heads(HEADS))
+    result = fxfuse.fuse(members, x, method="weight_matching", heads=Heads(Heads(HEADS)))
     for logits, answer in zip(expected, result.module(x), strict=True):
         torch.testing.assert_close(answer["logits"], logits)
 
 
 def test_statistics_in_a_head_stand_in_for_units_of_others():
     members = [tower(0, 3), tower(1, 3)]
-    result = fxfuse.fuse(members, torch.randn(5, 4).double(), heads=Heads(HEADS))
+    result = fxfuse.fuse(members, torch.randn(5, 4).double(), heads=Heads(Heads(HEADS)))
     units = result.plan.map_of("trunk.2.weight:0")
     assert len(set(units.member)) == 2
     for i in range(2):
@@ -151,7 +151,7 @@ def test_transplanted_halves_answer_as_their_members():
     kill(members[0], range(4), range(2, 6))
     kill(members[1], range(4, 8), range(0, 8, 2))
     x = images(dtype=torch.float64)
-    result = fxfuse.fuse(members, x, heads=Heads("fc"))
+    result = fxfuse.fuse(members, x, heads=Heads(Heads("fc")))
     for m, answer in zip(members, result.module(x), strict=True):
         torch.testing.assert_close(answer, m(x))
     units = result.plan.map_of("stem.weight:0")
@@ -183,7 +183,7 @@ def test_a_head_of_convolutions_and_norms():
     members = [member(0, 3), member(1, 5)]
     x = images(dtype=torch.float64)
     one_trunk(members, ("block2", "fc"))
-    result = fxfuse.fuse(members, x, method="average", heads=Heads(["block2", "f?"]))
+    result = fxfuse.fuse(members, x, method="average", heads=Heads(Heads(["block2", "f?"])))
     for m, answer in zip(members, result.module(x), strict=True):
         torch.testing.assert_close(answer, m(x))
 
@@ -202,7 +202,7 @@ def test_outputs_of_the_trunk_stand_in_every_entry():
     members = [WithFeatures(2), WithFeatures(3)]
     one_trunk(members, ("head",))
     x = torch.randn(3, 4)
-    result = fxfuse.fuse(members, x, method="average", heads=Heads(["head"]))
+    result = fxfuse.fuse(members, x, method="average", heads=Heads(Heads(["head"])))
     for m, (logits, h) in zip(members, result.module(x), strict=True):
         torch.testing.assert_close(logits, m(x)[0])
         torch.testing.assert_close(h, m(x)[1])
@@ -226,7 +226,7 @@ def test_an_in_place_trunk_after_a_head_keeps_its_place():
     members = [Auxiliary(2), Auxiliary(3)]
     one_trunk(members, ("early", "late"))
     x = torch.randn(3, 4)
-    result = fxfuse.fuse(members, x, method="average", heads=Heads(["early", "late"]))
+    result = fxfuse.fuse(members, x, method="average", heads=Heads(Heads(["early", "late"])))
     for m, answer in zip(members, result.module(x), strict=True):
         torch.testing.assert_close(answer, m(x))
 
@@ -238,7 +238,7 @@ def test_hosted_units_reach_the_hosts_head_only():
         members,
         x,
         constraints=Constraints(ignore=["stem", "bn"], base_member=1),
-        heads=Heads(["fc"]),
+        heads=Heads(Heads(["fc"])),
     )
     state = result.state_dict()
     assert torch.equal(state["heads.1.fc.weight"], members[1].fc.weight)
@@ -249,7 +249,7 @@ def test_hosted_units_reach_the_hosts_head_only():
 def test_the_module_trains_pickles_and_compiles():
     members = [member(0, 3, torch.float32), member(1, 5, torch.float32)]
     x = images()
-    module = fxfuse.fuse(members, x, heads=Heads(["fc"])).module
+    module = fxfuse.fuse(members, x, heads=Heads(Heads(["fc"]))).module
     expected = module(x)
     again = pickle.loads(pickle.dumps(module))
     for found in (again(x), copy.deepcopy(module)(x), torch.compile(module, fullgraph=True)(x)):
@@ -271,7 +271,7 @@ def test_the_module_trains_pickles_and_compiles():
 
 def test_plans_with_heads_survive_json():
     members = [member(0, 3), member(1, 5)]
-    result = fxfuse.fuse(members, images(dtype=torch.float64), heads=Heads(["fc"]))
+    result = fxfuse.fuse(members, images(dtype=torch.float64), heads=Heads(Heads(["fc"])))
     plan = fxfuse.FusionPlan.from_json(result.plan.to_json())
     assert (plan.heads, plan.heads.modules) == (result.plan.heads, ("fc",))
     owners = {name: plan.roles[name].member for name in plan.names_of("head")}
@@ -308,29 +308,33 @@ class Coda(nn.Module):
 @pytest.mark.parametrize(
     ("options", "heads", "message"),
     [
-        ({}, ["head"], r"feeds back(.|\n)*reads coda\.(bias|weight), which belongs to no head"),
+        ({}, ["head"], r"feeds back(.|\n)*reads coda\.(bias|weight), which is not in a head"),
         ({"writes": True}, ["shift"], "feeds back(.|\n)*in place(.|\n)*other heads"),
         ({"tied": True}, ["head", "coda"], r"shares a parameter(.|\n)*second\.weight"),
-        ({}, ["unused"], "does not read the heads"),
+        ({}, ["unused"], "does not use the heads"),
         ({}, ["*"], "whole network"),
     ],
 )
 def test_heads_that_cannot_be_kept_apart(options: dict[str, bool], heads: list[str], message: str):
     with pytest.raises(OptionError, match=message):
-        fxfuse.fuse([Coda(**options), Coda(**options)], torch.randn(3, 4), heads=Heads(heads))
+        fxfuse.fuse(
+            [Coda(**options), Coda(**options)], torch.randn(3, 4), heads=Heads(Heads(heads))
+        )
 
 
 def test_bad_input():
     members = [member(0, 3), member(1, 5)]
     x = images(dtype=torch.float64)
-    with pytest.raises(MemberError, match="heads="):
+    with pytest.raises(MemberError, match=r"member 1 differs from member 0 (.|\n)*heads="):
         fxfuse.fuse(members, x)
     with pytest.raises(OptionError, match=r"heads='fcc' matches nothing(.|\n)*fc"):
-        fxfuse.fuse(members, x, heads=Heads(["fcc"]))
+        fxfuse.fuse(members, x, heads=Heads(Heads(["fcc"])))
     with pytest.raises(OptionError, match="every head keeps"):
-        fxfuse.fuse(members, x, constraints=Constraints(freeze=["*fc.weight"]), heads=Heads(["fc"]))
+        fxfuse.fuse(
+            members, x, constraints=Constraints(freeze=["*fc.weight"]), heads=Heads(Heads(["fc"]))
+        )
     wider = excite(SmallResNet(width=16, classes=5).double(), x)
-    with pytest.raises(MemberError, match="shapes"):
+    with pytest.raises(MemberError, match="member 1 differs from member 0: shapes"):
         fxfuse.fuse([members[0], wider], x, heads=Heads(["fc"]))
 
     class Quadratic(SmallResNet):
@@ -338,8 +342,10 @@ def test_bad_input():
             return super().forward(x * x)
 
     with pytest.raises(MemberError, match="graphs"):
-        fxfuse.fuse([members[0], Quadratic(classes=5).double().eval()], x, heads=Heads(["fc"]))
-    result = fxfuse.fuse(members, x, heads=Heads(["fc"]))
+        fxfuse.fuse(
+            [members[0], Quadratic(classes=5).double().eval()], x, heads=Heads(Heads(["fc"]))
+        )
+    result = fxfuse.fuse(members, x, heads=Heads(Heads(["fc"])))
     with pytest.raises(OptionError, match="2 heads"):
         result.load_into(SmallResNet(classes=3))
 
@@ -348,7 +354,7 @@ def test_equal_heads_are_kept_too():
     """Members of one task may keep their heads as well: no mean is taken."""
     members = [member(0, 4), member(1, 4)]
     x = images(dtype=torch.float64)
-    result = fxfuse.fuse(members, x, heads=Heads(["fc"]))
+    result = fxfuse.fuse(members, x, heads=Heads(Heads(["fc"])))
     assert [tuple(y.shape) for y in result.module(x)] == [(4, 4), (4, 4)]
     units = result.plan.map_of("stem.weight:0")
     mine = torch.from_numpy(np.flatnonzero(units.member == 1))

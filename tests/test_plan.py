@@ -71,7 +71,7 @@ def test_a_plan_applied_again_gives_the_same_tensors(network: str, width: float)
 )
 def test_a_plan_holds_what_was_asked(options: dict[str, Any]) -> None:
     members, x = resnets(2, torch.float64), images(dtype=torch.float64)
-    first = fxfuse.fuse(members, x, **flat(**options)))
+    first = fxfuse.fuse(members, x, **flat(**options))
     again = fxfuse.build(through_json(first.plan), members, x)
     assert_equal_networks(first, again)
     assert again.plan.digest == first.plan.digest
@@ -89,7 +89,7 @@ def test_a_refit_may_follow_a_plan() -> None:
 
 def test_other_members_are_told_from_these(plan: fxfuse.FusionPlan) -> None:
     members, x = resnets(3), images()
-    with pytest.raises(PlanError, match="made for 2 members, and 3 are given"):
+    with pytest.raises(PlanError, match="made for 2 members, got 3"):
         fxfuse.build(plan, members, x)
     with pytest.raises(PlanError, match=r"member 1 is not the network.*\n.*stem\.weight"):
         fxfuse.build(plan, [members[0], members[2]], x)
@@ -97,7 +97,7 @@ def test_other_members_are_told_from_these(plan: fxfuse.FusionPlan) -> None:
         fxfuse.build(plan, members[1::-1], x)
     with torch.no_grad():
         members[1].block2.bn2.bias[3] += 0.1
-    with pytest.raises(PlanError) as caught:
+    with pytest.raises(PlanError, match="member 1 is not the network that the plan") as caught:
         fxfuse.build(plan, members[:2], x)
     assert caught.value.where == "block2.bn2.bias"
     assert caught.value.why.startswith("1 of ")
@@ -131,7 +131,7 @@ def test_an_edited_plan_is_refused(plan: fxfuse.FusionPlan) -> None:
 def test_a_plan_without_hashes_can_be_read_and_not_applied(plan: fxfuse.FusionPlan) -> None:
     unknown = through_json(replace(plan, members=(MemberRecord(), MemberRecord())))
     assert "block1.conv1.weight:0" in unknown.summary()
-    with pytest.raises(PlanError, match="does not say for which members"):
+    with pytest.raises(PlanError, match="does not identify its members"):
         fxfuse.build(unknown, resnets(2), images())
 
 
@@ -140,7 +140,9 @@ def test_a_plan_of_another_schema_is_to_be_made_again(
     plan: fxfuse.FusionPlan, schema: object
 ) -> None:
     text = json.dumps(json.loads(plan.to_json()) | {"schema": schema})
-    with pytest.raises(PlanError, match=r"plan schema .* is not 4(.|\n)*make the plan again"):
+    with pytest.raises(
+        PlanError, match=r"unknown plan schema .*, expected 4(.|\n)*make the plan again"
+    ):
         fxfuse.FusionPlan.from_json(text)
 
 
@@ -301,11 +303,11 @@ def test_maps_of_units_that_there_are_not(plan: fxfuse.FusionPlan) -> None:
         (replace(first, member=first.member + 1), "member"),
         (replace(first, target=first.target - 1), "fused unit"),
     ):
-        with pytest.raises(PlanError, match=f"names a {what} that there is not"):
+        with pytest.raises(PlanError, match=f"{what} out of range: must be 0 to"):
             fxfuse.build(replace(plan, maps=(entry, *others)), members, x)
     larger = replace(plan, maps=(replace(first, n_units=17), *others))
     roles = {**plan.roles, "other.weight": plan.roles["stem.weight"]}
-    with pytest.raises(PlanError, match="coupling groups"):
+    with pytest.raises(PlanError, match="have different coupling groups"):
         fxfuse.build(replace(plan, maps=tuple(others)), members, x)
     with pytest.raises(PlanError, match="more fused units than the members have"):
         fxfuse.build(larger, members, x)
@@ -315,7 +317,7 @@ def test_maps_of_units_that_there_are_not(plan: fxfuse.FusionPlan) -> None:
 
 def test_a_single_member_needs_a_plan_of_one(plan: fxfuse.FusionPlan) -> None:
     members, x = resnets(2), images()
-    with pytest.raises(MemberError):
+    with pytest.raises(MemberError, match="fusion needs at least 2 members, got 1"):
         fxfuse.fuse(members[:1], x)
     with pytest.raises(PlanError, match="made for 2 members"):
         fxfuse.build(plan, members[:1], x)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import numpy as np
@@ -83,7 +84,7 @@ def test_the_channels_that_torch_pruning_keeps(
 ) -> None:
     model = small_vgg() if name == "vgg" else build(name)
     x = images(2, torch.float64) if name == "vgg" else image()
-    result = fxfuse.prune(model, x, verify=False, method=Transplant(score=score), size=0.5)
+    result = fxfuse.prune(model, x, verify=False, size=0.5, method=Transplant(score=score))
     ours = {}
     for group in result.graph.groups:
         units = result.plan.map_of(group.name).unit
@@ -119,7 +120,9 @@ def test_pruning_the_wide_model_is_fusing_for_random_networks(recipe: Recipe, wi
     members = members_of(recipe, 2)
     try:
         fused = fxfuse.fuse(members, verify=False, size=2 * width)
-    except (OptionError, PlanError):
+    except (OptionError, PlanError) as error:
+        if not re.search("leaves no unit|nothing in this network can be fused", str(error)):
+            raise
         assume(False)
     wide = fxfuse.fuse(members, verify=False, size=2)
     args, kwargs = inputs_of(members[0])
@@ -217,9 +220,9 @@ def test_obs_removes_what_nobody_misses() -> None:
         model,
         calibration[:4],
         calibration=calibration,
-        method=Transplant(score="obs"),
         size=0.5,
         refine=[],
+        method=Transplant(score="obs"),
     )
     assert result.plan.maps[0].unit.tolist() == [4, 5, 6, 7]
     torch.testing.assert_close(result.module(calibration), model(calibration))
@@ -249,7 +252,7 @@ def test_a_wide_model_that_runs_member_by_member_is_pruned() -> None:
 def test_a_network_with_several_heads_is_pruned() -> None:
     x = images()
     members = [SmallResNet(classes=3).eval(), SmallResNet(classes=5).eval()]
-    fused = fxfuse.fuse(members, x, heads=Heads("fc"))
+    fused = fxfuse.fuse(members, x, heads=Heads(Heads("fc")))
     pruned = fxfuse.prune(fused.module, x, plan=fused.plan, size=0.5)
     assert [tuple(y.shape) for y in pruned.module(x)] == [(4, 3), (4, 5)]
     assert set(pruned.plan.sizes().values()) == {4}
@@ -292,13 +295,13 @@ def test_train_prune_train() -> None:
     ("options", "error", "match"),
     [
         ({}, OptionError, "needs a width or a budget"),
-        ({"width": 1.5}, OptionError, "at most 1"),
-        ({"width": 0}, OptionError, "greater than 0"),
-        ({"width": float("nan")}, OptionError, "width nan"),
-        ({"width": 0.5, "max_params": 100}, OptionError, "a budget"),
+        ({"width": 1.5}, OptionError, r"width must be in \(0, 1\], got 1.5"),
+        ({"width": 0}, OptionError, r"width must be in \(0, 1\], got 0"),
+        ({"width": float("nan")}, OptionError, r"width must be in \(0, 1\], got nan"),
+        ({"width": 0.5, "max_params": 100}, OptionError, "width and a budget contradict"),
         ({"max_flops": 1}, OptionError, "no width meets the budget"),
-        ({"width": 0.5, "score": "best"}, OptionError, "best"),
-        ({"width": 0.5, "score": "obs"}, InputError, "calibration"),
+        ({"width": 0.5, "score": "best"}, OptionError, "unknown score 'best'"),
+        ({"width": 0.5, "score": "obs"}, InputError, "score 'obs' needs calibration inputs"),
         ({"width": 0.5, "freeze": "nothing"}, OptionError, "matches nothing"),
     ],
 )
@@ -311,5 +314,5 @@ def test_weights_that_are_not_finite() -> None:
     model = resnets(1)[0]
     with torch.no_grad():
         model.stem.weight[0, 0, 0, 0] = float("nan")
-    with pytest.raises(MemberError):
+    with pytest.raises(MemberError, match="member 0 holds weights that are not finite"):
         fxfuse.prune(model, images(), size=0.5)

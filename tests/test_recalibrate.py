@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 import fxfuse
-from fxfuse.errors import RefineError
+from fxfuse.errors import FxfuseError, InputError, OptionError
 from fxfuse.refine import recalibrate
 
 IMAGES = torch.randn(24, 2, 6, 6, generator=torch.Generator().manual_seed(1)) + 0.5
@@ -133,19 +133,20 @@ def test_one_input_tensor_per_argument():
 
 
 BAD = {
-    "one input": (IMAGES[:1], {}, "1 inputs"),
-    "no tensor": ([[1.0]], {}, "no tensors"),
-    "another shape": (torch.rand(4, 5), {}, "rejects the inputs"),
-    "another dtype": (IMAGES.double(), {}, "rejects the inputs"),
-    "batch of one": (IMAGES, {"batch": 1}, "batch is 1"),
+    "one input": (IMAGES[:1], {}, InputError, "at least 2 inputs are needed, got 1"),
+    "no tensor": ([[1.0]], {}, InputError, "not tensors"),
+    "another shape": (torch.rand(4, 5), {}, InputError, "rejects the inputs"),
+    "another dtype": (IMAGES.double(), {}, InputError, "rejects the inputs"),
+    "batch of one": (IMAGES, {"batch": 1}, OptionError, "batch must be at least 2, got 1"),
 }
 
 
 @pytest.mark.parametrize("name", BAD)
 def test_bad_input_is_named(name):
-    inputs, options, message = BAD[name]
-    with pytest.raises(RefineError, match=message):
+    inputs, options, kind, message = BAD[name]
+    with pytest.raises(FxfuseError, match=message) as caught:
         recalibrate(net(0), inputs, **options)
+    assert type(caught.value) is kind
 
 
 def test_activations_that_are_not_finite_name_the_layer_and_change_nothing():
@@ -153,6 +154,6 @@ def test_activations_that_are_not_finite_name_the_layer_and_change_nothing():
     with torch.no_grad():
         module.conv2.weight[1] = float("nan")
     before = statistics(module)
-    with pytest.raises(RefineError, match="norm2"):
+    with pytest.raises(InputError, match="norm2"):
         recalibrate(module, IMAGES)
     torch.testing.assert_close(statistics(module), before, rtol=0, atol=0)

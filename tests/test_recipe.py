@@ -224,7 +224,7 @@ def test_nothing_is_written_where_something_is_wrong(work: Path) -> None:
             run(recipe)
         assert sorted(p.name for p in work.iterdir()) == before, more
     run(recipe_in(work))
-    with pytest.raises(OutputError):
+    with pytest.raises(OutputError, match="fused exists already"):
         run(recipe_in(work))
 
 
@@ -271,6 +271,7 @@ def test_a_mistake_is_named_with_its_line(
     with pytest.raises(OptionError) as found:
         parse_recipe(text, "recipe.yaml")
     assert said in str(found.value)
+    assert found.value.what.startswith("the recipe ")
     assert found.value.where == ("recipe.yaml" if line is None else f"recipe.yaml, line {line}")
     assert not list(tmp_path.iterdir())
 

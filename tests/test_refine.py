@@ -17,7 +17,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.data import DataLoader, TensorDataset
 
 from fxfuse.cli.data import Batches
-from fxfuse.errors import CheckpointError, RefineError
+from fxfuse.errors import (
+    CheckpointError,
+    FxfuseError,
+    InputError,
+    MemberError,
+    OptionError,
+    RefineError,
+)
 from fxfuse.refine import checkpoint as checkpoints
 from fxfuse.refine import default_optimizer, distill, finetune
 
@@ -401,7 +408,7 @@ def test_trees_come_back_as_they_were(tmp_path):
 
 
 def test_state_that_is_no_tensor_is_refused_by_name(tmp_path):
-    with pytest.raises(RefineError, match="set") as caught:
+    with pytest.raises(CheckpointError, match="a set cannot be stored") as caught:
         checkpoints.save(tmp_path / "tree", {"optimizer": {"state": {1, 2}}})
     assert caught.value.where == "optimizer/state"
     assert list(tmp_path.iterdir()) == []
@@ -442,7 +449,7 @@ def test_checkpoint_of_another_run(changed, named, tmp_path):
 
 def test_one_shot_iterator_that_ends_early():
     module = network()
-    with pytest.raises(RefineError, match="ran out after 5 steps") as caught:
+    with pytest.raises(InputError, match="ran out after 5 steps") as caught:
         finetune(module, iter(batches()), steps=6, **QUIET)
     assert "list" in caught.value.how
     assert not module.training
@@ -450,44 +457,65 @@ def test_one_shot_iterator_that_ends_early():
 
 
 BAD_CALLS = {
-    "no batches": (lambda: finetune(_linear(0), [], steps=1, **QUIET), "no batches"),
-    "no labels": (lambda: finetune(_linear(0), [INPUTS], steps=1, **QUIET), "no labels"),
+    "no batches": (lambda: finetune(_linear(0), [], steps=1, **QUIET), InputError, "no batches"),
+    "no labels": (
+        lambda: finetune(_linear(0), [INPUTS], steps=1, **QUIET),
+        InputError,
+        "no labels",
+    ),
     "three items": (
         lambda: finetune(_linear(0), [(INPUTS, INPUTS, LABELS)], steps=1, **QUIET),
+        InputError,
         "tuple of 3 items",
     ),
-    "no steps": (lambda: finetune(_linear(0), batches(), steps=0, **QUIET), "steps is 0"),
+    "no steps": (
+        lambda: finetune(_linear(0), batches(), steps=0, **QUIET),
+        OptionError,
+        "steps must be at least 1, got 0",
+    ),
     "checkpoint_every": (
         lambda: finetune(_linear(0), batches(), steps=1, checkpoint_every=0, **QUIET),
-        "checkpoint_every is 0",
+        OptionError,
+        "checkpoint_every must be at least 1, got 0",
     ),
     "optimizer of another module": (
         lambda: finetune(_linear(0), batches(), steps=1, optimizer=_sgd(_linear(0), 1)[0], **QUIET),
+        OptionError,
         "no parameter of this module",
     ),
     "schedule alone": (
         lambda: finetune(_linear(0), batches(), steps=1, scheduler=_sgd(_linear(0), 1)[1], **QUIET),
-        "without its optimiser",
+        OptionError,
+        "scheduler needs its optimizer",
     ),
     "frozen": (
         lambda: finetune(_linear(0).requires_grad_(False), batches(), steps=1, **QUIET),
+        RefineError,
         "nothing to train",
     ),
     "no logits": (
         lambda: finetune(nn.LSTM(6, 3), batches(), steps=1, **QUIET),
+        MemberError,
         "no logits",
     ),
-    "no teachers": (lambda: distill(_linear(0), [], batches(), steps=1, **QUIET), "no teachers"),
+    "no teachers": (
+        lambda: distill(_linear(0), [], batches(), steps=1, **QUIET),
+        MemberError,
+        "no teachers",
+    ),
     "own teacher": (
         lambda: distill((module := _linear(0)), [module], batches(), steps=1, **QUIET),
+        MemberError,
         "its own teachers",
     ),
     "temperature": (
         lambda: distill(_linear(0), [_linear(1)], batches(), steps=1, temperature=0.0, **QUIET),
-        "temperature is 0",
+        OptionError,
+        "temperature must be above 0, got 0",
     ),
     "other classes": (
         lambda: distill(_linear(0), [nn.Linear(6, 4)], batches(), steps=1, **QUIET),
+        MemberError,
         "different shapes",
     ),
 }
@@ -495,9 +523,10 @@ BAD_CALLS = {
 
 @pytest.mark.parametrize("case", BAD_CALLS)
 def test_bad_calls_say_what_and_how(case):
-    call, what = BAD_CALLS[case]
-    with pytest.raises(RefineError, match=what) as caught:
+    call, kind, what = BAD_CALLS[case]
+    with pytest.raises(FxfuseError, match=what) as caught:
         call()
+    assert type(caught.value) is kind
     assert caught.value.where
     assert caught.value.why
     assert caught.value.how

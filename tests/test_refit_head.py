@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from fxfuse.errors import RefineError
+from fxfuse.errors import InputError, MemberError, OptionError
 from fxfuse.refine import refit_head
 
 
@@ -51,22 +51,30 @@ def test_comes_closer_to_the_ensemble_and_changes_only_that_layer():
     assert not student[3]._forward_hooks
 
 
-@pytest.mark.parametrize("layer", ["1", "0", "head", ""])
-def test_what_is_no_last_linear_layer_is_refused(layer):
+@pytest.mark.parametrize(
+    ("layer", "message"),
+    [
+        ("1", "has a BatchNorm1d there"),
+        ("0", "'0' is not the network's output"),
+        ("head", "no such module"),
+        ("", "has a Sequential there"),
+    ],
+)
+def test_what_is_no_last_linear_layer_is_refused(layer, message):
     member, student = net(0), net(1)
     before = copy.deepcopy(student.state_dict())
-    with pytest.raises(RefineError):
+    with pytest.raises(OptionError, match=message):
         refit_head(student, [member], inputs(), layer=layer)
     assert all(torch.equal(t, before[n]) for n, t in student.state_dict().items())
 
 
 def test_bad_members_and_inputs_are_refused():
     student = net(1)
-    with pytest.raises(RefineError, match="its own members"):
+    with pytest.raises(MemberError, match="its own members"):
         refit_head(student, [student], inputs(), layer="3")
-    with pytest.raises(RefineError, match="no members"):
+    with pytest.raises(MemberError, match="no members"):
         refit_head(student, [], inputs(), layer="3")
-    with pytest.raises(RefineError, match="The network rejects"):
+    with pytest.raises(InputError, match="the network rejects"):
         refit_head(student, [net(0)], torch.rand(200, 5), layer="3")
-    with pytest.raises(RefineError, match="other classes"):
+    with pytest.raises(MemberError, match="other classes"):
         refit_head(student, [net(0, classes=5)], inputs(), layer="3")

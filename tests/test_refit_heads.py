@@ -51,7 +51,7 @@ def test_members_of_one_trunk_are_left_as_they_are(heads: tuple[str, ...]):
     one_trunk(members, heads)
     x = torch.randn(200, 3, 8, 8).double()
     result = fxfuse.fuse(
-        members, x[:4], calibration=x, method="average", refine=[Refit()], heads=Heads(heads)
+        members, x[:4], calibration=x, refine=[], method="average", heads=Heads(Heads(heads))
     )
     x = images(dtype=DOUBLE)
     for m, answer in zip(members, result.module(x), strict=True):
@@ -61,7 +61,7 @@ def test_members_of_one_trunk_are_left_as_they_are(heads: tuple[str, ...]):
 def test_each_head_is_the_regression_of_its_member():
     """From the student's own trunk to the member's logits, by least squares."""
     members, x = plain(3), torch.randn(400, 6)
-    result = fxfuse.fuse(members, x[:4], heads=Heads(["head"]))
+    result = fxfuse.fuse(members, x[:4], heads=Heads(Heads(["head"])))
     report = refit(result, members, x, Refit(alpha=1e-9), task=Regression())
     fits = {fit.weight: fit for fit in report.layers}
     state = result.state_dict()
@@ -80,9 +80,9 @@ def test_the_trunk_aims_at_the_kept_units_of_all_members():
         members,
         x[:4],
         calibration=x,
+        refine=[],
         method=Transplant(score="l2"),
-        refine=[Refit()],
-        heads=Heads(["head"]),
+        heads=Heads(Heads(["head"])),
     )
     units = result.plan.map_of("first.weight:0")
     assert set(units.member) == {0, 1}
@@ -99,15 +99,15 @@ def test_the_trunk_aims_at_the_kept_units_of_all_members():
 def test_no_layer_gets_worse(heads: tuple[str, ...], width: float | None):
     members = [member(seed, 3 + seed, torch.float32) for seed in range(2)]
     x = torch.randn(200, 3, 8, 8)
-    before = fxfuse.fuse(members, x[:4], size=width, heads=Heads(heads))
+    before = fxfuse.fuse(members, x[:4], size=width, heads=Heads(Heads(heads)))
     result = fxfuse.fuse(
         members,
         x[:4],
         calibration=x,
-        method=Transplant(score="l2"),
         size=width,
-        refine=[Refit()],
-        heads=Heads(heads),
+        refine=[],
+        method=Transplant(score="l2"),
+        heads=Heads(Heads(heads)),
     )
     assert no_layer_got_worse(result.refit)
     weights = {fit.weight for fit in result.refit.layers if fit.fitted}
@@ -127,9 +127,9 @@ def test_units_of_others_in_a_head_have_no_target():
         members,
         x[:4],
         calibration=x,
+        refine=[],
         method=Transplant(score="l2"),
-        refine=[Refit()],
-        heads=Heads(HEADS),
+        heads=Heads(Heads(HEADS)),
     )
     fits = {fit.weight: fit for fit in result.refit.layers}
     assert no_layer_got_worse(result.refit)
@@ -155,14 +155,14 @@ def test_an_early_head_is_fitted_on_its_own_way():
     torch.manual_seed(1)
     members, x = [Early(2).eval(), Early(3).eval()], torch.randn(300, 6)
     heads = ["early", "late"]
-    plainly = fxfuse.fuse(members, x[:4], heads=Heads(heads))
+    plainly = fxfuse.fuse(members, x[:4], heads=Heads(Heads(heads)))
     result = fxfuse.fuse(
         members,
         x[:4],
         calibration=x,
+        refine=[],
         method=Transplant(score="l2"),
-        refine=[Refit()],
-        heads=Heads(heads),
+        heads=Heads(Heads(heads)),
     )
     with torch.no_grad():
         for i, m in enumerate(members):
@@ -187,11 +187,11 @@ def test_a_refit_afterwards_is_the_same():
         members,
         x[:4],
         calibration=x,
+        refine=[],
         method=Transplant(score="l2"),
-        refine=[Refit()],
-        heads=Heads(["head"]),
+        heads=Heads(Heads(["head"])),
     )
-    later = fxfuse.fuse(members, x[:4], heads=Heads(["head"]))
+    later = fxfuse.fuse(members, x[:4], heads=Heads(Heads(["head"])))
     report = refit(later, members, x)
     for name, tensor in at_once.state_dict().items():
         assert torch.equal(tensor, later.state_dict()[name]), name
@@ -208,11 +208,11 @@ def test_scores_that_measure_see_the_trunk(score: str):
         members,
         x[:4],
         calibration=x,
+        refine=[],
         method=Transplant(score=score),
-        refine=[Refit()],
-        heads=Heads(["fc"]),
+        heads=Heads(Heads(["fc"])),
     )
-    plainly = fxfuse.fuse(members, x[:4], heads=Heads(["fc"]))
+    plainly = fxfuse.fuse(members, x[:4], heads=Heads(Heads(["fc"])))
     with torch.no_grad():
         for m, a, b in zip(members, plainly.module(x), result.module(x), strict=True):
             assert distance(b, m(x)) < distance(a, m(x))
@@ -252,10 +252,10 @@ def test_obs_knows_that_a_heads_own_norm_has_nothing_for_units_of_others():
         members,
         x[:4],
         calibration=x,
-        method=Transplant(score="obs"),
         size=1 / 3,
-        refine=[Refit()],
-        heads=Heads(HEADS),
+        refine=[],
+        method=Transplant(score="obs"),
+        heads=Heads(Heads(HEADS)),
     )
     units = result.plan.map_of("trunk.2.weight:0")
     assert set(zip(units.member.tolist(), units.unit.tolist(), strict=True)) == {(0, 1), (1, 4)}
@@ -264,7 +264,14 @@ def test_obs_knows_that_a_heads_own_norm_has_nothing_for_units_of_others():
 def test_what_needs_one_task_is_refused():
     members, x = plain(), torch.randn(200, 6)
     with pytest.raises(OptionError, match="choose a start") as caught:
-        fxfuse.fuse(members, x[:4], calibration=x, heads=Heads(["head"]))
+        fxfuse.fuse(
+            members,
+            x[:4],
+            calibration=x,
+            method=Transplant(score="l2"),
+            refine=[],
+            heads=Heads(Heads(["head"])),
+        )
     assert "refit=True" in caught.value.how
     labelled = [(x, torch.zeros(200, dtype=torch.int64))]
     with pytest.raises(OptionError, match="one loss"):
@@ -272,9 +279,9 @@ def test_what_needs_one_task_is_refused():
             members,
             x[:4],
             calibration=labelled,
-            method=Transplant(score="taylor"),
             refine=[],
-            heads=Heads(["head"]),
+            method=Transplant(score="taylor"),
+            heads=Heads(Heads(["head"])),
         )
 
 

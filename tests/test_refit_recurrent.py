@@ -111,9 +111,9 @@ def test_a_network_of_twice_the_width_is_the_mean_already():
         networks,
         x[:4],
         calibration=x,
-        method=Transplant(score="l2"),
         size=Size(2, mixing="joint"),
-        refine=[Refit()],
+        refine=[],
+        method=Transplant(score="l2"),
     )
     assert result.refit is not None
     assert all(fit.after < 1e-9 for fit in result.refit.layers), result.refit.layers
@@ -125,9 +125,9 @@ def test_layers_that_should_stay_and_cells_are_left():
         networks,
         x[:4],
         calibration=x,
-        method=Transplant(score="l2"),
-        refine=[Refit()],
+        refine=[],
         constraints=Constraints(freeze=["rnn.bias_hh_l0"]),
+        method=Transplant(score="l2"),
     ).refit
     assert frozen is not None
     assert {fit.why for fit in frozen.layers if fit.weight.startswith("rnn")} == {
@@ -147,7 +147,7 @@ def test_layers_that_should_stay_and_cells_are_left():
 
     loops: list[nn.Module] = [Loop().eval(), Loop().eval()]
     report = fxfuse.fuse(
-        loops, x[:4], calibration=x, method=Transplant(score="l2"), refine=[Refit()]
+        loops, x[:4], calibration=x, refine=[], method=Transplant(score="l2")
     ).refit
     assert report is not None
     assert {name for name in report.left if "weight" in name} == {
@@ -224,7 +224,7 @@ def test_rows_of_digits():
         best = max(correct(member(fresh)) for member in networks)
         plainly = correct(fxfuse.fuse(networks, x[:4]).module(fresh))
         result = fxfuse.fuse(
-            networks, x[:4], calibration=x[:500], method=Transplant(score="l2"), refine=[Refit()]
+            networks, x[:4], calibration=x[:500], refine=[], method=Transplant(score="l2")
         )
         refitted = correct(result.module(fresh))
     assert ensemble > best + 0.1

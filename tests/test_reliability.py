@@ -153,7 +153,7 @@ def test_a_writer_that_was_killed_locks_nothing(tmp_path: Path, number: signal.S
     child = command(sys.executable, "-c", HOLD, tmp_path / "out")
     assert child.stdout is not None
     assert child.stdout.readline() == "ready\n"
-    with pytest.raises(OutputError), locked(tmp_path / "out"):
+    with pytest.raises(OutputError, match="another process"), locked(tmp_path / "out"):
         pass
     child.send_signal(number)
     child.communicate()

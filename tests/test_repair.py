@@ -133,14 +133,14 @@ def test_a_dead_unit_is_left_dead():
 def test_other_members_or_inputs_are_refused():
     members = plain(1, 2)
     result = fxfuse.fuse(members, IMAGES[:4])
-    with pytest.raises(MemberError):
+    with pytest.raises(MemberError, match="2 members were fused, got 1"):
         repair(result, members[:1], IMAGES)
-    with pytest.raises(InputError):
+    with pytest.raises(InputError, match="the wrong shape"):
         repair(result, members, IMAGES[:, :1])
 
 
 def test_several_heads_are_refused():
     members = plain(1, 2)
     result = fxfuse.fuse(members, IMAGES[:4], heads=Heads(["head"]))
-    with pytest.raises(OptionError):
+    with pytest.raises(OptionError, match="several heads cannot be repaired"):
         repair(result, members, IMAGES)

@@ -27,7 +27,6 @@ from fxfuse import Example, Heads
 from fxfuse.api.saved import CONSTANTS, EXPORTED, GRAPH, PLAN, WEIGHTS
 from fxfuse.errors import (
     CheckpointError,
-    NoGraphError,
     OptionError,
     OutputError,
     RewriteError,
@@ -164,12 +163,12 @@ def test_what_is_not_there_or_not_ours(saved: Path, tmp_path: Path) -> None:
         fxfuse.load(tmp_path)
     shutil.copytree(saved, tmp_path / "weights")
     (tmp_path / "weights" / GRAPH).unlink()
-    with pytest.raises(NoGraphError, match="no graph"):
+    with pytest.raises(CheckpointError, match="holds weights, but no graph"):
         fxfuse.load(tmp_path / "weights")
-    with pytest.raises(OutputError):
+    with pytest.raises(OutputError, match="saved exists already"):
         fxfuse.save(fxfuse.load(saved), saved, images())
     plain = inference_copy(fxfuse.load(saved))
-    with pytest.raises(OptionError, match="example inputs"):
+    with pytest.raises(OptionError, match="example_inputs are missing"):
         fxfuse.save(plain, tmp_path / "new")
     assert not (tmp_path / "new").exists()
     fxfuse.save(plain, tmp_path / "new", images())
@@ -230,7 +229,7 @@ def test_everything_that_a_graph_can_hold_comes_back(kind: str, tmp_path: Path) 
 
 
 def test_other_precisions_and_heads_come_back(tmp_path: Path) -> None:
-    heads = fxfuse.fuse(resnets(2), images(), heads=Heads(output="concat")).module
+    heads = fxfuse.fuse(resnets(2), images(), heads=Heads(Heads(output="concat"))).module
     half = fxfuse.fuse(resnets(2), images()).module.to(torch.bfloat16)
     for network, x in ((heads, images()), (half, images().bfloat16())):
         fxfuse.save(network, tmp_path / "saved", force=True)
@@ -456,7 +455,7 @@ ATTACKS: dict[str, Callable[[Any], object]] = {
     "a large number": change_node("call", args=[1e300 * 1e300]),
     "deep lists": change_node("call", args=nested(30)),
     "lists without end": change_node("call", args=nested(400)),
-    "a long list": change_node("call", args=[[0] * 70_000]),
+    "a long list": change_node("call", args=[[0] * 400_000]),
     "a long text": change_node("call", args=["a" * 20_000]),
     "something more": change_node("call", more=1),
     "something more of a tensor": lambda g: g["tensors"]["fc.bias"].update(more=1),
@@ -464,9 +463,14 @@ ATTACKS: dict[str, Callable[[Any], object]] = {
     "an order of its own": lambda g: dict(reversed(g.items())),
     "no nodes": lambda g: g.update(nodes=[]),
     "no output": lambda g: g["nodes"].pop(),
+    "an annotation": lambda g: g["nodes"][-1]["args"].append(MARK),
+    "a default": change_node("input", args=[1]),
+    "many modules": lambda g: g["tensors"].update(
+        {f"{i}{'.a' * 90}": g["tensors"]["fc.bias"] for i in range(500)}
+    ),
     "two outputs": lambda g: g["nodes"].append(g["nodes"][-1]),
     "outputs that lack": lambda g: g.update(outputs=["builtins.list", None, ["*", "*"]]),
-    "many nodes": lambda g: g.update(nodes=g["nodes"][:1] * 60_000),
+    "many nodes": lambda g: g.update(nodes=g["nodes"][:1] * 50_000),
     "a class": lambda g: g.update(outputs=["torch.Size", None, ["*"]]),
     "a class of a user": lambda g: g.update(outputs=["fxfuse_tests.Answer", [], ["*"]]),
     "a class to import": lambda g: g.update(outputs=["os.system", None, ["*"]]),
@@ -497,7 +501,7 @@ def test_a_graph_that_is_not_what_fxfuse_writes_is_rejected(
     folder = edited(saved, tmp_path / "edited", ATTACKS[name])
     monkeypatch.chdir(tmp_path)
     start = time.monotonic()
-    with pytest.raises(CheckpointError) as found:
+    with pytest.raises(CheckpointError, match="is not a graph that fxfuse wrote") as found:
         fxfuse.load(folder)
     assert time.monotonic() - start < 10
     assert found.value.why
@@ -558,7 +562,7 @@ def test_a_damaged_byte_is_noticed(name: str, tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"checksum|belongs to this graph"):
         fxfuse.load(tmp_path / "saved")
     path.unlink()
-    with pytest.raises((CheckpointError, NoGraphError)):
+    with pytest.raises(CheckpointError, match=r"holds weights, but no graph|cannot open"):
         fxfuse.load(tmp_path / "saved")
 
 

@@ -48,7 +48,7 @@ def test_registered_scores():
     with pytest.raises(OptionError, match="activation, bn_scale, fisher, l1, l2, obs, taylor"):
         check_score("l3")
     assert (degree_of("l1"), degree_of("l2")) == (1, 2)
-    with pytest.raises(OptionError, match="no norm"):
+    with pytest.raises(OptionError, match="not a norm of weights"):
         degree_of("taylor")
 
 
@@ -239,10 +239,10 @@ def test_units_that_are_gone_do_not_count():
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("activation", "calibration inputs"),
-        ("obs", "calibration inputs"),
-        ("taylor", "labelled"),
-        ("fisher", "labelled"),
+        ("activation", "score 'activation' needs calibration inputs"),
+        ("obs", "score 'obs' needs calibration inputs"),
+        ("taylor", "score 'taylor' needs labelled calibration inputs"),
+        ("fisher", "score 'fisher' needs labelled calibration inputs"),
     ],
 )
 def test_scores_without_what_they_need(name: str, message: str):
@@ -254,7 +254,7 @@ def test_scores_without_what_they_need(name: str, message: str):
 def test_gradients_of_too_few_members():
     program = fxfuse.capture(mlp(), torch.randn(3, 4))
     options = {"score": "taylor", "gradients": [gradients(program, batches())]}
-    with pytest.raises(InputError, match="given for 1 members"):
+    with pytest.raises(InputError, match="passed for 1 members"):
         scored_members([mlp(), mlp()], torch.randn(3, 4), options)
 
 
@@ -264,10 +264,13 @@ def test_gradients_of_too_few_members():
         (torch.randn(7, 4), "labels are missing"),
         ((torch.randn(7, 4),), "labels are missing"),
         ((torch.randn(7, 4), None), "labels are missing"),
-        ((torch.randn(7, 4), torch.zeros(5, dtype=torch.long)), "does not fit"),
-        ((torch.randn(7, 4), torch.full((7,), 3)), "does not fit"),
-        ((torch.randn(7, 5), torch.zeros(7, dtype=torch.long)), "does not fit"),
-        ((torch.full((7, 4), float("nan")), torch.zeros(7, dtype=torch.long)), "not finite"),
+        ((torch.randn(7, 4), torch.zeros(5, dtype=torch.long)), "a labelled batch does not fit"),
+        ((torch.randn(7, 4), torch.full((7,), 3)), "a labelled batch does not fit"),
+        ((torch.randn(7, 5), torch.zeros(7, dtype=torch.long)), "a labelled batch does not fit"),
+        (
+            (torch.full((7, 4), float("nan")), torch.zeros(7, dtype=torch.long)),
+            "loss .* is not finite",
+        ),
     ],
 )
 def test_batches_that_are_no_good(batch: Any, message: str):

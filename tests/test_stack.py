@@ -24,8 +24,8 @@ from fxfuse.ensemble.lowerings import lowering, registered
 from fxfuse.ensemble.policy import Policy, policy_of
 from fxfuse.ensemble.walk import walk
 from fxfuse.errors import (
+    CaptureError,
     MemberError,
-    NoGraphError,
     OptionError,
     RewriteError,
     RuleError,
@@ -282,7 +282,7 @@ def test_a_wrong_lowering_is_noticed(monkeypatch: pytest.MonkeyPatch):
     find = walker.find
     entry = replace(find(aten.tanh.default), run=wrong)
     monkeypatch.setattr(walker, "find", lambda t: entry if t is aten.tanh.default else find(t))
-    with pytest.raises(VerificationError, match="answers otherwise"):
+    with pytest.raises(VerificationError, match="the stack does not answer like its members"):
         fxfuse.stack(perceptrons(), torch.randn(4, 6))
 
 
@@ -689,27 +689,27 @@ class DependsOnData(nn.Module):
 
 def test_bad_input_is_named():
     members, x = perceptrons(), torch.randn(4, 6)
-    with pytest.raises(MemberError, match="1 member given"):
+    with pytest.raises(MemberError, match="a stack needs at least 2 members, got 1"):
         fxfuse.stack(members[:1], x)
-    with pytest.raises(OptionError, match="no reduction 'sum'"):
+    with pytest.raises(OptionError, match="unknown reduce 'sum'"):
         fxfuse.stack(members, x, reduce="sum")
     with pytest.raises(MemberError, match="member 1"):
         fxfuse.stack([members[0], perceptrons(norm=False)[0]], x)
     with pytest.raises(MemberError, match="dtypes"):
         fxfuse.stack([members[0], copy.deepcopy(members[1]).double()], x)
-    with pytest.raises(MemberError):
+    with pytest.raises(MemberError, match="the network has no weights"):
         fxfuse.stack([copy.deepcopy(m).to("meta") for m in members], x.to("meta"))
-    with pytest.raises(RewriteError, match="Sequential is no stack"):
+    with pytest.raises(RewriteError, match="Sequential is not a stack"):
         fxfuse.unstack(members[0])
 
 
 def test_a_network_that_cannot_be_exported_is_refused():
     members, x = [DependsOnData() for _ in range(2)], torch.randn(4, 6)
-    with pytest.raises(NoGraphError, match="no stack can be written"):
+    with pytest.raises(CaptureError, match=r"torch\.export cannot capture DependsOnData"):
         fxfuse.stack(members, x)
     with pytest.warns(UserWarning, match="refuses"):
         traced = [fxfuse.capture(member, x) for member in members]
-    with pytest.raises(NoGraphError):
+    with pytest.raises(CaptureError, match="no exported graph"):
         fxfuse.stack(traced)
 
 

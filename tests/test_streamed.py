@@ -70,7 +70,9 @@ def check_same(folder: Path, members: list[nn.Module], x: Any, how: str, **optio
     template = copy.deepcopy(members[0])
     for p in template.parameters():
         nn.init.zeros_(p)
-    streamed = fxfuse.fuse(saved(folder, members, how), x, template=template, **flat(**options))
+    streamed = fxfuse.fuse(
+        fxfuse.Members.from_files(saved(folder, members, how), template), x, **flat(**options)
+    )
     assert streamed.plan.to_json() == loaded.plan.to_json()
     assert streamed.verification == loaded.verification
     expected, found = loaded.state_dict(), streamed.state_dict()
@@ -136,7 +138,7 @@ def test_what_no_checkpoint_holds_must_be_there(tmp_path: Path):
     paths = saved(tmp_path, members, "safetensors")
     with torch.device("meta"):
         template = Tied(False)
-    with pytest.raises(MemberError, match="order"):
+    with pytest.raises(MemberError, match=r"no values for a buffer(.|\n)*order"):
         fxfuse.fuse(Members.from_files(paths, template), ids)
     assert fxfuse.fuse(Members.from_files(paths, Tied(False)), ids).verification.passed
 
@@ -231,21 +233,21 @@ def broken(kind: str, folder: Path) -> tuple[list[Any], dict[str, Any]]:
 @pytest.mark.parametrize(
     ("kind", "error", "message"),
     [
-        ("missing", CheckpointError, "cannot open"),
-        ("folder", CheckpointError, "directory"),
+        ("missing", CheckpointError, "cannot open the checkpoint"),
+        ("folder", CheckpointError, "cannot open the checkpoint(.|\n)*directory"),
         ("truncated", CheckpointError, "damaged"),
-        ("shard", CheckpointError, "1-1.safetensors"),
-        ("outside", CheckpointError, "outside of the folder"),
+        ("shard", CheckpointError, "cannot open the checkpoint 1-1.safetensors"),
+        ("outside", CheckpointError, "outside its folder"),
         ("lacking", CheckpointError, "lacks nobody"),
         ("index", CheckpointError, "weight_map"),
-        ("dtype", CheckpointError, "float64"),
-        ("shape", CheckpointError, "fc.weight"),
+        ("dtype", CheckpointError, "other dtypes than the first checkpoint(.|\n)*float64"),
+        ("shape", CheckpointError, "does not fit the model(.|\n)*fc.weight"),
         ("name", CheckpointError, "lacks fc.weight"),
-        ("nan", MemberError, "member 1"),
+        ("nan", MemberError, "member 1 holds weights that are not finite"),
         ("pickle", CheckpointError, "pickled"),
         ("mixed", OptionError, "some members are files"),
-        ("no template", OptionError, "template="),
-        ("template", OptionError, "leave it out"),
+        ("no template", OptionError, "files need template="),
+        ("template", OptionError, "template= is for members in files\n"),
         ("calibrated", OptionError, "members in memory"),
         ("heads", OptionError, "members in memory"),
         ("label spaces", OptionError, "members in memory"),
@@ -262,5 +264,5 @@ def test_constants_are_compared(tmp_path: Path):
     members = [Tied(), Tied()]
     members[1].order = torch.arange(8)
     paths = saved(tmp_path, members, "safetensors")
-    with pytest.raises(MemberError, match="order"):
+    with pytest.raises(MemberError, match=r"differs from member 0: constants(.|\n)*order"):
         fxfuse.fuse(Members.from_files(paths, members[0]), torch.randint(0, 20, (2, 5)))

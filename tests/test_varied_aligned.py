@@ -362,9 +362,9 @@ def test_a_member_without_a_block_has_no_units_in_it(method: str):
 def test_what_has_no_meaning_is_named():
     x = inputs_of("mlp")
     members = [made(mlp, width, seed, x) for seed, width in enumerate((5, 9))]
-    with pytest.raises(OptionError, match="leave the width out, or use"):
+    with pytest.raises(OptionError, match="leave the size out, or use"):
         fxfuse.fuse(members, x[:4], method="weight_matching", size=1)
     with pytest.raises(OptionError, match="variant 'across' of zip has no width"):
-        fxfuse.fuse(members, x[:4], calibration=x, method=Zip(variant="across"), size=1, refine=[])
+        fxfuse.fuse(members, x[:4], calibration=x, size=1, refine=[], method=Zip(variant="across"))
     with pytest.raises(OptionError, match="no reference"):
         fxfuse.fuse(members, x[:4], method=OptimalTransport(reference="mean"))

@@ -9,12 +9,12 @@ import torch
 from torch import nn
 
 import fxfuse
-from fxfuse import Match, Refit, Regression, Size, Transplant
+from fxfuse import Match, Regression, Size, Transplant
 from fxfuse.activations import elimination, unit_activations
 from fxfuse.activations.calibration import CalibrationBatches
 from fxfuse.analysis.coupling import analyze
 from fxfuse.analysis.multi_width import multi_width
-from fxfuse.errors import MemberError, RefineError
+from fxfuse.errors import MemberError, OptionError
 from fxfuse.refine import match, refit, repair
 from fxfuse.transform.layout import copies_of, place_units
 from tests.models import excite, image
@@ -96,10 +96,10 @@ def test_a_refit_brings_the_network_closer_to_the_ensemble(family: str, width: f
         members,
         x[:4],
         calibration=x,
-        method=Transplant(score="l2"),
         size=width,
-        refine=[Refit()],
+        refine=[],
         task=Regression(),
+        method=Transplant(score="l2"),
     )
     assert result.refit is not None
     fitted = [fit for fit in result.refit.layers if fit.fitted]
@@ -128,7 +128,7 @@ def test_dead_units_go_first(score: str):
         for member, keeps in zip(members, alive, strict=True):
             member[0].weight[~keeps] = 0
             member[0].bias[~keeps] = -1
-    result = fxfuse.fuse(members, X[:4], calibration=X, method=Transplant(score=score), refine=[])
+    result = fxfuse.fuse(members, X[:4], calibration=X, refine=[], method=Transplant(score=score))
     kept = result.plan.map_of("0.weight:0")
     for member in range(2):
         assert set(kept.of_member(member)[1]) == set(alive[member].nonzero().flatten().tolist())
@@ -157,7 +157,7 @@ def test_copies_of_a_member_s_units_make_up_for_one_another():
 def test_matching_starts_from_the_fused_network():
     members, x = members_of("mlp"), X
     result = fxfuse.fuse(
-        members, x[:4], calibration=x, refine=[Refit(), Match(steps=20)], task=Regression()
+        members, x[:4], calibration=x, refine=[], task=Regression(), method=Transplant(score="l2")
     )
     assert result.choice is not None
     assert result.choice.start == "fused"
@@ -170,7 +170,7 @@ def test_labelled_inputs_score_every_member_in_its_own_graph(score: str):
     members = [mlp(6, 0), mlp(12, 1)]
     batches = [(X[:100], torch.arange(100) % 3)]
     result = fxfuse.fuse(
-        members, X[:4], calibration=batches, method=Transplant(score=score), refine=[]
+        members, X[:4], calibration=batches, refine=[], method=Transplant(score=score)
     )
     assert result.plan.sizes()["0.weight:0"] == 6
 
@@ -181,14 +181,9 @@ def deep(blocks: int, width: int) -> nn.Module:
 
 def test_members_of_other_depth_are_measured_too():
     members = [excited(lambda: deep(1, 12), 0, X), excited(lambda: deep(2, 16), 1, X)]
-    plain = fxfuse.fuse(members, X[:4], calibration=X, method=Transplant(score="obs"), refine=[])
+    plain = fxfuse.fuse(members, X[:4], calibration=X, refine=[], method=Transplant(score="obs"))
     result = fxfuse.fuse(
-        members,
-        X[:4],
-        calibration=X,
-        method=Transplant(score="obs"),
-        refine=[Refit()],
-        task=Regression(),
+        members, X[:4], calibration=X, refine=[], task=Regression(), method=Transplant(score="obs")
     )
     assert far(result.module, members, X) < 0.7 * far(plain.module, members, X)
 
@@ -200,10 +195,10 @@ def test_refit_repair_and_match_take_results_of_different_widths():
         members,
         x[:4],
         calibration=x,
-        method=Transplant(score="l2"),
         size=1.5,
-        refine=[Refit()],
+        refine=[],
         task=Regression(),
+        method=Transplant(score="l2"),
     )
     plain = far(result.module, members, x)
     report = refit(result, members, x, task=Regression())
@@ -213,7 +208,7 @@ def test_refit_repair_and_match_take_results_of_different_widths():
     match(result.module, members, x, Match(steps=10), task=Regression())
     assert refitted < 0.5 * plain
     assert far(result.module, members, x) < plain
-    with pytest.raises(MemberError, match="member 0 is not one of those"):
+    with pytest.raises(MemberError, match="member 0 is not the network that was fused"):
         refit(result, members[::-1], x)
 
 
@@ -221,12 +216,7 @@ def test_refit_takes_members_without_a_block():
     members = [excited(lambda: deep(1, 12), 0, X), excited(lambda: deep(2, 16), 1, X)]
     result = fxfuse.fuse(members, X[:4])
     both = fxfuse.fuse(
-        members,
-        X[:4],
-        calibration=X,
-        method=Transplant(score="l2"),
-        refine=[Refit()],
-        task=Regression(),
+        members, X[:4], calibration=X, refine=[], task=Regression(), method=Transplant(score="l2")
     )
     refit(result, members, X, task=Regression())
     torch.testing.assert_close(result.state_dict(), both.state_dict(), rtol=0, atol=0)
@@ -256,5 +246,5 @@ def test_repaired_units_vary_as_they_do_in_their_members(width: float | None):
 
 def test_what_is_the_mean_already_is_not_repaired():
     members, x = members_of("heads"), FAMILIES["heads"][1]
-    with pytest.raises(RefineError, match="nothing to repair"):
+    with pytest.raises(OptionError, match="nothing to repair"):
         repair(fxfuse.fuse(members, x[:4], size=2), members, x)

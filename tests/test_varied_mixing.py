@@ -160,7 +160,9 @@ def test_random_networks(recipe: Recipe):
     members = [fxfuse.capture(build(r, seed), images()) for seed, r in both]
     try:
         check = verify.concatenation_equals_ensemble(members, mixing="per_member")
-    except MemberError:
+    except MemberError as error:
+        if "differs from member 0" not in str(error):
+            raise
         assume(False)  # A shortcut that only one of them needs, since its width changes.
     assert check.passed, check
     assert check.tolerance == 1e-9

@@ -147,7 +147,7 @@ class Cropped(nn.Module):
 def test_what_cannot_be_concatenated_is_an_error_that_names_the_node():
     x = torch.randn(3, 4)
     assert verify.permutation(Cropped(), x).passed
-    with pytest.raises(RewriteError, match="cannot be written") as caught:
+    with pytest.raises(RewriteError, match="the concatenated network cannot be written") as caught:
         verify.concatenation_equals_ensemble([Cropped(), Cropped()], x)
     assert "(-1, 0)" in caught.value.where
 

@@ -231,7 +231,8 @@ def test_budgets_are_met(members: list[nn.Module]) -> None:
 
 @pytest.mark.parametrize("width", [0, -1, 3.01, float("nan"), float("inf"), 0.01])
 def test_widths_that_no_network_has(members: list[nn.Module], width: float) -> None:
-    with pytest.raises(OptionError, match="width"):
+    message = "width 0.01 leaves no unit" if width == 0.01 else r"width must be in \(0, 3\], got"
+    with pytest.raises(OptionError, match=message):
         fxfuse.fuse(members, X, size=width)
 
 
@@ -244,10 +245,10 @@ def test_a_budget_that_cannot_be_met_says_the_smallest(members: list[nn.Module])
     ("options", "match"),
     [
         ({"width": {"frist.*": 0.5}}, "matches nothing"),
-        ({"width": {"first.*": 0.5, "first.weight": 1.5}}, "two values of width"),
-        ({"width": 0.5, "max_params": 1000}, "a budget"),
+        ({"width": {"first.*": 0.5, "first.weight": 1.5}}, "two patterns of width contradict"),
+        ({"width": 0.5, "max_params": 1000}, "width and a budget contradict"),
         ({"width": 0.5, "method": "average"}, "member's width only"),
-        ({"width": 0.5, "multiple_of": 0}, "multiple_of"),
+        ({"width": 0.5, "round_to": 0}, "round_to must be at least 1, got 0"),
     ],
 )
 def test_bad_options(members: list[nn.Module], options: dict[str, object], match: str) -> None:

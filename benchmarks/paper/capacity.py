@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 
 from benchmarks.paper.experiment import Experiment, Job, Row
-from benchmarks.paper.refining import both, constraints
+from benchmarks.paper.refining import both, controls
 from benchmarks.paper.runner import command
 from benchmarks.paper.setting import Size, members
 from fxfuse import Transplant, fuse, prune
@@ -36,7 +36,7 @@ def measure(job: Job) -> list[Row]:
         *both(small, "small members fused: NT (obs) + refit", fused.module),
         *both(small, "one large network", large),
         *both(small, "one large network, pruned (obs) to a small one", pruned.module),
-        *constraints(small),
+        *controls(small),
     ]
 
 

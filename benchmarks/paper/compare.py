@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from torch import nn
 
 from benchmarks.paper.experiment import Experiment, Job, Row
-from benchmarks.paper.refining import both, constraints, distilled, refitted, trained
+from benchmarks.paper.refining import both, controls, distilled, refitted, trained
 from benchmarks.paper.runner import command
 from fxfuse import Match
 from fxfuse.refine import match, recalibrate
@@ -29,7 +29,7 @@ def measure(job: Job) -> list[Row]:
     rows = [row for name, module in fusions(job) for row in both(job, name, module)]
     matching = f"{job.options.steps} matching steps"
     rows += both(job, f"auto, {matching} first", _auto(job))
-    rows += constraints(job)
+    rows += controls(job)
     best = job.case.best
     rows += both(job, f"best member, {matching} first", _matched(job, best))
     for name, start in (("NT (obs) + refit", refitted(job)), ("best member", best)):

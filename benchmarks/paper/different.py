@@ -10,7 +10,7 @@ import functools
 from dataclasses import dataclass
 
 from benchmarks.paper.experiment import Experiment, Job, Row, along
-from benchmarks.paper.refining import both, constraints
+from benchmarks.paper.refining import both, controls
 from benchmarks.paper.runner import command
 from benchmarks.paper.setting import Case, Size, network
 from fxfuse import fuse
@@ -45,7 +45,7 @@ def measure(job: Job) -> list[Row]:
         fresh = network(job.network, job.data, job.seed, Size(width=target))
         found = [*both(own, "NT (l2)", fused), both(own, "untrained network", fresh)[-1]]
         rows += along(f"{target:g}", target, found)
-    return rows + constraints(own)
+    return rows + controls(own)
 
 
 EXPERIMENT = Experiment(

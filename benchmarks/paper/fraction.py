@@ -6,7 +6,7 @@ python -m benchmarks.paper.fraction
 from __future__ import annotations
 
 from benchmarks.paper.experiment import Experiment, Job, Row
-from benchmarks.paper.refining import both, constraints
+from benchmarks.paper.refining import both, controls
 from benchmarks.paper.runner import command
 
 TENTHS = range(11)
@@ -18,7 +18,7 @@ def measure(job: Job) -> list[Row]:
     for tenth in TENTHS:
         share = tenth / len(TENTHS[1:])
         rows += both(job, f"{share:g}", job.fused(fraction=share, base_member=base_member), share)
-    return rows + constraints(job)
+    return rows + controls(job)
 
 
 EXPERIMENT = Experiment(

@@ -140,7 +140,7 @@ def measure(
     if REFIT in rows:
         note(REFIT, *_module(fused(**best, calibration=x, refit=True)))
     if COPIES in rows:
-        options = {**best, "calibration": x, "calibration_copies": 1, "refit": True}
+        options = {**best, "calibration": x, "augmentations": 1, "refit": True}
         note(COPIES, *_module(fused(**options)))
     if QUICK_ROW in rows:
         module, spent = _module(fused(score="obs", calibration=x[:QUICK_INPUTS], refit=True))

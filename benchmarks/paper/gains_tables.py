@@ -35,7 +35,7 @@ def markdown(cases: Sequence[Case]) -> str:
         "## The figures to reach",
         "\n".join(figures(cases)),
         "## Against the controls",
-        "\n".join(constraints(cases)),
+        "\n".join(controls(cases)),
         "## All rows",
     ]
     for (network, data, setting), group in _by(cases, "network", "data", "setting").items():
@@ -101,7 +101,7 @@ def figures(cases: Sequence[Case]) -> list[str]:
     ]
 
 
-def constraints(cases: Sequence[Case]) -> list[str]:
+def controls(cases: Sequence[Case]) -> list[str]:
     """A line for each row with a control, network, setting and N: who is ahead."""
     lines = [
         "| network, setting | N | row | control | difference | ahead in |",

@@ -6,7 +6,7 @@ python -m benchmarks.paper.members [-n 2 3 4 6 8]
 from __future__ import annotations
 
 from benchmarks.paper.experiment import Experiment, Job, Row
-from benchmarks.paper.refining import both, constraints, refitted
+from benchmarks.paper.refining import both, controls, refitted
 from benchmarks.paper.runner import command
 
 VARIANTS = {"joint": None, "iterative": "iterative", "hierarchical": "hierarchical"}
@@ -17,7 +17,7 @@ def measure(job: Job) -> list[Row]:
     for name, variant in VARIANTS.items():
         rows += both(job, name, job.fused(variant=variant))
     rows += both(job, "joint (obs) + refit", refitted(job))
-    return rows + constraints(job)
+    return rows + controls(job)
 
 
 EXPERIMENT = Experiment(

@@ -16,7 +16,7 @@ import numpy as np
 from torch import nn
 
 from benchmarks.paper.experiment import Experiment, Job, Row
-from benchmarks.paper.refining import after, both, constraints, finetuned, refitted, trained
+from benchmarks.paper.refining import after, both, controls, finetuned, refitted, trained
 from benchmarks.paper.runner import command
 from fxfuse.analysis.coupling import CouplingGraph
 from fxfuse.planning.methods import State, method, methods
@@ -70,7 +70,7 @@ def measure(job: Job) -> list[Row]:
     half = [finetuned(job, member, max(1, k // 2)).module for member in job.case.members]
     refined = finetuned(job, job.fused(half), k - k // 2)
     rows.append(trained(job, "fine-tune members, merge, prune, fine-tune: half each", refined))
-    return rows + constraints(job)
+    return rows + controls(job)
 
 
 def _fine_tuned_between(job: Job) -> nn.Module:

@@ -144,7 +144,7 @@ def transplants_and_controls(job: Job) -> list[Row]:
     return [
         *both(job, "NT (l2)", job.fused()),
         *both(job, "NT (obs) + refit", refitted(job)),
-        *constraints(job),
+        *controls(job),
     ]
 
 
@@ -162,7 +162,7 @@ def swept(job: Job, sizes: Mapping[float, Size]) -> list[Row]:
     return rows
 
 
-def constraints(job: Job) -> list[Row]:
+def controls(job: Job) -> list[Row]:
     """The member that validates best, also with its head refitted, and the ensemble.
 
     Members are as they are and after the same steps.

@@ -6,7 +6,7 @@ python -m benchmarks.paper.selftransplant
 from __future__ import annotations
 
 from benchmarks.paper.experiment import Experiment, Job, Row
-from benchmarks.paper.refining import both, constraints
+from benchmarks.paper.refining import both, controls
 from benchmarks.paper.runner import command
 
 
@@ -20,7 +20,7 @@ def measure(job: Job) -> list[Row]:
         rows += both(job, f"with {name}", job.fused(members))
         rows += both(job, f"with {name}, half of each", job.fused(members, fraction=0.5))
         rows += both(job, f"with {name}, obs + refit", job.fused(members, **fitted))
-    return rows + constraints(job)
+    return rows + controls(job)
 
 
 EXPERIMENT = Experiment(

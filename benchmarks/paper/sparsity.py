@@ -8,7 +8,7 @@ from __future__ import annotations
 from torch import nn
 
 from benchmarks.paper.experiment import Experiment, Job, Row, along
-from benchmarks.paper.refining import both, constraints
+from benchmarks.paper.refining import both, controls
 from benchmarks.paper.runner import command
 from fxfuse import analyze, fuse
 from tests.options import flat
@@ -28,7 +28,7 @@ def measure(job: Job) -> list[Row]:
         }
         for name, module in networks.items():
             rows += along(f"{sparsity:g}", sparsity, both(job, name, module))
-    return rows + constraints(job)
+    return rows + controls(job)
 
 
 def _fused(job: Job, **options: object) -> nn.Module:

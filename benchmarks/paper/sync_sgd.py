@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from benchmarks.paper.experiment import Experiment, Job, Row
-from benchmarks.paper.refining import after, chosen, constraints, merit
+from benchmarks.paper.refining import after, chosen, controls, merit
 from benchmarks.paper.runner import command
 from benchmarks.paper.setting import seen
 from fxfuse.cli.data import Batches
@@ -41,7 +41,7 @@ def measure(job: Job) -> list[Row]:
     # Workers from one start hardly differ, so only the other ones make an ensemble.
     together = chosen(job, lambda rate: Ensemble(_workers(job, True, 1, None, rate)).eval())
     rows.append(Row("ensemble of workers, own starts", after(job), job.values(together.module)))
-    return rows + constraints(job)
+    return rows + controls(job)
 
 
 def _best(

@@ -12,7 +12,7 @@ import torch
 
 from fxfuse.activations.augment import Augment, default_augment
 from fxfuse.common.options import Options
-from fxfuse.errors import InputError
+from fxfuse.errors import InputError, OptionError
 from fxfuse.graph.capture import Program
 from fxfuse.graph.torch_compat import pytree
 
@@ -43,16 +43,12 @@ class Calibration(Options):
 
     def __post_init__(self) -> None:
         """Check the numbers."""
-        if self.limit < 1:
-            raise _error(
-                f"limit must be at least 1, got {self.limit}", "no input is left", "pass 1,000"
-            )
-        if self.augmentations < 0:
-            raise _error(
-                f"augmentations must be at least 0, got {self.augmentations}",
-                "it is a number of copies",
-                "pass 1",
-            )
+        for name, least in (("limit", 1), ("augmentations", 0)):
+            if getattr(self, name) < least:
+                raise OptionError(
+                    f"{name} must be at least {least}, got {getattr(self, name)}",
+                    how="leave it out, or pass a larger number",
+                )
 
     @staticmethod
     def of(given: Any) -> Calibration:
@@ -143,7 +139,7 @@ class CalibrationBatches:
         calls = [call for call, _ in found]
         if not calls:
             raise _error(
-                "there are no calibration inputs", "nothing was given", "pass 100 to 1,000"
+                "there are no calibration inputs", "the iterable is empty", "pass 100 to 1,000"
             )
         for args, kwargs in calls:
             _check(program, args, kwargs)
@@ -169,7 +165,7 @@ class CalibrationBatches:
         batches = tuple(_cut(whole, start, min(start + step, size)) for start in starts)
         if not batches:
             raise _error(
-                f"{size} calibration inputs are too few",
+                f"at least {fixed} calibration inputs are needed, got {size}",
                 f"the graph has a fixed batch of {fixed}",
                 f"pass a multiple of {fixed}, or capture with a dynamic batch",
             )
@@ -197,10 +193,10 @@ def _augment(call: _Call) -> Augment:
     found = None if kwargs else default_augment(args)
     if found is None:
         raise _error(
-            "no augmented copies can be made of these inputs",
+            "these calibration inputs cannot be augmented",
             "only one floating tensor of images [n, c, h, w] or signals [n, c, l] can be shifted "
             "and mixed",
-            "leave the copies out, or add copies of your own to the inputs",
+            "leave the copies out, or add your own copies to the inputs",
         )
     return found
 
@@ -212,7 +208,7 @@ def _calls(inputs: Any, program: Program, limit: int) -> tuple[list[tuple[_Call,
     if not isinstance(inputs, Iterable):
         raise _error(
             f"a {type(inputs).__name__} holds no calibration inputs",
-            "it is no tensor, tuple, mapping or iterable of batches",
+            "it is not a tensor, tuple, mapping or iterable of batches",
             "pass a tensor [n, ...] or a DataLoader",
         )
     found: list[tuple[_Call, Any]] = []
@@ -241,8 +237,8 @@ def _check(program: Program, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -
     given, own = pytree.tree_flatten((args, dict(kwargs)))
     if structure != own:
         raise _error(
-            "calibration inputs have another structure than the example inputs",
-            f"{own} instead of {structure}",
+            "calibration inputs differ in structure from the example inputs",
+            f"they are {own}, the example is {structure}",
             "pass them as the network is called",
         )
     for number, (x, like) in enumerate(zip(given, wanted, strict=True)):
@@ -251,10 +247,10 @@ def _check(program: Program, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -
         where = f"tensor {number} of the inputs"
         if x.shape[1:] != like.shape[1:]:
             why = f"shape {tuple(x.shape)}, the example has {tuple(like.shape)}"
-            raise _error("calibration inputs have another shape", why, "resize them", where)
+            raise _error("calibration inputs have the wrong shape", why, "resize them", where)
         if x.dtype != like.dtype:
             why = f"{x.dtype}, the example is {like.dtype}"
-            raise _error("calibration inputs have another dtype", why, "convert them", where)
+            raise _error("calibration inputs have the wrong dtype", why, "convert them", where)
         if x.is_floating_point() and not bool(torch.isfinite(x).all()):
             raise _error(
                 "calibration inputs are not finite",

@@ -45,10 +45,6 @@ def gradients(
 
     Returns:
         Means over the batches; a parameter that the loss does not depend on has gradient 0.
-
-    Raises:
-        InputError: There are no batches or no labels, the network or the loss rejects a
-            batch, or the loss is not finite.
     """
     state = program.once(program.state() if state is None else state)
     names = [n for n in state if isinstance(program.tensor(n), nn.Parameter)]
@@ -68,7 +64,7 @@ def gradients(
     if not count:
         raise InputError(
             "there are no labelled calibration inputs",
-            why="gradients are taken on batches of them, and none was given",
+            why="gradients are computed on batches (inputs, labels)",
             how="pass calibration= with batches (inputs, labels)",
         )
     return Gradients(
@@ -87,8 +83,7 @@ def _labelled(batch: Any) -> tuple[tuple[Any, ...], torch.Tensor]:
         raise InputError(
             "labels are missing",
             where=f"a batch of type {type(batch).__name__}",
-            why="this score needs the gradient of the cross-entropy, which compares logits with "
-            "labels",
+            why="this score needs the gradient of the cross-entropy",
             how="pass calibration= with batches (inputs, labels), or choose a score that needs no "
             "labels",
         )
@@ -124,6 +119,6 @@ def _loss(
         raise InputError(
             "the loss on the calibration inputs is not finite",
             why=f"the cross-entropy of a batch is {loss.item()}",
-            how="check the inputs, and that the labels are class numbers",
+            how="check the inputs, and that labels are class numbers",
         )
     return loss

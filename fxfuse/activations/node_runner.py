@@ -80,11 +80,7 @@ class NodeRunner:
             ]
 
     def run_to(self, node: fx.Node) -> None:
-        """Runs all nodes up to and with `node`.
-
-        Raises:
-            InputError: An activation is not finite; names the node.
-        """
+        """Runs all nodes up to and with `node`."""
         end = self.order[self.asked_as.get(node, node)]
         while self.done <= end:
             self._step(self.nodes[self.done])
@@ -196,10 +192,10 @@ class NodeRunner:
             for x in pytree.tree_leaves(result) if looked_at else ():
                 if isinstance(x, torch.Tensor) and x.is_floating_point() and _has_nan(x):
                     raise InputError(
-                        f"an activation of {self.name} is not a number",
+                        f"an activation of {self.name} is NaN",
                         where=f"{node.name} [{node.target}]  {source_of(node)}".rstrip(),
-                        why="NaN appears there on the calibration inputs",
-                        how="check the inputs' range and the members' weights",
+                        why="this operator returns NaN on the calibration inputs",
+                        how="check the range of the inputs and the members' weights",
                     )
             yield result
 

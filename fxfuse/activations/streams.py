@@ -32,9 +32,6 @@ def streams(graph: CouplingGraph) -> frozenset[str]:
 
     Such units are added, moved, normalised over, written and read by layers without groups of
     channels, and nothing else: no activation and no scale meets one of them by itself.
-
-    Args:
-        graph: The analysis of the members.
     """
     numbers = _numbers(graph)
     mixed = {

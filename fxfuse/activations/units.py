@@ -152,12 +152,6 @@ def unit_activations(
 ) -> dict[str, list[torch.Tensor]]:
     """Activations of the units of each group, as the trunk's layers that read them see them.
 
-    Args:
-        graph: The analysis of the members.
-        states: Their tensors by name.
-        calibration: The inputs.
-        rows: About how many rows each layer contributes.
-
     Returns:
         For each group, one float32 tensor [rows, n_units] per member; rows correspond across
         members. Rows of several layers, and of the slots of a unit, follow each other. A group that

@@ -20,9 +20,6 @@ def check_result(node: fx.Node, result: Any, count: int) -> None:
         node: The node; its `meta["val"]` holds what the operator returns, as fake tensors.
         result: What the rule returned.
         count: Number of ids that exist.
-
-    Raises:
-        RuleError: The two do not fit; names the operator, the node and its source line.
     """
     produced = node.meta["val"]
     if not isinstance(produced, list | tuple):
@@ -41,10 +38,12 @@ def _check_one(node: fx.Node, fake: Any, value: Any, count: int, which: str) -> 
     if not isinstance(fake, torch.Tensor):
         return
     if not isinstance(value, AbstractTensor):
-        raise _error(node, f"{which}the rule returns a {type(value).__name__}, not a Value")
+        raise _error(
+            node, f"{which}the rule returns a {type(value).__name__}, not an AbstractTensor"
+        )
     shape = concrete_shape(fake)
     if tuple(value.shape) != shape:
-        raise _error(node, f"{which}the rule gives shape {value.shape}, the operator {shape}")
+        raise _error(node, f"{which}the rule returns shape {value.shape}, the operator {shape}")
     if value.constant is not None and tuple(value.constant.shape) != shape:
         constant = tuple(value.constant.shape)
         raise _error(node, f"{which}a constant has shape {constant}, the operator's result {shape}")
@@ -55,13 +54,13 @@ def _check_one(node: fx.Node, fake: Any, value: Any, count: int, which: str) -> 
     for f in value.fields:
         numbers = neurons(f.ids)
         if numbers.numel() and not 0 <= int(numbers.min()) <= int(numbers.max()) < count:
-            raise _error(node, f"{which}a field holds ids that the ledger has not handed out")
+            raise _error(node, f"{which}a field holds ids that no neuron has")
 
 
 def _fault(f: Any, shape: tuple[int, ...]) -> str:
     """What is wrong with a field of a tensor of this shape; empty when nothing is."""
     if not isinstance(f, DimLabels):
-        return f"a {type(f).__name__} stands where a Field must"
+        return f"a {type(f).__name__} is not a DimLabels"
     sizes = tuple(f.ids.shape)
     if f.ids.dtype != torch.int64:
         return f"the ids of a field are {f.ids.dtype}, not torch.int64"
@@ -80,5 +79,5 @@ def _error(node: fx.Node, why: str) -> RuleError:
         f"the rule of {node.target} contradicts the operator",
         where=where_of(node),
         why=why,
-        how=f"mend the rule in {rule_file(node.target)}",
+        how=f"fix the rule in {rule_file(node.target)}",
     )

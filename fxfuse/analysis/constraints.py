@@ -93,16 +93,11 @@ class Constraints(Options):
         )
 
     def check_base_member(self, n_members: int) -> None:
-        """Checks that the base member is one of the members.
-
-        Raises:
-            OptionError: There is no member of its number.
-        """
+        """Checks that the base member is one of the members."""
         if not 0 <= self.base_member < n_members:
             raise OptionError(
-                f"there is no member {self.base_member} to be the base member",
-                why=f"there are {n_members} members, counted from 0",
-                how="pass base_member= with the number of a member",
+                f"base_member must be 0 to {n_members - 1}, got {self.base_member}",
+                how="pass base_member= with the number of a member, counted from 0",
             )
 
 
@@ -131,11 +126,7 @@ def paths_of(name: str) -> tuple[str, ...]:
 
 
 def names_like(names: Iterable[str], pattern: str, option: str) -> tuple[str, ...]:
-    """The tensor names that match a pattern.
-
-    Raises:
-        OptionError: None does.
-    """
+    """The tensor names that match a pattern."""
     names = tuple(names)
     found = tuple(name for name in names if fnmatchcase(name, pattern))
     return found or nothing_like(pattern, option, names, "no tensor of the network has such a name")
@@ -145,9 +136,6 @@ def names_under(names: Iterable[str], pattern: str, option: str) -> tuple[str, .
     """The tensor names that lie in a submodule whose path matches a pattern.
 
     A tensor that the network itself holds lies in no submodule and is matched by its own name.
-
-    Raises:
-        OptionError: None does.
     """
     names = tuple(names)
     paths = {name: paths_of(name) or (name,) for name in names}
@@ -157,26 +145,20 @@ def names_under(names: Iterable[str], pattern: str, option: str) -> tuple[str, .
 
 
 def nothing_like(pattern: str, option: str, known: Sequence[str], why: str) -> NoReturn:
-    """Raises the error for a pattern that matches nothing, with what comes close to it.
-
-    Raises:
-        OptionError: Always.
-    """
+    """Raises the error for a pattern that matches nothing, with what comes close to it."""
     close = get_close_matches(pattern, known, n=5, cutoff=0.4) or list(known[:5])
     more = f" (and {len(known) - len(close)} more)" if len(known) > len(close) else ""
     raise OptionError(
         f"{option}={pattern!r} matches nothing",
         why=why,
-        how=f"there are {', '.join(close)}{more}" if known else "the network has no tensors",
+        how=f"use one of {', '.join(close)}{more}"
+        if known
+        else f"leave {option} out: the network has no tensors",
     )
 
 
 def asked_for(program: Program, constraints: Constraints) -> dict[str, Asked]:
-    """What was asked for each tensor, by canonical name.
-
-    Raises:
-        OptionError: A pattern matches nothing, or two options contradict each other.
-    """
+    """What was asked for each tensor, by canonical name."""
     found: dict[str, Asked] = {}
     for option, patterns, search, kind in (
         ("freeze", constraints.freeze, names_like, Kind.KEEP_BASE),
@@ -193,10 +175,10 @@ def asked_for(program: Program, constraints: Constraints) -> dict[str, Asked]:
 def _add(found: dict[str, Asked], program: Program, name: str, asked: Asked) -> None:
     if name in program.heads:
         raise OptionError(
-            "a head is asked to stay or to be shared",
+            "a head cannot be frozen or shared",
             where=name,
-            why=f"{asked.why}, but every head keeps its own member's weights anyhow",
-            how="choose a pattern that matches tensors of the trunk only",
+            why=f"{asked.why}, but every head keeps its own member's weights",
+            how="use a pattern that matches tensors of the trunk only",
         )
     earlier = found.setdefault(program.canonical[name], asked)
     if earlier.kind is not asked.kind:
@@ -209,16 +191,12 @@ def contradiction(where: str, first: str, second: str) -> OptionError:
         "two options contradict each other",
         where=where,
         why=f"{first}, but also {second}",
-        how="what is the base member's is no mean of the members: drop one of the two patterns",
+        how="drop one of the two patterns: a tensor is copied from the base member or averaged",
     )
 
 
 def interface_dims(program: Program, constraints: Constraints) -> dict[int, frozenset[int]]:
-    """The interface dimensions of the outputs that are listed, counted from the front.
-
-    Raises:
-        OptionError: There is no such output, or it has no such dimension.
-    """
+    """The interface dimensions of the outputs that are listed, counted from the front."""
     outputs = program.outputs()
     found = {}
     ranks = {
@@ -230,7 +208,7 @@ def interface_dims(program: Program, constraints: Constraints) -> dict[int, froz
         if index not in ranks:
             raise OptionError(
                 f"output_dims names output {index}, which the network does not have",
-                how="in flattened order, the network has the outputs "
+                how="use one of "
                 + ", ".join(f"{i} ({rank} dimensions)" for i, rank in ranks.items()),
             )
         rank = ranks[index]
@@ -239,7 +217,7 @@ def interface_dims(program: Program, constraints: Constraints) -> dict[int, froz
                 raise OptionError(
                     f"output {index} has no dimension {dim}",
                     where=f"output_dims={dict(constraints.output_dims)}",
-                    why=f"it has {rank} dimensions",
+                    how=f"use one of 0 to {rank - 1}",
                 )
         found[index] = frozenset(dim % rank for dim in dims)
     return found

@@ -87,10 +87,11 @@ class CouplingGraph(Readable):
         network = "a network" if source is None else type(source).__name__
         title = f"Coupling graph of {network}: {counted(len(self.groups), 'group')}"
         inside = [reason for reason in self.frozen.values() if not reason.interface]
-        whys = Counter(at_line(reason.why, reason.source) for reason in inside).most_common()
+        whys = Counter((reason.why, reason.source) for reason in inside).most_common()
+        frozen = [f"{at_line(counted(n, 'dimension'), line)}: {why}" for (why, line), n in whys]
         return f"{title}, {self.free_fraction:.1%} of the weights are free", {
             "groups": [f"{g.name} ({counted(g.n_units, 'unit')})" for g in self.groups],
-            "frozen": [f"{counted(count, 'dimension')}: {why}" for why, count in whys],
+            "frozen": frozen,
             "mixing": [at_line(note.node, note.source) for note in self.mixing],
             "no rule": [at_line(gap.operator, gap.source) for gap in self.without_rule],
             "constraints": str(self.constraints),
@@ -106,12 +107,7 @@ class CouplingGraph(Readable):
         return next(g.n_units for g in self.of_member(member).groups if g.name == group)
 
     def lacking(self, absent: Mapping[str, Collection[int]], member: int) -> frozenset[str]:
-        """The groups that a member has no units of, since it lacks the block that they are in.
-
-        Args:
-            absent: Tensors that some members lack → the numbers of these members.
-            member: Number of the member.
-        """
+        """The groups that a member has no units of, since it lacks the block that they are in."""
         missing = {name for name, members in absent.items() if member in members}
         groups = (g for g in self.groups if all(name in missing for name, _ in g.index))
         return frozenset(g.name for g in groups) if missing else frozenset()
@@ -234,15 +230,7 @@ def analyze(
 
 
 def couple(program: Program, constraints: Constraints) -> CouplingGraph:
-    """Finds the coupling groups of a captured network.
-
-    Args:
-        program: The network.
-        constraints: The options of `analyze`.
-
-    Raises:
-        OptionError: An option names nothing in the network, or two contradict each other.
-    """
+    """Finds the coupling groups of a captured network."""
     asked = asked_for(program, constraints)
     missing = program.unreached(excused(asked))
     if missing:
@@ -280,12 +268,7 @@ def couple(program: Program, constraints: Constraints) -> CouplingGraph:
 
 
 def hands_out(graph: CouplingGraph, constraints: Constraints) -> bool:
-    """Whether units stand in an output along a dimension that is no interface (`output_dims`).
-
-    Args:
-        graph: The analysis of a network.
-        constraints: The options that it was made with.
-    """
+    """Whether units stand in an output along a dimension that is no interface (`output_dims`)."""
     outputs, interface = graph.program.outputs(), interface_dims(graph.program, constraints)
     values = {index: graph.values.get(outputs[index]) for index in interface}
     return any(

@@ -60,11 +60,7 @@ class Explainer:
         return result
 
     def one(self, place: Place) -> str:
-        """Why a dimension is free or frozen.
-
-        Raises:
-            OptionError: The network has no such tensor or dimension.
-        """
+        """Why a dimension is free or frozen."""
         key = self._place(place)
         lines = [f"{place[0]}, dimension {key[1]}:"]
         for group in self.group_of.get(key, ()):
@@ -92,11 +88,7 @@ class Explainer:
         return "\n".join(lines)
 
     def two(self, a: Place, b: Place) -> str:
-        """The chain of operators that couples two dimensions.
-
-        Raises:
-            OptionError: The network has no such tensor or dimension.
-        """
+        """The chain of operators that couples two dimensions."""
         first, second = self._place(a), self._place(b)
         head = f"{a[0]}, dimension {first[1]} and {b[0]}, dimension {second[1]}"
         if first == second:
@@ -116,7 +108,7 @@ class Explainer:
             )
         rank = self.program.tensor(name).dim()
         if not -rank <= dim < rank:
-            raise OptionError(f"{name!r} has no dimension {dim}", why=f"it has {rank} dimensions")
+            raise OptionError(f"{name!r} has no dimension {dim}", how=f"use one of 0 to {rank - 1}")
         return self.program.canonical[name], dim % rank
 
     def _size(self, place: Place) -> int:

@@ -102,16 +102,7 @@ def excused(asked: Mapping[str, Asked]) -> frozenset[str]:
 def frozen_components(
     program: Program, coupling: CouplingConstraints, component: Index
 ) -> FrozenComponents:
-    """Kind and first reason of every frozen component.
-
-    Args:
-        program: The network.
-        coupling: What was found out.
-        component: The component of each id.
-
-    Raises:
-        OptionError: A component is to be the base member's and shared at once.
-    """
+    """Kind and first reason of every frozen component."""
     heads = _inside_heads(program, coupling, component)
     size = len(heads)
     needed = np.full((len(_KINDS), size), -1, dtype=np.int64)
@@ -157,15 +148,7 @@ def frozen_places(
     stuck: FrozenComponents,
     asked: Mapping[str, Asked],
 ) -> dict[Place, FrozenReason]:
-    """Why each place is frozen, of those that are, wholly or in part.
-
-    Args:
-        program: The network.
-        coupling: What was found out.
-        component: The component of each id.
-        stuck: The frozen components.
-        asked: What options asked for, by canonical tensor name.
-    """
+    """Why each place is frozen, of those that are, wholly or in part."""
     by_owner: dict[Place, Index] = {}
     for owner, place in enumerate(coupling.owners):
         by_owner[place] = component[coupling.ids_of(owner)]

@@ -25,18 +25,8 @@ def find_heads(members: Sequence[Program], heads: Heads) -> tuple[Heads, int]:
     A head that is to be found consists of the modules whose parameters have an index for each
     class.
 
-    Args:
-        members: Program members.
-        heads: What is asked for.
-
     Returns:
         The same with the modules named, and the dimension.
-
-    Raises:
-        OptionError: A pattern matches nothing.
-        NoGraphError: torch.export refused a member.
-        OptionError: The members return no single tensor, the heads are not found, or the
-            classes are not those of the members.
     """
     for member in members:
         member.require_exported()
@@ -67,9 +57,9 @@ def find_heads(members: Sequence[Program], heads: Heads) -> tuple[Heads, int]:
         found = differing or ([1] if rank == 2 else [])
     if len(found) != 1:
         raise OptionError(
-            "it is not clear which dimension of the output is the classes"
+            "the output's dimension of classes is ambiguous"
             if found
-            else "no layer writes the network's output, index by index",
+            else "no dimension of the output is written by a layer, index by index",
             where=f"{outputs[0].name}, of {rank} dimensions",
             why="parameters have an index for each place along "
             + (f"dimensions {', '.join(map(str, found))}" if found else "none of them"),
@@ -86,8 +76,8 @@ def _output(member: Program) -> fx.Node:
     if len(tensors) == 1:
         return tensors[0]
     raise OptionError(
-        f"the members return {len(tensors)} tensors",
-        why="logits of several members can only become one tensor where each returns one",
+        f"a member must return one tensor, got {len(tensors)}",
+        why="the logits of all members become one tensor",
         how="use the output 'tuple', or wrap the networks in a module that returns the logits",
     )
 

@@ -52,12 +52,6 @@ def join(members: Sequence[Program], heads: Heads, dim: int = 0) -> Joined:
         members: Program members, equal in everything but their heads.
         heads: The head modules, by name, and how they are returned.
         dim: The output's dimension of classes, where they are returned as one tensor.
-
-    Raises:
-        OptionError: A pattern matches nothing.
-        MemberError: The members' trunks differ.
-        NoGraphError: torch.export refused a member: its trace cannot be written anew.
-        OptionError: The heads cannot be kept apart from the trunk.
     """
     for member in members:
         member.require_exported()
@@ -179,7 +173,7 @@ def _split(program: Program, heads: Heads) -> _Part:
             raise _error(
                 "a head shares a parameter with the trunk",
                 f"{name} is the same tensor as {tied}",
-                "it would have to be fused and kept at once",
+                "it cannot be fused and kept apart at once",
             )
     part = _Part(program, names, region_of(program, names))
     _check_part(part)
@@ -190,14 +184,12 @@ def _check_part(part: _Part) -> None:
     program, region = part.program, part.region
     if not any(node.op == "call_function" for node in region):
         raise _error(
-            "the graph does not read the heads",
+            "the graph does not use the heads",
             ", ".join(part.head_names()[:3]),
             "no node of the captured graph depends on them",
         )
     if not any(_is_parameter(program, node) for node in part.trunk_nodes()):
-        raise _error(
-            "the heads are the whole network", "", "no parameter is left that could be fused"
-        )
+        raise _error("the heads are the whole network", "", "no parameter is left to fuse")
     fed = _dependents(program.graph, lambda n: n.op == "placeholder")
     weights = _dependents(program.graph, lambda n: _is_parameter(program, n)) - fed
     for node in program.graph.nodes:
@@ -209,7 +201,7 @@ def _check_part(part: _Part) -> None:
                     "a head feeds back into the trunk",
                     _place(node),
                     f"it depends on a head and reads {_parameters_of(program, source)}, "
-                    "which belongs to no head",
+                    "which is not in a head",
                 )
         schema = schema_of(node.target)
         if schema is not None and schema.is_mutable and node.args[0] not in region:
@@ -225,7 +217,7 @@ def _error(what: str, where: str, why: str) -> OptionError:
         what,
         where=where,
         why=why,
-        how="name in heads= the last modules of the network only, with all that follows them",
+        how="use heads= with the last modules of the network, and everything that follows them",
     )
 
 
@@ -259,7 +251,9 @@ class _Joiner:
             for name in part.head_names():
                 joined = head_name(member, name)
                 if joined in tensors:
-                    raise _error("two tensors would have one name", joined, "the trunk has it too")
+                    raise _error(
+                        "two tensors would have one name", joined, "the trunk has one of this name"
+                    )
                 tensors[joined] = part.program.tensor(name)
                 self.canonical[joined] = head_name(member, part.program.canonical[name])
                 self.heads[joined] = member

@@ -158,8 +158,8 @@ class _Interpreter:
                 f"the rule of {call.node.target} failed",
                 where=call.where,
                 why=f"{type(error).__name__}: {error}",
-                how=f"mend the rule in {rule_file(call.node.target)}; it may return "
-                "NotImplemented for a use that it does not cover",
+                how=f"fix the rule in {rule_file(call.node.target)}; it may return NotImplemented "
+                "for a use that it does not cover",
             ) from error
 
     def boundary(self, node: fx.Node, operands: list[AbstractTensor], *, has_rule: bool) -> Any:

@@ -43,12 +43,7 @@ class Heads(Options):
         output: HeadOutput = "tuple",
         classes: Sequence[Sequence[Any]] | None = None,
     ) -> None:
-        """Normalises patterns and names.
-
-        Raises:
-            OptionError: The arguments contradict each other, or a member's classes are no list of
-                different names.
-        """
+        """Normalises patterns and names."""
         for name, value in (
             ("modules", None if modules is None else listed(modules)),
             ("output", output),
@@ -76,25 +71,22 @@ class Heads(Options):
         return tuple(dict.fromkeys(name for names in self.classes or () for name in names))
 
     def check_counts(self, counts: Sequence[int]) -> None:
-        """Checks the lists of classes against the sizes of the members' heads.
-
-        Raises:
-            OptionError: There are more or fewer lists than members, or names than logits.
-        """
+        """Checks the lists of classes against the sizes of the members' heads."""
         if self.classes is None:
             return
         if len(self.classes) != len(counts):
             raise OptionError(
-                f"{len(self.classes)} lists of classes for {len(counts)} members",
-                where="classes=",
-                how="give one list for each member, in the members' order",
+                f"classes must hold {len(counts)} lists, one for each member, "
+                f"got {len(self.classes)}",
+                where="classes",
+                how="pass one list for each member, in the members' order",
             )
         for number, (names, count) in enumerate(zip(self.classes, counts, strict=True)):
             if len(names) != count:
                 raise OptionError(
-                    f"member {number} has {count} logits, and {len(names)} classes are named",
+                    f"member {number} needs {count} classes, one for each logit, got {len(names)}",
                     where=f"classes[{number}]",
-                    how="name every class of the member once, in the order of its logits",
+                    how="name each class of the member once, in the order of its logits",
                 )
 
     def combined(self, outputs: Sequence[Sequence[torch.Tensor]], dim: int) -> list[torch.Tensor]:
@@ -121,25 +113,20 @@ class Heads(Options):
         ]
         return [torch.stack(columns, dim)]
 
-    def merged(self, tensors: Sequence[torch.Tensor]) -> torch.Tensor:
+    def merged(self, tensors: Sequence[torch.Tensor]) -> torch.Tensor | None:
         """The heads' tensors of one name, as one layer would hold that answers for all of them.
 
-        Right for tensors whose dimension 0 is classes, in which the answer is linear.
+        Right for tensors whose dimension 0 is classes, in which the answer is linear. None where
+        they differ in another dimension.
 
         Args:
             tensors: For each member, [classes, *]; the first one's if it has no dimension.
-
-        Raises:
-            OptionError: They differ in another dimension.
         """
         first = tensors[0]
         if not first.dim():
             return first
         if len({tensor.shape[1:] for tensor in tensors}) > 1:
-            raise OptionError(
-                "the members' heads do not fit into one layer",
-                why=f"they have the shapes {', '.join(str(tuple(t.shape)) for t in tensors)}",
-            )
+            return None
         joined = torch.cat(list(tensors))
         if self.classes is None:
             return joined
@@ -160,32 +147,28 @@ class Heads(Options):
 
 
 def _check(heads: Heads) -> None:
-    """Checks that what is asked for with heads is one thing.
-
-    Raises:
-        OptionError: It is not.
-    """
+    """Checks that what is asked for with heads is one thing."""
     if heads.output not in get_args(HeadOutput):
         raise OptionError(
-            f"the output {heads.output!r} of heads is unknown",
+            f"unknown output {heads.output!r} of heads",
             how=f"use one of {', '.join(get_args(HeadOutput))}",
         )
     if not heads and heads.output != "tuple":
         raise OptionError(
-            f"no module is a head, and the heads' output is {heads.output!r}",
+            f"output {heads.output!r} needs heads, but no module is one",
             how="leave modules out to have the heads found, or name them",
         )
     if heads.output == "union" and heads.classes is None:
         raise OptionError(
-            "the outputs are mapped to the union of the members' classes, which are not named",
-            why="fxfuse has to know which class a logit is of",
-            how="give one list of class names for each member: classes=[[...], [...]]",
+            "output 'union' needs classes",
+            why="it maps logits to the union of the members' classes",
+            how="pass one list of class names for each member: classes=[[...], [...]]",
         )
     if heads.output != "union" and heads.classes is not None:
         raise OptionError(
-            f"classes are given, and the heads' output is {heads.output!r}",
-            why="only the output 'union' needs to know which class a logit is of",
-            how="use the output 'union', or leave classes out",
+            f"classes and output {heads.output!r} contradict each other",
+            why="only output 'union' maps logits to the union of the members' classes",
+            how="use output 'union', or leave classes out",
         )
 
 
@@ -194,10 +177,10 @@ def _named(classes: Sequence[Sequence[Any]]) -> tuple[tuple[str, ...], ...]:
     for number, names in enumerate(classes):
         if isinstance(names, str) or not isinstance(names, Sequence):
             raise OptionError(
-                "a member's classes are no list of names",
+                "a member's classes are not a list of names",
                 where=f"classes[{number}]",
                 why=f"it is {names!r}",
-                how="give one list of class names for each member: classes=[[...], [...]]",
+                how="pass one list of class names for each member: classes=[[...], [...]]",
             )
         texts = tuple(str(name) for name in names)
         twice = next((name for name in texts if texts.count(name) > 1), None)
@@ -205,8 +188,8 @@ def _named(classes: Sequence[Sequence[Any]]) -> tuple[tuple[str, ...], ...]:
             raise OptionError(
                 f"member {number} has two classes named {twice!r}",
                 where=f"classes[{number}]",
-                why="a class of the union is the mean of one logit of each member that knows it",
-                how="name every class of the member once, in the order of its logits",
+                why="a class of the union averages one logit of each member that has it",
+                how="name each class of the member once, in the order of its logits",
             )
         found.append(texts)
     return tuple(found)

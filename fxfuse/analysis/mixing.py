@@ -43,12 +43,6 @@ def mixing_notes(
     """Mixing operators; one that mixes certain neurons counts where an output averages them.
 
     An operator that meets nothing but neurons of one member's head mixes nobody.
-
-    Args:
-        coupling: What was found out.
-        component: The component of each id.
-        stuck: The frozen components.
-        values: The labelled value of each node.
     """
     heads = stuck.heads
 
@@ -80,15 +74,7 @@ def shared_writers(
     readers: set[Place],
     asked: Mapping[str, Asked],
 ) -> Iterable[MixingNote]:
-    """What the members' own units add to a shared dimension is averaged.
-
-    Args:
-        program: The network.
-        groups: Its coupling groups.
-        frozen: The frozen places.
-        readers: The places along which a parameter reads neurons.
-        asked: What options asked for, by canonical tensor name.
-    """
+    """What the members' own units add to a shared dimension is averaged."""
     shared = {wish.why for wish in asked.values() if wish.kind is Kind.SHARED_INDEX}
     free = {place for group in groups for place in group.index}
     for name, dim in sorted(free):
@@ -109,15 +95,7 @@ def tied_outputs(
     readers: set[Place],
     writers: set[Place],
 ) -> Iterable[MixingNote]:
-    """Weights that write neurons and make the output of them: one use has the 1/N of the other.
-
-    Args:
-        program: The network.
-        groups: Its coupling groups.
-        frozen: The frozen places.
-        readers: The places along which a parameter reads neurons.
-        writers: The places along which a parameter writes neurons.
-    """
+    """Weights that write neurons and make the output of them: one use has the 1/N of the other."""
     both = {place for group in groups for place in group.index} & readers & writers
     for name, _ in sorted(both):
         if not any(r.kind is Kind.OUTPUT for r in _reasons(program, frozen, name)):

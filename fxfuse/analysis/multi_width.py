@@ -33,17 +33,8 @@ def multi_width(
 
     Groups whose units differ in size are frozen in all of them.
 
-    Args:
-        graph: The analysis of the first member.
-        members: Program members with one graph, apart from sizes.
-        analyze: Analyzes a member with the same options.
-
     Returns:
         `graph` itself where all members have one size.
-
-    Raises:
-        MemberError: The members differ in something else than the number or the size of
-            units.
     """
     keys = [_key(member) for member in members]
     known = {keys[0]: graph}
@@ -68,16 +59,7 @@ def multi_width(
 
 
 def check_base_member(graph: CouplingGraph, n_members: int) -> None:
-    """Checks that the base member can keep what is frozen inside the network, at its size there.
-
-    Args:
-        graph: What `multi_width` returned.
-        n_members: N.
-
-    Raises:
-        OptionError: There is no such member, or it is frozen at another size than member 0, in
-            whose graph the result is.
-    """
+    """Checks that the base member can keep what is frozen inside the network, at its size there."""
     graph.constraints.check_base_member(n_members)
     base_member = graph.constraints.base_member
     own = graph.of_member(base_member)
@@ -87,8 +69,8 @@ def check_base_member(graph: CouplingGraph, n_members: int) -> None:
             raise OptionError(
                 f"member {base_member} cannot be the base member",
                 where=f"{name}:{dim}",
-                why=f"it has {len(found)} frozen indices there, and member 0, whose graph the "
-                f"fused network has, has {len(reason.indices)}: {reason.why}",
+                why=f"it has {len(found)} frozen indices there, but member 0, whose graph is used, "
+                f"has {len(reason.indices)}: {reason.why}",
                 how="pass that member first, and leave base_member= out",
             )
 
@@ -182,9 +164,6 @@ def _numbers_apart(
     """Where a member calculates with other numbers, on units that are not of another size.
 
     A scale that follows from a width, say. Each member needs its own.
-
-    Raises:
-        MemberError: The members have the same shapes, so no width decides these numbers.
     """
     shapes = [
         [tuple(g.program.tensor(name).shape) for name in first.program.names]
@@ -225,7 +204,6 @@ def _mismatch(number: int, where: str, why: str) -> MemberError:
         f"member {number} differs from member 0 in more than its number of units",
         where=where,
         why=why,
-        how="give members of one architecture whose layers differ in their number or size of "
-        "channels, neurons, heads or groups only; where tasks or classes differ, name the heads to "
-        "keep: heads=...",
+        how="pass members of one architecture that differ only in the number or size of channels, "
+        "neurons, heads or groups; if tasks or classes differ, name the heads to keep with heads=",
     )

@@ -56,7 +56,7 @@ def _check_free(graph: CouplingGraph) -> None:
         + (f"; the first: {reasons[0].why}" if reasons else ""),
         how="see fxfuse.analyze(...).frozen for all reasons; "
         + (
-            "freeze, share and ignore may ask for too much"
+            "use freeze, share and ignore for fewer tensors"
             if graph.asked
             else "an operator without a rule can get one in fxfuse/rules/"
         ),
@@ -88,13 +88,13 @@ def verified(checks: Sequence[Check]) -> Verification:
     failed = [check for check in checks if not check.passed]
     if failed:
         raise VerificationError(
-            "the fused network failed its verification and is not handed over",
+            "the fused network failed its verification",
             where=", ".join(check.name for check in failed),
             why="; ".join(
                 f"{c.name}: error {c.error:.2e}, tolerance {c.tolerance:.0e} {c.detail}"
                 for c in failed
             ),
-            how="check the members' weights; verify=False returns the network all the same",
+            how="check the members' weights, or use verify=False to get the network anyway",
         )
     return Verification(tuple(checks))
 
@@ -107,8 +107,8 @@ def check_count(wanted: int, count: int) -> None:
     """
     if count != wanted:
         raise PlanError(
-            f"the plan was made for {wanted} members, and {count} are given",
-            how="give the networks that were fused, in the same order",
+            f"the plan was made for {wanted} members, got {count}",
+            how="pass the networks that were fused, in the same order",
         )
 
 
@@ -130,7 +130,7 @@ def check_plan(
     tensors = [member.tensors for member in plan.members]
     if not all(tensors):
         raise PlanError(
-            "the plan does not say for which members it was made",
+            "the plan does not identify its members",
             why="it holds no hashes of their tensors",
             how="use a plan that fxfuse.fuse made",
         )
@@ -138,9 +138,9 @@ def check_plan(
     differing = {entry.group for entry in plan.maps} ^ {group.name for group in graph.groups}
     if differing:
         raise PlanError(
-            "the plan's coupling groups are not those of the network",
+            "the plan and the network have different coupling groups",
             where=min(differing),
-            why=f"{len(differing)} of them are in one of the two only",
+            why=f"{len(differing)} groups are in only one of them",
             how="make the plan again with this version of fxfuse, with the same verify=",
         )
     unknown = plan.roles.keys() ^ {*graph.program.names}
@@ -161,7 +161,7 @@ def _check_map(entry: UnitMap, units: Sequence[int], n_members: int) -> None:
         raise PlanError(
             "the plan has more fused units than the members have units",
             where=entry.group,
-            why=f"{entry.n_units} fused units, {sum(units)} units of all members",
+            why=f"it has {entry.n_units} fused units, all members together have {sum(units)}",
             how="use a plan that fxfuse.fuse made",
         )
     _check_numbers(entry, "fused unit", entry.target, entry.n_units)
@@ -174,8 +174,7 @@ def _check_numbers(entry: UnitMap, what: str, values: Index, count: int) -> None
     wrong = values[(values < 0) | (values >= count)]
     if len(wrong):
         raise PlanError(
-            f"the plan names a {what} that there is not",
+            f"{what} out of range: must be 0 to {count - 1}, got {wrong[0]}",
             where=entry.group,
-            why=f"{what} {wrong[0]} of {count}, counted from 0",
             how="use a plan that fxfuse.fuse made",
         )

@@ -110,11 +110,10 @@ def _own_size(
             )
             if rest:
                 raise RewriteError(
-                    "units of another size",
+                    "units differ in size",
                     where=f"{name}:{dim}",
-                    why=f"{own[name].shape[dim]} indices are no whole number of units of "
-                    f"{rows.shape[1]} (heads, groups): members of other depth need units of one "
-                    "size",
+                    why=f"{own[name].shape[dim]} is not a multiple of {rows.shape[1]}, the size of "
+                    "a unit (head, group), which members of different depth must share",
                 )
             return group.n_units + int(more)
     return None
@@ -134,7 +133,7 @@ def _check_answers(
     if error > EXACT:
         where = missing[0] if missing else ""
         without = f"without {where} and what belongs to it, " if missing else "with its tensors, "
-        why = f"{without}member {other} answers otherwise (relative difference {error:.1e})"
+        why = f"{without}member {other} returns other outputs (relative difference {error:.1e})"
         raise _mismatch(number, other, where, why)
 
 
@@ -143,8 +142,7 @@ def _mismatch(number: int, other: int, where: str, why: str) -> MemberError:
         f"member {number} is not member {other} with residual blocks left out",
         where=where,
         why=why,
-        how="give members of one architecture; of different depths only if the blocks that one of "
-        "them lacks are residual and the others have the same names: a block whose sum is "
-        "normalised (norm_first=False), or a network that counts its blocks, is no identity at "
-        "zero",
+        how="pass members of one architecture; depths may differ if missing blocks are residual "
+        "and all others have the same names; a block whose sum is normalised (norm_first=False), "
+        "and a network that counts its blocks, are not the identity at zero weights",
     )

@@ -17,6 +17,7 @@ from fxfuse.members.streamed import Network
 from fxfuse.planning.methods import Method, find_method
 from fxfuse.planning.size import Size
 from fxfuse.refine import Match, Refit, Task
+from fxfuse.transform.sizes import check_allocation
 
 if TYPE_CHECKING:
     from rich.progress import Progress
@@ -79,6 +80,7 @@ def fuse(
     matchable = not heads and not constraints.output_dims
     refinement = Refinement.of(refine, calibration, task, progress, matchable=matchable)
     chosen, wanted = find_method(method), Size.of(size)
+    check_allocation(chosen, wanted)
     ensemble = load_members(
         Members.of(members), Example.of(example), heads, runs_members=calibration is not None
     )

@@ -166,6 +166,6 @@ def _check_apart(several: bool, why: str, *, runs_members: bool) -> None:
     what = "heads=" if several else "calibration="
     raise OptionError(
         f"{what} needs members in memory",
-        why=f"members run for it, and {why}",
-        how="load the checkpoints into modules and pass those to one process",
+        why=f"it runs the members, and {why}",
+        how="load the checkpoints into modules, and pass these to one process",
     )

@@ -109,8 +109,8 @@ def resized_copy(
         raise RewriteError(
             f"{type(source).__name__} cannot hold this network",
             where=missing,
-            why="each member keeps its own tensor there, and runs on its own",
-            how='use result.module, or fuse with mixing="joint"',
+            why="each member keeps its own tensor there, and members run one by one",
+            how="use result.module, or fuse with mixing='joint'",
         )
     _put_tensors(model, program, state)
     reference = _Reference(program, module, state)
@@ -128,8 +128,8 @@ def resized_copy(
     names = ", ".join(attribute.name for attribute in attributes)
     raise RewriteError(
         f"{type(source).__name__} cannot be built at this width",
-        why=f"with the fused tensors it does not answer as result.module does: {reason}"
-        + (f"; {tried} ways of setting {names} were tried" if names else ""),
+        why=f"with the fused tensors it does not answer like result.module: {reason}"
+        + (f"; {tried} ways to set {names} were tried" if names else ""),
         how="use result.module, or build the model with sizes that fit and call "
         "result.load_into(model)",
     )

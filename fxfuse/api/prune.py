@@ -18,6 +18,7 @@ from fxfuse.planning.methods import Method, find_method
 from fxfuse.planning.plan import FusionPlan
 from fxfuse.planning.size import Size
 from fxfuse.refine import Match, Refit, Task
+from fxfuse.transform.sizes import check_allocation
 
 if TYPE_CHECKING:
     from rich.progress import Progress
@@ -65,7 +66,7 @@ def prune(
         OptionError: There is no size, or an option names nothing in the network.
         InputError: The network rejects the inputs, or calibration inputs are missing or unfit.
         CaptureError: The network cannot be captured.
-        NoGraphError: torch.export rejects the network, so it cannot be written in another size.
+        CaptureError: torch.export rejects the network, so it cannot be written in another size.
         PlanError: No parameter has a free dimension.
         RewriteError: The network cannot be written in this size.
         VerificationError: An oracle failed.
@@ -78,6 +79,7 @@ def prune(
             how="pass size=0.5 to keep half of every layer, for instance",
         )
     chosen, constraints = find_method(method), constraints or Constraints()
+    check_allocation(chosen, wanted)
     if plan is not None:
         constraints = plan.constraints.and_also(constraints)
     refinement = Refinement.of(

@@ -82,7 +82,7 @@ class FusionResult(Readable):
         Its `state_dict()` has the names of a member's, at a member's width the shapes, too.
 
         Raises:
-            NoGraphError: torch.export refused the members; `to_module` works all the same.
+            CaptureError: torch.export rejected the members; use `to_module`.
         """
         if self._module is None:
             self.graph.program.require_exported()
@@ -116,9 +116,7 @@ class FusionResult(Readable):
             "next": "use result.module, or keep it with fxfuse.save(result, folder)",
         }
         if self.raw_note:
-            rows["next"] = (
-                "pass calibration=..., 100 to 1,000 inputs, to refit it and match it"
-            )
+            rows["next"] = "pass calibration=..., 100 to 1,000 inputs, to refit it and match it"
         elif not self.emitted:
             rows["next"] = "use result.to_module(): there is no graph, as torch.export rejects it"
         return self._from_what_into_what(), rows
@@ -147,7 +145,7 @@ class FusionResult(Readable):
     def _require_one_head(self, name: str) -> None:
         if self.plan.heads:
             raise OptionError(
-                f"a network with {self.plan.n_members} heads does not fit {name}",
+                f"a network with {self.plan.n_members} heads does not fit into {name}",
                 why="the members' class has one head",
                 how="use result.module, or build a class whose state_dict() has the names of "
                 "result.state_dict()",
@@ -175,7 +173,7 @@ class FusionResult(Readable):
         if source is None:
             raise RewriteError(
                 "there is no module to copy",
-                why="member 0 was given as an ExportedProgram, which holds no module of your class",
+                why="member 0 was an ExportedProgram, which holds no module of your class",
                 how="use result.module, or build your model and call result.load_into(model)",
             )
         if isinstance(source, FusedModule):
@@ -197,15 +195,16 @@ class FusionResult(Readable):
             tensors = [tensor for tensor in own if tensor is not None]
             if name in state or len(tensors) < len(own):
                 continue
-            try:
-                state[name] = self.plan.heads.merged(tensors)
-            except OptionError as error:
+            merged = self.plan.heads.merged(tensors)
+            if merged is None:
                 raise RewriteError(
                     f"{type(member.source).__name__} cannot hold these heads",
                     where=name,
-                    why=f"{error.what}: {error.why}",
+                    why="they do not fit into one layer: their shapes are "
+                    + ", ".join(str(tuple(tensor.shape)) for tensor in tensors),
                     how="use result.module",
-                ) from error
+                )
+            state[name] = merged
         return state
 
     def load_into(self, model: Model) -> Model:
@@ -222,7 +221,7 @@ class FusionResult(Readable):
             raise CheckpointError(
                 f"the fused network does not fit {type(model).__name__}",
                 why=" ".join(str(error).split()),
-                how="build the model with the arguments that the members were built with, or at "
-                "another width with sizes that fit; result.module has them",
+                how="build the model with the arguments of the members or, at another width, with "
+                "the sizes of result.module",
             ) from error
         return model

@@ -16,7 +16,7 @@ from torch.export import ExportedProgram
 
 from fxfuse.api.result import FusionResult
 from fxfuse.common.output import atomic_folder
-from fxfuse.errors import CheckpointError, NoGraphError
+from fxfuse.errors import CheckpointError
 from fxfuse.graph.capture import capture
 from fxfuse.graph.capture import export as export_program
 from fxfuse.graph.eager import eval_mode
@@ -118,9 +118,8 @@ def load(folder: str | Path, *, allow: Collection[str] = ()) -> FusedModule:
         work as before.
 
     Raises:
-        CheckpointError: The folder holds no network or one of an earlier format, a file is damaged
-            or not what `save` writes, or the weights do not fit the graph.
-        NoGraphError: It holds weights only, since torch.export refused the members.
+        CheckpointError: The folder holds no network, no graph or one of an earlier format, a file
+            is damaged or not what `save` writes, or the weights do not fit the graph.
     """
     folder = Path(folder)
     _check_files(folder)
@@ -183,7 +182,7 @@ def _check_files(folder: Path) -> None:
             f"{folder.name or folder} holds no fused network",
             where=str(folder),
             why=f"there is no {WEIGHTS} in it" if folder.is_dir() else "there is no such folder",
-            how="name a folder that fxfuse.save or `fxfuse fuse` wrote",
+            how="use a folder that fxfuse.save or `fxfuse fuse` wrote",
         )
     if (folder / GRAPH).is_file():
         return
@@ -195,10 +194,10 @@ def _check_files(folder: Path) -> None:
             how=f'where you trust it, write it again: fxfuse.save(torch.export.load("{EXPORTED}"), '
             '"another folder")',
         )
-    raise NoGraphError(
-        f"{folder.name} holds weights and no graph",
+    raise CheckpointError(
+        f"{folder.name} holds weights, but no graph",
         where=str(folder),
-        why=f"torch.export refused the members, or {GRAPH} was taken away",
+        why=f"torch.export rejected the members, or {GRAPH} was removed",
         how=f"load {WEIGHTS} into a model of the members' class",
     )
 

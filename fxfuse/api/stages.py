@@ -32,7 +32,7 @@ from fxfuse.refine import Match, Refit, Task
 from fxfuse.refine.pipeline import Start, matched_start, refitted, resolve_steps
 from fxfuse.transform.apply import fused_tensors
 from fxfuse.transform.resizing import emit_fused, emit_resized, output_layouts
-from fxfuse.transform.sizes import concatenation_plan, make_sized_plan
+from fxfuse.transform.sizes import check_allocation, concatenation_plan, make_sized_plan
 from fxfuse.verify import Check, equals_ensemble, equals_heads, handover
 
 if TYPE_CHECKING:
@@ -119,7 +119,8 @@ def plan(
         OptionError: An option has a value that the method cannot use.
         InputError: The method or the score needs calibration inputs, and there are none.
     """
-    given = Members.of(members)
+    given, chosen, wanted = Members.of(members), find_method(method), Size.of(size)
+    check_allocation(chosen, wanted)
     args, kwargs = graph.program.example_inputs
     refinement = Refinement.of(refine, calibration, None, False)
     known = [graph.program if m is graph.program.source else m for m in given.networks]
@@ -138,8 +139,8 @@ def plan(
     return plan_network(
         graph,
         ensemble,
-        find_method(method),
-        Size.of(size),
+        chosen,
+        wanted,
         refinement.batches(graph.program),
         fitted=bool(refinement),
     )

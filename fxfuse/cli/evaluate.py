@@ -122,10 +122,10 @@ def answers(network: nn.Module, data: Data) -> Tensor:
             # The network may reject them with anything.
             except Exception as error:
                 raise InputError(
-                    "the network does not take the data",
+                    "the network rejects the data",
                     where=", ".join(f"{list(x.shape)} {x.dtype}" for x in batch),
                     why=first_line(error),
-                    how="give examples of the shape and dtype that it was trained on",
+                    how="pass examples of the shape and dtype that it was trained on",
                 ) from error
     return torch.cat(found)
 

@@ -80,10 +80,10 @@ def _transformers(folder: str) -> Callable[..., Any]:
     transformers = _library("transformers", "transformers", "pip install transformers")
     if not is_pretrained(Path(folder)):
         raise OptionError(
-            f"{folder} is no folder of a transformers network",
+            f"{folder} holds no transformers network",
             where=folder,
             why="there is no config.json in it",
-            how="name a folder that save_pretrained wrote; nothing is downloaded",
+            how="use a folder that save_pretrained wrote; nothing is downloaded",
         )
 
     def make(**arguments: Any) -> nn.Module:
@@ -125,6 +125,6 @@ def _unknown(library: str, name: str, known: list[str]) -> OptionError:
     return OptionError(
         f"{library} has no network {name!r}",
         where=f"{library}:{name}",
-        why=f"it knows {len(known)} others",
-        how=f"did you mean {' or '.join(near)}?" if near else "check the spelling",
+        why=f"it has {len(known)} others",
+        how=f"use {' or '.join(near)}" if near else "check the spelling",
     )

@@ -44,7 +44,7 @@ def parse_model_args(pairs: Iterable[str]) -> dict[str, Any]:
         key, equals, text = pair.partition("=")
         if not equals or not key.isidentifier():
             raise OptionError(
-                f"a model argument cannot be read: {pair!r}",
+                f"invalid model argument {pair!r}",
                 why="it is not of the form key=value",
                 how="write it like --model-arg num_classes=10",
             )
@@ -78,13 +78,13 @@ def make_model(spec: str, arguments: Mapping[str, Any]) -> nn.Module:
             f"{spec} cannot be called",
             where=f"{spec}({', '.join(f'{k}={v!r}' for k, v in arguments.items())})",
             why=f"{type(error).__name__}: {error}",
-            how="pass what the factory needs with --model-arg key=value",
+            how="pass the arguments of the factory with --model-arg key=value",
         ) from error
     if not isinstance(model, nn.Module):
         raise OptionError(
-            f"{spec} makes a {type(model).__name__}, not a torch.nn.Module",
+            f"{spec} returns a {type(model).__name__}, not a torch.nn.Module",
             where=spec,
-            how="name a class or function that returns the network itself",
+            how="use a class or function that returns the network itself",
         )
     return model.eval()
 
@@ -186,7 +186,7 @@ def import_object(spec: str) -> Callable[..., object]:
     module_name, _, attribute = spec.partition(":")
     if not module_name or not attribute:
         raise OptionError(
-            f"a name cannot be read: {spec!r}",
+            f"invalid name {spec!r}",
             why="it is not of the form package.module:factory",
             how="write it like torchvision.models:resnet18",
         )
@@ -201,7 +201,12 @@ def import_object(spec: str) -> Callable[..., object]:
             how=_install_hint(module_name),
         ) from error
     if not callable(value):
-        raise OptionError(f"{spec} cannot be called: it is a {type(value).__name__}")
+        raise OptionError(
+            f"{spec} cannot be called",
+            where=spec,
+            why=f"it is a {type(value).__name__}",
+            how="use a class or function",
+        )
     factory: Callable[..., object] = value
     return factory
 
@@ -217,5 +222,5 @@ def _bad_input(spec: str, why: str) -> InputError:
         f"the example input cannot be read: {spec!r}",
         where=spec,
         why=why,
-        how="write a shape without the batch dimension, like --input 3,224,224, or name a file",
+        how="use a shape without the batch dimension, such as --input 3,224,224, or a file",
     )

@@ -34,9 +34,6 @@ def check_output(path: str | Path, names: Collection[str], *, force: bool = Fals
         names: Files that the folder will hold.
         force: Whether an existing folder may be replaced. Only a folder that holds nothing but
             such files is ever replaced.
-
-    Raises:
-        OutputError: Something is there already that may not be overwritten.
     """
     path = Path(path)
     if not os.path.lexists(path):
@@ -44,12 +41,14 @@ def check_output(path: str | Path, names: Collection[str], *, force: bool = Fals
     if path.is_symlink() or not path.is_dir():
         raise _exists(path, "it is not a folder", "choose another name")
     if not force:
-        raise _exists(path, "a result is not overwritten unasked", "add --force, or choose another")
+        raise _exists(
+            path, "a result is replaced on request only", "pass force=True, or choose another name"
+        )
     foreign = _foreign(path, names)
     if foreign:
         raise _exists(
             path,
-            f"replacing it would delete {foreign[0]}, which fxfuse does not write",
+            f"replacing it would delete {foreign[0]}, which fxfuse did not write",
             "choose another folder",
         )
 
@@ -67,10 +66,6 @@ def atomic_folder(
 
     Yields:
         The folder to write into. After an error it is gone, and `path` is as it was.
-
-    Raises:
-        OutputError: Something is there already that may not be overwritten.
-        OutputError: Another process is writing it.
     """
     path = Path(os.path.abspath(path))
     check_output(path, names, force=force)
@@ -96,9 +91,6 @@ def locked(path: str | Path) -> Iterator[None]:
 
     Args:
         path: The output.
-
-    Raises:
-        OutputError: Another process or thread holds it.
     """
     path = Path(os.path.abspath(path))
     made = [folder for folder in path.parents if not folder.exists()]
@@ -109,7 +101,7 @@ def locked(path: str | Path) -> Iterator[None]:
             lock.acquire()
         except Timeout:
             raise OutputError(
-                f"{path.name} is being written by another process",
+                f"another process is writing {path.name}",
                 where=str(path),
                 why=f"it holds the lock .{path.name}.lock",
                 how="wait until it is done, or choose another name",
@@ -155,9 +147,6 @@ def _partial(path: Path) -> Iterator[Path]:
 def atomic_file(path: str | Path) -> Iterator[Path]:
     """Gives a temporary file that replaces `path` when the block ends without an error.
 
-    Args:
-        path: The file to write; its folder exists.
-
     Yields:
         The file to write. After an error it is gone, and `path` is as it was.
     """
@@ -175,32 +164,18 @@ def atomic_file(path: str | Path) -> Iterator[Path]:
 
 
 def write_text(path: str | Path, text: str) -> None:
-    """Writes a text file whole or not at all; an existing file is replaced.
-
-    Args:
-        path: The file.
-        text: Its content.
-    """
+    """Writes a text file whole or not at all; an existing file is replaced."""
     with atomic_file(path) as work:
         work.write_text(text, encoding="utf-8")
 
 
 def write_json(path: str | Path, value: object) -> None:
-    """Writes JSON, indented, whole or not at all.
-
-    Args:
-        path: The file.
-        value: Whatever `json.dumps` takes.
-    """
+    """Writes JSON, indented, whole or not at all."""
     write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
 
 
 def _swap_in(work: Path, path: Path, names: Collection[str], *, force: bool) -> None:
-    """Gives a folder its name; what may have appeared under that name meanwhile is not lost.
-
-    Raises:
-        OutputError: Something is there that may not be overwritten.
-    """
+    """Gives a folder its name; what may have appeared under that name meanwhile is not lost."""
     if not force or not path.exists():
         try:
             # Replaces nothing but an empty folder.

@@ -7,7 +7,7 @@ from html import escape
 from textwrap import shorten
 
 #: Lines under the title, and characters in a line.
-_ROWS, _WIDTH = 9, 110
+_ROWS, _WIDTH = 9, 100
 
 #: A title, and rows: a label, and what it says. Of a list, as much is shown as there is room for.
 Description = tuple[str, Mapping[str, str | Sequence[str]]]

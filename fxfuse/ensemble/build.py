@@ -18,12 +18,7 @@ from fxfuse.ensemble.reduce import REDUCTIONS, write_output
 from fxfuse.ensemble.reuse import reuse_memory
 from fxfuse.ensemble.walk import changes_tensors, walk
 from fxfuse.ensemble.weights import as_words
-from fxfuse.errors import (
-    CaptureError,
-    NoGraphError,
-    OptionError,
-    VerificationError,
-)
+from fxfuse.errors import OptionError, VerificationError
 from fxfuse.graph.capture import Program, capture
 from fxfuse.graph.example import Example, is_single
 from fxfuse.graph.export_reuse import captured_each
@@ -54,9 +49,8 @@ def stack(
     Args:
         members: Two or more networks with the same graph and the same shapes; they are copied.
         example: A tensor, a tuple, a mapping of keyword inputs, or an `Example`. The stack takes
-        any
-            batch, but what pays is judged by the example: give one of the size that it will run
-            on. A single one is repeated where members answer both as they answer one.
+            any batch, but what pays is judged by the example: give one of the size that it will
+            run on. A single one is repeated where members answer both as they answer one.
         reduce: What becomes of every output tensor, of shape `[*]` in a member. `mean`: the mean,
             `[*]`. `none`: `[N, *]`, member i at index i. `vote`: of the classes along `class_dim`
             the one that most members find largest, int64 without that dimension; of several such
@@ -74,21 +68,15 @@ def stack(
         for dots; `fxfuse.unstack` gives the members' state dicts. Inputs are never written into.
 
     Raises:
-        MemberError: Fewer than two members.
-        OptionError: There is no such reduction.
         InputError: A member rejects the example inputs.
-        MemberError: A member holds sparse or quantised tensors.
-        MemberError: The members are on the meta device.
-        NoGraphError: torch.export refuses a member.
-        MemberError: The members are not the same network.
+        MemberError: The members are fewer than two, differ, or hold unusable weights.
+        CaptureError: `torch.export` rejects a member.
         RewriteError: An output cannot be reduced in that way.
         VerificationError: An output differs from the members'.
     """
     check_enough(members, "a stack")
     if reduce not in REDUCTIONS:
-        raise OptionError(
-            f"there is no reduction {reduce!r}", how=f"use one of {', '.join(REDUCTIONS)}"
-        )
+        raise OptionError(f"unknown reduce {reduce!r}", how=f"use one of {', '.join(REDUCTIONS)}")
     given = Example.of(example)
     program = captured_each(members, lambda m, _: _captured(m, given))
     check_same_network(program)
@@ -110,15 +98,7 @@ def _captured(member: nn.Module | ExportedProgram | Program, example: Example) -
     if isinstance(member, Program):
         member.require_exported()
         return member
-    try:
-        return capture(member, example, fallback=False)
-    except CaptureError as error:
-        raise NoGraphError(
-            "no stack can be written for this network",
-            where=type(member).__name__,
-            why=f"{error.what}: {error.why}",
-            how=error.how,
-        ) from error
+    return capture(member, example, fallback=False)
 
 
 def _example(
@@ -165,10 +145,10 @@ def _check(module: FusedModule, members: Sequence[Program]) -> None:
     error = relative_error(found, together)
     if error > _EXACT:
         raise VerificationError(
-            "the stack answers otherwise than its members and is not handed over",
-            why=f"relative error {error:.2e} in float64, and at most {_EXACT:.0e} may be rounding",
-            how="check that the members answer the example with numbers, and twice alike; "
-            "stack(..., verify=False) goes without the check. Else please report the network",
+            "the stack does not answer like its members",
+            why=f"the relative error in float64 is {error:.2e}, rounding explains {_EXACT:.0e}",
+            how="check that the members' outputs are finite and the same in every call, or report "
+            "the network; verify=False skips this check",
         )
 
 

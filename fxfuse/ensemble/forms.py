@@ -8,14 +8,13 @@ from enum import Enum
 from typing import Any
 
 import torch
-import torch.utils._pytree as pytree
 from torch import fx
-from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 
 from fxfuse.ensemble.policy import Policy
 from fxfuse.ensemble.weights import Weights
 from fxfuse.graph.arguments import argument, argument_names
 from fxfuse.graph.capture import Program
+from fxfuse.graph.torch_compat import free_unbacked_symbols, pytree, schema_of
 
 aten = torch.ops.aten
 
@@ -183,8 +182,7 @@ def arguments(node: fx.Node) -> dict[str, Any]:
 
 def recall(writer: Writer, node: fx.Node, given: Mapping[str, Any]) -> fx.Node:
     """Writes a node's operator with other arguments, by their names in its schema."""
-    target: Any = node.target
-    schema = target._schema.arguments
+    schema = schema_of(node.target).arguments
     args = [given[a.name] for a in schema if not a.kwarg_only]
     kwargs = {a.name: given[a.name] for a in schema if a.kwarg_only}
-    return writer.call(target, *args, **kwargs)
+    return writer.call(node.target, *args, **kwargs)

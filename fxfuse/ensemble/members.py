@@ -24,13 +24,13 @@ def unstack(module: nn.Module) -> list[dict[str, torch.Tensor]]:
         that was stacked. As in `nn.Module.state_dict`, tensors share memory with the module.
 
     Raises:
-        RewriteError: The module is no stack.
+        RewriteError: The module is not a stack.
     """
     inventory = getattr(module, "meta", {}).get(INVENTORY)
     if not isinstance(inventory, Inventory):
         raise RewriteError(
-            f"a {type(module).__name__} is no stack",
-            why="it does not say where the members' tensors are",
+            f"a {type(module).__name__} is not a stack",
+            why="it does not record where the members' tensors are",
             how="pass what fxfuse.stack returned",
         )
     # Of a compiled module, the module that was compiled.

@@ -12,9 +12,6 @@ def in_depth(graph: fx.Graph) -> fx.Graph:
 
     Where members run apart, one member's activations are done with before the next one's begin, so
     that they stay in the cache, and random numbers are drawn as the members alone would draw them.
-
-    Args:
-        graph: Inputs come first.
     """
     place = {node: number for number, node in enumerate(graph.nodes)}
     copy = fx.Graph()

@@ -48,11 +48,7 @@ class Policy:
         return bool(n_members * size <= self.copied)
 
     def pays_within(self, layers: Sequence[fx.Node]) -> bool:
-        """Whether members in a compiled graph are to be one, by the first one's layers.
-
-        Args:
-            layers: Linear layers of a member.
-        """
+        """Whether members in a compiled graph are to be one, by the first one's layers."""
         weights = [argument(node, "weight") for node in layers]
         if any(weight.op != "get_attr" for weight in weights):
             return self.parameters
@@ -65,10 +61,6 @@ class Policy:
 
         All or none, since going back and forth would copy every activation. The first ones, which
         read what all members share, do not count.
-
-        Args:
-            graph: A member's graph.
-            single: Whether the stack is made for a batch of one.
         """
         if not (single or self.batches):
             return False

@@ -22,16 +22,8 @@ Reduction = Callable[[Writer, fx.Node, int], fx.Node]
 def write_output(writer: Writer, reduce: str, class_dim: int) -> fx.Node:
     """Writes the output node: as a member's, every tensor reduced.
 
-    Args:
-        writer: The graph of the stack, but for its output.
-        reduce: A key of `REDUCTIONS`.
-        class_dim: For votes: the dimension of the classes in a member's output.
-
     Returns:
         The output node.
-
-    Raises:
-        RewriteError: An output cannot be reduced in that way.
     """
     source = writer.members[0].graph
     (output,) = (node for node in source.nodes if node.op == "output")
@@ -77,17 +69,15 @@ REDUCTIONS: Mapping[str, Reduction] = {"mean": _mean, "none": _none, "vote": _vo
 def _check(node: fx.Node, reduce: str, class_dim: int) -> None:
     tensor = node.meta["val"]
     if not tensor.is_floating_point() and not (reduce == "mean" and tensor.is_complex()):
-        raise _error(
-            node, f"has dtype {tensor.dtype}, of which no {reduce} is taken", "use reduce='none'"
-        )
+        raise _error(node, f"of {tensor.dtype} cannot be reduced by {reduce}", "use reduce='none'")
     if reduce == "vote" and not -tensor.dim() <= class_dim < tensor.dim():
         shape = tuple(tensor.shape)
-        raise _error(node, f"{shape} has no dimension {class_dim}", "pass class_dim=")
+        raise _error(node, f"{shape} has no dimension {class_dim}", "pass another class_dim=")
 
 
 def _error(node: fx.Node, why: str, how: str) -> RewriteError:
     return RewriteError(
-        "the members' outputs cannot be put together",
+        "the members' outputs cannot be reduced",
         where=where_of(node),
         why=f"an output {why}",
         how=how,

@@ -32,11 +32,7 @@ _IN_PLACE: Mapping[Any, Any] = {
 
 
 def reuse_memory(graph: fx.Graph) -> None:
-    """Lets operators write over an operand that was made for them alone.
-
-    Args:
-        graph: Nodes that carry the value of a member's node in `meta["val"]` are considered.
-    """
+    """Lets operators write over an operand that was made for them alone."""
     for node in graph.nodes:
         if node.target not in _IN_PLACE:
             continue

@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-import torch.utils._pytree as pytree
 from torch import fx
 
 from fxfuse.ensemble.forms import Form, Value, Writer, has_data_sizes, is_number, is_tensor
@@ -17,6 +16,7 @@ from fxfuse.ensemble.weights import Weights, is_variable
 from fxfuse.graph.capture import Program
 from fxfuse.graph.functional import is_write
 from fxfuse.graph.operator_facts import follows_mode
+from fxfuse.graph.torch_compat import pytree
 
 aten = torch.ops.aten
 
@@ -26,11 +26,6 @@ _SIZES = (aten.sym_size.int, aten.sym_numel.default)
 
 def walk(members: Sequence[Program], policy: Policy, *, single: bool = False) -> Writer:
     """Writes the members as one graph, without its output.
-
-    Args:
-        members: Program members of one network.
-        policy: Which lowerings pay.
-        single: Whether the stack is made for a batch of one.
 
     Returns:
         The graph, and what stands in it for each node of the members' graph.

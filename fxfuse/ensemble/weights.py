@@ -97,10 +97,6 @@ class Weights:
     How a tensor is kept follows from how it is read: where every reader wants one tensor for all
     members in the same shape, it is kept so; where none does, each member keeps its own; elsewhere
     it is kept as [N, *shape], and readers take views.
-
-    Args:
-        members: Program members of one network.
-        graph: The graph of the stack, which gets the `get_attr` nodes.
     """
 
     def __init__(self, members: Sequence[Program], graph: fx.Graph) -> None:

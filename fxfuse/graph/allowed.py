@@ -9,10 +9,10 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import torch
-import torch.utils._pytree as pytree
 from torch import fx
 
 from fxfuse.graph.fixed_batch import check_batch
+from fxfuse.graph.torch_compat import is_operator, pytree, registered_operators
 
 
 def count_batch(counter: torch.Tensor, training: bool) -> None:
@@ -50,9 +50,7 @@ _NAMES = {function: name for name, function in _FUNCTIONS.items()}
 
 def name_of(target: Any) -> str | None:
     """The name of an operator in a file; None where it has none."""
-    if isinstance(target, torch._ops.OpOverload):
-        return str(target)
-    return _NAMES.get(target)
+    return str(target) if is_operator(target) else _NAMES.get(target)
 
 
 def find_operator(name: str, registered: Collection[str]) -> Callable[..., Any] | None:
@@ -74,8 +72,7 @@ def find_operator(name: str, registered: Collection[str]) -> Callable[..., Any] 
 
 def registered_in(libraries: Collection[str] | None) -> frozenset[str]:
     """Qualified names of the operators of libraries, of all if None, without denied ones."""
-    # The dispatcher's list lacks what TorchScript alone can call, such as aten::save(obj, path).
-    found = (name for name in torch._C._dispatch_get_all_op_names() if not _DENIED.fullmatch(name))
+    found = (name for name in registered_operators() if not _DENIED.fullmatch(name))
     return frozenset(n for n in found if libraries is None or n.partition("::")[0] in libraries)
 
 
@@ -84,7 +81,7 @@ def is_call(target: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool
 
     Arguments of operators are for torch to check, when the graph is run.
     """
-    if isinstance(target, torch._ops.OpOverload):
+    if is_operator(target):
         return True
     kinds = [type(argument) for argument in args]
     if kwargs or (fx.Node not in kinds and target is not torch.sym_sum):

@@ -7,10 +7,12 @@ from typing import Any
 
 from torch import fx
 
+from fxfuse.graph.torch_compat import schema_of
+
 
 def argument_names(operator: Any) -> list[str]:
     """Names of an operator's arguments, in the order of its schema; of other functions none."""
-    schema = getattr(operator, "_schema", None)
+    schema = schema_of(operator)
     return [] if schema is None else [argument.name for argument in schema.arguments]
 
 
@@ -32,21 +34,21 @@ def argument(
     Returns:
         The argument, or its default; None where the schema has no such name.
     """
-    names, target = argument_names(node.target), node.target
+    names = argument_names(node.target)
     if name not in names:
         return None
     position = names.index(name)
     args, kwargs = node.args if args is None else args, node.kwargs if kwargs is None else kwargs
     if position < len(args):
         return args[position]
-    return kwargs.get(name, target._schema.arguments[position].default_value)  # type: ignore[union-attr]
+    return kwargs.get(name, schema_of(node.target).arguments[position].default_value)
 
 
 def set_argument(node: fx.Node, name: str, value: Any) -> None:
     """Change an argument of a node, by its name in the operator's schema."""
     names = argument_names(node.target)
-    position, schema = names.index(name), node.target._schema  # type: ignore[union-attr]
-    if schema.arguments[position].kwarg_only:
+    position = names.index(name)
+    if schema_of(node.target).arguments[position].kwarg_only:
         node.update_kwarg(name, value)
         return
     # What stands before it, and was left out or given by name, is written out as well.

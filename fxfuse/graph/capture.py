@@ -20,7 +20,7 @@ import torch
 from torch import fx, nn
 from torch.export import Dim, ExportedProgram
 
-from fxfuse.errors import CaptureError, NoGraphError
+from fxfuse.errors import CaptureError
 from fxfuse.graph.eager import eval_mode, trace
 from fxfuse.graph.example import (
     Example,
@@ -68,19 +68,15 @@ class Program:
         return not self.refusal
 
     def require_exported(self) -> None:
-        """Checks that the graph can be run.
-
-        Raises:
-            NoGraphError: It is a trace, which holds for the example only.
-        """
+        """Checks that the graph can be run."""
         if not self.is_exported:
-            raise NoGraphError(
-                "no GraphModule can be emitted for this network",
+            raise CaptureError(
+                "this network has no exported graph",
                 where=type(self.source).__name__,
-                why=f"torch.export refused it, so its graph is a trace of the example: "
-                f"{self.refusal}",
-                how="use FusionResult.to_module() or load_into(model), which put the fused weights "
-                "into your own class; or make the forward pass exportable",
+                why=f"torch.export rejected it, and a trace of the example cannot run on other "
+                f"inputs: {self.refusal}",
+                how="use result.to_module() or result.load_into(model), which put the fused "
+                "weights into your own class; or make the forward pass exportable",
             )
 
     @property
@@ -122,9 +118,6 @@ class Program:
     def unreached(self, excused: Collection[str] = ()) -> tuple[str, ...]:
         """Names of the weights that a trace did not reach, so that nothing is known of them.
 
-        Args:
-            excused: Names that do not count.
-
         Returns:
             Always empty for an exported graph, which holds every branch that there is.
         """
@@ -164,8 +157,8 @@ def capture(
     Raises:
         InputError: The example inputs are sparse, empty or NaN, or the model rejects them.
         MemberError: The model holds sparse or quantised tensors.
-        CaptureError: `torch.export` cannot capture the model, nor can it be traced if `fallback`;
-            or it returns no tensor.
+        CaptureError: `torch.export` rejects the model, and it cannot be traced or `fallback` is
+            False; or it returns no tensor.
     """
     check_model(model)
     given = Example.of(example)
@@ -227,22 +220,14 @@ def capture_eagerly(
 
 
 def check_reached(program: Program, excused: Collection[str] = ()) -> None:
-    """Checks that a trace reached every weight.
-
-    Args:
-        program: A captured network.
-        excused: `state_dict()` names that need not be reached.
-
-    Raises:
-        CaptureError: Lists the weights that the trace did not reach.
-    """
+    """Checks that a trace reached every weight."""
     missing = program.unreached(excused)
     if missing:
         raise CaptureError(
             f"the example inputs do not reach {len(missing)} of the network's tensors",
             where=", ".join(missing),
-            why="the network was traced on the example, and what another branch does with these "
-            "is unknown",
+            why="torch.export rejects the network, and a trace of the example does not show how "
+            "other branches use them",
             how="pass an example that reaches them, or name them in ignore=",
         )
 
@@ -264,9 +249,6 @@ def export(
         dynamic_shapes: Passed to `torch.export.export` unchanged. None: dimension 0 of every tensor
             input is dynamic; a network that cannot be exported so gets a static batch, with a
             warning.
-
-    Raises:
-        CaptureError: torch.export refuses it.
     """
     if dynamic_shapes is not None:
         return _export_once(model, args, kwargs, dynamic_shapes)

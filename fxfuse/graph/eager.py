@@ -68,14 +68,7 @@ def answers(
     args: tuple[Any, ...],
     kwargs: Mapping[str, Any],
 ) -> Any:
-    """What a module answers in eval mode with other tensors; it stays as it is.
-
-    Args:
-        module: The module, in the dtype of `state`.
-        state: Tensors by `state_dict()` name; one name suffices for tied tensors.
-        args: Positional inputs.
-        kwargs: Keyword inputs.
-    """
+    """What a module answers in eval mode with other tensors; it stays as it is."""
     with torch.no_grad(), eval_mode(module):
         return functional_call(module, dict(state), args, dict(kwargs))
 
@@ -98,10 +91,6 @@ def trace(
         A graph module. `get_attr` targets are names of `state`, or constants that it holds; nodes
         have `meta["val"]` and `stack_trace`. Its graph takes and returns the tensors among inputs
         and outputs only.
-
-    Raises:
-        CaptureError: The module cannot be traced, or takes or returns objects that may hold tensors
-            of which nothing is known.
     """
     leaves, spec = pytree.tree_flatten((args, dict(kwargs)))
     _check_plain(leaves, "input", model)
@@ -163,7 +152,7 @@ def _check_plain(leaves: Sequence[Any], what: str, model: nn.Module) -> None:
         if not isinstance(leaf, _PLAIN):
             raise CaptureError(
                 f"{type(model).__name__} has an {what} of type {type(leaf).__name__}",
-                why="tensors inside such an object cannot be seen",
+                why="tensors inside such an object cannot be traced",
                 how="use tensors in tuples, lists and dictionaries, or register the type with "
                 "torch.utils._pytree.register_pytree_node",
             )
@@ -184,7 +173,7 @@ def _name_tensors(
             raise CaptureError(
                 f"{type(model).__name__} cannot be traced",
                 where=node.name,
-                why="it calls a higher-order operator, whose body is a graph of its own",
+                why="it calls a higher-order operator, whose body is a separate graph",
                 how="write this part with plain operators",
             )
         name = own.get(id(tensor)) or memory.get(_memory(tensor))

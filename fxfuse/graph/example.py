@@ -51,25 +51,21 @@ def tensors_in(value: Any) -> list[torch.Tensor]:
 
 
 def check_example(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
-    """Checks example inputs before a model is run on them.
-
-    Raises:
-        InputError: An input is sparse or quantised, holds nothing, or holds NaN.
-    """
+    """Checks example inputs before a model is run on them."""
     for number, x in enumerate(tensors_in((args, dict(kwargs)))):
         where = f"tensor {number} of the inputs, shape {tuple(x.shape)}, {x.dtype}"
         if x.is_quantized or x.layout is not torch.strided:
             form = "quantised" if x.is_quantized else f"in the layout {x.layout}"
             how = "x.dequantize()" if x.is_quantized else "x.to_dense()"
-            raise _refused("not dense", where, f"it is {form}", f"pass {how}")
+            raise _rejected("not dense", where, f"it is {form}", f"pass {how}")
         if x.dim() and x.shape[0] == 0:
-            raise _refused("empty", where, "a batch of size 0 holds nothing", "pass examples")
+            raise _rejected("empty", where, "its batch has size 0", "pass a batch of 2 or more")
         if not (x.is_meta or isinstance(x, FakeTensor)) and bool(x.isnan().any()):
-            why = "NaN makes every output NaN, so nothing could be verified"
-            raise _refused("not a number", where, why, "pass inputs that hold numbers")
+            why = "every output would be NaN, so nothing could be verified"
+            raise _rejected("NaN", where, why, "pass finite inputs")
 
 
-def _refused(what: str, where: str, why: str, how: str) -> InputError:
+def _rejected(what: str, where: str, why: str, how: str) -> InputError:
     return InputError(f"an example input is {what}", where=where, why=why, how=how)
 
 
@@ -78,10 +74,6 @@ def try_example(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, An
 
     Returns:
         What it answers.
-
-    Raises:
-        InputError: The model rejects the inputs.
-        CaptureError: It answers with nothing that holds a tensor.
     """
     try:
         with torch.no_grad():
@@ -96,14 +88,14 @@ def try_example(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, An
             where=call.rstrip(),
             why=first_line(error),
             how=_conversion(model, args, kwargs)
-            or "pass inputs with which the model itself runs, batch dimension included",
+            or "pass inputs that the model accepts, with their batch dimension",
         ) from error
     if not tensors_in(answer):
         raise CaptureError(
             f"{type(model).__name__} returns no tensor",
-            why=f"it returns a {type(answer).__name__}, in which torch.export sees no tensor",
-            how="return a tensor, or a tuple, list or dict of tensors; a class of your own must be "
-            "registered (torch.export.register_dataclass)",
+            why=f"it returns a {type(answer).__name__}, in which torch.export finds no tensor",
+            how="return a tensor, or a tuple, list or dict of tensors; register your class with "
+            "torch.export.register_dataclass",
         )
     return answer
 
@@ -121,12 +113,12 @@ def _conversion(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, An
     elsewhere = {x.device for x in inputs} - devices
     if len(devices) == 1 and elsewhere:
         here, there = devices.pop(), elsewhere.pop()
-        return f"the model is on {here}, an input on {there}: bring both to one device"
+        return f"move both to one device: the model is on {here}, an input on {there}"
     dtypes = {p.dtype for p in parameters if p.is_floating_point()}
     others = {x.dtype for x in inputs if x.is_floating_point()} - dtypes
     if len(dtypes) == 1 and others:
         ours, theirs = dtypes.pop(), others.pop()
-        return f"the model is {ours}, an input {theirs}: convert the input with .to({ours})"
+        return f"convert the input with .to({ours}): it is {theirs}, the model is {ours}"
     return ""
 
 
@@ -140,12 +132,6 @@ def at_least_two(
     model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], answer: Any
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """Repeats a single example, because `torch.export` takes a batch of 1 for a constant.
-
-    Args:
-        model: The model, which has answered the inputs.
-        args: Positional inputs.
-        kwargs: Keyword inputs.
-        answer: What the model answers.
 
     Returns:
         The inputs with every tensor repeated along dimension 0, when all of them have size 1 there

@@ -38,17 +38,7 @@ _MAPPINGS = (dict, OrderedDict)
 def captured_each(
     members: Sequence[object], program: Callable[[Any, Program | None], Program]
 ) -> list[Program]:
-    """Checks members and captures them; twins of the first one are not exported again.
-
-    Args:
-        members: What is to be captured, or is already.
-        program: Captures one, given it and what the first one became.
-
-    Raises:
-        CaptureError: A member is of a kind that cannot be captured.
-        MemberError: A member holds sparse or quantised tensors.
-        MemberError: Members differ in the dtypes or devices of tensors.
-    """
+    """Checks members and captures them; twins of the first one are not exported again."""
     for member in members:
         if not isinstance(member, Program):
             check_model(member)
@@ -66,10 +56,6 @@ def captured_each(
 def reuse_export(first: Program, model: object) -> Program | None:
     """A model captured without `torch.export`, where the graph of another module is its own.
 
-    Args:
-        first: A captured module, with the example inputs of the model.
-        model: What is to be captured. It must have passed `check_model`.
-
     Returns:
         What `capture` would return; None if that has to be asked.
     """
@@ -83,10 +69,6 @@ def reuse_export(first: Program, model: object) -> Program | None:
 
 def are_twins(first: nn.Module, other: nn.Module) -> bool:
     """Whether two modules run the same operators, whatever the numbers in their state_dict() are.
-
-    Args:
-        first: A module; its tensors may be on the meta device.
-        other: Another one.
 
     Returns:
         False also where that cannot be known: where a hook, a closure or an object of a foreign

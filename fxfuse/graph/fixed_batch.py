@@ -16,27 +16,19 @@ from fxfuse.errors import InputError
 
 @fx.has_side_effect
 def check_batch(value: torch.Tensor, size: int, name: str) -> None:
-    """Checks the size of an input's first dimension, where the graph calls it.
-
-    Raises:
-        InputError: It is another one than the network was captured with.
-    """
+    """Checks the size of an input's first dimension, where the graph calls it."""
     if value.shape[0] != size:
         raise InputError(
-            "the network was captured with a batch of one size and answers no other",
+            f"the batch size must be {size}, got {value.shape[0]}",
             where=f"input {name}",
-            why=f"it holds {value.shape[0]}, the example held {size}, and torch.export could not "
-            "keep the batch dimension open",
-            how=f"pass {size} at a time, or capture with dynamic_shapes",
+            why=f"the example had a batch of {size}, and torch.export could not keep the batch "
+            "dimension dynamic",
+            how=f"pass {size} at a time, or capture with dynamic_shapes=",
         )
 
 
 def batch_sizes(graph: fx.Graph) -> dict[str, int | torch.SymInt]:
-    """The first dimension of each tensor input, by its name; symbolic where it is kept open.
-
-    Args:
-        graph: A captured graph, or one that was written from it.
-    """
+    """The first dimension of each tensor input, by its name; symbolic where it is kept open."""
     inputs = ((n.name, n.meta.get("val")) for n in graph.nodes if n.op == "placeholder")
     return {n: v.shape[0] for n, v in inputs if isinstance(v, torch.Tensor) and v.dim()}
 

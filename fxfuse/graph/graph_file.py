@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import Any
 
 from torch import fx, nn
-from torch.fx.graph import _PyTreeCodeGen, _PyTreeInfo
 
 from fxfuse.errors import CheckpointError, RewriteError
 from fxfuse.graph.allowed import LIBRARIES, find_operator, is_call, name_of, registered_in
@@ -32,10 +31,11 @@ from fxfuse.graph.plain_data import (
     to_structure,
 )
 from fxfuse.graph.tensors import named_tensors
+from fxfuse.graph.torch_compat import set_signature, signature_of
 
 _VERSION = 1
 #: Most bytes of a file, nodes of a graph, and characters of a name.
-_BYTES, _NODES, _NAME = 1 << 24, 50_000, 200
+_BYTES, _NODES, _NAME = 1 << 24, 40_000, 200
 _IDENTIFIER = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 #: Parts of a tensor's name: an attribute, or the number or key of a submodule.
 _PART = re.compile(r"[A-Za-z0-9_-]+")
@@ -88,9 +88,6 @@ def write_graph(module: fx.GraphModule, path: Path, constants: str = "") -> None
         module: An emitted module.
         path: The file, `.json`.
         constants: SHA-256 of the file that holds the constants.
-
-    Raises:
-        RewriteError: The graph has no plain form, or a name cannot be written safely.
     """
     try:
         text = _write(_content(StoredGraph(module.graph, _describe_tensors(module), constants)))
@@ -101,7 +98,7 @@ def write_graph(module: fx.GraphModule, path: Path, constants: str = "") -> None
             "the network cannot be written as plain data",
             where=path.name,
             why=error.why,
-            how=error.how or "change the network so that its graph does without it",
+            how=error.saving or "change the network so that its graph does without it",
         ) from error
     path.write_bytes(text)
 
@@ -113,9 +110,6 @@ def read_graph(path: Path, allow: Collection[str] = ()) -> StoredGraph:
         path: The file.
         allow: Libraries beside torch's whose operators and output classes the graph may use; they
             are registered in this process already.
-
-    Raises:
-        CheckpointError: It cannot be opened, is damaged, or is not what `write_graph` writes.
     """
     try:
         with path.open("rb") as file:
@@ -133,7 +127,7 @@ def read_graph(path: Path, allow: Collection[str] = ()) -> StoredGraph:
             f"{path.name} is not a graph that fxfuse wrote",
             where=str(path),
             why=error.why,
-            how=error.how or "copy the folder again, or write it again with fxfuse.save",
+            how=error.loading or "copy the folder again, or write it again with fxfuse.save",
         ) from error
 
 
@@ -153,24 +147,19 @@ def _describe_tensors(module: fx.GraphModule) -> dict[str, StoredTensor]:
 
 def _content(stored: StoredGraph) -> dict[str, Any]:
     """All that a graph file holds but its checksum."""
-    # The structures of inputs and outputs have no public accessor on a graph.
-    info = stored.graph._codegen.pytree_info  # type: ignore[attr-defined]
+    names, inputs, outputs = signature_of(stored.graph)
     return {
         "fxfuse_graph": _VERSION,
-        "arguments": list(info.orig_args),
-        "inputs": to_structure(info.in_spec),
-        "outputs": to_structure(info.out_spec),
+        "arguments": names,
+        "inputs": to_structure(inputs),
+        "outputs": to_structure(outputs),
         "constants": stored.constants,
         "tensors": {
-            name: {"tied_to": told.tied_to} if told.tied_to else _without_tie(told)
+            name: {key: value for key, value in asdict(told).items() if value != ""}
             for name, told in stored.tensors.items()
         },
         "nodes": [_node_content(node) for node in stored.graph.nodes],
     }
-
-
-def _without_tie(told: StoredTensor) -> dict[str, Any]:
-    return {key: value for key, value in asdict(told).items() if key != "tied_to"}
 
 
 def _node_content(node: fx.Node) -> dict[str, Any]:
@@ -201,11 +190,7 @@ def _digest(content: Mapping[str, Any]) -> str:
 
 
 def _parse(text: bytes, allow: Collection[str] | None) -> StoredGraph:
-    """Read the text of a file; `allow` is None where every library is allowed.
-
-    Raises:
-        NotPlainError: It is not what `write_graph` writes.
-    """
+    """Read the text of a file; `allow` is None where every library is allowed."""
     if len(text) > _BYTES:
         raise NotPlainError(f"it is larger than {_BYTES >> 20} MiB")
     try:
@@ -215,7 +200,7 @@ def _parse(text: bytes, allow: Collection[str] | None) -> StoredGraph:
         if version != _VERSION:
             raise NotPlainError(
                 f"it is of version {version!r:.20} of the format, and {_VERSION} is read here",
-                "load it with the version of fxfuse that wrote it",
+                loading="load it with the version of fxfuse that wrote it",
             )
         check_limits(content)
         _check(digest == _digest(content), "its checksum is wrong: it is damaged or was edited")
@@ -223,7 +208,9 @@ def _parse(text: bytes, allow: Collection[str] | None) -> StoredGraph:
         same = _dumps(_content(stored)) == _dumps(content)
     # What somebody edited on purpose can be of any form.
     except (ValueError, TypeError, LookupError, AttributeError, RuntimeError) as error:
-        raise NotPlainError(f"{type(error).__name__}: {error!s:.200}") from error
+        raise NotPlainError(
+            f"it has another form ({type(error).__name__}: {error!s:.200})"
+        ) from error
     _check(same, "it holds more than a graph, or in another form")
     return stored
 
@@ -238,7 +225,10 @@ class _Reader:
         self.tensors: dict[str, StoredTensor] = {}
         for name, told in content["tensors"].items():
             self.tensors[name] = self.tensor(name, told)
-        modules = {name[: dot.start()] for name in self.tensors for dot in re.finditer(r"\.", name)}
+        modules: set[str] = set()
+        for name in self.tensors:
+            modules |= {name[: dot.start()] for dot in re.finditer(r"\.", name)}
+            _check(len(modules) <= _NODES, f"it has more than {_NODES:,} modules")
         _check(not modules & self.tensors.keys(), "a name is that of a tensor and of a module")
         _check(len(content["nodes"]) <= _NODES, f"it has more than {_NODES:,} nodes")
         for told in content["nodes"]:
@@ -251,16 +241,16 @@ class _Reader:
             raise NotPlainError(
                 f"{name!r:.99} is no name that can be written: its parts are letters, digits, _ "
                 f"and -, none is a keyword of Python, and it has {_NAME} characters at most",
-                "rename the module or parameter in the members' class",
+                saving="rename the module or parameter in the members' class",
             )
-        if "tied_to" in told:
-            return replace(self.tensors[told["tied_to"]], **told)
         made = StoredTensor(**{**told, "shape": tuple(told["shape"])})
         dtype = from_data({"dtype": made.dtype}, {})
         trains = dtype.is_floating_point or dtype.is_complex
         _check(made.kind in (_PARAMETER, _BUFFER, _CONSTANT), f"{name} is of no kind")
         good = made.requires_grad is False or (trains and made.requires_grad is True)
         _check(good, f"{name} cannot be trained")
+        first = self.tensors.get(made.tied_to) if made.tied_to else made
+        _check(first == replace(made, tied_to=""), f"{name} is tied to no tensor like it")
         return made
 
     def node(
@@ -269,7 +259,8 @@ class _Reader:
         given = tuple(from_data(args, self.nodes)) if args else ()
         named = {key: from_data(value, self.nodes) for key, value in (kwargs or {}).items()}
         if op == "output":
-            self.graph.output(*given)
+            (value,) = given
+            self.graph.output(value)
             return
         for own in (name, *named):
             _check(_is_identifier(own), f"{own!r:.99} cannot name a node or argument")
@@ -290,12 +281,11 @@ class _Reader:
         found = find_operator(name, self.registered)
         if found is None:
             library = name.partition(".")[0]
+            own = "where you trust it, import the library that registers the operator, and pass "
+            own += f'allow=("{library:.99}",) to fxfuse.load'
             raise NotPlainError(
                 f"it calls {name!r:.99}, which is not among the operators that are allowed",
-                ""
-                if library in LIBRARIES
-                else "where you trust it, import the library that registers the operator, and pass "
-                f'allow=("{library:.99}",) to fxfuse.load',
+                loading="" if library in LIBRARIES else own,
             )
         return found
 
@@ -306,7 +296,8 @@ class _Reader:
         positional, named = takes.children()
         _check([takes.type, positional.type, named.type] == [tuple, tuple, dict], "no call")
         for name in (*arguments, *named.context):
-            _check(_is_identifier(name) and name != "self", f"{name!r:.99} cannot name an input")
+            if not _is_identifier(name) or name == "self":
+                raise NotPlainError(f"{name!r:.99} cannot name an input", saving="rename the input")
         *steps, last = self.graph.nodes
         ops = [node.op for node in steps]
         _check(last.op == "output" and "output" not in ops, "the output is not the last node")
@@ -315,7 +306,7 @@ class _Reader:
         stated = positional.num_children + named.num_children, takes.num_leaves, returns.num_leaves
         good = counts == stated and len(set(arguments)) == len(arguments)
         _check(good, "the graph takes or returns something else than it says")
-        self.graph.set_codegen(_PyTreeCodeGen(_PyTreeInfo(arguments, takes, returns)))
+        set_signature(self.graph, arguments, takes, returns)
 
 
 def _check(good: bool, why: str) -> None:

@@ -26,12 +26,7 @@ def state_of(model: nn.Module | ExportedProgram) -> Mapping[str, Any]:
 
 
 def check_model(model: object) -> None:
-    """Checks that a model is of a kind that can be captured, with tensors that can be labelled.
-
-    Raises:
-        CaptureError: It is no module and no exported program.
-        MemberError: It holds sparse or quantised tensors, or no tensors.
-    """
+    """Checks that a model is of a kind that can be captured, with tensors that can be labelled."""
     if not isinstance(model, nn.Module | ExportedProgram):
         raise CaptureError(
             f"a {type(model).__name__} cannot be captured",
@@ -41,11 +36,11 @@ def check_model(model: object) -> None:
     for name, tensor in state_of(model).items():
         if not isinstance(tensor, torch.Tensor):
             raise MemberError(
-                "the model holds weights that are no tensors",
+                "the model holds weights that are not tensors",
                 where=name,
-                why=f"a {type(tensor).__name__} stands in its state_dict(), as quantised layers "
-                "keep their packed weights",
-                how="fuse the floating-point networks and quantise the result",
+                why=f"its state_dict() holds a {type(tensor).__name__}, as that of a quantised "
+                "layer does",
+                how="fuse the floating-point networks, and quantise the result",
             )
         if tensor.is_quantized or tensor.layout is not torch.strided:
             form = "quantised" if tensor.is_quantized else f"in the layout {tensor.layout}"
@@ -59,19 +54,10 @@ def check_model(model: object) -> None:
 
 
 def check_enough(members: Sequence[object], what: str) -> None:
-    """Checks that there are at least two members.
-
-    Args:
-        members: What was given.
-        what: What needs them.
-
-    Raises:
-        MemberError: There are fewer.
-    """
+    """Checks that there are at least two members."""
     if len(members) < 2:
         raise MemberError(
-            f"{len(members)} member{'s' if len(members) != 1 else ''} given",
-            why=f"{what} needs at least two networks",
+            f"{what} needs at least 2 members, got {len(members)}",
             how="pass two or more trained networks of one architecture",
         )
 
@@ -80,9 +66,6 @@ def check_alike(members: Sequence[object]) -> None:
     """Checks that members which are not captured yet agree in the dtypes and devices of tensors.
 
     The same inputs are to run through all of them. Each must have passed `check_model`.
-
-    Raises:
-        MemberError: Names the first difference.
     """
     states = {
         number: state_of(member)
@@ -107,28 +90,20 @@ def check_alike(members: Sequence[object]) -> None:
 
 
 def check_values(state: Mapping[str, torch.Tensor]) -> None:
-    """Checks that tensors have values.
-
-    Raises:
-        MemberError: One of them is on the meta device.
-    """
+    """Checks that tensors have values."""
     for name, tensor in state.items():
         if tensor.is_meta:
             raise MemberError(
                 "the network has no weights",
                 where=name,
-                why="it is on the meta device, which keeps shapes and no values: enough to "
-                "analyze a network, not to run or fuse it",
+                why="it is on the meta device, which keeps shapes but no values: enough to "
+                "analyze a network, but not to run or fuse it",
                 how="load the weights: model.to_empty(device='cpu'), then load_state_dict()",
             )
 
 
 def check_finite(number: int, state: Mapping[str, torch.Tensor]) -> None:
-    """Checks that the weights of a member are finite.
-
-    Raises:
-        MemberError: Names the first tensor with NaN or infinity.
-    """
+    """Checks that the weights of a member are finite."""
     for name, tensor in state.items():
         weighs = tensor.is_floating_point() or tensor.is_complex()
         # A sum is finite only if every term is, and it is found without a copy.
@@ -141,5 +116,5 @@ def check_finite(number: int, state: Mapping[str, torch.Tensor]) -> None:
                 f"member {number} holds weights that are not finite",
                 where=name,
                 why=f"{broken} of {tensor.numel()} values are NaN or infinite",
-                how="leave this member out, or take an earlier checkpoint of it",
+                how="leave this member out, or use an earlier checkpoint of it",
             )

@@ -141,11 +141,7 @@ FACTS: Mapping[Any, OperatorFacts] = MappingProxyType(_FACTS)
 
 
 def register(operator: Any, facts: OperatorFacts) -> None:
-    """Add an operator to the table.
-
-    Raises:
-        RuleError: It is in the table already.
-    """
+    """Add an operator to the table."""
     if operator in _FACTS:
         raise RuleError(f"{operator} has two rows of facts", where=__name__, how="keep one of them")
     _FACTS[operator] = facts

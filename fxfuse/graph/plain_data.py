@@ -6,14 +6,16 @@ import math
 from collections.abc import Callable, Collection, Mapping
 from contextlib import suppress
 from importlib import import_module
+from itertools import chain
 from typing import Any, NamedTuple
 
 import torch
-import torch.utils._pytree as pytree
 from torch import fx
 
-#: Most levels of nesting, entries of a list and characters of a text.
-_LEVELS, _ENTRIES, _TEXT = 20, 65_536, 10_000
+from fxfuse.graph.torch_compat import pytree
+
+#: Most levels of nesting, values and characters of a text in a file.
+_LEVELS, _VALUES, _TEXT = 20, 400_000, 10_000
 _INTEGERS = range(-(1 << 63), 1 << 63)
 #: The library whose output classes any graph may name, and the module that registers most of them.
 _OUTPUTS, _OUTPUTS_MODULE = "transformers", "transformers.modeling_outputs"
@@ -26,13 +28,15 @@ class NotPlainError(Exception):
 
     Args:
         why: The reason.
-        how: What can be done about it, where that is special.
+        saving: What can be done about it when saving, where that is special.
+        loading: The same when loading.
     """
 
-    def __init__(self, why: str, how: str = "") -> None:
+    def __init__(self, why: str, *, saving: str = "", loading: str = "") -> None:
         super().__init__(why)
         self.why = why
-        self.how = how
+        self.saving = saving
+        self.loading = loading
 
 
 class _Kind(NamedTuple):
@@ -105,7 +109,7 @@ def to_structure(spec: pytree.TreeSpec) -> Any:
     if name is None:
         raise NotPlainError(
             f"an input or output is a {spec.type.__name__}, which has no name in files",
-            "use tuples, lists and dicts, or register the class with a serialized_type_name "
+            saving="use tuples, lists and dicts, or register the class with a serialized_type_name "
             "(torch.export.register_dataclass)",
         )
     return [name, to_data(spec.context), [to_structure(child) for child in spec.children()]]
@@ -132,14 +136,10 @@ def from_structure(told: Any, allow: Collection[str] | None) -> pytree.TreeSpec:
     known = pytree.SERIALIZED_TYPE_TO_PYTHON_TYPE
     allowed = allow is None or name in _CONTAINERS or library in (_OUTPUTS, *allow)
     if name not in known or not allowed:
+        own = "" if library == _OUTPUTS else f' and allowed: fxfuse.load(..., allow=("{library}",))'
         raise NotPlainError(
-            f"it takes or returns a {name}, which is not known or not allowed",
-            "a class that the network returns must have been imported before"
-            + (
-                ""
-                if library == _OUTPUTS
-                else f' and allowed: fxfuse.load(..., allow=("{library}",))'
-            ),
+            f"it takes or returns a {name:.99}, which is not known or not allowed",
+            loading=f"a class that the network returns must have been imported before{own:.99}",
         )
     children = [from_structure(item, allow) for item in items]
     return pytree.TreeSpec(known[name], from_data(context, {}), children)
@@ -151,8 +151,11 @@ def check_limits(content: Any) -> None:
     Raises:
         NotPlainError: Something is too deep, too long or too large.
     """
-    level = [content]
+    level, count = [content], 0
     for _ in range(_LEVELS):
+        count += len(level)
+        if count > _VALUES:
+            raise NotPlainError(f"it holds more than {_VALUES:,} values")
         for value in level:
             if isinstance(value, int) and value not in _INTEGERS:
                 raise NotPlainError("an integer does not fit into 64 bits")
@@ -160,11 +163,8 @@ def check_limits(content: Any) -> None:
                 raise NotPlainError("a number is too large")
             if isinstance(value, str) and len(value) > _TEXT:
                 raise NotPlainError(f"a text has more than {_TEXT:,} characters")
-            if isinstance(value, list | dict) and len(value) > _ENTRIES:
-                raise NotPlainError(f"a list has more than {_ENTRIES:,} entries")
-        nested = [value for value in level if isinstance(value, list | dict)]
-        level = [
-            x for value in nested for x in (value.values() if isinstance(value, dict) else value)
-        ]
+        lists = [value for value in level if isinstance(value, list)]
+        lists += [list(value.values()) for value in level if isinstance(value, dict)]
+        level = list(chain.from_iterable(lists))
     if level:
         raise NotPlainError(f"it is nested more than {_LEVELS} levels deep")

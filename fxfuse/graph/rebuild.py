@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Mapping
+from operator import attrgetter
 from typing import Any, cast
 
 import torch
@@ -18,6 +19,7 @@ from fxfuse.graph.functional import functional
 from fxfuse.graph.operator_facts import follows_mode, set_training
 from fxfuse.graph.source_lines import where_of
 from fxfuse.graph.tensors import attach, fetch
+from fxfuse.graph.torch_compat import copy_signature
 
 #: Operators that only state facts which hold for the captured device and dtype: they would break
 #: the fused module after `.to("cuda")` or `.to(torch.bfloat16)`.
@@ -45,9 +47,6 @@ def rebuild(
     Returns:
         A graph module in eval mode: `no_grad` regions inlined, assertions dropped, every
         `training` argument False.
-
-    Raises:
-        CaptureError: The graph holds a region that cannot be inlined (`torch.cond` and the like).
     """
     # Attached before the graph is set: GraphModule itself would copy only what the graph reads,
     # in the order of the graph, and lose the names and the order of the state_dict.
@@ -55,7 +54,7 @@ def rebuild(
     for name, tensor in state.items():
         attach(module, name, tensor, persistent=True)
     graph = fx.Graph()
-    graph._codegen = source.graph._codegen
+    copy_signature(source.graph, graph)
     _Copier(source, graph, state).run()
     if prune:
         # The copy holds views that nobody may read: only pruning makes it small again.
@@ -107,21 +106,21 @@ class _Copier:
             return
         if any(n not in self.environment for n in node.all_input_nodes):
             raise CaptureError(
-                f"the graph holds a region that cannot be inlined: {node.target}",
+                f"the graph holds a subgraph that cannot be inlined: {node.target}",
                 where=where_of(node),
                 why="torch.export keeps torch.cond and the like as subgraphs, in which neurons "
                 "cannot be followed",
-                how="write the forward pass without the region (torch.where for both branches)",
+                how="write the forward pass without it, for instance with torch.where",
             )
         copied = self.graph.node_copy(node, lambda n: self.environment[n])
         self.environment[node] = copied
 
     def is_subgraph(self, target: str, owner: fx.GraphModule) -> bool:
-        return target not in self.state and isinstance(_attribute(owner, target), nn.Module)
+        return target not in self.state and isinstance(attrgetter(target)(owner), nn.Module)
 
     def inline(self, call: fx.Node, owner: fx.GraphModule) -> Any:
         subgraph, *operands = cast("tuple[fx.Node, ...]", call.args[_REGIONS[call.target] :])
-        body = _attribute(owner, str(subgraph.target))
+        body = attrgetter(str(subgraph.target))(owner)
         inputs = iter(operands)
         for node in body.graph.nodes:
             if node.op == "placeholder":
@@ -131,10 +130,3 @@ class _Copier:
             else:
                 self.copy(node, body)
         return ()
-
-
-def _attribute(owner: nn.Module, target: str) -> Any:
-    value: Any = owner
-    for part in target.split("."):
-        value = getattr(value, part)
-    return value

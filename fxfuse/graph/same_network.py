@@ -49,26 +49,13 @@ def check_same_network(members: Sequence[Program], *, any_width: bool = False) -
         any_width: Whether members may have other sizes: shapes, and numbers in the graph. What the
             graph calculates with may be another number then, too, as the scale of heads of another
             size is; `fxfuse.analysis.multi_width` looks at which it is.
-
-    Raises:
-        MemberError: Names the first difference.
     """
     for number, other in enumerate(members[1:], start=1):
         check_same_as(members[0], other, number, any_width=any_width)
 
 
 def check_same_as(first: Program, other: Program, number: int, *, any_width: bool = False) -> None:
-    """Checks that a member is the same network as the first one.
-
-    Args:
-        first: Member 0, captured.
-        other: The member, captured.
-        number: Of the member.
-        any_width: As for `check_same_network`.
-
-    Raises:
-        MemberError: Names the first difference.
-    """
+    """Checks that a member is the same network as the first one."""
     programs = first.is_exported and other.is_exported
     same_sizes = _check_tensors(first, other, number, any_width=any_width and programs)
     if programs:
@@ -83,7 +70,7 @@ def _mismatch(what: str, number: int, where: str, why: str) -> MemberError:
         f"member {number} differs from member 0: {what}",
         where=where,
         why=why,
-        how="give members of one architecture, built with the same arguments",
+        how="pass members of one architecture, built with the same arguments",
     )
 
 
@@ -131,25 +118,14 @@ def _check_answers(first: Program, other: Program, number: int) -> None:
             "answers",
             number,
             type(other.source).__name__,
-            f"member 0 with its weights answers otherwise: {first_line(error)}",
+            f"member 0 with its weights returns other outputs: {first_line(error)}",
         ) from error
 
 
 def check_constant(
     name: str, value: torch.Tensor, other: torch.Tensor, number: int, *, stored: bool
 ) -> None:
-    """Checks that a constant which the graph reads is the same in a member as in member 0.
-
-    Args:
-        name: Name of the constant.
-        value: Member 0's.
-        other: The member's.
-        number: Of the member.
-        stored: Whether it is saved with the weights.
-
-    Raises:
-        MemberError: It is not.
-    """
+    """Checks that a constant which the graph reads is the same in a member as in member 0."""
     if value.dtype == other.dtype and torch.equal(value, other):
         return
     why = f"a constant ({value.dtype}) that the graph reads has another value"

@@ -32,6 +32,9 @@ from torch.fx.experimental.proxy_tensor import make_fx
 # `__all__`. It tells sizes that depend on data. Replaced by: a public test for unbacked sizes.
 from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols, optimization_hint
 
+# How a graph takes and returns nested values. Replaced by: see `signature_of`.
+from torch.fx.graph import _PyTreeCodeGen, _PyTreeInfo
+
 # The common base of torch's batch and instance norms, and of its convolutions: a class of the
 # user's may extend it directly. Replaced by: public base classes.
 from torch.nn.modules.batchnorm import _NormBase as NormBase
@@ -53,7 +56,6 @@ __all__ = [
     "copy_inputs",
     "copy_origin",
     "copy_signature",
-    "drop_guards",
     "flatten_inputs",
     "free_unbacked_symbols",
     "freezing",
@@ -69,7 +71,10 @@ __all__ = [
     "output_spec",
     "overloads_of",
     "pytree",
+    "registered_operators",
     "schema_of",
+    "set_signature",
+    "signature_of",
     "write_package",
 ]
 
@@ -123,6 +128,16 @@ def is_operator(target: Any) -> bool:
     return isinstance(target, torch._ops.OpOverload)
 
 
+def registered_operators() -> Sequence[str]:
+    """Names of all operators of the dispatcher, such as "aten::add.Tensor".
+
+    TorchScript has more, `aten::save` among them, which writes files: attributes of `torch.ops`
+    lead to these, too. Replaced by: a public list.
+    """
+    names: Sequence[str] = torch._C._dispatch_get_all_op_names()
+    return names
+
+
 def is_region(target: Any) -> bool:
     """Whether this is an operator whose body is a graph of its own, such as `torch.cond`."""
     return isinstance(target, torch._ops.HigherOrderOperator)
@@ -140,6 +155,21 @@ def output_spec(graph: fx.Graph) -> Any:
     """How the flattened outputs of a captured graph are put together; None: they are not flat."""
     info = getattr(graph._codegen, "pytree_info", None)
     return None if info is None else info.out_spec
+
+
+def signature_of(graph: fx.Graph) -> tuple[list[str], Any, Any]:
+    """Names of the inputs of a captured graph, and the structures of inputs and outputs.
+
+    `Graph.set_codegen` is public; what it sets, and how it is read, is not. Replaced by: a class of
+    signatures.
+    """
+    info = graph._codegen.pytree_info  # type: ignore[attr-defined]
+    return list(info.orig_args), info.in_spec, info.out_spec
+
+
+def set_signature(graph: fx.Graph, names: list[str], inputs: Any, outputs: Any) -> None:
+    """Sets what `signature_of` returns."""
+    graph.set_codegen(_PyTreeCodeGen(_PyTreeInfo(names, inputs, outputs)))
 
 
 def copy_inputs(source: fx.Graph, target: fx.Graph, spec: Any) -> None:
@@ -168,14 +198,6 @@ def flatten_inputs(graph: fx.Graph, values: Sequence[Any]) -> Sequence[Any]:
     positional = info.in_spec.child(0).num_children
     named = dict(zip(info.orig_args[positional:], values[positional:], strict=True))
     return tree_flatten_spec((list(values[:positional]), named), info.in_spec)
-
-
-def drop_guards(program: torch.export.ExportedProgram) -> None:
-    """Takes away the checks of inputs that torch.export writes down as Python code.
-
-    Replaced by: an argument of `torch.export.export` or of `torch.export.save`.
-    """
-    program._guards_code = []
 
 
 def original_module(module: nn.Module) -> nn.Module:

@@ -40,11 +40,6 @@ def read_file(path: str | Path, *, mmap: bool = False) -> Any:
 
     Returns:
         A tensor, or containers of tensors and plain values. All tensors are on the CPU.
-
-    Raises:
-        CheckpointError: There is no such file, or it cannot be opened.
-        CheckpointError: The file is truncated or in no format that is read here.
-        CheckpointError: The file holds pickled objects other than tensors.
     """
     path = Path(path)
     check_openable(path)
@@ -53,9 +48,9 @@ def read_file(path: str | Path, *, mmap: bool = False) -> Any:
     if path.suffix in TORCH_SUFFIXES:
         return _read_torch(path, mmap=mmap and zipfile.is_zipfile(path))
     raise CheckpointError(
-        f"the format of {path.name} is not known",
+        f"{path.name} has an unknown format",
         where=str(path),
-        why=f"weights are read from .safetensors and from {', '.join(TORCH_SUFFIXES)}",
+        why=f"weights are read from .safetensors, {', '.join(TORCH_SUFFIXES)}",
         how="save the state_dict with safetensors.torch.save_file or torch.save",
     )
 
@@ -70,11 +65,6 @@ def read_state_dict(path: str | Path, *, mmap: bool = False) -> dict[str, torch.
 
     Returns:
         Tensors by name, on the CPU.
-
-    Raises:
-        CheckpointError: There is no such file, or it cannot be opened.
-        CheckpointError: The file is truncated, or holds something else than a state_dict.
-        CheckpointError: The file holds pickled objects other than tensors.
     """
     content = read_file(path, mmap=mmap)
     for key in NESTING_KEYS:
@@ -89,32 +79,12 @@ def read_state_dict(path: str | Path, *, mmap: bool = False) -> dict[str, torch.
 
 
 def load_checkpoint(model: nn.Module, path: str | Path) -> None:
-    """Loads a checkpoint into a model, strictly, and keeps the checkpoint's dtype.
-
-    Args:
-        model: Changed in place.
-        path: The checkpoint.
-
-    Raises:
-        CheckpointError: There is no such file, or it cannot be opened.
-        CheckpointError: The file is truncated, or holds something else than a state_dict.
-        CheckpointError: The file holds pickled objects other than tensors.
-        CheckpointError: Names or shapes differ from the model's, or dtypes are mixed.
-    """
+    """Loads a checkpoint into a model, strictly, and keeps the checkpoint's dtype."""
     load_tensors(model, read_state_dict(path), path)
 
 
 def load_tensors(model: nn.Module, state: dict[str, torch.Tensor], path: str | Path) -> None:
-    """Loads the tensors of a checkpoint into a model, strictly, and keeps their dtype.
-
-    Args:
-        model: Changed in place.
-        state: The tensors by name; names of tied ones may be left out, and are filled in.
-        path: The checkpoint, for messages.
-
-    Raises:
-        CheckpointError: Names or shapes differ from the model's, or dtypes are mixed.
-    """
+    """Loads the tensors of a checkpoint into a model, strictly, and keeps their dtype."""
     own = model.state_dict(keep_vars=True)
     restore_tied(state, own)
     check_fit(state, own, path)
@@ -123,15 +93,7 @@ def load_tensors(model: nn.Module, state: dict[str, torch.Tensor], path: str | P
 
 
 def write_state_dict(path: str | Path, state: Mapping[str, torch.Tensor]) -> None:
-    """Writes a state_dict as `.safetensors`, every name with its own copy of a tied tensor.
-
-    Args:
-        path: The file to write.
-        state: Tensors by name.
-
-    Raises:
-        OSError: It cannot be written.
-    """
+    """Writes a state_dict as `.safetensors`, every name with its own copy of a tied tensor."""
     tensors = {name: value.detach().cpu().contiguous() for name, value in state.items()}
     seen: set[int] = set()
     for name, value in tensors.items():
@@ -159,11 +121,7 @@ def _as_os_error(error: SafetensorError, path: Path) -> Exception:
 
 
 def check_openable(path: Path) -> None:
-    """Checks that a checkpoint can be opened.
-
-    Raises:
-        CheckpointError: It cannot.
-    """
+    """Checks that a checkpoint can be opened."""
     try:
         with path.open("rb"):
             return
@@ -203,20 +161,16 @@ def _read_torch(path: Path, *, mmap: bool) -> Any:
             raise CheckpointError(
                 f"{path.name} holds pickled Python objects",
                 where=str(path),
-                why=f"unpickling can run any code, and this file asks for {objects}",
-                how="where you trust the file, load it yourself and save model.state_dict() "
-                "with torch.save or safetensors.torch.save_file",
+                why=f"unpickling can run any code, and this file imports {objects}",
+                how="if you trust the file, load it yourself and save model.state_dict() with "
+                "torch.save or safetensors.torch.save_file",
             ) from error
         text = str(error).strip().split("\n")[0].split(". ")[0]
         raise corrupt(path, f"{type(error).__name__}: {text}".rstrip(": ")) from error
 
 
 def _check_sums(path: Path) -> None:
-    """Checks the checksums that the zip format of torch holds, and its reader does not look at.
-
-    Raises:
-        BadZipFile: A part of the file is not what was written.
-    """
+    """Checks the checksums that the zip format of torch holds, and its reader does not look at."""
     if zipfile.is_zipfile(path):
         with zipfile.ZipFile(path) as archive:
             damaged = archive.testzip()
@@ -264,11 +218,7 @@ class Shaped(Protocol):
 
 
 def check_fit(state: Mapping[str, Shaped], own: Mapping[str, Shaped], path: str | Path) -> None:
-    """Checks that a checkpoint has the names and shapes of a model.
-
-    Raises:
-        CheckpointError: Lists the first that differ.
-    """
+    """Checks that a checkpoint has the names and shapes of a model."""
     missing = [name for name in own if name not in state]
     unknown = [name for name in state if name not in own]
     shapes = [
@@ -290,8 +240,7 @@ def check_fit(state: Mapping[str, Shaped], own: Mapping[str, Shaped], path: str 
             f"{Path(path).name} does not fit the model",
             where=str(path),
             why="; ".join(differences),
-            how="give the model the arguments it was trained with, for instance "
-            "--model-arg num_classes=10",
+            how="build the model with the arguments that it was trained with",
         )
 
 
@@ -332,7 +281,7 @@ def corrupt(path: Path, why: str) -> CheckpointError:
         f"the checkpoint {path.name} is damaged",
         where=str(path),
         why=why,
-        how="copy or download the file again; it is truncated or not a checkpoint at all",
+        how="copy or download the file again; it is truncated, or not a checkpoint",
     )
 
 
@@ -340,6 +289,6 @@ def _not_a_state_dict(path: str | Path, why: str) -> CheckpointError:
     return CheckpointError(
         f"{Path(path).name} holds no state_dict",
         where=str(path),
-        why=f"{why}, where tensors by name are needed",
+        why=f"{why}, but a state_dict maps names to tensors",
         how=f"save model.state_dict(), by itself or under one of: {', '.join(NESTING_KEYS)}",
     )

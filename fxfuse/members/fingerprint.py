@@ -27,9 +27,6 @@ def fingerprint(state: Mapping[str, torch.Tensor]) -> dict[str, str]:
     SHA-256 over name, shape, dtype and at most 4,096 evenly spaced elements: another network and
     further training are told apart from this one, a change of single elements may not be.
 
-    Args:
-        state: Dense tensors by name, on any device.
-
     Returns:
         32 hexadecimal digits for each name. They do not depend on the device or on strides.
     """
@@ -63,9 +60,6 @@ def _hash(name: str, tensor: torch.Tensor) -> str:
 def digest_of(content: Any) -> str:
     """SHA-256 of plain data, which does not depend on how its JSON text is set.
 
-    Args:
-        content: What `json.loads` returns.
-
     Returns:
         64 hexadecimal digits.
     """
@@ -76,15 +70,7 @@ def digest_of(content: Any) -> str:
 def check_members(
     known: Sequence[Fingerprint], states: Sequence[Mapping[str, torch.Tensor]]
 ) -> None:
-    """Checks that networks are those that a plan was made for, in the same order.
-
-    Args:
-        known: The fingerprint of each member of the plan.
-        states: For each network given, its tensors by name.
-
-    Raises:
-        PlanError: Names the first network and the first tensor that differ.
-    """
+    """Checks that networks are those that a plan was made for, in the same order."""
     for number, (ours, theirs) in enumerate(zip(known, fingerprints(states), strict=True)):
         if ours == theirs:
             continue
@@ -92,7 +78,7 @@ def check_members(
             raise PlanError(
                 f"member {number} is not the plan's member {number}",
                 why=f"it is the plan's member {list(known).index(theirs)}",
-                how="give the members in the order in which they were fused",
+                how="pass the members in the order in which they were fused",
             )
         names = [*ours, *(name for name in theirs if name not in ours)]
         differing = [name for name in names if ours.get(name) != theirs.get(name)]
@@ -104,6 +90,6 @@ def check_members(
             f"member {number} is not the network that the plan was made for",
             where=differing[0],
             why=why,
-            how="give the networks that were fused, with the weights that they had then, or make "
-            "a new plan by fusing without plan=",
+            how="pass the networks that were fused, with the weights that they had then, or make "
+            "a new plan with fxfuse.plan",
         )

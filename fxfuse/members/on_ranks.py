@@ -91,7 +91,7 @@ def _stand_in(template: nn.Module, tensors: dict[str, torch.Tensor]) -> nn.Modul
         return with_tensors(template, tensors, "member 0")
     except CheckpointError as error:
         raise MemberError(
-            "the network of this rank is not that of member 0",
+            "the network of this rank is not the network of member 0",
             why=error.why,
             how="build the modules and templates of all ranks with the same arguments",
         ) from error
@@ -103,21 +103,21 @@ def _check_members(members: Sequence[Any], template: nn.Module | None) -> None:
     if wrong is not None:
         raise OptionError(
             f"a {type(wrong).__name__} cannot be a member with group=",
-            why="every rank runs member 0, as a copy of a module of its own",
-            how="give modules, or paths of checkpoints with template=",
+            why="every rank runs member 0 as a copy of its own module",
+            how="pass modules, or paths of checkpoints with template=",
         )
     if template is None and kinds != {False}:
         raise OptionError(
             "this rank has no module of the members' class",
             why="every rank runs member 0, and files hold tensors only"
             if kinds
-            else "every rank runs member 0, also one that has no members",
+            else "every rank runs member 0, even one without members",
             how="pass template=, a module of the members' class; it may be on the meta device",
         )
     if template is not None and False in kinds:
         raise OptionError(
-            "a template is for members that are files, and for a rank without members",
-            how="leave it out, or give paths",
+            "template= is for members in files, and for a rank without members",
+            how="leave template= out, or pass paths",
         )
 
 
@@ -143,8 +143,8 @@ def _check_alike(told: Sequence[Mapping[str, str]], first: int) -> None:
         differing = next((n for n in names if told[first].get(n) != theirs.get(n)), None)
         if differing is not None:
             raise MemberError(
-                f"the network of rank {rank} is not the one of rank {first}",
+                f"rank {rank} has another network than rank {first}",
                 where=differing,
-                why="with the weights of member 0 it has other operators or constants",
+                why="with the weights of member 0, operators or constants differ",
                 how="build the modules and templates of all ranks with the same arguments",
             )

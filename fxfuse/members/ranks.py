@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, TypeVar, overload
 import torch
 import torch.distributed as dist
 
-from fxfuse.errors import FxfuseError, OptionError, RankError
+from fxfuse.errors import FxfuseError, MemberError, OptionError
 from fxfuse.graph.torch_compat import pytree
 
 if TYPE_CHECKING:
@@ -30,9 +30,6 @@ class Ranks:
 
     Args:
         group: A process group with a backend for the members' device, or "world": the default one.
-
-    Raises:
-        OptionError: There is no such group, or this process is not in it.
     """
 
     def __init__(self, group: ProcessGroup | str) -> None:
@@ -54,17 +51,12 @@ class Ranks:
             raise OptionError(
                 "this process is not in the group",
                 where="group=",
-                why="every rank of the group calls with its own members, and no other",
-                how="call on the ranks that torch.distributed.new_group was given",
+                why="every rank of the group calls with its own members, and other ranks do not",
+                how="call on the ranks that were passed to torch.distributed.new_group",
             )
 
     def all(self, work: Callable[[], T]) -> list[T]:
-        """What a piece of work returns on each rank, in their order; small, and no tensors.
-
-        Raises:
-            FxfuseError: The work raised it on some rank: it is raised on all of them.
-            RankError: It raised something else on another rank.
-        """
+        """What a piece of work returns on each rank, in their order; small, and no tensors."""
         value, error = None, None
         try:
             value = work()
@@ -110,11 +102,7 @@ class Ranks:
         return pytree.tree_map_only(torch.Tensor, moved, value)
 
     def from_rank(self, owner: int, work: Callable[[], T], device: torch.device) -> T:
-        """What a piece of work returns on one rank, on every rank.
-
-        Raises:
-            FxfuseError: As for `all`.
-        """
+        """What a piece of work returns on one rank, on every rank."""
         made: list[Any] = []
 
         def described() -> Any:
@@ -164,11 +152,7 @@ class RankedStates(Sequence[State]):
     def __getitem__(self, index: slice) -> Sequence[State]: ...
 
     def __getitem__(self, index: int | slice) -> State | Sequence[State]:
-        """Member 0's tensors.
-
-        Raises:
-            OptionError: Another member is asked for.
-        """
+        """Member 0's tensors."""
         if index == 0:
             return self._first
         if isinstance(index, int) and index >= len(self):
@@ -176,9 +160,9 @@ class RankedStates(Sequence[State]):
         raise OptionError(
             "this needs all members in one process",
             where="group=",
-            why="it reads members beside one another, and each is on the rank that it was given to",
+            why="it compares members with each other, and each is on its own rank",
             how="use method='transplant' with the score l1, l2 or bn_scale, or method='average'; "
-            "or give all members to one process, and leave group out",
+            "or pass all members to one process, and leave group= out",
         )
 
     def of_each(
@@ -219,10 +203,6 @@ def of_each(
 
     Yields:
         A member's number, and what came out; in one process each is made when it is asked for.
-
-    Raises:
-        FxfuseError: The work raised it on some rank: it is raised on all of them.
-        RankError: It raised something else on another rank.
     """
     members = range(len(states)) if members is None else members
     if isinstance(states, RankedStates):
@@ -248,8 +228,8 @@ def _on_rank(rank: int, failure: FxfuseError | str) -> FxfuseError:
     if isinstance(failure, FxfuseError):
         where = f"{failure.where} on rank {rank}".strip()
         return type(failure)(failure.what, where=where, why=failure.why, how=failure.how)
-    return RankError(
+    return MemberError(
         f"rank {rank} failed",
         why=failure,
-        how="see what that process printed, and start all of them again",
+        how="read what that process printed, and start all processes again",
     )

@@ -48,12 +48,7 @@ class StreamedState(Mapping[str, torch.Tensor]):
         self._like = like
 
     def __getitem__(self, name: str) -> torch.Tensor:
-        """Reads a tensor.
-
-        Raises:
-            CheckpointError: It has another dtype than member 0's.
-            CheckpointError: The file cannot be read.
-        """
+        """Reads a tensor."""
         tensor, own = self._stored.read(self._names[name]), self._like.tensor(name)
         if tensor.dtype != own.dtype:
             raise CheckpointError(
@@ -81,11 +76,6 @@ class Stored:
     Args:
         path: A `.safetensors` file, the index of several (`*.safetensors.index.json`), or a
             weights-only `.pt` file.
-
-    Raises:
-        CheckpointError: A file is not there, or cannot be opened.
-        CheckpointError: A file is damaged, or in no format that is read here.
-        CheckpointError: A `.pt` file holds other objects than tensors.
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -122,18 +112,7 @@ class Stored:
 
 
 def first_member(template: nn.Module, path: str | Path) -> nn.Module:
-    """A copy of a template with the weights of a checkpoint.
-
-    Args:
-        template: A module of the members' class; it may be on the meta device.
-        path: The checkpoint.
-
-    Raises:
-        MemberError: A buffer that no checkpoint holds is on the meta device.
-        CheckpointError: A file is not there, or cannot be opened.
-        CheckpointError: A file is damaged.
-        CheckpointError: Names or shapes differ from the template's, or dtypes are mixed.
-    """
+    """A copy of a template with the weights of a checkpoint."""
     stored = Stored(path)
     return with_tensors(template, {name: stored.read(name) for name in stored.shapes()}, path)
 
@@ -141,12 +120,7 @@ def first_member(template: nn.Module, path: str | Path) -> nn.Module:
 def with_tensors(
     template: nn.Module, tensors: dict[str, torch.Tensor], source: str | Path
 ) -> nn.Module:
-    """A copy of a template with other tensors; `source` says in messages where they are from.
-
-    Raises:
-        MemberError: A buffer that no checkpoint holds is on the meta device.
-        CheckpointError: Names or shapes differ from the template's, or dtypes are mixed.
-    """
+    """A copy of a template with other tensors; `source` says in messages where they are from."""
     made = copy.deepcopy(template)
     if any(tensor.is_meta for tensor in (*made.parameters(), *made.buffers())):
         _check_buffers(made)
@@ -158,36 +132,13 @@ def with_tensors(
 def streamed_states(
     paths: Sequence[str | Path], first: Program
 ) -> list[Mapping[str, torch.Tensor]]:
-    """The tensors of all members: the first one's from memory, the others' from their files.
-
-    Args:
-        paths: The checkpoints.
-        first: Member 0, captured with its weights.
-
-    Raises:
-        CheckpointError: A file is not there, or cannot be opened.
-        CheckpointError: A file is damaged.
-        CheckpointError: Names or shapes differ from member 0's.
-        MemberError: A constant of the network differs from member 0's.
-    """
+    """The tensors of all members: the first one's from memory, the others' from their files."""
     others = enumerate(paths[1:], start=1)
     return [first.state(), *(streamed_state(path, number, first) for number, path in others)]
 
 
 def streamed_state(path: str | Path, number: int, first: Program) -> StreamedState:
-    """The tensors of a member other than the first, from its file.
-
-    Args:
-        path: The checkpoint.
-        number: Of the member.
-        first: Member 0, captured with its weights.
-
-    Raises:
-        CheckpointError: As for `streamed_states`; so are the others.
-        CheckpointError: A file is damaged.
-        CheckpointError: Names or shapes differ from member 0's.
-        MemberError: A constant of the network differs from member 0's.
-    """
+    """The tensors of a member other than the first, from its file."""
     own = {name: first.tensor(name) for name in first.names}
     read = {str(node.target) for node in first.graph.nodes if node.op == "get_attr"}
     stored = Stored(path)
@@ -206,28 +157,24 @@ def streamed_state(path: str | Path, number: int, first: Program) -> StreamedSta
 def split_paths(
     members: Sequence[Network | str | Path], template: nn.Module | None
 ) -> tuple[list[str | Path], list[Network]]:
-    """The members that are files, or those that are networks: one of the two is empty.
-
-    Raises:
-        OptionError: Some are files and some are not, or there is no template for files.
-    """
+    """The members that are files, or those that are networks: one of the two is empty."""
     files = [member for member in members if isinstance(member, str | Path)]
     networks = [member for member in members if not isinstance(member, str | Path)]
     if files and networks:
         raise OptionError(
             "some members are files and some are networks",
-            why="a file is read tensor by tensor, and a network is in memory",
+            why="files are read tensor by tensor, and networks are in memory",
             how="load the files into networks, or save the networks",
         )
     if files and template is None:
         raise OptionError(
-            "files hold tensors, and no network",
-            why="what the tensors mean is said by the module that they belong to",
+            "files need template=",
+            why="they hold tensors, but no network",
             how="pass template=, a module of the members' class; it may be on the meta device",
         )
     if template is not None and not files:
         raise OptionError(
-            "a template is for members that are files", how="leave it out, or give paths"
+            "template= is for members in files", how="leave template= out, or pass paths"
         )
     return files, networks
 
@@ -240,13 +187,7 @@ def _stored_names(known: set[str], first: Program) -> dict[str, str]:
 
 
 def _shards(index: Path) -> dict[str, TensorFile]:
-    """The files of a sharded checkpoint, by tensor.
-
-    Raises:
-        CheckpointError: The index or a shard is not there.
-        CheckpointError: The index is no index, names a file outside its folder, or a shard
-            lacks a tensor.
-    """
+    """The files of a sharded checkpoint, by tensor."""
     try:
         content = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
         files = {str(name): str(file) for name, file in content.items()}
@@ -256,7 +197,7 @@ def _shards(index: Path) -> dict[str, TensorFile]:
         raise corrupt(index, f"it holds no weight_map ({type(error).__name__})") from error
     for name, file in files.items():
         if Path(file).name != file or file in ("", ".", ".."):
-            raise corrupt(index, f"{name} is said to be in {file!r}, outside of the folder")
+            raise corrupt(index, f"it places {name} in {file!r}, outside its folder")
     shards: dict[str, TensorFile] = {}
     for file in dict.fromkeys(files.values()):
         shards[file] = TensorFile(index.parent / file)
@@ -292,8 +233,8 @@ def _check_buffers(module: nn.Module) -> None:
     for name, buffer in module.named_buffers(remove_duplicate=False):
         if buffer.is_meta and name not in stored:
             raise MemberError(
-                "the template lacks values that no checkpoint holds",
+                "the template has no values for a buffer that no checkpoint holds",
                 where=name,
-                why="this buffer is not saved with the weights, and it is on the meta device",
-                how="pass a template that was built on the CPU",
+                why="the buffer is not saved with the weights, and it is on the meta device",
+                how="build the template on the CPU",
             )

@@ -45,13 +45,6 @@ class TensorFile:
 
     The library reads the header again whenever it opens a file, which for a network of many small
     tensors takes ten times as long as reading the tensors.
-
-    Args:
-        path: Of the file.
-
-    Raises:
-        CheckpointError: It is not there, or cannot be opened.
-        CheckpointError: It is damaged.
     """
 
     def __init__(self, path: Path) -> None:
@@ -73,10 +66,6 @@ class TensorFile:
         """A tensor, as a view of a mapping of its part of the file, which ends with the tensor.
 
         What is written into it does not reach the file.
-
-        Raises:
-            CheckpointError: The file is gone.
-            CheckpointError: It is another one than that of which the header was read.
         """
         entry = self.entries[name]
         if entry.dtype is None or entry.offset % entry.dtype.itemsize:
@@ -88,7 +77,7 @@ class TensorFile:
         before = entry.offset % mmap.ALLOCATIONGRANULARITY
         with _open(self.path) as file:
             if _state(file) != self._state:
-                raise corrupt(self.path, "it was changed while its tensors were being read")
+                raise corrupt(self.path, "it changed while its tensors were being read")
             pages = mmap.mmap(
                 file.fileno(),
                 before + entry.length,

@@ -30,9 +30,6 @@ def require_activations(
 
     Returns:
         For each group, for each member, [rows, n_units], as given: `matrix_of` one at a time.
-
-    Raises:
-        InputError: There are none, they do not fit the groups, or they are not finite.
     """
     n_members, given = len(states), context.activations
     if given is None and context.calibration is not None:
@@ -40,7 +37,7 @@ def require_activations(
     if given is None:
         raise InputError(
             f"{user} needs calibration inputs",
-            why="it compares units by what they answer",
+            why="it compares units by their activations",
             how="pass calibration=..., 100 to 1,000 inputs without labels",
         )
     found = {}
@@ -53,8 +50,8 @@ def require_activations(
             raise InputError(
                 "activations do not fit the members",
                 where=f"group {group.name}",
-                why=f"{n_members} tensors [rows, units], of {', '.join(map(str, units))} units and "
-                f"with the same two or more rows, are needed, there are {shapes}",
+                why=f"{n_members} tensors [rows, units] with two or more rows are needed, of "
+                f"{', '.join(map(str, units))} units, got {shapes}",
                 how="compute them on the same calibration inputs for every member",
             )
         for member, tensor in enumerate(tensors):
@@ -62,7 +59,7 @@ def require_activations(
                 raise InputError(
                     "an activation on the calibration inputs is not finite",
                     where=f"group {group.name}, member {member}",
-                    why="a unit answers NaN or infinity",
+                    why="a unit returns NaN or infinity",
                     how="check the calibration inputs, or leave this member out",
                 )
         found[group.name] = tensors
@@ -77,16 +74,11 @@ def matrix_of(tensor: torch.Tensor) -> Matrix:
 def require_gradients(
     graph: CouplingGraph, states: Sequence[State], context: Context, user: str
 ) -> Sequence[Gradients]:
-    """The members' gradients.
-
-    Raises:
-        InputError: There are none, or not one for each member.
-        OptionError: The members have heads for different tasks.
-    """
+    """The members' gradients."""
     if graph.program.heads:
         raise OptionError(
             f"{user} does not work with several heads",
-            why="its gradients are of one loss on one output, and each head has a task of its own",
+            why="it needs the gradient of one loss on one output, and each head has its own task",
             how="use score='l2', 'bn_scale', 'activation' or 'obs'",
         )
     n_members, given = len(states), context.gradients
@@ -98,8 +90,8 @@ def require_gradients(
     if given is None or len(given) != n_members:
         raise InputError(
             f"{user} needs labelled calibration inputs",
-            why="it measures units by the gradient of the loss, "
-            + ("and there is none" if given is None else f"given for {len(given)} members"),
+            why="it measures units by the gradient of the loss"
+            + ("" if given is None else f", which was passed for {len(given)} members"),
             how="pass calibration=... with batches (inputs, labels)",
         )
     return given

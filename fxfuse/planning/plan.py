@@ -95,11 +95,7 @@ class UnitMap:
 
     @staticmethod
     def decoded(value: Mapping[str, Any], where: str) -> UnitMap:
-        """What `encoded` returned.
-
-        Raises:
-            ValueError: It is no map; says where and what.
-        """
+        """What `encoded` returned."""
         entries = dict(value)
         for name in ("group", "n_units"):
             if name not in entries:
@@ -145,7 +141,7 @@ class Mixing:
         """How they run, and where they stand; empty where there are none."""
         if not self.notes:
             return []
-        how = "once for each member" if self.mode == "per_member" else "jointly (approximate)"
+        how = "one by one" if self.mode == "per_member" else "jointly, inexact"
         where = [at_line(note.node, note.source) for note in self.notes]
         return [f"{len(self.notes):,} {how}: {where[0]}", *where[1:]]
 
@@ -210,7 +206,7 @@ class FusionPlan(Readable):
         raise PlanError(
             f"the plan has no group {group!r}",
             why="it was made for another network",
-            how="make the plan with members of the network that it is applied to",
+            how="make a plan with members of this network",
         )
 
     def sizes(self) -> dict[str, int]:
@@ -262,7 +258,7 @@ class FusionPlan(Readable):
         try:
             value = json.loads(text)
             if not isinstance(value, dict) or "schema" not in value:
-                raise ValueError("it is no JSON object with a schema")
+                raise ValueError("it is not a JSON object with a schema")
             _check_origin(value)
             content = {k: v for k, v in value.items() if k not in ("schema", "digest")}
             plan: FusionPlan = decode(FusionPlan, content, "the plan")
@@ -386,16 +382,16 @@ def _check_origin(value: Mapping[str, Any]) -> None:
     """Checks that this version wrote a plan, and nobody changed it."""
     if value["schema"] != _SCHEMA:
         raise PlanError(
-            f"plan schema {value['schema']!r:.20} is not {_SCHEMA}",
+            f"unknown plan schema {value['schema']!r:.20}, expected {_SCHEMA}",
             how="make the plan again with this version of fxfuse",
         )
     content = {key: entry for key, entry in value.items() if key != "digest"}
     if digest_of(content) != value.get("digest"):
         raise PlanError(
             "the plan was edited",
-            why="its content has another digest than the one that it was written with",
-            how="use the plan as to_json() wrote it; to change a plan, change the FusionPlan in "
-            "Python and write that",
+            why="its content does not match its digest",
+            how="use the plan as to_json() wrote it; to change it, change the FusionPlan in Python "
+            "and write that",
         )
 
 

@@ -57,9 +57,6 @@ def decode(kind: Any, value: Any, where: str) -> Any:
             or union with None of such.
         value: What the JSON holds.
         where: How its place is called in messages.
-
-    Raises:
-        ValueError: It is something else; says where and what.
     """
     if hasattr(kind, "decoded"):
         return kind.decoded(_expect(dict, "an object", value, where), where)
@@ -147,12 +144,7 @@ class MapEntries(NamedTuple):
 
 
 def encode_map(entries: MapEntries, n_units: int) -> dict[str, Any]:
-    """The entries as JSON can hold them.
-
-    Args:
-        entries: The entries.
-        n_units: Units of the fused group.
-    """
+    """The entries as JSON can hold them."""
     units = _dense(entries, n_units)
     if units is None:
         return {name: np.asarray(value).tolist() for name, value in entries._asdict().items()}
@@ -163,17 +155,7 @@ def encode_map(entries: MapEntries, n_units: int) -> dict[str, Any]:
 
 
 def decode_map(value: Mapping[str, Any], n_units: int, where: str) -> MapEntries:
-    """The entries that `encode_map` wrote.
-
-    Args:
-        value: What it returned, as JSON.
-        n_units: Units of the fused group.
-        where: How the map is called in messages.
-
-    Raises:
-        ValueError: Something is missing or of another kind, lists have different lengths, or a
-            matrix another size than its units.
-    """
+    """The entries that `encode_map` wrote; `where` names the map in messages."""
     lists = ("weight", "read", "units") if "units" in value else MapEntries._fields
     for name in sorted({*lists} - value.keys() - ({"read"} if "units" in value else set())):
         raise ValueError(f"{where} lacks {name!r}")
@@ -227,7 +209,7 @@ def _unpacked(value: Any, count: int, where: str) -> NDArray[np.float64]:
     entries = _expect(dict, "an object", value, where)
     kind, text = entries.get("type"), entries.get("base64")
     if kind not in (_SHORT, _EXACT) or not isinstance(text, str):
-        raise ValueError(f"{where} is no matrix of float32 or float64 in base64")
+        raise ValueError(f"{where} is not a matrix of float32 or float64 in base64")
     try:
         found = np.frombuffer(base64.b64decode(text, validate=True), kind).astype(np.float64)
     except ValueError as error:

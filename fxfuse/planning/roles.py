@@ -245,11 +245,7 @@ def units_of_members(
 ) -> list[dict[str, int]]:
     """For each member, how many units of each group it has; empty where all members have as many.
 
-    Args:
-        graph: The analysis of the members.
-        n_members: N.
-        absent: Tensors that some members lack → the numbers of these members. Of a block that a
-            member lacks it has 0 units.
+    Of a block that a member lacks it has 0 units.
     """
     if not graph.members and not absent:
         return [{} for _ in range(n_members)]

@@ -114,10 +114,6 @@ def sizes_of(
             Groups that no pattern matches keep a member's size.
         multiple_of: The channels of a group are rounded to a multiple of this, if it has as many.
         at_least_one: Whether a group that the width leaves without a unit keeps one.
-
-    Raises:
-        OptionError: A width is no number in (0, N], or leaves a group without a unit.
-        OptionError: A pattern matches nothing, or two patterns give one group two widths.
     """
     widths = {group.name: 1.0 for group in graph.groups}
     if isinstance(width, Mapping):
@@ -135,16 +131,7 @@ def sizes_of(
 
 
 def by_pattern(graph: CouplingGraph, option: str, values: Mapping[str, float]) -> dict[str, float]:
-    """The value of each coupling group that a pattern speaks of.
-
-    Args:
-        graph: The analysis of the members.
-        option: Name of the option, for messages.
-        values: By `fnmatch` pattern of the tensors that groups are named after.
-
-    Raises:
-        OptionError: A pattern matches nothing, or two patterns give one group two values.
-    """
+    """The value of each coupling group that a pattern speaks of."""
     found: dict[str, tuple[float, str]] = {}
     names = {group.name: group.name.rpartition(":")[0] for group in graph.groups}
     for pattern, value in values.items():
@@ -156,9 +143,10 @@ def by_pattern(graph: CouplingGraph, option: str, values: Mapping[str, float]) -
             before, earlier = found.setdefault(group, (float(value), pattern))
             if before != float(value):
                 raise OptionError(
-                    f"two values of {option} for the coupling group {group!r}",
-                    why=f"{earlier!r} gives it {before:g}, and {pattern!r} gives it {value:g}",
-                    how="a group is fused as a whole: give it one of them",
+                    f"two patterns of {option} contradict each other",
+                    where=f"coupling group {group}",
+                    why=f"{earlier!r} sets {before:g}, and {pattern!r} sets {value:g}",
+                    how="use patterns of which one matches each group",
                 )
     return {group: value for group, (value, _) in found.items()}
 
@@ -167,9 +155,9 @@ def _check(width: float, n_members: int) -> None:
     if isfinite(width) and 0 < width <= n_members:
         return
     raise OptionError(
-        f"width {width:g} is not greater than 0 and at most {n_members}",
+        f"width must be in (0, {n_members}], got {width:g}",
         why=f"it is in units of a member: 1 is a member's size, {n_members} keeps everything",
-        how="use a number greater than 0, and not greater than the number of members",
+        how=f"use a number in (0, {n_members}]",
     )
 
 
@@ -182,11 +170,7 @@ def units_at(
     *,
     least: int = 1,
 ) -> int:
-    """The units of a group at a width, its channels rounded as in `sizes_of`.
-
-    Raises:
-        OptionError: They are none, where `least` is 0.
-    """
+    """The units of a group at a width, its channels rounded as in `sizes_of`."""
     each = [graph.units_of(group.name, member) for member in range(n_members)]
     most, one = sum(each), sum(each) / len(each)
     wanted = width * one
@@ -200,8 +184,8 @@ def units_at(
     units = max(min(int(np.floor(wanted + 0.5)), most), least)
     if units < 1:
         raise OptionError(
-            f"width {width:g} leaves no unit of the coupling group {group.name!r}",
-            why=f"a member has {one:g} of them",
+            f"width {width:g} leaves no unit in coupling group {group.name!r}",
+            why=f"a member has {one:g} units there",
             how=f"use a width of at least {0.5 / one:.2g} there",
         )
     return units

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from fxfuse.errors import RefineError
+from fxfuse.errors import InputError, MemberError
 
 
 def split_batch(batch: Any) -> tuple[Any, Any]:
@@ -18,11 +18,11 @@ def split_batch(batch: Any) -> tuple[Any, Any]:
         return batch[0], None
     if len(batch) == 2:
         return batch[0], batch[1]
-    raise RefineError(
-        f"A batch is a {type(batch).__name__} of {len(batch)} items.",
+    raise InputError(
+        f"a batch is a {type(batch).__name__} of {len(batch)} items",
         where="batches",
-        why="A tuple or list is read as the pair (inputs, labels).",
-        how="Give pairs; several inputs go into one of them: ((a, b, c), labels).",
+        why="a tuple or list is read as the pair (inputs, labels)",
+        how="pass pairs; several inputs go into one tuple: ((a, b, c), labels)",
     )
 
 
@@ -36,20 +36,16 @@ def call(module: nn.Module, inputs: Any) -> Any:
 
 
 def try_call(module: nn.Module, inputs: tuple[Tensor, ...], name: str) -> Any:
-    """Run `module`, called `name` in messages, on positional inputs that a user gave.
-
-    Raises:
-        RefineError: It rejects them.
-    """
+    """Run `module`, called `name` in messages, on positional inputs that a user gave."""
     try:
         return module(*inputs)
     except (RuntimeError, TypeError, ValueError, IndexError) as error:
         shapes = ", ".join(f"{list(tensor.shape)} {tensor.dtype}" for tensor in inputs)
-        raise RefineError(
-            f"{name} rejects the inputs.",
+        raise InputError(
+            f"{name} rejects the inputs",
             where=f"inputs in batches of {shapes}",
             why=" ".join(str(error).split()),
-            how="Give inputs of the shape and dtype that the network was trained on.",
+            how="pass inputs of the shape and dtype that the network was trained on",
         ) from error
 
 
@@ -58,9 +54,9 @@ def logits_of(output: Any) -> Tensor:
     logits = output if isinstance(output, Tensor) else getattr(output, "logits", None)
     if isinstance(logits, Tensor):
         return logits
-    raise RefineError(
-        f"The network returns a {type(output).__name__}, in which there are no logits.",
+    raise MemberError(
+        f"the network returns a {type(output).__name__}, which holds no logits",
         where="the network's output",
-        why="The loss needs one tensor of logits, or an object with a field `logits`.",
-        how="Wrap the network in a module that returns the logits; finetune also takes a `loss`.",
+        why="the loss needs one tensor of logits, or an object with a field `logits`",
+        how="wrap the network in a module that returns the logits, or pass loss= to finetune",
     )

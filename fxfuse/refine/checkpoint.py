@@ -17,7 +17,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from fxfuse.common.output import atomic_file
-from fxfuse.errors import CheckpointError, RefineError
+from fxfuse.errors import CheckpointError
 
 _HEADER = "fxfuse.refine"
 _SCALARS = (str, int, float, bool, type(None))
@@ -35,9 +35,6 @@ def save(path: Path, tree: dict[str, Any]) -> None:
     Args:
         path: The file; missing parent folders are made.
         tree: Nested dicts (keys str or int), lists and tuples of tensors and scalars.
-
-    Raises:
-        RefineError: A leaf is neither a tensor nor a scalar.
     """
     tensors: dict[str, torch.Tensor] = {}
     header = {_HEADER: json.dumps(_encode(tree, "", tensors))}
@@ -49,11 +46,7 @@ def save(path: Path, tree: dict[str, Any]) -> None:
 
 
 def load(path: Path) -> dict[str, Any]:
-    """Read back what `save` wrote, with all tensors on the CPU.
-
-    Raises:
-        CheckpointError: The file is truncated, or was not written by `save`.
-    """
+    """Read back what `save` wrote, with all tensors on the CPU."""
     try:
         with safe_open(path, framework="pt") as file:
             # Cloned: they are views of the file, which the next checkpoint replaces.
@@ -62,10 +55,10 @@ def load(path: Path) -> dict[str, Any]:
         tree = _decode(header, tensors)
     except (SafetensorError, KeyError, ValueError) as error:
         raise CheckpointError(
-            "The training checkpoint cannot be read.",
+            "the training checkpoint cannot be read",
             where=str(path),
             why=f"{type(error).__name__}: {error}",
-            how="Delete the file to start over, or give the path of another checkpoint.",
+            how="delete the file to start over, or pass the path of another checkpoint",
         ) from error
     return dict(tree)
 
@@ -83,11 +76,11 @@ def _encode(value: Any, where: str, tensors: dict[str, torch.Tensor]) -> Any:
         return {"tuple" if isinstance(value, tuple) else "list": items}
     if isinstance(value, _SCALARS):
         return value
-    raise RefineError(
-        f"A {type(value).__name__} cannot be stored in a checkpoint.",
+    raise CheckpointError(
+        f"a {type(value).__name__} cannot be stored in a checkpoint",
         where=where.lstrip("/"),
-        why="Checkpoints hold tensors, numbers and strings, so that loading one runs no code.",
-        how="Use an optimiser and schedule whose state is tensors and scalars, or no checkpoint.",
+        why="a checkpoint holds tensors, numbers and strings only, so that loading it runs no code",
+        how="use an optimiser and schedule whose state is tensors and scalars, or no checkpoint",
     )
 
 

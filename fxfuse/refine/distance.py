@@ -8,7 +8,7 @@ from __future__ import annotations
 from torch import Tensor
 from torch.nn import functional
 
-from fxfuse.errors import RefineError
+from fxfuse.errors import MemberError
 from fxfuse.refine.outputs import Outputs
 
 # Temperature of the divergence in the loss, and the weight of the squared differences beside it.
@@ -31,9 +31,6 @@ def loss(answer: Tensor, wanted: Tensor, kind: Outputs) -> Tensor:
 
     Returns:
         A scalar, in the dtype of `wanted`.
-
-    Raises:
-        RefineError: The shapes differ.
     """
     check_shapes(answer, wanted)
     answer = answer.to(wanted.dtype)
@@ -69,17 +66,13 @@ def divergence(
 
 
 def check_shapes(answer: Tensor, wanted: Tensor) -> None:
-    """Check that outputs can be compared.
-
-    Raises:
-        RefineError: The shapes differ.
-    """
+    """Check that outputs can be compared."""
     if answer.shape != wanted.shape:
-        raise RefineError(
-            "The module and the members give outputs of different shapes.",
+        raise MemberError(
+            "module and members return outputs of different shapes",
             where=f"module {list(answer.shape)}, members {list(wanted.shape)}",
-            why="Matching compares them value by value.",
-            how="Match a network with the members' classes and output size.",
+            why="matching compares them value by value",
+            how="use members with the module's classes and output size",
         )
 
 

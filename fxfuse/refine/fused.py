@@ -12,7 +12,7 @@ from torch.export import ExportedProgram
 from fxfuse.activations.calibration import CalibrationBatches
 from fxfuse.analysis.coupling import CouplingGraph
 from fxfuse.analysis.heads import joined_state
-from fxfuse.errors import MemberError, OptionError, RefineError
+from fxfuse.errors import MemberError, OptionError
 from fxfuse.graph.capture import Program
 from fxfuse.graph.module_checks import state_of
 from fxfuse.planning.plan import FusionPlan
@@ -40,9 +40,6 @@ def states_of(result: Fused, members: Sequence[Member]) -> Sequence[Mapping[str,
     """The tensors of the members that were fused, by their names in the fused network.
 
     Of a block that a member lacks, parameters are zero, as they were in the fusion.
-
-    Raises:
-        MemberError: These are not the members that were fused.
     """
     program = result.graph.program
     _check_count(result, members)
@@ -79,7 +76,7 @@ def measurable(
     Raises:
         InputError: The inputs are not what the members take, or cannot be augmented.
         MemberError: These are not the members that were fused.
-        NoGraphError: The members were traced: there is no graph to run.
+        CaptureError: The members were traced: there is no graph to run.
     """
     result.graph.program.require_exported()
     batches = CalibrationBatches.of(result.graph.program, calibration)
@@ -87,16 +84,7 @@ def measurable(
 
 
 def check_one_head(result: Fused, what: str, why: str) -> None:
-    """Checks that a network is no partial fusion.
-
-    Args:
-        result: What `fxfuse.fuse` returned.
-        what: What several heads cannot be, for the message.
-        why: The reason, for the message.
-
-    Raises:
-        OptionError: The network has several heads.
-    """
+    """Checks that a network is no partial fusion."""
     if result.plan.heads:
         raise OptionError(
             f"a network with several heads cannot be {what}",
@@ -106,27 +94,19 @@ def check_one_head(result: Fused, what: str, why: str) -> None:
 
 
 def check_joint(result: Fused, what: str) -> None:
-    """Checks that the members do not run one by one in a network.
-
-    Args:
-        result: What `fxfuse.fuse` returned.
-        what: What there is nothing to do then, for the message.
-
-    Raises:
-        RefineError: They do, so that the network is their mean already.
-    """
+    """Checks that the members do not run one by one in a network."""
     if result.plan.mixing.mode == "per_member":
-        raise RefineError(
-            f"There is nothing to {what}.",
-            why="The members run one by one in this network, so it is exactly their mean.",
-            how='Fuse with a smaller width, or with mixing="joint".',
+        raise OptionError(
+            f"there is nothing to {what}",
+            why="the members run one by one in this network, so it is exactly their mean",
+            how='fuse with a smaller width, or with mixing="joint"',
         )
 
 
 def _check_count(result: Fused, members: Sequence[Member]) -> None:
     if len(members) != result.plan.n_members:
         raise MemberError(
-            f"{len(members)} members given, {result.plan.n_members} were fused",
+            f"{result.plan.n_members} members were fused, got {len(members)}",
             how="pass the members of the fusion, in the same order",
         )
 
@@ -140,7 +120,7 @@ def _check_members(result: Fused, states: Sequence[Mapping[str, torch.Tensor]]) 
                 continue
             if name not in state or state[name].shape != tensor.shape:
                 raise MemberError(
-                    f"member {number} is not one of those that were fused",
+                    f"member {number} is not the network that was fused",
                     where=name,
                     why="it has no such tensor" if name not in state else "its shape differs",
                     how="pass the members of the fusion, in the same order",

@@ -36,11 +36,7 @@ class Judges:
     batch: int
 
     def measure(self, module: nn.Module) -> tuple[float, float]:
-        """Distance and relative error of a network in eval mode; the same on all processes.
-
-        Raises:
-            RefineError: Its outputs have another shape than the ensemble's.
-        """
+        """Distance and relative error of a network in eval mode; the same on all processes."""
         wanted, several = self.pool.targets, together(module)
         with torch.no_grad():
             chunks = zip(*(tensor.split(self.batch) for tensor in self.pool.inputs), strict=True)

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from fxfuse.errors import CheckpointError, RefineError
+from fxfuse.errors import CheckpointError, OptionError
 from fxfuse.graph.torch_compat import pytree
 from fxfuse.refine import checkpoint as checkpoints
 from fxfuse.refine.modes import seeded
@@ -75,13 +75,7 @@ class Run:
 
 
 def train(run: Run) -> RefineReport:
-    """Train `run.module` in place, and leave it in eval mode.
-
-    Raises:
-        RefineError: Counts below 1, batches that ran out, or a loss or weight that is not finite.
-        CheckpointError: The checkpoint cannot be read.
-        CheckpointError: The checkpoint belongs to another run.
-    """
+    """Train `run.module` in place, and leave it in eval mode."""
     _check_counts(run)
     if run.checkpoint is not None:
         check_whole(run.module)
@@ -189,19 +183,19 @@ def _restore(run: Run, losses: Tensor) -> int:
 
 def _mismatch(path: Path, why: str) -> CheckpointError:
     return CheckpointError(
-        "The checkpoint belongs to another run.",
+        "the checkpoint belongs to another run",
         where=str(path),
         why=why,
-        how="Ask for the same run again, or delete the file to start over.",
+        how="repeat that run, or delete the file to start over",
     )
 
 
 def _check_counts(run: Run) -> None:
     for name, value in (("steps", run.steps), ("checkpoint_every", run.checkpoint_every)):
         if value < 1:
-            raise RefineError(
-                f"{name} is {value}.",
+            raise OptionError(
+                f"{name} must be at least 1, got {value}",
                 where=name,
-                why="A run counts in whole steps, and takes at least one.",
-                how=f"Give {name} of 1 or more.",
+                why="a run counts in whole steps, and takes at least one",
+                how=f"pass {name}=1 or more",
             )

@@ -175,8 +175,8 @@ def match(
         raise RefineError(
             "A budget in seconds is for one process.",
             where="seconds",
-            why="Processes take their steps together, and seconds end at another step in each.",
-            how="Give steps.",
+            why="processes take their steps together, and seconds end at another step in each",
+            how="pass steps= instead",
         )
     check_teachers(module, members, "members")
     batch, augment, seed = options.batch, options.augment, options.seed

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import nn
 
-from fxfuse.errors import RefineError
+from fxfuse.errors import MemberError, RefineError
 
 
 def device_of(module: nn.Module, device: torch.device | str | None) -> torch.device:
@@ -32,46 +32,33 @@ def seeded(seed: int, device: torch.device) -> Iterator[None]:
 
 
 def trainable(module: nn.Module) -> list[nn.Parameter]:
-    """Return the parameters that require a gradient.
-
-    Raises:
-        RefineError: There are none.
-    """
+    """Return the parameters that require a gradient."""
     parameters = [parameter for parameter in module.parameters() if parameter.requires_grad]
     if not parameters:
         raise RefineError(
-            "There is nothing to train.",
+            "there is nothing to train",
             where=type(module).__name__,
-            why="No parameter of the module requires a gradient.",
-            how="Call module.requires_grad_(True) first.",
+            why="no parameter of the module requires a gradient",
+            how="call module.requires_grad_(True) first",
         )
     return parameters
 
 
 def check_teachers(module: nn.Module, teachers: Sequence[nn.Module], name: str) -> None:
-    """Check that there are networks to learn from, and others than the one that learns.
-
-    Args:
-        module: The network that learns.
-        teachers: The networks to learn from.
-        name: What the caller calls them.
-
-    Raises:
-        RefineError: There are none, or the module is among them.
-    """
+    """Check that there are networks to learn from, and others than the one that learns."""
     if not teachers:
-        raise RefineError(
-            f"There are no {name} to learn from.",
+        raise MemberError(
+            f"there are no {name} to learn from",
             where=name,
-            why="The student learns from their outputs.",
-            how="Give the members of the ensemble.",
+            why="the module learns from their outputs",
+            how="pass the members of the ensemble",
         )
     if any(teacher is module for teacher in teachers):
-        raise RefineError(
-            f"The module is one of its own {name}.",
+        raise MemberError(
+            f"the module is one of its own {name}",
             where=name,
-            why="A teacher must stay as it is while the student changes.",
-            how="Train a copy: copy.deepcopy(module).",
+            why="training would change the outputs that it learns from",
+            how="train a copy: copy.deepcopy(module)",
         )
 
 

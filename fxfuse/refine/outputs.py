@@ -7,6 +7,7 @@ from typing import Literal
 
 from torch import fx
 
+from fxfuse.errors import OptionError
 from fxfuse.graph.capture import Program
 from fxfuse.refine.task import Classification, Task
 
@@ -21,6 +22,11 @@ def kind_of(shape: Sequence[int], task: Task | None) -> Outputs:
         shape: Shape of one output, batch first.
         task: What the output means. None: two dimensions with several columns are logits.
     """
+    if task is not None and not isinstance(task, Task):
+        raise OptionError(
+            f"unknown task {task!r}",
+            how="use fxfuse.Classification() or fxfuse.Regression(), or leave task out",
+        )
     if task is None:
         return "logits" if len(shape) == 2 and shape[1] > 1 else "values"
     return "logits" if isinstance(task, Classification) else "values"

@@ -12,7 +12,7 @@ from typing import Any
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from fxfuse.errors import RefineError
+from fxfuse.errors import OptionError
 
 
 @dataclass(frozen=True)
@@ -42,17 +42,13 @@ class Together:
         return total / self.count
 
     def part(self, batch: Tensor) -> Tensor:
-        """This process's part of the indices of a batch [b].
-
-        Raises:
-            RefineError: The batch has no equal parts.
-        """
+        """This process's part of the indices of a batch [b]."""
         if len(batch) % self.count:
-            raise RefineError(
-                f"A batch of {len(batch)} has no {self.count} equal parts.",
+            raise OptionError(
+                f"a batch of {len(batch)} has no {self.count} equal parts",
                 where="batch",
-                why="Each process takes its part, and their gradients count alike.",
-                how=f"Give a multiple of {self.count}, and as many inputs at least.",
+                why="each process takes one part, and their gradients count alike",
+                how=f"pass a batch that is a multiple of {self.count}, and at least as many inputs",
             )
         return batch[self.number :: self.count]
 
@@ -101,17 +97,13 @@ def whole(tensor: Tensor) -> Tensor:
 
 
 def check_whole(module: nn.Module) -> None:
-    """Checks that every process has all weights, so that one of them can write a checkpoint.
-
-    Raises:
-        RefineError: It has not.
-    """
+    """Checks that every process has all weights, so that one of them can write a checkpoint."""
     sharded = next((name for name, p in module.named_parameters() if is_sharded(p)), None)
     if sharded is not None:
-        raise RefineError(
-            "A sharded network is not written into a checkpoint.",
+        raise OptionError(
+            "a sharded network cannot be written to checkpoint=",
             where=sharded,
-            why="Each process holds a part of it.",
-            how="Leave checkpoint out, and save the network and the optimiser with "
-            "torch.distributed.checkpoint after the run; or wrap the network with DDP.",
+            why="each process holds a part of it",
+            how="leave checkpoint out, and save the network and the optimiser with "
+            "torch.distributed.checkpoint after the run; or wrap the network with DDP",
         )

@@ -12,7 +12,7 @@ from torch import nn
 
 from fxfuse.activations.calibration import CalibrationBatches
 from fxfuse.analysis.coupling import CouplingGraph
-from fxfuse.errors import InputError, OptionError, RefineError
+from fxfuse.errors import InputError, OptionError
 from fxfuse.planning.plan import FusionPlan, Mixing, UnitMap
 from fxfuse.planning.roles import Role, RoleKind
 from fxfuse.refine.batch import logits_of
@@ -216,10 +216,10 @@ def matched_start(
 def _joined(calibration: CalibrationBatches) -> tuple[torch.Tensor, ...]:
     """All inputs of the calls, position by position."""
     if any(kwargs for _, kwargs in calibration.batches):
-        raise RefineError(
+        raise InputError(
             "matching takes positional inputs only",
             where="calibration",
-            why="its pool is indexed input by input",
+            why="it draws inputs one by one, by their position",
             how="wrap the networks in a module whose inputs are positional",
         )
     columns = zip(*(args for args, _ in calibration.batches), strict=True)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from fxfuse.activations.augment import Augment
-from fxfuse.errors import RefineError
+from fxfuse.errors import InputError, MemberError, OptionError
 from fxfuse.refine.batch import logits_of, try_call
 
 # Passes over the inputs that the pool holds at most: the inputs, then augmented copies; and how
@@ -61,40 +61,36 @@ class Teacher:
 
 
 def check_inputs(inputs: Any, augment: Augment | None) -> tuple[Tensor, ...]:
-    """Return positional inputs as a tuple.
-
-    Raises:
-        RefineError: They are no tensors, too few, of different lengths, or cannot be augmented.
-    """
+    """Return positional inputs as a tuple."""
     given = tuple(inputs) if isinstance(inputs, (tuple, list)) else (inputs,)
     if not given or not all(isinstance(tensor, Tensor) and tensor.dim() for tensor in given):
-        raise RefineError(
-            "The inputs are no tensors with a batch dimension.",
+        raise InputError(
+            "the inputs are not tensors with a batch dimension",
             where=f"inputs: {', '.join(type(tensor).__name__ for tensor in given) or 'none'}",
-            why="The network is matched to the members' answers on them.",
-            how="Give a tensor [n, ...], or a tuple of such tensors, one for each argument.",
+            why="the networks run on them in batches",
+            how="pass a tensor [n, ...], or a tuple of such tensors, one for each argument",
         )
     lengths = [len(tensor) for tensor in given]
     if len(set(lengths)) > 1:
-        raise RefineError(
-            f"The inputs differ in length: {lengths}.",
+        raise InputError(
+            f"the inputs differ in length: {lengths}",
             where="inputs",
-            why="The n-th entries of all inputs make the n-th example.",
-            how="Give tensors with the same first dimension.",
+            why="the n-th entries of all inputs make the n-th example",
+            how="pass tensors of the same first dimension",
         )
     if lengths[0] < 2:
-        raise RefineError(
-            f"{lengths[0]} inputs were given.",
+        raise InputError(
+            f"at least 2 inputs are needed, got {lengths[0]}",
             where="inputs",
-            why="Normalisation in training takes its statistics from a batch of two or more.",
-            how="Give some hundred unlabelled inputs.",
+            why="normalisation computes its statistics over a batch of two or more",
+            how="pass a few hundred unlabelled inputs",
         )
     if augment is not None and len(given) > 1:
-        raise RefineError(
-            f"An augmentation was given for {len(given)} inputs.",
+        raise OptionError(
+            f"augment works with one input tensor, got {len(given)}",
             where="augment",
-            why="It maps one tensor, and would not know which.",
-            how="Give augmented copies among the inputs, and augment=None.",
+            why="it maps one tensor to another",
+            how="leave augment out, and add augmented copies to the inputs",
         )
     return given
 
@@ -114,10 +110,6 @@ def make_pool(
         drawn: How many entries will be drawn; a third of them are asked about, or all inputs if
             those are more. None is no limit.
         enough: Asked after each batch whether the pool is large enough.
-
-    Raises:
-        RefineError: The members reject the inputs, give outputs of different shapes, or such as are
-            not finite.
     """
     count = len(inputs[0])
     most = None if drawn is None else min(drawn, max(count, -(-drawn // _USES)))
@@ -126,12 +118,7 @@ def make_pool(
 
 
 def split(inputs: tuple[Tensor, ...], seed: int) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
-    """Inputs to train on, and others that judge; both are all of them where those are few.
-
-    Args:
-        inputs: Positional inputs, each `[n, *]`.
-        seed: Seed of the choice.
-    """
+    """Inputs to train on, and others that judge; both are all of them where those are few."""
     count = len(inputs[0])
     held = min(max(round(_HELD_OUT * count), _LEAST_HELD_OUT), _MOST_HELD_OUT)
     if count < 4 * held:
@@ -153,9 +140,6 @@ def make_judges(
         teacher: The members; without an augmentation they are asked about the inputs themselves.
         inputs: Positional inputs, each `[n, *]`.
         enough: Asked after each batch whether there are enough.
-
-    Raises:
-        RefineError: As in `make_pool`.
     """
     chosen = tuple(tensor[: 4 * _MOST_HELD_OUT] for tensor in inputs)
     turns = range(1) if teacher.augment is None else range(1, 1 + _COPIES)
@@ -184,11 +168,11 @@ def _asked(
             tuple(torch.cat(parts) for parts in zip(*asked, strict=True)), torch.cat(answers)
         )
     if not bool(pool.targets.isfinite().all()):
-        raise RefineError(
-            "The members' outputs are not finite.",
+        raise MemberError(
+            "the members' outputs are not finite",
             where="members",
-            why="The network would be trained to give NaN or infinity.",
-            how="Check the members' weights and the inputs for such values.",
+            why="the network would be trained to return NaN or infinity",
+            how="check the members' weights and the inputs for such values",
         )
     return pool
 
@@ -215,24 +199,24 @@ def _select(inputs: tuple[Tensor, ...], chosen: Tensor) -> tuple[Tensor, ...]:
 def _mean(members: Sequence[nn.Module], chunk: tuple[Tensor, ...]) -> Tensor:
     total: Tensor | None = None
     for number, member in enumerate(members):
-        answer = logits_of(try_call(member, chunk, f"Member {number}"))
+        answer = logits_of(try_call(member, chunk, f"member {number}"))
         answer = answer.to(torch.promote_types(answer.dtype, torch.float32))
         if total is None:
             if answer.dim() == 0 or len(answer) != len(chunk[0]):
-                raise RefineError(
-                    f"Member 0 gives an output {list(answer.shape)} for {len(chunk[0])} inputs.",
+                raise MemberError(
+                    f"member 0 returns an output {list(answer.shape)} for {len(chunk[0])} inputs",
                     where="members",
-                    why="Each input needs an answer of its own.",
-                    how="Wrap the networks so that dimension 0 of their output is the batch.",
+                    why="each input needs an output of its own",
+                    how="wrap the networks so that dimension 0 of their output is the batch",
                 )
             total = answer
             continue
         if answer.shape != total.shape:
-            raise RefineError(
-                "The members give outputs of different shapes.",
+            raise MemberError(
+                "the members return outputs of different shapes",
                 where=f"member 0 {list(total.shape)}, member {number} {list(answer.shape)}",
-                why="Their mean is what the network is matched to.",
-                how="Use members with the same classes and output size.",
+                why="the network is matched to their mean",
+                how="use members with the same classes and output size",
             )
         total = total + answer
     assert total is not None

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
-from fxfuse.errors import RefineError
+from fxfuse.errors import InputError, OptionError
 from fxfuse.graph.arguments import argument_names
 from fxfuse.graph.operator_facts import Normalisation, operators
 from fxfuse.refine.batch import try_call
@@ -49,23 +49,23 @@ def recalibrate(module: nn.Module, inputs: Any, *, batch: int = 1000) -> tuple[s
         Names of the layers that were recalibrated; empty for a network without batch normalisation.
 
     Raises:
-        RefineError: Inputs that are missing or that the network rejects, or a layer whose input is
-            not finite; then no statistics were changed.
+        InputError: The network rejects the inputs, or the input of a layer is not finite; no
+            statistics were changed.
     """
     given = check_inputs(inputs, None)
     if batch < 2:
-        raise RefineError(
-            f"batch is {batch}.",
+        raise OptionError(
+            f"batch must be at least 2, got {batch}",
             where="batch",
-            why="Statistics are those of a batch of two or more.",
-            how="Give a batch of 2 or more.",
+            why="statistics are computed over a batch of two or more",
+            how="pass batch=2 or more",
         )
     device = device_of(module, None)
     collector = _Collector()
     pieces = max(1, min(-(-len(given[0]) // batch), len(given[0]) // 2))
     with evaluating([module], device), torch.no_grad(), collector:
         for chunk in zip(*(tensor.tensor_split(pieces) for tensor in given), strict=True):
-            try_call(module, tuple(tensor.to(device) for tensor in chunk), "The network")
+            try_call(module, tuple(tensor.to(device) for tensor in chunk), "the network")
     names = {id(t): name for name, t in module.named_buffers(remove_duplicate=False)}
     for moments in collector.found.values():
         moments.check(names)
@@ -98,11 +98,11 @@ class _Moments:
 
     def check(self, names: Mapping[int, str]) -> None:
         if not bool((self.mean.isfinite() & self.squares.isfinite()).all()):
-            raise RefineError(
-                "The input of a batch normalisation is not finite.",
+            raise InputError(
+                "the input of a batch normalisation is not finite",
                 where=self.layer(names),
-                why="Its statistics would be NaN or infinity.",
-                how="Check the inputs, and the weights of the layers before it.",
+                why="its statistics would be NaN or infinity",
+                how="check the inputs, and the weights of the layers before it",
             )
 
     def write(self) -> None:

@@ -67,11 +67,10 @@ def repair(result: Fused, members: Sequence[Member], inputs: Any) -> RepairRepor
         Which layers were changed, and which were left.
 
     Raises:
-        InputError: The inputs are not what the members take, or an activation is NaN.
+        InputError: The members reject the inputs, or an activation is NaN.
         MemberError: These are not the members that were fused.
-        NoGraphError: The members were traced: there is no graph to run.
-        OptionError: The network has several heads.
-        RefineError: The members run one by one in it, so that it is their mean already.
+        CaptureError: `torch.export` rejected the members, so there is no graph to run.
+        OptionError: The network has several heads, or members run one by one in it.
     """
     check_one_head(result, "repaired", why="the members' trunks lead to different outputs")
     states, calibration = measurable(result, members, inputs)

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from fxfuse.errors import RefineError
+from fxfuse.errors import InputError
 
 
 class BatchStream:
@@ -34,11 +34,7 @@ class BatchStream:
         self._random = torch.Generator().manual_seed(int(derived)).get_state()
 
     def next(self) -> Any:
-        """Return the next batch, starting a new pass where the last one is used up.
-
-        Raises:
-            RefineError: `batches` is empty, or is an iterator that works only once.
-        """
+        """Return the next batch, starting a new pass where the last one is used up."""
         outside = torch.get_rng_state()
         torch.set_rng_state(self._random)
         try:
@@ -71,18 +67,18 @@ class BatchStream:
         self._epoch += 1
         return iter(self._batches)
 
-    def _ran_out(self) -> RefineError:
+    def _ran_out(self) -> InputError:
         kind = type(self._batches).__name__
         if self._read == 0:
-            return RefineError(
-                "There are no batches to train on.",
+            return InputError(
+                "there are no batches to train on",
                 where=f"batches, a {kind}",
-                why="Iterating over it gave nothing.",
-                how="Give at least one batch; an iterator that was read before is empty.",
+                why="iterating over it yielded nothing",
+                how="pass at least one batch; an iterator that was read before is empty",
             )
-        return RefineError(
-            f"The batches ran out after {self._read} steps.",
+        return InputError(
+            f"the batches ran out after {self._read} steps",
             where=f"batches, a {kind}",
-            why="It can be iterated only once, and the run needs another pass over it.",
-            how="Give a list, a DataLoader or fxfuse.cli.data.Batches, or ask for fewer steps.",
+            why="it can be iterated only once, and the run needs another pass over it",
+            how="pass a list, a DataLoader or fxfuse.cli.data.Batches, or use fewer steps",
         )

@@ -15,7 +15,7 @@ from torch.nn import functional
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from fxfuse.errors import RefineError
+from fxfuse.errors import InputError, MemberError, OptionError
 from fxfuse.refine.batch import call, logits_of, split_batch
 from fxfuse.refine.checkpoint import checkpoint_file
 from fxfuse.refine.distance import divergence
@@ -70,21 +70,20 @@ def finetune(
         The report, with the loss of every step.
 
     Raises:
-        RefineError: Arguments that do not fit together, a batch without labels, batches that ran
-            out, a checkpoint of a sharded network, or a loss or weight that is not finite.
-        CheckpointError: The checkpoint cannot be read.
-        CheckpointError: The checkpoint belongs to another run.
+        RefineError: The loss or a weight is no longer finite, or no parameter requires a gradient.
+        InputError: A batch has no labels, or the batches ran out.
+        CheckpointError: The checkpoint cannot be read, or belongs to another run.
     """
     criterion = loss or _cross_entropy
 
     def batch_loss(batch: Any) -> Tensor:
         inputs, labels = split_batch(batch)
         if labels is None:
-            raise RefineError(
-                "A batch has no labels.",
+            raise InputError(
+                "a batch has no labels",
                 where=f"batches: a {type(batch).__name__}",
-                why="Fine-tuning compares the network's output with labels.",
-                how="Give pairs (inputs, labels), or use distill, which needs none.",
+                why="fine-tuning compares the network's output with labels",
+                how="pass pairs (inputs, labels), or use distill, which needs no labels",
             )
         return criterion(call(module, inputs), labels)
 
@@ -149,10 +148,10 @@ def distill(
         The report, with the loss of every step.
 
     Raises:
-        RefineError: As in `finetune`; also for no teachers, the module among its own teachers, a
-            temperature that is not positive, or outputs of different shapes.
-        CheckpointError: The checkpoint cannot be read.
-        CheckpointError: The checkpoint belongs to another run.
+        RefineError: The loss or a weight is no longer finite, or no parameter requires a gradient.
+        InputError: The batches ran out.
+        MemberError: A teacher returns outputs that cannot be distilled.
+        CheckpointError: The checkpoint cannot be read, or belongs to another run.
     """
     check_teachers(module, teachers, "teachers")
     _check_temperature(temperature)
@@ -185,11 +184,7 @@ def distill(
 def default_optimizer(
     module: nn.Module, steps: int, lr: float = 1e-3
 ) -> tuple[Optimizer, LRScheduler]:
-    """Return AdamW on the trainable parameters, with a cosine schedule from `lr` to 0 over `steps`.
-
-    Raises:
-        RefineError: The module has no parameter that requires a gradient.
-    """
+    """Return AdamW on the trainable parameters, with a cosine schedule to 0 over `steps`."""
     optimizer = torch.optim.AdamW(trainable(module), lr=lr)
     return optimizer, torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=steps)
 
@@ -201,11 +196,11 @@ def _cross_entropy(output: Any, labels: Tensor) -> Tensor:
 def _distilled(student: Tensor, teacher: Tensor, temperature: float, class_dim: int) -> Tensor:
     """Return T² · KL(teacher ‖ student), averaged over all positions of `[b, k, *]`."""
     if student.shape != teacher.shape:
-        raise RefineError(
-            "Student and teachers give outputs of different shapes.",
-            where=f"student {list(student.shape)}, teachers {list(teacher.shape)}",
-            why="Distillation compares them class by class.",
-            how="Use teachers with the same classes and output size.",
+        raise MemberError(
+            "module and teachers return outputs of different shapes",
+            where=f"module {list(student.shape)}, teachers {list(teacher.shape)}",
+            why="distillation compares them class by class",
+            how="use teachers with the module's classes and output size",
         )
     return divergence(student, teacher, temperature, class_dim)
 
@@ -215,29 +210,29 @@ def _optimizer(
 ) -> tuple[Optimizer, LRScheduler | None]:
     if optimizer is None:
         if scheduler is not None:
-            raise RefineError(
-                "A schedule was given without its optimiser.",
+            raise OptionError(
+                "scheduler needs its optimizer",
                 where="scheduler",
-                why="The default optimiser would not follow it.",
-                how="Pass the optimiser that the schedule was made for, too.",
+                why="the default optimiser would not follow it",
+                how="pass optimizer=, the one that the schedule was made for",
             )
         return default_optimizer(module, steps)
     own = {id(parameter) for parameter in module.parameters()}
     if not any(id(p) in own for group in optimizer.param_groups for p in group["params"]):
-        raise RefineError(
-            "The optimiser holds no parameter of this module.",
+        raise OptionError(
+            "the optimizer holds no parameter of this module",
             where="optimizer",
-            why="Its steps would leave the module as it is.",
-            how="Make the optimiser from the parameters of the very module that is trained.",
+            why="its steps would leave the module unchanged",
+            how="make the optimizer from the parameters of the module that is trained",
         )
     return optimizer, scheduler
 
 
 def _check_temperature(temperature: float) -> None:
     if not temperature > 0:
-        raise RefineError(
-            f"The temperature is {temperature}.",
+        raise OptionError(
+            f"temperature must be above 0, got {temperature}",
             where="temperature",
-            why="Logits are divided by it.",
-            how="Give a positive number; 1 to 10 is usual.",
+            why="logits are divided by it",
+            how="use a value from 1 to 10",
         )

@@ -64,35 +64,27 @@ def _lines(label: str, total: float) -> Callable[[float, float], None]:
 
 
 def last_finite(losses: Tensor, start: int) -> float:
-    """Return the last of the losses `[n]` of the steps after `start`; waits for the device.
-
-    Raises:
-        RefineError: A loss is not finite.
-    """
+    """Return the last of the losses `[n]` of the steps after `start`; waits for the device."""
     values = losses.tolist()
     for step, value in enumerate(values, start + 1):
         if not math.isfinite(value):
-            raise _diverged(f"The loss became {value} at step {step}.", "loss")
+            raise _diverged(f"the loss became {value} at step {step}", "loss")
     return float(values[-1])
 
 
 def check_weights(module: nn.Module) -> None:
-    """Check that the last step did not break the weights, which no loss has shown yet.
-
-    Raises:
-        RefineError: A weight is not finite.
-    """
+    """Check that the last step did not break the weights, which no loss has shown yet."""
     names, tensors = zip(*module.named_parameters(), strict=True)
     finite = torch.stack([whole(tensor.detach().isfinite().all()) for tensor in tensors]).tolist()
     if not all(finite):
         name = names[finite.index(False)]
-        raise _diverged("A weight became infinite or not a number.", name)
+        raise _diverged("a weight became infinite or NaN", name)
 
 
 def _diverged(what: str, where: str) -> RefineError:
     return RefineError(
         what,
         where=where,
-        why="The weights are not usable any more; no checkpoint holds them.",
-        how="Lower the learning rate, and check inputs and labels for values out of range.",
+        why="training diverged, and the weights are unusable; no checkpoint holds them",
+        how="lower the learning rate, and check inputs and labels for values out of range",
     )

@@ -50,16 +50,14 @@ def fxfuse_backend(
 
     Returns:
         What the other backend returns.
-
-    Raises:
-        OptionError: An option or a mode is unknown.
     """
     told = dict(options or {})
     inner = told.pop("backend", _INNER)
     if inner == "fxfuse" or inner not in torch.compiler.list_backends(exclude_tags=()):
         raise OptionError(
-            f"there is no backend {inner!r} to hand the graph to",
-            how="name one of torch.compile's in options={'backend': ...}",
+            f"unknown backend {inner!r}",
+            where="options['backend']",
+            how="use a backend of torch.compile",
         )
     always = bool(told.pop("always", False))
     traced = _traced(graph_module)

@@ -61,11 +61,7 @@ class Branches:
 
 
 def find_branches(graph: fx.Graph) -> Branches | None:
-    """The largest set of isomorphic branches of a graph, or None.
-
-    Args:
-        graph: Nodes carry the fake tensor of their result in `meta["val"]`.
-    """
+    """The largest set of isomorphic branches of a graph, or None."""
     order = {node: number for number, node in enumerate(graph.nodes)}
     reach = _ancestors(graph, order)
     best: list[Match] = []

@@ -67,21 +67,22 @@ def compile(
         A module for inference with a `report`.
 
     Raises:
-        OptionError: There are no example inputs, or no such backend, mode, option or dtype.
         CompileError: With `strict`: the backend failed.
-        NoGraphError: torch.export refused the members, so that there is no graph.
+        CaptureError: `torch.export` rejected the members, so there is no graph.
     """
     module, given = resolve_inputs(network, example)
     args, kwargs = given.args, dict(given.kwargs)
     told = _options(backend, mode, options)
     if dtype is not None and dtype not in DTYPES:
         raise OptionError(
-            f"a network cannot be computed in {dtype}",
+            f"unsupported dtype {dtype}",
             how=f"use one of {', '.join(map(str, DTYPES))}",
         )
     if tune and (freeze is not None or channels_last is not None):
         raise OptionError(
-            "tune=True chooses freeze and channels_last itself", how="leave these out, or tune"
+            "tune=True contradicts freeze and channels_last",
+            why="tuning chooses them",
+            how="leave out either these options or tune",
         )
     with FlopCounterMode(display=False) as counter:
         expected = answers_of(module, args, kwargs)
@@ -138,9 +139,9 @@ def _compiled(
         failure = first_line(getattr(error, "inner_exception", error))
         if asked.strict:
             raise CompileError(
-                f"the backend {backend!r} failed",
+                f"backend {backend!r} failed",
                 why=failure,
-                how="leave strict out to run the network uncompiled, or try another backend",
+                how="leave strict out to run the network uncompiled, or use another backend",
             ) from error
         warnings.warn(
             f"the network runs uncompiled, because the backend {backend!r} failed: {failure}",
@@ -159,11 +160,13 @@ def _options(backend: str, mode: str | None, options: Mapping[str, Any] | None) 
     known = torch.compiler.list_backends(exclude_tags=())
     if backend not in known:
         raise OptionError(
-            f"there is no backend {backend!r}", how=f"use one of {', '.join(sorted(known))}"
+            f"unknown backend {backend!r}", how=f"use one of {', '.join(sorted(known))}"
         )
     told = dict[str, Any](options or {})
     if backend != _INDUCTOR:
         if mode is not None:
-            raise OptionError(f"mode {mode!r} is for backend='inductor'", how="leave it out")
+            raise OptionError(
+                f"mode={mode!r} works with backend='inductor' only", how="leave mode out"
+            )
         return told
     return inductor_options(mode, told)

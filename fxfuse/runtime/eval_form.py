@@ -16,9 +16,6 @@ from fxfuse.transform.emit import copy_graph, share_tensors, unswitch_training
 def inference_copy(module: fx.GraphModule) -> fx.GraphModule:
     """A copy of a network with tensors of its own, which passes may change.
 
-    Args:
-        module: What `fuse`, `prune` or `stack` made, or another graph module.
-
     Returns:
         A plain graph module in eval mode, without gradients.
     """
@@ -42,17 +39,13 @@ class OfEvalForm(WellFormed):
     """A pass that is for the eval form of a graph."""
 
     def requires(self, graph_module: fx.GraphModule) -> None:
-        """Checks that the graph does not follow the module's mode.
-
-        Raises:
-            RewriteError: It does.
-        """
+        """Checks that the graph does not follow the module's mode."""
         modal = [node.name for node in graph_module.graph.nodes if in_training(node)]
         if modal:
             raise RewriteError(
-                f"{type(self).__name__} is for the eval form of a graph",
+                f"{type(self).__name__} needs the eval form of a graph",
                 where=", ".join(modal[:3]),
-                why="these operators follow the module's mode or are in training mode",
+                why="these operators follow the module's mode, or are in training mode",
                 how="apply EvalForm first",
             )
 

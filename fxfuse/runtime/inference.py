@@ -54,7 +54,7 @@ class Compiled(nn.Module):
 
     def _apply(self, fn: Any, recurse: bool = True) -> Compiled:
         raise OptionError(
-            "a compiled network stays as it is",
+            "a compiled network cannot be moved or cast",
             why="it was compiled for its device and precision, and its weights may be constants",
             how="move or cast the module that it was made of, and compile that again",
         )
@@ -69,15 +69,11 @@ class Compiled(nn.Module):
             return _cast(self._call(*args, **kwargs), own)
 
     def train(self, mode: bool = True) -> Compiled:
-        """Stays in eval mode: batch norms and dropout are gone.
-
-        Raises:
-            OptionError: Training mode is asked for.
-        """
+        """Stays in eval mode: batch norms and dropout are gone."""
         if mode:
             raise OptionError(
                 "a compiled network cannot be trained",
-                why="its batch norms are folded and its dropout is gone",
+                why="its batch norms are folded, and its dropout is removed",
                 how="train the module that it was made of, and compile that again",
             )
         return self

@@ -16,7 +16,7 @@ def resolve_inputs(network: Fused | fx.GraphModule, example: Any) -> tuple[fx.Gr
 
     Raises:
         InputError: There are none.
-        NoGraphError: torch.export rejected the members, so that there is no graph.
+        CaptureError: torch.export rejected the members, so that there is no graph.
     """
     module = network if isinstance(network, fx.GraphModule) else network.module
     if example is not None:

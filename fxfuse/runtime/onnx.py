@@ -45,9 +45,8 @@ def export_onnx(
 
     Raises:
         MissingDependencyError: onnx, onnxscript or onnxruntime is not installed.
-        OptionError: There are no example inputs.
-        CompileError: The network cannot be written as ONNX, or answers otherwise there.
-        NoGraphError: torch.export refused the members, so that there is no graph.
+        CompileError: The network cannot be written as ONNX, or does not answer alike there.
+        CaptureError: `torch.export` rejected the members, so there is no graph.
     """
     missing = [name for name in _PACKAGES if find_spec(name) is None]
     if missing:
@@ -71,7 +70,7 @@ def export_onnx(
             raise CompileError(
                 "the network cannot be written as ONNX",
                 why=first_line(error),
-                how="fxfuse.package writes a file for torch's own runtime",
+                how="use fxfuse.package, which writes a file for torch's own runtime",
             ) from error
         difference = checked([f.to(e) for f, e in zip(found, expected, strict=True)], expected)
     return difference

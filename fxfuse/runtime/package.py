@@ -11,7 +11,7 @@ from torch import fx
 from torch.export import ExportedProgram
 
 from fxfuse.common.output import atomic_file
-from fxfuse.errors import CaptureError, CheckpointError, CompileError
+from fxfuse.errors import CheckpointError, CompileError, OptionError
 from fxfuse.graph import torch_compat
 from fxfuse.graph.capture import export
 from fxfuse.graph.example import first_line
@@ -47,15 +47,16 @@ def package(
         Largest difference from the network's outputs on the example, relative to the largest.
 
     Raises:
-        OptionError: There are no example inputs.
-        CompileError: The path does not end in `.pt2`, the network cannot be compiled ahead of time,
-            or the package answers otherwise than the network.
-        NoGraphError: torch.export refused the members, so that there is no graph.
+        CompileError: The network cannot be compiled ahead of time, or the package does not answer
+            like the network.
+        CaptureError: `torch.export` rejects the network, or rejected the members.
     """
     path = Path(path)
     if path.suffix != ".pt2":
-        raise CompileError(
-            f"{path.name} is no name for a package", how="use a name that ends in .pt2"
+        raise OptionError(
+            f"the path of a package must end in .pt2, got {path.name}",
+            where="path",
+            how=f"use {path.with_suffix('.pt2').name}",
         )
     module, given = resolve_inputs(network, example)
     args, kwargs = given.args, dict(given.kwargs)
@@ -71,7 +72,7 @@ def package(
             raise CompileError(
                 "the network cannot be compiled ahead of time",
                 why=first_line(error),
-                how="AOTInductor needs a C++ compiler; fxfuse.compile works in the process itself",
+                how="install a C++ compiler for AOTInductor, or use fxfuse.compile",
             ) from error
         difference = checked(found, expected)
     return difference
@@ -89,20 +90,19 @@ def load_package(path: str | Path) -> Callable[..., Any]:
         A callable that takes and returns what the network does.
 
     Raises:
-        CheckpointError: There is no such file.
-        CheckpointError: The file is no package.
+        CheckpointError: The file does not exist, or is not a package.
     """
     path = Path(path)
     if not path.is_file():
         raise CheckpointError(
-            f"there is no package {path.name}", where=str(path), how="check the path"
+            f"the package {path.name} does not exist", where=str(path), how="check the path"
         )
     try:
         return torch_compat.load_package(str(path))
     # The loader has no error class of its own.
     except Exception as error:
         raise CheckpointError(
-            f"{path.name} is no package",
+            f"{path.name} is not a package",
             where=str(path),
             why=first_line(error),
             how="make it again with fxfuse.package, with this version of torch",
@@ -112,34 +112,19 @@ def load_package(path: str | Path) -> Callable[..., Any]:
 def exported(
     module: fx.GraphModule, args: tuple[Any, ...], kwargs: dict[str, Any], dynamic_shapes: Any
 ) -> ExportedProgram:
-    """The inference graph as a program of torch.export, with a dynamic batch where that can be.
-
-    Raises:
-        CompileError: torch.export refuses it.
-    """
+    """The inference graph as a program of torch.export, with a dynamic batch where that can be."""
     copy, _ = prepared(module, args, kwargs, channels_last=False)
-    try:
-        return export(copy, args, kwargs, dynamic_shapes)
-    except CaptureError as error:
-        raise CompileError(
-            "torch.export refuses the fused network",
-            why=error.why,
-            how="pass dynamic_shapes= that the network allows",
-        ) from error
+    return export(copy, args, kwargs, dynamic_shapes)
 
 
 def checked(found: list[torch.Tensor], expected: list[torch.Tensor]) -> float:
-    """How far outputs are from those of the network itself.
-
-    Raises:
-        CompileError: Farther than rounding.
-    """
+    """How far outputs are from those of the network itself."""
     error = relative_error(found, expected)
     allowed = max(_TOLERANCE.get(t.dtype, _LOW_PRECISION) for t in expected)
     if error > allowed:
         raise CompileError(
-            "what was compiled answers otherwise than the network and is not written",
-            why=f"relative error {error:.2e} on the example, and {allowed:.0e} is allowed",
-            how="please report the network",
+            "the compiled network does not answer like the network, and is not written",
+            why=f"the relative error on the example is {error:.2e}, {allowed:.0e} is allowed",
+            how="report the network",
         )
     return error

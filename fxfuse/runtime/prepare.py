@@ -8,15 +8,18 @@ from contextlib import suppress
 from typing import Any
 
 import torch
-import torch.utils._pytree as pytree
 from torch import fx, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.passes.fake_tensor_prop import FakeTensorProp
 from torch.fx.passes.infra.pass_base import PassBase
 
 from fxfuse.errors import OptionError
 from fxfuse.graph.eager import eval_mode
-from fxfuse.graph.torch_compat import inductor_modes, inductor_settings
+from fxfuse.graph.torch_compat import (
+    FakeTensorMode,
+    flatten_inputs,
+    inductor_modes,
+    inductor_settings,
+)
 from fxfuse.runtime.channels_last import ChannelsLast
 from fxfuse.runtime.eval_form import EvalForm, RemoveDropout, inference_copy
 from fxfuse.runtime.fold import FoldBatchNorm
@@ -35,8 +38,8 @@ def prepared(
         # It was loaded or unpickled. Passes leave alone whatever has no shape then.
         with suppress(Exception):
             given = inspect.signature(copy.forward).bind(*args, **kwargs).arguments
-            mode = FakeTensorMode(allow_non_fake_inputs=True)
-            FakeTensorProp(copy, mode).propagate(*pytree.tree_leaves(list(given.values())))
+            values = flatten_inputs(copy.graph, list(given.values()))
+            FakeTensorProp(copy, FakeTensorMode(allow_non_fake_inputs=True)).propagate(*values)
     return copy, apply_passes(copy, passes)
 
 
@@ -71,6 +74,7 @@ def inductor_options(mode: str | None, options: Mapping[str, Any]) -> dict[str, 
     unknown = [name for name in options if name.replace("-", "_") not in names]
     if unknown:
         raise OptionError(
-            f"inductor has no option {unknown[0]!r}", how="see torch._inductor.list_options()"
+            f"unknown option {unknown[0]!r} of inductor",
+            how="use one of torch._inductor.list_options()",
         )
     return {**modes.get(mode or "default", {}), **options}

@@ -41,14 +41,7 @@ def permuted(
 def moved_tensor(
     name: str, tensor: torch.Tensor, graph: CouplingGraph, permutations: Mapping[str, Index]
 ) -> torch.Tensor:
-    """One tensor of `permuted`, in any precision: a new one, or itself if no group owns any of it.
-
-    Args:
-        name: Its `state_dict()` name.
-        tensor: It.
-        graph: The analysis of the network.
-        permutations: As for `permuted`.
-    """
+    """One tensor of `permuted`, in any precision; itself if no group owns any of it."""
     for dim in range(tensor.dim()):
         source = np.arange(tensor.shape[dim])
         for group in graph.group_of.get((name, dim), ()):

@@ -174,11 +174,7 @@ def _is_range(indices: Index) -> bool:
 
 
 class Lines:
-    """What members contribute along the dimensions of tensors; what is equal is made once.
-
-    Args:
-        graph: The analysis of the members.
-    """
+    """What members contribute along the dimensions of tensors; what is equal is made once."""
 
     def __init__(self, graph: CouplingGraph) -> None:
         self._graph = graph
@@ -189,13 +185,7 @@ class Lines:
     def of(
         self, name: str, placements: Sequence[Placement], member: int
     ) -> tuple[DimContribution, ...]:
-        """For each dimension of a tensor.
-
-        Args:
-            name: Name of the tensor.
-            placements: Placement of each dimension.
-            member: Number of the member.
-        """
+        """For each dimension of a tensor."""
         graph = self._graph.of_member(member)
         # Members of one width have one analysis.
         uses = self._uses(name, member if self._graph.members else 0)

@@ -10,7 +10,6 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from fxfuse.analysis.coupling import CouplingGraph
-from fxfuse.errors import OptionError
 from fxfuse.graph.torch_compat import (
     DataDependentOutputException,
     DynamicOutputShapeException,
@@ -26,13 +25,7 @@ from fxfuse.transform.resizing import blank
 def parameters_of(
     graph: CouplingGraph, sizes: Mapping[str, int], plan: FusionPlan | None = None
 ) -> int:
-    """Elements of the parameters of the network of these sizes, tied ones once.
-
-    Args:
-        graph: The analysis of the members.
-        sizes: Units of each fused group, by its name.
-        plan: A plan of these sizes, whose `mixing` counts; None: nothing runs member by member.
-    """
+    """Elements of the parameters of the network of these sizes, tied ones once."""
     program, copies = graph.program, copies_of(graph, sizes)
 
     def elements(name: str) -> int:
@@ -48,20 +41,11 @@ def parameters_of(
 
 def operations_of(
     graph: CouplingGraph, sizes: Mapping[str, int], plan: FusionPlan | None = None
-) -> int:
+) -> int | None:
     """Floating-point operations of the network of these sizes for the example inputs.
 
     As `torch.utils.flop_counter` counts them, a multiplication and an addition as two. No memory is
-    used and nothing is computed.
-
-    Args:
-        graph: The analysis of the members.
-        sizes: Units of each fused group, by its name.
-        plan: A plan of these sizes, whose `mixing` counts; None: nothing runs member by member.
-
-    Raises:
-        RewriteError: The network cannot be written in these sizes.
-        OptionError: Shapes in it depend on the values of its inputs.
+    used and nothing is computed. None where shapes depend on the values of the inputs.
     """
     mode = FakeTensorMode(allow_non_fake_inputs=True)
 
@@ -78,10 +62,6 @@ def operations_of(
         try:
             with counter, mode:
                 module(*args, **kwargs)
-        except (DataDependentOutputException, DynamicOutputShapeException) as error:
-            raise OptionError(
-                "the floating-point operations of this network cannot be counted beforehand",
-                why=f"shapes in it depend on the values of its inputs: {error}",
-                how="give a width, or max_params, in place of max_flops",
-            ) from error
+        except (DataDependentOutputException, DynamicOutputShapeException):
+            return None
     return counter.get_total_flops()

@@ -12,7 +12,6 @@ from types import MappingProxyType
 from typing import Any
 
 import torch
-import torch.utils._pytree as pytree
 from torch import fx, nn
 from torch.fx.passes.infra.pass_base import PassBase, PassResult
 
@@ -23,6 +22,7 @@ from fxfuse.graph.capture import Program
 from fxfuse.graph.fixed_batch import check_sizes, fixed_sizes, uncheck_sizes
 from fxfuse.graph.operator_facts import batch_norm_of, follows_mode, set_training, training_of
 from fxfuse.graph.tensors import attach, named_tensors
+from fxfuse.graph.torch_compat import copy_signature, pytree
 
 #: Last parts of the names of a batch norm's buffers.
 MEAN, COUNTER = "running_mean", "num_batches_tracked"
@@ -49,15 +49,8 @@ class FusedModule(fx.GraphModule):
 def emit(program: Program, state: Mapping[str, torch.Tensor]) -> FusedModule:
     """Makes a module of a captured graph and tensors of the members' names and shapes.
 
-    Args:
-        program: A captured member.
-        state: Tensors by `state_dict()` name; tied names share one tensor.
-
     Returns:
         A module in eval mode that owns `state`.
-
-    Raises:
-        NoGraphError: The captured graph is a trace, which holds for its example only.
     """
     return emit_graph(program, state, copy_graph(program.graph))
 
@@ -86,9 +79,6 @@ def emit_graph(
         constants: Tensors that the graph reads beside the members', by name.
         own: Tensors that take the place of one in `state`, one for each member, by canonical name;
             the graph reads them as `member_name` says.
-
-    Raises:
-        NoGraphError: The captured graph is a trace, which holds for its example only.
     """
     program.require_exported()
     module = FusedModule({}, fx.Graph())
@@ -136,7 +126,7 @@ def copy_graph(graph: fx.Graph, mapping: dict[fx.Node, fx.Node] | None = None) -
     copy = fx.Graph()
     result = copy.graph_copy(graph, {} if mapping is None else mapping)
     copy.output(result)
-    copy._codegen = graph._codegen
+    copy_signature(graph, copy)
     return copy
 
 
@@ -156,17 +146,13 @@ class SwitchTraining(PassBase):
     """
 
     def requires(self, graph_module: fx.GraphModule) -> None:
-        """Checks that the graph is in its eval form.
-
-        Raises:
-            RewriteError: A `training` argument is a node already.
-        """
+        """Checks that the graph is in its eval form."""
         for node in _modal_nodes(graph_module.graph):
             if isinstance(training_of(node), fx.Node):
                 raise RewriteError(
-                    "the graph follows the module's mode already",
+                    "the graph already follows the module's mode",
                     where=node.name,
-                    how="apply SwitchTraining to a captured graph, once",
+                    how="apply SwitchTraining once, to a captured graph",
                 )
 
     def call(self, graph_module: fx.GraphModule) -> PassResult:
@@ -229,7 +215,7 @@ class FollowDevice(PassBase):
         graph_module.graph.lint()
         left = [node.name for node in _with_device(graph_module.graph)]
         if left and any(_is_tensor_input(node) for node in graph_module.graph.nodes):
-            raise RewriteError("a device is still written down", where=", ".join(left))
+            raise RewriteError("a device is still a literal", where=", ".join(left))
 
 
 def _with_device(graph: fx.Graph) -> list[Any]:

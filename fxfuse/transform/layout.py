@@ -112,12 +112,7 @@ def unit_copies(count: Index) -> tuple[Index, Index]:
 
 
 def copies_of(graph: CouplingGraph, sizes: Mapping[str, int]) -> dict[str, Index]:
-    """`Copies` of the groups that change their size.
-
-    Args:
-        graph: The analysis of the members.
-        sizes: Units of each fused group, by its name; of others, a member's.
-    """
+    """`Copies` of the groups that change their size."""
     return {
         group.name: copies_per_unit(group.n_units, sizes[group.name])
         for group in graph.groups
@@ -178,15 +173,7 @@ def place_units(
     copies: Copies,
     layouts: Mapping[Place, Layout] = MappingProxyType({}),
 ) -> Placement:
-    """Where the units that a plan keeps land along a dimension.
-
-    Args:
-        graph: The analysis of the members.
-        plan: Says which unit of which member becomes which fused unit.
-        place: The dimension.
-        copies: `copies_of` the plan.
-        layouts: The order of the copies where the network has another size than a member.
-    """
+    """Where the units that a plan keeps land along a dimension."""
     size = int(graph.program.tensor(place[0]).shape[place[1]])
     groups = graph.group_of.get(place, ())
     resized = any(group.name in copies for group in groups)
@@ -226,13 +213,7 @@ def _landing(group: CouplingGroup, place: Place, copies: Copies, at: Index) -> I
 
 
 class Placements:
-    """`place_units` for all tensors of a plan: dimensions with the same units share a placement.
-
-    Args:
-        graph: The analysis of the members.
-        plan: Says which unit of which member becomes which fused unit.
-        layouts: As for `place_units`.
-    """
+    """`place_units` for all tensors of a plan: dimensions with the same units share a placement."""
 
     def __init__(
         self,

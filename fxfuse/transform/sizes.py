@@ -46,7 +46,7 @@ def make_sized_plan(
             option has a value that cannot be used.
         InputError: The method or the score needs calibration inputs, and there are none.
         RewriteError: The network cannot be written in another size.
-        NoGraphError: torch.export rejected the members.
+        CaptureError: torch.export rejected the members.
     """
     if isinstance(method, Concatenate):
         size = replace(size, width=_width_of_all(size, len(states)))
@@ -70,6 +70,20 @@ def make_sized_plan(
     told = {} if size.allocation == "uniform" else {"allocation": size.allocation}
     maps = tuple(replace(m, kept=kept.get(m.group, "")) for m in plan.maps)
     return replace(plan, maps=maps, options={**plan.options, **told})
+
+
+def check_allocation(method: Method, size: Size) -> None:
+    """Check that a method's score can spread units over all groups.
+
+    Raises:
+        OptionError: It cannot.
+    """
+    if size.allocation == "global" and isinstance(method, Transplant) and method.score == "obs":
+        raise OptionError(
+            "allocation='global' does not work with score 'obs'",
+            why="it says in which order the units of one group go, so groups cannot be compared",
+            how="use one of the other scores: score='l2'",
+        )
 
 
 def concatenation_plan(
@@ -114,7 +128,7 @@ def choose_mixing(
     """
     obstacle = ""
     if size.width is None:
-        obstacle = "it takes a width that keeps every unit of every member"
+        obstacle = "it needs a width that keeps every unit of every member"
     elif graph.asked:
         obstacle = f"{next(iter(graph.asked))} is to be one tensor for all members"
     elif fitted:
@@ -123,7 +137,7 @@ def choose_mixing(
         obstacle = _not_kept(graph, n_members, size)
     if obstacle and size.mixing == "per_member":
         raise OptionError(
-            'mixing="per_member" is not possible here',
+            "mixing='per_member' does not work here",
             why=obstacle,
             how=f"use width={n_members} without freeze, share, ignore and refine, or leave "
             "mixing out",
@@ -166,7 +180,7 @@ def find_sizes(
         OptionError: A width is no number in (0, N] or leaves a group without a unit, no width meets
             the budget, or a pattern of widths names nothing.
         RewriteError: The network cannot be written in another size.
-        NoGraphError: torch.export rejected the members.
+        CaptureError: torch.export rejected the members.
     """
     if not size.is_given:
         return None
@@ -215,9 +229,21 @@ def _excess(graph: CouplingGraph, sizes: Sizes, size: Size) -> str:
     params, flops = size.max_params, size.max_flops
     if params is not None and (found := parameters_of(graph, sizes)) > params:
         return f"has {found:,} parameters"
-    if flops is not None and (found := operations_of(graph, sizes)) > flops:
-        return f"takes {found:,} floating-point operations for the example inputs"
-    return ""
+    if flops is None:
+        return ""
+    needed = operations_of(graph, sizes)
+    if needed is None:
+        raise OptionError(
+            "max_flops does not work with this network",
+            why="shapes in it depend on the values of its inputs, so its operations cannot be "
+            "counted beforehand",
+            how="use width or max_params instead",
+        )
+    return (
+        f"takes {needed:,} floating-point operations for the example inputs"
+        if needed > flops
+        else ""
+    )
 
 
 def _allocation(
@@ -227,21 +253,15 @@ def _allocation(
     if size.allocation == "uniform":
         return None
     score = method.score if isinstance(method, Transplant) else None
-    if score == "obs":
-        raise OptionError(
-            "allocation='global' does not work with score 'obs'",
-            why="it says in which order the units of one group go, so groups cannot be compared",
-            how="use one of the other scores: score='l2'",
-        )
     return spread(graph, states, score or "l2", context, size.multiple_of)
 
 
 def _width_of_all(size: Size, n_members: int) -> float:
     if size.width not in (None, n_members):
         raise OptionError(
-            f"width {size.width} and method 'concatenate' contradict each other",
-            why=f"it keeps every unit of every member, which is width {n_members}",
-            how="leave the width out, or use method='transplant'",
+            f"width={size.width} and method='concatenate' contradict each other",
+            why=f"the method keeps every unit of every member, which is width {n_members}",
+            how="leave width out, or use method='transplant'",
         )
     return float(n_members)
 
@@ -252,6 +272,6 @@ def _check_resizable(sizes: Sizes, graph: CouplingGraph, method: Method) -> None
         return
     raise OptionError(
         f"method {method.name!r} works at a member's width only",
-        why="it gives every fused unit the place of a unit of the reference member",
+        why="it puts every fused unit in the place of a unit of the reference member",
         how="leave the size out, or use method='transplant' or 'zip'",
     )

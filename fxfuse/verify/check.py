@@ -120,10 +120,6 @@ def run(
 
     The captured graph runs where it is a program, and reads each tensor when it needs it; a copy of
     the user's own module runs elsewhere.
-
-    Raises:
-        MemberError: The network is on the meta device.
-        VerificationError: The user's own module cannot run in float64.
     """
     args, kwargs = inputs_of(program, flip=flip)
     if program.source is not None and not program.is_exported:
@@ -154,8 +150,8 @@ def _run_eagerly(
             "the oracles cannot run this network in float64",
             where=type(source).__name__,
             why=f"{type(error).__name__}: {error}",
-            how="make its forward pass follow the dtype of its weights; fuse(..., verify=False) "
-            "goes without the oracles",
+            how="make its forward pass follow the dtype of its weights, or skip the oracles with "
+            "verify=False",
         ) from error
     finally:
         torch.set_default_dtype(before)

@@ -90,11 +90,7 @@ class InDouble(fx.Interpreter):
         }
 
     def answer(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
-        """What the network answers, called as the captured module is.
-
-        Raises:
-            MemberError: A tensor that it reads is on the meta device.
-        """
+        """What the network answers, called as the captured module is."""
         bound = inspect.signature(self._captured.module.forward).bind(*args, **kwargs)
         graph = self._captured.graph
         flat = flatten_inputs(graph, list(bound.arguments.values()))

@@ -18,11 +18,6 @@ def put_back(
 ) -> list[torch.Tensor]:
     """Undoes a permutation of units where they are handed out.
 
-    Args:
-        graph: The analysis of the network.
-        permutations: What `fxfuse.transform.apply.permuted` was given.
-        outputs: What the permuted network answers.
-
     Returns:
         The outputs in the order of the network that was not permuted.
     """

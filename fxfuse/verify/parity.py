@@ -83,9 +83,6 @@ def concatenated_and_pruned(
         states: For each member, its tensors by name, of one floating-point dtype.
         inputs: Of the member, in that dtype.
         degree: Of the norm that channels are ranked by.
-
-    Raises:
-        MissingDependencyError: torch-pruning is not installed.
     """
     try:
         import torch_pruning

@@ -55,7 +55,7 @@ def concatenation_equals_ensemble(
 
     Raises:
         MemberError: The members are not the same network.
-        NoGraphError: torch.export refused a member, so that there is no concatenation to run.
+        CaptureError: torch.export rejected a member, so there is no concatenation to run.
     """
     program = [as_program(m, example) for m in members]
     for member in program:
@@ -76,14 +76,7 @@ def equals_ensemble(
     *,
     hands_out: bool,
 ) -> Check:
-    """The wide oracle for members that are analyzed already.
-
-    Args:
-        graph: The analysis of the members.
-        states: For each member, its tensors by name.
-        plan: A plan that keeps every unit of every member.
-        hands_out: Whether an output dimension is no interface, so that units are handed out.
-    """
+    """The wide oracle for members that are analyzed already."""
     # Before the concatenation is there: a member and its copy need not be in memory beside it.
     answers = of_each(states, lambda i, state: run(graph.of_member(i).program, state))
     outputs = [answer for _, answer in answers]

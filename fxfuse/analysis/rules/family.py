@@ -26,9 +26,6 @@ _WORDS = (
 def rule_file(target: Any) -> str:
     """The file of `fxfuse/analysis/rules/` in which a rule for an operator would stand, or stands.
 
-    Args:
-        target: The operator, as in `node.target`.
-
     Returns:
         A path from the root of the repository; for a rule of the user's own, its module.
     """

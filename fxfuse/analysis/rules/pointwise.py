@@ -7,12 +7,12 @@ from functools import partial
 from typing import Any
 
 import torch
-import torch.utils._pytree as pytree
 
 from fxfuse.analysis.labels import AbstractTensor
 from fxfuse.analysis.rules.algebra import align, meet
 from fxfuse.analysis.rules.registry import Call, rule
 from fxfuse.graph.operator_facts import FACTS, Dropout, operators
+from fxfuse.graph.torch_compat import pytree, schema_of
 
 aten = torch.ops.aten
 
@@ -126,7 +126,7 @@ def _keeps_zeros(call: Call) -> bool:
 def _is_linear(call: Call, operands: list[AbstractTensor]) -> bool:
     if isinstance(FACTS.get(call.node.target), Dropout):
         return True
-    name = call.node.target._schema.name  # type: ignore[union-attr]
+    name = schema_of(call.node.target).name
     return name in _ADDITIVE or (name in _SCALING and len(operands) == 1)
 
 

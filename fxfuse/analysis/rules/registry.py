@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from itertools import chain
 from types import MappingProxyType
 from typing import Any
 
 import torch
 from torch import fx
-from torch.library import CustomOpDef  # type: ignore[attr-defined]
 
 from fxfuse.analysis.coupling_constraints import CouplingConstraints
 from fxfuse.analysis.labels import AbstractTensor
 from fxfuse.errors import RuleError
 from fxfuse.graph.arguments import argument, argument_names
 from fxfuse.graph.source_lines import where_of
+from fxfuse.graph.torch_compat import hint, overloads_of, schema_of
 
 #: A rule gets the ledger, the node and the node's arguments (nodes replaced by their values,
 #: symbolic numbers by their hints) and returns the value of the node.
@@ -52,8 +52,13 @@ class Call:
 
     def argument(self, name: str) -> Any:
         """An argument by its name in the operator's schema, or the schema's default."""
-        if name not in argument_names(self.node.target):
-            raise RuleError(f"{self.node.target} has no argument {name!r}", where=self.where)
+        names = argument_names(self.node.target)
+        if name not in names:
+            raise RuleError(
+                f"{self.node.target} has no argument {name!r}",
+                where=self.where,
+                how=f"use one of {', '.join(names)}",
+            )
         return self.optional(name)
 
     def optional(self, name: str) -> Any:
@@ -70,10 +75,9 @@ class Call:
 
     def tensor_arguments(self) -> list[AbstractTensor | None]:
         """The arguments that the schema declares as one tensor, in its order; None if left out."""
-        schema: Any = self.node.target
         names = [
             declared.name
-            for declared in schema._schema.arguments
+            for declared in schema_of(self.node.target).arguments
             if str(declared.type) in ("Tensor", "Optional[Tensor]")
         ]
         return [self.argument(name) for name in names]
@@ -87,22 +91,6 @@ class Call:
 def concrete_shape(value: torch.Tensor) -> tuple[int, ...]:
     """Shape of a fake tensor with symbolic sizes replaced by their hints."""
     return tuple(hint(s) for s in value.shape)
-
-
-#: Stands for a size that depends on the data (unbacked, in torch's words), which has no hint.
-_SOME = 3
-
-
-def hint(size: Any) -> Any:
-    """The number behind a symbolic number; anything else unchanged."""
-    if not isinstance(size, torch.SymInt | torch.SymFloat | torch.SymBool):
-        return size
-    if size.node.hint is not None:
-        return size.node.hint
-    node: Any = size.node
-    known = node.shape_env.backed_var_to_val
-    values = {symbol: known.get(symbol, _SOME) for symbol in node.expr.free_symbols}
-    return node.pytype(node.expr.xreplace(values))
 
 
 def rule(*targets: Any) -> Callable[[Rule], Rule]:
@@ -122,7 +110,7 @@ def rule(*targets: Any) -> Callable[[Rule], Rule]:
     """
 
     def register(function: Rule) -> Rule:
-        for target in chain.from_iterable(map(_overloads, targets)):
+        for target in chain.from_iterable(map(overloads_of, targets)):
             if target in _RULES:
                 raise RuleError(
                     f"{target} has two rules",
@@ -135,16 +123,6 @@ def rule(*targets: Any) -> Callable[[Rule], Rule]:
     return register
 
 
-def _overloads(target: Any) -> Sequence[Any]:
-    """What stands in a graph for an operator that a user names."""
-    if isinstance(target, CustomOpDef):
-        # torch has no public way from the definition to the operator.
-        return [target._opoverload]
-    if isinstance(target, torch._ops.OpOverloadPacket):
-        return [getattr(target, name) for name in target.overloads()]
-    return [target]
-
-
 def find(target: Any) -> Rule | None:
     """The rule of an operator, itself or by its name, or None: then its operands freeze."""
     return _RULES.get(target) or _RULES.get(name_of(target))
@@ -152,7 +130,7 @@ def find(target: Any) -> Rule | None:
 
 def name_of(target: Any) -> str:
     """The qualified name of an operator without its overload; "" for other functions."""
-    schema = getattr(target, "_schema", None)
+    schema = schema_of(target)
     return "" if schema is None else str(schema.name)
 
 

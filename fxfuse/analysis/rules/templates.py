@@ -72,10 +72,6 @@ def contracting(pattern: str, *, nonlinear: bool = False) -> Rule:
 
     Returns:
         The rule, to be registered by `rule(operator)(...)`.
-
-    Raises:
-        RuleError: The pattern cannot be read; or, when the rule meets an operator, the operator has
-            other tensor arguments than the pattern has terms.
     """
     left, arrow, out = pattern.replace(" ", "").partition("->")
     terms = left.split(",")
@@ -138,10 +134,10 @@ def _check_pattern(pattern: str, terms: Sequence[str], out: str | None) -> None:
         unknown = set(out.removeprefix("...")) - set("".join(terms[:2]))
         late = set("".join(terms[2:]).replace(".", "")) - set(out)
         if unknown or late:
-            why = why or f"nothing says what {', '.join(sorted(unknown | late))} is"
+            why = why or f"no operand defines {', '.join(sorted(unknown | late))}"
     if why:
         raise RuleError(
-            f"the pattern {pattern!r} cannot be read",
+            f"the pattern {pattern!r} is invalid",
             why=why,
             how='write it like "b i, o i -> b o"',
         )

@@ -13,7 +13,7 @@ from fxfuse.cli.flags import CONSTRAINTS, Given, takes
 from fxfuse.cli.load import load_members, load_model
 from fxfuse.cli.options import Input, Json, Model, ModelArg
 from fxfuse.cli.show import checks_json, checks_table, err, out, print_json
-from fxfuse.errors import NoGraphError
+from fxfuse.graph.capture import capture
 
 OptionalCheckpoints = Annotated[
     list[Path] | None,
@@ -42,19 +42,24 @@ def verify(
     else:
         network, inputs = load_model(model, model_arg, input)
         members = [network]
+    with err.status("capturing"):
+        programs = [capture(member, inputs) for member in members]
     with err.status("permuting every coupling group"):
-        checks = [oracles.permutation(members[0], inputs, constraints=constraints)]
-    if len(members) > 1:
+        checks = [oracles.permutation(programs[0], constraints=constraints)]
+    refusals = [program.refusal for program in programs if not program.is_exported]
+    if len(programs) > 1 and refusals:
+        warnings.warn(
+            f"wide equals ensemble: not run, because torch.export rejected the network: "
+            f"{refusals[0]}",
+            stacklevel=1,
+        )
+    elif len(programs) > 1:
         with err.status("comparing the wide network with the ensemble"):
-            try:
-                found = oracles.concatenation_equals_ensemble(
-                    members, inputs, mixing="per_member", constraints=constraints
+            checks.append(
+                oracles.concatenation_equals_ensemble(
+                    programs, mixing="per_member", constraints=constraints
                 )
-                checks.append(found)
-            except NoGraphError as error:
-                warnings.warn(
-                    f"wide equals ensemble: not emitted, so not run\n{error}", stacklevel=1
-                )
+            )
     if json:
         print_json(checks_json(checks))
     else:

@@ -49,9 +49,9 @@ def compared(folders: Sequence[Path], data: str | None, *, latency: bool) -> tup
         recipe = read_recipe(folder)
         if (recipe.model, _hashes(recipe)) != (first.model, _hashes(first)):
             raise OptionError(
-                "the results are of different members",
+                "the results have different members",
                 where=str(folder),
-                why=f"they are compared with the ensemble of those in {folders[0]}",
+                why=f"all results are compared with the ensemble of {folders[0]}",
                 how="compare results of the same members",
             )
     examples = _data(data)
@@ -126,8 +126,8 @@ def report_on(folder: Path, data: str | None, page: Path | None) -> Path:
         raise CheckpointError(
             f"{folder.name} holds no plan",
             where=str(folder / PLAN),
-            why="a report is about a fusion",
-            how="name a folder that `fxfuse fuse` wrote",
+            why="a report describes a fusion",
+            how="use a folder that `fxfuse fuse` wrote",
         )
     plan = FusionPlan.from_json((folder / PLAN).read_text(encoding="utf-8", errors="replace"))
     state = read_state_dict(folder / WEIGHTS)

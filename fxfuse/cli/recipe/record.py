@@ -57,12 +57,12 @@ def check_made(before: Made, now: Made) -> None:
     """
     changed = [name for name, sha in before.sha256.items() if now.sha256.get(name) != sha]
     if changed:
-        found = now.sha256.get(changed[0], "not known, since it is not read")
+        found = now.sha256.get(changed[0], "unknown, since the file is not read")
         raise OptionError(
             "a file has changed since the recipe was run",
             where=changed[0],
-            why=f"its SHA-256 is {found}, the recipe says {before.sha256[changed[0]]}",
-            how="give the file back, or take `made` out of the recipe to make a new result",
+            why=f"its SHA-256 is {found}, the recipe has {before.sha256[changed[0]]}",
+            how="restore the file, or remove `made` from the recipe to make a new result",
         )
     for name in ("fxfuse", "torch", "python", "device"):
         one, other = getattr(before, name), getattr(now, name)

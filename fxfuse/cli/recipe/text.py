@@ -42,13 +42,18 @@ def read_recipe(path: str | Path) -> Recipe:
         content = file.read_bytes()
     except OSError as error:
         raise OptionError(
-            f"there is no recipe {file.name}",
+            f"the recipe {file.name} cannot be read",
             where=str(file),
             why=error.strerror or str(error),
-            how="name a recipe, or a folder that `fxfuse fuse` or `fxfuse run` wrote",
+            how="use a recipe, or a folder that `fxfuse fuse` or `fxfuse run` wrote",
         ) from error
     if len(content) > _LONGEST:
-        raise OptionError(f"{file.name} is too long for a recipe", where=str(file))
+        raise OptionError(
+            f"{file.name} is too long for a recipe",
+            where=str(file),
+            why=f"it has more than {_LONGEST:,} bytes",
+            how="check the path",
+        )
     recipe = parse_recipe(content.decode("utf-8", errors="replace"), str(file))
     if recipe.base is None:
         recipe = recipe.model_copy(update={"base": str(file.absolute().parent)})
@@ -74,14 +79,14 @@ def parse_recipe(text: str, where: str = "recipe") -> Recipe:
     # A date that is none, a number with too many digits, parts that lie too deep in each other.
     except (ValueError, RecursionError, TypeError, OverflowError) as error:
         raise OptionError(
-            "the recipe is no YAML", where=where, why=str(error), how="mend its spelling"
+            "the recipe is not valid YAML", where=where, why=str(error), how="fix its spelling"
         ) from error
     if not isinstance(content, dict):
         raise OptionError(
             "the recipe holds no fields",
             where=where,
             why=f"it holds {'nothing' if content is None else f'a {type(content).__name__}'}",
-            how="`fxfuse recipe --example` prints one to begin with",
+            how="start from `fxfuse recipe --example`",
         )
     return as_recipe(content, where, root)
 
@@ -106,10 +111,10 @@ def as_recipe(content: dict[str, Any], where: str = "", root: yaml.Node | None =
         raise OptionError(
             f"the recipe has {len(whys)} mistake{'s' * (len(whys) > 1)}"
             if root
-            else "an option cannot be used",
+            else "an option has an unusable value",
             where=f"{where}, line {found[0][0]}" if root else where,
             why="; ".join(whys),
-            how="`fxfuse recipe --example` shows every field",
+            how="see `fxfuse recipe --example`, which shows every field",
         ) from error
 
 
@@ -268,10 +273,10 @@ def _not_yaml(error: yaml.YAMLError, where: str) -> OptionError:
     mark = getattr(error, "problem_mark", None) or getattr(error, "context_mark", None)
     why = getattr(error, "problem", None) or getattr(error, "context", None) or str(error)
     return OptionError(
-        "the recipe is no YAML",
+        "the recipe is not valid YAML",
         where=f"{where}, line {mark.line + 1}" if mark else where,
         why=why,
-        how="mend its spelling; `fxfuse recipe --example` prints one to begin with",
+        how="fix its spelling; `fxfuse recipe --example` prints one to start from",
     )
 
 

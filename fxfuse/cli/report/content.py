@@ -12,7 +12,7 @@ import fxfuse
 from fxfuse.api.result import FusionResult
 from fxfuse.cli.report.coupled import Coupled, coupled
 from fxfuse.cli.report.transplanted import GroupShare, shares
-from fxfuse.errors import OptionError, RewriteError
+from fxfuse.errors import RewriteError
 from fxfuse.planning.plan import FusionPlan
 from fxfuse.planning.roles import RoleKind
 from fxfuse.refine import RefitReport
@@ -114,9 +114,9 @@ def _sizes(result: FusionResult) -> tuple[Network, ...]:
     graph, plan, n = result.graph, result.plan, result.plan.n_members
     own, fused = parameters_of(graph, {}), parameters_of(graph, plan.sizes(), plan)
     try:
-        work: int | None = operations_of(graph, {})
-        fused_work: int | None = operations_of(graph, plan.sizes(), plan)
-    except (RewriteError, OptionError):
+        work = operations_of(graph, {})
+        fused_work = operations_of(graph, plan.sizes(), plan)
+    except RewriteError:
         work = fused_work = None
     ensemble = Network(f"ensemble of {n}", n * own, None if work is None else n * work)
     alone = Network("one member", own, work)

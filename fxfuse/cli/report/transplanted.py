@@ -11,10 +11,10 @@ from torch import nn
 
 from fxfuse.analysis.coupling import CouplingGraph
 from fxfuse.api.result import FusionResult
-from fxfuse.errors import InputError, OptionError
+from fxfuse.errors import InputError
 from fxfuse.planning.context import Context
 from fxfuse.planning.plan import UnitMap
-from fxfuse.planning.scores import score_units
+from fxfuse.planning.scores import score_units, scores
 from fxfuse.refine.fused import states_of
 
 #: Origin of a unit that several members have a part in.
@@ -98,22 +98,25 @@ def _runs(m: UnitMap) -> tuple[Run, ...]:
 def _kept(
     graph: CouplingGraph, result: FusionResult, members: Sequence[nn.Module]
 ) -> dict[str, float]:
-    """Share of the members' score that every group keeps; empty where it needs data."""
+    """Share of the members' score that every group keeps; empty where it cannot be measured."""
     plan = result.plan
     score, context = plan.options.get("score", _DEFAULT_SCORE), Context(absent=plan.absent)
+    if score not in scores():
+        return {}
     units = {
         i: {g.name: np.arange(g.n_units) for g in graph.of_member(i).groups}
         for i in range(len(members))
     }
     states = states_of(result, members)
     try:
-        scores = score_units(graph.trunk(), states, score, context, units)
-    except (InputError, OptionError):
+        found = score_units(graph.trunk(), states, score, context, units)
+    # It needs calibration inputs, which the report does not have.
+    except InputError:
         return {}
     kept = {}
     for m in plan.maps:
-        whole = sum(float(scores[i][m.group].sum()) for i in range(len(members)))
-        part = sum(float(scores[i][m.group][unit]) for i, unit in m.units().tolist())
+        whole = sum(float(found[i][m.group].sum()) for i in range(len(members)))
+        part = sum(float(found[i][m.group][unit]) for i, unit in m.units().tolist())
         if whole > 0:
             kept[m.group] = part / whole
     return kept

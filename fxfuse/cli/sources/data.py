@@ -56,7 +56,7 @@ class Data:
                 where=where,
                 why="accuracy and fine-tuning need them",
                 how="use a source with labels: a file with both, a folder for each class, or a "
-                "function that returns pairs",
+                "function that returns pairs (inputs, labels)",
             )
         return self.labels
 

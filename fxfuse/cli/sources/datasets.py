@@ -48,7 +48,7 @@ def torchvision_dataset(rest: str, prepare: Preparation) -> Data:
         f"{name} cannot be read",
         where=root,
         why=str(first),
-        how="put the data set there; nothing is downloaded",
+        how="copy the data set there; nothing is downloaded",
     ) from first
 
 
@@ -76,7 +76,7 @@ def hugging_face(folder: str, prepare: Preparation) -> Data:
             f"{folder} holds no data set",
             where=folder,
             why=f"{type(error).__name__}: {error}",
-            how="name a folder that save_to_disk wrote",
+            how="use a folder that save_to_disk wrote",
         ) from error
     if isinstance(table, Mapping):
         table = table["test"] if "test" in table else next(iter(table.values()))
@@ -90,10 +90,10 @@ def hugging_face(folder: str, prepare: Preparation) -> Data:
     found = next((c for c in ("input_ids", *INPUTS) if c in columns), None)
     if found is None:
         raise InputError(
-            "the inputs are not found",
+            "the data set has no column of inputs",
             where=folder,
-            why=f"the data set has the columns {', '.join(columns)}",
-            how="name the column of the inputs input_ids, inputs or image",
+            why=f"its columns are {', '.join(columns)}",
+            how="rename the column of the inputs to input_ids, inputs or image",
         )
     chosen = table.select(spread(len(table), prepare.limit).tolist())
     whole = {name: torch.as_tensor(chosen[:][name]) for name in (found, label) if name}

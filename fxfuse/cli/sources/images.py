@@ -28,10 +28,10 @@ def image_folder(path: Path, prepare: Preparation) -> Data:
         folder = datasets.ImageFolder(str(path))
     except FileNotFoundError as error:
         raise InputError(
-            f"{path.name} is no folder of images",
+            f"{path.name} is not a folder of images",
             where=str(path),
             why=str(error),
-            how="put the images of each class into a folder of their own in it",
+            how="put the images of each class into one subfolder",
         ) from error
     return images(folder, str(path), prepare)
 
@@ -48,10 +48,12 @@ def images(pairs: Any, where: str, prepare: Preparation) -> Data:
             "the images differ in size",
             where=where,
             why=", ".join(sorted({str(list(image.shape)) for image in read})[:3]),
-            how="give a size that they are resized to, such as 224,224",
+            how="set a size to resize them to, such as 224,224",
         )
     if not read:
-        raise InputError("there are no images", where=where)
+        raise InputError(
+            "there are no images", where=where, how="use a folder or data set with images"
+        )
     return Data((torch.stack(read),), torch.tensor(labels, dtype=torch.int64))
 
 
@@ -66,8 +68,9 @@ def _image(image: Any, prepare: Preparation) -> Tensor:
         if given:
             if len(given) not in (1, len(pixels)):
                 raise InputError(
-                    f"there are {len(given)} means or deviations for {len(pixels)} channels",
-                    how="give one for each channel",
+                    f"mean and std need 1 or {len(pixels)} values, got {len(given)}",
+                    why=f"the images have {len(pixels)} channels",
+                    how="set one value for each channel",
                 )
             pixels = change(pixels, torch.tensor(list(given)).reshape(-1, 1, 1))
     return pixels

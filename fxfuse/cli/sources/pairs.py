@@ -25,7 +25,7 @@ def pair(content: Any, where: str) -> Data:
             inputs = next(iter(content.values()))
         if inputs is None:
             raise InputError(
-                "the inputs are not found",
+                "there are no inputs",
                 where=where,
                 why=f"it holds {', '.join(map(repr, list(content)[:5]))}",
                 how="name them inputs and labels",
@@ -40,16 +40,21 @@ def _tensors(value: Any, where: str) -> tuple[Tensor, ...]:
     parts = value if isinstance(value, tuple | list) else (value,)
     if not parts or not all(isinstance(part, Tensor | np.ndarray) for part in parts):
         raise InputError(
-            "the inputs are no tensors",
+            "the inputs are not tensors",
             where=where,
             why=f"they are {type(value).__name__}",
-            how="give one tensor [n, ...], or a tuple of them for several inputs",
+            how="use one tensor [n, ...], or a tuple of them for several inputs",
         )
     try:
         return tuple(torch.as_tensor(part) for part in parts)
     # Texts and times have no dtype in torch.
     except TypeError as error:
-        raise InputError("the inputs are no numbers", where=where, why=str(error)) from error
+        raise InputError(
+            "the inputs are not numbers",
+            where=where,
+            why=str(error),
+            how="use arrays of numbers",
+        ) from error
 
 
 def _is_labels(value: Any) -> bool:
@@ -64,10 +69,10 @@ def _labels(value: Any, where: str) -> Tensor:
     whole = not found.is_floating_point() and not found.is_complex()
     if found.dim() != 1 or not whole:
         raise InputError(
-            "the labels are no class numbers",
+            "the labels are not class numbers",
             where=where,
             why=f"they are {found.dtype} of shape {list(found.shape)}",
-            how="give integers [n], counted from 0",
+            how="use integers [n], counted from 0",
         )
     return found.to(torch.int64)
 
@@ -81,7 +86,12 @@ def joined(batches: Iterable[Any], where: str, limit: int | None) -> Data:
         if limit is not None and sum(map(len, found)) >= limit:
             break
     if not found:
-        raise InputError("there are no batches", where=where, why="the iterable is empty")
+        raise InputError(
+            "there are no batches",
+            where=where,
+            why="the iterable is empty",
+            how="return a new iterable in every call",
+        )
     inputs = tuple(torch.cat(parts) for parts in zip(*(d.inputs for d in found), strict=True))
     labels = [d.labels for d in found if d.labels is not None]
     return Data(inputs, torch.cat(labels) if len(labels) == len(found) else None)

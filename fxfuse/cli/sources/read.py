@@ -61,8 +61,8 @@ def read_data(spec: str, prepare: Preparation | None = None) -> Data:
         raise InputError(
             f"the data cannot be read: {spec!r}",
             where=spec,
-            why="it is no folder, no file of a known format, and no module:function",
-            how="name a .npy, .npz, .safetensors or .pt file, a folder with one folder of images "
+            why="it is not a folder, a file of a known format, or module:function",
+            how="use a .npy, .npz, .safetensors or .pt file, a folder with one folder of images "
             "for each class, torchvision:CLASS:ROOT, datasets:FOLDER, or module:function",
         )
     return _limited(_checked(data, spec), prepare.limit)
@@ -113,10 +113,10 @@ def _function(spec: str, limit: int | None) -> Data:
     # The user's function may raise anything.
     except Exception as error:
         raise InputError(
-            f"{spec} gives no data",
+            f"{spec} returns no data",
             where=spec,
             why=f"{type(error).__name__}: {error}",
-            how="let it return inputs, a pair (inputs, labels), or an iterable of batches",
+            how="return inputs, a pair (inputs, labels), or an iterable of batches",
         ) from error
 
 
@@ -125,10 +125,10 @@ def _checked(data: Data, where: str) -> Data:
     sizes |= set() if data.labels is None else {len(data.labels)}
     if len(sizes) > 1 or 0 in sizes:
         raise InputError(
-            "inputs and labels do not fit together" if len(sizes) > 1 else "there are no examples",
+            "inputs and labels differ in length" if len(sizes) > 1 else "there are no examples",
             where=where,
-            why=f"their numbers are {', '.join(map(str, sorted(sizes)))}",
-            how="give as many labels as inputs, along the first dimension",
+            why=f"their lengths are {', '.join(map(str, sorted(sizes)))}",
+            how="use as many labels as inputs, along the first dimension",
         )
     return data
 

@@ -39,9 +39,6 @@ def lowering(*targets: Any, starts: bool = False) -> Callable[[Lowering], Loweri
     Args:
         targets: Operators, `torch.ops.aten.name.overload`.
         starts: Whether it also takes operands that are not stacked yet.
-
-    Raises:
-        RuleError: One of them has a lowering already.
     """
 
     def register(function: Lowering) -> Lowering:

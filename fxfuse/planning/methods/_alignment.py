@@ -123,9 +123,8 @@ def reference_of(reference: Any, n_members: int) -> int | None:
         return None
     if not isinstance(reference, int) or reference not in range(n_members):
         raise OptionError(
-            f"there is no reference member {reference!r}",
-            why=f"the {n_members} members are counted from 0",
-            how='pass reference= with the number of a member, or "mean"',
+            f"reference must be 0 to {n_members - 1} or 'mean', got {reference!r}",
+            how="pass reference= with the number of a member, counted from 0",
         )
     return int(reference)
 
@@ -143,7 +142,7 @@ def frame_of(graph: CouplingGraph, n_members: int, reference: Reference, context
         raise OptionError(
             f"members cannot be aligned to member {first}",
             where=f"group {missing[0]}",
-            why="it lacks this block, so there is nothing to compare the others' units with",
+            why="it lacks this block, so the units of other members have no counterpart",
             how=f"pass reference={deepest[0]}" if deepest else "use method='transplant'",
         )
     return first
@@ -177,9 +176,6 @@ def common_orders(
         context: Says what members lack.
         align: Aligns a member to a target.
         reorder: Brings a member's features into other orders.
-
-    Raises:
-        OptionError: There is no such reference member, or it lacks blocks that others have.
     """
     first = frame_of(graph, n, reference, context)
     target, frame = features(first), graph.of_member(first)

@@ -32,8 +32,7 @@ class Transplant(Method):
     maps are mixtures of all members' units (`fxfuse.activations.components`), for a refit to build
     on.
 
-    With `fraction` f, a group of n units keeps the (1 - f)·n best of the base member, and takes
-    the
+    With `fraction` f, a group of n units keeps the (1 - f)·n best of the base member, and takes the
     f·n best of all others. With fractions by pattern, groups that none speaks of keep the best of
     all.
 
@@ -150,14 +149,14 @@ def _mixtures(
     if context.calibration is None:
         raise InputError(
             "variant 'components' needs calibration inputs",
-            why="it looks for what the layers that read a residual stream make of it",
+            why="it measures what the layers that read a residual stream make of it",
             how="pass calibration=..., 100 to 1,000 inputs without labels",
         )
     if graph.members:
         raise OptionError(
             "variant 'components' works with members of one width only",
-            why="it mixes units of the same stream",
-            how="leave the variant out",
+            why="it mixes units of one stream across members",
+            how="leave variant out",
         )
     sizes = {group.name: context.size_of(group) for group in graph.groups}
     found = components(graph, states, context.calibration, kept, sizes, context.base_member)
@@ -190,7 +189,7 @@ def _by_fraction(pool: _Pool, parts: Sequence[Kept], given: float | Mapping[str,
     for share in shares.values():
         if not 0.0 <= share <= 1.0:
             raise OptionError(
-                f"fraction {share} is not between 0 and 1",
+                f"fraction must be in [0, 1], got {share}",
                 why="it is the share of units that come from other members than the base member",
                 how="use 0 for the base member alone, 1 for the others alone",
             )

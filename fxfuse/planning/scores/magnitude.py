@@ -23,14 +23,10 @@ DEGREES: Mapping[str, int] = {"l1": 1, "l2": 2}
 
 
 def degree_of(name: str) -> int:
-    """The degree of a score that is a norm.
-
-    Raises:
-        OptionError: The score is no norm.
-    """
+    """The degree of a score that is a norm."""
     if name not in DEGREES:
         raise OptionError(
-            f"the score {name!r} is no norm of weights", how=f"use one of {', '.join(DEGREES)}"
+            f"score {name!r} is not a norm of weights", how=f"use one of {', '.join(DEGREES)}"
         )
     return DEGREES[name]
 

@@ -23,14 +23,11 @@ def obs(
     What the members have in common counts once: of units that the others can make up for, in the
     least-squares sense at the layers that read them, one after the other goes. A group that no
     layer reads is scored by `l2`.
-
-    Raises:
-        InputError: There are no calibration inputs.
     """
     if context.calibration is None:
         raise InputError(
             "score 'obs' needs calibration inputs",
-            why="it removes units that the others can make up for on these",
+            why="it removes the units that others can replace on these inputs",
             how="pass calibration=..., 100 to 1,000 inputs without labels",
         )
     found = magnitude(graph, states, context, kept, degree=2)

@@ -47,9 +47,6 @@ def score(name: str, *, note: Note = _nothing) -> Callable[[Score], Score]:
     Args:
         name: What users call it.
         note: What plans say about it, given the analysis.
-
-    Raises:
-        RuleError: There is a score of this name.
     """
 
     def register(function: Score) -> Score:
@@ -62,11 +59,7 @@ def score(name: str, *, note: Note = _nothing) -> Callable[[Score], Score]:
 
 
 def check_score(name: str) -> None:
-    """Checks that there is a score of this name.
-
-    Raises:
-        OptionError: There is none.
-    """
+    """Checks that there is a score of this name."""
     _find(name)
 
 
@@ -76,11 +69,7 @@ def scores() -> Mapping[str, Score]:
 
 
 def note_of(name: str, graph: CouplingGraph) -> Mapping[str, str]:
-    """What a plan says about a score: option → value, besides its name.
-
-    Raises:
-        OptionError: There is no such score.
-    """
+    """What a plan says about a score: option → value, besides its name."""
     return _find(name).note(graph)
 
 
@@ -99,10 +88,6 @@ def score_units(
     Returns:
         For each member that takes part, for each group, float64 [n_units]; -inf where a unit does
         not exist.
-
-    Raises:
-        OptionError: There is no such score.
-        InputError: It needs calibration inputs, or labels, and there are none.
     """
     found = _find(name).score(graph, states, context, kept)
     result: dict[int, Scores] = {}

@@ -21,9 +21,6 @@ def taylor(
     """Σ |w · ∂L/∂w| over the parameters of a unit (Molchanov et al., arXiv:1906.10771).
 
     The gradient is the mean over the batches.
-
-    Raises:
-        InputError: There are no gradients.
     """
 
     def damage(given: Gradients, name: str, weight: torch.Tensor) -> torch.Tensor:
@@ -36,11 +33,7 @@ def taylor(
 def fisher(
     graph: CouplingGraph, states: Sequence[State], context: Context, kept: Kept
 ) -> dict[int, Scores]:
-    """Σ (w · ∂L/∂w)² over the parameters of a unit, the mean over the batches.
-
-    Raises:
-        InputError: There are no gradients.
-    """
+    """Σ (w · ∂L/∂w)² over the parameters of a unit, the mean over the batches."""
 
     def damage(given: Gradients, name: str, weight: torch.Tensor) -> torch.Tensor:
         return weight.abs() ** 2 * given.square[name].to(weight.device)

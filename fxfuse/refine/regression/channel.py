@@ -71,13 +71,7 @@ def per_channel_of(program: Program, taken: set[fx.Node]) -> tuple[PerChannel, .
 
 
 def per_channel_at(program: Program, node: fx.Node, reads: Mapping[str, int]) -> PerChannel | None:
-    """The normalisation that a node is, if its tensors are its own.
-
-    Args:
-        program: A network.
-        node: A node of its graph, or of one that reads the same tensors by the same names.
-        reads: `reads_of` the network.
-    """
+    """The normalisation that a node is, if its tensors are its own."""
     facts, norm = FACTS.get(node.target), norm_of(program, node, reads)
     if not isinstance(facts, Normalisation):
         return None

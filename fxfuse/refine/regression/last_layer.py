@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from fxfuse.errors import RefineError
+from fxfuse.errors import MemberError, OptionError
 from fxfuse.refine.batch import logits_of, try_call
 from fxfuse.refine.modes import check_teachers, device_of, evaluating
 from fxfuse.refine.regression.head import fit_head
@@ -38,7 +38,9 @@ def refit_head(
         alpha: Ridge, relative to the mean square of a feature.
 
     Raises:
-        RefineError: The layer is missing, no linear layer with a bias, or not the last one; X
+        OptionError: `layer` is not the last layer, or not a linear layer with a bias.
+        InputError: A network rejects the inputs.
+        MemberError: A member has other classes.
     """
     check_teachers(module, members, "members")
     last = _linear(module, layer)
@@ -48,23 +50,23 @@ def refit_head(
     hook = last.register_forward_hook(lambda _, given, answer: seen.append((given[0], answer)))
     try:
         with evaluating([module, *members], device), torch.no_grad():
-            output = logits_of(try_call(module, (x,), "The network"))
-            answers = [logits_of(try_call(member, (x,), "A member")) for member in members]
+            output = logits_of(try_call(module, (x,), "the network"))
+            answers = [logits_of(try_call(member, (x,), "a member")) for member in members]
     finally:
         hook.remove()
     if len(seen) != 1 or output.dim() != 2 or not torch.equal(seen[0][1], output):
-        raise RefineError(
-            f"{layer} does not give the network's output.",
-            where=layer,
-            why="Its output is fitted to the ensemble's logits [n, k].",
-            how="Name the last layer of a classifier.",
+        raise OptionError(
+            f"the output of layer {layer!r} is not the network's output",
+            where="layer",
+            why="it is fitted to the ensemble's logits [n, k]",
+            how="name the last layer of a classifier",
         )
     if any(answer.shape != output.shape for answer in answers):
-        raise RefineError(
-            "A member has other classes than the network.",
+        raise MemberError(
+            "a member has other classes than the network",
             where=f"network {list(output.shape)}, members {[list(a.shape) for a in answers]}",
-            why="Logits are fitted class by class.",
-            how="Give members with the network's classes.",
+            why="logits are fitted class by class",
+            how="pass members with the network's classes",
         )
     rows = seen[0][0].float().unsqueeze(1)
     wanted = torch.stack(answers).float().mean(dim=0)
@@ -79,9 +81,11 @@ def _linear(module: nn.Module, layer: str) -> nn.Linear:
     found = dict(module.named_modules()).get(layer)
     if isinstance(found, nn.Linear) and isinstance(found.bias, Tensor):
         return found
-    raise RefineError(
-        f"{layer!r} is no linear layer with a bias.",
-        where=f"{type(module).__name__}: {type(found).__name__}",
-        why="A linear layer is what can be fitted in closed form.",
-        how="Give the dotted path of the last nn.Linear, as in named_modules().",
+    raise OptionError(
+        f"{layer!r} is not a linear layer with a bias",
+        where="layer",
+        why=f"{type(module).__name__} has "
+        + (f"a {type(found).__name__} there" if found is not None else "no such module")
+        + ", and only a linear layer is fitted in closed form",
+        how="pass the dotted path of the last nn.Linear, as in named_modules()",
     )

@@ -46,11 +46,10 @@ def refit(
         The error of every layer before and after, and what was left.
 
     Raises:
-        InputError: The inputs are not what the members take, no copies can be made of them,
-            or an activation is NaN.
+        InputError: The members reject the inputs, or an activation is NaN.
         MemberError: These are not the members that were fused.
-        NoGraphError: The members were traced: there is no graph to run.
-        RefineError: The members run one by one in it, so that it is their mean already.
+        CaptureError: `torch.export` rejected the members, so there is no graph to run.
+        OptionError: The members run one by one in the network, so it is their mean already.
     """
     states, batches = measurable(result, members, calibration)
     check_joint(result, "refit")

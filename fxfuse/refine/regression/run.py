@@ -127,10 +127,6 @@ def refit_state(
 
     Returns:
         New fused tensors, and the report.
-
-    Raises:
-        InputError: An activation is not a number.
-        NoGraphError: The network was traced, so its graph cannot be run.
     """
     graph.program.require_exported()
     return _Refit(graph, plan, states, state, calibration, options, task).run()

@@ -38,9 +38,6 @@ class Ridge:
             singular all the same, in float32's rounding of the Gram matrix, gets ten times the
             penalty, and again until it is not.
         centred: Whether there is a shift; else the map goes through the origin.
-
-    Raises:
-        InputError: The Gram matrix is not finite.
     """
 
     def __init__(self, rows: torch.Tensor, alpha: float, *, centred: bool) -> None:
@@ -64,7 +61,7 @@ class Ridge:
             if not bool(torch.isfinite(gram).all()):
                 raise InputError(
                     "a layer cannot be regressed on its inputs",
-                    why="their products are too large for float32, or no numbers",
+                    why="products of its inputs overflow float32, or are NaN",
                     how="scale the calibration inputs as in training, and check them for NaN",
                 )
             more = torch.where(failed > 0, 9 * penalty, 0.0)

@@ -43,19 +43,11 @@ _MOVEMENTS = (
 class Apart:
     """The part of a wide model that runs member by member.
 
-    Args:
-        graph: The analysis of the members.
-        plan: A plan that keeps every unit of every member.
-        copies: `fxfuse.transform.layout.copies_of` the plan.
-
     Attributes:
         n_members: N.
         nodes: Nodes of the members' graph that run once for each member.
         tensors: Canonical names of the tensors of which each member has its own.
         counterparts: Where the members' own values stand.
-
-    Raises:
-        RewriteError: A member's own head would have to run once for each member.
     """
 
     def __init__(self, graph: CouplingGraph, plan: FusionPlan, copies: Copies) -> None:
@@ -82,11 +74,7 @@ class Apart:
         self.add(n for n in self._depends if self._is_sum(n) and n not in means)
 
     def add(self, nodes: Iterable[fx.Node]) -> None:
-        """Lets nodes run apart, and whatever has to with them.
-
-        Raises:
-            RewriteError: One of them belongs to a member's own head.
-        """
+        """Lets nodes run apart, and whatever has to with them."""
         waiting = list(nodes)
         while waiting:
             node = waiting.pop()
@@ -220,6 +208,6 @@ def _is_head(node: fx.Node) -> RewriteError:
     return RewriteError(
         "members cannot run one by one in this network",
         where=f"{node.name} [{node.target}]  {source_of(node)}".rstrip(),
-        why="a member's own head mixes neurons of the trunk, or reads what is no member's own",
-        how='use mixing="joint", or heads that begin after this operator',
+        why="a head mixes neurons of the trunk, or reads what all members share",
+        how="use mixing='joint', or heads that begin after this operator",
     )

@@ -66,11 +66,7 @@ def _handed(
 
 
 def complete(wide: ResizedGraph, node: fx.Node, value: AbstractTensor, result: Layouts) -> Layouts:
-    """The layouts of a result, once it is sure that none is missing.
-
-    Raises:
-        RewriteError: Neurons that grow stand along no dimension that has a layout.
-    """
+    """The layouts of a result, once it is sure that none is missing."""
     for f in value.fields:
         grows = bool((wide.units.free_units(f) >= 0).any())
         if grows and not set(f.dims) & set(result):

@@ -19,13 +19,7 @@ from fxfuse.transform.layout import Copies, Layout
 
 
 class Counterparts:
-    """The members' own graphs and values beside those that a wide model is written from.
-
-    Args:
-        graph: The analysis of the members.
-        plan: A plan that keeps every unit of every member.
-        copies: `fxfuse.transform.layout.copies_of` the plan.
-    """
+    """The members' own graphs and values beside those that a wide model is written from."""
 
     def __init__(self, graph: CouplingGraph, plan: FusionPlan, copies: Copies) -> None:
         self.graph = graph

@@ -27,17 +27,8 @@ def gather(wide: ResizedGraph, node: fx.Node, operand: fx.Node, have: Layouts) -
     A result that is no tensor of whole copies (half way through a channel shuffle, say) is left to
     the movements that read it: they are written together with this one.
 
-    Args:
-        wide: The concatenated graph.
-        node: The data movement, a node of the members' graph.
-        operand: Its operand.
-        have: Layouts of the operand's dimensions that grow.
-
     Returns:
         Layouts of the result; a list of them where the movement returns a list.
-
-    Raises:
-        RewriteError: It moves neurons between samples, or the operand lacks a copy.
     """
     results, operator_node = wide.values[node], wide.mapping[node]
     source, earlier, passed = wide.pending.get(operand, (operand, _nowhere, ()))
@@ -96,11 +87,7 @@ def _movement(
     move: Move,
     have: Layouts,
 ) -> Movement:
-    """The movement of an operand to one result, whose layouts are new.
-
-    Raises:
-        RewriteError: The result is no tensor of whole copies.
-    """
+    """The movement of an operand to one result, whose layouts are new."""
     units = wide.units
     fields = {d: f for f in part.fields if (d := units.growing(f)) is not None}
     want: dict[int, Layout] = {}

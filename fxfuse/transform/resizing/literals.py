@@ -11,13 +11,12 @@ from typing import Any, cast
 
 import numpy as np
 import torch
-import torch.utils._pytree as pytree
 from torch import fx
 
 from fxfuse.analysis.labels import AbstractTensor, Index
 from fxfuse.analysis.rules import creation, find, movement
-from fxfuse.analysis.rules.registry import hint
 from fxfuse.graph.arguments import argument, argument_names
+from fxfuse.graph.torch_compat import hint, pytree
 from fxfuse.transform.layout import Layout
 from fxfuse.transform.resizing.state import Layouts, ResizedGraph, cannot_write
 
@@ -104,9 +103,6 @@ def evaluate(wide: ResizedGraph, node: fx.Node, args: Any, tensor: torch.Tensor)
         node: A node of the members' graph.
         args: Positional arguments: the node's own, or one of its `candidates`.
         tensor: What to run it on.
-
-    Raises:
-        IndexError, RuntimeError: The arguments do not fit the tensor.
     """
 
     def concrete(x: Any) -> Any:
@@ -127,14 +123,7 @@ def evaluate(wide: ResizedGraph, node: fx.Node, args: Any, tensor: torch.Tensor)
 def candidates(
     wide: ResizedGraph, node: fx.Node, value: AbstractTensor, layouts: Layouts
 ) -> Iterator[tuple[Any, ...]]:
-    """Arguments that a data movement could have in the concatenated network.
-
-    Args:
-        wide: The concatenated graph.
-        node: The data movement, a node of the members' graph.
-        value: Its operand.
-        layouts: Layouts of the operand's dimensions that grow.
-    """
+    """Arguments that a data movement could have in the concatenated network."""
     args = node.args
     is_view = find(node.target) is movement.view or node.target is aten.expand.default
     if is_view or node.target is aten.unflatten.int:

@@ -35,9 +35,6 @@ def program_at(
 
     Returns:
         A captured network with the nodes of the given one, in which sizes are others.
-
-    Raises:
-        RewriteError: The network cannot be written at these sizes with the same operators.
     """
     program = graph.program
     wide = walk_at(graph, copies_of(graph, sizes))
@@ -98,8 +95,8 @@ def _check_operators(wide: ResizedGraph) -> None:
             raise RewriteError(
                 "the network cannot be written at these sizes with the same operators",
                 where=where_of(before),
-                why="units would have to be brought into another order there",
-                how="give members of one width or of one depth",
+                why="units would need another order there",
+                how="use members of one width or of one depth",
             )
 
 
@@ -113,11 +110,10 @@ def _tensor(wide: ResizedGraph, name: str, own: Mapping[str, torch.Tensor]) -> t
     if name in own:
         if own[name].shape != tensor.shape:
             raise RewriteError(
-                "a tensor has none of the sizes that it could have",
+                "a tensor does not fit the sizes of the other tensors",
                 where=name,
-                why=f"{tuple(own[name].shape)} where the other tensors let it be "
-                f"{tuple(tensor.shape)}",
-                how="give members of one architecture",
+                why=f"its shape is {tuple(own[name].shape)}, they need {tuple(tensor.shape)}",
+                how="use members of one architecture",
             )
         return own[name]
     if not isinstance(found, nn.Parameter):

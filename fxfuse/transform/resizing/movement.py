@@ -20,11 +20,7 @@ from fxfuse.transform.resizing.state import Layouts, ResizedGraph, as_list, cann
 
 
 def move(wide: ResizedGraph, node: fx.Node) -> Any:
-    """Views, permutations, slices and the like; what no literals describe becomes a gather.
-
-    Raises:
-        RewriteError: Not even a gather describes it.
-    """
+    """Views, permutations, slices and the like; what no literals describe becomes a gather."""
     source = cast("fx.Node", node.args[0])
     value: AbstractTensor = wide.values[source]
     layouts = wide.layout_of(source)
@@ -70,11 +66,7 @@ def index(wide: ResizedGraph, node: fx.Node) -> Any:
 
 
 def pick(wide: ResizedGraph, node: fx.Node) -> Layouts:
-    """Gathering: the index names one place for each element, so it grows as its operand does.
-
-    Raises:
-        RewriteError: The index leaves out a part of a dimension that grows.
-    """
+    """Gathering: the index names one place for each element, so it grows as its operand does."""
     x, chosen = cast("fx.Node", node.args[0]), cast("fx.Node", node.args[2])
     if wide.values[chosen].constant is not None:
         return cast("Layouts", move(wide, node))

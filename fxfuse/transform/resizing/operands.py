@@ -20,11 +20,7 @@ aten = torch.ops.aten
 def agree(
     wide: ResizedGraph, node: fx.Node, operand: fx.Node, dim: int, layout: Layout, wanted: Layout
 ) -> None:
-    """Brings one dimension of an operand into the order that a node needs.
-
-    Raises:
-        RewriteError: The operand lacks a copy that is wanted, or would lose one.
-    """
+    """Brings one dimension of an operand into the order that a node needs."""
     if same(layout, wanted):
         return
     have = {pair: i for i, pair in enumerate(_pairs(layout))}
@@ -66,9 +62,6 @@ def spread(
     """An operand gets the layout that a node needs; one without neurons there is repeated.
 
     Where the node broadcasts, a dimension of size 1 may stay as it is.
-
-    Raises:
-        RewriteError: As for `agree`.
     """
     have = wide.layout_of(operand).get(dim)
     size = wide.values[operand].shape[dim]
@@ -85,11 +78,7 @@ def spread(
 def require(
     wide: ResizedGraph, node: fx.Node, operand: fx.Node, dim: int, wanted: Layout | None
 ) -> None:
-    """An operand has to have a layout along a dimension; a parameter without one gets it.
-
-    Raises:
-        RewriteError: The operand does not grow as it has to, or as for `agree`.
-    """
+    """An operand has to have a layout along a dimension; a parameter without one gets it."""
     if operand.op == "get_attr" and wanted is not None:
         place = dict(wide.parameter_places(operand)).get(dim)
         if place is not None and place in wide.resized:
@@ -146,11 +135,7 @@ def same(a: Layout, b: Layout) -> bool:
 def _pick(
     wide: ResizedGraph, node: fx.Node, operand: fx.Node, dim: int, places: Sequence[int]
 ) -> None:
-    """Puts an `index_select` between an operand and a node.
-
-    Raises:
-        RewriteError: The dimension's size is known only when the network runs.
-    """
+    """Puts an `index_select` between an operand and a node."""
     if operand.op != "get_attr" and not isinstance(operand.meta["val"].shape[dim], int):
         raise cannot_write(node, "neurons stand in another order in every sample")
     current = wide.current(node, operand)

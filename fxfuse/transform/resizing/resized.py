@@ -38,15 +38,7 @@ class Resized:
 
 
 def resized_of(graph: CouplingGraph, plan: FusionPlan) -> Resized | None:
-    """The resized network of a plan; None where every group has a member's size.
-
-    Args:
-        graph: The analysis of the members.
-        plan: Says how many units each group has, and which.
-
-    Raises:
-        RewriteError: As for `emit_resized`.
-    """
+    """The resized network of a plan; None where every group has a member's size."""
     if not copies_of(graph, plan.sizes()):
         return None
     wide = walk_of(graph, plan)
@@ -68,17 +60,8 @@ def emit_fused(
 ) -> FusedModule:
     """The fused network of a plan, of whatever size, with these tensors.
 
-    Args:
-        graph: The analysis of the members.
-        plan: Says how many units each group has.
-        state: Its tensors by the members' names.
-
     Returns:
         A module in eval mode that owns `state`.
-
-    Raises:
-        RewriteError: As for `emit_resized`.
-        NoGraphError: The captured graph is a trace, which holds for its example only.
     """
     resized = resized_of(graph, plan)
     if resized is None:

@@ -136,5 +136,5 @@ def cannot_write(node: fx.Node, why: str) -> RewriteError:
         "the concatenated network cannot be written",
         where=f"{node.name} [{node.target}]  {source_of(node)}".rstrip(),
         why=why,
-        how="fuse at member width, which needs no rewriting of shapes",
+        how="fuse at a member's width, where no shape changes",
     )

@@ -68,16 +68,8 @@ def emit_resized(
 ) -> FusedModule:
     """Emits the concatenation of the members.
 
-    Args:
-        graph: The analysis of the members.
-        plan: Says how many units each group has, and which.
-        states: For each member, its tensors by name.
-
     Returns:
         A module whose labelled dimensions have the sizes that the plan gives them.
-
-    Raises:
-        RewriteError: An operator's literals or layouts cannot be rewritten; names the node.
     """
     wide = walk_of(graph, plan)
     names = wide.own_tensors()
@@ -92,29 +84,13 @@ def emit_resized(
 
 
 def apart_names(graph: CouplingGraph, plan: FusionPlan) -> tuple[str, ...]:
-    """Names of the tensors of which each member keeps its own in a wide model.
-
-    Args:
-        graph: The analysis of the members.
-        plan: Its `mixing` is `per_member`.
-
-    Raises:
-        RewriteError: As for `emit_resized`.
-    """
+    """Names of the tensors of which each member keeps its own in a wide model."""
     names = walk_of(graph, plan).own_tensors()
     return tuple(n for n in graph.program.names if graph.program.canonical[n] in names)
 
 
 def output_layouts(graph: CouplingGraph, plan: FusionPlan) -> list[Layouts]:
-    """For each output tensor of the resized network, the layouts of the dimensions that grow.
-
-    Args:
-        graph: The analysis of the members.
-        plan: Says how many units each group has.
-
-    Raises:
-        RewriteError: As for `emit_resized`.
-    """
+    """For each output tensor of the resized network, the layouts of the dimensions that grow."""
     wide = walk_of(graph, plan)
     outputs = [n for n in graph.program.outputs() if isinstance(n, fx.Node)]
     return [wide.layout_of(n) for n in outputs if isinstance(graph.values[n], AbstractTensor)]
@@ -123,16 +99,9 @@ def output_layouts(graph: CouplingGraph, plan: FusionPlan) -> list[Layouts]:
 def settle(graph: CouplingGraph, sizes: Mapping[str, int]) -> tuple[dict[str, int], dict[str, str]]:
     """Sizes that the network can be written in.
 
-    Args:
-        graph: The analysis of the members.
-        sizes: Units of each fused group that are asked for, by the group's name.
-
     Returns:
         The sizes, in which every group that stands in the way of writing the network keeps a
         member's size; and for each of these groups, the operator and why.
-
-    Raises:
-        RewriteError: No group that changes its size has to do with what cannot be written.
     """
     settled, refused = dict(sizes), dict[str, str]()
     own = {group.name: group.n_units for group in graph.groups}
@@ -165,17 +134,7 @@ def blank(
     empty: Callable[[Sequence[int], torch.dtype], torch.Tensor],
     plan: FusionPlan | None = None,
 ) -> FusedModule:
-    """The resized network with tensors that hold nothing yet, for shapes and costs.
-
-    Args:
-        graph: The analysis of the members.
-        sizes: Units of each fused group, by its name.
-        empty: Makes a tensor of a shape and a dtype.
-        plan: A plan of these sizes, whose `mixing` counts; None: all members' units together.
-
-    Raises:
-        RewriteError: As for `emit_resized`.
-    """
+    """The resized network with tensors that hold nothing yet, for shapes and costs."""
     wide = walk_at(graph, copies_of(graph, sizes)) if plan is None else walk_of(graph, plan)
     program = graph.program
 
@@ -198,11 +157,7 @@ def blank(
 
 
 def walk_of(graph: CouplingGraph, plan: FusionPlan) -> ResizedGraph:
-    """The concatenated graph of a plan, written.
-
-    Raises:
-        RewriteError: As for `emit_resized`.
-    """
+    """The concatenated graph of a plan, written."""
     copies = copies_of(graph, plan.sizes())
     if plan.mixing.mode == "joint":
         return walk_at(graph, copies)
@@ -225,11 +180,7 @@ def walk_of(graph: CouplingGraph, plan: FusionPlan) -> ResizedGraph:
 
 
 def walk_at(graph: CouplingGraph, copies: Copies) -> ResizedGraph:
-    """The network with so many copies of each unit, written for all of them at once.
-
-    Raises:
-        RewriteError: As for `emit_resized`.
-    """
+    """The network with so many copies of each unit, written for all of them at once."""
     wide = ResizedGraph(graph, copies)
     for node in graph.program.graph.nodes:
         _step(wide, node)
