@@ -26,6 +26,11 @@ def steady(shown: object) -> str:
     return re.sub(r"error \d\S*(?= \(at most 1e-09)", "error 1e-15", text)
 
 
+def rounded(shown: object) -> str:
+    """The text without the digits in which machines differ."""
+    return re.sub(r"\d\.\d+(e-\d+)?", "0.1", f"{shown}")
+
+
 def transformer(seed: int) -> nn.Module:
     torch.manual_seed(seed)
     model = VisionTransformer(32, 8, 2, 2, 16, 32, num_classes=5).eval()
@@ -133,8 +138,63 @@ Verification: FAILED: permutation
     assert_expected_inline(f"{Verification()}", """Verification: no check ran""")
 
 
+def test_results(frozen: fxfuse.FusionResult, wide: fxfuse.FusionResult) -> None:
+    assert_expected_inline(
+        f"{frozen}",
+        """\
+2 members of SmallResNet (2,636 parameters) fused into one network (1,468 parameters)
+  method  transplant (score l2)
+  checks  all 3 checks passed
+  note    This is a raw transplant, most likely at chance level: no layer was fitted to the members.
+  next    pass calibration=..., 100 to 1,000 inputs, to refit it and match it""",
+    )
+    assert_expected_inline(
+        f"{wide}",
+        """\
+2 members of VisionTransformer (7,941 parameters) fused into one network (24,069 parameters)
+  method  concatenate
+  checks  all 4 checks passed
+  next    use result.module, or keep it with fxfuse.save(result, folder)""",
+    )
+    torch.manual_seed(0)
+    members, inputs = resnets(2), images(100)
+    refitted = fxfuse.fuse(members, images(), calibration=inputs, refine=[fxfuse.Refit()])
+    assert_expected_inline(
+        rounded(refitted),
+        """\
+2 members of SmallResNet (2,636 parameters) fused into one network (2,636 parameters)
+  method  transplant (score obs)
+  refit   5 of 6 layers fitted on 100 inputs, median error from 0.1 to 0.1 of the variance
+  checks  all 3 checks passed
+  next    use result.module, or keep it with fxfuse.save(result, folder)""",
+    )
+    steps = [fxfuse.Refit(), fxfuse.Match(steps=2)]
+    matched = fxfuse.fuse(members, images(), calibration=inputs, refine=steps)
+    assert_expected_inline(
+        rounded(matched),
+        """\
+2 members of SmallResNet (2,636 parameters) fused into one network (2,636 parameters)
+  method    transplant (score obs, start fused)
+  refit     5 of 6 layers fitted on 75 inputs, median error from 0.1 to 0.1 of the variance
+  start     fused; KL in nats from the ensemble: member 0 0.1, member 1 0.1, fused 0.1
+  matching  no improvement, so it was not kept
+  checks    all 3 checks passed
+  next      use result.module, or keep it with fxfuse.save(result, folder)""",
+    )
+    small = fxfuse.prune(resnets(1)[0], images(), size=0.5)
+    assert_expected_inline(
+        f"{small}",
+        """\
+SmallResNet (2,636 parameters) pruned to 744 parameters
+  method  transplant (score l2)
+  checks  all 3 checks passed
+  note    This network is pruned and not refitted: it is most likely far less accurate than before.
+  next    pass calibration=..., 100 to 1,000 inputs, to refit it and match it""",
+    )
+
+
 def test_notebooks_get_a_table(frozen: fxfuse.FusionResult) -> None:
-    for shown in (frozen.plan, frozen.graph, frozen.verification):
+    for shown in (frozen, frozen.plan, frozen.graph, frozen.verification):
         html = shown._repr_html_()
         assert html.count("<tr>") <= 9
         assert html.count("<tr>") == html.count("</tr>") > 0

@@ -16,7 +16,7 @@ from fxfuse.analysis.labels import AbstractTensor, neurons
 from fxfuse.errors import OptionError
 from fxfuse.graph.capture import Program
 
-_HOW = "name the modules that write the logits: heads=[...], with head_outputs="
+_HOW = "name in heads= the modules that write the logits"
 
 
 def find_heads(members: Sequence[Program], heads: Heads) -> tuple[Heads, int]:

@@ -30,7 +30,7 @@ _RAW_FUSION = (
     "This is a raw transplant, most likely at chance level: no layer was fitted to the members."
 )
 _RAW_PRUNING = (
-    "This network is pruned and not refitted, so it is most likely far less accurate than before."
+    "This network is pruned and not refitted: it is most likely far less accurate than before."
 )
 
 
@@ -127,10 +127,10 @@ class FusionResult(Readable):
             return {}
         unit = "KL in nats" if self.match.outputs == "logits" else "share of the variance"
         each = ", ".join(f"{name} {far:.3g}" for name, far in self.choice.divergence.items())
-        how = f"{self.choice.before:.3g} → {self.choice.after:.3g}, {unit} from the ensemble"
+        how = f"{self.choice.before:.3g} to {self.choice.after:.3g}, {unit} from the ensemble"
         return {
             "start": f"{self.choice.start}; {unit} from the ensemble: {each}",
-            "matching": how if self.choice.kept else "no improvement",
+            "matching": f"from {how}" if self.choice.kept else "no improvement, so it was not kept",
         }
 
     def _from_what_into_what(self) -> str:
@@ -139,8 +139,8 @@ class FusionResult(Readable):
         fused = f"{parameters_of(self.graph, plan.sizes(), plan):,} parameters"
         own = "" if plan.heads else f" ({parameters_of(self.graph, {}):,} parameters)"
         if plan.n_members == 1:
-            return f"{name}{own} → {fused}"
-        return f"{plan.n_members} members of {name}{own} → one network ({fused})"
+            return f"{name}{own} pruned to {fused}"
+        return f"{plan.n_members} members of {name}{own} fused into one network ({fused})"
 
     def _require_one_head(self, name: str) -> None:
         if self.plan.heads:

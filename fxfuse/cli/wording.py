@@ -12,7 +12,8 @@ E = TypeVar("E", bound=FxfuseError)
 
 #: An option with its value, as Python writes them; not the end of a longer or a dotted name.
 _OPTION = re.compile(
-    r"""(?<![\w.(-])(?P<name>[a-z_]+)=(?P<value>\[[^\]]*\]|\{[^}]*\}|'[^']*'|"[^"]*"|\.{3}|\w[\w.()]*)?"""
+    r"""(?<![\w.(-])(?P<name>[a-z_]+)=(?P<value>\[(?:\[[^]]*\]|[^][])*\]|\{[^}]*\}|'[^']*'|"[^"]*"|"""
+    r"""\.{3}|\w[\w.()]*)?"""
 )
 #: A call of which only one option is of interest.
 _CALL = re.compile(r"\w+\((?:\.{3}|inputs), (\w+=[^()]*)\)")
@@ -51,7 +52,8 @@ def _typed(match: re.Match[str], flags: Mapping[str, str]) -> str:
     flag, value = flags.get(match["name"]), match["value"]
     if flag is None:
         return match[0]
-    if value in (None, "True", "False"):
+    # Lists of lists come from a file.
+    if value in (None, "True", "False") or value.startswith("[["):
         return flag
     text = value.strip("[]'\"").replace("()", "").replace(", ", ",")
     return f"{flag} {text.lower() if text[:1].isupper() else text}"

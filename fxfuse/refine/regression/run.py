@@ -85,7 +85,7 @@ class RefitReport:
         if not fits:
             return text
         before, after = median(f.before for f in fits), median(f.after for f in fits)
-        return f"{text}, median error {before:.3g} → {after:.3g} of the variance"
+        return f"{text}, median error from {before:.3g} to {after:.3g} of the variance"
 
 
 @dataclass(frozen=True)
