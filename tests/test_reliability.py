@@ -92,7 +92,7 @@ def on_disk(size: str, source: Path, disk: Path, *arguments: object) -> subproce
     return command(*inside, size, disk, source, *python, *arguments, DISK=str(disk))
 
 
-@pytest.mark.parametrize("size", [pytest.param("8k", marks=pytest.mark.nightly), "60k"])
+@pytest.mark.parametrize("size", [pytest.param("8k", marks=pytest.mark.nightly), "24k"])
 def test_a_full_disk(source: Path, tmp_path: Path, size: str) -> None:
     """At whatever file it is full: the error says so, and nothing is left."""
     child = on_disk(size, source, tmp_path, *FUSE, "--quiet", "--out", tmp_path / "fused")
