@@ -377,7 +377,9 @@ def rename_input(name: str) -> Callable[[Any], object]:
         text = json.dumps(graph)
         for old, new in (('["x"]', [name]), ('{"node": "x"}', {"node": name})):
             text = text.replace(old, json.dumps(new))
-        return json.loads(text.replace('"name": "x"', f'"name": {json.dumps(name)}'))
+        for key in ("name", "target"):
+            text = text.replace(f'"{key}": "x"', f'"{key}": {json.dumps(name)}')
+        return json.loads(text)
 
     return change
 
@@ -463,6 +465,7 @@ ATTACKS: dict[str, Callable[[Any], object]] = {
     "an order of its own": lambda g: dict(reversed(g.items())),
     "no nodes": lambda g: g.update(nodes=[]),
     "no output": lambda g: g["nodes"].pop(),
+    "a target": change_node("input", target=f"x={MARK}"),
     "an annotation": lambda g: g["nodes"][-1]["args"].append(MARK),
     "a default": change_node("input", args=[1]),
     "many modules": lambda g: g["tensors"].update(

@@ -165,7 +165,7 @@ def _content(stored: StoredGraph) -> dict[str, Any]:
 def _node_content(node: fx.Node) -> dict[str, Any]:
     told: dict[str, Any] = {} if node.op == "output" else {"name": node.name}
     told["op"] = _OPS.get(node.op)
-    if node.op in ("get_attr", "call_function"):
+    if node.op != "output":
         told["target"] = name_of(node.target) if node.op == "call_function" else str(node.target)
     if told["op"] is None or told.get("target", "") is None:
         raise NotPlainError(f"{node.name} is a {node.op} of {node.target}, which has no plain form")
@@ -272,7 +272,8 @@ class _Reader:
             _check(target in self.tensors or target == _TRAINING, f"{name} reads no tensor")
             made = self.graph.create_node("get_attr", target, name=name)
         else:
-            made = self.graph.placeholder(name)
+            _check(_is_identifier(target), f"{target!r:.99} cannot name an input")
+            made = self.graph.create_node("placeholder", target, name=name)
         # torch.fx renames what is no name for it.
         _check(made.name == name, f"{name!r} cannot name a node")
         self.nodes[name] = made
