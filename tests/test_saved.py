@@ -504,7 +504,9 @@ def test_a_graph_that_is_not_what_fxfuse_writes_is_rejected(
     folder = edited(saved, tmp_path / "edited", ATTACKS[name])
     monkeypatch.chdir(tmp_path)
     start = time.monotonic()
-    with pytest.raises(CheckpointError, match="is not a graph that fxfuse wrote") as found:
+    # A graph that is sound by itself may not fit the weights beside it.
+    known = "is not a graph that fxfuse wrote|does not fit the model"
+    with pytest.raises(CheckpointError, match=known) as found:
         fxfuse.load(folder)
     assert time.monotonic() - start < 10
     assert found.value.why
