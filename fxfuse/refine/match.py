@@ -83,7 +83,7 @@ class Match(Options):
             value = getattr(self, name)
             if value is not None and not value > 0:
                 raise OptionError(
-                    f"{name} must be greater than 0, got {value}", how=f"pass a positive {name}"
+                    f"{name} must be above 0, got {value}", how=f"pass a positive {name}"
                 )
         if self.batch < 2:
             raise OptionError(
