@@ -234,8 +234,8 @@ def own_mlps() -> list[fxfuse.Program]:
             OptionError,
             "classes and output 'concat' contradict",
         ),
-        ({"heads": "concat", "head_outputs": "union"}, OptionError, "contradict"),
-        ({"heads": ["4"], "head_outputs": "sum"}, OptionError, "tuple, concat, union"),
+        ({"heads": "concat", "head_output": "union"}, OptionError, "contradict"),
+        ({"heads": ["4"], "head_output": "sum"}, OptionError, "tuple, concat, union"),
         (
             {"heads": "union", "classes": [["a"], ["b", "c", "d"]]},
             OptionError,
@@ -248,7 +248,7 @@ def own_mlps() -> list[fxfuse.Program]:
         ),
         ({"heads": "union", "classes": ["ab", ["c"]]}, OptionError, "not a list of names"),
         ({"heads": "union", "classes": [["a", "a"], ["b"]]}, OptionError, "named 'a'"),
-        ({"heads": ["9"], "head_outputs": "concat"}, OptionError, "heads='9' matches nothing"),
+        ({"heads": ["9"], "head_output": "concat"}, OptionError, "heads='9' matches nothing"),
     ],
 )
 def test_bad_input(options: dict[str, object], error: type[Exception], match: str, own_mlps):

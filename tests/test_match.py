@@ -479,7 +479,7 @@ BAD = {
         INPUTS,
         {"task": Classification()},
         OptionError,
-        "not class logits",
+        "no class logits",
     ),
     "members unlike": (
         mlp(3),

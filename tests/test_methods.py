@@ -373,13 +373,7 @@ def test_without_a_fraction_the_host_is_the_network_itself():
             OptionError,
             "unknown variant 'features'(.|\n)*weights, activations",
         ),
-        (
-            "average",
-            {"variant": "iterative"},
-            OptionError,
-            "leave variant out: this method has none",
-        ),
-        ("zip", {"variant": "within"}, OptionError, "unknown variant 'within' of zip"),
+        ("zip", {"variant": "within"}, OptionError, "unknown variant 'within'"),
         ("zip", {}, InputError, "'zip' needs calibration inputs"),
         ("activation_matching", {}, InputError, "'activation_matching' needs calibration inputs"),
         (

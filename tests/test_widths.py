@@ -248,7 +248,7 @@ def test_a_budget_that_cannot_be_met_says_the_smallest(members: list[nn.Module])
         ({"width": {"first.*": 0.5, "first.weight": 1.5}}, "two patterns of width contradict"),
         ({"width": 0.5, "max_params": 1000}, "width and a budget contradict"),
         ({"width": 0.5, "method": "average"}, "member's width only"),
-        ({"width": 0.5, "round_to": 0}, "round_to must be at least 1, got 0"),
+        ({"width": 0.5, "multiple_of": 0}, "multiple_of must be at least 1, got 0"),
     ],
 )
 def test_bad_options(members: list[nn.Module], options: dict[str, object], match: str) -> None:

@@ -56,14 +56,14 @@ class OptimalTransport(Method):
         reference = reference_of(self.reference, len(states))
         if reference is None:
             raise OptionError(
-                'optimal_transport has no reference "mean"',
+                "reference='mean' does not work with optimal_transport",
                 why="it transports every member to the units of one of them",
                 how="pass reference= with the number of a member",
             )
         regularisation = self.regularisation
         if regularisation is not None and not 0 < regularisation < float("inf"):
             raise OptionError(
-                f"regularisation {regularisation} is not positive",
+                f"regularisation must be above 0 and finite, got {regularisation}",
                 why="it is the weight of the entropy of a transport",
                 how="use None for exact transport, or a value such as 0.05",
             )
