@@ -358,7 +358,7 @@ def test_a_fused_feature_extractor_hands_out_the_units_of_the_plan():
 )
 def test_bad_options(options: dict[str, object], message: str):
     with pytest.raises(OptionError, match=message):
-        fxfuse.analyze(resnets(1)[0], images(), **options)
+        fxfuse.analyze(resnets(1)[0], images(), Constraints(**options))
     with pytest.raises(OptionError, match=message):
         fxfuse.fuse(resnets(2), images(), **flat(**options))
 
