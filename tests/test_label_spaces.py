@@ -234,7 +234,6 @@ def own_mlps() -> list[fxfuse.Program]:
             OptionError,
             "classes and output 'concat' contradict",
         ),
-        ({"heads": "concat", "head_output": "union"}, OptionError, "contradict"),
         ({"heads": ["4"], "head_output": "sum"}, OptionError, "tuple, concat, union"),
         (
             {"heads": "union", "classes": [["a"], ["b", "c", "d"]]},
