@@ -42,7 +42,9 @@ def flat(**given: Any) -> dict[str, Any]:
         given["head_output"] = given.pop("heads")
     if heads := _taken(given, _HEADS):
         found["heads"] = Heads(**{_HEADS[key]: value for key, value in heads.items()})
-    if "calibration" in given:
+    if given.get("calibration") is None:
+        given.pop("calibration", None)
+    else:
         limits = {_CALIBRATION[k]: v for k, v in _taken(given, _CALIBRATION).items()}
         found["calibration"] = Calibration(given.pop("calibration"), **limits)
     steps = {"refit": Refit, "match": Match}

@@ -255,7 +255,7 @@ def faulty(kind: str, folder: Path) -> tuple[list[list[Any]], list[dict[str, Any
         ("constant", MemberError, "order"),
         ("no template", OptionError, "no module of the members' class"),
         ("no template for files", OptionError, "template="),
-        ("template", OptionError, "leave it out"),
+        ("template", OptionError, "leave template= out"),
         ("captured", OptionError, "Program"),
         ("method", OptionError, "one process"),
         ("score", OptionError, "on its own rank"),
@@ -296,7 +296,8 @@ def taught(
         return finetune(module, batches, **options).losses
     if job == "distill":
         return distill(module, members, batches, **options).losses
-    report = match(module, members, INPUTS, **{"batch": 16, **options})
+    steps = Match(steps=options.pop("steps"), batch=16)
+    report = match(module, members, INPUTS, steps, **options)
     return report.first_loss, report.last_loss
 
 
@@ -393,7 +394,7 @@ def broken(network: nn.Module, kind: str, path: Path) -> None:
     [
         ("nan", RefineError, "became nan"),
         ("sharded", OptionError, "torch.distributed.checkpoint"),
-        ("seconds", OptionError, "a budget in seconds works in one process only"),
+        ("seconds", OptionError, "budget in seconds is for one process"),
         ("parts", OptionError, "2 equal parts"),
     ],
 )

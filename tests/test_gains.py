@@ -9,7 +9,7 @@ import pytest
 from benchmarks.pages import marks
 from benchmarks.paper import gains_page
 from benchmarks.paper.gains import merged
-from benchmarks.paper.gains_tables import constraints, figures, share, table
+from benchmarks.paper.gains_tables import controls, figures, share, table
 
 ROWS = {
     "best member": 80.0,
@@ -65,7 +65,7 @@ def test_the_resnet_counts_not_among_the_refits_ahead_of_fine_tuning():
 
 
 def test_a_control_that_wins_is_bold():
-    lines = constraints([case(), case(seed=1, auto=91.0)])
+    lines = controls([case(), case(seed=1, auto=91.0)])
     assert [line.split(" | ")[-2:] for line in lines[2:]] == [
         ["+4.5", "2 of 2 |"],
         ["**-0.5**", "0 of 2, level in 1 |"],

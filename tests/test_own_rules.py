@@ -165,9 +165,9 @@ def test_contracting_says_when_what_follows_is_nonlinear():
     ("pattern", "why"),
     [
         ("b i, o i", "it has no ->"),
-        ("b i -> b", "two operands"),
-        ("b i, o i -> b q", "what q is"),
-        ("b i, o i, p -> b o", "what p is"),
+        ("b i -> b", "two operands or more"),
+        ("b i, o i -> b q", "no operand defines q"),
+        ("b i, o i, p -> b o", "no operand defines p"),
         ("b b, o b -> o", "twice"),
         ("B i, o i -> B o", "lower-case"),
         ("i ..., o i -> o", "lower-case"),
@@ -225,7 +225,7 @@ WRONG: dict[str, tuple[Callable[[Call], Any], str]] = {
         lambda c: replace(
             c.args[0], fields=(DimLabels(10**6 + other_ids(c.args[0], 8).ids, (2,)),)
         ),
-        "not handed out",
+        "ids that no neuron has",
     ),
     "ids of another type": (
         lambda c: replace(
@@ -242,9 +242,9 @@ WRONG: dict[str, tuple[Callable[[Call], Any], str]] = {
         lambda c: replace(c.args[0], constant=torch.zeros(2)),
         r"constant has shape \(2,\)",
     ),
-    "no value": (lambda c: None, "a NoneType, not a AbstractTensor"),
-    "a tensor": (lambda c: torch.zeros(3, 5, 8), "a Tensor, not a AbstractTensor"),
-    "a list for one result": (lambda c: [c.args[0]], "a list, not a AbstractTensor"),
+    "no value": (lambda c: None, "a NoneType, not an AbstractTensor"),
+    "a tensor": (lambda c: torch.zeros(3, 5, 8), "a Tensor, not an AbstractTensor"),
+    "a list for one result": (lambda c: [c.args[0]], "a list, not an AbstractTensor"),
 }
 
 
@@ -266,7 +266,7 @@ def test_a_result_that_contradicts_the_operator(name: str):
         (lambda x: [x], "returns 2 results, the rule 1"),
         (lambda x: [x, x, x], "returns 2 results, the rule 3"),
         (lambda x: [x, 3], "result 1: the rule returns a int"),
-        (lambda x: [x, x.moved(lambda t: t[..., :2])], r"result 1: the rule gives shape"),
+        (lambda x: [x, x.moved(lambda t: t[..., :2])], r"result 1: the rule returns shape"),
     ],
 )
 def test_the_wrong_number_of_results(results: Callable[[AbstractTensor], Any], why: str):

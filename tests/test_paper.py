@@ -17,11 +17,10 @@ from benchmarks.paper import cost, depth, refining, runner, sparsity, sync_sgd, 
 from benchmarks.paper.datasets import Data
 from benchmarks.paper.experiment import Experiment, Job, Options, Place, Row, run, summary
 from benchmarks.paper.markdown import markdown
-from benchmarks.paper.order import prune_first, register
+from benchmarks.paper.order import PruneFirst
 from benchmarks.paper.plot import draw
-from benchmarks.paper.refining import constraints, finetuned
+from benchmarks.paper.refining import controls, finetuned
 from fxfuse import fuse
-from fxfuse.planning.methods import registry
 
 TINY = Options(seeds=1, steps=8, rates=(1e-3,), calibration=24, batch=8, member_steps=4)
 NAMES = [experiment.name for experiment in table.EXPERIMENTS]
@@ -107,13 +106,6 @@ EXPECTED["vit"] = EXPECTED["resnet"] = EXPECTED["compare"]
 SWEPT = {"members": ("2", "3"), "width": ("0.25", "0.5"), "depth": ("1", "2")}
 
 
-@pytest.fixture(autouse=True)
-def _own_methods(monkeypatch):
-    """A method that an experiment registers is forgotten afterwards."""
-    monkeypatch.setattr(registry, "_METHODS", dict(registry._METHODS))
-    register()
-
-
 @pytest.mark.filterwarnings("ignore:.*calibration inputs are few")
 @pytest.mark.parametrize("name", NAMES)
 def test_experiment(name, data, tmp_path):
@@ -163,7 +155,7 @@ def test_experiment(name, data, tmp_path):
 def measured(data, tmp_path, monkeypatch, capsys):
     """A run of the controls: the folders of its JSON and its plot, and what it printed."""
     monkeypatch.setattr(runner, "load", lambda name, root: dataclasses.replace(data, name=name))
-    fewer = dataclasses.replace(of("fraction"), measure=constraints)
+    fewer = dataclasses.replace(of("fraction"), measure=controls)
     out = tmp_path / "results" / "fraction.json"
     plot = tmp_path / "plots" / "fraction.svg"
     arguments = [
@@ -278,7 +270,7 @@ def test_a_rate_at_the_end_of_the_range_widens_it(data, best: float, monkeypatch
 def test_pruning_first_takes_the_same_share_of_every_member(data):
     job = Job("mlp", data, "same data", 3, 0, TINY)
     members = list(job.case.members)
-    plan = fuse(members, job.calibration[:2], method=prune_first.__name__).plan
+    plan = fuse(members, job.calibration[:2], method=PruneFirst()).plan
     for unit_map in plan.maps:
         counts = torch.as_tensor(unit_map.member).bincount().tolist()
         assert max(counts) - min(counts) <= 1
@@ -287,6 +279,6 @@ def test_pruning_first_takes_the_same_share_of_every_member(data):
 
 def test_pruning_first_of_two_members_is_half_of_each(data):
     job = Job("mlp", data, "same data", 2, 0, TINY)
-    mine = job.fused(method=prune_first.__name__).state_dict()
+    mine = job.fused(method=PruneFirst()).state_dict()
     for name, tensor in job.fused(fraction=0.5).state_dict().items():
         assert torch.equal(tensor, mine[name])

@@ -369,5 +369,5 @@ def test_what_has_no_meaning_is_named():
         fxfuse.fuse(members, x[:4], method="weight_matching", size=1)
     with pytest.raises(OptionError, match="variant 'across' of zip has no width"):
         fxfuse.fuse(members, x[:4], calibration=x, size=1, refine=[], method=Zip(variant="across"))
-    with pytest.raises(OptionError, match="no reference"):
+    with pytest.raises(OptionError, match="transports every member"):
         fxfuse.fuse(members, x[:4], method=OptimalTransport(reference="mean"))

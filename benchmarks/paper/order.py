@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
-from typing import Any
+from dataclasses import dataclass
 
 import numpy as np
 from torch import nn
@@ -19,47 +19,43 @@ from benchmarks.paper.experiment import Experiment, Job, Row
 from benchmarks.paper.refining import after, both, controls, finetuned, refitted, trained
 from benchmarks.paper.runner import command
 from fxfuse.analysis.coupling import CouplingGraph
-from fxfuse.planning.methods import State, method, methods
+from fxfuse.planning.methods import Context, Method, State
 from fxfuse.planning.plan import UnitMap
-from tests.options import scored
+from fxfuse.planning.scores import score_units
 
 
-def register() -> None:
-    """Makes `prune_first` a method; not on import, which should change nothing elsewhere."""
-    if prune_first.__name__ not in methods():
-        method(prune_first.__name__)(prune_first)
-
-
-def prune_first(
-    graph: CouplingGraph, states: Sequence[State], options: dict[str, Any]
-) -> tuple[UnitMap, ...]:
+@dataclass(frozen=True)
+class PruneFirst(Method):
     """Prunes every member to 1/N of its width by itself, then puts them side by side.
 
     Where N does not divide a width, the first members keep one unit more.
     """
-    alive = {
-        member: {group.name: np.arange(group.n_units) for group in graph.groups}
-        for member in range(len(states))
-    }
-    scores = scored(graph, states, alive, **options)
-    maps = []
-    for group in graph.groups:
-        shares = np.array_split(np.arange(group.n_units), len(states))
-        kept = [
-            np.sort(np.argsort(-scores[member][group.name], kind="stable")[: len(share)])
-            for member, share in enumerate(shares)
-        ]
-        owner = np.repeat(np.arange(len(states)), [len(units) for units in kept])
-        order = np.arange(group.n_units)
-        maps.append(UnitMap(group.name, group.n_units, order, owner, np.concatenate(kept)))
-    return tuple(maps)
+
+    def maps(
+        self, graph: CouplingGraph, states: Sequence[State], context: Context
+    ) -> tuple[UnitMap, ...]:
+        alive = {
+            member: {group.name: np.arange(group.n_units) for group in graph.groups}
+            for member in range(len(states))
+        }
+        scores = score_units(graph, states, "l2", context, alive)
+        maps = []
+        for group in graph.groups:
+            shares = np.array_split(np.arange(group.n_units), len(states))
+            kept = [
+                np.sort(np.argsort(-scores[member][group.name], kind="stable")[: len(share)])
+                for member, share in enumerate(shares)
+            ]
+            owner = np.repeat(np.arange(len(states)), [len(units) for units in kept])
+            order = np.arange(group.n_units)
+            maps.append(UnitMap(group.name, group.n_units, order, owner, np.concatenate(kept)))
+        return tuple(maps)
 
 
 def measure(job: Job) -> list[Row]:
     k = job.options.steps
     rows = both(job, "merge, prune, fine-tune", job.fused())
-    register()
-    rows += both(job, "prune, merge, fine-tune", job.fused(method=prune_first.__name__))
+    rows += both(job, "prune, merge, fine-tune", job.fused(method=PruneFirst()))
     rows += both(job, "merge, prune (obs), refit, fine-tune", refitted(job))
     rows += both(job, "merge and prune one by one, fine-tune", job.fused(variant="iterative"))
     between = _fine_tuned_between(job)

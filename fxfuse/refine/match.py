@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from fxfuse.activations.augment import Augment, default_augment
 from fxfuse.common.options import Options
-from fxfuse.errors import OptionError, RefineError
+from fxfuse.errors import OptionError
 from fxfuse.refine.batch import call, logits_of
 from fxfuse.refine.distance import loss
 from fxfuse.refine.interpolation import Judges, Start
@@ -167,12 +167,12 @@ def match(
     Raises:
         MemberError: There are no members, or the module is among them.
         InputError: Inputs are missing or unfit.
-        RefineError: Outputs have different shapes; a loss or weight is not finite. Of several
-            processes: a budget in seconds, or a batch without equal parts.
+        OptionError: A budget in seconds, or a batch without equal parts, for several processes.
+        RefineError: Outputs have different shapes; a loss or weight is not finite.
     """
     options = options or Match()
     if options.seconds is not None and together(module).groups:
-        raise RefineError(
+        raise OptionError(
             "A budget in seconds is for one process.",
             where="seconds",
             why="processes take their steps together, and seconds end at another step in each",

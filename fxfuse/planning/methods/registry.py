@@ -22,11 +22,14 @@ class Method(Options, ABC):
     schema are made.
     """
 
-    #: What users call it; set when it is registered.
+    #: What users call it: the name it is registered with, the class's where it is not.
     name: ClassVar[str]
     #: Whether it fills any number of units; else each fused unit has the place of a unit of a
     #: reference member, and the result has that member's size.
     any_size: ClassVar[bool] = False
+
+    def __init_subclass__(cls) -> None:
+        cls.name = cls.__name__
 
     @abstractmethod
     def maps(
