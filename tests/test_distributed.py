@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import weakref
 from collections.abc import Iterator, Sequence
@@ -286,11 +285,9 @@ LABELS = INPUTS[:, :4].argmax(dim=1)
 STEPS = 24
 
 
-def taught(
-    job: str, module: nn.Module, members: list[nn.Module], part: slice, **options: Any
-) -> tuple[float, ...]:
+def taught(job: str, module: nn.Module, members: list[nn.Module], part: slice) -> tuple[float, ...]:
     """Losses of a run on this part of every batch."""
-    options = {"steps": STEPS, "progress": False, **options}
+    options: dict[str, Any] = {"steps": STEPS, "progress": False}
     batches = [(x[part], y[part]) for x, y in zip(INPUTS.split(16), LABELS.split(16), strict=True)]
     if job == "finetune":
         return finetune(module, batches, **options).losses
@@ -340,49 +337,14 @@ def test_training_together_is_training_alone(pair: Processes, job: str, how: str
         torch.testing.assert_close(found[1], alone(INPUTS).detach(), atol=1e-4, rtol=0)
 
 
-def interrupted(module: nn.Module, path: Path) -> tuple[Any, Any, int]:
-    """Losses of a run, and of one that goes on from a checkpoint; runs on each rank."""
-    part, calls = slice(dist.get_rank(), None, 2), iter(range(20))
-    batches = [(INPUTS[:16][part], LABELS[:16][part])]
-
-    class Stop(Exception):
-        pass
-
-    def loss(output: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-        if next(calls) == 12:
-            raise Stop
-        return nn.functional.cross_entropy(output, labels)
-
-    options: dict[str, Any] = {"steps": 20, "progress": False, "checkpoint_every": 5}
-    expected = finetune(wrapped(copy.deepcopy(module), "ddp"), batches, **options)
-    options["checkpoint"] = path
-    with contextlib.suppress(Stop):
-        finetune(wrapped(copy.deepcopy(module), "ddp"), batches, loss=loss, **options)
-    dist.barrier()
-    again = finetune(wrapped(module, "ddp"), batches, **options)
-    return expected.losses, again.losses, again.resumed_at
-
-
-def test_going_on_together(pair: Processes, tmp_path: Path):
-    _, result = normalised()
-    path = tmp_path / "run.safetensors"
-    for well, found in pair.run(interrupted, [result.module] * 2, [path] * 2):
-        assert well, found
-        expected, again, resumed_at = found
-        assert again == expected
-        assert resumed_at == 10
-
-
-def broken(network: nn.Module, kind: str, path: Path) -> None:
+def broken(network: nn.Module, kind: str) -> None:
     """A run that cannot go on; runs on each rank."""
     members, part = [copy.deepcopy(network)], slice(dist.get_rank(), None, 2)
-    module = wrapped(network, "fsdp" if kind == "sharded" else "ddp")
+    module = wrapped(network, "ddp")
     if kind == "nan":
         inputs = INPUTS[part].clone()
         inputs[0, 0] = float("nan") if dist.get_rank() else 0.0
         finetune(module, [(inputs, LABELS[part])], steps=2, progress=False)
-    elif kind == "sharded":
-        taught("finetune", module, [], part, checkpoint=path)
     elif kind == "seconds":
         match(module, members, INPUTS, Match(seconds=1))
     else:
@@ -393,16 +355,15 @@ def broken(network: nn.Module, kind: str, path: Path) -> None:
     ("kind", "error", "message"),
     [
         ("nan", RefineError, "became nan"),
-        ("sharded", OptionError, "torch.distributed.checkpoint"),
         ("seconds", OptionError, "budget in seconds is for one process"),
         ("parts", OptionError, "2 equal parts"),
     ],
 )
 def test_a_run_that_stops_stops_everywhere(
-    pair: Processes, tmp_path: Path, kind: str, error: type[Exception], message: str
+    pair: Processes, kind: str, error: type[Exception], message: str
 ):
     _, result = normalised()
-    for well, raised in pair.run(broken, [result.module] * 2, [kind] * 2, [tmp_path / "run"] * 2):
+    for well, raised in pair.run(broken, [result.module] * 2, [kind] * 2):
         assert not well
         assert isinstance(raised, error), raised
         assert message in str(raised)

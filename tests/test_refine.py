@@ -1,13 +1,10 @@
-"""Fine-tuning, distillation, and what makes a run resumable."""
+"""Fine-tuning and distillation."""
 
 from __future__ import annotations
 
 import copy
 import io
-import json
-import pickle
 import sys
-import zipfile
 
 import pytest
 import torch
@@ -18,14 +15,12 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from fxfuse.cli.data import Batches
 from fxfuse.errors import (
-    CheckpointError,
     FxfuseError,
     InputError,
     MemberError,
     OptionError,
     RefineError,
 )
-from fxfuse.refine import checkpoint as checkpoints
 from fxfuse.refine import default_optimizer, distill, finetune
 
 INPUTS = torch.randn(50, 6, generator=torch.Generator().manual_seed(1))
@@ -33,12 +28,8 @@ LABELS = INPUTS[:, :3].argmax(dim=1)
 QUIET = {"progress": False}
 
 
-class Interrupt(Exception):
-    """What a test stops a run with."""
-
-
 def network(seed=0):
-    """Batch normalisation and dropout: state and random numbers that a resumed run must restore."""
+    """Batch normalisation and dropout: state and random numbers."""
     torch.manual_seed(seed)
     return nn.Sequential(
         nn.Linear(6, 16), nn.BatchNorm1d(16), nn.ReLU(), nn.Dropout(0.3), nn.Linear(16, 3)
@@ -47,18 +38,6 @@ def network(seed=0):
 
 def batches(size=10):
     return list(zip(INPUTS.split(size), LABELS.split(size), strict=True))
-
-
-def interrupted_at(step):
-    """Return cross-entropy that raises at its `step`-th call."""
-    calls = iter(range(1, step + 1))
-
-    def loss(output, labels):
-        if next(calls) == step:
-            raise Interrupt
-        return functional.cross_entropy(output, labels)
-
-    return loss
 
 
 def assert_same_state(one, other):
@@ -82,19 +61,6 @@ def test_finetune_learns_and_updates_running_statistics():
     assert not any(part.training for part in module.modules())
 
 
-def test_global_random_numbers_are_neither_used_nor_changed():
-    states = []
-    for outside in (5, 6):
-        torch.manual_seed(outside)
-        before = torch.get_rng_state()
-        module = copy.deepcopy(FRESH)
-        loader = DataLoader(TensorDataset(INPUTS, LABELS), batch_size=10, shuffle=True)
-        finetune(module, loader, steps=12, **QUIET)
-        assert torch.equal(torch.get_rng_state(), before)
-        states.append(module.state_dict())
-    assert_same_state(*states)
-
-
 FRESH = network()
 
 LOADERS = {
@@ -115,46 +81,17 @@ def _sgd(module, steps):
     return optimizer, torch.optim.lr_scheduler.MultiStepLR(optimizer, [4, 9])
 
 
-def _adam(module, steps):
-    optimizer = torch.optim.Adam(module.parameters(), amsgrad=True)
-    return optimizer, torch.optim.lr_scheduler.OneCycleLR(optimizer, 0.1, total_steps=steps)
-
-
-def _tensor_rate(module, steps):
-    return torch.optim.AdamW(module.parameters(), lr=torch.tensor(0.01), foreach=False), None
-
-
 @pytest.mark.parametrize("loader", LOADERS)
-@pytest.mark.parametrize("make", [default_optimizer, _sgd, _adam, _tensor_rate])
-def test_resumed_run_equals_the_uninterrupted_one(loader, make, tmp_path):
-    steps, place = 17, tmp_path / "deep" / "run.safetensors"
-
-    def run(checkpoint, loss=None):
-        module = network()
-        optimizer, scheduler = make(module, steps)
-        options = {"optimizer": optimizer, "scheduler": scheduler, "loss": loss, "seed": 4}
-        report = finetune(
-            module,
-            LOADERS[loader](),
-            steps=steps,
-            checkpoint=checkpoint,
-            checkpoint_every=4,
-            **options,
-            **QUIET,
-        )
-        return module, report
-
-    whole, report = run(None)
-    with pytest.raises(Interrupt):
-        run(place, interrupted_at(15))
-    resumed, second = run(place)
-    assert second.resumed_at == 12
-    assert second.losses == report.losses
-    assert_same_state(whole.state_dict(), resumed.state_dict())
-
-    again, third = run(place)
-    assert third.resumed_at == steps
-    assert_same_state(whole.state_dict(), again.state_dict())
+def test_global_random_numbers_are_neither_used_nor_changed(loader):
+    states = []
+    for outside in (5, 6):
+        torch.manual_seed(outside)
+        before = torch.get_rng_state()
+        module = copy.deepcopy(FRESH)
+        finetune(module, LOADERS[loader](), steps=12, **QUIET)
+        assert torch.equal(torch.get_rng_state(), before)
+        states.append(module.state_dict())
+    assert_same_state(*states)
 
 
 def test_a_loader_that_counts_its_passes_starts_over_in_each_run():
@@ -162,57 +99,6 @@ def test_a_loader_that_counts_its_passes_starts_over_in_each_run():
     first, second = network(), network()
     finetune(first, loader, steps=12, **QUIET)
     finetune(second, loader, steps=12, **QUIET)
-    assert_same_state(first.state_dict(), second.state_dict())
-
-
-def test_distillation_resumes_too(tmp_path):
-    teachers = [network(1).eval(), network(2).eval()]
-
-    def run(checkpoint, members):
-        module = network()
-        report = distill(
-            module,
-            members,
-            [inputs for inputs, _ in batches()],
-            steps=9,
-            checkpoint=checkpoint,
-            checkpoint_every=3,
-            **QUIET,
-        )
-        return module, report
-
-    class Stops(nn.Module):
-        calls = 0
-
-        def forward(self, x):
-            self.calls += 1
-            if self.calls == 8:
-                raise Interrupt
-            return teachers[1](x)
-
-    whole, report = run(None, teachers)
-    with pytest.raises(Interrupt):
-        run(tmp_path, [teachers[0], Stops()])
-    resumed, second = run(tmp_path, teachers)
-    assert second.resumed_at == 6
-    assert second.losses == report.losses
-    assert_same_state(whole.state_dict(), resumed.state_dict())
-    assert [path.name for path in tmp_path.iterdir()] == ["refine.safetensors"]
-
-
-def test_tied_weights_are_stored_and_stay_tied(tmp_path):
-    def tied():
-        torch.manual_seed(0)
-        module = nn.Sequential(nn.Linear(6, 6), nn.ReLU(), nn.Linear(6, 6))
-        module[2].weight = module[0].weight
-        return module
-
-    place = tmp_path / "run"
-    first = tied()
-    finetune(first, batches(), steps=3, checkpoint=place, **QUIET)
-    second = tied()
-    assert finetune(second, batches(), steps=3, checkpoint=place, **QUIET).resumed_at == 3
-    assert second[2].weight is second[0].weight
     assert_same_state(first.state_dict(), second.state_dict())
 
 
@@ -359,94 +245,6 @@ def test_progress_without_rich_is_a_line_after_each_tenth(capsys, monkeypatch):
     ]
 
 
-def test_checkpoint_is_safetensors_and_nothing_is_pickled(tmp_path, monkeypatch):
-    def forbidden(*args, **kwargs):
-        raise AssertionError("pickle was used")
-
-    for name in ("dump", "dumps", "load", "loads", "Pickler", "Unpickler"):
-        monkeypatch.setattr(pickle, name, forbidden)
-    place = tmp_path / "run.safetensors"
-    for resumed_at in (0, 5):
-        report = finetune(network(), batches(), steps=5, checkpoint=place, **QUIET)
-        assert report.resumed_at == resumed_at
-    content = place.read_bytes()
-    length = int.from_bytes(content[:8], "little")
-    header = json.loads(content[8 : 8 + length])
-    sizes = [entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"]
-    assert len(content) == 8 + length + max(sizes)  # header and tensors are all there is
-    assert not zipfile.is_zipfile(place)
-
-
-def test_failed_write_leaves_the_old_checkpoint(tmp_path, monkeypatch):
-    place = tmp_path / "run"
-    checkpoints.save(place, {"step": 1})
-
-    def half(tensors, path, metadata):
-        with open(path, "wb") as file:
-            file.write(b"half")
-        raise OSError("disk full")
-
-    monkeypatch.setattr(checkpoints, "save_file", half)
-    with pytest.raises(OSError, match="disk full"):
-        checkpoints.save(place, {"step": 2})
-    assert checkpoints.load(place) == {"step": 1}
-    assert list(tmp_path.iterdir()) == [place]
-
-
-def test_trees_come_back_as_they_were(tmp_path):
-    tree = {
-        "state": {0: {"a": torch.arange(3), "b": None}, 1: {}},
-        "groups": [{"betas": (0.9, 0.999), "lr": 0.1, "on": True, "name": "x"}],
-        "inf": float("inf"),
-        "empty": torch.empty(0, 2),
-    }
-    checkpoints.save(tmp_path / "tree", tree)
-    back = checkpoints.load(tmp_path / "tree")
-    assert torch.equal(back["state"][0].pop("a"), tree["state"][0].pop("a"))
-    assert torch.equal(back.pop("empty"), tree.pop("empty"))
-    assert back == tree
-
-
-def test_state_that_is_no_tensor_is_refused_by_name(tmp_path):
-    with pytest.raises(CheckpointError, match="a set cannot be stored") as caught:
-        checkpoints.save(tmp_path / "tree", {"optimizer": {"state": {1, 2}}})
-    assert caught.value.where == "optimizer/state"
-    assert list(tmp_path.iterdir()) == []
-
-
-@pytest.mark.parametrize("content", [b"", b"garbage", b"\x80\x04N.", None], ids=repr)
-def test_unreadable_checkpoint(content, tmp_path):
-    place = tmp_path / "run"
-    if content is None:
-        finetune(network(), batches(), steps=2, checkpoint=place, **QUIET)
-        content = place.read_bytes()[:-10]
-    place.write_bytes(content)
-    with pytest.raises(CheckpointError, match="how to fix") as caught:
-        finetune(network(), batches(), steps=2, checkpoint=place, **QUIET)
-    assert str(place) in caught.value.where
-
-
-@pytest.mark.parametrize(
-    ("changed", "named"),
-    [
-        ({"steps": 9}, "steps was 4, is 9"),
-        ({"seed": 1}, "seed was 0, is 1"),
-        ({"module": _linear(0)}, "Missing key"),
-        ({"make": _sgd}, "optimizer was AdamW, is SGD"),
-    ],
-    ids=["steps", "seed", "module", "optimizer"],
-)
-def test_checkpoint_of_another_run(changed, named, tmp_path):
-    place = tmp_path / "run"
-    finetune(network(), batches(), steps=4, checkpoint=place, **QUIET)
-    module = changed.pop("module", network())
-    options = {"steps": 4, **changed}
-    if "make" in options:
-        options["optimizer"], options["scheduler"] = options.pop("make")(module, 4)
-    with pytest.raises(CheckpointError, match=named):
-        finetune(module, batches(), checkpoint=place, **options, **QUIET)
-
-
 def test_one_shot_iterator_that_ends_early():
     module = network()
     with pytest.raises(InputError, match="ran out after 5 steps") as caught:
@@ -472,11 +270,6 @@ BAD_CALLS = {
         lambda: finetune(_linear(0), batches(), steps=0, **QUIET),
         OptionError,
         "steps must be at least 1, got 0",
-    ),
-    "checkpoint_every": (
-        lambda: finetune(_linear(0), batches(), steps=1, checkpoint_every=0, **QUIET),
-        OptionError,
-        "checkpoint_every must be at least 1, got 0",
     ),
     "optimizer of another module": (
         lambda: finetune(_linear(0), batches(), steps=1, optimizer=_sgd(_linear(0), 1)[0], **QUIET),
@@ -532,20 +325,15 @@ def test_bad_calls_say_what_and_how(case):
     assert caught.value.how
 
 
-def test_loss_that_is_not_finite_stops_the_run(tmp_path):
+def test_loss_that_is_not_finite_stops_the_run():
     broken = batches()
     broken[2] = (broken[2][0] * float("nan"), broken[2][1])
-    place = tmp_path / "run"
     with pytest.raises(RefineError, match="nan at step 3"):
-        finetune(network(), broken, steps=9, checkpoint=place, checkpoint_every=2, **QUIET)
-    assert checkpoints.load(place)["step"] == 2
+        finetune(network(), broken, steps=9, **QUIET)
 
 
-def test_weights_that_the_last_step_broke_are_not_handed_over(tmp_path):
+def test_weights_that_the_last_step_broke_are_not_handed_over():
     module = _linear(0)
     optimizer = torch.optim.SGD(module.parameters(), lr=float("inf"))
     with pytest.raises(RefineError, match="weight became infinite"):
-        finetune(
-            module, batches(), steps=1, optimizer=optimizer, checkpoint=tmp_path / "run", **QUIET
-        )
-    assert list(tmp_path.iterdir()) == []
+        finetune(module, batches(), steps=1, optimizer=optimizer, **QUIET)

@@ -94,16 +94,3 @@ def whole(tensor: Tensor) -> Tensor:
     """A tensor of which each process may have a part, as a plain one; all processes call this."""
     full: Tensor = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
     return full
-
-
-def check_whole(module: nn.Module) -> None:
-    """Checks that every process has all weights, so that one of them can write a checkpoint."""
-    sharded = next((name for name, p in module.named_parameters() if is_sharded(p)), None)
-    if sharded is not None:
-        raise OptionError(
-            "a sharded network cannot be written to checkpoint=",
-            where=sharded,
-            why="each process holds a part of it",
-            how="leave checkpoint out, and save the network and the optimiser with "
-            "torch.distributed.checkpoint after the run; or wrap the network with DDP",
-        )

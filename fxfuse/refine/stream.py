@@ -15,7 +15,7 @@ class BatchStream:
 
     Loaders that shuffle draw from torch's global generator, and so does dropout. Here the loader
     gets a generator state of its own while it is being read, so that the n-th batch depends on the
-    seed and n only, and a resumed run finds its place by reading the batches seen once more.
+    seed and n only, and runs that are compared read the same batches.
 
     Args:
         batches: Something that can be iterated more than once. A `set_epoch(int)` method of it, or
@@ -42,11 +42,6 @@ class BatchStream:
         finally:
             self._random = torch.get_rng_state()
             torch.set_rng_state(outside)
-
-    def skip(self, count: int) -> None:
-        """Read `count` batches and drop them."""
-        for _ in range(count):
-            self.next()
 
     def _pull(self) -> Any:
         nothing = object()

@@ -5,7 +5,6 @@ Notation of shapes: b batch, k classes, * any further dimensions.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -17,7 +16,6 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from fxfuse.errors import InputError, MemberError, OptionError
 from fxfuse.refine.batch import call, logits_of, split_batch
-from fxfuse.refine.checkpoint import checkpoint_file
 from fxfuse.refine.distance import divergence
 from fxfuse.refine.loop import RefineReport, Run, train
 from fxfuse.refine.modes import check_teachers, device_of, evaluating, trainable
@@ -36,8 +34,6 @@ def finetune(
     loss: Callable[[Any, Any], Tensor] | None = None,
     device: torch.device | str | None = None,
     progress: bool | Progress = True,
-    checkpoint: str | os.PathLike[str] | None = None,
-    checkpoint_every: int = 100,
     seed: int = 0,
 ) -> RefineReport:
     """Train `module` in place on labelled batches, and leave it in eval mode.
@@ -59,11 +55,6 @@ def finetune(
             logits `[b, k, *]` and labels `[b, *]`.
         device: Where to train; None stays where the module is. The module is moved in place.
         progress: True shows a bar on stderr; a `rich.progress.Progress` gets a task of its own.
-        checkpoint: A file, or a folder that exists. If it holds a checkpoint of this run, the run
-            goes on from there, and equals an uninterrupted one bit for bit, provided that `batches`
-            gives the same batches again: it is read, without training, up to the place reached. Of
-            several processes the first one writes it, and all read it.
-        checkpoint_every: Steps between checkpoints; one more is written at the end.
         seed: Seed of all random numbers drawn from torch during the run.
 
     Returns:
@@ -72,7 +63,6 @@ def finetune(
     Raises:
         RefineError: The loss or a weight is no longer finite, or no parameter requires a gradient.
         InputError: A batch has no labels, or the batches ran out.
-        CheckpointError: The checkpoint cannot be read, or belongs to another run.
     """
     criterion = loss or _cross_entropy
 
@@ -97,8 +87,6 @@ def finetune(
             device_of(module, device),
             progress,
             "fine-tuning",
-            None if checkpoint is None else checkpoint_file(checkpoint),
-            checkpoint_every,
             seed,
         )
     )
@@ -116,8 +104,6 @@ def distill(
     scheduler: LRScheduler | None = None,
     device: torch.device | str | None = None,
     progress: bool | Progress = True,
-    checkpoint: str | os.PathLike[str] | None = None,
-    checkpoint_every: int = 100,
     seed: int = 0,
 ) -> RefineReport:
     """Train `module` in place to answer like the ensemble of `teachers`; labels are not needed.
@@ -140,8 +126,6 @@ def distill(
         scheduler: As in `finetune`.
         device: As in `finetune`.
         progress: As in `finetune`.
-        checkpoint: As in `finetune`; teachers are not stored.
-        checkpoint_every: As in `finetune`.
         seed: As in `finetune`.
 
     Returns:
@@ -151,7 +135,6 @@ def distill(
         RefineError: The loss or a weight is no longer finite, or no parameter requires a gradient.
         InputError: The batches ran out.
         MemberError: A teacher returns outputs that cannot be distilled.
-        CheckpointError: The checkpoint cannot be read, or belongs to another run.
     """
     check_teachers(module, teachers, "teachers")
     _check_temperature(temperature)
@@ -173,8 +156,6 @@ def distill(
         target,
         progress,
         "distilling",
-        None if checkpoint is None else checkpoint_file(checkpoint),
-        checkpoint_every,
         seed,
     )
     with evaluating(teachers, target):

@@ -85,6 +85,6 @@ def _diverged(what: str, where: str) -> RefineError:
     return RefineError(
         what,
         where=where,
-        why="training diverged, and the weights are unusable; no checkpoint holds them",
+        why="training diverged, and the weights are unusable",
         how="lower the learning rate, and check inputs and labels for values out of range",
     )
