@@ -6,20 +6,31 @@ Notation of shapes: b batch, c channels, * positions (length, or height and widt
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
+#: Dimensions of a batch of signals [b, c, l].
+_SIGNAL = 3
+
 Augment = Callable[[Tensor, torch.Generator], Tensor]
 
 
-def default_augment(inputs: tuple[Tensor, ...]) -> Augment | None:
-    """Return `shift_and_mix` for one tensor of images or signals, None for all other inputs."""
-    if len(inputs) != 1 or not inputs[0].is_floating_point() or inputs[0].dim() not in (3, 4):
+def default_augment(call: tuple[tuple[object, ...], Mapping[str, object]]) -> Augment | None:
+    """Return `shift_and_mix` for one tensor of images or signals, None for all other inputs.
+
+    Args:
+        call: Positional and keyword inputs. One-hot signals are symbols: a mixture of two of them,
+            or a shift that repeats the first, is no input that a network has ever seen.
+    """
+    args, kwargs = call
+    x = args[0] if len(args) == 1 and not kwargs else None
+    if not isinstance(x, Tensor) or not x.is_floating_point() or x.dim() not in (3, 4):
         return None
-    return shift_and_mix
+    one_hot = bool(((x == 0) | (x == 1)).all()) and bool((x.sum(1) <= 1).all())
+    return None if one_hot and x.dim() == _SIGNAL else shift_and_mix
 
 
 def shift_and_mix(inputs: Tensor, generator: torch.Generator) -> Tensor:

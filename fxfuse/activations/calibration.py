@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -19,8 +20,11 @@ from fxfuse.graph.torch_compat import pytree
 #: Below this many inputs regressions are noisy (issue 4 asks for 100 to 1,000).
 FEW = 100
 
+#: Inputs of a batch that has statistics.
+_LEAST = 2
+
 #: Positional and keyword inputs of one call.
-_Call = tuple[tuple[Any, ...], dict[str, Any]]
+Call = tuple[tuple[Any, ...], dict[str, Any]]
 
 
 @dataclass(frozen=True)
@@ -35,11 +39,18 @@ class Calibration(Options):
             iterable). Memory does not grow with it, apart from the inputs themselves.
         augmentations: Number of augmented copies of each input that are measured as well: images
             and signals, shifted by up to a position, and half of them mixed in pairs.
+        held_out: Share of the inputs that no fit sees: one half of them chooses between networks,
+            the other accepts what was chosen only if it is better than what there was. 0: nothing
+            is judged, and whatever was asked for is done.
+        evaluate: Your own metric, which judges instead: a function from a network in eval mode to a
+            number, higher is better, on data of its own that nothing else sees.
     """
 
     inputs: Any
     limit: int = 1000
     augmentations: int = 0
+    held_out: float = 0.3
+    evaluate: Callable[[torch.nn.Module], float] | None = None
 
     def __post_init__(self) -> None:
         """Check the numbers."""
@@ -49,6 +60,12 @@ class Calibration(Options):
                     f"{name} must be at least {least}, got {getattr(self, name)}",
                     how="leave it out, or pass a larger number",
                 )
+        if not 0 <= self.held_out < 1:
+            raise OptionError(
+                f"held_out must be at least 0 and below 1, got {self.held_out}",
+                why="it is the share of the inputs that judge, and some have to be left to fit",
+                how="leave it out, or pass a share such as 0.3",
+            )
 
     @staticmethod
     def of(given: Any) -> Calibration:
@@ -66,13 +83,17 @@ class CalibrationBatches:
         labels: Of each batch; empty where none were given.
         fixed: Whether all calls must have the size that they have.
         augmentations: Number of augmented copies of each input that are measured as well.
+        held_out: Share of the inputs that judge.
+        evaluate: The user's own metric, if any.
     """
 
-    batches: tuple[_Call, ...]
+    batches: tuple[Call, ...]
     size: int
     labels: tuple[torch.Tensor, ...] = ()
     fixed: bool = False
     augmentations: int = 0
+    held_out: float = 0.0
+    evaluate: Callable[[torch.nn.Module], float] | None = None
 
     @cached_property
     def with_copies(self) -> CalibrationBatches:
@@ -90,25 +111,97 @@ class CalibrationBatches:
         size = (1 + self.augmentations) * self.size
         return replace(self, batches=tuple(batches), size=size, labels=(), augmentations=0)
 
+    @staticmethod
+    def plain(inputs: Any, batch: int) -> CalibrationBatches:
+        """Inputs for networks that were not captured, in batches, in the order that they have.
+
+        Raises:
+            InputError: They are not tensors of one length.
+        """
+        call = _call(tuple(inputs) if isinstance(inputs, list) else inputs)
+        tensors = pytree.tree_leaves(call)
+        if not tensors or not all(isinstance(x, torch.Tensor) and x.dim() for x in tensors):
+            raise _error(
+                "the inputs are not tensors with a batch dimension",
+                "the networks run on them in batches",
+                "pass a tensor [n, ...], or a tuple or mapping of such tensors",
+                f"inputs: {', '.join(type(x).__name__ for x in tensors) or 'none'}",
+            )
+        lengths = [len(x) for x in tensors]
+        if len(set(lengths)) > 1:
+            raise _error(
+                f"the inputs differ in length: {lengths}",
+                "the n-th entries of all inputs make the n-th example",
+                "pass tensors of the same first dimension",
+                "inputs",
+            )
+        if lengths[0] < _LEAST:
+            raise _error(
+                f"at least {_LEAST} inputs are needed, got {lengths[0]}",
+                "normalisation computes its statistics over a batch of two or more",
+                "pass a few hundred unlabelled inputs",
+                "inputs",
+            )
+        starts = range(0, lengths[0], batch)
+        batches = tuple(_cut(call, start, start + batch) for start in starts)
+        return CalibrationBatches(batches, lengths[0])
+
+    def moved(self, device: torch.device) -> CalibrationBatches:
+        """The inputs on a device."""
+        move = pytree.tree_map_only(torch.Tensor, lambda x: x.to(device), self.batches)
+        return replace(self, batches=move)
+
+    def shuffled(self, seed: int) -> CalibrationBatches:
+        """The inputs in another order."""
+        order = torch.randperm(self.size, generator=torch.Generator().manual_seed(seed))
+        step = max(_size(self.batches[0]), 1)
+        whole = pick_inputs(self.whole, order)
+        batches = tuple(_cut(whole, s, min(s + step, self.size)) for s in range(0, self.size, step))
+        labels = self.labels
+        if labels:
+            labels = torch.cat(labels)[order.to(labels[0].device)].split([_size(b) for b in batches])
+        return replace(self, batches=batches, labels=labels)
+
+    @cached_property
+    def whole(self) -> Call:
+        """The inputs of all calls in one: positional, and by keyword."""
+        found: Call = pytree.tree_map(lambda *parts: _joined(parts), *self.batches)
+        return found
+
     def split(self, share: float) -> tuple[CalibrationBatches, CalibrationBatches]:
-        """Two parts without labels, the second with about `share` of the inputs.
+        """Two parts with no input in common, the second with about `share` of the inputs.
 
         Both are the whole where there is nothing to divide.
         """
-        step = max(_size(self.batches[0]), 1)
-        whole = pytree.tree_map(lambda *parts: _joined(parts), *self.batches)
         first = self.size - max(round(share * self.size), 2)
-        if self.fixed:
-            first -= first % step
+        first -= first % self.unit
         if first < 2:
             return self, self
-        parts = []
-        for begin, end in ((0, first), (first, self.size)):
-            starts = range(begin, end - (step - 1 if self.fixed else 0), step)
-            batches = tuple(_cut(whole, s, min(s + step, end)) for s in starts)
-            size = sum(map(_size, batches))
-            parts.append(replace(self, batches=batches, size=size, labels=()))
-        return parts[0], parts[1]
+        return self._part(0, first), self._part(first, self.size)
+
+    def parts(self, count: int) -> list[CalibrationBatches]:
+        """Parts of about the same size, of two inputs or more each, at most `count` of them."""
+        least = max(2, self.unit)
+        count = max(1, min(count, self.size // least))
+        ends = [self.size * i // count for i in range(count + 1)]
+        ends = [end - end % self.unit for end in ends]
+        return [self._part(*pair) for pair in pairwise(ends)]
+
+    @property
+    def unit(self) -> int:
+        """How many inputs go together."""
+        return max(_size(self.batches[0]), 1) if self.fixed else 1
+
+    def _part(self, begin: int, end: int) -> CalibrationBatches:
+        """The inputs from `begin` to `end`, in batches."""
+        step = max(_size(self.batches[0]), 1)
+        starts = range(begin, end - (step - 1 if self.fixed else 0), step)
+        batches = tuple(_cut(self.whole, s, min(s + step, end)) for s in starts)
+        sizes = list(map(_size, batches))
+        labels: tuple[torch.Tensor, ...] = ()
+        if self.labels:
+            labels = torch.cat(self.labels)[begin : begin + sum(sizes)].split(sizes)
+        return replace(self, batches=batches, size=sum(sizes), labels=labels)
 
     @staticmethod
     def of(
@@ -151,7 +244,7 @@ class CalibrationBatches:
         labels = torch.cat(each) if len(each) == len(found) else None
         if shuffle:
             order = torch.randperm(_size(whole), generator=torch.Generator().manual_seed(0))
-            whole = _picked(whole, order)
+            whole = pick_inputs(whole, order)
             labels = None if labels is None or len(labels) < len(order) else labels[order]
         count, size = _size(whole), min(_size(whole), limit)
         if cut or count > limit:
@@ -179,18 +272,23 @@ class CalibrationBatches:
                 f"small weights. Pass {FEW} to 1,000.",
                 stacklevel=3,
             )
-        if labels is None or len(labels) < size:
-            return CalibrationBatches(
-                batches, size, fixed=fixed is not None, augmentations=given.augmentations
-            )
-        parts = labels[:size].split([_size(b) for b in batches])
-        return CalibrationBatches(batches, size, parts, fixed is not None, given.augmentations)
+        parts: tuple[torch.Tensor, ...] = ()
+        if labels is not None and len(labels) >= size:
+            parts = labels[:size].split([_size(b) for b in batches])
+        return CalibrationBatches(
+            batches,
+            size,
+            parts,
+            fixed is not None,
+            given.augmentations,
+            given.held_out,
+            given.evaluate,
+        )
 
 
-def _augment(call: _Call) -> Augment:
+def _augment(call: Call) -> Augment:
     """What makes copies of inputs."""
-    args, kwargs = call
-    found = None if kwargs else default_augment(args)
+    found = default_augment(call)
     if found is None:
         raise _error(
             "these calibration inputs cannot be augmented",
@@ -201,7 +299,7 @@ def _augment(call: _Call) -> Augment:
     return found
 
 
-def _calls(inputs: Any, program: Program, limit: int) -> tuple[list[tuple[_Call, Any]], bool]:
+def _calls(inputs: Any, program: Program, limit: int) -> tuple[list[tuple[Call, Any]], bool]:
     """What the network is called with, and labels or None; whether there is more of an iterable."""
     if isinstance(inputs, torch.Tensor | tuple | Mapping):
         return [(_call(inputs), None)], False
@@ -211,7 +309,7 @@ def _calls(inputs: Any, program: Program, limit: int) -> tuple[list[tuple[_Call,
             "it is not a tensor, tuple, mapping or iterable of batches",
             "pass a tensor [n, ...] or a DataLoader",
         )
-    found: list[tuple[_Call, Any]] = []
+    found: list[tuple[Call, Any]] = []
     count = 0
     n_inputs = sum(isinstance(x, torch.Tensor) for x in program.example_inputs[0])
     for batch in inputs:
@@ -226,7 +324,7 @@ def _calls(inputs: Any, program: Program, limit: int) -> tuple[list[tuple[_Call,
     return found, False
 
 
-def _call(inputs: Any) -> _Call:
+def _call(inputs: Any) -> Call:
     if isinstance(inputs, Mapping):
         return (), dict(inputs)
     return (inputs if isinstance(inputs, tuple) else (inputs,)), {}
@@ -274,10 +372,10 @@ def _size(call: Any) -> int:
 
 
 def _cut(whole: Any, start: int, end: int) -> Any:
-    return _picked(whole, slice(start, end))
+    return pick_inputs(whole, slice(start, end))
 
 
-def _picked(whole: Any, chosen: slice | torch.Tensor) -> Any:
+def pick_inputs(whole: Any, chosen: slice | torch.Tensor) -> Any:
     n = _size(whole)
 
     def pick(x: Any) -> Any:

@@ -18,7 +18,7 @@ from fxfuse.errors import CheckpointError, OptionError, RewriteError
 from fxfuse.graph.capture import Program
 from fxfuse.planning.plan import FusionPlan
 from fxfuse.refine import MatchReport, RefitReport
-from fxfuse.refine.pipeline import Choice
+from fxfuse.refine.history import History
 from fxfuse.transform.cost import parameters_of
 from fxfuse.transform.emit import FusedModule
 from fxfuse.verify import Verification
@@ -46,7 +46,8 @@ class FusionResult(Readable):
         verification: The oracles that ran.
         graph: The analysis of the members.
         refit: What the closed-form refit did, if one was asked for.
-        choice: Which network the matching started from, and why, if one was asked for.
+        history: Every network on the way, how far it is from the ensemble on inputs that no fit has
+            seen, and what became of it; None without calibration inputs that judge.
         match: What the matching did.
     """
 
@@ -56,7 +57,7 @@ class FusionResult(Readable):
     _state: Mapping[str, torch.Tensor]
     _module: FusedModule | None
     refit: RefitReport | None = None
-    choice: Choice | None = None
+    history: History | None = None
     match: MatchReport | None = None
     _member: Program | None = None
 
@@ -122,16 +123,11 @@ class FusionResult(Readable):
         return self._from_what_into_what(), rows
 
     def _distances(self) -> dict[str, str]:
-        """How far the start and the network are from the ensemble."""
-        if self.choice is None or self.match is None:
+        """How far the candidates and the network are from the ensemble."""
+        if self.history is None:
             return {}
-        unit = "KL in nats" if self.match.outputs == "logits" else "share of the variance"
-        each = ", ".join(f"{name} {far:.3g}" for name, far in self.choice.divergence.items())
-        how = f"{self.choice.before:.3g} to {self.choice.after:.3g}, {unit} from the ensemble"
-        return {
-            "start": f"{self.choice.start}; {unit} from the ensemble: {each}",
-            "matching": f"from {how}" if self.choice.kept else "no improvement, so it was not kept",
-        }
+        title, rows = self.history.described()
+        return {"judged": title, "task": str(rows["task"])}
 
     def _from_what_into_what(self) -> str:
         plan, source = self.plan, (self._member or self.graph.program).source

@@ -29,8 +29,10 @@ from fxfuse.planning.methods import Method, find_method
 from fxfuse.planning.plan import FusionPlan
 from fxfuse.planning.size import Size
 from fxfuse.refine import Match, Refit, Task
-from fxfuse.refine.pipeline import Start, matched_start, refitted, resolve_steps
+from fxfuse.refine.pipeline import Refined, Steps, refined, resolve_steps
+from fxfuse.refine.task import as_task
 from fxfuse.transform.apply import fused_tensors
+from fxfuse.transform.emit import FusedModule
 from fxfuse.transform.resizing import emit_fused, emit_resized, output_layouts
 from fxfuse.transform.sizes import check_allocation, concatenation_plan, make_sized_plan
 from fxfuse.verify import Check, equals_ensemble, equals_heads, handover
@@ -43,27 +45,21 @@ State = Mapping[str, torch.Tensor]
 
 @dataclass(frozen=True)
 class Refinement:
-    """What follows a fusion.
+    """What follows a fusion, and the inputs for it.
 
     Attributes:
+        steps: Refit and matching.
         calibration: The calibration inputs, as they were given.
-        refit: The refit, if any.
-        match: The matching, if any.
-        task: What the output means.
-        progress: Of the matching.
     """
 
+    steps: Steps = Steps()
     calibration: Any = None
-    refit: Refit | None = None
-    match: Match | None = None
-    task: Task | None = None
-    progress: bool | Progress = False
 
     @staticmethod
     def of(
         steps: Sequence[Refit | Match] | None,
         calibration: Any,
-        task: Task | None,
+        task: Any,
         progress: bool | Progress,
         *,
         matchable: bool = True,
@@ -82,11 +78,11 @@ class Refinement:
             InputError: There are steps, and no calibration inputs.
         """
         refit, match = resolve_steps(steps, calibrated=calibration is not None, matchable=matchable)
-        return Refinement(calibration, refit, match, task, progress)
+        return Refinement(Steps(refit, match, as_task(task), progress), calibration)
 
     def __bool__(self) -> bool:
         """Whether anything follows."""
-        return self.refit is not None or self.match is not None
+        return bool(self.steps)
 
     def batches(self, program: Program) -> CalibrationBatches | None:
         """The calibration inputs, checked and cut into batches."""
@@ -269,59 +265,48 @@ def build_network(
     Raises:
         VerificationError: An oracle failed.
     """
-    network = ensemble.network
+    network, states = ensemble.network, ensemble.states
     _check_refinable(graph, refinement)
-    start = _built(graph, plan, ensemble.states)
+    module, state = _built(graph, plan, states)
+    found: Refined | None = None
     if refinement:
-        start = _refined(graph, plan, ensemble.states, start.state, refinement, batches)
-    module = start.module
+        given = batches or refinement.batches(graph.program)
+        assert given is not None
+        judged = not network.heads and not hands_out(graph, graph.constraints)
+        found = refined(graph, plan, states, state, given, refinement.steps, judged=judged)
+        plan, module, state = found.plan, found.module, found.module.state_dict()
+        if found.members is not None:
+            states = [states[member] for member in found.members]
     if module is None and network.is_exported:
-        module = emit_fused(graph, start.plan, start.state)
+        module = emit_fused(graph, plan, state)
     checks = list(checks)
     if verify:
         free = bool(graph.constraints.output_dims) and network.is_exported
-        grown = output_layouts(graph, start.plan) if free else None
-        checks += handover(network, module or _as_function(network, start.state), grown)
-        checks += _ensemble_checks(graph, ensemble, plan)
+        grown = output_layouts(graph, plan) if free else None
+        checks += handover(network, module or _as_function(network, state), grown)
+        checks += _ensemble_checks(graph, ensemble, states, plan)
     return FusionResult(
-        start.plan,
+        plan,
         verified(checks),
         graph,
-        start.state,
+        state,
         module,
-        start.refit,
-        start.choice,
-        start.match,
+        found.refit if found else None,
+        found.history if found else None,
+        found.match if found else None,
         ensemble.given[0] if ensemble.heads else None,
     )
 
 
-def _built(graph: CouplingGraph, plan: FusionPlan, states: Sequence[State]) -> Start:
-    """The network of a plan: a member's graph with other tensors, or one of another size."""
+def _built(
+    graph: CouplingGraph, plan: FusionPlan, states: Sequence[State]
+) -> tuple[FusedModule | None, State]:
+    """The network of a plan, where it has another size than a member, and its tensors."""
     same = all(plan.sizes()[group.name] == group.n_units for group in graph.groups)
     if same and plan.mixing.mode == "joint":
-        return Start(plan, fused_tensors(graph, plan, states))
+        return None, fused_tensors(graph, plan, states)
     module = emit_resized(graph, plan, states)
-    return Start(plan, module.state_dict(), module=module)
-
-
-def _refined(
-    graph: CouplingGraph,
-    plan: FusionPlan,
-    states: Sequence[State],
-    state: State,
-    refinement: Refinement,
-    batches: CalibrationBatches | None,
-) -> Start:
-    refit, match, task = refinement.refit, refinement.match, refinement.task
-    batches = batches or refinement.batches(graph.program)
-    assert batches is not None
-    if match is None:
-        assert refit is not None
-        return refitted(graph, plan, states, state, batches, refit, task)
-    return matched_start(
-        graph, plan, states, state, batches, refit, match, task, progress=refinement.progress
-    )
+    return module, module.state_dict()
 
 
 def _check_refinable(graph: CouplingGraph, refinement: Refinement) -> None:
@@ -329,7 +314,7 @@ def _check_refinable(graph: CouplingGraph, refinement: Refinement) -> None:
     if not refinement:
         return
     graph.program.require_exported()
-    if refinement.match is None:
+    if refinement.steps.match is None:
         return
     how = "pass refine=[Refit()], and train the result with fxfuse.refine.finetune"
     if graph.program.heads:
@@ -350,9 +335,11 @@ def _check_refinable(graph: CouplingGraph, refinement: Refinement) -> None:
         )
 
 
-def _ensemble_checks(graph: CouplingGraph, ensemble: Ensemble, plan: FusionPlan) -> list[Check]:
+def _ensemble_checks(
+    graph: CouplingGraph, ensemble: Ensemble, states: Sequence[State], plan: FusionPlan
+) -> list[Check]:
     """The oracles that compare with the ensemble itself."""
-    free, states = bool(graph.constraints.output_dims), ensemble.states
+    free = bool(graph.constraints.output_dims)
     if plan.mixing.mode == "per_member" and ensemble.heads:
         return [equals_heads(graph, states, plan, ensemble.given, ensemble.dim)]
     if plan.mixing.mode == "per_member":

@@ -42,7 +42,7 @@ def _show(outcome: Outcome, folder: Path, *, json: bool) -> None:
                 "files": outcome.files,
                 "verification": checks_json(checks),
                 "raw": bool(outcome.raw_note),
-                "choice": asdict(result.choice) if result.choice else None,
+                "history": result.history.as_json() if result.history else None,
                 "trained": outcome.trained,
                 "networks": [asdict(network) for network in outcome.networks],
                 "sizes": plan.sizes(),
@@ -55,8 +55,8 @@ def _show(outcome: Outcome, folder: Path, *, json: bool) -> None:
         out.print(checks_table(checks))
     if result.refit:
         out.print(f"refit: {result.refit}", markup=False)
-    if result.choice:
-        out.print(str(result.choice), markup=False)
+    if result.history:
+        out.print(str(result.history), markup=False)
     if outcome.trained:
         out.print(outcome.trained, markup=False)
     for name, why in plan.kept_sizes.items():

@@ -6,15 +6,30 @@ from fxfuse.refine.match import Match, MatchReport, match
 from fxfuse.refine.recalibrate import recalibrate
 from fxfuse.refine.regression import LayerFit, Refit, RefitReport, refit, refit_head
 from fxfuse.refine.repair import RepairReport, repair
-from fxfuse.refine.task import Classification, Regression, Task
+from fxfuse.refine.history import Candidate, History
+from fxfuse.refine.task import (
+    Classification,
+    Custom,
+    Embedding,
+    MultiLabel,
+    NextToken,
+    Regression,
+    Task,
+)
 from fxfuse.refine.train import default_optimizer, distill, finetune
 
 __all__ = [
     "Augment",
+    "Candidate",
     "Classification",
+    "Custom",
+    "Embedding",
+    "History",
     "LayerFit",
     "Match",
     "MatchReport",
+    "MultiLabel",
+    "NextToken",
     "RefineReport",
     "Refit",
     "RefitReport",

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any
 
 from torch import Tensor, nn
 
-from fxfuse.errors import InputError, MemberError
+from fxfuse.errors import FxfuseError, InputError, MemberError
 
 
 def split_batch(batch: Any) -> tuple[Any, Any]:
@@ -35,12 +36,20 @@ def call(module: nn.Module, inputs: Any) -> Any:
     return module(inputs)
 
 
-def try_call(module: nn.Module, inputs: tuple[Tensor, ...], name: str) -> Any:
-    """Run `module`, called `name` in messages, on positional inputs that a user gave."""
+def try_call(
+    module: nn.Module,
+    args: tuple[Any, ...],
+    name: str,
+    kwargs: Mapping[str, Any] = MappingProxyType({}),
+) -> Any:
+    """Run `module`, called `name` in messages, on inputs that a user gave."""
     try:
-        return module(*inputs)
+        return module(*args, **kwargs)
+    except FxfuseError:
+        raise
     except (RuntimeError, TypeError, ValueError, IndexError) as error:
-        shapes = ", ".join(f"{list(tensor.shape)} {tensor.dtype}" for tensor in inputs)
+        tensors = [x for x in (*args, *kwargs.values()) if isinstance(x, Tensor)]
+        shapes = ", ".join(f"{list(tensor.shape)} {tensor.dtype}" for tensor in tensors)
         raise InputError(
             f"{name} rejects the inputs",
             where=f"inputs in batches of {shapes}",

@@ -1,14 +1,15 @@
-"""Match a network to an ensemble without labels: the mean of the members' logits is its target.
+"""Match a network to an ensemble without labels.
 
-match: ask the members about inputs that judge, and a pool → (batch → loss → step)* until the budget
-is spent → back on the way until it is closer to the ensemble than the start
+match: ask the members about a pool of inputs → short trials find the learning rate → steps until the
+budget is spent → the best state on inputs that nothing was trained on
 
-Notation of shapes: n inputs, b batch, k classes, * any further dimensions.
+Notation of shapes: n inputs, b batch, * any further dimensions.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -16,30 +17,34 @@ import torch
 from torch import Tensor, nn
 
 from fxfuse.activations.augment import Augment, default_augment
+from fxfuse.activations.calibration import CalibrationBatches
 from fxfuse.common.options import Options
 from fxfuse.errors import OptionError
-from fxfuse.refine.batch import call, logits_of
-from fxfuse.refine.distance import loss
-from fxfuse.refine.interpolation import Judges, Start
+from fxfuse.refine.batch import try_call
+from fxfuse.refine.infer_task import task_of_answer
+from fxfuse.refine.judge import Judge, Measured, ask_members, compare, divided, scaled
 from fxfuse.refine.modes import check_teachers, device_of, evaluating, seeded, trainable
-from fxfuse.refine.outputs import Outputs, kind_of
-from fxfuse.refine.parallel import together
-from fxfuse.refine.pool import Pool, Teacher, check_inputs, make_judges, make_pool, split
-from fxfuse.refine.schedule import (
-    RATE,
-    SHARE_OF_JUDGED,
-    SHARE_OF_POOL,
-    Budget,
-    course,
-    highest,
-)
+from fxfuse.refine.parallel import reshard, together
+from fxfuse.refine.pool import Teacher
+from fxfuse.refine.schedule import SHARE_OF_POOL, Budget
 from fxfuse.refine.task import Task
-from fxfuse.refine.watch import READ_EVERY, bar, check_weights, last_finite
+from fxfuse.refine.trainer import Trainer, fitting_batch
+from fxfuse.refine.trials import Settings, find_settings
+from fxfuse.refine.watch import bar
 
 if TYPE_CHECKING:
     from rich.progress import Progress
 
-_STEPS = 300
+_STEPS, _BATCH = 300, 64
+#: Share of the inputs of `match` that choose, and as many that accept; fewer inputs than this all
+#: do both, and what is trained on them, too.
+_HELD_OUT, _FEW = 0.2, 32
+#: Shares of the run after which the network is compared with the best one so far.
+_LOOKS = (0.25, 0.5, 0.75)
+#: Of a budget in seconds, what the looks may take, and steps that there should be at least.
+_SHARE_OF_LOOKS, _LEAST_STEPS = 0.1, 100
+#: A budget in seconds is exceeded by this factor at most.
+_OVER = 1.3
 
 
 @dataclass(frozen=True)
@@ -47,26 +52,30 @@ class Match(Options):
     """Matching: label-free training to answer like the ensemble.
 
     Attributes:
-        steps: Budget in optimiser steps. With neither this nor `seconds`: 300.
-        seconds: Budget in CPU seconds of this process, all threads together. What it gives depends
-            on the machine, so it is not reproducible bit for bit, as a budget in steps is.
-        batch: Inputs per step, 2 or more.
-        learning_rate: Highest learning rate. None: 3e-3, or 6e-3 for a network that normalises by
-            statistics of the batch; a start whose error on the held-out inputs is below a quarter
-            of what the ensemble's answers vary by gets less, by the square of that error.
+        steps: Budget in optimiser steps, beside the short trials. With neither this nor `seconds`:
+            300.
+        seconds: Budget in CPU seconds of this process, all threads together, with everything that
+            matching does. What it gives depends on the machine, so it is not reproducible bit for
+            bit, as a budget in steps is.
+        batch: Inputs per step, 2 or more. None: 64, or fewer where one step on them takes much
+            memory, or so long that `seconds` would leave no hundred steps.
+        learning_rate: Highest learning rate. None: short trials find it, from 3e-3 down to 1e-5.
         weight_decay: Weight decay of parameters with two dimensions or more; others do not decay.
         augment: Function of (inputs `[b, *]`, CPU generator) that returns a copy; needs a single
-            input tensor. None: `shift_and_mix` for floating images `[n, c, h, w]` and signals
-            `[n, c, l]`, no copies for all others.
+            input tensor. True: `shift_and_mix` for floating images `[n, c, h, w]` and signals
+            `[n, c, l]` that are not one-hot, no copies of all others. False: no copies.
+        freeze: Whether batch normalisation keeps its statistics, and dropout stays off, while
+            training. None: the trials decide.
         seed: Seed of all random numbers; torch's global generators are left as they were.
     """
 
     steps: int | None = None
     seconds: float | None = None
-    batch: int = 64
+    batch: int | None = None
     learning_rate: float | None = None
     weight_decay: float = 1e-4
-    augment: Augment | None = None
+    augment: bool | Augment = True
+    freeze: bool | None = None
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -85,7 +94,7 @@ class Match(Options):
                 raise OptionError(
                     f"{name} must be above 0, got {value}", how=f"pass a positive {name}"
                 )
-        if self.batch < 2:
+        if self.batch is not None and self.batch < 2:
             raise OptionError(
                 f"batch must be at least 2, got {self.batch}",
                 why="normalisation in training takes its statistics from a batch of two or more",
@@ -98,18 +107,19 @@ class MatchReport:
     """What a matching run did.
 
     Attributes:
-        steps: Optimiser steps.
+        steps: Optimiser steps, without those of the trials.
         first_loss: Loss of the first step, on its batch.
         last_loss: Loss of the last step, on its batch.
         seconds: CPU seconds of this process, all threads together; the members' answers included.
         pool: Inputs and augmented copies that the members answered.
-        outputs: `logits` (compared up to a constant per input) or `values` (as they are).
-        before: How far the start was from the ensemble on held-out inputs, copies of them where
-            there is an augmentation: KL divergence in nats for logits, else the mean squared
-            difference relative to the outputs' variance.
+        batch: Inputs per step.
+        learning_rate: Highest learning rate.
+        frozen: Whether batch normalisation kept its statistics.
+        trials: Learning rates that were tried, each with the distance that it led to.
+        before: How far the start was from the ensemble on inputs that nothing is trained on, in the
+            task's unit.
         after: The same of the network that is left; never above `before`.
-        kept: The share that is kept of the way from start to end: 1 is all that was trained, 0 the
-            start, which the training has brought no closer.
+        kept: Whether what was trained is left; False: the start, which it has brought no closer.
     """
 
     steps: int
@@ -117,10 +127,13 @@ class MatchReport:
     last_loss: float
     seconds: float
     pool: int
-    outputs: Outputs
+    batch: int
+    learning_rate: float
+    frozen: bool
+    trials: tuple[tuple[float, float], ...]
     before: float
     after: float
-    kept: float
+    kept: bool
 
 
 def match(
@@ -133,18 +146,14 @@ def match(
     progress: bool | Progress = False,
     device: torch.device | str | None = None,
 ) -> MatchReport:
-    """Train `module` in place to answer like the mean of the members; no labels are needed.
+    """Train `module` in place to answer like the ensemble of the members; no labels are needed.
 
-    The members are asked once about a pool: the inputs, and augmented copies of them. The loss for
-    logits is the KL divergence at temperature 2 and a tenth of the mean squared difference up to a
-    constant, for values the latter as it is; AdamW with a short warm-up and a cosine to zero. The
-    module is trained in train mode, which renews running statistics; they should not be
-    recalibrated on clean inputs afterwards. It is left in eval mode.
-
-    A tenth of the inputs, 8 to 128 of 32 or more, is held out, and judges by KL divergence (values:
-    squared difference) on three augmented copies of each. The module is left at its end, at a half
-    or a quarter of the way there, whichever is the first that is closer to the ensemble than the
-    start, or else at its start.
+    The members are asked once about a pool: the inputs, and augmented copies of them. AdamW, with a
+    short warm-up and a cosine to zero, minimises the task's loss. A fifth of the inputs is held
+    out: one half chooses the learning rate and the best state on the way, the other accepts that
+    state only if it is closer to the ensemble than the start, beyond the uncertainty of the
+    comparison. With fewer than 32 inputs all of them do everything, and an improvement is then no
+    evidence. The module is left in eval mode.
 
     Where several processes train one network (DDP, `fully_shard`), each calls with the same
     arguments, asks the members itself and takes its part of every batch.
@@ -152,23 +161,23 @@ def match(
     Args:
         module: The network, of the members' input and output shapes.
         members: The networks to match, run in eval mode and never changed, except that they are
-            moved to `device`. They return a tensor, or an object with a field `logits`.
-        inputs: Unlabelled inputs `[n, *]`, or a tuple of positional inputs with the same n.
+            moved to `device`.
+        inputs: Unlabelled inputs `[n, *]`, a tuple of positional or a mapping of keyword inputs
+            with the same n.
         options: Budget, batch, rate, augmentation and seed.
-        task: What the output means: logits of classes `[b, k]` are compared up to a constant per
-            input, values position by position. None: outputs `[b, k]`, k > 1, are logits.
+        task: What the output means. None: outputs `[b, k]`, k > 1, are logits, others values.
         progress: True shows a bar on stderr; a `rich.progress.Progress` gets a task of its own.
         device: Where to train; None stays where the module is. The module is moved in place.
 
     Returns:
-        Steps, losses, time, size of the pool, how outputs were compared, and what the held-out
-        inputs say of the start and of what is left.
+        Steps, losses, time, rate, and how far start and result are from the ensemble.
 
     Raises:
         MemberError: There are no members, or the module is among them.
         InputError: Inputs are missing or unfit.
-        OptionError: A budget in seconds, or a batch without equal parts, for several processes.
-        RefineError: Outputs have different shapes; a loss or weight is not finite.
+        OptionError: The task does not fit the outputs, the seconds are too few for one step, or a
+            budget in seconds, or a batch without equal parts, for several processes.
+        RefineError: A loss or weight is not finite.
     """
     options = options or Match()
     if options.seconds is not None and together(module).groups:
@@ -179,130 +188,194 @@ def match(
             how="pass steps= instead",
         )
     check_teachers(module, members, "members")
-    batch, augment, seed = options.batch, options.augment, options.seed
-    given = check_inputs(inputs, augment)
+    trainable(module)
+    calibration = CalibrationBatches.plain(inputs, options.batch or _BATCH)
+    _check_augment(options, calibration)
     target = device_of(module, device)
     module.to(target)
-    # Before the clock starts: making a process's first optimiser imports for seconds.
-    optimizer = _optimizer(module, options.learning_rate or RATE, options.weight_decay)
-    steps = _STEPS if options.steps is None and options.seconds is None else options.steps
-    budget = Budget(steps, options.seconds)
-    trained, judging = split(given, seed)
-    teacher = Teacher(members, augment or default_augment(given), batch, seed, target)
+    calibration = calibration.moved(target)
+    begin = time.process_time()
     with evaluating(members, target):
-        judges = make_judges(teacher, judging, enough=lambda: budget.is_over(SHARE_OF_JUDGED))
-        pool = make_pool(
-            teacher,
-            trained,
-            drawn=None if budget.steps is None else budget.steps * batch,
-            enough=lambda: budget.is_over(SHARE_OF_POOL),
-        )
-    kind = _kind(pool.targets, task)
-    module.eval()
-    start = Start(module, Judges(judges, kind, batch))
-    budget.start_training(start.seconds)
-    with seeded(seed, target), bar(progress, "matching", 1.0) as advance:
-        try:
-            module.train()
-            losses = _train(
-                module,
-                pool,
-                _orders(len(pool), batch, seed),
-                optimizer,
-                budget,
-                kind,
-                advance,
-                lambda normalises: (
-                    options.learning_rate or highest(start.error, normalises=normalises)
-                ),
-            )
-        finally:
-            module.eval()
-    after, kept = start.settle()
-    first, last = float(losses[0]), float(losses[-1])
+        fitting = choosing = accepting = calibration
+        if calibration.size >= _FEW:
+            fitting, choosing, accepting = divided(calibration, _HELD_OUT, options.seed)
+        if task is None:
+            (args, kwargs), *_ = fitting.batches
+            with torch.no_grad():
+                task = task_of_answer(try_call(members[0], args, "member 0", kwargs))
+        asked = ask_members(task, members, choosing)
+        task = scaled(task, asked)
+        judge = Judge(task, asked)
+        final = judge if accepting is choosing else Judge(task, ask_members(task, members, accepting))
+        module.eval()
+        before = _measured(final, module)
+        start = [t.detach().clone() for t in (*module.parameters(), *module.buffers())]
+        report = train(module, members, fitting, judge, options, progress=progress, since=begin)
+        after = _measured(final, module)
+    verdict = compare(after, before, options.seed)
+    kept = report.kept and (verdict.better or (final is judge and verdict.gain > 0))
+    if not kept:
+        with torch.no_grad():
+            for tensor, old in zip((*module.parameters(), *module.buffers()), start, strict=True):
+                tensor.copy_(old)
     return MatchReport(
-        len(losses), first, last, budget.spent(), len(pool), kind, start.distance, after, kept
+        **{
+            **vars(report),
+            "before": before.mean,
+            "after": after.mean if kept else before.mean,
+            "kept": kept,
+            "seconds": time.process_time() - begin,
+        }
     )
 
 
-def _train(
+def train(
     module: nn.Module,
-    pool: Pool,
-    orders: Iterator[Tensor],
-    optimizer: torch.optim.Optimizer,
-    budget: Budget,
-    kind: Outputs,
-    advance: Callable[[float, float], None],
-    highest_rate: Callable[[bool], float],
-) -> Tensor:
-    """Take steps until the budget is spent; return the loss of each `[steps]`, on the CPU."""
-    before = [buffer.clone() for buffer in module.buffers()]
-    rate = highest_rate(False)
-    losses: list[Tensor] = []
-    read: list[float] = []
-    device = pool.targets.device
-    several = together(module)
+    members: Sequence[nn.Module],
+    fitting: CalibrationBatches,
+    judge: Judge,
+    options: Match,
+    *,
+    progress: bool | Progress = False,
+    since: float | None = None,
+) -> MatchReport:
+    """Train a network, and leave it at the state that the judge finds best, the start included.
 
-    def look(share: float) -> None:
-        fresh = torch.stack(losses).cpu()
-        losses.clear()
-        advance(share, last_finite(fresh, len(read)))
-        read.extend(fresh.tolist())
+    Args:
+        module: The network, in eval mode.
+        members: The networks to match, in eval mode and on the same device.
+        fitting: The inputs to train on.
+        judge: Chooses between states, on other inputs.
+        options: Budget, batch, rate, augmentation and seed.
+        progress: As in `match`.
+        since: When the budget began, as `time.process_time()` says; None: now.
 
-    step = 0
-    while (share := budget.share(step)) < 1:
-        for group in optimizer.param_groups:
-            group["lr"] = rate * course(share, step)
-        chosen = several.part(next(orders)).to(device, non_blocking=True)
-        optimizer.zero_grad(set_to_none=True)
-        answer = logits_of(call(module, tuple(tensor[chosen] for tensor in pool.inputs)))
-        error = loss(answer, pool.targets[chosen], kind)
-        error.backward()
-        optimizer.step()
-        losses.append(several.mean(error.detach()))
-        if step == 0 and any(
-            not torch.equal(*pair) for pair in zip(before, module.buffers(), strict=True)
-        ):
-            # Running statistics were renewed from those of the batch.
-            rate = highest_rate(True)
-        step += 1
-        if step % READ_EVERY == 0:
-            look(share)
-    if losses:
-        look(1.0)
-    check_weights(module)
-    return torch.tensor(read)
-
-
-def _kind(targets: Tensor, task: Task | None) -> Outputs:
-    kind = kind_of(targets.shape, task)
-    if kind == "logits" and (targets.dim() != 2 or targets.shape[1] < 2):
-        raise OptionError(
-            f"outputs {list(targets.shape[1:])} per input are no class logits",
-            where="task=Classification()",
-            why="only logits [b, k] of two or more classes are defined up to a constant",
-            how="pass task=Regression()",
-        )
-    return kind
-
-
-def _orders(count: int, batch: int, seed: int) -> Iterator[Tensor]:
-    """Yield indices `[b]` of a pool of `count`, in a new random order on each pass.
-
-    A smaller remainder of a pass is dropped; a pool smaller than a batch makes one batch.
+    Raises:
+        OptionError: The seconds are too few for one step.
+        RefineError: A loss or weight is not finite.
     """
-    generator = torch.Generator().manual_seed(seed)
-    size = min(batch, count)
-    while True:
-        order = torch.randperm(count, generator=generator)
-        yield from order[: count - count % size].split(size)
+    target = device_of(module, None)
+    steps = _STEPS if options.steps is None and options.seconds is None else options.steps
+    budget = Budget(steps, options.seconds, since)
+    begin = time.process_time()
+    start = _measured(judge, module)
+    look_cost = time.process_time() - begin
+    augment = default_augment(fitting.batches[0]) if options.augment is True else options.augment
+    chunk = fitting.unit if fitting.fixed else options.batch or _BATCH
+    if options.seconds is not None:
+        chunk = min(chunk, max(2, fitting.unit)) if options.batch is None else chunk
+    teacher = Teacher(members, judge.task, augment or None, chunk, options.seed, target)
+    pool = teacher.pool(
+        fitting,
+        drawn=None if steps is None else steps * chunk,
+        enough=lambda: budget.is_over(SHARE_OF_POOL),
+    )
+    trainer = Trainer(module, pool, judge.task, chunk, options.weight_decay, options.seed)
+    with seeded(options.seed, target), bar(progress, "matching", 1.0) as advance:
+        if options.batch is None and not fitting.fixed and not trainer.several.groups:
+            trainer.batch = _batch(trainer, budget, look_cost)
+        _check_affordable(trainer, budget, look_cost)
+        best = Best(trainer, judge, start)
+        settings = find_settings(trainer, judge, options, budget, look_cost)
+        looks = _looks(budget, look_cost)
+        budget.start_training(look_cost)
+
+        def look(share: float, loss: float) -> None:
+            advance(share, loss)
+            if looks and share >= looks[0] and share < 1:
+                while looks and share >= looks[0]:
+                    looks.pop(0)
+                best.consider()
+
+        losses = trainer.run(budget.share, settings.rate, frozen=settings.frozen, look=look)
+        best.consider()
+        kept = best.settle()
+    first, last = float(losses[0]), float(losses[-1])
+    return MatchReport(
+        len(losses),
+        first,
+        last,
+        budget.spent(),
+        pool.size,
+        min(trainer.batch, pool.size),
+        settings.rate,
+        settings.frozen,
+        settings.tried,
+        start.mean,
+        best.found.mean,
+        kept,
+    )
 
 
-def _optimizer(module: nn.Module, rate: float, decay: float) -> torch.optim.Optimizer:
-    trained = trainable(module)
-    matrices = [parameter for parameter in trained if parameter.dim() > 1]
-    others = [parameter for parameter in trained if parameter.dim() <= 1]
-    groups = [{"params": matrices, "weight_decay": decay}, {"params": others, "weight_decay": 0.0}]
-    # One kernel for all parameters: small networks spend a third of a step in the loop over them.
-    fused = all(p.is_floating_point() and p.device.type in ("cpu", "cuda") for p in trained)
-    return torch.optim.AdamW([group for group in groups if group["params"]], lr=rate, fused=fused)
+class Best:
+    """The best state of a network so far, by the judge."""
+
+    def __init__(self, trainer: Trainer, judge: Judge, start: Measured) -> None:
+        self._trainer, self._judge = trainer, judge
+        self.found = start
+        self._tensors = trainer.copies()
+        self._changed = False
+
+    def consider(self) -> None:
+        """Keep the network's state if it is better."""
+        self._trainer.module.eval()
+        now = _measured(self._judge, self._trainer.module)
+        if now.cost < self.found.cost:
+            self.found, self._tensors, self._changed = now, self._trainer.copies(), True
+
+    def settle(self) -> bool:
+        """Leave the network at the best state; returns whether that is not the start."""
+        self._trainer.restore(self._tensors)
+        return self._changed
+
+
+def _measured(judge: Judge, module: nn.Module) -> Measured:
+    found = judge.measure(module)
+    reshard(module)
+    return found
+
+
+def _batch(trainer: Trainer, budget: Budget, look: float) -> int:
+    """Inputs per step, by memory and by the time that there is."""
+    seconds, size = trainer.cost(2)
+    batch = fitting_batch(size, min(_BATCH, max(2, trainer.pool.size)))
+    left = budget.left() - look
+    if left < float("inf"):
+        while batch > 2 and left < _LEAST_STEPS * batch * seconds:
+            batch //= 2
+    trainer.seconds_per_input = seconds
+    return batch
+
+
+def _check_affordable(trainer: Trainer, budget: Budget, look: float) -> None:
+    """Check that the seconds are enough for a step and a look at what came of it."""
+    if budget.seconds is None:
+        return
+    needed = budget.spent() + trainer.batch * trainer.seconds_per_input + look
+    if needed > _OVER * budget.seconds:
+        raise OptionError(
+            f"{budget.seconds:g} seconds are too few for one step",
+            where="seconds",
+            why=f"asking the members, one step on {trainer.batch} inputs and a look at the result "
+            f"take about {needed:.3g} CPU seconds",
+            how=f"pass seconds={needed * 4:.2g} or more, or fewer or smaller inputs",
+        )
+
+
+def _looks(budget: Budget, look: float) -> list[float]:
+    """Shares of the run after which there is time for a look."""
+    left = budget.left()
+    if left == float("inf"):
+        return list(_LOOKS)
+    return list(_LOOKS) if len(_LOOKS) * look <= _SHARE_OF_LOOKS * left else []
+
+
+def _check_augment(options: Match, calibration: CalibrationBatches) -> None:
+    args, kwargs = calibration.batches[0]
+    if callable(options.augment) and (kwargs or len(args) != 1):
+        raise OptionError(
+            f"augment works with one input tensor, got {len(args) + len(kwargs)}",
+            where="augment",
+            why="it maps one tensor to another",
+            how="leave augment out, and add augmented copies to the inputs",
+        )

@@ -1,98 +1,87 @@
-"""What follows the transplant: refit, the choice of a start, matching to the ensemble."""
+"""The way after the transplant: starts, refit, matching; the judge accepts each step or sends it back.
+
+calibration inputs → fit, choose, accept. Each candidate is made on the first, compared on the
+second, and taken only if it is better than what there was on the third.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
-import numpy as np
 import torch
-from torch import nn
 
-from fxfuse.activations.calibration import CalibrationBatches
+from fxfuse.activations.calibration import FEW, CalibrationBatches
 from fxfuse.analysis.coupling import CouplingGraph
-from fxfuse.errors import InputError, OptionError
-from fxfuse.planning.plan import FusionPlan, Mixing, UnitMap
-from fxfuse.planning.roles import Role, RoleKind
-from fxfuse.refine.batch import logits_of
-from fxfuse.refine.distance import distance
-from fxfuse.refine.match import Match, MatchReport, match
-from fxfuse.refine.outputs import kind_of_network
+from fxfuse.errors import InputError, OptionError, RefineError
+from fxfuse.planning.plan import FusionPlan
+from fxfuse.refine.history import Candidate, History
+from fxfuse.refine.infer_task import infer_task
+from fxfuse.refine.judge import (
+    Judge,
+    Measured,
+    Stopwatch,
+    ask_members,
+    check_task,
+    compare,
+    divided,
+    folds,
+    scaled,
+)
+from fxfuse.refine.match import Match, MatchReport, train
 from fxfuse.refine.regression import Refit, RefitReport, refit_state
+from fxfuse.refine.starts import Start, State, exact_starts, fused_start, members_of
 from fxfuse.refine.task import Task
-from fxfuse.transform.emit import FusedModule, emit
-from fxfuse.transform.layout import copies_of
-from fxfuse.transform.resizing import emit_fused
+from fxfuse.transform.emit import FusedModule
 
 if TYPE_CHECKING:
     from rich.progress import Progress
 
-#: Share of the calibration inputs that choose the start; the refit does not see them.
-_HELD_OUT = 0.25
-
-State = Mapping[str, torch.Tensor]
+#: Parts of few inputs, each of which judges what was made on the others.
+_FOLDS = 4
 
 
 @dataclass(frozen=True)
-class Choice:
-    """Which network the matching started from.
+class Steps:
+    """What follows a fusion, as it was asked for.
 
     Attributes:
-        start: `fused` or `member <i>`; always `fused` at another width than a member's, and for
-            members of different widths.
-        divergence: For each start, how far its outputs are from the ensemble's on calibration
-            inputs that no fit has seen: KL divergence in nats for class logits, else the mean
-            squared difference relative to the outputs' variance.
-        before: The same of the chosen start on the inputs that the matching holds out, copies of
-            them where it makes some (`MatchReport.before`). Members that were trained on the
-            calibration inputs answer there like the ensemble from memory, and on copies they do
-            not; so the two are not to be compared.
-        after: As `before`, of the network that is handed over; never above it.
-        kept: Whether the matching was kept; it is not where it did not bring the start closer.
+        refit: The refit, if any.
+        match: The matching, if any.
+        task: What the output means; None: what the graph says.
+        progress: Of the matching.
     """
 
-    start: str
-    divergence: Mapping[str, float]
-    before: float
-    after: float
-    kept: bool = True
+    refit: Refit | None = None
+    match: Match | None = None
+    task: Task | None = None
+    progress: bool | Progress = False
 
-    def __str__(self) -> str:
-        """What was chosen and why."""
-        each = ", ".join(f"{name} {value:.3g}" for name, value in self.divergence.items())
-        end = (
-            f"matching brought it from {self.before:.3g} to {self.after:.3g} on inputs of its own"
-            if self.kept
-            else "which matching did not improve"
-        )
-        why = (
-            "closest to the ensemble"
-            if len(self.divergence) > 1
-            else "the only start at this width"
-        )
-        return f"started from {self.start}, {why} on held-out inputs ({each}); {end}"
+    def __bool__(self) -> bool:
+        """Whether anything follows."""
+        return self.refit is not None or self.match is not None
 
 
 @dataclass(frozen=True)
-class Start:
-    """A network to go on from.
+class Refined:
+    """The network that the way leads to.
 
     Attributes:
         plan: Which unit of which member went where.
-        state: Its tensors by name.
+        module: The network.
         refit: What the refit did, if there was one.
-        module: The network, once it has been matched; its tensors are others then.
-        choice: What was chosen from.
-        match: What the matching did.
+        match: What the matching did, if there was one.
+        history: Every candidate, and what became of it; None where nothing could be judged.
+        members: Numbers of the members that the plan is for; None: all.
     """
 
     plan: FusionPlan
-    state: State
+    module: FusedModule
     refit: RefitReport | None = None
-    module: FusedModule | None = None
-    choice: Choice | None = None
     match: MatchReport | None = None
+    history: History | None = None
+    members: tuple[int, ...] | None = None
 
 
 def resolve_steps(
@@ -132,129 +121,271 @@ def resolve_steps(
     return refit, match_
 
 
-def refitted(
+def refined(
     graph: CouplingGraph,
     plan: FusionPlan,
     states: Sequence[State],
     state: State,
     calibration: CalibrationBatches,
-    options: Refit,
-    task: Task | None,
-) -> Start:
-    """The fused network after a refit (`fxfuse.refine.refit` has the method).
-
-    Raises:
-        InputError: An activation is not a number.
-    """
-    new, report = refit_state(graph, plan, states, state, calibration, options, task)
-    return Start(plan, new, report)
-
-
-def matched_start(
-    graph: CouplingGraph,
-    plan: FusionPlan,
-    states: Sequence[State],
-    state: State,
-    calibration: CalibrationBatches,
-    refit: Refit | None,
-    options: Match,
-    task: Task | None,
+    steps: Steps,
     *,
-    progress: bool | Progress = False,
-) -> Start:
-    """The refitted network or a member, whichever answers most like the ensemble, matched to it.
-
-    A network that matching does not bring closer to the ensemble, on inputs that it holds out,
-    keeps its tensors: a budget of a few steps can do more harm than good.
+    judged: bool,
+) -> Refined:
+    """Refit a fused network, match it to the ensemble, and return the best network on the way.
 
     Args:
         graph: The analysis of the members.
         plan: The plan of the fusion.
         states: The members' tensors by name.
         state: The fused tensors by name.
-        calibration: A part of it fits, the rest chooses; matching sees all.
-        refit: The refit before it, if any.
-        options: The matching.
-        task: What the output means.
-        progress: Of the matching.
+        calibration: The calibration inputs.
+        steps: What is to be done.
+        judged: Whether there is an ensemble to compare with.
 
     Raises:
-        InputError: An activation is not a number, or the inputs are no tensors.
+        InputError: An activation is not a number.
+        OptionError: The task does not fit the outputs.
     """
-    kind = kind_of_network(graph.program, task)
-    fitting, choosing = calibration.split(_HELD_OUT)
-    fused = Start(plan, state)
-    if refit is not None:
-        fused = refitted(graph, plan, states, state, fitting, refit, task)
-    members = [emit(graph.of_member(i).program, s) for i, s in enumerate(states)]
-    answers = [_answers(member, choosing) for member in members]
-    wanted = torch.stack(answers).mean(0)
-    starts, far = dict[str, Start](), dict[str, float]()
-    if not copies_of(graph, plan.sizes()) and not graph.members:
-        # No member has the width that is asked for, where that is another one.
-        starts = {f"member {i}": Start(_all_of(plan, i), s) for i, s in enumerate(states)}
-        far = {name: distance(a, wanted, kind) for name, a in zip(starts, answers, strict=True)}
-    starts["fused"] = fused
-    network = emit_fused(graph, plan, fused.state)
-    far["fused"] = distance(_answers(network, choosing), wanted, kind)
-    name = min(far, key=lambda n: far[n])
-    chosen = starts[name]
-    # A start may be a member's own tensors, which stay as they are.
-    module = emit_fused(graph, plan, {n: t.detach().clone() for n, t in chosen.state.items()})
-    inputs = _joined(calibration)
-    report = match(module, members, inputs, options, task=task, progress=progress)
-    return Start(
-        replace(chosen.plan, options={**plan.options, "start": name}),
-        chosen.state,
-        fused.refit,
-        module,
-        Choice(name, far, report.before, report.after, report.kept > 0),
-        report,
-    )
+    if not judged or calibration.held_out == 0:
+        return _unjudged(graph, plan, states, state, calibration, steps)
+    return _Way(graph, plan, states, state, calibration, steps).run()
 
 
-def _joined(calibration: CalibrationBatches) -> tuple[torch.Tensor, ...]:
-    """All inputs of the calls, position by position."""
-    if any(kwargs for _, kwargs in calibration.batches):
-        raise InputError(
-            "matching takes positional inputs only",
-            where="calibration",
-            why="it draws inputs one by one, by their position",
-            how="wrap the networks in a module whose inputs are positional",
+def _unjudged(
+    graph: CouplingGraph,
+    plan: FusionPlan,
+    states: Sequence[State],
+    state: State,
+    calibration: CalibrationBatches,
+    steps: Steps,
+) -> Refined:
+    """What was asked for, whatever comes of it."""
+    report, match = None, None
+    if steps.refit is not None:
+        state, report = refit_state(
+            graph, plan, states, state, calibration, steps.refit, steps.task
         )
-    columns = zip(*(args for args, _ in calibration.batches), strict=True)
-    return tuple(torch.cat(column) for column in columns)
-
-
-def _answers(module: nn.Module, calibration: CalibrationBatches) -> torch.Tensor:
-    """Outputs of a network in eval mode on all calibration inputs, float32 [n, *]."""
-    with torch.no_grad():
-        found = [logits_of(module(*args, **kwargs)).float() for args, kwargs in calibration.batches]
-    return torch.cat(found)
-
-
-def _all_of(plan: FusionPlan, member: int) -> FusionPlan:
-    """The plan that takes every unit from one member."""
-    maps = tuple(
-        UnitMap(
-            m.group,
-            m.n_units,
-            np.arange(m.n_units),
-            np.full(m.n_units, member),
-            np.arange(m.n_units),
+    start = fused_start(graph, plan, state, "fused")
+    if steps.match is not None:
+        members = members_of(graph, states)
+        task = steps.task or infer_task(graph.program)[0]
+        check_task(task, members[0], calibration)
+        asked = ask_members(task, members, calibration)
+        judge = Judge(scaled(task, asked), asked)
+        match = train(
+            start.module, members, calibration, judge, steps.match, progress=steps.progress
         )
-        for m in plan.maps
-    )
-    # It is that member, so nothing in it is averaged or another's.
-    mixed = (RoleKind.AVERAGED, RoleKind.BASE)
-    roles = {
-        name: Role(RoleKind.MAPPED, absent_in=role.absent_in) if role.kind in mixed else role
-        for name, role in plan.roles.items()
-    }
-    return replace(
-        plan,
-        maps=maps,
-        roles=roles,
-        constraints=replace(plan.constraints, base_member=member),
-        mixing=Mixing(plan.mixing.mode),
+    return Refined(plan, start.module, report, match)
+
+
+@dataclass
+class _Made:
+    """Networks that were made on some of the inputs, in the order in which they were made.
+
+    Attributes:
+        starts: Members, alone and side by side: nothing was fitted.
+        steps: What refit and matching made, by name.
+        refit: What the refit did.
+        match: What the matching did.
+        notes: What came of a step that could not be taken.
+        chosen_by: Of each network, its distance on the inputs that choose.
+        seconds: CPU seconds of each.
+    """
+
+    starts: list[Start] = field(default_factory=list)
+    steps: list[Start] = field(default_factory=list)
+    refit: RefitReport | None = None
+    match: MatchReport | None = None
+    notes: dict[str, str] = field(default_factory=dict)
+    chosen_by: dict[str, Measured] = field(default_factory=dict)
+    seconds: dict[str, float] = field(default_factory=dict)
+
+
+class _Way:
+    def __init__(
+        self,
+        graph: CouplingGraph,
+        plan: FusionPlan,
+        states: Sequence[State],
+        state: State,
+        calibration: CalibrationBatches,
+        steps: Steps,
+    ) -> None:
+        self.graph, self.plan, self.states, self.state = graph, plan, states, state
+        self.calibration, self.steps = calibration, steps
+        self.members = members_of(graph, states)
+        self.task, self.why = steps.task, "it was given"
+        if self.task is None:
+            self.task, self.why = infer_task(graph.program)
+        check_task(self.task, self.members[0], calibration)
+        self.metric = calibration.evaluate
+
+    def run(self) -> Refined:
+        """Make the networks, and take the last one that the judge accepts."""
+        watch = Stopwatch()
+        few = self.calibration.size < FEW and self.metric is None
+        if few:
+            fitting, choosing = self.calibration.split(self.calibration.held_out)
+            judged = self._cross_fitted()
+        else:
+            fitting, choosing, accepting = divided(self.calibration, self.calibration.held_out)
+        choose = self._judge(choosing)
+        asking = watch.lap()
+        made = self._make(fitting, choose)
+        if not few:
+            accept = self._judge(accepting)
+            judged = {s.name: accept.measure(s.module) for s in (*made.starts, *made.steps)}
+        return self._accepted(made, judged, asking)
+
+    def _judge(self, inputs: CalibrationBatches) -> Judge:
+        asked = ask_members(self.task, self.members, inputs)
+        return Judge(scaled(self.task, asked), asked, self.metric)
+
+    def _cross_fitted(self) -> dict[str, Measured]:
+        """What each step is worth on inputs that it has not seen, by making it several times.
+
+        Each part of the inputs judges the networks that were made on all others (Stone, 1974,
+        "Cross-validatory choice and assessment of statistical predictions").
+        """
+        found: dict[str, list[torch.Tensor]] = {}
+        for others, part in folds(self.calibration, _FOLDS):
+            fitting, choosing = others.split(self.calibration.held_out)
+            made = self._make(fitting, self._judge(choosing))
+            judge = self._judge(part)
+            for start in (*made.starts, *made.steps):
+                found.setdefault(start.name, []).append(judge.measure(start.module).each)
+        return {name: Measured(torch.cat(each)) for name, each in found.items()}
+
+    def _make(self, fitting: CalibrationBatches, choose: Judge) -> _Made:
+        """Make all networks; what is fitted sees `fitting` only."""
+        made, watch = _Made(), Stopwatch()
+
+        def add(kind: list[Start], start: Start) -> None:
+            kind.append(start)
+            made.chosen_by[start.name] = choose.measure(start.module)
+            made.seconds[start.name] = watch.lap()
+
+        for start in exact_starts(
+            self.graph, self.plan, self.states, choose.asked, choose.task
+        ):
+            add(made.starts, start)
+        state, name = self.state, "fused"
+        if self.steps.refit is not None:
+            state, made.refit = refit_state(
+                self.graph,
+                self.plan,
+                self.states,
+                self.state,
+                fitting,
+                self.steps.refit,
+                self.task,
+            )
+            name = "refitted"
+        if self.steps.refit is not None or not made.starts:
+            add(made.steps, fused_start(self.graph, self.plan, state, name))
+        if self.steps.match is not None:
+            self._match(made, fitting, choose, add)
+        return made
+
+    def _match(
+        self,
+        made: _Made,
+        fitting: CalibrationBatches,
+        choose: Judge,
+        add: Callable[[list[Start], Start], None],
+    ) -> None:
+        """Match the network that is closest to the ensemble on the inputs that choose."""
+        assert self.steps.match is not None
+        all_made = [*made.starts, *made.steps]
+        best = min(all_made, key=lambda s: made.chosen_by[s.name].cost)
+        start = replace(best, name="matched", module=_copied(best.module))
+        try:
+            made.match = train(
+                start.module,
+                self.members,
+                fitting,
+                choose,
+                self.steps.match,
+                progress=self.steps.progress,
+            )
+        except (RefineError, OptionError) as error:
+            made.notes["matched"] = f"left out: {error.what}"
+            return
+        if made.match.kept:
+            add(made.steps, start)
+        else:
+            made.notes["matched"] = "sent back: no state on the way was closer"
+        made.notes["from"] = best.name
+
+    def _accepted(self, made: _Made, judged: dict[str, Measured], asking: float) -> Refined:
+        """The best start, or the last step that is better than what there was."""
+        lines: list[Candidate] = []
+        current: Start | None = None
+        if made.starts:
+            current = min(made.starts, key=lambda s: made.chosen_by[s.name].cost)
+        for start in made.starts:
+            lines.append(
+                _line(start, made, judged, "the best start" if start is current else "a start")
+            )
+        for start in made.steps:
+            if current is None:
+                current = start
+                lines.append(_line(start, made, judged, "the only start at this size"))
+                continue
+            verdict = compare(judged[start.name], judged[current.name])
+            line = _line(start, made, judged, "")
+            line.low, line.high, line.gain = verdict.low, verdict.high, verdict.gain
+            line.against = current.name
+            line.accepted = verdict.better
+            line.verdict = (
+                "accepted"
+                if verdict.better
+                else "sent back: worse"
+                if verdict.high < 0
+                else "sent back: no improvement beyond chance"
+            )
+            lines.append(line)
+            if verdict.better:
+                current = start
+        for name, note in made.notes.items():
+            if name != "from":
+                lines.append(Candidate(name, verdict=note))
+        assert current is not None
+        unit = "the user's metric, sign reversed" if self.metric else self.task.unit
+        history = History(
+            tuple(lines),
+            current.name,
+            unit,
+            repr(self.task),
+            self.why,
+            made.notes.get("from", ""),
+            asking,
+            next(iter(judged.values())).each.numel(),
+        )
+        module = current.module
+        assert isinstance(module, FusedModule)
+        plan = replace(current.plan, options={**self.plan.options, "start": _start(current, made)})
+        return Refined(plan, module, made.refit, made.match, history, current.members)
+
+
+def _start(current: Start, made: _Made) -> str:
+    """What the network that is handed over started from."""
+    return made.notes.get("from", "") if current.name == "matched" else current.name
+
+
+def _copied(module: torch.nn.Module) -> torch.nn.Module:
+    import copy
+
+    return copy.deepcopy(module)
+
+
+def _line(
+    start: Start, made: _Made, judged: dict[str, Measured], verdict: str
+) -> Candidate:
+    return Candidate(
+        start.name,
+        made.chosen_by[start.name].cost,
+        judged[start.name].cost if start.name in judged else float("nan"),
+        seconds=made.seconds[start.name],
+        verdict=verdict,
     )

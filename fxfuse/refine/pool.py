@@ -1,27 +1,27 @@
 """The pool that a network is matched on: unlabelled inputs, augmented copies, what members answer.
 
-Notation of shapes: n inputs, p pool, k classes, * any further dimensions.
+Notation of shapes: n inputs, p pool, * any further dimensions.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from fxfuse.activations.augment import Augment
-from fxfuse.errors import InputError, MemberError, OptionError
-from fxfuse.refine.batch import logits_of, try_call
+from fxfuse.activations.calibration import Call, CalibrationBatches, pick_inputs
+from fxfuse.errors import MemberError
+from fxfuse.graph.torch_compat import pytree
+from fxfuse.refine.batch import try_call
+from fxfuse.refine.judge import joined, picked
+from fxfuse.refine.task import Answer, Task, check_answers
 
 # Passes over the inputs that the pool holds at most: the inputs, then augmented copies; and how
 # often each entry is to be used at least: a member's answer costs a third of a step on one input.
 _PASSES, _USES = 12, 3
-# The share of the inputs that is held out to judge by, how many at least and at most, and how many
-# copies of each are asked about.
-_HELD_OUT, _LEAST_HELD_OUT, _MOST_HELD_OUT, _COPIES = 0.1, 8, 128, 3
 
 
 @dataclass(frozen=True)
@@ -29,16 +29,18 @@ class Pool:
     """What a network is asked, and what it should answer.
 
     Attributes:
-        inputs: Positional inputs, each `[p, *]`.
-        targets: Mean of the members' outputs `[p, *]`, float32 or wider.
+        inputs: Positional and keyword inputs, `[p, *]`.
+        wanted: What the ensemble answers, `[p, *]`.
+        size: p.
     """
 
-    inputs: tuple[Tensor, ...]
-    targets: Tensor
+    inputs: Call
+    wanted: Answer
+    size: int
 
-    def __len__(self) -> int:
-        """Return p."""
-        return len(self.targets)
+    def batch(self, chosen: Tensor) -> tuple[Call, Answer]:
+        """Some of the inputs, and what the ensemble answers to them."""
+        return pick_inputs(self.inputs, chosen), picked(self.wanted, chosen)
 
 
 @dataclass(frozen=True)
@@ -46,178 +48,121 @@ class Teacher:
     """The members, and how they are asked.
 
     Attributes:
-        members: Networks in eval mode that return logits, or an object with a field of that name.
+        members: Networks in eval mode.
+        task: What they answer means.
         augment: Makes copies of inputs; None makes none.
-        batch: Inputs per batch.
+        batch: Inputs per call.
         seed: Seed of the order and of the copies.
         device: Where the members are.
     """
 
     members: Sequence[nn.Module]
+    task: Task
     augment: Augment | None
     batch: int
     seed: int
     device: torch.device
 
+    def pool(
+        self,
+        calibration: CalibrationBatches,
+        *,
+        drawn: int | None = None,
+        enough: Callable[[], bool] = lambda: False,
+    ) -> Pool:
+        """Ask the members about the inputs and copies of them.
 
-def check_inputs(inputs: Any, augment: Augment | None) -> tuple[Tensor, ...]:
-    """Return positional inputs as a tuple."""
-    given = tuple(inputs) if isinstance(inputs, (tuple, list)) else (inputs,)
-    if not given or not all(isinstance(tensor, Tensor) and tensor.dim() for tensor in given):
-        raise InputError(
-            "the inputs are not tensors with a batch dimension",
-            where=f"inputs: {', '.join(type(tensor).__name__ for tensor in given) or 'none'}",
-            why="the networks run on them in batches",
-            how="pass a tensor [n, ...], or a tuple of such tensors, one for each argument",
-        )
-    lengths = [len(tensor) for tensor in given]
-    if len(set(lengths)) > 1:
-        raise InputError(
-            f"the inputs differ in length: {lengths}",
-            where="inputs",
-            why="the n-th entries of all inputs make the n-th example",
-            how="pass tensors of the same first dimension",
-        )
-    if lengths[0] < 2:
-        raise InputError(
-            f"at least 2 inputs are needed, got {lengths[0]}",
-            where="inputs",
-            why="normalisation computes its statistics over a batch of two or more",
-            how="pass a few hundred unlabelled inputs",
-        )
-    if augment is not None and len(given) > 1:
-        raise OptionError(
-            f"augment works with one input tensor, got {len(given)}",
-            where="augment",
-            why="it maps one tensor to another",
-            how="leave augment out, and add augmented copies to the inputs",
-        )
-    return given
+        Args:
+            calibration: The inputs.
+            drawn: How many entries will be drawn; a third of them are asked about, or all inputs if
+                those are more. None is no limit.
+            enough: Asked after each batch whether the pool is large enough.
 
+        Raises:
+            InputError: A member rejects the inputs, or answers NaN or infinity.
+            MemberError: The members' outputs have different shapes.
+            OptionError: The task does not fit what they answer.
+        """
+        count = calibration.size
+        most = None if drawn is None else min(drawn, max(count, -(-drawn // _USES)))
+        asked: list[Call] = []
+        answers: list[Answer] = []
+        size = 0
+        with torch.no_grad():
+            for chunk in self._chunks(calibration):
+                moved = pytree.tree_map_only(Tensor, lambda x: x.to(self.device), chunk)
+                answers.append(self._combined(moved))
+                asked.append(moved)
+                size += _length(moved)
+                if (most is not None and size >= most) or enough():
+                    break
+        check_answers(joined(answers))
+        return Pool(_joined_inputs(asked), joined(answers), size)
 
-def make_pool(
-    teacher: Teacher,
-    inputs: tuple[Tensor, ...],
-    *,
-    drawn: int | None,
-    enough: Callable[[], bool],
-) -> Pool:
-    """Ask the members about the inputs and copies of them.
+    def _chunks(self, calibration: CalibrationBatches) -> Iterator[Call]:
+        """Yield all inputs in random order, then copies of them, in batches of 2 or more."""
+        generator = torch.Generator().manual_seed(self.seed)
+        count, whole = calibration.size, calibration.whole
+        for turn in range(1 if self.augment is None else _PASSES):
+            order = torch.randperm(count, generator=generator)
+            pieces = order.tensor_split(max(1, -(-count // self.batch)))
+            if calibration.fixed:
+                pieces = tuple(p for p in order.split(self.batch) if len(p) == self.batch)
+            for chosen in pieces:
+                chunk = pick_inputs(whole, chosen)
+                if turn and self.augment is not None:
+                    chunk = ((self.augment(chunk[0][0], generator),), {})
+                yield chunk
 
-    Args:
-        teacher: The members.
-        inputs: Positional inputs, each `[n, *]`.
-        drawn: How many entries will be drawn; a third of them are asked about, or all inputs if
-            those are more. None is no limit.
-        enough: Asked after each batch whether the pool is large enough.
-    """
-    count = len(inputs[0])
-    most = None if drawn is None else min(drawn, max(count, -(-drawn // _USES)))
-    turns = range(1 if teacher.augment is None else _PASSES)
-    return _asked(teacher, _chunks(teacher, inputs, turns), most, enough)
-
-
-def split(inputs: tuple[Tensor, ...], seed: int) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
-    """Inputs to train on, and others that judge; both are all of them where those are few."""
-    count = len(inputs[0])
-    held = min(max(round(_HELD_OUT * count), _LEAST_HELD_OUT), _MOST_HELD_OUT)
-    if count < 4 * held:
-        return inputs, inputs
-    order = torch.randperm(count, generator=torch.Generator().manual_seed(seed))
-    chosen, others = order[:held], order[held:].sort().values
-    return _select(inputs, others), _select(inputs, chosen)
+    def _combined(self, chunk: Call) -> Answer:
+        """What the ensemble answers to a batch."""
+        args, kwargs = chunk
+        answers = []
+        for number, member in enumerate(self.members):
+            answers.append(self.task.read(try_call(member, args, f"member {number}", kwargs)))
+            _check_alike(answers, number, _length(chunk))
+        self.task.check(answers[0])
+        return self.task.combine(answers)
 
 
-def make_judges(
-    teacher: Teacher, inputs: tuple[Tensor, ...], *, enough: Callable[[], bool]
-) -> Pool:
-    """Ask the members about augmented copies of inputs that nothing is trained on.
-
-    Copies, not the inputs themselves: members that were trained on those remember the answers, and
-    every one of them is then close to the ensemble there, as it is on no other input.
-
-    Args:
-        teacher: The members; without an augmentation they are asked about the inputs themselves.
-        inputs: Positional inputs, each `[n, *]`.
-        enough: Asked after each batch whether there are enough.
-    """
-    chosen = tuple(tensor[: 4 * _MOST_HELD_OUT] for tensor in inputs)
-    turns = range(1) if teacher.augment is None else range(1, 1 + _COPIES)
-    return _asked(teacher, _chunks(teacher, chosen, turns), None, enough)
-
-
-def _asked(
-    teacher: Teacher,
-    chunks: Iterator[tuple[Tensor, ...]],
-    most: int | None,
-    enough: Callable[[], bool],
-) -> Pool:
-    """Ask about chunk after chunk, until there are enough."""
-    asked: list[tuple[Tensor, ...]] = []
-    answers: list[Tensor] = []
-    count = 0
-    with torch.no_grad():
-        for chunk in chunks:
-            moved = tuple(tensor.to(teacher.device) for tensor in chunk)
-            answers.append(_mean(teacher.members, moved))
-            asked.append(moved)
-            count += len(answers[-1])
-            if (most is not None and count >= most) or enough():
-                break
-        pool = Pool(
-            tuple(torch.cat(parts) for parts in zip(*asked, strict=True)), torch.cat(answers)
-        )
-    if not bool(pool.targets.isfinite().all()):
+def _check_alike(answers: Sequence[Answer], number: int, count: int) -> None:
+    """Check that the newest member answers each input, with tensors of the others' shapes."""
+    first, last = (
+        [x for x in pytree.tree_leaves(a) if isinstance(x, Tensor)]
+        for a in (answers[0], answers[-1])
+    )
+    if number == 0 and any(x.dim() == 0 or len(x) != count for x in first):
+        shape = next(list(x.shape) for x in first if x.dim() == 0 or len(x) != count)
         raise MemberError(
-            "the members' outputs are not finite",
+            f"member 0 returns an output {shape} for {count} inputs",
             where="members",
-            why="the network would be trained to return NaN or infinity",
-            how="check the members' weights and the inputs for such values",
+            why="each input needs an output of its own",
+            how="wrap the networks so that dimension 0 of their output is the batch",
         )
-    return pool
-
-
-def _chunks(
-    teacher: Teacher, inputs: tuple[Tensor, ...], turns: range
-) -> Iterator[tuple[Tensor, ...]]:
-    """Yield all inputs in random order, in turns but turn 0 augmented, in batches of 2 or more."""
-    generator = torch.Generator().manual_seed(teacher.seed)
-    count = len(inputs[0])
-    for turn in turns:
-        order = torch.randperm(count, generator=generator)
-        for chosen in order.tensor_split(max(1, -(-count // teacher.batch))):
-            chunk = _select(inputs, chosen)
-            if turn and teacher.augment is not None:
-                chunk = (teacher.augment(chunk[0], generator),)
-            yield chunk
-
-
-def _select(inputs: tuple[Tensor, ...], chosen: Tensor) -> tuple[Tensor, ...]:
-    return tuple(tensor[chosen.to(tensor.device)] for tensor in inputs)
-
-
-def _mean(members: Sequence[nn.Module], chunk: tuple[Tensor, ...]) -> Tensor:
-    total: Tensor | None = None
-    for number, member in enumerate(members):
-        answer = logits_of(try_call(member, chunk, f"member {number}"))
-        answer = answer.to(torch.promote_types(answer.dtype, torch.float32))
-        if total is None:
-            if answer.dim() == 0 or len(answer) != len(chunk[0]):
-                raise MemberError(
-                    f"member 0 returns an output {list(answer.shape)} for {len(chunk[0])} inputs",
-                    where="members",
-                    why="each input needs an output of its own",
-                    how="wrap the networks so that dimension 0 of their output is the batch",
-                )
-            total = answer
-            continue
-        if answer.shape != total.shape:
+    for one, other in zip(first, last, strict=False):
+        if one.shape != other.shape:
             raise MemberError(
                 "the members return outputs of different shapes",
-                where=f"member 0 {list(total.shape)}, member {number} {list(answer.shape)}",
-                why="the network is matched to their mean",
+                where=f"member 0 {list(one.shape)}, member {number} {list(other.shape)}",
+                why="the network is matched to all of them together",
                 how="use members with the same classes and output size",
             )
-        total = total + answer
-    assert total is not None
-    return total / len(members)
+
+
+def _length(call: Call) -> int:
+    return next(
+        (len(x) for x in pytree.tree_leaves(call) if isinstance(x, Tensor) and x.dim()), 0
+    )
+
+
+def _joined_inputs(calls: Sequence[Call]) -> Call:
+    """The inputs of several calls in one; what is no batch is that of the first."""
+    if len(calls) == 1:
+        return calls[0]
+    found: Call = pytree.tree_map(
+        lambda *parts: (
+            torch.cat(parts) if isinstance(parts[0], Tensor) and parts[0].dim() else parts[0]
+        ),
+        *calls,
+    )
+    return found

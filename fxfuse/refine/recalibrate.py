@@ -18,9 +18,9 @@ from torch.overrides import TorchFunctionMode
 from fxfuse.errors import InputError, OptionError
 from fxfuse.graph.arguments import argument_names
 from fxfuse.graph.operator_facts import Normalisation, operators
+from fxfuse.activations.calibration import CalibrationBatches
 from fxfuse.refine.batch import try_call
 from fxfuse.refine.modes import device_of, evaluating
-from fxfuse.refine.pool import check_inputs
 
 (_ATEN,) = operators(Normalisation, over="batch")
 # How batch normalisation is called (by modules, by a fused graph, by hand) → its arguments.
@@ -52,7 +52,6 @@ def recalibrate(module: nn.Module, inputs: Any, *, batch: int = 1000) -> tuple[s
         InputError: The network rejects the inputs, or the input of a layer is not finite; no
             statistics were changed.
     """
-    given = check_inputs(inputs, None)
     if batch < 2:
         raise OptionError(
             f"batch must be at least 2, got {batch}",
@@ -62,10 +61,11 @@ def recalibrate(module: nn.Module, inputs: Any, *, batch: int = 1000) -> tuple[s
         )
     device = device_of(module, None)
     collector = _Collector()
-    pieces = max(1, min(-(-len(given[0]) // batch), len(given[0]) // 2))
+    given = CalibrationBatches.plain(inputs, batch)
     with evaluating([module], device), torch.no_grad(), collector:
-        for chunk in zip(*(tensor.tensor_split(pieces) for tensor in given), strict=True):
-            try_call(module, tuple(tensor.to(device) for tensor in chunk), "the network")
+        for part in given.moved(device).parts(-(-given.size // batch)):
+            for args, kwargs in part.batches:
+                try_call(module, args, "the network", kwargs)
     names = {id(t): name for name, t in module.named_buffers(remove_duplicate=False)}
     for moments in collector.found.values():
         moments.check(names)

@@ -1,21 +1,574 @@
-"""The task: what the output of a network means."""
+"""The task: what the output of a network means, what its ensemble answers, and how far others are.
+
+Everything that learns or chooses measures the distance to the user's ensemble, and the task says
+what that is. The ensemble's answers are kept as what the distance needs: log-probabilities of
+classes, probabilities of labels, values, directions.
+
+Notation of shapes: n inputs, k classes, d entries of a vector, * any further dimensions.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import copy
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import Tensor
+from torch.nn import functional
 
 from fxfuse.common.options import Options
+from fxfuse.errors import InputError, MemberError, OptionError
+
+#: What a network answers, as a task reads it: a tensor [n, *], or several by name.
+Answer = Any
+
+#: A probability below this is taken for this: the least that float32 tells from zero near one.
+_TINY = 1e-12
+#: How far from 1 the probabilities of one position may sum up to.
+_ROUNDING = 1e-2
+#: Variance of an output that hardly varies, as a share of the mean variance of all.
+_LEAST_SHARE = 1e-6
 
 
-class Task(Options):
+class Task(Options, ABC):
     """What the output of a network means, and so how far a network is from its ensemble."""
+
+    #: The unit of the distance.
+    unit: ClassVar[str] = ""
+
+    @abstractmethod
+    def combine(self, answers: Sequence[Answer]) -> Answer:
+        """Return what the ensemble answers, from what its members answer, `[n, *]` each."""
+
+    @abstractmethod
+    def distance(self, answer: Answer, wanted: Answer) -> Tensor:
+        """Return how far each input's answer is from the ensemble's, float `[n]`, 0 if equal.
+
+        Args:
+            answer: What a network answers, `[n, *]`.
+            wanted: What `combine` returned for the same inputs.
+        """
+
+    def loss(self, answer: Answer, wanted: Answer) -> Tensor:
+        """Return what matching minimises, a scalar."""
+        return self.distance(answer, wanted).mean()
+
+    def label_loss(self, answer: Answer, labels: Tensor) -> Tensor | None:
+        """Return the loss of each input on its label, `[n]`; None where labels mean nothing here."""
+        return None
+
+    def read(self, output: Any) -> Answer:
+        """Return the part of a network's output that counts."""
+        return main_output(output)
+
+    def check(self, answer: Answer) -> None:
+        """Check that an answer is one of this task.
+
+        Raises:
+            OptionError: It is not.
+        """
+        if not answer.is_floating_point() or answer.dim() < 1:
+            raise self.misfit(answer, "it is no floating tensor with a batch dimension")
+
+    def prepared(self, wanted: Answer) -> Task:
+        """Return this task with what it takes from the ensemble's answers as a whole."""
+        return self
+
+    def misfit(self, answer: Tensor, why: str) -> OptionError:
+        """Return the error for an output that this task does not describe."""
+        return OptionError(
+            f"{type(self).__name__} does not fit an output {list(answer.shape)} of {answer.dtype}",
+            where=f"task={self!r}",
+            why=why,
+            how="pass the task of the output: fxfuse.Classification(dim=...), MultiLabel(), "
+            "Regression(), Embedding(), or a mapping from names of outputs to tasks",
+        )
 
 
 @dataclass(frozen=True)
 class Classification(Task):
-    """The output is class logits [b, k], of which only differences count: KL divergence."""
+    """One of k classes at every position: KL(ensemble ‖ network), mean over positions, in nats.
+
+    Attributes:
+        dim: Dimension of the classes.
+        outputs: What the network returns: logits, of which only differences count, probabilities,
+            or log-probabilities.
+        combine_by: How the ensemble combines its members: the mean of their probabilities, the mean
+            of their logits, or their votes.
+        weights: Weight of each member in the ensemble. None: all the same.
+    """
+
+    dim: int = 1
+    outputs: Literal["logits", "probabilities", "log_probabilities"] = "logits"
+    combine_by: Literal["probabilities", "logits", "vote"] = "probabilities"
+    weights: tuple[float, ...] | None = None
+
+    unit: ClassVar[str] = "KL in nats"
+
+    def check(self, answer: Tensor) -> None:
+        """Check for classes along the dimension, and for probabilities that sum to one."""
+        super().check(answer)
+        if not (-answer.dim() <= self.dim < answer.dim()) or self.dim % answer.dim() == 0:
+            raise self.misfit(answer, f"it has no dimension {self.dim} beside the batch's")
+        if answer.shape[self.dim] < 2:
+            raise self.misfit(answer, f"there is one class along dimension {self.dim}")
+        if self.outputs == "logits" or answer.is_meta:
+            return
+        given = answer.detach().double()
+        total = (given if self.outputs == "probabilities" else given.exp()).sum(self.dim)
+        off = float((total - 1).abs().max())
+        if not off <= _ROUNDING or (self.outputs == "probabilities" and bool((given < 0).any())):
+            raise self.misfit(
+                answer, f"{self.outputs} along dimension {self.dim} miss a sum of one by {off:.3g}"
+            )
+
+    def log_probabilities(self, answer: Tensor) -> Tensor:
+        """Return log-probabilities of an answer, float32 or wider."""
+        answer = answer.to(torch.promote_types(answer.dtype, torch.float32))
+        if self.outputs == "logits":
+            return answer.log_softmax(self.dim)
+        return answer if self.outputs == "log_probabilities" else answer.clamp(min=_TINY).log()
+
+    def combine(self, answers: Sequence[Tensor]) -> Tensor:
+        """Return log-probabilities of the ensemble, `[n, *]`."""
+        logs = [self.log_probabilities(answer) for answer in answers]
+        weights = weights_of(self.weights, len(logs))
+        if self.combine_by == "probabilities":
+            terms = [log + math.log(w) for log, w in zip(logs, weights, strict=True) if w > 0]
+            return torch.stack(terms).logsumexp(0)
+        if self.combine_by == "logits":
+            raw = answers if self.outputs == "logits" else logs
+            total = sum(w * x.to(logs[0].dtype) for w, x in zip(weights, raw, strict=True))
+            assert isinstance(total, Tensor)
+            return total.log_softmax(self.dim)
+        votes = [(log == log.amax(self.dim, keepdim=True)).to(log.dtype) for log in logs]
+        shares = [vote / vote.sum(self.dim, keepdim=True) for vote in votes]
+        total = sum(w * share for w, share in zip(weights, shares, strict=True))
+        assert isinstance(total, Tensor)
+        return total.clamp(min=_TINY).log()
+
+    def distance(self, answer: Tensor, wanted: Tensor) -> Tensor:
+        """KL divergence, mean over the positions of each input."""
+        check_shapes(answer, wanted)
+        found = self.log_probabilities(answer).to(wanted.dtype)
+        return per_input(self._divergence(found, wanted))
+
+    def _divergence(self, found: Tensor, wanted: Tensor) -> Tensor:
+        return (wanted.exp() * (wanted - found)).sum(self.dim).clamp(min=0)
+
+    def label_loss(self, answer: Tensor, labels: Tensor) -> Tensor | None:
+        """Negative log-likelihood of class numbers, mean over the positions of each input.
+
+        Raises:
+            InputError: The labels are no class numbers, one for each position.
+        """
+        logs = self.log_probabilities(answer)
+        labels = labels.to(logs.device)
+        shape = tuple(n for d, n in enumerate(logs.shape) if d != self.dim % logs.dim())
+        whole = not labels.is_floating_point()
+        if tuple(labels.shape) != shape or not whole:
+            raise InputError(
+                f"the labels do not fit: {list(labels.shape)} of {labels.dtype}",
+                where="labels of the calibration inputs",
+                why=f"the outputs are {list(answer.shape)}, with classes along {self.dim}",
+                how=f"pass class numbers {list(shape)}, or leave the labels out",
+            )
+        if int(labels.min()) < 0 or int(labels.max()) >= logs.shape[self.dim]:
+            raise InputError(
+                f"a label lies outside 0 to {logs.shape[self.dim] - 1}",
+                where="labels of the calibration inputs",
+                how="number the classes from 0, as the network's outputs are",
+            )
+        return per_input(-logs.gather(self.dim, labels.unsqueeze(self.dim)).squeeze(self.dim))
+
+    def loss(self, answer: Tensor, wanted: Tensor) -> Tensor:
+        """KL divergence, and a tenth of it at temperature 3, which shows what is improbable.
+
+        Hinton et al., "Distilling the knowledge in a neural network", arXiv:1503.02531, section 2.
+        """
+        check_shapes(answer, wanted)
+        found = self.log_probabilities(answer).to(wanted.dtype)
+        hot = [(x / _TEMPERATURE).log_softmax(self.dim) for x in (found, wanted)]
+        warm = self._divergence(hot[0], hot[1]) * _TEMPERATURE**2
+        return (self._divergence(found, wanted) + _WARM * warm).mean()
+
+
+#: Temperature of the second divergence of the loss, and its weight.
+_TEMPERATURE, _WARM = 3.0, 0.1
+
+
+@dataclass(frozen=True)
+class NextToken(Classification):
+    """The next token at every position: KL divergence along the last dimension, in nats.
+
+    Attributes:
+        dim: Dimension of the tokens.
+        mask: Name of the keyword input that is 0 where a position does not count. Where the network
+            takes no such input, every position counts.
+    """
+
+    dim: int = -1
+    mask: str = "attention_mask"
+
+
+@dataclass(frozen=True)
+class MultiLabel(Task):
+    """Labels that are each true or false: binary KL(ensemble ‖ network) of each, mean, in nats.
+
+    Attributes:
+        outputs: What the network returns: logits, or probabilities (after a sigmoid).
+        weights: Weight of each member in the ensemble, which is the mean of the members'
+            probabilities. None: all the same.
+    """
+
+    outputs: Literal["logits", "probabilities"] = "logits"
+    weights: tuple[float, ...] | None = None
+
+    unit: ClassVar[str] = "KL in nats"
+
+    def check(self, answer: Tensor) -> None:
+        """Check that probabilities lie in [0, 1]."""
+        super().check(answer)
+        if self.outputs == "probabilities" and not answer.is_meta:
+            low, high = float(answer.min()), float(answer.max())
+            if not (low >= -_ROUNDING and high <= 1 + _ROUNDING):
+                raise self.misfit(answer, f"its values lie in [{low:.3g}, {high:.3g}]")
+
+    def _log(self, answer: Tensor) -> tuple[Tensor, Tensor]:
+        """Log-probability of true, and of false."""
+        answer = answer.to(torch.promote_types(answer.dtype, torch.float32))
+        if self.outputs == "logits":
+            return functional.logsigmoid(answer), functional.logsigmoid(-answer)
+        return answer.clamp(min=_TINY).log(), (1 - answer).clamp(min=_TINY).log()
+
+    def combine(self, answers: Sequence[Tensor]) -> Tensor:
+        """Return the mean of the members' probabilities, `[n, *]`."""
+        weights = weights_of(self.weights, len(answers))
+        total = sum(w * self._log(x)[0].exp() for w, x in zip(weights, answers, strict=True))
+        assert isinstance(total, Tensor)
+        return total
+
+    def distance(self, answer: Tensor, wanted: Tensor) -> Tensor:
+        """Binary KL divergence, mean over all labels of each input."""
+        check_shapes(answer, wanted)
+        true, false = (x.to(wanted.dtype) for x in self._log(answer))
+        entropy = torch.special.entr(wanted) + torch.special.entr(1 - wanted)
+        return per_input(-(wanted * true + (1 - wanted) * false) - entropy).clamp(min=0)
 
 
 @dataclass(frozen=True)
 class Regression(Task):
-    """The output is values, each of which counts as it is: squared error."""
+    """Values: squared error relative to the variance of each output over the inputs.
+
+    Attributes:
+        combine_by: How the ensemble combines its members.
+        weights: Weight of each member in the mean. None: all the same.
+    """
+
+    combine_by: Literal["mean", "median"] = "mean"
+    weights: tuple[float, ...] | None = None
+    _scale: Tensor | None = field(default=None, init=False, repr=False, compare=False)
+
+    unit: ClassVar[str] = "share of the variance"
+
+    def combine(self, answers: Sequence[Tensor]) -> Tensor:
+        """Return mean or median, `[n, *]`."""
+        given = [a.to(torch.promote_types(a.dtype, torch.float32)) for a in answers]
+        if self.combine_by == "median":
+            return torch.stack(given).quantile(0.5, dim=0)
+        weights = weights_of(self.weights, len(given))
+        total = sum(w * a for w, a in zip(weights, given, strict=True))
+        assert isinstance(total, Tensor)
+        return total
+
+    def prepared(self, wanted: Tensor) -> Task:
+        """Return the task with the variance of each output, which is an index of dimension 1."""
+        values = wanted.double()
+        rows = values.movedim(1, -1).flatten(0, -2) if values.dim() > 1 else values[:, None]
+        variance = rows.var(0, correction=0)
+        variance = variance.clamp(min=max(_LEAST_SHARE * float(variance.mean()), 1e-30))
+        shape = [1, -1] + [1] * (wanted.dim() - 2) if wanted.dim() > 1 else [-1]
+        task = copy.copy(self)
+        object.__setattr__(task, "_scale", variance.reshape(shape).to(wanted))
+        return task
+
+    def distance(self, answer: Tensor, wanted: Tensor) -> Tensor:
+        """Squared error over variance, mean over the outputs of each input."""
+        check_shapes(answer, wanted)
+        squares = (answer.to(wanted.dtype) - wanted).square()
+        return per_input(squares if self._scale is None else squares / self._scale.to(squares))
+
+
+@dataclass(frozen=True)
+class Embedding(Task):
+    """A vector of which only the direction counts: 1 - cosine with the ensemble's.
+
+    Attributes:
+        dim: Dimension of the vector's entries.
+        weights: Weight of each member in the ensemble, which is the mean of the members' normalised
+            vectors. None: all the same.
+    """
+
+    dim: int = -1
+    weights: tuple[float, ...] | None = None
+
+    unit: ClassVar[str] = "1 - cosine"
+
+    def check(self, answer: Tensor) -> None:
+        """Check for a dimension of entries."""
+        super().check(answer)
+        if answer.dim() < 2 or not (-answer.dim() <= self.dim < answer.dim()):
+            raise self.misfit(answer, f"it has no dimension {self.dim} beside the batch's")
+
+    def combine(self, answers: Sequence[Tensor]) -> Tensor:
+        """Return unit vectors, `[n, *]`."""
+        weights = weights_of(self.weights, len(answers))
+        units = [functional.normalize(a.float(), dim=self.dim) for a in answers]
+        total = sum(w * unit for w, unit in zip(weights, units, strict=True))
+        assert isinstance(total, Tensor)
+        return functional.normalize(total, dim=self.dim)
+
+    def distance(self, answer: Tensor, wanted: Tensor) -> Tensor:
+        """1 - cosine, mean over the vectors of each input."""
+        check_shapes(answer, wanted)
+        units = functional.normalize(answer.to(wanted.dtype), dim=self.dim)
+        # As a square, since 1 - cosine is lost in rounding where vectors are alike.
+        return per_input((units - wanted).square().sum(self.dim) / 2)
+
+    def loss(self, answer: Tensor, wanted: Tensor) -> Tensor:
+        """1 - cosine, and the squared error of the similarities between the inputs of the batch.
+
+        The similarities are what embeddings are compared by (Park et al., "Relational knowledge
+        distillation", arXiv:1904.05068).
+        """
+        own = self.distance(answer, wanted).mean()
+        if wanted.dim() != 2 or len(wanted) < 2:
+            return own
+        units = functional.normalize(answer.to(wanted.dtype), dim=self.dim)
+        return own + (units @ units.T - wanted @ wanted.T).square().mean()
+
+
+@dataclass(frozen=True)
+class Custom(Task):
+    """What the user's own functions say.
+
+    Attributes:
+        combine_by: From the outputs of all members, a list of `[n, *]`, to what the ensemble
+            answers.
+        distance_by: From an output `[n, *]` and what the ensemble answers to how far each input's
+            is, `[n]`, differentiable, 0 if equal.
+    """
+
+    combine_by: Callable[[Sequence[Any]], Any]
+    distance_by: Callable[[Any, Any], Tensor]
+
+    unit: ClassVar[str] = "the task's own distance"
+
+    def read(self, output: Any) -> Answer:
+        """Return the output as it is."""
+        return output
+
+    def check(self, answer: Answer) -> None:
+        """Accept anything: the functions know."""
+
+    def combine(self, answers: Sequence[Answer]) -> Answer:
+        """Return what the user's function returns."""
+        return self.combine_by(answers)
+
+    def distance(self, answer: Answer, wanted: Answer) -> Tensor:
+        """Return what the user's function returns, checked."""
+        found = self.distance_by(answer, wanted)
+        if not isinstance(found, Tensor) or found.dim() != 1:
+            shape = list(found.shape) if isinstance(found, Tensor) else type(found).__name__
+            raise OptionError(
+                f"distance_by returns {shape}, not one number for each input [n]",
+                where="task=Custom(...)",
+                how="return a tensor [n]: take the mean over all other dimensions",
+            )
+        return found
+
+
+@dataclass(frozen=True)
+class Outputs(Task):
+    """Several outputs, each with a task of its own; outputs that are not named do not count.
+
+    The distance is the mean over the outputs, each relative to how far the members are from the
+    ensemble there.
+
+    Attributes:
+        tasks: Name of an output → its task: the key of a mapping, the attribute of an object, or
+            the place in a tuple, as in `{"0": Classification()}`; dots lead into outputs of
+            outputs.
+    """
+
+    tasks: Mapping[str, Task]
+    _scale: Mapping[str, float] | None = field(default=None, init=False, repr=False, compare=False)
+
+    unit: ClassVar[str] = "relative to a member's distance"
+
+    def read(self, output: Any) -> dict[str, Answer]:
+        """Return the outputs that count, by name."""
+        return {name: task.read(_part(output, name)) for name, task in self.tasks.items()}
+
+    def check(self, answer: Mapping[str, Answer]) -> None:
+        """Check every output."""
+        for name, task in self.tasks.items():
+            task.check(answer[name])
+
+    def combine(self, answers: Sequence[Mapping[str, Answer]]) -> dict[str, Answer]:
+        """Combine every output by its task."""
+        return {
+            name: task.combine([answer[name] for answer in answers])
+            for name, task in self.tasks.items()
+        }
+
+    def prepared(self, wanted: Mapping[str, Answer]) -> Task:
+        """Return the task with every output's own prepared."""
+        return Outputs({name: task.prepared(wanted[name]) for name, task in self.tasks.items()})
+
+    def scaled(self, answers: Sequence[Answer], wanted: Answer) -> Task:
+        """Return the task with how far the members are from the ensemble in each output."""
+        scale = {
+            name: max(
+                sum(float(task.distance(a[name], wanted[name]).mean()) for a in answers)
+                / len(answers),
+                1e-30,
+            )
+            for name, task in self.tasks.items()
+        }
+        found = copy.copy(self)
+        object.__setattr__(found, "_scale", scale)
+        return found
+
+    def distance(self, answer: Mapping[str, Answer], wanted: Mapping[str, Answer]) -> Tensor:
+        """Mean over the outputs."""
+        scale = self._scale or {}
+        return torch.stack(
+            [
+                task.distance(answer[name], wanted[name]) / scale.get(name, 1.0)
+                for name, task in self.tasks.items()
+            ]
+        ).mean(0)
+
+
+def as_task(given: Task | Mapping[str, Task | None] | None) -> Task | None:
+    """Return what a caller gave as a task.
+
+    Args:
+        given: A task, or a mapping from names of outputs to tasks; None in it ignores the output.
+
+    Raises:
+        OptionError: It is neither, or every output is ignored.
+    """
+    if given is None or isinstance(given, Task):
+        return given
+    if isinstance(given, Mapping):
+        tasks = {str(name): task for name, task in given.items() if task is not None}
+        if tasks and all(isinstance(task, Task) for task in tasks.values()):
+            return Outputs(tasks)
+    raise OptionError(
+        f"unknown task {given!r}",
+        how="use fxfuse.Classification(), MultiLabel(), Regression(), Embedding(), NextToken() or "
+        "Custom(...), or a mapping from names of outputs to such; or leave task out",
+    )
+
+
+def main_output(output: Any) -> Tensor:
+    """Return the tensor that a network answers: its output, or the field or key `logits` in it."""
+    found = output
+    if isinstance(output, Mapping):
+        found = output.get("logits")
+    elif not isinstance(output, Tensor):
+        found = getattr(output, "logits", None)
+        if found is None and isinstance(output, (tuple, list)) and len(output) == 1:
+            (found,) = output
+    if isinstance(found, Tensor):
+        return found
+    names = sorted(map(str, output)) if isinstance(output, Mapping) else ""
+    raise MemberError(
+        f"the network returns a {type(output).__name__}, and it is not clear which part counts",
+        where=f"the network's output{f': {names}' if names else ''}",
+        why="the distance to the ensemble needs a tensor, or an object with a field `logits`",
+        how='say what each output means: task={"name or place": fxfuse.Classification(), ...}',
+    )
+
+
+def _part(output: Any, name: str) -> Any:
+    """The part of an output that a name leads to."""
+    found = output
+    for step in name.split("."):
+        if isinstance(found, Mapping) and step in found:
+            found = found[step]
+        elif isinstance(found, (tuple, list)) and step.isdigit() and int(step) < len(found):
+            found = found[int(step)]
+        elif hasattr(found, step) and not isinstance(found, Tensor):
+            found = getattr(found, step)
+        else:
+            known = (
+                ", ".join(map(str, found))
+                if isinstance(found, Mapping)
+                else f"0 to {len(found) - 1}"
+                if isinstance(found, (tuple, list))
+                else type(found).__name__
+            )
+            raise OptionError(
+                f"the network has no output {name!r}",
+                where=f"task={{{name!r}: ...}}",
+                why=f"there is: {known}",
+                how="name an output that there is",
+            )
+    return found
+
+
+def check_shapes(answer: Tensor, wanted: Tensor) -> None:
+    """Check that answers can be compared."""
+    if answer.shape != wanted.shape:
+        raise MemberError(
+            "module and members return outputs of different shapes",
+            where=f"module {list(answer.shape)}, members {list(wanted.shape)}",
+            why="the distance compares them value by value",
+            how="use members with the module's classes and output size",
+        )
+
+
+def per_input(values: Tensor) -> Tensor:
+    """Return the mean over all but the first dimension."""
+    return values.flatten(1).mean(1) if values.dim() > 1 else values
+
+
+def weights_of(given: Sequence[float] | None, count: int) -> list[float]:
+    """Return the members' weights, which sum to one.
+
+    Raises:
+        OptionError: They are not one for each member, or not positive.
+    """
+    if given is None:
+        return [1 / count] * count
+    if len(given) != count or min(given) < 0 or not sum(given) > 0:
+        raise OptionError(
+            f"weights={tuple(given)} does not fit {count} members",
+            why="it needs one weight for each, none below zero, and some above",
+            how="pass as many weights as members, or leave weights out",
+        )
+    return [weight / sum(given) for weight in given]
+
+
+def check_answers(answer: Answer) -> None:
+    """Check that answers are finite.
+
+    Raises:
+        InputError: They are not.
+    """
+    if isinstance(answer, Mapping):
+        for part in answer.values():
+            check_answers(part)
+    elif isinstance(answer, Tensor) and not bool(answer.isfinite().all()):
+        raise InputError(
+            "a network answers NaN or infinity",
+            where="calibration inputs",
+            how="check the members' weights and the inputs for such values",
+        )

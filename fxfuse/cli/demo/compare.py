@@ -105,14 +105,14 @@ def _without_labels(
     auto = fuse(program, calibration=images, refine=[Refit(), Match(steps=steps)])
     assert auto.refit is not None
     assert auto.match is not None
-    assert auto.choice is not None
+    assert auto.history is not None
     yield Entry(
         f"auto, {steps} matching steps",
         "fused",
         auto.module,
         control,
         auto.refit.seconds + auto.match.seconds,
-        start=auto.choice.start,
+        start=auto.plan.options["start"],
     )
     yield Entry(_BEST, "member", best)
     done = timed(best, lambda module: refit_head(module, members, images, layer="head"))

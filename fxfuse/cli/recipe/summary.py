@@ -22,8 +22,8 @@ def summary(result: FusionResult, networks: Sequence[Network], trained: str) -> 
         parts.append(f"**{result.raw_note}**\n")
     if result.refit:
         parts.append(f"Refitted: {result.refit}.\n")
-    if result.choice:
-        parts.append(f"Matched to the ensemble: {result.choice}.\n")
+    if result.history:
+        parts.append(f"```text\n{result.history}\n```\n")
     if trained:
         parts.append(f"{trained}\n")
     if networks:

@@ -140,8 +140,8 @@ def _verdict(result: FusionResult, rows: Sequence[Network], *, refined: bool) ->
     accuracies = {row.name: row.accuracy for row in rows if row.accuracy is not None}
     if accuracies:
         said.append("; ".join(f"{name} {value:.2f} %" for name, value in accuracies.items()) + ".")
-    if result.choice is not None:
-        said.append(f"Matching {result.choice}.")
+    if result.history is not None:
+        said.append(f"{result.history.described()[0]}.")
     said += _approximations(plan)
     return tuple(said)
 

@@ -19,7 +19,7 @@ from fxfuse.analysis.coupling import CouplingGraph
 from fxfuse.analysis.heads import others_region
 from fxfuse.common.options import Options
 from fxfuse.planning.plan import FusionPlan
-from fxfuse.refine.outputs import kind_of_network
+from fxfuse.refine.infer_task import task_of_head
 from fxfuse.refine.regression.channel import (
     PerChannel,
     channel_rows,
@@ -145,7 +145,7 @@ class _Refit:
     ) -> None:
         self.graph = graph
         self.options = options
-        self.logits = kind_of_network(graph.program, task) == "logits"
+        self.head_task = task_of_head(graph.program, task)
         few = calibration.size < FEW
         self.alpha = options.alpha or (1e-2 if few else 1e-3)
         self.calibration = calibration
@@ -308,7 +308,7 @@ class _Refit:
                 best, chosen = error, fit
             wanted = found.output(relaxed(route.cut, aim, answer))
         if chosen is not None and self.is_head(route):
-            chosen = fit_head(found.rows, aim, chosen, self.alpha)
+            chosen = fit_head(found.rows, self.ensemble(route, aim), chosen, self.alpha)
         return before, best, chosen
 
     def write(self, route: FitTarget, fit: Fit, rows: torch.Tensor) -> None:
@@ -368,7 +368,21 @@ class _Refit:
     def is_head(self, route: FitTarget) -> bool:
         is_output = any(route.aim is output for output in self.outputs)
         shape = route.aim.meta["val"].shape
-        return self.logits and is_output and len(shape) == 2 and shape[1] > 1
+        return self.head_task is not None and is_output and len(shape) == 2 and shape[1] > 1
+
+    def ensemble(self, route: FitTarget, mean: torch.Tensor) -> torch.Tensor:
+        """Logits of the ensemble [n, classes] on the rows that a head is fitted on.
+
+        The mean of the members' logits where rows were left out, or members have own heads.
+        """
+        assert self.head_task is not None
+        each = [m.value(route.aim) for m in self.members if route.aim in m.held]
+        if self.graph.program.heads or len(each) < len(self.members):
+            return mean
+        logits = [torch.cat([x.float() for x in batches]) for batches in each]
+        if any(x.shape != mean.shape for x in logits):
+            return mean
+        return self.head_task.combine(logits)
 
     def fit_recurrent(self, work: Recurrent) -> list[LayerFit]:
         fit = RecurrentFit(

@@ -1,0 +1,281 @@
+"""The judge: inputs that no fit has seen, and whether one network is better on them than another.
+
+Calibration inputs are divided once: most of them fit, some choose between networks, and others
+accept what was chosen. What was fitted or chosen on an input is never accepted on it.
+
+Notation of shapes: n inputs, * any further dimensions.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fxfuse.activations.calibration import CalibrationBatches
+from fxfuse.errors import FxfuseError, OptionError, RefineError
+from fxfuse.graph.torch_compat import pytree
+from fxfuse.refine.task import Answer, Outputs, Task, check_answers
+
+#: How sure the judge is: the share of resampled differences that must be improvements.
+CONFIDENCE = 0.95
+#: Resamples of the bootstrap.
+_RESAMPLES = 2000
+
+#: The user's own metric: a network in eval mode → a number, higher is better.
+Metric = Callable[[nn.Module], float]
+
+
+@dataclass(frozen=True)
+class Asked:
+    """Inputs, and what the ensemble and its members answer to them.
+
+    Attributes:
+        calibration: The inputs.
+        members: What each member answers, `[n, *]`.
+        wanted: What the ensemble answers, as the task's distance needs it.
+    """
+
+    calibration: CalibrationBatches
+    members: tuple[Answer, ...]
+    wanted: Answer
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What a network is worth on inputs that judge.
+
+    Attributes:
+        each: How far it is from the ensemble on each input, float64 `[n]`; smaller is better.
+        metric: What the user's own metric says of it, higher is better; None without one.
+    """
+
+    each: Tensor
+    metric: float | None = None
+
+    @property
+    def mean(self) -> float:
+        """The mean distance."""
+        return float(self.each.mean())
+
+    @property
+    def cost(self) -> float:
+        """What is compared where only one number counts: smaller is better."""
+        return self.mean if self.metric is None else -self.metric
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """Whether a network is better than the one there was.
+
+    Attributes:
+        better: Whether it is, beyond the uncertainty of the comparison.
+        gain: Mean of the paired differences: how much closer it is to the ensemble.
+        low: Lower end of the interval of the gain, at `CONFIDENCE` on one side.
+        high: Upper end of it.
+    """
+
+    better: bool
+    gain: float
+    low: float
+    high: float
+
+
+def compare(new: Measured, old: Measured, seed: int = 0) -> Verdict:
+    """Say whether `new` is better than `old`, by a paired bootstrap over the inputs.
+
+    Efron and Tibshirani, "An introduction to the bootstrap" (1993), chapter 13: the percentile
+    interval of the mean difference. With a metric of the user's own, that number alone decides.
+    """
+    if new.metric is not None and old.metric is not None:
+        gain = new.metric - old.metric
+        return Verdict(gain > 0, gain, gain, gain)
+    difference = (old.each - new.each).double().cpu()
+    gain, count = float(difference.mean()), len(difference)
+    if count < 2:
+        return Verdict(False, gain, -float("inf"), float("inf"))
+    generator = torch.Generator().manual_seed(seed)
+    drawn = torch.randint(count, (_RESAMPLES, count), generator=generator)
+    means = difference[drawn].mean(1)
+    low, high = means.quantile(torch.tensor([1 - CONFIDENCE, CONFIDENCE], dtype=means.dtype))
+    return Verdict(float(low) > 0, gain, float(low), float(high))
+
+
+def answers_of(task: Task, module: nn.Module, calibration: CalibrationBatches) -> Answer:
+    """What a network in eval mode answers to all inputs, on the CPU or where it runs."""
+    found = []
+    with torch.no_grad():
+        for args, kwargs in calibration.batches:
+            found.append(pytree.tree_map(_kept, task.read(module(*args, **kwargs))))
+    return joined(found)
+
+
+def _kept(value: Any) -> Any:
+    return value.detach().clone() if isinstance(value, Tensor) else value
+
+
+def joined(answers: Sequence[Answer]) -> Answer:
+    """One answer for the inputs of several, which may be a tree of tensors."""
+    if len(answers) == 1:
+        return answers[0]
+    return pytree.tree_map(lambda *parts: torch.cat(parts), *answers)
+
+
+def picked(answer: Answer, chosen: Any) -> Answer:
+    """The answers to some of the inputs."""
+    return pytree.tree_map(lambda x: x[chosen], answer)
+
+
+class Judge:
+    """Measures networks on inputs that no fit has seen.
+
+    Args:
+        task: What the output means.
+        asked: The inputs; where they have labels, the loss on these judges instead of the ensemble.
+        metric: The user's own metric, if any, which then decides.
+    """
+
+    def __init__(self, task: Task, asked: Asked, metric: Metric | None = None) -> None:
+        self.task, self.asked, self.metric = task, asked, metric
+        labels = asked.calibration.labels
+        self._labels = torch.cat(labels) if labels else None
+
+    def measure(self, module: nn.Module) -> Measured:
+        """What a network in eval mode is worth."""
+        answer = answers_of(self.task, module, self.asked.calibration)
+        return self.measured(answer, module)
+
+    def measured(self, answer: Answer, module: nn.Module | None = None) -> Measured:
+        """What answers are worth; `module` gave them."""
+        with torch.no_grad():
+            each = None
+            if self._labels is not None:
+                each = self.task.label_loss(answer, self._labels)
+            if each is None:
+                each = self.task.distance(answer, self.asked.wanted)
+            each = each.double()
+        # What cannot be compared is as far away as can be.
+        each = torch.where(each.isfinite(), each, torch.full_like(each, torch.finfo().max))
+        known = None if self.metric is None or module is None else ask(self.metric, module)
+        return Measured(each.cpu(), known)
+
+
+def ask(metric: Metric, module: nn.Module) -> float:
+    """Call the user's own metric.
+
+    Raises:
+        OptionError: It raises, or returns no finite number.
+    """
+    try:
+        with torch.no_grad():
+            value = float(metric(module))
+    except FxfuseError:
+        raise
+    # It is the user's function: anything may come out of it.
+    except Exception as error:
+        raise OptionError(
+            "evaluate raises an error",
+            where="evaluate",
+            why=f"{type(error).__name__}: {' '.join(str(error).split())}",
+            how="evaluate is called with a network in eval mode, and returns one number, higher is "
+            "better",
+        ) from error
+    if value != value or value in (float("inf"), -float("inf")):
+        raise OptionError(
+            f"evaluate returns {value}",
+            where="evaluate",
+            why="networks are compared by this number",
+            how="return a finite number, higher is better",
+        )
+    return value
+
+
+def ask_members(
+    task: Task, members: Sequence[nn.Module], calibration: CalibrationBatches
+) -> Asked:
+    """Ask all members about inputs, and combine what they answer.
+
+    Raises:
+        OptionError: The task does not fit what they answer.
+        InputError: An answer is NaN or infinite.
+    """
+    answers = tuple(answers_of(task, member, calibration) for member in members)
+    for answer in answers:
+        task.check(answer)
+        check_answers(answer)
+    return Asked(calibration, answers, task.combine(answers))
+
+
+def check_task(task: Task, member: nn.Module, calibration: CalibrationBatches) -> None:
+    """Check on a few inputs that a task fits the outputs, before any work starts.
+
+    Raises:
+        OptionError: It does not.
+    """
+    args, kwargs = calibration.batches[0]
+    with torch.no_grad():
+        answer = task.read(member(*args, **kwargs))
+    task.check(answer)
+    check_answers(answer)
+    wanted = task.combine([answer])
+    far = task.distance(answer, wanted)
+    count = next(len(x) for x in pytree.tree_leaves(answer) if isinstance(x, Tensor))
+    if far.shape != (count,):
+        raise RefineError(
+            f"the distance of {count} inputs is {list(far.shape)}",
+            where=f"task={task!r}",
+            how="make dimension 0 of the output the batch",
+        )
+
+
+def scaled(task: Task, asked: Asked) -> Task:
+    """The task with what it takes from the ensemble's answers as a whole."""
+    found = task.prepared(asked.wanted)
+    if isinstance(found, Outputs) and len(asked.members) > 1:
+        found = found.scaled(asked.members, asked.wanted)
+    return found
+
+
+class Stopwatch:
+    """CPU seconds of this process, all threads together, since the last look."""
+
+    def __init__(self) -> None:
+        self._last = time.process_time()
+
+    def lap(self) -> float:
+        """The seconds since the last call."""
+        now = time.process_time()
+        took, self._last = now - self._last, now
+        return took
+
+
+def divided(
+    calibration: CalibrationBatches, share: float, seed: int | None = None
+) -> tuple[CalibrationBatches, CalibrationBatches, CalibrationBatches]:
+    """The inputs that fit, those that choose, and those that accept: two halves of `share`.
+
+    The parts have no input in common. With a seed they are drawn in a random order.
+    """
+    if seed is not None:
+        calibration = calibration.shuffled(seed)
+    fitting, rest = calibration.split(share)
+    choosing, accepting = rest.split(0.5)
+    return fitting, choosing, accepting
+
+
+def folds(
+    calibration: CalibrationBatches, count: int
+) -> list[tuple[CalibrationBatches, CalibrationBatches]]:
+    """For each of `count` parts of the inputs: all others, and the part."""
+    parts = calibration.parts(count)
+    found = []
+    for i, part in enumerate(parts):
+        others = [p for j, p in enumerate(parts) if j != i]
+        batches = tuple(batch for other in others for batch in other.batches)
+        size = sum(other.size for other in others)
+        found.append((replace(calibration, batches=batches, size=size, labels=()), part))
+    return found

@@ -1,0 +1,177 @@
+"""Where the way starts: the best member, and at larger widths the best members side by side.
+
+Notation of shapes: n inputs, * any further dimensions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from torch import nn
+
+from fxfuse.analysis.coupling import CouplingGraph
+from fxfuse.errors import RewriteError
+from fxfuse.graph.torch_compat import pytree
+from fxfuse.planning.plan import FusionPlan, Mixing, UnitMap
+from fxfuse.planning.roles import Role, RoleKind
+from fxfuse.refine.judge import Asked
+from fxfuse.refine.task import Answer, Task
+from fxfuse.transform.emit import FusedModule, emit
+from fxfuse.transform.resizing import emit_fused, emit_resized
+from fxfuse.transform.sizes import concatenation_plan
+
+State = Mapping[str, torch.Tensor]
+
+
+@dataclass(frozen=True)
+class Start:
+    """A network to go on from.
+
+    Attributes:
+        name: What it is.
+        plan: Which unit of which member went where.
+        module: The network in eval mode.
+        members: Numbers of the members that the plan is for; None: all.
+    """
+
+    name: str
+    plan: FusionPlan
+    module: nn.Module
+    members: tuple[int, ...] | None = None
+
+
+def members_of(graph: CouplingGraph, states: Sequence[State]) -> list[FusedModule]:
+    """The members as networks of their own, which share the given tensors."""
+    return [emit(graph.of_member(i).program, state) for i, state in enumerate(states)]
+
+
+def exact_starts(
+    graph: CouplingGraph, plan: FusionPlan, states: Sequence[State], asked: Asked, task: Task
+) -> Iterator[Start]:
+    """The networks of at most the planned size that answer as members do, nothing fitted.
+
+    One member; and the k members side by side that together are closest to the ensemble, found
+    greedily, for each k up to the planned width (Caruana et al., "Ensemble selection from libraries
+    of models", ICML 2004, without replacement).
+
+    Args:
+        graph: The analysis of the members.
+        plan: The plan of the fusion, whose sizes are not exceeded.
+        states: The members' tensors by name.
+        asked: What the members answer to the inputs that choose.
+        task: What that means.
+    """
+    order = _greedy(asked, task)
+    width = _whole_width(graph, plan)
+    if width < 1:
+        return
+    for member in order if width == 1 or graph.members else order[:1]:
+        if _fits(graph, plan, states, member):
+            yield _alone(graph, plan, states, member)
+    for count in range(2, min(width, len(states)) + 1):
+        start = _side_by_side(graph, plan, states, sorted(order[:count]))
+        if start is not None:
+            yield start
+
+
+def _greedy(asked: Asked, task: Task) -> list[int]:
+    """The members, each the one that brings those before it closest to the ensemble."""
+    order: list[int] = []
+    left = list(range(len(asked.members)))
+    while left:
+        far = {
+            i: float(
+                task.distance(
+                    _mean([asked.members[j] for j in (*order, i)]), asked.wanted
+                ).mean()
+            )
+            for i in left
+        }
+        best = min(left, key=lambda i: far[i])
+        order.append(best)
+        left.remove(best)
+    return order
+
+
+def _mean(answers: Sequence[Answer]) -> Answer:
+    """What members answer side by side in one network."""
+    return pytree.tree_map(lambda *each: torch.stack(each).mean(0), *answers)
+
+
+def _whole_width(graph: CouplingGraph, plan: FusionPlan) -> int:
+    """How many members fit side by side into the planned sizes."""
+    sizes = plan.sizes()
+    return min((sizes[g.name] // max(g.n_units, 1) for g in graph.groups), default=0)
+
+
+def _fits(graph: CouplingGraph, plan: FusionPlan, states: Sequence[State], member: int) -> bool:
+    """Whether a member is a network of the analyzed size, without what others have more."""
+    if not graph.members:
+        return True
+    wanted = graph.program.state()
+    absent = any(member in numbers for numbers in plan.absent.values())
+    return not absent and all(states[member][n].shape == t.shape for n, t in wanted.items())
+
+
+def _alone(
+    graph: CouplingGraph, plan: FusionPlan, states: Sequence[State], member: int
+) -> Start:
+    """A member by itself, with tensors of its own."""
+    state = {name: tensor.detach().clone() for name, tensor in states[member].items()}
+    found = _all_of(plan, member, {g.name: g.n_units for g in graph.groups})
+    return Start(f"member {member}", found, emit(graph.program, state))
+
+
+def _side_by_side(
+    graph: CouplingGraph, plan: FusionPlan, states: Sequence[State], members: Sequence[int]
+) -> Start | None:
+    """Members side by side in one network, which is their mean; None where it cannot be written."""
+    if graph.members or graph.asked:
+        return None
+    own = [states[member] for member in members]
+    try:
+        found = concatenation_plan(graph, own)
+        module = emit_resized(graph, found, own)
+    except RewriteError:
+        return None
+    names = ", ".join(map(str, members))
+    found = replace(found, members=tuple(plan.members[member] for member in members))
+    return Start(f"members {names} side by side", found, module, tuple(members))
+
+
+def fused_start(
+    graph: CouplingGraph, plan: FusionPlan, state: State, name: str
+) -> Start:
+    """The network of the plan, with tensors of its own."""
+    own = {key: tensor.detach().clone() for key, tensor in state.items()}
+    return Start(name, plan, emit_fused(graph, plan, own))
+
+
+def _all_of(plan: FusionPlan, member: int, sizes: Mapping[str, int]) -> FusionPlan:
+    """The plan that takes every unit from one member."""
+    maps = tuple(
+        UnitMap(
+            m.group,
+            sizes[m.group],
+            np.arange(sizes[m.group]),
+            np.full(sizes[m.group], member),
+            np.arange(sizes[m.group]),
+        )
+        for m in plan.maps
+    )
+    # It is that member, so nothing in it is averaged or another's.
+    mixed = (RoleKind.AVERAGED, RoleKind.BASE)
+    roles = {
+        name: Role(RoleKind.MAPPED, absent_in=role.absent_in) if role.kind in mixed else role
+        for name, role in plan.roles.items()
+    }
+    return replace(
+        plan,
+        maps=maps,
+        roles=roles,
+        constraints=replace(plan.constraints, base_member=member),
+        mixing=Mixing(plan.mixing.mode),
+    )

@@ -1,0 +1,112 @@
+"""Short trials that find the learning rate of a matching run, and whether statistics are frozen."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from fxfuse.refine.judge import Judge
+from fxfuse.refine.parallel import reshard
+from fxfuse.refine.schedule import Budget
+from fxfuse.refine.trainer import Trainer
+
+if TYPE_CHECKING:
+    from fxfuse.refine.match import Match
+
+#: The rates that are tried, from the highest down.
+_RATES = (3e-3, 1e-3, 3e-4, 1e-4, 3e-5, 1e-5)
+#: The rate where there is no time for trials: low enough for a trained network.
+_CAREFUL = 1e-4
+#: Steps of a trial, as a share of the run's, and how many there are at least.
+_SHARE, _LEAST = 0.1, 10
+#: Of a budget in seconds, what all trials may take, and steps below which a trial says nothing.
+_OF_SECONDS, _TOO_FEW = 0.25, 4
+#: Rates in a row that may be worse than the best one before the search ends.
+_PATIENCE = 2
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What the trials found.
+
+    Attributes:
+        rate: Highest learning rate.
+        frozen: Whether normalisation and dropout stay in eval mode.
+        tried: Rates, each with the distance that it led to.
+    """
+
+    rate: float
+    frozen: bool
+    tried: tuple[tuple[float, float], ...] = ()
+
+
+def find_settings(
+    trainer: Trainer, judge: Judge, options: Match, budget: Budget, look: float
+) -> Settings:
+    """Find the learning rate, and whether to freeze statistics, by short runs from the start.
+
+    Args:
+        trainer: The network at its start, which it has again afterwards.
+        judge: Says how good a rate is.
+        options: What is decided already.
+        budget: Of the run.
+        look: CPU seconds of asking the judge once.
+    """
+    rates = _RATES if options.learning_rate is None else (options.learning_rate,)
+    careful = Settings(options.learning_rate or _CAREFUL, options.freeze is not False)
+    steps = _steps(trainer, budget, look)
+    if steps is None or (len(rates) == 1 and options.freeze is not None):
+        return careful
+    start, tried = trainer.copies(), dict[tuple[float, bool], float]()
+
+    def trial(rate: float, *, frozen: bool) -> float:
+        trainer.run(lambda step: step / steps, rate, frozen=frozen, checked=False)
+        tried[rate, frozen] = judge.measure(trainer.module).cost
+        reshard(trainer.module)
+        trainer.restore(start)
+        return tried[rate, frozen]
+
+    frozen = options.freeze is not False
+    worse = 0
+    for rate in rates:
+        far = trial(rate, frozen=frozen)
+        worse = worse + 1 if far > min(tried.values()) else 0
+        if worse == _PATIENCE:
+            break
+    rate, _ = min(tried, key=lambda each: tried[each])
+    if options.freeze is None and _depends_on_mode(trainer):
+        for other in _around(rate, rates):
+            trial(other, frozen=False)
+    rate, frozen = min(tried, key=lambda each: tried[each])
+    return Settings(rate, frozen, tuple((each, far) for (each, _), far in tried.items()))
+
+
+def _around(rate: float, rates: tuple[float, ...]) -> Iterator[float]:
+    """A rate, and the next higher one."""
+    place = rates.index(rate)
+    yield rate
+    if place:
+        yield rates[place - 1]
+
+
+def _steps(trainer: Trainer, budget: Budget, look: float) -> int | None:
+    """Steps of a trial; None where there is no time for trials."""
+    if budget.steps is not None:
+        return max(_LEAST, round(_SHARE * budget.steps))
+    each = _OF_SECONDS * budget.left() / (len(_RATES) + 2) - look
+    steps = int(each / max(trainer.batch * trainer.seconds_per_input, 1e-9))
+    return None if steps < _TOO_FEW else steps
+
+
+def _depends_on_mode(trainer: Trainer) -> bool:
+    """Whether a network may compute something else in train mode."""
+    module = trainer.module
+    graphs = (getattr(part, "graph", None) for part in module.modules())
+    nodes = [node for graph in graphs if graph is not None for node in graph.nodes]
+    if nodes:
+        return any(node.op == "get_attr" and node.target == "training" for node in nodes)
+    return any(
+        "Norm" in type(part).__name__ or "Dropout" in type(part).__name__ or hasattr(part, "dropout")
+        for part in module.modules()
+    )
