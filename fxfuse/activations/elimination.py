@@ -204,11 +204,9 @@ def width_of(consumer: Consumer) -> int:
 
 
 def covariance_at(members: Sequence[torch.Tensor], reader: Sequence[Consumer]) -> torch.Tensor:
-    """Covariance of all members' units at one reader, [units · width, units · width].
+    """Compute the covariance of all members' units at one reader, [units · width, units · width].
 
-    Args:
-        members: What the reader gets in each member, [rows, channels].
-        reader: The reader as it is in each member.
+    `members` holds what the reader gets in each member, [rows, channels].
     """
     columns = []
     for x, consumer in zip(members, reader, strict=True):

@@ -85,14 +85,9 @@ class Layer:
         return last.reshape(-1, last.shape[-1])
 
     def input_rows(self, x: torch.Tensor, chosen: torch.Tensor) -> torch.Tensor:
-        """What the chosen rows of the output are computed from.
+        """Return what the `chosen` rows of the output are computed from, [n, groups, features].
 
-        Args:
-            x: The layer's input.
-            chosen: Row numbers, int64 [n].
-
-        Returns:
-            [n, groups, features]; features are channels of a group, then kernel positions.
+        Features are channels of a group, then kernel positions.
         """
         space = self.facts.space
         if not space:
@@ -209,12 +204,7 @@ def name_of(program: Program, node: Any) -> str | None:
 
 
 def layer_at(program: Program, node: fx.Node) -> Layer | None:
-    """The layer that a node is, whose weight may be used elsewhere, too.
-
-    Args:
-        program: A network.
-        node: A node of its graph, or of one that reads the same tensors by the same names.
-    """
+    """Return the layer that a node is, whose weight may be used elsewhere, too."""
     facts = FACTS.get(node.target)
     if not isinstance(facts, Contraction) or any(argument(node, n) != 1 for n in facts.factors):
         return None

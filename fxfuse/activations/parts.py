@@ -24,14 +24,7 @@ ViewChain = tuple[fx.Node, ...]
 
 
 def view_chain_of(node: Any) -> tuple[fx.Node, ViewChain] | None:
-    """The node that reads a tensor of the state, and the way from there to a part of it.
-
-    Args:
-        node: Such a node itself (its way is empty), or the part.
-
-    Returns:
-        None where it is something else.
-    """
+    """Find the node that reads a tensor of the state, and the views from it to `node`, if any."""
     way: list[fx.Node] = []
     while isinstance(node, fx.Node) and node.target in _CUTS:
         if node.all_input_nodes != [node.args[0]]:

@@ -141,13 +141,7 @@ class Steps:
         return inner + first, again + second
 
     def unprojected(self, direction: Direction, state: State, cells: torch.Tensor) -> torch.Tensor:
-        """What an LSTM's projection reads, [t, b, h].
-
-        Args:
-            direction: The direction.
-            state: Tensors by name.
-            cells: The cells before the first step, [b, h].
-        """
+        """Return what an LSTM's projection reads, [t, b, h], from the first `cells` [b, h]."""
         found = []
         for step in torch.add(*self.sides(direction, state)):
             into, forget, new, out = step.chunk(4, -1)
@@ -163,15 +157,7 @@ def run_direction(
     x: torch.Tensor,
     initial: Sequence[torch.Tensor],
 ) -> Steps:
-    """Runs one direction of one layer.
-
-    Args:
-        work: The layers.
-        direction: One of their directions.
-        state: Tensors by name.
-        x: What it reads, [t, b, i].
-        initial: The states of all directions before the first step, as the node gets them.
-    """
+    """Run one direction of one layer on `x` [t, b, i]; `initial` are the states of all."""
     x = x.flip(0) if direction.backwards else x
     own = [s[direction.part : direction.part + 1].contiguous() for s in initial]
     states: Any = own if len(own) > 1 else own[0]
@@ -215,13 +201,7 @@ def readers_of(program: Program) -> tuple[Layer, ...]:
 
 
 def recurrent_at(program: Program, node: fx.Node, reads: Mapping[str, int]) -> Recurrent | None:
-    """The recurrent layers that a node is, if all their weights are its own.
-
-    Args:
-        program: A network.
-        node: A node of its graph, or of one that reads the same tensors by the same names.
-        reads: `reads_of` the network.
-    """
+    """Return the recurrent layers that a node is, if all their weights are its own."""
     facts = FACTS.get(node.target)
     if not isinstance(facts, Recurrence) or facts.is_cell:
         return None

@@ -206,10 +206,9 @@ def _last_places(
 
 
 def _last_place(graph: CouplingGraph, group: CouplingGroup) -> tuple[fx.Node, int, Index] | None:
-    """The last activation along one dimension of which all units of a group stand.
+    """Find the last activation along one dimension of which all units of a group stand.
 
-    Returns:
-        The node, the dimension, and where each unit stands along it, int64 [n_units, slots].
+    Returns the node, the dimension, and where each unit stands along it, int64 [n_units, slots].
     """
     coupling = graph.coupling
     heads = region_of(graph.program, graph.program.heads)

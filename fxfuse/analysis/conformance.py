@@ -14,13 +14,7 @@ from fxfuse.graph.source_lines import where_of
 
 
 def check_result(node: fx.Node, result: Any, count: int) -> None:
-    """Checks the value of a node against the operator's own result.
-
-    Args:
-        node: The node; its `meta["val"]` holds what the operator returns, as fake tensors.
-        result: What the rule returned.
-        count: Number of ids that exist.
-    """
+    """Check the value that a rule returned for a node against the operator's own, `meta["val"]`."""
     produced = node.meta["val"]
     if not isinstance(produced, list | tuple):
         _check_one(node, produced, result, count, "")

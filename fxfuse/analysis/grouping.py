@@ -39,13 +39,9 @@ def form_groups(
     component: Index,
     frozen: NDArray[np.bool_],
 ) -> tuple[CouplingGroup, ...]:
-    """Free components are units; those of one structure are a group.
+    """Group free components, which are units, by their structure.
 
-    Args:
-        program: The network.
-        coupling: What was found out.
-        component: The component of each id.
-        frozen: bool [components].
+    `component` is that of each id, `frozen` bool [components].
     """
     parts = coupling.slots(component)
     structure = coupling.structure(component, parts)

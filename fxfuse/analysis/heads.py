@@ -46,12 +46,9 @@ class Joined:
 
 
 def join(members: Sequence[Program], heads: Heads, dim: int = 0) -> Joined:
-    """Writes the trunk once and the heads side by side.
+    """Write the trunk once and the heads side by side.
 
-    Args:
-        members: Program members, equal in everything but their heads.
-        heads: The head modules, by name, and how they are returned.
-        dim: The output's dimension of classes, where they are returned as one tensor.
+    Where heads are returned as one tensor, `dim` is the outputs' dimension of classes.
     """
     for member in members:
         member.require_exported()
@@ -68,13 +65,7 @@ def head_name(member: int, name: str) -> str:
 def joined_state(
     program: Program, member: int, state: Mapping[str, torch.Tensor]
 ) -> dict[str, torch.Tensor]:
-    """A member's tensors, by their names in the joined network (`Joined.states`).
-
-    Args:
-        program: The joined network.
-        member: Number of the member.
-        state: Its tensors by its own names; what it lacks is left out.
-    """
+    """Return a member's tensors by their names in the joined network; what it lacks is left out."""
     own, standing_in = {}, {}
     for joined in program.names:
         owner = program.heads.get(joined, member)

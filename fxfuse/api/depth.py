@@ -38,16 +38,9 @@ class Deepest:
 
 
 def as_deepest(members: Sequence[Program]) -> Deepest | None:
-    """The members in the graph of the deepest one, where some lack blocks that others have.
+    """Return the members in the graph of the deepest one, where some lack blocks that others have.
 
-    Args:
-        members: Program members.
-
-    Returns:
-        None where all members have the same tensors, or where one of them was traced.
-
-    Raises:
-        MemberError: A member is not the deepest one with residual blocks left out.
+    None where all members have the same tensors, or where one of them was traced.
     """
     names = [set(member.names) for member in members]
     if all(n == names[0] for n in names) or not all(m.is_exported for m in members):

@@ -50,14 +50,9 @@ class Changes:
 
 
 def changes_of(before: fx.Graph, after: fx.Graph) -> dict[str, Changes]:
-    """Compares a captured graph with the same graph in another size.
+    """Compare a captured graph with the same graph, of the same names, in another size.
 
-    Args:
-        before: The captured graph; nodes say in which module's code they lie.
-        after: The rewritten graph; nodes that stand for the same operator have the same name.
-
-    Returns:
-        For each module, by dotted path, what changed in its own code (not in its submodules').
+    Returns, for each module by dotted path, what changed in its own code (not in its submodules').
     """
     twins = {node.name: node for node in after.nodes}
     found: dict[str, Changes] = defaultdict(Changes)

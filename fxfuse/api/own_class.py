@@ -66,11 +66,7 @@ class _Place:
 
 
 def copy_source(source: nn.Module) -> nn.Module:
-    """A copy of the user's module.
-
-    Raises:
-        RewriteError: It cannot be copied.
-    """
+    """Copy the user's module."""
     try:
         return copy.deepcopy(source)
     except Exception as error:
@@ -87,21 +83,11 @@ def resized_copy(
     module: FusedModule,
     state: Mapping[str, torch.Tensor],
 ) -> nn.Module:
-    """A copy of a module whose tensors have other sizes.
+    """Return a copy of a module of the user's own class whose tensors have the sizes of `state`.
 
-    Args:
-        source: The user's own module; it stays as it is.
-        program: What it was captured as.
-        module: The network that the copy has to equal.
-        state: Its tensors by name.
-
-    Returns:
-        A module of the source's class, in the mode that it has, which answers what `module` answers
-        to the example inputs, and to another number of them where the batch is dynamic.
-
-    Raises:
-        RewriteError: The module cannot be copied, members keep tensors of their own, or no way
-            of setting its numbers makes it answer as `module` does; says what was tried.
+    It is in the mode of `source` and answers what `module` answers to the example inputs, and to
+    another number of them where the batch is dynamic. If no way of setting its numbers gives that,
+    a `RewriteError` says what was tried.
     """
     model = copy_source(source)
     missing = next((name for name in program.names if name not in state), None)

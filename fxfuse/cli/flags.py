@@ -50,11 +50,7 @@ class Group:
     help: str = ""
 
     def kind_of(self, name: str | None) -> type:
-        """The class of a name. None: the first one.
-
-        Raises:
-            OptionError: There is none of this name.
-        """
+        """Return the class of a name; None: the first one."""
         if name is not None:
             check_choice(f"--{self.name}", name, tuple(self.kinds))
         return self.kinds[name or next(iter(self.kinds))]
@@ -188,11 +184,7 @@ class Given:
         return found + [flag.name for group in groups for flag in self._flags(group)]
 
     def options(self, group: Group) -> dict[str, Any]:
-        """The fields of a group that were given, as a recipe holds them.
-
-        Raises:
-            OptionError: A value cannot be read, or is none that the class accepts.
-        """
+        """Return the fields of a group that were given, as a recipe holds them."""
         chosen = self.values.get(group.name) if len(group.kinds) > 1 else None
         kind = group.kind_of(chosen)
         name = chosen or next(iter(group.kinds))
@@ -214,22 +206,11 @@ class Given:
         return {"name": name, **found} if chosen else found
 
     def make(self, group: Group) -> Any:
-        """The object of a group of one class.
-
-        Raises:
-            OptionError: As `options`.
-        """
+        """Make the object of a group of one class."""
         return group.kind_of(None)(**self.options(group))
 
     def recipe(self, **defaults: Any) -> dict[str, Any]:
-        """What was given, as the part `fuse` of a recipe.
-
-        Args:
-            defaults: Fields of that part for what was not given.
-
-        Raises:
-            OptionError: As `options`, or a flag is for a step that is not asked for.
-        """
+        """Return what was given, as the part `fuse` of a recipe; `defaults` fill the rest."""
         found = dict(defaults)
         for group in self.groups:
             if group not in STEPS and (options := self.options(group)):
@@ -268,9 +249,6 @@ def takes(*groups: Group) -> Callable[[Callable[..., None]], Callable[..., None]
 
     The command has a parameter `given` in place of them, which gets a `Given`. What Python calls
     the options is kept as `flag_names`, for messages.
-
-    Args:
-        groups: The classes.
     """
     made: list[inspect.Parameter] = []
     for group in groups:

@@ -47,11 +47,7 @@ def asked_recipe(
     member_arg: Iterable[str] | None,
     **parts: Any,
 ) -> Recipe:
-    """The recipe that options of the command line come to.
-
-    Raises:
-        OptionError: An option has a value that it cannot have.
-    """
+    """Return the recipe that options of the command line come to."""
     each = parse_member_args(member_arg or (), len(checkpoints))
     members = [
         {"path": os.fspath(path), "args": parse_model_args(own)}

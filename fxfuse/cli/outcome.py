@@ -18,13 +18,9 @@ _MILLION = 1e6
 
 
 def carry_out(recipe: Recipe, folder: Path | None, *, force: bool, json: bool) -> None:
-    """Runs a recipe and prints what came out.
+    """Run a recipe and print what came out.
 
-    Args:
-        recipe: The recipe.
-        folder: How its folder is called in what is printed; None: as seen from here.
-        force: Whether an earlier result may be replaced.
-        json: Whether to print JSON.
+    `folder` is how its folder is called in what is printed; None: as seen from here.
     """
     with working() as (stage, progress):
         outcome = run(recipe, force=force, stage=stage, progress=progress)

@@ -34,10 +34,9 @@ err = Console(stderr=True)
 
 @contextmanager
 def working() -> Iterator[tuple[Callable[[str], AbstractContextManager[object]], Progress]]:
-    """Progress on stderr: what is being done and for how long, and bars with the time left.
+    """Show progress on stderr: what is being done and for how long, and bars with the time left.
 
-    Yields:
-        A function that says what a block does, and a progress that loops add their bars to.
+    Yields a function that says what a block does, and a progress that loops add their bars to.
     """
     columns = (
         SpinnerColumn(),

@@ -27,13 +27,9 @@ _ASIDE = ".old"
 
 
 def check_output(path: str | Path, names: Collection[str], *, force: bool = False) -> None:
-    """Checks that a folder may be written, before the work that fills it.
+    """Check that a folder may be written, before the work that fills it.
 
-    Args:
-        path: The folder.
-        names: Files that the folder will hold.
-        force: Whether an existing folder may be replaced. Only a folder that holds nothing but
-            such files is ever replaced.
+    `force` replaces an existing folder, which may hold nothing but files of these names.
     """
     path = Path(path)
     if not os.path.lexists(path):
@@ -57,15 +53,9 @@ def check_output(path: str | Path, names: Collection[str], *, force: bool = Fals
 def atomic_folder(
     path: str | Path, names: Collection[str], *, force: bool = False
 ) -> Iterator[Path]:
-    """Gives a temporary folder that becomes `path` when the block ends without an error.
+    """Yield a temporary folder that becomes `path` when the block ends without an error.
 
-    Args:
-        path: The folder to write.
-        names: Files that the folder will hold.
-        force: Whether an existing folder that holds only such files may be replaced.
-
-    Yields:
-        The folder to write into. After an error it is gone, and `path` is as it was.
+    After an error it is gone, and `path` is as it was. `force` as in `check_output`.
     """
     path = Path(os.path.abspath(path))
     check_output(path, names, force=force)
@@ -82,15 +72,12 @@ def atomic_folder(
 
 @contextmanager
 def locked(path: str | Path) -> Iterator[None]:
-    """Holds the right to write a name, until the block ends.
+    """Hold the right to write a name, until the block ends.
 
     The lock is a file beside the output, `.NAME.lock`, which is gone afterwards. The system lets go
     of it when its process ends, in whatever way, so that a file that a killed one left behind locks
     nothing. A thread that holds a name gets it again: a command locks its output before its work,
     and the writer that it calls locks it once more.
-
-    Args:
-        path: The output.
     """
     path = Path(os.path.abspath(path))
     made = [folder for folder in path.parents if not folder.exists()]
@@ -145,10 +132,9 @@ def _partial(path: Path) -> Iterator[Path]:
 
 @contextmanager
 def atomic_file(path: str | Path) -> Iterator[Path]:
-    """Gives a temporary file that replaces `path` when the block ends without an error.
+    """Yield a temporary file that replaces `path` when the block ends without an error.
 
-    Yields:
-        The file to write. After an error it is gone, and `path` is as it was.
+    After an error it is gone, and `path` is as it was.
     """
     path = Path(path)
     # Beside the target, since a rename is atomic only within one file system; of the same suffix,
@@ -215,10 +201,9 @@ def _appeared(path: Path) -> OutputError:
 
 
 def _exchange(one: Path, other: Path) -> bool:
-    """Exchanges two folders in one step, so that both names exist at every moment (Linux).
+    """Exchange two folders in one step, so that both names exist at every moment (Linux).
 
-    Returns:
-        Whether it did; not where the system or the file system cannot.
+    Returns whether it did; not where the system or the file system cannot.
     """
     rename = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
     if rename is None:

@@ -20,11 +20,7 @@ Reduction = Callable[[Writer, fx.Node, int], fx.Node]
 
 
 def write_output(writer: Writer, reduce: str, class_dim: int) -> fx.Node:
-    """Writes the output node: as a member's, every tensor reduced.
-
-    Returns:
-        The output node.
-    """
+    """Write the output node: as a member's, every tensor reduced."""
     source = writer.members[0].graph
     (output,) = (node for node in source.nodes if node.op == "output")
 

@@ -63,13 +63,7 @@ class Inventory:
 
 
 def name_in_stack(place: Place, word: str, member: int = 0) -> str:
-    """Name of a member's tensor in the stack.
-
-    Args:
-        place: Where it is kept.
-        word: Its name as one word.
-        member: Of a tensor of a member's own: the member's number.
-    """
+    """Return the name of a member's tensor in the stack; `word` is its own name as one word."""
     return f"{place.value}{member}{word}" if place is Place.MEMBERS else f"{place.value}{word}"
 
 
@@ -145,12 +139,7 @@ class Weights:
         return found[member]
 
     def stacked(self, name: str, shape: tuple[int, ...]) -> fx.Node:
-        """Reads a tensor of all members at once.
-
-        Args:
-            name: Name of the tensor.
-            shape: A view of [N, *shape of a member].
-        """
+        """Read a tensor of all members at once, viewed from [N, *shape of a member]."""
         found = self._stacked[self.key(name)]
         if shape not in found:
             found[shape] = self.graph.create_node("get_attr", self.key(name))

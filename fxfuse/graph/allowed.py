@@ -16,12 +16,7 @@ from fxfuse.graph.torch_compat import is_operator, pytree, registered_operators
 
 
 def count_batch(counter: torch.Tensor, training: bool) -> None:
-    """Count a batch in training, as `nn.BatchNorm` does; the rewriter puts it into graphs.
-
-    Args:
-        counter: int64 [].
-        training: Whether the module is in training mode.
-    """
+    """Count a batch in training, as `nn.BatchNorm` does; the rewriter puts it into graphs."""
     if training:
         counter.add_(1)
 
@@ -54,12 +49,7 @@ def name_of(target: Any) -> str | None:
 
 
 def find_operator(name: str, registered: Collection[str]) -> Callable[..., Any] | None:
-    """The operator of a name; None where the list does not allow it.
-
-    Args:
-        name: As `name_of` returns it.
-        registered: What `registered_in` returned.
-    """
+    """Return the operator that `name_of` names so; None where the list does not allow it."""
     library, _, rest = name.partition(".")
     packet, _, overload = rest.partition(".")
     qualified = f"{library}::{packet}" + ("" if overload == "default" else f".{overload}")

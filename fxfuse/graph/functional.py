@@ -42,13 +42,10 @@ _PERHAPS = (
 
 
 def functional(graph: fx.Graph) -> fx.Graph:
-    """A copy of an exported graph without writes into activations.
+    """Copy an exported graph without writes into activations; nodes have `meta["val"]`.
 
     A graph that resizes a tensor in place, or writes into another operand than the first, keeps all
     of its writes: what they leave behind is not followed.
-
-    Args:
-        graph: Nodes carry the fake tensor of their result in `meta["val"]`.
     """
     copier = _Copier(keeps_writes=any(map(_is_beyond, graph.nodes)))
     for node in graph.nodes:

@@ -84,10 +84,7 @@ class StoredGraph:
 def write_graph(module: fx.GraphModule, path: Path, constants: str = "") -> None:
     """Write the graph of a module, and what its tensors are.
 
-    Args:
-        module: An emitted module.
-        path: The file, `.json`.
-        constants: SHA-256 of the file that holds the constants.
+    `constants` is the SHA-256 of the file that holds the constants.
     """
     try:
         text = _write(_content(StoredGraph(module.graph, _describe_tensors(module), constants)))
@@ -106,10 +103,8 @@ def write_graph(module: fx.GraphModule, path: Path, constants: str = "") -> None
 def read_graph(path: Path, allow: Collection[str] = ()) -> StoredGraph:
     """Read a graph that `write_graph` wrote.
 
-    Args:
-        path: The file.
-        allow: Libraries beside torch's whose operators and output classes the graph may use; they
-            are registered in this process already.
+    `allow` names libraries beside torch's whose operators and output classes the graph may use;
+    they are registered in this process already.
     """
     try:
         with path.open("rb") as file:

@@ -108,13 +108,10 @@ def argument_names(target: Any) -> list[str]:
 
 
 def overloads_of(target: Any) -> Sequence[Any]:
-    """What stands in a graph for an operator that a user names.
+    """Return what stands in a graph for an operator that a user names.
 
     The classes of operators, and the way from a `torch.library.custom_op` to its operator, are
     private. Replaced by: public classes, and `CustomOpDef.default`.
-
-    Args:
-        target: An operator, a packet of its overloads, or what `torch.library.custom_op` returned.
     """
     if isinstance(target, torch.library.CustomOpDef):  # type: ignore[attr-defined]
         return [target._opoverload]
@@ -180,14 +177,10 @@ def copy_inputs(source: fx.Graph, target: fx.Graph, spec: Any) -> None:
 
 
 def flatten_inputs(graph: fx.Graph, values: Sequence[Any]) -> Sequence[Any]:
-    """The inputs of a graph's placeholders, as the module's generated code flattens them.
+    """Flatten the inputs of a graph's placeholders as the module's generated code does.
 
     `Graph.process_inputs` is public, and ignores the order of keys in dictionaries. Replaced by:
     its keyword arguments.
-
-    Args:
-        graph: A captured graph.
-        values: What its module is called with, in the order of the signature.
     """
     # Here, where it is needed: it is private beside the other one, and needed once.
     from torch.fx._pytree import tree_flatten_spec

@@ -31,15 +31,9 @@ NESTING_KEYS = ("state_dict", "model")
 
 
 def read_file(path: str | Path, *, mmap: bool = False) -> Any:
-    """Reads the tensors of a file, in whatever plain containers they are stored.
+    """Read the tensors of a file onto the CPU, in whatever plain containers they are stored.
 
-    Args:
-        path: A `.safetensors` file, or one written by `torch.save`.
-        mmap: Whether tensors of the latter stay in it until they are used, where its format allows
-            that.
-
-    Returns:
-        A tensor, or containers of tensors and plain values. All tensors are on the CPU.
+    `mmap`: tensors of a `.pt` file stay in it until they are used, where its format allows that.
     """
     path = Path(path)
     check_openable(path)
@@ -56,15 +50,9 @@ def read_file(path: str | Path, *, mmap: bool = False) -> Any:
 
 
 def read_state_dict(path: str | Path, *, mmap: bool = False) -> dict[str, torch.Tensor]:
-    """Reads a state_dict, also one that is nested under `state_dict` or `model`.
+    """Read a state_dict onto the CPU, also one that is nested under `state_dict` or `model`.
 
-    Args:
-        path: The checkpoint.
-        mmap: Whether tensors of a `.pt` file stay in it until they are used, where its format
-            allows that.
-
-    Returns:
-        Tensors by name, on the CPU.
+    `mmap` as in `read_file`.
     """
     content = read_file(path, mmap=mmap)
     for key in NESTING_KEYS:

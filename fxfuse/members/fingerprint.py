@@ -22,13 +22,11 @@ _DIGITS = 32
 
 
 def fingerprint(state: Mapping[str, torch.Tensor]) -> dict[str, str]:
-    """A hash of each tensor of a network.
+    """Hash each tensor of a network into 32 hexadecimal digits.
 
     SHA-256 over name, shape, dtype and at most 4,096 evenly spaced elements: another network and
-    further training are told apart from this one, a change of single elements may not be.
-
-    Returns:
-        32 hexadecimal digits for each name. They do not depend on the device or on strides.
+    further training are told apart from this one, a change of single elements may not be. Device
+    and strides do not count.
     """
     return {name: _hash(name, tensor.detach()) for name, tensor in state.items()}
 
@@ -58,11 +56,7 @@ def _hash(name: str, tensor: torch.Tensor) -> str:
 
 
 def digest_of(content: Any) -> str:
-    """SHA-256 of plain data, which does not depend on how its JSON text is set.
-
-    Returns:
-        64 hexadecimal digits.
-    """
+    """Return the SHA-256 of plain data, 64 hexadecimal digits, however its JSON text is set."""
     text = json.dumps(content, sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(text.encode()).hexdigest()
 

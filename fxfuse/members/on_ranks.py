@@ -27,19 +27,11 @@ def members_on_ranks(
     template: nn.Module | None,
     example: Example,
 ) -> tuple[Program, RankedStates]:
-    """Member 0, captured on every rank, and the tensors of all members.
+    """Return member 0, captured on every rank, and the tensors of all members.
 
-    Args:
-        ranks: The processes; each calls with its own members.
-        members: Of this rank: modules, or paths of checkpoints. There may be none.
-        template: A module of the members' class, for paths and for a rank without members.
-        example: Example inputs; those of the rank that has member 0 count.
-
-    Raises:
-        OptionError: A rank has neither a module nor a template, or a member is neither a module
-            nor a path.
-        MemberError: The ranks' networks differ.
-        FxfuseError: What reading, capturing and comparing members raises, on all ranks.
+    Each process calls with its own `members`, modules or paths of checkpoints, of which there may
+    be none. `template` is a module of their class, for paths and for a rank without members. The
+    example inputs of the rank that has member 0 count. What one rank raises is raised on all.
     """
     owners = [r for r, n in enumerate(ranks.all(lambda: len(members))) for _ in range(n)]
     numbers = [number for number, owner in enumerate(owners) if owner == ranks.rank]

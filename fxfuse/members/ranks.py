@@ -78,13 +78,10 @@ class Ranks:
         return [value for _, value in everyone]
 
     def sent(self, owner: int, value: Any, device: torch.device) -> Any:
-        """What another rank has, here; its tensors arrive one after the other.
+        """Return what another rank has; its tensors arrive one after the other on `device`.
 
-        Args:
-            owner: The rank that has it.
-            value: There, nested containers with tensors; elsewhere, the same with tensors on the
-                meta device.
-            device: Where tensors arrive.
+        Elsewhere than on its owner, `value` is the same nested containers with tensors on the meta
+        device.
         """
 
         def moved(tensor: torch.Tensor) -> torch.Tensor:

@@ -50,13 +50,10 @@ def encode(value: Any) -> Any:
 
 
 def decode(kind: Any, value: Any, where: str) -> Any:
-    """What `encode` made JSON of, checked against its type.
+    """Read what `encode` made JSON of, checked against its type.
 
-    Args:
-        kind: The type: a dataclass, str, int, float, an enumeration, or a tuple, frozenset, mapping
-            or union with None of such.
-        value: What the JSON holds.
-        where: How its place is called in messages.
+    Types are dataclasses, str, int, float, enumerations, and tuples, frozensets, mappings or unions
+    with None of such. `where` is how the value's place is called in messages.
     """
     if hasattr(kind, "decoded"):
         return kind.decoded(_expect(dict, "an object", value, where), where)

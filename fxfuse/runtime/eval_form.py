@@ -14,11 +14,7 @@ from fxfuse.transform.emit import copy_graph, share_tensors, unswitch_training
 
 
 def inference_copy(module: fx.GraphModule) -> fx.GraphModule:
-    """A copy of a network with tensors of its own, which passes may change.
-
-    Returns:
-        A plain graph module in eval mode, without gradients.
-    """
+    """Copy a network for passes that change it: own tensors, eval mode, without gradients."""
     plain = fx.GraphModule({}, fx.Graph())
     share_tensors(module, plain)
     plain.graph = copy_graph(module.graph)

@@ -34,14 +34,10 @@ LAYOUTS = (Layout(True, False), Layout(False, True), Layout(False, False))
 def by_rule(
     device: torch.device, operations: int, freeze: bool | None, channels_last: bool | None
 ) -> Layout:
-    """The layout that device and size suggest, where none was asked for.
+    """Return the layout that device and number of operations suggest, where none was asked for.
 
-    Args:
-        device: Where the network is.
-        operations: Floating-point operations of one call.
-        freeze: What was asked for.
-        channels_last: What was asked for; None: where weights are not frozen, since inductor
-            chooses the layout of those itself.
+    Channels are last by default where weights are not frozen, since inductor chooses the layout of
+    those itself.
     """
     if freeze is None:
         least = _FREEZES.get(device.type)

@@ -23,12 +23,9 @@ def flops(network: Callable[..., Any], example: tuple[Any, ...]) -> int:
 
 
 def milliseconds(network: Callable[..., Any], example: tuple[Any, ...], run_time: float) -> float:
-    """Median latency for the example inputs, on as many threads as torch uses otherwise.
+    """Return the median latency for positional inputs, on as many threads as torch uses otherwise.
 
-    Args:
-        network: What is called; a module is in the mode that counts.
-        example: Positional inputs.
-        run_time: Seconds of repetition.
+    The call is repeated for `run_time` seconds.
     """
     # Here, since it takes a second to import.
     from torch.utils.benchmark import Timer

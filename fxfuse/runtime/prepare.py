@@ -62,11 +62,7 @@ def answers_of(
 
 
 def inductor_options(mode: str | None, options: Mapping[str, Any]) -> dict[str, Any]:
-    """What a mode and options of inductor come to.
-
-    Raises:
-        OptionError: There is no such mode or option.
-    """
+    """Return what a mode and options of inductor come to."""
     modes = inductor_modes()
     if mode is not None and mode not in modes:
         raise OptionError(f"unknown mode {mode!r}", how=f"use one of {', '.join(modes)}")

@@ -24,16 +24,10 @@ def permuted(
     graph: CouplingGraph,
     permutations: Mapping[str, Index],
 ) -> dict[str, torch.Tensor]:
-    """Moves units: unit `permutations[group][k]` of the old network becomes unit k of the new one.
+    """Move units: unit `permutations[group][k]` of the old network becomes unit k of the new one.
 
-    Args:
-        state: Tensors by `state_dict()` name.
-        graph: The analysis of the network.
-        permutations: For each group name, int64 [n_units].
-
-    Returns:
-        New tensors; those that no group owns are the old ones. The function of the network is
-        unchanged (DESIGN.md section 7, permutation oracle).
+    Tensors that no group owns are the old ones. The function of the network is unchanged (DESIGN.md
+    section 7, permutation oracle).
     """
     return {name: moved_tensor(name, state[name], graph, permutations) for name in state}
 

@@ -47,11 +47,7 @@ class FusedModule(fx.GraphModule):
 
 
 def emit(program: Program, state: Mapping[str, torch.Tensor]) -> FusedModule:
-    """Makes a module of a captured graph and tensors of the members' names and shapes.
-
-    Returns:
-        A module in eval mode that owns `state`.
-    """
+    """Make a module in eval mode of a captured graph and tensors of the members' shapes."""
     return emit_graph(program, state, copy_graph(program.graph))
 
 

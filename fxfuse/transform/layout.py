@@ -83,30 +83,19 @@ Copies = Mapping[str, Index]
 
 
 def copies_per_unit(n_units: int, n_fused: int) -> Index:
-    """How many fused units stand in the place of each unit of a member.
+    """Return how many fused units stand in the place of each unit of a member, int64 [n_units].
 
     Every unit has as many as every other, or the first ones have one more: what is regular at the
     members' width stays so, and a shape literal can describe it.
-
-    Args:
-        n_units: Units of a member, 1 or more.
-        n_fused: Units of the fused group, 1 or more.
-
-    Returns:
-        int64 [n_units], with sum `n_fused`.
     """
     each, rest = divmod(n_fused, n_units)
     return each + (np.arange(n_units) < rest).astype(np.int64)
 
 
 def unit_copies(count: Index) -> tuple[Index, Index]:
-    """In the place of which unit of a member each fused unit stands, and which copy of it it is.
+    """Return in which unit's place each fused unit stands, and which copy of it it is.
 
-    Args:
-        count: How many fused units stand in the place of each unit of a member, int64 [units].
-
-    Returns:
-        The unit and the number of the copy, both int64 [fused units].
+    `count` is how many fused units stand in the place of each unit of a member, int64 [units].
     """
     return np.repeat(np.arange(len(count)), count), _counted(count)
 

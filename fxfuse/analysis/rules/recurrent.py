@@ -114,14 +114,9 @@ def step(
     weights: Weights,
     gates: int,
 ) -> list[AbstractTensor]:
-    """One direction of one layer: `* i → * h` for each state, the hidden state first.
+    """Couple one direction of one layer: `* i → * h` for each state, the hidden state first.
 
-    Args:
-        coupling: Where ties are written.
-        x: [* i].
-        initial: The states before the first step, each [* h] (sizes of 1 broadcast).
-        weights: The layer's parameters.
-        gates: Number of gates k.
+    `initial` holds the states before the first step, each [* h] (sizes of 1 broadcast).
     """
     lead = "ABC"[: x.rank - 1]
     coupling.record_use(x)

@@ -55,11 +55,7 @@ class OptionPart(Part):
         return self
 
     def make(self, **inputs: Any) -> Any:
-        """Make the object of the class.
-
-        Args:
-            inputs: Fields that no recipe holds.
-        """
+        """Make the object of the class; `inputs` are fields that no recipe holds."""
         found = {f.name: getattr(self, f.name) for f in options_of(self.options)}
         return self.options(**inputs, **found)
 

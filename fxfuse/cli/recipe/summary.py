@@ -10,13 +10,7 @@ from fxfuse.verify import Check
 
 
 def summary(result: FusionResult, networks: Sequence[Network], trained: str) -> str:
-    """Markdown about a fusion.
-
-    Args:
-        result: What was fused.
-        networks: What was measured, if anything was.
-        trained: What training did, or "".
-    """
+    """Write Markdown about a fusion; `trained` is what training did, or ""."""
     parts = [result.plan.summary()]
     if result.raw_note and not trained:
         parts.append(f"**{result.raw_note}**\n")

@@ -61,15 +61,7 @@ def read_recipe(path: str | Path) -> Recipe:
 
 
 def parse_recipe(text: str, where: str = "recipe") -> Recipe:
-    """Reads a recipe from its text.
-
-    Args:
-        text: YAML.
-        where: What it is called in messages.
-
-    Raises:
-        OptionError: As `read_recipe`.
-    """
+    """Read a recipe from YAML; `where` is what it is called in messages."""
     try:
         root = yaml.compose(text, Loader=yaml.SafeLoader)
         _check_nodes(root)
@@ -243,11 +235,7 @@ def _parts_of(annotation: Any) -> list[type[Part]]:
 
 
 def _check_nodes(root: yaml.Node | None) -> None:
-    """Checks what YAML's own reader lets pass: fields that are given twice, and endless depth.
-
-    Raises:
-        YAMLError: There is such a thing.
-    """
+    """Check what YAML's own reader lets pass: fields that are given twice, and endless depth."""
     waiting = [(root, 0)]
     while waiting:
         node, depth = waiting.pop()

@@ -83,16 +83,7 @@ def gather(
     sweep: Sequence[Network] = (),
     refined: bool = False,
 ) -> Content:
-    """Everything that a report says.
-
-    Args:
-        result: What was fused.
-        title: Of the page.
-        members: The members, for the scores of the units that were lost.
-        networks: Rows of the table; none: sizes of a member, the ensemble and the fused network.
-        sweep: Networks of other widths.
-        refined: Whether the network was fitted or trained after it was fused, elsewhere.
-    """
+    """Gather everything that a report says; arguments are those of `write_report`."""
     rows = tuple(networks) or _sizes(result)
     return Content(
         title,

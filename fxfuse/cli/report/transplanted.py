@@ -63,12 +63,7 @@ class GroupShare:
 def shares(
     result: FusionResult, members: Sequence[nn.Module] | None = None
 ) -> tuple[GroupShare, ...]:
-    """Where the units of every group come from.
-
-    Args:
-        result: What was fused.
-        members: The members, for the scores; without them no score is known.
-    """
+    """Return where the units of every group come from; scores are known only with `members`."""
     plan, graph = result.plan, result.graph
     kept = {} if members is None else _kept(graph, result, members)
     return tuple(

@@ -50,11 +50,7 @@ def write_report(
 
 
 def check_installed() -> None:
-    """Checks that a report can be written, before the work that it is about.
-
-    Raises:
-        MissingDependencyError: altair or vl-convert-python is not installed.
-    """
+    """Check that altair and vl-convert-python are installed, before the work of a report."""
     try:
         import_module("fxfuse.cli.report.page")
     except ImportError as error:

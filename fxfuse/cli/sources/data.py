@@ -45,11 +45,7 @@ class Data:
         return len(self.inputs[0])
 
     def require_labels(self, where: str) -> Tensor:
-        """The labels.
-
-        Raises:
-            InputError: There are none.
-        """
+        """Return the labels, or raise an error where there are none."""
         if self.labels is None:
             raise InputError(
                 "the data have no labels",

@@ -34,11 +34,9 @@ _LOWERINGS: dict[Any, Entry] = {}
 
 
 def lowering(*targets: Any, starts: bool = False) -> Callable[[Lowering], Lowering]:
-    """Registers a function as the lowering of operators.
+    """Register a function as the lowering of operators, `torch.ops.aten.name.overload`.
 
-    Args:
-        targets: Operators, `torch.ops.aten.name.overload`.
-        starts: Whether it also takes operands that are not stacked yet.
+    `starts`: it also takes operands that are not stacked yet.
     """
 
     def register(function: Lowering) -> Lowering:

@@ -67,18 +67,11 @@ def shared(
 def from_the_input(
     frame: CouplingGraph, graph: CouplingGraph, ours: Tensors, theirs: Tensors, solve: Solve
 ) -> Carried:
-    """Matches the groups of a member one after the other, each along what was matched before it.
+    """Match the groups of a member one after the other, each along what was matched before it.
 
-    Groups whose writers all come from where units correspond go first: the graph's order is that
-    of the tensors' names, which need not be that of the layers.
-
-    Args:
-        frame: The analysis of the network to whose units the member's are matched.
-        graph: The analysis of the member.
-        ours: Tensors of the former.
-        theirs: Tensors of the latter.
-        solve: Matches the units of a group by their Euclidean distances; gets the parameters that
-            write the member's units as well, along what was matched before.
+    Groups whose writers all come from where units correspond go first: the graph's order is that of
+    the tensors' names, which need not be that of the layers. `solve` matches the units of a group
+    by their Euclidean distances; it gets the parameters that write the member's units as well.
     """
     found: dict[str, tuple[Matrix, Matrix]] = {}
     waiting = list(graph.groups)

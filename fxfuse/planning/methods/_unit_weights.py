@@ -51,15 +51,9 @@ def moved(
     frame: CouplingGraph | None = None,
     skip: int | None = None,
 ) -> Matrix:
-    """A tensor with the units of every group moved, along every dimension but one.
+    """Move the units of every group of a tensor, along every dimension but `skip`.
 
-    Args:
-        graph: The analysis of the member that it is of.
-        name: Canonical name of the tensor.
-        weight: The tensor.
-        move: What becomes of the units of a group.
-        frame: The analysis of the network to whose units they are moved, where that is another one.
-        skip: The dimension that stays as it is.
+    `frame` is the analysis of the network to whose units they are moved, where that is another one.
     """
     frame = frame or graph
     for dim in range(weight.ndim):

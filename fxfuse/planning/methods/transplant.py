@@ -140,12 +140,7 @@ class _Pool:
 def _mixtures(
     graph: CouplingGraph, states: Sequence[State], kept: Kept, context: Context
 ) -> dict[str, UnitMap]:
-    """Maps of residual streams that are not one-hot.
-
-    Raises:
-        InputError: There are no calibration inputs.
-        OptionError: The members have different widths.
-    """
+    """Make the maps of residual streams that are not one-hot."""
     if context.calibration is None:
         raise InputError(
             "variant 'components' needs calibration inputs",

@@ -34,22 +34,12 @@ def degree_of(name: str) -> int:
 def magnitude(
     graph: CouplingGraph, states: Sequence[State], context: Context, kept: Kept, *, degree: int
 ) -> dict[int, Scores]:
-    """Group magnitude of each unit.
+    """Compute the group magnitude of each unit, float64 [n_units] by member and group.
 
     The score of a unit is Σ |w|^degree over all weights that it owns: rows of what writes it and
     columns of what reads it (biases, tables that are added, and buffers are left out). This orders
     units as `torch_pruning.importance.MagnitudeImportance(p=degree)` orders the channels of the
     members' concatenation, whose output layer is scaled by 1/N.
-
-    Args:
-        graph: The analysis of the members.
-        states: For each member, its tensors by name.
-        context: Says which tensors some members lack.
-        kept: The members that are concatenated, and which of their units exist.
-        degree: 1 or 2.
-
-    Returns:
-        For each member that takes part, for each group, float64 [n_units].
     """
     names, outputs = multiplied(graph), _outputs(graph)
 

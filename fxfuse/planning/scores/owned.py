@@ -67,13 +67,10 @@ def _lines(
     value_of: Callable[[torch.Tensor], torch.Tensor] | None,
     scratch: Scratch,
 ) -> dict[int, NDArray[np.float64]]:
-    """For each dimension, the sums of the values over all others.
+    """Sum the values over all other dimensions, for each dimension in `wanted`.
 
-    Args:
-        tensor: The numbers; of complex ones the absolute values.
-        wanted: The dimensions, and for each the indices of others that count; all, if left out.
-        value_of: Value of each number, or None.
-        scratch: Memory for a block.
+    That also says which indices of the others count; all, if left out. Of complex numbers the
+    absolute values count.
     """
     lines = {
         dim: torch.zeros(tensor.shape[dim], dtype=torch.float64, device=tensor.device)

@@ -115,10 +115,9 @@ class _Roles:
         self.table = np.concatenate([unit_of[component], part], axis=1)
 
     def along(self, value: AbstractTensor, dim: int) -> Index:
-        """What stands at each index of a dimension.
+        """Return what stands at each index of a dimension, int64 [size, 5].
 
-        Returns:
-            int64 [size, 5]: the row of the table, and how often the same stood there before.
+        These are the row of the table, and how often the same stood there before.
         """
         ids = np.zeros(value.shape[dim], dtype=np.int64)
         for f in value.fields:

@@ -22,13 +22,10 @@ _IDENTITIES = (aten.contiguous.default, aten.clone.default, aten.alias.default, 
 
 
 def gather(wide: ResizedGraph, node: fx.Node, operand: fx.Node, have: Layouts) -> Any:
-    """Writes a gather in place of a data movement.
+    """Write a gather in place of a data movement, and return the layouts of its result or results.
 
     A result that is no tensor of whole copies (half way through a channel shuffle, say) is left to
     the movements that read it: they are written together with this one.
-
-    Returns:
-        Layouts of the result; a list of them where the movement returns a list.
     """
     results, operator_node = wide.values[node], wide.mapping[node]
     source, earlier, passed = wide.pending.get(operand, (operand, _nowhere, ()))

@@ -48,18 +48,9 @@ def set_arguments(wide: ResizedGraph, node: fx.Node, args: Sequence[Any]) -> Non
 def resized_fill(
     wide: ResizedGraph, node: fx.Node, operand: fx.Node, dim: int, size: int
 ) -> fx.Node | None:
-    """Writes an operand that holds one value everywhere in another size, before a node.
+    """Write an operand that holds one value everywhere in another `size`, before its reader.
 
-    Args:
-        wide: The concatenated graph.
-        node: The node that reads it, of the members' graph.
-        operand: What is written again, of the members' graph.
-        dim: The dimension that gets another size.
-        size: That size, for the example.
-
-    Returns:
-        A node of the concatenated graph; None where the operand is no such one, or where its sizes
-        are no literals.
+    None where the operand is no such one, or where its sizes are no literals.
     """
     if find(operand.target) is not creation.filled:
         return None
@@ -96,13 +87,9 @@ def _target(node: fx.Node, args: Sequence[Any]) -> Any:
 
 
 def evaluate(wide: ResizedGraph, node: fx.Node, args: Any, tensor: torch.Tensor) -> Any:
-    """Runs a node's operator on a tensor in place of its first argument.
+    """Run a node's operator on a tensor in place of its first argument.
 
-    Args:
-        wide: The concatenated graph.
-        node: A node of the members' graph.
-        args: Positional arguments: the node's own, or one of its `candidates`.
-        tensor: What to run it on.
+    `args` are the node's own, or one of its `candidates`.
     """
 
     def concrete(x: Any) -> Any:

@@ -21,14 +21,9 @@ _BASE = 1 << 20
 
 
 def positions_of(value: AbstractTensor, layouts: Layouts) -> tuple[torch.Tensor, torch.Tensor]:
-    """For each element: the member's element of which it is a copy, and the copies' numbers.
+    """For each element, return the member's element of which it is a copy, and the copies' numbers.
 
-    Args:
-        value: A tensor at the members' width.
-        layouts: The layouts of its dimensions that grow.
-
-    Returns:
-        Two int64 tensors of the wide shape.
+    Both are int64 of the resized shape.
     """
     place = torch.arange(int(np.prod(value.shape))).reshape(value.shape)
     copy = torch.zeros(value.shape, dtype=torch.int64)
@@ -43,13 +38,10 @@ def positions_of(value: AbstractTensor, layouts: Layouts) -> tuple[torch.Tensor,
 def layouts_of(
     narrow: torch.Tensor, moved: torch.Tensor, copies: torch.Tensor, growing: Collection[int]
 ) -> Layouts | None:
-    """Layouts of a moved tensor, or None when it is no tensor of whole copies.
+    """Return the layouts of a moved tensor, or None when it is no tensor of whole copies.
 
-    Args:
-        narrow: Positions moved at the members' width.
-        moved: Positions moved at the wide width.
-        copies: The copies' numbers, moved alike.
-        growing: Dimensions of the result along which units stand whose number changes.
+    `narrow` are positions moved at the members' width, `moved` and `copies` positions and numbers
+    of copies moved at the other; along `growing` dimensions stand units whose number changes.
     """
     result: Layouts = {}
     first = _first_place(narrow, moved)

@@ -66,11 +66,7 @@ _HANDLERS: Mapping[Rule | None, Handler] = {
 def emit_resized(
     graph: CouplingGraph, plan: FusionPlan, states: Sequence[Mapping[str, torch.Tensor]]
 ) -> FusedModule:
-    """Emits the concatenation of the members.
-
-    Returns:
-        A module whose labelled dimensions have the sizes that the plan gives them.
-    """
+    """Emit the concatenation of the members, with the sizes that the plan gives."""
     wide = walk_of(graph, plan)
     names = wide.own_tensors()
     state = fused_tensors(graph, plan, states, wide.places, names)
