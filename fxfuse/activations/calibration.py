@@ -52,7 +52,7 @@ class Calibration(Options):
 
     @staticmethod
     def of(given: Any) -> Calibration:
-        """What a caller gave as calibration: inputs, or a `Calibration`."""
+        """Return what a caller gave as calibration: inputs, or a `Calibration`."""
         return given if isinstance(given, Calibration) else Calibration(given)
 
 
@@ -188,7 +188,7 @@ class CalibrationBatches:
 
 
 def _augment(call: _Call) -> Augment:
-    """What makes copies of inputs."""
+    """Return what makes copies of inputs."""
     args, kwargs = call
     found = None if kwargs else default_augment(args)
     if found is None:

@@ -35,7 +35,7 @@ def gradients(
     batches: Iterable[Any],
     state: Mapping[str, torch.Tensor] | None = None,
 ) -> Gradients:
-    """Accumulates the gradients of the cross-entropy, batch by batch, in eval mode.
+    """Accumulate the gradients of the cross-entropy, batch by batch, in eval mode.
 
     Args:
         program: A captured member; its weights stay as they are.

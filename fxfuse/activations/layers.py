@@ -46,19 +46,19 @@ class Layer:
     bias_way: ViewChain = ()
 
     def held(self, state: Mapping[str, torch.Tensor]) -> torch.Tensor:
-        """The weight, or the part of it that the layer reads, among tensors by name."""
+        """Return the weight, or the part of it that the layer reads, among tensors by name."""
         return part_of(self.way, state[self.weight])
 
     def held_bias(self, state: Mapping[str, torch.Tensor]) -> torch.Tensor:
-        """The same of the bias; there has to be one."""
+        """Return the same of the bias; there has to be one."""
         return part_of(self.bias_way, state[self.bias])
 
     def put(self, state: dict[str, torch.Tensor], weight: torch.Tensor) -> None:
-        """Sets what `held` returns; tensors that stood there stay as they are."""
+        """Set what `held` returns; tensors that stood there stay as they are."""
         state[self.weight] = _with_part(self.way, state[self.weight], weight)
 
     def put_bias(self, state: dict[str, torch.Tensor], bias: torch.Tensor) -> None:
-        """Sets what `held_bias` returns; tensors that stood there stay as they are."""
+        """Set what `held_bias` returns; tensors that stood there stay as they are."""
         state[self.bias] = _with_part(self.bias_way, state[self.bias], bias)
 
     @property
@@ -72,7 +72,7 @@ class Layer:
         return self.facts.inputs if transposed else self.facts.outputs
 
     def channels_last(self, x: torch.Tensor) -> torch.Tensor:
-        """An input or output of the layer with its channels last, [..., channels]."""
+        """Return an input or output of the layer with its channels last, [..., channels]."""
         return x.movedim(self.facts.channels, -1)
 
     def n_rows(self, y: torch.Tensor) -> int:
@@ -80,7 +80,7 @@ class Layer:
         return y.numel() // y.shape[self.facts.channels]
 
     def output_rows(self, y: torch.Tensor) -> torch.Tensor:
-        """An output of the layer, or anything of its shape, as [rows, channels]."""
+        """Return an output of the layer, or anything of its shape, as [rows, channels]."""
         last = self.channels_last(y)
         return last.reshape(-1, last.shape[-1])
 
@@ -98,7 +98,7 @@ class Layer:
         return rows.reshape(len(chosen), self.groups, -1)
 
     def matrix(self, weight: torch.Tensor) -> torch.Tensor:
-        """The weight as [groups, features, outputs of a group]."""
+        """Return the weight as [groups, features, outputs of a group]."""
         if not self.facts.space:
             return (weight if self.facts.transposed else weight.t()).unsqueeze(0)
         if self.facts.transposed:
@@ -107,7 +107,7 @@ class Layer:
         return weight.reshape(self.groups, -1, weight[0].numel()).transpose(1, 2)
 
     def weight_of(self, matrix: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
-        """The weight that `matrix` gives [groups, features, outputs of a group]."""
+        """Return the weight that `matrix` gives [groups, features, outputs of a group]."""
         if not self.facts.space:
             weight = matrix[0] if self.facts.transposed else matrix[0].t()
         elif self.facts.transposed:
@@ -169,7 +169,7 @@ class Layer:
 
 
 def layers_of(program: Program) -> tuple[Layer, ...]:
-    """The layers of a network whose weight is a parameter of its own, in graph order.
+    """Return the layers of a network whose weight is a parameter of its own, in graph order.
 
     Weights that are used twice or tied, and weights that are computed, make no layer; one that is
     cut into parts, as the projections of a cross attention are, makes one for each part.
@@ -233,7 +233,7 @@ def _read_by(program: Program, node: Any) -> tuple[str | None, ViewChain]:
 
 
 def _with_part(way: ViewChain, whole: torch.Tensor, part: torch.Tensor) -> torch.Tensor:
-    """A tensor whose part at the end of a way is `part`, in the dtype that it has."""
+    """Return a tensor whose part at the end of a way is `part`, in the dtype that it has."""
     if not way:
         return part.to(whole.dtype)
     whole = whole.detach().clone()

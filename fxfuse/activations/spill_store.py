@@ -31,11 +31,11 @@ class SpillStore:
         self._numbers = count()
 
     def put(self, values: Iterable[Any]) -> Stored:
-        """Takes values one by one, so that never more than one is there beside what is kept."""
+        """Take values one by one, so that never more than one is there beside what is kept."""
         return Stored(self, [self._keep(value) for value in values])
 
     def free(self, stored: Stored) -> None:
-        """Takes values off again."""
+        """Take values off again."""
         for item in stored.items:
             if isinstance(item, _Written):
                 item.path.unlink()

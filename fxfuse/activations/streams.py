@@ -73,7 +73,7 @@ def _groups_at(nodes: Iterable[fx.Node], graph: CouplingGraph, numbers: Index) -
 
 
 def _is_linear(node: fx.Node, met: set[int], graph: CouplingGraph, numbers: Index) -> bool:
-    """Whether a node treats mixtures of the units that it meets as it treats the units."""
+    """Tell whether a node treats mixtures of the units that it meets as it treats the units."""
     facts = FACTS.get(node.target)
     if node.target in _LINEAR or _is_norm(node) or isinstance(facts, Dropout):
         return True

@@ -76,7 +76,7 @@ def consumer_inputs(
     *,
     rows: int = ROWS,
 ) -> dict[Layer, list[torch.Tensor]]:
-    """What the layers that read groups get, in each member.
+    """Return what the layers that read groups get, in each member.
 
     Where a head has computed it with tensors of its own (a norm, say), units of other members are
     not there, and count as zeros: the head has no tensors for them.
@@ -110,13 +110,13 @@ def consumer_inputs(
 
 
 def _with_zeros(found: Sequence[torch.Tensor | None]) -> list[torch.Tensor]:
-    """The members' rows, zeros where one has none; members with heads have one size."""
+    """Return the members' rows, zeros where one has none; members with heads have one size."""
     like = next(x for x in found if x is not None)
     return [torch.zeros_like(like) if x is None else x for x in found]
 
 
 def _in_order(graph: CouplingGraph, consumers: Mapping[str, Sequence[Consumer]]) -> list[Layer]:
-    """The layers that read groups, each once, in graph order."""
+    """Return the layers that read groups, each once, in graph order."""
     place = {node: place for place, node in enumerate(graph.program.graph.nodes)}
     layers = {c.layer: None for found in consumers.values() for c in found}
     return sorted(layers, key=lambda layer: place[layer.node])

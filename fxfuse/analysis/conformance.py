@@ -52,7 +52,7 @@ def _check_one(node: fx.Node, fake: Any, value: Any, count: int, which: str) -> 
 
 
 def _fault(f: Any, shape: tuple[int, ...]) -> str:
-    """What is wrong with a field of a tensor of this shape; empty when nothing is."""
+    """Return what is wrong with a field of a tensor of this shape; empty when nothing is."""
     if not isinstance(f, DimLabels):
         return f"a {type(f).__name__} is not a DimLabels"
     sizes = tuple(f.ids.shape)

@@ -60,7 +60,7 @@ class Explainer:
         return result
 
     def one(self, place: Place) -> str:
-        """Why a dimension is free or frozen."""
+        """Return why a dimension is free or frozen."""
         key = self._place(place)
         lines = [f"{place[0]}, dimension {key[1]}:"]
         for group in self.group_of.get(key, ()):
@@ -88,7 +88,7 @@ class Explainer:
         return "\n".join(lines)
 
     def two(self, a: Place, b: Place) -> str:
-        """The chain of operators that couples two dimensions."""
+        """Return the chain of operators that couples two dimensions."""
         first, second = self._place(a), self._place(b)
         head = f"{a[0]}, dimension {first[1]} and {b[0]}, dimension {second[1]}"
         if first == second:

@@ -89,7 +89,7 @@ class FrozenComponents:
         return mask if self.reasons[last] is _HEAD else np.zeros_like(mask)
 
     def of(self, component: int) -> Freeze:
-        """Why a component is frozen; of the kind that decides."""
+        """Return why a component is frozen; of the kind that decides."""
         freeze = self.reasons[int(self.reason[component])]
         return replace(freeze, kind=_KINDS[int(self.kind[component])])
 
@@ -148,7 +148,7 @@ def frozen_places(
     stuck: FrozenComponents,
     asked: Mapping[str, Asked],
 ) -> dict[Place, FrozenReason]:
-    """Why each place is frozen, of those that are, wholly or in part."""
+    """Return why each place is frozen, of those that are, wholly or in part."""
     by_owner: dict[Place, Index] = {}
     for owner, place in enumerate(coupling.owners):
         by_owner[place] = component[coupling.ids_of(owner)]

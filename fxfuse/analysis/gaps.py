@@ -38,7 +38,7 @@ class WithoutRule:
 
 
 def without_rule(coupling: CouplingConstraints) -> tuple[WithoutRule, ...]:
-    """The gaps that the rules left, those of one operator together, in graph order."""
+    """Return the gaps that the rules left, those of one operator together, in graph order."""
     found: dict[tuple[Any, bool], list[fx.Node]] = defaultdict(list)
     for gap in coupling.gaps:
         found[(gap.node.target, gap.has_rule)].append(gap.node)

@@ -98,7 +98,7 @@ def region_of(program: Program, names: Collection[str]) -> frozenset[fx.Node]:
 
 
 def others_region(program: Program, member: int) -> frozenset[fx.Node]:
-    """The nodes that a member of a joined network does not have: its part is the rest."""
+    """Return the nodes that a member of a joined network does not have: its part is the rest."""
     return region_of(program, [name for name, own in program.heads.items() if own != member])
 
 
@@ -111,7 +111,7 @@ def _dependents(graph: fx.Graph, starts: Callable[[fx.Node], bool]) -> set[fx.No
 
 
 def _is_parameter(program: Program, node: fx.Node) -> bool:
-    """Whether a node reads a parameter or a float buffer."""
+    """Tell whether a node reads a parameter or a float buffer."""
     name = str(node.target)
     is_state = node.op == "get_attr" and name in program.canonical
     return is_state and not is_constant(program.tensor(name))
@@ -141,7 +141,7 @@ class _Part:
         return [n for n in nodes if n not in self.region and n.op != "output"]
 
     def trunk_alone(self) -> Program:
-        """The trunk as a network without outputs, to be compared with the other trunks."""
+        """Return the trunk as a network without outputs, to be compared with the other trunks."""
         program, names = self.program, self.trunk_names()
         module = _holder({name: program.tensor(name) for name in names})
         graph = fx.Graph()
@@ -310,7 +310,7 @@ class _Joiner:
         copy_inputs(self.parts[0].program.graph, self.graph, pytree.treespec_tuple(specs))
 
     def one_output(self) -> None:
-        """Hands out all heads as one tensor, in the place of member 0's."""
+        """Hand out all heads as one tensor, in the place of member 0's."""
         logits, shapes = [], []
         for part, nodes in zip(self.parts, self.nodes, strict=True):
             (output,) = (n for n in part.program.outputs() if isinstance(n, fx.Node))
@@ -328,7 +328,7 @@ class _Joiner:
         copy_signature(before, self.graph)
 
     def mapped(self, logits: fx.Node) -> fx.Node:
-        """The mean of the logits of each class, over the members that know it."""
+        """Return the mean of the logits of each class, over the members that know it."""
         dim, like = self.dim, logits.meta["val"]
         last = like.dim() - 1
         matrix = self.asked.projection(like.dtype, next(self.module.parameters()).device)
@@ -356,7 +356,7 @@ class _Joiner:
 
 
 def _chunks(part: _Part) -> list[list[fx.Node]]:
-    """The nodes of a region, divided by the trunk's nodes between which they stand."""
+    """Return the nodes of a region, divided by the trunk's nodes between which they stand."""
     chunks: list[list[fx.Node]] = [[]]
     for node in part.program.graph.nodes:
         if node in part.region:
@@ -367,7 +367,7 @@ def _chunks(part: _Part) -> list[list[fx.Node]]:
 
 
 def _holder(tensors: Mapping[str, torch.Tensor]) -> fx.GraphModule:
-    """A graph module with tensors by name, and an empty graph."""
+    """Return a graph module with tensors by name, and an empty graph."""
     module = fx.GraphModule({}, fx.Graph())
     for name, tensor in tensors.items():
         attach(module, name, tensor, persistent=True)
@@ -375,7 +375,7 @@ def _holder(tensors: Mapping[str, torch.Tensor]) -> fx.GraphModule:
 
 
 def _attach_constant(program: Program, node: fx.Node, module: nn.Module, target: str) -> None:
-    """Registers what a `get_attr` node reads, unless it is a tensor of the state."""
+    """Register what a `get_attr` node reads, unless it is a tensor of the state."""
     name = str(node.target)
     if node.op == "get_attr" and name not in program.canonical:
         attach(module, target, program.tensor(name), persistent=False)

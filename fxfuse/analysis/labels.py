@@ -77,7 +77,7 @@ class DimLabels:
 
     @staticmethod
     def of(ids: Ids, where: Callable[[], torch.Tensor] | None = None) -> DimLabels | None:
-        """Compresses ids: dimensions along which the neurons are the same get size 1.
+        """Compress ids: dimensions along which the neurons are the same get size 1.
 
         Args:
             ids: Ids of full rank.
@@ -109,7 +109,7 @@ class DimLabels:
 
 
 def neurons(ids: Ids) -> Ids:
-    """The neurons of ids, without their parts."""
+    """Return the neurons of ids, without their parts."""
     return ids & NEURON
 
 
@@ -140,7 +140,7 @@ def _all_different(ids: Ids) -> bool:
 
 
 def _with_parts(ids: Ids, where: torch.Tensor) -> Ids:
-    """Gives places of one neuron different parts: by its part so far, by where, by order."""
+    """Give places of one neuron different parts: by its part so far, by where, by order."""
     flat = flat_ids(ids)
     part = flat >> PART
     keys = np.stack([part, flat_ids(where.expand(ids.shape))])
@@ -196,7 +196,7 @@ class AbstractTensor:
         return frozenset(d for f in self.positions for d in f.dims)
 
     def moved(self, operation: Callable[[torch.Tensor], torch.Tensor]) -> AbstractTensor:
-        """Applies a data-movement operator to every field, by running it on the ids.
+        """Apply a data-movement operator to every field, by running it on the ids.
 
         Args:
             operation: Takes a tensor of `shape` and returns one tensor.
@@ -239,7 +239,7 @@ def positions(shape: Sequence[int], dims: Iterable[int]) -> tuple[DimLabels, ...
 
 
 def numbered(shape: Sequence[int], dim: int, start: int) -> DimLabels:
-    """A field of ids start, start + 1, ... along one dimension."""
+    """Return a field of ids start, start + 1, ... along one dimension."""
     view = [1] * len(shape)
     view[dim] = shape[dim]
     return DimLabels(torch.arange(start, start + shape[dim]).view(view), (dim,))

@@ -110,7 +110,7 @@ def tied_outputs(
 def _reasons(
     program: Program, frozen: Mapping[Place, FrozenReason], name: str
 ) -> list[FrozenReason]:
-    """Why dimensions of a tensor are frozen, of those that are."""
+    """Return why dimensions of a tensor are frozen, of those that are."""
     places = ((name, dim) for dim in range(program.tensor(name).dim()))
     return [frozen[place] for place in places if place in frozen]
 

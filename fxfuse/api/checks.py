@@ -57,7 +57,7 @@ def _check_free(graph: CouplingGraph) -> None:
 
 
 def _only_what_moves(graph: CouplingGraph) -> tuple[CouplingGraph, Check]:
-    """Freezes the groups that the permutation oracle cannot move, with a loud warning."""
+    """Freeze the groups that the permutation oracle cannot move, with a loud warning."""
     check = permutation_of(graph)
     wrong = () if check.passed or not isfinite(check.error) else wrong_groups(graph)
     if not wrong:

@@ -113,14 +113,14 @@ def _own_size(
 
 
 def _shape(group: CouplingGroup) -> tuple[int, tuple[int, ...]]:
-    """What groups of the same part of other blocks have in common."""
+    """Return what groups of the same part of other blocks have in common."""
     return group.n_units, tuple(rows.shape[1] for rows in group.index.values())
 
 
 def _check_answers(
     member: Program, deeper: Program, missing: Sequence[str], number: int, other: int
 ) -> None:
-    """Checks that the deeper network answers as the member does."""
+    """Check that the deeper network answers as the member does."""
     expected = run(member, member.state())
     error = relative_error(run(deeper, deeper.state()), expected)
     if error > EXACT:

@@ -32,13 +32,13 @@ class Changes:
     shapes: list[tuple[Shape, Shape]] = field(default_factory=list)
 
     def size(self, before: int, after: int) -> None:
-        """Notes that a number became another one."""
+        """Note that a number became another one."""
         known = self.sizes.setdefault(before, [])
         if after not in known:
             known.append(after)
 
     def shape_of(self, before: Sequence[int]) -> tuple[int, ...] | None:
-        """What some successive sizes became, if they are part of a list that changed."""
+        """Return what some successive sizes became, if they are part of a list that changed."""
         wanted, count = tuple(before), len(before)
         for old, new in self.shapes:
             for start in range(len(old) - count + 1):

@@ -141,7 +141,7 @@ def _captured(members: Sequence[Network], example: Example) -> list[Program]:
 
 
 def _check_apart(several: bool, why: str, *, runs_members: bool) -> None:
-    """Checks that what is asked for works with members that are not in memory together."""
+    """Check that what is asked for works with members that are not in memory together."""
     if not (several or runs_members):
         return
     what = "heads=" if several else "calibration="

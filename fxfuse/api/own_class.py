@@ -122,7 +122,7 @@ def resized_copy(
 
 
 def _put_tensors(model: nn.Module, program: Program, state: Mapping[str, torch.Tensor]) -> None:
-    """Replaces parameters and buffers; tied ones stay one."""
+    """Replace parameters and buffers; tied ones stay one."""
     put: dict[str, torch.Tensor] = {}
     for name in program.names:
         path, _, leaf = name.rpartition(".")
@@ -158,7 +158,7 @@ class _Reference:
         self.tolerance = max(_TOLERANCE, 8 * eps)
 
     def move(self, model: nn.Module) -> None:
-        """Takes a model to where the network has been taken since it was captured."""
+        """Take a model to where the network has been taken since it was captured."""
         if self.now.device != self.before.device:
             model.to(self.now.device)
         if self.now.dtype != self.before.dtype:
@@ -172,7 +172,7 @@ class _Reference:
         return pytree.tree_map_only(torch.Tensor, moved, inputs)
 
     def difference(self, model: nn.Module) -> str:
-        """How a model answers otherwise; empty where it does not."""
+        """Return how a model answers otherwise; empty where it does not."""
         for ((args, kwargs), state), expected in zip(self.calls, self.outputs, strict=True):
             try:
                 found = tensors_of(answers(model, state, args, kwargs))
@@ -192,7 +192,7 @@ def _is_symbolic(size: Any) -> bool:
 
 
 def _longer(program: Program) -> Any:
-    """The example inputs with one more example, which is the first again, in reverse order.
+    """Return the example inputs with one more example, which is the first again, in reverse order.
 
     Where the batch is static, the example inputs as they are.
     """
@@ -225,7 +225,7 @@ def _shaken(state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 def _attributes(
     model: nn.Module, program: Program, module: FusedModule, state: Mapping[str, torch.Tensor]
 ) -> list[_Attribute]:
-    """Sets what torch's own layers decide; returns what is left to be found."""
+    """Set what torch's own layers decide; return what is left to be found."""
     changes = changes_of(program.graph, module.graph)
     own: dict[str, Changes] = defaultdict(Changes)
     for name in program.names:
@@ -254,7 +254,7 @@ def _attributes(
 
 
 def _candidates(value: Any, changes: list[Changes]) -> list[Any]:
-    """What an attribute could become."""
+    """Return what an attribute could become."""
     found: list[Any] = []
     if isinstance(value, int) and not isinstance(value, bool):
         found = [new for change in changes for new in change.sizes.get(value, ())]
@@ -307,7 +307,7 @@ def _choices(attributes: list[_Attribute]) -> Iterator[list[int]]:
 def _needed(
     attributes: list[_Attribute], chosen: list[int], holds: Callable[[], bool]
 ) -> list[int]:
-    """Leaves every attribute as it was that the forward pass does not need changed."""
+    """Leave every attribute as it was that the forward pass does not need changed."""
     for place, attribute in enumerate(attributes):
         if chosen[place] != attribute.leave:
             without = [*chosen[:place], attribute.leave, *chosen[place + 1 :]]

@@ -101,7 +101,7 @@ class FusionResult(Readable):
         return self.plan.heads.union
 
     def state_dict(self) -> dict[str, torch.Tensor]:
-        """The fused tensors by name; those of `module`, where there is one."""
+        """Return the fused tensors by name; those of `module`, where there is one."""
         return dict(self._state) if self._module is None else self._module.state_dict()
 
     def described(self) -> Description:
@@ -122,7 +122,7 @@ class FusionResult(Readable):
         return self._from_what_into_what(), rows
 
     def _distances(self) -> dict[str, str]:
-        """How far the start and the network are from the ensemble."""
+        """Return how far the start and the network are from the ensemble."""
         if self.choice is None or self.match is None:
             return {}
         unit = "KL in nats" if self.match.outputs == "logits" else "share of the variance"
@@ -188,7 +188,7 @@ class FusionResult(Readable):
         return resized_copy(source, program, self.module, state)
 
     def _one_headed(self, member: Program) -> dict[str, torch.Tensor]:
-        """The fused tensors by a member's names."""
+        """Return the fused tensors by a member's names."""
         state = self.state_dict()
         for name in member.names:
             own = [state.get(head_name(i, name)) for i in range(self.plan.n_members)]
@@ -208,7 +208,7 @@ class FusionResult(Readable):
         return state
 
     def load_into(self, model: Model) -> Model:
-        """Loads the fused weights into the user's own class, strictly; returns that model.
+        """Load the fused weights into the user's own class, strictly; return that model.
 
         Raises:
             CheckpointError: The model has other tensors.

@@ -76,11 +76,11 @@ class Refinement:
         return Refinement(calibration, refit, match, task, progress)
 
     def __bool__(self) -> bool:
-        """Whether anything follows."""
+        """Tell whether anything follows."""
         return self.refit is not None or self.match is not None
 
     def batches(self, program: Program) -> CalibrationBatches | None:
-        """The calibration inputs, checked and cut into batches."""
+        """Return the calibration inputs, checked and cut into batches."""
         if self.calibration is None:
             return None
         return CalibrationBatches.of(program, self.calibration)
@@ -263,7 +263,7 @@ def build_network(
 
 
 def _built(graph: CouplingGraph, plan: FusionPlan, states: Sequence[State]) -> Start:
-    """The network of a plan: a member's graph with other tensors, or one of another size."""
+    """Return the network of a plan: a member's graph with other tensors, or one of another size."""
     same = all(plan.sizes()[group.name] == group.n_units for group in graph.groups)
     if same and plan.mixing.mode == "joint":
         return Start(plan, fused_tensors(graph, plan, states))
@@ -317,7 +317,7 @@ def _check_refinable(graph: CouplingGraph, refinement: Refinement) -> None:
 
 
 def _ensemble_checks(graph: CouplingGraph, ensemble: Ensemble, plan: FusionPlan) -> list[Check]:
-    """The oracles that compare with the ensemble itself."""
+    """Return the oracles that compare with the ensemble itself."""
     free, states = bool(graph.constraints.output_dims), ensemble.states
     if plan.mixing.mode == "per_member" and ensemble.heads:
         return [equals_heads(graph, states, plan, ensemble.given, ensemble.dim)]
@@ -330,7 +330,7 @@ def _ensemble_checks(graph: CouplingGraph, ensemble: Ensemble, plan: FusionPlan)
 
 
 def _as_function(member: Program, state: State) -> Callable[..., Any]:
-    """The user's own module with other tensors, as a function of its inputs."""
+    """Return the user's own module with other tensors, as a function of its inputs."""
     source = member.source
     assert source is not None
 

@@ -33,7 +33,7 @@ class Ensemble(nn.Module):
         self.members = nn.ModuleList(members)
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
-        """The mean of the (first) outputs."""
+        """Return the mean of the (first) outputs."""
         return torch.stack([logits_of(m(*args, **kwargs)) for m in self.members]).mean(0)
 
 
@@ -45,7 +45,7 @@ def evaluate(
     *,
     latency: bool = True,
 ) -> tuple[Network, ...]:
-    """Measures networks on the same data.
+    """Measure networks on the same data.
 
     Args:
         networks: Networks by name.

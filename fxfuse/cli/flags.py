@@ -136,7 +136,7 @@ class Flag:
         return " ".join(filter(None, parts))
 
     def annotation(self) -> Any:
-        """What typer makes the flag from."""
+        """Return what typer makes the flag from."""
         forms = list(self.forms.values())
         kinds = {str(form.kind): form.kind for form in forms}
         kind = next(iter(kinds.values())) if len(kinds) == 1 else str
@@ -152,12 +152,12 @@ class Flag:
 
 
 def options_of(kind: type) -> tuple[OptionField, ...]:
-    """The fields of an option class that can be typed; not inputs and functions."""
+    """Return the fields of an option class that can be typed; not inputs and functions."""
     return tuple(option for option in fields_of(kind) if form_of(option.type) is not None)
 
 
 def flags_of(group: Group) -> tuple[Flag, ...]:
-    """The flags of a group's fields, in their order."""
+    """Return the flags of a group's fields, in their order."""
     found: dict[str, dict[str, OptionField]] = {}
     for name, kind in group.kinds.items():
         for option in options_of(kind):
@@ -179,7 +179,7 @@ class Given:
     values: Mapping[str, Any]
 
     def names(self, *groups: Group) -> list[str]:
-        """The flags of some groups that were given."""
+        """Return the flags of some groups that were given."""
         found = [f"--{g.name}" for g in groups if len(g.kinds) > 1 and self.values.get(g.name)]
         return found + [flag.name for group in groups for flag in self._flags(group)]
 
@@ -277,7 +277,7 @@ def takes(*groups: Group) -> Callable[[Callable[..., None]], Callable[..., None]
 
 
 def _parameters(group: Group) -> list[inspect.Parameter]:
-    """The parameters of a command that hold a group's flags."""
+    """Return the parameters of a command that hold a group's flags."""
     found = [_parameter(flag.parameter, flag.annotation()) for flag in flags_of(group)]
     if len(group.kinds) == 1:
         return found
@@ -301,12 +301,12 @@ def _names(names: Iterable[str]) -> str:
 
 
 def _panel(group: Group) -> str:
-    """The part of a command's help in which a group's flags are."""
+    """Return the part of a command's help in which a group's flags are."""
     return "Refine" if group in (*STEPS, TASK) else group.name.capitalize()
 
 
 def _python_names(group: Group, kind: str) -> dict[str, str]:
-    """What Python calls the options of a class → flag."""
+    """Return what Python calls the options of a class → flag."""
     return {f.fields[kind].name: f.name for f in flags_of(group) if kind in f.fields}
 
 

@@ -78,7 +78,7 @@ def read_output_dims(flag: str, texts: Iterable[str]) -> dict[int, list[int]]:
 
 
 def unreadable(flag: str, text: str, why: str, how: str) -> OptionError:
-    """The error for a text that is no value of a flag."""
+    """Return the error for a text that is no value of a flag."""
     return OptionError(f"{flag} {text!r} cannot be read", why=why, how=how)
 
 

@@ -13,7 +13,7 @@ _SHOWN = 3
 
 
 def interface_lines(graph: CouplingGraph) -> Iterator[str]:
-    """How many dimensions are frozen because of what the network is, and why."""
+    """Yield how many dimensions are frozen because of what the network is, and why."""
     yield "Frozen as the network's interface:"
     counts = Counter(reason.why for reason in graph.frozen.values() if reason.interface)
     for why, count in counts.most_common():
@@ -66,7 +66,7 @@ def _dimensions(count: int) -> str:
 
 
 def few(names: Iterable[str]) -> str:
-    """The first names, and how many more there are."""
+    """Return the first names, and how many more there are."""
     listed = list(names)
     more = f" + {len(listed) - _SHOWN} more" if len(listed) > _SHOWN else ""
     return ", ".join(listed[:_SHOWN]) + more

@@ -18,7 +18,7 @@ from fxfuse.cli.zoo import inputs_for, make_member, make_model, parse_model_args
 def load_model(
     model: str, model_arg: Iterable[str] | None, example: str
 ) -> tuple[nn.Module, tuple[torch.Tensor, ...]]:
-    """Makes a model with the weights that its factory gives it, and inputs for it."""
+    """Make a model with the weights that its factory gives it, and inputs for it."""
     network = make_model(model, parse_model_args(model_arg or ()))
     return network, inputs_for(network, example)
 
@@ -30,7 +30,7 @@ def load_members(
     checkpoints: Sequence[Path],
     member_arg: Iterable[str] | None = None,
 ) -> tuple[list[nn.Module], tuple[torch.Tensor, ...]]:
-    """Makes one model per checkpoint, and inputs for them."""
+    """Make one model per checkpoint, and inputs for them."""
     arguments = parse_model_args(model_arg or ())
     members: list[nn.Module] = []
     each = parse_member_args(member_arg or (), len(checkpoints))

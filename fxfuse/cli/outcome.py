@@ -28,7 +28,7 @@ def carry_out(recipe: Recipe, folder: Path | None, *, force: bool, json: bool) -
 
 
 def _show(outcome: Outcome, folder: Path, *, json: bool) -> None:
-    """Prints what running a recipe gave."""
+    """Print what running a recipe gave."""
     result = outcome.result
     checks, plan = result.verification.checks, result.plan
     if json:

@@ -115,7 +115,7 @@ def make_inputs(spec: str, dtype: torch.dtype = torch.float32) -> tuple[torch.Te
 
 
 def shape_in(spec: str) -> list[int] | None:
-    """The sizes that a text such as `3,224,224` names; None where it is no shape."""
+    """Return the sizes that a text such as `3,224,224` names; None where it is no shape."""
     return [int(size) for size in spec.split(",")] if _SHAPE.fullmatch(spec) else None
 
 

@@ -97,7 +97,7 @@ def _default(field: dataclasses.Field[Any]) -> Any:
 
 
 def _descriptions(kind: type) -> Mapping[str, str]:
-    """What the docstrings of a class and its bases say of each field."""
+    """Return what the docstrings of a class and its bases say of each field."""
     found: dict[str, str] = {}
     for base in reversed(kind.__mro__):
         text = inspect.cleandoc(base.__doc__ or "")

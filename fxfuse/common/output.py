@@ -150,18 +150,18 @@ def atomic_file(path: str | Path) -> Iterator[Path]:
 
 
 def write_text(path: str | Path, text: str) -> None:
-    """Writes a text file whole or not at all; an existing file is replaced."""
+    """Write a text file whole or not at all; an existing file is replaced."""
     with atomic_file(path) as work:
         work.write_text(text, encoding="utf-8")
 
 
 def write_json(path: str | Path, value: object) -> None:
-    """Writes JSON, indented, whole or not at all."""
+    """Write JSON, indented, whole or not at all."""
     write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
 
 
 def _swap_in(work: Path, path: Path, names: Collection[str], *, force: bool) -> None:
-    """Gives a folder its name; what may have appeared under that name meanwhile is not lost."""
+    """Give a folder its name; what may have appeared under that name meanwhile is not lost."""
     if not force or not path.exists():
         try:
             # Replaces nothing but an empty folder.
@@ -213,7 +213,7 @@ def _exchange(one: Path, other: Path) -> bool:
 
 
 def _settle(path: Path) -> None:
-    """Waits until a file, or the names in a folder, are on the disk."""
+    """Wait until a file, or the names in a folder, are on the disk."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)

@@ -40,7 +40,7 @@ def stack(
     class_dim: int = -1,
     verify: bool = True,
 ) -> FusedModule:
-    """Writes an ensemble as one graph that computes all members, losslessly.
+    """Write an ensemble as one graph that computes all members, losslessly.
 
     Members never meet, so the outputs are theirs, whatever their operators are: what is the same
     for all is computed once, linear layers of all members are one product, and whatever has no
@@ -104,7 +104,7 @@ def _captured(member: nn.Module | ExportedProgram | Program, example: Example) -
 def _example(
     member: nn.Module | ExportedProgram | Program, example: Example
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """The example as it was given: capture may have made two of it."""
+    """Return the example as it was given: capture may have made two of it."""
     if isinstance(member, Program):
         return member.example_inputs
     return example.args, dict(example.kwargs)
@@ -134,7 +134,7 @@ def _emitted(writer: Writer, joined: Program, reduce: str, class_dim: int) -> Fu
 
 
 def _check(module: FusedModule, members: Sequence[Program]) -> None:
-    """Compares all outputs of all members with theirs, in float64."""
+    """Compare all outputs of all members with theirs, in float64."""
     # Networks that draw random numbers draw the same ones, member after member.
     with torch.random.fork_rng():
         torch.manual_seed(0)

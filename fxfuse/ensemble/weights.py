@@ -111,11 +111,11 @@ class Weights:
         return len(self.members)
 
     def is_shared(self, name: str) -> bool:
-        """Whether all members hold the same tensor object."""
+        """Tell whether all members hold the same tensor object."""
         return len({id(tensors[name]) for tensors in self.tensors}) == 1
 
     def is_stackable(self, name: str) -> bool:
-        """Whether one tensor can stand for those of all members.
+        """Tell whether one tensor can stand for those of all members.
 
         Not where some members share it, and not where some train it and others do not.
         """
@@ -124,15 +124,15 @@ class Weights:
         return alike and all(len(self._owners[id(t)]) == 1 for t in own)
 
     def key(self, name: str) -> str:
-        """The first name of the same tensor within a member."""
+        """Return the first name of the same tensor within a member."""
         return self.members[0].canonical[name]
 
     def shared(self, name: str) -> fx.Node:
-        """Reads a tensor that all members share, or a constant of which member 0's serves all."""
+        """Read a tensor that all members share, or a constant of which member 0's serves all."""
         return self.own(name, 0)
 
     def own(self, name: str, member: int) -> fx.Node:
-        """Reads a member's tensor, of the member's shape."""
+        """Read a member's tensor, of the member's shape."""
         found = self._own[self.key(name)]
         if member not in found:
             found[member] = self.graph.create_node("get_attr", self.key(name))
@@ -146,7 +146,7 @@ class Weights:
         return found[shape]
 
     def reads(self) -> Iterator[tuple[fx.Node, str, int | tuple[int, ...]]]:
-        """All nodes that read the members' tensors.
+        """Yield all nodes that read the members' tensors.
 
         Yields:
             The node, the tensor's first name in a member, and the number of the member that it
@@ -160,7 +160,7 @@ class Weights:
                 yield node, key, shape
 
     def settle(self) -> tuple[Program, Inventory]:
-        """Decides how every tensor is kept, and lets all readers read it there.
+        """Decide how every tensor is kept, and let all readers read it there.
 
         Returns:
             The stack without its graph: copies of the members' tensors by their names in it; and
@@ -231,14 +231,14 @@ class Weights:
         return Place.STACKED if self._stacked.get(follows) else Place.MEMBERS
 
     def _shape(self, key: str) -> tuple[int, ...]:
-        """The shape in which one tensor for all members is kept."""
+        """Return the shape in which one tensor for all members is kept."""
         wanted = self._stacked.get(key, {})
         if len(wanted) == 1 and not self._own.get(key):
             return next(iter(wanted))
         return (self.n, *self.members[0].tensor(key).shape)
 
     def _point(self, key: str, place: Place) -> None:
-        """Gives the nodes that read a tensor its name, and a view where they need one."""
+        """Give the nodes that read a tensor its name, and a view where they need one."""
         for number, node in self._own.get(key, {}).items():
             node.target = self._name(place, key, number)
             if place is Place.STACKED:

@@ -44,7 +44,7 @@ _NAMES = {function: name for name, function in _FUNCTIONS.items()}
 
 
 def name_of(target: Any) -> str | None:
-    """The name of an operator in a file; None where it has none."""
+    """Return the name of an operator in a file; None where it has none."""
     return str(target) if is_operator(target) else _NAMES.get(target)
 
 
@@ -67,7 +67,7 @@ def registered_in(libraries: Collection[str] | None) -> frozenset[str]:
 
 
 def is_call(target: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
-    """Whether a function of Python is called as torch.export and the rewriter call it.
+    """Tell whether a function of Python is called as torch.export and the rewriter call it.
 
     Arguments of operators are for torch to check, when the graph is run.
     """

@@ -68,7 +68,7 @@ class Program:
         return not self.refusal
 
     def require_exported(self) -> None:
-        """Checks that the graph can be run."""
+        """Check that the graph can be run."""
         if not self.is_exported:
             raise CaptureError(
                 "this network has no exported graph",
@@ -90,16 +90,16 @@ class Program:
         return any(isinstance(n, torch.SymInt) for n in batch_sizes(self.graph).values())
 
     def outputs(self) -> tuple[Any, ...]:
-        """The graph's outputs in flattened order: nodes, or constants."""
+        """Return the graph's outputs in flattened order: nodes, or constants."""
         (result,) = (node.args[0] for node in self.graph.nodes if node.op == "output")
         return tuple(pytree.tree_leaves(result))
 
     def tensor(self, name: str) -> torch.Tensor:
-        """The tensor behind a `get_attr` target or a `state_dict()` name."""
+        """Return the tensor behind a `get_attr` target or a `state_dict()` name."""
         return fetch(self.module, name)
 
     def state(self) -> dict[str, torch.Tensor]:
-        """The tensors of `state_dict()`, detached and not copied, in the model's order."""
+        """Return the tensors of `state_dict()`, detached and not copied, in the model's order."""
         return {name: self.tensor(name).detach() for name in self.names}
 
     def once(self, state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -139,7 +139,7 @@ def capture(
     *,
     fallback: bool = True,
 ) -> Program:
-    """Captures a network in eval mode; the model itself is left as it was.
+    """Capture a network in eval mode; the model itself is left as it was.
 
     Args:
         model: An `nn.Module`, a `torch.fx.GraphModule` or a `torch.export.ExportedProgram`.
@@ -195,7 +195,7 @@ def capture_eagerly(
     *,
     refusal: str,
 ) -> Program:
-    """Captures a trace of one eager run in eval mode: for the analysis only, never to be run.
+    """Capture a trace of one eager run in eval mode: for the analysis only, never to be run.
 
     Args:
         model: A module that `torch.export` refuses; it is left as it was.
@@ -220,7 +220,7 @@ def capture_eagerly(
 
 
 def check_reached(program: Program, excused: Collection[str] = ()) -> None:
-    """Checks that a trace reached every weight."""
+    """Check that a trace reached every weight."""
     missing = program.unreached(excused)
     if missing:
         raise CaptureError(
@@ -240,7 +240,7 @@ def _canonical(state: Mapping[str, torch.Tensor]) -> dict[str, str]:
 def export(
     model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], dynamic_shapes: Any
 ) -> ExportedProgram:
-    """Exports a network in eval mode; by default with a dynamic batch, where that can be.
+    """Export a network in eval mode; by default with a dynamic batch, where that can be.
 
     Args:
         model: The network.

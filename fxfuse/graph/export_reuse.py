@@ -38,7 +38,7 @@ _MAPPINGS = (dict, OrderedDict)
 def captured_each(
     members: Sequence[object], program: Callable[[Any, Program | None], Program]
 ) -> list[Program]:
-    """Checks members and captures them; twins of the first one are not exported again."""
+    """Check members and capture them; twins of the first one are not exported again."""
     for member in members:
         if not isinstance(member, Program):
             check_model(member)

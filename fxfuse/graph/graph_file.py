@@ -141,7 +141,7 @@ def _describe_tensors(module: fx.GraphModule) -> dict[str, StoredTensor]:
 
 
 def _content(stored: StoredGraph) -> dict[str, Any]:
-    """All that a graph file holds but its checksum."""
+    """Return all that a graph file holds but its checksum."""
     names, inputs, outputs = signature_of(stored.graph)
     return {
         "fxfuse_graph": _VERSION,
@@ -316,7 +316,7 @@ def _is_identifier(name: str) -> bool:
 
 
 def _is_tensor_name(name: str) -> bool:
-    """Whether a tensor can be registered under a name, and hides nothing of a module."""
+    """Tell whether a tensor can be registered under a name, and hides nothing of a module."""
     first, *rest = name.split(".")
     plain = all(_PART.fullmatch(p) and not keyword.iskeyword(p) for p in (first, *rest))
     free = first not in _TAKEN and not any(hasattr(_MODULE, part) for part in rest)

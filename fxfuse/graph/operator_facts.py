@@ -157,13 +157,13 @@ def operators(kind: type[OperatorFacts], **facts: Any) -> tuple[Any, ...]:
 
 
 def batch_norm_of(node: Any) -> Normalisation | None:
-    """The facts of a batch norm; None for every other node."""
+    """Return the facts of a batch norm; None for every other node."""
     facts = FACTS.get(getattr(node, "target", None))
     return facts if isinstance(facts, Normalisation) and facts.over == "batch" else None
 
 
 def follows_mode(node: fx.Node) -> bool:
-    """Whether an operator behaves differently in training."""
+    """Tell whether an operator behaves differently in training."""
     facts = FACTS.get(node.target)
     if facts is None or not facts.training:
         return False
@@ -172,7 +172,7 @@ def follows_mode(node: fx.Node) -> bool:
 
 
 def training_of(node: fx.Node) -> Any:
-    """What an operator that behaves differently in training is told: a bool, or a node."""
+    """Return what an operator that behaves differently in training is told: a bool, or a node."""
     return argument(node, FACTS[node.target].training)
 
 
@@ -182,7 +182,7 @@ def set_training(node: fx.Node, training: Any) -> None:
 
 
 def in_training(node: fx.Node) -> bool:
-    """Whether an operator behaves as in training, or reads the mode when it runs."""
+    """Tell whether an operator behaves as in training, or reads the mode when it runs."""
     return follows_mode(node) and training_of(node) is not False
 
 

@@ -31,7 +31,7 @@ def source_of(node: fx.Node) -> str:
 
 
 def at_line(name: str, source: str) -> str:
-    """A name, and the file and line of what `source_of` returned, without the code."""
+    """Return a name, and the file and line of what `source_of` returned, without the code."""
     line = source.partition("  ")[0]
     return f"{name} ({line})" if line else name
 

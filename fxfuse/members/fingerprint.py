@@ -32,7 +32,7 @@ def fingerprint(state: Mapping[str, torch.Tensor]) -> dict[str, str]:
 
 
 def fingerprints(states: Sequence[Mapping[str, torch.Tensor]]) -> tuple[dict[str, str], ...]:
-    """The fingerprint of each member, taken where the member is."""
+    """Return the fingerprint of each member, taken where the member is."""
     return tuple(found for _, found in of_each(states, lambda _, state: fingerprint(state)))
 
 
@@ -64,7 +64,7 @@ def digest_of(content: Any) -> str:
 def check_members(
     known: Sequence[Fingerprint], states: Sequence[Mapping[str, torch.Tensor]]
 ) -> None:
-    """Checks that networks are those that a plan was made for, in the same order."""
+    """Check that networks are those that a plan was made for, in the same order."""
     for number, (ours, theirs) in enumerate(zip(known, fingerprints(states), strict=True)):
         if ours == theirs:
             continue

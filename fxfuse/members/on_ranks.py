@@ -124,7 +124,7 @@ def _state(member: Any, number: int, first: Program, dynamic_shapes: Any) -> Sta
 
 
 def _told(program: Program) -> dict[str, str]:
-    """What must be the same of member 0 on all ranks: operators, tensors, constants."""
+    """Return what must be the same of member 0 on all ranks: operators, tensors, constants."""
     nodes = {f"node {i}": f"{n.op} {n.target}" for i, n in enumerate(program.graph.nodes)}
     return {**nodes, **fingerprint(dict(named_tensors(program.module)))}
 

@@ -99,7 +99,7 @@ class Ranks:
         return pytree.tree_map_only(torch.Tensor, moved, value)
 
     def from_rank(self, owner: int, work: Callable[[], T], device: torch.device) -> T:
-        """What a piece of work returns on one rank, on every rank."""
+        """Return what a piece of work returns on one rank, on every rank."""
         made: list[Any] = []
 
         def described() -> Any:
@@ -180,7 +180,7 @@ class RankedStates(Sequence[State]):
             yield member, self._ranks.sent(owner, value, self._device)
 
     def mapped(self, function: Callable[[State], State]) -> RankedStates:
-        """The members with other tensors, each changed on its own rank."""
+        """Return the members with other tensors, each changed on its own rank."""
         own = {member: function(state) for member, state in self._own.items()}
         return RankedStates(self._ranks, self._owners, function(self._first), own, self._device)
 
@@ -190,7 +190,7 @@ def of_each(
     work: Callable[[int, State], T],
     members: Iterable[int] | None = None,
 ) -> Iterator[tuple[int, T]]:
-    """What a piece of work returns for each member, done where the member is.
+    """Yield what a piece of work returns for each member, done where the member is.
 
     Args:
         states: For each member, its tensors by name.
@@ -210,7 +210,7 @@ def of_each(
 
 
 def mapped(states: Sequence[State], function: Callable[[State], State]) -> Sequence[State]:
-    """The members with other tensors, each changed where it is."""
+    """Return the members with other tensors, each changed where it is."""
     if isinstance(states, RankedStates):
         return states.mapped(function)
     return [function(state) for state in states]

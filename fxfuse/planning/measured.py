@@ -61,14 +61,14 @@ def require_activations(
 
 
 def matrix_of(tensor: torch.Tensor) -> Matrix:
-    """A real tensor in float64, on the CPU."""
+    """Return a real tensor in float64, on the CPU."""
     return tensor.detach().to("cpu", torch.float64).numpy()
 
 
 def require_gradients(
     graph: CouplingGraph, states: Sequence[State], context: Context, user: str
 ) -> Sequence[Gradients]:
-    """The members' gradients."""
+    """Return the members' gradients."""
     if graph.program.heads:
         raise OptionError(
             f"{user} does not work with several heads",

@@ -30,7 +30,7 @@ _PLAIN = {str: "a text", int: "an integer", float: "a finite number"}
 
 
 def encode(value: Any) -> Any:
-    """A value as JSON can hold it.
+    """Return a value as JSON can hold it.
 
     Of a dataclass, fields at their default are left out, so that a field that is added later
     changes no digest. One that has a method `encoded` says itself what stands for it.
@@ -116,7 +116,7 @@ def _expect(kind: type, called: str, value: Any, where: str) -> Any:
 
 
 def _shown(value: Any) -> str:
-    """A value in a message, at most 60 characters."""
+    """Return a value in a message, at most 60 characters."""
     if isinstance(value, dict | list):
         return "an object" if isinstance(value, dict) else "a list"
     text = repr(value)
@@ -141,7 +141,7 @@ class MapEntries(NamedTuple):
 
 
 def encode_map(entries: MapEntries, n_units: int) -> dict[str, Any]:
-    """The entries as JSON can hold them."""
+    """Return the entries as JSON can hold them."""
     units = _dense(entries, n_units)
     if units is None:
         return {name: np.asarray(value).tolist() for name, value in entries._asdict().items()}
@@ -152,7 +152,7 @@ def encode_map(entries: MapEntries, n_units: int) -> dict[str, Any]:
 
 
 def decode_map(value: Mapping[str, Any], n_units: int, where: str) -> MapEntries:
-    """The entries that `encode_map` wrote; `where` names the map in messages."""
+    """Return the entries that `encode_map` wrote; `where` names the map in messages."""
     lists = ("weight", "read", "units") if "units" in value else MapEntries._fields
     for name in sorted({*lists} - value.keys() - ({"read"} if "units" in value else set())):
         raise ValueError(f"{where} lacks {name!r}")

@@ -39,7 +39,7 @@ def compile(
     tune: bool = False,
     strict: bool = False,
 ) -> Compiled:
-    """Compiles a network for inference, on the device that it is on.
+    """Compile a network for inference, on the device that it is on.
 
     On a copy: the mode is written into the graph, dropout is taken out, batch norms are folded,
     images are laid out with their channels innermost; then `torch.compile(fullgraph=True)`. The
@@ -118,7 +118,7 @@ def _compiled(
     kwargs: dict[str, Any],
     expected: list[torch.Tensor],
 ) -> Compiled:
-    """A network in one layout, compiled and compared."""
+    """Return a network in one layout, compiled and compared."""
     copy, changed = prepared(asked.module, args, kwargs, channels_last=layout.channels_last)
     if asked.dtype is not None:
         copy.to(asked.dtype)
@@ -156,7 +156,7 @@ def _compiled(
 
 
 def _options(backend: str, mode: str | None, options: Mapping[str, Any] | None) -> dict[str, Any]:
-    """What the backend is told, checked."""
+    """Return what the backend is told, checked."""
     known = torch.compiler.list_backends(exclude_tags=())
     if backend not in known:
         raise OptionError(

@@ -27,7 +27,7 @@ class WellFormed(PassBase):
     """A pass that leaves a well-formed graph."""
 
     def ensures(self, graph_module: fx.GraphModule) -> None:
-        """Checks that the graph is well formed."""
+        """Check that the graph is well formed."""
         graph_module.graph.lint()
 
 
@@ -35,7 +35,7 @@ class OfEvalForm(WellFormed):
     """A pass that is for the eval form of a graph."""
 
     def requires(self, graph_module: fx.GraphModule) -> None:
-        """Checks that the graph does not follow the module's mode."""
+        """Check that the graph does not follow the module's mode."""
         modal = [node.name for node in graph_module.graph.nodes if in_training(node)]
         if modal:
             raise RewriteError(
@@ -55,7 +55,7 @@ class EvalForm(WellFormed):
     """
 
     def call(self, graph_module: fx.GraphModule) -> PassResult:
-        """Rewrites the graph in place."""
+        """Rewrite the graph in place."""
         graph = graph_module.graph
         modal = [n for n in graph.nodes if n.target == "training" or in_training(n)]
         unswitch_training(graph)
@@ -67,7 +67,7 @@ class EvalForm(WellFormed):
         return PassResult(graph_module, bool(modal))
 
     def ensures(self, graph_module: fx.GraphModule) -> None:
-        """Checks that the mode is gone."""
+        """Check that the mode is gone."""
         super().ensures(graph_module)
         left = [n.name for n in graph_module.graph.nodes if in_training(n)]
         if left:
@@ -83,7 +83,7 @@ class RemoveDropout(OfEvalForm):
     """
 
     def call(self, graph_module: fx.GraphModule) -> PassResult:
-        """Rewrites the graph in place."""
+        """Rewrite the graph in place."""
         graph = graph_module.graph
         before = len(graph.nodes)
         for node in graph.nodes:

@@ -60,7 +60,7 @@ class Compiled(nn.Module):
         )
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """Takes and returns what the network does; outputs have the inputs' precision."""
+        """Take and return what the network does; outputs have the inputs' precision."""
         with torch.no_grad():
             if self._dtype is None:
                 return self._call(*args, **kwargs)
@@ -90,7 +90,7 @@ class Frozen:
         self._seen: set[tuple[Any, ...]] = set()
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """Takes and returns what the network does."""
+        """Take and return what the network does."""
         leaves = pytree.tree_leaves((args, kwargs))
         shapes = tuple(x.shape if isinstance(x, torch.Tensor) else x for x in leaves)
         if shapes in self._seen:

@@ -58,6 +58,6 @@ def seconds(call: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, A
 
 
 def device_of(module: nn.Module) -> torch.device:
-    """Where a network is; one without tensors counts as on the CPU."""
+    """Return where a network is; one without tensors counts as on the CPU."""
     tensors = (*module.parameters(), *module.buffers())
     return tensors[0].device if tensors else torch.device("cpu")

@@ -11,7 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 
 def parameters(network: nn.Module) -> int:
-    """The number of parameter elements, buffers not counted."""
+    """Return the number of parameter elements, buffers not counted."""
     return sum(parameter.numel() for parameter in network.parameters())
 
 

@@ -30,7 +30,7 @@ def export_onnx(
     path: str | Path,
     example: Any = None,
 ) -> float:
-    """Writes a network as ONNX, and compares what onnxruntime makes of it with the network.
+    """Write a network as ONNX, and compare what onnxruntime makes of it with the network.
 
     After the eval passes of `fxfuse.compile`. An existing file is replaced, once the comparison
     holds; a partial one is never left.

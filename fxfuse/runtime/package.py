@@ -32,7 +32,7 @@ def package(
     *,
     options: Mapping[str, Any] | None = None,
 ) -> float:
-    """Compiles a network ahead of time, through AOTInductor, for the device that it is on.
+    """Compile a network ahead of time, through AOTInductor, for the device that it is on.
 
     After the eval passes of `fxfuse.compile`. The package is loaded and compared with the network
     before it takes its place; an existing file is replaced, and a partial one is never left.
@@ -79,7 +79,7 @@ def package(
 
 
 def load_package(path: str | Path) -> Callable[..., Any]:
-    """Loads what `package` wrote.
+    """Load what `package` wrote.
 
     A package holds compiled code: load only what you trust.
 
@@ -118,7 +118,7 @@ def exported(
 
 
 def checked(found: list[torch.Tensor], expected: list[torch.Tensor]) -> float:
-    """How far outputs are from those of the network itself."""
+    """Return how far outputs are from those of the network itself."""
     error = relative_error(found, expected)
     allowed = max(_TOLERANCE.get(t.dtype, _LOW_PRECISION) for t in expected)
     if error > allowed:

@@ -29,7 +29,7 @@ from fxfuse.verify.check import tensors_of
 def prepared(
     module: fx.GraphModule, args: tuple[Any, ...], kwargs: dict[str, Any], *, channels_last: bool
 ) -> tuple[fx.GraphModule, tuple[str, ...]]:
-    """A copy of a network after the eval passes, and the names of those that changed it."""
+    """Return a copy of a network after the eval passes, and the names of those that changed it."""
     passes = [EvalForm(), RemoveDropout(), FoldBatchNorm()]
     if channels_last:
         passes.append(ChannelsLast())
@@ -44,7 +44,7 @@ def prepared(
 
 
 def apply_passes(module: fx.GraphModule, passes: Sequence[PassBase]) -> tuple[str, ...]:
-    """Runs passes in order, each with its checks; returns the names of those that changed it."""
+    """Run passes in order, each with its checks; return the names of those that changed it."""
     done = []
     for one in passes:
         result = one(module)
@@ -56,7 +56,7 @@ def apply_passes(module: fx.GraphModule, passes: Sequence[PassBase]) -> tuple[st
 def answers_of(
     module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> list[torch.Tensor]:
-    """What the network itself answers in eval mode; its own mode is left as it is."""
+    """Return what the network itself answers in eval mode; its own mode is left as it is."""
     with torch.no_grad(), eval_mode(module):
         return tensors_of(module(*args, **kwargs))
 

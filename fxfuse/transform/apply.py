@@ -107,7 +107,7 @@ class _Fusion:
         self._scratch = Scratch()
 
     def fused(self, name: str) -> torch.Tensor:
-        """A tensor of the fused network."""
+        """Return a tensor of the fused network."""
         plan, states = self._plan, self._states
         combination = combination_of(self._graph, name)
         owner = self._graph.program.heads.get(name)
@@ -161,7 +161,7 @@ class _Result:
         self._boxes = list[Box]()
 
     def put(self, part: torch.Tensor, lines: Sequence[DimContribution], box: Box | None) -> None:
-        """Adds what a member contributes, unless it was written where it stands."""
+        """Add what a member contributes, unless it was written where it stands."""
         if box is None:
             where = [torch.from_numpy(line.targets).to(part.device) for line in lines]
             grid = tuple(_along(index, dim, len(where)) for dim, index in enumerate(where))
@@ -179,14 +179,14 @@ class _Result:
 
 
 def _apart(lines: Sequence[Sequence[DimContribution]]) -> bool:
-    """Whether each member contributes to evenly spaced cells, and no two to one cell."""
+    """Tell whether each member contributes to evenly spaced cells, and no two to one cell."""
     boxes = [box_of(each) for each in lines]
     found = [box for box in boxes if box is not None]
     return len(found) == len(boxes) and not any(_meet(*pair) for pair in combinations(found, 2))
 
 
 def _meet(box: Box, other: Box) -> bool:
-    """Whether two members may contribute to one cell."""
+    """Tell whether two members may contribute to one cell."""
     return all(_overlap(a, b) for a, b in zip(box, other, strict=True))
 
 
@@ -200,7 +200,7 @@ def _overlap(a: slice, b: slice) -> bool:
 def _share(
     lines: Sequence[DimContribution], combination: Combination, n_members: int
 ) -> torch.Tensor:
-    """How much of each fused cell is this member's, broadcast over equal cells, float64.
+    """Return how much of each fused cell is this member's, broadcast over equal cells, float64.
 
     Along one dimension that is what M gives the member. Of further dimensions that are written only
     the member's own mean is taken, so that the members' shares of a cell sum to one there too.

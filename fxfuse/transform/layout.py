@@ -51,11 +51,11 @@ class Layout:
         return len(self.source)
 
     def by_index(self) -> Layout:
-        """The same copies, those of an index next to each other."""
+        """Return the same copies, those of an index next to each other."""
         return self.by_block(1)
 
     def by_block(self, size: int) -> Layout:
-        """The same copies, those of `size` successive indices in one piece."""
+        """Return the same copies, those of `size` successive indices in one piece."""
         order = np.lexsort((self.source, self.copy, self.source // size))
         return Layout(self.source[order], self.copy[order])
 
@@ -72,7 +72,7 @@ class Layout:
         return Layout(source.reshape(-1), np.repeat(self.copy, size))
 
     def head(self, size: int) -> Layout:
-        """The copies of the first `size` indices."""
+        """Return the copies of the first `size` indices."""
         kept = self.source < size
         return Layout(self.source[kept], self.copy[kept])
 
@@ -132,7 +132,7 @@ def default_layout(graph: CouplingGraph, place: Place, copies: Copies) -> Layout
 
 
 def run_layout(unit: Index, count: Index) -> Layout:
-    """The copies of each run of one unit's neurons next to each other, each in one piece.
+    """Return the copies of each run of one unit's neurons next to each other, each in one piece.
 
     Args:
         unit: The unit of each index, -1 where it is none that is copied, int64 [size].
@@ -162,7 +162,7 @@ def place_units(
     copies: Copies,
     layouts: Mapping[Place, Layout] = MappingProxyType({}),
 ) -> Placement:
-    """Where the units that a plan keeps land along a dimension."""
+    """Return where the units that a plan keeps land along a dimension."""
     size = int(graph.program.tensor(place[0]).shape[place[1]])
     groups = graph.group_of.get(place, ())
     resized = any(group.name in copies for group in groups)
@@ -215,7 +215,7 @@ class Placements:
         self._made: dict[Any, Placement] = {}
 
     def __getitem__(self, place: Place) -> Placement:
-        """Where units land along a dimension."""
+        """Return where units land along a dimension."""
         # Placements differ wherever members differ in width, or a layout was made for the place.
         key = place if self._graph.members or place in self._layouts else self._content(place)
         if key not in self._made:
@@ -224,7 +224,7 @@ class Placements:
         return self._made[key]
 
     def _content(self, place: Place) -> Any:
-        """All of the analysis that a placement depends on."""
+        """Return all of the analysis that a placement depends on."""
         graph = self._graph
         reason = graph.frozen.get(place)
         return (

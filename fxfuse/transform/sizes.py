@@ -111,7 +111,7 @@ def choose_mixing(
 
 
 def _not_kept(graph: CouplingGraph, n_members: int, size: Size) -> str:
-    """Says of which group not every unit of every member is kept; empty where all are."""
+    """Say of which group not every unit of every member is kept; empty where all are."""
     assert size.width is not None
     wanted = sizes_of(
         graph, n_members, size.width, size.multiple_of, at_least_one=size.allocation == "global"
@@ -149,7 +149,7 @@ def find_sizes(
 def _within(
     graph: CouplingGraph, n_members: int, size: Size, allocate: Callable[[Sizes], Sizes]
 ) -> tuple[Sizes, dict[str, str]]:
-    """The widest network within a budget."""
+    """Return the widest network within a budget."""
 
     def at(width: float) -> tuple[Sizes, dict[str, str]]:
         wanted = sizes_of(graph, n_members, width, size.multiple_of, at_least_one=True)
@@ -176,7 +176,7 @@ def _within(
 
 
 def _excess(graph: CouplingGraph, sizes: Sizes, size: Size) -> str:
-    """What a network of these sizes has more of than the budget allows; empty within it."""
+    """Return what a network of these sizes has more of than the budget allows; empty within it."""
     params, flops = size.max_params, size.max_flops
     if params is not None and (found := parameters_of(graph, sizes)) > params:
         return f"has {found:,} parameters"
@@ -200,7 +200,7 @@ def _excess(graph: CouplingGraph, sizes: Sizes, size: Size) -> str:
 def _allocation(
     graph: CouplingGraph, states: Sequence[State], method: Method, context: Context, size: Size
 ) -> Callable[[Sizes], Sizes] | None:
-    """How sizes are spread over the groups, where not uniformly."""
+    """Return how sizes are spread over the groups, where not uniformly."""
     if size.allocation == "uniform":
         return None
     score = method.score if isinstance(method, Transplant) else None

@@ -54,7 +54,7 @@ class Verification(Readable):
         return all(check.passed for check in self.checks)
 
     def described(self) -> Description:
-        """Which oracles hold, and how exactly."""
+        """Return which oracles hold, and how exactly."""
         failed = [check.name for check in self.checks if not check.passed]
         title = f"Verification: all {counted(len(self.checks), 'check')} passed"
         if failed:
@@ -102,7 +102,7 @@ def as_double(state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 
 
 def inputs_of(program: Program, *, flip: bool = False) -> Any:
-    """The example inputs in float64; flipped: other inputs of the same kind."""
+    """Return the example inputs in float64; flipped: other inputs of the same kind."""
 
     def other(x: Any) -> Any:
         x = to_double(x)
@@ -158,5 +158,5 @@ def _run_eagerly(
 
 
 def tensors_of(value: Any) -> list[torch.Tensor]:
-    """All tensors in a nested structure, in its order."""
+    """Return all tensors in a nested structure, in its order."""
     return [x for x in pytree.tree_leaves(value) if isinstance(x, torch.Tensor)]

@@ -52,7 +52,7 @@ def handover(
     network: Callable[..., Any],
     layouts: Sequence[Mapping[int, Layout]] | None = None,
 ) -> tuple[Check, ...]:
-    """What must hold of any fused network: the member's output shapes, finite outputs.
+    """Return what must hold of any fused network: the member's output shapes, finite outputs.
 
     Where the network was traced, its output sizes may depend on the data, and so on the weights:
     then only the outputs' values are checked.

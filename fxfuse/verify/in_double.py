@@ -18,7 +18,7 @@ _LOWER = (torch.float32, torch.float16, torch.bfloat16)
 
 
 def to_double(value: Any) -> Any:
-    """A floating-point tensor in float64, a complex one in complex128; all else as it is."""
+    """Return a floating-point tensor in float64, a complex one in complex128; all else as it is."""
     if not isinstance(value, torch.Tensor):
         return value
     if value.is_complex():
@@ -50,11 +50,11 @@ class Changed(Mapping[str, torch.Tensor]):
         self._state, self._change = state, change
 
     def __getitem__(self, name: str) -> torch.Tensor:
-        """The changed tensor, a new one each time."""
+        """Return the changed tensor, a new one each time."""
         return self._change(name, self._state[name])
 
     def __contains__(self, name: object) -> bool:
-        """Whether there is such a tensor; it is not changed."""
+        """Tell whether there is such a tensor; it is not changed."""
         return name in self._state
 
     def __iter__(self) -> Iterator[str]:
@@ -65,7 +65,7 @@ class Changed(Mapping[str, torch.Tensor]):
 
 
 def doubled(state: Mapping[str, torch.Tensor]) -> Mapping[str, torch.Tensor]:
-    """The tensors in float64, each converted when it is read."""
+    """Return the tensors in float64, each converted when it is read."""
     return Changed(state, lambda _, tensor: to_double(tensor))
 
 
@@ -90,14 +90,14 @@ class InDouble(fx.Interpreter):
         }
 
     def answer(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
-        """What the network answers, called as the captured module is."""
+        """Return what the network answers, called as the captured module is."""
         bound = inspect.signature(self._captured.module.forward).bind(*args, **kwargs)
         graph = self._captured.graph
         flat = flatten_inputs(graph, list(bound.arguments.values()))
         return graph.process_outputs(super().run(*flat, enable_io_processing=False))
 
     def get_attr(self, target: Any, args: Any, kwargs: Any) -> Any:
-        """A tensor, still to be read."""
+        """Return a tensor, still to be read."""
         return _Unread(self._first(target))
 
     def map_nodes_to_values(self, args: Any, n: fx.Node) -> Any:
@@ -111,7 +111,7 @@ class InDouble(fx.Interpreter):
         return fx.map_arg(args, value)
 
     def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
-        """An operator in float64, also where it names another precision."""
+        """Return an operator in float64, also where it names another precision."""
         return super().call_function(target, lifted(args), lifted(kwargs))
 
     def _first(self, target: Any) -> str:

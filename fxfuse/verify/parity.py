@@ -102,7 +102,7 @@ def concatenated_and_pruned(
 def _concatenated(
     member: nn.Module, graph: CouplingGraph, states: Sequence[Mapping[str, torch.Tensor]]
 ) -> nn.Module:
-    """A wide copy of a member, the members' channels one member after the other."""
+    """Return a wide copy of a member, the members' channels one member after the other."""
     n = len(states)
     plan = make_plan(graph, states, Concatenate(), Context())
     layouts: dict[Place, Layout] = {}

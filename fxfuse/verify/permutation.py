@@ -56,7 +56,7 @@ def permutation(
 
 
 def permutation_of(graph: CouplingGraph, *, seed: int = 0) -> Check:
-    """The permutation oracle on an analysis that exists."""
+    """Return the permutation oracle on an analysis that exists."""
     reference = run(graph.program, graph.program.state())
     error = _permuted_error(graph, graph.groups, seed, reference)
     tolerance, floor = _tolerance(graph, error, seed, reference)

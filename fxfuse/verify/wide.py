@@ -76,7 +76,7 @@ def equals_ensemble(
     *,
     hands_out: bool,
 ) -> Check:
-    """The wide oracle for members that are analyzed already."""
+    """Return the wide oracle for members that are analyzed already."""
     # Before the concatenation is there: a member and its copy need not be in memory beside it.
     answers = of_each(states, lambda i, state: run(graph.of_member(i).program, state))
     outputs = [answer for _, answer in answers]
@@ -101,7 +101,7 @@ def equals_heads(
     members: Sequence[Program],
     dim: int,
 ) -> Check:
-    """The wide oracle of a partial fusion: every head answers as its own member.
+    """Return the wide oracle of a partial fusion: every head answers as its own member.
 
     Args:
         graph: The analysis of the members as one network (`fxfuse.analysis.heads.join`).

@@ -45,7 +45,7 @@ class Weights:
 
 
 def weights_of(parameters: Sequence[Any], *, has_biases: bool, parts: int) -> list[Weights]:
-    """Cuts an operator's flat list of parameters into layers and directions, `parts` in all."""
+    """Cut an operator's flat list of parameters into layers and directions, `parts` in all."""
     size = len(parameters) // parts
     biases = 2 if has_biases else 0
     found = []

@@ -38,7 +38,7 @@ class Networks:
 
 
 def needs_modules(recipe: Recipe) -> bool:
-    """Whether the members run, or may differ; else they stay in their files."""
+    """Tell whether the members run, or may differ; else they stay in their files."""
     runs = recipe.calibration or recipe.train or recipe.evaluation or recipe.fuse.refine
     return bool(
         runs
@@ -72,7 +72,7 @@ def load_data(source: DataSource | None) -> Data | None:
 
 
 def files_of(recipe: Recipe) -> list[Path]:
-    """The files that a recipe reads."""
+    """Return the files that a recipe reads."""
     given = [Path(m.path) for m in recipe.members]
     files = [f for path in given for f in (weights_in(path) if is_pretrained(path) else [path])]
     found = [part for file in files for part in parts_of(file)]

@@ -30,7 +30,7 @@ def record(files: Iterable[Path], device: torch.device, base: Path) -> Made:
 
 
 def parts_of(file: Path) -> list[Path]:
-    """A file, and for the index of a checkpoint in several files those, too."""
+    """Return a file, and for the index of a checkpoint in several files those, too."""
     if not file.name.endswith(".index.json"):
         return [file] if file.is_file() else []
     try:

@@ -26,7 +26,7 @@ def summary(result: FusionResult, networks: Sequence[Network], trained: str) -> 
 
 
 def _checks(checks: Sequence[Check]) -> str:
-    """The oracles that ran, with their errors and tolerances."""
+    """Return the oracles that ran, with their errors and tolerances."""
     if not checks:
         return "## Verification\n\nSkipped at the caller's wish.\n"
     rows = [
@@ -52,7 +52,7 @@ def _networks(networks: Sequence[Network]) -> str:
 
 
 def _table(title: str, columns: Sequence[str], rule: str, rows: Iterable[Sequence[str]]) -> str:
-    """A heading and a table; `rule` is how the columns behind the first stand."""
+    """Return a heading and a table; `rule` is how the columns behind the first stand."""
     lines = [f"## {title}", "", f"| {' | '.join(columns)} |", f"|---|{rule}|"]
     return "\n".join([*lines, *(f"| {' | '.join(row)} |" for row in rows)]) + "\n"
 

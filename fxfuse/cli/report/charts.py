@@ -30,7 +30,7 @@ _Chart = alt.Chart | alt.LayerChart | alt.FacetChart
 
 
 def member_name(member: int) -> str:
-    """What a member is called in a legend."""
+    """Return what a member is called in a legend."""
     return "several members" if member == SEVERAL else f"member {member}"
 
 

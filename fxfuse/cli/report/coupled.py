@@ -77,7 +77,7 @@ class Coupled:
 
 
 def coupled(graph: CouplingGraph) -> Coupled:
-    """The coupling graph of an analysis."""
+    """Return the coupling graph of an analysis."""
     tied = graph.to_networkx()
     ties = _ties(graph, tied)
     order = {name: number for number, name in enumerate(graph.program.names)}

@@ -28,7 +28,7 @@ _MILLION = 1e6
 
 
 def render(content: Content) -> str:
-    """A report as HTML that needs no other file and no network."""
+    """Return a report as HTML that needs no other file and no network."""
     environment = jinja2.Environment(
         autoescape=True,
         trim_blocks=True,

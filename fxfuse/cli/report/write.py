@@ -24,7 +24,7 @@ def write_report(
     sweep: Sequence[Network] = (),
     refined: bool = False,
 ) -> None:
-    """Writes what a fusion did as one HTML file, which needs no other file and no network.
+    """Write what a fusion did as one HTML file, which needs no other file and no network.
 
     Args:
         result: What `fuse` or `prune` returned.

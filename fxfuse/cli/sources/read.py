@@ -26,7 +26,7 @@ _NAMED: dict[str, Callable[[str, Preparation], Data]] = {
 
 
 def read_data(spec: str, prepare: Preparation | None = None) -> Data:
-    """Reads examples.
+    """Read examples.
 
     Args:
         spec: A `.npy`, `.npz`, `.safetensors` or weights-only `.pt` file with inputs, or with

@@ -50,10 +50,10 @@ def lowering(*targets: Any, starts: bool = False) -> Callable[[Lowering], Loweri
 
 
 def entry_of(target: Any) -> Entry | None:
-    """The lowering that was registered for an operator."""
+    """Return the lowering that was registered for an operator."""
     return _LOWERINGS.get(target)
 
 
 def registered() -> tuple[Any, ...]:
-    """All operators with a lowering of their own."""
+    """Return all operators with a lowering of their own."""
     return tuple(_LOWERINGS)

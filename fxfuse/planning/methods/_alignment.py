@@ -88,7 +88,7 @@ def _total(similarity: Matrix, order: Index) -> float:
 
 
 def surplus_of(features: Matrix, order: Index, *, opposite: bool = False) -> UnmatchedUnits:
-    """Reads each unit that stands for none off the one it is most like, by least squares.
+    """Read each unit that stands for none off the one it is most like, by least squares.
 
     So a unit that is a copy of another one is read off it, and one that is nothing is left out.
 
@@ -189,7 +189,7 @@ def _mean(
     without: int,
     reorder: Reorder,
 ) -> Features:
-    """The mean of all members but one, in the common frame, of those that have a unit."""
+    """Return the mean of all members but one, in the common frame, of those that have a unit."""
     others = [j for j in range(len(orders)) if j != without]
     mean: dict[str, Matrix] = {}
     count: dict[str, Matrix] = {}

@@ -33,7 +33,7 @@ Solve = Callable[[CouplingGroup, Matrix, Matrix], tuple[Matrix, Matrix]]
 
 
 def carrying(graph: CouplingGraph, found: Carried) -> Move:
-    """Moves a member's units to the frame's: by U where a tensor reads them, else by M."""
+    """Move a member's units to the frame's: by U where a tensor reads them, else by M."""
 
     def move(group: CouplingGroup, place: Place, units: Matrix) -> Matrix:
         merge, unmerge = found[group.name]
@@ -99,13 +99,13 @@ def _missing(graph: CouplingGraph, group: CouplingGroup, found: Carried) -> int:
 
 
 def _weights(graph: CouplingGraph, group: CouplingGroup) -> list[Place]:
-    """The parameters of more than one dimension that write a group."""
+    """Return the parameters of more than one dimension that write a group."""
     places = writing_places(graph, group)
     return [place for place in places if graph.program.tensor(place[0]).dim() > 1]
 
 
 def _known(graph: CouplingGraph, place: Place, found: Carried) -> bool:
-    """Whether units correspond along all other dimensions of a tensor."""
+    """Tell whether units correspond along all other dimensions of a tensor."""
     name, dim = place
     others = [d for d in range(graph.program.tensor(name).dim()) if d != dim]
     return all(g.name in found for d in others for g in graph.group_of.get((name, d), ()))

@@ -31,7 +31,7 @@ def _real(tensor: torch.Tensor) -> Matrix:
 
 
 def own_places(graph: CouplingGraph, group: CouplingGroup) -> dict[Place, Index]:
-    """The slots of a group's units, each tied tensor once: indices [n_units, slots]."""
+    """Return the slots of a group's units, each tied tensor once: indices [n_units, slots]."""
     canonical = graph.program.canonical
     return {place: rows for place, rows in group.index.items() if canonical[place[0]] == place[0]}
 
@@ -75,14 +75,14 @@ def moved(
 
 
 def _rest(graph: CouplingGraph, place: Place) -> Index:
-    """The indices of a place that no group owns."""
+    """Return the indices of a place that no group owns."""
     size = graph.program.tensor(place[0]).shape[place[1]]
     owned = [group.index[place].reshape(-1) for group in graph.group_of.get(place, ())]
     return np.setdiff1d(np.arange(size), np.concatenate([np.empty(0, np.int64), *owned]))
 
 
 def writing_places(graph: CouplingGraph, group: CouplingGroup) -> list[Place]:
-    """The slots of a group's units in the parameters that write them."""
+    """Return the slots of a group's units in the parameters that write them."""
     return [
         place
         for place in own_places(graph, group)
@@ -91,7 +91,7 @@ def writing_places(graph: CouplingGraph, group: CouplingGroup) -> list[Place]:
 
 
 def written(graph: CouplingGraph, group: CouplingGroup, tensors: Tensors) -> Matrix:
-    """The parameters that write each unit of a member, [n_units, k]."""
+    """Return the parameters that write each unit of a member, [n_units, k]."""
     parts = [
         units_of(tensors[name], dim, group.index[(name, dim)])
         for name, dim in writing_places(graph, group)

@@ -23,7 +23,7 @@ DEGREES: Mapping[str, int] = {"l1": 1, "l2": 2}
 
 
 def degree_of(name: str) -> int:
-    """The degree of a score that is a norm."""
+    """Return the degree of a score that is a norm."""
     if name not in DEGREES:
         raise OptionError(
             f"score {name!r} is not a norm of weights", how=f"use one of {', '.join(DEGREES)}"
@@ -71,7 +71,7 @@ def _outputs(graph: CouplingGraph) -> frozenset[str]:
 
 
 def multiplied(graph: CouplingGraph) -> list[str]:
-    """The parameters of groups that multiply activations (not biases, not added tables)."""
+    """Return the parameters of groups that multiply activations (not biases, not added tables)."""
     owned = {name for name, _ in graph.group_of}
     used: dict[str, bool] = {}
     program = graph.program

@@ -100,7 +100,7 @@ def _lines(
 
 
 def _sum_of_others(values: torch.Tensor, dim: int) -> torch.Tensor:
-    """The sums over all dimensions but one."""
+    """Return the sums over all dimensions but one."""
     # Those in front and those behind apart: torch takes twice as long for both at once.
     if dim:
         values = values.sum(list(range(dim)))

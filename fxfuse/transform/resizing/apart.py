@@ -74,7 +74,7 @@ class Apart:
         self.add(n for n in self._depends if self._is_sum(n) and n not in means)
 
     def add(self, nodes: Iterable[fx.Node]) -> None:
-        """Lets nodes run apart, and whatever has to with them."""
+        """Let nodes run apart, and whatever has to with them."""
         waiting = list(nodes)
         while waiting:
             node = waiting.pop()
@@ -127,11 +127,11 @@ class Apart:
         return None if layout is None or bool((layout.copy < 0).any()) else (dim, layout)
 
     def owns(self, node: fx.Node) -> bool:
-        """Whether a node reads a tensor of which each member has its own."""
+        """Tell whether a node reads a tensor of which each member has its own."""
         return self._own_tensor(node) in self.tensors
 
     def dependent(self, node: fx.Node) -> Iterator[fx.Node]:
-        """The operands of a node that depend on the members."""
+        """Return the operands of a node that depend on the members."""
         return (operand for operand in node.all_input_nodes if operand in self._depends)
 
     # --- what is told from the graph ------------------------------------------------------------
@@ -161,7 +161,7 @@ class Apart:
         self.add(self._claim(name))
 
     def _claim(self, name: str) -> list[fx.Node]:
-        """Gives each member a tensor of its own; returns the nodes that read it."""
+        """Give each member a tensor of its own; return the nodes that read it."""
         if name in self.tensors:
             return []
         self.tensors.add(name)
@@ -186,14 +186,14 @@ class Apart:
         return found
 
     def _moves(self, node: fx.Node) -> bool:
-        """Whether a sum is moved: neither sums nor members' own values are put together."""
+        """Tell whether a sum is moved: neither sums nor members' own values are put together."""
         moves = node.target is operator.getitem or find(node.target) in _MOVEMENTS
         return moves and not any(
             n in self._depends and not self._is_sum(n) for n in node.all_input_nodes
         )
 
     def _contracts(self, node: fx.Node) -> bool:
-        """Whether a node sums the members' units with weights, which hold the 1/N."""
+        """Tell whether a node sums the members' units with weights, which hold the 1/N."""
         rule = find(node.target)
         operands = list(self.dependent(node))
         return (

@@ -16,7 +16,7 @@ from fxfuse.transform.resizing.state import Layouts, ResizedGraph, cannot_write,
 
 
 def carry(wide: ResizedGraph, node: fx.Node) -> Any:
-    """Hands layouts over to whatever carries the same neurons in the same order."""
+    """Hand layouts over to whatever carries the same neurons in the same order."""
     known: dict[bytes, Layout] = {}
     operands = [n for n in node.all_input_nodes if has_tensor(wide.values[n])]
     for operand in operands:

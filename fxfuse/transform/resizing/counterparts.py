@@ -43,18 +43,18 @@ class Counterparts:
             self._fused.append((starts, unit_map.member[order], unit_map.unit[order]))
 
     def original_of(self, own: fx.Node, member: int) -> fx.Node:
-        """The node that a node of a member's own graph is the counterpart of."""
+        """Return the node that a node of a member's own graph is the counterpart of."""
         return self._originals[member][own] if self._originals else own
 
     def value_of(self, node: fx.Node, member: int) -> AbstractTensor:
-        """The member's own labelled value of a node that returns a tensor."""
+        """Return the member's own labelled value of a node that returns a tensor."""
         value: AbstractTensor = self.graph.of_member(member).values[
             self.graph.node_of(node, member)
         ]
         return value
 
     def places(self, node: fx.Node, dim: int, layout: Layout, member: int) -> Index | None:
-        """Where each index of a member's own value stands along a dimension of the wide one.
+        """Return where each index of a member's own value stands along a dimension of the wide one.
 
         Args:
             node: A node of the graph that the wide one is written from, which returns a tensor.

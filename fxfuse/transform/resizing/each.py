@@ -17,7 +17,7 @@ aten = torch.ops.aten
 
 
 def run_apart(wide: ResizedGraph, node: fx.Node) -> Any:
-    """Writes a node once for each member; layouts of the results, put together where that works."""
+    """Write a node once for each member; layouts of the results, put together where that works."""
     assert wide.apart is not None
     operator_node = wide.mapping[node]
     with wide.graph.inserting_before(operator_node):
@@ -34,7 +34,7 @@ def run_apart(wide: ResizedGraph, node: fx.Node) -> Any:
 
 
 def write_outputs(wide: ResizedGraph) -> None:
-    """Hands out the members' mean where an output is computed once for each member."""
+    """Hand out the members' mean where an output is computed once for each member."""
     before = next(n for n in wide.analysis.program.graph.nodes if n.op == "output")
     after = next(n for n in wide.graph.nodes if n.op == "output")
     means: dict[fx.Node, fx.Node] = {}

@@ -84,7 +84,7 @@ def _movement(
     move: Move,
     have: Layouts,
 ) -> Movement:
-    """The movement of an operand to one result, whose layouts are new."""
+    """Return the movement of an operand to one result, whose layouts are new."""
     units = wide.units
     fields = {d: f for f in part.fields if (d := units.growing(f)) is not None}
     want: dict[int, Layout] = {}
@@ -107,7 +107,7 @@ def _movement(
 def _write(
     wide: ResizedGraph, node: fx.Node, source: fx.Node, result: fx.Node, movement: Movement
 ) -> fx.Node:
-    """Writes a movement as `index_select` of the flat operand, sample by sample."""
+    """Write a movement as `index_select` of the flat operand, sample by sample."""
     before, after = (_symbolic(n.meta["val"]) for n in (source, result))
     one = len(before) == len(after) == 1
     if (before or after) and not (one and movement.kept(before[0], after[0])):

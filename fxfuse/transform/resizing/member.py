@@ -49,7 +49,7 @@ def program_at(
 
 
 def _fold_sizes(wide: ResizedGraph) -> None:
-    """Writes a size such as batch · heads with the new number, where all that reads it grew alike.
+    """Write a size such as batch · heads with the new number, where all that reads it grew alike.
 
     `b * 3`, of which every reader makes `(b * 3) * 2 // 3`, becomes `b * 2`.
     """

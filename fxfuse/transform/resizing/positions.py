@@ -78,7 +78,7 @@ def layouts_of(
 
 
 def _constant_digits(copies: torch.Tensor) -> list[tuple[int, torch.Tensor]]:
-    """The digits, not 0, that all numbers have in common; the first of them last."""
+    """Return the digits, not 0, that all numbers have in common; the first of them last."""
     found, digit = [], 0
     while bool(copies.any()):
         digits = copies % _BASE
@@ -101,7 +101,7 @@ def _along(line: torch.Tensor, dim: int, rank: int) -> torch.Tensor:
 
 
 def _varying_digits(line: torch.Tensor) -> list[tuple[int, torch.Tensor]]:
-    """The digits in which the numbers of a line differ."""
+    """Return the digits in which the numbers of a line differ."""
     found, digit = [], 0
     while bool(line.any()):
         digits = line % _BASE
@@ -112,7 +112,7 @@ def _varying_digits(line: torch.Tensor) -> list[tuple[int, torch.Tensor]]:
 
 
 def _again(line: torch.Tensor, copy: torch.Tensor) -> torch.Tensor:
-    """How often the same neuron of the same copy stood at an earlier place."""
+    """Return how often the same neuron of the same copy stood at an earlier place."""
     numbers = copy.expand(len(line)).tolist()
     pairs, seen = list(zip(line.tolist(), numbers, strict=True)), Counter[tuple[int, int]]()
     again = []

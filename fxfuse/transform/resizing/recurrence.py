@@ -63,7 +63,7 @@ def recur(wide: ResizedGraph, node: fx.Node) -> Any:
 def _direction(
     wide: ResizedGraph, node: fx.Node, part: recurrent.Weights, incoming: Layout | None
 ) -> tuple[Layout, Layout]:
-    """Brings the parameters of one direction into order; layouts of both of its states."""
+    """Bring the parameters of one direction into order; layouts of both of its states."""
     gates = recurrent.gates_of(node)
     inner: AbstractTensor = wide.values[part.inner]
     size = inner.shape[0] // gates

@@ -38,7 +38,7 @@ class Resized:
 
 
 def resized_of(graph: CouplingGraph, plan: FusionPlan) -> Resized | None:
-    """The resized network of a plan; None where every group has a member's size."""
+    """Return the resized network of a plan; None where every group has a member's size."""
     if not copies_of(graph, plan.sizes()):
         return None
     wide = walk_of(graph, plan)

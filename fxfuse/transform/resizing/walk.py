@@ -130,7 +130,7 @@ def blank(
     empty: Callable[[Sequence[int], torch.dtype], torch.Tensor],
     plan: FusionPlan | None = None,
 ) -> FusedModule:
-    """The resized network with tensors that hold nothing yet, for shapes and costs."""
+    """Return the resized network with tensors that hold nothing yet, for shapes and costs."""
     wide = walk_at(graph, copies_of(graph, sizes)) if plan is None else walk_of(graph, plan)
     program = graph.program
 
@@ -153,7 +153,7 @@ def blank(
 
 
 def walk_of(graph: CouplingGraph, plan: FusionPlan) -> ResizedGraph:
-    """The concatenated graph of a plan, written."""
+    """Return the concatenated graph of a plan, written."""
     copies = copies_of(graph, plan.sizes())
     if plan.mixing.mode == "joint":
         return walk_at(graph, copies)
@@ -176,7 +176,7 @@ def walk_of(graph: CouplingGraph, plan: FusionPlan) -> ResizedGraph:
 
 
 def walk_at(graph: CouplingGraph, copies: Copies) -> ResizedGraph:
-    """The network with so many copies of each unit, written for all of them at once."""
+    """Return the network with so many copies of each unit, written for all of them at once."""
     wide = ResizedGraph(graph, copies)
     for node in graph.program.graph.nodes:
         _step(wide, node)
