@@ -20,11 +20,12 @@ import fxfuse
 from fxfuse import Size
 from fxfuse.analysis.coupling import CouplingGraph
 from fxfuse.errors import OptionError, RewriteError
+from fxfuse.graph.tensors import tensors_in
 from fxfuse.planning.plan import FusionPlan, UnitMap
 from fxfuse.planning.size import sizes_of
 from fxfuse.transform.cost import operations_of, parameters_of
 from fxfuse.transform.resizing import emit_resized, settle
-from fxfuse.verify.check import as_double, in_double, inputs_of, relative_error, tensors_of
+from fxfuse.verify.check import as_double, in_double, inputs_of, relative_error
 from tests.models import build, image
 from tests.options import flat, planned
 from tests.strategies import Recipe, is_plain, members_of, recipes
@@ -58,7 +59,7 @@ def error_at(members: list[nn.Module], width: float) -> tuple[float, dict[str, s
     args, kwargs = inputs_of(graph.program)
     with torch.no_grad():
         found, expected = (
-            tensors_of(in_double(emit_resized(graph, plan, states))(*args, **kwargs))
+            tensors_in(in_double(emit_resized(graph, plan, states))(*args, **kwargs))
             for plan in (small, masked)
         )
     return relative_error(found, expected), refused

@@ -45,7 +45,8 @@ def form_groups(
     """
     parts = coupling.slots(component)
     structure = coupling.structure(component, parts)
-    places = [(p, coupling.ids_of(owner)) for owner, p in enumerate(coupling.owners) if _is_real(p)]
+    owners = [(p, n) for n, p in enumerate(coupling.owners) if not p[0].startswith("<")]
+    places = [(p, coupling.ids_of(owner)) for p, owner in owners]
     appeared = np.full(len(frozen), len(places))
     for number, (_, ids) in reversed(list(enumerate(places))):
         appeared[component[ids]] = number
@@ -84,7 +85,3 @@ def form_groups(
         taken.add(name)
         groups.append(CouplingGroup(name, n_units, index))
     return tuple(groups)
-
-
-def _is_real(place: Place) -> bool:
-    return not place[0].startswith("<")

@@ -20,7 +20,7 @@ from fxfuse.errors import OptionError
 from fxfuse.graph.capture import Program
 from fxfuse.graph.same_network import check_same_network
 from fxfuse.graph.source_lines import source_of
-from fxfuse.graph.tensors import attach, is_constant
+from fxfuse.graph.tensors import attach, is_constant, tensors_in
 from fxfuse.graph.torch_compat import copy_inputs, copy_signature, output_spec, pytree, schema_of
 
 aten = torch.ops.aten
@@ -89,7 +89,7 @@ def region_of(program: Program, names: Collection[str]) -> frozenset[fx.Node]:
     variable = _dependents(graph, lambda n: n.op == "placeholder" or _is_parameter(program, n))
     for node in reversed(graph.nodes):
         # Class counts are written into constants and sizes, so each head needs its own.
-        is_size = node.op == "call_function" and not _holds_tensor(node)
+        is_size = node.op == "call_function" and not tensors_in(node.meta.get("val"))
         is_state = node.op == "get_attr" and node.target in program.canonical
         is_own = node.op in ("call_function", "get_attr") and not is_state
         if is_own and (is_size or node not in variable) and node.users:
@@ -115,11 +115,6 @@ def _is_parameter(program: Program, node: fx.Node) -> bool:
     name = str(node.target)
     is_state = node.op == "get_attr" and name in program.canonical
     return is_state and not is_constant(program.tensor(name))
-
-
-def _holds_tensor(node: fx.Node) -> bool:
-    leaves = pytree.tree_leaves(node.meta.get("val"))
-    return any(isinstance(leaf, torch.Tensor) for leaf in leaves)
 
 
 @dataclass(frozen=True)

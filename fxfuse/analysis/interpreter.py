@@ -19,7 +19,7 @@ from fxfuse.analysis.rules import Call, Rule, concrete_shape, find, rule_file
 from fxfuse.analysis.rules.pointwise import is_pointwise, pointwise
 from fxfuse.errors import FxfuseError, RuleError
 from fxfuse.graph.capture import Program
-from fxfuse.graph.tensors import is_constant
+from fxfuse.graph.tensors import is_constant, tensors_in
 from fxfuse.graph.torch_compat import hint, pytree, schema_of
 
 #: Constants above this size count as varying along every dimension; comparing would cost more
@@ -104,7 +104,7 @@ class _Interpreter:
             return args[0][args[1]]
         produced = node.meta.get("val")
         operands = _operands(args, kwargs)
-        if not _holds_tensor(produced):
+        if not tensors_in(produced):
             if torch.Tag.data_dependent_output in getattr(node.target, "tags", ()):
                 # A number that Python decides by: it may depend on where each neuron stands.
                 self.boundary(node, operands, has_rule=False)
@@ -163,7 +163,7 @@ class _Interpreter:
             ) from error
 
     def boundary(self, node: fx.Node, operands: list[AbstractTensor], *, has_rule: bool) -> Any:
-        """Return an operator without a rule: its operands freeze, its result is frozen neurons.
+        """Treat an operator without a rule: its operands freeze, its result is frozen neurons.
 
         Where no neuron goes in, none comes out: the result only varies.
         """
@@ -296,7 +296,7 @@ def constant(tensor: torch.Tensor) -> AbstractTensor:
     if tensor.is_meta:
         return AbstractTensor(shape, (), positions(shape, varying), frozenset())
     if tensor.numel() <= _COMPARE_LIMIT:
-        varying = [d for d in varying if shape[d] > 1 and not _equal_along(tensor, d)]
+        varying = [d for d in varying if shape[d] > 1 and (tensor != tensor.narrow(d, 0, 1)).any()]
     return AbstractTensor(shape, (), positions(shape, varying), frozenset(), tensor)
 
 
@@ -319,10 +319,6 @@ def _real(argument: Any) -> Any:
     return torch.empty(()).expand(argument.shape)
 
 
-def _equal_along(tensor: torch.Tensor, dim: int) -> bool:
-    return bool((tensor == tensor.narrow(dim, 0, 1)).all())
-
-
 def _is_leaf(x: Any) -> bool:
     return isinstance(x, AbstractTensor)
 
@@ -330,10 +326,6 @@ def _is_leaf(x: Any) -> bool:
 def _operands(args: Any, kwargs: Any) -> list[AbstractTensor]:
     leaves = pytree.tree_leaves((args, kwargs), is_leaf=_is_leaf)
     return [x for x in leaves if isinstance(x, AbstractTensor)]
-
-
-def _holds_tensor(value: Any) -> bool:
-    return any(isinstance(x, torch.Tensor) for x in pytree.tree_leaves(value))
 
 
 def _same_labels(a: AbstractTensor, b: AbstractTensor) -> bool:

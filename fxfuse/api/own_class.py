@@ -24,10 +24,10 @@ from fxfuse.graph.capture import Program
 from fxfuse.graph.eager import answers
 from fxfuse.graph.example import first_line
 from fxfuse.graph.layer_sizes import sizes_of_layer
-from fxfuse.graph.tensors import is_constant
+from fxfuse.graph.tensors import is_constant, tensors_in
 from fxfuse.graph.torch_compat import pytree
 from fxfuse.transform.emit import FusedModule
-from fxfuse.verify.check import relative_error, tensors_of
+from fxfuse.verify.check import relative_error
 
 #: Relative to the largest output.
 _TOLERANCE = 1e-5
@@ -153,7 +153,7 @@ class _Reference:
         inputs = (self._moved(x) for x in (program.example_inputs, _longer(program)))
         states: list[Mapping[str, torch.Tensor]] = [{}, _shaken(other)]
         self.calls = list(zip(inputs, states, strict=True))
-        self.outputs = [tensors_of(answers(module, s, *x)) for x, s in self.calls]
+        self.outputs = [tensors_in(answers(module, s, *x)) for x, s in self.calls]
         eps = torch.finfo(self.now.dtype).eps if self.now.is_floating_point() else 0.0
         self.tolerance = max(_TOLERANCE, 8 * eps)
 
@@ -175,7 +175,7 @@ class _Reference:
         """Return how a model answers otherwise; empty where it does not."""
         for ((args, kwargs), state), expected in zip(self.calls, self.outputs, strict=True):
             try:
-                found = tensors_of(answers(model, state, args, kwargs))
+                found = tensors_in(answers(model, state, args, kwargs))
             except Exception as error:
                 return first_line(error)
             shapes = [[tuple(x.shape) for x in outputs] for outputs in (found, expected)]
@@ -185,10 +185,6 @@ class _Reference:
             if distance > self.tolerance:
                 return f"outputs differ by {distance:.1e}"
         return ""
-
-
-def _is_symbolic(size: Any) -> bool:
-    return isinstance(size, torch.SymInt)
 
 
 def _longer(program: Program) -> Any:
@@ -202,7 +198,8 @@ def _longer(program: Program) -> Any:
     nodes = [node for node in program.graph.nodes if node.op == "placeholder"]
 
     def longer(leaf: Any, value: Any) -> Any:
-        batched = isinstance(value, torch.Tensor) and value.dim() and _is_symbolic(value.shape[0])
+        tensor = isinstance(value, torch.Tensor) and value.dim()
+        batched = tensor and isinstance(value.shape[0], torch.SymInt)
         return torch.cat([leaf, leaf[:1]]).flip(0) if batched else leaf
 
     pairs = zip(leaves, nodes, strict=True)

@@ -43,15 +43,7 @@ State = Mapping[str, torch.Tensor]
 
 @dataclass(frozen=True)
 class Refinement:
-    """What follows a fusion.
-
-    Attributes:
-        calibration: The calibration inputs, as they were given.
-        refit: The refit, if any.
-        match: The matching, if any.
-        task: What the output means.
-        progress: Of the matching.
-    """
+    """What follows a fusion: its steps, and the calibration inputs as they were given."""
 
     calibration: Any = None
     refit: Refit | None = None

@@ -168,12 +168,7 @@ def flags_of(group: Group) -> tuple[Flag, ...]:
 
 @dataclass(frozen=True)
 class Given:
-    """The flags of a command's groups that were given.
-
-    Attributes:
-        groups: The groups.
-        values: What typer read, by name of the parameter.
-    """
+    """The flags of a command's groups that were given: what typer read, by parameter."""
 
     groups: tuple[Group, ...]
     values: Mapping[str, Any]

@@ -120,10 +120,6 @@ def _number(kind: type[int | float]) -> Callable[[str, Any], int | float]:
     return read
 
 
-def _list(flag: str, texts: Sequence[str]) -> list[str]:
-    return list(texts)
-
-
 _REPEATED = "May be repeated."
 #: Types of a field, None and words aside → their form.
 _FORMS: dict[tuple[Any, ...], Form] = {
@@ -134,7 +130,7 @@ _FORMS: dict[tuple[Any, ...], Form] = {
     (float, Mapping[str, float]): Form(
         list[str], "NUMBER|PATTERN=NUMBER", read_by_group, _REPEATED
     ),
-    (tuple[str, ...],): Form(list[str], "PATTERN", _list, _REPEATED),
+    (tuple[str, ...],): Form(list[str], "PATTERN", lambda flag, texts: list(texts), _REPEATED),
     (Mapping[int, tuple[int, ...]],): Form(
         list[str],
         "OUTPUT=DIM,DIM",

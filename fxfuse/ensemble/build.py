@@ -24,9 +24,10 @@ from fxfuse.graph.example import Example, is_single
 from fxfuse.graph.export_reuse import captured_each
 from fxfuse.graph.module_checks import check_enough, check_values
 from fxfuse.graph.same_network import check_same_network
+from fxfuse.graph.tensors import tensors_in
 from fxfuse.graph.torch_compat import pytree
 from fxfuse.transform.emit import FusedModule, copy_graph, emit, emit_graph
-from fxfuse.verify.check import in_double, inputs_of, relative_error, tensors_of
+from fxfuse.verify.check import in_double, inputs_of, relative_error
 
 #: Relative to the largest output, in float64: the members do not meet, so nothing but rounding.
 _EXACT = 1e-12
@@ -111,7 +112,7 @@ def _example(
 
 
 def _device(program: Program) -> torch.device:
-    tensors = [*program.state().values(), *tensors_of(program.example_inputs)]
+    tensors = [*program.state().values(), *tensors_in(program.example_inputs)]
     return tensors[0].device if tensors else torch.device("cpu")
 
 
@@ -161,4 +162,4 @@ def _answers(module: FusedModule, member: Program) -> list[torch.Tensor]:
     # Copies of the inputs too, for the same reason.
     args, kwargs = pytree.tree_map_only(torch.Tensor, torch.clone, inputs_of(member))
     with torch.no_grad():
-        return tensors_of(in_double(module)(*args, **kwargs))
+        return tensors_in(in_double(module)(*args, **kwargs))

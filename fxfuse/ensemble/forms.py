@@ -14,7 +14,8 @@ from fxfuse.ensemble.policy import Policy
 from fxfuse.ensemble.weights import Weights
 from fxfuse.graph.arguments import argument, argument_names
 from fxfuse.graph.capture import Program
-from fxfuse.graph.torch_compat import free_unbacked_symbols, pytree, schema_of
+from fxfuse.graph.tensors import tensors_in
+from fxfuse.graph.torch_compat import free_unbacked_symbols, schema_of
 
 aten = torch.ops.aten
 
@@ -171,8 +172,7 @@ def is_number(node: fx.Node) -> bool:
 
 def has_data_sizes(node: fx.Node) -> bool:
     """Tell whether a size of a node's tensors depends on data, so that members may differ in it."""
-    tensors = [x for x in pytree.tree_leaves(node.meta.get("val")) if isinstance(x, torch.Tensor)]
-    return any(free_unbacked_symbols(x) for x in tensors)
+    return any(free_unbacked_symbols(x) for x in tensors_in(node.meta.get("val")))
 
 
 def arguments(node: fx.Node) -> dict[str, Any]:

@@ -51,12 +51,7 @@ class Entry:
 
 @dataclass(frozen=True)
 class Inventory:
-    """What `unstack` has to know, by plain data only.
-
-    Attributes:
-        n_members: N.
-        entries: All tensors, in the order of a member's `state_dict()`.
-    """
+    """What `unstack` has to know, by plain data only: tensors in the order of a `state_dict()`."""
 
     n_members: int
     entries: tuple[Entry, ...]

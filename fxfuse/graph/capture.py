@@ -33,7 +33,7 @@ from fxfuse.graph.example import (
 from fxfuse.graph.fixed_batch import batch_sizes
 from fxfuse.graph.module_checks import check_model, state_of
 from fxfuse.graph.rebuild import rebuild
-from fxfuse.graph.tensors import fetch, is_constant
+from fxfuse.graph.tensors import fetch, is_constant, tensors_in
 from fxfuse.graph.torch_compat import pytree
 
 
@@ -255,7 +255,7 @@ def export(
     # By name, as export binds them: what `*args` and `**kwargs` take is nested.
     bound = inspect.signature(model.forward).bind(*args, **kwargs)
     shapes = pytree.tree_map(_batch_dynamic, dict(bound.arguments))
-    if any(isinstance(x, torch.Tensor) and x.dim() for x in pytree.tree_leaves((args, kwargs))):
+    if any(x.dim() for x in tensors_in((args, kwargs))):
         try:
             return _export_once(model, args, kwargs, shapes)
         except CaptureError as error:

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from fxfuse.errors import CaptureError, InputError
+from fxfuse.graph.tensors import tensors_in
 from fxfuse.graph.torch_compat import FakeTensor, pytree
 
 #: Answers to one example and to two of it differ by rounding: kernels depend on the batch.
@@ -43,11 +44,6 @@ class Example:
         if isinstance(given, Example):
             return given
         return Example(kwargs=given) if isinstance(given, Mapping) else Example(given)
-
-
-def tensors_in(value: Any) -> list[torch.Tensor]:
-    """Return all tensors of a nested structure, in its order."""
-    return [x for x in pytree.tree_leaves(value) if isinstance(x, torch.Tensor)]
 
 
 def check_example(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:

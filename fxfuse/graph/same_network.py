@@ -13,7 +13,7 @@ from fxfuse.graph.capture import Program
 from fxfuse.graph.eager import answers
 from fxfuse.graph.example import first_line
 from fxfuse.graph.source_lines import where_of
-from fxfuse.graph.tensors import is_constant
+from fxfuse.graph.tensors import is_constant, tensors_in
 from fxfuse.graph.torch_compat import pytree, schema_of
 
 #: Names of the arguments of operators that may be a number of channels, heads or groups.
@@ -107,10 +107,7 @@ def _check_answers(first: Program, other: Program, number: int) -> None:
         found = answers(first.source, other.once(other.state()), args, kwargs)
         # Leaves, since outputs may be of a type that only pytree knows.
         torch.testing.assert_close(
-            *(
-                [x for x in pytree.tree_leaves(y) if isinstance(x, torch.Tensor)]
-                for y in (found, expected)
-            ),
+            *(tensors_in(y) for y in (found, expected)),
             equal_nan=True,
         )
     except Exception as error:

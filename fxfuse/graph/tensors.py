@@ -1,12 +1,15 @@
-"""The tensors of a module, by dotted name."""
+"""Tensors of a module, by dotted name, and of nested structures."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from operator import attrgetter
+from typing import Any
 
 import torch
 from torch import nn
+
+from fxfuse.graph.torch_compat import pytree
 
 
 def fetch(module: nn.Module, target: str) -> torch.Tensor:
@@ -50,3 +53,8 @@ def named_tensors(module: nn.Module, *, recurse: bool = True) -> Iterator[tuple[
     """Yield the parameters and buffers of a module by name, tied ones under each of their names."""
     yield from module.named_parameters(recurse=recurse, remove_duplicate=False)
     yield from module.named_buffers(recurse=recurse, remove_duplicate=False)
+
+
+def tensors_in(value: Any) -> list[torch.Tensor]:
+    """Return all tensors in a nested structure, in its order."""
+    return [x for x in pytree.tree_leaves(value) if isinstance(x, torch.Tensor)]

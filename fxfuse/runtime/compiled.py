@@ -13,12 +13,13 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from fxfuse.errors import CompileError, OptionError
 from fxfuse.graph.example import first_line
+from fxfuse.graph.tensors import tensors_in
 from fxfuse.refine.fused import Fused
 from fxfuse.runtime.inference import Compiled, CompileReport, Frozen
 from fxfuse.runtime.inputs import resolve_inputs
 from fxfuse.runtime.layouts import LAYOUTS, Layout, by_rule, device_of, seconds
 from fxfuse.runtime.prepare import answers_of, inductor_options, prepared
-from fxfuse.verify.check import relative_error, tensors_of
+from fxfuse.verify.check import relative_error
 
 _INDUCTOR = "inductor"
 #: What a network may be computed in.
@@ -133,7 +134,7 @@ def _compiled(
     backend, failure = asked.backend, ""
     told = {**asked.options, **({"freezing": True} if layout.freeze else {})}
     try:
-        found = tensors_of(compiled(*args, **kwargs))
+        found = tensors_in(compiled(*args, **kwargs))
     # Backends raise whatever they like.
     except Exception as error:
         failure = first_line(getattr(error, "inner_exception", error))
@@ -148,7 +149,7 @@ def _compiled(
             stacklevel=3,
         )
         compiled, backend, told = Compiled(copy, copy, asked.dtype), "eager", {}
-        found = tensors_of(compiled(*args, **kwargs))
+        found = tensors_in(compiled(*args, **kwargs))
     computed = asked.dtype or next((p.dtype for p in copy.parameters()), torch.get_default_dtype())
     difference = relative_error([t.to(e) for t, e in zip(found, expected, strict=True)], expected)
     compiled.report = CompileReport(changed, backend, told, computed, difference, failure)

@@ -36,12 +36,7 @@ class CompileReport:
 
 
 class Compiled(nn.Module):
-    """A network for inference: called like the one that it was made of, always in eval mode.
-
-    Attributes:
-        graph_module: The network after the eval passes.
-        report: How it was compiled.
-    """
+    """A network for inference: called like the one that it was made of, always in eval mode."""
 
     report: CompileReport
 

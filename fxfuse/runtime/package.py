@@ -15,10 +15,11 @@ from fxfuse.errors import CheckpointError, CompileError, OptionError
 from fxfuse.graph import torch_compat
 from fxfuse.graph.capture import export
 from fxfuse.graph.example import first_line
+from fxfuse.graph.tensors import tensors_in
 from fxfuse.refine.fused import Fused
 from fxfuse.runtime.inputs import resolve_inputs
 from fxfuse.runtime.prepare import answers_of, prepared
-from fxfuse.verify.check import relative_error, tensors_of
+from fxfuse.verify.check import relative_error
 
 #: Largest difference from the network itself that a package may have, by its precision.
 _TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-3}
@@ -65,7 +66,7 @@ def package(
     with atomic_file(path) as work:
         try:
             torch_compat.write_package(program, str(work), options or {})
-            found = tensors_of(load_package(work)(*args, **kwargs))
+            found = tensors_in(load_package(work)(*args, **kwargs))
         except (CheckpointError, OSError):
             raise
         except Exception as error:

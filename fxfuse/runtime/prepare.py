@@ -14,6 +14,7 @@ from torch.fx.passes.infra.pass_base import PassBase
 
 from fxfuse.errors import OptionError
 from fxfuse.graph.eager import eval_mode
+from fxfuse.graph.tensors import tensors_in
 from fxfuse.graph.torch_compat import (
     FakeTensorMode,
     flatten_inputs,
@@ -23,7 +24,6 @@ from fxfuse.graph.torch_compat import (
 from fxfuse.runtime.channels_last import ChannelsLast
 from fxfuse.runtime.eval_form import EvalForm, RemoveDropout, inference_copy
 from fxfuse.runtime.fold import FoldBatchNorm
-from fxfuse.verify.check import tensors_of
 
 
 def prepared(
@@ -58,7 +58,7 @@ def answers_of(
 ) -> list[torch.Tensor]:
     """Return what the network itself answers in eval mode; its own mode is left as it is."""
     with torch.no_grad(), eval_mode(module):
-        return tensors_of(module(*args, **kwargs))
+        return tensors_in(module(*args, **kwargs))
 
 
 def inductor_options(mode: str | None, options: Mapping[str, Any]) -> dict[str, Any]:

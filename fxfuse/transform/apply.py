@@ -164,7 +164,7 @@ class _Result:
         """Add what a member contributes, unless it was written where it stands."""
         if box is None:
             where = [torch.from_numpy(line.targets).to(part.device) for line in lines]
-            grid = tuple(_along(index, dim, len(where)) for dim, index in enumerate(where))
+            grid = tuple(lay_along(index, dim, len(where)) for dim, index in enumerate(where))
             self.cells.index_put_(grid, part, accumulate=self._combination is not Combination.OWN)
         elif part.data_ptr() == self.cells[box].data_ptr():
             pass
@@ -225,5 +225,6 @@ def _share(
     return torch.as_tensor(np.where(hosted, 1.0, share))
 
 
-def _along(line: torch.Tensor, dim: int, rank: int) -> torch.Tensor:
+def lay_along(line: torch.Tensor, dim: int, rank: int) -> torch.Tensor:
+    """View a line [n] as a tensor of `rank` dimensions, along one of them."""
     return line.reshape([-1 if d == dim else 1 for d in range(rank)])

@@ -197,7 +197,7 @@ class FollowDevice(PassBase):
         anchor = next((node for node in graph.nodes if _is_tensor_input(node)), None)
         if not written or anchor is None:
             return PassResult(graph_module, False)
-        with graph.inserting_after(_last_input(graph)):
+        with graph.inserting_after(graph.find_nodes(op="placeholder")[-1]):
             device = graph.call_function(getattr, (anchor, "device"))
         for node in written:
             node.args, node.kwargs = pytree.tree_map_only(
@@ -226,11 +226,6 @@ def _with_device(graph: fx.Graph) -> list[Any]:
 
 def _is_tensor_input(node: fx.Node) -> bool:
     return node.op == "placeholder" and isinstance(node.meta.get("val"), torch.Tensor)
-
-
-def _last_input(graph: fx.Graph) -> fx.Node:
-    inputs: list[fx.Node] = [node for node in graph.nodes if node.op == "placeholder"]
-    return inputs[-1]
 
 
 def _modal_nodes(graph: fx.Graph) -> list[Any]:

@@ -15,6 +15,7 @@ from fxfuse.errors import VerificationError
 from fxfuse.graph.capture import Program, capture
 from fxfuse.graph.eager import answers
 from fxfuse.graph.module_checks import check_values
+from fxfuse.graph.tensors import tensors_in
 from fxfuse.graph.torch_compat import pytree
 from fxfuse.transform.emit import FusedModule
 from fxfuse.verify.in_double import InDouble, lifted, to_double
@@ -126,7 +127,7 @@ def run(
         check_values(state)
         return _run_eagerly(program.source, program.once(as_double(state)), args, kwargs)
     with torch.no_grad():
-        return tensors_of(InDouble(program, state).answer(args, kwargs))
+        return tensors_in(InDouble(program, state).answer(args, kwargs))
 
 
 def in_double(module: FusedModule) -> FusedModule:
@@ -144,7 +145,7 @@ def _run_eagerly(
     before = torch.get_default_dtype()
     torch.set_default_dtype(torch.float64)
     try:
-        return tensors_of(answers(copy.deepcopy(source).double(), state, args, kwargs))
+        return tensors_in(answers(copy.deepcopy(source).double(), state, args, kwargs))
     except Exception as error:
         raise VerificationError(
             "the oracles cannot run this network in float64",
@@ -155,8 +156,3 @@ def _run_eagerly(
         ) from error
     finally:
         torch.set_default_dtype(before)
-
-
-def tensors_of(value: Any) -> list[torch.Tensor]:
-    """Return all tensors in a nested structure, in its order."""
-    return [x for x in pytree.tree_leaves(value) if isinstance(x, torch.Tensor)]

@@ -73,11 +73,7 @@ class InDouble(fx.Interpreter):
     """Runs a captured graph in float64 with other tensors, each read at its first use.
 
     An exported graph names all of its tensors at its top; to read them there would hold all of them
-    at once.
-
-    Args:
-        program: A captured network that is a program.
-        state: Tensors by `state_dict()` name, in any precision; none is written to.
+    at once. The tensors may have any precision; none is written to.
     """
 
     def __init__(self, program: Program, state: Mapping[str, torch.Tensor]) -> None:

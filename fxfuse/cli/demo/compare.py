@@ -18,9 +18,9 @@ from fxfuse import Match, Refit, Transplant
 from fxfuse.api.fuse import fuse
 from fxfuse.cli.data import Batches
 from fxfuse.cli.demo.members import average, train_member
-from fxfuse.cli.demo.network import Ensemble
 from fxfuse.cli.demo.refined import Refined, matched, merit, timed, trained
 from fxfuse.cli.demo.repetition import BATCH, MEMBERS, Repetition
+from fxfuse.cli.evaluate import Ensemble
 from fxfuse.graph.capture import Program, capture
 from fxfuse.refine import RefineReport, distill, finetune, recalibrate, refit_head
 

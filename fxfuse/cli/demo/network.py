@@ -47,15 +47,3 @@ class SmallResNet(nn.Module):
         """Map images `[b, 1, 28, 28]` to logits `[b, classes]`."""
         logits: Tensor = self.head(self.blocks(self.stem(x)).mean(dim=(2, 3)))
         return logits
-
-
-class Ensemble(nn.Module):
-    """Members run one after the other; answers with the mean of their logits."""
-
-    def __init__(self, members: list[nn.Module]) -> None:
-        super().__init__()
-        self.members = nn.ModuleList(members)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Map images `[b, 1, 28, 28]` to logits `[b, classes]`."""
-        return torch.stack([member(x) for member in self.members]).mean(dim=0)

@@ -20,13 +20,7 @@ _LEARNING_RATES = (3e-3, 1e-2)
 
 @dataclass(frozen=True)
 class Refined:
-    """A refined copy, and how it came about.
-
-    Attributes:
-        module: The network.
-        seconds: CPU seconds, all threads together.
-        learning_rate: What validation chose; None where there was no choice.
-    """
+    """A refined copy, the CPU seconds of all threads, and the learning rate, if chosen."""
 
     module: nn.Module
     seconds: float

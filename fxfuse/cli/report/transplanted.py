@@ -25,13 +25,7 @@ _DEFAULT_SCORE = "l2"
 
 @dataclass(frozen=True)
 class Run:
-    """Neighbouring fused units of one origin.
-
-    Attributes:
-        start: The first of them.
-        stop: One past the last.
-        member: The member that they come from, or `SEVERAL`.
-    """
+    """Fused units from `start` up to `stop` that come from one member, or from `SEVERAL`."""
 
     start: int
     stop: int

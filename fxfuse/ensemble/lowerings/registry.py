@@ -20,10 +20,8 @@ Lowering = Callable[[Writer, fx.Node], "fx.Node | None"]
 class Entry:
     """A lowering.
 
-    Attributes:
-        run: The lowering.
-        starts: Whether it is worth while for operands that are not stacked yet. Others follow
-            an operand that is.
+    `starts`: it is worth while for operands that are not stacked yet. Others follow an operand that
+    is.
     """
 
     run: Lowering

@@ -41,7 +41,8 @@ def magnitude(
     units as `torch_pruning.importance.MagnitudeImportance(p=degree)` orders the channels of the
     members' concatenation, whose output layer is scaled by 1/N.
     """
-    names, outputs = multiplied(graph), _outputs(graph)
+    names = multiplied(graph)
+    outputs = {n for (n, _), reason in graph.frozen.items() if reason.kind is Kind.OUTPUT}
 
     def value_of(name: str, weights: torch.Tensor) -> torch.Tensor:
         scale = (1.0 / len(kept)) ** degree if name in outputs else 1.0
@@ -63,11 +64,6 @@ def magnitude(
 
 for _name, _degree in DEGREES.items():
     score(_name)(partial(magnitude, degree=_degree))
-
-
-def _outputs(graph: CouplingGraph) -> frozenset[str]:
-    """Canonical names of the tensors that write the network's output."""
-    return frozenset(n for (n, _), reason in graph.frozen.items() if reason.kind is Kind.OUTPUT)
 
 
 def multiplied(graph: CouplingGraph) -> list[str]:

@@ -67,7 +67,7 @@ class Apart:
         for name, role in plan.roles.items():
             # What the plan gives each member already, and what could be one for all of them only.
             if role.kind in (RoleKind.BASE, RoleKind.PER_MEMBER) or role.spread > 0:
-                self._add_tensor(graph.program.canonical[name])
+                self.add(self._claim(graph.program.canonical[name]))
         noted = {note.node for note in plan.mixing.notes}
         self.add(node for node in graph.program.graph.nodes if node.name in noted)
         means = self._means() | self._heads
@@ -156,9 +156,6 @@ class Apart:
 
     def _values(self, node: fx.Node) -> list[AbstractTensor]:
         return values_in(self.graph.values.get(node))
-
-    def _add_tensor(self, name: str) -> None:
-        self.add(self._claim(name))
 
     def _claim(self, name: str) -> list[fx.Node]:
         """Give each member a tensor of its own; return the nodes that read it."""

@@ -28,7 +28,7 @@ def gather(wide: ResizedGraph, node: fx.Node, operand: fx.Node, have: Layouts) -
     the movements that read it: they are written together with this one.
     """
     results, operator_node = wide.values[node], wide.mapping[node]
-    source, earlier, passed = wide.pending.get(operand, (operand, _nowhere, ()))
+    source, earlier, passed = wide.pending.get(operand, (operand, lambda tensor: tensor, ()))
     if passed:
         have = wide.layout_of(source)
     layouts: list[Layouts] = []
@@ -63,10 +63,6 @@ def gather(wide: ResizedGraph, node: fx.Node, operand: fx.Node, have: Layouts) -
         if not wide.mapping[skipped].users:
             wide.graph.erase_node(wide.mapping[skipped])
     return layouts if isinstance(results, list) else layouts[0]
-
-
-def _nowhere(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor
 
 
 def _moves(node: fx.Node) -> bool:

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 
 from fxfuse.analysis.labels import AbstractTensor
+from fxfuse.transform.apply import lay_along
 from fxfuse.transform.layout import Layout
 from fxfuse.transform.resizing.state import Layouts
 
@@ -31,7 +32,7 @@ def positions_of(value: AbstractTensor, layouts: Layouts) -> tuple[torch.Tensor,
         source = torch.from_numpy(layout.source)
         place, copy = place.index_select(dim, source), copy.index_select(dim, source)
         line = torch.from_numpy(layout.copy) + 1
-        copy = copy + _along(line * _BASE**digit, dim, value.rank)
+        copy = copy + lay_along(line * _BASE**digit, dim, value.rank)
     return place, copy
 
 
@@ -71,7 +72,7 @@ def layouts_of(
         result[dim] = Layout(source.numpy(), copy.expand(len(line)).numpy() - 1)
         rebuilt = rebuilt.index_select(dim, source)
         expected = expected.index_select(dim, source)
-        expected = expected + _along(copy.expand(len(line)) * _BASE**digit, dim, narrow.dim())
+        expected = expected + lay_along(copy.expand(len(line)) * _BASE**digit, dim, narrow.dim())
     if torch.equal(rebuilt, moved) and torch.equal(expected, copies):
         return result
     return None
@@ -94,10 +95,6 @@ def _first_place(narrow: torch.Tensor, moved: torch.Tensor) -> list[int] | None:
         return None
     found = torch.nonzero(narrow == moved.reshape(-1)[0])
     return found[0].tolist() if len(found) else None
-
-
-def _along(line: torch.Tensor, dim: int, rank: int) -> torch.Tensor:
-    return line.reshape([-1 if d == dim else 1 for d in range(rank)])
 
 
 def _varying_digits(line: torch.Tensor) -> list[tuple[int, torch.Tensor]]:
