@@ -35,7 +35,7 @@ from fxfuse.planning.plan import FusionPlan
 from fxfuse.planning.size import sizes_of
 from fxfuse.transform.cost import operations_of, parameters_of
 from fxfuse.transform.emit import FusedModule
-from fxfuse.transform.resizing import emit_resized, settle
+from fxfuse.transform.resizing import emit_resized, limit_sizes
 from fxfuse.transform.sizes import concatenation_plan
 from fxfuse.verify.check import as_double, in_double, inputs_of, run
 from tests.options import planned
@@ -60,7 +60,7 @@ def measure(name: str) -> dict[str, Any]:
     outputs = [run(c, s) for c, s in zip(program, states, strict=True)]
     row["widths"] = {}
     for width in WIDTHS:
-        sizes, refused = settle(graph, sizes_of(graph, MEMBERS, width, at_least_one=True))
+        sizes, refused = limit_sizes(graph, sizes_of(graph, MEMBERS, width, at_least_one=True))
         options = {"score": "l2", "sizes": sizes}
         plan = planned(graph, states, "transplant", **options)
         found, told = _run(graph, plan, emit_resized(graph, plan, states))

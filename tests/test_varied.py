@@ -20,7 +20,7 @@ from fxfuse.errors import MemberError
 from fxfuse.graph.tensors import tensors_in
 from fxfuse.planning.plan import FusionPlan
 from fxfuse.planning.size import sizes_of
-from fxfuse.transform.resizing import emit_resized, settle
+from fxfuse.transform.resizing import emit_resized, limit_sizes
 from fxfuse.verify.check import as_double, in_double, inputs_of, relative_error
 from tests.models import excite, image
 from tests.test_widths import plans
@@ -92,7 +92,7 @@ def test_any_width_is_the_concatenation_with_dead_units(family: str):
     args, kwargs = inputs_of(graph.program)
     for width in (0.5, 1.0, 1.5):
         wanted = sizes_of(graph, len(members), width, at_least_one=True)
-        sizes, refused = settle(graph, wanted)
+        sizes, refused = limit_sizes(graph, wanted)
         assert not refused
         with torch.no_grad():
             found, expected = (

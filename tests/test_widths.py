@@ -24,7 +24,7 @@ from fxfuse.graph.tensors import tensors_in
 from fxfuse.planning.plan import FusionPlan, UnitMap
 from fxfuse.planning.size import sizes_of
 from fxfuse.transform.cost import operations_of, parameters_of
-from fxfuse.transform.resizing import emit_resized, settle
+from fxfuse.transform.resizing import emit_resized, limit_sizes
 from fxfuse.verify.check import as_double, in_double, inputs_of, relative_error
 from tests.models import build, image
 from tests.options import flat, planned
@@ -53,7 +53,7 @@ def error_at(members: list[nn.Module], width: float) -> tuple[float, dict[str, s
     assert all(c is not None for c in program)
     graph = fxfuse.analyze(members[0])
     wanted = sizes_of(graph, len(members), width, at_least_one=True)
-    sizes, refused = settle(graph, wanted)
+    sizes, refused = limit_sizes(graph, wanted)
     states = [as_double(c.state()) for c in program if c is not None]
     small, masked = plans(graph, states, sizes)
     args, kwargs = inputs_of(graph.program)

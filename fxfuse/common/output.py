@@ -63,11 +63,11 @@ def atomic_folder(
         yield work
         # Before the rename: after a power cut the name must not be there without the content.
         for file in (entry for entry in work.rglob("*") if entry.is_file()):
-            _settle(file)
-        _settle(work)
+            _flush(file)
+        _flush(work)
         check_output(path, names, force=force)
         _swap_in(work, path, names, force=force)
-        _settle(path.parent)
+        _flush(path.parent)
 
 
 @contextmanager
@@ -142,9 +142,9 @@ def atomic_file(path: str | Path) -> Iterator[Path]:
     work = path.with_name(f".{path.stem}.{uuid.uuid4().hex[:8]}.partial{path.suffix}")
     try:
         yield work
-        _settle(work)
+        _flush(work)
         os.replace(work, path)
-        _settle(path.parent)
+        _flush(path.parent)
     finally:
         work.unlink(missing_ok=True)
 
@@ -212,7 +212,7 @@ def _exchange(one: Path, other: Path) -> bool:
     return int(rename(_HERE, paths[0], _HERE, paths[1], _EXCHANGE)) == 0
 
 
-def _settle(path: Path) -> None:
+def _flush(path: Path) -> None:
     """Wait until a file, or the names in a folder, are on the disk."""
     handle = os.open(path, os.O_RDONLY)
     try:

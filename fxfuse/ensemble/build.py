@@ -85,7 +85,7 @@ def stack(
         check_values(member.state())
     single = is_single(*_example(members[0], given))
     writer = walk(program, policy_of(_device(program[0])), single=single)
-    joined, inventory = writer.weights.settle()
+    joined, inventory = writer.weights.place_tensors()
     module = _emitted(writer, joined, "none", class_dim)
     if verify:
         _check(module, program)

@@ -154,7 +154,7 @@ class Weights:
             for shape, node in stacked.items():
                 yield node, key, shape
 
-    def settle(self) -> tuple[Program, Inventory]:
+    def place_tensors(self) -> tuple[Program, Inventory]:
         """Decide how every tensor is kept, and let all readers read it there.
 
         Returns:

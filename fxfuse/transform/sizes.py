@@ -16,7 +16,7 @@ from fxfuse.planning.planner import make_plan
 from fxfuse.planning.roles import kept_per_member
 from fxfuse.planning.size import MixingMode, Size, Sizes, sizes_of
 from fxfuse.transform.cost import operations_of, parameters_of
-from fxfuse.transform.resizing import apart_names, settle
+from fxfuse.transform.resizing import apart_names, limit_sizes
 
 #: Halvings of the range of widths in which a budget is looked for.
 _HALVINGS = 12
@@ -143,7 +143,7 @@ def find_sizes(
     )
     if mixing == "per_member":
         return wanted, {}
-    return settle(graph, (allocate or dict)(wanted))
+    return limit_sizes(graph, (allocate or dict)(wanted))
 
 
 def _within(
@@ -153,7 +153,7 @@ def _within(
 
     def at(width: float) -> tuple[Sizes, dict[str, str]]:
         wanted = sizes_of(graph, n_members, width, size.multiple_of, at_least_one=True)
-        return settle(graph, allocate(wanted))
+        return limit_sizes(graph, allocate(wanted))
 
     low, high = 1e-6, float(n_members)
     best, most = at(low), at(high)

@@ -13,18 +13,18 @@ from fxfuse.analysis.rules import find, reduction
 from fxfuse.graph.arguments import argument, set_argument
 from fxfuse.graph.operator_facts import FACTS, Convolution, Normalisation
 from fxfuse.transform.layout import Layout
-from fxfuse.transform.resizing.carry import carry, complete
 from fxfuse.transform.resizing.operands import agree, require
+from fxfuse.transform.resizing.propagate import complete, propagate_layouts
 from fxfuse.transform.resizing.state import Layouts, ResizedGraph, cannot_write
 
 
-def group(wide: ResizedGraph, node: fx.Node) -> Any:
+def resize_groups(wide: ResizedGraph, node: fx.Node) -> Any:
     """Convolution and group normalisation: channels of a group have to stand together."""
     facts = FACTS[node.target]
     assert isinstance(facts, Convolution | Normalisation)
     groups = int(argument(node, facts.groups))
     if groups == 1:
-        return carry(wide, node)
+        return propagate_layouts(wide, node)
     x: fx.Node = argument(node, facts.input)
     value, result = wide.values[x], wide.values[node]
     weight = argument(node, facts.weight) if isinstance(facts, Convolution) else None
@@ -77,7 +77,7 @@ def _copies_of_groups(
     return [np.unique(layout.copy[of == g]).tolist() for g in range(groups)]
 
 
-def halve(wide: ResizedGraph, node: fx.Node) -> Layouts:
+def resize_gated(wide: ResizedGraph, node: fx.Node) -> Layouts:
     """Gated linear units: the first half of the layout has to be the order of both halves."""
     x = cast("fx.Node", node.args[0])
     value: AbstractTensor = wide.values[x]
@@ -95,7 +95,7 @@ def halve(wide: ResizedGraph, node: fx.Node) -> Layouts:
     return result
 
 
-def patch(wide: ResizedGraph, node: fx.Node) -> Layouts:
+def resize_patches(wide: ResizedGraph, node: fx.Node) -> Layouts:
     """Patches: the pixels of a channel stand together in a column."""
     inverse = find(node.target) is reduction.unfold
     x = cast("fx.Node", node.args[0])

@@ -15,7 +15,7 @@ from fxfuse.transform.resizing.operands import require, same, spread
 from fxfuse.transform.resizing.state import ResizedGraph, cannot_write
 
 
-def recur(wide: ResizedGraph, node: fx.Node) -> Any:
+def resize_recurrence(wide: ResizedGraph, node: fx.Node) -> Any:
     """Recurrent layers: every gate has its rows in the order of the units."""
     x, hx = argument(node, "input"), argument(node, "hx")
     states: list[fx.Node] = list(hx) if isinstance(hx, list | tuple) else [hx]

@@ -15,7 +15,7 @@ from fxfuse.transform.resizing.operands import agree, broadcast
 from fxfuse.transform.resizing.state import Layouts, ResizedGraph, cannot_write, has_tensor
 
 
-def carry(wide: ResizedGraph, node: fx.Node) -> Any:
+def propagate_layouts(wide: ResizedGraph, node: fx.Node) -> Any:
     """Hand layouts over to whatever carries the same neurons in the same order."""
     known: dict[bytes, Layout] = {}
     operands = [n for n in node.all_input_nodes if has_tensor(wide.values[n])]
@@ -74,7 +74,7 @@ def complete(wide: ResizedGraph, node: fx.Node, value: AbstractTensor, result: L
     return result
 
 
-def keep(wide: ResizedGraph, node: fx.Node) -> Layouts:
+def keep_layout(wide: ResizedGraph, node: fx.Node) -> Layouts:
     """Operators whose result stands as their operand does."""
     operand = cast("fx.Node", node.args[0])
     if operand in wide.pending:
@@ -83,9 +83,9 @@ def keep(wide: ResizedGraph, node: fx.Node) -> Layouts:
     return wide.layout_of(node.args[0])
 
 
-def normalise(wide: ResizedGraph, node: fx.Node) -> Layouts:
+def resize_normalisation(wide: ResizedGraph, node: fx.Node) -> Layouts:
     """Normalisation of the last dimensions: the normalised shape is a literal that grows."""
-    result: Layouts = carry(wide, node)
+    result: Layouts = propagate_layouts(wide, node)
     value: AbstractTensor = wide.values[node]
     shape = list(argument(node, "normalized_shape"))
     first = value.rank - len(shape)
