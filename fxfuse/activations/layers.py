@@ -23,10 +23,6 @@ class Layer:
     """A node that computes rows(x) · matrix(weight) + bias.
 
     Attributes:
-        node: The node.
-        input: The activation that it reads.
-        weight: Name of the weight.
-        bias: Name of the bias, or "".
         facts: Where the weight has its inputs and outputs, and the activation its channels. Of a
             transposed convolution: it is a convolution of its input spread out by the stride, with
             zeros in between, by the kernel turned round.

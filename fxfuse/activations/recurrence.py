@@ -55,11 +55,8 @@ class Recurrent:
     """A node that is one or several recurrent layers, whose weights are its own.
 
     Attributes:
-        node: The node.
-        input: The sequence that it reads.
         states: The states that it begins with, [directions, b, r] and of an LSTM [directions, b, h]
             as well.
-        layers: The directions of each layer.
         batch_first: Whether the sequence is [b, t, i] and not [t, b, i].
         theirs: In a network of another size: the nodes before, of the same graph, that stand for
             what the members read, the sequence and then the states. None: those that it reads.

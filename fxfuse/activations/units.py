@@ -29,7 +29,6 @@ class Consumer:
     """A layer that reads the units of a group.
 
     Attributes:
-        layer: The layer.
         slots: Which of its input channels each unit owns, int64 [n_units, slots].
         repeated: Whether the slots of a unit are one neuron at several places (a flattened image).
         owner: The member whose head the layer is in; None: it is in the trunk.

@@ -64,7 +64,6 @@ class FrozenComponents:
     Attributes:
         kind: int8 [components]: index into `_KINDS`, -1 where free.
         reason: int64 [components]: index into `reasons`.
-        reasons: Why something is frozen.
     """
 
     kind: NDArray[np.int8]

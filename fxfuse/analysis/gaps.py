@@ -18,9 +18,7 @@ class WithoutRule:
     """An operator that froze something because the rules do not cover it.
 
     Attributes:
-        operator: Its name.
         has_rule: Whether it has a rule, which does not cover these uses.
-        nodes: Names of the graph nodes.
         sources: File, line and code of each node.
         rule_file: Where a rule belongs; for a rule of the user's own, its module.
     """

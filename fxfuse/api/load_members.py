@@ -30,7 +30,6 @@ class Ensemble:
     """Members, captured and compared.
 
     Attributes:
-        network: The network to fuse.
         states: For each member, its tensors of that network by name.
         aligned: For each member, its own capture of that network's graph; sizes may differ.
         given: The members as they were captured: before heads were joined, of any depth.

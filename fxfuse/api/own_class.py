@@ -40,7 +40,6 @@ class _Attribute:
     """One number (or tuple of numbers) that all modules of a class have, and what it could become.
 
     Attributes:
-        name: Class and attribute, for messages.
         ways: Functions that set it in all these modules; the preferred way first.
         leave: Which of them leaves it as it was.
     """
@@ -55,7 +54,6 @@ class _Place:
     """An attribute of one module.
 
     Attributes:
-        part: The module.
         candidates: What the attribute could become.
         likely: Whether the module's own operators or tensors say so, not only its submodules'.
     """

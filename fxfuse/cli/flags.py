@@ -37,8 +37,6 @@ class Group:
 
     Attributes:
         name: Of the argument that takes it, in Python, in recipes and of the flag that chooses.
-        kinds: Name → class.
-        prefix: What its flags begin with.
         flags: Fields whose flag has a name of its own.
         help: What the choice means, where there is one.
     """
@@ -100,7 +98,6 @@ class Flag:
 
     Attributes:
         name: As it is typed, such as `--match-steps`.
-        group: Its group.
         fields: The field of each class of the group that has it, by the class's name.
     """
 

@@ -28,14 +28,10 @@ def load_members(
     model_arg: Iterable[str] | None,
     example: str,
     checkpoints: Sequence[Path],
-    member_arg: Iterable[str] | None = None,
 ) -> tuple[list[nn.Module], tuple[torch.Tensor, ...]]:
     """Make one model per checkpoint, and inputs for them."""
     arguments = parse_model_args(model_arg or ())
-    members: list[nn.Module] = []
-    each = parse_member_args(member_arg or (), len(checkpoints))
-    for checkpoint, own in zip(checkpoints, each, strict=True):
-        members.append(make_member(model, {**arguments, **parse_model_args(own)}, checkpoint))
+    members = [make_member(model, arguments, checkpoint) for checkpoint in checkpoints]
     return members, inputs_for(members[0], example)
 
 

@@ -38,7 +38,6 @@ class OptionField:
     """One field of an option dataclass.
 
     Attributes:
-        name: Its name.
         type: Its type, annotations resolved.
         default: Its default, `dataclasses.MISSING` where it has none.
         help: What its class's docstring says of it, on one line.

@@ -58,10 +58,7 @@ class Writer:
     """The graph of the stack while it is being written.
 
     Attributes:
-        members: Program members of one network.
         policy: Which lowerings pay.
-        graph: The graph of the stack.
-        weights: The members' tensors.
         groups_convolutions: Whether convolutions are run for all members at once.
         values: For each node of the members' graph, what stands for it.
     """

@@ -37,7 +37,6 @@ class Entry:
     Attributes:
         name: Its `state_dict()` name in a member.
         place: Where it is kept.
-        shape: A member's shape.
         key: First name under which a member's `state_dict()` has the same tensor.
         word: Its name as one word.
     """

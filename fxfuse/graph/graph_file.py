@@ -54,8 +54,6 @@ class StoredTensor:
     Attributes:
         kind: "parameter", "buffer", or "constant", which is a buffer outside the `state_dict()`.
         dtype: Its dtype, such as "float32".
-        shape: Its shape.
-        requires_grad: Whether it is trained.
         tied_to: The name under which the same tensor comes first, or "".
     """
 

@@ -26,7 +26,6 @@ class OperatorFacts:
     """What holds for an operator. An attribute that names an argument is "" where there is none.
 
     Attributes:
-        input: Name of the activation.
         training: Name of the argument that makes it behave as in training.
     """
 
@@ -39,9 +38,6 @@ class Contraction(OperatorFacts):
     """Multiplies an activation by a matrix.
 
     Attributes:
-        weight: Name of the matrix.
-        bias: Name of what is added.
-        groups: Name of the number of groups of channels.
         factors: Names of the factors of the product and of the bias.
         space: Number of dimensions that a kernel goes along; 0 for a matrix product.
         transposed: Whether the weight is [inputs, outputs, *kernel] instead of [outputs, inputs,
@@ -88,10 +84,6 @@ class Normalisation(OperatorFacts):
             dimensions ("last").
         weight: Name of the scale.
         bias: Name of the shift.
-        mean: Name of the running mean.
-        variance: Name of the running variance.
-        eps: Name of ε.
-        groups: Name of the number of groups of channels.
     """
 
     over: Literal["batch", "instance", "group", "last"]

@@ -95,7 +95,7 @@ class UnitMap:
 
     @staticmethod
     def decoded(value: Mapping[str, Any], where: str) -> UnitMap:
-        """Return what `encoded` returned."""
+        """Read what `encoded` returned."""
         entries = dict(value)
         for name in ("group", "n_units"):
             if name not in entries:
@@ -396,11 +396,7 @@ def _check_origin(value: Mapping[str, Any]) -> None:
 
 
 def _check(plan: FusionPlan) -> None:
-    """Check that the parts of a plan fit each other.
-
-    Raises:
-        ValueError: They do not; says which.
-    """
+    """Check that the parts of a plan fit each other."""
     if not plan.members:
         raise ValueError("it has no members")
     if not 0 <= plan.base_member < plan.n_members:

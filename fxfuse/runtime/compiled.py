@@ -17,11 +17,14 @@ from fxfuse.graph.tensors import tensors_in
 from fxfuse.refine.fused import Fused
 from fxfuse.runtime.inference import Compiled, CompileReport, Frozen
 from fxfuse.runtime.inputs import resolve_inputs
-from fxfuse.runtime.layouts import LAYOUTS, Layout, by_rule, device_of, seconds
+from fxfuse.runtime.layouts import LAYOUTS, Layout, by_rule, device_of
+from fxfuse.runtime.measure import milliseconds
 from fxfuse.runtime.prepare import answers_of, inductor_options, prepared
 from fxfuse.verify.check import relative_error
 
 _INDUCTOR = "inductor"
+#: Seconds for which each layout is measured.
+_RUN_TIME = 0.3
 #: What a network may be computed in.
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
@@ -96,7 +99,7 @@ def compile(
     settings = _Asked(module, backend, told, dynamic, dtype, strict)
     found = [_compiled(settings, layout, args, kwargs, expected) for layout in layouts]
     if tune:
-        found.sort(key=lambda compiled: seconds(compiled, args, kwargs))
+        found.sort(key=lambda compiled: milliseconds(compiled, args, _RUN_TIME, kwargs))
     return found[0]
 
 

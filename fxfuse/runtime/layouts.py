@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import nn
@@ -12,7 +11,6 @@ from torch import nn
 #: and the floating-point operations of a call from which on: below, the libraries that take packed
 #: weights spend longer on being called than on computing.
 _FREEZES = {"cpu": 10e6}
-_RUN_TIME = 0.3
 
 
 class Layout(NamedTuple):
@@ -43,18 +41,6 @@ def by_rule(
         least = _FREEZES.get(device.type)
         freeze = least is not None and operations >= least
     return Layout(freeze, not freeze if channels_last is None else channels_last)
-
-
-def seconds(call: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> float:
-    """Median time of a call, on as many threads as torch uses otherwise."""
-    from torch.utils.benchmark import Timer
-
-    timer = Timer(
-        "call(*args, **kwargs)",
-        globals={"call": call, "args": args, "kwargs": kwargs},
-        num_threads=torch.get_num_threads(),
-    )
-    return float(timer.blocked_autorange(min_run_time=_RUN_TIME).median)
 
 
 def device_of(module: nn.Module) -> torch.device:

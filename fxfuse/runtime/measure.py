@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -22,8 +23,13 @@ def flops(network: Callable[..., Any], example: tuple[Any, ...]) -> int:
     return int(counter.get_total_flops())
 
 
-def milliseconds(network: Callable[..., Any], example: tuple[Any, ...], run_time: float) -> float:
-    """Return the median latency for positional inputs, on as many threads as torch uses otherwise.
+def milliseconds(
+    network: Callable[..., Any],
+    args: tuple[Any, ...],
+    run_time: float,
+    kwargs: Mapping[str, Any] = MappingProxyType({}),
+) -> float:
+    """Return the median latency of a call, on as many threads as torch uses otherwise.
 
     The call is repeated for `run_time` seconds.
     """
@@ -31,10 +37,10 @@ def milliseconds(network: Callable[..., Any], example: tuple[Any, ...], run_time
     from torch.utils.benchmark import Timer
 
     with torch.no_grad():
-        network(*example)
+        network(*args, **kwargs)
         timer = Timer(
-            "network(*example)",
-            globals={"network": network, "example": example},
+            "network(*args, **kwargs)",
+            globals={"network": network, "args": args, "kwargs": kwargs},
             num_threads=torch.get_num_threads(),
         )
         return float(timer.blocked_autorange(min_run_time=run_time).median * 1e3)

@@ -36,9 +36,7 @@ class Entry:
     """A network to measure.
 
     Attributes:
-        name: Of its row.
         network: Whose costs it has: `member`, `ensemble` or `fused`.
-        module: The network itself.
         control: Name of the row without fusion that it is to be compared with.
         seconds: CPU seconds of what the row adds; None where it adds nothing.
         learning_rate: What validation chose.

@@ -28,7 +28,6 @@ class Repetition:
         seed: Decides the split, the members' first weights and all batches.
         images: Of all parts, float32 `[n, 1, 28, 28]`.
         labels: int64 `[n]`.
-        parts: Which images train, choose and report.
     """
 
     setting: str

@@ -25,8 +25,6 @@ class Network:
     """A network of the report's table; None is what was not measured.
 
     Attributes:
-        name: What it is called.
-        parameters: Number of parameter elements.
         flops: Floating-point operations for the example inputs.
         accuracy: On the data that was given, in percent.
         agreement: Share of inputs on which it names the ensemble's class, in percent.
@@ -48,13 +46,8 @@ class Content:
     """A report.
 
     Attributes:
-        title: Of the page.
         verdict: Sentences that say what came out, the most important first.
-        networks: Rows of the table.
-        checks: The oracles that ran.
-        n_members: N.
         shares: For each group, where its units come from.
-        coupled: The coupling graph.
         refit: What the closed-form refit did, if there was one.
         sweep: Networks of other widths, where some were measured.
         free: Share of the parameter elements in tensors with a free dimension, in percent.

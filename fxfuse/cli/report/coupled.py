@@ -31,7 +31,6 @@ class Dot:
         order: Number of its tensor in the network's order.
         lane: Number of its lane.
         state: `free`, or the name of a frozen lane.
-        size: Number of indices.
         why: Why it is frozen, or the group that it is free in.
         where: Graph node and source line of the reason, or "".
         ties: What couples it to others, one line each.

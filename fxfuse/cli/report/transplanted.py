@@ -37,7 +37,6 @@ class GroupShare:
     """Where the units of a group come from.
 
     Attributes:
-        group: Its name.
         n_units: Units of the fused group.
         available: Units of all members.
         counts: Units that come from each member; those of several members count for each.

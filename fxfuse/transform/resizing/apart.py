@@ -44,7 +44,6 @@ class Apart:
     """The part of a wide model that runs member by member.
 
     Attributes:
-        n_members: N.
         nodes: Nodes of the members' graph that run once for each member.
         tensors: Canonical names of the tensors of which each member has its own.
         counterparts: Where the members' own values stand.

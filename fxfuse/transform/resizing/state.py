@@ -25,7 +25,6 @@ class ResizedGraph:
     """A copy of the members' graph on its way to the concatenated one.
 
     Attributes:
-        analysis: The analysis of the members.
         values: The labelled value of each node of the members' graph.
         copies: How many fused units stand in the place of each unit of a member.
         units: The units, and which of them grow.
