@@ -91,7 +91,7 @@ class CalibrationBatches:
         return replace(self, batches=tuple(batches), size=size, labels=(), augmentations=0)
 
     def split(self, share: float) -> tuple[CalibrationBatches, CalibrationBatches]:
-        """Two parts without labels, the second with about `share` of the inputs.
+        """Return two parts without labels, the second with about `share` of the inputs.
 
         Both are the whole where there is nothing to divide.
         """

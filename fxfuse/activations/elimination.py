@@ -179,7 +179,7 @@ def _remove(inverse: torch.Tensor, products: torch.Tensor, gone: slice) -> None:
 
 
 def _part(matrix: torch.Tensor, units: Index, width: int) -> torch.Tensor:
-    """Rows and columns of some units."""
+    """Return the rows and columns of some units."""
     index = (units[:, None] * width + np.arange(width)).reshape(-1)
     chosen = torch.from_numpy(index).to(matrix.device)
     return matrix[chosen][:, chosen].contiguous()
@@ -199,7 +199,7 @@ def _losses(inverse: torch.Tensor, products: torch.Tensor, width: int) -> torch.
 
 
 def width_of(consumer: Consumer) -> int:
-    """Neurons of a unit that a reader tells apart."""
+    """Return the neurons of a unit that a reader tells apart."""
     return 1 if consumer.repeated else consumer.slots.shape[1]
 
 
@@ -288,5 +288,5 @@ def _outputs(
 
 
 def size_of(weights: torch.Tensor, covariance: torch.Tensor) -> torch.Tensor:
-    """√tr(MᵀCM), the size of what a reader makes of its inputs."""
+    """Return √tr(MᵀCM), the size of what a reader makes of its inputs."""
     return ((covariance @ weights) * weights).sum().clamp(min=1e-30).sqrt()

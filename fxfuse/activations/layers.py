@@ -72,7 +72,7 @@ class Layer:
         return x.movedim(self.facts.channels, -1)
 
     def n_rows(self, y: torch.Tensor) -> int:
-        """Rows of one output of the layer: examples times positions."""
+        """Return the rows of one output of the layer: examples times positions."""
         return y.numel() // y.shape[self.facts.channels]
 
     def output_rows(self, y: torch.Tensor) -> torch.Tensor:

@@ -80,7 +80,7 @@ class Recurrent:
         return tuple(name for layer in self.layers for each in layer for name in each.tensors)
 
     def by_time(self, x: torch.Tensor) -> torch.Tensor:
-        """A sequence of the node as [t, b, *]."""
+        """Return a sequence of the node as [t, b, *]."""
         return x.transpose(0, 1) if self.batch_first else x
 
 
@@ -129,7 +129,7 @@ class Steps:
     hidden: torch.Tensor
 
     def sides(self, direction: Direction, state: State) -> tuple[torch.Tensor, torch.Tensor]:
-        """What the gates get from the input and from the state before, each [t, b, g]."""
+        """Return what the gates get from the input and from the state before, each [t, b, g]."""
         inner = self.x @ state[direction.inner].T
         again = self.before @ state[direction.recurrent].T
         if not direction.biases:
@@ -166,7 +166,7 @@ def run_direction(
 
 
 def side_by_side(layer: Sequence[Direction], steps: Sequence[Steps]) -> torch.Tensor:
-    """What a layer hands on, [t, b, directions · r]."""
+    """Return what a layer hands on, [t, b, directions · r]."""
     each = zip(layer, steps, strict=True)
     return torch.cat([s.hidden.flip(0) if d.backwards else s.hidden for d, s in each], -1)
 

@@ -87,6 +87,6 @@ class _Written:
 
 
 def _size(value: Any) -> int:
-    """Bytes of the memory that a value holds: of a view, all that it is a view of."""
+    """Return the bytes of the memory that a value holds: of a view, all that it is a view of."""
     storages = [tensor.untyped_storage() for tensor in tensors_in(value)]
     return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())

@@ -149,7 +149,7 @@ def unit_activations(
     *,
     rows: int = ROWS,
 ) -> dict[str, list[torch.Tensor]]:
-    """Activations of the units of each group, as the trunk's layers that read them see them.
+    """Return activations of the units of each group, as the trunk's layers that read them see them.
 
     Returns:
         For each group, one float32 tensor [rows, n_units] per member; rows correspond across
@@ -199,7 +199,7 @@ def each_once(
 def _last_places(
     graph: CouplingGraph, found: Collection[str]
 ) -> dict[str, tuple[fx.Node, int, Index]]:
-    """`_last_place` of the groups that were not found yet, where they have one."""
+    """Return `_last_place` of the groups that were not found yet, where they have one."""
     places = {g.name: _last_place(graph, g) for g in graph.groups if g.name not in found}
     return {name: place for name, place in places.items() if place is not None}
 
@@ -237,7 +237,7 @@ def _at_place(runner: NodeRunner, node: fx.Node, dim: int, slots: Index, rows: i
 
 
 def _by_unit(x: torch.Tensor, slots: Index) -> torch.Tensor:
-    """[rows, channels] → [rows · slots, n_units]."""
+    """Return [rows, channels] → [rows · slots, n_units]."""
     return x[:, torch.from_numpy(slots).to(x.device)].transpose(1, 2).reshape(-1, len(slots))
 
 

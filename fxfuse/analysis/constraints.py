@@ -115,7 +115,7 @@ class Asked:
 
 
 def listed(patterns: Patterns) -> tuple[str, ...]:
-    """Patterns as a tuple."""
+    """Return patterns as a tuple."""
     return (patterns,) if isinstance(patterns, str) else tuple(patterns)
 
 

@@ -193,7 +193,7 @@ class CouplingConstraints:
     # --- what follows ---------------------------------------------------------------------------
 
     def components(self) -> NDArray[np.int64]:
-        """Connected component of each id; settles the ties that depend on blocks."""
+        """Return the connected component of each id; settles the ties that depend on blocks."""
         pending = self.deferred
         self.deferred = []
         component = self._connect()
@@ -214,7 +214,7 @@ class CouplingConstraints:
         return self._connect() if pending else component
 
     def slots(self, component: NDArray[np.int64]) -> NDArray[np.int64]:
-        """Numbers the neurons of one owner in each unit: equal numbers should correspond.
+        """Number the neurons of one owner in each unit: equal numbers should correspond.
 
         Neurons correspond when they play the same part in their units: the same owner, the same
         place in every block, the same operators passed, tied in the same way to neurons that
@@ -250,7 +250,7 @@ class CouplingConstraints:
     def structure(
         self, component: NDArray[np.int64], slots: NDArray[np.int64]
     ) -> NDArray[np.uint64]:
-        """For each unit, a hash of all that was found out about its slots.
+        """Return for each unit, a hash of all that was found out about its slots.
 
         Two units with the same hash are interchangeable slot by slot: every operator treats their
         slots alike, and the slots are tied alike.

@@ -76,7 +76,7 @@ class FrozenComponents:
         return self.kind >= 0
 
     def kind_is(self, kind: Kind) -> NDArray[np.bool_]:
-        """Bool [components]: those that are frozen and of this kind."""
+        """Return bool [components]: those that are frozen and of this kind."""
         mask: NDArray[np.bool_] = self.kind == _KINDS.index(kind)
         return mask
 
@@ -101,7 +101,7 @@ def excused(asked: Mapping[str, Asked]) -> frozenset[str]:
 def frozen_components(
     program: Program, coupling: CouplingConstraints, component: Index
 ) -> FrozenComponents:
-    """Kind and first reason of every frozen component."""
+    """Return the kind and first reason of every frozen component."""
     heads = _inside_heads(program, coupling, component)
     size = len(heads)
     needed = np.full((len(_KINDS), size), -1, dtype=np.int64)
@@ -182,7 +182,7 @@ def frozen_places(
 def _inside_heads(
     program: Program, coupling: CouplingConstraints, component: Index
 ) -> NDArray[np.bool_]:
-    """Components that only heads have: a head keeps its member's order in them."""
+    """Return the components that only heads have: a head keeps its member's order in them."""
     size = int(component.max(initial=0)) + 1
     heads, trunk = np.zeros(size, dtype=bool), np.zeros(size, dtype=bool)
     if not program.heads:

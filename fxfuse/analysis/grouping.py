@@ -29,7 +29,7 @@ class CouplingGroup:
     index: Mapping[Place, Index]
 
     def slots(self) -> int:
-        """Number of slots of one unit, over all places."""
+        """Return the number of slots of one unit, over all places."""
         return sum(rows.shape[1] for rows in self.index.values())
 
 

@@ -212,7 +212,7 @@ def _place(node: fx.Node) -> str:
 
 
 def _parameters_of(program: Program, node: fx.Node) -> str:
-    """Names of the parameters that a node is computed from."""
+    """Return the names of the parameters that a node is computed from."""
     found, open_nodes = set(), [node]
     while open_nodes:
         current = open_nodes.pop()

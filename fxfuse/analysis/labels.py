@@ -98,7 +98,7 @@ class DimLabels:
         return DimLabels(_with_parts(found.ids, told), found.dims)
 
     def first(self, dims: Iterable[int]) -> Ids:
-        """One id for each block along `dims`: the first, which plays the same part in each.
+        """Return one id for each block along `dims`: the first, which plays the same part in each.
 
         The first that is a neuron, that is: padding (id 0) stands for none.
         """
@@ -114,13 +114,13 @@ def neurons(ids: Ids) -> Ids:
 
 
 def flat_ids(ids: Ids) -> NDArray[np.int64]:
-    """Ids in one line, int64 [n], not copied."""
+    """Return the ids in one line, int64 [n], not copied."""
     flat: NDArray[np.int64] = ids.reshape(-1).numpy()
     return flat
 
 
 def counted(rows: NDArray[np.int64]) -> NDArray[np.int64]:
-    """Numbers equal neighbouring columns: 0, 1, 2, ..."""
+    """Number equal neighbouring columns: 0, 1, 2, ..."""
     starts = np.r_[True, (rows[:, 1:] != rows[:, :-1]).any(axis=0)]
     number = np.arange(rows.shape[1])
     return number - np.maximum.accumulate(np.where(starts, number, 0))
@@ -234,7 +234,7 @@ def sources_of(values: Iterable[AbstractTensor]) -> frozenset[str] | None:
 
 
 def positions(shape: Sequence[int], dims: Iterable[int]) -> tuple[DimLabels, ...]:
-    """Unlabelled variation along each of `dims`."""
+    """Return unlabelled variation along each of `dims`."""
     return tuple(numbered(shape, d, 1) for d in sorted(dims) if shape[d] > 1)
 
 

@@ -205,7 +205,7 @@ def _longer(program: Program) -> Any:
 
 
 def _shaken(state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Tensors a tenth away, or a little away from zero; integers stay."""
+    """Return tensors a tenth away, or a little away from zero; integers stay."""
     generator = torch.Generator().manual_seed(0)
 
     def shaken(tensor: torch.Tensor) -> torch.Tensor:

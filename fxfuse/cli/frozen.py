@@ -42,7 +42,7 @@ def frozen_lines(graph: CouplingGraph) -> Iterator[str]:
 
 
 def without_rule_lines(operators: Iterable[WithoutRule]) -> Iterator[str]:
-    """Operators that the rules do not cover."""
+    """Yield operators that the rules do not cover."""
     listed = list(operators)
     if not listed:
         return
@@ -73,7 +73,7 @@ def few(names: Iterable[str]) -> str:
 
 
 def tensor_names(places: Iterable[Place]) -> str:
-    """Places as `tensor[dim]`; names that differ in numbers only are one, with a count."""
+    """Return places as `tensor[dim]`; names that differ in numbers only are one, with a count."""
     alike: dict[tuple[str, int], list[str]] = defaultdict(list)
     for name, dim in places:
         alike[(re.sub(r"\d+", "*", name), dim)].append(name)

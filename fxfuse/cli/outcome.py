@@ -67,7 +67,7 @@ def _show(outcome: Outcome, folder: Path, *, json: bool) -> None:
 
 
 def networks_table(networks: Sequence[Network]) -> Table:
-    """Networks beside each other; a column in which nothing was measured is left out."""
+    """Put networks beside each other; a column in which nothing was measured is left out."""
     columns: dict[str, list[Any]] = {
         "network": [n.name for n in networks],
         "accuracy, %": [_cell(n.accuracy, 2) for n in networks],

@@ -192,7 +192,7 @@ def _swap_in(work: Path, path: Path, names: Collection[str], *, force: bool) -> 
 
 
 def _foreign(folder: Path, names: Collection[str]) -> list[str]:
-    """Names of what is in a folder and not written by fxfuse."""
+    """Return the names of what is in a folder and not written by fxfuse."""
     return sorted({entry.name for entry in folder.iterdir()} - set(names))
 
 

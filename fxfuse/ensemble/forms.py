@@ -98,7 +98,7 @@ class Writer:
         return value.split
 
     def stacked(self, node: fx.Node) -> fx.Node:
-        """One tensor, [N, *shape]."""
+        """Return one tensor, [N, *shape]."""
         value = self.values[node]
         if value.stacked is None:
             if value.form is Form.WEIGHT:
@@ -148,7 +148,7 @@ class Writer:
         ]
 
     def size(self, node: fx.Node, dim: int) -> fx.Node:
-        """Size of a dimension, the same for all members."""
+        """Return the size of a dimension, the same for all members."""
         value = self.values[node]
         if value.form is Form.STACKED:
             return self.call(aten.sym_size.int, value.stacked, dim + (dim >= 0))

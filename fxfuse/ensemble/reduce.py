@@ -39,7 +39,7 @@ def write_output(writer: Writer, reduce: str, class_dim: int) -> fx.Node:
 
 
 def _vote(writer: Writer, outputs: fx.Node, class_dim: int) -> fx.Node:
-    """Of the classes with most votes, the one with the largest mean output."""
+    """Return, of the classes with most votes, the one with the largest mean output."""
     dim = class_dim if class_dim < 0 else class_dim + 1
     largest = writer.call(aten.amax.default, outputs, [dim], True)
     votes = writer.call(aten.sum.dim_IntList, writer.call(aten.eq.Tensor, outputs, largest), [0])

@@ -62,7 +62,7 @@ def name_in_stack(place: Place, word: str, member: int = 0) -> str:
 
 
 def as_words(names: Iterable[str]) -> dict[str, str]:
-    """Dotted names as one word each: `a.b` as `__a__b`.
+    """Return the dotted names as one word each: `a.b` as `__a__b`.
 
     A name with dots is looked up module by module, at every call, which takes as long as a small
     operator.
@@ -252,7 +252,7 @@ class Weights:
 
 
 def read_twice(program: Program) -> frozenset[str]:
-    """Names of tensors that more than one node of the graph reads, by their first name."""
+    """Return names of tensors that more than one node of the graph reads, by their first name."""
     readers = Counter(
         program.canonical[str(node.target)]
         for node in program.graph.nodes

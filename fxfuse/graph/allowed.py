@@ -61,7 +61,7 @@ def find_operator(name: str, registered: Collection[str]) -> Callable[..., Any] 
 
 
 def registered_in(libraries: Collection[str] | None) -> frozenset[str]:
-    """Qualified names of the operators of libraries, of all if None, without denied ones."""
+    """Return qualified names of the operators of libraries, of all if None, without denied ones."""
     found = (name for name in registered_operators() if not _DENIED.fullmatch(name))
     return frozenset(n for n in found if libraries is None or n.partition("::")[0] in libraries)
 

@@ -107,7 +107,7 @@ class Program:
         return {name: tensor for name, tensor in state.items() if self.canonical[name] == name}
 
     def reached(self) -> frozenset[str]:
-        """Canonical names of the state tensors that the graph uses."""
+        """Return the canonical names of the state tensors that the graph uses."""
         return self._reached
 
     @cached_property
@@ -116,7 +116,7 @@ class Program:
         return frozenset(self.canonical[name] for name in used if name in self.canonical)
 
     def unreached(self, excused: Collection[str] = ()) -> tuple[str, ...]:
-        """Names of the weights that a trace did not reach, so that nothing is known of them.
+        """Return names of the weights that a trace did not reach, so that nothing is known of them.
 
         Returns:
             Always empty for an exported graph, which holds every branch that there is.

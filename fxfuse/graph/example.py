@@ -97,7 +97,7 @@ def try_example(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, An
 
 
 def first_line(error: BaseException) -> str:
-    """Type and first line of an exception."""
+    """Return the type and first line of an exception."""
     text = str(error).strip()
     return f"{type(error).__name__}: {text.splitlines()[0] if text else 'no message'}"
 

@@ -115,7 +115,7 @@ class _Copier:
         return self.call(target, args, kwargs, node)
 
     def sizes(self, node: fx.Node) -> list[int | fx.Node]:
-        """Sizes of a node's result; a node where they are symbolic."""
+        """Return the sizes of a node's result; a node where they are symbolic."""
         base = _base(node)
         whole = base.meta["val"].shape
         sizes: list[int | fx.Node] = []
@@ -244,7 +244,7 @@ def _is_reversible(view: fx.Node) -> bool:
 
 
 def _sizes(node: fx.Node) -> list[int]:
-    """Sizes of a node's result, -1 where they are symbolic."""
+    """Return the sizes of a node's result, -1 where they are symbolic."""
     return [s if isinstance(s, int) else -1 for s in node.meta["val"].shape]
 
 

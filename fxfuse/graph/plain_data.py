@@ -48,7 +48,7 @@ class _Kind(NamedTuple):
 
 
 def _named(of: type) -> _Kind:
-    """Constants of torch, by their names."""
+    """Return the constants of torch, by their names."""
     known = {_short(value): value for value in vars(torch).values() if isinstance(value, of)}
     return _Kind(of, _short, known.__getitem__)
 

@@ -16,7 +16,7 @@ _FRAME = re.compile(r'File "(?P<file>[^"]+)", line (?P<line>\d+)')
 
 
 def source_of(node: fx.Node) -> str:
-    """Innermost frame of the user's code that made this node, as `file:line  code`.
+    """Return the innermost frame of the user's code that made this node, as `file:line  code`.
 
     The file is named as seen from where Python imports it (`package/file.py`), so that the text is
     short and the same on every machine. Frames inside torch itself are passed over; empty when the

@@ -103,7 +103,7 @@ def schema_of(target: Any) -> Any:
 
 
 def argument_names(target: Any) -> list[str]:
-    """Names of an operator's arguments, in the order of its schema."""
+    """Return the names of an operator's arguments, in the order of its schema."""
     return [argument.name for argument in target._schema.arguments]
 
 
@@ -126,7 +126,7 @@ def is_operator(target: Any) -> bool:
 
 
 def registered_operators() -> Sequence[str]:
-    """Names of all operators of the dispatcher, such as "aten::add.Tensor".
+    """Return the names of all operators of the dispatcher, such as "aten::add.Tensor".
 
     TorchScript has more, `aten::save` among them, which writes files: attributes of `torch.ops`
     lead to these, too. Replaced by: a public list.
@@ -155,7 +155,7 @@ def output_spec(graph: fx.Graph) -> Any:
 
 
 def signature_of(graph: fx.Graph) -> tuple[list[str], Any, Any]:
-    """Names of the inputs of a captured graph, and the structures of inputs and outputs.
+    """Return the names of the inputs of a captured graph, and the structures of inputs and outputs.
 
     `Graph.set_codegen` is public; what it sets, and how it is read, is not. Replaced by: a class of
     signatures.
@@ -214,13 +214,13 @@ def copy_origin(source: fx.Node, target: fx.Node) -> None:
 
 
 def inductor_modes() -> Mapping[str, Mapping[str, Any]]:
-    """Options of inductor by the `mode` of torch.compile that sets them."""
+    """Return the options of inductor by the `mode` of torch.compile that sets them."""
     modes: Mapping[str, Mapping[str, Any]] = torch._inductor.list_mode_options()
     return modes
 
 
 def inductor_settings() -> Sequence[str]:
-    """Names of inductor's options."""
+    """Return the names of inductor's options."""
     return torch._inductor.list_options()
 
 

@@ -78,7 +78,7 @@ def members_on_ranks(
 
 
 def _stand_in(template: nn.Module, tensors: dict[str, torch.Tensor]) -> nn.Module:
-    """Member 0, as a copy of a module of this rank."""
+    """Return member 0, as a copy of a module of this rank."""
     try:
         return with_tensors(template, tensors, "member 0")
     except CheckpointError as error:

@@ -149,7 +149,7 @@ class RankedStates(Sequence[State]):
     def __getitem__(self, index: slice) -> Sequence[State]: ...
 
     def __getitem__(self, index: int | slice) -> State | Sequence[State]:
-        """Member 0's tensors."""
+        """Return member 0's tensors."""
         if index == 0:
             return self._first
         if isinstance(index, int) and index >= len(self):
@@ -217,7 +217,7 @@ def mapped(states: Sequence[State], function: Callable[[State], State]) -> Seque
 
 
 def outline(value: Any) -> Any:
-    """Nested containers with tensors that have no content."""
+    """Return nested containers with tensors that have no content."""
     return pytree.tree_map_only(torch.Tensor, lambda t: t.detach().to("meta"), value)
 
 

@@ -92,7 +92,7 @@ class Stored:
             self._held = read_state_dict(self.path, mmap=True)
 
     def shapes(self) -> dict[str, torch.Tensor]:
-        """For each tensor one without content, of its shape."""
+        """Return for each tensor one without content, of its shape."""
         if self._held:
             return {name: t.to("meta") for name, t in self._held.items()}
         return {
@@ -180,7 +180,7 @@ def split_paths(
 
 
 def _stored_names(known: set[str], first: Program) -> dict[str, str]:
-    """Under which name each tensor is stored; a tied one may be there under another."""
+    """Return under which name each tensor is stored; a tied one may be there under another."""
     # Of several, the one that loading a module would write last.
     last = {first.canonical[name]: name for name in first.names if name in known}
     return {name: last[first.canonical[name]] for name in first.names}

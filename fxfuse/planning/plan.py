@@ -76,12 +76,12 @@ class UnitMap:
         return tuple(np.bincount(self.units()[:, 0], minlength=n_members).tolist())
 
     def of_member(self, member: int) -> tuple[Index, Index]:
-        """Fused units and units of one member, both int64 [k_member]."""
+        """Return the fused units and units of one member, both int64 [k_member]."""
         chosen = self.member == member
         return self.target[chosen], self.unit[chosen]
 
     def weights_of(self, member: int) -> tuple[Weights, Weights]:
-        """Entries of M and of U in the order of `of_member`, both float64 [k_member]."""
+        """Return the entries of M and of U in the order of `of_member`, both float64 [k_member]."""
         chosen = self.member == member
         merge, unmerge = (np.broadcast_to(w, chosen.shape) for w in (self.weight, self.read))
         return merge[chosen].astype(np.float64), unmerge[chosen].astype(np.float64)
@@ -210,7 +210,7 @@ class FusionPlan(Readable):
         )
 
     def sizes(self) -> dict[str, int]:
-        """Units of each fused group, by its name."""
+        """Return the units of each fused group, by its name."""
         return {m.group: m.n_units for m in self.maps}
 
     def made_for(self, tensors: Sequence[Fingerprint], plan: str = "") -> FusionPlan:

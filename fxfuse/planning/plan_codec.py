@@ -179,7 +179,7 @@ def decode_map(value: Mapping[str, Any], n_units: int, where: str) -> MapEntries
 
 
 def _dense(entries: MapEntries, n_units: int) -> list[int] | None:
-    """Units of each member, where the entries are a whole matrix, row after row."""
+    """Return the units of each member, where the entries are a whole matrix, row after row."""
     if np.ndim(entries.weight) == 0 or np.ndim(entries.read) == 0:
         return None
     counts = np.bincount(entries.member[: len(entries.member) // max(n_units, 1)])
@@ -189,7 +189,7 @@ def _dense(entries: MapEntries, n_units: int) -> list[int] | None:
 
 
 def _grid(counts: Index, n_units: int) -> tuple[Index, Index, Index]:
-    """Target, member and unit of each entry of a whole matrix, row after row."""
+    """Return the target, member and unit of each entry of a whole matrix, row after row."""
     member = np.repeat(np.arange(len(counts)), counts)
     unit = np.arange(len(member)) - np.repeat(np.cumsum(counts) - counts, counts)
     target = np.repeat(np.arange(n_units), len(member))

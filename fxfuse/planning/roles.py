@@ -165,7 +165,7 @@ def relevant_notes(
 
 
 def inner_averages(graph: CouplingGraph, states: Sequence[Mapping[str, Any]]) -> dict[str, float]:
-    """Tensors that are averaged inside the network, and how far the members disagree there.
+    """Return tensors that are averaged inside the network, and how far the members disagree there.
 
     All of a tensor, or the part of it that belongs to no member's own units.
     """

@@ -162,7 +162,7 @@ def _members(
 
 
 def _matched(first: fx.Node, other: fx.Node, shared: set[fx.Node]) -> Match | None:
-    """Pairs all nodes of two branches, upwards from their ends; None where they differ."""
+    """Pair all nodes of two branches, upwards from their ends; None where they differ."""
     match: Match = {}
     back: Match = {}
     waiting = [(first, other)]
@@ -195,7 +195,7 @@ def _alike(a: fx.Node, b: fx.Node) -> bool:
 
 
 def _operands(node: fx.Node) -> list[fx.Node]:
-    """Nodes among the arguments, each as often as it stands there."""
+    """Return the nodes among the arguments, each as often as it stands there."""
     leaves = pytree.tree_leaves((node.args, dict(node.kwargs)))
     return [x for x in leaves if isinstance(x, fx.Node)]
 

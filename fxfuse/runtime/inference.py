@@ -64,7 +64,7 @@ class Compiled(nn.Module):
             return _cast(self._call(*args, **kwargs), own)
 
     def train(self, mode: bool = True) -> Compiled:
-        """Stays in eval mode: batch norms and dropout are gone."""
+        """Stay in eval mode: batch norms and dropout are gone."""
         if mode:
             raise OptionError(
                 "a compiled network cannot be trained",

@@ -17,7 +17,7 @@ def parameters(network: nn.Module) -> int:
 
 
 def flops(network: Callable[..., Any], example: tuple[Any, ...]) -> int:
-    """Floating-point operations for the example inputs; a multiply-add counts as two."""
+    """Return the floating-point operations for the example inputs; a multiply-add counts as two."""
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         network(*example)
     return int(counter.get_total_flops())

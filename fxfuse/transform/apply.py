@@ -35,7 +35,7 @@ def permuted(
 def moved_tensor(
     name: str, tensor: torch.Tensor, graph: CouplingGraph, permutations: Mapping[str, Index]
 ) -> torch.Tensor:
-    """One tensor of `permuted`, in any precision; itself if no group owns any of it."""
+    """Return one tensor of `permuted`, in any precision; itself if no group owns any of it."""
     for dim in range(tensor.dim()):
         source = np.arange(tensor.shape[dim])
         for group in graph.group_of.get((name, dim), ()):

@@ -215,7 +215,7 @@ class FollowDevice(PassBase):
 
 
 def _with_device(graph: fx.Graph) -> list[Any]:
-    """Operators that are told a device."""
+    """Return the operators that are told a device."""
     return [
         node
         for node in graph.nodes

@@ -60,7 +60,7 @@ class Layout:
         return Layout(self.source[order], self.copy[order])
 
     def after(self, other: Layout, size: int) -> Layout:
-        """Two concatenated dimensions: this one behind `other`, which has `size` indices."""
+        """Return two concatenated dimensions: this one behind `other`, which has `size` indices."""
         return Layout(
             np.concatenate([other.source, self.source + size]),
             np.concatenate([other.copy, self.copy]),
@@ -101,7 +101,7 @@ def unit_copies(count: Index) -> tuple[Index, Index]:
 
 
 def copies_of(graph: CouplingGraph, sizes: Mapping[str, int]) -> dict[str, Index]:
-    """`Copies` of the groups that change their size."""
+    """Return `Copies` of the groups that change their size."""
     return {
         group.name: copies_per_unit(group.n_units, sizes[group.name])
         for group in graph.groups
@@ -150,7 +150,7 @@ def run_layout(unit: Index, count: Index) -> Layout:
 
 
 def _counted(sizes: Index) -> Index:
-    """0, 1, … up to each of some sizes, one after the other."""
+    """Return 0, 1, … up to each of some sizes, one after the other."""
     ends = np.cumsum(sizes)
     return np.arange(int(sizes.sum())) - np.repeat(ends - sizes, sizes)
 

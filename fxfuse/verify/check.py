@@ -74,7 +74,7 @@ def _found(check: Check) -> str:
 
 
 def relative_error(found: Sequence[torch.Tensor], expected: Sequence[torch.Tensor]) -> float:
-    """Largest absolute difference over the largest expected magnitude; inf for NaN.
+    """Return the largest absolute difference over the largest expected magnitude; inf for NaN.
 
     Also inf where numbers or shapes of tensors differ: sizes may depend on the data.
     """
@@ -117,7 +117,7 @@ def inputs_of(program: Program, *, flip: bool = False) -> Any:
 def run(
     program: Program, state: Mapping[str, torch.Tensor], *, flip: bool = False
 ) -> list[torch.Tensor]:
-    """Outputs of the captured network with other tensors, in float64.
+    """Return the outputs of the captured network with other tensors, in float64.
 
     The captured graph runs where it is a program, and reads each tensor when it needs it; a copy of
     the user's own module runs elsewhere.

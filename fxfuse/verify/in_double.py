@@ -27,7 +27,7 @@ def to_double(value: Any) -> Any:
 
 
 def lifted(value: Any) -> Any:
-    """Arguments of an operator, with a lower precision that they name lifted to float64.
+    """Return the arguments of an operator, with a lower precision that they name lifted to float64.
 
     What a network rounds on purpose (norms in float32, say) would hide what an oracle looks for.
     """
@@ -97,7 +97,7 @@ class InDouble(fx.Interpreter):
         return _Unread(self._first(target))
 
     def map_nodes_to_values(self, args: Any, n: fx.Node) -> Any:
-        """Values of arguments; tensors that nobody has read yet are read."""
+        """Return the values of arguments; tensors that nobody has read yet are read."""
 
         def value(node: fx.Node) -> Any:
             if isinstance(self.env[node], _Unread):

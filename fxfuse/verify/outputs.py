@@ -30,7 +30,7 @@ def _output_values(graph: CouplingGraph) -> list[AbstractTensor]:
 
 
 def _moved_ids(graph: CouplingGraph, permutations: Mapping[str, Index]) -> Index:
-    """For each neuron of the permuted network, which neuron it was before."""
+    """Return for each neuron of the permuted network, which neuron it was before."""
     source = np.arange(graph.coupling.count)
     for owner, place in enumerate(graph.coupling.owners):
         for group in graph.group_of.get(place, ()):

@@ -167,7 +167,7 @@ def contract(
     letters_b: str,
     out: str,
 ) -> AbstractTensor:
-    """Contracts two operands as `einsum(f"{letters_a},{letters_b}->{out}")` would.
+    """Contract two operands as `einsum(f"{letters_a},{letters_b}->{out}")` would.
 
     Ids along a contracted letter are tied. Where ids vary along a contracted letter and along one
     that stays (heads, groups), all ids of a block move together.

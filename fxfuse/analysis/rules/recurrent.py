@@ -57,7 +57,7 @@ def weights_of(parameters: Sequence[Any], *, has_biases: bool, parts: int) -> li
 
 
 def gates_of(node: fx.Node) -> int:
-    """Number of gates of a recurrent layer or cell."""
+    """Return the number of gates of a recurrent layer or cell."""
     facts = FACTS[node.target]
     assert isinstance(facts, Recurrence)
     return facts.gates
@@ -157,14 +157,14 @@ def _freeze_layers(coupling: CouplingConstraints, state: AbstractTensor) -> None
 
 
 def _initial(state: AbstractTensor, part: int, time: int) -> AbstractTensor:
-    """`n b h → b 1 h` (or `1 b h`) of one layer and direction."""
+    """Return `n b h → b 1 h` (or `1 b h`) of one layer and direction."""
     return state.moved(lambda t: t[part].unsqueeze(time))
 
 
 def _side_by_side(
     coupling: CouplingConstraints, parts: Sequence[AbstractTensor], dim: int
 ) -> AbstractTensor:
-    """Concatenates along one dimension; units (along the last dimension) are not tied."""
+    """Concatenate along one dimension; units (along the last dimension) are not tied."""
     if len(parts) == 1:
         return parts[0]
     last = parts[0].rank - 1

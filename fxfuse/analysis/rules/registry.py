@@ -89,7 +89,7 @@ class Call:
 
 
 def concrete_shape(value: torch.Tensor) -> tuple[int, ...]:
-    """Shape of a fake tensor with symbolic sizes replaced by their hints."""
+    """Return the shape of a fake tensor with symbolic sizes replaced by their hints."""
     return tuple(hint(s) for s in value.shape)
 
 

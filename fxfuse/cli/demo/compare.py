@@ -145,5 +145,5 @@ def _entry(name: str, network: str, done: Refined, control: str | None = None) -
 
 
 def _unlabelled(images: Tensor, seed: int) -> Batches:
-    """Batches whose labels, all 0, nobody reads."""
+    """Return batches whose labels, all 0, nobody reads."""
     return Batches(images, images.new_zeros(len(images)), BATCH, seed=seed)

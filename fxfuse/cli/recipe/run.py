@@ -101,7 +101,7 @@ def run(
     stage: Stage = _silently,
     progress: bool | Progress = False,
 ) -> Outcome:
-    """Fuses as a recipe says, and writes the result.
+    """Fuse as a recipe says, and write the result.
 
     The result's folder holds the recipe with what it was made with: the versions, the number of
     threads, and SHA-256 of every file. Run again, that recipe checks them and gives the same bytes

@@ -210,7 +210,7 @@ def _inner(parts: Sequence[type[Part]], indent: str, mark: str) -> list[str]:
 
 
 def _comment(text: str, indent: str, further: str = "") -> list[str]:
-    """Lines that say something."""
+    """Return lines that say something."""
     start = f"{indent}# {further}"
     return wrap(text, _WIDTH, initial_indent=start, subsequent_indent=start)
 

@@ -131,7 +131,7 @@ def _verdict(result: FusionResult, rows: Sequence[Network], *, refined: bool) ->
 
 
 def _approximations(plan: FusionPlan) -> list[str]:
-    """Sentences on what is not as the members have it."""
+    """Return sentences on what is not as the members have it."""
     said = []
     roles = plan.roles.values()
     averaged = sum(

@@ -117,7 +117,7 @@ def _dot(
 
 
 def _ties(graph: CouplingGraph, tied: nx.Graph) -> dict[Place, tuple[str, ...]]:
-    """For each place, what it is tied to by which operator at which source line."""
+    """Return for each place, what it is tied to by which operator at which source line."""
     nodes: dict[str, fx.Node] = {node.name: node for node in graph.program.graph.nodes}
     found: dict[Place, list[str]] = {}
     for left, right, data in tied.edges(data=True):

@@ -41,7 +41,7 @@ class Data:
     labels: Tensor | None = None
 
     def __len__(self) -> int:
-        """Number of examples."""
+        """Return the number of examples."""
         return len(self.inputs[0])
 
     def require_labels(self, where: str) -> Tensor:

@@ -32,7 +32,7 @@ def image_folder(path: Path, prepare: Preparation) -> Data:
 
 
 def images(pairs: Any, where: str, prepare: Preparation) -> Data:
-    """Pairs (PIL image, class) as tensors."""
+    """Return pairs (PIL image, class) as tensors."""
     read, labels = [], []
     for index in spread(len(pairs), prepare.limit).tolist():
         image, label = pairs[index]

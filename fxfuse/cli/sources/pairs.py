@@ -17,7 +17,7 @@ INPUTS, LABELS = ("inputs", "images", "x", "data"), ("labels", "targets", "y", "
 
 
 def pair(content: Any, where: str) -> Data:
-    """Examples of a file's content, or of what a function returned in one piece."""
+    """Return the examples of a file's content, or of what a function returned in one piece."""
     if isinstance(content, Mapping):
         inputs = next((content[name] for name in INPUTS if name in content), None)
         labels = next((content[name] for name in LABELS if name in content), None)

@@ -141,7 +141,7 @@ def frame_of(graph: CouplingGraph, n_members: int, reference: Reference, context
 
 
 def present(graph: CouplingGraph, context: Context, member: int, orders: Orders) -> Orders:
-    """Orders of a member that stand for nothing in the blocks that it lacks."""
+    """Return the orders of a member that stand for nothing in the blocks that it lacks."""
     missing = graph.lacking(context.absent, member)
     return {k: np.full_like(o, -1) if k in missing else o for k, o in orders.items()}
 

@@ -37,7 +37,7 @@ def own_places(graph: CouplingGraph, group: CouplingGroup) -> dict[Place, Index]
 
 
 def units_of(weight: Matrix, dim: int, rows: Index) -> Matrix:
-    """Everything that each unit owns in a tensor, [n_units, *]."""
+    """Return everything that each unit owns in a tensor, [n_units, *]."""
     taken: Matrix = np.moveaxis(weight, dim, 0)[rows.reshape(-1)]
     return taken.reshape(len(rows), -1)
 
@@ -100,7 +100,7 @@ def written(graph: CouplingGraph, group: CouplingGroup, tensors: Tensors) -> Mat
 
 
 def statistics(graph: CouplingGraph, group: CouplingGroup, tensors: Tensors) -> Matrix:
-    """Statistics of each unit that no permutation of other groups changes, [n_units, k]."""
+    """Return statistics of each unit that no permutation of other groups changes, [n_units, k]."""
     columns = []
     for (name, dim), rows in own_places(graph, group).items():
         own = units_of(tensors[name], dim, rows)

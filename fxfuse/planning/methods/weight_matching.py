@@ -126,7 +126,7 @@ def _surplus(
 def _pair(
     group: CouplingGroup, order: Index, surplus: UnmatchedUnits | None
 ) -> tuple[Matrix, Matrix]:
-    """M and U of a member, [n, m] both."""
+    """Return M and U of a member, [n, m] both."""
     standing = np.flatnonzero(order >= 0)
     merge = np.zeros((len(order), group.n_units))
     merge[standing, order[standing]] = 1.0

@@ -26,7 +26,7 @@ def owned_sums(
     names: Iterable[str] | None = None,
     value_of: Value | None = None,
 ) -> Scores:
-    """For each unit of one member, the sum of some values over all that it owns.
+    """Return for each unit of one member, the sum of some values over all that it owns.
 
     Args:
         graph: The analysis of the members.
@@ -122,7 +122,7 @@ def _existing_elsewhere(
 def _existing(
     graph: CouplingGraph, place: tuple[str, int], kept: Mapping[str, Index]
 ) -> torch.Tensor | None:
-    """Indices of a place that no dropped unit owns; None: all of them."""
+    """Return the indices of a place that no dropped unit owns; None: all of them."""
     groups = graph.group_of.get(place, ())
     if all(len(kept[group.name]) == group.n_units for group in groups):
         return None

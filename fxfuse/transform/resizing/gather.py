@@ -125,6 +125,6 @@ def _write(
 
 
 def _symbolic(value: Any) -> list[int]:
-    """Dimensions whose size is not known before the network runs."""
+    """Return the dimensions whose size is not known before the network runs."""
     sizes: Sequence[Any] = value.shape
     return [d for d, size in enumerate(sizes) if not isinstance(size, int)]

@@ -66,7 +66,7 @@ def resize_groups(wide: ResizedGraph, node: fx.Node) -> Any:
 def _copies_of_groups(
     wide: ResizedGraph, groups: int, value: AbstractTensor, dim: int, layout: Layout | None
 ) -> list[list[int]] | None:
-    """Which members' copies each group has; None if it is not groups that are copied."""
+    """Return which members' copies each group has; None if it is not groups that are copied."""
     line = wide.units.along(value, dim)
     if layout is None or line is None:
         return None
@@ -96,7 +96,7 @@ def resize_gated(wide: ResizedGraph, node: fx.Node) -> Layouts:
 
 
 def resize_patches(wide: ResizedGraph, node: fx.Node) -> Layouts:
-    """Patches: the pixels of a channel stand together in a column."""
+    """Resize patches: the pixels of a channel stand together in a column."""
     inverse = find(node.target) is reduction.unfold
     x = cast("fx.Node", node.args[0])
     before, after = wide.values[x], wide.values[node]
@@ -120,13 +120,13 @@ def resize_patches(wide: ResizedGraph, node: fx.Node) -> Layouts:
 
 
 def _by_group(copies: Sequence[Sequence[int]], size: int) -> Layout:
-    """Groups of `size` channels, the copies of a group next to each other."""
+    """Return groups of `size` channels, the copies of a group next to each other."""
     pairs = [(g, copy) for g, members in enumerate(copies) for copy in members]
     source = [np.arange(g * size, (g + 1) * size) for g, _ in pairs]
     return Layout(np.concatenate(source), np.repeat([copy for _, copy in pairs], size))
 
 
 def _is_even(layout: Layout, size: int, groups: int) -> bool:
-    """Whether every group of successive indices has as many copies as the first one."""
+    """Tell whether every group of successive indices has as many copies as the first one."""
     counts = np.bincount(layout.source * groups // size, minlength=groups)
     return bool((counts == counts[0]).all())

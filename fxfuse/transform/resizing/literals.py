@@ -110,7 +110,7 @@ def evaluate(wide: ResizedGraph, node: fx.Node, args: Any, tensor: torch.Tensor)
 def candidates(
     wide: ResizedGraph, node: fx.Node, value: AbstractTensor, layouts: Layouts
 ) -> Iterator[tuple[Any, ...]]:
-    """Arguments that a data movement could have in the concatenated network."""
+    """Yield arguments that a data movement could have in the concatenated network."""
     args = node.args
     is_view = find(node.target) is movement.view or node.target is aten.expand.default
     if is_view or node.target is aten.unflatten.int:

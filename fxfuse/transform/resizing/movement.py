@@ -80,7 +80,7 @@ def resize_gather(wide: ResizedGraph, node: fx.Node) -> Layouts:
 
 
 def _keeps_units_apart(wide: ResizedGraph, node: fx.Node, found: Sequence[Layouts | None]) -> bool:
-    """Whether the results are made of whole copies, and grow where units differ."""
+    """Tell whether the results are made of whole copies, and grow where units differ."""
     return all(
         layouts is not None and all(wide.units.order(value, dim) is not None for dim in layouts)
         for value, layouts in zip(as_list(wide.values[node]), found, strict=True)
@@ -88,7 +88,7 @@ def _keeps_units_apart(wide: ResizedGraph, node: fx.Node, found: Sequence[Layout
 
 
 def _reorderings(wide: ResizedGraph, value: AbstractTensor, layouts: Layouts) -> Iterator[Layouts]:
-    """Layouts in which the copies of an index, or of a run of a unit's, stand together."""
+    """Yield layouts in which the copies of an index, or of a run of a unit's, stand together."""
     yield {dim: layout.by_index() for dim, layout in layouts.items()}
     blocks: Layouts = {}
     for dim, layout in layouts.items():

@@ -16,7 +16,7 @@ from fxfuse.transform.resizing.state import ResizedGraph, cannot_write
 
 
 def resize_recurrence(wide: ResizedGraph, node: fx.Node) -> Any:
-    """Recurrent layers: every gate has its rows in the order of the units."""
+    """Resize recurrent layers: every gate has its rows in the order of the units."""
     x, hx = argument(node, "input"), argument(node, "hx")
     states: list[fx.Node] = list(hx) if isinstance(hx, list | tuple) else [hx]
     is_cell = find(node.target) is recurrent.cell

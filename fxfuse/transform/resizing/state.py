@@ -61,7 +61,7 @@ class ResizedGraph:
         self.graph = copy_graph(analysis.program.graph, self.mapping)
 
     def layout_of(self, node: Any) -> Layouts:
-        """Layouts of an operand; a parameter that has none yet gets the default ones."""
+        """Return the layouts of an operand; a parameter that has none yet gets the default ones."""
         if node.op != "get_attr":
             found: Layouts = self.layouts[node]
             return found
@@ -72,14 +72,14 @@ class ResizedGraph:
         }
 
     def parameter_places(self, node: fx.Node) -> Iterator[tuple[int, Place]]:
-        """Each dimension of a parameter or buffer with its place; nothing for a constant."""
+        """Yield each dimension of a parameter or buffer with its place; nothing for a constant."""
         name = self.analysis.program.canonical.get(str(node.target))
         if name is not None:
             for dim in range(self.analysis.program.tensor(name).dim()):
                 yield dim, (name, dim)
 
     def place_layout(self, place: Place) -> Layout:
-        """Layout of a dimension of a parameter; the default one if it has none yet."""
+        """Return the layout of a dimension of a parameter; the default one if it has none yet."""
         if place not in self.places:
             self.places[place] = default_layout(self.analysis, place, self.copies)
         return self.places[place]
@@ -109,7 +109,7 @@ class ResizedGraph:
         return self._own[(name, member)]
 
     def own_tensors(self) -> frozenset[str]:
-        """Canonical names of the tensors of which each member has its own."""
+        """Return the canonical names of the tensors of which each member has its own."""
         return frozenset() if self.apart is None else frozenset(self.apart.tensors)
 
     def replace(self, node: fx.Node, written: fx.Node) -> fx.Node:

@@ -80,7 +80,7 @@ def emit_resized(
 
 
 def apart_names(graph: CouplingGraph, plan: FusionPlan) -> tuple[str, ...]:
-    """Names of the tensors of which each member keeps its own in a wide model."""
+    """Return the names of the tensors of which each member keeps its own in a wide model."""
     names = walk_of(graph, plan).own_tensors()
     return tuple(n for n in graph.program.names if graph.program.canonical[n] in names)
 
