@@ -206,7 +206,7 @@ def sites_found(ensemble: Tensor, network: Tensor) -> tuple[int, int]:
 
 
 def check_port(networks: Sequence[nn.Module], data_root: Path) -> None:
-    """Compare delta scores of the ensemble with those that the package's documentation states.
+    """Compare delta scores of the ensemble with those that the published networks are known for.
 
     Raises:
         AssertionError: A score or its position differs.
