@@ -30,13 +30,14 @@ from benchmarks.coverage import RESULTS as COVERAGE
 from benchmarks.records import earlier, versions, write
 from fxfuse import verify
 from fxfuse.analysis.coupling import CouplingGraph
+from fxfuse.graph.tensors import tensors_in
 from fxfuse.planning.plan import FusionPlan
 from fxfuse.planning.size import sizes_of
 from fxfuse.transform.cost import operations_of, parameters_of
 from fxfuse.transform.emit import FusedModule
-from fxfuse.transform.resizing import emit_resized, settle
+from fxfuse.transform.resizing import emit_resized, limit_sizes
 from fxfuse.transform.sizes import concatenation_plan
-from fxfuse.verify.check import as_double, in_double, inputs_of, run, tensors_of
+from fxfuse.verify.check import as_double, in_double, inputs_of, run
 from tests.options import planned
 
 RESULTS = Path(__file__).parent / "results" / "wide.json"
@@ -59,7 +60,7 @@ def measure(name: str) -> dict[str, Any]:
     outputs = [run(c, s) for c, s in zip(program, states, strict=True)]
     row["widths"] = {}
     for width in WIDTHS:
-        sizes, refused = settle(graph, sizes_of(graph, MEMBERS, width, at_least_one=True))
+        sizes, refused = limit_sizes(graph, sizes_of(graph, MEMBERS, width, at_least_one=True))
         options = {"score": "l2", "sizes": sizes}
         plan = planned(graph, states, "transplant", **options)
         found, told = _run(graph, plan, emit_resized(graph, plan, states))
@@ -85,7 +86,7 @@ def _run(
     args, kwargs = inputs_of(graph.program)
     counter = FlopCounterMode(display=False)
     with counter, torch.no_grad():
-        found = tensors_of(in_double(module)(*args, **kwargs))
+        found = tensors_in(in_double(module)(*args, **kwargs))
     flops, foretold = counter.get_total_flops(), operations_of(graph, plan.sizes(), plan)
     return found, {
         "flops": flops,

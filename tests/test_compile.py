@@ -322,11 +322,11 @@ def test_tuning_keeps_the_fastest(result: FusionResult, monkeypatch: pytest.Monk
     times = iter([2.0, 1.0])
     made: list[object] = []
 
-    def seconds(call: object, args: object, kwargs: object) -> float:
+    def milliseconds(call: object, *inputs: object) -> float:
         made.append(call)
         return next(times)
 
-    monkeypatch.setattr(module, "seconds", seconds)
+    monkeypatch.setattr(module, "milliseconds", milliseconds)
     assert fxfuse.compile(result, backend="eager", tune=True) is made[1]
 
 

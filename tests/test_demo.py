@@ -18,9 +18,10 @@ from fxfuse.cli.data import mnist5k
 from fxfuse.cli.demo import measure, run_demo, to_markdown, to_rich
 from fxfuse.cli.demo.compare import Entry
 from fxfuse.cli.demo.members import average
-from fxfuse.cli.demo.network import Ensemble, SmallResNet
+from fxfuse.cli.demo.network import SmallResNet
 from fxfuse.cli.demo.repetition import SETTINGS, Repetition
 from fxfuse.cli.demo.rows import Row
+from fxfuse.cli.evaluate import Ensemble
 
 ROWS = [
     "member 1",

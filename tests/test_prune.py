@@ -22,8 +22,9 @@ from fxfuse.errors import (
     OptionError,
     PlanError,
 )
+from fxfuse.graph.tensors import tensors_in
 from fxfuse.refine import finetune
-from fxfuse.verify.check import in_double, inputs_of, relative_error, tensors_of
+from fxfuse.verify.check import in_double, inputs_of, relative_error
 from tests.models import build, excite, image
 from tests.nets import SmallResNet, images, resnets
 from tests.options import flat
@@ -132,7 +133,7 @@ def test_pruning_the_wide_model_is_fusing_for_random_networks(recipe: Recipe, wi
     # Where the wide model is written with a gather, it may have fewer groups than the members.
     assume(pruned.plan.sizes() == fused.plan.sizes())
     with torch.no_grad():
-        ours, theirs = (tensors_of(in_double(r.module)(*args, **kwargs)) for r in (pruned, fused))
+        ours, theirs = (tensors_in(in_double(r.module)(*args, **kwargs)) for r in (pruned, fused))
     assert relative_error(ours, theirs) < 1e-9
 
 

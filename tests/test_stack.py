@@ -32,8 +32,7 @@ from fxfuse.errors import (
     VerificationError,
 )
 from fxfuse.graph.rebuild import rebuild
-from fxfuse.graph.tensors import is_constant
-from fxfuse.verify.check import tensors_of
+from fxfuse.graph.tensors import is_constant, tensors_in
 from tests.layers import FROZEN, LAYERS
 from tests.models import LARGE, MIXING, PLAIN, build, excite, image, torchvision
 from tests.nets import SmallResNet, images, resnets
@@ -77,7 +76,7 @@ def other(program: fxfuse.Program, seed: int) -> fxfuse.Program:
 
 def answers(module: Callable[..., Any], *inputs: Any) -> list[torch.Tensor]:
     with torch.no_grad():
-        return tensors_of(module(*inputs))
+        return tensors_in(module(*inputs))
 
 
 def check(

@@ -15,7 +15,7 @@ from torch import nn
 import fxfuse
 from fxfuse.errors import MemberError
 from fxfuse.graph.export_reuse import are_twins, reuse_export
-from fxfuse.verify.check import tensors_of
+from fxfuse.graph.tensors import tensors_in
 from tests.nets import SmallResNet, images, resnets
 
 
@@ -59,7 +59,7 @@ def test_a_twin_is_what_its_own_export_gives(build: Callable[[], nn.Module]):
     assert (found.names, found.canonical) == (own.names, own.canonical)
     assert all(found.tensor(name) is own.tensor(name) for name in own.names)
     assert torch.equal(
-        *(torch.cat([t.flatten() for t in tensors_of(c.module(x))]) for c in (found, own))
+        *(torch.cat([t.flatten() for t in tensors_in(c.module(x))]) for c in (found, own))
     )
 
 

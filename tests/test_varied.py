@@ -17,10 +17,11 @@ from fxfuse.analysis.coupling import analyze
 from fxfuse.analysis.multi_width import multi_width
 from fxfuse.cli.report.content import gather
 from fxfuse.errors import MemberError
+from fxfuse.graph.tensors import tensors_in
 from fxfuse.planning.plan import FusionPlan
 from fxfuse.planning.size import sizes_of
-from fxfuse.transform.resizing import emit_resized, settle
-from fxfuse.verify.check import as_double, in_double, inputs_of, relative_error, tensors_of
+from fxfuse.transform.resizing import emit_resized, limit_sizes
+from fxfuse.verify.check import as_double, in_double, inputs_of, relative_error
 from tests.models import excite, image
 from tests.test_widths import plans
 
@@ -91,11 +92,11 @@ def test_any_width_is_the_concatenation_with_dead_units(family: str):
     args, kwargs = inputs_of(graph.program)
     for width in (0.5, 1.0, 1.5):
         wanted = sizes_of(graph, len(members), width, at_least_one=True)
-        sizes, refused = settle(graph, wanted)
+        sizes, refused = limit_sizes(graph, wanted)
         assert not refused
         with torch.no_grad():
             found, expected = (
-                tensors_of(in_double(emit_resized(graph, plan, states))(*args, **kwargs))
+                tensors_in(in_double(emit_resized(graph, plan, states))(*args, **kwargs))
                 for plan in plans(graph, states, sizes)
             )
         assert relative_error(found, expected) < 1e-9

@@ -20,11 +20,12 @@ import fxfuse
 from fxfuse import Size
 from fxfuse.analysis.coupling import CouplingGraph
 from fxfuse.errors import OptionError, RewriteError
+from fxfuse.graph.tensors import tensors_in
 from fxfuse.planning.plan import FusionPlan, UnitMap
 from fxfuse.planning.size import sizes_of
 from fxfuse.transform.cost import operations_of, parameters_of
-from fxfuse.transform.resizing import emit_resized, settle
-from fxfuse.verify.check import as_double, in_double, inputs_of, relative_error, tensors_of
+from fxfuse.transform.resizing import emit_resized, limit_sizes
+from fxfuse.verify.check import as_double, in_double, inputs_of, relative_error
 from tests.models import build, image
 from tests.options import flat, planned
 from tests.strategies import Recipe, is_plain, members_of, recipes
@@ -52,13 +53,13 @@ def error_at(members: list[nn.Module], width: float) -> tuple[float, dict[str, s
     assert all(c is not None for c in program)
     graph = fxfuse.analyze(members[0])
     wanted = sizes_of(graph, len(members), width, at_least_one=True)
-    sizes, refused = settle(graph, wanted)
+    sizes, refused = limit_sizes(graph, wanted)
     states = [as_double(c.state()) for c in program if c is not None]
     small, masked = plans(graph, states, sizes)
     args, kwargs = inputs_of(graph.program)
     with torch.no_grad():
         found, expected = (
-            tensors_of(in_double(emit_resized(graph, plan, states))(*args, **kwargs))
+            tensors_in(in_double(emit_resized(graph, plan, states))(*args, **kwargs))
             for plan in (small, masked)
         )
     return relative_error(found, expected), refused

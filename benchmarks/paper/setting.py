@@ -22,7 +22,7 @@ from benchmarks.paper.datasets import Data, load
 from benchmarks.paper.networks import NETWORKS
 from benchmarks.paper.training import Recipe, trained
 from fxfuse.cli.data import Split, specialist_indices
-from fxfuse.cli.demo.network import Ensemble
+from fxfuse.cli.evaluate import Ensemble
 
 SETTINGS = ("same data", "specialists")
 _SHARE_OF_OTHERS = 0.1

@@ -19,7 +19,7 @@ from benchmarks.paper.refining import after, chosen, controls, merit
 from benchmarks.paper.runner import command
 from benchmarks.paper.setting import seen
 from fxfuse.cli.data import Batches
-from fxfuse.cli.demo.network import Ensemble
+from fxfuse.cli.evaluate import Ensemble
 from fxfuse.refine import finetune
 
 #: Into how many parts the k steps are cut, with an exchange between them.

@@ -69,7 +69,7 @@ class Calibration(Options):
 
     @staticmethod
     def of(given: Any) -> Calibration:
-        """What a caller gave as calibration: inputs, or a `Calibration`."""
+        """Return what a caller gave as calibration: inputs, or a `Calibration`."""
         return given if isinstance(given, Calibration) else Calibration(given)
 
 

@@ -122,7 +122,7 @@ def eliminate(
     alive: NDArray[np.bool_],
     n_left: int = 0,
 ) -> Ranks:
-    """Removes units one by one, each time the one whose loss the others make up for best.
+    """Remove units one by one, each time the one whose loss the others make up for best.
 
     Of the weights only their products between units count, so what a step costs does not depend on
     the number of outputs; what is gone is cut out of the matrices now and then.
@@ -164,7 +164,7 @@ def eliminate(
 
 
 def _remove(inverse: torch.Tensor, products: torch.Tensor, gone: slice) -> None:
-    """Takes a unit out of the inverse covariance, and its weights over to the other units."""
+    """Take a unit out of the inverse covariance, and its weights over to the other units."""
     step = torch.linalg.solve(inverse[gone, gone], inverse[gone])
     own, row = products[gone, gone].clone(), products[gone].clone()
     # (I - kE) S (I - kE)ᵀ with k the step and E the rows that go.
@@ -179,14 +179,14 @@ def _remove(inverse: torch.Tensor, products: torch.Tensor, gone: slice) -> None:
 
 
 def _part(matrix: torch.Tensor, units: Index, width: int) -> torch.Tensor:
-    """Rows and columns of some units."""
+    """Return the rows and columns of some units."""
     index = (units[:, None] * width + np.arange(width)).reshape(-1)
     chosen = torch.from_numpy(index).to(matrix.device)
     return matrix[chosen][:, chosen].contiguous()
 
 
 def _losses(inverse: torch.Tensor, products: torch.Tensor, width: int) -> torch.Tensor:
-    """What removing each unit costs after the others have made up for it; [units]."""
+    """Return what removing each unit costs after the others have made up for it; [units]."""
     if width == 1:
         return products.diagonal() / inverse.diagonal()
     units = len(products) // width
@@ -199,16 +199,14 @@ def _losses(inverse: torch.Tensor, products: torch.Tensor, width: int) -> torch.
 
 
 def width_of(consumer: Consumer) -> int:
-    """Neurons of a unit that a reader tells apart."""
+    """Return the neurons of a unit that a reader tells apart."""
     return 1 if consumer.repeated else consumer.slots.shape[1]
 
 
 def covariance_at(members: Sequence[torch.Tensor], reader: Sequence[Consumer]) -> torch.Tensor:
-    """Covariance of all members' units at one reader, [units · width, units · width].
+    """Compute the covariance of all members' units at one reader, [units · width, units · width].
 
-    Args:
-        members: What the reader gets in each member, [rows, channels].
-        reader: The reader as it is in each member.
+    `members` holds what the reader gets in each member, [rows, channels].
     """
     columns = []
     for x, consumer in zip(members, reader, strict=True):
@@ -227,7 +225,7 @@ def weights_at(
     member: int,
     base_member: int,
 ) -> torch.Tensor:
-    """A reader's weights from one member's units to those of its outputs that are left.
+    """Return a reader's weights from one member's units to those of its outputs that are left.
 
     Returns:
         float64 [units · width, outputs]; no outputs, where the reader is in another member's head.
@@ -246,7 +244,7 @@ def weights_at(
 
 
 def _folded(graph: CouplingGraph, state: State, consumer: Consumer) -> torch.Tensor:
-    """The weight as [inputs, outputs, kernel], with the batch norm behind it folded in."""
+    """Return the weight as [inputs, outputs, kernel], with the batch norm behind it folded in."""
     layer = consumer.layer
     weight = layer.held(state).detach().unsqueeze(-1)
     weight = weight.movedim((layer.facts.inputs, layer.facts.outputs), (0, 1)).flatten(2)
@@ -270,7 +268,7 @@ def _outputs(
     base_member: int,
     shape: torch.Size,
 ) -> Index:
-    """Which of a reader's outputs count in one member, whose weight has this shape."""
+    """Return which of a reader's outputs count in one member, whose weight has this shape."""
     place = (consumer.layer.weight, consumer.layer.facts.outputs)
     counts = np.ones(shape[consumer.layer.facts.outputs], dtype=bool)
     reason = graph.frozen.get(place)
@@ -290,5 +288,5 @@ def _outputs(
 
 
 def size_of(weights: torch.Tensor, covariance: torch.Tensor) -> torch.Tensor:
-    """√tr(MᵀCM), the size of what a reader makes of its inputs."""
+    """Return √tr(MᵀCM), the size of what a reader makes of its inputs."""
     return ((covariance @ weights) * weights).sum().clamp(min=1e-30).sqrt()

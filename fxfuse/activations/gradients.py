@@ -14,17 +14,12 @@ from fxfuse.errors import InputError
 from fxfuse.graph.capture import Program
 from fxfuse.graph.eager import eval_mode
 from fxfuse.graph.example import first_line
-from fxfuse.graph.torch_compat import pytree
+from fxfuse.graph.tensors import tensors_in
 
 
 @dataclass(frozen=True)
 class Gradients:
-    """Gradients of one member's parameters.
-
-    Attributes:
-        mean: By canonical name, the mean of ∂L/∂w over the batches, of the shape of w.
-        square: By canonical name, the mean of |∂L/∂w|² over the batches.
-    """
+    """Means over the batches of ∂L/∂w and |∂L/∂w|², of the shape of w, by its canonical name."""
 
     mean: Mapping[str, torch.Tensor]
     square: Mapping[str, torch.Tensor]
@@ -35,7 +30,7 @@ def gradients(
     batches: Iterable[Any],
     state: Mapping[str, torch.Tensor] | None = None,
 ) -> Gradients:
-    """Accumulates the gradients of the cross-entropy, batch by batch, in eval mode.
+    """Accumulate the gradients of the cross-entropy, batch by batch, in eval mode.
 
     Args:
         program: A captured member; its weights stay as they are.
@@ -104,7 +99,7 @@ def _loss(
             assert program.source is not None
             with eval_mode(program.source):
                 answer = functional_call(program.source, dict(state), inputs)
-        logits = next(x for x in pytree.tree_leaves(answer) if isinstance(x, torch.Tensor))
+        logits = tensors_in(answer)[0]
         loss = nn.functional.cross_entropy(logits, labels)
     except (RuntimeError, ValueError, TypeError, IndexError, AssertionError) as error:
         raise InputError(

@@ -23,10 +23,6 @@ class Layer:
     """A node that computes rows(x) · matrix(weight) + bias.
 
     Attributes:
-        node: The node.
-        input: The activation that it reads.
-        weight: Name of the weight.
-        bias: Name of the bias, or "".
         facts: Where the weight has its inputs and outputs, and the activation its channels. Of a
             transposed convolution: it is a convolution of its input spread out by the stride, with
             zeros in between, by the kernel turned round.
@@ -46,19 +42,19 @@ class Layer:
     bias_way: ViewChain = ()
 
     def held(self, state: Mapping[str, torch.Tensor]) -> torch.Tensor:
-        """The weight, or the part of it that the layer reads, among tensors by name."""
+        """Return the weight, or the part of it that the layer reads, among tensors by name."""
         return part_of(self.way, state[self.weight])
 
     def held_bias(self, state: Mapping[str, torch.Tensor]) -> torch.Tensor:
-        """The same of the bias; there has to be one."""
+        """Return the same of the bias; there has to be one."""
         return part_of(self.bias_way, state[self.bias])
 
     def put(self, state: dict[str, torch.Tensor], weight: torch.Tensor) -> None:
-        """Sets what `held` returns; tensors that stood there stay as they are."""
+        """Set what `held` returns; tensors that stood there stay as they are."""
         state[self.weight] = _with_part(self.way, state[self.weight], weight)
 
     def put_bias(self, state: dict[str, torch.Tensor], bias: torch.Tensor) -> None:
-        """Sets what `held_bias` returns; tensors that stood there stay as they are."""
+        """Set what `held_bias` returns; tensors that stood there stay as they are."""
         state[self.bias] = _with_part(self.bias_way, state[self.bias], bias)
 
     @property
@@ -72,27 +68,22 @@ class Layer:
         return self.facts.inputs if transposed else self.facts.outputs
 
     def channels_last(self, x: torch.Tensor) -> torch.Tensor:
-        """An input or output of the layer with its channels last, [..., channels]."""
+        """Return an input or output of the layer with its channels last, [..., channels]."""
         return x.movedim(self.facts.channels, -1)
 
     def n_rows(self, y: torch.Tensor) -> int:
-        """Rows of one output of the layer: examples times positions."""
+        """Return the rows of one output of the layer: examples times positions."""
         return y.numel() // y.shape[self.facts.channels]
 
     def output_rows(self, y: torch.Tensor) -> torch.Tensor:
-        """An output of the layer, or anything of its shape, as [rows, channels]."""
+        """Return an output of the layer, or anything of its shape, as [rows, channels]."""
         last = self.channels_last(y)
         return last.reshape(-1, last.shape[-1])
 
     def input_rows(self, x: torch.Tensor, chosen: torch.Tensor) -> torch.Tensor:
-        """What the chosen rows of the output are computed from.
+        """Return what the `chosen` rows of the output are computed from, [n, groups, features].
 
-        Args:
-            x: The layer's input.
-            chosen: Row numbers, int64 [n].
-
-        Returns:
-            [n, groups, features]; features are channels of a group, then kernel positions.
+        Features are channels of a group, then kernel positions.
         """
         space = self.facts.space
         if not space:
@@ -103,7 +94,7 @@ class Layer:
         return rows.reshape(len(chosen), self.groups, -1)
 
     def matrix(self, weight: torch.Tensor) -> torch.Tensor:
-        """The weight as [groups, features, outputs of a group]."""
+        """Return the weight as [groups, features, outputs of a group]."""
         if not self.facts.space:
             return (weight if self.facts.transposed else weight.t()).unsqueeze(0)
         if self.facts.transposed:
@@ -112,7 +103,7 @@ class Layer:
         return weight.reshape(self.groups, -1, weight[0].numel()).transpose(1, 2)
 
     def weight_of(self, matrix: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
-        """The weight that `matrix` gives [groups, features, outputs of a group]."""
+        """Return the weight that `matrix` gives [groups, features, outputs of a group]."""
         if not self.facts.space:
             weight = matrix[0] if self.facts.transposed else matrix[0].t()
         elif self.facts.transposed:
@@ -174,7 +165,7 @@ class Layer:
 
 
 def layers_of(program: Program) -> tuple[Layer, ...]:
-    """The layers of a network whose weight is a parameter of its own, in graph order.
+    """Return the layers of a network whose weight is a parameter of its own, in graph order.
 
     Weights that are used twice or tied, and weights that are computed, make no layer; one that is
     cut into parts, as the projections of a cross attention are, makes one for each part.
@@ -209,12 +200,7 @@ def name_of(program: Program, node: Any) -> str | None:
 
 
 def layer_at(program: Program, node: fx.Node) -> Layer | None:
-    """The layer that a node is, whose weight may be used elsewhere, too.
-
-    Args:
-        program: A network.
-        node: A node of its graph, or of one that reads the same tensors by the same names.
-    """
+    """Return the layer that a node is, whose weight may be used elsewhere, too."""
     facts = FACTS.get(node.target)
     if not isinstance(facts, Contraction) or any(argument(node, n) != 1 for n in facts.factors):
         return None
@@ -243,7 +229,7 @@ def _read_by(program: Program, node: Any) -> tuple[str | None, ViewChain]:
 
 
 def _with_part(way: ViewChain, whole: torch.Tensor, part: torch.Tensor) -> torch.Tensor:
-    """A tensor whose part at the end of a way is `part`, in the dtype that it has."""
+    """Return a tensor whose part at the end of a way is `part`, in the dtype that it has."""
     if not way:
         return part.to(whole.dtype)
     whole = whole.detach().clone()

@@ -80,18 +80,18 @@ class NodeRunner:
             ]
 
     def run_to(self, node: fx.Node) -> None:
-        """Runs all nodes up to and with `node`."""
+        """Run all nodes up to and with `node`."""
         end = self.order[self.asked_as.get(node, node)]
         while self.done <= end:
             self._step(self.nodes[self.done])
             self.done += 1
 
     def has(self, node: fx.Node) -> bool:
-        """Whether the network has a node, which may lie in the head of another one."""
+        """Tell whether the network has a node, which may lie in the head of another one."""
         return self.asked_as.get(node, node) not in self.absent
 
     def value(self, node: fx.Node) -> Sequence[Any]:
-        """What a node that has run returned, for each batch.
+        """Return what a node that has run returned, for each batch.
 
         A value in a file is read by each access, so go through the batches once, and keep none.
         """
@@ -103,7 +103,7 @@ class NodeRunner:
         return self.values[node]
 
     def drop(self, node: fx.Node) -> None:
-        """Lets a held value go."""
+        """Let a held value go."""
         node = self.asked_as.get(node, node)
         self.held.discard(node)
         if self._is_read(node):
@@ -123,12 +123,12 @@ class NodeRunner:
             yield result
 
     def redo(self, node: fx.Node) -> None:
-        """Runs a node again, whose operands are still there, because tensors changed."""
+        """Run a node again, whose operands are still there, because tensors changed."""
         self._forget(node)
         self.values[node] = self.store.put(self._results(node))
 
     def compute_one(self, node: fx.Node, batch: int, known: dict[fx.Node, Any]) -> Any:
-        """What a node would return for one batch, whether it has run or not.
+        """Return what a node would return for one batch, whether it has run or not.
 
         Args:
             node: The node.
@@ -166,12 +166,12 @@ class NodeRunner:
             self.store.free(value)
 
     def _is_read(self, node: fx.Node, now: int | None = None) -> bool:
-        """Whether all readers of a node have run."""
+        """Tell whether all readers of a node have run."""
         now = self.done - 1 if now is None else now
         return all(self.order[user] <= now for user in node.users)
 
     def _part(self, node: fx.Node) -> Any:
-        """A tensor of the state, or a part of it, as it is now."""
+        """Return a tensor of the state, or a part of it, as it is now."""
         found = view_chain_of(node)
         assert found is not None
         return part_of(found[1], self._tensor(found[0]))
@@ -185,7 +185,7 @@ class NodeRunner:
         return self.program.tensor(str(node.target)).detach()
 
     def _checked(self, node: fx.Node) -> Iterator[Any]:
-        """The results of a node, none of which is NaN."""
+        """Yield the results of a node, none of which is NaN."""
         looked_at = not _is_view(node)
         for result in self._results(node):
             # Masks hold infinities on purpose; NaN is what nothing recovers from.

@@ -24,14 +24,7 @@ ViewChain = tuple[fx.Node, ...]
 
 
 def view_chain_of(node: Any) -> tuple[fx.Node, ViewChain] | None:
-    """The node that reads a tensor of the state, and the way from there to a part of it.
-
-    Args:
-        node: Such a node itself (its way is empty), or the part.
-
-    Returns:
-        None where it is something else.
-    """
+    """Find the node that reads a tensor of the state, and the views from it to `node`, if any."""
     way: list[fx.Node] = []
     while isinstance(node, fx.Node) and node.target in _CUTS:
         if node.all_input_nodes != [node.args[0]]:
@@ -44,7 +37,7 @@ def view_chain_of(node: Any) -> tuple[fx.Node, ViewChain] | None:
 
 
 def part_of(way: ViewChain, tensor: torch.Tensor) -> torch.Tensor:
-    """The part of a tensor at the end of a way: a view of it."""
+    """Return the part of a tensor at the end of a way: a view of it."""
     value: Any = tensor
     for node in way:
         target: Any = node.target
@@ -54,7 +47,7 @@ def part_of(way: ViewChain, tensor: torch.Tensor) -> torch.Tensor:
 
 
 def is_read_once(way: ViewChain) -> bool:
-    """Whether one node alone reads a part, and none the same cells by another way."""
+    """Tell whether one node alone reads a part, and none the same cells by another way."""
     for node in way:
         taken = [user.args[1] for user in node.users if user.target is operator.getitem]
         several = len(taken) == len(node.users) == len(set(taken))

@@ -55,11 +55,8 @@ class Recurrent:
     """A node that is one or several recurrent layers, whose weights are its own.
 
     Attributes:
-        node: The node.
-        input: The sequence that it reads.
         states: The states that it begins with, [directions, b, r] and of an LSTM [directions, b, h]
             as well.
-        layers: The directions of each layer.
         batch_first: Whether the sequence is [b, t, i] and not [t, b, i].
         theirs: In a network of another size: the nodes before, of the same graph, that stand for
             what the members read, the sequence and then the states. None: those that it reads.
@@ -83,7 +80,7 @@ class Recurrent:
         return tuple(name for layer in self.layers for each in layer for name in each.tensors)
 
     def by_time(self, x: torch.Tensor) -> torch.Tensor:
-        """A sequence of the node as [t, b, *]."""
+        """Return a sequence of the node as [t, b, *]."""
         return x.transpose(0, 1) if self.batch_first else x
 
 
@@ -132,7 +129,7 @@ class Steps:
     hidden: torch.Tensor
 
     def sides(self, direction: Direction, state: State) -> tuple[torch.Tensor, torch.Tensor]:
-        """What the gates get from the input and from the state before, each [t, b, g]."""
+        """Return what the gates get from the input and from the state before, each [t, b, g]."""
         inner = self.x @ state[direction.inner].T
         again = self.before @ state[direction.recurrent].T
         if not direction.biases:
@@ -141,13 +138,7 @@ class Steps:
         return inner + first, again + second
 
     def unprojected(self, direction: Direction, state: State, cells: torch.Tensor) -> torch.Tensor:
-        """What an LSTM's projection reads, [t, b, h].
-
-        Args:
-            direction: The direction.
-            state: Tensors by name.
-            cells: The cells before the first step, [b, h].
-        """
+        """Return what an LSTM's projection reads, [t, b, h], from the first `cells` [b, h]."""
         found = []
         for step in torch.add(*self.sides(direction, state)):
             into, forget, new, out = step.chunk(4, -1)
@@ -163,15 +154,7 @@ def run_direction(
     x: torch.Tensor,
     initial: Sequence[torch.Tensor],
 ) -> Steps:
-    """Runs one direction of one layer.
-
-    Args:
-        work: The layers.
-        direction: One of their directions.
-        state: Tensors by name.
-        x: What it reads, [t, b, i].
-        initial: The states of all directions before the first step, as the node gets them.
-    """
+    """Run one direction of one layer on `x` [t, b, i]; `initial` are the states of all."""
     x = x.flip(0) if direction.backwards else x
     own = [s[direction.part : direction.part + 1].contiguous() for s in initial]
     states: Any = own if len(own) > 1 else own[0]
@@ -183,7 +166,7 @@ def run_direction(
 
 
 def side_by_side(layer: Sequence[Direction], steps: Sequence[Steps]) -> torch.Tensor:
-    """What a layer hands on, [t, b, directions · r]."""
+    """Return what a layer hands on, [t, b, directions · r]."""
     each = zip(layer, steps, strict=True)
     return torch.cat([s.hidden.flip(0) if d.backwards else s.hidden for d, s in each], -1)
 
@@ -215,13 +198,7 @@ def readers_of(program: Program) -> tuple[Layer, ...]:
 
 
 def recurrent_at(program: Program, node: fx.Node, reads: Mapping[str, int]) -> Recurrent | None:
-    """The recurrent layers that a node is, if all their weights are its own.
-
-    Args:
-        program: A network.
-        node: A node of its graph, or of one that reads the same tensors by the same names.
-        reads: `reads_of` the network.
-    """
+    """Return the recurrent layers that a node is, if all their weights are its own."""
     facts = FACTS.get(node.target)
     if not isinstance(facts, Recurrence) or facts.is_cell:
         return None

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from fxfuse.graph.tensors import tensors_in
 from fxfuse.graph.torch_compat import pytree
 
 #: Bytes of activations that are kept in memory, of all networks that run side by side.
@@ -31,11 +32,11 @@ class SpillStore:
         self._numbers = count()
 
     def put(self, values: Iterable[Any]) -> Stored:
-        """Takes values one by one, so that never more than one is there beside what is kept."""
+        """Take values one by one, so that never more than one is there beside what is kept."""
         return Stored(self, [self._keep(value) for value in values])
 
     def free(self, stored: Stored) -> None:
-        """Takes values off again."""
+        """Take values off again."""
         for item in stored.items:
             if isinstance(item, _Written):
                 item.path.unlink()
@@ -50,9 +51,9 @@ class SpillStore:
         if self._folder is None:
             self._folder = TemporaryDirectory(prefix="fxfuse-")
         path = Path(self._folder.name) / f"{next(self._numbers)}.pt"
-        devices = [t.device for t in _tensors(value)]
+        devices = [t.device for t in tensors_in(value)]
         # A copy, since of a view all memory behind it would be written.
-        torch.save(pytree.tree_map_only(torch.Tensor, _copy, value), path)
+        torch.save(pytree.tree_map_only(torch.Tensor, lambda t: t.detach().clone(), value), path)
         return _Written(path, devices[0])
 
 
@@ -85,15 +86,7 @@ class _Written:
         return torch.load(self.path, map_location=self.device)
 
 
-def _copy(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.detach().clone()
-
-
-def _tensors(value: Any) -> list[torch.Tensor]:
-    return [leaf for leaf in pytree.tree_leaves(value) if isinstance(leaf, torch.Tensor)]
-
-
 def _size(value: Any) -> int:
-    """Bytes of the memory that a value holds: of a view, all that it is a view of."""
-    storages = [tensor.untyped_storage() for tensor in _tensors(value)]
+    """Return the bytes of the memory that a value holds: of a view, all that it is a view of."""
+    storages = [tensor.untyped_storage() for tensor in tensors_in(value)]
     return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())

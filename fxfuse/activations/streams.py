@@ -28,7 +28,7 @@ _MOVES = {
 
 
 def streams(graph: CouplingGraph) -> frozenset[str]:
-    """Names of the groups of which any mixture of units can stand in a unit's place.
+    """Return the names of the groups of which any mixture of units can stand in a unit's place.
 
     Such units are added, moved, normalised over, written and read by layers without groups of
     channels, and nothing else: no activation and no scale meets one of them by itself.
@@ -52,7 +52,7 @@ def streams(graph: CouplingGraph) -> frozenset[str]:
 
 
 def _numbers(graph: CouplingGraph) -> Index:
-    """For each neuron the number of its group, or -1; int64 [ids]."""
+    """Return for each neuron the number of its group, or -1; int64 [ids]."""
     place = {group.name: number for number, group in enumerate(graph.groups)}
     found = np.full(graph.coupling.count, -1, dtype=np.int64)
     for owner, where in enumerate(graph.coupling.owners):
@@ -73,7 +73,7 @@ def _groups_at(nodes: Iterable[fx.Node], graph: CouplingGraph, numbers: Index) -
 
 
 def _is_linear(node: fx.Node, met: set[int], graph: CouplingGraph, numbers: Index) -> bool:
-    """Whether a node treats mixtures of the units that it meets as it treats the units."""
+    """Tell whether a node treats mixtures of the units that it meets as it treats the units."""
     facts = FACTS.get(node.target)
     if node.target in _LINEAR or _is_norm(node) or isinstance(facts, Dropout):
         return True

@@ -29,7 +29,6 @@ class Consumer:
     """A layer that reads the units of a group.
 
     Attributes:
-        layer: The layer.
         slots: Which of its input channels each unit owns, int64 [n_units, slots].
         repeated: Whether the slots of a unit are one neuron at several places (a flattened image).
         owner: The member whose head the layer is in; None: it is in the trunk.
@@ -76,7 +75,7 @@ def consumer_inputs(
     *,
     rows: int = ROWS,
 ) -> dict[Layer, list[torch.Tensor]]:
-    """What the layers that read groups get, in each member.
+    """Return what the layers that read groups get, in each member.
 
     Where a head has computed it with tensors of its own (a norm, say), units of other members are
     not there, and count as zeros: the head has no tensors for them.
@@ -110,13 +109,13 @@ def consumer_inputs(
 
 
 def _with_zeros(found: Sequence[torch.Tensor | None]) -> list[torch.Tensor]:
-    """The members' rows, zeros where one has none; members with heads have one size."""
+    """Return the members' rows, zeros where one has none; members with heads have one size."""
     like = next(x for x in found if x is not None)
     return [torch.zeros_like(like) if x is None else x for x in found]
 
 
 def _in_order(graph: CouplingGraph, consumers: Mapping[str, Sequence[Consumer]]) -> list[Layer]:
-    """The layers that read groups, each once, in graph order."""
+    """Return the layers that read groups, each once, in graph order."""
     place = {node: place for place, node in enumerate(graph.program.graph.nodes)}
     layers = {c.layer: None for found in consumers.values() for c in found}
     return sorted(layers, key=lambda layer: place[layer.node])
@@ -150,7 +149,7 @@ def unit_activations(
     *,
     rows: int = ROWS,
 ) -> dict[str, list[torch.Tensor]]:
-    """Activations of the units of each group, as the trunk's layers that read them see them.
+    """Return activations of the units of each group, as the trunk's layers that read them see them.
 
     Returns:
         For each group, one float32 tensor [rows, n_units] per member; rows correspond across
@@ -200,16 +199,15 @@ def each_once(
 def _last_places(
     graph: CouplingGraph, found: Collection[str]
 ) -> dict[str, tuple[fx.Node, int, Index]]:
-    """`_last_place` of the groups that were not found yet, where they have one."""
+    """Return `_last_place` of the groups that were not found yet, where they have one."""
     places = {g.name: _last_place(graph, g) for g in graph.groups if g.name not in found}
     return {name: place for name, place in places.items() if place is not None}
 
 
 def _last_place(graph: CouplingGraph, group: CouplingGroup) -> tuple[fx.Node, int, Index] | None:
-    """The last activation along one dimension of which all units of a group stand.
+    """Find the last activation along one dimension of which all units of a group stand.
 
-    Returns:
-        The node, the dimension, and where each unit stands along it, int64 [n_units, slots].
+    Returns the node, the dimension, and where each unit stands along it, int64 [n_units, slots].
     """
     coupling = graph.coupling
     heads = region_of(graph.program, graph.program.heads)
@@ -239,7 +237,7 @@ def _at_place(runner: NodeRunner, node: fx.Node, dim: int, slots: Index, rows: i
 
 
 def _by_unit(x: torch.Tensor, slots: Index) -> torch.Tensor:
-    """[rows, channels] → [rows · slots, n_units]."""
+    """Return [rows, channels] → [rows · slots, n_units]."""
     return x[:, torch.from_numpy(slots).to(x.device)].transpose(1, 2).reshape(-1, len(slots))
 
 

@@ -14,13 +14,7 @@ from fxfuse.graph.source_lines import where_of
 
 
 def check_result(node: fx.Node, result: Any, count: int) -> None:
-    """Checks the value of a node against the operator's own result.
-
-    Args:
-        node: The node; its `meta["val"]` holds what the operator returns, as fake tensors.
-        result: What the rule returned.
-        count: Number of ids that exist.
-    """
+    """Check the value that a rule returned for a node against the operator's own, `meta["val"]`."""
     produced = node.meta["val"]
     if not isinstance(produced, list | tuple):
         _check_one(node, produced, result, count, "")
@@ -58,7 +52,7 @@ def _check_one(node: fx.Node, fake: Any, value: Any, count: int, which: str) -> 
 
 
 def _fault(f: Any, shape: tuple[int, ...]) -> str:
-    """What is wrong with a field of a tensor of this shape; empty when nothing is."""
+    """Return what is wrong with a field of a tensor of this shape; empty when nothing is."""
     if not isinstance(f, DimLabels):
         return f"a {type(f).__name__} is not a DimLabels"
     sizes = tuple(f.ids.shape)

@@ -68,7 +68,7 @@ class Constraints(Options):
             object.__setattr__(self, name, value)
 
     def __str__(self) -> str:
-        """What is asked for, in one line; empty where that is nothing."""
+        """Return what is asked for, in one line; empty where that is nothing."""
         found = [
             f"{option}={list(patterns)}"
             for option, patterns in (
@@ -93,7 +93,7 @@ class Constraints(Options):
         )
 
     def check_base_member(self, n_members: int) -> None:
-        """Checks that the base member is one of the members."""
+        """Check that the base member is one of the members."""
         if not 0 <= self.base_member < n_members:
             raise OptionError(
                 f"base_member must be 0 to {n_members - 1}, got {self.base_member}",
@@ -115,25 +115,25 @@ class Asked:
 
 
 def listed(patterns: Patterns) -> tuple[str, ...]:
-    """Patterns as a tuple."""
+    """Return patterns as a tuple."""
     return (patterns,) if isinstance(patterns, str) else tuple(patterns)
 
 
 def paths_of(name: str) -> tuple[str, ...]:
-    """The dotted paths of the modules that hold a tensor, outermost first."""
+    """Return the dotted paths of the modules that hold a tensor, outermost first."""
     parts = name.split(".")[:-1]
     return tuple(".".join(parts[: n + 1]) for n in range(len(parts)))
 
 
 def names_like(names: Iterable[str], pattern: str, option: str) -> tuple[str, ...]:
-    """The tensor names that match a pattern."""
+    """Return the tensor names that match a pattern."""
     names = tuple(names)
     found = tuple(name for name in names if fnmatchcase(name, pattern))
     return found or nothing_like(pattern, option, names, "no tensor of the network has such a name")
 
 
 def names_under(names: Iterable[str], pattern: str, option: str) -> tuple[str, ...]:
-    """The tensor names that lie in a submodule whose path matches a pattern.
+    """Return the tensor names that lie in a submodule whose path matches a pattern.
 
     A tensor that the network itself holds lies in no submodule and is matched by its own name.
     """
@@ -145,7 +145,7 @@ def names_under(names: Iterable[str], pattern: str, option: str) -> tuple[str, .
 
 
 def nothing_like(pattern: str, option: str, known: Sequence[str], why: str) -> NoReturn:
-    """Raises the error for a pattern that matches nothing, with what comes close to it."""
+    """Raise the error for a pattern that matches nothing, with what comes close to it."""
     close = get_close_matches(pattern, known, n=5, cutoff=0.4) or list(known[:5])
     more = f" (and {len(known) - len(close)} more)" if len(known) > len(close) else ""
     raise OptionError(
@@ -158,7 +158,7 @@ def nothing_like(pattern: str, option: str, known: Sequence[str], why: str) -> N
 
 
 def asked_for(program: Program, constraints: Constraints) -> dict[str, Asked]:
-    """What was asked for each tensor, by canonical name."""
+    """Return what was asked for each tensor, by canonical name."""
     found: dict[str, Asked] = {}
     for option, patterns, search, kind in (
         ("freeze", constraints.freeze, names_like, Kind.KEEP_BASE),
@@ -186,7 +186,7 @@ def _add(found: dict[str, Asked], program: Program, name: str, asked: Asked) -> 
 
 
 def contradiction(where: str, first: str, second: str) -> OptionError:
-    """The error for something that is to be the base member's and shared at once."""
+    """Return the error for something that is to be the base member's and shared at once."""
     return OptionError(
         "two options contradict each other",
         where=where,
@@ -196,7 +196,7 @@ def contradiction(where: str, first: str, second: str) -> OptionError:
 
 
 def interface_dims(program: Program, constraints: Constraints) -> dict[int, frozenset[int]]:
-    """The interface dimensions of the outputs that are listed, counted from the front."""
+    """Return the interface dimensions of the outputs that are listed, counted from the front."""
     outputs = program.outputs()
     found = {}
     ranks = {

@@ -82,7 +82,7 @@ class CouplingGraph(Readable):
     whole: CouplingGraph | None = field(default=None, repr=False)
 
     def described(self) -> Description:
-        """The groups, and what is frozen or mixes members, in a few rows."""
+        """Return the groups, and what is frozen or mixes members, in a few rows."""
         source = self.program.source
         network = "a network" if source is None else type(source).__name__
         title = f"Coupling graph of {network}: {counted(len(self.groups), 'group')}"
@@ -99,11 +99,11 @@ class CouplingGraph(Readable):
         }
 
     def of_member(self, member: int) -> CouplingGraph:
-        """The analysis of a member, whose width may be another one."""
+        """Return the analysis of a member, whose width may be another one."""
         return self.members[member] if self.members else self
 
     def units_of(self, group: str, member: int) -> int:
-        """How many units of a group a member has."""
+        """Return how many units of a group a member has."""
         return next(g.n_units for g in self.of_member(member).groups if g.name == group)
 
     def lacking(self, absent: Mapping[str, Collection[int]], member: int) -> frozenset[str]:
@@ -117,7 +117,7 @@ class CouplingGraph(Readable):
         return next(g.index[place] for g in self.group_of[place] if g.name == group)
 
     def node_of(self, node: fx.Node, member: int) -> fx.Node:
-        """The node of a member's own graph that does what a node of this one does."""
+        """Return the node of a member's own graph that does what a node of this one does."""
         return self._nodes[member][node] if self.members else node
 
     @cached_property
@@ -156,7 +156,7 @@ class CouplingGraph(Readable):
     def explain(self, first: Place, second: Place | None = None) -> str: ...
 
     def explain(self, first: Any, second: Any = None) -> str:
-        """Says in which group a dimension is and why, why it is frozen, or what couples two.
+        """Say in which group a dimension is and why, why it is frozen, or what couples two.
 
         Args:
             first: A tensor name, or a pair `(tensor, dim)`.
@@ -172,7 +172,7 @@ class CouplingGraph(Readable):
         return self._explainer.two(tuple(first), tuple(second))
 
     def trunk(self) -> CouplingGraph:
-        """The same analysis with groups of which the members' own heads are no part."""
+        """Return the same analysis with groups of which the members' own heads are no part."""
         if not self.program.heads:
             return self
         heads = self.program.heads
@@ -185,7 +185,7 @@ class CouplingGraph(Readable):
         return replace(self, groups=groups, whole=self.whole or self)
 
     def freezing(self, names: Iterable[str], why: str) -> CouplingGraph:
-        """The same analysis with some groups frozen: the base member keeps them."""
+        """Return the same analysis with some groups frozen: the base member keeps them."""
         chosen = set(names)
         frozen = dict(self.frozen)
         for group in self.groups:
@@ -230,7 +230,7 @@ def analyze(
 
 
 def couple(program: Program, constraints: Constraints) -> CouplingGraph:
-    """Finds the coupling groups of a captured network."""
+    """Find the coupling groups of a captured network."""
     asked = asked_for(program, constraints)
     missing = program.unreached(excused(asked))
     if missing:

@@ -110,7 +110,7 @@ class CouplingConstraints:
     clock: int = 0
 
     def parameter(self, name: str, shape: Sequence[int]) -> AbstractTensor:
-        """A parameter or float buffer, with fresh ids along each of its dimensions."""
+        """Return a parameter or float buffer, with fresh ids along each of its dimensions."""
         fields = []
         for dim, size in enumerate(shape):
             if size > 1:
@@ -118,7 +118,7 @@ class CouplingConstraints:
         return AbstractTensor(tuple(shape), tuple(fields), (), frozenset({name}))
 
     def fresh(self, size: int, owner: Place) -> int:
-        """Reserves `size` ids for an owner; returns the first."""
+        """Reserve `size` ids for an owner; return the first."""
         start = self.count
         self.owners.append(owner)
         self.starts.append(start)
@@ -131,12 +131,12 @@ class CouplingConstraints:
         return found
 
     def ids_of(self, owner: int) -> NDArray[np.int64]:
-        """The ids that an owner, given by its index into `owners`, has."""
+        """Return the ids that an owner, given by its index into `owners`, has."""
         end = self.starts[owner + 1] if owner + 1 < len(self.starts) else self.count
         return np.arange(self.starts[owner], end)
 
     def owners_of(self, ids: Ids) -> set[Place]:
-        """The (tensor, dim) pairs that own the given ids."""
+        """Return the (tensor, dim) pairs that own the given ids."""
         flat = np.unique(flat_ids(neurons(ids)))
         return {self.owners[i] for i in np.unique(self.owner_positions(flat[flat > 0]))}
 
@@ -186,14 +186,14 @@ class CouplingConstraints:
         self.touches += [(*f.tally, 2 * self.clock + tag) for f in value.fields]
 
     def role(self, value: AbstractTensor, f: DimLabels, *, reader: bool) -> None:
-        """Notes on which side of its tensor a parameter's field is used."""
+        """Note on which side of its tensor a parameter's field is used."""
         if value.is_parameter:
             (self.readers if reader else self.writers).update(self.owners_of(f.ids))
 
     # --- what follows ---------------------------------------------------------------------------
 
     def components(self) -> NDArray[np.int64]:
-        """Connected component of each id; settles the ties that depend on blocks."""
+        """Return the connected component of each id; settles the ties that depend on blocks."""
         pending = self.deferred
         self.deferred = []
         component = self._connect()
@@ -214,7 +214,7 @@ class CouplingConstraints:
         return self._connect() if pending else component
 
     def slots(self, component: NDArray[np.int64]) -> NDArray[np.int64]:
-        """Numbers the neurons of one owner in each unit: equal numbers should correspond.
+        """Number the neurons of one owner in each unit: equal numbers should correspond.
 
         Neurons correspond when they play the same part in their units: the same owner, the same
         place in every block, the same operators passed, tied in the same way to neurons that
@@ -250,7 +250,7 @@ class CouplingConstraints:
     def structure(
         self, component: NDArray[np.int64], slots: NDArray[np.int64]
     ) -> NDArray[np.uint64]:
-        """For each unit, a hash of all that was found out about its slots.
+        """Return for each unit, a hash of all that was found out about its slots.
 
         Two units with the same hash are interchangeable slot by slot: every operator treats their
         slots alike, and the slots are tied alike.
@@ -267,7 +267,7 @@ class CouplingConstraints:
         return result
 
     def _seen(self, colour: NDArray[np.uint64]) -> NDArray[np.uint64]:
-        """Adds to each neuron's colour what the operators saw of the neuron itself."""
+        """Add to each neuron's colour what the operators saw of the neuron itself."""
         colour = colour.copy()
         for ids, counts, tag in self.touches:
             seen = counts.astype(np.uint64) * _scramble(_key(2 * tag, ids >> PART))
@@ -301,7 +301,7 @@ class CouplingConstraints:
 
 
 def _scramble(keys: NDArray[np.uint64]) -> NDArray[np.uint64]:
-    """A 64-bit hash (splitmix64), so that sums of colours tell multisets apart."""
+    """Return a 64-bit hash (splitmix64), so that sums of colours tell multisets apart."""
     with np.errstate(over="ignore"):
         x = keys.astype(np.uint64) + np.uint64(0x9E3779B97F4A7C15)
         x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
@@ -314,13 +314,13 @@ def _key(number: int, part: NDArray[np.int64]) -> NDArray[np.uint64]:
 
 
 def _ranks(colours: NDArray[np.uint64]) -> NDArray[np.int64]:
-    """Colours as small numbers, in the order in which they first appear."""
+    """Colour as small numbers, in the order in which they first appear."""
     _, first, inverse = np.unique(colours, return_index=True, return_inverse=True)
     return np.argsort(np.argsort(first))[inverse].astype(np.int64)
 
 
 def _is_blocked(component: NDArray[np.int64], small: DimLabels, large: DimLabels) -> bool:
-    """Whether `large` is tied along the dimensions of `small`: then `small` is an order in it.
+    """Tell whether `large` is tied along the dimensions of `small`: then `small` is an order in it.
 
     A single unit shares the order with nobody.
     """

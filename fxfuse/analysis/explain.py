@@ -21,14 +21,7 @@ from fxfuse.graph.source_lines import source_of
 
 @dataclass(frozen=True)
 class Explainer:
-    """Puts an analysis into sentences.
-
-    Attributes:
-        program: The network.
-        coupling: What was found out.
-        group_of: The groups that own slots in each place.
-        frozen: Why places are frozen.
-    """
+    """Puts an analysis into sentences."""
 
     program: Program
     coupling: CouplingConstraints
@@ -60,7 +53,7 @@ class Explainer:
         return result
 
     def one(self, place: Place) -> str:
-        """Why a dimension is free or frozen."""
+        """Return why a dimension is free or frozen."""
         key = self._place(place)
         lines = [f"{place[0]}, dimension {key[1]}:"]
         for group in self.group_of.get(key, ()):
@@ -75,11 +68,8 @@ class Explainer:
                     lines += [f"      {step}" for step in self._chain(key, other)]
         reason = self.frozen.get(key)
         if reason is not None:
-            part = (
-                ""
-                if len(reason.indices) == self._size(key)
-                else f" ({len(reason.indices)} indices)"
-            )
+            some = len(reason.indices) != self.program.tensor(key[0]).shape[key[1]]
+            part = f" ({len(reason.indices)} indices)" if some else ""
             lines.append(f"  frozen{part} ({reason.kind}): {reason.why}")
             if reason.node:
                 lines.append(f"    at {reason.node}  {reason.source}".rstrip())
@@ -88,7 +78,7 @@ class Explainer:
         return "\n".join(lines)
 
     def two(self, a: Place, b: Place) -> str:
-        """The chain of operators that couples two dimensions."""
+        """Return the chain of operators that couples two dimensions."""
         first, second = self._place(a), self._place(b)
         head = f"{a[0]}, dimension {first[1]} and {b[0]}, dimension {second[1]}"
         if first == second:
@@ -110,9 +100,6 @@ class Explainer:
         if not -rank <= dim < rank:
             raise OptionError(f"{name!r} has no dimension {dim}", how=f"use one of 0 to {rank - 1}")
         return self.program.canonical[name], dim % rank
-
-    def _size(self, place: Place) -> int:
-        return int(self.program.tensor(place[0]).shape[place[1]])
 
     def _chain(self, a: Place, b: Place) -> list[str]:
         if a not in self.graph or b not in self.graph or not nx.has_path(self.graph, a, b):

@@ -64,7 +64,6 @@ class FrozenComponents:
     Attributes:
         kind: int8 [components]: index into `_KINDS`, -1 where free.
         reason: int64 [components]: index into `reasons`.
-        reasons: Why something is frozen.
     """
 
     kind: NDArray[np.int8]
@@ -77,7 +76,7 @@ class FrozenComponents:
         return self.kind >= 0
 
     def kind_is(self, kind: Kind) -> NDArray[np.bool_]:
-        """Bool [components]: those that are frozen and of this kind."""
+        """Return bool [components]: those that are frozen and of this kind."""
         mask: NDArray[np.bool_] = self.kind == _KINDS.index(kind)
         return mask
 
@@ -89,7 +88,7 @@ class FrozenComponents:
         return mask if self.reasons[last] is _HEAD else np.zeros_like(mask)
 
     def of(self, component: int) -> Freeze:
-        """Why a component is frozen; of the kind that decides."""
+        """Return why a component is frozen; of the kind that decides."""
         freeze = self.reasons[int(self.reason[component])]
         return replace(freeze, kind=_KINDS[int(self.kind[component])])
 
@@ -102,7 +101,7 @@ def excused(asked: Mapping[str, Asked]) -> frozenset[str]:
 def frozen_components(
     program: Program, coupling: CouplingConstraints, component: Index
 ) -> FrozenComponents:
-    """Kind and first reason of every frozen component."""
+    """Return the kind and first reason of every frozen component."""
     heads = _inside_heads(program, coupling, component)
     size = len(heads)
     needed = np.full((len(_KINDS), size), -1, dtype=np.int64)
@@ -148,7 +147,7 @@ def frozen_places(
     stuck: FrozenComponents,
     asked: Mapping[str, Asked],
 ) -> dict[Place, FrozenReason]:
-    """Why each place is frozen, of those that are, wholly or in part."""
+    """Return why each place is frozen, of those that are, wholly or in part."""
     by_owner: dict[Place, Index] = {}
     for owner, place in enumerate(coupling.owners):
         by_owner[place] = component[coupling.ids_of(owner)]
@@ -183,7 +182,7 @@ def frozen_places(
 def _inside_heads(
     program: Program, coupling: CouplingConstraints, component: Index
 ) -> NDArray[np.bool_]:
-    """Components that only heads have: a head keeps its member's order in them."""
+    """Return the components that only heads have: a head keeps its member's order in them."""
     size = int(component.max(initial=0)) + 1
     heads, trunk = np.zeros(size, dtype=bool), np.zeros(size, dtype=bool)
     if not program.heads:

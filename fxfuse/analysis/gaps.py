@@ -18,9 +18,7 @@ class WithoutRule:
     """An operator that froze something because the rules do not cover it.
 
     Attributes:
-        operator: Its name.
         has_rule: Whether it has a rule, which does not cover these uses.
-        nodes: Names of the graph nodes.
         sources: File, line and code of each node.
         rule_file: Where a rule belongs; for a rule of the user's own, its module.
     """
@@ -38,7 +36,7 @@ class WithoutRule:
 
 
 def without_rule(coupling: CouplingConstraints) -> tuple[WithoutRule, ...]:
-    """The gaps that the rules left, those of one operator together, in graph order."""
+    """Return the gaps that the rules left, those of one operator together, in graph order."""
     found: dict[tuple[Any, bool], list[fx.Node]] = defaultdict(list)
     for gap in coupling.gaps:
         found[(gap.node.target, gap.has_rule)].append(gap.node)

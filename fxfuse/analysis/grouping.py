@@ -29,7 +29,7 @@ class CouplingGroup:
     index: Mapping[Place, Index]
 
     def slots(self) -> int:
-        """Number of slots of one unit, over all places."""
+        """Return the number of slots of one unit, over all places."""
         return sum(rows.shape[1] for rows in self.index.values())
 
 
@@ -39,17 +39,14 @@ def form_groups(
     component: Index,
     frozen: NDArray[np.bool_],
 ) -> tuple[CouplingGroup, ...]:
-    """Free components are units; those of one structure are a group.
+    """Group free components, which are units, by their structure.
 
-    Args:
-        program: The network.
-        coupling: What was found out.
-        component: The component of each id.
-        frozen: bool [components].
+    `component` is that of each id, `frozen` bool [components].
     """
     parts = coupling.slots(component)
     structure = coupling.structure(component, parts)
-    places = [(p, coupling.ids_of(owner)) for owner, p in enumerate(coupling.owners) if _is_real(p)]
+    owners = [(p, n) for n, p in enumerate(coupling.owners) if not p[0].startswith("<")]
+    places = [(p, coupling.ids_of(owner)) for p, owner in owners]
     appeared = np.full(len(frozen), len(places))
     for number, (_, ids) in reversed(list(enumerate(places))):
         appeared[component[ids]] = number
@@ -88,7 +85,3 @@ def form_groups(
         taken.add(name)
         groups.append(CouplingGroup(name, n_units, index))
     return tuple(groups)
-
-
-def _is_real(place: Place) -> bool:
-    return not place[0].startswith("<")

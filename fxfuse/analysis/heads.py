@@ -20,7 +20,7 @@ from fxfuse.errors import OptionError
 from fxfuse.graph.capture import Program
 from fxfuse.graph.same_network import check_same_network
 from fxfuse.graph.source_lines import source_of
-from fxfuse.graph.tensors import attach, is_constant
+from fxfuse.graph.tensors import attach, is_constant, tensors_in
 from fxfuse.graph.torch_compat import copy_inputs, copy_signature, output_spec, pytree, schema_of
 
 aten = torch.ops.aten
@@ -46,12 +46,9 @@ class Joined:
 
 
 def join(members: Sequence[Program], heads: Heads, dim: int = 0) -> Joined:
-    """Writes the trunk once and the heads side by side.
+    """Write the trunk once and the heads side by side.
 
-    Args:
-        members: Program members, equal in everything but their heads.
-        heads: The head modules, by name, and how they are returned.
-        dim: The output's dimension of classes, where they are returned as one tensor.
+    Where heads are returned as one tensor, `dim` is the outputs' dimension of classes.
     """
     for member in members:
         member.require_exported()
@@ -68,13 +65,7 @@ def head_name(member: int, name: str) -> str:
 def joined_state(
     program: Program, member: int, state: Mapping[str, torch.Tensor]
 ) -> dict[str, torch.Tensor]:
-    """A member's tensors, by their names in the joined network (`Joined.states`).
-
-    Args:
-        program: The joined network.
-        member: Number of the member.
-        state: Its tensors by its own names; what it lacks is left out.
-    """
+    """Return a member's tensors by their names in the joined network; what it lacks is left out."""
     own, standing_in = {}, {}
     for joined in program.names:
         owner = program.heads.get(joined, member)
@@ -98,7 +89,7 @@ def region_of(program: Program, names: Collection[str]) -> frozenset[fx.Node]:
     variable = _dependents(graph, lambda n: n.op == "placeholder" or _is_parameter(program, n))
     for node in reversed(graph.nodes):
         # Class counts are written into constants and sizes, so each head needs its own.
-        is_size = node.op == "call_function" and not _holds_tensor(node)
+        is_size = node.op == "call_function" and not tensors_in(node.meta.get("val"))
         is_state = node.op == "get_attr" and node.target in program.canonical
         is_own = node.op in ("call_function", "get_attr") and not is_state
         if is_own and (is_size or node not in variable) and node.users:
@@ -107,7 +98,7 @@ def region_of(program: Program, names: Collection[str]) -> frozenset[fx.Node]:
 
 
 def others_region(program: Program, member: int) -> frozenset[fx.Node]:
-    """The nodes that a member of a joined network does not have: its part is the rest."""
+    """Return the nodes that a member of a joined network does not have: its part is the rest."""
     return region_of(program, [name for name, own in program.heads.items() if own != member])
 
 
@@ -120,15 +111,10 @@ def _dependents(graph: fx.Graph, starts: Callable[[fx.Node], bool]) -> set[fx.No
 
 
 def _is_parameter(program: Program, node: fx.Node) -> bool:
-    """Whether a node reads a parameter or a float buffer."""
+    """Tell whether a node reads a parameter or a float buffer."""
     name = str(node.target)
     is_state = node.op == "get_attr" and name in program.canonical
     return is_state and not is_constant(program.tensor(name))
-
-
-def _holds_tensor(node: fx.Node) -> bool:
-    leaves = pytree.tree_leaves(node.meta.get("val"))
-    return any(isinstance(leaf, torch.Tensor) for leaf in leaves)
 
 
 @dataclass(frozen=True)
@@ -150,7 +136,7 @@ class _Part:
         return [n for n in nodes if n not in self.region and n.op != "output"]
 
     def trunk_alone(self) -> Program:
-        """The trunk as a network without outputs, to be compared with the other trunks."""
+        """Return the trunk as a network without outputs, to be compared with the other trunks."""
         program, names = self.program, self.trunk_names()
         module = _holder({name: program.tensor(name) for name in names})
         graph = fx.Graph()
@@ -226,7 +212,7 @@ def _place(node: fx.Node) -> str:
 
 
 def _parameters_of(program: Program, node: fx.Node) -> str:
-    """Names of the parameters that a node is computed from."""
+    """Return the names of the parameters that a node is computed from."""
     found, open_nodes = set(), [node]
     while open_nodes:
         current = open_nodes.pop()
@@ -319,7 +305,7 @@ class _Joiner:
         copy_inputs(self.parts[0].program.graph, self.graph, pytree.treespec_tuple(specs))
 
     def one_output(self) -> None:
-        """Hands out all heads as one tensor, in the place of member 0's."""
+        """Hand out all heads as one tensor, in the place of member 0's."""
         logits, shapes = [], []
         for part, nodes in zip(self.parts, self.nodes, strict=True):
             (output,) = (n for n in part.program.outputs() if isinstance(n, fx.Node))
@@ -337,7 +323,7 @@ class _Joiner:
         copy_signature(before, self.graph)
 
     def mapped(self, logits: fx.Node) -> fx.Node:
-        """The mean of the logits of each class, over the members that know it."""
+        """Return the mean of the logits of each class, over the members that know it."""
         dim, like = self.dim, logits.meta["val"]
         last = like.dim() - 1
         matrix = self.asked.projection(like.dtype, next(self.module.parameters()).device)
@@ -365,7 +351,7 @@ class _Joiner:
 
 
 def _chunks(part: _Part) -> list[list[fx.Node]]:
-    """The nodes of a region, divided by the trunk's nodes between which they stand."""
+    """Return the nodes of a region, divided by the trunk's nodes between which they stand."""
     chunks: list[list[fx.Node]] = [[]]
     for node in part.program.graph.nodes:
         if node in part.region:
@@ -376,7 +362,7 @@ def _chunks(part: _Part) -> list[list[fx.Node]]:
 
 
 def _holder(tensors: Mapping[str, torch.Tensor]) -> fx.GraphModule:
-    """A graph module with tensors by name, and an empty graph."""
+    """Return a graph module with tensors by name, and an empty graph."""
     module = fx.GraphModule({}, fx.Graph())
     for name, tensor in tensors.items():
         attach(module, name, tensor, persistent=True)
@@ -384,7 +370,7 @@ def _holder(tensors: Mapping[str, torch.Tensor]) -> fx.GraphModule:
 
 
 def _attach_constant(program: Program, node: fx.Node, module: nn.Module, target: str) -> None:
-    """Registers what a `get_attr` node reads, unless it is a tensor of the state."""
+    """Register what a `get_attr` node reads, unless it is a tensor of the state."""
     name = str(node.target)
     if node.op == "get_attr" and name not in program.canonical:
         attach(module, target, program.tensor(name), persistent=False)

@@ -19,7 +19,7 @@ from fxfuse.analysis.rules import Call, Rule, concrete_shape, find, rule_file
 from fxfuse.analysis.rules.pointwise import is_pointwise, pointwise
 from fxfuse.errors import FxfuseError, RuleError
 from fxfuse.graph.capture import Program
-from fxfuse.graph.tensors import is_constant
+from fxfuse.graph.tensors import is_constant, tensors_in
 from fxfuse.graph.torch_compat import hint, pytree, schema_of
 
 #: Constants above this size count as varying along every dimension; comparing would cost more
@@ -32,7 +32,7 @@ _WRITTEN = "is written into a part of another tensor, or stands in a tensor that
 def interpret(
     program: Program, interface: Mapping[int, frozenset[int]] = MappingProxyType({})
 ) -> tuple[CouplingConstraints, dict[fx.Node, Any]]:
-    """Runs the rules over a graph.
+    """Run the rules over a graph.
 
     Args:
         program: The network.
@@ -104,7 +104,7 @@ class _Interpreter:
             return args[0][args[1]]
         produced = node.meta.get("val")
         operands = _operands(args, kwargs)
-        if not _holds_tensor(produced):
+        if not tensors_in(produced):
             if torch.Tag.data_dependent_output in getattr(node.target, "tags", ()):
                 # A number that Python decides by: it may depend on where each neuron stands.
                 self.boundary(node, operands, has_rule=False)
@@ -136,7 +136,7 @@ class _Interpreter:
             self.coupling.record_use(replace(value, fields=free), index)
 
     def is_foldable(self, node: fx.Node, operands: list[AbstractTensor]) -> bool:
-        """Whether the result depends on neither inputs nor parameters nor symbolic sizes."""
+        """Tell whether the result depends on neither inputs nor parameters nor symbolic sizes."""
         if torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ()):
             return False
         made = node.target in _MADE_FROM_SIZES
@@ -148,7 +148,7 @@ class _Interpreter:
         return static and all(isinstance(s, int) for shape in shapes for s in shape)
 
     def ask(self, rule: Rule, call: Call) -> Any:
-        """Asks a rule; whatever it raises is an error of the rule."""
+        """Ask a rule; whatever it raises is an error of the rule."""
         try:
             return rule(call)
         except FxfuseError:
@@ -163,7 +163,7 @@ class _Interpreter:
             ) from error
 
     def boundary(self, node: fx.Node, operands: list[AbstractTensor], *, has_rule: bool) -> Any:
-        """An operator without a rule: its operands freeze, its result is frozen neurons.
+        """Treat an operator without a rule: its operands freeze, its result is frozen neurons.
 
         Where no neuron goes in, none comes out: the result only varies.
         """
@@ -260,7 +260,7 @@ class _Interpreter:
         )
 
     def view(self, tensor: torch.Tensor, views: list[fx.Node]) -> torch.Tensor:
-        """Runs a chain of views on a real tensor."""
+        """Run a chain of views on a real tensor."""
         for view in views:
             args, kwargs = fx.map_arg((view.args, view.kwargs), lambda n: self.values[n])
             args, kwargs = pytree.tree_map(hint, (args, kwargs), is_leaf=_is_leaf)
@@ -273,7 +273,7 @@ class _Interpreter:
 
 
 def _unlabelled(fake: torch.Tensor, sources: frozenset[str] | None = None) -> AbstractTensor:
-    """What an operator without a rule makes of content without labels: more of it."""
+    """Return what an operator without a rule makes of content without labels: more of it."""
     shape = concrete_shape(fake)
     return AbstractTensor(shape, positions=positions(shape, range(len(shape))), sources=sources)
 
@@ -287,7 +287,7 @@ _MADE_FROM_SIZES = frozenset(
 
 
 def constant(tensor: torch.Tensor) -> AbstractTensor:
-    """The value of a real tensor that depends on neither inputs nor parameters.
+    """Return the value of a real tensor that depends on neither inputs nor parameters.
 
     One on the meta device has no values: it counts as varying along every dimension.
     """
@@ -296,12 +296,12 @@ def constant(tensor: torch.Tensor) -> AbstractTensor:
     if tensor.is_meta:
         return AbstractTensor(shape, (), positions(shape, varying), frozenset())
     if tensor.numel() <= _COMPARE_LIMIT:
-        varying = [d for d in varying if shape[d] > 1 and not _equal_along(tensor, d)]
+        varying = [d for d in varying if shape[d] > 1 and (tensor != tensor.narrow(d, 0, 1)).any()]
     return AbstractTensor(shape, (), positions(shape, varying), frozenset(), tensor)
 
 
 def fold(node: fx.Node, args: Any, kwargs: Mapping[str, Any]) -> Any:
-    """Runs an operator on real constants."""
+    """Run an operator on real constants."""
     real_args, real_kwargs = pytree.tree_map(_real, (args, dict(kwargs)), is_leaf=_is_leaf)
     result = node.target(*real_args, **real_kwargs)  # type: ignore[operator]
     return pytree.tree_map(constant, result)
@@ -319,10 +319,6 @@ def _real(argument: Any) -> Any:
     return torch.empty(()).expand(argument.shape)
 
 
-def _equal_along(tensor: torch.Tensor, dim: int) -> bool:
-    return bool((tensor == tensor.narrow(dim, 0, 1)).all())
-
-
 def _is_leaf(x: Any) -> bool:
     return isinstance(x, AbstractTensor)
 
@@ -330,10 +326,6 @@ def _is_leaf(x: Any) -> bool:
 def _operands(args: Any, kwargs: Any) -> list[AbstractTensor]:
     leaves = pytree.tree_leaves((args, kwargs), is_leaf=_is_leaf)
     return [x for x in leaves if isinstance(x, AbstractTensor)]
-
-
-def _holds_tensor(value: Any) -> bool:
-    return any(isinstance(x, torch.Tensor) for x in pytree.tree_leaves(value))
 
 
 def _same_labels(a: AbstractTensor, b: AbstractTensor) -> bool:
@@ -344,7 +336,7 @@ def _same_labels(a: AbstractTensor, b: AbstractTensor) -> bool:
 
 
 def _owns_memory(node: fx.Node) -> bool:
-    """Whether an operator allocates its result (its schema aliases no argument)."""
+    """Tell whether an operator allocates its result (its schema aliases no argument)."""
     schema = schema_of(node.target)
     if schema is None:
         return False

@@ -43,7 +43,7 @@ class Heads(Options):
         output: HeadOutput = "tuple",
         classes: Sequence[Sequence[Any]] | None = None,
     ) -> None:
-        """Normalises patterns and names."""
+        """Normalise patterns and names."""
         for name, value in (
             ("modules", None if modules is None else listed(modules)),
             ("output", output),
@@ -53,7 +53,7 @@ class Heads(Options):
         _check(self)
 
     def __bool__(self) -> bool:
-        """Whether members keep heads of their own."""
+        """Tell whether members keep heads of their own."""
         return self.modules != ()
 
     def __str__(self) -> str:
@@ -71,7 +71,7 @@ class Heads(Options):
         return tuple(dict.fromkeys(name for names in self.classes or () for name in names))
 
     def check_counts(self, counts: Sequence[int]) -> None:
-        """Checks the lists of classes against the sizes of the members' heads."""
+        """Check the lists of classes against the sizes of the members' heads."""
         if self.classes is None:
             return
         if len(self.classes) != len(counts):
@@ -90,7 +90,7 @@ class Heads(Options):
                 )
 
     def combined(self, outputs: Sequence[Sequence[torch.Tensor]], dim: int) -> list[torch.Tensor]:
-        """What the network returns for the members' outputs, by definition.
+        """Return what the network returns for the members' outputs, by definition.
 
         Args:
             outputs: For each member, the tensors that it returns.
@@ -147,7 +147,7 @@ class Heads(Options):
 
 
 def _check(heads: Heads) -> None:
-    """Checks that what is asked for with heads is one thing."""
+    """Check that what is asked for with heads is one thing."""
     if heads.output not in get_args(HeadOutput):
         raise OptionError(
             f"unknown output {heads.output!r} of heads",

@@ -77,7 +77,7 @@ class DimLabels:
 
     @staticmethod
     def of(ids: Ids, where: Callable[[], torch.Tensor] | None = None) -> DimLabels | None:
-        """Compresses ids: dimensions along which the neurons are the same get size 1.
+        """Compress ids: dimensions along which the neurons are the same get size 1.
 
         Args:
             ids: Ids of full rank.
@@ -98,7 +98,7 @@ class DimLabels:
         return DimLabels(_with_parts(found.ids, told), found.dims)
 
     def first(self, dims: Iterable[int]) -> Ids:
-        """One id for each block along `dims`: the first, which plays the same part in each.
+        """Return one id for each block along `dims`: the first, which plays the same part in each.
 
         The first that is a neuron, that is: padding (id 0) stands for none.
         """
@@ -109,18 +109,18 @@ class DimLabels:
 
 
 def neurons(ids: Ids) -> Ids:
-    """The neurons of ids, without their parts."""
+    """Return the neurons of ids, without their parts."""
     return ids & NEURON
 
 
 def flat_ids(ids: Ids) -> NDArray[np.int64]:
-    """Ids in one line, int64 [n], not copied."""
+    """Return the ids in one line, int64 [n], not copied."""
     flat: NDArray[np.int64] = ids.reshape(-1).numpy()
     return flat
 
 
 def counted(rows: NDArray[np.int64]) -> NDArray[np.int64]:
-    """Numbers equal neighbouring columns: 0, 1, 2, ..."""
+    """Number equal neighbouring columns: 0, 1, 2, ..."""
     starts = np.r_[True, (rows[:, 1:] != rows[:, :-1]).any(axis=0)]
     number = np.arange(rows.shape[1])
     return number - np.maximum.accumulate(np.where(starts, number, 0))
@@ -140,7 +140,7 @@ def _all_different(ids: Ids) -> bool:
 
 
 def _with_parts(ids: Ids, where: torch.Tensor) -> Ids:
-    """Gives places of one neuron different parts: by its part so far, by where, by order."""
+    """Give places of one neuron different parts: by its part so far, by where, by order."""
     flat = flat_ids(ids)
     part = flat >> PART
     keys = np.stack([part, flat_ids(where.expand(ids.shape))])
@@ -196,7 +196,7 @@ class AbstractTensor:
         return frozenset(d for f in self.positions for d in f.dims)
 
     def moved(self, operation: Callable[[torch.Tensor], torch.Tensor]) -> AbstractTensor:
-        """Applies a data-movement operator to every field, by running it on the ids.
+        """Apply a data-movement operator to every field, by running it on the ids.
 
         Args:
             operation: Takes a tensor of `shape` and returns one tensor.
@@ -234,12 +234,12 @@ def sources_of(values: Iterable[AbstractTensor]) -> frozenset[str] | None:
 
 
 def positions(shape: Sequence[int], dims: Iterable[int]) -> tuple[DimLabels, ...]:
-    """Unlabelled variation along each of `dims`."""
+    """Return unlabelled variation along each of `dims`."""
     return tuple(numbered(shape, d, 1) for d in sorted(dims) if shape[d] > 1)
 
 
 def numbered(shape: Sequence[int], dim: int, start: int) -> DimLabels:
-    """A field of ids start, start + 1, ... along one dimension."""
+    """Return a field of ids start, start + 1, ... along one dimension."""
     view = [1] * len(shape)
     view[dim] = shape[dim]
     return DimLabels(torch.arange(start, start + shape[dim]).view(view), (dim,))

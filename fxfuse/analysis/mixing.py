@@ -9,7 +9,7 @@ from typing import Any
 from torch import fx
 
 from fxfuse.analysis.constraints import Asked
-from fxfuse.analysis.coupling_constraints import CouplingConstraints, Mixing
+from fxfuse.analysis.coupling_constraints import CouplingConstraints
 from fxfuse.analysis.freezing import FrozenComponents, FrozenReason
 from fxfuse.analysis.grouping import CouplingGroup
 from fxfuse.analysis.labels import AbstractTensor, Index, Kind, Place, neurons
@@ -64,7 +64,8 @@ def mixing_notes(
         node = note.node.name if note.node is not None else ""
         if (node, note.why) not in seen:
             seen.add((node, note.why))
-            yield _note(note, node)
+            source = source_of(note.node) if note.node is not None else ""
+            yield MixingNote(note.why, node, source, note.sources)
 
 
 def shared_writers(
@@ -110,11 +111,6 @@ def tied_outputs(
 def _reasons(
     program: Program, frozen: Mapping[Place, FrozenReason], name: str
 ) -> list[FrozenReason]:
-    """Why dimensions of a tensor are frozen, of those that are."""
+    """Return why dimensions of a tensor are frozen, of those that are."""
     places = ((name, dim) for dim in range(program.tensor(name).dim()))
     return [frozen[place] for place in places if place in frozen]
-
-
-def _note(note: Mixing, node: str) -> MixingNote:
-    source = source_of(note.node) if note.node is not None else ""
-    return MixingNote(note.why, node, source, note.sources)

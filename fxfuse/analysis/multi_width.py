@@ -29,7 +29,7 @@ def multi_width(
     members: Sequence[Program],
     analyze: Callable[[Program], CouplingGraph],
 ) -> CouplingGraph:
-    """The analysis of the first member, with those of the others where their sizes differ.
+    """Return the analysis of the first member, with those of the others where their sizes differ.
 
     Groups whose units differ in size are frozen in all of them.
 
@@ -59,7 +59,7 @@ def multi_width(
 
 
 def check_base_member(graph: CouplingGraph, n_members: int) -> None:
-    """Checks that the base member can keep what is frozen inside the network, at its size there."""
+    """Check that the base member can keep what is frozen inside the network, at its size there."""
     graph.constraints.check_base_member(n_members)
     base_member = graph.constraints.base_member
     own = graph.of_member(base_member)
@@ -76,7 +76,7 @@ def check_base_member(graph: CouplingGraph, n_members: int) -> None:
 
 
 def _key(member: Program) -> tuple[Any, ...]:
-    """What members with one graph may differ in: shapes, and numbers in the graph."""
+    """Return what members with one graph may differ in: shapes, and numbers in the graph."""
     shapes = tuple(tuple(member.tensor(name).shape) for name in member.names)
     return shapes, tuple(_numbers(node) for node in member.graph.nodes)
 
@@ -87,7 +87,7 @@ def _numbers(node: fx.Node) -> tuple[int | float, ...]:
 
 
 def _irregular(first: CouplingGraph, other: CouplingGraph, number: int) -> dict[str, str]:
-    """The groups whose units are others in a member, by name → why they are frozen."""
+    """Return the groups whose units are others in a member, by name → why they are frozen."""
     ours, theirs = ({group.name: group for group in g.groups} for g in (first, other))
     found = {}
     for name in {**ours, **theirs}:
@@ -104,7 +104,7 @@ def _irregular(first: CouplingGraph, other: CouplingGraph, number: int) -> dict[
 
 
 def _slots(group: CouplingGroup | None) -> dict[Place, int]:
-    """How many indices a unit owns in each place."""
+    """Return how many indices a unit owns in each place."""
     return {} if group is None else {p: rows.shape[1] for p, rows in group.index.items()}
 
 
@@ -119,7 +119,7 @@ def _shared(first: CouplingGraph, other: CouplingGraph) -> set[Place]:
 
 
 def _hosted(graph: CouplingGraph, places: Collection[Place]) -> CouplingGraph:
-    """The same analysis with places frozen to the base member: there is no mean of them."""
+    """Return the same analysis with places frozen to the base member: there is no mean of them."""
     frozen = {
         place: replace(reason, kind=Kind.KEEP_BASE) if place in places else reason
         for place, reason in graph.frozen.items()
@@ -161,7 +161,7 @@ def _check_alike(
 def _numbers_apart(
     first: CouplingGraph, other: CouplingGraph, number: int, irregular: Collection[str]
 ) -> list[MixingNote]:
-    """Where a member calculates with other numbers, on units that are not of another size.
+    """Return where a member calculates with other numbers, on units that are not of another size.
 
     A scale that follows from a width, say. Each member needs its own.
     """

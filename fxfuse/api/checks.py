@@ -18,16 +18,9 @@ from fxfuse.verify import Check, Verification, permutation_of, wrong_groups
 
 
 def check_sound(graph: CouplingGraph, *, verify: bool) -> tuple[CouplingGraph, list[Check]]:
-    """What of a network can be fused or pruned, and what the oracles say of it.
+    """Return what of a network can be fused or pruned, and what the permutation oracle says of it.
 
-    Args:
-        graph: The analysis of the network.
-        verify: Whether to run the permutation oracle; groups that it cannot move are frozen.
-
-    Raises:
-        CaptureError: The network was traced, and the example does not reach all of its
-            weights.
-        PlanError: No parameter has a free dimension.
+    Groups that the oracle cannot move are frozen; it runs only if `verify`.
     """
     check_reached(graph.program, excused(graph.asked))
     checks = []
@@ -64,7 +57,7 @@ def _check_free(graph: CouplingGraph) -> None:
 
 
 def _only_what_moves(graph: CouplingGraph) -> tuple[CouplingGraph, Check]:
-    """Freezes the groups that the permutation oracle cannot move, with a loud warning."""
+    """Freeze the groups that the permutation oracle cannot move, with a loud warning."""
     check = permutation_of(graph)
     wrong = () if check.passed or not isfinite(check.error) else wrong_groups(graph)
     if not wrong:
@@ -80,11 +73,7 @@ def _only_what_moves(graph: CouplingGraph) -> tuple[CouplingGraph, Check]:
 
 
 def verified(checks: Sequence[Check]) -> Verification:
-    """What the oracles found, once it is sure that every one of them held.
-
-    Raises:
-        VerificationError: One failed; names it.
-    """
+    """Return what the oracles found, or raise an error that names the first that failed."""
     failed = [check for check in checks if not check.passed]
     if failed:
         raise VerificationError(
@@ -100,11 +89,7 @@ def verified(checks: Sequence[Check]) -> Verification:
 
 
 def check_count(wanted: int, count: int) -> None:
-    """Checks that there are as many members as a plan was made for.
-
-    Raises:
-        PlanError: There are more or fewer.
-    """
+    """Check that there are as many members as a plan was made for."""
     if count != wanted:
         raise PlanError(
             f"the plan was made for {wanted} members, got {count}",
@@ -115,18 +100,7 @@ def check_count(wanted: int, count: int) -> None:
 def check_plan(
     plan: FusionPlan, graph: CouplingGraph, states: Sequence[Mapping[str, torch.Tensor]]
 ) -> None:
-    """Checks that a plan can be applied to members.
-
-    Args:
-        plan: The plan.
-        graph: The analysis of the members, with the plan's constraints.
-        states: For each member, its tensors by name.
-
-    Raises:
-        PlanError: The plan was made for other members.
-        PlanError: The plan does not say for which members it was made, its groups are not those of
-            the network, or a map names a unit that there is not.
-    """
+    """Check that a plan can be applied to members."""
     tensors = [member.tensors for member in plan.members]
     if not all(tensors):
         raise PlanError(

@@ -38,16 +38,9 @@ class Deepest:
 
 
 def as_deepest(members: Sequence[Program]) -> Deepest | None:
-    """The members in the graph of the deepest one, where some lack blocks that others have.
+    """Return the members in the graph of the deepest one, where some lack blocks that others have.
 
-    Args:
-        members: Program members.
-
-    Returns:
-        None where all members have the same tensors, or where one of them was traced.
-
-    Raises:
-        MemberError: A member is not the deepest one with residual blocks left out.
+    None where all members have the same tensors, or where one of them was traced.
     """
     names = [set(member.names) for member in members]
     if all(n == names[0] for n in names) or not all(m.is_exported for m in members):
@@ -120,14 +113,14 @@ def _own_size(
 
 
 def _shape(group: CouplingGroup) -> tuple[int, tuple[int, ...]]:
-    """What groups of the same part of other blocks have in common."""
+    """Return what groups of the same part of other blocks have in common."""
     return group.n_units, tuple(rows.shape[1] for rows in group.index.values())
 
 
 def _check_answers(
     member: Program, deeper: Program, missing: Sequence[str], number: int, other: int
 ) -> None:
-    """Checks that the deeper network answers as the member does."""
+    """Check that the deeper network answers as the member does."""
     expected = run(member, member.state())
     error = relative_error(run(deeper, deeper.state()), expected)
     if error > EXACT:

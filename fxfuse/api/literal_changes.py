@@ -32,13 +32,13 @@ class Changes:
     shapes: list[tuple[Shape, Shape]] = field(default_factory=list)
 
     def size(self, before: int, after: int) -> None:
-        """Notes that a number became another one."""
+        """Note that a number became another one."""
         known = self.sizes.setdefault(before, [])
         if after not in known:
             known.append(after)
 
     def shape_of(self, before: Sequence[int]) -> tuple[int, ...] | None:
-        """What some successive sizes became, if they are part of a list that changed."""
+        """Return what some successive sizes became, if they are part of a list that changed."""
         wanted, count = tuple(before), len(before)
         for old, new in self.shapes:
             for start in range(len(old) - count + 1):
@@ -50,14 +50,9 @@ class Changes:
 
 
 def changes_of(before: fx.Graph, after: fx.Graph) -> dict[str, Changes]:
-    """Compares a captured graph with the same graph in another size.
+    """Compare a captured graph with the same graph, of the same names, in another size.
 
-    Args:
-        before: The captured graph; nodes say in which module's code they lie.
-        after: The rewritten graph; nodes that stand for the same operator have the same name.
-
-    Returns:
-        For each module, by dotted path, what changed in its own code (not in its submodules').
+    Returns, for each module by dotted path, what changed in its own code (not in its submodules').
     """
     twins = {node.name: node for node in after.nodes}
     found: dict[str, Changes] = defaultdict(Changes)

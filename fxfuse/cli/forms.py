@@ -31,11 +31,7 @@ class Form:
 
 
 def form_of(kind: Any) -> Form | None:
-    """The form of a type; None for inputs (`Any`) and functions, which cannot be typed.
-
-    Raises:
-        TypeError: No form of this type is known.
-    """
+    """Return the form of a type; None for inputs (`Any`) and functions, which cannot be typed."""
     parts = [part for part in alternatives(kind) if part is not NoneType]
     if any(part is Any or get_origin(part) is Callable for part in parts):
         return None
@@ -52,11 +48,7 @@ def form_of(kind: Any) -> Form | None:
 
 
 def read_by_group(flag: str, texts: Iterable[str]) -> float | dict[str, float] | None:
-    """Read a number for all coupling groups, or one for each pattern.
-
-    Raises:
-        OptionError: A text is no number and no PATTERN=NUMBER, or two contradict each other.
-    """
+    """Read a number for all coupling groups, or one for each pattern."""
     found: dict[str, float] = {}
     for text in texts:
         pattern, _, number = text.rpartition("=")
@@ -71,11 +63,7 @@ def read_by_group(flag: str, texts: Iterable[str]) -> float | dict[str, float] |
 
 
 def read_output_dims(flag: str, texts: Iterable[str]) -> dict[int, list[int]]:
-    """Read dimensions by output.
-
-    Raises:
-        OptionError: A text is not of the form OUTPUT=DIM,DIM.
-    """
+    """Read dimensions by output, each text of the form OUTPUT=DIM,DIM."""
     found = {}
     for text in texts:
         output, equals, dims = text.partition("=")
@@ -90,7 +78,7 @@ def read_output_dims(flag: str, texts: Iterable[str]) -> dict[int, list[int]]:
 
 
 def unreadable(flag: str, text: str, why: str, how: str) -> OptionError:
-    """The error for a text that is no value of a flag."""
+    """Return the error for a text that is no value of a flag."""
     return OptionError(f"{flag} {text!r} cannot be read", why=why, how=how)
 
 
@@ -132,10 +120,6 @@ def _number(kind: type[int | float]) -> Callable[[str, Any], int | float]:
     return read
 
 
-def _list(flag: str, texts: Sequence[str]) -> list[str]:
-    return list(texts)
-
-
 _REPEATED = "May be repeated."
 #: Types of a field, None and words aside → their form.
 _FORMS: dict[tuple[Any, ...], Form] = {
@@ -146,7 +130,7 @@ _FORMS: dict[tuple[Any, ...], Form] = {
     (float, Mapping[str, float]): Form(
         list[str], "NUMBER|PATTERN=NUMBER", read_by_group, _REPEATED
     ),
-    (tuple[str, ...],): Form(list[str], "PATTERN", _list, _REPEATED),
+    (tuple[str, ...],): Form(list[str], "PATTERN", lambda flag, texts: list(texts), _REPEATED),
     (Mapping[int, tuple[int, ...]],): Form(
         list[str],
         "OUTPUT=DIM,DIM",

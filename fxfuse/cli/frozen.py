@@ -13,7 +13,7 @@ _SHOWN = 3
 
 
 def interface_lines(graph: CouplingGraph) -> Iterator[str]:
-    """How many dimensions are frozen because of what the network is, and why."""
+    """Yield how many dimensions are frozen because of what the network is, and why."""
     yield "Frozen as the network's interface:"
     counts = Counter(reason.why for reason in graph.frozen.values() if reason.interface)
     for why, count in counts.most_common():
@@ -42,7 +42,7 @@ def frozen_lines(graph: CouplingGraph) -> Iterator[str]:
 
 
 def without_rule_lines(operators: Iterable[WithoutRule]) -> Iterator[str]:
-    """Operators that the rules do not cover."""
+    """Yield operators that the rules do not cover."""
     listed = list(operators)
     if not listed:
         return
@@ -66,14 +66,14 @@ def _dimensions(count: int) -> str:
 
 
 def few(names: Iterable[str]) -> str:
-    """The first names, and how many more there are."""
+    """Return the first names, and how many more there are."""
     listed = list(names)
     more = f" + {len(listed) - _SHOWN} more" if len(listed) > _SHOWN else ""
     return ", ".join(listed[:_SHOWN]) + more
 
 
 def tensor_names(places: Iterable[Place]) -> str:
-    """Places as `tensor[dim]`; names that differ in numbers only are one, with a count."""
+    """Return places as `tensor[dim]`; names that differ in numbers only are one, with a count."""
     alike: dict[tuple[str, int], list[str]] = defaultdict(list)
     for name, dim in places:
         alike[(re.sub(r"\d+", "*", name), dim)].append(name)

@@ -32,7 +32,7 @@ Quiet = Annotated[
 
 
 def guarded(command: Callable[..., R]) -> Callable[..., R]:
-    """Turns exceptions of a command into a message on stderr and an exit status; adds `--quiet`.
+    """Turn exceptions of a command into a message on stderr and an exit status; add `--quiet`.
 
     With `FXFUSE_DEBUG` set in the environment, exceptions pass through unchanged.
     """
@@ -82,7 +82,7 @@ def guarded(command: Callable[..., R]) -> Callable[..., R]:
 
 
 def _flag_names(command: Callable[..., Any], parameters: Iterable[str]) -> dict[str, str]:
-    """What Python calls the options of a command → flag."""
+    """Return what Python calls the options of a command → flag."""
     found = {name: f"--{name.replace('_', '-')}" for name in parameters}
     if "no_verify" in found:
         found["verify"] = found.pop("no_verify")

@@ -41,7 +41,7 @@ class LazyGroup(TyperGroup):
         return super().parse_args(ctx, args)
 
     def resolve_command(self, ctx: Any, args: list[str]) -> Any:
-        """The command that the arguments name."""
+        """Return the command that the arguments name."""
         name = args[0]
         if name in COMMANDS:
             alone = typer.Typer(add_completion=False, rich_markup_mode="markdown")
@@ -52,7 +52,7 @@ class LazyGroup(TyperGroup):
 
 
 def stand_ins(app: typer.Typer) -> None:
-    """Registers a stand-in for every command, which the overview lists."""
+    """Register a stand-in for every command, which the overview lists."""
     for name, summary in COMMANDS.items():
         app.command(name, help=summary)(_nothing)
 

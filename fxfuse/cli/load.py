@@ -18,7 +18,7 @@ from fxfuse.cli.zoo import inputs_for, make_member, make_model, parse_model_args
 def load_model(
     model: str, model_arg: Iterable[str] | None, example: str
 ) -> tuple[nn.Module, tuple[torch.Tensor, ...]]:
-    """Makes a model with the weights that its factory gives it, and inputs for it."""
+    """Make a model with the weights that its factory gives it, and inputs for it."""
     network = make_model(model, parse_model_args(model_arg or ()))
     return network, inputs_for(network, example)
 
@@ -28,14 +28,10 @@ def load_members(
     model_arg: Iterable[str] | None,
     example: str,
     checkpoints: Sequence[Path],
-    member_arg: Iterable[str] | None = None,
 ) -> tuple[list[nn.Module], tuple[torch.Tensor, ...]]:
-    """Makes one model per checkpoint, and inputs for them."""
+    """Make one model per checkpoint, and inputs for them."""
     arguments = parse_model_args(model_arg or ())
-    members: list[nn.Module] = []
-    each = parse_member_args(member_arg or (), len(checkpoints))
-    for checkpoint, own in zip(checkpoints, each, strict=True):
-        members.append(make_member(model, {**arguments, **parse_model_args(own)}, checkpoint))
+    members = [make_member(model, arguments, checkpoint) for checkpoint in checkpoints]
     return members, inputs_for(members[0], example)
 
 
@@ -47,11 +43,7 @@ def asked_recipe(
     member_arg: Iterable[str] | None,
     **parts: Any,
 ) -> Recipe:
-    """The recipe that options of the command line come to.
-
-    Raises:
-        OptionError: An option has a value that it cannot have.
-    """
+    """Return the recipe that options of the command line come to."""
     each = parse_member_args(member_arg or (), len(checkpoints))
     members = [
         {"path": os.fspath(path), "args": parse_model_args(own)}

@@ -20,18 +20,10 @@ _WEIGHTS = (
 
 
 def named_factory(spec: str) -> Callable[..., Any] | None:
-    """The factory that a library's name stands for.
+    """Return the factory that a library's name stands for, or None where the text is no such name.
 
-    Args:
-        spec: `torchvision:resnet18`, `timm:convnext_tiny`, or `hf:FOLDER` with what
-            `save_pretrained` of transformers wrote.
-
-    Returns:
-        The factory, or None where the text is no such name.
-
-    Raises:
-        MissingDependencyError: The library is not installed.
-        OptionError: It knows no such network.
+    Names are `torchvision:resnet18`, `timm:convnext_tiny`, or `hf:FOLDER` with what
+    `save_pretrained` of transformers wrote.
     """
     library, _, name = spec.partition(":")
     make = _LIBRARIES.get(library)
@@ -39,22 +31,15 @@ def named_factory(spec: str) -> Callable[..., Any] | None:
 
 
 def is_pretrained(path: Path) -> bool:
-    """Whether a folder is one that `save_pretrained` of transformers wrote.
+    """Tell whether a folder is one that `save_pretrained` of transformers wrote.
 
     Its weights have names that only transformers knows how to turn into the network's.
-
-    Args:
-        path: What a user gave as a checkpoint.
     """
     return (path / _CONFIG).is_file()
 
 
 def weights_in(path: Path) -> list[Path]:
-    """The files of such a folder that hold weights, or what leads to them.
-
-    Args:
-        path: The folder.
-    """
+    """Return the files of such a folder that hold weights, or what leads to them."""
     return [path / name for name in _WEIGHTS if (path / name).is_file()]
 
 

@@ -93,11 +93,7 @@ EvaluationSpec = Annotated[
 
 
 def parse_member_args(texts: Iterable[str], count: int) -> list[list[str]]:
-    """Read `--member-arg`: for each member, its arguments of the form KEY=VALUE.
-
-    Raises:
-        OptionError: A text does not begin with the number of a member.
-    """
+    """Read `--member-arg`: for each member, its arguments of the form KEY=VALUE."""
     found: list[list[str]] = [[] for _ in range(count)]
     for text in texts:
         number, _, argument = text.partition(":")

@@ -18,13 +18,9 @@ _MILLION = 1e6
 
 
 def carry_out(recipe: Recipe, folder: Path | None, *, force: bool, json: bool) -> None:
-    """Runs a recipe and prints what came out.
+    """Run a recipe and print what came out.
 
-    Args:
-        recipe: The recipe.
-        folder: How its folder is called in what is printed; None: as seen from here.
-        force: Whether an earlier result may be replaced.
-        json: Whether to print JSON.
+    `folder` is how its folder is called in what is printed; None: as seen from here.
     """
     with working() as (stage, progress):
         outcome = run(recipe, force=force, stage=stage, progress=progress)
@@ -32,7 +28,7 @@ def carry_out(recipe: Recipe, folder: Path | None, *, force: bool, json: bool) -
 
 
 def _show(outcome: Outcome, folder: Path, *, json: bool) -> None:
-    """Prints what running a recipe gave."""
+    """Print what running a recipe gave."""
     result = outcome.result
     checks, plan = result.verification.checks, result.plan
     if json:
@@ -71,7 +67,7 @@ def _show(outcome: Outcome, folder: Path, *, json: bool) -> None:
 
 
 def networks_table(networks: Sequence[Network]) -> Table:
-    """Networks beside each other; a column in which nothing was measured is left out."""
+    """Put networks beside each other; a column in which nothing was measured is left out."""
     columns: dict[str, list[Any]] = {
         "network": [n.name for n in networks],
         "accuracy, %": [_cell(n.accuracy, 2) for n in networks],

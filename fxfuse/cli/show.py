@@ -34,10 +34,9 @@ err = Console(stderr=True)
 
 @contextmanager
 def working() -> Iterator[tuple[Callable[[str], AbstractContextManager[object]], Progress]]:
-    """Progress on stderr: what is being done and for how long, and bars with the time left.
+    """Show progress on stderr: what is being done and for how long, and bars with the time left.
 
-    Yields:
-        A function that says what a block does, and a progress that loops add their bars to.
+    Yields a function that says what a block does, and a progress that loops add their bars to.
     """
     columns = (
         SpinnerColumn(),
@@ -61,14 +60,14 @@ def working() -> Iterator[tuple[Callable[[str], AbstractContextManager[object]],
 
 
 def print_json(value: object) -> None:
-    """Prints JSON for another program to read."""
+    """Print JSON for another program to read."""
     was, out.quiet = out.quiet, False
     out.print(json.dumps(value, indent=2, ensure_ascii=False), markup=False, highlight=False)
     out.quiet = was
 
 
 def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[object]]) -> Table:
-    """A plain table; numbers are aligned to the right."""
+    """Return a plain table; numbers are aligned to the right."""
     result = Table(title=title, title_justify="left", title_style="bold")
     lines = [list(row) for row in rows]
     for position, column in enumerate(columns):
@@ -84,13 +83,13 @@ def _is_number(cell: object) -> bool:
 
 
 def checks_table(checks: Iterable[Check]) -> Table:
-    """The oracles that ran, with their errors and tolerances."""
+    """Return the oracles that ran, with their errors and tolerances."""
     rows = [(c.name, c.error, c.tolerance, "passed" if c.passed else "FAILED") for c in checks]
     return table("Verification", ("oracle", "error", "tolerance", "result"), rows)
 
 
 def checks_json(checks: Iterable[Check]) -> list[dict[str, Any]]:
-    """The same for `--json`."""
+    """Return the same for `--json`."""
     return [
         {
             "name": c.name,

@@ -55,13 +55,7 @@ def train(
     seed: int,
     progress: bool | Progress,
 ) -> str:
-    """Train a network in place, and say in a sentence what that did.
-
-    Raises:
-        InputError: There are no inputs, or no labels where `finetune` needs them.
-        OptionError: The network takes several inputs.
-        RefineError: The run cannot go on.
-    """
+    """Train a network in place, and say in a sentence what that did."""
     if data is None:
         raise InputError(
             f"train: {options.kind} needs inputs",

@@ -24,13 +24,10 @@ _ONLY_OPTIONS = re.compile(r"[a-z_]+=\S*(?:, [a-z_]+=\S*)*")
 
 
 def naming_flags(error: E, flags: Mapping[str, str], *, bare: bool = False) -> E:
-    """Return an error that names flags.
+    """Return an error that names flags, given as Python option → flag.
 
-    Args:
-        error: The error.
-        flags: Python option → flag.
-        bare: Whether options are meant where they stand without a value, too: those of one class in
-            a message of that class. Names with an underscore always are.
+    `bare`: options are meant where they stand without a value, too, as in a message of the class
+    that has them. Names with an underscore always are.
     """
     meant = {name: flag for name, flag in flags.items() if bare or "_" in name}
 

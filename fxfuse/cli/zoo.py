@@ -28,17 +28,7 @@ _VOCABULARY = 100
 
 
 def parse_model_args(pairs: Iterable[str]) -> dict[str, Any]:
-    """Parses `key=value` texts; a value is a Python literal, or else the text itself.
-
-    Args:
-        pairs: For instance `num_classes=10`, `weights=None`, `activation=gelu`.
-
-    Returns:
-        Keyword arguments of a model factory.
-
-    Raises:
-        OptionError: A text is not of the form `key=value`.
-    """
+    """Parse `key=value` texts; a value is a Python literal, or else the text itself."""
     arguments: dict[str, Any] = {}
     for pair in pairs:
         key, equals, text = pair.partition("=")
@@ -56,19 +46,10 @@ def parse_model_args(pairs: Iterable[str]) -> dict[str, Any]:
 
 
 def make_model(spec: str, arguments: Mapping[str, Any]) -> nn.Module:
-    """Calls a model factory.
+    """Call a model factory, and return its model in eval mode.
 
-    Args:
-        spec: `package.module:factory`, importable; or a library's name of a network,
-            `torchvision:resnet18`, `timm:convnext_tiny`, `hf:FOLDER`.
-        arguments: Keyword arguments for the factory.
-
-    Returns:
-        A model in eval mode.
-
-    Raises:
-        OptionError: The factory cannot be imported or called, or makes no `nn.Module`.
-        MissingDependencyError: The library of the name is not installed.
+    `spec` is `package.module:factory`, importable; or a library's name of a network,
+    `torchvision:resnet18`, `timm:convnext_tiny`, `hf:FOLDER`.
     """
     factory = named_factory(spec) or import_object(spec)
     try:
@@ -90,20 +71,9 @@ def make_model(spec: str, arguments: Mapping[str, Any]) -> nn.Module:
 
 
 def make_member(spec: str, arguments: Mapping[str, Any], checkpoint: Path) -> nn.Module:
-    """Makes a model with the weights of a checkpoint.
+    """Make a model with the weights of a checkpoint.
 
-    Args:
-        spec: As `make_model` takes it.
-        arguments: Keyword arguments for the factory.
-        checkpoint: A file of weights; for `hf:` also a folder that `save_pretrained` wrote.
-
-    Raises:
-        OptionError: As `make_model`.
-        MissingDependencyError: As `make_model`.
-        CheckpointError: There is no such file.
-        CheckpointError: It is damaged.
-        CheckpointError: It holds other objects than tensors.
-        CheckpointError: It does not fit the model.
+    For `hf:` the checkpoint may also be a folder that `save_pretrained` wrote.
     """
     if spec.startswith("hf:") and is_pretrained(checkpoint):
         return make_model(f"hf:{checkpoint}", arguments)
@@ -113,19 +83,12 @@ def make_member(spec: str, arguments: Mapping[str, Any], checkpoint: Path) -> nn
 
 
 def make_inputs(spec: str, dtype: torch.dtype = torch.float32) -> tuple[torch.Tensor, ...]:
-    """Makes or reads example inputs.
+    """Make or read example inputs.
 
-    Args:
-        spec: A shape without the batch dimension, such as `3,224,224`; `ids:LENGTH` or
-            `ids:LENGTH:VOCABULARY` for token ids, int64; or a `.safetensors` or `.pt` file that
-            holds one tensor, or (`.pt`) a sequence of tensors with their batch.
-        dtype: Of a tensor that is made from a shape.
-
-    Returns:
-        Positional inputs.
-
-    Raises:
-        InputError: The text is neither a shape nor a file of tensors.
+    `spec` is a shape without the batch dimension, such as `3,224,224`; `ids:LENGTH` or
+    `ids:LENGTH:VOCABULARY` for token ids, int64; or a `.safetensors` or `.pt` file that holds one
+    tensor, or (`.pt`) a sequence of tensors with their batch. `dtype` is that of a tensor made from
+    a shape.
     """
     shape = shape_in(spec)
     if shape is not None:
@@ -152,37 +115,21 @@ def make_inputs(spec: str, dtype: torch.dtype = torch.float32) -> tuple[torch.Te
 
 
 def shape_in(spec: str) -> list[int] | None:
-    """The sizes that a text such as `3,224,224` names; None where it is no shape."""
+    """Return the sizes that a text such as `3,224,224` names; None where it is no shape."""
     return [int(size) for size in spec.split(",")] if _SHAPE.fullmatch(spec) else None
 
 
 def inputs_for(
     network: nn.Module, spec: str, dtype: torch.dtype | None = None
 ) -> tuple[torch.Tensor, ...]:
-    """Example inputs on a network's device.
-
-    Args:
-        network: The network.
-        spec: As `make_inputs` takes it.
-        dtype: Of a tensor that is made from a shape; None: the network's.
-
-    Raises:
-        InputError: The text is neither a shape nor a file of tensors.
-    """
+    """Make or read inputs as `make_inputs`, on a network's device and by default of its dtype."""
     inputs = make_inputs(spec, dtype or floating_dtype(network.parameters()))
     parameter = next(network.parameters(), None)
     return inputs if parameter is None else tuple(x.to(parameter.device) for x in inputs)
 
 
 def import_object(spec: str) -> Callable[..., object]:
-    """Imports a function or class that a user named.
-
-    Args:
-        spec: `package.module:name`.
-
-    Raises:
-        OptionError: It cannot be imported or called.
-    """
+    """Import a function or class that a user named as `package.module:name`."""
     module_name, _, attribute = spec.partition(":")
     if not module_name or not attribute:
         raise OptionError(

@@ -26,11 +26,7 @@ class Options:
     """Base of the option dataclasses: a field of `Literal` type takes its listed values only."""
 
     def __post_init__(self) -> None:
-        """Check the values.
-
-        Raises:
-            OptionError: A value is none of those that its field lists.
-        """
+        """Check that each value is one that its field lists."""
         for option in fields_of(type(self)):
             value = getattr(self, option.name)
             if option.choices and value != option.default:
@@ -42,7 +38,6 @@ class OptionField:
     """One field of an option dataclass.
 
     Attributes:
-        name: Its name.
         type: Its type, annotations resolved.
         default: Its default, `dataclasses.MISSING` where it has none.
         help: What its class's docstring says of it, on one line.
@@ -65,8 +60,7 @@ class OptionField:
 def fields_of(kind: type) -> tuple[OptionField, ...]:
     """Describe the fields of an option dataclass, in their order.
 
-    Args:
-        kind: A dataclass whose docstring has a Google-style `Attributes` section.
+    Its docstring has a Google-style `Attributes` section.
     """
     hints = get_type_hints(kind)
     texts = _descriptions(kind)
@@ -78,16 +72,7 @@ def fields_of(kind: type) -> tuple[OptionField, ...]:
 
 
 def check_choice(name: str, value: Any, known: tuple[Any, ...]) -> None:
-    """Check that a value is a known one.
-
-    Args:
-        name: The option.
-        value: What was given for it.
-        known: What it may be.
-
-    Raises:
-        OptionError: It is none of these; names the nearest one.
-    """
+    """Check that a value is a known one; the error names the nearest one."""
     if any(value == one and type(value) is type(one) for one in known):
         return
     near = get_close_matches(str(value), list(map(str, known)), n=1, cutoff=_NEAR)
@@ -111,7 +96,7 @@ def _default(field: dataclasses.Field[Any]) -> Any:
 
 
 def _descriptions(kind: type) -> Mapping[str, str]:
-    """What the docstrings of a class and its bases say of each field."""
+    """Return what the docstrings of a class and its bases say of each field."""
     found: dict[str, str] = {}
     for base in reversed(kind.__mro__):
         text = inspect.cleandoc(base.__doc__ or "")

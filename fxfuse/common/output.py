@@ -27,13 +27,9 @@ _ASIDE = ".old"
 
 
 def check_output(path: str | Path, names: Collection[str], *, force: bool = False) -> None:
-    """Checks that a folder may be written, before the work that fills it.
+    """Check that a folder may be written, before the work that fills it.
 
-    Args:
-        path: The folder.
-        names: Files that the folder will hold.
-        force: Whether an existing folder may be replaced. Only a folder that holds nothing but
-            such files is ever replaced.
+    `force` replaces an existing folder, which may hold nothing but files of these names.
     """
     path = Path(path)
     if not os.path.lexists(path):
@@ -57,15 +53,9 @@ def check_output(path: str | Path, names: Collection[str], *, force: bool = Fals
 def atomic_folder(
     path: str | Path, names: Collection[str], *, force: bool = False
 ) -> Iterator[Path]:
-    """Gives a temporary folder that becomes `path` when the block ends without an error.
+    """Yield a temporary folder that becomes `path` when the block ends without an error.
 
-    Args:
-        path: The folder to write.
-        names: Files that the folder will hold.
-        force: Whether an existing folder that holds only such files may be replaced.
-
-    Yields:
-        The folder to write into. After an error it is gone, and `path` is as it was.
+    After an error it is gone, and `path` is as it was. `force` as in `check_output`.
     """
     path = Path(os.path.abspath(path))
     check_output(path, names, force=force)
@@ -73,24 +63,21 @@ def atomic_folder(
         yield work
         # Before the rename: after a power cut the name must not be there without the content.
         for file in (entry for entry in work.rglob("*") if entry.is_file()):
-            _settle(file)
-        _settle(work)
+            _flush(file)
+        _flush(work)
         check_output(path, names, force=force)
         _swap_in(work, path, names, force=force)
-        _settle(path.parent)
+        _flush(path.parent)
 
 
 @contextmanager
 def locked(path: str | Path) -> Iterator[None]:
-    """Holds the right to write a name, until the block ends.
+    """Hold the right to write a name, until the block ends.
 
     The lock is a file beside the output, `.NAME.lock`, which is gone afterwards. The system lets go
     of it when its process ends, in whatever way, so that a file that a killed one left behind locks
     nothing. A thread that holds a name gets it again: a command locks its output before its work,
     and the writer that it calls locks it once more.
-
-    Args:
-        path: The output.
     """
     path = Path(os.path.abspath(path))
     made = [folder for folder in path.parents if not folder.exists()]
@@ -145,10 +132,9 @@ def _partial(path: Path) -> Iterator[Path]:
 
 @contextmanager
 def atomic_file(path: str | Path) -> Iterator[Path]:
-    """Gives a temporary file that replaces `path` when the block ends without an error.
+    """Yield a temporary file that replaces `path` when the block ends without an error.
 
-    Yields:
-        The file to write. After an error it is gone, and `path` is as it was.
+    After an error it is gone, and `path` is as it was.
     """
     path = Path(path)
     # Beside the target, since a rename is atomic only within one file system; of the same suffix,
@@ -156,26 +142,26 @@ def atomic_file(path: str | Path) -> Iterator[Path]:
     work = path.with_name(f".{path.stem}.{uuid.uuid4().hex[:8]}.partial{path.suffix}")
     try:
         yield work
-        _settle(work)
+        _flush(work)
         os.replace(work, path)
-        _settle(path.parent)
+        _flush(path.parent)
     finally:
         work.unlink(missing_ok=True)
 
 
 def write_text(path: str | Path, text: str) -> None:
-    """Writes a text file whole or not at all; an existing file is replaced."""
+    """Write a text file whole or not at all; an existing file is replaced."""
     with atomic_file(path) as work:
         work.write_text(text, encoding="utf-8")
 
 
 def write_json(path: str | Path, value: object) -> None:
-    """Writes JSON, indented, whole or not at all."""
+    """Write JSON, indented, whole or not at all."""
     write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
 
 
 def _swap_in(work: Path, path: Path, names: Collection[str], *, force: bool) -> None:
-    """Gives a folder its name; what may have appeared under that name meanwhile is not lost."""
+    """Give a folder its name; what may have appeared under that name meanwhile is not lost."""
     if not force or not path.exists():
         try:
             # Replaces nothing but an empty folder.
@@ -206,7 +192,7 @@ def _swap_in(work: Path, path: Path, names: Collection[str], *, force: bool) -> 
 
 
 def _foreign(folder: Path, names: Collection[str]) -> list[str]:
-    """Names of what is in a folder and not written by fxfuse."""
+    """Return the names of what is in a folder and not written by fxfuse."""
     return sorted({entry.name for entry in folder.iterdir()} - set(names))
 
 
@@ -215,10 +201,9 @@ def _appeared(path: Path) -> OutputError:
 
 
 def _exchange(one: Path, other: Path) -> bool:
-    """Exchanges two folders in one step, so that both names exist at every moment (Linux).
+    """Exchange two folders in one step, so that both names exist at every moment (Linux).
 
-    Returns:
-        Whether it did; not where the system or the file system cannot.
+    Returns whether it did; not where the system or the file system cannot.
     """
     rename = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
     if rename is None:
@@ -227,8 +212,8 @@ def _exchange(one: Path, other: Path) -> bool:
     return int(rename(_HERE, paths[0], _HERE, paths[1], _EXCHANGE)) == 0
 
 
-def _settle(path: Path) -> None:
-    """Waits until a file, or the names in a folder, are on the disk."""
+def _flush(path: Path) -> None:
+    """Wait until a file, or the names in a folder, are on the disk."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)

@@ -17,7 +17,7 @@ class Readable:
     """An object that `print` and a notebook show in at most ten lines."""
 
     def described(self) -> Description:
-        """The title, and the rows in order; those that say nothing are left out."""
+        """Return the title, and the rows in order; those that say nothing are left out."""
         raise NotImplementedError
 
     def __repr__(self) -> str:
@@ -48,7 +48,7 @@ class Readable:
 
 
 def counted(count: int, noun: str) -> str:
-    """A number and its noun, which forms its plural with an s: `2 groups`."""
+    """Return a number and its noun, which forms its plural with an s: `2 groups`."""
     return f"{count:,} {noun}" + ("" if count == 1 else "s")
 
 
@@ -59,7 +59,7 @@ def _one_line(said: str | Sequence[str], width: int) -> str:
 
 
 def _as_many_as_fit(texts: Sequence[str], width: int) -> str:
-    """The first texts, at least one, and how many more there are."""
+    """Return the first texts, at least one, and how many more there are."""
     for count in range(len(texts), 0, -1):
         more = len(texts) - count
         line = ", ".join(texts[:count]) + (f" and {more:,} more" if more else "")

@@ -23,7 +23,7 @@ class Scratch:
         self._memory: torch.Tensor | None = None
 
     def empty(self, shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-        """A tensor without values, which is good until the next one is asked for."""
+        """Return a tensor without values, which is good until the next one is asked for."""
         count, kept = prod(shape), self._memory
         if kept is None or kept.numel() < count or (kept.dtype, kept.device) != (dtype, device):
             kept = torch.empty(max(count, BLOCK), dtype=dtype, device=device)

@@ -24,9 +24,10 @@ from fxfuse.graph.example import Example, is_single
 from fxfuse.graph.export_reuse import captured_each
 from fxfuse.graph.module_checks import check_enough, check_values
 from fxfuse.graph.same_network import check_same_network
+from fxfuse.graph.tensors import tensors_in
 from fxfuse.graph.torch_compat import pytree
 from fxfuse.transform.emit import FusedModule, copy_graph, emit, emit_graph
-from fxfuse.verify.check import in_double, inputs_of, relative_error, tensors_of
+from fxfuse.verify.check import in_double, inputs_of, relative_error
 
 #: Relative to the largest output, in float64: the members do not meet, so nothing but rounding.
 _EXACT = 1e-12
@@ -40,7 +41,7 @@ def stack(
     class_dim: int = -1,
     verify: bool = True,
 ) -> FusedModule:
-    """Writes an ensemble as one graph that computes all members, losslessly.
+    """Write an ensemble as one graph that computes all members, losslessly.
 
     Members never meet, so the outputs are theirs, whatever their operators are: what is the same
     for all is computed once, linear layers of all members are one product, and whatever has no
@@ -84,7 +85,7 @@ def stack(
         check_values(member.state())
     single = is_single(*_example(members[0], given))
     writer = walk(program, policy_of(_device(program[0])), single=single)
-    joined, inventory = writer.weights.settle()
+    joined, inventory = writer.weights.place_tensors()
     module = _emitted(writer, joined, "none", class_dim)
     if verify:
         _check(module, program)
@@ -104,14 +105,14 @@ def _captured(member: nn.Module | ExportedProgram | Program, example: Example) -
 def _example(
     member: nn.Module | ExportedProgram | Program, example: Example
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """The example as it was given: capture may have made two of it."""
+    """Return the example as it was given: capture may have made two of it."""
     if isinstance(member, Program):
         return member.example_inputs
     return example.args, dict(example.kwargs)
 
 
 def _device(program: Program) -> torch.device:
-    tensors = [*program.state().values(), *tensors_of(program.example_inputs)]
+    tensors = [*program.state().values(), *tensors_in(program.example_inputs)]
     return tensors[0].device if tensors else torch.device("cpu")
 
 
@@ -134,7 +135,7 @@ def _emitted(writer: Writer, joined: Program, reduce: str, class_dim: int) -> Fu
 
 
 def _check(module: FusedModule, members: Sequence[Program]) -> None:
-    """Compares all outputs of all members with theirs, in float64."""
+    """Compare all outputs of all members with theirs, in float64."""
     # Networks that draw random numbers draw the same ones, member after member.
     with torch.random.fork_rng():
         torch.manual_seed(0)
@@ -161,4 +162,4 @@ def _answers(module: FusedModule, member: Program) -> list[torch.Tensor]:
     # Copies of the inputs too, for the same reason.
     args, kwargs = pytree.tree_map_only(torch.Tensor, torch.clone, inputs_of(member))
     with torch.no_grad():
-        return tensors_of(in_double(module)(*args, **kwargs))
+        return tensors_in(in_double(module)(*args, **kwargs))

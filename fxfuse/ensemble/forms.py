@@ -14,7 +14,8 @@ from fxfuse.ensemble.policy import Policy
 from fxfuse.ensemble.weights import Weights
 from fxfuse.graph.arguments import argument, argument_names
 from fxfuse.graph.capture import Program
-from fxfuse.graph.torch_compat import free_unbacked_symbols, pytree, schema_of
+from fxfuse.graph.tensors import tensors_in
+from fxfuse.graph.torch_compat import free_unbacked_symbols, schema_of
 
 aten = torch.ops.aten
 
@@ -57,10 +58,7 @@ class Writer:
     """The graph of the stack while it is being written.
 
     Attributes:
-        members: Program members of one network.
         policy: Which lowerings pay.
-        graph: The graph of the stack.
-        weights: The members' tensors.
         groups_convolutions: Whether convolutions are run for all members at once.
         values: For each node of the members' graph, what stands for it.
     """
@@ -78,15 +76,15 @@ class Writer:
         return len(self.members)
 
     def form(self, node: fx.Node) -> Form:
-        """The form in which a node was computed."""
+        """Return the form in which a node was computed."""
         return self.values[node].form
 
     def call(self, target: Any, *args: Any, **kwargs: Any) -> fx.Node:
-        """Writes a call."""
+        """Write a call."""
         return self.graph.call_function(target, args, kwargs)
 
     def split(self, node: fx.Node) -> tuple[Any, ...]:
-        """A value for each member."""
+        """Return a value for each member."""
         value = self.values[node]
         if value.split is None:
             if value.form is Form.SHARED:
@@ -100,7 +98,7 @@ class Writer:
         return value.split
 
     def stacked(self, node: fx.Node) -> fx.Node:
-        """One tensor, [N, *shape]."""
+        """Return one tensor, [N, *shape]."""
         value = self.values[node]
         if value.stacked is None:
             if value.form is Form.WEIGHT:
@@ -114,17 +112,17 @@ class Writer:
         return value.stacked
 
     def weight(self, node: fx.Node, shape: tuple[int, ...]) -> fx.Node:
-        """Reads a weight in a shape that is a view of [N, *shape of a member]."""
+        """Read a weight in a shape that is a view of [N, *shape of a member]."""
         return self.weights.stacked(self.values[node].name, shape)
 
     def shared(self, node: fx.Node) -> Any:
-        """The one value of a node that is shared."""
+        """Return the one value of a node that is shared."""
         value = self.values[node]
         assert value.form is Form.SHARED, node
         return value.shared
 
     def broadcast(self, node: fx.Node, rank: int) -> Any:
-        """A value that meets stacked values [N, *shape] of `rank` member dimensions.
+        """Return a value that meets stacked values [N, *shape] of `rank` member dimensions.
 
         Shared ones and numbers are the node itself, others [N, 1, ..., *shape].
         """
@@ -150,7 +148,7 @@ class Writer:
         ]
 
     def size(self, node: fx.Node, dim: int) -> fx.Node:
-        """Size of a dimension, the same for all members."""
+        """Return the size of a dimension, the same for all members."""
         value = self.values[node]
         if value.form is Form.STACKED:
             return self.call(aten.sym_size.int, value.stacked, dim + (dim >= 0))
@@ -158,30 +156,29 @@ class Writer:
 
 
 def is_tensor(node: fx.Node) -> bool:
-    """Whether a node holds one tensor."""
+    """Tell whether a node holds one tensor."""
     return isinstance(node.meta.get("val"), torch.Tensor)
 
 
 def is_number(node: fx.Node) -> bool:
-    """Whether a node holds a size or another number, the same for all members."""
+    """Tell whether a node holds a size or another number, the same for all members."""
     val = node.meta.get("val")
     number = isinstance(val, int | float | torch.SymInt | torch.SymFloat | torch.SymBool)
     return number and not free_unbacked_symbols(val)
 
 
 def has_data_sizes(node: fx.Node) -> bool:
-    """Whether a size of a node's tensors depends on data, so that members may differ in it."""
-    tensors = [x for x in pytree.tree_leaves(node.meta.get("val")) if isinstance(x, torch.Tensor)]
-    return any(free_unbacked_symbols(x) for x in tensors)
+    """Tell whether a size of a node's tensors depends on data, so that members may differ in it."""
+    return any(free_unbacked_symbols(x) for x in tensors_in(node.meta.get("val")))
 
 
 def arguments(node: fx.Node) -> dict[str, Any]:
-    """All arguments of an operator by their names in its schema, defaults filled in."""
+    """Return all arguments of an operator by their names in its schema, defaults filled in."""
     return {name: argument(node, name) for name in argument_names(node.target)}
 
 
 def recall(writer: Writer, node: fx.Node, given: Mapping[str, Any]) -> fx.Node:
-    """Writes a node's operator with other arguments, by their names in its schema."""
+    """Write a node's operator with other arguments, by their names in its schema."""
     schema = schema_of(node.target).arguments
     args = [given[a.name] for a in schema if not a.kwarg_only]
     kwargs = {a.name: given[a.name] for a in schema if a.kwarg_only}

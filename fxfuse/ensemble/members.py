@@ -14,7 +14,7 @@ INVENTORY = "fxfuse.stack"
 
 
 def unstack(module: nn.Module) -> list[dict[str, torch.Tensor]]:
-    """The members of a stack as they are now, trained or not.
+    """Return the members of a stack as they are now, trained or not.
 
     Args:
         module: What `fxfuse.stack` returned, or a copy of it: pickled, moved, compiled.

@@ -42,13 +42,13 @@ class Policy:
     parameters: bool = False
 
     def pays_copy(self, node: fx.Node, n_members: int) -> bool:
-        """Whether the members' values of a node may be copied into one tensor."""
+        """Tell whether the members' values of a node may be copied into one tensor."""
         tensor = node.meta["val"]
         size = math.prod(concrete_shape(tensor)) * tensor.element_size()
         return bool(n_members * size <= self.copied)
 
     def pays_within(self, layers: Sequence[fx.Node]) -> bool:
-        """Whether members in a compiled graph are to be one, by the first one's layers."""
+        """Tell whether members in a compiled graph are to be one, by the first one's layers."""
         weights = [argument(node, "weight") for node in layers]
         if any(weight.op != "get_attr" for weight in weights):
             return self.parameters
@@ -57,7 +57,7 @@ class Policy:
         return all(size * n <= self.products for size, n in zip(sizes, rows, strict=True))
 
     def groups_convolutions(self, graph: fx.Graph, *, single: bool) -> bool:
-        """Whether a network's convolutions are run for all members at once, as grouped ones.
+        """Tell whether a network's convolutions are run for all members at once, as grouped ones.
 
         All or none, since going back and forth would copy every activation. The first ones, which
         read what all members share, do not count.
@@ -95,5 +95,5 @@ _POLICIES: Mapping[str, Policy] = {"cpu": _CPU}
 
 
 def policy_of(device: torch.device) -> Policy:
-    """The policy of a device."""
+    """Return the policy of a device."""
     return _POLICIES.get(device.type, _CPU)

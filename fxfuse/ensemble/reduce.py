@@ -20,11 +20,7 @@ Reduction = Callable[[Writer, fx.Node, int], fx.Node]
 
 
 def write_output(writer: Writer, reduce: str, class_dim: int) -> fx.Node:
-    """Writes the output node: as a member's, every tensor reduced.
-
-    Returns:
-        The output node.
-    """
+    """Write the output node: as a member's, every tensor reduced."""
     source = writer.members[0].graph
     (output,) = (node for node in source.nodes if node.op == "output")
 
@@ -42,16 +38,8 @@ def write_output(writer: Writer, reduce: str, class_dim: int) -> fx.Node:
     return written
 
 
-def _none(writer: Writer, outputs: fx.Node, class_dim: int) -> fx.Node:
-    return outputs
-
-
-def _mean(writer: Writer, outputs: fx.Node, class_dim: int) -> fx.Node:
-    return writer.call(aten.mean.dim, outputs, [0])
-
-
 def _vote(writer: Writer, outputs: fx.Node, class_dim: int) -> fx.Node:
-    """Of the classes with most votes, the one with the largest mean output."""
+    """Return, of the classes with most votes, the one with the largest mean output."""
     dim = class_dim if class_dim < 0 else class_dim + 1
     largest = writer.call(aten.amax.default, outputs, [dim], True)
     votes = writer.call(aten.sum.dim_IntList, writer.call(aten.eq.Tensor, outputs, largest), [0])
@@ -63,7 +51,11 @@ def _vote(writer: Writer, outputs: fx.Node, class_dim: int) -> fx.Node:
 
 
 #: By name.
-REDUCTIONS: Mapping[str, Reduction] = {"mean": _mean, "none": _none, "vote": _vote}
+REDUCTIONS: Mapping[str, Reduction] = {
+    "mean": lambda writer, outputs, class_dim: writer.call(aten.mean.dim, outputs, [0]),
+    "none": lambda writer, outputs, class_dim: outputs,
+    "vote": _vote,
+}
 
 
 def _check(node: fx.Node, reduce: str, class_dim: int) -> None:

@@ -32,7 +32,7 @@ _IN_PLACE: Mapping[Any, Any] = {
 
 
 def reuse_memory(graph: fx.Graph) -> None:
-    """Lets operators write over an operand that was made for them alone."""
+    """Let operators write over an operand that was made for them alone."""
     for node in graph.nodes:
         if node.target not in _IN_PLACE:
             continue
@@ -44,7 +44,7 @@ def reuse_memory(graph: fx.Graph) -> None:
 
 
 def _is_free(operand: Any, node: fx.Node) -> bool:
-    """Whether an operand has the place for a node's result, and no other reader."""
+    """Tell whether an operand has the place for a node's result, and no other reader."""
     if not isinstance(operand, fx.Node) or operand.target not in _FRESH:
         return False
     before, after = operand.meta.get("val"), node.meta.get("val")

@@ -25,10 +25,9 @@ _SIZES = (aten.sym_size.int, aten.sym_numel.default)
 
 
 def walk(members: Sequence[Program], policy: Policy, *, single: bool = False) -> Writer:
-    """Writes the members as one graph, without its output.
+    """Write the members as one graph, without its output.
 
-    Returns:
-        The graph, and what stands in it for each node of the members' graph.
+    Returns the graph, and what stands in it for each node of the members' graph.
     """
     graph = fx.Graph()
     groups = policy.groups_convolutions(members[0].graph, single=single)
@@ -43,7 +42,7 @@ def walk(members: Sequence[Program], policy: Policy, *, single: bool = False) ->
 
 
 def changes_tensors(graph: fx.Graph) -> bool:
-    """Whether a graph writes into tensors, or has nodes that are there for their effect only.
+    """Tell whether a graph writes into tensors, or has nodes that are there for their effect only.
 
     Drawing random numbers is no such effect.
     """
@@ -91,7 +90,7 @@ def _size(writer: Writer, node: fx.Node) -> Value:
 
 
 def _stacked(writer: Writer, node: fx.Node, forms: set[Form]) -> fx.Node | None:
-    """The node for all members at once, where that is possible and pays."""
+    """Return the node for all members at once, where that is possible and pays."""
     entry = find(node.target)
     if entry is None or has_data_sizes(node):
         return None
@@ -130,7 +129,7 @@ def _split(writer: Writer, node: fx.Node) -> Value:
 
 
 def _one_by_one(writer: Writer) -> None:
-    """Copies the whole graph for every member, each in its own order.
+    """Copy the whole graph for every member, each in its own order.
 
     What is written into belongs to one member: inputs and constants are copied first.
     """

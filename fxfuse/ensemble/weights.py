@@ -37,7 +37,6 @@ class Entry:
     Attributes:
         name: Its `state_dict()` name in a member.
         place: Where it is kept.
-        shape: A member's shape.
         key: First name under which a member's `state_dict()` has the same tensor.
         word: Its name as one word.
     """
@@ -51,30 +50,19 @@ class Entry:
 
 @dataclass(frozen=True)
 class Inventory:
-    """What `unstack` has to know, by plain data only.
-
-    Attributes:
-        n_members: N.
-        entries: All tensors, in the order of a member's `state_dict()`.
-    """
+    """What `unstack` has to know, by plain data only: tensors in the order of a `state_dict()`."""
 
     n_members: int
     entries: tuple[Entry, ...]
 
 
 def name_in_stack(place: Place, word: str, member: int = 0) -> str:
-    """Name of a member's tensor in the stack.
-
-    Args:
-        place: Where it is kept.
-        word: Its name as one word.
-        member: Of a tensor of a member's own: the member's number.
-    """
+    """Return the name of a member's tensor in the stack; `word` is its own name as one word."""
     return f"{place.value}{member}{word}" if place is Place.MEMBERS else f"{place.value}{word}"
 
 
 def as_words(names: Iterable[str]) -> dict[str, str]:
-    """Dotted names as one word each: `a.b` as `__a__b`.
+    """Return the dotted names as one word each: `a.b` as `__a__b`.
 
     A name with dots is looked up module by module, at every call, which takes as long as a small
     operator.
@@ -117,11 +105,11 @@ class Weights:
         return len(self.members)
 
     def is_shared(self, name: str) -> bool:
-        """Whether all members hold the same tensor object."""
+        """Tell whether all members hold the same tensor object."""
         return len({id(tensors[name]) for tensors in self.tensors}) == 1
 
     def is_stackable(self, name: str) -> bool:
-        """Whether one tensor can stand for those of all members.
+        """Tell whether one tensor can stand for those of all members.
 
         Not where some members share it, and not where some train it and others do not.
         """
@@ -130,34 +118,29 @@ class Weights:
         return alike and all(len(self._owners[id(t)]) == 1 for t in own)
 
     def key(self, name: str) -> str:
-        """The first name of the same tensor within a member."""
+        """Return the first name of the same tensor within a member."""
         return self.members[0].canonical[name]
 
     def shared(self, name: str) -> fx.Node:
-        """Reads a tensor that all members share, or a constant of which member 0's serves all."""
+        """Read a tensor that all members share, or a constant of which member 0's serves all."""
         return self.own(name, 0)
 
     def own(self, name: str, member: int) -> fx.Node:
-        """Reads a member's tensor, of the member's shape."""
+        """Read a member's tensor, of the member's shape."""
         found = self._own[self.key(name)]
         if member not in found:
             found[member] = self.graph.create_node("get_attr", self.key(name))
         return found[member]
 
     def stacked(self, name: str, shape: tuple[int, ...]) -> fx.Node:
-        """Reads a tensor of all members at once.
-
-        Args:
-            name: Name of the tensor.
-            shape: A view of [N, *shape of a member].
-        """
+        """Read a tensor of all members at once, viewed from [N, *shape of a member]."""
         found = self._stacked[self.key(name)]
         if shape not in found:
             found[shape] = self.graph.create_node("get_attr", self.key(name))
         return found[shape]
 
     def reads(self) -> Iterator[tuple[fx.Node, str, int | tuple[int, ...]]]:
-        """All nodes that read the members' tensors.
+        """Yield all nodes that read the members' tensors.
 
         Yields:
             The node, the tensor's first name in a member, and the number of the member that it
@@ -170,8 +153,8 @@ class Weights:
             for shape, node in stacked.items():
                 yield node, key, shape
 
-    def settle(self) -> tuple[Program, Inventory]:
-        """Decides how every tensor is kept, and lets all readers read it there.
+    def place_tensors(self) -> tuple[Program, Inventory]:
+        """Decide how every tensor is kept, and let all readers read it there.
 
         Returns:
             The stack without its graph: copies of the members' tensors by their names in it; and
@@ -242,14 +225,14 @@ class Weights:
         return Place.STACKED if self._stacked.get(follows) else Place.MEMBERS
 
     def _shape(self, key: str) -> tuple[int, ...]:
-        """The shape in which one tensor for all members is kept."""
+        """Return the shape in which one tensor for all members is kept."""
         wanted = self._stacked.get(key, {})
         if len(wanted) == 1 and not self._own.get(key):
             return next(iter(wanted))
         return (self.n, *self.members[0].tensor(key).shape)
 
     def _point(self, key: str, place: Place) -> None:
-        """Gives the nodes that read a tensor its name, and a view where they need one."""
+        """Give the nodes that read a tensor its name, and a view where they need one."""
         for number, node in self._own.get(key, {}).items():
             node.target = self._name(place, key, number)
             if place is Place.STACKED:
@@ -269,7 +252,7 @@ class Weights:
 
 
 def read_twice(program: Program) -> frozenset[str]:
-    """Names of tensors that more than one node of the graph reads, by their first name."""
+    """Return names of tensors that more than one node of the graph reads, by their first name."""
     readers = Counter(
         program.canonical[str(node.target)]
         for node in program.graph.nodes

@@ -16,12 +16,7 @@ from fxfuse.graph.torch_compat import is_operator, pytree, registered_operators
 
 
 def count_batch(counter: torch.Tensor, training: bool) -> None:
-    """Count a batch in training, as `nn.BatchNorm` does; the rewriter puts it into graphs.
-
-    Args:
-        counter: int64 [].
-        training: Whether the module is in training mode.
-    """
+    """Count a batch in training, as `nn.BatchNorm` does; the rewriter puts it into graphs."""
     if training:
         counter.add_(1)
 
@@ -49,17 +44,12 @@ _NAMES = {function: name for name, function in _FUNCTIONS.items()}
 
 
 def name_of(target: Any) -> str | None:
-    """The name of an operator in a file; None where it has none."""
+    """Return the name of an operator in a file; None where it has none."""
     return str(target) if is_operator(target) else _NAMES.get(target)
 
 
 def find_operator(name: str, registered: Collection[str]) -> Callable[..., Any] | None:
-    """The operator of a name; None where the list does not allow it.
-
-    Args:
-        name: As `name_of` returns it.
-        registered: What `registered_in` returned.
-    """
+    """Return the operator that `name_of` names so; None where the list does not allow it."""
     library, _, rest = name.partition(".")
     packet, _, overload = rest.partition(".")
     qualified = f"{library}::{packet}" + ("" if overload == "default" else f".{overload}")
@@ -71,13 +61,13 @@ def find_operator(name: str, registered: Collection[str]) -> Callable[..., Any] 
 
 
 def registered_in(libraries: Collection[str] | None) -> frozenset[str]:
-    """Qualified names of the operators of libraries, of all if None, without denied ones."""
+    """Return qualified names of the operators of libraries, of all if None, without denied ones."""
     found = (name for name in registered_operators() if not _DENIED.fullmatch(name))
     return frozenset(n for n in found if libraries is None or n.partition("::")[0] in libraries)
 
 
 def is_call(target: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
-    """Whether a function of Python is called as torch.export and the rewriter call it.
+    """Tell whether a function of Python is called as torch.export and the rewriter call it.
 
     Arguments of operators are for torch to check, when the graph is run.
     """

@@ -22,17 +22,10 @@ def argument(
     args: Sequence[Any] | None = None,
     kwargs: Mapping[str, Any] | None = None,
 ) -> Any:
-    """An argument of a node, by its name in the operator's schema.
+    """Return an argument of a node by its name in the operator's schema, or its default.
 
-    Args:
-        node: A call of an operator.
-        name: The name.
-        args: What stands for the node's positional arguments (values of an analysis, say). None:
-            these themselves.
-        kwargs: The same for its keyword arguments.
-
-    Returns:
-        The argument, or its default; None where the schema has no such name.
+    None where the schema has no such name. `args` and `kwargs` stand for the node's own (values of
+    an analysis, say).
     """
     names = argument_names(node.target)
     if name not in names:

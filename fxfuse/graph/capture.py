@@ -33,7 +33,7 @@ from fxfuse.graph.example import (
 from fxfuse.graph.fixed_batch import batch_sizes
 from fxfuse.graph.module_checks import check_model, state_of
 from fxfuse.graph.rebuild import rebuild
-from fxfuse.graph.tensors import fetch, is_constant
+from fxfuse.graph.tensors import fetch, is_constant, tensors_in
 from fxfuse.graph.torch_compat import pytree
 
 
@@ -68,7 +68,7 @@ class Program:
         return not self.refusal
 
     def require_exported(self) -> None:
-        """Checks that the graph can be run."""
+        """Check that the graph can be run."""
         if not self.is_exported:
             raise CaptureError(
                 "this network has no exported graph",
@@ -90,16 +90,16 @@ class Program:
         return any(isinstance(n, torch.SymInt) for n in batch_sizes(self.graph).values())
 
     def outputs(self) -> tuple[Any, ...]:
-        """The graph's outputs in flattened order: nodes, or constants."""
+        """Return the graph's outputs in flattened order: nodes, or constants."""
         (result,) = (node.args[0] for node in self.graph.nodes if node.op == "output")
         return tuple(pytree.tree_leaves(result))
 
     def tensor(self, name: str) -> torch.Tensor:
-        """The tensor behind a `get_attr` target or a `state_dict()` name."""
+        """Return the tensor behind a `get_attr` target or a `state_dict()` name."""
         return fetch(self.module, name)
 
     def state(self) -> dict[str, torch.Tensor]:
-        """The tensors of `state_dict()`, detached and not copied, in the model's order."""
+        """Return the tensors of `state_dict()`, detached and not copied, in the model's order."""
         return {name: self.tensor(name).detach() for name in self.names}
 
     def once(self, state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -107,7 +107,7 @@ class Program:
         return {name: tensor for name, tensor in state.items() if self.canonical[name] == name}
 
     def reached(self) -> frozenset[str]:
-        """Canonical names of the state tensors that the graph uses."""
+        """Return the canonical names of the state tensors that the graph uses."""
         return self._reached
 
     @cached_property
@@ -116,7 +116,7 @@ class Program:
         return frozenset(self.canonical[name] for name in used if name in self.canonical)
 
     def unreached(self, excused: Collection[str] = ()) -> tuple[str, ...]:
-        """Names of the weights that a trace did not reach, so that nothing is known of them.
+        """Return names of the weights that a trace did not reach, so that nothing is known of them.
 
         Returns:
             Always empty for an exported graph, which holds every branch that there is.
@@ -139,7 +139,7 @@ def capture(
     *,
     fallback: bool = True,
 ) -> Program:
-    """Captures a network in eval mode; the model itself is left as it was.
+    """Capture a network in eval mode; the model itself is left as it was.
 
     Args:
         model: An `nn.Module`, a `torch.fx.GraphModule` or a `torch.export.ExportedProgram`.
@@ -195,7 +195,7 @@ def capture_eagerly(
     *,
     refusal: str,
 ) -> Program:
-    """Captures a trace of one eager run in eval mode: for the analysis only, never to be run.
+    """Capture a trace of one eager run in eval mode: for the analysis only, never to be run.
 
     Args:
         model: A module that `torch.export` refuses; it is left as it was.
@@ -220,7 +220,7 @@ def capture_eagerly(
 
 
 def check_reached(program: Program, excused: Collection[str] = ()) -> None:
-    """Checks that a trace reached every weight."""
+    """Check that a trace reached every weight."""
     missing = program.unreached(excused)
     if missing:
         raise CaptureError(
@@ -240,7 +240,7 @@ def _canonical(state: Mapping[str, torch.Tensor]) -> dict[str, str]:
 def export(
     model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], dynamic_shapes: Any
 ) -> ExportedProgram:
-    """Exports a network in eval mode; by default with a dynamic batch, where that can be.
+    """Export a network in eval mode; by default with a dynamic batch, where that can be.
 
     Args:
         model: The network.
@@ -255,7 +255,7 @@ def export(
     # By name, as export binds them: what `*args` and `**kwargs` take is nested.
     bound = inspect.signature(model.forward).bind(*args, **kwargs)
     shapes = pytree.tree_map(_batch_dynamic, dict(bound.arguments))
-    if any(isinstance(x, torch.Tensor) and x.dim() for x in pytree.tree_leaves((args, kwargs))):
+    if any(x.dim() for x in tensors_in((args, kwargs))):
         try:
             return _export_once(model, args, kwargs, shapes)
         except CaptureError as error:

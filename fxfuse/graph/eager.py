@@ -50,7 +50,7 @@ def _mark_fake(x: torch.Tensor) -> torch.Tensor:
 
 @contextmanager
 def eval_mode(model: nn.Module) -> Iterator[None]:
-    """Puts every submodule into eval mode and afterwards back into the mode it had."""
+    """Put every submodule into eval mode and afterwards back into the mode it had."""
     modes = [(module, module.training) for module in model.modules()]
     for module, _ in modes:
         # Set directly: modules that torch.export made refuse eval().
@@ -68,7 +68,7 @@ def answers(
     args: tuple[Any, ...],
     kwargs: Mapping[str, Any],
 ) -> Any:
-    """What a module answers in eval mode with other tensors; it stays as it is."""
+    """Return what a module answers in eval mode with other tensors; it stays as it is."""
     with torch.no_grad(), eval_mode(module):
         return functional_call(module, dict(state), args, dict(kwargs))
 
@@ -79,7 +79,7 @@ def trace(
     kwargs: Mapping[str, Any],
     state: Mapping[str, torch.Tensor],
 ) -> fx.GraphModule:
-    """Traces one run of a module, composite operators undecomposed.
+    """Trace one run of a module, composite operators undecomposed.
 
     Args:
         model: The module, in eval mode.
@@ -161,7 +161,7 @@ def _check_plain(leaves: Sequence[Any], what: str, model: nn.Module) -> None:
 def _name_tensors(
     traced: fx.GraphModule, state: Mapping[str, torch.Tensor], model: nn.Module
 ) -> None:
-    """Gives every tensor that the graph reads its `state_dict()` name, or a constant's name."""
+    """Give every tensor that the graph reads its `state_dict()` name, or a constant's name."""
     own = {id(tensor): name for name, tensor in reversed(list(state.items()))}
     memory = {_memory(tensor): name for name, tensor in state.items() if tensor.numel()}
     constants: dict[int, str] = {}

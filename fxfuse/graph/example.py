@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from fxfuse.errors import CaptureError, InputError
+from fxfuse.graph.tensors import tensors_in
 from fxfuse.graph.torch_compat import FakeTensor, pytree
 
 #: Answers to one example and to two of it differ by rounding: kernels depend on the batch.
@@ -45,13 +46,8 @@ class Example:
         return Example(kwargs=given) if isinstance(given, Mapping) else Example(given)
 
 
-def tensors_in(value: Any) -> list[torch.Tensor]:
-    """All tensors of a nested structure, in its order."""
-    return [x for x in pytree.tree_leaves(value) if isinstance(x, torch.Tensor)]
-
-
 def check_example(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
-    """Checks example inputs before a model is run on them."""
+    """Check example inputs before a model is run on them."""
     for number, x in enumerate(tensors_in((args, dict(kwargs)))):
         where = f"tensor {number} of the inputs, shape {tuple(x.shape)}, {x.dtype}"
         if x.is_quantized or x.layout is not torch.strided:
@@ -70,7 +66,7 @@ def _rejected(what: str, where: str, why: str, how: str) -> InputError:
 
 
 def try_example(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
-    """Runs a model on its example inputs.
+    """Run a model on its example inputs.
 
     Returns:
         What it answers.
@@ -101,13 +97,13 @@ def try_example(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, An
 
 
 def first_line(error: BaseException) -> str:
-    """Type and first line of an exception."""
+    """Return the type and first line of an exception."""
     text = str(error).strip()
     return f"{type(error).__name__}: {text.splitlines()[0] if text else 'no message'}"
 
 
 def _conversion(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> str:
-    """Says so where inputs and parameters differ in device or floating-point dtype."""
+    """Say so where inputs and parameters differ in device or floating-point dtype."""
     inputs, parameters = tensors_in((args, dict(kwargs))), list(model.parameters())
     devices = {p.device for p in parameters}
     elsewhere = {x.device for x in inputs} - devices
@@ -123,7 +119,7 @@ def _conversion(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, An
 
 
 def is_single(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
-    """Whether dimension 0 of every input that has one is 1."""
+    """Tell whether dimension 0 of every input that has one is 1."""
     sizes = {x.shape[0] for x in tensors_in((args, dict(kwargs))) if x.dim()}
     return sizes == {1}
 
@@ -131,7 +127,7 @@ def is_single(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
 def at_least_two(
     model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], answer: Any
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Repeats a single example, because `torch.export` takes a batch of 1 for a constant.
+    """Repeat a single example, because `torch.export` takes a batch of 1 for a constant.
 
     Returns:
         The inputs with every tensor repeated along dimension 0, when all of them have size 1 there

@@ -38,7 +38,7 @@ _MAPPINGS = (dict, OrderedDict)
 def captured_each(
     members: Sequence[object], program: Callable[[Any, Program | None], Program]
 ) -> list[Program]:
-    """Checks members and captures them; twins of the first one are not exported again."""
+    """Check members and capture them; twins of the first one are not exported again."""
     for member in members:
         if not isinstance(member, Program):
             check_model(member)
@@ -54,10 +54,9 @@ def captured_each(
 
 
 def reuse_export(first: Program, model: object) -> Program | None:
-    """A model captured without `torch.export`, where the graph of another module is its own.
+    """Return a model captured without `torch.export`, where the graph of another module is its own.
 
-    Returns:
-        What `capture` would return; None if that has to be asked.
+    None if `torch.export` has to be asked.
     """
     if not first.is_exported or not isinstance(model, nn.Module) or first.source is None:
         return None
@@ -68,11 +67,10 @@ def reuse_export(first: Program, model: object) -> Program | None:
 
 
 def are_twins(first: nn.Module, other: nn.Module) -> bool:
-    """Whether two modules run the same operators, whatever the numbers in their state_dict() are.
+    """Tell whether two modules run the same operators, whatever their state_dict() holds.
 
-    Returns:
-        False also where that cannot be known: where a hook, a closure or an object of a foreign
-        type is in an attribute, say.
+    False also where that cannot be known: where a hook, a closure or an object of a foreign type is
+    in an attribute, say.
     """
     return _Comparison(first, other).same(first, other)
 

@@ -16,7 +16,7 @@ from fxfuse.errors import InputError
 
 @fx.has_side_effect
 def check_batch(value: torch.Tensor, size: int, name: str) -> None:
-    """Checks the size of an input's first dimension, where the graph calls it."""
+    """Check the size of an input's first dimension, where the graph calls it."""
     if value.shape[0] != size:
         raise InputError(
             f"the batch size must be {size}, got {value.shape[0]}",
@@ -34,14 +34,14 @@ def batch_sizes(graph: fx.Graph) -> dict[str, int | torch.SymInt]:
 
 
 def fixed_sizes(graph: fx.Graph) -> dict[str, int]:
-    """The `batch_sizes` of a graph, if all of them are fixed; else nothing."""
+    """Return the `batch_sizes` of a graph, if all of them are fixed; else nothing."""
     sizes = batch_sizes(graph)
     fixed = {name: size for name, size in sizes.items() if isinstance(size, int)}
     return fixed if len(fixed) == len(sizes) else {}
 
 
 def check_sizes(graph: fx.Graph, sizes: Mapping[str, int]) -> None:
-    """Writes a check of each input into a graph, before anything is computed."""
+    """Write a check of each input into a graph, before anything is computed."""
     inputs = [node for node in graph.nodes if node.op == "placeholder"]
     for node in reversed(inputs):
         if node.name in sizes:

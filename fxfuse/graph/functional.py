@@ -42,13 +42,10 @@ _PERHAPS = (
 
 
 def functional(graph: fx.Graph) -> fx.Graph:
-    """A copy of an exported graph without writes into activations.
+    """Copy an exported graph without writes into activations; nodes have `meta["val"]`.
 
     A graph that resizes a tensor in place, or writes into another operand than the first, keeps all
     of its writes: what they leave behind is not followed.
-
-    Args:
-        graph: Nodes carry the fake tensor of their result in `meta["val"]`.
     """
     copier = _Copier(keeps_writes=any(map(_is_beyond, graph.nodes)))
     for node in graph.nodes:
@@ -73,7 +70,7 @@ class _Copier:
             self.views[_base(node)].append(node)
 
     def write(self, node: fx.Node) -> bool:
-        """Writes the functional form of an in-place operator; False where there is none."""
+        """Write the functional form of an in-place operator; False where there is none."""
         target, written = _functional(node), node.args[0]
         if target is None or not isinstance(written, fx.Node):
             return False
@@ -99,7 +96,7 @@ class _Copier:
         return True
 
     def written(self, node: fx.Node, written: fx.Node, target: Any) -> fx.Node:
-        """What an in-place operator leaves behind; nothing that it overwrites is read."""
+        """Return what an in-place operator leaves behind; nothing that it overwrites is read."""
         args, kwargs = fx.map_arg((node.args, node.kwargs), lambda n: self.now[n])
         if node.target in (aten.copy_.default, aten.fill_.Tensor):
             given: Any = node.args[1]
@@ -118,7 +115,7 @@ class _Copier:
         return self.call(target, args, kwargs, node)
 
     def sizes(self, node: fx.Node) -> list[int | fx.Node]:
-        """Sizes of a node's result; a node where they are symbolic."""
+        """Return the sizes of a node's result; a node where they are symbolic."""
         base = _base(node)
         whole = base.meta["val"].shape
         sizes: list[int | fx.Node] = []
@@ -135,7 +132,7 @@ class _Copier:
         return sizes
 
     def put_back(self, view: fx.Node, whole: fx.Node, part: fx.Node) -> fx.Node:
-        """The tensor that a view was taken of, with the view's place overwritten."""
+        """Return the tensor that a view was taken of, with the view's place overwritten."""
         args: Any = fx.map_arg(view.args, lambda n: self.now[n])
         like = _parent(view)
         if view.meta["val"].shape == like.meta["val"].shape and view.target is aten.slice.Tensor:
@@ -166,20 +163,20 @@ class _Copier:
         return self.call(aten.slice_scatter.default, (whole, row, dim, index, index + 1), {}, like)
 
     def call(self, target: Any, args: Any, kwargs: Any, like: fx.Node) -> fx.Node:
-        """A new node whose result looks like that of a node of the old graph."""
+        """Return a new node whose result looks like that of a node of the old graph."""
         made = self.graph.call_function(target, args, kwargs)
         made.meta = dict(like.meta)
         return made
 
 
 def is_write(node: fx.Node) -> bool:
-    """Whether an operator writes into one of its operands."""
+    """Tell whether an operator writes into one of its operands."""
     schema = schema_of(node.target)
     return schema is not None and schema.is_mutable
 
 
 def _is_beyond(node: fx.Node) -> bool:
-    """Whether a write changes the size of a tensor, or another operand than the first."""
+    """Tell whether a write changes the size of a tensor, or another operand than the first."""
     if not is_write(node):
         return False
     arguments = schema_of(node.target).arguments
@@ -207,7 +204,7 @@ def _is_view(node: fx.Node) -> bool:
 
 
 def _copies(node: fx.Node) -> bool:
-    """Whether an operator that returns a view where it can had to copy."""
+    """Tell whether an operator that returns a view where it can had to copy."""
     if node.target not in _PERHAPS:
         return False
     before, after = _parent(node).meta["val"], node.meta["val"]
@@ -247,7 +244,7 @@ def _is_reversible(view: fx.Node) -> bool:
 
 
 def _sizes(node: fx.Node) -> list[int]:
-    """Sizes of a node's result, -1 where they are symbolic."""
+    """Return the sizes of a node's result, -1 where they are symbolic."""
     return [s if isinstance(s, int) else -1 for s in node.meta["val"].shape]
 
 

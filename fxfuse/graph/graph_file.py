@@ -54,8 +54,6 @@ class StoredTensor:
     Attributes:
         kind: "parameter", "buffer", or "constant", which is a buffer outside the `state_dict()`.
         dtype: Its dtype, such as "float32".
-        shape: Its shape.
-        requires_grad: Whether it is trained.
         tied_to: The name under which the same tensor comes first, or "".
     """
 
@@ -84,10 +82,7 @@ class StoredGraph:
 def write_graph(module: fx.GraphModule, path: Path, constants: str = "") -> None:
     """Write the graph of a module, and what its tensors are.
 
-    Args:
-        module: An emitted module.
-        path: The file, `.json`.
-        constants: SHA-256 of the file that holds the constants.
+    `constants` is the SHA-256 of the file that holds the constants.
     """
     try:
         text = _write(_content(StoredGraph(module.graph, _describe_tensors(module), constants)))
@@ -106,10 +101,8 @@ def write_graph(module: fx.GraphModule, path: Path, constants: str = "") -> None
 def read_graph(path: Path, allow: Collection[str] = ()) -> StoredGraph:
     """Read a graph that `write_graph` wrote.
 
-    Args:
-        path: The file.
-        allow: Libraries beside torch's whose operators and output classes the graph may use; they
-            are registered in this process already.
+    `allow` names libraries beside torch's whose operators and output classes the graph may use;
+    they are registered in this process already.
     """
     try:
         with path.open("rb") as file:
@@ -146,7 +139,7 @@ def _describe_tensors(module: fx.GraphModule) -> dict[str, StoredTensor]:
 
 
 def _content(stored: StoredGraph) -> dict[str, Any]:
-    """All that a graph file holds but its checksum."""
+    """Return all that a graph file holds but its checksum."""
     names, inputs, outputs = signature_of(stored.graph)
     return {
         "fxfuse_graph": _VERSION,
@@ -321,7 +314,7 @@ def _is_identifier(name: str) -> bool:
 
 
 def _is_tensor_name(name: str) -> bool:
-    """Whether a tensor can be registered under a name, and hides nothing of a module."""
+    """Tell whether a tensor can be registered under a name, and hides nothing of a module."""
     first, *rest = name.split(".")
     plain = all(_PART.fullmatch(p) and not keyword.iskeyword(p) for p in (first, *rest))
     free = first not in _TAKEN and not any(hasattr(_MODULE, part) for part in rest)

@@ -94,13 +94,10 @@ _LAYERS: tuple[tuple[type[nn.Module], Callable[[Any], Sizes]], ...] = (
 
 
 def sizes_of_layer(layer: nn.Module) -> Sizes | None:
-    """What a layer's attributes have to be for the tensors that it holds.
+    """Return what a layer's attributes have to be for the tensors that it holds, by attribute.
 
-    Args:
-        layer: A module. Of a convolution, `groups` counts, which its tensors do not decide.
-
-    Returns:
-        Sizes by attribute; None where the module is none of torch's own layers.
+    None where the module is none of torch's own layers. Of a convolution, `groups` counts, which
+    its tensors do not decide.
     """
     for kind, sizes in _LAYERS:
         if isinstance(layer, kind):

@@ -16,7 +16,7 @@ from fxfuse.errors import (
 
 
 def state_of(model: nn.Module | ExportedProgram) -> Mapping[str, Any]:
-    """The tensors of a model by `state_dict()` name, not copied."""
+    """Return the tensors of a model by `state_dict()` name, not copied."""
     state: Mapping[str, Any]
     if isinstance(model, ExportedProgram):
         state = model.state_dict
@@ -26,7 +26,7 @@ def state_of(model: nn.Module | ExportedProgram) -> Mapping[str, Any]:
 
 
 def check_model(model: object) -> None:
-    """Checks that a model is of a kind that can be captured, with tensors that can be labelled."""
+    """Check that a model is of a kind that can be captured, with tensors that can be labelled."""
     if not isinstance(model, nn.Module | ExportedProgram):
         raise CaptureError(
             f"a {type(model).__name__} cannot be captured",
@@ -54,7 +54,7 @@ def check_model(model: object) -> None:
 
 
 def check_enough(members: Sequence[object], what: str) -> None:
-    """Checks that there are at least two members."""
+    """Check that there are at least two members."""
     if len(members) < 2:
         raise MemberError(
             f"{what} needs at least 2 members, got {len(members)}",
@@ -63,7 +63,7 @@ def check_enough(members: Sequence[object], what: str) -> None:
 
 
 def check_alike(members: Sequence[object]) -> None:
-    """Checks that members which are not captured yet agree in the dtypes and devices of tensors.
+    """Check that members which are not captured yet agree in the dtypes and devices of tensors.
 
     The same inputs are to run through all of them. Each must have passed `check_model`.
     """
@@ -90,7 +90,7 @@ def check_alike(members: Sequence[object]) -> None:
 
 
 def check_values(state: Mapping[str, torch.Tensor]) -> None:
-    """Checks that tensors have values."""
+    """Check that tensors have values."""
     for name, tensor in state.items():
         if tensor.is_meta:
             raise MemberError(
@@ -103,7 +103,7 @@ def check_values(state: Mapping[str, torch.Tensor]) -> None:
 
 
 def check_finite(number: int, state: Mapping[str, torch.Tensor]) -> None:
-    """Checks that the weights of a member are finite."""
+    """Check that the weights of a member are finite."""
     for name, tensor in state.items():
         weighs = tensor.is_floating_point() or tensor.is_complex()
         # A sum is finite only if every term is, and it is found without a copy.

@@ -26,7 +26,6 @@ class OperatorFacts:
     """What holds for an operator. An attribute that names an argument is "" where there is none.
 
     Attributes:
-        input: Name of the activation.
         training: Name of the argument that makes it behave as in training.
     """
 
@@ -39,9 +38,6 @@ class Contraction(OperatorFacts):
     """Multiplies an activation by a matrix.
 
     Attributes:
-        weight: Name of the matrix.
-        bias: Name of what is added.
-        groups: Name of the number of groups of channels.
         factors: Names of the factors of the product and of the bias.
         space: Number of dimensions that a kernel goes along; 0 for a matrix product.
         transposed: Whether the weight is [inputs, outputs, *kernel] instead of [outputs, inputs,
@@ -88,10 +84,6 @@ class Normalisation(OperatorFacts):
             dimensions ("last").
         weight: Name of the scale.
         bias: Name of the shift.
-        mean: Name of the running mean.
-        variance: Name of the running variance.
-        eps: Name of ε.
-        groups: Name of the number of groups of channels.
     """
 
     over: Literal["batch", "instance", "group", "last"]
@@ -157,13 +149,13 @@ def operators(kind: type[OperatorFacts], **facts: Any) -> tuple[Any, ...]:
 
 
 def batch_norm_of(node: Any) -> Normalisation | None:
-    """The facts of a batch norm; None for every other node."""
+    """Return the facts of a batch norm; None for every other node."""
     facts = FACTS.get(getattr(node, "target", None))
     return facts if isinstance(facts, Normalisation) and facts.over == "batch" else None
 
 
 def follows_mode(node: fx.Node) -> bool:
-    """Whether an operator behaves differently in training."""
+    """Tell whether an operator behaves differently in training."""
     facts = FACTS.get(node.target)
     if facts is None or not facts.training:
         return False
@@ -172,7 +164,7 @@ def follows_mode(node: fx.Node) -> bool:
 
 
 def training_of(node: fx.Node) -> Any:
-    """What an operator that behaves differently in training is told: a bool, or a node."""
+    """Return what an operator that behaves differently in training is told: a bool, or a node."""
     return argument(node, FACTS[node.target].training)
 
 
@@ -182,7 +174,7 @@ def set_training(node: fx.Node, training: Any) -> None:
 
 
 def in_training(node: fx.Node) -> bool:
-    """Whether an operator behaves as in training, or reads the mode when it runs."""
+    """Tell whether an operator behaves as in training, or reads the mode when it runs."""
     return follows_mode(node) and training_of(node) is not False
 
 

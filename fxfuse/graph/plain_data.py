@@ -48,7 +48,7 @@ class _Kind(NamedTuple):
 
 
 def _named(of: type) -> _Kind:
-    """Constants of torch, by their names."""
+    """Return the constants of torch, by their names."""
     known = {_short(value): value for value in vars(torch).values() if isinstance(value, of)}
     return _Kind(of, _short, known.__getitem__)
 
@@ -86,12 +86,7 @@ def to_data(value: Any) -> Any:
 
 
 def from_data(told: Any, nodes: Mapping[str, fx.Node]) -> Any:
-    """Read what `to_data` wrote.
-
-    Args:
-        told: Data within the limits.
-        nodes: Nodes that may be referred to, by name.
-    """
+    """Read what `to_data` wrote, within the limits; `nodes` may be referred to by name."""
     if isinstance(told, list):
         return [from_data(item, nodes) for item in told]
     if not isinstance(told, dict):
@@ -116,15 +111,7 @@ def to_structure(spec: pytree.TreeSpec) -> Any:
 
 
 def from_structure(told: Any, allow: Collection[str] | None) -> pytree.TreeSpec:
-    """Read what `to_structure` wrote.
-
-    Args:
-        told: Data within the limits.
-        allow: Libraries whose classes may be named; all, if None.
-
-    Raises:
-        NotPlainError: A class is not known, or not allowed.
-    """
+    """Read what `to_structure` wrote; `allow` names the libraries of classes, None: any."""
     if told == _LEAF:
         return pytree.treespec_leaf()
     name, context, items = told
@@ -146,11 +133,7 @@ def from_structure(told: Any, allow: Collection[str] | None) -> pytree.TreeSpec:
 
 
 def check_limits(content: Any) -> None:
-    """Check nesting and sizes of data before anything is made of it.
-
-    Raises:
-        NotPlainError: Something is too deep, too long or too large.
-    """
+    """Check nesting and sizes of data before anything is made of it."""
     level, count = [content], 0
     for _ in range(_LEVELS):
         count += len(level)

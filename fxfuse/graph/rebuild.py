@@ -37,7 +37,7 @@ _REGIONS: dict[Any, int] = {
 def rebuild(
     source: fx.GraphModule, state: Mapping[str, torch.Tensor], *, prune: bool = True
 ) -> fx.GraphModule:
-    """Copies an exported graph into a fresh graph module that holds `state`.
+    """Copy an exported graph into a fresh graph module that holds `state`.
 
     Args:
         source: What `ExportedProgram.module()` returns.

@@ -13,7 +13,7 @@ from fxfuse.graph.capture import Program
 from fxfuse.graph.eager import answers
 from fxfuse.graph.example import first_line
 from fxfuse.graph.source_lines import where_of
-from fxfuse.graph.tensors import is_constant
+from fxfuse.graph.tensors import is_constant, tensors_in
 from fxfuse.graph.torch_compat import pytree, schema_of
 
 #: Names of the arguments of operators that may be a number of channels, heads or groups.
@@ -39,7 +39,7 @@ _VIEWS = frozenset({"num_groups", "shape", "size", "sizes"})
 
 
 def check_same_network(members: Sequence[Program], *, any_width: bool = False) -> None:
-    """Checks that the members have one graph, the same tensors and the same constants.
+    """Check that the members have one graph, the same tensors and the same constants.
 
     Members that were traced have other sizes in their graphs, so they are compared by what they
     answer: the first member's module with another member's weights has to answer as that member.
@@ -55,7 +55,7 @@ def check_same_network(members: Sequence[Program], *, any_width: bool = False) -
 
 
 def check_same_as(first: Program, other: Program, number: int, *, any_width: bool = False) -> None:
-    """Checks that a member is the same network as the first one."""
+    """Check that a member is the same network as the first one."""
     programs = first.is_exported and other.is_exported
     same_sizes = _check_tensors(first, other, number, any_width=any_width and programs)
     if programs:
@@ -75,7 +75,7 @@ def _mismatch(what: str, number: int, where: str, why: str) -> MemberError:
 
 
 def _check_tensors(first: Program, other: Program, number: int, *, any_width: bool) -> bool:
-    """Whether all tensors have the same shape."""
+    """Tell whether all tensors have the same shape."""
     same_sizes = True
     for name in [*first.names, *(n for n in other.names if n not in first.canonical)]:
         if (name in other.canonical) != (name in first.canonical):
@@ -107,10 +107,7 @@ def _check_answers(first: Program, other: Program, number: int) -> None:
         found = answers(first.source, other.once(other.state()), args, kwargs)
         # Leaves, since outputs may be of a type that only pytree knows.
         torch.testing.assert_close(
-            *(
-                [x for x in pytree.tree_leaves(y) if isinstance(x, torch.Tensor)]
-                for y in (found, expected)
-            ),
+            *(tensors_in(y) for y in (found, expected)),
             equal_nan=True,
         )
     except Exception as error:
@@ -125,7 +122,7 @@ def _check_answers(first: Program, other: Program, number: int) -> None:
 def check_constant(
     name: str, value: torch.Tensor, other: torch.Tensor, number: int, *, stored: bool
 ) -> None:
-    """Checks that a constant which the graph reads is the same in a member as in member 0."""
+    """Check that a constant which the graph reads is the same in a member as in member 0."""
     if value.dtype == other.dtype and torch.equal(value, other):
         return
     why = f"a constant ({value.dtype}) that the graph reads has another value"
@@ -164,7 +161,7 @@ def _is_constant(program: Program, target: str) -> bool:
 def _signature(
     node: fx.Node, position: Mapping[fx.Node, int], free: frozenset[str]
 ) -> tuple[Any, ...]:
-    """What a node does to which nodes; sizes in arguments of these names do not count."""
+    """Return what a node does to which nodes; sizes in arguments of these names do not count."""
 
     def plain(value: Any) -> Any:
         return fx.map_arg(value, lambda n: ("node", position[n]))

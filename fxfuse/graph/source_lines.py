@@ -16,7 +16,7 @@ _FRAME = re.compile(r'File "(?P<file>[^"]+)", line (?P<line>\d+)')
 
 
 def source_of(node: fx.Node) -> str:
-    """Innermost frame of the user's code that made this node, as `file:line  code`.
+    """Return the innermost frame of the user's code that made this node, as `file:line  code`.
 
     The file is named as seen from where Python imports it (`package/file.py`), so that the text is
     short and the same on every machine. Frames inside torch itself are passed over; empty when the
@@ -31,7 +31,7 @@ def source_of(node: fx.Node) -> str:
 
 
 def at_line(name: str, source: str) -> str:
-    """A name, and the file and line of what `source_of` returned, without the code."""
+    """Return a name, and the file and line of what `source_of` returned, without the code."""
     line = source.partition("  ")[0]
     return f"{name} ({line})" if line else name
 

@@ -83,7 +83,7 @@ _SOME = 3
 
 
 def hint(size: Any) -> Any:
-    """The number behind a symbolic number; anything else unchanged."""
+    """Return the number behind a symbolic number; anything else unchanged."""
     if isinstance(size, torch.SymInt):
         return optimization_hint(size, fallback=_SOME)
     if isinstance(size, torch.SymFloat | torch.SymBool):
@@ -94,7 +94,7 @@ def hint(size: Any) -> Any:
 
 
 def schema_of(target: Any) -> Any:
-    """The schema of an operator: its name, arguments and results; None for other functions.
+    """Return the schema of an operator: its name, arguments and results; None for other functions.
 
     Every pass over ATen graphs in torch reads this attribute. Replaced by: a public accessor of
     `torch.ops` operators.
@@ -103,18 +103,15 @@ def schema_of(target: Any) -> Any:
 
 
 def argument_names(target: Any) -> list[str]:
-    """Names of an operator's arguments, in the order of its schema."""
+    """Return the names of an operator's arguments, in the order of its schema."""
     return [argument.name for argument in target._schema.arguments]
 
 
 def overloads_of(target: Any) -> Sequence[Any]:
-    """What stands in a graph for an operator that a user names.
+    """Return what stands in a graph for an operator that a user names.
 
     The classes of operators, and the way from a `torch.library.custom_op` to its operator, are
     private. Replaced by: public classes, and `CustomOpDef.default`.
-
-    Args:
-        target: An operator, a packet of its overloads, or what `torch.library.custom_op` returned.
     """
     if isinstance(target, torch.library.CustomOpDef):  # type: ignore[attr-defined]
         return [target._opoverload]
@@ -124,12 +121,12 @@ def overloads_of(target: Any) -> Sequence[Any]:
 
 
 def is_operator(target: Any) -> bool:
-    """Whether this is one overload of an operator, `torch.ops.aten.add.Tensor`."""
+    """Tell whether this is one overload of an operator, `torch.ops.aten.add.Tensor`."""
     return isinstance(target, torch._ops.OpOverload)
 
 
 def registered_operators() -> Sequence[str]:
-    """Names of all operators of the dispatcher, such as "aten::add.Tensor".
+    """Return the names of all operators of the dispatcher, such as "aten::add.Tensor".
 
     TorchScript has more, `aten::save` among them, which writes files: attributes of `torch.ops`
     lead to these, too. Replaced by: a public list.
@@ -139,12 +136,12 @@ def registered_operators() -> Sequence[str]:
 
 
 def is_region(target: Any) -> bool:
-    """Whether this is an operator whose body is a graph of its own, such as `torch.cond`."""
+    """Tell whether this is an operator whose body is a graph of its own, such as `torch.cond`."""
     return isinstance(target, torch._ops.HigherOrderOperator)
 
 
 def copy_signature(source: fx.Graph, target: fx.Graph) -> None:
-    """Lets a graph take and return what another one does: names, nested inputs and outputs.
+    """Let a graph take and return what another one does: names, nested inputs and outputs.
 
     `Graph.set_codegen` is public; there is no public way to read what it sets. Replaced by: one.
     """
@@ -158,7 +155,7 @@ def output_spec(graph: fx.Graph) -> Any:
 
 
 def signature_of(graph: fx.Graph) -> tuple[list[str], Any, Any]:
-    """Names of the inputs of a captured graph, and the structures of inputs and outputs.
+    """Return the names of the inputs of a captured graph, and the structures of inputs and outputs.
 
     `Graph.set_codegen` is public; what it sets, and how it is read, is not. Replaced by: a class of
     signatures.
@@ -168,7 +165,7 @@ def signature_of(graph: fx.Graph) -> tuple[list[str], Any, Any]:
 
 
 def set_signature(graph: fx.Graph, names: list[str], inputs: Any, outputs: Any) -> None:
-    """Sets what `signature_of` returns."""
+    """Set what `signature_of` returns."""
     graph.set_codegen(_PyTreeCodeGen(_PyTreeInfo(names, inputs, outputs)))
 
 
@@ -180,14 +177,10 @@ def copy_inputs(source: fx.Graph, target: fx.Graph, spec: Any) -> None:
 
 
 def flatten_inputs(graph: fx.Graph, values: Sequence[Any]) -> Sequence[Any]:
-    """The inputs of a graph's placeholders, as the module's generated code flattens them.
+    """Flatten the inputs of a graph's placeholders as the module's generated code does.
 
     `Graph.process_inputs` is public, and ignores the order of keys in dictionaries. Replaced by:
     its keyword arguments.
-
-    Args:
-        graph: A captured graph.
-        values: What its module is called with, in the order of the signature.
     """
     # Here, where it is needed: it is private beside the other one, and needed once.
     from torch.fx._pytree import tree_flatten_spec
@@ -207,7 +200,7 @@ def original_module(module: nn.Module) -> nn.Module:
 
 
 def copy_origin(source: fx.Node, target: fx.Node) -> None:
-    """Notes on an input where it came from: AOTAutograd looks for it below a Dynamo backend.
+    """Note on an input where it came from: AOTAutograd looks for it below a Dynamo backend.
 
     Replaced by: an entry of `node.meta`.
     """
@@ -221,20 +214,20 @@ def copy_origin(source: fx.Node, target: fx.Node) -> None:
 
 
 def inductor_modes() -> Mapping[str, Mapping[str, Any]]:
-    """Options of inductor by the `mode` of torch.compile that sets them."""
+    """Return the options of inductor by the `mode` of torch.compile that sets them."""
     modes: Mapping[str, Mapping[str, Any]] = torch._inductor.list_mode_options()
     return modes
 
 
 def inductor_settings() -> Sequence[str]:
-    """Names of inductor's options."""
+    """Return the names of inductor's options."""
     return torch._inductor.list_options()
 
 
 def compile_with_inductor(
     module: fx.GraphModule, inputs: Sequence[Any], options: Mapping[str, Any]
 ) -> Callable[..., Any]:
-    """Compiles a graph below Dynamo, as `torch.compile` would with these options."""
+    """Compile a graph below Dynamo, as `torch.compile` would with these options."""
     from torch._inductor.compile_fx import compile_fx
 
     compiled: Any = compile_fx(module, list(inputs), config_patches=dict(options))
@@ -256,20 +249,20 @@ def freezing() -> AbstractContextManager[Any]:
 def write_package(
     program: torch.export.ExportedProgram, path: str, options: Mapping[str, Any]
 ) -> None:
-    """Compiles an exported program ahead of time into a file, `.pt2`."""
+    """Compile an exported program ahead of time into a file, `.pt2`."""
     torch._inductor.aoti_compile_and_package(
         program, package_path=path, inductor_configs=dict(options)
     )
 
 
 def load_package(path: str) -> Callable[..., Any]:
-    """Loads what `write_package` wrote."""
+    """Load what `write_package` wrote."""
     loaded: Callable[..., Any] = torch._inductor.aoti_load_package(path)
     return loaded
 
 
 def lookup_backend(name: str) -> Callable[..., Any]:
-    """A backend of `torch.compile` by its name, to be called by another one.
+    """Return a backend of `torch.compile` by its name, to be called by another one.
 
     `torch.compiler.list_backends` is public, and lists names only. Replaced by: a public lookup.
     """

@@ -31,15 +31,9 @@ NESTING_KEYS = ("state_dict", "model")
 
 
 def read_file(path: str | Path, *, mmap: bool = False) -> Any:
-    """Reads the tensors of a file, in whatever plain containers they are stored.
+    """Read the tensors of a file onto the CPU, in whatever plain containers they are stored.
 
-    Args:
-        path: A `.safetensors` file, or one written by `torch.save`.
-        mmap: Whether tensors of the latter stay in it until they are used, where its format allows
-            that.
-
-    Returns:
-        A tensor, or containers of tensors and plain values. All tensors are on the CPU.
+    `mmap`: tensors of a `.pt` file stay in it until they are used, where its format allows that.
     """
     path = Path(path)
     check_openable(path)
@@ -56,15 +50,9 @@ def read_file(path: str | Path, *, mmap: bool = False) -> Any:
 
 
 def read_state_dict(path: str | Path, *, mmap: bool = False) -> dict[str, torch.Tensor]:
-    """Reads a state_dict, also one that is nested under `state_dict` or `model`.
+    """Read a state_dict onto the CPU, also one that is nested under `state_dict` or `model`.
 
-    Args:
-        path: The checkpoint.
-        mmap: Whether tensors of a `.pt` file stay in it until they are used, where its format
-            allows that.
-
-    Returns:
-        Tensors by name, on the CPU.
+    `mmap` as in `read_file`.
     """
     content = read_file(path, mmap=mmap)
     for key in NESTING_KEYS:
@@ -79,12 +67,12 @@ def read_state_dict(path: str | Path, *, mmap: bool = False) -> dict[str, torch.
 
 
 def load_checkpoint(model: nn.Module, path: str | Path) -> None:
-    """Loads a checkpoint into a model, strictly, and keeps the checkpoint's dtype."""
+    """Load a checkpoint into a model, strictly, and keep the checkpoint's dtype."""
     load_tensors(model, read_state_dict(path), path)
 
 
 def load_tensors(model: nn.Module, state: dict[str, torch.Tensor], path: str | Path) -> None:
-    """Loads the tensors of a checkpoint into a model, strictly, and keeps their dtype."""
+    """Load the tensors of a checkpoint into a model, strictly, and keep their dtype."""
     own = model.state_dict(keep_vars=True)
     restore_tied(state, own)
     check_fit(state, own, path)
@@ -93,7 +81,7 @@ def load_tensors(model: nn.Module, state: dict[str, torch.Tensor], path: str | P
 
 
 def write_state_dict(path: str | Path, state: Mapping[str, torch.Tensor]) -> None:
-    """Writes a state_dict as `.safetensors`, every name with its own copy of a tied tensor."""
+    """Write a state_dict as `.safetensors`, every name with its own copy of a tied tensor."""
     tensors = {name: value.detach().cpu().contiguous() for name, value in state.items()}
     seen: set[int] = set()
     for name, value in tensors.items():
@@ -121,7 +109,7 @@ def _as_os_error(error: SafetensorError, path: Path) -> Exception:
 
 
 def check_openable(path: Path) -> None:
-    """Checks that a checkpoint can be opened."""
+    """Check that a checkpoint can be opened."""
     try:
         with path.open("rb"):
             return
@@ -130,7 +118,7 @@ def check_openable(path: Path) -> None:
 
 
 def missing(path: Path, error: OSError) -> CheckpointError:
-    """The error for a checkpoint that cannot be opened."""
+    """Return the error for a checkpoint that cannot be opened."""
     return CheckpointError(
         f"cannot open the checkpoint {path.name}",
         where=str(path),
@@ -170,7 +158,7 @@ def _read_torch(path: Path, *, mmap: bool) -> Any:
 
 
 def _check_sums(path: Path) -> None:
-    """Checks the checksums that the zip format of torch holds, and its reader does not look at."""
+    """Check the checksums that the zip format of torch holds, and its reader does not look at."""
     if zipfile.is_zipfile(path):
         with zipfile.ZipFile(path) as archive:
             damaged = archive.testzip()
@@ -202,7 +190,7 @@ _PLAIN_GLOBALS = ("collections OrderedDict", "torch._utils _rebuild", "torch ")
 
 
 def restore_tied(state: dict[str, torch.Tensor], own: Mapping[str, torch.Tensor]) -> None:
-    """Fills in names of tied parameters, which writers of safetensors leave out."""
+    """Fill in names of tied parameters, which writers of safetensors leave out."""
     stored = {id(own[name]): value for name, value in state.items() if name in own}
     for name, tensor in own.items():
         if name not in state and id(tensor) in stored:
@@ -218,7 +206,7 @@ class Shaped(Protocol):
 
 
 def check_fit(state: Mapping[str, Shaped], own: Mapping[str, Shaped], path: str | Path) -> None:
-    """Checks that a checkpoint has the names and shapes of a model."""
+    """Check that a checkpoint has the names and shapes of a model."""
     missing = [name for name in own if name not in state]
     unknown = [name for name in state if name not in own]
     shapes = [
@@ -250,7 +238,7 @@ def _match_dtype(
     own: Mapping[str, torch.Tensor],
     path: str | Path,
 ) -> None:
-    """Gives the model the checkpoint's dtype: loading would cast without a word."""
+    """Give the model the checkpoint's dtype: loading would cast without a word."""
     differing = [name for name in own if state[name].dtype != own[name].dtype]
     kinds = {state[name].dtype for name in own if state[name].is_floating_point()}
     if not differing:
@@ -276,7 +264,7 @@ def _describe(value: object) -> str:
 
 
 def corrupt(path: Path, why: str) -> CheckpointError:
-    """The error for a checkpoint that cannot be read."""
+    """Return the error for a checkpoint that cannot be read."""
     return CheckpointError(
         f"the checkpoint {path.name} is damaged",
         where=str(path),

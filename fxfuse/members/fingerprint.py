@@ -22,19 +22,17 @@ _DIGITS = 32
 
 
 def fingerprint(state: Mapping[str, torch.Tensor]) -> dict[str, str]:
-    """A hash of each tensor of a network.
+    """Hash each tensor of a network into 32 hexadecimal digits.
 
     SHA-256 over name, shape, dtype and at most 4,096 evenly spaced elements: another network and
-    further training are told apart from this one, a change of single elements may not be.
-
-    Returns:
-        32 hexadecimal digits for each name. They do not depend on the device or on strides.
+    further training are told apart from this one, a change of single elements may not be. Device
+    and strides do not count.
     """
     return {name: _hash(name, tensor.detach()) for name, tensor in state.items()}
 
 
 def fingerprints(states: Sequence[Mapping[str, torch.Tensor]]) -> tuple[dict[str, str], ...]:
-    """The fingerprint of each member, taken where the member is."""
+    """Return the fingerprint of each member, taken where the member is."""
     return tuple(found for _, found in of_each(states, lambda _, state: fingerprint(state)))
 
 
@@ -58,11 +56,7 @@ def _hash(name: str, tensor: torch.Tensor) -> str:
 
 
 def digest_of(content: Any) -> str:
-    """SHA-256 of plain data, which does not depend on how its JSON text is set.
-
-    Returns:
-        64 hexadecimal digits.
-    """
+    """Return the SHA-256 of plain data, 64 hexadecimal digits, however its JSON text is set."""
     text = json.dumps(content, sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(text.encode()).hexdigest()
 
@@ -70,7 +64,7 @@ def digest_of(content: Any) -> str:
 def check_members(
     known: Sequence[Fingerprint], states: Sequence[Mapping[str, torch.Tensor]]
 ) -> None:
-    """Checks that networks are those that a plan was made for, in the same order."""
+    """Check that networks are those that a plan was made for, in the same order."""
     for number, (ours, theirs) in enumerate(zip(known, fingerprints(states), strict=True)):
         if ours == theirs:
             continue

@@ -65,5 +65,5 @@ class Members:
 
     @staticmethod
     def of(given: Any) -> Members:
-        """What a caller gave as members: a sequence of networks or paths, or a `Members`."""
+        """Return what a caller gave as members: a sequence of networks or paths, or a `Members`."""
         return given if isinstance(given, Members) else Members(given)

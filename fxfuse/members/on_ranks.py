@@ -27,19 +27,11 @@ def members_on_ranks(
     template: nn.Module | None,
     example: Example,
 ) -> tuple[Program, RankedStates]:
-    """Member 0, captured on every rank, and the tensors of all members.
+    """Return member 0, captured on every rank, and the tensors of all members.
 
-    Args:
-        ranks: The processes; each calls with its own members.
-        members: Of this rank: modules, or paths of checkpoints. There may be none.
-        template: A module of the members' class, for paths and for a rank without members.
-        example: Example inputs; those of the rank that has member 0 count.
-
-    Raises:
-        OptionError: A rank has neither a module nor a template, or a member is neither a module
-            nor a path.
-        MemberError: The ranks' networks differ.
-        FxfuseError: What reading, capturing and comparing members raises, on all ranks.
+    Each process calls with its own `members`, modules or paths of checkpoints, of which there may
+    be none. `template` is a module of their class, for paths and for a rank without members. The
+    example inputs of the rank that has member 0 count. What one rank raises is raised on all.
     """
     owners = [r for r, n in enumerate(ranks.all(lambda: len(members))) for _ in range(n)]
     numbers = [number for number, owner in enumerate(owners) if owner == ranks.rank]
@@ -86,7 +78,7 @@ def members_on_ranks(
 
 
 def _stand_in(template: nn.Module, tensors: dict[str, torch.Tensor]) -> nn.Module:
-    """Member 0, as a copy of a module of this rank."""
+    """Return member 0, as a copy of a module of this rank."""
     try:
         return with_tensors(template, tensors, "member 0")
     except CheckpointError as error:
@@ -132,7 +124,7 @@ def _state(member: Any, number: int, first: Program, dynamic_shapes: Any) -> Sta
 
 
 def _told(program: Program) -> dict[str, str]:
-    """What must be the same of member 0 on all ranks: operators, tensors, constants."""
+    """Return what must be the same of member 0 on all ranks: operators, tensors, constants."""
     nodes = {f"node {i}": f"{n.op} {n.target}" for i, n in enumerate(program.graph.nodes)}
     return {**nodes, **fingerprint(dict(named_tensors(program.module)))}
 

@@ -78,13 +78,10 @@ class Ranks:
         return [value for _, value in everyone]
 
     def sent(self, owner: int, value: Any, device: torch.device) -> Any:
-        """What another rank has, here; its tensors arrive one after the other.
+        """Return what another rank has; its tensors arrive one after the other on `device`.
 
-        Args:
-            owner: The rank that has it.
-            value: There, nested containers with tensors; elsewhere, the same with tensors on the
-                meta device.
-            device: Where tensors arrive.
+        Elsewhere than on its owner, `value` is the same nested containers with tensors on the meta
+        device.
         """
 
         def moved(tensor: torch.Tensor) -> torch.Tensor:
@@ -102,7 +99,7 @@ class Ranks:
         return pytree.tree_map_only(torch.Tensor, moved, value)
 
     def from_rank(self, owner: int, work: Callable[[], T], device: torch.device) -> T:
-        """What a piece of work returns on one rank, on every rank."""
+        """Return what a piece of work returns on one rank, on every rank."""
         made: list[Any] = []
 
         def described() -> Any:
@@ -152,7 +149,7 @@ class RankedStates(Sequence[State]):
     def __getitem__(self, index: slice) -> Sequence[State]: ...
 
     def __getitem__(self, index: int | slice) -> State | Sequence[State]:
-        """Member 0's tensors."""
+        """Return member 0's tensors."""
         if index == 0:
             return self._first
         if isinstance(index, int) and index >= len(self):
@@ -183,7 +180,7 @@ class RankedStates(Sequence[State]):
             yield member, self._ranks.sent(owner, value, self._device)
 
     def mapped(self, function: Callable[[State], State]) -> RankedStates:
-        """The members with other tensors, each changed on its own rank."""
+        """Return the members with other tensors, each changed on its own rank."""
         own = {member: function(state) for member, state in self._own.items()}
         return RankedStates(self._ranks, self._owners, function(self._first), own, self._device)
 
@@ -193,7 +190,7 @@ def of_each(
     work: Callable[[int, State], T],
     members: Iterable[int] | None = None,
 ) -> Iterator[tuple[int, T]]:
-    """What a piece of work returns for each member, done where the member is.
+    """Yield what a piece of work returns for each member, done where the member is.
 
     Args:
         states: For each member, its tensors by name.
@@ -213,14 +210,14 @@ def of_each(
 
 
 def mapped(states: Sequence[State], function: Callable[[State], State]) -> Sequence[State]:
-    """The members with other tensors, each changed where it is."""
+    """Return the members with other tensors, each changed where it is."""
     if isinstance(states, RankedStates):
         return states.mapped(function)
     return [function(state) for state in states]
 
 
 def outline(value: Any) -> Any:
-    """Nested containers with tensors that have no content."""
+    """Return nested containers with tensors that have no content."""
     return pytree.tree_map_only(torch.Tensor, lambda t: t.detach().to("meta"), value)
 
 

@@ -48,7 +48,7 @@ class StreamedState(Mapping[str, torch.Tensor]):
         self._like = like
 
     def __getitem__(self, name: str) -> torch.Tensor:
-        """Reads a tensor."""
+        """Read a tensor."""
         tensor, own = self._stored.read(self._names[name]), self._like.tensor(name)
         if tensor.dtype != own.dtype:
             raise CheckpointError(
@@ -60,7 +60,7 @@ class StreamedState(Mapping[str, torch.Tensor]):
         return tensor.to(own.device)
 
     def __contains__(self, name: object) -> bool:
-        """Whether there is such a tensor; it is not read."""
+        """Tell whether there is such a tensor; it is not read."""
         return name in self._names
 
     def __iter__(self) -> Iterator[str]:
@@ -92,7 +92,7 @@ class Stored:
             self._held = read_state_dict(self.path, mmap=True)
 
     def shapes(self) -> dict[str, torch.Tensor]:
-        """For each tensor one without content, of its shape."""
+        """Return for each tensor one without content, of its shape."""
         if self._held:
             return {name: t.to("meta") for name, t in self._held.items()}
         return {
@@ -105,14 +105,14 @@ class Stored:
         return floating_dtype(self.read(name) for name in self.shapes())
 
     def read(self, name: str) -> torch.Tensor:
-        """A tensor, on the CPU."""
+        """Return a tensor, on the CPU."""
         if self._held:
             return self._held[name]
         return self._files[name].read(name)
 
 
 def first_member(template: nn.Module, path: str | Path) -> nn.Module:
-    """A copy of a template with the weights of a checkpoint."""
+    """Return a copy of a template with the weights of a checkpoint."""
     stored = Stored(path)
     return with_tensors(template, {name: stored.read(name) for name in stored.shapes()}, path)
 
@@ -138,7 +138,7 @@ def streamed_states(
 
 
 def streamed_state(path: str | Path, number: int, first: Program) -> StreamedState:
-    """The tensors of a member other than the first, from its file."""
+    """Return the tensors of a member other than the first, from its file."""
     own = {name: first.tensor(name) for name in first.names}
     read = {str(node.target) for node in first.graph.nodes if node.op == "get_attr"}
     stored = Stored(path)
@@ -157,7 +157,7 @@ def streamed_state(path: str | Path, number: int, first: Program) -> StreamedSta
 def split_paths(
     members: Sequence[Network | str | Path], template: nn.Module | None
 ) -> tuple[list[str | Path], list[Network]]:
-    """The members that are files, or those that are networks: one of the two is empty."""
+    """Return the members that are files, or those that are networks: one of the two is empty."""
     files = [member for member in members if isinstance(member, str | Path)]
     networks = [member for member in members if not isinstance(member, str | Path)]
     if files and networks:
@@ -180,14 +180,14 @@ def split_paths(
 
 
 def _stored_names(known: set[str], first: Program) -> dict[str, str]:
-    """Under which name each tensor is stored; a tied one may be there under another."""
+    """Return under which name each tensor is stored; a tied one may be there under another."""
     # Of several, the one that loading a module would write last.
     last = {first.canonical[name]: name for name in first.names if name in known}
     return {name: last[first.canonical[name]] for name in first.names}
 
 
 def _shards(index: Path) -> dict[str, TensorFile]:
-    """The files of a sharded checkpoint, by tensor."""
+    """Return the files of a sharded checkpoint, by tensor."""
     try:
         content = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
         files = {str(name): str(file) for name, file in content.items()}
@@ -209,7 +209,7 @@ def _shards(index: Path) -> dict[str, TensorFile]:
 
 
 def _materialise(module: nn.Module) -> None:
-    """Gives tensors on the meta device memory; those that are tied stay so."""
+    """Give tensors on the meta device memory; those that are tied stay so."""
     made: dict[int, torch.Tensor] = {}
 
     def real(tensor: torch.Tensor) -> torch.Tensor:
@@ -228,7 +228,7 @@ def _materialise(module: nn.Module) -> None:
 
 
 def _check_buffers(module: nn.Module) -> None:
-    """Checks that whatever no checkpoint holds has values."""
+    """Check that whatever no checkpoint holds has values."""
     stored = module.state_dict().keys()
     for name, buffer in module.named_buffers(remove_duplicate=False):
         if buffer.is_meta and name not in stored:

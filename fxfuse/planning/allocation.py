@@ -16,20 +16,11 @@ from fxfuse.planning.size import Sizes, units_at
 def spread(
     graph: CouplingGraph, states: Sequence[State], score: str, context: Context, multiple_of: int
 ) -> Callable[[Sizes], Sizes]:
-    """From sizes at which every group is equally wide to those of a global budget.
+    """Make the function from sizes of equally wide groups to those of a global budget.
 
     A unit's score counts relative to the mean over all members' units of its group. Of all groups
-    together the best units are kept, as many as before, and of each group the best one.
-
-    Args:
-        graph: The analysis of the members.
-        states: For each member, its tensors by name.
-        score: Name of the score.
-        context: What it is measured on.
-        multiple_of: Channels are rounded to multiples of this, after the units are counted.
-
-    Raises:
-        InputError: The score needs calibration inputs, or labels, and there are none.
+    together the best units are kept, as many as before, and of each group the best one. Channels
+    are rounded to multiples of `multiple_of` after the units are counted.
     """
     alive = {
         member: {g.name: np.arange(g.n_units) for g in graph.of_member(member).groups}
@@ -54,11 +45,9 @@ def spread(
 
 
 def best_of_all(values: Mapping[str, NDArray[np.float64]], count: int) -> Sizes:
-    """How many units of each group are among the best of all groups.
+    """Count the units of each group, at least one, among the `count` best of all groups.
 
-    Args:
-        values: For each group, the scores of all its units, float64 [n], not negative.
-        count: How many are kept in all; at least one for each group.
+    Scores are not negative, float64 [n] for each group.
     """
     relative = {name: each / (each.mean() or 1.0) for name, each in values.items()}
     # The best of each group stays, whatever the others have.

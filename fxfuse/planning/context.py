@@ -42,5 +42,5 @@ class Context:
     gradients: Sequence[Gradients] | None = field(default=None, repr=False)
 
     def size_of(self, group: CouplingGroup) -> int:
-        """How many units a fused group is to have."""
+        """Return how many units a fused group is to have."""
         return group.n_units if self.sizes is None else self.sizes[group.name]

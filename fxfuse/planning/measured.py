@@ -20,16 +20,10 @@ Matrix = NDArray[np.float64]
 def require_activations(
     graph: CouplingGraph, states: Sequence[State], context: Context, user: str
 ) -> dict[str, list[torch.Tensor]]:
-    """What the units of every group answer to the calibration inputs.
+    """Return what the units of every group answer to the calibration inputs, [rows, n_units].
 
-    Args:
-        graph: The analysis of the members.
-        states: For each member, its tensors by name.
-        context: Where the activations stand, or the inputs to measure them on.
-        user: What needs them, for messages: "method 'zip'".
-
-    Returns:
-        For each group, for each member, [rows, n_units], as given: `matrix_of` one at a time.
+    They stand in the context, or are measured on its inputs; `user` is what needs them, for
+    messages.
     """
     n_members, given = len(states), context.activations
     if given is None and context.calibration is not None:
@@ -67,14 +61,14 @@ def require_activations(
 
 
 def matrix_of(tensor: torch.Tensor) -> Matrix:
-    """A real tensor in float64, on the CPU."""
+    """Return a real tensor in float64, on the CPU."""
     return tensor.detach().to("cpu", torch.float64).numpy()
 
 
 def require_gradients(
     graph: CouplingGraph, states: Sequence[State], context: Context, user: str
 ) -> Sequence[Gradients]:
-    """The members' gradients."""
+    """Return the members' gradients."""
     if graph.program.heads:
         raise OptionError(
             f"{user} does not work with several heads",

@@ -64,7 +64,7 @@ class UnitMap:
     kept: str = ""
 
     def entries(self) -> MapEntries:
-        """All entries."""
+        """Return all entries."""
         return MapEntries(self.target, self.member, self.unit, self.weight, self.read)
 
     def units(self) -> Index:
@@ -72,22 +72,22 @@ class UnitMap:
         return np.unique(np.stack([self.member, self.unit], axis=1), axis=0)
 
     def counts(self, n_members: int) -> tuple[int, ...]:
-        """How many units of each member have a part; one in several fused units is one."""
+        """Return how many units of each member have a part; one in several fused units is one."""
         return tuple(np.bincount(self.units()[:, 0], minlength=n_members).tolist())
 
     def of_member(self, member: int) -> tuple[Index, Index]:
-        """Fused units and units of one member, both int64 [k_member]."""
+        """Return the fused units and units of one member, both int64 [k_member]."""
         chosen = self.member == member
         return self.target[chosen], self.unit[chosen]
 
     def weights_of(self, member: int) -> tuple[Weights, Weights]:
-        """Entries of M and of U in the order of `of_member`, both float64 [k_member]."""
+        """Return the entries of M and of U in the order of `of_member`, both float64 [k_member]."""
         chosen = self.member == member
         merge, unmerge = (np.broadcast_to(w, chosen.shape) for w in (self.weight, self.read))
         return merge[chosen].astype(np.float64), unmerge[chosen].astype(np.float64)
 
     def encoded(self) -> dict[str, Any]:
-        """The map as JSON can hold it."""
+        """Return the map as JSON can hold it."""
         named = {"group": self.group, "n_units": self.n_units, "kept": self.kept}
         if not self.kept:
             del named["kept"]
@@ -95,7 +95,7 @@ class UnitMap:
 
     @staticmethod
     def decoded(value: Mapping[str, Any], where: str) -> UnitMap:
-        """What `encoded` returned."""
+        """Read what `encoded` returned."""
         entries = dict(value)
         for name in ("group", "n_units"):
             if name not in entries:
@@ -138,7 +138,7 @@ class Mixing:
     notes: tuple[MixingNote, ...] = ()
 
     def in_words(self) -> list[str]:
-        """How they run, and where they stand; empty where there are none."""
+        """Return how they run, and where they stand; empty where there are none."""
         if not self.notes:
             return []
         how = "one by one" if self.mode == "per_member" else "jointly, inexact"
@@ -181,7 +181,7 @@ class FusionPlan(Readable):
         return self.constraints.base_member
 
     def names_of(self, kind: str) -> tuple[str, ...]:
-        """The tensors with a role of this kind (`RoleKind`)."""
+        """Return the tensors with a role of this kind (`RoleKind`)."""
         return tuple(name for name, role in self.roles.items() if role.kind == kind)
 
     @property
@@ -195,7 +195,7 @@ class FusionPlan(Readable):
         return {m.group: m.kept for m in self.maps if m.kept}
 
     def map_of(self, group: str) -> UnitMap:
-        """The map of a group.
+        """Return the map of a group.
 
         Raises:
             PlanError: The plan has no such group.
@@ -210,11 +210,11 @@ class FusionPlan(Readable):
         )
 
     def sizes(self) -> dict[str, int]:
-        """Units of each fused group, by its name."""
+        """Return the units of each fused group, by its name."""
         return {m.group: m.n_units for m in self.maps}
 
     def made_for(self, tensors: Sequence[Fingerprint], plan: str = "") -> FusionPlan:
-        """The same plan, which knows its members.
+        """Return the same plan, which knows its members.
 
         Args:
             tensors: The fingerprint of each member.
@@ -226,7 +226,7 @@ class FusionPlan(Readable):
         )
 
     def inexact(self) -> list[str]:
-        """Why the concatenation is not exactly the mean of the members; empty when it is."""
+        """Return why the concatenation is not exactly the mean of the members; empty when it is."""
         if self.mixing.mode == "per_member":
             return []
         found = [f"{n.why} ({n.node})" for n in self.mixing.notes]
@@ -240,7 +240,7 @@ class FusionPlan(Readable):
         return digest_of(self._content())
 
     def to_json(self) -> str:
-        """The plan as JSON text, with its digest."""
+        """Return the plan as JSON text, with its digest."""
         content = self._content()
         return json.dumps({**content, "digest": digest_of(content)}, indent=1)
 
@@ -249,7 +249,7 @@ class FusionPlan(Readable):
 
     @staticmethod
     def from_json(text: str) -> FusionPlan:
-        """Reads a plan back.
+        """Read a plan back.
 
         Raises:
             PlanError: The text is no plan of this version's schema, or it was edited; says where
@@ -272,7 +272,7 @@ class FusionPlan(Readable):
         return plan
 
     def described(self) -> Description:
-        """What becomes of the members, in a few rows; `summary` says all."""
+        """Return what becomes of the members, in a few rows; `summary` says all."""
         named = ", ".join(f"{key} {value}" for key, value in self.options.items())
         title = f"Fusion plan: {counted(self.n_members, 'member')} by {self.method}"
         absent = [
@@ -309,7 +309,7 @@ class FusionPlan(Readable):
         return [f"{counts[kind]:,} {text}" for kind, text in said.items() if counts[kind]]
 
     def summary(self) -> str:
-        """The plan as a Markdown page."""
+        """Return the plan as a Markdown page."""
         options = "".join(f", {key} `{value}`" for key, value in self.options.items())
         lines = [
             "# Fusion plan",
@@ -350,7 +350,7 @@ class FusionPlan(Readable):
         return lines
 
     def _sections(self) -> Iterable[tuple[str, list[str]]]:
-        """The roles, each kind under a title."""
+        """Return the roles, each kind under a title."""
 
         def lines(kind: RoleKind) -> list[str]:
             found = ((name, self.roles[name]) for name in self.names_of(kind))
@@ -369,7 +369,7 @@ class FusionPlan(Readable):
 
 
 def _details(role: Role) -> str:
-    """What is worth knowing of a role beside its kind."""
+    """Return what is worth knowing of a role beside its kind."""
     if role.kind is RoleKind.HEAD:
         return f": member {role.member}"
     if role.kind is RoleKind.AVERAGED:
@@ -379,7 +379,7 @@ def _details(role: Role) -> str:
 
 
 def _check_origin(value: Mapping[str, Any]) -> None:
-    """Checks that this version wrote a plan, and nobody changed it."""
+    """Check that this version wrote a plan, and nobody changed it."""
     if value["schema"] != _SCHEMA:
         raise PlanError(
             f"unknown plan schema {value['schema']!r:.20}, expected {_SCHEMA}",
@@ -396,11 +396,7 @@ def _check_origin(value: Mapping[str, Any]) -> None:
 
 
 def _check(plan: FusionPlan) -> None:
-    """Checks that the parts of a plan fit each other.
-
-    Raises:
-        ValueError: They do not; says which.
-    """
+    """Check that the parts of a plan fit each other."""
     if not plan.members:
         raise ValueError("it has no members")
     if not 0 <= plan.base_member < plan.n_members:

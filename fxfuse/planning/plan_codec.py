@@ -30,7 +30,7 @@ _PLAIN = {str: "a text", int: "an integer", float: "a finite number"}
 
 
 def encode(value: Any) -> Any:
-    """A value as JSON can hold it.
+    """Return a value as JSON can hold it.
 
     Of a dataclass, fields at their default are left out, so that a field that is added later
     changes no digest. One that has a method `encoded` says itself what stands for it.
@@ -50,13 +50,10 @@ def encode(value: Any) -> Any:
 
 
 def decode(kind: Any, value: Any, where: str) -> Any:
-    """What `encode` made JSON of, checked against its type.
+    """Read what `encode` made JSON of, checked against its type.
 
-    Args:
-        kind: The type: a dataclass, str, int, float, an enumeration, or a tuple, frozenset, mapping
-            or union with None of such.
-        value: What the JSON holds.
-        where: How its place is called in messages.
+    Types are dataclasses, str, int, float, enumerations, and tuples, frozensets, mappings or unions
+    with None of such. `where` is how the value's place is called in messages.
     """
     if hasattr(kind, "decoded"):
         return kind.decoded(_expect(dict, "an object", value, where), where)
@@ -119,7 +116,7 @@ def _expect(kind: type, called: str, value: Any, where: str) -> Any:
 
 
 def _shown(value: Any) -> str:
-    """A value in a message, at most 60 characters."""
+    """Return a value in a message, at most 60 characters."""
     if isinstance(value, dict | list):
         return "an object" if isinstance(value, dict) else "a list"
     text = repr(value)
@@ -144,7 +141,7 @@ class MapEntries(NamedTuple):
 
 
 def encode_map(entries: MapEntries, n_units: int) -> dict[str, Any]:
-    """The entries as JSON can hold them."""
+    """Return the entries as JSON can hold them."""
     units = _dense(entries, n_units)
     if units is None:
         return {name: np.asarray(value).tolist() for name, value in entries._asdict().items()}
@@ -155,7 +152,7 @@ def encode_map(entries: MapEntries, n_units: int) -> dict[str, Any]:
 
 
 def decode_map(value: Mapping[str, Any], n_units: int, where: str) -> MapEntries:
-    """The entries that `encode_map` wrote; `where` names the map in messages."""
+    """Return the entries that `encode_map` wrote; `where` names the map in messages."""
     lists = ("weight", "read", "units") if "units" in value else MapEntries._fields
     for name in sorted({*lists} - value.keys() - ({"read"} if "units" in value else set())):
         raise ValueError(f"{where} lacks {name!r}")
@@ -182,7 +179,7 @@ def decode_map(value: Mapping[str, Any], n_units: int, where: str) -> MapEntries
 
 
 def _dense(entries: MapEntries, n_units: int) -> list[int] | None:
-    """Units of each member, where the entries are a whole matrix, row after row."""
+    """Return the units of each member, where the entries are a whole matrix, row after row."""
     if np.ndim(entries.weight) == 0 or np.ndim(entries.read) == 0:
         return None
     counts = np.bincount(entries.member[: len(entries.member) // max(n_units, 1)])
@@ -192,7 +189,7 @@ def _dense(entries: MapEntries, n_units: int) -> list[int] | None:
 
 
 def _grid(counts: Index, n_units: int) -> tuple[Index, Index, Index]:
-    """Target, member and unit of each entry of a whole matrix, row after row."""
+    """Return the target, member and unit of each entry of a whole matrix, row after row."""
     member = np.repeat(np.arange(len(counts)), counts)
     unit = np.arange(len(member)) - np.repeat(np.cumsum(counts) - counts, counts)
     target = np.repeat(np.arange(n_units), len(member))

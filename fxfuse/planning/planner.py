@@ -18,20 +18,9 @@ def make_plan(
     method: Method,
     context: Context,
 ) -> FusionPlan:
-    """Asks a method for its maps and notes what they leave open.
+    """Ask a method for its maps and note what they leave open.
 
     A method sees the trunk only: heads of different tasks cannot be compared.
-
-    Args:
-        graph: The analysis of the members; its constraints name the base member.
-        states: For each member, its tensors by name.
-        method: The method.
-        context: What it may look at, but for the base member.
-
-    Raises:
-        OptionError: An option has a value that the method cannot use.
-        InputError: The method or the score needs calibration inputs, and there are none.
-        MissingDependencyError: The method needs a package that is not installed.
     """
     graph.constraints.check_base_member(len(states))
     context = replace(context, base_member=graph.constraints.base_member)

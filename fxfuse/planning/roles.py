@@ -60,7 +60,7 @@ def make_roles(
     states: Sequence[Mapping[str, Any]],
     absent: Mapping[str, Collection[int]],
 ) -> dict[str, Role]:
-    """The role of every tensor of the members, by name.
+    """Return the role of every tensor of the members, by name.
 
     Args:
         graph: The analysis of the members.
@@ -87,7 +87,7 @@ def make_roles(
 
 
 def kept_per_member(roles: Mapping[str, Role], names: Iterable[str]) -> dict[str, Role]:
-    """The same roles, but that each member keeps its own of the named tensors."""
+    """Return the same roles, but that each member keeps its own of the named tensors."""
     own = {name: replace(roles[name], kind=RoleKind.PER_MEMBER) for name in names}
     return {**roles, **own}
 
@@ -106,7 +106,7 @@ class Combination(StrEnum):
 
 
 def combination_of(graph: CouplingGraph, name: str) -> Combination:
-    """How the members' contributions to a tensor are combined."""
+    """Return how the members' contributions to a tensor are combined."""
     program = graph.program
     tensor = program.tensor(name)
     if is_constant(tensor) or program.canonical[name] not in program.reached():
@@ -129,7 +129,7 @@ def combination_of(graph: CouplingGraph, name: str) -> Combination:
 
 
 def is_written(graph: CouplingGraph, place: tuple[str, int]) -> bool:
-    """Whether a dimension writes neurons somewhere; one that is only read sums over them."""
+    """Tell whether a dimension writes neurons somewhere; one that is only read sums over them."""
     key = (graph.program.canonical[place[0]], place[1])
     return key in graph.writers or key not in graph.readers
 
@@ -153,7 +153,7 @@ def own_indices(graph: CouplingGraph, place: tuple[str, int]) -> NDArray[np.bool
 def relevant_notes(
     graph: CouplingGraph, states: Sequence[Mapping[str, Any]]
 ) -> tuple[MixingNote, ...]:
-    """The analysis's mixing notes, without those on parameters that all members agree on."""
+    """Return the analysis's mixing notes, without those on parameters that all members agree on."""
     # Of a head there is one only.
     sources = {name for note in graph.mixing for name in note.sources} - graph.program.heads.keys()
 
@@ -165,7 +165,7 @@ def relevant_notes(
 
 
 def inner_averages(graph: CouplingGraph, states: Sequence[Mapping[str, Any]]) -> dict[str, float]:
-    """Tensors that are averaged inside the network, and how far the members disagree there.
+    """Return tensors that are averaged inside the network, and how far the members disagree there.
 
     All of a tensor, or the part of it that belongs to no member's own units.
     """
@@ -224,7 +224,7 @@ def _averaged_cells(graph: CouplingGraph, name: str) -> tuple[Any, ...] | None:
 
 
 def base_reasons(graph: CouplingGraph) -> dict[str, str]:
-    """The tensors of the trunk that are the base member's, wholly or in part, and why.
+    """Return the tensors of the trunk that are the base member's, wholly or in part, and why.
 
     Frozen inside the network, or by the caller; the first reason of each.
     """

@@ -81,7 +81,7 @@ class Size(Options):
 
     @staticmethod
     def of(size: Any) -> Size:
-        """A size from what a caller wrote: a width, widths by pattern, a `Size`, or None."""
+        """Return a size from what a caller wrote: a width, widths by pattern, a `Size`, or None."""
         return size if isinstance(size, Size) else Size(size)
 
     @property
@@ -103,7 +103,7 @@ def sizes_of(
     *,
     at_least_one: bool = False,
 ) -> Sizes:
-    """The units of each fused group.
+    """Return the units of each fused group.
 
     Args:
         graph: The analysis of the members.
@@ -131,7 +131,7 @@ def sizes_of(
 
 
 def by_pattern(graph: CouplingGraph, option: str, values: Mapping[str, float]) -> dict[str, float]:
-    """The value of each coupling group that a pattern speaks of."""
+    """Return the value of each coupling group that a pattern speaks of."""
     found: dict[str, tuple[float, str]] = {}
     names = {group.name: group.name.rpartition(":")[0] for group in graph.groups}
     for pattern, value in values.items():
@@ -170,7 +170,7 @@ def units_at(
     *,
     least: int = 1,
 ) -> int:
-    """The units of a group at a width, its channels rounded as in `sizes_of`."""
+    """Return the units of a group at a width, its channels rounded as in `sizes_of`."""
     each = [graph.units_of(group.name, member) for member in range(n_members)]
     most, one = sum(each), sum(each) / len(each)
     wanted = width * one

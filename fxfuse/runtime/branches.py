@@ -61,7 +61,7 @@ class Branches:
 
 
 def find_branches(graph: fx.Graph) -> Branches | None:
-    """The largest set of isomorphic branches of a graph, or None."""
+    """Return the largest set of isomorphic branches of a graph, or None."""
     order = {node: number for number, node in enumerate(graph.nodes)}
     reach = _ancestors(graph, order)
     best: list[Match] = []
@@ -108,7 +108,7 @@ def _colours(graph: fx.Graph) -> list[list[fx.Node]]:
 
 
 def _is_weight(node: fx.Node) -> bool:
-    """Whether a node may be a weight: numbers that are given, of a size that does not change.
+    """Tell whether a node may be a weight: numbers that are given, of a size that does not change.
 
     Integers are constants, which members may not differ in, and their values are not known here.
     """
@@ -122,7 +122,7 @@ def _is_weight(node: fx.Node) -> bool:
 
 
 def _look(node: fx.Node) -> Any:
-    """What the results of nodes of one colour have in common."""
+    """Return what the results of nodes of one colour have in common."""
     leaves = pytree.tree_leaves(node.meta.get("val"))
     return tuple(
         (str(tuple(x.shape)), x.dtype, str(x.device), x.requires_grad)
@@ -133,7 +133,7 @@ def _look(node: fx.Node) -> Any:
 
 
 def _frozen(node: fx.Node, colour: dict[fx.Node, int]) -> Any:
-    """A node's arguments, its operands by their colours, as a key."""
+    """Return a node's arguments, its operands by their colours, as a key."""
     leaves, form = pytree.tree_flatten((node.args, dict(node.kwargs)))
     told = tuple(
         ("node", colour[x]) if isinstance(x, fx.Node) else (type(x).__name__, repr(x))
@@ -162,7 +162,7 @@ def _members(
 
 
 def _matched(first: fx.Node, other: fx.Node, shared: set[fx.Node]) -> Match | None:
-    """Pairs all nodes of two branches, upwards from their ends; None where they differ."""
+    """Pair all nodes of two branches, upwards from their ends; None where they differ."""
     match: Match = {}
     back: Match = {}
     waiting = [(first, other)]
@@ -185,7 +185,7 @@ def _matched(first: fx.Node, other: fx.Node, shared: set[fx.Node]) -> Match | No
 
 
 def _alike(a: fx.Node, b: fx.Node) -> bool:
-    """Whether two nodes are one step with other operands, or weights of one shape."""
+    """Tell whether two nodes are one step with other operands, or weights of one shape."""
     if a.op in _LEAVES or b.op in _LEAVES:
         return _is_weight(a) and _is_weight(b) and _look(a) == _look(b)
     if a.op != "call_function" or a.target != b.target or _look(a) != _look(b):
@@ -195,13 +195,13 @@ def _alike(a: fx.Node, b: fx.Node) -> bool:
 
 
 def _operands(node: fx.Node) -> list[fx.Node]:
-    """Nodes among the arguments, each as often as it stands there."""
+    """Return the nodes among the arguments, each as often as it stands there."""
     leaves = pytree.tree_leaves((node.args, dict(node.kwargs)))
     return [x for x in leaves if isinstance(x, fx.Node)]
 
 
 def _extend(matches: list[Match], order: dict[fx.Node, int]) -> None:
-    """Takes in what every member computes from its nodes alone: second outputs, last steps."""
+    """Take in what every member computes from its nodes alone: second outputs, last steps."""
     grown = True
     while grown:
         grown = False

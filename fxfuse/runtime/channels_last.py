@@ -27,7 +27,7 @@ class ChannelsLast(WellFormed):
     """
 
     def call(self, graph_module: fx.GraphModule) -> PassResult:
-        """Rewrites the graph, and lays the module's tensors out anew, in place."""
+        """Rewrite the graph, and lay the module's tensors out anew, in place."""
         graph = graph_module.graph
         layers = [node for node in graph.nodes if node.target in _CONVOLUTIONS]
         if not layers or any(is_write(node) for node in graph.nodes):

@@ -13,14 +13,18 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from fxfuse.errors import CompileError, OptionError
 from fxfuse.graph.example import first_line
+from fxfuse.graph.tensors import tensors_in
 from fxfuse.refine.fused import Fused
 from fxfuse.runtime.inference import Compiled, CompileReport, Frozen
 from fxfuse.runtime.inputs import resolve_inputs
-from fxfuse.runtime.layouts import LAYOUTS, Layout, by_rule, device_of, seconds
+from fxfuse.runtime.layouts import LAYOUTS, Layout, by_rule, device_of
+from fxfuse.runtime.measure import milliseconds
 from fxfuse.runtime.prepare import answers_of, inductor_options, prepared
-from fxfuse.verify.check import relative_error, tensors_of
+from fxfuse.verify.check import relative_error
 
 _INDUCTOR = "inductor"
+#: Seconds for which each layout is measured.
+_RUN_TIME = 0.3
 #: What a network may be computed in.
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
@@ -39,7 +43,7 @@ def compile(
     tune: bool = False,
     strict: bool = False,
 ) -> Compiled:
-    """Compiles a network for inference, on the device that it is on.
+    """Compile a network for inference, on the device that it is on.
 
     On a copy: the mode is written into the graph, dropout is taken out, batch norms are folded,
     images are laid out with their channels innermost; then `torch.compile(fullgraph=True)`. The
@@ -95,7 +99,7 @@ def compile(
     settings = _Asked(module, backend, told, dynamic, dtype, strict)
     found = [_compiled(settings, layout, args, kwargs, expected) for layout in layouts]
     if tune:
-        found.sort(key=lambda compiled: seconds(compiled, args, kwargs))
+        found.sort(key=lambda compiled: milliseconds(compiled, args, _RUN_TIME, kwargs))
     return found[0]
 
 
@@ -118,7 +122,7 @@ def _compiled(
     kwargs: dict[str, Any],
     expected: list[torch.Tensor],
 ) -> Compiled:
-    """A network in one layout, compiled and compared."""
+    """Return a network in one layout, compiled and compared."""
     copy, changed = prepared(asked.module, args, kwargs, channels_last=layout.channels_last)
     if asked.dtype is not None:
         copy.to(asked.dtype)
@@ -133,7 +137,7 @@ def _compiled(
     backend, failure = asked.backend, ""
     told = {**asked.options, **({"freezing": True} if layout.freeze else {})}
     try:
-        found = tensors_of(compiled(*args, **kwargs))
+        found = tensors_in(compiled(*args, **kwargs))
     # Backends raise whatever they like.
     except Exception as error:
         failure = first_line(getattr(error, "inner_exception", error))
@@ -148,7 +152,7 @@ def _compiled(
             stacklevel=3,
         )
         compiled, backend, told = Compiled(copy, copy, asked.dtype), "eager", {}
-        found = tensors_of(compiled(*args, **kwargs))
+        found = tensors_in(compiled(*args, **kwargs))
     computed = asked.dtype or next((p.dtype for p in copy.parameters()), torch.get_default_dtype())
     difference = relative_error([t.to(e) for t, e in zip(found, expected, strict=True)], expected)
     compiled.report = CompileReport(changed, backend, told, computed, difference, failure)
@@ -156,7 +160,7 @@ def _compiled(
 
 
 def _options(backend: str, mode: str | None, options: Mapping[str, Any] | None) -> dict[str, Any]:
-    """What the backend is told, checked."""
+    """Return what the backend is told, checked."""
     known = torch.compiler.list_backends(exclude_tags=())
     if backend not in known:
         raise OptionError(

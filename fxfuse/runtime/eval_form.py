@@ -14,11 +14,7 @@ from fxfuse.transform.emit import copy_graph, share_tensors, unswitch_training
 
 
 def inference_copy(module: fx.GraphModule) -> fx.GraphModule:
-    """A copy of a network with tensors of its own, which passes may change.
-
-    Returns:
-        A plain graph module in eval mode, without gradients.
-    """
+    """Copy a network for passes that change it: own tensors, eval mode, without gradients."""
     plain = fx.GraphModule({}, fx.Graph())
     share_tensors(module, plain)
     plain.graph = copy_graph(module.graph)
@@ -31,7 +27,7 @@ class WellFormed(PassBase):
     """A pass that leaves a well-formed graph."""
 
     def ensures(self, graph_module: fx.GraphModule) -> None:
-        """Checks that the graph is well formed."""
+        """Check that the graph is well formed."""
         graph_module.graph.lint()
 
 
@@ -39,7 +35,7 @@ class OfEvalForm(WellFormed):
     """A pass that is for the eval form of a graph."""
 
     def requires(self, graph_module: fx.GraphModule) -> None:
-        """Checks that the graph does not follow the module's mode."""
+        """Check that the graph does not follow the module's mode."""
         modal = [node.name for node in graph_module.graph.nodes if in_training(node)]
         if modal:
             raise RewriteError(
@@ -59,7 +55,7 @@ class EvalForm(WellFormed):
     """
 
     def call(self, graph_module: fx.GraphModule) -> PassResult:
-        """Rewrites the graph in place."""
+        """Rewrite the graph in place."""
         graph = graph_module.graph
         modal = [n for n in graph.nodes if n.target == "training" or in_training(n)]
         unswitch_training(graph)
@@ -71,7 +67,7 @@ class EvalForm(WellFormed):
         return PassResult(graph_module, bool(modal))
 
     def ensures(self, graph_module: fx.GraphModule) -> None:
-        """Checks that the mode is gone."""
+        """Check that the mode is gone."""
         super().ensures(graph_module)
         left = [n.name for n in graph_module.graph.nodes if in_training(n)]
         if left:
@@ -87,7 +83,7 @@ class RemoveDropout(OfEvalForm):
     """
 
     def call(self, graph_module: fx.GraphModule) -> PassResult:
-        """Rewrites the graph in place."""
+        """Rewrite the graph in place."""
         graph = graph_module.graph
         before = len(graph.nodes)
         for node in graph.nodes:

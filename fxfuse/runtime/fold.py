@@ -25,7 +25,7 @@ class FoldBatchNorm(OfEvalForm):
     """
 
     def call(self, graph_module: fx.GraphModule) -> PassResult:
-        """Rewrites the graph, and the module's tensors, in place."""
+        """Rewrite the graph, and the module's tensors, in place."""
         graph = graph_module.graph
         folded = [node for node in list(graph.nodes) if _fold(graph_module, node)]
         graph.eliminate_dead_code()
@@ -80,13 +80,13 @@ def _tensor(module: fx.GraphModule, node: Any) -> torch.Tensor | None:
 
 
 def _is_matrix(layer: fx.Node) -> bool:
-    """Whether a linear layer's outputs lie along dimension 1, where a batch norm looks."""
+    """Tell whether a linear layer's outputs lie along dimension 1, where a batch norm looks."""
     value = layer.meta.get("val")
     return isinstance(value, torch.Tensor) and value.dim() == 2
 
 
 def _attached(module: fx.GraphModule, name: str, tensor: torch.Tensor) -> str:
-    """Registers a parameter under a free name like the given one."""
+    """Register a parameter under a free name like the given one."""
     taken = {own for own, _ in named_tensors(module)}
     made = f"{name}_folded"
     while made in taken:
@@ -96,7 +96,7 @@ def _attached(module: fx.GraphModule, name: str, tensor: torch.Tensor) -> str:
 
 
 def _forget_unread(module: fx.GraphModule) -> None:
-    """Drops the tensors that no node reads any more."""
+    """Drop the tensors that no node reads any more."""
     read = {str(node.target) for node in module.graph.nodes if node.op == "get_attr"}
     for name, _ in list(named_tensors(module)):
         if name not in read:

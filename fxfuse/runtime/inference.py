@@ -36,12 +36,7 @@ class CompileReport:
 
 
 class Compiled(nn.Module):
-    """A network for inference: called like the one that it was made of, always in eval mode.
-
-    Attributes:
-        graph_module: The network after the eval passes.
-        report: How it was compiled.
-    """
+    """A network for inference: called like the one that it was made of, always in eval mode."""
 
     report: CompileReport
 
@@ -60,7 +55,7 @@ class Compiled(nn.Module):
         )
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """Takes and returns what the network does; outputs have the inputs' precision."""
+        """Take and return what the network does; outputs have the inputs' precision."""
         with torch.no_grad():
             if self._dtype is None:
                 return self._call(*args, **kwargs)
@@ -69,7 +64,7 @@ class Compiled(nn.Module):
             return _cast(self._call(*args, **kwargs), own)
 
     def train(self, mode: bool = True) -> Compiled:
-        """Stays in eval mode: batch norms and dropout are gone."""
+        """Stay in eval mode: batch norms and dropout are gone."""
         if mode:
             raise OptionError(
                 "a compiled network cannot be trained",
@@ -90,7 +85,7 @@ class Frozen:
         self._seen: set[tuple[Any, ...]] = set()
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """Takes and returns what the network does."""
+        """Take and return what the network does."""
         leaves = pytree.tree_leaves((args, kwargs))
         shapes = tuple(x.shape if isinstance(x, torch.Tensor) else x for x in leaves)
         if shapes in self._seen:

@@ -12,12 +12,7 @@ from fxfuse.refine.fused import Fused
 
 
 def resolve_inputs(network: Fused | fx.GraphModule, example: Any) -> tuple[fx.GraphModule, Example]:
-    """Find a network's module and example inputs: those given, else those it was fused with.
-
-    Raises:
-        OptionError: There are none.
-        CaptureError: torch.export rejected the members, so that there is no graph.
-    """
+    """Find a network's module and example inputs: those given, else those it was fused with."""
     module = network if isinstance(network, fx.GraphModule) else network.module
     if example is not None:
         return module, Example.of(example)

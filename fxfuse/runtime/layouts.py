@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import nn
@@ -12,7 +11,6 @@ from torch import nn
 #: and the floating-point operations of a call from which on: below, the libraries that take packed
 #: weights spend longer on being called than on computing.
 _FREEZES = {"cpu": 10e6}
-_RUN_TIME = 0.3
 
 
 class Layout(NamedTuple):
@@ -34,14 +32,10 @@ LAYOUTS = (Layout(True, False), Layout(False, True), Layout(False, False))
 def by_rule(
     device: torch.device, operations: int, freeze: bool | None, channels_last: bool | None
 ) -> Layout:
-    """The layout that device and size suggest, where none was asked for.
+    """Return the layout that device and number of operations suggest, where none was asked for.
 
-    Args:
-        device: Where the network is.
-        operations: Floating-point operations of one call.
-        freeze: What was asked for.
-        channels_last: What was asked for; None: where weights are not frozen, since inductor
-            chooses the layout of those itself.
+    Channels are last by default where weights are not frozen, since inductor chooses the layout of
+    those itself.
     """
     if freeze is None:
         least = _FREEZES.get(device.type)
@@ -49,19 +43,7 @@ def by_rule(
     return Layout(freeze, not freeze if channels_last is None else channels_last)
 
 
-def seconds(call: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> float:
-    """Median time of a call, on as many threads as torch uses otherwise."""
-    from torch.utils.benchmark import Timer
-
-    timer = Timer(
-        "call(*args, **kwargs)",
-        globals={"call": call, "args": args, "kwargs": kwargs},
-        num_threads=torch.get_num_threads(),
-    )
-    return float(timer.blocked_autorange(min_run_time=_RUN_TIME).median)
-
-
 def device_of(module: nn.Module) -> torch.device:
-    """Where a network is; one without tensors counts as on the CPU."""
+    """Return where a network is; one without tensors counts as on the CPU."""
     tensors = (*module.parameters(), *module.buffers())
     return tensors[0].device if tensors else torch.device("cpu")

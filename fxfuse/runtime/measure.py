@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -11,33 +12,35 @@ from torch.utils.flop_counter import FlopCounterMode
 
 
 def parameters(network: nn.Module) -> int:
-    """The number of parameter elements, buffers not counted."""
+    """Return the number of parameter elements, buffers not counted."""
     return sum(parameter.numel() for parameter in network.parameters())
 
 
 def flops(network: Callable[..., Any], example: tuple[Any, ...]) -> int:
-    """Floating-point operations for the example inputs; a multiply-add counts as two."""
+    """Return the floating-point operations for the example inputs; a multiply-add counts as two."""
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         network(*example)
     return int(counter.get_total_flops())
 
 
-def milliseconds(network: Callable[..., Any], example: tuple[Any, ...], run_time: float) -> float:
-    """Median latency for the example inputs, on as many threads as torch uses otherwise.
+def milliseconds(
+    network: Callable[..., Any],
+    args: tuple[Any, ...],
+    run_time: float,
+    kwargs: Mapping[str, Any] = MappingProxyType({}),
+) -> float:
+    """Return the median latency of a call, on as many threads as torch uses otherwise.
 
-    Args:
-        network: What is called; a module is in the mode that counts.
-        example: Positional inputs.
-        run_time: Seconds of repetition.
+    The call is repeated for `run_time` seconds.
     """
     # Here, since it takes a second to import.
     from torch.utils.benchmark import Timer
 
     with torch.no_grad():
-        network(*example)
+        network(*args, **kwargs)
         timer = Timer(
-            "network(*example)",
-            globals={"network": network, "example": example},
+            "network(*args, **kwargs)",
+            globals={"network": network, "args": args, "kwargs": kwargs},
             num_threads=torch.get_num_threads(),
         )
         return float(timer.blocked_autorange(min_run_time=run_time).median * 1e3)

@@ -16,11 +16,11 @@ from torch import fx
 from fxfuse.common.output import atomic_file
 from fxfuse.errors import CompileError, MissingDependencyError
 from fxfuse.graph.example import first_line
+from fxfuse.graph.tensors import tensors_in
 from fxfuse.refine.fused import Fused
 from fxfuse.runtime.inputs import resolve_inputs
 from fxfuse.runtime.package import checked, exported
 from fxfuse.runtime.prepare import answers_of
-from fxfuse.verify.check import tensors_of
 
 _PACKAGES = ("onnx", "onnxscript", "onnxruntime")
 
@@ -30,7 +30,7 @@ def export_onnx(
     path: str | Path,
     example: Any = None,
 ) -> float:
-    """Writes a network as ONNX, and compares what onnxruntime makes of it with the network.
+    """Write a network as ONNX, and compare what onnxruntime makes of it with the network.
 
     After the eval passes of `fxfuse.compile`. An existing file is replaced, once the comparison
     holds; a partial one is never left.
@@ -80,7 +80,7 @@ def _run(path: Path, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> list[t
     import onnxruntime
 
     session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
-    tensors = tensors_of((args, dict(kwargs)))
+    tensors = tensors_in((args, dict(kwargs)))
     names = [entry.name for entry in session.get_inputs()]
     given = {n: t.detach().cpu().numpy() for n, t in zip(names, tensors, strict=True)}
     return [torch.from_numpy(value) for value in session.run(None, given)]

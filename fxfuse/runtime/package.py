@@ -15,10 +15,11 @@ from fxfuse.errors import CheckpointError, CompileError, OptionError
 from fxfuse.graph import torch_compat
 from fxfuse.graph.capture import export
 from fxfuse.graph.example import first_line
+from fxfuse.graph.tensors import tensors_in
 from fxfuse.refine.fused import Fused
 from fxfuse.runtime.inputs import resolve_inputs
 from fxfuse.runtime.prepare import answers_of, prepared
-from fxfuse.verify.check import relative_error, tensors_of
+from fxfuse.verify.check import relative_error
 
 #: Largest difference from the network itself that a package may have, by its precision.
 _TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-3}
@@ -32,7 +33,7 @@ def package(
     *,
     options: Mapping[str, Any] | None = None,
 ) -> float:
-    """Compiles a network ahead of time, through AOTInductor, for the device that it is on.
+    """Compile a network ahead of time, through AOTInductor, for the device that it is on.
 
     After the eval passes of `fxfuse.compile`. The package is loaded and compared with the network
     before it takes its place; an existing file is replaced, and a partial one is never left.
@@ -65,7 +66,7 @@ def package(
     with atomic_file(path) as work:
         try:
             torch_compat.write_package(program, str(work), options or {})
-            found = tensors_of(load_package(work)(*args, **kwargs))
+            found = tensors_in(load_package(work)(*args, **kwargs))
         except (CheckpointError, OSError):
             raise
         except Exception as error:
@@ -79,7 +80,7 @@ def package(
 
 
 def load_package(path: str | Path) -> Callable[..., Any]:
-    """Loads what `package` wrote.
+    """Load what `package` wrote.
 
     A package holds compiled code: load only what you trust.
 
@@ -118,7 +119,7 @@ def exported(
 
 
 def checked(found: list[torch.Tensor], expected: list[torch.Tensor]) -> float:
-    """How far outputs are from those of the network itself."""
+    """Return how far outputs are from those of the network itself."""
     error = relative_error(found, expected)
     allowed = max(_TOLERANCE.get(t.dtype, _LOW_PRECISION) for t in expected)
     if error > allowed:

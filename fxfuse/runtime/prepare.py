@@ -14,6 +14,7 @@ from torch.fx.passes.infra.pass_base import PassBase
 
 from fxfuse.errors import OptionError
 from fxfuse.graph.eager import eval_mode
+from fxfuse.graph.tensors import tensors_in
 from fxfuse.graph.torch_compat import (
     FakeTensorMode,
     flatten_inputs,
@@ -23,13 +24,12 @@ from fxfuse.graph.torch_compat import (
 from fxfuse.runtime.channels_last import ChannelsLast
 from fxfuse.runtime.eval_form import EvalForm, RemoveDropout, inference_copy
 from fxfuse.runtime.fold import FoldBatchNorm
-from fxfuse.verify.check import tensors_of
 
 
 def prepared(
     module: fx.GraphModule, args: tuple[Any, ...], kwargs: dict[str, Any], *, channels_last: bool
 ) -> tuple[fx.GraphModule, tuple[str, ...]]:
-    """A copy of a network after the eval passes, and the names of those that changed it."""
+    """Return a copy of a network after the eval passes, and the names of those that changed it."""
     passes = [EvalForm(), RemoveDropout(), FoldBatchNorm()]
     if channels_last:
         passes.append(ChannelsLast())
@@ -44,7 +44,7 @@ def prepared(
 
 
 def apply_passes(module: fx.GraphModule, passes: Sequence[PassBase]) -> tuple[str, ...]:
-    """Runs passes in order, each with its checks; returns the names of those that changed it."""
+    """Run passes in order, each with its checks; return the names of those that changed it."""
     done = []
     for one in passes:
         result = one(module)
@@ -56,17 +56,13 @@ def apply_passes(module: fx.GraphModule, passes: Sequence[PassBase]) -> tuple[st
 def answers_of(
     module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> list[torch.Tensor]:
-    """What the network itself answers in eval mode; its own mode is left as it is."""
+    """Return what the network itself answers in eval mode; its own mode is left as it is."""
     with torch.no_grad(), eval_mode(module):
-        return tensors_of(module(*args, **kwargs))
+        return tensors_in(module(*args, **kwargs))
 
 
 def inductor_options(mode: str | None, options: Mapping[str, Any]) -> dict[str, Any]:
-    """What a mode and options of inductor come to.
-
-    Raises:
-        OptionError: There is no such mode or option.
-    """
+    """Return what a mode and options of inductor come to."""
     modes = inductor_modes()
     if mode is not None and mode not in modes:
         raise OptionError(f"unknown mode {mode!r}", how=f"use one of {', '.join(modes)}")

@@ -42,7 +42,7 @@ class StackBranches(WellFormed):
         self.always = always
 
     def call(self, graph_module: fx.GraphModule) -> PassResult:
-        """Rewrites the graph in place."""
+        """Rewrite the graph in place."""
         graph = graph_module.graph
         if not _is_understood(graph):
             return PassResult(graph_module, False)
@@ -63,7 +63,7 @@ class StackBranches(WellFormed):
 
 
 def _is_understood(graph: fx.Graph) -> bool:
-    """Whether a graph consists of operators whose results are all that they do."""
+    """Tell whether a graph consists of operators whose results are all that they do."""
     for node in graph.nodes:
         if node.op == "call_module" or node.op == "call_method":
             return False
@@ -76,7 +76,7 @@ def _is_understood(graph: fx.Graph) -> bool:
 
 
 def _may_pay(graph: fx.Graph) -> bool:
-    """Whether a graph has a linear layer for which running members together may pay."""
+    """Tell whether a graph has a linear layer for which running members together may pay."""
     return any(
         policy_of(node.meta["val"].device).pays_within([node])
         for node in graph.nodes
@@ -85,7 +85,7 @@ def _may_pay(graph: fx.Graph) -> bool:
 
 
 def _pays(branches: Branches) -> bool:
-    """Whether the members are faster as one, where their layers are linear ones."""
+    """Tell whether the members are faster as one, where their layers are linear ones."""
     layers = [node for node in branches.nodes if find(node.target) is contraction.linear]
     return bool(layers) and policy_of(_device(branches)).pays_within(layers)
 
@@ -96,7 +96,7 @@ def _device(branches: Branches) -> torch.device:
 
 
 def _together(branches: Branches) -> Writer | None:
-    """The members as one graph; None where nothing would run together."""
+    """Return the members as one graph; None where nothing would run together."""
     if any(not (is_tensor(node) or is_number(node)) for node in branches.read_outside):
         return None
     members = [_member(branches, number) for number in range(len(branches.matches))]
@@ -108,7 +108,7 @@ def _together(branches: Branches) -> Writer | None:
 
 
 def _member(branches: Branches, number: int) -> Program:
-    """A branch as a captured network of its own; its tensors are the graph's fake ones."""
+    """Return a branch as a captured network of its own; its tensors are the graph's fake ones."""
     match, graph = branches.matches[number], fx.Graph()
     module, names = fx.GraphModule({}, fx.Graph()), {}
     made: dict[fx.Node, fx.Node] = {}
@@ -128,7 +128,7 @@ def _member(branches: Branches, number: int) -> Program:
 
 
 def _splice(graph: fx.Graph, branches: Branches, writer: Writer) -> None:
-    """Puts the members' one graph into a graph, and lets whoever read a member read it there."""
+    """Put the members' one graph into a graph, and let whoever read a member read it there."""
     first = dict(zip(_operators(writer.members[0]), branches.nodes, strict=True))
     outside = set(branches.read_outside)
     read = {node: writer.split(own) for own, node in first.items() if node in outside}
@@ -157,7 +157,7 @@ def _operators(member: Program) -> list[fx.Node]:
 
 
 def _stacked(graph: fx.Graph, own: list[fx.Node], shape: tuple[int, ...]) -> fx.Node:
-    """The members' weights as one tensor; gradients find their way back to each."""
+    """Return the members' weights as one tensor; gradients find their way back to each."""
     together: Any = graph.call_function(aten.stack.default, (own,))
     wanted = (len(own), *own[0].meta["val"].shape)
     if shape == wanted:

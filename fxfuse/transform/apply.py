@@ -24,16 +24,10 @@ def permuted(
     graph: CouplingGraph,
     permutations: Mapping[str, Index],
 ) -> dict[str, torch.Tensor]:
-    """Moves units: unit `permutations[group][k]` of the old network becomes unit k of the new one.
+    """Move units: unit `permutations[group][k]` of the old network becomes unit k of the new one.
 
-    Args:
-        state: Tensors by `state_dict()` name.
-        graph: The analysis of the network.
-        permutations: For each group name, int64 [n_units].
-
-    Returns:
-        New tensors; those that no group owns are the old ones. The function of the network is
-        unchanged (DESIGN.md section 7, permutation oracle).
+    Tensors that no group owns are the old ones. The function of the network is unchanged (DESIGN.md
+    section 7, permutation oracle).
     """
     return {name: moved_tensor(name, state[name], graph, permutations) for name in state}
 
@@ -41,7 +35,7 @@ def permuted(
 def moved_tensor(
     name: str, tensor: torch.Tensor, graph: CouplingGraph, permutations: Mapping[str, Index]
 ) -> torch.Tensor:
-    """One tensor of `permuted`, in any precision; itself if no group owns any of it."""
+    """Return one tensor of `permuted`, in any precision; itself if no group owns any of it."""
     for dim in range(tensor.dim()):
         source = np.arange(tensor.shape[dim])
         for group in graph.group_of.get((name, dim), ()):
@@ -113,7 +107,7 @@ class _Fusion:
         self._scratch = Scratch()
 
     def fused(self, name: str) -> torch.Tensor:
-        """A tensor of the fused network."""
+        """Return a tensor of the fused network."""
         plan, states = self._plan, self._states
         combination = combination_of(self._graph, name)
         owner = self._graph.program.heads.get(name)
@@ -167,10 +161,10 @@ class _Result:
         self._boxes = list[Box]()
 
     def put(self, part: torch.Tensor, lines: Sequence[DimContribution], box: Box | None) -> None:
-        """Adds what a member contributes, unless it was written where it stands."""
+        """Add what a member contributes, unless it was written where it stands."""
         if box is None:
             where = [torch.from_numpy(line.targets).to(part.device) for line in lines]
-            grid = tuple(_along(index, dim, len(where)) for dim, index in enumerate(where))
+            grid = tuple(lay_along(index, dim, len(where)) for dim, index in enumerate(where))
             self.cells.index_put_(grid, part, accumulate=self._combination is not Combination.OWN)
         elif part.data_ptr() == self.cells[box].data_ptr():
             pass
@@ -185,14 +179,14 @@ class _Result:
 
 
 def _apart(lines: Sequence[Sequence[DimContribution]]) -> bool:
-    """Whether each member contributes to evenly spaced cells, and no two to one cell."""
+    """Tell whether each member contributes to evenly spaced cells, and no two to one cell."""
     boxes = [box_of(each) for each in lines]
     found = [box for box in boxes if box is not None]
     return len(found) == len(boxes) and not any(_meet(*pair) for pair in combinations(found, 2))
 
 
 def _meet(box: Box, other: Box) -> bool:
-    """Whether two members may contribute to one cell."""
+    """Tell whether two members may contribute to one cell."""
     return all(_overlap(a, b) for a, b in zip(box, other, strict=True))
 
 
@@ -206,7 +200,7 @@ def _overlap(a: slice, b: slice) -> bool:
 def _share(
     lines: Sequence[DimContribution], combination: Combination, n_members: int
 ) -> torch.Tensor:
-    """How much of each fused cell is this member's, broadcast over equal cells, float64.
+    """Return how much of each fused cell is this member's, broadcast over equal cells, float64.
 
     Along one dimension that is what M gives the member. Of further dimensions that are written only
     the member's own mean is taken, so that the members' shares of a cell sum to one there too.
@@ -231,5 +225,6 @@ def _share(
     return torch.as_tensor(np.where(hosted, 1.0, share))
 
 
-def _along(line: torch.Tensor, dim: int, rank: int) -> torch.Tensor:
+def lay_along(line: torch.Tensor, dim: int, rank: int) -> torch.Tensor:
+    """View a line [n] as a tensor of `rank` dimensions, along one of them."""
     return line.reshape([-1 if d == dim else 1 for d in range(rank)])

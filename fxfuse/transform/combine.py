@@ -130,7 +130,7 @@ def combined(
     scratch: Scratch,
     cells: torch.Tensor | None,
 ) -> torch.Tensor:
-    """What a member contributes to a fused tensor.
+    """Return what a member contributes to a fused tensor.
 
     Args:
         lines: For each dimension.
@@ -169,7 +169,7 @@ def combined(
 
 
 def _is_range(indices: Index) -> bool:
-    """Whether indices follow one another."""
+    """Tell whether indices follow one another."""
     return bool((np.diff(indices) == 1).all()) and (not len(indices) or bool(indices[0] >= 0))
 
 
@@ -212,7 +212,7 @@ class _Use(NamedTuple):
 
 
 def _uses(graph: CouplingGraph, name: str) -> list[_Use]:
-    """How the dimensions of a tensor are used."""
+    """Return how the dimensions of a tensor are used."""
     places = [(name, dim) for dim in range(graph.program.tensor(name).dim())]
     writes = [is_written(graph, place) for place in places]
     output = any(_kind(graph, place) is Kind.OUTPUT for place in places)

@@ -25,7 +25,7 @@ from fxfuse.transform.resizing import blank
 def parameters_of(
     graph: CouplingGraph, sizes: Mapping[str, int], plan: FusionPlan | None = None
 ) -> int:
-    """Elements of the parameters of the network of these sizes, tied ones once."""
+    """Return the elements of the parameters of the network of these sizes, tied ones once."""
     program, copies = graph.program, copies_of(graph, sizes)
 
     def elements(name: str) -> int:
@@ -42,7 +42,7 @@ def parameters_of(
 def operations_of(
     graph: CouplingGraph, sizes: Mapping[str, int], plan: FusionPlan | None = None
 ) -> int | None:
-    """Floating-point operations of the network of these sizes for the example inputs.
+    """Return the floating-point operations of the network of these sizes for the example inputs.
 
     As `torch.utils.flop_counter` counts them, a multiplication and an addition as two. No memory is
     used and nothing is computed. None where shapes depend on the values of the inputs.

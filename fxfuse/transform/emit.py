@@ -47,11 +47,7 @@ class FusedModule(fx.GraphModule):
 
 
 def emit(program: Program, state: Mapping[str, torch.Tensor]) -> FusedModule:
-    """Makes a module of a captured graph and tensors of the members' names and shapes.
-
-    Returns:
-        A module in eval mode that owns `state`.
-    """
+    """Make a module in eval mode of a captured graph and tensors of the members' shapes."""
     return emit_graph(program, state, copy_graph(program.graph))
 
 
@@ -70,7 +66,7 @@ def emit_graph(
     constants: Mapping[str, torch.Tensor] = MappingProxyType({}),
     own: Mapping[str, Sequence[torch.Tensor]] = MappingProxyType({}),
 ) -> FusedModule:
-    """Makes a module of a rewritten copy of a captured graph; takes the graph over.
+    """Make a module of a rewritten copy of a captured graph; take the graph over.
 
     Args:
         program: A captured member.
@@ -122,7 +118,7 @@ def _written(
 
 
 def copy_graph(graph: fx.Graph, mapping: dict[fx.Node, fx.Node] | None = None) -> fx.Graph:
-    """A copy of a graph; `mapping` is filled with old node → new node."""
+    """Return a copy of a graph; `mapping` is filled with old node → new node."""
     copy = fx.Graph()
     result = copy.graph_copy(graph, {} if mapping is None else mapping)
     copy.output(result)
@@ -131,7 +127,7 @@ def copy_graph(graph: fx.Graph, mapping: dict[fx.Node, fx.Node] | None = None) -
 
 
 def share_tensors(source: nn.Module, target: nn.Module) -> None:
-    """Registers the tensors of one module in another, the very objects, under the same names."""
+    """Register the tensors of one module in another, the very objects, under the same names."""
     persistent = set(source.state_dict())
     for name, tensor in named_tensors(source):
         attach(target, name, tensor, persistent=name in persistent)
@@ -146,7 +142,7 @@ class SwitchTraining(PassBase):
     """
 
     def requires(self, graph_module: fx.GraphModule) -> None:
-        """Checks that the graph is in its eval form."""
+        """Check that the graph is in its eval form."""
         for node in _modal_nodes(graph_module.graph):
             if isinstance(training_of(node), fx.Node):
                 raise RewriteError(
@@ -156,7 +152,7 @@ class SwitchTraining(PassBase):
                 )
 
     def call(self, graph_module: fx.GraphModule) -> PassResult:
-        """Rewrites the graph in place."""
+        """Rewrite the graph in place."""
         graph = graph_module.graph
         nodes = _modal_nodes(graph)
         if not nodes:
@@ -175,7 +171,7 @@ class SwitchTraining(PassBase):
         return PassResult(graph_module, True)
 
     def ensures(self, graph_module: fx.GraphModule) -> None:
-        """Checks that every mode is read from the module."""
+        """Check that every mode is read from the module."""
         graph_module.graph.lint()
         literal = [
             node.name
@@ -195,13 +191,13 @@ class FollowDevice(PassBase):
     """
 
     def call(self, graph_module: fx.GraphModule) -> PassResult:
-        """Rewrites the graph in place."""
+        """Rewrite the graph in place."""
         graph = graph_module.graph
         written = _with_device(graph)
         anchor = next((node for node in graph.nodes if _is_tensor_input(node)), None)
         if not written or anchor is None:
             return PassResult(graph_module, False)
-        with graph.inserting_after(_last_input(graph)):
+        with graph.inserting_after(graph.find_nodes(op="placeholder")[-1]):
             device = graph.call_function(getattr, (anchor, "device"))
         for node in written:
             node.args, node.kwargs = pytree.tree_map_only(
@@ -211,7 +207,7 @@ class FollowDevice(PassBase):
         return PassResult(graph_module, True)
 
     def ensures(self, graph_module: fx.GraphModule) -> None:
-        """Checks that no device is left."""
+        """Check that no device is left."""
         graph_module.graph.lint()
         left = [node.name for node in _with_device(graph_module.graph)]
         if left and any(_is_tensor_input(node) for node in graph_module.graph.nodes):
@@ -219,7 +215,7 @@ class FollowDevice(PassBase):
 
 
 def _with_device(graph: fx.Graph) -> list[Any]:
-    """Operators that are told a device."""
+    """Return the operators that are told a device."""
     return [
         node
         for node in graph.nodes
@@ -232,17 +228,12 @@ def _is_tensor_input(node: fx.Node) -> bool:
     return node.op == "placeholder" and isinstance(node.meta.get("val"), torch.Tensor)
 
 
-def _last_input(graph: fx.Graph) -> fx.Node:
-    inputs: list[fx.Node] = [node for node in graph.nodes if node.op == "placeholder"]
-    return inputs[-1]
-
-
 def _modal_nodes(graph: fx.Graph) -> list[Any]:
     return [node for node in graph.nodes if follows_mode(node)]
 
 
 def unswitch_training(graph: fx.Graph) -> None:
-    """Takes `SwitchTraining` back: the eval form of the graph."""
+    """Take `SwitchTraining` back: the eval form of the graph."""
     for node in reversed(list(graph.nodes)):
         if node.target is count_batch:
             counter = node.args[0]

@@ -51,16 +51,16 @@ class Layout:
         return len(self.source)
 
     def by_index(self) -> Layout:
-        """The same copies, those of an index next to each other."""
+        """Return the same copies, those of an index next to each other."""
         return self.by_block(1)
 
     def by_block(self, size: int) -> Layout:
-        """The same copies, those of `size` successive indices in one piece."""
+        """Return the same copies, those of `size` successive indices in one piece."""
         order = np.lexsort((self.source, self.copy, self.source // size))
         return Layout(self.source[order], self.copy[order])
 
     def after(self, other: Layout, size: int) -> Layout:
-        """Two concatenated dimensions: this one behind `other`, which has `size` indices."""
+        """Return two concatenated dimensions: this one behind `other`, which has `size` indices."""
         return Layout(
             np.concatenate([other.source, self.source + size]),
             np.concatenate([other.copy, self.copy]),
@@ -72,7 +72,7 @@ class Layout:
         return Layout(source.reshape(-1), np.repeat(self.copy, size))
 
     def head(self, size: int) -> Layout:
-        """The copies of the first `size` indices."""
+        """Return the copies of the first `size` indices."""
         kept = self.source < size
         return Layout(self.source[kept], self.copy[kept])
 
@@ -83,36 +83,25 @@ Copies = Mapping[str, Index]
 
 
 def copies_per_unit(n_units: int, n_fused: int) -> Index:
-    """How many fused units stand in the place of each unit of a member.
+    """Return how many fused units stand in the place of each unit of a member, int64 [n_units].
 
     Every unit has as many as every other, or the first ones have one more: what is regular at the
     members' width stays so, and a shape literal can describe it.
-
-    Args:
-        n_units: Units of a member, 1 or more.
-        n_fused: Units of the fused group, 1 or more.
-
-    Returns:
-        int64 [n_units], with sum `n_fused`.
     """
     each, rest = divmod(n_fused, n_units)
     return each + (np.arange(n_units) < rest).astype(np.int64)
 
 
 def unit_copies(count: Index) -> tuple[Index, Index]:
-    """In the place of which unit of a member each fused unit stands, and which copy of it it is.
+    """Return in which unit's place each fused unit stands, and which copy of it it is.
 
-    Args:
-        count: How many fused units stand in the place of each unit of a member, int64 [units].
-
-    Returns:
-        The unit and the number of the copy, both int64 [fused units].
+    `count` is how many fused units stand in the place of each unit of a member, int64 [units].
     """
     return np.repeat(np.arange(len(count)), count), _counted(count)
 
 
 def copies_of(graph: CouplingGraph, sizes: Mapping[str, int]) -> dict[str, Index]:
-    """`Copies` of the groups that change their size."""
+    """Return `Copies` of the groups that change their size."""
     return {
         group.name: copies_per_unit(group.n_units, sizes[group.name])
         for group in graph.groups
@@ -143,7 +132,7 @@ def default_layout(graph: CouplingGraph, place: Place, copies: Copies) -> Layout
 
 
 def run_layout(unit: Index, count: Index) -> Layout:
-    """The copies of each run of one unit's neurons next to each other, each in one piece.
+    """Return the copies of each run of one unit's neurons next to each other, each in one piece.
 
     Args:
         unit: The unit of each index, -1 where it is none that is copied, int64 [size].
@@ -161,7 +150,7 @@ def run_layout(unit: Index, count: Index) -> Layout:
 
 
 def _counted(sizes: Index) -> Index:
-    """0, 1, … up to each of some sizes, one after the other."""
+    """Return 0, 1, … up to each of some sizes, one after the other."""
     ends = np.cumsum(sizes)
     return np.arange(int(sizes.sum())) - np.repeat(ends - sizes, sizes)
 
@@ -173,7 +162,7 @@ def place_units(
     copies: Copies,
     layouts: Mapping[Place, Layout] = MappingProxyType({}),
 ) -> Placement:
-    """Where the units that a plan keeps land along a dimension."""
+    """Return where the units that a plan keeps land along a dimension."""
     size = int(graph.program.tensor(place[0]).shape[place[1]])
     groups = graph.group_of.get(place, ())
     resized = any(group.name in copies for group in groups)
@@ -226,7 +215,7 @@ class Placements:
         self._made: dict[Any, Placement] = {}
 
     def __getitem__(self, place: Place) -> Placement:
-        """Where units land along a dimension."""
+        """Return where units land along a dimension."""
         # Placements differ wherever members differ in width, or a layout was made for the place.
         key = place if self._graph.members or place in self._layouts else self._content(place)
         if key not in self._made:
@@ -235,7 +224,7 @@ class Placements:
         return self._made[key]
 
     def _content(self, place: Place) -> Any:
-        """All of the analysis that a placement depends on."""
+        """Return all of the analysis that a placement depends on."""
         graph = self._graph
         reason = graph.frozen.get(place)
         return (

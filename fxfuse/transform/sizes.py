@@ -16,7 +16,7 @@ from fxfuse.planning.planner import make_plan
 from fxfuse.planning.roles import kept_per_member
 from fxfuse.planning.size import MixingMode, Size, Sizes, sizes_of
 from fxfuse.transform.cost import operations_of, parameters_of
-from fxfuse.transform.resizing import apart_names, settle
+from fxfuse.transform.resizing import apart_names, limit_sizes
 
 #: Halvings of the range of widths in which a budget is looked for.
 _HALVINGS = 12
@@ -33,20 +33,7 @@ def make_sized_plan(
 ) -> FusionPlan:
     """Find the units of each fused group, and ask the method for its maps at these sizes.
 
-    Args:
-        graph: The analysis of the members.
-        states: For each member, its tensors by name.
-        method: The method.
-        context: What it may look at, but for the sizes.
-        size: What size is asked for.
-        fitted: Whether layers will be fitted, to units of all members.
-
-    Raises:
-        OptionError: The method works at a member's size only, no width meets the budget, or an
-            option has a value that cannot be used.
-        InputError: The method or the score needs calibration inputs, and there are none.
-        RewriteError: The network cannot be written in another size.
-        CaptureError: torch.export rejected the members.
+    `fitted` says whether layers will be fitted, to units of all members.
     """
     if isinstance(method, Concatenate):
         size = replace(size, width=_width_of_all(size, len(states)))
@@ -73,11 +60,7 @@ def make_sized_plan(
 
 
 def check_allocation(method: Method, size: Size) -> None:
-    """Check that a method's score can spread units over all groups.
-
-    Raises:
-        OptionError: It cannot.
-    """
+    """Check that a method's score can spread units over all groups."""
     if size.allocation == "global" and isinstance(method, Transplant) and method.score == "obs":
         raise OptionError(
             "allocation='global' does not work with score 'obs'",
@@ -93,17 +76,7 @@ def concatenation_plan(
     *,
     absent: Mapping[str, Collection[int]] = MappingProxyType({}),
 ) -> FusionPlan:
-    """Make the plan that keeps every unit of every member.
-
-    Args:
-        graph: The analysis of the members.
-        states: For each member, its tensors by name.
-        mixing: How operators that mix members run.
-        absent: Tensors that some members lack → the numbers of these members.
-
-    Raises:
-        RewriteError: The network cannot be written with members that run one by one.
-    """
+    """Make the plan that keeps every unit of every member."""
     plan = make_plan(graph, states, Concatenate(), Context(absent=absent))
     if mixing == "joint":
         return plan
@@ -114,17 +87,9 @@ def concatenation_plan(
 def choose_mixing(
     graph: CouplingGraph, n_members: int, size: Size, *, fitted: bool = False
 ) -> MixingMode:
-    """How operators that mix members are to run.
+    """Decide how operators that mix members are to run.
 
-    Args:
-        graph: The analysis of the members.
-        n_members: N.
-        size: What is asked for.
-        fitted: Whether layers will be fitted: to units of all members, so not member by member.
-
-    Raises:
-        OptionError: Members are to run one by one where not all of their units are kept, or where
-            something is to be one for all members; or a width cannot be had.
+    Fitted layers are fitted to units of all members, so they do not run member by member.
     """
     obstacle = ""
     if size.width is None:
@@ -146,7 +111,7 @@ def choose_mixing(
 
 
 def _not_kept(graph: CouplingGraph, n_members: int, size: Size) -> str:
-    """Says of which group not every unit of every member is kept; empty where all are."""
+    """Say of which group not every unit of every member is kept; empty where all are."""
     assert size.width is not None
     wanted = sizes_of(
         graph, n_members, size.width, size.multiple_of, at_least_one=size.allocation == "global"
@@ -163,24 +128,10 @@ def find_sizes(
     mixing: MixingMode = "joint",
     allocate: Callable[[Sizes], Sizes] | None = None,
 ) -> tuple[Sizes, dict[str, str]] | None:
-    """The units of each fused group, and why some groups keep a member's size.
+    """Find the units of each fused group, and why some groups keep a member's size.
 
-    Args:
-        graph: The analysis of the members.
-        n_members: N.
-        size: What is asked for.
-        mixing: How operators that mix members run: member by member, everything can be written.
-        allocate: From sizes at which every group is equally wide to those that are wanted
-            (`fxfuse.planning.allocation`); None: these.
-
-    Returns:
-        None where a member's size is asked for.
-
-    Raises:
-        OptionError: A width is no number in (0, N] or leaves a group without a unit, no width meets
-            the budget, or a pattern of widths names nothing.
-        RewriteError: The network cannot be written in another size.
-        CaptureError: torch.export rejected the members.
+    None where a member's size is asked for. `allocate` turns sizes at which every group is equally
+    wide into those that are wanted (`fxfuse.planning.allocation`).
     """
     if not size.is_given:
         return None
@@ -192,17 +143,17 @@ def find_sizes(
     )
     if mixing == "per_member":
         return wanted, {}
-    return settle(graph, (allocate or dict)(wanted))
+    return limit_sizes(graph, (allocate or dict)(wanted))
 
 
 def _within(
     graph: CouplingGraph, n_members: int, size: Size, allocate: Callable[[Sizes], Sizes]
 ) -> tuple[Sizes, dict[str, str]]:
-    """The widest network within a budget."""
+    """Return the widest network within a budget."""
 
     def at(width: float) -> tuple[Sizes, dict[str, str]]:
         wanted = sizes_of(graph, n_members, width, size.multiple_of, at_least_one=True)
-        return settle(graph, allocate(wanted))
+        return limit_sizes(graph, allocate(wanted))
 
     low, high = 1e-6, float(n_members)
     best, most = at(low), at(high)
@@ -225,7 +176,7 @@ def _within(
 
 
 def _excess(graph: CouplingGraph, sizes: Sizes, size: Size) -> str:
-    """What a network of these sizes has more of than the budget allows; empty within it."""
+    """Return what a network of these sizes has more of than the budget allows; empty within it."""
     params, flops = size.max_params, size.max_flops
     if params is not None and (found := parameters_of(graph, sizes)) > params:
         return f"has {found:,} parameters"
@@ -249,7 +200,7 @@ def _excess(graph: CouplingGraph, sizes: Sizes, size: Size) -> str:
 def _allocation(
     graph: CouplingGraph, states: Sequence[State], method: Method, context: Context, size: Size
 ) -> Callable[[Sizes], Sizes] | None:
-    """How sizes are spread over the groups, where not uniformly."""
+    """Return how sizes are spread over the groups, where not uniformly."""
     if size.allocation == "uniform":
         return None
     score = method.score if isinstance(method, Transplant) else None

@@ -15,6 +15,7 @@ from fxfuse.errors import VerificationError
 from fxfuse.graph.capture import Program, capture
 from fxfuse.graph.eager import answers
 from fxfuse.graph.module_checks import check_values
+from fxfuse.graph.tensors import tensors_in
 from fxfuse.graph.torch_compat import pytree
 from fxfuse.transform.emit import FusedModule
 from fxfuse.verify.in_double import InDouble, lifted, to_double
@@ -54,7 +55,7 @@ class Verification(Readable):
         return all(check.passed for check in self.checks)
 
     def described(self) -> Description:
-        """Which oracles hold, and how exactly."""
+        """Return which oracles hold, and how exactly."""
         failed = [check.name for check in self.checks if not check.passed]
         title = f"Verification: all {counted(len(self.checks), 'check')} passed"
         if failed:
@@ -73,7 +74,7 @@ def _found(check: Check) -> str:
 
 
 def relative_error(found: Sequence[torch.Tensor], expected: Sequence[torch.Tensor]) -> float:
-    """Largest absolute difference over the largest expected magnitude; inf for NaN.
+    """Return the largest absolute difference over the largest expected magnitude; inf for NaN.
 
     Also inf where numbers or shapes of tensors differ: sizes may depend on the data.
     """
@@ -102,7 +103,7 @@ def as_double(state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 
 
 def inputs_of(program: Program, *, flip: bool = False) -> Any:
-    """The example inputs in float64; flipped: other inputs of the same kind."""
+    """Return the example inputs in float64; flipped: other inputs of the same kind."""
 
     def other(x: Any) -> Any:
         x = to_double(x)
@@ -116,7 +117,7 @@ def inputs_of(program: Program, *, flip: bool = False) -> Any:
 def run(
     program: Program, state: Mapping[str, torch.Tensor], *, flip: bool = False
 ) -> list[torch.Tensor]:
-    """Outputs of the captured network with other tensors, in float64.
+    """Return the outputs of the captured network with other tensors, in float64.
 
     The captured graph runs where it is a program, and reads each tensor when it needs it; a copy of
     the user's own module runs elsewhere.
@@ -126,7 +127,7 @@ def run(
         check_values(state)
         return _run_eagerly(program.source, program.once(as_double(state)), args, kwargs)
     with torch.no_grad():
-        return tensors_of(InDouble(program, state).answer(args, kwargs))
+        return tensors_in(InDouble(program, state).answer(args, kwargs))
 
 
 def in_double(module: FusedModule) -> FusedModule:
@@ -144,7 +145,7 @@ def _run_eagerly(
     before = torch.get_default_dtype()
     torch.set_default_dtype(torch.float64)
     try:
-        return tensors_of(answers(copy.deepcopy(source).double(), state, args, kwargs))
+        return tensors_in(answers(copy.deepcopy(source).double(), state, args, kwargs))
     except Exception as error:
         raise VerificationError(
             "the oracles cannot run this network in float64",
@@ -155,8 +156,3 @@ def _run_eagerly(
         ) from error
     finally:
         torch.set_default_dtype(before)
-
-
-def tensors_of(value: Any) -> list[torch.Tensor]:
-    """All tensors in a nested structure, in its order."""
-    return [x for x in pytree.tree_leaves(value) if isinstance(x, torch.Tensor)]

@@ -11,12 +11,13 @@ from torch import nn
 
 from fxfuse.analysis.coupling import analyze
 from fxfuse.graph.capture import Program
+from fxfuse.graph.tensors import tensors_in
 from fxfuse.planning.context import Context
 from fxfuse.planning.methods import WeightMatching
 from fxfuse.planning.planner import make_plan
 from fxfuse.transform.apply import fused_tensors, permuted, random_permutations
 from fxfuse.transform.layout import Layout
-from fxfuse.verify.check import EXACT, Check, as_double, relative_error, run, tensors_of
+from fxfuse.verify.check import EXACT, Check, as_double, relative_error, run
 
 
 def identity(
@@ -52,7 +53,7 @@ def handover(
     network: Callable[..., Any],
     layouts: Sequence[Mapping[int, Layout]] | None = None,
 ) -> tuple[Check, ...]:
-    """What must hold of any fused network: the member's output shapes, finite outputs.
+    """Return what must hold of any fused network: the member's output shapes, finite outputs.
 
     Where the network was traced, its output sizes may depend on the data, and so on the weights:
     then only the outputs' values are checked.
@@ -65,7 +66,7 @@ def handover(
     """
     args, kwargs = member.example_inputs
     with torch.no_grad():
-        outputs = tensors_of(network(*args, **kwargs))
+        outputs = tensors_in(network(*args, **kwargs))
     broken = sum(int((~torch.isfinite(o)).sum()) for o in outputs)
     finite = Check(
         "finite outputs", float(broken), 0.0, broken == 0, f"{broken} values are not finite"
@@ -73,7 +74,7 @@ def handover(
     if not member.is_exported:
         return (finite,)
     with torch.no_grad():
-        expected = tensors_of(member.module(*args, **kwargs))
+        expected = tensors_in(member.module(*args, **kwargs))
     wanted = [list(e.shape) for e in expected]
     for sizes, grown in zip(wanted, layouts or (), strict=layouts is not None):
         for dim, layout in grown.items():

@@ -18,7 +18,7 @@ _LOWER = (torch.float32, torch.float16, torch.bfloat16)
 
 
 def to_double(value: Any) -> Any:
-    """A floating-point tensor in float64, a complex one in complex128; all else as it is."""
+    """Return a floating-point tensor in float64, a complex one in complex128; all else as it is."""
     if not isinstance(value, torch.Tensor):
         return value
     if value.is_complex():
@@ -27,7 +27,7 @@ def to_double(value: Any) -> Any:
 
 
 def lifted(value: Any) -> Any:
-    """Arguments of an operator, with a lower precision that they name lifted to float64.
+    """Return the arguments of an operator, with a lower precision that they name lifted to float64.
 
     What a network rounds on purpose (norms in float32, say) would hide what an oracle looks for.
     """
@@ -50,11 +50,11 @@ class Changed(Mapping[str, torch.Tensor]):
         self._state, self._change = state, change
 
     def __getitem__(self, name: str) -> torch.Tensor:
-        """The changed tensor, a new one each time."""
+        """Return the changed tensor, a new one each time."""
         return self._change(name, self._state[name])
 
     def __contains__(self, name: object) -> bool:
-        """Whether there is such a tensor; it is not changed."""
+        """Tell whether there is such a tensor; it is not changed."""
         return name in self._state
 
     def __iter__(self) -> Iterator[str]:
@@ -65,7 +65,7 @@ class Changed(Mapping[str, torch.Tensor]):
 
 
 def doubled(state: Mapping[str, torch.Tensor]) -> Mapping[str, torch.Tensor]:
-    """The tensors in float64, each converted when it is read."""
+    """Return the tensors in float64, each converted when it is read."""
     return Changed(state, lambda _, tensor: to_double(tensor))
 
 
@@ -73,11 +73,7 @@ class InDouble(fx.Interpreter):
     """Runs a captured graph in float64 with other tensors, each read at its first use.
 
     An exported graph names all of its tensors at its top; to read them there would hold all of them
-    at once.
-
-    Args:
-        program: A captured network that is a program.
-        state: Tensors by `state_dict()` name, in any precision; none is written to.
+    at once. The tensors may have any precision; none is written to.
     """
 
     def __init__(self, program: Program, state: Mapping[str, torch.Tensor]) -> None:
@@ -90,18 +86,18 @@ class InDouble(fx.Interpreter):
         }
 
     def answer(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
-        """What the network answers, called as the captured module is."""
+        """Return what the network answers, called as the captured module is."""
         bound = inspect.signature(self._captured.module.forward).bind(*args, **kwargs)
         graph = self._captured.graph
         flat = flatten_inputs(graph, list(bound.arguments.values()))
         return graph.process_outputs(super().run(*flat, enable_io_processing=False))
 
     def get_attr(self, target: Any, args: Any, kwargs: Any) -> Any:
-        """A tensor, still to be read."""
+        """Return a tensor, still to be read."""
         return _Unread(self._first(target))
 
     def map_nodes_to_values(self, args: Any, n: fx.Node) -> Any:
-        """Values of arguments; tensors that nobody has read yet are read."""
+        """Return the values of arguments; tensors that nobody has read yet are read."""
 
         def value(node: fx.Node) -> Any:
             if isinstance(self.env[node], _Unread):
@@ -111,7 +107,7 @@ class InDouble(fx.Interpreter):
         return fx.map_arg(args, value)
 
     def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
-        """An operator in float64, also where it names another precision."""
+        """Return an operator in float64, also where it names another precision."""
         return super().call_function(target, lifted(args), lifted(kwargs))
 
     def _first(self, target: Any) -> str:

@@ -16,11 +16,7 @@ from fxfuse.transform.layout import Layout
 def put_back(
     graph: CouplingGraph, permutations: Mapping[str, Index], outputs: Sequence[torch.Tensor]
 ) -> list[torch.Tensor]:
-    """Undoes a permutation of units where they are handed out.
-
-    Returns:
-        The outputs in the order of the network that was not permuted.
-    """
+    """Undo a permutation of units where they are handed out."""
     source = _moved_ids(graph, permutations)
     return [
         _ordered(output, value, source)
@@ -34,7 +30,7 @@ def _output_values(graph: CouplingGraph) -> list[AbstractTensor]:
 
 
 def _moved_ids(graph: CouplingGraph, permutations: Mapping[str, Index]) -> Index:
-    """For each neuron of the permuted network, which neuron it was before."""
+    """Return for each neuron of the permuted network, which neuron it was before."""
     source = np.arange(graph.coupling.count)
     for owner, place in enumerate(graph.coupling.owners):
         for group in graph.group_of.get(place, ()):
@@ -57,7 +53,7 @@ def _ordered(output: torch.Tensor, value: AbstractTensor, source: Index) -> torc
 
 
 def _order(f: DimLabels, source: Index) -> Index | None:
-    """Where each place of an output has to be read from; None: as it is."""
+    """Return where each place of an output has to be read from; None: as it is."""
     neuron = neurons(f.ids).reshape(-1).numpy()
     wanted = f.ids.reshape(-1).numpy()
     # The place of a neuron (its part) is the same for the neuron that takes its place.
@@ -76,17 +72,11 @@ def _order(f: DimLabels, source: Index) -> Index | None:
 def parts(
     wide: torch.Tensor, outputs: Sequence[torch.Tensor], layouts: Mapping[int, Layout]
 ) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
-    """An output of the concatenated network, and what it has to be.
+    """Return an output of the concatenated network, and what it has to be.
 
-    Args:
-        wide: The output of the concatenated network.
-        outputs: The same output of each member.
-        layouts: Layout of each dimension in which the output grows.
-
-    Returns:
-        What was found and what was expected: the members' mean for an output that does not grow;
-        else, for each member, the part that is handed out for it and its own output (their mean
-        in those places that all members share).
+    An output that does not grow is the members' mean. Of another, for each member, there is the
+    part that is handed out for it and its own output (their mean in those places that all members
+    share).
     """
     mean = torch.stack(list(outputs)).mean(0)
     if not layouts:

@@ -75,14 +75,10 @@ def concatenated_and_pruned(
     inputs: tuple[Any, ...],
     degree: int,
 ) -> nn.Module:
-    """The reference: a wide copy of a member with all members' channels, pruned to its size.
+    """Make the reference: a wide copy of member 0 with all members' channels, pruned to its size.
 
-    Args:
-        member: Member 0; it stays as it is.
-        graph: The analysis of the members.
-        states: For each member, its tensors by name, of one floating-point dtype.
-        inputs: Of the member, in that dtype.
-        degree: Of the norm that channels are ranked by.
+    Channels are ranked by their norm of `degree`; tensors and inputs are of one floating-point
+    dtype.
     """
     try:
         import torch_pruning
@@ -106,7 +102,7 @@ def concatenated_and_pruned(
 def _concatenated(
     member: nn.Module, graph: CouplingGraph, states: Sequence[Mapping[str, torch.Tensor]]
 ) -> nn.Module:
-    """A wide copy of a member, the members' channels one member after the other."""
+    """Return a wide copy of a member, the members' channels one member after the other."""
     n = len(states)
     plan = make_plan(graph, states, Concatenate(), Context())
     layouts: dict[Place, Layout] = {}

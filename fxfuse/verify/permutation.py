@@ -56,7 +56,7 @@ def permutation(
 
 
 def permutation_of(graph: CouplingGraph, *, seed: int = 0) -> Check:
-    """The permutation oracle on an analysis that exists."""
+    """Return the permutation oracle on an analysis that exists."""
     reference = run(graph.program, graph.program.state())
     error = _permuted_error(graph, graph.groups, seed, reference)
     tolerance, floor = _tolerance(graph, error, seed, reference)
@@ -81,7 +81,7 @@ def wrong_groups(graph: CouplingGraph, *, seed: int = 0) -> tuple[CouplingGroup,
 def _tolerance(
     graph: CouplingGraph, error: float, seed: int, reference: Outputs
 ) -> tuple[float, float]:
-    """Tolerance, and what rounding alone does to the outputs where that had to be asked.
+    """Return the tolerance, and what rounding alone does to the outputs where that had to be asked.
 
     A network that meets inputs unlike those it was trained on may amplify rounding by many orders
     of magnitude. A permutation changes the order of sums, so it cannot be told from rounding there.
@@ -129,7 +129,7 @@ def _permuted_error(
 
 
 def sensitivity(program: Program) -> float:
-    """Relative difference between the outputs for two different inputs of the same shape."""
+    """Return relative difference between the outputs for two different inputs of the same shape."""
     return _sensitivity(program, run(program, program.state()))
 
 

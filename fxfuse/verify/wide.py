@@ -13,6 +13,7 @@ from fxfuse.analysis.coupling import CouplingGraph, couple
 from fxfuse.analysis.multi_width import multi_width
 from fxfuse.graph.capture import Program
 from fxfuse.graph.same_network import check_same_network
+from fxfuse.graph.tensors import tensors_in
 from fxfuse.members.ranks import mapped, of_each
 from fxfuse.planning.plan import FusionPlan
 from fxfuse.planning.size import MixingMode
@@ -26,7 +27,6 @@ from fxfuse.verify.check import (
     inputs_of,
     relative_error,
     run,
-    tensors_of,
 )
 from fxfuse.verify.in_double import doubled
 from fxfuse.verify.outputs import parts
@@ -76,7 +76,7 @@ def equals_ensemble(
     *,
     hands_out: bool,
 ) -> Check:
-    """The wide oracle for members that are analyzed already."""
+    """Return the wide oracle for members that are analyzed already."""
     # Before the concatenation is there: a member and its copy need not be in memory beside it.
     answers = of_each(states, lambda i, state: run(graph.of_member(i).program, state))
     outputs = [answer for _, answer in answers]
@@ -84,7 +84,7 @@ def equals_ensemble(
     module = in_double(emit_resized(graph, plan, mapped(states, doubled)))
     args, kwargs = inputs_of(graph.program)
     with torch.no_grad():
-        wide = tensors_of(module(*args, **kwargs))
+        wide = tensors_in(module(*args, **kwargs))
     layouts = output_layouts(graph, plan) if hands_out else [{} for _ in wide]
     pairs = [parts(*each) for each in zip(wide, zip(*outputs, strict=True), layouts, strict=True)]
     error = max((relative_error(*pair) for pair in pairs), default=0.0)
@@ -101,7 +101,7 @@ def equals_heads(
     members: Sequence[Program],
     dim: int,
 ) -> Check:
-    """The wide oracle of a partial fusion: every head answers as its own member.
+    """Return the wide oracle of a partial fusion: every head answers as its own member.
 
     Args:
         graph: The analysis of the members as one network (`fxfuse.analysis.heads.join`).
@@ -113,7 +113,7 @@ def equals_heads(
     module = in_double(emit_resized(graph, plan, [doubled(s) for s in states]))
     args, kwargs = inputs_of(graph.program)
     with torch.no_grad():
-        found = tensors_of(module(*args, **kwargs))
+        found = tensors_in(module(*args, **kwargs))
     expected = plan.heads.combined([run(m, m.state()) for m in members], dim)
     error = relative_error(found, expected)
     notes = plan.inexact()

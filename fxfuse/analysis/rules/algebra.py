@@ -14,7 +14,7 @@ from fxfuse.analysis.labels import AbstractTensor, DimLabels, Kind, neurons, pos
 
 
 def align(value: AbstractTensor, rank: int) -> AbstractTensor:
-    """Adds leading dimensions of size 1, as broadcasting does."""
+    """Add leading dimensions of size 1, as broadcasting does."""
     extra = rank - value.rank
     if extra == 0:
         return value
@@ -98,7 +98,7 @@ def _covered(f: DimLabels, other: AbstractTensor) -> frozenset[int]:
 def _match(
     coupling: CouplingConstraints, f: DimLabels, other: AbstractTensor, own: AbstractTensor
 ) -> frozenset[int]:
-    """Ties a field to the fields of the other operand that share dimensions with it."""
+    """Tie a field to the fields of the other operand that share dimensions with it."""
     mine = set(f.dims)
     for g in other.fields:
         theirs = set(g.dims)
@@ -167,7 +167,7 @@ def contract(
     letters_b: str,
     out: str,
 ) -> AbstractTensor:
-    """Contracts two operands as `einsum(f"{letters_a},{letters_b}->{out}")` would.
+    """Contract two operands as `einsum(f"{letters_a},{letters_b}->{out}")` would.
 
     Ids along a contracted letter are tied. Where ids vary along a contracted letter and along one
     that stays (heads, groups), all ids of a block move together.
@@ -207,7 +207,7 @@ def _note_sum(coupling: CouplingConstraints, f: DimLabels, other: AbstractTensor
 
 
 def _lift(value: AbstractTensor, letters: str, order: str) -> AbstractTensor:
-    """Brings a value into the space of all letters, size 1 where it lacks one."""
+    """Bring a value into the space of all letters, size 1 where it lacks one."""
     places = [order.index(x) for x in letters]
 
     def lift(fields: tuple[DimLabels, ...]) -> tuple[DimLabels, ...]:
@@ -259,7 +259,7 @@ def _lower(
 def reduce_over(
     coupling: CouplingConstraints, value: AbstractTensor, dims: Iterable[int], why: str
 ) -> None:
-    """Notes that an operator mixes everything along `dims` (mean, softmax, normalisation)."""
+    """Note that an operator mixes everything along `dims` (mean, softmax, normalisation)."""
     over = set(dims)
     for f in value.fields:
         inside = over & set(f.dims)
@@ -272,7 +272,7 @@ def reduce_over(
 
 
 def drop(value: AbstractTensor, dims: Iterable[int], *, keepdim: bool) -> AbstractTensor:
-    """The labels left after a reduction over `dims`."""
+    """Return the labels left after a reduction over `dims`."""
     gone = sorted({d % value.rank for d in dims})
 
     def shrink(fields: tuple[DimLabels, ...]) -> tuple[DimLabels, ...]:
@@ -297,7 +297,7 @@ def drop(value: AbstractTensor, dims: Iterable[int], *, keepdim: bool) -> Abstra
 def only_unlabelled(
     coupling: CouplingConstraints, value: AbstractTensor, dims: Iterable[int], what: str
 ) -> AbstractTensor:
-    """Leaves no labels along dimensions in which an operator is not the same for every index.
+    """Leave no labels along dimensions in which an operator is not the same for every index.
 
     Labels that vary along other dimensions too (the pixels of a shuffled channel, say) become one
     unit, in order; the others freeze.

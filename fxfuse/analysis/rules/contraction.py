@@ -23,7 +23,7 @@ aten = torch.ops.aten
 def _bias(
     call: Call, result: AbstractTensor, bias: AbstractTensor | None, dim: int
 ) -> AbstractTensor:
-    """Adds a bias of shape [o] along one dimension of the result."""
+    """Add a bias of shape [o] along one dimension of the result."""
     if bias is None:
         return result
     for f in bias.fields:
@@ -182,7 +182,7 @@ def _passing(call: Call, x: AbstractTensor, weight: AbstractTensor) -> tuple[int
 
 
 def _corner(value: AbstractTensor, kept: Sequence[int]) -> AbstractTensor:
-    """The first pixel along every dimension of space but those that are kept."""
+    """Return the first pixel along every dimension of space but those that are kept."""
     whole = slice(None)
     corner = tuple(whole if d < 2 or d in kept else 0 for d in range(value.rank))
     return value.moved(lambda t: t[corner])

@@ -15,7 +15,7 @@ aten = torch.ops.aten
 
 
 def _table(call: Call, weight: AbstractTensor, others: Iterable[AbstractTensor]) -> AbstractTensor:
-    """The labels of a table's channels [1, c]; whatever selects rows has no neurons."""
+    """Return the labels of a table's channels [1, c]; whatever selects rows has no neurons."""
     for value in others:
         only_unlabelled(call.coupling, value, range(value.rank), "says which rows are looked up")
     call.coupling.record_use(weight)

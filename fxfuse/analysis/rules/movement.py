@@ -164,7 +164,7 @@ def join(
     dim: int,
     operation: Callable[[list[torch.Tensor]], torch.Tensor] | None = None,
 ) -> Any:
-    """Joins labelled tensors along one dimension, by concatenation or by another operation."""
+    """Join labelled tensors along one dimension, by concatenation or by another operation."""
     operation = operation or partial(torch.cat, dim=dim)
     shape = call.shape
     depends_on_input = any(v.sources is None for v in parts)
@@ -232,7 +232,7 @@ def _across(call: Call, parts: list[AbstractTensor], dim: int) -> Any:
 
 
 def run_on_ids(call: Call, operation: Any) -> Any:
-    """Runs an operator on the ids of its first argument, constants as they are."""
+    """Run an operator on the ids of its first argument, constants as they are."""
     value = call.args[0]
     if not isinstance(value, AbstractTensor):
         return NotImplemented
@@ -252,7 +252,7 @@ def run_on_ids(call: Call, operation: Any) -> Any:
 
 
 def _moved(call: Call, value: AbstractTensor, operation: Any) -> AbstractTensor:
-    """Moves a value; a neuron that is cut off from all others loses its label, so it freezes."""
+    """Move a value; a neuron that is cut off from all others loses its label, so it freezes."""
     result = value.moved(operation)
     if len(result.fields) < len(value.fields):
         kind = Kind.SHARED_INDEX if value.is_parameter else Kind.KEEP_BASE

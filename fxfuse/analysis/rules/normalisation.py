@@ -16,7 +16,7 @@ aten = torch.ops.aten
 
 
 def _affine(call: Call, x: AbstractTensor, dim: int) -> AbstractTensor:
-    """The parameters of a normalisation, whose first dimension is dimension `dim` of x."""
+    """Return the parameters of a normalisation, whose first dimension is dimension `dim` of x."""
     facts, result = FACTS[call.node.target], x
     assert isinstance(facts, Normalisation)
     for name in facts.state:

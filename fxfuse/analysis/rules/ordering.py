@@ -72,5 +72,5 @@ def _kept(call: Call, dims: Iterable[int]) -> Any:
 
 
 def _plain(value: Any) -> Any:
-    """Named tuples of results as lists."""
+    """Return the named tuples of results as lists."""
     return value if isinstance(value, torch.Tensor) else list(value)

@@ -74,7 +74,7 @@ _SCALING = {"aten::mul", "aten::mul_", "aten::div", "aten::div_"}
 
 
 def is_pointwise(target: Any) -> bool:
-    """Whether torch itself says that an operator is pointwise."""
+    """Tell whether torch itself says that an operator is pointwise."""
     return torch.Tag.pointwise in getattr(target, "tags", ())
 
 
@@ -102,7 +102,7 @@ def pointwise(call: Call) -> AbstractTensor:
 
 
 def _keeps_zeros(call: Call) -> bool:
-    """Whether an operator keeps the zeros between members in weights with several labels."""
+    """Tell whether an operator keeps the zeros between members in weights with several labels."""
 
     def stand_in(x: Any) -> Any:
         if not isinstance(x, AbstractTensor):

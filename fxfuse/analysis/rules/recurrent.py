@@ -45,7 +45,7 @@ class Weights:
 
 
 def weights_of(parameters: Sequence[Any], *, has_biases: bool, parts: int) -> list[Weights]:
-    """Cuts an operator's flat list of parameters into layers and directions, `parts` in all."""
+    """Cut an operator's flat list of parameters into layers and directions, `parts` in all."""
     size = len(parameters) // parts
     biases = 2 if has_biases else 0
     found = []
@@ -57,7 +57,7 @@ def weights_of(parameters: Sequence[Any], *, has_biases: bool, parts: int) -> li
 
 
 def gates_of(node: fx.Node) -> int:
-    """Number of gates of a recurrent layer or cell."""
+    """Return the number of gates of a recurrent layer or cell."""
     facts = FACTS[node.target]
     assert isinstance(facts, Recurrence)
     return facts.gates
@@ -114,14 +114,9 @@ def step(
     weights: Weights,
     gates: int,
 ) -> list[AbstractTensor]:
-    """One direction of one layer: `* i → * h` for each state, the hidden state first.
+    """Couple one direction of one layer: `* i → * h` for each state, the hidden state first.
 
-    Args:
-        coupling: Where ties are written.
-        x: [* i].
-        initial: The states before the first step, each [* h] (sizes of 1 broadcast).
-        weights: The layer's parameters.
-        gates: Number of gates k.
+    `initial` holds the states before the first step, each [* h] (sizes of 1 broadcast).
     """
     lead = "ABC"[: x.rank - 1]
     coupling.record_use(x)
@@ -162,14 +157,14 @@ def _freeze_layers(coupling: CouplingConstraints, state: AbstractTensor) -> None
 
 
 def _initial(state: AbstractTensor, part: int, time: int) -> AbstractTensor:
-    """`n b h → b 1 h` (or `1 b h`) of one layer and direction."""
+    """Return `n b h → b 1 h` (or `1 b h`) of one layer and direction."""
     return state.moved(lambda t: t[part].unsqueeze(time))
 
 
 def _side_by_side(
     coupling: CouplingConstraints, parts: Sequence[AbstractTensor], dim: int
 ) -> AbstractTensor:
-    """Concatenates along one dimension; units (along the last dimension) are not tied."""
+    """Concatenate along one dimension; units (along the last dimension) are not tied."""
     if len(parts) == 1:
         return parts[0]
     last = parts[0].rank - 1

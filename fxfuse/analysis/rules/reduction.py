@@ -76,7 +76,7 @@ def pool(call: Call) -> AbstractTensor:
 
 
 def _pooled(call: Call, x: AbstractTensor, space: int, shape: tuple[int, ...]) -> AbstractTensor:
-    """Labels of x without those along its last `space` dimensions, which get a new size."""
+    """Return labels of x without those along its last `space` dimensions, which get a new size."""
     pixels = range(x.rank - space, x.rank)
     x = only_unlabelled(call.coupling, x, pixels, "pooled over: neighbours matter")
     _note_nonlinear(call, x)

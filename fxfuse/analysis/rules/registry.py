@@ -51,7 +51,7 @@ class Call:
         return where_of(self.node)
 
     def argument(self, name: str) -> Any:
-        """An argument by its name in the operator's schema, or the schema's default."""
+        """Return an argument by its name in the operator's schema, or the schema's default."""
         names = argument_names(self.node.target)
         if name not in names:
             raise RuleError(
@@ -66,7 +66,7 @@ class Call:
         return argument(self.node, name, self.args, self.kwargs)
 
     def values(self) -> list[AbstractTensor]:
-        """All tensor arguments, those in lists included."""
+        """Return all tensor arguments, those in lists included."""
         found: list[AbstractTensor] = []
         for given in [*self.args, *self.kwargs.values()]:
             items = given if isinstance(given, list | tuple) else [given]
@@ -89,12 +89,12 @@ class Call:
 
 
 def concrete_shape(value: torch.Tensor) -> tuple[int, ...]:
-    """Shape of a fake tensor with symbolic sizes replaced by their hints."""
+    """Return the shape of a fake tensor with symbolic sizes replaced by their hints."""
     return tuple(hint(s) for s in value.shape)
 
 
 def rule(*targets: Any) -> Callable[[Rule], Rule]:
-    """Registers a function as the rule of one or more operators.
+    """Register a function as the rule of one or more operators.
 
     Args:
         targets: Operators (`torch.ops.library.name.default`), packets of overloads
@@ -124,16 +124,16 @@ def rule(*targets: Any) -> Callable[[Rule], Rule]:
 
 
 def find(target: Any) -> Rule | None:
-    """The rule of an operator, itself or by its name, or None: then its operands freeze."""
+    """Return the rule of an operator, itself or by its name, or None: then its operands freeze."""
     return _RULES.get(target) or _RULES.get(name_of(target))
 
 
 def name_of(target: Any) -> str:
-    """The qualified name of an operator without its overload; "" for other functions."""
+    """Return the qualified name of an operator without its overload; "" for other functions."""
     schema = schema_of(target)
     return "" if schema is None else str(schema.name)
 
 
 def registered() -> Mapping[Any, Rule]:
-    """All rules by operator, read-only."""
+    """Return all rules by operator, read-only."""
     return MappingProxyType(_RULES)

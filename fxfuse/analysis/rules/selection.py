@@ -75,7 +75,7 @@ def gather(call: Call) -> Any:
 
 
 def _picked(call: Call, x: AbstractTensor, dim: int, shape: tuple[int, ...]) -> AbstractTensor:
-    """The labels of x, none along a dimension of which it is not known what is picked."""
+    """Return the labels of x, none along a dimension of which it is not known what is picked."""
     call.coupling.record_use(x)
     x = only_unlabelled(call.coupling, x, [dim], _WHY)
 

@@ -26,7 +26,7 @@ elementwise: Rule = pointwise
 
 
 def same_labels(*, ordered: Sequence[int] = (), mixed: Sequence[int] = ()) -> Rule:
-    """A rule: the result has the shape and the labels of the operator's only tensor.
+    """Return a rule: the result has the shape and the labels of the operator's only tensor.
 
     For an operator that treats all indices of a dimension alike and each by itself, save those of
     the dimensions named here. Further tensor arguments that are labelled, or that vary along some
@@ -60,7 +60,7 @@ def same_labels(*, ordered: Sequence[int] = (), mixed: Sequence[int] = ()) -> Ru
 
 
 def contracting(pattern: str, *, nonlinear: bool = False) -> Rule:
-    """A rule: two tensors are contracted over letters, as in `torch.einsum`.
+    """Return a rule: two tensors are contracted over letters, as in `torch.einsum`.
 
     Args:
         pattern: One term for each tensor argument of the operator, in the order of its schema, such

@@ -18,9 +18,9 @@ from fxfuse import Match, Refit, Transplant
 from fxfuse.api.fuse import fuse
 from fxfuse.cli.data import Batches
 from fxfuse.cli.demo.members import average, train_member
-from fxfuse.cli.demo.network import Ensemble
 from fxfuse.cli.demo.refined import Refined, matched, merit, timed, trained
 from fxfuse.cli.demo.repetition import BATCH, MEMBERS, Repetition
+from fxfuse.cli.evaluate import Ensemble
 from fxfuse.graph.capture import Program, capture
 from fxfuse.refine import RefineReport, distill, finetune, recalibrate, refit_head
 
@@ -36,9 +36,7 @@ class Entry:
     """A network to measure.
 
     Attributes:
-        name: Of its row.
         network: Whose costs it has: `member`, `ensemble` or `fused`.
-        module: The network itself.
         control: Name of the row without fusion that it is to be compared with.
         seconds: CPU seconds of what the row adds; None where it adds nothing.
         learning_rate: What validation chose.
@@ -147,5 +145,5 @@ def _entry(name: str, network: str, done: Refined, control: str | None = None) -
 
 
 def _unlabelled(images: Tensor, seed: int) -> Batches:
-    """Batches whose labels, all 0, nobody reads."""
+    """Return batches whose labels, all 0, nobody reads."""
     return Batches(images, images.new_zeros(len(images)), BATCH, seed=seed)

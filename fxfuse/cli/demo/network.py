@@ -7,12 +7,7 @@ from torch import Tensor, nn
 
 
 class Block(nn.Module):
-    """Two 3x3 convolutions with BatchNorm, and a shortcut past them.
-
-    Args:
-        inputs: Channels that come in.
-        outputs: Channels that go out; more than come in halve the image.
-    """
+    """Two 3x3 convolutions with BatchNorm, and a shortcut; more outputs halve the image."""
 
     def __init__(self, inputs: int, outputs: int) -> None:
         super().__init__()
@@ -34,12 +29,7 @@ class Block(nn.Module):
 
 
 class SmallResNet(nn.Module):
-    """Three residual blocks for grey images of 28 x 28.
-
-    Args:
-        widths: Channels of the three blocks.
-        classes: Number of logits.
-    """
+    """Three residual blocks of `widths` channels for grey images of 28 x 28."""
 
     def __init__(self, widths: tuple[int, int, int] = (16, 32, 64), classes: int = 10) -> None:
         super().__init__()
@@ -57,15 +47,3 @@ class SmallResNet(nn.Module):
         """Map images `[b, 1, 28, 28]` to logits `[b, classes]`."""
         logits: Tensor = self.head(self.blocks(self.stem(x)).mean(dim=(2, 3)))
         return logits
-
-
-class Ensemble(nn.Module):
-    """Members run one after the other; answers with the mean of their logits."""
-
-    def __init__(self, members: list[nn.Module]) -> None:
-        super().__init__()
-        self.members = nn.ModuleList(members)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Map images `[b, 1, 28, 28]` to logits `[b, classes]`."""
-        return torch.stack([member(x) for member in self.members]).mean(dim=0)

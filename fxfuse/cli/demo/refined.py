@@ -20,13 +20,7 @@ _LEARNING_RATES = (3e-3, 1e-2)
 
 @dataclass(frozen=True)
 class Refined:
-    """A refined copy, and how it came about.
-
-    Attributes:
-        module: The network.
-        seconds: CPU seconds, all threads together.
-        learning_rate: What validation chose; None where there was no choice.
-    """
+    """A refined copy, the CPU seconds of all threads, and the learning rate, if chosen."""
 
     module: nn.Module
     seconds: float
@@ -66,14 +60,8 @@ def trained(
 ) -> Refined:
     """Refine a copy of `start` with each learning rate, and return what validation prefers.
 
-    Args:
-        start: The network to copy.
-        refine: `fxfuse.refine.finetune`, or a function like it.
-        batches: Makes the batches anew, so that every run gets the same ones.
-        steps: Optimiser steps.
-        seed: Seed of the run.
-        validation: Images `[n, 1, 28, 28]` and labels `[n]`.
-        progress: As in `finetune`.
+    `refine` is `fxfuse.refine.finetune` or a function like it; `batches` makes the batches anew, so
+    that every run gets the same ones. `validation` is images `[n, 1, 28, 28]` and labels `[n]`.
     """
     candidates = []
     for learning_rate in _LEARNING_RATES:

@@ -28,7 +28,6 @@ class Repetition:
         seed: Decides the split, the members' first weights and all batches.
         images: Of all parts, float32 `[n, 1, 28, 28]`.
         labels: int64 `[n]`.
-        parts: Which images train, choose and report.
     """
 
     setting: str
@@ -62,12 +61,12 @@ class Repetition:
         return self.images[self.parts.train[order[:CALIBRATION]]]
 
     def training(self) -> Batches:
-        """Return batches of all training images with labels."""
+        """Return the batches of all training images with labels."""
         train = self.parts.train
         return Batches(self.images[train], self.labels[train], BATCH, seed=self.seed)
 
     def batches_of_member(self, index: int) -> Batches:
-        """Return batches of the training images that member `index` sees."""
+        """Return the batches of the training images that member `index` sees."""
         seen = self._seen_by(index)
         return Batches(self.images[seen], self.labels[seen], BATCH, seed=self.seed_of(index))
 

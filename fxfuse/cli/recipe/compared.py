@@ -30,18 +30,10 @@ from fxfuse.transform.emit import emit
 
 
 def compared(folders: Sequence[Path], data: str | None, *, latency: bool) -> tuple[Network, ...]:
-    """Measures written networks, and the members and ensemble of the first of them.
+    """Measure written networks, and the members and ensemble of the first of them.
 
-    Args:
-        folders: What `fxfuse fuse`, `run`, `refit` or `distill` wrote, of the same members, and
-            after the first also stacks.
-        data: Where examples are, or None.
-        latency: Whether to measure latency.
-
-    Raises:
-        OptionError: They are not of the same members.
-        CheckpointError: A folder holds no network.
-        InputError: The data cannot be read, or do not fit.
+    `folders` are what `fxfuse fuse`, `run`, `refit` or `distill` wrote, of the same members, and
+    after the first also stacks.
     """
     first = read_recipe(folders[0])
     # A stack has no recipe: what it is made of is its own business.
@@ -63,16 +55,9 @@ def compared(folders: Sequence[Path], data: str | None, *, latency: bool) -> tup
 def latencies(
     folder: Path, batches: Sequence[int], *, compiled: bool, stage: Stage
 ) -> list[dict[str, Any]]:
-    """Times a written network, one of its members and the ensemble.
+    """Time a written network, one of its members and the ensemble, as they are and `compiled`.
 
-    Args:
-        folder: What `fxfuse fuse` wrote.
-        batches: Batch sizes.
-        compiled: Whether to compile each of them with `fxfuse.compile`, too, where it has a graph.
-        stage: Is told what is being done.
-
-    Returns:
-        For each network, batch size and way: its median in ms, and the ratio to one member's.
+    Returns, for each network, batch size and way, its median in ms, and the ratio to one member's.
     """
     recipe = read_recipe(folder)
     fused = load(folder)
@@ -105,18 +90,9 @@ def latencies(
 
 
 def report_on(folder: Path, data: str | None, page: Path | None) -> Path:
-    """Writes a report on a written fusion; returns where it is.
+    """Write a report on a written fusion, by default into its folder, and return where it is.
 
     The plan is applied to the members again, and gets the weights in the folder.
-
-    Args:
-        folder: What `fxfuse fuse` wrote.
-        data: Where examples are, or None.
-        page: The file; None: in the folder.
-
-    Raises:
-        CheckpointError: The folder holds no plan.
-        CheckpointError: The weights do not fit the plan.
     """
     check_installed()
     recipe = read_recipe(folder)
@@ -161,11 +137,7 @@ def _compiled(network: nn.Module, inputs: tuple[torch.Tensor, ...]) -> nn.Module
 
 
 def _networks(recipe: Recipe) -> Networks:
-    """The members of a result, in memory.
-
-    Raises:
-        OptionError: They have changed since.
-    """
+    """Load the members of a result, which may not have changed since."""
     with contextlib.chdir(recipe.base or "."):
         networks = load_networks(recipe, in_memory=True)
         made_with(recipe, networks)

@@ -38,7 +38,7 @@ class Networks:
 
 
 def needs_modules(recipe: Recipe) -> bool:
-    """Whether the members run, or may differ; else they stay in their files."""
+    """Tell whether the members run, or may differ; else they stay in their files."""
     runs = recipe.calibration or recipe.train or recipe.evaluation or recipe.fuse.refine
     return bool(
         runs
@@ -49,14 +49,9 @@ def needs_modules(recipe: Recipe) -> bool:
 
 
 def load_networks(recipe: Recipe, *, in_memory: bool = False) -> Networks:
-    """Makes what a recipe names; relative paths begin at the working directory.
+    """Make what a recipe names; relative paths begin at the working directory.
 
-    Args:
-        recipe: The recipe.
-        in_memory: Whether members are modules even where they might stay in their files.
-
-    Raises:
-        FxfuseError: Something is not there, damaged, or does not fit.
+    `in_memory` asks for modules even of members that might stay in their files.
     """
     files = [Path(m.path) for m in recipe.members]
     if not (in_memory or needs_modules(recipe)):
@@ -69,11 +64,7 @@ def load_networks(recipe: Recipe, *, in_memory: bool = False) -> Networks:
 
 
 def load_data(source: DataSource | None) -> Data | None:
-    """Reads the examples that a recipe names, if it does.
-
-    Raises:
-        InputError: They cannot be read.
-    """
+    """Read the examples that a recipe names, if it does."""
     if source is None:
         return None
     size = None if source.size is None else (source.size[0], source.size[1])
@@ -81,7 +72,7 @@ def load_data(source: DataSource | None) -> Data | None:
 
 
 def files_of(recipe: Recipe) -> list[Path]:
-    """The files that a recipe reads."""
+    """Return the files that a recipe reads."""
     given = [Path(m.path) for m in recipe.members]
     files = [f for path in given for f in (weights_in(path) if is_pretrained(path) else [path])]
     found = [part for file in files for part in parts_of(file)]
@@ -92,11 +83,7 @@ def files_of(recipe: Recipe) -> list[Path]:
 
 
 def made_with(recipe: Recipe, networks: Networks) -> Made:
-    """What a recipe is run with now.
-
-    Raises:
-        OptionError: It was run before, and a file has changed since.
-    """
+    """Return what a recipe is run with now; none of its files may have changed since it was run."""
     made = record(files_of(recipe), networks.inputs[0].device, Path.cwd())
     if recipe.made is not None:
         check_made(recipe.made, made)

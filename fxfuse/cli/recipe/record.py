@@ -17,13 +17,7 @@ from fxfuse.errors import OptionError
 
 
 def record(files: Iterable[Path], device: torch.device, base: Path) -> Made:
-    """What a result is made with now.
-
-    Args:
-        files: The files that are read.
-        device: Where the networks are.
-        base: Where relative paths begin.
-    """
+    """Return what a result is made with now; relative paths begin at `base`."""
     hashes = {_name(file, base): _sha256(file) for file in files}
     return Made(
         fxfuse=fxfuse.__version__,
@@ -36,7 +30,7 @@ def record(files: Iterable[Path], device: torch.device, base: Path) -> Made:
 
 
 def parts_of(file: Path) -> list[Path]:
-    """A file, and for the index of a checkpoint in several files those, too."""
+    """Return a file, and for the index of a checkpoint in several files those, too."""
     if not file.name.endswith(".index.json"):
         return [file] if file.is_file() else []
     try:
@@ -48,12 +42,9 @@ def parts_of(file: Path) -> list[Path]:
 
 
 def check_made(before: Made, now: Made) -> None:
-    """Checks that a result can come out again as it was.
+    """Check that no file has changed, so that a result can come out again as it was.
 
     Warns where another version or device makes that doubtful.
-
-    Raises:
-        OptionError: A file has changed.
     """
     changed = [name for name, sha in before.sha256.items() if now.sha256.get(name) != sha]
     if changed:

@@ -75,7 +75,7 @@ def _silently(what: str) -> AbstractContextManager[object]:
 
 @contextmanager
 def prepare_output(recipe: Recipe, *, force: bool) -> Iterator[Path]:
-    """Checks that a recipe's folder may be written, and keeps others from writing it.
+    """Check that a recipe's folder may be written, and keep others from writing it.
 
     Args:
         recipe: The recipe.
@@ -101,7 +101,7 @@ def run(
     stage: Stage = _silently,
     progress: bool | Progress = False,
 ) -> Outcome:
-    """Fuses as a recipe says, and writes the result.
+    """Fuse as a recipe says, and write the result.
 
     The result's folder holds the recipe with what it was made with: the versions, the number of
     threads, and SHA-256 of every file. Run again, that recipe checks them and gives the same bytes
@@ -202,14 +202,14 @@ def _calibration(asked: Fuse, data: Data) -> Calibration:
 
 
 def _steps_after(plan: FusionPlan, calibration: Data | None) -> list[Refit | Match]:
-    """What follows a plan where a recipe does not say it: what `fuse` does by default."""
+    """Return what follows a plan where a recipe does not say it: what `fuse` does by default."""
     matchable = not plan.heads and not plan.constraints.output_dims
     steps = resolve_steps(None, calibrated=calibration is not None, matchable=matchable)
     return [step for step in steps if step is not None]
 
 
 def evaluated(result: FusionResult, networks: Networks, data: Data) -> tuple[Network, ...]:
-    """The members, their ensemble and the fused network, on the same data."""
+    """Return the members, their ensemble and the fused network, on the same data."""
     fused = result.module if result.emitted else result.to_module()
     name = "fused" if result.plan.n_members > 1 else "pruned"
     return beside_members({name: fused}, networks.modules, data, networks.inputs)

@@ -55,17 +55,13 @@ class OptionPart(Part):
         return self
 
     def make(self, **inputs: Any) -> Any:
-        """Make the object of the class.
-
-        Args:
-            inputs: Fields that no recipe holds.
-        """
+        """Make the object of the class; `inputs` are fields that no recipe holds."""
         found = {f.name: getattr(self, f.name) for f in options_of(self.options)}
         return self.options(**inputs, **found)
 
 
 def _part_of(kind: type, **more: Any) -> type[OptionPart]:
-    """The part that holds the options of a class; `more` are fields before these."""
+    """Return the part that holds the options of a class; `more` are fields before these."""
     fields: dict[str, Any] = dict(more)
     for option in options_of(kind):
         described = Field(_plain(option.default), description=option.help)
@@ -77,14 +73,14 @@ def _part_of(kind: type, **more: Any) -> type[OptionPart]:
 
 
 def _plain(value: Any) -> Any:
-    """A default as YAML can hold it."""
+    """Return a default as YAML can hold it."""
     if isinstance(value, tuple):
         return [_plain(each) for each in value]
     return dict(value) if isinstance(value, Mapping) else value
 
 
 def _in_yaml(kind: Any, *, listed: int = 0) -> Any:
-    """The type of an option's value in YAML, which has lists and no tuples."""
+    """Return the type of an option's value in YAML, which has lists and no tuples."""
     origin, arguments = get_origin(kind), get_args(kind)
     if len(alternatives(kind)) > 1:
         return reduce(or_, (_in_yaml(each, listed=listed) for each in alternatives(kind)))
@@ -101,7 +97,7 @@ def _single(group: Group) -> type[OptionPart]:
 
 
 def _choice(group: Group) -> Any:
-    """A part for each class of a group, told apart by `name`; the name alone will do."""
+    """Return a part for each class of a group, told apart by `name`; the name alone will do."""
     parts = [
         _part_of(kind, name=(Literal[name], Field(description="Which one.")))
         for name, kind in group.kinds.items()
@@ -121,7 +117,7 @@ def _short(part: Any, complete: Callable[[Any], Any], form: Any) -> Any:
 
 
 def _as_field(name: str, given: Any) -> Any:
-    """A text, as the most important field of a part."""
+    """Return a text, as the most important field of a part."""
     return {name: given} if isinstance(given, str) else given
 
 

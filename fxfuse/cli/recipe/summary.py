@@ -10,13 +10,7 @@ from fxfuse.verify import Check
 
 
 def summary(result: FusionResult, networks: Sequence[Network], trained: str) -> str:
-    """Markdown about a fusion.
-
-    Args:
-        result: What was fused.
-        networks: What was measured, if anything was.
-        trained: What training did, or "".
-    """
+    """Write Markdown about a fusion; `trained` is what training did, or ""."""
     parts = [result.plan.summary()]
     if result.raw_note and not trained:
         parts.append(f"**{result.raw_note}**\n")
@@ -32,7 +26,7 @@ def summary(result: FusionResult, networks: Sequence[Network], trained: str) -> 
 
 
 def _checks(checks: Sequence[Check]) -> str:
-    """The oracles that ran, with their errors and tolerances."""
+    """Return the oracles that ran, with their errors and tolerances."""
     if not checks:
         return "## Verification\n\nSkipped at the caller's wish.\n"
     rows = [
@@ -58,7 +52,7 @@ def _networks(networks: Sequence[Network]) -> str:
 
 
 def _table(title: str, columns: Sequence[str], rule: str, rows: Iterable[Sequence[str]]) -> str:
-    """A heading and a table; `rule` is how the columns behind the first stand."""
+    """Return a heading and a table; `rule` is how the columns behind the first stand."""
     lines = [f"## {title}", "", f"| {' | '.join(columns)} |", f"|---|{rule}|"]
     return "\n".join([*lines, *(f"| {' | '.join(row)} |" for row in rows)]) + "\n"
 

@@ -24,7 +24,7 @@ _LONGEST, _DEEPEST = 1_000_000, 20
 
 
 def read_recipe(path: str | Path) -> Recipe:
-    """Reads a recipe.
+    """Read a recipe.
 
     Args:
         path: A YAML file, or a folder that `fxfuse` wrote.
@@ -61,15 +61,7 @@ def read_recipe(path: str | Path) -> Recipe:
 
 
 def parse_recipe(text: str, where: str = "recipe") -> Recipe:
-    """Reads a recipe from its text.
-
-    Args:
-        text: YAML.
-        where: What it is called in messages.
-
-    Raises:
-        OptionError: As `read_recipe`.
-    """
+    """Read a recipe from YAML; `where` is what it is called in messages."""
     try:
         root = yaml.compose(text, Loader=yaml.SafeLoader)
         _check_nodes(root)
@@ -92,7 +84,7 @@ def parse_recipe(text: str, where: str = "recipe") -> Recipe:
 
 
 def as_recipe(content: dict[str, Any], where: str = "", root: yaml.Node | None = None) -> Recipe:
-    """Checks the fields of a recipe.
+    """Check the fields of a recipe.
 
     Args:
         content: The fields.
@@ -119,7 +111,7 @@ def as_recipe(content: dict[str, Any], where: str = "", root: yaml.Node | None =
 
 
 def changed(recipe: Recipe, **parts: Any) -> Recipe:
-    """A recipe with other parts, which was not run yet.
+    """Return a recipe with other parts, which was not run yet.
 
     Args:
         recipe: The recipe.
@@ -133,7 +125,7 @@ def changed(recipe: Recipe, **parts: Any) -> Recipe:
 
 
 def moved_to(recipe: Recipe, folder: str) -> Recipe:
-    """A recipe whose result goes to another folder.
+    """Return a recipe whose result goes to another folder.
 
     Args:
         recipe: The recipe.
@@ -144,7 +136,7 @@ def moved_to(recipe: Recipe, folder: str) -> Recipe:
 
 
 def write_recipe(recipe: Recipe, path: str | Path) -> None:
-    """Writes a recipe, without the fields that are at their defaults.
+    """Write a recipe, without the fields that are at their defaults.
 
     Args:
         recipe: The recipe.
@@ -155,7 +147,7 @@ def write_recipe(recipe: Recipe, path: str | Path) -> None:
 
 
 def example() -> str:
-    """A recipe to begin with: every field, what it means, and its default."""
+    """Return a recipe to begin with: every field, what it means, and its default."""
     lines = [
         "# A recipe: `fxfuse run recipe.yaml`. A field behind a # without a space is optional, and",
         "# shows its default. Relative paths begin at the folder of this file.",
@@ -180,7 +172,7 @@ _WIDTH = 100
 
 
 def _fields(part: type[BaseModel], indent: str, mark: str) -> list[str]:
-    """The lines of a part; `mark` is # where the part as a whole is optional."""
+    """Return the lines of a part; `mark` is # where the part as a whole is optional."""
     lines = []
     for name, field in part.model_fields.items():
         if name in _OWN:
@@ -199,7 +191,7 @@ def _fields(part: type[BaseModel], indent: str, mark: str) -> list[str]:
 
 
 def _inner(parts: Sequence[type[Part]], indent: str, mark: str) -> list[str]:
-    """The lines of the first of several parts, and what the others have."""
+    """Return the lines of the first of several parts, and what the others have."""
     first, *others = parts
     if issubclass(first, Step):
         lines = []
@@ -218,13 +210,13 @@ def _inner(parts: Sequence[type[Part]], indent: str, mark: str) -> list[str]:
 
 
 def _comment(text: str, indent: str, further: str = "") -> list[str]:
-    """Lines that say something."""
+    """Return lines that say something."""
     start = f"{indent}# {further}"
     return wrap(text, _WIDTH, initial_indent=start, subsequent_indent=start)
 
 
 def _named(parts: Sequence[type[BaseModel]], name: str) -> str:
-    """The only value of a field that tells parts apart, or ""."""
+    """Return the only value of a field that tells parts apart, or ""."""
     annotation = parts[0].model_fields[name].annotation if name in parts[0].model_fields else None
     values = get_args(annotation) if get_origin(annotation) is Literal else ()
     return str(values[0]) if len(values) == 1 else ""
@@ -236,18 +228,14 @@ def _as_yaml(field: FieldInfo) -> str:
 
 
 def _parts_of(annotation: Any) -> list[type[Part]]:
-    """The parts of a recipe that a field may hold."""
+    """Return the parts of a recipe that a field may hold."""
     if isinstance(annotation, type) and issubclass(annotation, Part):
         return [annotation]
     return [part for inner in get_args(annotation) for part in _parts_of(inner)]
 
 
 def _check_nodes(root: yaml.Node | None) -> None:
-    """Checks what YAML's own reader lets pass: fields that are given twice, and endless depth.
-
-    Raises:
-        YAMLError: There is such a thing.
-    """
+    """Check what YAML's own reader lets pass: fields that are given twice, and endless depth."""
     waiting = [(root, 0)]
     while waiting:
         node, depth = waiting.pop()
@@ -281,7 +269,7 @@ def _not_yaml(error: yaml.YAMLError, where: str) -> OptionError:
 
 
 def _problem(details: ErrorDetails, root: yaml.Node | None) -> tuple[int, str]:
-    """The line of a mistake, and what it is."""
+    """Return the line of a mistake, and what it is."""
     location = details["loc"]
     line, named = _line_of(root, location)
     field = ".".join(map(str, named)) or "the recipe"
@@ -308,7 +296,7 @@ def _problem(details: ErrorDetails, root: yaml.Node | None) -> tuple[int, str]:
 
 
 def _line_of(root: yaml.Node | None, location: Sequence[int | str]) -> tuple[int, list[int | str]]:
-    """Where in the text a field is, and its name without what pydantic adds for unions."""
+    """Return where in the text a field is, and its name without what pydantic adds for unions."""
     node, line, named = root, 1, list[int | str]()
     if root is None:
         return line, [step for step in location if isinstance(step, int) or step.isidentifier()]
@@ -325,7 +313,7 @@ def _line_of(root: yaml.Node | None, location: Sequence[int | str]) -> tuple[int
 
 
 def _names_at(location: Sequence[int | str]) -> list[str]:
-    """The fields that there are at a place, which names the parts of a choice, too."""
+    """Return the fields that there are at a place, which names the parts of a choice, too."""
     parts: list[type[BaseModel]] = [Recipe]
     for step in location:
         fields = [part.model_fields[str(step)] for part in parts if str(step) in part.model_fields]

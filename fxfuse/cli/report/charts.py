@@ -30,12 +30,12 @@ _Chart = alt.Chart | alt.LayerChart | alt.FacetChart
 
 
 def member_name(member: int) -> str:
-    """What a member is called in a legend."""
+    """Return what a member is called in a legend."""
     return "several members" if member == SEVERAL else f"member {member}"
 
 
 def transplant_map(shares: Sequence[GroupShare], n_members: int) -> Spec:
-    """For each group a strip: which member each fused unit came from."""
+    """Return for each group a strip: which member each fused unit came from."""
     rows = [
         {
             "group": share.group,
@@ -72,7 +72,7 @@ def transplant_map(shares: Sequence[GroupShare], n_members: int) -> Spec:
 
 
 def scores(shares: Sequence[GroupShare]) -> Spec:
-    """For each group, the share of the members' score that was kept and lost."""
+    """Return for each group, the share of the members' score that was kept and lost."""
     rows = [
         {"group": s.group, "part": part, "share": value}
         for s in shares
@@ -99,7 +99,7 @@ def scores(shares: Sequence[GroupShare]) -> Spec:
 
 
 def coupling(coupled: Coupled) -> Spec:
-    """Every dimension as a dot in the lane of its group; a click goes to its explanation."""
+    """Return every dimension as a dot in the lane of its group; a click goes to its explanation."""
     names = [lane.name for lane in coupled.lanes]
     dots = [
         {
@@ -160,7 +160,7 @@ def coupling(coupled: Coupled) -> Spec:
 
 
 def refit_errors(refit: RefitReport) -> Spec:
-    """For each layer, the error of its output before and after the refit."""
+    """Return for each layer, the error of its output before and after the refit."""
     rows = [
         {"layer": fit.weight, "when": when, "error": max(error, 1e-6)}
         for fit in refit.layers
@@ -224,7 +224,7 @@ def sweep(networks: Sequence[Network], points: Sequence[Network]) -> Spec:
 
 
 def _table(rows: Sequence[Mapping[str, Any]]) -> Any:
-    """Rows as a chart's data; altair has no annotations here."""
+    """Return the rows as a chart's data; altair has no annotations here."""
     make: Any = alt.Data
     return make(values=rows)
 

@@ -25,8 +25,6 @@ class Network:
     """A network of the report's table; None is what was not measured.
 
     Attributes:
-        name: What it is called.
-        parameters: Number of parameter elements.
         flops: Floating-point operations for the example inputs.
         accuracy: On the data that was given, in percent.
         agreement: Share of inputs on which it names the ensemble's class, in percent.
@@ -48,13 +46,8 @@ class Content:
     """A report.
 
     Attributes:
-        title: Of the page.
         verdict: Sentences that say what came out, the most important first.
-        networks: Rows of the table.
-        checks: The oracles that ran.
-        n_members: N.
         shares: For each group, where its units come from.
-        coupled: The coupling graph.
         refit: What the closed-form refit did, if there was one.
         sweep: Networks of other widths, where some were measured.
         free: Share of the parameter elements in tensors with a free dimension, in percent.
@@ -83,16 +76,7 @@ def gather(
     sweep: Sequence[Network] = (),
     refined: bool = False,
 ) -> Content:
-    """Everything that a report says.
-
-    Args:
-        result: What was fused.
-        title: Of the page.
-        members: The members, for the scores of the units that were lost.
-        networks: Rows of the table; none: sizes of a member, the ensemble and the fused network.
-        sweep: Networks of other widths.
-        refined: Whether the network was fitted or trained after it was fused, elsewhere.
-    """
+    """Gather everything that a report says; arguments are those of `write_report`."""
     rows = tuple(networks) or _sizes(result)
     return Content(
         title,
@@ -110,7 +94,7 @@ def gather(
 
 
 def _sizes(result: FusionResult) -> tuple[Network, ...]:
-    """What the networks cost, foretold from the plan."""
+    """Return what the networks cost, foretold from the plan."""
     graph, plan, n = result.graph, result.plan, result.plan.n_members
     own, fused = parameters_of(graph, {}), parameters_of(graph, plan.sizes(), plan)
     try:
@@ -147,7 +131,7 @@ def _verdict(result: FusionResult, rows: Sequence[Network], *, refined: bool) ->
 
 
 def _approximations(plan: FusionPlan) -> list[str]:
-    """Sentences on what is not as the members have it."""
+    """Return sentences on what is not as the members have it."""
     said = []
     roles = plan.roles.values()
     averaged = sum(

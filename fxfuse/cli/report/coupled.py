@@ -31,7 +31,6 @@ class Dot:
         order: Number of its tensor in the network's order.
         lane: Number of its lane.
         state: `free`, or the name of a frozen lane.
-        size: Number of indices.
         why: Why it is frozen, or the group that it is free in.
         where: Graph node and source line of the reason, or "".
         ties: What couples it to others, one line each.
@@ -77,7 +76,7 @@ class Coupled:
 
 
 def coupled(graph: CouplingGraph) -> Coupled:
-    """The coupling graph of an analysis."""
+    """Return the coupling graph of an analysis."""
     tied = graph.to_networkx()
     ties = _ties(graph, tied)
     order = {name: number for number, name in enumerate(graph.program.names)}
@@ -118,7 +117,7 @@ def _dot(
 
 
 def _ties(graph: CouplingGraph, tied: nx.Graph) -> dict[Place, tuple[str, ...]]:
-    """For each place, what it is tied to by which operator at which source line."""
+    """Return for each place, what it is tied to by which operator at which source line."""
     nodes: dict[str, fx.Node] = {node.name: node for node in graph.program.graph.nodes}
     found: dict[Place, list[str]] = {}
     for left, right, data in tied.edges(data=True):

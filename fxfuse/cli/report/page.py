@@ -28,7 +28,7 @@ _MILLION = 1e6
 
 
 def render(content: Content) -> str:
-    """A report as HTML that needs no other file and no network."""
+    """Return a report as HTML that needs no other file and no network."""
     environment = jinja2.Environment(
         autoescape=True,
         trim_blocks=True,
@@ -50,7 +50,7 @@ def render(content: Content) -> str:
 
 
 def _charts(content: Content) -> dict[str, charts.Spec]:
-    """Specifications by the id of their place in the page."""
+    """Return the specifications by the id of their place in the page."""
     found = {"coupling": charts.coupling(content.coupled)}
     if content.n_members > 1:
         found["map"] = charts.transplant_map(content.shares, content.n_members)
@@ -79,5 +79,5 @@ def _library() -> str:
 
 
 def _script_safe(spec: charts.Spec) -> str:
-    """JSON that may stand inside a script element: no name in it can end that element."""
+    """Return JSON that may stand inside a script element: no name in it can end that element."""
     return json.dumps(spec, separators=(",", ":")).replace("<", "\\u003c")

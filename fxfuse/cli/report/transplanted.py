@@ -25,13 +25,7 @@ _DEFAULT_SCORE = "l2"
 
 @dataclass(frozen=True)
 class Run:
-    """Neighbouring fused units of one origin.
-
-    Attributes:
-        start: The first of them.
-        stop: One past the last.
-        member: The member that they come from, or `SEVERAL`.
-    """
+    """Fused units from `start` up to `stop` that come from one member, or from `SEVERAL`."""
 
     start: int
     stop: int
@@ -43,7 +37,6 @@ class GroupShare:
     """Where the units of a group come from.
 
     Attributes:
-        group: Its name.
         n_units: Units of the fused group.
         available: Units of all members.
         counts: Units that come from each member; those of several members count for each.
@@ -63,12 +56,7 @@ class GroupShare:
 def shares(
     result: FusionResult, members: Sequence[nn.Module] | None = None
 ) -> tuple[GroupShare, ...]:
-    """Where the units of every group come from.
-
-    Args:
-        result: What was fused.
-        members: The members, for the scores; without them no score is known.
-    """
+    """Return where the units of every group come from; scores are known only with `members`."""
     plan, graph = result.plan, result.graph
     kept = {} if members is None else _kept(graph, result, members)
     return tuple(

@@ -24,7 +24,7 @@ def write_report(
     sweep: Sequence[Network] = (),
     refined: bool = False,
 ) -> None:
-    """Writes what a fusion did as one HTML file, which needs no other file and no network.
+    """Write what a fusion did as one HTML file, which needs no other file and no network.
 
     Args:
         result: What `fuse` or `prune` returned.
@@ -50,11 +50,7 @@ def write_report(
 
 
 def check_installed() -> None:
-    """Checks that a report can be written, before the work that it is about.
-
-    Raises:
-        MissingDependencyError: altair or vl-convert-python is not installed.
-    """
+    """Check that altair and vl-convert-python are installed, before the work of a report."""
     try:
         import_module("fxfuse.cli.report.page")
     except ImportError as error:

@@ -41,15 +41,11 @@ class Data:
     labels: Tensor | None = None
 
     def __len__(self) -> int:
-        """Number of examples."""
+        """Return the number of examples."""
         return len(self.inputs[0])
 
     def require_labels(self, where: str) -> Tensor:
-        """The labels.
-
-        Raises:
-            InputError: There are none.
-        """
+        """Return the labels, or raise an error where there are none."""
         if self.labels is None:
             raise InputError(
                 "the data have no labels",

@@ -15,12 +15,7 @@ from fxfuse.errors import InputError, MissingDependencyError
 
 
 def torchvision_dataset(rest: str, prepare: Preparation) -> Data:
-    """Examples of `CLASS:ROOT` or `CLASS:ROOT:SPLIT`; nothing is downloaded.
-
-    Raises:
-        InputError: torchvision has no such data set, or it is not there.
-        MissingDependencyError: torchvision is not installed.
-    """
+    """Read examples of `CLASS:ROOT` or `CLASS:ROOT:SPLIT`; nothing is downloaded."""
     datasets = torchvision_datasets()
     name, _, place = rest.partition(":")
     root, split = place, "test"
@@ -53,12 +48,7 @@ def torchvision_dataset(rest: str, prepare: Preparation) -> Data:
 
 
 def hugging_face(folder: str, prepare: Preparation) -> Data:
-    """Examples of a folder that `save_to_disk` wrote; of several splits, of `test` or the first.
-
-    Raises:
-        InputError: There is none, or its columns are not known.
-        MissingDependencyError: Hugging Face datasets is not installed.
-    """
+    """Read a folder that `save_to_disk` wrote; of several splits, `test` or the first."""
     try:
         import datasets
     except ImportError as error:

@@ -17,12 +17,7 @@ _CHANNELS_FIRST = (2, 0, 1)
 
 
 def image_folder(path: Path, prepare: Preparation) -> Data:
-    """Images of a folder with one folder for each class, in the order of the classes' names.
-
-    Raises:
-        InputError: There are none, or they differ in size.
-        MissingDependencyError: torchvision is not installed.
-    """
+    """Read images of a folder with a folder for each class, in the order of their names."""
     datasets = torchvision_datasets()
     try:
         folder = datasets.ImageFolder(str(path))
@@ -37,7 +32,7 @@ def image_folder(path: Path, prepare: Preparation) -> Data:
 
 
 def images(pairs: Any, where: str, prepare: Preparation) -> Data:
-    """Pairs (PIL image, class) as tensors."""
+    """Return pairs (PIL image, class) as tensors."""
     read, labels = [], []
     for index in spread(len(pairs), prepare.limit).tolist():
         image, label = pairs[index]
@@ -77,11 +72,7 @@ def _image(image: Any, prepare: Preparation) -> Tensor:
 
 
 def torchvision_datasets() -> Any:
-    """The module of torchvision's data sets.
-
-    Raises:
-        MissingDependencyError: torchvision is not installed.
-    """
+    """Return the module of torchvision's data sets."""
     try:
         from torchvision import datasets
     except ImportError as error:

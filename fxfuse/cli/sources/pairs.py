@@ -17,7 +17,7 @@ INPUTS, LABELS = ("inputs", "images", "x", "data"), ("labels", "targets", "y", "
 
 
 def pair(content: Any, where: str) -> Data:
-    """Examples of a file's content, or of what a function returned in one piece."""
+    """Return the examples of a file's content, or of what a function returned in one piece."""
     if isinstance(content, Mapping):
         inputs = next((content[name] for name in INPUTS if name in content), None)
         labels = next((content[name] for name in LABELS if name in content), None)
@@ -58,7 +58,7 @@ def _tensors(value: Any, where: str) -> tuple[Tensor, ...]:
 
 
 def _is_labels(value: Any) -> bool:
-    """Whether the second of two tensors is class numbers, and not another input."""
+    """Tell whether the second of two tensors is class numbers, and not another input."""
     if not isinstance(value, Tensor | np.ndarray) or value.ndim != 1:
         return False
     return not torch.as_tensor(value).is_floating_point()
@@ -78,7 +78,7 @@ def _labels(value: Any, where: str) -> Tensor:
 
 
 def joined(batches: Iterable[Any], where: str, limit: int | None) -> Data:
-    """The first examples of an iterable of batches."""
+    """Return the first examples of an iterable of batches."""
     found: list[Data] = []
     for batch in batches:
         # A list of two is what a DataLoader makes of a pair.

@@ -26,7 +26,7 @@ _NAMED: dict[str, Callable[[str, Preparation], Data]] = {
 
 
 def read_data(spec: str, prepare: Preparation | None = None) -> Data:
-    """Reads examples.
+    """Read examples.
 
     Args:
         spec: A `.npy`, `.npz`, `.safetensors` or weights-only `.pt` file with inputs, or with
@@ -69,11 +69,7 @@ def read_data(spec: str, prepare: Preparation | None = None) -> Data:
 
 
 def absolute(spec: str) -> str:
-    """A source that is found from another working directory, too.
-
-    Args:
-        spec: As `read_data` takes it.
-    """
+    """Return a source of `read_data` that is found from another working directory, too."""
     kind, _, rest = spec.partition(":")
     if kind == "datasets" and rest:
         return f"{kind}:{os.path.abspath(rest)}"

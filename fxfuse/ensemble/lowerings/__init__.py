@@ -34,7 +34,7 @@ __all__ = [
 
 
 def find(target: Any) -> Entry | None:
-    """The lowering of an operator, or None: it runs member by member."""
+    """Return the lowering of an operator, or None: it runs member by member."""
     found = entry_of(target)
     if found is None and is_pointwise(target):
         return elementwise.POINTWISE

@@ -14,13 +14,13 @@ aten = torch.ops.aten
 
 
 def side_by_side(writer: Writer, stacked: fx.Node) -> fx.Node:
-    """`[n, b, c, *]` as `[b, n·c, *]`."""
+    """Return `[n, b, c, *]` as `[b, n·c, *]`."""
     return writer.call(
         aten.flatten.using_ints, writer.call(aten.transpose.int, stacked, 0, 1), 1, 2
     )
 
 
 def apart(writer: Writer, together: fx.Node) -> fx.Node:
-    """`[b, n·c, *]` as `[n, b, c, *]`."""
+    """Return `[b, n·c, *]` as `[n, b, c, *]`."""
     split = writer.call(aten.unflatten.int, together, 1, [writer.n, -1])
     return writer.call(aten.transpose.int, split, 0, 1)

@@ -44,7 +44,7 @@ def matmul(writer: Writer, node: fx.Node) -> fx.Node | None:
 
 
 def _batched(writer: Writer, x: fx.Node, matrices: fx.Node, bias: fx.Node | None) -> fx.Node:
-    """`[n, *, i]` by `[n, i, o]`: `[n, *, o]`."""
+    """Return `[n, *, i]` by `[n, i, o]`: `[n, *, o]`."""
     rank, rows = x.meta["val"].dim(), writer.stacked(x)
     if rank == 1:
         rows = writer.call(aten.unsqueeze.default, rows, 1)

@@ -149,7 +149,7 @@ def indexed(writer: Writer, node: fx.Node) -> fx.Node | None:
 
 
 def _further(dims: Any) -> Any:
-    """Dimensions counted from the front, one further."""
+    """Return the dimensions counted from the front, one further."""
     if isinstance(dims, list | tuple):
         return [_further(d) for d in dims]
     return dims + 1 if dims >= 0 else dims

@@ -49,7 +49,7 @@ def batch_norm(writer: Writer, node: fx.Node) -> fx.Node | None:
 def _affine(
     writer: Writer, node: fx.Node, normal: fx.Node, weight: fx.Node | None, bias: fx.Node | None
 ) -> fx.Node:
-    """`weight · normal + bias` over the last dimensions, each member with its own."""
+    """Return `weight · normal + bias` over the last dimensions, each member with its own."""
     rank = node.meta["val"].dim()
     scale = None if weight is None else writer.broadcast(weight, rank)
     shift = None if bias is None else writer.broadcast(bias, rank)

@@ -20,10 +20,8 @@ Lowering = Callable[[Writer, fx.Node], "fx.Node | None"]
 class Entry:
     """A lowering.
 
-    Attributes:
-        run: The lowering.
-        starts: Whether it is worth while for operands that are not stacked yet. Others follow
-            an operand that is.
+    `starts`: it is worth while for operands that are not stacked yet. Others follow an operand that
+    is.
     """
 
     run: Lowering
@@ -34,11 +32,9 @@ _LOWERINGS: dict[Any, Entry] = {}
 
 
 def lowering(*targets: Any, starts: bool = False) -> Callable[[Lowering], Lowering]:
-    """Registers a function as the lowering of operators.
+    """Register a function as the lowering of operators, `torch.ops.aten.name.overload`.
 
-    Args:
-        targets: Operators, `torch.ops.aten.name.overload`.
-        starts: Whether it also takes operands that are not stacked yet.
+    `starts`: it also takes operands that are not stacked yet.
     """
 
     def register(function: Lowering) -> Lowering:
@@ -52,10 +48,10 @@ def lowering(*targets: Any, starts: bool = False) -> Callable[[Lowering], Loweri
 
 
 def entry_of(target: Any) -> Entry | None:
-    """The lowering that was registered for an operator."""
+    """Return the lowering that was registered for an operator."""
     return _LOWERINGS.get(target)
 
 
 def registered() -> tuple[Any, ...]:
-    """All operators with a lowering of their own."""
+    """Return all operators with a lowering of their own."""
     return tuple(_LOWERINGS)

@@ -88,7 +88,7 @@ def _total(similarity: Matrix, order: Index) -> float:
 
 
 def surplus_of(features: Matrix, order: Index, *, opposite: bool = False) -> UnmatchedUnits:
-    """Reads each unit that stands for none off the one it is most like, by least squares.
+    """Read each unit that stands for none off the one it is most like, by least squares.
 
     So a unit that is a copy of another one is read off it, and one that is nothing is left out.
 
@@ -114,11 +114,7 @@ def surplus_of(features: Matrix, order: Index, *, opposite: bool = False) -> Unm
 
 
 def reference_of(reference: Any, n_members: int) -> int | None:
-    """The number of the reference member, or None for the mean.
-
-    Raises:
-        OptionError: There is no such member.
-    """
+    """Return the number of the reference member, or None for the mean."""
     if reference == "mean":
         return None
     if not isinstance(reference, int) or reference not in range(n_members):
@@ -130,11 +126,7 @@ def reference_of(reference: Any, n_members: int) -> int | None:
 
 
 def frame_of(graph: CouplingGraph, n_members: int, reference: Reference, context: Context) -> int:
-    """The number of the member whose units are the common frame.
-
-    Raises:
-        OptionError: There is no such member, or it lacks blocks that others have.
-    """
+    """Return the number of the member whose units are the common frame."""
     first = reference_of(reference, n_members) or 0
     missing = sorted(graph.lacking(context.absent, first))
     if missing:
@@ -149,7 +141,7 @@ def frame_of(graph: CouplingGraph, n_members: int, reference: Reference, context
 
 
 def present(graph: CouplingGraph, context: Context, member: int, orders: Orders) -> Orders:
-    """Orders of a member that stand for nothing in the blocks that it lacks."""
+    """Return the orders of a member that stand for nothing in the blocks that it lacks."""
     missing = graph.lacking(context.absent, member)
     return {k: np.full_like(o, -1) if k in missing else o for k, o in orders.items()}
 
@@ -163,19 +155,11 @@ def common_orders(
     align: Align,
     reorder: Reorder,
 ) -> list[Orders]:
-    """The orders of every member.
+    """Find the orders of every member.
 
     With reference "mean" (MergeMany in "Git Re-Basin", arXiv:2209.04836), members are first aligned
-    to member 0, and then each to the mean of the others, in turn, until nothing moves.
-
-    Args:
-        graph: The analysis of the members.
-        features: What a member is compared by; asked for again rather than held for all members.
-        n: Number of members.
-        reference: The member that the others are aligned to, or "mean".
-        context: Says what members lack.
-        align: Aligns a member to a target.
-        reorder: Brings a member's features into other orders.
+    to member 0, and then each to the mean of the others, in turn, until nothing moves. `features`
+    are what a member is compared by; they are asked for again rather than held for all members.
     """
     first = frame_of(graph, n, reference, context)
     target, frame = features(first), graph.of_member(first)
@@ -205,7 +189,7 @@ def _mean(
     without: int,
     reorder: Reorder,
 ) -> Features:
-    """The mean of all members but one, in the common frame, of those that have a unit."""
+    """Return the mean of all members but one, in the common frame, of those that have a unit."""
     others = [j for j in range(len(orders)) if j != without]
     mean: dict[str, Matrix] = {}
     count: dict[str, Matrix] = {}
@@ -226,14 +210,10 @@ def averaged(
     orders: Sequence[Orders],
     surplus: Sequence[Mapping[str, UnmatchedUnits]] = (),
 ) -> tuple[UnitMap, ...]:
-    """M takes the mean of the units that stand for a fused one, U hands it back to each of them.
+    """Let M take the mean of the units that stand for a fused one, and U return it to each.
 
-    With members of one width M = permutations / N and U = permutationsᵀ.
-
-    Args:
-        frame: The analysis of the member whose units are the frame.
-        orders: Of each member.
-        surplus: For each member, by group, what is only read.
+    With members of one width M = permutations / N and U = permutationsᵀ. `surplus` is what is only
+    read, for each member by group.
     """
     n, maps = len(orders), []
     for group in frame.groups:

@@ -31,17 +31,17 @@ class Clusters:
         self._members = member[:, None] == np.arange(int(member.max()) + 1)
 
     def numbers(self) -> Index:
-        """The cluster of each unit, int64 [m], counted in the order of their first units."""
+        """Return the cluster of each unit, int64 [m], counted in the order of their first units."""
         number: Index = np.unique(self._cluster, return_inverse=True)[1]
         return number
 
     def merge(self, times: int) -> None:
-        """Merges the most correlated pair of clusters, several times."""
+        """Merge the most correlated pair of clusters, several times."""
         every = np.arange(len(self._alive))
         self._merge(times, every, every)
 
     def match(self, first: Index, second: Index) -> None:
-        """Merges clusters of two sides one to one, the most correlated pair first.
+        """Merge clusters of two sides one to one, the most correlated pair first.
 
         Args:
             first: First units of the clusters of one side, int64 [k]; what is no cluster any more
@@ -52,7 +52,7 @@ class Clusters:
         self._merge(pairs, first, second)
 
     def _merge(self, times: int, first: Index, second: Index) -> None:
-        """Merges pairs of one cluster of each side; sides that differ lose what was merged."""
+        """Merge pairs of one cluster of each side; sides that differ lose what was merged."""
         m = len(self._alive)
         side = np.zeros((2, m), dtype=bool)
         side[0, first] = side[1, second] = True

@@ -33,7 +33,7 @@ Solve = Callable[[CouplingGroup, Matrix, Matrix], tuple[Matrix, Matrix]]
 
 
 def carrying(graph: CouplingGraph, found: Carried) -> Move:
-    """Moves a member's units to the frame's: by U where a tensor reads them, else by M."""
+    """Move a member's units to the frame's: by U where a tensor reads them, else by M."""
 
     def move(group: CouplingGroup, place: Place, units: Matrix) -> Matrix:
         merge, unmerge = found[group.name]
@@ -67,18 +67,11 @@ def shared(
 def from_the_input(
     frame: CouplingGraph, graph: CouplingGraph, ours: Tensors, theirs: Tensors, solve: Solve
 ) -> Carried:
-    """Matches the groups of a member one after the other, each along what was matched before it.
+    """Match the groups of a member one after the other, each along what was matched before it.
 
-    Groups whose writers all come from where units correspond go first: the graph's order is that
-    of the tensors' names, which need not be that of the layers.
-
-    Args:
-        frame: The analysis of the network to whose units the member's are matched.
-        graph: The analysis of the member.
-        ours: Tensors of the former.
-        theirs: Tensors of the latter.
-        solve: Matches the units of a group by their Euclidean distances; gets the parameters that
-            write the member's units as well, along what was matched before.
+    Groups whose writers all come from where units correspond go first: the graph's order is that of
+    the tensors' names, which need not be that of the layers. `solve` matches the units of a group
+    by their Euclidean distances; it gets the parameters that write the member's units as well.
     """
     found: dict[str, tuple[Matrix, Matrix]] = {}
     waiting = list(graph.groups)
@@ -106,13 +99,13 @@ def _missing(graph: CouplingGraph, group: CouplingGroup, found: Carried) -> int:
 
 
 def _weights(graph: CouplingGraph, group: CouplingGroup) -> list[Place]:
-    """The parameters of more than one dimension that write a group."""
+    """Return the parameters of more than one dimension that write a group."""
     places = writing_places(graph, group)
     return [place for place in places if graph.program.tensor(place[0]).dim() > 1]
 
 
 def _known(graph: CouplingGraph, place: Place, found: Carried) -> bool:
-    """Whether units correspond along all other dimensions of a tensor."""
+    """Tell whether units correspond along all other dimensions of a tensor."""
     name, dim = place
     others = [d for d in range(graph.program.tensor(name).dim()) if d != dim]
     return all(g.name in found for d in others for g in graph.group_of.get((name, d), ()))

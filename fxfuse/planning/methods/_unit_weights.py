@@ -31,13 +31,13 @@ def _real(tensor: torch.Tensor) -> Matrix:
 
 
 def own_places(graph: CouplingGraph, group: CouplingGroup) -> dict[Place, Index]:
-    """The slots of a group's units, each tied tensor once: indices [n_units, slots]."""
+    """Return the slots of a group's units, each tied tensor once: indices [n_units, slots]."""
     canonical = graph.program.canonical
     return {place: rows for place, rows in group.index.items() if canonical[place[0]] == place[0]}
 
 
 def units_of(weight: Matrix, dim: int, rows: Index) -> Matrix:
-    """Everything that each unit owns in a tensor, [n_units, *]."""
+    """Return everything that each unit owns in a tensor, [n_units, *]."""
     taken: Matrix = np.moveaxis(weight, dim, 0)[rows.reshape(-1)]
     return taken.reshape(len(rows), -1)
 
@@ -51,15 +51,9 @@ def moved(
     frame: CouplingGraph | None = None,
     skip: int | None = None,
 ) -> Matrix:
-    """A tensor with the units of every group moved, along every dimension but one.
+    """Move the units of every group of a tensor, along every dimension but `skip`.
 
-    Args:
-        graph: The analysis of the member that it is of.
-        name: Canonical name of the tensor.
-        weight: The tensor.
-        move: What becomes of the units of a group.
-        frame: The analysis of the network to whose units they are moved, where that is another one.
-        skip: The dimension that stays as it is.
+    `frame` is the analysis of the network to whose units they are moved, where that is another one.
     """
     frame = frame or graph
     for dim in range(weight.ndim):
@@ -81,14 +75,14 @@ def moved(
 
 
 def _rest(graph: CouplingGraph, place: Place) -> Index:
-    """The indices of a place that no group owns."""
+    """Return the indices of a place that no group owns."""
     size = graph.program.tensor(place[0]).shape[place[1]]
     owned = [group.index[place].reshape(-1) for group in graph.group_of.get(place, ())]
     return np.setdiff1d(np.arange(size), np.concatenate([np.empty(0, np.int64), *owned]))
 
 
 def writing_places(graph: CouplingGraph, group: CouplingGroup) -> list[Place]:
-    """The slots of a group's units in the parameters that write them."""
+    """Return the slots of a group's units in the parameters that write them."""
     return [
         place
         for place in own_places(graph, group)
@@ -97,7 +91,7 @@ def writing_places(graph: CouplingGraph, group: CouplingGroup) -> list[Place]:
 
 
 def written(graph: CouplingGraph, group: CouplingGroup, tensors: Tensors) -> Matrix:
-    """The parameters that write each unit of a member, [n_units, k]."""
+    """Return the parameters that write each unit of a member, [n_units, k]."""
     parts = [
         units_of(tensors[name], dim, group.index[(name, dim)])
         for name, dim in writing_places(graph, group)
@@ -106,7 +100,7 @@ def written(graph: CouplingGraph, group: CouplingGroup, tensors: Tensors) -> Mat
 
 
 def statistics(graph: CouplingGraph, group: CouplingGroup, tensors: Tensors) -> Matrix:
-    """Statistics of each unit that no permutation of other groups changes, [n_units, k]."""
+    """Return statistics of each unit that no permutation of other groups changes, [n_units, k]."""
     columns = []
     for (name, dim), rows in own_places(graph, group).items():
         own = units_of(tensors[name], dim, rows)

@@ -44,7 +44,7 @@ class Method(Options, ABC):
         """
 
     def described(self, graph: CouplingGraph, context: Context) -> dict[str, str]:
-        """What a plan says of the options: those that are not at their default, as text."""
+        """Return what a plan says of the options: those that are not at their default, as text."""
         return {
             option.name: str(getattr(self, option.name))
             for option in fields_of(type(self))
@@ -77,7 +77,7 @@ def method(name: str) -> Any:
 
 
 def find_method(given: str | Method) -> Method:
-    """The method that a name means, with its default options, or the one that was given.
+    """Return the method that a name means, with its default options, or the one that was given.
 
     Raises:
         OptionError: There is no such method.
@@ -89,5 +89,5 @@ def find_method(given: str | Method) -> Method:
 
 
 def methods() -> Mapping[str, type[Method]]:
-    """All methods by name, read-only."""
+    """Return all methods by name, read-only."""
     return MappingProxyType(_METHODS)

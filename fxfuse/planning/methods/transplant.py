@@ -65,11 +65,11 @@ class Transplant(Method):
             )
 
     def score_in(self, context: Context) -> str:
-        """The score, where None depends on whether there are calibration inputs."""
+        """Return the score, where None depends on whether there are calibration inputs."""
         return self.score or ("l2" if context.calibration is None else "obs")
 
     def described(self, graph: CouplingGraph, context: Context) -> dict[str, str]:
-        """What a plan says of the options; it always names the score."""
+        """Return what a plan says of the options; it always names the score."""
         score = self.score_in(context)
         rest = super().described(graph, context)
         return {**rest, "score": score, **note_of(score, graph)}
@@ -140,12 +140,7 @@ class _Pool:
 def _mixtures(
     graph: CouplingGraph, states: Sequence[State], kept: Kept, context: Context
 ) -> dict[str, UnitMap]:
-    """Maps of residual streams that are not one-hot.
-
-    Raises:
-        InputError: There are no calibration inputs.
-        OptionError: The members have different widths.
-    """
+    """Make the maps of residual streams that are not one-hot."""
     if context.calibration is None:
         raise InputError(
             "variant 'components' needs calibration inputs",
@@ -213,7 +208,7 @@ def _by_fraction(pool: _Pool, parts: Sequence[Kept], given: float | Mapping[str,
 
 
 def _of_rows(rows: Index, group: str, scores: Mapping[int, Scores]) -> Weights:
-    """The score of each (member, unit), float64 [n]."""
+    """Return the score of each (member, unit), float64 [n]."""
     values = np.empty(len(rows))
     for member in np.unique(rows[:, 0]).tolist():
         mine = rows[:, 0] == member

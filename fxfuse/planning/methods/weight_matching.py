@@ -112,7 +112,7 @@ def _start(frame: CouplingGraph, own: CouplingGraph, ours: Tensors, theirs: Tens
 def _surplus(
     frame: CouplingGraph, own: CouplingGraph, ours: Tensors, theirs: Tensors, orders: Orders
 ) -> dict[str, UnmatchedUnits]:
-    """What the units of a member that are left over are read off, given its orders."""
+    """Return what the units of a member that are left over are read off, given its orders."""
     found = {}
 
     def solve(group: CouplingGroup, distance: Matrix, features: Matrix) -> tuple[Matrix, Matrix]:
@@ -126,7 +126,7 @@ def _surplus(
 def _pair(
     group: CouplingGroup, order: Index, surplus: UnmatchedUnits | None
 ) -> tuple[Matrix, Matrix]:
-    """M and U of a member, [n, m] both."""
+    """Return M and U of a member, [n, m] both."""
     standing = np.flatnonzero(order >= 0)
     merge = np.zeros((len(order), group.n_units))
     merge[standing, order[standing]] = 1.0
@@ -178,7 +178,7 @@ def _reordered(
     *,
     skip: int | None = None,
 ) -> Matrix:
-    """A member's tensor in the frame; with members of one width, a gather."""
+    """Return a member's tensor in the frame; with members of one width, a gather."""
     if own is not frame:
         return moved(own, name, weight, carrying(own, pairs), frame=frame, skip=skip)
 

@@ -67,7 +67,7 @@ class Zip(Method):
 def _zipped(
     name: str, activations: Sequence[Matrix], size: int | None, *, resized: bool
 ) -> UnitMap:
-    """The map of a group; of no given size, units of one member stay apart."""
+    """Return the map of a group; of no given size, units of one member stay apart."""
     units = [np.arange(a.shape[1]) for a in activations]
     if resized:
         alive = [np.flatnonzero((a != 0).any(axis=0)) for a in activations]

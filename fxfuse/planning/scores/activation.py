@@ -16,11 +16,7 @@ from fxfuse.planning.scores.registry import Kept, Scores, score
 def activation(
     graph: CouplingGraph, states: Sequence[State], context: Context, kept: Kept
 ) -> dict[int, Scores]:
-    """Root mean square of a unit's activation over the calibration inputs.
-
-    Raises:
-        InputError: There are no activations, or they do not fit.
-    """
+    """Compute the root mean square of a unit's activation over the calibration inputs."""
     answers = require_activations(graph, states, context, "score 'activation'")
     return {
         member: {

@@ -17,7 +17,7 @@ from fxfuse.planning.scores.registry import Kept, Scores, score
 
 
 def _without_scale(graph: CouplingGraph) -> list[str]:
-    """Groups that own no scale of a normalisation."""
+    """Return the groups that own no scale of a normalisation."""
     scales = _scales(graph)
     return [g.name for g in graph.groups if not any(name in scales for name, _ in g.index)]
 
@@ -56,7 +56,7 @@ def bn_scale(
 
 
 def _scales(graph: CouplingGraph) -> frozenset[str]:
-    """Canonical names of the parameters that scale what a normalisation returns."""
+    """Return the canonical names of the parameters that scale what a normalisation returns."""
     program, found = graph.program, set()
     for node in program.graph.nodes:
         facts = FACTS.get(node.target)

@@ -23,7 +23,7 @@ DEGREES: Mapping[str, int] = {"l1": 1, "l2": 2}
 
 
 def degree_of(name: str) -> int:
-    """The degree of a score that is a norm."""
+    """Return the degree of a score that is a norm."""
     if name not in DEGREES:
         raise OptionError(
             f"score {name!r} is not a norm of weights", how=f"use one of {', '.join(DEGREES)}"
@@ -34,24 +34,15 @@ def degree_of(name: str) -> int:
 def magnitude(
     graph: CouplingGraph, states: Sequence[State], context: Context, kept: Kept, *, degree: int
 ) -> dict[int, Scores]:
-    """Group magnitude of each unit.
+    """Compute the group magnitude of each unit, float64 [n_units] by member and group.
 
     The score of a unit is Σ |w|^degree over all weights that it owns: rows of what writes it and
     columns of what reads it (biases, tables that are added, and buffers are left out). This orders
     units as `torch_pruning.importance.MagnitudeImportance(p=degree)` orders the channels of the
     members' concatenation, whose output layer is scaled by 1/N.
-
-    Args:
-        graph: The analysis of the members.
-        states: For each member, its tensors by name.
-        context: Says which tensors some members lack.
-        kept: The members that are concatenated, and which of their units exist.
-        degree: 1 or 2.
-
-    Returns:
-        For each member that takes part, for each group, float64 [n_units].
     """
-    names, outputs = multiplied(graph), _outputs(graph)
+    names = multiplied(graph)
+    outputs = {n for (n, _), reason in graph.frozen.items() if reason.kind is Kind.OUTPUT}
 
     def value_of(name: str, weights: torch.Tensor) -> torch.Tensor:
         scale = (1.0 / len(kept)) ** degree if name in outputs else 1.0
@@ -75,13 +66,8 @@ for _name, _degree in DEGREES.items():
     score(_name)(partial(magnitude, degree=_degree))
 
 
-def _outputs(graph: CouplingGraph) -> frozenset[str]:
-    """Canonical names of the tensors that write the network's output."""
-    return frozenset(n for (n, _), reason in graph.frozen.items() if reason.kind is Kind.OUTPUT)
-
-
 def multiplied(graph: CouplingGraph) -> list[str]:
-    """The parameters of groups that multiply activations (not biases, not added tables)."""
+    """Return the parameters of groups that multiply activations (not biases, not added tables)."""
     owned = {name for name, _ in graph.group_of}
     used: dict[str, bool] = {}
     program = graph.program

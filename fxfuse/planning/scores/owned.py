@@ -26,7 +26,7 @@ def owned_sums(
     names: Iterable[str] | None = None,
     value_of: Value | None = None,
 ) -> Scores:
-    """For each unit of one member, the sum of some values over all that it owns.
+    """Return for each unit of one member, the sum of some values over all that it owns.
 
     Args:
         graph: The analysis of the members.
@@ -67,13 +67,10 @@ def _lines(
     value_of: Callable[[torch.Tensor], torch.Tensor] | None,
     scratch: Scratch,
 ) -> dict[int, NDArray[np.float64]]:
-    """For each dimension, the sums of the values over all others.
+    """Sum the values over all other dimensions, for each dimension in `wanted`.
 
-    Args:
-        tensor: The numbers; of complex ones the absolute values.
-        wanted: The dimensions, and for each the indices of others that count; all, if left out.
-        value_of: Value of each number, or None.
-        scratch: Memory for a block.
+    That also says which indices of the others count; all, if left out. Of complex numbers the
+    absolute values count.
     """
     lines = {
         dim: torch.zeros(tensor.shape[dim], dtype=torch.float64, device=tensor.device)
@@ -103,7 +100,7 @@ def _lines(
 
 
 def _sum_of_others(values: torch.Tensor, dim: int) -> torch.Tensor:
-    """The sums over all dimensions but one."""
+    """Return the sums over all dimensions but one."""
     # Those in front and those behind apart: torch takes twice as long for both at once.
     if dim:
         values = values.sum(list(range(dim)))
@@ -125,7 +122,7 @@ def _existing_elsewhere(
 def _existing(
     graph: CouplingGraph, place: tuple[str, int], kept: Mapping[str, Index]
 ) -> torch.Tensor | None:
-    """Indices of a place that no dropped unit owns; None: all of them."""
+    """Return the indices of a place that no dropped unit owns; None: all of them."""
     groups = graph.group_of.get(place, ())
     if all(len(kept[group.name]) == group.n_units for group in groups):
         return None

@@ -42,7 +42,7 @@ def _nothing(graph: CouplingGraph) -> Mapping[str, str]:
 
 
 def score(name: str, *, note: Note = _nothing) -> Callable[[Score], Score]:
-    """Registers a function as an importance score.
+    """Register a function as an importance score.
 
     Args:
         name: What users call it.
@@ -59,24 +59,24 @@ def score(name: str, *, note: Note = _nothing) -> Callable[[Score], Score]:
 
 
 def check_score(name: str) -> None:
-    """Checks that there is a score of this name."""
+    """Check that there is a score of this name."""
     _find(name)
 
 
 def scores() -> Mapping[str, Score]:
-    """All scores by name, read-only."""
+    """Return all scores by name, read-only."""
     return MappingProxyType({name: entry.score for name, entry in _SCORES.items()})
 
 
 def note_of(name: str, graph: CouplingGraph) -> Mapping[str, str]:
-    """What a plan says about a score: option → value, besides its name."""
+    """Return what a plan says about a score: option → value, besides its name."""
     return _find(name).note(graph)
 
 
 def score_units(
     graph: CouplingGraph, states: Sequence[State], name: str, context: Context, kept: Kept
 ) -> dict[int, Scores]:
-    """The score of every unit that exists.
+    """Return the score of every unit that exists.
 
     Args:
         graph: The analysis of the members.

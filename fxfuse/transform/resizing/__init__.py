@@ -9,7 +9,13 @@ operator.
 
 from fxfuse.transform.resizing.member import program_at
 from fxfuse.transform.resizing.resized import Resized, emit_fused, resized_of
-from fxfuse.transform.resizing.walk import apart_names, blank, emit_resized, output_layouts, settle
+from fxfuse.transform.resizing.walk import (
+    apart_names,
+    blank,
+    emit_resized,
+    limit_sizes,
+    output_layouts,
+)
 
 __all__ = [
     "Resized",
@@ -17,8 +23,8 @@ __all__ = [
     "blank",
     "emit_fused",
     "emit_resized",
+    "limit_sizes",
     "output_layouts",
     "program_at",
     "resized_of",
-    "settle",
 ]

@@ -44,7 +44,6 @@ class Apart:
     """The part of a wide model that runs member by member.
 
     Attributes:
-        n_members: N.
         nodes: Nodes of the members' graph that run once for each member.
         tensors: Canonical names of the tensors of which each member has its own.
         counterparts: Where the members' own values stand.
@@ -67,14 +66,14 @@ class Apart:
         for name, role in plan.roles.items():
             # What the plan gives each member already, and what could be one for all of them only.
             if role.kind in (RoleKind.BASE, RoleKind.PER_MEMBER) or role.spread > 0:
-                self._add_tensor(graph.program.canonical[name])
+                self.add(self._claim(graph.program.canonical[name]))
         noted = {note.node for note in plan.mixing.notes}
         self.add(node for node in graph.program.graph.nodes if node.name in noted)
         means = self._means() | self._heads
         self.add(n for n in self._depends if self._is_sum(n) and n not in means)
 
     def add(self, nodes: Iterable[fx.Node]) -> None:
-        """Lets nodes run apart, and whatever has to with them."""
+        """Let nodes run apart, and whatever has to with them."""
         waiting = list(nodes)
         while waiting:
             node = waiting.pop()
@@ -127,11 +126,11 @@ class Apart:
         return None if layout is None or bool((layout.copy < 0).any()) else (dim, layout)
 
     def owns(self, node: fx.Node) -> bool:
-        """Whether a node reads a tensor of which each member has its own."""
+        """Tell whether a node reads a tensor of which each member has its own."""
         return self._own_tensor(node) in self.tensors
 
     def dependent(self, node: fx.Node) -> Iterator[fx.Node]:
-        """The operands of a node that depend on the members."""
+        """Return the operands of a node that depend on the members."""
         return (operand for operand in node.all_input_nodes if operand in self._depends)
 
     # --- what is told from the graph ------------------------------------------------------------
@@ -157,11 +156,8 @@ class Apart:
     def _values(self, node: fx.Node) -> list[AbstractTensor]:
         return values_in(self.graph.values.get(node))
 
-    def _add_tensor(self, name: str) -> None:
-        self.add(self._claim(name))
-
     def _claim(self, name: str) -> list[fx.Node]:
-        """Gives each member a tensor of its own; returns the nodes that read it."""
+        """Give each member a tensor of its own; return the nodes that read it."""
         if name in self.tensors:
             return []
         self.tensors.add(name)
@@ -186,14 +182,14 @@ class Apart:
         return found
 
     def _moves(self, node: fx.Node) -> bool:
-        """Whether a sum is moved: neither sums nor members' own values are put together."""
+        """Tell whether a sum is moved: neither sums nor members' own values are put together."""
         moves = node.target is operator.getitem or find(node.target) in _MOVEMENTS
         return moves and not any(
             n in self._depends and not self._is_sum(n) for n in node.all_input_nodes
         )
 
     def _contracts(self, node: fx.Node) -> bool:
-        """Whether a node sums the members' units with weights, which hold the 1/N."""
+        """Tell whether a node sums the members' units with weights, which hold the 1/N."""
         rule = find(node.target)
         operands = list(self.dependent(node))
         return (

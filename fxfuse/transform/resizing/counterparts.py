@@ -43,18 +43,18 @@ class Counterparts:
             self._fused.append((starts, unit_map.member[order], unit_map.unit[order]))
 
     def original_of(self, own: fx.Node, member: int) -> fx.Node:
-        """The node that a node of a member's own graph is the counterpart of."""
+        """Return the node that a node of a member's own graph is the counterpart of."""
         return self._originals[member][own] if self._originals else own
 
     def value_of(self, node: fx.Node, member: int) -> AbstractTensor:
-        """The member's own labelled value of a node that returns a tensor."""
+        """Return the member's own labelled value of a node that returns a tensor."""
         value: AbstractTensor = self.graph.of_member(member).values[
             self.graph.node_of(node, member)
         ]
         return value
 
     def places(self, node: fx.Node, dim: int, layout: Layout, member: int) -> Index | None:
-        """Where each index of a member's own value stands along a dimension of the wide one.
+        """Return where each index of a member's own value stands along a dimension of the wide one.
 
         Args:
             node: A node of the graph that the wide one is written from, which returns a tensor.
@@ -115,10 +115,9 @@ class _Roles:
         self.table = np.concatenate([unit_of[component], part], axis=1)
 
     def along(self, value: AbstractTensor, dim: int) -> Index:
-        """What stands at each index of a dimension.
+        """Return what stands at each index of a dimension, int64 [size, 5].
 
-        Returns:
-            int64 [size, 5]: the row of the table, and how often the same stood there before.
+        These are the row of the table, and how often the same stood there before.
         """
         ids = np.zeros(value.shape[dim], dtype=np.int64)
         for f in value.fields:

@@ -17,7 +17,7 @@ aten = torch.ops.aten
 
 
 def run_apart(wide: ResizedGraph, node: fx.Node) -> Any:
-    """Writes a node once for each member; layouts of the results, put together where that works."""
+    """Write a node once for each member; layouts of the results, put together where that works."""
     assert wide.apart is not None
     operator_node = wide.mapping[node]
     with wide.graph.inserting_before(operator_node):
@@ -34,7 +34,7 @@ def run_apart(wide: ResizedGraph, node: fx.Node) -> Any:
 
 
 def write_outputs(wide: ResizedGraph) -> None:
-    """Hands out the members' mean where an output is computed once for each member."""
+    """Hand out the members' mean where an output is computed once for each member."""
     before = next(n for n in wide.analysis.program.graph.nodes if n.op == "output")
     after = next(n for n in wide.graph.nodes if n.op == "output")
     means: dict[fx.Node, fx.Node] = {}
@@ -59,7 +59,7 @@ def _mean(wide: ResizedGraph, node: fx.Node) -> fx.Node:
 
 
 def _of_member(wide: ResizedGraph, node: fx.Node, member: int) -> fx.Node:
-    """A node as it is in a member, with the sizes that its literals have there."""
+    """Return a node as it is in a member, with the sizes that its literals have there."""
     assert wide.apart is not None
     counterparts = wide.apart.counterparts
 
@@ -70,7 +70,7 @@ def _of_member(wide: ResizedGraph, node: fx.Node, member: int) -> fx.Node:
 
 
 def _own(wide: ResizedGraph, node: fx.Node, operand: fx.Node, member: int) -> fx.Node:
-    """A member's own value of an operand."""
+    """Return a member's own value of an operand."""
     assert wide.apart is not None
     if wide.apart.owns(operand):
         return wide.own_tensor(operand, member)
@@ -96,7 +96,7 @@ def _own(wide: ResizedGraph, node: fx.Node, operand: fx.Node, member: int) -> fx
 
 
 def _number(wide: ResizedGraph, operand: fx.Node, member: int) -> fx.Node:
-    """A size as it is computed in a member; the one that all share where it is the same."""
+    """Return a size as it is computed in a member; the one that all share where it is the same."""
     assert wide.apart is not None
     own = wide.analysis.node_of(operand, member)
     if any(has_tensor(wide.values[n]) for n in operand.all_input_nodes):
@@ -111,7 +111,7 @@ def _number(wide: ResizedGraph, operand: fx.Node, member: int) -> fx.Node:
 
 
 def _taken(wide: ResizedGraph, node: fx.Node, tensor: fx.Node, dim: int, places: Index) -> fx.Node:
-    """Some places along a dimension; a view where they stand at equal distances."""
+    """Return some places along a dimension; a view where they stand at equal distances."""
     steps = np.unique(np.diff(places))
     if len(steps) == 1 and steps[0] > 0:
         end = int(places[-1]) + 1
@@ -123,7 +123,7 @@ def _taken(wide: ResizedGraph, node: fx.Node, tensor: fx.Node, dim: int, places:
 def _together(
     wide: ResizedGraph, node: fx.Node, parts: list[fx.Node], dim: int, layout: Layout
 ) -> fx.Node:
-    """The members' values along one dimension, in the order of a layout."""
+    """Return the members' values along one dimension, in the order of a layout."""
     assert wide.apart is not None
     order = np.full(layout.size, -1)
     sizes: list[int] = []

@@ -22,16 +22,13 @@ _IDENTITIES = (aten.contiguous.default, aten.clone.default, aten.alias.default, 
 
 
 def gather(wide: ResizedGraph, node: fx.Node, operand: fx.Node, have: Layouts) -> Any:
-    """Writes a gather in place of a data movement.
+    """Write a gather in place of a data movement, and return the layouts of its result or results.
 
     A result that is no tensor of whole copies (half way through a channel shuffle, say) is left to
     the movements that read it: they are written together with this one.
-
-    Returns:
-        Layouts of the result; a list of them where the movement returns a list.
     """
     results, operator_node = wide.values[node], wide.mapping[node]
-    source, earlier, passed = wide.pending.get(operand, (operand, _nowhere, ()))
+    source, earlier, passed = wide.pending.get(operand, (operand, lambda tensor: tensor, ()))
     if passed:
         have = wide.layout_of(source)
     layouts: list[Layouts] = []
@@ -68,10 +65,6 @@ def gather(wide: ResizedGraph, node: fx.Node, operand: fx.Node, have: Layouts) -
     return layouts if isinstance(results, list) else layouts[0]
 
 
-def _nowhere(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor
-
-
 def _moves(node: fx.Node) -> bool:
     """Whether a node moves data and does nothing else, so that it can be written with others."""
     if node.target in _IDENTITIES:
@@ -87,7 +80,7 @@ def _movement(
     move: Move,
     have: Layouts,
 ) -> Movement:
-    """The movement of an operand to one result, whose layouts are new."""
+    """Return the movement of an operand to one result, whose layouts are new."""
     units = wide.units
     fields = {d: f for f in part.fields if (d := units.growing(f)) is not None}
     want: dict[int, Layout] = {}
@@ -110,7 +103,7 @@ def _movement(
 def _write(
     wide: ResizedGraph, node: fx.Node, source: fx.Node, result: fx.Node, movement: Movement
 ) -> fx.Node:
-    """Writes a movement as `index_select` of the flat operand, sample by sample."""
+    """Write a movement as `index_select` of the flat operand, sample by sample."""
     before, after = (_symbolic(n.meta["val"]) for n in (source, result))
     one = len(before) == len(after) == 1
     if (before or after) and not (one and movement.kept(before[0], after[0])):
@@ -132,6 +125,6 @@ def _write(
 
 
 def _symbolic(value: Any) -> list[int]:
-    """Dimensions whose size is not known before the network runs."""
+    """Return the dimensions whose size is not known before the network runs."""
     sizes: Sequence[Any] = value.shape
     return [d for d, size in enumerate(sizes) if not isinstance(size, int)]

@@ -48,7 +48,7 @@ class Movement:
         )
 
     def index(self, skip: int | None) -> tuple[torch.Tensor, int]:
-        """Where each element of the wide result stands in the flat operand.
+        """Return where each element of the wide result stands in the flat operand.
 
         Args:
             skip: A dimension of the operand that is left out (the batch).
@@ -74,14 +74,14 @@ class Movement:
         return torch.where(missing, -1, index), stride
 
     def table(self, dim: int, have: Layout) -> np.ndarray:
-        """Where each copy (first column: shared by all members) of each index stands."""
+        """Return where each copy (first column: shared by all members) of each index stands."""
         copies = max(int(layout.copy.max(initial=0)) for layout in (have, *self.want.values()))
         table = np.full((self.shape[dim], copies + 2), -1)
         table[have.source, have.copy + 1] = np.arange(have.size)
         return np.where(table < 0, table[:, :1], table)
 
     def copies(self, dim: int, like: torch.Tensor) -> torch.Tensor:
-        """Which copy of the operand's neurons each element of the wide result holds."""
+        """Return which copy of the operand's neurons each element of the wide result holds."""
         twin = self.twin.get(dim)
         if twin is None:
             return torch.full_like(like, -1)

@@ -13,18 +13,18 @@ from fxfuse.analysis.rules import find, reduction
 from fxfuse.graph.arguments import argument, set_argument
 from fxfuse.graph.operator_facts import FACTS, Convolution, Normalisation
 from fxfuse.transform.layout import Layout
-from fxfuse.transform.resizing.carry import carry, complete
 from fxfuse.transform.resizing.operands import agree, require
+from fxfuse.transform.resizing.propagate import complete, propagate_layouts
 from fxfuse.transform.resizing.state import Layouts, ResizedGraph, cannot_write
 
 
-def group(wide: ResizedGraph, node: fx.Node) -> Any:
+def resize_groups(wide: ResizedGraph, node: fx.Node) -> Any:
     """Convolution and group normalisation: channels of a group have to stand together."""
     facts = FACTS[node.target]
     assert isinstance(facts, Convolution | Normalisation)
     groups = int(argument(node, facts.groups))
     if groups == 1:
-        return carry(wide, node)
+        return propagate_layouts(wide, node)
     x: fx.Node = argument(node, facts.input)
     value, result = wide.values[x], wide.values[node]
     weight = argument(node, facts.weight) if isinstance(facts, Convolution) else None
@@ -66,7 +66,7 @@ def group(wide: ResizedGraph, node: fx.Node) -> Any:
 def _copies_of_groups(
     wide: ResizedGraph, groups: int, value: AbstractTensor, dim: int, layout: Layout | None
 ) -> list[list[int]] | None:
-    """Which members' copies each group has; None if it is not groups that are copied."""
+    """Return which members' copies each group has; None if it is not groups that are copied."""
     line = wide.units.along(value, dim)
     if layout is None or line is None:
         return None
@@ -77,7 +77,7 @@ def _copies_of_groups(
     return [np.unique(layout.copy[of == g]).tolist() for g in range(groups)]
 
 
-def halve(wide: ResizedGraph, node: fx.Node) -> Layouts:
+def resize_gated(wide: ResizedGraph, node: fx.Node) -> Layouts:
     """Gated linear units: the first half of the layout has to be the order of both halves."""
     x = cast("fx.Node", node.args[0])
     value: AbstractTensor = wide.values[x]
@@ -95,8 +95,8 @@ def halve(wide: ResizedGraph, node: fx.Node) -> Layouts:
     return result
 
 
-def patch(wide: ResizedGraph, node: fx.Node) -> Layouts:
-    """Patches: the pixels of a channel stand together in a column."""
+def resize_patches(wide: ResizedGraph, node: fx.Node) -> Layouts:
+    """Resize patches: the pixels of a channel stand together in a column."""
     inverse = find(node.target) is reduction.unfold
     x = cast("fx.Node", node.args[0])
     before, after = wide.values[x], wide.values[node]
@@ -120,13 +120,13 @@ def patch(wide: ResizedGraph, node: fx.Node) -> Layouts:
 
 
 def _by_group(copies: Sequence[Sequence[int]], size: int) -> Layout:
-    """Groups of `size` channels, the copies of a group next to each other."""
+    """Return groups of `size` channels, the copies of a group next to each other."""
     pairs = [(g, copy) for g, members in enumerate(copies) for copy in members]
     source = [np.arange(g * size, (g + 1) * size) for g, _ in pairs]
     return Layout(np.concatenate(source), np.repeat([copy for _, copy in pairs], size))
 
 
 def _is_even(layout: Layout, size: int, groups: int) -> bool:
-    """Whether every group of successive indices has as many copies as the first one."""
+    """Tell whether every group of successive indices has as many copies as the first one."""
     counts = np.bincount(layout.source * groups // size, minlength=groups)
     return bool((counts == counts[0]).all())

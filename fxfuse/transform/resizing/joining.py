@@ -21,7 +21,7 @@ aten = torch.ops.aten
 
 
 def join(wide: ResizedGraph, node: fx.Node) -> Layouts:
-    """Concatenation and stacking: layouts along the joined dimension follow each other."""
+    """Resize concatenation and stacking: layouts along the joined dimension follow each other."""
     tensors = cast("Sequence[fx.Node]", node.args[0])
     parts = [n for n in tensors if wide.values[n].shape != (0,)]
     dim = dimension(node, wide.values[node].rank)
@@ -31,7 +31,7 @@ def join(wide: ResizedGraph, node: fx.Node) -> Layouts:
 def _joined(
     wide: ResizedGraph, node: fx.Node, parts: Sequence[fx.Node], dim: int, *, stacks: bool
 ) -> Layouts:
-    """Layouts of parts that follow each other along a dimension."""
+    """Return the layouts of parts that follow each other along a dimension."""
     result: Layouts = {}
     lines, copies, offset, grows = [], [], 0, False
     for part in parts:
@@ -83,7 +83,7 @@ def overwrite(wide: ResizedGraph, node: fx.Node) -> Layouts:
 
 
 def pad(wide: ResizedGraph, node: fx.Node) -> Layouts:
-    """Padding: a padded place that grows is padded once for each member."""
+    """Resize padding: a padded place that grows is padded once for each member."""
     source = cast("fx.Node", node.args[0])
     value: AbstractTensor = wide.values[node]
     layouts = wide.layout_of(source)

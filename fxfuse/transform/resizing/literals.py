@@ -32,13 +32,13 @@ class _Scaled:
 
 
 def dimension(node: fx.Node, rank: int) -> int:
-    """The argument `dim` of a node, not negative; -1 where it names no single dimension."""
+    """Return the argument `dim` of a node, not negative; -1 where it names no single dimension."""
     dim = argument(node, "dim")
     return int(dim) % rank if isinstance(dim, int) else -1
 
 
 def set_arguments(wide: ResizedGraph, node: fx.Node, args: Sequence[Any]) -> None:
-    """Rewrites the positional arguments of the copy of a node to one of its `candidates`."""
+    """Rewrite the positional arguments of the copy of a node to one of its `candidates`."""
     target = wide.mapping[node]
 
     target.target = _target(node, args)
@@ -48,18 +48,9 @@ def set_arguments(wide: ResizedGraph, node: fx.Node, args: Sequence[Any]) -> Non
 def resized_fill(
     wide: ResizedGraph, node: fx.Node, operand: fx.Node, dim: int, size: int
 ) -> fx.Node | None:
-    """Writes an operand that holds one value everywhere in another size, before a node.
+    """Write an operand that holds one value everywhere in another `size`, before its reader.
 
-    Args:
-        wide: The concatenated graph.
-        node: The node that reads it, of the members' graph.
-        operand: What is written again, of the members' graph.
-        dim: The dimension that gets another size.
-        size: That size, for the example.
-
-    Returns:
-        A node of the concatenated graph; None where the operand is no such one, or where its sizes
-        are no literals.
+    None where the operand is no such one, or where its sizes are no literals.
     """
     if find(operand.target) is not creation.filled:
         return None
@@ -78,7 +69,7 @@ def resized_fill(
 
 
 def _literal(wide: ResizedGraph, target: fx.Node, x: Any) -> Any:
-    """An argument for a node of the concatenated graph, before which sizes are computed."""
+    """Return an argument for a node of the concatenated graph, before which sizes are computed."""
     if isinstance(x, _Scaled):
         with wide.graph.inserting_before(target):
             own = wide.mapping[x.size]
@@ -90,19 +81,15 @@ def _literal(wide: ResizedGraph, target: fx.Node, x: Any) -> Any:
 
 
 def _target(node: fx.Node, args: Sequence[Any]) -> Any:
-    """The operator for some arguments: equal parts may become parts of given sizes."""
+    """Return the operator for some arguments: equal parts may become parts of given sizes."""
     parts = node.target in (aten.split.Tensor, aten.chunk.default) and isinstance(args[1], list)
     return aten.split_with_sizes.default if parts else node.target
 
 
 def evaluate(wide: ResizedGraph, node: fx.Node, args: Any, tensor: torch.Tensor) -> Any:
-    """Runs a node's operator on a tensor in place of its first argument.
+    """Run a node's operator on a tensor in place of its first argument.
 
-    Args:
-        wide: The concatenated graph.
-        node: A node of the members' graph.
-        args: Positional arguments: the node's own, or one of its `candidates`.
-        tensor: What to run it on.
+    `args` are the node's own, or one of its `candidates`.
     """
 
     def concrete(x: Any) -> Any:
@@ -123,7 +110,7 @@ def evaluate(wide: ResizedGraph, node: fx.Node, args: Any, tensor: torch.Tensor)
 def candidates(
     wide: ResizedGraph, node: fx.Node, value: AbstractTensor, layouts: Layouts
 ) -> Iterator[tuple[Any, ...]]:
-    """Arguments that a data movement could have in the concatenated network."""
+    """Yield arguments that a data movement could have in the concatenated network."""
     args = node.args
     is_view = find(node.target) is movement.view or node.target is aten.expand.default
     if is_view or node.target is aten.unflatten.int:
@@ -161,7 +148,7 @@ def candidates(
 
 
 def _sizes(layout: Layout, ends: Index) -> list[int]:
-    """How many copies there are of the indices between each two successive ends."""
+    """Return how many copies there are of the indices between each two successive ends."""
     ordered = np.sort(layout.source)
     sizes: list[int] = np.diff(np.searchsorted(ordered, ends)).tolist()
     return sizes
@@ -170,7 +157,7 @@ def _sizes(layout: Layout, ends: Index) -> list[int]:
 def _slices(
     wide: ResizedGraph, node: fx.Node, layout: Layout, size: int
 ) -> Iterator[tuple[Any, ...]]:
-    """The wide range that holds exactly the copies of a narrow range (steps of 1)."""
+    """Yield the wide range that holds exactly the copies of a narrow range (steps of 1)."""
     kept = evaluate(wide, node, (None, 0, *node.args[2:]), torch.arange(size)).numpy()
     inside = np.flatnonzero(np.isin(layout.source, kept))
     if not len(inside):

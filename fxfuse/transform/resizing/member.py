@@ -25,16 +25,10 @@ from fxfuse.transform.resizing.walk import walk_at
 def program_at(
     graph: CouplingGraph, sizes: Mapping[str, int], own: Mapping[str, torch.Tensor]
 ) -> Program:
-    """The network of an analysis as it is at other sizes.
+    """Return the network of an analysis as it is at other sizes.
 
-    Args:
-        graph: The analysis of the network.
-        sizes: Units of each group, by its name.
-        own: Tensors of these sizes by name. Of others, parameters are zero, and buffers hold the
-            network's values, unit by unit.
-
-    Returns:
-        A captured network with the nodes of the given one, in which sizes are others.
+    `own` are tensors of these sizes by name. Of others, parameters are zero, and buffers hold the
+    network's values, unit by unit.
     """
     program = graph.program
     wide = walk_at(graph, copies_of(graph, sizes))
@@ -55,7 +49,7 @@ def program_at(
 
 
 def _fold_sizes(wide: ResizedGraph) -> None:
-    """Writes a size such as batch · heads with the new number, where all that reads it grew alike.
+    """Write a size such as batch · heads with the new number, where all that reads it grew alike.
 
     `b * 3`, of which every reader makes `(b * 3) * 2 // 3`, becomes `b * 2`.
     """

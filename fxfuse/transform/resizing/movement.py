@@ -11,11 +11,11 @@ from torch import fx
 from fxfuse.analysis.labels import AbstractTensor
 from fxfuse.graph.torch_compat import pytree
 from fxfuse.transform.layout import Layout
-from fxfuse.transform.resizing.carry import carry, complete
 from fxfuse.transform.resizing.gather import gather
 from fxfuse.transform.resizing.literals import candidates, evaluate, set_arguments
 from fxfuse.transform.resizing.operands import reorder, spread
 from fxfuse.transform.resizing.positions import layouts_of, positions_of
+from fxfuse.transform.resizing.propagate import complete, propagate_layouts
 from fxfuse.transform.resizing.state import Layouts, ResizedGraph, as_list, cannot_write
 
 
@@ -62,10 +62,10 @@ def index(wide: ResizedGraph, node: fx.Node) -> Any:
     values = [wide.values[x] for x in nodes]
     if all(v.constant is not None for v in values if isinstance(v, AbstractTensor)):
         return move(wide, node)
-    return carry(wide, node)
+    return propagate_layouts(wide, node)
 
 
-def pick(wide: ResizedGraph, node: fx.Node) -> Layouts:
+def resize_gather(wide: ResizedGraph, node: fx.Node) -> Layouts:
     """Gathering: the index names one place for each element, so it grows as its operand does."""
     x, chosen = cast("fx.Node", node.args[0]), cast("fx.Node", node.args[2])
     if wide.values[chosen].constant is not None:
@@ -80,7 +80,7 @@ def pick(wide: ResizedGraph, node: fx.Node) -> Layouts:
 
 
 def _keeps_units_apart(wide: ResizedGraph, node: fx.Node, found: Sequence[Layouts | None]) -> bool:
-    """Whether the results are made of whole copies, and grow where units differ."""
+    """Tell whether the results are made of whole copies, and grow where units differ."""
     return all(
         layouts is not None and all(wide.units.order(value, dim) is not None for dim in layouts)
         for value, layouts in zip(as_list(wide.values[node]), found, strict=True)
@@ -88,7 +88,7 @@ def _keeps_units_apart(wide: ResizedGraph, node: fx.Node, found: Sequence[Layout
 
 
 def _reorderings(wide: ResizedGraph, value: AbstractTensor, layouts: Layouts) -> Iterator[Layouts]:
-    """Layouts in which the copies of an index, or of a run of a unit's, stand together."""
+    """Yield layouts in which the copies of an index, or of a run of a unit's, stand together."""
     yield {dim: layout.by_index() for dim, layout in layouts.items()}
     blocks: Layouts = {}
     for dim, layout in layouts.items():

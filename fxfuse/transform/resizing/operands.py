@@ -20,7 +20,7 @@ aten = torch.ops.aten
 def agree(
     wide: ResizedGraph, node: fx.Node, operand: fx.Node, dim: int, layout: Layout, wanted: Layout
 ) -> None:
-    """Brings one dimension of an operand into the order that a node needs."""
+    """Bring one dimension of an operand into the order that a node needs."""
     if same(layout, wanted):
         return
     have = {pair: i for i, pair in enumerate(_pairs(layout))}
@@ -119,7 +119,7 @@ def broadcast(
 
 
 def reorder(wide: ResizedGraph, node: fx.Node, layouts: Layouts, ordered: Layouts) -> None:
-    """Brings the first operand of a node from its layouts into others of the same copies."""
+    """Bring the first operand of a node from its layouts into others of the same copies."""
     operand = cast("fx.Node", wide.mapping[node].args[0])
     for dim, wanted in ordered.items():
         have = {pair: i for i, pair in enumerate(_pairs(layouts[dim]))}
@@ -128,14 +128,14 @@ def reorder(wide: ResizedGraph, node: fx.Node, layouts: Layouts, ordered: Layout
 
 
 def same(a: Layout, b: Layout) -> bool:
-    """Whether two layouts hold the same copies in the same order."""
+    """Tell whether two layouts hold the same copies in the same order."""
     return np.array_equal(a.source, b.source) and np.array_equal(a.copy, b.copy)
 
 
 def _pick(
     wide: ResizedGraph, node: fx.Node, operand: fx.Node, dim: int, places: Sequence[int]
 ) -> None:
-    """Puts an `index_select` between an operand and a node."""
+    """Put an `index_select` between an operand and a node."""
     if operand.op != "get_attr" and not isinstance(operand.meta["val"].shape[dim], int):
         raise cannot_write(node, "neurons stand in another order in every sample")
     current = wide.current(node, operand)
@@ -145,7 +145,7 @@ def _pick(
 def select(
     wide: ResizedGraph, node: fx.Node, tensor: fx.Node, dim: int, places: Sequence[int] | Index
 ) -> fx.Node:
-    """Writes an `index_select` before a node; returns it."""
+    """Write an `index_select` before a node; return it."""
     with wide.graph.inserting_before(wide.mapping[node]):
         order = wide.hold(torch.tensor(places))
         return wide.graph.call_function(aten.index_select.default, (tensor, dim, order))

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 
 from fxfuse.analysis.labels import AbstractTensor
+from fxfuse.transform.apply import lay_along
 from fxfuse.transform.layout import Layout
 from fxfuse.transform.resizing.state import Layouts
 
@@ -21,14 +22,9 @@ _BASE = 1 << 20
 
 
 def positions_of(value: AbstractTensor, layouts: Layouts) -> tuple[torch.Tensor, torch.Tensor]:
-    """For each element: the member's element of which it is a copy, and the copies' numbers.
+    """For each element, return the member's element of which it is a copy, and the copies' numbers.
 
-    Args:
-        value: A tensor at the members' width.
-        layouts: The layouts of its dimensions that grow.
-
-    Returns:
-        Two int64 tensors of the wide shape.
+    Both are int64 of the resized shape.
     """
     place = torch.arange(int(np.prod(value.shape))).reshape(value.shape)
     copy = torch.zeros(value.shape, dtype=torch.int64)
@@ -36,20 +32,17 @@ def positions_of(value: AbstractTensor, layouts: Layouts) -> tuple[torch.Tensor,
         source = torch.from_numpy(layout.source)
         place, copy = place.index_select(dim, source), copy.index_select(dim, source)
         line = torch.from_numpy(layout.copy) + 1
-        copy = copy + _along(line * _BASE**digit, dim, value.rank)
+        copy = copy + lay_along(line * _BASE**digit, dim, value.rank)
     return place, copy
 
 
 def layouts_of(
     narrow: torch.Tensor, moved: torch.Tensor, copies: torch.Tensor, growing: Collection[int]
 ) -> Layouts | None:
-    """Layouts of a moved tensor, or None when it is no tensor of whole copies.
+    """Return the layouts of a moved tensor, or None when it is no tensor of whole copies.
 
-    Args:
-        narrow: Positions moved at the members' width.
-        moved: Positions moved at the wide width.
-        copies: The copies' numbers, moved alike.
-        growing: Dimensions of the result along which units stand whose number changes.
+    `narrow` are positions moved at the members' width, `moved` and `copies` positions and numbers
+    of copies moved at the other; along `growing` dimensions stand units whose number changes.
     """
     result: Layouts = {}
     first = _first_place(narrow, moved)
@@ -79,14 +72,14 @@ def layouts_of(
         result[dim] = Layout(source.numpy(), copy.expand(len(line)).numpy() - 1)
         rebuilt = rebuilt.index_select(dim, source)
         expected = expected.index_select(dim, source)
-        expected = expected + _along(copy.expand(len(line)) * _BASE**digit, dim, narrow.dim())
+        expected = expected + lay_along(copy.expand(len(line)) * _BASE**digit, dim, narrow.dim())
     if torch.equal(rebuilt, moved) and torch.equal(expected, copies):
         return result
     return None
 
 
 def _constant_digits(copies: torch.Tensor) -> list[tuple[int, torch.Tensor]]:
-    """The digits, not 0, that all numbers have in common; the first of them last."""
+    """Return the digits, not 0, that all numbers have in common; the first of them last."""
     found, digit = [], 0
     while bool(copies.any()):
         digits = copies % _BASE
@@ -104,12 +97,8 @@ def _first_place(narrow: torch.Tensor, moved: torch.Tensor) -> list[int] | None:
     return found[0].tolist() if len(found) else None
 
 
-def _along(line: torch.Tensor, dim: int, rank: int) -> torch.Tensor:
-    return line.reshape([-1 if d == dim else 1 for d in range(rank)])
-
-
 def _varying_digits(line: torch.Tensor) -> list[tuple[int, torch.Tensor]]:
-    """The digits in which the numbers of a line differ."""
+    """Return the digits in which the numbers of a line differ."""
     found, digit = [], 0
     while bool(line.any()):
         digits = line % _BASE
@@ -120,7 +109,7 @@ def _varying_digits(line: torch.Tensor) -> list[tuple[int, torch.Tensor]]:
 
 
 def _again(line: torch.Tensor, copy: torch.Tensor) -> torch.Tensor:
-    """How often the same neuron of the same copy stood at an earlier place."""
+    """Return how often the same neuron of the same copy stood at an earlier place."""
     numbers = copy.expand(len(line)).tolist()
     pairs, seen = list(zip(line.tolist(), numbers, strict=True)), Counter[tuple[int, int]]()
     again = []

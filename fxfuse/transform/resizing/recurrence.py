@@ -15,8 +15,8 @@ from fxfuse.transform.resizing.operands import require, same, spread
 from fxfuse.transform.resizing.state import ResizedGraph, cannot_write
 
 
-def recur(wide: ResizedGraph, node: fx.Node) -> Any:
-    """Recurrent layers: every gate has its rows in the order of the units."""
+def resize_recurrence(wide: ResizedGraph, node: fx.Node) -> Any:
+    """Resize recurrent layers: every gate has its rows in the order of the units."""
     x, hx = argument(node, "input"), argument(node, "hx")
     states: list[fx.Node] = list(hx) if isinstance(hx, list | tuple) else [hx]
     is_cell = find(node.target) is recurrent.cell
@@ -63,7 +63,7 @@ def recur(wide: ResizedGraph, node: fx.Node) -> Any:
 def _direction(
     wide: ResizedGraph, node: fx.Node, part: recurrent.Weights, incoming: Layout | None
 ) -> tuple[Layout, Layout]:
-    """Brings the parameters of one direction into order; layouts of both of its states."""
+    """Bring the parameters of one direction into order; layouts of both of its states."""
     gates = recurrent.gates_of(node)
     inner: AbstractTensor = wide.values[part.inner]
     size = inner.shape[0] // gates

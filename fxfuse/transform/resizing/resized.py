@@ -38,7 +38,7 @@ class Resized:
 
 
 def resized_of(graph: CouplingGraph, plan: FusionPlan) -> Resized | None:
-    """The resized network of a plan; None where every group has a member's size."""
+    """Return the resized network of a plan; None where every group has a member's size."""
     if not copies_of(graph, plan.sizes()):
         return None
     wide = walk_of(graph, plan)
@@ -58,11 +58,7 @@ def resized_of(graph: CouplingGraph, plan: FusionPlan) -> Resized | None:
 def emit_fused(
     graph: CouplingGraph, plan: FusionPlan, state: Mapping[str, torch.Tensor]
 ) -> FusedModule:
-    """The fused network of a plan, of whatever size, with these tensors.
-
-    Returns:
-        A module in eval mode that owns `state`.
-    """
+    """Emit the fused network of a plan, of whatever size, in eval mode with these tensors."""
     resized = resized_of(graph, plan)
     if resized is None:
         return emit(graph.program, state)

@@ -25,7 +25,6 @@ class ResizedGraph:
     """A copy of the members' graph on its way to the concatenated one.
 
     Attributes:
-        analysis: The analysis of the members.
         values: The labelled value of each node of the members' graph.
         copies: How many fused units stand in the place of each unit of a member.
         units: The units, and which of them grow.
@@ -62,7 +61,7 @@ class ResizedGraph:
         self.graph = copy_graph(analysis.program.graph, self.mapping)
 
     def layout_of(self, node: Any) -> Layouts:
-        """Layouts of an operand; a parameter that has none yet gets the default ones."""
+        """Return the layouts of an operand; a parameter that has none yet gets the default ones."""
         if node.op != "get_attr":
             found: Layouts = self.layouts[node]
             return found
@@ -73,29 +72,29 @@ class ResizedGraph:
         }
 
     def parameter_places(self, node: fx.Node) -> Iterator[tuple[int, Place]]:
-        """Each dimension of a parameter or buffer with its place; nothing for a constant."""
+        """Yield each dimension of a parameter or buffer with its place; nothing for a constant."""
         name = self.analysis.program.canonical.get(str(node.target))
         if name is not None:
             for dim in range(self.analysis.program.tensor(name).dim()):
                 yield dim, (name, dim)
 
     def place_layout(self, place: Place) -> Layout:
-        """Layout of a dimension of a parameter; the default one if it has none yet."""
+        """Return the layout of a dimension of a parameter; the default one if it has none yet."""
         if place not in self.places:
             self.places[place] = default_layout(self.analysis, place, self.copies)
         return self.places[place]
 
     def current(self, node: fx.Node, operand: fx.Node) -> fx.Node:
-        """What the copy of a node reads at present in place of an operand."""
+        """Return what the copy of a node reads at present in place of an operand."""
         return self.inputs.get((node, operand), self.mapping[operand])
 
     def reroute(self, node: fx.Node, operand: fx.Node, instead: fx.Node) -> None:
-        """Makes the copy of a node read another node of the copy in place of an operand."""
+        """Make the copy of a node read another node of the copy in place of an operand."""
         self.mapping[node].replace_input_with(self.current(node, operand), instead)
         self.inputs[(node, operand)] = instead
 
     def hold(self, order: torch.Tensor) -> fx.Node:
-        """Keeps an index tensor, int64, and writes a node that reads it."""
+        """Keep an index tensor, int64, and write a node that reads it."""
         name = f"_fxfuse_order_{len(self.orders)}"
         self.orders[name] = order
         return self.graph.get_attr(name)
@@ -110,28 +109,28 @@ class ResizedGraph:
         return self._own[(name, member)]
 
     def own_tensors(self) -> frozenset[str]:
-        """Canonical names of the tensors of which each member has its own."""
+        """Return the canonical names of the tensors of which each member has its own."""
         return frozenset() if self.apart is None else frozenset(self.apart.tensors)
 
     def replace(self, node: fx.Node, written: fx.Node) -> fx.Node:
-        """Lets another node stand for a node of the members' graph; returns the one that did."""
+        """Let another node stand for a node of the members' graph; return the one that did."""
         replaced, self.mapping[node] = self.mapping[node], written
         replaced.replace_all_uses_with(written)
         return replaced
 
 
 def has_tensor(value: Any) -> bool:
-    """Whether the value of a node is a tensor or holds one."""
+    """Tell whether the value of a node is a tensor or holds one."""
     return bool(values_in(value))
 
 
 def as_list(value: Any) -> list[Any]:
-    """What a node returns, as a list also where it is one thing."""
+    """Return what a node returns, as a list also where it is one thing."""
     return list(value) if isinstance(value, list | tuple) else [value]
 
 
 def cannot_write(node: fx.Node, why: str) -> RewriteError:
-    """The error that names a node of the members' graph that cannot be widened."""
+    """Return the error that names a node of the members' graph that cannot be widened."""
     return RewriteError(
         "the concatenated network cannot be written",
         where=f"{node.name} [{node.target}]  {source_of(node)}".rstrip(),

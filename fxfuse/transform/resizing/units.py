@@ -14,7 +14,7 @@ from fxfuse.transform.layout import Copies, Layout, run_layout
 
 
 def values_in(value: Any) -> list[AbstractTensor]:
-    """The tensors that the value of a node is or holds."""
+    """Return the tensors that the value of a node is or holds."""
     leaves = pytree.tree_leaves(value, is_leaf=lambda x: isinstance(x, AbstractTensor))
     return [x for x in leaves if isinstance(x, AbstractTensor)]
 
@@ -45,7 +45,7 @@ class Units:
         self.free = frozenset(np.flatnonzero(self._grows).tolist())
 
     def grow(self, units: Index) -> np.ndarray:
-        """Which of some units grow or shrink: bool of the shape of `units`."""
+        """Return which of some units grow or shrink: bool of the shape of `units`."""
         found: np.ndarray = self._grows[units]
         return found
 
@@ -71,7 +71,7 @@ class Units:
         return line
 
     def order(self, value: AbstractTensor, dim: int) -> bytes | None:
-        """Which units stand along a dimension, if the dimension is one that grows."""
+        """Return which units stand along a dimension, if the dimension is one that grows."""
         for f in value.fields:
             if dim in f.dims:
                 units = self._line(f, dim)
@@ -89,12 +89,12 @@ class Units:
         return len(units) == 1 and int(units[0]) in self.free
 
     def free_units(self, f: DimLabels) -> Index:
-        """The unit of each place of a field; -1 where it is none that grows."""
+        """Return the unit of each place of a field; -1 where it is none that grows."""
         units = self.component[neurons(f.ids).numpy()]
         return np.where(self.grow(units), units, -1)
 
     def growing(self, f: DimLabels) -> int | None:
-        """The dimension along which a field grows when it is given a new layout."""
+        """Return the dimension along which a field grows when it is given a new layout."""
         units = self.free_units(f)
         if bool((units < 0).all()):
             return None
@@ -109,7 +109,7 @@ class Units:
         )
 
     def run_layout(self, f: DimLabels, dim: int) -> Layout | None:
-        """A new layout of a field: the copies of each run of a unit's neurons in one piece.
+        """Return a new layout of a field: the copies of each run of a unit's neurons in one piece.
 
         None where neurons of one index have different numbers of copies: that is no tensor.
         """

@@ -28,36 +28,36 @@ from fxfuse.transform.apply import fused_tensors
 from fxfuse.transform.emit import FusedModule, emit_graph
 from fxfuse.transform.layout import Copies, copies_of
 from fxfuse.transform.resizing.apart import Apart
-from fxfuse.transform.resizing.carry import carry, keep, normalise
 from fxfuse.transform.resizing.each import run_apart, write_outputs
-from fxfuse.transform.resizing.grouping import group, halve, patch
+from fxfuse.transform.resizing.grouping import resize_gated, resize_groups, resize_patches
 from fxfuse.transform.resizing.joining import join, overwrite, pad
-from fxfuse.transform.resizing.movement import index, move, pick
-from fxfuse.transform.resizing.recurrence import recur
+from fxfuse.transform.resizing.movement import index, move, resize_gather
+from fxfuse.transform.resizing.propagate import keep_layout, propagate_layouts, resize_normalisation
+from fxfuse.transform.resizing.recurrence import resize_recurrence
 from fxfuse.transform.resizing.state import Layouts, ResizedGraph, has_tensor
 
 #: Widens one node of the members' graph: rewrites its copy in the wide graph, and returns the
 #: layouts of the result (a list of them where the node returns a list).
 Handler = Callable[[ResizedGraph, fx.Node], Any]
 
-#: By the rule of the operator; every other operator hands layouts on (`carry`).
+#: By the rule of the operator; every other operator hands layouts on (`propagate_layouts`).
 _HANDLERS: Mapping[Rule | None, Handler] = {
-    contraction.convolution: group,
+    contraction.convolution: resize_groups,
     movement.cat: join,
     movement.move: move,
     movement.overwrite: overwrite,
     movement.pad: pad,
-    movement.same: keep,
+    movement.same: keep_layout,
     movement.stack: join,
     movement.view: move,
-    normalisation.group_norm: group,
-    normalisation.layer_norm: normalise,
-    pointwise.gated_linear_unit: halve,
-    recurrent.cell: recur,
-    recurrent.layers: recur,
-    reduction.fold: patch,
-    reduction.unfold: patch,
-    selection.gather: pick,
+    normalisation.group_norm: resize_groups,
+    normalisation.layer_norm: resize_normalisation,
+    pointwise.gated_linear_unit: resize_gated,
+    recurrent.cell: resize_recurrence,
+    recurrent.layers: resize_recurrence,
+    reduction.fold: resize_patches,
+    reduction.unfold: resize_patches,
+    selection.gather: resize_gather,
     selection.index: index,
     selection.index_select: index,
 }
@@ -66,11 +66,7 @@ _HANDLERS: Mapping[Rule | None, Handler] = {
 def emit_resized(
     graph: CouplingGraph, plan: FusionPlan, states: Sequence[Mapping[str, torch.Tensor]]
 ) -> FusedModule:
-    """Emits the concatenation of the members.
-
-    Returns:
-        A module whose labelled dimensions have the sizes that the plan gives them.
-    """
+    """Emit the concatenation of the members, with the sizes that the plan gives."""
     wide = walk_of(graph, plan)
     names = wide.own_tensors()
     state = fused_tensors(graph, plan, states, wide.places, names)
@@ -84,7 +80,7 @@ def emit_resized(
 
 
 def apart_names(graph: CouplingGraph, plan: FusionPlan) -> tuple[str, ...]:
-    """Names of the tensors of which each member keeps its own in a wide model."""
+    """Return the names of the tensors of which each member keeps its own in a wide model."""
     names = walk_of(graph, plan).own_tensors()
     return tuple(n for n in graph.program.names if graph.program.canonical[n] in names)
 
@@ -96,26 +92,27 @@ def output_layouts(graph: CouplingGraph, plan: FusionPlan) -> list[Layouts]:
     return [wide.layout_of(n) for n in outputs if isinstance(graph.values[n], AbstractTensor)]
 
 
-def settle(graph: CouplingGraph, sizes: Mapping[str, int]) -> tuple[dict[str, int], dict[str, str]]:
-    """Sizes that the network can be written in.
+def limit_sizes(
+    graph: CouplingGraph, sizes: Mapping[str, int]
+) -> tuple[dict[str, int], dict[str, str]]:
+    """Limit sizes to those that the network can be written in.
 
-    Returns:
-        The sizes, in which every group that stands in the way of writing the network keeps a
-        member's size; and for each of these groups, the operator and why.
+    Every group that stands in the way keeps a member's size. Also returns, for each of these
+    groups, the operator and why.
     """
-    settled, refused = dict(sizes), dict[str, str]()
+    limited, refused = dict(sizes), dict[str, str]()
     own = {group.name: group.n_units for group in graph.groups}
     while True:
-        wide = ResizedGraph(graph, copies_of(graph, settled))
+        wide = ResizedGraph(graph, copies_of(graph, limited))
         stuck = _first_obstacle(wide)
         if stuck is None:
-            return settled, refused
+            return limited, refused
         node, error = stuck
         names = wide.units.groups_at(wide.values[n] for n in (node, *node.all_input_nodes))
         if not names:
             raise error
         for name in names:
-            settled[name] = own[name]
+            limited[name] = own[name]
             refused[name] = f"{error.why} ({error.where})"
 
 
@@ -134,7 +131,7 @@ def blank(
     empty: Callable[[Sequence[int], torch.dtype], torch.Tensor],
     plan: FusionPlan | None = None,
 ) -> FusedModule:
-    """The resized network with tensors that hold nothing yet, for shapes and costs."""
+    """Return the resized network with tensors that hold nothing yet, for shapes and costs."""
     wide = walk_at(graph, copies_of(graph, sizes)) if plan is None else walk_of(graph, plan)
     program = graph.program
 
@@ -157,7 +154,7 @@ def blank(
 
 
 def walk_of(graph: CouplingGraph, plan: FusionPlan) -> ResizedGraph:
-    """The concatenated graph of a plan, written."""
+    """Return the concatenated graph of a plan, written."""
     copies = copies_of(graph, plan.sizes())
     if plan.mixing.mode == "joint":
         return walk_at(graph, copies)
@@ -180,7 +177,7 @@ def walk_of(graph: CouplingGraph, plan: FusionPlan) -> ResizedGraph:
 
 
 def walk_at(graph: CouplingGraph, copies: Copies) -> ResizedGraph:
-    """The network with so many copies of each unit, written for all of them at once."""
+    """Return the network with so many copies of each unit, written for all of them at once."""
     wide = ResizedGraph(graph, copies)
     for node in graph.program.graph.nodes:
         _step(wide, node)
@@ -200,4 +197,4 @@ def _widened(wide: ResizedGraph, node: fx.Node) -> Any:
     first = node.args[0] if node.args else None
     if isinstance(first, fx.Node) and isinstance(wide.layouts.get(first), list):
         return wide.layouts[first][node.args[1]]
-    return _HANDLERS.get(find(node.target), carry)(wide, node)
+    return _HANDLERS.get(find(node.target), propagate_layouts)(wide, node)

@@ -15,8 +15,8 @@ from fxfuse.transform.resizing.operands import agree, broadcast
 from fxfuse.transform.resizing.state import Layouts, ResizedGraph, cannot_write, has_tensor
 
 
-def carry(wide: ResizedGraph, node: fx.Node) -> Any:
-    """Hands layouts over to whatever carries the same neurons in the same order."""
+def propagate_layouts(wide: ResizedGraph, node: fx.Node) -> Any:
+    """Hand layouts over to whatever carries the same neurons in the same order."""
     known: dict[bytes, Layout] = {}
     operands = [n for n in node.all_input_nodes if has_tensor(wide.values[n])]
     for operand in operands:
@@ -56,7 +56,7 @@ def carry(wide: ResizedGraph, node: fx.Node) -> Any:
 def _handed(
     wide: ResizedGraph, node: fx.Node, value: AbstractTensor, known: Mapping[bytes, Layout]
 ) -> Layouts:
-    """Layouts of a result that carries the neurons of operands."""
+    """Return the layouts of a result that carries the neurons of operands."""
     result: Layouts = {}
     for dim in range(value.rank):
         key = wide.units.order(value, dim)
@@ -66,7 +66,7 @@ def _handed(
 
 
 def complete(wide: ResizedGraph, node: fx.Node, value: AbstractTensor, result: Layouts) -> Layouts:
-    """The layouts of a result, once it is sure that none is missing."""
+    """Return the layouts of a result, once it is sure that none is missing."""
     for f in value.fields:
         grows = bool((wide.units.free_units(f) >= 0).any())
         if grows and not set(f.dims) & set(result):
@@ -74,8 +74,8 @@ def complete(wide: ResizedGraph, node: fx.Node, value: AbstractTensor, result: L
     return result
 
 
-def keep(wide: ResizedGraph, node: fx.Node) -> Layouts:
-    """Operators whose result stands as their operand does."""
+def keep_layout(wide: ResizedGraph, node: fx.Node) -> Layouts:
+    """Resize operators whose result stands as their operand does."""
     operand = cast("fx.Node", node.args[0])
     if operand in wide.pending:
         source, move, passed = wide.pending[operand]
@@ -83,9 +83,9 @@ def keep(wide: ResizedGraph, node: fx.Node) -> Layouts:
     return wide.layout_of(node.args[0])
 
 
-def normalise(wide: ResizedGraph, node: fx.Node) -> Layouts:
-    """Normalisation of the last dimensions: the normalised shape is a literal that grows."""
-    result: Layouts = carry(wide, node)
+def resize_normalisation(wide: ResizedGraph, node: fx.Node) -> Layouts:
+    """Resize normalisation of the last dimensions: the normalised shape is a literal that grows."""
+    result: Layouts = propagate_layouts(wide, node)
     value: AbstractTensor = wide.values[node]
     shape = list(argument(node, "normalized_shape"))
     first = value.rank - len(shape)
