@@ -20,6 +20,9 @@ from fxfuse.graph.torch_compat import pytree
 #: Below this many inputs regressions are noisy (issue 4 asks for 100 to 1,000).
 FEW = 100
 
+#: From so many inputs on, copies of them are worth nothing.
+_MANY = 1000
+
 #: Inputs of a batch that has statistics.
 _LEAST = 2
 
@@ -38,7 +41,8 @@ class Calibration(Options):
         limit: Largest number of inputs, sampled in a fixed random order (the first ones of an
             iterable). Memory does not grow with it, apart from the inputs themselves.
         augmentations: Number of augmented copies of each input that are measured as well: images
-            and signals, shifted by up to a position, and half of them mixed in pairs.
+            and signals, shifted by up to a position, and half of them mixed in pairs. None: one of
+            each, where there are fewer than 1,000 of such inputs; of all others none.
         held_out: Share of the inputs that no fit sees: one half of them chooses between networks,
             the other accepts what was chosen only if it is better than what there was. 0: nothing
             is judged, and whatever was asked for is done.
@@ -48,16 +52,17 @@ class Calibration(Options):
 
     inputs: Any
     limit: int = 1000
-    augmentations: int = 0
+    augmentations: int | None = None
     held_out: float = 0.3
     evaluate: Callable[[torch.nn.Module], float] | None = None
 
     def __post_init__(self) -> None:
         """Check the numbers."""
         for name, least in (("limit", 1), ("augmentations", 0)):
-            if getattr(self, name) < least:
+            value = getattr(self, name)
+            if value is not None and value < least:
                 raise OptionError(
-                    f"{name} must be at least {least}, got {getattr(self, name)}",
+                    f"{name} must be at least {least}, got {value}",
                     how="leave it out, or pass a larger number",
                 )
         if not 0 <= self.held_out < 1:
@@ -272,6 +277,9 @@ class CalibrationBatches:
                 f"small weights. Pass {FEW} to 1,000.",
                 stacklevel=3,
             )
+        copies = given.augmentations
+        if copies is None:
+            copies = int(size < _MANY and default_augment(batches[0]) is not None)
         parts: tuple[torch.Tensor, ...] = ()
         if labels is not None and len(labels) >= size:
             parts = labels[:size].split([_size(b) for b in batches])
@@ -280,7 +288,7 @@ class CalibrationBatches:
             size,
             parts,
             fixed is not None,
-            given.augmentations,
+            copies,
             given.held_out,
             given.evaluate,
         )

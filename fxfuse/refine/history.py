@@ -15,7 +15,8 @@ class Candidate:
     """A network that the way came by.
 
     Attributes:
-        name: `member 1`, `members 0, 2 side by side`, `fused`, `refitted` or `matched`.
+        name: `member 1`, `members 0, 2 side by side`, `fused`, `refitted` or
+            `matched from ...`.
         chosen_by: Its distance from the ensemble on the inputs that choose.
         judged: The same on the inputs that accept, which nothing was fitted or chosen on.
         against: The candidate that it had to beat; "" for a start.
@@ -51,7 +52,6 @@ class History(Readable):
         unit: Unit of the distances.
         task: What the output was taken for.
         why: Why.
-        matched_from: Name of the candidate that the matching started from.
         asking: CPU seconds of asking the members about the inputs that choose.
         inputs: Number of inputs that accept.
     """
@@ -61,7 +61,6 @@ class History(Readable):
     unit: str
     task: str
     why: str
-    matched_from: str
     asking: float
     inputs: int
 
@@ -81,8 +80,8 @@ class History(Readable):
             rows["and"] = f"{len(self.candidates) - len(rows)} more in history.candidates"
         rows["task"] = f"{self.task}: {self.why}; task= says otherwise"
         return (
-            f"{self.chosen} is handed over; {self.unit} from the ensemble on {self.inputs} inputs "
-            "that no fit has seen",
+            f"{self.chosen} is handed over, judged on {self.inputs} inputs that no fit has seen "
+            f"({self.unit})",
             rows,
         )
 

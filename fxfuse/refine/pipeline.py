@@ -6,6 +6,7 @@ second, and taken only if it is better than what there was on the third.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
@@ -186,7 +187,7 @@ class _Made:
         starts: Members, alone and side by side: nothing was fitted.
         steps: What refit and matching made, by name.
         refit: What the refit did.
-        match: What the matching did.
+        matched: What each matching did, by the name of what it led to.
         notes: What came of a step that could not be taken.
         chosen_by: Of each network, its distance on the inputs that choose.
         seconds: CPU seconds of each.
@@ -195,7 +196,7 @@ class _Made:
     starts: list[Start] = field(default_factory=list)
     steps: list[Start] = field(default_factory=list)
     refit: RefitReport | None = None
-    match: MatchReport | None = None
+    matched: dict[str, MatchReport] = field(default_factory=dict)
     notes: dict[str, str] = field(default_factory=dict)
     chosen_by: dict[str, Measured] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
@@ -265,12 +266,17 @@ class _Way:
             made.chosen_by[start.name] = choose.measure(start.module)
             made.seconds[start.name] = watch.lap()
 
-        for start in exact_starts(
-            self.graph, self.plan, self.states, choose.asked, choose.task
-        ):
+        for start in exact_starts(self.graph, self.plan, self.states, choose.asked, choose.task):
             add(made.starts, start)
-        state, name = self.state, "fused"
+        best = min(made.starts, key=lambda s: made.chosen_by[s.name].cost, default=None)
+        fitted = best is None or self.steps.refit is not None
+        name, parts = "fused", 1 + (best is not None and fitted)
+        # What nothing was fitted of comes first: what is as close, and fitted more, has to be better.
+        if best is not None and self.steps.match is not None:
+            self._match(made, best, fitting, choose, add, parts)
+        state = self.state
         if self.steps.refit is not None:
+            name = "refitted"
             state, made.refit = refit_state(
                 self.graph,
                 self.plan,
@@ -280,42 +286,52 @@ class _Way:
                 self.steps.refit,
                 self.task,
             )
-            name = "refitted"
-        if self.steps.refit is not None or not made.starts:
-            add(made.steps, fused_start(self.graph, self.plan, state, name))
-        if self.steps.match is not None:
-            self._match(made, fitting, choose, add)
+        if fitted:
+            start = fused_start(self.graph, self.plan, state, name)
+            add(made.steps, start)
+            if self.steps.match is not None:
+                # A network that is farther off than a member is not worth the steps.
+                far = made.chosen_by[name].cost
+                if best is None or far < made.chosen_by[best.name].cost:
+                    self._match(made, start, fitting, choose, add, parts)
+                else:
+                    made.notes[f"matched from {name}"] = f"left out: {best.name} is closer"
         return made
 
     def _match(
         self,
         made: _Made,
+        start: Start,
         fitting: CalibrationBatches,
         choose: Judge,
         add: Callable[[list[Start], Start], None],
+        parts: int,
     ) -> None:
-        """Match the network that is closest to the ensemble on the inputs that choose."""
-        assert self.steps.match is not None
-        all_made = [*made.starts, *made.steps]
-        best = min(all_made, key=lambda s: made.chosen_by[s.name].cost)
-        start = replace(best, name="matched", module=_copied(best.module))
+        """Match a copy of a network; of a budget in seconds it has one part."""
+        options = self.steps.match
+        assert options is not None
+        if options.seconds is not None:
+            options = replace(options, seconds=options.seconds / parts)
+        trained = replace(
+            start, name=f"matched from {start.name}", module=copy.deepcopy(start.module)
+        )
         try:
-            made.match = train(
-                start.module,
+            report = train(
+                trained.module,
                 self.members,
                 fitting,
                 choose,
-                self.steps.match,
+                options,
                 progress=self.steps.progress,
             )
         except (RefineError, OptionError) as error:
-            made.notes["matched"] = f"left out: {error.what}"
+            made.notes[trained.name] = f"left out: {error.what}"
             return
-        if made.match.kept:
-            add(made.steps, start)
+        made.matched[trained.name] = report
+        if report.kept:
+            add(made.steps, trained)
         else:
-            made.notes["matched"] = "sent back: no state on the way was closer"
-        made.notes["from"] = best.name
+            made.notes[trained.name] = "sent back: no state on the way was closer"
 
     def _accepted(self, made: _Made, judged: dict[str, Measured], asking: float) -> Refined:
         """The best start, or the last step that is better than what there was."""
@@ -347,36 +363,29 @@ class _Way:
             lines.append(line)
             if verdict.better:
                 current = start
-        for name, note in made.notes.items():
-            if name != "from":
-                lines.append(Candidate(name, verdict=note))
+        lines += [Candidate(name, verdict=note) for name, note in made.notes.items()]
         assert current is not None
-        unit = "the user's metric, sign reversed" if self.metric else self.task.unit
         history = History(
             tuple(lines),
             current.name,
-            unit,
+            self._unit(),
             repr(self.task),
             self.why,
-            made.notes.get("from", ""),
             asking,
             next(iter(judged.values())).each.numel(),
         )
         module = current.module
         assert isinstance(module, FusedModule)
-        plan = replace(current.plan, options={**self.plan.options, "start": _start(current, made)})
-        return Refined(plan, module, made.refit, made.match, history, current.members)
+        start = current.name.removeprefix("matched from ")
+        plan = replace(current.plan, options={**self.plan.options, "start": start})
+        match = made.matched.get(current.name) or next(iter(made.matched.values()), None)
+        return Refined(plan, module, made.refit, match, history, current.members)
 
-
-def _start(current: Start, made: _Made) -> str:
-    """What the network that is handed over started from."""
-    return made.notes.get("from", "") if current.name == "matched" else current.name
-
-
-def _copied(module: torch.nn.Module) -> torch.nn.Module:
-    import copy
-
-    return copy.deepcopy(module)
+    def _unit(self) -> str:
+        """What the judge's numbers are."""
+        if self.metric is not None:
+            return "minus your own metric"
+        return "loss on the labels" if self.calibration.labels else self.task.unit
 
 
 def _line(

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from fxfuse.refine.judge import Judge
+from fxfuse.refine.judge import Judge, Measured, compare
 from fxfuse.refine.parallel import reshard
 from fxfuse.refine.schedule import Budget
 from fxfuse.refine.trainer import Trainer
@@ -58,28 +58,39 @@ def find_settings(
     steps = _steps(trainer, budget, look)
     if steps is None or (len(rates) == 1 and options.freeze is not None):
         return careful
-    start, tried = trainer.copies(), dict[tuple[float, bool], float]()
+    start, tried = trainer.copies(), dict[tuple[float, bool], Measured]()
 
-    def trial(rate: float, *, frozen: bool) -> float:
+    def trial(rate: float, *, frozen: bool) -> None:
         trainer.run(lambda step: step / steps, rate, frozen=frozen, checked=False)
-        tried[rate, frozen] = judge.measure(trainer.module).cost
+        tried[rate, frozen] = judge.measure(trainer.module)
         reshard(trainer.module)
         trainer.restore(start)
-        return tried[rate, frozen]
 
     frozen = options.freeze is not False
     worse = 0
     for rate in rates:
-        far = trial(rate, frozen=frozen)
-        worse = worse + 1 if far > min(tried.values()) else 0
+        trial(rate, frozen=frozen)
+        best = min(tried, key=lambda each: tried[each].cost)
+        worse = worse + 1 if best != (rate, frozen) else 0
         if worse == _PATIENCE:
             break
-    rate, _ = min(tried, key=lambda each: tried[each])
+    rate, _ = min(tried, key=lambda each: tried[each].cost)
     if options.freeze is None and _depends_on_mode(trainer):
         for other in _around(rate, rates):
             trial(other, frozen=False)
-    rate, frozen = min(tried, key=lambda each: tried[each])
-    return Settings(rate, frozen, tuple((each, far) for (each, _), far in tried.items()))
+    rate, frozen = _most_careful(tried)
+    return Settings(rate, frozen, tuple((each, far.cost) for (each, _), far in tried.items()))
+
+
+def _most_careful(tried: Mapping[tuple[float, bool], Measured]) -> tuple[float, bool]:
+    """The lowest rate than which the best one is no better beyond chance.
+
+    Of two rates that lead as close to the ensemble, the lower one keeps more of what the start
+    knows and the inputs do not show.
+    """
+    best = min(tried, key=lambda each: tried[each].cost)
+    alike = [each for each in tried if not compare(tried[best], tried[each]).better]
+    return min(alike, key=lambda each: (each[0], not each[1]))
 
 
 def _around(rate: float, rates: tuple[float, ...]) -> Iterator[float]:
