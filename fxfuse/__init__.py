@@ -32,7 +32,17 @@ if TYPE_CHECKING:
     )
     from fxfuse.planning.plan import FusionPlan
     from fxfuse.planning.size import Size
-    from fxfuse.refine import Classification, Match, Refit, Regression, Task
+    from fxfuse.refine import (
+        Classification,
+        Custom,
+        Embedding,
+        Match,
+        MultiLabel,
+        NextToken,
+        Refit,
+        Regression,
+        Task,
+    )
     from fxfuse.runtime import compile, export_onnx, load_package, package
 
 __version__ = "0.1.0"
@@ -47,6 +57,8 @@ _PUBLIC = {
     "Constraints": "analysis.constraints",
     "CouplingGraph": "analysis.coupling",
     "CouplingGroup": "analysis.coupling",
+    "Custom": "refine",
+    "Embedding": "refine",
     "Example": "graph.example",
     "FrozenReason": "analysis.coupling",
     "FusionPlan": "planning.plan",
@@ -55,6 +67,8 @@ _PUBLIC = {
     "Heads": "analysis.label_spaces",
     "Match": "refine",
     "Members": "members.members",
+    "MultiLabel": "refine",
+    "NextToken": "refine",
     "OptimalTransport": "planning.methods",
     "Program": "graph.capture",
     "Refit": "refine",
@@ -92,6 +106,8 @@ __all__ = [
     "Constraints",
     "CouplingGraph",
     "CouplingGroup",
+    "Custom",
+    "Embedding",
     "Example",
     "FrozenReason",
     "FusionPlan",
@@ -100,6 +116,8 @@ __all__ = [
     "Heads",
     "Match",
     "Members",
+    "MultiLabel",
+    "NextToken",
     "OptimalTransport",
     "Program",
     "Refit",

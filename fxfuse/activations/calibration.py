@@ -164,7 +164,9 @@ class CalibrationBatches:
         batches = tuple(_cut(whole, s, min(s + step, self.size)) for s in range(0, self.size, step))
         labels = self.labels
         if labels:
-            labels = torch.cat(labels)[order.to(labels[0].device)].split([_size(b) for b in batches])
+            labels = torch.cat(labels)[order.to(labels[0].device)].split(
+                [_size(b) for b in batches]
+            )
         return replace(self, batches=batches, labels=labels)
 
     @cached_property
@@ -384,6 +386,7 @@ def _cut(whole: Any, start: int, end: int) -> Any:
 
 
 def pick_inputs(whole: Any, chosen: slice | torch.Tensor) -> Any:
+    """Return some of the inputs of a call; what is no batch stays whole."""
     n = _size(whole)
 
     def pick(x: Any) -> Any:

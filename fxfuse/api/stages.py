@@ -52,7 +52,7 @@ class Refinement:
         calibration: The calibration inputs, as they were given.
     """
 
-    steps: Steps = Steps()
+    steps: Steps
     calibration: Any = None
 
     @staticmethod

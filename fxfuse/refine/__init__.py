@@ -1,12 +1,12 @@
 """Refine a fused network: in closed form, by matching the ensemble, on labels, by distillation."""
 
 from fxfuse.activations.augment import Augment, shift_and_mix
+from fxfuse.refine.history import Candidate, History
 from fxfuse.refine.loop import RefineReport
 from fxfuse.refine.match import Match, MatchReport, match
 from fxfuse.refine.recalibrate import recalibrate
 from fxfuse.refine.regression import LayerFit, Refit, RefitReport, refit, refit_head
 from fxfuse.refine.repair import RepairReport, repair
-from fxfuse.refine.history import Candidate, History
 from fxfuse.refine.task import (
     Classification,
     Custom,

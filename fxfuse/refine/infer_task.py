@@ -36,11 +36,21 @@ _SAME = {
     aten._to_copy.default,
     torch.ops.aten.type_as.default,
 }
-_SOFTMAX = {aten.softmax.int: "probabilities", aten._softmax.default: "probabilities"}
-_LOG_SOFTMAX = {aten.log_softmax.int: "log_probabilities", aten._log_softmax.default: "log_probabilities"}
+_SOFTMAX = {
+    aten.softmax.int: "probabilities",
+    aten._softmax.default: "probabilities",
+    aten.log_softmax.int: "log_probabilities",
+    aten._log_softmax.default: "log_probabilities",
+}
 _NORMS = {aten.linalg_vector_norm.default, aten.norm.ScalarOpt_dim}
-_AROUND_NORM = {aten.clamp_min.default, aten.clamp.default, aten.expand.default, aten.expand_as.default,
-                aten.add.Tensor, aten.maximum.default}
+_AROUND_NORM = {
+    aten.clamp_min.default,
+    aten.clamp.default,
+    aten.expand.default,
+    aten.expand_as.default,
+    aten.add.Tensor,
+    aten.maximum.default,
+}
 #: Classes that a network tells apart at every position, at least, where its inputs are tokens.
 _TOKENS = 2
 
@@ -55,17 +65,19 @@ def infer_task(program: Program) -> tuple[Task, str]:
     node = _main_output(program)
     shape = tuple(node.meta["val"].shape)
     last, dims = _behind(node)
-    target = last.target
-    if target in _SOFTMAX or target in _LOG_SOFTMAX:
-        (dim,) = (d for d in [int(last.args[1]) % len(dims)])
-        kind: Any = {**_SOFTMAX, **_LOG_SOFTMAX}[target]
-        at = dims.index(dim)
+    target: Any = last.target
+    if target in _SOFTMAX:
+        dim: Any = last.args[1]
+        kind: Any = _SOFTMAX[target]
+        at = dims.index(dim % len(dims))
         return Classification(at, kind), f"the graph ends in {target} along dimension {at}"
     if target is aten.sigmoid.default:
         return MultiLabel("probabilities"), "the graph ends in a sigmoid"
     dim_of_norm = _normalised(last)
     if dim_of_norm is not None:
-        return Embedding(dims.index(dim_of_norm % len(dims))), "the graph ends in a division by a norm"
+        return Embedding(
+            dims.index(dim_of_norm % len(dims))
+        ), "the graph ends in a division by a norm"
     if isinstance(FACTS.get(target), Contraction):
         if len(shape) == 2 and shape[1] > 1:
             return Classification(1), f"the output [b, {shape[1]}] is that of a layer"
@@ -84,8 +96,9 @@ def _main_output(program: Program) -> fx.Node:
     if len(nodes) == 1 or program.heads:
         return nodes[0]
     named = _named(program)
-    if isinstance(named.get("logits"), fx.Node):
-        return named["logits"]
+    logits = named.get("logits")
+    if isinstance(logits, fx.Node):
+        return logits
     raise OptionError(
         f"the network returns {len(nodes)} tensors, and it is not clear which of them count",
         where=f"outputs: {', '.join(named) or ', '.join(map(str, range(len(nodes))))}",
@@ -111,12 +124,12 @@ def _behind(node: fx.Node) -> tuple[fx.Node, list[int]]:
         if node.target in _SAME:
             node = node.all_input_nodes[0]
         elif node.target in (aten.transpose.int, aten.permute.default):
-            count = len(dims)
+            count, args = len(dims), list[Any](node.args)
             order = list(range(count))
             if node.target is aten.permute.default:
-                order = [int(d) % count for d in node.args[1]]
+                order = [d % count for d in args[1]]
             else:
-                one, other = (int(d) % count for d in node.args[1:3])
+                one, other = (d % count for d in args[1:3])
                 order[one], order[other] = order[other], order[one]
             dims = [order[d] for d in dims]
             node = node.all_input_nodes[0]
@@ -155,8 +168,9 @@ def task_of_head(program: Program, task: Task | None) -> Classification | None:
             classes = any(len(shape) == 2 and shape[1] > 1 for shape in shapes)
             return Classification(combine_by="logits") if classes else None
         task, _ = infer_task(program)
-    is_head = isinstance(task, Classification) and task.outputs == "logits" and task.dim in (1, -1)
-    return task if is_head else None
+    if isinstance(task, Classification) and task.outputs == "logits" and task.dim in (1, -1):
+        return task
+    return None
 
 
 def task_of_answer(output: Any) -> Task:

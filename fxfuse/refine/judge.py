@@ -194,9 +194,7 @@ def ask(metric: Metric, module: nn.Module) -> float:
     return value
 
 
-def ask_members(
-    task: Task, members: Sequence[nn.Module], calibration: CalibrationBatches
-) -> Asked:
+def ask_members(task: Task, members: Sequence[nn.Module], calibration: CalibrationBatches) -> Asked:
     """Ask all members about inputs, and combine what they answer.
 
     Raises:

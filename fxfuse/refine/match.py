@@ -1,7 +1,7 @@
 """Match a network to an ensemble without labels.
 
-match: ask the members about a pool of inputs → short trials find the learning rate → steps until the
-budget is spent → the best state on inputs that nothing was trained on
+match: ask the members about a pool of inputs → short trials find the learning rate → steps until
+the budget is spent → the best state on inputs that nothing was trained on
 
 Notation of shapes: n inputs, b batch, * any further dimensions.
 """
@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from fxfuse.activations.augment import Augment, default_augment
 from fxfuse.activations.calibration import CalibrationBatches
@@ -29,7 +29,7 @@ from fxfuse.refine.pool import Teacher
 from fxfuse.refine.schedule import SHARE_OF_POOL, Budget
 from fxfuse.refine.task import Task
 from fxfuse.refine.trainer import Trainer, fitting_batch
-from fxfuse.refine.trials import Settings, find_settings
+from fxfuse.refine.trials import find_settings
 from fxfuse.refine.watch import bar
 
 if TYPE_CHECKING:
@@ -206,7 +206,9 @@ def match(
         asked = ask_members(task, members, choosing)
         task = scaled(task, asked)
         judge = Judge(task, asked)
-        final = judge if accepting is choosing else Judge(task, ask_members(task, members, accepting))
+        final = (
+            judge if accepting is choosing else Judge(task, ask_members(task, members, accepting))
+        )
         module.eval()
         before = _measured(final, module)
         start = [t.detach().clone() for t in (*module.parameters(), *module.buffers())]

@@ -1,4 +1,4 @@
-"""The way after the transplant: starts, refit, matching; the judge accepts each step or sends it back.
+"""The way after the transplant: starts, refit, matching; the judge accepts a step or sends it back.
 
 calibration inputs → fit, choose, accept. Each candidate is made on the first, compared on the
 second, and taken only if it is better than what there was on the third.
@@ -215,9 +215,9 @@ class _Way:
         self.graph, self.plan, self.states, self.state = graph, plan, states, state
         self.calibration, self.steps = calibration, steps
         self.members = members_of(graph, states)
-        self.task, self.why = steps.task, "it was given"
-        if self.task is None:
-            self.task, self.why = infer_task(graph.program)
+        self.task, self.why = (
+            infer_task(graph.program) if steps.task is None else (steps.task, "it was given")
+        )
         check_task(self.task, self.members[0], calibration)
         self.metric = calibration.evaluate
 
@@ -271,7 +271,7 @@ class _Way:
         best = min(made.starts, key=lambda s: made.chosen_by[s.name].cost, default=None)
         fitted = best is None or self.steps.refit is not None
         name, parts = "fused", 1 + (best is not None and fitted)
-        # What nothing was fitted of comes first: what is as close, and fitted more, has to be better.
+        # A member comes first: what is fitted more has to be better than what is fitted less.
         if best is not None and self.steps.match is not None:
             self._match(made, best, fitting, choose, add, parts)
         state = self.state
@@ -374,12 +374,10 @@ class _Way:
             asking,
             next(iter(judged.values())).each.numel(),
         )
-        module = current.module
-        assert isinstance(module, FusedModule)
-        start = current.name.removeprefix("matched from ")
-        plan = replace(current.plan, options={**self.plan.options, "start": start})
+        origin = current.name.removeprefix("matched from ")
+        plan = replace(current.plan, options={**self.plan.options, "start": origin})
         match = made.matched.get(current.name) or next(iter(made.matched.values()), None)
-        return Refined(plan, module, made.refit, match, history, current.members)
+        return Refined(plan, current.module, made.refit, match, history, current.members)
 
     def _unit(self) -> str:
         """What the judge's numbers are."""
@@ -388,9 +386,7 @@ class _Way:
         return "loss on the labels" if self.calibration.labels else self.task.unit
 
 
-def _line(
-    start: Start, made: _Made, judged: dict[str, Measured], verdict: str
-) -> Candidate:
+def _line(start: Start, made: _Made, judged: dict[str, Measured], verdict: str) -> Candidate:
     return Candidate(
         start.name,
         made.chosen_by[start.name].cost,

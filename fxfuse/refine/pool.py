@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from fxfuse.activations.augment import Augment
-from fxfuse.activations.calibration import Call, CalibrationBatches, pick_inputs
+from fxfuse.activations.calibration import CalibrationBatches, Call, pick_inputs
 from fxfuse.errors import MemberError
 from fxfuse.graph.torch_compat import pytree
 from fxfuse.refine.batch import try_call
@@ -150,9 +150,7 @@ def _check_alike(answers: Sequence[Answer], number: int, count: int) -> None:
 
 
 def _length(call: Call) -> int:
-    return next(
-        (len(x) for x in pytree.tree_leaves(call) if isinstance(x, Tensor) and x.dim()), 0
-    )
+    return next((len(x) for x in pytree.tree_leaves(call) if isinstance(x, Tensor) and x.dim()), 0)
 
 
 def _joined_inputs(calls: Sequence[Call]) -> Call:

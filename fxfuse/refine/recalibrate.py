@@ -15,10 +15,10 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
+from fxfuse.activations.calibration import CalibrationBatches
 from fxfuse.errors import InputError, OptionError
 from fxfuse.graph.arguments import argument_names
 from fxfuse.graph.operator_facts import Normalisation, operators
-from fxfuse.activations.calibration import CalibrationBatches
 from fxfuse.refine.batch import try_call
 from fxfuse.refine.modes import device_of, evaluating
 

@@ -10,7 +10,6 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
-from torch import nn
 
 from fxfuse.analysis.coupling import CouplingGraph
 from fxfuse.errors import RewriteError
@@ -39,7 +38,7 @@ class Start:
 
     name: str
     plan: FusionPlan
-    module: nn.Module
+    module: FusedModule
     members: tuple[int, ...] | None = None
 
 
@@ -84,9 +83,7 @@ def _greedy(asked: Asked, task: Task) -> list[int]:
     while left:
         far = {
             i: float(
-                task.distance(
-                    _mean([asked.members[j] for j in (*order, i)]), asked.wanted
-                ).mean()
+                task.distance(_mean([asked.members[j] for j in (*order, i)]), asked.wanted).mean()
             )
             for i in left
         }
@@ -116,9 +113,7 @@ def _fits(graph: CouplingGraph, plan: FusionPlan, states: Sequence[State], membe
     return not absent and all(states[member][n].shape == t.shape for n, t in wanted.items())
 
 
-def _alone(
-    graph: CouplingGraph, plan: FusionPlan, states: Sequence[State], member: int
-) -> Start:
+def _alone(graph: CouplingGraph, plan: FusionPlan, states: Sequence[State], member: int) -> Start:
     """A member by itself, with tensors of its own."""
     state = {name: tensor.detach().clone() for name, tensor in states[member].items()}
     found = _all_of(plan, member, {g.name: g.n_units for g in graph.groups})
@@ -142,9 +137,7 @@ def _side_by_side(
     return Start(f"members {names} side by side", found, module, tuple(members))
 
 
-def fused_start(
-    graph: CouplingGraph, plan: FusionPlan, state: State, name: str
-) -> Start:
+def fused_start(graph: CouplingGraph, plan: FusionPlan, state: State, name: str) -> Start:
     """The network of the plan, with tensors of its own."""
     own = {key: tensor.detach().clone() for key, tensor in state.items()}
     return Start(name, plan, emit_fused(graph, plan, own))

@@ -58,7 +58,7 @@ class Task(Options, ABC):
         return self.distance(answer, wanted).mean()
 
     def label_loss(self, answer: Answer, labels: Tensor) -> Tensor | None:
-        """Return the loss of each input on its label, `[n]`; None where labels mean nothing here."""
+        """Return the loss of each input on its label, `[n]`; None where labels say nothing."""
         return None
 
     def read(self, output: Any) -> Answer:
@@ -381,7 +381,7 @@ class Custom(Task):
 
     def distance(self, answer: Answer, wanted: Answer) -> Tensor:
         """Return what the user's function returns, checked."""
-        found = self.distance_by(answer, wanted)
+        found: Any = self.distance_by(answer, wanted)
         if not isinstance(found, Tensor) or found.dim() != 1:
             shape = list(found.shape) if isinstance(found, Tensor) else type(found).__name__
             raise OptionError(
@@ -389,7 +389,8 @@ class Custom(Task):
                 where="task=Custom(...)",
                 how="return a tensor [n]: take the mean over all other dimensions",
             )
-        return found
+        checked: Tensor = found
+        return checked
 
 
 @dataclass(frozen=True)
@@ -455,7 +456,7 @@ class Outputs(Task):
         ).mean(0)
 
 
-def as_task(given: Task | Mapping[str, Task | None] | None) -> Task | None:
+def as_task(given: Any) -> Task | None:
     """Return what a caller gave as a task.
 
     Args:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from fxfuse.graph.torch_compat import pytree
 from fxfuse.refine.modes import trainable
-from fxfuse.refine.parallel import Together, together
+from fxfuse.refine.parallel import Together, is_sharded, together
 from fxfuse.refine.pool import Pool
 from fxfuse.refine.schedule import course
 from fxfuse.refine.task import Task
@@ -135,7 +135,7 @@ class Trainer:
             seen[storage.data_ptr()] = storage.nbytes()
             return x
 
-        own = {t.untyped_storage().data_ptr() for t in self._tensors if not hasattr(t, "full_tensor")}
+        own = {t.untyped_storage().data_ptr() for t in self._tensors if not is_sharded(t)}
         count = min(inputs, self.pool.size)
         chosen = torch.arange(count - count % self.several.count)
         begin = time.process_time()

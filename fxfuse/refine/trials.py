@@ -117,7 +117,5 @@ def _depends_on_mode(trainer: Trainer) -> bool:
     nodes = [node for graph in graphs if graph is not None for node in graph.nodes]
     if nodes:
         return any(node.op == "get_attr" and node.target == "training" for node in nodes)
-    return any(
-        "Norm" in type(part).__name__ or "Dropout" in type(part).__name__ or hasattr(part, "dropout")
-        for part in module.modules()
-    )
+    kinds = [type(part).__name__ for part in module.modules()]
+    return any("Norm" in kind or "Drop" in kind or "Attention" in kind for kind in kinds)
