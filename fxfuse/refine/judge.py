@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from fxfuse.activations.calibration import CalibrationBatches
-from fxfuse.errors import FxfuseError, OptionError, RefineError
+from fxfuse.errors import FxfuseError, InputError, OptionError, RefineError
 from fxfuse.graph.torch_compat import pytree
 from fxfuse.refine.task import Answer, Outputs, Task, check_answers
 
@@ -205,21 +205,23 @@ def ask_members(task: Task, members: Sequence[nn.Module], calibration: Calibrati
     for answer in answers:
         task.check(answer)
         check_answers(answer)
-    return Asked(calibration, answers, task.combine(answers))
+    _, kwargs = calibration.whole
+    return Asked(calibration, answers, task.target(answers, kwargs))
 
 
-def check_task(task: Task, member: nn.Module, calibration: CalibrationBatches) -> None:
+def check_task(task: Task, members: Sequence[nn.Module], calibration: CalibrationBatches) -> None:
     """Check on a few inputs that a task fits the outputs, before any work starts.
 
     Raises:
         OptionError: It does not.
+        InputError: The labels do not fit the task, or an answer is NaN or infinite.
     """
     args, kwargs = calibration.batches[0]
     with torch.no_grad():
-        answer = task.read(member(*args, **kwargs))
+        answer = task.read(members[0](*args, **kwargs))
     task.check(answer)
     check_answers(answer)
-    wanted = task.combine([answer])
+    wanted = task.target([answer] * len(members), kwargs)
     far = task.distance(answer, wanted)
     count = next(len(x) for x in pytree.tree_leaves(answer) if isinstance(x, Tensor))
     if far.shape != (count,):
@@ -228,6 +230,17 @@ def check_task(task: Task, member: nn.Module, calibration: CalibrationBatches) -
             where=f"task={task!r}",
             how="make dimension 0 of the output the batch",
         )
+    for labels in calibration.labels:
+        # Of every batch, as what is wrong with the last one should not show at the end.
+        rows = torch.zeros(len(labels), dtype=torch.long)
+        if task.label_loss(picked(answer, rows), labels) is None:
+            raise InputError(
+                "there is no use for labels",
+                where="labels of the calibration inputs",
+                why=f"{task!r} has no loss on labels",
+                how="pass the inputs alone, or Calibration(inputs, evaluate=...) with your own "
+                "metric, or task=fxfuse.Classification(...) if they are class numbers",
+            )
 
 
 def scaled(task: Task, asked: Asked) -> Task:
@@ -274,6 +287,7 @@ def folds(
     for i, part in enumerate(parts):
         others = [p for j, p in enumerate(parts) if j != i]
         batches = tuple(batch for other in others for batch in other.batches)
+        labels = tuple(each for other in others for each in other.labels)
         size = sum(other.size for other in others)
-        found.append((replace(calibration, batches=batches, size=size, labels=()), part))
+        found.append((replace(calibration, batches=batches, size=size, labels=labels), part))
     return found

@@ -23,6 +23,7 @@ from fxfuse.refine.judge import (
     Judge,
     Measured,
     Stopwatch,
+    ask,
     ask_members,
     check_task,
     compare,
@@ -41,6 +42,9 @@ if TYPE_CHECKING:
 
 #: Parts of few inputs, each of which judges what was made on the others.
 _FOLDS = 4
+#: Roles of networks on the way: the best start, what it is matched to, what is fitted.
+_BEST, _FITTED = "the best start", ("fused", "refitted")
+_MATCHED = f"matched from {_BEST}"
 
 
 @dataclass(frozen=True)
@@ -170,7 +174,7 @@ def _unjudged(
     if steps.match is not None:
         members = members_of(graph, states)
         task = steps.task or infer_task(graph.program)[0]
-        check_task(task, members[0], calibration)
+        check_task(task, members, calibration)
         asked = ask_members(task, members, calibration)
         judge = Judge(scaled(task, asked), asked)
         match = train(
@@ -201,6 +205,16 @@ class _Made:
     chosen_by: dict[str, Measured] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
 
+    def best(self) -> Start | None:
+        """The start that is closest on the inputs that choose."""
+        return min(self.starts, key=lambda s: self.chosen_by[s.name].cost, default=None)
+
+    def roles(self) -> dict[str, Start]:
+        """The networks by what they are on the way: the best start has no name of its own."""
+        best = self.best()
+        known = {} if best is None else {best.name: _BEST, f"matched from {best.name}": _MATCHED}
+        return {known.get(s.name, s.name): s for s in (*self.starts, *self.steps)}
+
 
 class _Way:
     def __init__(
@@ -218,22 +232,38 @@ class _Way:
         self.task, self.why = (
             infer_task(graph.program) if steps.task is None else (steps.task, "it was given")
         )
-        check_task(self.task, self.members[0], calibration)
+        check_task(self.task, self.members, calibration)
         self.metric = calibration.evaluate
+        if self.metric is not None:
+            ask(self.metric, self.members[0])
+        elif len(calibration.parts(2)) < 2:
+            raise InputError(
+                f"{calibration.size} calibration inputs are too few to judge by some of them",
+                where="calibration inputs",
+                why=f"at least {2 * max(2, calibration.unit)} are needed",
+                how="pass 100 to 1,000, or Calibration(inputs, held_out=0), which judges nothing",
+            )
+        #: How often the way is gone: of a budget in seconds each has a part.
+        self.runs = 1
 
     def run(self) -> Refined:
         """Make the networks, and take the last one that the judge accepts."""
         watch = Stopwatch()
-        few = self.calibration.size < FEW and self.metric is None
+        share = self.calibration.held_out
+        fitting, choosing, accepting = divided(self.calibration, share)
+        apart = fitting.size + choosing.size + accepting.size <= self.calibration.size
+        few = self.metric is None and (self.calibration.size < FEW or not apart)
         if few:
-            fitting, choosing = self.calibration.split(self.calibration.held_out)
-            judged = self._cross_fitted()
-        else:
-            fitting, choosing, accepting = divided(self.calibration, self.calibration.held_out)
+            fitting, choosing = self.calibration.split(share)
+            parts = folds(self.calibration, _FOLDS)
+            self.runs = 1 + len(parts)
+            tried = self._cross_fitted(parts)
         choose = self._judge(choosing)
         asking = watch.lap()
         made = self._make(fitting, choose)
-        if not few:
+        if few:
+            judged = {s.name: tried[role] for role, s in made.roles().items() if role in tried}
+        else:
             accept = self._judge(accepting)
             judged = {s.name: accept.measure(s.module) for s in (*made.starts, *made.steps)}
         return self._accepted(made, judged, asking)
@@ -242,20 +272,33 @@ class _Way:
         asked = ask_members(self.task, self.members, inputs)
         return Judge(scaled(self.task, asked), asked, self.metric)
 
-    def _cross_fitted(self) -> dict[str, Measured]:
+    def _cross_fitted(
+        self, parts: Sequence[tuple[CalibrationBatches, CalibrationBatches]]
+    ) -> dict[str, Measured]:
         """What each step is worth on inputs that it has not seen, by making it several times.
 
         Each part of the inputs judges the networks that were made on all others (Stone, 1974,
-        "Cross-validatory choice and assessment of statistical predictions").
+        "Cross-validatory choice and assessment of statistical predictions"). It is the steps that
+        are judged, by their role: another member may be the best one on other inputs.
         """
         found: dict[str, list[torch.Tensor]] = {}
-        for others, part in folds(self.calibration, _FOLDS):
+        for others, part in parts:
             fitting, choosing = others.split(self.calibration.held_out)
             made = self._make(fitting, self._judge(choosing))
             judge = self._judge(part)
-            for start in (*made.starts, *made.steps):
-                found.setdefault(start.name, []).append(judge.measure(start.module).each)
-        return {name: Measured(torch.cat(each)) for name, each in found.items()}
+            each = {role: judge.measure(start.module).each for role, start in made.roles().items()}
+            for role in (_BEST, *_FITTED):
+                # What a matching brought no closer is what it started from.
+                matched = f"matched from {role}"
+                if role in each:
+                    each.setdefault(matched, each[role])
+            for role, far in each.items():
+                found.setdefault(role, []).append(far)
+        return {
+            role: Measured(torch.cat(each))
+            for role, each in found.items()
+            if len(each) == len(parts)
+        }
 
     def _make(self, fitting: CalibrationBatches, choose: Judge) -> _Made:
         """Make all networks; what is fitted sees `fitting` only."""
@@ -268,7 +311,7 @@ class _Way:
 
         for start in exact_starts(self.graph, self.plan, self.states, choose.asked, choose.task):
             add(made.starts, start)
-        best = min(made.starts, key=lambda s: made.chosen_by[s.name].cost, default=None)
+        best = made.best()
         fitted = best is None or self.steps.refit is not None
         name, parts = "fused", 1 + (best is not None and fitted)
         # A member comes first: what is fitted more has to be better than what is fitted less.
@@ -311,7 +354,7 @@ class _Way:
         options = self.steps.match
         assert options is not None
         if options.seconds is not None:
-            options = replace(options, seconds=options.seconds / parts)
+            options = replace(options, seconds=options.seconds / parts / self.runs)
         trained = replace(
             start, name=f"matched from {start.name}", module=copy.deepcopy(start.module)
         )
@@ -336,9 +379,7 @@ class _Way:
     def _accepted(self, made: _Made, judged: dict[str, Measured], asking: float) -> Refined:
         """The best start, or the last step that is better than what there was."""
         lines: list[Candidate] = []
-        current: Start | None = None
-        if made.starts:
-            current = min(made.starts, key=lambda s: made.chosen_by[s.name].cost)
+        current = made.best()
         for start in made.starts:
             lines.append(
                 _line(start, made, judged, "the best start" if start is current else "a start")

@@ -122,7 +122,7 @@ class Teacher:
             answers.append(self.task.read(try_call(member, args, f"member {number}", kwargs)))
             _check_alike(answers, number, _length(chunk))
         self.task.check(answers[0])
-        return self.task.combine(answers)
+        return self.task.target(answers, kwargs)
 
 
 def _check_alike(answers: Sequence[Answer], number: int, count: int) -> None:
