@@ -618,18 +618,18 @@ def weights_of(given: Sequence[float] | None, count: int) -> list[float]:
     return [weight / sum(given) for weight in given]
 
 
-def check_answers(answer: Answer) -> None:
-    """Check that answers are finite.
+def check_answers(answer: Answer, name: str) -> None:
+    """Check that the answers of a network, called `name` in messages, are finite.
 
     Raises:
         InputError: They are not.
     """
     if isinstance(answer, Mapping):
         for part in answer.values():
-            check_answers(part)
+            check_answers(part, name)
     elif isinstance(answer, Tensor) and not bool(answer.isfinite().all()):
         raise InputError(
-            "a network answers NaN or infinity",
+            f"{name} answers NaN or infinity",
             where="calibration inputs",
             how="check the members' weights and the inputs for such values",
         )
