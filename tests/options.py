@@ -14,7 +14,12 @@ from fxfuse.planning.scores import score_units
 _METHOD = ("score", "variant", "fraction", "reference", "regularisation")
 _SIZE = ("width", "max_params", "max_flops", "multiple_of", "allocation", "mixing")
 _CONSTRAINTS = ("freeze", "share", "ignore", "output_dims", "base_member")
-_CALIBRATION = {"calibration_limit": "limit", "augmentations": "augmentations"}
+_CALIBRATION = {
+    "calibration_limit": "limit",
+    "augmentations": "augmentations",
+    "held_out": "held_out",
+    "evaluate": "evaluate",
+}
 _HEADS = {"heads": "modules", "head_output": "output", "classes": "classes"}
 
 
@@ -23,9 +28,12 @@ def flat(**given: Any) -> dict[str, Any]:
 
     `refit` and `match` are True, or the options of the step; without them nothing follows the
     fusion. A transplant without a score takes `l2`, with calibration inputs, too. Method `auto` is
-    the whole way, with a budget of `steps` or `seconds` for the matching.
+    the whole way, with a budget of `steps` or `seconds` for the matching, and is judged; of all
+    others nothing is held out, so that what was asked for is done, on all inputs as they are.
     """
     name = given.pop("method", "transplant")
+    if given.get("calibration") is not None and name != "auto":
+        given = {"held_out": 0, "augmentations": 0, **given}
     if name == "auto":
         budget = _taken(given, ("steps", "seconds"))
         given |= {"refit": True, "match": budget or True, "score": given.get("score", "obs")}
@@ -51,6 +59,11 @@ def flat(**given: Any) -> dict[str, Any]:
     wishes = {step: given.pop(step) for step in steps if given.get(step)}
     found["refine"] = [steps[s](**({} if w is True else w)) for s, w in wishes.items()]
     return found | given
+
+
+def unjudged(inputs: Any) -> Calibration:
+    """Calibration inputs that all fit: what is asked for is done, whatever comes of it."""
+    return Calibration(inputs, held_out=0)
 
 
 def planned(graph: CouplingGraph, states: Sequence[State], method: str, **given: Any) -> FusionPlan:

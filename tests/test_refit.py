@@ -26,7 +26,7 @@ from fxfuse.refine.regression.head import fit_head
 from fxfuse.refine.regression.solve import Fit, Ridge
 from fxfuse.refine.targets import Targets
 from tests.nets import Samples, SmallResNet, mean_of
-from tests.options import flat
+from tests.options import flat, unjudged
 
 
 class Transformer(nn.Module):
@@ -302,7 +302,7 @@ def test_a_parameter_that_should_stay_stays():
     result = fxfuse.fuse(
         members,
         x[:4],
-        calibration=x,
+        calibration=unjudged(x),
         refine=[Refit()],
         constraints=Constraints(freeze=[name]),
         method=Transplant(score="l2"),
@@ -320,7 +320,7 @@ def test_a_partner_that_should_stay_stays():
     result = fxfuse.fuse(
         members,
         x[:4],
-        calibration=x,
+        calibration=unjudged(x),
         refine=[Refit()],
         constraints=Constraints(freeze=["narrow.bias"]),
         method=Transplant(score="l2"),
@@ -384,7 +384,7 @@ def test_fuse_refits_and_verifies():
     members, x = members_for("ResNet"), inputs_for("ResNet")
     plain = fxfuse.fuse(members, x[:4], calibration=x, refine=[], method=Transplant(score="obs"))
     result = fxfuse.fuse(
-        members, x[:4], calibration=x, refine=[Refit()], method=Transplant(score="obs")
+        members, x[:4], calibration=unjudged(x), refine=[Refit()], method=Transplant(score="obs")
     )
     assert distance(result.module, members, x) < 0.5 * distance(plain.module, members, x)
     assert result.plan.options["score"] == "obs"
@@ -395,37 +395,44 @@ def test_fuse_refits_and_verifies():
     torch.testing.assert_close(model.eval()(x[:8]), result.module(x[:8]))
 
 
-def test_auto_starts_from_the_fused_network_or_from_a_member():
+def test_the_way_goes_on_from_the_fused_network_or_from_a_member():
     """Random networks are as good as specialists: no member is close to their mean."""
     members, x = members_for("ResNet"), inputs_for("ResNet")
     result = fxfuse.fuse(members, x[:4], calibration=x, refine=[Refit(), Match(steps=30)])
+    history = result.history
     assert result.plan.method == "transplant"
-    assert result.choice.start == result.plan.options["start"] == "fused"
-    assert set(result.choice.divergence) == {"fused", "member 0", "member 1"}
-    assert str(result.choice).startswith("started from fused")
+    assert {c.name for c in history.starts} == {"member 0", "member 1"}
+    assert history["refitted"].accepted
+    assert history["refitted"].low > 0
+    assert history["refitted"].judged < 0.5 * min(c.judged for c in history.starts)
+    assert history.chosen.endswith("refitted")
+    assert result.plan.options["start"] == "refitted"
+    assert str(history).startswith(f"{history.chosen} is handed over, judged on 45 inputs")
     assert result.match.steps == 30
     # A member that is the ensemble is chosen, and it is left as it is.
     same = members_for("ResNet", same=True)
     before = {n: t.clone() for n, t in same[0].state_dict().items()}
     result = fxfuse.fuse(same, x[:4], calibration=x, refine=[Refit(), Match(steps=2)])
-    assert result.choice.start.startswith("member")
+    assert result.history.chosen.startswith("member")
+    assert result.history[result.history.chosen].judged < 1e-6
     for name, tensor in same[0].state_dict().items():
         torch.testing.assert_close(tensor, before[name])
+        assert torch.equal(result.state_dict()[name], before[name])
 
 
-def test_auto_hands_over_no_network_that_is_worse_than_its_start():
+def test_no_network_is_handed_over_that_is_worse_than_its_start():
     members, x = members_for("ResNet", same=True), inputs_for("ResNet")
     with torch.no_grad():
         for tensor in members[1].parameters():
             tensor += 1e-4 * torch.randn_like(tensor)
     result = fxfuse.fuse(members, x[:4], calibration=x, refine=[Refit(), Match(steps=1)])
-    assert result.choice.after <= result.choice.before
-    assert result.choice.kept == (result.match.kept > 0)
-    if not result.choice.kept:
-        assert result.choice.after == result.choice.before
+    history = result.history
+    assert history[history.chosen].judged <= min(c.judged for c in history.starts)
+    for candidate in history.candidates:
+        assert not candidate.accepted or candidate.low > 0
 
 
-def test_auto_on_values():
+def test_the_way_of_values():
     """A network without class logits is chosen and matched by squared differences."""
 
     class Values(nn.Module):
@@ -438,7 +445,8 @@ def test_auto_on_values():
 
     members, x = [Values() for _ in range(2)], torch.randn(200, 5, 4)
     result = fxfuse.fuse(members, x[:3], calibration=x, refine=[Refit(), Match(steps=10)])
-    assert result.match.outputs == "values"
+    assert result.history.task.startswith("Regression(")
+    assert result.history.unit == "share of the variance"
     assert distance(result.module, members, torch.randn(50, 5, 4)) < 0.2
 
 
@@ -500,7 +508,7 @@ def test_averaged_units_have_averaged_targets():
 def test_the_fused_network_passes_the_oracles_after_a_refit():
     members, x = members_for("transformer"), inputs_for("transformer")
     result = fxfuse.fuse(
-        members, x[:4], calibration=x, refine=[Refit()], method=Transplant(score="obs")
+        members, x[:4], calibration=unjudged(x), refine=[Refit()], method=Transplant(score="obs")
     )
     graph = fxfuse.analyze(result.module, x[:4])
     assert verify.permutation_of(graph).passed

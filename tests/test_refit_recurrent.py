@@ -13,7 +13,7 @@ import fxfuse
 from fxfuse import Constraints, Refit, Regression, Size, Transplant
 from fxfuse.refine import finetune, refit
 from tests.nets import mean_of
-from tests.options import flat
+from tests.options import flat, unjudged
 from tests.test_refit import distance
 
 #: Kinds of recurrent layers, and how each is built.
@@ -124,7 +124,7 @@ def test_layers_that_should_stay_and_cells_are_left():
     frozen = fxfuse.fuse(
         networks,
         x[:4],
-        calibration=x,
+        calibration=unjudged(x),
         refine=[Refit()],
         constraints=Constraints(freeze=["rnn.bias_hh_l0"]),
         method=Transplant(score="l2"),
@@ -147,7 +147,7 @@ def test_layers_that_should_stay_and_cells_are_left():
 
     loops: list[nn.Module] = [Loop().eval(), Loop().eval()]
     report = fxfuse.fuse(
-        loops, x[:4], calibration=x, refine=[Refit()], method=Transplant(score="l2")
+        loops, x[:4], calibration=unjudged(x), refine=[Refit()], method=Transplant(score="l2")
     ).refit
     assert report is not None
     assert {name for name in report.left if "weight" in name} == {

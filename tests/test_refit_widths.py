@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 
 import pytest
 import torch
@@ -20,6 +21,7 @@ from fxfuse.refine.regression.fit_target import routes_of
 from fxfuse.refine.targets import Targets
 from fxfuse.transform.resizing import resized_of
 from tests.nets import Samples, SmallResNet
+from tests.options import unjudged
 from tests.test_refit import Depthwise, Transformer, distance
 
 
@@ -111,7 +113,12 @@ def test_the_wide_network_stays_what_it_is(name: str):
     """It is the members' mean already, so every error is rounding and no fit is kept."""
     members, x = members_for(name), inputs_for(name)
     result = fxfuse.fuse(
-        members, x[:4], calibration=x, size=2, refine=[Refit()], method=Transplant(score="l2")
+        members,
+        x[:4],
+        calibration=unjudged(x),
+        size=2,
+        refine=[Refit()],
+        method=Transplant(score="l2"),
     )
     assert result.refit is not None
     assert all(fit.after < 1e-9 for fit in result.refit.layers), result.refit.layers
@@ -150,7 +157,12 @@ def test_no_layer_gets_worse_on_the_sample(name: str, width: float):
 def test_both_ways_to_refit_are_one():
     members, x = members_for("ResNet"), inputs_for("ResNet")
     one = fxfuse.fuse(
-        members, x[:4], calibration=x, size=1.5, refine=[Refit()], method=Transplant(score="l2")
+        members,
+        x[:4],
+        calibration=unjudged(x),
+        size=1.5,
+        refine=[Refit()],
+        method=Transplant(score="l2"),
     )
     other = fxfuse.fuse(members, x[:4], size=1.5)
     refit(other, members, x)
@@ -188,7 +200,7 @@ def test_a_refit_makes_half_the_width_work():
     found = {
         fitted: accuracy(
             fxfuse.fuse(
-                members, x[:4], calibration=x, size=0.5, refine=[Refit()] if fitted else []
+                members, x[:4], calibration=unjudged(x), size=0.5, refine=[Refit()][: int(fitted)]
             ).module
         )
         for fitted in (False, True)
@@ -198,23 +210,24 @@ def test_a_refit_makes_half_the_width_work():
     assert found[True] > found[False] + 0.1, (found, best)
 
 
-def test_auto_starts_from_the_fused_network():
+def test_a_network_narrower_than_a_member_starts_from_the_refitted_one():
     members, x = members_for("ResNet"), inputs_for("ResNet")
     result = fxfuse.fuse(members, x[:4], calibration=x, size=0.5, refine=[Refit(), Match(steps=20)])
-    assert result.choice is not None
+    assert result.history is not None
     assert result.match is not None
-    assert set(result.choice.divergence) == {"fused"}
-    assert "the only start" in str(result.choice)
-    assert result.plan.options["start"] == "fused"
+    assert result.history.candidates[0].name == "refitted"
+    assert "the only start" in str(result.history)
+    assert result.plan.options["start"] == "refitted"
     assert dict(result.module.named_parameters())["stem.weight"].shape[0] == 4
-    assert result.choice.after <= result.choice.divergence["fused"]
+    assert result.history[result.history.chosen].judged <= result.history["refitted"].judged
 
 
-def test_auto_at_a_members_width_still_has_every_start():
+def test_a_members_width_has_every_start():
     members, x = members_for("flat"), inputs_for("flat")
     result = fxfuse.fuse(members, x[:4], calibration=x, size=1, refine=[Refit(), Match(steps=5)])
-    assert result.choice is not None
-    assert set(result.choice.divergence) == {"fused", "member 0", "member 1"}
+    assert result.history is not None
+    assert {c.name for c in result.history.starts} == {"member 0", "member 1"}
+    assert not math.isnan(result.history["refitted"].judged)
 
 
 def test_alignment_stays_at_a_members_width():

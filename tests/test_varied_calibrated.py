@@ -19,6 +19,7 @@ from fxfuse.refine import match, refit, repair
 from fxfuse.transform.layout import copies_of, place_units
 from tests.models import excite, image
 from tests.nets import Residual, mean_of
+from tests.options import unjudged
 
 X = torch.randn(300, 8)
 
@@ -95,7 +96,7 @@ def test_a_refit_brings_the_network_closer_to_the_ensemble(family: str, width: f
     result = fxfuse.fuse(
         members,
         x[:4],
-        calibration=x,
+        calibration=unjudged(x),
         size=width,
         refine=[Refit()],
         task=Regression(),
@@ -159,10 +160,10 @@ def test_matching_starts_from_the_fused_network():
     result = fxfuse.fuse(
         members, x[:4], calibration=x, refine=[Refit(), Match(steps=20)], task=Regression()
     )
-    assert result.choice is not None
-    assert result.choice.start == "fused"
-    assert set(result.choice.divergence) == {"fused"}
-    assert result.choice.after <= result.choice.before
+    history = result.history
+    assert history is not None
+    assert {c.name for c in history.starts} == {"member 0", "refitted"}
+    assert history[history.chosen].judged <= min(c.judged for c in history.starts)
 
 
 @pytest.mark.parametrize("score", ["taylor", "fisher"])
@@ -185,7 +186,7 @@ def test_members_of_other_depth_are_measured_too():
     result = fxfuse.fuse(
         members,
         X[:4],
-        calibration=X,
+        calibration=unjudged(X),
         refine=[Refit()],
         task=Regression(),
         method=Transplant(score="obs"),
@@ -199,7 +200,7 @@ def test_refit_repair_and_match_take_results_of_different_widths():
     both = fxfuse.fuse(
         members,
         x[:4],
-        calibration=x,
+        calibration=unjudged(x),
         size=1.5,
         refine=[Refit()],
         task=Regression(),
@@ -223,7 +224,7 @@ def test_refit_takes_members_without_a_block():
     both = fxfuse.fuse(
         members,
         X[:4],
-        calibration=X,
+        calibration=unjudged(X),
         refine=[Refit()],
         task=Regression(),
         method=Transplant(score="l2"),

@@ -71,6 +71,12 @@ class Calibration(Options):
                 why="it is the share of the inputs that judge, and some have to be left to fit",
                 how="leave it out, or pass a share such as 0.3",
             )
+        if self.evaluate is not None and self.held_out == 0:
+            raise OptionError(
+                "evaluate and held_out=0 contradict each other",
+                why="evaluate judges, and with held_out=0 nothing is judged",
+                how="leave one of them out",
+            )
 
     @staticmethod
     def of(given: Any) -> Calibration:
@@ -247,12 +253,11 @@ class CalibrationBatches:
             _augment(calls[0])
         fixed = None if program.dynamic_batch else _size(program.example_inputs)
         whole = pytree.tree_map(lambda *parts: _joined(parts), *calls)
-        each = [labels for _, labels in found if labels is not None]
-        labels = torch.cat(each) if len(each) == len(found) else None
+        labels = _labels(found)
         if shuffle:
             order = torch.randperm(_size(whole), generator=torch.Generator().manual_seed(0))
             whole = pick_inputs(whole, order)
-            labels = None if labels is None or len(labels) < len(order) else labels[order]
+            labels = None if labels is None else labels[order]
         count, size = _size(whole), min(_size(whole), limit)
         if cut or count > limit:
             which = f"the first {size:,}" if cut else f"{size:,} of {count:,}"
@@ -283,7 +288,7 @@ class CalibrationBatches:
         if copies is None:
             copies = int(size < _MANY and default_augment(batches[0]) is not None)
         parts: tuple[torch.Tensor, ...] = ()
-        if labels is not None and len(labels) >= size:
+        if labels is not None:
             parts = labels[:size].split([_size(b) for b in batches])
         return CalibrationBatches(
             batches,
@@ -332,6 +337,30 @@ def _calls(inputs: Any, program: Program, limit: int) -> tuple[list[tuple[Call, 
         count += _size(call)
         found.append((call, labels))
     return found, False
+
+
+def _labels(found: list[tuple[Call, Any]]) -> torch.Tensor | None:
+    """The labels of all batches in one tensor, or None where there are none."""
+    given = [labels for _, labels in found]
+    if not found or all(labels is None for labels in given):
+        return None
+    for number, (call, labels) in enumerate(found):
+        where = f"batch {number} of the calibration inputs"
+        if not isinstance(labels, torch.Tensor):
+            raise _error(
+                f"labels are a {type(labels).__name__}",
+                "of a pair (inputs, labels) the second part is a tensor [n, ...]",
+                "pass a tensor for each batch, or the inputs alone",
+                where,
+            )
+        if not labels.dim() or len(labels) != _size(call):
+            raise _error(
+                f"there are {list(labels.shape)} labels for {_size(call)} inputs",
+                "the n-th label is that of the n-th input",
+                "pass one for each input, or the inputs alone",
+                where,
+            )
+    return torch.cat(given)
 
 
 def _call(inputs: Any) -> Call:

@@ -78,8 +78,8 @@ def fuse(
     """
     heads, constraints = heads or Heads(()), constraints or Constraints()
     matchable = not heads and not constraints.output_dims
-    refinement = Refinement.of(refine, calibration, task, progress, matchable=matchable)
     chosen, wanted = find_method(method), Size.of(size)
+    refinement = Refinement.of(refine, calibration, task, progress, chosen, matchable=matchable)
     check_allocation(chosen, wanted)
     ensemble = load_members(
         Members.of(members), Example.of(example), heads, runs_members=calibration is not None

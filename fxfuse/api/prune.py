@@ -83,7 +83,7 @@ def prune(
     if plan is not None:
         constraints = plan.constraints.and_also(constraints)
     refinement = Refinement.of(
-        refine, calibration, task, progress, matchable=not constraints.output_dims
+        refine, calibration, task, progress, chosen, matchable=not constraints.output_dims
     )
     program = network if isinstance(network, Program) else capture(network, example)
     program.require_exported()

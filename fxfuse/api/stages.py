@@ -61,14 +61,28 @@ class Refinement:
         calibration: Any,
         task: Any,
         progress: bool | Progress,
+        method: Method | None,
         *,
         matchable: bool = True,
     ) -> Refinement:
         """Check and sort what a caller asked for; without `steps` the calibration inputs decide.
 
-        `matchable` says whether there is an ensemble to be matched.
+        `method` is what plans the fusion, unless there is a plan; `matchable` says whether there is
+        an ensemble to be matched.
+
+        Raises:
+            InputError: Calibration inputs are missing, or there is no use for them.
         """
         refit, match = resolve_steps(steps, calibrated=calibration is not None, matchable=matchable)
+        unused = refit is None and match is None and (method is None or method.weights_only)
+        if calibration is not None and unused:
+            planned = "the plan" if method is None else f"method={method!r}"
+            raise InputError(
+                "there is no use for the calibration inputs",
+                where="calibration",
+                why=f"nothing follows the fusion (refine=[]), and {planned} does not look at them",
+                how="pass refine=[Refit(), Match()] or one of them, or leave calibration out",
+            )
         return Refinement(Steps(refit, match, as_task(task), progress), calibration)
 
     def __bool__(self) -> bool:
@@ -109,7 +123,7 @@ def plan(
     given, chosen, wanted = Members.of(members), find_method(method), Size.of(size)
     check_allocation(chosen, wanted)
     args, kwargs = graph.program.example_inputs
-    refinement = Refinement.of(refine, calibration, None, False)
+    refinement = Refinement.of(refine, calibration, None, False, chosen)
     known = [graph.program if m is graph.program.source else m for m in given.networks]
     ensemble = load_members(
         replace(given, networks=known),
@@ -156,7 +170,7 @@ def build(
         MemberError: The members differ, or hold no finite dense weights.
         VerificationError: An oracle failed.
     """
-    refinement = Refinement.of(refine, calibration, task, progress)
+    refinement = Refinement.of(refine, calibration, task, progress, None)
     given = Members.of(members)
     if not given.networks or isinstance(given.networks[0], Program):
         first = given.networks[0] if given.networks else None

@@ -28,7 +28,15 @@ from fxfuse.common.options import OptionField, check_choice, fields_of
 from fxfuse.errors import FxfuseError, OptionError
 from fxfuse.planning.methods import methods
 from fxfuse.planning.size import Size
-from fxfuse.refine import Classification, Match, Refit, Regression
+from fxfuse.refine import (
+    Classification,
+    Embedding,
+    Match,
+    MultiLabel,
+    NextToken,
+    Refit,
+    Regression,
+)
 
 
 @dataclass(frozen=True, eq=False)
@@ -68,9 +76,15 @@ CALIBRATION = Group(
 )
 TASK = Group(
     "task",
-    {"classification": Classification, "regression": Regression},
+    {
+        "classification": Classification,
+        "multi_label": MultiLabel,
+        "regression": Regression,
+        "embedding": Embedding,
+        "next_token": NextToken,
+    },
     prefix="task-",
-    help="What the output means, for refit and matching; its shape decides if this is left out.",
+    help="What the output means: the graph decides if this is left out.",
 )
 REFIT = Group("refit", {"refit": Refit}, prefix="refit-")
 MATCH = Group("match", {"match": Match}, prefix="match-")

@@ -82,6 +82,11 @@ def unreadable(flag: str, text: str, why: str, how: str) -> OptionError:
     return OptionError(f"{flag} {text!r} cannot be read", why=why, how=how)
 
 
+def _read_numbers(flag: str, texts: Iterable[str]) -> list[float]:
+    """Read one number of each text."""
+    return [_number(float)(flag, text) for text in texts]
+
+
 def _read_lists(flag: str, path: Path) -> list[Any]:
     """Read a list from a JSON file; its option class checks what it holds."""
     try:
@@ -130,6 +135,7 @@ _FORMS: dict[tuple[Any, ...], Form] = {
     (float, Mapping[str, float]): Form(
         list[str], "NUMBER|PATTERN=NUMBER", read_by_group, _REPEATED
     ),
+    (tuple[float, ...],): Form(list[str], "NUMBER", _read_numbers, _REPEATED),
     (tuple[str, ...],): Form(list[str], "PATTERN", lambda flag, texts: list(texts), _REPEATED),
     (Mapping[int, tuple[int, ...]],): Form(
         list[str],

@@ -17,8 +17,9 @@ import torch
 from torch import Tensor, nn
 
 from fxfuse.activations.calibration import CalibrationBatches
-from fxfuse.errors import FxfuseError, OptionError, RefineError
+from fxfuse.errors import FxfuseError, InputError, MemberError, OptionError, RefineError
 from fxfuse.graph.torch_compat import pytree
+from fxfuse.refine.batch import try_call
 from fxfuse.refine.task import Answer, Outputs, Task, check_answers
 
 #: How sure the judge is: the share of resampled differences that must be improvements.
@@ -105,12 +106,15 @@ def compare(new: Measured, old: Measured, seed: int = 0) -> Verdict:
     return Verdict(float(low) > 0, gain, float(low), float(high))
 
 
-def answers_of(task: Task, module: nn.Module, calibration: CalibrationBatches) -> Answer:
-    """What a network in eval mode answers to all inputs, on the CPU or where it runs."""
+def answers_of(
+    task: Task, module: nn.Module, calibration: CalibrationBatches, name: str = "the network"
+) -> Answer:
+    """What a network in eval mode, called `name` in messages, answers to all inputs."""
     found = []
     with torch.no_grad():
         for args, kwargs in calibration.batches:
-            found.append(pytree.tree_map(_kept, task.read(module(*args, **kwargs))))
+            answer = task.read(try_call(module, args, name, kwargs))
+            found.append(pytree.tree_map(_kept, answer))
     return joined(found)
 
 
@@ -199,27 +203,56 @@ def ask_members(task: Task, members: Sequence[nn.Module], calibration: Calibrati
 
     Raises:
         OptionError: The task does not fit what they answer.
-        InputError: An answer is NaN or infinite.
+        InputError: A member rejects the inputs, or answers NaN or infinity.
+        MemberError: The members' outputs have different shapes.
     """
-    answers = tuple(answers_of(task, member, calibration) for member in members)
-    for answer in answers:
-        task.check(answer)
-        check_answers(answer)
-    return Asked(calibration, answers, task.combine(answers))
+    answers: list[Answer] = []
+    for number, member in enumerate(members):
+        answers.append(answers_of(task, member, calibration, f"member {number}"))
+        check_alike(answers, number, calibration.size)
+        task.check(answers[-1])
+        check_answers(answers[-1], f"member {number}")
+    _, kwargs = calibration.whole
+    return Asked(calibration, tuple(answers), task.target(answers, kwargs))
 
 
-def check_task(task: Task, member: nn.Module, calibration: CalibrationBatches) -> None:
+def check_alike(answers: Sequence[Answer], number: int, count: int) -> None:
+    """Check that the newest member answers each input, with tensors of the others' shapes."""
+    first, last = (
+        [x for x in pytree.tree_leaves(a) if isinstance(x, Tensor)]
+        for a in (answers[0], answers[-1])
+    )
+    if number == 0 and any(x.dim() == 0 or len(x) != count for x in first):
+        shape = next(list(x.shape) for x in first if x.dim() == 0 or len(x) != count)
+        raise MemberError(
+            f"member 0 returns an output {shape} for {count} inputs",
+            where="members",
+            why="each input needs an output of its own",
+            how="wrap the networks so that dimension 0 of their output is the batch",
+        )
+    for one, other in zip(first, last, strict=False):
+        if one.shape != other.shape:
+            raise MemberError(
+                "the members return outputs of different shapes",
+                where=f"member 0 {list(one.shape)}, member {number} {list(other.shape)}",
+                why="the network is matched to all of them together",
+                how="use members with the same classes and output size",
+            )
+
+
+def check_task(task: Task, members: Sequence[nn.Module], calibration: CalibrationBatches) -> None:
     """Check on a few inputs that a task fits the outputs, before any work starts.
 
     Raises:
         OptionError: It does not.
+        InputError: The labels do not fit the task, or an answer is NaN or infinite.
     """
     args, kwargs = calibration.batches[0]
     with torch.no_grad():
-        answer = task.read(member(*args, **kwargs))
+        answer = task.read(members[0](*args, **kwargs))
     task.check(answer)
-    check_answers(answer)
-    wanted = task.combine([answer])
+    check_answers(answer, "member 0")
+    wanted = task.target([answer] * len(members), kwargs)
     far = task.distance(answer, wanted)
     count = next(len(x) for x in pytree.tree_leaves(answer) if isinstance(x, Tensor))
     if far.shape != (count,):
@@ -228,6 +261,17 @@ def check_task(task: Task, member: nn.Module, calibration: CalibrationBatches) -
             where=f"task={task!r}",
             how="make dimension 0 of the output the batch",
         )
+    for labels in calibration.labels:
+        # Of every batch, as what is wrong with the last one should not show at the end.
+        rows = torch.zeros(len(labels), dtype=torch.long)
+        if task.label_loss(picked(answer, rows), labels) is None:
+            raise InputError(
+                "there is no use for labels",
+                where="labels of the calibration inputs",
+                why=f"{task!r} has no loss on labels",
+                how="pass the inputs alone, or Calibration(inputs, evaluate=...) with your own "
+                "metric, or task=fxfuse.Classification(...) if they are class numbers",
+            )
 
 
 def scaled(task: Task, asked: Asked) -> Task:
@@ -274,6 +318,7 @@ def folds(
     for i, part in enumerate(parts):
         others = [p for j, p in enumerate(parts) if j != i]
         batches = tuple(batch for other in others for batch in other.batches)
+        labels = tuple(each for other in others for each in other.labels)
         size = sum(other.size for other in others)
-        found.append((replace(calibration, batches=batches, size=size, labels=()), part))
+        found.append((replace(calibration, batches=batches, size=size, labels=labels), part))
     return found

@@ -27,7 +27,7 @@ from fxfuse.refine.modes import check_teachers, device_of, evaluating, seeded, t
 from fxfuse.refine.parallel import reshard, together
 from fxfuse.refine.pool import Teacher
 from fxfuse.refine.schedule import SHARE_OF_POOL, Budget
-from fxfuse.refine.task import Task
+from fxfuse.refine.task import Task, as_task
 from fxfuse.refine.trainer import Trainer, fitting_batch
 from fxfuse.refine.trials import find_settings
 from fxfuse.refine.watch import bar
@@ -179,7 +179,7 @@ def match(
             budget in seconds, or a batch without equal parts, for several processes.
         RefineError: A loss or weight is not finite.
     """
-    options = options or Match()
+    options, task = options or Match(), as_task(task)
     if options.seconds is not None and together(module).groups:
         raise OptionError(
             "A budget in seconds is for one process.",

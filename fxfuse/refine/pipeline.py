@@ -23,6 +23,7 @@ from fxfuse.refine.judge import (
     Judge,
     Measured,
     Stopwatch,
+    ask,
     ask_members,
     check_task,
     compare,
@@ -41,6 +42,9 @@ if TYPE_CHECKING:
 
 #: Parts of few inputs, each of which judges what was made on the others.
 _FOLDS = 4
+#: Roles of networks on the way: the best start, what it is matched to, what is fitted.
+_BEST, _FITTED = "the best start", ("fused", "refitted")
+_MATCHED = f"matched from {_BEST}"
 
 
 @dataclass(frozen=True)
@@ -176,7 +180,7 @@ def _unjudged(plans: Plans, calibration: CalibrationBatches, steps: Steps) -> Re
     if steps.match is not None:
         members = members_of(graph, states)
         task = steps.task or infer_task(graph.program)[0]
-        check_task(task, members[0], calibration)
+        check_task(task, members, calibration)
         asked = ask_members(task, members, calibration)
         judge = Judge(scaled(task, asked), asked)
         match = train(
@@ -234,19 +238,34 @@ class _Way:
         self.task, self.why = (
             infer_task(graph.program) if steps.task is None else (steps.task, "it was given")
         )
-        check_task(self.task, self.members[0], calibration)
+        check_task(self.task, self.members, calibration)
         self.metric = calibration.evaluate
+        if self.metric is not None:
+            ask(self.metric, self.members[0])
+        elif len(calibration.parts(2)) < 2:
+            raise InputError(
+                f"{calibration.size} calibration inputs are too few to judge by some of them",
+                where="calibration inputs",
+                why=f"at least {2 * max(2, calibration.unit)} are needed",
+                how="pass 100 to 1,000, or Calibration(inputs, held_out=0), which judges nothing",
+            )
+        #: How often the way is gone: of a budget in seconds each has a part.
+        self.runs = 1
 
     def run(self) -> Refined:
         """Make the networks, and take the last one that the judge accepts."""
         watch = Stopwatch()
-        few = self.calibration.size < FEW and self.metric is None
+        share = self.calibration.held_out
+        fitting, choosing, accepting = divided(self.calibration, share)
+        apart = fitting.size + choosing.size + accepting.size <= self.calibration.size
+        few = self.metric is None and (self.calibration.size < FEW or not apart)
         judged: dict[str, Measured] = {}
         if few:
-            fitting, choosing = self.calibration.split(self.calibration.held_out)
-            accept, judged = self._judge(self.calibration), self._cross_fitted()
+            fitting, choosing = self.calibration.split(share)
+            parts = folds(self.calibration, _FOLDS)
+            self.runs = 1 + len(parts)
+            accept, judged = self._judge(self.calibration), self._cross_fitted(parts)
         else:
-            fitting, choosing, accepting = divided(self.calibration, self.calibration.held_out)
             accept = self._judge(accepting)
         choose = self._judge(choosing)
         asking = watch.lap()
@@ -261,14 +280,17 @@ class _Way:
         asked = ask_members(self.task, self.members, inputs)
         return Judge(scaled(self.task, asked), asked, self.metric)
 
-    def _cross_fitted(self) -> dict[str, Measured]:
+    def _cross_fitted(
+        self, parts: Sequence[tuple[CalibrationBatches, CalibrationBatches]]
+    ) -> dict[str, Measured]:
         """What each kind of step is worth on inputs that it has not seen.
 
         Each part of the inputs judges the networks that were made on all others (Stone, 1974,
-        "Cross-validatory choice and assessment of statistical predictions").
+        "Cross-validatory choice and assessment of statistical predictions"). It is the steps that
+        are judged, by their role: another member may be the best one on other inputs.
         """
         found: dict[str, list[torch.Tensor]] = {kind: [] for kind in _KINDS}
-        for others, part in folds(self.calibration, _FOLDS):
+        for others, part in parts:
             fitting, choosing = others.split(self.calibration.held_out)
             made, judge = self._make(fitting, self._judge(choosing)), self._judge(part)
             for kind in _KINDS:
@@ -329,7 +351,7 @@ class _Way:
         if options is None:
             return
         if options.seconds is not None:
-            options = replace(options, seconds=options.seconds / parts)
+            options = replace(options, seconds=options.seconds / parts / self.runs)
         name, module = f"matched from {start.name}", copy.deepcopy(start.module)
         try:
             report = train(

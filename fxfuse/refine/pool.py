@@ -13,10 +13,9 @@ from torch import Tensor, nn
 
 from fxfuse.activations.augment import Augment
 from fxfuse.activations.calibration import CalibrationBatches, Call, pick_inputs
-from fxfuse.errors import MemberError
 from fxfuse.graph.torch_compat import pytree
 from fxfuse.refine.batch import try_call
-from fxfuse.refine.judge import joined, picked
+from fxfuse.refine.judge import check_alike, joined, picked
 from fxfuse.refine.task import Answer, Task, check_answers
 
 # Passes over the inputs that the pool holds at most: the inputs, then augmented copies; and how
@@ -96,7 +95,6 @@ class Teacher:
                 size += _length(moved)
                 if (most is not None and size >= most) or enough():
                     break
-        check_answers(joined(answers))
         return Pool(_joined_inputs(asked), joined(answers), size)
 
     def _chunks(self, calibration: CalibrationBatches) -> Iterator[Call]:
@@ -120,33 +118,10 @@ class Teacher:
         answers = []
         for number, member in enumerate(self.members):
             answers.append(self.task.read(try_call(member, args, f"member {number}", kwargs)))
-            _check_alike(answers, number, _length(chunk))
+            check_alike(answers, number, _length(chunk))
+            check_answers(answers[-1], f"member {number}")
         self.task.check(answers[0])
-        return self.task.combine(answers)
-
-
-def _check_alike(answers: Sequence[Answer], number: int, count: int) -> None:
-    """Check that the newest member answers each input, with tensors of the others' shapes."""
-    first, last = (
-        [x for x in pytree.tree_leaves(a) if isinstance(x, Tensor)]
-        for a in (answers[0], answers[-1])
-    )
-    if number == 0 and any(x.dim() == 0 or len(x) != count for x in first):
-        shape = next(list(x.shape) for x in first if x.dim() == 0 or len(x) != count)
-        raise MemberError(
-            f"member 0 returns an output {shape} for {count} inputs",
-            where="members",
-            why="each input needs an output of its own",
-            how="wrap the networks so that dimension 0 of their output is the batch",
-        )
-    for one, other in zip(first, last, strict=False):
-        if one.shape != other.shape:
-            raise MemberError(
-                "the members return outputs of different shapes",
-                where=f"member 0 {list(one.shape)}, member {number} {list(other.shape)}",
-                why="the network is matched to all of them together",
-                how="use members with the same classes and output size",
-            )
+        return self.task.target(answers, kwargs)
 
 
 def _length(call: Call) -> int:

@@ -44,13 +44,22 @@ class Task(Options, ABC):
     def combine(self, answers: Sequence[Answer]) -> Answer:
         """Return what the ensemble answers, from what its members answer, `[n, *]` each."""
 
+    def target(self, answers: Sequence[Answer], kwargs: Mapping[str, Any]) -> Answer:
+        """Return what the distance is measured to: what the ensemble answers, and what counts.
+
+        Args:
+            answers: What the members answer, `[n, *]` each.
+            kwargs: The keyword inputs that they answer to.
+        """
+        return self.combine(answers)
+
     @abstractmethod
     def distance(self, answer: Answer, wanted: Answer) -> Tensor:
         """Return how far each input's answer is from the ensemble's, float `[n]`, 0 if equal.
 
         Args:
             answer: What a network answers, `[n, *]`.
-            wanted: What `combine` returned for the same inputs.
+            wanted: What `combine` or `target` returned for the same inputs.
         """
 
     def loss(self, answer: Answer, wanted: Answer) -> Tensor:
@@ -192,9 +201,13 @@ class Classification(Task):
         """
         check_shapes(answer, wanted)
         found = self.log_probabilities(answer).to(wanted.dtype)
+        return self._losses(found, wanted).mean()
+
+    def _losses(self, found: Tensor, wanted: Tensor) -> Tensor:
+        """The loss at every position."""
         hot = [(x / _TEMPERATURE).log_softmax(self.dim) for x in (found, wanted)]
         warm = self._divergence(hot[0], hot[1]) * _TEMPERATURE**2
-        return (self._divergence(found, wanted) + _WARM * warm).mean()
+        return self._divergence(found, wanted) + _WARM * warm
 
 
 #: Temperature of the second divergence of the loss, and its weight.
@@ -213,6 +226,44 @@ class NextToken(Classification):
 
     dim: int = -1
     mask: str = "attention_mask"
+
+    def target(self, answers: Sequence[Tensor], kwargs: Mapping[str, Any]) -> Answer:
+        """Return log-probabilities of the ensemble, `[n, *]`, and which positions count.
+
+        Raises:
+            OptionError: The mask is not one number for each position.
+        """
+        wanted, mask = self.combine(answers), kwargs.get(self.mask)
+        if mask is None:
+            return wanted
+        shape = wanted.select(self.dim, 0).shape
+        if not isinstance(mask, Tensor) or mask.shape != shape:
+            found = list(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__
+            raise self.misfit(
+                answers[0], f"the input {self.mask!r} is {found}, the positions are {list(shape)}"
+            )
+        return {"tokens": wanted, "counted": (mask != 0).to(wanted)}
+
+    def distance(self, answer: Tensor, wanted: Answer) -> Tensor:
+        """KL divergence, mean over the positions of each input that count."""
+        if isinstance(wanted, Tensor):
+            return super().distance(answer, wanted)
+        found, tokens, counted = self._found(answer, wanted)
+        each = (self._divergence(found, tokens) * counted).flatten(1).sum(1)
+        return each / counted.flatten(1).sum(1).clamp(min=1)
+
+    def loss(self, answer: Tensor, wanted: Answer) -> Tensor:
+        """As for any classification, mean over all positions that count."""
+        if isinstance(wanted, Tensor):
+            return super().loss(answer, wanted)
+        found, tokens, counted = self._found(answer, wanted)
+        return (self._losses(found, tokens) * counted).sum() / counted.sum().clamp(min=1)
+
+    def _found(self, answer: Tensor, wanted: Mapping[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+        """What was found, what is wanted, and which positions count."""
+        tokens, counted = wanted["tokens"], wanted["counted"]
+        check_shapes(answer, tokens)
+        return self.log_probabilities(answer).to(tokens.dtype), tokens, counted
 
 
 @dataclass(frozen=True)
@@ -427,6 +478,15 @@ class Outputs(Task):
             for name, task in self.tasks.items()
         }
 
+    def target(
+        self, answers: Sequence[Mapping[str, Answer]], kwargs: Mapping[str, Any]
+    ) -> dict[str, Answer]:
+        """Return what the distance of every output is measured to."""
+        return {
+            name: task.target([answer[name] for answer in answers], kwargs)
+            for name, task in self.tasks.items()
+        }
+
     def prepared(self, wanted: Mapping[str, Answer]) -> Task:
         """Return the task with every output's own prepared."""
         return Outputs({name: task.prepared(wanted[name]) for name, task in self.tasks.items()})
@@ -558,18 +618,18 @@ def weights_of(given: Sequence[float] | None, count: int) -> list[float]:
     return [weight / sum(given) for weight in given]
 
 
-def check_answers(answer: Answer) -> None:
-    """Check that answers are finite.
+def check_answers(answer: Answer, name: str) -> None:
+    """Check that the answers of a network, called `name` in messages, are finite.
 
     Raises:
         InputError: They are not.
     """
     if isinstance(answer, Mapping):
         for part in answer.values():
-            check_answers(part)
+            check_answers(part, name)
     elif isinstance(answer, Tensor) and not bool(answer.isfinite().all()):
         raise InputError(
-            "a network answers NaN or infinity",
+            f"{name} answers NaN or infinity",
             where="calibration inputs",
             how="check the members' weights and the inputs for such values",
         )

@@ -31,6 +31,7 @@ from fxfuse.cli.training import train
 from fxfuse.common.output import atomic_folder, check_output, locked
 from fxfuse.graph.module_checks import check_enough
 from fxfuse.members.members import Members
+from fxfuse.planning.methods import find_method
 from fxfuse.planning.plan import FusionPlan
 from fxfuse.refine import Match, Refit
 from fxfuse.refine.pipeline import resolve_steps
@@ -172,12 +173,17 @@ def _fused(
     }
     source = Members(members, networks.template)
     steps = None if asked.refine is None else [step.make() for step in asked.refine]
+    method = find_method(_made(asked.method) or "transplant")
+    unused = steps == [] and (asked.plan is not None or method.weights_only)
+    if unused and recipe.train is not None and recipe.train.data is None:
+        # The training takes the calibration inputs, so the fusion need not.
+        options["calibration"] = None
     if asked.plan is not None:
         plan = FusionPlan.from_json(Path(asked.plan).read_text(encoding="utf-8", errors="replace"))
         steps = _steps_after(plan, calibration) if steps is None else steps
         return build(plan, source, networks.inputs, refine=steps, **options)
     options |= {
-        "method": _made(asked.method) or "transplant",
+        "method": method,
         "size": _made(asked.size),
         "constraints": _made(asked.constraints),
         "refine": steps,

@@ -28,6 +28,11 @@ class Average(Method):
 
     reference: Reference = 0
 
+    @property
+    def weights_only(self) -> bool:
+        """Whether it looks at weights only: always."""
+        return True
+
     def maps(
         self, graph: CouplingGraph, states: Sequence[State], context: Context
     ) -> tuple[UnitMap, ...]:

@@ -25,6 +25,11 @@ class Concatenate(Method):
 
     any_size: ClassVar[bool] = True
 
+    @property
+    def weights_only(self) -> bool:
+        """Whether it looks at weights only: always."""
+        return True
+
     def maps(
         self, graph: CouplingGraph, states: Sequence[State], context: Context
     ) -> tuple[UnitMap, ...]:

@@ -49,6 +49,11 @@ class OptimalTransport(Method):
     reference: int = 0
     regularisation: float | None = None
 
+    @property
+    def weights_only(self) -> bool:
+        """Whether it looks at weights only: not with activations."""
+        return self.variant == "weights"
+
     def maps(
         self, graph: CouplingGraph, states: Sequence[State], context: Context
     ) -> tuple[UnitMap, ...]:

@@ -31,6 +31,11 @@ class Method(Options, ABC):
     def __init_subclass__(cls) -> None:
         cls.name = cls.__name__
 
+    @property
+    def weights_only(self) -> bool:
+        """Whether calibration inputs are of no use to it, as it looks at weights only."""
+        return False
+
     @abstractmethod
     def maps(
         self, graph: CouplingGraph, states: Sequence[State], context: Context

@@ -20,6 +20,9 @@ from fxfuse.planning.size import by_pattern
 #: For each group: (member, unit) of every unit that is kept, sorted, int64 [n, 2].
 Kept = dict[str, Index]
 
+#: Scores that measure nothing.
+_OF_WEIGHTS = ("l1", "l2", "bn_scale")
+
 
 @method("transplant")
 @dataclass(frozen=True)
@@ -67,6 +70,11 @@ class Transplant(Method):
     def score_in(self, context: Context) -> str:
         """Return the score, where None depends on whether there are calibration inputs."""
         return self.score or ("l2" if context.calibration is None else "obs")
+
+    @property
+    def weights_only(self) -> bool:
+        """Whether it looks at weights only: with a score of these."""
+        return self.score in _OF_WEIGHTS and self.variant != "components"
 
     def described(self, graph: CouplingGraph, context: Context) -> dict[str, str]:
         """Return what a plan says of the options; it always names the score."""

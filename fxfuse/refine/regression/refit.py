@@ -7,7 +7,7 @@ from typing import Any
 
 from fxfuse.refine.fused import Fused, Member, check_joint, measurable
 from fxfuse.refine.regression.run import Refit, RefitReport, refit_state
-from fxfuse.refine.task import Task
+from fxfuse.refine.task import Task, as_task
 
 
 def refit(
@@ -49,8 +49,10 @@ def refit(
         InputError: The members reject the inputs, or an activation is NaN.
         MemberError: These are not the members that were fused.
         CaptureError: `torch.export` rejected the members, so there is no graph to run.
-        OptionError: The members run one by one in the network, so it is their mean already.
+        OptionError: The members run one by one in the network, so it is their mean already; or the
+            task is none.
     """
+    task = as_task(task)
     states, batches = measurable(result, members, calibration)
     check_joint(result, "refit")
     module = result.module
