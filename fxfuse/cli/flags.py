@@ -3,7 +3,8 @@
 A field becomes a flag of its name, behind its group's prefix where the name alone would be unclear
 or taken. The help is what its class's docstring says. A flag that is not given is not passed on, so
 defaults are those of the class. Fields that hold inputs or a function cannot be typed and have no
-flag: calibration inputs are `--calibration DATA`, and `Match.augment` is for Python only.
+flag: calibration inputs are `--calibration DATA`, and `Calibration.evaluate` is for Python only. So
+are tasks made of functions or of other tasks.
 
 The recipe's schema (`fxfuse.cli.recipe.schema`) is made from the same table.
 """
@@ -28,7 +29,15 @@ from fxfuse.common.options import OptionField, check_choice, fields_of
 from fxfuse.errors import FxfuseError, OptionError
 from fxfuse.planning.methods import methods
 from fxfuse.planning.size import Size
-from fxfuse.refine import Classification, Match, Refit, Regression
+from fxfuse.refine import (
+    Classification,
+    Embedding,
+    Match,
+    MultiLabel,
+    NextToken,
+    Refit,
+    Regression,
+)
 
 
 @dataclass(frozen=True, eq=False)
@@ -68,9 +77,15 @@ CALIBRATION = Group(
 )
 TASK = Group(
     "task",
-    {"classification": Classification, "regression": Regression},
+    {
+        "classification": Classification,
+        "next_token": NextToken,
+        "multi_label": MultiLabel,
+        "regression": Regression,
+        "embedding": Embedding,
+    },
     prefix="task-",
-    help="What the output means, for refit and matching; its shape decides if this is left out.",
+    help="What the output means, and so what the ensemble is; the graph decides if left out.",
 )
 REFIT = Group("refit", {"refit": Refit}, prefix="refit-")
 MATCH = Group("match", {"match": Match}, prefix="match-")
