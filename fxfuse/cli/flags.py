@@ -3,7 +3,8 @@
 A field becomes a flag of its name, behind its group's prefix where the name alone would be unclear
 or taken. The help is what its class's docstring says. A flag that is not given is not passed on, so
 defaults are those of the class. Fields that hold inputs or a function cannot be typed and have no
-flag: calibration inputs are `--calibration DATA`, and `Match.augment` is for Python only.
+flag: calibration inputs are `--calibration DATA`, and `Calibration.evaluate` is for Python only. So
+are tasks made of functions or of other tasks.
 
 The recipe's schema (`fxfuse.cli.recipe.schema`) is made from the same table.
 """
@@ -78,13 +79,13 @@ TASK = Group(
     "task",
     {
         "classification": Classification,
+        "next_token": NextToken,
         "multi_label": MultiLabel,
         "regression": Regression,
         "embedding": Embedding,
-        "next_token": NextToken,
     },
     prefix="task-",
-    help="What the output means: the graph decides if this is left out.",
+    help="What the output means, and so what the ensemble is; the graph decides if left out.",
 )
 REFIT = Group("refit", {"refit": Refit}, prefix="refit-")
 MATCH = Group("match", {"match": Match}, prefix="match-")
@@ -212,8 +213,9 @@ class Given:
         return {"name": name, **found} if chosen else found
 
     def make(self, group: Group) -> Any:
-        """Make the object of a group of one class."""
-        return group.kind_of(None)(**self.options(group))
+        """Make the object of a group."""
+        options = self.options(group)
+        return group.kind_of(options.pop("name", None))(**options)
 
     def recipe(self, **defaults: Any) -> dict[str, Any]:
         """Return what was given, as the part `fuse` of a recipe; `defaults` fill the rest."""

@@ -32,8 +32,8 @@ class Form:
 
 def form_of(kind: Any) -> Form | None:
     """Return the form of a type; None for inputs (`Any`) and functions, which cannot be typed."""
-    parts = [part for part in alternatives(kind) if part is not NoneType]
-    if any(part is Any or get_origin(part) is Callable for part in parts):
+    parts = [p for p in alternatives(kind) if p is not NoneType and get_origin(p) is not Callable]
+    if not parts or Any in parts:
         return None
     words = [str(word) for part in parts if get_origin(part) is Literal for word in get_args(part)]
     others = tuple(part for part in parts if get_origin(part) is not Literal)
@@ -77,14 +77,17 @@ def read_output_dims(flag: str, texts: Iterable[str]) -> dict[int, list[int]]:
     return found
 
 
+def _read_numbers(flag: str, text: str) -> list[float]:
+    """Read numbers with commas between them."""
+    try:
+        return [float(number) for number in text.split(",")]
+    except ValueError as error:
+        raise unreadable(flag, text, str(error), "write numbers, such as 0.5,0.3,0.2") from error
+
+
 def unreadable(flag: str, text: str, why: str, how: str) -> OptionError:
     """Return the error for a text that is no value of a flag."""
     return OptionError(f"{flag} {text!r} cannot be read", why=why, how=how)
-
-
-def _read_numbers(flag: str, texts: Iterable[str]) -> list[float]:
-    """Read one number of each text."""
-    return [_number(float)(flag, text) for text in texts]
 
 
 def _read_lists(flag: str, path: Path) -> list[Any]:
@@ -135,7 +138,7 @@ _FORMS: dict[tuple[Any, ...], Form] = {
     (float, Mapping[str, float]): Form(
         list[str], "NUMBER|PATTERN=NUMBER", read_by_group, _REPEATED
     ),
-    (tuple[float, ...],): Form(list[str], "NUMBER", _read_numbers, _REPEATED),
+    (tuple[float, ...],): Form(str, "NUMBER,NUMBER", _read_numbers),
     (tuple[str, ...],): Form(list[str], "PATTERN", lambda flag, texts: list(texts), _REPEATED),
     (Mapping[int, tuple[int, ...]],): Form(
         list[str],

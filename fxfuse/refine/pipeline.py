@@ -42,9 +42,6 @@ if TYPE_CHECKING:
 
 #: Parts of few inputs, each of which judges what was made on the others.
 _FOLDS = 4
-#: Roles of networks on the way: the best start, what it is matched to, what is fitted.
-_BEST, _FITTED = "the best start", ("fused", "refitted")
-_MATCHED = f"matched from {_BEST}"
 
 
 @dataclass(frozen=True)
