@@ -10,7 +10,7 @@ from fxfuse.analysis.constraints import Constraints
 from fxfuse.analysis.label_spaces import Heads
 from fxfuse.api.load_members import load_members
 from fxfuse.api.result import FusionResult
-from fxfuse.api.stages import Refinement, analyze_ensemble, build_network, plan_network
+from fxfuse.api.stages import Planner, Refinement, analyze_ensemble, build_network
 from fxfuse.graph.example import Example
 from fxfuse.members.members import Members
 from fxfuse.members.streamed import Network
@@ -86,5 +86,5 @@ def fuse(
     )
     graph, checks = analyze_ensemble(ensemble, constraints, verify=verify)
     batches = refinement.batches(ensemble.network)
-    plan = plan_network(graph, ensemble, chosen, wanted, batches, fitted=bool(refinement))
-    return build_network(graph, ensemble, plan, refinement, checks, batches=batches, verify=verify)
+    planner = Planner(graph, ensemble, chosen, wanted, fitted=bool(refinement))
+    return build_network(planner, refinement, checks, batches=batches, verify=verify)

@@ -11,7 +11,7 @@ from torch.export import ExportedProgram
 from fxfuse.analysis.constraints import Constraints
 from fxfuse.api.load_members import single
 from fxfuse.api.result import FusionResult
-from fxfuse.api.stages import Refinement, analyze_ensemble, build_network, plan_network
+from fxfuse.api.stages import Planner, Refinement, analyze_ensemble, build_network
 from fxfuse.errors import OptionError
 from fxfuse.graph.capture import Program, capture
 from fxfuse.planning.methods import Method, find_method
@@ -90,13 +90,6 @@ def prune(
     ensemble = single(program)
     graph, checks = analyze_ensemble(ensemble, constraints, verify=verify)
     batches = refinement.batches(program)
-    made = plan_network(
-        graph,
-        ensemble,
-        chosen,
-        wanted,
-        batches,
-        fitted=bool(refinement),
-        origin="" if plan is None else plan.digest,
-    )
-    return build_network(graph, ensemble, made, refinement, checks, batches=batches, verify=verify)
+    origin = "" if plan is None else plan.digest
+    planner = Planner(graph, ensemble, chosen, wanted, fitted=bool(refinement), origin=origin)
+    return build_network(planner, refinement, checks, batches=batches, verify=verify)

@@ -25,7 +25,7 @@ from fxfuse.members.fingerprint import fingerprints
 from fxfuse.members.members import Members
 from fxfuse.members.streamed import Network
 from fxfuse.planning.context import Context
-from fxfuse.planning.methods import Method, find_method
+from fxfuse.planning.methods import Method, Transplant, find_method
 from fxfuse.planning.plan import FusionPlan
 from fxfuse.planning.size import Size
 from fxfuse.refine import Match, Refit, Task
@@ -137,14 +137,8 @@ def plan(
         graph = multi_width(
             graph, ensemble.aligned, lambda member: couple(member, graph.constraints)
         )
-    return plan_network(
-        graph,
-        ensemble,
-        chosen,
-        wanted,
-        refinement.batches(graph.program),
-        fitted=bool(refinement),
-    )
+    planner = Planner(graph, ensemble, chosen, wanted, fitted=bool(refinement))
+    return planner.plan(refinement.batches(graph.program))
 
 
 def build(
@@ -197,7 +191,8 @@ def build(
             why="members run one by one in its network, so it is exactly their mean",
             how="leave refine out",
         )
-    return build_network(graph, ensemble, plan, refinement, checks, verify=verify)
+    planner = Planner(graph, ensemble, find_method(plan.method), Size(), given=plan)
+    return build_network(planner, refinement, checks, verify=verify)
 
 
 def analyze_ensemble(
@@ -210,53 +205,94 @@ def analyze_ensemble(
     return check_sound(graph, verify=verify)
 
 
-def plan_network(
-    graph: CouplingGraph,
-    ensemble: Ensemble,
-    method: Method,
-    size: Size,
-    batches: CalibrationBatches | None,
-    *,
-    fitted: bool,
-    origin: str = "",
-) -> FusionPlan:
-    """Plan the fusion of an analyzed ensemble.
+@dataclass(frozen=True)
+class Planner:
+    """Plans the fusion of an analyzed ensemble, from the inputs that a fit may see.
 
-    `fitted` says whether layers will be fitted, to units of all members; `origin` is the digest of
-    the plan that the only member was made with.
+    Attributes:
+        graph: The analysis.
+        ensemble: The members.
+        method: How units are chosen and combined.
+        size: Size of the result.
+        fitted: Whether layers will be fitted, to units of all members.
+        origin: Digest of the plan that the only member was made with.
+        given: A plan that is there already.
     """
-    context = Context(graph.constraints.base_member, absent=ensemble.absent, calibration=batches)
-    made = make_sized_plan(graph, ensemble.states, method, context, size, fitted=fitted)
-    return replace(made.made_for(fingerprints(ensemble.states), origin), heads=ensemble.heads)
+
+    graph: CouplingGraph
+    ensemble: Ensemble
+    method: Method
+    size: Size
+    fitted: bool = False
+    origin: str = ""
+    given: FusionPlan | None = None
+
+    def plan(self, batches: CalibrationBatches | None) -> FusionPlan:
+        """Plan the fusion; the method may look at these inputs."""
+        return self._planned(self.method, batches)
+
+    def outline(self) -> FusionPlan | None:
+        """Plan with a score of weights: sizes and roles, without a look at any input.
+
+        None where the method itself needs activations.
+        """
+        method = self.method
+        if isinstance(method, Transplant):
+            return self._planned(replace(method, score="l2"), None)
+        try:
+            return self._planned(method, None)
+        except InputError:
+            return None
+
+    def state(self, plan: FusionPlan) -> State:
+        """The fused tensors of a plan, by name."""
+        _, state = _built(self.graph, plan, self.ensemble.states)
+        return state
+
+    def _planned(self, method: Method, batches: CalibrationBatches | None) -> FusionPlan:
+        if self.given is not None:
+            return self.given
+        graph, ensemble = self.graph, self.ensemble
+        context = Context(
+            graph.constraints.base_member, absent=ensemble.absent, calibration=batches
+        )
+        made = make_sized_plan(
+            graph, ensemble.states, method, context, self.size, fitted=self.fitted
+        )
+        known = made.made_for(fingerprints(ensemble.states), self.origin)
+        return replace(known, heads=ensemble.heads)
 
 
 def build_network(
-    graph: CouplingGraph,
-    ensemble: Ensemble,
-    plan: FusionPlan,
+    planner: Planner,
     refinement: Refinement,
     checks: Sequence[Check],
     *,
     batches: CalibrationBatches | None = None,
     verify: bool,
 ) -> FusionResult:
-    """Build the network of a plan, refine it, and verify what came out.
+    """Plan, build the network, refine it, and verify what came out.
 
     `checks` are the oracles that ran before, `batches` the calibration inputs where they are
     checked already.
     """
+    graph, ensemble = planner.graph, planner.ensemble
     network, states = ensemble.network, ensemble.states
     _check_refinable(graph, refinement)
-    module, state = _built(graph, plan, states)
     found: Refined | None = None
     if refinement:
         given = batches or refinement.batches(graph.program)
         assert given is not None
         judged = not network.heads and not hands_out(graph, graph.constraints)
-        found = refined(graph, plan, states, state, given, refinement.steps, judged=judged)
-        plan, module, state = found.plan, found.module, found.module.state_dict()
+        found = refined(planner, given, refinement.steps, judged=judged)
+        plan = found.plan
+        state: State = found.module.state_dict()
+        module: FusedModule | None = found.module
         if found.members is not None:
             states = [states[member] for member in found.members]
+    else:
+        plan = planner.plan(batches)
+        module, state = _built(graph, plan, states)
     if module is None and network.is_exported:
         module = emit_fused(graph, plan, state)
     checks = list(checks)

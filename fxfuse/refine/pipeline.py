@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 
@@ -126,23 +126,34 @@ def resolve_steps(
     return refit, match_
 
 
+class Plans(Protocol):
+    """What plans a fusion, from the inputs that a fit may see."""
+
+    @property
+    def graph(self) -> CouplingGraph:
+        """The analysis of the members."""
+
+    @property
+    def ensemble(self) -> Any:
+        """The members, with their tensors by name as `states`."""
+
+    def plan(self, batches: CalibrationBatches | None) -> FusionPlan:
+        """Plan the fusion; the method may look at these inputs."""
+
+    def outline(self) -> FusionPlan | None:
+        """Plan without a look at any input: sizes and roles; None where that cannot be."""
+
+    def state(self, plan: FusionPlan) -> State:
+        """The fused tensors of a plan, by name."""
+
+
 def refined(
-    graph: CouplingGraph,
-    plan: FusionPlan,
-    states: Sequence[State],
-    state: State,
-    calibration: CalibrationBatches,
-    steps: Steps,
-    *,
-    judged: bool,
+    plans: Plans, calibration: CalibrationBatches, steps: Steps, *, judged: bool
 ) -> Refined:
-    """Refit a fused network, match it to the ensemble, and return the best network on the way.
+    """Fuse, refit, match to the ensemble, and return the best network on the way.
 
     Args:
-        graph: The analysis of the members.
-        plan: The plan of the fusion.
-        states: The members' tensors by name.
-        state: The fused tensors by name.
+        plans: Plans the fusion.
         calibration: The calibration inputs.
         steps: What is to be done.
         judged: Whether there is an ensemble to compare with.
@@ -151,21 +162,16 @@ def refined(
         InputError: An activation is not a number.
         OptionError: The task does not fit the outputs.
     """
-    if not judged or calibration.held_out == 0:
-        return _unjudged(graph, plan, states, state, calibration, steps)
-    return _Way(graph, plan, states, state, calibration, steps).run()
+    if not judged or (calibration.held_out == 0 and calibration.evaluate is None):
+        return _unjudged(plans, calibration, steps)
+    return _Way(plans, calibration, steps).run()
 
 
-def _unjudged(
-    graph: CouplingGraph,
-    plan: FusionPlan,
-    states: Sequence[State],
-    state: State,
-    calibration: CalibrationBatches,
-    steps: Steps,
-) -> Refined:
+def _unjudged(plans: Plans, calibration: CalibrationBatches, steps: Steps) -> Refined:
     """What was asked for, whatever comes of it."""
-    report, match = None, None
+    graph, states = plans.graph, plans.ensemble.states
+    plan = plans.plan(calibration)
+    state, report, match = plans.state(plan), None, None
     if steps.refit is not None:
         state, report = refit_state(
             graph, plan, states, state, calibration, steps.refit, steps.task
@@ -183,51 +189,51 @@ def _unjudged(
     return Refined(plan, start.module, report, match)
 
 
+#: What refit and matching make, in the order in which the judge looks at it. A member that was
+#: matched comes first: what is fitted more has to be better than what is fitted less.
+_KINDS = ("matched", "fitted", "fitted and matched")
+
+
 @dataclass
 class _Made:
-    """Networks that were made on some of the inputs, in the order in which they were made.
+    """Networks that were made on some of the inputs.
 
     Attributes:
         starts: Members, alone and side by side: nothing was fitted.
-        steps: What refit and matching made, by name.
+        best: The one of them that is closest to the ensemble on the inputs that choose.
+        steps: What refit and matching made, by kind.
         refit: What the refit did.
         matched: What each matching did, by the name of what it led to.
-        notes: What came of a step that could not be taken.
-        chosen_by: Of each network, its distance on the inputs that choose.
+        notes: What came of a step that led to nothing.
+        chosen_by: Of each network, what it is worth on the inputs that choose.
         seconds: CPU seconds of each.
     """
 
     starts: list[Start] = field(default_factory=list)
-    steps: list[Start] = field(default_factory=list)
+    best: Start | None = None
+    steps: dict[str, Start] = field(default_factory=dict)
     refit: RefitReport | None = None
     matched: dict[str, MatchReport] = field(default_factory=dict)
     notes: dict[str, str] = field(default_factory=dict)
     chosen_by: dict[str, Measured] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
 
-    def best(self) -> Start | None:
-        """The start that is closest on the inputs that choose."""
-        return min(self.starts, key=lambda s: self.chosen_by[s.name].cost, default=None)
+    def after(self, kind: str) -> Start | None:
+        """The network of a kind, or what there was before where nothing better came of it."""
+        if kind in self.steps:
+            return self.steps[kind]
+        return self.steps.get("fitted") if kind == "fitted and matched" else self.best
 
-    def roles(self) -> dict[str, Start]:
-        """The networks by what they are on the way: the best start has no name of its own."""
-        best = self.best()
-        known = {} if best is None else {best.name: _BEST, f"matched from {best.name}": _MATCHED}
-        return {known.get(s.name, s.name): s for s in (*self.starts, *self.steps)}
+    def cost(self, start: Start) -> float:
+        """What is compared on the inputs that choose; smaller is better."""
+        return self.chosen_by[start.name].cost
 
 
 class _Way:
-    def __init__(
-        self,
-        graph: CouplingGraph,
-        plan: FusionPlan,
-        states: Sequence[State],
-        state: State,
-        calibration: CalibrationBatches,
-        steps: Steps,
-    ) -> None:
-        self.graph, self.plan, self.states, self.state = graph, plan, states, state
+    def __init__(self, plans: Plans, calibration: CalibrationBatches, steps: Steps) -> None:
+        self.plans, self.graph, self.states = plans, plans.graph, plans.ensemble.states
         self.calibration, self.steps = calibration, steps
+        graph, states = self.graph, self.states
         self.members = members_of(graph, states)
         self.task, self.why = (
             infer_task(graph.program) if steps.task is None else (steps.task, "it was given")
@@ -253,19 +259,21 @@ class _Way:
         fitting, choosing, accepting = divided(self.calibration, share)
         apart = fitting.size + choosing.size + accepting.size <= self.calibration.size
         few = self.metric is None and (self.calibration.size < FEW or not apart)
+        judged: dict[str, Measured] = {}
         if few:
             fitting, choosing = self.calibration.split(share)
             parts = folds(self.calibration, _FOLDS)
             self.runs = 1 + len(parts)
-            tried = self._cross_fitted(parts)
+            accept, judged = self._judge(self.calibration), self._cross_fitted(parts)
+        else:
+            accept = self._judge(accepting)
         choose = self._judge(choosing)
         asking = watch.lap()
         made = self._make(fitting, choose)
-        if few:
-            judged = {s.name: tried[role] for role, s in made.roles().items() if role in tried}
-        else:
-            accept = self._judge(accepting)
-            judged = {s.name: accept.measure(s.module) for s in (*made.starts, *made.steps)}
+        for start in made.starts:
+            judged[start.name] = accept.measure(start.module)
+        for kind, start in made.steps.items():
+            judged[start.name] = judged[kind] if few else accept.measure(start.module)
         return self._accepted(made, judged, asking)
 
     def _judge(self, inputs: CalibrationBatches) -> Judge:
@@ -275,116 +283,97 @@ class _Way:
     def _cross_fitted(
         self, parts: Sequence[tuple[CalibrationBatches, CalibrationBatches]]
     ) -> dict[str, Measured]:
-        """What each step is worth on inputs that it has not seen, by making it several times.
+        """What each kind of step is worth on inputs that it has not seen.
 
         Each part of the inputs judges the networks that were made on all others (Stone, 1974,
         "Cross-validatory choice and assessment of statistical predictions"). It is the steps that
         are judged, by their role: another member may be the best one on other inputs.
         """
-        found: dict[str, list[torch.Tensor]] = {}
+        found: dict[str, list[torch.Tensor]] = {kind: [] for kind in _KINDS}
         for others, part in parts:
             fitting, choosing = others.split(self.calibration.held_out)
-            made = self._make(fitting, self._judge(choosing))
-            judge = self._judge(part)
-            each = {role: judge.measure(start.module).each for role, start in made.roles().items()}
-            for role in (_BEST, *_FITTED):
-                # What a matching brought no closer is what it started from.
-                matched = f"matched from {role}"
-                if role in each:
-                    each.setdefault(matched, each[role])
-            for role, far in each.items():
-                found.setdefault(role, []).append(far)
-        return {
-            role: Measured(torch.cat(each))
-            for role, each in found.items()
-            if len(each) == len(parts)
-        }
+            made, judge = self._make(fitting, self._judge(choosing)), self._judge(part)
+            for kind in _KINDS:
+                start = made.after(kind)
+                if start is not None:
+                    found[kind].append(judge.measure(start.module).each)
+        return {kind: Measured(torch.cat(each)) for kind, each in found.items() if each}
 
     def _make(self, fitting: CalibrationBatches, choose: Judge) -> _Made:
         """Make all networks; what is fitted sees `fitting` only."""
         made, watch = _Made(), Stopwatch()
 
-        def add(kind: list[Start], start: Start) -> None:
-            kind.append(start)
+        def measure(start: Start) -> Start:
             made.chosen_by[start.name] = choose.measure(start.module)
             made.seconds[start.name] = watch.lap()
+            return start
 
-        for start in exact_starts(self.graph, self.plan, self.states, choose.asked, choose.task):
-            add(made.starts, start)
-        best = made.best()
+        plan = self.plans.outline() or self.plans.plan(fitting)
+        for start in exact_starts(self.graph, plan, self.states, choose.asked, choose.task):
+            made.starts.append(measure(start))
+        best = made.best = min(made.starts, key=made.cost, default=None)
         fitted = best is None or self.steps.refit is not None
-        name, parts = "fused", 1 + (best is not None and fitted)
-        # A member comes first: what is fitted more has to be better than what is fitted less.
-        if best is not None and self.steps.match is not None:
-            self._match(made, best, fitting, choose, add, parts)
-        state = self.state
-        if self.steps.refit is not None:
-            name = "refitted"
-            state, made.refit = refit_state(
-                self.graph,
-                self.plan,
-                self.states,
-                self.state,
-                fitting,
-                self.steps.refit,
-                self.task,
-            )
+        parts = 1 + (best is not None and fitted)
+        if best is not None:
+            self._match(made, "matched", best, fitting, choose, parts, measure)
         if fitted:
-            start = fused_start(self.graph, self.plan, state, name)
-            add(made.steps, start)
-            if self.steps.match is not None:
-                # A network that is farther off than a member is not worth the steps.
-                far = made.chosen_by[name].cost
-                if best is None or far < made.chosen_by[best.name].cost:
-                    self._match(made, start, fitting, choose, add, parts)
-                else:
-                    made.notes[f"matched from {name}"] = f"left out: {best.name} is closer"
+            start = made.steps["fitted"] = measure(self._fitted(made, fitting))
+            # A network that is farther off than a member is not worth the steps.
+            if best is None or made.cost(start) < made.cost(best):
+                self._match(made, "fitted and matched", start, fitting, choose, parts, measure)
+            elif self.steps.match is not None:
+                made.notes[f"matched from {start.name}"] = f"left out: {best.name} is closer"
         return made
+
+    def _fitted(self, made: _Made, fitting: CalibrationBatches) -> Start:
+        """The fused network, refitted where that is asked for."""
+        plan = self.plans.plan(fitting)
+        state = self.plans.state(plan)
+        if self.steps.refit is None:
+            return fused_start(self.graph, plan, state, "fused")
+        state, made.refit = refit_state(
+            self.graph, plan, self.states, state, fitting, self.steps.refit, self.task
+        )
+        return fused_start(self.graph, plan, state, "refitted")
 
     def _match(
         self,
         made: _Made,
+        kind: str,
         start: Start,
         fitting: CalibrationBatches,
         choose: Judge,
-        add: Callable[[list[Start], Start], None],
         parts: int,
+        measure: Callable[[Start], Start],
     ) -> None:
-        """Match a copy of a network; of a budget in seconds it has one part."""
+        """Match a copy of a network; of a budget in seconds it has one of `parts`."""
         options = self.steps.match
-        assert options is not None
+        if options is None:
+            return
         if options.seconds is not None:
             options = replace(options, seconds=options.seconds / parts / self.runs)
-        trained = replace(
-            start, name=f"matched from {start.name}", module=copy.deepcopy(start.module)
-        )
+        name, module = f"matched from {start.name}", copy.deepcopy(start.module)
         try:
             report = train(
-                trained.module,
-                self.members,
-                fitting,
-                choose,
-                options,
-                progress=self.steps.progress,
+                module, self.members, fitting, choose, options, progress=self.steps.progress
             )
         except (RefineError, OptionError) as error:
-            made.notes[trained.name] = f"left out: {error.what}"
+            made.notes[name] = f"left out: {error.what}"
             return
-        made.matched[trained.name] = report
+        made.matched[name] = report
         if report.kept:
-            add(made.steps, trained)
+            made.steps[kind] = measure(replace(start, name=name, module=module))
         else:
-            made.notes[trained.name] = "sent back: no state on the way was closer"
+            made.notes[name] = "sent back: no state on the way was closer"
 
     def _accepted(self, made: _Made, judged: dict[str, Measured], asking: float) -> Refined:
         """The best start, or the last step that is better than what there was."""
         lines: list[Candidate] = []
-        current = made.best()
+        current = made.best
         for start in made.starts:
-            lines.append(
-                _line(start, made, judged, "the best start" if start is current else "a start")
-            )
-        for start in made.steps:
+            said = "the best start" if start is current else "a start"
+            lines.append(_line(start, made, judged, said))
+        for start in (made.steps[kind] for kind in _KINDS if kind in made.steps):
             if current is None:
                 current = start
                 lines.append(_line(start, made, judged, "the only start at this size"))
@@ -416,7 +405,7 @@ class _Way:
             next(iter(judged.values())).each.numel(),
         )
         origin = current.name.removeprefix("matched from ")
-        plan = replace(current.plan, options={**self.plan.options, "start": origin})
+        plan = replace(current.plan, options={**current.plan.options, "start": origin})
         match = made.matched.get(current.name) or next(iter(made.matched.values()), None)
         return Refined(plan, current.module, made.refit, match, history, current.members)
 
