@@ -71,7 +71,7 @@ class History(Readable):
     @property
     def starts(self) -> tuple[Candidate, ...]:
         """The candidates for which nothing was fitted."""
-        return tuple(c for c in self.candidates if not c.against)
+        return tuple(c for c in self.candidates if not c.against and not math.isnan(c.judged))
 
     def described(self) -> Description:
         """The candidates, the one that was chosen, and what the task was taken for."""

@@ -300,8 +300,11 @@ def divided(
 ) -> tuple[CalibrationBatches, CalibrationBatches, CalibrationBatches]:
     """The inputs that fit, those that choose, and those that accept: two halves of `share`.
 
-    The parts have no input in common. With a seed they are drawn in a random order.
+    The parts have no input in common; with a share of 0 each is the whole. With a seed they are
+    drawn in a random order.
     """
+    if share == 0:
+        return calibration, calibration, calibration
     if seed is not None:
         calibration = calibration.shuffled(seed)
     fitting, rest = calibration.split(share)
