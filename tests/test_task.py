@@ -274,7 +274,7 @@ def test_masked_positions_count_nowhere_on_the_way():
     example = {name: x[:4] for name, x in given.items()}
     result = fxfuse.fuse(members, example, calibration=given, refine=[Refit(), Match(steps=30)])
     assert result.history is not None
-    assert result.history.task.startswith("NextToken(")
+    assert result.history.task.startswith("NextToken()")
     chosen = result.history[result.history.chosen]
     assert chosen.judged <= min(c.judged for c in result.history.starts)
     padded = {"ids": torch.where(mask == 0, 8 - ids, ids), "attention_mask": mask}
@@ -389,13 +389,17 @@ class Net(nn.Module):
 
 
 ENDS: dict[str, tuple[Callable[[torch.Tensor], Any], Any, str]] = {
-    "logits": (lambda x: x, None, "Classification(dim=1, outputs='logits'"),
+    "logits": (lambda x: x, None, "Classification()"),
     "vote": (lambda x: x, Classification(combine_by="vote"), "combine_by='vote'"),
     "weights": (lambda x: x, Classification(weights=(1.0, 2.0)), "weights=(1.0, 2.0)"),
-    "dense": (lambda x: x.unflatten(1, (3, 2)).softmax(1), None, "outputs='probabilities'"),
-    "labels": (torch.sigmoid, None, "MultiLabel(outputs='probabilities'"),
-    "values": (torch.tanh, None, "Regression("),
-    "vectors": (lambda x: functional.normalize(x, dim=1), None, "Embedding(dim=1"),
+    "dense": (
+        lambda x: x.unflatten(1, (3, 2)).softmax(1),
+        None,
+        "Classification(outputs='probabilities')",
+    ),
+    "labels": (torch.sigmoid, None, "MultiLabel(outputs='probabilities')"),
+    "values": (torch.tanh, None, "Regression()"),
+    "vectors": (lambda x: functional.normalize(x, dim=1), None, "Embedding(dim=1)"),
     "own": (
         lambda x: x,
         Custom(lambda answers: sum(answers) / len(answers), lambda a, b: (a - b).square().mean(1)),
@@ -404,9 +408,9 @@ ENDS: dict[str, tuple[Callable[[torch.Tensor], Any], Any, str]] = {
     "several": (
         lambda x: {"scores": x[:, :4], "box": x[:, 4:], "noise": 1e3 * x.sin()},
         {"scores": Classification(), "box": Regression(), "noise": None},
-        "'scores': Classification(",
+        "{'scores': Classification(), 'box': Regression()}",
     ),
-    "a tuple": (lambda x: (x[:, :3], x[:, 3:]), {"1": Classification()}, "'1': Classification("),
+    "a tuple": (lambda x: (x[:, :3], x[:, 3:]), {"1": Classification()}, "{'1': Classification()}"),
 }
 
 

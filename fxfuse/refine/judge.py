@@ -258,7 +258,7 @@ def check_task(task: Task, members: Sequence[nn.Module], calibration: Calibratio
     if far.shape != (count,):
         raise RefineError(
             f"the distance of {count} inputs is {list(far.shape)}",
-            where=f"task={task!r}",
+            where=f"task={task}",
             how="make dimension 0 of the output the batch",
         )
     for labels in calibration.labels:
@@ -268,7 +268,7 @@ def check_task(task: Task, members: Sequence[nn.Module], calibration: Calibratio
             raise InputError(
                 "there is no use for labels",
                 where="labels of the calibration inputs",
-                why=f"{task!r} has no loss on labels",
+                why=f"{task} has no loss on labels",
                 how="pass the inputs alone, or Calibration(inputs, evaluate=...) with your own "
                 "metric, or task=fxfuse.Classification(...) if they are class numbers",
             )

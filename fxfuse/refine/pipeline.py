@@ -402,7 +402,7 @@ class _Way:
             tuple(lines),
             current.name,
             self._unit(),
-            repr(self.task),
+            str(self.task),
             self.why,
             asking,
             next(iter(judged.values())).each.numel(),
