@@ -445,7 +445,7 @@ def test_the_way_of_values():
 
     members, x = [Values() for _ in range(2)], torch.randn(200, 5, 4)
     result = fxfuse.fuse(members, x[:3], calibration=x, refine=[Refit(), Match(steps=10)])
-    assert result.history.task.startswith("Regression(")
+    assert result.history.task == "Regression()"
     assert result.history.unit == "share of the variance"
     assert distance(result.module, members, torch.randn(50, 5, 4)) < 0.2
 

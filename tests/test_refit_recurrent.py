@@ -166,10 +166,11 @@ def test_obs_sees_what_recurrent_layers_read():
         net.rnn.weight_ih_l0[:, 3] *= 5
         net.head.weight[:, 4] = 0
         net.rnn.weight_hh_l0[:, 4] *= 10
-    told: dict[str, Any] = {"calibration": x, "width": 0.3, "verify": False, "mixing": "joint"}
+    told: dict[str, Any] = {"width": 0.3, "verify": False, "mixing": "joint"}
     kept = {}
     for score in ("l2", "obs"):
-        plan = fxfuse.fuse(networks, x[:4], **flat(score=score, **told)).plan
+        looked_at = {"calibration": x} if score == "obs" else {}
+        plan = fxfuse.fuse(networks, x[:4], **flat(score=score, **looked_at, **told)).plan
         kept[score] = {m.group.split(".")[0]: m.units().tolist() for m in plan.maps}
     assert [1, 3] in kept["l2"]["embed"]
     assert [1, 3] not in kept["obs"]["embed"]

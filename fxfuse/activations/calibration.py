@@ -44,8 +44,8 @@ class Calibration(Options):
             and signals, shifted by up to a position, and half of them mixed in pairs. None: one of
             each, where there are fewer than 1,000 of such inputs; of all others none.
         held_out: Share of the inputs that no fit sees: one half of them chooses between networks,
-            the other accepts what was chosen only if it is better than what there was. 0: nothing
-            is judged, and whatever was asked for is done.
+            the other accepts what was chosen only if it is better than what there was. 0: all fit,
+            and without `evaluate` nothing is judged: whatever was asked for is done.
         evaluate: Your own metric, which judges instead: a function from a network in eval mode to a
             number, higher is better, on data of its own that nothing else sees.
     """
@@ -70,12 +70,6 @@ class Calibration(Options):
                 f"held_out must be at least 0 and below 1, got {self.held_out}",
                 why="it is the share of the inputs that judge, and some have to be left to fit",
                 how="leave it out, or pass a share such as 0.3",
-            )
-        if self.evaluate is not None and self.held_out == 0:
-            raise OptionError(
-                "evaluate and held_out=0 contradict each other",
-                why="evaluate judges, and with held_out=0 nothing is judged",
-                how="leave one of them out",
             )
 
     @staticmethod

@@ -237,7 +237,7 @@ class Planner:
         None where the method itself needs activations.
         """
         method = self.method
-        if isinstance(method, Transplant):
+        if isinstance(method, Transplant) and method.variant != "components":
             return self._planned(replace(method, score="l2"), None)
         try:
             return self._planned(method, None)

@@ -71,7 +71,7 @@ class History(Readable):
     @property
     def starts(self) -> tuple[Candidate, ...]:
         """The candidates for which nothing was fitted."""
-        return tuple(c for c in self.candidates if not c.against)
+        return tuple(c for c in self.candidates if not c.against and not math.isnan(c.judged))
 
     def table(self) -> dict[str, list[str]]:
         """Return a column for each heading, with a line for each candidate."""
@@ -87,7 +87,7 @@ class History(Readable):
 
     def described(self) -> Description:
         """The candidates, the one that was chosen, and what the task was taken for."""
-        rows: dict[str, Any] = {c.name: _told(c) for c in self.candidates[:6]}
+        rows: dict[str, Any] = {c.name: _told(c) for c in self._most_telling(6)}
         if len(self.candidates) > len(rows):
             rows["and"] = f"{len(self.candidates) - len(rows)} more in history.candidates"
         rows["task"] = f"{self.task}: {self.why}; task= says otherwise"
@@ -96,6 +96,16 @@ class History(Readable):
             f"({self.unit})",
             rows,
         )
+
+    def _most_telling(self, count: int) -> list[Candidate]:
+        """The one that was chosen, what was fitted, and the best starts, in their order."""
+
+        def rank(c: Candidate) -> tuple[bool, bool, bool, float]:
+            known = not math.isnan(c.judged)
+            return c.name != self.chosen, not c.against, not known, c.judged if known else 0.0
+
+        chosen = sorted(self.candidates, key=rank)[:count]
+        return [c for c in self.candidates if c in chosen]
 
     def as_json(self) -> Mapping[str, Any]:
         """Plain data; what was not measured is None."""

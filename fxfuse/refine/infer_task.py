@@ -11,6 +11,7 @@ from torch import fx
 from fxfuse.errors import OptionError
 from fxfuse.graph.capture import Program
 from fxfuse.graph.operator_facts import FACTS, Contraction
+from fxfuse.graph.torch_compat import output_spec, pytree
 from fxfuse.refine.task import (
     Classification,
     Embedding,
@@ -110,7 +111,8 @@ def _main_output(program: Program) -> fx.Node:
 
 def _named(program: Program) -> Mapping[str, Any]:
     """Outputs by key or field, where the network returns a mapping or an object."""
-    (result,) = (node.args[0] for node in program.graph.nodes if node.op == "output")
+    spec = output_spec(program.graph)
+    result = None if spec is None else pytree.tree_unflatten(list(program.outputs()), spec)
     if isinstance(result, Mapping):
         return {str(name): value for name, value in result.items()}
     fields = getattr(result, "__dict__", None) or getattr(result, "_asdict", dict)()

@@ -258,7 +258,7 @@ def check_task(task: Task, members: Sequence[nn.Module], calibration: Calibratio
     if far.shape != (count,):
         raise RefineError(
             f"the distance of {count} inputs is {list(far.shape)}",
-            where=f"task={task!r}",
+            where=f"task={task}",
             how="make dimension 0 of the output the batch",
         )
     for labels in calibration.labels:
@@ -268,7 +268,7 @@ def check_task(task: Task, members: Sequence[nn.Module], calibration: Calibratio
             raise InputError(
                 "there is no use for labels",
                 where="labels of the calibration inputs",
-                why=f"{task!r} has no loss on labels",
+                why=f"{task} has no loss on labels",
                 how="pass the inputs alone, or Calibration(inputs, evaluate=...) with your own "
                 "metric, or task=fxfuse.Classification(...) if they are class numbers",
             )
@@ -300,8 +300,11 @@ def divided(
 ) -> tuple[CalibrationBatches, CalibrationBatches, CalibrationBatches]:
     """The inputs that fit, those that choose, and those that accept: two halves of `share`.
 
-    The parts have no input in common. With a seed they are drawn in a random order.
+    The parts have no input in common; with a share of 0 each is the whole. With a seed they are
+    drawn in a random order.
     """
+    if share == 0:
+        return calibration, calibration, calibration
     if seed is not None:
         calibration = calibration.shuffled(seed)
     fitting, rest = calibration.split(share)

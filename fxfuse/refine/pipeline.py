@@ -261,7 +261,8 @@ class _Way:
             fitting, choosing = self.calibration.split(share)
             parts = folds(self.calibration, _FOLDS)
             self.runs = 1 + len(parts)
-            accept, judged = self._judge(self.calibration), self._cross_fitted(parts)
+            accept = self._judge(self.calibration)
+            judged = self._cross_fitted(parts, accept.task)
         else:
             accept = self._judge(accepting)
         choose = self._judge(choosing)
@@ -278,18 +279,20 @@ class _Way:
         return Judge(scaled(self.task, asked), asked, self.metric)
 
     def _cross_fitted(
-        self, parts: Sequence[tuple[CalibrationBatches, CalibrationBatches]]
+        self, parts: Sequence[tuple[CalibrationBatches, CalibrationBatches]], task: Task
     ) -> dict[str, Measured]:
         """What each kind of step is worth on inputs that it has not seen.
 
         Each part of the inputs judges the networks that were made on all others (Stone, 1974,
         "Cross-validatory choice and assessment of statistical predictions"). It is the steps that
-        are judged, by their role: another member may be the best one on other inputs.
+        are judged, by their role: another member may be the best one on other inputs. `task` is
+        that of all inputs, so that distances on the parts have one scale.
         """
         found: dict[str, list[torch.Tensor]] = {kind: [] for kind in _KINDS}
         for others, part in parts:
             fitting, choosing = others.split(self.calibration.held_out)
-            made, judge = self._make(fitting, self._judge(choosing)), self._judge(part)
+            made = self._make(fitting, self._judge(choosing))
+            judge = Judge(task, ask_members(task, self.members, part), self.metric)
             for kind in _KINDS:
                 start = made.after(kind)
                 if start is not None:
@@ -396,7 +399,7 @@ class _Way:
             tuple(lines),
             current.name,
             self._unit(),
-            repr(self.task),
+            str(self.task),
             self.why,
             asking,
             next(iter(judged.values())).each.numel(),

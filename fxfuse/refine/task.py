@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from fxfuse.common.options import Options
+from fxfuse.common.options import Options, fields_of
 from fxfuse.errors import InputError, MemberError, OptionError
 
 #: What a network answers, as a task reads it: a tensor [n, *], or several by name.
@@ -46,6 +46,12 @@ class Task(Options, ABC):
         weights: Sequence[float] | None = getattr(self, "weights", None)
         if weights is not None:
             object.__setattr__(self, "weights", tuple(weights))
+
+    def __str__(self) -> str:
+        """The task as it is written, without what is at its default."""
+        fields = ((f.name, getattr(self, f.name), f.default) for f in fields_of(type(self)))
+        given = ", ".join(f"{name}={value!r}" for name, value, usual in fields if value != usual)
+        return f"{type(self).__name__}({given})"
 
     @abstractmethod
     def combine(self, answers: Sequence[Answer]) -> Answer:
@@ -98,7 +104,7 @@ class Task(Options, ABC):
         """Return the error for an output that this task does not describe."""
         return OptionError(
             f"{type(self).__name__} does not fit an output {list(answer.shape)} of {answer.dtype}",
-            where=f"task={self!r}",
+            where=f"task={self}",
             why=why,
             how="pass the task of the output: fxfuse.Classification(dim=...), MultiLabel(), "
             "Regression(), Embedding(), or a mapping from names of outputs to tasks",
@@ -468,6 +474,10 @@ class Outputs(Task):
     _scale: Mapping[str, float] | None = field(default=None, init=False, repr=False, compare=False)
 
     unit: ClassVar[str] = "relative to a member's distance"
+
+    def __str__(self) -> str:
+        """The tasks by name."""
+        return "{" + ", ".join(f"{name!r}: {task}" for name, task in self.tasks.items()) + "}"
 
     def read(self, output: Any) -> dict[str, Answer]:
         """Return the outputs that count, by name."""
