@@ -3,7 +3,8 @@
 A field becomes a flag of its name, behind its group's prefix where the name alone would be unclear
 or taken. The help is what its class's docstring says. A flag that is not given is not passed on, so
 defaults are those of the class. Fields that hold inputs or a function cannot be typed and have no
-flag: calibration inputs are `--calibration DATA`, and `Match.augment` is for Python only.
+flag: calibration inputs are `--calibration DATA`, and `Calibration.evaluate` is for Python only. So
+are tasks made of functions or of other tasks.
 
 The recipe's schema (`fxfuse.cli.recipe.schema`) is made from the same table.
 """

@@ -32,8 +32,8 @@ class Form:
 
 def form_of(kind: Any) -> Form | None:
     """Return the form of a type; None for inputs (`Any`) and functions, which cannot be typed."""
-    parts = [part for part in alternatives(kind) if part is not NoneType]
-    if any(part is Any or get_origin(part) is Callable for part in parts):
+    parts = [p for p in alternatives(kind) if p is not NoneType and get_origin(p) is not Callable]
+    if not parts or Any in parts:
         return None
     words = [str(word) for part in parts if get_origin(part) is Literal for word in get_args(part)]
     others = tuple(part for part in parts if get_origin(part) is not Literal)

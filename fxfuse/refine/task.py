@@ -40,6 +40,13 @@ class Task(Options, ABC):
     #: The unit of the distance.
     unit: ClassVar[str] = ""
 
+    def __post_init__(self) -> None:
+        """Check the values; weights may be any sequence."""
+        super().__post_init__()
+        weights: Sequence[float] | None = getattr(self, "weights", None)
+        if weights is not None:
+            object.__setattr__(self, "weights", tuple(weights))
+
     @abstractmethod
     def combine(self, answers: Sequence[Answer]) -> Answer:
         """Return what the ensemble answers, from what its members answer, `[n, *]` each."""
@@ -182,14 +189,14 @@ class Classification(Task):
         if tuple(labels.shape) != shape or not whole:
             raise InputError(
                 f"the labels do not fit: {list(labels.shape)} of {labels.dtype}",
-                where="labels of the calibration inputs",
+                where="labels",
                 why=f"the outputs are {list(answer.shape)}, with classes along {self.dim}",
                 how=f"pass class numbers {list(shape)}, or leave the labels out",
             )
         if int(labels.min()) < 0 or int(labels.max()) >= logs.shape[self.dim]:
             raise InputError(
                 f"a label lies outside 0 to {logs.shape[self.dim] - 1}",
-                where="labels of the calibration inputs",
+                where="labels",
                 how="number the classes from 0, as the network's outputs are",
             )
         return per_input(-logs.gather(self.dim, labels.unsqueeze(self.dim)).squeeze(self.dim))

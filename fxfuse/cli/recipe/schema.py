@@ -83,7 +83,8 @@ def _in_yaml(kind: Any, *, listed: int = 0) -> Any:
     """Return the type of an option's value in YAML, which has lists and no tuples."""
     origin, arguments = get_origin(kind), get_args(kind)
     if len(alternatives(kind)) > 1:
-        return reduce(or_, (_in_yaml(each, listed=listed) for each in alternatives(kind)))
+        typed = [each for each in alternatives(kind) if get_origin(each) is not Callable]
+        return reduce(or_, (_in_yaml(each, listed=listed) for each in typed))
     if origin is tuple:
         return list[_in_yaml(arguments[0], listed=listed + 1)]  # type: ignore[misc]
     if origin is Mapping:
