@@ -307,12 +307,13 @@ def test_fuse_with_calibration_inputs(work):
     result = invoke(*arguments, "--out", "whole", "--match-steps", "3", "--json")
     assert result.exit_code == 0, result.output
     content = json.loads(result.stdout)
-    assert set(content["choice"]["divergence"]) == {"fused", "member 0", "member 1"}
+    named = {candidate["name"] for candidate in content["history"]["candidates"]}
+    assert named >= {"member 0", "refitted"}
     assert not content["raw"]
     plan = fxfuse.FusionPlan.from_json((work / "whole" / "plan.json").read_text())
     assert plan.options["score"] == "obs"
     summary = (work / "whole" / "summary.md").read_text()
-    assert "Matched to the ensemble" in summary
+    assert "is handed over" in summary
     assert "raw transplant" not in summary
     values = ("--score", "l1", "--refine", "refit", "--task", "regression")
     result = invoke(*arguments, "--out", "values", *values)

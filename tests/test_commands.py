@@ -76,9 +76,9 @@ def refused(*arguments: object) -> str:
 
 
 def distance(folder: str) -> float:
-    """KL from the ensemble, as `compare` says it."""
+    """Distance from the ensemble, as `compare` says it."""
     rows = json.loads(done("compare", folder, "--data", "data.npz", "--json").stdout)
-    return float(rows[-1]["divergence"])
+    return float(rows[-1]["distance"])
 
 
 def test_run_makes_a_result_again(work: Path) -> None:
@@ -123,11 +123,21 @@ def test_labels_train_too(work: Path) -> None:
 
 def test_compare_says_what_networks_answer(work: Path) -> None:
     done("stack", "a.pt", "b.pt", *MODEL, "--out", "stacked")
-    result = done("compare", "fused", "stacked", "--data", "data.npz", "--json", "--no-latency")
+    # The stack is the mean of logits.
+    task = ("--task", "classification", "--task-combine-by", "logits")
+    asked = ("compare", "fused", "stacked", "--data", "data.npz", "--json", "--no-latency")
+    result = done(*asked, *task)
     rows = {row["name"]: row for row in json.loads(result.stdout)}
     assert list(rows) == ["member 0", "member 1", "ensemble of 2", "fused", "stacked"]
     assert rows["stacked"]["agreement"] == 100
-    assert rows["stacked"]["divergence"] < 1e-6
+    assert rows["stacked"]["distance"] < 1e-6
+    assert rows["stacked"]["unit"] == "KL in nats"
+    both = {"accuracy", "agreement", "distance", "nll", "brier", "ece", "equivalent"}
+    assert set(rows["fused"]["intervals"]) == both
+    for name, (low, high) in rows["fused"]["intervals"].items():
+        assert low <= rows["fused"][name] <= high or name == "ece"
+    rows = {row["name"]: row for row in json.loads(done(*asked).stdout)}
+    assert rows["stacked"]["distance"] > 1e-6
     assert rows["fused"]["parameters"] == rows["member 0"]["parameters"]
     assert rows["fused"]["milliseconds"] is None
     with np.load("data.npz") as data:
@@ -170,7 +180,7 @@ def test_report_on_what_was_written(work: Path) -> None:
     done("report", "matched", "--out", "page.html", "--data", "data.npz")
     # The weights are those of the folder, not those that the plan alone would give.
     rows = json.loads(done("compare", "matched", "--data", "data.npz", "--json").stdout)
-    assert f"{rows[-1]['divergence']:.4f}" in (work / "page.html").read_text()
+    assert f"{rows[-1]['distance']:.4f}" in (work / "page.html").read_text()
     (work / "fused" / "plan.json").unlink()
     assert "no plan" in refused("report", "fused")
 

@@ -16,6 +16,7 @@ import fxfuse
 from fxfuse import Calibration, Constraints, Custom, Heads, Match, Refit, Size, Transplant
 from fxfuse.cli.app import app
 from fxfuse.cli.commands.analyze import analyze
+from fxfuse.cli.commands.compare import compare
 from fxfuse.cli.commands.distill import distill
 from fxfuse.cli.commands.explain import explain
 from fxfuse.cli.commands.fuse import fuse
@@ -167,6 +168,7 @@ def test_no_flag_is_there_twice() -> None:
         prune: set(GROUPS) - {TRAINING, HEADS},
         refit: {g for g in GROUPS if g.name in ("calibration", "task", "refit", "match")},
         distill: {TRAINING},
+        compare: {TASK},
         **{command: {CONSTRAINTS} for command in (analyze, explain, verify)},
     }
     for command, groups in commands.items():

@@ -146,7 +146,7 @@ def test_what_was_measured_is_in_the_summary(work: Path) -> None:
     assert names == ["member 0", "member 1", "ensemble of 2", "fused"]
     ensemble = outcome.networks[2]
     assert ensemble.agreement == 100
-    assert ensemble.divergence == 0
+    assert ensemble.distance == 0
     with np.load(work / "data.npz") as data:
         answers = outcome.result.module(torch.from_numpy(data["inputs"])).argmax(1).numpy()
         expected = 100 * float((answers == data["labels"]).mean())

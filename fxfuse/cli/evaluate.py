@@ -11,10 +11,14 @@ from torch import Tensor, nn
 from fxfuse.cli.report.content import Network
 from fxfuse.cli.sources import Data
 from fxfuse.errors import InputError
+from fxfuse.graph.capture import Program
 from fxfuse.graph.eager import eval_mode
 from fxfuse.graph.example import first_line
 from fxfuse.graph.torch_compat import pytree
-from fxfuse.refine.batch import logits_of
+from fxfuse.refine.infer_task import infer_task, task_of_answer
+from fxfuse.refine.judge import joined
+from fxfuse.refine.quality import Estimate, qualities
+from fxfuse.refine.task import Answer, Task, main_output
 from fxfuse.runtime.measure import flops, milliseconds, parameters
 
 #: Inputs per call, and seconds of repetition for a latency.
@@ -22,34 +26,54 @@ _BATCH, RUN_TIME = 128, 0.3
 
 
 class Ensemble(nn.Module):
-    """The mean of the members' outputs, one member after the other.
+    """What an ensemble answers, one member after the other.
 
     Args:
         members: Networks whose outputs have one shape.
+        task: What the outputs mean, and so how they are combined. None: the mean of the outputs.
     """
 
-    def __init__(self, members: Sequence[nn.Module]) -> None:
+    def __init__(self, members: Sequence[nn.Module], task: Task | None = None) -> None:
         super().__init__()
-        self.members = nn.ModuleList(members)
+        self.members, self.task = nn.ModuleList(members), task
 
-    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
-        """Return the mean of the (first) outputs."""
-        return torch.stack([logits_of(m(*args, **kwargs)) for m in self.members]).mean(0)
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Return what the task makes of the members' outputs, or their mean."""
+        outputs = [member(*args, **kwargs) for member in self.members]
+        if self.task is None:
+            return torch.stack([main_output(output) for output in outputs]).mean(0)
+        return self.task.combine([self.task.read(output) for output in outputs])
 
 
-def evaluate(
+def find_task(given: Task | None, program: Program) -> Task:
+    """Return the task that was given, or else what the members' graph says."""
+    if given is not None:
+        return given
+    if program.is_exported:
+        return infer_task(program)[0]
+    args, kwargs = program.example_inputs
+    assert program.source is not None
+    with torch.no_grad(), eval_mode(program.source):
+        return task_of_answer(program.source(*args, **kwargs))
+
+
+def beside_members(
     networks: Mapping[str, nn.Module],
-    ensemble: nn.Module | None,
+    members: Sequence[nn.Module],
+    task: Task | None,
     data: Data | None,
     example: tuple[Any, ...],
     *,
     latency: bool = True,
 ) -> tuple[Network, ...]:
-    """Measure networks on the same data.
+    """Measure the members, their ensemble and networks on the same data.
+
+    One member alone has no ensemble, and networks are measured against itself.
 
     Args:
         networks: Networks by name.
-        ensemble: What agreement and divergence are measured against; None: neither is.
+        members: The members.
+        task: What the outputs mean; needed with data.
         data: Examples, with labels for accuracies; None: only sizes and latency are measured.
         example: Inputs for FLOPs and latency.
         latency: Whether to measure latency.
@@ -58,53 +82,41 @@ def evaluate(
         A row for each network.
 
     Raises:
-        InputError: A network does not take the data.
+        InputError: A network does not take the data, or the labels do not fit.
+        OptionError: The task does not fit what the members answer.
     """
-    wanted = None if data is None or ensemble is None else answers(ensemble, data)
-    rows = []
-    for name, network in networks.items():
-        found = wanted if network is ensemble else None if data is None else answers(network, data)
+    own = {f"member {i}": member for i, member in enumerate(members)}
+    whole = {f"ensemble of {len(members)}": Ensemble(members, task)} if len(members) > 1 else {}
+    rows: dict[str, nn.Module] = {**own, **whole, **networks}
+    found: dict[str, dict[str, Estimate]] = {}
+    if data is not None and task is not None:
+        said = {name: answers(rows[name], task, data) for name in (*own, *networks)}
+        _check(task, [said[name] for name in own])
+        found = qualities(
+            task, said, [said[name] for name in own], data.labels, ensemble="".join(whole)
+        )
+    measured = []
+    for name, network in rows.items():
         with eval_mode(network):
             operations = flops(network, example)
             took = milliseconds(network, example, RUN_TIME) if latency else None
-        rows.append(
+        each = found.get(name, {})
+        measured.append(
             Network(
                 name,
                 parameters(network),
                 operations,
-                accuracy(found, None if data is None else data.labels),
-                agreement(found, wanted),
-                divergence(found, wanted),
-                took,
+                milliseconds=took,
+                unit=task.unit if task is not None and "distance" in each else "",
+                intervals={measure: (e.low, e.high) for measure, e in each.items()},
+                **{measure: e.value for measure, e in each.items()},
             )
         )
-    return tuple(rows)
+    return tuple(measured)
 
 
-def beside_members(
-    networks: Mapping[str, nn.Module],
-    members: Sequence[nn.Module],
-    data: Data | None,
-    example: tuple[Any, ...],
-    *,
-    latency: bool = True,
-) -> tuple[Network, ...]:
-    """As `evaluate`, with rows of the members and of their ensemble before those of the networks.
-
-    One member alone has no ensemble, and networks are measured against itself.
-
-    Raises:
-        InputError: A network does not take the data.
-    """
-    ensemble = Ensemble(members)
-    rows: dict[str, nn.Module] = {f"member {i}": member for i, member in enumerate(members)}
-    if len(members) > 1:
-        rows[f"ensemble of {len(members)}"] = ensemble
-    return evaluate({**rows, **networks}, ensemble, data, example, latency=latency)
-
-
-def answers(network: nn.Module, data: Data) -> Tensor:
-    """Return the outputs of a network in eval mode, float32 [n, *], on the CPU.
+def answers(network: nn.Module, task: Task, data: Data) -> Answer:
+    """Return what a network in eval mode answers, float32 [n, *], on the CPU.
 
     Raises:
         InputError: It does not take the data.
@@ -118,7 +130,7 @@ def answers(network: nn.Module, data: Data) -> Tensor:
                 _like(x[start : start + _BATCH], parameter).to(device) for x in data.inputs
             )
             try:
-                found.append(logits_of(network(*batch)).float().cpu())
+                answer = task.read(network(*batch))
             # The network may reject them with anything.
             except Exception as error:
                 raise InputError(
@@ -127,37 +139,26 @@ def answers(network: nn.Module, data: Data) -> Tensor:
                     why=first_line(error),
                     how="pass examples of the shape and dtype that it was trained on",
                 ) from error
-    return torch.cat(found)
+            found.append(pytree.tree_map_only(Tensor, lambda x: x.float().cpu(), answer))
+    return joined(found)
+
+
+def _check(task: Task, said: Sequence[Answer]) -> None:
+    """Check that there is an ensemble of what the members answer."""
+    shapes = {tuple(x.shape) for x in said if isinstance(x, Tensor)}
+    if len(shapes) > 1:
+        raise InputError(
+            "the members have no ensemble",
+            where=f"outputs {', '.join(map(str, sorted(shapes)))}",
+            why="networks are compared with it, and outputs of different shapes cannot be combined",
+            how="leave the data out, and measure each head on its own labels",
+        )
+    for answer in said:
+        task.check(answer)
 
 
 def _like(x: Tensor, parameter: Tensor | None) -> Tensor:
     return x.to(parameter.dtype) if parameter is not None and x.is_floating_point() else x
-
-
-def accuracy(found: Tensor | None, labels: Tensor | None) -> float | None:
-    """Share of class logits [n, k] whose largest is the label's [n], in percent; else None."""
-    if found is None or labels is None or found.dim() != 2 or found.shape[1] < 2:
-        return None
-    return 100 * float((found.argmax(1) == labels).double().mean())
-
-
-def agreement(found: Tensor | None, wanted: Tensor | None) -> float | None:
-    """Share of class logits [n, k] that name the class which others name, in percent; else None."""
-    if found is None or wanted is None or not _comparable(found, wanted):
-        return None
-    return 100 * float((found.argmax(1) == wanted.argmax(1)).double().mean())
-
-
-def divergence(found: Tensor | None, wanted: Tensor | None) -> float | None:
-    """KL(wanted ‖ found) of class logits [n, k], mean over inputs, in nats; else None."""
-    if found is None or wanted is None or not _comparable(found, wanted):
-        return None
-    target, log = wanted.double().log_softmax(1), found.double().log_softmax(1)
-    return max(float((target.exp() * (target - log)).sum(1).mean()), 0.0)
-
-
-def _comparable(found: Tensor, wanted: Tensor) -> bool:
-    return found.dim() == 2 and found.shape[1] > 1 and found.shape == wanted.shape
 
 
 def repeated(example: tuple[Any, ...], batch: int) -> tuple[Any, ...]:

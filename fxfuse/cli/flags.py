@@ -213,8 +213,9 @@ class Given:
         return {"name": name, **found} if chosen else found
 
     def make(self, group: Group) -> Any:
-        """Make the object of a group of one class."""
-        return group.kind_of(None)(**self.options(group))
+        """Make the object of a group."""
+        options = self.options(group)
+        return group.kind_of(options.pop("name", None))(**options)
 
     def recipe(self, **defaults: Any) -> dict[str, Any]:
         """Return what was given, as the part `fuse` of a recipe; `defaults` fill the rest."""

@@ -11,7 +11,7 @@ from typing import Any
 from rich.table import Table
 
 from fxfuse.cli.recipe import Outcome, Recipe, run
-from fxfuse.cli.report import Network
+from fxfuse.cli.report.content import Network, measures
 from fxfuse.cli.show import checks_json, checks_table, out, print_json, table, working
 
 _MILLION = 1e6
@@ -52,7 +52,10 @@ def _show(outcome: Outcome, folder: Path, *, json: bool) -> None:
     if result.refit:
         out.print(f"refit: {result.refit}", markup=False)
     if result.history:
-        out.print(str(result.history), markup=False)
+        columns = result.history.table()
+        rows = zip(*columns.values(), strict=True)
+        out.print(table(result.history.described()[0], tuple(columns), tuple(rows)))
+        out.print(f"task: {result.history.task}, {result.history.why}", markup=False)
     if outcome.trained:
         out.print(outcome.trained, markup=False)
     for name, why in plan.kept_sizes.items():
@@ -70,9 +73,7 @@ def networks_table(networks: Sequence[Network]) -> Table:
     """Put networks beside each other; a column in which nothing was measured is left out."""
     columns: dict[str, list[Any]] = {
         "network": [n.name for n in networks],
-        "accuracy, %": [_cell(n.accuracy, 2) for n in networks],
-        "agrees with the ensemble, %": [_cell(n.agreement, 2) for n in networks],
-        "KL, nats": [_cell(n.divergence, 4) for n in networks],
+        **measures(networks),
         "parameters": [f"{n.parameters:,}" for n in networks],
         "MFLOPs": [_cell(n.flops, 3, 1 / _MILLION) for n in networks],
         "latency, ms": [_cell(n.milliseconds, 3) for n in networks],

@@ -73,6 +73,18 @@ class History(Readable):
         """The candidates for which nothing was fitted."""
         return tuple(c for c in self.candidates if not c.against)
 
+    def table(self) -> dict[str, list[str]]:
+        """Return a column for each heading, with a line for each candidate."""
+        cs = self.candidates
+        return {
+            "network": [c.name for c in cs],
+            self.unit: [_number(c.judged) for c in cs],
+            "closer than": [c.against or "–" for c in cs],
+            "by": [_gain(c) for c in cs],
+            "CPU s": [f"{c.seconds:.1f}" for c in cs],
+            "verdict": [c.verdict for c in cs],
+        }
+
     def described(self) -> Description:
         """The candidates, the one that was chosen, and what the task was taken for."""
         rows: dict[str, Any] = {c.name: _told(c) for c in self.candidates[:6]}
@@ -99,10 +111,18 @@ class History(Readable):
         }
 
 
+def _number(value: float) -> str:
+    return f"{value:.3g}" if math.isfinite(value) else "–"
+
+
+def _gain(c: Candidate) -> str:
+    return f"{c.gain:+.2g} [{c.low:.2g}, {c.high:.2g}]" if math.isfinite(c.low) else "–"
+
+
 def _told(c: Candidate) -> str:
     if math.isnan(c.judged):
         return c.verdict
     text = f"{c.judged:.3g}, {c.verdict}"
     if c.against and math.isfinite(c.low):
-        text += f" ({c.gain:+.2g} [{c.low:.2g}, {c.high:.2g}] closer than {c.against})"
+        text += f" ({_gain(c)} closer than {c.against})"
     return f"{text}, {c.seconds:.1f} s"

@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from fxfuse.cli.flags import TASK, Given, takes
 from fxfuse.cli.options import EvaluationSpec, Folders, Json
 from fxfuse.cli.outcome import networks_table
 from fxfuse.cli.recipe.compared import compared
@@ -15,12 +16,19 @@ from fxfuse.cli.show import out, print_json, working
 NoLatency = Annotated[bool, typer.Option("--no-latency", help="Do not measure latency.")]
 
 
+@takes(TASK)
 def compare(
-    folders: Folders, data: EvaluationSpec = None, no_latency: NoLatency = False, json: Json = False
+    folders: Folders,
+    data: EvaluationSpec = None,
+    *,
+    given: Given,
+    no_latency: NoLatency = False,
+    json: Json = False,
 ) -> None:
     """Compare fused networks with their members and the ensemble, on the same data."""
+    task = given.make(TASK) if given.names(TASK) else None
     with working() as (stage, _), stage("measuring"):
-        rows = compared(folders, data, latency=not no_latency)
+        rows = compared(folders, data, task, latency=not no_latency)
     if json:
         print_json([asdict(row) for row in rows])
     else:

@@ -13,7 +13,7 @@ from torch import nn
 
 from fxfuse.api.saved import PLAN, WEIGHTS, load
 from fxfuse.api.stages import build
-from fxfuse.cli.evaluate import RUN_TIME, Ensemble, beside_members, repeated
+from fxfuse.cli.evaluate import RUN_TIME, Ensemble, beside_members, find_task, repeated
 from fxfuse.cli.recipe.networks import Networks, load_data, load_networks, made_with
 from fxfuse.cli.recipe.run import REPORT, Stage, evaluated
 from fxfuse.cli.recipe.schema import DataSource, Recipe
@@ -25,15 +25,19 @@ from fxfuse.errors import CheckpointError, OptionError
 from fxfuse.graph.capture import capture
 from fxfuse.members.checkpoint import load_tensors, read_state_dict
 from fxfuse.planning.plan import FusionPlan
+from fxfuse.refine import Task
 from fxfuse.runtime.measure import milliseconds
 from fxfuse.transform.emit import emit
 
 
-def compared(folders: Sequence[Path], data: str | None, *, latency: bool) -> tuple[Network, ...]:
+def compared(
+    folders: Sequence[Path], data: str | None, task: Task | None, *, latency: bool
+) -> tuple[Network, ...]:
     """Measure written networks, and the members and ensemble of the first of them.
 
     `folders` are what `fxfuse fuse`, `run`, `refit` or `distill` wrote, of the same members, and
-    after the first also stacks.
+    after the first also stacks. `task` is what their outputs mean; None: what the first one's
+    recipe or else the members' graph says.
     """
     first = read_recipe(folders[0])
     # A stack has no recipe: what it is made of is its own business.
@@ -49,7 +53,13 @@ def compared(folders: Sequence[Path], data: str | None, *, latency: bool) -> tup
     examples = _data(data)
     loaded: dict[str, nn.Module] = {str(folder): load(folder) for folder in folders}
     networks = _networks(first)
-    return beside_members(loaded, networks.modules, examples, networks.inputs, latency=latency)
+    if task is None and first.fuse.task is not None:
+        task = first.fuse.task.make()
+    if examples is not None and task is None:
+        task = find_task(None, capture(networks.modules[0], networks.inputs))
+    return beside_members(
+        loaded, networks.modules, task, examples, networks.inputs, latency=latency
+    )
 
 
 def latencies(
@@ -113,7 +123,7 @@ def report_on(folder: Path, data: str | None, page: Path | None) -> Path:
         load_tensors(result.module, state, folder / WEIGHTS)
     else:
         result = replace(result, _state=state)
-    rows = () if examples is None else evaluated(result, networks, examples)
+    rows = () if examples is None else evaluated(result, networks, recipe, examples)
     write_report(
         result,
         page,

@@ -19,7 +19,7 @@ from fxfuse.api.result import FusionResult
 from fxfuse.api.saved import FILES as NETWORK_FILES
 from fxfuse.api.saved import write_network
 from fxfuse.api.stages import build
-from fxfuse.cli.evaluate import beside_members
+from fxfuse.cli.evaluate import beside_members, find_task
 from fxfuse.cli.recipe.networks import Networks, load_data, load_networks, made_with
 from fxfuse.cli.recipe.schema import Fuse, OptionPart, Recipe
 from fxfuse.cli.recipe.summary import summary
@@ -153,7 +153,7 @@ def run(
         measured: tuple[Network, ...] = ()
         if evaluation is not None:
             with stage("evaluating"):
-                measured = evaluated(result, networks, evaluation)
+                measured = evaluated(result, networks, recipe, evaluation)
         kept = recipe.model_copy(update={"made": made, "base": recipe.base or str(Path.cwd())})
         with stage("writing"), atomic_folder(folder, FILES, force=force) as work:
             _write(kept, result, networks, measured, trained, work)
@@ -214,11 +214,14 @@ def _steps_after(plan: FusionPlan, calibration: Data | None) -> list[Refit | Mat
     return [step for step in steps if step is not None]
 
 
-def evaluated(result: FusionResult, networks: Networks, data: Data) -> tuple[Network, ...]:
+def evaluated(
+    result: FusionResult, networks: Networks, asked: Recipe, data: Data
+) -> tuple[Network, ...]:
     """Return the members, their ensemble and the fused network, on the same data."""
     fused = result.module if result.emitted else result.to_module()
-    name = "fused" if result.plan.n_members > 1 else "pruned"
-    return beside_members({name: fused}, networks.modules, data, networks.inputs)
+    name = "fused" if len(asked.members) > 1 else "pruned"
+    task = find_task(_made(asked.fuse.task), result.graph.program)
+    return beside_members({name: fused}, networks.modules, task, data, networks.inputs)
 
 
 def _write(

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 
 from fxfuse.api.result import FusionResult
-from fxfuse.cli.report.content import Network
+from fxfuse.cli.report.content import Network, measures
+from fxfuse.refine.history import History
 from fxfuse.verify import Check
 
 
@@ -17,7 +18,7 @@ def summary(result: FusionResult, networks: Sequence[Network], trained: str) -> 
     if result.refit:
         parts.append(f"Refitted: {result.refit}.\n")
     if result.history:
-        parts.append(f"```text\n{result.history}\n```\n")
+        parts.append(_history(result.history))
     if trained:
         parts.append(f"{trained}\n")
     if networks:
@@ -36,26 +37,25 @@ def _checks(checks: Sequence[Check]) -> str:
     return _table("Verification", ("oracle", "error", "tolerance", "result"), "---:|---:|---", rows)
 
 
+def _history(history: History) -> str:
+    """Return the candidates, and which of them the network is."""
+    columns = history.table()
+    rule = "---:|---|---|---:|---"
+    rows = _table("Candidates", tuple(columns), rule, zip(*columns.values(), strict=True))
+    return f"{rows}\n{history.described()[0]}. The task is `{history.task}`: {history.why}.\n"
+
+
 def _networks(networks: Sequence[Network]) -> str:
-    columns = ("network", "accuracy, %", "agrees with the ensemble, %", "KL, nats", "parameters")
-    rows = [
-        (
-            n.name,
-            _cell(n.accuracy, 2),
-            _cell(n.agreement, 2),
-            _cell(n.divergence, 4),
-            f"{n.parameters:,}",
-        )
-        for n in networks
-    ]
-    return _table("Networks", columns, "---:|---:|---:|---:", rows)
+    columns = {
+        "network": [n.name for n in networks],
+        **measures(networks),
+        "parameters": [f"{n.parameters:,}" for n in networks],
+    }
+    rule = "|".join(["---:"] * (len(columns) - 1))
+    return _table("Networks", tuple(columns), rule, zip(*columns.values(), strict=True))
 
 
 def _table(title: str, columns: Sequence[str], rule: str, rows: Iterable[Sequence[str]]) -> str:
     """Return a heading and a table; `rule` is how the columns behind the first stand."""
     lines = [f"## {title}", "", f"| {' | '.join(columns)} |", f"|---|{rule}|"]
     return "\n".join([*lines, *(f"| {' | '.join(row)} |" for row in rows)]) + "\n"
-
-
-def _cell(value: float | None, digits: int) -> str:
-    return "–" if value is None else f"{value:.{digits}f}"

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 
 import torch
 from torch import nn
@@ -16,6 +16,7 @@ from fxfuse.errors import RewriteError
 from fxfuse.planning.plan import FusionPlan
 from fxfuse.planning.roles import RoleKind
 from fxfuse.refine import RefitReport
+from fxfuse.refine.history import History
 from fxfuse.transform.cost import operations_of, parameters_of
 from fxfuse.verify import Check
 
@@ -27,9 +28,15 @@ class Network:
     Attributes:
         flops: Floating-point operations for the example inputs.
         accuracy: On the data that was given, in percent.
-        agreement: Share of inputs on which it names the ensemble's class, in percent.
-        divergence: KL divergence from the ensemble's probabilities, in nats.
+        agreement: Share of positions at which it names the ensemble's class, in percent.
+        distance: From the ensemble, in `unit`.
         milliseconds: Median latency for one batch.
+        nll: Negative log-likelihood of the labels, in nats.
+        brier: Brier score of the labels.
+        ece: Expected calibration error, in percent.
+        equivalent: Number of members whose ensemble has this likelihood.
+        unit: Unit of the distance.
+        intervals: 95 % interval of each of these measures, by its name.
     """
 
     name: str
@@ -37,8 +44,45 @@ class Network:
     flops: int | None = None
     accuracy: float | None = None
     agreement: float | None = None
-    divergence: float | None = None
+    distance: float | None = None
     milliseconds: float | None = None
+    nll: float | None = None
+    brier: float | None = None
+    ece: float | None = None
+    equivalent: float | None = None
+    unit: str = ""
+    intervals: Mapping[str, tuple[float, float]] = field(default_factory=dict)
+
+
+#: What is measured on data: attribute of a network, heading, digits behind the point.
+MEASURES = (
+    ("accuracy", "accuracy, %", 2),
+    ("agreement", "agrees with the ensemble, %", 2),
+    ("distance", "distance from the ensemble", 4),
+    ("nll", "NLL, nats", 4),
+    ("brier", "Brier score", 4),
+    ("ece", "ECE, %", 2),
+    ("equivalent", "as good as so many members", 2),
+)
+
+
+def measures(networks: Sequence[Network]) -> dict[str, list[str]]:
+    """Return what was measured on data, by heading, each with its interval; "–" if it was not."""
+    units = "".join({n.unit for n in networks if n.unit})
+    found = {}
+    for name, heading, digits in MEASURES:
+        if any(getattr(n, name) is not None for n in networks):
+            title = f"{heading}, {units}" if name == "distance" else heading
+            found[title] = [_measure(n, name, digits) for n in networks]
+    return found
+
+
+def _measure(network: Network, name: str, digits: int) -> str:
+    value, interval = getattr(network, name), network.intervals.get(name)
+    if value is None:
+        return "–"
+    ends = "" if interval is None else f" [{interval[0]:.{digits}f}, {interval[1]:.{digits}f}]"
+    return f"{value:.{digits}f}{ends}"
 
 
 @dataclass(frozen=True)
@@ -49,6 +93,7 @@ class Content:
         verdict: Sentences that say what came out, the most important first.
         shares: For each group, where its units come from.
         refit: What the closed-form refit did, if there was one.
+        history: What became of each candidate, if they were judged.
         sweep: Networks of other widths, where some were measured.
         free: Share of the parameter elements in tensors with a free dimension, in percent.
         versions: Package → version.
@@ -62,6 +107,7 @@ class Content:
     shares: tuple[GroupShare, ...]
     coupled: Coupled
     refit: RefitReport | None
+    history: History | None
     sweep: tuple[Network, ...]
     free: float
     versions: dict[str, str]
@@ -87,6 +133,7 @@ def gather(
         shares(result, members),
         coupled(result.graph),
         result.refit,
+        result.history,
         tuple(sweep),
         100 * result.graph.free_fraction,
         {"fxfuse": fxfuse.__version__, "torch": torch.__version__},

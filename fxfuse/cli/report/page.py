@@ -12,17 +12,14 @@ import vl_convert
 from markupsafe import Markup
 
 from fxfuse.cli.report import charts
-from fxfuse.cli.report.content import Content, Network
+from fxfuse.cli.report.content import Content, Network, measures
 
 _TEMPLATE = Path(__file__).with_name("report.html.jinja")
-#: Columns of the table of networks: attribute, heading, format.
-_COLUMNS = (
-    ("accuracy", "accuracy, %", "{:.2f}"),
+#: What a network costs, in columns of their table: attribute, heading, format.
+_COSTS = (
     ("parameters", "parameters", "{:,}"),
     ("flops", "MFLOPs", "{:,.2f}"),
     ("milliseconds", "latency, ms", "{:.2f}"),
-    ("agreement", "agrees with the ensemble, %", "{:.2f}"),
-    ("divergence", "KL from the ensemble, nats", "{:.4f}"),
 )
 _MILLION = 1e6
 
@@ -36,13 +33,19 @@ def render(content: Content) -> str:
         undefined=jinja2.StrictUndefined,
         loader=jinja2.FileSystemLoader(_TEMPLATE.parent),
     )
-    columns = [c for c in _COLUMNS if any(getattr(n, c[0]) is not None for n in content.networks)]
+    columns = measures(content.networks)
+    columns |= {
+        heading: [_cell(n, name, form) for n in content.networks]
+        for name, heading, form in _COSTS
+        if any(getattr(n, name) is not None for n in content.networks)
+    }
     return environment.get_template(_TEMPLATE.name).render(
         content=content,
-        columns=[heading for _, heading, _ in columns],
-        rows=[
-            (n.name, [_cell(n, name, form) for name, _, form in columns]) for n in content.networks
-        ],
+        columns=list(columns),
+        rows=zip(
+            (n.name for n in content.networks), zip(*columns.values(), strict=True), strict=True
+        ),
+        candidates=_candidates(content),
         charts={name: Markup(_script_safe(spec)) for name, spec in _charts(content).items()},
         library=Markup(_library()),
         members=[charts.member_name(i) for i in range(content.n_members)],
@@ -61,6 +64,12 @@ def _charts(content: Content) -> dict[str, charts.Spec]:
     if content.sweep:
         found["sweep"] = charts.sweep(content.sweep, content.networks)
     return found
+
+
+def _candidates(content: Content) -> list[tuple[str, ...]]:
+    """Return the lines of the table of candidates."""
+    columns = {} if content.history is None else content.history.table()
+    return list(zip(*columns.values(), strict=True))
 
 
 def _cell(network: Network, name: str, form: str) -> str:
