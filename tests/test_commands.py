@@ -143,6 +143,12 @@ def test_compare_says_what_networks_answer(work: Path) -> None:
         assert low <= rows["fused"][name] <= high or name == "ece"
     rows = {row["name"]: row for row in json.loads(done(*asked).stdout)}
     assert rows["stacked"]["distance"] > 1e-6
+    done(
+        "stack", "a.pt", "b.pt", *MODEL, "--reduce", "probabilities", "--out", "stacked", "--force"
+    )
+    rows = {row["name"]: row for row in json.loads(done(*asked).stdout)}
+    assert rows["stacked"]["agreement"] == 100
+    assert rows["stacked"]["distance"] < 1e-6
     assert rows["fused"]["parameters"] == rows["member 0"]["parameters"]
     assert rows["fused"]["milliseconds"] is None
     with np.load("data.npz") as data:

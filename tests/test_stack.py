@@ -33,6 +33,7 @@ from fxfuse.errors import (
 )
 from fxfuse.graph.rebuild import rebuild
 from fxfuse.graph.tensors import is_constant, tensors_in
+from fxfuse.refine.infer_task import infer_task
 from tests.layers import FROZEN, LAYERS
 from tests.models import LARGE, MIXING, PLAIN, build, excite, image, torchvision
 from tests.nets import SmallResNet, images, resnets
@@ -382,6 +383,18 @@ def test_mean_and_none():
     torch.testing.assert_close(fxfuse.stack(members, x, reduce="none")(x), own)
 
 
+@pytest.mark.parametrize("class_dim", [-1, 1])
+def test_mean_of_probabilities(class_dim: int):
+    members, x = perceptrons(), torch.randn(5, 6)
+    own = torch.stack([member(x).softmax(1) for member in members]).mean(0)
+    module = fxfuse.stack(members, x, reduce="probabilities", class_dim=class_dim)
+    torch.testing.assert_close(module(x), own)
+    task, _ = infer_task(fxfuse.capture(module, (x,)))
+    assert task == fxfuse.Classification(1, "probabilities")
+    with pytest.raises(RewriteError, match="no dimension 2"):
+        fxfuse.stack(members, x, reduce="probabilities", class_dim=2)
+
+
 class Says(nn.Module):
     """Answers what it is told, whatever is asked."""
 
@@ -438,7 +451,7 @@ def test_whole_numbers_have_no_mean():
     found = fxfuse.stack(members, x, reduce="none")(x)
     expected = torch.stack([member(x)["more"][0] for member in members])
     assert torch.equal(found["more"][0], expected)
-    for reduce in ("mean", "vote"):
+    for reduce in ("mean", "vote", "probabilities"):
         with pytest.raises(RewriteError, match="int64"):
             fxfuse.stack(members, x, reduce=reduce)
     with pytest.raises(RewriteError, match="no dimension 2"):

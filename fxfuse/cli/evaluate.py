@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -18,7 +19,7 @@ from fxfuse.graph.torch_compat import pytree
 from fxfuse.refine.infer_task import infer_task, task_of_answer
 from fxfuse.refine.judge import joined
 from fxfuse.refine.quality import Estimate, qualities
-from fxfuse.refine.task import Answer, Task, main_output
+from fxfuse.refine.task import Answer, Classification, Task, main_output
 from fxfuse.runtime.measure import flops, milliseconds, parameters
 
 #: Inputs per call, and seconds of repetition for a latency.
@@ -64,6 +65,7 @@ def beside_members(
     data: Data | None,
     example: tuple[Any, ...],
     *,
+    own_tasks: Mapping[str, Classification] = MappingProxyType({}),
     latency: bool = True,
 ) -> tuple[Network, ...]:
     """Measure the members, their ensemble and networks on the same data.
@@ -76,6 +78,7 @@ def beside_members(
         task: What the outputs mean; needed with data.
         data: Examples, with labels for accuracies; None: only sizes and latency are measured.
         example: Inputs for FLOPs and latency.
+        own_tasks: Tasks of networks that return probabilities where members return logits.
         latency: Whether to measure latency.
 
     Returns:
@@ -92,6 +95,8 @@ def beside_members(
     if data is not None and task is not None:
         said = {name: answers(rows[name], task, data) for name in (*own, *networks)}
         _check(task, [said[name] for name in own])
+        # Log-probabilities are logits, too.
+        said |= {n: own_task.log_probabilities(said[n]) for n, own_task in own_tasks.items()}
         found = qualities(
             task, said, [said[name] for name in own], data.labels, ensemble="".join(whole)
         )

@@ -53,11 +53,13 @@ def stack(
             any batch, but what pays is judged by the example: give one of the size that it will
             run on. A single one is repeated where members answer both as they answer one.
         reduce: What becomes of every output tensor, of shape `[*]` in a member. `mean`: the mean,
-            `[*]`. `none`: `[N, *]`, member i at index i. `vote`: of the classes along `class_dim`
-            the one that most members find largest, int64 without that dimension; of several such
-            classes the one with the largest mean output. A member that finds two classes equally
-            large votes for both.
-        class_dim: Dimension of the classes in a member's output, for `vote`.
+            `[*]`. `probabilities`: of logits along `class_dim` the mean of their softmax, so
+            probabilities `[*]`, which sum to one there. `none`: `[N, *]`, member i at index i.
+            `vote`: of the classes along `class_dim` the one that most members find largest, int64
+            without that dimension; of several such classes the one with the largest mean output. A
+            member that finds two classes equally large votes for both. A mean says nothing of
+            structures, boxes or class numbers: combine what `none` returns there.
+        class_dim: Dimension of the classes in a member's output, for `vote` and `probabilities`.
         verify: Whether to compare what each member answers with that member, in float64, on the
             example.
 

@@ -1,4 +1,7 @@
-"""What the stack returns: the members' outputs together, their mean or their vote."""
+"""What the stack returns: the members' outputs together, their mean, or their vote.
+
+The mean is that of the outputs, or of the probabilities that they are logits of.
+"""
 
 from __future__ import annotations
 
@@ -50,9 +53,16 @@ def _vote(writer: Writer, outputs: fx.Node, class_dim: int) -> fx.Node:
     return writer.call(aten.argmax.default, left, class_dim)
 
 
+def _probabilities(writer: Writer, outputs: fx.Node, class_dim: int) -> fx.Node:
+    """Return the mean of the probabilities of logits."""
+    dim = class_dim if class_dim < 0 else class_dim + 1
+    return writer.call(aten.mean.dim, writer.call(aten.softmax.int, outputs, dim), [0])
+
+
 #: By name.
 REDUCTIONS: Mapping[str, Reduction] = {
     "mean": lambda writer, outputs, class_dim: writer.call(aten.mean.dim, outputs, [0]),
+    "probabilities": _probabilities,
     "none": lambda writer, outputs, class_dim: outputs,
     "vote": _vote,
 }
@@ -62,7 +72,7 @@ def _check(node: fx.Node, reduce: str, class_dim: int) -> None:
     tensor = node.meta["val"]
     if not tensor.is_floating_point() and not (reduce == "mean" and tensor.is_complex()):
         raise _error(node, f"of {tensor.dtype} cannot be reduced by {reduce}", "use reduce='none'")
-    if reduce == "vote" and not -tensor.dim() <= class_dim < tensor.dim():
+    if reduce in ("vote", "probabilities") and not -tensor.dim() <= class_dim < tensor.dim():
         shape = tuple(tensor.shape)
         raise _error(node, f"{shape} has no dimension {class_dim}", "pass another class_dim=")
 

@@ -65,12 +65,12 @@ def infer_task(program: Program) -> tuple[Task, str]:
     """
     node = _main_output(program)
     shape = tuple(node.meta["val"].shape)
-    last, dims = _behind(node)
+    last, dims = _mean_of_softmax(*_behind(node))
     target: Any = last.target
     if target in _SOFTMAX:
         dim: Any = last.args[1]
         kind: Any = _SOFTMAX[target]
-        at = dims.index(dim % len(dims))
+        at = dims.index(dim % len(last.meta["val"].shape))
         return Classification(at, kind), f"the graph ends in {target} along dimension {at}"
     if target is aten.sigmoid.default:
         return MultiLabel("probabilities"), "the graph ends in a sigmoid"
@@ -137,6 +137,22 @@ def _behind(node: fx.Node) -> tuple[fx.Node, list[int]]:
             node = node.all_input_nodes[0]
         else:
             return node, dims
+
+
+def _mean_of_softmax(node: fx.Node, dims: list[int]) -> tuple[fx.Node, list[int]]:
+    """The softmax whose mean over one dimension a node is, as probabilities have; else the node."""
+    if node.target is not aten.mean.dim or len(node.args) > 2:
+        return node, dims
+    over: Any = node.args[1]
+    last, own = _behind(node.all_input_nodes[0])
+    target: Any = last.target
+    if len(over) != 1 or _SOFTMAX.get(target) != "probabilities":
+        return node, dims
+    at: Any = last.args[1]
+    gone = over[0] % len(own)
+    if own[gone] == at % len(own):
+        return node, dims
+    return last, [own[d + (d >= gone)] for d in dims]
 
 
 def _normalised(node: fx.Node) -> int | None:

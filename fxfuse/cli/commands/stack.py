@@ -15,7 +15,11 @@ from fxfuse.cli.show import print_json, working
 from fxfuse.common.output import check_output
 
 Reduce = Annotated[
-    str, typer.Option(help="`mean` of the outputs, `none` (one by one), or `vote` of the classes.")
+    str,
+    typer.Option(
+        help="`mean` of the outputs, `probabilities` (mean of the softmax of logits along the last "
+        "dimension), `none` (one by one), or `vote` of the classes."
+    ),
 ]
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,8 @@ from fxfuse.errors import CheckpointError, OptionError
 from fxfuse.graph.capture import capture
 from fxfuse.members.checkpoint import load_tensors, read_state_dict
 from fxfuse.planning.plan import FusionPlan
-from fxfuse.refine import Task
+from fxfuse.refine import Classification, Task
+from fxfuse.refine.infer_task import infer_task
 from fxfuse.runtime.measure import milliseconds
 from fxfuse.transform.emit import emit
 
@@ -57,9 +58,30 @@ def compared(
         task = first.fuse.task.make()
     if examples is not None and task is None:
         task = find_task(None, capture(networks.modules[0], networks.inputs))
+    stacks = [str(folder) for folder in folders if not (folder / RECIPE).exists()]
     return beside_members(
-        loaded, networks.modules, task, examples, networks.inputs, latency=latency
+        loaded,
+        networks.modules,
+        task,
+        examples,
+        networks.inputs,
+        own_tasks=_own_tasks({name: loaded[name] for name in stacks}, task, networks),
+        latency=latency,
     )
+
+
+def _own_tasks(
+    stacks: Mapping[str, nn.Module], task: Task | None, networks: Networks
+) -> dict[str, Classification]:
+    """Return the tasks of stacks that return probabilities, where members return logits."""
+    if not isinstance(task, Classification) or task.outputs != "logits":
+        return {}
+    found = {name: infer_task(capture(s, networks.inputs))[0] for name, s in stacks.items()}
+    return {
+        name: own
+        for name, own in found.items()
+        if isinstance(own, Classification) and own.outputs == "probabilities"
+    }
 
 
 def latencies(
