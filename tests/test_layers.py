@@ -11,6 +11,8 @@ from fxfuse import verify
 from tests.layers import FROZEN, LAYERS, Layer
 
 
+# The deprecated way to normalise weights is what many networks use.
+@pytest.mark.filterwarnings("ignore:.*weight_norm. is deprecated:FutureWarning")
 @pytest.mark.parametrize("name", LAYERS)
 def test_layer(name: str):
     layer = LAYERS[name]

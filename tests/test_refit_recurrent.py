@@ -6,7 +6,6 @@ from typing import Any
 
 import pytest
 import torch
-from sklearn.datasets import load_digits
 from torch import nn
 
 import fxfuse
@@ -191,7 +190,7 @@ def test_every_head_keeps_its_recurrent_layer():
 
 def test_rows_of_digits():
     """Specialists on sequences of 8 rows of pixels: the refit takes them to their ensemble."""
-    digits = load_digits()
+    digits = pytest.importorskip("sklearn.datasets").load_digits()
     x, labels = torch.tensor(digits.images, dtype=torch.float32) / 16, torch.tensor(digits.target)
 
     class Rows(nn.Module):
