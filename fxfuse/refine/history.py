@@ -85,18 +85,6 @@ class History(Readable):
             "verdict": [c.verdict for c in cs],
         }
 
-    def table(self) -> dict[str, list[str]]:
-        """Return a column for each heading, with a line for each candidate."""
-        cs = self.candidates
-        return {
-            "network": [c.name for c in cs],
-            self.unit: [_number(c.judged) for c in cs],
-            "closer than": [c.against or "–" for c in cs],
-            "by": [_gain(c) for c in cs],
-            "CPU s": [f"{c.seconds:.1f}" for c in cs],
-            "verdict": [c.verdict for c in cs],
-        }
-
     def described(self) -> Description:
         """The candidates, the one that was chosen, and what the task was taken for."""
         rows: dict[str, Any] = {c.name: _told(c) for c in self._most_telling(6)}
