@@ -95,7 +95,8 @@ def test_weights_that_are_used_twice_make_no_layer():
 def test_a_lane_computes_what_the_network_does_and_frees_what_is_read():
     model = excite(SmallResNet(), images(4))
     program = fxfuse.capture(model, images(4))
-    calibration = CalibrationBatches.of(program, images(), batch=50, shuffle=False)
+    alone = Calibration(images(), augmentations=0)
+    calibration = CalibrationBatches.of(program, alone, batch=50, shuffle=False)
     assert [len(args[0]) for args, _ in calibration.batches] == [50, 50, 20]
     runner = NodeRunner(program, program.state(), calibration)
     (output,) = program.outputs()
@@ -156,7 +157,8 @@ def test_units_of_heads_and_flattened_images_are_blocks_and_rows():
 
     model = Flat().eval()
     graph = fxfuse.analyze(model, images(4))
-    calibration = CalibrationBatches.of(graph.program, images(110), shuffle=False)
+    alone = Calibration(images(110), augmentations=0)
+    calibration = CalibrationBatches.of(graph.program, alone, shuffle=False)
     found = unit_activations(graph, [model.state_dict()], calibration)["conv.weight:0"][0]
     assert found.shape == (110 * 16, 5)
     with torch.no_grad():

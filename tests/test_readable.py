@@ -163,8 +163,10 @@ def test_results(frozen: fxfuse.FusionResult, wide: fxfuse.FusionResult) -> None
         rounded(refitted),
         """\
 2 members of SmallResNet (2,636 parameters) fused into one network (2,636 parameters)
-  method  transplant (score obs)
-  refit   5 of 6 layers fitted on 100 inputs, median error from 0.1 to 0.1 of the variance
+  method  transplant (score obs, start refitted)
+  refit   5 of 6 layers fitted on 70 inputs, median error from 0.1 to 0.1 of the variance
+  judged  refitted is handed over, judged on 15 inputs that no fit has seen (KL in nats)
+  task    Classification(): the output [b, 4] is that of a layer; task= says otherwise
   checks  all 3 checks passed
   next    use result.module, or keep it with fxfuse.save(result, folder)""",
     )
@@ -174,12 +176,12 @@ def test_results(frozen: fxfuse.FusionResult, wide: fxfuse.FusionResult) -> None
         rounded(matched),
         """\
 2 members of SmallResNet (2,636 parameters) fused into one network (2,636 parameters)
-  method    transplant (score obs, start fused)
-  refit     5 of 6 layers fitted on 75 inputs, median error from 0.1 to 0.1 of the variance
-  start     fused; KL in nats from the ensemble: member 0 0.1, member 1 0.1, fused 0.1
-  matching  no improvement, so it was not kept
-  checks    all 3 checks passed
-  next      use result.module, or keep it with fxfuse.save(result, folder)""",
+  method  transplant (score obs, start refitted)
+  refit   5 of 6 layers fitted on 70 inputs, median error from 0.1 to 0.1 of the variance
+  judged  refitted is handed over, judged on 15 inputs that no fit has seen (KL in nats)
+  task    Classification(): the output [b, 4] is that of a layer; task= says otherwise
+  checks  all 3 checks passed
+  next    use result.module, or keep it with fxfuse.save(result, folder)""",
     )
     small = fxfuse.prune(resnets(1)[0], images(), size=0.5)
     assert_expected_inline(
