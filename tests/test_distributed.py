@@ -232,7 +232,7 @@ def faulty(kind: str, folder: Path) -> tuple[list[list[Any]], list[dict[str, Any
     elif kind == "method":
         options = [{**template, "method": "weight_matching"}] * 2
     elif kind == "score":
-        options = [{**template, "calibration": torch.randn(100, 6)}] * 2
+        options = [{**template, "calibration": torch.randn(100, 6), "score": "obs"}] * 2
     elif kind == "heads":
         options = [{**template, "heads": ["last"]}] * 2
     elif kind == "unknown":

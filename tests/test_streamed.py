@@ -222,7 +222,7 @@ def broken(kind: str, folder: Path) -> tuple[list[Any], dict[str, Any]]:
     elif kind == "template":
         return members, options
     elif kind == "calibrated":
-        options["calibration"] = images(100)
+        options |= {"calibration": images(100), "score": "obs"}
     elif kind == "heads":
         options["heads"] = ["fc"]
     elif kind == "label spaces":

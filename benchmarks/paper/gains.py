@@ -152,8 +152,9 @@ def measure(
         note(QUICK_ROW, module, spent, steps=steps)
     if AUTO in rows:
         result, spent = fused(method="auto", **best, calibration=x, seconds=seconds)
-        assert result.choice is not None
-        note(AUTO, result.module, spent, start=result.choice.start, kept=result.choice.kept)
+        assert result.history is not None
+        matched = result.history.chosen.startswith("matched")
+        note(AUTO, result.module, spent, start=result.plan.options["start"], kept=matched)
     else:
         spent = float((earlier_rows or {}).get(AUTO, {"seconds": seconds})["seconds"])
     if HEAD in rows:
