@@ -318,6 +318,7 @@ def test_fuse_with_calibration_inputs(work):
     values = ("--score", "l1", "--refine", "refit", "--task", "regression")
     result = invoke(*arguments, "--out", "values", *values)
     assert result.exit_code == 0, result.output
+    # Three tenths of the inputs judge.
     assert "2 layers fitted on 140 inputs, median error" in result.stdout
     plan = fxfuse.FusionPlan.from_json((work / "values" / "plan.json").read_text())
     assert plan.options["score"] == "l1"

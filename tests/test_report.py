@@ -77,6 +77,26 @@ def test_aligned_units_are_of_several_members(members: list[torch.nn.Module]) ->
         assert [run.member for run in share.runs] == [SEVERAL]
 
 
+def test_members_side_by_side_are_those_of_the_plan(tmp_path: Path) -> None:
+    """The judge may return some of the members, as they are."""
+    members = []
+    for seed in range(3):
+        torch.manual_seed(seed)
+        layers = torch.nn.Linear(6, 16), torch.nn.ReLU(), torch.nn.Linear(16, 4)
+        members.append(torch.nn.Sequential(*layers).eval())
+    calibration = torch.randn(200, 6)
+    asked = [fxfuse.Match(steps=1, learning_rate=1e-9)]
+    result = fxfuse.fuse(members, calibration[:4], size=2, calibration=calibration, refine=asked)
+    assert result.history is not None
+    assert result.history.chosen.endswith("side by side")
+    assert result.plan.n_members == 2
+    assert all(share.kept is not None for share in shares(result, members))
+    write_report(result, tmp_path / "report.html", members=members)
+    page = (tmp_path / "report.html").read_text()
+    for candidate in result.history.candidates:
+        assert candidate.name in page
+
+
 def test_kept_is_the_share_of_the_score(
     result: FusionResult, members: list[torch.nn.Module]
 ) -> None:

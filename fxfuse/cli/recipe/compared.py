@@ -19,6 +19,7 @@ from fxfuse.cli.recipe.run import REPORT, Stage, evaluated
 from fxfuse.cli.recipe.schema import DataSource, Recipe
 from fxfuse.cli.recipe.text import RECIPE, read_recipe
 from fxfuse.cli.report.content import Network
+from fxfuse.cli.report.transplanted import planned
 from fxfuse.cli.report.write import check_installed, write_report
 from fxfuse.cli.sources import Data
 from fxfuse.errors import CheckpointError, OptionError
@@ -140,7 +141,7 @@ def report_on(folder: Path, data: str | None, page: Path | None) -> Path:
     plan = FusionPlan.from_json((folder / PLAN).read_text(encoding="utf-8", errors="replace"))
     state = read_state_dict(folder / WEIGHTS)
     networks = _networks(recipe)
-    result = build(plan, networks.modules, networks.inputs)
+    result = build(plan, planned(plan, networks.modules), networks.inputs)
     if result.emitted:
         load_tensors(result.module, state, folder / WEIGHTS)
     else:

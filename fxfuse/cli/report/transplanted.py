@@ -12,8 +12,9 @@ from torch import nn
 from fxfuse.analysis.coupling import CouplingGraph
 from fxfuse.api.result import FusionResult
 from fxfuse.errors import InputError
+from fxfuse.members.fingerprint import fingerprint
 from fxfuse.planning.context import Context
-from fxfuse.planning.plan import UnitMap
+from fxfuse.planning.plan import FusionPlan, UnitMap
 from fxfuse.planning.scores import score_units, scores
 from fxfuse.refine.fused import states_of
 
@@ -53,12 +54,20 @@ class GroupShare:
     kept: float | None
 
 
+def planned(plan: FusionPlan, members: Sequence[nn.Module]) -> Sequence[nn.Module]:
+    """Return the members that a plan is for: all, or those that stand side by side in it."""
+    if plan.n_members == len(members):
+        return members
+    known = [record.tensors for record in plan.members]
+    return [member for member in members if fingerprint(member.state_dict()) in known]
+
+
 def shares(
     result: FusionResult, members: Sequence[nn.Module] | None = None
 ) -> tuple[GroupShare, ...]:
     """Return where the units of every group come from; scores are known only with `members`."""
     plan, graph = result.plan, result.graph
-    kept = {} if members is None else _kept(graph, result, members)
+    kept = {} if members is None else _kept(graph, result, planned(plan, members))
     return tuple(
         GroupShare(
             m.group,
