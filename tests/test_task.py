@@ -569,3 +569,26 @@ def test_answers_that_are_not_finite_are_named():
     end: Callable[[torch.Tensor], Any] = lambda x: x / 0.0  # noqa: E731
     with pytest.raises(InputError, match="member 0 answers NaN or infinity"):
         told(Regression(), end)
+
+
+def test_losses_on_labels_by_hand():
+    answer, truth = LOGITS[0], (LOGITS[1] > 0).long()
+    found = MultiLabel().label_loss(answer, truth)
+    wanted = functional.binary_cross_entropy_with_logits(answer, truth.float(), reduction="none")
+    torch.testing.assert_close(found, wanted.mean(1))
+    task = Regression().prepared(LOGITS[2])
+    squares = (answer - LOGITS[1]).square() / LOGITS[2].var(0, correction=0)
+    torch.testing.assert_close(task.label_loss(answer, LOGITS[1]), squares.mean(1))
+    one = answer[:, :1]
+    torch.testing.assert_close(Regression().label_loss(one, one[:, 0] + 2), torch.full((6,), 4.0))
+
+
+@pytest.mark.parametrize("task", [MultiLabel(), Regression()])
+def test_labels_of_another_shape_are_named(task: Task):
+    with pytest.raises(InputError, match="the labels do not fit"):
+        task.label_loss(LOGITS[0], torch.zeros(6, 2))
+
+
+def test_a_label_is_true_or_false():
+    with pytest.raises(InputError, match="outside 0 to 1"):
+        MultiLabel().label_loss(LOGITS[0], torch.full((6, 3), 2))

@@ -323,6 +323,22 @@ class MultiLabel(Task):
         entropy = torch.special.entr(wanted) + torch.special.entr(1 - wanted)
         return per_input(-(wanted * true + (1 - wanted) * false) - entropy).clamp(min=0)
 
+    def label_loss(self, answer: Tensor, labels: Tensor) -> Tensor | None:
+        """Binary cross-entropy with labels of 0 and 1, mean over the labels of each input.
+
+        Raises:
+            InputError: The labels have another shape than the outputs, or other values.
+        """
+        true, false = self._log(answer)
+        labels = _like(labels, answer).to(true)
+        if not bool(((labels >= 0) & (labels <= 1)).all()):
+            raise InputError(
+                "a label lies outside 0 to 1",
+                where="labels of the calibration inputs",
+                how="pass 1 where a label is true and 0 where it is not",
+            )
+        return per_input(-(labels * true + (1 - labels) * false))
+
 
 @dataclass(frozen=True)
 class Regression(Task):
@@ -365,6 +381,15 @@ class Regression(Task):
         check_shapes(answer, wanted)
         squares = (answer.to(wanted.dtype) - wanted).square()
         return per_input(squares if self._scale is None else squares / self._scale.to(squares))
+
+    def label_loss(self, answer: Tensor, labels: Tensor) -> Tensor | None:
+        """Squared error from the labels, over the variance of the ensemble's outputs.
+
+        Raises:
+            InputError: The labels have another shape than the outputs.
+        """
+        answer = answer.to(torch.promote_types(answer.dtype, torch.float32))
+        return self.distance(answer, _like(labels, answer).to(answer))
 
 
 @dataclass(frozen=True)
@@ -600,6 +625,20 @@ def _part(output: Any, name: str) -> Any:
                 how="name an output that there is",
             )
     return found
+
+
+def _like(labels: Tensor, answer: Tensor) -> Tensor:
+    """Labels of the shape of the outputs; a last dimension of size one may be missing."""
+    if labels.dim() == answer.dim() - 1 and answer.shape[-1] == 1:
+        labels = labels.unsqueeze(-1)
+    if labels.shape != answer.shape:
+        raise InputError(
+            f"the labels do not fit: {list(labels.shape)} of {labels.dtype}",
+            where="labels of the calibration inputs",
+            why=f"the outputs are {list(answer.shape)}",
+            how="pass labels of the outputs' shape, or leave them out",
+        )
+    return labels
 
 
 def check_shapes(answer: Tensor, wanted: Tensor) -> None:
