@@ -233,8 +233,11 @@ def test_obs_keeps_the_unit_that_one_head_reads_strongly(heads: str | list[str])
         members[0].head.weight[:, 2] = 0
     classes = [list("abc"), list("cdef")] if heads == "union" else None
     told = {"example": x[:4], "heads": heads, "classes": classes}
-    for score, kept in (("l2", {(0, 2)}), ("obs", {(1, 5)})):
-        plan = fxfuse.fuse(members, **flat(score=score, width=0.25, calibration=x, **told)).plan
+    for given, kept in (
+        ({"score": "l2"}, {(0, 2)}),
+        ({"score": "obs", "calibration": x}, {(1, 5)}),
+    ):
+        plan = fxfuse.fuse(members, **flat(width=0.25, **given, **told)).plan
         units = plan.map_of("second.weight:0")
         found = set(zip(units.member.tolist(), units.unit.tolist(), strict=True))
         assert found & {(0, 2), (1, 5)} == kept

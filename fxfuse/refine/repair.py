@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, fx
 
 from fxfuse.activations import NodeRunner
-from fxfuse.activations.calibration import CalibrationBatches
+from fxfuse.activations.calibration import Calibration, CalibrationBatches
 from fxfuse.activations.layers import Layer, layers_of, name_of
 from fxfuse.analysis.coupling import CouplingGraph
 from fxfuse.graph.arguments import argument
@@ -73,7 +73,11 @@ def repair(result: Fused, members: Sequence[Member], inputs: Any) -> RepairRepor
         OptionError: The network has several heads, or members run one by one in it.
     """
     check_one_head(result, "repaired", why="the members' trunks lead to different outputs")
-    states, calibration = measurable(result, members, inputs)
+    given = Calibration.of(inputs)
+    if given.augmentations is None:
+        # A mixture of two inputs has smaller statistics than either.
+        given = replace(given, augmentations=0)
+    states, calibration = measurable(result, members, given)
     check_joint(result, "repair")
     graph, program = result.graph, result.graph.program
     resized = resized_of(graph, result.plan) or _same(program)
