@@ -10,7 +10,7 @@ import torch
 import fxfuse
 from fxfuse import Refit
 from fxfuse.activations import NodeRunner, node_runner, unit_activations
-from fxfuse.activations.calibration import CalibrationBatches
+from fxfuse.activations.calibration import Calibration, CalibrationBatches
 from fxfuse.activations.spill_store import SpillStore
 from fxfuse.refine import refit
 from fxfuse.refine.regression import channel
@@ -61,7 +61,8 @@ def test_never_more_than_one_value_is_there_beside_what_is_kept():
 def test_a_lane_keeps_its_budget():
     model, x = members_for("ResNet", 1)[0], inputs_for("ResNet")
     graph = fxfuse.analyze(model, x[:4])
-    calibration = CalibrationBatches.of(graph.program, x, shuffle=False)
+    given = Calibration(x, augmentations=0)
+    calibration = CalibrationBatches.of(graph.program, given, shuffle=False)
     (last,) = graph.program.outputs()
     runner = NodeRunner(
         graph.program, graph.program.state(), calibration, memory=300_000, held=[last]

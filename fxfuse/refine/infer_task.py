@@ -10,7 +10,7 @@ from torch import fx
 
 from fxfuse.errors import OptionError
 from fxfuse.graph.capture import Program
-from fxfuse.graph.operator_facts import FACTS, Contraction
+from fxfuse.graph.operator_facts import FACTS, Contraction, Dropout
 from fxfuse.graph.torch_compat import output_spec, pytree
 from fxfuse.refine.task import (
     Classification,
@@ -30,7 +30,6 @@ _SAME = {
     aten.clone.default,
     aten.contiguous.default,
     aten.detach.default,
-    aten.dropout.default,
     aten.lift_fresh_copy.default,
     aten.slice.Tensor,
     aten.to.dtype,
@@ -115,15 +114,15 @@ def _named(program: Program) -> Mapping[str, Any]:
     result = None if spec is None else pytree.tree_unflatten(list(program.outputs()), spec)
     if isinstance(result, Mapping):
         return {str(name): value for name, value in result.items()}
-    fields = getattr(result, "__dict__", None) or getattr(result, "_asdict", dict)()
-    return dict(fields)
+    fields = {name: getattr(result, name) for name in dir(result) if not name.startswith("_")}
+    return {name: value for name, value in fields.items() if isinstance(value, fx.Node)}
 
 
 def _behind(node: fx.Node) -> tuple[fx.Node, list[int]]:
     """The last operator that computes, and which of its dimensions each of the output's is."""
     dims = list(range(len(node.meta["val"].shape)))
     while True:
-        if node.target in _SAME:
+        if node.target in _SAME or isinstance(FACTS.get(node.target), Dropout):
             node = node.all_input_nodes[0]
         elif node.target in (aten.transpose.int, aten.permute.default):
             count, args = len(dims), list[Any](node.args)
