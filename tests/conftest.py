@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import random
 from pathlib import Path
+from typing import Any
 
 # Both before torch is imported. Workers of pytest-xdist share the cache and compile in-process:
 # a pool of compiler processes in each of them would only fight over the cores.
@@ -40,3 +41,14 @@ def _fixed_seeds() -> None:
     random.seed(0)
     np.random.seed(0)  # third parties read the global generator
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def no_work(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever measures, fits or trains after a fusion fails the test."""
+
+    def work(*given: Any, **options: Any) -> None:
+        raise AssertionError("work has started")
+
+    for step in ("refit_state", "train", "ask_members"):
+        monkeypatch.setattr(f"fxfuse.refine.pipeline.{step}", work)

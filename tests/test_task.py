@@ -210,7 +210,7 @@ def test_outputs_count_by_how_far_the_members_are_in_each():
     task = as_task({"near": Regression(), "far": Regression()})
     members = [{"near": drawn(6, 2, seed=i), "far": 1000 * drawn(6, 2, seed=i)} for i in (0, 1)]
     wanted = task.combine(members)
-    task = task.prepared(wanted).scaled(members, wanted)
+    task = task.prepared(wanted, members)
     found = torch.stack([task.distance(member, wanted) for member in members])
     assert float(found.mean()) == pytest.approx(1.0)
     only = {"near": members[0]["near"], "far": wanted["far"]}
@@ -550,14 +550,9 @@ BAD: dict[str, tuple[Callable[[], None], type[FxfuseError], str]] = {
 }
 
 
+@pytest.mark.usefixtures("no_work")
 @pytest.mark.parametrize("name", BAD)
-def test_bad_input_is_named_before_work_starts(name: str, monkeypatch: pytest.MonkeyPatch):
-    def work(*given: Any, **options: Any) -> None:
-        raise AssertionError("work has started")
-
-    monkeypatch.setattr("fxfuse.refine.pipeline.refit_state", work)
-    monkeypatch.setattr("fxfuse.refine.pipeline.train", work)
-    monkeypatch.setattr("fxfuse.refine.pipeline.ask_members", work)
+def test_bad_input_is_named_before_work_starts(name: str):
     call, kind, message = BAD[name]
     with pytest.raises(FxfuseError, match=message) as caught:
         call()

@@ -38,9 +38,14 @@ def mean_of(probabilities: Sequence[Tensor]) -> Tensor:
 
 def kl(target: Tensor, found: Tensor) -> float:
     """Return KL(target ‖ found) in nats, the mean over inputs and positions."""
+    return float(kl_of_each(target, found).mean())
+
+
+def kl_of_each(target: Tensor, found: Tensor) -> Tensor:
+    """Return KL(target ‖ found) in nats of each input, the mean over its positions, `[n]`."""
     target, found = target.double(), found.double()
     terms = target * (target.clamp_min(_LEAST).log() - found.clamp_min(_LEAST).log())
-    return float(terms.sum(1).mean())
+    return terms.sum(1).reshape(len(terms), -1).mean(1)
 
 
 def accuracy(probabilities: Tensor, labels: Tensor) -> float:

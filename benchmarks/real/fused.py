@@ -21,11 +21,20 @@ from torch import Tensor, nn
 import fxfuse
 from benchmarks import records
 from benchmarks.real import mlps, spliceai
-from benchmarks.real.controls import accuracy, best_member, distil, kl, mean_of, outputs_of
+from benchmarks.real.controls import (
+    accuracy,
+    best_member,
+    distil,
+    kl,
+    kl_of_each,
+    mean_of,
+    outputs_of,
+)
 from benchmarks.real.data import mnist_calibration, mnist_test, parser
+from fxfuse.refine.judge import CONFIDENCE, resampled
 
 RESULTS = Path(__file__).resolve().parents[1] / "results" / "real"
-_RESAMPLES, _LEVEL = 2000, 0.95
+_RESAMPLES = 2000
 
 
 def main() -> None:
@@ -106,7 +115,7 @@ def run_spliceai(data_root: Path, seeds: int, seconds: float) -> list[dict[str, 
         assert history is not None
         start = history.chosen.removeprefix("matched from member ")
         best = int(start.removeprefix("member "))
-        far = [_each(ensemble, p) for p in (found[best], own)]
+        far = [kl_of_each(ensemble, p) for p in (found[best], own)]
         rows.append(
             {
                 "seed": seed,
@@ -133,22 +142,11 @@ def _timed(
     return result, time.process_time() - begin
 
 
-def _each(target: Tensor, found: Tensor) -> Tensor:
-    """KL of each input, mean over positions."""
-    target, found = target.double(), found.double().clamp_min(1e-30)
-    return (target * (target.clamp_min(1e-30).log() - found.log())).sum(1).flatten(1).mean(1)
-
-
 def _interval(differences: Tensor) -> list[float]:
     """Mean of paired differences `[n]`, and the ends of its bootstrap interval."""
-    generator = torch.Generator().manual_seed(0)
-    count = len(differences)
-    drawn = [
-        float(differences[torch.randint(count, (count,), generator=generator)].mean())
-        for _ in range(_RESAMPLES)
-    ]
-    ends = torch.tensor(drawn).quantile(torch.tensor([(1 - _LEVEL) / 2, (1 + _LEVEL) / 2]))
-    return [float(differences.mean()), *ends.tolist()]
+    drawn = resampled(differences.double()[:, None], _RESAMPLES)[:, 0]
+    ends = torch.tensor([(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2], dtype=drawn.dtype)
+    return [float(differences.mean()), *drawn.quantile(ends).tolist()]
 
 
 if __name__ == "__main__":

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import pairwise
@@ -147,9 +147,7 @@ class CalibrationBatches:
                 "pass a few hundred unlabelled inputs",
                 "inputs",
             )
-        starts = range(0, lengths[0], batch)
-        batches = tuple(_cut(call, start, start + batch) for start in starts)
-        return CalibrationBatches(batches, lengths[0])
+        return CalibrationBatches(_cut(call, lengths[0], batch), lengths[0])
 
     def moved(self, device: torch.device) -> CalibrationBatches:
         """The inputs on a device."""
@@ -158,21 +156,13 @@ class CalibrationBatches:
 
     def shuffled(self, seed: int) -> CalibrationBatches:
         """The inputs in another order."""
-        order = torch.randperm(self.size, generator=torch.Generator().manual_seed(seed))
-        step = max(_size(self.batches[0]), 1)
-        whole = pick_inputs(self.whole, order)
-        batches = tuple(_cut(whole, s, min(s + step, self.size)) for s in range(0, self.size, step))
-        labels = self.labels
-        if labels:
-            labels = torch.cat(labels)[order.to(labels[0].device)].split(
-                [_size(b) for b in batches]
-            )
-        return replace(self, batches=batches, labels=labels)
+        generator = torch.Generator().manual_seed(seed)
+        return self._rows(torch.randperm(self.size, generator=generator))
 
     @cached_property
     def whole(self) -> Call:
         """The inputs of all calls in one: positional, and by keyword."""
-        found: Call = pytree.tree_map(lambda *parts: _joined(parts), *self.batches)
+        found: Call = join_rows(self.batches)
         return found
 
     def split(self, share: float) -> tuple[CalibrationBatches, CalibrationBatches]:
@@ -184,7 +174,7 @@ class CalibrationBatches:
         first -= first % self.unit
         if first < 2:
             return self, self
-        return self._part(0, first), self._part(first, self.size)
+        return self._rows(slice(0, first)), self._rows(slice(first, self.size))
 
     def parts(self, count: int) -> list[CalibrationBatches]:
         """Parts of about the same size, of two inputs or more each, at most `count` of them."""
@@ -192,22 +182,22 @@ class CalibrationBatches:
         count = max(1, min(count, self.size // least))
         ends = [self.size * i // count for i in range(count + 1)]
         ends = [end - end % self.unit for end in ends]
-        return [self._part(*pair) for pair in pairwise(ends)]
+        return [self._rows(slice(*pair)) for pair in pairwise(ends)]
 
     @property
     def unit(self) -> int:
         """How many inputs go together."""
-        return max(_size(self.batches[0]), 1) if self.fixed else 1
+        return max(count_rows(self.batches[0]), 1) if self.fixed else 1
 
-    def _part(self, begin: int, end: int) -> CalibrationBatches:
-        """The inputs from `begin` to `end`, in batches."""
-        step = max(_size(self.batches[0]), 1)
-        starts = range(begin, end - (step - 1 if self.fixed else 0), step)
-        batches = tuple(_cut(self.whole, s, min(s + step, end)) for s in starts)
-        sizes = list(map(_size, batches))
+    def _rows(self, chosen: slice | torch.Tensor) -> CalibrationBatches:
+        """Some of the inputs, in batches."""
+        whole = pick_rows(self.whole, chosen)
+        step = max(count_rows(self.batches[0]), 1)
+        batches = _cut(whole, count_rows(whole), step, fixed=self.fixed)
+        sizes = list(map(count_rows, batches))
         labels: tuple[torch.Tensor, ...] = ()
         if self.labels:
-            labels = torch.cat(self.labels)[begin : begin + sum(sizes)].split(sizes)
+            labels = pick_rows(torch.cat(self.labels), chosen)[: sum(sizes)].split(sizes)
         return replace(self, batches=batches, size=sum(sizes), labels=labels)
 
     @staticmethod
@@ -245,23 +235,21 @@ class CalibrationBatches:
             _check(program, args, kwargs)
         if given.augmentations:
             _augment(calls[0])
-        fixed = None if program.dynamic_batch else _size(program.example_inputs)
-        whole = pytree.tree_map(lambda *parts: _joined(parts), *calls)
+        fixed = None if program.dynamic_batch else count_rows(program.example_inputs)
+        whole: Call = join_rows(calls)
         labels = _labels(found)
         if shuffle:
-            order = torch.randperm(_size(whole), generator=torch.Generator().manual_seed(0))
-            whole = pick_inputs(whole, order)
+            order = torch.randperm(count_rows(whole), generator=torch.Generator().manual_seed(0))
+            whole = pick_rows(whole, order)
             labels = None if labels is None else labels[order]
-        count, size = _size(whole), min(_size(whole), limit)
+        count, size = count_rows(whole), min(count_rows(whole), limit)
         if cut or count > limit:
             which = f"the first {size:,}" if cut else f"{size:,} of {count:,}"
             warnings.warn(
                 f"{which} calibration inputs are used; Calibration(inputs, limit=...) allows more.",
                 stacklevel=3,
             )
-        step = fixed or batch
-        starts = range(0, size - (step - 1 if fixed else 0), step)
-        batches = tuple(_cut(whole, start, min(start + step, size)) for start in starts)
+        batches = _cut(whole, size, fixed or batch, fixed=fixed is not None)
         if not batches:
             raise _error(
                 f"at least {fixed} calibration inputs are needed, got {size}",
@@ -269,9 +257,9 @@ class CalibrationBatches:
                 f"pass a multiple of {fixed}, or capture with a dynamic batch",
             )
         # A last batch of one would be taken for a constant by operators that squeeze.
-        if len(batches) > 1 and _size(batches[-1]) == 1:
+        if len(batches) > 1 and count_rows(batches[-1]) == 1:
             batches = batches[:-1]
-        size = sum(_size(b) for b in batches)
+        size = sum(count_rows(b) for b in batches)
         if size < FEW:
             warnings.warn(
                 f"{size} calibration inputs are few: regressions are drawn more strongly towards "
@@ -283,7 +271,7 @@ class CalibrationBatches:
             copies = int(size < _MANY and default_augment(batches[0]) is not None)
         parts: tuple[torch.Tensor, ...] = ()
         if labels is not None:
-            parts = labels[:size].split([_size(b) for b in batches])
+            parts = labels[:size].split([count_rows(b) for b in batches])
         return CalibrationBatches(
             batches,
             size,
@@ -328,7 +316,7 @@ def _calls(inputs: Any, program: Program, limit: int) -> tuple[list[tuple[Call, 
         if isinstance(batch, list | tuple) and len(batch) == 2 and n_inputs == 1:
             given, labels = batch
         call = _call(tuple(given) if isinstance(given, list) else given)
-        count += _size(call)
+        count += count_rows(call)
         found.append((call, labels))
     return found, False
 
@@ -347,9 +335,9 @@ def _labels(found: list[tuple[Call, Any]]) -> torch.Tensor | None:
                 "pass a tensor for each batch, or the inputs alone",
                 where,
             )
-        if not labels.dim() or len(labels) != _size(call):
+        if not labels.dim() or len(labels) != count_rows(call):
             raise _error(
-                f"there are {list(labels.shape)} labels for {_size(call)} inputs",
+                f"there are {list(labels.shape)} labels for {count_rows(call)} inputs",
                 "the n-th label is that of the n-th input",
                 "pass one for each input, or the inputs alone",
                 where,
@@ -391,26 +379,33 @@ def _check(program: Program, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -
             )
 
 
-def _joined(parts: tuple[Any, ...]) -> Any:
-    first = parts[0]
-    if not isinstance(first, torch.Tensor) or not first.dim():
-        return first
-    return first if len(parts) == 1 else torch.cat(parts)
+def count_rows(batch: Any) -> int:
+    """Return the number of inputs of a call, or of what a network answers to them."""
+    leaves = pytree.tree_leaves(batch)
+    return next((len(x) for x in leaves if isinstance(x, torch.Tensor) and x.dim()), 0)
 
 
-def _size(call: Any) -> int:
-    return next(
-        (len(x) for x in pytree.tree_leaves(call) if isinstance(x, torch.Tensor) and x.dim()), 0
-    )
+def join_rows(batches: Sequence[Any]) -> Any:
+    """Return calls, or answers, in one; what is no batch is that of the first."""
+
+    def join(*parts: Any) -> Any:
+        first = parts[0]
+        if len(parts) == 1 or not isinstance(first, torch.Tensor) or not first.dim():
+            return first
+        return torch.cat(parts)
+
+    return pytree.tree_map(join, *batches)
 
 
-def _cut(whole: Any, start: int, end: int) -> Any:
-    return pick_inputs(whole, slice(start, end))
+def _cut(whole: Any, size: int, step: int, *, fixed: bool = False) -> tuple[Call, ...]:
+    """The first `size` inputs in batches of `step`; with `fixed` no batch is smaller."""
+    starts = range(0, size - (step - 1 if fixed else 0), step)
+    return tuple(pick_rows(whole, slice(start, min(start + step, size))) for start in starts)
 
 
-def pick_inputs(whole: Any, chosen: slice | torch.Tensor) -> Any:
-    """Return some of the inputs of a call; what is no batch stays whole."""
-    n = _size(whole)
+def pick_rows(whole: Any, chosen: slice | torch.Tensor) -> Any:
+    """Return some of the inputs of a call, or answers; what is no batch stays whole."""
+    n = count_rows(whole)
 
     def pick(x: Any) -> Any:
         if isinstance(x, torch.Tensor) and x.dim() and len(x) == n:

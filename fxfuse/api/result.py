@@ -48,7 +48,7 @@ class FusionResult(Readable):
         refit: What the closed-form refit did, if one was asked for.
         history: Every network on the way, how far it is from the ensemble on inputs that no fit has
             seen, and what became of it; None without calibration inputs that judge.
-        match: What the matching did.
+        match: What the matching did that led to this network, or the first one if it was sent back.
     """
 
     plan: FusionPlan

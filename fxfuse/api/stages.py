@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -159,7 +160,8 @@ def build(
             the method, its options, the sizes, the constraints and the heads.
         members: The members that it was made for, in the same order.
         example: Example inputs, as in `fxfuse.fuse`; not needed where members are captured.
-        calibration: Calibration inputs, for `refine`.
+        calibration: Calibration inputs, for `refine`; others than those that the plan was made
+            from, as units that were chosen on an input look better on it.
         task: What the output means.
         refine: What follows: a plan holds no refit and no matching.
         verify: Whether to run the oracles before the network is returned.
@@ -229,20 +231,20 @@ class Planner:
 
     def plan(self, batches: CalibrationBatches | None) -> FusionPlan:
         """Plan the fusion; the method may look at these inputs."""
+        if self.method.weights_only and self.outline is not None:
+            return self.outline
         return self._planned(self.method, batches)
 
+    @cached_property
     def outline(self) -> FusionPlan | None:
-        """Plan with a score of weights: sizes and roles, without a look at any input.
+        """The plan with a score of weights: sizes and roles, without a look at any input.
 
         None where the method itself needs activations.
         """
         method = self.method
-        if isinstance(method, Transplant) and method.variant != "components":
-            return self._planned(replace(method, score="l2"), None)
-        try:
-            return self._planned(method, None)
-        except InputError:
-            return None
+        if isinstance(method, Transplant) and not method.weights_only:
+            method = replace(method, score="l2")
+        return self._planned(method, None) if method.weights_only or self.given else None
 
     def state(self, plan: FusionPlan) -> State:
         """The fused tensors of a plan, by name."""

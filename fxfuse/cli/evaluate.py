@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fxfuse.activations.calibration import join_rows
 from fxfuse.cli.report.content import Network
 from fxfuse.cli.sources import Data
 from fxfuse.errors import InputError
@@ -17,7 +18,6 @@ from fxfuse.graph.eager import eval_mode
 from fxfuse.graph.example import first_line
 from fxfuse.graph.torch_compat import pytree
 from fxfuse.refine.infer_task import infer_task, task_of_answer
-from fxfuse.refine.judge import joined
 from fxfuse.refine.quality import Estimate, qualities
 from fxfuse.refine.task import Answer, Classification, Task, main_output
 from fxfuse.runtime.measure import flops, milliseconds, parameters
@@ -145,7 +145,7 @@ def answers(network: nn.Module, task: Task, data: Data) -> Answer:
                     how="pass examples of the shape and dtype that it was trained on",
                 ) from error
             found.append(pytree.tree_map_only(Tensor, lambda x: x.float().cpu(), answer))
-    return joined(found)
+    return join_rows(found)
 
 
 def _check(task: Task, said: Sequence[Answer]) -> None:

@@ -16,16 +16,19 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fxfuse.activations.calibration import CalibrationBatches
+from fxfuse.activations.calibration import CalibrationBatches, join_rows, pick_rows
 from fxfuse.errors import FxfuseError, InputError, MemberError, OptionError, RefineError
 from fxfuse.graph.torch_compat import pytree
 from fxfuse.refine.batch import try_call
-from fxfuse.refine.task import Answer, Outputs, Task, check_answers
+from fxfuse.refine.parallel import reshard
+from fxfuse.refine.task import Answer, Task, check_answers
 
 #: How sure the judge is: the share of resampled differences that must be improvements.
 CONFIDENCE = 0.95
 #: Resamples of the bootstrap.
 _RESAMPLES = 2000
+#: Numbers of resampled inputs that are held at a time.
+_AT_A_TIME = 4_000_000
 
 #: The user's own metric: a network in eval mode → a number, higher is better.
 Metric = Callable[[nn.Module], float]
@@ -99,11 +102,32 @@ def compare(new: Measured, old: Measured, seed: int = 0) -> Verdict:
     gain, count = float(difference.mean()), len(difference)
     if count < 2:
         return Verdict(False, gain, -float("inf"), float("inf"))
-    generator = torch.Generator().manual_seed(seed)
-    drawn = torch.randint(count, (_RESAMPLES, count), generator=generator)
-    means = difference[drawn].mean(1)
+    means = resampled(difference[:, None], _RESAMPLES, seed)[:, 0]
     low, high = means.quantile(torch.tensor([1 - CONFIDENCE, CONFIDENCE], dtype=means.dtype))
     return Verdict(float(low) > 0, gain, float(low), float(high))
+
+
+def resampled(columns: Tensor, resamples: int, seed: int = 0) -> Tensor:
+    """Means over resamples of the inputs, drawn with replacement, `[n, c]` → `[resamples, c]`."""
+    count, found = len(columns), []
+    generator, step = torch.Generator().manual_seed(seed), max(1, _AT_A_TIME // count)
+    for start in range(0, resamples, step):
+        rows = min(step, resamples - start)
+        drawn = torch.randint(count, (rows, count), generator=generator)
+        times = columns.new_zeros(rows, count).scatter_add_(
+            1, drawn, columns.new_ones(1, 1).expand(rows, count)
+        )
+        found.append(times @ columns / count)
+    return torch.cat(found)
+
+
+def greedy_order(count: int, cost: Callable[[Sequence[int]], float]) -> list[int]:
+    """Members `0` to `count - 1`, each the one that costs least together with those before it."""
+    order: list[int] = []
+    while len(order) < count:
+        left = {i: cost([*order, i]) for i in range(count) if i not in order}
+        order.append(min(left, key=lambda i: left[i]))
+    return order
 
 
 def answers_of(
@@ -115,23 +139,11 @@ def answers_of(
         for args, kwargs in calibration.batches:
             answer = task.read(try_call(module, args, name, kwargs))
             found.append(pytree.tree_map(_kept, answer))
-    return joined(found)
+    return join_rows(found)
 
 
 def _kept(value: Any) -> Any:
     return value.detach().clone() if isinstance(value, Tensor) else value
-
-
-def joined(answers: Sequence[Answer]) -> Answer:
-    """One answer for the inputs of several, which may be a tree of tensors."""
-    if len(answers) == 1:
-        return answers[0]
-    return pytree.tree_map(lambda *parts: torch.cat(parts), *answers)
-
-
-def picked(answer: Answer, chosen: Any) -> Answer:
-    """The answers to some of the inputs."""
-    return pytree.tree_map(lambda x: x[chosen], answer)
 
 
 class Judge:
@@ -151,7 +163,9 @@ class Judge:
     def measure(self, module: nn.Module) -> Measured:
         """What a network in eval mode is worth."""
         answer = answers_of(self.task, module, self.asked.calibration)
-        return self.measured(answer, module)
+        found = self.measured(answer, module)
+        reshard(module)
+        return found
 
     def measured(self, answer: Answer, module: nn.Module | None = None) -> Measured:
         """What answers are worth; `module` gave them."""
@@ -264,7 +278,7 @@ def check_task(task: Task, members: Sequence[nn.Module], calibration: Calibratio
     for labels in calibration.labels:
         # Of every batch, as what is wrong with the last one should not show at the end.
         rows = torch.zeros(len(labels), dtype=torch.long)
-        if task.label_loss(picked(answer, rows), labels) is None:
+        if task.label_loss(pick_rows(answer, rows), labels) is None:
             raise InputError(
                 "there is no use for labels",
                 where="labels of the calibration inputs",
@@ -272,14 +286,6 @@ def check_task(task: Task, members: Sequence[nn.Module], calibration: Calibratio
                 how="pass the inputs alone, or Calibration(inputs, evaluate=...) with your own "
                 "metric, or task=fxfuse.Classification(...) if they are class numbers",
             )
-
-
-def scaled(task: Task, asked: Asked) -> Task:
-    """The task with what it takes from the ensemble's answers as a whole."""
-    found = task.prepared(asked.wanted)
-    if isinstance(found, Outputs) and len(asked.members) > 1:
-        found = found.scaled(asked.members, asked.wanted)
-    return found
 
 
 class Stopwatch:

@@ -22,9 +22,17 @@ from fxfuse.common.options import Options
 from fxfuse.errors import OptionError
 from fxfuse.refine.batch import try_call
 from fxfuse.refine.infer_task import task_of_answer
-from fxfuse.refine.judge import Judge, Measured, ask_members, compare, divided, scaled
-from fxfuse.refine.modes import check_teachers, device_of, evaluating, seeded, trainable
-from fxfuse.refine.parallel import reshard, together
+from fxfuse.refine.judge import Judge, Measured, ask_members, compare, divided
+from fxfuse.refine.modes import (
+    check_teachers,
+    copies,
+    device_of,
+    evaluating,
+    restore,
+    seeded,
+    trainable,
+)
+from fxfuse.refine.parallel import together
 from fxfuse.refine.pool import Teacher
 from fxfuse.refine.schedule import SHARE_OF_POOL, Budget
 from fxfuse.refine.task import Task, as_task
@@ -102,6 +110,10 @@ class Match(Options):
             )
 
 
+class TooFewSeconds(OptionError):
+    """A budget in seconds leaves no time for one step."""
+
+
 @dataclass(frozen=True)
 class MatchReport:
     """What a matching run did.
@@ -116,8 +128,9 @@ class MatchReport:
         learning_rate: Highest learning rate.
         frozen: Whether batch normalisation kept its statistics.
         trials: Learning rates that were tried, each with the distance that it led to.
-        before: How far the start was from the ensemble on inputs that nothing is trained on, in the
-            task's unit.
+        before: How far the start was from the ensemble, in the task's unit: by `match`, on inputs
+            that nothing is trained or chosen on; in a result of `fuse`, on the inputs that chose
+            the state, so `FusionResult.history` is what says whether it is an improvement.
         after: The same of the network that is left; never above `before`.
         kept: Whether what was trained is left; False: the start, which it has brought no closer.
     """
@@ -204,22 +217,20 @@ def match(
             with torch.no_grad():
                 task = task_of_answer(try_call(members[0], args, "member 0", kwargs))
         asked = ask_members(task, members, choosing)
-        task = scaled(task, asked)
+        task = task.prepared(asked.wanted, asked.members)
         judge = Judge(task, asked)
         final = (
             judge if accepting is choosing else Judge(task, ask_members(task, members, accepting))
         )
         module.eval()
-        before = _measured(final, module)
-        start = [t.detach().clone() for t in (*module.parameters(), *module.buffers())]
+        before = final.measure(module)
+        start = copies(module)
         report = train(module, members, fitting, judge, options, progress=progress, since=begin)
-        after = _measured(final, module)
+        after = final.measure(module)
     verdict = compare(after, before, options.seed)
     kept = report.kept and (verdict.better or (final is judge and verdict.gain > 0))
     if not kept:
-        with torch.no_grad():
-            for tensor, old in zip((*module.parameters(), *module.buffers()), start, strict=True):
-                tensor.copy_(old)
+        restore(module, start)
     return MatchReport(
         **{
             **vars(report),
@@ -260,7 +271,7 @@ def train(
     steps = _STEPS if options.steps is None and options.seconds is None else options.steps
     budget = Budget(steps, options.seconds, since)
     begin = time.process_time()
-    start = _measured(judge, module)
+    start = judge.measure(module)
     look_cost = time.process_time() - begin
     augment = default_augment(fitting.batches[0]) if options.augment is True else options.augment
     chunk = fitting.unit if fitting.fixed else options.batch or _BATCH
@@ -315,26 +326,20 @@ class Best:
     def __init__(self, trainer: Trainer, judge: Judge, start: Measured) -> None:
         self._trainer, self._judge = trainer, judge
         self.found = start
-        self._tensors = trainer.copies()
+        self._tensors = copies(trainer.module)
         self._changed = False
 
     def consider(self) -> None:
         """Keep the network's state if it is better."""
         self._trainer.module.eval()
-        now = _measured(self._judge, self._trainer.module)
+        now = self._judge.measure(self._trainer.module)
         if now.cost < self.found.cost:
-            self.found, self._tensors, self._changed = now, self._trainer.copies(), True
+            self.found, self._tensors, self._changed = now, copies(self._trainer.module), True
 
     def settle(self) -> bool:
         """Leave the network at the best state; returns whether that is not the start."""
-        self._trainer.restore(self._tensors)
+        restore(self._trainer.module, self._tensors)
         return self._changed
-
-
-def _measured(judge: Judge, module: nn.Module) -> Measured:
-    found = judge.measure(module)
-    reshard(module)
-    return found
 
 
 def _batch(trainer: Trainer, budget: Budget, look: float) -> int:
@@ -355,7 +360,7 @@ def _check_affordable(trainer: Trainer, budget: Budget, look: float) -> None:
         return
     needed = budget.spent() + trainer.batch * trainer.seconds_per_input + look
     if needed > _OVER * budget.seconds:
-        raise OptionError(
+        raise TooFewSeconds(
             f"{budget.seconds:g} seconds are too few for one step",
             where="seconds",
             why=f"asking the members, one step on {trainer.batch} inputs and a look at the result "

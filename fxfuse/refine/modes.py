@@ -44,6 +44,23 @@ def trainable(module: nn.Module) -> list[nn.Parameter]:
     return parameters
 
 
+def tensors_of(module: nn.Module) -> list[torch.Tensor]:
+    """Return the parameters and buffers."""
+    return [*module.parameters(), *module.buffers()]
+
+
+def copies(module: nn.Module) -> list[torch.Tensor]:
+    """Return a copy of each parameter and buffer as it is."""
+    return [tensor.detach().clone() for tensor in tensors_of(module)]
+
+
+def restore(module: nn.Module, kept: Sequence[torch.Tensor]) -> None:
+    """Give a module the parameters and buffers back that `copies` returned."""
+    with torch.no_grad():
+        for tensor, old in zip(tensors_of(module), kept, strict=True):
+            tensor.copy_(old)
+
+
 def check_teachers(module: nn.Module, teachers: Sequence[nn.Module], name: str) -> None:
     """Check that there are networks to learn from, and others than the one that learns."""
     if not teachers:

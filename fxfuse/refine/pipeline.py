@@ -29,9 +29,8 @@ from fxfuse.refine.judge import (
     compare,
     divided,
     folds,
-    scaled,
 )
-from fxfuse.refine.match import Match, MatchReport, train
+from fxfuse.refine.match import Match, MatchReport, TooFewSeconds, train
 from fxfuse.refine.regression import Refit, RefitReport, refit_state
 from fxfuse.refine.starts import Start, State, exact_starts, fused_start, members_of
 from fxfuse.refine.task import Task
@@ -137,8 +136,9 @@ class Plans(Protocol):
     def plan(self, batches: CalibrationBatches | None) -> FusionPlan:
         """Plan the fusion; the method may look at these inputs."""
 
+    @property
     def outline(self) -> FusionPlan | None:
-        """Plan without a look at any input: sizes and roles; None where that cannot be."""
+        """The plan without a look at any input: sizes and roles; None where that cannot be."""
 
     def state(self, plan: FusionPlan) -> State:
         """The fused tensors of a plan, by name."""
@@ -179,7 +179,7 @@ def _unjudged(plans: Plans, calibration: CalibrationBatches, steps: Steps) -> Re
         task = steps.task or infer_task(graph.program)[0]
         check_task(task, members, calibration)
         asked = ask_members(task, members, calibration)
-        judge = Judge(scaled(task, asked), asked)
+        judge = Judge(task.prepared(asked.wanted, asked.members), asked)
         match = train(
             start.module, members, calibration, judge, steps.match, progress=steps.progress
         )
@@ -276,7 +276,7 @@ class _Way:
 
     def _judge(self, inputs: CalibrationBatches) -> Judge:
         asked = ask_members(self.task, self.members, inputs)
-        return Judge(scaled(self.task, asked), asked, self.metric)
+        return Judge(self.task.prepared(asked.wanted, asked.members), asked, self.metric)
 
     def _cross_fitted(
         self, parts: Sequence[tuple[CalibrationBatches, CalibrationBatches]], task: Task
@@ -308,7 +308,10 @@ class _Way:
             made.seconds[start.name] = watch.lap()
             return start
 
-        plan = self.plans.outline() or self.plans.plan(fitting)
+        # Where there is no plan without a look at inputs, the plan of the fit says the sizes, too.
+        planned = None if self.plans.outline else self.plans.plan(fitting)
+        plan = planned or self.plans.outline
+        assert plan is not None
         for start in exact_starts(self.graph, plan, self.states, choose.asked, choose.task):
             made.starts.append(measure(start))
         best = made.best = min(made.starts, key=made.cost, default=None)
@@ -317,7 +320,8 @@ class _Way:
         if best is not None:
             self._match(made, "matched", best, fitting, choose, parts, measure)
         if fitted:
-            start = made.steps["fitted"] = measure(self._fitted(made, fitting))
+            plan = planned or self.plans.plan(fitting)
+            start = made.steps["fitted"] = measure(self._fitted(made, plan, fitting))
             # A network that is farther off than a member is not worth the steps.
             if best is None or made.cost(start) < made.cost(best):
                 self._match(made, "fitted and matched", start, fitting, choose, parts, measure)
@@ -325,9 +329,8 @@ class _Way:
                 made.notes[f"matched from {start.name}"] = f"left out: {best.name} is closer"
         return made
 
-    def _fitted(self, made: _Made, fitting: CalibrationBatches) -> Start:
+    def _fitted(self, made: _Made, plan: FusionPlan, fitting: CalibrationBatches) -> Start:
         """The fused network, refitted where that is asked for."""
-        plan = self.plans.plan(fitting)
         state = self.plans.state(plan)
         if self.steps.refit is None:
             return fused_start(self.graph, plan, state, "fused")
@@ -357,7 +360,7 @@ class _Way:
             report = train(
                 module, self.members, fitting, choose, options, progress=self.steps.progress
             )
-        except (RefineError, OptionError) as error:
+        except (RefineError, TooFewSeconds) as error:
             made.notes[name] = f"left out: {error.what}"
             return
         made.matched[name] = report

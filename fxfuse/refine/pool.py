@@ -12,10 +12,16 @@ import torch
 from torch import Tensor, nn
 
 from fxfuse.activations.augment import Augment
-from fxfuse.activations.calibration import CalibrationBatches, Call, pick_inputs
+from fxfuse.activations.calibration import (
+    CalibrationBatches,
+    Call,
+    count_rows,
+    join_rows,
+    pick_rows,
+)
 from fxfuse.graph.torch_compat import pytree
 from fxfuse.refine.batch import try_call
-from fxfuse.refine.judge import check_alike, joined, picked
+from fxfuse.refine.judge import check_alike
 from fxfuse.refine.task import Answer, Task, check_answers
 
 # Passes over the inputs that the pool holds at most: the inputs, then augmented copies; and how
@@ -39,7 +45,7 @@ class Pool:
 
     def batch(self, chosen: Tensor) -> tuple[Call, Answer]:
         """Some of the inputs, and what the ensemble answers to them."""
-        return pick_inputs(self.inputs, chosen), picked(self.wanted, chosen)
+        return pick_rows(self.inputs, chosen), pick_rows(self.wanted, chosen)
 
 
 @dataclass(frozen=True)
@@ -92,10 +98,10 @@ class Teacher:
                 moved = pytree.tree_map_only(Tensor, lambda x: x.to(self.device), chunk)
                 answers.append(self._combined(moved))
                 asked.append(moved)
-                size += _length(moved)
+                size += count_rows(moved)
                 if (most is not None and size >= most) or enough():
                     break
-        return Pool(_joined_inputs(asked), joined(answers), size)
+        return Pool(join_rows(asked), join_rows(answers), size)
 
     def _chunks(self, calibration: CalibrationBatches) -> Iterator[Call]:
         """Yield all inputs in random order, then copies of them, in batches of 2 or more."""
@@ -107,7 +113,7 @@ class Teacher:
             if calibration.fixed:
                 pieces = tuple(p for p in order.split(self.batch) if len(p) == self.batch)
             for chosen in pieces:
-                chunk = pick_inputs(whole, chosen)
+                chunk = pick_rows(whole, chosen)
                 if turn and self.augment is not None:
                     chunk = ((self.augment(chunk[0][0], generator),), {})
                 yield chunk
@@ -118,24 +124,7 @@ class Teacher:
         answers = []
         for number, member in enumerate(self.members):
             answers.append(self.task.read(try_call(member, args, f"member {number}", kwargs)))
-            check_alike(answers, number, _length(chunk))
+            check_alike(answers, number, count_rows(chunk))
             check_answers(answers[-1], f"member {number}")
         self.task.check(answers[0])
         return self.task.target(answers, kwargs)
-
-
-def _length(call: Call) -> int:
-    return next((len(x) for x in pytree.tree_leaves(call) if isinstance(x, Tensor) and x.dim()), 0)
-
-
-def _joined_inputs(calls: Sequence[Call]) -> Call:
-    """The inputs of several calls in one; what is no batch is that of the first."""
-    if len(calls) == 1:
-        return calls[0]
-    found: Call = pytree.tree_map(
-        lambda *parts: (
-            torch.cat(parts) if isinstance(parts[0], Tensor) and parts[0].dim() else parts[0]
-        ),
-        *calls,
-    )
-    return found

@@ -15,13 +15,10 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from fxfuse.refine.judge import CONFIDENCE, greedy_order, resampled
 from fxfuse.refine.task import Answer, Classification, Task, per_input
 
-#: Share of the bootstrap's values that an interval holds.
-CONFIDENCE = 0.95
 _RESAMPLES = 1000
-#: Numbers of resampled inputs that are held at a time.
-_AT_A_TIME = 4_000_000
 #: Bins of the expected calibration error.
 _BINS = 15
 
@@ -127,12 +124,8 @@ def _likelihoods(task: Classification, members: Sequence[Tensor], labels: Tensor
 
     classes = members[0].shape[task.dim]
     found = [torch.full((len(labels),), math.log(classes), dtype=torch.double)]
-    order: list[int] = []
-    while len(order) < len(members):
-        left = {i: loss([*order, i]) for i in range(len(members)) if i not in order}
-        best = min(left, key=lambda i: float(left[i].mean()))
-        order.append(best)
-        found.append(left[best])
+    order = greedy_order(len(members), lambda chosen: float(loss(chosen).mean()))
+    found += [loss(order[: i + 1]) for i in range(len(order))]
     return torch.stack(found, 1)
 
 
@@ -142,7 +135,7 @@ def _estimated(found: Mapping[str, Mapping[str, Tensor]]) -> dict[str, dict[str,
     if not places:
         return {name: {} for name in found}
     columns = [found[name][measure] for name, measure in places]
-    means = _resampled(torch.cat(columns, 1)).split([each.shape[1] for each in columns], 1)
+    means = _with_all(torch.cat(columns, 1)).split([each.shape[1] for each in columns], 1)
     result: dict[str, dict[str, Estimate]] = {name: {} for name in found}
     ends = torch.tensor([(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2], dtype=torch.double)
     for (name, measure), each in zip(places, means, strict=True):
@@ -170,16 +163,6 @@ def _equivalent(loss: Tensor, curve: Tensor) -> Tensor:
     return upper - 1 + share
 
 
-def _resampled(columns: Tensor) -> Tensor:
+def _with_all(columns: Tensor) -> Tensor:
     """Means over all inputs, and over each resample of them, `[n, c]` → `[r + 1, c]`."""
-    count = len(columns)
-    generator = torch.Generator().manual_seed(0)
-    found, step = [columns.mean(0, keepdim=True)], max(1, _AT_A_TIME // count)
-    for start in range(0, _RESAMPLES, step):
-        rows = min(step, _RESAMPLES - start)
-        drawn = torch.randint(count, (rows, count), generator=generator)
-        times = columns.new_zeros(rows, count).scatter_add_(
-            1, drawn, columns.new_ones(1, 1).expand(rows, count)
-        )
-        found.append(times @ columns / count)
-    return torch.cat(found)
+    return torch.cat([columns.mean(0, keepdim=True), resampled(columns, _RESAMPLES)])

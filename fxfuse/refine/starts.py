@@ -16,7 +16,7 @@ from fxfuse.errors import RewriteError
 from fxfuse.graph.torch_compat import pytree
 from fxfuse.planning.plan import FusionPlan, Mixing, UnitMap
 from fxfuse.planning.roles import Role, RoleKind
-from fxfuse.refine.judge import Asked
+from fxfuse.refine.judge import Asked, greedy_order
 from fxfuse.refine.task import Answer, Task
 from fxfuse.transform.emit import FusedModule, emit
 from fxfuse.transform.resizing import emit_fused, emit_resized
@@ -63,7 +63,12 @@ def exact_starts(
         asked: What the members answer to the inputs that choose.
         task: What that means.
     """
-    order = _greedy(asked, task)
+
+    def far(chosen: Sequence[int]) -> float:
+        together = _mean([asked.members[i] for i in chosen])
+        return float(task.distance(together, asked.wanted).mean())
+
+    order = greedy_order(len(states), far)
     width = _whole_width(graph, plan)
     if width < 1:
         return
@@ -74,23 +79,6 @@ def exact_starts(
         start = _side_by_side(graph, plan, states, sorted(order[:count]))
         if start is not None:
             yield start
-
-
-def _greedy(asked: Asked, task: Task) -> list[int]:
-    """The members, each the one that brings those before it closest to the ensemble."""
-    order: list[int] = []
-    left = list(range(len(asked.members)))
-    while left:
-        far = {
-            i: float(
-                task.distance(_mean([asked.members[j] for j in (*order, i)]), asked.wanted).mean()
-            )
-            for i in left
-        }
-        best = min(left, key=lambda i: far[i])
-        order.append(best)
-        left.remove(best)
-    return order
 
 
 def _mean(answers: Sequence[Answer]) -> Answer:

@@ -96,8 +96,13 @@ class Task(Options, ABC):
         if not answer.is_floating_point() or answer.dim() < 1:
             raise self.misfit(answer, "it is no floating tensor with a batch dimension")
 
-    def prepared(self, wanted: Answer) -> Task:
-        """Return this task with what it takes from the ensemble's answers as a whole."""
+    def prepared(self, wanted: Answer, members: Sequence[Answer] = ()) -> Task:
+        """Return this task with what it takes from the ensemble's answers as a whole.
+
+        Args:
+            wanted: What `target` returned.
+            members: What the members answer.
+        """
         return self
 
     def misfit(self, answer: Tensor, why: str) -> OptionError:
@@ -164,14 +169,10 @@ class Classification(Task):
             return torch.stack(terms).logsumexp(0)
         if self.combine_by == "logits":
             raw = answers if self.outputs == "logits" else logs
-            total = sum(w * x.to(logs[0].dtype) for w, x in zip(weights, raw, strict=True))
-            assert isinstance(total, Tensor)
-            return total.log_softmax(self.dim)
+            return weighted([x.to(logs[0].dtype) for x in raw], weights).log_softmax(self.dim)
         votes = [(log == log.amax(self.dim, keepdim=True)).to(log.dtype) for log in logs]
         shares = [vote / vote.sum(self.dim, keepdim=True) for vote in votes]
-        total = sum(w * share for w, share in zip(weights, shares, strict=True))
-        assert isinstance(total, Tensor)
-        return total.clamp(min=_TINY).log()
+        return weighted(shares, weights).clamp(min=_TINY).log()
 
     def distance(self, answer: Tensor, wanted: Tensor) -> Tensor:
         """KL divergence, mean over the positions of each input."""
@@ -312,9 +313,7 @@ class MultiLabel(Task):
     def combine(self, answers: Sequence[Tensor]) -> Tensor:
         """Return the mean of the members' probabilities, `[n, *]`."""
         weights = weights_of(self.weights, len(answers))
-        total = sum(w * self._log(x)[0].exp() for w, x in zip(weights, answers, strict=True))
-        assert isinstance(total, Tensor)
-        return total
+        return weighted([self._log(x)[0].exp() for x in answers], weights)
 
     def distance(self, answer: Tensor, wanted: Tensor) -> Tensor:
         """Binary KL divergence, mean over all labels of each input."""
@@ -360,12 +359,9 @@ class Regression(Task):
         given = [a.to(torch.promote_types(a.dtype, torch.float32)) for a in answers]
         if self.combine_by == "median":
             return torch.stack(given).quantile(0.5, dim=0)
-        weights = weights_of(self.weights, len(given))
-        total = sum(w * a for w, a in zip(weights, given, strict=True))
-        assert isinstance(total, Tensor)
-        return total
+        return weighted(given, weights_of(self.weights, len(given)))
 
-    def prepared(self, wanted: Tensor) -> Task:
+    def prepared(self, wanted: Tensor, members: Sequence[Answer] = ()) -> Task:
         """Return the task with the variance of each output, which is an index of dimension 1."""
         values = wanted.double()
         rows = values.movedim(1, -1).flatten(0, -2) if values.dim() > 1 else values[:, None]
@@ -417,9 +413,7 @@ class Embedding(Task):
         """Return unit vectors, `[n, *]`."""
         weights = weights_of(self.weights, len(answers))
         units = [functional.normalize(a.float(), dim=self.dim) for a in answers]
-        total = sum(w * unit for w, unit in zip(weights, units, strict=True))
-        assert isinstance(total, Tensor)
-        return functional.normalize(total, dim=self.dim)
+        return functional.normalize(weighted(units, weights), dim=self.dim)
 
     def distance(self, answer: Tensor, wanted: Tensor) -> Tensor:
         """1 - cosine, mean over the vectors of each input."""
@@ -529,22 +523,17 @@ class Outputs(Task):
             for name, task in self.tasks.items()
         }
 
-    def prepared(self, wanted: Mapping[str, Answer]) -> Task:
-        """Return the task with every output's own prepared."""
-        return Outputs({name: task.prepared(wanted[name]) for name, task in self.tasks.items()})
-
-    def scaled(self, answers: Sequence[Answer], wanted: Answer) -> Task:
+    def prepared(self, wanted: Mapping[str, Answer], members: Sequence[Answer] = ()) -> Task:
         """Return the task with how far the members are from the ensemble in each output."""
-        scale = {
-            name: max(
-                sum(float(task.distance(a[name], wanted[name]).mean()) for a in answers)
-                / len(answers),
-                1e-30,
-            )
-            for name, task in self.tasks.items()
-        }
-        found = copy.copy(self)
-        object.__setattr__(found, "_scale", scale)
+        tasks = {name: task.prepared(wanted[name]) for name, task in self.tasks.items()}
+        found = Outputs(tasks)
+        if len(members) > 1:
+            far = {
+                name: [float(task.distance(m[name], wanted[name]).mean()) for m in members]
+                for name, task in tasks.items()
+            }
+            scale = {name: max(sum(each) / len(each), 1e-30) for name, each in far.items()}
+            object.__setattr__(found, "_scale", scale)
         return found
 
     def distance(self, answer: Mapping[str, Answer], wanted: Mapping[str, Answer]) -> Tensor:
@@ -672,6 +661,14 @@ def weights_of(given: Sequence[float] | None, count: int) -> list[float]:
             how="pass as many weights as members, or leave weights out",
         )
     return [weight / sum(given) for weight in given]
+
+
+def weighted(parts: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
+    """Return the weighted sum of tensors of one shape."""
+    total = weights[0] * parts[0]
+    for weight, part in zip(weights[1:], parts[1:], strict=True):
+        total = total + weight * part
+    return total
 
 
 def check_answers(answer: Answer, name: str) -> None:

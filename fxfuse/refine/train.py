@@ -16,7 +16,6 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from fxfuse.errors import InputError, MemberError, OptionError
 from fxfuse.refine.batch import call, logits_of, split_batch
-from fxfuse.refine.distance import divergence
 from fxfuse.refine.loop import RefineReport, Run, train
 from fxfuse.refine.modes import check_teachers, device_of, evaluating, trainable
 
@@ -183,7 +182,7 @@ def _distilled(student: Tensor, teacher: Tensor, temperature: float, class_dim: 
             why="distillation compares them class by class",
             how="use teachers with the module's classes and output size",
         )
-    return divergence(student, teacher, temperature, class_dim)
+    return _divergence(student, teacher, temperature, class_dim)
 
 
 def _optimizer(
@@ -207,6 +206,31 @@ def _optimizer(
             how="make the optimizer from the parameters of the module that is trained",
         )
     return optimizer, scheduler
+
+
+def _divergence(
+    answers: Tensor, wanted: Tensor, temperature: float = 1.0, class_dim: int = 1
+) -> Tensor:
+    """T² · KL(softmax(wanted / T) ‖ softmax(answers / T)), mean over all positions.
+
+    Hinton et al., "Distilling the knowledge in a neural network", arXiv:1503.02531, section 2.
+
+    Args:
+        answers: Logits of the network `[b, *]`, with k classes along one dimension.
+        wanted: Those of the ensemble, of the same shape.
+        temperature: T.
+        class_dim: The dimension of the classes.
+
+    Returns:
+        A scalar in nats, for T = 1.
+    """
+    total = functional.kl_div(
+        (answers / temperature).log_softmax(class_dim),
+        (wanted / temperature).log_softmax(class_dim),
+        reduction="sum",
+        log_target=True,
+    )
+    return total * (temperature**2 * wanted.shape[class_dim] / wanted.numel())
 
 
 def _check_temperature(temperature: float) -> None:

@@ -6,14 +6,14 @@ Notation of shapes: b batch, p pool.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from fxfuse.graph.torch_compat import pytree
-from fxfuse.refine.modes import trainable
+from fxfuse.refine.modes import copies, restore, tensors_of, trainable
 from fxfuse.refine.parallel import Together, is_sharded, together
 from fxfuse.refine.pool import Pool
 from fxfuse.refine.schedule import course
@@ -44,17 +44,6 @@ class Trainer:
         self.several: Together = together(module)
         #: CPU seconds of one step on one input, once it was measured (`cost`).
         self.seconds_per_input = 0.0
-        self._tensors = [*module.parameters(), *module.buffers()]
-
-    def copies(self) -> list[Tensor]:
-        """A copy of the network's tensors as they are."""
-        return [tensor.detach().clone() for tensor in self._tensors]
-
-    def restore(self, tensors: Sequence[Tensor]) -> None:
-        """Give the network these tensors back."""
-        with torch.no_grad():
-            for tensor, kept in zip(self._tensors, tensors, strict=True):
-                tensor.copy_(kept)
 
     def run(
         self,
@@ -127,7 +116,7 @@ class Trainer:
 
         The network stays as it is.
         """
-        kept = self.copies()
+        kept = copies(self.module)
         seen: dict[int, int] = {}
 
         def pack(x: Tensor) -> Tensor:
@@ -135,7 +124,7 @@ class Trainer:
             seen[storage.data_ptr()] = storage.nbytes()
             return x
 
-        own = {t.untyped_storage().data_ptr() for t in self._tensors if not is_sharded(t)}
+        own = {t.untyped_storage().data_ptr() for t in tensors_of(self.module) if not is_sharded(t)}
         count = min(inputs, self.pool.size)
         chosen = torch.arange(count - count % self.several.count)
         begin = time.process_time()
@@ -144,7 +133,7 @@ class Trainer:
         seconds = (time.process_time() - begin) / len(chosen)
         for parameter in self.module.parameters():
             parameter.grad = None
-        self.restore(kept)
+        restore(self.module, kept)
         size = sum(n for place, n in seen.items() if place not in own) / len(chosen)
         return seconds, size
 

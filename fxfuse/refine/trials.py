@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from fxfuse.refine.judge import Judge, Measured, compare
-from fxfuse.refine.parallel import reshard
+from fxfuse.refine.modes import copies, restore
 from fxfuse.refine.schedule import Budget
 from fxfuse.refine.trainer import Trainer
 
@@ -58,13 +58,12 @@ def find_settings(
     steps = _steps(trainer, budget, look)
     if steps is None or (len(rates) == 1 and options.freeze is not None):
         return careful
-    start, tried = trainer.copies(), dict[tuple[float, bool], Measured]()
+    start, tried = copies(trainer.module), dict[tuple[float, bool], Measured]()
 
     def trial(rate: float, *, frozen: bool) -> None:
         trainer.run(lambda step: step / steps, rate, frozen=frozen, checked=False)
         tried[rate, frozen] = judge.measure(trainer.module)
-        reshard(trainer.module)
-        trainer.restore(start)
+        restore(trainer.module, start)
 
     frozen = options.freeze is not False
     worse = 0
