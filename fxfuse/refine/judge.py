@@ -170,7 +170,7 @@ class Judge:
     def measured(self, answer: Answer, module: nn.Module | None = None) -> Measured:
         """What answers are worth; `module` gave them."""
         with torch.no_grad():
-            each = None
+            answer, each = self.task.exact(answer), None
             if self._labels is not None:
                 each = self.task.label_loss(answer, self._labels)
             if each is None:
@@ -227,7 +227,8 @@ def ask_members(task: Task, members: Sequence[nn.Module], calibration: Calibrati
         task.check(answers[-1])
         check_answers(answers[-1], f"member {number}")
     _, kwargs = calibration.whole
-    return Asked(calibration, tuple(answers), task.target(answers, kwargs))
+    wanted = task.target([task.exact(answer) for answer in answers], kwargs)
+    return Asked(calibration, tuple(answers), wanted)
 
 
 def check_alike(answers: Sequence[Answer], number: int, count: int) -> None:

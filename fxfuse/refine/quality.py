@@ -66,9 +66,12 @@ def qualities(
     Raises:
         InputError: The labels are no class numbers, one for each position.
     """
+    members = [task.exact(member) for member in members]
     wanted = task.combine(members)
-    task = task.prepared(wanted)
-    found = {name: _columns(task, answer, wanted, labels) for name, answer in answers.items()}
+    task = task.prepared(wanted, members)
+    found = {
+        name: _columns(task, task.exact(answer), wanted, labels) for name, answer in answers.items()
+    }
     if ensemble and isinstance(task, Classification):
         said = replace(task, outputs="log_probabilities")
         found[ensemble] = _columns(said, wanted, wanted, labels)

@@ -87,6 +87,10 @@ class Task(Options, ABC):
         """Return the part of a network's output that counts."""
         return main_output(output)
 
+    def exact(self, answer: Answer) -> Answer:
+        """Return an answer in float64: rounding must bring nothing closer to the ensemble."""
+        return answer.double()
+
     def check(self, answer: Answer) -> None:
         """Check that an answer is one of this task.
 
@@ -412,7 +416,8 @@ class Embedding(Task):
     def combine(self, answers: Sequence[Tensor]) -> Tensor:
         """Return unit vectors, `[n, *]`."""
         weights = weights_of(self.weights, len(answers))
-        units = [functional.normalize(a.float(), dim=self.dim) for a in answers]
+        given = [a.to(torch.promote_types(a.dtype, torch.float32)) for a in answers]
+        units = [functional.normalize(a, dim=self.dim) for a in given]
         return functional.normalize(weighted(units, weights), dim=self.dim)
 
     def distance(self, answer: Tensor, wanted: Tensor) -> Tensor:
@@ -454,6 +459,10 @@ class Custom(Task):
     def read(self, output: Any) -> Answer:
         """Return the output as it is."""
         return output
+
+    def exact(self, answer: Answer) -> Answer:
+        """Return the answer as it is: the functions know which dtype they take."""
+        return answer
 
     def check(self, answer: Answer) -> None:
         """Accept anything: the functions know."""
@@ -501,6 +510,10 @@ class Outputs(Task):
     def read(self, output: Any) -> dict[str, Answer]:
         """Return the outputs that count, by name."""
         return {name: task.read(_part(output, name)) for name, task in self.tasks.items()}
+
+    def exact(self, answer: Mapping[str, Answer]) -> dict[str, Answer]:
+        """Return every output as its task compares it."""
+        return {name: task.exact(answer[name]) for name, task in self.tasks.items()}
 
     def check(self, answer: Mapping[str, Answer]) -> None:
         """Check every output."""
