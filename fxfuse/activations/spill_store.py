@@ -1,4 +1,4 @@
-"""Where a lane keeps its values: in memory as long as there is room, then in a temporary folder."""
+"""Where values of a run are kept: in memory as long as there is room, then in temporary files."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class SpillStore:
 
     def put(self, values: Iterable[Any]) -> Stored:
         """Take values one by one, so that never more than one is there beside what is kept."""
-        return Stored(self, [self._keep(value) for value in values])
+        return Stored(self, [self.keep(value) for value in values])
 
     def free(self, stored: Stored) -> None:
         """Take values off again."""
@@ -43,7 +43,8 @@ class SpillStore:
             else:
                 self.left += _size(item)
 
-    def _keep(self, value: Any) -> Any:
+    def keep(self, value: Any) -> Any:
+        """Take one value, and return an item of `Stored`."""
         size = _size(value)
         if size <= self.left:
             self.left -= size

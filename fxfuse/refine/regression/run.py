@@ -19,8 +19,9 @@ from fxfuse.analysis.coupling import CouplingGraph
 from fxfuse.analysis.heads import others_region
 from fxfuse.common.options import Options
 from fxfuse.planning.plan import FusionPlan
-from fxfuse.refine.infer_task import task_of_head
+from fxfuse.refine.infer_task import logits_of, task_of_head
 from fxfuse.refine.regression.channel import (
+    ROWS,
     PerChannel,
     channel_rows,
     fit_channels,
@@ -35,22 +36,22 @@ from fxfuse.refine.regression.joint import joined, joint_pairs, parted
 from fxfuse.refine.regression.recurrent import RecurrentFit
 from fxfuse.refine.regression.rows import Sample, rows_for, sample
 from fxfuse.refine.regression.solve import Fit, Ridge
+from fxfuse.refine.regression.wanted import Aim, Place, Wanted
 from fxfuse.refine.regression.work import (
     NO_CLOSER,
     NO_LAYER,
     NO_TARGET,
     LayerFit,
     Work,
-    aim_of,
-    asked_of_members,
     inputs_of,
     left,
     node_of,
+    read_in_members,
     tensors_of,
 )
 from fxfuse.refine.regression.write import State, current, write
 from fxfuse.refine.targets import Targets
-from fxfuse.refine.task import Task
+from fxfuse.refine.task import Classification, Task
 from fxfuse.transform.resizing import Resized, resized_of
 
 #: Times that targets are relaxed where the activation cuts them.
@@ -148,7 +149,8 @@ class _Refit:
         self.head_task = task_of_head(graph.program, task)
         few = calibration.size < FEW
         self.alpha = options.alpha or (1e-2 if few else 1e-3)
-        self.calibration = calibration
+        self.n_inputs = calibration.size
+        self.calibration = calibration.with_copies
         self.state: State = {name: tensor.detach() for name, tensor in state.items()}
         program = graph.program
         self.fits: list[LayerFit] = []
@@ -168,7 +170,6 @@ class _Refit:
         told = {own: node for node, own in resized.nodes.items()}
         every: list[Work] = [*routes, *operators, *layers]
         self.work = {node_of(work): work for work in every}
-        aims = [node for work in self.work.values() for node in asked_of_members(work)]
         #: Layers that are fitted together: the first by the last of each pair.
         self.first_of: dict[fx.Node, FitTarget] = {
             last.layer.node: first
@@ -177,33 +178,35 @@ class _Refit:
         }
         self.postponed = {first.layer.node for first in self.first_of.values()}
         #: How many pieces of work still need a node's value.
-        self.waiting = Counter(aims)
         self.unread = Counter(read for work in self.work.values() for read in inputs_of(work))
-        memory = options.memory // (len(states) + 1)
-        self.members = self.member_runners(states, set(aims), told, memory)
+        self.steps_read = Counter(read for work in layers for read in set(read_in_members(work)))
+        self.members = self.member_runners(states, set(self.steps_read), told)
         self.student = NodeRunner(
             program,
             self.state,
-            calibration,
+            self.calibration,
             name="the fused network",
             held=set(self.unread),
             graph=resized.graph,
             constants=resized.constants,
-            memory=memory,
+            memory=options.memory // 2,
         )
         self.targets = Targets(graph, plan, resized.layouts, told, resized.places)
+        outputs = [resized.nodes.get(output, output) for output in program.outputs()]
+        self.outputs = logits_of(outputs)
+        if len(outputs) > 1:
+            self.outputs = [n for n in self.outputs if len(n.meta["val"].shape) == 2]
         self.generator = torch.Generator().manual_seed(options.seed)
-        self.outputs = [resized.nodes.get(output, output) for output in program.outputs()]
         self.changed: set[str] = set()
+        self.wanted = self.what_is_wanted(states)
 
     def member_runners(
         self,
         states: Sequence[Mapping[str, torch.Tensor]],
         held: set[fx.Node],
         told: Mapping[fx.Node, fx.Node],
-        memory: int,
     ) -> list[NodeRunner]:
-        """Make what runs each member, and holds the values that layers aim at."""
+        """Make what runs each member, and holds what its recurrent layers read."""
         return [
             NodeRunner(
                 self.graph.of_member(i).program,
@@ -213,10 +216,40 @@ class _Refit:
                 held=held,
                 asked_as=_asked_as(self.graph, told, i),
                 absent=others_region(self.graph.program, i),
-                memory=memory,
+                memory=self.options.memory // (2 * len(states)),
             )
             for i, state in enumerate(states)
         ]
+
+    def what_is_wanted(self, states: Sequence[Mapping[str, torch.Tensor]]) -> dict[Place, Aim]:
+        """Run the members, and keep what all layers and normalisations should answer."""
+        limits: dict[Place, int] = {}
+        combine: dict[Place, Classification] = {}
+        for work in self.work.values():
+            if self.reason_to_leave(work):
+                continue
+            if isinstance(work, PerChannel):
+                limits[place_of(work)] = ROWS
+            elif isinstance(work, FitTarget):
+                routes = [work] if work.partner is None else [work, work.partner]
+                rows = rows_for(sum(map(self.features, routes)))
+                for route in routes:
+                    for aimed in dict.fromkeys([route, route.alone()]):
+                        limits[place_of(aimed)] = max(rows, limits.get(place_of(aimed), 0))
+                if self.is_head(work) and not self.graph.program.heads:
+                    assert self.head_task is not None
+                    combine[place_of(work)] = self.head_task
+        if not limits:
+            return {}
+        options = self.options
+        wanted = Wanted(
+            self.members, self.targets, limits, combine, options.seed, options.memory // 2
+        )
+        return wanted.aims
+
+    def features(self, route: FitTarget) -> int:
+        """How many numbers one output of a layer is computed from."""
+        return route.layer.matrix(route.layer.held(self.state)).shape[1]
 
     def run(self) -> tuple[State, RefitReport]:
         started = time.process_time()
@@ -230,17 +263,15 @@ class _Refit:
         for name in program.names:
             self.state[name] = self.state[program.canonical[name]]
         seconds = time.process_time() - started
-        report = RefitReport(tuple(self.fits), kept, seconds, self.calibration.size, self.alpha)
+        report = RefitReport(tuple(self.fits), kept, seconds, self.n_inputs, self.alpha)
         return self.state, report
 
     def visit(self, work: Work) -> None:
         node = node_of(work)
         if node in self.postponed:
             return
-        for member in self.members:
-            member.run_to(aim_of(work))
-        self.student.run_to(node)
         why = self.reason_to_leave(work)
+        self.run_to(work, node, why)
         first = self.first_of.get(node)
         if why:
             self.fits.append(left(work, why))
@@ -259,14 +290,25 @@ class _Refit:
             if done is not None:
                 self.let_go(done)
 
+    def run_to(self, work: Work, node: fx.Node, why: str) -> None:
+        """Run the fused network as far as a fit needs it: of what is replaced, no value is read."""
+        if isinstance(work, Recurrent):
+            for member in self.members:
+                member.run_to(node)
+        alone = isinstance(work, FitTarget) and work.partner is None and work.is_straight
+        if alone or isinstance(work, PerChannel) or why:
+            self.student.run_before(node)
+        else:
+            self.student.run_to(node)
+
     def reason_to_leave(self, work: Work) -> str:
         asked = sorted(n for n in tensors_of(work) if n in self.graph.asked)
         return f"an option asked for {asked[0]} to stay" if asked else ""
 
     def let_go(self, work: Work) -> None:
-        for node in asked_of_members(work):
-            self.waiting[node] -= 1
-            if not self.waiting[node]:
+        for node in set(read_in_members(work)) if isinstance(work, Recurrent) else ():
+            self.steps_read[node] -= 1
+            if not self.steps_read[node]:
                 for member in self.members:
                     member.drop(node)
         for read in inputs_of(work):
@@ -308,7 +350,9 @@ class _Refit:
                 best, chosen = error, fit
             wanted = found.output(relaxed(route.cut, aim, answer))
         if chosen is not None and self.is_head(route):
-            chosen = fit_head(found.rows, self.ensemble(route, aim), chosen, self.alpha)
+            combined = self.wanted[place_of(route)].combined
+            logits = torch.cat(combined) if combined else aim
+            chosen = fit_head(found.rows, logits, chosen, self.alpha)
         return before, best, chosen
 
     def write(self, route: FitTarget, fit: Fit, rows: torch.Tensor) -> None:
@@ -327,7 +371,7 @@ class _Refit:
         )
         if chosen is None:
             return [left(each, NO_CLOSER, before) for each in (first, last)]
-        features = first.layer.matrix(first.layer.held(self.state)).shape[1]
+        features = self.features(first)
         parts = parted(chosen, features, shift_in_last=last.has_shift)
         self.write(first, parts[0], found.rows[..., :features])
         self.write(last, parts[1], found.rows[..., features:])
@@ -358,31 +402,22 @@ class _Refit:
             self.student.drop(node)
 
     def sample(self, route: FitTarget, beside: FitTarget | None = None) -> Sample | None:
-        layers = [r.layer for r in (beside, route) if r is not None]
-        features = sum(x.matrix(x.held(self.state)).shape[1] for x in layers)
-        limit = rows_for(features)
-        return sample(
-            route, self.student, self.members, self.targets, limit, self.generator, beside
-        )
+        if beside is not None and not (route.is_straight and beside.is_straight):
+            return None
+        return sample(route, self.student, self.wanted[place_of(route)], beside)
 
     def is_head(self, route: FitTarget) -> bool:
-        is_output = any(route.aim is output for output in self.outputs)
+        """Whether a layer writes the logits of a classifier."""
+        if (
+            self.head_task is None
+            or route.norm is not None
+            or route.layer.groups > 1
+            or not any(route.aim is output for output in self.outputs)
+        ):
+            return False
         shape = route.aim.meta["val"].shape
-        return self.head_task is not None and is_output and len(shape) == 2 and shape[1] > 1
-
-    def ensemble(self, route: FitTarget, mean: torch.Tensor) -> torch.Tensor:
-        """Logits of the ensemble [n, classes] on the rows that a head is fitted on.
-
-        The mean of the members' logits where rows were left out, or members have own heads.
-        """
-        assert self.head_task is not None
-        each = [m.value(route.aim) for m in self.members if route.aim in m.held]
-        if self.graph.program.heads or len(each) < len(self.members):
-            return mean
-        logits = [torch.cat([x.float() for x in batches]) for batches in each]
-        if any(x.shape != mean.shape for x in logits):
-            return mean
-        return self.head_task.combine(logits)
+        dim = self.head_task.dim % len(shape)
+        return route.layer.facts.channels % len(shape) == dim and shape[dim] > 1
 
     def fit_recurrent(self, work: Recurrent) -> list[LayerFit]:
         fit = RecurrentFit(
@@ -400,8 +435,7 @@ class _Refit:
         return found
 
     def fit_channels(self, op: PerChannel) -> LayerFit:
-        memory = self.options.memory
-        found = channel_rows(op, self.student, self.members, self.targets, memory)
+        found = channel_rows(op, self.student, self.wanted[place_of(op)])
         if found is None:
             return left(op, NO_TARGET)
         x, z = found.unscaled, found.wanted
@@ -409,13 +443,23 @@ class _Refit:
         if not op.bias:
             scale, shift = (x * z).mean(0) / x.square().mean(0).clamp(min=1e-30), 0 * shift
         error_of = Error((-inf, inf), z)
-        before, after = error_of(found.held), error_of(x * scale + shift)
+        held = x * self.state[op.weight].float()
+        if op.bias:
+            held = held + self.state[op.bias].float()
+        before, after = error_of(held), error_of(x * scale + shift)
         if not after < before:
             return left(op, NO_CLOSER, before)
         write_channels(op, self.state, found.inputs, scale, shift)
         self.changed |= tensors_of(op)
         self.student.redo(op.node)
         return LayerFit(op.weight, op.node.name, before, after, True)
+
+
+def place_of(work: FitTarget | PerChannel) -> Place:
+    """Where the values are that a piece of work aims at."""
+    if isinstance(work, PerChannel):
+        return Place(work.node, work.channels)
+    return Place(work.aim, work.layer.facts.channels, work.is_straight)
 
 
 def _asked_as(

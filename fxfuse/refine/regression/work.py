@@ -68,15 +68,6 @@ def tensors_of(work: Work) -> set[str]:
     return {name for name in names if name}
 
 
-def asked_of_members(work: Work) -> list[fx.Node]:
-    """The nodes whose values in the members a fit needs."""
-    if isinstance(work, FitTarget):
-        return [work.aim, work.output]
-    return (
-        list(dict.fromkeys(read_in_members(work))) if isinstance(work, Recurrent) else [work.node]
-    )
-
-
 def inputs_of(work: Work) -> set[fx.Node]:
     """The activations of the fused network that must be there when a layer is fitted."""
     if isinstance(work, Recurrent):
