@@ -15,7 +15,7 @@ from fxfuse.graph.tensors import tensors_in
 from fxfuse.graph.torch_compat import pytree
 
 #: Bytes of activations that are kept in memory, of all networks that run side by side.
-MEMORY = 4 * 2**30
+MEMORY = 2**30
 
 
 class SpillStore:

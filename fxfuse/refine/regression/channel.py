@@ -109,10 +109,9 @@ def channel_rows(op: PerChannel, student: NodeRunner, aim: Aim) -> ChannelRows |
     read, *_ = op.node.all_input_nodes
     parts, place = [], aim.place
     each = zip(op.unscaled(student), student.value(read), aim.values, aim.chosen, strict=True)
-    for unscaled, given, z, rows in each:
-        chosen = rows.to(z.device)
-        wanted = z if aim.by_rows else place.rows(z)[chosen]
-        parts.append([place.rows(unscaled)[chosen], wanted, place.rows(given)[chosen]])
+    for unscaled, given, z, chosen in each:
+        wanted = z if aim.by_rows else place.rows(z, chosen)
+        parts.append([place.rows(unscaled, chosen), wanted, place.rows(given, chosen)])
     columns = (torch.cat(column).float() for column in zip(*parts, strict=True))
     return ChannelRows(*columns)
 

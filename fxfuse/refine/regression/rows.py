@@ -18,6 +18,8 @@ from fxfuse.refine.regression.wanted import Aim
 _SMALL = 1e-4
 #: Rows per feature of a layer, at least `_ROWS` in all.
 _PER_FEATURE, _ROWS = 4, 8192
+#: Share of the rows that choose the penalty, and say whether a fit is better at all.
+HELD_OUT = 0.2
 
 
 def rows_for(features: int) -> int:
@@ -36,12 +38,17 @@ class Sample:
         wanted: What its (normalised) output should be, float32 [n, channels].
         offset: float32 [n, channels], or [1, 1].
         scale: float32 [n, channels], or [1, 1].
+        held: Which rows the choice of the penalty is made on, bool [n]: of the last inputs of each
+            batch.
+        weights: How much each row counts, float32 [n], 1 on average; None: all the same.
     """
 
     rows: torch.Tensor
     wanted: torch.Tensor
     offset: torch.Tensor
     scale: torch.Tensor
+    held: torch.Tensor
+    weights: torch.Tensor | None = None
 
     def aim(self, output: torch.Tensor) -> torch.Tensor:
         """What the node that is aimed at is worth when the layer answers `output`."""
@@ -50,6 +57,21 @@ class Sample:
     def output(self, aim: torch.Tensor) -> torch.Tensor:
         """The inverse of `aim`."""
         return aim / self.scale - self.offset
+
+    def part(self, chosen: torch.Tensor) -> Sample:
+        """Some of the rows, int64 [m]."""
+
+        def some(values: torch.Tensor) -> torch.Tensor:
+            return values if values.shape == (1, 1) else values[chosen]
+
+        return Sample(
+            self.rows[chosen],
+            self.wanted[chosen],
+            some(self.offset),
+            some(self.scale),
+            self.held[chosen],
+            None if self.weights is None else self.weights[chosen],
+        )
 
 
 def sample(
@@ -81,7 +103,13 @@ def sample(
         chosen, wanted, offset, scale = back
         parts.append((_read(route.layer, x, chosen, beside, student, batch), wanted, offset, scale))
     rows, aims, offsets, scales = zip(*parts, strict=True)
-    return Sample(torch.cat(rows), torch.cat(aims), _joined(offsets), _joined(scales))
+    held = torch.cat([_last(len(part), part.device) for part in aims])
+    return Sample(torch.cat(rows), torch.cat(aims), _joined(offsets), _joined(scales), held)
+
+
+def _last(count: int, device: torch.device) -> torch.Tensor:
+    """Which of the rows of a batch are the last ones, `HELD_OUT` of all."""
+    return torch.arange(count, device=device) >= count - int(HELD_OUT * count)
 
 
 def _read(
@@ -126,7 +154,7 @@ def _straight(
     shape[aim.place.channels] = z.shape[1]
     if skip.dim() > len(shape) or torch.broadcast_shapes(skip.shape, shape) != tuple(shape):
         return None
-    offset = aim.place.rows(skip.expand(shape))[chosen].float()
+    offset = aim.place.rows(skip.expand(shape), chosen).float()
     return chosen, z - offset, offset, one
 
 

@@ -6,18 +6,19 @@ import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from math import inf, isfinite
+from math import ceil, inf, prod
 from statistics import median
 
 import torch
 from torch import fx
 
 from fxfuse.activations import MEMORY, NodeRunner
-from fxfuse.activations.calibration import FEW, CalibrationBatches
+from fxfuse.activations.calibration import FEW, CalibrationBatches, count_rows
 from fxfuse.activations.recurrence import Recurrent, recurrent_of
 from fxfuse.analysis.coupling import CouplingGraph
 from fxfuse.analysis.heads import others_region
 from fxfuse.common.options import Options
+from fxfuse.graph.torch_compat import hint
 from fxfuse.planning.plan import FusionPlan
 from fxfuse.refine.infer_task import logits_of, task_of_head
 from fxfuse.refine.regression.channel import (
@@ -28,8 +29,9 @@ from fxfuse.refine.regression.channel import (
     per_channel_of,
     write_channels,
 )
+from fxfuse.refine.regression.closest import Closest, find_closest
 from fxfuse.refine.regression.counterpart import counterparts
-from fxfuse.refine.regression.error import Error, relaxed
+from fxfuse.refine.regression.error import Error
 from fxfuse.refine.regression.fit_target import FitTarget, routes_of
 from fxfuse.refine.regression.head import fit_head
 from fxfuse.refine.regression.joint import joined, joint_pairs, parted
@@ -54,8 +56,10 @@ from fxfuse.refine.targets import Targets
 from fxfuse.refine.task import Classification, Task
 from fxfuse.transform.resizing import Resized, resized_of
 
-#: Times that targets are relaxed where the activation cuts them.
-_RELAXATIONS = 3
+#: Inputs are taken until they have this many times the rows of each fit.
+_SPREAD = 2
+#: Bytes of the largest activation of one batch, and a number of inputs that there are not.
+_AT_A_TIME, _ALL = 2**25, 2**62
 #: Times that two layers of one sum are fitted in turn.
 _TURNS = 2
 
@@ -149,8 +153,6 @@ class _Refit:
         self.head_task = task_of_head(graph.program, task)
         few = calibration.size < FEW
         self.alpha = options.alpha or (1e-2 if few else 1e-3)
-        self.n_inputs = calibration.size
-        self.calibration = calibration.with_copies
         self.state: State = {name: tensor.detach() for name, tensor in state.items()}
         program = graph.program
         self.fits: list[LayerFit] = []
@@ -180,6 +182,9 @@ class _Refit:
         #: How many pieces of work still need a node's value.
         self.unread = Counter(read for work in self.work.values() for read in inputs_of(work))
         self.steps_read = Counter(read for work in layers for read in set(read_in_members(work)))
+        enough, batch = self.inputs_needed()
+        calibration = calibration.first(enough, batch)
+        self.n_inputs, self.calibration = calibration.size, calibration.with_copies
         self.members = self.member_runners(states, set(self.steps_read), told)
         self.student = NodeRunner(
             program,
@@ -189,7 +194,7 @@ class _Refit:
             held=set(self.unread),
             graph=resized.graph,
             constants=resized.constants,
-            memory=options.memory // 2,
+            memory=options.memory // 4 * 3,
         )
         self.targets = Targets(graph, plan, resized.layouts, told, resized.places)
         outputs = [resized.nodes.get(output, output) for output in program.outputs()]
@@ -216,7 +221,7 @@ class _Refit:
                 held=held,
                 asked_as=_asked_as(self.graph, told, i),
                 absent=others_region(self.graph.program, i),
-                memory=self.options.memory // (2 * len(states)),
+                memory=self.options.memory // (4 * len(states)),
             )
             for i, state in enumerate(states)
         ]
@@ -243,9 +248,25 @@ class _Refit:
             return {}
         options = self.options
         wanted = Wanted(
-            self.members, self.targets, limits, combine, options.seed, options.memory // 2
+            self.members, self.targets, limits, combine, options.seed, options.memory // 4
         )
         return wanted.aims
+
+    def inputs_needed(self) -> tuple[int, int]:
+        """How many inputs have all rows that the fits look at, and how many are run at once."""
+        needed, batch = float(FEW), max(count_rows(self.graph.program.example_inputs), 1)
+        for work in self.work.values():
+            if isinstance(work, Recurrent):
+                return _ALL, _ALL
+            place = place_of(work)
+            shape = [hint(size) for size in place.node.meta["val"].shape]
+            rows = prod(shape) / shape[place.channels if place.straight else -1] / batch
+            wanted = ROWS if isinstance(work, PerChannel) else rows_for(self.features(work))
+            needed = max(needed, _SPREAD * wanted / max(rows, 1))
+        values = (node.meta.get("val") for node in self.graph.program.graph.nodes)
+        shapes = (x.shape for x in values if isinstance(x, torch.Tensor))
+        largest = max(prod(map(hint, shape)) for shape in shapes) / batch
+        return ceil(needed), max(2, int(_AT_A_TIME / (4 * largest)))
 
     def features(self, route: FitTarget) -> int:
         """How many numbers one output of a layer is computed from."""
@@ -325,35 +346,24 @@ class _Refit:
             found = self.sample(route)
         if found is None:
             return left(route, NO_TARGET)
-        before, after, chosen = self.closest(
-            route, found, current(route, self.state), centred=route.has_shift
-        )
-        if chosen is None:
-            return left(route, NO_CLOSER, before)
-        self.write(route, chosen, found.rows)
-        return LayerFit(route.layer.weight, route.aim.name, before, after, True)
+        closest = self.closest(route, found, current(route, self.state), centred=route.has_shift)
+        if closest.fit is None:
+            return left(route, closest.why, closest.before, closest.held_out)
+        self.write(route, closest.fit, found.rows)
+        return closest.reported(route)
 
-    def closest(
-        self, route: FitTarget, found: Sample, held: Fit, *, centred: bool
-    ) -> tuple[float, float, Fit | None]:
-        """The errors of a map and of the best one found; that one, if it is better."""
-        ridge = Ridge(found.rows, self.alpha, centred=centred)
-        aim = found.aim(found.wanted)
-        error_of = Error(route.cut, aim)
-        before = best = error_of(found.aim(held(found.rows)))
-        chosen, wanted = None, found.wanted
-        for _ in range(1 + _RELAXATIONS * isfinite(min(map(abs, route.cut)))):
-            fit = ridge.fit(wanted)
-            answer = found.aim(fit(found.rows))
-            error = error_of(answer)
-            if error < best:
-                best, chosen = error, fit
-            wanted = found.output(relaxed(route.cut, aim, answer))
-        if chosen is not None and self.is_head(route):
+    def closest(self, route: FitTarget, found: Sample, held: Fit, *, centred: bool) -> Closest:
+        """The best map that is found, if it is better than the one there was."""
+        kept_out = found.held if bool(found.held.any()) else None
+        ridge = Ridge(found.rows, centred=centred, weights=found.weights, held=kept_out)
+        closest = find_closest(
+            route.cut, found, held, ridge, self.alpha, chosen_by_user=bool(self.options.alpha)
+        )
+        if closest.fit is not None and self.is_head(route):
             combined = self.wanted[place_of(route)].combined
-            logits = torch.cat(combined) if combined else aim
-            chosen = fit_head(found.rows, logits, chosen, self.alpha)
-        return before, best, chosen
+            logits = torch.cat(combined) if combined else found.aim(found.wanted)
+            closest.fit = fit_head(found.rows, logits, closest.fit, closest.alpha)
+        return closest
 
     def write(self, route: FitTarget, fit: Fit, rows: torch.Tensor) -> None:
         write(route, self.state, fit, rows)
@@ -366,18 +376,17 @@ class _Refit:
         if found is None:
             return [self.fit_layer(first.alone()), self.fit_layer(last.alone())]
         held = joined(current(first, self.state), current(last, self.state))
-        before, after, chosen = self.closest(
-            last, found, held, centred=first.has_shift or last.has_shift
-        )
-        if chosen is None:
-            return [left(each, NO_CLOSER, before) for each in (first, last)]
+        closest = self.closest(last, found, held, centred=first.has_shift or last.has_shift)
+        if closest.fit is None:
+            return [
+                left(each, closest.why, closest.before, closest.held_out) for each in (first, last)
+            ]
         features = self.features(first)
-        parts = parted(chosen, features, shift_in_last=last.has_shift)
+        parts = parted(closest.fit, features, shift_in_last=last.has_shift)
         self.write(first, parts[0], found.rows[..., :features])
         self.write(last, parts[1], found.rows[..., features:])
         self.again(first)
-        name = last.aim.name
-        return [LayerFit(r.layer.weight, name, before, after, True) for r in (first, last)]
+        return [closest.reported(first), closest.reported(last)]
 
     def fit_in_turn(self, last: FitTarget, first: FitTarget, fit: LayerFit) -> LayerFit:
         """Two layers whose outputs are added: each makes up for what the other leaves."""

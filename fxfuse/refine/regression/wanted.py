@@ -33,10 +33,14 @@ class Place:
     channels: int
     straight: bool = True
 
-    def rows(self, value: torch.Tensor) -> torch.Tensor:
-        """A value of the node as [rows, channels]."""
+    def rows(self, value: torch.Tensor, chosen: torch.Tensor) -> torch.Tensor:
+        """The chosen rows of a value of the node, [rows, channels]."""
         last = value.movedim(self.channels, -1)
-        return last.reshape(-1, last.shape[-1])
+        chosen = chosen.to(value.device)
+        if last.is_contiguous():
+            return last.reshape(-1, last.shape[-1])[chosen]
+        # A reshape would copy the whole value.
+        return last[torch.unravel_index(chosen, last.shape[:-1])]
 
 
 @dataclass
@@ -133,7 +137,7 @@ class Wanted:
             aim.shapes.append(value.shape)
         if not aim.by_rows:
             return value.detach().clone()
-        return place.rows(value)[aim.chosen[batch].to(value.device)].float()
+        return place.rows(value, aim.chosen[batch]).float()
 
     def _merge(self, place: Place, values: Sequence[torch.Tensor | None]) -> None:
         """Keep the members' values of a batch, as one."""
