@@ -129,15 +129,18 @@ class NodeRunner:
             yield result
 
     def once(
-        self, batch: int, wanted: Collection[fx.Node], take: Callable[[fx.Node, Any], None]
+        self, batch: int, wanted: Collection[fx.Node], take: Callable[[fx.Node, Any], Any]
     ) -> None:
         """Run one batch through the network, and keep nothing of it.
+
+        Gradients are recorded where the caller has them on.
 
         Args:
             batch: Number of the batch.
             wanted: Nodes whose values are looked at; what comes after the last one is not run.
             take: Called with each of these nodes, as it is named there, and its value, before any
-                other node runs, which may change the value in place.
+                other node runs, which may change the value in place. What it returns, if anything,
+                is what others read of the node.
         """
         asked: dict[fx.Node, list[fx.Node]] = {}
         for node in wanted:
@@ -151,10 +154,11 @@ class NodeRunner:
                     (node.args, node.kwargs),
                     lambda n: known[n] if n in known else self.value(n)[batch],
                 )
-                with torch.no_grad():
-                    known[node] = self._sound(node, target(*args, **kwargs))
+                known[node] = self._sound(node, target(*args, **kwargs))
             for name in asked.get(node, ()):
-                take(name, known[node] if node in known else self.value(node)[batch])
+                found = take(name, known[node] if node in known else self.value(node)[batch])
+                if found is not None:
+                    known[node] = found
             for operand in node.all_input_nodes:
                 if operand in known and self._is_read(operand, self.order[node]):
                     del known[operand]

@@ -41,6 +41,8 @@ class Sample:
         held: Which rows the choice of the penalty is made on, bool [n]: of the last inputs of each
             batch.
         weights: How much each row counts, float32 [n], 1 on average; None: all the same.
+        ratios: How many rows each of them stands for, float32 [n], 1 on average; None: all the
+            same.
     """
 
     rows: torch.Tensor
@@ -49,6 +51,7 @@ class Sample:
     scale: torch.Tensor
     held: torch.Tensor
     weights: torch.Tensor | None = None
+    ratios: torch.Tensor | None = None
 
     def aim(self, output: torch.Tensor) -> torch.Tensor:
         """What the node that is aimed at is worth when the layer answers `output`."""
@@ -71,6 +74,7 @@ class Sample:
             some(self.scale),
             self.held[chosen],
             None if self.weights is None else self.weights[chosen],
+            None if self.ratios is None else self.ratios[chosen],
         )
 
 
@@ -104,7 +108,14 @@ def sample(
         parts.append((_read(route.layer, x, chosen, beside, student, batch), wanted, offset, scale))
     rows, aims, offsets, scales = zip(*parts, strict=True)
     held = torch.cat([_last(len(part), part.device) for part in aims])
-    return Sample(torch.cat(rows), torch.cat(aims), _joined(offsets), _joined(scales), held)
+    weights = ratios = None
+    if aim.by_rows:
+        ratios = torch.cat(aim.ratios).to(held.device)
+        weights = torch.cat(aim.scores).to(held.device) * ratios
+        weights, ratios = weights / weights.mean(), ratios / ratios.mean()
+    return Sample(
+        torch.cat(rows), torch.cat(aims), _joined(offsets), _joined(scales), held, weights, ratios
+    )
 
 
 def _last(count: int, device: torch.device) -> torch.Tensor:

@@ -20,7 +20,7 @@ from fxfuse.analysis.heads import others_region
 from fxfuse.common.options import Options
 from fxfuse.graph.torch_compat import hint
 from fxfuse.planning.plan import FusionPlan
-from fxfuse.refine.infer_task import logits_of, task_of_head
+from fxfuse.refine.infer_task import infer_task, logits_of, task_of_head
 from fxfuse.refine.regression.channel import (
     ROWS,
     PerChannel,
@@ -35,10 +35,12 @@ from fxfuse.refine.regression.error import Error
 from fxfuse.refine.regression.fit_target import FitTarget, routes_of
 from fxfuse.refine.regression.head import fit_head
 from fxfuse.refine.regression.joint import joined, joint_pairs, parted
+from fxfuse.refine.regression.place import Place
 from fxfuse.refine.regression.recurrent import RecurrentFit
 from fxfuse.refine.regression.rows import Sample, rows_for, sample
+from fxfuse.refine.regression.sensitivity import Sensitivity
 from fxfuse.refine.regression.solve import Fit, Ridge
-from fxfuse.refine.regression.wanted import Aim, Place, Wanted
+from fxfuse.refine.regression.wanted import Aim, Wanted
 from fxfuse.refine.regression.work import (
     NO_CLOSER,
     NO_LAYER,
@@ -58,8 +60,9 @@ from fxfuse.transform.resizing import Resized, resized_of
 
 #: Inputs are taken until they have this many times the rows of each fit.
 _SPREAD = 2
-#: Bytes of the largest activation of one batch, and a number of inputs that there are not.
-_AT_A_TIME, _ALL = 2**25, 2**62
+#: Bytes of the largest activation of one batch, and of all together, which a gradient needs; a
+#: number of inputs that there are not.
+_LARGEST, _TOGETHER, _ALL = 2**25, 2**29, 2**62
 #: Times that two layers of one sum are fitted in turn.
 _TURNS = 2
 
@@ -151,6 +154,7 @@ class _Refit:
         self.graph = graph
         self.options = options
         self.head_task = task_of_head(graph.program, task)
+        self.task = task
         few = calibration.size < FEW
         self.alpha = options.alpha or (1e-2 if few else 1e-3)
         self.state: State = {name: tensor.detach() for name, tensor in state.items()}
@@ -248,9 +252,22 @@ class _Refit:
             return {}
         options = self.options
         wanted = Wanted(
-            self.members, self.targets, limits, combine, options.seed, options.memory // 4
+            self.members,
+            self.targets,
+            limits,
+            combine,
+            options.seed,
+            options.memory // 4,
+            self.sensitivity(),
         )
         return wanted.aims
+
+    def sensitivity(self) -> Sensitivity | None:
+        """What says how much the task depends on a row; None where one member alone cannot tell."""
+        task, program = self.task, self.graph.program
+        if task is None and len(program.outputs()) == 1:
+            task, _ = infer_task(program)
+        return None if task is None or program.heads else Sensitivity(task, self.options.seed)
 
     def inputs_needed(self) -> tuple[int, int]:
         """How many inputs have all rows that the fits look at, and how many are run at once."""
@@ -265,8 +282,10 @@ class _Refit:
             needed = max(needed, _SPREAD * wanted / max(rows, 1))
         values = (node.meta.get("val") for node in self.graph.program.graph.nodes)
         shapes = (x.shape for x in values if isinstance(x, torch.Tensor))
-        largest = max(prod(map(hint, shape)) for shape in shapes) / batch
-        return ceil(needed), max(2, int(_AT_A_TIME / (4 * largest)))
+        sizes = [4 * prod(map(hint, shape)) / batch for shape in shapes]
+        largest = max(sizes)
+        at_a_time = min(_LARGEST / largest, _TOGETHER / sum(sizes))
+        return ceil(needed), max(2, int(at_a_time))
 
     def features(self, route: FitTarget) -> int:
         """How many numbers one output of a layer is computed from."""
@@ -349,7 +368,7 @@ class _Refit:
         closest = self.closest(route, found, current(route, self.state), centred=route.has_shift)
         if closest.fit is None:
             return left(route, closest.why, closest.before, closest.held_out)
-        self.write(route, closest.fit, found.rows)
+        self.write(route, closest.fit, found.rows, found.ratios)
         return closest.reported(route)
 
     def closest(self, route: FitTarget, found: Sample, held: Fit, *, centred: bool) -> Closest:
@@ -365,8 +384,10 @@ class _Refit:
             closest.fit = fit_head(found.rows, logits, closest.fit, closest.alpha)
         return closest
 
-    def write(self, route: FitTarget, fit: Fit, rows: torch.Tensor) -> None:
-        write(route, self.state, fit, rows)
+    def write(
+        self, route: FitTarget, fit: Fit, rows: torch.Tensor, ratios: torch.Tensor | None
+    ) -> None:
+        write(route, self.state, fit, rows, ratios)
         self.changed |= tensors_of(route)
         self.student.redo(route.layer.node)
 
@@ -383,8 +404,8 @@ class _Refit:
             ]
         features = self.features(first)
         parts = parted(closest.fit, features, shift_in_last=last.has_shift)
-        self.write(first, parts[0], found.rows[..., :features])
-        self.write(last, parts[1], found.rows[..., features:])
+        self.write(first, parts[0], found.rows[..., :features], found.ratios)
+        self.write(last, parts[1], found.rows[..., features:], found.ratios)
         self.again(first)
         return [closest.reported(first), closest.reported(last)]
 

@@ -6,7 +6,7 @@ Notation of shapes: n rows of all batches together, c channels.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -15,32 +15,10 @@ from torch import fx
 from fxfuse.activations import NodeRunner
 from fxfuse.activations.calibration import count_rows
 from fxfuse.activations.spill_store import SpillStore, Stored
+from fxfuse.refine.regression.place import Place
+from fxfuse.refine.regression.sensitivity import Sensitivity, drawn
 from fxfuse.refine.targets import Targets
 from fxfuse.refine.task import Classification
-
-
-@dataclass(frozen=True)
-class Place:
-    """Where a value is aimed at.
-
-    Attributes:
-        node: The node of the fused network's graph.
-        channels: Dimension of its value that counts channels; all others count rows.
-        straight: Whether its rows are those of the layer that is fitted, one to one.
-    """
-
-    node: fx.Node
-    channels: int
-    straight: bool = True
-
-    def rows(self, value: torch.Tensor, chosen: torch.Tensor) -> torch.Tensor:
-        """The chosen rows of a value of the node, [rows, channels]."""
-        last = value.movedim(self.channels, -1)
-        chosen = chosen.to(value.device)
-        if last.is_contiguous():
-            return last.reshape(-1, last.shape[-1])[chosen]
-        # A reshape would copy the whole value.
-        return last[torch.unravel_index(chosen, last.shape[:-1])]
 
 
 @dataclass
@@ -54,16 +32,20 @@ class Aim:
         shapes: Of each batch, the shape of the whole value.
         values: Of each batch the rows, float32 [rows, channels], or the whole value; None where no
             member has it.
+        scores: Of each batch, how much the task depends on each of the rows, float32 [rows].
+        ratios: Of each batch, how many rows each of the rows stands for, but for a factor.
         combined: Of each batch, what the members answer there together, for the last layer of a
             classifier: float32 [rows, classes].
     """
 
     place: Place
     by_rows: bool
-    chosen: list[torch.Tensor]
-    shapes: list[torch.Size]
-    values: Sequence[Any] | None
-    combined: list[torch.Tensor]
+    chosen: list[torch.Tensor] = field(default_factory=list)
+    shapes: list[torch.Size] = field(default_factory=list)
+    values: Sequence[Any] | None = field(default_factory=list)
+    scores: list[torch.Tensor] = field(default_factory=list)
+    ratios: list[torch.Tensor] = field(default_factory=list)
+    combined: list[torch.Tensor] = field(default_factory=list)
 
 
 class Wanted:
@@ -79,6 +61,7 @@ class Wanted:
         combine: For the last layers of a classifier, how its members' logits are combined.
         seed: Seed of the choice of rows.
         memory: Bytes that stay in memory.
+        sensitivity: Says how much the task depends on each row; None: rows are all alike.
     """
 
     def __init__(
@@ -89,14 +72,18 @@ class Wanted:
         combine: Mapping[Place, Classification],
         seed: int,
         memory: int,
+        sensitivity: Sensitivity | None = None,
     ) -> None:
         self._targets, self._combine = targets, combine
         self._limits, self._store = limits, SpillStore(memory)
+        self._sensitivity, self._scores = sensitivity, dict[Place, torch.Tensor]()
         self._generators = {
             place: torch.Generator().manual_seed(seed + number)
             for number, place in enumerate(limits)
         }
-        self.aims = {place: Aim(place, self._is_by_rows(place), [], [], [], []) for place in limits}
+        self.aims = {
+            place: Aim(place, self._is_by_rows(place), [], [], [], [], [], []) for place in limits
+        }
         batches = members[0].calibration.batches
         sizes = [count_rows(batch) for batch in batches]
         for batch in range(len(batches)):
@@ -120,8 +107,11 @@ class Wanted:
                 kept = None if value is None else self._kept(place, value, batch, share)
                 found[place].append(kept)
 
-        for member in members:
-            member.once(batch, by_node, take)
+        if self._sensitivity is not None:
+            self._scores = self._sensitivity.scores(members[0], batch, list(self.aims))
+        with torch.no_grad():
+            for member in members:
+                member.once(batch, by_node, take)
         for place, values in found.items():
             self._merge(place, values)
 
@@ -132,9 +122,17 @@ class Wanted:
             channels = place.channels if place.straight else -1
             count = value.numel() // value.shape[channels]
             take = min(-int(-self._limits[place] * share // 1), count)
-            order = torch.randperm(count, generator=self._generators[place])[:take]
-            aim.chosen.append(order.sort().values)
+            generator, scores = self._generators[place], self._scores.get(place)
+            if scores is None or len(scores) != count:
+                chosen, ratio = torch.randperm(count, generator=generator)[:take], None
+                scores = torch.ones(count)
+            else:
+                chosen, ratio = drawn(scores, take, generator)
+            chosen = chosen.sort().values
+            aim.chosen.append(chosen)
             aim.shapes.append(value.shape)
+            aim.scores.append(scores[chosen])
+            aim.ratios.append(torch.ones(len(chosen)) if ratio is None else ratio[chosen])
         if not aim.by_rows:
             return value.detach().clone()
         return place.rows(value, aim.chosen[batch]).float()
