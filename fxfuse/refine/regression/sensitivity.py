@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, fx
 
 from fxfuse.activations import NodeRunner
+from fxfuse.activations.calibration import count_rows
 from fxfuse.graph.torch_compat import output_spec, pytree
 from fxfuse.refine.regression.place import Place
 from fxfuse.refine.task import Task
@@ -74,7 +75,8 @@ class Sensitivity:
         for place in places:
             gradient = gradients.get(place.node)
             if gradient is not None:
-                result[place] = _scored(place, gradient)
+                inputs = count_rows(member.calibration.batches[batch])
+                result[place] = _scored(place, gradient, inputs)
         return {place: score for place, score in result.items() if score is not None}
 
     def _probe(self, member: NodeRunner, batch: int, answers: dict[fx.Node, Any]) -> Tensor:
@@ -86,15 +88,20 @@ class Sensitivity:
         return self.task.probe(self.task.read(output), kwargs, self.generator)
 
 
-def _scored(place: Place, gradient: Tensor) -> Tensor | None:
-    """The score of each row; None where nothing depends on any."""
+def _scored(place: Place, gradient: Tensor, inputs: int) -> Tensor | None:
+    """The score of each row; None where nothing depends on any.
+
+    Every input counts as much as any other: what one probe says of whole inputs is mostly noise.
+    """
     channels = place.channels if place.straight else -1
-    square = gradient.detach().float().square().movedim(channels, -1).mean(-1).flatten().cpu()
-    counts = square > 0
-    if not bool(counts.any()) or not bool(torch.isfinite(square).all()):
+    square = gradient.detach().float().square().movedim(channels, -1).mean(-1).cpu()
+    lines = square.reshape(inputs if len(square) == inputs else 1, -1)
+    counts = lines > 0
+    if not bool(counts.any()) or not bool(torch.isfinite(lines).all()):
         return None
-    score = (square / square[counts].mean()) ** _POWER
-    score = torch.where(counts, score.clamp(_LEAST, _MOST), 0.0)
+    means = lines.sum(1, keepdim=True) / counts.sum(1, keepdim=True).clamp(min=1)
+    score = (lines / means.clamp(min=torch.finfo(torch.float32).tiny)) ** _POWER
+    score = torch.where(counts, score.clamp(_LEAST, _MOST), 0.0).flatten()
     return score / score.mean()
 
 
