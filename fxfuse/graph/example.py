@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, is_dataclass
 from typing import Any
 
 import torch
@@ -86,14 +86,27 @@ def try_example(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, An
             how=_conversion(model, args, kwargs)
             or "pass inputs that the model accepts, with their batch dimension",
         ) from error
+    _register_dataclasses(answer)
     if not tensors_in(answer):
         raise CaptureError(
             f"{type(model).__name__} returns no tensor",
             why=f"it returns a {type(answer).__name__}, in which torch.export finds no tensor",
-            how="return a tensor, or a tuple, list or dict of tensors; register your class with "
-            "torch.export.register_dataclass",
+            how="return a tensor, or a tuple, list, dict or dataclass of tensors",
         )
     return answer
+
+
+def _register_dataclasses(answer: Any) -> None:
+    """Tell torch of the dataclasses in what a network answers: their fields are all they hold."""
+    for leaf in pytree.tree_leaves(answer):
+        if not is_dataclass(leaf) or isinstance(leaf, type):
+            continue
+        # Another one cannot be made of its fields.
+        if all(each.init for each in fields(leaf)):
+            own = type(leaf)
+            name = f"{own.__module__}.{own.__qualname__}"
+            torch.export.register_dataclass(own, serialized_type_name=name)
+            _register_dataclasses([getattr(leaf, each.name) for each in fields(leaf)])
 
 
 def first_line(error: BaseException) -> str:
