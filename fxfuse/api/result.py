@@ -181,7 +181,7 @@ class FusionResult(Readable):
         same = all(n in state and state[n].shape == held[n].shape for n in names)
         if same and not self.plan.heads:
             return self.load_into(copy_source(source))
-        return resized_copy(source, program, self.module, state)
+        return resized_copy(source, program, self.module, state, self.graph)
 
     def _one_headed(self, member: Program) -> dict[str, torch.Tensor]:
         """Return the fused tensors by a member's names."""
