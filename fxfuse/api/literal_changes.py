@@ -117,13 +117,14 @@ def _note_multiples(changes: Changes, old: Any, new: Any) -> None:
 
 def _multiple(node: fx.Node) -> tuple[str, Fraction]:
     """Return the name of the size that a node is a multiple of, and how many times it is it."""
-    sizes = [arg for arg in node.args if isinstance(arg, fx.Node)]
-    numbers = [arg for arg in node.args if _is_number(arg)]
+    args: tuple[Any, ...] = node.args
+    sizes = [arg for arg in args if isinstance(arg, fx.Node)]
+    numbers = [arg for arg in args if _is_number(arg)]
     if len(sizes) == len(numbers) == 1 and node.target in (operator.mul, operator.floordiv):
         name, times = _multiple(sizes[0])
         if node.target is operator.mul:
             return name, times * numbers[0]
-        if node.args[1] is numbers[0] and numbers[0]:
+        if args[1] is numbers[0] and numbers[0]:
             return name, times / numbers[0]
     return node.name, Fraction(1)
 
