@@ -113,10 +113,12 @@ def resized_copy(
             return model
         reason = reason or found
     names = ", ".join(attribute.name for attribute in attributes)
+    unread = ", ".join(program.unread_modules())
     raise RewriteError(
         f"{type(source).__name__} cannot be built at this width",
         why=f"with the fused tensors it does not answer like result.module: {reason}"
-        + (f"; {tried} ways to set {names} were tried" if names else ""),
+        + (f"; {tried} ways to set {names} were tried" if names else "")
+        + (f"; no output depends on {unread}, which kept their sizes" if unread else ""),
         how="use result.module, or build the model with sizes that fit and call "
         "result.load_into(model)",
     )

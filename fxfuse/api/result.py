@@ -113,6 +113,7 @@ class FusionResult(Readable):
             "refit": str(self.refit or ""),
             **self._distances(),
             "checks": self.verification.described()[0].removeprefix("Verification: "),
+            "kept": self._kept(),
             "note": self.raw_note,
             "next": "use result.module, or keep it with fxfuse.save(result, folder)",
         }
@@ -121,6 +122,12 @@ class FusionResult(Readable):
         elif not self.emitted:
             rows["next"] = "use result.to_module(): there is no graph, as torch.export rejects it"
         return self._from_what_into_what(), rows
+
+    def _kept(self) -> str:
+        """Which modules were left out, since the forward pass does not use them."""
+        modules = ", ".join(self.graph.program.unread_modules())
+        how = f"as in member {self.plan.base_member}" if self.plan.n_members > 1 else "as they were"
+        return f"{how}, since the forward pass does not use them: {modules}" if modules else ""
 
     def _distances(self) -> dict[str, str]:
         """How far the candidates and the network are from the ensemble."""

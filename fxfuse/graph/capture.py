@@ -115,6 +115,16 @@ class Program:
         used = {str(n.target) for n in self.graph.nodes if n.op == "get_attr" and n.users}
         return frozenset(self.canonical[name] for name in used if name in self.canonical)
 
+    def unread_modules(self) -> tuple[str, ...]:
+        """Return the outermost modules of whose weights the graph reads none, as of training's."""
+        reached = self.reached()
+        weights = [name for name in self.names if not is_constant(self.tensor(name))]
+        read = [name for name in weights if self.canonical[name] in reached]
+        parents = {part for name in read for part in _parents(name)}
+        unread = (n for n in weights if self.canonical[n] not in reached)
+        outermost = (next((p for p in (*_parents(n), n) if p not in parents), n) for n in unread)
+        return tuple(dict.fromkeys(outermost))
+
     def unreached(self, excused: Collection[str] = ()) -> tuple[str, ...]:
         """Return names of the weights that a trace did not reach, so that nothing is known of them.
 
@@ -131,6 +141,12 @@ class Program:
             and name not in excused
             and not is_constant(self.tensor(name))
         )
+
+
+def _parents(name: str) -> list[str]:
+    """Return the modules that a tensor is in, from the outermost to its own."""
+    parts = name.split(".")
+    return [".".join(parts[:count]) for count in range(1, len(parts))]
 
 
 def capture(
