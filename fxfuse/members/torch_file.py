@@ -19,8 +19,10 @@ _PLAIN_GLOBALS = ("collections OrderedDict", "torch._utils _rebuild", "torch ")
 class StandIn:
     """Takes the place of an object of a class that torch's reader does not know.
 
-    It accepts what an object is made with, and drops it.
+    It accepts what an object is made with, and drops it; nothing can be set on it.
     """
+
+    __slots__ = ()
 
     def __new__(cls, *args: Any, **kwargs: Any) -> StandIn:
         """Make one of whatever arguments the object had."""
@@ -41,8 +43,9 @@ def read_torch(path: Path, *, mmap: bool = False, stand_ins: bool = False) -> An
     reader looks a class up by its name and never imports it; here all unknown names mean `StandIn`,
     so no code of another class or function can run.
     """
-    zipped = zipfile.is_zipfile(path)
     try:
+        # A damaged one is an error even here.
+        zipped = zipfile.is_zipfile(path)
         _check_sums(path)
         # Without them a file with objects is refused by torch.
         unknown = _unknown_names(path) if stand_ins and zipped else []
