@@ -99,14 +99,19 @@ def try_example(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, An
 def _register_dataclasses(answer: Any) -> None:
     """Tell torch of the dataclasses in what a network answers: their fields are all they hold."""
     for leaf in pytree.tree_leaves(answer):
-        if not is_dataclass(leaf) or isinstance(leaf, type):
-            continue
-        # Another one cannot be made of its fields.
-        if all(each.init for each in fields(leaf)):
-            own = type(leaf)
-            name = f"{own.__module__}.{own.__qualname__}"
-            torch.export.register_dataclass(own, serialized_type_name=name)
+        if is_dataclass(leaf) and register_dataclass(type(leaf)):
             _register_dataclasses([getattr(leaf, each.name) for each in fields(leaf)])
+
+
+def register_dataclass(kind: type) -> bool:
+    """Tell torch of a dataclass; False where one cannot be made of its fields alone."""
+    if not is_dataclass(kind) or not all(each.init for each in fields(kind)):
+        return False
+    if kind in pytree.SUPPORTED_NODES:
+        return True
+    name = f"{kind.__module__}.{kind.__qualname__}"
+    torch.export.register_dataclass(kind, serialized_type_name=name)
+    return True
 
 
 def first_line(error: BaseException) -> str:
