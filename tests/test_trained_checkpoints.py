@@ -22,6 +22,8 @@ import transformers
 from huggingface_hub import split_torch_state_dict_into_shards
 from safetensors.torch import save_file
 from torch import nn
+from torch.distributed.checkpoint import save
+from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
@@ -440,6 +442,16 @@ def test_folders_of_transformers(tmp_path: Path, save: Callable[[Any, Path], Non
         loaded = make_member(f"hf:{folders[0]}", {}, folder)
         expected = member.state_dict()
         assert all(torch.equal(t, expected[name]) for name, t in loaded.state_dict().items())
+
+
+def test_a_distributed_checkpoint_is_read_once_it_is_converted(tmp_path: Path):
+    source, loaded = nn.Linear(3, 2), nn.Linear(3, 2)
+    save({"model": source.state_dict()}, checkpoint_id=tmp_path / "dcp", no_dist=True)
+    with pytest.raises(CheckpointError, match="dcp_to_torch_save"):
+        load_checkpoint(loaded, tmp_path / "dcp")
+    dcp_to_torch_save(tmp_path / "dcp", tmp_path / "converted.pt")
+    load_checkpoint(loaded, tmp_path / "converted.pt")
+    assert torch.equal(loaded.weight, source.weight)
 
 
 def test_a_folder_without_weights_names_the_file_that_is_looked_for(tmp_path: Path):

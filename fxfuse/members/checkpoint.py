@@ -150,9 +150,14 @@ def _stored(path: Path) -> Iterator[tuple[tuple[str, ...], Mapping[str, StoredTe
     if path.is_dir():
         found = weights_in(path)
         if found is None:
-            check_openable(path / _IN_FOLDERS[0])
-        else:
-            yield from _stored(found)
+            raise CheckpointError(
+                f"cannot open the checkpoint {path.name}",
+                where=str(path),
+                why=f"it is a directory without {' or '.join(_IN_FOLDERS[::2])}",
+                how="name the file that holds the weights; convert a checkpoint of "
+                "torch.distributed.checkpoint with its function dcp_to_torch_save",
+            )
+        yield from _stored(found)
     elif path.name.endswith(_INDEX):
         yield (), _in_shards(path)
     elif path.suffix == _SAFETENSORS:
