@@ -144,6 +144,34 @@ def test_prefixes_of_wrappers(tmp_path: Path, wrapper: str, caplog: pytest.LogCa
         assert said[0] == "a.pt: names without 'module.'; not read: n_averaged"
 
 
+@pytest.mark.usefixtures("process_group")
+@pytest.mark.parametrize(
+    "wrap", [DistributedDataParallel, nn.DataParallel, torch.compile, AveragedModel]
+)
+def test_wrapped_networks_are_what_they_wrap(tmp_path: Path, wrap: Callable[..., Any]):
+    """As members, as a template, and as what the result is loaded into."""
+    members = list(resnets(2))
+    wrapped = [wrap(member) for member in members]
+    result = fxfuse.fuse(wrapped, images(), size=0.5, verify=False)
+    same = fxfuse.fuse(members, images(), size=0.5, verify=False)
+    for name, tensor in same.state_dict().items():
+        assert torch.equal(result.state_dict()[name], tensor)
+    assert type(result.to_module()) is type(members[0])
+    assert fxfuse.prune(wrapped[0], images(), size=0.5).plan.n_members == 1
+    x = images()
+    found = fxfuse.stack(wrapped, x, reduce="none")(x)
+    torch.testing.assert_close(found[0], members[0].eval()(x), rtol=0, atol=1e-5)
+    torch.save(members[1].state_dict(), tmp_path / "a.pt")
+    template = wrap(copy.deepcopy(members[0]))
+    (loaded,) = Members.from_files([tmp_path / "a.pt"], template).load().networks
+    assert isinstance(loaded, type(members[0]))
+    assert torch.equal(loaded.fc.weight, members[1].fc.weight)
+    whole = fxfuse.fuse(members, images(), verify=False)
+    assert whole.load_into(template) is template
+    expected = whole.state_dict()["fc.weight"]
+    assert any(torch.equal(t, expected) for t in template.state_dict().values())
+
+
 @pytest.mark.parametrize("nesting", NESTED)
 def test_keys_of_training_scripts(tmp_path: Path, nesting: str):
     """The optimiser's tensors have the weights' shapes, and are no weights."""

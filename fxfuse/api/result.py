@@ -16,6 +16,7 @@ from fxfuse.api.own_class import copy_source, resized_copy
 from fxfuse.common.readable import Description, Readable
 from fxfuse.errors import CheckpointError, OptionError, RewriteError
 from fxfuse.graph.capture import Program
+from fxfuse.graph.torch_compat import original_module
 from fxfuse.planning.plan import FusionPlan
 from fxfuse.refine import MatchReport, RefitReport
 from fxfuse.refine.history import History
@@ -219,7 +220,7 @@ class FusionResult(Readable):
         """
         self._require_one_head(type(model).__name__)
         try:
-            model.load_state_dict(self.state_dict(), strict=True)
+            original_module(model).load_state_dict(self.state_dict(), strict=True)
         except RuntimeError as error:
             raise CheckpointError(
                 f"the fused network does not fit {type(model).__name__}",

@@ -34,7 +34,7 @@ from fxfuse.graph.fixed_batch import batch_sizes
 from fxfuse.graph.module_checks import check_model, state_of
 from fxfuse.graph.rebuild import rebuild
 from fxfuse.graph.tensors import fetch, is_constant, tensors_in
-from fxfuse.graph.torch_compat import pytree
+from fxfuse.graph.torch_compat import original_module, pytree
 
 
 @dataclass(frozen=True)
@@ -176,6 +176,8 @@ def capture(
         CaptureError: `torch.export` rejects the model, and it cannot be traced or `fallback` is
             False; or it returns no tensor.
     """
+    if isinstance(model, nn.Module):
+        model = original_module(model)
     check_model(model)
     given = Example.of(example)
     args, kwargs, dynamic_shapes = given.args, dict(given.kwargs), given.dynamic_shapes
@@ -222,6 +224,7 @@ def capture_eagerly(
         InputError: The model rejects the example inputs.
         CaptureError: The model cannot be traced.
     """
+    model = original_module(model)
     given = Example.of(example)
     args, kwargs = given.args, dict(given.kwargs)
     check_model(model)

@@ -138,7 +138,7 @@ def from_structure(told: Any, allow: Collection[str] | None) -> pytree.TreeSpec:
     kind = _imported(own) if named and (name == _NAMED_TUPLE or name not in known) else None
     if kind is not None and name not in known:
         register_dataclass(kind)
-    is_named_tuple = kind is not None and issubclass(kind, tuple) and hasattr(kind, "_fields")
+    is_named_tuple = kind is not None and pytree.is_namedtuple_class(kind)
     if name not in known or not allowed or (name == _NAMED_TUPLE and not is_named_tuple):
         how = "" if library == _OUTPUTS else f' and allowed: fxfuse.load(..., allow=("{library}",))'
         raise NotPlainError(

@@ -18,6 +18,7 @@ from fxfuse.errors import (
 from fxfuse.graph.capture import Program
 from fxfuse.graph.same_network import check_constant
 from fxfuse.graph.tensors import is_constant, named_tensors
+from fxfuse.graph.torch_compat import original_module
 from fxfuse.members.checkpoint import (
     Stored,
     check_fit,
@@ -67,6 +68,7 @@ class StreamedState(Mapping[str, torch.Tensor]):
 
 def first_member(template: nn.Module, path: str | Path, weights: str | None = None) -> nn.Module:
     """Return a copy of a template with the weights of a checkpoint; `weights` as in `Stored`."""
+    template = original_module(template)
     stored = Stored(path, template.state_dict(keep_vars=True), weights).log()
     return with_tensors(template, {name: stored.read(name) for name in stored.shapes()}, path)
 
