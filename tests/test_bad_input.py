@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import pytest
@@ -414,9 +413,9 @@ class Returning(nn.Module):
         return self.wrap(self.layer(x))
 
 
-@dataclass
 class Answer:
-    logits: torch.Tensor
+    def __init__(self, logits: torch.Tensor) -> None:
+        self.logits = logits
 
 
 @pytest.mark.parametrize(

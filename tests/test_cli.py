@@ -292,6 +292,35 @@ def test_fuse_equals_the_python_interface(work):
         torch.testing.assert_close(value, expected[name], rtol=0, atol=0)
 
 
+def test_weights_are_chosen_as_in_python(work):
+    """Of checkpoints with a moving average; what was read is said on stderr."""
+    members = [mlp() for _ in range(2)]
+    for number, member in enumerate(members):
+        average = {f"module.{name}": tensor for name, tensor in member.state_dict().items()}
+        content = {"model": mlp().state_dict(), "model_ema": average, "optimizer": {}}
+        torch.save(content, f"{number}.ckpt")
+    expected = fxfuse.fuse(members, make_inputs("5")).state_dict()
+    chosen = ["0.ckpt", "1.ckpt", *MODEL, "--weights", "ema"]
+    command = [sys.executable, "-m", "fxfuse", "fuse", *chosen, "--out", "fused"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert "0.ckpt: weights under 'model_ema'; names without 'module.'" in done.stderr
+    assert "0.ckpt" not in done.stdout
+    for name, value in read_state_dict("fused/fused.safetensors").items():
+        assert torch.equal(value, expected[name])
+    recipe = invoke("run", "fused/recipe.yaml", "--force")
+    assert recipe.exit_code == 0, recipe.output
+    assert "weights: ema" in (work / "fused" / "recipe.yaml").read_text()
+    pruned = invoke("prune", "0.ckpt", *MODEL, "--weights", "ema", "--width", "0.5", "--out", "p")
+    assert pruned.exit_code == 0, pruned.output
+    assert invoke("stack", *chosen, "--out", "stacked").exit_code == 0
+    state = read_state_dict("stacked/fused.safetensors")
+    assert any(torch.equal(t[0], members[0][0].weight) for t in state.values() if t.dim() == 3)
+    assert invoke("verify", *chosen).exit_code == 0
+    message = refused(work, "fuse", *chosen[:-1], "swa", "--out", "other")
+    assert "'swa'" in message
+    assert "--weights" in message
+
+
 def test_fuse_json_is_all_that_stdout_holds(work):
     result = invoke("fuse", "a.pt", "b.pt", *MODEL, "--out", "fused", "--json")
     assert result.exit_code == 0, result.output

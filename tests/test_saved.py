@@ -11,12 +11,14 @@ import hashlib
 import json
 import pickle
 import shutil
+import subprocess
+import sys
 import time
 import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -287,6 +289,61 @@ def test_what_is_the_users_own_is_allowed_by_name(tmp_path: Path) -> None:
 
     with pytest.raises(CheckpointError, match=r"fxfuse_tests\.nobody"):
         fxfuse.load(edited(tmp_path / "own", tmp_path / "other", rename), allow=("fxfuse_tests",))
+
+
+@dataclass
+class Scores:
+    """A dataclass of which torch was never told."""
+
+    scores: torch.Tensor
+
+
+class Pair(NamedTuple):
+    """Outputs by name, of which one is an object."""
+
+    inputs: torch.Tensor
+    found: Scores
+
+
+class Paired(Scaled):
+    def forward(self, x: torch.Tensor) -> Pair:
+        return Pair(x, Scores(self.out(self.inner(x))))
+
+
+def test_dataclasses_and_named_tuples_are_found_where_they_were_imported(tmp_path: Path) -> None:
+    x = torch.randn(2, 4)
+    fused = fxfuse.fuse([Paired(), Paired()], x).module
+    fxfuse.save(fused, tmp_path / "own")
+    for allow in ((), ("torch",)):
+        with pytest.raises(CheckpointError, match=r'allow=\("tests",\)'):
+            fxfuse.load(tmp_path / "own", allow=allow)
+    found = fxfuse.load(tmp_path / "own", allow=("tests",))(x)
+    assert type(found) is Pair
+    assert type(found.found) is Scores
+    assert torch.equal(found.found.scores, fused(x).found.scores)
+    # In a process in which no such network has been captured; nothing is imported for the file.
+    code = (
+        "import sys, torch, fxfuse\n"
+        "load = lambda: fxfuse.load(sys.argv[1], allow=('tests',))\n"
+        "try: load()\n"
+        "except fxfuse.FxfuseError: assert 'tests.test_saved' not in sys.modules\n"
+        "import tests.test_saved\n"
+        "print(type(load()(torch.randn(2, 4)).found).__name__)"
+    )
+    command = [sys.executable, "-c", code, str(tmp_path / "own")]
+    root = Path(__file__).parents[1]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=root)
+    assert done.stdout == "Scores\n"
+
+    class Local(NamedTuple):
+        scores: torch.Tensor
+
+    class Hidden(Scaled):
+        def forward(self, x: torch.Tensor) -> Local:
+            return Local(self.out(self.inner(x)))
+
+    with pytest.raises(RewriteError, match="outside of functions"):
+        fxfuse.save(fxfuse.fuse([Hidden(), Hidden()], x), tmp_path / "local")
 
 
 class Named(nn.Module):

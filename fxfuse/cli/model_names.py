@@ -10,20 +10,17 @@ from typing import Any
 from torch import nn
 
 from fxfuse.errors import MissingDependencyError, OptionError
+from fxfuse.members.checkpoint import weights_in
 
-#: Files in which `save_pretrained` of transformers keeps weights.
+#: What `save_pretrained` of transformers and `save_for_hf` of timm write beside weights.
 _CONFIG = "config.json"
-_WEIGHTS = (
-    "model.safetensors",
-    "model.safetensors.index.json",
-)
 
 
 def named_factory(spec: str) -> Callable[..., Any] | None:
     """Return the factory that a library's name stands for, or None where the text is no such name.
 
-    Names are `torchvision:resnet18`, `timm:convnext_tiny`, or `hf:FOLDER` with what
-    `save_pretrained` of transformers wrote.
+    Names are `torchvision:resnet18`, `timm:convnext_tiny`, or `hf:FOLDER` and `timm:FOLDER` with
+    what `save_pretrained` of transformers and `save_for_hf` of timm wrote.
     """
     library, _, name = spec.partition(":")
     make = _LIBRARIES.get(library)
@@ -31,16 +28,11 @@ def named_factory(spec: str) -> Callable[..., Any] | None:
 
 
 def is_pretrained(path: Path) -> bool:
-    """Tell whether a folder is one that `save_pretrained` of transformers wrote.
+    """Tell whether a folder is one that `save_pretrained` of transformers or timm wrote.
 
     Its weights have names that only transformers knows how to turn into the network's.
     """
     return (path / _CONFIG).is_file()
-
-
-def weights_in(path: Path) -> list[Path]:
-    """Return the files of such a folder that hold weights, or what leads to them."""
-    return [path / name for name in _WEIGHTS if (path / name).is_file()]
 
 
 def _torchvision(name: str) -> Callable[..., Any]:
@@ -54,6 +46,8 @@ def _torchvision(name: str) -> Callable[..., Any]:
 
 def _timm(name: str) -> Callable[..., Any]:
     timm = _library("timm", "timm", "pip install timm")
+    if is_pretrained(Path(name)):
+        return lambda **arguments: timm.create_model(f"local-dir:{name}", **arguments)
     known = timm.list_models()
     # A tag behind a dot names pretrained weights, which are not wanted here.
     if name.partition(".")[0] not in known:
@@ -78,8 +72,9 @@ def _transformers(folder: str) -> Callable[..., Any]:
         made: nn.Module
         if weights_in(Path(folder)):
             kind = classes[0] if classes else transformers.AutoModel
+            # weights_only: of a .bin file no object is unpickled.
             made = kind.from_pretrained(
-                folder, config=config, local_files_only=True, use_safetensors=True
+                folder, config=config, local_files_only=True, weights_only=True
             )
         else:
             made = classes[0](config) if classes else transformers.AutoModel.from_config(config)

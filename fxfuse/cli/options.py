@@ -41,7 +41,7 @@ Input = Annotated[
     ),
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")]
-_WEIGHTS = "`.safetensors`, or `.pt` with tensors only."
+_WEIGHTS = "`.safetensors`, `.pt`, an index of several files, or a folder with these."
 Checkpoint = Annotated[
     Path,
     typer.Argument(help=f"Weights: {_WEIGHTS}", metavar="CHECKPOINT", show_default=False),

@@ -70,15 +70,17 @@ def make_model(spec: str, arguments: Mapping[str, Any]) -> nn.Module:
     return model.eval()
 
 
-def make_member(spec: str, arguments: Mapping[str, Any], checkpoint: Path) -> nn.Module:
-    """Make a model with the weights of a checkpoint.
+def make_member(
+    spec: str, arguments: Mapping[str, Any], checkpoint: Path, weights: str | None = None
+) -> nn.Module:
+    """Make a model with the weights of a checkpoint; of several in it, those that `weights` names.
 
     For `hf:` the checkpoint may also be a folder that `save_pretrained` wrote.
     """
     if spec.startswith("hf:") and is_pretrained(checkpoint):
         return make_model(f"hf:{checkpoint}", arguments)
     model = make_model(spec, arguments)
-    load_checkpoint(model, checkpoint)
+    load_checkpoint(model, checkpoint, weights)
     return model
 
 

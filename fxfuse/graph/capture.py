@@ -34,7 +34,7 @@ from fxfuse.graph.fixed_batch import batch_sizes
 from fxfuse.graph.module_checks import check_model, state_of
 from fxfuse.graph.rebuild import rebuild
 from fxfuse.graph.tensors import fetch, is_constant, tensors_in
-from fxfuse.graph.torch_compat import pytree
+from fxfuse.graph.torch_compat import original_module, pytree
 
 
 @dataclass(frozen=True)
@@ -115,6 +115,16 @@ class Program:
         used = {str(n.target) for n in self.graph.nodes if n.op == "get_attr" and n.users}
         return frozenset(self.canonical[name] for name in used if name in self.canonical)
 
+    def unread_modules(self) -> tuple[str, ...]:
+        """Return the outermost modules of whose weights the graph reads none, as of training's."""
+        reached = self.reached()
+        weights = [name for name in self.names if not is_constant(self.tensor(name))]
+        read = [name for name in weights if self.canonical[name] in reached]
+        parents = {part for name in read for part in _parents(name)}
+        unread = (n for n in weights if self.canonical[n] not in reached)
+        outermost = (next((p for p in (*_parents(n), n) if p not in parents), n) for n in unread)
+        return tuple(dict.fromkeys(outermost))
+
     def unreached(self, excused: Collection[str] = ()) -> tuple[str, ...]:
         """Return names of the weights that a trace did not reach, so that nothing is known of them.
 
@@ -131,6 +141,12 @@ class Program:
             and name not in excused
             and not is_constant(self.tensor(name))
         )
+
+
+def _parents(name: str) -> list[str]:
+    """Return the modules that a tensor is in, from the outermost to its own."""
+    parts = name.split(".")
+    return [".".join(parts[:count]) for count in range(1, len(parts))]
 
 
 def capture(
@@ -160,6 +176,8 @@ def capture(
         CaptureError: `torch.export` rejects the model, and it cannot be traced or `fallback` is
             False; or it returns no tensor.
     """
+    if isinstance(model, nn.Module):
+        model = original_module(model)
     check_model(model)
     given = Example.of(example)
     args, kwargs, dynamic_shapes = given.args, dict(given.kwargs), given.dynamic_shapes
@@ -206,6 +224,7 @@ def capture_eagerly(
         InputError: The model rejects the example inputs.
         CaptureError: The model cannot be traced.
     """
+    model = original_module(model)
     given = Example.of(example)
     args, kwargs = given.args, dict(given.kwargs)
     check_model(model)

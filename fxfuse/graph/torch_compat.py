@@ -39,6 +39,7 @@ from torch.fx.graph import _PyTreeCodeGen, _PyTreeInfo
 # user's may extend it directly. Replaced by: public base classes.
 from torch.nn.modules.batchnorm import _NormBase as NormBase
 from torch.nn.modules.conv import _ConvNd as ConvNd
+from torch.optim.swa_utils import AveragedModel
 
 # Nested inputs and outputs exactly as `torch.export` flattens them: every other library has another
 # idea of what is a leaf. Replaced by: the same functions under a public name.
@@ -80,6 +81,9 @@ __all__ = [
 
 #: Stands for a size that depends on the data, of which nothing is known.
 _SOME = 3
+
+
+_WRAPPERS = (nn.DataParallel, nn.parallel.DistributedDataParallel, AveragedModel)
 
 
 def hint(size: Any) -> Any:
@@ -194,9 +198,13 @@ def flatten_inputs(graph: fx.Graph, values: Sequence[Any]) -> Sequence[Any]:
 
 
 def original_module(module: nn.Module) -> nn.Module:
-    """Of a module that `torch.compile` returned, the one that was compiled; else the module."""
-    found: nn.Module = getattr(module, "_orig_mod", module)
-    return found
+    """Return the network in what wraps it for training or speed; else the module itself.
+
+    Wrappers are `torch.compile`, the data parallel ones and `AveragedModel`. All but the first say
+    in public what they wrap.
+    """
+    inner: Any = getattr(module, "module" if isinstance(module, _WRAPPERS) else "_orig_mod", None)
+    return original_module(inner) if isinstance(inner, nn.Module) else module
 
 
 def copy_origin(source: fx.Node, target: fx.Node) -> None:
