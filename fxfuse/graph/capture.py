@@ -21,7 +21,7 @@ from torch import fx, nn
 from torch.export import Dim, ExportedProgram
 
 from fxfuse.errors import CaptureError
-from fxfuse.graph.eager import eval_mode, trace
+from fxfuse.graph.eager import alone, eval_mode, trace
 from fxfuse.graph.example import (
     Example,
     at_least_two,
@@ -133,6 +133,7 @@ class Program:
         )
 
 
+@alone
 def capture(
     model: nn.Module | ExportedProgram,
     example: Any = (),
@@ -180,7 +181,7 @@ def capture(
                     f"torch.export refuses {type(model).__name__}, so it is traced on the example "
                     f"inputs: the fused weights go into your own class, and no GraphModule is "
                     f"emitted. The reason: {error.why}",
-                    stacklevel=2,
+                    stacklevel=3,
                 )
                 return capture_eagerly(model, Example(args, kwargs), refusal=error.why)
     state = state_of(model)
@@ -189,6 +190,7 @@ def capture(
     return Program(module, tuple(state), _canonical(state), (args, kwargs), source)
 
 
+@alone
 def capture_eagerly(
     model: nn.Module,
     example: Any,
@@ -237,6 +239,7 @@ def _canonical(state: Mapping[str, torch.Tensor]) -> dict[str, str]:
     return {name: first.setdefault(id(tensor), name) for name, tensor in state.items()}
 
 
+@alone
 def export(
     model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], dynamic_shapes: Any
 ) -> ExportedProgram:
@@ -268,7 +271,7 @@ def export(
                 )
             warnings.warn(
                 f"captured with a static batch, because {why}",
-                stacklevel=3,
+                stacklevel=5,
             )
             return program
     return _export_once(model, args, kwargs, None)

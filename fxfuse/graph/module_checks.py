@@ -13,8 +13,10 @@ from fxfuse.errors import (
     CaptureError,
     MemberError,
 )
+from fxfuse.graph.eager import alone
 
 
+@alone
 def state_of(model: nn.Module | ExportedProgram) -> Mapping[str, Any]:
     """Return the tensors of a model by `state_dict()` name, not copied."""
     state: Mapping[str, Any]

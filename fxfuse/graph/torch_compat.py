@@ -70,6 +70,7 @@ __all__ = [
     "original_module",
     "output_spec",
     "overloads_of",
+    "own_tensors",
     "pytree",
     "registered_operators",
     "schema_of",
@@ -197,6 +198,16 @@ def original_module(module: nn.Module) -> nn.Module:
     """Of a module that `torch.compile` returned, the one that was compiled; else the module."""
     found: nn.Module = getattr(module, "_orig_mod", module)
     return found
+
+
+def own_tensors(module: nn.Module) -> Sequence[dict[str, Any]]:
+    """Return where a module itself keeps its parameters and its buffers.
+
+    Replaced by: an official way to put back the objects that were there.
+    """
+    held: Sequence[Any] = (module._parameters, module._buffers)
+    # Those of TorchScript lie in C++.
+    return [each for each in held if isinstance(each, dict)]
 
 
 def copy_origin(source: fx.Node, target: fx.Node) -> None:

@@ -17,6 +17,7 @@ from fxfuse.errors import (
     OptionError,
 )
 from fxfuse.graph.capture import Program
+from fxfuse.graph.eager import ALONE
 from fxfuse.graph.same_network import check_constant
 from fxfuse.graph.tensors import floating_dtype, is_constant, named_tensors
 from fxfuse.members.checkpoint import (
@@ -121,7 +122,8 @@ def with_tensors(
     template: nn.Module, tensors: dict[str, torch.Tensor], source: str | Path
 ) -> nn.Module:
     """A copy of a template with other tensors; `source` says in messages where they are from."""
-    made = copy.deepcopy(template)
+    with ALONE:
+        made = copy.deepcopy(template)
     if any(tensor.is_meta for tensor in (*made.parameters(), *made.buffers())):
         _check_buffers(made)
         _materialise(made)
