@@ -13,7 +13,10 @@ from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails
 
+from fxfuse.cli.model_names import is_named
 from fxfuse.cli.recipe.schema import Part, Recipe, Step
+from fxfuse.cli.sources import is_function
+from fxfuse.cli.zoo import import_from
 from fxfuse.common.output import write_text
 from fxfuse.errors import OptionError
 
@@ -133,6 +136,48 @@ def moved_to(recipe: Recipe, folder: str) -> Recipe:
     """
     output = recipe.output.model_copy(update={"folder": folder})
     return recipe.model_copy(update={"output": output})
+
+
+def trusted(
+    recipe: Recipe,
+    folder: str | Path,
+    *,
+    model: str | None = None,
+    trust: bool = False,
+    data: Sequence[str] = (),
+) -> Recipe:
+    """Return a recipe out of a result's folder, which runs nothing that only the folder names.
+
+    Args:
+        recipe: The recipe.
+        folder: The folder, which may come from a stranger.
+        model: The factory of the members, in place of the recipe's.
+        trust: Whether functions that the recipe names may be imported, from its `base`, too.
+        data: The fields of sources that will be read: "calibration", "evaluation", "train".
+
+    Raises:
+        OptionError: It names a function to import, and is not trusted.
+    """
+    if model is not None:
+        recipe = recipe.model_copy(update={"model": model})
+    if trust:
+        import_from(recipe.base)
+        return recipe
+    sources = {"calibration": recipe.calibration, "evaluation": recipe.evaluation}
+    sources["train"] = recipe.train.data if recipe.train else None
+    used = {name: source.source for name, source in sources.items() if source and name in data}
+    named = {name: spec for name, spec in used.items() if is_function(spec)}
+    if model is None and not is_named(recipe.model):
+        named = {"model": recipe.model, **named}
+    for field, spec in named.items():
+        own = "--model with a factory that you know, or " if field == "model" else ""
+        raise OptionError(
+            f"{spec!r} is not imported only because a folder names it",
+            where=f"{field} in {Path(folder) / RECIPE}",
+            why="importing a function runs code, and whoever made the folder chose it",
+            how=f"pass {own}--trust, if you trust the folder and what it names",
+        )
+    return recipe
 
 
 def write_recipe(recipe: Recipe, path: str | Path) -> None:

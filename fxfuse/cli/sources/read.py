@@ -18,6 +18,9 @@ from fxfuse.cli.zoo import import_object
 from fxfuse.errors import FxfuseError, InputError
 from fxfuse.members.checkpoint import TORCH_SUFFIXES, read_file
 
+_ARRAYS = (".npy", ".npz")
+#: Files that are read, whatever else is in their names.
+_SUFFIXES = (*_ARRAYS, ".safetensors", *TORCH_SUFFIXES)
 #: Sources that a prefix names.
 _NAMED: dict[str, Callable[[str, Preparation], Data]] = {
     "torchvision": torchvision_dataset,
@@ -51,11 +54,11 @@ def read_data(spec: str, prepare: Preparation | None = None) -> Data:
         data = _NAMED[kind](rest, prepare)
     elif Path(spec).is_dir():
         data = image_folder(Path(spec), prepare)
-    elif Path(spec).suffix in (".npy", ".npz"):
+    elif Path(spec).suffix in _ARRAYS:
         data = _numpy(Path(spec))
-    elif Path(spec).suffix in (".safetensors", *TORCH_SUFFIXES):
+    elif Path(spec).suffix in _SUFFIXES:
         data = pair(read_file(spec), spec)
-    elif ":" in spec:
+    elif is_function(spec):
         data = _function(spec, prepare.limit)
     else:
         raise InputError(
@@ -66,6 +69,13 @@ def read_data(spec: str, prepare: Preparation | None = None) -> Data:
             "for each class, torchvision:CLASS:ROOT, datasets:FOLDER, or module:function",
         )
     return _limited(_checked(data, spec), prepare.limit)
+
+
+def is_function(spec: str) -> bool:
+    """Tell whether `read_data` would import a function for a source, unless it is a folder."""
+    kind, _, rest = spec.partition(":")
+    known = (kind in _NAMED and rest) or Path(spec).suffix in _SUFFIXES
+    return ":" in spec and not known
 
 
 def absolute(spec: str) -> str:
