@@ -18,7 +18,7 @@ import time
 from pathlib import Path
 
 from benchmarks.records import write
-from fxfuse.common.output import atomic_folder
+from fxfuse.common.output import MARK, atomic_folder
 
 NAMES = ("weights", "plan", "summary")
 _BYTES = 200_000
@@ -32,7 +32,7 @@ while True:
     version += 1
     with atomic_folder(path, {NAMES!r}, force=True) as folder:
         for name in {NAMES!r}:
-            (folder / name).write_text(f"{{version:09}}" * {_BYTES // 9})
+            (folder / name).write_text(f"{{version:09}}" * {_BYTES // 9} + {MARK!r})
 """
 
 
@@ -47,7 +47,7 @@ def content(folder: Path) -> int:
     versions = {text[:9] for text in found.values()}
     assert len(versions) == 1, versions
     (version,) = versions
-    assert all(text == version * (_BYTES // 9) for text in found.values())
+    assert all(text == version * (_BYTES // 9) + MARK for text in found.values())
     return int(version)
 
 
@@ -80,7 +80,7 @@ def killed(rounds: int, seed: int = 0) -> dict[str, int]:
             else:
                 assert version == 0, "the result of an earlier round is gone"
         with atomic_folder(path, NAMES, force=True) as folder:
-            (folder / NAMES[0]).write_text("the last one")
+            (folder / NAMES[0]).write_text(f"the last one, {MARK}")
         counts["left over"] = len(list(Path(work).iterdir())) - 1
     return counts
 

@@ -22,6 +22,7 @@ from fxfuse.cli.report.content import Network
 from fxfuse.cli.report.transplanted import planned
 from fxfuse.cli.report.write import check_installed, write_report
 from fxfuse.cli.sources import Data
+from fxfuse.common.output import check_replaceable
 from fxfuse.errors import CheckpointError, OptionError
 from fxfuse.graph.capture import capture
 from fxfuse.members.checkpoint import load_tensors, read_state_dict
@@ -152,6 +153,7 @@ def report_on(
     check_installed()
     recipe = trusted(read_recipe(folder), folder, model=model, trust=trust)
     page = Path(page or folder / REPORT).absolute()
+    check_replaceable(page)
     examples = _data(data)
     if not (folder / PLAN).is_file():
         raise CheckpointError(

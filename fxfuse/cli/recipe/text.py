@@ -17,7 +17,7 @@ from fxfuse.cli.model_names import is_named
 from fxfuse.cli.recipe.schema import Part, Recipe, Step
 from fxfuse.cli.sources import is_function
 from fxfuse.cli.zoo import import_from
-from fxfuse.common.output import write_text
+from fxfuse.common.output import MARK, write_text
 from fxfuse.errors import OptionError
 
 #: The file in a result's folder.
@@ -188,7 +188,8 @@ def write_recipe(recipe: Recipe, path: str | Path) -> None:
         path: The file; an existing one is replaced.
     """
     content = recipe.model_dump(mode="python", exclude_defaults=True)
-    write_text(path, yaml.safe_dump(content, sort_keys=False, allow_unicode=True))
+    text: str = yaml.safe_dump(content, sort_keys=False, allow_unicode=True)
+    write_text(path, f"# {MARK}.\n{text}")
 
 
 def example() -> str:
