@@ -24,6 +24,8 @@ from fxfuse.errors import OptionError
 RECIPE = "recipe.yaml"
 #: Longest recipe that is read, in bytes, and how deep its parts may lie in each other.
 _LONGEST, _DEEPEST = 1_000_000, 20
+#: Longest text of a number or a date.
+_LONGEST_NUMBER = 100
 
 
 def read_recipe(path: str | Path) -> Recipe:
@@ -66,6 +68,7 @@ def read_recipe(path: str | Path) -> Recipe:
 def parse_recipe(text: str, where: str = "recipe") -> Recipe:
     """Read a recipe from YAML; `where` is what it is called in messages."""
     try:
+        _check_events(text)
         root = yaml.compose(text, Loader=yaml.SafeLoader)
         _check_nodes(root)
         content = yaml.safe_load(text)
@@ -188,8 +191,15 @@ def write_recipe(recipe: Recipe, path: str | Path) -> None:
         path: The file; an existing one is replaced.
     """
     content = recipe.model_dump(mode="python", exclude_defaults=True)
-    text: str = yaml.safe_dump(content, sort_keys=False, allow_unicode=True)
+    text = yaml.dump(content, Dumper=_Dumper, sort_keys=False, allow_unicode=True)
     write_text(path, f"# {MARK}.\n{text}")
+
+
+class _Dumper(yaml.SafeDumper):
+    """Writes what occurs twice twice: aliases are not read."""
+
+    def ignore_aliases(self, data: Any) -> bool:
+        return True
 
 
 def example() -> str:
@@ -280,15 +290,28 @@ def _parts_of(annotation: Any) -> list[type[Part]]:
     return [part for inner in get_args(annotation) for part in _parts_of(inner)]
 
 
-def _check_nodes(root: yaml.Node | None) -> None:
-    """Check what YAML's own reader lets pass: fields that are given twice, and endless depth."""
-    waiting = [(root, 0)]
-    while waiting:
-        node, depth = waiting.pop()
+def _check_events(text: str) -> None:
+    """Check what a text would become, before anything is made of it: aliases can have no end."""
+    depth = 0
+    for event in yaml.parse(text, Loader=yaml.SafeLoader):
+        if isinstance(event, yaml.AliasEvent):
+            raise _mistake(f"the alias *{event.anchor:.99} is not read: write it out", event)
+        depth += isinstance(event, yaml.CollectionStartEvent)
+        depth -= isinstance(event, yaml.CollectionEndEvent)
         if depth > _DEEPEST:
-            raise _mistake("parts lie too deep in each other", node)
-        if isinstance(node, yaml.SequenceNode):
-            waiting += ((each, depth + 1) for each in node.value)
+            raise _mistake("parts lie too deep in each other", event)
+
+
+def _check_nodes(root: yaml.Node | None) -> None:
+    """Check what YAML's own reader lets pass: fields that are given twice, and endless numbers."""
+    waiting = [root]
+    while waiting:
+        node = waiting.pop()
+        if isinstance(node, yaml.ScalarNode):
+            if node.tag != "tag:yaml.org,2002:str" and len(node.value) > _LONGEST_NUMBER:
+                raise _mistake("a number is too long", node)
+        elif isinstance(node, yaml.SequenceNode):
+            waiting += node.value
         elif isinstance(node, yaml.MappingNode):
             seen: set[Any] = set()
             for key, value in node.value:
@@ -296,11 +319,12 @@ def _check_nodes(root: yaml.Node | None) -> None:
                     raise _mistake(f"{key.value!r} is given twice", key)
                 if isinstance(key.value, str):
                     seen.add(key.value)
-                waiting.append((value, depth + 1))
+                waiting += [key, value]
 
 
-def _mistake(what: str, node: yaml.Node | None) -> yaml.MarkedYAMLError:
-    return yaml.MarkedYAMLError(problem=what, problem_mark=node.start_mark if node else None)
+def _mistake(what: str, place: yaml.Node | yaml.Event) -> yaml.MarkedYAMLError:
+    mark: Any = place.start_mark
+    return yaml.MarkedYAMLError(problem=what, problem_mark=mark)
 
 
 def _not_yaml(error: yaml.YAMLError, where: str) -> OptionError:

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
+from fxfuse.cli.sources.arrays import read_arrays
 from fxfuse.cli.sources.data import Data, Preparation, spread
 from fxfuse.cli.sources.datasets import hugging_face, torchvision_dataset
 from fxfuse.cli.sources.images import image_folder
@@ -55,7 +56,7 @@ def read_data(spec: str, prepare: Preparation | None = None) -> Data:
     elif Path(spec).is_dir():
         data = image_folder(Path(spec), prepare)
     elif Path(spec).suffix in _ARRAYS:
-        data = _numpy(Path(spec))
+        data = _numpy(Path(spec), prepare.limit)
     elif Path(spec).suffix in _SUFFIXES:
         data = pair(read_file(spec), spec)
     elif is_function(spec):
@@ -91,11 +92,11 @@ def absolute(spec: str) -> str:
     return spec
 
 
-def _numpy(path: Path) -> Data:
+def _numpy(path: Path, limit: int | None) -> Data:
     try:
-        # Arrays of objects would be unpickled.
-        content = np.load(path, allow_pickle=False)
-        arrays = content if isinstance(content, np.ndarray) else {k: content[k] for k in content}
+        content = read_arrays(path, limit)
+    except FxfuseError:
+        raise
     # What a damaged file makes numpy, its zip reader or the decompressor say is not documented.
     except Exception as error:
         raise InputError(
@@ -104,7 +105,7 @@ def _numpy(path: Path) -> Data:
             why=f"{type(error).__name__}: {error}",
             how="save arrays of numbers with numpy.save or numpy.savez",
         ) from error
-    return pair(arrays, str(path))
+    return pair(content, str(path))
 
 
 def _function(spec: str, limit: int | None) -> Data:
