@@ -24,8 +24,8 @@ from fxfuse.errors import OptionError
 RECIPE = "recipe.yaml"
 #: Longest recipe that is read, in bytes, and how deep its parts may lie in each other.
 _LONGEST, _DEEPEST = 1_000_000, 20
-#: Longest text of a number or a date.
-_LONGEST_NUMBER = 100
+#: Most values, and longest text of a number or a date.
+_MOST, _LONGEST_NUMBER = 20_000, 100
 
 
 def read_recipe(path: str | Path) -> Recipe:
@@ -44,7 +44,8 @@ def read_recipe(path: str | Path) -> Recipe:
     path = Path(path)
     file = path / RECIPE if path.is_dir() else path
     try:
-        content = file.read_bytes()
+        with file.open("rb") as opened:
+            content = opened.read(_LONGEST + 1)
     except OSError as error:
         raise OptionError(
             f"the recipe {file.name} cannot be read",
@@ -52,13 +53,6 @@ def read_recipe(path: str | Path) -> Recipe:
             why=error.strerror or str(error),
             how="use a recipe, or a folder that `fxfuse fuse` or `fxfuse run` wrote",
         ) from error
-    if len(content) > _LONGEST:
-        raise OptionError(
-            f"{file.name} is too long for a recipe",
-            where=str(file),
-            why=f"it has more than {_LONGEST:,} bytes",
-            how="check the path",
-        )
     recipe = parse_recipe(content.decode("utf-8", errors="replace"), str(file))
     if recipe.base is None:
         recipe = recipe.model_copy(update={"base": str(file.absolute().parent)})
@@ -67,6 +61,13 @@ def read_recipe(path: str | Path) -> Recipe:
 
 def parse_recipe(text: str, where: str = "recipe") -> Recipe:
     """Read a recipe from YAML; `where` is what it is called in messages."""
+    if len(text) > _LONGEST:
+        raise OptionError(
+            "the text is too long for a recipe",
+            where=where,
+            why=f"it has more than {_LONGEST:,} characters",
+            how="check the path",
+        )
     try:
         _check_events(text)
         root = yaml.compose(text, Loader=yaml.SafeLoader)
@@ -293,7 +294,9 @@ def _parts_of(annotation: Any) -> list[type[Part]]:
 def _check_events(text: str) -> None:
     """Check what a text would become, before anything is made of it: aliases can have no end."""
     depth = 0
-    for event in yaml.parse(text, Loader=yaml.SafeLoader):
+    for number, event in enumerate(yaml.parse(text, Loader=yaml.SafeLoader)):
+        if number > _MOST:
+            raise _mistake(f"it holds more than {_MOST:,} values", event)
         if isinstance(event, yaml.AliasEvent):
             raise _mistake(f"the alias *{event.anchor:.99} is not read: write it out", event)
         depth += isinstance(event, yaml.CollectionStartEvent)
