@@ -502,3 +502,9 @@ def test_a_keyword_input_that_is_no_python_is_refused(tmp_path, monkeypatch) -> 
         given = Example(kwargs={name: torch.randn(3, 4)})
         refused(InputError, "no identifier of Python", model=Any_(), x=given)
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("given", [torch.empty(0, 4), [], [torch.empty(0, 4)]])
+def test_no_calibration_inputs_at_all(given: Any) -> None:
+    with pytest.raises(InputError, match="there are no calibration inputs"):
+        fxfuse.fuse([mlp(), mlp()], torch.randn(3, 4), calibration=given)
