@@ -250,9 +250,7 @@ class CalibrationBatches:
                 stacklevel=3,
             )
         if not size:
-            raise _error(
-                "there are no calibration inputs", "their batch has size 0", "pass 100 to 1,000"
-            )
+            raise _error("there are no calibration inputs", "they are empty", "pass 100 to 1,000")
         batches = _cut(whole, size, fixed or batch, fixed=fixed is not None)
         if not batches:
             raise _error(

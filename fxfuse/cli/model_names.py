@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Collection, Mapping
 from importlib import import_module
 from pathlib import Path
@@ -83,17 +84,10 @@ def _transformers(folder: str) -> Callable[..., Any]:
 
     def make(**arguments: Any) -> nn.Module:
         _check_arguments("hf", arguments)
+        _check_config(Path(folder) / _CONFIG, arguments)
         # Not asked for code of the folder's own: transformers would ask the user then.
         here = {"local_files_only": True, "trust_remote_code": False}
         config = transformers.AutoConfig.from_pretrained(folder, **here, **arguments)
-        attention = str(getattr(config, "_attn_implementation", ""))
-        if "/" in attention:
-            raise OptionError(
-                f"{folder} asks for code from the network",
-                where=f"attn_implementation in {Path(folder) / _CONFIG}",
-                why=f"transformers would download and run the kernel {attention!r:.99}",
-                how="remove the entry, or load the network yourself",
-            )
         own = [getattr(transformers, name, None) for name in config.architectures or ()]
         classes: list[Any] = [c for c in own if isinstance(c, type) and issubclass(c, nn.Module)]
         made: nn.Module
@@ -132,6 +126,27 @@ def _check_arguments(library: str, arguments: Mapping[str, Any]) -> None:
             why="it can load pickled objects or code",
             how="leave it out; weights come from the members' checkpoints",
         )
+
+
+def _check_config(path: Path, arguments: Mapping[str, Any]) -> None:
+    """Check that a folder of transformers asks for no code from the network."""
+    try:
+        waiting: list[Any] = [arguments, json.loads(path.read_text(encoding="utf-8"))]
+    # transformers says what is wrong with it.
+    except (ValueError, OSError, RecursionError):
+        return
+    while waiting:
+        value = waiting.pop()
+        waiting += value if isinstance(value, list) else ()
+        for key, inner in value.items() if isinstance(value, Mapping) else ():
+            waiting.append(inner)
+            if "attn_implementation" in key and "/" in str(inner):
+                raise OptionError(
+                    f"{path.parent.name} asks for code from the network",
+                    where=f"{key} in {path}",
+                    why=f"transformers would download and run the kernel {str(inner)!r:.99}",
+                    how="remove the entry, or load the network yourself",
+                )
 
 
 def _library(module: str, name: str, how: str) -> Any:

@@ -34,7 +34,7 @@ from fxfuse.graph.fixed_batch import batch_sizes
 from fxfuse.graph.module_checks import check_model, state_of
 from fxfuse.graph.rebuild import rebuild
 from fxfuse.graph.tensors import fetch, is_constant, tensors_in
-from fxfuse.graph.torch_compat import pytree
+from fxfuse.graph.torch_compat import forget_sizes, pytree
 
 
 @dataclass(frozen=True)
@@ -291,6 +291,7 @@ def _export_once(
             program = torch.export.export(
                 model, args, kwargs, dynamic_shapes=dynamic_shapes, strict=False
             )
+        forget_sizes(program)
         # Only now: when it fails, torch prints its unfinished graph, up to thousands of lines.
         sys.stderr.write(said.getvalue())
         return program

@@ -57,6 +57,7 @@ __all__ = [
     "copy_origin",
     "copy_signature",
     "flatten_inputs",
+    "forget_sizes",
     "free_unbacked_symbols",
     "freezing",
     "hint",
@@ -192,6 +193,28 @@ def flatten_inputs(graph: fx.Graph, values: Sequence[Any]) -> Sequence[Any]:
     positional = info.in_spec.child(0).num_children
     named = dict(zip(info.orig_args[positional:], values[positional:], strict=True))
     return tree_flatten_spec((list(values[:positional]), named), info.in_spec)
+
+
+def forget_sizes(program: torch.export.ExportedProgram) -> None:
+    """Let go of what torch keeps of the symbolic sizes of an export, once it is done.
+
+    The shape environment holds fake tensors, for guards that are made by now, and these hold the
+    environment in C++, where no garbage collector sees the circle; and memoised methods of its
+    class hold it as well. So each export would stay for ever. Replaced by: a `torch.export` that
+    does it.
+    """
+    modes = {id(v.fake_mode): v.fake_mode for v in _fakes_of(program)}
+    for shapes in (mode.shape_env for mode in modes.values() if mode.shape_env is not None):
+        shapes.tracked_fakes = []
+        shapes.fake_tensor_cache.clear()
+        for method in vars(type(shapes)).values():
+            if hasattr(method, "cache_clear"):
+                method.cache_clear()
+
+
+def _fakes_of(program: torch.export.ExportedProgram) -> Sequence[Any]:
+    values = pytree.tree_leaves([node.meta.get("val") for node in program.graph.nodes])
+    return [value for value in values if isinstance(value, FakeTensor)]
 
 
 def original_module(module: nn.Module) -> nn.Module:
