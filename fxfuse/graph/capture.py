@@ -34,7 +34,7 @@ from fxfuse.graph.fixed_batch import batch_sizes
 from fxfuse.graph.module_checks import check_model, state_of
 from fxfuse.graph.rebuild import rebuild
 from fxfuse.graph.tensors import fetch, is_constant, tensors_in
-from fxfuse.graph.torch_compat import forget_sizes, pytree
+from fxfuse.graph.torch_compat import forget_code, forget_sizes, pytree
 
 
 @dataclass(frozen=True)
@@ -292,6 +292,7 @@ def _export_once(
                 model, args, kwargs, dynamic_shapes=dynamic_shapes, strict=False
             )
         forget_sizes(program)
+        forget_code()
         # Only now: when it fails, torch prints its unfinished graph, up to thousands of lines.
         sys.stderr.write(said.getvalue())
         return program

@@ -7,6 +7,7 @@ torch 2.13.0 and 2.14.1; `.ci/oldest` runs the tests on the older one.
 from __future__ import annotations
 
 import copy
+import linecache
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
@@ -35,6 +36,9 @@ from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols, optimiz
 # How a graph takes and returns nested values. Replaced by: see `signature_of`.
 from torch.fx.graph import _PyTreeCodeGen, _PyTreeInfo
 
+# Where the code of graph modules lies. Replaced by: see `forget_code`.
+from torch.fx.graph_module import _loader
+
 # The common base of torch's batch and instance norms, and of its convolutions: a class of the
 # user's may extend it directly. Replaced by: public base classes.
 from torch.nn.modules.batchnorm import _NormBase as NormBase
@@ -57,6 +61,7 @@ __all__ = [
     "copy_origin",
     "copy_signature",
     "flatten_inputs",
+    "forget_code",
     "forget_sizes",
     "free_unbacked_symbols",
     "freezing",
@@ -210,6 +215,24 @@ def forget_sizes(program: torch.export.ExportedProgram) -> None:
         for method in vars(type(shapes)).values():
             if hasattr(method, "cache_clear"):
                 method.cache_clear()
+
+
+def forget_code() -> None:
+    """Let go of the Python code of graph modules that are gone: torch keeps it for tracebacks.
+
+    Of a large network each fusion would leave megabytes. Replaced by: a cache that a module's end
+    empties.
+    """
+    alive, waiting = set[str](), [fx.GraphModule]
+    while waiting:
+        kind = waiting.pop()
+        waiting += kind.__subclasses__()
+        # Each graph module has a class of its own, which holds its code.
+        code = getattr(vars(kind).get("forward"), "__code__", None)
+        alive.add(getattr(code, "co_filename", ""))
+    for name in set(_loader.eval_cache) - alive:
+        _loader.eval_cache.pop(name, None)
+        linecache.cache.pop(name, None)
 
 
 def _fakes_of(program: torch.export.ExportedProgram) -> Sequence[Any]:
