@@ -21,6 +21,7 @@ from fxfuse.errors import (
 )
 from fxfuse.planning.plan import UnitMap
 from fxfuse.refine import refit
+from fxfuse.refine.regression import run
 from fxfuse.refine.regression.fit_target import routes_of
 from fxfuse.refine.regression.head import fit_head
 from fxfuse.refine.regression.solve import Fit, Ridge
@@ -246,25 +247,57 @@ def test_ridge_is_least_squares_and_its_dual_the_same():
     generator = torch.Generator().manual_seed(0)
     rows = torch.randn(40, 2, 7, generator=generator)
     wanted = torch.randn(40, 6, generator=generator)
-    fit = Ridge(rows, 1e-9, centred=True).fit(wanted)
+    fit = Ridge(rows, centred=True).fit(wanted, 1e-9)
     for group in range(2):
         a = torch.cat([rows[:, group], torch.ones(40, 1)], 1)
         expected = torch.linalg.lstsq(a, wanted[:, 3 * group : 3 * group + 3]).solution
         torch.testing.assert_close(fit.matrix[group], expected[:7], rtol=1e-3, atol=1e-4)
         torch.testing.assert_close(fit.shift[group], expected[7], rtol=1e-3, atol=1e-4)
     wide = torch.randn(12, 1, 30, generator=generator)
-    ridge = Ridge(wide, 0.1, centred=False)
+    ridge = Ridge(wide, centred=False)
     assert ridge.dual
     a, z = wide[:, 0].double(), wanted[:12, :3].double()
     gram = a.T @ a / 12
     gram += 0.1 * gram.diagonal().mean() * torch.eye(30)
     expected = torch.linalg.solve(gram, a.T @ z / 12)
-    torch.testing.assert_close(ridge.fit(wanted[:12, :3]).matrix[0], expected.float())
+    torch.testing.assert_close(ridge.fit(wanted[:12, :3], 0.1).matrix[0], expected.float())
+
+
+@pytest.mark.parametrize("features", [7, 60])
+@pytest.mark.parametrize("weighted", [False, True])
+def test_a_trial_is_the_regression_on_the_rows_that_are_not_held_out(features: int, weighted: bool):
+    generator = torch.Generator().manual_seed(0)
+    rows = torch.randn(50, 2, features, generator=generator) + 3
+    wanted = torch.randn(50, 6, generator=generator)
+    weights = torch.rand(50, generator=generator) + 0.1 if weighted else None
+    held = torch.arange(50) >= 40
+    both = Ridge(rows, centred=True, weights=weights, held=held)
+    own = None if weights is None else weights[:40]
+    alone = Ridge(rows[:40], centred=True, weights=own)
+    every = Ridge(rows, centred=True, weights=weights)
+    assert both.dual == (features > 50)
+    for found, expected in (
+        (both.trial(wanted, 1e-2), alone.fit(wanted[:40], 1e-2)),
+        (both.fit(wanted, 1e-2), every.fit(wanted, 1e-2)),
+    ):
+        torch.testing.assert_close(found.matrix, expected.matrix, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(found.shift, expected.shift, rtol=1e-3, atol=1e-4)
+
+
+def test_a_row_of_weight_two_counts_as_two_rows():
+    generator = torch.Generator().manual_seed(0)
+    rows, wanted = torch.randn(30, 1, 5, generator=generator), torch.randn(30, 2)
+    weights = torch.tensor([2.0] * 10 + [1.0] * 10 + [0.0] * 10)
+    twice = torch.cat([rows[:20], rows[:10]])
+    weighted = Ridge(rows, centred=True, weights=weights).fit(wanted, 1e-9)
+    expected = Ridge(twice, centred=True).fit(torch.cat([wanted[:20], wanted[:10]]), 1e-9)
+    torch.testing.assert_close(weighted.matrix, expected.matrix, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(weighted.shift, expected.shift, rtol=1e-4, atol=1e-5)
 
 
 def test_ridge_on_features_that_never_vary():
     rows = torch.zeros(20, 1, 5)
-    fit = Ridge(rows, 1e-3, centred=True).fit(torch.ones(20, 2))
+    fit = Ridge(rows, centred=True).fit(torch.ones(20, 2), 1e-3)
     assert torch.isfinite(fit.matrix).all()
     torch.testing.assert_close(fit(rows), torch.ones(20, 2))
 
@@ -275,19 +308,19 @@ def test_a_singular_system_gets_a_larger_ridge(alpha: float):
     generator = torch.Generator().manual_seed(0)
     few = torch.randn(400, 1, 5, generator=generator)
     rows, wanted = few @ torch.randn(5, 15, generator=generator), few[:, 0, :3]
-    fit = Ridge(rows, alpha, centred=True).fit(wanted)
+    fit = Ridge(rows, centred=True).fit(wanted, alpha)
     assert float((fit(rows) - wanted).abs().max()) < 1e-3 * float(wanted.abs().max())
 
 
 def test_a_gram_matrix_that_is_not_finite_is_refused():
     with pytest.raises(InputError, match="overflow float32"):
-        Ridge(torch.full((4, 1, 3), 1e30) * torch.arange(4).reshape(4, 1, 1), 1e-3, centred=False)
+        Ridge(torch.full((4, 1, 3), 1e30) * torch.arange(4).reshape(4, 1, 1), centred=False)
 
 
 def test_the_head_is_fitted_to_probabilities():
     generator = torch.Generator().manual_seed(0)
     rows, logits = torch.randn(500, 1, 6, generator=generator), torch.randn(500, 4) * 3
-    start = Ridge(rows, 1e-3, centred=True).fit(logits)
+    start = Ridge(rows, centred=True).fit(logits, 1e-3)
 
     def divergence(fit: Fit) -> float:
         wanted, answer = logits.log_softmax(1), fit(rows).log_softmax(1)
@@ -332,7 +365,7 @@ def test_a_partner_that_should_stay_stays():
     assert next(fit for fit in result.refit.layers if fit.weight == "side.weight").fitted
 
 
-def test_two_layers_of_one_sum_are_one_regression():
+def test_two_layers_of_one_sum_are_one_regression(monkeypatch: pytest.MonkeyPatch):
     """The sum of both is the least-squares fit on the inputs of both, side by side."""
 
     class Two(nn.Module):
@@ -347,6 +380,8 @@ def test_two_layers_of_one_sum_are_one_regression():
 
     members, x = [Two().eval() for _ in range(2)], torch.randn(300, 6)
     result = fxfuse.fuse(members, x[:4])
+    # So that rows count alike, as in the least squares that it is compared with.
+    monkeypatch.setattr(run, "Sensitivity", lambda *_: None)
     report = refit(result, members, x, Refit(alpha=1e-9), task=Regression())
     fits = {fit.weight: fit for fit in report.layers}
     assert {fits[n].aim for n in ("wide.weight", "slim.weight")} == {"add"}

@@ -184,15 +184,27 @@ class CalibrationBatches:
         ends = [end - end % self.unit for end in ends]
         return [self._rows(slice(*pair)) for pair in pairwise(ends)]
 
+    def first(self, count: int, batch: int) -> CalibrationBatches:
+        """The first inputs, in batches of at most `batch`; all as they are where batches are fixed.
+
+        A last batch of one is left out: operators that squeeze would take it for a constant.
+        """
+        step = max(count_rows(self.batches[0]), 1)
+        if self.fixed or (count >= self.size and batch >= step):
+            return self
+        count, batch = min(count, self.size), max(2, min(batch, step))
+        count -= count % batch == 1 and count > 1
+        return self._rows(slice(0, count), batch)
+
     @property
     def unit(self) -> int:
         """How many inputs go together."""
         return max(count_rows(self.batches[0]), 1) if self.fixed else 1
 
-    def _rows(self, chosen: slice | torch.Tensor) -> CalibrationBatches:
+    def _rows(self, chosen: slice | torch.Tensor, batch: int | None = None) -> CalibrationBatches:
         """Some of the inputs, in batches."""
         whole = pick_rows(self.whole, chosen)
-        step = max(count_rows(self.batches[0]), 1)
+        step = batch or max(count_rows(self.batches[0]), 1)
         batches = _cut(whole, count_rows(whole), step, fixed=self.fixed)
         sizes = list(map(count_rows, batches))
         labels: tuple[torch.Tensor, ...] = ()

@@ -86,6 +86,12 @@ class NodeRunner:
             self._step(self.nodes[self.done])
             self.done += 1
 
+    def run_before(self, node: fx.Node) -> None:
+        """Run all nodes before `node`."""
+        while self.done < self.order[node]:
+            self._step(self.nodes[self.done])
+            self.done += 1
+
     def has(self, node: fx.Node) -> bool:
         """Tell whether the network has a node, which may lie in the head of another one."""
         return self.asked_as.get(node, node) not in self.absent
@@ -122,8 +128,45 @@ class NodeRunner:
                 result = target(*args, **kwargs)
             yield result
 
+    def once(
+        self, batch: int, wanted: Collection[fx.Node], take: Callable[[fx.Node, Any], Any]
+    ) -> None:
+        """Run one batch through the network, and keep nothing of it.
+
+        Gradients are recorded where the caller has them on.
+
+        Args:
+            batch: Number of the batch.
+            wanted: Nodes whose values are looked at; what comes after the last one is not run.
+            take: Called with each of these nodes, as it is named there, and its value, before any
+                other node runs, which may change the value in place. What it returns, if anything,
+                is what others read of the node.
+        """
+        asked: dict[fx.Node, list[fx.Node]] = {}
+        for node in wanted:
+            asked.setdefault(self.asked_as.get(node, node), []).append(node)
+        end = max((self.order[node] for node in asked), default=-1)
+        known: dict[fx.Node, Any] = {}
+        for node in self.nodes[: end + 1]:
+            if node.op == "call_function" and node not in self.parts and node not in self.absent:
+                target: Any = node.target
+                args, kwargs = fx.map_arg(
+                    (node.args, node.kwargs),
+                    lambda n: known[n] if n in known else self.value(n)[batch],
+                )
+                known[node] = self._sound(node, target(*args, **kwargs))
+            for name in asked.get(node, ()):
+                found = take(name, known[node] if node in known else self.value(node)[batch])
+                if found is not None:
+                    known[node] = found
+            for operand in node.all_input_nodes:
+                if operand in known and self._is_read(operand, self.order[node]):
+                    del known[operand]
+
     def redo(self, node: fx.Node) -> None:
         """Run a node again, whose operands are still there, because tensors changed."""
+        if self.order[node] >= self.done:
+            return
         self._forget(node)
         self.values[node] = self.store.put(self._results(node))
 
@@ -186,18 +229,20 @@ class NodeRunner:
 
     def _checked(self, node: fx.Node) -> Iterator[Any]:
         """Yield the results of a node, none of which is NaN."""
-        looked_at = not _is_view(node)
-        for result in self._results(node):
-            # Masks hold infinities on purpose; NaN is what nothing recovers from.
-            for x in pytree.tree_leaves(result) if looked_at else ():
-                if isinstance(x, torch.Tensor) and x.is_floating_point() and _has_nan(x):
-                    raise InputError(
-                        f"an activation of {self.name} is NaN",
-                        where=f"{node.name} [{node.target}]  {source_of(node)}".rstrip(),
-                        why="this operator returns NaN on the calibration inputs",
-                        how="check the range of the inputs and the members' weights",
-                    )
-            yield result
+        return (self._sound(node, result) for result in self._results(node))
+
+    def _sound(self, node: fx.Node, result: Any) -> Any:
+        """Return the result of a node; it is an error if it is NaN somewhere."""
+        # Masks hold infinities on purpose; NaN is what nothing recovers from.
+        for x in () if _is_view(node) else pytree.tree_leaves(result):
+            if isinstance(x, torch.Tensor) and x.is_floating_point() and _has_nan(x):
+                raise InputError(
+                    f"an activation of {self.name} is NaN",
+                    where=f"{node.name} [{node.target}]  {source_of(node)}".rstrip(),
+                    why="this operator returns NaN on the calibration inputs",
+                    how="check the range of the inputs and the members' weights",
+                )
+        return result
 
 
 def _is_view(node: fx.Node) -> bool:

@@ -1,4 +1,4 @@
-"""Where a lane keeps its values: in memory as long as there is room, then in a temporary folder."""
+"""Where values of a run are kept: in memory as long as there is room, then in temporary files."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from fxfuse.graph.tensors import tensors_in
 from fxfuse.graph.torch_compat import pytree
 
 #: Bytes of activations that are kept in memory, of all networks that run side by side.
-MEMORY = 4 * 2**30
+MEMORY = 2**30
 #: How temporary folders are called.
 _PREFIX = "fxfuse-spill-"
 
@@ -42,7 +42,7 @@ class SpillStore:
 
     def put(self, values: Iterable[Any]) -> Stored:
         """Take values one by one, so that never more than one is there beside what is kept."""
-        return Stored(self, [self._keep(value) for value in values])
+        return Stored(self, [self.keep(value) for value in values])
 
     def free(self, stored: Stored) -> None:
         """Take values off again."""
@@ -52,7 +52,8 @@ class SpillStore:
             else:
                 self.left += _size(item)
 
-    def _keep(self, value: Any) -> Any:
+    def keep(self, value: Any) -> Any:
+        """Take one value, and return an item of `Stored`."""
         size = _size(value)
         if size <= self.left:
             self.left -= size

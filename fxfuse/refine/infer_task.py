@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -175,8 +176,14 @@ def _reads_tokens(program: Program) -> bool:
     )
 
 
+def logits_of(outputs: Iterable[Any]) -> list[fx.Node]:
+    """Return what outputs are the softmax of, and outputs that are not one as they are."""
+    nodes = [node for node in outputs if isinstance(node, fx.Node)]
+    return [n.all_input_nodes[0] if n.target in _SOFTMAX else n for n in nodes]
+
+
 def task_of_head(program: Program, task: Task | None) -> Classification | None:
-    """Return the task of a network whose output `[b, k]` is class logits, else None."""
+    """Return the task, in terms of logits, of a network that tells classes apart, else None."""
     if task is None:
         nodes = [node for node in program.outputs() if isinstance(node, fx.Node)]
         asked = nodes if program.heads else nodes[:1]
@@ -185,9 +192,10 @@ def task_of_head(program: Program, task: Task | None) -> Classification | None:
             classes = any(len(shape) == 2 and shape[1] > 1 for shape in shapes)
             return Classification(combine_by="logits") if classes else None
         task, _ = infer_task(program)
-    if isinstance(task, Classification) and task.outputs == "logits" and task.dim in (1, -1):
-        return task
-    return None
+    # Of the next token there are too many to be fitted at every position.
+    if not isinstance(task, Classification) or isinstance(task, NextToken):
+        return None
+    return replace(task, outputs="logits")
 
 
 def task_of_answer(output: Any) -> Task:

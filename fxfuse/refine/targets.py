@@ -69,10 +69,7 @@ class Targets:
             value: two dimensions at once are divided among the members, or units of all members
             stand in the head of one.
         """
-        node = self.asked_as.get(node, node)
-        if node not in self._mergers:
-            self._mergers[node] = self._mergers_of(node)
-        mergers = self._mergers[node]
+        mergers = self._found(node)
         own = [value for value in values if value is not None]
         if mergers is None or not own:
             return None
@@ -86,6 +83,38 @@ class Targets:
         for merger, value in zip(mergers, own, strict=True):
             merger.add_to(result, value)
         return result
+
+    def is_along(self, node: fx.Node, dim: int) -> bool:
+        """Whether `merge` treats all places along the other dimensions of a node's value alike.
+
+        Then it can be given rows of the value, `dim` last (`merge_lines`).
+        """
+        mergers = self._found(node)
+        if not mergers:
+            return mergers is not None
+        rank = len(self.graph.values[self.asked_as.get(node, node)].shape)
+        return all([d % rank for d in merger.dims] == [dim % rank] for merger in mergers)
+
+    def merge_lines(
+        self, node: fx.Node, values: Sequence[torch.Tensor | None]
+    ) -> torch.Tensor | None:
+        """The fused value of some rows [n, units] of a node's value (`is_along`), as `merge`."""
+        mergers = self._found(node)
+        own = [value for value in values if value is not None]
+        if not mergers:
+            return torch.stack(own).mean(0) if own and mergers is not None else None
+        if len(own) < len(values) or not any(len(merger.places) for merger in mergers):
+            return None
+        result = own[0].new_zeros(len(own[0]), mergers[0].sizes[0])
+        for merger, value in zip(mergers, own, strict=True):
+            merger.add_along(result, value, 1)
+        return result
+
+    def _found(self, node: fx.Node) -> list[_Merger] | None:
+        node = self.asked_as.get(node, node)
+        if node not in self._mergers:
+            self._mergers[node] = self._mergers_of(node)
+        return self._mergers[node]
 
     def merge_rows(self, place: Place, values: Sequence[torch.Tensor]) -> torch.Tensor | None:
         """The fused value of what stands along a dimension of a parameter: of gates, say.
@@ -297,15 +326,10 @@ class _Merger:
         """Adds the contribution of the member's value to a result of the fused shape, in place."""
         if not len(self.places):
             return
-        places, sources = self.places.to(value.device), self.sources.to(value.device)
         if len(self.dims) == 1:
-            dim = self.dims[0] % value.dim()
-            taken = value.index_select(dim, sources)
-            if not self.is_plain:
-                shape = [-1 if d == dim else 1 for d in range(value.dim())]
-                taken = taken * self.weights.to(value.device, value.dtype).reshape(shape)
-            result.index_add_(dim, places, taken)
+            self.add_along(result, value, self.dims[0] % value.dim())
             return
+        places, sources = self.places.to(value.device), self.sources.to(value.device)
         front = tuple(range(len(self.dims)))
         moved = value.movedim(self.dims, front)
         rest = moved.shape[len(front) :]
@@ -313,3 +337,12 @@ class _Merger:
         taken = taken * self.weights.to(value.device, value.dtype)[:, None]
         lines = taken.new_zeros(prod(self.sizes), taken.shape[1]).index_add_(0, places, taken)
         result += lines.reshape(*self.sizes, *rest).movedim(front, self.dims)
+
+    def add_along(self, result: torch.Tensor, value: torch.Tensor, dim: int) -> None:
+        """Adds the contribution of a value whose merged dimension is `dim`, in place."""
+        places, sources = self.places.to(value.device), self.sources.to(value.device)
+        taken = value.index_select(dim, sources)
+        if not self.is_plain:
+            shape = [-1 if d == dim else 1 for d in range(value.dim())]
+            taken = taken * self.weights.to(value.device, value.dtype).reshape(shape)
+        result.index_add_(dim, places, taken)

@@ -22,9 +22,12 @@ from torch.nn import functional
 
 from fxfuse.common.options import Options, fields_of
 from fxfuse.errors import InputError, MemberError, OptionError
+from fxfuse.graph.torch_compat import pytree
 
 #: What a network answers, as a task reads it: a tensor [n, *], or several by name.
 Answer = Any
+#: The keyword inputs that a network answers to, by name.
+Kwargs = Mapping[str, Any]
 
 #: A probability below this is taken for this: the least that float32 tells from zero near one.
 _TINY = 1e-12
@@ -82,6 +85,30 @@ class Task(Options, ABC):
     def label_loss(self, answer: Answer, labels: Tensor) -> Tensor | None:
         """Return the loss of each input on its label, `[n]`; None where labels say nothing."""
         return None
+
+    def probe(
+        self, answer: Answer, kwargs: Mapping[str, Any], generator: torch.Generator
+    ) -> Tensor:
+        """Return a random scalar that tells how much the distance depends on an answer.
+
+        The outer product of its gradient, on average over the random numbers, is the second
+        derivative of the distance where both answers are equal, but for a factor: of classes the
+        Fisher information (Amari, "Natural gradient works efficiently in learning", 1998), of
+        values their squares, relative to each other.
+
+        Args:
+            answer: What a network answers, `[n, *]`.
+            kwargs: The keyword inputs that it answers to.
+            generator: On the CPU.
+        """
+        parts = [x for x in pytree.tree_leaves(answer) if isinstance(x, Tensor)]
+        return torch.stack(
+            [
+                (_signs(x, generator) * x / x.detach().std(correction=0).clamp(min=1e-30)).sum()
+                for x in parts
+                if x.is_floating_point()
+            ]
+        ).sum()
 
     def read(self, output: Any) -> Answer:
         """Return the part of a network's output that counts."""
@@ -178,6 +205,19 @@ class Classification(Task):
         shares = [vote / vote.sum(self.dim, keepdim=True) for vote in votes]
         return weighted(shares, weights).clamp(min=_TINY).log()
 
+    def probe(
+        self, answer: Answer, kwargs: Mapping[str, Any], generator: torch.Generator
+    ) -> Tensor:
+        """Minus the log-probability of classes drawn at every position."""
+        return self.drawn(answer, generator).sum()
+
+    def drawn(self, answer: Tensor, generator: torch.Generator) -> Tensor:
+        """Return minus the log-probability of a class drawn from the answer, at every position."""
+        logs = self.log_probabilities(answer).movedim(self.dim, -1)
+        shares = logs.detach().exp().flatten(0, -2).cpu().double()
+        chosen = torch.multinomial(shares, 1, generator=generator).to(logs.device)
+        return -logs.gather(-1, chosen.reshape(*logs.shape[:-1], 1))[..., 0]
+
     def distance(self, answer: Tensor, wanted: Tensor) -> Tensor:
         """KL divergence, mean over the positions of each input."""
         check_shapes(answer, wanted)
@@ -262,6 +302,15 @@ class NextToken(Classification):
             )
         return {"tokens": wanted, "counted": (mask != 0).to(wanted)}
 
+    def probe(
+        self, answer: Answer, kwargs: Mapping[str, Any], generator: torch.Generator
+    ) -> Tensor:
+        """As of any classification, at the positions that count."""
+        each, mask = self.drawn(answer, generator), kwargs.get(self.mask)
+        if isinstance(mask, Tensor) and mask.shape == each.shape:
+            each = each * mask.ne(0).to(each)
+        return each.sum()
+
     def distance(self, answer: Tensor, wanted: Answer) -> Tensor:
         """KL divergence, mean over the positions of each input that count."""
         if isinstance(wanted, Tensor):
@@ -318,6 +367,15 @@ class MultiLabel(Task):
         """Return the mean of the members' probabilities, `[n, *]`."""
         weights = weights_of(self.weights, len(answers))
         return weighted([self._log(x)[0].exp() for x in answers], weights)
+
+    def probe(
+        self, answer: Answer, kwargs: Mapping[str, Any], generator: torch.Generator
+    ) -> Tensor:
+        """Minus the log-probability of labels that are drawn."""
+        true, false = self._log(answer)
+        shares = true.detach().exp().cpu().clamp(max=1)
+        drawn = torch.bernoulli(shares, generator=generator).to(true.device)
+        return -torch.where(drawn > 0, true, false).sum()
 
     def distance(self, answer: Tensor, wanted: Tensor) -> Tensor:
         """Binary KL divergence, mean over all labels of each input."""
@@ -536,6 +594,13 @@ class Outputs(Task):
             for name, task in self.tasks.items()
         }
 
+    def probe(
+        self, answer: Answer, kwargs: Mapping[str, Any], generator: torch.Generator
+    ) -> Tensor:
+        """The sum over the outputs."""
+        each = (task.probe(answer[n], kwargs, generator) for n, task in self.tasks.items())
+        return torch.stack(list(each)).sum()
+
     def prepared(self, wanted: Mapping[str, Answer], members: Sequence[Answer] = ()) -> Task:
         """Return the task with how far the members are from the ensemble in each output."""
         tasks = {name: task.prepared(wanted[name]) for name, task in self.tasks.items()}
@@ -600,6 +665,12 @@ def main_output(output: Any) -> Tensor:
         why="the distance to the ensemble needs a tensor, or an object with a field `logits`",
         how='say what each output means: task={"name or place": fxfuse.Classification(), ...}',
     )
+
+
+def _signs(like: Tensor, generator: torch.Generator) -> Tensor:
+    """Plus and minus one at random, of the shape of a tensor."""
+    drawn = torch.randint(2, like.shape, generator=generator)
+    return (2 * drawn - 1).to(like.device, like.dtype)
 
 
 def _part(output: Any, name: str) -> Any:

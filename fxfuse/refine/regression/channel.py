@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -14,12 +14,11 @@ from fxfuse.graph.arguments import argument
 from fxfuse.graph.capture import Program
 from fxfuse.graph.operator_facts import FACTS, Normalisation
 from fxfuse.refine.regression.fit_target import Norm, norm_of
+from fxfuse.refine.regression.wanted import Aim
 from fxfuse.refine.regression.write import State
-from fxfuse.refine.targets import Targets
 
-#: What a fit takes for each element: four kinds of rows in float32, their products in float64.
-_BYTES = 48
-_ROWS = 8192
+#: Rows that a fit of two numbers for each channel looks at, about.
+ROWS = 32_768
 
 
 @dataclass(frozen=True)
@@ -39,15 +38,6 @@ class PerChannel:
     bias: str
     norm: Norm | None
     channels: int
-
-    def n_rows(self, value: torch.Tensor) -> int:
-        """Rows of one output: examples times positions."""
-        return value.numel() // value.shape[self.channels]
-
-    def rows(self, value: torch.Tensor) -> torch.Tensor:
-        """An input or output of the node as float32 [rows, channels]."""
-        last = value.movedim(self.channels, -1)
-        return last.reshape(-1, last.shape[-1]).float()
 
     def unscaled(self, student: NodeRunner) -> Iterator[torch.Tensor]:
         """The node's value with scale 1 and shift 0, of each batch."""
@@ -95,50 +85,35 @@ class ChannelRows:
     Attributes:
         unscaled: Its value with scale 1 and shift 0.
         wanted: What its value should be.
-        held: Its value.
         inputs: What it reads.
     """
 
     unscaled: torch.Tensor
     wanted: torch.Tensor
-    held: torch.Tensor
     inputs: torch.Tensor
 
 
-def channel_rows(
-    op: PerChannel,
-    student: NodeRunner,
-    members: Sequence[NodeRunner],
-    targets: Targets,
-    memory: int,
-) -> ChannelRows | None:
-    """Rows of a normalisation: all of them, or some, spread evenly, where memory is too small.
+def channel_rows(op: PerChannel, student: NodeRunner, aim: Aim) -> ChannelRows | None:
+    """Rows of a normalisation.
 
     Args:
         op: The normalisation.
-        student: The fused network, which has run up to and with it.
-        members: The members, which have run as far.
-        targets: Merges the members' values.
-        memory: Bytes that the fit may take; at least `_ROWS` rows are taken all the same.
+        student: The fused network, which has run up to it.
+        aim: What its value should be.
 
     Returns:
         None where no member has a value to aim at.
     """
-    values, (read, *_) = student.value(op.node), op.node.all_input_nodes
-    counts = [(op.n_rows(y), y.numel()) for y in values]
-    total, elements = map(sum, zip(*counts, strict=True))
-    limit = max(memory * total // (_BYTES * elements), _ROWS)
-    step = -(-total // limit)
-    # A step that shares no factor with the image's width does not pick its columns.
-    step += 1 - step % 2
-    parts = []
-    each = enumerate(zip(op.unscaled(student), values, student.value(read), strict=True))
-    for batch, (unscaled, held, given) in each:
-        wanted = targets.merge(op.node, [m.value(op.node)[batch] for m in members])
-        if wanted is None:
-            return None
-        parts.append([op.rows(v)[::step].clone() for v in (unscaled, wanted, held, given)])
-    return ChannelRows(*(torch.cat(column) for column in zip(*parts, strict=True)))
+    if aim.values is None:
+        return None
+    read, *_ = op.node.all_input_nodes
+    parts, place = [], aim.place
+    each = zip(op.unscaled(student), student.value(read), aim.values, aim.chosen, strict=True)
+    for unscaled, given, z, chosen in each:
+        wanted = z if aim.by_rows else place.rows(z, chosen)
+        parts.append([place.rows(unscaled, chosen), wanted, place.rows(given, chosen)])
+    columns = (torch.cat(column).float() for column in zip(*parts, strict=True))
+    return ChannelRows(*columns)
 
 
 def fit_channels(x: torch.Tensor, z: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -11,17 +11,25 @@ class Error:
     Args:
         cut: What the activation lets through: (lower, upper) limit.
         aim: The target, float32 [n, channels].
+        weights: How much each row counts, float32 [n]; None: all the same.
     """
 
-    def __init__(self, cut: tuple[float, float], aim: torch.Tensor) -> None:
+    def __init__(
+        self, cut: tuple[float, float], aim: torch.Tensor, weights: torch.Tensor | None = None
+    ) -> None:
         self.cut = cut
         self.wanted = aim.clamp(*cut)
-        variance = (self.wanted - self.wanted.mean(0)).square().mean()
-        self.variance = variance.clamp(min=1e-30)
+        self.weights = None if weights is None else (weights / weights.mean())[:, None]
+        mean = self._mean(self.wanted)
+        self.variance = self._mean((self.wanted - mean).square()).mean().clamp(min=1e-30)
+
+    def _mean(self, rows: torch.Tensor) -> torch.Tensor:
+        return rows.mean(0) if self.weights is None else (self.weights * rows).mean(0)
 
     def __call__(self, answer: torch.Tensor) -> float:
         """The error of answers [n, channels]."""
-        return float((answer.clamp(*self.cut) - self.wanted).square().mean() / self.variance)
+        squares = (answer.clamp(*self.cut) - self.wanted).square()
+        return float(self._mean(squares).mean() / self.variance)
 
 
 def relaxed(cut: tuple[float, float], aim: torch.Tensor, answer: torch.Tensor) -> torch.Tensor:

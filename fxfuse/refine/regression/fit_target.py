@@ -88,6 +88,12 @@ class FitTarget:
         """Whether the output can be shifted, by a bias or by the norm."""
         return self.norm is not None or bool(self.layer.bias)
 
+    @property
+    def is_straight(self) -> bool:
+        """Whether the layer's output stands in the aim as it is, with nothing moved or scaled."""
+        shapes = [list(map(str, n.meta["val"].shape)) for n in (self.layer.node, self.aim)]
+        return shapes[0] == shapes[1] and all(_is_nothing(node) for node in self.chain)
+
     def alone(self) -> FitTarget:
         """The same layer, fitted to its own output."""
         return FitTarget(self.layer, self.norm, (), None, self.output, _cut_behind(self.output))
@@ -176,12 +182,17 @@ def _is_passed(user: fx.Node, other: fx.Node | None) -> bool:
     """Whether an operator moves data, or scales or shifts by parameters or constants."""
     if user.target in (*_ADD, *_MUL):
         return (other is None or other.op == "get_attr") and not _is_scaled(user)
-    if isinstance(FACTS.get(user.target), Dropout) or operator_name(user.target) in _NOTHING:
+    if _is_nothing(user):
         return True
     tensors = [n for n in user.all_input_nodes if isinstance(n.meta.get("val"), torch.Tensor)]
     rule = find(user.target)
     moves = rule is not None and rule.__module__ == movement.__name__
     return moves and len(tensors) == 1 and isinstance(user.meta.get("val"), torch.Tensor)
+
+
+def _is_nothing(node: fx.Node) -> bool:
+    """Whether a node returns its input, in eval mode."""
+    return isinstance(FACTS.get(node.target), Dropout) or operator_name(node.target) in _NOTHING
 
 
 def _cut_behind(node: fx.Node) -> tuple[float, float]:

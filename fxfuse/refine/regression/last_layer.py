@@ -70,7 +70,7 @@ def refit_head(
         )
     rows = seen[0][0].float().unsqueeze(1)
     wanted = torch.stack(answers).float().mean(dim=0)
-    start = Ridge(rows, alpha, centred=True).fit(wanted)
+    start = Ridge(rows, centred=True).fit(wanted, alpha)
     fit = fit_head(rows, wanted, start, alpha)
     with torch.no_grad():
         last.weight.copy_(fit.matrix[0].T)

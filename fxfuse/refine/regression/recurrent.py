@@ -227,7 +227,7 @@ class RecurrentFit:
                 wanted = wanted + aims.again[:, gates]
                 written.append(direction.recurrent)
             rows = torch.cat(read, 1).unsqueeze(1)
-            fit = Ridge(rows, self.alpha, centred=bool(direction.biases)).fit(wanted)
+            fit = Ridge(rows, centred=bool(direction.biases)).fit(wanted, self.alpha)
             sizes = [x.shape[1] for x in read]
             for name, part in zip(written, fit.matrix[0].split(sizes), strict=True):
                 new[name][gates] = part.T.to(new[name].dtype)
@@ -248,6 +248,6 @@ class RecurrentFit:
             cells = self._initial(self.student, batch)[1][direction.part]
             units = steps.unprojected(direction, self.state, cells)
             found.append(units.flatten(0, 1)[rows].float())
-        fit = Ridge(torch.cat(found).unsqueeze(1), self.alpha, centred=False).fit(aims.hidden)
+        fit = Ridge(torch.cat(found).unsqueeze(1), centred=False).fit(aims.hidden, self.alpha)
         like = self.state[direction.projection]
         self.state[direction.projection] = fit.matrix[0].T.to(like.dtype).contiguous()

@@ -12,12 +12,14 @@ from torch import fx
 from fxfuse.activations import NodeRunner
 from fxfuse.activations.layers import Layer
 from fxfuse.refine.regression.fit_target import FitTarget
-from fxfuse.refine.targets import Targets
+from fxfuse.refine.regression.wanted import Aim
 
 #: A scale below this share of the largest one cannot be undone.
 _SMALL = 1e-4
 #: Rows per feature of a layer, at least `_ROWS` in all.
 _PER_FEATURE, _ROWS = 4, 8192
+#: Share of the rows that choose the penalty, and say whether a fit is better at all.
+HELD_OUT = 0.2
 
 
 def rows_for(features: int) -> int:
@@ -36,12 +38,20 @@ class Sample:
         wanted: What its (normalised) output should be, float32 [n, channels].
         offset: float32 [n, channels], or [1, 1].
         scale: float32 [n, channels], or [1, 1].
+        held: Which rows the choice of the penalty is made on, bool [n]: of the last inputs of each
+            batch.
+        weights: How much each row counts, float32 [n], 1 on average; None: all the same.
+        ratios: How many rows each of them stands for, float32 [n], 1 on average; None: all the
+            same.
     """
 
     rows: torch.Tensor
     wanted: torch.Tensor
     offset: torch.Tensor
     scale: torch.Tensor
+    held: torch.Tensor
+    weights: torch.Tensor | None = None
+    ratios: torch.Tensor | None = None
 
     def aim(self, output: torch.Tensor) -> torch.Tensor:
         """What the node that is aimed at is worth when the layer answers `output`."""
@@ -51,57 +61,66 @@ class Sample:
         """The inverse of `aim`."""
         return aim / self.scale - self.offset
 
+    def part(self, chosen: torch.Tensor) -> Sample:
+        """Some of the rows, int64 [m]."""
+
+        def some(values: torch.Tensor) -> torch.Tensor:
+            return values if values.shape == (1, 1) else values[chosen]
+
+        return Sample(
+            self.rows[chosen],
+            self.wanted[chosen],
+            some(self.offset),
+            some(self.scale),
+            self.held[chosen],
+            None if self.weights is None else self.weights[chosen],
+            None if self.ratios is None else self.ratios[chosen],
+        )
+
 
 def sample(
-    route: FitTarget,
-    student: NodeRunner,
-    members: Sequence[NodeRunner],
-    targets: Targets,
-    limit: int,
-    generator: torch.Generator,
-    beside: FitTarget | None = None,
+    route: FitTarget, student: NodeRunner, aim: Aim, beside: FitTarget | None = None
 ) -> Sample | None:
     """Rows of a layer, spread over all calibration inputs.
 
     Args:
         route: The layer and its aim.
-        student: The fused network, which has run up to and with the layer.
-        members: The members, which have run up to the aim.
-        targets: Merges the members' values.
-        limit: About how many rows are taken.
-        generator: Chooses them.
+        student: The fused network, which has run up to the layer, or with it where whole values are
+            aimed at.
+        aim: What the aim should be.
         beside: A layer that writes the other operand of the sum (`joint_pairs`); what it reads
             comes before what the layer reads, and both together are to make up the sum.
 
     Returns:
         None where no member has a value to aim at, or the way there cannot be undone.
     """
-    layer, parts = route.layer, list[tuple[torch.Tensor, ...]]()
-    inputs, outputs = student.value(layer.input), student.value(layer.node)
-    total = sum(layer.n_rows(y) for y in outputs)
-    for batch, (x, like) in enumerate(zip(inputs, outputs, strict=True)):
-        z = targets.merge(route.aim, [m.value(route.aim)[batch] for m in members])
-        if z is None or (beside is not None and z.shape != like.shape):
-            return None
-        aimed = route if beside is None else replace(route, skip=None)
-        back = _back(aimed, student, batch, like, z)
+    if aim.values is None:
+        return None
+    parts = list[tuple[torch.Tensor, ...]]()
+    inputs = student.value(route.layer.input)
+    aimed = route if beside is None else replace(route, skip=None)
+    for batch, (x, z) in enumerate(zip(inputs, aim.values, strict=True)):
+        find = _straight if aim.by_rows else _back
+        back = find(aimed, student, batch, aim, z)
         if back is None:
             return None
-        covered, wanted, offset, scale = back
-        available = covered.nonzero().flatten()
-        take = min(-(-limit * layer.n_rows(like) // total), len(available))
-        order = torch.randperm(len(available), generator=generator)[:take].to(available.device)
-        chosen = available[order].sort().values
-        parts.append(
-            (
-                _read(layer, x, chosen, beside, student, batch),
-                wanted[chosen].float(),
-                _picked(offset, chosen),
-                _picked(scale, chosen),
-            )
-        )
+        chosen, wanted, offset, scale = back
+        parts.append((_read(route.layer, x, chosen, beside, student, batch), wanted, offset, scale))
     rows, aims, offsets, scales = zip(*parts, strict=True)
-    return Sample(torch.cat(rows), torch.cat(aims), _joined(offsets), _joined(scales))
+    held = torch.cat([_last(len(part), part.device) for part in aims])
+    weights = ratios = None
+    if aim.by_rows:
+        ratios = torch.cat(aim.ratios).to(held.device)
+        weights = torch.cat(aim.scores).to(held.device) * ratios
+        weights, ratios = weights / weights.mean(), ratios / ratios.mean()
+    return Sample(
+        torch.cat(rows), torch.cat(aims), _joined(offsets), _joined(scales), held, weights, ratios
+    )
+
+
+def _last(count: int, device: torch.device) -> torch.Tensor:
+    """Which of the rows of a batch are the last ones, `HELD_OUT` of all."""
+    return torch.arange(count, device=device) >= count - int(HELD_OUT * count)
 
 
 def _read(
@@ -129,17 +148,56 @@ def _joined(parts: Sequence[torch.Tensor]) -> torch.Tensor:
     return parts[0] if parts[0].shape == (1, 1) else torch.cat(tuple(parts))
 
 
-def _back(
-    route: FitTarget, student: NodeRunner, batch: int, like: torch.Tensor, z: torch.Tensor
+def _straight(
+    route: FitTarget, student: NodeRunner, batch: int, aim: Aim, z: torch.Tensor
 ) -> tuple[torch.Tensor, ...] | None:
-    """Brings the aim's value back to the layer's output.
+    """Brings rows of the aim back to the layer's output, where they stand at the same place.
 
     Returns:
-        Which rows can be told, bool [rows]; what they should be; offset and scale of `Sample`.
+        The rows, what they should be, offset and scale of `Sample`.
     """
+    chosen = aim.chosen[batch].to(z.device)
+    one = torch.ones(1, 1, device=z.device)
+    if route.skip is None:
+        return chosen, z, 0 * one, one
+    skip = student.value(route.skip)[batch]
+    shape = list(aim.shapes[batch])
+    shape[aim.place.channels] = z.shape[1]
+    if skip.dim() > len(shape) or torch.broadcast_shapes(skip.shape, shape) != tuple(shape):
+        return None
+    offset = aim.place.rows(skip.expand(shape), chosen).float()
+    return chosen, z - offset, offset, one
+
+
+def _back(
+    route: FitTarget, student: NodeRunner, batch: int, aim: Aim, z: torch.Tensor
+) -> tuple[torch.Tensor, ...] | None:
+    """Brings the aim's whole value back to the layer's output, against the movements on the way.
+
+    Returns:
+        As `_straight`.
+    """
+    like = student.value(route.layer.node)[batch]
+    found = _undone(route, student, batch, like, z)
+    if found is None:
+        return None
+    covered, wanted, offset, scale = found
+    available = covered.nonzero().flatten()
+    generator = torch.Generator().manual_seed(batch)
+    order = torch.randperm(len(available), generator=generator)[: len(aim.chosen[batch])]
+    chosen = available[order.to(available.device)].sort().values
+    return chosen, wanted[chosen].float(), _picked(offset, chosen), _picked(scale, chosen)
+
+
+def _undone(
+    route: FitTarget, student: NodeRunner, batch: int, like: torch.Tensor, z: torch.Tensor
+) -> tuple[torch.Tensor, ...] | None:
+    """Which rows can be told, bool [rows]; what they should be; offset and scale of `Sample`."""
     layer = route.layer
     one = torch.ones(1, 1, device=z.device)
     if route.skip is None:
+        if z.shape != like.shape:
+            return None
         wanted = layer.output_rows(z)
         return torch.ones(len(wanted), dtype=torch.bool, device=z.device), wanted, 0 * one, one
     skip = student.value(route.skip)[batch]

@@ -6,55 +6,63 @@ import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from math import inf, isfinite
+from math import ceil, inf, prod
 from statistics import median
 
 import torch
 from torch import fx
 
 from fxfuse.activations import MEMORY, NodeRunner
-from fxfuse.activations.calibration import FEW, CalibrationBatches
+from fxfuse.activations.calibration import FEW, CalibrationBatches, count_rows
 from fxfuse.activations.recurrence import Recurrent, recurrent_of
 from fxfuse.analysis.coupling import CouplingGraph
 from fxfuse.analysis.heads import others_region
 from fxfuse.common.options import Options
+from fxfuse.graph.torch_compat import hint
 from fxfuse.planning.plan import FusionPlan
-from fxfuse.refine.infer_task import task_of_head
+from fxfuse.refine.infer_task import infer_task, logits_of, task_of_head
 from fxfuse.refine.regression.channel import (
+    ROWS,
     PerChannel,
     channel_rows,
     fit_channels,
     per_channel_of,
     write_channels,
 )
+from fxfuse.refine.regression.closest import Closest, find_closest
 from fxfuse.refine.regression.counterpart import counterparts
-from fxfuse.refine.regression.error import Error, relaxed
+from fxfuse.refine.regression.error import Error
 from fxfuse.refine.regression.fit_target import FitTarget, routes_of
 from fxfuse.refine.regression.head import fit_head
 from fxfuse.refine.regression.joint import joined, joint_pairs, parted
+from fxfuse.refine.regression.place import Place
 from fxfuse.refine.regression.recurrent import RecurrentFit
 from fxfuse.refine.regression.rows import Sample, rows_for, sample
+from fxfuse.refine.regression.sensitivity import Sensitivity
 from fxfuse.refine.regression.solve import Fit, Ridge
+from fxfuse.refine.regression.wanted import Aim, Wanted
 from fxfuse.refine.regression.work import (
     NO_CLOSER,
     NO_LAYER,
     NO_TARGET,
     LayerFit,
     Work,
-    aim_of,
-    asked_of_members,
     inputs_of,
     left,
     node_of,
+    read_in_members,
     tensors_of,
 )
 from fxfuse.refine.regression.write import State, current, write
 from fxfuse.refine.targets import Targets
-from fxfuse.refine.task import Task
+from fxfuse.refine.task import Classification, Task
 from fxfuse.transform.resizing import Resized, resized_of
 
-#: Times that targets are relaxed where the activation cuts them.
-_RELAXATIONS = 3
+#: Inputs are taken until they have this many times the rows of each fit.
+_SPREAD = 2
+#: Bytes of the largest activation of one batch, and of all together, which a gradient needs; a
+#: number of inputs that there are not.
+_LARGEST, _TOGETHER, _ALL = 2**25, 2**29, 2**62
 #: Times that two layers of one sum are fitted in turn.
 _TURNS = 2
 
@@ -146,9 +154,9 @@ class _Refit:
         self.graph = graph
         self.options = options
         self.head_task = task_of_head(graph.program, task)
+        self.task = task
         few = calibration.size < FEW
         self.alpha = options.alpha or (1e-2 if few else 1e-3)
-        self.calibration = calibration
         self.state: State = {name: tensor.detach() for name, tensor in state.items()}
         program = graph.program
         self.fits: list[LayerFit] = []
@@ -168,7 +176,6 @@ class _Refit:
         told = {own: node for node, own in resized.nodes.items()}
         every: list[Work] = [*routes, *operators, *layers]
         self.work = {node_of(work): work for work in every}
-        aims = [node for work in self.work.values() for node in asked_of_members(work)]
         #: Layers that are fitted together: the first by the last of each pair.
         self.first_of: dict[fx.Node, FitTarget] = {
             last.layer.node: first
@@ -177,33 +184,38 @@ class _Refit:
         }
         self.postponed = {first.layer.node for first in self.first_of.values()}
         #: How many pieces of work still need a node's value.
-        self.waiting = Counter(aims)
         self.unread = Counter(read for work in self.work.values() for read in inputs_of(work))
-        memory = options.memory // (len(states) + 1)
-        self.members = self.member_runners(states, set(aims), told, memory)
+        self.steps_read = Counter(read for work in layers for read in set(read_in_members(work)))
+        enough, batch = self.inputs_needed()
+        calibration = calibration.first(enough, batch)
+        self.n_inputs, self.calibration = calibration.size, calibration.with_copies
+        self.members = self.member_runners(states, set(self.steps_read), told)
         self.student = NodeRunner(
             program,
             self.state,
-            calibration,
+            self.calibration,
             name="the fused network",
             held=set(self.unread),
             graph=resized.graph,
             constants=resized.constants,
-            memory=memory,
+            memory=options.memory // 4 * 3,
         )
         self.targets = Targets(graph, plan, resized.layouts, told, resized.places)
+        outputs = [resized.nodes.get(output, output) for output in program.outputs()]
+        self.outputs = logits_of(outputs)
+        if len(outputs) > 1:
+            self.outputs = [n for n in self.outputs if len(n.meta["val"].shape) == 2]
         self.generator = torch.Generator().manual_seed(options.seed)
-        self.outputs = [resized.nodes.get(output, output) for output in program.outputs()]
         self.changed: set[str] = set()
+        self.wanted = self.what_is_wanted(states)
 
     def member_runners(
         self,
         states: Sequence[Mapping[str, torch.Tensor]],
         held: set[fx.Node],
         told: Mapping[fx.Node, fx.Node],
-        memory: int,
     ) -> list[NodeRunner]:
-        """Make what runs each member, and holds the values that layers aim at."""
+        """Make what runs each member, and holds what its recurrent layers read."""
         return [
             NodeRunner(
                 self.graph.of_member(i).program,
@@ -213,10 +225,71 @@ class _Refit:
                 held=held,
                 asked_as=_asked_as(self.graph, told, i),
                 absent=others_region(self.graph.program, i),
-                memory=memory,
+                memory=self.options.memory // (4 * len(states)),
             )
             for i, state in enumerate(states)
         ]
+
+    def what_is_wanted(self, states: Sequence[Mapping[str, torch.Tensor]]) -> dict[Place, Aim]:
+        """Run the members, and keep what all layers and normalisations should answer."""
+        limits: dict[Place, int] = {}
+        combine: dict[Place, Classification] = {}
+        for work in self.work.values():
+            if self.reason_to_leave(work):
+                continue
+            if isinstance(work, PerChannel):
+                limits[place_of(work)] = ROWS
+            elif isinstance(work, FitTarget):
+                routes = [work] if work.partner is None else [work, work.partner]
+                rows = rows_for(sum(map(self.features, routes)))
+                for route in routes:
+                    for aimed in dict.fromkeys([route, route.alone()]):
+                        limits[place_of(aimed)] = max(rows, limits.get(place_of(aimed), 0))
+                if self.is_head(work) and not self.graph.program.heads:
+                    assert self.head_task is not None
+                    combine[place_of(work)] = self.head_task
+        if not limits:
+            return {}
+        options = self.options
+        wanted = Wanted(
+            self.members,
+            self.targets,
+            limits,
+            combine,
+            options.seed,
+            options.memory // 4,
+            self.sensitivity(),
+        )
+        return wanted.aims
+
+    def sensitivity(self) -> Sensitivity | None:
+        """What says how much the task depends on a row; None where one member alone cannot tell."""
+        task, program = self.task, self.graph.program
+        if task is None and len(program.outputs()) == 1:
+            task, _ = infer_task(program)
+        return None if task is None or program.heads else Sensitivity(task, self.options.seed)
+
+    def inputs_needed(self) -> tuple[int, int]:
+        """How many inputs have all rows that the fits look at, and how many are run at once."""
+        needed, batch = float(FEW), max(count_rows(self.graph.program.example_inputs), 1)
+        for work in self.work.values():
+            if isinstance(work, Recurrent):
+                return _ALL, _ALL
+            place = place_of(work)
+            shape = [hint(size) for size in place.node.meta["val"].shape]
+            rows = prod(shape) / shape[place.channels if place.straight else -1] / batch
+            wanted = ROWS if isinstance(work, PerChannel) else rows_for(self.features(work))
+            needed = max(needed, _SPREAD * wanted / max(rows, 1))
+        values = (node.meta.get("val") for node in self.graph.program.graph.nodes)
+        shapes = (x.shape for x in values if isinstance(x, torch.Tensor))
+        sizes = [4 * prod(map(hint, shape)) / batch for shape in shapes]
+        largest = max(sizes)
+        at_a_time = min(_LARGEST / largest, _TOGETHER / sum(sizes))
+        return ceil(needed), max(2, int(at_a_time))
+
+    def features(self, route: FitTarget) -> int:
+        """How many numbers one output of a layer is computed from."""
+        return route.layer.matrix(route.layer.held(self.state)).shape[1]
 
     def run(self) -> tuple[State, RefitReport]:
         started = time.process_time()
@@ -230,17 +303,15 @@ class _Refit:
         for name in program.names:
             self.state[name] = self.state[program.canonical[name]]
         seconds = time.process_time() - started
-        report = RefitReport(tuple(self.fits), kept, seconds, self.calibration.size, self.alpha)
+        report = RefitReport(tuple(self.fits), kept, seconds, self.n_inputs, self.alpha)
         return self.state, report
 
     def visit(self, work: Work) -> None:
         node = node_of(work)
         if node in self.postponed:
             return
-        for member in self.members:
-            member.run_to(aim_of(work))
-        self.student.run_to(node)
         why = self.reason_to_leave(work)
+        self.run_to(work, node, why)
         first = self.first_of.get(node)
         if why:
             self.fits.append(left(work, why))
@@ -259,14 +330,25 @@ class _Refit:
             if done is not None:
                 self.let_go(done)
 
+    def run_to(self, work: Work, node: fx.Node, why: str) -> None:
+        """Run the fused network as far as a fit needs it: of what is replaced, no value is read."""
+        if isinstance(work, Recurrent):
+            for member in self.members:
+                member.run_to(node)
+        alone = isinstance(work, FitTarget) and work.partner is None and work.is_straight
+        if alone or isinstance(work, PerChannel) or why:
+            self.student.run_before(node)
+        else:
+            self.student.run_to(node)
+
     def reason_to_leave(self, work: Work) -> str:
         asked = sorted(n for n in tensors_of(work) if n in self.graph.asked)
         return f"an option asked for {asked[0]} to stay" if asked else ""
 
     def let_go(self, work: Work) -> None:
-        for node in asked_of_members(work):
-            self.waiting[node] -= 1
-            if not self.waiting[node]:
+        for node in set(read_in_members(work)) if isinstance(work, Recurrent) else ():
+            self.steps_read[node] -= 1
+            if not self.steps_read[node]:
                 for member in self.members:
                     member.drop(node)
         for read in inputs_of(work):
@@ -283,36 +365,29 @@ class _Refit:
             found = self.sample(route)
         if found is None:
             return left(route, NO_TARGET)
-        before, after, chosen = self.closest(
-            route, found, current(route, self.state), centred=route.has_shift
+        closest = self.closest(route, found, current(route, self.state), centred=route.has_shift)
+        if closest.fit is None:
+            return left(route, closest.why, closest.before, closest.held_out)
+        self.write(route, closest.fit, found.rows, found.ratios)
+        return closest.reported(route)
+
+    def closest(self, route: FitTarget, found: Sample, held: Fit, *, centred: bool) -> Closest:
+        """The best map that is found, if it is better than the one there was."""
+        kept_out = found.held if bool(found.held.any()) else None
+        ridge = Ridge(found.rows, centred=centred, weights=found.weights, held=kept_out)
+        closest = find_closest(
+            route.cut, found, held, ridge, self.alpha, chosen_by_user=bool(self.options.alpha)
         )
-        if chosen is None:
-            return left(route, NO_CLOSER, before)
-        self.write(route, chosen, found.rows)
-        return LayerFit(route.layer.weight, route.aim.name, before, after, True)
+        if closest.fit is not None and self.is_head(route):
+            combined = self.wanted[place_of(route)].combined
+            logits = torch.cat(combined) if combined else found.aim(found.wanted)
+            closest.fit = fit_head(found.rows, logits, closest.fit, closest.alpha)
+        return closest
 
-    def closest(
-        self, route: FitTarget, found: Sample, held: Fit, *, centred: bool
-    ) -> tuple[float, float, Fit | None]:
-        """The errors of a map and of the best one found; that one, if it is better."""
-        ridge = Ridge(found.rows, self.alpha, centred=centred)
-        aim = found.aim(found.wanted)
-        error_of = Error(route.cut, aim)
-        before = best = error_of(found.aim(held(found.rows)))
-        chosen, wanted = None, found.wanted
-        for _ in range(1 + _RELAXATIONS * isfinite(min(map(abs, route.cut)))):
-            fit = ridge.fit(wanted)
-            answer = found.aim(fit(found.rows))
-            error = error_of(answer)
-            if error < best:
-                best, chosen = error, fit
-            wanted = found.output(relaxed(route.cut, aim, answer))
-        if chosen is not None and self.is_head(route):
-            chosen = fit_head(found.rows, self.ensemble(route, aim), chosen, self.alpha)
-        return before, best, chosen
-
-    def write(self, route: FitTarget, fit: Fit, rows: torch.Tensor) -> None:
-        write(route, self.state, fit, rows)
+    def write(
+        self, route: FitTarget, fit: Fit, rows: torch.Tensor, ratios: torch.Tensor | None
+    ) -> None:
+        write(route, self.state, fit, rows, ratios)
         self.changed |= tensors_of(route)
         self.student.redo(route.layer.node)
 
@@ -322,18 +397,17 @@ class _Refit:
         if found is None:
             return [self.fit_layer(first.alone()), self.fit_layer(last.alone())]
         held = joined(current(first, self.state), current(last, self.state))
-        before, after, chosen = self.closest(
-            last, found, held, centred=first.has_shift or last.has_shift
-        )
-        if chosen is None:
-            return [left(each, NO_CLOSER, before) for each in (first, last)]
-        features = first.layer.matrix(first.layer.held(self.state)).shape[1]
-        parts = parted(chosen, features, shift_in_last=last.has_shift)
-        self.write(first, parts[0], found.rows[..., :features])
-        self.write(last, parts[1], found.rows[..., features:])
+        closest = self.closest(last, found, held, centred=first.has_shift or last.has_shift)
+        if closest.fit is None:
+            return [
+                left(each, closest.why, closest.before, closest.held_out) for each in (first, last)
+            ]
+        features = self.features(first)
+        parts = parted(closest.fit, features, shift_in_last=last.has_shift)
+        self.write(first, parts[0], found.rows[..., :features], found.ratios)
+        self.write(last, parts[1], found.rows[..., features:], found.ratios)
         self.again(first)
-        name = last.aim.name
-        return [LayerFit(r.layer.weight, name, before, after, True) for r in (first, last)]
+        return [closest.reported(first), closest.reported(last)]
 
     def fit_in_turn(self, last: FitTarget, first: FitTarget, fit: LayerFit) -> LayerFit:
         """Two layers whose outputs are added: each makes up for what the other leaves."""
@@ -358,31 +432,22 @@ class _Refit:
             self.student.drop(node)
 
     def sample(self, route: FitTarget, beside: FitTarget | None = None) -> Sample | None:
-        layers = [r.layer for r in (beside, route) if r is not None]
-        features = sum(x.matrix(x.held(self.state)).shape[1] for x in layers)
-        limit = rows_for(features)
-        return sample(
-            route, self.student, self.members, self.targets, limit, self.generator, beside
-        )
+        if beside is not None and not (route.is_straight and beside.is_straight):
+            return None
+        return sample(route, self.student, self.wanted[place_of(route)], beside)
 
     def is_head(self, route: FitTarget) -> bool:
-        is_output = any(route.aim is output for output in self.outputs)
+        """Whether a layer writes the logits of a classifier."""
+        if (
+            self.head_task is None
+            or route.norm is not None
+            or route.layer.groups > 1
+            or not any(route.aim is output for output in self.outputs)
+        ):
+            return False
         shape = route.aim.meta["val"].shape
-        return self.head_task is not None and is_output and len(shape) == 2 and shape[1] > 1
-
-    def ensemble(self, route: FitTarget, mean: torch.Tensor) -> torch.Tensor:
-        """Logits of the ensemble [n, classes] on the rows that a head is fitted on.
-
-        The mean of the members' logits where rows were left out, or members have own heads.
-        """
-        assert self.head_task is not None
-        each = [m.value(route.aim) for m in self.members if route.aim in m.held]
-        if self.graph.program.heads or len(each) < len(self.members):
-            return mean
-        logits = [torch.cat([x.float() for x in batches]) for batches in each]
-        if any(x.shape != mean.shape for x in logits):
-            return mean
-        return self.head_task.combine(logits)
+        dim = self.head_task.dim % len(shape)
+        return route.layer.facts.channels % len(shape) == dim and shape[dim] > 1
 
     def fit_recurrent(self, work: Recurrent) -> list[LayerFit]:
         fit = RecurrentFit(
@@ -400,8 +465,7 @@ class _Refit:
         return found
 
     def fit_channels(self, op: PerChannel) -> LayerFit:
-        memory = self.options.memory
-        found = channel_rows(op, self.student, self.members, self.targets, memory)
+        found = channel_rows(op, self.student, self.wanted[place_of(op)])
         if found is None:
             return left(op, NO_TARGET)
         x, z = found.unscaled, found.wanted
@@ -409,13 +473,23 @@ class _Refit:
         if not op.bias:
             scale, shift = (x * z).mean(0) / x.square().mean(0).clamp(min=1e-30), 0 * shift
         error_of = Error((-inf, inf), z)
-        before, after = error_of(found.held), error_of(x * scale + shift)
+        held = x * self.state[op.weight].float()
+        if op.bias:
+            held = held + self.state[op.bias].float()
+        before, after = error_of(held), error_of(x * scale + shift)
         if not after < before:
             return left(op, NO_CLOSER, before)
         write_channels(op, self.state, found.inputs, scale, shift)
         self.changed |= tensors_of(op)
         self.student.redo(op.node)
         return LayerFit(op.weight, op.node.name, before, after, True)
+
+
+def place_of(work: FitTarget | PerChannel) -> Place:
+    """Where the values are that a piece of work aims at."""
+    if isinstance(work, PerChannel):
+        return Place(work.node, work.channels)
+    return Place(work.aim, work.layer.facts.channels, work.is_straight)
 
 
 def _asked_as(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from math import inf
+from math import inf, nan
 
 from torch import fx
 
@@ -17,6 +17,7 @@ Work = FitTarget | PerChannel | Recurrent
 NO_TARGET = "no member has the value that it should have"
 NO_LAYER = "the network of this width computes it by other operators"
 NO_CLOSER = "no map is closer on the calibration inputs"
+NO_CLOSER_OUTSIDE = "no map is closer on inputs that it was not fitted on"
 
 
 @dataclass(frozen=True)
@@ -30,6 +31,8 @@ class LayerFit:
         after: Error after.
         fitted: Whether the fit was kept; else the layer is as transplanted.
         why: Why it was left, or "".
+        held_out: Error of a fit to four fifths of the rows on the others; NaN where there was none.
+        alpha: The penalty of the fit.
     """
 
     weight: str
@@ -38,11 +41,13 @@ class LayerFit:
     after: float
     fitted: bool
     why: str = ""
+    held_out: float = nan
+    alpha: float = nan
 
 
-def left(work: Work, why: str, error: float = inf) -> LayerFit:
+def left(work: Work, why: str, error: float = inf, held_out: float = nan) -> LayerFit:
     """The layer as it was transplanted."""
-    return LayerFit(_name_of(work), aim_of(work).name, error, error, False, why)
+    return LayerFit(_name_of(work), aim_of(work).name, error, error, False, why, held_out)
 
 
 def node_of(work: Work) -> fx.Node:
@@ -66,15 +71,6 @@ def tensors_of(work: Work) -> set[str]:
         if work.norm is not None:
             names += [work.norm.weight, work.norm.bias]
     return {name for name in names if name}
-
-
-def asked_of_members(work: Work) -> list[fx.Node]:
-    """The nodes whose values in the members a fit needs."""
-    if isinstance(work, FitTarget):
-        return [work.aim, work.output]
-    return (
-        list(dict.fromkeys(read_in_members(work))) if isinstance(work, Recurrent) else [work.node]
-    )
 
 
 def inputs_of(work: Work) -> set[fx.Node]:

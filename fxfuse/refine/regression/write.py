@@ -31,7 +31,13 @@ def current(route: FitTarget, state: State) -> Fit:
     return Fit(matrix, shift.reshape(groups, outputs))
 
 
-def write(route: FitTarget, state: State, fit: Fit, rows: torch.Tensor) -> None:
+def write(
+    route: FitTarget,
+    state: State,
+    fit: Fit,
+    rows: torch.Tensor,
+    ratios: torch.Tensor | None = None,
+) -> None:
     """Sets a layer's tensors so that its (normalised) output in eval mode is `fit`.
 
     Behind a batch norm the layer's scale stays that of the weights that it had, and the running
@@ -43,6 +49,8 @@ def write(route: FitTarget, state: State, fit: Fit, rows: torch.Tensor) -> None:
         state: Tensors by name, changed.
         fit: The map.
         rows: The layer's inputs, float32 [n, groups, features].
+        ratios: How many rows each of them stands for, float32 [n], 1 on average; None: all the
+            same.
     """
     layer = route.layer
     if route.norm is None:
@@ -54,7 +62,9 @@ def write(route: FitTarget, state: State, fit: Fit, rows: torch.Tensor) -> None:
     groups, _, outputs = fit.matrix.shape
     matrix = fit.matrix * scale.reshape(groups, 1, outputs)
     new = Fit(matrix, torch.zeros_like(fit.shift))(rows).double()
-    mean, variance = new.mean(0).float(), new.var(0, correction=0).float()
+    share = torch.ones(len(new), 1, device=new.device) if ratios is None else ratios[:, None]
+    centre = (share * new).mean(0)
+    mean, variance = centre.float(), (share * (new - centre).square()).mean(0).float()
     layer.put(state, layer.weight_of(matrix, layer.held(state)))
     if layer.bias:
         layer.put_bias(state, torch.zeros_like(mean))

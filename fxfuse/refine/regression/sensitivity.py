@@ -1,0 +1,130 @@
+"""How much the task depends on what stands in a row: the weights of a refit's regressions.
+
+The distance of two answers is, to second order, a square of their difference in the metric of the
+task. Through the network this is JᵀHJ for the values at a place, and the mean square of a random
+probe's gradient has its diagonal as expectation. Rows on which nothing depends, as padding, count
+nothing, and rare positions on which much depends count much.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from fxfuse.activations import NodeRunner
+from fxfuse.activations.calibration import count_rows
+from fxfuse.graph.torch_compat import output_spec, pytree
+from fxfuse.refine.regression.place import Place
+from fxfuse.refine.task import Task
+
+#: A single probe is noisy: scores are brought closer to their mean by this power, and kept within
+#: these factors of it.
+_POWER, _LEAST, _MOST = 0.5, 0.1, 10.0
+#: Share of the rows that are drawn whatever they are worth.
+_EVENLY = 0.5
+#: Categories that torch draws from at most.
+_CATEGORIES = 2**24
+
+
+class Sensitivity:
+    """Scores rows by the gradient of a random probe of the output.
+
+    Args:
+        task: What the output means.
+        seed: Seed of the probes.
+    """
+
+    def __init__(self, task: Task, seed: int) -> None:
+        self.task = task
+        self.generator = torch.Generator().manual_seed(seed)
+
+    def scores(
+        self, member: NodeRunner, batch: int, places: Sequence[Place]
+    ) -> dict[Place, Tensor]:
+        """Return the score of each row of one batch, float32 [rows] with mean 1, on the CPU.
+
+        A place that the output does not depend on has none.
+        """
+        outputs = [n for n in member.program.outputs() if isinstance(n, fx.Node)]
+        own = {member.asked_as.get(place.node, place.node): place.node for place in places}
+        values: dict[fx.Node, Tensor] = {}
+        answers: dict[fx.Node, Any] = {}
+
+        def take(node: fx.Node, value: Any) -> Any:
+            if node in outputs:
+                answers[node] = value
+            if node in own and isinstance(value, Tensor) and value.is_floating_point():
+                handle = value if value.requires_grad else value.detach().requires_grad_()
+                values[own[node]] = handle
+                answers[node] = handle
+                # What runs next may change the value in place.
+                return handle.clone()
+            return None
+
+        with torch.enable_grad():
+            member.once(batch, list(dict.fromkeys([*own, *outputs])), take)
+            probe = self._probe(member, batch, answers)
+            if not values or not probe.requires_grad:
+                return {}
+            found = torch.autograd.grad(probe, list(values.values()), allow_unused=True)
+        gradients = dict(zip(values, found, strict=True))
+        result = {}
+        for place in places:
+            gradient = gradients.get(place.node)
+            if gradient is not None:
+                inputs = count_rows(member.calibration.batches[batch])
+                result[place] = _scored(place, gradient, inputs)
+        return {place: score for place, score in result.items() if score is not None}
+
+    def _probe(self, member: NodeRunner, batch: int, answers: dict[fx.Node, Any]) -> Tensor:
+        program = member.program
+        leaves = [answers.get(n) if isinstance(n, fx.Node) else n for n in program.outputs()]
+        spec = output_spec(program.graph)
+        output = leaves[0] if spec is None else pytree.tree_unflatten(leaves, spec)
+        _, kwargs = member.calibration.batches[batch]
+        return self.task.probe(self.task.read(output), kwargs, self.generator)
+
+
+def _scored(place: Place, gradient: Tensor, inputs: int) -> Tensor | None:
+    """The score of each row; None where nothing depends on any.
+
+    Every input counts as much as any other: what one probe says of whole inputs is mostly noise.
+    """
+    channels = place.channels if place.straight else -1
+    square = gradient.detach().float().square().movedim(channels, -1).mean(-1).cpu()
+    lines = square.reshape(inputs if len(square) == inputs else 1, -1)
+    counts = lines > 0
+    if not bool(counts.any()) or not bool(torch.isfinite(lines).all()):
+        return None
+    means = lines.sum(1, keepdim=True) / counts.sum(1, keepdim=True).clamp(min=1)
+    score = (lines / means.clamp(min=torch.finfo(torch.float32).tiny)) ** _POWER
+    score = torch.where(counts, score.clamp(_LEAST, _MOST), 0.0).flatten()
+    return score / score.mean()
+
+
+def drawn(scores: Tensor, take: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Draw rows, those with a high score more often.
+
+    Args:
+        scores: Of each row, float32 [rows].
+        take: How many.
+        generator: On the CPU.
+
+    Returns:
+        The rows, int64 [at most `take`], none twice; and of every row how many it stands for if it
+        is drawn, but for a factor.
+    """
+    counts = scores > 0
+    take = min(take, int(counts.sum()))
+    share = _EVENLY * counts / counts.sum() + (1 - _EVENLY) * scores / scores.sum()
+    if take == int(counts.sum()):
+        return counts.nonzero().flatten(), torch.ones_like(scores)
+    if len(scores) > _CATEGORIES:
+        rows = counts.nonzero().flatten()
+        order = torch.randperm(len(rows), generator=generator)[:take]
+        return rows[order], torch.ones_like(scores)
+    chosen = torch.multinomial(share.double(), take, generator=generator)
+    return chosen, 1 / share.clamp(min=1e-30) / len(scores)

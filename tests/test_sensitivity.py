@@ -1,0 +1,151 @@
+"""What a refit weighs its rows by: how much the task depends on what stands there."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import fxfuse
+from fxfuse.activations import NodeRunner
+from fxfuse.activations.calibration import CalibrationBatches
+from fxfuse.graph.capture import capture
+from fxfuse.refine import refit
+from fxfuse.refine.regression.place import Place
+from fxfuse.refine.regression.sensitivity import Sensitivity, drawn
+from fxfuse.refine.task import (
+    Classification,
+    Embedding,
+    MultiLabel,
+    NextToken,
+    Outputs,
+    Regression,
+    Task,
+)
+
+
+class Padded(nn.Module):
+    """Tokens are mixed with weights of a mask, so that padding reaches nothing."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(5, 8), nn.Linear(8, 3)
+
+    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+        hidden = torch.relu_(self.first(x))
+        mean = (hidden * mask[..., None]).sum(1) / mask.sum(1, keepdim=True)
+        return self.second(mean)
+
+
+def scores_of(network: nn.Module, inputs: tuple[Tensor, ...], operator: str, task: Task) -> Tensor:
+    program = capture(network, tuple(x[:2] for x in inputs))
+    batches = CalibrationBatches.plain(inputs, len(inputs[0]))
+    runner = NodeRunner(program, program.state(), batches)
+    node = next(n for n in program.graph.nodes if operator in str(n.target))
+    place = Place(node, -1)
+    return Sensitivity(task, 0).scores(runner, 0, [place])[place]
+
+
+def test_padding_counts_nothing_and_all_inputs_count_alike():
+    torch.manual_seed(0)
+    mask = (torch.arange(6) < torch.tensor([[2], [6], [4], [3]])).float()
+    inputs = (torch.randn(4, 6, 5), mask)
+    score = scores_of(Padded().eval(), inputs, "linear", Classification())
+    assert score.shape == (24,)
+    assert torch.isfinite(score).all()
+    assert torch.equal(score.reshape(4, 6) > 0, mask > 0)
+    torch.testing.assert_close(score.mean(), torch.tensor(1.0))
+
+
+def test_positions_that_the_output_depends_on_count_more():
+    class Positions(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second = nn.Linear(4, 6), nn.Linear(6, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            scale = torch.where(torch.arange(20) == 7, 10.0, 0.1)
+            return self.second(torch.tanh(self.first(x))) * scale[:, None]
+
+    torch.manual_seed(0)
+    inputs = (torch.randn(8, 20, 4),)
+    score = scores_of(Positions().eval(), inputs, "linear", Regression()).reshape(8, 20)
+    others = torch.arange(20) != 7
+    assert (score[:, 7] > 3 * score[:, others].amax(1)).all()
+
+
+@pytest.mark.parametrize(
+    ("task", "answer"),
+    [
+        (Classification(), torch.randn(4, 3)),
+        (Classification(dim=1, outputs="probabilities"), torch.randn(4, 3, 5).softmax(1)),
+        (NextToken(), torch.randn(4, 5, 7)),
+        (MultiLabel(), torch.randn(4, 3)),
+        (MultiLabel("probabilities"), torch.rand(4, 3)),
+        (Regression(), torch.randn(4, 3)),
+        (Embedding(), torch.randn(4, 3)),
+        (Outputs({"a": Regression(), "b": Classification()}), {"a": (4, 2), "b": (4, 3)}),
+    ],
+    ids=str,
+)
+def test_a_probe_of_every_task_has_a_gradient(task: Task, answer: Tensor | dict[str, tuple]):
+    if isinstance(answer, dict):
+        answer = {name: torch.randn(*shape) for name, shape in answer.items()}
+    leaves = list(answer.values()) if isinstance(answer, dict) else [answer]
+    for leaf in leaves:
+        leaf.requires_grad_()
+    task.probe(answer, {}, torch.Generator().manual_seed(0)).backward()
+    for leaf in leaves:
+        assert leaf.grad is not None
+        assert torch.isfinite(leaf.grad).all()
+        assert float(leaf.grad.abs().sum()) > 0
+
+
+def test_the_mean_of_probes_is_the_fisher_information():
+    torch.manual_seed(0)
+    logits = torch.randn(1, 4, dtype=torch.double, requires_grad=True)
+    generator = torch.Generator().manual_seed(0)
+    total = torch.zeros(4, 4, dtype=torch.double)
+    for _ in range(4000):
+        (g,) = torch.autograd.grad(Classification().probe(logits, {}, generator), logits)
+        total += g[0, :, None] * g[0, None, :]
+    p = logits.detach()[0].softmax(0)
+    torch.testing.assert_close(total / 4000, torch.diag(p) - p[:, None] * p, atol=0.02, rtol=0)
+
+
+def test_positions_that_do_not_count_have_no_gradient():
+    logits, mask = torch.randn(2, 3, 5, requires_grad=True), torch.tensor([[1, 1, 0], [1, 0, 0]])
+    NextToken().probe(logits, {"attention_mask": mask}, torch.Generator().manual_seed(0)).backward()
+    assert logits.grad is not None
+    assert torch.equal(logits.grad.abs().sum(2) > 0, mask > 0)
+
+
+def test_rows_that_count_more_are_drawn_more_often_and_stand_for_fewer():
+    scores = torch.tensor([0.0] * 10 + [0.5] * 80 + [6.0] * 10)
+    generator = torch.Generator().manual_seed(0)
+    seen = torch.zeros(100)
+    for _ in range(300):
+        rows, ratio = drawn(scores / scores.mean(), 20, generator)
+        assert len(rows) == len(rows.unique()) == 20
+        seen[rows] += 1
+    assert seen[:10].sum() == 0
+    assert seen[90:].mean() > 3 * seen[10:90].mean()
+    assert float(ratio[95]) < float(ratio[50]) / 3
+    rows, _ = drawn(scores, 500, generator)
+    assert torch.equal(rows.sort().values, torch.arange(10, 100))
+
+
+def test_a_refit_does_not_look_at_padding():
+    """What stands in padding changes nothing of the refit."""
+    torch.manual_seed(0)
+    members = [Padded().eval() for _ in range(2)]
+    mask = (torch.arange(6)[None] < torch.randint(1, 6, (200, 1))).float()
+    x = torch.randn(200, 6, 5)
+    garbage = torch.where(mask[..., None] > 0, x, 100 * torch.randn(200, 6, 5))
+    found = []
+    for given in (x, garbage):
+        result = fxfuse.fuse(members, (x[:2], mask[:2]), verify=False)
+        refit(result, members, (given, mask), task=Classification())
+        found.append(result.module.state_dict())
+    for name, tensor in found[0].items():
+        torch.testing.assert_close(tensor, found[1][name])
