@@ -20,7 +20,7 @@ import torch
 from torch import nn
 
 import fxfuse
-from benchmarks.fuzz import fuzz
+from benchmarks.fuzz import CANARY, Watch, fuzz
 from fxfuse.common.output import atomic_folder, locked
 from fxfuse.errors import OutputError
 from fxfuse.members.checkpoint import read_state_dict
@@ -347,3 +347,36 @@ def test_damaged_files() -> None:
     counts = result["counts"]
     assert sum(sum(found.values()) for found in counts.values()) == 90
     assert all(found["named error"] > 3 for found in counts.values())
+
+
+@pytest.mark.parametrize(
+    ("event", "arguments", "bad"),
+    [
+        ("pickle.find_class", ("os", "system"), True),
+        ("os.system", (b"true",), True),
+        ("subprocess.Popen", ("true", [], None, None), True),
+        ("open", ("inside", "w", 0), False),
+        ("open", ("../outside", "w", 0), True),
+        ("open", ("../outside", "r", 0), True),
+        ("open", (fxfuse.__file__, "r", 0), False),
+        ("open", (fxfuse.__file__, None, os.O_WRONLY), True),
+        ("compile", (f"def forward(self, x={CANARY}()): pass", "<x>"), True),
+        ("compile", (f"x = '{CANARY}'", "<x>"), False),
+        ("compile", (f"x = {CANARY}(", "<x>"), True),
+        ("compile", (b"x = 1", "<x>"), False),
+        ("exec", (compile(f"{CANARY}()", "<x>", "exec"),), True),
+        ("exec", (compile("print()", "<x>", "exec"),), False),
+    ],
+)
+def test_what_damaged_files_may_not_do(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, event: str, arguments: Any, bad: bool
+) -> None:
+    """Else the figures above would say nothing."""
+    (tmp_path / "work").mkdir()
+    monkeypatch.chdir(tmp_path / "work")
+    watch = Watch(Path.cwd())
+    watch(event, arguments)
+    assert not watch.seen
+    watch.on = True
+    watch(event, arguments)
+    assert bool(watch.seen) == bad
