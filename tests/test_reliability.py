@@ -11,6 +11,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -297,6 +298,22 @@ def test_threads_do_not_disturb_each_other(
     assert torch.equal(torch.get_rng_state(), random)
     for number in range(count):
         torch.testing.assert_close(found[number], alone, rtol=0, atol=0)
+
+
+def test_threads_may_share_captured_members() -> None:
+    """A score that needs gradients runs them with other tensors."""
+    x = torch.randn(4, 5)
+    members = [fxfuse.capture(small(number), x) for number in range(2)]
+    batches = [(torch.randn(20, 5), torch.randint(3, (20,))) for _ in range(3)]
+
+    def fused(_: int) -> dict[str, torch.Tensor]:
+        options: Any = {"method": fxfuse.Transplant(score="taylor"), "refine": []}
+        return fxfuse.fuse(members, x, calibration=batches, **options).state_dict()
+
+    alone = fused(0)
+    with ThreadPoolExecutor(4) as pool:
+        for found in pool.map(fused, range(8)):
+            torch.testing.assert_close(found, alone, rtol=0, atol=0)
 
 
 def test_an_export_is_not_kept_for_ever() -> None:

@@ -94,6 +94,7 @@ class Program:
         (result,) = (node.args[0] for node in self.graph.nodes if node.op == "output")
         return tuple(pytree.tree_leaves(result))
 
+    @alone
     def tensor(self, name: str) -> torch.Tensor:
         """Return the tensor behind a `get_attr` target or a `state_dict()` name."""
         return fetch(self.module, name)
