@@ -1,7 +1,8 @@
 """Fuses real published networks, beside their controls, and writes results as JSON.
 
     python -m benchmarks.real.fused mlps
-    python -m benchmarks.real.fused spliceai [--seconds 300] [--seeds 1]
+    python -m benchmarks.real.fused spliceai [--seconds 300] [--seeds 1] [--sizes 1 1.5 2 3]
+    python -m benchmarks.real.fused minilm [--seconds 110] [--sizes 0.75 0.5]
 
 Test inputs are looked at once, after everything was chosen on calibration inputs. A difference
 counts if its paired bootstrap interval over the test inputs, at 95 %, lies on one side of zero.
@@ -9,6 +10,8 @@ counts if its paired bootstrap interval over the test inputs, at 95 %, lies on o
 
 from __future__ import annotations
 
+import itertools
+import re
 import time
 import warnings
 from collections.abc import Callable, Sequence
@@ -20,7 +23,7 @@ from torch import Tensor, nn
 
 import fxfuse
 from benchmarks import records
-from benchmarks.real import mlps, spliceai
+from benchmarks.real import minilm, mlps, spliceai
 from benchmarks.real.controls import (
     accuracy,
     best_member,
@@ -35,25 +38,34 @@ from fxfuse.refine.judge import CONFIDENCE, resampled
 
 RESULTS = Path(__file__).resolve().parents[1] / "results" / "real"
 _RESAMPLES = 2000
+# Calibration and test sentences of the encoder.
+_SENTENCES, _TEST_SENTENCES = 2000, 1000
 
 
 def main() -> None:
     made = parser(__doc__)
-    made.add_argument("what", choices=("mlps", "spliceai"))
+    made.add_argument("what", choices=("mlps", "spliceai", "minilm"))
     made.add_argument("--seeds", type=int, default=3, help="samples of the calibration inputs")
-    made.add_argument("--seconds", type=float, default=300, help="of matching, for SpliceAI")
+    made.add_argument("--seconds", type=float, help="of matching; not for the MLPs")
+    made.add_argument("--sizes", type=float, nargs="+", help="of the result; not for the MLPs")
     options = made.parse_args()
     torch.set_num_threads(1)
     warnings.simplefilter("ignore", UserWarning)
-    run: Callable[..., list[dict[str, Any]]] = {"mlps": run_mlps, "spliceai": run_spliceai}[
-        options.what
-    ]
-    rows = run(options.data_root, options.seeds, options.seconds)
+    runs: dict[str, Callable[[], list[dict[str, Any]]]] = {
+        "mlps": lambda: run_mlps(options.data_root, options.seeds),
+        "spliceai": lambda: run_spliceai(
+            options.data_root, options.seeds, options.seconds or 300, options.sizes or [1.0]
+        ),
+        "minilm": lambda: run_minilm(
+            options.seeds, options.seconds or 110, options.sizes or [0.75, 0.5]
+        ),
+    }
+    rows = runs[options.what]()
     content = {"commit": records.described(), "torch": torch.__version__, "rows": rows}
     records.write(RESULTS / f"{options.what}.json", content)
 
 
-def run_mlps(data_root: Path, seeds: int, _: float) -> list[dict[str, Any]]:
+def run_mlps(data_root: Path, seeds: int) -> list[dict[str, Any]]:
     """MLPs that saw different classes of MNIST: accuracy on the official test set, in percent."""
     images, labels = mnist_test(data_root)
     rows = []
@@ -98,7 +110,9 @@ def run_mlps(data_root: Path, seeds: int, _: float) -> list[dict[str, Any]]:
     return rows
 
 
-def run_spliceai(data_root: Path, seeds: int, seconds: float) -> list[dict[str, Any]]:
+def run_spliceai(
+    data_root: Path, seeds: int, seconds: float, sizes: Sequence[float]
+) -> list[dict[str, Any]]:
     """Five published members: KL to the mean of their probabilities on held-out sequence."""
     networks = spliceai.members()
     spliceai.check_port(networks, data_root)
@@ -106,21 +120,23 @@ def run_spliceai(data_root: Path, seeds: int, seconds: float) -> list[dict[str, 
     found = [outputs_of(n, test, batch=2) for n in networks]
     ensemble, windows = mean_of(found), spliceai.calibration_windows(data_root)
     rows = []
-    for seed in range(seeds):
+    for seed, size in itertools.product(range(seeds), sizes):
         order = torch.randperm(len(windows), generator=torch.Generator().manual_seed(seed))
         steps = [fxfuse.Match(seconds=seconds, seed=seed)]
-        result, spent = _timed(networks, windows[order[:100]], refine=steps)
+        result, spent = _timed(networks, windows[order[:100]], refine=steps, size=size)
         own = outputs_of(result.module, test, batch=2)
         history = result.history
         assert history is not None
-        start = history.chosen.removeprefix("matched from member ")
-        best = int(start.removeprefix("member "))
-        far = [kl_of_each(ensemble, p) for p in (found[best], own)]
+        start = [int(n) for n in re.findall(r"\d+", history.chosen)]
+        far = [kl_of_each(ensemble, p) for p in (mean_of([found[i] for i in start]), own)]
         rows.append(
             {
                 "seed": seed,
+                "size": size,
                 "KL of each member": [kl(ensemble, p) for p in found],
-                "start": best,
+                "start": start,
+                "KL of the start": float(far[0].mean()),
+                "KL of the best members side by side": _best_side_by_side(found, int(size)),
                 "KL of the fused": kl(ensemble, own),
                 "gain over the start": _interval(far[0] - far[1]),
                 "sites of the ensemble, and found": spliceai.sites_found(ensemble, own),
@@ -130,6 +146,44 @@ def run_spliceai(data_root: Path, seeds: int, seconds: float) -> list[dict[str, 
             }
         )
         print(rows[-1], flush=True)
+    return rows
+
+
+def _best_side_by_side(found: Sequence[Tensor], count: int) -> float:
+    """KL of the `count` members whose mean is closest to the ensemble on the test inputs."""
+    ensemble = mean_of(found)
+    return min(kl(ensemble, mean_of(list(some))) for some in itertools.combinations(found, count))
+
+
+def run_minilm(seeds: int, seconds: float, sizes: Sequence[float]) -> list[dict[str, Any]]:
+    """A sentence encoder, pruned: Spearman's correlation of similarities on unseen sentences."""
+    network, texts = minilm.encoder(), minilm.sentences("calibration")
+    test = minilm.tokens_of(minilm.sentences("test")[:_TEST_SENTENCES])
+    reference = minilm.embeddings(network, test)
+    rows = []
+    for seed, size in itertools.product(range(seeds), sizes):
+        order = torch.randperm(len(texts), generator=torch.Generator().manual_seed(seed))
+        tokens = minilm.tokens_of([texts[i] for i in order[:_SENTENCES]])
+        row: dict[str, Any] = {"seed": seed, "size": size, "sentences": len(tokens[0])}
+        for name, steps, score in (
+            ("l2, no refit", [], "l2"),
+            ("obs + refit", [fxfuse.Refit()], "obs"),
+            ("obs + refit + matching", [fxfuse.Refit(), fxfuse.Match(seconds=seconds)], "obs"),
+        ):
+            begin = time.process_time()
+            result = fxfuse.prune(
+                network,
+                tuple(part[:2] for part in tokens),
+                size=size,
+                calibration=fxfuse.Calibration(tokens, limit=_SENTENCES),
+                method=fxfuse.Transplant(score=score),
+                refine=steps,
+                verify=False,
+            )
+            row[f"seconds of {name}"] = time.process_time() - begin
+            row[name] = minilm.spearman(reference, minilm.embeddings(result.module, test))
+        rows.append(row)
+        print(row, flush=True)
     return rows
 
 

@@ -48,6 +48,19 @@ class Asked:
     members: tuple[Answer, ...]
     wanted: Answer
 
+    def and_also(self, others: Asked) -> Asked:
+        """These inputs and others, with what was answered to them."""
+        mine, theirs = self.calibration, others.calibration
+        both = replace(
+            mine,
+            batches=mine.batches + theirs.batches,
+            size=mine.size + theirs.size,
+            labels=mine.labels + theirs.labels,
+        )
+        members = zip(self.members, others.members, strict=True)
+        wanted = join_rows([self.wanted, others.wanted])
+        return Asked(both, tuple(join_rows(pair) for pair in members), wanted)
+
 
 @dataclass(frozen=True)
 class Measured:

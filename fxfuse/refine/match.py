@@ -22,7 +22,7 @@ from fxfuse.common.options import Options
 from fxfuse.errors import OptionError
 from fxfuse.refine.batch import try_call
 from fxfuse.refine.infer_task import task_of_answer
-from fxfuse.refine.judge import Judge, Measured, ask_members, compare, divided
+from fxfuse.refine.judge import Asked, Judge, Measured, ask_members, compare, divided
 from fxfuse.refine.modes import (
     check_teachers,
     copies,
@@ -251,6 +251,7 @@ def train(
     *,
     progress: bool | Progress = False,
     since: float | None = None,
+    known: Asked | None = None,
 ) -> MatchReport:
     """Train a network, and leave it at the state that the judge finds best, the start included.
 
@@ -262,6 +263,7 @@ def train(
         options: Budget, batch, rate, augmentation and seed.
         progress: As in `match`.
         since: When the budget began, as `time.process_time()` says; None: now.
+        known: What the members answer to `fitting`, if they were asked already.
 
     Raises:
         OptionError: The seconds are too few for one step.
@@ -282,6 +284,7 @@ def train(
         fitting,
         drawn=None if steps is None else steps * chunk,
         enough=lambda: budget.is_over(SHARE_OF_POOL),
+        known=None if known is None else known.wanted,
     )
     trainer = Trainer(module, pool, judge.task, chunk, options.weight_decay, options.seed)
     with seeded(options.seed, target), bar(progress, "matching", 1.0) as advance:

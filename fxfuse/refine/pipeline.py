@@ -20,6 +20,7 @@ from fxfuse.planning.plan import FusionPlan
 from fxfuse.refine.history import Candidate, History
 from fxfuse.refine.infer_task import infer_task
 from fxfuse.refine.judge import (
+    Asked,
     Judge,
     Measured,
     Stopwatch,
@@ -312,19 +313,25 @@ class _Way:
         planned = None if self.plans.outline else self.plans.plan(fitting)
         plan = planned or self.plans.outline
         assert plan is not None
-        for start in exact_starts(self.graph, plan, self.states, choose.asked, choose.task):
+        known = ask_members(self.task, self.members, fitting)
+        wide = Judge(choose.task, known.and_also(choose.asked))
+        far: dict[str, float] = {}
+        for start, far[start.name] in exact_starts(self.graph, plan, self.states, wide):
             made.starts.append(measure(start))
-        best = made.best = min(made.starts, key=made.cost, default=None)
+        by_metric = self.metric is not None
+        best = made.best = min(
+            made.starts, key=made.cost if by_metric else lambda s: far[s.name], default=None
+        )
         fitted = best is None or self.steps.refit is not None
         parts = 1 + (best is not None and fitted)
         if best is not None:
-            self._match(made, "matched", best, fitting, choose, parts, measure)
+            self._match(made, "matched", best, known, choose, parts, measure)
         if fitted:
             plan = planned or self.plans.plan(fitting)
             start = made.steps["fitted"] = measure(self._fitted(made, plan, fitting))
             # A network that is farther off than a member is not worth the steps.
             if best is None or made.cost(start) < made.cost(best):
-                self._match(made, "fitted and matched", start, fitting, choose, parts, measure)
+                self._match(made, "fitted and matched", start, known, choose, parts, measure)
             elif self.steps.match is not None:
                 made.notes[f"matched from {start.name}"] = f"left out: {best.name} is closer"
         return made
@@ -344,7 +351,7 @@ class _Way:
         made: _Made,
         kind: str,
         start: Start,
-        fitting: CalibrationBatches,
+        known: Asked,
         choose: Judge,
         parts: int,
         measure: Callable[[Start], Start],
@@ -358,7 +365,13 @@ class _Way:
         name, module = f"matched from {start.name}", copy.deepcopy(start.module)
         try:
             report = train(
-                module, self.members, fitting, choose, options, progress=self.steps.progress
+                module,
+                self.members,
+                known.calibration,
+                choose,
+                options,
+                progress=self.steps.progress,
+                known=known,
             )
         except (RefineError, TooFewSeconds) as error:
             made.notes[name] = f"left out: {error.what}"

@@ -74,6 +74,7 @@ class Teacher:
         *,
         drawn: int | None = None,
         enough: Callable[[], bool] = lambda: False,
+        known: Answer | None = None,
     ) -> Pool:
         """Ask the members about the inputs and copies of them.
 
@@ -82,6 +83,8 @@ class Teacher:
             drawn: How many entries will be drawn; a third of them are asked about, or all inputs if
                 those are more. None is no limit.
             enough: Asked after each batch whether the pool is large enough.
+            known: What the ensemble answers to the inputs, if that is known; then only copies are
+                asked about.
 
         Raises:
             InputError: A member rejects the inputs, or answers NaN or infinity.
@@ -93,23 +96,37 @@ class Teacher:
         asked: list[Call] = []
         answers: list[Answer] = []
         size = 0
+        if known is not None:
+            call = pytree.tree_map_only(Tensor, lambda x: x.to(self.device), calibration.whole)
+            asked.append(call)
+            answers.append(pytree.tree_map_only(Tensor, self._as_trained, known))
+            size = calibration.size
         with torch.no_grad():
-            for chunk in self._chunks(calibration):
+            for chunk in self._chunks(calibration, 0 if known is None else 1):
+                if size and ((most is not None and size >= most) or enough()):
+                    break
                 moved = pytree.tree_map_only(Tensor, lambda x: x.to(self.device), chunk)
                 answers.append(self._combined(moved))
                 asked.append(moved)
                 size += count_rows(moved)
-                if (most is not None and size >= most) or enough():
-                    break
         return Pool(join_rows(asked), join_rows(answers), size)
 
-    def _chunks(self, calibration: CalibrationBatches) -> Iterator[Call]:
-        """Yield all inputs in random order, then copies of them, in batches of 2 or more."""
+    def _as_trained(self, x: Tensor) -> Tensor:
+        """An answer that was kept in float64, as the loss takes it."""
+        return x.to(self.device, torch.float32 if x.dtype == torch.float64 else x.dtype)
+
+    def _chunks(self, calibration: CalibrationBatches, first: int) -> Iterator[Call]:
+        """Yield all inputs in random order, then copies of them, in batches of 2 or more.
+
+        The passes before the `first` one are left out.
+        """
         generator = torch.Generator().manual_seed(self.seed)
         count, whole = calibration.size, calibration.whole
         for turn in range(1 if self.augment is None else _PASSES):
             order = torch.randperm(count, generator=generator)
             pieces = order.tensor_split(max(1, -(-count // self.batch)))
+            if turn < first:
+                continue
             if calibration.fixed:
                 pieces = tuple(p for p in order.split(self.batch) if len(p) == self.batch)
             for chosen in pieces:

@@ -16,8 +16,8 @@ from fxfuse.errors import RewriteError
 from fxfuse.graph.torch_compat import pytree
 from fxfuse.planning.plan import FusionPlan, Mixing, UnitMap
 from fxfuse.planning.roles import Role, RoleKind
-from fxfuse.refine.judge import Asked, greedy_order
-from fxfuse.refine.task import Answer, Task
+from fxfuse.refine.judge import Judge, greedy_order
+from fxfuse.refine.task import Answer
 from fxfuse.transform.emit import FusedModule, emit
 from fxfuse.transform.resizing import emit_fused, emit_resized
 from fxfuse.transform.sizes import concatenation_plan
@@ -48,8 +48,8 @@ def members_of(graph: CouplingGraph, states: Sequence[State]) -> list[FusedModul
 
 
 def exact_starts(
-    graph: CouplingGraph, plan: FusionPlan, states: Sequence[State], asked: Asked, task: Task
-) -> Iterator[Start]:
+    graph: CouplingGraph, plan: FusionPlan, states: Sequence[State], judge: Judge
+) -> Iterator[tuple[Start, float]]:
     """The networks of at most the planned size that answer as members do, nothing fitted.
 
     One member; and the k members side by side that together are closest to the ensemble, found
@@ -60,13 +60,15 @@ def exact_starts(
         graph: The analysis of the members.
         plan: The plan of the fusion, whose sizes are not exceeded.
         states: The members' tensors by name.
-        asked: What the members answer to the inputs that choose.
-        task: What that means.
+        judge: Knows what the members answer to inputs that do not accept: nothing is fitted here,
+            so that these may be those of the fit.
+
+    Yields:
+        A network, and how far its answers are from the ensemble's, by the members' answers.
     """
 
     def far(chosen: Sequence[int]) -> float:
-        together = _mean([asked.members[i] for i in chosen])
-        return float(task.distance(together, asked.wanted).mean())
+        return judge.measured(_mean([judge.asked.members[i] for i in chosen])).mean
 
     order = greedy_order(len(states), far)
     width = _whole_width(graph, plan)
@@ -74,11 +76,11 @@ def exact_starts(
         return
     for member in order if width == 1 or graph.members else order[:1]:
         if _fits(graph, plan, states, member):
-            yield _alone(graph, plan, states, member)
+            yield _alone(graph, plan, states, member), far([member])
     for count in range(2, min(width, len(states)) + 1):
         start = _side_by_side(graph, plan, states, sorted(order[:count]))
         if start is not None:
-            yield start
+            yield start, far(order[:count])
 
 
 def _mean(answers: Sequence[Answer]) -> Answer:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from math import isfinite
 from typing import Any
 
 import altair as alt
@@ -161,12 +162,15 @@ def coupling(coupled: Coupled) -> Spec:
 
 def refit_errors(refit: RefitReport) -> Spec:
     """Return for each layer, the error of its output before and after the refit."""
+    outside = "on rows left out of the fit"
     rows = [
         {"layer": fit.weight, "when": when, "error": max(error, 1e-6)}
         for fit in refit.layers
         if fit.fitted
-        for when, error in (("before", fit.before), ("after", fit.after))
+        for when, error in (("before", fit.before), ("after", fit.after), (outside, fit.held_out))
+        if isfinite(error)
     ]
+    whens = ["before", "after", outside]
     base = alt.Chart(_table(rows)).encode(
         x=alt.X(
             "error:Q",
@@ -179,13 +183,13 @@ def refit_errors(refit: RefitReport) -> Spec:
         color=alt.Color(
             "when:N",
             title=None,
-            scale=alt.Scale(domain=["before", "after"], range=[COLOURS[1], COLOURS[0]]),
+            scale=alt.Scale(domain=whens, range=[COLOURS[1], COLOURS[0], COLOURS[2]]),
             legend=alt.Legend(orient="top"),
         ),
         shape=alt.Shape(
             "when:N",
             title=None,
-            scale=alt.Scale(domain=["before", "after"], range=["square", "circle"]),
+            scale=alt.Scale(domain=whens, range=["square", "circle", "diamond"]),
         ),
         tooltip=["layer:N", "when:N", alt.Tooltip("error:Q", format=".3g")],
     )

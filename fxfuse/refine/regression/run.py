@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import time
+import warnings
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from math import ceil, inf, prod
+from math import ceil, inf, isfinite, prod
 from statistics import median
 
 import torch
@@ -63,6 +64,8 @@ _SPREAD = 2
 #: Bytes of the largest activation of one batch, and of all together, which a gradient needs; a
 #: number of inputs that there are not.
 _LARGEST, _TOGETHER, _ALL = 2**25, 2**29, 2**62
+#: Above this ratio of errors outside and inside the fit there is a warning.
+_APART = 3.0
 #: Times that two layers of one sum are fitted in turn.
 _TURNS = 2
 
@@ -93,7 +96,15 @@ class RefitReport:
         if not fits:
             return text
         before, after = median(f.before for f in fits), median(f.after for f in fits)
-        return f"{text}, median error from {before:.3g} to {after:.3g} of the variance"
+        text = f"{text}, median error from {before:.3g} to {after:.3g} of the variance"
+        outside = [f.held_out for f in fits if isfinite(f.held_out)]
+        return f"{text}, {median(outside):.3g} on rows left out" if outside else text
+
+    @property
+    def apart(self) -> float:
+        """How many times as large the error is on rows left out of the fit; median over layers."""
+        known = [f for f in self.layers if f.fitted and isfinite(f.held_out) and f.after > 0]
+        return median(f.held_out / f.after for f in known) if known else 1.0
 
 
 @dataclass(frozen=True)
@@ -102,7 +113,8 @@ class Refit(Options):
 
     Attributes:
         alpha: Ridge of the regressions, relative to the mean square of a feature. None: 1e-3, or
-            1e-2 with fewer than 100 inputs.
+            1e-2 with fewer than 100 inputs, and up to a hundred times as much for a layer that is
+            closer to its target with it on rows left out of the fit.
         seed: Seed of the choice of rows of large layers.
         memory: Bytes of activations that stay in memory; the rest goes to a temporary folder.
     """
@@ -304,6 +316,12 @@ class _Refit:
             self.state[name] = self.state[program.canonical[name]]
         seconds = time.process_time() - started
         report = RefitReport(tuple(self.fits), kept, seconds, self.n_inputs, self.alpha)
+        if report.apart > _APART:
+            warnings.warn(
+                f"layers are {report.apart:.1f} times as far off on inputs that the refit has not "
+                f"seen as on its own {self.n_inputs}: pass more calibration inputs.",
+                stacklevel=2,
+            )
         return self.state, report
 
     def visit(self, work: Work) -> None:
