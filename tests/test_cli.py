@@ -382,7 +382,7 @@ def test_a_raw_transplant_is_said_to_be_one(work):
     assert result.exit_code == 0, result.output
     assert "raw" not in result.stdout
     # What was fitted stays so, where a report is written later.
-    assert invoke("report", "refitted").exit_code == 0
+    assert invoke("report", "refitted", "--trust").exit_code == 0
     for name in ("summary.md", "report.html"):
         assert raw not in (work / "refitted" / name).read_text()
     assert "raw" not in invoke(*arguments, "whole", "--width", "2").stdout
@@ -395,16 +395,19 @@ def test_prune_one_network(work):
     assert result.exit_code == 0, result.output
     assert "One network, pruned, written to small" in result.stdout
     assert read_state_dict("small/fused.safetensors")["0.weight"].shape == (4, 5)
-    assert invoke("run", "small", "--out", "again").exit_code == 0
+    assert invoke("run", "small", "--trust", "--out", "again").exit_code == 0
     for name in ("fused.safetensors", "plan.json"):
         assert (work / "small" / name).read_bytes() == (work / "again" / name).read_bytes()
     result = invoke(*prune, "--force", "--max-params", "50", "--freeze", "2.bias")
     assert result.exit_code == 0, result.output
     assert "not refitted" in result.stdout
-    result = invoke("refit", "small", "--calibration", "inputs.pt", "--out", "refitted")
+    own = ("--calibration", "inputs.pt", "--out", "refitted")
+    result = invoke("refit", "small", "--trust", *own)
     assert result.exit_code == 0, result.output
-    assert "ensemble of" not in invoke("compare", "refitted", "--data", "inputs.pt").stdout
-    assert invoke("report", "refitted").exit_code == 0
+    result = invoke("compare", "refitted", "--trust", "--data", "inputs.pt")
+    assert result.exit_code == 0, result.output
+    assert "ensemble of" not in result.stdout
+    assert invoke("report", "refitted", "--trust").exit_code == 0
     assert "pass --width 0.5" in refused(work, "prune", "a.pt", *MODEL, "--out", "x")
 
 

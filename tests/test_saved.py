@@ -492,6 +492,12 @@ ATTACKS: dict[str, Callable[[Any], object]] = {
     "a library": change_node("call", target="torch.ops.load_library", args=["opened"]),
     "an operator that opens files": change_node("call", target="aten.from_file.default"),
     "one that writes files": change_node("call", target="aten.save.default", args=[1, "opened"]),
+    "one of torchvision that reads them": change_node(
+        "call", target="image.read_file.default", args=["/etc/passwd"]
+    ),
+    "one of torchvision that writes them": change_node(
+        "call", target="image.write_file.default", args=["opened", ANY]
+    ),
     "one that prints": change_node("call", target="aten._print.default", args=["opened"]),
     "one that trusts indices": change_node("call", target="aten._sparse_coo_tensor_unsafe.default"),
     "an operator of a user": change_node("call", target="fxfuse_tests.smooth.default", args=[ANY]),
@@ -500,6 +506,10 @@ ATTACKS: dict[str, Callable[[Any], object]] = {
     "no packet": change_node("call", target="aten.__class__.default"),
     "a region": change_node("call", target="higher_order.wrap.default"),
     "a number for numbers": change_node("call", target="operator.pow", args=[9, 9**9]),
+    "too few numbers": change_node("call", target="operator.pow", args=[ANY]),
+    "too many numbers": change_node("call", target="operator.neg", args=[ANY, 1, 2]),
+    "an endless power": change_node("call", target="operator.pow", args=[ANY, 64**6]),
+    "an endless shift": change_node("call", target="operator.lshift", args=[ANY, 64**6]),
     "a text for numbers": change_node("call", target="operator.mul", args=[ANY, "x"]),
     "a count of nothing": change_node("call", target="fxfuse.count_batch", args=[1, 2]),
     "another op": change_node("call", op="call_method"),
@@ -552,6 +562,12 @@ ATTACKS: dict[str, Callable[[Any], object]] = {
     "no version": lambda g: g.update(fxfuse_graph=None),
     "a list": lambda g: {"fxfuse_graph": 1, "nodes": []},
 }
+
+
+def test_operators_of_other_libraries_would_reach_files() -> None:
+    """Those of torchvision are there, so the attacks below do not fail for want of them."""
+    pytest.importorskip("torchvision")
+    assert b"root" in bytes(torch.ops.image.read_file("/etc/passwd").tolist())
 
 
 @pytest.mark.parametrize("name", ATTACKS)

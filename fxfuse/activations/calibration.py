@@ -264,6 +264,8 @@ class CalibrationBatches:
                 f"{which} calibration inputs are used; Calibration(inputs, limit=...) allows more.",
                 stacklevel=3,
             )
+        if not size:
+            raise _error("there are no calibration inputs", "they are empty", "pass 100 to 1,000")
         batches = _cut(whole, size, fixed or batch, fixed=fixed is not None)
         if not batches:
             raise _error(

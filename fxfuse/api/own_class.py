@@ -22,7 +22,7 @@ from fxfuse.analysis.coupling import CouplingGraph
 from fxfuse.api.literal_changes import Changes, changes_of
 from fxfuse.errors import RewriteError
 from fxfuse.graph.capture import Program
-from fxfuse.graph.eager import answers
+from fxfuse.graph.eager import alone, answers
 from fxfuse.graph.example import first_line
 from fxfuse.graph.layer_sizes import sizes_of_layer
 from fxfuse.graph.tensors import is_constant, tensors_in
@@ -64,6 +64,7 @@ class _Place:
     likely: bool
 
 
+@alone
 def copy_source(source: nn.Module) -> nn.Module:
     """Copy the user's module."""
     try:

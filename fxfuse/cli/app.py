@@ -43,8 +43,8 @@ def _fxfuse(
     2 bad input; 70 a fault of fxfuse; 130 interrupted; 143 terminated.
     """
     if not sys.flags.safe_path:
-        # As `python -m` does: a user's own models lie there. "" follows a recipe into its folder.
-        sys.path[:0] = [folder for folder in ("", os.getcwd()) if folder not in sys.path]
+        # As `python -m` does: a user's own models lie there.
+        sys.path[:0] = [folder for folder in (os.getcwd(),) if folder not in sys.path]
 
 
 stand_ins(app)

@@ -65,6 +65,23 @@ Folders = Annotated[
         show_default=False,
     ),
 ]
+OwnModel = Annotated[
+    str | None,
+    typer.Option(
+        "--model",
+        help="Factory of the members, in place of the one that the folder names. One that is no "
+        "library's needs this or `--trust`.",
+        metavar="MODULE:FACTORY",
+    ),
+]
+Trust = Annotated[
+    bool,
+    typer.Option(
+        "--trust",
+        help="Import and run the functions that the folder names. Only for folders whose maker you "
+        "trust.",
+    ),
+]
 OutFolder = Annotated[Path, typer.Option("--out", help="Folder to write.", metavar="FOLDER")]
 Report = Annotated[
     bool,

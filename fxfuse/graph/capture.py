@@ -21,7 +21,7 @@ from torch import fx, nn
 from torch.export import Dim, ExportedProgram
 
 from fxfuse.errors import CaptureError
-from fxfuse.graph.eager import eval_mode, trace
+from fxfuse.graph.eager import alone, eval_mode, trace
 from fxfuse.graph.example import (
     Example,
     at_least_two,
@@ -34,7 +34,7 @@ from fxfuse.graph.fixed_batch import batch_sizes
 from fxfuse.graph.module_checks import check_model, state_of
 from fxfuse.graph.rebuild import rebuild
 from fxfuse.graph.tensors import fetch, is_constant, tensors_in
-from fxfuse.graph.torch_compat import original_module, pytree
+from fxfuse.graph.torch_compat import forget_code, forget_sizes, original_module, pytree
 
 
 @dataclass(frozen=True)
@@ -94,6 +94,7 @@ class Program:
         (result,) = (node.args[0] for node in self.graph.nodes if node.op == "output")
         return tuple(pytree.tree_leaves(result))
 
+    @alone
     def tensor(self, name: str) -> torch.Tensor:
         """Return the tensor behind a `get_attr` target or a `state_dict()` name."""
         return fetch(self.module, name)
@@ -149,6 +150,7 @@ def _parents(name: str) -> list[str]:
     return [".".join(parts[:count]) for count in range(1, len(parts))]
 
 
+@alone
 def capture(
     model: nn.Module | ExportedProgram,
     example: Any = (),
@@ -198,7 +200,7 @@ def capture(
                     f"torch.export refuses {type(model).__name__}, so it is traced on the example "
                     f"inputs: the fused weights go into your own class, and no GraphModule is "
                     f"emitted. The reason: {error.why}",
-                    stacklevel=2,
+                    stacklevel=3,
                 )
                 return capture_eagerly(model, Example(args, kwargs), refusal=error.why)
     state = state_of(model)
@@ -207,6 +209,7 @@ def capture(
     return Program(module, tuple(state), _canonical(state), (args, kwargs), source)
 
 
+@alone
 def capture_eagerly(
     model: nn.Module,
     example: Any,
@@ -256,6 +259,7 @@ def _canonical(state: Mapping[str, torch.Tensor]) -> dict[str, str]:
     return {name: first.setdefault(id(tensor), name) for name, tensor in state.items()}
 
 
+@alone
 def export(
     model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], dynamic_shapes: Any
 ) -> ExportedProgram:
@@ -287,7 +291,7 @@ def export(
                 )
             warnings.warn(
                 f"captured with a static batch, because {why}",
-                stacklevel=3,
+                stacklevel=5,
             )
             return program
     return _export_once(model, args, kwargs, None)
@@ -307,6 +311,8 @@ def _export_once(
             program = torch.export.export(
                 model, args, kwargs, dynamic_shapes=dynamic_shapes, strict=False
             )
+        forget_sizes(program)
+        forget_code()
         # Only now: when it fails, torch prints its unfinished graph, up to thousands of lines.
         sys.stderr.write(said.getvalue())
         return program

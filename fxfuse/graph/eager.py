@@ -6,9 +6,11 @@ other sizes. It serves the analysis; what runs is the module (docs/adr/0010-eage
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from functools import wraps
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 from torch import fx, nn
@@ -17,7 +19,15 @@ from torch.fx.traceback import preserve_node_meta
 from torch.overrides import TorchFunctionMode
 
 from fxfuse.errors import CaptureError
-from fxfuse.graph.torch_compat import make_fx, pytree
+from fxfuse.graph.torch_compat import make_fx, own_tensors, pytree
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+#: Held while a module of the user's runs, is read, copied or exported, and while torch's own
+#: generators are seeded. Tracing puts other tensors into a module and other methods into its class;
+#: modes and random numbers belong to the whole process. A thread that holds it gets it again.
+ALONE = threading.RLock()
 
 #: What may stand in inputs and outputs: nothing in it can hide a tensor.
 _PLAIN = (
@@ -48,18 +58,38 @@ def _mark_fake(x: torch.Tensor) -> torch.Tensor:
     return torch.empty_like(x)
 
 
+def alone(function: Callable[P, R]) -> Callable[P, R]:
+    """Let a function run while no other thread is at a module of the user's (`ALONE`)."""
+
+    @wraps(function)
+    def run(*args: P.args, **kwargs: P.kwargs) -> R:
+        with ALONE:
+            return function(*args, **kwargs)
+
+    return run
+
+
 @contextmanager
 def eval_mode(model: nn.Module) -> Iterator[None]:
-    """Put every submodule into eval mode and afterwards back into the mode it had."""
-    modes = [(module, module.training) for module in model.modules()]
-    for module, _ in modes:
-        # Set directly: modules that torch.export made refuse eval().
-        module.training = False
-    try:
-        yield
-    finally:
-        for module, training in modes:
-            module.training = training
+    """Put every submodule into eval mode; afterwards modes and tensors are those that it had.
+
+    No other thread is at a module of the user's meanwhile.
+    """
+    with ALONE:
+        modes = [(module, module.training) for module in model.modules()]
+        tensors = [(held, dict(held)) for module, _ in modes for held in own_tensors(module)]
+        for module, _ in modes:
+            # Set directly: modules that torch.export made refuse eval().
+            module.training = False
+        try:
+            yield
+        finally:
+            for module, training in modes:
+                module.training = training
+            for held, were in tensors:
+                # torch.export puts its own there, and puts them back unless it is interrupted.
+                if any(held.get(name) is not tensor for name, tensor in were.items()):
+                    held.update(were)
 
 
 def answers(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, is_dataclass
+from keyword import iskeyword
 from typing import Any
 
 import torch
@@ -48,6 +49,11 @@ class Example:
 
 def check_example(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
     """Check example inputs before a model is run on them."""
+    for name in kwargs:
+        if not name.isidentifier() or iskeyword(name):
+            # torch.fx writes it into Python code.
+            why = "the name of a keyword input is no identifier of Python"
+            raise _rejected("named so", f"{name!r:.99}", why, "rename the input")
     for number, x in enumerate(tensors_in((args, dict(kwargs)))):
         where = f"tensor {number} of the inputs, shape {tuple(x.shape)}, {x.dtype}"
         if x.is_quantized or x.layout is not torch.strided:

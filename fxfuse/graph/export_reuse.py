@@ -21,6 +21,7 @@ import torch
 from torch import nn
 
 from fxfuse.graph.capture import Program
+from fxfuse.graph.eager import alone
 from fxfuse.graph.module_checks import check_alike, check_model, state_of
 from fxfuse.graph.rebuild import rebuild
 from fxfuse.graph.torch_compat import original_module
@@ -55,6 +56,7 @@ def captured_each(
     return found
 
 
+@alone
 def reuse_export(first: Program, model: object) -> Program | None:
     """Return a model captured without `torch.export`, where the graph of another module is its own.
 

@@ -19,6 +19,7 @@ import torch
 from safetensors import SafetensorError
 from torch import nn
 
+from fxfuse.common.output import MARK
 from fxfuse.errors import CheckpointError
 from fxfuse.graph.tensors import floating_dtype
 from fxfuse.members.find_weights import (
@@ -42,6 +43,8 @@ from fxfuse.members.torch_file import (
 #: Suffixes that torch.save is commonly used with.
 TORCH_SUFFIXES = (".pt", ".pth", ".ckpt", ".bin", ".tar")
 _SAFETENSORS, _INDEX = ".safetensors", ".index.json"
+#: What stands in a file beside the tensors; other programs look for the format.
+_METADATA = {"format": "pt", "note": MARK}
 #: Files with weights in a folder of transformers, timm or diffusers, in the order of preference.
 _IN_FOLDERS = tuple(
     f"{name}{suffix}{index}"
@@ -227,10 +230,25 @@ def write_state_dict(path: str | Path, state: Mapping[str, torch.Tensor]) -> Non
     path.touch()
     mode = path.stat().st_mode
     try:
-        safetensors.torch.save_file(tensors, path, metadata={"format": "pt"})
+        safetensors.torch.save_file(tensors, path, metadata=_METADATA)
+        _sort_metadata(path)
     except SafetensorError as error:
         raise _as_os_error(error, path) from error
     path.chmod(mode)
+
+
+def _sort_metadata(path: Path) -> None:
+    """Give the notes of a file one order: the writer has another one each time."""
+    start, given = b'"__metadata__":', dict(_METADATA)
+    one, other = (
+        start + json.dumps(dict(pairs), separators=(",", ":")).encode()
+        for pairs in (given.items(), reversed(given.items()))
+    )
+    with path.open("r+b") as file:
+        head = file.read(1024)
+        if other in head:
+            file.seek(head.index(other))
+            file.write(one)
 
 
 def _as_os_error(error: SafetensorError, path: Path) -> Exception:

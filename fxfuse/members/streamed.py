@@ -16,6 +16,7 @@ from fxfuse.errors import (
     OptionError,
 )
 from fxfuse.graph.capture import Program
+from fxfuse.graph.eager import ALONE
 from fxfuse.graph.same_network import check_constant
 from fxfuse.graph.tensors import is_constant, named_tensors
 from fxfuse.graph.torch_compat import original_module
@@ -77,7 +78,8 @@ def with_tensors(
     template: nn.Module, tensors: dict[str, torch.Tensor], source: str | Path
 ) -> nn.Module:
     """A copy of a template with other tensors; `source` says in messages where they are from."""
-    made = copy.deepcopy(template)
+    with ALONE:
+        made = copy.deepcopy(template)
     if any(tensor.is_meta for tensor in (*made.parameters(), *made.buffers())):
         _check_buffers(made)
         _materialise(made)

@@ -87,6 +87,10 @@ def _check_sums(path: Path) -> None:
     """Check the checksums that the zip format of torch holds, and its reader does not look at."""
     if zipfile.is_zipfile(path):
         with zipfile.ZipFile(path) as archive:
+            for entry in archive.infolist():
+                # A few of its bytes could become gigabytes.
+                if entry.compress_type != zipfile.ZIP_STORED:
+                    raise zipfile.BadZipFile(f"{entry.filename} is compressed")
             damaged = archive.testzip()
         if damaged is not None:
             raise zipfile.BadZipFile(f"the checksum of {damaged} is wrong")

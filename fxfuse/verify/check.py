@@ -13,7 +13,7 @@ from torch import nn
 from fxfuse.common.readable import Description, Readable, counted
 from fxfuse.errors import VerificationError
 from fxfuse.graph.capture import Program, capture
-from fxfuse.graph.eager import answers
+from fxfuse.graph.eager import alone, answers
 from fxfuse.graph.module_checks import check_values
 from fxfuse.graph.tensors import tensors_in
 from fxfuse.graph.torch_compat import pytree
@@ -138,6 +138,7 @@ def in_double(module: FusedModule) -> FusedModule:
     return module.double()
 
 
+@alone
 def _run_eagerly(
     source: nn.Module, state: Mapping[str, torch.Tensor], args: Any, kwargs: Any
 ) -> list[torch.Tensor]:

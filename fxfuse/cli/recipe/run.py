@@ -28,7 +28,7 @@ from fxfuse.cli.report.content import Network
 from fxfuse.cli.report.write import check_installed, write_report
 from fxfuse.cli.sources import Data
 from fxfuse.cli.training import train
-from fxfuse.common.output import atomic_folder, check_output, locked
+from fxfuse.common.output import MARK, atomic_folder, check_output, locked
 from fxfuse.graph.module_checks import check_enough
 from fxfuse.planning.methods import find_method
 from fxfuse.planning.plan import FusionPlan
@@ -232,7 +232,7 @@ def _write(
 ) -> None:
     write_network(result, work)
     text = summary(result, measured, trained)
-    (work / SUMMARY).write_text(text, encoding="utf-8")
+    (work / SUMMARY).write_text(f"{text}\n<!-- {MARK}. -->\n", encoding="utf-8")
     write_recipe(recipe, work / RECIPE)
     if recipe.output.report:
         modules = networks.modules or None
