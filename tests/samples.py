@@ -537,6 +537,38 @@ BY_DATA: dict[str, nn.Module] = {
 }
 
 
+def _einsum(equation: str, *tensors: torch.Tensor) -> Call:
+    return Call(lambda t, *own: torch.einsum(equation, t, *own), *tensors)
+
+
+#: Forms of einsum.
+EINSUMS: dict[str, nn.Module] = {
+    "three operands": _einsum("bchw,co,cw->bohw", torch.randn(8, 5), torch.randn(8, 6)),
+    "a chain of weights": _einsum("bchw,cr,ro->bohw", torch.randn(8, 3), torch.randn(3, 5)),
+    "an ellipsis": Call(
+        lambda t, w: torch.einsum("...c,...co->...o", _tokens(t), w), torch.randn(36, 8, 5)
+    ),
+    "an ellipsis that is summed over": _einsum("bc...,co->bo", torch.randn(8, 5)),
+    "a repeated letter": _einsum("bchh,co->bho", torch.randn(8, 5)),
+    "a repeated letter of a weight": _einsum("bchw,cc->bchw", torch.randn(8, 8)),
+    "no arrow": _einsum("bchw,co", torch.randn(8, 5)),
+    "no arrow, an ellipsis": Call(
+        lambda t, w: torch.einsum("bc...,oc", t, w).movedim(2, 0), torch.randn(5, 8)
+    ),
+    "one operand": _einsum("bchw->bwc"),
+    "experts": Call(
+        lambda t, up, down: torch.einsum(
+            "...eh,ehi,...e->...i",
+            torch.einsum("...i,eih->...eh", _tokens(t), up),
+            down,
+            _tokens(t)[..., :3].softmax(-1),
+        ),
+        torch.randn(3, 8, 6),
+        torch.randn(3, 6, 8),
+    ),
+}
+
+
 class Net(nn.Module):
     """convolution → sample → linear."""
 

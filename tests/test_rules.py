@@ -16,7 +16,7 @@ from fxfuse.analysis.rules.registry import name_of
 from fxfuse.errors import RuleError
 from fxfuse.graph.rebuild import rebuild
 from tests.models import excite
-from tests.samples import BY_DATA, SAMPLES, Net
+from tests.samples import BY_DATA, EINSUMS, SAMPLES, Net
 
 
 def test_every_rule_has_a_sample_and_every_sample_a_rule():
@@ -38,6 +38,13 @@ def test_sample(operator: Any):
 @pytest.mark.parametrize("form", BY_DATA)
 def test_indexing_by_data(form: str):
     _check(_captured(BY_DATA[form]))
+
+
+@pytest.mark.parametrize("form", EINSUMS)
+def test_every_form_of_einsum(form: str):
+    program = _captured(EINSUMS[form])
+    _check(program)
+    assert not fxfuse.analyze(program).without_rule
 
 
 def _model(sample: nn.Module) -> tuple[nn.Module, torch.Tensor]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
+from functools import partial, reduce
 
 from fxfuse.analysis.coupling_constraints import CouplingConstraints
 from fxfuse.analysis.labels import AbstractTensor, DimLabels, Kind, neurons, positions
@@ -160,48 +161,55 @@ def _merge(
 
 
 def contract(
-    coupling: CouplingConstraints,
-    a: AbstractTensor,
-    letters_a: str,
-    b: AbstractTensor,
-    letters_b: str,
-    out: str,
+    coupling: CouplingConstraints, operands: Sequence[tuple[AbstractTensor, str]], out: str
 ) -> AbstractTensor:
-    """Contract two operands as `einsum(f"{letters_a},{letters_b}->{out}")` would.
+    """Contract operands, each with its letters, as `einsum(f"{letters},...->{out}")` would.
 
     Ids along a contracted letter are tied. Where ids vary along a contracted letter and along one
     that stays (heads, groups), all ids of a block move together.
     """
-    order = "".join(dict.fromkeys(letters_a + letters_b))
+    order = "".join(dict.fromkeys("".join(letters for _, letters in operands)))
     contracted = {order.index(x) for x in order if x not in out}
-    lifted_a, lifted_b = _lift(a, letters_a, order), _lift(b, letters_b, order)
-    are_parameters = a.is_parameter and b.is_parameter
-    for value, other in ((lifted_a, lifted_b), (lifted_b, lifted_a)):
+    lifted = [_lift(value, letters, order) for value, letters in operands]
+    are_parameters = all(value.is_parameter for value in lifted)
+    for place, value in enumerate(lifted):
+        others = [*lifted[:place], *lifted[place + 1 :]]
         for f in value.fields:
             summed = contracted & set(f.dims)
             # A block that is read and stays (a group) tells the members apart, as a writer does.
             # Parameters among themselves read nothing: what is made of them does.
             if not are_parameters:
-                coupling.role(value, f, reader=summed == set(f.dims))
+                writes = _is_written_by(lifted, place, f)
+                coupling.role(value, f, reader=summed == set(f.dims) and not writes)
             if not summed:
                 continue
             if summed != set(f.dims):
                 coupling.block(f, summed)
             elif not value.is_parameter:
-                _note_sum(coupling, f, other)
-    met = meet(coupling, lifted_a, lifted_b)
+                _note_sum(coupling, f, others)
+    met = reduce(partial(meet, coupling), lifted)
     result = _lower(coupling, met, order, out)
     if are_parameters and met.fields and not result.fields:
         coupling.mix("weights are summed over the members' neurons")
     return result
 
 
-def _note_sum(coupling: CouplingConstraints, f: DimLabels, other: AbstractTensor) -> None:
+def _is_written_by(operands: Sequence[AbstractTensor], place: int, f: DimLabels) -> bool:
+    """Tell whether neurons stand in parameters alone, of which this is the first."""
+    having = [
+        n
+        for n, other in enumerate(operands)
+        if any(set(g.dims) & set(f.dims) for g in other.fields)
+    ]
+    return len(having) > 1 and place == having[0] and all(operands[n].is_parameter for n in having)
+
+
+def _note_sum(coupling: CouplingConstraints, f: DimLabels, others: list[AbstractTensor]) -> None:
     """A sum over neurons is the sum of the members' sums only against per-neuron weights."""
-    facing = [g for g in other.fields if set(g.dims) & set(f.dims)]
+    facing = [other for other in others if any(set(g.dims) & set(f.dims) for g in other.fields)]
     if not facing:
         coupling.mix("neurons are summed without weights of their own")
-    elif not other.is_parameter:
+    elif not any(other.is_parameter for other in facing):
         coupling.mix("two activations are contracted over their neurons")
     coupling.mix("an averaged activation is read by weights", ids=f.ids)
 

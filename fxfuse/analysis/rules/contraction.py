@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,6 +19,9 @@ from fxfuse.analysis.rules.registry import Call, rule
 from fxfuse.graph.operator_facts import FACTS, Convolution, operators
 
 aten = torch.ops.aten
+
+#: What the dimensions of `...` are called; an equation's own letters are no digits.
+_ELLIPSIS = "0123456789"
 
 
 def _bias(
@@ -43,7 +47,7 @@ def linear(call: Call) -> AbstractTensor:
     x, weight = call.args[0], call.args[1]
     call.coupling.record_use(x)
     lead = _free_letters(x.rank - 1)
-    result = contract(call.coupling, x, lead + "i", weight, "oi", lead + "o")
+    result = contract(call.coupling, [(x, lead + "i"), (weight, "oi")], lead + "o")
     return _bias(call, result, call.argument("bias"), -1)
 
 
@@ -53,7 +57,7 @@ def addmm(call: Call) -> AbstractTensor:
     addend, x, weight = call.args[:3]
     call.coupling.record_use(x)
     lead = _free_letters(x.rank - 2)
-    result = contract(call.coupling, x, lead + "ti", weight, lead + "io", lead + "to")
+    result = contract(call.coupling, [(x, lead + "ti"), (weight, lead + "io")], lead + "to")
     for f in addend.fields:
         call.coupling.role(addend, f, reader=False)
     return replace(meet(call.coupling, result, align(addend, x.rank)), shape=result.shape)
@@ -75,32 +79,55 @@ def matmul(call: Call) -> AbstractTensor:
     if a.rank == 1 or b.rank == 1:
         lead = _free_letters(max(a.rank, b.rank) - (1 if 1 in (a.rank, b.rank) else 2))
         if a.rank == 1 and b.rank == 1:
-            return contract(call.coupling, a, "s", b, "s", "")
+            return contract(call.coupling, [(a, "s"), (b, "s")], "")
         if a.rank == 1:
-            return contract(call.coupling, a, "s", b, lead[:-1] + "sd", lead[:-1] + "d")
-        return contract(call.coupling, a, lead + "s", b, "s", lead)
+            return contract(call.coupling, [(a, "s"), (b, lead[:-1] + "sd")], lead[:-1] + "d")
+        return contract(call.coupling, [(a, lead + "s"), (b, "s")], lead)
     rank = max(a.rank, b.rank)
     lead = _free_letters(rank - 2)
-    result = contract(
-        call.coupling, align(a, rank), lead + "ts", align(b, rank), lead + "sd", lead + "td"
-    )
+    operands = [(align(a, rank), lead + "ts"), (align(b, rank), lead + "sd")]
+    result = contract(call.coupling, operands, lead + "td")
     return replace(result, shape=call.shape)
 
 
 @rule(aten.einsum.default)
-def einsum(call: Call) -> Any:
-    """`torch.einsum` with two operands and named letters; anything else freezes."""
-    equation: str = call.args[0].replace(" ", "")
-    operands: list[AbstractTensor] = call.args[1]
-    left, _, out = equation.partition("->")
-    terms = left.split(",")
-    if len(operands) != 2 or "." in equation or "->" not in equation:
-        return NotImplemented
-    if any(len(set(t)) != len(t) for t in terms):
-        return NotImplemented
-    call.coupling.record_use(operands[0], 0)
-    call.coupling.record_use(operands[1], 1)
-    return contract(call.coupling, operands[0], terms[0], operands[1], terms[1], out)
+def einsum(call: Call) -> AbstractTensor:
+    """`torch.einsum`: any number of operands, `...`, repeated letters, with and without `->`."""
+    left, arrow, out = str(call.args[0]).replace(" ", "").partition("->")
+    operands = []
+    for place, (value, term) in enumerate(zip(call.args[1], left.split(","), strict=True)):
+        call.coupling.record_use(value, place)
+        operands.append(_diagonal(call, value, _spelled(term, value.rank - len(term) + 3)))
+    terms = [letters for _, letters in operands]
+    if arrow:
+        out = _spelled(out, max(sum(x in _ELLIPSIS for x in term) for term in terms))
+    else:
+        once = {x for x in left if x.isalpha() and left.count(x) == 1}
+        out = "".join(sorted({x for x in "".join(terms) if x in _ELLIPSIS} | once))
+    return contract(call.coupling, operands, out)
+
+
+def _spelled(term: str, count: int) -> str:
+    """Return the letters of a term whose `...` stands for `count` dimensions, if it has any."""
+    # Counted from the back, as broadcasting does.
+    return term.replace("...", _ELLIPSIS[len(_ELLIPSIS) - count :])
+
+
+def _diagonal(call: Call, value: AbstractTensor, letters: str) -> tuple[AbstractTensor, str]:
+    """Take the diagonal of dimensions with the same letter: what stands along them is tied."""
+    for letter in dict.fromkeys(letters):
+        while letters.count(letter) > 1:
+            first = letters.index(letter)
+            second = letters.index(letter, first + 1)
+            value = value.moved(partial(torch.diagonal, dim1=first, dim2=second))
+            letters = letters[:first] + letters[first + 1 : second] + letters[second + 1 :] + letter
+            along = [f for f in value.fields if len(letters) - 1 in f.dims]
+            for f in along[1:]:
+                call.coupling.tie(along[0].ids, f.ids)
+            # One of labels that say the same neurons twice is enough.
+            rest = tuple(f for f in value.fields if not any(f is twin for twin in along[1:]))
+            value = replace(value, fields=rest)
+    return value, letters
 
 
 @rule(aten.bilinear.default)
@@ -111,7 +138,7 @@ def bilinear(call: Call) -> AbstractTensor:
     for place, (x, letter) in enumerate(zip(call.args[:2], "ij", strict=True)):
         call.coupling.record_use(x, place)
         lead = _free_letters(x.rank - 1)
-        parts.append(contract(call.coupling, x, lead + letter, weight, "oij", lead + "o"))
+        parts.append(contract(call.coupling, [(x, lead + letter), (weight, "oij")], lead + "o"))
     return _bias(call, meet(call.coupling, *parts), call.argument("bias"), -1)
 
 
@@ -152,7 +179,7 @@ def _convolve(
             coupling, kernel, [2 if tells_groups else 0], "the groups share their output channels"
         )
     pixels = "xyz"[: len(passing)]
-    result = contract(coupling, flat, "bgi" + pixels, kernel, letters, "bgo" + pixels)
+    result = contract(coupling, [(flat, "bgi" + pixels), (kernel, letters)], "bgo" + pixels)
     sizes = [x.shape[d] if d in passing else 1 for d in space]
     result = result.moved(lambda t: t.flatten(1, 2).reshape(t.shape[0], -1, *sizes))
     full = (*result.shape[:2], *call.shape[-len(space) :])
@@ -200,11 +227,11 @@ def attention(call: Call) -> Any:
     for place, operand in enumerate((query, key, value)):
         coupling.record_use(operand, min(place, 1))
     lead = _free_letters(query.rank - 2)
-    scores = contract(coupling, query, lead + "td", key, lead + "sd", lead + "ts")
+    scores = contract(coupling, [(query, lead + "td"), (key, lead + "sd")], lead + "ts")
     mask = call.argument("attn_mask")
     if mask is not None:
         for f in mask.fields:
             coupling.role(mask, f, reader=False)
         scores = replace(meet(coupling, scores, align(mask, scores.rank)), shape=scores.shape)
     reduce_over(coupling, scores, [scores.rank - 1], "softmax over labelled neurons")
-    return contract(coupling, scores, lead + "ts", value, lead + "se", lead + "te")
+    return contract(coupling, [(scores, lead + "ts"), (value, lead + "se")], lead + "te")

@@ -7,9 +7,12 @@ from functools import partial
 from typing import Any
 
 import torch
+from torch import fx
 
-from fxfuse.analysis.labels import AbstractTensor, DimLabels, Kind, positions
+from fxfuse.analysis.labels import AbstractTensor, DimLabels, Kind, numbered, positions
 from fxfuse.analysis.rules.registry import Call, rule
+from fxfuse.graph.arguments import argument
+from fxfuse.graph.operator_facts import FACTS, Contraction
 from fxfuse.graph.torch_compat import pytree
 
 aten = torch.ops.aten
@@ -174,6 +177,9 @@ def join(
             for f in value.fields:
                 call.coupling.role(value, f, reader=False)
     along = any(dim in f.dims for v in parts for f in v.fields)
+    if any(_is_filled(v, dim) and v.shape[dim] > 1 for v in parts):
+        # A zero state in front of weights: its neurons are those of the states that follow it.
+        along |= _is_read_by_weights(call.node, dim, len(shape))
     fields: list[DimLabels] = []
     if along:
         rows = [_along(call, v, dim) for v in parts]
@@ -199,7 +205,10 @@ def _with(shape: Sequence[int], dim: int, size: int) -> list[int]:
 
 
 def _along(call: Call, value: AbstractTensor, dim: int) -> torch.Tensor:
-    """Ids of one part along the joined dimension; fresh frozen ids where it has no labels."""
+    """Ids of one part along the joined dimension; fresh ids where it has no labels.
+
+    They freeze, except in a constant, which holds no order that could be lost.
+    """
     size = value.shape[dim]
     found = [f for f in value.fields if dim in f.dims]
     if found:
@@ -207,14 +216,26 @@ def _along(call: Call, value: AbstractTensor, dim: int) -> torch.Tensor:
             call.coupling.tie(found[0].ids, extra.ids)
         return found[0].ids
     start = call.coupling.fresh(size, (f"<{call.node.name}>", dim))
-    row = torch.arange(start, start + size)
-    ids = row.reshape([-1 if d == dim else 1 for d in range(value.rank)])
-    call.coupling.freeze(
-        DimLabels(ids, (dim,)),
-        Kind.SHARED_INDEX,
-        "content without labels is joined to labelled neurons",
+    own = numbered(value.shape, dim, start)
+    if not _is_filled(value, dim):
+        why = "content without labels is joined to labelled neurons"
+        call.coupling.freeze(own, Kind.SHARED_INDEX, why)
+    return own.ids
+
+
+def _is_filled(value: AbstractTensor, dim: int) -> bool:
+    """Tell whether a tensor is a constant that does not vary along a dimension."""
+    return value.sources == frozenset() and dim not in value.unlabelled
+
+
+def _is_read_by_weights(node: fx.Node, dim: int, rank: int) -> bool:
+    """Tell whether a layer reads a tensor's neurons along a dimension."""
+    return any(
+        isinstance(facts, Contraction)
+        and argument(user, facts.input) is node
+        and facts.channels % rank == dim
+        for user, facts in ((user, FACTS.get(user.target)) for user in node.users)
     )
-    return ids
 
 
 def _across(call: Call, parts: list[AbstractTensor], dim: int) -> Any:

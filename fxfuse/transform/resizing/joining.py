@@ -37,7 +37,7 @@ def _joined(
     for part in parts:
         layouts = wide.layout_of(part)
         size = 1 if stacks else wide.values[part].shape[dim]
-        layout = None if stacks else layouts.get(dim)
+        layout = None if stacks else layouts.get(dim) or _filled(wide, node, part, dim, offset)
         grows |= layout is not None
         lines.append(offset + (layout.source if layout else np.arange(size)))
         copies.append(layout.copy if layout else np.full(size, -1))
@@ -55,6 +55,19 @@ def _joined(
     if grows:
         result[dim] = Layout(np.concatenate(lines), np.concatenate(copies))
     return result
+
+
+def _filled(
+    wide: ResizedGraph, node: fx.Node, part: fx.Node, dim: int, offset: int
+) -> Layout | None:
+    """Give a part that holds one constant as many neurons as there are copies of its own."""
+    size = wide.values[part].shape[dim]
+    found = wide.units.index_layout(wide.values[node], dim, np.arange(offset, offset + size))
+    if bool((found.copy < 0).all()):
+        return None
+    own = Layout(found.source - offset, found.copy)
+    spread(wide, node, part, dim, own, broadcasts=False)
+    return own
 
 
 def overwrite(wide: ResizedGraph, node: fx.Node) -> Layouts:
