@@ -303,13 +303,20 @@ def drop(value: AbstractTensor, dims: Iterable[int], *, keepdim: bool) -> Abstra
 
 
 def only_unlabelled(
-    coupling: CouplingConstraints, value: AbstractTensor, dims: Iterable[int], what: str
+    coupling: CouplingConstraints,
+    value: AbstractTensor,
+    dims: Iterable[int],
+    what: str,
+    *,
+    means_the_same: bool = False,
 ) -> AbstractTensor:
     """Leave no labels along dimensions in which an operator is not the same for every index.
 
     Labels that vary along other dimensions too (the pixels of a shuffled channel, say) become one
-    unit, in order; the others freeze.
+    unit, in order; the others freeze. `means_the_same`: an index along these dimensions has one
+    meaning for all members, as it has in a parameter.
     """
+    shared = means_the_same or value.is_parameter
     over = set(dims)
     kept, hit = list[DimLabels](), list[DimLabels]()
     for f in value.fields:
@@ -322,5 +329,5 @@ def only_unlabelled(
             coupling.block(f, sorted(inside))
             kept.append(DimLabels(f.first(sorted(inside)), tuple(sorted(rest))))
         else:
-            coupling.freeze(f, Kind.SHARED_INDEX if value.is_parameter else Kind.KEEP_BASE, what)
+            coupling.freeze(f, Kind.SHARED_INDEX if shared else Kind.KEEP_BASE, what)
     return replace(value, fields=tuple(kept), positions=merge_positions((*hit, *value.positions)))

@@ -130,6 +130,29 @@ def _diagonal(call: Call, value: AbstractTensor, letters: str) -> tuple[Abstract
     return value, letters
 
 
+@rule(aten.outer.default, aten.inner.default, aten.tensordot.default)
+def product(call: Call) -> AbstractTensor:
+    """`i, j -> i j`; `* i, + i -> * +`; or over pairs of dimensions that are named."""
+    a, b = call.args[:2]
+    call.coupling.record_use(a, 0)
+    call.coupling.record_use(b, 1)
+    left, right = _letters(a.rank), _letters(a.rank + b.rank)[a.rank :]
+    summed: list[tuple[int, int]] = []
+    if call.node.target is aten.inner.default and a.rank and b.rank:
+        summed = [(a.rank - 1, b.rank - 1)]
+    elif call.node.target is aten.tensordot.default:
+        own, others = call.argument("dims_self"), call.argument("dims_other")
+        summed = [(d % a.rank, e % b.rank) for d, e in zip(own, others, strict=True)]
+    for d, e in summed:
+        right = right.replace(right[e], left[d])
+    out = "".join(x for x in left + right if (left + right).count(x) == 1)
+    return contract(call.coupling, [(a, left), (b, right)], out)
+
+
+def _letters(count: int) -> str:
+    return "abcdefghijklmnopqrstuvwxyz"[:count]
+
+
 @rule(aten.bilinear.default)
 def bilinear(call: Call) -> AbstractTensor:
     """`* i, * j, o i j -> * o` plus bias `o`."""
@@ -166,7 +189,9 @@ def _convolve(
     space = range(2, weight.rank)
     passing = _passing(call, x, weight)
     x = only_unlabelled(coupling, x, set(space) - set(passing), "convolved over: neighbours matter")
-    weight = only_unlabelled(coupling, weight, space, "kernel positions are in order")
+    # So it is for a kernel that the network computes: pixels tell what an index means.
+    why = "kernel positions are in order"
+    weight = only_unlabelled(coupling, weight, space, why, means_the_same=True)
     # Other pixels play no part in the labels: [b, c, *] is seen as [b, g, i] and what passes.
     flat = _corner(x, passing).moved(lambda t: t.unflatten(1, (groups, -1)))
     kernel = _corner(weight, ()).moved(lambda t: t.unflatten(0, (groups, -1)))

@@ -57,6 +57,9 @@ _UNTAGGED = (
     aten.__and__.Tensor,
     aten.__or__.Tensor,
     aten.__xor__.Tensor,
+    aten.complex.default,
+    aten.polar.default,
+    aten.isreal.default,
 )
 
 #: The mean of the members passes through these unchanged: f(mean(x)) = mean(f(x)).

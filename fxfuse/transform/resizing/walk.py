@@ -16,6 +16,7 @@ from fxfuse.analysis.rules import (
     find,
     movement,
     normalisation,
+    ordering,
     pointwise,
     recurrent,
     reduction,
@@ -32,7 +33,12 @@ from fxfuse.transform.resizing.each import run_apart, write_outputs
 from fxfuse.transform.resizing.grouping import resize_gated, resize_groups, resize_patches
 from fxfuse.transform.resizing.joining import join, overwrite, pad
 from fxfuse.transform.resizing.movement import index, move, resize_gather
-from fxfuse.transform.resizing.propagate import keep_layout, propagate_layouts, resize_normalisation
+from fxfuse.transform.resizing.propagate import (
+    keep_layout,
+    propagate_layouts,
+    resize_chosen,
+    resize_normalisation,
+)
 from fxfuse.transform.resizing.recurrence import resize_recurrence
 from fxfuse.transform.resizing.state import Layouts, ResizedGraph, has_tensor
 
@@ -52,9 +58,11 @@ _HANDLERS: Mapping[Rule | None, Handler] = {
     movement.view: move,
     normalisation.group_norm: resize_groups,
     normalisation.layer_norm: resize_normalisation,
+    ordering.ranked: resize_chosen,
     pointwise.gated_linear_unit: resize_gated,
     recurrent.cell: resize_recurrence,
     recurrent.layers: resize_recurrence,
+    reduction.choose: resize_chosen,
     reduction.fold: resize_patches,
     reduction.unfold: resize_patches,
     selection.gather: resize_gather,
