@@ -104,7 +104,7 @@ def as_real(call: Call) -> AbstractTensor:
     """`* -> * 2`."""
     x, shape = call.args[0], call.shape
     call.coupling.record_use(x)
-    pair = x.moved(lambda t: t.unsqueeze(-1).expand(shape))
+    pair: AbstractTensor = x.moved(lambda t: t.unsqueeze(-1).expand(shape))
     return replace(pair, positions=(*pair.positions, *positions(shape, [len(shape) - 1])))
 
 

@@ -254,7 +254,7 @@ def search(call: Call) -> Any:
     call.coupling.record_use(x)
     line = only_unlabelled(call.coupling, line, [line.rank - 1], "values are searched in order")
     if line.is_parameter:
-        call.coupling.mix("a parameter is shared by all units", sources=line.sources)
+        call.coupling.mix("a parameter is shared by all units", sources=line.sources or frozenset())
     for f in x.fields:
         call.coupling.mix("an averaged activation passes a nonlinear operator", ids=f.ids)
     if line.rank > 1:

@@ -32,7 +32,7 @@ from fxfuse.transform.resizing.apart import Apart
 from fxfuse.transform.resizing.each import run_apart, write_outputs
 from fxfuse.transform.resizing.grouping import resize_gated, resize_groups, resize_patches
 from fxfuse.transform.resizing.joining import join, overwrite, pad
-from fxfuse.transform.resizing.movement import index, move, resize_gather
+from fxfuse.transform.resizing.movement import index, move, resize_gather, resize_written
 from fxfuse.transform.resizing.propagate import (
     keep_layout,
     propagate_layouts,
@@ -68,6 +68,9 @@ _HANDLERS: Mapping[Rule | None, Handler] = {
     selection.gather: resize_gather,
     selection.index: index,
     selection.index_select: index,
+    selection.scatter: resize_written,
+    selection.write: resize_written,
+    selection.write_rows: resize_written,
 }
 
 
