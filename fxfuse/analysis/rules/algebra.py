@@ -10,6 +10,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from functools import partial, reduce
 
+import torch
+
 from fxfuse.analysis.coupling_constraints import CouplingConstraints
 from fxfuse.analysis.labels import AbstractTensor, DimLabels, Kind, neurons, positions
 
@@ -68,23 +70,37 @@ def _only_one(
 ) -> AbstractTensor:
     """Of several labels along the same dimensions, one may move neurons of another tensor.
 
-    A flattened kernel has labels for its channels and for its positions. Against neurons that are
-    all different along the flattened dimension, the first label stays and the others freeze: tied
-    to both, all of them would become one unit.
+    A flattened kernel has labels for its channels and for its positions. Against a single label
+    along the flattened dimension, the one stays that tells the same places apart, or the first
+    where all of the other's neurons differ; the others freeze: tied to both, all of them would
+    become one unit.
     """
     for g in other.fields:
         rivals = [f for f in value.fields if f.dims == g.dims]
-        if len(rivals) < 2 or len(neurons(g.ids).unique()) < g.ids.numel():
+        if len(rivals) < 2 or any(h.dims == g.dims for h in other.fields if h is not g):
             continue
-        for f in rivals[1:]:
+        kept = next((f for f in rivals if _tells_alike(f, g)), None)
+        if kept is None and len(neurons(g.ids).unique()) < g.ids.numel():
+            continue
+        gone = [f for f in rivals if f is not (kept or rivals[0])]
+        for f in gone:
             kind = Kind.SHARED_INDEX if value.is_parameter else Kind.KEEP_BASE
             coupling.freeze(f, kind, "is flattened together with other neurons")
         value = replace(
             value,
-            fields=tuple(f for f in value.fields if not any(f is r for r in rivals[1:])),
-            positions=merge_positions((*rivals[1:], *value.positions)),
+            fields=tuple(f for f in value.fields if not any(f is r for r in gone)),
+            positions=merge_positions((*gone, *value.positions)),
         )
     return value
+
+
+def _tells_alike(f: DimLabels, g: DimLabels) -> bool:
+    """Tell whether the same places hold the same neuron in both fields."""
+    if f.ids.shape != g.ids.shape:
+        return False
+    both = torch.stack([neurons(f.ids), neurons(g.ids)]).flatten(1)
+    pairs = both.unique(dim=1).shape[1]
+    return pairs == len(both[0].unique()) == len(both[1].unique())
 
 
 def merge_positions(fields: Iterable[DimLabels]) -> tuple[DimLabels, ...]:
@@ -107,7 +123,8 @@ def _match(
         if not overlap:
             continue
         if mine == theirs:
-            coupling.tie(f.ids, g.ids)
+            if _are_partners(f, g, own, other):
+                coupling.tie(f.ids, g.ids)
         elif mine < theirs:
             coupling.deferred.append((f, g, own.is_parameter, coupling.node))
         elif theirs < mine:
@@ -117,6 +134,19 @@ def _match(
             coupling.block(g, theirs - overlap)
             coupling.tie(f.first(mine - overlap), g.first(theirs - overlap))
     return _covered(f, other)
+
+
+def _are_partners(f: DimLabels, g: DimLabels, own: AbstractTensor, other: AbstractTensor) -> bool:
+    """Tell whether labels along the same dimensions belong together.
+
+    Two dimensions that were flattened alike in both operands (inputs and a basis) stay apart.
+    """
+    ours, theirs = ([h for h in v.fields if h.dims == f.dims] for v in (own, other))
+    if not len(ours) == len(theirs) > 1:
+        return True
+    matched = [[_tells_alike(a, b) for b in theirs] for a in ours]
+    apart = all(sum(line) == 1 for line in (*matched, *zip(*matched, strict=True)))
+    return not apart or _tells_alike(f, g)
 
 
 def _face(

@@ -96,11 +96,21 @@ def resize_written(wide: ResizedGraph, node: fx.Node) -> Layouts:
 
 
 def _keeps_units_apart(wide: ResizedGraph, node: fx.Node, found: Sequence[Layouts | None]) -> bool:
-    """Tell whether the results are made of whole copies, and grow where units differ."""
+    """Tell whether the results hold every copy of whole units, and grow where units differ."""
     return all(
-        layouts is not None and all(wide.units.order(value, dim) is not None for dim in layouts)
+        layouts is not None
+        and all(_holds_every_copy(wide, value, dim, lay) for dim, lay in layouts.items())
         for value, layouts in zip(as_list(wide.values[node]), found, strict=True)
     )
+
+
+def _holds_every_copy(wide: ResizedGraph, value: AbstractTensor, dim: int, layout: Layout) -> bool:
+    units = wide.units.along(value, dim)
+    if units is None or wide.units.order(value, dim) is None:
+        return False
+    # An index into the members' units reaches some of the copies only.
+    copies = np.bincount(layout.source, minlength=len(units))
+    return np.array_equal(copies, np.where(wide.units.grow(units), wide.units.count[units], 1))
 
 
 def _reorderings(wide: ResizedGraph, value: AbstractTensor, layouts: Layouts) -> Iterator[Layouts]:
