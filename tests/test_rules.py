@@ -40,6 +40,15 @@ def test_indexing_by_data(form: str):
     _check(_captured(BY_DATA[form]))
 
 
+@pytest.mark.parametrize("operator", ["index.Tensor", "index_select.default"])
+def test_a_constant_index_keeps_every_copy(operator: str):
+    sample = next(sample for key, sample in SAMPLES.items() if str(key) == f"aten.{operator}")
+    torch.manual_seed(0)
+    check = verify.concatenation_equals_ensemble([_captured(sample), _captured(sample)])
+    assert check.tolerance < 1
+    assert check.passed, check
+
+
 @pytest.mark.parametrize("form", BY_VALUE)
 def test_values_among_channels_freeze_nothing(form: str):
     program = _captured(BY_VALUE[form])

@@ -30,7 +30,7 @@ from fxfuse.analysis.labels import AbstractTensor, Index, Kind, Place
 from fxfuse.analysis.mixing import MixingNote, mixing_notes, shared_writers, tied_outputs
 from fxfuse.common.readable import Description, Readable, counted
 from fxfuse.graph.capture import Program, capture
-from fxfuse.graph.source_lines import at_line
+from fxfuse.graph.source_lines import at_line, source_of
 
 # What an analysis consists of is imported from here, whichever file makes it.
 __all__ = [
@@ -57,7 +57,8 @@ class CouplingGraph(Readable):
         frozen: Reason for every place that is frozen, wholly or in part.
         mixing: Operators that mix members.
         free_fraction: Share of parameter elements that lie in tensors with at least one free
-            dimension, of those that the graph reads.
+            dimension, of those that the graph reads. Free means two units or more: nothing can
+            permute or prune a single one.
         constraints: What was asked for.
         asked: The same by canonical tensor name.
         without_rule: Operators without a rule, or without a rule for this use, that labelled
@@ -91,12 +92,29 @@ class CouplingGraph(Readable):
         frozen = [f"{at_line(counted(n, 'dimension'), line)}: {why}" for (why, line), n in whys]
         return f"{title}, {self.free_fraction:.1%} of the weights are free", {
             "groups": [f"{g.name} ({counted(g.n_units, 'unit')})" for g in self.groups],
+            "one unit": [f"{name}: {why}" for name, why in self.single_units.items()],
             "frozen": frozen,
             "mixing": [at_line(note.node, note.source) for note in self.mixing],
             "no rule": [at_line(gap.operator, gap.source) for gap in self.without_rule],
             "constraints": str(self.constraints),
             "members": f"{len(self.members)} of different width" if self.members else "",
         }
+
+    @cached_property
+    def single_units(self) -> Mapping[str, str]:
+        """The groups of a single unit, by name, and why their neurons do not move by themselves."""
+        return {g.name: self._why_single(g) for g in self.groups if g.n_units == 1}
+
+    def _why_single(self, group: CouplingGroup) -> str:
+        coupling = self.coupling
+        for (name, dim), rows in group.index.items():
+            place = (self.program.canonical[name], dim)
+            if rows.shape[1] > 1 and place in coupling.owners:
+                first, second = coupling.starts[coupling.owners.index(place)] + rows[0, :2]
+                node = coupling.joined_by(int(first), int(second))
+                if node is not None:
+                    return at_line(f"tied to one another by {node.target}", source_of(node))
+        return "no other neuron is used alike"
 
     def of_member(self, member: int) -> CouplingGraph:
         """Return the analysis of a member, whose width may be another one."""
@@ -280,7 +298,8 @@ def hands_out(graph: CouplingGraph, constraints: Constraints) -> bool:
 
 
 def _free_fraction(program: Program, groups: Iterable[CouplingGroup]) -> float:
-    free = {program.canonical[name] for group in groups for name, _ in group.index}
+    several = (group for group in groups if group.n_units > 1)
+    free = {program.canonical[name] for group in several for name, _ in group.index}
     total = inside = 0
     for name in program.reached():
         tensor = program.tensor(name)

@@ -100,7 +100,7 @@ def _tells_alike(f: DimLabels, g: DimLabels) -> bool:
         return False
     both = torch.stack([neurons(f.ids), neurons(g.ids)]).flatten(1)
     pairs = both.unique(dim=1).shape[1]
-    return pairs == len(both[0].unique()) == len(both[1].unique())
+    return bool(pairs == len(both[0].unique()) == len(both[1].unique()))
 
 
 def merge_positions(fields: Iterable[DimLabels]) -> tuple[DimLabels, ...]:

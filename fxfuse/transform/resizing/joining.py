@@ -37,7 +37,9 @@ def _joined(
     for part in parts:
         layouts = wide.layout_of(part)
         size = 1 if stacks else wide.values[part].shape[dim]
-        layout = None if stacks else layouts.get(dim) or _filled(wide, node, part, dim, offset)
+        layout = None if stacks else layouts.get(dim)
+        if layout is None and find(node.target) is movement.cat:
+            layout = _state_layout(wide, node, part, dim, offset)
         grows |= layout is not None
         lines.append(offset + (layout.source if layout else np.arange(size)))
         copies.append(layout.copy if layout else np.full(size, -1))
@@ -57,10 +59,10 @@ def _joined(
     return result
 
 
-def _filled(
+def _state_layout(
     wide: ResizedGraph, node: fx.Node, part: fx.Node, dim: int, offset: int
 ) -> Layout | None:
-    """Give a part that holds one constant as many neurons as there are copies of its own."""
+    """Give a state that begins as a constant as many neurons as there are copies of them."""
     size = wide.values[part].shape[dim]
     found = wide.units.index_layout(wide.values[node], dim, np.arange(offset, offset + size))
     if bool((found.copy < 0).all()):
