@@ -325,7 +325,7 @@ class FNO(nn.Module):
         self.lift = nn.Linear(1, width)
         self.spectral = nn.Parameter(torch.randn(width, width, modes, dtype=torch.cfloat) * 0.2)
         self.point = nn.Conv1d(width, width, 1)
-        self.project = nn.Sequential(nn.Linear(width, 10), nn.GELU(), nn.Linear(10, 1))
+        self.project = nn.Sequential(nn.Linear(width, 10), nn.GELU(), nn.Linear(10, 2))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         x = self.lift(x).transpose(1, 2)
@@ -517,7 +517,7 @@ class DiffusionUNet(nn.Module):
     def forward(self, x: torch.Tensor, step: torch.Tensor) -> torch.Tensor:
         half = self.width // 2
         speed = torch.exp(-math.log(10000) * torch.arange(half, device=x.device) / half)
-        angle = step[:, None].to(x) * speed.to(x)
+        angle = step * speed.to(x)  # step: [b, 1]
         t = self.embed(torch.cat([angle.cos(), angle.sin()], -1))
         first = self.down(self.stem(x), t)
         h = self.middle(self.smaller(first), t)
@@ -651,8 +651,11 @@ NETWORKS: dict[str, Network] = {
     "kan": (KAN, lambda: (torch.randn(BATCH, 4),)),
     "moe-loop": (ExpertLoop, _tokens()),
     "moe-stacked": (StackedExperts, _tokens()),
-    "ddpm-unet": (DiffusionUNet, lambda: (*_image()(), torch.tensor([3, 70]))),
-    "adm-unet": (lambda: DiffusionUNet(scale=True), lambda: (*_image()(), torch.tensor([3, 70]))),
+    "ddpm-unet": (DiffusionUNet, lambda: (*_image()(), torch.rand(BATCH, 1) * 100)),
+    "adm-unet": (
+        lambda: DiffusionUNet(scale=True),
+        lambda: (*_image()(), torch.rand(BATCH, 1) * 100),
+    ),
     "yolov8": (YOLO, _image(16)),
     "conformer": (Conformer, _tokens()),
 }

@@ -35,7 +35,7 @@ ONE_SIZE = {
 }
 
 #: Those in which no operator mixes members: at width N they are the members' mean.
-EXACT = ("gcn", "gat", "conv-lstm", "spectrogram", "kan")
+EXACT = ("gcn", "gat", "conv-lstm", "fno", "spectrogram", "kan")
 
 
 def _member(name: str, seed: int = 0) -> tuple[nn.Module, Example]:

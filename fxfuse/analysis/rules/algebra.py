@@ -207,8 +207,10 @@ def contract(
         for f in value.fields:
             summed = contracted & set(f.dims)
             # A block that is read and stays (a group) tells the members apart, as a writer does.
-            # Parameters among themselves read nothing: what is made of them does.
-            if not are_parameters:
+            # Parameters among themselves read nothing: what is made of them does. Nor does a
+            # parameter write an index that an operand has beforehand (a frequency, a position).
+            along = {d for v in others for g in v.positions for d in g.dims}
+            if not are_parameters and not set(f.dims) <= along - contracted:
                 writes = _is_written_by(lifted, place, f)
                 coupling.role(value, f, reader=summed == set(f.dims) and not writes)
             if not summed:
