@@ -7,7 +7,7 @@ from collections import Counter, defaultdict
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Any, overload
+from typing import Any, NamedTuple, TypeGuard, overload
 
 import networkx as nx
 import numpy as np
@@ -22,14 +22,22 @@ from fxfuse.analysis.constraints import (
 )
 from fxfuse.analysis.coupling_constraints import CouplingConstraints
 from fxfuse.analysis.explain import Explainer
-from fxfuse.analysis.freezing import FrozenReason, excused, frozen_components, frozen_places
+from fxfuse.analysis.freezing import (
+    FrozenComponents,
+    FrozenReason,
+    excused,
+    frozen_components,
+    frozen_places,
+)
 from fxfuse.analysis.gaps import WithoutRule, without_rule
 from fxfuse.analysis.grouping import CouplingGroup, form_groups
 from fxfuse.analysis.interpreter import interpret
-from fxfuse.analysis.labels import AbstractTensor, Index, Kind, Place
+from fxfuse.analysis.labels import NEURON, AbstractTensor, Index, Kind, Place
 from fxfuse.analysis.mixing import MixingNote, mixing_notes, shared_writers, tied_outputs
 from fxfuse.common.readable import Description, Readable, counted
+from fxfuse.graph.arguments import argument
 from fxfuse.graph.capture import Program, capture
+from fxfuse.graph.operator_facts import FACTS, Convolution, Normalisation, OperatorFacts
 from fxfuse.graph.source_lines import at_line, source_of
 
 # What an analysis consists of is imported from here, whichever file makes it.
@@ -257,12 +265,13 @@ def couple(program: Program, constraints: Constraints) -> CouplingGraph:
             "they count as frozen. Pass an example that reaches them.",
             stacklevel=3,
         )
-    coupling, values = interpret(program, interface_dims(program, constraints))
-    for name, wish in asked.items():
-        coupling.ask(name, wish.kind, wish.why)
-    component = coupling.components()
-    stuck = frozen_components(program, coupling, component)
-    groups = form_groups(program, coupling, component, stuck.mask)
+    found = _found(program, constraints, asked)
+    collapsed = _collapsed(program, found)
+    if collapsed:
+        # Groups of channels that are all one unit: then the channels in them may be several.
+        finer = _found(program, constraints, asked, collapsed)
+        found = max(found, finer, key=lambda each: _free_fraction(program, each.groups))
+    coupling, values, component, stuck, groups = found
     frozen = frozen_places(program, coupling, component, stuck, asked)
     notes = [
         *mixing_notes(coupling, component, stuck, values),
@@ -283,6 +292,56 @@ def couple(program: Program, constraints: Constraints) -> CouplingGraph:
         asked,
         without_rule(coupling),
     )
+
+
+class _Found(NamedTuple):
+    """What a run of the rules found."""
+
+    coupling: CouplingConstraints
+    values: dict[fx.Node, Any]
+    component: Index
+    stuck: FrozenComponents
+    groups: tuple[CouplingGroup, ...]
+
+
+def _found(
+    program: Program,
+    constraints: Constraints,
+    asked: Mapping[str, Asked],
+    keeps_groups: frozenset[str] = frozenset(),
+) -> _Found:
+    coupling, values = interpret(program, interface_dims(program, constraints), keeps_groups)
+    for name, wish in asked.items():
+        coupling.ask(name, wish.kind, wish.why)
+    component = coupling.components()
+    stuck = frozen_components(program, coupling, component)
+    groups = form_groups(program, coupling, component, stuck.mask)
+    return _Found(coupling, values, component, stuck, groups)
+
+
+def _collapsed(program: Program, found: _Found) -> frozenset[str]:
+    """Return the operators with groups of several channels of which all are a single unit."""
+    names = set()
+    for node in program.graph.nodes:
+        facts = FACTS.get(node.target)
+        if not _has_groups(facts):
+            continue
+        groups = argument(node, facts.groups)
+        if not isinstance(groups, int) or groups == 1:
+            continue
+        x, y = found.values[argument(node, facts.input)], found.values[node]
+        if groups in (x.shape[1], y.shape[1]):
+            continue
+        units = [np.unique(found.component[f.tally[0] & NEURON]) for f in y.fields]
+        if any(len(u) == 1 and not found.stuck.mask[u].any() for u in units):
+            names.add(node.name)
+    return frozenset(names)
+
+
+def _has_groups(facts: OperatorFacts | None) -> TypeGuard[Convolution | Normalisation]:
+    if isinstance(facts, Normalisation):
+        return facts.over == "group"
+    return isinstance(facts, Convolution) and not facts.transposed
 
 
 def hands_out(graph: CouplingGraph, constraints: Constraints) -> bool:

@@ -93,6 +93,8 @@ class CouplingConstraints:
     """Everything that was found out about neurons: who owns them, who is tied to whom.
 
     The rules in `fxfuse.analysis.rules` write into it; `fxfuse.analysis.coupling` reads it.
+    `keeps_groups` names grouped convolutions and group norms whose groups stay where they are, so
+    that the channels within a group are the units; elsewhere a group is one.
     """
 
     owners: list[Place] = field(default_factory=list)
@@ -110,6 +112,7 @@ class CouplingConstraints:
     writers: set[Place] = field(default_factory=set)
     node: fx.Node | None = None
     clock: int = 0
+    keeps_groups: frozenset[str] = frozenset()
 
     def parameter(self, name: str, shape: Sequence[int]) -> AbstractTensor:
         """Return a parameter or float buffer, with fresh ids along each of its dimensions."""
@@ -163,6 +166,12 @@ class CouplingConstraints:
             order, stride = order + line * stride, stride * size
         self.tie(f.first(dims), f.ids)
         self.orders.append((flat_ids(f.ids), flat_ids(order)))
+
+    def tell_apart(self, f: DimLabels, dim: int) -> None:
+        """Neurons that differ along a dimension are no longer interchangeable with one another."""
+        if dim in f.dims:
+            place = numbered(f.ids.shape, dim, 0).ids.expand(f.ids.shape)
+            self.orders.append((flat_ids(f.ids), flat_ids(place)))
 
     def freeze(
         self, f: DimLabels, kind: Kind, why: str, *, operator: str = "", inside: bool = False

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from fxfuse.analysis.labels import AbstractTensor, positions
+from fxfuse.analysis.labels import AbstractTensor, DimLabels, positions
 from fxfuse.analysis.rules.algebra import align, contract, meet, only_unlabelled, reduce_over
 from fxfuse.analysis.rules.registry import Call, rule
 from fxfuse.graph.operator_facts import FACTS, Convolution, operators
@@ -196,6 +196,8 @@ def _convolve(
     flat = _corner(x, passing).moved(lambda t: t.unflatten(1, (groups, -1)))
     kernel = _corner(weight, ()).moved(lambda t: t.unflatten(0, (groups, -1)))
     letters = "gio" if facts.transposed else "goi"
+    if call.node.name in coupling.keeps_groups:
+        flat = _within_groups(call, flat, kernel)
     if facts.transposed and groups > 1:
         # The groups share the kernel's output dimension: either the groups are the units and the
         # outputs of a group are in order, or all groups read the same neurons, in order.
@@ -211,6 +213,22 @@ def _convolve(
     rest = set(space) - {d for f in result.fields for d in f.dims}
     result = replace(result, shape=full, positions=(*result.positions, *positions(full, rest)))
     return _bias(call, result, call.argument(facts.bias), 1)
+
+
+def _within_groups(call: Call, x: AbstractTensor, kernel: AbstractTensor) -> AbstractTensor:
+    """Let the channels within a group be the units: `b g i` without labels that tell groups apart.
+
+    What a group reads, all of them read in the same order; what it writes stays in the group.
+    """
+    fields = []
+    for f in x.fields:
+        if 1 in f.dims:
+            call.coupling.block(f, [1])
+            f = DimLabels(f.first([1]), tuple(d for d in f.dims if d != 1))
+        fields.append(f)
+    for f in kernel.fields:
+        call.coupling.tell_apart(f, 0)
+    return replace(x, fields=tuple(f for f in fields if f.dims))
 
 
 def _passing(call: Call, x: AbstractTensor, weight: AbstractTensor) -> tuple[int, ...]:
