@@ -232,7 +232,7 @@ class CBAM(nn.Module):
 class ResNeSt(nn.Module):
     """A residual block of split attention: `radix` parts of each of `groups` groups."""
 
-    def __init__(self, width: int = 12, radix: int = 2, groups: int = 2) -> None:
+    def __init__(self, width: int = 12, radix: int = 2, groups: int = 1) -> None:
         super().__init__()
         self.radix, self.groups = radix, groups
         self.stem = nn.Conv2d(3, width, 3, padding=1)

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 import fxfuse
-from benchmarks.plain_models import NETWORKS
+from benchmarks.plain_models import NETWORKS, ResNeSt
 from fxfuse import Example, verify
 from tests.models import excite
 
@@ -20,6 +20,7 @@ FREE = {
     "mamba": {"embed.weight:0": 8, "conv.weight:0": 12, "log_a:1": 4},
     "rwkv": {"embed.weight:0": 8, "key.weight:0": 8, "key2.weight:0": 16},
     "cbam": {"stem.0.weight:0": 12, "mlp.0.weight:0": 4, "conv.weight:0": 10},
+    "resnest": {"stem.weight:0": 6, "conv.weight:0": 12, "squeeze.weight:0": 8},
     "fno": {"lift.weight:0": 8, "project.0.weight:0": 10},
     "fnet": {"mlp.0.weight:0": 20},
     "gfnet": {"patch.weight:0": 10, "mlp.0.weight:0": 18},
@@ -85,17 +86,43 @@ def test_a_basis_means_the_same_in_all_members():
         assert graph.frozen[place].kind == "shared"
 
 
+class Differences(nn.Module):
+    """Neighbouring neurons are compared, so all of them are one unit."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second, self.last = nn.Linear(4, 8), nn.Linear(7, 5), nn.Linear(5, 2)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = self.first(x)
+        return self.last(self.second(y[:, 1:] - y[:, :-1]).tanh())
+
+
 def test_a_single_unit_is_not_free_and_says_why():
-    graph = fxfuse.analyze(*_member("ddpm-unet"))
-    (name,) = graph.single_units
-    assert "aten.group_norm" in graph.single_units[name]
-    group = next(g for g in graph.groups if g.name == name)
-    alone = {n for n, _ in group.index} - {
-        n for g in graph.groups if g.n_units > 1 for n, _ in g.index
-    }
-    weights = dict(graph.program.module.named_parameters())
-    lost = sum(weights[n].numel() for n in alone if n in weights)
-    assert graph.free_fraction <= 1 - lost / sum(p.numel() for p in weights.values())
+    graph = fxfuse.analyze(Differences(), torch.randn(2, 4))
+    assert graph.single_units.keys() == {"first.weight:0"}
+    assert "aten.sub" in graph.single_units["first.weight:0"]
+    first = _weights(graph.program.source.first)
+    last = graph.program.source.last.bias.numel()
+    assert graph.free_fraction == 1 - (first + last) / _weights(graph.program.source)
+
+
+@pytest.mark.parametrize("groups", [1, 2])
+def test_channels_of_split_attention(groups: int):
+    """One cardinal group: the channels are units; several: the groups are."""
+    torch.manual_seed(0)
+    x = torch.randn(2, 3, 8, 8, dtype=torch.float64)
+    graph = fxfuse.analyze(excite(ResNeSt(groups=groups).double(), x), x)
+    assert [g.n_units for g in graph.group_of[("conv.weight", 0)]] == [12 if groups == 1 else 2]
+    assert verify.permutation_of(graph).passed
+
+
+@pytest.mark.parametrize("name", ["ddpm-unet", "adm-unet"])
+def test_channels_of_a_norm_whose_groups_are_but_one(name: str):
+    graph = fxfuse.analyze(*_member(name))
+    assert not graph.single_units
+    # Those of the norm's two groups are never exchanged.
+    assert [g.n_units for g in graph.group_of[("stem.weight", 0)]] == [4, 4]
 
 
 def _weights(model: nn.Module) -> int:
