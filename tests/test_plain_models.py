@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 import fxfuse
@@ -105,6 +106,34 @@ def test_a_single_unit_is_not_free_and_says_why():
     first = _weights(graph.program.source.first)
     last = graph.program.source.last.bias.numel()
     assert graph.free_fraction == 1 - (first + last) / _weights(graph.program.source)
+
+
+class ZeroKeyBias(nn.Module):
+    """Attention whose keys have a bias that stays zero (BEiT, Swin v2)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(4, 8), nn.Linear(12, 3)
+        self.weight = nn.Parameter(torch.randn(36, 8))
+        self.q, self.v = nn.Parameter(torch.randn(12)), nn.Parameter(torch.randn(12))
+        self.register_buffer("k", torch.zeros(12), persistent=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = F.linear(self.first(x), self.weight, torch.cat((self.q, self.k, self.v)))
+        q, k, v = x.unflatten(-1, (3, 4, 3)).permute(2, 0, 3, 1, 4)
+        return self.last(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+
+
+def test_a_constant_among_weights_constrains_only_its_piece():
+    x = torch.randn(2, 5, 4, dtype=torch.float64)
+    members = [ZeroKeyBias().double() for _ in range(2)]
+    graph = fxfuse.analyze(members[0], x)
+    assert [g.n_units for g in graph.group_of[("q", 0)]] == [4]
+    assert verify.permutation_of(graph).passed
+    check = verify.concatenation_equals_ensemble(members, x)
+    assert check.tolerance < 1
+    assert check.passed, check
+    assert _weights(fxfuse.prune(members[0], x, size=0.5).module) < 0.6 * _weights(members[0])
 
 
 @pytest.mark.parametrize("groups", [1, 2])

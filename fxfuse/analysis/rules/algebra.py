@@ -77,9 +77,10 @@ def _only_one(
     """
     for g in other.fields:
         rivals = [f for f in value.fields if f.dims == g.dims]
-        if len(rivals) < 2 or any(h.dims == g.dims for h in other.fields if h is not g):
+        if len(rivals) < 2:
             continue
-        kept = next((f for f in rivals if _tells_alike(f, g)), None)
+        alone = not any(h.dims == g.dims for h in other.fields if h is not g)
+        kept = next((f for f in rivals if alone and _tells_alike(f, g)), None)
         if kept is None and len(neurons(g.ids).unique()) < g.ids.numel():
             continue
         gone = [f for f in rivals if f is not (kept or rivals[0])]
