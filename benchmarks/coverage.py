@@ -43,6 +43,8 @@ RESULTS = Path(__file__).parent / "results" / "coverage.json"
 WIDE_LIMIT = 50_000_000
 #: Outputs that differ less than this between two inputs tell an oracle nothing.
 BLIND = 1e-6
+#: What is done with the models whose names begin so, beside the oracles.
+USED, USES = "plain:", ("fuse", "prune", "stack", "refit")
 
 
 def measure(name: str) -> dict[str, Any]:
@@ -87,7 +89,54 @@ def measure(name: str) -> dict[str, Any]:
         row["wide"] = "too large"
     else:
         row["wide"] = _wide(name, member)
+    if name.startswith(USED):
+        row["uses"] = {use: _tried(name, use) for use in USES}
     return row
+
+
+def _tried(name: str, use: str) -> str:
+    """Return "ok", or why two members of a model cannot be used so."""
+    try:
+        members, example = [], Example()
+        for seed in (0, 1):
+            model, args, kwargs = build(name, seed)
+            torch.manual_seed(seed)
+            members.append(excite(model, args, kwargs))
+            example = Example(args, kwargs=kwargs)
+        module, least, most = _used(members, example, use)
+        ratio = _weights(module) / _weights(members[0])
+        with torch.no_grad():
+            output = module(*example.args, **example.kwargs)
+    except Exception as error:
+        return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+    if not output.isfinite().all():
+        return "an output is not finite"
+    return "ok" if least <= ratio <= most else f"{ratio:.2f} times the weights of a member"
+
+
+def _used(
+    members: list[torch.nn.Module], example: Example, use: str
+) -> tuple[torch.nn.Module, float, float]:
+    """The network, and how many of a member's weights it has at least and at most."""
+    first = members[0]
+    if use == "fuse":
+        return fxfuse.fuse(members, example, size=1.5).module, 1.1, 3.4
+    if use == "prune":
+        return fxfuse.prune(first, example, size=0.5).module, 0.1, 0.8
+    if use == "stack":
+        return fxfuse.stack(members, example), 2, 2
+    inputs = [_rolled(example, by) for by in range(8)]
+    refined = fxfuse.fuse(members, example, calibration=inputs, refine=[fxfuse.Refit()])
+    return refined.module, 1, 1
+
+
+def _rolled(example: Example, by: int) -> Any:
+    """Other inputs of the same kind: those of the example, rolled along their last dimension."""
+    return tuple(x.roll(by, -1) if x.is_floating_point() else x for x in example.args)
+
+
+def _weights(module: torch.nn.Module) -> int:
+    return sum(tensor.numel() for tensor in module.parameters())
 
 
 def double(name: str, seed: int) -> fxfuse.Program:

@@ -18,6 +18,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from benchmarks.plain_models import NETWORKS
+
 FAMILIES = Path(__file__).with_name("timm_families.json")
 CLASSES = 10
 BATCH = 2
@@ -528,12 +530,21 @@ def build_transformers(name: str) -> tuple[nn.Module, Inputs]:
     return _Answer(model), lambda: ((), inputs())
 
 
+# --- plain torch --------------------------------------------------------------------------------
+
+
+def build_plain(name: str) -> tuple[nn.Module, Inputs]:
+    network, inputs = NETWORKS[name]
+    return network(), lambda: (inputs(), {})
+
+
 # --- all ----------------------------------------------------------------------------------------
 
 BUILDERS = {
     "torchvision": build_torchvision,
     "timm": build_timm,
     "transformers": build_transformers,
+    "plain": build_plain,
 }
 
 
@@ -543,6 +554,7 @@ def models() -> list[str]:
         "torchvision": torchvision_names(),
         "timm": timm_names(),
         "transformers": list(TRANSFORMERS),
+        "plain": list(NETWORKS),
     }
     return [f"{library}:{name}" for library, found in names.items() for name in found]
 

@@ -22,7 +22,8 @@ from benchmarks.pages import run
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 PAGE = ROOT / "docs" / "coverage.md"
-LIBRARIES = ("torchvision", "timm", "transformers")
+LIBRARIES = ("torchvision", "timm", "transformers", "plain")
+USES = {"fuse": "fuse 1.5", "prune": "prune 0.5", "stack": "stack", "refit": "refit"}
 #: Below this share of free weights, the page says why.
 EXPLAINED = 0.95
 
@@ -37,17 +38,19 @@ def page() -> str:
     lines = [
         "# Coverage",
         "",
-        "What the analyzer makes of every torchvision model, of every timm family and of the",
-        "usual transformers, and whether the oracles hold on it. Written by",
+        "What the analyzer makes of every torchvision model, of every timm family, of the usual",
+        "transformers and of kinds of networks that no library holds (`plain`, in",
+        "`benchmarks/plain_models.py`), and whether the oracles hold on it. Written by",
         f"`python benchmarks/coverage.py` and `python benchmarks/coverage_table.py`; {versions}.",
         "",
         "Networks have random weights in float64, made so that an oracle can see: BatchNorm",
         "statistics calibrated and jittered, weights that start at zero randomised, outputs shown",
         "to depend on the input. *Free* is the share of weights in tensors with at least one free",
-        "dimension; *permutation* the largest relative change of an output when the units of every",
-        "group are permuted; *wide* the largest relative difference between the concatenation of",
-        "two members and their mean, where no operator mixes them. Times are for one thread; the",
-        "analysis starts from the captured graph.",
+        "dimension of two units or more (rows of libraries still count a single unit as free: they",
+        "were measured before); *permutation* the largest relative change of an output when the",
+        "units of every group are permuted; *wide* the largest relative difference between the",
+        "concatenation of two members and their mean, where no operator mixes them. Times are for",
+        "one thread; the analysis starts from the captured graph.",
         "",
         f"{len(rows)} of the sweep's {coverage['models']} models have been measured.",
         "",
@@ -56,7 +59,8 @@ def page() -> str:
         *_widths(),
     ]
     for library in LIBRARIES:
-        lines += ["", f"## {library}", "", *_table([r for r in rows if _library(r) == library])]
+        chosen = [r for r in rows if _library(r) == library]
+        lines += ["", f"## {library}", "", *_table(chosen), *_uses(chosen)]
     lines += ["", "## What stays frozen, where less than 95 % is free", ""]
     low = [r for r in rows if r.get("free", 1.0) < EXPLAINED]
     for row in low:
@@ -178,11 +182,44 @@ def _table(rows: Sequence[Row]) -> list[str]:
             continue
         wide = r["wide"] if isinstance(r["wide"], str) else f"{r['wide']:.0e}"
         lines.append(
-            f"| {name} | {r['parameters'] / 1e6:.2f} M | {r['capture']} | {r['nodes']} "
+            f"| {name} | {_millions(r['parameters'])} | {r['capture']} | {r['nodes']} "
             f"| {r['groups']} | {r['units']} | {r['free']:.2%} | {r['permutation']:.0e} "
             f"| {_plain(wide.partition(':')[0])} | {r['capture_s']:.2f} | {r['analysis_s']:.2f} |"
         )
     return lines
+
+
+def _millions(count: int) -> str:
+    return f"{count / 1e6:.2f} M" if count >= 1e5 else f"{count / 1e3:.1f} k"
+
+
+def _uses(rows: Sequence[Row]) -> list[str]:
+    """What can be done with two members of each model, and where something cannot, why."""
+    used = [r for r in rows if "uses" in r]
+    if not used:
+        return []
+    green = sum(set(r["uses"].values()) == {"ok"} for r in used)
+    lines = [
+        "",
+        f"Two members of each are fused at width 1.5, pruned to 0.5, stacked and refitted: {green}",
+        f"of {len(used)} models pass everywhere.",
+        "",
+        "| model | " + " | ".join(USES.values()) + " |",
+        "|---|" + "---|" * len(USES),
+    ]
+    lines += [
+        f"| {r['model'].partition(':')[2]} | "
+        + " | ".join("yes" if r["uses"][use] == "ok" else "no" for use in USES)
+        + " |"
+        for r in used
+    ]
+    why = [
+        f"- `{r['model']}`, {USES[use]}: {_plain(r['uses'][use])}"
+        for r in used
+        for use in USES
+        if r["uses"][use] != "ok"
+    ]
+    return [*lines, "", *why] if why else lines
 
 
 def _plain(text: str) -> str:

@@ -133,6 +133,68 @@ def _filled_with(t: torch.Tensor) -> torch.Tensor:
     return t
 
 
+def _rows(t: torch.Tensor, count: int = 4) -> torch.Tensor:
+    """Numbers of rows, which the data decide: [count]."""
+    return t.mean((0, 1, 3)).argsort()[:count]
+
+
+def _picked(t: torch.Tensor) -> torch.Tensor:
+    """For each column of each channel of each image, a row: [b, c, 3, w]."""
+    return t.argsort(2)[:, :, :3]
+
+
+def _written(operator: Any, *more: Any, **options: Any) -> Call:
+    """Rows of a tensor, written by an operator along the third dimension."""
+
+    def write(t: torch.Tensor) -> torch.Tensor:
+        return operator(t * 2, 2, _rows(t), *(m(t) if callable(m) else m for m in more), **options)
+
+    return Call(write)
+
+
+def _scattered(operator: Any, *more: Any, **options: Any) -> Call:
+    """As `_written`, each column by an index of its own."""
+
+    def write(t: torch.Tensor) -> torch.Tensor:
+        given = (m(t) if callable(m) else m for m in more)
+        return operator(t * 2, 2, _picked(t), *given, **options)
+
+    return Call(write)
+
+
+def _four(t: torch.Tensor) -> torch.Tensor:
+    return t[:, :, :4].sin()
+
+
+def _spectrum(t: torch.Tensor) -> torch.Tensor:
+    return torch.fft.fft(t, dim=2)
+
+
+def _both_parts(t: torch.Tensor) -> torch.Tensor:
+    return torch.cat([t.real, t.imag], 2)
+
+
+def _transformed(name: str, *args: Any, **options: Any) -> Call:
+    """The magnitudes of a transform."""
+    operator = getattr(aten, f"fft_{name}").default
+    return Call(lambda t: operator(t, *args, **options).abs())
+
+
+def _waves(t: torch.Tensor) -> torch.Tensor:
+    """Every channel as a signal: [b c, f, frames]."""
+    signal = t.flatten(2).flatten(0, 1)
+    return torch.stft(signal, 8, 4, window=torch.hann_window(8).to(t), return_complex=True)
+
+
+def _channels_of(lines: torch.Tensor) -> torch.Tensor:
+    return lines.unflatten(0, (-1, 8))
+
+
+def _affine(t: torch.Tensor) -> torch.Tensor:
+    theta = t.mean((1, 3)).tanh().unflatten(1, (2, 3))
+    return F.grid_sample(t, F.affine_grid(theta, list(t.shape), align_corners=False))
+
+
 def _bright(t: torch.Tensor) -> torch.Tensor:
     image = t.mean((0, 1))
     return image > image.mean()
@@ -191,6 +253,9 @@ SAMPLES: dict[Any, nn.Module] = {
     aten.squeeze.dim: Call(lambda t: t.unsqueeze(1).squeeze(1)),
     aten.squeeze.dims: Call(lambda t: t.unsqueeze(1).unsqueeze(1).squeeze((1, 2))),
     aten.squeeze.default: Call(lambda t: t.unsqueeze(1).squeeze()),
+    aten.rot90.default: Call(lambda t: t.rot90(1, (2, 3))),
+    aten.fft_fftshift.default: Call(lambda t: torch.fft.fftshift(t, 2)),
+    aten.fft_ifftshift.default: Call(lambda t: torch.fft.ifftshift(t, (2, 3))),
     aten.flatten.using_ints: Call(lambda t: t.flatten(1)),
     aten.unflatten.int: Call(lambda t: t.flatten(2).unflatten(2, (2, 18))),
     aten.expand.default: Call(lambda t: t.mean((2, 3), keepdim=True).expand(-1, -1, 3, 3)),
@@ -275,6 +340,13 @@ SAMPLES: dict[Any, nn.Module] = {
     ),
     aten.vdot.default: Call(
         lambda t, w, v: F.linear(t.mean((2, 3)), w * (1 + torch.vdot(w.mean(0), v))), *_matrix()
+    ),
+    aten.outer.default: Call(
+        lambda t, w: torch.outer(t.mean((1, 2, 3)), w) + t.mean((2, 3)), torch.randn(8)
+    ),
+    aten.inner.default: Call(lambda t, w: torch.inner(_tokens(t), w), torch.randn(5, 8)),
+    aten.tensordot.default: Call(
+        lambda t, w: torch.tensordot(t, w, dims=([1], [0])), torch.randn(8, 5)
     ),
     aten.bilinear.default: Call(lambda t, f: f(_tokens(t), _tokens(t)), nn.Bilinear(8, 8, 5)),
     # recurrent layers
@@ -423,6 +495,9 @@ SAMPLES: dict[Any, nn.Module] = {
     aten.max.dim: Call(lambda t: t.flatten(2).max(2).values),
     aten.min.dim: Call(lambda t: t.flatten(2).min(2).values),
     aten.median.dim: Call(lambda t: t.flatten(2).median(2).values),
+    aten.nanmedian.dim: Call(lambda t: t.flatten(2).nanmedian(2).values),
+    aten.kthvalue.default: Call(lambda t: t.flatten(2).kthvalue(3, 2).values),
+    aten.mode.default: Call(lambda t: t.flatten(2).mode(2).values),
     aten.argmax.default: Call(lambda t: t.flatten(2).argmax(2) * t.mean((2, 3))),
     aten.argmin.default: Call(lambda t: t.flatten(2).argmin(2) * t.mean((2, 3))),
     # in order along a dimension
@@ -430,6 +505,7 @@ SAMPLES: dict[Any, nn.Module] = {
     aten.cumprod.default: Call(lambda t: t.tanh().cumprod(2)),
     aten.logcumsumexp.default: Call(lambda t: t.logcumsumexp(2)),
     aten.cummax.default: Call(lambda t: t.cummax(2)[0]),
+    aten.cummin.default: Call(lambda t: t.cummin(2)[0]),
     aten.sort.default: Call(lambda t: t.flatten(2).sort(2)[0]),
     aten.sort.stable: Call(lambda t: torch.sort(t.flatten(2), dim=2, stable=True)[0]),
     aten.argsort.default: Call(lambda t: t.flatten(2).argsort(2) * t.flatten(2)),
@@ -441,7 +517,42 @@ SAMPLES: dict[Any, nn.Module] = {
     aten.nonzero_numpy.default: Call(
         lambda t: t * aten.nonzero_numpy.default(_bright(t))[1].double().mean()
     ),
+    # Fourier transforms and complex numbers
+    aten.fft_fft.default: _transformed("fft", None, 2),
+    aten.fft_ifft.default: _transformed("ifft"),
+    aten.fft_rfft.default: _transformed("rfft", 4, 2),
+    aten.fft_irfft.default: _transformed("irfft", 8, 3),
+    aten.fft_hfft.default: _transformed("hfft"),
+    aten.fft_ihfft.default: _transformed("ihfft"),
+    aten.fft_fft2.default: _transformed("fft2"),
+    aten.fft_ifft2.default: _transformed("ifft2"),
+    aten.fft_rfft2.default: _transformed("rfft2", [4, 4]),
+    aten.fft_irfft2.default: _transformed("irfft2"),
+    aten.fft_fftn.default: _transformed("fftn", [4, 4]),
+    aten.fft_ifftn.default: _transformed("ifftn", None, [2, 3]),
+    aten.fft_rfftn.default: _transformed("rfftn", None, [3]),
+    aten.fft_irfftn.default: _transformed("irfftn", None, [2]),
+    aten.stft.default: Call(lambda t: _channels_of(_waves(t).abs())),
+    aten.stft.center: Call(
+        lambda t: _channels_of(
+            aten.stft.center(t.flatten(2).flatten(0, 1), 8, 4, return_complex=True).abs()
+        )
+    ),
+    aten.istft.default: Call(lambda t: _channels_of(torch.istft(_waves(t), 8, 4))),
+    aten.view_as_complex.default: Call(
+        lambda t: torch.view_as_complex(t.unflatten(3, (3, 2))).abs()
+    ),
+    aten.view_as_real.default: Call(lambda t: torch.view_as_real(_spectrum(t))),
+    aten.real.default: Call(lambda t: _spectrum(t).real),
+    aten.imag.default: Call(lambda t: _spectrum(t).imag + t),
+    aten._conj.default: Call(lambda t: _both_parts(aten._conj.default(_spectrum(t)))),
+    aten.conj.default: Call(lambda t: _both_parts(aten.conj.default(_spectrum(t)))),
+    aten.resolve_conj.default: Call(
+        lambda t: _both_parts(aten.resolve_conj.default(_spectrum(t).conj()))
+    ),
+    aten.resolve_neg.default: Call(lambda t: aten.resolve_neg.default(_spectrum(t).imag) + t),
     # sampling
+    aten.affine_grid_generator.default: Call(_affine),
     aten.grid_sampler.default: Call(_sampled),
     # creation
     aten.zeros.default: _fill(lambda t: torch.zeros(t.shape[0], 1, 6, 6, dtype=t.dtype)),
@@ -464,6 +575,40 @@ SAMPLES: dict[Any, nn.Module] = {
     # selection by data
     aten.index_put.default: Call(lambda t: _put(t, inplace=False)),
     aten.index_put_.default: Call(lambda t: _put(t, inplace=True)),
+    aten.index_add.default: _written(torch.index_add, _four),
+    aten.index_add_.default: _written(torch.Tensor.index_add_, _four),
+    aten.index_copy.default: _written(torch.index_copy, _four),
+    aten.index_copy_.default: _written(torch.Tensor.index_copy_, _four),
+    aten.index_reduce.default: _written(torch.index_reduce, _four, "amax"),
+    aten.index_reduce_.default: _written(torch.Tensor.index_reduce_, _four, "mean"),
+    aten.index_fill.int_Scalar: _written(torch.index_fill, 0.5),
+    aten.index_fill_.int_Scalar: _written(torch.Tensor.index_fill_, 0.5),
+    aten.index_fill.int_Tensor: _written(torch.index_fill, _half),
+    aten.index_fill_.int_Tensor: _written(torch.Tensor.index_fill_, _half),
+    aten.scatter.src: _scattered(torch.scatter, _four),
+    aten.scatter_.src: _scattered(torch.Tensor.scatter_, _four),
+    aten.scatter.value: _scattered(torch.scatter, 0.5),
+    aten.scatter_.value: _scattered(torch.Tensor.scatter_, 0.5),
+    aten.scatter.reduce: _scattered(torch.scatter, _four, reduce="add"),
+    aten.scatter_.reduce: _scattered(torch.Tensor.scatter_, _four, reduce="multiply"),
+    aten.scatter.value_reduce: _scattered(torch.scatter, 0.5, reduce="add"),
+    aten.scatter_.value_reduce: _scattered(torch.Tensor.scatter_, 0.5, reduce="multiply"),
+    aten.scatter_add.default: _scattered(torch.scatter_add, _four),
+    aten.scatter_add_.default: _scattered(torch.Tensor.scatter_add_, _four),
+    aten.scatter_reduce.two: _scattered(torch.scatter_reduce, _four, "amax"),
+    aten.scatter_reduce_.two: _scattered(torch.Tensor.scatter_reduce_, _four, "mean"),
+    aten.segment_reduce.default: Call(
+        lambda t: torch.segment_reduce(
+            t.permute(2, 0, 1, 3).contiguous(), "max", lengths=torch.tensor([2, 4])
+        ).transpose(0, 1)
+    ),
+    aten.take_along_dim.default: Call(
+        lambda t: torch.take_along_dim(t, t.mean(1, keepdim=True).argsort(2), 2)
+    ),
+    aten.searchsorted.Tensor: Call(lambda t: torch.searchsorted(t.sort(3)[0], t.tanh()) + t.sin()),
+    aten.bucketize.Tensor: Call(
+        lambda t: torch.bucketize(t, torch.linspace(-1, 1, 5).to(t)) + t.sin()
+    ),
     # sampling
     "torchvision::roi_align": Call(lambda t: torchvision().ops.roi_align(t, _boxes(t), 3)),
     "torchvision::roi_pool": Call(lambda t: torchvision().ops.roi_pool(t, _boxes(t), 3)),
@@ -520,6 +665,9 @@ SAMPLES: dict[Any, nn.Module] = {
     aten.__and__.Tensor: Call(lambda t: aten.__and__.Tensor(t > 0, t < 1) * t),
     aten.__or__.Tensor: Call(lambda t: aten.__or__.Tensor(t < 0, t > 1) * t),
     aten.__xor__.Tensor: Call(lambda t: aten.__xor__.Tensor(t < 0, t < 1) * t),
+    aten.complex.default: Call(lambda t: torch.complex(t, t.sin()).abs()),
+    aten.polar.default: Call(lambda t: _both_parts(torch.polar(t.exp(), t))),
+    aten.isreal.default: Call(lambda t: aten.isreal.default(_spectrum(t)) * t + t),
 }
 
 
@@ -534,6 +682,50 @@ BY_DATA: dict[str, nn.Module] = {
         lambda t: t[:, :, torch.stack([_largest(t), _largest(-t)])].mean((2, 3))
     ),
     "mask of pixels": Call(lambda t: t.permute(2, 3, 0, 1)[t.mean((0, 1)) > t.mean()].mean(0)),
+}
+
+
+#: What is chosen or sorted among the channels, of which nobody asks where it stood.
+BY_VALUE: dict[str, nn.Module] = {
+    "max": Call(lambda t: t * t.max(1, keepdim=True)[0]),
+    "min": Call(lambda t: t * t.min(1, keepdim=True).values),
+    "median": Call(lambda t: t - t.median(1, keepdim=True)[0]),
+    "kthvalue": Call(lambda t: t - t.kthvalue(3, 1, keepdim=True)[0]),
+    "mode": Call(lambda t: t.round().mode(1)[0] + t.mean(1)),
+    "topk": Call(lambda t: t.topk(3, 1)[0]),
+    "sort": Call(lambda t: t.sort(1)[0]),
+}
+
+
+def _einsum(equation: str, *tensors: torch.Tensor) -> Call:
+    return Call(lambda t, *own: torch.einsum(equation, t, *own), *tensors)
+
+
+#: Forms of einsum.
+EINSUMS: dict[str, nn.Module] = {
+    "three operands": _einsum("bchw,co,cw->bohw", torch.randn(8, 5), torch.randn(8, 6)),
+    "a chain of weights": _einsum("bchw,cr,ro->bohw", torch.randn(8, 3), torch.randn(3, 5)),
+    "an ellipsis": Call(
+        lambda t, w: torch.einsum("...c,...co->...o", _tokens(t), w), torch.randn(36, 8, 5)
+    ),
+    "an ellipsis that is summed over": _einsum("bc...,co->bo", torch.randn(8, 5)),
+    "a repeated letter": _einsum("bchh,co->bho", torch.randn(8, 5)),
+    "a repeated letter of a weight": _einsum("bchw,cc->bchw", torch.randn(8, 8)),
+    "no arrow": _einsum("bchw,co", torch.randn(8, 5)),
+    "no arrow, an ellipsis": Call(
+        lambda t, w: torch.einsum("bc...,oc", t, w).movedim(2, 0), torch.randn(5, 8)
+    ),
+    "one operand": _einsum("bchw->bwc"),
+    "experts": Call(
+        lambda t, up, down: torch.einsum(
+            "...eh,ehi,...e->...i",
+            torch.einsum("...i,eih->...eh", _tokens(t), up),
+            down,
+            _tokens(t)[..., :3].softmax(-1),
+        ),
+        torch.randn(3, 8, 6),
+        torch.randn(3, 6, 8),
+    ),
 }
 
 

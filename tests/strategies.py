@@ -959,6 +959,126 @@ def _rms_norm(space: Space, i: int, b: Block) -> Part:
 # --- networks -----------------------------------------------------------------------------------
 
 
+# --- along one dimension, by index, by value, in frequencies ------------------------------------
+
+
+@_block(IMAGE, TOKENS)
+def _scatter(space: Space, i: int, b: Block) -> Part:
+    """Pixels or tokens, added up where an index says: a graph network."""
+    dim = 3 - space.dim  # tokens, or the height
+
+    def forward(m: Part, x: torch.Tensor) -> torch.Tensor:
+        y = m.layer(x)
+        target = torch.arange(x.shape[dim], device=x.device).flip(0) // 2
+        if b.parts == 2:
+            return x + torch.zeros_like(y).index_add(dim, target, _act(y))
+        shape = [-1 if d == dim else 1 for d in range(x.dim())]
+        index = target.view(shape).expand_as(y)
+        if b.flag:
+            return x + torch.zeros_like(y).scatter_reduce(dim, index, y, "amax")
+        return x + y.scatter_add(dim, index, _act(y))
+
+    return Part(i, forward, layer=space.layer(i, i))
+
+
+@_block(*SPACES, plain=False)
+def _extremes(space: Space, i: int, b: Block) -> Part:
+    """A gate from the largest and the median channel, or the two largest ones beside all."""
+
+    def forward(m: Part, x: torch.Tensor) -> torch.Tensor:
+        y = m.layer(x)
+        if b.flag:
+            return torch.cat([_act(y), y.topk(2, space.dim)[0]], space.dim)
+        most, middle = y.max(space.dim, keepdim=True)[0], y.median(space.dim, keepdim=True)[0]
+        return _act(y) * (most - middle).sigmoid()
+
+    width = max(b.width, 4)
+    out = width + 2 if b.flag else width
+    return Part(out, forward, layer=space.layer(i, width))
+
+
+@_block(IMAGE, TOKENS)
+def _frequencies(space: Space, i: int, b: Block) -> Part:
+    """A filter for each channel in the frequencies of the pixels or tokens."""
+    dims = (2, 3) if space is IMAGE else (1,)
+
+    def forward(m: Part, x: torch.Tensor) -> torch.Tensor:
+        sizes = [x.shape[d] for d in dims]
+        y = torch.fft.rfftn(m.layer(x), dim=dims)
+        shape = (-1, 1, 1) if space is IMAGE else (-1,)
+        if b.flag:
+            y = y * torch.view_as_complex(m.filter).view(shape)
+        else:
+            y = torch.complex(y.real * m.filter[:, 0].view(shape), y.imag)
+        return _act(torch.fft.irfftn(y, s=sizes, dim=dims))
+
+    return Part(b.width, forward, layer=space.layer(i, b.width), filter=torch.randn(b.width, 2))
+
+
+@_block(*SPACES)
+def _cell(space: Space, i: int, b: Block) -> Part:
+    """Two steps of a cell of one's own, whose first state is zero."""
+
+    def forward(m: Part, x: torch.Tensor) -> torch.Tensor:
+        sizes = list(x.shape)
+        sizes[space.dim] = b.width
+        h = x.new_zeros(sizes)
+        for _ in range(2):
+            parts = [h, x] if b.flag else [x, h]
+            new, gate = m.layer(torch.cat(parts, space.dim)).chunk(2, space.dim)
+            h = h + gate.sigmoid() * new.tanh()
+        return h
+
+    return Part(b.width, forward, layer=space.layer(i + b.width, 2 * b.width))
+
+
+@_block(TOKENS, VECTOR, plain=False)
+def _experts(space: Space, i: int, b: Block) -> Part:
+    """All experts in one einsum, with an ellipsis; or two factors of a weight in one."""
+    if not b.flag:
+        return Part(
+            b.width,
+            lambda m, x: _act(torch.einsum("...i,ir,ro->...o", x, m.down, m.up)),
+            down=torch.randn(i, b.parts),
+            up=torch.randn(b.parts, b.width),
+        )
+
+    def forward(m: Part, x: torch.Tensor) -> torch.Tensor:
+        inner = _act(torch.einsum("...i,eih->...eh", x, m.first))
+        return torch.einsum("...eh,eho,...e->...o", inner, m.second, m.route(x).softmax(-1))
+
+    return Part(
+        b.width,
+        forward,
+        first=torch.randn(b.parts, i, 3),
+        second=torch.randn(b.parts, 3, b.width),
+        route=space.layer(i, b.parts),
+    )
+
+
+# Knots that the members do not have in common are averaged.
+@_block(VECTOR, TOKENS, plain=False)
+def _basis(space: Space, i: int, b: Block) -> Part:
+    """A layer over inputs × basis functions, with knots for all inputs or for each."""
+    knots = torch.linspace(-1, 1, 4)
+
+    def forward(m: Part, x: torch.Tensor) -> torch.Tensor:
+        away = x.unsqueeze(-1) - m.knots
+        if b.flag:
+            width = m.knots[:, 1:] - m.knots[:, :-1]
+            bases = (away[..., :-1] / (width.square() + 0.1)).sigmoid()
+        else:
+            bases = (-away.square()).exp()
+        return F.linear(bases.flatten(-2), m.weight.flatten(1))
+
+    return Part(
+        b.width,
+        forward,
+        knots=knots.repeat(i, 1) if b.flag else knots,
+        weight=torch.randn(b.width, i, 3 if b.flag else 4),
+    )
+
+
 class Network(nn.Module):
     """What a recipe says."""
 

@@ -312,7 +312,7 @@ def test_whatever_a_rule_raises_is_a_rule_error():
         (torch.ops.aten.scatter_reduce.two, "selection"),
         (torch.ops.aten.std.dim, "reduction"),
         (torch.ops.aten.msort.default, "ordering"),
-        (torch.ops.aten.fft_rfft.default, "reduction"),
+        (torch.ops.aten.fft_rfft.default, "fourier"),
         (torch.ops.aten.grid_sampler_3d.default, "sampling"),
         (torch.ops.aten.linalg_inv.default, "movement"),
         (torch.ops.fxfuse_tests.tagged.default, "pointwise"),

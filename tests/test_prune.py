@@ -317,3 +317,20 @@ def test_weights_that_are_not_finite() -> None:
         model.stem.weight[0, 0, 0, 0] = float("nan")
     with pytest.raises(MemberError, match="member 0 holds weights that are not finite"):
         fxfuse.prune(model, images(), size=0.5)
+
+
+class Differences(nn.Module):
+    """Neighbouring neurons are compared: all of them are one unit."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(6, 32), nn.Linear(31, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = self.first(x)
+        return self.last((y[:, 1:] - y[:, :-1]).tanh())
+
+
+def test_pruning_that_changes_nothing_warns_and_says_why():
+    with pytest.warns(UserWarning, match="100% of a member's weights.*aten.sub"):
+        fxfuse.prune(Differences(), torch.randn(2, 6), size=0.5)

@@ -16,7 +16,7 @@ from fxfuse.analysis.rules.registry import name_of
 from fxfuse.errors import RuleError
 from fxfuse.graph.rebuild import rebuild
 from tests.models import excite
-from tests.samples import BY_DATA, SAMPLES, Net
+from tests.samples import BY_DATA, BY_VALUE, EINSUMS, SAMPLES, Call, Net
 
 
 def test_every_rule_has_a_sample_and_every_sample_a_rule():
@@ -38,6 +38,37 @@ def test_sample(operator: Any):
 @pytest.mark.parametrize("form", BY_DATA)
 def test_indexing_by_data(form: str):
     _check(_captured(BY_DATA[form]))
+
+
+@pytest.mark.parametrize("operator", ["index.Tensor", "index_select.default"])
+def test_a_constant_index_keeps_every_copy(operator: str):
+    sample = next(sample for key, sample in SAMPLES.items() if str(key) == f"aten.{operator}")
+    torch.manual_seed(0)
+    check = verify.concatenation_equals_ensemble([_captured(sample), _captured(sample)])
+    assert check.tolerance < 1
+    assert check.passed, check
+
+
+@pytest.mark.parametrize("form", BY_VALUE)
+def test_values_among_channels_freeze_nothing(form: str):
+    program = _captured(BY_VALUE[form])
+    _check(program)
+    assert fxfuse.analyze(program).mixing
+    # Sorting returns as many values as there are units, so they keep their number.
+    smaller = fxfuse.prune(program, size=0.25).module
+    assert smaller(*program.example_inputs[0]).shape == (2, 4)
+
+
+def test_indices_among_channels_freeze_if_they_are_read():
+    graph = fxfuse.analyze(_captured(Call(lambda t: t.max(1)[1] + t.mean(1))))
+    assert "chosen by its index" in graph.frozen[("conv.weight", 0)].why
+
+
+@pytest.mark.parametrize("form", EINSUMS)
+def test_every_form_of_einsum(form: str):
+    program = _captured(EINSUMS[form])
+    _check(program)
+    assert not fxfuse.analyze(program).without_rule
 
 
 def _model(sample: nn.Module) -> tuple[nn.Module, torch.Tensor]:

@@ -7,7 +7,7 @@ from collections import Counter, defaultdict
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Any, overload
+from typing import Any, NamedTuple, TypeGuard, overload
 
 import networkx as nx
 import numpy as np
@@ -22,15 +22,23 @@ from fxfuse.analysis.constraints import (
 )
 from fxfuse.analysis.coupling_constraints import CouplingConstraints
 from fxfuse.analysis.explain import Explainer
-from fxfuse.analysis.freezing import FrozenReason, excused, frozen_components, frozen_places
+from fxfuse.analysis.freezing import (
+    FrozenComponents,
+    FrozenReason,
+    excused,
+    frozen_components,
+    frozen_places,
+)
 from fxfuse.analysis.gaps import WithoutRule, without_rule
 from fxfuse.analysis.grouping import CouplingGroup, form_groups
 from fxfuse.analysis.interpreter import interpret
-from fxfuse.analysis.labels import AbstractTensor, Index, Kind, Place
+from fxfuse.analysis.labels import NEURON, AbstractTensor, Index, Kind, Place
 from fxfuse.analysis.mixing import MixingNote, mixing_notes, shared_writers, tied_outputs
 from fxfuse.common.readable import Description, Readable, counted
+from fxfuse.graph.arguments import argument
 from fxfuse.graph.capture import Program, capture
-from fxfuse.graph.source_lines import at_line
+from fxfuse.graph.operator_facts import FACTS, Convolution, Normalisation, OperatorFacts
+from fxfuse.graph.source_lines import at_line, source_of
 
 # What an analysis consists of is imported from here, whichever file makes it.
 __all__ = [
@@ -57,7 +65,8 @@ class CouplingGraph(Readable):
         frozen: Reason for every place that is frozen, wholly or in part.
         mixing: Operators that mix members.
         free_fraction: Share of parameter elements that lie in tensors with at least one free
-            dimension, of those that the graph reads.
+            dimension, of those that the graph reads. Free means two units or more: nothing can
+            permute or prune a single one.
         constraints: What was asked for.
         asked: The same by canonical tensor name.
         without_rule: Operators without a rule, or without a rule for this use, that labelled
@@ -91,12 +100,29 @@ class CouplingGraph(Readable):
         frozen = [f"{at_line(counted(n, 'dimension'), line)}: {why}" for (why, line), n in whys]
         return f"{title}, {self.free_fraction:.1%} of the weights are free", {
             "groups": [f"{g.name} ({counted(g.n_units, 'unit')})" for g in self.groups],
+            "one unit": [f"{name}: {why}" for name, why in self.single_units.items()],
             "frozen": frozen,
             "mixing": [at_line(note.node, note.source) for note in self.mixing],
             "no rule": [at_line(gap.operator, gap.source) for gap in self.without_rule],
             "constraints": str(self.constraints),
             "members": f"{len(self.members)} of different width" if self.members else "",
         }
+
+    @cached_property
+    def single_units(self) -> Mapping[str, str]:
+        """The groups of a single unit, by name, and why their neurons do not move by themselves."""
+        return {g.name: self._why_single(g) for g in self.groups if g.n_units == 1}
+
+    def _why_single(self, group: CouplingGroup) -> str:
+        coupling = self.coupling
+        for (name, dim), rows in group.index.items():
+            place = (self.program.canonical[name], dim)
+            if rows.shape[1] > 1 and place in coupling.owners:
+                first, second = coupling.starts[coupling.owners.index(place)] + rows[0, :2]
+                node = coupling.joined_by(int(first), int(second))
+                if node is not None:
+                    return at_line(f"tied to one another by {node.target}", source_of(node))
+        return "no other neuron is used alike"
 
     def of_member(self, member: int) -> CouplingGraph:
         """Return the analysis of a member, whose width may be another one."""
@@ -239,12 +265,13 @@ def couple(program: Program, constraints: Constraints) -> CouplingGraph:
             "they count as frozen. Pass an example that reaches them.",
             stacklevel=3,
         )
-    coupling, values = interpret(program, interface_dims(program, constraints))
-    for name, wish in asked.items():
-        coupling.ask(name, wish.kind, wish.why)
-    component = coupling.components()
-    stuck = frozen_components(program, coupling, component)
-    groups = form_groups(program, coupling, component, stuck.mask)
+    found = _found(program, constraints, asked)
+    collapsed = _collapsed(program, found)
+    if collapsed:
+        # Groups of channels that are all one unit: then the channels in them may be several.
+        finer = _found(program, constraints, asked, collapsed)
+        found = max(found, finer, key=lambda each: _free_fraction(program, each.groups))
+    coupling, values, component, stuck, groups = found
     frozen = frozen_places(program, coupling, component, stuck, asked)
     notes = [
         *mixing_notes(coupling, component, stuck, values),
@@ -267,6 +294,56 @@ def couple(program: Program, constraints: Constraints) -> CouplingGraph:
     )
 
 
+class _Found(NamedTuple):
+    """What a run of the rules found."""
+
+    coupling: CouplingConstraints
+    values: dict[fx.Node, Any]
+    component: Index
+    stuck: FrozenComponents
+    groups: tuple[CouplingGroup, ...]
+
+
+def _found(
+    program: Program,
+    constraints: Constraints,
+    asked: Mapping[str, Asked],
+    keeps_groups: frozenset[str] = frozenset(),
+) -> _Found:
+    coupling, values = interpret(program, interface_dims(program, constraints), keeps_groups)
+    for name, wish in asked.items():
+        coupling.ask(name, wish.kind, wish.why)
+    component = coupling.components()
+    stuck = frozen_components(program, coupling, component)
+    groups = form_groups(program, coupling, component, stuck.mask)
+    return _Found(coupling, values, component, stuck, groups)
+
+
+def _collapsed(program: Program, found: _Found) -> frozenset[str]:
+    """Return the operators with groups of several channels of which all are a single unit."""
+    names = set()
+    for node in program.graph.nodes:
+        facts = FACTS.get(node.target)
+        if not _has_groups(facts):
+            continue
+        groups = argument(node, facts.groups)
+        if not isinstance(groups, int) or groups == 1:
+            continue
+        x, y = found.values[argument(node, facts.input)], found.values[node]
+        if groups in (x.shape[1], y.shape[1]):
+            continue
+        units = [np.unique(found.component[f.tally[0] & NEURON]) for f in y.fields]
+        if any(len(u) == 1 and not found.stuck.mask[u].any() for u in units):
+            names.add(node.name)
+    return frozenset(names)
+
+
+def _has_groups(facts: OperatorFacts | None) -> TypeGuard[Convolution | Normalisation]:
+    if isinstance(facts, Normalisation):
+        return facts.over == "group"
+    return isinstance(facts, Convolution) and not facts.transposed
+
+
 def hands_out(graph: CouplingGraph, constraints: Constraints) -> bool:
     """Whether units stand in an output along a dimension that is no interface (`output_dims`)."""
     outputs, interface = graph.program.outputs(), interface_dims(graph.program, constraints)
@@ -280,7 +357,8 @@ def hands_out(graph: CouplingGraph, constraints: Constraints) -> bool:
 
 
 def _free_fraction(program: Program, groups: Iterable[CouplingGroup]) -> float:
-    free = {program.canonical[name] for group in groups for name, _ in group.index}
+    several = (group for group in groups if group.n_units > 1)
+    free = {program.canonical[name] for group in several for name, _ in group.index}
     total = inside = 0
     for name in program.reached():
         tensor = program.tensor(name)

@@ -84,19 +84,23 @@ class Mixing:
     ids: NDArray[np.int64] | None = None
 
 
+#: Neurons, those that move together with them, and the graph node that ties them.
+Tie = tuple[NDArray[np.int64], NDArray[np.int64], fx.Node | None]
+
+
 @dataclass
 class CouplingConstraints:
     """Everything that was found out about neurons: who owns them, who is tied to whom.
 
     The rules in `fxfuse.analysis.rules` write into it; `fxfuse.analysis.coupling` reads it.
+    `keeps_groups` names grouped convolutions and group norms whose groups stay where they are, so
+    that the channels within a group are the units; elsewhere a group is one.
     """
 
     owners: list[Place] = field(default_factory=list)
     starts: list[int] = field(default_factory=list)
     count: int = 1
-    ties: list[tuple[NDArray[np.int64], NDArray[np.int64], fx.Node | None]] = field(
-        default_factory=list
-    )
+    ties: list[Tie] = field(default_factory=list)
     strands: list[tuple[NDArray[np.int64], NDArray[np.int64]]] = field(default_factory=list)
     orders: list[tuple[NDArray[np.int64], NDArray[np.int64]]] = field(default_factory=list)
     deferred: list[tuple[DimLabels, DimLabels, bool, fx.Node | None]] = field(default_factory=list)
@@ -108,6 +112,7 @@ class CouplingConstraints:
     writers: set[Place] = field(default_factory=set)
     node: fx.Node | None = None
     clock: int = 0
+    keeps_groups: frozenset[str] = frozenset()
 
     def parameter(self, name: str, shape: Sequence[int]) -> AbstractTensor:
         """Return a parameter or float buffer, with fresh ids along each of its dimensions."""
@@ -162,6 +167,12 @@ class CouplingConstraints:
         self.tie(f.first(dims), f.ids)
         self.orders.append((flat_ids(f.ids), flat_ids(order)))
 
+    def tell_apart(self, f: DimLabels, dim: int) -> None:
+        """Neurons that differ along a dimension are no longer interchangeable with one another."""
+        if dim in f.dims:
+            place = numbered(f.ids.shape, dim, 0).ids.expand(f.ids.shape)
+            self.orders.append((flat_ids(f.ids), flat_ids(place)))
+
     def freeze(
         self, f: DimLabels, kind: Kind, why: str, *, operator: str = "", inside: bool = False
     ) -> None:
@@ -212,6 +223,18 @@ class CouplingConstraints:
                 self.tie(small.ids, large.ids)
         self.node = None
         return self._connect() if pending else component
+
+    def joined_by(self, first: int, second: int) -> fx.Node | None:
+        """Return the node whose ties made one unit of two neurons; None if they are two units."""
+        low, high = 0, len(self.ties)
+        while low < high:
+            middle = (low + high) // 2
+            component = _connected(self.ties[: middle + 1], self.count)
+            if component[first] == component[second]:
+                high = middle
+            else:
+                low = middle + 1
+        return self.ties[low][2] if low < len(self.ties) else None
 
     def slots(self, component: NDArray[np.int64]) -> NDArray[np.int64]:
         """Number the neurons of one owner in each unit: equal numbers should correspond.
@@ -291,13 +314,17 @@ class CouplingConstraints:
         return x & NEURON, y & NEURON, forth, ~forth
 
     def _connect(self) -> NDArray[np.int64]:
-        if not self.ties:
-            return np.arange(self.count)
-        a = np.concatenate([x for x, _, _ in self.ties])
-        b = np.concatenate([y for _, y, _ in self.ties])
-        graph = coo_array((np.ones(len(a), dtype=np.int8), (a, b)), shape=(self.count, self.count))
-        _, component = connected_components(graph, directed=False)
-        return np.asarray(component, dtype=np.int64)
+        return _connected(self.ties, self.count)
+
+
+def _connected(ties: Sequence[Tie], count: int) -> NDArray[np.int64]:
+    if not ties:
+        return np.arange(count)
+    a = np.concatenate([x for x, _, _ in ties])
+    b = np.concatenate([y for _, y, _ in ties])
+    graph = coo_array((np.ones(len(a), dtype=np.int8), (a, b)), shape=(count, count))
+    _, component = connected_components(graph, directed=False)
+    return np.asarray(component, dtype=np.int64)
 
 
 def _scramble(keys: NDArray[np.uint64]) -> NDArray[np.uint64]:

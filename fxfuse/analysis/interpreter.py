@@ -30,7 +30,9 @@ _WRITTEN = "is written into a part of another tensor, or stands in a tensor that
 
 
 def interpret(
-    program: Program, interface: Mapping[int, frozenset[int]] = MappingProxyType({})
+    program: Program,
+    interface: Mapping[int, frozenset[int]] = MappingProxyType({}),
+    keeps_groups: frozenset[str] = frozenset(),
 ) -> tuple[CouplingConstraints, dict[fx.Node, Any]]:
     """Run the rules over a graph.
 
@@ -38,6 +40,7 @@ def interpret(
         program: The network.
         interface: For an output, by its index in flattened order, the dimensions that are
             interface; an output that is not listed is interface in every dimension.
+        keeps_groups: Names of grouped convolutions whose groups stay where they are.
 
     Warns of constants on the meta device, whose values the analysis would need.
 
@@ -46,6 +49,7 @@ def interpret(
         `AbstractTensor`, numbers as their hints, lists as lists).
     """
     interpreter = _Interpreter(program, interface)
+    interpreter.coupling.keeps_groups = keeps_groups
     with torch.no_grad():
         interpreter.run()
     if interpreter.valueless:

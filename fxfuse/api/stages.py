@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -42,6 +43,9 @@ if TYPE_CHECKING:
     from rich.progress import Progress
 
 State = Mapping[str, torch.Tensor]
+
+#: Less than this share of the change that was asked for is little.
+_LITTLE = 0.25
 
 
 @dataclass(frozen=True)
@@ -297,6 +301,8 @@ def build_network(
         module, state = _built(graph, plan, states)
     if module is None and network.is_exported:
         module = emit_fused(graph, plan, state)
+    if module is not None:
+        _warn_of_little_change(planner.size, plan, graph, module)
     checks = list(checks)
     if verify:
         free = bool(graph.constraints.output_dims) and network.is_exported
@@ -313,6 +319,27 @@ def build_network(
         found.history if found else None,
         found.match if found else None,
         ensemble.given[0] if ensemble.heads else None,
+    )
+
+
+def _warn_of_little_change(
+    size: Size, plan: FusionPlan, graph: CouplingGraph, module: FusedModule
+) -> None:
+    """Warn where another size was asked for and nearly all weights stayed."""
+    if not isinstance(size.width, int | float):
+        return
+    before = sum(p.numel() for p in graph.program.module.parameters())
+    after = sum(p.numel() for p in module.parameters())
+    ratio, wanted = after / max(before, 1), size.width
+    if abs(ratio - 1) >= _LITTLE * abs(wanted - 1):
+        return
+    whys = [*plan.kept_sizes.values(), *graph.single_units.values()]
+    whys += [reason.why for reason in graph.frozen.values() if not reason.interface]
+    found = "; ".join(dict.fromkeys(whys[:3])) or "most weights belong to no coupling group"
+    warnings.warn(
+        f"at size {wanted:g} the network has {ratio:.0%} of a member's weights ({after} instead of "
+        f"{before}): {found}. print(result.graph) lists what is frozen or moves in one piece.",
+        stacklevel=4,
     )
 
 

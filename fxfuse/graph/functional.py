@@ -255,8 +255,9 @@ def _functional(node: fx.Node) -> Any:
     result = node.meta.get("val")
     if not name.endswith("_") or not isinstance(result, torch.Tensor):
         return None
-    tensors = [n.meta.get("val") for n in node.all_input_nodes]
-    dtypes = {t.dtype for t in tensors if isinstance(t, torch.Tensor) and t.is_floating_point()}
+    values = [n.meta.get("val") for n in node.all_input_nodes]
+    tensors = [t for t in values if isinstance(t, torch.Tensor)]
+    dtypes = {t.dtype for t in tensors if t.is_floating_point() or t.is_complex()}
     if dtypes != {result.dtype}:
         return None
     packet = getattr(aten, name.removeprefix("aten::").removesuffix("_"), None)

@@ -8,6 +8,7 @@ from fxfuse.analysis.labels import AbstractTensor, DimLabels, Kind, positions
 from fxfuse.analysis.rules import (
     contraction,
     creation,
+    fourier,
     lookup,
     movement,
     normalisation,
@@ -39,6 +40,7 @@ __all__ = [
     "drop",
     "elementwise",
     "find",
+    "fourier",
     "lookup",
     "meet",
     "movement",

@@ -8,6 +8,9 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
+from functools import partial, reduce
+
+import torch
 
 from fxfuse.analysis.coupling_constraints import CouplingConstraints
 from fxfuse.analysis.labels import AbstractTensor, DimLabels, Kind, neurons, positions
@@ -67,23 +70,38 @@ def _only_one(
 ) -> AbstractTensor:
     """Of several labels along the same dimensions, one may move neurons of another tensor.
 
-    A flattened kernel has labels for its channels and for its positions. Against neurons that are
-    all different along the flattened dimension, the first label stays and the others freeze: tied
-    to both, all of them would become one unit.
+    A flattened kernel has labels for its channels and for its positions. Against a single label
+    along the flattened dimension, the one stays that tells the same places apart, or the first
+    where all of the other's neurons differ; the others freeze: tied to both, all of them would
+    become one unit.
     """
     for g in other.fields:
         rivals = [f for f in value.fields if f.dims == g.dims]
-        if len(rivals) < 2 or len(neurons(g.ids).unique()) < g.ids.numel():
+        if len(rivals) < 2:
             continue
-        for f in rivals[1:]:
+        alone = not any(h.dims == g.dims for h in other.fields if h is not g)
+        kept = next((f for f in rivals if alone and _tells_alike(f, g)), None)
+        if kept is None and len(neurons(g.ids).unique()) < g.ids.numel():
+            continue
+        gone = [f for f in rivals if f is not (kept or rivals[0])]
+        for f in gone:
             kind = Kind.SHARED_INDEX if value.is_parameter else Kind.KEEP_BASE
             coupling.freeze(f, kind, "is flattened together with other neurons")
         value = replace(
             value,
-            fields=tuple(f for f in value.fields if not any(f is r for r in rivals[1:])),
-            positions=merge_positions((*rivals[1:], *value.positions)),
+            fields=tuple(f for f in value.fields if not any(f is r for r in gone)),
+            positions=merge_positions((*gone, *value.positions)),
         )
     return value
+
+
+def _tells_alike(f: DimLabels, g: DimLabels) -> bool:
+    """Tell whether the same places hold the same neuron in both fields."""
+    if f.ids.shape != g.ids.shape:
+        return False
+    both = torch.stack([neurons(f.ids), neurons(g.ids)]).flatten(1)
+    pairs = both.unique(dim=1).shape[1]
+    return bool(pairs == len(both[0].unique()) == len(both[1].unique()))
 
 
 def merge_positions(fields: Iterable[DimLabels]) -> tuple[DimLabels, ...]:
@@ -106,7 +124,8 @@ def _match(
         if not overlap:
             continue
         if mine == theirs:
-            coupling.tie(f.ids, g.ids)
+            if _are_partners(f, g, own, other):
+                coupling.tie(f.ids, g.ids)
         elif mine < theirs:
             coupling.deferred.append((f, g, own.is_parameter, coupling.node))
         elif theirs < mine:
@@ -116,6 +135,19 @@ def _match(
             coupling.block(g, theirs - overlap)
             coupling.tie(f.first(mine - overlap), g.first(theirs - overlap))
     return _covered(f, other)
+
+
+def _are_partners(f: DimLabels, g: DimLabels, own: AbstractTensor, other: AbstractTensor) -> bool:
+    """Tell whether labels along the same dimensions belong together.
+
+    Two dimensions that were flattened alike in both operands (inputs and a basis) stay apart.
+    """
+    ours, theirs = ([h for h in v.fields if h.dims == f.dims] for v in (own, other))
+    if not len(ours) == len(theirs) > 1:
+        return True
+    matched = [[_tells_alike(a, b) for b in theirs] for a in ours]
+    apart = all(sum(line) == 1 for line in (*matched, *zip(*matched, strict=True)))
+    return not apart or _tells_alike(f, g)
 
 
 def _face(
@@ -160,48 +192,57 @@ def _merge(
 
 
 def contract(
-    coupling: CouplingConstraints,
-    a: AbstractTensor,
-    letters_a: str,
-    b: AbstractTensor,
-    letters_b: str,
-    out: str,
+    coupling: CouplingConstraints, operands: Sequence[tuple[AbstractTensor, str]], out: str
 ) -> AbstractTensor:
-    """Contract two operands as `einsum(f"{letters_a},{letters_b}->{out}")` would.
+    """Contract operands, each with its letters, as `einsum(f"{letters},...->{out}")` would.
 
     Ids along a contracted letter are tied. Where ids vary along a contracted letter and along one
     that stays (heads, groups), all ids of a block move together.
     """
-    order = "".join(dict.fromkeys(letters_a + letters_b))
+    order = "".join(dict.fromkeys("".join(letters for _, letters in operands)))
     contracted = {order.index(x) for x in order if x not in out}
-    lifted_a, lifted_b = _lift(a, letters_a, order), _lift(b, letters_b, order)
-    are_parameters = a.is_parameter and b.is_parameter
-    for value, other in ((lifted_a, lifted_b), (lifted_b, lifted_a)):
+    lifted = [_lift(value, letters, order) for value, letters in operands]
+    are_parameters = all(value.is_parameter for value in lifted)
+    for place, value in enumerate(lifted):
+        others = [*lifted[:place], *lifted[place + 1 :]]
         for f in value.fields:
             summed = contracted & set(f.dims)
             # A block that is read and stays (a group) tells the members apart, as a writer does.
-            # Parameters among themselves read nothing: what is made of them does.
-            if not are_parameters:
-                coupling.role(value, f, reader=summed == set(f.dims))
+            # Parameters among themselves read nothing: what is made of them does. Nor does a
+            # parameter write an index that an operand has beforehand (a frequency, a position).
+            along = {d for v in others for g in v.positions for d in g.dims}
+            if not are_parameters and not set(f.dims) <= along - contracted:
+                writes = _is_written_by(lifted, place, f)
+                coupling.role(value, f, reader=summed == set(f.dims) and not writes)
             if not summed:
                 continue
             if summed != set(f.dims):
                 coupling.block(f, summed)
             elif not value.is_parameter:
-                _note_sum(coupling, f, other)
-    met = meet(coupling, lifted_a, lifted_b)
+                _note_sum(coupling, f, others)
+    met = reduce(partial(meet, coupling), lifted)
     result = _lower(coupling, met, order, out)
     if are_parameters and met.fields and not result.fields:
         coupling.mix("weights are summed over the members' neurons")
     return result
 
 
-def _note_sum(coupling: CouplingConstraints, f: DimLabels, other: AbstractTensor) -> None:
+def _is_written_by(operands: Sequence[AbstractTensor], place: int, f: DimLabels) -> bool:
+    """Tell whether neurons stand in parameters alone, of which this is the first."""
+    having = [
+        n
+        for n, other in enumerate(operands)
+        if any(set(g.dims) & set(f.dims) for g in other.fields)
+    ]
+    return len(having) > 1 and place == having[0] and all(operands[n].is_parameter for n in having)
+
+
+def _note_sum(coupling: CouplingConstraints, f: DimLabels, others: list[AbstractTensor]) -> None:
     """A sum over neurons is the sum of the members' sums only against per-neuron weights."""
-    facing = [g for g in other.fields if set(g.dims) & set(f.dims)]
+    facing = [other for other in others if any(set(g.dims) & set(f.dims) for g in other.fields)]
     if not facing:
         coupling.mix("neurons are summed without weights of their own")
-    elif not other.is_parameter:
+    elif not any(other.is_parameter for other in facing):
         coupling.mix("two activations are contracted over their neurons")
     coupling.mix("an averaged activation is read by weights", ids=f.ids)
 
@@ -295,13 +336,20 @@ def drop(value: AbstractTensor, dims: Iterable[int], *, keepdim: bool) -> Abstra
 
 
 def only_unlabelled(
-    coupling: CouplingConstraints, value: AbstractTensor, dims: Iterable[int], what: str
+    coupling: CouplingConstraints,
+    value: AbstractTensor,
+    dims: Iterable[int],
+    what: str,
+    *,
+    means_the_same: bool = False,
 ) -> AbstractTensor:
     """Leave no labels along dimensions in which an operator is not the same for every index.
 
     Labels that vary along other dimensions too (the pixels of a shuffled channel, say) become one
-    unit, in order; the others freeze.
+    unit, in order; the others freeze. `means_the_same`: an index along these dimensions has one
+    meaning for all members, as it has in a parameter.
     """
+    shared = means_the_same or value.is_parameter
     over = set(dims)
     kept, hit = list[DimLabels](), list[DimLabels]()
     for f in value.fields:
@@ -314,5 +362,5 @@ def only_unlabelled(
             coupling.block(f, sorted(inside))
             kept.append(DimLabels(f.first(sorted(inside)), tuple(sorted(rest))))
         else:
-            coupling.freeze(f, Kind.SHARED_INDEX if value.is_parameter else Kind.KEEP_BASE, what)
+            coupling.freeze(f, Kind.SHARED_INDEX if shared else Kind.KEEP_BASE, what)
     return replace(value, fields=tuple(kept), positions=merge_positions((*hit, *value.positions)))

@@ -12,6 +12,7 @@ from fxfuse.graph.torch_compat import schema_of
 
 #: Word in the operator's name → family; the first that is found counts.
 _WORDS = (
+    (r"fft|stft|complex|conj$", "fourier"),
     (r"softmax|norm", "normalisation"),
     (r"cum(sum|prod|max|min)|sort|topk|tri[lu]$", "ordering"),
     (r"grid_sampler", "sampling"),

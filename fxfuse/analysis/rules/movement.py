@@ -7,9 +7,12 @@ from functools import partial
 from typing import Any
 
 import torch
+from torch import fx
 
-from fxfuse.analysis.labels import AbstractTensor, DimLabels, Kind, positions
+from fxfuse.analysis.labels import AbstractTensor, DimLabels, Kind, numbered, positions
 from fxfuse.analysis.rules.registry import Call, rule
+from fxfuse.graph.arguments import argument
+from fxfuse.graph.operator_facts import FACTS, Contraction
 from fxfuse.graph.torch_compat import pytree
 
 aten = torch.ops.aten
@@ -40,6 +43,9 @@ aten = torch.ops.aten
     aten.narrow.default,
     aten.roll.default,
     aten.flip.default,
+    aten.rot90.default,
+    aten.fft_fftshift.default,
+    aten.fft_ifftshift.default,
     aten.chunk.default,
     aten.split.Tensor,
     aten.split_with_sizes.default,
@@ -165,6 +171,7 @@ def join(
     operation: Callable[[list[torch.Tensor]], torch.Tensor] | None = None,
 ) -> Any:
     """Join labelled tensors along one dimension, by concatenation or by another operation."""
+    is_cat = operation is None
     operation = operation or partial(torch.cat, dim=dim)
     shape = call.shape
     depends_on_input = any(v.sources is None for v in parts)
@@ -174,9 +181,12 @@ def join(
             for f in value.fields:
                 call.coupling.role(value, f, reader=False)
     along = any(dim in f.dims for v in parts for f in v.fields)
+    if is_cat and any(_is_state(v, dim) for v in parts):
+        # A zero state in front of weights: its neurons are those of the states that follow it.
+        along |= _is_read_by_weights(call.node, dim, len(shape))
     fields: list[DimLabels] = []
     if along:
-        rows = [_along(call, v, dim) for v in parts]
+        rows = [_along(call, v, dim, is_state=is_cat and _is_state(v, dim)) for v in parts]
         wide = torch.broadcast_shapes(*(_with(r.shape, dim, 1) for r in rows))
         rows = [r.expand(_with(wide, dim, r.shape[dim])) for r in rows]
         places = [torch.full_like(r, place) for place, r in enumerate(rows)]
@@ -198,8 +208,11 @@ def _with(shape: Sequence[int], dim: int, size: int) -> list[int]:
     return [size if d == dim else s for d, s in enumerate(shape)]
 
 
-def _along(call: Call, value: AbstractTensor, dim: int) -> torch.Tensor:
-    """Ids of one part along the joined dimension; fresh frozen ids where it has no labels."""
+def _along(call: Call, value: AbstractTensor, dim: int, *, is_state: bool) -> torch.Tensor:
+    """Ids of one part along the joined dimension; fresh ids where it has no labels.
+
+    They freeze, except in a state that begins as a constant: that holds no order.
+    """
     size = value.shape[dim]
     found = [f for f in value.fields if dim in f.dims]
     if found:
@@ -207,14 +220,26 @@ def _along(call: Call, value: AbstractTensor, dim: int) -> torch.Tensor:
             call.coupling.tie(found[0].ids, extra.ids)
         return found[0].ids
     start = call.coupling.fresh(size, (f"<{call.node.name}>", dim))
-    row = torch.arange(start, start + size)
-    ids = row.reshape([-1 if d == dim else 1 for d in range(value.rank)])
-    call.coupling.freeze(
-        DimLabels(ids, (dim,)),
-        Kind.SHARED_INDEX,
-        "content without labels is joined to labelled neurons",
+    own = numbered(value.shape, dim, start)
+    if not is_state:
+        why = "content without labels is joined to labelled neurons"
+        call.coupling.freeze(own, Kind.SHARED_INDEX, why)
+    return own.ids
+
+
+def _is_state(value: AbstractTensor, dim: int) -> bool:
+    """Tell whether a tensor is a constant that does not vary along a dimension of several."""
+    return value.sources == frozenset() and dim not in value.unlabelled and value.shape[dim] > 1
+
+
+def _is_read_by_weights(node: fx.Node, dim: int, rank: int) -> bool:
+    """Tell whether a layer reads a tensor's neurons along a dimension."""
+    return any(
+        isinstance(facts, Contraction)
+        and argument(user, facts.input) is node
+        and facts.channels % rank == dim
+        for user, facts in ((user, FACTS.get(user.target)) for user in node.users)
     )
-    return ids
 
 
 def _across(call: Call, parts: list[AbstractTensor], dim: int) -> Any:

@@ -69,13 +69,19 @@ def layer_norm(call: Call) -> AbstractTensor:
 
 @rule(*operators(Normalisation, over="group"))
 def group_norm(call: Call) -> AbstractTensor:
-    """Over the channels of each group and the pixels: the unit is the group."""
+    """Over the channels of each group and the pixels: the unit is the group, or a channel in it."""
     x, groups = call.argument("input"), call.argument("num_groups")
     call.coupling.record_use(x)
     split = x.moved(lambda t: t.unflatten(1, (groups, -1)))
-    reduce_over(
-        call.coupling, split, range(2, split.rank), "normalisation over the members' neurons"
+    why, keeps = (
+        "normalisation over the members' neurons",
+        call.node.name in call.coupling.keeps_groups,
     )
+    if keeps:
+        for f in split.fields:
+            call.coupling.tell_apart(f, 1)
+        call.coupling.mix(why)
+    reduce_over(call.coupling, split, range(3 if keeps else 2, split.rank), why)
     return _affine(call, x, 1)
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from fxfuse.analysis.labels import AbstractTensor, DimLabels, positions
-from fxfuse.analysis.rules.algebra import only_unlabelled
+from fxfuse.analysis.rules.algebra import drop, only_unlabelled, reduce_over
 from fxfuse.analysis.rules.registry import Call, concrete_shape, rule
 from fxfuse.graph.torch_compat import pytree
 
@@ -23,15 +23,33 @@ _WHY = "the operator goes along this dimension in order"
     aten.cumprod.default,
     aten.logcumsumexp.default,
     aten.cummax.default,
-    aten.sort.default,
-    aten.sort.stable,
+    aten.cummin.default,
     aten.argsort.default,
-    aten.topk.default,
 )
 def along(call: Call) -> Any:
     """Labels along the dimension freeze; those of the others stay."""
     x: AbstractTensor = call.args[0]
     return _kept(call, [call.argument("dim") % max(x.rank, 1)])
+
+
+@rule(aten.sort.default, aten.sort.stable, aten.topk.default)
+def ranked(call: Call) -> Any:
+    """As `along`, if anybody reads the indices; the values alone do not depend on an order."""
+    x: AbstractTensor = call.args[0]
+    dim = call.argument("dim") % max(x.rank, 1)
+    if call.is_read(1):
+        return _kept(call, [dim])
+    call.coupling.record_use(x)
+    reduce_over(call.coupling, x, [dim], "sorted over the members' neurons")
+    for f in x.fields:
+        call.coupling.mix("an averaged activation passes a nonlinear operator", ids=f.ids)
+    rest = drop(x, [dim], keepdim=True)
+
+    def result(fake: torch.Tensor) -> AbstractTensor:
+        shape = concrete_shape(fake)
+        return replace(rest, shape=shape, positions=positions(shape, rest.unlabelled | {dim}))
+
+    return [result(fake) for fake in call.node.meta["val"]]
 
 
 @rule(aten.tril.default, aten.triu.default)

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from fxfuse.analysis.labels import AbstractTensor
+from fxfuse.analysis.labels import AbstractTensor, DimLabels, Kind, neurons
 from fxfuse.analysis.rules.algebra import align, meet
 from fxfuse.analysis.rules.registry import Call, rule
 from fxfuse.graph.operator_facts import FACTS, Dropout, operators
@@ -57,6 +57,9 @@ _UNTAGGED = (
     aten.__and__.Tensor,
     aten.__or__.Tensor,
     aten.__xor__.Tensor,
+    aten.complex.default,
+    aten.polar.default,
+    aten.isreal.default,
 )
 
 #: The mean of the members passes through these unchanged: f(mean(x)) = mean(f(x)).
@@ -90,6 +93,7 @@ def pointwise(call: Call) -> AbstractTensor:
         for value in aligned:
             for f in value.fields:
                 call.coupling.role(value, f, reader=False)
+    aligned = [_without_basis(call, value, aligned) for value in aligned]
     result = aligned[0]
     for other in aligned[1:]:
         result = meet(call.coupling, result, other)
@@ -99,6 +103,38 @@ def pointwise(call: Call) -> AbstractTensor:
     if result.is_parameter and not _keeps_zeros(call):
         call.coupling.mix("zeros between the members' weights do not stay zeros")
     return replace(result, shape=call.shape, constant=None)
+
+
+def _without_basis(
+    call: Call, value: AbstractTensor, operands: list[AbstractTensor]
+) -> AbstractTensor:
+    """Freeze the indices of a parameter that all units share: knots, centres, frequencies.
+
+    Either nothing else varies along them while units stand elsewhere, or neighbours meet.
+    """
+    if not value.is_parameter:
+        return value
+    others = [v for v in operands if v is not value]
+    own = {d for f in value.fields for d in f.dims}
+    units = any(own.isdisjoint(g.dims) for v in others if not v.is_parameter for g in v.fields)
+    varying = {d for v in others for g in (*v.fields, *v.positions) for d in g.dims}
+    shared = [f for f in value.fields if units and varying.isdisjoint(f.dims)]
+    for f in shared:
+        call.coupling.freeze(f, Kind.SHARED_INDEX, "one index is shared by all units")
+    for f in value.fields:
+        if any(_are_neighbours(f, g) for v in others if v.is_parameter for g in v.fields):
+            why = "neighbouring entries of one parameter meet: their order matters"
+            call.coupling.freeze(f, Kind.SHARED_INDEX, why)
+    kept = tuple(f for f in value.fields if not any(f is s for s in shared))
+    return replace(value, fields=kept, positions=(*value.positions, *shared))
+
+
+def _are_neighbours(f: DimLabels, g: DimLabels) -> bool:
+    """Tell whether each neuron of a field meets one at a fixed distance in the same dimension."""
+    if f.dims != g.dims or f.ids.shape != g.ids.shape:
+        return False
+    steps = (neurons(f.ids) - neurons(g.ids)).unique()
+    return len(steps) == 1 and 0 < abs(int(steps)) < f.ids.numel()
 
 
 def _keeps_zeros(call: Call) -> bool:

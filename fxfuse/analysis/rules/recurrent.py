@@ -120,7 +120,7 @@ def step(
     """
     lead = "ABC"[: x.rank - 1]
     coupling.record_use(x)
-    rows = contract(coupling, x, lead + "i", weights.inner, "gi", lead + "g")
+    rows = contract(coupling, [(x, lead + "i"), (weights.inner, "gi")], lead + "g")
     for bias in weights.biases:
         for f in bias.fields:
             coupling.role(bias, f, reader=False)
@@ -135,13 +135,13 @@ def step(
     units = drop(by_gate, [gate], keepdim=False)
     hidden = units
     if weights.projection is not None:
-        hidden = contract(coupling, units, lead + "h", weights.projection, "rh", lead + "r")
+        hidden = contract(coupling, [(units, lead + "h"), (weights.projection, "rh")], lead + "r")
     states = [hidden, units][: len(initial)]
     for place, (state, before) in enumerate(zip(states, initial, strict=True)):
         for f in before.fields:
             coupling.role(before, f, reader=False)
         states[place] = meet(coupling, state, before)
-    again = contract(coupling, states[0], lead + "h", weights.recurrent, "gh", lead + "g")
+    again = contract(coupling, [(states[0], lead + "h"), (weights.recurrent, "gh")], lead + "g")
     meet(coupling, rows, again)
     for f in rows.fields:
         coupling.mix("an averaged activation passes a recurrent layer", ids=f.ids)

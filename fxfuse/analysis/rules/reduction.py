@@ -226,14 +226,26 @@ def _reduced(call: Call, shape: tuple[int, ...]) -> AbstractTensor:
     return replace(drop(x, over, keepdim=bool(call.optional("keepdim"))), shape=shape)
 
 
-@rule(aten.max.dim, aten.min.dim, aten.median.dim, aten.argmax.default, aten.argmin.default)
+@rule(
+    aten.max.dim,
+    aten.min.dim,
+    aten.median.dim,
+    aten.nanmedian.dim,
+    aten.kthvalue.default,
+    aten.mode.default,
+    aten.argmax.default,
+    aten.argmin.default,
+)
 def choose(call: Call) -> Any:
-    """The number of the largest is a place in an order, so what is chosen from has to stay."""
+    """A number of what is chosen is a place in an order, so that has to stay if it is read."""
     x: AbstractTensor = call.args[0]
     call.coupling.record_use(x)
     dim = call.argument("dim")
     over = range(x.rank) if dim is None else [dim % x.rank]
-    x = only_unlabelled(call.coupling, x, over, "chosen by its index")
+    if isinstance(call.node.meta["val"], torch.Tensor) or call.is_read(1):
+        x = only_unlabelled(call.coupling, x, over, "chosen by its index")
+    else:
+        reduce_over(call.coupling, x, over, "reduction over the members' neurons")
     _note_nonlinear(call, x)
     result = drop(x, over, keepdim=bool(call.argument("keepdim")))
     fakes = call.node.meta["val"]

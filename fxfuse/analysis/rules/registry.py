@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Mapping
 from itertools import chain
 from types import MappingProxyType
@@ -81,6 +82,13 @@ class Call:
             if str(declared.type) in ("Tensor", "Optional[Tensor]")
         ]
         return [self.argument(name) for name in names]
+
+    def is_read(self, result: int) -> bool:
+        """Tell whether one of the operator's results is read by anybody."""
+        return any(
+            user.target is not operator.getitem or (user.args[1] == result and bool(user.users))
+            for user in self.node.users
+        )
 
     @property
     def shape(self) -> tuple[int, ...]:

@@ -28,6 +28,18 @@ def grid_sampler(call: Call) -> AbstractTensor:
     return _sampled(x, grid, call.shape, {0, *range(2, x.rank)})
 
 
+@rule(aten.affine_grid_generator.default)
+def affine_grid(call: Call) -> AbstractTensor:
+    """`b d e -> b * d`: coordinates are in order."""
+    theta: AbstractTensor = call.args[0]
+    call.coupling.record_use(theta)
+    only_unlabelled(call.coupling, theta, range(theta.rank), "says where pixels are sampled")
+    shape = call.shape
+    return AbstractTensor(
+        shape, positions=positions(shape, range(len(shape))), sources=theta.sources
+    )
+
+
 @rule("torchvision::roi_align", "torchvision::roi_pool")
 def roi(call: Call) -> Any:
     """`b c *, k box -> k c *`: channels pass, every box is a sample of its own."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial, reduce
 from typing import Any
 
 import torch
@@ -18,7 +19,7 @@ from fxfuse.analysis.labels import AbstractTensor, DimLabels, positions, sources
 from fxfuse.analysis.rules.algebra import align, meet, only_unlabelled
 from fxfuse.analysis.rules.movement import run_on_ids
 from fxfuse.analysis.rules.registry import Call, concrete_shape, rule
-from fxfuse.graph.torch_compat import pytree
+from fxfuse.graph.torch_compat import pytree, schema_of
 
 aten = torch.ops.aten
 
@@ -62,6 +63,21 @@ def index_select(call: Call) -> Any:
     x, dim, chosen = call.args[0], call.args[1] % call.args[0].rank, call.args[2]
     only_unlabelled(call.coupling, chosen, range(chosen.rank), "used as an index")
     return replace(_picked(call, x, dim, call.shape), sources=sources_of(call.values()))
+
+
+@rule(aten.take_along_dim.default)
+def take(call: Call) -> Any:
+    """As `gather`, with operands that broadcast along the other dimensions."""
+    x, chosen, dim = call.args[0], call.args[1], call.argument("dim")
+    if dim is None:
+        return NotImplemented
+    call.coupling.record_use(x)
+    dim %= x.rank
+    x = only_unlabelled(call.coupling, x, [dim], _WHY)
+    met = meet(call.coupling, x.moved(lambda t: t.narrow(dim, 0, 1)), chosen)
+    shape = call.shape
+    varying = positions(shape, met.unlabelled | {dim})
+    return replace(met, shape=shape, positions=varying, sources=sources_of(call.values()))
 
 
 @rule(aten.gather.default)
@@ -126,6 +142,126 @@ def write(call: Call) -> Any:
     return replace(
         met, shape=x.shape, positions=varying, sources=sources_of(call.values()), constant=None
     )
+
+
+@rule(
+    aten.index_add.default,
+    aten.index_add_.default,
+    aten.index_copy.default,
+    aten.index_copy_.default,
+    aten.index_reduce.default,
+    aten.index_reduce_.default,
+    aten.index_fill.int_Scalar,
+    aten.index_fill_.int_Scalar,
+    aten.index_fill.int_Tensor,
+    aten.index_fill_.int_Tensor,
+)
+def write_rows(call: Call) -> AbstractTensor:
+    """`x[:, index] += source` along one dimension: along the others, both are tied."""
+    x, dim, chosen = call.args[0], call.args[1] % max(call.args[0].rank, 1), call.args[2]
+    only_unlabelled(call.coupling, chosen, range(chosen.rank), "used as an index")
+    return _scattered(call, {dim}, [x, *call.values()[2:]])
+
+
+@rule(
+    aten.scatter.src,
+    aten.scatter_.src,
+    aten.scatter.value,
+    aten.scatter_.value,
+    aten.scatter.reduce,
+    aten.scatter_.reduce,
+    aten.scatter.value_reduce,
+    aten.scatter_.value_reduce,
+    aten.scatter_add.default,
+    aten.scatter_add_.default,
+    aten.scatter_reduce.two,
+    aten.scatter_reduce_.two,
+)
+def scatter(call: Call) -> AbstractTensor:
+    """`x[index[i, j], j] = source[i, j]` along one dimension: along the others, all are tied."""
+    x, chosen = call.args[0], call.args[2]
+    over = {call.args[1] % max(x.rank, 1)}
+    # What is written in part along a dimension has to stay in order there.
+    over |= {d for d in range(x.rank) if chosen.shape[d] != x.shape[d]}
+
+    def cut(t: torch.Tensor) -> torch.Tensor:
+        return t[tuple(slice(0, size) for size in chosen.shape)]
+
+    sources = [v.moved(cut) if v.rank == x.rank else v for v in call.values()[2:]]
+    return _scattered(call, over, [x, chosen, *sources])
+
+
+def _scattered(call: Call, over: set[int], operands: list[AbstractTensor]) -> AbstractTensor:
+    """Tie operands along all dimensions but `over`, along which the data decide who meets whom."""
+    depends_on_input = sources_of(call.values()) is None
+    rows = []
+    for place, given in enumerate(operands):
+        call.coupling.record_use(given, min(place, 1))
+        value = only_unlabelled(call.coupling, given, over & set(range(given.rank)), _WHY)
+        if depends_on_input:
+            for f in value.fields:
+                call.coupling.role(value, f, reader=False)
+        # Without what varies along `over`, a row stands for all.
+        row = value.moved(lambda t: t[tuple(_first_row(d, over) for d in range(t.dim()))])
+        rows.append(align(row, operands[0].rank))
+    met = reduce(partial(meet, call.coupling), rows)
+    if schema_of(call.node.target).name.removesuffix("_") not in _LINEAR:
+        for f in met.fields:
+            call.coupling.mix("an averaged activation passes a nonlinear operator", ids=f.ids)
+    shape = call.shape
+    return replace(
+        met,
+        shape=shape,
+        positions=positions(shape, met.unlabelled | over),
+        sources=sources_of(call.values()),
+        constant=None,
+    )
+
+
+def _first_row(dim: int, over: set[int]) -> slice:
+    return slice(0, 1) if dim in over else slice(None)
+
+
+#: The mean of the members passes these.
+_LINEAR = {"aten::index_add", "aten::index_copy", "aten::scatter_add"}
+
+
+@rule(aten.segment_reduce.default)
+def segments(call: Call) -> AbstractTensor:
+    """Rows that follow each other are reduced to one; the other dimensions pass."""
+    x: AbstractTensor = call.args[0]
+    call.coupling.record_use(x)
+    axis = call.argument("axis") % x.rank
+    for other in call.values()[1:]:
+        only_unlabelled(call.coupling, other, range(other.rank), "used as an index")
+    x = only_unlabelled(call.coupling, x, [axis], _WHY)
+    if call.argument("reduce") not in ("sum", "mean"):
+        for f in x.fields:
+            call.coupling.mix("an averaged activation passes a nonlinear operator", ids=f.ids)
+    sources, shape = sources_of(call.values()), call.shape
+    varying = positions(shape, x.unlabelled | {axis})
+    return replace(x, shape=shape, positions=varying, sources=sources, constant=None)
+
+
+@rule(aten.searchsorted.Tensor, aten.bucketize.Tensor)
+def search(call: Call) -> Any:
+    """Each value is looked up by itself, in one row for all or in a row of its own."""
+    is_bucketize = call.node.target is aten.bucketize.Tensor
+    line, x = call.args[1::-1] if is_bucketize else call.args[:2]
+    sorter = call.optional("sorter")
+    if sorter is not None:
+        only_unlabelled(call.coupling, sorter, range(sorter.rank), "used as an index")
+    call.coupling.record_use(x)
+    line = only_unlabelled(call.coupling, line, [line.rank - 1], "values are searched in order")
+    if line.is_parameter:
+        call.coupling.mix("a parameter is shared by all units", sources=line.sources or frozenset())
+    for f in x.fields:
+        call.coupling.mix("an averaged activation passes a nonlinear operator", ids=f.ids)
+    if line.rank > 1:
+        for f in line.fields:
+            call.coupling.role(line, f, reader=False)
+        x = meet(call.coupling, x, line.moved(lambda t: t[..., :1]))
+    return replace(x, shape=call.shape, sources=sources_of(call.values()), constant=None)
 
 
 @rule(aten.where.default, aten.nonzero.default, aten.nonzero_numpy.default)

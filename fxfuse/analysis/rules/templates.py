@@ -91,7 +91,7 @@ def contracting(pattern: str, *, nonlinear: bool = False) -> Rule:
         assert b is not None
         call.coupling.record_use(a, 0)
         call.coupling.record_use(b, 1)
-        result = contract(call.coupling, a, named[0], b, named[1], letters_out)
+        result = contract(call.coupling, [(a, named[0]), (b, named[1])], letters_out)
         for letters, addend in zip(named[2:], addends, strict=True):
             if addend is not None:
                 result = _added(call, result, letters_out, addend, letters)

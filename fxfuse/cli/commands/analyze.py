@@ -58,6 +58,11 @@ def _show(model: str, graph: CouplingGraph) -> None:
         interface_lines(graph), frozen_lines(graph), without_rule_lines(graph.without_rule)
     ):
         out.print(line, markup=False, highlight=False)
+    if graph.single_units:
+        single = table(
+            "Groups of one unit", ("group", "its neurons are"), graph.single_units.items()
+        )
+        out.print(single)
     if graph.mixing:
         counts = Counter((note.why, note.source) for note in graph.mixing)
         rows = ((count, *what) for what, count in counts.items())
@@ -79,6 +84,7 @@ def _as_json(graph: CouplingGraph) -> dict[str, Any]:
             }
             for group in graph.groups
         ],
+        "single_units": dict(graph.single_units),
         "frozen": [
             {
                 "tensor": t,

@@ -38,6 +38,8 @@ def _joined(
         layouts = wide.layout_of(part)
         size = 1 if stacks else wide.values[part].shape[dim]
         layout = None if stacks else layouts.get(dim)
+        if layout is None and find(node.target) is movement.cat:
+            layout = _state_layout(wide, node, part, dim, offset)
         grows |= layout is not None
         lines.append(offset + (layout.source if layout else np.arange(size)))
         copies.append(layout.copy if layout else np.full(size, -1))
@@ -55,6 +57,19 @@ def _joined(
     if grows:
         result[dim] = Layout(np.concatenate(lines), np.concatenate(copies))
     return result
+
+
+def _state_layout(
+    wide: ResizedGraph, node: fx.Node, part: fx.Node, dim: int, offset: int
+) -> Layout | None:
+    """Give a state that begins as a constant as many neurons as there are copies of them."""
+    size = wide.values[part].shape[dim]
+    found = wide.units.index_layout(wide.values[node], dim, np.arange(offset, offset + size))
+    if bool((found.copy < 0).all()):
+        return None
+    own = Layout(found.source - offset, found.copy)
+    spread(wide, node, part, dim, own, broadcasts=False)
+    return own
 
 
 def overwrite(wide: ResizedGraph, node: fx.Node) -> Layouts:

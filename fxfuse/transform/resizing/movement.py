@@ -9,6 +9,7 @@ import numpy as np
 from torch import fx
 
 from fxfuse.analysis.labels import AbstractTensor
+from fxfuse.analysis.rules import find, selection
 from fxfuse.graph.torch_compat import pytree
 from fxfuse.transform.layout import Layout
 from fxfuse.transform.resizing.gather import gather
@@ -16,7 +17,7 @@ from fxfuse.transform.resizing.literals import candidates, evaluate, set_argumen
 from fxfuse.transform.resizing.operands import reorder, spread
 from fxfuse.transform.resizing.positions import layouts_of, positions_of
 from fxfuse.transform.resizing.propagate import complete, propagate_layouts
-from fxfuse.transform.resizing.state import Layouts, ResizedGraph, as_list, cannot_write
+from fxfuse.transform.resizing.state import Layouts, ResizedGraph, as_list, cannot_write, has_tensor
 
 
 def move(wide: ResizedGraph, node: fx.Node) -> Any:
@@ -79,12 +80,37 @@ def resize_gather(wide: ResizedGraph, node: fx.Node) -> Layouts:
     return complete(wide, node, wide.values[node], result)
 
 
+def resize_written(wide: ResizedGraph, node: fx.Node) -> Layouts:
+    """Writing at places: what is written to, and an index for each element, grow with the rest."""
+    result = cast("Layouts", propagate_layouts(wide, node))
+    value: AbstractTensor = wide.values[node]
+    # The values that are put at an index have dimensions of their own.
+    operands = node.all_input_nodes[:1] if find(node.target) is selection.write else node.args
+    for operand in operands:
+        if isinstance(operand, fx.Node) and has_tensor(wide.values[operand]):
+            known, own = wide.layout_of(operand), wide.values[operand]
+            for dim, layout in result.items():
+                if own.rank == value.rank and dim not in known and own.shape[dim] > 1:
+                    spread(wide, node, operand, dim, layout)
+    return result
+
+
 def _keeps_units_apart(wide: ResizedGraph, node: fx.Node, found: Sequence[Layouts | None]) -> bool:
-    """Tell whether the results are made of whole copies, and grow where units differ."""
+    """Tell whether the results hold every copy of whole units, and grow where units differ."""
     return all(
-        layouts is not None and all(wide.units.order(value, dim) is not None for dim in layouts)
+        layouts is not None
+        and all(_holds_every_copy(wide, value, dim, lay) for dim, lay in layouts.items())
         for value, layouts in zip(as_list(wide.values[node]), found, strict=True)
     )
+
+
+def _holds_every_copy(wide: ResizedGraph, value: AbstractTensor, dim: int, layout: Layout) -> bool:
+    units = wide.units.along(value, dim)
+    if units is None or wide.units.order(value, dim) is None:
+        return False
+    # An index into the members' units reaches some of the copies only.
+    copies = np.bincount(layout.source, minlength=len(units))
+    return np.array_equal(copies, np.where(wide.units.grow(units), wide.units.count[units], 1))
 
 
 def _reorderings(wide: ResizedGraph, value: AbstractTensor, layouts: Layouts) -> Iterator[Layouts]:

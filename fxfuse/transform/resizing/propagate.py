@@ -8,9 +8,10 @@ from typing import Any, cast
 from torch import fx
 
 from fxfuse.analysis.labels import AbstractTensor
-from fxfuse.analysis.rules import contraction, find, pointwise
-from fxfuse.graph.arguments import argument, set_argument
+from fxfuse.analysis.rules import contraction, find, ordering, pointwise
+from fxfuse.graph.arguments import argument, argument_names, set_argument
 from fxfuse.transform.layout import Layout
+from fxfuse.transform.resizing.literals import dimension
 from fxfuse.transform.resizing.operands import agree, broadcast
 from fxfuse.transform.resizing.state import Layouts, ResizedGraph, cannot_write, has_tensor
 
@@ -81,6 +82,18 @@ def keep_layout(wide: ResizedGraph, node: fx.Node) -> Layouts:
         source, move, passed = wide.pending[operand]
         wide.pending[node] = source, move, (*passed, node)
     return wide.layout_of(node.args[0])
+
+
+def resize_chosen(wide: ResizedGraph, node: fx.Node) -> Layouts:
+    """Resize operators that choose or sort among units: how many they return is no unit's size."""
+    value: AbstractTensor = wide.values[cast("fx.Node", node.args[0])]
+    layout = wide.layout_of(node.args[0]).get(dimension(node, value.rank))
+    counts = "k" in argument_names(node.target)
+    if layout is not None and not counts and find(node.target) is ordering.ranked:
+        raise cannot_write(node, "it returns one value for each unit")
+    if layout is not None and counts and argument(node, "k") > layout.size:
+        raise cannot_write(node, "it needs more units than there are")
+    return cast("Layouts", propagate_layouts(wide, node))
 
 
 def resize_normalisation(wide: ResizedGraph, node: fx.Node) -> Layouts:

@@ -16,6 +16,7 @@ from fxfuse.analysis.rules import (
     find,
     movement,
     normalisation,
+    ordering,
     pointwise,
     recurrent,
     reduction,
@@ -31,8 +32,13 @@ from fxfuse.transform.resizing.apart import Apart
 from fxfuse.transform.resizing.each import run_apart, write_outputs
 from fxfuse.transform.resizing.grouping import resize_gated, resize_groups, resize_patches
 from fxfuse.transform.resizing.joining import join, overwrite, pad
-from fxfuse.transform.resizing.movement import index, move, resize_gather
-from fxfuse.transform.resizing.propagate import keep_layout, propagate_layouts, resize_normalisation
+from fxfuse.transform.resizing.movement import index, move, resize_gather, resize_written
+from fxfuse.transform.resizing.propagate import (
+    keep_layout,
+    propagate_layouts,
+    resize_chosen,
+    resize_normalisation,
+)
 from fxfuse.transform.resizing.recurrence import resize_recurrence
 from fxfuse.transform.resizing.state import Layouts, ResizedGraph, has_tensor
 
@@ -52,14 +58,19 @@ _HANDLERS: Mapping[Rule | None, Handler] = {
     movement.view: move,
     normalisation.group_norm: resize_groups,
     normalisation.layer_norm: resize_normalisation,
+    ordering.ranked: resize_chosen,
     pointwise.gated_linear_unit: resize_gated,
     recurrent.cell: resize_recurrence,
     recurrent.layers: resize_recurrence,
+    reduction.choose: resize_chosen,
     reduction.fold: resize_patches,
     reduction.unfold: resize_patches,
     selection.gather: resize_gather,
     selection.index: index,
     selection.index_select: index,
+    selection.scatter: resize_written,
+    selection.write: resize_written,
+    selection.write_rows: resize_written,
 }
 
 
