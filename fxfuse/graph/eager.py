@@ -1,4 +1,4 @@
-"""Eager modules: a trace of one that torch.export refuses, and its answers with other weights.
+"""Eager modules: a trace of one that torch.export refuses.
 
 A trace holds for the example that it was made with: another input may take another branch or give
 other sizes. It serves the analysis; what runs is the module (docs/adr/0010-eager-fallback.md).
@@ -6,13 +6,11 @@ other sizes. It serves the analysis; what runs is the module (docs/adr/0010-eage
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import fx, nn
-from torch.func import functional_call
 from torch.fx.traceback import preserve_node_meta
 from torch.overrides import TorchFunctionMode
 
@@ -46,31 +44,6 @@ def _mark(x: torch.Tensor) -> torch.Tensor:
 @_mark.register_fake
 def _mark_fake(x: torch.Tensor) -> torch.Tensor:
     return torch.empty_like(x)
-
-
-@contextmanager
-def eval_mode(model: nn.Module) -> Iterator[None]:
-    """Put every submodule into eval mode and afterwards back into the mode it had."""
-    modes = [(module, module.training) for module in model.modules()]
-    for module, _ in modes:
-        # Set directly: modules that torch.export made refuse eval().
-        module.training = False
-    try:
-        yield
-    finally:
-        for module, training in modes:
-            module.training = training
-
-
-def answers(
-    module: nn.Module,
-    state: Mapping[str, torch.Tensor],
-    args: tuple[Any, ...],
-    kwargs: Mapping[str, Any],
-) -> Any:
-    """Return what a module answers in eval mode with other tensors; it stays as it is."""
-    with torch.no_grad(), eval_mode(module):
-        return functional_call(module, dict(state), args, dict(kwargs))
 
 
 def trace(

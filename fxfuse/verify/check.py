@@ -13,8 +13,8 @@ from torch import nn
 from fxfuse.common.readable import Description, Readable, counted
 from fxfuse.errors import VerificationError
 from fxfuse.graph.capture import Program, capture
-from fxfuse.graph.eager import answers
 from fxfuse.graph.module_checks import check_values
+from fxfuse.graph.run import answers, same_random_state
 from fxfuse.graph.tensors import tensors_in
 from fxfuse.graph.torch_compat import pytree
 from fxfuse.transform.emit import FusedModule
@@ -126,7 +126,7 @@ def run(
     if program.source is not None and not program.is_exported:
         check_values(state)
         return _run_eagerly(program.source, program.once(as_double(state)), args, kwargs)
-    with torch.no_grad():
+    with torch.no_grad(), same_random_state():
         return tensors_in(InDouble(program, state).answer(args, kwargs))
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import numpy as np
@@ -11,6 +12,7 @@ from torch import nn
 
 from fxfuse.analysis.coupling import analyze
 from fxfuse.graph.capture import Program
+from fxfuse.graph.run import answers, untouched
 from fxfuse.graph.tensors import tensors_in
 from fxfuse.planning.context import Context
 from fxfuse.planning.methods import WeightMatching
@@ -65,7 +67,8 @@ def handover(
             in another number than the member's; None where there are none.
     """
     args, kwargs = member.example_inputs
-    with torch.no_grad():
+    held = untouched(network) if isinstance(network, nn.Module) else nullcontext()
+    with torch.no_grad(), held:
         outputs = tensors_in(network(*args, **kwargs))
     broken = sum(int((~torch.isfinite(o)).sum()) for o in outputs)
     finite = Check(
@@ -73,8 +76,7 @@ def handover(
     )
     if not member.is_exported:
         return (finite,)
-    with torch.no_grad():
-        expected = tensors_in(member.module(*args, **kwargs))
+    expected = tensors_in(answers(member.module, {}, args, kwargs))
     wanted = [list(e.shape) for e in expected]
     for sizes, grown in zip(wanted, layouts or (), strict=layouts is not None):
         for dim, layout in grown.items():
