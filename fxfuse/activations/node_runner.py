@@ -16,7 +16,7 @@ from fxfuse.activations.parts import part_of, view_chain_of
 from fxfuse.activations.spill_store import MEMORY, SpillStore, Stored
 from fxfuse.errors import InputError
 from fxfuse.graph.capture import Program
-from fxfuse.graph.functional import base_of, written_names
+from fxfuse.graph.functional import base_of, written_bases, written_names
 from fxfuse.graph.run import same_random_state
 from fxfuse.graph.source_lines import source_of
 from fxfuse.graph.torch_compat import pytree, schema_of
@@ -90,9 +90,12 @@ class NodeRunner:
         self.copies: dict[str, list[torch.Tensor]] = {}
         inputs = [n for n in self.nodes if n.op == "placeholder"]
         calls = [pytree.tree_leaves(call) for call in self.calibration.batches]
+        bases = written_bases(graph or program.graph)
+        self.written_inputs = [node for node in inputs if node in bases]
         for node, leaves in zip(inputs, zip(*calls, strict=True), strict=True):
             self.values[node] = [
-                leaf.to(device) if isinstance(leaf, torch.Tensor) else leaf for leaf in leaves
+                leaf.to(device, copy=node in bases) if isinstance(leaf, torch.Tensor) else leaf
+                for leaf in leaves
             ]
 
     def run_to(self, node: fx.Node) -> None:
@@ -166,7 +169,7 @@ class NodeRunner:
         for node in wanted:
             asked.setdefault(self.asked_as.get(node, node), []).append(node)
         end = max((self.order[node] for node in asked), default=-1)
-        known: dict[fx.Node, Any] = {}
+        known = {node: self.values[node][batch].clone() for node in self.written_inputs}
         self.copies.clear()
         for node in self.nodes[: end + 1]:
             if node.op == "call_function" and node not in self.parts and node not in self.absent:

@@ -177,13 +177,18 @@ def is_write(node: fx.Node) -> bool:
 
 def written_names(graph: fx.Graph) -> frozenset[str]:
     """Names of the module's tensors that a graph writes into, also through views of them."""
+    return frozenset(str(base.target) for base in written_bases(graph) if base.op == "get_attr")
+
+
+def written_bases(graph: fx.Graph) -> set[fx.Node]:
+    """Return the nodes whose memory a graph writes: tensors of the module, inputs, activations."""
     found = set()
     for node in filter(is_write, graph.nodes):
         for argument, value in zip(schema_of(node.target).arguments, node.args, strict=False):
             alias = argument.alias_info
             if alias is not None and alias.is_write and isinstance(value, fx.Node):
                 found.add(base_of(value))
-    return frozenset(str(base.target) for base in found if base.op == "get_attr")
+    return found
 
 
 def _is_beyond(node: fx.Node) -> bool:

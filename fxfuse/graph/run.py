@@ -110,10 +110,11 @@ def _copy(tensor: torch.Tensor) -> torch.Tensor:
 
 def _written(module: nn.Module) -> Collection[str] | None:
     """Names of tensors that a run may write; None where that can be any."""
-    whole = isinstance(module, fx.GraphModule) and all(
-        node.op not in ("call_module", "call_method") for node in module.graph.nodes
-    )
-    return written_names(module.graph) if whole else None
+    if not isinstance(module, fx.GraphModule):
+        return None
+    graph: fx.Graph = module.graph
+    whole = all(node.op not in ("call_module", "call_method") for node in graph.nodes)
+    return written_names(graph) if whole else None
 
 
 class _Kept:

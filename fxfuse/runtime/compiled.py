@@ -15,7 +15,6 @@ from fxfuse.errors import CompileError, OptionError
 from fxfuse.graph.example import first_line
 from fxfuse.graph.run import untouched
 from fxfuse.graph.tensors import tensors_in
-from fxfuse.graph.torch_compat import pytree
 from fxfuse.refine.fused import Fused
 from fxfuse.runtime.inference import Compiled, CompileReport, Frozen
 from fxfuse.runtime.inputs import resolve_inputs
@@ -171,7 +170,7 @@ def _tried(
 ) -> list[torch.Tensor]:
     """What a compiled network answers; the network that it runs stays as it is."""
     with untouched(network):
-        return pytree.tree_map(torch.clone, tensors_in(compiled(*args, **kwargs)))
+        return [x.clone() for x in tensors_in(compiled(*args, **kwargs))]
 
 
 def _options(backend: str, mode: str | None, options: Mapping[str, Any] | None) -> dict[str, Any]:

@@ -106,7 +106,8 @@ def inputs_of(program: Program, *, flip: bool = False) -> Any:
     """Return the example inputs in float64; flipped: other inputs of the same kind."""
 
     def other(x: Any) -> Any:
-        x = to_double(x)
+        # A copy, since the network may write into it.
+        x = to_double(x).clone() if isinstance(x, torch.Tensor) else x
         if flip and isinstance(x, torch.Tensor) and x.is_floating_point():
             return x.flip(-1) * 0.5 + 0.25
         return x.flip(-1) if flip and isinstance(x, torch.Tensor) and x.dim() else x

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
 from typing import Any
 
 import numpy as np
@@ -12,7 +11,7 @@ from torch import nn
 
 from fxfuse.analysis.coupling import analyze
 from fxfuse.graph.capture import Program
-from fxfuse.graph.run import answers, untouched
+from fxfuse.graph.run import answers
 from fxfuse.graph.tensors import tensors_in
 from fxfuse.planning.context import Context
 from fxfuse.planning.methods import WeightMatching
@@ -67,9 +66,11 @@ def handover(
             in another number than the member's; None where there are none.
     """
     args, kwargs = member.example_inputs
-    held = untouched(network) if isinstance(network, nn.Module) else nullcontext()
-    with torch.no_grad(), held:
-        outputs = tensors_in(network(*args, **kwargs))
+    if isinstance(network, nn.Module):
+        outputs = tensors_in(answers(network, {}, args, kwargs))
+    else:
+        with torch.no_grad():
+            outputs = tensors_in(network(*args, **kwargs))
     broken = sum(int((~torch.isfinite(o)).sum()) for o in outputs)
     finite = Check(
         "finite outputs", float(broken), 0.0, broken == 0, f"{broken} values are not finite"
