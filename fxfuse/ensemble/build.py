@@ -78,8 +78,7 @@ def stack(
         RewriteError: An output cannot be reduced in that way.
         VerificationError: An output differs from the members'.
     """
-    members = Members.of(members).networks
-    check_enough(members, "a stack")
+    check_enough(members := list(Members.of(members).networks), "a stack")  # type: ignore[arg-type]
     if reduce not in REDUCTIONS:
         raise OptionError(f"unknown reduce {reduce!r}", how=f"use one of {', '.join(REDUCTIONS)}")
     given = Example.of(example)

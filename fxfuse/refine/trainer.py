@@ -43,7 +43,7 @@ class Trainer:
         self.module, self.pool, self.task = module, pool, task
         self.batch, self.decay, self.seed = batch, decay, seed
         self.several: Together = together(module)
-        (args, kwargs), _ = pool.batch(torch.arange(min(2, pool.size)))
+        (args, kwargs), _ = pool.batch(torch.arange(min(batch, pool.size)))
         self._carried = Carried(module, args, kwargs)
         #: CPU seconds of one step on one input, once it was measured (`cost`).
         self.seconds_per_input = 0.0

@@ -136,7 +136,10 @@ def in_double(module: FusedModule) -> FusedModule:
     for node in module.graph.nodes:
         node.args, node.kwargs = lifted(node.args), lifted(node.kwargs)
     module.recompile()
-    return module.double()
+    for tensor in (*module.parameters(), *module.buffers()):
+        # Not `module.double()`, which leaves complex tensors single.
+        tensor.data = to_double(tensor.data)
+    return module
 
 
 def _run_eagerly(
