@@ -7,6 +7,8 @@ import pickle
 import warnings
 from collections.abc import Mapping
 from dataclasses import replace
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -24,7 +26,9 @@ from fxfuse.graph.tensors import tensors_in
 from fxfuse.planning.plan import FusionPlan, UnitMap
 from fxfuse.planning.size import sizes_of
 from fxfuse.transform.cost import operations_of, parameters_of
+from fxfuse.transform.layout import Layout
 from fxfuse.transform.resizing import emit_resized, limit_sizes
+from fxfuse.transform.resizing.positions import layouts_of, positions_of
 from fxfuse.verify.check import as_double, in_double, inputs_of, relative_error
 from tests.models import build, image
 from tests.options import flat, planned
@@ -306,3 +310,16 @@ def test_groups_that_are_as_many_as_the_batch(size: float):
     more = torch.randn(5, 3, 6, 6)
     torch.testing.assert_close(result.to_module()(more), result.module(more))
     assert fxfuse.verify.concatenation_equals_ensemble(members, x).passed
+
+
+def test_positions_of_many_growing_dimensions():
+    shape = (2,) * 6
+    value: Any = SimpleNamespace(shape=shape, rank=6)
+    twice = Layout(np.array([0, 1, 0, 1]), np.array([0, 0, 1, 1]))
+    place, copy = positions_of(value, dict.fromkeys(range(6), twice))
+    found = layouts_of(torch.arange(64).reshape(shape), place, copy, set(range(6)))
+    assert found is not None
+    assert all(np.array_equal(found[d].copy, twice.copy) for d in range(6))
+    value = SimpleNamespace(shape=(2,) * 7, rank=7)
+    with pytest.raises(RewriteError, match="7 of its dimensions grow"):
+        positions_of(value, dict.fromkeys(range(7), twice))
