@@ -139,14 +139,16 @@ class NodeRunner:
     def compute(self, node: fx.Node, replaced: Callable[[int, fx.Node], Any]) -> Iterator[Any]:
         """What a node returns for each batch with operands as `replaced(batch, operand)` says."""
         for batch in range(len(self.calibration.batches)):
-            yield self._call(node, partial(replaced, batch))
+            with torch.no_grad():
+                result = self._call(node, partial(replaced, batch))
+            yield result
 
     def _call(self, node: fx.Node, operand: Callable[[fx.Node], Any]) -> Any:
         """Run a node; all networks draw the same random numbers, and torch's own state stays."""
         target: Any = node.target
         args, kwargs = fx.map_arg((node.args, node.kwargs), operand)
         random = torch.Tag.nondeterministic_seeded in getattr(target, "tags", ())
-        with torch.no_grad(), same_random_state() if random else nullcontext():
+        with same_random_state() if random else nullcontext():
             if random:
                 torch.manual_seed(self.order.get(node, 0))
             return target(*args, **kwargs)
@@ -204,7 +206,8 @@ class NodeRunner:
             return known[node]
         if node.op == "get_attr" or node in self.parts or node in self.values:
             return self.value(node)[batch]
-        known[node] = self._call(node, lambda n: self.compute_one(n, batch, known))
+        with torch.no_grad():
+            known[node] = self._call(node, lambda n: self.compute_one(n, batch, known))
         return known[node]
 
     def _step(self, node: fx.Node) -> None:
