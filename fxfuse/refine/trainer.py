@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from fxfuse.graph.run import Carried
 from fxfuse.graph.torch_compat import pytree
 from fxfuse.refine.modes import copies, restore, tensors_of, trainable
-from fxfuse.refine.parallel import Together, is_sharded, together
+from fxfuse.refine.parallel import Together, is_sharded, reshard, together
 from fxfuse.refine.pool import Pool
 from fxfuse.refine.schedule import course
 from fxfuse.refine.task import Task
@@ -45,6 +45,7 @@ class Trainer:
         self.several: Together = together(module)
         (args, kwargs), _ = pool.batch(torch.arange(min(batch, pool.size)))
         self._carried = Carried(module, args, kwargs)
+        reshard(module)
         #: CPU seconds of one step on one input, once it was measured (`cost`).
         self.seconds_per_input = 0.0
 
