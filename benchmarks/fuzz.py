@@ -1,27 +1,40 @@
 """Damaged files: whatever is in them, there is a named error or the right result.
 
-    python -m benchmarks.fuzz [--cases 2000] [--seed 0] [--json benchmarks/results/fuzz.json]
+    python -m benchmarks.fuzz [--cases 10000] [--seed 0] [--json benchmarks/results/fuzz.json]
 
 Checkpoints (`.safetensors`, `.pt`), plans, recipes, saved graphs and data are cut, overwritten with
-random bytes, and edited in their headers. A worker reads them, with 1 GB of memory beyond what it
-had and 30 seconds for each. Good are: an `FxfuseError`; or a result that is right, which is for a
-checkpoint the tensors that another reader finds in it, for a plan, a graph and a recipe what was
-written, or for a recipe what its text says.
+random bytes, and edited in their headers. Graphs, plans and recipes are also edited as who attacks
+would: other names, numbers, types, operators and depths, with a checksum that fits. A worker reads
+them, with 500 MB of memory beyond what it had and 10 seconds for each. Good are: an `FxfuseError`;
+or a result that is right, which is for a checkpoint the tensors that another reader finds in it,
+for a plan, a graph and a recipe what was written, or for a recipe what its text says. What was
+edited on purpose may be any network, plan or recipe.
+
+Meanwhile Python's audit events are watched: no class is looked up by pickle, no code is compiled or
+executed that has a word of an attack in it, no process is started, and no file is opened outside of
+the folder, except to read those of the libraries.
 """
 
 from __future__ import annotations
 
 import argparse
+import ast
 import copy
 import hashlib
+import io
 import json
+import os
+import pickle
 import random
+import re
 import resource
 import signal
 import subprocess
 import sys
 import tempfile
+import time
 import warnings
+import zipfile
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import suppress
@@ -34,7 +47,7 @@ from torch import nn
 
 from benchmarks.records import write
 
-SECONDS, GIGABYTE = 30, 1 << 30
+SECONDS, MEMORY = 10, 500 << 20
 KINDS = ("safetensors", "pt", "plan", "recipe", "graph", "data")
 RECIPE = """model: package.module:factory
 model_args: {width: 8, classes: 3}
@@ -96,11 +109,12 @@ def damaged(kind: str, content: bytes, rng: random.Random) -> tuple[str, bytes]:
         noise,
         repeat,
     ]
-    if kind in ("safetensors", "plan", "recipe", "graph"):
+    if kind in ("safetensors", "plan", "recipe"):
         ways += [edit_text] * 3
+    if kind in ON_PURPOSE:
+        # Nearly everything else is only a wrong checksum.
+        ways += [ON_PURPOSE[kind]] * 12
     way = rng.choice(ways)
-    if kind == "graph" and way is edit_text:
-        return "edit graph", edit_graph(content, rng)
     return way.__name__, way(content, rng)
 
 
@@ -141,6 +155,26 @@ JSON_VALUES: tuple[Any, ...] = (
     *(float("inf"), {"node": "x"}, {"dtype": "os"}, {"tuple": []}, {"slice": [1]}, "fc.weight"),
     *("x=open('opened', 'w')", 'fc"+str(open)+"', "aten.from_file.default", "operator.pow"),
     *("aten.relu.default", "torch.os.system", "aten.save.default", "getattr", [0] * 500_000),
+    *(3_000_000_000, 99, 2**70, 0.5, "3", False, float("nan"), 1e308, "transplant", "layer"),
+)
+#: A word that stands in every attack; nothing that is compiled may hold it as code.
+CANARY = "canary_word"
+_CALL = f"{CANARY}(open('opened', 'w'))"
+#: Names that do something, where they are taken for Python.
+ATTACKS = (
+    *(f"x={_CALL}", f"x': {_CALL}, 'y", f'fc"+str({_CALL})+"', f'x"); {_CALL}; ("', f"x\n {_CALL}"),
+    *(f"x, y={_CALL}", f"x)\\\n    {_CALL}", f"{CANARY}()", f"{CANARY}:call", f"x: {_CALL}"),
+    *("subprocess:check_output", "os:system", "builtins:exec", "../../opened", "/tmp/opened"),
+    *("__class__", "forward", "self", "lambda", "__import__", "x" * 5000, "", "a.b", "a..b", "1"),
+    *("torch.Size", "collections.namedtuple", "transformers.modeling_outputs.os", "os.system"),
+)
+#: Operators that the dispatcher knows, and others.
+OPERATORS = (
+    *("aten.from_file.default", "aten.save.default", "image.read_file.default", "aten.relu"),
+    *("prims.collapse.default", "higher_order.cond.default", "torch.load", "builtins.eval"),
+    *("aten._sparse_coo_tensor_unsafe.default", "operator.attrgetter", "aten.__init__.default"),
+    *("aten.cat.default", "aten.repeat.default", "aten.full.default", "aten.set_.source_Tensor"),
+    *("operator.pow", "operator.lshift", "getattr", "fxfuse.count_batch", "fxfuse.check_batch"),
 )
 #: What torch says of a network that cannot run.
 NO_NETWORK = (RuntimeError, TypeError, ValueError, LookupError, AttributeError)
@@ -165,7 +199,6 @@ def edit_text(content: bytes, rng: random.Random) -> bytes:
 
 
 def swap(text: bytes, rng: random.Random) -> bytes:
-    import re
 
     found = list(re.finditer(rb'-?\d+\.?\d*|"[^"]*"|\b\w+\b|[\[\]{},:]', text))
     if not found:
@@ -179,16 +212,146 @@ def edit_graph(content: bytes, rng: random.Random) -> bytes:
     """An edited graph with a right checksum, as someone would make it on purpose."""
     graph = json.loads(content)
     del graph["sha256"]
-    for _ in range(rng.choice((1, 1, 3))):
-        places = list(_places(graph))
-        (holder, key), (other, place) = rng.choice(places), rng.choice(places)
-        value = copy.deepcopy(other[place]) if rng.random() < 0.5 else rng.choice(JSON_VALUES)
-        if isinstance(holder, dict) and rng.random() < 0.2:
-            holder[value if isinstance(value, str) else repr(value)] = holder.pop(key)
-        else:
-            holder[key] = value
+    kind = rng.random()
+    if kind < 0.4:
+        names = [*graph["tensors"], *graph["arguments"], *(n.get("name") for n in graph["nodes"])]
+        graph = renamed(graph, rng.choice([n for n in names if n]), attack(rng))
+    elif kind < 0.6:
+        node = rng.choice([node for node in graph["nodes"] if node["op"] == "call"])
+        node["target"] = rng.choice(OPERATORS)
+    else:
+        mutate(graph, rng)
+    return signed_graph(graph)
+
+
+def signed_graph(graph: Any) -> bytes:
     digest = hashlib.sha256(json.dumps(graph).encode()).hexdigest()
     return json.dumps({**graph, "sha256": digest}).encode()
+
+
+def edit_plan(content: bytes, rng: random.Random) -> bytes:
+    """An edited plan with a right digest."""
+    from fxfuse.members.fingerprint import digest_of
+
+    plan = json.loads(content)
+    note = {key: plan.pop(key) for key in ("note", "digest")}
+    if rng.random() < 0.1:
+        plan["maps"].append(copy.deepcopy(rng.choice(plan["maps"])))
+    else:
+        mutate(plan, rng)
+    return json.dumps({**note, **plan, "digest": digest_of(plan)}).encode()
+
+
+def edit_recipe(content: bytes, rng: random.Random) -> bytes:
+    """An edited recipe, or one with aliases."""
+    import yaml
+
+    if rng.random() < 0.1:
+        bomb = "&a0 [x, x]"
+        for level in range(1, rng.choice((3, 9, 30))):
+            bomb = f"&a{level} [{bomb}, " + ", ".join([f"*a{level - 1}"] * 9) + "]"
+        return content + f"model_args: {bomb}\n".encode()
+    recipe = yaml.safe_load(content)
+    mutate(recipe, rng)
+    # All of JSON is YAML, and its writer knows no aliases.
+    return json.dumps(recipe).encode()
+
+
+def edit_pickle(content: bytes, rng: random.Random) -> bytes:
+    """A checkpoint that calls something when it is unpickled, or says that it is large."""
+    if rng.random() < 0.3:
+        return pickle.dumps(Calls())
+    out = io.BytesIO()
+    state: dict[str, Any] = {"0.weight": torch.ones(8, 5)}
+    if rng.random() < 0.5:
+        state["0.bias"] = rng.choice((Calls(), [Calls()], torch.ones(1).expand(10**9)))
+        torch.save(state, out, _use_new_zipfile_serialization=rng.random() < 0.7)
+        return out.getvalue()
+    with zipfile.ZipFile(io.BytesIO(content)) as source, zipfile.ZipFile(out, "w") as target:
+        for name in source.namelist():
+            part = source.read(name)
+            if name.endswith("data.pkl"):
+                # Sizes are small integers there: a large one in place of one of them.
+                large = pickle.dumps(rng.choice((10**9, 2**62, 2**70)))[2:-1]
+                small = [m.start() for m in re.finditer(rb"K[\x03-\x40]", part)]
+                place = rng.choice(small)
+                part = part[:place] + large.rpartition(b"\x94")[-1] + part[place + 2 :]
+            elif rng.random() < 0.3:
+                part = part[: rng.choice((0, len(part) // 2))]
+            target.writestr(name, part)
+    return out.getvalue()
+
+
+def edit_arrays(content: bytes, rng: random.Random) -> bytes:
+    """Arrays that are packed well, or less than their headers announce, or of objects."""
+    out = io.BytesIO()
+    size = rng.choice((10, 10**6, 10**9, 2**62, 2**70))
+    head = f"{{'descr': '{rng.choice(('<f4', '|O', '<U9', '|S0', '<c16'))}', 'fortran_order': False"
+    head = f"{head}, 'shape': ({size}, {rng.choice((1, 4, 10**6))}), }}"
+    version = rng.choice((1, 2, 3))
+    length = len(head).to_bytes(2 if version == 1 else 4, "little")
+    if version > 1 and rng.random() < 0.3:
+        length = (2**31).to_bytes(4, "little")
+    body = b"\x93NUMPY" + bytes([version, 0]) + length + head.encode()
+    body += rng.choice((b"", b"\0" * 40, b"\0" * (4 << 20)))
+    with zipfile.ZipFile(out, "w", zipfile.ZIP_DEFLATED) as target:
+        target.writestr("inputs.npy", body)
+    return out.getvalue()
+
+
+ON_PURPOSE: dict[str, Callable[[bytes, random.Random], bytes]] = {
+    "graph": edit_graph,
+    "plan": edit_plan,
+    "recipe": edit_recipe,
+    "pt": edit_pickle,
+    "data": edit_arrays,
+}
+
+
+class Calls:
+    """Leaves a file behind when it is unpickled."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Path.touch, (Path("opened"),)
+
+
+def attack(rng: random.Random) -> str:
+    """A name that does something, where it is taken for Python or for a path."""
+    name = rng.choice(ATTACKS)
+    return name if rng.random() < 0.7 else f"{name}{rng.choice(('', 'x', ' ', '.y', chr(0)))}"
+
+
+def renamed(value: Any, old: str, new: str) -> Any:
+    """A document in which a text is another one, wherever it stands, as a key, too."""
+    if isinstance(value, dict):
+        return {new if k == old else k: renamed(v, old, new) for k, v in value.items()}
+    if isinstance(value, list):
+        return [renamed(item, old, new) for item in value]
+    return new if value == old else value
+
+
+def mutate(document: Any, rng: random.Random) -> None:
+    """Other values, of other types, at other places, in other depths."""
+    for _ in range(rng.choice((1, 1, 3))):
+        places = list(_places(document))
+        (holder, key), (other, place) = rng.choice(places), rng.choice(places)
+        kind = rng.random()
+        if kind < 0.3:
+            value = copy.deepcopy(other[place])
+        elif kind < 0.4:
+            value = attack(rng)
+        elif kind < 0.5:
+            value = copy.deepcopy(holder[key])
+            for _ in range(rng.choice((1, 25, 300))):
+                value = [value]
+        else:
+            value = copy.deepcopy(rng.choice(JSON_VALUES))
+        if isinstance(holder, dict) and rng.random() < 0.2:
+            holder[value if isinstance(value, str) else repr(value)[:500]] = holder.pop(key)
+        elif isinstance(holder, list) and rng.random() < 0.2:
+            holder.insert(key, value)
+        else:
+            holder[key] = value
 
 
 def _places(value: Any) -> Iterator[tuple[Any, Any]]:
@@ -208,8 +371,8 @@ def read(kind: str, content: bytes, sources: Sources, *, checked: bool) -> None:
     """
     import fxfuse
     from fxfuse.cli.recipe.text import parse_recipe
-    from fxfuse.cli.sources import read_data
-    from fxfuse.members.checkpoint import load_checkpoint
+    from fxfuse.cli.sources import Preparation, read_data
+    from fxfuse.members.checkpoint import load_checkpoint, write_state_dict
 
     folder = sources.folder
     if kind in ("safetensors", "pt"):
@@ -225,7 +388,7 @@ def read(kind: str, content: bytes, sources: Sources, *, checked: bool) -> None:
         plan = fxfuse.FusionPlan.from_json(content.decode("utf-8", errors="replace"))
         found = fxfuse.build(plan, sources.members, sources.x)
         for name, tensor in sources.result.state_dict().items():
-            assert torch.equal(found.state_dict()[name], tensor), name
+            assert not checked or torch.equal(found.state_dict()[name], tensor), name
     elif kind == "recipe":
         import yaml
 
@@ -235,10 +398,19 @@ def read(kind: str, content: bytes, sources: Sources, *, checked: bool) -> None:
     elif kind == "data":
         path = folder / "case.npz"
         path.write_bytes(content)
-        data = read_data(str(path))
+        data = read_data(str(path), Preparation(limit=100))
         assert all(len(part) == len(data) for part in data.inputs)
     else:
         (folder / "saved" / "graph.json").write_bytes(content)
+        if not checked:
+            with suppress(Exception):
+                # Names of tensors were changed in the weights, too.
+                values = list(sources.result.state_dict().values())
+                names = list(json.loads(content)["tensors"])
+                assert len(names) == len(values)
+                write_state_dict(
+                    folder / "saved" / "fused.safetensors", dict(zip(names, values, strict=True))
+                )
         loaded = fxfuse.load(folder / "saved")
         # What was edited on purpose, checksum and all, is another network, which may not run.
         with suppress(*(() if checked else NO_NETWORK)):
@@ -271,12 +443,14 @@ def worker(start: int, cases: int, seed: int) -> None:
 
     warnings.simplefilter("ignore")
     with tempfile.TemporaryDirectory() as work:
-        sources = Sources(Path(work))
+        os.chdir(work)
+        watch, sources = Watch(Path(work)), Sources(Path(work))
         # Whatever is imported late is imported now: it is not the file that takes that memory.
         for kind in KINDS:
             read(kind, sources.whole[kind], sources, checked=True)
+        sys.addaudithook(watch)
         pages = int(Path("/proc/self/statm").read_text().split()[0])
-        limit = pages * resource.getpagesize() + GIGABYTE
+        limit = pages * resource.getpagesize() + MEMORY
         resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
         signal.signal(signal.SIGALRM, _late)
         for number in range(start, cases):
@@ -285,8 +459,12 @@ def worker(start: int, cases: int, seed: int) -> None:
             way, content = damaged(kind, sources.whole[kind], rng)
             print(json.dumps({"case": number, "kind": kind, "way": way}), flush=True)
             signal.alarm(SECONDS)
+            begin = time.monotonic()
+            watch.seen.clear()
             try:
-                read(kind, content, sources, checked=way != "edit graph")
+                watch.on = True
+                checked = way == edit_text.__name__ or not way.startswith("edit_")
+                read(kind, content, sources, checked=checked)
                 found = "right result"
             except FxfuseError as error:
                 found = "named error" if str(error).count("\n") else f"thin error: {error}"
@@ -299,8 +477,67 @@ def worker(start: int, cases: int, seed: int) -> None:
             except BaseException as error:
                 found = f"OTHER ERROR: {type(error).__name__}: {str(error)[:200]}"
             finally:
+                watch.on = False
                 signal.alarm(0)
-            print(json.dumps({"case": number, "found": found}), flush=True)
+            if watch.seen or Path("opened").exists():
+                found = f"ATTACK: {[*watch.seen, 'a file was left'][0]}"[:300]
+                Path("opened").unlink(missing_ok=True)
+            took = time.monotonic() - begin
+            print(json.dumps({"case": number, "found": found, "seconds": took}), flush=True)
+
+
+class Watch:
+    """Notes what may not happen while a file is read."""
+
+    def __init__(self, folder: Path) -> None:
+        self.on = False
+        self.seen: list[str] = []
+        self.folder = str(folder.resolve())
+        self.libraries = (sys.prefix, sys.base_prefix, str(Path(__file__).resolve().parents[1]))
+        self.system = ("/proc/", "/sys/", "/dev/", "/etc/localtime", "/usr/")
+
+    def __call__(self, event: str, arguments: tuple[Any, ...]) -> None:
+        if not self.on:
+            return
+        self.on = False
+        try:
+            why = self.judge(event, arguments)
+        finally:
+            self.on = True
+        if why:
+            self.seen.append(f"{event}: {why}")
+
+    def judge(self, event: str, arguments: tuple[Any, ...]) -> str:
+        if event in ("pickle.find_class", "os.system", "subprocess.Popen", "os.exec", "os.fork"):
+            return repr(arguments)
+        if event == "compile":
+            source = arguments[0]
+            text = source.decode(errors="replace") if isinstance(source, bytes) else source
+            held = isinstance(text, str) and CANARY in text
+            return text[:200] if held and is_code(text) else ""
+        if event == "exec":
+            return "a word of an attack" if CANARY in _words(arguments[0]) else ""
+        if event == "open" and isinstance(arguments[0], str | bytes):
+            path = os.path.realpath(os.fsdecode(arguments[0]))
+            flags = arguments[2] or 0
+            writes = flags & (os.O_WRONLY | os.O_RDWR) or set(arguments[1] or "") & set("wax+")
+            allowed = (self.folder,) if writes else (self.folder, *self.libraries, *self.system)
+            return "" if path.startswith(allowed) else path
+        return ""
+
+
+def is_code(text: str) -> bool:
+    """Whether the word of the attacks is more than a literal in Python code."""
+    try:
+        nodes = list(ast.walk(ast.parse(text)))
+    except (SyntaxError, ValueError):
+        # It runs nothing, but an attack got so far.
+        return True
+    return any(CANARY in ast.dump(node) for node in nodes if isinstance(node, ast.Name | ast.arg))
+
+
+def _words(code: Any) -> str:
+    return " ".join((*getattr(code, "co_names", ()), *getattr(code, "co_varnames", ())))
 
 
 def _late(number: int, frame: Any) -> None:
@@ -310,8 +547,9 @@ def _late(number: int, frame: Any) -> None:
 def fuzz(cases: int, seed: int) -> dict[str, Any]:
     """Reads damaged files in workers; counts what came of them."""
     counts: dict[str, Counter[str]] = {kind: Counter() for kind in KINDS}
+    ways: Counter[str] = Counter()
     bad: list[dict[str, Any]] = []
-    begin = 0
+    begin, slowest = 0, 0.0
     while begin < cases:
         command = [sys.executable, "-m", "benchmarks.fuzz", "--worker", str(begin)]
         command += ["--cases", str(cases), "--seed", str(seed)]
@@ -319,21 +557,25 @@ def fuzz(cases: int, seed: int) -> dict[str, Any]:
         lines = [json.loads(line) for line in child.stdout.splitlines() if line[:1] == "{"]
         told = {line["case"]: line for line in lines if "kind" in line}
         ended = {line["case"]: line["found"] for line in lines if "found" in line}
+        slowest = max([slowest, *(line["seconds"] for line in lines if "seconds" in line)])
         if not told:
             raise RuntimeError(f"the worker did not begin: {child.stderr[-2000:]}")
         for number, line in told.items():
             found = ended.get(number, f"CRASH: exit {child.returncode}")
             short = found.partition(":")[0]
+            ways[f"{line['kind']}: {line['way']}"] += 1
             counts[line["kind"]][short] += 1
             if short not in ("named error", "right result"):
                 bad.append({**line, "found": found})
         begin = max(told) + 1
-    return {"cases": cases, "seed": seed, "counts": counts, "bad": bad}
+    limits = {"seconds": SECONDS, "bytes": MEMORY}
+    found = {"cases": cases, "seed": seed, "limits": limits, "slowest": round(slowest, 2)}
+    return {**found, "counts": counts, "ways": dict(sorted(ways.items())), "bad": bad}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--cases", type=int, default=2000)
+    parser.add_argument("--cases", type=int, default=10_000)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", type=Path)
     parser.add_argument("--worker", type=int)

@@ -1,24 +1,36 @@
-"""Kill -9 while results are written: what is left is the old result or the new one, whole.
+"""Kills, threads and long runs: what is left is whole, members are as before, memory is flat.
 
     python -m benchmarks.reliability [--rounds 200] [--json benchmarks/results/reliability.json]
 
-A child process replaces a folder of three files again and again, each time with another content;
-after a random while it is killed. The folder must then hold three files of one content.
+Kills: a child process replaces a folder of three files again and again, each time with another
+content; after a random while it is killed. The folder must then hold three files of one content.
+Threads: four of them fuse members, the same ones and their own in turns. Each result must be what
+one thread alone gets, and the members as they were, bit for bit. Memory: objects of Python and
+bytes of the process, after as many fusions one after the other.
 """
 
 from __future__ import annotations
 
 import argparse
+import gc
 import random
+import resource
 import signal
 import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
+import torch
+from torch import nn
+
+import fxfuse
 from benchmarks.records import write
-from fxfuse.common.output import atomic_folder
+from fxfuse.common.output import MARK, atomic_folder
 
 NAMES = ("weights", "plan", "summary")
 _BYTES = 200_000
@@ -32,7 +44,7 @@ while True:
     version += 1
     with atomic_folder(path, {NAMES!r}, force=True) as folder:
         for name in {NAMES!r}:
-            (folder / name).write_text(f"{{version:09}}" * {_BYTES // 9})
+            (folder / name).write_text(f"{{version:09}}" * {_BYTES // 9} + {MARK!r})
 """
 
 
@@ -47,7 +59,7 @@ def content(folder: Path) -> int:
     versions = {text[:9] for text in found.values()}
     assert len(versions) == 1, versions
     (version,) = versions
-    assert all(text == version * (_BYTES // 9) for text in found.values())
+    assert all(text == version * (_BYTES // 9) + MARK for text in found.values())
     return int(version)
 
 
@@ -80,9 +92,65 @@ def killed(rounds: int, seed: int = 0) -> dict[str, int]:
             else:
                 assert version == 0, "the result of an earlier round is gone"
         with atomic_folder(path, NAMES, force=True) as folder:
-            (folder / NAMES[0]).write_text("the last one")
+            (folder / NAMES[0]).write_text(f"the last one, {MARK}")
         counts["left over"] = len(list(Path(work).iterdir())) - 1
     return counts
+
+
+def network(seed: int) -> nn.Module:
+    torch.manual_seed(seed)
+    layers = [nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 8, 3), nn.ReLU()]
+    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 4))
+
+
+def in_threads(fusions: int, threads: int = 4) -> dict[str, int]:
+    """Fuses at once; counts results and members that are not as they should be."""
+    x, shared = torch.randn(4, 3, 8, 8), [network(0), network(1)]
+    expected = fxfuse.fuse([network(0), network(1)], x).state_dict()
+    counts = {"fusions": fusions, "threads": threads, "errors": 0, "results": 0, "members": 0}
+
+    def differs(found: Mapping[str, Any], wanted: Mapping[str, Any]) -> bool:
+        return any(not torch.equal(found[name], tensor) for name, tensor in wanted.items())
+
+    # Seeds are the process's, and shared members may be another thread's at any moment.
+    members = [shared if n % 2 else [network(0), network(1)] for n in range(fusions)]
+    every = [member for each in (*members[:2], *members[2::2]) for member in each]
+    objects = [member.state_dict(keep_vars=True) for member in every]
+    before = [{name: t.detach().clone() for name, t in held.items()} for held in objects]
+
+    def run(number: int) -> None:
+        try:
+            found = fxfuse.fuse(members[number], x).state_dict()
+        except Exception:
+            counts["errors"] += 1
+            return
+        counts["results"] += differs(found, expected)
+
+    with ThreadPoolExecutor(threads) as pool:
+        list(pool.map(run, range(fusions)))
+    for member, held, values in zip(every, objects, before, strict=True):
+        now = member.state_dict(keep_vars=True)
+        lost = any(now[name] is not tensor for name, tensor in held.items())
+        counts["members"] += lost or differs(now, values)
+    return counts
+
+
+def growth(fusions: int) -> dict[str, Any]:
+    """Fuses again and again; says what stays of each, after the first ten."""
+    members, x = [network(0), network(1)], torch.randn(4, 3, 8, 8)
+
+    def now() -> tuple[int, int]:
+        gc.collect()
+        pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[1])
+        return len(gc.get_objects()), pages * resource.getpagesize()
+
+    for _ in range(10):
+        fxfuse.fuse(members, x)
+    before = now()
+    for _ in range(fusions):
+        fxfuse.fuse(members, x)
+    objects, memory = (a - b for a, b in zip(now(), before, strict=True))
+    return {"fusions": fusions, "objects each": objects / fusions, "bytes each": memory / fusions}
 
 
 def main() -> None:
@@ -90,7 +158,12 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=200)
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
-    result = killed(options.rounds)
+    fusions = options.rounds // 2
+    result = {
+        "kills": killed(options.rounds),
+        "threads": in_threads(fusions),
+        "memory": growth(fusions),
+    }
     print(result)
     if options.json:
         write(options.json, result)

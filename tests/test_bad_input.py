@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import pytest
@@ -416,9 +415,9 @@ class Returning(nn.Module):
         return self.wrap(self.layer(x))
 
 
-@dataclass
 class Answer:
-    logits: torch.Tensor
+    def __init__(self, logits: torch.Tensor) -> None:
+        self.logits = logits
 
 
 @pytest.mark.parametrize(
@@ -498,3 +497,71 @@ def test_calibration_without_values():
         fxfuse.fuse(
             [mlp(), mlp()], torch.randn(3, 4), calibration=torch.empty(99, 4, device="meta")
         )
+
+
+# --- names, which torch.fx writes into Python code ---
+
+
+class Called(nn.Module):
+    """A layer, a buffer or a plain tensor of any name."""
+
+    def __init__(self, name: str, kind: str = "layer") -> None:
+        super().__init__()
+        self.out = nn.Linear(4, 4)
+        self.name, self.layers = name, nn.ModuleDict()
+        if kind == "layer":
+            self.layers[name] = nn.Linear(4, 4)
+        elif kind == "buffer":
+            self.register_buffer(name, torch.ones(4), persistent=False)
+        else:
+            setattr(self, name, torch.ones(4))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for layer in self.layers.values():
+            x = layer(x).relu()
+        return self.out(x * getattr(self, self.name)) if not self.layers else self.out(x)
+
+
+WRITES = """x");open('opened','w');print("x"""
+NAMES = ('a"b', "a\\b", '"""', "a\0b", "a\nb", "a\u2028b", "a\ud800b", "class", "None")
+
+
+@pytest.mark.parametrize("name", [*NAMES, WRITES])
+@pytest.mark.parametrize("kind", ["layer", "buffer", "plain"])
+def test_a_name_that_is_no_python_is_refused(name: str, kind: str, tmp_path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    error = refused(MemberError, "graphs are Python code", model=Called(name, kind))
+    assert "rename" in error.how
+    with pytest.raises(MemberError, match="graphs are Python code"):
+        fxfuse.stack([Called(name, kind), Called(name, kind)], torch.randn(3, 4))
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("name", ["it's", "a b", "é", "a" * 250, "{x}", "#", "0", "');print('x"])
+def test_any_other_name_is_fine(name: str) -> None:
+    torch.manual_seed(0)
+    member, x = Called(name), torch.randn(3, 4)
+    found = fxfuse.fuse([member, member], x, size=2)
+    torch.testing.assert_close(found.module(x), member(x))
+
+
+def test_a_keyword_input_that_is_no_python_is_refused(tmp_path, monkeypatch) -> None:
+    class Any_(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(4, 4)
+
+        def forward(self, **inputs: torch.Tensor) -> torch.Tensor:
+            return self.layer(next(iter(inputs.values())))
+
+    monkeypatch.chdir(tmp_path)
+    for name in ("x=open('opened', 'w')", "x y", "lambda", ""):
+        given = Example(kwargs={name: torch.randn(3, 4)})
+        refused(InputError, "no identifier of Python", model=Any_(), x=given)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("given", [torch.empty(0, 4), [], [torch.empty(0, 4)]])
+def test_no_calibration_inputs_at_all(given: Any) -> None:
+    with pytest.raises(InputError, match="there are no calibration inputs"):
+        fxfuse.fuse([mlp(), mlp()], torch.randn(3, 4), calibration=given)

@@ -337,6 +337,32 @@ def test_batches_with_labels_and_parts():
     torch.testing.assert_close(joined, torch.cat([images(60)] * 2))
 
 
+def test_keyword_batches_with_labels():
+    """As loaders of text give them, in pairs or under a key that is no input of the network."""
+
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(4, 3)
+
+        def forward(self, *, x: torch.Tensor, labels: torch.Tensor | None = None) -> torch.Tensor:
+            return self.layer(x)
+
+    x, labels = torch.randn(120, 4), torch.arange(120) % 3
+    program = fxfuse.capture(Net().eval(), {"x": x[:2]})
+    for given in ({"x": x, "labels": labels}, [{"x": x, "label": labels}], [({"x": x}, labels)]):
+        calibration = CalibrationBatches.of(program, given, shuffle=False)
+        assert torch.equal(torch.cat(calibration.labels), labels)
+        assert calibration.batches[0][1].keys() == {"x"}
+    tokens = CalibrationBatches.of(program, {"x": x, "labels": labels[:, None].expand(-1, 5)})
+    assert tokens.labels == ()
+    # A network that was captured with labels takes them as an input.
+    program = fxfuse.capture(Net().eval(), {"x": x[:2], "labels": labels[:2]})
+    taken = CalibrationBatches.of(program, {"x": x, "labels": labels})
+    assert taken.batches[0][1].keys() == {"x", "labels"}
+    assert taken.labels == ()
+
+
 def test_sorted_inputs_are_shuffled_with_their_labels():
     program = fxfuse.capture(excite(SmallResNet(), images(4)), images(4))
     x, labels = images(2000), torch.arange(2000)

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 import pickle
+import zipfile
 from collections import OrderedDict
+from pathlib import Path
 
 import pytest
 import safetensors.torch
@@ -228,3 +230,31 @@ def test_permissions_are_those_of_an_ordinary_file(tmp_path, state):
     write_state_dict(tmp_path / "a.safetensors", state)
     (tmp_path / "plain").touch()
     assert (tmp_path / "a.safetensors").stat().st_mode == (tmp_path / "plain").stat().st_mode
+
+
+def test_packed_records_are_refused_before_they_are_unpacked(tmp_path: Path) -> None:
+    """A few kilobytes could become gigabytes; torch.save packs nothing."""
+    torch.save({"x": torch.zeros(1 << 20)}, tmp_path / "x.pt")
+    with (
+        zipfile.ZipFile(tmp_path / "x.pt") as source,
+        zipfile.ZipFile(tmp_path / "packed.pt", "w", zipfile.ZIP_DEFLATED) as target,
+    ):
+        for name in source.namelist():
+            target.writestr(name, source.read(name))
+    with pytest.raises(CheckpointError, match="is compressed"):
+        read_state_dict(tmp_path / "packed.pt")
+
+
+@pytest.mark.parametrize("mmap", [False, True])
+def test_a_record_is_not_larger_than_it_is(tmp_path: Path, mmap: bool) -> None:
+    torch.save({"x": torch.ones(40)}, tmp_path / "x.pt")
+    with (
+        zipfile.ZipFile(tmp_path / "x.pt") as source,
+        zipfile.ZipFile(tmp_path / "large.pt", "w") as target,
+    ):
+        for name in source.namelist():
+            # 40 elements become 10 to the 9, of a record that is empty.
+            large = source.read(name).replace(b"K(", b"J" + (10**9).to_bytes(4, "little"))
+            target.writestr(name, b"" if name.endswith("data/0") else large)
+    with pytest.raises(CheckpointError, match="is damaged"):
+        read_file(tmp_path / "large.pt", mmap=mmap)

@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -58,8 +59,14 @@ def work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def invoke(*arguments: object) -> Result:
-    return CliRunner().invoke(app, [str(argument) for argument in arguments])
+#: Commands that read a result's folder.
+ON_FOLDERS = ("run", "refit", "distill", "compare", "bench", "report")
+
+
+def invoke(*arguments: object, trust: bool = True) -> Result:
+    """Runs a command; the folders of these tests name a factory of their own, which is trusted."""
+    trusted = ("--trust",) if trust and arguments[0] in ON_FOLDERS else ()
+    return CliRunner().invoke(app, [str(argument) for argument in (*arguments, *trusted)])
 
 
 def done(*arguments: object) -> Result:
@@ -180,6 +187,105 @@ def test_bench_times_three_networks(work: Path) -> None:
 def test_bench_compiles(work: Path) -> None:
     rows = json.loads(done("bench", "fused", "--batch", 2, "--compiled", "--json").stdout)
     assert [row["how"] for row in rows] == ["eager"] * 3 + ["compiled"] * 3
+
+
+STRANGE = """
+from pathlib import Path
+Path("opened").touch()
+"""
+
+
+@pytest.mark.parametrize("command", ON_FOLDERS)
+@pytest.mark.parametrize("spec", ["strange:model", "subprocess:check_output", "builtins:eval"])
+def test_a_folder_imports_nothing_that_only_it_names(work: Path, command: str, spec: str) -> None:
+    (work / "strange.py").write_text(STRANGE)
+    recipe = yaml.safe_load((work / "fused" / "recipe.yaml").read_text())
+    arguments = {"strange:model": {}, "subprocess:check_output": {"args": ["touch", "opened"]}}
+    recipe |= {"model": spec, "model_args": arguments.get(spec, {"source": "open('opened', 'w')"})}
+    (work / "fused" / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    more = {
+        "run": ("--out", "other"),
+        "refit": ("--calibration", "inputs.npy", "--out", "other"),
+        "distill": ("--data", "data.npz", "--out", "other"),
+    }
+    result = invoke(command, "fused", *more.get(command, ()), trust=False)
+    assert result.exit_code == 2, result.output
+    assert f"{spec!r} is not imported only because a folder names it" in result.output
+    assert "--trust" in result.output
+    assert not (work / "opened").exists()
+    assert "strange" not in sys.modules
+    if command != "bench":
+        known = ("--model", "command_models:cnn", *more.get(command, ()))
+        np.save("inputs.npy", np.load("data.npz")["inputs"])
+        recipe["model_args"] = {}
+        (work / "fused" / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+        result = invoke(command, "fused", *known, trust=False)
+        assert result.exit_code == 0, result.output
+    assert not (work / "opened").exists()
+
+
+@pytest.mark.parametrize("field", ["calibration", "evaluation", "train"])
+def test_a_folder_reads_no_data_from_a_function_that_only_it_names(work: Path, field: str) -> None:
+    (work / "strange.py").write_text(STRANGE)
+    recipe = yaml.safe_load((work / "fused" / "recipe.yaml").read_text())
+    source: Any = {"source": "strange:data"}
+    recipe[field] = {"kind": "distill", "data": source} if field == "train" else source
+    (work / "fused" / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    known = ("--model", "command_models:cnn", "--out", "other")
+    result = invoke("run", "fused", *known, trust=False)
+    assert result.exit_code == 2, result.output
+    assert "'strange:data' is not imported" in result.output
+    assert not (work / "opened").exists()
+
+
+def test_a_folder_shadows_no_library(work: Path) -> None:
+    """The working directory follows a recipe into its `base`, but imports do not."""
+    (work / "fused" / "timm.py").write_text(STRANGE)
+    recipe = yaml.safe_load((work / "fused" / "recipe.yaml").read_text())
+    recipe |= {"model": "timm:nobody", "base": str(work / "fused")}
+    (work / "fused" / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    command = [sys.executable, "-m", "fxfuse", "compare", "fused"]
+    child = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert child.returncode == 2, child.stderr
+    assert "timm has no network 'nobody'" in child.stderr
+    assert not list(work.rglob("opened"))
+
+
+@pytest.mark.parametrize(
+    ("spec", "argument"),
+    [
+        ("timm:resnet18", {"checkpoint_path": "evil.pt"}),
+        ("timm:resnet18", {"pretrained_cfg": {"file": "evil.pt"}}),
+        ("timm:resnet18", {"pretrained_cfg_overlay": {"file": "evil.pt"}}),
+        ("hf:own", {"trust_remote_code": True}),
+    ],
+)
+def test_libraries_are_not_asked_to_load_code(
+    work: Path, spec: str, argument: dict[str, Any]
+) -> None:
+    pytest.importorskip("timm")
+    pytest.importorskip("transformers")
+    (work / "own").mkdir()
+    (work / "own" / "config.json").write_text('{"model_type": "bert"}')
+    with pytest.raises(OptionError, match="are made without"):
+        make_model(spec, argument)
+
+
+@pytest.mark.parametrize(
+    ("entry", "said"),
+    [
+        ({"model_type": "nobody", "auto_map": {"AutoConfig": "own.Config"}}, "custom code"),
+        ({"model_type": "bert", "attn_implementation": "evil/kernel"}, "code from the network"),
+    ],
+)
+def test_a_folder_of_transformers_brings_no_code(work: Path, entry: Any, said: str) -> None:
+    pytest.importorskip("transformers")
+    (work / "own").mkdir()
+    (work / "own" / "config.json").write_text(json.dumps(entry))
+    (work / "own" / "own.py").write_text(STRANGE)
+    with pytest.raises(OptionError, match=said):
+        make_model("hf:own", {})
+    assert not (work / "opened").exists()
 
 
 def test_report_on_what_was_written(work: Path) -> None:

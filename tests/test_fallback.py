@@ -5,6 +5,8 @@ from __future__ import annotations
 import copy
 import dataclasses
 import warnings
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -15,6 +17,7 @@ from fxfuse import verify
 from fxfuse.errors import (
     CaptureError,
     CheckpointError,
+    FxfuseError,
     MemberError,
     RewriteError,
     VerificationError,
@@ -243,10 +246,44 @@ def test_members_are_compared_by_what_they_answer(quiet):
     x = torch.randn(5, 6)
     ours, theirs = (fxfuse.capture(m, x) for m in early(2))
     check_same_network([ours, theirs])
-    with pytest.raises(MemberError, match="answers"):
+    with pytest.raises(MemberError, match="answers") as caught:
         check_same_network([ours, fxfuse.capture(Early(nn.Tanh()), x)])
+    assert caught.value.where.startswith("node 'relu'")
     with pytest.raises(MemberError, match="tensor names"):
         check_same_network([ours, fxfuse.capture(Branching(), x)])
+
+
+class Heads(nn.Module):
+    """Attention with a number of heads that no tensor tells."""
+
+    def __init__(self, heads: int, *, branches: bool) -> None:
+        super().__init__()
+        self.heads, self.branches = heads, branches
+        self.qkv, self.out = nn.Linear(8, 24), nn.Linear(8, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        b, n, c = x.shape
+        if self.branches and x.sum() > 1e9:
+            x = -x
+        q, k, v = self.qkv(x).chunk(3, -1)
+        q, k, v = (t.mT.reshape(b * self.heads, c // self.heads, n).mT for t in (q, k, v))
+        return self.out((q @ k.mT).softmax(-1).matmul(v).mT.reshape(b, c, n).mT)
+
+
+@pytest.mark.parametrize("use", [fxfuse.fuse, fxfuse.stack])
+@pytest.mark.parametrize("branches", [False, True])
+def test_another_number_of_heads_is_named_where_it_is_used(
+    use: Callable[..., Any], branches: bool, quiet: None
+):
+    members = [Heads(heads, branches=branches).eval() for heads in (2, 4)]
+    with pytest.raises(FxfuseError) as caught:
+        use(members, torch.randn(3, 5, 8))
+    if use is fxfuse.stack and branches:
+        return  # Without a program there is nothing to stack.
+    assert isinstance(caught.value, MemberError)
+    assert "member 1 differs from member 0" in caught.value.what
+    assert "test_fallback.py" in caught.value.where
+    assert "self.heads" in caught.value.where
 
 
 def test_fusion_without_a_program():

@@ -22,8 +22,10 @@ from fxfuse.cli.commands.explain import explain
 from fxfuse.cli.commands.fuse import fuse
 from fxfuse.cli.commands.prune import prune
 from fxfuse.cli.commands.refit import refit
+from fxfuse.cli.commands.stack import stack
 from fxfuse.cli.commands.verify import verify
 from fxfuse.cli.flags import (
+    CHECKPOINTS,
     CONSTRAINTS,
     GROUPS,
     HEADS,
@@ -169,7 +171,9 @@ def test_no_flag_is_there_twice() -> None:
         refit: {g for g in GROUPS if g.name in ("calibration", "task", "refit", "match")},
         distill: {TRAINING},
         compare: {TASK},
-        **{command: {CONSTRAINTS} for command in (analyze, explain, verify)},
+        **{command: {CONSTRAINTS} for command in (analyze, explain)},
+        verify: {CHECKPOINTS, CONSTRAINTS},
+        stack: {CHECKPOINTS},
     }
     for command, groups in commands.items():
         parameters = inspect.signature(command).parameters
@@ -185,7 +189,9 @@ def test_python_arguments_are_parts_of_the_recipe() -> None:
     elsewhere = {"members", "example", "progress"}
     assert set(inspect.signature(fxfuse.fuse).parameters) - elsewhere == fields - {"plan"}
     arguments = {group.name for group in GROUPS if group is not TRAINING}
-    assert arguments - {"refit", "match"} <= fields
+    # How checkpoints are read is said of each member.
+    assert arguments - {"refit", "match", "checkpoints"} <= fields
+    assert "weights" in Recipe.model_json_schema()["$defs"]["Member"]["properties"]
 
 
 # What is given becomes options.

@@ -9,7 +9,7 @@ import pytest
 
 from benchmarks.reliability import killed
 from fxfuse.common import output
-from fxfuse.common.output import atomic_folder, check_output, locked, write_text
+from fxfuse.common.output import MARK, atomic_folder, check_output, locked, write_text
 from fxfuse.errors import OutputError
 
 NAMES = ("a.txt", "b.txt")
@@ -21,7 +21,7 @@ def contents(folder):
 
 def write(path, text, **options):
     with atomic_folder(path, NAMES, **options) as folder:
-        (folder / "a.txt").write_text(text)
+        (folder / "a.txt").write_text(f"{text}. {MARK}")
 
 
 def test_writes_a_new_folder_and_nothing_else(tmp_path):
@@ -42,9 +42,9 @@ def test_permissions_are_those_of_an_ordinary_folder(tmp_path):
 
 def test_the_target_appears_only_at_the_end(tmp_path):
     with atomic_folder(tmp_path / "out", NAMES) as folder:
-        (folder / "a.txt").write_text("one")
+        (folder / "a.txt").write_text(f"one. {MARK}")
         assert not (tmp_path / "out").exists()
-    assert (tmp_path / "out" / "a.txt").read_text() == "one"
+    assert (tmp_path / "out" / "a.txt").read_text() == f"one. {MARK}"
 
 
 @pytest.mark.parametrize("error", [RuntimeWarning, KeyboardInterrupt, SystemExit])
@@ -71,22 +71,22 @@ def test_an_error_leaves_the_earlier_result(tmp_path):
     with pytest.raises(RuntimeWarning):
         write_and_fail()
     assert contents(tmp_path) == ["out", "out/a.txt"]
-    assert (tmp_path / "out" / "a.txt").read_text() == "one"
+    assert (tmp_path / "out" / "a.txt").read_text() == f"one. {MARK}"
 
 
 def test_an_existing_folder_is_refused(tmp_path):
     write(tmp_path / "out", "one")
     with pytest.raises(OutputError, match="force=True"):
         write(tmp_path / "out", "two")
-    assert (tmp_path / "out" / "a.txt").read_text() == "one"
+    assert (tmp_path / "out" / "a.txt").read_text() == f"one. {MARK}"
 
 
 def test_force_replaces_the_whole_folder(tmp_path):
     write(tmp_path / "out", "one")
-    (tmp_path / "out" / "b.txt").write_text("stale")
+    (tmp_path / "out" / "b.txt").write_text(f"stale. {MARK}")
     write(tmp_path / "out", "two", force=True)
     assert contents(tmp_path) == ["out", "out/a.txt"]
-    assert (tmp_path / "out" / "a.txt").read_text() == "two"
+    assert (tmp_path / "out" / "a.txt").read_text() == f"two. {MARK}"
 
 
 def test_force_never_deletes_files_of_the_user(tmp_path):
@@ -95,6 +95,41 @@ def test_force_never_deletes_files_of_the_user(tmp_path):
     with pytest.raises(OutputError, match=r"thesis\.tex"):
         write(tmp_path / "out", "two", force=True)
     assert contents(tmp_path) == ["out", "out/a.txt", "out/thesis.tex"]
+
+
+@pytest.mark.parametrize("kind", ["folder", "link", "by hand", "compiled"])
+def test_force_replaces_only_files_with_the_mark(tmp_path, kind):
+    """What has the name of one of ours may still be the user's."""
+    path = tmp_path / "out" / "a.txt"
+    path.parent.mkdir()
+    names = (*NAMES, "network.onnx")
+    if kind == "folder":
+        path.mkdir()
+        (path / "thesis.tex").write_text("years of work")
+    elif kind == "link":
+        (tmp_path / "other").write_text(MARK)
+        path.symlink_to(tmp_path / "other")
+    elif kind == "compiled":
+        path = path.with_name("network.onnx")
+        path.write_text("years of work")
+    else:
+        path.write_text("years of work")
+    if kind != "compiled":
+        (tmp_path / "out" / "b.txt").write_text(MARK)
+    before = contents(tmp_path)
+    with (
+        pytest.raises(OutputError, match=path.name),
+        atomic_folder(tmp_path / "out", names, force=True) as folder,
+    ):
+        (folder / "a.txt").write_text(MARK)
+    assert contents(tmp_path) == before
+
+
+def test_compiled_forms_are_replaced_with_the_rest(tmp_path):
+    for _ in range(2):
+        with atomic_folder(tmp_path / "out", ("a", "network.onnx"), force=True) as folder:
+            (folder / "a").write_text(MARK)
+            (folder / "network.onnx").write_text("compiled")
 
 
 def test_force_replaces_neither_files_nor_links(tmp_path):
@@ -163,8 +198,8 @@ def test_without_exchange_the_old_one_steps_aside(tmp_path: Path, monkeypatch: p
     monkeypatch.setattr(output, "_exchange", lambda one, other: False)
     for text in ("old", "new"):
         with atomic_folder(tmp_path / "result", ["a"], force=True) as folder:
-            (folder / "a").write_text(text)
-    assert (tmp_path / "result" / "a").read_text() == "new"
+            (folder / "a").write_text(f"{text}. {MARK}")
+    assert (tmp_path / "result" / "a").read_text() == f"new. {MARK}"
     assert [entry.name for entry in tmp_path.iterdir()] == ["result"]
 
 
@@ -196,9 +231,12 @@ def test_what_appears_at_the_last_moment_is_not_lost(
 
 def test_the_lock_is_no_link_to_somewhere_else(tmp_path: Path):
     (tmp_path / "thesis.tex").write_text("years of work")
-    (tmp_path / ".out.lock").symlink_to(tmp_path / "thesis.tex")
-    with pytest.raises(OSError, match="symbolic links"):
-        write(tmp_path / "out", "one")
+    for target in ("thesis.tex", "nowhere"):
+        (tmp_path / ".out.lock").symlink_to(tmp_path / target)
+        with pytest.raises(OutputError, match="symbolic link"):
+            write(tmp_path / "out", "one")
+        (tmp_path / ".out.lock").unlink()
+    assert contents(tmp_path) == ["thesis.tex"]
     assert (tmp_path / "thesis.tex").read_text() == "years of work"
 
 

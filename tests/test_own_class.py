@@ -63,6 +63,41 @@ class Attention(nn.Module):
         return self.last(x + self.out(heads.reshape(b, t, self.embed)))
 
 
+class ChannelFirst(nn.Module):
+    """Heads beside the batch: the class, or a part without tensors, knows only how many."""
+
+    class Heads(nn.Module):
+        def __init__(self, heads: int) -> None:
+            super().__init__()
+            self.heads = heads
+
+        def forward(self, qkv: torch.Tensor) -> torch.Tensor:
+            b, width, n = qkv.shape
+            channels = width // (3 * self.heads)
+            qkv = qkv.reshape(b * self.heads, 3 * channels, n)
+            q, k, v = qkv.split(channels, dim=1)
+            weight = torch.einsum("bct,bcs->bts", q, k).softmax(-1)
+            return torch.einsum("bts,bcs->bct", weight, v).reshape(b, -1, n)
+
+    def __init__(self, width: int = 16, heads: int = 4) -> None:
+        super().__init__()
+        self.heads, self.unrelated = heads, 16
+        self.first, self.last = nn.Conv1d(5, width, 1), nn.Conv1d(width, 3, 1)
+        self.norm = nn.GroupNorm(1, width)
+        self.apart, self.out = nn.Conv1d(width, 3 * width, 1), nn.Conv1d(width, width, 1)
+        self.joint, self.inner = nn.Conv1d(width, 3 * width, 1), self.Heads(heads)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.first(x)
+        x = x + self.inner(self.joint(self.norm(x)))
+        b, c, n = x.shape
+        q, k, v = self.apart(x).chunk(3, 1)
+        ch = q.shape[1] // self.heads
+        q, k, v = (t.reshape(b * self.heads, ch, n) for t in (q, k, v))
+        heads = functional.scaled_dot_product_attention(*(t.mT for t in (q, k, v))).mT
+        return self.last(x + self.out(heads.reshape(b, c, n)))
+
+
 class Odd(nn.Module):
     """Layers of torch whose sizes are literals or tensors: groups, shapes, a recurrent layer."""
 
@@ -119,6 +154,7 @@ NETWORKS: dict[str, tuple[Callable[[], list[nn.Module]], torch.Tensor]] = {
     "mobilenet_v2": (lambda: [build("mobilenet_v2", seed) for seed in range(2)], image()),
     "vit": (lambda: seeded(vit), torch.randn(2, 3, 16, 16)),
     "attention": (lambda: seeded(Attention), TOKENS),
+    "channel first": (lambda: seeded(ChannelFirst), torch.randn(3, 5, 7)),
     "odd": (lambda: seeded(Odd), images()),
     "tied": (lambda: seeded(Tied), torch.randint(11, (3, 4))),
 }
@@ -155,6 +191,8 @@ def test_a_copy_of_the_class_answers_as_the_module_does(name: str, width: float)
 def test_numbers_of_the_class_follow() -> None:
     own = fused("attention", 0.5).to_module()
     assert (own.num_heads, own.head_dim, own.embed, own.size) == (2, 4, 8, (2, 4))
+    own = fused("channel first", 0.5).to_module()
+    assert (own.heads, own.inner.heads, own.unrelated) == (2, 2, 16)
     own = fused("odd", 0.5).to_module()
     assert (own.depthwise.groups, own.depthwise.in_channels, own.up.in_channels) == (4, 4, 4)
     assert (own.norm.num_groups, own.norm.num_channels) == (2, 4)

@@ -14,7 +14,7 @@ from torch import nn
 
 import fxfuse
 from fxfuse import Constraints, Refit, Transplant
-from fxfuse.errors import MemberError, PlanError
+from fxfuse.errors import MemberError, OptionError, PlanError
 from fxfuse.members.fingerprint import digest_of, fingerprint
 from fxfuse.planning.plan import MemberRecord, UnitMap
 from tests.nets import SmallResNet, images, resnets
@@ -147,7 +147,7 @@ def test_a_plan_of_another_schema_is_to_be_made_again(
 
 def signed(value: dict[str, Any]) -> str:
     """A plan's text with the digest that fits it."""
-    content = {k: v for k, v in value.items() if k != "digest"}
+    content = {k: v for k, v in value.items() if k not in ("note", "digest")}
     return json.dumps({**content, "digest": digest_of(content)})
 
 
@@ -185,6 +185,10 @@ def varied_plan() -> fxfuse.FusionPlan:
         (("maps", 0, "unit", 0), -1, "maps[0].unit holds -1, which is not an integer from 0 on"),
         (("maps", 0, "unit", 0), 2**63, "maps[0].unit holds"),
         (("maps", 0, "unit", 0), 1.5, "maps[0].unit holds 1.5"),
+        (("maps", 0, "unit", 0), 2**70, "maps[0].unit holds 118"),
+        (("maps", 0, "unit", 0), "3", "maps[0].unit holds '3'"),
+        (("maps", 0, "unit", 0), True, "maps[0].unit holds True"),
+        (("maps", 0, "n_units"), 3_000_000_000, "and not between 1 and"),
         (("maps", 0, "member", 0), 2, "has member 2 of 2, counted from 0"),
         (("maps", 0, "weight"), float("nan"), "maps[0].weight is nan, and not a finite number"),
         (("maps", 0, "weight"), 10**400, "maps[0].weight is 1000"),
@@ -203,6 +207,7 @@ def varied_plan() -> fxfuse.FusionPlan:
         (("roles", "stem.weight", "absent_in"), [0, 0], "is absent in one member twice"),
         (("roles", "stem.weight"), {}, "roles['stem.weight'] lacks 'kind'"),
         (("constraints", "base_member"), 2, "the base member is member 2 of 2"),
+        (("constraints", "base_member"), 99, "the base member is member 99 of 2"),
         (("constraints", "base_member"), -1, "the base member is member -1 of 2"),
         (("constraints", "output_dims"), {"-1": []}, "the key '-1', which is not a number"),
         (("heads", "output"), "sum", "heads.output is 'sum', and none of tuple, concat, union"),
@@ -223,6 +228,12 @@ def test_what_is_no_plan_is_named(
     with pytest.raises(PlanError, match="this is not a fusion plan") as caught:
         fxfuse.FusionPlan.from_json(signed(content))
     assert why in caught.value.why
+
+
+def test_a_plan_of_an_unknown_method_is_named(plan: fxfuse.FusionPlan) -> None:
+    content = json.loads(plan.to_json()) | {"method": "nobody"}
+    with pytest.raises(OptionError, match="unknown method 'nobody'"):
+        fxfuse.build(fxfuse.FusionPlan.from_json(signed(content)), resnets(2), images())
 
 
 @pytest.mark.parametrize(

@@ -14,6 +14,7 @@ from torchvision.models.vision_transformer import VisionTransformer
 import fxfuse
 from fxfuse import Heads
 from fxfuse.common.readable import Description, Readable
+from fxfuse.errors import RewriteError
 from fxfuse.graph.source_lines import source_of
 from fxfuse.verify import Check, Verification
 from tests.nets import SmallResNet, images, resnets
@@ -79,6 +80,33 @@ Fusion plan: 2 members by transplant (score l2)
   tensors  25 fused, 5 copied, 4 in heads
   heads    fc; output: tuple""",
     )
+
+
+def test_modules_that_are_left_out() -> None:
+    """Those of which training only makes use, and those whose answer nobody reads."""
+
+    class Deep(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.body, self.last = nn.Linear(4, 8), nn.Linear(8, 3)
+            self.aux = nn.ModuleList([nn.Sequential(nn.Linear(8, 8), nn.BatchNorm1d(8))])
+            self.unread = nn.Linear(8, 2)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            x = self.body(x).relu()
+            self.unread(x)
+            return self.aux[0](x) if self.training else self.last(x)
+
+    members, x = [Deep().eval() for _ in range(2)], torch.randn(2, 4)
+    result = fxfuse.fuse(members, x, size=0.5)
+    assert (
+        "kept    as in member 0, since the forward pass does not use them: aux, unread\n"
+        in f"{result}"
+    )
+    assert torch.equal(result.state_dict()["aux.0.0.weight"], members[0].aux[0][0].weight)
+    with pytest.raises(RewriteError, match="no output depends on aux, unread"):
+        result.to_module()
+    assert "kept    as they were" in f"{fxfuse.prune(members[1], x, size=0.5)}"
 
 
 def test_graphs(frozen: fxfuse.FusionResult, wide: fxfuse.FusionResult) -> None:

@@ -228,6 +228,12 @@ def test_nothing_is_written_where_something_is_wrong(work: Path) -> None:
         run(recipe_in(work))
 
 
+#: Nine times nine, nine levels deep.
+BOMB = "a0: &a0 [x, x]\n" + "".join(
+    f"a{level}: &a{level} [{', '.join([f'*a{level - 1}'] * 9)}]\n" for level in range(1, 10)
+)
+
+
 @pytest.mark.parametrize(
     ("text", "line", "said"),
     [
@@ -257,7 +263,11 @@ def test_nothing_is_written_where_something_is_wrong(work: Path) -> None:
         ("model: [", 1, "stream end"),
         ("model: a:b\nmembers: []\ninput: [5]\noutput: {folder: o}\n", 2, "at least 1 item"),
         ("members: [a, {pth: b}]\nmodel: a:b\ninput: 3\n", 1, "did you mean path?"),
-        ("a: &a [*a]\n", 1, ""),
+        ("a: &a [*a]\n", 1, "alias"),
+        (BOMB, 2, "the alias *a0 is not read"),
+        ("x: [" + "0, " * 30_000 + "]", 1, "more than 20,000 values"),
+        ("x: " + "9" * 5_000, 1, "a number is too long"),
+        ("x: 0x" + "f" * 5_000, 1, "a number is too long"),
         ("x: " + "[" * 60 + "]" * 60, 1, "too deep"),
         ("", None, "nothing"),
         ("- a\n", None, "a list"),

@@ -1,21 +1,27 @@
-"""What goes wrong outside: a full disk, no permission, two writers, a kill, damaged files."""
+"""What goes wrong outside: a full disk, no permission, two writers or threads, a kill, damage."""
 
 from __future__ import annotations
 
 import fcntl
+import gc
 import os
 import signal
 import subprocess
 import sys
+import threading
 import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from torch import nn
 
 import fxfuse
-from benchmarks.fuzz import fuzz
+from benchmarks.fuzz import CANARY, Watch, fuzz
 from fxfuse.common.output import atomic_folder, locked
 from fxfuse.errors import OutputError
 from fxfuse.members.checkpoint import read_state_dict
@@ -227,6 +233,120 @@ def test_the_same_bytes_whatever_the_hash_seed_and_threads(
     assert len(found) == 1
 
 
+def small(seed: int) -> nn.Sequential:
+    torch.manual_seed(seed)
+    return nn.Sequential(nn.Linear(5, 6), nn.BatchNorm1d(6), nn.ReLU(), nn.Linear(6, 3))
+
+
+def whole_way(members: list[nn.Module], x: torch.Tensor, folder: Path) -> nn.Module:
+    inputs = torch.randn(120, 5, generator=torch.Generator().manual_seed(0))
+    steps = [fxfuse.Refit(), fxfuse.Match(steps=2)]
+    return fxfuse.fuse(members, x, calibration=inputs, refine=steps).module
+
+
+def written(members: list[nn.Module], x: torch.Tensor, folder: Path) -> nn.Module:
+    fxfuse.save(fxfuse.fuse(members, x, verify=False), folder, export=True)
+    return fxfuse.load(folder)
+
+
+IN_THREADS: dict[str, Callable[[list[nn.Module], torch.Tensor, Path], nn.Module]] = {
+    "fuse": lambda members, x, _: fxfuse.fuse(members, x).module,
+    "match": whole_way,
+    "prune": lambda members, x, _: fxfuse.prune(members[0], x, size=0.5).module,
+    "stack": lambda members, x, _: fxfuse.stack(members, x),
+    "save": written,
+}
+
+
+def told(networks: list[nn.Module]) -> list[Any]:
+    """Objects, values and modes of networks: all that must be as it was."""
+    parts = [part for network in networks for part in network.modules()]
+    tensors = [t for network in networks for t in network.state_dict(keep_vars=True).values()]
+    return [
+        [part.training for part in parts],
+        list(map(id, tensors)),
+        [t.tolist() for t in tensors],
+    ]
+
+
+@pytest.mark.parametrize("shared", [True, False])
+@pytest.mark.parametrize("count", [2, 4])
+@pytest.mark.parametrize("what", IN_THREADS)
+def test_threads_do_not_disturb_each_other(
+    what: str, count: int, shared: bool, tmp_path: Path
+) -> None:
+    x, work = torch.randn(4, 5), IN_THREADS[what]
+    alone = work([small(0), small(1)], x, tmp_path / "alone").state_dict()
+    members: list[list[nn.Module]] = [[small(0), small(1).eval()] for _ in range(count)]
+    members = [members[0]] * count if shared else members
+    before, random = [told(each) for each in members], torch.get_rng_state()
+    gate, found = threading.Barrier(count), dict[int, Any]()
+
+    def run(number: int) -> None:
+        gate.wait()
+        try:
+            found[number] = work(members[number], x, tmp_path / str(number)).state_dict()
+        except Exception as error:
+            found[number] = error
+
+    threads = [threading.Thread(target=run, args=(number,)) for number in range(count)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert [told(each) for each in members] == before
+    assert torch.equal(torch.get_rng_state(), random)
+    for number in range(count):
+        torch.testing.assert_close(found[number], alone, rtol=0, atol=0)
+
+
+def test_threads_may_share_captured_members() -> None:
+    """A score that needs gradients runs them with other tensors."""
+    x = torch.randn(4, 5)
+    members = [fxfuse.capture(small(number), x) for number in range(2)]
+    batches = [(torch.randn(20, 5), torch.randint(3, (20,))) for _ in range(3)]
+
+    def fused(_: int) -> dict[str, torch.Tensor]:
+        options: Any = {"method": fxfuse.Transplant(score="taylor"), "refine": []}
+        return fxfuse.fuse(members, x, calibration=batches, **options).state_dict()
+
+    alone = fused(0)
+    with ThreadPoolExecutor(4) as pool:
+        for found in pool.map(fused, range(8)):
+            torch.testing.assert_close(found, alone, rtol=0, atol=0)
+
+
+def test_an_export_is_not_kept_for_ever() -> None:
+    """torch keeps the symbolic sizes of each, with hundreds of objects."""
+    members, x = [small(0), small(1)], torch.randn(4, 5)
+
+    def held() -> int:
+        gc.collect()
+        return sum(type(found).__name__ in ("ShapeEnv", "FakeTensor") for found in gc.get_objects())
+
+    fxfuse.fuse(members, x)
+    before = held()
+    for _ in range(3):
+        fxfuse.fuse(members, x)
+    assert held() <= before
+
+
+def test_a_member_gets_its_tensors_back_whatever_happens(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch.export puts its own into a module; an interrupt in the middle may leave them there."""
+    member = small(0)
+    before = told([member])
+
+    def interrupted(model: nn.Module, *_: Any, **__: Any) -> None:
+        model[0].weight = nn.Parameter(torch.zeros(1))  # type: ignore[index]
+        model[1].running_mean = None  # type: ignore[index]
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(torch.export, "export", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        fxfuse.capture(member, torch.randn(2, 5))
+    assert told([member]) == before
+
+
 def test_a_damaged_byte_of_a_checkpoint_is_noticed(source: Path, tmp_path: Path) -> None:
     content = bytearray((source / "a.pt").read_bytes())
     weights = read_state_dict(source / "a.pt")["fc.weight"].numpy().tobytes()
@@ -244,3 +364,36 @@ def test_damaged_files() -> None:
     counts = result["counts"]
     assert sum(sum(found.values()) for found in counts.values()) == 90
     assert all(found["named error"] > 3 for found in counts.values())
+
+
+@pytest.mark.parametrize(
+    ("event", "arguments", "bad"),
+    [
+        ("pickle.find_class", ("os", "system"), True),
+        ("os.system", (b"true",), True),
+        ("subprocess.Popen", ("true", [], None, None), True),
+        ("open", ("inside", "w", 0), False),
+        ("open", ("../outside", "w", 0), True),
+        ("open", ("../outside", "r", 0), True),
+        ("open", (fxfuse.__file__, "r", 0), False),
+        ("open", (fxfuse.__file__, None, os.O_WRONLY), True),
+        ("compile", (f"def forward(self, x={CANARY}()): pass", "<x>"), True),
+        ("compile", (f"x = '{CANARY}'", "<x>"), False),
+        ("compile", (f"x = {CANARY}(", "<x>"), True),
+        ("compile", (b"x = 1", "<x>"), False),
+        ("exec", (compile(f"{CANARY}()", "<x>", "exec"),), True),
+        ("exec", (compile("print()", "<x>", "exec"),), False),
+    ],
+)
+def test_what_damaged_files_may_not_do(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, event: str, arguments: Any, bad: bool
+) -> None:
+    """Else the figures above would say nothing."""
+    (tmp_path / "work").mkdir()
+    monkeypatch.chdir(tmp_path / "work")
+    watch = Watch(Path.cwd())
+    watch(event, arguments)
+    assert not watch.seen
+    watch.on = True
+    watch(event, arguments)
+    assert bool(watch.seen) == bad

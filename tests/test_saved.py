@@ -11,12 +11,14 @@ import hashlib
 import json
 import pickle
 import shutil
+import subprocess
+import sys
 import time
 import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -289,6 +291,61 @@ def test_what_is_the_users_own_is_allowed_by_name(tmp_path: Path) -> None:
         fxfuse.load(edited(tmp_path / "own", tmp_path / "other", rename), allow=("fxfuse_tests",))
 
 
+@dataclass
+class Scores:
+    """A dataclass of which torch was never told."""
+
+    scores: torch.Tensor
+
+
+class Pair(NamedTuple):
+    """Outputs by name, of which one is an object."""
+
+    inputs: torch.Tensor
+    found: Scores
+
+
+class Paired(Scaled):
+    def forward(self, x: torch.Tensor) -> Pair:
+        return Pair(x, Scores(self.out(self.inner(x))))
+
+
+def test_dataclasses_and_named_tuples_are_found_where_they_were_imported(tmp_path: Path) -> None:
+    x = torch.randn(2, 4)
+    fused = fxfuse.fuse([Paired(), Paired()], x).module
+    fxfuse.save(fused, tmp_path / "own")
+    for allow in ((), ("torch",)):
+        with pytest.raises(CheckpointError, match=r'allow=\("tests",\)'):
+            fxfuse.load(tmp_path / "own", allow=allow)
+    found = fxfuse.load(tmp_path / "own", allow=("tests",))(x)
+    assert type(found) is Pair
+    assert type(found.found) is Scores
+    assert torch.equal(found.found.scores, fused(x).found.scores)
+    # In a process in which no such network has been captured; nothing is imported for the file.
+    code = (
+        "import sys, torch, fxfuse\n"
+        "load = lambda: fxfuse.load(sys.argv[1], allow=('tests',))\n"
+        "try: load()\n"
+        "except fxfuse.FxfuseError: assert 'tests.test_saved' not in sys.modules\n"
+        "import tests.test_saved\n"
+        "print(type(load()(torch.randn(2, 4)).found).__name__)"
+    )
+    command = [sys.executable, "-c", code, str(tmp_path / "own")]
+    root = Path(__file__).parents[1]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=root)
+    assert done.stdout == "Scores\n"
+
+    class Local(NamedTuple):
+        scores: torch.Tensor
+
+    class Hidden(Scaled):
+        def forward(self, x: torch.Tensor) -> Local:
+            return Local(self.out(self.inner(x)))
+
+    with pytest.raises(RewriteError, match="outside of functions"):
+        fxfuse.save(fxfuse.fuse([Hidden(), Hidden()], x), tmp_path / "local")
+
+
 class Named(nn.Module):
     """Any name for a layer."""
 
@@ -435,6 +492,12 @@ ATTACKS: dict[str, Callable[[Any], object]] = {
     "a library": change_node("call", target="torch.ops.load_library", args=["opened"]),
     "an operator that opens files": change_node("call", target="aten.from_file.default"),
     "one that writes files": change_node("call", target="aten.save.default", args=[1, "opened"]),
+    "one of torchvision that reads them": change_node(
+        "call", target="image.read_file.default", args=["/etc/passwd"]
+    ),
+    "one of torchvision that writes them": change_node(
+        "call", target="image.write_file.default", args=["opened", ANY]
+    ),
     "one that prints": change_node("call", target="aten._print.default", args=["opened"]),
     "one that trusts indices": change_node("call", target="aten._sparse_coo_tensor_unsafe.default"),
     "an operator of a user": change_node("call", target="fxfuse_tests.smooth.default", args=[ANY]),
@@ -443,6 +506,10 @@ ATTACKS: dict[str, Callable[[Any], object]] = {
     "no packet": change_node("call", target="aten.__class__.default"),
     "a region": change_node("call", target="higher_order.wrap.default"),
     "a number for numbers": change_node("call", target="operator.pow", args=[9, 9**9]),
+    "too few numbers": change_node("call", target="operator.pow", args=[ANY]),
+    "too many numbers": change_node("call", target="operator.neg", args=[ANY, 1, 2]),
+    "an endless power": change_node("call", target="operator.pow", args=[ANY, 64**6]),
+    "an endless shift": change_node("call", target="operator.lshift", args=[ANY, 64**6]),
     "a text for numbers": change_node("call", target="operator.mul", args=[ANY, "x"]),
     "a count of nothing": change_node("call", target="fxfuse.count_batch", args=[1, 2]),
     "another op": change_node("call", op="call_method"),
@@ -495,6 +562,12 @@ ATTACKS: dict[str, Callable[[Any], object]] = {
     "no version": lambda g: g.update(fxfuse_graph=None),
     "a list": lambda g: {"fxfuse_graph": 1, "nodes": []},
 }
+
+
+def test_operators_of_other_libraries_would_reach_files() -> None:
+    """Those of torchvision are there, so the attacks below do not fail for want of them."""
+    pytest.importorskip("torchvision")
+    assert b"root" in bytes(torch.ops.image.read_file("/etc/passwd").tolist())
 
 
 @pytest.mark.parametrize("name", ATTACKS)

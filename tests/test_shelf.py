@@ -2,6 +2,12 @@
 
 from __future__ import annotations
 
+import gc
+import os
+import signal
+import subprocess
+import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -18,7 +24,55 @@ from tests.test_refit import NETWORKS, inputs_for, members_for
 
 
 def files(store: SpillStore) -> int:
-    return 0 if store._folder is None else len(list(Path(store._folder.name).iterdir()))
+    return 0 if store._folder is None else len(list(store._folder.iterdir()))
+
+
+SPILL = """
+import sys, time
+import torch
+from fxfuse.activations.spill_store import SpillStore
+store = SpillStore(memory=0)
+stored = store.put([torch.ones(1000)])
+print(store._folder, flush=True)
+time.sleep(float(sys.argv[1]))
+"""
+
+
+def test_what_a_killed_process_left_is_removed_by_the_next_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    environment = os.environ | {"TMPDIR": str(tmp_path)}
+    children = [
+        subprocess.Popen(
+            [sys.executable, "-c", SPILL, "60"], stdout=subprocess.PIPE, text=True, env=environment
+        )
+        for _ in range(3)
+    ]
+    killed, alive, interrupted = (
+        Path(child.stdout.readline().strip()) for child in children if child.stdout
+    )
+    assert {killed, alive, interrupted} < set(tmp_path.iterdir())
+    children[0].kill()
+    children[2].send_signal(signal.SIGINT)
+    children[0].wait()
+    children[2].wait()
+    assert killed.is_dir()
+    assert not interrupted.exists()
+    (tmp_path / "fxfuse-spill-link").symlink_to(Path.home())
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    ours = SpillStore(memory=0)
+    kept = ours.put([torch.ones(3)])
+    other = SpillStore(memory=0)
+    also = other.put([torch.zeros(3)])
+    assert torch.equal(kept[0], also[0] + 1)
+    assert not killed.exists()
+    assert alive.is_dir()
+    children[1].kill()
+    children[1].wait()
+    del ours, kept, other, also
+    SpillStore(memory=0).put([torch.ones(3)])
+    gc.collect()
+    assert [path.name for path in tmp_path.iterdir()] == ["fxfuse-spill-link"]
 
 
 def test_values_that_do_not_fit_are_written_and_read():

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import pickle
 import sys
+import tracemalloc
+import zipfile
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 
@@ -204,3 +208,90 @@ def test_a_source_is_found_from_elsewhere(tmp_path: Path, monkeypatch: pytest.Mo
     )
     assert absolute("datasets:data") == f"datasets:{tmp_path}/data"
     assert absolute("module:function") == "module:function"
+
+
+# --- files that say that they are large ---
+
+
+def header(shape: object, kind: str = "<f4") -> bytes:
+    text = f"{{'descr': '{kind}', 'fortran_order': False, 'shape': {shape}, }}".encode()
+    return b"\x93NUMPY\x01\x00" + len(text).to_bytes(2, "little") + text
+
+
+def memory_of(call: Callable[[], object]) -> int:
+    """Bytes that a call had at once, as far as Python and numpy tell."""
+    tracemalloc.start()
+    call()
+    most = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    return most
+
+
+def test_of_an_archive_only_the_wanted_rows_are_read(tmp_path: Path) -> None:
+    path, rows = tmp_path / "packed.npz", 200_000
+    with (
+        zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive,
+        archive.open("inputs.npy", "w") as file,
+    ):
+        file.write(header((rows, 250)))
+        for _ in range(200):
+            file.write(np.arange(1000, dtype="<f4").repeat(250).tobytes())
+    with zipfile.ZipFile(path, "a") as archive:
+        archive.writestr("other.npy", b"nobody asks for it")
+        archive.writestr("labels.npy", header((rows,), "<i8") + np.arange(rows).tobytes())
+    assert path.stat().st_size < 4 << 20
+    found = list[Data]()
+    most = memory_of(lambda: found.append(read_data(str(path), Preparation(limit=1000))))
+    assert most < 100 << 20, "all of it is 200 MB"
+    (data,) = found
+    assert data.labels is not None
+    assert data.labels.tolist() == list(range(0, rows, 200))
+    assert torch.equal(data.inputs[0][:, 7], (data.labels % 1000).float())
+
+
+@pytest.mark.parametrize("name", ["x.npy", "x.npz"])
+@pytest.mark.parametrize(
+    "content",
+    [
+        header((10**9,)),
+        header((10**9, 2**40, 2**40)),
+        header((-1, 4)) + bytes(16),
+        header((2, 2), "|O") + pickle.dumps([1]),
+        b"\x93NUMPY\x02\x00" + (2**31).to_bytes(4, "little") + b"{",
+        b"\x93NUMPY\x09\x00" + bytes(50),
+    ],
+)
+def test_a_header_cannot_announce_what_is_not_there(
+    name: str, content: bytes, tmp_path: Path
+) -> None:
+    if name.endswith(".npz"):
+        with zipfile.ZipFile(tmp_path / name, "w") as archive:
+            archive.writestr("inputs.npy", content)
+    else:
+        (tmp_path / name).write_bytes(content)
+
+    def read() -> None:
+        with pytest.raises(InputError, match="cannot be read"):
+            read_data(str(tmp_path / name))
+
+    assert memory_of(read) < 10 << 20
+
+
+def test_what_is_too_large_for_memory_is_refused(tmp_path: Path) -> None:
+    with (tmp_path / "x.npy").open("wb") as file:
+        file.write(header((10_000, 1_000_000)))
+        file.truncate(file.tell() + 4 * 10**10)
+    with pytest.raises(InputError, match="set a limit"):
+        read_data(str(tmp_path / "x.npy"))
+    assert len(read_data(str(tmp_path / "x.npy"), Preparation(limit=3))) == 3
+
+
+def test_a_changed_byte_of_an_archive_is_noticed(tmp_path: Path) -> None:
+    path = tmp_path / "x.npz"
+    np.savez(path, inputs=X.numpy(), labels=Y.numpy())
+    content = bytearray(path.read_bytes())
+    content[content.index(X.numpy().tobytes()) + 5] ^= 1
+    path.write_bytes(content)
+    for limit in (None, 2):
+        with pytest.raises(InputError, match="CRC"):
+            read_data(str(path), Preparation(limit=limit))

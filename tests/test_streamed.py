@@ -19,7 +19,7 @@ from fxfuse.errors import (
     MemberError,
     OptionError,
 )
-from fxfuse.members.streamed import Stored
+from fxfuse.members.checkpoint import Stored
 from tests.nets import images, resnets
 from tests.options import flat
 

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
 from torch import nn
 from torch.nn import functional
+from torch.utils import _pytree as pytree
+from transformers.utils import ModelOutput
 
 import fxfuse
 from fxfuse import (
@@ -465,6 +468,121 @@ def test_outputs_are_found_in_objects_tuples_and_outputs_of_outputs():
     found = task.read(output)
     assert found["heads.0.boxes"] is FLAT
     assert found["logits"] is output.logits
+
+
+@dataclass
+class Boxes:
+    scores: torch.Tensor
+    boxes: torch.Tensor
+
+
+@dataclass
+class Scene:
+    """A dataclass in which there is another."""
+
+    found: Boxes
+    nothing: None = None
+
+
+@dataclass
+class SceneOutput(ModelOutput):
+    scores: torch.Tensor | None = None
+    boxes: torch.Tensor | None = None
+
+
+class Pair(NamedTuple):
+    scores: torch.Tensor
+    boxes: torch.Tensor
+
+
+#: How a network returns two tensors, and the names of both.
+FORMS: dict[str, tuple[Callable[[torch.Tensor, torch.Tensor], Any], str, str]] = {
+    "dict": (lambda a, b: {"scores": a, "boxes": b}, "scores", "boxes"),
+    "tuple": (lambda a, b: (a, b), "0", "1"),
+    "nested": (lambda a, b: [(a,), {"b": b, "n": None}], "0.0", "1.b"),
+    "named tuple": (Pair, "scores", "boxes"),
+    "dataclass": (lambda a, b: Scene(Boxes(a, b)), "found.scores", "found.boxes"),
+    "model output": (SceneOutput, "scores", "boxes"),
+}
+
+
+class Detector(nn.Module):
+    """Two heads; `x` is a keyword only."""
+
+    def __init__(self, seed: int, form: Callable[[torch.Tensor, torch.Tensor], Any]) -> None:
+        super().__init__()
+        torch.manual_seed(seed)
+        self.body, self.scores, self.boxes = nn.Linear(4, 12), nn.Linear(12, 3), nn.Linear(12, 4)
+        self.form = form
+
+    def forward(self, *, x: torch.Tensor, scale: torch.Tensor) -> Any:
+        h = (self.body(x) * scale).relu()
+        return self.form(self.scores(h), self.boxes(h))
+
+
+@pytest.mark.parametrize("name", FORMS)
+def test_outputs_of_every_form_on_the_whole_way(name: str):
+    """By keyword inputs; the form of the output changes nothing in what is fused."""
+    inputs = {"x": drawn(120, 4), "scale": drawn(120, 1, seed=1)}
+    example = {key: value[:3] for key, value in inputs.items()}
+
+    def members(name: str) -> list[nn.Module]:
+        return [Detector(seed, FORMS[name][0]).eval() for seed in range(2)]
+
+    def fused(name: str, **options: Any) -> fxfuse.FusionResult:
+        _, scores, boxes = FORMS[name]
+        return fxfuse.fuse(
+            members(name),
+            example,
+            calibration=inputs,
+            task={scores: Classification(), boxes: Regression()},
+            refine=[Refit(), Match(steps=3)],
+            **options,
+        )
+
+    one, usual = fused(name, size=0.5), fused("dict", size=0.5)
+    assert one.history is not None
+    for key, tensor in one.state_dict().items():
+        assert torch.equal(tensor, usual.state_dict()[key])
+    expected = pytree.tree_leaves(one.module(**inputs))
+    assert len(expected) >= 2
+    for network in (one.to_module(), fxfuse.compile(one)):
+        found = pytree.tree_leaves(network(**inputs))
+        torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
+    own = members(name)
+    stacked = pytree.tree_leaves(fxfuse.stack(own, example, reduce="mean")(**inputs))
+    each = zip(*(pytree.tree_leaves(member(**inputs)) for member in own), strict=True)
+    for found, answers in zip(stacked, each, strict=True):
+        if found is not None:
+            torch.testing.assert_close(found, sum(answers) / 2, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("wrap", [lambda y: {"out": y}, lambda y: [y], lambda y: [{"a": (y,)}]])
+def test_the_only_tensor_of_an_output_is_what_counts(wrap: Callable[[torch.Tensor], Any]):
+    """Whatever it is in, and whatever it is called."""
+    x = drawn(120, 4)
+    results = [
+        fxfuse.fuse(
+            [Net(0, end).eval(), Net(1, end).eval()],
+            x[:4],
+            calibration=x,
+            refine=[Refit(), Match(steps=3)],
+        )
+        for end in (wrap, lambda y: y)
+    ]
+    for name, tensor in results[0].state_dict().items():
+        assert torch.equal(tensor, results[1].state_dict()[name])
+    assert results[0].history is not None
+    assert results[0].history.task == results[1].history.task  # type: ignore[union-attr]
+
+
+def test_outputs_that_are_not_told_are_named_as_they_are_to_be():
+    for form, scores, boxes in FORMS.values():
+        members = [Detector(seed, form).eval() for seed in range(2)]
+        inputs = {"x": drawn(120, 4), "scale": drawn(120, 1)}
+        with pytest.raises(OptionError, match="not clear which") as caught:
+            fxfuse.fuse(members, inputs, calibration=inputs)
+        assert caught.value.where == f"outputs: {scores}, {boxes}"
 
 
 # --- Bad input ----------------------------------------------------------------------------------

@@ -27,6 +27,9 @@ _MANY = 1000
 #: Inputs of a batch that has statistics.
 _LEAST = 2
 
+#: Keys under which data loaders of keyword inputs hold labels.
+_LABELS = ("labels", "label")
+
 #: Positional and keyword inputs of one call.
 Call = tuple[tuple[Any, ...], dict[str, Any]]
 
@@ -262,6 +265,8 @@ class CalibrationBatches:
                 f"{which} calibration inputs are used; Calibration(inputs, limit=...) allows more.",
                 stacklevel=3,
             )
+        if not size:
+            raise _error("there are no calibration inputs", "they are empty", "pass 100 to 1,000")
         batches = _cut(whole, size, fixed or batch, fixed=fixed is not None)
         if not batches:
             raise _error(
@@ -311,12 +316,15 @@ def _augment(call: Call) -> Augment:
 
 def _calls(inputs: Any, program: Program, limit: int) -> tuple[list[tuple[Call, Any]], bool]:
     """What the network is called with, and labels or None; whether there is more of an iterable."""
-    if isinstance(inputs, torch.Tensor | tuple | Mapping):
+    if isinstance(inputs, torch.Tensor | tuple):
         return [(_call(inputs), None)], False
     n_inputs = sum(isinstance(x, torch.Tensor) for x in program.example_inputs[0])
     if isinstance(inputs, TensorDataset) and n_inputs:
         tensors, last = inputs.tensors[:n_inputs], inputs.tensors[n_inputs:]
         return [(_call(tensors), last[0] if last else None)], False
+    if isinstance(inputs, Mapping):
+        given, labels = _without_labels(inputs, program)
+        return [(_call(given), labels)], False
     if not isinstance(inputs, Iterable):
         raise _error(
             f"a {type(inputs).__name__} holds no calibration inputs",
@@ -328,13 +336,30 @@ def _calls(inputs: Any, program: Program, limit: int) -> tuple[list[tuple[Call, 
     for batch in inputs:
         if count >= limit:
             return found, True
-        given, labels = batch, None
-        if isinstance(batch, list | tuple) and len(batch) == 2 and n_inputs == 1:
-            given, labels = batch
+        given, labels = _without_labels(batch, program)
         call = _call(tuple(given) if isinstance(given, list) else given)
         count += count_rows(call)
         found.append((call, labels))
     return found, False
+
+
+def _without_labels(batch: Any, program: Program) -> tuple[Any, Any]:
+    """Return inputs and labels of a pair, or of a mapping with labels that are no input."""
+    args, kwargs = program.example_inputs
+    n_inputs = sum(isinstance(x, torch.Tensor) for x in args)
+    if isinstance(batch, Mapping):
+        name = next((name for name in _LABELS if name in batch and name not in kwargs), None)
+        if name is None or not kwargs:
+            return batch, None
+        labels = batch[name]
+        # Labels of tokens may be shifted, and -100 where none counts: only training knows.
+        single = isinstance(labels, torch.Tensor) and labels.dim() == 1
+        return {k: v for k, v in batch.items() if k != name}, labels if single else None
+    if isinstance(batch, list | tuple) and len(batch) == 2:
+        by_keyword = isinstance(batch[0], Mapping) and not n_inputs
+        if n_inputs == 1 or by_keyword:
+            return batch[0], batch[1]
+    return batch, None
 
 
 def _labels(found: list[tuple[Call, Any]]) -> torch.Tensor | None:

@@ -12,6 +12,7 @@ from torch.func import functional_call
 
 from fxfuse.errors import InputError
 from fxfuse.graph.capture import Program
+from fxfuse.graph.eager import alone
 from fxfuse.graph.example import first_line
 from fxfuse.graph.run import untouched
 from fxfuse.graph.tensors import tensors_in
@@ -25,6 +26,7 @@ class Gradients:
     square: Mapping[str, torch.Tensor]
 
 
+@alone
 def gradients(
     program: Program,
     batches: Iterable[Any],

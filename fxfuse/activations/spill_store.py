@@ -2,20 +2,29 @@
 
 from __future__ import annotations
 
+import os
+import shutil
+import stat
+import uuid
+import weakref
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
-from tempfile import TemporaryDirectory
+from tempfile import gettempdir
 from typing import Any
 
 import torch
+from filelock import FileLock, Timeout
 
 from fxfuse.graph.tensors import tensors_in
 from fxfuse.graph.torch_compat import pytree
 
 #: Bytes of activations that are kept in memory, of all networks that run side by side.
 MEMORY = 2**30
+#: How temporary folders are called.
+_PREFIX = "fxfuse-spill-"
 
 
 class SpillStore:
@@ -28,7 +37,7 @@ class SpillStore:
 
     def __init__(self, memory: int = MEMORY) -> None:
         self.left = memory
-        self._folder: TemporaryDirectory[str] | None = None
+        self._folder: Path | None = None
         self._numbers = count()
 
     def put(self, values: Iterable[Any]) -> Stored:
@@ -50,8 +59,9 @@ class SpillStore:
             self.left -= size
             return value
         if self._folder is None:
-            self._folder = TemporaryDirectory(prefix="fxfuse-")
-        path = Path(self._folder.name) / f"{next(self._numbers)}.pt"
+            self._folder, lock = _new_folder()
+            weakref.finalize(self, _remove, self._folder, lock)
+        path = self._folder / f"{next(self._numbers)}.pt"
         devices = [t.device for t in tensors_in(value)]
         # A copy, since of a view all memory behind it would be written.
         torch.save(pytree.tree_map_only(torch.Tensor, lambda t: t.detach().clone(), value), path)
@@ -85,6 +95,47 @@ class _Written:
 
     def read(self) -> Any:
         return torch.load(self.path, map_location=self.device)
+
+
+def _new_folder() -> tuple[Path, FileLock]:
+    """Make a temporary folder, and remove those that killed processes left.
+
+    Beside each folder lies a lock, which the system lets go of when its process ends. It is there
+    before the folder is, so a folder whose lock is free belongs to no one any more.
+    """
+    place = Path(gettempdir())
+    for entry in place.glob(f"{_PREFIX}*"):
+        if _is_own(entry):
+            lock = _lock_of(entry)
+            with suppress(OSError, Timeout), lock:
+                _remove(entry, lock)
+    folder = place / f"{_PREFIX}{uuid.uuid4().hex}"
+    lock = _lock_of(folder)
+    lock.acquire()
+    folder.mkdir(mode=0o700)
+    return folder, lock
+
+
+def _lock_of(folder: Path) -> FileLock:
+    # Whichever thread drops the last value lets go of it.
+    return FileLock(f"{folder}.lock", timeout=0, thread_local=False)
+
+
+def _is_own(path: Path) -> bool:
+    """Tell whether this is a folder of this user's, and no link."""
+    with suppress(OSError):
+        found = path.lstat()
+        return stat.S_ISDIR(found.st_mode) and (
+            not hasattr(os, "getuid") or found.st_uid == os.getuid()
+        )
+    return False
+
+
+def _remove(folder: Path, lock: FileLock) -> None:
+    shutil.rmtree(folder, ignore_errors=True)
+    with suppress(OSError):
+        os.unlink(lock.lock_file)
+    lock.release()
 
 
 def _size(value: Any) -> int:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import operator
 import re
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from fractions import Fraction
 from typing import Any
 
 from torch import fx
@@ -63,6 +65,7 @@ def changes_of(before: fx.Graph, after: fx.Graph) -> dict[str, Changes]:
         changes = found[_path_of(node)]
         for name, old, new in _arguments(node, twin):
             _note(changes, name, old, new)
+            _note_multiples(changes, old, new)
     return found
 
 
@@ -100,6 +103,30 @@ def _note(changes: Changes, name: str, old: Any, new: Any) -> None:
         return
     if name:
         changes.named[name] = value if changes.named.get(name, value) == value else None
+
+
+def _note_multiples(changes: Changes, old: Any, new: Any) -> None:
+    """Note what became of the numbers by which sizes are multiplied: of heads, in `b * heads`."""
+    pairs = zip(old, new, strict=False) if isinstance(old, list) and isinstance(new, list) else ()
+    for a, b in pairs:
+        if isinstance(a, fx.Node) and isinstance(b, fx.Node):
+            (root, before), (other, after) = _multiple(a), _multiple(b)
+            if root == other and before != after and {before.denominator, after.denominator} == {1}:
+                changes.size(int(before), int(after))
+
+
+def _multiple(node: fx.Node) -> tuple[str, Fraction]:
+    """Return the name of the size that a node is a multiple of, and how many times it is it."""
+    args: tuple[Any, ...] = node.args
+    sizes = [arg for arg in args if isinstance(arg, fx.Node)]
+    numbers = [arg for arg in args if _is_number(arg)]
+    if len(sizes) == len(numbers) == 1 and node.target in (operator.mul, operator.floordiv):
+        name, times = _multiple(sizes[0])
+        if node.target is operator.mul:
+            return name, times * numbers[0]
+        if args[1] is numbers[0] and numbers[0]:
+            return name, times / numbers[0]
+    return node.name, Fraction(1)
 
 
 def _is_number(x: Any) -> bool:

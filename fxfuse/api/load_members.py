@@ -110,14 +110,15 @@ def _loaded(
     networks, template = members.networks, members.template
     if ranks is not None:
         _check_apart(bool(heads), "each is on its own rank", runs_members=runs_members)
-        spread = members_on_ranks(ranks, networks, template, example)
+        spread = members_on_ranks(ranks, members, example)
         return _alike(*spread)
     files, modules = split_paths(networks, template)
     if files:
         _check_apart(bool(heads), "files are only read", runs_members=runs_members)
         assert template is not None
-        program = _captured([first_member(template, files[0])], example)
-        return _alike(program[0], streamed_states(files, program[0]))
+        weights = members.checkpoints.weights
+        program = _captured([first_member(template, files[0], weights)], example)
+        return _alike(program[0], streamed_states(files, program[0], weights))
     program = _captured(modules, example)
     dim = 0
     if heads.modules is None or heads.output != "tuple":
@@ -165,5 +166,5 @@ def _check_apart(several: bool, why: str, *, runs_members: bool) -> None:
     raise OptionError(
         f"{what} needs members in memory",
         why=f"it runs the members, and {why}",
-        how="load the checkpoints into modules, and pass these to one process",
+        how="load the checkpoints, as Members.from_files(...).load() does, in one process",
     )

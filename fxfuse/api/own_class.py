@@ -18,9 +18,11 @@ from typing import Any
 import torch
 from torch import nn
 
+from fxfuse.analysis.coupling import CouplingGraph
 from fxfuse.api.literal_changes import Changes, changes_of
 from fxfuse.errors import RewriteError
 from fxfuse.graph.capture import Program
+from fxfuse.graph.eager import alone
 from fxfuse.graph.example import first_line
 from fxfuse.graph.layer_sizes import sizes_of_layer
 from fxfuse.graph.run import answers
@@ -63,6 +65,7 @@ class _Place:
     likely: bool
 
 
+@alone
 def copy_source(source: nn.Module) -> nn.Module:
     """Copy the user's module."""
     try:
@@ -80,6 +83,7 @@ def resized_copy(
     program: Program,
     module: FusedModule,
     state: Mapping[str, torch.Tensor],
+    graph: CouplingGraph,
 ) -> nn.Module:
     """Return a copy of a module of the user's own class whose tensors have the sizes of `state`.
 
@@ -99,7 +103,8 @@ def resized_copy(
     _put_tensors(model, program, state)
     reference = _Reference(program, module, state)
     reference.move(model)
-    attributes = _attributes(model, program, module, state)
+    own = _changed_sizes(program, state, graph)
+    attributes = _attributes(model, changes_of(program.graph, module.graph), own)
     reason, tried = "", 0
     for chosen in _choices(attributes):
         _set(attributes, chosen)
@@ -110,10 +115,12 @@ def resized_copy(
             return model
         reason = reason or found
     names = ", ".join(attribute.name for attribute in attributes)
+    unread = ", ".join(program.unread_modules())
     raise RewriteError(
         f"{type(source).__name__} cannot be built at this width",
         why=f"with the fused tensors it does not answer like result.module: {reason}"
-        + (f"; {tried} ways to set {names} were tried" if names else ""),
+        + (f"; {tried} ways to set {names} were tried" if names else "")
+        + (f"; no output depends on {unread}, which kept their sizes" if unread else ""),
         how="use result.module, or build the model with sizes that fit and call "
         "result.load_into(model)",
     )
@@ -217,16 +224,39 @@ def _shaken(state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return {name: shaken(tensor) for name, tensor in state.items()}
 
 
-def _attributes(
-    model: nn.Module, program: Program, module: FusedModule, state: Mapping[str, torch.Tensor]
-) -> list[_Attribute]:
-    """Set what torch's own layers decide; return what is left to be found."""
-    changes = changes_of(program.graph, module.graph)
+def _changed_sizes(
+    program: Program, state: Mapping[str, torch.Tensor], graph: CouplingGraph
+) -> dict[str, Changes]:
+    """Return what the sizes of each module's own tensors became, and their numbers of units.
+
+    Of heads, a class may hold the number only, and no operator: `q.reshape(b * heads, -1, n)`.
+    """
     own: dict[str, Changes] = defaultdict(Changes)
     for name in program.names:
         for before, after in zip(program.tensor(name).shape, state[name].shape, strict=True):
             if before != after:
                 own[name.rpartition(".")[0]].size(before, after)
+    for group in graph.groups:
+        for (name, dim), slots in group.index.items():
+            if name not in program.canonical:
+                continue
+            before, after = program.tensor(name).shape[dim], state[name].shape[dim]
+            units, each = slots.shape
+            if before == units * each and before != after and not after % each:
+                own[name.rpartition(".")[0]].size(units, after // each)
+    return own
+
+
+def _attributes(
+    model: nn.Module, changes: Mapping[str, Changes], own: Mapping[str, Changes]
+) -> list[_Attribute]:
+    """Set what torch's own layers decide; return what is left to be found.
+
+    Args:
+        model: The copy, with its new tensors.
+        changes: What changed in the operators of each module's own code.
+        own: What changed in the sizes of each module's own tensors.
+    """
     found: dict[tuple[type, str], list[_Place]] = defaultdict(list)
     for path, part in model.named_modules():
         literal = changes.get(path, Changes())

@@ -16,6 +16,7 @@ from fxfuse.api.own_class import copy_source, resized_copy
 from fxfuse.common.readable import Description, Readable
 from fxfuse.errors import CheckpointError, OptionError, RewriteError
 from fxfuse.graph.capture import Program
+from fxfuse.graph.torch_compat import original_module
 from fxfuse.planning.plan import FusionPlan
 from fxfuse.refine import MatchReport, RefitReport
 from fxfuse.refine.history import History
@@ -113,6 +114,7 @@ class FusionResult(Readable):
             "refit": str(self.refit or ""),
             **self._distances(),
             "checks": self.verification.described()[0].removeprefix("Verification: "),
+            "kept": self._kept(),
             "note": self.raw_note,
             "next": "use result.module, or keep it with fxfuse.save(result, folder)",
         }
@@ -121,6 +123,12 @@ class FusionResult(Readable):
         elif not self.emitted:
             rows["next"] = "use result.to_module(): there is no graph, as torch.export rejects it"
         return self._from_what_into_what(), rows
+
+    def _kept(self) -> str:
+        """Which modules were left out, since the forward pass does not use them."""
+        modules = ", ".join(self.graph.program.unread_modules())
+        how = f"as in member {self.plan.base_member}" if self.plan.n_members > 1 else "as they were"
+        return f"{how}, since the forward pass does not use them: {modules}" if modules else ""
 
     def _distances(self) -> dict[str, str]:
         """How far the candidates and the network are from the ensemble."""
@@ -181,7 +189,7 @@ class FusionResult(Readable):
         same = all(n in state and state[n].shape == held[n].shape for n in names)
         if same and not self.plan.heads:
             return self.load_into(copy_source(source))
-        return resized_copy(source, program, self.module, state)
+        return resized_copy(source, program, self.module, state, self.graph)
 
     def _one_headed(self, member: Program) -> dict[str, torch.Tensor]:
         """Return the fused tensors by a member's names."""
@@ -212,7 +220,7 @@ class FusionResult(Readable):
         """
         self._require_one_head(type(model).__name__)
         try:
-            model.load_state_dict(self.state_dict(), strict=True)
+            original_module(model).load_state_dict(self.state_dict(), strict=True)
         except RuntimeError as error:
             raise CheckpointError(
                 f"the fused network does not fit {type(model).__name__}",

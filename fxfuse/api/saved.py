@@ -23,14 +23,9 @@ from fxfuse.graph.example import Example
 from fxfuse.graph.graph_file import StoredGraph, read_graph, write_graph
 from fxfuse.graph.run import untouched
 from fxfuse.graph.tensors import attach, named_tensors
-from fxfuse.members.checkpoint import (
-    check_fit,
-    corrupt,
-    missing,
-    read_state_dict,
-    write_state_dict,
-)
+from fxfuse.members.checkpoint import check_fit, read_state_dict, write_state_dict
 from fxfuse.members.tensor_file import TensorFile
+from fxfuse.members.torch_file import corrupt, missing
 from fxfuse.runtime.inputs import resolve_inputs
 from fxfuse.transform.emit import FusedModule, emit
 

@@ -14,7 +14,7 @@ import typer
 
 import fxfuse
 from fxfuse.cli.lazy import LazyGroup, stand_ins
-from fxfuse.cli.show import err
+from fxfuse.cli.show import err, out
 
 app = typer.Typer(
     name="fxfuse",
@@ -43,8 +43,8 @@ def _fxfuse(
     2 bad input; 70 a fault of fxfuse; 130 interrupted; 143 terminated.
     """
     if not sys.flags.safe_path:
-        # As `python -m` does: a user's own models lie there. "" follows a recipe into its folder.
-        sys.path[:0] = [folder for folder in ("", os.getcwd()) if folder not in sys.path]
+        # As `python -m` does: a user's own models lie there.
+        sys.path[:0] = [folder for folder in (os.getcwd(),) if folder not in sys.path]
 
 
 stand_ins(app)
@@ -55,9 +55,22 @@ def main() -> None:
     warnings.showwarning = _show_warning
     # It warns of a CUDA toolkit without a GPU, which is no one's concern here.
     logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
+    reading = logging.getLogger("fxfuse")
+    reading.setLevel(logging.INFO)
+    reading.addHandler(_Messages())
     # So that a terminated run removes its unfinished folder, as an interrupted one does.
     signal.signal(signal.SIGTERM, _terminate)
     app()
+
+
+class _Messages(logging.Handler):
+    """Shows how checkpoints were read, unless nothing is to be shown."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Show a message on stderr: standard output carries results only."""
+        if not out.quiet:
+            style = "yellow" if record.levelno >= logging.WARNING else "dim"
+            err.print(record.getMessage(), style=style, markup=False, highlight=False)
 
 
 def _show_warning(

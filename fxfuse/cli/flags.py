@@ -27,6 +27,7 @@ from fxfuse.cli.training import Training
 from fxfuse.cli.wording import naming_flags
 from fxfuse.common.options import OptionField, check_choice, fields_of
 from fxfuse.errors import FxfuseError, OptionError
+from fxfuse.members.find_weights import Checkpoints
 from fxfuse.planning.methods import methods
 from fxfuse.planning.size import Size
 from fxfuse.refine import (
@@ -90,8 +91,10 @@ TASK = Group(
 REFIT = Group("refit", {"refit": Refit}, prefix="refit-")
 MATCH = Group("match", {"match": Match}, prefix="match-")
 TRAINING = Group("train", {"train": Training})
+#: A recipe has its fields beside the path of each member.
+CHECKPOINTS = Group("checkpoints", {"checkpoints": Checkpoints})
 
-GROUPS = (METHOD, SIZE, CALIBRATION, TASK, REFIT, MATCH, CONSTRAINTS, HEADS, TRAINING)
+GROUPS = (CHECKPOINTS, METHOD, SIZE, CALIBRATION, TASK, REFIT, MATCH, CONSTRAINTS, HEADS, TRAINING)
 #: The groups that are steps of `--refine`, in their order.
 STEPS = (REFIT, MATCH)
 
@@ -221,7 +224,7 @@ class Given:
         """Return what was given, as the part `fuse` of a recipe; `defaults` fill the rest."""
         found = dict(defaults)
         for group in self.groups:
-            if group not in STEPS and (options := self.options(group)):
+            if group not in (*STEPS, CHECKPOINTS) and (options := self.options(group)):
                 found[group.name] = options
         steps = self._steps(found.get("refine"))
         return found if steps is None else {**found, "refine": steps}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,10 +28,11 @@ def load_members(
     model_arg: Iterable[str] | None,
     example: str,
     checkpoints: Sequence[Path],
+    weights: str | None = None,
 ) -> tuple[list[nn.Module], tuple[torch.Tensor, ...]]:
-    """Make one model per checkpoint, and inputs for them."""
+    """Make one model per checkpoint, and inputs for them; `weights` as in `make_member`."""
     arguments = parse_model_args(model_arg or ())
-    members = [make_member(model, arguments, checkpoint) for checkpoint in checkpoints]
+    members = [make_member(model, arguments, path, weights) for path in checkpoints]
     return members, inputs_for(members[0], example)
 
 
@@ -41,12 +42,16 @@ def asked_recipe(
     example: str,
     checkpoints: Sequence[Path],
     member_arg: Iterable[str] | None,
+    reading: Mapping[str, Any],
     **parts: Any,
 ) -> Recipe:
-    """Return the recipe that options of the command line come to."""
+    """Return the recipe that options of the command line come to.
+
+    `reading` are the options of `Checkpoints`, for each of them.
+    """
     each = parse_member_args(member_arg or (), len(checkpoints))
     members = [
-        {"path": os.fspath(path), "args": parse_model_args(own)}
+        {"path": os.fspath(path), "args": parse_model_args(own), **reading}
         for path, own in zip(checkpoints, each, strict=True)
     ]
     return as_recipe(

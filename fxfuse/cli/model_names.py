@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import json
+from collections.abc import Callable, Collection, Mapping
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -10,37 +11,34 @@ from typing import Any
 from torch import nn
 
 from fxfuse.errors import MissingDependencyError, OptionError
+from fxfuse.members.checkpoint import weights_in
 
-#: Files in which `save_pretrained` of transformers keeps weights.
+#: What `save_pretrained` of transformers and `save_for_hf` of timm write beside weights.
 _CONFIG = "config.json"
-_WEIGHTS = (
-    "model.safetensors",
-    "model.safetensors.index.json",
-)
 
 
 def named_factory(spec: str) -> Callable[..., Any] | None:
     """Return the factory that a library's name stands for, or None where the text is no such name.
 
-    Names are `torchvision:resnet18`, `timm:convnext_tiny`, or `hf:FOLDER` with what
-    `save_pretrained` of transformers wrote.
+    Names are `torchvision:resnet18`, `timm:convnext_tiny`, or `hf:FOLDER` and `timm:FOLDER` with
+    what `save_pretrained` of transformers and `save_for_hf` of timm wrote.
     """
     library, _, name = spec.partition(":")
-    make = _LIBRARIES.get(library)
-    return make(name) if make and name else None
+    return _LIBRARIES[library](name) if is_named(spec) else None
+
+
+def is_named(spec: str) -> bool:
+    """Tell whether a text is a library's name of a network, and not a function to import."""
+    library, _, name = spec.partition(":")
+    return library in _LIBRARIES and bool(name)
 
 
 def is_pretrained(path: Path) -> bool:
-    """Tell whether a folder is one that `save_pretrained` of transformers wrote.
+    """Tell whether a folder is one that `save_pretrained` of transformers or timm wrote.
 
     Its weights have names that only transformers knows how to turn into the network's.
     """
     return (path / _CONFIG).is_file()
-
-
-def weights_in(path: Path) -> list[Path]:
-    """Return the files of such a folder that hold weights, or what leads to them."""
-    return [path / name for name in _WEIGHTS if (path / name).is_file()]
 
 
 def _torchvision(name: str) -> Callable[..., Any]:
@@ -54,11 +52,18 @@ def _torchvision(name: str) -> Callable[..., Any]:
 
 def _timm(name: str) -> Callable[..., Any]:
     timm = _library("timm", "timm", "pip install timm")
+    if is_pretrained(Path(name)):
+        return lambda **arguments: timm.create_model(f"local-dir:{name}", **arguments)
     known = timm.list_models()
     # A tag behind a dot names pretrained weights, which are not wanted here.
     if name.partition(".")[0] not in known:
         raise _unknown("timm", name, known)
-    return lambda **arguments: timm.create_model(name, **arguments)
+
+    def make(**arguments: Any) -> Any:
+        _check_arguments("timm", arguments)
+        return timm.create_model(name, **arguments)
+
+    return make
 
 
 def _transformers(folder: str) -> Callable[..., Any]:
@@ -72,17 +77,21 @@ def _transformers(folder: str) -> Callable[..., Any]:
         )
 
     def make(**arguments: Any) -> nn.Module:
-        config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True, **arguments)
+        _check_arguments("hf", arguments)
+        _check_config(Path(folder) / _CONFIG, arguments)
+        # Not asked for code of the folder's own: transformers would ask the user then.
+        here = {"local_files_only": True, "trust_remote_code": False}
+        config = transformers.AutoConfig.from_pretrained(folder, **here, **arguments)
         own = [getattr(transformers, name, None) for name in config.architectures or ()]
         classes: list[Any] = [c for c in own if isinstance(c, type) and issubclass(c, nn.Module)]
         made: nn.Module
         if weights_in(Path(folder)):
             kind = classes[0] if classes else transformers.AutoModel
-            made = kind.from_pretrained(
-                folder, config=config, local_files_only=True, use_safetensors=True
-            )
+            # weights_only: of a .bin file no object is unpickled.
+            made = kind.from_pretrained(folder, config=config, weights_only=True, **here)
         else:
-            made = classes[0](config) if classes else transformers.AutoModel.from_config(config)
+            whole = transformers.AutoModel.from_config
+            made = classes[0](config) if classes else whole(config, trust_remote_code=False)
         return made
 
     return make
@@ -93,6 +102,46 @@ _LIBRARIES: dict[str, Callable[[str], Callable[..., Any]]] = {
     "timm": _timm,
     "hf": _transformers,
 }
+
+
+#: Arguments with which libraries read weights of their own, unpickle them or run code of a folder.
+_READING: Mapping[str, Collection[str]] = {
+    "timm": ("checkpoint_path", "pretrained_cfg", "pretrained_cfg_overlay"),
+    "hf": ("trust_remote_code", "code_revision"),
+}
+
+
+def _check_arguments(library: str, arguments: Mapping[str, Any]) -> None:
+    """Check that a library is not asked to read weights or code in a way of its own."""
+    wrong = next((name for name in _READING[library] if name in arguments), None)
+    if wrong is not None:
+        raise OptionError(
+            f"{library} networks are made without {wrong}",
+            where=wrong,
+            why="it can load pickled objects or code",
+            how="leave it out; weights come from the members' checkpoints",
+        )
+
+
+def _check_config(path: Path, arguments: Mapping[str, Any]) -> None:
+    """Check that a folder of transformers asks for no code from the network."""
+    try:
+        waiting: list[Any] = [arguments, json.loads(path.read_text(encoding="utf-8"))]
+    # transformers says what is wrong with it.
+    except (ValueError, OSError, RecursionError):
+        return
+    while waiting:
+        value = waiting.pop()
+        waiting += value if isinstance(value, list) else ()
+        for key, inner in value.items() if isinstance(value, Mapping) else ():
+            waiting.append(inner)
+            if "attn_implementation" in key and "/" in str(inner):
+                raise OptionError(
+                    f"{path.parent.name} asks for code from the network",
+                    where=f"{key} in {path}",
+                    why=f"transformers would download and run the kernel {str(inner)!r:.99}",
+                    how="remove the entry, or load the network yourself",
+                )
 
 
 def _library(module: str, name: str, how: str) -> Any:

@@ -41,7 +41,7 @@ Input = Annotated[
     ),
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")]
-_WEIGHTS = "`.safetensors`, or `.pt` with tensors only."
+_WEIGHTS = "`.safetensors`, `.pt`, an index of several files, or a folder with these."
 Checkpoint = Annotated[
     Path,
     typer.Argument(help=f"Weights: {_WEIGHTS}", metavar="CHECKPOINT", show_default=False),
@@ -63,6 +63,23 @@ Folders = Annotated[
         help="Folders that `fxfuse` wrote, of the same members.",
         metavar="FOLDER",
         show_default=False,
+    ),
+]
+OwnModel = Annotated[
+    str | None,
+    typer.Option(
+        "--model",
+        help="Factory of the members, in place of the one that the folder names. One that is no "
+        "library's needs this or `--trust`.",
+        metavar="MODULE:FACTORY",
+    ),
+]
+Trust = Annotated[
+    bool,
+    typer.Option(
+        "--trust",
+        help="Import and run the functions that the folder names. Only for folders whose maker you "
+        "trust.",
     ),
 ]
 OutFolder = Annotated[Path, typer.Option("--out", help="Folder to write.", metavar="FOLDER")]

@@ -10,6 +10,7 @@ from typing import Any
 
 from rich.table import Table
 
+from fxfuse.cli.model_names import is_named
 from fxfuse.cli.recipe import Outcome, Recipe, run
 from fxfuse.cli.report.content import Network, measures
 from fxfuse.cli.show import checks_json, checks_table, out, print_json, table, working
@@ -65,7 +66,10 @@ def _show(outcome: Outcome, folder: Path, *, json: bool) -> None:
     out.print(f"{outcome.recipe.title}, written to {folder}", markup=False)
     if outcome.raw_note:
         out.print(outcome.raw_note, style="yellow", markup=False)
-        refine = f"fxfuse refit {folder} --calibration DATA --refine refit,match --out FOLDER"
+        model = outcome.recipe.model
+        own = "" if is_named(model) else f"--model {model} "
+        options = f"{own}--calibration DATA --refine refit,match --out FOLDER"
+        refine = f"fxfuse refit {folder} {options}"
         out.print(f"next: {refine}, or --calibration DATA from the beginning", markup=False)
 
 

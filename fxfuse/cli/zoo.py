@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import importlib
 import re
+import sys
 from collections.abc import Callable, Iterable, Mapping
 from operator import attrgetter
 from pathlib import Path
@@ -14,7 +15,7 @@ import torch
 from torch import nn
 
 from fxfuse.cli.model_names import is_pretrained, named_factory
-from fxfuse.errors import InputError, OptionError
+from fxfuse.errors import FxfuseError, InputError, OptionError
 from fxfuse.graph.tensors import floating_dtype
 from fxfuse.members.checkpoint import load_checkpoint, read_file
 
@@ -54,6 +55,8 @@ def make_model(spec: str, arguments: Mapping[str, Any]) -> nn.Module:
     factory = named_factory(spec) or import_object(spec)
     try:
         model = factory(**arguments)
+    except FxfuseError:
+        raise
     except Exception as error:
         raise OptionError(
             f"{spec} cannot be called",
@@ -70,15 +73,17 @@ def make_model(spec: str, arguments: Mapping[str, Any]) -> nn.Module:
     return model.eval()
 
 
-def make_member(spec: str, arguments: Mapping[str, Any], checkpoint: Path) -> nn.Module:
-    """Make a model with the weights of a checkpoint.
+def make_member(
+    spec: str, arguments: Mapping[str, Any], checkpoint: Path, weights: str | None = None
+) -> nn.Module:
+    """Make a model with the weights of a checkpoint; of several in it, those that `weights` names.
 
     For `hf:` the checkpoint may also be a folder that `save_pretrained` wrote.
     """
     if spec.startswith("hf:") and is_pretrained(checkpoint):
         return make_model(f"hf:{checkpoint}", arguments)
     model = make_model(spec, arguments)
-    load_checkpoint(model, checkpoint)
+    load_checkpoint(model, checkpoint, weights)
     return model
 
 
@@ -126,6 +131,12 @@ def inputs_for(
     inputs = make_inputs(spec, dtype or floating_dtype(network.parameters()))
     parameter = next(network.parameters(), None)
     return inputs if parameter is None else tuple(x.to(parameter.device) for x in inputs)
+
+
+def import_from(folder: str | None) -> None:
+    """Let functions be imported from a folder, too, after all that is installed."""
+    if folder and not sys.flags.safe_path and folder not in sys.path:
+        sys.path.append(folder)
 
 
 def import_object(spec: str) -> Callable[..., object]:

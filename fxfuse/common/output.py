@@ -18,6 +18,11 @@ from filelock import FileLock, Timeout
 
 from fxfuse.errors import OutputError
 
+#: Stands near the beginning or end of every file that may be replaced.
+MARK = "Written by fxfuse"
+_NEAR = 4096
+#: Compiled forms have no room for it. They are ours where a file with it is beside them.
+_COMPILED = (".pt2", ".onnx")
 #: AT_FDCWD and RENAME_EXCHANGE of renameat2(2).
 _HERE, _EXCHANGE = -100, 2
 #: What comes after the name of an output in the name of a folder that is not finished.
@@ -29,7 +34,8 @@ _ASIDE = ".old"
 def check_output(path: str | Path, names: Collection[str], *, force: bool = False) -> None:
     """Check that a folder may be written, before the work that fills it.
 
-    `force` replaces an existing folder, which may hold nothing but files of these names.
+    `force` replaces an existing folder, which may hold nothing but files of these names that have
+    the mark of fxfuse in them.
     """
     path = Path(path)
     if not os.path.lexists(path):
@@ -82,8 +88,16 @@ def locked(path: str | Path) -> Iterator[None]:
     path = Path(os.path.abspath(path))
     made = [folder for folder in path.parents if not folder.exists()]
     path.parent.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(path.parent / f".{path.name}.lock", timeout=0, is_singleton=True)
+    place = path.parent / f".{path.name}.lock"
+    lock = FileLock(place, timeout=0, is_singleton=True)
     try:
+        if place.is_symlink():
+            raise OutputError(
+                f"{path.name} cannot be locked",
+                where=str(place),
+                why="the lock is a symbolic link, which may lead to a file of somebody's",
+                how="remove the link",
+            )
         try:
             lock.acquire()
         except Timeout:
@@ -193,7 +207,32 @@ def _swap_in(work: Path, path: Path, names: Collection[str], *, force: bool) -> 
 
 def _foreign(folder: Path, names: Collection[str]) -> list[str]:
     """Return the names of what is in a folder and not written by fxfuse."""
-    return sorted({entry.name for entry in folder.iterdir()} - set(names))
+    entries = list(folder.iterdir())
+    ours = {entry.name for entry in entries if entry.name in names and _is_marked(entry)}
+    if ours:
+        files = (entry for entry in entries if entry.suffix in _COMPILED and _is_file(entry))
+        ours |= {entry.name for entry in files if entry.name in names}
+    return sorted({entry.name for entry in entries} - ours)
+
+
+def _is_file(path: Path) -> bool:
+    return path.is_file() and not path.is_symlink()
+
+
+def _is_marked(path: Path) -> bool:
+    """Tell whether this is a file, no link and no folder, that says that fxfuse wrote it."""
+    if not _is_file(path):
+        return False
+    with path.open("rb") as file:
+        found = file.read(_NEAR)
+        file.seek(max(_NEAR, path.stat().st_size - _NEAR))
+        return MARK.encode() in found + file.read()
+
+
+def check_replaceable(path: Path) -> None:
+    """Check that a file may be written: there is none, or one that fxfuse wrote."""
+    if os.path.lexists(path) and not _is_marked(path):
+        raise _exists(path, "fxfuse did not write it", "choose another name, or remove it")
 
 
 def _appeared(path: Path) -> OutputError:

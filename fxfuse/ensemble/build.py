@@ -20,6 +20,7 @@ from fxfuse.ensemble.walk import changes_tensors, walk
 from fxfuse.ensemble.weights import as_words
 from fxfuse.errors import OptionError, VerificationError
 from fxfuse.graph.capture import Program, capture
+from fxfuse.graph.eager import alone
 from fxfuse.graph.example import Example, is_single
 from fxfuse.graph.export_reuse import captured_each
 from fxfuse.graph.module_checks import check_enough, check_values
@@ -137,6 +138,7 @@ def _emitted(writer: Writer, joined: Program, reduce: str, class_dim: int) -> Fu
     return emit_graph(joined, joined.state(), graph, constants)
 
 
+@alone
 def _check(module: FusedModule, members: Sequence[Program]) -> None:
     """Compare all outputs of all members with theirs, in float64."""
     # Networks that draw random numbers draw the same ones, member after member.

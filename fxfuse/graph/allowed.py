@@ -6,6 +6,7 @@ import math
 import operator
 import re
 from collections.abc import Callable, Collection, Mapping, Sequence
+from inspect import signature
 from typing import Any
 
 import torch
@@ -36,6 +37,8 @@ _ON_SIZES: tuple[Any, ...] = (
     *(torch.sym_int, torch.sym_float, torch.sym_max, torch.sym_min, torch.sym_not),
     *(torch.sym_ite, torch.sym_sum),
 )
+#: What makes large numbers of small ones, and by how much sizes let them.
+_GROWING, _EXPONENTS = (operator.pow, operator.lshift), range(-64, 65)
 _FUNCTIONS: Mapping[str, Callable[..., Any]] = {
     **{f"{f.__module__.lstrip('_')}.{f.__name__}": f for f in (*_ON_SIZES, operator.getitem)},
     **{"getattr": getattr, "fxfuse.count_batch": count_batch, "fxfuse.check_batch": check_batch},
@@ -84,5 +87,10 @@ def is_call(target: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool
         return kinds == [fx.Node, int, str]
     if target is operator.getitem:
         return kinds == [fx.Node, int]
+    # torch.fx writes the operands of an operator into its sign, and counts on their number.
+    if len(args) != len(signature(target).parameters):
+        return False
+    if target in _GROWING and isinstance(args[1], int) and args[1] not in _EXPONENTS:
+        return False
     leaves = pytree.tree_leaves(list(args))
     return all(isinstance(leaf, fx.Node | int | float) for leaf in leaves)

@@ -21,7 +21,7 @@ from torch import fx, nn
 from torch.export import Dim, ExportedProgram
 
 from fxfuse.errors import CaptureError
-from fxfuse.graph.eager import trace
+from fxfuse.graph.eager import alone, trace
 from fxfuse.graph.example import (
     Example,
     at_least_two,
@@ -36,7 +36,7 @@ from fxfuse.graph.module_checks import check_model, state_of
 from fxfuse.graph.rebuild import rebuild
 from fxfuse.graph.run import untouched
 from fxfuse.graph.tensors import fetch, is_constant, tensors_in
-from fxfuse.graph.torch_compat import pytree
+from fxfuse.graph.torch_compat import forget_code, forget_sizes, original_module, pytree
 
 
 @dataclass(frozen=True)
@@ -96,6 +96,7 @@ class Program:
         (result,) = (node.args[0] for node in self.graph.nodes if node.op == "output")
         return tuple(pytree.tree_leaves(result))
 
+    @alone
     def tensor(self, name: str) -> torch.Tensor:
         """Return the tensor behind a `get_attr` target or a `state_dict()` name."""
         return fetch(self.module, name)
@@ -123,6 +124,16 @@ class Program:
         used = {str(n.target) for n in self.graph.nodes if n.op == "get_attr" and n.users}
         return frozenset(self.canonical[name] for name in used if name in self.canonical)
 
+    def unread_modules(self) -> tuple[str, ...]:
+        """Return the outermost modules of whose weights the graph reads none, as of training's."""
+        reached = self.reached()
+        weights = [name for name in self.names if not is_constant(self.tensor(name))]
+        read = [name for name in weights if self.canonical[name] in reached]
+        parents = {part for name in read for part in _parents(name)}
+        unread = (n for n in weights if self.canonical[n] not in reached)
+        outermost = (next((p for p in (*_parents(n), n) if p not in parents), n) for n in unread)
+        return tuple(dict.fromkeys(outermost))
+
     def unreached(self, excused: Collection[str] = ()) -> tuple[str, ...]:
         """Return names of the weights that a trace did not reach, so that nothing is known of them.
 
@@ -141,6 +152,13 @@ class Program:
         )
 
 
+def _parents(name: str) -> list[str]:
+    """Return the modules that a tensor is in, from the outermost to its own."""
+    parts = name.split(".")
+    return [".".join(parts[:count]) for count in range(1, len(parts))]
+
+
+@alone
 def capture(
     model: nn.Module | ExportedProgram,
     example: Any = (),
@@ -168,6 +186,8 @@ def capture(
         CaptureError: `torch.export` rejects the model, and it cannot be traced or `fallback` is
             False; or it returns no tensor.
     """
+    if isinstance(model, nn.Module):
+        model = original_module(model)
     check_model(model)
     given = Example.of(example)
     args, kwargs, dynamic_shapes = given.args, dict(given.kwargs), given.dynamic_shapes
@@ -188,7 +208,7 @@ def capture(
                     f"torch.export refuses {type(model).__name__}, so it is traced on the example "
                     f"inputs: the fused weights go into your own class, and no GraphModule is "
                     f"emitted. The reason: {error.why}",
-                    stacklevel=2,
+                    stacklevel=3,
                 )
                 return capture_eagerly(model, Example(args, kwargs), refusal=error.why)
     state = state_of(model)
@@ -197,6 +217,7 @@ def capture(
     return Program(module, tuple(state), _canonical(state), (args, kwargs), source)
 
 
+@alone
 def capture_eagerly(
     model: nn.Module,
     example: Any,
@@ -214,6 +235,7 @@ def capture_eagerly(
         InputError: The model rejects the example inputs.
         CaptureError: The model cannot be traced.
     """
+    model = original_module(model)
     given = Example.of(example)
     args, kwargs = given.args, dict(given.kwargs)
     check_model(model)
@@ -245,6 +267,7 @@ def _canonical(state: Mapping[str, torch.Tensor]) -> dict[str, str]:
     return {name: first.setdefault(id(tensor), name) for name, tensor in state.items()}
 
 
+@alone
 def export(
     model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], dynamic_shapes: Any
 ) -> ExportedProgram:
@@ -276,7 +299,7 @@ def export(
                 )
             warnings.warn(
                 f"captured with a static batch, because {why}",
-                stacklevel=3,
+                stacklevel=5,
             )
             return program
     return _export_once(model, args, kwargs, None)
@@ -296,6 +319,8 @@ def _export_once(
             program = torch.export.export(
                 model, args, kwargs, dynamic_shapes=dynamic_shapes, strict=False
             )
+        forget_sizes(program)
+        forget_code()
         # Only now: when it fails, torch prints its unfinished graph, up to thousands of lines.
         sys.stderr.write(said.getvalue())
         return program

@@ -6,8 +6,10 @@ other sizes. It serves the analysis; what runs is the module (docs/adr/0010-eage
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from functools import wraps
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 from torch import fx, nn
@@ -16,6 +18,14 @@ from torch.overrides import TorchFunctionMode
 
 from fxfuse.errors import CaptureError
 from fxfuse.graph.torch_compat import make_fx, pytree
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+#: Held while a module of the user's runs, is read, copied or exported, and while torch's own
+#: generators are seeded. Tracing puts other tensors into a module and other methods into its class;
+#: modes and random numbers belong to the whole process. A thread that holds it gets it again.
+ALONE = threading.RLock()
 
 #: What may stand in inputs and outputs: nothing in it can hide a tensor.
 _PLAIN = (
@@ -44,6 +54,17 @@ def _mark(x: torch.Tensor) -> torch.Tensor:
 @_mark.register_fake
 def _mark_fake(x: torch.Tensor) -> torch.Tensor:
     return torch.empty_like(x)
+
+
+def alone(function: Callable[P, R]) -> Callable[P, R]:
+    """Let a function run while no other thread is at a module of the user's (`ALONE`)."""
+
+    @wraps(function)
+    def run(*args: P.args, **kwargs: P.kwargs) -> R:
+        with ALONE:
+            return function(*args, **kwargs)
+
+    return run
 
 
 def trace(

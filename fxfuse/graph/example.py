@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, is_dataclass
+from keyword import iskeyword
 from typing import Any
 
 import torch
@@ -49,6 +50,11 @@ class Example:
 
 def check_example(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
     """Check example inputs before a model is run on them."""
+    for name in kwargs:
+        if not name.isidentifier() or iskeyword(name):
+            # torch.fx writes it into Python code.
+            why = "the name of a keyword input is no identifier of Python"
+            raise _rejected("named so", f"{name!r:.99}", why, "rename the input")
     for number, x in enumerate(tensors_in((args, dict(kwargs)))):
         where = f"tensor {number} of the inputs, shape {tuple(x.shape)}, {x.dtype}"
         if x.is_quantized or x.layout is not torch.strided:
@@ -86,14 +92,32 @@ def try_example(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, An
             how=_conversion(model, args, kwargs)
             or "pass inputs that the model accepts, with their batch dimension",
         ) from error
+    _register_dataclasses(answer)
     if not tensors_in(answer):
         raise CaptureError(
             f"{type(model).__name__} returns no tensor",
             why=f"it returns a {type(answer).__name__}, in which torch.export finds no tensor",
-            how="return a tensor, or a tuple, list or dict of tensors; register your class with "
-            "torch.export.register_dataclass",
+            how="return a tensor, or a tuple, list, dict or dataclass of tensors",
         )
     return answer
+
+
+def _register_dataclasses(answer: Any) -> None:
+    """Tell torch of the dataclasses in what a network answers: their fields are all they hold."""
+    for leaf in pytree.tree_leaves(answer):
+        if is_dataclass(leaf) and register_dataclass(type(leaf)):
+            _register_dataclasses([getattr(leaf, each.name) for each in fields(leaf)])
+
+
+def register_dataclass(kind: type) -> bool:
+    """Tell torch of a dataclass; False where one cannot be made of its fields alone."""
+    if not is_dataclass(kind) or not all(each.init for each in fields(kind)):
+        return False
+    if kind in pytree.SUPPORTED_NODES:
+        return True
+    name = f"{kind.__module__}.{kind.__qualname__}"
+    torch.export.register_dataclass(kind, serialized_type_name=name)
+    return True
 
 
 def first_line(error: BaseException) -> str:

@@ -21,8 +21,10 @@ import torch
 from torch import nn
 
 from fxfuse.graph.capture import Program
+from fxfuse.graph.eager import alone
 from fxfuse.graph.module_checks import check_alike, check_model, state_of
 from fxfuse.graph.rebuild import rebuild
+from fxfuse.graph.torch_compat import original_module
 
 #: Immutable values, which are the same when they are equal.
 _PLAIN = (
@@ -39,6 +41,7 @@ def captured_each(
     members: Sequence[object], program: Callable[[Any, Program | None], Program]
 ) -> list[Program]:
     """Check members and capture them; twins of the first one are not exported again."""
+    members = [original_module(m) if isinstance(m, nn.Module) else m for m in members]
     for member in members:
         if not isinstance(member, Program):
             check_model(member)
@@ -53,6 +56,7 @@ def captured_each(
     return found
 
 
+@alone
 def reuse_export(first: Program, model: object) -> Program | None:
     """Return a model captured without `torch.export`, where the graph of another module is its own.
 

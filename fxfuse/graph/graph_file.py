@@ -20,6 +20,7 @@ from typing import Any
 
 from torch import fx, nn
 
+from fxfuse.common.output import MARK
 from fxfuse.errors import CheckpointError, RewriteError
 from fxfuse.graph.allowed import LIBRARIES, find_operator, is_call, name_of, registered_in
 from fxfuse.graph.plain_data import (
@@ -142,6 +143,7 @@ def _content(stored: StoredGraph) -> dict[str, Any]:
     """Return all that a graph file holds but its checksum."""
     names, inputs, outputs = signature_of(stored.graph)
     return {
+        "note": MARK,
         "fxfuse_graph": _VERSION,
         "arguments": names,
         "inputs": to_structure(inputs),

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import keyword
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import chain
 from typing import Any
 
 import torch
@@ -13,8 +16,10 @@ from fxfuse.errors import (
     CaptureError,
     MemberError,
 )
+from fxfuse.graph.eager import alone
 
 
+@alone
 def state_of(model: nn.Module | ExportedProgram) -> Mapping[str, Any]:
     """Return the tensors of a model by `state_dict()` name, not copied."""
     state: Mapping[str, Any]
@@ -45,7 +50,18 @@ def check_model(model: object) -> None:
             why="TorchScript keeps a program of its own, which torch.export does not follow",
             how="pass the nn.Module that was scripted or traced",
         )
-    for name, tensor in state_of(model).items():
+    state = state_of(model)
+    for name in chain(state, _own_names(model)):
+        # torch.fx writes these names into Python, between quotes where they are no identifiers.
+        if _UNWRITABLE.search(name) or not name.isprintable() or _has_keyword(name):
+            raise MemberError(
+                "the name of a tensor cannot be written",
+                where=f"{name!r:.99}",
+                why='graphs are Python code, in which a name with ", \\ or a control character, '
+                "or a keyword, breaks or does something else",
+                how="rename the module or parameter in the members' class",
+            )
+    for name, tensor in state.items():
         if not isinstance(tensor, torch.Tensor):
             raise MemberError(
                 "the model holds weights that are not tensors",
@@ -63,6 +79,25 @@ def check_model(model: object) -> None:
                 why=f"it is {form}; neurons are indices of dense tensors",
                 how=f"fuse networks whose tensors were {how}, and convert the result",
             )
+
+
+#: What ends quotes, or is no character in them; a lone surrogate is no text at all.
+_UNWRITABLE = re.compile(r'["\\\x00-\x1f\x7f\ud800-\udfff]')
+
+
+def _own_names(model: nn.Module | ExportedProgram) -> Iterator[str]:
+    """Yield the names of tensors that no state_dict() has."""
+    if isinstance(model, ExportedProgram):
+        yield from model.constants
+        return
+    for prefix, module in model.named_modules():
+        held = (name for name, value in vars(module).items() if isinstance(value, torch.Tensor))
+        buffers = (name for name, _ in module.named_buffers(recurse=False))
+        yield from (f"{prefix}.{name}" if prefix else name for name in chain(held, buffers))
+
+
+def _has_keyword(name: str) -> bool:
+    return any(keyword.iskeyword(part) for part in name.split("."))
 
 
 def check_enough(members: Sequence[object], what: str) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Callable, Collection, Mapping
 from contextlib import suppress
 from importlib import import_module
@@ -12,6 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import fx
 
+from fxfuse.graph.example import register_dataclass
 from fxfuse.graph.torch_compat import pytree
 
 #: Most levels of nesting, values and characters of a text in a file.
@@ -20,6 +22,7 @@ _INTEGERS = range(-(1 << 63), 1 << 63)
 #: The library whose output classes any graph may name, and the module that registers most of them.
 _OUTPUTS, _OUTPUTS_MODULE = "transformers", "transformers.modeling_outputs"
 _CONTAINERS = ("builtins.tuple", "builtins.list", "builtins.dict", "collections.OrderedDict")
+_NAMED_TUPLE = "collections.namedtuple"
 _LEAF = "*"
 
 
@@ -107,7 +110,15 @@ def to_structure(spec: pytree.TreeSpec) -> Any:
             saving="use tuples, lists and dicts, or register the class with a serialized_type_name "
             "(torch.export.register_dataclass)",
         )
-    return [name, to_data(spec.context), [to_structure(child) for child in spec.children()]]
+    context = spec.context
+    if name == _NAMED_TUPLE:
+        context = f"{context.__module__}.{context.__qualname__}"
+        if _imported(context) is not spec.context:
+            raise NotPlainError(
+                f"an input or output is a {context}, which cannot be imported",
+                saving="define the named tuple in a module, outside of functions",
+            )
+    return [name, to_data(context), [to_structure(child) for child in spec.children()]]
 
 
 def from_structure(told: Any, allow: Collection[str] | None) -> pytree.TreeSpec:
@@ -115,21 +126,41 @@ def from_structure(told: Any, allow: Collection[str] | None) -> pytree.TreeSpec:
     if told == _LEAF:
         return pytree.treespec_leaf()
     name, context, items = told
-    library = name.partition(".")[0]
     if name.startswith(_OUTPUTS_MODULE):
         # torch knows these classes once the module is imported; no other one ever is.
         with suppress(ImportError):
             import_module(_OUTPUTS_MODULE)
+    own = context if name == _NAMED_TUPLE and isinstance(context, str) else name
+    library = own.partition(".")[0]
     known = pytree.SERIALIZED_TYPE_TO_PYTHON_TYPE
-    allowed = allow is None or name in _CONTAINERS or library in (_OUTPUTS, *allow)
-    if name not in known or not allowed:
-        own = "" if library == _OUTPUTS else f' and allowed: fxfuse.load(..., allow=("{library}",))'
+    named = allow is None or library in allow
+    allowed = named or name in _CONTAINERS or library == _OUTPUTS
+    kind = _imported(own) if named and (name == _NAMED_TUPLE or name not in known) else None
+    if kind is not None and name not in known:
+        register_dataclass(kind)
+    is_named_tuple = kind is not None and pytree.is_namedtuple_class(kind)
+    if name not in known or not allowed or (name == _NAMED_TUPLE and not is_named_tuple):
+        how = "" if library == _OUTPUTS else f' and allowed: fxfuse.load(..., allow=("{library}",))'
         raise NotPlainError(
-            f"it takes or returns a {name:.99}, which is not known or not allowed",
-            loading=f"a class that the network returns must have been imported before{own:.99}",
+            f"it takes or returns a {own:.99}, which is not known or not allowed",
+            loading=f"a class that the network returns must have been imported before{how:.99}",
         )
     children = [from_structure(item, allow) for item in items]
-    return pytree.TreeSpec(known[name], from_data(context, {}), children)
+    found = kind if name == _NAMED_TUPLE else from_data(context, {})
+    return pytree.TreeSpec(known[name], found, children)
+
+
+def _imported(name: str) -> type | None:
+    """Return a class that has been imported, by its full name; nothing is imported for it."""
+    parts = name.split(".")
+    for end in range(len(parts) - 1, 0, -1):
+        found: Any = sys.modules.get(".".join(parts[:end]))
+        for part in parts[end:]:
+            # As a value: an attribute may be computed, and so run code.
+            found = getattr(found, "__dict__", {}).get(part)
+        if isinstance(found, type):
+            return found
+    return None
 
 
 def check_limits(content: Any) -> None:

@@ -16,9 +16,10 @@ import torch
 from torch import fx, nn
 from torch.func import functional_call
 
+from fxfuse.graph.eager import ALONE
 from fxfuse.graph.functional import written_names
 from fxfuse.graph.tensors import named_tensors
-from fxfuse.graph.torch_compat import FakeTensor, pytree
+from fxfuse.graph.torch_compat import FakeTensor, own_tensors, pytree
 
 _CONTAINERS = (dict, OrderedDict, list, deque, set)
 
@@ -28,19 +29,21 @@ def untouched(*modules: nn.Module) -> Iterator[None]:
     """Hold modules in eval mode; afterwards they and torch's random state are what they were.
 
     That is: modes, values of tensors, and what attributes hold, lists and dictionaries included.
-    Of parameters that are spread over processes (`fully_shard`) only modes come back.
+    Of parameters that are spread over processes (`fully_shard`) only modes come back. No other
+    thread is at a module of the user's meanwhile.
     """
-    kept = [_Kept(module) for module in modules]
-    try:
-        with same_random_state():
-            for module in modules:
-                for part in module.modules():
-                    # Set directly: modules that torch.export made refuse eval().
-                    part.training = False
-            yield
-    finally:
-        for each in kept:
-            each.restore()
+    with ALONE:
+        kept = [_Kept(module) for module in modules]
+        try:
+            with same_random_state():
+                for module in modules:
+                    for part in module.modules():
+                        # Set directly: modules that torch.export made refuse eval().
+                        part.training = False
+                yield
+        finally:
+            for each in kept:
+                each.restore()
 
 
 @contextmanager
@@ -122,12 +125,15 @@ class _Kept:
 
     def __init__(self, module: nn.Module) -> None:
         self._modes = [(part, part.training) for part in module.modules()]
+        self._held: list[tuple[dict[str, Any], dict[str, Any]]] = []
         self._contents: dict[int, tuple[Any, Any]] = {}
         #: Each tensor, its memory under another object, and a copy of its values.
         self._tensors: dict[int, tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = {}
         tensors, written = dict(named_tensors(module)), _written(module)
         if any(hasattr(tensor, "full_tensor") for tensor in tensors.values()):
             return
+        # torch.export puts its own there, and puts them back unless it is interrupted.
+        self._held = [(held, dict(held)) for p in module.modules() for held in own_tensors(p)]
         if written is None:
             self._keep(module)
         else:
@@ -156,6 +162,9 @@ class _Kept:
                 (container.extend if isinstance(container, list | deque) else container.update)(
                     content
                 )
+        for held, were in self._held:
+            if any(held.get(name) is not tensor for name, tensor in were.items()):
+                held.update(were)
         for part, training in self._modes:
             part.training = training
         for tensor, own, values in self._tensors.values():

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -111,10 +111,12 @@ def _check_answers(first: Program, other: Program, number: int) -> None:
             equal_nan=True,
         )
     except Exception as error:
+        differing = next(_differences(first, other, frozenset()), None)
+        where = type(other.source).__name__ if differing is None else where_of(differing[0])
         raise _mismatch(
             "answers",
             number,
-            type(other.source).__name__,
+            where,
             f"member 0 with its weights returns other outputs: {first_line(error)}",
         ) from error
 
@@ -133,25 +135,31 @@ def check_constant(
 
 
 def _check_graph(first: Program, other: Program, number: int, free: frozenset[str]) -> None:
+    differing = next(_differences(first, other, free), None)
+    if differing is not None:
+        a, b = differing
+        why = f"{a.format_node()} vs {b.format_node()}"
+        raise _mismatch("graphs", number, where_of(a), why)
     ours, theirs = list(first.graph.nodes), list(other.graph.nodes)
-    position = {node: index for index, node in enumerate(ours)}
-    position_theirs = {node: index for index, node in enumerate(theirs)}
     for a, b in zip(ours, theirs, strict=False):
-        line_a = _signature(a, position, free)
-        line_b = _signature(b, position_theirs, free)
-        if line_a != line_b:
-            raise _mismatch(
-                "graphs",
-                number,
-                where_of(a),
-                f"{a.format_node()} vs {b.format_node()}",
-            )
         if a.op == "get_attr" and _is_constant(first, str(a.target)):
             name, stored = str(a.target), str(a.target) in first.canonical
             value, value_other = first.tensor(name), other.tensor(str(b.target))
             check_constant(name, value, value_other, number, stored=stored)
     if len(ours) != len(theirs):
         raise _mismatch("graphs", number, "end of the graph", f"{len(ours)} vs {len(theirs)} nodes")
+
+
+def _differences(
+    first: Program, other: Program, free: frozenset[str]
+) -> Iterator[tuple[fx.Node, fx.Node]]:
+    """Yield the nodes at the same place of two graphs that do something else."""
+    ours, theirs = list(first.graph.nodes), list(other.graph.nodes)
+    position = {node: index for index, node in enumerate(ours)}
+    position_theirs = {node: index for index, node in enumerate(theirs)}
+    for a, b in zip(ours, theirs, strict=False):
+        if _signature(a, position, free) != _signature(b, position_theirs, free):
+            yield a, b
 
 
 def _is_constant(program: Program, target: str) -> bool:

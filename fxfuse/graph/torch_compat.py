@@ -7,6 +7,7 @@ torch 2.13.0 and 2.14.1; `.ci/oldest` runs the tests on the older one.
 from __future__ import annotations
 
 import copy
+import linecache
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
@@ -35,10 +36,14 @@ from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols, optimiz
 # How a graph takes and returns nested values. Replaced by: see `signature_of`.
 from torch.fx.graph import _PyTreeCodeGen, _PyTreeInfo
 
+# Where the code of graph modules lies. Replaced by: see `forget_code`.
+from torch.fx.graph_module import _loader
+
 # The common base of torch's batch and instance norms, and of its convolutions: a class of the
 # user's may extend it directly. Replaced by: public base classes.
 from torch.nn.modules.batchnorm import _NormBase as NormBase
 from torch.nn.modules.conv import _ConvNd as ConvNd
+from torch.optim.swa_utils import AveragedModel
 
 # Nested inputs and outputs exactly as `torch.export` flattens them: every other library has another
 # idea of what is a leaf. Replaced by: the same functions under a public name.
@@ -57,6 +62,8 @@ __all__ = [
     "copy_origin",
     "copy_signature",
     "flatten_inputs",
+    "forget_code",
+    "forget_sizes",
     "free_unbacked_symbols",
     "freezing",
     "hint",
@@ -70,6 +77,7 @@ __all__ = [
     "original_module",
     "output_spec",
     "overloads_of",
+    "own_tensors",
     "pytree",
     "registered_operators",
     "schema_of",
@@ -80,6 +88,9 @@ __all__ = [
 
 #: Stands for a size that depends on the data, of which nothing is known.
 _SOME = 3
+
+
+_WRAPPERS = (nn.DataParallel, nn.parallel.DistributedDataParallel, AveragedModel)
 
 
 def hint(size: Any) -> Any:
@@ -193,10 +204,64 @@ def flatten_inputs(graph: fx.Graph, values: Sequence[Any]) -> Sequence[Any]:
     return tree_flatten_spec((list(values[:positional]), named), info.in_spec)
 
 
+def forget_sizes(program: torch.export.ExportedProgram) -> None:
+    """Let go of what torch keeps of the symbolic sizes of an export, once it is done.
+
+    The shape environment holds fake tensors, for guards that are made by now, and these hold the
+    environment in C++, where no garbage collector sees the circle; and memoised methods of its
+    class hold it as well. So each export would stay for ever. Replaced by: a `torch.export` that
+    does it.
+    """
+    modes = {id(v.fake_mode): v.fake_mode for v in _fakes_of(program)}
+    for shapes in (mode.shape_env for mode in modes.values() if mode.shape_env is not None):
+        shapes.tracked_fakes = []
+        shapes.fake_tensor_cache.clear()
+        for method in vars(type(shapes)).values():
+            if hasattr(method, "cache_clear"):
+                method.cache_clear()
+
+
+def forget_code() -> None:
+    """Let go of the Python code of graph modules that are gone: torch keeps it for tracebacks.
+
+    Of a large network each fusion would leave megabytes. Replaced by: a cache that a module's end
+    empties.
+    """
+    alive, waiting = set[str](), [fx.GraphModule]
+    while waiting:
+        kind = waiting.pop()
+        waiting += kind.__subclasses__()
+        # Each graph module has a class of its own, which holds its code.
+        code = getattr(vars(kind).get("forward"), "__code__", None)
+        alive.add(getattr(code, "co_filename", ""))
+    for name in set(_loader.eval_cache) - alive:
+        _loader.eval_cache.pop(name, None)
+        linecache.cache.pop(name, None)
+
+
+def _fakes_of(program: torch.export.ExportedProgram) -> Sequence[Any]:
+    values = pytree.tree_leaves([node.meta.get("val") for node in program.graph.nodes])
+    return [value for value in values if isinstance(value, FakeTensor)]
+
+
 def original_module(module: nn.Module) -> nn.Module:
-    """Of a module that `torch.compile` returned, the one that was compiled; else the module."""
-    found: nn.Module = getattr(module, "_orig_mod", module)
-    return found
+    """Return the network in what wraps it for training or speed; else the module itself.
+
+    Wrappers are `torch.compile`, the data parallel ones and `AveragedModel`. All but the first say
+    in public what they wrap.
+    """
+    inner: Any = getattr(module, "module" if isinstance(module, _WRAPPERS) else "_orig_mod", None)
+    return original_module(inner) if isinstance(inner, nn.Module) else module
+
+
+def own_tensors(module: nn.Module) -> Sequence[dict[str, Any]]:
+    """Return where a module itself keeps its parameters and its buffers.
+
+    Replaced by: an official way to put back the objects that were there.
+    """
+    held: Sequence[Any] = (module._parameters, module._buffers)
+    # Those of TorchScript lie in C++.
+    return [each for each in held if isinstance(each, dict)]
 
 
 def copy_origin(source: fx.Node, target: fx.Node) -> None:

@@ -1,46 +1,79 @@
-"""Reading and writing weights: `.safetensors`, or `.pt` files that hold tensors only.
+"""Reading and writing weights: `.safetensors`, or `.pt` files of torch.
 
-Nothing here ever unpickles an object. A `.pt` file is read by torch's weights-only reader, and a
-file that this reader refuses is named, not opened in another way.
+Nothing here ever unpickles an object: see `fxfuse.members.torch_file`.
 """
 
 from __future__ import annotations
 
+import json
 import os
-import pickletools
 import re
-import warnings
-import zipfile
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import safetensors.torch
 import torch
 from safetensors import SafetensorError
 from torch import nn
 
-from fxfuse.errors import (
-    CheckpointError,
+from fxfuse.common.output import MARK
+from fxfuse.errors import CheckpointError
+from fxfuse.graph.tensors import floating_dtype
+from fxfuse.members.find_weights import (
+    COUNTER,
+    Shaped,
+    Weights,
+    differences,
+    find_weights,
+    log_choice,
+    state_dicts,
+)
+from fxfuse.members.tensor_file import TensorFile
+from fxfuse.members.torch_file import (
+    check_no_objects,
+    check_openable,
+    corrupt,
+    missing,
+    read_torch,
 )
 
 #: Suffixes that torch.save is commonly used with.
-TORCH_SUFFIXES = (".pt", ".pth", ".ckpt", ".bin")
-#: Keys under which training scripts keep the state_dict beside an optimiser or an epoch.
-NESTING_KEYS = ("state_dict", "model")
+TORCH_SUFFIXES = (".pt", ".pth", ".ckpt", ".bin", ".tar")
+_SAFETENSORS, _INDEX = ".safetensors", ".index.json"
+#: What stands in a file beside the tensors; other programs look for the format.
+_METADATA = {"format": "pt", "note": MARK}
+#: Files with weights in a folder of transformers, timm or diffusers, in the order of preference.
+_IN_FOLDERS = tuple(
+    f"{name}{suffix}{index}"
+    for name, suffix in (
+        ("model", _SAFETENSORS),
+        ("diffusion_pytorch_model", _SAFETENSORS),
+        ("pytorch_model", ".bin"),
+        ("diffusion_pytorch_model", ".bin"),
+    )
+    for index in ("", _INDEX)
+)
 
 
-def read_file(path: str | Path, *, mmap: bool = False) -> Any:
+def weights_in(folder: Path) -> Path | None:
+    """Return the file in a folder that holds its weights, or leads to them; None: there is none."""
+    return next((folder / name for name in _IN_FOLDERS if (folder / name).is_file()), None)
+
+
+def read_file(path: str | Path, *, mmap: bool = False, stand_ins: bool = False) -> Any:
     """Read the tensors of a file onto the CPU, in whatever plain containers they are stored.
 
-    `mmap`: tensors of a `.pt` file stay in it until they are used, where its format allows that.
+    `mmap` and `stand_ins` as in `fxfuse.members.torch_file.read_torch`.
     """
     path = Path(path)
     check_openable(path)
-    if path.suffix == ".safetensors":
+    if path.suffix == _SAFETENSORS:
         return _read_safetensors(path)
     if path.suffix in TORCH_SUFFIXES:
-        return _read_torch(path, mmap=mmap and zipfile.is_zipfile(path))
+        return read_torch(path, mmap=mmap, stand_ins=stand_ins)
     raise CheckpointError(
         f"{path.name} has an unknown format",
         where=str(path),
@@ -49,32 +82,135 @@ def read_file(path: str | Path, *, mmap: bool = False) -> Any:
     )
 
 
-def read_state_dict(path: str | Path, *, mmap: bool = False) -> dict[str, torch.Tensor]:
-    """Read a state_dict onto the CPU, also one that is nested under `state_dict` or `model`.
+def read_state_dict(path: str | Path) -> dict[str, torch.Tensor]:
+    """Read a state_dict onto the CPU, also one that is nested, under the names that it has."""
+    found = _state_dicts(Path(path))
+    return dict(min(found, key=lambda one: Weights(one[0], "", {}, (), ()).rank)[1])
 
-    `mmap` as in `read_file`.
+
+def _state_dicts(
+    path: Path, *, mmap: bool = False
+) -> list[tuple[tuple[str, ...], Mapping[str, torch.Tensor]]]:
+    """Return the state_dicts in a file, and the keys under which they are."""
+    content = read_file(path, mmap=mmap, stand_ins=True)
+    found = list(state_dicts(content))
+    if not found:
+        if path.suffix != _SAFETENSORS:
+            check_no_objects(path)
+        raise _not_a_state_dict(path, content)
+    return found
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """A tensor in a file: its shape, and how it is read."""
+
+    shape: tuple[int, ...]
+    read: Callable[[], torch.Tensor]
+
+
+class Stored:
+    """The tensors of a checkpoint that are a network's, each read when it is asked for.
+
+    Args:
+        path: A `.safetensors` file, a `.pt` file, the index of several (`*.index.json`), or a
+            folder that holds one of these, as `save_pretrained` writes it.
+        own: The network's tensors by name.
+        weights: The key or prefix of the weights to read, where there are several.
     """
-    content = read_file(path, mmap=mmap)
-    for key in NESTING_KEYS:
-        if isinstance(content, Mapping) and isinstance(content.get(key), Mapping):
-            content = content[key]
-    if not isinstance(content, Mapping) or not content:
-        raise _not_a_state_dict(path, f"it holds {_describe(content)}")
-    for name, value in content.items():
-        if not isinstance(name, str) or not isinstance(value, torch.Tensor):
-            raise _not_a_state_dict(path, f"{name!r} is {_describe(value)}")
-    return dict(content)
+
+    def __init__(
+        self, path: str | Path, own: Mapping[str, Shaped], weights: str | None = None
+    ) -> None:
+        self.path = Path(path)
+        stored = list(_stored(self.path))
+        self._found, others = find_weights(stored, own, weights, self.path)
+        # Who named the weights knows of the others.
+        self._others = [] if weights else others
+        tensors = dict(stored)[self._found.path]
+        self._tensors = {name: tensors[held] for name, held in self._found.names.items()}
+
+    def shapes(self) -> dict[str, torch.Tensor]:
+        """Return for each tensor one without content, of its shape."""
+        return {n: torch.empty(t.shape, device="meta") for n, t in self._tensors.items()}
+
+    def dtype(self) -> torch.dtype:
+        """That of the numbers in it, as `floating_dtype` says."""
+        return floating_dtype(self.read(name) for name in self.shapes())
+
+    def log(self) -> Stored:
+        """Say where the tensors were found; return the checkpoint."""
+        log_choice(self._found, self._others, self.path)
+        return self
+
+    def read(self, name: str) -> torch.Tensor:
+        """Return a tensor, on the CPU."""
+        return self._tensors[name].read()
 
 
-def load_checkpoint(model: nn.Module, path: str | Path) -> None:
-    """Load a checkpoint into a model, strictly, and keep the checkpoint's dtype."""
-    load_tensors(model, read_state_dict(path), path)
+def _stored(path: Path) -> Iterator[tuple[tuple[str, ...], Mapping[str, StoredTensor]]]:
+    """Yield the state_dicts in a checkpoint; a `.pt` file is mapped as a whole."""
+    if path.is_dir():
+        found = weights_in(path)
+        if found is None:
+            raise CheckpointError(
+                f"cannot open the checkpoint {path.name}",
+                where=str(path),
+                why=f"it is a directory without {' or '.join(_IN_FOLDERS[::2])}",
+                how="name the file that holds the weights; convert a checkpoint of "
+                "torch.distributed.checkpoint with its function dcp_to_torch_save",
+            )
+        yield from _stored(found)
+    elif path.name.endswith(_INDEX):
+        yield (), _in_shards(path)
+    elif path.suffix == _SAFETENSORS:
+        file = TensorFile(path)
+        yield (), {n: StoredTensor(s, partial(file.read, n)) for n, s in file.shapes.items()}
+    else:
+        # Its pages are the system's to keep or to drop.
+        for keys, state in _state_dicts(path, mmap=True):
+            yield keys, {n: StoredTensor(t.shape, partial(_itself, t)) for n, t in state.items()}
+
+
+def _itself(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor
+
+
+def _in_shards(index: Path) -> Mapping[str, StoredTensor]:
+    """Return the tensors of a checkpoint in several files."""
+    try:
+        content = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        files = {str(name): str(file) for name, file in content.items()}
+    except OSError as error:
+        raise missing(index, error) from error
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise corrupt(index, f"it holds no weight_map ({type(error).__name__})") from error
+    for name, file in files.items():
+        if Path(file).name != file or file in ("", ".", ".."):
+            raise corrupt(index, f"it places {name} in {file!r}, outside its folder")
+    shards: dict[str, Mapping[str, StoredTensor]] = {}
+    for file in dict.fromkeys(files.values()):
+        shards[file] = dict(_stored(index.parent / file)).get((), {})
+        lacking = next((n for n, f in files.items() if f == file and n not in shards[file]), None)
+        if lacking is not None:
+            raise corrupt(index, f"{file} lacks {lacking}")
+    return {name: shards[file][name] for name, file in files.items()}
+
+
+def load_checkpoint(model: nn.Module, path: str | Path, weights: str | None = None) -> None:
+    """Load a checkpoint into a model, strictly, and keep the checkpoint's dtype.
+
+    `weights` as in `Stored`.
+    """
+    stored = Stored(path, model.state_dict(keep_vars=True), weights).log()
+    load_tensors(model, {name: stored.read(name) for name in stored.shapes()}, path)
 
 
 def load_tensors(model: nn.Module, state: dict[str, torch.Tensor], path: str | Path) -> None:
     """Load the tensors of a checkpoint into a model, strictly, and keep their dtype."""
     own = model.state_dict(keep_vars=True)
     restore_tied(state, own)
+    state |= {n: counter_like(t) for n, t in own.items() if n not in state and n.endswith(COUNTER)}
     check_fit(state, own, path)
     _match_dtype(model, state, own, path)
     model.load_state_dict(state, strict=True)
@@ -94,10 +230,25 @@ def write_state_dict(path: str | Path, state: Mapping[str, torch.Tensor]) -> Non
     path.touch()
     mode = path.stat().st_mode
     try:
-        safetensors.torch.save_file(tensors, path, metadata={"format": "pt"})
+        safetensors.torch.save_file(tensors, path, metadata=_METADATA)
+        _sort_metadata(path)
     except SafetensorError as error:
         raise _as_os_error(error, path) from error
     path.chmod(mode)
+
+
+def _sort_metadata(path: Path) -> None:
+    """Give the notes of a file one order: the writer has another one each time."""
+    start, given = b'"__metadata__":', dict(_METADATA)
+    one, other = (
+        start + json.dumps(dict(pairs), separators=(",", ":")).encode()
+        for pairs in (given.items(), reversed(given.items()))
+    )
+    with path.open("r+b") as file:
+        head = file.read(1024)
+        if other in head:
+            file.seek(head.index(other))
+            file.write(one)
 
 
 def _as_os_error(error: SafetensorError, path: Path) -> Exception:
@@ -108,85 +259,11 @@ def _as_os_error(error: SafetensorError, path: Path) -> Exception:
     return OSError(int(number[1]), os.strerror(int(number[1])), str(path))
 
 
-def check_openable(path: Path) -> None:
-    """Check that a checkpoint can be opened."""
-    try:
-        with path.open("rb"):
-            return
-    except OSError as error:
-        raise missing(path, error) from error
-
-
-def missing(path: Path, error: OSError) -> CheckpointError:
-    """Return the error for a checkpoint that cannot be opened."""
-    return CheckpointError(
-        f"cannot open the checkpoint {path.name}",
-        where=str(path),
-        why=error.strerror or str(error),
-        how="check the path and its permissions",
-    )
-
-
 def _read_safetensors(path: Path) -> dict[str, torch.Tensor]:
     try:
         return safetensors.torch.load_file(path)
     except SafetensorError as error:
         raise corrupt(path, str(error)) from error
-
-
-def _read_torch(path: Path, *, mmap: bool) -> Any:
-    try:
-        _check_sums(path)
-        with warnings.catch_warnings():
-            # A refused file gets an error of its own; torch's advice to report it is beside it.
-            warnings.simplefilter("ignore")
-            return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
-    # torch's reader has no error class of its own: a damaged file comes out as UnpicklingError,
-    # RuntimeError, EOFError, KeyError and others.
-    except Exception as error:
-        objects = _pickled_objects(path)
-        if objects:
-            raise CheckpointError(
-                f"{path.name} holds pickled Python objects",
-                where=str(path),
-                why=f"unpickling can run any code, and this file imports {objects}",
-                how="if you trust the file, load it yourself and save model.state_dict() with "
-                "torch.save or safetensors.torch.save_file",
-            ) from error
-        text = str(error).strip().split("\n")[0].split(". ")[0]
-        raise corrupt(path, f"{type(error).__name__}: {text}".rstrip(": ")) from error
-
-
-def _check_sums(path: Path) -> None:
-    """Check the checksums that the zip format of torch holds, and its reader does not look at."""
-    if zipfile.is_zipfile(path):
-        with zipfile.ZipFile(path) as archive:
-            damaged = archive.testzip()
-        if damaged is not None:
-            raise zipfile.BadZipFile(f"the checksum of {damaged} is wrong")
-
-
-def _pickled_objects(path: Path) -> str:
-    """What a refused file would import, found without unpickling; empty for a damaged file."""
-    try:
-        if zipfile.is_zipfile(path):
-            return ", ".join(torch.serialization.get_unsafe_globals_in_checkpoint(str(path)))
-        with path.open("rb") as file:
-            # torch's older format is a few pickles in a row; a bare pickle is one.
-            while file.peek(1):
-                for opcode, argument, _ in pickletools.genops(file):
-                    if opcode.name == "GLOBAL" and not str(argument).startswith(_PLAIN_GLOBALS):
-                        return str(argument).replace(" ", ".")
-                    if opcode.name == "STACK_GLOBAL":
-                        return "a Python object"
-    except Exception:
-        # Neither a whole archive nor a whole pickle: damaged, and nothing to name.
-        return ""
-    return ""
-
-
-#: What torch's older format names even where it holds tensors only.
-_PLAIN_GLOBALS = ("collections OrderedDict", "torch._utils _rebuild", "torch ")
 
 
 def restore_tied(state: dict[str, torch.Tensor], own: Mapping[str, torch.Tensor]) -> None:
@@ -197,37 +274,19 @@ def restore_tied(state: dict[str, torch.Tensor], own: Mapping[str, torch.Tensor]
             state[name] = stored[id(tensor)]
 
 
-class Shaped(Protocol):
-    """What has a shape: a tensor, or what a file says of one."""
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """Sizes of its dimensions."""
+def counter_like(counter: torch.Tensor) -> torch.Tensor:
+    """Return what a counter that a checkpoint lacks begins with."""
+    return torch.zeros_like(counter, device="cpu")
 
 
 def check_fit(state: Mapping[str, Shaped], own: Mapping[str, Shaped], path: str | Path) -> None:
     """Check that a checkpoint has the names and shapes of a model."""
-    missing = [name for name in own if name not in state]
-    unknown = [name for name in state if name not in own]
-    shapes = [
-        f"{name} is {tuple(state[name].shape)}, the model's is {tuple(own[name].shape)}"
-        for name in own
-        if name in state and state[name].shape != own[name].shape
-    ]
-    differences = [
-        f"{label} {_some(names)}"
-        for label, names in (
-            ("the checkpoint lacks", missing),
-            ("the model has no", unknown),
-            ("shapes differ:", shapes),
-        )
-        if names
-    ]
-    if differences:
+    found = differences(state, own)
+    if found:
         raise CheckpointError(
             f"{Path(path).name} does not fit the model",
             where=str(path),
-            why="; ".join(differences),
+            why="; ".join(found),
             how="build the model with the arguments that it was trained with",
         )
 
@@ -254,29 +313,19 @@ def _match_dtype(
     model.to(kinds.pop())
 
 
-def _some(names: list[str]) -> str:
-    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-    return ", ".join(names[:3]) + more
-
-
 def _describe(value: object) -> str:
     return "nothing" if isinstance(value, Mapping) and not value else f"a {type(value).__name__}"
 
 
-def corrupt(path: Path, why: str) -> CheckpointError:
-    """Return the error for a checkpoint that cannot be read."""
+def _not_a_state_dict(path: Path, content: Any) -> CheckpointError:
+    why = f"it holds {_describe(content)}"
+    if isinstance(content, Mapping):
+        tensors = (isinstance(n, str) and isinstance(t, torch.Tensor) for n, t in content.items())
+        odd = next((n for n, fits in zip(content, tensors, strict=True) if not fits), None)
+        why = why if odd is None else f"{odd!r} is {_describe(content[odd])}"
     return CheckpointError(
-        f"the checkpoint {path.name} is damaged",
-        where=str(path),
-        why=why,
-        how="copy or download the file again; it is truncated, or not a checkpoint",
-    )
-
-
-def _not_a_state_dict(path: str | Path, why: str) -> CheckpointError:
-    return CheckpointError(
-        f"{Path(path).name} holds no state_dict",
+        f"{path.name} holds no state_dict",
         where=str(path),
         why=f"{why}, but a state_dict maps names to tensors",
-        how=f"save model.state_dict(), by itself or under one of: {', '.join(NESTING_KEYS)}",
+        how="save model.state_dict(), by itself or under a key such as state_dict or model",
     )

@@ -17,32 +17,35 @@ from fxfuse.graph.module_checks import check_model
 from fxfuse.graph.same_network import check_same_as
 from fxfuse.graph.tensors import named_tensors
 from fxfuse.members.fingerprint import fingerprint
+from fxfuse.members.members import Members
 from fxfuse.members.ranks import RankedStates, Ranks, State
 from fxfuse.members.streamed import first_member, streamed_state, with_tensors
 
 
 def members_on_ranks(
-    ranks: Ranks,
-    members: Sequence[Any],
-    template: nn.Module | None,
-    example: Example,
+    ranks: Ranks, given: Members, example: Example
 ) -> tuple[Program, RankedStates]:
     """Return member 0, captured on every rank, and the tensors of all members.
 
-    Each process calls with its own `members`, modules or paths of checkpoints, of which there may
-    be none. `template` is a module of their class, for paths and for a rank without members. The
-    example inputs of the rank that has member 0 count. What one rank raises is raised on all.
+    Each process calls with its own members, modules or paths of checkpoints, of which there may be
+    none; then it has a template. The example inputs of the rank that has member 0 count. What one
+    rank raises is raised on all.
     """
+    members, template, weights = given.networks, given.template, given.checkpoints.weights
     owners = [r for r, n in enumerate(ranks.all(lambda: len(members))) for _ in range(n)]
     numbers = [number for number, owner in enumerate(owners) if owner == ranks.rank]
     made: list[Any] = []
 
     def own_network() -> None:
         _check_members(members, template)
-        if numbers[:1] == [0]:
-            made.append(members[0] if template is None else first_member(template, members[0]))
+        if template is None:
+            made.append(members[0])
+        elif numbers[:1] == [0]:
+            path = members[0]
+            assert isinstance(path, str | Path)
+            made.append(first_member(template, path, weights))
         else:
-            made.append(members[0] if template is None else template)
+            made.append(template)
         check_model(made[0])
 
     ranks.all(own_network)
@@ -70,7 +73,7 @@ def members_on_ranks(
             own[number] = (
                 first.state()
                 if number == 0
-                else _state(member, number, first, example.dynamic_shapes)
+                else _state(member, number, first, example.dynamic_shapes, weights)
             )
 
     ranks.all(read)
@@ -113,9 +116,11 @@ def _check_members(members: Sequence[Any], template: nn.Module | None) -> None:
         )
 
 
-def _state(member: Any, number: int, first: Program, dynamic_shapes: Any) -> State:
+def _state(
+    member: Any, number: int, first: Program, dynamic_shapes: Any, weights: str | None
+) -> State:
     if not isinstance(member, nn.Module):
-        return streamed_state(member, number, first)
+        return streamed_state(member, number, first, weights)
     check_model(member)
     args, kwargs = first.example_inputs
     other = reuse_export(first, member) or capture(member, Example(args, kwargs, dynamic_shapes))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
@@ -17,22 +16,19 @@ from fxfuse.errors import (
     OptionError,
 )
 from fxfuse.graph.capture import Program
+from fxfuse.graph.eager import ALONE
 from fxfuse.graph.same_network import check_constant
-from fxfuse.graph.tensors import floating_dtype, is_constant, named_tensors
+from fxfuse.graph.tensors import is_constant, named_tensors
+from fxfuse.graph.torch_compat import original_module
 from fxfuse.members.checkpoint import (
+    Stored,
     check_fit,
-    corrupt,
+    counter_like,
     load_tensors,
-    missing,
-    read_state_dict,
     restore_tied,
 )
-from fxfuse.members.tensor_file import TensorFile
 
 Network = nn.Module | ExportedProgram | Program
-
-#: Ends of the names of files that are read tensor by tensor.
-_SAFETENSORS, _INDEX = ".safetensors", ".index.json"
 
 
 class StreamedState(Mapping[str, torch.Tensor]):
@@ -42,14 +38,15 @@ class StreamedState(Mapping[str, torch.Tensor]):
     read, and the mapping ends with the tensor. Nothing is kept.
     """
 
-    def __init__(self, names: Mapping[str, str], stored: Stored, like: Program) -> None:
+    def __init__(self, names: Mapping[str, str | None], stored: Stored, like: Program) -> None:
         self._names = names
         self._stored = stored
         self._like = like
 
     def __getitem__(self, name: str) -> torch.Tensor:
         """Read a tensor."""
-        tensor, own = self._stored.read(self._names[name]), self._like.tensor(name)
+        held, own = self._names[name], self._like.tensor(name)
+        tensor = counter_like(own) if held is None else self._stored.read(held)
         if tensor.dtype != own.dtype:
             raise CheckpointError(
                 f"{self._stored.path.name} holds other dtypes than the first checkpoint",
@@ -70,50 +67,10 @@ class StreamedState(Mapping[str, torch.Tensor]):
         return len(self._names)
 
 
-class Stored:
-    """A checkpoint: what it holds, and how a tensor of it is read.
-
-    Args:
-        path: A `.safetensors` file, the index of several (`*.safetensors.index.json`), or a
-            weights-only `.pt` file.
-    """
-
-    def __init__(self, path: str | Path) -> None:
-        self.path = Path(path)
-        self._held: dict[str, torch.Tensor] = {}
-        self._files: dict[str, TensorFile] = {}
-        if self.path.name.endswith(_INDEX):
-            self._files = _shards(self.path)
-        elif self.path.suffix == _SAFETENSORS:
-            file = TensorFile(self.path)
-            self._files = dict.fromkeys(file.shapes, file)
-        else:
-            # A .pt file is mapped as a whole: its pages are the system's to keep or to drop.
-            self._held = read_state_dict(self.path, mmap=True)
-
-    def shapes(self) -> dict[str, torch.Tensor]:
-        """Return for each tensor one without content, of its shape."""
-        if self._held:
-            return {name: t.to("meta") for name, t in self._held.items()}
-        return {
-            name: torch.empty(file.shapes[name], device="meta")
-            for name, file in self._files.items()
-        }
-
-    def dtype(self) -> torch.dtype:
-        """That of the numbers in it, as `floating_dtype` says."""
-        return floating_dtype(self.read(name) for name in self.shapes())
-
-    def read(self, name: str) -> torch.Tensor:
-        """Return a tensor, on the CPU."""
-        if self._held:
-            return self._held[name]
-        return self._files[name].read(name)
-
-
-def first_member(template: nn.Module, path: str | Path) -> nn.Module:
-    """Return a copy of a template with the weights of a checkpoint."""
-    stored = Stored(path)
+def first_member(template: nn.Module, path: str | Path, weights: str | None = None) -> nn.Module:
+    """Return a copy of a template with the weights of a checkpoint; `weights` as in `Stored`."""
+    template = original_module(template)
+    stored = Stored(path, template.state_dict(keep_vars=True), weights).log()
     return with_tensors(template, {name: stored.read(name) for name in stored.shapes()}, path)
 
 
@@ -121,7 +78,8 @@ def with_tensors(
     template: nn.Module, tensors: dict[str, torch.Tensor], source: str | Path
 ) -> nn.Module:
     """A copy of a template with other tensors; `source` says in messages where they are from."""
-    made = copy.deepcopy(template)
+    with ALONE:
+        made = copy.deepcopy(template)
     if any(tensor.is_meta for tensor in (*made.parameters(), *made.buffers())):
         _check_buffers(made)
         _materialise(made)
@@ -130,18 +88,20 @@ def with_tensors(
 
 
 def streamed_states(
-    paths: Sequence[str | Path], first: Program
+    paths: Sequence[str | Path], first: Program, weights: str | None = None
 ) -> list[Mapping[str, torch.Tensor]]:
     """The tensors of all members: the first one's from memory, the others' from their files."""
     others = enumerate(paths[1:], start=1)
-    return [first.state(), *(streamed_state(path, number, first) for number, path in others)]
+    return [first.state(), *(streamed_state(p, n, first, weights) for n, p in others)]
 
 
-def streamed_state(path: str | Path, number: int, first: Program) -> StreamedState:
+def streamed_state(
+    path: str | Path, number: int, first: Program, weights: str | None = None
+) -> StreamedState:
     """Return the tensors of a member other than the first, from its file."""
     own = {name: first.tensor(name) for name in first.names}
     read = {str(node.target) for node in first.graph.nodes if node.op == "get_attr"}
-    stored = Stored(path)
+    stored = Stored(path, own, weights).log()
     shapes = stored.shapes()
     known = set(shapes)
     restore_tied(shapes, own)
@@ -179,33 +139,14 @@ def split_paths(
     return files, networks
 
 
-def _stored_names(known: set[str], first: Program) -> dict[str, str]:
-    """Return under which name each tensor is stored; a tied one may be there under another."""
+def _stored_names(known: set[str], first: Program) -> dict[str, str | None]:
+    """Return under which name each tensor is stored; None: a counter that is not.
+
+    A tied one may be there under another name.
+    """
     # Of several, the one that loading a module would write last.
     last = {first.canonical[name]: name for name in first.names if name in known}
-    return {name: last[first.canonical[name]] for name in first.names}
-
-
-def _shards(index: Path) -> dict[str, TensorFile]:
-    """Return the files of a sharded checkpoint, by tensor."""
-    try:
-        content = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-        files = {str(name): str(file) for name, file in content.items()}
-    except OSError as error:
-        raise missing(index, error) from error
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise corrupt(index, f"it holds no weight_map ({type(error).__name__})") from error
-    for name, file in files.items():
-        if Path(file).name != file or file in ("", ".", ".."):
-            raise corrupt(index, f"it places {name} in {file!r}, outside its folder")
-    shards: dict[str, TensorFile] = {}
-    for file in dict.fromkeys(files.values()):
-        shards[file] = TensorFile(index.parent / file)
-        held = shards[file].shapes
-        lacking = next((n for n, f in files.items() if f == file and n not in held), None)
-        if lacking is not None:
-            raise corrupt(index, f"{file} lacks {lacking}")
-    return {name: shards[file] for name, file in files.items()}
+    return {name: last.get(first.canonical[name]) for name in first.names}
 
 
 def _materialise(module: nn.Module) -> None:

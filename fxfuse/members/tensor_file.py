@@ -13,7 +13,7 @@ from typing import IO, Any
 import torch
 from safetensors import SafetensorError, safe_open
 
-from fxfuse.members.checkpoint import corrupt, missing
+from fxfuse.members.torch_file import corrupt, missing
 
 #: The format's names of what is read here; whatever else there is, its own library reads.
 _DTYPES: Mapping[str, torch.dtype] = {

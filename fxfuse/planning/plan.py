@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from fxfuse.analysis.constraints import Constraints
 from fxfuse.analysis.coupling import Index, MixingNote
 from fxfuse.analysis.label_spaces import Heads
+from fxfuse.common.output import MARK
 from fxfuse.common.readable import Description, Readable, counted
 from fxfuse.errors import OptionError, PlanError
 from fxfuse.graph.source_lines import at_line
@@ -24,6 +25,8 @@ from fxfuse.planning.size import MixingMode
 
 #: Other schemas are not read: nothing that wrote them was released.
 _SCHEMA = 4
+#: What stands beside the content in a file.
+_BESIDE = ("note", "digest")
 #: Far more units than a layer has, and few enough to be listed.
 _MOST_UNITS = 10**7
 
@@ -242,7 +245,7 @@ class FusionPlan(Readable):
     def to_json(self) -> str:
         """Return the plan as JSON text, with its digest."""
         content = self._content()
-        return json.dumps({**content, "digest": digest_of(content)}, indent=1)
+        return json.dumps({"note": MARK, **content, "digest": digest_of(content)}, indent=1)
 
     def _content(self) -> dict[str, Any]:
         return {"schema": _SCHEMA, **encode(self)}
@@ -260,7 +263,7 @@ class FusionPlan(Readable):
             if not isinstance(value, dict) or "schema" not in value:
                 raise ValueError("it is not a JSON object with a schema")
             _check_origin(value)
-            content = {k: v for k, v in value.items() if k not in ("schema", "digest")}
+            content = {k: v for k, v in value.items() if k not in ("schema", *_BESIDE)}
             plan: FusionPlan = decode(FusionPlan, content, "the plan")
             _check(plan)
         except (ValueError, RecursionError, OptionError) as error:
@@ -385,7 +388,7 @@ def _check_origin(value: Mapping[str, Any]) -> None:
             f"unknown plan schema {value['schema']!r:.20}, expected {_SCHEMA}",
             how="make the plan again with this version of fxfuse",
         )
-    content = {key: entry for key, entry in value.items() if key != "digest"}
+    content = {key: entry for key, entry in value.items() if key not in _BESIDE}
     if digest_of(content) != value.get("digest"):
         raise PlanError(
             "the plan was edited",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import replace
 from typing import Any
 
@@ -21,6 +21,7 @@ from fxfuse.refine.task import (
     Regression,
     Task,
     main_output,
+    named_tensors_in,
 )
 
 aten = torch.ops.aten
@@ -96,27 +97,21 @@ def _main_output(program: Program) -> fx.Node:
     nodes = [node for node in program.outputs() if isinstance(node, fx.Node)]
     if len(nodes) == 1 or program.heads:
         return nodes[0]
-    named = _named(program)
-    logits = named.get("logits")
-    if isinstance(logits, fx.Node):
+    spec = output_spec(program.graph)
+    outputs = list(program.outputs())
+    named = named_tensors_in(
+        outputs if spec is None else pytree.tree_unflatten(outputs, spec), fx.Node
+    )
+    if "logits" in named:
+        logits: fx.Node = named["logits"]
         return logits
     raise OptionError(
         f"the network returns {len(nodes)} tensors, and it is not clear which of them count",
-        where=f"outputs: {', '.join(named) or ', '.join(map(str, range(len(nodes))))}",
+        where=f"outputs: {', '.join(named)}",
         why="the distance to the ensemble is measured on what they mean",
         how='say what each output means: task={"name or place": fxfuse.Classification(), ...}; '
         "outputs that are not named do not count",
     )
-
-
-def _named(program: Program) -> Mapping[str, Any]:
-    """Outputs by key or field, where the network returns a mapping or an object."""
-    spec = output_spec(program.graph)
-    result = None if spec is None else pytree.tree_unflatten(list(program.outputs()), spec)
-    if isinstance(result, Mapping):
-        return {str(name): value for name, value in result.items()}
-    fields = {name: getattr(result, name) for name in dir(result) if not name.startswith("_")}
-    return {name: value for name, value in fields.items() if isinstance(value, fx.Node)}
 
 
 def _behind(node: fx.Node) -> tuple[fx.Node, list[int]]:

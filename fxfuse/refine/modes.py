@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from fxfuse.errors import MemberError, RefineError
+from fxfuse.graph.eager import ALONE
 
 
 def device_of(module: nn.Module, device: torch.device | str | None) -> torch.device:
@@ -23,7 +24,7 @@ def device_of(module: nn.Module, device: torch.device | str | None) -> torch.dev
 def seeded(seed: int, device: torch.device) -> Iterator[None]:
     """Seed torch's global generators, and put them back afterwards."""
     cuda = [device] if device.type == "cuda" else []
-    with torch.random.fork_rng(devices=cuda):
+    with ALONE, torch.random.fork_rng(devices=cuda):
         torch.default_generator.manual_seed(seed)
         if cuda:
             with torch.cuda.device(device):
@@ -82,11 +83,12 @@ def check_teachers(module: nn.Module, teachers: Sequence[nn.Module], name: str) 
 @contextlib.contextmanager
 def evaluating(modules: Sequence[nn.Module], device: torch.device) -> Iterator[None]:
     """Move `modules` to `device` and hold them in eval mode; their modes come back afterwards."""
-    modes = [[(part, part.training) for part in module.modules()] for module in modules]
-    for module in modules:
-        module.to(device).eval()
-    try:
-        yield
-    finally:
-        for part, training in (pair for parts in modes for pair in parts):
-            part.training = training
+    with ALONE:
+        modes = [(part, part.training) for module in modules for part in module.modules()]
+        for module in modules:
+            module.to(device).eval()
+        try:
+            yield
+        finally:
+            for part, training in modes:
+                part.training = training

@@ -648,21 +648,18 @@ def as_task(given: Any) -> Task | None:
 
 
 def main_output(output: Any) -> Tensor:
-    """Return the tensor that a network answers: its output, or the field or key `logits` in it."""
-    found = output
-    if isinstance(output, Mapping):
-        found = output.get("logits")
-    elif not isinstance(output, Tensor):
-        found = getattr(output, "logits", None)
-        if found is None and isinstance(output, (tuple, list)) and len(output) == 1:
-            (found,) = output
+    """Return the tensor that a network answers: the only one, or the field or key `logits`."""
+    named = named_tensors_in(output)
+    # An object of which torch does not know what it holds has the field all the same.
+    found = named.get("logits", getattr(output, "logits", None))
+    if len(named) == 1:
+        (found,) = named.values()
     if isinstance(found, Tensor):
         return found
-    names = sorted(map(str, output)) if isinstance(output, Mapping) else ""
     raise MemberError(
         f"the network returns a {type(output).__name__}, and it is not clear which part counts",
-        where=f"the network's output{f': {names}' if names else ''}",
-        why="the distance to the ensemble needs a tensor, or an object with a field `logits`",
+        where=f"the network's outputs: {', '.join(named) or 'no tensor'}",
+        why="the distance to the ensemble needs one tensor, or one that is called `logits`",
         how='say what each output means: task={"name or place": fxfuse.Classification(), ...}',
     )
 
@@ -671,6 +668,23 @@ def _signs(like: Tensor, generator: torch.Generator) -> Tensor:
     """Plus and minus one at random, of the shape of a tensor."""
     drawn = torch.randint(2, like.shape, generator=generator)
     return (2 * drawn - 1).to(like.device, like.dtype)
+
+
+def named_tensors_in(output: Any, kind: type = Tensor) -> dict[str, Any]:
+    """Return the tensors in an output, each under the name that `task=` has for it.
+
+    `kind` is what counts as a tensor: in a graph they are nodes.
+    """
+    return {
+        ".".join(str(_step(key)) for key in path): value
+        for path, value in pytree.tree_leaves_with_path(output)
+        if isinstance(value, kind)
+    }
+
+
+def _step(key: Any) -> Any:
+    """Return a key, place or field on the way to a tensor."""
+    return next(getattr(key, kind) for kind in ("key", "idx", "name") if hasattr(key, kind))
 
 
 def _part(output: Any, name: str) -> Any:

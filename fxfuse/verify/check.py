@@ -13,6 +13,7 @@ from torch import nn
 from fxfuse.common.readable import Description, Readable, counted
 from fxfuse.errors import VerificationError
 from fxfuse.graph.capture import Program, capture
+from fxfuse.graph.eager import alone
 from fxfuse.graph.module_checks import check_values
 from fxfuse.graph.run import answers, same_random_state
 from fxfuse.graph.tensors import tensors_in
@@ -142,6 +143,7 @@ def in_double(module: FusedModule) -> FusedModule:
     return module
 
 
+@alone
 def _run_eagerly(
     source: nn.Module, state: Mapping[str, torch.Tensor], args: Any, kwargs: Any
 ) -> list[torch.Tensor]:

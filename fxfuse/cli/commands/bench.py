@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from fxfuse.cli.options import Folder, Json
+from fxfuse.cli.options import Folder, Json, OwnModel, Trust
 from fxfuse.cli.recipe.compared import latencies
 from fxfuse.cli.show import out, print_json, table, working
 
@@ -19,11 +19,18 @@ Compiled = Annotated[
 
 
 def bench(
-    folder: Folder, batch: Batches = None, compiled: Compiled = False, json: Json = False
+    folder: Folder,
+    batch: Batches = None,
+    compiled: Compiled = False,
+    model: OwnModel = None,
+    trust: Trust = False,
+    json: Json = False,
 ) -> None:
     """Time a fused network beside one of its members and the ensemble."""
     with working() as (stage, _):
-        rows = latencies(folder, batch or [1, 8], compiled=compiled, stage=stage)
+        rows = latencies(
+            folder, batch or [1, 8], compiled=compiled, stage=stage, model=model, trust=trust
+        )
     if json:
         print_json(rows)
         return

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from fxfuse.cli.flags import TASK, Given, takes
-from fxfuse.cli.options import EvaluationSpec, Folders, Json
+from fxfuse.cli.options import EvaluationSpec, Folders, Json, OwnModel, Trust
 from fxfuse.cli.outcome import networks_table
 from fxfuse.cli.recipe.compared import compared
 from fxfuse.cli.show import out, print_json, working
@@ -23,12 +23,14 @@ def compare(
     *,
     given: Given,
     no_latency: NoLatency = False,
+    model: OwnModel = None,
+    trust: Trust = False,
     json: Json = False,
 ) -> None:
     """Compare fused networks with their members and the ensemble, on the same data."""
     task = given.make(TASK) if given.names(TASK) else None
     with working() as (stage, _), stage("measuring"):
-        rows = compared(folders, data, task, latency=not no_latency)
+        rows = compared(folders, data, task, latency=not no_latency, model=model, trust=trust)
     if json:
         print_json([asdict(row) for row in rows])
     else:

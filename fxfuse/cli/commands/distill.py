@@ -5,9 +5,9 @@ from __future__ import annotations
 import os
 
 from fxfuse.cli.flags import TRAINING, Given, takes
-from fxfuse.cli.options import DataSpec, Folder, Force, Json, OutFolder
+from fxfuse.cli.options import DataSpec, Folder, Force, Json, OutFolder, OwnModel, Trust
 from fxfuse.cli.outcome import carry_out
-from fxfuse.cli.recipe import changed, read_recipe
+from fxfuse.cli.recipe import changed, read_recipe, trusted
 from fxfuse.cli.sources import absolute
 
 
@@ -17,11 +17,15 @@ def distill(
     data: DataSpec,
     out: OutFolder,
     given: Given,
+    model: OwnModel = None,
+    trust: Trust = False,
     force: Force = False,
     json: Json = False,
 ) -> None:
     """Make a fusion again, and train it on its ensemble's answers or on labels."""
-    recipe = read_recipe(folder)
+    # Its own training is replaced.
+    used = ["calibration", "evaluation"]
+    recipe = trusted(read_recipe(folder), folder, model=model, trust=trust, data=used)
     asked = changed(
         recipe,
         train={**given.options(TRAINING), "data": absolute(data)},

@@ -10,6 +10,7 @@ import typer
 
 from fxfuse.cli.flags import (
     CALIBRATION,
+    CHECKPOINTS,
     CONSTRAINTS,
     HEADS,
     MATCH,
@@ -50,7 +51,7 @@ PlanFile = Annotated[
 ]
 
 
-@takes(METHOD, SIZE, CALIBRATION, TASK, REFIT, MATCH, CONSTRAINTS, HEADS)
+@takes(CHECKPOINTS, METHOD, SIZE, CALIBRATION, TASK, REFIT, MATCH, CONSTRAINTS, HEADS)
 def fuse(
     checkpoints: Checkpoints,
     model: Model,
@@ -88,6 +89,7 @@ def fuse(
         input,
         checkpoints,
         member_arg,
+        given.options(CHECKPOINTS),
         fuse={
             **given.recipe(),
             "plan": None if plan is None else os.fspath(plan),

@@ -6,6 +6,7 @@ import os
 
 from fxfuse.cli.flags import (
     CALIBRATION,
+    CHECKPOINTS,
     CONSTRAINTS,
     MATCH,
     METHOD,
@@ -33,7 +34,7 @@ from fxfuse.cli.outcome import carry_out
 from fxfuse.errors import OptionError
 
 
-@takes(METHOD, SIZE, CALIBRATION, TASK, REFIT, MATCH, CONSTRAINTS)
+@takes(CHECKPOINTS, METHOD, SIZE, CALIBRATION, TASK, REFIT, MATCH, CONSTRAINTS)
 def prune(
     checkpoint: Checkpoint,
     model: Model,
@@ -62,6 +63,7 @@ def prune(
         input,
         [checkpoint],
         None,
+        given.options(CHECKPOINTS),
         fuse={**given.recipe(), "verify": not no_verify},
         calibration=calibration,
         evaluation=data,

@@ -6,9 +6,9 @@ import os
 
 from fxfuse.api.saved import PLAN
 from fxfuse.cli.flags import CALIBRATION, MATCH, REFIT, TASK, Given, takes
-from fxfuse.cli.options import CalibrationSpec, Folder, Force, Json, OutFolder
+from fxfuse.cli.options import CalibrationSpec, Folder, Force, Json, OutFolder, OwnModel, Trust
 from fxfuse.cli.outcome import carry_out
-from fxfuse.cli.recipe import changed, read_recipe
+from fxfuse.cli.recipe import changed, read_recipe, trusted
 from fxfuse.cli.sources import absolute
 
 
@@ -18,6 +18,8 @@ def refit(
     calibration: CalibrationSpec,
     out: OutFolder,
     given: Given,
+    model: OwnModel = None,
+    trust: Trust = False,
     force: Force = False,
     json: Json = False,
 ) -> None:
@@ -25,7 +27,7 @@ def refit(
 
     --refine refit,match matches the network to the ensemble, too.
     """
-    recipe = read_recipe(folder)
+    recipe = trusted(read_recipe(folder), folder, model=model, trust=trust, data=["evaluation"])
     kept = recipe.fuse.model_dump(include={"task", "verify"}, exclude_defaults=True)
     # Everything else that was asked for is in the plan.
     asked = changed(

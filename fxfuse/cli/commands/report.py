@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from fxfuse.cli.options import EvaluationSpec, Folder, Json
+from fxfuse.cli.options import EvaluationSpec, Folder, Json, OwnModel, Trust
 from fxfuse.cli.recipe.compared import report_on
 from fxfuse.cli.show import out as console
 from fxfuse.cli.show import print_json, working
@@ -20,11 +20,16 @@ Page = Annotated[
 
 
 def report(
-    folder: Folder, out: Page = None, data: EvaluationSpec = None, json: Json = False
+    folder: Folder,
+    out: Page = None,
+    data: EvaluationSpec = None,
+    model: OwnModel = None,
+    trust: Trust = False,
+    json: Json = False,
 ) -> None:
     """Write a page that shows what a fusion did, and what came out on data."""
     with working() as (stage, _), stage("writing the report"):
-        page = report_on(folder, data and absolute(data), out)
+        page = report_on(folder, data and absolute(data), out, model=model, trust=trust)
     if json:
         print_json({"out": str(page)})
         return

@@ -8,6 +8,7 @@ import typer
 
 import fxfuse
 from fxfuse.api.saved import FILES, GRAPH, WEIGHTS, save
+from fxfuse.cli.flags import CHECKPOINTS, Given, takes
 from fxfuse.cli.load import load_members
 from fxfuse.cli.options import Checkpoints, Force, Input, Json, Model, ModelArg, OutFolder
 from fxfuse.cli.show import out as console
@@ -23,11 +24,14 @@ Reduce = Annotated[
 ]
 
 
+@takes(CHECKPOINTS)
 def stack(
     checkpoints: Checkpoints,
     model: Model,
     input: Input,
     out: OutFolder,
+    *,
+    given: Given,
     model_arg: ModelArg = None,
     reduce: Reduce = "mean",
     force: Force = False,
@@ -37,7 +41,9 @@ def stack(
     check_output(out, FILES, force=force)
     with working() as (stage, _):
         with stage("reading networks"):
-            members, inputs = load_members(model, model_arg, input, checkpoints)
+            members, inputs = load_members(
+                model, model_arg, input, checkpoints, given.make(CHECKPOINTS).weights
+            )
         with stage(f"stacking {len(members)} networks"):
             stacked = fxfuse.stack(members, inputs, reduce=reduce)
         with stage("writing"):

@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from fxfuse import verify as oracles
-from fxfuse.cli.flags import CONSTRAINTS, Given, takes
+from fxfuse.cli.flags import CHECKPOINTS, CONSTRAINTS, Given, takes
 from fxfuse.cli.load import load_members, load_model
 from fxfuse.cli.options import Input, Json, Model, ModelArg
 from fxfuse.cli.show import checks_json, checks_table, err, out, print_json
@@ -26,7 +26,7 @@ OptionalCheckpoints = Annotated[
 ]
 
 
-@takes(CONSTRAINTS)
+@takes(CHECKPOINTS, CONSTRAINTS)
 def verify(
     model: Model,
     input: Input,
@@ -38,7 +38,9 @@ def verify(
     """Check that fxfuse understands a network: run its oracles, exit 1 if one fails."""
     constraints = given.make(CONSTRAINTS)
     if checkpoints:
-        members, inputs = load_members(model, model_arg, input, checkpoints)
+        members, inputs = load_members(
+            model, model_arg, input, checkpoints, given.make(CHECKPOINTS).weights
+        )
     else:
         network, inputs = load_model(model, model_arg, input)
         members = [network]

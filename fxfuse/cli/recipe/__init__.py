@@ -2,7 +2,15 @@
 
 from fxfuse.cli.recipe.run import Outcome, prepare_output, run
 from fxfuse.cli.recipe.schema import Recipe
-from fxfuse.cli.recipe.text import as_recipe, changed, example, moved_to, read_recipe, write_recipe
+from fxfuse.cli.recipe.text import (
+    as_recipe,
+    changed,
+    example,
+    moved_to,
+    read_recipe,
+    trusted,
+    write_recipe,
+)
 
 __all__ = [
     "Outcome",
@@ -14,5 +22,6 @@ __all__ = [
     "prepare_output",
     "read_recipe",
     "run",
+    "trusted",
     "write_recipe",
 ]

@@ -17,11 +17,12 @@ from fxfuse.cli.evaluate import RUN_TIME, Ensemble, beside_members, find_task, r
 from fxfuse.cli.recipe.networks import Networks, load_data, load_networks, made_with
 from fxfuse.cli.recipe.run import REPORT, Stage, evaluated
 from fxfuse.cli.recipe.schema import DataSource, Recipe
-from fxfuse.cli.recipe.text import RECIPE, read_recipe
+from fxfuse.cli.recipe.text import RECIPE, read_recipe, trusted
 from fxfuse.cli.report.content import Network
 from fxfuse.cli.report.transplanted import planned
 from fxfuse.cli.report.write import check_installed, write_report
 from fxfuse.cli.sources import Data
+from fxfuse.common.output import check_replaceable
 from fxfuse.errors import CheckpointError, OptionError
 from fxfuse.graph.capture import capture
 from fxfuse.members.checkpoint import load_tensors, read_state_dict
@@ -33,13 +34,19 @@ from fxfuse.transform.emit import emit
 
 
 def compared(
-    folders: Sequence[Path], data: str | None, task: Task | None, *, latency: bool
+    folders: Sequence[Path],
+    data: str | None,
+    task: Task | None,
+    *,
+    latency: bool,
+    model: str | None = None,
+    trust: bool = False,
 ) -> tuple[Network, ...]:
     """Measure written networks, and the members and ensemble of the first of them.
 
     `folders` are what `fxfuse fuse`, `run`, `refit` or `distill` wrote, of the same members, and
     after the first also stacks. `task` is what their outputs mean; None: what the first one's
-    recipe or else the members' graph says.
+    recipe or else the members' graph says. `model` and `trust` as in `trusted`, of the first one.
     """
     first = read_recipe(folders[0])
     # A stack has no recipe: what it is made of is its own business.
@@ -52,6 +59,7 @@ def compared(
                 why=f"all results are compared with the ensemble of {folders[0]}",
                 how="compare results of the same members",
             )
+    first = trusted(first, folders[0], model=model, trust=trust)
     examples = _data(data)
     loaded: dict[str, nn.Module] = {str(folder): load(folder) for folder in folders}
     networks = _networks(first)
@@ -86,13 +94,20 @@ def _own_tasks(
 
 
 def latencies(
-    folder: Path, batches: Sequence[int], *, compiled: bool, stage: Stage
+    folder: Path,
+    batches: Sequence[int],
+    *,
+    compiled: bool,
+    stage: Stage,
+    model: str | None = None,
+    trust: bool = False,
 ) -> list[dict[str, Any]]:
     """Time a written network, one of its members and the ensemble, as they are and `compiled`.
 
     Returns, for each network, batch size and way, its median in ms, and the ratio to one member's.
+    `model` and `trust` as in `trusted`.
     """
-    recipe = read_recipe(folder)
+    recipe = trusted(read_recipe(folder), folder, model=model, trust=trust)
     fused = load(folder)
     networks = _networks(recipe)
     member = networks.modules[0].eval()
@@ -122,14 +137,23 @@ def latencies(
     return rows
 
 
-def report_on(folder: Path, data: str | None, page: Path | None) -> Path:
+def report_on(
+    folder: Path,
+    data: str | None,
+    page: Path | None,
+    *,
+    model: str | None = None,
+    trust: bool = False,
+) -> Path:
     """Write a report on a written fusion, by default into its folder, and return where it is.
 
-    The plan is applied to the members again, and gets the weights in the folder.
+    The plan is applied to the members again, and gets the weights in the folder. `model` and
+    `trust` as in `trusted`.
     """
     check_installed()
-    recipe = read_recipe(folder)
+    recipe = trusted(read_recipe(folder), folder, model=model, trust=trust)
     page = Path(page or folder / REPORT).absolute()
+    check_replaceable(page)
     examples = _data(data)
     if not (folder / PLAN).is_file():
         raise CheckpointError(

@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import nn
 
-from fxfuse.cli.model_names import is_pretrained, weights_in
+from fxfuse.cli.model_names import is_pretrained
 from fxfuse.cli.recipe.record import check_made, parts_of, record
 from fxfuse.cli.recipe.schema import DataSource, Made, Recipe
 from fxfuse.cli.sources import Data, Preparation, read_data
 from fxfuse.cli.zoo import inputs_for, make_member, make_model
-from fxfuse.members.streamed import Stored
+from fxfuse.members.checkpoint import Stored, weights_in
+from fxfuse.members.members import Members
 
 
 @dataclass(frozen=True)
@@ -22,19 +22,17 @@ class Networks:
     """What goes into a fusion.
 
     Attributes:
-        members: The members, or the files that they stay in.
-        template: For files: a module of their class.
+        members: The members, in memory or in their files.
         inputs: Example inputs.
     """
 
-    members: Sequence[nn.Module | Path]
-    template: nn.Module | None
+    members: Members
     inputs: tuple[torch.Tensor, ...]
 
     @property
     def modules(self) -> list[nn.Module]:
         """The members, where they are in memory."""
-        return [member for member in self.members if isinstance(member, nn.Module)]
+        return [member for member in self.members.networks if isinstance(member, nn.Module)]
 
 
 def needs_modules(recipe: Recipe) -> bool:
@@ -45,6 +43,7 @@ def needs_modules(recipe: Recipe) -> bool:
         or recipe.fuse.heads
         or len(recipe.members) == 1
         or any(m.args or is_pretrained(Path(m.path)) for m in recipe.members)
+        or len({m.make() for m in recipe.members}) > 1
     )
 
 
@@ -56,11 +55,15 @@ def load_networks(recipe: Recipe, *, in_memory: bool = False) -> Networks:
     files = [Path(m.path) for m in recipe.members]
     if not (in_memory or needs_modules(recipe)):
         template = make_model(recipe.model, recipe.model_args)
-        return Networks(files, template, _inputs(recipe, template, Stored(files[0]).dtype()))
+        reading = recipe.members[0].make()
+        own = template.state_dict(keep_vars=True)
+        inputs = _inputs(recipe, template, Stored(files[0], own, reading.weights).dtype())
+        return Networks(Members(files, template, checkpoints=reading), inputs)
     members: list[nn.Module] = []
-    for file, own in zip(files, recipe.members, strict=True):
-        members.append(make_member(recipe.model, {**recipe.model_args, **own.args}, file))
-    return Networks(members, None, _inputs(recipe, members[0]))
+    for file, member in zip(files, recipe.members, strict=True):
+        arguments = {**recipe.model_args, **member.args}
+        members.append(make_member(recipe.model, arguments, file, member.make().weights))
+    return Networks(Members(members), _inputs(recipe, members[0]))
 
 
 def load_data(source: DataSource | None) -> Data | None:
@@ -74,8 +77,7 @@ def load_data(source: DataSource | None) -> Data | None:
 def files_of(recipe: Recipe) -> list[Path]:
     """Return the files that a recipe reads."""
     given = [Path(m.path) for m in recipe.members]
-    files = [f for path in given for f in (weights_in(path) if is_pretrained(path) else [path])]
-    found = [part for file in files for part in parts_of(file)]
+    found = [part for path in given for part in parts_of(weights_in(path) or path)]
     sources = [recipe.calibration, recipe.evaluation, recipe.train.data if recipe.train else None]
     others = [s.source for s in sources if s is not None]
     others += [text for text in (recipe.fuse.plan, recipe.input) if isinstance(text, str)]

@@ -28,9 +28,8 @@ from fxfuse.cli.report.content import Network
 from fxfuse.cli.report.write import check_installed, write_report
 from fxfuse.cli.sources import Data
 from fxfuse.cli.training import train
-from fxfuse.common.output import atomic_folder, check_output, locked
+from fxfuse.common.output import MARK, atomic_folder, check_output, locked
 from fxfuse.graph.module_checks import check_enough
-from fxfuse.members.members import Members
 from fxfuse.planning.methods import find_method
 from fxfuse.planning.plan import FusionPlan
 from fxfuse.refine import Match, Refit
@@ -164,14 +163,13 @@ def run(
 def _fused(
     recipe: Recipe, networks: Networks, calibration: Data | None, progress: bool | Progress
 ) -> FusionResult:
-    asked, members = recipe.fuse, networks.members
+    asked = recipe.fuse
     options: dict[str, Any] = {
         "calibration": None if calibration is None else _calibration(asked, calibration),
         "task": _made(asked.task),
         "verify": asked.verify,
         "progress": progress,
     }
-    source = Members(members, networks.template)
     steps = None if asked.refine is None else [step.make() for step in asked.refine]
     method = find_method(_made(asked.method) or "transplant")
     unused = steps == [] and (asked.plan is not None or method.weights_only)
@@ -181,16 +179,16 @@ def _fused(
     if asked.plan is not None:
         plan = FusionPlan.from_json(Path(asked.plan).read_text(encoding="utf-8", errors="replace"))
         steps = _steps_after(plan, calibration) if steps is None else steps
-        return build(plan, source, networks.inputs, refine=steps, **options)
+        return build(plan, networks.members, networks.inputs, refine=steps, **options)
     options |= {
         "method": method,
         "size": _made(asked.size),
         "constraints": _made(asked.constraints),
         "refine": steps,
     }
-    if len(members) == 1:
+    if len(recipe.members) == 1:
         return prune(networks.modules[0], networks.inputs, **options)
-    return fuse(source, networks.inputs, heads=_made(asked.heads), **options)
+    return fuse(networks.members, networks.inputs, heads=_made(asked.heads), **options)
 
 
 def _made(part: OptionPart | None) -> Any:
@@ -234,7 +232,7 @@ def _write(
 ) -> None:
     write_network(result, work)
     text = summary(result, measured, trained)
-    (work / SUMMARY).write_text(text, encoding="utf-8")
+    (work / SUMMARY).write_text(f"{text}\n<!-- {MARK}. -->\n", encoding="utf-8")
     write_recipe(recipe, work / RECIPE)
     if recipe.output.report:
         modules = networks.modules or None

@@ -20,6 +20,7 @@ from pydantic import (
 
 from fxfuse.cli.flags import (
     CALIBRATION,
+    CHECKPOINTS,
     CONSTRAINTS,
     HEADS,
     METHOD,
@@ -152,6 +153,7 @@ if TYPE_CHECKING:
     AnyHeads: TypeAlias = OptionPart
     AnyStep: TypeAlias = Step
     TrainingPart: TypeAlias = OptionPart
+    CheckpointsPart: TypeAlias = OptionPart
 else:
     AnyMethod, AnyTask = _choice(METHOD), _choice(TASK)
     AnyCalibration, AnyConstraints, AnyHeads = map(_single, (CALIBRATION, CONSTRAINTS, HEADS))
@@ -164,13 +166,13 @@ else:
     AnyStep = _short(
         create_model("Step", __base__=Step, **_steps), _as_step, Literal[tuple(_steps)]
     )
-    TrainingPart = _single(TRAINING)
+    TrainingPart, CheckpointsPart = map(_single, (TRAINING, CHECKPOINTS))
 
 
-class Member(Part):
+class Member(CheckpointsPart):
     """A network that goes into the fusion; its path alone will do."""
 
-    path: str = Field(description="Weights: .safetensors, its index, or .pt with tensors only.")
+    path: str = Field(description="Weights: .safetensors, .pt, an index, or a folder with these.")
     args: dict[str, Any] = Field({}, description="Arguments of the factory for this one only.")
 
 

@@ -13,14 +13,19 @@ from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails
 
+from fxfuse.cli.model_names import is_named
 from fxfuse.cli.recipe.schema import Part, Recipe, Step
-from fxfuse.common.output import write_text
+from fxfuse.cli.sources import is_function
+from fxfuse.cli.zoo import import_from
+from fxfuse.common.output import MARK, write_text
 from fxfuse.errors import OptionError
 
 #: The file in a result's folder.
 RECIPE = "recipe.yaml"
 #: Longest recipe that is read, in bytes, and how deep its parts may lie in each other.
 _LONGEST, _DEEPEST = 1_000_000, 20
+#: Most values, and longest text of a number or a date.
+_MOST, _LONGEST_NUMBER = 20_000, 100
 
 
 def read_recipe(path: str | Path) -> Recipe:
@@ -39,7 +44,8 @@ def read_recipe(path: str | Path) -> Recipe:
     path = Path(path)
     file = path / RECIPE if path.is_dir() else path
     try:
-        content = file.read_bytes()
+        with file.open("rb") as opened:
+            content = opened.read(_LONGEST + 1)
     except OSError as error:
         raise OptionError(
             f"the recipe {file.name} cannot be read",
@@ -47,13 +53,6 @@ def read_recipe(path: str | Path) -> Recipe:
             why=error.strerror or str(error),
             how="use a recipe, or a folder that `fxfuse fuse` or `fxfuse run` wrote",
         ) from error
-    if len(content) > _LONGEST:
-        raise OptionError(
-            f"{file.name} is too long for a recipe",
-            where=str(file),
-            why=f"it has more than {_LONGEST:,} bytes",
-            how="check the path",
-        )
     recipe = parse_recipe(content.decode("utf-8", errors="replace"), str(file))
     if recipe.base is None:
         recipe = recipe.model_copy(update={"base": str(file.absolute().parent)})
@@ -62,7 +61,15 @@ def read_recipe(path: str | Path) -> Recipe:
 
 def parse_recipe(text: str, where: str = "recipe") -> Recipe:
     """Read a recipe from YAML; `where` is what it is called in messages."""
+    if len(text) > _LONGEST:
+        raise OptionError(
+            "the text is too long for a recipe",
+            where=where,
+            why=f"it has more than {_LONGEST:,} characters",
+            how="check the path",
+        )
     try:
+        _check_events(text)
         root = yaml.compose(text, Loader=yaml.SafeLoader)
         _check_nodes(root)
         content = yaml.safe_load(text)
@@ -135,6 +142,48 @@ def moved_to(recipe: Recipe, folder: str) -> Recipe:
     return recipe.model_copy(update={"output": output})
 
 
+def trusted(
+    recipe: Recipe,
+    folder: str | Path,
+    *,
+    model: str | None = None,
+    trust: bool = False,
+    data: Sequence[str] = (),
+) -> Recipe:
+    """Return a recipe out of a result's folder, which runs nothing that only the folder names.
+
+    Args:
+        recipe: The recipe.
+        folder: The folder, which may come from a stranger.
+        model: The factory of the members, in place of the recipe's.
+        trust: Whether functions that the recipe names may be imported, from its `base`, too.
+        data: The fields of sources that will be read: "calibration", "evaluation", "train".
+
+    Raises:
+        OptionError: It names a function to import, and is not trusted.
+    """
+    if model is not None:
+        recipe = recipe.model_copy(update={"model": model})
+    if trust:
+        import_from(recipe.base)
+        return recipe
+    sources = {"calibration": recipe.calibration, "evaluation": recipe.evaluation}
+    sources["train"] = recipe.train.data if recipe.train else None
+    used = {name: source.source for name, source in sources.items() if source and name in data}
+    named = {name: spec for name, spec in used.items() if is_function(spec)}
+    if model is None and not is_named(recipe.model):
+        named = {"model": recipe.model, **named}
+    for field, spec in named.items():
+        own = "--model with a factory that you know, or " if field == "model" else ""
+        raise OptionError(
+            f"{spec!r} is not imported only because a folder names it",
+            where=f"{field} in {Path(folder) / RECIPE}",
+            why="importing a function runs code, and whoever made the folder chose it",
+            how=f"pass {own}--trust, if you trust the folder and what it names",
+        )
+    return recipe
+
+
 def write_recipe(recipe: Recipe, path: str | Path) -> None:
     """Write a recipe, without the fields that are at their defaults.
 
@@ -143,7 +192,15 @@ def write_recipe(recipe: Recipe, path: str | Path) -> None:
         path: The file; an existing one is replaced.
     """
     content = recipe.model_dump(mode="python", exclude_defaults=True)
-    write_text(path, yaml.safe_dump(content, sort_keys=False, allow_unicode=True))
+    text = yaml.dump(content, Dumper=_Dumper, sort_keys=False, allow_unicode=True)
+    write_text(path, f"# {MARK}.\n{text}")
+
+
+class _Dumper(yaml.SafeDumper):
+    """Writes what occurs twice twice: aliases are not read."""
+
+    def ignore_aliases(self, data: Any) -> bool:
+        return True
 
 
 def example() -> str:
@@ -234,15 +291,30 @@ def _parts_of(annotation: Any) -> list[type[Part]]:
     return [part for inner in get_args(annotation) for part in _parts_of(inner)]
 
 
-def _check_nodes(root: yaml.Node | None) -> None:
-    """Check what YAML's own reader lets pass: fields that are given twice, and endless depth."""
-    waiting = [(root, 0)]
-    while waiting:
-        node, depth = waiting.pop()
+def _check_events(text: str) -> None:
+    """Check what a text would become, before anything is made of it: aliases can have no end."""
+    depth = 0
+    for number, event in enumerate(yaml.parse(text, Loader=yaml.SafeLoader)):
+        if number > _MOST:
+            raise _mistake(f"it holds more than {_MOST:,} values", event)
+        if isinstance(event, yaml.AliasEvent):
+            raise _mistake(f"the alias *{event.anchor:.99} is not read: write it out", event)
+        depth += isinstance(event, yaml.CollectionStartEvent)
+        depth -= isinstance(event, yaml.CollectionEndEvent)
         if depth > _DEEPEST:
-            raise _mistake("parts lie too deep in each other", node)
-        if isinstance(node, yaml.SequenceNode):
-            waiting += ((each, depth + 1) for each in node.value)
+            raise _mistake("parts lie too deep in each other", event)
+
+
+def _check_nodes(root: yaml.Node | None) -> None:
+    """Check what YAML's own reader lets pass: fields that are given twice, and endless numbers."""
+    waiting = [root]
+    while waiting:
+        node = waiting.pop()
+        if isinstance(node, yaml.ScalarNode):
+            if node.tag != "tag:yaml.org,2002:str" and len(node.value) > _LONGEST_NUMBER:
+                raise _mistake("a number is too long", node)
+        elif isinstance(node, yaml.SequenceNode):
+            waiting += node.value
         elif isinstance(node, yaml.MappingNode):
             seen: set[Any] = set()
             for key, value in node.value:
@@ -250,11 +322,12 @@ def _check_nodes(root: yaml.Node | None) -> None:
                     raise _mistake(f"{key.value!r} is given twice", key)
                 if isinstance(key.value, str):
                     seen.add(key.value)
-                waiting.append((value, depth + 1))
+                waiting += [key, value]
 
 
-def _mistake(what: str, node: yaml.Node | None) -> yaml.MarkedYAMLError:
-    return yaml.MarkedYAMLError(problem=what, problem_mark=node.start_mark if node else None)
+def _mistake(what: str, place: yaml.Node | yaml.Event) -> yaml.MarkedYAMLError:
+    mark: Any = place.start_mark
+    return yaml.MarkedYAMLError(problem=what, problem_mark=mark)
 
 
 def _not_yaml(error: yaml.YAMLError, where: str) -> OptionError:

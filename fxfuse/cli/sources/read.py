@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
+from fxfuse.cli.sources.arrays import read_arrays
 from fxfuse.cli.sources.data import Data, Preparation, spread
 from fxfuse.cli.sources.datasets import hugging_face, torchvision_dataset
 from fxfuse.cli.sources.images import image_folder
@@ -18,6 +19,9 @@ from fxfuse.cli.zoo import import_object
 from fxfuse.errors import FxfuseError, InputError
 from fxfuse.members.checkpoint import TORCH_SUFFIXES, read_file
 
+_ARRAYS = (".npy", ".npz")
+#: Files that are read, whatever else is in their names.
+_SUFFIXES = (*_ARRAYS, ".safetensors", *TORCH_SUFFIXES)
 #: Sources that a prefix names.
 _NAMED: dict[str, Callable[[str, Preparation], Data]] = {
     "torchvision": torchvision_dataset,
@@ -51,11 +55,11 @@ def read_data(spec: str, prepare: Preparation | None = None) -> Data:
         data = _NAMED[kind](rest, prepare)
     elif Path(spec).is_dir():
         data = image_folder(Path(spec), prepare)
-    elif Path(spec).suffix in (".npy", ".npz"):
-        data = _numpy(Path(spec))
-    elif Path(spec).suffix in (".safetensors", *TORCH_SUFFIXES):
+    elif Path(spec).suffix in _ARRAYS:
+        data = _numpy(Path(spec), prepare.limit)
+    elif Path(spec).suffix in _SUFFIXES:
         data = pair(read_file(spec), spec)
-    elif ":" in spec:
+    elif is_function(spec):
         data = _function(spec, prepare.limit)
     else:
         raise InputError(
@@ -66,6 +70,13 @@ def read_data(spec: str, prepare: Preparation | None = None) -> Data:
             "for each class, torchvision:CLASS:ROOT, datasets:FOLDER, or module:function",
         )
     return _limited(_checked(data, spec), prepare.limit)
+
+
+def is_function(spec: str) -> bool:
+    """Tell whether `read_data` would import a function for a source, unless it is a folder."""
+    kind, _, rest = spec.partition(":")
+    known = (kind in _NAMED and rest) or Path(spec).suffix in _SUFFIXES
+    return ":" in spec and not known
 
 
 def absolute(spec: str) -> str:
@@ -81,11 +92,11 @@ def absolute(spec: str) -> str:
     return spec
 
 
-def _numpy(path: Path) -> Data:
+def _numpy(path: Path, limit: int | None) -> Data:
     try:
-        # Arrays of objects would be unpickled.
-        content = np.load(path, allow_pickle=False)
-        arrays = content if isinstance(content, np.ndarray) else {k: content[k] for k in content}
+        content = read_arrays(path, limit)
+    except FxfuseError:
+        raise
     # What a damaged file makes numpy, its zip reader or the decompressor say is not documented.
     except Exception as error:
         raise InputError(
@@ -94,7 +105,7 @@ def _numpy(path: Path) -> Data:
             why=f"{type(error).__name__}: {error}",
             how="save arrays of numbers with numpy.save or numpy.savez",
         ) from error
-    return pair(arrays, str(path))
+    return pair(content, str(path))
 
 
 def _function(spec: str, limit: int | None) -> Data:
