@@ -469,6 +469,25 @@ def _write_constant(space: Space, i: int, b: Block) -> Part:
 
 
 @_block(*SPACES)
+def _moving_average(space: Space, i: int, b: Block) -> Part:
+    """A network that changes in `forward`: the mean of its neurons, and a counter."""
+
+    def forward(m: Part, x: torch.Tensor) -> torch.Tensor:
+        y = _act(m.layer(x))
+        at = [d for d in range(y.dim()) if d != (space.dim if space is not TOKENS else 2)]
+        if b.flag:
+            y = y - m.mean.reshape([-1 if d not in at else 1 for d in range(y.dim())])
+        m.mean.mul_(0.9).add_(y.detach().mean(at), alpha=0.1)
+        m.runs += 1
+        return y
+
+    part = Part(b.width, forward, layer=space.layer(i, b.width))
+    part.register_buffer("mean", torch.zeros(b.width))
+    part.register_buffer("runs", torch.zeros((), dtype=torch.long))
+    return part
+
+
+@_block(*SPACES)
 def _picked_parameter(space: Space, i: int, b: Block) -> Part:
     """Rows of a parameter, picked by their index, scale and shift."""
     shape = [3, i, 1, 1] if space is IMAGE else [3, i]

@@ -10,9 +10,11 @@ import pytest
 import torch
 from torch import nn
 from torch.ao.quantization import quantize_dynamic
+from torch.utils.data import TensorDataset
 
 import fxfuse
 from fxfuse import Example, Transplant, verify
+from fxfuse.activations.calibration import CalibrationBatches
 from fxfuse.errors import (
     CaptureError,
     FxfuseError,
@@ -439,6 +441,62 @@ def test_a_model_that_returns_other_things_beside_a_tensor():
     answer = result.module(torch.randn(5, 4))
     assert answer["logits"].shape == (5, 2)
     assert (answer["loss"], answer["step"]) == (None, 3)
+
+
+# --- members and calibration inputs of other kinds ---
+
+
+def test_members_from_a_generator():
+    members, x = [mlp(), mlp()], torch.randn(3, 4)
+    assert fxfuse.fuse((m for m in members), x).plan.n_members == 2
+    assert fxfuse.stack(nn.ModuleList(members), x)(x).shape == (3, 2)
+
+
+@pytest.mark.parametrize("call", [fxfuse.fuse, fxfuse.stack])
+@pytest.mark.parametrize(
+    ("members", "why"),
+    [
+        (mlp(), "one network is not an ensemble"),
+        ("member.pt", "one network is not an ensemble"),
+        (None, "a NoneType holds no members"),
+        ([mlp().state_dict()] * 2, "load a state_dict into a network"),
+    ],
+)
+def test_what_is_no_list_of_networks(call: Any, members: Any, why: str):
+    with pytest.raises(FxfuseError, match=why) as caught:
+        call(members, torch.randn(3, 4))
+    assert caught.value.how
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit:FutureWarning")
+def test_a_scripted_member():
+    refused(CaptureError, "scripted module", model=torch.jit.script(mlp()))
+    refused(CaptureError, "scripted module", model=torch.jit.trace(mlp(), torch.randn(3, 4)))
+
+
+def test_a_member_that_is_there_twice():
+    model = mlp()
+    with pytest.warns(UserWarning, match="members 0 and 2 are the same object"):
+        fxfuse.fuse([model, mlp(), model], torch.randn(3, 4))
+
+
+def test_a_data_set_as_calibration():
+    members, x, y = [mlp(), mlp()], torch.randn(120, 4), torch.randint(2, (120,))
+    graph = fxfuse.analyze(members[0], x[:3])
+    alone, both = (
+        CalibrationBatches.of(graph.program, TensorDataset(*tensors), shuffle=False)
+        for tensors in ((x,), (x, y))
+    )
+    assert torch.equal(alone.whole[0][0], x)
+    assert not alone.labels
+    assert torch.equal(torch.cat(both.labels), y)
+
+
+def test_calibration_without_values():
+    with pytest.raises(InputError, match="no values"):
+        fxfuse.fuse(
+            [mlp(), mlp()], torch.randn(3, 4), calibration=torch.empty(99, 4, device="meta")
+        )
 
 
 # --- names, which torch.fx writes into Python code ---

@@ -143,3 +143,13 @@ def test_swins_masks_follow_the_device():
     assert (
         module.to(torch.bfloat16)(torch.randn(2, 3, 28, 28, dtype=torch.bfloat16)).isfinite().all()
     )
+
+
+@pytest.mark.parametrize("size", [None, 0.5])
+def test_weights_keep_the_memory_format_of_the_members(size: float | None):
+    members = [member.to(memory_format=torch.channels_last) for member in resnets(2)]
+    result = fxfuse.fuse(members, images(), size=size)
+    weight = result.module.block1.conv1.weight
+    assert weight.is_contiguous(memory_format=torch.channels_last)
+    assert not weight.is_contiguous()
+    assert result.to_module().block1.conv1.weight.stride() == weight.stride()

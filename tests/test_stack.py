@@ -736,3 +736,27 @@ def test_members_that_answer_no_numbers_are_refused():
 
 def test_devices_without_figures_are_treated_like_the_cpu():
     assert policy_of(torch.device("cuda")) == policy_of(torch.device("cpu"))
+
+
+class Spectral(nn.Module):
+    """Complex weights on the lowest frequencies, written into complex zeros (FNO)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(2, 6), nn.Linear(6, 3)
+        self.weight = nn.Parameter(0.2 * torch.randn(6, 6, 4, dtype=torch.cfloat))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        h = self.first(x).transpose(1, 2)
+        spectrum = torch.fft.rfft(h)
+        out = torch.zeros(h.shape[0], 6, spectrum.shape[-1], dtype=torch.cfloat)
+        out[:, :, :4] = torch.einsum("bit,iot->bot", spectrum[:, :, :4], self.weight)
+        return self.last((torch.fft.irfft(out, n=h.shape[-1]) + h).relu().transpose(1, 2))
+
+
+def test_complex_numbers_in_single_precision_are_compared_in_double():
+    torch.manual_seed(0)
+    members, x = [Spectral() for _ in range(2)], torch.randn(3, 10, 2)
+    module = fxfuse.stack(members, x, reduce="none")
+    expected = torch.stack([answers(member, x)[0] for member in members])
+    torch.testing.assert_close(answers(module, x)[0], expected)

@@ -7,6 +7,8 @@ import pickle
 import warnings
 from collections.abc import Mapping
 from dataclasses import replace
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -24,7 +26,9 @@ from fxfuse.graph.tensors import tensors_in
 from fxfuse.planning.plan import FusionPlan, UnitMap
 from fxfuse.planning.size import sizes_of
 from fxfuse.transform.cost import operations_of, parameters_of
+from fxfuse.transform.layout import Layout
 from fxfuse.transform.resizing import emit_resized, limit_sizes
+from fxfuse.transform.resizing.positions import layouts_of, positions_of
 from fxfuse.verify.check import as_double, in_double, inputs_of, relative_error
 from tests.models import build, image
 from tests.options import flat, planned
@@ -277,3 +281,45 @@ def test_a_group_that_cannot_be_written_keeps_its_size(
     assert result.module.second.weight.shape[0] == 8
     assert list(result.plan.kept_sizes) == ["first.weight:0"]
     assert "this is a test" in result.plan.summary()
+
+
+class Modulated(nn.Module):
+    """A convolution whose weight depends on the example: one group for each of the batch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.style = nn.Conv2d(3, 8, 3, padding=1), nn.Linear(8, 8)
+        self.weight = nn.Parameter(0.2 * torch.randn(1, 8, 8, 3, 3))
+        self.head = nn.Linear(8, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        h = self.stem(x).relu()
+        b, c, *size = h.shape
+        style = self.style(h.mean((2, 3))) + 1
+        weight = (self.weight * style[:, None, :, None, None]).reshape(b * c, c, 3, 3)
+        y = nn.functional.conv2d(h.reshape(1, b * c, *size), weight, padding=1, groups=b)
+        return self.head(y.reshape(b, c, *size).relu().mean((2, 3)))
+
+
+@pytest.mark.parametrize("size", [0.5, 1.5])
+def test_groups_that_are_as_many_as_the_batch(size: float):
+    torch.manual_seed(0)
+    members, x = [Modulated().eval() for _ in range(2)], torch.randn(4, 3, 6, 6)
+    result = fxfuse.fuse(members, x, size=size)
+    assert result.module.stem.weight.shape[0] == 8 * size
+    more = torch.randn(5, 3, 6, 6)
+    torch.testing.assert_close(result.to_module()(more), result.module(more))
+    assert fxfuse.verify.concatenation_equals_ensemble(members, x).passed
+
+
+def test_positions_of_many_growing_dimensions():
+    shape = (2,) * 6
+    value: Any = SimpleNamespace(shape=shape, rank=6)
+    twice = Layout(np.array([0, 1, 0, 1]), np.array([0, 0, 1, 1]))
+    place, copy = positions_of(value, dict.fromkeys(range(6), twice))
+    found = layouts_of(torch.arange(64).reshape(shape), place, copy, set(range(6)))
+    assert found is not None
+    assert all(np.array_equal(found[d].copy, twice.copy) for d in range(6))
+    value = SimpleNamespace(shape=(2,) * 7, rank=7)
+    with pytest.raises(RewriteError, match="7 of its dimensions grow"):
+        positions_of(value, dict.fromkeys(range(7), twice))

@@ -10,6 +10,7 @@ from itertools import pairwise
 from typing import Any
 
 import torch
+from torch.utils.data import TensorDataset
 
 from fxfuse.activations.augment import Augment, default_augment
 from fxfuse.common.options import Options
@@ -317,6 +318,10 @@ def _calls(inputs: Any, program: Program, limit: int) -> tuple[list[tuple[Call, 
     """What the network is called with, and labels or None; whether there is more of an iterable."""
     if isinstance(inputs, torch.Tensor | tuple):
         return [(_call(inputs), None)], False
+    n_inputs = sum(isinstance(x, torch.Tensor) for x in program.example_inputs[0])
+    if isinstance(inputs, TensorDataset) and n_inputs:
+        tensors, last = inputs.tensors[:n_inputs], inputs.tensors[n_inputs:]
+        return [(_call(tensors), last[0] if last else None)], False
     if isinstance(inputs, Mapping):
         given, labels = _without_labels(inputs, program)
         return [(_call(given), labels)], False
@@ -324,7 +329,7 @@ def _calls(inputs: Any, program: Program, limit: int) -> tuple[list[tuple[Call, 
         raise _error(
             f"a {type(inputs).__name__} holds no calibration inputs",
             "it is not a tensor, tuple, mapping or iterable of batches",
-            "pass a tensor [n, ...] or a DataLoader",
+            "pass a tensor [n, ...], or a DataLoader, DataLoader(dataset, batch_size=64)",
         )
     found: list[tuple[Call, Any]] = []
     count = 0
@@ -400,6 +405,9 @@ def _check(program: Program, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -
         if not isinstance(like, torch.Tensor) or not isinstance(x, torch.Tensor):
             continue
         where = f"tensor {number} of the inputs"
+        if x.is_meta:
+            why = "they are on the meta device, which keeps shapes but no values"
+            raise _error("calibration inputs have no values", why, "pass real inputs", where)
         if x.shape[1:] != like.shape[1:]:
             why = f"shape {tuple(x.shape)}, the example has {tuple(like.shape)}"
             raise _error("calibration inputs have the wrong shape", why, "resize them", where)

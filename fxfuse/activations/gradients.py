@@ -12,8 +12,9 @@ from torch.func import functional_call
 
 from fxfuse.errors import InputError
 from fxfuse.graph.capture import Program
-from fxfuse.graph.eager import alone, eval_mode
+from fxfuse.graph.eager import alone
 from fxfuse.graph.example import first_line
+from fxfuse.graph.run import untouched
 from fxfuse.graph.tensors import tensors_in
 
 
@@ -94,12 +95,10 @@ def _loss(
     labels: torch.Tensor,
 ) -> torch.Tensor:
     try:
-        if program.is_exported:
-            answer = functional_call(program.module, dict(state), inputs)
-        else:
-            assert program.source is not None
-            with eval_mode(program.source):
-                answer = functional_call(program.source, dict(state), inputs)
+        module = program.module if program.is_exported else program.source
+        assert module is not None
+        with untouched(module):
+            answer = functional_call(module, dict(state), inputs)
         logits = tensors_in(answer)[0]
         loss = nn.functional.cross_entropy(logits, labels)
     except (RuntimeError, ValueError, TypeError, IndexError, AssertionError) as error:

@@ -214,7 +214,9 @@ def layer_at(program: Program, node: fx.Node) -> Layer | None:
     cuts = (argument(n, "dim") for n in way if n.target is not operator.getitem)
     if any(dim % program.tensor(name).dim() != facts.outputs for dim in cuts):
         return None
-    rank, groups = 2 + facts.space, int(argument(node, facts.groups) or 1)
+    rank, groups = 2 + facts.space, argument(node, facts.groups) or 1
+    if not isinstance(groups, int):
+        return None
     if program.tensor(name).dim() != rank or (facts.space and len(_shape(node)) != rank):
         return None
     return Layer(node, x, name, bias_name or "", facts, groups, way, bias_way)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import nullcontext
+from functools import partial
 from types import MappingProxyType
 from typing import Any
 
@@ -14,6 +16,8 @@ from fxfuse.activations.parts import part_of, view_chain_of
 from fxfuse.activations.spill_store import MEMORY, SpillStore, Stored
 from fxfuse.errors import InputError
 from fxfuse.graph.capture import Program
+from fxfuse.graph.functional import base_of, written_bases, written_names
+from fxfuse.graph.run import same_random_state
 from fxfuse.graph.source_lines import source_of
 from fxfuse.graph.torch_compat import pytree, schema_of
 
@@ -63,8 +67,18 @@ class NodeRunner:
         self.held = {asked_as.get(node, node) for node in held}
         self.nodes = list((graph or program.graph).nodes)
         #: What is only cut out of tensors of the state is no value: they may change.
+        self.written = written_names(graph or program.graph)
+        self.shown = {
+            n
+            for n in self.nodes
+            if self.written and (base := base_of(n)) is not n and base.target in self.written
+        }
         self.parts = {
-            n for n in self.nodes if n.op == "call_function" and view_chain_of(n) is not None
+            n
+            for n in self.nodes
+            if n.op == "call_function"
+            and (found := view_chain_of(n)) is not None
+            and found[0].target not in self.written
         }
         self.order = {node: place for place, node in enumerate(self.nodes)}
         self.done = 0
@@ -72,11 +86,16 @@ class NodeRunner:
         self.values: dict[fx.Node, Sequence[Any]] = {}
         device = next((t.device for t in state.values()), torch.device("cpu"))
         self.constants = {name: tensor.to(device) for name, tensor in constants.items()}
+        #: Copies of tensors that the network writes, one for each batch: all start from one state.
+        self.copies: dict[str, list[torch.Tensor]] = {}
         inputs = [n for n in self.nodes if n.op == "placeholder"]
         calls = [pytree.tree_leaves(call) for call in self.calibration.batches]
+        bases = written_bases(graph or program.graph)
+        self.written_inputs = [node for node in inputs if node in bases]
         for node, leaves in zip(inputs, zip(*calls, strict=True), strict=True):
             self.values[node] = [
-                leaf.to(device) if isinstance(leaf, torch.Tensor) else leaf for leaf in leaves
+                leaf.to(device, copy=node in bases) if isinstance(leaf, torch.Tensor) else leaf
+                for leaf in leaves
             ]
 
     def run_to(self, node: fx.Node) -> None:
@@ -104,6 +123,8 @@ class NodeRunner:
         node = self.asked_as.get(node, node)
         if node in self.absent:
             return [None] * len(self.calibration.batches)
+        if node.op == "get_attr" and node.target in self.written:
+            return self._copies(node)
         if node.op == "get_attr" or node in self.parts:
             return [self._part(node)] * len(self.calibration.batches)
         return self.values[node]
@@ -117,16 +138,20 @@ class NodeRunner:
 
     def compute(self, node: fx.Node, replaced: Callable[[int, fx.Node], Any]) -> Iterator[Any]:
         """What a node returns for each batch with operands as `replaced(batch, operand)` says."""
-        target: Any = node.target
         for batch in range(len(self.calibration.batches)):
-
-            def operand(n: fx.Node, batch: int = batch) -> Any:
-                return replaced(batch, n)
-
-            args, kwargs = fx.map_arg((node.args, node.kwargs), operand)
             with torch.no_grad():
-                result = target(*args, **kwargs)
+                result = self._call(node, partial(replaced, batch))
             yield result
+
+    def _call(self, node: fx.Node, operand: Callable[[fx.Node], Any]) -> Any:
+        """Run a node; all networks draw the same random numbers, and torch's own state stays."""
+        target: Any = node.target
+        args, kwargs = fx.map_arg((node.args, node.kwargs), operand)
+        random = torch.Tag.nondeterministic_seeded in getattr(target, "tags", ())
+        with same_random_state() if random else nullcontext():
+            if random:
+                torch.manual_seed(self.order.get(node, 0))
+            return target(*args, **kwargs)
 
     def once(
         self, batch: int, wanted: Collection[fx.Node], take: Callable[[fx.Node, Any], Any]
@@ -146,15 +171,14 @@ class NodeRunner:
         for node in wanted:
             asked.setdefault(self.asked_as.get(node, node), []).append(node)
         end = max((self.order[node] for node in asked), default=-1)
-        known: dict[fx.Node, Any] = {}
+        known = {node: self.values[node][batch].clone() for node in self.written_inputs}
+        self.copies.clear()
         for node in self.nodes[: end + 1]:
             if node.op == "call_function" and node not in self.parts and node not in self.absent:
-                target: Any = node.target
-                args, kwargs = fx.map_arg(
-                    (node.args, node.kwargs),
-                    lambda n: known[n] if n in known else self.value(n)[batch],
+                result = self._call(
+                    node, lambda n: known[n] if n in known else self.value(n)[batch]
                 )
-                known[node] = self._sound(node, target(*args, **kwargs))
+                known[node] = self._sound(node, result)
             for name in asked.get(node, ()):
                 found = take(name, known[node] if node in known else self.value(node)[batch])
                 if found is not None:
@@ -182,12 +206,8 @@ class NodeRunner:
             return known[node]
         if node.op == "get_attr" or node in self.parts or node in self.values:
             return self.value(node)[batch]
-        target: Any = node.target
-        args, kwargs = fx.map_arg(
-            (node.args, node.kwargs), lambda n: self.compute_one(n, batch, known)
-        )
         with torch.no_grad():
-            known[node] = target(*args, **kwargs)
+            known[node] = self._call(node, lambda n: self.compute_one(n, batch, known))
         return known[node]
 
     def _step(self, node: fx.Node) -> None:
@@ -195,10 +215,21 @@ class NodeRunner:
             return
         if node not in self.absent:
             self._forget(node)
-            self.values[node] = self.store.put(self._checked(node))
+            results = self._checked(node)
+            # What shows a tensor that is written has to stay where that tensor is.
+            self.values[node] = list(results) if node in self.shown else self.store.put(results)
         for operand in node.all_input_nodes:
             if operand not in self.held and self._is_read(operand, self.order[node]):
                 self._forget(operand)
+
+    def _copies(self, node: fx.Node) -> list[torch.Tensor]:
+        """A tensor that the network writes, as it is by now in each batch."""
+        name = str(node.target)
+        name = self.program.canonical.get(name, name)
+        if name not in self.copies:
+            tensor = self._tensor(node)
+            self.copies[name] = [tensor.clone() for _ in self.calibration.batches]
+        return self.copies[name]
 
     def _results(self, node: fx.Node) -> Iterator[Any]:
         return self.compute(node, lambda batch, n: self.value(n)[batch])

@@ -47,7 +47,8 @@ class Kind(StrEnum):
     KEEP_BASE = "base"
 
 
-@dataclass(frozen=True)
+# Equal as objects only: tensors have no truth value.
+@dataclass(frozen=True, eq=False)
 class DimLabels:
     """Ids of the neurons along some dimensions of a tensor.
 
@@ -160,7 +161,7 @@ def _is_constant_along(ids: NDArray[np.int64], dim: int) -> bool:
     return all(bool((line[i] == line[0]).all()) for i in (1, -1)) and bool((line == line[0]).all())
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class AbstractTensor:
     """What the analyzer knows about one tensor of the graph.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -86,7 +87,21 @@ def load_members(
         check_count(count, n)
     found = _loaded(members, example, heads, ranks, runs_members=runs_members)
     found.check_weights()
+    _warn_of_twins(networks)
     return found
+
+
+def _warn_of_twins(networks: Sequence[object]) -> None:
+    """Warn of a network that is there twice: most likely a mistake."""
+    first: dict[int, int] = {}
+    for number, network in enumerate(networks):
+        earlier = first.setdefault(id(network), number)
+        if earlier != number and isinstance(network, nn.Module):
+            warnings.warn(
+                f"members {earlier} and {number} are the same object, so its weights count twice. "
+                "Pass each network once; copies are made by copy.deepcopy.",
+                stacklevel=4,
+            )
 
 
 def _loaded(
@@ -116,7 +131,10 @@ def _loaded(
     if deepest is None:
         check_same_network(program, any_width=True)
         states = [member.state() for member in program]
-        return Ensemble(program[0], states, program, program, {}, heads)
+        # Traces of one network differ in numbers that the example gave, and in nothing else.
+        exported = program[0].is_exported
+        aligned = program if exported else [program[0]] * len(program)
+        return Ensemble(program[0], states, aligned, program, {}, heads)
     aligned = list(deepest.members)
     check_same_network(aligned, any_width=True)
     return Ensemble(aligned[0], deepest.states, aligned, program, deepest.absent, heads)

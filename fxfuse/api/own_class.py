@@ -22,9 +22,10 @@ from fxfuse.analysis.coupling import CouplingGraph
 from fxfuse.api.literal_changes import Changes, changes_of
 from fxfuse.errors import RewriteError
 from fxfuse.graph.capture import Program
-from fxfuse.graph.eager import alone, answers
+from fxfuse.graph.eager import alone
 from fxfuse.graph.example import first_line
 from fxfuse.graph.layer_sizes import sizes_of_layer
+from fxfuse.graph.run import answers
 from fxfuse.graph.tensors import is_constant, tensors_in
 from fxfuse.graph.torch_compat import pytree
 from fxfuse.transform.emit import FusedModule

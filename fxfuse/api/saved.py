@@ -19,9 +19,9 @@ from fxfuse.common.output import atomic_folder
 from fxfuse.errors import CheckpointError
 from fxfuse.graph.capture import capture
 from fxfuse.graph.capture import export as export_program
-from fxfuse.graph.eager import eval_mode
 from fxfuse.graph.example import Example
 from fxfuse.graph.graph_file import StoredGraph, read_graph, write_graph
+from fxfuse.graph.run import untouched
 from fxfuse.graph.tensors import attach, named_tensors
 from fxfuse.members.checkpoint import check_fit, read_state_dict, write_state_dict
 from fxfuse.members.tensor_file import TensorFile
@@ -90,7 +90,7 @@ def write_network(
         given = module if isinstance(network, ExportedProgram) else network
         _, wanted = resolve_inputs(given, example)
         args, kwargs = wanted.args, dict(wanted.kwargs)
-        with eval_mode(module):
+        with untouched(module):
             _write_export(export_program(module, args, kwargs, None), folder / EXPORTED)
 
 

@@ -21,8 +21,8 @@ from fxfuse.api.load_members import Ensemble, load_members
 from fxfuse.api.result import FusionResult
 from fxfuse.errors import InputError, OptionError
 from fxfuse.graph.capture import Program
-from fxfuse.graph.eager import answers
 from fxfuse.graph.example import Example
+from fxfuse.graph.run import answers
 from fxfuse.members.fingerprint import fingerprints
 from fxfuse.members.members import Members
 from fxfuse.members.streamed import Network

@@ -14,8 +14,9 @@ from fxfuse.cli.report.content import Network
 from fxfuse.cli.sources import Data
 from fxfuse.errors import InputError
 from fxfuse.graph.capture import Program
-from fxfuse.graph.eager import eval_mode
 from fxfuse.graph.example import first_line
+from fxfuse.graph.run import answers as answers_of
+from fxfuse.graph.run import untouched
 from fxfuse.graph.torch_compat import pytree
 from fxfuse.refine.infer_task import infer_task, task_of_answer
 from fxfuse.refine.quality import Estimate, qualities
@@ -54,8 +55,7 @@ def find_task(given: Task | None, program: Program) -> Task:
         return infer_task(program)[0]
     args, kwargs = program.example_inputs
     assert program.source is not None
-    with torch.no_grad(), eval_mode(program.source):
-        return task_of_answer(program.source(*args, **kwargs))
+    return task_of_answer(answers_of(program.source, {}, args, kwargs))
 
 
 def beside_members(
@@ -102,7 +102,7 @@ def beside_members(
         )
     measured = []
     for name, network in rows.items():
-        with eval_mode(network):
+        with untouched(network):
             operations = flops(network, example)
             took = milliseconds(network, example, RUN_TIME) if latency else None
         each = found.get(name, {})
@@ -129,7 +129,7 @@ def answers(network: nn.Module, task: Task, data: Data) -> Answer:
     found = []
     parameter = next(network.parameters(), None)
     device = torch.device("cpu") if parameter is None else parameter.device
-    with torch.no_grad(), eval_mode(network):
+    with torch.no_grad(), untouched(network):
         for start in range(0, len(data), _BATCH):
             batch = tuple(
                 _like(x[start : start + _BATCH], parameter).to(device) for x in data.inputs

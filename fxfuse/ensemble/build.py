@@ -27,6 +27,7 @@ from fxfuse.graph.module_checks import check_enough, check_values
 from fxfuse.graph.same_network import check_same_network
 from fxfuse.graph.tensors import tensors_in
 from fxfuse.graph.torch_compat import pytree
+from fxfuse.members.members import Members
 from fxfuse.transform.emit import FusedModule, copy_graph, emit, emit_graph
 from fxfuse.verify.check import in_double, inputs_of, relative_error
 
@@ -78,7 +79,7 @@ def stack(
         RewriteError: An output cannot be reduced in that way.
         VerificationError: An output differs from the members'.
     """
-    check_enough(members, "a stack")
+    check_enough(members := list(Members.of(members).networks), "a stack")  # type: ignore[arg-type]
     if reduce not in REDUCTIONS:
         raise OptionError(f"unknown reduce {reduce!r}", how=f"use one of {', '.join(REDUCTIONS)}")
     given = Example.of(example)

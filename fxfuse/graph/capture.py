@@ -21,7 +21,7 @@ from torch import fx, nn
 from torch.export import Dim, ExportedProgram
 
 from fxfuse.errors import CaptureError
-from fxfuse.graph.eager import alone, eval_mode, trace
+from fxfuse.graph.eager import alone, trace
 from fxfuse.graph.example import (
     Example,
     at_least_two,
@@ -31,8 +31,10 @@ from fxfuse.graph.example import (
     try_example,
 )
 from fxfuse.graph.fixed_batch import batch_sizes
+from fxfuse.graph.functional import written_names
 from fxfuse.graph.module_checks import check_model, state_of
 from fxfuse.graph.rebuild import rebuild
+from fxfuse.graph.run import untouched
 from fxfuse.graph.tensors import fetch, is_constant, tensors_in
 from fxfuse.graph.torch_compat import forget_code, forget_sizes, original_module, pytree
 
@@ -112,6 +114,12 @@ class Program:
         return self._reached
 
     @cached_property
+    def written(self) -> frozenset[str]:
+        """Canonical names of the state tensors that the graph writes: data that runs change."""
+        names = written_names(self.graph)
+        return frozenset(self.canonical[name] for name in names if name in self.canonical)
+
+    @cached_property
     def _reached(self) -> frozenset[str]:
         used = {str(n.target) for n in self.graph.nodes if n.op == "get_attr" and n.users}
         return frozenset(self.canonical[name] for name in used if name in self.canonical)
@@ -187,7 +195,7 @@ def capture(
     if isinstance(model, ExportedProgram):
         program = model
     else:
-        with eval_mode(model):
+        with untouched(model):
             answer = try_example(model, args, kwargs)
             if dynamic_shapes is None:
                 args, kwargs = at_least_two(model, args, kwargs, answer)
@@ -233,7 +241,7 @@ def capture_eagerly(
     check_model(model)
     check_example(args, kwargs)
     state = state_of(model)
-    with eval_mode(model):
+    with untouched(model):
         try_example(model, args, kwargs)
         traced = trace(model, args, kwargs, state)
     # What leaves the graph as a number has no users in it, and must stay all the same.

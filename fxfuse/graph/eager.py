@@ -1,4 +1,4 @@
-"""Eager modules: a trace of one that torch.export refuses, and its answers with other weights.
+"""Eager modules: a trace of one that torch.export refuses.
 
 A trace holds for the example that it was made with: another input may take another branch or give
 other sizes. It serves the analysis; what runs is the module (docs/adr/0010-eager-fallback.md).
@@ -7,19 +7,17 @@ other sizes. It serves the analysis; what runs is the module (docs/adr/0010-eage
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from functools import wraps
 from typing import Any, ParamSpec, TypeVar
 
 import torch
 from torch import fx, nn
-from torch.func import functional_call
 from torch.fx.traceback import preserve_node_meta
 from torch.overrides import TorchFunctionMode
 
 from fxfuse.errors import CaptureError
-from fxfuse.graph.torch_compat import make_fx, own_tensors, pytree
+from fxfuse.graph.torch_compat import make_fx, pytree
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -67,40 +65,6 @@ def alone(function: Callable[P, R]) -> Callable[P, R]:
             return function(*args, **kwargs)
 
     return run
-
-
-@contextmanager
-def eval_mode(model: nn.Module) -> Iterator[None]:
-    """Put every submodule into eval mode; afterwards modes and tensors are those that it had.
-
-    No other thread is at a module of the user's meanwhile.
-    """
-    with ALONE:
-        modes = [(module, module.training) for module in model.modules()]
-        tensors = [(held, dict(held)) for module, _ in modes for held in own_tensors(module)]
-        for module, _ in modes:
-            # Set directly: modules that torch.export made refuse eval().
-            module.training = False
-        try:
-            yield
-        finally:
-            for module, training in modes:
-                module.training = training
-            for held, were in tensors:
-                # torch.export puts its own there, and puts them back unless it is interrupted.
-                if any(held.get(name) is not tensor for name, tensor in were.items()):
-                    held.update(were)
-
-
-def answers(
-    module: nn.Module,
-    state: Mapping[str, torch.Tensor],
-    args: tuple[Any, ...],
-    kwargs: Mapping[str, Any],
-) -> Any:
-    """Return what a module answers in eval mode with other tensors; it stays as it is."""
-    with torch.no_grad(), eval_mode(module):
-        return functional_call(module, dict(state), args, dict(kwargs))
 
 
 def trace(

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from fxfuse.errors import CaptureError, InputError
+from fxfuse.graph.run import answers
 from fxfuse.graph.tensors import tensors_in
 from fxfuse.graph.torch_compat import FakeTensor, pytree
 
@@ -78,8 +79,7 @@ def try_example(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, An
         What it answers.
     """
     try:
-        with torch.no_grad():
-            answer = model(*args, **kwargs)
+        answer = answers(model, {}, args, kwargs)
     except Exception as error:
         shapes = pytree.tree_map(
             lambda x: tuple(x.shape) if isinstance(x, torch.Tensor) else x, (args, dict(kwargs))
@@ -162,13 +162,12 @@ def at_least_two(
         return given
     twice = pytree.tree_map_only(torch.Tensor, _repeated, given)
     try:
-        with torch.no_grad():
-            answers = tensors_in(model(*twice[0], **twice[1]))
+        found = tensors_in(answers(model, {}, *twice))
     except Exception:
         # The model does not take two: dimension 0 is no batch.
         return given
     expected = [_repeated(y) for y in tensors_in(answer)]
-    if len(answers) != len(expected) or not all(map(_is_close, answers, expected)):
+    if len(found) != len(expected) or not all(map(_is_close, found, expected)):
         return given
     return twice[0], twice[1]
 

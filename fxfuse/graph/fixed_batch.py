@@ -23,7 +23,9 @@ def check_batch(value: torch.Tensor, size: int, name: str) -> None:
             where=f"input {name}",
             why=f"the example had a batch of {size}, and torch.export could not keep the batch "
             "dimension dynamic",
-            how=f"pass {size} at a time, or capture with dynamic_shapes=",
+            how=f"pass {size} at a time; or write x.shape[0] in forward where it says len(x) or "
+            "int(x.shape[0]), and numbers of the example where they stand for the batch, and fuse "
+            "again",
         )
 
 

@@ -67,7 +67,7 @@ class _Copier:
             return
         self.now[node] = self.graph.node_copy(node, lambda n: self.now[n])
         if _is_view(node):
-            self.views[_base(node)].append(node)
+            self.views[base_of(node)].append(node)
 
     def write(self, node: fx.Node) -> bool:
         """Write the functional form of an in-place operator; False where there is none."""
@@ -110,13 +110,13 @@ class _Copier:
             return self.call(aten.expand.default, (content, self.sizes(written)), {}, node)
         if node.target in (aten.zero_.default, aten.fill_.Scalar):
             value = args[1] if len(args) > 1 else 0.0
-            like = self.now[_base(written)]
+            like = self.now[base_of(written)]
             return self.call(aten.new_full.default, (like, self.sizes(written), value), {}, node)
         return self.call(target, args, kwargs, node)
 
     def sizes(self, node: fx.Node) -> list[int | fx.Node]:
         """Return the sizes of a node's result; a node where they are symbolic."""
-        base = _base(node)
+        base = base_of(node)
         whole = base.meta["val"].shape
         sizes: list[int | fx.Node] = []
         for dim, size in enumerate(node.meta["val"].shape):
@@ -175,6 +175,22 @@ def is_write(node: fx.Node) -> bool:
     return schema is not None and schema.is_mutable
 
 
+def written_names(graph: fx.Graph) -> frozenset[str]:
+    """Names of the module's tensors that a graph writes into, also through views of them."""
+    return frozenset(str(base.target) for base in written_bases(graph) if base.op == "get_attr")
+
+
+def written_bases(graph: fx.Graph) -> set[fx.Node]:
+    """Return the nodes whose memory a graph writes: tensors of the module, inputs, activations."""
+    found = set()
+    for node in filter(is_write, graph.nodes):
+        for argument, value in zip(schema_of(node.target).arguments, node.args, strict=False):
+            alias = argument.alias_info
+            if alias is not None and alias.is_write and isinstance(value, fx.Node):
+                found.add(base_of(value))
+    return found
+
+
 def _is_beyond(node: fx.Node) -> bool:
     """Tell whether a write changes the size of a tensor, or another operand than the first."""
     if not is_write(node):
@@ -205,7 +221,7 @@ def _is_view(node: fx.Node) -> bool:
 
 def _copies(node: fx.Node) -> bool:
     """Tell whether an operator that returns a view where it can had to copy."""
-    if node.target not in _PERHAPS:
+    if node.target not in _PERHAPS or "val" not in node.meta or "val" not in _parent(node).meta:
         return False
     before, after = _parent(node).meta["val"], node.meta["val"]
     if before.dtype != after.dtype or before.device != after.device:
@@ -225,7 +241,8 @@ def _parent(view: fx.Node) -> fx.Node:
     return parent
 
 
-def _base(view: fx.Node) -> fx.Node:
+def base_of(view: fx.Node) -> fx.Node:
+    """Return the node whose memory a node shows: itself, unless it is a view."""
     while _is_view(view):
         view = _parent(view)
     return view

@@ -33,10 +33,22 @@ def state_of(model: nn.Module | ExportedProgram) -> Mapping[str, Any]:
 def check_model(model: object) -> None:
     """Check that a model is of a kind that can be captured, with tensors that can be labelled."""
     if not isinstance(model, nn.Module | ExportedProgram):
+        how = "pass the network itself; wrap a function in an nn.Module"
+        if isinstance(model, Mapping):
+            how = (
+                "load a state_dict into a network of its class, network.load_state_dict(...), and "
+            )
+            how += "pass the network; of files: Members.from_files(paths, template)"
         raise CaptureError(
             f"a {type(model).__name__} cannot be captured",
             why="it is neither an nn.Module nor an ExportedProgram",
-            how="pass the network itself; wrap a function in an nn.Module",
+            how=how,
+        )
+    if isinstance(model, torch.jit.ScriptModule):
+        raise CaptureError(
+            f"a scripted module cannot be captured: {type(model).__name__}",
+            why="TorchScript keeps a program of its own, which torch.export does not follow",
+            how="pass the nn.Module that was scripted or traced",
         )
     state = state_of(model)
     for name in chain(state, _own_names(model)):

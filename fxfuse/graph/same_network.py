@@ -10,8 +10,8 @@ from torch import fx
 
 from fxfuse.errors import MemberError
 from fxfuse.graph.capture import Program
-from fxfuse.graph.eager import answers
 from fxfuse.graph.example import first_line
+from fxfuse.graph.run import answers
 from fxfuse.graph.source_lines import where_of
 from fxfuse.graph.tensors import is_constant, tensors_in
 from fxfuse.graph.torch_compat import pytree, schema_of
@@ -163,7 +163,10 @@ def _differences(
 
 
 def _is_constant(program: Program, target: str) -> bool:
-    return target not in program.canonical or is_constant(program.tensor(target))
+    if target not in program.canonical:
+        return True
+    # Counters are data: a member that has run differs from one that has not.
+    return is_constant(program.tensor(target)) and program.canonical[target] not in program.written
 
 
 def _signature(

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from torch import nn
+from torch.export import ExportedProgram
 
+from fxfuse.errors import MemberError
+from fxfuse.graph.capture import Program
 from fxfuse.members.find_weights import Checkpoints
 from fxfuse.members.streamed import Network, first_member, split_paths
 
@@ -94,5 +97,21 @@ class Members:
 
     @staticmethod
     def of(given: Any) -> Members:
-        """Return what a caller gave as members: a sequence of networks or paths, or a `Members`."""
-        return given if isinstance(given, Members) else Members(given)
+        """Return what a caller gave as members: networks or paths, or a `Members`."""
+        if isinstance(given, Members):
+            return given
+        one = isinstance(given, str | Path | ExportedProgram | Program | Mapping)
+        if one or (isinstance(given, nn.Module) and not isinstance(given, nn.ModuleList)):
+            raise MemberError(
+                "one network is not an ensemble",
+                where=f"members: a {type(given).__name__}",
+                how="pass a list of two or more trained networks of one architecture; "
+                "fxfuse.prune makes one network smaller",
+            )
+        if not isinstance(given, Iterable):
+            raise MemberError(
+                f"a {type(given).__name__} holds no members",
+                where="members",
+                how="pass a list of two or more trained networks of one architecture",
+            )
+        return Members(list(given))

@@ -109,7 +109,7 @@ def streamed_state(
     names = _stored_names(known, first)
     state = StreamedState(names, stored, first)
     for name in read & own.keys():
-        if is_constant(own[name]):
+        if is_constant(own[name]) and first.canonical[name] not in first.written:
             check_constant(name, own[name], state[name], number, stored=True)
     return state
 

@@ -125,7 +125,8 @@ def combination_of(graph: CouplingGraph, name: str) -> Combination:
         # written, the sum has to become the mean.
         if place in graph.group_of and is_written(graph, place):
             return Combination.SUM
-    return Combination.MEAN
+    # What runs change (a counter, a moving average) starts as it does in one member.
+    return Combination.COPY if program.canonical[name] in program.written else Combination.MEAN
 
 
 def is_written(graph: CouplingGraph, place: tuple[str, int]) -> bool:

@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from fxfuse.errors import FxfuseError, InputError, MemberError
+from fxfuse.graph.run import answers
 
 
 def split_batch(batch: Any) -> tuple[Any, Any]:
@@ -42,9 +43,9 @@ def try_call(
     name: str,
     kwargs: Mapping[str, Any] = MappingProxyType({}),
 ) -> Any:
-    """Run `module`, called `name` in messages, on inputs that a user gave."""
+    """Return what `module`, called `name` in messages, answers to inputs that a user gave."""
     try:
-        return module(*args, **kwargs)
+        return answers(module, {}, args, kwargs)
     except FxfuseError:
         raise
     except (RuntimeError, TypeError, ValueError, IndexError) as error:

@@ -277,7 +277,7 @@ def check_task(task: Task, members: Sequence[nn.Module], calibration: Calibratio
     """
     args, kwargs = calibration.batches[0]
     with torch.no_grad():
-        answer = task.read(members[0](*args, **kwargs))
+        answer = task.read(try_call(members[0], args, "member 0", kwargs))
     task.check(answer)
     check_answers(answer, "member 0")
     wanted = task.target([answer] * len(members), kwargs)

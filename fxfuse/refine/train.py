@@ -15,6 +15,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from fxfuse.errors import InputError, MemberError, OptionError
+from fxfuse.graph.run import untouched
 from fxfuse.refine.batch import call, logits_of, split_batch
 from fxfuse.refine.loop import RefineReport, Run, train
 from fxfuse.refine.modes import check_teachers, device_of, evaluating, trainable
@@ -142,7 +143,10 @@ def distill(
     def batch_loss(batch: Any) -> Tensor:
         inputs, _ = split_batch(batch)
         with torch.no_grad():
-            answers = [logits_of(call(teacher, inputs)) for teacher in teachers]
+            answers = []
+            for teacher in teachers:
+                with untouched(teacher):
+                    answers.append(logits_of(call(teacher, inputs)))
             wanted = torch.stack(answers).mean(dim=0)
         return _distilled(logits_of(call(module, inputs)), wanted, temperature, class_dim)
 

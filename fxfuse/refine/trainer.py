@@ -12,9 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fxfuse.graph.run import Carried
 from fxfuse.graph.torch_compat import pytree
 from fxfuse.refine.modes import copies, restore, tensors_of, trainable
-from fxfuse.refine.parallel import Together, is_sharded, together
+from fxfuse.refine.parallel import Together, is_sharded, reshard, together
 from fxfuse.refine.pool import Pool
 from fxfuse.refine.schedule import course
 from fxfuse.refine.task import Task
@@ -42,6 +43,9 @@ class Trainer:
         self.module, self.pool, self.task = module, pool, task
         self.batch, self.decay, self.seed = batch, decay, seed
         self.several: Together = together(module)
+        (args, kwargs), _ = pool.batch(torch.arange(min(batch, pool.size)))
+        self._carried = Carried(module, args, kwargs)
+        reshard(module)
         #: CPU seconds of one step on one input, once it was measured (`cost`).
         self.seconds_per_input = 0.0
 
@@ -102,6 +106,7 @@ class Trainer:
             if checked:
                 check_weights(self.module)
         finally:
+            self._carried.reset()
             self.module.eval()
         return torch.tensor(read)
 
@@ -109,6 +114,8 @@ class Trainer:
         leaves = (x for x in pytree.tree_leaves(self.pool.wanted) if isinstance(x, Tensor))
         device = next(leaves).device
         (args, kwargs), wanted = self.pool.batch(chosen.to(device, non_blocking=True))
+        # The members' answers started from this state, too.
+        self._carried.reset()
         return self.task.loss(self.task.read(self.module(*args, **kwargs)), wanted)
 
     def cost(self, inputs: int) -> tuple[float, float]:
@@ -133,6 +140,7 @@ class Trainer:
         seconds = (time.process_time() - begin) / len(chosen)
         for parameter in self.module.parameters():
             parameter.grad = None
+        self._carried.reset()
         restore(self.module, kept)
         size = sum(n for place, n in seen.items() if place not in own) / len(chosen)
         return seconds, size

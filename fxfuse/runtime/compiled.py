@@ -8,11 +8,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import fx
+from torch import fx, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from fxfuse.errors import CompileError, OptionError
 from fxfuse.graph.example import first_line
+from fxfuse.graph.run import untouched
 from fxfuse.graph.tensors import tensors_in
 from fxfuse.refine.fused import Fused
 from fxfuse.runtime.inference import Compiled, CompileReport, Frozen
@@ -99,8 +100,13 @@ def compile(
     settings = _Asked(module, backend, told, dynamic, dtype, strict)
     found = [_compiled(settings, layout, args, kwargs, expected) for layout in layouts]
     if tune:
-        found.sort(key=lambda compiled: milliseconds(compiled, args, _RUN_TIME, kwargs))
+        found.sort(key=lambda compiled: _latency(compiled, args, kwargs))
     return found[0]
+
+
+def _latency(compiled: Compiled, args: tuple[Any, ...], kwargs: dict[str, Any]) -> float:
+    with untouched(compiled.graph_module):
+        return milliseconds(compiled, args, _RUN_TIME, kwargs)
 
 
 @dataclass(frozen=True)
@@ -137,7 +143,7 @@ def _compiled(
     backend, failure = asked.backend, ""
     told = {**asked.options, **({"freezing": True} if layout.freeze else {})}
     try:
-        found = tensors_in(compiled(*args, **kwargs))
+        found = _tried(compiled, copy, args, kwargs)
     # Backends raise whatever they like.
     except Exception as error:
         failure = first_line(getattr(error, "inner_exception", error))
@@ -152,11 +158,19 @@ def _compiled(
             stacklevel=3,
         )
         compiled, backend, told = Compiled(copy, copy, asked.dtype), "eager", {}
-        found = tensors_in(compiled(*args, **kwargs))
+        found = _tried(compiled, copy, args, kwargs)
     computed = asked.dtype or next((p.dtype for p in copy.parameters()), torch.get_default_dtype())
     difference = relative_error([t.to(e) for t, e in zip(found, expected, strict=True)], expected)
     compiled.report = CompileReport(changed, backend, told, computed, difference, failure)
     return compiled
+
+
+def _tried(
+    compiled: Compiled, network: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> list[torch.Tensor]:
+    """What a compiled network answers; the network that it runs stays as it is."""
+    with untouched(network):
+        return [x.clone() for x in tensors_in(compiled(*args, **kwargs))]
 
 
 def _options(backend: str, mode: str | None, options: Mapping[str, Any] | None) -> dict[str, Any]:

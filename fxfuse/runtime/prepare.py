@@ -13,7 +13,7 @@ from torch.fx.passes.fake_tensor_prop import FakeTensorProp
 from torch.fx.passes.infra.pass_base import PassBase
 
 from fxfuse.errors import OptionError
-from fxfuse.graph.eager import eval_mode
+from fxfuse.graph.run import answers
 from fxfuse.graph.tensors import tensors_in
 from fxfuse.graph.torch_compat import (
     FakeTensorMode,
@@ -56,9 +56,8 @@ def apply_passes(module: fx.GraphModule, passes: Sequence[PassBase]) -> tuple[st
 def answers_of(
     module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> list[torch.Tensor]:
-    """Return what the network itself answers in eval mode; its own mode is left as it is."""
-    with torch.no_grad(), eval_mode(module):
-        return tensors_in(module(*args, **kwargs))
+    """Return what the network itself answers in eval mode; which stays as it is."""
+    return tensors_in(answers(module, {}, args, kwargs))
 
 
 def inductor_options(mode: str | None, options: Mapping[str, Any]) -> dict[str, Any]:

@@ -82,6 +82,7 @@ def emit_graph(
     for name, first, written, tensor in _written(program, state, own):
         template = program.tensor(name)
         if first not in registered:
+            tensor = _laid_out(tensor, template)
             if isinstance(template, nn.Parameter):
                 tensor = nn.Parameter(tensor, requires_grad=template.requires_grad)
             registered[first] = tensor
@@ -99,6 +100,16 @@ def emit_graph(
     FollowDevice()(module)
     module.eval()
     return module
+
+
+def _laid_out(tensor: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+    """A tensor with its channels innermost, where those of a member's are."""
+    formats = {4: torch.channels_last, 5: torch.channels_last_3d}
+    layout = formats.get(like.dim())
+    if layout is None or like.is_contiguous() or tensor.dim() != like.dim():
+        return tensor
+    innermost = like.is_contiguous(memory_format=layout)
+    return tensor.contiguous(memory_format=layout) if innermost else tensor
 
 
 def _written(

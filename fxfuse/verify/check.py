@@ -13,8 +13,9 @@ from torch import nn
 from fxfuse.common.readable import Description, Readable, counted
 from fxfuse.errors import VerificationError
 from fxfuse.graph.capture import Program, capture
-from fxfuse.graph.eager import alone, answers
+from fxfuse.graph.eager import alone
 from fxfuse.graph.module_checks import check_values
+from fxfuse.graph.run import answers, same_random_state
 from fxfuse.graph.tensors import tensors_in
 from fxfuse.graph.torch_compat import pytree
 from fxfuse.transform.emit import FusedModule
@@ -106,7 +107,8 @@ def inputs_of(program: Program, *, flip: bool = False) -> Any:
     """Return the example inputs in float64; flipped: other inputs of the same kind."""
 
     def other(x: Any) -> Any:
-        x = to_double(x)
+        # A copy, since the network may write into it.
+        x = to_double(x).clone() if isinstance(x, torch.Tensor) else x
         if flip and isinstance(x, torch.Tensor) and x.is_floating_point():
             return x.flip(-1) * 0.5 + 0.25
         return x.flip(-1) if flip and isinstance(x, torch.Tensor) and x.dim() else x
@@ -126,7 +128,7 @@ def run(
     if program.source is not None and not program.is_exported:
         check_values(state)
         return _run_eagerly(program.source, program.once(as_double(state)), args, kwargs)
-    with torch.no_grad():
+    with torch.no_grad(), same_random_state():
         return tensors_in(InDouble(program, state).answer(args, kwargs))
 
 
@@ -135,7 +137,10 @@ def in_double(module: FusedModule) -> FusedModule:
     for node in module.graph.nodes:
         node.args, node.kwargs = lifted(node.args), lifted(node.kwargs)
     module.recompile()
-    return module.double()
+    for tensor in (*module.parameters(), *module.buffers()):
+        # Not `module.double()`, which leaves complex tensors single.
+        tensor.data = to_double(tensor.data)
+    return module
 
 
 @alone

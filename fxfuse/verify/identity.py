@@ -11,6 +11,7 @@ from torch import nn
 
 from fxfuse.analysis.coupling import analyze
 from fxfuse.graph.capture import Program
+from fxfuse.graph.run import answers
 from fxfuse.graph.tensors import tensors_in
 from fxfuse.planning.context import Context
 from fxfuse.planning.methods import WeightMatching
@@ -65,16 +66,18 @@ def handover(
             in another number than the member's; None where there are none.
     """
     args, kwargs = member.example_inputs
-    with torch.no_grad():
-        outputs = tensors_in(network(*args, **kwargs))
+    if isinstance(network, nn.Module):
+        outputs = tensors_in(answers(network, {}, args, kwargs))
+    else:
+        with torch.no_grad():
+            outputs = tensors_in(network(*args, **kwargs))
     broken = sum(int((~torch.isfinite(o)).sum()) for o in outputs)
     finite = Check(
         "finite outputs", float(broken), 0.0, broken == 0, f"{broken} values are not finite"
     )
     if not member.is_exported:
         return (finite,)
-    with torch.no_grad():
-        expected = tensors_in(member.module(*args, **kwargs))
+    expected = tensors_in(answers(member.module, {}, args, kwargs))
     wanted = [list(e.shape) for e in expected]
     for sizes, grown in zip(wanted, layouts or (), strict=layouts is not None):
         for dim, layout in grown.items():

@@ -14,7 +14,10 @@ from fxfuse.graph.capture import Program
 from fxfuse.graph.module_checks import check_values
 from fxfuse.graph.torch_compat import flatten_inputs, pytree
 
-_LOWER = (torch.float32, torch.float16, torch.bfloat16)
+_HIGHER = {
+    **dict.fromkeys((torch.float32, torch.float16, torch.bfloat16), torch.float64),
+    **dict.fromkeys((torch.complex64, torch.complex32), torch.complex128),
+}
 
 
 def to_double(value: Any) -> Any:
@@ -27,11 +30,11 @@ def to_double(value: Any) -> Any:
 
 
 def lifted(value: Any) -> Any:
-    """Return the arguments of an operator, with a lower precision that they name lifted to float64.
+    """Return the arguments of an operator, with a lower precision that they name lifted to double.
 
     What a network rounds on purpose (norms in float32, say) would hide what an oracle looks for.
     """
-    return pytree.tree_map_only(torch.dtype, lambda x: torch.float64 if x in _LOWER else x, value)
+    return pytree.tree_map_only(torch.dtype, lambda x: _HIGHER.get(x, x), value)
 
 
 class Changed(Mapping[str, torch.Tensor]):

@@ -12,6 +12,7 @@ from fxfuse.analysis.constraints import Constraints
 from fxfuse.analysis.coupling import CouplingGraph, couple
 from fxfuse.analysis.multi_width import multi_width
 from fxfuse.graph.capture import Program
+from fxfuse.graph.run import answers
 from fxfuse.graph.same_network import check_same_network
 from fxfuse.graph.tensors import tensors_in
 from fxfuse.members.ranks import mapped, of_each
@@ -78,13 +79,12 @@ def equals_ensemble(
 ) -> Check:
     """Return the wide oracle for members that are analyzed already."""
     # Before the concatenation is there: a member and its copy need not be in memory beside it.
-    answers = of_each(states, lambda i, state: run(graph.of_member(i).program, state))
-    outputs = [answer for _, answer in answers]
+    members = of_each(states, lambda i, state: run(graph.of_member(i).program, state))
+    outputs = [answer for _, answer in members]
     # Each tensor is converted when it is read: beside the wide network there is one at a time.
     module = in_double(emit_resized(graph, plan, mapped(states, doubled)))
     args, kwargs = inputs_of(graph.program)
-    with torch.no_grad():
-        wide = tensors_in(module(*args, **kwargs))
+    wide = tensors_in(answers(module, {}, args, kwargs))
     layouts = output_layouts(graph, plan) if hands_out else [{} for _ in wide]
     pairs = [parts(*each) for each in zip(wide, zip(*outputs, strict=True), layouts, strict=True)]
     error = max((relative_error(*pair) for pair in pairs), default=0.0)
@@ -112,8 +112,7 @@ def equals_heads(
     """
     module = in_double(emit_resized(graph, plan, [doubled(s) for s in states]))
     args, kwargs = inputs_of(graph.program)
-    with torch.no_grad():
-        found = tensors_in(module(*args, **kwargs))
+    found = tensors_in(answers(module, {}, args, kwargs))
     expected = plan.heads.combined([run(m, m.state()) for m in members], dim)
     error = relative_error(found, expected)
     notes = plan.inexact()

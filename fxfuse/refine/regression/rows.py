@@ -239,8 +239,14 @@ def _along(
     for node in route.chain:
         if moving and node.target in _VALUES:
             known[node] = known[_activation(node, known)]
-        else:
-            student.compute_one(node, batch, known)
+            continue
+        # Also where it has run, as the chain of a partner has: that was on the layer's own output.
+        target: Any = node.target
+        args, kwargs = fx.map_arg(
+            (node.args, node.kwargs), lambda n: student.compute_one(n, batch, known)
+        )
+        with torch.no_grad():
+            known[node] = target(*args, **kwargs)
     result: torch.Tensor = known[route.chain[-1]] if route.chain else value
     return result
 

@@ -12,6 +12,7 @@ from fxfuse.analysis.labels import AbstractTensor
 from fxfuse.analysis.rules import find, reduction
 from fxfuse.graph.arguments import argument, set_argument
 from fxfuse.graph.operator_facts import FACTS, Convolution, Normalisation
+from fxfuse.graph.torch_compat import hint
 from fxfuse.transform.layout import Layout
 from fxfuse.transform.resizing.operands import agree, require
 from fxfuse.transform.resizing.propagate import complete, propagate_layouts
@@ -22,7 +23,9 @@ def resize_groups(wide: ResizedGraph, node: fx.Node) -> Any:
     """Convolution and group normalisation: channels of a group have to stand together."""
     facts = FACTS[node.target]
     assert isinstance(facts, Convolution | Normalisation)
-    groups = int(argument(node, facts.groups))
+    given = argument(node, facts.groups)
+    # One group for each example, say: as many as the example has.
+    groups = int(hint(given.meta["val"]) if isinstance(given, fx.Node) else given)
     if groups == 1:
         return propagate_layouts(wide, node)
     x: fx.Node = argument(node, facts.input)
@@ -32,7 +35,7 @@ def resize_groups(wide: ResizedGraph, node: fx.Node) -> Any:
     dim = facts.channels % value.rank
     layout = wide.layouts[x].get(dim)
     copies = _copies_of_groups(wide, groups, value, dim, layout)
-    if weight is not None and 1 in wide.layout_of(weight):
+    if isinstance(given, fx.Node) or (weight is not None and 1 in wide.layout_of(weight)):
         # Neurons that have no index of the groups: a group takes in those of all members.
         copies = None
     if copies is None:

@@ -13,12 +13,13 @@ import numpy as np
 import torch
 
 from fxfuse.analysis.labels import AbstractTensor
+from fxfuse.errors import RewriteError
 from fxfuse.transform.apply import lay_along
 from fxfuse.transform.layout import Layout
 from fxfuse.transform.resizing.state import Layouts
 
-#: Base of the numbers of copies (digit 0: no copy).
-_BASE = 1 << 20
+#: Base of the numbers of copies (digit 0: no copy), and how many digits int64 has room for.
+_BASE, _DIGITS = 1 << 10, 6
 
 
 def positions_of(value: AbstractTensor, layouts: Layouts) -> tuple[torch.Tensor, torch.Tensor]:
@@ -26,6 +27,15 @@ def positions_of(value: AbstractTensor, layouts: Layouts) -> tuple[torch.Tensor,
 
     Both are int64 of the resized shape.
     """
+    most = max((int(layout.copy.max(initial=0)) for layout in layouts.values()), default=0)
+    if len(layouts) > _DIGITS or most + 1 >= _BASE:
+        raise RewriteError(
+            "the network cannot be written in this size",
+            where=f"a tensor of shape {tuple(value.shape)}",
+            why=f"{len(layouts)} of its dimensions grow, with up to {most + 1} copies of a unit; "
+            f"{_DIGITS} dimensions and {_BASE - 2} copies are followed",
+            how="choose a smaller size, or freeze some of them with Constraints",
+        )
     place = torch.arange(int(np.prod(value.shape))).reshape(value.shape)
     copy = torch.zeros(value.shape, dtype=torch.int64)
     for digit, (dim, layout) in enumerate(layouts.items()):
