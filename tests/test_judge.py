@@ -250,6 +250,35 @@ def test_what_helps_is_accepted():
     assert history.chosen == "matched from refitted"
 
 
+@pytest.mark.parametrize("times", [1.0, 1e6])
+def test_a_fused_network_takes_the_place_of_a_member_only_if_it_is_far_closer(
+    monkeypatch: pytest.MonkeyPatch, times: float
+):
+    monkeypatch.setattr(pipeline, "_CLEAR", times)
+    members = [sharper(0), sharper(1)]
+    history = fused(MANY, members, refine=[Refit()]).history
+    assert history["refitted"].low > 0
+    assert history["refitted"].accepted is (times == 1)
+    if times > 1:
+        assert history.chosen.startswith("member")
+        assert "as close as a member" in history["refitted"].verdict
+
+
+def test_a_metric_of_the_users_own_needs_no_margin(monkeypatch: pytest.MonkeyPatch):
+    """It says itself which network knows more."""
+    monkeypatch.setattr(pipeline, "_CLEAR", 1e6)
+    members = [sharper(0), sharper(1)]
+
+    def closeness(network: nn.Module) -> float:
+        with torch.no_grad():
+            wanted = torch.stack([member(FRESH).softmax(1) for member in members]).mean(0)
+            return -float((network(FRESH).softmax(1) - wanted).abs().mean())
+
+    calibration = Calibration(MANY, evaluate=closeness)
+    history = fused(calibration, members, refine=[Refit()]).history
+    assert history["refitted"].accepted
+
+
 @pytest.mark.parametrize("steps", [[Match(steps=30, learning_rate=1.0)], [Refit()]])
 def test_training_that_does_harm_is_sent_back(steps: list[Any]):
     harmful = [step for step in steps if isinstance(step, Refit)]

@@ -175,7 +175,7 @@ def run_minilm(seeds: int, seconds: float, sizes: Sequence[float]) -> list[dict[
                 network,
                 tuple(part[:2] for part in tokens),
                 size=size,
-                calibration=fxfuse.Calibration(tokens, limit=_SENTENCES),
+                calibration=fxfuse.Calibration(tokens, limit=_SENTENCES) if steps else None,
                 method=fxfuse.Transplant(score=score),
                 refine=steps,
                 verify=False,

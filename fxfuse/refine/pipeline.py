@@ -24,6 +24,7 @@ from fxfuse.refine.judge import (
     Judge,
     Measured,
     Stopwatch,
+    Verdict,
     ask,
     ask_members,
     check_task,
@@ -190,6 +191,8 @@ def _unjudged(plans: Plans, calibration: CalibrationBatches, steps: Steps) -> Re
 #: What refit and matching make, in the order in which the judge looks at it. A member that was
 #: matched comes first: what is fitted more has to be better than what is fitted less.
 _KINDS = ("matched", "fitted", "fitted and matched")
+#: How many times as close to the ensemble as a member a fused network has to be to take its place.
+_CLEAR = 2.0
 
 
 @dataclass
@@ -389,7 +392,8 @@ class _Way:
         for start in made.starts:
             said = "the best start" if start is current else "a start"
             lines.append(_line(start, made, judged, said))
-        for start in (made.steps[kind] for kind in _KINDS if kind in made.steps):
+        for kind in (kind for kind in _KINDS if kind in made.steps):
+            start = made.steps[kind]
             if current is None:
                 current = start
                 lines.append(_line(start, made, judged, "the only start at this size"))
@@ -398,16 +402,13 @@ class _Way:
             line = _line(start, made, judged, "")
             line.low, line.high, line.gain = verdict.low, verdict.high, verdict.gain
             line.against = current.name
-            line.accepted = verdict.better
-            line.verdict = (
-                "accepted"
-                if verdict.better
-                else "sent back: worse"
-                if verdict.high < 0
-                else "sent back: no improvement beyond chance"
-            )
+            fused = {made.steps[k].name for k in _KINDS[1:] if k in made.steps}
+            displaced = start.name in fused and current.name not in fused
+            clear = not displaced or self._is_clear(judged[start.name], judged[current.name])
+            line.accepted = verdict.better and clear
+            line.verdict = _said(verdict, clear=clear)
             lines.append(line)
-            if verdict.better:
+            if line.accepted:
                 current = start
         lines += [Candidate(name, verdict=note) for name, note in made.notes.items()]
         assert current is not None
@@ -425,11 +426,28 @@ class _Way:
         match = made.matched.get(current.name) or next(iter(made.matched.values()), None)
         return Refined(plan, current.module, made.refit, match, history, current.members)
 
+    def _is_clear(self, new: Measured, member: Measured) -> bool:
+        """Whether a fused network is so much closer than a member that it may take its place.
+
+        A member knows more than the calibration inputs show, and what it answers like on them does
+        not tell how much of that a fused network has lost. Labels and a metric do.
+        """
+        known = self.metric is not None or bool(self.calibration.labels)
+        return known or _CLEAR * new.mean <= member.mean
+
     def _unit(self) -> str:
         """What the judge's numbers are."""
         if self.metric is not None:
             return "minus your own metric"
         return "loss on the labels" if self.calibration.labels else self.task.unit
+
+
+def _said(verdict: Verdict, *, clear: bool) -> str:
+    """What the history says of a network that was compared with the one there was."""
+    if verdict.better:
+        return "accepted" if clear else f"sent back: not {_CLEAR:g} times as close as a member"
+    worse = verdict.high < 0
+    return "sent back: worse" if worse else "sent back: no improvement beyond chance"
 
 
 def _line(start: Start, made: _Made, judged: dict[str, Measured], verdict: str) -> Candidate:
