@@ -250,22 +250,24 @@ def test_what_helps_is_accepted():
     assert history.chosen == "matched from refitted"
 
 
-@pytest.mark.parametrize("times", [1.0, 1e6])
-def test_a_fused_network_takes_the_place_of_a_member_only_if_it_is_far_closer(
-    monkeypatch: pytest.MonkeyPatch, times: float
+@pytest.mark.parametrize(("near", "times"), [(0.0, 1e6), (1e6, 1.0), (1e6, 1e6)])
+def test_a_near_member_stays_unless_the_fused_network_is_far_closer(
+    monkeypatch: pytest.MonkeyPatch, near: float, times: float
 ):
+    monkeypatch.setattr(pipeline, "_NEAR", near)
     monkeypatch.setattr(pipeline, "_CLEAR", times)
-    members = [sharper(0), sharper(1)]
-    history = fused(MANY, members, refine=[Refit()]).history
+    history = fused(MANY, [sharper(0), sharper(1)], refine=[Refit()]).history
+    stays = near > 0 and times > 1
     assert history["refitted"].low > 0
-    assert history["refitted"].accepted is (times == 1)
-    if times > 1:
+    assert history["refitted"].accepted is not stays
+    if stays:
         assert history.chosen.startswith("member")
-        assert "as close as a member" in history["refitted"].verdict
+        assert "as close as a near member" in history["refitted"].verdict
 
 
 def test_a_metric_of_the_users_own_needs_no_margin(monkeypatch: pytest.MonkeyPatch):
     """It says itself which network knows more."""
+    monkeypatch.setattr(pipeline, "_NEAR", 1e6)
     monkeypatch.setattr(pipeline, "_CLEAR", 1e6)
     members = [sharper(0), sharper(1)]
 

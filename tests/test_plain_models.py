@@ -68,7 +68,9 @@ def test_units_may_be_permuted_and_pruned(name: str):
     if name not in ONE_SIZE:
         pruned = fxfuse.prune(program, size=0.5).module
         assert _weights(pruned) < 0.8 * _weights(model)
-        assert pruned(*example.args).isfinite().all()
+        # torch has no derivative of a complex slice that is written to.
+        with torch.no_grad():
+            assert pruned(*example.args).isfinite().all()
 
 
 @pytest.mark.parametrize("name", EXACT)

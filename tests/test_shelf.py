@@ -19,7 +19,7 @@ from fxfuse.activations import NodeRunner, node_runner, unit_activations
 from fxfuse.activations.calibration import Calibration, CalibrationBatches
 from fxfuse.activations.spill_store import SpillStore
 from fxfuse.refine import refit
-from fxfuse.refine.regression import channel
+from fxfuse.refine.regression import run
 from tests.test_refit import NETWORKS, inputs_for, members_for
 
 
@@ -106,7 +106,7 @@ def test_never_more_than_one_value_is_there_beside_what_is_kept():
         return tensor
 
     class Dropping(SpillStore):
-        def _keep(self, value: torch.Tensor) -> int:
+        def keep(self, value: torch.Tensor) -> int:
             return len(value)
 
     assert list(Dropping().put(made() for _ in range(5))) == [100] * 5
@@ -143,14 +143,14 @@ def test_a_refit_in_little_memory_is_the_same(name: str):
         assert torch.equal(tensor, again)
 
 
-def test_normalisations_are_fitted_to_a_sample_in_little_memory(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(channel, "_ROWS", 500)
+def test_normalisations_are_fitted_to_a_sample(monkeypatch: pytest.MonkeyPatch):
     members, x = members_for("transformer"), inputs_for("transformer")
     fits = []
-    for memory in (2**30, 0):
-        report = refit(fxfuse.fuse(members, x[:4]), members, x, Refit(memory=memory))
+    for rows in (run.ROWS, 500):
+        monkeypatch.setattr(run, "ROWS", rows)
+        report = refit(fxfuse.fuse(members, x[:4]), members, x)
         fits.append(next(fit for fit in report.layers if fit.weight == "blocks.0.norm1.weight"))
-    # 1,500 rows, or every third of them.
+    # 1,500 rows, or a third of them.
     assert fits[0].before != fits[1].before
     assert fits[0].fitted
     assert fits[1].fitted

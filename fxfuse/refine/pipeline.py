@@ -35,7 +35,7 @@ from fxfuse.refine.judge import (
 from fxfuse.refine.match import Match, MatchReport, TooFewSeconds, train
 from fxfuse.refine.regression import Refit, RefitReport, refit_state
 from fxfuse.refine.starts import Start, State, exact_starts, fused_start, members_of
-from fxfuse.refine.task import Task
+from fxfuse.refine.task import Classification, Task
 from fxfuse.transform.emit import FusedModule
 
 if TYPE_CHECKING:
@@ -191,8 +191,9 @@ def _unjudged(plans: Plans, calibration: CalibrationBatches, steps: Steps) -> Re
 #: What refit and matching make, in the order in which the judge looks at it. A member that was
 #: matched comes first: what is fitted more has to be better than what is fitted less.
 _KINDS = ("matched", "fitted", "fitted and matched")
-#: How many times as close to the ensemble as a member a fused network has to be to take its place.
-_CLEAR = 2.0
+#: A member is near the ensemble at this KL divergence in nats, and how many times as close a fused
+#: network has to be to take its place then.
+_NEAR, _CLEAR = 0.02, 2.0
 
 
 @dataclass
@@ -427,13 +428,16 @@ class _Way:
         return Refined(plan, current.module, made.refit, match, history, current.members)
 
     def _is_clear(self, new: Measured, member: Measured) -> bool:
-        """Whether a fused network is so much closer than a member that it may take its place.
+        """Whether a fused network may take a member's place.
 
-        A member knows more than the calibration inputs show, and what it answers like on them does
-        not tell how much of that a fused network has lost. Labels and a metric do.
+        A member knows more than unlabelled inputs show. If it is near the ensemble, there is little
+        to win, so that a fused classifier has to be much closer. Labels and a metric say themselves
+        who knows more.
         """
         known = self.metric is not None or bool(self.calibration.labels)
-        return known or _CLEAR * new.mean <= member.mean
+        if known or not isinstance(self.task, Classification) or member.mean > _NEAR:
+            return True
+        return _CLEAR * new.mean <= member.mean
 
     def _unit(self) -> str:
         """What the judge's numbers are."""
@@ -445,7 +449,7 @@ class _Way:
 def _said(verdict: Verdict, *, clear: bool) -> str:
     """What the history says of a network that was compared with the one there was."""
     if verdict.better:
-        return "accepted" if clear else f"sent back: not {_CLEAR:g} times as close as a member"
+        return "accepted" if clear else f"sent back: not {_CLEAR:g} times as close as a near member"
     worse = verdict.high < 0
     return "sent back: worse" if worse else "sent back: no improvement beyond chance"
 

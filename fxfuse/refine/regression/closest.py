@@ -19,7 +19,7 @@ _RELAXATIONS, _WORTH = 3, 0.02
 #: rows that it has not seen for that.
 _FACTOR, _LARGER, _APART = 10.0, 2, 1.1
 #: Rows that are held out say nothing if they are fewer; so many tell how well the others are met.
-_FEW_ROWS, _ENOUGH_ROWS = 16, 2048
+_FEW_ROWS, _ENOUGH_ROWS = 32, 2048
 #: Features from which on a larger penalty is tried only once.
 _MANY_FEATURES = 2048
 

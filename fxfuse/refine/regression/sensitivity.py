@@ -64,12 +64,16 @@ class Sensitivity:
                 return handle.clone()
             return None
 
-        with torch.enable_grad():
-            member.once(batch, list(dict.fromkeys([*own, *outputs])), take)
-            probe = self._probe(member, batch, answers)
-            if not values or not probe.requires_grad:
-                return {}
-            found = torch.autograd.grad(probe, list(values.values()), allow_unused=True)
+        try:
+            with torch.enable_grad():
+                member.once(batch, list(dict.fromkeys([*own, *outputs])), take)
+                probe = self._probe(member, batch, answers)
+                if not values or not probe.requires_grad:
+                    return {}
+                found = torch.autograd.grad(probe, list(values.values()), allow_unused=True)
+        # An operator without a derivative: torch has no error class of its own for that.
+        except (RuntimeError, NotImplementedError):
+            return {}
         gradients = dict(zip(values, found, strict=True))
         result = {}
         for place in places:
