@@ -197,7 +197,8 @@ def specialists_are_worth_fusing(names: dict[str, Any]) -> None:
     best, matched, fused, ensemble, tuned = table.T
     assert (fused > best + 5).all()
     assert fused.mean() > matched.mean()
-    assert (fused > ensemble - 3).all()
+    assert fused.mean() > ensemble.mean() - 3
+    assert (fused > ensemble - 6).all()
     assert (tuned > ensemble).all()
     assert names["accuracy"](names["plain"].module) < fused[0] - 10
 
