@@ -61,11 +61,12 @@ def spliceai(rows: Sequence[Mapping[str, Any]]) -> str:
         "|---:|---|---:|---:|---:|---:|---:|---:|",
     ]
     for row in rows:
-        start = row["KL of each member"][row["start"]]
+        members = row["start"] if isinstance(row["start"], list) else [row["start"]]
+        start = row.get("KL of the start", row["KL of each member"][members[0]])
         gain = [1e4 * x for x in row["gain over the start"]]
         sites, found = row["sites of the ensemble, and found"]
         lines.append(
-            f"| {row['seed']} | member {row['start']} | {1e4 * start:.3f} | "
+            f"| {row['seed']} | member {', '.join(map(str, members))} | {1e4 * start:.3f} | "
             f"{1e4 * row['KL of the fused']:.3f} | {gain[0]:.3f} [{gain[1]:.3f}, {gain[2]:.3f}] | "
             f"{found} of {sites} | {row['steps']} | {row['seconds']:.0f} |"
         )
