@@ -110,6 +110,32 @@ def test_same_outputs_without_a_write(write: Callable[[torch.Tensor], torch.Tens
     assert not [t for t in targets if getattr(getattr(t, "_schema", None), "is_mutable", False)]
 
 
+@pytest.mark.parametrize(
+    "place",
+    [slice(0, 2), slice(2, None), slice(1, -1), slice(None), 1],
+    ids=str,
+)
+def test_complex_writes_have_the_members_gradients(place: slice | int):
+    class Spectrum(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(4, 6)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            y = torch.fft.rfft(self.layer(x))
+            out = torch.zeros(y.shape, dtype=y.dtype) + y.flip(1)
+            out[:, place] = 2 * y[:, place]
+            return torch.view_as_real(out).flatten(1)
+
+    torch.manual_seed(0)
+    network, x = Spectrum(), torch.randn(3, 4)
+    written = fxfuse.capture(network.eval(), x).module
+    for module in (network, written):
+        module(x).square().sum().backward()
+    mine, theirs = (dict(m.named_parameters())["layer.weight"].grad for m in (network, written))
+    torch.testing.assert_close(mine, theirs)
+
+
 class Counts(nn.Module):
     def __init__(self) -> None:
         super().__init__()

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import operator
 from collections import defaultdict
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -138,11 +139,10 @@ class _Copier:
         if view.meta["val"].shape == like.meta["val"].shape and view.target is aten.slice.Tensor:
             return part
         if view.target is aten.slice.Tensor:
-            return self.call(aten.slice_scatter.default, (whole, part, *args[1:]), {}, like)
+            return self.put_slice(whole, part, args[1:], like)
         if view.target is aten.narrow.default:
             dim, start, length = args[1:]
-            ends = (dim, start, start + length)
-            return self.call(aten.slice_scatter.default, (whole, part, *ends), {}, like)
+            return self.put_slice(whole, part, (dim, start, start + length), like)
         if view.target is aten.select.int:
             return self.put_row(whole, part, int(args[1]), int(args[2]), like)
         if view.target is aten.transpose.int:
@@ -160,13 +160,46 @@ class _Copier:
         index %= like.meta["val"].shape[dim]
         row = self.call(aten.unsqueeze.default, (part, dim), {}, like)
         row.meta["val"] = like.meta["val"].narrow(dim, index, 1)
-        return self.call(aten.slice_scatter.default, (whole, row, dim, index, index + 1), {}, like)
+        return self.put_slice(whole, row, (dim, index, index + 1), like)
+
+    def put_slice(self, whole: fx.Node, part: fx.Node, at: Sequence[Any], like: fx.Node) -> fx.Node:
+        """Return a tensor with a slice overwritten, at (dimension, start, end, step)."""
+        value: torch.Tensor = like.meta["val"]
+        ends = _ends(value, *at) if value.is_complex() else None
+        if ends is None:
+            return self.call(aten.slice_scatter.default, (whole, part, *at), {}, like)
+        # torch has no derivative of a complex slice_scatter.
+        dim, start, end = ends
+        before = self.piece(whole, dim, 0, start, like)
+        after = self.piece(whole, dim, end, value.shape[dim], like)
+        return self.call(aten.cat.default, ([*before, part, *after], dim), {}, like)
+
+    def piece(self, whole: fx.Node, dim: int, start: int, end: int, like: fx.Node) -> list[fx.Node]:
+        """Return a slice of a tensor, in a list; an empty one where nothing is in it."""
+        if start >= end:
+            return []
+        made = self.call(aten.slice.Tensor, (whole, dim, start, end), {}, like)
+        made.meta["val"] = like.meta["val"].narrow(dim, start, end - start)
+        return [made]
 
     def call(self, target: Any, args: Any, kwargs: Any, like: fx.Node) -> fx.Node:
         """Return a new node whose result looks like that of a node of the old graph."""
         made = self.graph.call_function(target, args, kwargs)
         made.meta = dict(like.meta)
         return made
+
+
+def _ends(
+    value: torch.Tensor, dim: int = 0, start: Any = None, end: Any = None, step: int = 1
+) -> tuple[int, int, int] | None:
+    """The dimension, start and end of a slice of a tensor; None unless they are plain numbers."""
+    size: Any = value.shape[dim]
+    if step != 1 or isinstance(size, torch.SymInt):
+        return None
+    if any(isinstance(x, fx.Node) for x in (start, end)):
+        return None
+    first, last, _ = slice(start, end).indices(size)
+    return dim % value.dim(), first, last
 
 
 def is_write(node: fx.Node) -> bool:
