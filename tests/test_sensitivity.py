@@ -149,3 +149,23 @@ def test_a_refit_does_not_look_at_padding():
         found.append(result.module.state_dict())
     for name, tensor in found[0].items():
         torch.testing.assert_close(tensor, found[1][name])
+
+
+def test_where_there_is_no_derivative_rows_count_alike_and_it_is_said():
+    class Counted(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second = nn.Linear(4, 6), nn.Linear(6, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            spectrum = torch.fft.rfft(self.first(x), dim=1)
+            out = torch.zeros(spectrum.shape, dtype=spectrum.dtype)
+            out[:, ::2] = spectrum[:, ::2]
+            return self.second(torch.fft.irfft(out, n=8, dim=1)).mean(1)
+
+    torch.manual_seed(0)
+    members, x = [Counted().eval() for _ in range(2)], torch.randn(200, 8, 4)
+    result = fxfuse.fuse(members, x[:4], verify=False)
+    with pytest.warns(UserWarning, match="all positions count alike in the refit: member 0 has no"):
+        report = refit(result, members, x, task=Classification())
+    assert any(fit.fitted for fit in report.layers)

@@ -197,8 +197,19 @@ class CalibrationBatches:
         if self.fixed or (count >= self.size and batch >= step):
             return self
         count, batch = min(count, self.size), max(2, min(batch, step))
-        count -= count % batch == 1 and count > 1
+        if count > 1 and count % batch == 1:
+            count -= 1
         return self._rows(slice(0, count), batch)
+
+    def together(self, *others: CalibrationBatches) -> CalibrationBatches:
+        """These inputs and others, in their batches."""
+        parts = (self, *others)
+        return replace(
+            self,
+            batches=tuple(batch for part in parts for batch in part.batches),
+            size=sum(part.size for part in parts),
+            labels=tuple(each for part in parts for each in part.labels),
+        )
 
     @property
     def unit(self) -> int:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -50,13 +50,7 @@ class Asked:
 
     def and_also(self, others: Asked) -> Asked:
         """These inputs and others, with what was answered to them."""
-        mine, theirs = self.calibration, others.calibration
-        both = replace(
-            mine,
-            batches=mine.batches + theirs.batches,
-            size=mine.size + theirs.size,
-            labels=mine.labels + theirs.labels,
-        )
+        both = self.calibration.together(others.calibration)
         members = zip(self.members, others.members, strict=True)
         wanted = join_rows([self.wanted, others.wanted])
         return Asked(both, tuple(join_rows(pair) for pair in members), wanted)
@@ -339,9 +333,6 @@ def folds(
     parts = calibration.parts(count)
     found = []
     for i, part in enumerate(parts):
-        others = [p for j, p in enumerate(parts) if j != i]
-        batches = tuple(batch for other in others for batch in other.batches)
-        labels = tuple(each for other in others for each in other.labels)
-        size = sum(other.size for other in others)
-        found.append((replace(calibration, batches=batches, size=size, labels=labels), part))
+        first, *others = (p for j, p in enumerate(parts) if j != i)
+        found.append((first.together(*others), part))
     return found

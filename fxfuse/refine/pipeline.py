@@ -389,28 +389,27 @@ class _Way:
     def _accepted(self, made: _Made, judged: dict[str, Measured], asking: float) -> Refined:
         """The best start, or the last step that is better than what there was."""
         lines: list[Candidate] = []
-        current = made.best
+        current, is_member = made.best, True
         for start in made.starts:
             said = "the best start" if start is current else "a start"
             lines.append(_line(start, made, judged, said))
         for kind in (kind for kind in _KINDS if kind in made.steps):
             start = made.steps[kind]
             if current is None:
-                current = start
+                current, is_member = start, False
                 lines.append(_line(start, made, judged, "the only start at this size"))
                 continue
             verdict = compare(judged[start.name], judged[current.name])
             line = _line(start, made, judged, "")
             line.low, line.high, line.gain = verdict.low, verdict.high, verdict.gain
             line.against = current.name
-            fused = {made.steps[k].name for k in _KINDS[1:] if k in made.steps}
-            displaced = start.name in fused and current.name not in fused
+            displaced = is_member and kind != "matched"
             clear = not displaced or self._is_clear(judged[start.name], judged[current.name])
             line.accepted = verdict.better and clear
             line.verdict = _said(verdict, clear=clear)
             lines.append(line)
             if line.accepted:
-                current = start
+                current, is_member = start, kind == "matched"
         lines += [Candidate(name, verdict=note) for name, note in made.notes.items()]
         assert current is not None
         history = History(

@@ -8,6 +8,7 @@ nothing, and rare positions on which much depends count much.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -16,6 +17,7 @@ from torch import Tensor, fx
 
 from fxfuse.activations import NodeRunner
 from fxfuse.activations.calibration import count_rows
+from fxfuse.graph.example import first_line
 from fxfuse.graph.torch_compat import output_spec, pytree
 from fxfuse.refine.regression.place import Place
 from fxfuse.refine.task import Task
@@ -38,7 +40,7 @@ class Sensitivity:
     """
 
     def __init__(self, task: Task, seed: int) -> None:
-        self.task = task
+        self.task, self._told = task, False
         self.generator = torch.Generator().manual_seed(seed)
 
     def scores(
@@ -46,7 +48,8 @@ class Sensitivity:
     ) -> dict[Place, Tensor]:
         """Return the score of each row of one batch, float32 [rows] with mean 1, on the CPU.
 
-        A place that the output does not depend on has none.
+        A place that the output does not depend on has none. Where an operator has no derivative, no
+        place has one, and a warning says so.
         """
         outputs = [n for n in member.program.outputs() if isinstance(n, fx.Node)]
         own = {member.asked_as.get(place.node, place.node): place.node for place in places}
@@ -71,8 +74,15 @@ class Sensitivity:
                 if not values or not probe.requires_grad:
                     return {}
                 found = torch.autograd.grad(probe, list(values.values()), allow_unused=True)
-        # An operator without a derivative: torch has no error class of its own for that.
-        except (RuntimeError, NotImplementedError):
+        # torch has no error class of its own for an operator without a derivative.
+        except RuntimeError as error:
+            if not self._told:
+                self._told = True
+                warnings.warn(
+                    f"all positions count alike in the refit: {member.name} has no derivative "
+                    f"({first_line(error)}).",
+                    stacklevel=2,
+                )
             return {}
         gradients = dict(zip(values, found, strict=True))
         result = {}

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from math import ceil
 from typing import Any
 
 import torch
@@ -81,9 +82,7 @@ class Wanted:
             place: torch.Generator().manual_seed(seed + number)
             for number, place in enumerate(limits)
         }
-        self.aims = {
-            place: Aim(place, self._is_by_rows(place), [], [], [], [], [], []) for place in limits
-        }
+        self.aims = {place: Aim(place, self._is_by_rows(place)) for place in limits}
         batches = members[0].calibration.batches
         sizes = [count_rows(batch) for batch in batches]
         for batch in range(len(batches)):
@@ -121,18 +120,18 @@ class Wanted:
         if len(aim.chosen) == batch:
             channels = place.channels if place.straight else -1
             count = value.numel() // value.shape[channels]
-            take = min(-int(-self._limits[place] * share // 1), count)
+            take = min(ceil(self._limits[place] * share), count)
             generator, scores = self._generators[place], self._scores.get(place)
             if scores is None or len(scores) != count:
-                chosen, ratio = torch.randperm(count, generator=generator)[:take], None
-                scores = torch.ones(count)
+                chosen = torch.randperm(count, generator=generator)[:take]
+                scores = ratios = torch.ones(count)
             else:
-                chosen, ratio = drawn(scores, take, generator)
+                chosen, ratios = drawn(scores, take, generator)
             chosen = chosen.sort().values
             aim.chosen.append(chosen)
             aim.shapes.append(value.shape)
             aim.scores.append(scores[chosen])
-            aim.ratios.append(torch.ones(len(chosen)) if ratio is None else ratio[chosen])
+            aim.ratios.append(ratios[chosen])
         if not aim.by_rows:
             return value.detach().clone()
         return place.rows(value, aim.chosen[batch]).float()
