@@ -82,9 +82,16 @@ class Carried:
     """Buffers that a run in eval mode changes: what a network carries from one run to the next."""
 
     def __init__(self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+        written = _written(module)
         before = {
-            n: (b, _copy(b)) for n, b in module.named_buffers() if not hasattr(b, "full_tensor")
+            n: (b, _copy(b))
+            for n, b in module.named_buffers()
+            if (written is None or n in written) and not hasattr(b, "full_tensor")
         }
+        self._places: list[tuple[nn.Module, str]] = []
+        self._before: list[tuple[torch.Tensor, torch.Tensor]] = []
+        if not before:
+            return
         args, kwargs = pytree.tree_map_only(torch.Tensor, _copy, (args, dict(kwargs)))
         with torch.no_grad(), untouched(module):
             module(*args, **kwargs)

@@ -34,7 +34,7 @@ from fxfuse.refine.judge import (
 )
 from fxfuse.refine.match import Match, MatchReport, TooFewSeconds, train
 from fxfuse.refine.regression import Refit, RefitReport, refit_state
-from fxfuse.refine.starts import Start, State, exact_starts, fused_start, members_of
+from fxfuse.refine.starts import Start, State, exact_starts, fused_start, members_of, whole_width
 from fxfuse.refine.task import Classification, Task
 from fxfuse.transform.emit import FusedModule
 
@@ -317,11 +317,14 @@ class _Way:
         planned = None if self.plans.outline else self.plans.plan(fitting)
         plan = planned or self.plans.outline
         assert plan is not None
-        known = ask_members(self.task, self.members, fitting)
-        wide = Judge(choose.task, known.and_also(choose.asked))
-        far: dict[str, float] = {}
-        for start, far[start.name] in exact_starts(self.graph, plan, self.states, wide):
-            made.starts.append(measure(start))
+        known, far = None, dict[str, float]()
+        has_starts = whole_width(self.graph, plan) >= 1
+        if has_starts or self.steps.match is not None:
+            known = ask_members(self.task, self.members, fitting)
+        if has_starts and known is not None:
+            wide = Judge(choose.task, known.and_also(choose.asked))
+            for start, far[start.name] in exact_starts(self.graph, plan, self.states, wide):
+                made.starts.append(measure(start))
         by_metric = self.metric is not None
         best = made.best = min(
             made.starts, key=made.cost if by_metric else lambda s: far[s.name], default=None
@@ -355,14 +358,14 @@ class _Way:
         made: _Made,
         kind: str,
         start: Start,
-        known: Asked,
+        known: Asked | None,
         choose: Judge,
         parts: int,
         measure: Callable[[Start], Start],
     ) -> None:
         """Match a copy of a network; of a budget in seconds it has one of `parts`."""
         options = self.steps.match
-        if options is None:
+        if options is None or known is None:
             return
         if options.seconds is not None:
             options = replace(options, seconds=options.seconds / parts / self.runs)

@@ -58,7 +58,7 @@ def exact_starts(
 
     Args:
         graph: The analysis of the members.
-        plan: The plan of the fusion, whose sizes are not exceeded.
+        plan: The plan of the fusion, whose sizes are not exceeded; a member fits (`whole_width`).
         states: The members' tensors by name.
         judge: Knows what the members answer to inputs that do not accept: nothing is fitted here,
             so that these may be those of the fit.
@@ -70,10 +70,7 @@ def exact_starts(
     def far(chosen: Sequence[int]) -> float:
         return judge.measured(_mean([judge.asked.members[i] for i in chosen])).mean
 
-    order = greedy_order(len(states), far)
-    width = _whole_width(graph, plan)
-    if width < 1:
-        return
+    order, width = greedy_order(len(states), far), whole_width(graph, plan)
     for member in order if width == 1 or graph.members else order[:1]:
         if _fits(graph, plan, states, member):
             yield _alone(graph, plan, states, member), far([member])
@@ -88,8 +85,8 @@ def _mean(answers: Sequence[Answer]) -> Answer:
     return pytree.tree_map(lambda *each: torch.stack(each).mean(0), *answers)
 
 
-def _whole_width(graph: CouplingGraph, plan: FusionPlan) -> int:
-    """How many members fit side by side into the planned sizes."""
+def whole_width(graph: CouplingGraph, plan: FusionPlan) -> int:
+    """Return how many members fit side by side into the planned sizes."""
     sizes = plan.sizes()
     return min((sizes[g.name] // max(g.n_units, 1) for g in graph.groups), default=0)
 
