@@ -10,7 +10,6 @@ from torch import fx
 
 from fxfuse.analysis.labels import AbstractTensor
 from fxfuse.analysis.rules import find, selection
-from fxfuse.errors import RewriteError
 from fxfuse.graph.torch_compat import pytree
 from fxfuse.transform.layout import Layout
 from fxfuse.transform.resizing.gather import gather
@@ -38,7 +37,6 @@ def move(wide: ResizedGraph, node: fx.Node) -> Any:
         for part in as_list(wide.values[node])
     ]
     # The order that the operand happens to have, else one in which copies stand together.
-    in_order: list[tuple[Any, Any, Any]] = []
     for ordered in ({}, *_reorderings(wide, value, layouts)):
         tried = {**layouts, **ordered}
         place, copy = positions_of(value, tried)
@@ -53,33 +51,10 @@ def move(wide: ResizedGraph, node: fx.Node) -> Any:
                 continue
             found = [layouts_of(*p) for p in zip(narrow, moved, copies, growing, strict=True)]
             if _keeps_units_apart(wide, node, found):
-                if all(_holds_every_copy(wide, *part) for part in _grown(wide, node, found)):
-                    return _written(wide, node, args, layouts, ordered, found)
-                in_order.append((args, ordered, found))
-    try:
-        return gather(wide, node, source, layouts)
-    except RewriteError:
-        # A constant has one copy of what stands for several: there is nothing more to be had.
-        if not in_order:
-            raise
-    args, ordered, found = in_order[0]
-    return _written(wide, node, args, layouts, ordered, found)
-
-
-def _written(
-    wide: ResizedGraph, node: fx.Node, args: Any, layouts: Layouts, ordered: Layouts, found: Any
-) -> Any:
-    """Write a movement with these arguments, and return the layouts of its results."""
-    set_arguments(wide, node, args)
-    reorder(wide, node, layouts, ordered)
-    return found if isinstance(wide.values[node], list) else found[0]
-
-
-def _grown(
-    wide: ResizedGraph, node: fx.Node, found: Sequence[Layouts | None]
-) -> Iterator[tuple[AbstractTensor, int, Layout]]:
-    for value, layouts in zip(as_list(wide.values[node]), found, strict=True):
-        yield from ((value, dim, layout) for dim, layout in (layouts or {}).items())
+                set_arguments(wide, node, args)
+                reorder(wide, node, layouts, ordered)
+                return found if isinstance(wide.values[node], list) else found[0]
+    return gather(wide, node, source, layouts)
 
 
 def index(wide: ResizedGraph, node: fx.Node) -> Any:
@@ -121,21 +96,22 @@ def resize_written(wide: ResizedGraph, node: fx.Node) -> Layouts:
 
 
 def _keeps_units_apart(wide: ResizedGraph, node: fx.Node, found: Sequence[Layouts | None]) -> bool:
-    """Tell whether the results are made of whole copies, and grow where units differ."""
+    """Tell whether the results hold every copy of whole units, and grow where units differ."""
     return all(
-        layouts is not None and all(wide.units.order(value, dim) is not None for dim in layouts)
+        layouts is not None
+        and all(_holds_every_copy(wide, value, dim, lay) for dim, lay in layouts.items())
         for value, layouts in zip(as_list(wide.values[node]), found, strict=True)
     )
 
 
 def _holds_every_copy(wide: ResizedGraph, value: AbstractTensor, dim: int, layout: Layout) -> bool:
-    """Tell whether a dimension has as many copies of each unit as there are."""
     units = wide.units.along(value, dim)
-    if units is None:
+    if units is None or wide.units.order(value, dim) is None:
         return False
-    # An index into the members' units reaches some of the copies only.
+    # An index into the members' units reaches some of the copies only. Of a constant among units,
+    # which does not grow by itself, there may be as many as of these.
     copies = np.bincount(layout.source, minlength=len(units))
-    return np.array_equal(copies, np.where(wide.units.grow(units), wide.units.count[units], 1))
+    return bool((copies >= np.where(wide.units.grow(units), wide.units.count[units], 1)).all())
 
 
 def _reorderings(wide: ResizedGraph, value: AbstractTensor, layouts: Layouts) -> Iterator[Layouts]:
