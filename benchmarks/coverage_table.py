@@ -223,8 +223,8 @@ def _uses(rows: Sequence[Row]) -> list[str]:
 
 
 def _plain(text: str) -> str:
-    """Without the paths of the machine that it ran on, and without marks of tables."""
-    return re.sub(r"\S*/(site-packages|work)/", "", text).replace("|", "\\|")
+    """Without the paths of the machine that it ran on, and without marks of tables and links."""
+    return re.sub(r"([|\[])", r"\\\1", re.sub(r"\S*/(site-packages|work)/", "", text))
 
 
 def pages() -> dict[Path, str]:

@@ -193,7 +193,7 @@ def _unjudged(plans: Plans, calibration: CalibrationBatches, steps: Steps) -> Re
 _KINDS = ("matched", "fitted", "fitted and matched")
 #: A member is near the ensemble at this KL divergence in nats, and how many times as close a fused
 #: network has to be to take its place then.
-_NEAR, _CLEAR = 0.02, 2.0
+_NEAR, _CLEAR = 0.02, 1.5
 
 
 @dataclass
