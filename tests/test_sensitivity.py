@@ -43,7 +43,7 @@ def scores_of(network: nn.Module, inputs: tuple[Tensor, ...], operator: str, tas
     runner = NodeRunner(program, program.state(), batches)
     node = next(n for n in program.graph.nodes if operator in str(n.target))
     place = Place(node, -1)
-    return Sensitivity(task, 0).scores(runner, 0, [place])[place]
+    return Sensitivity(task, 0).scores(runner, 0, [place])[0][place]
 
 
 def test_padding_counts_nothing_and_all_inputs_count_alike():

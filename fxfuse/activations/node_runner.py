@@ -100,16 +100,11 @@ class NodeRunner:
 
     def run_to(self, node: fx.Node) -> None:
         """Run all nodes up to and with `node`."""
-        end = self.order[self.asked_as.get(node, node)]
-        while self.done <= end:
-            self._step(self.nodes[self.done])
-            self.done += 1
+        self._run(self.order[self.asked_as.get(node, node)] + 1)
 
     def run_before(self, node: fx.Node) -> None:
         """Run all nodes before `node`."""
-        while self.done < self.order[node]:
-            self._step(self.nodes[self.done])
-            self.done += 1
+        self._run(self.order[node])
 
     def has(self, node: fx.Node) -> bool:
         """Tell whether the network has a node, which may lie in the head of another one."""
@@ -174,7 +169,7 @@ class NodeRunner:
         known = {node: self.values[node][batch].clone() for node in self.written_inputs}
         self.copies.clear()
         for node in self.nodes[: end + 1]:
-            if node.op == "call_function" and node not in self.parts and node not in self.absent:
+            if self._is_computed(node):
                 result = self._call(
                     node, lambda n: known[n] if n in known else self.value(n)[batch]
                 )
@@ -210,17 +205,53 @@ class NodeRunner:
             known[node] = self._call(node, lambda n: self.compute_one(n, batch, known))
         return known[node]
 
-    def _step(self, node: fx.Node) -> None:
-        if node.op != "call_function" or node in self.parts:
+    def _run(self, end: int) -> None:
+        """Run what is left of the first `end` nodes, batch by batch.
+
+        Of what nobody reads later, nothing is kept beyond its batch.
+        """
+        nodes = [n for n in self.nodes[self.done : end] if self._is_computed(n)]
+        if not nodes:
+            self.done = max(self.done, end)
             return
-        if node not in self.absent:
+        for node in nodes:
             self._forget(node)
-            results = self._checked(node)
-            # What shows a tensor that is written has to stay where that tensor is.
-            self.values[node] = list(results) if node in self.shown else self.store.put(results)
-        for operand in node.all_input_nodes:
-            if operand not in self.held and self._is_read(operand, self.order[node]):
-                self._forget(operand)
+        self.done = end
+        read = [n for n in self.values if n not in self.held and self._is_read(n)]
+        kept: dict[fx.Node, list[Any]] = {
+            node: [] for node in nodes if node in self.held or not self._is_read(node)
+        }
+        for batch in range(len(self.calibration.batches)):
+            for node, value in self._batch(batch, nodes, kept):
+                # What shows a tensor that is written has to stay where that tensor is.
+                kept[node].append(value if node in self.shown else self.store.keep(value))
+            for node in read:
+                if isinstance(stored := self.values[node], Stored):
+                    stored.free(batch)
+        for node in read:
+            del self.values[node]
+        for node, items in kept.items():
+            self.values[node] = items if node in self.shown else Stored(self.store, items)
+
+    def _batch(
+        self, batch: int, nodes: Sequence[fx.Node], kept: Collection[fx.Node]
+    ) -> Iterator[tuple[fx.Node, Any]]:
+        """Run nodes on one batch, and yield the values that are kept, when no node changes them."""
+        known: dict[fx.Node, Any] = {}
+        for node in nodes:
+            with torch.no_grad():
+                result = self._call(
+                    node, lambda n: known[n] if n in known else self.value(n)[batch]
+                )
+            known[node] = self._sound(node, result)
+            for operand in node.all_input_nodes:
+                unread = operand in kept or not self._is_read(operand, self.order[node])
+                if operand in known and not unread:
+                    del known[operand]
+        yield from ((node, known[node]) for node in nodes if node in kept)
+
+    def _is_computed(self, node: fx.Node) -> bool:
+        return node.op == "call_function" and node not in self.parts and node not in self.absent
 
     def _copies(self, node: fx.Node) -> list[torch.Tensor]:
         """A tensor that the network writes, as it is by now in each batch."""
@@ -237,7 +268,7 @@ class NodeRunner:
     def _forget(self, node: fx.Node) -> None:
         value = self.values.pop(node, None)
         if isinstance(value, Stored):
-            self.store.free(value)
+            value.free_all()
 
     def _is_read(self, node: fx.Node, now: int | None = None) -> bool:
         """Tell whether all readers of a node have run."""
@@ -257,10 +288,6 @@ class NodeRunner:
         if node.target in self.constants:
             return self.constants[str(node.target)]
         return self.program.tensor(str(node.target)).detach()
-
-    def _checked(self, node: fx.Node) -> Iterator[Any]:
-        """Yield the results of a node, none of which is NaN."""
-        return (self._sound(node, result) for result in self._results(node))
 
     def _sound(self, node: fx.Node, result: Any) -> Any:
         """Return the result of a node; it is an error if it is NaN somewhere."""

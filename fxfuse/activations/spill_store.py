@@ -22,7 +22,7 @@ from fxfuse.graph.tensors import tensors_in
 from fxfuse.graph.torch_compat import pytree
 
 #: Bytes of activations that are kept in memory, of all networks that run side by side.
-MEMORY = 2**30
+MEMORY = 2**29
 #: How temporary folders are called.
 _PREFIX = "fxfuse-spill-"
 
@@ -44,13 +44,12 @@ class SpillStore:
         """Take values one by one, so that never more than one is there beside what is kept."""
         return Stored(self, [self.keep(value) for value in values])
 
-    def free(self, stored: Stored) -> None:
-        """Take values off again."""
-        for item in stored.items:
-            if isinstance(item, _Written):
-                item.path.unlink()
-            else:
-                self.left += _size(item)
+    def free(self, item: Any) -> None:
+        """Take what `keep` returned off again."""
+        if isinstance(item, _Written):
+            item.path.unlink()
+        else:
+            self.left += _size(item)
 
     def keep(self, value: Any) -> Any:
         """Take one value, and return an item of `Stored`."""
@@ -84,6 +83,16 @@ class Stored(Sequence[Any]):
 
     def __iter__(self) -> Iterator[Any]:
         return (self[batch] for batch in range(len(self)))
+
+    def free(self, batch: int) -> None:
+        """Take one value off, which nobody reads again."""
+        self.store.free(self.items[batch])
+        self.items[batch] = None
+
+    def free_all(self) -> None:
+        """Take off all values."""
+        for batch in range(len(self)):
+            self.free(batch)
 
 
 @dataclass(frozen=True)

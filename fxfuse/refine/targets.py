@@ -95,6 +95,13 @@ class Targets:
         rank = len(self.graph.values[self.asked_as.get(node, node)].shape)
         return all([d % rank for d in merger.dims] == [dim % rank] for merger in mergers)
 
+    def is_sure(self, node: fx.Node) -> bool:
+        """Whether `merge` has a value, whatever the members' are, as long as all have one."""
+        mergers = self._found(node)
+        return mergers is not None and (
+            not mergers or any(len(merger.places) for merger in mergers)
+        )
+
     def merge_lines(
         self, node: fx.Node, values: Sequence[torch.Tensor | None]
     ) -> torch.Tensor | None:

@@ -6,6 +6,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from math import isfinite, nan
 
+import torch
+
 from fxfuse.refine.regression.error import Error, relaxed
 from fxfuse.refine.regression.fit_target import FitTarget
 from fxfuse.refine.regression.rows import Sample
@@ -18,7 +20,7 @@ _RELAXATIONS, _WORTH = 3, 0.02
 #: Factor between penalties, how many larger ones are tried, and by how much a fit must be worse on
 #: rows that it has not seen for that.
 _FACTOR, _LARGER, _APART = 10.0, 2, 1.1
-#: Rows that are held out say nothing if they are fewer; so many tell how well the others are met.
+#: Fewer rows that are held out say nothing; so many rows tell an error well.
 _FEW_ROWS, _ENOUGH_ROWS = 32, 2048
 #: Features from which on a larger penalty is tried only once.
 _MANY_FEATURES = 2048
@@ -116,9 +118,7 @@ def _judged(
     only: bool,
 ) -> tuple[float, float, bool]:
     """The penalty that is best on the rows held out, its error there, and whether it is better."""
-    others = (~found.held).nonzero().flatten()
-    unseen = found.part(found.held.nonzero().flatten())
-    seen = found.part(others[:: -(-len(others) // _ENOUGH_ROWS)])
+    unseen, seen = (found.part(_some(mask)) for mask in (found.held, ~found.held))
     outside = Error(cut, unseen.aim(unseen.wanted), unseen.weights)
     inside = Error(cut, seen.aim(seen.wanted), seen.weights)
     before = outside(unseen.aim(held(unseen.rows)))
@@ -135,6 +135,12 @@ def _judged(
         # Behind an activation that cuts, the target itself may be too much to ask for.
         best = min(best, _relaxed_trial(cut, found, unseen, ridge, alpha, outside))
     return alpha, best, best < before
+
+
+def _some(mask: torch.Tensor) -> torch.Tensor:
+    """Enough of the rows of a mask, spread evenly, int64 [n]."""
+    rows = mask.nonzero().flatten()
+    return rows[:: -(-len(rows) // _ENOUGH_ROWS)]
 
 
 def _relaxed_trial(

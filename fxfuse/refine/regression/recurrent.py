@@ -110,7 +110,7 @@ class RecurrentFit:
             if place + 1 < len(self.work.layers):
                 self._next(layer)
         for runner, values in self._lanes():
-            runner.store.free(values)
+            values.free_all()
         return fits
 
     def _lanes(self) -> list[tuple[NodeRunner, Stored]]:
@@ -128,7 +128,7 @@ class RecurrentFit:
         for runner, values in self._lanes():
             steps = ([self._steps(runner, d, values[b], b) for d in layer] for b in self.batches)
             following.append(runner.store.put(side_by_side(layer, each) for each in steps))
-            runner.store.free(values)
+            values.free_all()
         self.read, *self.theirs = following
 
     def _steps(

@@ -63,7 +63,7 @@ from fxfuse.transform.resizing import Resized, resized_of
 _SPREAD = 2
 #: Bytes of the largest activation of one batch, and of all together, which a gradient needs; a
 #: number of inputs that there are not.
-_LARGEST, _TOGETHER, _ALL = 2**25, 2**29, 2**62
+_LARGEST, _TOGETHER, _ALL = 2**25, 2**28, 2**62
 #: Above this ratio of errors outside and inside the fit there is a warning.
 _APART = 3.0
 #: Times that two layers of one sum are fitted in turn.
@@ -254,9 +254,8 @@ class _Refit:
             elif isinstance(work, FitTarget):
                 routes = [work] if work.partner is None else [work, work.partner]
                 rows = rows_for(sum(map(self.features, routes)))
-                for route in routes:
-                    for aimed in dict.fromkeys([route, route.alone()]):
-                        limits[place_of(aimed)] = max(rows, limits.get(place_of(aimed), 0))
+                for aimed in [a for route in routes for a in self.aims_of(route)]:
+                    limits[place_of(aimed)] = max(rows, limits.get(place_of(aimed), 0))
                 if self.is_head(work) and not self.graph.program.heads:
                     assert self.head_task is not None
                     combine[place_of(work)] = self.head_task
@@ -273,6 +272,19 @@ class _Refit:
             self.sensitivity(),
         )
         return wanted.aims
+
+    def aims_of(self, route: FitTarget) -> list[FitTarget]:
+        """A route, and where it may not be gone back, the way to the layer's own output."""
+        routes = [route] if route.partner is None else [route, route.partner]
+        sure = not self.graph.program.heads and all(
+            r.is_straight
+            and self.targets.is_sure(r.aim)
+            and self.targets.is_along(r.aim, r.layer.facts.channels)
+            and r.skip is not None
+            and list(r.skip.meta["val"].shape) == list(r.aim.meta["val"].shape)
+            for r in routes
+        )
+        return [route] if sure else list(dict.fromkeys([route, route.alone()]))
 
     def sensitivity(self) -> Sensitivity | None:
         """What says how much the task depends on a row; None where one member alone cannot tell."""
@@ -292,7 +304,8 @@ class _Refit:
             rows = prod(shape) / shape[place.channels if place.straight else -1] / batch
             wanted = ROWS if isinstance(work, PerChannel) else rows_for(self.features(work))
             needed = max(needed, _SPREAD * wanted / max(rows, 1))
-        values = (node.meta.get("val") for node in self.graph.program.graph.nodes)
+        nodes = self.graph.program.graph.nodes
+        values = (node.meta.get("val") for node in nodes if node.op != "get_attr")
         shapes = (x.shape for x in values if isinstance(x, torch.Tensor))
         sizes = [4 * prod(map(hint, shape)) / batch for shape in shapes]
         largest = max(sizes)

@@ -45,23 +45,28 @@ class Sensitivity:
 
     def scores(
         self, member: NodeRunner, batch: int, places: Sequence[Place]
-    ) -> dict[Place, Tensor]:
-        """Return the score of each row of one batch, float32 [rows] with mean 1, on the CPU.
+    ) -> tuple[dict[Place, Tensor], dict[Place, Tensor]]:
+        """Run one batch through a member, and score its rows.
 
-        A place that the output does not depend on has none. Where an operator has no derivative, no
-        place has one, and a warning says so.
+        A place that the output does not depend on has no score. Where an operator has no
+        derivative, no place has one, and a warning says so.
+
+        Returns:
+            Of each place the score of each row, float32 [rows] with mean 1, on the CPU; and of each
+            place, or of none, the value.
         """
         outputs = [n for n in member.program.outputs() if isinstance(n, fx.Node)]
-        own = {member.asked_as.get(place.node, place.node): place.node for place in places}
+        own = {place: member.asked_as.get(place.node, place.node) for place in places}
+        asked = set(own.values())
         values: dict[fx.Node, Tensor] = {}
         answers: dict[fx.Node, Any] = {}
 
         def take(node: fx.Node, value: Any) -> Any:
             if node in outputs:
                 answers[node] = value
-            if node in own and isinstance(value, Tensor) and value.is_floating_point():
+            if node in asked and isinstance(value, Tensor) and value.is_floating_point():
                 handle = value if value.requires_grad else value.detach().requires_grad_()
-                values[own[node]] = handle
+                values[node] = handle
                 answers[node] = handle
                 # What runs next may change the value in place.
                 return handle.clone()
@@ -69,10 +74,10 @@ class Sensitivity:
 
         try:
             with torch.enable_grad():
-                member.once(batch, list(dict.fromkeys([*own, *outputs])), take)
+                member.once(batch, list(dict.fromkeys([*asked, *outputs])), take)
                 probe = self._probe(member, batch, answers)
                 if not values or not probe.requires_grad:
-                    return {}
+                    return {}, {}
                 found = torch.autograd.grad(probe, list(values.values()), allow_unused=True)
         # torch has no error class of its own for an operator without a derivative.
         except RuntimeError as error:
@@ -83,15 +88,19 @@ class Sensitivity:
                     f"({first_line(error)}).",
                     stacklevel=2,
                 )
-            return {}
+            return {}, {}
         gradients = dict(zip(values, found, strict=True))
-        result = {}
-        for place in places:
-            gradient = gradients.get(place.node)
-            if gradient is not None:
-                inputs = count_rows(member.calibration.batches[batch])
-                result[place] = _scored(place, gradient, inputs)
-        return {place: score for place, score in result.items() if score is not None}
+        inputs = count_rows(member.calibration.batches[batch])
+        scores = {
+            place: _scored(place, gradient, inputs)
+            for place, node in own.items()
+            if (gradient := gradients.get(node)) is not None
+        }
+        known = {place: values[node].detach() for place, node in own.items() if node in values}
+        return (
+            {place: score for place, score in scores.items() if score is not None},
+            known if len(known) == len(own) else {},
+        )
 
     def _probe(self, member: NodeRunner, batch: int, answers: dict[fx.Node, Any]) -> Tensor:
         program = member.program

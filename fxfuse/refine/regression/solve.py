@@ -10,8 +10,8 @@ from fxfuse.errors import InputError
 
 #: Rows of a Gram matrix that are computed at a time.
 _BLOCK = 512
-#: A system of more unknowns is factorised in float64, and solved in float32: with the penalties
-#: that there are, its solution is far more exact than the targets.
+#: A system of more unknowns is factorised in float32 where that succeeds: with the penalties that
+#: there are, its solution is far more exact than the targets.
 _LARGE = 1024
 
 
@@ -32,44 +32,29 @@ class Fit:
         return ((rows.transpose(0, 1) @ self.matrix).transpose(0, 1) + self.shift).flatten(1)
 
 
-class _Part:
-    """Rows of a regression, centred and weighted.
+@dataclass(frozen=True)
+class _Target:
+    """What the rows are regressed on, centred and weighted, in the order of the rows.
 
     Attributes:
-        rows: float32 [groups, n, features].
-        mean: What was taken off, [groups, features].
-        weights: float32 [n], or None.
-        total: Sum of the weights.
-        chosen: Which of all rows these are; None: all.
+        given: The tensor that it was made of.
+        rows: float32 [groups, n, outputs of a group].
+        mean: What was taken off, [groups, outputs of a group].
+        gap: By how much the mean of the rows that are seen is above that.
     """
 
-    def __init__(
-        self,
-        rows: torch.Tensor,
-        weights: torch.Tensor | None,
-        *,
-        centred: bool,
-        chosen: torch.Tensor | None = None,
-    ) -> None:
-        self.weights, self.chosen = weights, chosen
-        self.total = float(len(rows)) if weights is None else float(weights.sum())
-        self.mean = self.mean_of(rows) if centred else torch.zeros_like(rows[0])
-        self.rows = (rows - self.mean).transpose(0, 1)
-        if weights is not None:
-            self.rows = self.rows * weights.sqrt()[:, None]
-
-    def mean_of(self, rows: torch.Tensor) -> torch.Tensor:
-        """The mean of rows [n, groups, *]."""
-        if self.weights is None:
-            return rows.mean(0)
-        return (self.weights[:, None, None] * rows).sum(0) / self.total
+    given: torch.Tensor
+    rows: torch.Tensor
+    mean: torch.Tensor
+    gap: torch.Tensor
 
 
 class Ridge:
     """Regression with an L2 penalty.
 
     B = (AᵀA/n + α·mean(diag)·I)⁻¹ AᵀZ/n, with A and Z centred; with fewer rows than features the
-    same through the rows' own Gram matrix. Solved in float64.
+    same through the rows' own Gram matrix. The rows are kept once, those that are held out last;
+    what a trial needs is a part of what the whole fit needs, but for its means.
 
     Args:
         rows: A, float32 [n, groups, features].
@@ -86,27 +71,15 @@ class Ridge:
         weights: torch.Tensor | None = None,
         held: torch.Tensor | None = None,
     ) -> None:
-        self.centred = centred
-        self.dual = rows.shape[0] < rows.shape[2]
-        self.all = self.seen = _Part(rows, weights, centred=centred)
-        if held is not None:
-            chosen = (~held).nonzero().flatten()
-            own = None if weights is None else weights[chosen]
-            self.seen = _Part(rows[chosen], own, centred=centred, chosen=chosen)
-        if held is None:
-            self.gram = self.seen_gram = self._gram_of(self.all)
-        elif self.dual:
-            self.gram, self.seen_gram = self._gram_of(self.all), self._gram_of(self.seen)
-        else:
-            # What the parts are centred by differs: by that, the sum of their matrices does, too.
-            rest = held.nonzero().flatten()
-            own = None if weights is None else weights[rest]
-            others = _Part(rows[rest], own, centred=centred)
-            self.seen_gram = self._gram_of(self.seen)
-            self.gram = self.seen_gram + self._gram_of(others)
-            for part in (self.seen, others) if centred else ():
-                gap = (part.mean - self.all.mean).double()
-                self.gram += part.total * gap[:, :, None] * gap[:, None, :]
+        n, _, features = rows.shape
+        self.centred, self.dual = centred, n < features
+        self.order = None if held is None else held.byte().argsort(stable=True)
+        self.n_seen = n if held is None else n - int(held.sum())
+        if weights is None:
+            weights = rows.new_ones(n)
+        self.roots = (weights if self.order is None else weights[self.order]).sqrt()
+        self.rows, self.mean, self.gap = self._centred(rows)
+        self.gram, self.seen_gram = self._grams()
         if not bool(torch.isfinite(self.gram.diagonal(dim1=1, dim2=2)).all()):
             raise InputError(
                 "a layer cannot be regressed on its inputs",
@@ -114,12 +87,11 @@ class Ridge:
                 how="scale the calibration inputs as in training, and check them for NaN",
             )
         self._factors: dict[tuple[float, bool], torch.Tensor] = {}
-
-    def _gram_of(self, part: _Part) -> torch.Tensor:
-        return _gram(part.rows if self.dual else part.rows.mT)
+        self._target: _Target | None = None
+        self._products: dict[bool, torch.Tensor] = {}
 
     def fit(self, targets: torch.Tensor, alpha: float) -> Fit:
-        """Regresses targets on the rows.
+        """Regress targets on the rows.
 
         Args:
             targets: float32 [n, groups · outputs of a group].
@@ -127,66 +99,122 @@ class Ridge:
                 singular all the same, in float32's rounding of the Gram matrix, gets ten times the
                 penalty, and again until it is not.
         """
-        return self._solved(targets, alpha, self.all)
+        return self._solved(targets, alpha, trial=False)
 
     def trial(self, targets: torch.Tensor, alpha: float) -> Fit:
-        """Regresses targets of all rows on those that are not held out."""
-        chosen = self.seen.chosen
-        return self._solved(targets if chosen is None else targets[chosen], alpha, self.seen)
+        """Regress targets of all rows on those that are not held out."""
+        return self._solved(targets, alpha, trial=True)
 
-    def _solved(self, targets: torch.Tensor, alpha: float, part: _Part) -> Fit:
-        rows, (groups, n) = part.rows, part.rows.shape[:2]
-        z = targets.reshape(n, groups, -1)
-        z_mean = part.mean_of(z) if self.centred else torch.zeros_like(z[0])
-        rest = (z - z_mean).transpose(0, 1)
-        if part.weights is not None:
-            rest = rest * part.weights.sqrt()[:, None]
-        factor = self._factor(alpha, part)
+    # --- the system -----------------------------------------------------------------------------
+
+    def _centred(self, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Rows [n, groups, *] centred and weighted as [groups, n, *]; their mean, and the gap."""
+        x = rows.clone() if self.order is None else rows[self.order]
+        weights, mean, gap = self.roots.square(), torch.zeros_like(x[0]), torch.zeros_like(x[0])
+        if self.centred:
+            mean = torch.einsum("n,ngf->gf", weights, x) / weights.sum()
+            x -= mean
+            seen = weights[: self.n_seen]
+            gap = torch.einsum("n,ngf->gf", seen, x[: self.n_seen]) / seen.sum().clamp(min=1e-30)
+        return x.mul_(self.roots[:, None, None]).transpose(0, 1), mean, gap
+
+    def _grams(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """The Gram matrix of all rows, and of those that are seen, centred by their own mean."""
+        x, n, roots = self.rows, self.n_seen, self.roots[: self.n_seen]
         if self.dual:
-            found = torch.cholesky_solve(rest.to(factor.dtype) / n, factor)
-            matrix = rows.mT @ found.to(rest.dtype)
-        else:
-            right = (rows.mT @ rest).to(factor.dtype) / n
-            matrix = torch.cholesky_solve(right, factor).to(rest.dtype)
-        shift = z_mean - torch.einsum("gf,gfo->go", part.mean, matrix)
-        return Fit(matrix, shift)
+            every = _gram(x)
+            if self.order is None:
+                return every, every
+            shift = x[:, :n] @ self.gap[:, :, None] * roots
+            seen = every[:, :n, :n] - shift - shift.mT
+            seen += self.gap.square().sum(1)[:, None, None] * (roots[:, None] * roots)
+            return every, seen
+        seen = _gram(x[:, :n].mT)
+        if self.order is None:
+            return seen, seen
+        every = seen + _gram(x[:, n:].mT)
+        total, gap = float(roots.square().sum()), self.gap.to(seen.dtype)
+        seen -= total * gap[:, :, None] * gap[:, None, :]
+        return every, seen
 
-    def _factor(self, alpha: float, part: _Part) -> torch.Tensor:
-        """The Cholesky factor of the Gram matrix of some rows with its penalty."""
-        trial = part is not self.all
+    def _factor(self, alpha: float, *, trial: bool) -> torch.Tensor:
+        """The Cholesky factor of a Gram matrix with its penalty."""
         known = self._factors.get((alpha, trial))
         if known is not None:
             return known
-        gram = (self.seen_gram if trial else self.gram) / part.rows.shape[1]
-        large = gram.shape[1] > _LARGE
-        if large and trial:
-            gram = gram.float()
-        diagonal = gram.diagonal(dim1=1, dim2=2)
+        n = self.n_seen if trial else self.rows.shape[1]
+        gram = (self.seen_gram if trial else self.gram) / n
         # The diagonals of both Gram matrices have the same sum: that of all squares.
-        level = diagonal.sum(1) / part.rows.shape[2]
+        level = gram.diagonal(dim1=1, dim2=2).sum(1) / self.rows.shape[2]
         # A group that is always zero learns nothing, and must not make the system singular.
         penalty = (alpha * level).clamp(min=torch.finfo(torch.float32).tiny)
-        diagonal += penalty[:, None]
+        gram.diagonal(dim1=1, dim2=2).add_(penalty[:, None])
         factor, failed = torch.linalg.cholesky_ex(gram)
+        if failed.any():
+            gram = gram.double()
+            factor, failed = torch.linalg.cholesky_ex(gram)
         while failed.any():
             more = torch.where(failed > 0, 9 * penalty, 0.0)
             penalty = penalty + more
-            diagonal += more[:, None]
+            gram.diagonal(dim1=1, dim2=2).add_(more[:, None])
             factor, failed = torch.linalg.cholesky_ex(gram)
-        if large:
+        if gram.shape[1] > _LARGE:
             factor = factor.float()
         # One at a time: it is as large as the Gram matrix.
         self._factors = {(alpha, trial): factor}
         result: torch.Tensor = factor
         return result
 
+    # --- a target -------------------------------------------------------------------------------
+
+    def _solved(self, targets: torch.Tensor, alpha: float, *, trial: bool) -> Fit:
+        target = self._centred_target(targets)
+        trial = trial and self.order is not None
+        factor = self._factor(alpha, trial=trial)
+        n = self.n_seen if trial else self.rows.shape[1]
+        roots = self.roots[:n, None]
+        if self.dual:
+            z = target.rows[:, :n] - roots * target.gap[:, None] if trial else target.rows
+            found = torch.cholesky_solve(z.to(factor.dtype) / n, factor).to(z.dtype)
+            matrix = self.rows[:, :n].mT @ found
+            if trial:
+                matrix -= self.gap[:, :, None] * (roots * found).sum(1, keepdim=True)
+        else:
+            right = self._product(target, trial=trial).to(factor.dtype) / n
+            matrix = torch.cholesky_solve(right, factor).to(target.rows.dtype)
+        z_mean = target.mean + target.gap if trial else target.mean
+        mean = self.mean + self.gap if trial else self.mean
+        return Fit(matrix, z_mean - torch.einsum("gf,gfo->go", mean, matrix))
+
+    def _centred_target(self, targets: torch.Tensor) -> _Target:
+        """A target as the rows are; the last one is remembered, with its products."""
+        if self._target is None or self._target.given is not targets:
+            n = self.rows.shape[1]
+            self._target = _Target(
+                targets, *self._centred(targets.reshape(n, self.rows.shape[0], -1))
+            )
+            self._products.clear()
+        return self._target
+
+    def _product(self, target: _Target, *, trial: bool) -> torch.Tensor:
+        """AᵀZ of the rows that are seen, centred by their own means, or of all."""
+        n = self.n_seen
+        for part, rows in ((True, slice(n)), (False, slice(n, None))):
+            if part not in self._products and (part or not trial):
+                self._products[part] = self.rows[:, rows].mT @ target.rows[:, rows]
+        if not trial:
+            return self._products[True] + self._products[False]
+        total = float(self.roots[:n].square().sum())
+        return self._products[True] - total * self.gap[:, :, None] * target.gap[:, None, :]
+
 
 def _gram(x: torch.Tensor) -> torch.Tensor:
-    """x·xᵀ of [groups, f, n] in float64; of large ones only one triangle is multiplied out."""
+    """x·xᵀ of [groups, f, n], a small one as float64; of large ones one triangle is multiplied."""
     size = x.shape[1]
+    dtype = torch.float64 if size <= _LARGE else torch.float32
     if size <= _BLOCK:
-        return (x @ x.mT).double()
-    result = x.new_empty(len(x), size, size, dtype=torch.float64)
+        return (x @ x.mT).to(dtype)
+    result = x.new_empty(len(x), size, size, dtype=dtype)
     for start in range(0, size, _BLOCK):
         end = min(start + _BLOCK, size)
         block = x[:, start:end] @ x[:, :end].mT

@@ -106,10 +106,13 @@ class Wanted:
                 kept = None if value is None else self._kept(place, value, batch, share)
                 found[place].append(kept)
 
+        known: dict[Place, torch.Tensor] = {}
         if self._sensitivity is not None:
-            self._scores = self._sensitivity.scores(members[0], batch, list(self.aims))
+            self._scores, known = self._sensitivity.scores(members[0], batch, list(self.aims))
+        for place, value in known.items():
+            found[place].append(self._kept(place, value, batch, share))
         with torch.no_grad():
-            for member in members:
+            for member in members[bool(known) :]:
                 member.once(batch, by_node, take)
         for place, values in found.items():
             self._merge(place, values)
