@@ -15,7 +15,7 @@ import fxfuse
 from fxfuse import Calibration, Classification, Embedding, Match, Refit
 from fxfuse.activations.calibration import CalibrationBatches
 from fxfuse.errors import FxfuseError, InputError, OptionError
-from fxfuse.refine import MatchReport, pipeline
+from fxfuse.refine import MatchReport, pipeline, starts
 from fxfuse.refine.judge import Measured, compare, divided, folds
 from fxfuse.refine.pool import Teacher
 from tests.nets import mean_of
@@ -382,6 +382,31 @@ def test_members_side_by_side_are_their_mean():
             torch.testing.assert_close(result.module(FRESH), wanted)
     best = min(c.judged for c in result.history.starts if c.name.startswith("member "))
     assert result.history[name].judged < best
+
+
+@pytest.mark.parametrize("size", [1.25, 1.5])
+def test_a_member_with_units_of_others_is_the_member_until_it_is_trained(
+    size: float, monkeypatch: pytest.MonkeyPatch
+):
+    grown = []
+
+    def spy(*given: Any) -> Any:
+        grown.append(starts.grown_start(*given))
+        return grown[-1]
+
+    monkeypatch.setattr(pipeline, "grown_start", spy)
+    members = [sharper(0), sharper(1), sharper(2)]
+    result = fused(MANY, members, size=size, refine=[Match(steps=40)])
+    assert result.history is not None
+    (found,) = grown
+    best = members[int(found.name.split()[1])]
+    assert found.module.get_parameter("first.weight").shape == (int(12 * size), 4)
+    torch.testing.assert_close(found.module(FRESH), best(FRESH))
+    lines = {line.name: line for line in result.history.candidates}
+    assert lines[f"matched from {found.name}"].accepted
+    assert lines[f"matched from {found.name}"].judged < lines[found.name].judged
+    others = {tuple(row) for row in found.plan.maps[0].units() if row[0] != found.plan.base_member}
+    assert len(others) == int(12 * size) - 12
 
 
 def test_a_start_shares_no_tensor_with_a_member():

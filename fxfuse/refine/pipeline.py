@@ -34,7 +34,15 @@ from fxfuse.refine.judge import (
 )
 from fxfuse.refine.match import Match, MatchReport, TooFewSeconds, train
 from fxfuse.refine.regression import Refit, RefitReport, refit_state
-from fxfuse.refine.starts import Start, State, exact_starts, fused_start, members_of, whole_width
+from fxfuse.refine.starts import (
+    Start,
+    State,
+    exact_starts,
+    fused_start,
+    grown_start,
+    members_of,
+    whole_width,
+)
 from fxfuse.refine.task import Classification, Task
 from fxfuse.transform.emit import FusedModule
 
@@ -191,6 +199,8 @@ def _unjudged(plans: Plans, calibration: CalibrationBatches, steps: Steps) -> Re
 #: What refit and matching make, in the order in which the judge looks at it. A member that was
 #: matched comes first: what is fitted more has to be better than what is fitted less.
 _KINDS = ("matched", "fitted", "fitted and matched")
+#: By so much, as a share, a member with units of others may be farther off than the member itself.
+_AS_GOOD = 0.01
 #: A member is near the ensemble at this KL divergence in nats, and how many times as close a fused
 #: network has to be to take its place then.
 _NEAR, _CLEAR = 0.02, 1.5
@@ -332,7 +342,8 @@ class _Way:
         fitted = best is None or self.steps.refit is not None
         parts = 1 + (best is not None and fitted)
         if best is not None:
-            self._match(made, "matched", best, known, choose, parts, measure)
+            start = self._grown(made, plan, best, measure)
+            self._match(made, "matched", start, known, choose, parts, measure)
         if fitted:
             plan = planned or self.plans.plan(fitting)
             start = made.steps["fitted"] = measure(self._fitted(made, plan, fitting))
@@ -342,6 +353,19 @@ class _Way:
             elif self.steps.match is not None:
                 made.notes[f"matched from {start.name}"] = f"left out: {best.name} is closer"
         return made
+
+    def _grown(
+        self, made: _Made, plan: FusionPlan, best: Start, measure: Callable[[Start], Start]
+    ) -> Start:
+        """The best start, or where that is one member, as good a one that fills the wanted size."""
+        grown = None
+        if best.member is not None and self.steps.match is not None:
+            grown = grown_start(self.graph, plan, self.states, best.member)
+        if grown is None:
+            return best
+        made.starts.append(measure(grown))
+        far, near = made.cost(grown), made.cost(best)
+        return grown if far <= near + _AS_GOOD * abs(near) else best
 
     def _fitted(self, made: _Made, plan: FusionPlan, fitting: CalibrationBatches) -> Start:
         """The fused network, refitted where that is asked for."""

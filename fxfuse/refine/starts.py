@@ -1,4 +1,4 @@
-"""Where the way starts: the best member, and at larger widths the best members side by side.
+"""Where the way starts: the best member, members side by side, a member with units of others.
 
 Notation of shapes: n inputs, * any further dimensions.
 """
@@ -11,7 +11,8 @@ from dataclasses import dataclass, replace
 import numpy as np
 import torch
 
-from fxfuse.analysis.coupling import CouplingGraph
+from fxfuse.activations.layers import layers_of
+from fxfuse.analysis.coupling import CouplingGraph, Index
 from fxfuse.errors import RewriteError
 from fxfuse.graph.torch_compat import pytree
 from fxfuse.planning.plan import FusionPlan, Mixing, UnitMap
@@ -34,12 +35,14 @@ class Start:
         plan: Which unit of which member went where.
         module: The network in eval mode.
         members: Numbers of the members that the plan is for; None: all.
+        member: Number of the one member that it is; None: it is none.
     """
 
     name: str
     plan: FusionPlan
     module: FusedModule
     members: tuple[int, ...] | None = None
+    member: int | None = None
 
 
 def members_of(graph: CouplingGraph, states: Sequence[State]) -> list[FusedModule]:
@@ -104,7 +107,7 @@ def _alone(graph: CouplingGraph, plan: FusionPlan, states: Sequence[State], memb
     """A member by itself, with tensors of its own."""
     state = {name: tensor.detach().clone() for name, tensor in states[member].items()}
     found = _all_of(plan, member, {g.name: g.n_units for g in graph.groups})
-    return Start(f"member {member}", found, emit(graph.program, state))
+    return Start(f"member {member}", found, emit(graph.program, state), member=member)
 
 
 def _side_by_side(
@@ -128,6 +131,76 @@ def fused_start(graph: CouplingGraph, plan: FusionPlan, state: State, name: str)
     """The network of the plan, with tensors of its own."""
     own = {key: tensor.detach().clone() for key, tensor in state.items()}
     return Start(name, plan, emit_fused(graph, plan, own))
+
+
+def grown_start(
+    graph: CouplingGraph, plan: FusionPlan, states: Sequence[State], member: int
+) -> Start | None:
+    """A member at a larger size: the units that it does not fill are those of other members.
+
+    At first no output reads what they add, so that the network answers as the member does, unless
+    an operator mixes units; training is to make use of them (Chen et al., "Net2Net", ICLR 2016,
+    adds units so that the function stays, but copies of the network's own).
+
+    Args:
+        graph: The analysis of the members.
+        plan: The plan of the fusion: its sizes, and which units of other members come first.
+        states: The members' tensors by name.
+        member: The number of the member.
+
+    Returns:
+        None where the planned sizes are those of a member, or it cannot be written.
+    """
+    sizes, own = plan.sizes(), {g.name: g.n_units for g in graph.groups}
+    if sizes == own or graph.members or graph.asked or graph.program.heads:
+        return None
+    maps = []
+    for given in plan.maps:
+        units = _filled(given, member, plan.n_members, own[given.group])
+        maps.append(UnitMap(given.group, given.n_units, np.arange(len(units)), *units.T))
+    found = replace(
+        plan,
+        maps=tuple(maps),
+        constraints=replace(plan.constraints, base_member=member),
+        mixing=Mixing(notes=plan.mixing.notes),
+    )
+    try:
+        module = emit_resized(graph, found, _silenced(graph, states, member))
+    except RewriteError:
+        return None
+    return Start(f"member {member} with units of others", found, module)
+
+
+def _filled(given: UnitMap, member: int, n_members: int, n_units: int) -> Index:
+    """The units of a member, and after them of others, as (member, unit): int64 [fused units, 2].
+
+    Of the others, those that the plan takes come first.
+    """
+    every = np.stack(np.meshgrid(np.arange(n_members), np.arange(n_units), indexing="ij"), -1)
+    order = np.concatenate([given.units(), every.reshape(-1, 2)])
+    _, first = np.unique(order, axis=0, return_index=True)
+    order = order[np.sort(first)]
+    own = order[:, 0] == member
+    result: Index = np.concatenate([order[own], order[~own]])[: given.n_units]
+    return result
+
+
+def _silenced(graph: CouplingGraph, states: Sequence[State], member: int) -> list[State]:
+    """The members' tensors so that their mean at the outputs is what one member answers."""
+    program, owned = graph.program, {name for name, _ in graph.group_of}
+    common = [name for name in program.names if program.canonical[name] not in owned]
+    heads = [
+        layer.weight
+        for layer in layers_of(program)
+        if (layer.weight, layer.facts.outputs) not in graph.group_of and layer.weight in owned
+    ]
+    result: list[State] = []
+    for number, state in enumerate(states):
+        own = dict(state) | {name: states[member][name] for name in common}
+        for name in heads:
+            own[name] = state[name] * (len(states) if number == member else 0)
+        result.append(own)
+    return result
 
 
 def _all_of(plan: FusionPlan, member: int, sizes: Mapping[str, int]) -> FusionPlan:

@@ -109,7 +109,7 @@ class RecurrentFit:
             fits += [self._fit(direction) for direction in layer]
             if place + 1 < len(self.work.layers):
                 self._next(layer)
-        for runner, values in self._lanes():
+        for _, values in self._lanes():
             values.free_all()
         return fits
 
