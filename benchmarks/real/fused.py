@@ -14,7 +14,7 @@ import itertools
 import re
 import time
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -48,10 +48,11 @@ def main() -> None:
     made.add_argument("--seeds", type=int, default=3, help="samples of the calibration inputs")
     made.add_argument("--seconds", type=float, help="of matching; not for the MLPs")
     made.add_argument("--sizes", type=float, nargs="+", help="of the result; not for the MLPs")
+    made.add_argument("--keep", action="store_true", help="keep other rows that were measured")
     options = made.parse_args()
     torch.set_num_threads(1)
     warnings.simplefilter("ignore", UserWarning)
-    runs: dict[str, Callable[[], list[dict[str, Any]]]] = {
+    runs: dict[str, Callable[[], Iterator[dict[str, Any]]]] = {
         "mlps": lambda: run_mlps(options.data_root, options.seeds),
         "spliceai": lambda: run_spliceai(
             options.data_root, options.seeds, options.seconds or 300, options.sizes or [1.0]
@@ -60,15 +61,24 @@ def main() -> None:
             options.seeds, options.seconds or 110, options.sizes or [0.75, 0.5]
         ),
     }
-    rows = runs[options.what]()
-    content = {"commit": records.described(), "torch": torch.__version__, "rows": rows}
-    records.write(RESULTS / f"{options.what}.json", content)
+    path = RESULTS / f"{options.what}.json"
+    rows = _named(records.earlier(path, "rows", keep=options.keep))
+    for row in runs[options.what]():
+        print(row, flush=True)
+        rows |= _named([row | {"commit": records.described()}])
+        content = {"torch": torch.__version__, "rows": [rows[name] for name in sorted(rows)]}
+        records.write(path, content)
 
 
-def run_mlps(data_root: Path, seeds: int) -> list[dict[str, Any]]:
+def _named(rows: Iterable[dict[str, Any]]) -> dict[tuple[float, ...], dict[str, Any]]:
+    """Rows by what tells them apart."""
+    keys = ("members", "size", "seed")
+    return {tuple(row[key] for key in keys if key in row): row for row in rows}
+
+
+def run_mlps(data_root: Path, seeds: int) -> Iterator[dict[str, Any]]:
     """MLPs that saw different classes of MNIST: accuracy on the official test set, in percent."""
     images, labels = mnist_test(data_root)
-    rows = []
     for count in mlps.COUNTS:
         networks = mlps.members(data_root, count)
         found = [outputs_of(n, images, batch=mlps.BATCH, logits=True) for n in networks]
@@ -90,36 +100,31 @@ def run_mlps(data_root: Path, seeds: int) -> list[dict[str, Any]]:
             )
             trained = outputs_of(loop, images, batch=mlps.BATCH, logits=True)
             right = [(p.argmax(1) == labels).double() for p in (own, found[best])]
-            rows.append(
-                {
-                    "members": count,
-                    "seed": seed,
-                    "best member": accuracy(found[best], labels),
-                    "ensemble": accuracy(ensemble, labels),
-                    "fused": accuracy(own, labels),
-                    "KL of the best member": kl(ensemble, found[best]),
-                    "KL of the fused": kl(ensemble, own),
-                    "best member, the same seconds of a plain loop": accuracy(trained, labels),
-                    "KL of the plain loop": kl(ensemble, trained),
-                    "gain over the best member": _interval(100 * (right[0] - right[1])),
-                    "handed over": result.history.chosen if result.history else "",
-                    "seconds": seconds,
-                }
-            )
-            print(rows[-1], flush=True)
-    return rows
+            yield {
+                "members": count,
+                "seed": seed,
+                "best member": accuracy(found[best], labels),
+                "ensemble": accuracy(ensemble, labels),
+                "fused": accuracy(own, labels),
+                "KL of the best member": kl(ensemble, found[best]),
+                "KL of the fused": kl(ensemble, own),
+                "best member, the same seconds of a plain loop": accuracy(trained, labels),
+                "KL of the plain loop": kl(ensemble, trained),
+                "gain over the best member": _interval(100 * (right[0] - right[1])),
+                "handed over": result.history.chosen if result.history else "",
+                "seconds": seconds,
+            }
 
 
 def run_spliceai(
     data_root: Path, seeds: int, seconds: float, sizes: Sequence[float]
-) -> list[dict[str, Any]]:
+) -> Iterator[dict[str, Any]]:
     """Five published members: KL to the mean of their probabilities on held-out sequence."""
     networks = spliceai.members()
     spliceai.check_port(networks, data_root)
     test = spliceai.test_windows(data_root)
     found = [outputs_of(n, test, batch=2) for n in networks]
     ensemble, windows = mean_of(found), spliceai.calibration_windows(data_root)
-    rows = []
     for seed, size in itertools.product(range(seeds), sizes):
         order = torch.randperm(len(windows), generator=torch.Generator().manual_seed(seed))
         steps = [fxfuse.Match(seconds=seconds, seed=seed)]
@@ -129,24 +134,20 @@ def run_spliceai(
         assert history is not None
         start = [int(n) for n in re.findall(r"\d+", history.chosen)]
         far = [kl_of_each(ensemble, p) for p in (mean_of([found[i] for i in start]), own)]
-        rows.append(
-            {
-                "seed": seed,
-                "size": size,
-                "KL of each member": [kl(ensemble, p) for p in found],
-                "start": start,
-                "KL of the start": float(far[0].mean()),
-                "KL of the best members side by side": _best_side_by_side(found, int(size)),
-                "KL of the fused": kl(ensemble, own),
-                "gain over the start": _interval(far[0] - far[1]),
-                "sites of the ensemble, and found": spliceai.sites_found(ensemble, own),
-                "steps": result.match.steps if result.match else 0,
-                "handed over": history.chosen,
-                "seconds": spent,
-            }
-        )
-        print(rows[-1], flush=True)
-    return rows
+        yield {
+            "seed": seed,
+            "size": size,
+            "KL of each member": [kl(ensemble, p) for p in found],
+            "start": start,
+            "KL of the start": float(far[0].mean()),
+            "KL of the best members side by side": _best_side_by_side(found, int(size)),
+            "KL of the fused": kl(ensemble, own),
+            "gain over the start": _interval(far[0] - far[1]),
+            "sites of the ensemble, and found": spliceai.sites_found(ensemble, own),
+            "steps": result.match.steps if result.match else 0,
+            "handed over": history.chosen,
+            "seconds": spent,
+        }
 
 
 def _best_side_by_side(found: Sequence[Tensor], count: int) -> float:
@@ -155,12 +156,11 @@ def _best_side_by_side(found: Sequence[Tensor], count: int) -> float:
     return min(kl(ensemble, mean_of(list(some))) for some in itertools.combinations(found, count))
 
 
-def run_minilm(seeds: int, seconds: float, sizes: Sequence[float]) -> list[dict[str, Any]]:
+def run_minilm(seeds: int, seconds: float, sizes: Sequence[float]) -> Iterator[dict[str, Any]]:
     """A sentence encoder, pruned: Spearman's correlation of similarities on unseen sentences."""
     network, texts = minilm.encoder(), minilm.sentences("calibration")
     test = minilm.tokens_of(minilm.sentences("test")[:_TEST_SENTENCES])
     reference = minilm.embeddings(network, test)
-    rows = []
     for seed, size in itertools.product(range(seeds), sizes):
         order = torch.randperm(len(texts), generator=torch.Generator().manual_seed(seed))
         tokens = minilm.tokens_of([texts[i] for i in order[:_SENTENCES]])
@@ -182,9 +182,7 @@ def run_minilm(seeds: int, seconds: float, sizes: Sequence[float]) -> list[dict[
             )
             row[f"seconds of {name}"] = time.process_time() - begin
             row[name] = minilm.spearman(reference, minilm.embeddings(result.module, test))
-        rows.append(row)
-        print(row, flush=True)
-    return rows
+        yield row
 
 
 def _timed(

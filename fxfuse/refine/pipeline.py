@@ -339,19 +339,20 @@ class _Way:
         best = made.best = min(
             made.starts, key=made.cost if by_metric else lambda s: far[s.name], default=None
         )
-        fitted = best is None or self.steps.refit is not None
-        parts = 1 + (best is not None and fitted)
+        plan, fitted = planned or plan, None
+        if best is None or self.steps.refit is not None:
+            plan = planned or self.plans.plan(fitting)
+            fitted = made.steps["fitted"] = measure(self._fitted(made, plan, fitting))
+        # A network that is farther off than a member is not worth the steps.
+        worth = fitted is not None and (best is None or made.cost(fitted) < made.cost(best))
+        parts = (best is not None) + worth
         if best is not None:
             start = self._grown(made, plan, best, measure)
             self._match(made, "matched", start, known, choose, parts, measure)
-        if fitted:
-            plan = planned or self.plans.plan(fitting)
-            start = made.steps["fitted"] = measure(self._fitted(made, plan, fitting))
-            # A network that is farther off than a member is not worth the steps.
-            if best is None or made.cost(start) < made.cost(best):
-                self._match(made, "fitted and matched", start, known, choose, parts, measure)
-            elif self.steps.match is not None:
-                made.notes[f"matched from {start.name}"] = f"left out: {best.name} is closer"
+        if fitted is not None and worth:
+            self._match(made, "fitted and matched", fitted, known, choose, parts, measure)
+        elif fitted is not None and best is not None and self.steps.match is not None:
+            made.notes[f"matched from {fitted.name}"] = f"left out: {best.name} is closer"
         return made
 
     def _grown(
