@@ -34,6 +34,7 @@ from benchmarks.real.controls import (
     outputs_of,
 )
 from benchmarks.real.data import mnist_calibration, mnist_test, parser
+from fxfuse.refine import match
 from fxfuse.refine.judge import CONFIDENCE, resampled
 
 RESULTS = Path(__file__).resolve().parents[1] / "results" / "real"
@@ -165,15 +166,23 @@ def run_minilm(seeds: int, seconds: float, sizes: Sequence[float]) -> Iterator[d
         order = torch.randperm(len(texts), generator=torch.Generator().manual_seed(seed))
         tokens = minilm.tokens_of([texts[i] for i in order[:_SENTENCES]])
         row: dict[str, Any] = {"seed": seed, "size": size, "sentences": len(tokens[0])}
+        example = (tokens[0][:2], tokens[1][:2])
+        control = minilm.pruned(network, example, size)
+        row["torch-pruning"] = minilm.spearman(reference, minilm.embeddings(control, test))
+        options = fxfuse.Match(seconds=seconds)
+        match(control, [network], tokens, options, task=fxfuse.Embedding())
+        row["torch-pruning + matching"] = minilm.spearman(
+            reference, minilm.embeddings(control, test)
+        )
         for name, steps, score in (
             ("l2, no refit", [], "l2"),
             ("obs + refit", [fxfuse.Refit()], "obs"),
-            ("obs + refit + matching", [fxfuse.Refit(), fxfuse.Match(seconds=seconds)], "obs"),
+            ("obs + refit + matching", [fxfuse.Refit(), options], "obs"),
         ):
             begin = time.process_time()
             result = fxfuse.prune(
                 network,
-                tuple(part[:2] for part in tokens),
+                example,
                 size=size,
                 calibration=fxfuse.Calibration(tokens, limit=_SENTENCES) if steps else None,
                 method=fxfuse.Transplant(score=score),

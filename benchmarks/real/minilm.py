@@ -11,6 +11,7 @@ correlation of its pairwise similarities with those of the published encoder.
 from __future__ import annotations
 
 import ast
+import copy
 import hashlib
 import sysconfig
 from collections.abc import Iterator
@@ -101,6 +102,38 @@ def _openings(path: Path) -> Iterator[str]:
 
 def _hash(text: str) -> int:
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8])
+
+
+def pruned(network: SentenceEncoder, tokens: tuple[Tensor, Tensor], size: float) -> SentenceEncoder:
+    """Prune a copy by torch-pruning: group L2 magnitude, whole heads, all layers alike.
+
+    Args:
+        network: The encoder.
+        tokens: Ids and mask of two sentences, which its graph is traced by.
+        size: The share of units that stay.
+    """
+    import torch_pruning
+
+    result = copy.deepcopy(network)
+    attentions = [m for m in result.modules() if hasattr(m, "num_attention_heads")]
+    heads = {
+        layer: m.num_attention_heads for m in attentions for layer in (m.query, m.key, m.value)
+    }
+    pruner = torch_pruning.pruner.BasePruner(
+        result.bert,
+        dict(zip(("input_ids", "attention_mask"), tokens, strict=True)),
+        importance=torch_pruning.importance.GroupMagnitudeImportance(p=2),
+        pruning_ratio=1 - size,
+        num_heads=heads,
+        prune_num_heads=True,
+        head_pruning_ratio=1 - size,
+        output_transform=lambda output: output.last_hidden_state,
+    )
+    pruner.step()
+    for m in attentions:
+        m.num_attention_heads = pruner.num_heads[m.query]
+        m.all_head_size = m.query.out_features
+    return result.eval()
 
 
 def embeddings(network: nn.Module, tokens: tuple[Tensor, Tensor]) -> Tensor:

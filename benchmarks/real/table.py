@@ -24,11 +24,19 @@ _MLP_COLUMNS = (
     "ensemble",
 )
 
+_MINILM_COLUMNS = (
+    "torch-pruning",
+    "torch-pruning + matching",
+    "l2, no refit",
+    "obs + refit",
+    "obs + refit + matching",
+)
+
 
 def pages() -> Mapping[Path, str]:
     """The page, as the results say."""
     text = PAGE.read_text(encoding="utf-8")
-    for name, table in (("mlps", mlps), ("spliceai", spliceai)):
+    for name, table in (("mlps", mlps), ("spliceai", spliceai), ("minilm", minilm)):
         content = json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))
         text = with_tables(text, name, table(content["rows"]))
     return {PAGE: text}
@@ -73,6 +81,21 @@ def spliceai(rows: Sequence[Mapping[str, Any]]) -> str:
     each = ", ".join(f"{1e4 * x:.3f}" for x in rows[0]["KL of each member"])
     said = f"Members by themselves: {each}. {_said(len(rows), 'windows', '')}"
     return "\n".join([*lines, "", said, ""])
+
+
+def minilm(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Spearman's correlation by size."""
+    lines = [
+        f"| size | {' | '.join(_MINILM_COLUMNS)} | CPU s |",
+        f"|---:|{'---:|' * (len(_MINILM_COLUMNS) + 1)}",
+    ]
+    for size in sorted({row["size"] for row in rows}, reverse=True):
+        own = [row for row in rows if row["size"] == size]
+        cells = [_range([row[name] for row in own], 3) for name in _MINILM_COLUMNS]
+        seconds = _range([row[f"seconds of {_MINILM_COLUMNS[-1]}"] for row in own], 0)
+        lines.append(f"| {size} | {' | '.join(cells)} | {seconds} |")
+    seeds = len({row["seed"] for row in rows})
+    return "\n".join([*lines, "", _said(seeds, "sentences", ""), ""])
 
 
 def _said(samples: int, what: str, cost: str) -> str:
