@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import warnings
 from typing import Any
 
 import numpy as np
@@ -11,7 +12,7 @@ import torch
 from torch import nn
 
 import fxfuse
-from fxfuse import Calibration, Transplant
+from fxfuse import Calibration, Refit, Transplant
 from fxfuse.activations import NodeRunner, elimination, unit_activations
 from fxfuse.activations.calibration import CalibrationBatches
 from fxfuse.activations.elimination import eliminate
@@ -392,3 +393,23 @@ def test_an_activation_that_is_nan_is_named():
     with pytest.raises(InputError, match="an activation of member 0 is NaN") as caught:
         fxfuse.refine.refit(result, members, torch.full((200, 4), -100.0))
     assert "aten.log" in caught.value.where
+
+
+@pytest.mark.parametrize(("scale", "offset"), [(1.0, 0.0), (0.22, 0.45), (56.0, 115.0)])
+def test_inputs_that_are_not_normalised_as_in_training_are_named(scale: float, offset: float):
+    x = torch.randn(200, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    members = [
+        nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.Flatten(), nn.Linear(288, 4))
+        for _ in range(2)
+    ]
+    for member in members:
+        with torch.no_grad():
+            for _ in range(30):
+                member.train()(x)
+        member.eval()
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        fxfuse.fuse(members, x[:4], calibration=x * scale + offset, refine=[Refit()])
+    told = [str(w.message) for w in caught if "like those of the training" in str(w.message)]
+    assert len(told) == (scale != 1)
+    assert all("at batch_norm" in text and "Normalise" in text for text in told)

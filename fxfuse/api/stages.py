@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from fxfuse.activations.calibration import CalibrationBatches
+from fxfuse.activations.statistics import warn_of_statistics
 from fxfuse.analysis.constraints import Constraints
 from fxfuse.analysis.coupling import CouplingGraph, couple, hands_out
 from fxfuse.analysis.label_spaces import Heads
@@ -98,7 +99,9 @@ class Refinement:
         """Return the calibration inputs, checked and cut into batches."""
         if self.calibration is None:
             return None
-        return CalibrationBatches.of(program, self.calibration)
+        batches = CalibrationBatches.of(program, self.calibration)
+        warn_of_statistics(program, batches)
+        return batches
 
 
 def plan(

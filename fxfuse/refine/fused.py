@@ -10,6 +10,7 @@ from torch import fx, nn
 from torch.export import ExportedProgram
 
 from fxfuse.activations.calibration import CalibrationBatches
+from fxfuse.activations.statistics import warn_of_statistics
 from fxfuse.analysis.coupling import CouplingGraph
 from fxfuse.analysis.heads import joined_state
 from fxfuse.errors import MemberError, OptionError
@@ -80,6 +81,7 @@ def measurable(
     """
     result.graph.program.require_exported()
     batches = CalibrationBatches.of(result.graph.program, calibration)
+    warn_of_statistics(result.graph.program, batches)
     return states_of(result, members), batches
 
 
