@@ -58,10 +58,10 @@ def warn_of_statistics(program: Program, calibration: CalibrationBatches) -> Non
     shift = float(((values.mean(0) - mean).abs() / variance.sqrt()).median())
     if 1 / _FACTOR <= ratio <= _FACTOR and shift <= _DEVIATIONS:
         return
+    where = f"{norm.name} {source_of(norm)}".rstrip()
     warnings.warn(
-        "the calibration inputs are not like those of the training: at "
-        f"{f'{norm.name} {source_of(norm)}'.rstrip()} most channels have {ratio:.2g} times the variance that its batch "
-        f"norm remembers, and means {shift:.2g} standard deviations off. Normalise the inputs as "
-        "in training.",
+        f"the calibration inputs are not like those of the training: at {where} most channels have "
+        f"{ratio:.2g} times the variance that its batch norm remembers, and means {shift:.2g} "
+        "standard deviations off. Normalise the inputs as in training.",
         stacklevel=4,
     )

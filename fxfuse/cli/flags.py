@@ -23,6 +23,7 @@ from fxfuse.activations.calibration import Calibration
 from fxfuse.analysis.constraints import Constraints
 from fxfuse.analysis.label_spaces import Heads
 from fxfuse.cli.forms import Form, form_of
+from fxfuse.cli.sources import Images
 from fxfuse.cli.training import Training
 from fxfuse.cli.wording import naming_flags
 from fxfuse.common.options import OptionField, check_choice, fields_of
@@ -76,6 +77,8 @@ HEADS = Group("heads", {"heads": Heads}, flags={"modules": "heads", "output": "h
 CALIBRATION = Group(
     "calibration", {"calibration": Calibration}, flags={"limit": "calibration-limit"}
 )
+#: A recipe has its fields beside the source of each data set.
+IMAGES = Group("images", {"images": Images}, flags={"size": "image-size"})
 TASK = Group(
     "task",
     {
@@ -94,7 +97,19 @@ TRAINING = Group("train", {"train": Training})
 #: A recipe has its fields beside the path of each member.
 CHECKPOINTS = Group("checkpoints", {"checkpoints": Checkpoints})
 
-GROUPS = (CHECKPOINTS, METHOD, SIZE, CALIBRATION, TASK, REFIT, MATCH, CONSTRAINTS, HEADS, TRAINING)
+GROUPS = (
+    CHECKPOINTS,
+    METHOD,
+    SIZE,
+    CALIBRATION,
+    IMAGES,
+    TASK,
+    REFIT,
+    MATCH,
+    CONSTRAINTS,
+    HEADS,
+    TRAINING,
+)
 #: The groups that are steps of `--refine`, in their order.
 STEPS = (REFIT, MATCH)
 
@@ -224,10 +239,25 @@ class Given:
         """Return what was given, as the part `fuse` of a recipe; `defaults` fill the rest."""
         found = dict(defaults)
         for group in self.groups:
-            if group not in (*STEPS, CHECKPOINTS) and (options := self.options(group)):
+            if group not in (*STEPS, CHECKPOINTS, IMAGES) and (options := self.options(group)):
                 found[group.name] = options
         steps = self._steps(found.get("refine"))
         return found if steps is None else {**found, "refine": steps}
+
+    def sources(self, *specs: str | None, like: Mapping[str, Any] | None = None) -> list[Any]:
+        """Return sources of data as a recipe holds them, or None where there is none.
+
+        `like` says how images are prepared where no flag does.
+        """
+        flags = self.names(IMAGES)
+        if flags and not any(specs):
+            raise OptionError(
+                f"{', '.join(flags)}: there are no images",
+                why="no flag names any data",
+                how="leave it out, or name a source of images",
+            )
+        prepared = {**(like or {}), **self.options(IMAGES)}
+        return [None if spec is None else {**prepared, "source": spec} for spec in specs]
 
     def _steps(self, default: list[str] | None) -> list[Any] | None:
         if not set(STEPS) & set(self.groups):

@@ -85,6 +85,14 @@ def _read_numbers(flag: str, text: str) -> list[float]:
         raise unreadable(flag, text, str(error), "write numbers, such as 0.5,0.3,0.2") from error
 
 
+def _read_whole_numbers(flag: str, text: str) -> list[int]:
+    """Read whole numbers with commas between them."""
+    try:
+        return [int(number) for number in text.split(",")]
+    except ValueError as error:
+        raise unreadable(flag, text, str(error), "write whole numbers, such as 224,224") from error
+
+
 def unreadable(flag: str, text: str, why: str, how: str) -> OptionError:
     """Return the error for a text that is no value of a flag."""
     return OptionError(f"{flag} {text!r} cannot be read", why=why, how=how)
@@ -139,6 +147,7 @@ _FORMS: dict[tuple[Any, ...], Form] = {
         list[str], "NUMBER|PATTERN=NUMBER", read_by_group, _REPEATED
     ),
     (tuple[float, ...],): Form(str, "NUMBER,NUMBER", _read_numbers),
+    (tuple[int, int],): Form(str, "NUMBER,NUMBER", _read_whole_numbers),
     (tuple[str, ...],): Form(list[str], "PATTERN", lambda flag, texts: list(texts), _REPEATED),
     (Mapping[int, tuple[int, ...]],): Form(
         list[str],

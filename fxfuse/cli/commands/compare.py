@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from fxfuse.cli.flags import TASK, Given, takes
+from fxfuse.cli.flags import IMAGES, TASK, Given, takes
 from fxfuse.cli.options import EvaluationSpec, Folders, Json, OwnModel, Trust
 from fxfuse.cli.outcome import networks_table
 from fxfuse.cli.recipe.compared import compared
@@ -16,7 +16,7 @@ from fxfuse.cli.show import out, print_json, working
 NoLatency = Annotated[bool, typer.Option("--no-latency", help="Do not measure latency.")]
 
 
-@takes(TASK)
+@takes(IMAGES, TASK)
 def compare(
     folders: Folders,
     data: EvaluationSpec = None,
@@ -30,7 +30,8 @@ def compare(
     """Compare fused networks with their members and the ensemble, on the same data."""
     task = given.make(TASK) if given.names(TASK) else None
     with working() as (stage, _), stage("measuring"):
-        rows = compared(folders, data, task, latency=not no_latency, model=model, trust=trust)
+        (source,) = given.sources(data)
+        rows = compared(folders, source, task, latency=not no_latency, model=model, trust=trust)
     if json:
         print_json([asdict(row) for row in rows])
     else:

@@ -13,6 +13,7 @@ from fxfuse.cli.flags import (
     CHECKPOINTS,
     CONSTRAINTS,
     HEADS,
+    IMAGES,
     MATCH,
     METHOD,
     REFIT,
@@ -51,7 +52,7 @@ PlanFile = Annotated[
 ]
 
 
-@takes(CHECKPOINTS, METHOD, SIZE, CALIBRATION, TASK, REFIT, MATCH, CONSTRAINTS, HEADS)
+@takes(CHECKPOINTS, METHOD, SIZE, CALIBRATION, IMAGES, TASK, REFIT, MATCH, CONSTRAINTS, HEADS)
 def fuse(
     checkpoints: Checkpoints,
     model: Model,
@@ -83,6 +84,7 @@ def fuse(
             why="a plan holds the method, the size, the constraints and the heads",
             how="leave one of them out",
         )
+    inputs, evaluation = given.sources(calibration, data)
     recipe = asked_recipe(
         model,
         model_arg,
@@ -95,8 +97,8 @@ def fuse(
             "plan": None if plan is None else os.fspath(plan),
             "verify": not no_verify,
         },
-        calibration=calibration,
-        evaluation=data,
+        calibration=inputs,
+        evaluation=evaluation,
         output={"folder": os.fspath(out), "report": report},
     )
     carry_out(recipe, out, force=force, json=json)

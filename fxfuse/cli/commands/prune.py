@@ -8,6 +8,7 @@ from fxfuse.cli.flags import (
     CALIBRATION,
     CHECKPOINTS,
     CONSTRAINTS,
+    IMAGES,
     MATCH,
     METHOD,
     REFIT,
@@ -34,7 +35,7 @@ from fxfuse.cli.outcome import carry_out
 from fxfuse.errors import OptionError
 
 
-@takes(CHECKPOINTS, METHOD, SIZE, CALIBRATION, TASK, REFIT, MATCH, CONSTRAINTS)
+@takes(CHECKPOINTS, METHOD, SIZE, CALIBRATION, IMAGES, TASK, REFIT, MATCH, CONSTRAINTS)
 def prune(
     checkpoint: Checkpoint,
     model: Model,
@@ -57,6 +58,7 @@ def prune(
             why="neither a width nor a budget is given",
             how="pass --width 0.5 to keep half of every layer, for instance",
         )
+    inputs, evaluation = given.sources(calibration, data)
     recipe = asked_recipe(
         model,
         model_arg,
@@ -65,8 +67,8 @@ def prune(
         None,
         given.options(CHECKPOINTS),
         fuse={**given.recipe(), "verify": not no_verify},
-        calibration=calibration,
-        evaluation=data,
+        calibration=inputs,
+        evaluation=evaluation,
         output={"folder": os.fspath(out), "report": report},
     )
     carry_out(recipe, out, force=force, json=json)

@@ -5,14 +5,14 @@ from __future__ import annotations
 import os
 
 from fxfuse.api.saved import PLAN
-from fxfuse.cli.flags import CALIBRATION, MATCH, REFIT, TASK, Given, takes
+from fxfuse.cli.flags import CALIBRATION, IMAGES, MATCH, REFIT, TASK, Given, takes
 from fxfuse.cli.options import CalibrationSpec, Folder, Force, Json, OutFolder, OwnModel, Trust
 from fxfuse.cli.outcome import carry_out
 from fxfuse.cli.recipe import changed, read_recipe, trusted
 from fxfuse.cli.sources import absolute
 
 
-@takes(CALIBRATION, TASK, REFIT, MATCH)
+@takes(CALIBRATION, IMAGES, TASK, REFIT, MATCH)
 def refit(
     folder: Folder,
     calibration: CalibrationSpec,
@@ -29,6 +29,7 @@ def refit(
     """
     recipe = trusted(read_recipe(folder), folder, model=model, trust=trust, data=["evaluation"])
     kept = recipe.fuse.model_dump(include={"task", "verify"}, exclude_defaults=True)
+    (inputs,) = given.sources(absolute(calibration), like=recipe.images)
     # Everything else that was asked for is in the plan.
     asked = changed(
         recipe,
@@ -37,7 +38,7 @@ def refit(
             **given.recipe(refine=["refit"]),
             "plan": os.path.abspath(folder / PLAN),
         },
-        calibration=absolute(calibration),
+        calibration=inputs,
         train=None,
         output={"folder": os.path.abspath(out), "report": recipe.output.report},
     )

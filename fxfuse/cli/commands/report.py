@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from fxfuse.cli.flags import IMAGES, Given, takes
 from fxfuse.cli.options import EvaluationSpec, Folder, Json, OwnModel, Trust
 from fxfuse.cli.recipe.compared import report_on
 from fxfuse.cli.show import out as console
@@ -19,17 +20,21 @@ Page = Annotated[
 ]
 
 
+@takes(IMAGES)
 def report(
     folder: Folder,
     out: Page = None,
     data: EvaluationSpec = None,
+    *,
+    given: Given,
     model: OwnModel = None,
     trust: Trust = False,
     json: Json = False,
 ) -> None:
     """Write a page that shows what a fusion did, and what came out on data."""
     with working() as (stage, _), stage("writing the report"):
-        page = report_on(folder, data and absolute(data), out, model=model, trust=trust)
+        (source,) = given.sources(data and absolute(data))
+        page = report_on(folder, source, out, model=model, trust=trust)
     if json:
         print_json({"out": str(page)})
         return

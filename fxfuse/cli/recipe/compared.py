@@ -35,7 +35,7 @@ from fxfuse.transform.emit import emit
 
 def compared(
     folders: Sequence[Path],
-    data: str | None,
+    data: Mapping[str, Any] | None,
     task: Task | None,
     *,
     latency: bool,
@@ -60,7 +60,7 @@ def compared(
                 how="compare results of the same members",
             )
     first = trusted(first, folders[0], model=model, trust=trust)
-    examples = _data(data)
+    examples = _data(first, data)
     loaded: dict[str, nn.Module] = {str(folder): load(folder) for folder in folders}
     networks = _networks(first)
     if task is None and first.fuse.task is not None:
@@ -139,7 +139,7 @@ def latencies(
 
 def report_on(
     folder: Path,
-    data: str | None,
+    data: Mapping[str, Any] | None,
     page: Path | None,
     *,
     model: str | None = None,
@@ -154,7 +154,7 @@ def report_on(
     recipe = trusted(read_recipe(folder), folder, model=model, trust=trust)
     page = Path(page or folder / REPORT).absolute()
     check_replaceable(page)
-    examples = _data(data)
+    examples = _data(recipe, data)
     if not (folder / PLAN).is_file():
         raise CheckpointError(
             f"{folder.name} holds no plan",
@@ -201,8 +201,9 @@ def _networks(recipe: Recipe) -> Networks:
     return networks
 
 
-def _data(spec: str | None) -> Data | None:
-    return None if spec is None else load_data(DataSource(source=spec))
+def _data(recipe: Recipe, given: Mapping[str, Any] | None) -> Data | None:
+    """Read data; images are prepared as a recipe says where they are not prepared otherwise."""
+    return None if given is None else load_data(DataSource(**{**recipe.images, **given}))
 
 
 def _hashes(recipe: Recipe) -> list[str]:

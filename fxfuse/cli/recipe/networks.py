@@ -70,8 +70,7 @@ def load_data(source: DataSource | None) -> Data | None:
     """Read the examples that a recipe names, if it does."""
     if source is None:
         return None
-    size = None if source.size is None else (source.size[0], source.size[1])
-    return read_data(source.source, Preparation(source.limit, size, source.mean, source.std))
+    return read_data(source.source, Preparation(**vars(source.make()), limit=source.limit))
 
 
 def files_of(recipe: Recipe) -> list[Path]:

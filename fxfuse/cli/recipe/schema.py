@@ -23,6 +23,7 @@ from fxfuse.cli.flags import (
     CHECKPOINTS,
     CONSTRAINTS,
     HEADS,
+    IMAGES,
     METHOD,
     SIZE,
     STEPS,
@@ -154,6 +155,7 @@ if TYPE_CHECKING:
     AnyStep: TypeAlias = Step
     TrainingPart: TypeAlias = OptionPart
     CheckpointsPart: TypeAlias = OptionPart
+    ImagesPart: TypeAlias = OptionPart
 else:
     AnyMethod, AnyTask = _choice(METHOD), _choice(TASK)
     AnyCalibration, AnyConstraints, AnyHeads = map(_single, (CALIBRATION, CONSTRAINTS, HEADS))
@@ -166,7 +168,7 @@ else:
     AnyStep = _short(
         create_model("Step", __base__=Step, **_steps), _as_step, Literal[tuple(_steps)]
     )
-    TrainingPart, CheckpointsPart = map(_single, (TRAINING, CHECKPOINTS))
+    TrainingPart, CheckpointsPart, ImagesPart = map(_single, (TRAINING, CHECKPOINTS, IMAGES))
 
 
 class Member(CheckpointsPart):
@@ -176,7 +178,7 @@ class Member(CheckpointsPart):
     args: dict[str, Any] = Field({}, description="Arguments of the factory for this one only.")
 
 
-class DataSource(Part):
+class DataSource(ImagesPart):
     """Examples for calibration, training or evaluation; the source alone will do."""
 
     source: str = Field(
@@ -184,11 +186,6 @@ class DataSource(Part):
         "module:function."
     )
     limit: int | None = Field(None, gt=0, description="Number of examples, spread over the source.")
-    size: list[int] | None = Field(
-        None, min_length=2, max_length=2, description="Height and width that images are resized to."
-    )
-    mean: list[float] = Field([], description="Per channel, subtracted from images in [0, 1].")
-    std: list[float] = Field([], description="Per channel, by which they are divided then.")
 
 
 if TYPE_CHECKING:
@@ -298,6 +295,14 @@ class Recipe(Part):
         """What it makes, in words."""
         n = len(self.members)
         return f"{n} networks fused into one" if n > 1 else "One network, pruned"
+
+    @property
+    def images(self) -> dict[str, Any]:
+        """How images of its data are prepared, where it says so."""
+        told = [self.calibration, self.evaluation, self.train.data if self.train else None]
+        kept = set(DataSource.model_fields) - {"source", "limit"}
+        found = (s.model_dump(include=kept, exclude_defaults=True) for s in told if s is not None)
+        return next(filter(None, found), {})
 
     @property
     def refines(self) -> bool:

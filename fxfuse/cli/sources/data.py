@@ -4,28 +4,72 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
 
-from fxfuse.errors import InputError
+from fxfuse.common.options import Options
+from fxfuse.errors import InputError, OptionError
+
+#: What networks of these data sets are trained on: size, mean and deviation of each channel.
+_PRESETS: dict[str, tuple[tuple[int, int], Sequence[float], Sequence[float]]] = {
+    "imagenet": ((224, 224), (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
+    "cifar": ((32, 32), (0.4914, 0.4822, 0.4465), (0.247, 0.2435, 0.2616)),
+}
 
 
 @dataclass(frozen=True)
-class Preparation:
+class Images(Options):
+    """What is done to images of a folder or a data set before a network sees them.
+
+    Attributes:
+        preset: The size, mean and deviation of ImageNet (224 x 224) or CIFAR-10 (32 x 32); what is
+            given beside it counts instead.
+        size: Height and width that images are resized to.
+        mean: For each channel, subtracted from pixels in [0, 1].
+        std: For each channel, by which they are divided then.
+    """
+
+    preset: Literal["imagenet", "cifar"] | None = None
+    size: tuple[int, int] | None = None
+    mean: tuple[float, ...] = ()
+    std: tuple[float, ...] = ()
+
+    def __post_init__(self) -> None:
+        """Check the numbers."""
+        super().__post_init__()
+        if self.size is not None and (len(list(self.size)) != 2 or min(self.size) < 1):
+            raise OptionError(
+                f"size must be a height and a width, got {list(self.size)}",
+                where="size",
+                how="pass two positive numbers, such as 224, 224",
+            )
+        if any(not deviation > 0 for deviation in self.std):
+            raise OptionError(
+                f"std must be positive, got {list(self.std)}",
+                where="std",
+                how="pass the standard deviation of each channel",
+            )
+
+
+@dataclass(frozen=True)
+class Preparation(Images):
     """What is done to data before a network sees them.
 
     Attributes:
         limit: So many examples are taken, spread evenly over the source: data are often sorted.
-        size: Height and width that images of a folder or a data set are resized to.
-        mean: For each channel, subtracted from images in [0, 1].
-        std: For each channel, by which they are divided then.
     """
 
     limit: int | None = None
-    size: tuple[int, int] | None = None
-    mean: Sequence[float] = ()
-    std: Sequence[float] = ()
+
+    def resolved(self) -> Preparation:
+        """Return the same with the preset's numbers where none are given."""
+        if self.preset is None:
+            return self
+        size, mean, std = _PRESETS[self.preset]
+        own = self.size or size, tuple(self.mean or mean), tuple(self.std or std)
+        return Preparation(None, *own, limit=self.limit)
 
 
 @dataclass(frozen=True)
