@@ -22,15 +22,19 @@ from fxfuse.cli.commands.explain import explain
 from fxfuse.cli.commands.fuse import fuse
 from fxfuse.cli.commands.prune import prune
 from fxfuse.cli.commands.refit import refit
+from fxfuse.cli.commands.report import report
 from fxfuse.cli.commands.stack import stack
 from fxfuse.cli.commands.verify import verify
 from fxfuse.cli.flags import (
+    CALIBRATION,
     CHECKPOINTS,
     CONSTRAINTS,
     GROUPS,
     HEADS,
+    IMAGES,
     MATCH,
     METHOD,
+    REFIT,
     SIZE,
     TASK,
     TRAINING,
@@ -42,6 +46,7 @@ from fxfuse.cli.flags import (
 from fxfuse.cli.forms import form_of, read_by_group, read_output_dims
 from fxfuse.cli.recipe import Recipe
 from fxfuse.cli.recipe.schema import OptionPart
+from fxfuse.cli.sources import Images
 from fxfuse.cli.wording import naming_flags
 from fxfuse.common.options import Options, alternatives, check_choice, fields_of
 from fxfuse.errors import FxfuseError, InputError, OptionError
@@ -168,9 +173,10 @@ def test_no_flag_is_there_twice() -> None:
     commands = {
         fuse: set(GROUPS) - {TRAINING},
         prune: set(GROUPS) - {TRAINING, HEADS},
-        refit: {g for g in GROUPS if g.name in ("calibration", "task", "refit", "match")},
-        distill: {TRAINING},
-        compare: {TASK},
+        refit: {CALIBRATION, IMAGES, TASK, REFIT, MATCH},
+        distill: {IMAGES, TRAINING},
+        report: {IMAGES},
+        compare: {IMAGES, TASK},
         **{command: {CONSTRAINTS} for command in (analyze, explain)},
         verify: {CHECKPOINTS, CONSTRAINTS},
         stack: {CHECKPOINTS},
@@ -189,9 +195,10 @@ def test_python_arguments_are_parts_of_the_recipe() -> None:
     elsewhere = {"members", "example", "progress"}
     assert set(inspect.signature(fxfuse.fuse).parameters) - elsewhere == fields - {"plan"}
     arguments = {group.name for group in GROUPS if group is not TRAINING}
-    # How checkpoints are read is said of each member.
-    assert arguments - {"refit", "match", "checkpoints"} <= fields
+    # How checkpoints are read is said of each member, and how images are prepared of each source.
+    assert arguments - {"refit", "match", "checkpoints", "images"} <= fields
     assert "weights" in Recipe.model_json_schema()["$defs"]["Member"]["properties"]
+    assert "preset" in Recipe.model_json_schema()["$defs"]["DataSource"]["properties"]
 
 
 # What is given becomes options.
@@ -199,6 +206,24 @@ def test_python_arguments_are_parts_of_the_recipe() -> None:
 
 def given(*groups: Group, **values: Any) -> Given:
     return Given(groups, values)
+
+
+def test_images_are_prepared_for_every_source() -> None:
+    flags = given(IMAGES, preset="imagenet", mean="0.5", image_size="64,32")
+    told = {"preset": "imagenet", "mean": [0.5], "size": [64, 32]}
+    assert flags.sources("a", None, like={"std": [2.0]}) == [
+        {"source": "a", "std": [2.0], **told},
+        None,
+    ]
+    made = Images(**told).prepared(7)
+    assert (made.limit, made.size, made.mean) == (7, (64, 32), (0.5,))
+    assert made.std == Images("imagenet").prepared(None).std != ()
+    with pytest.raises(OptionError, match="--preset, --image-size, --mean: there are no images"):
+        flags.sources(None, None)
+    with pytest.raises(OptionError, match="size must be a height and a width"):
+        Images(size=(3,))  # type: ignore[arg-type]
+    with pytest.raises(OptionError, match="std must be positive"):
+        Images(std=(1.0, 0.0))
 
 
 def test_what_is_not_given_is_left_to_the_class() -> None:

@@ -133,6 +133,7 @@ def pruned(network: SentenceEncoder, tokens: tuple[Tensor, Tensor], size: float)
     for m in attentions:
         m.num_attention_heads = pruner.num_heads[m.query]
         m.all_head_size = m.query.out_features
+        m.attention_head_size = m.query.out_features // m.num_attention_heads
     return result.eval()
 
 

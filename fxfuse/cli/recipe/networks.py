@@ -11,7 +11,7 @@ from torch import nn
 from fxfuse.cli.model_names import is_pretrained
 from fxfuse.cli.recipe.record import check_made, parts_of, record
 from fxfuse.cli.recipe.schema import DataSource, Made, Recipe
-from fxfuse.cli.sources import Data, Preparation, read_data
+from fxfuse.cli.sources import Data, read_data
 from fxfuse.cli.zoo import inputs_for, make_member, make_model
 from fxfuse.members.checkpoint import Stored, weights_in
 from fxfuse.members.members import Members
@@ -70,7 +70,7 @@ def load_data(source: DataSource | None) -> Data | None:
     """Read the examples that a recipe names, if it does."""
     if source is None:
         return None
-    return read_data(source.source, Preparation(**vars(source.make()), limit=source.limit))
+    return read_data(source.source, source.make().prepared(source.limit))
 
 
 def files_of(recipe: Recipe) -> list[Path]:

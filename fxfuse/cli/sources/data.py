@@ -12,8 +12,26 @@ from torch import Tensor
 from fxfuse.common.options import Options
 from fxfuse.errors import InputError, OptionError
 
+
+@dataclass(frozen=True)
+class Preparation:
+    """What is done to data before a network sees them.
+
+    Attributes:
+        limit: So many examples are taken, spread evenly over the source: data are often sorted.
+        size: Height and width that images of a folder or a data set are resized to.
+        mean: For each channel, subtracted from images in [0, 1].
+        std: For each channel, by which they are divided then.
+    """
+
+    limit: int | None = None
+    size: tuple[int, int] | None = None
+    mean: Sequence[float] = ()
+    std: Sequence[float] = ()
+
+
 #: What networks of these data sets are trained on: size, mean and deviation of each channel.
-_PRESETS: dict[str, tuple[tuple[int, int], Sequence[float], Sequence[float]]] = {
+_PRESETS: dict[str, tuple[tuple[int, int] | None, Sequence[float], Sequence[float]]] = {
     "imagenet": ((224, 224), (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
     "cifar": ((32, 32), (0.4914, 0.4822, 0.4465), (0.247, 0.2435, 0.2616)),
 }
@@ -51,25 +69,14 @@ class Images(Options):
                 where="std",
                 how="pass the standard deviation of each channel",
             )
+        for name in ("size", "mean", "std"):
+            if isinstance(value := getattr(self, name), list):
+                object.__setattr__(self, name, tuple(value))
 
-
-@dataclass(frozen=True)
-class Preparation(Images):
-    """What is done to data before a network sees them.
-
-    Attributes:
-        limit: So many examples are taken, spread evenly over the source: data are often sorted.
-    """
-
-    limit: int | None = None
-
-    def resolved(self) -> Preparation:
-        """Return the same with the preset's numbers where none are given."""
-        if self.preset is None:
-            return self
-        size, mean, std = _PRESETS[self.preset]
-        own = self.size or size, tuple(self.mean or mean), tuple(self.std or std)
-        return Preparation(None, *own, limit=self.limit)
+    def prepared(self, limit: int | None) -> Preparation:
+        """Return what is done to images, and to data of any kind: at most `limit` are taken."""
+        size, mean, std = _PRESETS.get(self.preset or "", (None, (), ()))
+        return Preparation(limit, self.size or size, self.mean or mean, self.std or std)
 
 
 @dataclass(frozen=True)

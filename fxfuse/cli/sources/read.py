@@ -49,7 +49,7 @@ def read_data(spec: str, prepare: Preparation | None = None) -> Data:
         MissingDependencyError: The source needs a package that is not installed.
         OptionError: The function cannot be imported.
     """
-    prepare = (prepare or Preparation()).resolved()
+    prepare = prepare or Preparation()
     kind, _, rest = spec.partition(":")
     if kind in _NAMED and rest:
         data = _NAMED[kind](rest, prepare)
