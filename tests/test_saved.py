@@ -415,6 +415,21 @@ def change_node(op: str, /, **entries: Any) -> Callable[[Any], object]:
     return change
 
 
+def add_calls(*calls: tuple[Any, ...]) -> Callable[[Any], object]:
+    """Adds calls after the inputs, the first on the batch size, each on the one before."""
+
+    def change(graph: Any) -> None:
+        place = next(i for i, node in enumerate(graph["nodes"]) if node["op"] == "call")
+        steps = (("aten.sym_size.int", [ANY, 0]), *calls)
+        for number, (target, args, *kwargs) in enumerate(steps):
+            named = {"kwargs": kwargs[0]} if kwargs else {}
+            args = [{"node": f"step_{number - 1}"} if arg is LAST else arg for arg in args]
+            call = {"name": f"step_{number}", "op": "call", "target": target, "args": args}
+            graph["nodes"].insert(place + number, call | named)
+
+    return change
+
+
 def rename_tensor(name: str) -> Callable[[Any], object]:
     """Gives a tensor of the graph, and the node that reads it, another name."""
 
@@ -457,7 +472,7 @@ def nested(levels: int) -> Any:
 #: Without dots and quotes that are in the way of it.
 MARK = r"exec('__import__(\'pathlib\')\x2ePath(\'opened\')\x2etouch()')"
 HIDDEN = f'fc"+str({MARK})+"'
-ANY = {"node": "x"}
+ANY, LAST = {"node": "x"}, {"node": ""}
 ATTACKS: dict[str, Callable[[Any], object]] = {
     "a default of an input": rename_input(f"x={MARK}"),
     "a keyword": rename_input("lambda"),
@@ -510,6 +525,22 @@ ATTACKS: dict[str, Callable[[Any], object]] = {
     "too many numbers": change_node("call", target="operator.neg", args=[ANY, 1, 2]),
     "an endless power": change_node("call", target="operator.pow", args=[ANY, 64**6]),
     "an endless shift": change_node("call", target="operator.lshift", args=[ANY, 64**6]),
+    "a chain of powers": add_calls(*[("operator.pow", [LAST, 64])] * 3),
+    "a chain of products": add_calls(*[("operator.mul", [LAST, LAST])] * 8),
+    "a chain of shifts": add_calls(*[("operator.lshift", [LAST, 64])] * 70),
+    "a power of two sizes": add_calls(("operator.pow", [LAST, LAST])),
+    "a power of a number": add_calls(("operator.pow", [9, LAST])),
+    "a shift by a size": add_calls(("operator.lshift", [1, LAST])),
+    "a long list of sizes": add_calls(
+        ("aten.sym_size.default", [ANY]), ("operator.mul", [LAST, 10**9])
+    ),
+    "a list of tensors and itself": add_calls(
+        ("aten.split.Tensor", [ANY, 1]), ("operator.add", [LAST, LAST])
+    ),
+    "many repetitions": add_calls(("aten.repeat.default", [ANY, [10**9, 3, 1, 1]])),
+    "a long range": add_calls(("aten.arange.default", [10**12])),
+    "a large tensor of zeros": add_calls(("aten.zeros.default", [[2**20, 2**20]])),
+    "a large tensor by keyword": add_calls(("aten.full.default", [[1], 0], {"size": [2**40]})),
     "a text for numbers": change_node("call", target="operator.mul", args=[ANY, "x"]),
     "a count of nothing": change_node("call", target="fxfuse.count_batch", args=[1, 2]),
     "another op": change_node("call", op="call_method"),

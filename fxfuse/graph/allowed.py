@@ -12,8 +12,9 @@ from typing import Any
 import torch
 from torch import fx
 
+from fxfuse.graph.arguments import argument_names
 from fxfuse.graph.fixed_batch import check_batch
-from fxfuse.graph.torch_compat import is_operator, pytree, registered_operators
+from fxfuse.graph.torch_compat import is_operator, pytree, registered_operators, schema_of
 
 
 def count_batch(counter: torch.Tensor, training: bool) -> None:
@@ -39,6 +40,13 @@ _ON_SIZES: tuple[Any, ...] = (
 )
 #: What makes large numbers of small ones, and by how much sizes let them.
 _GROWING, _EXPONENTS = (operator.pow, operator.lshift), range(-64, 65)
+#: Bits of a size, and most bits of what is computed of sizes: of a product of 64 of them.
+_SIZE_BITS, _MOST_BITS = 64, 4096
+#: Arguments whose literals decide how many elements a tensor has, and most elements.
+_SIZES = re.compile(
+    r"\w*size|\w*shape|repeats|pad|steps|end|n|m|s|row|col|num_\w+|length|window_length|minlength"
+)
+_ELEMENTS = 1 << 31
 _FUNCTIONS: Mapping[str, Callable[..., Any]] = {
     **{f"{f.__module__.lstrip('_')}.{f.__name__}": f for f in (*_ON_SIZES, operator.getitem)},
     **{"getattr": getattr, "fxfuse.count_batch": count_batch, "fxfuse.check_batch": check_batch},
@@ -70,12 +78,12 @@ def registered_in(libraries: Collection[str] | None) -> frozenset[str]:
 
 
 def is_call(target: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
-    """Tell whether a function of Python is called as torch.export and the rewriter call it.
+    """Tell whether a function is called as torch.export and the rewriter call it.
 
-    Arguments of operators are for torch to check, when the graph is run.
+    Arguments of operators are for torch to check, when the graph is run, but for literal sizes.
     """
     if is_operator(target):
-        return True
+        return _literal_elements(target, args, kwargs) <= _ELEMENTS
     kinds = [type(argument) for argument in args]
     if kwargs or (fx.Node not in kinds and target is not torch.sym_sum):
         return False
@@ -90,7 +98,54 @@ def is_call(target: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool
     # torch.fx writes the operands of an operator into its sign, and counts on their number.
     if len(args) != len(signature(target).parameters):
         return False
-    if target in _GROWING and isinstance(args[1], int) and args[1] not in _EXPONENTS:
-        return False
-    leaves = pytree.tree_leaves(list(args))
-    return all(isinstance(leaf, fx.Node | int | float) for leaf in leaves)
+    if target in _GROWING and args[1] not in _EXPONENTS:
+        # How far it grows would be known only when the graph is run.
+        return target is operator.pow and isinstance(args[1], float)
+    return all(
+        isinstance(leaf, int | float) or (isinstance(leaf, fx.Node) and not _is_list(leaf))
+        for leaf in pytree.tree_leaves(list(args))
+    )
+
+
+def is_bounded(target: Any, args: Sequence[Any], bits: dict[fx.Node, int], node: fx.Node) -> bool:
+    """Tell whether a number that is computed of sizes has few enough bits, whatever the inputs.
+
+    `bits` holds what is known of earlier nodes, and gets what is found of this one. Other nodes
+    have the bits of a size: tensors, too, of which the same operators compute tensors.
+    """
+    if target not in _ON_SIZES:
+        return True
+    found = [_bits(leaf, bits) for leaf in pytree.tree_leaves(list(args))]
+    if target is operator.mul:
+        most = sum(found)
+    elif target is operator.pow:
+        most = found[0] * max(1, math.ceil(min(abs(args[1]), _MOST_BITS)))
+    elif target is operator.lshift:
+        most = found[0] + abs(args[1])
+    else:
+        # A sum has as many bits as the largest part, and those of the number of parts.
+        most = max(found) + len(found).bit_length()
+    bits[node] = max(most, _SIZE_BITS)
+    return most <= _MOST_BITS
+
+
+def _bits(value: Any, bits: Mapping[fx.Node, int]) -> int:
+    return value.bit_length() if isinstance(value, int) else bits.get(value, _SIZE_BITS)
+
+
+def _is_list(node: fx.Node) -> bool:
+    """Tell whether a node is a list: sums and multiples of these are longer lists."""
+    schema = schema_of(node.target)
+    returns = () if schema is None else schema.returns
+    return len(returns) > 1 or any(isinstance(told.type, torch.ListType) for told in returns)
+
+
+def _literal_elements(target: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> float:
+    """Return how many elements the literal sizes among an operator's arguments ask for."""
+    count = 1.0
+    for name, value in {**dict(zip(argument_names(target), args, strict=False)), **kwargs}.items():
+        # The end of a slice is no size; that of a range is one.
+        if _SIZES.fullmatch(name) and (name != "end" or "range" in str(target)):
+            sizes = [v for v in pytree.tree_leaves(value) if isinstance(v, int | float) and v]
+            count *= math.prod(abs(float(size)) for size in sizes)
+    return count
