@@ -245,6 +245,14 @@ def test_packed_records_are_refused_before_they_are_unpacked(tmp_path: Path) -> 
         read_state_dict(tmp_path / "packed.pt")
 
 
+def test_a_header_has_bounds(tmp_path: Path) -> None:
+    with (tmp_path / "a.safetensors").open("wb") as file:
+        file.write((40 << 20).to_bytes(8, "little") + b"{")
+        file.truncate(50 << 20)
+    with pytest.raises(CheckpointError, match="its header is longer than"):
+        read_state_dict(tmp_path / "a.safetensors")
+
+
 @pytest.mark.parametrize("mmap", [False, True])
 def test_a_record_is_not_larger_than_it_is(tmp_path: Path, mmap: bool) -> None:
     torch.save({"x": torch.ones(40)}, tmp_path / "x.pt")

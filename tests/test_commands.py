@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -37,15 +38,38 @@ def cnn(width=8):
 MODEL = ("--model", "command_models:cnn", "--input", "1,8,8")
 
 
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a factory, two members, data and what was fused of them."""
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        folder = tmp_path_factory.mktemp("made")
+        enter(folder, monkeypatch)
+        fill()
+    return folder
+
+
 @pytest.fixture
-def work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    (tmp_path / "command_models.py").write_text(FACTORY)
-    monkeypatch.chdir(tmp_path)
+def work(made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A copy of it."""
+    shutil.copytree(made, tmp_path, dirs_exist_ok=True)
+    # What is in the recipe of the result is where it was made.
+    recipe = tmp_path / "fused" / "recipe.yaml"
+    recipe.write_text(recipe.read_text().replace(str(made), str(tmp_path)))
+    enter(tmp_path, monkeypatch)
+    return tmp_path
+
+
+def enter(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(folder)
     monkeypatch.setattr(show.out, "width", 200)
     monkeypatch.delenv("FXFUSE_DEBUG", raising=False)
     monkeypatch.setattr(sys, "path", list(sys.path))
     monkeypatch.setattr(sys, "dont_write_bytecode", True)
     monkeypatch.delitem(sys.modules, "command_models", raising=False)
+
+
+def fill() -> None:
+    Path("command_models.py").write_text(FACTORY)
     names: dict[str, object] = {}
     exec(FACTORY, names)
     rng = np.random.default_rng(0)
@@ -56,7 +80,6 @@ def work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         torch.save(member.state_dict(), f"{name}.pt")
     np.savez("data.npz", inputs=inputs, labels=rng.integers(0, 3, 120))
     assert invoke("fuse", "a.pt", "b.pt", *MODEL, "--out", "fused").exit_code == 0
-    return tmp_path
 
 
 #: Commands that read a result's folder.
@@ -286,6 +309,21 @@ def test_a_folder_of_transformers_brings_no_code(work: Path, entry: Any, said: s
     with pytest.raises(OptionError, match=said):
         make_model("hf:own", {})
     assert not (work / "opened").exists()
+
+
+@pytest.mark.parametrize("content", ["[" * 100_000, f"[{'1,' * (1 << 22)}1]", " " * (1 << 26)])
+def test_lists_and_configurations_have_bounds(work: Path, content: str) -> None:
+    pytest.importorskip("transformers")
+    (work / "own").mkdir()
+    (work / "own" / "config.json").write_text(content)
+    with pytest.raises(OptionError, match="unusable configuration"):
+        make_model("hf:own", {})
+    fuse = ("fuse", "b.pt", *MODEL, "--out", "x")
+    (work / "classes.json").write_text(content)
+    classes = ("--heads", "2", "--head-output", "union", "--classes", "classes.json")
+    assert "cannot be read" in refused(*fuse, "a.pt", *classes)
+    (work / "a.safetensors.index.json").write_text(content)
+    assert "holds no weight_map" in refused(*fuse, "a.safetensors.index.json")
 
 
 def test_report_on_what_was_written(work: Path) -> None:

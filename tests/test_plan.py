@@ -179,6 +179,7 @@ def varied_plan() -> fxfuse.FusionPlan:
         (("maps", 0, "n_units"), 8.0, "maps[0].n_units is 8.0, and not an integer"),
         (("maps", 0, "n_units"), True, "maps[0].n_units is True, and not an integer"),
         (("maps", 0, "n_units"), 7, "fused unit 7 of 7, counted from 0"),
+        (("maps", 0, "n_units"), 10**7, "fused units of 'stem.weight:0' are made of nothing"),
         (("maps", 0, "group"), None, "maps[0].group is None, and not a text"),
         (("maps", 0, "group"), "block1.conv1.weight:0", "has 2 maps"),
         (("maps", 0, "unit"), [0], "maps[0] has lists of different lengths"),
@@ -237,7 +238,9 @@ def test_a_plan_of_an_unknown_method_is_named(plan: fxfuse.FusionPlan) -> None:
 
 
 @pytest.mark.parametrize(
-    "text", ["", "[]", "{", "null", "[" * 100_000, '{"a":' * 100_000, "1" * 5000]
+    "text",
+    ["", "[]", "{", "null", "[" * 100_000, '{"a":' * 100_000, "1" * 5000, f"[{'1,' * (1 << 24)}1]"],
+    ids=lambda text: f"{text[:5]} {len(text)}",
 )
 def test_what_is_no_json_object_is_no_plan(text: str) -> None:
     with pytest.raises(PlanError, match="this is not a fusion plan"):

@@ -531,8 +531,8 @@ ATTACKS: dict[str, Callable[[Any], object]] = {
     "a power of two sizes": add_calls(("operator.pow", [LAST, LAST])),
     "a power of a number": add_calls(("operator.pow", [9, LAST])),
     "a shift by a size": add_calls(("operator.lshift", [1, LAST])),
-    "a long list of sizes": add_calls(
-        ("aten.sym_size.default", [ANY]), ("operator.mul", [LAST, 10**9])
+    "a list many times": add_calls(
+        ("aten.split.Tensor", [ANY, 1]), ("operator.mul", [LAST, 10**9])
     ),
     "a list of tensors and itself": add_calls(
         ("aten.split.Tensor", [ANY, 1]), ("operator.add", [LAST, LAST])
@@ -616,6 +616,23 @@ def test_a_graph_that_is_not_what_fxfuse_writes_is_rejected(
     assert found.value.why
     assert found.value.how
     assert not (tmp_path / "opened").exists()
+
+
+def test_sizes_are_computed_within_bounds(saved: Path, tmp_path: Path) -> None:
+    """Else the attacks above would fail for another reason."""
+    sound = add_calls(
+        *[("operator.mul", [LAST, LAST])] * 5,
+        ("operator.pow", [LAST, -1]),
+        ("aten.arange.default", [1000]),
+        ("aten.slice.Tensor", [LAST, 0, 0, 2**63 - 1]),
+        ("aten.repeat.default", [ANY, [100, 1, 1, 1]]),
+    )
+    x = images()
+    found = fxfuse.load(edited(saved, tmp_path / "sound", sound))
+    assert torch.equal(found(x), fxfuse.load(saved)(x))
+    for name, why in (("a chain of powers", "bits"), ("many repetitions", "elements")):
+        with pytest.raises(CheckpointError, match=f"more than [0-9,]+ {why}"):
+            fxfuse.load(edited(saved, tmp_path / why, ATTACKS[name]))
 
 
 @pytest.mark.parametrize("name", ["a keyword input", "a parameter", "an argument"])

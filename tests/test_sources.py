@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import pickle
+import struct
 import sys
 import tracemalloc
 import zipfile
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
@@ -122,6 +124,50 @@ def test_images_that_do_not_fit(pictures: Path, tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     with pytest.raises(InputError, match="not a folder of images"):
         read_data(str(tmp_path / "empty"))
+
+
+def png(width: int, height: int) -> bytes:
+    """A picture that says that it is large."""
+    head = b"IHDR" + struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    body = b"IDAT" + zlib.compress(bytes(1 << 20))
+    chunks = (head, body, b"IEND")
+    parts = [struct.pack(">I", len(c) - 4) + c + struct.pack(">I", zlib.crc32(c)) for c in chunks]
+    return b"\x89PNG\r\n\x1a\n" + b"".join(parts)
+
+
+def test_images_have_bounds_before_they_are_decoded(
+    pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Fewer than Pillow itself rejects, or warns of.
+    (pictures / "cat" / "0.png").write_bytes(png(9000, 9000))
+    columns = {"image": [str(pictures / "cat" / "0.png")], "label": [0]}
+    features = datasets.Features({"image": datasets.Image(), "label": datasets.Value("int64")})
+    held = {"bytes": png(9000, 9000), "path": None}
+    for name, image in (("large", held), ("elsewhere", {"bytes": None, "path": "/etc/passwd"})):
+        table = datasets.Dataset.from_dict({**columns, "image": [image]}, features)
+        table.save_to_disk(tmp_path / name)
+    for spec, why in (
+        (str(pictures), "9,000 x 9,000 pixels"),
+        (f"datasets:{tmp_path / 'large'}", "9,000 x 9,000 pixels"),
+        (f"datasets:{tmp_path / 'elsewhere'}", "cannot identify image"),
+    ):
+
+        def read(spec: str = spec, why: str = why) -> None:
+            with pytest.raises(InputError, match="image 0 cannot be read") as caught:
+                read_data(spec)
+            assert why in caught.value.why
+
+        assert memory_of(read) < 10 << 20
+    (pictures / "cat" / "0.png").write_bytes(b"no picture")
+    with pytest.raises(InputError, match="image 0 cannot be read"):
+        read_data(str(pictures))
+    (pictures / "cat" / "0.png").unlink()
+    with pytest.raises(InputError, match="an image is too large"):
+        read_data(str(pictures), Preparation(size=(10_000, 10_000)))
+    monkeypatch.setattr("fxfuse.cli.sources.images._MOST", 2000)
+    with pytest.raises(InputError, match="set a limit"):
+        read_data(str(pictures))
+    assert len(read_data(str(pictures), Preparation(limit=2))) == 2
 
 
 def test_a_data_set_of_torchvision(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

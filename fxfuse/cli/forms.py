@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import NoneType
 from typing import Any, Literal, get_args, get_origin
 
+from fxfuse.common.json_file import read_json
 from fxfuse.common.options import alternatives
 from fxfuse.errors import OptionError
 
@@ -101,7 +101,7 @@ def unreadable(flag: str, text: str, why: str, how: str) -> OptionError:
 def _read_lists(flag: str, path: Path) -> list[Any]:
     """Read a list from a JSON file; its option class checks what it holds."""
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        found = read_json(path)
         if not isinstance(found, list):
             raise ValueError(f"it holds a {type(found).__name__}")
     except ValueError as error:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Collection, Mapping
 from importlib import import_module
 from pathlib import Path
@@ -10,6 +9,7 @@ from typing import Any
 
 from torch import nn
 
+from fxfuse.common.json_file import read_json
 from fxfuse.errors import MissingDependencyError, OptionError
 from fxfuse.members.checkpoint import weights_in
 
@@ -126,10 +126,17 @@ def _check_arguments(library: str, arguments: Mapping[str, Any]) -> None:
 def _check_config(path: Path, arguments: Mapping[str, Any]) -> None:
     """Check that a folder of transformers asks for no code from the network."""
     try:
-        waiting: list[Any] = [arguments, json.loads(path.read_text(encoding="utf-8"))]
-    # transformers says what is wrong with it.
-    except (ValueError, OSError, RecursionError):
+        waiting: list[Any] = [arguments, read_json(path)]
+    # transformers says that it is missing.
+    except OSError:
         return
+    except ValueError as error:
+        raise OptionError(
+            f"{path.parent.name} has an unusable configuration",
+            where=str(path),
+            why=str(error),
+            how="copy the folder again, or write it again with save_pretrained",
+        ) from error
     while waiting:
         value = waiting.pop()
         waiting += value if isinstance(value, list) else ()

@@ -80,10 +80,10 @@ def registered_in(libraries: Collection[str] | None) -> frozenset[str]:
 def is_call(target: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
     """Tell whether a function is called as torch.export and the rewriter call it.
 
-    Arguments of operators are for torch to check, when the graph is run, but for literal sizes.
+    Arguments of operators are for torch to check, when the graph is run.
     """
     if is_operator(target):
-        return _literal_elements(target, args, kwargs) <= _ELEMENTS
+        return True
     kinds = [type(argument) for argument in args]
     if kwargs or (fx.Node not in kinds and target is not torch.sym_sum):
         return False
@@ -107,14 +107,19 @@ def is_call(target: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool
     )
 
 
-def is_bounded(target: Any, args: Sequence[Any], bits: dict[fx.Node, int], node: fx.Node) -> bool:
-    """Tell whether a number that is computed of sizes has few enough bits, whatever the inputs.
+def excess(node: fx.Node, bits: dict[fx.Node, int]) -> str:
+    """Return what is without bounds in a call that `is_call` allows, or "".
 
-    `bits` holds what is known of earlier nodes, and gets what is found of this one. Other nodes
-    have the bits of a size: tensors, too, of which the same operators compute tensors.
+    That is the elements that literals ask for, and the bits of numbers that are computed of sizes.
+    `bits` holds those of earlier nodes, and gets those of this one. All others have the bits of a
+    size: tensors, too, of which the same operators compute tensors.
     """
+    target: Any = node.target
+    args: Any = node.args
+    if is_operator(target) and _literal_elements(target, args, node.kwargs) > _ELEMENTS:
+        return f"asks for more than {_ELEMENTS:,} elements"
     if target not in _ON_SIZES:
-        return True
+        return ""
     found = [_bits(leaf, bits) for leaf in pytree.tree_leaves(list(args))]
     if target is operator.mul:
         most = sum(found)
@@ -126,7 +131,7 @@ def is_bounded(target: Any, args: Sequence[Any], bits: dict[fx.Node, int], node:
         # A sum has as many bits as the largest part, and those of the number of parts.
         most = max(found) + len(found).bit_length()
     bits[node] = max(most, _SIZE_BITS)
-    return most <= _MOST_BITS
+    return f"computes a number of more than {_MOST_BITS:,} bits" if most > _MOST_BITS else ""
 
 
 def _bits(value: Any, bits: Mapping[fx.Node, int]) -> int:

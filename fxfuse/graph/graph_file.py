@@ -22,7 +22,7 @@ from torch import fx, nn
 
 from fxfuse.common.output import MARK
 from fxfuse.errors import CheckpointError, RewriteError
-from fxfuse.graph.allowed import LIBRARIES, find_operator, is_bounded, is_call, name_of, registered_in
+from fxfuse.graph.allowed import LIBRARIES, excess, find_operator, is_call, name_of, registered_in
 from fxfuse.graph.plain_data import (
     NotPlainError,
     check_limits,
@@ -264,8 +264,8 @@ class _Reader:
             function = self.operator(target)
             _check(is_call(function, given, named), f"{name} calls {target} in another way")
             made = self.graph.call_function(function, given, named, name=name)
-            small = is_bounded(function, given, self.bits, made)
-            _check(small, f"{name} computes numbers of sizes that may have no end")
+            beyond = excess(made, self.bits)
+            _check(not beyond, f"{name}, a call of {target}, {beyond}")
         elif op == "tensor":
             _check(target in self.tensors or target == _TRAINING, f"{name} reads no tensor")
             made = self.graph.create_node("get_attr", target, name=name)

@@ -19,6 +19,7 @@ import torch
 from safetensors import SafetensorError
 from torch import nn
 
+from fxfuse.common.json_file import read_json
 from fxfuse.common.output import MARK
 from fxfuse.errors import CheckpointError
 from fxfuse.graph.tensors import floating_dtype
@@ -31,7 +32,7 @@ from fxfuse.members.find_weights import (
     log_choice,
     state_dicts,
 )
-from fxfuse.members.tensor_file import TensorFile
+from fxfuse.members.tensor_file import TensorFile, check_header
 from fxfuse.members.torch_file import (
     check_no_objects,
     check_openable,
@@ -179,12 +180,12 @@ def _itself(tensor: torch.Tensor) -> torch.Tensor:
 def _in_shards(index: Path) -> Mapping[str, StoredTensor]:
     """Return the tensors of a checkpoint in several files."""
     try:
-        content = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        content = read_json(index)["weight_map"]
         files = {str(name): str(file) for name, file in content.items()}
     except OSError as error:
         raise missing(index, error) from error
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise corrupt(index, f"it holds no weight_map ({type(error).__name__})") from error
+        raise corrupt(index, f"it holds no weight_map ({type(error).__name__}: {error})") from error
     for name, file in files.items():
         if Path(file).name != file or file in ("", ".", ".."):
             raise corrupt(index, f"it places {name} in {file!r}, outside its folder")
@@ -261,6 +262,7 @@ def _as_os_error(error: SafetensorError, path: Path) -> Exception:
 
 def _read_safetensors(path: Path) -> dict[str, torch.Tensor]:
     try:
+        check_header(path)
         return safetensors.torch.load_file(path)
     except SafetensorError as error:
         raise corrupt(path, str(error)) from error

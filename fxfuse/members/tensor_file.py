@@ -15,6 +15,8 @@ from safetensors import SafetensorError, safe_open
 
 from fxfuse.members.torch_file import corrupt, missing
 
+#: Longest header that is read, bytes: a hundred thousand tensors have a third of it.
+_HEADER = 1 << 25
 #: The format's names of what is read here; whatever else there is, its own library reads.
 _DTYPES: Mapping[str, torch.dtype] = {
     "F64": torch.float64,
@@ -50,11 +52,11 @@ class TensorFile:
     def __init__(self, path: Path) -> None:
         self.path = path
         with _open(path) as file:
+            size = _header_length(file, path)
             # The library checks that every tensor lies in the file.
             with _opened(path):
                 pass
             self._state = _state(file)
-            size = int.from_bytes(file.read(8), "little")
             header = json.loads(file.read(size))
         self.entries = {
             name: _entry(told, 8 + size) for name, told in header.items() if name != "__metadata__"
@@ -93,6 +95,19 @@ def _entry(told: Mapping[str, Any], start: int) -> Entry:
     first, end = told["data_offsets"]
     dtype = _DTYPES.get(told["dtype"])
     return Entry(tuple(told["shape"]), dtype, start + first, end - first)
+
+
+def check_header(path: Path) -> None:
+    """Check that a file can be opened, and that its header is not too long to be read."""
+    with _open(path) as file:
+        _header_length(file, path)
+
+
+def _header_length(file: IO[bytes], path: Path) -> int:
+    size = int.from_bytes(file.read(8), "little")
+    if size > _HEADER:
+        raise corrupt(path, f"its header is longer than {_HEADER:,} bytes")
+    return size
 
 
 def _state(file: IO[bytes]) -> tuple[int, int, int]:

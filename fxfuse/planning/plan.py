@@ -6,6 +6,7 @@ import json
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,6 +15,7 @@ from numpy.typing import NDArray
 from fxfuse.analysis.constraints import Constraints
 from fxfuse.analysis.coupling import Index, MixingNote
 from fxfuse.analysis.label_spaces import Heads
+from fxfuse.common.json_file import parse_json
 from fxfuse.common.output import MARK
 from fxfuse.common.readable import Description, Readable, counted
 from fxfuse.errors import OptionError, PlanError
@@ -29,6 +31,8 @@ _SCHEMA = 4
 _BESIDE = ("note", "digest")
 #: Far more units than a layer has, and few enough to be listed.
 _MOST_UNITS = 10**7
+#: Most characters of a plan, and most values and containers in it: half a gigabyte of memory.
+_LONGEST, _MOST_VALUES = 1 << 30, 1 << 24
 
 Weights = NDArray[np.float64]
 _TREATMENT: Mapping[MixingMode, str] = {
@@ -259,7 +263,7 @@ class FusionPlan(Readable):
                 and how.
         """
         try:
-            value = json.loads(text)
+            value = parse_json(text, _LONGEST, _MOST_VALUES)
             if not isinstance(value, dict) or "schema" not in value:
                 raise ValueError("it is not a JSON object with a schema")
             _check_origin(value)
@@ -381,6 +385,25 @@ def _details(role: Role) -> str:
     return (f": {role.why}" if role.why else "") + rest
 
 
+def read_plan(path: str | Path) -> FusionPlan:
+    """Read the plan in a file.
+
+    Raises:
+        PlanError: There is no such file, or it holds no plan.
+    """
+    try:
+        with Path(path).open("rb") as file:
+            content = file.read(_LONGEST + 1)
+    except OSError as error:
+        raise PlanError(
+            "the plan cannot be read",
+            where=str(path),
+            why=error.strerror or str(error),
+            how="check the path and its permissions",
+        ) from error
+    return FusionPlan.from_json(content.decode("utf-8", errors="replace"))
+
+
 def _check_origin(value: Mapping[str, Any]) -> None:
     """Check that this version wrote a plan, and nobody changed it."""
     if value["schema"] != _SCHEMA:
@@ -408,6 +431,9 @@ def _check(plan: FusionPlan) -> None:
         if count > 1:
             raise ValueError(f"the group {group!r} has {count} maps")
     for m in plan.maps:
+        lacking = m.n_units - len(m.target)
+        if lacking > 0:
+            raise ValueError(f"{lacking:,} fused units of {m.group!r} are made of nothing")
         _check_below(f"the map of {m.group!r} has fused unit", m.target, m.n_units)
         _check_below(f"the map of {m.group!r} has member", m.member, plan.n_members)
     for name, role in plan.roles.items():

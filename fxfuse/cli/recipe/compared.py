@@ -26,7 +26,7 @@ from fxfuse.common.output import check_replaceable
 from fxfuse.errors import CheckpointError, OptionError
 from fxfuse.graph.capture import capture
 from fxfuse.members.checkpoint import load_tensors, read_state_dict
-from fxfuse.planning.plan import FusionPlan
+from fxfuse.planning.plan import read_plan
 from fxfuse.refine import Classification, Task
 from fxfuse.refine.infer_task import infer_task
 from fxfuse.runtime.measure import milliseconds
@@ -162,7 +162,7 @@ def report_on(
             why="a report describes a fusion",
             how="use a folder that `fxfuse fuse` wrote",
         )
-    plan = FusionPlan.from_json((folder / PLAN).read_text(encoding="utf-8", errors="replace"))
+    plan = read_plan(folder / PLAN)
     state = read_state_dict(folder / WEIGHTS)
     networks = _networks(recipe)
     result = build(plan, planned(plan, networks.modules), networks.inputs)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import platform
 import warnings
 from collections.abc import Iterable
@@ -13,6 +12,7 @@ import torch
 
 import fxfuse
 from fxfuse.cli.recipe.schema import Made
+from fxfuse.common.json_file import read_json
 from fxfuse.errors import OptionError
 
 
@@ -34,7 +34,7 @@ def parts_of(file: Path) -> list[Path]:
     if not file.name.endswith(".index.json"):
         return [file] if file.is_file() else []
     try:
-        shards = set(json.loads(file.read_text(encoding="utf-8"))["weight_map"].values())
+        shards = set(read_json(file)["weight_map"].values())
         return [file, *(file.parent / str(shard) for shard in sorted(shards))]
     # What the index lacks is said when it is read for its weights.
     except (OSError, ValueError, KeyError, AttributeError, TypeError):

@@ -31,7 +31,7 @@ from fxfuse.cli.training import train
 from fxfuse.common.output import MARK, atomic_folder, check_output, locked
 from fxfuse.graph.module_checks import check_enough
 from fxfuse.planning.methods import find_method
-from fxfuse.planning.plan import FusionPlan
+from fxfuse.planning.plan import FusionPlan, read_plan
 from fxfuse.refine import Match, Refit
 from fxfuse.refine.pipeline import resolve_steps
 
@@ -177,7 +177,7 @@ def _fused(
         # The training takes the calibration inputs, so the fusion need not.
         options["calibration"] = None
     if asked.plan is not None:
-        plan = FusionPlan.from_json(Path(asked.plan).read_text(encoding="utf-8", errors="replace"))
+        plan = read_plan(asked.plan)
         steps = _steps_after(plan, calibration) if steps is None else steps
         return build(plan, networks.members, networks.inputs, refine=steps, **options)
     options |= {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -9,7 +10,7 @@ from typing import Any
 import torch
 
 from fxfuse.cli.sources.data import Data, Preparation, spread
-from fxfuse.cli.sources.images import images, torchvision_datasets
+from fxfuse.cli.sources.images import decoded, images, torchvision_datasets
 from fxfuse.cli.sources.pairs import INPUTS, LABELS
 from fxfuse.errors import InputError, MissingDependencyError
 
@@ -73,9 +74,11 @@ def hugging_face(folder: str, prepare: Preparation) -> Data:
     columns = list(table.column_names)
     image = next((c for c in ("image", "img") if c in columns), None)
     label = next((c for c in LABELS if c in columns), None)
-    rows = _Rows(table, image, label) if image and label else None
-    if rows is not None:
-        return images(rows, folder, prepare)
+    if image and label:
+        if isinstance(table.features[image], datasets.Image):
+            # They are decoded after a check of their size.
+            table = table.cast_column(image, datasets.Image(decode=False))
+        return images(_Rows(table, image, label), folder, prepare)
     table = table.with_format("torch")
     found = next((c for c in ("input_ids", *INPUTS) if c in columns), None)
     if found is None:
@@ -103,4 +106,10 @@ class _Rows:
 
     def __getitem__(self, index: int) -> tuple[Any, int]:
         row = self.table[index]
-        return row[self.image], row[self.label]
+        image = row[self.image]
+        if isinstance(image, Mapping):
+            from PIL import ImageOps
+
+            # As the library does; but a path alone could be any file.
+            image = ImageOps.exif_transpose(decoded(io.BytesIO(image["bytes"] or b"")))
+        return image, row[self.label]

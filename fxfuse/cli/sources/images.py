@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 import torch
@@ -12,6 +12,8 @@ from torch import Tensor
 from fxfuse.cli.sources.data import Data, Preparation, spread
 from fxfuse.errors import InputError, MissingDependencyError
 
+#: Most pixels of an image, and most bytes of all images.
+_PIXELS, _MOST = 1 << 26, 1 << 33
 #: Lets the first dimension of an image be its channels.
 _CHANNELS_FIRST = (2, 0, 1)
 
@@ -20,7 +22,7 @@ def image_folder(path: Path, prepare: Preparation) -> Data:
     """Read images of a folder with a folder for each class, in the order of their names."""
     datasets = torchvision_datasets()
     try:
-        folder = datasets.ImageFolder(str(path))
+        folder = datasets.ImageFolder(str(path), loader=lambda path: decoded(path).convert("RGB"))
     except FileNotFoundError as error:
         raise InputError(
             f"{path.name} is not a folder of images",
@@ -34,10 +36,19 @@ def image_folder(path: Path, prepare: Preparation) -> Data:
 def images(pairs: Any, where: str, prepare: Preparation) -> Data:
     """Return pairs (PIL image, class) as tensors."""
     read, labels = [], []
-    for index in spread(len(pairs), prepare.limit).tolist():
-        image, label = pairs[index]
+    chosen = spread(len(pairs), prepare.limit).tolist()
+    for index in chosen:
+        image, label = _read(pairs, index, where)
         read.append(_image(image, prepare))
         labels.append(int(label))
+        if read[-1].nbytes * len(chosen) > _MOST:
+            raise InputError(
+                "the images are too large",
+                where=where,
+                why=f"they take {read[-1].nbytes * len(chosen):,} bytes, and at most {_MOST:,} "
+                "are read",
+                how="set a limit in a recipe, or a size to resize them to",
+            )
     if len({image.shape for image in read}) > 1:
         raise InputError(
             "the images differ in size",
@@ -52,9 +63,44 @@ def images(pairs: Any, where: str, prepare: Preparation) -> Data:
     return Data((torch.stack(read),), torch.tensor(labels, dtype=torch.int64))
 
 
+def decoded(source: str | IO[bytes]) -> Any:
+    """Decode an image unless it has too many pixels; `source` is its path, or an open file."""
+    from PIL import Image
+
+    with Image.open(source) as image:
+        # Nothing but its header has been read.
+        _check_pixels(*image.size)
+        image.load()
+        return image
+
+
+def _check_pixels(width: int, height: int) -> None:
+    if width * height > _PIXELS:
+        raise InputError(
+            "an image is too large",
+            why=f"it has {width:,} x {height:,} pixels, and at most {_PIXELS:,} are read",
+            how="make it smaller, or leave it out",
+        )
+
+
+def _read(pairs: Any, index: int, where: str) -> tuple[Any, Any]:
+    try:
+        image, label = pairs[index]
+    # What a damaged image makes a library say is of many kinds.
+    except Exception as error:
+        raise InputError(
+            f"image {index} cannot be read",
+            where=where,
+            why=" ".join(str(error).split()) or type(error).__name__,
+            how="remove it, or copy it again",
+        ) from error
+    return image, label
+
+
 def _image(image: Any, prepare: Preparation) -> Tensor:
     if prepare.size is not None and hasattr(image, "resize"):
         height, width = prepare.size
+        _check_pixels(width, height)
         image = image.resize((width, height))
     values = np.asarray(image)
     values = values[..., None] if values.ndim == 2 else values
