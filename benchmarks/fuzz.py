@@ -2,9 +2,10 @@
 
     python -m benchmarks.fuzz [--cases 10000] [--seed 0] [--json benchmarks/results/fuzz.json]
 
-Checkpoints (`.safetensors`, `.pt`), plans, recipes, saved graphs and data are cut, overwritten with
-random bytes, and edited in their headers. Graphs, plans and recipes are also edited as who attacks
-would: other names, numbers, types, operators and depths, with a checksum that fits. A worker reads
+Checkpoints (`.safetensors`, `.pt`, an index of several), plans, recipes, saved graphs, arrays and
+images are cut, overwritten with random bytes, and edited in their headers. Graphs, plans, recipes
+and indices are also edited as who attacks would: other names, numbers, types, operators and depths,
+chains of sizes without end, with a checksum that fits. A worker reads
 them, with 500 MB of memory beyond what it had and 10 seconds for each. Good are: an `FxfuseError`;
 or a result that is right, which is for a checkpoint the tensors that another reader finds in it,
 for a plan, a graph and a recipe what was written, or for a recipe what its text says. What was
@@ -35,6 +36,7 @@ import tempfile
 import time
 import warnings
 import zipfile
+import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import suppress
@@ -48,7 +50,7 @@ from torch import nn
 from benchmarks.records import write
 
 SECONDS, MEMORY = 10, 500 << 20
-KINDS = ("safetensors", "pt", "plan", "recipe", "graph", "data")
+KINDS = ("safetensors", "pt", "plan", "recipe", "graph", "data", "index", "image")
 RECIPE = """model: package.module:factory
 model_args: {width: 8, classes: 3}
 members: [a.safetensors, {path: b.safetensors, args: {classes: 2}}]
@@ -90,7 +92,24 @@ class Sources:
             "recipe": RECIPE.encode(),
             "graph": (folder / "saved" / "graph.json").read_bytes(),
             "data": (folder / "whole.npz").read_bytes(),
+            "index": index("whole.safetensors", self.state),
+            "image": self.write_image(),
         }
+
+    def write_image(self) -> bytes:
+        """Writes an image into the folder of a class."""
+        from PIL import Image
+
+        path = self.folder / "images" / "class" / "case.png"
+        path.parent.mkdir(parents=True)
+        self.pixels = np.random.default_rng(0).integers(0, 256, (9, 7, 3), np.uint8)
+        Image.fromarray(self.pixels).save(path)
+        return path.read_bytes()
+
+
+def index(file: str, names: Any) -> bytes:
+    """The index of a checkpoint in several files, of which there is one."""
+    return json.dumps({"weight_map": dict.fromkeys(names, file)}).encode()
 
 
 def network() -> nn.Module:
@@ -109,7 +128,7 @@ def damaged(kind: str, content: bytes, rng: random.Random) -> tuple[str, bytes]:
         noise,
         repeat,
     ]
-    if kind in ("safetensors", "plan", "recipe"):
+    if kind in ("safetensors", "plan", "recipe", "index"):
         ways += [edit_text] * 3
     if kind in ON_PURPOSE:
         # Nearly everything else is only a wrong checksum.
@@ -155,7 +174,19 @@ JSON_VALUES: tuple[Any, ...] = (
     *(float("inf"), {"node": "x"}, {"dtype": "os"}, {"tuple": []}, {"slice": [1]}, "fc.weight"),
     *("x=open('opened', 'w')", 'fc"+str(open)+"', "aten.from_file.default", "operator.pow"),
     *("aten.relu.default", "torch.os.system", "aten.save.default", "getattr", [0] * 500_000),
-    *(3_000_000_000, 99, 2**70, 0.5, "3", False, float("nan"), 1e308, "transplant", "layer"),
+    *(
+        3_000_000_000,
+        9_999_999,
+        99,
+        2**70,
+        0.5,
+        "3",
+        False,
+        float("nan"),
+        1e308,
+        "transplant",
+        "layer",
+    ),
 )
 #: A word that stands in every attack; nothing that is compiled may hold it as code.
 CANARY = "canary_word"
@@ -219,9 +250,50 @@ def edit_graph(content: bytes, rng: random.Random) -> bytes:
     elif kind < 0.6:
         node = rng.choice([node for node in graph["nodes"] if node["op"] == "call"])
         node["target"] = rng.choice(OPERATORS)
+    elif kind < 0.75:
+        add_calls(graph, rng)
     else:
         mutate(graph, rng)
     return signed_graph(graph)
+
+
+def add_calls(graph: Any, rng: random.Random) -> None:
+    """Calls that follow each other, from the batch size to numbers, lists or tensors without end.
+
+    The last one's answer takes the place of the output, so that torch runs all of them.
+    """
+    last, number = {"node": "size"}, rng.choice((2, 3, 64, 10**4, 10**9, 10**12, 2**62))
+    calls: list[Any] = [
+        ("operator.mul", [last, last]),
+        ("operator.mul", [last, number]),
+        ("operator.pow", [last, number]),
+        ("operator.pow", [number, last]),
+        ("operator.lshift", [last, number]),
+        ("operator.lshift", [1, last]),
+        ("operator.add", [last, last]),
+        ("math.floor", [last]),
+        ("operator.truediv", [last, 1e-300]),
+        ("aten.repeat.default", [{"node": "x"}, [number, last]]),
+        ("aten.repeat.default", [{"node": "x"}, [number, number]]),
+        ("aten.arange.default", [number]),
+        ("aten.arange.default", [last]),
+        ("aten.zeros.default", [[number, number]]),
+        ("aten.expand.default", [{"node": "x"}, [number, 4, 5]]),
+        ("aten.split.Tensor", [{"node": "x"}, 1]),
+        ("aten.one_hot.default", [{"node": "x"}, number]),
+    ]
+    chosen = rng.choices(calls, k=rng.choice((1, 2, 4))) * rng.choice((1, 3, 60, 2000))
+    steps = [("aten.sym_size.int", [{"node": "x"}, 0]), *chosen]
+    place = next(i for i, node in enumerate(graph["nodes"]) if node["op"] != "input")
+    names = [f"step_{i}" for i in range(len(steps) - 1)]
+    for i, (target, args) in enumerate(steps):
+        before = {"node": names[i - 2] if i > 1 else "size"}
+        args = json.loads(json.dumps(args).replace(json.dumps(last), json.dumps(before)))
+        name = names[i - 1] if i else "size"
+        node = {"name": name, "op": "call", "target": target, "args": args}
+        graph["nodes"].insert(place + i, node)
+    if rng.random() < 0.5:
+        graph["nodes"][-1]["args"] = [{"tuple": [{"node": names[-1]}]}]
 
 
 def signed_graph(graph: Any) -> bytes:
@@ -255,6 +327,25 @@ def edit_recipe(content: bytes, rng: random.Random) -> bytes:
     mutate(recipe, rng)
     # All of JSON is YAML, and its writer knows no aliases.
     return json.dumps(recipe).encode()
+
+
+def edit_index(content: bytes, rng: random.Random) -> bytes:
+    """An index that names other files and tensors."""
+    document = json.loads(content)
+    mutate(document, rng)
+    return json.dumps(document).encode()
+
+
+def edit_image(content: bytes, rng: random.Random) -> bytes:
+    """An image that says that it is large, is packed well, or whose sizes do not fit."""
+    sides = (0, 1, 7, 4000, 9000, 2**16, 2**31 - 1, 2**32 - 1)
+    size = b"".join(rng.choice(sides).to_bytes(4, "big") for _ in range(2))
+    kind = bytes((rng.choice((1, 8, 16)), rng.choice((0, 2, 3, 4, 6)), 0, 0, rng.choice((0, 1))))
+    packed = zlib.compress(bytes(rng.choice((0, 1 << 10, 50 << 20))))
+    text = b"zTXt" + b"x\0\0" + packed if rng.random() < 0.3 else b"tEXt" + b"x\0y"
+    chunks = [b"IHDR" + size + kind, text, b"IDAT" + packed, b"IEND"]
+    parts = [(len(c) - 4).to_bytes(4, "big") + c + zlib.crc32(c).to_bytes(4, "big") for c in chunks]
+    return content[:8] + b"".join(parts)
 
 
 def edit_pickle(content: bytes, rng: random.Random) -> bytes:
@@ -305,6 +396,8 @@ ON_PURPOSE: dict[str, Callable[[bytes, random.Random], bytes]] = {
     "recipe": edit_recipe,
     "pt": edit_pickle,
     "data": edit_arrays,
+    "index": edit_index,
+    "image": edit_image,
 }
 
 
@@ -395,6 +488,19 @@ def read(kind: str, content: bytes, sources: Sources, *, checked: bool) -> None:
         text = content.decode("utf-8", errors="replace")
         found_recipe = parse_recipe(text).model_dump(exclude_defaults=True)
         assert set(found_recipe) <= set(yaml.safe_load(text))
+    elif kind == "index":
+        path = folder / "case.safetensors.index.json"
+        path.write_bytes(content)
+        model = network()
+        load_checkpoint(model, path)
+        for name, tensor in sources.state.items():
+            assert torch.equal(model.state_dict()[name], tensor), name
+    elif kind == "image":
+        path = folder / "images" / "class" / "case.png"
+        path.write_bytes(content)
+        (pixels,) = read_data(str(folder / "images"), Preparation(limit=100)).inputs
+        wanted = torch.from_numpy(sources.pixels).permute(2, 0, 1)
+        assert not checked or torch.equal((pixels[0] * 255).round(), wanted)
     elif kind == "data":
         path = folder / "case.npz"
         path.write_bytes(content)

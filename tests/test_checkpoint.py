@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import pickle
 import zipfile
@@ -243,6 +244,16 @@ def test_packed_records_are_refused_before_they_are_unpacked(tmp_path: Path) -> 
             target.writestr(name, source.read(name))
     with pytest.raises(CheckpointError, match="is compressed"):
         read_state_dict(tmp_path / "packed.pt")
+
+
+@pytest.mark.parametrize(
+    "file", [["x"], [[]] * 400, "x" * 300, "\ud800.safetensors", "a\0b", "..", "../x", ""]
+)
+def test_an_index_names_files_beside_it(tmp_path: Path, file: object) -> None:
+    path = tmp_path / "a.safetensors.index.json"
+    path.write_text(json.dumps({"weight_map": {"0.weight": file}}))
+    with pytest.raises(CheckpointError, match=r"it places 0\.weight in"):
+        load_checkpoint(nn.Linear(2, 2), path)
 
 
 def test_a_header_has_bounds(tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ import contextlib
 import copy
 import hashlib
 import json
+import os
 import pickle
 import shutil
 import subprocess
@@ -653,7 +654,9 @@ def test_the_attacks_would_work_without_the_check(
     assert (tmp_path / "opened").exists()
 
 
-@pytest.mark.parametrize("kind", ["pickle", "archive", "text", "empty", "deep", "twice", "large"])
+@pytest.mark.parametrize(
+    "kind", ["pickle", "archive", "text", "empty", "deep", "twice", "large", "digits"]
+)
 def test_what_is_no_graph_at_all(saved: Path, tmp_path: Path, kind: str) -> None:
     shutil.copytree(saved, tmp_path / "other")
     path = tmp_path / "other" / GRAPH
@@ -667,11 +670,28 @@ def test_what_is_no_graph_at_all(saved: Path, tmp_path: Path, kind: str) -> None
             "deep": b"[" * 200_000,
             "twice": b'{"fxfuse_graph": 1, "fxfuse_graph": 1}',
             "large": b" " * (17 << 20),
+            "digits": b'{"fxfuse_graph": ' + b"9" * 10**6 + b"}",
         }
         path.write_bytes(contents[kind])
     with pytest.raises(CheckpointError, match="not a graph that fxfuse wrote"):
         fxfuse.load(tmp_path / "other")
     assert not (tmp_path / "opened").exists()
+
+
+@pytest.mark.parametrize("name", [GRAPH, WEIGHTS, CONSTANTS])
+def test_what_has_no_end_is_not_read(name: str, saved: Path, tmp_path: Path) -> None:
+    def needs_constants(graph: Any) -> None:
+        graph["tensors"]["fc.bias"].update(kind="constant")
+        graph["tensors"]["fc.bias"] = graph["tensors"].pop("fc.bias")
+
+    folder = edited(saved, tmp_path / "edited", needs_constants)
+    state = read_state_dict(saved / WEIGHTS)
+    del state["fc.bias"]
+    write_state_dict(folder / WEIGHTS, state)
+    (folder / name).unlink(missing_ok=True)
+    os.mkfifo(folder / name)
+    with pytest.raises(CheckpointError, match=r"no regular file|holds no fused|but no graph"):
+        fxfuse.load(folder)
 
 
 @pytest.mark.parametrize("name", [GRAPH, CONSTANTS])

@@ -164,6 +164,10 @@ def test_images_have_bounds_before_they_are_decoded(
     (pictures / "cat" / "0.png").unlink()
     with pytest.raises(InputError, match="an image is too large"):
         read_data(str(pictures), Preparation(size=(10_000, 10_000)))
+    monkeypatch.setattr("fxfuse.cli.sources.images._PIXELS", 47)
+    with pytest.raises(InputError, match="an image is too large"):
+        read_data(str(pictures))
+    monkeypatch.setattr("fxfuse.cli.sources.images._PIXELS", 48)
     monkeypatch.setattr("fxfuse.cli.sources.images._MOST", 2000)
     with pytest.raises(InputError, match="set a limit"):
         read_data(str(pictures))

@@ -24,7 +24,7 @@ from fxfuse.graph.graph_file import StoredGraph, read_graph, write_graph
 from fxfuse.graph.run import untouched
 from fxfuse.graph.tensors import attach, named_tensors
 from fxfuse.members.checkpoint import check_fit, read_state_dict, write_state_dict
-from fxfuse.members.tensor_file import TensorFile
+from fxfuse.members.tensor_file import TensorFile, check_header
 from fxfuse.members.torch_file import corrupt, missing
 from fxfuse.runtime.inputs import resolve_inputs
 from fxfuse.transform.emit import FusedModule, emit
@@ -217,6 +217,8 @@ def _read_tensors(folder: Path, stored: StoredGraph) -> dict[str, torch.Tensor]:
 
 
 def _read_constants(path: Path, digest: str) -> dict[str, torch.Tensor]:
+    # A pipe or a device could have no end.
+    check_header(path)
     try:
         content = path.read_bytes()
     except OSError as error:

@@ -44,6 +44,8 @@ from fxfuse.members.torch_file import (
 #: Suffixes that torch.save is commonly used with.
 TORCH_SUFFIXES = (".pt", ".pth", ".ckpt", ".bin", ".tar")
 _SAFETENSORS, _INDEX = ".safetensors", ".index.json"
+#: A file beside another one, by a name that any system could give it.
+_FILE_NAME = re.compile(r"[^/\\\0\ud800-\udfff]{1,200}")
 #: What stands in a file beside the tensors; other programs look for the format.
 _METADATA = {"format": "pt", "note": MARK}
 #: Files with weights in a folder of transformers, timm or diffusers, in the order of preference.
@@ -181,14 +183,16 @@ def _in_shards(index: Path) -> Mapping[str, StoredTensor]:
     """Return the tensors of a checkpoint in several files."""
     try:
         content = read_json(index)["weight_map"]
-        files = {str(name): str(file) for name, file in content.items()}
+        files = {str(name): file for name, file in content.items()}
     except OSError as error:
         raise missing(index, error) from error
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise corrupt(index, f"it holds no weight_map ({type(error).__name__}: {error})") from error
     for name, file in files.items():
-        if Path(file).name != file or file in ("", ".", ".."):
-            raise corrupt(index, f"it places {name} in {file!r}, outside its folder")
+        if not isinstance(file, str):
+            raise corrupt(index, f"it places {name:.99} in a {type(file).__name__}")
+        if not _FILE_NAME.fullmatch(file) or file in (".", ".."):
+            raise corrupt(index, f"it places {name:.99} in {file!r:.99}, outside its folder")
     shards: dict[str, Mapping[str, StoredTensor]] = {}
     for file in dict.fromkeys(files.values()):
         shards[file] = dict(_stored(index.parent / file)).get((), {})

@@ -8,6 +8,7 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from stat import S_ISDIR, S_ISREG
 from typing import IO, Any
 
 import torch
@@ -98,7 +99,13 @@ def _entry(told: Mapping[str, Any], start: int) -> Entry:
 
 
 def check_header(path: Path) -> None:
-    """Check that a file can be opened, and that its header is not too long to be read."""
+    """Check that this is a file, and that its header is not too long to be read."""
+    try:
+        mode = path.stat().st_mode
+    except OSError as error:
+        raise missing(path, error) from error
+    if not S_ISREG(mode) and not S_ISDIR(mode):
+        raise corrupt(path, "it is no regular file")
     with _open(path) as file:
         _header_length(file, path)
 

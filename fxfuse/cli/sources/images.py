@@ -12,8 +12,8 @@ from torch import Tensor
 from fxfuse.cli.sources.data import Data, Preparation, spread
 from fxfuse.errors import InputError, MissingDependencyError
 
-#: Most pixels of an image, and most bytes of all images.
-_PIXELS, _MOST = 1 << 26, 1 << 33
+#: Most pixels of an image that is decoded, and of one for a network; most bytes of all images.
+_DECODED, _PIXELS, _MOST = 1 << 25, 1 << 24, 1 << 33
 #: Lets the first dimension of an image be its channels.
 _CHANNELS_FIRST = (2, 0, 1)
 
@@ -69,17 +69,17 @@ def decoded(source: str | IO[bytes]) -> Any:
 
     with Image.open(source) as image:
         # Nothing but its header has been read.
-        _check_pixels(*image.size)
+        _check_pixels(*image.size, _DECODED)
         image.load()
         return image
 
 
-def _check_pixels(width: int, height: int) -> None:
-    if width * height > _PIXELS:
+def _check_pixels(width: int, height: int, most: int) -> None:
+    if width * height > most:
         raise InputError(
             "an image is too large",
-            why=f"it has {width:,} x {height:,} pixels, and at most {_PIXELS:,} are read",
-            how="make it smaller, or leave it out",
+            why=f"it has {width:,} x {height:,} pixels, and at most {most:,} are read",
+            how="make it smaller, or leave it out; a recipe can set a size to resize images to",
         )
 
 
@@ -100,11 +100,12 @@ def _read(pairs: Any, index: int, where: str) -> tuple[Any, Any]:
 def _image(image: Any, prepare: Preparation) -> Tensor:
     if prepare.size is not None and hasattr(image, "resize"):
         height, width = prepare.size
-        _check_pixels(width, height)
+        _check_pixels(width, height, _PIXELS)
         image = image.resize((width, height))
     values = np.asarray(image)
     values = values[..., None] if values.ndim == 2 else values
-    pixels = torch.as_tensor(values.transpose(_CHANNELS_FIRST).copy()).to(torch.float32) / 255
+    _check_pixels(values.shape[1], values.shape[0], _PIXELS)
+    pixels = torch.as_tensor(values.transpose(_CHANNELS_FIRST).copy()).to(torch.float32).div_(255)
     for given, change in ((prepare.mean, torch.sub), (prepare.std, torch.div)):
         if given:
             if len(given) not in (1, len(pixels)):
