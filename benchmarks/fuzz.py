@@ -338,7 +338,7 @@ def edit_index(content: bytes, rng: random.Random) -> bytes:
 
 def edit_image(content: bytes, rng: random.Random) -> bytes:
     """An image that says that it is large, is packed well, or whose sizes do not fit."""
-    sides = (0, 1, 7, 4000, 9000, 2**16, 2**31 - 1, 2**32 - 1)
+    sides = (0, 1, 7, 2896, 4000, 9000, 2**16, 2**31 - 1, 2**32 - 1)
     size = b"".join(rng.choice(sides).to_bytes(4, "big") for _ in range(2))
     kind = bytes((rng.choice((1, 8, 16)), rng.choice((0, 2, 3, 4, 6)), 0, 0, rng.choice((0, 1))))
     packed = zlib.compress(bytes(rng.choice((0, 1 << 10, 50 << 20))))

@@ -13,7 +13,7 @@ from fxfuse.cli.sources.data import Data, Preparation, spread
 from fxfuse.errors import InputError, MissingDependencyError
 
 #: Most pixels of an image that is decoded, and of one for a network; most bytes of all images.
-_DECODED, _PIXELS, _MOST = 1 << 25, 1 << 24, 1 << 33
+_DECODED, _PIXELS, _MOST = 1 << 25, 1 << 23, 1 << 33
 #: Lets the first dimension of an image be its channels.
 _CHANNELS_FIRST = (2, 0, 1)
 
