@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 import pytest
@@ -25,6 +26,8 @@ PLAIN = (
     "mobilenet_v2",
     "mobilenet_v3_small",
     "mobilenet_v3_large",
+    # Its fused convolutions are an ordinary one, and the rest is that of efficientnet_b0.
+    "efficientnet_v2_s",
     *(f"shufflenet_v2_x{n}" for n in ("0_5", "1_0", "1_5", "2_0")),
     *(f"efficientnet_b{n}" for n in range(8)),
     "efficientnet_v2_s",
@@ -34,7 +37,10 @@ PLAIN = (
 #: The larger ones of their families: nothing that the smaller ones do not have, but half the time.
 LARGE = (
     *(f"vgg{n}{bn}" for n in (13, 16, 19) for bn in ("", "_bn")),
+    # Convolutions without norms are in alexnet, bottlenecks in resnext50_32x4d.
+    "vgg11",
     "resnet34",
+    "resnet50",
     "resnet101",
     "resnet152",
     "wide_resnet50_2",
@@ -42,6 +48,7 @@ LARGE = (
     "resnext101_32x8d",
     "resnext101_64x4d",
     *(f"densenet{n}" for n in (161, 169, 201)),
+    "mobilenet_v3_large",
     *(f"shufflenet_v2_x{n}" for n in ("1_0", "1_5", "2_0")),
     *(f"efficientnet_b{n}" for n in range(1, 8)),
     "efficientnet_v2_m",
@@ -52,10 +59,33 @@ MIXING = ("vit_b_32", "swin_t")
 
 _ARGUMENTS = {
     "googlenet": {"init_weights": False},
-    "vit_b_32": {"image_size": 64},
 }
 #: Ten classes: a thousand outputs add weights, not cases.
 _CLASSES = 10
+
+
+def _shallow(name: str, **arguments: Any) -> Any:
+    return lambda **more: getattr(torchvision().models, name)(**arguments, **more)
+
+
+#: Fewer blocks of each kind than the family's smallest network has: the others are like them. At
+#: night larger ones of these families run whole, and the table of coverage holds all of them.
+_SHALLOW: Mapping[str, Any] = {
+    "densenet121": _shallow("DenseNet", growth_rate=32, block_config=(3, 3, 3, 3)),
+    "resnext50_32x4d": lambda **more: torchvision().models.ResNet(
+        torchvision().models.resnet.Bottleneck, [2] * 4, groups=32, width_per_group=4, **more
+    ),
+    "swin_t": _shallow(
+        "SwinTransformer",
+        **{"patch_size": [4, 4], "embed_dim": 96, "depths": [2, 2], "num_heads": [3, 6]},
+        **{"window_size": [7, 7], "stochastic_depth_prob": 0.2},
+    ),
+    "vit_b_32": _shallow(
+        "VisionTransformer",
+        **{"image_size": 64, "patch_size": 32, "num_layers": 3},
+        **{"num_heads": 12, "hidden_dim": 768, "mlp_dim": 3072},
+    ),
+}
 
 
 def torchvision() -> Any:
@@ -66,7 +96,9 @@ def torchvision() -> Any:
 def build(name: str, seed: int = 0, dtype: torch.dtype = torch.float64) -> nn.Module:
     """A torchvision network in eval mode, excited."""
     torch.manual_seed(seed)
-    model = getattr(torchvision().models, name)(num_classes=_CLASSES, **_ARGUMENTS.get(name, {}))
+    models = torchvision().models
+    make = _SHALLOW.get(name) or partial(getattr(models, name), **_ARGUMENTS.get(name, {}))
+    model = make(num_classes=_CLASSES)
     model = model.to(dtype)
     # All members see the same images: one that meets foreign ones may explode.
     return excite(model, image(0, 4, dtype))

@@ -10,15 +10,36 @@ from torch import nn
 
 import fxfuse
 from fxfuse import verify
-from tests.models import LARGE, MIXING, PLAIN, build, excite, image
+from tests.models import LARGE, PLAIN, build, excite, image
 
 #: The large ones run with `pytest -m nightly`.
 NETWORKS = [pytest.param(n, marks=pytest.mark.nightly) if n in LARGE else n for n in PLAIN]
 
 
-@pytest.mark.parametrize("name", [*NETWORKS, *MIXING])
-def test_permutation(name: str):
-    program = fxfuse.capture(slim(build(name)), image())
+@pytest.mark.parametrize("name", NETWORKS)
+def test_permutation_and_wide(name: str):
+    programs = [fxfuse.capture(slim(build(name, seed)), image()) for seed in range(2)]
+    check_permutation(programs[0])
+    check = verify.concatenation_equals_ensemble(programs)
+    assert check.passed, check
+    assert check.tolerance == verify.EXACT, check.detail
+
+
+@pytest.mark.parametrize("name", [pytest.param("vit_b_32", marks=pytest.mark.nightly), "swin_t"])
+def test_permutation_and_what_mixes(name: str):
+    programs = [fxfuse.capture(build(name, seed), image()) for seed in range(2)]
+    check_permutation(programs[0])
+    check = verify.concatenation_equals_ensemble(programs)
+    assert check.tolerance == float("inf")
+    assert "normalisation over the members' neurons (layer_norm)" in check.detail
+    assert check.error > 1e-6
+
+
+def test_permutation_of_attention():
+    check_permutation(fxfuse.capture(build("vit_b_32"), image()))
+
+
+def check_permutation(program: fxfuse.Program) -> None:
     graph = fxfuse.analyze(program)
     check = verify.permutation_of(graph)
     assert check.passed, check
@@ -37,23 +58,6 @@ def slim(model: nn.Module) -> nn.Module:
         layer.weight = nn.Parameter(layer.weight[:rows, :columns].detach().clone())
         layer.bias = nn.Parameter(layer.bias[:rows].detach().clone())
     return model
-
-
-@pytest.mark.parametrize("name", NETWORKS)
-def test_wide_equals_ensemble(name: str):
-    members = [slim(build(name, seed)) for seed in range(2)]
-    check = verify.concatenation_equals_ensemble(members, image())
-    assert check.passed, check
-    assert check.tolerance == verify.EXACT, check.detail
-
-
-@pytest.mark.parametrize("name", [pytest.param("vit_b_32", marks=pytest.mark.nightly), "swin_t"])
-def test_wide_reports_what_mixes(name: str):
-    members = [build(name, seed) for seed in range(2)]
-    check = verify.concatenation_equals_ensemble(members, image())
-    assert check.tolerance == float("inf")
-    assert "normalisation over the members' neurons (layer_norm)" in check.detail
-    assert check.error > 1e-6
 
 
 class Perceptron(nn.Module):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -53,11 +55,20 @@ def _member(name: str, seed: int = 0) -> tuple[nn.Module, Example]:
     return excite(model, args), Example(args)
 
 
+@lru_cache
+def _program(name: str, seed: int = 0) -> fxfuse.Program:
+    return fxfuse.capture(*_member(name, seed))
+
+
+@lru_cache
+def _graph(name: str) -> fxfuse.CouplingGraph:
+    return fxfuse.analyze(_program(name))
+
+
 @pytest.mark.parametrize("name", NETWORKS)
 def test_units_may_be_permuted_and_pruned(name: str):
     model, example = _member(name)
-    program = fxfuse.capture(model, example)
-    graph = fxfuse.analyze(program)
+    program, graph = _program(name), _graph(name)
     check = verify.permutation_of(graph)
     assert check.passed, check
     assert verify.sensitivity(program) > 1e-3
@@ -73,15 +84,13 @@ def test_units_may_be_permuted_and_pruned(name: str):
 
 @pytest.mark.parametrize("name", EXACT)
 def test_members_side_by_side_are_their_mean(name: str):
-    check = verify.concatenation_equals_ensemble(
-        [fxfuse.capture(*_member(name, seed)) for seed in (0, 1)]
-    )
+    check = verify.concatenation_equals_ensemble([_program(name, seed) for seed in (0, 1)])
     assert check.tolerance < 1
     assert check.passed, check
 
 
 def test_a_basis_means_the_same_in_all_members():
-    graph = fxfuse.analyze(*_member("kan"))
+    graph = _graph("kan")
     assert "order matters" in graph.frozen[("layers.1.grid", 1)].why
     for place in (("layers.1.grid", 1), ("layers.1.spline", 2)):
         assert graph.frozen[place].kind == "shared"
@@ -148,7 +157,7 @@ def test_channels_of_split_attention(groups: int):
 
 @pytest.mark.parametrize("name", ["ddpm-unet", "adm-unet"])
 def test_channels_of_a_norm_whose_groups_are_but_one(name: str):
-    graph = fxfuse.analyze(*_member(name))
+    graph = _graph(name)
     assert not graph.single_units
     # Those of the norm's two groups are never exchanged.
     assert [g.n_units for g in graph.group_of[("stem.weight", 0)]] == [4, 4]
