@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import nn
 
+import fxfuse
+from fxfuse.graph.rebuild import rebuild
 from tests.models import excite
 
 
@@ -74,6 +77,14 @@ def resnets(n: int, dtype: torch.dtype = torch.float32) -> list[SmallResNet]:
         torch.manual_seed(seed)
         found.append(excite(SmallResNet().to(dtype), images(8, dtype)))
     return found
+
+
+def programs(models: Iterable[nn.Module], example: Any) -> list[fxfuse.Program]:
+    """Networks of one architecture, captured; they share the first one's graph: one export."""
+    first, *others = models
+    program = fxfuse.capture(first, example)
+    states = (other.state_dict(keep_vars=True) for other in others)
+    return [program, *(replace(program, module=rebuild(program.module, s)) for s in states)]
 
 
 @dataclass(frozen=True)

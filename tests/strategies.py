@@ -8,7 +8,7 @@ neighbours couple; one that needs a divisible width puts a layer in front.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -16,10 +16,9 @@ import torch.nn.functional as F
 from hypothesis import strategies as st
 from torch import nn
 
-import fxfuse
 from fxfuse.graph.capture import Program
-from fxfuse.graph.rebuild import rebuild
 from tests.models import excite
+from tests.nets import programs
 
 CLASSES = 3
 OUTPUTS = ("one", "tuple", "dict")
@@ -1158,13 +1157,8 @@ def build(recipe: Recipe, seed: int = 0) -> Network:
 
 
 def members_of(recipe: Recipe, n: int) -> list[Program]:
-    """Members of one architecture; they share the first one's graph, which saves exports."""
-    first = fxfuse.capture(build(recipe, 0), images())
-    states = (build(recipe, seed).state_dict(keep_vars=True) for seed in range(1, n))
-    return [
-        first,
-        *(replace(first, module=rebuild(first.module, state)) for state in states),
-    ]
+    """Members of one architecture."""
+    return programs((build(recipe, seed) for seed in range(n)), images())
 
 
 def is_plain(recipe: Recipe) -> bool:

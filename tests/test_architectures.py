@@ -11,6 +11,7 @@ from torch import nn
 import fxfuse
 from fxfuse import verify
 from tests.models import LARGE, PLAIN, build, excite, image
+from tests.nets import programs
 
 #: The large ones run with `pytest -m nightly`.
 NETWORKS = [pytest.param(n, marks=pytest.mark.nightly) if n in LARGE else n for n in PLAIN]
@@ -18,18 +19,18 @@ NETWORKS = [pytest.param(n, marks=pytest.mark.nightly) if n in LARGE else n for 
 
 @pytest.mark.parametrize("name", NETWORKS)
 def test_permutation_and_wide(name: str):
-    programs = [fxfuse.capture(slim(build(name, seed)), image()) for seed in range(2)]
-    check_permutation(programs[0])
-    check = verify.concatenation_equals_ensemble(programs)
+    members = programs((slim(build(name, seed)) for seed in range(2)), image())
+    check_permutation(members[0])
+    check = verify.concatenation_equals_ensemble(members)
     assert check.passed, check
     assert check.tolerance == verify.EXACT, check.detail
 
 
 @pytest.mark.parametrize("name", [pytest.param("vit_b_32", marks=pytest.mark.nightly), "swin_t"])
 def test_permutation_and_what_mixes(name: str):
-    programs = [fxfuse.capture(build(name, seed), image()) for seed in range(2)]
-    check_permutation(programs[0])
-    check = verify.concatenation_equals_ensemble(programs)
+    members = programs((build(name, seed) for seed in range(2)), image())
+    check_permutation(members[0])
+    check = verify.concatenation_equals_ensemble(members)
     assert check.tolerance == float("inf")
     assert "normalisation over the members' neurons (layer_norm)" in check.detail
     assert check.error > 1e-6

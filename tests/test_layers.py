@@ -9,6 +9,7 @@ from torch import nn
 import fxfuse
 from fxfuse import verify
 from tests.layers import FROZEN, LAYERS, Layer
+from tests.nets import programs
 
 
 # The deprecated way to normalise weights is what many networks use.
@@ -17,7 +18,7 @@ from tests.layers import FROZEN, LAYERS, Layer
 def test_layer(name: str):
     layer = LAYERS[name]
     models = [layer.member(seed) for seed in range(2)]
-    members = [fxfuse.capture(model, layer.example()) for model in models]
+    members = programs(models, layer.example())
     graph = fxfuse.analyze(members[0])
 
     check = verify.permutation_of(graph)

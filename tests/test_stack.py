@@ -36,7 +36,7 @@ from fxfuse.graph.tensors import is_constant, tensors_in
 from fxfuse.refine.infer_task import infer_task
 from tests.layers import FROZEN, LAYERS
 from tests.models import LARGE, MIXING, PLAIN, build, excite, image, torchvision
-from tests.nets import SmallResNet, images, resnets
+from tests.nets import SmallResNet, images, programs, resnets
 from tests.samples import SAMPLES, Net
 from tests.strategies import Recipe, members_of, recipes
 from tests.test_module import run_on_fake_cuda
@@ -190,7 +190,7 @@ def test_layer(name: str):
     with warnings.catch_warnings():
         # Some cannot keep the batch dynamic.
         warnings.simplefilter("ignore")
-        members = [fxfuse.capture(layer.member(seed), layer.example()) for seed in range(2)]
+        members = programs((layer.member(seed) for seed in range(2)), layer.example())
     check_stack(members)
 
 
