@@ -26,8 +26,6 @@ PLAIN = (
     "mobilenet_v2",
     "mobilenet_v3_small",
     "mobilenet_v3_large",
-    # Its fused convolutions are an ordinary one, and the rest is that of efficientnet_b0.
-    "efficientnet_v2_s",
     *(f"shufflenet_v2_x{n}" for n in ("0_5", "1_0", "1_5", "2_0")),
     *(f"efficientnet_b{n}" for n in range(8)),
     "efficientnet_v2_s",
@@ -51,6 +49,8 @@ LARGE = (
     "mobilenet_v3_large",
     *(f"shufflenet_v2_x{n}" for n in ("1_0", "1_5", "2_0")),
     *(f"efficientnet_b{n}" for n in range(1, 8)),
+    # Its fused convolutions are an ordinary one, and the rest is that of efficientnet_b0.
+    "efficientnet_v2_s",
     "efficientnet_v2_m",
     "efficientnet_v2_l",
 )

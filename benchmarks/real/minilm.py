@@ -107,6 +107,8 @@ def _hash(text: str) -> int:
 def pruned(network: SentenceEncoder, tokens: tuple[Tensor, Tensor], size: float) -> SentenceEncoder:
     """Prune a copy by torch-pruning: group L2 magnitude, whole heads, all layers alike.
 
+    The embedding keeps its size, and with it the sum that runs through all layers.
+
     Args:
         network: The encoder.
         tokens: Ids and mask of two sentences, which its graph is traced by.
@@ -127,6 +129,7 @@ def pruned(network: SentenceEncoder, tokens: tuple[Tensor, Tensor], size: float)
         num_heads=heads,
         prune_num_heads=True,
         head_pruning_ratio=1 - size,
+        ignored_layers=[result.bert.encoder.layer[-1].output.LayerNorm],
         output_transform=lambda output: output.last_hidden_state,
     )
     pruner.step()
