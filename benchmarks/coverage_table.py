@@ -119,11 +119,10 @@ def _random() -> list[str]:
     if not (RESULTS / "random_networks.json").exists():
         return []
     found = _read("random_networks.json")
-    counts = found["counts"]
     return [
         "",
         f"Random networks (`python benchmarks/random_networks.py`, seed {found['seed']}): "
-        f"**{counts['networks']:,}** drawn, **{len(found['findings'])}** with findings.",
+        f"**{found['networks']:,}** drawn, **{len(found['findings'])}** with findings.",
     ]
 
 
