@@ -140,9 +140,6 @@ def examine(seed: int, index: int) -> Outcome:
 def examine_all(seed: int, indices: Sequence[int], jobs: int) -> Iterator[Outcome]:
     """All outcomes, in the order of their indices."""
     run = partial(examine, seed)
-    if jobs == 1:
-        yield from map(run, indices)
-        return
     with get_context("spawn").Pool(jobs, maxtasksperchild=_FRESH) as pool:
         yield from pool.imap(run, indices, chunksize=_CHUNK)
 
