@@ -24,7 +24,7 @@ import time
 import traceback
 import warnings
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +35,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import fxfuse
 from benchmarks.coverage_models import BATCH, build, models
 from benchmarks.records import earlier, versions, write
+from benchmarks.transformers_models import NotBuiltError
 from fxfuse import Example, verify
 from tests.models import excite
 
@@ -43,8 +44,11 @@ RESULTS = Path(__file__).parent / "results" / "coverage.json"
 WIDE_LIMIT = 50_000_000
 #: Outputs that differ less than this between two inputs tell an oracle nothing.
 BLIND = 1e-6
-#: What is done with the models whose names begin so, beside the oracles.
-USED, USES = "plain:", ("fuse", "prune", "stack", "refit")
+#: What is done with the models of a library, beside the oracles.
+USES = {
+    "plain": ("fuse", "prune", "stack", "refit"),
+    "transformers-types": ("fuse", "prune", "stack"),
+}
 
 
 def measure(name: str) -> dict[str, Any]:
@@ -52,7 +56,10 @@ def measure(name: str) -> dict[str, Any]:
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
     row: dict[str, Any] = {"model": name}
-    model, args, kwargs = build(name)
+    try:
+        model, args, kwargs = build(name)
+    except NotBuiltError as error:
+        return {**row, "not_built": str(error)}
     row["parameters"] = sum(p.numel() for p in model.parameters())
     # In float32 first: what a user does, and what the times and the memory are claimed for.
     start = time.perf_counter()
@@ -89,20 +96,24 @@ def measure(name: str) -> dict[str, Any]:
         row["wide"] = "too large"
     else:
         row["wide"] = _wide(name, member)
-    if name.startswith(USED):
-        row["uses"] = {use: _tried(name, use) for use in USES}
+    if uses := USES.get(name.partition(":")[0]):
+        row["uses"] = _used_so(name, uses)
     return row
 
 
-def _tried(name: str, use: str) -> str:
-    """Return "ok", or why two members of a model cannot be used so."""
+def _used_so(name: str, uses: Sequence[str]) -> dict[str, str]:
+    """For each use "ok", or why two members of a model cannot be used so."""
+    members, example = [], Example()
+    for seed in (0, 1):
+        model, args, kwargs = build(name, seed)
+        torch.manual_seed(seed)
+        members.append(excite(model, args, kwargs))
+        example = Example(args, kwargs=kwargs)
+    return {use: _tried(members, example, use) for use in uses}
+
+
+def _tried(members: list[torch.nn.Module], example: Example, use: str) -> str:
     try:
-        members, example = [], Example()
-        for seed in (0, 1):
-            model, args, kwargs = build(name, seed)
-            torch.manual_seed(seed)
-            members.append(excite(model, args, kwargs))
-            example = Example(args, kwargs=kwargs)
         module, least, most = _used(members, example, use)
         ratio = _weights(module) / _weights(members[0])
         with torch.no_grad():
