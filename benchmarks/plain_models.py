@@ -261,7 +261,7 @@ class ResNeSt(nn.Module):
 class CondConv(nn.Module):
     """Each example's kernel is a mixture of experts' kernels."""
 
-    def __init__(self, width: int = 10, experts: int = 3) -> None:
+    def __init__(self, width: int = 10, experts: int = 4) -> None:
         super().__init__()
         self.stem = nn.Conv2d(3, width, 3, padding=1)
         self.experts = nn.Parameter(torch.randn(experts, 8, width, 3, 3) * 0.2)
@@ -429,7 +429,7 @@ class KAN(nn.Module):
 class ExpertLoop(nn.Module):
     """A loop over experts, each of which adds to the tokens that chose it."""
 
-    def __init__(self, width: int = 8, experts: int = 3) -> None:
+    def __init__(self, width: int = 8, experts: int = 4) -> None:
         super().__init__()
         self.embed = nn.Linear(7, width)
         self.route = nn.Linear(width, experts, bias=False)
@@ -455,7 +455,7 @@ class ExpertLoop(nn.Module):
 class StackedExperts(nn.Module):
     """All experts in three tensors, mixed by one `einsum`."""
 
-    def __init__(self, width: int = 8, inner: int = 12, experts: int = 3) -> None:
+    def __init__(self, width: int = 8, inner: int = 12, experts: int = 4) -> None:
         super().__init__()
         self.embed = nn.Linear(7, width)
         self.route = nn.Linear(width, experts)

@@ -27,6 +27,8 @@ def propagate_layouts(wide: ResizedGraph, node: fx.Node) -> Any:
             key = wide.units.order(wide.values[operand], dim)
             if key is not None:
                 agree(wide, node, operand, dim, layout, known.setdefault(key, layout))
+                # A pool leaves the one unit of several dimensions along one of them.
+                known.setdefault(wide.units.without_place(key), layout)
     for operand in operands:
         if operand.op != "get_attr":
             continue
