@@ -288,7 +288,7 @@ def main() -> None:
     options = parser.parse_args()
     rows = {r["model"]: r for r in earlier(options.json, "rows", keep=options.keep)}
     wanted = [m for m in models() if any(fnmatch.fnmatch(m, p) for p in options.only)]
-    names = [m for m in wanted if m not in rows or "failure" in rows[m]]
+    names = [m for m in wanted if m not in rows or {"failure", "not_built"} & rows[m].keys()]
     known = versions()
 
     def done(row: dict[str, Any]) -> None:

@@ -36,7 +36,7 @@ _SIZES: tuple[tuple[str, int], ...] = (
     (r"(q|kv|o)\w*_lora_rank|embedding_size|\w*bottleneck\w*size|expert_dim|projection_dim", 16),
     (r"\w*(num|n)_(encoder_|decoder_)?(hidden_)?(layers?|blocks)|n_layers?|(en|de)coder_layers", 2),
     (r"(num_)?\w*(kv|key_value|group)s?_heads", 2),
-    (r"n_heads?|(en|de)coder_attention_heads|num_\w*heads|nhead|heads", 4),
+    (r"\w*n_heads?|(en|de)coder_attention_heads|num_\w*heads|nhead|heads", 4),
     (r"num_\w*experts_per_tok|\w*top_?k|num_selected_experts", 2),
     (r"(num|n)_(\w*_)?experts|moe_num_experts|num_local_experts", 4),
     (r"n_shared_experts|num_shared_experts|n_group|topk_group|first_k_dense_replace", 1),
@@ -80,7 +80,10 @@ def _smaller(config: Any) -> dict[str, Any]:
         if hasattr(own, "to_dict"):
             changed[name] = type(own)(**_smaller(own))
         elif isinstance(value, int) and not isinstance(value, bool):
-            size = next((size for like, size in _SIZES if re.fullmatch(like, name)), None)
+            # As many heads of keys as of queries stay as many.
+            alike = name.endswith("heads") and value == config.to_dict().get("num_attention_heads")
+            asked = "num_attention_heads" if alike else name
+            size = next((size for like, size in _SIZES if re.fullmatch(like, asked)), None)
             if size is not None and value > size:
                 changed[name] = size
         elif re.fullmatch(_LISTS, name) and value and all(type(each) is int for each in value):
