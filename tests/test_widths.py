@@ -323,3 +323,27 @@ def test_positions_of_many_growing_dimensions():
     value = SimpleNamespace(shape=(2,) * 7, rank=7)
     with pytest.raises(RewriteError, match="7 of its dimensions grow"):
         positions_of(value, dict.fromkeys(range(7), twice))
+
+
+class NothingBehindPositions(nn.Module):
+    """Attention whose positions take a part of each head, here all of it: an empty part is left."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.qkv, self.head = nn.Linear(5, 24), nn.Linear(12, 2)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        q, v = self.qkv(x).unflatten(-1, (4, 6)).split(3, -1)
+        q = torch.cat([q[..., :3].roll(1, -1), q[..., 3:]], -1).transpose(1, 2)
+        y = nn.functional.scaled_dot_product_attention(q, q, v.transpose(1, 2))
+        return self.head(y.transpose(1, 2).flatten(2))
+
+
+@pytest.mark.parametrize("size", [0.5, 1.5])
+def test_an_empty_part_of_each_head(size: float):
+    x = torch.randn(2, 4, 5)
+    members = [NothingBehindPositions() for _ in range(2)]
+    result = fxfuse.fuse(members, x, size=size)
+    assert result.module(x).isfinite().all()
+    assert result.module.head.weight.shape[1] == 12 * size
+    assert fxfuse.verify.concatenation_equals_ensemble(members, x).passed
