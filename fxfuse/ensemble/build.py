@@ -23,7 +23,7 @@ from fxfuse.graph.capture import Program, capture
 from fxfuse.graph.eager import alone
 from fxfuse.graph.example import Example, is_single
 from fxfuse.graph.export_reuse import captured_each
-from fxfuse.graph.module_checks import check_enough, check_values
+from fxfuse.graph.module_checks import check_enough, check_values, warn_of_twins
 from fxfuse.graph.same_network import check_same_network
 from fxfuse.graph.tensors import tensors_in
 from fxfuse.graph.torch_compat import pytree
@@ -80,6 +80,7 @@ def stack(
         VerificationError: An output differs from the members'.
     """
     check_enough(members := list(Members.of(members).networks), "a stack")  # type: ignore[arg-type]
+    warn_of_twins(members)
     if reduce not in REDUCTIONS:
         raise OptionError(f"unknown reduce {reduce!r}", how=f"use one of {', '.join(REDUCTIONS)}")
     given = Example.of(example)
