@@ -12,13 +12,14 @@ from fxfuse.analysis.rules import contraction, find, ordering, pointwise
 from fxfuse.graph.arguments import argument, argument_names, set_argument
 from fxfuse.transform.layout import Layout
 from fxfuse.transform.resizing.literals import dimension
-from fxfuse.transform.resizing.operands import agree, broadcast
+from fxfuse.transform.resizing.operands import agree, broadcast, spread
 from fxfuse.transform.resizing.state import Layouts, ResizedGraph, cannot_write, has_tensor
 
 
 def propagate_layouts(wide: ResizedGraph, node: fx.Node) -> Any:
     """Hand layouts over to whatever carries the same neurons in the same order."""
     known: dict[bytes, Layout] = {}
+    _fill_factors(wide, node)
     operands = [n for n in node.all_input_nodes if has_tensor(wide.values[n])]
     for operand in operands:
         if operand.op == "get_attr":
@@ -54,6 +55,29 @@ def propagate_layouts(wide: ResizedGraph, node: fx.Node) -> Any:
     elif find(node.target) is pointwise.pointwise or pointwise.is_pointwise(node.target):
         broadcast(wide, node, operands, result)
     return result
+
+
+#: Along which dimensions of which operands a product sums.
+_SUMMED: dict[Any, tuple[tuple[int, int], ...]] = {
+    contraction.linear: ((0, -1), (1, -1)),
+    contraction.matmul: ((0, -1), (1, -2)),
+    contraction.addmm: ((1, -1), (2, -2)),
+}
+
+
+def _fill_factors(wide: ResizedGraph, node: fx.Node) -> None:
+    """Give a constant that neurons are summed with, alike for each, as many places as there are."""
+    ends: list[tuple[fx.Node, int]] = []
+    for place, dim in _SUMMED.get(find(node.target), ()):
+        operand = node.args[place]
+        assert isinstance(operand, fx.Node)
+        rank = wide.values[operand].rank
+        ends.append((operand, max(rank + dim, 0)))
+    for (operand, dim), (other, own) in (ends, ends[::-1]) if ends else ():
+        layout = wide.layout_of(operand).get(dim)
+        value = wide.values[other]
+        if layout is not None and not any(own in f.dims for f in value.fields):
+            spread(wide, node, other, own, layout)
 
 
 def _handed(
