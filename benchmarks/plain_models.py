@@ -429,7 +429,7 @@ class KAN(nn.Module):
 class ExpertLoop(nn.Module):
     """A loop over experts, each of which adds to the tokens that chose it."""
 
-    def __init__(self, width: int = 8, experts: int = 4) -> None:
+    def __init__(self, width: int = 8, experts: int = 3) -> None:
         super().__init__()
         self.embed = nn.Linear(7, width)
         self.route = nn.Linear(width, experts, bias=False)
@@ -455,7 +455,7 @@ class ExpertLoop(nn.Module):
 class StackedExperts(nn.Module):
     """All experts in three tensors, mixed by one `einsum`."""
 
-    def __init__(self, width: int = 8, inner: int = 12, experts: int = 4) -> None:
+    def __init__(self, width: int = 8, inner: int = 12, experts: int = 3) -> None:
         super().__init__()
         self.embed = nn.Linear(7, width)
         self.route = nn.Linear(width, experts)
