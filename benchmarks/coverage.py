@@ -130,7 +130,7 @@ def _tried(members: list[fxfuse.Program], use: str) -> str:
     return "ok" if least <= ratio <= most else f"{ratio:.2f} times the weights of a member"
 
 
-def _used(members: list[fxfuse.Program], use: str) -> tuple[torch.nn.Module, float, float]:
+def _used(members: list[fxfuse.Program], use: str) -> tuple[torch.fx.GraphModule, float, float]:
     """The network, and how many of a member's weights it has at least and at most."""
     if use == "fuse":
         return fxfuse.fuse(members, size=1.5).module, 1.1, 3.4
@@ -148,8 +148,10 @@ def _rolled(example: tuple[tuple[Any, ...], dict[str, Any]], by: int) -> Any:
     return tuple(x.roll(by, -1) if x.is_floating_point() else x for x in example[0])
 
 
-def _weights(module: torch.nn.Module) -> int:
-    return sum(tensor.numel() for tensor in module.parameters())
+def _weights(module: torch.fx.GraphModule) -> int:
+    """How many weights a graph reads: those of other inputs stay as they are."""
+    read = {str(node.target) for node in module.graph.nodes if node.op == "get_attr"}
+    return sum(tensor.numel() for name, tensor in module.named_parameters() if name in read)
 
 
 def double(name: str, seed: int) -> fxfuse.Program:

@@ -339,10 +339,27 @@ class NothingBehindPositions(nn.Module):
         return self.head(y.transpose(1, 2).flatten(2))
 
 
+class OneForAllHeads(nn.Module):
+    """All heads of queries read one head of keys, of states, and of values (multi-query)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.q, self.kv, self.head = nn.Linear(5, 12), nn.Linear(5, 6), nn.Linear(12, 2)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        q = self.q(x).unflatten(-1, (4, 3)).transpose(1, 2)
+        k, v = (t.unsqueeze(1).expand(-1, 4, -1, -1) for t in self.kv(x).chunk(2, -1))
+        y = nn.functional.scaled_dot_product_attention(q, k, v)
+        y = y + torch.einsum("bhts,bhsd->bhtd", torch.einsum("bhtd,bhsd->bhts", q, k), v)
+        y = y + (q @ k.transpose(-1, -2)).tanh() @ v
+        return self.head(y.transpose(1, 2).flatten(2))
+
+
 @pytest.mark.parametrize("size", [0.5, 1.5])
-def test_an_empty_part_of_each_head(size: float):
+@pytest.mark.parametrize("network", [NothingBehindPositions, OneForAllHeads])
+def test_heads_that_not_all_have_their_own(network: type[nn.Module], size: float):
     x = torch.randn(2, 4, 5)
-    members = [NothingBehindPositions() for _ in range(2)]
+    members = [network() for _ in range(2)]
     result = fxfuse.fuse(members, x, size=size)
     assert result.module(x).isfinite().all()
     assert result.module.head.weight.shape[1] == 12 * size

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
 from torch import fx
@@ -57,27 +57,49 @@ def propagate_layouts(wide: ResizedGraph, node: fx.Node) -> Any:
     return result
 
 
-#: Along which dimensions of which operands a product sums.
-_SUMMED: dict[Any, tuple[tuple[int, int], ...]] = {
-    contraction.linear: ((0, -1), (1, -1)),
-    contraction.matmul: ((0, -1), (1, -2)),
-    contraction.addmm: ((1, -1), (2, -2)),
-}
-
-
 def _fill_factors(wide: ResizedGraph, node: fx.Node) -> None:
-    """Give a constant that neurons are summed with, alike for each, as many places as there are."""
-    ends: list[tuple[fx.Node, int]] = []
-    for place, dim in _SUMMED.get(find(node.target), ()):
-        operand = node.args[place]
-        assert isinstance(operand, fx.Node)
-        rank = wide.values[operand].rank
-        ends.append((operand, max(rank + dim, 0)))
-    for (operand, dim), (other, own) in (ends, ends[::-1]) if ends else ():
-        layout = wide.layout_of(operand).get(dim)
-        value = wide.values[other]
-        if layout is not None and not any(own in f.dims for f in value.fields):
-            spread(wide, node, other, own, layout)
+    """Give factors that are alike for all neurons of a letter as many places as there are.
+
+    A constant that sums neurons, say, or the one head of keys that all heads of queries read.
+    """
+    operands = _with_letters(wide, node)
+    for operand, letters in operands:
+        for dim, layout in wide.layout_of(operand).items():
+            size = wide.values[operand].shape[dim]
+            for other, own in operands:
+                place, value = own.find(letters[dim]), wide.values[other]
+                if place < 0 or other is operand or value.shape[place] != size:
+                    continue
+                if not any(place in f.dims for f in value.fields):
+                    spread(wide, node, other, place, layout)
+
+
+def _with_letters(wide: ResizedGraph, node: fx.Node) -> list[tuple[fx.Node, str]]:
+    """Return the operands of a product, and a letter for each of their dimensions."""
+    rule, args = find(node.target), node.args
+    if rule is contraction.einsum:
+        factors = cast("Sequence[fx.Node]", args[1])
+        terms = str(args[0]).replace(" ", "").partition("->")[0].split(",")
+        ranks = [wide.values[factor].rank for factor in factors]
+        letters = [contraction.spelled(t, r) for t, r in zip(terms, ranks, strict=True)]
+        return list(zip(factors, letters, strict=True))
+    if rule in (contraction.linear, contraction.addmm, contraction.matmul):
+        first = int(rule is contraction.addmm)
+        letters = ["ti", "oi" if rule is contraction.linear else "io"]
+    elif rule is contraction.attention:
+        first, letters = 0, ["td", "sd", "se"]
+    else:
+        return []
+    operands = cast("Sequence[fx.Node]", args[first : first + len(letters)])
+    return [
+        (operand, _behind(wide.values[operand].rank, own))
+        for operand, own in zip(operands, letters, strict=True)
+    ]
+
+
+def _behind(rank: int, letters: str) -> str:
+    """Return the letters of a matrix behind those of leading dimensions; a vector has one."""
+    return "i" if rank == 1 else "FEDCBA"[8 - rank :] + letters
 
 
 def _handed(
