@@ -151,7 +151,8 @@ def _rolled(example: tuple[tuple[Any, ...], dict[str, Any]], by: int) -> Any:
 def _weights(module: torch.fx.GraphModule) -> int:
     """How many weights a graph reads: those of other inputs stay as they are."""
     read = {str(node.target) for node in module.graph.nodes if node.op == "get_attr"}
-    return sum(tensor.numel() for name, tensor in module.named_parameters() if name in read)
+    named = module.named_parameters(remove_duplicate=False)
+    return sum({id(tensor): tensor.numel() for name, tensor in named if name in read}.values())
 
 
 def double(name: str, seed: int) -> fxfuse.Program:
