@@ -164,6 +164,15 @@ def test_what_a_module_makes_is_float64_for_the_oracle_too(quiet):
     assert check.passed
     assert 1e-9 < check.tolerance < 1e-3 or check.error < 1e-9
     assert "in the network's own precision" in check.detail
+
+    class Rounded(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            single = x.to(torch.float32)
+            return (single * single.square().sum(-1, keepdim=True)).tanh().to(x.dtype)
+
+    check = verify.permutation(Early(Rounded()), x)
+    assert check.passed, check
+    assert check.error > verify.EXACT
     assert torch.get_default_dtype() is torch.float32
 
 

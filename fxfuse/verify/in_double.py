@@ -38,6 +38,14 @@ def lifted(value: Any) -> Any:
     return pytree.tree_map_only(torch.dtype, lambda x: _HIGHER.get(x, x), value)
 
 
+def names_lower_precision(graph: fx.Graph) -> bool:
+    """Tell whether an operator asks for a precision that `lifted` would raise."""
+    return any(
+        n.op == "call_function" and lifted((n.args, n.kwargs)) != (n.args, n.kwargs)
+        for n in graph.nodes
+    )
+
+
 def made_in_double(node: fx.Node) -> dict[str, Any]:
     """Return the arguments with which an operator makes a tensor in float64, from no tensor.
 
