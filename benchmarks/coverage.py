@@ -110,9 +110,13 @@ def _used_so(name: str, first: fxfuse.Program, uses: Sequence[str]) -> dict[str,
     """For each use "ok", or why two members of a model cannot be used so."""
     model, args, kwargs = build(name, 1)
     torch.manual_seed(1)
-    # Members share the first one's graph, which saves an export.
-    state = excite(model, args, kwargs).state_dict(keep_vars=True)
-    second = dataclasses.replace(first, module=rebuild(first.module, state))
+    excite(model, args, kwargs)
+    if first.is_exported:
+        # Members share the first one's graph, which saves an export.
+        state = model.state_dict(keep_vars=True)
+        second = dataclasses.replace(first, module=rebuild(first.module, state))
+    else:
+        second = fxfuse.capture(model, Example(args, kwargs=kwargs))
     return {use: _tried([first, second], use) for use in uses}
 
 

@@ -364,3 +364,35 @@ def test_heads_that_not_all_have_their_own(network: type[nn.Module], size: float
     assert result.module(x).isfinite().all()
     assert result.module.head.weight.shape[1] == 12 * size
     assert fxfuse.verify.concatenation_equals_ensemble(members, x).passed
+
+
+class Experts(nn.Module):
+    """Attention, then tokens go to two experts: the data say how many to each."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.q, self.route = nn.Linear(5, 12), nn.Linear(12, 2)
+        self.experts = nn.ModuleList(nn.Linear(12, 12) for _ in range(2))
+        self.head = nn.Linear(12, 2)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        q = self.q(x).unflatten(-1, (4, 3)).transpose(1, 2)
+        y = nn.functional.scaled_dot_product_attention(q, q, q).transpose(1, 2)
+        y = y.view(x.shape[0], x.shape[1], 12).flatten(0, 1)
+        chosen = self.route(y).argmax(-1)
+        order, sizes = chosen.sort()[1], nn.functional.one_hot(chosen, 2).sum(0).tolist()
+        parts = y[order].split(sizes)
+        found = torch.cat([e(part).tanh() for e, part in zip(self.experts, parts, strict=True)])
+        y = torch.zeros_like(y).index_add_(0, order, found) + y
+        return self.head(y.unflatten(0, x.shape[:2]))
+
+
+def test_tokens_go_to_experts_as_the_data_say():
+    x = torch.randn(3, 4, 5)
+    members = [Experts().eval() for _ in range(2)]
+    assert fxfuse.verify.permutation(members[0], x).passed
+    result = fxfuse.fuse(members, x, size=1.5)
+    assert result.emitted
+    assert result.module.get_parameter("experts.0.weight").shape == (18, 18)
+    own = torch.stack([member(x) for member in members]).mean(0)
+    torch.testing.assert_close(fxfuse.stack(members, x)(x), own)

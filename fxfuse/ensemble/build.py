@@ -16,7 +16,7 @@ from fxfuse.ensemble.order import in_depth
 from fxfuse.ensemble.policy import policy_of
 from fxfuse.ensemble.reduce import REDUCTIONS, write_output
 from fxfuse.ensemble.reuse import reuse_memory
-from fxfuse.ensemble.walk import changes_tensors, walk
+from fxfuse.ensemble.walk import changes_tensors, walk, written_tensors
 from fxfuse.ensemble.weights import as_words
 from fxfuse.errors import OptionError, VerificationError
 from fxfuse.graph.capture import Program, capture
@@ -135,6 +135,11 @@ def _emitted(writer: Writer, joined: Program, reduce: str, class_dim: int) -> Fu
     keeps_order = changes_tensors(writer.members[0].graph)
     graph = copy_graph(writer.graph) if keeps_order else in_depth(writer.graph)
     writer.graph.erase_node(output)
+    written = written_tensors(graph)
+    for node in graph.find_nodes(op="call_function", target=torch.ops.aten.view.default):
+        # Tensors of a stack need not be as contiguous as a member's own.
+        if node not in written:
+            node.target = torch.ops.aten.reshape.default
     reuse_memory(graph)
     graph.lint()
     constants: dict[str, torch.Tensor] = {}
