@@ -355,8 +355,24 @@ class OneForAllHeads(nn.Module):
         return self.head(y.transpose(1, 2).flatten(2))
 
 
+class Registers(nn.Module):
+    """Attention over the inputs and tokens that are learned, under a mask that hides nothing."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.tokens, self.head = nn.Parameter(torch.randn(4, 5)), nn.Linear(12, 2)
+        self.q = nn.Linear(5, 12)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = torch.cat([x, self.tokens.expand(x.shape[0], -1, -1)], 1)
+        q = self.q(x).unflatten(-1, (4, 3)).transpose(1, 2)
+        mask = (torch.arange(x.shape[1])[:, None] >= 0).expand(x.shape[0], 1, -1, x.shape[1])
+        y = nn.functional.scaled_dot_product_attention(q, q, q, attn_mask=mask)
+        return self.head(y.transpose(1, 2).flatten(2)[:, :4])
+
+
 @pytest.mark.parametrize("size", [0.5, 1.5])
-@pytest.mark.parametrize("network", [NothingBehindPositions, OneForAllHeads])
+@pytest.mark.parametrize("network", [NothingBehindPositions, OneForAllHeads, Registers])
 def test_heads_that_not_all_have_their_own(network: type[nn.Module], size: float):
     x = torch.randn(2, 4, 5)
     members = [network() for _ in range(2)]

@@ -63,14 +63,16 @@ def _fill_factors(wide: ResizedGraph, node: fx.Node) -> None:
     A constant that sums neurons, say, or the one head of keys that all heads of queries read.
     """
     operands = _with_letters(wide, node)
+    filled: set[tuple[fx.Node, int]] = set()
     for operand, letters in operands:
         for dim, layout in wide.layout_of(operand).items():
             size = wide.values[operand].shape[dim]
             for other, own in operands:
                 place, value = own.find(letters[dim]), wide.values[other]
-                if place < 0 or other is operand or value.shape[place] != size:
+                if place < 0 or (other, place) in filled or value.shape[place] != size:
                     continue
                 if not any(place in f.dims for f in value.fields):
+                    filled.add((other, place))
                     spread(wide, node, other, place, layout)
 
 
@@ -90,7 +92,10 @@ def _with_letters(wide: ResizedGraph, node: fx.Node) -> list[tuple[fx.Node, str]
         first, letters = 0, ["td", "sd", "se"]
     else:
         return []
-    operands = cast("Sequence[fx.Node]", args[first : first + len(letters)])
+    operands = list(cast("Sequence[fx.Node]", args[first : first + len(letters)]))
+    mask = argument(node, "attn_mask") if rule is contraction.attention else None
+    if isinstance(mask, fx.Node):
+        operands, letters = [*operands, mask], [*letters, "ts"]
     return [
         (operand, _behind(wide.values[operand].rank, own))
         for operand, own in zip(operands, letters, strict=True)
