@@ -141,7 +141,8 @@ def _used(members: list[fxfuse.Program], use: str) -> tuple[torch.fx.GraphModule
     if use == "prune":
         return fxfuse.prune(members[0], size=0.5).module, 0.1, 0.8
     if use == "stack":
-        return fxfuse.stack(members), 2, 2
+        # What leads to no output is not stacked.
+        return fxfuse.stack(members), 1, 2
     inputs = [_rolled(members[0].example_inputs, by) for by in range(8)]
     refined = fxfuse.fuse(members, calibration=inputs, refine=[fxfuse.Refit()])
     return refined.module, 1, 1
