@@ -320,9 +320,8 @@ class CalibrationBatches:
         copies = given.augmentations
         if copies is None:
             copies = int(size < _MANY and default_augment(batches[0]) is not None)
-        parts: tuple[torch.Tensor, ...] = ()
-        if labels is not None:
-            parts = labels[:size].split([count_rows(b) for b in batches])
+        sizes = [count_rows(b) for b in batches]
+        parts = () if labels is None else labels[:size].split(sizes)
         return CalibrationBatches(
             batches,
             size,
