@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import dataclasses
 import fnmatch
 import json
 import multiprocessing
@@ -24,7 +25,7 @@ import time
 import traceback
 import warnings
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +36,9 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import fxfuse
 from benchmarks.coverage_models import BATCH, build, models
 from benchmarks.records import earlier, versions, write
+from benchmarks.transformers_models import NotBuiltError
 from fxfuse import Example, verify
+from fxfuse.graph.rebuild import rebuild
 from tests.models import excite
 
 RESULTS = Path(__file__).parent / "results" / "coverage.json"
@@ -43,8 +46,11 @@ RESULTS = Path(__file__).parent / "results" / "coverage.json"
 WIDE_LIMIT = 50_000_000
 #: Outputs that differ less than this between two inputs tell an oracle nothing.
 BLIND = 1e-6
-#: What is done with the models whose names begin so, beside the oracles.
-USED, USES = "plain:", ("fuse", "prune", "stack", "refit")
+#: What is done with the models of a library, beside the oracles.
+USES = {
+    "plain": ("fuse", "prune", "stack", "refit"),
+    "transformers-types": ("fuse", "prune", "stack"),
+}
 
 
 def measure(name: str) -> dict[str, Any]:
@@ -52,8 +58,13 @@ def measure(name: str) -> dict[str, Any]:
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
     row: dict[str, Any] = {"model": name}
-    model, args, kwargs = build(name)
+    try:
+        model, args, kwargs = build(name)
+    except NotBuiltError as error:
+        return {**row, "not_built": str(error)}
     row["parameters"] = sum(p.numel() for p in model.parameters())
+    torch.manual_seed(0)
+    excite(model, args, kwargs)
     # In float32 first: what a user does, and what the times and the memory are claimed for.
     start = time.perf_counter()
     program = fxfuse.capture(model, Example(args, kwargs=kwargs))
@@ -71,6 +82,9 @@ def measure(name: str) -> dict[str, Any]:
     row["frozen"] = _reasons(graph)
     row["mixes"] = len(graph.mixing)
     row["without_rule"] = [gap.operator for gap in graph.without_rule]
+    uses = USES.get(name.partition(":")[0], ())
+    if uses:
+        row["uses"] = _used_so(name, program, uses)
     del program, graph, model
     member = double(name, 0)
     graph = fxfuse.analyze(member)
@@ -89,24 +103,30 @@ def measure(name: str) -> dict[str, Any]:
         row["wide"] = "too large"
     else:
         row["wide"] = _wide(name, member)
-    if name.startswith(USED):
-        row["uses"] = {use: _tried(name, use) for use in USES}
     return row
 
 
-def _tried(name: str, use: str) -> str:
-    """Return "ok", or why two members of a model cannot be used so."""
+def _used_so(name: str, first: fxfuse.Program, uses: Sequence[str]) -> dict[str, str]:
+    """For each use "ok", or why two members of a model cannot be used so."""
+    model, args, kwargs = build(name, 1)
+    torch.manual_seed(1)
+    excite(model, args, kwargs)
+    if first.is_exported:
+        # Members share the first one's graph, which saves an export.
+        state = model.state_dict(keep_vars=True)
+        second = dataclasses.replace(first, module=rebuild(first.module, state))
+    else:
+        second = fxfuse.capture(model, Example(args, kwargs=kwargs))
+    return {use: _tried([first, second], use) for use in uses}
+
+
+def _tried(members: list[fxfuse.Program], use: str) -> str:
     try:
-        members, example = [], Example()
-        for seed in (0, 1):
-            model, args, kwargs = build(name, seed)
-            torch.manual_seed(seed)
-            members.append(excite(model, args, kwargs))
-            example = Example(args, kwargs=kwargs)
-        module, least, most = _used(members, example, use)
-        ratio = _weights(module) / _weights(members[0])
+        module, least, most = _used(members, use)
+        ratio = _weights(module) / _weights(members[0].module)
+        args, kwargs = members[0].example_inputs
         with torch.no_grad():
-            output = module(*example.args, **example.kwargs)
+            output = module(*args, **kwargs)
     except Exception as error:
         return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
     if not output.isfinite().all():
@@ -114,29 +134,30 @@ def _tried(name: str, use: str) -> str:
     return "ok" if least <= ratio <= most else f"{ratio:.2f} times the weights of a member"
 
 
-def _used(
-    members: list[torch.nn.Module], example: Example, use: str
-) -> tuple[torch.nn.Module, float, float]:
+def _used(members: list[fxfuse.Program], use: str) -> tuple[torch.fx.GraphModule, float, float]:
     """The network, and how many of a member's weights it has at least and at most."""
-    first = members[0]
     if use == "fuse":
-        return fxfuse.fuse(members, example, size=1.5).module, 1.1, 3.4
+        return fxfuse.fuse(members, size=1.5).module, 1.1, 3.4
     if use == "prune":
-        return fxfuse.prune(first, example, size=0.5).module, 0.1, 0.8
+        return fxfuse.prune(members[0], size=0.5).module, 0.1, 0.8
     if use == "stack":
-        return fxfuse.stack(members, example), 2, 2
-    inputs = [_rolled(example, by) for by in range(8)]
-    refined = fxfuse.fuse(members, example, calibration=inputs, refine=[fxfuse.Refit()])
+        # What leads to no output is not stacked.
+        return fxfuse.stack(members), 1, 2
+    inputs = [_rolled(members[0].example_inputs, by) for by in range(8)]
+    refined = fxfuse.fuse(members, calibration=inputs, refine=[fxfuse.Refit()])
     return refined.module, 1, 1
 
 
-def _rolled(example: Example, by: int) -> Any:
+def _rolled(example: tuple[tuple[Any, ...], dict[str, Any]], by: int) -> Any:
     """Other inputs of the same kind: those of the example, rolled along their last dimension."""
-    return tuple(x.roll(by, -1) if x.is_floating_point() else x for x in example.args)
+    return tuple(x.roll(by, -1) if x.is_floating_point() else x for x in example[0])
 
 
-def _weights(module: torch.nn.Module) -> int:
-    return sum(tensor.numel() for tensor in module.parameters())
+def _weights(module: torch.fx.GraphModule) -> int:
+    """How many weights a graph reads: those of other inputs stay as they are."""
+    read = {str(node.target) for node in module.graph.nodes if node.op == "get_attr"}
+    named = module.named_parameters(remove_duplicate=False)
+    return sum({id(tensor): tensor.numel() for name, tensor in named if name in read}.values())
 
 
 def double(name: str, seed: int) -> fxfuse.Program:
@@ -277,7 +298,7 @@ def main() -> None:
     options = parser.parse_args()
     rows = {r["model"]: r for r in earlier(options.json, "rows", keep=options.keep)}
     wanted = [m for m in models() if any(fnmatch.fnmatch(m, p) for p in options.only)]
-    names = [m for m in wanted if m not in rows or "failure" in rows[m]]
+    names = [m for m in wanted if m not in rows or {"failure", "not_built"} & rows[m].keys()]
     known = versions()
 
     def done(row: dict[str, Any]) -> None:

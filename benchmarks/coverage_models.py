@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from benchmarks import transformers_models
 from benchmarks.plain_models import NETWORKS
 
 FAMILIES = Path(__file__).with_name("timm_families.json")
@@ -509,7 +510,7 @@ class _Answer(nn.Module):
 
     def forward(self, **inputs: torch.Tensor) -> torch.Tensor:
         output = self.model(**inputs)
-        names = ("logits", "logits_per_image", "last_hidden_state")
+        names = ("logits", "logits_per_image", "last_hidden_state", *output)
         return next(output[name] for name in names if name in output)
 
 
@@ -530,6 +531,11 @@ def build_transformers(name: str) -> tuple[nn.Module, Inputs]:
     return _Answer(model), lambda: ((), inputs())
 
 
+def build_type(name: str) -> tuple[nn.Module, Inputs]:
+    model, inputs = transformers_models.build(name)
+    return _Answer(model), lambda: ((), inputs)
+
+
 # --- plain torch --------------------------------------------------------------------------------
 
 
@@ -545,6 +551,7 @@ BUILDERS = {
     "timm": build_timm,
     "transformers": build_transformers,
     "plain": build_plain,
+    "transformers-types": build_type,
 }
 
 
@@ -555,6 +562,7 @@ def models() -> list[str]:
         "timm": timm_names(),
         "transformers": list(TRANSFORMERS),
         "plain": list(NETWORKS),
+        "transformers-types": transformers_models.classes(),
     }
     return [f"{library}:{name}" for library, found in names.items() for name in found]
 

@@ -22,7 +22,7 @@ from benchmarks.pages import run
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 PAGE = ROOT / "docs" / "coverage.md"
-LIBRARIES = ("torchvision", "timm", "transformers", "plain")
+LIBRARIES = ("torchvision", "timm", "transformers", "transformers-types", "plain")
 USES = {"fuse": "fuse 1.5", "prune": "prune 0.5", "stack": "stack", "refit": "refit"}
 #: Below this share of free weights, the page says why.
 EXPLAINED = 0.95
@@ -33,15 +33,18 @@ Row = dict[str, Any]
 def page() -> str:
     """The whole page."""
     coverage = _read("coverage.json")
-    rows: list[Row] = coverage["rows"]
+    every: list[Row] = coverage["rows"]
+    rows = [r for r in every if "not_built" not in r]
     versions = ", ".join(f"{name} {version}" for name, version in coverage["versions"].items())
     lines = [
         "# Coverage",
         "",
         "What the analyzer makes of every torchvision model, of every timm family, of the usual",
-        "transformers and of kinds of networks that no library holds (`plain`, in",
-        "`benchmarks/plain_models.py`), and whether the oracles hold on it. Written by",
-        f"`python benchmarks/coverage.py` and `python benchmarks/coverage_table.py`; {versions}.",
+        "transformers, of one text or vision class of each model type of transformers with a small",
+        "config (`transformers-types`, in `benchmarks/transformers_models.py`), and of kinds of",
+        "networks that no library holds (`plain`, in `benchmarks/plain_models.py`), and whether",
+        "the oracles hold on it. Written by `python benchmarks/coverage.py` and",
+        f"`python benchmarks/coverage_table.py`; {versions}.",
         "",
         "Networks have random weights in float64, made so that an oracle can see: BatchNorm",
         "statistics calibrated and jittered, weights that start at zero randomised, outputs shown",
@@ -52,7 +55,9 @@ def page() -> str:
         "concatenation of two members and their mean, where no operator mixes them. Times are for",
         "one thread; the analysis starts from the captured graph.",
         "",
-        f"{len(rows)} of the sweep's {coverage['models']} models have been measured.",
+        f"{len(every)} of the sweep's {coverage['models']} models have been tried;"
+        f" {len(every) - len(rows)} of them cannot be built by a small config, as the end of this",
+        "page lists.",
         "",
         *_summary(rows),
         *_random(),
@@ -80,6 +85,9 @@ def page() -> str:
     failed = [r for r in rows if "failure" in r]
     lines += ["", "## Failures", ""]
     lines += [f"- `{r['model']}`: {_plain(r['failure'])}" for r in failed] or ["None."]
+    lines += ["", "## What a small config does not build", ""]
+    unbuilt = [r for r in every if "not_built" in r]
+    lines += [f"- `{r['model']}`: {_plain(r['not_built'])}" for r in unbuilt] or ["Nothing."]
     return "\n".join(lines) + "\n"
 
 
@@ -119,11 +127,10 @@ def _random() -> list[str]:
     if not (RESULTS / "random_networks.json").exists():
         return []
     found = _read("random_networks.json")
-    counts = found["counts"]
     return [
         "",
         f"Random networks (`python benchmarks/random_networks.py`, seed {found['seed']}): "
-        f"**{counts['networks']:,}** drawn, **{len(found['findings'])}** with findings.",
+        f"**{found['networks']:,}** drawn, **{len(found['findings'])}** with findings.",
     ]
 
 
@@ -198,25 +205,26 @@ def _uses(rows: Sequence[Row]) -> list[str]:
     used = [r for r in rows if "uses" in r]
     if not used:
         return []
+    uses = {use: name for use, name in USES.items() if use in used[0]["uses"]}
     green = sum(set(r["uses"].values()) == {"ok"} for r in used)
     lines = [
         "",
-        f"Two members of each are fused at width 1.5, pruned to 0.5, stacked and refitted: {green}",
-        f"of {len(used)} models pass everywhere.",
+        f"What is done with two members of each ({', '.join(uses.values())}): {green} of",
+        f"{len(used)} models pass everywhere.",
         "",
-        "| model | " + " | ".join(USES.values()) + " |",
-        "|---|" + "---|" * len(USES),
+        "| model | " + " | ".join(uses.values()) + " |",
+        "|---|" + "---|" * len(uses),
     ]
     lines += [
         f"| {r['model'].partition(':')[2]} | "
-        + " | ".join("yes" if r["uses"][use] == "ok" else "no" for use in USES)
+        + " | ".join("yes" if r["uses"][use] == "ok" else "no" for use in uses)
         + " |"
         for r in used
     ]
     why = [
-        f"- `{r['model']}`, {USES[use]}: {_plain(r['uses'][use])}"
+        f"- `{r['model']}`, {uses[use]}: {_plain(r['uses'][use])}"
         for r in used
-        for use in USES
+        for use in uses
         if r["uses"][use] != "ok"
     ]
     return [*lines, "", *why] if why else lines
@@ -224,7 +232,7 @@ def _uses(rows: Sequence[Row]) -> list[str]:
 
 def _plain(text: str) -> str:
     """Without the paths of the machine that it ran on, and without marks of tables and links."""
-    return re.sub(r"([|\[])", r"\\\1", re.sub(r"\S*/(site-packages|work)/", "", text))
+    return re.sub(r"([|\[<])", r"\\\1", re.sub(r"\S*/(site-packages|work)/", "", text))
 
 
 def pages() -> dict[Path, str]:

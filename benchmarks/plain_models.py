@@ -261,7 +261,7 @@ class ResNeSt(nn.Module):
 class CondConv(nn.Module):
     """Each example's kernel is a mixture of experts' kernels."""
 
-    def __init__(self, width: int = 10, experts: int = 3) -> None:
+    def __init__(self, width: int = 10, experts: int = 4) -> None:
         super().__init__()
         self.stem = nn.Conv2d(3, width, 3, padding=1)
         self.experts = nn.Parameter(torch.randn(experts, 8, width, 3, 3) * 0.2)
@@ -633,6 +633,42 @@ class Conformer(nn.Module):
         return self.head(self.last(x + 0.5 * self.forwards[1](x)))
 
 
+class Mask2Former(nn.Module):
+    """Queries attend to the pixels that their own masks leave over, then answer masks and kinds."""
+
+    def __init__(self, width: int = 12, heads: int = 3, queries: int = 5) -> None:
+        super().__init__()
+        self.heads = heads
+        self.stem, self.deep = nn.Conv2d(3, 8, 3, 2, 1), nn.Conv2d(8, 10, 3, 2, 1)
+        self.memory, self.lateral = nn.Conv2d(10, width, 1), nn.Conv2d(8, width, 1)
+        self.queries = nn.Parameter(torch.randn(queries, width))
+        self.norms = nn.ModuleList(nn.LayerNorm(width) for _ in range(3))
+        self.q, self.kv = nn.Linear(width, width), nn.Linear(width, 2 * width)
+        self.out = nn.Linear(width, width)
+        self.attention = nn.MultiheadAttention(width, heads, batch_first=True)
+        self.mlp = nn.Sequential(nn.Linear(width, 16), nn.ReLU(), nn.Linear(16, width))
+        self.embed = nn.Sequential(nn.Linear(width, 14), nn.ReLU(), nn.Linear(14, width))
+        self.kind = nn.Linear(width, CLASSES)
+
+    def masks(self, x: torch.Tensor, pixels: torch.Tensor) -> torch.Tensor:
+        return torch.einsum("bqc,bchw->bqhw", self.embed(self.norms[0](x)), pixels)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        high = F.silu(self.stem(x))
+        low = self.memory(F.silu(self.deep(high)))
+        pixels = self.lateral(high) + F.interpolate(low, scale_factor=2.0)
+        y = self.queries.expand(x.shape[0], -1, -1)
+        hidden = F.interpolate(self.masks(y, pixels), scale_factor=0.5).flatten(2).sigmoid() < 0.5
+        hidden = hidden & ~hidden.all(-1, keepdim=True)
+        k, v = self.kv(low.flatten(2).transpose(1, 2)).chunk(2, -1)
+        q, k, v = (z.unflatten(-1, (self.heads, -1)).transpose(1, 2) for z in (self.q(y), k, v))
+        found = F.scaled_dot_product_attention(q, k, v, attn_mask=~hidden[:, None])
+        y = self.norms[1](y + self.out(found.transpose(1, 2).flatten(2)))
+        y = self.norms[2](y + self.attention(y, y, y, need_weights=False)[0])
+        y = y + self.mlp(y)
+        return torch.cat([self.masks(y, pixels).flatten(2), self.kind(self.norms[0](y))], -1)
+
+
 NETWORKS: dict[str, Network] = {
     "gcn": (GCN, lambda: (torch.randn(8, 7), _edges())),
     "gin": (lambda: GIN(_edges()), _tokens(8)),
@@ -657,5 +693,6 @@ NETWORKS: dict[str, Network] = {
         lambda: (*_image()(), torch.rand(BATCH, 1) * 100),
     ),
     "yolov8": (YOLO, _image(16)),
+    "mask2former": (Mask2Former, _image(16)),
     "conformer": (Conformer, _tokens()),
 }

@@ -1,10 +1,12 @@
 """Oracles 1 and 2 on many random networks; prints counts and every violation.
 
-    python benchmarks/random_networks.py [--networks 10000] [--jobs 2] [--seed 0] [--json FILE]
-    python benchmarks/random_networks.py --seed 0 --only 4711
+    python benchmarks/random_networks.py [--networks 10000] [--jobs 2] [--seed 22] [--keep]
+    python benchmarks/random_networks.py --seed 22 --only 4711
 
 The networks are those of `tests/strategies.py`, drawn by a plain generator: nothing is shrunk. A
-seed and an index name a network, however many are drawn and by however many processes.
+seed and an index name a network, however many are drawn and by however many processes. With
+`--keep`, a run goes on where the JSON file ends: it asks about the networks with findings again,
+and then draws further ones.
 """
 
 from __future__ import annotations
@@ -17,17 +19,19 @@ import time
 import traceback
 import warnings
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
+from typing import Any
 
 import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import fxfuse
+from benchmarks.records import write
 from fxfuse import verify
 from tests.strategies import (
     IMAGE,
@@ -42,10 +46,11 @@ from tests.strategies import (
     members_of,
 )
 
+RESULTS = Path(__file__).parent / "results" / "random_networks.json"
 #: A process takes so many networks at a time, and is replaced after so many portions, because
 #: torch.export keeps memory.
 _CHUNK, _FRESH = 10, 50
-#: After so many networks a line tells how far it is.
+#: After so many networks the file is written, and a line tells how far it is.
 _PROGRESS = 50
 #: Below this the outputs hardly depend on the inputs, and an oracle would learn nothing.
 _BLIND = 1e-6
@@ -132,66 +137,89 @@ def examine(seed: int, index: int) -> Outcome:
     return outcome
 
 
-def examine_all(seed: int, indices: range, jobs: int) -> Iterator[Outcome]:
+def examine_all(seed: int, indices: Sequence[int], jobs: int) -> Iterator[Outcome]:
     """All outcomes, in the order of their indices."""
     run = partial(examine, seed)
-    if jobs == 1:
-        yield from map(run, indices)
-        return
     with get_context("spawn").Pool(jobs, maxtasksperchild=_FRESH) as pool:
         yield from pool.imap(run, indices, chunksize=_CHUNK)
+
+
+@dataclass
+class Tally:
+    """Counts over the networks of one seed, from its first one on.
+
+    Attributes:
+        networks: How many there were.
+        exact: In how many of them wide has to equal the ensemble.
+        seconds: Spent on all of them.
+        kinds: Networks per kind of block.
+        found: Outcomes with findings, by index.
+    """
+
+    networks: int = 0
+    exact: int = 0
+    seconds: float = 0.0
+    kinds: Counter[str] = field(default_factory=Counter)
+    found: dict[int, Outcome] = field(default_factory=dict)
+
+    def add(self, outcome: Outcome) -> None:
+        """Counts an outcome; one with findings before is replaced."""
+        if (before := self.found.pop(outcome.index, None)) is None:
+            self.networks += 1
+            self.seconds += outcome.seconds
+            self.kinds.update(outcome.kinds)
+        self.exact += outcome.exact - (before.exact if before else False)
+        if outcome.findings:
+            self.found[outcome.index] = outcome
+
+    @classmethod
+    def read(cls, path: Path, seed: int) -> Tally:
+        """What an earlier run with this seed wrote; nothing where there is no such run."""
+        if not path.exists():
+            return cls()
+        result = json.loads(path.read_text(encoding="utf-8"))
+        if result["seed"] != seed:
+            raise SystemExit(f"{path} holds networks of seed {result['seed']}, not {seed}")
+        networks, exact = result["networks"], result["exact"]
+        found = {old["index"]: Outcome(**old) for old in result["findings"]}
+        kinds = Counter(result["networks per kind"])
+        return cls(networks, exact, networks * result["seconds per network"], kinds, found)
+
+    def result(self, seed: int) -> dict[str, Any]:
+        """The JSON file."""
+        return {
+            "torch": torch.__version__,
+            "seed": seed,
+            "networks": self.networks,
+            "exact": self.exact,
+            "seconds per network": round(self.seconds / max(self.networks, 1), 3),
+            "networks per kind": dict(sorted(self.kinds.items())),
+            "findings": [asdict(self.found[index]) for index in sorted(self.found)],
+        }
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--networks", type=int, default=1000)
     parser.add_argument("--jobs", type=int, default=1)
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seed", type=int, default=22)
     parser.add_argument("--only", type=int, metavar="INDEX", help="this network alone")
-    parser.add_argument("--json", type=Path)
+    parser.add_argument("--json", type=Path, default=RESULTS)
+    parser.add_argument("--keep", action="store_true")
     options = parser.parse_args()
-    indices = range(options.networks)
     if options.only is not None:
-        indices = range(options.only, options.only + 1)
         print(draw(options.seed, options.only))
-    start = time.monotonic()
-    outcomes = []
-    for outcome in examine_all(options.seed, indices, options.jobs):
-        outcomes.append(outcome)
+        print(examine(options.seed, options.only))
+        return
+    tally = Tally.read(options.json, options.seed) if options.keep else Tally()
+    indices = [*sorted(tally.found), *range(tally.networks, options.networks)]
+    for number, outcome in enumerate(examine_all(options.seed, indices, options.jobs), 1):
+        tally.add(outcome)
         for what, text in outcome.findings:
             print(f"{outcome.index}: {what}: {outcome.recipe}\n    {text}", flush=True)
-        if len(outcomes) % _PROGRESS == 0:
-            found = sum(bool(o.findings) for o in outcomes)
-            print(f"{len(outcomes)} networks, {found} with findings", file=sys.stderr)
-    report(outcomes, options, time.monotonic() - start)
-
-
-def report(outcomes: list[Outcome], options: argparse.Namespace, seconds: float) -> None:
-    """Prints the counts; writes them as JSON when asked to."""
-    per_kind = Counter(kind for outcome in outcomes for kind in outcome.kinds)
-    found = Counter(what for outcome in outcomes for what, _ in outcome.findings)
-    exact = sum(outcome.exact for outcome in outcomes)
-    counts = {
-        "networks": len(outcomes),
-        "without a mixing operator: wide has to equal the ensemble": exact,
-        "with a mixing operator: infinite tolerance": len(outcomes) - exact,
-        "seconds": round(seconds, 1),
-        "seconds per network": round(sum(o.seconds for o in outcomes) / len(outcomes), 3),
-    }
-    for kind, number in sorted(per_kind.items(), key=lambda pair: -pair[1]):
-        print(f"{kind:24}{number:>7}")
-    for what, number in counts.items():
-        print(f"{what}: {number}")
-    print(f"findings: {dict(found) or 'none'}")
-    if options.json:
-        result = {
-            "torch": torch.__version__,
-            "seed": options.seed,
-            "counts": counts,
-            "networks per kind": dict(sorted(per_kind.items())),
-            "findings": [asdict(outcome) for outcome in outcomes if outcome.findings],
-        }
-        options.json.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+        if number % _PROGRESS == 0 or number == len(indices):
+            write(options.json, tally.result(options.seed))
+            print(f"{tally.networks} networks, {len(tally.found)} with findings", flush=True)
 
 
 if __name__ == "__main__":

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import gc
 import os
 import random
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +21,8 @@ import numpy as np
 import pytest
 import torch
 from hypothesis import settings
+
+import fxfuse
 
 torch.set_num_threads(1)
 
@@ -54,6 +58,46 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
     from xdist.scheduler import WorkStealingScheduling
 
     return WorkStealingScheduling(config, log)
+
+
+#: Tensors of more values are not copied: that nothing was written into them is enough.
+_SMALL = 10_000
+
+
+def _looked_at(module: torch.nn.Module) -> list[Any]:
+    """What oracle 6 compares of a network: modes, and tensors and the values in them."""
+    found: list[Any] = [part.training for part in module.modules()]
+    for tensor in (*module.parameters(), *module.buffers()):
+        plain = type(tensor) in (torch.Tensor, torch.nn.Parameter) and not tensor.is_meta
+        plain = plain and tensor.layout is torch.strided and not tensor.is_quantized
+        if plain and tensor.numel() <= _SMALL:
+            values = tensor.detach().cpu().reshape(-1).contiguous()
+            found += [id(tensor), values.view(torch.uint8).numpy().tobytes()]
+        else:
+            found += [id(tensor), tensor._version]
+    return found
+
+
+def _leaves_members_alone(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Oracle 6: a function of fxfuse that asserts that networks and random state stay the same."""
+
+    @functools.wraps(function)
+    def checked(*args: Any, **kwargs: Any) -> Any:
+        given = (getattr(args[0], "networks", args[0]) if args else ()), args[1:]
+        leaves = torch.utils._pytree.tree_leaves(given)
+        modules = [x for x in leaves if isinstance(x, torch.nn.Module)]
+        before = [torch.get_rng_state().tolist(), *map(_looked_at, modules)]
+        try:
+            return function(*args, **kwargs)
+        finally:
+            after = [torch.get_rng_state().tolist(), *map(_looked_at, modules)]
+            assert after == before, f"{function.__name__} changes its members or the random state"
+
+    return checked
+
+
+for _name in ("analyze", "capture", "fuse", "plan", "prune", "stack"):
+    setattr(fxfuse, _name, _leaves_members_alone(getattr(fxfuse, _name)))
 
 
 @pytest.fixture(autouse=True)

@@ -16,6 +16,13 @@ def tagged(x: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
     return x * torch.sigmoid(scale * x)
 
 
+@torch.library.custom_op("fxfuse_tests::single", mutates_args=(), tags=torch.Tag.pointwise)
+def single(x: torch.Tensor) -> torch.Tensor:
+    if x.dtype is not torch.float32:
+        raise RuntimeError(f"single takes float32, got {x.dtype}")
+    return x * torch.sigmoid(x)
+
+
 @torch.library.custom_op("fxfuse_tests::unit_length", mutates_args=())
 def unit_length(x: torch.Tensor) -> torch.Tensor:
     return x / (1 + x.norm(dim=-1, keepdim=True))
@@ -46,7 +53,7 @@ def _like(x: torch.Tensor, *_: torch.Tensor) -> torch.Tensor:
     return torch.empty_like(x)
 
 
-for _operator in (swish, tagged, unit_length, smooth, weighted):
+for _operator in (swish, tagged, single, unit_length, smooth, weighted):
     _operator.register_fake(_like)
 
 

@@ -478,6 +478,8 @@ def test_a_member_that_is_there_twice():
     model = mlp()
     with pytest.warns(UserWarning, match="members 0 and 2 are the same object"):
         fxfuse.fuse([model, mlp(), model], torch.randn(3, 4))
+    with pytest.warns(UserWarning, match="members 0 and 1 are the same object"):
+        fxfuse.stack([model, model], torch.randn(3, 4))
 
 
 def test_a_data_set_as_calibration():

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 import fxfuse
+from benchmarks.plain_models import NETWORKS
 from fxfuse import Calibration, Refit, Transplant
 from fxfuse.activations import NodeRunner, elimination, unit_activations
 from fxfuse.activations.calibration import CalibrationBatches
@@ -413,3 +414,38 @@ def test_inputs_that_are_not_normalised_as_in_training_are_named(scale: float, o
     told = [str(w.message) for w in caught if "like those of the training" in str(w.message)]
     assert len(told) == (scale != 1)
     assert all("at batch_norm" in text and "Normalise" in text for text in told)
+
+
+@pytest.mark.filterwarnings("ignore:layers are")
+def test_nodes_stay_with_their_edges():
+    """Calls whose tensors have no dimension in common are fitted as they are."""
+    build, inputs = NETWORKS["gcn"]
+    members = [excite(build(), inputs()).eval() for _ in range(2)]
+    calls = [(torch.randn(8, 7), inputs()[1]) for _ in range(12)]
+    batches = CalibrationBatches.of(fxfuse.capture(members[0], inputs()), calls)
+    assert batches.undivided
+    first, second = batches.split(0.25)
+    assert (len(first.batches), len(second.batches)) == (9, 3)
+    assert all(args[0].shape == (8, 7) and args[1].shape == (2, 12) for args, _ in first.batches)
+    options = {"calibration": calls, "task": fxfuse.Classification()}
+    result = fxfuse.fuse(members, inputs(), refine=[fxfuse.Refit()], **options)
+    assert result.module(*calls[0]).shape == (8, 5)
+    with pytest.raises(InputError, match="these calls cannot be divided"):
+        fxfuse.fuse(members, inputs(), refine=[fxfuse.Match(steps=1)], **options)
+
+
+def test_a_tensor_for_all_inputs_leaves_them_divided():
+    class Masked(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(6, 3)
+
+        def forward(self, x: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+            return self.layer(mask @ x).mean(1)
+
+    x, mask = torch.randn(120, 4, 6), torch.rand(4, 4)
+    program = fxfuse.capture(Masked(), (x[:3], mask))
+    batches = CalibrationBatches.of(program, (x, mask), batch=60)
+    assert not batches.undivided
+    assert [args[0].shape[0] for args, _ in batches.batches] == [60, 60]
+    assert all(torch.equal(args[1], mask) for args, _ in batches.batches)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -53,3 +54,30 @@ def test_what_is_made_inside_follows_the_batch(name, width):
         parts = [result.module(*(x[i : i + 2] for x in inputs)) for i in (0, 2, 3)]
     torch.testing.assert_close(together, torch.cat([parts[0], parts[1][:1], parts[2]]))
     assert len(together.flatten(1).unique(dim=0)) == 5
+
+
+class Counts(nn.Module):
+    """A network that asks how many examples there are."""
+
+    def __init__(self, count: Callable[[torch.Tensor], int]) -> None:
+        super().__init__()
+        self.count, self.first, self.last = count, nn.Linear(3, 8), nn.Linear(8, 2)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.last(self.first(x).relu().view(self.count(x), 4, 2).flatten(1))
+
+
+def test_the_length_of_a_tensor_leaves_the_batch_open():
+    def length(x: torch.Tensor) -> int:
+        return len(x)
+
+    before = len
+    result = fxfuse.fuse([Counts(length) for _ in range(2)], X)
+    assert result.module(torch.randn(5, 3)).shape == (5, 2)
+    assert len is before
+
+
+def test_a_size_that_becomes_a_number_is_named():
+    with pytest.warns(UserWarning, match=r"test_fixed_batch.py:\d+ .*int\(y.shape\[0\]\)"):
+        program = fxfuse.capture(Counts(lambda y: int(y.shape[0])), X)
+    assert not program.dynamic_batch

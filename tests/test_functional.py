@@ -112,7 +112,7 @@ def test_same_outputs_without_a_write(write: Callable[[torch.Tensor], torch.Tens
 
 @pytest.mark.parametrize(
     "place",
-    [slice(0, 2), slice(2, None), slice(1, -1), slice(None), 1],
+    [slice(0, 2), slice(2, None), slice(1, -1), slice(None), slice(None, None, 2), 1],
     ids=str,
 )
 def test_complex_writes_have_the_members_gradients(place: slice | int):

@@ -55,6 +55,21 @@ class Net(nn.Module):
         return self.second(self.between(self, self.first(x)))
 
 
+def test_an_operator_that_knows_single_precision_only():
+    """The oracles run in float32 then, with a tolerance from rounding, and say so."""
+    x = torch.randn(6, 4)
+    members = [Net(lambda net, h: own.single(h)).eval() for _ in range(2)]
+    checks = [
+        *fxfuse.fuse(members, x, size=1.5).verification.checks,
+        verify.concatenation_equals_ensemble(members, x),
+    ]
+    told = [check for check in checks if "in the network's own precision" in check.detail]
+    assert {check.name for check in told} == {"permutation", "wide equals ensemble"}
+    assert all(check.passed and check.tolerance < 1e-3 for check in checks)
+    stacked = fxfuse.stack(members, x)
+    torch.testing.assert_close(stacked(x), torch.stack([m(x) for m in members]).mean(0))
+
+
 def analyzed(between: Callable[..., Any], x: torch.Tensor | None = None) -> fxfuse.CouplingGraph:
     """The analysis of a network, after the permutation oracle has confirmed it."""
     x = torch.randn(3, 5, 4, dtype=torch.float64) if x is None else x

@@ -204,9 +204,25 @@ FOUND = {
 }
 
 
-@pytest.mark.parametrize("blocks", FOUND.values(), ids=FOUND)
-def test_network_that_failed_once(blocks: tuple[Block, ...]):
-    recipe = Recipe(6, (Block("layer", 6), *blocks, Block("layer", 3)))
+FOUND_WITH_TOKENS = {
+    "rotary positions of two frequencies": Recipe(
+        bridge="tokens", tokens=(Block("attention_rotary", 4, 2, True),)
+    ),
+    "a pool of the pixels of one unit": Recipe(
+        images=(Block("pixel_shuffle", 2),), bridge="tokens", tokens=(Block("roll", flag=True),)
+    ),
+}
+
+
+@pytest.mark.parametrize(
+    "recipe",
+    [
+        *(Recipe(6, (Block("layer", 6), *blocks, Block("layer", 3))) for blocks in FOUND.values()),
+        *FOUND_WITH_TOKENS.values(),
+    ],
+    ids=[*FOUND, *FOUND_WITH_TOKENS],
+)
+def test_network_that_failed_once(recipe: Recipe):
     members = members_of(recipe, 2)
     check_permutation(fxfuse.analyze(members[0]))
     wide = verify.concatenation_equals_ensemble(members)

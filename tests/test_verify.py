@@ -165,3 +165,27 @@ def test_relative_error_of_nan_is_infinite():
     nan = torch.tensor([float("nan")])
     assert verify.relative_error([nan], [torch.ones(1)]) == float("inf")
     assert verify.relative_error([torch.tensor([2.5])], [torch.tensor([2.0])]) == 0.25
+
+
+class MadeInside(nn.Module):
+    """Neurons are summed by a matrix that the network makes, and that names no precision."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(4, 8), nn.Linear(8, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.first(x).relu()
+        return self.last(x) + nn.functional.linear(x, 0.1 * torch.ones(3, 8))
+
+
+def test_a_tensor_that_is_made_inside_is_in_double_and_of_any_size():
+    x = torch.randn(5, 4)
+    members = [MadeInside().eval() for _ in range(2)]
+    check = verify.permutation(members[0], x)
+    assert check.passed
+    assert check.error < verify.EXACT
+    assert "own precision" not in check.detail
+    result = fxfuse.fuse(members, x, size=1.5)
+    assert result.module.first.weight.shape[0] == 12
+    assert fxfuse.stack(members, x)(x).shape == (5, 3)

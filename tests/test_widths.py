@@ -323,3 +323,92 @@ def test_positions_of_many_growing_dimensions():
     value = SimpleNamespace(shape=(2,) * 7, rank=7)
     with pytest.raises(RewriteError, match="7 of its dimensions grow"):
         positions_of(value, dict.fromkeys(range(7), twice))
+
+
+class NothingBehindPositions(nn.Module):
+    """Attention whose positions take a part of each head, here all of it: an empty part is left."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.qkv, self.head = nn.Linear(5, 24), nn.Linear(12, 2)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        q, v = self.qkv(x).unflatten(-1, (4, 6)).split(3, -1)
+        q = torch.cat([q[..., :3].roll(1, -1), q[..., 3:]], -1).transpose(1, 2)
+        y = nn.functional.scaled_dot_product_attention(q, q, v.transpose(1, 2))
+        return self.head(y.transpose(1, 2).flatten(2))
+
+
+class OneForAllHeads(nn.Module):
+    """All heads of queries read one head of keys, of states, and of values (multi-query)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.q, self.kv, self.head = nn.Linear(5, 12), nn.Linear(5, 6), nn.Linear(12, 2)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        q = self.q(x).unflatten(-1, (4, 3)).transpose(1, 2)
+        k, v = (t.unsqueeze(1).expand(-1, 4, -1, -1) for t in self.kv(x).chunk(2, -1))
+        y = nn.functional.scaled_dot_product_attention(q, k, v)
+        y = y + torch.einsum("bhts,bhsd->bhtd", torch.einsum("bhtd,bhsd->bhts", q, k), v)
+        y = y + (q @ k.transpose(-1, -2)).tanh() @ v
+        return self.head(y.transpose(1, 2).flatten(2))
+
+
+class Registers(nn.Module):
+    """Attention over the inputs and tokens that are learned, under a mask that hides nothing."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.tokens, self.head = nn.Parameter(torch.randn(4, 5)), nn.Linear(12, 2)
+        self.q = nn.Linear(5, 12)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = torch.cat([x, self.tokens.expand(x.shape[0], -1, -1)], 1)
+        q = self.q(x).unflatten(-1, (4, 3)).transpose(1, 2)
+        mask = (torch.arange(x.shape[1])[:, None] >= 0).expand(x.shape[0], 1, -1, x.shape[1])
+        y = nn.functional.scaled_dot_product_attention(q, q, q, attn_mask=mask)
+        return self.head(y.transpose(1, 2).flatten(2)[:, :4])
+
+
+@pytest.mark.parametrize("size", [0.5, 1.5])
+@pytest.mark.parametrize("network", [NothingBehindPositions, OneForAllHeads, Registers])
+def test_heads_that_not_all_have_their_own(network: type[nn.Module], size: float):
+    x = torch.randn(2, 4, 5)
+    members = [network() for _ in range(2)]
+    result = fxfuse.fuse(members, x, size=size)
+    assert result.module(x).isfinite().all()
+    assert result.module.head.weight.shape[1] == 12 * size
+    assert fxfuse.verify.concatenation_equals_ensemble(members, x).passed
+
+
+class Experts(nn.Module):
+    """Attention, then tokens go to two experts: the data say how many to each."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.q, self.route = nn.Linear(5, 12), nn.Linear(12, 2)
+        self.experts = nn.ModuleList(nn.Linear(12, 12) for _ in range(2))
+        self.head = nn.Linear(12, 2)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        q = self.q(x).unflatten(-1, (4, 3)).transpose(1, 2)
+        y = nn.functional.scaled_dot_product_attention(q, q, q).transpose(1, 2)
+        y = y.view(x.shape[0], x.shape[1], 12).flatten(0, 1)
+        chosen = self.route(y).argmax(-1)
+        order, sizes = chosen.sort()[1], nn.functional.one_hot(chosen, 2).sum(0).tolist()
+        parts = y[order].split(sizes)
+        found = torch.cat([e(part).tanh() for e, part in zip(self.experts, parts, strict=True)])
+        y = torch.zeros_like(y).index_add_(0, order, found) + y
+        return self.head(y.unflatten(0, x.shape[:2]))
+
+
+def test_tokens_go_to_experts_as_the_data_say():
+    x = torch.randn(3, 4, 5)
+    members = [Experts().eval() for _ in range(2)]
+    assert fxfuse.verify.permutation(members[0], x).passed
+    result = fxfuse.fuse(members, x, size=1.5)
+    assert result.emitted
+    assert result.module.get_parameter("experts.0.weight").shape == (18, 18)
+    own = torch.stack([member(x) for member in members]).mean(0)
+    torch.testing.assert_close(fxfuse.stack(members, x)(x), own)

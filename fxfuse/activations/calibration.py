@@ -9,6 +9,7 @@ from functools import cached_property
 from itertools import pairwise
 from typing import Any
 
+import numpy as np
 import torch
 from torch.utils.data import TensorDataset
 
@@ -16,6 +17,8 @@ from fxfuse.activations.augment import Augment, default_augment
 from fxfuse.common.options import Options
 from fxfuse.errors import InputError, OptionError
 from fxfuse.graph.capture import Program
+from fxfuse.graph.run import answers
+from fxfuse.graph.tensors import tensors_in
 from fxfuse.graph.torch_compat import pytree
 
 #: Below this many inputs regressions are noisy (issue 4 asks for 100 to 1,000).
@@ -23,6 +26,9 @@ FEW = 100
 
 #: From so many inputs on, copies of them are worth nothing.
 _MANY = 1000
+
+#: Answers to some rows and to all of them differ by rounding: kernels depend on the batch.
+_ROUNDING = 1e-3
 
 #: Inputs of a batch that has statistics.
 _LEAST = 2
@@ -91,6 +97,7 @@ class CalibrationBatches:
         size: Number of inputs in all batches.
         labels: Of each batch; empty where none were given.
         fixed: Whether all calls must have the size that they have.
+        undivided: Whether calls stay as they are: nodes of a graph, say, go with its edges.
         augmentations: Number of augmented copies of each input that are measured as well.
         held_out: Share of the inputs that judge.
         evaluate: The user's own metric, if any.
@@ -100,6 +107,7 @@ class CalibrationBatches:
     size: int
     labels: tuple[torch.Tensor, ...] = ()
     fixed: bool = False
+    undivided: bool = False
     augmentations: int = 0
     held_out: float = 0.0
     evaluate: Callable[[torch.nn.Module], float] | None = None
@@ -161,6 +169,8 @@ class CalibrationBatches:
     def shuffled(self, seed: int) -> CalibrationBatches:
         """The inputs in another order."""
         generator = torch.Generator().manual_seed(seed)
+        if self.undivided:
+            return self._calls(torch.randperm(len(self.batches), generator=generator).tolist())
         return self._rows(torch.randperm(self.size, generator=generator))
 
     @cached_property
@@ -194,7 +204,7 @@ class CalibrationBatches:
         A last batch of one is left out: operators that squeeze would take it for a constant.
         """
         step = max(count_rows(self.batches[0]), 1)
-        if self.fixed or (count >= self.size and batch >= step):
+        if self.fixed or self.undivided or (count >= self.size and batch >= step):
             return self
         count, batch = min(count, self.size), max(2, min(batch, step))
         if count > 1 and count % batch == 1:
@@ -214,10 +224,20 @@ class CalibrationBatches:
     @property
     def unit(self) -> int:
         """How many inputs go together."""
-        return max(count_rows(self.batches[0]), 1) if self.fixed else 1
+        return max(count_rows(self.batches[0]), 1) if self.fixed or self.undivided else 1
+
+    def _calls(self, chosen: Sequence[int]) -> CalibrationBatches:
+        """Some of the calls."""
+        batches = tuple(self.batches[i] for i in chosen)
+        labels = tuple(self.labels[i] for i in chosen) if self.labels else ()
+        return replace(self, batches=batches, size=sum(map(count_rows, batches)), labels=labels)
 
     def _rows(self, chosen: slice | torch.Tensor, batch: int | None = None) -> CalibrationBatches:
         """Some of the inputs, in batches."""
+        if self.undivided and isinstance(chosen, slice):
+            first = np.cumsum([0, *map(count_rows, self.batches[:-1])])
+            inside = (first >= chosen.start) & (first < chosen.stop)
+            return self._calls(np.flatnonzero(inside).tolist())
         whole = pick_rows(self.whole, chosen)
         step = batch or max(count_rows(self.batches[0]), 1)
         batches = _cut(whole, count_rows(whole), step, fixed=self.fixed)
@@ -262,6 +282,8 @@ class CalibrationBatches:
             _check(program, args, kwargs)
         if given.augmentations:
             _augment(calls[0])
+        if not all(_divides(program, call) for call in calls[:1]):
+            return _undivided(found, given, shuffle=shuffle)
         fixed = None if program.dynamic_batch else count_rows(program.example_inputs)
         whole: Call = join_rows(calls)
         labels = _labels(found)
@@ -298,18 +320,60 @@ class CalibrationBatches:
         copies = given.augmentations
         if copies is None:
             copies = int(size < _MANY and default_augment(batches[0]) is not None)
-        parts: tuple[torch.Tensor, ...] = ()
-        if labels is not None:
-            parts = labels[:size].split([count_rows(b) for b in batches])
+        sizes = [count_rows(b) for b in batches]
+        parts = () if labels is None else labels[:size].split(sizes)
         return CalibrationBatches(
             batches,
             size,
             parts,
             fixed is not None,
-            copies,
-            given.held_out,
-            given.evaluate,
+            augmentations=copies,
+            held_out=given.held_out,
+            evaluate=given.evaluate,
         )
+
+
+def _divides(program: Program, call: Call) -> bool:
+    """Tell whether a part of the rows of a call is a call, which is answered as within the whole.
+
+    Tensors of other lengths go with each row, or they tell how rows belong together.
+    """
+    count = count_rows(call)
+    tensors = [x for x in pytree.tree_leaves(call) if isinstance(x, torch.Tensor) and x.dim()]
+    if all(len(x) == count for x in tensors):
+        return True
+    if not program.dynamic_batch or program.source is None:
+        return False
+    try:
+        args, kwargs = pick_rows(call, slice(0, max(count // 2, 1)))
+        part = tensors_in(answers(program.source, {}, args, kwargs))
+        whole = tensors_in(answers(program.source, {}, *call))
+    except Exception:
+        # Edges of nodes that are not there any more.
+        return False
+    return all(
+        torch.allclose(x, y[: len(x)], rtol=_ROUNDING, atol=_ROUNDING)
+        for x, y in zip(part, whole, strict=True)
+    )
+
+
+def _undivided(
+    found: Sequence[tuple[Call, Any]], given: Calibration, *, shuffle: bool
+) -> CalibrationBatches:
+    """Calls that stay as they are, up to the limit of inputs."""
+    labels = _labels(list(found))
+    sizes = [count_rows(call) for call, _ in found]
+    parts = () if labels is None else labels.split(sizes)
+    batches = CalibrationBatches(
+        tuple(call for call, _ in found),
+        sum(sizes),
+        parts,
+        undivided=True,
+        held_out=given.held_out,
+        evaluate=given.evaluate,
+    )
+    batches = batches.shuffled(0) if shuffle else batches
+    return batches._rows(slice(0, given.limit))
 
 
 def _augment(call: Call) -> Augment:

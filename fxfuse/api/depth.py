@@ -18,8 +18,7 @@ from fxfuse.analysis.coupling import CouplingGraph, CouplingGroup, couple
 from fxfuse.errors import MemberError, RewriteError
 from fxfuse.graph.capture import Program
 from fxfuse.transform.resizing import program_at
-from fxfuse.verify import EXACT, relative_error
-from fxfuse.verify.check import run
+from fxfuse.verify.check import relative_error, run, tolerance_of
 
 
 @dataclass(frozen=True)
@@ -123,7 +122,7 @@ def _check_answers(
     """Check that the deeper network answers as the member does."""
     expected = run(member, member.state())
     error = relative_error(run(deeper, deeper.state()), expected)
-    if error > EXACT:
+    if error > tolerance_of(member, member.state(), expected):
         where = missing[0] if missing else ""
         without = f"without {where} and what belongs to it, " if missing else "with its tensors, "
         why = f"{without}member {other} returns other outputs (relative difference {error:.1e})"

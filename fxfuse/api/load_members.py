@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -17,7 +16,12 @@ from fxfuse.errors import OptionError
 from fxfuse.graph.capture import Program, capture, capture_eagerly
 from fxfuse.graph.example import Example
 from fxfuse.graph.export_reuse import captured_each
-from fxfuse.graph.module_checks import check_enough, check_finite, check_values
+from fxfuse.graph.module_checks import (
+    check_enough,
+    check_finite,
+    check_values,
+    warn_of_twins,
+)
 from fxfuse.graph.same_network import check_same_network
 from fxfuse.members.members import Members
 from fxfuse.members.on_ranks import members_on_ranks
@@ -87,21 +91,8 @@ def load_members(
         check_count(count, n)
     found = _loaded(members, example, heads, ranks, runs_members=runs_members)
     found.check_weights()
-    _warn_of_twins(networks)
+    warn_of_twins(networks)
     return found
-
-
-def _warn_of_twins(networks: Sequence[object]) -> None:
-    """Warn of a network that is there twice: most likely a mistake."""
-    first: dict[int, int] = {}
-    for number, network in enumerate(networks):
-        earlier = first.setdefault(id(network), number)
-        if earlier != number and isinstance(network, nn.Module):
-            warnings.warn(
-                f"members {earlier} and {number} are the same object, so its weights count twice. "
-                "Pass each network once; copies are made by copy.deepcopy.",
-                stacklevel=4,
-            )
 
 
 def _loaded(

@@ -134,7 +134,7 @@ def _one_by_one(writer: Writer) -> None:
     What is written into belongs to one member: inputs and constants are copied first.
     """
     first = writer.members[0]
-    written = _ancestors([n for n in first.graph.nodes if is_write(n)])
+    written = written_tensors(first.graph)
     for node in first.graph.nodes:
         if node.op == "placeholder":
             writer.values[node] = Value(Form.SHARED, shared=writer.graph.node_copy(node))
@@ -158,6 +158,11 @@ def _one_by_one(writer: Writer) -> None:
             writer.values[node] = Value(Form.SPLIT, split=tuple(own[node] for own in copies))
         elif node.op != "output":
             writer.values[node] = Value(Form.SHARED, shared=copies[0][node])
+
+
+def written_tensors(graph: fx.Graph) -> set[fx.Node]:
+    """Return the nodes whose tensors something may write into."""
+    return _ancestors([n for n in graph.nodes if is_write(n)])
 
 
 def _ancestors(nodes: Sequence[fx.Node]) -> set[fx.Node]:

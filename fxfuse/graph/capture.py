@@ -30,7 +30,7 @@ from fxfuse.graph.example import (
     is_single,
     try_example,
 )
-from fxfuse.graph.fixed_batch import batch_sizes
+from fxfuse.graph.fixed_batch import batch_sizes, open_sizes
 from fxfuse.graph.functional import written_names
 from fxfuse.graph.module_checks import check_model, state_of
 from fxfuse.graph.rebuild import rebuild
@@ -290,8 +290,14 @@ def export(
         try:
             return _export_once(model, args, kwargs, shapes)
         except CaptureError as error:
-            program = _export_once(model, args, kwargs, None)
+            try:
+                with open_sizes() as lines:
+                    return _export_once(model, args, kwargs, shapes)
+            except CaptureError:
+                program = _export_once(model, args, kwargs, None)
             why = f"torch.export could not keep the batch dimension dynamic: {error.why}"
+            if line := next(filter(None, lines), ""):
+                why = f"a size becomes a number, after which no batch is open: {line}"
             if is_single(args, kwargs):
                 why = (
                     "the example holds one, and the model does not answer two of it alike; pass "

@@ -6,12 +6,16 @@ batch such a graph may run all the same, and answer wrongly.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import builtins
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import fx
 
 from fxfuse.errors import InputError
+from fxfuse.graph.source_lines import source_of_caller
 
 
 @fx.has_side_effect
@@ -23,10 +27,47 @@ def check_batch(value: torch.Tensor, size: int, name: str) -> None:
             where=f"input {name}",
             why=f"the example had a batch of {size}, and torch.export could not keep the batch "
             "dimension dynamic",
-            how=f"pass {size} at a time; or write x.shape[0] in forward where it says len(x) or "
+            how=f"pass {size} at a time; or write x.shape[0] in forward where it says "
             "int(x.shape[0]), and numbers of the example where they stand for the batch, and fuse "
             "again",
         )
+
+
+@contextmanager
+def open_sizes() -> Iterator[list[str]]:
+    """While a network is exported, let `len` of a tensor stay symbolic.
+
+    Python makes a number of whatever `__len__` returns, so `len` itself is replaced; it answers as
+    before to all but tensors with symbolic sizes.
+
+    Yields:
+        The lines of the user's code, noted as they ask for a symbolic size as a number.
+    """
+    asked: list[str] = []
+    before = builtins.len, torch.SymInt.__int__, torch.SymInt.__index__
+
+    def length(value: Any) -> Any:
+        is_batch = isinstance(value, torch.Tensor) and value.dim()
+        return value.shape[0] if is_batch else before[0](value)
+
+    def number(size: torch.SymInt) -> int:
+        asked.append(source_of_caller())
+        return before[1](size)
+
+    def put(*functions: Any) -> None:
+        for owner, name, function in zip(
+            (builtins, torch.SymInt, torch.SymInt),
+            ("len", "__int__", "__index__"),
+            functions,
+            strict=True,
+        ):
+            setattr(owner, name, function)
+
+    put(length, number, number)
+    try:
+        yield asked
+    finally:
+        put(*before)
 
 
 def batch_sizes(graph: fx.Graph) -> dict[str, int | torch.SymInt]:

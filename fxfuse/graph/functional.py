@@ -19,6 +19,9 @@ from fxfuse.graph.torch_compat import copy_signature, schema_of
 
 aten = torch.ops.aten
 
+#: Of a slice with a step, each index is a piece of its own.
+_MOST_PIECES = 64
+
 _RESHAPED = (
     aten.view.default,
     aten.reshape.default,
@@ -165,14 +168,20 @@ class _Copier:
     def put_slice(self, whole: fx.Node, part: fx.Node, at: Sequence[Any], like: fx.Node) -> fx.Node:
         """Return a tensor with a slice overwritten, at (dimension, start, end, step)."""
         value: torch.Tensor = like.meta["val"]
-        ends = _ends(value, *at) if value.is_complex() else None
-        if ends is None:
+        found = _rows(value, *at) if value.is_complex() else None
+        if found is None:
             return self.call(aten.slice_scatter.default, (whole, part, *at), {}, like)
         # torch has no derivative of a complex slice_scatter.
-        dim, start, end = ends
-        before = self.piece(whole, dim, 0, start, like)
-        after = self.piece(whole, dim, end, value.shape[dim], like)
-        return self.call(aten.cat.default, ([*before, part, *after], dim), {}, like)
+        dim, rows = found
+        pieces, end = [], 0
+        if rows.step == 1:
+            pieces, end = [*self.piece(whole, dim, 0, rows.start, like), part], rows.stop
+        for place, row in enumerate(rows if rows.step > 1 else ()):
+            pieces += self.piece(whole, dim, end, row, like)
+            pieces += self.piece(part, dim, place, place + 1, like)
+            end = row + 1
+        pieces += self.piece(whole, dim, end, value.shape[dim], like)
+        return self.call(aten.cat.default, (pieces, dim), {}, like)
 
     def piece(self, whole: fx.Node, dim: int, start: int, end: int, like: fx.Node) -> list[fx.Node]:
         """Return a slice of a tensor, in a list; an empty one where nothing is in it."""
@@ -189,17 +198,21 @@ class _Copier:
         return made
 
 
-def _ends(
+def _rows(
     value: torch.Tensor, dim: int = 0, start: Any = None, end: Any = None, step: int = 1
-) -> tuple[int, int, int] | None:
-    """The dimension, start and end of a slice of a tensor; None unless they are plain numbers."""
+) -> tuple[int, range] | None:
+    """The dimension and indices of a slice of a tensor; None unless they are plain numbers.
+
+    Also None where a slice with a step would be written in too many pieces.
+    """
     size: Any = value.shape[dim]
-    if step != 1 or isinstance(size, torch.SymInt):
+    if isinstance(size, torch.SymInt) or any(isinstance(x, fx.Node) for x in (start, end)):
         return None
-    if any(isinstance(x, fx.Node) for x in (start, end)):
+    first, last, _ = slice(start, end, step).indices(size)
+    rows = range(first, max(first, last), step)
+    if step > 1 and len(rows) > _MOST_PIECES:
         return None
-    first, last, _ = slice(start, end).indices(size)
-    return dim % value.dim(), first, last
+    return dim % value.dim(), rows
 
 
 def is_write(node: fx.Node) -> bool:

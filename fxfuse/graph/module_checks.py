@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import keyword
 import re
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import chain
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -107,6 +109,21 @@ def check_enough(members: Sequence[object], what: str) -> None:
             f"{what} needs at least 2 members, got {len(members)}",
             how="pass two or more trained networks of one architecture",
         )
+
+
+def warn_of_twins(members: Sequence[object]) -> None:
+    """Warn of a network or a file that is there twice: most likely a mistake."""
+    first: dict[object, int] = {}
+    for number, member in enumerate(members):
+        key = str(member) if isinstance(member, str | Path) else id(member)
+        earlier = first.setdefault(key, number)
+        if earlier != number and isinstance(member, nn.Module | str | Path):
+            what = "object" if isinstance(member, nn.Module) else "file"
+            warnings.warn(
+                f"members {earlier} and {number} are the same {what}, so its weights count twice. "
+                "Pass each network once; copies are made by copy.deepcopy.",
+                stacklevel=4,
+            )
 
 
 def check_alike(members: Sequence[object]) -> None:

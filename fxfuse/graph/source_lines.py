@@ -6,6 +6,8 @@ import linecache
 import os
 import re
 import sys
+import traceback
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -22,7 +24,25 @@ def source_of(node: fx.Node) -> str:
     short and the same on every machine. Frames inside torch itself are passed over; empty when the
     node has no stack trace.
     """
-    frames = [(m["file"], int(m["line"])) for m in _FRAME.finditer(node.stack_trace or "")]
+    return _innermost(
+        [(m["file"], int(m["line"])) for m in _FRAME.finditer(node.stack_trace or "")]
+    )
+
+
+def source_of_caller() -> str:
+    """Return the innermost line of the user's code that is running, as `source_of` does."""
+    stack = reversed(list(traceback.walk_stack(sys._getframe(1))))
+    ours = f"{Path(__file__).parents[1]}/"
+    return _innermost(
+        [
+            (f.f_code.co_filename, line)
+            for f, line in stack
+            if not f.f_code.co_filename.startswith(ours)
+        ]
+    )
+
+
+def _innermost(frames: Sequence[tuple[str, int]]) -> str:
     outside = [frame for frame in frames if not frame[0].startswith(_TORCH_ROOT)]
     if not outside:
         return ""

@@ -19,7 +19,7 @@ from torch import nn
 from fxfuse.activations.augment import Augment, default_augment
 from fxfuse.activations.calibration import CalibrationBatches
 from fxfuse.common.options import Options
-from fxfuse.errors import OptionError
+from fxfuse.errors import InputError, OptionError
 from fxfuse.refine.batch import try_call
 from fxfuse.refine.infer_task import task_of_answer
 from fxfuse.refine.judge import Asked, Judge, Measured, ask_members, compare, divided
@@ -269,6 +269,15 @@ def train(
         OptionError: The seconds are too few for one step.
         RefineError: A loss or weight is not finite.
     """
+    if fitting.undivided:
+        raise InputError(
+            "matching draws single inputs, and these calls cannot be divided",
+            where="calibration inputs",
+            why="their tensors differ in length, and the network answers a part of the rows "
+            "otherwise than within the whole",
+            how="refine by refine=[Refit()] alone, or wrap the network so that dimension 0 of each "
+            "input is the batch",
+        )
     target = device_of(module, None)
     steps = _STEPS if options.steps is None and options.seconds is None else options.steps
     budget = Budget(steps, options.seconds, since)

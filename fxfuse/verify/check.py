@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,18 +11,29 @@ import torch
 from torch import nn
 
 from fxfuse.common.readable import Description, Readable, counted
-from fxfuse.errors import VerificationError
 from fxfuse.graph.capture import Program, capture
 from fxfuse.graph.eager import alone
-from fxfuse.graph.module_checks import check_values
+from fxfuse.graph.module_checks import check_values, state_of
 from fxfuse.graph.run import answers, same_random_state
 from fxfuse.graph.tensors import tensors_in
 from fxfuse.graph.torch_compat import pytree
 from fxfuse.transform.emit import FusedModule
-from fxfuse.verify.in_double import InDouble, lifted, to_double
+from fxfuse.verify.in_double import (
+    Changed,
+    InDouble,
+    lifted,
+    made_in_double,
+    names_lower_precision,
+    to_double,
+)
 
 #: Relative to the largest output, in float64.
 EXACT = 1e-9
+#: A permuted network rounds at every sum, not once per weight.
+_MARGIN = 100.0
+#: A network that amplifies rounding further than this cannot be judged: the oracle fails.
+_UNDECIDABLE, _UNDECIDABLE_IN_SINGLE = 1e-4, 1e-2
+_DOUBLE = torch.finfo(torch.float64).eps
 
 
 @dataclass(frozen=True)
@@ -103,12 +114,13 @@ def as_double(state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return {n: to_double(t) for n, t in state.items()}
 
 
-def inputs_of(program: Program, *, flip: bool = False) -> Any:
+def inputs_of(program: Program, *, flip: bool = False, double: bool = True) -> Any:
     """Return the example inputs in float64; flipped: other inputs of the same kind."""
 
     def other(x: Any) -> Any:
-        # A copy, since the network may write into it.
-        x = to_double(x).clone() if isinstance(x, torch.Tensor) else x
+        if isinstance(x, torch.Tensor):
+            # A copy, since the network may write into it.
+            x = (to_double(x) if double else x).clone()
         if flip and isinstance(x, torch.Tensor) and x.is_floating_point():
             return x.flip(-1) * 0.5 + 0.25
         return x.flip(-1) if flip and isinstance(x, torch.Tensor) and x.dim() else x
@@ -122,20 +134,95 @@ def run(
     """Return the outputs of the captured network with other tensors, in float64.
 
     The captured graph runs where it is a program, and reads each tensor when it needs it; a copy of
-    the user's own module runs elsewhere.
+    the user's own module runs elsewhere. A network that cannot run in float64 (it makes tensors in
+    float32) runs as it is: then `tolerance_of` its outputs is that of its own precision.
     """
-    args, kwargs = inputs_of(program, flip=flip)
-    if program.source is not None and not program.is_exported:
-        check_values(state)
-        return _run_eagerly(program.source, program.once(as_double(state)), args, kwargs)
-    with torch.no_grad(), same_random_state():
-        return tensors_in(InDouble(program, state).answer(args, kwargs))
+
+    def outputs(*, double: bool) -> list[torch.Tensor]:
+        args, kwargs = inputs_of(program, flip=flip, double=double)
+        if program.source is not None and not program.is_exported:
+            check_values(state)
+            return _run_eagerly(program.source, program.once(state), args, kwargs, double=double)
+        with torch.no_grad(), same_random_state():
+            return tensors_in(InDouble(program, state, double=double).answer(args, kwargs))
+
+    return in_best_precision(lambda: outputs(double=True), lambda: outputs(double=False))
+
+
+def in_best_precision(
+    in_double: Callable[[], list[torch.Tensor]], as_it_is: Callable[[], list[torch.Tensor]]
+) -> list[torch.Tensor]:
+    """Return what a network answers in float64, or in its own precision if it cannot run in it."""
+    try:
+        return in_double()
+    except RuntimeError as error:
+        try:
+            return as_it_is()
+        except RuntimeError:
+            # It is not the precision.
+            raise error from None
+
+
+def rounding_of(outputs: Sequence[torch.Tensor]) -> float:
+    """Return half a unit in the last place of the lowest precision that outputs have."""
+    dtypes = {x.dtype for x in outputs if x.is_floating_point() or x.is_complex()}
+    return max((torch.finfo(dtype).eps for dtype in dtypes), default=_DOUBLE) / 2
+
+
+def is_double(outputs: Sequence[torch.Tensor]) -> bool:
+    """Tell whether no output is in a lower precision than float64."""
+    return rounding_of(outputs) <= _DOUBLE
+
+
+def precision_in_words(outputs: Sequence[torch.Tensor]) -> str:
+    """Say so where outputs are not in float64."""
+    if is_double(outputs):
+        return ""
+    return "in the network's own precision, since it does not run in float64; "
+
+
+def tolerance_of(
+    program: Program, state: Mapping[str, torch.Tensor], outputs: Sequence[torch.Tensor]
+) -> float:
+    """Return the largest error that passes: 1e-9, or what rounding does in a lower precision."""
+    if is_double(outputs):
+        return EXACT
+    return tolerated(rounding_error(program, state, outputs), outputs)
+
+
+def tolerated(floor: float, outputs: Sequence[torch.Tensor]) -> float:
+    """Return the largest error that passes where one rounding of the weights makes `floor`."""
+    return min(_MARGIN * floor, _UNDECIDABLE if is_double(outputs) else _UNDECIDABLE_IN_SINGLE)
+
+
+def rounding_error(
+    program: Program,
+    state: Mapping[str, torch.Tensor],
+    outputs: Sequence[torch.Tensor],
+    *,
+    seed: int = 0,
+) -> float:
+    """Return how far the outputs move if each weight is rounded once more."""
+    generator, size = torch.Generator().manual_seed(seed), rounding_of(outputs)
+    if not program.is_exported and names_lower_precision(program.graph):
+        # The user's own code runs, and may round to float32 on its way.
+        size = max(size, torch.finfo(torch.float32).eps / 2)
+
+    def rounded(_: str, tensor: torch.Tensor) -> torch.Tensor:
+        tensor = to_double(tensor)
+        if not (tensor.is_floating_point() or tensor.is_complex()):
+            return tensor
+        noise = torch.randn(tensor.shape, generator=generator).to(tensor)
+        return tensor * (1 + size * noise)
+
+    return max(relative_error(run(program, Changed(state, rounded)), outputs), size)
 
 
 def in_double(module: FusedModule) -> FusedModule:
     """The module in float64, and its graph's own casts to a lower precision lifted to float64."""
     for node in module.graph.nodes:
-        node.args, node.kwargs = lifted(node.args), lifted(node.kwargs)
+        node.args = lifted(node.args)
+        node.kwargs = {**lifted(node.kwargs), **made_in_double(node)}
     module.recompile()
     for tensor in (*module.parameters(), *module.buffers()):
         # Not `module.double()`, which leaves complex tensors single.
@@ -145,20 +232,16 @@ def in_double(module: FusedModule) -> FusedModule:
 
 @alone
 def _run_eagerly(
-    source: nn.Module, state: Mapping[str, torch.Tensor], args: Any, kwargs: Any
+    source: nn.Module, state: Mapping[str, torch.Tensor], args: Any, kwargs: Any, *, double: bool
 ) -> list[torch.Tensor]:
+    if not double:
+        own = {n: t.to(state_of(source)[n].dtype) for n, t in state.items()}
+        return tensors_in(answers(source, own, args, kwargs))
     # Tensors that the module makes without naming a dtype have to be float64 too.
     before = torch.get_default_dtype()
     torch.set_default_dtype(torch.float64)
     try:
-        return tensors_in(answers(copy.deepcopy(source).double(), state, args, kwargs))
-    except Exception as error:
-        raise VerificationError(
-            "the oracles cannot run this network in float64",
-            where=type(source).__name__,
-            why=f"{type(error).__name__}: {error}",
-            how="make its forward pass follow the dtype of its weights, or skip the oracles with "
-            "verify=False",
-        ) from error
+        own = as_double(state)
+        return tensors_in(answers(copy.deepcopy(source).double(), own, args, kwargs))
     finally:
         torch.set_default_dtype(before)

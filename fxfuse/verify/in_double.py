@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from fxfuse.graph.arguments import argument_names
 from fxfuse.graph.capture import Program
 from fxfuse.graph.module_checks import check_values
 from fxfuse.graph.torch_compat import flatten_inputs, pytree
@@ -35,6 +36,28 @@ def lifted(value: Any) -> Any:
     What a network rounds on purpose (norms in float32, say) would hide what an oracle looks for.
     """
     return pytree.tree_map_only(torch.dtype, lambda x: _HIGHER.get(x, x), value)
+
+
+def names_lower_precision(graph: fx.Graph) -> bool:
+    """Tell whether an operator asks for a precision that `lifted` would raise."""
+    return any(
+        n.op == "call_function" and lifted((n.args, n.kwargs)) != (n.args, n.kwargs)
+        for n in graph.nodes
+    )
+
+
+def made_in_double(node: fx.Node) -> dict[str, Any]:
+    """Return the arguments with which an operator makes a tensor in float64, from no tensor.
+
+    `torch.zeros(3)` names no precision; the network ran in float32, torch's default.
+    """
+    made = node.meta.get("val")
+    dtype = _HIGHER.get(made.dtype) if isinstance(made, torch.Tensor) else None
+    makes = node.op == "call_function" and not node.kwargs.get("dtype")
+    if dtype is None or not makes or "dtype" not in argument_names(node.target):
+        return {}
+    reads = any(isinstance(n.meta.get("val"), torch.Tensor) for n in node.all_input_nodes)
+    return {} if reads else {"dtype": dtype}
 
 
 class Changed(Mapping[str, torch.Tensor]):
@@ -76,12 +99,15 @@ class InDouble(fx.Interpreter):
     """Runs a captured graph in float64 with other tensors, each read at its first use.
 
     An exported graph names all of its tensors at its top; to read them there would hold all of them
-    at once. The tensors may have any precision; none is written to.
+    at once. The tensors may have any precision; none is written to. Unless `double`, the network
+    runs in its own precision.
     """
 
-    def __init__(self, program: Program, state: Mapping[str, torch.Tensor]) -> None:
+    def __init__(
+        self, program: Program, state: Mapping[str, torch.Tensor], *, double: bool = True
+    ) -> None:
         super().__init__(program.module)
-        self._captured, self._state = program, state
+        self._captured, self._state, self._double = program, state, double
         names = Counter(self._first(n.target) for n in program.graph.nodes if n.op == "get_attr")
         #: What several nodes read is one tensor: they see what one of them writes into it.
         self._shared: dict[str, torch.Tensor | None] = {
@@ -109,9 +135,12 @@ class InDouble(fx.Interpreter):
 
         return fx.map_arg(args, value)
 
-    def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
-        """Return an operator in float64, also where it names another precision."""
-        return super().call_function(target, lifted(args), lifted(kwargs))
+    def fetch_args_kwargs_from_env(self, n: fx.Node) -> Any:
+        """Return an operator's arguments in float64, also where it names another precision."""
+        args, kwargs = super().fetch_args_kwargs_from_env(n)
+        if not self._double:
+            return args, kwargs
+        return lifted(args), {**lifted(kwargs), **made_in_double(n)}
 
     def _first(self, target: Any) -> str:
         return self._captured.canonical.get(str(target), str(target))
@@ -123,6 +152,8 @@ class InDouble(fx.Interpreter):
         own = self._state[name] if name in self._state else self._captured.tensor(name)
         check_values({name: own})
         made: torch.Tensor = to_double(own.detach())
+        if not self._double:
+            made = own.detach().to(self._captured.tensor(name).dtype)
         # The network may write into what it reads.
         made = made.clone() if made.data_ptr() == own.data_ptr() else made
         if name in self._shared:

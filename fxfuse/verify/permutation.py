@@ -14,19 +14,22 @@ from fxfuse.analysis.constraints import Constraints
 from fxfuse.analysis.coupling import CouplingGraph, CouplingGroup, couple
 from fxfuse.graph.capture import Program
 from fxfuse.transform.apply import moved_tensor, random_permutations
-from fxfuse.verify.check import EXACT, Check, as_program, relative_error, run
-from fxfuse.verify.in_double import Changed, to_double
+from fxfuse.verify.check import (
+    EXACT,
+    Check,
+    as_program,
+    is_double,
+    precision_in_words,
+    relative_error,
+    rounding_error,
+    run,
+    tolerated,
+)
+from fxfuse.verify.in_double import Changed
 from fxfuse.verify.outputs import put_back
 
 #: What a network answers, in float64.
 Outputs = list[torch.Tensor]
-
-#: Half a unit in the last place of float64.
-_ROUNDING = 1.1e-16
-#: A permuted network rounds at every sum, not once per weight.
-_MARGIN = 100.0
-#: A network that amplifies rounding further than this cannot be judged: the oracle fails.
-_UNDECIDABLE = 1e-4
 
 
 def permutation(
@@ -61,9 +64,10 @@ def permutation_of(graph: CouplingGraph, *, seed: int = 0) -> Check:
     error = _permuted_error(graph, graph.groups, seed, reference)
     tolerance, floor = _tolerance(graph, error, seed, reference)
     detail = f"{len(graph.groups)} groups, {graph.free_fraction:.2%} of the weights are free; "
+    detail += precision_in_words(reference)
     if not isfinite(error):
         detail += "an output is not finite; "
-    if floor:
+    if floor and is_double(reference):
         detail += "ill-conditioned: one rounding of the weights changes the outputs by "
         detail += f"{floor:.1e}; "
     detail += f"two inputs differ by {_sensitivity(graph.program, reference):.1e} in the outputs"
@@ -88,18 +92,8 @@ def _tolerance(
     """
     if error <= EXACT or not isfinite(error):
         return EXACT, 0.0
-    generator = torch.Generator().manual_seed(seed)
-
-    def rounded(_: str, tensor: torch.Tensor) -> torch.Tensor:
-        tensor = to_double(tensor)
-        if not (tensor.is_floating_point() or tensor.is_complex()):
-            return tensor
-        noise = torch.randn(tensor.shape, generator=generator).to(tensor)
-        return tensor * (1 + _ROUNDING * noise)
-
-    state = Changed(graph.program.state(), rounded)
-    floor = relative_error(run(graph.program, state), reference)
-    return max(EXACT, min(_MARGIN * floor, _UNDECIDABLE)), floor
+    floor = rounding_error(graph.program, graph.program.state(), reference, seed=seed)
+    return max(EXACT, tolerated(floor, reference)), floor
 
 
 def _bisect(

@@ -21,13 +21,15 @@ from fxfuse.planning.size import MixingMode
 from fxfuse.transform.resizing import emit_resized, output_layouts
 from fxfuse.transform.sizes import concatenation_plan
 from fxfuse.verify.check import (
-    EXACT,
     Check,
     as_program,
+    in_best_precision,
     in_double,
     inputs_of,
+    precision_in_words,
     relative_error,
     run,
+    tolerance_of,
 )
 from fxfuse.verify.in_double import doubled
 from fxfuse.verify.outputs import parts
@@ -81,16 +83,14 @@ def equals_ensemble(
     # Before the concatenation is there: a member and its copy need not be in memory beside it.
     members = of_each(states, lambda i, state: run(graph.of_member(i).program, state))
     outputs = [answer for _, answer in members]
-    # Each tensor is converted when it is read: beside the wide network there is one at a time.
-    module = in_double(emit_resized(graph, plan, mapped(states, doubled)))
-    args, kwargs = inputs_of(graph.program)
-    wide = tensors_in(answers(module, {}, args, kwargs))
+    wide = _answers(graph, plan, states)
     layouts = output_layouts(graph, plan) if hands_out else [{} for _ in wide]
     pairs = [parts(*each) for each in zip(wide, zip(*outputs, strict=True), layouts, strict=True)]
     error = max((relative_error(*pair) for pair in pairs), default=0.0)
     notes = plan.inexact()
-    tolerance = float("inf") if notes else EXACT
+    tolerance = float("inf") if notes else tolerance_of(graph.program, states[0], outputs[0])
     detail = "mixing: " + "; ".join(notes) if notes else "no operator mixes members"
+    detail = precision_in_words(wide) + detail
     return Check("wide equals ensemble", error, tolerance, error <= tolerance, detail)
 
 
@@ -110,12 +110,27 @@ def equals_heads(
         members: The members themselves.
         dim: The output's dimension of classes, where heads are returned as one tensor.
     """
-    module = in_double(emit_resized(graph, plan, [doubled(s) for s in states]))
-    args, kwargs = inputs_of(graph.program)
-    found = tensors_in(answers(module, {}, args, kwargs))
-    expected = plan.heads.combined([run(m, m.state()) for m in members], dim)
-    error = relative_error(found, expected)
+    found = _answers(graph, plan, states)
+    own = [run(m, m.state()) for m in members]
+    error = relative_error(found, plan.heads.combined(own, dim))
     notes = plan.inexact()
-    tolerance = float("inf") if notes else EXACT
+    tolerance = tolerance_of(members[0], members[0].state(), own[0])
+    tolerance = float("inf") if notes else tolerance
     detail = "mixing: " + "; ".join(notes) if notes else "each head reads its own member's units"
+    detail = precision_in_words(found) + detail
     return Check("heads equal members", error, tolerance, error <= tolerance, detail)
+
+
+def _answers(
+    graph: CouplingGraph, plan: FusionPlan, states: Sequence[Mapping[str, torch.Tensor]]
+) -> list[torch.Tensor]:
+    """Return what the resized network answers to the example, in float64 where it can."""
+
+    def outputs(*, double: bool) -> list[torch.Tensor]:
+        # Each tensor is converted when it is read: beside the wide network there is one at a time.
+        own = mapped(states, doubled) if double else states
+        module = emit_resized(graph, plan, own)
+        args, kwargs = inputs_of(graph.program, double=double)
+        return tensors_in(answers(in_double(module) if double else module, {}, args, kwargs))
+
+    return in_best_precision(lambda: outputs(double=True), lambda: outputs(double=False))

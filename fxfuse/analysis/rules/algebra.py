@@ -186,8 +186,17 @@ def _merge(
     for g in theirs:
         twin = next((f for f in ours if set(f.dims) >= set(g.dims)), None)
         if twin is None:
-            merged = [f for f in merged if not set(f.dims) < set(g.dims)]
+            gone = [f for f in merged if set(f.dims) < set(g.dims)]
+            if gone and bool((neurons(g.ids) == 0).any()):
+                # Where only a part of the other tensor has neurons, these would lose their label.
+                for f in gone:
+                    coupling.freeze(
+                        f, Kind.KEEP_BASE, "meets a tensor in part of which neurons stand"
+                    )
+            merged = [f for f in merged if not any(f is each for each in gone)]
             merged.append(g)
+        elif set(twin.dims) > set(g.dims) and bool((neurons(twin.ids) == 0).any()):
+            coupling.freeze(g, Kind.KEEP_BASE, "meets a tensor in part of which neurons stand")
     return tuple(merged)
 
 

@@ -97,19 +97,21 @@ def einsum(call: Call) -> AbstractTensor:
     operands = []
     for place, (value, term) in enumerate(zip(call.args[1], left.split(","), strict=True)):
         call.coupling.record_use(value, place)
-        operands.append(_diagonal(call, value, _spelled(term, value.rank - len(term) + 3)))
+        operands.append(_diagonal(call, value, spelled(term, value.rank)))
     terms = [letters for _, letters in operands]
     if arrow:
-        out = _spelled(out, max(sum(x in _ELLIPSIS for x in term) for term in terms))
+        most = max(sum(x in _ELLIPSIS for x in term) for term in terms)
+        out = spelled(out, len(out.replace("...", "")) + most)
     else:
         once = {x for x in left if x.isalpha() and left.count(x) == 1}
         out = "".join(sorted({x for x in "".join(terms) if x in _ELLIPSIS} | once))
     return contract(call.coupling, operands, out)
 
 
-def _spelled(term: str, count: int) -> str:
-    """Return the letters of a term whose `...` stands for `count` dimensions, if it has any."""
+def spelled(term: str, rank: int) -> str:
+    """Return a letter for each dimension that a term stands for, also for those of `...`."""
     # Counted from the back, as broadcasting does.
+    count = rank - len(term.replace("...", ""))
     return term.replace("...", _ELLIPSIS[len(_ELLIPSIS) - count :])
 
 

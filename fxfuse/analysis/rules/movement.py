@@ -10,6 +10,7 @@ import torch
 from torch import fx
 
 from fxfuse.analysis.labels import AbstractTensor, DimLabels, Kind, numbered, positions
+from fxfuse.analysis.rules.algebra import only_unlabelled
 from fxfuse.analysis.rules.registry import Call, rule
 from fxfuse.graph.arguments import argument
 from fxfuse.graph.operator_facts import FACTS, Contraction
@@ -60,7 +61,20 @@ aten = torch.ops.aten
 )
 def move(call: Call) -> Any:
     """Runs the operator on the ids of its first argument."""
+    if call.node.target is aten.split_with_sizes.default:
+        x, sizes, dim = (call.argument(name) for name in ("self", "split_sizes", "dim"))
+        if sum(sizes) != x.shape[dim]:
+            return _split_by_data(call, x, sizes, dim)
     return run_on_ids(call, call.node.target)
+
+
+def _split_by_data(
+    call: Call, x: AbstractTensor, sizes: Sequence[int], dim: int
+) -> list[AbstractTensor]:
+    """Tokens go to their experts: how many, the data say, so these sizes are made up."""
+    x = only_unlabelled(call.coupling, x, [dim % x.rank], "is split at places that data choose")
+    places = (torch.arange(size) % x.shape[dim] for size in sizes)
+    return [_moved(call, x, partial(torch.index_select, dim=dim, index=i)) for i in places]
 
 
 @rule(aten.view.default, aten.reshape.default, aten._unsafe_view.default)

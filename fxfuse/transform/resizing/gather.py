@@ -120,7 +120,11 @@ def _write(
             x = call(aten.movedim.int, (x, before[0], 0))
         x = call(aten.reshape.default, (x, [*lead, size]))
         x = call(aten.index_select.default, (x, len(lead), wide.hold(index.reshape(-1))))
-        x = call(aten.reshape.default, (x, [*lead, *shape]))
+        if index.numel():
+            x = call(aten.reshape.default, (x, [*lead, *shape]))
+        else:
+            # Of an empty tensor no size can be left open.
+            x = call(aten.unflatten.int, (x, len(lead), shape))
         return call(aten.movedim.int, (x, 0, after[0])) if before else x
 
 

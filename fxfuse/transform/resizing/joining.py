@@ -38,7 +38,8 @@ def _joined(
         layouts = wide.layout_of(part)
         size = 1 if stacks else wide.values[part].shape[dim]
         layout = None if stacks else layouts.get(dim)
-        if layout is None and find(node.target) is movement.cat:
+        labelled = any(dim in f.dims for f in wide.values[part].fields)
+        if layout is None and not labelled and find(node.target) is movement.cat:
             layout = _state_layout(wide, node, part, dim, offset)
         grows |= layout is not None
         lines.append(offset + (layout.source if layout else np.arange(size)))

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any, cast
 
 import numpy as np
+import torch
 from torch import fx
 
 from fxfuse.analysis.labels import AbstractTensor
@@ -13,11 +14,13 @@ from fxfuse.analysis.rules import find, selection
 from fxfuse.graph.torch_compat import pytree
 from fxfuse.transform.layout import Layout
 from fxfuse.transform.resizing.gather import gather
-from fxfuse.transform.resizing.literals import candidates, evaluate, set_arguments
+from fxfuse.transform.resizing.literals import candidates, dimension, evaluate, set_arguments
 from fxfuse.transform.resizing.operands import reorder, spread
 from fxfuse.transform.resizing.positions import layouts_of, positions_of
 from fxfuse.transform.resizing.propagate import complete, propagate_layouts
 from fxfuse.transform.resizing.state import Layouts, ResizedGraph, as_list, cannot_write, has_tensor
+
+aten = torch.ops.aten
 
 
 def move(wide: ResizedGraph, node: fx.Node) -> Any:
@@ -31,6 +34,8 @@ def move(wide: ResizedGraph, node: fx.Node) -> Any:
         return pytree.tree_map(
             lambda _: {}, wide.values[node], is_leaf=lambda x: isinstance(x, AbstractTensor)
         )
+    if _splits_by_data(node) and dimension(node, value.rank) not in layouts:
+        return [dict(layouts) for _ in wide.values[node]]
     narrow = as_list(evaluate(wide, node, node.args, positions_of(value, {})[0]))
     growing = [
         [dim for dim in range(part.rank) if wide.units.order(part, dim) is not None]
@@ -55,6 +60,13 @@ def move(wide: ResizedGraph, node: fx.Node) -> Any:
                 reorder(wide, node, layouts, ordered)
                 return found if isinstance(wide.values[node], list) else found[0]
     return gather(wide, node, source, layouts)
+
+
+def _splits_by_data(node: fx.Node) -> bool:
+    """Tell whether the sizes of parts are known when the network runs only."""
+    return node.target is aten.split_with_sizes.default and any(
+        isinstance(size, fx.Node) for size in cast("Sequence[Any]", node.args[1])
+    )
 
 
 def index(wide: ResizedGraph, node: fx.Node) -> Any:

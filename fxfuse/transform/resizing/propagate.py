@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
 from torch import fx
@@ -12,13 +12,14 @@ from fxfuse.analysis.rules import contraction, find, ordering, pointwise
 from fxfuse.graph.arguments import argument, argument_names, set_argument
 from fxfuse.transform.layout import Layout
 from fxfuse.transform.resizing.literals import dimension
-from fxfuse.transform.resizing.operands import agree, broadcast
+from fxfuse.transform.resizing.operands import agree, broadcast, spread
 from fxfuse.transform.resizing.state import Layouts, ResizedGraph, cannot_write, has_tensor
 
 
 def propagate_layouts(wide: ResizedGraph, node: fx.Node) -> Any:
     """Hand layouts over to whatever carries the same neurons in the same order."""
     known: dict[bytes, Layout] = {}
+    _fill_factors(wide, node)
     operands = [n for n in node.all_input_nodes if has_tensor(wide.values[n])]
     for operand in operands:
         if operand.op == "get_attr":
@@ -27,6 +28,8 @@ def propagate_layouts(wide: ResizedGraph, node: fx.Node) -> Any:
             key = wide.units.order(wide.values[operand], dim)
             if key is not None:
                 agree(wide, node, operand, dim, layout, known.setdefault(key, layout))
+                # A pool leaves the one unit of several dimensions along one of them.
+                known.setdefault(wide.units.without_place(key), layout)
     for operand in operands:
         if operand.op != "get_attr":
             continue
@@ -52,6 +55,56 @@ def propagate_layouts(wide: ResizedGraph, node: fx.Node) -> Any:
     elif find(node.target) is pointwise.pointwise or pointwise.is_pointwise(node.target):
         broadcast(wide, node, operands, result)
     return result
+
+
+def _fill_factors(wide: ResizedGraph, node: fx.Node) -> None:
+    """Give factors that are alike for all neurons of a letter as many places as there are.
+
+    A constant that sums neurons, say, or the one head of keys that all heads of queries read.
+    """
+    operands = _with_letters(wide, node)
+    filled: set[tuple[fx.Node, int]] = set()
+    for operand, letters in operands:
+        for dim, layout in wide.layout_of(operand).items():
+            size = wide.values[operand].shape[dim]
+            for other, own in operands:
+                place, value = own.find(letters[dim]), wide.values[other]
+                if place < 0 or (other, place) in filled or value.shape[place] != size:
+                    continue
+                if not any(place in f.dims for f in value.fields):
+                    filled.add((other, place))
+                    spread(wide, node, other, place, layout)
+
+
+def _with_letters(wide: ResizedGraph, node: fx.Node) -> list[tuple[fx.Node, str]]:
+    """Return the operands of a product, and a letter for each of their dimensions."""
+    rule, args = find(node.target), node.args
+    if rule is contraction.einsum:
+        factors = cast("Sequence[fx.Node]", args[1])
+        terms = str(args[0]).replace(" ", "").partition("->")[0].split(",")
+        ranks = [wide.values[factor].rank for factor in factors]
+        letters = [contraction.spelled(t, r) for t, r in zip(terms, ranks, strict=True)]
+        return list(zip(factors, letters, strict=True))
+    if rule in (contraction.linear, contraction.addmm, contraction.matmul):
+        first = int(rule is contraction.addmm)
+        letters = ["ti", "oi" if rule is contraction.linear else "io"]
+    elif rule is contraction.attention:
+        first, letters = 0, ["td", "sd", "se"]
+    else:
+        return []
+    operands = list(cast("Sequence[fx.Node]", args[first : first + len(letters)]))
+    mask = argument(node, "attn_mask") if rule is contraction.attention else None
+    if isinstance(mask, fx.Node):
+        operands, letters = [*operands, mask], [*letters, "ts"]
+    return [
+        (operand, _behind(wide.values[operand].rank, own))
+        for operand, own in zip(operands, letters, strict=True)
+    ]
+
+
+def _behind(rank: int, letters: str) -> str:
+    """Return the letters of a matrix behind those of leading dimensions; a vector has one."""
+    return "i" if rank == 1 else "FEDCBA"[8 - rank :] + letters
 
 
 def _handed(

@@ -84,6 +84,11 @@ class Units:
                     return units.tobytes() + bytes([value.rank - dim])
         return None
 
+    @staticmethod
+    def without_place(order: bytes) -> bytes:
+        """Return an order without the dimension that it may name after its units (int64)."""
+        return order[: len(order) // 8 * 8]
+
     def _is_one_unit(self, f: DimLabels) -> bool:
         units = np.unique(self.component[neurons(f.ids).numpy()])
         return len(units) == 1 and int(units[0]) in self.free
