@@ -112,6 +112,10 @@ def test_a_folder_of_images(pictures: Path) -> None:
     (few,) = read_data(str(pictures), prepared).inputs
     assert few.shape == (4, 3, 3, 5)
     torch.testing.assert_close(few[0, :, 0, 0], torch.tensor([-1.0, -2.0, -1.0]))
+    # Pictures without folders have no labels.
+    alone = read_data(str(pictures / "dog"))
+    assert alone.labels is None
+    torch.testing.assert_close(alone.inputs[0], images[3:])
 
 
 def test_images_that_do_not_fit(pictures: Path, tmp_path: Path) -> None:

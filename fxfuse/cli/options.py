@@ -89,7 +89,7 @@ Report = Annotated[
 ]
 NoVerify = Annotated[bool, typer.Option("--no-verify", help="Skip the oracles.")]
 _DATA = (
-    "a .npy, .npz, .safetensors or .pt file, a folder with one folder of images for each class, "
+    "a .npy, .npz, .safetensors or .pt file, a folder of images, or with one for each class, "
     "torchvision:CLASS:ROOT, datasets:FOLDER, or module:function."
 )
 CalibrationSpec = Annotated[

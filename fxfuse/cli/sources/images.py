@@ -19,18 +19,42 @@ _CHANNELS_FIRST = (2, 0, 1)
 
 
 def image_folder(path: Path, prepare: Preparation) -> Data:
-    """Read images of a folder with a folder for each class, in the order of their names."""
+    """Read the images of a folder, in the order of their names; folders in it are classes."""
     datasets = torchvision_datasets()
+    suffixes = datasets.folder.IMG_EXTENSIONS
+    if not any(entry.is_dir() for entry in path.iterdir()):
+        files = sorted(f for f in path.iterdir() if f.suffix.lower() in suffixes)
+        if files:
+            # They have no labels.
+            found = images(_Files(files), str(path), prepare)
+            return Data(found.inputs)
     try:
-        folder = datasets.ImageFolder(str(path), loader=lambda path: decoded(path).convert("RGB"))
+        folder = datasets.ImageFolder(str(path), loader=_opened)
     except FileNotFoundError as error:
         raise InputError(
             f"{path.name} is not a folder of images",
             where=str(path),
             why=str(error),
-            how="put the images of each class into one subfolder",
+            how="put images into it, or one folder of images for each class",
         ) from error
     return images(folder, str(path), prepare)
+
+
+class _Files:
+    """Images without classes."""
+
+    def __init__(self, files: list[Path]) -> None:
+        self._files = files
+
+    def __len__(self) -> int:
+        return len(self._files)
+
+    def __getitem__(self, index: int) -> tuple[Any, int]:
+        return _opened(str(self._files[index])), 0
+
+
+def _opened(path: str) -> Any:
+    return decoded(path).convert("RGB")
 
 
 def images(pairs: Any, where: str, prepare: Preparation) -> Data:

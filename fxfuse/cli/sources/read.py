@@ -34,7 +34,7 @@ def read_data(spec: str, prepare: Preparation | None = None) -> Data:
 
     Args:
         spec: A `.npy`, `.npz`, `.safetensors` or weights-only `.pt` file with inputs, or with
-            `inputs` and `labels`; a folder with one folder of images for each class;
+            `inputs` and `labels`; a folder of images, or with one folder of them for each class;
             `torchvision:CLASS:ROOT` or `torchvision:CLASS:ROOT:SPLIT`, a data set that is on disk
             (SPLIT: `test`, the default, or `train`); `datasets:FOLDER`, what `save_to_disk` of
             Hugging Face datasets wrote; or `package.module:function`, which returns such inputs, a
@@ -66,7 +66,7 @@ def read_data(spec: str, prepare: Preparation | None = None) -> Data:
             f"the data cannot be read: {spec!r}",
             where=spec,
             why="it is not a folder, a file of a known format, or module:function",
-            how="use a .npy, .npz, .safetensors or .pt file, a folder with one folder of images "
+            how="use a .npy, .npz, .safetensors or .pt file, a folder of images, or with one "
             "for each class, torchvision:CLASS:ROOT, datasets:FOLDER, or module:function",
         )
     return _limited(_checked(data, spec), prepare.limit)
