@@ -144,7 +144,7 @@ def run_spliceai(
             "KL of the best members side by side": _best_side_by_side(found, int(size)),
             "KL of the fused": kl(ensemble, own),
             "gain over the start": _interval(far[0] - far[1]),
-            "sites of the ensemble, and found": spliceai.sites_found(ensemble, own),
+            "sites found, and of the ensemble": spliceai.sites_found(ensemble, own),
             "steps": result.match.steps if result.match else 0,
             "handed over": history.chosen,
             "seconds": spent,

@@ -65,21 +65,24 @@ def mlps(rows: Sequence[Mapping[str, Any]]) -> str:
 def spliceai(rows: Sequence[Mapping[str, Any]]) -> str:
     """KL to the ensemble, and called sites."""
     lines = [
-        "| sample | start | KL of the start, 1e-4 | fused | gain | sites | steps | CPU s |",
-        "|---:|---|---:|---:|---:|---:|---:|---:|",
+        "| size | sample | handed over | KL of its start, 1e-4 | of the result | gain | "
+        "best members side by side | sites | steps | CPU s |",
+        "|---:|---:|---|---:|---:|---:|---:|---:|---:|---:|",
     ]
     for row in rows:
-        members = row["start"] if isinstance(row["start"], list) else [row["start"]]
-        start = row.get("KL of the start", row["KL of each member"][members[0]])
         gain = [1e4 * x for x in row["gain over the start"]]
-        sites, found = row["sites of the ensemble, and found"]
+        beside = 1e4 * row["KL of the best members side by side"]
+        found, sites = row["sites found, and of the ensemble"]
         lines.append(
-            f"| {row['seed']} | member {', '.join(map(str, members))} | {1e4 * start:.3f} | "
-            f"{1e4 * row['KL of the fused']:.3f} | {gain[0]:.3f} [{gain[1]:.3f}, {gain[2]:.3f}] | "
-            f"{found} of {sites} | {row['steps']} | {row['seconds']:.0f} |"
+            f"| {row['size']:g} | {row['seed']} | {row['handed over']} | "
+            f"{1e4 * row['KL of the start']:.3f} | {1e4 * row['KL of the fused']:.3f} | "
+            f"{gain[0]:.3f} [{gain[1]:.3f}, {gain[2]:.3f}] | "
+            f"{beside:.3f} | {found} of {sites} | {row['steps']} | {row['seconds']:.0f} |"
         )
     each = ", ".join(f"{1e4 * x:.3f}" for x in rows[0]["KL of each member"])
-    said = f"Members by themselves: {each}. {_said(len(rows), 'windows', '')}"
+    said = (
+        f"Members by themselves: {each}. {_said(len({row['seed'] for row in rows}), 'windows', '')}"
+    )
     return "\n".join([*lines, "", said, ""])
 
 

@@ -171,7 +171,7 @@ class CalibrationBatches:
         generator = torch.Generator().manual_seed(seed)
         if self.undivided:
             return self._calls(torch.randperm(len(self.batches), generator=generator).tolist())
-        return self._rows(torch.randperm(self.size, generator=generator))
+        return self.rows(torch.randperm(self.size, generator=generator))
 
     @cached_property
     def whole(self) -> Call:
@@ -188,7 +188,7 @@ class CalibrationBatches:
         first -= first % self.unit
         if first < 2:
             return self, self
-        return self._rows(slice(0, first)), self._rows(slice(first, self.size))
+        return self.rows(slice(0, first)), self.rows(slice(first, self.size))
 
     def parts(self, count: int) -> list[CalibrationBatches]:
         """Parts of about the same size, of two inputs or more each, at most `count` of them."""
@@ -196,7 +196,7 @@ class CalibrationBatches:
         count = max(1, min(count, self.size // least))
         ends = [self.size * i // count for i in range(count + 1)]
         ends = [end - end % self.unit for end in ends]
-        return [self._rows(slice(*pair)) for pair in pairwise(ends)]
+        return [self.rows(slice(*pair)) for pair in pairwise(ends)]
 
     def first(self, count: int, batch: int) -> CalibrationBatches:
         """The first inputs, in batches of at most `batch`; all as they are where batches are fixed.
@@ -209,7 +209,7 @@ class CalibrationBatches:
         count, batch = min(count, self.size), max(2, min(batch, step))
         if count > 1 and count % batch == 1:
             count -= 1
-        return self._rows(slice(0, count), batch)
+        return self.rows(slice(0, count), batch)
 
     def together(self, *others: CalibrationBatches) -> CalibrationBatches:
         """These inputs and others, in their batches."""
@@ -232,7 +232,7 @@ class CalibrationBatches:
         labels = tuple(self.labels[i] for i in chosen) if self.labels else ()
         return replace(self, batches=batches, size=sum(map(count_rows, batches)), labels=labels)
 
-    def _rows(self, chosen: slice | torch.Tensor, batch: int | None = None) -> CalibrationBatches:
+    def rows(self, chosen: slice | torch.Tensor, batch: int | None = None) -> CalibrationBatches:
         """Some of the inputs, in batches."""
         if self.undivided and isinstance(chosen, slice):
             first = np.cumsum([0, *map(count_rows, self.batches[:-1])])
@@ -373,7 +373,7 @@ def _undivided(
         evaluate=given.evaluate,
     )
     batches = batches.shuffled(0) if shuffle else batches
-    return batches._rows(slice(0, given.limit))
+    return batches.rows(slice(0, given.limit))
 
 
 def _augment(call: Call) -> Augment:

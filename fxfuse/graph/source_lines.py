@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import linecache
 import os
 import re
@@ -31,7 +32,7 @@ def source_of(node: fx.Node) -> str:
 
 def source_of_caller() -> str:
     """Return the innermost line of the user's code that is running, as `source_of` does."""
-    stack = reversed(list(traceback.walk_stack(sys._getframe(1))))
+    stack = reversed(list(traceback.walk_stack(inspect.currentframe())))
     ours = f"{Path(__file__).parents[1]}/"
     return _innermost(
         [
