@@ -309,7 +309,7 @@ def test_what_chose_too_kindly_is_sent_back_by_the_inputs_that_accept(
     def train(module: nn.Module, *given: Any, **options: Any) -> MatchReport:
         with torch.no_grad():
             for parameter in module.parameters():
-                parameter += 0.1 * torch.randn_like(parameter)
+                parameter += 0.1 * drawn(*parameter.shape)
         return MatchReport(1, 1.0, 0.1, 1.0, 100, 64, 1e-3, True, (), 1.0, 0.1, True)
 
     without = fused(refine=[Refit()])

@@ -158,10 +158,8 @@ def test_where_there_is_no_derivative_rows_count_alike_and_it_is_said():
             self.first, self.second = nn.Linear(4, 6), nn.Linear(6, 3)
 
         def forward(self, x: Tensor) -> Tensor:
-            spectrum = torch.fft.rfft(self.first(x), dim=1)
-            out = torch.zeros(spectrum.shape, dtype=spectrum.dtype)
-            out[:, ::2] = spectrum[:, ::2]
-            return self.second(torch.fft.irfft(out, n=8, dim=1)).mean(1)
+            h = self.first(x)
+            return self.second(torch.special.zeta(h.abs() + 2, h.abs() + 1)).mean(1)
 
     torch.manual_seed(0)
     members, x = [Counted().eval() for _ in range(2)], torch.randn(200, 8, 4)

@@ -44,7 +44,7 @@ def test_what_a_killed_process_left_is_removed_by_the_next_one(
     environment = os.environ | {"TMPDIR": str(tmp_path)}
     children = [
         subprocess.Popen(
-            [sys.executable, "-c", SPILL, "60"], stdout=subprocess.PIPE, text=True, env=environment
+            [sys.executable, "-c", SPILL, "600"], stdout=subprocess.PIPE, text=True, env=environment
         )
         for _ in range(3)
     ]
@@ -88,7 +88,7 @@ def test_values_that_do_not_fit_are_written_and_read():
     for found, value in ((stored[0], base), (stored[2], values[2]), (stored[3], values[3])):
         assert torch.equal(found, value)
     assert stored[2].untyped_storage().nbytes() == values[2].nbytes
-    store.free(stored)
+    stored.free_all()
     assert (store.left, files(store)) == (100, 0)
 
 
