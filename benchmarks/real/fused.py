@@ -62,11 +62,13 @@ def main() -> None:
             options.seeds, options.seconds or 110, options.sizes or [0.75, 0.5]
         ),
     }
+    # Before the first row is written.
+    commit = {"commit": records.described()}
     path = RESULTS / f"{options.what}.json"
     rows = _named(records.earlier(path, "rows", keep=options.keep))
     for row in runs[options.what]():
         print(row, flush=True)
-        rows |= _named([row | {"commit": records.described()}])
+        rows |= _named([row | commit])
         content = {"torch": torch.__version__, "rows": [rows[name] for name in sorted(rows)]}
         records.write(path, content)
 
