@@ -28,8 +28,10 @@ def files(store: SpillStore) -> int:
 
 
 SPILL = """
-import sys, time
+import signal, sys, time
 import torch
+# A shell's background jobs ignore it, and so do their children.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 from fxfuse.activations.spill_store import SpillStore
 store = SpillStore(memory=0)
 stored = store.put([torch.ones(1000)])
