@@ -20,6 +20,7 @@ from fxfuse.activations.parts import part_of
 from fxfuse.activations.units import Consumer, consumer_inputs, consumers_of, each_once
 from fxfuse.analysis.coupling import CouplingGraph, CouplingGroup, Index
 from fxfuse.analysis.labels import Kind
+from fxfuse.common.cholesky import cholesky_with_ridge
 from fxfuse.errors import InputError
 from fxfuse.graph.arguments import argument
 from fxfuse.graph.operator_facts import batch_norm_of
@@ -143,7 +144,14 @@ def eliminate(
     covariance, weights = covariance.double(), weights.double()
     level = covariance.diagonal().mean().clamp(min=1e-30)
     covariance = _part(covariance, units, width)
-    inverse = torch.cholesky_inverse(_factor(covariance, _RIDGE * level))
+    if not bool(torch.isfinite(covariance).all()):
+        raise InputError(
+            "units cannot be ranked by their activations",
+            why="products of activations overflow float32, or are NaN",
+            how="scale the calibration inputs as in training, and check them for NaN",
+        )
+    factors = cholesky_with_ridge(covariance[None], (_RIDGE * level)[None])
+    inverse = torch.cholesky_inverse(factors[0])
     products = _part(weights @ weights.T, units, width)
     there = torch.ones(len(units), dtype=torch.bool, device=covariance.device)
     for step in range(len(units) - n_left):
@@ -176,23 +184,6 @@ def _remove(inverse: torch.Tensor, products: torch.Tensor, gone: slice) -> None:
         matrix[gone] = 0
         matrix[:, gone] = 0
     inverse[gone, gone] = torch.eye(len(own), dtype=inverse.dtype, device=inverse.device)
-
-
-def _factor(covariance: torch.Tensor, ridge: torch.Tensor) -> torch.Tensor:
-    """The Cholesky factor with a ridge, or ten times that, and again, where it is singular."""
-    if not bool(torch.isfinite(covariance).all()):
-        raise InputError(
-            "units cannot be ranked by their activations",
-            why="products of activations overflow float32, or are NaN",
-            how="scale the calibration inputs as in training, and check them for NaN",
-        )
-    unit = torch.eye(len(covariance), dtype=covariance.dtype, device=covariance.device)
-    factor, failed = torch.linalg.cholesky_ex(covariance + ridge * unit)
-    while failed:
-        ridge = 10 * ridge
-        factor, failed = torch.linalg.cholesky_ex(covariance + ridge * unit)
-    result: torch.Tensor = factor
-    return result
 
 
 def _part(matrix: torch.Tensor, units: Index, width: int) -> torch.Tensor:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
+from fxfuse.common.cholesky import cholesky_with_ridge
 from fxfuse.errors import InputError
 
 #: Rows of a Gram matrix that are computed at a time.
@@ -148,22 +149,12 @@ class Ridge:
         level = gram.diagonal(dim1=1, dim2=2).sum(1) / self.rows.shape[2]
         # A group that is always zero learns nothing, and must not make the system singular.
         penalty = (alpha * level).clamp(min=torch.finfo(torch.float32).tiny)
-        gram.diagonal(dim1=1, dim2=2).add_(penalty[:, None])
-        factor, failed = torch.linalg.cholesky_ex(gram)
-        if failed.any():
-            gram = gram.double()
-            factor, failed = torch.linalg.cholesky_ex(gram)
-        while failed.any():
-            more = torch.where(failed > 0, 9 * penalty, 0.0)
-            penalty = penalty + more
-            gram.diagonal(dim1=1, dim2=2).add_(more[:, None])
-            factor, failed = torch.linalg.cholesky_ex(gram)
+        factor = cholesky_with_ridge(gram, penalty)
         if gram.shape[1] > _LARGE:
             factor = factor.float()
         # One at a time: it is as large as the Gram matrix.
         self._factors = {(alpha, trial): factor}
-        result: torch.Tensor = factor
-        return result
+        return factor
 
     # --- a target -------------------------------------------------------------------------------
 
