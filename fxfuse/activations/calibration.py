@@ -282,7 +282,7 @@ class CalibrationBatches:
             _check(program, args, kwargs)
         if given.augmentations:
             _augment(calls[0])
-        if not all(_divides(program, call) for call in calls[:1]):
+        if not _divides(program, calls[0]):
             return _undivided(found, given, shuffle=shuffle)
         fixed = None if program.dynamic_batch else count_rows(program.example_inputs)
         whole: Call = join_rows(calls)

@@ -168,26 +168,19 @@ class NodeRunner:
         end = max((self.order[node] for node in asked), default=-1)
         known = {node: self.values[node][batch].clone() for node in self.written_inputs}
         self.copies.clear()
-        for node in self.nodes[: end + 1]:
-            if self._is_computed(node):
-                result = self._call(
-                    node, lambda n: known[n] if n in known else self.value(n)[batch]
-                )
-                known[node] = self._sound(node, result)
+        for node in self._walk(batch, self.nodes[: end + 1], known):
             for name in asked.get(node, ()):
                 found = take(name, known[node] if node in known else self.value(node)[batch])
                 if found is not None:
                     known[node] = found
-            for operand in node.all_input_nodes:
-                if operand in known and self._is_read(operand, self.order[node]):
-                    del known[operand]
 
     def redo(self, node: fx.Node) -> None:
         """Run a node again, whose operands are still there, because tensors changed."""
         if self.order[node] >= self.done:
             return
         self._forget(node)
-        self.values[node] = self.store.put(self._results(node))
+        results = self.compute(node, lambda batch, operand: self.value(operand)[batch])
+        self.values[node] = self.store.put(results)
 
     def compute_one(self, node: fx.Node, batch: int, known: dict[fx.Node, Any]) -> Any:
         """Return what a node would return for one batch, whether it has run or not.
@@ -214,17 +207,19 @@ class NodeRunner:
         if not nodes:
             self.done = max(self.done, end)
             return
-        for node in nodes:
-            self._forget(node)
         self.done = end
         read = [n for n in self.values if n not in self.held and self._is_read(n)]
         kept: dict[fx.Node, list[Any]] = {
             node: [] for node in nodes if node in self.held or not self._is_read(node)
         }
         for batch in range(len(self.calibration.batches)):
-            for node, value in self._batch(batch, nodes, kept):
+            known: dict[fx.Node, Any] = {}
+            with torch.no_grad():
+                for _ in self._walk(batch, nodes, known, kept):
+                    pass
+            for node, items in kept.items():
                 # What shows a tensor that is written has to stay where that tensor is.
-                kept[node].append(value if node in self.shown else self.store.keep(value))
+                items.append(known[node] if node in self.shown else self.store.keep(known[node]))
             for node in read:
                 if isinstance(stored := self.values[node], Stored):
                     stored.free(batch)
@@ -233,22 +228,32 @@ class NodeRunner:
         for node, items in kept.items():
             self.values[node] = items if node in self.shown else Stored(self.store, items)
 
-    def _batch(
-        self, batch: int, nodes: Sequence[fx.Node], kept: Collection[fx.Node]
-    ) -> Iterator[tuple[fx.Node, Any]]:
-        """Run nodes on one batch, and yield the values that are kept, when no node changes them."""
-        known: dict[fx.Node, Any] = {}
+    def _walk(
+        self,
+        batch: int,
+        nodes: Sequence[fx.Node],
+        known: dict[fx.Node, Any],
+        kept: Collection[fx.Node] = (),
+    ) -> Iterator[fx.Node]:
+        """Run nodes on one batch, and yield each when its value is there, before the next one runs.
+
+        Args:
+            batch: Number of the batch.
+            nodes: The nodes, in the order of the graph.
+            known: Filled with values, which are dropped once they are read.
+            kept: Nodes whose values stay.
+        """
         for node in nodes:
-            with torch.no_grad():
+            if self._is_computed(node):
                 result = self._call(
                     node, lambda n: known[n] if n in known else self.value(n)[batch]
                 )
-            known[node] = self._sound(node, result)
+                known[node] = self._sound(node, result)
+            yield node
             for operand in node.all_input_nodes:
                 unread = operand in kept or not self._is_read(operand, self.order[node])
                 if operand in known and not unread:
                     del known[operand]
-        yield from ((node, known[node]) for node in nodes if node in kept)
 
     def _is_computed(self, node: fx.Node) -> bool:
         return node.op == "call_function" and node not in self.parts and node not in self.absent
@@ -261,9 +266,6 @@ class NodeRunner:
             tensor = self._tensor(node)
             self.copies[name] = [tensor.clone() for _ in self.calibration.batches]
         return self.copies[name]
-
-    def _results(self, node: fx.Node) -> Iterator[Any]:
-        return self.compute(node, lambda batch, n: self.value(n)[batch])
 
     def _forget(self, node: fx.Node) -> None:
         value = self.values.pop(node, None)

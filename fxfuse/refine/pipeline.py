@@ -339,7 +339,7 @@ class _Way:
         best = made.best = min(
             made.starts, key=made.cost if by_metric else lambda s: far[s.name], default=None
         )
-        plan, fitted = planned or plan, None
+        fitted = None
         if best is None or self.steps.refit is not None:
             plan = planned or self.plans.plan(fitting)
             fitted = made.steps["fitted"] = measure(self._fitted(made, plan, fitting))

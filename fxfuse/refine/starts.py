@@ -157,7 +157,8 @@ def grown_start(
     maps = []
     for given in plan.maps:
         units = _filled(given, member, plan.n_members, own[given.group])
-        maps.append(UnitMap(given.group, given.n_units, np.arange(len(units)), *units.T))
+        taken = UnitMap(given.group, given.n_units, np.arange(len(units)), *units.T)
+        maps.append(replace(taken, kept=given.kept))
     found = replace(
         plan,
         maps=tuple(maps),

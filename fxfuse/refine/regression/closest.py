@@ -6,11 +6,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from math import isfinite, nan
 
-import torch
-
 from fxfuse.refine.regression.error import Error, relaxed
 from fxfuse.refine.regression.fit_target import FitTarget
-from fxfuse.refine.regression.rows import Sample
+from fxfuse.refine.regression.rows import Sample, evenly
 from fxfuse.refine.regression.solve import Fit, Ridge
 from fxfuse.refine.regression.work import NO_CLOSER, NO_CLOSER_OUTSIDE, LayerFit
 
@@ -118,7 +116,8 @@ def _judged(
     only: bool,
 ) -> tuple[float, float, bool]:
     """The penalty that is best on the rows held out, its error there, and whether it is better."""
-    unseen, seen = (found.part(_some(mask)) for mask in (found.held, ~found.held))
+    sides = (mask.nonzero().flatten() for mask in (found.held, ~found.held))
+    unseen, seen = (found.part(rows[evenly(len(rows), _ENOUGH_ROWS)]) for rows in sides)
     outside = Error(cut, unseen.aim(unseen.wanted), unseen.weights)
     inside = Error(cut, seen.aim(seen.wanted), seen.weights)
     before = outside(unseen.aim(held(unseen.rows)))
@@ -135,12 +134,6 @@ def _judged(
         # Behind an activation that cuts, the target itself may be too much to ask for.
         best = min(best, _relaxed_trial(cut, found, unseen, ridge, alpha, outside))
     return alpha, best, best < before
-
-
-def _some(mask: torch.Tensor) -> torch.Tensor:
-    """Enough of the rows of a mask, spread evenly, int64 [n]."""
-    rows = mask.nonzero().flatten()
-    return rows[:: -(-len(rows) // _ENOUGH_ROWS)]
 
 
 def _relaxed_trial(

@@ -27,6 +27,11 @@ def rows_for(features: int) -> int:
     return max(_ROWS, _PER_FEATURE * features)
 
 
+def evenly(count: int, most: int) -> slice:
+    """At most `most` of `count` rows, spread evenly."""
+    return slice(None, None, -(-count // most))
+
+
 @dataclass(frozen=True)
 class Sample:
     """Rows of a layer on the calibration inputs.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from fxfuse.refine.regression.fit_target import FitTarget, Norm
+from fxfuse.refine.regression.rows import evenly
 from fxfuse.refine.regression.solve import Fit
 
 State = dict[str, torch.Tensor]
@@ -63,7 +64,7 @@ def write(
     scale = _scale(route.norm, state)
     groups, _, outputs = fit.matrix.shape
     matrix = fit.matrix * scale.reshape(groups, 1, outputs)
-    some = slice(None, None, -(-len(rows) // _ENOUGH_ROWS))
+    some = evenly(len(rows), _ENOUGH_ROWS)
     new = Fit(matrix, torch.zeros_like(fit.shift))(rows[some]).double()
     share = torch.ones(len(new), 1, device=new.device) if ratios is None else ratios[some, None]
     share = share / share.mean()
