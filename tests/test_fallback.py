@@ -165,6 +165,15 @@ def test_what_a_module_makes_is_float64_for_the_oracle_too(quiet):
     assert 1e-9 < check.tolerance < 1e-3 or check.error < 1e-9
     assert "in the network's own precision" in check.detail
 
+    class Asserting(Early):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            assert x.dtype is torch.float32
+            return super().forward(x)
+
+    check = verify.permutation(Asserting(), x)
+    assert check.passed
+    assert "in the network's own precision" in check.detail
+
     class Rounded(nn.Module):
         def forward(self, x: torch.Tensor) -> torch.Tensor:
             single = x.to(torch.float32)
