@@ -89,16 +89,15 @@ def spliceai(rows: Sequence[Mapping[str, Any]]) -> str:
 def minilm(rows: Sequence[Mapping[str, Any]]) -> str:
     """Spearman's correlation by size."""
     lines = [
-        f"| size | {' | '.join(_MINILM_COLUMNS)} | CPU s |",
-        f"|---:|{'---:|' * (len(_MINILM_COLUMNS) + 1)}",
+        f"| size | samples | {' | '.join(_MINILM_COLUMNS)} | CPU s |",
+        f"|---:|---:|{'---:|' * (len(_MINILM_COLUMNS) + 1)}",
     ]
     for size in sorted({row["size"] for row in rows}, reverse=True):
         own = [row for row in rows if row["size"] == size]
         cells = [_range([row[name] for row in own], 3) for name in _MINILM_COLUMNS]
         seconds = _range([row[f"seconds of {_MINILM_COLUMNS[-1]}"] for row in own], 0)
-        lines.append(f"| {size} | {' | '.join(cells)} | {seconds} |")
-    seeds = len({row["seed"] for row in rows})
-    return "\n".join([*lines, "", _said(seeds, "sentences", ""), ""])
+        lines.append(f"| {size} | {len(own)} | {' | '.join(cells)} | {seconds} |")
+    return "\n".join([*lines, ""])
 
 
 def _said(samples: int, what: str, cost: str) -> str:
