@@ -65,16 +65,17 @@ def mlps(rows: Sequence[Mapping[str, Any]]) -> str:
 def spliceai(rows: Sequence[Mapping[str, Any]]) -> str:
     """KL to the ensemble, and called sites."""
     lines = [
-        "| size | sample | handed over | KL of its start, 1e-4 | of the result | gain | "
-        "best members side by side | sites | steps | CPU s |",
-        "|---:|---:|---|---:|---:|---:|---:|---:|---:|---:|",
+        "| size | matching, s | sample | handed over | KL of its start, 1e-4 | of the result | "
+        "gain | best members side by side | sites | steps | CPU s |",
+        "|---:|---:|---:|---|---:|---:|---:|---:|---:|---:|---:|",
     ]
     for row in rows:
         gain = [1e4 * x for x in row["gain over the start"]]
         beside = 1e4 * row["KL of the best members side by side"]
         found, sites = row["sites found, and of the ensemble"]
         lines.append(
-            f"| {row['size']:g} | {row['seed']} | {row['handed over']} | "
+            f"| {row['size']:g} | {row['seconds of matching']:g} | {row['seed']} | "
+            f"{row['handed over']} | "
             f"{1e4 * row['KL of the start']:.3f} | {1e4 * row['KL of the fused']:.3f} | "
             f"{gain[0]:.3f} [{gain[1]:.3f}, {gain[2]:.3f}] | "
             f"{beside:.3f} | {found} of {sites} | {row['steps']} | {row['seconds']:.0f} |"
