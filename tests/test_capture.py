@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import warnings
+from contextvars import copy_context
 
 import pytest
 import torch
@@ -34,7 +35,9 @@ def test_the_model_stays_as_it_was():
     model = SmallResNet().train()
     model.block1.bn1.eval()
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    variables = set(copy_context())
     fxfuse.capture(model, images())
+    assert set(copy_context()) == variables  # torch leaves two of each export
     assert model.training
     assert model.fc.training
     assert not model.block1.bn1.training

@@ -203,6 +203,7 @@ def varied_plan() -> fxfuse.FusionPlan:
         (("members", 0, "hash"), "", "members[0] has the unknown entry 'hash'"),
         (("roles", "stem.weight", "kind"), "lost", "is 'lost', and none of mapped, averaged"),
         (("roles", "stem.weight", "spread"), -1, "has the spread -1"),
+        (("roles", "stem.weight", "spread"), float("nan"), "spread"),
         (("roles", "stem.weight", "member"), 0, "is mapped, and its member is 0"),
         (("roles", "stem.weight", "absent_in"), [2], "is absent in member 2 of 2"),
         (("roles", "stem.weight", "absent_in"), [0, 0], "is absent in one member twice"),

@@ -11,6 +11,7 @@ import sys
 import warnings
 from collections.abc import Collection, Mapping
 from contextlib import redirect_stderr
+from contextvars import copy_context
 from dataclasses import dataclass, field
 from functools import cached_property
 from io import StringIO
@@ -322,8 +323,12 @@ def _export_once(
     args, kwargs = pytree.tree_map_only(torch.Tensor, torch.Tensor.detach, (args, kwargs))
     try:
         with redirect_stderr(StringIO()) as said:
-            program = torch.export.export(
-                model, args, kwargs, dynamic_shapes=dynamic_shapes, strict=False
+            # In a context of its own, or torch leaves two variables in the caller's for good.
+            program = copy_context().run(
+                torch.export.export,
+                *(model, args, kwargs),
+                dynamic_shapes=dynamic_shapes,
+                strict=False,
             )
         forget_sizes(program)
         forget_code()
