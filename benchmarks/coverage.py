@@ -5,7 +5,8 @@
 Each model runs in a process of its own, with a limit of time and of memory. Networks have random
 weights in float64, made so that an oracle can see: normalisation statistics calibrated on a batch
 and jittered, zero-initialised weights randomised, and the outputs shown to depend on the input.
-With `--keep`, models that are in the JSON file already are not measured again.
+With `--keep`, models that are in the JSON file already are not measured again, but for uses that
+their rows lack.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ import time
 import traceback
 import warnings
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -49,7 +50,7 @@ BLIND = 1e-6
 #: What is done with the models of a library, beside the oracles.
 USES = {
     "plain": ("fuse", "prune", "stack", "refit"),
-    "transformers-types": ("fuse", "prune", "stack"),
+    "transformers-types": ("fuse", "prune", "stack", "refit"),
 }
 
 
@@ -106,6 +107,21 @@ def measure(name: str) -> dict[str, Any]:
     return row
 
 
+def complete(row: dict[str, Any]) -> dict[str, Any]:
+    """A row as it was measured before, with the uses that it lacks."""
+    torch.set_num_threads(1)
+    warnings.simplefilter("ignore")
+    model, args, kwargs = build(row["model"])
+    torch.manual_seed(0)
+    program = fxfuse.capture(excite(model, args, kwargs), Example(args, kwargs=kwargs))
+    return {**row, "uses": row["uses"] | _used_so(row["model"], program, _lacking(row))}
+
+
+def _lacking(row: Mapping[str, Any]) -> list[str]:
+    uses = USES.get(row["model"].partition(":")[0], ())
+    return [use for use in uses if "uses" in row and use not in row["uses"]]
+
+
 def _used_so(name: str, first: fxfuse.Program, uses: Sequence[str]) -> dict[str, str]:
     """For each use "ok", or why two members of a model cannot be used so."""
     model, args, kwargs = build(name, 1)
@@ -149,8 +165,14 @@ def _used(members: list[fxfuse.Program], use: str) -> tuple[torch.fx.GraphModule
 
 
 def _rolled(example: tuple[tuple[Any, ...], dict[str, Any]], by: int) -> Any:
-    """Other inputs of the same kind: those of the example, rolled along their last dimension."""
-    return tuple(x.roll(by, -1) if x.is_floating_point() else x for x in example[0])
+    """Other inputs of the same kind: those of the example, rolled along their last dimension.
+
+    Positional integers are edges and the like, and stay; keyword ones are tokens.
+    """
+    args, kwargs = example
+    if kwargs:
+        return {name: x.roll(by, -1) for name, x in kwargs.items()}
+    return tuple(x.roll(by, -1) if x.is_floating_point() else x for x in args)
 
 
 def _weights(module: torch.fx.GraphModule) -> int:
@@ -172,7 +194,8 @@ def double(name: str, seed: int) -> fxfuse.Program:
     try:
         return _excited(copy.deepcopy(model).double(), *doubled, seed)
     except RuntimeError as error:
-        if not re.search("scalar type|dtype|type .* should be the same", str(error)):
+        single = "scalar type|dtype|type .* should be the same|without overflow"
+        if not re.search(single, str(error)):
             raise
     return _excited(model, args, kwargs, seed)
 
@@ -299,15 +322,25 @@ def main() -> None:
     rows = {r["model"]: r for r in earlier(options.json, "rows", keep=options.keep)}
     wanted = [m for m in models() if any(fnmatch.fnmatch(m, p) for p in options.only)]
     names = [m for m in wanted if m not in rows or {"failure", "not_built"} & rows[m].keys()]
+    lacking = [m for m in wanted if m not in names and _lacking(rows[m])]
     known = versions()
 
     def done(row: dict[str, Any]) -> None:
+        if row["model"] in lacking and "failure" in row:
+            before = rows[row["model"]]
+            row = {
+                **before,
+                "uses": before["uses"] | dict.fromkeys(_lacking(before), row["failure"]),
+            }
         rows[row["model"]] = row
         print(json.dumps(row), flush=True)
         found = [rows[m] for m in models() if m in rows]
         write(options.json, {"versions": known, "models": len(models()), "rows": found})
 
-    sweep(names, options.jobs, options.seconds, options.memory, done)
+    def one(name: str) -> dict[str, Any]:
+        return complete(rows[name]) if name in lacking else measure(name)
+
+    sweep(names + lacking, options.jobs, options.seconds, options.memory, done, one)
     failures = [r["model"] for r in rows.values() if "failure" in r]
     violations = [
         r["model"]

@@ -1,13 +1,15 @@
 """One text or vision class for each model type of `transformers`, made by a small config.
 
 `classes()` reads the tables of the library's auto classes; `build` shrinks the default config: each
-number is replaced by the small one that its name asks for, in nested configs too. A class whose
-config asks for more than that cannot be built so, and says why.
+number is replaced by the small one that its name asks for, in nested configs too. Where these do
+not fit together, only layers, tokens and the like become fewer. A class whose config asks for more
+than that cannot be built so, and says why.
 """
 
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -50,8 +52,10 @@ _SIZES: tuple[tuple[str, int], ...] = (
 )
 #: Lists of sizes, one for each stage.
 _LISTS = r"depths|\w*hidden_sizes|embed_dims"
+#: Those of them that no width follows from: what is left where all of them do not fit together.
+_COUNTS = tuple(s for s in _SIZES if re.search(r"vocab|layers|expert|label|queries|_id", s[0]))
 #: A network of more parameters is not small.
-_MOST = 2_000_000
+_MOST = 8_000_000
 SIDE, LENGTH = 32, 7
 
 
@@ -72,18 +76,18 @@ def classes() -> list[str]:
     return list(found)
 
 
-def _smaller(config: Any) -> dict[str, Any]:
+def _smaller(config: Any, sizes: Sequence[tuple[str, int]]) -> dict[str, Any]:
     """What a config is made from anew: small numbers for large ones."""
     changed: dict[str, Any] = {}
     for name, value in config.to_dict().items():
         own = getattr(config, name, value)
         if hasattr(own, "to_dict"):
-            changed[name] = type(own)(**_smaller(own))
+            changed[name] = type(own)(**_smaller(own, sizes))
         elif isinstance(value, int) and not isinstance(value, bool):
             # As many heads of keys as of queries stay as many.
             alike = name.endswith("heads") and value == config.to_dict().get("num_attention_heads")
             asked = "num_attention_heads" if alike else name
-            size = next((size for like, size in _SIZES if re.fullmatch(like, asked)), None)
+            size = next((size for like, size in sizes if re.fullmatch(like, asked)), None)
             if size is not None and value > size:
                 changed[name] = size
         elif re.fullmatch(_LISTS, name) and value and all(type(each) is int for each in value):
@@ -102,26 +106,30 @@ def build(name: str) -> tuple[nn.Module, dict[str, Any]]:
     Raises:
         NotBuiltError: The class cannot be made so, or does not take these inputs, or is not small.
     """
-    try:
-        model = _build(name).eval()
-        inputs = _inputs(model)
-        with torch.no_grad():
-            model(**inputs)
-    except Exception as error:
-        text = " ".join(str(error).split())
-        raise NotBuiltError(f"{type(error).__name__}: {text[:200]}") from error
-    if (count := sum(p.numel() for p in model.parameters())) > _MOST:
-        raise NotBuiltError(f"{count / 1e6:.0f} M parameters")
-    return model, inputs
+    why: Exception | None = None
+    for sizes in (_SIZES, _COUNTS):
+        try:
+            model = _build(name, sizes).eval()
+            if (count := sum(p.numel() for p in model.parameters())) > _MOST:
+                raise ValueError(f"{count / 1e6:.0f} M parameters")
+            inputs = _inputs(model)
+            with torch.no_grad():
+                model(**inputs)
+        except Exception as error:
+            why = why or error
+        else:
+            return model, inputs
+    text = " ".join(str(why).split())
+    raise NotBuiltError(f"{type(why).__name__}: {text[:200]}") from why
 
 
-def _build(name: str) -> nn.Module:
+def _build(name: str, sizes: Sequence[tuple[str, int]]) -> nn.Module:
     import transformers
 
     transformers.logging.set_verbosity_error()
     model_class = getattr(transformers, name)
     kind = model_class.config_class
-    config = kind(**_smaller(kind()))
+    config = kind(**_smaller(kind(), sizes))
     for each in (config, *(v for v in vars(config).values() if hasattr(v, "to_dict"))):
         if hasattr(each, "use_cache"):
             each.use_cache = False
