@@ -11,7 +11,9 @@ from torch import nn
 
 import fxfuse
 from fxfuse import verify
-from fxfuse.analysis.labels import Kind
+from fxfuse.analysis.coupling_constraints import CouplingConstraints
+from fxfuse.analysis.labels import AbstractTensor, DimLabels, Kind
+from fxfuse.analysis.rules.algebra import align, meet
 from fxfuse.api import stages
 from fxfuse.errors import OptionError
 from tests.nets import images, resnets
@@ -248,6 +250,22 @@ def test_tied_parameters_appear_under_each_name():
     places = {place for group in graph.groups for place in group.index}
     assert {("a.weight", 0), ("b.weight", 0)} <= places
     assert verify.permutation_of(graph).passed
+
+
+@pytest.mark.parametrize("rows", [3, 5])
+@pytest.mark.parametrize("first", [True, False])
+def test_neurons_freeze_where_they_meet_neurons_in_a_part_of_a_tensor(rows: int, first: bool):
+    """Register tokens of which a mask knows some: the label of the heads would be lost."""
+    coupling = CouplingConstraints()
+    heads, tokens = coupling.parameter("heads", (4,)), coupling.parameter("tokens", (12,))
+    ids = torch.zeros(rows, 4, dtype=torch.int64)
+    ids[:3] = tokens.fields[0].ids.reshape(3, 4)
+    mask = AbstractTensor((rows, 4), fields=(DimLabels(ids, (0, 1)),), sources=tokens.sources)
+    operands = [mask, align(AbstractTensor((4,), heads.fields, sources=heads.sources), 2)]
+    meet(coupling, *operands[:: 1 if first else -1])
+    frozen = {int(i) for f in coupling.freezes for i in f.ids}
+    assert set(heads.fields[0].ids.tolist()) <= frozen or rows == 3
+    assert not frozen or rows == 5
 
 
 def test_a_wrong_group_is_found_named_and_frozen(monkeypatch: pytest.MonkeyPatch):

@@ -149,3 +149,16 @@ def test_an_operator_without_a_rule_freezes_and_says_so():
         assert "aten.renorm" in reason.why
         assert "test_rules.py" in reason.source
     assert verify.permutation_of(graph).passed
+
+
+def test_a_pointwise_operator_of_numbers_alone_carries_no_neurons():
+    class Chunks(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.head = nn.Linear(5, 8), nn.Linear(8, 2)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.head(self.first(x) / torch.div(9, 2, rounding_mode="floor"))
+
+    (group,) = fxfuse.analyze(Chunks(), torch.randn(2, 5)).groups
+    assert group.n_units == 8

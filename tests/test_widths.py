@@ -382,6 +382,50 @@ def test_heads_that_not_all_have_their_own(network: type[nn.Module], size: float
     assert fxfuse.verify.concatenation_equals_ensemble(members, x).passed
 
 
+class LikeUnits(nn.Module):
+    """Zeros in the shape of units become a state of another shape, which meets other units."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second, self.head = nn.Linear(5, 12), nn.Linear(5, 12), nn.Linear(12, 2)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        state = torch.zeros_like(self.first(x).unflatten(-1, (4, 3))).flatten(-2)
+        return self.head(self.second(x).relu() + state)
+
+
+class Streams(nn.Module):
+    """Copies of one stream, mixed by matrices of which each is one unit."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.head = nn.Linear(5, 6), nn.Linear(6, 2)
+        self.mix = nn.ModuleList(nn.Linear(6, 16) for _ in range(2))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        h = self.stem(x).relu().unsqueeze(-2).expand(-1, -1, 4, -1)
+        for mix in self.mix:
+            weights = mix(h.mean(-2)).unflatten(-1, (4, 4)).softmax(-1)
+            h = weights.transpose(-1, -2) @ h
+        return self.head(h.mean(-2))
+
+
+@pytest.mark.parametrize("size", [0.5, 1.5])
+def test_zeros_in_the_shape_of_units_fit_other_units(size: float):
+    members, x = [LikeUnits() for _ in range(2)], torch.randn(2, 4, 5)
+    result = fxfuse.fuse(members, x, size=size)
+    assert result.module(x).isfinite().all()
+    assert result.module.head.weight.shape[1] == 12 * size
+
+
+@pytest.mark.parametrize("size", [0.5, 1.5])
+def test_a_matrix_that_is_one_unit_stays_square(size: float):
+    members, x = [Streams() for _ in range(2)], torch.randn(2, 4, 5)
+    result = fxfuse.fuse(members, x, size=size)
+    assert result.module(x).isfinite().all()
+    assert result.module.get_parameter("mix.0.weight").shape[0] == 16
+
+
 class Experts(nn.Module):
     """Attention, then tokens go to two experts: the data say how many to each."""
 

@@ -82,7 +82,7 @@ def is_pointwise(target: Any) -> bool:
 
 
 @rule(*_UNTAGGED)
-def pointwise(call: Call) -> AbstractTensor:
+def pointwise(call: Call) -> Any:
     """All tensor operands broadcast and meet."""
     operands = call.values()
     if not operands:

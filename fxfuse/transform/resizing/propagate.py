@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
+import torch
 from torch import fx
 
 from fxfuse.analysis.labels import AbstractTensor
@@ -14,6 +15,8 @@ from fxfuse.transform.layout import Layout
 from fxfuse.transform.resizing.literals import dimension
 from fxfuse.transform.resizing.operands import agree, broadcast, spread
 from fxfuse.transform.resizing.state import Layouts, ResizedGraph, cannot_write, has_tensor
+
+aten = torch.ops.aten
 
 
 def propagate_layouts(wide: ResizedGraph, node: fx.Node) -> Any:
@@ -45,6 +48,7 @@ def propagate_layouts(wide: ResizedGraph, node: fx.Node) -> Any:
     if isinstance(value, list):
         return [_handed(wide, node, part, known) for part in value]
     result = _handed(wide, node, value, known)
+    _check_grown(wide, node, result)
     if find(node.target) is contraction.addmm:
         broadcast(wide, node, operands[:1], result)
     elif find(node.target) is contraction.attention:
@@ -74,6 +78,29 @@ def _fill_factors(wide: ResizedGraph, node: fx.Node) -> None:
                 if not any(place in f.dims for f in value.fields):
                     filled.add((other, place))
                     spread(wide, node, other, place, layout)
+                elif _stays(wide, other, place) and layout.size != size:
+                    raise cannot_write(node, "only one of two operands grows where they meet")
+
+
+def _check_grown(wide: ResizedGraph, node: fx.Node, result: Layouts) -> None:
+    """Check that what a product of matrices hands on has grown along this dimension.
+
+    A matrix that is one unit stands along two dimensions, and grows along one of them.
+    """
+    if find(node.target) is not contraction.matmul:
+        return
+    letters = _behind(wide.values[node].rank, "to")
+    for operand, own in _with_letters(wide, node):
+        for dim, layout in result.items():
+            place = own.find(letters[dim]) if len(own) > 1 else -1
+            size = 1 if place < 0 else wide.values[operand].shape[place]
+            if _stays(wide, operand, place) and 1 < size != layout.size:
+                raise cannot_write(node, "a unit of it grows along another dimension")
+
+
+def _stays(wide: ResizedGraph, operand: fx.Node, dim: int) -> bool:
+    """Tell whether an activation has as many places along a dimension as in a member."""
+    return operand.op != "get_attr" and dim not in wide.layout_of(operand)
 
 
 def _with_letters(wide: ResizedGraph, node: fx.Node) -> list[tuple[fx.Node, str]]:
@@ -126,6 +153,27 @@ def complete(wide: ResizedGraph, node: fx.Node, value: AbstractTensor, result: L
         if grows and not set(f.dims) & set(result):
             raise cannot_write(node, "no operand tells the order of its neurons")
     return result
+
+
+def resize_fill(wide: ResizedGraph, node: fx.Node) -> Layouts:
+    """Give a fill the shape that its operand has in a member: where no neuron is, nothing grows."""
+    operand = node.args[0] if argument_names(node.target)[:1] == ["self"] else None
+    if "size" in argument_names(node.target) or not isinstance(operand, fx.Node):
+        return {}
+    layouts = wide.layout_of(operand)
+    sizes: list[int] = [-1] * wide.values[operand].rank
+    for dim in layouts:
+        if not isinstance(operand.meta["val"].shape[dim], int):
+            raise cannot_write(node, "neurons stand in another order in every sample")
+        sizes[dim] = operand.meta["val"].shape[dim]
+    if layouts:
+        one = wide.current(node, operand)
+        with wide.graph.inserting_before(wide.mapping[node]):
+            for dim in layouts:
+                one = wide.graph.call_function(aten.slice.Tensor, (one, dim, 0, 1))
+            one = wide.graph.call_function(aten.expand.default, (one, sizes))
+        wide.reroute(node, operand, one)
+    return {}
 
 
 def keep_layout(wide: ResizedGraph, node: fx.Node) -> Layouts:

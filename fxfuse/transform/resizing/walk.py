@@ -13,6 +13,7 @@ from fxfuse.analysis.labels import AbstractTensor
 from fxfuse.analysis.rules import (
     Rule,
     contraction,
+    creation,
     find,
     movement,
     normalisation,
@@ -37,6 +38,7 @@ from fxfuse.transform.resizing.propagate import (
     keep_layout,
     propagate_layouts,
     resize_chosen,
+    resize_fill,
     resize_normalisation,
 )
 from fxfuse.transform.resizing.recurrence import resize_recurrence
@@ -49,6 +51,7 @@ Handler = Callable[[ResizedGraph, fx.Node], Any]
 #: By the rule of the operator; every other operator hands layouts on (`propagate_layouts`).
 _HANDLERS: Mapping[Rule | None, Handler] = {
     contraction.convolution: resize_groups,
+    creation.filled: resize_fill,
     movement.cat: join,
     movement.move: move,
     movement.overwrite: overwrite,
