@@ -87,20 +87,22 @@ def _check_grown(wide: ResizedGraph, node: fx.Node, result: Layouts) -> None:
 
     A matrix that is one unit stands along two dimensions, and grows along one of them.
     """
-    if find(node.target) is not contraction.matmul:
+    operands = _with_letters(wide, node)
+    if find(node.target) is not contraction.matmul or any(len(own) == 1 for _, own in operands):
         return
     letters = _behind(wide.values[node].rank, "to")
-    for operand, own in _with_letters(wide, node):
+    for operand, own in operands:
         for dim, layout in result.items():
-            place = own.find(letters[dim]) if len(own) > 1 else -1
+            place = own.find(letters[dim])
             size = 1 if place < 0 else wide.values[operand].shape[place]
             if _stays(wide, operand, place) and 1 < size != layout.size:
                 raise cannot_write(node, "a unit of it grows along another dimension")
 
 
 def _stays(wide: ResizedGraph, operand: fx.Node, dim: int) -> bool:
-    """Tell whether an activation has as many places along a dimension as in a member."""
-    return operand.op != "get_attr" and dim not in wide.layout_of(operand)
+    """Tell whether neurons of an activation are as many along a dimension as in a member."""
+    labelled = any(dim in f.dims for f in wide.values[operand].fields)
+    return labelled and operand.op != "get_attr" and dim not in wide.layout_of(operand)
 
 
 def _with_letters(wide: ResizedGraph, node: fx.Node) -> list[tuple[fx.Node, str]]:
