@@ -181,3 +181,24 @@ def test_regions_are_inlined():
     graph = fxfuse.analyze(program)
     assert verify.permutation_of(graph).passed
     assert ("second.weight", 0) in graph.group_of
+
+
+class ForEach(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.head = nn.Linear(5, 8), nn.Linear(8, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        h = self.first(x).relu()
+        count = torch.arange(8)
+        mask = torch.vmap(lambda k: count.new_ones([], dtype=torch.bool) & (k >= 0))(count)
+        return self.head(torch.vmap(lambda row: row / (1 + row.abs().sum()))(h) * mask)
+
+
+def test_what_is_mapped_over_examples_is_written_out():
+    members, x = [ForEach() for _ in range(2)], torch.randn(4, 5)
+    with pytest.warns(UserWarning, match=r"torch\.vmap is written out"):
+        result = fxfuse.fuse(members, x, size=1.5)
+    assert result.module(torch.randn(7, 5)).shape == (7, 3)
+    assert result.module.get_parameter("first.weight").shape == (12, 5)
+    torch.testing.assert_close(fxfuse.prune(members[0], x, size=1).module(x), members[0](x))

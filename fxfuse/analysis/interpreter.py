@@ -143,7 +143,7 @@ class _Interpreter:
         """Tell whether the result depends on neither inputs nor parameters nor symbolic sizes."""
         if torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ()):
             return False
-        made = node.target in _MADE_FROM_SIZES
+        made = node.target in _MADE_FROM_SIZES or (not operands and _takes_tensors(node.target))
         if not made and (not operands or any(v.constant is None for v in operands)):
             return False
         symbolic = (n.meta.get("val") for n in node.all_input_nodes)
@@ -280,6 +280,13 @@ def _unlabelled(fake: torch.Tensor, sources: frozenset[str] | None = None) -> Ab
     """Return what an operator without a rule makes of content without labels: more of it."""
     shape = concrete_shape(fake)
     return AbstractTensor(shape, positions=positions(shape, range(len(shape))), sources=sources)
+
+
+def _takes_tensors(target: Any) -> bool:
+    """Tell whether an operator is for tensors: a number that it gets is one without dimensions."""
+    schema = schema_of(target)
+    kinds = () if schema is None else (argument.type for argument in schema.arguments)
+    return any(isinstance(kind, torch.TensorType) for kind in kinds)
 
 
 _MADE_FROM_SIZES = frozenset(

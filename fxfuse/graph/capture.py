@@ -316,6 +316,10 @@ def _batch_dynamic(value: Any) -> Any:
     return {0: Dim.DYNAMIC} if isinstance(value, torch.Tensor) and value.dim() else None
 
 
+def _is_vmap(target: Any) -> bool:
+    return str(getattr(target, "__module__", "")).startswith("torch._functorch")
+
+
 def _export_once(
     model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], dynamic_shapes: Any
 ) -> ExportedProgram:
@@ -330,6 +334,14 @@ def _export_once(
                 dynamic_shapes=dynamic_shapes,
                 strict=False,
             )
+            if any(_is_vmap(node.target) for node in program.graph.nodes):
+                # Rules know no batched tensors: this writes out what is done to each.
+                program = program.run_decompositions({})
+                warnings.warn(
+                    "torch.vmap is written out in operators of inference: batch norms freeze, and "
+                    "there is no dropout when the result is trained",
+                    stacklevel=7,
+                )
         forget_sizes(program)
         forget_code()
         # Only now: when it fails, torch prints its unfinished graph, up to thousands of lines.

@@ -82,11 +82,9 @@ def is_pointwise(target: Any) -> bool:
 
 
 @rule(*_UNTAGGED)
-def pointwise(call: Call) -> Any:
+def pointwise(call: Call) -> AbstractTensor:
     """All tensor operands broadcast and meet."""
     operands = call.values()
-    if not operands:
-        return NotImplemented  # Made of numbers, `torch.div(7, 2, rounding_mode="floor")`.
     for place, value in enumerate(operands):
         call.coupling.record_use(value, min(place, 1))
     rank = max(v.rank for v in operands)

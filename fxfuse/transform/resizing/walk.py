@@ -199,7 +199,8 @@ def walk_at(graph: CouplingGraph, copies: Copies) -> ResizedGraph:
 
 
 def _step(wide: ResizedGraph, node: fx.Node) -> None:
-    if node.op == "call_function" and has_tensor(wide.values[node]):
+    made_of_nodes = node.op == "call_function" and node.all_input_nodes
+    if made_of_nodes and has_tensor(wide.values[node]):
         wide.layouts[node] = _widened(wide, node)
     elif node.op != "output":
         wide.layouts[node] = {}
