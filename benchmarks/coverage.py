@@ -1,12 +1,13 @@
 """The sweep: what the analyzer makes of every model, and whether the oracles hold on it.
 
-    python benchmarks/coverage.py [--only PATTERN ...] [--jobs 2] [--json FILE] [--keep]
+    python benchmarks/coverage.py [--only PATTERN ...] [--jobs 2] [--json FILE]
+        [--keep [--analyze]]
 
 Each model runs in a process of its own, with a limit of time and of memory. Networks have random
 weights in float64, made so that an oracle can see: normalisation statistics calibrated on a batch
 and jittered, zero-initialised weights randomised, and the outputs shown to depend on the input.
 With `--keep`, models that are in the JSON file already are not measured again, but for uses that
-their rows lack.
+their rows lack; with `--analyze`, their networks are analyzed again, and the oracles are not asked.
 """
 
 from __future__ import annotations
@@ -63,30 +64,12 @@ def measure(name: str) -> dict[str, Any]:
         model, args, kwargs = build(name)
     except NotBuiltError as error:
         return {**row, "not_built": str(error)}
-    row["parameters"] = sum(p.numel() for p in model.parameters())
-    torch.manual_seed(0)
-    excite(model, args, kwargs)
-    # In float32 first: what a user does, and what the times and the memory are claimed for.
-    start = time.perf_counter()
-    program = fxfuse.capture(model, Example(args, kwargs=kwargs))
-    row["capture_s"] = round(time.perf_counter() - start, 3)
-    row["capture"] = "export" if program.is_exported else "trace"
-    row["nodes"] = len(program.graph.nodes)
-    before = _peak_gb()
-    start = time.perf_counter()
-    graph = fxfuse.analyze(program)
-    row["analysis_s"] = round(time.perf_counter() - start, 3)
-    row["analysis_gb"] = round(_peak_gb() - before, 2)
-    row["groups"] = len(graph.groups)
-    row["units"] = sum(g.n_units for g in graph.groups)
-    row["free"] = round(graph.free_fraction, 4)
-    row["frozen"] = _reasons(graph)
-    row["mixes"] = len(graph.mixing)
-    row["without_rule"] = [gap.operator for gap in graph.without_rule]
+    program, analyzed = _analyzed(model, args, kwargs)
+    row |= analyzed
     uses = USES.get(name.partition(":")[0], ())
     if uses:
         row["uses"] = _used_so(name, program, uses)
-    del program, graph, model
+    del program, model
     member = double(name, 0)
     graph = fxfuse.analyze(member)
     check = verify.permutation_of(graph)
@@ -107,14 +90,44 @@ def measure(name: str) -> dict[str, Any]:
     return row
 
 
+def _analyzed(
+    model: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[fxfuse.Program, dict[str, Any]]:
+    """Captures and analyzes in float32: what a user does, and what the times are claimed for."""
+    row: dict[str, Any] = {"parameters": sum(p.numel() for p in model.parameters())}
+    torch.manual_seed(0)
+    excite(model, args, kwargs)
+    start = time.perf_counter()
+    program = fxfuse.capture(model, Example(args, kwargs=kwargs))
+    row["capture_s"] = round(time.perf_counter() - start, 3)
+    row["capture"] = "export" if program.is_exported else "trace"
+    row["nodes"] = len(program.graph.nodes)
+    before = _peak_gb()
+    start = time.perf_counter()
+    graph = fxfuse.analyze(program)
+    row["analysis_s"] = round(time.perf_counter() - start, 3)
+    row["analysis_gb"] = round(_peak_gb() - before, 2)
+    row["groups"] = len(graph.groups)
+    row["units"] = sum(g.n_units for g in graph.groups)
+    row["free"] = round(graph.free_fraction, 4)
+    row["frozen"] = _reasons(graph)
+    row["mixes"] = len(graph.mixing)
+    row["without_rule"] = [gap.operator for gap in graph.without_rule]
+    return program, row
+
+
 def complete(row: dict[str, Any]) -> dict[str, Any]:
-    """A row as it was measured before, with the uses that it lacks."""
+    """A row as it was measured before, analyzed again, with the uses that it lacks.
+
+    Times and memory stay: those of one table are of one machine.
+    """
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
-    model, args, kwargs = build(row["model"])
-    torch.manual_seed(0)
-    program = fxfuse.capture(excite(model, args, kwargs), Example(args, kwargs=kwargs))
-    return {**row, "uses": row["uses"] | _used_so(row["model"], program, _lacking(row))}
+    program, analyzed = _analyzed(*build(row["model"]))
+    if lacking := _lacking(row):
+        analyzed["uses"] = row["uses"] | _used_so(row["model"], program, lacking)
+    kept = {name: row[name] for name in ("capture_s", "analysis_s", "analysis_gb") if name in row}
+    return row | analyzed | kept
 
 
 def _lacking(row: Mapping[str, Any]) -> list[str]:
@@ -318,15 +331,17 @@ def main() -> None:
     parser.add_argument("--memory", type=float, default=11, help="GB for each process")
     parser.add_argument("--json", type=Path, default=RESULTS)
     parser.add_argument("--keep", action="store_true")
+    parser.add_argument("--analyze", action="store_true", help="analyze kept rows again")
     options = parser.parse_args()
     rows = {r["model"]: r for r in earlier(options.json, "rows", keep=options.keep)}
     wanted = [m for m in models() if any(fnmatch.fnmatch(m, p) for p in options.only)]
     names = [m for m in wanted if m not in rows or {"failure", "not_built"} & rows[m].keys()]
-    lacking = [m for m in wanted if m not in names and _lacking(rows[m])]
+    kept = [m for m in wanted if m not in names]
+    lacking = [m for m in kept if options.analyze or _lacking(rows[m])]
     known = versions()
 
     def done(row: dict[str, Any]) -> None:
-        if row["model"] in lacking and "failure" in row:
+        if row["model"] in lacking and "failure" in row and not options.analyze:
             before = rows[row["model"]]
             row = {
                 **before,
