@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from fxfuse.planning.methods import (
         ActivationMatching,
         Average,
+        Cluster,
         Concatenate,
         OptimalTransport,
         Transplant,
@@ -53,6 +54,7 @@ _PUBLIC = {
     "Average": "planning.methods",
     "Calibration": "activations.calibration",
     "Classification": "refine",
+    "Cluster": "planning.methods",
     "Concatenate": "planning.methods",
     "Constraints": "analysis.constraints",
     "CouplingGraph": "analysis.coupling",
@@ -102,6 +104,7 @@ __all__ = [
     "Average",
     "Calibration",
     "Classification",
+    "Cluster",
     "Concatenate",
     "Constraints",
     "CouplingGraph",

@@ -220,4 +220,5 @@ def test_registered_methods():
         "weight_matching",
         "concatenate",
         "zip",
+        "cluster",
     }

@@ -21,6 +21,7 @@ from fxfuse.errors import (
     OptionError,
 )
 from fxfuse.planning.methods._clusters import Clusters
+from fxfuse.planning.methods.cluster import clusters
 from fxfuse.planning.plan import UnitMap
 from fxfuse.transform.apply import fused_tensors
 from fxfuse.verify.check import as_double
@@ -29,7 +30,7 @@ from tests.models import excite, torchvision
 from tests.nets import SmallResNet, images, resnets
 from tests.options import flat, planned
 
-CALIBRATED = ("activation_matching", "zip")
+CALIBRATED = ("activation_matching", "cluster", "zip")
 
 
 def small(name: str) -> tuple[nn.Module, torch.Tensor]:
@@ -178,6 +179,43 @@ def test_clusters_are_those_of_the_plain_algorithm(seed: int):
     )
 
 
+@pytest.mark.parametrize("count", [1, 5, 23, 24])
+@pytest.mark.parametrize("weighted", [False, True])
+def test_k_means_by_the_definition(count: int, weighted: bool):
+    """Each unit is nearest to the weighted mean of its own cluster, and no cluster is empty."""
+    rng = np.random.default_rng(count)
+    points = rng.standard_normal((40, 24))
+    weights = rng.integers(0, 3, 24).astype(float) if weighted else np.ones(24)
+    cluster, share = clusters(points, weights, count)
+    assert np.unique(cluster, return_index=True)[1].tolist() == sorted(
+        np.flatnonzero(cluster == k)[0] for k in range(count)
+    )
+    means = np.stack([points[:, cluster == k] @ share[cluster == k] for k in range(count)], 1)
+    for k in range(count):
+        own = weights[cluster == k]
+        expected = own / own.sum() if own.sum() else np.full(len(own), 1 / len(own))
+        np.testing.assert_allclose(share[cluster == k], expected)
+    far = np.linalg.norm(points[:, :, None] - means[:, None], axis=0)
+    # A cluster of one unit is never emptied, however near others are.
+    moves = np.bincount(cluster)[cluster] > 1
+    np.testing.assert_allclose(far.min(1)[moves], far[range(24), cluster][moves])
+
+
+def test_clusters_of_one_unit_are_a_transplant():
+    graph, states = lists(2)
+    found = activations(graph, states)
+    sizes = {group.name: 2 * group.n_units for group in graph.groups}
+    one, other = (
+        planned(graph, states, name, activations=found, sizes=sizes)
+        for name in ("cluster", "transplant")
+    )
+    for a, b in zip(one.maps, other.maps, strict=True):
+        for member, read in itertools.product(range(2), (False, True)):
+            np.testing.assert_array_equal(
+                matrix(a, member, read=read), matrix(b, member, read=read)
+            )
+
+
 def test_dead_units_zip_with_dead_units_of_others():
     """The living ones, however correlated, are left alone."""
     generator = np.random.default_rng(0)
@@ -202,6 +240,7 @@ def test_dead_units_zip_with_dead_units_of_others():
         ("activation_matching", {"reference": "mean"}, 3),
         ("optimal_transport", {}, 2),
         ("optimal_transport", {"variant": "activations"}, 3),
+        ("cluster", {}, 3),
         ("zip", {}, 2),
         ("zip", {"variant": "across"}, 3),
     ],
@@ -375,6 +414,8 @@ def test_without_a_fraction_the_host_is_the_network_itself():
         ),
         ("zip", {"variant": "within"}, OptionError, "unknown variant 'within'"),
         ("zip", {}, InputError, "'zip' needs calibration inputs"),
+        ("cluster", {}, InputError, "'cluster' needs calibration inputs"),
+        ("cluster", {"score": "size"}, OptionError, "unknown score 'size'"),
         ("activation_matching", {}, InputError, "'activation_matching' needs calibration inputs"),
         (
             "optimal_transport",

@@ -3,6 +3,7 @@
 from fxfuse.planning.context import Context, State
 from fxfuse.planning.methods.activation_matching import ActivationMatching
 from fxfuse.planning.methods.average import Average
+from fxfuse.planning.methods.cluster import Cluster
 from fxfuse.planning.methods.concatenate import Concatenate
 from fxfuse.planning.methods.optimal_transport import OptimalTransport
 from fxfuse.planning.methods.registry import Method, find_method, method, methods
@@ -13,6 +14,7 @@ from fxfuse.planning.methods.zip_it import Zip
 __all__ = [
     "ActivationMatching",
     "Average",
+    "Cluster",
     "Concatenate",
     "Context",
     "Method",
