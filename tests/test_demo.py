@@ -289,7 +289,7 @@ def test_markdown():
 
 
 def test_terminal_tables_have_the_same_cells(results):
-    for numbers in (EXAMPLE, results):
+    for numbers, seeds in (EXAMPLE, "mean [min, max] over 2 seeds"), (results, "one seed"):
         console = Console(file=io.StringIO(), width=160)
         for table in to_rich(numbers):
             console.print(table)
@@ -297,7 +297,7 @@ def test_terminal_tables_have_the_same_cells(results):
         lines = [line for line in to_markdown(numbers).splitlines() if line.startswith("| ")]
         cells = [cell for line in lines if "---" not in line for cell in line[2:-2].split(" | ")]
         assert len(cells) >= 28
-        for text in [*cells, "mean [min, max] over"]:
+        for text in [*cells, f"Accuracy: {seeds}."]:
             assert text in printed
 
 

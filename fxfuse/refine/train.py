@@ -109,8 +109,10 @@ def distill(
     """Train `module` in place to answer like the ensemble of `teachers`; labels are not needed.
 
     The loss is T² · KL(softmax(t / T) ‖ softmax(s / T)), where s are the logits of `module` and t
-    is the mean of the teachers' *logits*: what fxfuse means by the ensemble everywhere else, too.
-    The factor T² keeps the size of the gradient independent of T.
+    is the mean of the teachers' *logits*: the geometric mean of their probabilities (Hinton et al.,
+    "Distilling the Knowledge in a Neural Network", arXiv:1503.02531, section 2). `match` goes
+    towards the ensemble as its task combines it, by default the arithmetic mean. The factor T²
+    keeps the size of the gradient independent of T.
 
     Args:
         module: The network to train, as in `finetune`.

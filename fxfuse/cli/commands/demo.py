@@ -24,7 +24,7 @@ JsonFile = Annotated[
 
 
 def demo(
-    seeds: Seeds = 3,
+    seeds: Seeds = 1,
     steps: Steps = 100,
     member_steps: MemberSteps = 150,
     no_compile: NoCompile = False,

@@ -14,7 +14,7 @@ from typing import Any
 from rich.progress import Progress
 from torch import Tensor, nn
 
-from fxfuse import Match, Refit, Transplant
+from fxfuse import Classification, Match, Refit, Transplant
 from fxfuse.api.fuse import fuse
 from fxfuse.cli.data import Batches
 from fxfuse.cli.demo.members import average, train_member
@@ -62,7 +62,7 @@ def compare(
         members.append(train_member(batches, member_steps, case.seed_of(index), progress))
         yield Entry(f"member {index + 1}", "member", members[-1])
     best = max(members, key=lambda member: merit(member, case.validation))
-    yield Entry(f"ensemble of {MEMBERS}", "ensemble", Ensemble(members))
+    yield Entry(f"ensemble of {MEMBERS}", "ensemble", Ensemble(members, Classification()))
     images = case.calibration()
     # Capturing is the same for every method: once is enough.
     program = [capture(member, images[:2]) for member in members]

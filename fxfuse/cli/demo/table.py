@@ -86,9 +86,10 @@ def _caption(results: dict[str, Any]) -> list[str]:
     """Return what a reader needs to judge the numbers, one sentence or two per item."""
     environment = results["environment"]
     repetitions = len(results["settings"][0]["rows"][0]["accuracy"]["seeds"])
+    seeds = f"mean [min, max] over {repetitions} seeds" if repetitions > 1 else "one seed"
     return [
-        f"Accuracy: mean [min, max] over {repetitions} seeds. "
-        f"Members were trained for {results['member_steps']} steps of {results['batch']} images.",
+        f"Accuracy: {seeds}. Members were trained for {results['member_steps']} steps of "
+        f"{results['batch']} images.",
         "Validation images chose the best member and, for fine-tuning and distillation, the "
         "learning rate.",
         "Fine-tuning sees all training images with labels; recalibration, refit, matching, auto "
