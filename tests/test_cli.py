@@ -377,7 +377,14 @@ def test_a_raw_transplant_is_said_to_be_one(work):
     command = command.replace("DATA", "inputs.pt").replace("FOLDER", "refitted")
     for name in ("summary.md", "report.html"):
         assert raw in (work / "fused" / name).read_text()
-    assert json.loads(invoke(*arguments, "more", "--json").stdout)["raw"]
+    assert re.search(
+        r"distance from the ensemble on 2 example inputs \(random numbers\): [\d.e-]+ ",
+        result.stdout,
+    )
+    told = json.loads(invoke(*arguments, "more", "--json").stdout)
+    assert told["raw"]
+    assert min(told["likeness"]["distance"], told["likeness"]["closest_member_distance"]) > 0
+    assert 0 <= told["likeness"]["agreement_percent"] <= 100
     result = invoke(*command.split(), "--match-steps", "3")
     assert result.exit_code == 0, result.output
     assert "raw" not in result.stdout

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any
 
@@ -12,7 +14,7 @@ from torch import Tensor, nn
 from fxfuse.activations.calibration import join_rows
 from fxfuse.cli.report.content import Network
 from fxfuse.cli.sources import Data
-from fxfuse.errors import InputError
+from fxfuse.errors import FxfuseError, InputError
 from fxfuse.graph.capture import Program
 from fxfuse.graph.example import first_line
 from fxfuse.graph.run import answers as answers_of
@@ -118,6 +120,79 @@ def beside_members(
             )
         )
     return tuple(measured)
+
+
+@dataclass(frozen=True)
+class Likeness:
+    """How closely a network answers like the ensemble on some inputs.
+
+    Attributes:
+        inputs: What the inputs are, in words.
+        count: Number of inputs.
+        unit: Unit of the distances.
+        distance: Of the network from the ensemble.
+        closest: The same of the member that is closest to it.
+        agreement: Share of positions at which the network names the ensemble's class, in percent;
+            None where outputs are not classes.
+        why: Why nothing could be measured, or "".
+    """
+
+    inputs: str
+    count: int
+    unit: str = ""
+    distance: float = math.nan
+    closest: float = math.nan
+    agreement: float | None = None
+    why: str = ""
+
+    def __str__(self) -> str:
+        if self.why:
+            return f"not compared with the ensemble: {self.why}"
+        text = f"distance from the ensemble on {self.count} {self.inputs}: {self.distance:.3g} "
+        text += f"({self.unit}); the closest member has {self.closest:.3g}"
+        if self.agreement is not None:
+            text += f"; it names the ensemble's class in {self.agreement:.0f} % of cases"
+        return text
+
+    def as_json(self) -> dict[str, Any]:
+        """Plain data; what was not measured is None."""
+        known = not self.why
+        return {
+            "inputs": self.inputs,
+            "count": self.count,
+            "unit": self.unit,
+            "distance": self.distance if known else None,
+            "closest_member_distance": self.closest if known else None,
+            "agreement_percent": self.agreement,
+            "why_not": self.why,
+        }
+
+
+def likeness(
+    network: nn.Module, members: Iterable[nn.Module], task: Task, data: Data, inputs: str
+) -> Likeness:
+    """Compare a network with the ensemble of its members, which may be read one by one.
+
+    `inputs` is what the data are called.
+    """
+    try:
+        own = answers(network, task, data)
+        said = [answers(member, task, data) for member in members]
+        _check(task, [own, *said])
+        named = {"": own} | {str(i): answer for i, answer in enumerate(said)}
+        found = qualities(task, named, said)
+        each = [found[str(i)]["distance"].value for i in range(len(said))]
+        agreement = found[""].get("agreement")
+        return Likeness(
+            inputs,
+            len(data),
+            task.unit,
+            found[""]["distance"].value,
+            min(each),
+            None if agreement is None else agreement.value,
+        )
+    except FxfuseError as error:
+        return Likeness(inputs, len(data), why=f"{error.what}. {error.why}".strip())
 
 
 def answers(network: nn.Module, task: Task, data: Data) -> Answer:

@@ -39,6 +39,7 @@ def _show(outcome: Outcome, folder: Path, *, json: bool) -> None:
                 "files": outcome.files,
                 "verification": checks_json(checks),
                 "raw": bool(outcome.raw_note),
+                "likeness": outcome.likeness.as_json() if outcome.likeness else None,
                 "history": result.history.as_json() if result.history else None,
                 "trained": outcome.trained,
                 "networks": [asdict(network) for network in outcome.networks],
@@ -63,9 +64,12 @@ def _show(outcome: Outcome, folder: Path, *, json: bool) -> None:
         out.print(f"{name} keeps the size that it has in one network: {why}", markup=False)
     if outcome.networks:
         out.print(networks_table(outcome.networks))
-    out.print(f"{outcome.recipe.title}, written to {folder}", markup=False)
+    raw = ", raw (not refitted)" * bool(outcome.raw_note)
+    out.print(f"{outcome.recipe.title}{raw}, written to {folder}", markup=False)
     if outcome.raw_note:
         out.print(outcome.raw_note, style="yellow", markup=False)
+        if outcome.likeness:
+            out.print(str(outcome.likeness), style="yellow", markup=False, highlight=False)
         model = outcome.recipe.model
         own = "" if is_named(model) else f"--model {model} "
         options = f"{own}--calibration DATA --refine refit,match --out FOLDER"

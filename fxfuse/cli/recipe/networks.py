@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -33,6 +34,13 @@ class Networks:
     def modules(self) -> list[nn.Module]:
         """The members, where they are in memory."""
         return [member for member in self.members.networks if isinstance(member, nn.Module)]
+
+    def each(self) -> Iterator[nn.Module]:
+        """Yield the members; those in files are read one by one."""
+        for member in self.members.networks:
+            (loaded,) = replace(self.members, networks=[member]).load().networks
+            assert isinstance(loaded, nn.Module)
+            yield loaded
 
 
 def needs_modules(recipe: Recipe) -> bool:

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from rich.progress import Progress
+from torch import nn
 
 from fxfuse.activations.calibration import Calibration
 from fxfuse.api.fuse import fuse
@@ -19,7 +20,7 @@ from fxfuse.api.result import FusionResult
 from fxfuse.api.saved import FILES as NETWORK_FILES
 from fxfuse.api.saved import write_network
 from fxfuse.api.stages import build
-from fxfuse.cli.evaluate import beside_members, find_task
+from fxfuse.cli.evaluate import Likeness, beside_members, find_task, likeness
 from fxfuse.cli.recipe.networks import Networks, load_data, load_networks, made_with
 from fxfuse.cli.recipe.schema import Fuse, OptionPart, Recipe
 from fxfuse.cli.recipe.summary import summary
@@ -54,6 +55,7 @@ class Outcome:
         recipe: The recipe, with what it was made with.
         networks: What was measured, if there were data for it.
         trained: What training did, in a sentence, or "".
+        likeness: How a network that nothing was fitted after answers, beside the ensemble.
     """
 
     folder: Path
@@ -62,6 +64,7 @@ class Outcome:
     recipe: Recipe
     networks: tuple[Network, ...]
     trained: str
+    likeness: Likeness | None = None
 
     @property
     def raw_note(self) -> str:
@@ -153,11 +156,15 @@ def run(
         if evaluation is not None:
             with stage("evaluating"):
                 measured = evaluated(result, networks, recipe, evaluation)
+        alike = None
+        if result.raw_note and not recipe.refines and evaluation is None:
+            with stage("comparing with the ensemble"):
+                alike = _likeness(result, networks, recipe, calibration)
         kept = recipe.model_copy(update={"made": made, "base": recipe.base or str(Path.cwd())})
         with stage("writing"), atomic_folder(folder, FILES, force=force) as work:
             _write(kept, result, networks, measured, trained, work)
             files = tuple(name for name in FILES if (work / name).exists())
-    return Outcome(folder, files, result, kept, measured, trained)
+    return Outcome(folder, files, result, kept, measured, trained, alike)
 
 
 def _fused(
@@ -216,10 +223,30 @@ def evaluated(
     result: FusionResult, networks: Networks, asked: Recipe, data: Data
 ) -> tuple[Network, ...]:
     """Return the members, their ensemble and the fused network, on the same data."""
-    fused = result.module if result.emitted else result.to_module()
+    fused = _runnable(result)
     name = "fused" if len(asked.members) > 1 else "pruned"
     task = find_task(_made(asked.fuse.task), result.graph.program)
     return beside_members({name: fused}, networks.modules, task, data, networks.inputs)
+
+
+def _runnable(result: FusionResult) -> nn.Module:
+    return result.module if result.emitted else result.to_module()
+
+
+def _likeness(
+    result: FusionResult, networks: Networks, asked: Recipe, calibration: Data | None
+) -> Likeness:
+    """Compare a raw network with the ensemble: on calibration inputs, or else the example's."""
+    if calibration is None:
+        made_up = not Path(str(asked.input)).exists()
+        kind = "example inputs" + " (random numbers)" * made_up
+        data = Data(networks.inputs)
+    else:
+        kind, data = "calibration inputs", calibration
+    if result.plan.heads:
+        return Likeness(kind, len(data), why="each member keeps its own head")
+    task = find_task(_made(asked.fuse.task), result.graph.program)
+    return likeness(_runnable(result), networks.each(), task, data, kind)
 
 
 def _write(
