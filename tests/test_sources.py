@@ -231,7 +231,7 @@ def test_what_cannot_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     np.save("objects.npy", np.array([{}, []], dtype=object), allow_pickle=True)
     np.save("texts.npy", np.array(["a", "b"]))
     Path("broken.npz").write_bytes(b"PK\x03\x04 no archive")
-    Path("notes.txt").write_text("hello")
+    Path("notes.csv").write_text("hello")
     for spec, said in (
         ("few.npz", "inputs and labels differ in length"),
         ("soft.npz", "not class numbers"),
@@ -240,7 +240,7 @@ def test_what_cannot_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
         ("objects.npy", "cannot be read"),
         ("texts.npy", "not numbers"),
         ("broken.npz", "cannot be read"),
-        ("notes.txt", "a file of a known format, or module:function"),
+        ("notes.csv", "a file of a known format, or module:function"),
         ("absent.npy", "cannot be read"),
         ("builtins:dict", "there are no inputs"),
     ):

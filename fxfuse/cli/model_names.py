@@ -42,7 +42,7 @@ def is_pretrained(path: Path) -> bool:
 
 
 def _torchvision(name: str) -> Callable[..., Any]:
-    models = _library("torchvision.models", "torchvision", 'pip install "fxfuse[vision]"')
+    models = library_module("torchvision.models", "torchvision", 'pip install "fxfuse[vision]"')
     known = models.list_models()
     if name not in known:
         raise _unknown("torchvision", name, known)
@@ -51,7 +51,7 @@ def _torchvision(name: str) -> Callable[..., Any]:
 
 
 def _timm(name: str) -> Callable[..., Any]:
-    timm = _library("timm", "timm", "pip install timm")
+    timm = library_module("timm", "timm")
     if is_pretrained(Path(name)):
         return lambda **arguments: timm.create_model(f"local-dir:{name}", **arguments)
     known = timm.list_models()
@@ -67,7 +67,9 @@ def _timm(name: str) -> Callable[..., Any]:
 
 
 def _transformers(folder: str) -> Callable[..., Any]:
-    transformers = _library("transformers", "transformers", "pip install transformers")
+    transformers = library_module("transformers", "transformers")
+    # Its bars would stand among the results.
+    transformers.utils.logging.disable_progress_bar()
     if not is_pretrained(Path(folder)):
         raise OptionError(
             f"{folder} holds no transformers network",
@@ -82,6 +84,9 @@ def _transformers(folder: str) -> Callable[..., Any]:
         # Not asked for code of the folder's own: transformers would ask the user then.
         here = {"local_files_only": True, "trust_remote_code": False}
         config = transformers.AutoConfig.from_pretrained(folder, **here, **arguments)
+        if "use_cache" not in arguments and getattr(config, "use_cache", False):
+            # A cache is no tensor, and one pass needs none.
+            config.use_cache = False
         own = [getattr(transformers, name, None) for name in config.architectures or ()]
         classes: list[Any] = [c for c in own if isinstance(c, type) and issubclass(c, nn.Module)]
         made: nn.Module
@@ -151,7 +156,9 @@ def _check_config(path: Path, arguments: Mapping[str, Any]) -> None:
                 )
 
 
-def _library(module: str, name: str, how: str) -> Any:
+def library_module(module: str, name: str, how: str = "") -> Any:
+    """Import a module of a library that may not be installed; `how` installs it."""
+    how = how or f"pip install {name}"
     try:
         return import_module(module)
     except ImportError as error:

@@ -9,6 +9,8 @@ from typing import Annotated
 import typer
 
 from fxfuse.cli.forms import unreadable
+from fxfuse.cli.sources import is_text
+from fxfuse.errors import OptionError
 
 Model = Annotated[
     str,
@@ -89,11 +91,12 @@ Report = Annotated[
 ]
 NoVerify = Annotated[bool, typer.Option("--no-verify", help="Skip the oracles.")]
 _DATA = (
-    "a .npy, .npz, .safetensors or .pt file, a folder of images, or with one for each class, "
-    "torchvision:CLASS:ROOT, datasets:FOLDER, or module:function."
+    "a .npy, .npz, .safetensors or .pt file, a .txt file of texts for `hf:` networks, a folder of "
+    "images, or with one for each class, torchvision:CLASS:ROOT, datasets:FOLDER, or "
+    "module:function."
 )
-CalibrationSpec = Annotated[
-    str,
+OptionalCalibration = Annotated[
+    str | None,
     typer.Option(
         "--calibration",
         help=f"100 to 1,000 inputs from the members' own domain: {_DATA}",
@@ -101,12 +104,33 @@ CalibrationSpec = Annotated[
         rich_help_panel="Calibration",
     ),
 ]
-OptionalCalibration = Annotated[str | None, *CalibrationSpec.__metadata__]
+Text = Annotated[
+    Path | None,
+    typer.Option(
+        "--text",
+        help="Texts to calibrate on, a `.txt` file with one per line, for `hf:` networks; the same "
+        "as `--calibration FILE`.",
+        metavar="FILE",
+        rich_help_panel="Calibration",
+    ),
+]
 DataSpec = Annotated[str, typer.Option("--data", help=f"Inputs: {_DATA}", metavar="DATA")]
 EvaluationSpec = Annotated[
     str | None,
     typer.Option("--data", help=f"Inputs, with labels for accuracies: {_DATA}", metavar="DATA"),
 ]
+
+
+def calibration_source(calibration: str | None, text: Path | None) -> str | None:
+    """Return the source of calibration inputs that `--calibration` or `--text` names."""
+    if text is None:
+        return calibration
+    if calibration is not None:
+        how = "leave one of them out"
+        raise OptionError("--text and --calibration contradict each other", how=how)
+    if not is_text(str(text)):
+        raise unreadable("--text", str(text), "its name does not end in .txt", "rename the file")
+    return str(text)
 
 
 def parse_member_args(texts: Iterable[str], count: int) -> list[list[str]]:

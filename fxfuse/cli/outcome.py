@@ -12,6 +12,7 @@ from rich.table import Table
 
 from fxfuse.cli.model_names import is_named
 from fxfuse.cli.recipe import Outcome, Recipe, run
+from fxfuse.cli.recipe.run import PRETRAINED
 from fxfuse.cli.report.content import Network, measures
 from fxfuse.cli.show import checks_json, checks_table, out, print_json, table, working
 
@@ -43,6 +44,7 @@ def _show(outcome: Outcome, folder: Path, *, json: bool) -> None:
                 "history": result.history.as_json() if result.history else None,
                 "trained": outcome.trained,
                 "networks": [asdict(network) for network in outcome.networks],
+                "unsaved": outcome.unsaved,
                 "sizes": plan.sizes(),
                 "kept_sizes": plan.kept_sizes,
                 "classes": list(result.classes),
@@ -66,6 +68,11 @@ def _show(outcome: Outcome, folder: Path, *, json: bool) -> None:
         out.print(networks_table(outcome.networks))
     raw = ", raw (not refitted)" * bool(outcome.raw_note)
     out.print(f"{outcome.recipe.title}{raw}, written to {folder}", markup=False)
+    if outcome.unsaved:
+        said = f"there is no folder for transformers beside it: {outcome.unsaved}"
+        out.print(said, style="yellow", markup=False)
+    elif PRETRAINED in outcome.files:
+        out.print(f"for transformers, with a model card: {folder / PRETRAINED}", markup=False)
     if outcome.raw_note:
         out.print(outcome.raw_note, style="yellow", markup=False)
         if outcome.likeness:

@@ -16,6 +16,7 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
+from fxfuse.common.json_file import read_json
 from fxfuse.errors import OutputError
 
 #: Stands near the beginning or end of every file that may be replaced.
@@ -23,6 +24,8 @@ MARK = "Written by fxfuse"
 _NEAR = 4096
 #: Compiled forms have no room for it. They are ours where a file with it is beside them.
 _COMPILED = (".pt2", ".onnx")
+#: In a folder inside a result: the files that fxfuse wrote into it, with their sizes.
+_MANIFEST = "fxfuse.json"
 #: AT_FDCWD and RENAME_EXCHANGE of renameat2(2).
 _HERE, _EXCHANGE = -100, 2
 #: What comes after the name of an output in the name of a folder that is not finished.
@@ -215,14 +218,34 @@ def _foreign(folder: Path, names: Collection[str]) -> list[str]:
     return sorted({entry.name for entry in entries} - ours)
 
 
+def write_manifest(folder: Path) -> None:
+    """Note what a folder inside a result holds, so that it may be replaced as long as it does."""
+    sizes = {entry.name: entry.stat().st_size for entry in sorted(folder.iterdir())}
+    text = json.dumps({"note": f"{MARK}.", "files": sizes}, indent=2)
+    (folder / _MANIFEST).write_text(text + "\n", encoding="utf-8")
+
+
+def _is_manifested(folder: Path) -> bool:
+    """Tell whether this is a folder, no link, that holds what fxfuse wrote and nothing else."""
+    if folder.is_symlink() or not folder.is_dir() or not _is_marked(folder / _MANIFEST):
+        return False
+    try:
+        known = read_json(folder / _MANIFEST)["files"]
+        entries = {entry.name: entry for entry in folder.iterdir()}
+        del entries[_MANIFEST]
+        return all(_is_file(e) and known[name] == e.stat().st_size for name, e in entries.items())
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
+
+
 def _is_file(path: Path) -> bool:
     return path.is_file() and not path.is_symlink()
 
 
 def _is_marked(path: Path) -> bool:
-    """Tell whether this is a file, no link and no folder, that says that fxfuse wrote it."""
+    """Tell whether this is a file, or a folder of files, of which fxfuse says that it wrote it."""
     if not _is_file(path):
-        return False
+        return _is_manifested(path)
     with path.open("rb") as file:
         found = file.read(_NEAR)
         file.seek(max(_NEAR, path.stat().st_size - _NEAR))

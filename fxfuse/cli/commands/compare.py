@@ -12,6 +12,7 @@ from fxfuse.cli.options import EvaluationSpec, Folders, Json, OwnModel, Trust
 from fxfuse.cli.outcome import networks_table
 from fxfuse.cli.recipe.compared import compared
 from fxfuse.cli.show import out, print_json, working
+from fxfuse.cli.sources import absolute
 
 NoLatency = Annotated[bool, typer.Option("--no-latency", help="Do not measure latency.")]
 
@@ -30,7 +31,7 @@ def compare(
     """Compare fused networks with their members and the ensemble, on the same data."""
     task = given.make(TASK) if given.names(TASK) else None
     with working() as (stage, _), stage("measuring"):
-        (source,) = given.sources(data)
+        (source,) = given.sources(data and absolute(data))
         rows = compared(folders, source, task, latency=not no_latency, model=model, trust=trust)
     if json:
         print_json([asdict(row) for row in rows])

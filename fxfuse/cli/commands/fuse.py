@@ -36,6 +36,8 @@ from fxfuse.cli.options import (
     OptionalCalibration,
     OutFolder,
     Report,
+    Text,
+    calibration_source,
 )
 from fxfuse.cli.outcome import carry_out
 from fxfuse.errors import OptionError
@@ -61,6 +63,7 @@ def fuse(
     model_arg: ModelArg = None,
     member_arg: MemberArg = None,
     calibration: OptionalCalibration = None,
+    text: Text = None,
     *,
     given: Given,
     plan: PlanFile = None,
@@ -84,7 +87,7 @@ def fuse(
             why="a plan holds the method, the size, the constraints and the heads",
             how="leave one of them out",
         )
-    inputs, evaluation = given.sources(calibration, data)
+    inputs, evaluation = given.sources(calibration_source(calibration, text), data)
     recipe = asked_recipe(
         model,
         model_arg,

@@ -30,6 +30,8 @@ from fxfuse.cli.options import (
     OptionalCalibration,
     OutFolder,
     Report,
+    Text,
+    calibration_source,
 )
 from fxfuse.cli.outcome import carry_out
 from fxfuse.errors import OptionError
@@ -43,6 +45,7 @@ def prune(
     out: OutFolder,
     model_arg: ModelArg = None,
     calibration: OptionalCalibration = None,
+    text: Text = None,
     *,
     given: Given,
     data: EvaluationSpec = None,
@@ -58,7 +61,7 @@ def prune(
             why="neither a width nor a budget is given",
             how="pass --width 0.5 to keep half of every layer, for instance",
         )
-    inputs, evaluation = given.sources(calibration, data)
+    inputs, evaluation = given.sources(calibration_source(calibration, text), data)
     recipe = asked_recipe(
         model,
         model_arg,

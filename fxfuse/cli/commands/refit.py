@@ -6,17 +6,30 @@ import os
 
 from fxfuse.api.saved import PLAN
 from fxfuse.cli.flags import CALIBRATION, IMAGES, MATCH, REFIT, TASK, Given, takes
-from fxfuse.cli.options import CalibrationSpec, Folder, Force, Json, OutFolder, OwnModel, Trust
+from fxfuse.cli.options import (
+    Folder,
+    Force,
+    Json,
+    OptionalCalibration,
+    OutFolder,
+    OwnModel,
+    Text,
+    Trust,
+    calibration_source,
+)
 from fxfuse.cli.outcome import carry_out
 from fxfuse.cli.recipe import changed, read_recipe, trusted
 from fxfuse.cli.sources import absolute
+from fxfuse.errors import InputError
 
 
 @takes(CALIBRATION, IMAGES, TASK, REFIT, MATCH)
 def refit(
     folder: Folder,
-    calibration: CalibrationSpec,
     out: OutFolder,
+    calibration: OptionalCalibration = None,
+    text: Text = None,
+    *,
     given: Given,
     model: OwnModel = None,
     trust: Trust = False,
@@ -29,7 +42,14 @@ def refit(
     """
     recipe = trusted(read_recipe(folder), folder, model=model, trust=trust, data=["evaluation"])
     kept = recipe.fuse.model_dump(include={"task", "verify"}, exclude_defaults=True)
-    (inputs,) = given.sources(absolute(calibration), like=recipe.images)
+    source = calibration_source(calibration, text)
+    if source is None:
+        raise InputError(
+            "a refit needs inputs",
+            why="every layer is fitted to what the members answer to them",
+            how="pass --calibration DATA with 100 to 1,000 of them, or --text FILE.txt",
+        )
+    (inputs,) = given.sources(absolute(source), like=recipe.images)
     # Everything else that was asked for is in the plan.
     asked = changed(
         recipe,

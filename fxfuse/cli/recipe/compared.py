@@ -60,9 +60,8 @@ def compared(
                 how="compare results of the same members",
             )
     first = trusted(first, folders[0], model=model, trust=trust)
-    examples = _data(first, data)
     loaded: dict[str, nn.Module] = {str(folder): load(folder) for folder in folders}
-    networks = _networks(first)
+    networks, examples = _networks(first, data)
     if task is None and first.fuse.task is not None:
         task = first.fuse.task.make()
     if examples is not None and task is None:
@@ -109,7 +108,7 @@ def latencies(
     """
     recipe = trusted(read_recipe(folder), folder, model=model, trust=trust)
     fused = load(folder)
-    networks = _networks(recipe)
+    networks, _ = _networks(recipe)
     member = networks.modules[0].eval()
     kinds = {"one member": member, "ensemble": Ensemble(networks.modules).eval(), "fused": fused}
     rows = []
@@ -154,7 +153,6 @@ def report_on(
     recipe = trusted(read_recipe(folder), folder, model=model, trust=trust)
     page = Path(page or folder / REPORT).absolute()
     check_replaceable(page)
-    examples = _data(recipe, data)
     if not (folder / PLAN).is_file():
         raise CheckpointError(
             f"{folder.name} holds no plan",
@@ -164,7 +162,7 @@ def report_on(
         )
     plan = read_plan(folder / PLAN)
     state = read_state_dict(folder / WEIGHTS)
-    networks = _networks(recipe)
+    networks, examples = _networks(recipe, data)
     result = build(plan, planned(plan, networks.modules), networks.inputs)
     if result.emitted:
         load_tensors(result.module, state, folder / WEIGHTS)
@@ -193,17 +191,19 @@ def _compiled(network: nn.Module, inputs: tuple[torch.Tensor, ...]) -> nn.Module
     return compiled_form(emit(program, program.state()), inputs)
 
 
-def _networks(recipe: Recipe) -> Networks:
-    """Load the members of a result, which may not have changed since."""
+def _networks(
+    recipe: Recipe, data: Mapping[str, Any] | None = None
+) -> tuple[Networks, Data | None]:
+    """Load the members of a result, which may not have changed since, and other data for them.
+
+    Images are prepared as the recipe says where they are not prepared otherwise.
+    """
+    source = None if data is None else DataSource(**{**recipe.images, **data})
     with contextlib.chdir(recipe.base or "."):
-        networks = load_networks(recipe, in_memory=True)
+        asked = recipe if source is None else recipe.model_copy(update={"evaluation": source})
+        networks = load_networks(asked, in_memory=True)
         made_with(recipe, networks)
-    return networks
-
-
-def _data(recipe: Recipe, given: Mapping[str, Any] | None) -> Data | None:
-    """Read data; images are prepared as a recipe says where they are not prepared otherwise."""
-    return None if given is None else load_data(DataSource(**{**recipe.images, **given}))
+        return networks, load_data(source, recipe, networks)
 
 
 def _hashes(recipe: Recipe) -> list[str]:

@@ -10,9 +10,10 @@ import torch
 from torch import nn
 
 from fxfuse.cli.model_names import is_pretrained
+from fxfuse.cli.own_preparation import own_tokens, own_transform, takes_mask
 from fxfuse.cli.recipe.record import check_made, parts_of, record
 from fxfuse.cli.recipe.schema import DataSource, Made, Recipe
-from fxfuse.cli.sources import Data, read_data
+from fxfuse.cli.sources import Data, is_text, read_data
 from fxfuse.cli.zoo import inputs_for, make_member, make_model
 from fxfuse.members.checkpoint import Stored, weights_in
 from fxfuse.members.members import Members
@@ -74,19 +75,35 @@ def load_networks(recipe: Recipe, *, in_memory: bool = False) -> Networks:
     return Networks(Members(members), _inputs(recipe, members[0]))
 
 
-def load_data(source: DataSource | None) -> Data | None:
-    """Read the examples that a recipe names, if it does."""
+def load_data(source: DataSource | None, recipe: Recipe, networks: Networks) -> Data | None:
+    """Read the examples that a recipe names, if it does.
+
+    Where nothing says how images are prepared, the library of the networks may.
+    """
     if source is None:
         return None
-    return read_data(source.source, source.make().prepared(source.limit))
+    images, first = source.make(), networks.inputs[0]
+    prepared = images.prepared(source.limit)
+    if is_text(source.source):
+        masked = len(networks.inputs) > 1
+        tokens = own_tokens(recipe.model, first.shape[-1], masked=masked)
+        prepared = replace(prepared, tokens=tokens)
+    elif not images.is_given and _holds_images(source.source):
+        size = (first.shape[-2], first.shape[-1]) if first.dim() > 3 else None
+        prepared = replace(prepared, transform=own_transform(recipe.model, size))
+    return read_data(source.source, prepared)
+
+
+def _holds_images(source: str) -> bool:
+    kind = source.partition(":")[0]
+    return Path(source).is_dir() or kind in ("torchvision", "datasets")
 
 
 def files_of(recipe: Recipe) -> list[Path]:
     """Return the files that a recipe reads."""
     given = [Path(m.path) for m in recipe.members]
     found = [part for path in given for part in parts_of(weights_in(path) or path)]
-    sources = [recipe.calibration, recipe.evaluation, recipe.train.data if recipe.train else None]
-    others = [s.source for s in sources if s is not None]
+    others = [source.source for source in recipe.sources]
     others += [text for text in (recipe.fuse.plan, recipe.input) if isinstance(text, str)]
     return found + [Path(text) for text in others if Path(text).is_file()]
 
@@ -103,4 +120,9 @@ def _inputs(
     recipe: Recipe, network: nn.Module, dtype: torch.dtype | None = None
 ) -> tuple[torch.Tensor, ...]:
     spec = recipe.input if isinstance(recipe.input, str) else ",".join(map(str, recipe.input))
-    return inputs_for(network, spec, dtype)
+    inputs = inputs_for(network, spec, dtype)
+    texts = any(is_text(source.source) for source in recipe.sources)
+    if texts and len(inputs) == 1 and takes_mask(network):
+        # Texts differ in length, so a mask goes with their tokens.
+        inputs = (*inputs, torch.ones_like(inputs[0]))
+    return inputs

@@ -21,6 +21,8 @@ from fxfuse.api.saved import FILES as NETWORK_FILES
 from fxfuse.api.saved import write_network
 from fxfuse.api.stages import build
 from fxfuse.cli.evaluate import Likeness, beside_members, find_task, likeness
+from fxfuse.cli.model_names import is_pretrained
+from fxfuse.cli.pretrained import write_pretrained
 from fxfuse.cli.recipe.networks import Networks, load_data, load_networks, made_with
 from fxfuse.cli.recipe.schema import Fuse, OptionPart, Recipe
 from fxfuse.cli.recipe.summary import summary
@@ -37,8 +39,9 @@ from fxfuse.refine import Match, Refit
 from fxfuse.refine.pipeline import resolve_steps
 
 SUMMARY, REPORT, PACKAGE, ONNX = "summary.md", "report.html", "package.pt2", "network.onnx"
-#: Every file that a result's folder may hold.
-FILES = (*NETWORK_FILES, SUMMARY, RECIPE, REPORT, PACKAGE, ONNX)
+PRETRAINED = "pretrained"
+#: Every file and folder that a result's folder may hold.
+FILES = (*NETWORK_FILES, SUMMARY, RECIPE, REPORT, PACKAGE, ONNX, PRETRAINED)
 
 #: Says what is being done while a block runs.
 Stage = Callable[[str], AbstractContextManager[object]]
@@ -56,6 +59,7 @@ class Outcome:
         networks: What was measured, if there were data for it.
         trained: What training did, in a sentence, or "".
         likeness: How a network that nothing was fitted after answers, beside the ensemble.
+        unsaved: Why there is no folder of transformers, where members are; else "".
     """
 
     folder: Path
@@ -65,6 +69,7 @@ class Outcome:
     networks: tuple[Network, ...]
     trained: str
     likeness: Likeness | None = None
+    unsaved: str = ""
 
     @property
     def raw_note(self) -> str:
@@ -133,8 +138,9 @@ def run(
             # With a size, one member alone is pruned.
             check_enough(recipe.members, "fusion")
         with stage("reading networks and data"):
-            networks, calibration = load_networks(recipe), load_data(recipe.calibration)
-            evaluation = load_data(recipe.evaluation)
+            networks = load_networks(recipe)
+            calibration = load_data(recipe.calibration, recipe, networks)
+            evaluation = load_data(recipe.evaluation, recipe, networks)
             made = made_with(recipe, networks)
         stack.enter_context(torch.random.fork_rng(devices=[]))
         torch.manual_seed(recipe.seed)
@@ -142,7 +148,7 @@ def run(
             result = _fused(recipe, networks, calibration, progress)
         trained = ""
         if recipe.train is not None:
-            data = load_data(recipe.train.data) or calibration
+            data = load_data(recipe.train.data, recipe, networks) or calibration
             with stage("training"):
                 trained = train(
                     recipe.train.make(),
@@ -162,9 +168,9 @@ def run(
                 alike = _likeness(result, networks, recipe, calibration)
         kept = recipe.model_copy(update={"made": made, "base": recipe.base or str(Path.cwd())})
         with stage("writing"), atomic_folder(folder, FILES, force=force) as work:
-            _write(kept, result, networks, measured, trained, work)
+            unsaved = _write(kept, result, networks, measured, trained, work)
             files = tuple(name for name in FILES if (work / name).exists())
-    return Outcome(folder, files, result, kept, measured, trained, alike)
+    return Outcome(folder, files, result, kept, measured, trained, alike, unsaved)
 
 
 def _fused(
@@ -256,7 +262,8 @@ def _write(
     measured: tuple[Network, ...],
     trained: str,
     work: Path,
-) -> None:
+) -> str:
+    """Write the files of a result; return why there is no folder of transformers, or ""."""
     write_network(result, work)
     text = summary(result, measured, trained)
     (work / SUMMARY).write_text(f"{text}\n<!-- {MARK}. -->\n", encoding="utf-8")
@@ -272,6 +279,10 @@ def _write(
             package(result, work / PACKAGE)
         if recipe.output.onnx:
             export_onnx(result, work / ONNX)
+    member = Path(recipe.members[0].path)
+    if not recipe.model.startswith("hf:") or not is_pretrained(member):
+        return ""
+    return write_pretrained(result, recipe, member, work / PRETRAINED, measured)
 
 
 @contextmanager

@@ -182,8 +182,8 @@ class DataSource(ImagesPart):
     """Examples for calibration, training or evaluation; the source alone will do."""
 
     source: str = Field(
-        description="A file, a folder of images, torchvision:CLASS:ROOT, datasets:FOLDER, or "
-        "module:function."
+        description="A file of inputs, a .txt file of texts, a folder of images, "
+        "torchvision:CLASS:ROOT, datasets:FOLDER, or module:function."
     )
     limit: int | None = Field(None, gt=0, description="Number of examples, spread over the source.")
 
@@ -297,11 +297,16 @@ class Recipe(Part):
         return f"{n} networks fused into one" if n > 1 else "One network, pruned"
 
     @property
+    def sources(self) -> list[DataSource]:
+        """The sources of its data."""
+        told = [self.calibration, self.evaluation, self.train.data if self.train else None]
+        return [source for source in told if source is not None]
+
+    @property
     def images(self) -> dict[str, Any]:
         """How images of its data are prepared, where it says so."""
-        told = [self.calibration, self.evaluation, self.train.data if self.train else None]
         kept = set(DataSource.model_fields) - {"source", "limit"}
-        found = (s.model_dump(include=kept, exclude_defaults=True) for s in told if s is not None)
+        found = (s.model_dump(include=kept, exclude_defaults=True) for s in self.sources)
         return next(filter(None, found), {})
 
     @property

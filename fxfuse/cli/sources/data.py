@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -22,12 +22,16 @@ class Preparation:
         size: Height and width that images of a folder or a data set are resized to.
         mean: For each channel, subtracted from images in [0, 1].
         std: For each channel, by which they are divided then.
+        transform: Makes the network's input of a PIL image, in place of the fields above.
+        tokens: Makes the network's inputs of texts.
     """
 
     limit: int | None = None
     size: tuple[int, int] | None = None
     mean: Sequence[float] = ()
     std: Sequence[float] = ()
+    transform: Callable[[Any], Tensor] | None = None
+    tokens: Callable[[Sequence[str]], tuple[Tensor, ...]] | None = None
 
 
 #: What networks of these data sets are trained on: size, mean and deviation of each channel.
@@ -43,13 +47,14 @@ class Images(Options):
 
     Attributes:
         preset: The size, mean and deviation of ImageNet (224 x 224) or CIFAR-10 (32 x 32); what is
-            given beside it counts instead.
+            given beside it counts instead. `none` leaves images in [0, 1]. Left out: what timm or
+            the folder's image processor does, for `timm:` and `hf:` networks, else nothing.
         size: Height and width that images are resized to.
         mean: For each channel, subtracted from pixels in [0, 1].
         std: For each channel, by which they are divided then.
     """
 
-    preset: Literal["imagenet", "cifar"] | None = None
+    preset: Literal["imagenet", "cifar", "none"] | None = None
     size: tuple[int, int] | None = None
     mean: tuple[float, ...] = ()
     std: tuple[float, ...] = ()
@@ -72,6 +77,11 @@ class Images(Options):
         for name in ("size", "mean", "std"):
             if isinstance(value := getattr(self, name), list):
                 object.__setattr__(self, name, tuple(value))
+
+    @property
+    def is_given(self) -> bool:
+        """Whether anything says how images are prepared."""
+        return self != Images()
 
     def prepared(self, limit: int | None) -> Preparation:
         """Return what is done to images, and to data of any kind: at most `limit` are taken."""

@@ -122,6 +122,8 @@ def _read(pairs: Any, index: int, where: str) -> tuple[Any, Any]:
 
 
 def _image(image: Any, prepare: Preparation) -> Tensor:
+    if prepare.transform is not None and hasattr(image, "resize"):
+        return prepare.transform(image)
     if prepare.size is not None and hasattr(image, "resize"):
         height, width = prepare.size
         _check_pixels(width, height, _PIXELS)

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from fxfuse.cli.sources.arrays import read_arrays
@@ -19,9 +20,9 @@ from fxfuse.cli.zoo import import_object
 from fxfuse.errors import FxfuseError, InputError
 from fxfuse.members.checkpoint import TORCH_SUFFIXES, read_file
 
-_ARRAYS = (".npy", ".npz")
+_ARRAYS, _TEXT = (".npy", ".npz"), ".txt"
 #: Files that are read, whatever else is in their names.
-_SUFFIXES = (*_ARRAYS, ".safetensors", *TORCH_SUFFIXES)
+_SUFFIXES = (*_ARRAYS, _TEXT, ".safetensors", *TORCH_SUFFIXES)
 #: Sources that a prefix names.
 _NAMED: dict[str, Callable[[str, Preparation], Data]] = {
     "torchvision": torchvision_dataset,
@@ -34,11 +35,12 @@ def read_data(spec: str, prepare: Preparation | None = None) -> Data:
 
     Args:
         spec: A `.npy`, `.npz`, `.safetensors` or weights-only `.pt` file with inputs, or with
-            `inputs` and `labels`; a folder of images, or with one folder of them for each class;
-            `torchvision:CLASS:ROOT` or `torchvision:CLASS:ROOT:SPLIT`, a data set that is on disk
-            (SPLIT: `test`, the default, or `train`); `datasets:FOLDER`, what `save_to_disk` of
-            Hugging Face datasets wrote; or `package.module:function`, which returns such inputs, a
-            pair (inputs, labels), or an iterable of batches of either kind.
+            `inputs` and `labels`; a `.txt` file with one text per line; a folder of images, or with
+            one folder of them for each class; `torchvision:CLASS:ROOT` or
+            `torchvision:CLASS:ROOT:SPLIT`, a data set that is on disk (SPLIT: `test`, the default,
+            or `train`); `datasets:FOLDER`, what `save_to_disk` of Hugging Face datasets wrote; or
+            `package.module:function`, which returns such inputs, a pair (inputs, labels), or an
+            iterable of batches of either kind.
         prepare: What is done to them; None: nothing.
 
     Raises:
@@ -57,6 +59,8 @@ def read_data(spec: str, prepare: Preparation | None = None) -> Data:
         data = image_folder(Path(spec), prepare)
     elif Path(spec).suffix in _ARRAYS:
         data = _numpy(Path(spec), prepare.limit)
+    elif is_text(spec):
+        data = _texts(Path(spec), prepare)
     elif Path(spec).suffix in _SUFFIXES:
         data = pair(read_file(spec), spec)
     elif is_function(spec):
@@ -66,10 +70,15 @@ def read_data(spec: str, prepare: Preparation | None = None) -> Data:
             f"the data cannot be read: {spec!r}",
             where=spec,
             why="it is not a folder, a file of a known format, or module:function",
-            how="use a .npy, .npz, .safetensors or .pt file, a folder of images, or with one "
+            how="use a .npy, .npz, .safetensors, .pt or .txt file, a folder of images, or with one "
             "for each class, torchvision:CLASS:ROOT, datasets:FOLDER, or module:function",
         )
     return _limited(_checked(data, spec), prepare.limit)
+
+
+def is_text(spec: str) -> bool:
+    """Tell whether a source holds texts."""
+    return Path(spec).suffix == _TEXT
 
 
 def is_function(spec: str) -> bool:
@@ -90,6 +99,25 @@ def absolute(spec: str) -> str:
     if Path(spec).exists() or ":" not in spec:
         return os.path.abspath(spec)
     return spec
+
+
+def _texts(path: Path, prepare: Preparation) -> Data:
+    """Read one text from each line that is not empty."""
+    if prepare.tokens is None:
+        raise InputError(
+            "texts need a tokenizer",
+            where=str(path),
+            why="the network takes numbers",
+            how="use --model hf:FOLDER, whose folder holds a tokenizer",
+        )
+    try:
+        with path.open(encoding="utf-8") as lines:
+            texts = [text for line in lines if (text := line.strip())]
+    except (OSError, ValueError) as error:
+        raise InputError(
+            f"{path.name} cannot be read", where=str(path), why=str(error), how="save it as UTF-8"
+        ) from error
+    return Data(prepare.tokens(texts)) if texts else Data((torch.empty(0),))
 
 
 def _numpy(path: Path, limit: int | None) -> Data:
