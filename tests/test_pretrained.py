@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+import shutil
 from pathlib import Path
 
 import pytest
@@ -134,6 +136,33 @@ def test_what_a_configuration_cannot_say_is_said(work: Path) -> None:
     assert result.exit_code == 0, result.output
     assert "no folder for transformers beside it: bert.encoder.layer.0" in result.stdout
     assert not (work / "fused/pretrained").exists()
+
+
+def test_members_of_the_hub(work: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Found by their ids in its cache; those that only a folder names are not asked for."""
+    from huggingface_hub import constants
+
+    for name in "ab":
+        place = work / f"cache/models--user--{name}"
+        (place / "refs").mkdir(parents=True)
+        (place / "refs/main").write_text("0123abcd")
+        shutil.copytree(work / name, place / "snapshots/0123abcd")
+        shutil.rmtree(work / name)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(work / "cache"))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    asked = ("fuse", "hf:user/a", "hf:user/b@main", "--model", "hf:user/a", "--input", "ids:6:13")
+    result = invoke(*asked, "--no-verify", "--out", "fused")
+    assert result.exit_code == 0, result.output
+    card = (work / "fused/pretrained/README.md").read_text()
+    assert re.search(r"\| hf:user/b@main \| [0-9a-f]{64} ", card)
+    assert str(work) not in card
+    refused = invoke("run", "fused", "--out", "again")
+    assert refused.exit_code == 2
+    assert "'hf:user/a' is not downloaded only because a folder names it" in refused.stderr
+    assert invoke("run", "fused", "--out", "again", "--trust").exit_code == 0
+    missing = invoke("fuse", "hf:user/c", *asked[2:], "--out", "other")
+    assert missing.exit_code == 2
+    assert "user/c cannot be read from the Hugging Face hub" in missing.stderr
 
 
 def test_texts_become_what_the_network_takes(work: Path) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import nn
 
+from fxfuse.cli.hub import local_folder
 from fxfuse.common.json_file import read_json
 from fxfuse.errors import MissingDependencyError, OptionError
 from fxfuse.members.checkpoint import weights_in
@@ -21,7 +22,8 @@ def named_factory(spec: str) -> Callable[..., Any] | None:
     """Return the factory that a library's name stands for, or None where the text is no such name.
 
     Names are `torchvision:resnet18`, `timm:convnext_tiny`, or `hf:FOLDER` and `timm:FOLDER` with
-    what `save_pretrained` of transformers and `save_for_hf` of timm wrote.
+    what `save_pretrained` of transformers and `save_for_hf` of timm wrote. `hf:USER/NAME` is a
+    folder of the hub.
     """
     library, _, name = spec.partition(":")
     return _LIBRARIES[library](name) if is_named(spec) else None
@@ -70,12 +72,13 @@ def _transformers(folder: str) -> Callable[..., Any]:
     transformers = library_module("transformers", "transformers")
     # Its bars would stand among the results.
     transformers.utils.logging.disable_progress_bar()
+    folder = str(local_folder(folder))
     if not is_pretrained(Path(folder)):
         raise OptionError(
             f"{folder} holds no transformers network",
             where=folder,
             why="there is no config.json in it",
-            how="use a folder that save_pretrained wrote; nothing is downloaded",
+            how="use a folder that save_pretrained wrote, or an id of the hub, hf:USER/NAME",
         )
 
     def make(**arguments: Any) -> nn.Module:

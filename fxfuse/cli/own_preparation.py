@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fxfuse.cli.hub import local_folder
 from fxfuse.cli.model_names import is_pretrained, library_module
 from fxfuse.common.json_file import read_json
 from fxfuse.errors import OptionError
@@ -31,9 +32,10 @@ def own_transform(model: str, size: tuple[int, int] | None) -> Callable[[Any], T
     library, _, name = model.partition(":")
     if library == "timm":
         return _timm_transform(name, size)
-    if library == "hf" and (Path(name) / _PROCESSOR).is_file():
-        return _processor(name)
-    return None
+    if library != "hf":
+        return None
+    folder = local_folder(name)
+    return _processor(folder) if (folder / _PROCESSOR).is_file() else None
 
 
 def _timm_transform(name: str, size: tuple[int, int] | None) -> Callable[[Any], Tensor] | None:
@@ -61,7 +63,7 @@ def _timm_transform(name: str, size: tuple[int, int] | None) -> Callable[[Any], 
     return transform
 
 
-def _processor(folder: str) -> Callable[[Any], Tensor]:
+def _processor(folder: Path) -> Callable[[Any], Tensor]:
     transformers = library_module("transformers", "transformers")
     try:
         processor = transformers.AutoImageProcessor.from_pretrained(
@@ -69,7 +71,7 @@ def _processor(folder: str) -> Callable[[Any], Tensor]:
         )
     # What its many classes raise is not documented.
     except Exception as error:
-        raise _unusable("image processor", Path(folder) / _PROCESSOR, error) from error
+        raise _unusable("image processor", folder / _PROCESSOR, error) from error
     _log.info(
         "images are prepared by the %s of %s; --preset none leaves them as they are",
         type(processor).__name__,
@@ -109,7 +111,7 @@ def own_tokens(
     Raises:
         OptionError: The folder has no tokenizer.
     """
-    library, _, folder = model.partition(":")
+    library, _, name = model.partition(":")
     if library != "hf":
         raise OptionError(
             "texts need a tokenizer",
@@ -117,13 +119,14 @@ def own_tokens(
             why="only folders that save_pretrained of transformers wrote bring one",
             how="use --model hf:FOLDER, or pass token ids as a .npy file",
         )
+    folder = local_folder(name)
     transformers = library_module("transformers", "transformers")
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(
             folder, local_files_only=True, trust_remote_code=False
         )
     except Exception as error:
-        raise _unusable("tokenizer", Path(folder), error) from error
+        raise _unusable("tokenizer", folder, error) from error
 
     def rows(texts: Sequence[str]) -> tuple[Tensor, ...]:
         if tokenizer.pad_token is None:

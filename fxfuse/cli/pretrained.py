@@ -13,6 +13,7 @@ from torch import nn
 import fxfuse
 from fxfuse.api.own_config import config_problem, has_config
 from fxfuse.api.result import FusionResult
+from fxfuse.cli.hub import member_path
 from fxfuse.cli.recipe.schema import Recipe
 from fxfuse.cli.report.content import Network, measures
 from fxfuse.common.json_file import read_json
@@ -107,9 +108,11 @@ def model_card(
         "|---|---|",
     ]
     for member in recipe.members:
-        files = {name: Path(name) for name in hashes}
-        own = [hashes[name] for name, file in files.items() if file.is_relative_to(member.path)]
-        lines.append(f"| {Path(member.path).name} | {'<br>'.join(own) or '–'} |")
+        place = member_path(member.path)
+        files = {name: Path(name).absolute() for name in hashes}
+        own = [hashes[n] for n, file in files.items() if file.is_relative_to(place.absolute())]
+        name = member.path if place != Path(member.path) else place.name
+        lines.append(f"| {name} | {'<br>'.join(own) or '–'} |")
     lines += ["", "## Method and distance", "", f"Method: {result.plan.method}.", ""]
     if result.history is not None:
         lines += [f"{result.history.described()[0]}.", ""]

@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from fxfuse.cli.hub import member_path
 from fxfuse.cli.model_names import is_pretrained
 from fxfuse.cli.own_preparation import own_tokens, own_transform, takes_mask
 from fxfuse.cli.recipe.record import check_made, parts_of, record
@@ -51,7 +52,7 @@ def needs_modules(recipe: Recipe) -> bool:
         runs
         or recipe.fuse.heads
         or len(recipe.members) == 1
-        or any(m.args or is_pretrained(Path(m.path)) for m in recipe.members)
+        or any(m.args or is_pretrained(member_path(m.path)) for m in recipe.members)
         or len({m.make() for m in recipe.members}) > 1
     )
 
@@ -61,7 +62,7 @@ def load_networks(recipe: Recipe, *, in_memory: bool = False) -> Networks:
 
     `in_memory` asks for modules even of members that might stay in their files.
     """
-    files = [Path(m.path) for m in recipe.members]
+    files = [member_path(m.path) for m in recipe.members]
     if not (in_memory or needs_modules(recipe)):
         template = make_model(recipe.model, recipe.model_args)
         reading = recipe.members[0].make()
@@ -101,7 +102,7 @@ def _holds_images(source: str) -> bool:
 
 def files_of(recipe: Recipe) -> list[Path]:
     """Return the files that a recipe reads."""
-    given = [Path(m.path) for m in recipe.members]
+    given = [member_path(m.path) for m in recipe.members]
     found = [part for path in given for part in parts_of(weights_in(path) or path)]
     others = [source.source for source in recipe.sources]
     others += [text for text in (recipe.fuse.plan, recipe.input) if isinstance(text, str)]

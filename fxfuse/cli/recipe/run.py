@@ -21,6 +21,7 @@ from fxfuse.api.saved import FILES as NETWORK_FILES
 from fxfuse.api.saved import write_network
 from fxfuse.api.stages import build
 from fxfuse.cli.evaluate import Likeness, beside_members, find_task, likeness
+from fxfuse.cli.hub import member_path
 from fxfuse.cli.model_names import is_pretrained
 from fxfuse.cli.pretrained import write_pretrained
 from fxfuse.cli.recipe.networks import Networks, load_data, load_networks, made_with
@@ -279,7 +280,7 @@ def _write(
             package(result, work / PACKAGE)
         if recipe.output.onnx:
             export_onnx(result, work / ONNX)
-    member = Path(recipe.members[0].path)
+    member = member_path(recipe.members[0].path)
     if not recipe.model.startswith("hf:") or not is_pretrained(member):
         return ""
     return write_pretrained(result, recipe, member, work / PRETRAINED, measured)

@@ -13,6 +13,7 @@ from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails
 
+from fxfuse.cli.hub import PREFIX, is_hub_id
 from fxfuse.cli.model_names import is_named
 from fxfuse.cli.recipe.schema import Part, Recipe, Step
 from fxfuse.cli.sources import is_function
@@ -173,6 +174,15 @@ def trusted(
     named = {name: spec for name, spec in used.items() if is_function(spec)}
     if model is None and not is_named(recipe.model):
         named = {"model": recipe.model, **named}
+    prefixed = [recipe.model] * (model is None) + [member.path for member in recipe.members]
+    for spec in prefixed:
+        if spec.startswith(PREFIX) and is_hub_id(spec.removeprefix(PREFIX)):
+            raise OptionError(
+                f"{spec!r} is not downloaded only because a folder names it",
+                where=str(Path(folder) / RECIPE),
+                why="whoever made the folder chose it",
+                how="pass --trust, if you trust the folder and what it names",
+            )
     for field, spec in named.items():
         own = "--model with a factory that you know, or " if field == "model" else ""
         raise OptionError(
