@@ -164,26 +164,29 @@ def test_compare_says_what_networks_answer(work: Path) -> None:
     result = done(*asked, *task)
     rows = {row["name"]: row for row in json.loads(result.stdout)}
     assert list(rows) == ["member 0", "member 1", "ensemble of 2", "fused", "stacked"]
-    assert rows["stacked"]["agreement"] == 100
+    assert rows["stacked"]["agreement_percent"] == 100
     assert rows["stacked"]["distance"] < 1e-6
-    assert rows["stacked"]["unit"] == "KL in nats"
-    both = {"accuracy", "agreement", "distance", "nll", "brier", "ece", "equivalent"}
+    assert rows["stacked"]["distance_unit"] == "KL in nats"
+    both = {"accuracy_percent", "agreement_percent", "distance", "nll_nats", "brier"}
+    both |= {"ece_percent", "equivalent_members"}
     assert set(rows["fused"]["intervals"]) == both
     for name, (low, high) in rows["fused"]["intervals"].items():
-        assert low <= rows["fused"][name] <= high or name == "ece"
+        assert low <= rows["fused"][name] <= high or name == "ece_percent"
     rows = {row["name"]: row for row in json.loads(done(*asked).stdout)}
     assert rows["stacked"]["distance"] > 1e-6
     done(
         "stack", "a.pt", "b.pt", *MODEL, "--reduce", "probabilities", "--out", "stacked", "--force"
     )
     rows = {row["name"]: row for row in json.loads(done(*asked).stdout)}
-    assert rows["stacked"]["agreement"] == 100
+    assert rows["stacked"]["agreement_percent"] == 100
     assert rows["stacked"]["distance"] < 1e-6
     assert rows["fused"]["parameters"] == rows["member 0"]["parameters"]
-    assert rows["fused"]["milliseconds"] is None
+    assert rows["fused"]["latency_ms"] is None
     with np.load("data.npz") as data:
         answers = fxfuse.load("fused")(torch.from_numpy(data["inputs"])).argmax(1).numpy()
-        assert rows["fused"]["accuracy"] == pytest.approx(100 * (answers == data["labels"]).mean())
+        assert rows["fused"]["accuracy_percent"] == pytest.approx(
+            100 * (answers == data["labels"]).mean()
+        )
     table = done("compare", "fused", "--data", "data.npz").stdout
     assert "latency" in table
     assert "ensemble of 2" in table
@@ -202,8 +205,8 @@ def test_bench_times_three_networks(work: Path) -> None:
     assert [(row["network"], row["batch"]) for row in rows] == [
         (name, batch) for batch in (2, 3) for name in ("one member", "ensemble", "fused")
     ]
-    assert all(row["ms"] > 0 for row in rows)
-    assert rows[0]["of_one"] == 1
+    assert all(row["latency_ms"] > 0 for row in rows)
+    assert rows[0]["ratio_to_one_member"] == 1
     assert "of one member" in done("bench", "fused").stdout
 
 
@@ -436,3 +439,27 @@ def test_networks_of_timm() -> None:
     assert type(make_model("timm:convnext_atto", {"num_classes": 3})).__name__ == "ConvNeXt"
     with pytest.raises(OptionError, match="use convnext_atto"):
         make_model("timm:convnxt_atto", {})
+
+
+def test_sweep_writes_a_table_and_a_chart(work: Path) -> None:
+    asked = ("sweep", "a.pt", "b.pt", *MODEL, "--no-verify", "--sizes", "0.5,1", "--out", "sizes")
+    calibrated = ("--calibration", "data.npz", "--refine", "refit")
+    result = done(*asked, *calibrated, "--json")
+    told = json.loads(result.stdout)
+    names = ["best member", "ensemble of 2", "size 0.5", "size 1"]
+    assert [row["name"] for row in told["networks"]] == names
+    assert told["networks"][2]["parameters"] < told["networks"][3]["parameters"]
+    assert all(told["networks"][i]["distance"] > 0 for i in (0, 2, 3))
+    assert "size 0.5 |" in (work / "sizes/sweep.md").read_text()
+    assert "floating-point operations" in (work / "sizes/sweep.svg").read_text()
+    assert fxfuse.load("sizes/0.5")(torch.randn(2, 1, 8, 8)).shape[0] == 2
+    assert "contradict each other" in refused(*asked, "--width", "1")
+    assert "cannot be read" in refused(*asked[:-4], "--sizes", "0.5,x", "--out", "sizes")
+    assert "exists already" in refused(*asked)
+
+
+def test_a_name_without_its_library() -> None:
+    with pytest.raises(OptionError, match="did you mean torchvision:resnet18"):
+        make_model("resnet18", {})
+    with pytest.raises(OptionError, match="did you mean torchvision:resnet18"):
+        make_model("resnet81", {})

@@ -23,6 +23,7 @@ from fxfuse.activations.calibration import Calibration
 from fxfuse.analysis.constraints import Constraints
 from fxfuse.analysis.label_spaces import Heads
 from fxfuse.cli.forms import Form, form_of
+from fxfuse.cli.options import CALIBRATION_PANEL, EXPERT, PANELS
 from fxfuse.cli.sources import Images
 from fxfuse.cli.training import Training
 from fxfuse.cli.wording import naming_flags
@@ -120,7 +121,6 @@ _REFINE = Annotated[
         help="What follows the fusion: `refit`, `match`, `refit,match` or `none`. Left out: both "
         "with calibration inputs (`refit` only with heads or free outputs), else nothing.",
         metavar="STEPS",
-        rich_help_panel="Refine",
     ),
 ]
 
@@ -309,6 +309,7 @@ def takes(*groups: Group) -> Callable[[Callable[..., None]], Callable[..., None]
         for name, own in inspect.signature(command).parameters.items():
             typed = own.replace(annotation=hints[name], kind=inspect.Parameter.KEYWORD_ONLY)
             parameters += made if name == "given" else [typed]
+        parameters.sort(key=_rank)
         run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
         run.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
         run.flag_names = _names_of(groups)  # type: ignore[attr-defined]
@@ -343,7 +344,16 @@ def _names(names: Iterable[str]) -> str:
 
 def _panel(group: Group) -> str:
     """Return the part of a command's help in which a group's flags are."""
-    return "Refine" if group in (*STEPS, TASK) else group.name.capitalize()
+    if group in (CALIBRATION, IMAGES):
+        return CALIBRATION_PANEL
+    return group.name.capitalize() if group in (SIZE, HEADS) else EXPERT
+
+
+def _rank(parameter: inspect.Parameter) -> int:
+    """Return how far down in a command's help the part with a parameter stands."""
+    metadata = getattr(parameter.annotation, "__metadata__", ())
+    panel = next((m.rich_help_panel for m in metadata if hasattr(m, "rich_help_panel")), None)
+    return PANELS.index(panel) if panel in PANELS else -1
 
 
 def _python_names(group: Group, kind: str) -> dict[str, str]:

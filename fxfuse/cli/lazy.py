@@ -6,6 +6,7 @@ from importlib import import_module
 from typing import Any
 
 import typer
+from typer import rich_utils
 from typer.core import TyperGroup
 from typer.main import get_command
 
@@ -18,6 +19,7 @@ COMMANDS = {
     "explain": "Explain one dimension of a parameter, or what couples it with another one.",
     "fuse": "Fuse trained networks of one architecture into one network.",
     "prune": "Remove the least important channels, neurons and heads of one network.",
+    "sweep": "Fuse in several sizes, and write what each costs and how good it is.",
     "stack": "Write the ensemble as one graph that answers exactly as its members do.",
     "run": "Fuse as a recipe says; on a folder that fxfuse wrote, make its content again.",
     "recipe": "Print an example of a recipe or its JSON schema, or check a recipe.",
@@ -44,6 +46,8 @@ class LazyGroup(TyperGroup):
         """Return the command that the arguments name."""
         name = args[0]
         if name in COMMANDS:
+            # What every run needs comes first, and is called so.
+            rich_utils.OPTIONS_PANEL_TITLE = "Essentials"
             alone = typer.Typer(add_completion=False, rich_markup_mode="markdown")
             function = getattr(import_module(f"fxfuse.cli.commands.{name}"), name)
             alone.command(name)(guarded(function))

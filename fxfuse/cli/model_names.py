@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Collection, Mapping
 from importlib import import_module
 from pathlib import Path
@@ -41,6 +42,27 @@ def is_pretrained(path: Path) -> bool:
     Its weights have names that only transformers knows how to turn into the network's.
     """
     return (path / _CONFIG).is_file()
+
+
+def suggestion(name: str) -> str:
+    """Return the name that is most likely meant by one without a library, or ""."""
+    # Here, since only a mistake needs it.
+    from difflib import get_close_matches
+
+    if is_pretrained(Path(name)):
+        return f"hf:{name}"
+    known: dict[str, list[str]] = {}
+    for library, module in (("torchvision", "torchvision.models"), ("timm", "timm")):
+        with contextlib.suppress(ImportError):
+            known[library] = import_module(module).list_models()
+    found = next((library for library, names in known.items() if name in names), None)
+    if found is not None:
+        return f"{found}:{name}"
+    # The first library counts where both know a name.
+    libraries = reversed(known.items())
+    near = {n: library for library, names in libraries for n in get_close_matches(name, names)}
+    best = get_close_matches(name, near, n=1)
+    return f"{near[best[0]]}:{best[0]}" if best else ""
 
 
 def _torchvision(name: str) -> Callable[..., Any]:

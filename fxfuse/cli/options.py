@@ -12,11 +12,16 @@ from fxfuse.cli.forms import unreadable
 from fxfuse.cli.sources import is_text
 from fxfuse.errors import OptionError
 
+#: Parts of a command's help behind the essentials, in their order.
+CALIBRATION_PANEL, EXPERT = "Calibration", "Expert"
+PANELS = ("Size", CALIBRATION_PANEL, "Heads", EXPERT)
+
 Model = Annotated[
     str,
     typer.Option(
-        help="Importable factory of the network, `package.module:factory`.",
-        metavar="MODULE:FACTORY",
+        help="The network: `torchvision:NAME`, `timm:NAME`, `hf:FOLDER`, `hf:USER/NAME`, or an "
+        "importable factory, `package.module:factory`.",
+        metavar="NETWORK",
     ),
 ]
 ModelArg = Annotated[
@@ -32,13 +37,15 @@ MemberArg = Annotated[
         help="Keyword argument for the factory of one member, counted from 0, such as "
         "`1:classes=5`; may be repeated.",
         metavar="NUMBER:KEY=VALUE",
+        rich_help_panel=EXPERT,
     ),
 ]
 Input = Annotated[
     str,
     typer.Option(
-        help="Shape of one example without the batch dimension, such as `3,224,224`, "
-        "or a `.safetensors` or `.pt` file with the example inputs.",
+        help="Shape of one example without the batch dimension, such as `3,224,224`; "
+        "`ids:LENGTH:VOCABULARY` for token ids; or a `.safetensors` or `.pt` file with the "
+        "example inputs.",
         metavar="SHAPE|FILE",
     ),
 ]
@@ -71,9 +78,9 @@ OwnModel = Annotated[
     str | None,
     typer.Option(
         "--model",
-        help="Factory of the members, in place of the one that the folder names. One that is no "
+        help="The members' network, in place of the one that the folder names. One that is no "
         "library's needs this or `--trust`.",
-        metavar="MODULE:FACTORY",
+        metavar="NETWORK",
     ),
 ]
 Trust = Annotated[
@@ -89,7 +96,9 @@ Report = Annotated[
     bool,
     typer.Option("--report", help="Write `report.html` too: what was fused, as one page."),
 ]
-NoVerify = Annotated[bool, typer.Option("--no-verify", help="Skip the oracles.")]
+NoVerify = Annotated[
+    bool, typer.Option("--no-verify", help="Skip the oracles.", rich_help_panel=EXPERT)
+]
 _DATA = (
     "a .npy, .npz, .safetensors or .pt file, a .txt file of texts for `hf:` networks, a folder of "
     "images, or with one for each class, torchvision:CLASS:ROOT, datasets:FOLDER, or "
@@ -101,7 +110,7 @@ OptionalCalibration = Annotated[
         "--calibration",
         help=f"100 to 1,000 inputs from the members' own domain: {_DATA}",
         metavar="DATA",
-        rich_help_panel="Calibration",
+        rich_help_panel=CALIBRATION_PANEL,
     ),
 ]
 Text = Annotated[
@@ -111,7 +120,7 @@ Text = Annotated[
         help="Texts to calibrate on, a `.txt` file with one per line, for `hf:` networks; the same "
         "as `--calibration FILE`.",
         metavar="FILE",
-        rich_help_panel="Calibration",
+        rich_help_panel=CALIBRATION_PANEL,
     ),
 ]
 DataSpec = Annotated[str, typer.Option("--data", help=f"Inputs: {_DATA}", metavar="DATA")]

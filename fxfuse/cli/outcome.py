@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +42,7 @@ def _show(outcome: Outcome, folder: Path, *, json: bool) -> None:
                 "likeness": outcome.likeness.as_json() if outcome.likeness else None,
                 "history": result.history.as_json() if result.history else None,
                 "trained": outcome.trained,
-                "networks": [asdict(network) for network in outcome.networks],
+                "networks": [network.as_json() for network in outcome.networks],
                 "unsaved": outcome.unsaved,
                 "sizes": plan.sizes(),
                 "kept_sizes": plan.kept_sizes,

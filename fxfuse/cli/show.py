@@ -13,6 +13,7 @@ from rich.progress import (
     BarColumn,
     Progress,
     SpinnerColumn,
+    TaskID,
     TextColumn,
     TimeElapsedColumn,
     TimeRemainingColumn,
@@ -36,6 +37,7 @@ err = Console(stderr=True)
 def working() -> Iterator[tuple[Callable[[str], AbstractContextManager[object]], Progress]]:
     """Show progress on stderr: what is being done and for how long, and bars with the time left.
 
+    Where that is no terminal, lines say the same: one when a step begins, and one for each tenth.
     Yields a function that says what a block does, and a progress that loops add their bars to.
     """
     columns = (
@@ -45,18 +47,40 @@ def working() -> Iterator[tuple[Callable[[str], AbstractContextManager[object]],
         TimeElapsedColumn(),
         TimeRemainingColumn(),
     )
+    lines = not err.is_terminal and not out.quiet
     shown = err.is_terminal and not out.quiet
-    with Progress(*columns, console=err, transient=True, disable=not shown) as progress:
+    kind = _Lines if lines else Progress
+    with kind(*columns, console=err, transient=True, disable=not shown) as progress:
 
         @contextmanager
         def stage(what: str) -> Iterator[None]:
             task = progress.add_task(what, total=None)
+            if lines:
+                _say(f"{what} ...")
             try:
                 yield
             finally:
                 progress.remove_task(task)
 
         yield stage, progress
+
+
+class _Lines(Progress):
+    """Progress as lines, for a file or a pipe."""
+
+    def update(self, task_id: TaskID, **changes: Any) -> None:
+        """Note what is done; say it after each tenth, with the time left."""
+        task = self._tasks[task_id]
+        before = task.percentage
+        super().update(task_id, **changes)
+        if task.total and task.percentage // 10 > before // 10:
+            done = task.completed / task.total
+            left = (self.get_time() - (task.start_time or 0)) * (1 - done) / done
+            _say(f"{task.description}: {task.percentage:.0f} %, {left:.0f} s left")
+
+
+def _say(text: str) -> None:
+    err.print(text, markup=False, highlight=False, soft_wrap=True)
 
 
 def print_json(value: object) -> None:

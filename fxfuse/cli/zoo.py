@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from fxfuse.cli.model_names import is_pretrained, named_factory
+from fxfuse.cli.model_names import is_pretrained, named_factory, suggestion
 from fxfuse.errors import FxfuseError, InputError, OptionError
 from fxfuse.graph.tensors import floating_dtype
 from fxfuse.members.checkpoint import load_checkpoint, read_file
@@ -143,10 +143,14 @@ def import_object(spec: str) -> Callable[..., object]:
     """Import a function or class that a user named as `package.module:name`."""
     module_name, _, attribute = spec.partition(":")
     if not module_name or not attribute:
+        near = suggestion(spec) if ":" not in spec else ""
         raise OptionError(
             f"invalid name {spec!r}",
             why="it is not of the form package.module:factory",
-            how="write it like torchvision.models:resnet18",
+            how=f"did you mean {near}?"
+            if near
+            else "write it like torchvision:resnet18, "
+            "timm:convnext_tiny, hf:FOLDER or package.module:factory",
         )
     try:
         value: Any = attrgetter(attribute)(importlib.import_module(module_name))

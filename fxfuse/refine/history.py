@@ -9,6 +9,9 @@ from typing import Any
 
 from fxfuse.common.readable import Description, Readable
 
+#: Attribute of a candidate → its key in JSON, where that says more.
+_KEYS = {"seconds": "cpu_seconds"}
+
 
 @dataclass
 class Candidate:
@@ -108,12 +111,16 @@ class History(Readable):
         return [c for c in self.candidates if c in chosen]
 
     def as_json(self) -> Mapping[str, Any]:
-        """Plain data; what was not measured is None."""
+        """Plain data; what was not measured is None, and CPU times say that they are."""
+        whole = dict(vars(self))
+        whole["asking_cpu_seconds"] = whole.pop("asking")
         return {
-            **vars(self),
+            **whole,
             "candidates": [
                 {
-                    name: None if isinstance(value, float) and not math.isfinite(value) else value
+                    _KEYS.get(name, name): (
+                        None if isinstance(value, float) and not math.isfinite(value) else value
+                    )
                     for name, value in vars(c).items()
                 }
                 for c in self.candidates

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
 from typing import Annotated
 
 import typer
@@ -34,6 +33,6 @@ def compare(
         (source,) = given.sources(data and absolute(data))
         rows = compared(folders, source, task, latency=not no_latency, model=model, trust=trust)
     if json:
-        print_json([asdict(row) for row in rows])
+        print_json([row.as_json() for row in rows])
     else:
         out.print(networks_table(rows))

@@ -24,6 +24,7 @@ from fxfuse.cli.flags import (
 )
 from fxfuse.cli.load import asked_recipe
 from fxfuse.cli.options import (
+    EXPERT,
     Checkpoints,
     EvaluationSpec,
     Force,
@@ -50,6 +51,7 @@ PlanFile = Annotated[
         help="`plan.json` of an earlier fusion of these members, which is applied again in place "
         "of a method, a size, constraints and heads.",
         metavar="FILE",
+        rich_help_panel=EXPERT,
     ),
 ]
 

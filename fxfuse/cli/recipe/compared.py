@@ -128,8 +128,8 @@ def latencies(
                     "network": name,
                     "batch": batch,
                     "how": how,
-                    "ms": ms,
-                    "of_one": ms / took["one member"],
+                    "latency_ms": ms,
+                    "ratio_to_one_member": ms / took["one member"],
                 }
                 for name, ms in took.items()
             ]

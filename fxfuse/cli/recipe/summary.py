@@ -22,7 +22,7 @@ def summary(result: FusionResult, networks: Sequence[Network], trained: str) -> 
     if trained:
         parts.append(f"{trained}\n")
     if networks:
-        parts.append(_networks(networks))
+        parts.append(networks_text(networks))
     return "\n".join([*parts, _checks(result.verification.checks)])
 
 
@@ -45,7 +45,8 @@ def _history(history: History) -> str:
     return f"{rows}\n{history.described()[0]}. The task is `{history.task}`: {history.why}.\n"
 
 
-def _networks(networks: Sequence[Network]) -> str:
+def networks_text(networks: Sequence[Network]) -> str:
+    """Return networks beside each other, with what was measured."""
     columns = {
         "network": [n.name for n in networks],
         **measures(networks),

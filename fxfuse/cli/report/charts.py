@@ -199,16 +199,22 @@ def refit_errors(refit: RefitReport) -> Spec:
 
 
 def sweep(networks: Sequence[Network], points: Sequence[Network]) -> Spec:
-    """Accuracy against floating-point operations, with other networks as points of reference."""
+    """Quality against floating-point operations, with other networks as points of reference.
+
+    Quality is accuracy, or without labels the distance from the ensemble.
+    """
+    measure = "accuracy" if any(n.accuracy is not None for n in networks) else "distance"
+    unit = next((n.unit for n in networks if n.unit), "")
+    title = "accuracy, %" if measure == "accuracy" else f"distance from the ensemble, {unit}"
     rows = [
-        {"name": n.name, "flops": n.flops, "accuracy": n.accuracy, "kind": kind}
+        {"name": n.name, "flops": n.flops, "quality": getattr(n, measure), "kind": kind}
         for kind, group in (("fused, by width", networks), ("for comparison", points))
         for n in group
-        if n.flops is not None and n.accuracy is not None
+        if n.flops is not None and getattr(n, measure) is not None
     ]
     base = alt.Chart(_table(rows)).encode(
         x=alt.X("flops:Q", title="floating-point operations", axis=alt.Axis(format="~s")),
-        y=alt.Y("accuracy:Q", title="accuracy, %", scale=alt.Scale(zero=False)),
+        y=alt.Y("quality:Q", title=title, scale=alt.Scale(zero=False)),
     )
     kinds = ["fused, by width", "for comparison"]
     dots = base.mark_point(filled=True, size=70).encode(
@@ -221,10 +227,11 @@ def sweep(networks: Sequence[Network], points: Sequence[Network]) -> Spec:
         shape=alt.Shape(
             "kind:N", title=None, scale=alt.Scale(domain=kinds, range=["circle", "square"])
         ),
-        tooltip=["name:N", "accuracy:Q", "flops:Q"],
+        tooltip=["name:N", "quality:Q", "flops:Q"],
     )
+    names = base.mark_text(align="left", dx=7, dy=-7).encode(text="name:N")
     line = base.mark_line(color=COLOURS[0]).transform_filter("datum.kind == 'fused, by width'")
-    return _spec(alt.layer(line, dots), 260, "Accuracy against floating-point operations.")
+    return _spec(alt.layer(line, dots, names), 260, f"{title} against floating-point operations.")
 
 
 def _table(rows: Sequence[Mapping[str, Any]]) -> Any:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import nn
@@ -53,16 +54,32 @@ class Network:
     unit: str = ""
     intervals: Mapping[str, tuple[float, float]] = field(default_factory=dict)
 
+    def as_json(self) -> dict[str, Any]:
+        """Plain data; keys carry units, and the distance's unit stands beside it."""
+        return {
+            "name": self.name,
+            "parameters": self.parameters,
+            "flops": self.flops,
+            "latency_ms": self.milliseconds,
+            **{key: getattr(self, name) for name, _, _, key in MEASURES},
+            "distance_unit": self.unit,
+            "intervals": {
+                key: list(self.intervals[name])
+                for name, _, _, key in MEASURES
+                if name in self.intervals
+            },
+        }
 
-#: What is measured on data: attribute of a network, heading, digits behind the point.
+
+#: What is measured on data: attribute of a network, heading, digits behind the point, JSON key.
 MEASURES = (
-    ("accuracy", "accuracy, %", 2),
-    ("agreement", "agrees with the ensemble, %", 2),
-    ("distance", "distance from the ensemble", 4),
-    ("nll", "NLL, nats", 4),
-    ("brier", "Brier score", 4),
-    ("ece", "ECE, %", 2),
-    ("equivalent", "as good as so many members", 2),
+    ("accuracy", "accuracy, %", 2, "accuracy_percent"),
+    ("agreement", "agrees with the ensemble, %", 2, "agreement_percent"),
+    ("distance", "distance from the ensemble", 4, "distance"),
+    ("nll", "NLL, nats", 4, "nll_nats"),
+    ("brier", "Brier score", 4, "brier"),
+    ("ece", "ECE, %", 2, "ece_percent"),
+    ("equivalent", "as good as so many members", 2, "equivalent_members"),
 )
 
 
@@ -70,7 +87,7 @@ def measures(networks: Sequence[Network]) -> dict[str, list[str]]:
     """Return what was measured on data, by heading, each with its interval; "–" if it was not."""
     units = "".join({n.unit for n in networks if n.unit})
     found = {}
-    for name, heading, digits in MEASURES:
+    for name, heading, digits, _ in MEASURES:
         if any(getattr(n, name) is not None for n in networks):
             title = f"{heading}, {units}" if name == "distance" else heading
             found[title] = [_measure(n, name, digits) for n in networks]
@@ -123,7 +140,7 @@ def gather(
     refined: bool = False,
 ) -> Content:
     """Gather everything that a report says; arguments are those of `write_report`."""
-    rows = tuple(networks) or _sizes(result)
+    rows = tuple(networks) or sizes_of(result)
     return Content(
         title,
         _verdict(result, rows, refined=refined),
@@ -140,7 +157,7 @@ def gather(
     )
 
 
-def _sizes(result: FusionResult) -> tuple[Network, ...]:
+def sizes_of(result: FusionResult) -> tuple[Network, ...]:
     """Return what the networks cost, foretold from the plan."""
     graph, plan, n = result.graph, result.plan, result.plan.n_members
     own, fused = parameters_of(graph, {}), parameters_of(graph, plan.sizes(), plan)
