@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -393,7 +394,7 @@ def test_an_empty_batch():
 
 @pytest.mark.parametrize("given", [b"text", len, nn.Linear], ids=["bytes", "function", "class"])
 def test_what_is_no_model(given: Any):
-    refused(CaptureError, "cannot be captured", model=given)
+    refused(CaptureError, "is not a network", model=given)
 
 
 def test_a_model_without_parameters():
@@ -567,3 +568,96 @@ def test_a_keyword_input_that_is_no_python_is_refused(tmp_path, monkeypatch) -> 
 def test_no_calibration_inputs_at_all(given: Any) -> None:
     with pytest.raises(InputError, match="there are no calibration inputs"):
         fxfuse.fuse([mlp(), mlp()], torch.randn(3, 4), calibration=given)
+
+
+# --- calls that go wrong easily ---
+
+
+class ByName(nn.Module):
+    """Takes its input by name only."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = mlp()
+
+    def forward(self, *, pixels: torch.Tensor) -> torch.Tensor:
+        return self.net(pixels)
+
+
+WRONG_CALLS: dict[str, tuple[Callable[[Any, Any], object], str]] = {
+    "state_dicts": (
+        lambda ms, x: fxfuse.fuse([m.state_dict() for m in ms], x),
+        "load a state_dict into a network of its class",
+    ),
+    "one network": (lambda ms, x: fxfuse.fuse(ms[0], x), "a list of two or more"),
+    "one in a list": (lambda ms, x: fxfuse.fuse(ms[:1], x), "two or more trained networks"),
+    "functions": (lambda ms, x: fxfuse.fuse([mlp, mlp], x), "call it, or wrap it"),
+    "classes": (lambda ms, x: fxfuse.fuse([ByName, ByName], x), r"such as ByName\(\)"),
+    "no inputs": (lambda ms, x: fxfuse.fuse(ms), "forward takes .*input"),
+    "numpy": (lambda ms, x: fxfuse.fuse(ms, x.numpy()), r"torch\.from_numpy"),
+    "by place": (
+        lambda ms, x: fxfuse.fuse([ByName(), ByName()], x),
+        "pass keyword inputs as a mapping, {'pixels': tensor}$",
+    ),
+    "calibration by place": (
+        lambda ms, x: fxfuse.fuse([ByName(), ByName()], {"pixels": x}, calibration=x),
+        "in the form of the example, {'pixels': tensor}",
+    ),
+    "calibration by name": (
+        lambda ms, x: fxfuse.fuse(ms, x, calibration={"pixels": x}),
+        "in the form of the example, tensor",
+    ),
+    "calibration path": (lambda ms, x: fxfuse.fuse(ms, x, calibration="images/"), "DataLoader"),
+    "calibration of another size": (
+        lambda ms, x: fxfuse.fuse(ms, x, calibration=torch.randn(99, 5)),
+        "resize them",
+    ),
+    "method": (lambda ms, x: fxfuse.fuse(ms, x, method="transplnt"), "did you mean transplant"),
+    "class of a method": (
+        lambda ms, x: fxfuse.fuse(ms, x, method=Transplant),
+        r"pass Transplant\(\)",
+    ),
+    "score": (
+        lambda ms, x: fxfuse.fuse(ms, x, method=Transplant(score="l3")),
+        "did you mean l2",
+    ),
+    "size": (lambda ms, x: fxfuse.fuse(ms, x, size="half"), "pass a number such as 0.5"),
+    "large size": (lambda ms, x: fxfuse.fuse(ms, x, size=3), "."),
+    "heads": (lambda ms, x: fxfuse.fuse(ms, x, heads=["4"]), r"pass fxfuse\.Heads"),
+    "constraints": (
+        lambda ms, x: fxfuse.fuse(ms, x, constraints={"freeze": "0"}),
+        r"pass fxfuse\.Constraints",
+    ),
+    "task": (lambda ms, x: fxfuse.fuse(ms, x, task="classes", calibration=x), "Classification"),
+    "refine": (
+        lambda ms, x: fxfuse.fuse(ms, x, refine=["refit"], calibration=x),
+        r"\[Refit\(\), Match\(\)\]",
+    ),
+    "refine without inputs": (lambda ms, x: fxfuse.fuse(ms, x, refine=[fxfuse.Refit()]), "."),
+    "unused inputs": (
+        lambda ms, x: fxfuse.fuse(ms, x, method="average", refine=[], calibration=x),
+        "leave calibration out",
+    ),
+    "files without a template": (lambda ms, x: fxfuse.fuse(["a.pt", "b.pt"], x), "template="),
+    "pruning without a size": (lambda ms, x: fxfuse.prune(ms[0], x), "size=0.5"),
+    "pruning a list": (lambda ms, x: fxfuse.prune(ms, x, size=0.5), "the network itself"),
+    "frozen name": (
+        lambda ms, x: fxfuse.fuse(ms, x, constraints=fxfuse.Constraints(freeze="0.wight")),
+        "0.weight",
+    ),
+    "no folder": (lambda ms, x: fxfuse.load("/nobody"), r"fxfuse\.save"),
+    "an existing folder": (
+        lambda ms, x: fxfuse.save(fxfuse.fuse(ms, x, verify=False), "."),
+        "force=True",
+    ),
+}
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("name", WRONG_CALLS)
+def test_a_wrong_call_names_the_fix(name: str):
+    call, fix = WRONG_CALLS[name]
+    with pytest.raises(FxfuseError) as caught:
+        call([mlp(), mlp()], torch.randn(3, 4))
+    assert caught.value.how
+    assert re.search(fix, f"{caught.value.why}\n{caught.value.how}", re.MULTILINE)

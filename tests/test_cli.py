@@ -791,7 +791,9 @@ def test_bad_input_in_a_process_of_its_own(work):
     out, error = process.communicate(timeout=120)
     assert process.returncode == 2
     assert out == ""
-    assert error.startswith("error: cannot open the checkpoint missing.pt\n")
+    assert error.startswith(
+        "reading networks and data ...\nerror: cannot open the checkpoint missing.pt\n"
+    )
     assert "Traceback" not in error
     assert listing(work) == before
 

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -400,6 +401,12 @@ def _calls(inputs: Any, program: Program, limit: int) -> tuple[list[tuple[Call, 
     if isinstance(inputs, Mapping):
         given, labels = _without_labels(inputs, program)
         return [(_call(given), labels)], False
+    if isinstance(inputs, str | Path):
+        raise _error(
+            "calibration inputs are no path",
+            f"{str(inputs)!r:.99} was passed, and files are read by the command line only",
+            "pass a tensor [n, ...], or a DataLoader that reads the files",
+        )
     if not isinstance(inputs, Iterable):
         raise _error(
             f"a {type(inputs).__name__} holds no calibration inputs",
@@ -471,10 +478,11 @@ def _check(program: Program, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -
     wanted, structure = pytree.tree_flatten(program.example_inputs)
     given, own = pytree.tree_flatten((args, dict(kwargs)))
     if structure != own:
+        like = _form(*program.example_inputs)
         raise _error(
             "calibration inputs differ in structure from the example inputs",
-            f"they are {own}, the example is {structure}",
-            "pass them as the network is called",
+            f"they are {_form(args, kwargs)}, the example is {like}",
+            f"pass them in the form of the example, {like}",
         )
     for number, (x, like) in enumerate(zip(given, wanted, strict=True)):
         if not isinstance(like, torch.Tensor) or not isinstance(x, torch.Tensor):
@@ -496,6 +504,14 @@ def _check(program: Program, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -
                 "leave these inputs out",
                 where,
             )
+
+
+def _form(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> str:
+    """Return how inputs stand, in words."""
+    named = ", ".join(f"{name!r}: {type(x).__name__.lower()}" for name, x in kwargs.items())
+    placed = ", ".join(type(x).__name__.lower() for x in args)
+    parts = [f"({placed})" if len(args) > 1 else placed] * bool(args)
+    return " and ".join(parts + [f"{{{named}}}"] * bool(kwargs)) or "nothing"
 
 
 def count_rows(batch: Any) -> int:

@@ -10,11 +10,21 @@ import torch
 
 from fxfuse.analysis.coupling import CouplingGraph, Index
 from fxfuse.analysis.freezing import excused
-from fxfuse.errors import PlanError, VerificationError
+from fxfuse.errors import OptionError, PlanError, VerificationError
 from fxfuse.graph.capture import check_reached
 from fxfuse.members.fingerprint import check_members
 from fxfuse.planning.plan import FusionPlan, UnitMap
 from fxfuse.verify import Check, Verification, permutation_of, wrong_groups
+
+
+def check_kind(name: str, given: object, kind: type) -> None:
+    """Check that an option is an object of its class, or left out."""
+    if given is not None and not isinstance(given, kind):
+        raise OptionError(
+            f"{name} is a {type(given).__name__}, not {kind.__name__}",
+            where=name,
+            how=f"pass fxfuse.{kind.__name__}(...)",
+        )
 
 
 def check_sound(graph: CouplingGraph, *, verify: bool) -> tuple[CouplingGraph, list[Check]]:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from fxfuse.analysis.constraints import Constraints
 from fxfuse.analysis.label_spaces import Heads
+from fxfuse.api.checks import check_kind
 from fxfuse.api.load_members import load_members
 from fxfuse.api.result import FusionResult
 from fxfuse.api.stages import Planner, Refinement, analyze_ensemble, build_network
@@ -76,6 +77,8 @@ def fuse(
         RewriteError: The network cannot be written in this size.
         VerificationError: An oracle failed.
     """
+    check_kind("heads", heads, Heads)
+    check_kind("constraints", constraints, Constraints)
     heads, constraints = heads or Heads(()), constraints or Constraints()
     matchable = not heads and not constraints.output_dims
     chosen, wanted = find_method(method), Size.of(size)

@@ -9,6 +9,7 @@ from torch import nn
 from torch.export import ExportedProgram
 
 from fxfuse.analysis.constraints import Constraints
+from fxfuse.api.checks import check_kind
 from fxfuse.api.load_members import single
 from fxfuse.api.result import FusionResult
 from fxfuse.api.stages import Planner, Refinement, analyze_ensemble, build_network
@@ -78,6 +79,7 @@ def prune(
             why="neither a width nor a budget is given",
             how="pass size=0.5 to keep half of every layer, for instance",
         )
+    check_kind("constraints", constraints, Constraints)
     chosen, constraints = find_method(method), constraints or Constraints()
     check_allocation(chosen, wanted)
     if plan is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, is_dataclass
 from keyword import iskeyword
@@ -81,15 +82,14 @@ def try_example(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, An
     try:
         answer = answers(model, {}, args, kwargs)
     except Exception as error:
-        shapes = pytree.tree_map(
-            lambda x: tuple(x.shape) if isinstance(x, torch.Tensor) else x, (args, dict(kwargs))
-        )
+        shapes = pytree.tree_map(_told, (args, dict(kwargs)))
         call = f"{type(model).__name__} called with shapes {shapes[0]} {shapes[1] or ''}"
         raise InputError(
             "the model rejects the example inputs",
             where=call.rstrip(),
             why=first_line(error),
             how=_conversion(model, args, kwargs)
+            or _form(model, args, kwargs)
             or "pass inputs that the model accepts, with their batch dimension",
         ) from error
     _register_dataclasses(answer)
@@ -124,6 +124,35 @@ def first_line(error: BaseException) -> str:
     """Return the type and first line of an exception."""
     text = str(error).strip()
     return f"{type(error).__name__}: {text.splitlines()[0] if text else 'no message'}"
+
+
+def _told(x: Any) -> Any:
+    """Return what of an input a message shows."""
+    if isinstance(x, torch.Tensor):
+        return tuple(x.shape)
+    return x if isinstance(x, int | float | str | None) else type(x).__name__
+
+
+def _form(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> str:
+    """Say so where inputs are no tensors, or not what `forward` is called with."""
+    if any(hasattr(x, "__array__") and not isinstance(x, torch.Tensor) for x in args):
+        return "pass tensors, such as torch.from_numpy(x)"
+    try:
+        taken = inspect.signature(model.forward)
+    except (TypeError, ValueError):
+        return ""
+    try:
+        taken.bind(*args, **kwargs)
+    except TypeError:
+        needed = [p for p in taken.parameters.values() if p.default is p.empty]
+        names = [p.name for p in needed if p.kind in (p.KEYWORD_ONLY, p.POSITIONAL_OR_KEYWORD)]
+        shown = ", ".join(f"{name!r}: tensor" for name in names or list(taken.parameters)[:1])
+        positional = all(p.kind is not p.KEYWORD_ONLY for p in needed)
+        one = f"tensor{',' * (len(names) == 1)}"
+        parts = f"({one if len(names) < 2 else ', '.join(names)})"
+        by_place = f", or positional inputs as a tuple, {parts}" if positional else ""
+        return f"forward takes {taken}: pass keyword inputs as a mapping, {{{shown}}}{by_place}"
+    return ""
 
 
 def _conversion(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> str:

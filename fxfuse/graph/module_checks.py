@@ -35,14 +35,19 @@ def state_of(model: nn.Module | ExportedProgram) -> Mapping[str, Any]:
 def check_model(model: object) -> None:
     """Check that a model is of a kind that can be captured, with tensors that can be labelled."""
     if not isinstance(model, nn.Module | ExportedProgram):
-        how = "pass the network itself; wrap a function in an nn.Module"
-        if isinstance(model, Mapping):
+        what, how = f"a {type(model).__name__}", "pass the network itself"
+        if isinstance(model, type):
+            what, how = f"the class {model.__name__}", f"pass a network, such as {model.__name__}()"
+        elif callable(model):
+            what, how = "a function", "call it, or wrap it in an nn.Module"
+        elif isinstance(model, Mapping):
+            what = "a state_dict"
             how = (
                 "load a state_dict into a network of its class, network.load_state_dict(...), and "
             )
             how += "pass the network; of files: Members.from_files(paths, template)"
         raise CaptureError(
-            f"a {type(model).__name__} cannot be captured",
+            f"{what} is not a network",
             why="it is neither an nn.Module nor an ExportedProgram",
             how=how,
         )

@@ -53,6 +53,12 @@ class Size(Options):
     def __post_init__(self) -> None:
         """Check that a size is asked for once, and that a global allocation has one to spread."""
         super().__post_init__()
+        if not isinstance(self.width, int | float | Mapping | None):
+            raise OptionError(
+                f"a {type(self.width).__name__} is no width: {self.width!r:.99}",
+                where="size",
+                how="pass a number such as 0.5, numbers by pattern, or a Size",
+            )
         if self.multiple_of < 1:
             raise OptionError(
                 f"multiple_of must be at least 1, got {self.multiple_of}",

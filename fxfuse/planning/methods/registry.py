@@ -9,7 +9,7 @@ from typing import Any, ClassVar, TypeVar
 
 from fxfuse.analysis.coupling import CouplingGraph
 from fxfuse.common.options import Options, check_choice, fields_of
-from fxfuse.errors import RuleError
+from fxfuse.errors import OptionError, RuleError
 from fxfuse.planning.context import Context, State
 from fxfuse.planning.plan import UnitMap
 
@@ -89,6 +89,13 @@ def find_method(given: str | Method) -> Method:
     """
     if isinstance(given, Method):
         return given
+    kind: Any = given
+    if isinstance(kind, type) and issubclass(kind, Method):
+        raise OptionError(
+            f"{kind.__name__} is a class, not a method with its options",
+            where="method",
+            how=f"pass {kind.__name__}()",
+        )
     check_choice("method", given, tuple(sorted(_METHODS)))
     return _METHODS[given]()
 
