@@ -132,12 +132,25 @@ SEVERAL = [
 ]
 
 
+#: Pages that compile ahead of time, or need packages that the other tests do not.
+NIGHTLY = {"docs/how-to/deploy.md": ("torchao", "onnxruntime")}
+
+
 @pytest.mark.usefixtures("own_world")
-@pytest.mark.parametrize("page", sorted(set(with_code("python")) - set(SEVERAL)))
+@pytest.mark.parametrize("page", sorted(set(with_code("python")) - set(SEVERAL) - set(NIGHTLY)))
 def test_the_code_of_a_page_runs(page: str, capsys: pytest.CaptureFixture[str]):
     names = run(page, capsys)
     if page in AFTERWARDS:
         AFTERWARDS[page](names)
+
+
+@pytest.mark.nightly
+@pytest.mark.usefixtures("own_world")
+@pytest.mark.parametrize("page", NIGHTLY)
+def test_the_code_of_a_page_that_takes_long_runs(page: str, capsys: pytest.CaptureFixture[str]):
+    for package in NIGHTLY[page]:
+        pytest.importorskip(package)
+    run(page, capsys)
 
 
 @pytest.mark.parametrize("page", SEVERAL)

@@ -397,6 +397,14 @@ def test_frozen_parameters_stay():
     assert torch.equal(module[0].weight, before)
 
 
+def test_losses_are_told_to_a_function():
+    told = []
+    log = Match(steps=45, learning_rate=1e-3, log=lambda step, loss: told.append((step, loss)))
+    report = match(mlp(3), [mlp(1), mlp(2)], INPUTS, log)
+    assert [step for step, _ in told] == [20, 40, 45]
+    assert told[-1][1] == pytest.approx(report.last_loss)
+
+
 def test_own_progress_display():
     rich = pytest.importorskip("rich.progress")
     with rich.Progress(disable=True) as progress:

@@ -55,7 +55,7 @@ from fxfuse.refine import Task
 from fxfuse.refine.task import Outputs
 
 #: Fields that cannot be typed: inputs and functions.
-UNTYPED = {(Calibration, "inputs"), (Calibration, "evaluate")}
+UNTYPED = {(Calibration, "inputs"), (Calibration, "evaluate"), (fxfuse.Match, "log")}
 #: Tasks that are made of functions or of other tasks.
 PYTHON_ONLY = {Custom, Outputs}
 

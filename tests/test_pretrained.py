@@ -249,3 +249,20 @@ def test_texts_are_for_networks_of_transformers(tmp_path: Path) -> None:
     (tmp_path / "t.txt").write_text("a cat")
     with pytest.raises(InputError, match="texts need a tokenizer"):
         read_data(str(tmp_path / "t.txt"))
+
+
+def test_results_of_timm_load_as_its_checkpoints(work: Path) -> None:
+    import timm
+
+    for seed, name in enumerate(("x.pt", "y.pt")):
+        torch.manual_seed(seed)
+        torch.save(make_model("timm:test_resnet", {"num_classes": 3}).state_dict(), name)
+    asked = ("fuse", "x.pt", "y.pt", "--model", "timm:test_resnet", "--model-arg", "num_classes=3")
+    result = invoke(*asked, "--input", "3,20,20", "--no-verify", "--out", "fused")
+    assert result.exit_code == 0, result.output
+    made = timm.create_model(
+        "test_resnet", num_classes=3, checkpoint_path="fused/fused.safetensors"
+    ).eval()
+    x = torch.randn(2, 3, 20, 20)
+    with torch.no_grad():
+        torch.testing.assert_close(made(x), fxfuse.load("fused")(x))

@@ -9,7 +9,7 @@ Notation of shapes: n inputs, b batch, * any further dimensions.
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -75,6 +75,8 @@ class Match(Options):
         freeze: Whether batch normalisation keeps its statistics, and dropout stays off, while
             training. None: the trials decide.
         seed: Seed of all random numbers; torch's global generators are left as they were.
+        log: Function of (step, loss) that is called every 20 steps and after the last one, for
+            TensorBoard and the like; in `fuse`, for each network that is matched.
     """
 
     steps: int | None = None
@@ -85,6 +87,7 @@ class Match(Options):
     augment: bool | Augment = True
     freeze: bool | None = None
     seed: int = 0
+    log: Callable[[int, float], object] | None = None
 
     def __post_init__(self) -> None:
         """Check that there is one budget, and that all numbers are positive."""
@@ -307,6 +310,8 @@ def train(
 
         def look(share: float, loss: float) -> None:
             advance(share, loss)
+            if options.log is not None:
+                options.log(trainer.taken, loss)
             if looks and share >= looks[0] and share < 1:
                 while looks and share >= looks[0]:
                     looks.pop(0)

@@ -48,6 +48,8 @@ class Trainer:
         reshard(module)
         #: CPU seconds of one step on one input, once it was measured (`cost`).
         self.seconds_per_input = 0.0
+        #: Steps of the latest run, when it was looked at last.
+        self.taken = 0
 
     def run(
         self,
@@ -84,6 +86,7 @@ class Trainer:
             losses.clear()
             loss = last_finite(fresh, len(read)) if checked else float(fresh[-1])
             read.extend(fresh.tolist())
+            self.taken = len(read)
             look(done, loss)
             self.module.train(not frozen)
 
