@@ -17,8 +17,9 @@ from PIL import Image
 
 import fxfuse
 from fxfuse import FusionResult, Refit, Transplant
+from fxfuse.cli.recipe import as_recipe
 from fxfuse.cli.report import Network, write_report
-from fxfuse.cli.report.content import gather
+from fxfuse.cli.report.content import gather, renamed
 from fxfuse.cli.report.coupled import FREE, coupled
 from fxfuse.cli.report.transplanted import SEVERAL, shares
 from fxfuse.errors import MissingDependencyError
@@ -58,7 +59,10 @@ def page(result: FusionResult, members: list[torch.nn.Module], tmp_path_factory:
     rows = [dataclasses.replace(row, accuracy=90.0 + i) for i, row in enumerate(rows)]
     sweep = [Network(f"width {w}", 1, int(1000 * w), 90 + w) for w in (0.5, 1, 2)]
     title = "</script><script>throw 1</script>"
-    write_report(result, path, title=title, members=members, networks=rows, sweep=sweep)
+    names = ["a.pt", "b.pt", "c.pt"]
+    write_report(
+        result, path, title=title, members=members, networks=rows, sweep=sweep, names=names
+    )
     return path
 
 
@@ -142,6 +146,41 @@ def test_verdict_says_what_failed(result: FusionResult) -> None:
     assert f"FAILED: {checks[0].name}." in gather(failed, title="").verdict
 
 
+def test_the_first_thing_that_is_said_is_how_good_it_is(result: FusionResult) -> None:
+    raw = dataclasses.replace(result, refit=None, history=None)
+    assert gather(raw, title="").headline.startswith("Raw: nothing was fitted")
+    assert gather(raw, title="").next_step.startswith("refit and match it")
+    told = gather(result, title="", names=("a.pt", "b.pt", "c.pt"))
+    assert re.fullmatch(
+        r"[\d.e-]+ from the ensemble \(.*\); the closest member is [\d.e-]+ away\.", told.headline
+    )
+    assert {"a.pt", "b.pt", "c.pt"} <= {bar.name for bar in told.bars}
+    assert told.bars[-1].ours
+    assert max(bar.share for bar in told.bars) == pytest.approx(100)
+    rows = (
+        Network("member 1", 10, accuracy=91.0),
+        Network("ensemble of 2", 20, accuracy=95.0),
+        Network("fused", 10, accuracy=94.5, milliseconds=2.0),
+    )
+    told = gather(result, title="", networks=rows, names=("a.pt", "b.pt", "c.pt"))
+    assert told.headline == "94.50 % accuracy; the best member has 91.00 %; the ensemble 95.00 %."
+    assert [bar.name for bar in told.bars] == ["b.pt", "ensemble of 2", "fused"]
+    assert told.bars[-1].cost == "1.00 × parameters, 2.00 ms"
+    assert told.next_step.startswith("use it")
+
+
+def test_names_of_members(result: FusionResult) -> None:
+    names = ("a.pt", "b.pt", "c.pt")
+    assert renamed("matched from member 1", names) == "matched from b.pt"
+    assert renamed("members 0, 2 side by side", names) == "a.pt, c.pt side by side"
+    assert renamed("member 7", names) == "member 7"
+    assert renamed("one member", names) == "one member"
+    files = ["x/model.safetensors", "y/model.safetensors"]
+    asked = {"model": "torchvision:resnet18", "input": [3, 8, 8], "output": {"folder": "f"}}
+    assert as_recipe({**asked, "members": files}).names == tuple(files)
+    assert as_recipe({**asked, "members": ["x/a.pt", "y/b.pt"]}).names == ("a.pt", "b.pt")
+
+
 def test_without_altair(
     result: FusionResult, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -175,7 +214,7 @@ def test_browser_shows_it(browser: Any, page: Path) -> None:
         tab.on("request", lambda request, told=problems: told.append(request.url))
         tab.goto(page.as_uri())
         tab.wait_for_selector("body[data-ready=yes]", timeout=20_000)
-        for name in ("map", "scores", "coupling", "refit", "sweep"):
+        for name in ("map", "scores", "coupling", "refit", "history", "sweep"):
             assert tab.locator(f"#chart-{name} svg").count() == 1, name
         dot = tab.locator("#chart-coupling path[aria-roledescription=point]").nth(3)
         place = re.search(r"place: (\S+);", dot.get_attribute("aria-label")).group(1)
@@ -202,16 +241,19 @@ def test_pictures_of_it(
     """Those in docs/how-to/report.md, with FXFUSE_SCREENSHOTS=docs/how-to."""
     page, shots = tmp_path / "report.html", Path(os.environ.get("FXFUSE_SCREENSHOTS", tmp_path))
     write_report(result, page, title="Three networks fused into one", members=members)
-    for width in (1280, 390):
-        tab = browser.new_page(viewport={"width": width, "height": 900})
+    for width, scheme in ((1280, "light"), (390, "light"), (390, "dark")):
+        tab = browser.new_page(viewport={"width": width, "height": 900}, color_scheme=scheme)
         tab.goto(page.as_uri())
         tab.wait_for_selector("body[data-ready=yes]", timeout=20_000)
-        picture = shots / f"report-{width}.png"
-        tab.screenshot(path=str(picture), full_page=True)
+        dark = "-dark" * (scheme == "dark")
+        picture = (tmp_path if dark else shots) / f"report-{width}{dark}.png"
+        tab.screenshot(path=str(picture), full_page=not dark)
         with Image.open(picture) as image:
             assert image.width == width
             # Not blank: there is text, and the colours of three members.
-            assert len(image.convert("RGB").getcolors(maxcolors=2**24)) > 50
+            pixels = image.convert("RGB")
+            assert len(pixels.getcolors(maxcolors=2**24)) > 50
+            assert (sum(pixels.getpixel((2, 2))) < 200) is bool(dark)
         tab.close()
 
 

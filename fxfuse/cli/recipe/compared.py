@@ -15,7 +15,7 @@ from fxfuse.api.saved import PLAN, WEIGHTS, load
 from fxfuse.api.stages import build
 from fxfuse.cli.evaluate import RUN_TIME, Ensemble, beside_members, find_task, repeated
 from fxfuse.cli.recipe.networks import Networks, load_data, load_networks, made_with
-from fxfuse.cli.recipe.run import REPORT, Stage, evaluated
+from fxfuse.cli.recipe.run import REPORT, Stage, evaluated, next_step
 from fxfuse.cli.recipe.schema import DataSource, Recipe
 from fxfuse.cli.recipe.text import RECIPE, read_recipe, trusted
 from fxfuse.cli.report.content import Network
@@ -169,6 +169,8 @@ def report_on(
     else:
         result = replace(result, _state=state)
     rows = () if examples is None else evaluated(result, networks, recipe, examples)
+    source = None if data is None else DataSource(**data)
+    asked = recipe.model_copy(update={"evaluation": source})
     write_report(
         result,
         page,
@@ -176,6 +178,8 @@ def report_on(
         members=networks.modules,
         networks=rows,
         refined=recipe.refines,
+        names=recipe.names,
+        next_step=next_step(asked, result, folder.name),
     )
     return page
 

@@ -236,6 +236,17 @@ def evaluated(
     return beside_members({name: fused}, networks.modules, task, data, networks.inputs)
 
 
+def next_step(recipe: Recipe, result: FusionResult, folder: str) -> str:
+    """Return what the reader of a report should do next, as a command where there is one."""
+    name = Path(folder).name
+    if result.raw_note and not recipe.refines:
+        options = "--calibration DATA --refine refit,match --out OTHER"
+        return f"refit and match it: fxfuse refit {name} {options}"
+    if recipe.evaluation is None:
+        return f"measure it on labelled data: fxfuse compare {name} --data DATA"
+    return f'use it: fxfuse.load("{name}"), or compile it with fxfuse.compile'
+
+
 def _runnable(result: FusionResult) -> nn.Module:
     return result.module if result.emitted else result.to_module()
 
@@ -271,7 +282,16 @@ def _write(
     write_recipe(recipe, work / RECIPE)
     if recipe.output.report:
         modules = networks.modules or None
-        write_report(result, work / REPORT, title=recipe.title, members=modules, networks=measured)
+        write_report(
+            result,
+            work / REPORT,
+            title=recipe.title,
+            members=modules,
+            networks=measured,
+            refined=recipe.train is not None,
+            names=recipe.names,
+            next_step=next_step(recipe, result, recipe.output.folder),
+        )
     if recipe.output.package or recipe.output.onnx:
         # Here, since it takes a second to import.
         from fxfuse.runtime import export_onnx, package

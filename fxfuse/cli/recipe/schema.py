@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import MISSING
 from functools import reduce
 from operator import or_
+from pathlib import PurePath
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, TypeAlias, get_args, get_origin
 
 from pydantic import (
@@ -295,6 +296,16 @@ class Recipe(Part):
         """What it makes, in words."""
         n = len(self.members)
         return f"{n} networks fused into one" if n > 1 else "One network, pruned"
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """What its members are called: their files, with what of the path tells them apart."""
+        paths = [PurePath(m.path).parts for m in self.members]
+        for count in range(1, max(map(len, paths)) + 1):
+            found = tuple("/".join(parts[-count:]) for parts in paths)
+            if len({*found}) == len(found):
+                break
+        return found
 
     @property
     def sources(self) -> list[DataSource]:

@@ -8,10 +8,11 @@ from typing import Any
 
 import altair as alt
 
-from fxfuse.cli.report.content import Network
+from fxfuse.cli.report.content import Network, renamed
 from fxfuse.cli.report.coupled import FREE, FROZEN_LANES, Coupled
 from fxfuse.cli.report.transplanted import SEVERAL, GroupShare
 from fxfuse.refine import RefitReport
+from fxfuse.refine.history import Candidate, History
 
 #: Okabe and Ito's palette, which the colour-blind can tell apart, too.
 COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#F0E442", "#000000")
@@ -24,32 +25,30 @@ _MARKS = (
     (COLOURS[5], "diamond"),
 )
 _ROW = 14
-_LABEL = alt.Axis(labelLimit=220, title=None, ticks=False, domain=False)
+_LABEL = alt.Axis(title=None, ticks=False, domain=False)
 
 Spec = dict[str, Any]
 _Chart = alt.Chart | alt.LayerChart | alt.FacetChart
 
 
-def member_name(member: int) -> str:
-    """Return what a member is called in a legend."""
-    return "several members" if member == SEVERAL else f"member {member}"
+_SEVERAL_NAME = "several members"
 
 
-def transplant_map(shares: Sequence[GroupShare], n_members: int) -> Spec:
-    """Return for each group a strip: which member each fused unit came from."""
+def transplant_map(shares: Sequence[GroupShare], members: Sequence[str]) -> Spec:
+    """Return for each group a strip: which of the named members each fused unit came from."""
+    n_members = len(members)
     rows = [
         {
             "group": share.group,
             "from": run.start / share.n_units,
             "to": run.stop / share.n_units,
             "units": f"{run.start} to {run.stop - 1}",
-            "member": member_name(run.member),
+            "member": _SEVERAL_NAME if run.member == SEVERAL else members[run.member],
         }
         for share in shares
         for run in share.runs
     ]
-    names = [member_name(i) for i in range(n_members)]
-    names += [member_name(SEVERAL)] * any(row["member"] == member_name(SEVERAL) for row in rows)
+    names = [*members] + [_SEVERAL_NAME] * any(row["member"] == _SEVERAL_NAME for row in rows)
     # More members than colours can be told apart repeat them; the tooltip names each.
     colours = [COLOURS[i % len(COLOURS)] for i in range(n_members)]
     colours += [_GREY] * (len(names) - n_members)
@@ -148,7 +147,7 @@ def coupling(coupled: Coupled) -> Spec:
                 "state:N",
                 title=None,
                 scale=alt.Scale(domain=states, range=colours),
-                legend=alt.Legend(orient="top", columns=1, labelLimit=300),
+                legend=alt.Legend(orient="top", columns=1),
             ),
             shape=alt.Shape("state:N", title=None, scale=alt.Scale(domain=states, range=shapes)),
             href="href:N",
@@ -196,6 +195,40 @@ def refit_errors(refit: RefitReport) -> Spec:
     line = base.mark_line(color=_GREY).encode(detail="layer:N")
     fitted = sum(fit.fitted for fit in refit.layers)
     return _spec(alt.layer(line, dots), _ROW * fitted, "Error of every layer, before and after.")
+
+
+def history(found: History, names: Sequence[str]) -> Spec:
+    """Return for each candidate its distance from the ensemble, and what became of it."""
+    kinds = ["returned", "accepted", "a start", "sent back"]
+
+    def kind(c: Candidate) -> str:
+        if c.name == found.chosen:
+            return kinds[0]
+        return kinds[1] if c.accepted else kinds[3] if c.against else kinds[2]
+
+    rows = [
+        {"network": renamed(c.name, names), "distance": c.judged, "what": kind(c), "why": c.verdict}
+        for c in found.candidates
+        if isfinite(c.judged)
+    ]
+    chart = (
+        alt.Chart(_table(rows))
+        .mark_bar(height=_ROW - 3)
+        .encode(
+            x=alt.X("distance:Q", title=f"distance from the ensemble, {found.unit}"),
+            y=alt.Y("network:N", sort=None, axis=_LABEL),
+            color=alt.Color(
+                "what:N",
+                title=None,
+                scale=alt.Scale(
+                    domain=kinds, range=[COLOURS[2], COLOURS[0], COLOURS[4], "#BBBBBB"]
+                ),
+                legend=alt.Legend(orient="top"),
+            ),
+            tooltip=["network:N", alt.Tooltip("distance:Q", format=".3g"), "why:N"],
+        )
+    )
+    return _spec(chart, (_ROW + 4) * len(rows), "Distance of every candidate from the ensemble.")
 
 
 def sweep(networks: Sequence[Network], points: Sequence[Network]) -> Spec:

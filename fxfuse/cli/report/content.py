@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from math import isfinite
 from typing import Any
 
 import torch
@@ -12,7 +14,7 @@ from torch import nn
 import fxfuse
 from fxfuse.api.result import FusionResult
 from fxfuse.cli.report.coupled import Coupled, coupled
-from fxfuse.cli.report.transplanted import GroupShare, shares
+from fxfuse.cli.report.transplanted import GroupShare, planned, shares
 from fxfuse.errors import RewriteError
 from fxfuse.planning.plan import FusionPlan
 from fxfuse.planning.roles import RoleKind
@@ -103,10 +105,34 @@ def _measure(network: Network, name: str, digits: int) -> str:
 
 
 @dataclass(frozen=True)
+class Bar:
+    """A network's quality as a bar.
+
+    Attributes:
+        share: Length of the bar, in percent.
+        value: What it stands for, with its unit.
+        cost: What the network costs beside a member.
+        ours: Whether it is the network that the report is on.
+    """
+
+    name: str
+    share: float
+    value: str
+    cost: str
+    ours: bool
+
+
+@dataclass(frozen=True)
 class Content:
     """A report.
 
     Attributes:
+        headline: How good the network is, in one sentence.
+        bars: The same beside the members and the ensemble.
+        measure: What the bars show.
+        next_step: What to do next.
+        members: What the members are called; empty: by their numbers.
+        names: The same of the members of the plan, which may be some of them.
         verdict: Sentences that say what came out, the most important first.
         shares: For each group, where its units come from.
         refit: What the closed-form refit did, if there was one.
@@ -117,10 +143,15 @@ class Content:
     """
 
     title: str
+    headline: str
+    bars: tuple[Bar, ...]
+    measure: str
+    next_step: str
+    members: tuple[str, ...]
+    names: tuple[str, ...]
     verdict: tuple[str, ...]
     networks: tuple[Network, ...]
     checks: tuple[Check, ...]
-    n_members: int
     shares: tuple[GroupShare, ...]
     coupled: Coupled
     refit: RefitReport | None
@@ -138,15 +169,28 @@ def gather(
     networks: Sequence[Network] = (),
     sweep: Sequence[Network] = (),
     refined: bool = False,
+    names: Sequence[str] = (),
+    next_step: str = "",
 ) -> Content:
     """Gather everything that a report says; arguments are those of `write_report`."""
-    rows = tuple(networks) or sizes_of(result)
+    called = tuple(names)
+    rows = tuple(
+        replace(row, name=renamed(row.name, called)) for row in networks or sizes_of(result)
+    )
+    measured = measured_networks(result, rows, called)
+    measure, bars = _bars(measured)
+    raw = bool(result.raw_note) and not refined
     return Content(
         title,
+        _headline(measured, raw=raw),
+        bars,
+        measure,
+        next_step or _next_step(rows, raw=raw),
+        called,
+        _own_names(result, members, called),
         _verdict(result, rows, refined=refined),
         rows,
         result.verification.checks,
-        result.plan.n_members,
         shares(result, members),
         coupled(result.graph),
         result.refit,
@@ -155,6 +199,102 @@ def gather(
         100 * result.graph.free_fraction,
         {"fxfuse": fxfuse.__version__, "torch": torch.__version__},
     )
+
+
+def renamed(text: str, names: Sequence[str]) -> str:
+    """Return a text in which members that are numbered have their names."""
+
+    def name(match: re.Match[str]) -> str:
+        numbers = [int(number) for number in match[1].split(", ")]
+        known = all(number < len(names) for number in numbers)
+        return ", ".join(names[number] for number in numbers) if known else match[0]
+
+    return re.sub(r"\bmembers? (\d+(?:, \d+)*)", name, text)
+
+
+def _own_names(
+    result: FusionResult, members: Sequence[nn.Module] | None, names: Sequence[str]
+) -> tuple[str, ...]:
+    """Return what the members of a plan are called, which may be some of all."""
+    n = result.plan.n_members
+    if len(names) == n:
+        return tuple(names)
+    if members is not None and len(names) == len(members):
+        chosen = {id(member) for member in planned(result.plan, members)}
+        found = [name for name, m in zip(names, members, strict=True) if id(m) in chosen]
+        if len(found) == n:
+            return tuple(found)
+    return tuple(f"member {number}" for number in range(n))
+
+
+def measured_networks(
+    result: FusionResult, rows: Sequence[Network], names: Sequence[str]
+) -> tuple[Network, ...]:
+    """Return networks whose quality is known, the result last: as measured, or as was judged."""
+    if any(row.accuracy is not None or row.distance is not None for row in rows):
+        return tuple(rows)
+    history = result.history
+    if history is None or not any(isfinite(c.judged) for c in history.candidates):
+        return ()
+    starts = [c for c in history.starts if c.name.startswith("member ") and isfinite(c.judged)]
+    member, own = rows[0], rows[-1]
+    found = [
+        replace(member, name=renamed(c.name, names), distance=c.judged, unit=history.unit)
+        for c in starts
+    ]
+    judged = history[history.chosen].judged
+    return (*found, replace(own, distance=judged, unit=history.unit))
+
+
+def _bars(rows: Sequence[Network]) -> tuple[str, tuple[Bar, ...]]:
+    """Return what is compared, and a bar for each network that it is known of."""
+    name = "accuracy" if any(row.accuracy is not None for row in rows) else "distance"
+    known = [row for row in rows if getattr(row, name) is not None]
+    if not known:
+        return "", ()
+    values = [float(getattr(row, name)) for row in known]
+    longest = 100.0 if name == "accuracy" else max(*values, 1e-30)
+    bars = []
+    for row, value in zip(known, values, strict=True):
+        text = f"{value:.2f} %" if name == "accuracy" else f"{value:.3g}"
+        cost = f"{row.parameters / max(rows[0].parameters, 1):.2f} × parameters"
+        if row.milliseconds is not None:
+            cost += f", {row.milliseconds:.2f} ms"
+        bars.append(Bar(row.name, 100 * value / longest, text, cost, row is rows[-1]))
+    unit = next((row.unit for row in known if row.unit), "")
+    how = f"Distance from the ensemble ({unit}); shorter is better"
+    return "Accuracy" if name == "accuracy" else how, tuple(bars)
+
+
+def _headline(rows: Sequence[Network], *, raw: bool) -> str:
+    """Say in a sentence how good the network is."""
+    if not rows and raw:
+        return "Raw: nothing was fitted to the members, and nothing was measured."
+    if not rows:
+        return "Nothing was measured on data."
+    *others, own = rows
+    singles = [n for n in others if not n.name.startswith("ensemble of ")]
+    whole = next((n for n in others if n.name.startswith("ensemble of ")), None)
+    if own.accuracy is not None:
+        best = max((n.accuracy for n in singles if n.accuracy is not None), default=None)
+        parts = [f"{own.accuracy:.2f} % accuracy"]
+        parts += [f"the best member has {best:.2f} %"] * (best is not None)
+        if whole is not None and whole.accuracy is not None:
+            parts.append(f"the ensemble {whole.accuracy:.2f} %")
+        return f"{'; '.join(parts)}."
+    if own.distance is not None:
+        near = min((n.distance for n in singles if n.distance is not None), default=None)
+        text = f"{own.distance:.3g} from the ensemble ({own.unit})"
+        return f"{text}; the closest member is {near:.3g} away." if near is not None else f"{text}."
+    return "The network itself was not measured on data."
+
+
+def _next_step(rows: Sequence[Network], *, raw: bool) -> str:
+    if raw:
+        return "refit and match it: pass calibration inputs, 100 to 1,000 without labels."
+    if all(row.accuracy is None for row in rows):
+        return "measure it on labelled data: fxfuse report FOLDER --data DATA."
+    return "use it: fxfuse.load(FOLDER), or compile it with fxfuse.compile."
 
 
 def sizes_of(result: FusionResult) -> tuple[Network, ...]:

@@ -19,6 +19,8 @@ FROZEN_LANES = {
     Kind.KEEP_BASE: "frozen: kept from the base member",
 }
 FREE = "free"
+#: Modules that the line of a lane names.
+_SHOWN = 4
 
 
 @dataclass(frozen=True)
@@ -137,3 +139,11 @@ def _edges(tied: nx.Graph, lanes: Iterable[Lane]) -> tuple[tuple[Dot, Dot], ...]
             if a is not None and b is not None:
                 found.append((a, b))
     return tuple(found)
+
+
+def modules_of(lane: Lane) -> str:
+    """Return the modules that a lane's tensors are in, the first few by name."""
+    paths = (dot.place.rpartition(":")[0].rpartition(".")[0] or "the network" for dot in lane.dots)
+    names = list(dict.fromkeys(paths))
+    more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
+    return ", ".join(names[:_SHOWN]) + more

@@ -12,7 +12,8 @@ import vl_convert
 from markupsafe import Markup
 
 from fxfuse.cli.report import charts
-from fxfuse.cli.report.content import Content, Network, measures
+from fxfuse.cli.report.content import Content, Network, measures, renamed
+from fxfuse.cli.report.coupled import modules_of
 
 _TEMPLATE = Path(__file__).with_name("report.html.jinja")
 #: What a network costs, in columns of their table: attribute, heading, format.
@@ -46,21 +47,26 @@ def render(content: Content) -> str:
             (n.name for n in content.networks), zip(*columns.values(), strict=True), strict=True
         ),
         candidates=_candidates(content),
+        judged=""
+        if content.history is None
+        else renamed(content.history.described()[0], content.members),
         charts={name: Markup(_script_safe(spec)) for name, spec in _charts(content).items()},
+        modules_of=modules_of,
         library=Markup(_library()),
-        members=[charts.member_name(i) for i in range(content.n_members)],
     )
 
 
 def _charts(content: Content) -> dict[str, charts.Spec]:
     """Return the specifications by the id of their place in the page."""
     found = {"coupling": charts.coupling(content.coupled)}
-    if content.n_members > 1:
-        found["map"] = charts.transplant_map(content.shares, content.n_members)
+    if len(content.names) > 1:
+        found["map"] = charts.transplant_map(content.shares, content.names)
     if any(share.kept is not None for share in content.shares):
         found["scores"] = charts.scores(content.shares)
     if content.refit is not None and any(fit.fitted for fit in content.refit.layers):
         found["refit"] = charts.refit_errors(content.refit)
+    if content.history is not None:
+        found["history"] = charts.history(content.history, content.members)
     if content.sweep:
         found["sweep"] = charts.sweep(content.sweep, content.networks)
     return found
@@ -69,7 +75,8 @@ def _charts(content: Content) -> dict[str, charts.Spec]:
 def _candidates(content: Content) -> list[tuple[str, ...]]:
     """Return the lines of the table of candidates."""
     columns = {} if content.history is None else content.history.table()
-    return list(zip(*columns.values(), strict=True))
+    lines = zip(*columns.values(), strict=True)
+    return [tuple(renamed(cell, content.members) for cell in line) for line in lines]
 
 
 def _cell(network: Network, name: str, form: str) -> str:

@@ -23,6 +23,8 @@ def write_report(
     networks: Sequence[Network] = (),
     sweep: Sequence[Network] = (),
     refined: bool = False,
+    names: Sequence[str] = (),
+    next_step: str = "",
 ) -> None:
     """Write what a fusion did as one HTML file, which needs no other file and no network.
 
@@ -36,6 +38,8 @@ def write_report(
             ensemble and of the fused network.
         sweep: Networks of other widths with their accuracies, for a curve against operations.
         refined: Whether the network was fitted or trained after it was fused, elsewhere.
+        names: What the members are called, such as the names of their files; none: numbers.
+        next_step: What the reader should do next; "": what follows from the rest.
 
     Raises:
         MissingDependencyError: altair or vl-convert-python is not installed.
@@ -44,7 +48,14 @@ def write_report(
     from fxfuse.cli.report.page import render
 
     content = gather(
-        result, title=title, members=members, networks=networks, sweep=sweep, refined=refined
+        result,
+        title=title,
+        members=members,
+        networks=networks,
+        sweep=sweep,
+        refined=refined,
+        names=names,
+        next_step=next_step,
     )
     write_text(path, render(content))
 
