@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Annotated
 
@@ -38,4 +39,4 @@ def report(
     if json:
         print_json({"out": str(page)})
         return
-    console.print(f"written to {page}", markup=False)
+    console.print(f"written to {os.path.relpath(page)}", markup=False)
