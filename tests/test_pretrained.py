@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import re
 import shutil
+import threading
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
 import torch
@@ -78,7 +82,7 @@ def test_a_language_model_from_texts_to_a_folder_of_its_library(work: Path) -> N
     """Calibrated on texts, half as large, written with its tokenizer, and read by transformers."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    asked = ("fuse", "a", "b", "--model", "hf:a", "--input", "ids:6:13", "--width", "0.5")
+    asked = ("fuse", "a", "b", "--model", "hf:a", "--input", "ids:6", "--width", "0.5")
     more = ("--text", "texts.txt", "--refine", "refit", "--out", "fused")
     result = invoke(*asked, *more)
     assert result.exit_code == 0, result.output
@@ -95,7 +99,7 @@ def test_a_language_model_from_texts_to_a_folder_of_its_library(work: Path) -> N
     card = (work / "fused/pretrained/README.md").read_text()
     hashes = read_recipe("fused").made.sha256
     own = [hashes[f"{name}/model.safetensors"] for name in "ab"]
-    for part in (*own, "Method: transplant", "library_name: transformers", "ids:6:13"):
+    for part in (*own, "Method: transplant", "library_name: transformers", "ids:6"):
         assert part in card
     assert str(work) not in card
     # It is replaced as a whole, unless somebody put something into it.
@@ -163,6 +167,72 @@ def test_members_of_the_hub(work: Path, monkeypatch: pytest.MonkeyPatch) -> None
     missing = invoke("fuse", "hf:user/c", *asked[2:], "--out", "other")
     assert missing.exit_code == 2
     assert "user/c cannot be read from the Hugging Face hub" in missing.stderr
+
+
+class Hub(BaseHTTPRequestHandler):
+    """As much of the hub as a commit of small files needs."""
+
+    got: ClassVar[dict[str, bytes]] = {}
+
+    def do_POST(self) -> None:
+        body = self.rfile.read(int(self.headers["Content-Length"]))
+        here = f"http://{self.headers['Host']}"
+        if self.path.endswith("/repos/create"):
+            answer: object = {"url": f"{here}/user/fused", "id": "user/fused"}
+        elif self.path.endswith("/validate-yaml"):
+            answer = {"errors": [], "warnings": []}
+        elif "/preupload/" in self.path:
+            files = [
+                {"path": f["path"], "uploadMode": "regular"} for f in json.loads(body)["files"]
+            ]
+            answer = {"files": [{**f, "shouldIgnore": False} for f in files]}
+        else:
+            for line in map(json.loads, body.splitlines()):
+                if line["key"] == "file":
+                    value = line["value"]
+                    self.got[value["path"]] = base64.b64decode(value["content"])
+            answer = {"commitUrl": f"{here}/user/fused/commit/0", "commitOid": "0"}
+        text = json.dumps(answer).encode()
+        self.send_response(200)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(text)))
+        self.end_headers()
+        self.wfile.write(text)
+
+    def do_GET(self) -> None:
+        self.send_error(404)
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+@pytest.mark.nightly
+def test_a_fused_network_is_pushed_with_its_configuration(
+    work: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """To a hub on this machine."""
+    from huggingface_hub import constants
+    from transformers import LlamaForCausalLM
+
+    example = {"input_ids": torch.randint(13, (2, 6)), "use_cache": False}
+    whole = fxfuse.fuse([llama(0), llama(1)], example, size=0.5, verify=False).to_module()
+    server = HTTPServer(("127.0.0.1", 0), Hub)
+    thread = threading.Thread(target=server.serve_forever, daemon=True)
+    thread.start()
+    try:
+        here = f"http://127.0.0.1:{server.server_port}"
+        monkeypatch.setattr(constants, "ENDPOINT", here)
+        whole.push_to_hub("user/fused", token="hf_none")
+    finally:
+        server.shutdown()
+        server.server_close()
+    assert json.loads(Hub.got["config.json"])["num_key_value_heads"] == 1
+    for name, content in Hub.got.items():
+        (work / "pushed").mkdir(exist_ok=True)
+        (work / "pushed" / name).write_bytes(content)
+    again = LlamaForCausalLM.from_pretrained("pushed")
+    with torch.no_grad():
+        torch.testing.assert_close(again(**example).logits, whole(**example).logits)
 
 
 def test_texts_become_what_the_network_takes(work: Path) -> None:

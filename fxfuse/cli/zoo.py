@@ -87,13 +87,15 @@ def make_member(
     return model
 
 
-def make_inputs(spec: str, dtype: torch.dtype = torch.float32) -> tuple[torch.Tensor, ...]:
+def make_inputs(
+    spec: str, dtype: torch.dtype = torch.float32, vocabulary: int = _VOCABULARY
+) -> tuple[torch.Tensor, ...]:
     """Make or read example inputs.
 
     `spec` is a shape without the batch dimension, such as `3,224,224`; `ids:LENGTH` or
     `ids:LENGTH:VOCABULARY` for token ids, int64; or a `.safetensors` or `.pt` file that holds one
     tensor, or (`.pt`) a sequence of tensors with their batch. `dtype` is that of a tensor made from
-    a shape.
+    a shape, and `vocabulary` counts where the text names none.
     """
     shape = shape_in(spec)
     if shape is not None:
@@ -103,7 +105,7 @@ def make_inputs(spec: str, dtype: torch.dtype = torch.float32) -> tuple[torch.Te
         return (torch.randn(BATCH, *shape, generator=generator).to(dtype),)
     ids = _IDS.fullmatch(spec)
     if ids is not None:
-        length, vocabulary = int(ids[1]), int(ids[2] or _VOCABULARY)
+        length, vocabulary = int(ids[1]), int(ids[2] or vocabulary)
         if not length or not vocabulary:
             raise _bad_input(spec, "a dimension of size 0 holds nothing")
         generator = torch.Generator().manual_seed(0)
@@ -128,7 +130,9 @@ def inputs_for(
     network: nn.Module, spec: str, dtype: torch.dtype | None = None
 ) -> tuple[torch.Tensor, ...]:
     """Make or read inputs as `make_inputs`, on a network's device and by default of its dtype."""
-    inputs = make_inputs(spec, dtype or floating_dtype(network.parameters()))
+    # Networks of transformers say how many tokens they know.
+    known = getattr(getattr(network, "config", None), "vocab_size", None) or _VOCABULARY
+    inputs = make_inputs(spec, dtype or floating_dtype(network.parameters()), known)
     parameter = next(network.parameters(), None)
     return inputs if parameter is None else tuple(x.to(parameter.device) for x in inputs)
 
