@@ -44,8 +44,8 @@ Input = Annotated[
     str,
     typer.Option(
         help="Shape of one example without the batch dimension, such as `3,224,224`; "
-        "`ids:LENGTH:VOCABULARY` for token ids; or a `.safetensors` or `.pt` file with the "
-        "example inputs.",
+        "`ids:LENGTH` or `ids:LENGTH:VOCABULARY` for token ids; or a `.safetensors` or `.pt` file "
+        "with the example inputs.",
         metavar="SHAPE|FILE",
     ),
 ]
