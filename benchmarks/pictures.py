@@ -132,9 +132,9 @@ def sentence(rows: Sequence[Mapping[str, Any]]) -> str:
         f"Two published MLPs saw different digits. On MNIST's test set the better one reaches\n"
         f"{best} %, and their ensemble {ensemble} %. From 400 unlabelled images and in at most\n"
         f"{seconds:.0f} CPU seconds, `fuse` makes one network of a member's size that reaches\n"
-        f"**{fused} %**. (In {mixed} of {len(two)} runs it holds units of both members; otherwise it is\n"
-        f"one member, trained towards the ensemble.) Distilling the ensemble into the best member\n"
-        f"for as long gives {loop} %.\n"
+        f"**{fused} %**. Distilling the ensemble into the best member for as long gives {loop} %.\n"
+        f"(In {mixed} of {len(two)} runs the result holds units of both members. Otherwise it is\n"
+        f"one member, trained towards the ensemble.)\n"
     )
 
 
@@ -162,9 +162,7 @@ def _svg(width: int, height: int, title: str, parts: Sequence[str]) -> str:
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" role="img" '
         f'aria-label="{title}">'
     )
-    panel = (
-        f'<rect x="1" y="1" width="{width - 2}" height="{height - 2}" rx="12" class="panel"/>'
-    )
+    panel = f'<rect x="1" y="1" width="{width - 2}" height="{height - 2}" rx="12" class="panel"/>'
     return "\n".join([opening, _STYLE, panel, *parts, "</svg>", ""])
 
 

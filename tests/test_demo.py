@@ -303,7 +303,7 @@ def test_terminal_tables_have_the_same_cells(results):
 
 @pytest.fixture
 def readme_tables(tmp_path, monkeypatch):
-    """Return (page of the demo, page of the controls, results file, function that runs the script)."""
+    """Return (page of the demo, page of the controls, results file, function that runs it)."""
     path = Path(__file__).parents[1] / "benchmarks" / "readme_tables.py"
     spec = importlib.util.spec_from_file_location("readme_tables", path)
     module = importlib.util.module_from_spec(spec)

@@ -83,7 +83,7 @@ def net(width: int = 4, seed: int = 0) -> nn.Module:
 
 
 class Branch(nn.Module):
-    """Its way depends on the data, so torch.export refuses it."""
+    """Its way depends on the data, so torch.export rejects it."""
 
     def __init__(self, other: bool) -> None:
         super().__init__()
@@ -218,7 +218,7 @@ RAISES: list[tuple[str, Callable[[Path], object]]] = [
 ]
 
 
-@pytest.mark.filterwarnings("ignore:torch.export refuses")
+@pytest.mark.filterwarnings("ignore:torch.export rejects")
 @pytest.mark.parametrize(("kind", "cause"), RAISES)
 def test_every_error_is_raised_by_something(
     kind: str, cause: Callable[[Path], object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch

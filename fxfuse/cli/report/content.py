@@ -141,7 +141,7 @@ def gather(
 
 
 def _sizes(result: FusionResult) -> tuple[Network, ...]:
-    """Return what the networks cost, foretold from the plan."""
+    """Return what the networks cost, predicted from the plan."""
     graph, plan, n = result.graph, result.plan, result.plan.n_members
     own, fused = parameters_of(graph, {}), parameters_of(graph, plan.sizes(), plan)
     try:
