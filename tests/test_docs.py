@@ -20,6 +20,7 @@ import pytest
 import torch
 import torchvision
 import typer
+import yaml
 from torchvision.models.resnet import BasicBlock, ResNet
 
 import fxfuse
@@ -292,6 +293,25 @@ def test_every_page_is_in_the_navigation():
     """`mkdocs build --strict` checks it, too; here it needs no mkdocs."""
     navigation = re.findall(r"[\w/-]+\.md", (ROOT / "mkdocs.yml").read_text())
     assert sorted(navigation) == sorted(str(path.relative_to(DOCS)) for path in DOCS.rglob("*.md"))
+
+
+def test_few_entries_of_the_navigation_are_in_sight_at_a_time():
+    """The tabs, the entries of one tab with its folders closed, and those of one open folder."""
+    tabs = yaml.safe_load((ROOT / "mkdocs.yml").read_text())["nav"]
+    names = ["Get started", "How to", "Concepts", "Reference", "Performance", "Project"]
+    assert [name for tab in tabs for name in tab] == names
+    for name, entries in ((name, entries) for tab in tabs for name, entries in tab.items()):
+        folders = [len(next(iter(e.values()))) for e in entries if not leads_to_a_page(e)]
+        # Those who open the paper's experiments or the decisions want all of them.
+        most = 0 if name == "Project" else max(folders, default=0)
+        assert len(tabs) + len(entries) + most <= 25, name
+    how_to = next(tab["How to"] for tab in tabs if "How to" in tab)
+    assert leads_to_a_page(how_to[0])
+    assert "Extend" in how_to[-1]  # what contributors read comes last
+
+
+def leads_to_a_page(entry: str | dict[str, Any]) -> bool:
+    return isinstance(entry, str) or isinstance(next(iter(entry.values())), str)
 
 
 def test_every_change_is_one_that_towncrier_finds():

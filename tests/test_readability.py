@@ -22,7 +22,7 @@ PAGES = {
     if not path.is_relative_to(DOCS / "adr")
 }
 MEDIAN = 18
-LONGEST = 45
+LONGEST = 36
 #: Quotes errors of other people's programs.
 LISTS = {"docs/coverage.md"}
 
