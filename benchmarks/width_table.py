@@ -130,11 +130,11 @@ def page(results: dict[str, Any]) -> str:
         "",
         "Units are chosen by `obs` and refitted in closed form. The networks are then matched to "
         f"the ensemble for {results['steps']} steps of {results['batch']} inputs. Both take at "
-        f"most {results['calibration']:,} training inputs without labels. There are two controls. One "
-        "is the member that validates best, the other is this member after torch-pruning (group "
-        "L2 magnitude) to the same width. Both are matched to the ensemble for as long. Numbers "
-        "are test accuracies in percent: mean [least, greatest] over the seeds. Parameters and "
-        "floating-point operations are in units of a member.",
+        f"most {results['calibration']:,} training inputs without labels. There are two controls. "
+        "One is the member that validates best, the other is that member after torch-pruning "
+        "(group L2 magnitude) to the same width. Both are matched to the ensemble for as long. "
+        "Numbers are test accuracies in percent: mean [least, greatest] over the seeds. "
+        "Parameters and floating-point operations are in units of a member.",
         "",
         f"`python -m benchmarks.width`; {seeds} seeds, torch "
         f"{about['torch']}, torch-pruning {about['torch-pruning']}, python {about['python']}, "

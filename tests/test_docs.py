@@ -18,10 +18,8 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
-import torchvision
 import typer
 import yaml
-from torchvision.models.resnet import BasicBlock, ResNet
 
 import fxfuse
 from fxfuse import Transplant
@@ -71,21 +69,6 @@ def with_code(kind: str) -> list[str]:
 # What Python blocks do.
 
 
-class Narrow(ResNet):
-    """ResNet-18 with one block a stage, an eighth as wide; its tensors are named as there."""
-
-    def __init__(self, num_classes: int) -> None:
-        super().__init__(BasicBlock, [1, 1, 1, 1])
-        self.conv1, self.bn1 = torch.nn.Conv2d(3, 8, 7, 2, 3, bias=False), torch.nn.BatchNorm2d(8)
-        self.fc = torch.nn.Linear(64, num_classes)
-
-    def _make_layer(self, block: Any, planes: int, *args: Any, **kwargs: Any) -> torch.nn.Module:
-        planes //= 8
-        if planes == 8:  # the first stage reads the stem
-            self.inplanes = 8
-        return super()._make_layer(block, planes, *args, **kwargs)
-
-
 @pytest.fixture
 def own_world(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """What a page registers is forgotten afterwards, and what it writes is not in the way."""
@@ -93,8 +76,6 @@ def own_world(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(methods, "_METHODS", dict(methods._METHODS))
     monkeypatch.setattr(scores, "_SCORES", dict(scores._SCORES))
     monkeypatch.chdir(tmp_path)
-    # README fuses four of them by `auto`, which takes minutes at full width.
-    monkeypatch.setattr(torchvision.models, "resnet18", Narrow)
 
 
 def run(page: str, capsys: pytest.CaptureFixture[str]) -> dict[str, Any]:
@@ -249,7 +230,7 @@ def test_every_fxfuse_command_can_be_parsed():
     group = typer.main.get_command(app)
     context = group.make_context("fxfuse", ["demo"])
     seen = 0
-    for page in PAGES:
+    for page in set(PAGES) - {"docs/errors.md"}:  # its commands are wrong on purpose
         for words, whole in shell_commands(page):
             if words[:1] != ["fxfuse"] or len(words) < 2 or words[1].startswith("-"):
                 continue

@@ -18,7 +18,7 @@ import torch.distributed as dist
 from torch import nn
 
 import fxfuse
-from benchmarks.errors_page import classes, parts
+from benchmarks.errors_page import classes, pages, parts
 from fxfuse import Constraints, Example, Heads, Refit, Transplant, errors
 from fxfuse.api.checks import verified
 from fxfuse.cli.recipe import read_recipe
@@ -39,6 +39,12 @@ CLASSES = [
     for _, value in inspect.getmembers(errors, inspect.isclass)
     if issubclass(value, FxfuseError)
 ]
+
+
+def test_the_page_shows_what_wrong_calls_say_and_each_names_the_fix():
+    """`python -m benchmarks.errors_page` writes it; a call without an error, or a fix, raises."""
+    for page, text in pages().items():
+        assert page.read_text(encoding="utf-8") == text
 
 
 def test_message_has_all_parts_in_order():

@@ -485,10 +485,12 @@ def _check(program: Program, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -
             raise _error("calibration inputs have no values", why, "pass real inputs", where)
         if x.shape[1:] != like.shape[1:]:
             why = f"shape {tuple(x.shape)}, the example has {tuple(like.shape)}"
-            raise _error("calibration inputs have the wrong shape", why, "resize them", where)
+            how = "resize them, or pass an example of their shape"
+            raise _error("calibration inputs have the wrong shape", why, how, where)
         if x.dtype != like.dtype:
             why = f"{x.dtype}, the example is {like.dtype}"
-            raise _error("calibration inputs have the wrong dtype", why, "convert them", where)
+            how = f"convert them with .to({like.dtype})"
+            raise _error("calibration inputs have the wrong dtype", why, how, where)
         if x.is_floating_point() and not bool(torch.isfinite(x).all()):
             raise _error(
                 "calibration inputs are not finite",
