@@ -40,7 +40,7 @@ def fuse(
     """Fuse trained networks of one architecture into one network of the same or another size.
 
     Without calibration inputs the result is a raw transplant, most likely at chance level. With
-    them the default is every step: units are selected by `obs`, every layer is refitted, the
+    them every step follows: units are selected by `obs`, every layer is refitted, the
     refitted network or the best member is the start, and it is matched to the ensemble.
 
     Args:
