@@ -1,4 +1,4 @@
-"""Draws the pictures of README and of the site: how a fusion works, and one real result.
+"""Draws the pictures of README and of the site: how a fusion works, and what was measured.
 
 python -m benchmarks.pictures           # rewrite docs/pictures/*.svg and README's sentence
 python -m benchmarks.pictures --check   # exit with 1 when one of them is out of date
@@ -7,9 +7,10 @@ python -m benchmarks.pictures --check   # exit with 1 when one of them is out of
 from __future__ import annotations
 
 import json
+import math
 import statistics
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from benchmarks.pages import run, with_tables
 ROOT = Path(__file__).resolve().parent.parent
 FOLDER = ROOT / "docs" / "pictures"
 README = ROOT / "README.md"
-MLPS = ROOT / "benchmarks" / "results" / "real" / "mlps.json"
+RESULTS = ROOT / "benchmarks" / "results"
 #: Colours that people with any colour vision can tell apart (Okabe and Ito).
 COLOURS = ("#0072B2", "#E69F00", "#009E73")
 GREY = "#8A8F98"
@@ -40,13 +41,19 @@ text { font: 15px system-ui, sans-serif; fill: #1f2328; }
 
 def pages() -> Mapping[Path, str]:
     """The pictures, and README with the sentence that goes with the second one."""
-    rows = json.loads(MLPS.read_text(encoding="utf-8"))["rows"]
+    rows = _results("real/mlps")["rows"]
     readme = with_tables(README.read_text(encoding="utf-8"), "figure", sentence(rows))
     return {
         FOLDER / "fusion.svg": fusion(),
         FOLDER / "mlps.svg": accuracies(rows),
+        FOLDER / "latency.svg": latencies(_results("inference")),
+        FOLDER / "fusing.svg": costs(_results("fusion")),
         README: readme,
     }
+
+
+def _results(name: str) -> Any:
+    return json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))
 
 
 def fusion() -> str:
@@ -89,28 +96,82 @@ _LINE = 'class="line" fill="none" stroke-width="1"'
 
 
 def accuracies(rows: Sequence[Mapping[str, Any]]) -> str:
-    """Accuracy in percent for each number of members: a dot on a line from 85 to 100."""
-    counts = list(dict.fromkeys(row["members"] for row in rows))
-    low, high, left, width = 85, 100, 300, 480
-    scale = width / (high - low)
-    parts = [_text(440, 34, "Test accuracy of MLPs that saw different digits, %", "title")]
-    y = 70
-    for count in counts:
-        parts.append(_text(20, y + 43, f"{count} members", "title", "start"))
-        for name, (label, colour) in _NAMES.items():
-            mean = _mean(rows, count, name)
-            at = left + scale * (mean - low)
+    """Accuracy in percent for each number of members."""
+    groups = {
+        f"{count} members": [
+            (label, colour, _mean(rows, count, name)) for name, (label, colour) in _NAMES.items()
+        ]
+        for count in dict.fromkeys(row["members"] for row in rows)
+    }
+    title = "Test accuracy of MLPs that saw different digits, %"
+    return dots(title, groups, (85, 90, 95, 100), ".2f")
+
+
+def latencies(results: Mapping[str, Any]) -> str:
+    """How long the fused network and the fastest ensemble take, in units of one member."""
+    groups = {}
+    for row in results["rows"]:
+        fused = row["ratios"]["fused / member, passes"]
+        ensemble = fused * row["ratios"]["best ensemble / fused, passes"]
+        groups[f"{row['network']}, batch {row['batch']}"] = [
+            ("fused network", COLOURS[0], fused),
+            ("fastest ensemble", COLOURS[2], ensemble),
+        ]
+    title = f"Latency of the fused network and of {results['members']} members (1 is one member)"
+    return dots(title, groups, (0, 1, 2, 3, 4, 5), ".2f")
+
+
+def costs(results: Mapping[str, Any]) -> str:
+    """How long fusing takes, in units of copying all members, on a logarithmic scale."""
+    groups = {}
+    names = {"transplant": COLOURS[0], "average": COLOURS[1], "reference": COLOURS[2]}
+    for row in results["rows"]:
+        seconds = {name: way.get("seconds") for name, way in row["ways"].items()}
+        if row["n"] == 2 and all(seconds.get(name) for name in names):
+            groups[f"{row['network']}, 2 members"] = [
+                (name, colour, seconds[name] / seconds["copy"]) for name, colour in names.items()
+            ]
+    title = "Time to fuse, in units of copying all members (logarithmic)"
+    return dots(title, groups, (1, 10, 100), ".1f", scale=math.log10)
+
+
+def dots(
+    title: str,
+    groups: Mapping[str, Sequence[tuple[str, str, float]]],
+    ticks: Sequence[float],
+    digits: str,
+    scale: Callable[[float], float] = float,
+) -> str:
+    """Values as dots on lines.
+
+    Args:
+        title: What is above.
+        groups: For each group, its lines: label, colour and value.
+        ticks: The numbers below; the lines go from the first to the last.
+        digits: Format of a value.
+        scale: Where a value is on the axis.
+    """
+    left, width = 330, 460
+    begin, end = scale(ticks[0]), scale(ticks[-1])
+
+    def at(value: float) -> float:
+        return left + width * (scale(value) - begin) / (end - begin)
+
+    parts, y = [_text(440, 34, title, "title")], 70
+    for name, lines in groups.items():
+        middle = y + 12.5 * (len(lines) - 1) + 5
+        parts.append(_text(20, middle, name, "small title", "start"))
+        for label, colour, value in lines:
             parts += [
                 _text(left - 14, y + 5, label, "small", "end"),
                 f'<path d="M{left} {y} L{left + width} {y}" {_LINE} stroke-opacity="0.4"/>',
-                _circle(at, y, 7, colour),
-                _text(at + 14, y - 3, f"{mean:.2f}", "small", "start"),
+                _circle(round(at(value), 1), y, 7, colour),
+                _text(round(at(value), 1) + 12, y - 3, f"{value:{digits}}", "small", "start"),
             ]
             y += 25
-        y += 18
-    for tick in range(low, high + 1, 5):
-        parts.append(_text(left + scale * (tick - low), y, f"{tick}", "small"))
-    return _svg(880, y + 20, "Accuracy of best member, fused network and ensemble", parts)
+        y += 14
+    parts += [_text(round(at(tick), 1), y + 4, f"{tick:g}", "small") for tick in ticks]
+    return _svg(880, y + 24, title, parts)
 
 
 #: What the rows call a network, its name in the picture, and its colour.
