@@ -187,12 +187,12 @@ def sentence(rows: Sequence[Mapping[str, Any]]) -> str:
     """What the fusion of two members reached, in words."""
     best, loop, fused, ensemble = (f"{_mean(rows, 2, name):.2f}" for name in _NAMES)
     two = [row for row in rows if row["members"] == 2]
-    seconds = max(row["seconds"] for row in two)
+    seconds = math.ceil(max(row["seconds"] for row in two))
     mixed = sum("refitted" in row["handed over"] for row in two)
     return (
         f"Two published MLPs saw different digits. On MNIST's test set the better one reaches\n"
         f"{best} %, and their ensemble {ensemble} %. From 400 unlabelled images and in at most\n"
-        f"{seconds:.0f} CPU seconds, `fuse` makes one network of a member's size that reaches\n"
+        f"{seconds} CPU seconds, `fuse` makes one network of a member's size that reaches\n"
         f"**{fused} %**. Distilling the ensemble into the best member for as long gives {loop} %.\n"
         f"(In {mixed} of {len(two)} runs the result holds units of both members. Otherwise it is\n"
         f"one member, trained towards the ensemble.)\n"
