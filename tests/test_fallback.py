@@ -331,7 +331,7 @@ def test_fusion_without_a_program():
     with pytest.raises(CheckpointError, match="the fused network does not fit Branching"):
         result.load_into(Branching())
     with (
-        pytest.warns(UserWarning, match="refuses"),
+        pytest.warns(UserWarning, match="rejects"),
         pytest.raises(CaptureError, match=r"no exported graph\n  where: Early"),
     ):
         verify.concatenation_equals_ensemble(members, x)
