@@ -68,6 +68,8 @@ PYTHON = (
     "fxfuse.prune([a, b], x, size=0.5)",
     'fxfuse.save(result, "kept")',
     'fxfuse.save(a, "saved")',
+    "fxfuse.compile(a)",
+    'fxfuse.export_onnx(a, "a.onnx")',
     'fxfuse.load("gone")',
     'fxfuse.analyze(a, x).explain("0.wieght", 0)',
     "fxfuse.FusionPlan.from_json('{\"method\": 3}')",

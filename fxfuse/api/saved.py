@@ -16,7 +16,7 @@ from torch.export import ExportedProgram
 
 from fxfuse.api.result import FusionResult
 from fxfuse.common.output import atomic_folder
-from fxfuse.errors import CheckpointError, RewriteError
+from fxfuse.errors import CheckpointError
 from fxfuse.graph.capture import capture
 from fxfuse.graph.capture import export as export_program
 from fxfuse.graph.example import Example
@@ -61,19 +61,12 @@ def save(
         force: Whether a folder that holds nothing but such files may be replaced.
 
     Raises:
-        OptionError: There are no example inputs, and they are needed.
-        RewriteError: This is not a fused network, or its graph cannot be written as plain data;
-            says what to rename.
+        OptionError: This is not a fused network, or there are no example inputs where they are
+            needed.
+        RewriteError: The graph cannot be written as plain data; says what to rename.
         OutputError: The folder exists and may not be replaced, or another process is writing it.
         CaptureError: torch.export rejects the network.
     """
-    if not isinstance(network, FusionResult | fx.GraphModule | ExportedProgram):
-        raise RewriteError(
-            f"a {type(network).__name__} is not a fused network",
-            where="network",
-            how="pass what fuse, prune or stack returned; for a network of your own, write its "
-            "state_dict() with safetensors.torch.save_file",
-        )
     with atomic_folder(folder, FILES, force=force) as work:
         write_network(network, work, example, export=export)
 
