@@ -1,6 +1,6 @@
-"""Write the demo's tables into README.md and the docs, or check that they are up to date.
+"""Write the demo's tables into the docs, or check that they are up to date.
 
-python benchmarks/readme_tables.py           # rewrite README.md and docs/when-not-to-fuse.md
+python benchmarks/readme_tables.py           # rewrite docs/demo.md and docs/when-not-to-fuse.md
 python benchmarks/readme_tables.py --check   # exit with 1 when one of them is out of date
 """
 
@@ -60,14 +60,14 @@ def main() -> int:
     parser.add_argument(
         "--check", action="store_true", help="change nothing; exit 1 if out of date"
     )
-    parser.add_argument("--readme", type=Path, default=ROOT / "README.md")
+    parser.add_argument("--demo", type=Path, default=ROOT / "docs" / "demo.md")
     parser.add_argument("--controls", type=Path, default=ROOT / "docs" / "when-not-to-fuse.md")
     parser.add_argument(
         "--results", type=Path, default=ROOT / "benchmarks" / "results" / "demo.json"
     )
     options = parser.parse_args()
     results = json.loads(options.results.read_text(encoding="utf-8"))
-    pages = {options.readme: to_markdown(results), options.controls: controls_table(results)}
+    pages = {options.demo: to_markdown(results), options.controls: controls_table(results)}
     wanted = {
         path: with_tables(path.read_text(encoding="utf-8"), MARK, tables)
         for path, tables in pages.items()

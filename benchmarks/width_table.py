@@ -128,13 +128,13 @@ def page(results: dict[str, Any]) -> str:
     lines = [
         "# What each width reaches",
         "",
-        f"Units chosen by `obs` and refitted in closed form from {results['calibration']:,} "
-        "unlabelled training inputs (at most), and then matched to the ensemble for "
-        f"{results['steps']} steps of {results['batch']} inputs, without labels. Controls: the "
-        "member that validates best, and it pruned by torch-pruning (group L2 magnitude) to the "
-        "same width, both matched to the same ensemble as long. Test accuracy in percent, mean "
-        "[least, greatest] over the seeds; parameters and floating-point operations in units of a "
-        "member.",
+        "Units are chosen by `obs` and refitted in closed form. The networks are then matched to "
+        f"the ensemble for {results['steps']} steps of {results['batch']} inputs. Both take at "
+        f"most {results['calibration']:,} training inputs without labels. There are two controls. "
+        "One is the member that validates best, the other is that member after torch-pruning "
+        "(group L2 magnitude) to the same width. Both are matched to the ensemble for as long. "
+        "Numbers are test accuracies in percent: mean [least, greatest] over the seeds. "
+        "Parameters and floating-point operations are in units of a member.",
         "",
         f"`python -m benchmarks.width`; {seeds} seeds, torch "
         f"{about['torch']}, torch-pruning {about['torch-pruning']}, python {about['python']}, "

@@ -175,7 +175,7 @@ def test_analyze_json(work):
 
 
 def test_a_network_that_cannot_be_exported_is_traced(work):
-    with pytest.warns(UserWarning, match="torch.export refuses Branching"):
+    with pytest.warns(UserWarning, match="torch.export rejects Branching"):
         result = invoke("analyze", "--model", "cli_models:Branching", "--input", "5")
     assert result.exit_code == 0, result.output
     assert "free fraction" in result.stdout
@@ -342,7 +342,7 @@ def test_fuse_with_calibration_inputs(work):
     plan = fxfuse.FusionPlan.from_json((work / "whole" / "plan.json").read_text())
     assert plan.options["score"] == "obs"
     summary = (work / "whole" / "summary.md").read_text()
-    assert "is handed over" in summary
+    assert "is returned" in summary
     assert "raw transplant" not in summary
     values = ("--score", "l1", "--refine", "refit", "--task", "regression")
     result = invoke(*arguments, "--out", "values", *values)

@@ -1,4 +1,4 @@
-"""Compiling: eval passes keep the answers; what is handed over was compared with the network."""
+"""Compiling: eval passes keep the answers; what is returned was compared with the network."""
 
 from __future__ import annotations
 

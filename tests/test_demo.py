@@ -1,4 +1,4 @@
-"""The demo: a tiny run of it, its tables, and the script that puts them into the README."""
+"""The demo: a tiny run of it, its tables, and the script that puts them into the pages."""
 
 from __future__ import annotations
 
@@ -303,31 +303,31 @@ def test_terminal_tables_have_the_same_cells(results):
 
 @pytest.fixture
 def readme_tables(tmp_path, monkeypatch):
-    """Return (README, page of the controls, results file, function that runs the script)."""
+    """Return (page of the demo, page of the controls, results file, function that runs it)."""
     path = Path(__file__).parents[1] / "benchmarks" / "readme_tables.py"
     spec = importlib.util.spec_from_file_location("readme_tables", path)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    readme, controls, numbers = (tmp_path / name for name in ("README.md", "when.md", "demo.json"))
-    for page in (readme, controls):
+    shown, controls, numbers = (tmp_path / name for name in ("demo.md", "when.md", "demo.json"))
+    for page in (shown, controls):
         page.write_text("before\n<!-- demo:begin -->\nold\n<!-- demo:end -->\nafter\n")
     numbers.write_text(json.dumps(EXAMPLE))
 
     def run(*options):
-        files = ["--readme", readme, "--controls", controls, "--results", numbers]
+        files = ["--demo", shown, "--controls", controls, "--results", numbers]
         monkeypatch.setattr(sys, "argv", ["readme_tables", *map(str, files), *options])
         return module.main()
 
-    return readme, controls, numbers, run
+    return shown, controls, numbers, run
 
 
 def test_pages_are_rewritten_between_the_marks(readme_tables):
-    readme, controls, numbers, run = readme_tables
+    shown, controls, numbers, run = readme_tables
     assert run("--check") == 1
-    assert "old" in readme.read_text()
+    assert "old" in shown.read_text()
     assert "old" in controls.read_text()
     assert run() == 0
-    for page, table in ((readme, MARKDOWN), (controls, CONTROLS_TABLE)):
+    for page, table in ((shown, MARKDOWN), (controls, CONTROLS_TABLE)):
         expected = f"before\n<!-- demo:begin -->\n{table}<!-- demo:end -->\nafter\n"
         assert page.read_text() == expected
     assert run("--check") == 0

@@ -18,7 +18,7 @@ import torch.distributed as dist
 from torch import nn
 
 import fxfuse
-from benchmarks.errors_page import classes, parts
+from benchmarks.errors_page import classes, pages, parts
 from fxfuse import Constraints, Example, Heads, Refit, Transplant, errors
 from fxfuse.api.checks import verified
 from fxfuse.cli.recipe import read_recipe
@@ -39,6 +39,12 @@ CLASSES = [
     for _, value in inspect.getmembers(errors, inspect.isclass)
     if issubclass(value, FxfuseError)
 ]
+
+
+def test_the_page_shows_what_wrong_calls_say_and_each_names_the_fix():
+    """`python -m benchmarks.errors_page` writes it; a call without an error, or a fix, raises."""
+    for page, text in pages().items():
+        assert page.read_text(encoding="utf-8") == text
 
 
 def test_message_has_all_parts_in_order():
@@ -83,7 +89,7 @@ def net(width: int = 4, seed: int = 0) -> nn.Module:
 
 
 class Branch(nn.Module):
-    """Its way depends on the data, so torch.export refuses it."""
+    """Its way depends on the data, so torch.export rejects it."""
 
     def __init__(self, other: bool) -> None:
         super().__init__()
@@ -218,7 +224,7 @@ RAISES: list[tuple[str, Callable[[Path], object]]] = [
 ]
 
 
-@pytest.mark.filterwarnings("ignore:torch.export refuses")
+@pytest.mark.filterwarnings("ignore:torch.export rejects")
 @pytest.mark.parametrize(("kind", "cause"), RAISES)
 def test_every_error_is_raised_by_something(
     kind: str, cause: Callable[[Path], object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch

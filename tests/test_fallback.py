@@ -1,4 +1,4 @@
-"""Networks that torch.export refuses: traced for the analysis, run as they are."""
+"""Networks that torch.export rejects: traced for the analysis, run as they are."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ class Early(nn.Module):
 def quiet():
     """For tests of what comes after the warning."""
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="torch.export refuses")
+        warnings.filterwarnings("ignore", message="torch.export rejects")
         yield
 
 
@@ -91,7 +91,7 @@ def early(n: int, dtype: torch.dtype = torch.float32) -> list[nn.Module]:
 def test_a_trace_replaces_what_cannot_be_exported():
     model = Early().train()
     x = torch.randn(5, 6)
-    with pytest.warns(UserWarning, match=r"torch.export refuses Early.*data-dependent"):
+    with pytest.warns(UserWarning, match=r"torch.export rejects Early.*data-dependent"):
         program = fxfuse.capture(model, x)
     assert not program.is_exported
     assert "data-dependent" in program.refusal
@@ -309,7 +309,7 @@ def test_another_number_of_heads_is_named_where_it_is_used(
 def test_fusion_without_a_program():
     members = early(3)
     x = torch.randn(5, 6)
-    with pytest.warns(UserWarning, match="torch.export refuses") as said:
+    with pytest.warns(UserWarning, match="torch.export rejects") as said:
         result = fxfuse.fuse(members, x)
     assert len(said) == 1
     assert not result.emitted
@@ -331,7 +331,7 @@ def test_fusion_without_a_program():
     with pytest.raises(CheckpointError, match="the fused network does not fit Branching"):
         result.load_into(Branching())
     with (
-        pytest.warns(UserWarning, match="refuses"),
+        pytest.warns(UserWarning, match="rejects"),
         pytest.raises(CaptureError, match=r"no exported graph\n  where: Early"),
     ):
         verify.concatenation_equals_ensemble(members, x)
@@ -383,7 +383,7 @@ def test_detection_end_to_end():
         found = member(x)
         assert all(len(image["boxes"]) > 5 for image in found), "the network is blind"
         assert len(found[0]["scores"].unique()) > 5
-    with pytest.warns(UserWarning, match="torch.export refuses FasterRCNN"):
+    with pytest.warns(UserWarning, match="torch.export rejects FasterRCNN"):
         result = fxfuse.fuse(members, (x,))
     check = result.verification.checks[0]
     assert check.passed, check

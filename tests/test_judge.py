@@ -1,4 +1,4 @@
-"""The judge: what it has seen, what it accepts, and what it sends back."""
+"""The judge: what it has seen, what it accepts, and what it rejects."""
 
 from __future__ import annotations
 
@@ -196,7 +196,7 @@ def test_few_inputs_are_cross_fitted_and_no_part_was_seen_by_its_fits(
     assert result.history.inputs == 60
     parts = spy.found("folds")
     assert len(parts) == 4
-    # The last time is that of the network which is handed over.
+    # The last time is that of the network that is returned.
     assert len(spy.fits) == len(parts) + 1
     for fits, (others, part) in zip(spy.fits, parts, strict=False):
         assert set(fits) == {"plan", "refit", "pool"}
@@ -221,7 +221,7 @@ def test_an_input_that_judges_changes_no_weight(monkeypatch: pytest.MonkeyPatch)
         assert torch.equal(tensor, two.state_dict()[name]), name
 
 
-# --- What is accepted, and what is sent back ----------------------------------------------------
+# --- What is accepted, and what is rejected -----------------------------------------------------
 
 
 def equal(one: Any, other: Any) -> bool:
@@ -295,7 +295,7 @@ def test_training_that_does_harm_is_sent_back(steps: list[Any]):
         assert equal(result, without)
     sent = [c for c in result.history.candidates if c.name.startswith("matched")]
     assert sent
-    assert all("sent back" in c.verdict or "left out" in c.verdict for c in sent)
+    assert all("rejected" in c.verdict or "left out" in c.verdict for c in sent)
     assert not result.match.kept
     with torch.no_grad():
         assert torch.equal(result.module(FRESH), without.module(FRESH)) is (len(harmful) == 2)
@@ -316,7 +316,7 @@ def test_what_chose_too_kindly_is_sent_back_by_the_inputs_that_accept(
     monkeypatch.setattr(pipeline, "train", train)
     result = fused(refine=[Refit(), Match()])
     assert result.history.chosen == "refitted"
-    assert result.history["matched from refitted"].verdict == "sent back: worse"
+    assert result.history["matched from refitted"].verdict == "rejected: worse"
     assert result.history["matched from refitted"].high < 0
     assert equal(result, without)
 
@@ -328,7 +328,7 @@ def test_a_refit_that_does_harm_is_sent_back(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(pipeline, "refit_state", refit_state)
     result = fused(refine=[Refit()])
     history = result.history
-    assert history["refitted"].verdict == "sent back: worse"
+    assert history["refitted"].verdict == "rejected: worse"
     assert history.chosen.startswith("member")
     assert equal(result, MEMBERS[int(history.chosen[-1])])
     assert result.plan.options["start"] == history.chosen
@@ -459,7 +459,7 @@ def test_labels_judge_where_they_are_given():
     history = result.history
     assert history.unit == "loss on the labels"
     assert history.chosen == "member 1"
-    assert history["refitted"].verdict == "sent back: worse"
+    assert history["refitted"].verdict == "rejected: worse"
     # It is the negative log-likelihood, on the inputs that accept.
     _, _, accepting = divided(CalibrationBatches.of(result.graph.program, batches), 0.3)
     with torch.no_grad():
@@ -554,7 +554,7 @@ def test_the_history_is_a_table_of_ten_lines_at_most():
     assert len(history.candidates) >= 10
     assert len(lines) <= 10
     assert max(map(len, lines)) < 220
-    assert lines[0].startswith(f"{history.chosen} is handed over, judged on 24 inputs")
+    assert lines[0].startswith(f"{history.chosen} is returned, judged on 24 inputs")
     assert "Classification(): the output [b, 3] is that of a layer" in lines[-1]
     assert history.chosen in {line.strip().split("  ")[0] for line in lines[1:]}
     few = str(fused(refine=[Refit()]).history).splitlines()

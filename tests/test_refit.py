@@ -481,7 +481,7 @@ def test_the_way_goes_on_from_the_fused_network_or_from_a_member():
     assert history["refitted"].judged < 0.5 * min(c.judged for c in history.starts)
     assert history.chosen.endswith("refitted")
     assert result.plan.options["start"] == "refitted"
-    assert str(history).startswith(f"{history.chosen} is handed over, judged on 45 inputs")
+    assert str(history).startswith(f"{history.chosen} is returned, judged on 45 inputs")
     assert result.match.steps == 30
     # A member that is the ensemble is chosen, and it is left as it is.
     same = members_for("ResNet", same=True)

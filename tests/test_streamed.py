@@ -246,7 +246,7 @@ def broken(kind: str, folder: Path) -> tuple[list[Any], dict[str, Any]]:
         ("nan", MemberError, "member 1 holds weights that are not finite"),
         ("pickle", CheckpointError, "pickled"),
         ("mixed", OptionError, "some members are files"),
-        ("no template", OptionError, "files need template="),
+        ("no template", OptionError, "files need a template"),
         ("template", OptionError, "template= is for members in files\n"),
         ("calibrated", OptionError, "members in memory"),
         ("heads", OptionError, "members in memory"),

@@ -64,7 +64,7 @@ class Streaming(nn.Module):
 
 
 class Queue(nn.Module):
-    """A queue with a pointer that Python reads, so torch.export refuses it; beside it, layers."""
+    """A queue with a pointer that Python reads, so torch.export rejects it; beside it, layers."""
 
     def __init__(self) -> None:
         super().__init__()

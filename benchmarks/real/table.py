@@ -65,7 +65,7 @@ def mlps(rows: Sequence[Mapping[str, Any]]) -> str:
 def spliceai(rows: Sequence[Mapping[str, Any]]) -> str:
     """KL to the ensemble, and called sites."""
     lines = [
-        "| size | matching, s | sample | handed over | KL of its start, 1e-4 | of the result | "
+        "| size | matching, s | sample | result | KL of its start, 1e-4 | of the result | "
         "gain | best members side by side | sites | steps | CPU s |",
         "|---:|---:|---:|---|---:|---:|---:|---:|---:|---:|---:|",
     ]

@@ -52,13 +52,13 @@ class Calibration(Options):
         limit: Largest number of inputs, sampled in a fixed random order (the first ones of an
             iterable). Memory does not grow with it, apart from the inputs themselves.
         augmentations: Number of augmented copies of each input that are measured as well: images
-            and signals, shifted by up to a position, and half of them mixed in pairs. None: one of
-            each, where there are fewer than 1,000 of such inputs; of all others none.
+            and signals, shifted by up to a position, and half of them mixed in pairs. None: one for
+            fewer than 1,000 images or signals, otherwise none.
         held_out: Share of the inputs that no fit sees: one half of them chooses between networks,
-            the other accepts what was chosen only if it is better than what there was. 0: all fit,
-            and without `evaluate` nothing is judged: whatever was asked for is done.
+            the other accepts what was chosen only if it is better than what there was. 0: all
+            inputs are fitted to, and without `evaluate` nothing is judged.
         evaluate: Your own metric, which judges instead: a function from a network in eval mode to a
-            number, higher is better, on data of its own that nothing else sees.
+            number, higher is better. It needs separate data, which nothing else sees.
     """
 
     inputs: Any
@@ -493,10 +493,12 @@ def _check(program: Program, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -
             raise _error("calibration inputs have no values", why, "pass real inputs", where)
         if x.shape[1:] != like.shape[1:]:
             why = f"shape {tuple(x.shape)}, the example has {tuple(like.shape)}"
-            raise _error("calibration inputs have the wrong shape", why, "resize them", where)
+            how = "resize them, or pass an example of their shape"
+            raise _error("calibration inputs have the wrong shape", why, how, where)
         if x.dtype != like.dtype:
             why = f"{x.dtype}, the example is {like.dtype}"
-            raise _error("calibration inputs have the wrong dtype", why, "convert them", where)
+            how = f"convert them with .to({like.dtype})"
+            raise _error("calibration inputs have the wrong dtype", why, how, where)
         if x.is_floating_point() and not bool(torch.isfinite(x).all()):
             raise _error(
                 "calibration inputs are not finite",

@@ -50,11 +50,11 @@ class Layer:
         return part_of(self.bias_way, state[self.bias])
 
     def put(self, state: dict[str, torch.Tensor], weight: torch.Tensor) -> None:
-        """Set what `held` returns; tensors that stood there stay as they are."""
+        """Set what `held` returns; tensors that were there stay as they are."""
         state[self.weight] = _with_part(self.way, state[self.weight], weight)
 
     def put_bias(self, state: dict[str, torch.Tensor], bias: torch.Tensor) -> None:
-        """Set what `held_bias` returns; tensors that stood there stay as they are."""
+        """Set what `held_bias` returns; tensors that were there stay as they are."""
         state[self.bias] = _with_part(self.bias_way, state[self.bias], bias)
 
     @property

@@ -188,7 +188,7 @@ class NodeRunner:
         Args:
             node: The node.
             batch: Number of the batch.
-            known: Values that stand in for those of nodes; filled with what had to be computed.
+            known: Values that replace those of nodes; filled with what had to be computed.
         """
         if node in known:
             return known[node]

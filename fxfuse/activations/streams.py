@@ -28,7 +28,7 @@ _MOVES = {
 
 
 def streams(graph: CouplingGraph) -> frozenset[str]:
-    """Return the names of the groups of which any mixture of units can stand in a unit's place.
+    """Return the names of the groups of which any mixture of units can take a unit's place.
 
     Such units are added, moved, normalised over, written and read by layers without groups of
     channels, and nothing else: no activation and no scale meets one of them by itself.

@@ -24,7 +24,7 @@ OutputDims = Mapping[int, Sequence[int]]
 
 @dataclass(frozen=True, init=False)
 class Constraints(Options):
-    """What must stay as it is; patterns are those of `fnmatch`, and one may stand without a list.
+    """What must stay as it is; patterns are those of `fnmatch`, and a single one needs no list.
 
     Attributes:
         freeze: `state_dict()` names of parameters that stay exactly as in the base member. Every

@@ -345,7 +345,7 @@ def _has_groups(facts: OperatorFacts | None) -> TypeGuard[Convolution | Normalis
 
 
 def hands_out(graph: CouplingGraph, constraints: Constraints) -> bool:
-    """Whether units stand in an output along a dimension that is no interface (`output_dims`)."""
+    """Whether units are in an output along a dimension that is no interface (`output_dims`)."""
     outputs, interface = graph.program.outputs(), interface_dims(graph.program, constraints)
     values = {index: graph.values.get(outputs[index]) for index in interface}
     return any(

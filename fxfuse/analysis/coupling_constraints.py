@@ -1,4 +1,4 @@
-"""The ledger: who owns neurons, which neurons move together, which must stay where they are.
+"""The constraints: who owns neurons, which neurons move together, which must stay where they are.
 
 The rules write into it; coupling groups are read off it. Words are those of `labels.py`.
 """

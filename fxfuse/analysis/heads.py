@@ -37,7 +37,7 @@ class Joined:
             `heads.<i>.<name>`; it returns a tuple with the outputs of each head, structured as its
             member's, or one tensor for all of them, structured as member 0's output.
         states: For each member, its tensors by those names. Its head's buffers stand under the
-            names of the other heads too: there they stand in for units that the other member does
+            names of the other heads too: there they replace units that the other member does
             not have (a variance of 0 is no variance to train with).
     """
 

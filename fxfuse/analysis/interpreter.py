@@ -26,7 +26,7 @@ from fxfuse.graph.torch_compat import hint, pytree, schema_of
 #: than the answer is worth.
 _COMPARE_LIMIT = 1 << 22
 
-_WRITTEN = "is written into a part of another tensor, or stands in a tensor that is so written"
+_WRITTEN = "is written into a part of another tensor, or is in a tensor that is so written"
 
 
 def interpret(
@@ -45,7 +45,7 @@ def interpret(
     Warns of constants on the meta device, whose values the analysis would need.
 
     Returns:
-        The ledger of ties, freezes and mixings, and the value of every node (tensors as
+        The constraints: ties, freezes and mixings, and the value of every node (tensors as
         `AbstractTensor`, numbers as their hints, lists as lists).
     """
     interpreter = _Interpreter(program, interface)

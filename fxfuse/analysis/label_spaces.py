@@ -18,7 +18,7 @@ HeadOutput = Literal["tuple", "concat", "union"]
 
 @dataclass(frozen=True, init=False)
 class Heads(Options):
-    """Which modules each member keeps as a head of its own, and what the network returns of them.
+    """Which modules each member keeps as its own head, and what the network returns.
 
     Heads may differ in shape. Tensors of head i are named `heads.<i>.<name>`.
 

@@ -62,7 +62,7 @@ class DimLabels:
 
     @cached_property
     def tally(self) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """The ids that are neurons, and how often each stands in the field; int64 [n] both."""
+        """The ids that are neurons, and how often each is in the field; int64 [n] both."""
         ids = flat_ids(self.ids)
         if not len(ids):
             return ids, ids

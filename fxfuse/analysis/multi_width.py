@@ -2,7 +2,7 @@
 
 Where only the number of units differs, each member's units go on as those of members of one width.
 Where the units themselves have another size (heads of 4 and of 6 channels, groups of a GroupNorm),
-no unit of one member can stand in the place of another's: such a group is frozen. The first member
+no unit of one member can take the place of another's: such a group is frozen. The first member
 keeps it, and where members run one by one each keeps its own. A number that the graph calculates
 with and that follows from a width (a scale) mixes members, since the fused network has one of it.
 """

@@ -81,7 +81,7 @@ def _deeper(
         raise _mismatch(number, other, error.where, f"in its width, {error.why}") from error
     kept = {g.name: found[g.name] or g.n_units for g in graph.groups}
     alike = {_shape(g): size for g in graph.groups if (size := found[g.name]) is not None}
-    # Heads of all blocks may stand in one size, b · heads: then they are as many in all blocks.
+    # Heads of all blocks may have one size, b · heads: then they are as many in all blocks.
     twins = {g.name: found[g.name] or alike.get(_shape(g), g.n_units) for g in graph.groups}
     for sizes in (kept, twins):
         try:

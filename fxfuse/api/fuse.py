@@ -1,4 +1,4 @@
-"""The whole way: members → capture → analyze → plan → build → refine → verify."""
+"""All steps: members → capture → analyze → plan → build → refine → verify."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def fuse(
     """Fuse trained networks of one architecture into one network of the same or another size.
 
     Without calibration inputs the result is a raw transplant, most likely at chance level. With
-    them the default is the whole way: units are selected by `obs`, every layer is refitted, the
+    them every step follows: units are selected by `obs`, every layer is refitted, the
     refitted network or the best member is the start, and it is matched to the ensemble.
 
     Args:

@@ -142,7 +142,7 @@ def _captured(members: Sequence[Network], example: Example) -> list[Program]:
         if isinstance(member, Program):
             return member
         if first is not None and first.refusal and isinstance(member, nn.Module):
-            # torch.export refuses the first one: it is not asked, and does not warn, again.
+            # torch.export rejects the first one: it is not asked, and does not warn, again.
             return capture_eagerly(member, example, refusal=first.refusal)
         return capture(member, example)
 

@@ -159,7 +159,7 @@ class _Reference:
         floats = (n for n in program.names if state[n].is_floating_point())
         name = next(floats, program.names[0])
         self.before, self.now = program.tensor(name), state[name]
-        # Heads that became one layer stand in the network one by one, so they stay as they are.
+        # Heads that became one layer are in the network one by one, so they stay as they are.
         held = module.state_dict().keys()
         other = program.once({name: state[name] for name in program.names if name in held})
         inputs = (self._moved(x) for x in (program.example_inputs, _longer(program)))

@@ -58,7 +58,7 @@ def prune(
         plan: The plan that the network was made with: its constraints hold here, too, and the new
             plan names it as its origin.
         verify: Whether to run the oracles before the network is returned.
-        progress: Of the matching, as in `fuse`.
+        progress: Progress of the matching, as in `fuse`.
 
     Returns:
         The pruned network, its plan (of one member, this network) and what was verified.

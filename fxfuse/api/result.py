@@ -49,7 +49,7 @@ class FusionResult(Readable):
         refit: What the closed-form refit did, if one was asked for.
         history: Every network on the way, how far it is from the ensemble on inputs that no fit has
             seen, and what became of it; None without calibration inputs that judge.
-        match: What the matching did that led to this network, or the first one if it was sent back.
+        match: What the matching did that led to this network, or the first one if it was rejected.
     """
 
     plan: FusionPlan
@@ -74,7 +74,7 @@ class FusionResult(Readable):
 
     @property
     def emitted(self) -> bool:
-        """Whether there is a `module`: False where torch.export refused the members."""
+        """Whether there is a `module`: False where torch.export rejected the members."""
         return self._module is not None
 
     @property

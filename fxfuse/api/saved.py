@@ -47,7 +47,7 @@ def save(
 
     `fused.safetensors` holds the weights by `state_dict()` name, `graph.json` the graph, and
     `plan.json` the plan, where there is one. Tensors of the graph that are not in the
-    `state_dict()` are in `constants.safetensors`. Where torch.export refused the members, there is
+    `state_dict()` are in `constants.safetensors`. Where torch.export rejected the members, there is
     no graph.
 
     Args:
@@ -61,10 +61,11 @@ def save(
         force: Whether a folder that holds nothing but such files may be replaced.
 
     Raises:
-        OptionError: There are no example inputs, and they are needed.
+        OptionError: This is not a fused network, or there are no example inputs where they are
+            needed.
         RewriteError: The graph cannot be written as plain data; says what to rename.
         OutputError: The folder exists and may not be replaced, or another process is writing it.
-        CaptureError: torch.export refuses the network.
+        CaptureError: torch.export rejects the network.
     """
     with atomic_folder(folder, FILES, force=force) as work:
         write_network(network, work, example, export=export)

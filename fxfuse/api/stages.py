@@ -167,12 +167,12 @@ def build(
             the method, its options, the sizes, the constraints and the heads.
         members: The members that it was made for, in the same order.
         example: Example inputs, as in `fxfuse.fuse`; not needed where members are captured.
-        calibration: Calibration inputs, for `refine`; others than those that the plan was made
-            from, as units that were chosen on an input look better on it.
+        calibration: Calibration inputs, for `refine`. Use other inputs than those that the plan was
+            made from: units look better on inputs that they were chosen on.
         task: What the output means.
         refine: What follows: a plan holds no refit and no matching.
         verify: Whether to run the oracles before the network is returned.
-        progress: Of the matching, as in `fxfuse.fuse`.
+        progress: Progress of the matching, as in `fxfuse.fuse`.
 
     Raises:
         PlanError: The plan was made for other members, or does not fit their network.

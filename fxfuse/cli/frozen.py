@@ -56,7 +56,7 @@ def without_rule_lines(operators: Iterable[WithoutRule]) -> Iterator[str]:
         if len(sources) > _SHOWN:
             yield f"    + {len(sources) - _SHOWN} more lines"
     yield (
-        "  The rule of an operator of your own stands beside its definition, under fxfuse.rule: "
+        "  The rule of an operator of your own is beside its definition, under fxfuse.rule: "
         "docs/how-to/add-an-operator.md"
     )
 

@@ -83,7 +83,7 @@ def train(
         report = finetune(module, batches, **given)
     else:
         what = "Distilled from the ensemble"
-        # Labels are not looked at; numbers stand in for them.
+        # Labels are not looked at; numbers replace them.
         batches = Batches(images, images.new_zeros(len(images)), options.batch, seed)
         report = distill(module, members, batches, temperature=options.temperature, **given)
     first, last = report.losses[0], report.losses[-1]

@@ -53,22 +53,21 @@ def stack(
 ) -> FusedModule:
     """Write an ensemble as one graph that computes all members, losslessly.
 
-    Members never meet, so the outputs are theirs, whatever their operators are: what is the same
-    for all is computed once, linear layers of all members are one product, and whatever has no
-    better way runs member by member.
+    Members never mix, so the outputs are exactly theirs. What is the same for all is computed once,
+    linear layers of all members are one product, and everything else runs member by member.
 
     Args:
         members: Two or more networks with the same graph and the same shapes; they are copied.
         example: A tensor, a tuple, a mapping of keyword inputs, or an `Example`. The stack takes
-            any batch, but what pays is judged by the example: give one of the size that it will
-            run on. A single one is repeated where members answer both as they answer one.
+            any batch, but it is optimised for this one: use the size that it will run on. A single
+            input is repeated if members answer both as they answer one.
         reduce: What becomes of every output tensor, of shape `[*]` in a member. `mean`: the mean,
             `[*]`. `probabilities`: of logits along `class_dim` the mean of their softmax, so
             probabilities `[*]`, which sum to one there. `none`: `[N, *]`, member i at index i.
             `vote`: of the classes along `class_dim` the one that most members find largest, int64
             without that dimension; of several such classes the one with the largest mean output. A
-            member that finds two classes equally large votes for both. A mean says nothing of
-            structures, boxes or class numbers: combine what `none` returns there.
+            member that finds two classes equally large votes for both. Structures, boxes and class
+            numbers have no meaningful mean: use `none`, and combine them yourself.
         class_dim: Dimension of the classes in a member's output, for `vote` and `probabilities`.
         verify: Whether to compare what each member answers with that member, in float64, on the
             example.

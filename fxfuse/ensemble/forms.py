@@ -21,7 +21,7 @@ aten = torch.ops.aten
 
 
 class Form(Enum):
-    """How the members' values of one node stand in the stack.
+    """How the members' values of one node are in the stack.
 
     Shared: one value, the same for all members. Split: N values. Stacked: one tensor with an extra
     dimension in front, [N, *shape]. Weight: the members' tensors, not read yet: whoever reads them

@@ -27,7 +27,7 @@ _SIZES = (aten.sym_size.int, aten.sym_numel.default)
 def walk(members: Sequence[Program], policy: Policy, *, single: bool = False) -> Writer:
     """Write the members as one graph, without its output.
 
-    Returns the graph, and what stands in it for each node of the members' graph.
+    Returns the graph, and what is in it for each node of the members' graph.
     """
     graph = fx.Graph()
     groups = policy.groups_convolutions(members[0].graph, single=single)

@@ -1,6 +1,6 @@
 """Capture: a module becomes a `torch.fx` graph in the ATen training IR of `torch.export`.
 
-A module that `torch.export` refuses is traced on the example instead
+A module that `torch.export` rejects is traced on the example instead
 (docs/adr/0010-eager-fallback.md).
 """
 
@@ -51,7 +51,7 @@ class Program:
             unless the tensor is tied).
         example_inputs: Positional and keyword inputs that the graph was captured with.
         source: The user's own module; None when an `ExportedProgram` was captured.
-        refusal: Why torch.export refused the module, one line. Then the graph is a trace that
+        refusal: Why torch.export rejected the module, one line. Then the graph is a trace that
             holds for the example only, and no program. "" for an exported graph.
         heads: Names of tensors that only one member has → the number of that member (partial
             fusion, `fxfuse.analysis.heads`).
@@ -175,7 +175,7 @@ def capture(
             both as it answers one. Unless the `Example` has dynamic shapes, dimension 0 of every
             tensor input is dynamic; a model that cannot be captured so is captured with a static
             batch, and a warning says so.
-        fallback: Whether a module that `torch.export` refuses is traced on the example instead
+        fallback: Whether a module that `torch.export` rejects is traced on the example instead
             (docs/adr/0010-eager-fallback.md); a warning says so.
 
     Returns:
@@ -206,7 +206,7 @@ def capture(
                 if not fallback:
                     raise
                 warnings.warn(
-                    f"torch.export refuses {type(model).__name__}, so it is traced on the example "
+                    f"torch.export rejects {type(model).__name__}, so it is traced on the example "
                     f"inputs: the fused weights go into your own class, and no GraphModule is "
                     f"emitted. The reason: {error.why}",
                     stacklevel=3,
@@ -228,9 +228,9 @@ def capture_eagerly(
     """Capture a trace of one eager run in eval mode: for the analysis only, never to be run.
 
     Args:
-        model: A module that `torch.export` refuses; it is left as it was.
+        model: A module that `torch.export` rejects; it is left as it was.
         example: As in `capture`.
-        refusal: Why `torch.export` refuses it.
+        refusal: Why `torch.export` rejects it.
 
     Raises:
         InputError: The model rejects the example inputs.

@@ -1,4 +1,4 @@
-"""Eager modules: a trace of one that torch.export refuses.
+"""Eager modules: a trace of one that torch.export rejects.
 
 A trace holds for the example that it was made with: another input may take another branch or give
 other sizes. It serves the analysis; what runs is the module (docs/adr/0010-eager-fallback.md).
@@ -27,7 +27,7 @@ R = TypeVar("R")
 #: modes and random numbers belong to the whole process. A thread that holds it gets it again.
 ALONE = threading.RLock()
 
-#: What may stand in inputs and outputs: nothing in it can hide a tensor.
+#: What may be in inputs and outputs: nothing in it can hide a tensor.
 _PLAIN = (
     torch.Tensor,
     int,

@@ -40,7 +40,7 @@ _MAPPINGS = (dict, OrderedDict)
 def captured_each(
     members: Sequence[object], program: Callable[[Any, Program | None], Program]
 ) -> list[Program]:
-    """Check members and capture them; twins of the first one are not exported again."""
+    """Check members and capture them; those that differ in weights only share one export."""
     members = [original_module(m) if isinstance(m, nn.Module) else m for m in members]
     for member in members:
         if not isinstance(member, Program):
@@ -92,7 +92,7 @@ class _Comparison:
         # Objects that only exist while they are compared would hand their ids on.
         self._alive: list[Any] = []
         states = first.state_dict(keep_vars=True), other.state_dict(keep_vars=True)
-        # Of what stands in a state_dict() only the shape counts.
+        # Of what is in a state_dict() only the shape counts.
         self._weights = {id(tensor) for state in states for tensor in state.values()}
 
     def same(self, a: Any, b: Any) -> bool:

@@ -38,7 +38,7 @@ def untouched(*modules: nn.Module) -> Iterator[None]:
             with same_random_state():
                 for module in modules:
                     for part in module.modules():
-                        # Set directly: modules that torch.export made refuse eval().
+                        # Set directly: modules that torch.export made reject eval().
                         part.training = False
                 yield
         finally:

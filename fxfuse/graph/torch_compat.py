@@ -119,7 +119,7 @@ def argument_names(target: Any) -> list[str]:
 
 
 def overloads_of(target: Any) -> Sequence[Any]:
-    """Return what stands in a graph for an operator that a user names.
+    """Return what is in a graph for an operator that a user names.
 
     The classes of operators, and the way from a `torch.library.custom_op` to its operator, are
     private. Replaced by: public classes, and `CustomOpDef.default`.

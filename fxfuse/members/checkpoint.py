@@ -46,7 +46,7 @@ TORCH_SUFFIXES = (".pt", ".pth", ".ckpt", ".bin", ".tar")
 _SAFETENSORS, _INDEX = ".safetensors", ".index.json"
 #: A file beside another one, by a name that any system could give it.
 _FILE_NAME = re.compile(r"[^/\\\0\ud800-\udfff]{1,200}")
-#: What stands in a file beside the tensors; other programs look for the format.
+#: What is in a file beside the tensors; other programs look for the format.
 _METADATA = {"format": "pt", "note": MARK}
 #: Files with weights in a folder of transformers, timm or diffusers, in the order of preference.
 _IN_FOLDERS = tuple(
@@ -226,7 +226,7 @@ def write_state_dict(path: str | Path, state: Mapping[str, torch.Tensor]) -> Non
     tensors = {name: value.detach().cpu().contiguous() for name, value in state.items()}
     seen: set[int] = set()
     for name, value in tensors.items():
-        # safetensors refuses tensors that share memory; a strict load wants every name.
+        # safetensors rejects tensors that share memory; a strict load wants every name.
         if value.untyped_storage().data_ptr() in seen:
             tensors[name] = value.clone()
         seen.add(value.untyped_storage().data_ptr())

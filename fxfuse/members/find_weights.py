@@ -59,7 +59,7 @@ class Weights:
     """Tensors of a checkpoint that have names of a network.
 
     Attributes:
-        path: The keys under which the state_dict stands in the checkpoint.
+        path: The keys under which the state_dict is in the checkpoint.
         prefix: What its names begin with and the network's do not, as in `module.`.
         names: The network's name → the checkpoint's name, which wrappers may be part of.
         others: The checkpoint's names that do not begin with `prefix`.

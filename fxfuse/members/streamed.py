@@ -128,9 +128,10 @@ def split_paths(
         )
     if files and template is None:
         raise OptionError(
-            "files need template=",
+            "files need a template",
             why="they hold tensors, but no network",
-            how="pass template=, a module of the members' class; it may be on the meta device",
+            how="pass Members.from_files(paths, template), where template is a module of the "
+            "members' class; it may be on the meta device",
         )
     if template is not None and not files:
         raise OptionError(

@@ -39,7 +39,7 @@ def read_torch(path: Path, *, mmap: bool = False, stand_ins: bool = False) -> An
     """Read the plain containers and tensors of a file onto the CPU.
 
     `mmap`: tensors stay in the file until they are used, where its format allows that.
-    `stand_ins`: pickled objects may stand beside tensors, and each is read as a `StandIn`. torch's
+    `stand_ins`: pickled objects may be beside tensors, and each is read as a `StandIn`. torch's
     reader looks a class up by its name and never imports it; here all unknown names mean `StandIn`,
     so no code of another class or function can run.
     """
@@ -47,13 +47,13 @@ def read_torch(path: Path, *, mmap: bool = False, stand_ins: bool = False) -> An
         # A damaged one is an error even here.
         zipped = zipfile.is_zipfile(path)
         _check_sums(path)
-        # Without them a file with objects is refused by torch.
+        # Without them a file with objects is rejected by torch.
         unknown = _unknown_names(path) if stand_ins and zipped else []
         with (
             warnings.catch_warnings(),
             torch.serialization.safe_globals([(StandIn, name) for name in unknown]),
         ):
-            # A refused file gets an error of its own; torch's advice to report it is beside it.
+            # A rejected file gets an error of its own; torch's advice to report it is beside it.
             warnings.simplefilter("ignore")
             return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap and zipped)
     # torch's reader has no error class of its own: a damaged file comes out as UnpicklingError,
@@ -97,7 +97,7 @@ def _check_sums(path: Path) -> None:
 
 
 def _pickled_objects(path: Path) -> str:
-    """What a refused file would import, found without unpickling; empty for a damaged file."""
+    """What a rejected file would import, found without unpickling; empty for a damaged file."""
     try:
         if zipfile.is_zipfile(path):
             return ", ".join(_unknown_names(path))

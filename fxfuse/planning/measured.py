@@ -22,7 +22,7 @@ def require_activations(
 ) -> dict[str, list[torch.Tensor]]:
     """Return what the units of every group answer to the calibration inputs, [rows, n_units].
 
-    They stand in the context, or are measured on its inputs; `user` is what needs them, for
+    They are in the context, or are measured on its inputs; `user` is what needs them, for
     messages.
     """
     n_members, given = len(states), context.activations

@@ -27,7 +27,7 @@ from fxfuse.planning.size import MixingMode
 
 #: Other schemas are not read: nothing that wrote them was released.
 _SCHEMA = 4
-#: What stands beside the content in a file.
+#: What is beside the content in a file.
 _BESIDE = ("note", "digest")
 #: Far more units than a layer has, and few enough to be listed.
 _MOST_UNITS = 10**7

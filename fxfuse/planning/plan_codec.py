@@ -1,7 +1,7 @@
 """Plans as JSON: dataclasses field by field, and the map of a group as lists or as a matrix.
 
 A map that is not one-hot has an entry for each pair of units, which for a wide layer are millions:
-its matrix stands there as the base64 of its rows, little-endian, in float32 where that is exact and
+its matrix is there as the base64 of its rows, little-endian, in float32 where that is exact and
 else in float64. The bytes are the same on every machine, so a digest covers them.
 """
 

@@ -25,7 +25,7 @@ MixingMode = Literal["joint", "per_member"]
 
 @dataclass(frozen=True)
 class Size(Options):
-    """The size of a fused or pruned network, as a width or as a budget that a width is found for.
+    """The size of a fused or pruned network: a width, or a budget for which a width is found.
 
     Attributes:
         width: Size in units of one member, in (0, N]: 1 is a member's size, N keeps every unit of

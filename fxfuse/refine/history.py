@@ -51,7 +51,7 @@ class History(Readable):
 
     Attributes:
         candidates: In the order in which they were made.
-        chosen: Name of the candidate that is handed over.
+        chosen: Name of the candidate that is returned.
         unit: Unit of the distances.
         task: What the output was taken for.
         why: Why.
@@ -95,7 +95,7 @@ class History(Readable):
             rows["and"] = f"{len(self.candidates) - len(rows)} more in history.candidates"
         rows["task"] = f"{self.task}: {self.why}; task= says otherwise"
         return (
-            f"{self.chosen} is handed over, judged on {self.inputs} inputs that no fit has seen "
+            f"{self.chosen} is returned, judged on {self.inputs} inputs that no fit has seen "
             f"({self.unit})",
             rows,
         )

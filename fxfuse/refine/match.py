@@ -60,11 +60,11 @@ class Match(Options):
     """Matching: label-free training to answer like the ensemble.
 
     Attributes:
-        steps: Budget in optimiser steps, beside the short trials. With neither this nor `seconds`:
-            300.
+        steps: Budget in optimiser steps, not counting the short trials. 300 if `seconds` is not
+            given either.
         seconds: Budget in CPU seconds of this process, all threads together, with everything that
-            matching does. What it gives depends on the machine, so it is not reproducible bit for
-            bit, as a budget in steps is.
+            matching does. The result depends on the machine. Only a budget in steps is reproducible
+            bit for bit.
         batch: Inputs per step, 2 or more. None: 64, or fewer where one step on them takes much
             memory, or so long that `seconds` would leave no hundred steps.
         learning_rate: Highest learning rate. None: short trials find it, from 3e-3 down to 1e-5.

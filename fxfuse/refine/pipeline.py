@@ -1,4 +1,4 @@
-"""The way after the transplant: starts, refit, matching; the judge accepts a step or sends it back.
+"""The way after the transplant: starts, refit, matching; the judge accepts or rejects each step.
 
 calibration inputs → fit, choose, accept. Each candidate is made on the first, compared on the
 second, and taken only if it is better than what there was on the third.
@@ -412,7 +412,7 @@ class _Way:
         if report.kept:
             made.steps[kind] = measure(replace(start, name=name, module=module))
         else:
-            made.notes[name] = "sent back: no state on the way was closer"
+            made.notes[name] = "rejected: no state on the way was closer"
 
     def _accepted(self, made: _Made, judged: dict[str, Measured], asking: float) -> Refined:
         """The best start, or the last step that is better than what there was."""
@@ -476,9 +476,9 @@ class _Way:
 def _said(verdict: Verdict, *, clear: bool) -> str:
     """What the history says of a network that was compared with the one there was."""
     if verdict.better:
-        return "accepted" if clear else f"sent back: not {_CLEAR:g} times as close as a near member"
+        return "accepted" if clear else f"rejected: not {_CLEAR:g} times as close as a near member"
     worse = verdict.high < 0
-    return "sent back: worse" if worse else "sent back: no improvement beyond chance"
+    return "rejected: worse" if worse else "rejected: no improvement beyond chance"
 
 
 def _line(start: Start, made: _Made, judged: dict[str, Measured], verdict: str) -> Candidate:

@@ -119,7 +119,7 @@ def _same(program: Program) -> Resized:
 
 
 def _written(layer: Layer, node: fx.Node) -> Layer:
-    """A layer as it stands in the graph of the fused network."""
+    """A layer as it is in the graph of the fused network."""
     return replace(layer, node=node, input=argument(node, FACTS[node.target].input))
 
 

@@ -67,7 +67,7 @@ class Targets:
         Returns:
             A tensor of the shape that the fused network has there; None where no member has the
             value: two dimensions at once are divided among the members, or units of all members
-            stand in the head of one.
+            are in the head of one.
         """
         mergers = self._found(node)
         own = [value for value in values if value is not None]
@@ -131,7 +131,7 @@ class Targets:
             values: In each member that has it, [..., indices].
 
         Returns:
-            [..., fused indices]; None where units of all members stand in the head of one.
+            [..., fused indices]; None where units of all members are in the head of one.
         """
         if place[0] in self.graph.program.heads:
             return None if place in self.graph.group_of else values[0]
@@ -246,7 +246,7 @@ class Targets:
             fused.append(left)
             source.append(own_start + np.flatnonzero(own_rest))
             weight.append(share)
-        # Padding is no neuron: what stands there is the same for all.
+        # Padding is no neuron: what is there is the same for all.
         flat = [np.concatenate([np.zeros(1, np.int64), *fused])]
         flat.append(np.concatenate([np.zeros(1, np.int64), *source]))
         shares = np.concatenate([np.full(1, 1.0 / self.n_members), *weight])

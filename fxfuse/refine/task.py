@@ -500,13 +500,13 @@ class Embedding(Task):
 
 @dataclass(frozen=True)
 class Custom(Task):
-    """What the user's own functions say.
+    """Your own functions define the ensemble and the distance.
 
     Attributes:
-        combine_by: From the outputs of all members, a list of `[n, *]`, to what the ensemble
-            answers.
-        distance_by: From an output `[n, *]` and what the ensemble answers to how far each input's
-            is, `[n]`, differentiable, 0 if equal.
+        combine_by: Function from the outputs of all members, a list of `[n, *]`, to the ensemble's
+            output.
+        distance_by: Function from an output `[n, *]` and the ensemble's output to the distance of
+            each input `[n]`: differentiable, 0 if equal.
     """
 
     combine_by: Callable[[Sequence[Any]], Any]

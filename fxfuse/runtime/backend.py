@@ -1,6 +1,6 @@
 """`torch.compile(ensemble, backend="fxfuse")`: an ensemble runs as one, and loses nothing.
 
-The graph that Dynamo hands over has the parameters among its inputs, so no weight is known and
+The graph that Dynamo passes on has the parameters among its inputs, so no weight is known and
 nothing can be transplanted here: this is the lossless form of `fxfuse.stack` only. Weights that are
 inputs would have to be put together at every call, which costs more than it brings on the devices
 that were measured; with `torch._inductor.config.freezing` they are constants, put together once.

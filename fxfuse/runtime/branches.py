@@ -195,7 +195,7 @@ def _alike(a: fx.Node, b: fx.Node) -> bool:
 
 
 def _operands(node: fx.Node) -> list[fx.Node]:
-    """Return the nodes among the arguments, each as often as it stands there."""
+    """Return the nodes among the arguments, each as often as it is there."""
     leaves = pytree.tree_leaves((node.args, dict(node.kwargs)))
     return [x for x in leaves if isinstance(x, fx.Node)]
 

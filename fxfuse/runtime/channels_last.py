@@ -21,7 +21,7 @@ class ChannelsLast(WellFormed):
 
     requires: nothing.
     call: weights and images that the graph is given are laid out anew; a `view`, which memory laid
-        out otherwise may refuse, becomes a `reshape`. A graph that writes into tensors is left
+        out otherwise may reject, becomes a `reshape`. A graph that writes into tensors is left
         alone, because a write through a view could be lost.
     ensures: the graph is well formed.
     """

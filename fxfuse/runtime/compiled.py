@@ -46,18 +46,18 @@ def compile(
 ) -> Compiled:
     """Compile a network for inference, on the device that it is on.
 
-    On a copy: the mode is written into the graph, dropout is taken out, batch norms are folded,
-    images are laid out with their channels innermost; then `torch.compile(fullgraph=True)`. The
-    result is run on the example inputs and compared with the network itself.
+    It works on a copy: writes the mode into the graph, removes dropout, folds batch norms, puts the
+    channels of images innermost, and calls `torch.compile(fullgraph=True)`. The result is run on
+    the example inputs and compared with the network itself.
 
     Args:
         network: What `fuse` or `prune` returned, or a graph module (of `stack`, say). It is left as
             it is.
         example: Example inputs, as in `fxfuse.fuse`. None: those that it was fused with.
-        backend: Of `torch.compile`.
-        mode: Of `torch.compile`: `reduce-overhead`, `max-autotune` and the like.
-        options: For the backend, beside what the mode sets.
-        dynamic: Of `torch.compile`.
+        backend: A backend of `torch.compile`.
+        mode: A mode of `torch.compile`: `reduce-overhead`, `max-autotune` and the like.
+        options: Options for the backend, added to those of the mode.
+        dynamic: Passed to `torch.compile`.
         dtype: Computes in this precision, bfloat16 for instance: inputs are cast to it, and outputs
             back. The report's error says what that costs.
         channels_last: Whether two-dimensional convolutions run with channels innermost. None: where
@@ -65,8 +65,8 @@ def compile(
         freeze: Whether inductor keeps the weights as constants, in the layout that suits it. None:
             on the CPU, for networks that take long enough for it to pay.
         tune: Whether to compile in every layout and keep the one that runs the example fastest.
-        strict: Whether a backend that fails is an error. Else a warning says why, and the network
-            runs uncompiled.
+        strict: Whether a backend that fails is an error. Otherwise a warning says why, and the
+            network runs uncompiled.
 
     Returns:
         A module for inference with a `report`.

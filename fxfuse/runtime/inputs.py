@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch import fx
+from torch import fx, nn
 
 from fxfuse.errors import OptionError
 from fxfuse.graph.example import Example
@@ -12,7 +12,18 @@ from fxfuse.refine.fused import Fused
 
 
 def resolve_inputs(network: Fused | fx.GraphModule, example: Any) -> tuple[fx.GraphModule, Example]:
-    """Find a network's module and example inputs: those given, else those it was fused with."""
+    """Find a network's module and example inputs: those given, else those it was fused with.
+
+    Raises:
+        OptionError: This is not a fused network or a graph, or there are no example inputs.
+    """
+    if isinstance(network, nn.Module) and not isinstance(network, fx.GraphModule):
+        raise OptionError(
+            f"a {type(network).__name__} is not a fused network",
+            where="network",
+            how="pass what fuse, prune or stack returned, or fxfuse.capture(network, "
+            "example).module for a network of your own",
+        )
     module = network if isinstance(network, fx.GraphModule) else network.module
     if example is not None:
         return module, Example.of(example)

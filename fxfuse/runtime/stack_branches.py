@@ -1,4 +1,4 @@
-"""The lossless form of an ensemble that stands in a graph: isomorphic branches, run together."""
+"""The lossless form of an ensemble found in a graph: isomorphic branches, run together."""
 
 from __future__ import annotations
 

@@ -77,13 +77,13 @@ class Layout:
         return Layout(self.source[kept], self.copy[kept])
 
 
-#: For each group whose size changes: how many fused units stand in the place of each unit of a
+#: For each group whose size changes: how many fused units take the place of each unit of a
 #: member, int64 [units of a member].
 Copies = Mapping[str, Index]
 
 
 def copies_per_unit(n_units: int, n_fused: int) -> Index:
-    """Return how many fused units stand in the place of each unit of a member, int64 [n_units].
+    """Return how many fused units take the place of each unit of a member, int64 [n_units].
 
     Every unit has as many as every other, or the first ones have one more: what is regular at the
     members' width stays so, and a shape literal can describe it.
@@ -95,7 +95,7 @@ def copies_per_unit(n_units: int, n_fused: int) -> Index:
 def unit_copies(count: Index) -> tuple[Index, Index]:
     """Return in which unit's place each fused unit stands, and which copy of it it is.
 
-    `count` is how many fused units stand in the place of each unit of a member, int64 [units].
+    `count` is how many fused units take the place of each unit of a member, int64 [units].
     """
     return np.repeat(np.arange(len(count)), count), _counted(count)
 

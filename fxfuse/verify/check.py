@@ -155,7 +155,7 @@ def in_best_precision(
     """Return what a network answers in float64, or in its own precision if it cannot run in it."""
     try:
         return in_double()
-    # torch may refuse, or the user's code, which is free to assert the precision.
+    # torch may reject, or the user's code, which is free to assert the precision.
     except Exception as error:
         try:
             return as_it_is()

@@ -237,7 +237,7 @@ def contract(
 
 
 def _is_written_by(operands: Sequence[AbstractTensor], place: int, f: DimLabels) -> bool:
-    """Tell whether neurons stand in parameters alone, of which this is the first."""
+    """Tell whether neurons are in parameters alone, of which this is the first."""
     having = [
         n
         for n, other in enumerate(operands)

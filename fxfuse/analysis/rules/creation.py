@@ -37,7 +37,7 @@ def arange(call: Call) -> AbstractTensor:
 
 @rule(aten.zero_.default, aten.fill_.Scalar)
 def overwrite(call: Call) -> AbstractTensor:
-    """Whatever stood there is gone; no neuron stands there now."""
+    """Whatever was there is gone; no neuron is there now."""
     value: AbstractTensor = call.args[0]
     return AbstractTensor(value.shape, sources=value.sources)
 

@@ -180,10 +180,10 @@ def _side_by_side(
         joined = DimLabels.of(torch.cat([row.expand(wide) for row in found], dim))
         fields += [joined] if joined else []
     else:
-        # A layer of one unit has no label: what stands beside it must stay.
+        # A layer of one unit has no label: what is beside it must stay.
         for row in found:
             coupling.freeze(
-                DimLabels(row, (last,)), Kind.KEEP_BASE, "stands beside a layer without labels"
+                DimLabels(row, (last,)), Kind.KEEP_BASE, "is beside a layer without labels"
             )
         varying |= {dim, last}
     return AbstractTensor(tuple(shape), tuple(fields), positions(shape, varying))

@@ -113,7 +113,7 @@ def write(call: Call) -> Any:
     indexed = _indexed(zeros)
     x = only_unlabelled(call.coupling, x, indexed, _WHY)
     _freeze_index(call)
-    # Sizes that tell dimensions apart show where each of them stands in x[index].
+    # Sizes that tell dimensions apart show where each of them is in x[index].
     sizes = [1 if d in indexed else d + 2 for d in range(x.rank)]
     picked = aten.index.Tensor(torch.empty(1).expand(sizes), zeros)
     place = {size - 2: at for at, size in enumerate(picked.shape) if size > 1}

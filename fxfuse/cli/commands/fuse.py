@@ -77,7 +77,7 @@ def fuse(
 ) -> None:
     """Fuse trained networks of one architecture into one network.
 
-    With --calibration this is the whole way: units are selected by what the members answer, every
+    With --calibration every step follows: units are selected by what the members answer, every
     layer is refitted, and the closest start is matched to the ensemble. Without it the result is a
     raw transplant, most likely at chance level.
     """

@@ -199,7 +199,7 @@ def refit_errors(refit: RefitReport) -> Spec:
 
 def history(found: History, names: Sequence[str]) -> Spec:
     """Return for each candidate its distance from the ensemble, and what became of it."""
-    kinds = ["returned", "accepted", "a start", "sent back"]
+    kinds = ["returned", "accepted", "a start", "rejected"]
 
     def kind(c: Candidate) -> str:
         if c.name == found.chosen:

@@ -57,7 +57,7 @@ class Network:
     intervals: Mapping[str, tuple[float, float]] = field(default_factory=dict)
 
     def as_json(self) -> dict[str, Any]:
-        """Plain data; keys carry units, and the distance's unit stands beside it."""
+        """Plain data; keys carry units, and the distance has its unit."""
         return {
             "name": self.name,
             "parameters": self.parameters,
@@ -81,7 +81,7 @@ MEASURES = (
     ("nll", "NLL, nats", 4, "nll_nats"),
     ("brier", "Brier score", 4, "brier"),
     ("ece", "ECE, %", 2, "ece_percent"),
-    ("equivalent", "as good as so many members", 2, "equivalent_members"),
+    ("equivalent", "equal to how many members", 2, "equivalent_members"),
 )
 
 
@@ -298,7 +298,7 @@ def _next_step(rows: Sequence[Network], *, raw: bool) -> str:
 
 
 def sizes_of(result: FusionResult) -> tuple[Network, ...]:
-    """Return what the networks cost, foretold from the plan."""
+    """Return what the networks cost, predicted from the plan."""
     graph, plan, n = result.graph, result.plan, result.plan.n_members
     own, fused = parameters_of(graph, {}), parameters_of(graph, plan.sizes(), plan)
     try:

@@ -95,5 +95,5 @@ def _library() -> str:
 
 
 def _script_safe(spec: charts.Spec) -> str:
-    """Return JSON that may stand inside a script element: no name in it can end that element."""
+    """Return JSON that may be inside a script element: no name in it can end that element."""
     return json.dumps(spec, separators=(",", ":")).replace("<", "\\u003c")

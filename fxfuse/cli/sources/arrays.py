@@ -22,7 +22,7 @@ _MOST, _HEADER, _ARRAYS, _CHUNK = 1 << 33, 10_000, 1000, 1 << 24
 def read_arrays(path: Path, limit: int | None) -> NDArray[Any] | Mapping[str, NDArray[Any]]:
     """Read the array of a `.npy` file, or inputs and labels of a `.npz` file, by name.
 
-    Objects, which would be unpickled, are refused. Of at least `limit` rows as many are read,
+    Objects, which would be unpickled, are rejected. Of at least `limit` rows as many are read,
     spread over the file.
 
     Raises:

@@ -1,4 +1,4 @@
-"""Normalisation: statistics are a member's own, whatever stands beside it."""
+"""Normalisation: statistics are a member's own, whatever is beside it."""
 
 from __future__ import annotations
 

@@ -31,13 +31,12 @@ class Transplant(Method):
 
     Variants: None fuses all members at once; `iterative` fuses the first two, then the result with
     the next member, and so on; `hierarchical` fuses pairs, then pairs of the results; `components`
-    fuses all at once, and merges residual streams, of which no unit means anything by itself: their
-    maps are mixtures of all members' units (`fxfuse.activations.components`), for a refit to build
-    on.
+    fuses all at once, and merges residual streams, whose single units have no meaning: their maps
+    are mixtures of all members' units (`fxfuse.activations.components`), for a refit to build on.
 
     With `fraction` f, a group of n units keeps the (1 - f)·n best of the base member, and takes the
-    f·n best of all others. With fractions by pattern, groups that none speaks of keep the best of
-    all.
+    f·n best of all others. With fractions by pattern, groups without one keep the best units of all
+    members.
 
     Attributes:
         score: Importance of a unit: `l1`, `l2` or `bn_scale`; with calibration inputs also

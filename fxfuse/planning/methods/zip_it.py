@@ -30,8 +30,8 @@ class Zip(Method):
     after the other is matched to the clusters so far, as a free order can get stuck).
 
     Any other size than a member's, and members of different widths, are merged to as they are; a
-    unit that answers 0 to all inputs is left out then, so that it takes nobody's place. With
-    `across` each group is as large as in the widest member.
+    unit that answers 0 to all inputs is left out then. With `across` each group is as large as in
+    the widest member.
 
     Attributes:
         variant: `across` never merges two units of one member; None merges any two.

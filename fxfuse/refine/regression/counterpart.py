@@ -55,7 +55,7 @@ def counterparts(
 class _Counterparts:
     """Finds layers in another graph.
 
-    Between two nodes that have a counterpart, other operators may stand there: a gather, or an
+    Between two nodes that have a counterpart, other operators may be there: a gather, or an
     index that brings units into another order. They belong to the way.
     """
 

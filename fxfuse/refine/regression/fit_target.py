@@ -90,7 +90,7 @@ class FitTarget:
 
     @property
     def is_straight(self) -> bool:
-        """Whether the layer's output stands in the aim as it is, with nothing moved or scaled."""
+        """Whether the layer's output is in the aim as it is, with nothing moved or scaled."""
         shapes = [list(map(str, n.meta["val"].shape)) for n in (self.layer.node, self.aim)]
         return shapes[0] == shapes[1] and all(_is_nothing(node) for node in self.chain)
 

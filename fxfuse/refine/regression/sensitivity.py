@@ -1,4 +1,4 @@
-"""How much the task depends on what stands in a row: the weights of a refit's regressions.
+"""How much the task depends on what is in a row: the weights of a refit's regressions.
 
 The distance of two answers is, to second order, a square of their difference in the metric of the
 task. Through the network this is JᵀHJ for the values at a place, and the mean square of a random

@@ -1,4 +1,4 @@
-"""Where each member's own values stand in the values of the wide model, whatever its width.
+"""Where each member's own values are among those of the wide model, whatever its width.
 
 The wide graph is written from member 0's. A member of another width has the same graph with other
 sizes, so every node has a counterpart in it. Along a dimension that grows, an index of a member's
@@ -117,7 +117,7 @@ class _Roles:
     def along(self, value: AbstractTensor, dim: int) -> Index:
         """Return what stands at each index of a dimension, int64 [size, 5].
 
-        These are the row of the table, and how often the same stood there before.
+        These are the row of the table, and how often the same was there before.
         """
         ids = np.zeros(value.shape[dim], dtype=np.int64)
         for f in value.fields:

@@ -48,7 +48,7 @@ class Movement:
         )
 
     def index(self, skip: int | None) -> tuple[torch.Tensor, int]:
-        """Return where each element of the wide result stands in the flat operand.
+        """Return where each element of the wide result is in the flat operand.
 
         Args:
             skip: A dimension of the operand that is left out (the batch).

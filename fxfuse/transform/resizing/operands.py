@@ -137,7 +137,7 @@ def _pick(
 ) -> None:
     """Put an `index_select` between an operand and a node."""
     if operand.op != "get_attr" and not isinstance(operand.meta["val"].shape[dim], int):
-        raise cannot_write(node, "neurons stand in another order in every sample")
+        raise cannot_write(node, "neurons are in another order in every sample")
     current = wide.current(node, operand)
     wide.reroute(node, operand, select(wide, node, current, dim, places))
 

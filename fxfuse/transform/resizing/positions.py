@@ -100,7 +100,7 @@ def _constant_digits(copies: torch.Tensor) -> list[tuple[int, torch.Tensor]]:
 
 
 def _first_place(narrow: torch.Tensor, moved: torch.Tensor) -> list[int] | None:
-    """Where the first element of a moved tensor stands in the narrow one, if there is such."""
+    """Where the first element of a moved tensor is in the narrow one, if there is such."""
     if moved.dim() != narrow.dim() or not moved.numel():
         return None
     found = torch.nonzero(narrow == moved.reshape(-1)[0])

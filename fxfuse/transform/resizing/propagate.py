@@ -166,7 +166,7 @@ def resize_fill(wide: ResizedGraph, node: fx.Node) -> Layouts:
     sizes: list[int] = [-1] * wide.values[operand].rank
     for dim in layouts:
         if not isinstance(operand.meta["val"].shape[dim], int):
-            raise cannot_write(node, "neurons stand in another order in every sample")
+            raise cannot_write(node, "neurons are in another order in every sample")
         sizes[dim] = operand.meta["val"].shape[dim]
     if layouts:
         one = wide.current(node, operand)

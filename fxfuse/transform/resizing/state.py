@@ -26,7 +26,7 @@ class ResizedGraph:
 
     Attributes:
         values: The labelled value of each node of the members' graph.
-        copies: How many fused units stand in the place of each unit of a member.
+        copies: How many fused units take the place of each unit of a member.
         units: The units, and which of them grow.
         resized: The dimensions of parameters and buffers whose size changes.
         graph: The copy that is rewritten.

@@ -111,7 +111,7 @@ def limit_sizes(
 ) -> tuple[dict[str, int], dict[str, str]]:
     """Limit sizes to those that the network can be written in.
 
-    Every group that stands in the way keeps a member's size. Also returns, for each of these
+    A group whose size cannot change keeps a member's size. Also returns, for each of these
     groups, the operator and why.
     """
     limited, refused = dict(sizes), dict[str, str]()

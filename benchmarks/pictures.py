@@ -1,0 +1,231 @@
+"""Draws the pictures of README and of the site: how a fusion works, and what was measured.
+
+python -m benchmarks.pictures           # rewrite docs/pictures/*.svg and README's sentence
+python -m benchmarks.pictures --check   # exit with 1 when one of them is out of date
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import statistics
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from benchmarks.pages import run, with_tables
+
+ROOT = Path(__file__).resolve().parent.parent
+FOLDER = ROOT / "docs" / "pictures"
+README = ROOT / "README.md"
+RESULTS = ROOT / "benchmarks" / "results"
+#: Colours that people with any colour vision can tell apart (Okabe and Ito).
+COLOURS = ("#0072B2", "#E69F00", "#009E73")
+GREY = "#8A8F98"
+#: The importance of each member's four units; the picture keeps the largest four of all.
+IMPORTANCE = ((0.9, 0.3, 0.55, 0.2), (0.25, 0.8, 0.4, 0.6), (0.35, 0.15, 0.7, 0.5))
+#: A panel of its own, so that the picture can be read on any page, light or dark.
+_STYLE = """<style>
+text { font: 15px system-ui, sans-serif; fill: #1f2328; }
+.panel { fill: #ffffff; stroke: #d0d7de; }
+.line { stroke: #8a8f98; }
+.title { font-weight: 600; }
+.small { font-size: 13px; }
+@media (prefers-color-scheme: dark) {
+  text { fill: #e6edf3; }
+  .panel { fill: #1c2128; stroke: #444c56; }
+}
+</style>"""
+
+
+def pages() -> Mapping[Path, str]:
+    """The pictures, and README with the sentence that goes with the second one."""
+    rows = _results("real/mlps")["rows"]
+    readme = with_tables(README.read_text(encoding="utf-8"), "figure", sentence(rows))
+    return {
+        FOLDER / "fusion.svg": fusion(),
+        FOLDER / "mlps.svg": accuracies(rows),
+        FOLDER / "latency.svg": latencies(_results("inference")),
+        FOLDER / "fusing.svg": costs(_results("fusion")),
+        README: readme,
+    }
+
+
+def _results(name: str) -> Any:
+    return json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))
+
+
+def fusion() -> str:
+    """Members, their units in order of importance, and the network made of the first ones."""
+    parts = [_text(130, 34, "3 members", "title"), _text(430, 34, "Units, ranked", "title")]
+    parts += [_text(740, 34, "1 network", "title")]
+    for member, importance in enumerate(IMPORTANCE):
+        parts += _network(50, 62 + 84 * member, [(member, size) for size in importance])
+    units = [(size, m) for m, sizes in enumerate(IMPORTANCE) for size in sizes]
+    units.sort(reverse=True)
+    for place, (size, member) in enumerate(units):
+        x, y = 350 + 52 * (place % 4), 95 + 84 * (place // 4)
+        parts.append(_circle(x, y, 8 + 12 * size, COLOURS[member], 1 if place < 4 else 0.25))
+    parts.append(
+        '<rect x="318" y="62" width="224" height="66" rx="10" fill="none" class="line" '
+        'stroke-dasharray="5 4"/>'
+    )
+    parts += [_text(430, 152, "kept", "small"), _text(430, 302, "dropped", "small")]
+    parts += [_arrow(250, 180, 300), _arrow(560, 180, 620)]
+    parts += _network(660, 146, [(member, size) for size, member in units[:4]])
+    parts.append(_text(130, 332, "one architecture, trained apart", "small"))
+    parts.append(_text(430, 332, "a unit is a channel and all that is tied to it", "small"))
+    parts.append(_text(740, 332, "refitted, matched, checked", "small"))
+    title = "Units of three members are ranked; the most important ones form one network"
+    return _svg(880, 350, title, parts)
+
+
+def _network(x: float, y: float, units: Sequence[tuple[int, float]]) -> list[str]:
+    """One layer of units between an input and an output, 160 wide and 66 high."""
+    parts = []
+    for place in range(4):
+        at = x + 22 + 39 * place
+        parts.append(f'<path d="M{x + 80} {y + 66} L{at} {y + 33} L{x + 80} {y}" {_LINE}/>')
+    for place, (member, size) in enumerate(units):
+        parts.append(_circle(x + 22 + 39 * place, y + 33, 8 + 12 * size, COLOURS[member]))
+    return [*parts, _circle(x + 80, y, 5, GREY), _circle(x + 80, y + 66, 5, GREY)]
+
+
+_LINE = 'class="line" fill="none" stroke-width="1"'
+
+
+def accuracies(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Accuracy in percent for each number of members."""
+    groups = {
+        f"{count} members": [
+            (label, colour, _mean(rows, count, name)) for name, (label, colour) in _NAMES.items()
+        ]
+        for count in dict.fromkeys(row["members"] for row in rows)
+    }
+    title = "Test accuracy of MLPs that saw different digits, %"
+    return dots(title, groups, (85, 90, 95, 100), ".2f")
+
+
+def latencies(results: Mapping[str, Any]) -> str:
+    """How long the fused network and the fastest ensemble take, in units of one member."""
+    groups = {}
+    for row in results["rows"]:
+        fused = row["ratios"]["fused / member, passes"]
+        ensemble = fused * row["ratios"]["best ensemble / fused, passes"]
+        groups[f"{row['network']}, batch {row['batch']}"] = [
+            ("fused network", COLOURS[0], fused),
+            ("fastest ensemble", COLOURS[2], ensemble),
+        ]
+    title = f"Latency of the fused network and of {results['members']} members (1 is one member)"
+    return dots(title, groups, (0, 1, 2, 3, 4, 5), ".2f")
+
+
+def costs(results: Mapping[str, Any]) -> str:
+    """How long fusing takes, in units of copying all members, on a logarithmic scale."""
+    groups = {}
+    names = {"transplant": COLOURS[0], "average": COLOURS[1], "reference": COLOURS[2]}
+    for row in results["rows"]:
+        seconds = {name: way.get("seconds") for name, way in row["ways"].items()}
+        if row["n"] == 2 and all(seconds.get(name) for name in names):
+            groups[f"{row['network']}, 2 members"] = [
+                (name, colour, seconds[name] / seconds["copy"]) for name, colour in names.items()
+            ]
+    title = "Time to fuse, in units of copying all members (logarithmic)"
+    return dots(title, groups, (1, 10, 100), ".1f", scale=math.log10)
+
+
+def dots(
+    title: str,
+    groups: Mapping[str, Sequence[tuple[str, str, float]]],
+    ticks: Sequence[float],
+    digits: str,
+    scale: Callable[[float], float] = float,
+) -> str:
+    """Values as dots on lines.
+
+    Args:
+        title: What is above.
+        groups: For each group, its lines: label, colour and value.
+        ticks: The numbers below; the lines go from the first to the last.
+        digits: Format of a value.
+        scale: Where a value is on the axis.
+    """
+    left, width = 330, 460
+    begin, end = scale(ticks[0]), scale(ticks[-1])
+
+    def at(value: float) -> float:
+        return left + width * (scale(value) - begin) / (end - begin)
+
+    parts, y = [_text(440, 34, title, "title")], 70
+    for name, lines in groups.items():
+        middle = y + 12.5 * (len(lines) - 1) + 5
+        parts.append(_text(20, middle, name, "small title", "start"))
+        for label, colour, value in lines:
+            parts += [
+                _text(left - 14, y + 5, label, "small", "end"),
+                f'<path d="M{left} {y} L{left + width} {y}" {_LINE} stroke-opacity="0.4"/>',
+                _circle(round(at(value), 1), y, 7, colour),
+                _text(round(at(value), 1) + 12, y - 3, f"{value:{digits}}", "small", "start"),
+            ]
+            y += 25
+        y += 14
+    parts += [_text(round(at(tick), 1), y + 4, f"{tick:g}", "small") for tick in ticks]
+    return _svg(880, y + 24, title, parts)
+
+
+#: What the rows call a network, its name in the picture, and its colour.
+_NAMES = {
+    "best member": ("best member", GREY),
+    "best member, the same seconds of a plain loop": ("distilled as long", COLOURS[1]),
+    "fused": ("what fuse returns", COLOURS[0]),
+    "ensemble": ("ensemble", COLOURS[2]),
+}
+
+
+def sentence(rows: Sequence[Mapping[str, Any]]) -> str:
+    """What the fusion of two members reached, in words."""
+    best, loop, fused, ensemble = (f"{_mean(rows, 2, name):.2f}" for name in _NAMES)
+    two = [row for row in rows if row["members"] == 2]
+    seconds = math.ceil(max(row["seconds"] for row in two))
+    mixed = sum("refitted" in row["handed over"] for row in two)
+    return (
+        f"Two published MLPs saw different digits. On MNIST's test set the better one reaches\n"
+        f"{best} %, and their ensemble {ensemble} %. From 400 unlabelled images and in at most\n"
+        f"{seconds} CPU seconds, `fuse` makes one network of a member's size that reaches\n"
+        f"**{fused} %**. Distilling the ensemble into the best member for as long gives {loop} %.\n"
+        f"(In {mixed} of {len(two)} runs the result holds units of both members. Otherwise it is\n"
+        f"one member, trained towards the ensemble.)\n"
+    )
+
+
+def _mean(rows: Sequence[Mapping[str, Any]], count: int, name: str) -> float:
+    return statistics.mean(row[name] for row in rows if row["members"] == count)
+
+
+def _text(x: float, y: float, text: str, kind: str, anchor: str = "middle") -> str:
+    return f'<text x="{x:g}" y="{y:g}" class="{kind}" text-anchor="{anchor}">{text}</text>'
+
+
+def _circle(x: float, y: float, radius: float, colour: str, opacity: float = 1) -> str:
+    return (
+        f'<circle cx="{x:g}" cy="{y:g}" r="{radius:g}" fill="{colour}" fill-opacity="{opacity:g}"/>'
+    )
+
+
+def _arrow(x: float, y: float, end: float) -> str:
+    head = f"M{end - 10} {y - 7} L{end} {y} L{end - 10} {y + 7}"
+    return f'<path d="M{x} {y} L{end} {y} {head}" class="line" fill="none" stroke-width="2.5"/>'
+
+
+def _svg(width: int, height: int, title: str, parts: Sequence[str]) -> str:
+    opening = (
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" role="img" '
+        f'aria-label="{title}">'
+    )
+    panel = f'<rect x="1" y="1" width="{width - 2}" height="{height - 2}" rx="12" class="panel"/>'
+    return "\n".join([opening, _STYLE, panel, *parts, "</svg>", ""])
+
+
+if __name__ == "__main__":
+    sys.exit(run(__doc__, "python -m benchmarks.pictures", pages))
