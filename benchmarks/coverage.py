@@ -6,8 +6,9 @@
 Each model runs in a process of its own, with a limit of time and of memory. Networks have random
 weights in float64, made so that an oracle can see: normalisation statistics calibrated on a batch
 and jittered, zero-initialised weights randomised, and the outputs shown to depend on the input.
-With `--keep`, models that are in the JSON file already are not measured again, but for uses that
-their rows lack; with `--analyze`, their networks are analyzed again, and the oracles are not asked.
+With `--keep`, models that are in the JSON file already are not measured again, but for failures
+and for uses that their rows lack; with `--analyze`, their networks are analyzed again, and the
+oracles are not asked.
 """
 
 from __future__ import annotations
@@ -128,6 +129,11 @@ def complete(row: dict[str, Any]) -> dict[str, Any]:
         analyzed["uses"] = row["uses"] | _used_so(row["model"], program, lacking)
     kept = {name: row[name] for name in ("capture_s", "analysis_s", "analysis_gb") if name in row}
     return row | analyzed | kept
+
+
+def _has_failed(row: Mapping[str, Any]) -> bool:
+    failed = {"failure", "not_built"} & row.keys()
+    return bool(failed) or any(use != "ok" for use in row.get("uses", {}).values())
 
 
 def _lacking(row: Mapping[str, Any]) -> list[str]:
@@ -335,7 +341,7 @@ def main() -> None:
     options = parser.parse_args()
     rows = {r["model"]: r for r in earlier(options.json, "rows", keep=options.keep)}
     wanted = [m for m in models() if any(fnmatch.fnmatch(m, p) for p in options.only)]
-    names = [m for m in wanted if m not in rows or {"failure", "not_built"} & rows[m].keys()]
+    names = [m for m in wanted if m not in rows or _has_failed(rows[m])]
     kept = [m for m in wanted if m not in names]
     lacking = [m for m in kept if options.analyze or _lacking(rows[m])]
     known = versions()

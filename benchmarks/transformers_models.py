@@ -31,7 +31,7 @@ _SIZES: tuple[tuple[str, int], ...] = (
     (r"max_.*positions?(_embeddings)?|n_positions|n_ctx|max_seq(_?len|uence_length)", 64),
     (r"(moe|shared|expert)\w*_(intermediate|hidden)_(size|dim)|moe_\w*ffn\w*", 16),
     (
-        r"\w*(intermediate_size|ffn_(hidden_)?(dim|size))|n_inner|d(im)?_ff|\w*mlp_dim|dim_feedforward",
+        r"\w*(intermediate_size|ffn_(hidden_)?(dim|size))|n_inner|d(im)?_?ff|\w*mlp_dim|dim_feedforward",
         48,
     ),
     (r"(?!qk_head)\w*head_dim|d_kv|attention_head_size|rotary_dim", 8),

@@ -396,6 +396,29 @@ def test_an_activation_that_is_nan_is_named():
     assert "aten.log" in caught.value.where
 
 
+def test_what_memory_held_before_it_was_written_is_no_activation():
+    class Parts(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.last = nn.Linear(4, 6), nn.Linear(6, 2)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            h = self.first(x)
+            y = torch.cat([torch.empty_like(h), h.new_empty(h.shape)])[: len(h)]
+            y[:, :3] = h[:, :3].relu()
+            y[:, 3:] = h[:, 3:].tanh()
+            return self.last(y)
+
+    members, x = [Parts() for _ in range(2)], torch.randn(200, 4)
+    torch.use_deterministic_algorithms(True)  # fills such memory with NaN
+    try:
+        result = fxfuse.fuse(members, x[:4], calibration=x, refine=[fxfuse.Refit()])
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert result.refit is not None
+    assert not any("empty" in str(node.target) for node in result.module.graph.nodes)
+
+
 @pytest.mark.parametrize(("scale", "offset"), [(1.0, 0.0), (0.22, 0.45), (56.0, 115.0)])
 def test_inputs_that_are_not_normalised_as_in_training_are_named(scale: float, offset: float):
     x = torch.randn(200, 3, 8, 8, generator=torch.Generator().manual_seed(0))

@@ -25,6 +25,14 @@ from fxfuse.graph.torch_compat import copy_signature
 #: the fused module after `.to("cuda")` or `.to(torch.bfloat16)`.
 _ASSERTIONS = (torch.ops.aten._assert_tensor_metadata.default,)
 
+#: Memory that holds anything until it is written becomes zeros: no network depends on what was
+#: there, but NaN in it would look like an activation, and what a run keeps would differ each time.
+_WRITTEN: dict[Any, Any] = {
+    torch.ops.aten.empty.memory_format: torch.ops.aten.zeros.default,
+    torch.ops.aten.empty_like.default: torch.ops.aten.zeros_like.default,
+    torch.ops.aten.new_empty.default: torch.ops.aten.new_zeros.default,
+}
+
 #: Regions that only change how their operators run (gradients, autocast, recomputation), with the
 #: position of their subgraph. An autocast region runs in the dtype of its operands once inlined.
 _REGIONS: dict[Any, int] = {
@@ -113,6 +121,9 @@ class _Copier:
                 how="write the forward pass without it, for instance with torch.where",
             )
         copied = self.graph.node_copy(node, lambda n: self.environment[n])
+        copied.target = _WRITTEN.get(node.target, node.target)
+        if copied.target is torch.ops.aten.zeros.default:
+            copied.kwargs = {k: v for k, v in copied.kwargs.items() if k != "memory_format"}
         self.environment[node] = copied
 
     def is_subgraph(self, target: str, owner: fx.GraphModule) -> bool:
