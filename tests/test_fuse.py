@@ -182,7 +182,7 @@ def test_bad_input():
     for members in ([], [good]):
         with pytest.raises(MemberError, match="fusion needs at least 2 members"):
             fxfuse.fuse(members, x)
-    with pytest.raises(OptionError, match="average, concatenate, optimal_transport, transplant"):
+    with pytest.raises(OptionError, match="average, cluster, concatenate, optimal_transport"):
         fxfuse.fuse([good, other], x, method="magic")
     with pytest.raises(OptionError, match="hierarchical"):
         fxfuse.fuse([good, other], x, method=Transplant(variant="sideways"))
