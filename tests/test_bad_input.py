@@ -638,7 +638,10 @@ WRONG_CALLS: dict[str, tuple[Callable[[Any, Any], object], str]] = {
         lambda ms, x: fxfuse.fuse(ms, x, method="average", refine=[], calibration=x),
         "leave calibration out",
     ),
-    "files without a template": (lambda ms, x: fxfuse.fuse(["a.pt", "b.pt"], x), "template="),
+    "files without a template": (
+        lambda ms, x: fxfuse.fuse(["a.pt", "b.pt"], x),
+        r"from_files\(paths, template\)",
+    ),
     "pruning without a size": (lambda ms, x: fxfuse.prune(ms[0], x), "size=0.5"),
     "pruning a list": (lambda ms, x: fxfuse.prune(ms, x, size=0.5), "the network itself"),
     "frozen name": (

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from fxfuse.refine.judge import Judge, Measured, compare
+from fxfuse.refine.judge import Judge, Measured
 from fxfuse.refine.modes import copies, restore
 from fxfuse.refine.schedule import Budget
 from fxfuse.refine.trainer import Trainer
@@ -18,8 +18,9 @@ if TYPE_CHECKING:
 _RATES = (3e-3, 1e-3, 3e-4, 1e-4, 3e-5, 1e-5)
 #: The rate where there is no time for trials: low enough for a trained network.
 _CAREFUL = 1e-4
-#: Steps of a trial, as a share of the run's, and how many there are at least.
-_SHARE, _LEAST = 0.1, 10
+#: Steps of a trial, as a share of the run's, and how many there are at least: the first ones of
+#: every rate lead away from a good start.
+_SHARE, _LEAST = 0.1, 25
 #: Of a budget in seconds, what all trials may take, and steps below which a trial says nothing.
 _OF_SECONDS, _TOO_FEW = 0.25, 4
 #: Rates in a row that may be worse than the best one before the search ends.
@@ -77,19 +78,8 @@ def find_settings(
     if options.freeze is None and _depends_on_mode(trainer):
         for other in _around(rate, rates):
             trial(other, frozen=False)
-    rate, frozen = _most_careful(tried)
+    rate, frozen = min(tried, key=lambda each: tried[each].cost)
     return Settings(rate, frozen, tuple((each, far.cost) for (each, _), far in tried.items()))
-
-
-def _most_careful(tried: Mapping[tuple[float, bool], Measured]) -> tuple[float, bool]:
-    """The lowest rate than which the best one is no better beyond chance.
-
-    Of two rates that lead as close to the ensemble, the lower one keeps more of what the start
-    knows and the inputs do not show.
-    """
-    best = min(tried, key=lambda each: tried[each].cost)
-    alike = [each for each in tried if not compare(tried[best], tried[each]).better]
-    return min(alike, key=lambda each: (each[0], not each[1]))
 
 
 def _around(rate: float, rates: tuple[float, ...]) -> Iterator[float]:
