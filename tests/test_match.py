@@ -179,8 +179,8 @@ def test_short_trials_find_the_rate(monkeypatch):
 def test_a_rate_that_is_asked_for_is_taken(monkeypatch):
     asked = rates_of(monkeypatch, mlp(3), steps=100, learning_rate=1e-3)
     assert max(asked) == pytest.approx(1e-3, rel=0.02)
-    # The trials of ten steps with statistics frozen and not frozen, and the run.
-    assert len(asked) == 100 + 2 * 10
+    # The trials of 25 steps with statistics frozen and not frozen, and the run.
+    assert len(asked) == 100 + 2 * 25
     assert len(rates_of(monkeypatch, mlp(3), steps=100, learning_rate=1e-3, freeze=True)) == 100
 
 
