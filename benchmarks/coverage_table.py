@@ -24,6 +24,8 @@ RESULTS = ROOT / "benchmarks" / "results"
 PAGE = ROOT / "docs" / "coverage.md"
 LIBRARIES = ("torchvision", "timm", "transformers", "transformers-types", "plain")
 USES = {"fuse": "fuse 1.5", "prune": "prune 0.5", "stack": "stack", "refit": "refit"}
+#: How a use turned out, in a table; anything else is a reason why not.
+_WORDS = {"ok": "yes", "": ""}
 #: Below this share of free weights, the page says why.
 EXPLAINED = 0.95
 
@@ -212,19 +214,19 @@ def _uses(rows: Sequence[Row]) -> list[str]:
     used = [r for r in rows if "uses" in r]
     if not used:
         return []
-    uses = {use: name for use, name in USES.items() if use in used[0]["uses"]}
+    uses = {use: name for use, name in USES.items() if any(use in r["uses"] for r in used)}
     green = sum(set(r["uses"].values()) == {"ok"} for r in used)
     lines = [
         "",
         f"What is done with two members of each ({', '.join(uses.values())}): {green} of",
-        f"{len(used)} models pass everywhere.",
+        f"{len(used)} models pass everywhere. What was not tried is empty.",
         "",
         "| model | " + " | ".join(uses.values()) + " |",
         "|---|" + "---|" * len(uses),
     ]
     lines += [
         f"| {r['model'].partition(':')[2]} | "
-        + " | ".join("yes" if r["uses"][use] == "ok" else "no" for use in uses)
+        + " | ".join(_WORDS.get(r["uses"].get(use, ""), "no") for use in uses)
         + " |"
         for r in used
     ]
@@ -232,7 +234,7 @@ def _uses(rows: Sequence[Row]) -> list[str]:
         f"- `{r['model']}`, {uses[use]}: {_plain(r['uses'][use])}"
         for r in used
         for use in uses
-        if r["uses"][use] != "ok"
+        if r["uses"].get(use, "ok") != "ok"
     ]
     return [*lines, "", *why] if why else lines
 
