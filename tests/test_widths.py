@@ -405,9 +405,26 @@ class Streams(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         h = self.stem(x).relu().unsqueeze(-2).expand(-1, -1, 4, -1)
         for mix in self.mix:
-            weights = mix(h.mean(-2)).unflatten(-1, (4, 4)).softmax(-1)
-            h = weights.transpose(-1, -2) @ h
+            h = self.mixed(mix(h.mean(-2)).unflatten(-1, (4, 4)).softmax(-1), h)
         return self.head(h.mean(-2))
+
+    def mixed(self, weights: torch.Tensor, h: torch.Tensor) -> torch.Tensor:
+        return weights.transpose(-1, -2) @ h
+
+
+class SpelledStreams(Streams):
+    def mixed(self, weights: torch.Tensor, h: torch.Tensor) -> torch.Tensor:
+        return torch.einsum("btij,btid->btjd", weights, h)
+
+
+class SymmetricStreams(Streams):
+    def mixed(self, weights: torch.Tensor, h: torch.Tensor) -> torch.Tensor:
+        return (weights + weights.transpose(-1, -2)) @ h
+
+
+class BalancedStreams(Streams):
+    def mixed(self, weights: torch.Tensor, h: torch.Tensor) -> torch.Tensor:
+        return (weights / weights.sum(-2, keepdim=True)).transpose(-1, -2) @ h
 
 
 @pytest.mark.parametrize("size", [0.5, 1.5])
@@ -418,12 +435,21 @@ def test_zeros_in_the_shape_of_units_fit_other_units(size: float):
     assert result.module.head.weight.shape[1] == 12 * size
 
 
-@pytest.mark.parametrize("size", [0.5, 1.5])
-def test_a_matrix_that_is_one_unit_stays_square(size: float):
-    members, x = [Streams() for _ in range(2)], torch.randn(2, 4, 5)
+@pytest.mark.parametrize("size", [0.5, 1.5, 2])
+@pytest.mark.parametrize(
+    "network",
+    [Streams, SpelledStreams, SymmetricStreams, BalancedStreams],
+    ids=lambda n: n.__name__,
+)
+def test_a_matrix_that_is_one_unit_grows_in_both_dimensions_or_in_none(
+    network: type[Streams], size: float
+):
+    members, x = [network() for _ in range(2)], torch.randn(2, 4, 5)
+    # At two members' size, all units of both are their mean: the oracle asks.
     result = fxfuse.fuse(members, x, size=size)
     assert result.module(x).isfinite().all()
-    assert result.module.get_parameter("mix.0.weight").shape[0] == 16
+    rows = result.module.get_parameter("mix.0.weight").shape[0]
+    assert rows == (32 if size == 2 else 16)
 
 
 class Experts(nn.Module):

@@ -9,7 +9,7 @@ import torch
 from torch import fx
 
 from fxfuse.analysis.labels import AbstractTensor
-from fxfuse.analysis.rules import contraction, find, ordering, pointwise
+from fxfuse.analysis.rules import contraction, find, ordering, pointwise, reduction
 from fxfuse.graph.arguments import argument, argument_names, set_argument
 from fxfuse.transform.layout import Layout
 from fxfuse.transform.resizing.literals import dimension
@@ -83,20 +83,49 @@ def _fill_factors(wide: ResizedGraph, node: fx.Node) -> None:
 
 
 def _check_grown(wide: ResizedGraph, node: fx.Node, result: Layouts) -> None:
-    """Check that what a product of matrices hands on has grown along this dimension.
+    """Check that where neurons stand, a dimension grows in the result and in all operands, or none.
 
     A matrix that is one unit stands along two dimensions, and grows along one of them.
     """
-    operands = _with_letters(wide, node)
-    if find(node.target) is not contraction.matmul or any(len(own) == 1 for _, own in operands):
-        return
-    letters = _behind(wide.values[node].rank, "to")
-    for operand, own in operands:
-        for dim, layout in result.items():
-            place = own.find(letters[dim])
-            size = 1 if place < 0 else wide.values[operand].shape[place]
-            if _stays(wide, operand, place) and 1 < size != layout.size:
+    for operand, dims in _origins(wide, node):
+        known, shape = wide.layout_of(operand), wide.values[operand].shape
+        for dim, place in enumerate(dims):
+            layout = result.get(dim) or known.get(place)
+            if place < 0 or layout is None or layout.size == shape[place] or shape[place] == 1:
+                continue
+            if dim not in result or _stays(wide, operand, place):
                 raise cannot_write(node, "a unit of it grows along another dimension")
+
+
+def _origins(wide: ResizedGraph, node: fx.Node) -> list[tuple[fx.Node, list[int]]]:
+    """For each operand, its dimension that becomes each one of the result, negative for none.
+
+    Empty where the operator does not show it.
+    """
+    rule, rank = find(node.target), wide.values[node].rank
+    if rule is pointwise.pointwise or pointwise.is_pointwise(node.target):
+        operands = [n for n in node.all_input_nodes if has_tensor(wide.values[n])]
+        starts = [wide.values[n].rank - rank for n in operands]
+        return [(n, list(range(i, i + rank))) for n, i in zip(operands, starts, strict=True)]
+    if rule is reduction.reduce:
+        operand = cast("fx.Node", node.args[0])
+        own = wide.values[operand].rank
+        given = argument(node, "dim")
+        named = [given] if isinstance(given, int) else given
+        over = {d % own for d in named} if named else set(range(own))
+        keeps = bool(argument(node, "keepdim"))
+        left = [-1 if d in over else d for d in range(own) if keeps or d not in over]
+        return [(operand, left)]
+    terms = _with_letters(wide, node)
+    if rule is contraction.matmul and all(len(own) > 1 for _, own in terms):
+        out = _behind(rank, "to")
+    elif rule is contraction.linear:
+        out = terms[0][1][:-1] + "o"
+    elif rule is contraction.einsum and "->" in str(node.args[0]):
+        out = contraction.spelled(str(node.args[0]).replace(" ", "").partition("->")[2], rank)
+    else:
+        return []
+    return [(operand, [own.find(letter) for letter in out]) for operand, own in terms]
 
 
 def _stays(wide: ResizedGraph, operand: fx.Node, dim: int) -> bool:
@@ -159,9 +188,9 @@ def complete(wide: ResizedGraph, node: fx.Node, value: AbstractTensor, result: L
 
 def resize_fill(wide: ResizedGraph, node: fx.Node) -> Layouts:
     """Give a fill the shape that its operand has in a member: where no neuron is, nothing grows."""
-    operand = node.args[0] if argument_names(node.target)[:1] == ["self"] else None
-    if "size" in argument_names(node.target) or not isinstance(operand, fx.Node):
+    if "size" in argument_names(node.target):
         return {}
+    operand = cast("fx.Node", node.args[0])
     layouts = wide.layout_of(operand)
     sizes: list[int] = [-1] * wide.values[operand].rank
     for dim in layouts:
