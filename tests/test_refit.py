@@ -259,8 +259,9 @@ def test_two_layers_of_one_sum_are_partners():
     assert routes["narrow.weight"].skip is None
 
 
-def test_the_way_through_movements_and_scales():
-    """A branch that is permuted and scaled before the sum is fitted to what the sum needs."""
+@pytest.mark.parametrize("cast", [False, True])
+def test_the_way_through_movements_and_scales(cast: bool):
+    """A branch that is permuted, scaled or cast before the sum is fitted to what the sum needs."""
 
     class Moved(nn.Module):
         def __init__(self) -> None:
@@ -270,7 +271,9 @@ def test_the_way_through_movements_and_scales():
 
         def forward(self, x: torch.Tensor) -> torch.Tensor:
             x = self.first(x)
-            moved = self.branch(x.relu()).transpose(1, 2).roll(1, 2).reshape(len(x), 5, 2, -1)
+            branch = self.branch(x.relu())
+            branch = branch.double().float() if cast else branch
+            moved = branch.transpose(1, 2).roll(1, 2).reshape(len(x), 5, 2, -1)
             y = moved.reshape(len(x), 10, -1).transpose(1, 2) * self.scale
             return self.head((x + y).relu().mean(1))
 

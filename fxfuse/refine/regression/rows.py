@@ -257,7 +257,10 @@ def _along(
 
 
 aten = torch.ops.aten
-_VALUES = (aten.mul.Tensor, aten.mul_.Tensor, aten.add.Tensor, aten.add_.Tensor)
+_VALUES = (
+    *(aten.mul.Tensor, aten.mul_.Tensor, aten.add.Tensor, aten.add_.Tensor),
+    *(aten.to.dtype, aten.to.dtype_layout, aten._to_copy.default),
+)
 
 
 def _activation(node: fx.Node, known: Mapping[fx.Node, Any]) -> fx.Node:
