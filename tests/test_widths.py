@@ -436,11 +436,7 @@ def test_zeros_in_the_shape_of_units_fit_other_units(size: float):
 
 
 @pytest.mark.parametrize("size", [0.5, 1.5, 2])
-@pytest.mark.parametrize(
-    "network",
-    [Streams, SpelledStreams, SymmetricStreams, BalancedStreams],
-    ids=lambda n: n.__name__,
-)
+@pytest.mark.parametrize("network", [Streams, SpelledStreams, SymmetricStreams, BalancedStreams])
 def test_a_matrix_that_is_one_unit_grows_in_both_dimensions_or_in_none(
     network: type[Streams], size: float
 ):

@@ -164,16 +164,14 @@ class _Reference:
         other = program.once({name: state[name] for name in program.names if name in held})
         inputs = (self._moved(x) for x in (program.example_inputs, _longer(program)))
         example, longer = inputs
-        self.calls: list[tuple[Any, Mapping[str, torch.Tensor]]]
-        self.calls = [(example, {}), (longer, _shaken(other)), (example, _random(other))]
-        self.outputs = [tensors_in(answers(module, s, *x)) for x, s in self.calls]
         eps = torch.finfo(self.now.dtype).eps if self.now.is_floating_point() else 0.0
-        tolerance = max(_TOLERANCE, 8 * eps)
-        self.tolerances = [tolerance, tolerance, max(_ROUGH, 64 * eps)]
-        if not all(bool(x.isfinite().all()) for x in self.outputs[-1]):
+        close, rough = max(_TOLERANCE, 8 * eps), max(_ROUGH, 64 * eps)
+        calls = [(example, {}, close), (longer, _shaken(other), close)]
+        calls.append((example, _random(other), rough))
+        #: Inputs, tensors in place of the network's, the outputs, and how close others must be.
+        self.calls = [(x, s, tensors_in(answers(module, s, *x)), near) for x, s, near in calls]
+        if not all(bool(x.isfinite().all()) for x in self.calls[-1][2]):
             self.calls.pop()
-            self.outputs.pop()
-            self.tolerances.pop()
 
     def move(self, model: nn.Module) -> None:
         """Take a model to where the network has been taken since it was captured."""
@@ -191,8 +189,7 @@ class _Reference:
 
     def difference(self, model: nn.Module) -> str:
         """Return how a model answers otherwise; empty where it does not."""
-        each = zip(self.calls, self.outputs, self.tolerances, strict=True)
-        for ((args, kwargs), state), expected, tolerance in each:
+        for (args, kwargs), state, expected, tolerance in self.calls:
             try:
                 found = tensors_in(answers(model, state, args, kwargs))
             except Exception as error:

@@ -99,10 +99,11 @@ class _Search:
         # The heads' size may have been taken for their number.
         before, after = dict(_numbers(config)), dict(_numbers(first))
         changed = [path for path in before if after.get(path) != before[path]]
-        others = [self._fitting(config, without=path) for path in changed]
-        yield from (other for other in others if other is not None)
+        each = [self._fitting(config, without=path) for path in changed]
+        others = [other for other in each if other is not None]
+        yield from others
         # A number that no shape shows goes along with those that do.
-        for fitted in (first, *(other for other in others if other is not None)):
+        for fitted in (first, *others):
             same = self._changes(fitted, exact=False)
             yield from (other for other in same if not self._count(other))
 

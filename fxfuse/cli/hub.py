@@ -6,6 +6,7 @@ import re
 from importlib import import_module
 from pathlib import Path
 
+from fxfuse.cli.wording import in_one_line
 from fxfuse.errors import MissingDependencyError, OptionError
 
 #: In front of the id of a member, or of a network.
@@ -46,7 +47,7 @@ def local_folder(text: str) -> Path:
         raise OptionError(
             f"{text} cannot be read from the Hugging Face hub",
             where=f"{PREFIX}{text}",
-            why=" ".join(f"{type(error).__name__}: {error}".split())[:300],
+            why=in_one_line(error),
             how="check the id, your connection and `hf auth login`, or pass a folder on this "
             "machine",
         ) from error

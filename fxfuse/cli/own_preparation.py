@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from fxfuse.cli.hub import local_folder
 from fxfuse.cli.model_names import is_pretrained, library_module
+from fxfuse.cli.wording import in_one_line
 from fxfuse.common.json_file import read_json
 from fxfuse.errors import OptionError
 
@@ -154,7 +155,7 @@ def _unusable(what: str, path: Path, error: Exception) -> OptionError:
     return OptionError(
         f"{path.name} holds no usable {what}",
         where=str(path),
-        why=" ".join(f"{type(error).__name__}: {error}".split())[:300],
+        why=in_one_line(error),
         how=f"save the {what} into the folder with its save_pretrained; code of a folder is never "
         "run",
     )

@@ -23,6 +23,11 @@ _REQUIRED = re.compile(r"^([a-z_]+)(?= must be )")
 _ONLY_OPTIONS = re.compile(r"[a-z_]+=\S*(?:, [a-z_]+=\S*)*")
 
 
+def in_one_line(error: BaseException) -> str:
+    """Return what another library's error says, in one line that is not too long."""
+    return " ".join(f"{type(error).__name__}: {error}".split())[:300]
+
+
 def naming_flags(error: E, flags: Mapping[str, str], *, bare: bool = False) -> E:
     """Return an error that names flags, given as Python option → flag.
 

@@ -316,6 +316,21 @@ def _batch_dynamic(value: Any) -> Any:
     return {0: Dim.DYNAMIC} if isinstance(value, torch.Tensor) and value.dim() else None
 
 
+def _exported(
+    model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], dynamic_shapes: Any
+) -> ExportedProgram:
+    program = torch.export.export(model, args, kwargs, dynamic_shapes=dynamic_shapes, strict=False)
+    if any(_is_vmap(node.target) for node in program.graph.nodes):
+        # Rules know no batched tensors: this writes out what is done to each.
+        program = program.run_decompositions({})
+        warnings.warn(
+            "torch.vmap is written out in operators of inference: batch norms freeze, and there "
+            "is no dropout when the result is trained",
+            stacklevel=8,
+        )
+    return program
+
+
 def _is_vmap(target: Any) -> bool:
     return str(getattr(target, "__module__", "")).startswith("torch._functorch")
 
@@ -328,20 +343,7 @@ def _export_once(
     try:
         with redirect_stderr(StringIO()) as said:
             # In a context of its own, or torch leaves two variables in the caller's for good.
-            program = copy_context().run(
-                torch.export.export,
-                *(model, args, kwargs),
-                dynamic_shapes=dynamic_shapes,
-                strict=False,
-            )
-            if any(_is_vmap(node.target) for node in program.graph.nodes):
-                # Rules know no batched tensors: this writes out what is done to each.
-                program = program.run_decompositions({})
-                warnings.warn(
-                    "torch.vmap is written out in operators of inference: batch norms freeze, and "
-                    "there is no dropout when the result is trained",
-                    stacklevel=7,
-                )
+            program = copy_context().run(_exported, model, args, kwargs, dynamic_shapes)
         forget_sizes(program)
         forget_code()
         # Only now: when it fails, torch prints its unfinished graph, up to thousands of lines.

@@ -310,7 +310,8 @@ def train(
 
         def look(share: float, loss: float) -> None:
             advance(share, loss)
-            (options.log or _ignore)(trainer.taken, loss)
+            if options.log is not None:
+                options.log(trainer.taken, loss)
             if looks and share >= looks[0] and share < 1:
                 while looks and share >= looks[0]:
                     looks.pop(0)
@@ -334,10 +335,6 @@ def train(
         best.found.mean,
         kept,
     )
-
-
-def _ignore(step: int, loss: float) -> None:
-    """Where nobody wants to know the losses."""
 
 
 class Best:

@@ -66,19 +66,21 @@ def find_settings(
         tried[rate, frozen] = judge.measure(trainer.module)
         restore(trainer.module, start)
 
+    def best() -> tuple[float, bool]:
+        return min(tried, key=lambda each: tried[each].cost)
+
     frozen = options.freeze is not False
     worse = 0
     for rate in rates:
         trial(rate, frozen=frozen)
-        best = min(tried, key=lambda each: tried[each].cost)
-        worse = worse + 1 if best != (rate, frozen) else 0
+        worse = worse + 1 if best() != (rate, frozen) else 0
         if worse == _PATIENCE:
             break
-    rate, _ = min(tried, key=lambda each: tried[each].cost)
+    rate, _ = best()
     if options.freeze is None and _depends_on_mode(trainer):
         for other in _around(rate, rates):
             trial(other, frozen=False)
-    rate, frozen = min(tried, key=lambda each: tried[each].cost)
+    rate, frozen = best()
     return Settings(rate, frozen, tuple((each, far.cost) for (each, _), far in tried.items()))
 
 

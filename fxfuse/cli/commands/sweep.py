@@ -135,18 +135,15 @@ def _networks(outcome: Outcome) -> Sequence[Network]:
     """Return the members, the ensemble, and last the result: as measured, or as the judge saw."""
     if outcome.networks:
         return outcome.networks
-    *others, own = sizes_of(outcome.result)
+    member, *others, own = sizes_of(outcome.result)
     history = outcome.result.history
     if history is None:
-        return (*others, own)
+        return (member, *others, own)
     judged = [start.judged for start in history.starts if start.name.startswith("member ")]
     best = min((x for x in judged if not math.isnan(x)), default=None)
-    unit = history.unit
-    known = [
-        replace(n, distance=best, unit=unit, name="best member") if n is others[0] else n
-        for n in others
-    ]
-    return (*known, replace(own, distance=history[history.chosen].judged, unit=unit))
+    known = replace(member, name="best member", distance=best, unit=history.unit)
+    reached = history[history.chosen].judged
+    return (known, *others, replace(own, distance=reached, unit=history.unit))
 
 
 def _draw(rows: Sequence[Network], others: Sequence[Network], path: Path) -> bool:

@@ -79,11 +79,13 @@ def clusters(points: Matrix, weights: Weights, count: int) -> tuple[Index, Weigh
     """
     # Of points only their products count: m times m numbers, however many inputs there are.
     products = points.T @ points
-    cluster = _nearest(products, np.eye(len(weights))[_spread(products, weights, count)].T)
+    means = np.zeros((len(weights), count))
+    means[_spread(products, weights, count), np.arange(count)] = 1.0
+    cluster = _nearest(products, means)
     for _ in range(_ROUNDS):
-        before, share = cluster, _shares(cluster, weights)
-        means = np.zeros((len(cluster), count))
-        means[np.arange(len(cluster)), cluster] = share
+        before = cluster
+        means = np.zeros_like(means)
+        means[np.arange(len(cluster)), cluster] = _shares(cluster, weights)
         cluster = _nearest(products, means)
         if np.array_equal(cluster, before):
             break
