@@ -76,6 +76,14 @@ PYTHON = (
     "fxfuse.build(result.plan, [a, c], x)",
     'fxfuse.stack([a, b], x, reduce="median")',
     "result.load_into(deeper)",
+    "result.load_into(None)",
+    "fxfuse.plan(a, [a, b])",
+    "fxfuse.build(None, [a, b], x)",
+    "fxfuse.refine.refit(a, [a, b], many)",
+    "fxfuse.load(None)",
+    "fxfuse.Refit(alpha=-1)",
+    'fxfuse.Match(seconds="60")',
+    "fxfuse.Size(width=float('nan'))",
 )
 #: What is in the folder: checkpoints `a.safetensors` and `b.safetensors`, `nets.py`, `kept`.
 COMMANDS = (

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import MISSING, dataclass, is_dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any, Literal, get_args, get_type_hints
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import pytest
 import typer
@@ -408,15 +408,49 @@ def test_members_of_unions() -> None:
     assert alternatives(dict[str, int]) == (dict[str, int],)
 
 
+def required_of(kind: type) -> dict[str, Any]:
+    """Something of the right type for each field without a default."""
+    needed = [o for o in fields_of(kind) if o.default is MISSING]
+    return {o.name: {} if get_origin(o.type) is Mapping else len for o in needed}
+
+
 @pytest.mark.parametrize("kind", option_classes(), ids=lambda kind: kind.__name__)
 def test_option_classes_are_frozen_and_compared_by_value(kind: type) -> None:
-    required = {o.name: None for o in fields_of(kind) if o.default is MISSING}
+    required = required_of(kind)
     one = kind(**required)
     assert one == kind(**required)
     for option in fields_of(kind):
         with pytest.raises(AttributeError):
             setattr(one, option.name, None)
     assert repr(one).startswith(kind.__name__)
+
+
+@pytest.mark.parametrize("kind", option_classes(), ids=lambda kind: kind.__name__)
+def test_values_of_another_type_are_refused(kind: type) -> None:
+    required = required_of(kind)
+    for option in fields_of(kind):
+        if option.type is Any:
+            continue
+        for value in (object(), float("nan")):
+            with pytest.raises(FxfuseError, match=option.name) as caught:
+                kind(**required | {option.name: value})
+            assert caught.value.how
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: fxfuse.Refit(alpha=-1),
+        lambda: fxfuse.Refit(memory=0),
+        lambda: fxfuse.Match(weight_decay=-1e-4),
+        lambda: fxfuse.Size(max_params=0),
+        lambda: fxfuse.Size(multiple_of=-8),
+    ],
+    ids=["alpha", "memory", "weight_decay", "max_params", "multiple_of"],
+)
+def test_numbers_out_of_range_are_refused(make: Callable[[], object]) -> None:
+    with pytest.raises(OptionError, match=r"at least|above 0"):
+        make()
 
 
 def test_the_first_method_is_the_default() -> None:

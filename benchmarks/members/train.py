@@ -5,7 +5,7 @@
 
 `same` members see all training images and differ in their seed. `halves` makes two members a seed:
 the seed puts the ten classes in order, the first member sees the first five, the second the rest.
-Crops and flips, SGD with Nesterov's momentum, a one-cycle rate, bfloat16 where the processor has it.
+Crops and flips, SGD with Nesterov's momentum, a one-cycle rate, arithmetic in bfloat16.
 `benchmarks/results/members.json` states each member's accuracy, of the weights as they were kept.
 """
 

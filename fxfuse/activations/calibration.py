@@ -69,6 +69,7 @@ class Calibration(Options):
 
     def __post_init__(self) -> None:
         """Check the numbers."""
+        super().__post_init__()
         for name, least in (("limit", 1), ("augmentations", 0)):
             value = getattr(self, name)
             if value is not None and value < least:

@@ -12,7 +12,7 @@ import torch
 from torch import fx
 
 from fxfuse.analysis.labels import Kind
-from fxfuse.common.options import Options
+from fxfuse.common.options import Options, check_type
 from fxfuse.errors import OptionError
 from fxfuse.graph.capture import Program
 
@@ -57,15 +57,18 @@ class Constraints(Options):
         output_dims: OutputDims | None = None,
         base_member: int = 0,
     ) -> None:
+        """Normalise patterns and dimensions."""
+        check_type("output_dims", output_dims or {}, Mapping, how="pass a mapping, such as {0: ()}")
         dims = {output: tuple(dims) for output, dims in (output_dims or {}).items()}
         for name, value in (
-            ("freeze", listed(freeze)),
-            ("share", listed(share)),
-            ("ignore", listed(ignore)),
+            ("freeze", listed(freeze, "freeze")),
+            ("share", listed(share, "share")),
+            ("ignore", listed(ignore, "ignore")),
             ("output_dims", dims),
             ("base_member", base_member),
         ):
             object.__setattr__(self, name, value)
+        self.__post_init__()
 
     def __str__(self) -> str:
         """Return what is asked for, in one line; empty where that is nothing."""
@@ -114,8 +117,13 @@ class Asked:
     why: str
 
 
-def listed(patterns: Patterns) -> tuple[str, ...]:
-    """Return patterns as a tuple."""
+def listed(patterns: Patterns, option: str) -> tuple[str, ...]:
+    """Return the patterns of an option as a tuple.
+
+    Raises:
+        OptionError: It is neither a pattern nor several of them.
+    """
+    check_type(option, patterns, (str, Iterable), how="pass a pattern or a list of patterns")
     return (patterns,) if isinstance(patterns, str) else tuple(patterns)
 
 

@@ -9,7 +9,7 @@ from typing import Any, Literal, get_args
 import torch
 
 from fxfuse.analysis.constraints import Patterns, listed
-from fxfuse.common.options import Options
+from fxfuse.common.options import Options, check_type
 from fxfuse.errors import OptionError
 
 #: How the outputs of the members' heads are returned.
@@ -45,11 +45,12 @@ class Heads(Options):
     ) -> None:
         """Normalise patterns and names."""
         for name, value in (
-            ("modules", None if modules is None else listed(modules)),
+            ("modules", None if modules is None else listed(modules, "modules")),
             ("output", output),
             ("classes", None if classes is None else _named(classes)),
         ):
             object.__setattr__(self, name, value)
+        self.__post_init__()
         _check(self)
 
     def __bool__(self) -> bool:
@@ -173,6 +174,7 @@ def _check(heads: Heads) -> None:
 
 
 def _named(classes: Sequence[Sequence[Any]]) -> tuple[tuple[str, ...], ...]:
+    check_type("classes", classes, Sequence, how="pass one list of class names for each member")
     found = []
     for number, names in enumerate(classes):
         if isinstance(names, str) or not isinstance(names, Sequence):

@@ -13,6 +13,7 @@ from torch import nn
 from fxfuse.analysis.coupling import CouplingGraph
 from fxfuse.analysis.heads import head_name
 from fxfuse.api.own_class import copy_source, resized_copy
+from fxfuse.common.options import check_type
 from fxfuse.common.readable import Description, Readable
 from fxfuse.errors import CheckpointError, OptionError, RewriteError
 from fxfuse.graph.capture import Program
@@ -218,6 +219,7 @@ class FusionResult(Readable):
             CheckpointError: The model has other tensors.
             OptionError: The network has several heads, and a member's class only one.
         """
+        check_type("model", model, nn.Module, how="pass a network of the members' class")
         self._require_one_head(type(model).__name__)
         try:
             original_module(model).load_state_dict(self.state_dict(), strict=True)

@@ -15,6 +15,7 @@ from torch import fx, nn
 from torch.export import ExportedProgram
 
 from fxfuse.api.result import FusionResult
+from fxfuse.common.options import check_path
 from fxfuse.common.output import atomic_folder
 from fxfuse.errors import CheckpointError
 from fxfuse.graph.capture import capture
@@ -113,6 +114,7 @@ def load(folder: str | Path, *, allow: Collection[str] = ()) -> FusedModule:
         CheckpointError: The folder holds no network, no graph or one of an earlier format, a file
             is damaged or not what `save` writes, or the weights do not fit the graph.
     """
+    check_path("folder", folder)
     folder = Path(folder)
     _check_files(folder)
     stored = read_graph(folder / GRAPH, allow)

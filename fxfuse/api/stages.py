@@ -20,6 +20,7 @@ from fxfuse.analysis.multi_width import check_base_member, multi_width
 from fxfuse.api.checks import check_plan, check_sound, verified
 from fxfuse.api.load_members import Ensemble, load_members
 from fxfuse.api.result import FusionResult
+from fxfuse.common.options import check_type
 from fxfuse.errors import InputError, OptionError
 from fxfuse.graph.capture import Program
 from fxfuse.graph.example import Example
@@ -128,6 +129,7 @@ def plan(
         OptionError: An option has a value that the method cannot use.
         InputError: The method or the score needs calibration inputs, and there are none.
     """
+    check_type("graph", graph, CouplingGraph, how="pass what fxfuse.analyze returned")
     given, chosen, wanted = Members.of(members), find_method(method), Size.of(size)
     check_allocation(chosen, wanted)
     args, kwargs = graph.program.example_inputs
@@ -179,6 +181,9 @@ def build(
         MemberError: The members differ, or hold no finite dense weights.
         VerificationError: An oracle failed.
     """
+    check_type(
+        "plan", plan, FusionPlan, how="pass what fxfuse.plan or FusionPlan.from_json returned"
+    )
     refinement = Refinement.of(refine, calibration, task, progress, None)
     given = Members.of(members)
     if not given.networks or isinstance(given.networks[0], Program):

@@ -17,6 +17,7 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 from fxfuse.common.json_file import read_json
+from fxfuse.common.options import check_path
 from fxfuse.errors import OutputError
 
 #: Stands near the beginning or end of every file that may be replaced.
@@ -66,6 +67,7 @@ def atomic_folder(
 
     After an error it is gone, and `path` is as it was. `force` as in `check_output`.
     """
+    check_path("the path", path)
     path = Path(os.path.abspath(path))
     check_output(path, names, force=force)
     with locked(path), _partial(path) as work:
@@ -153,6 +155,7 @@ def atomic_file(path: str | Path) -> Iterator[Path]:
 
     After an error it is gone, and `path` is as it was.
     """
+    check_path("the path", path)
     path = Path(path)
     # Beside the target, since a rename is atomic only within one file system; of the same suffix,
     # since writers may go by it.

@@ -12,7 +12,7 @@ import numpy as np
 
 from fxfuse.analysis.constraints import nothing_like
 from fxfuse.analysis.coupling import CouplingGraph, CouplingGroup
-from fxfuse.common.options import Options
+from fxfuse.common.options import Options, described
 from fxfuse.errors import OptionError
 
 #: A width for all groups, or by pattern of `state_dict()` names; 1 is a member's size.
@@ -52,18 +52,21 @@ class Size(Options):
 
     def __post_init__(self) -> None:
         """Check that a size is asked for once, and that a global allocation has one to spread."""
-        super().__post_init__()
         if not isinstance(self.width, int | float | Mapping | None):
             raise OptionError(
-                f"a {type(self.width).__name__} is no width: {self.width!r:.99}",
+                f"a size cannot be {described(self.width)}: {self.width!r:.99}",
                 where="size",
                 how="pass a number such as 0.5, numbers by pattern, or a Size",
             )
-        if self.multiple_of < 1:
-            raise OptionError(
-                f"multiple_of must be at least 1, got {self.multiple_of}",
-                how="use 8 for most hardware, or leave it out",
-            )
+        super().__post_init__()
+        for name in ("max_params", "max_flops", "multiple_of"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise OptionError(
+                    f"{name} must be at least 1, got {value}",
+                    where=f"Size({name}=...)",
+                    how="pass a larger number, or leave it out",
+                )
         if self.width is not None and self.is_budget:
             raise OptionError(
                 "width and a budget contradict each other",

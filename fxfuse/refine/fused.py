@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import fx, nn
@@ -13,6 +13,7 @@ from fxfuse.activations.calibration import CalibrationBatches
 from fxfuse.activations.statistics import warn_of_statistics
 from fxfuse.analysis.coupling import CouplingGraph
 from fxfuse.analysis.heads import joined_state
+from fxfuse.common.options import check_type
 from fxfuse.errors import MemberError, OptionError
 from fxfuse.graph.capture import Program
 from fxfuse.graph.module_checks import state_of
@@ -21,6 +22,7 @@ from fxfuse.planning.plan import FusionPlan
 Member = nn.Module | ExportedProgram | Program
 
 
+@runtime_checkable
 class Fused(Protocol):
     """What `fxfuse.fuse` returns, as far as a step after it needs it."""
 
@@ -79,14 +81,21 @@ def measurable(
         MemberError: These are not the members that were fused.
         CaptureError: The members were traced: there is no graph to run.
     """
+    check_fused(result)
     result.graph.program.require_exported()
     batches = CalibrationBatches.of(result.graph.program, calibration)
     warn_of_statistics(result.graph.program, batches)
     return states_of(result, members), batches
 
 
+def check_fused(result: Fused) -> None:
+    """Check that this is what `fuse` or `prune` returned."""
+    check_type("result", result, Fused, how="pass what fxfuse.fuse or fxfuse.prune returned")
+
+
 def check_one_head(result: Fused, what: str, why: str) -> None:
     """Checks that a network is no partial fusion."""
+    check_fused(result)
     if result.plan.heads:
         raise OptionError(
             f"a network with several heads cannot be {what}",

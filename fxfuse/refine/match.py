@@ -18,7 +18,7 @@ from torch import nn
 
 from fxfuse.activations.augment import Augment, default_augment
 from fxfuse.activations.calibration import CalibrationBatches
-from fxfuse.common.options import Options
+from fxfuse.common.options import Options, check_type
 from fxfuse.errors import InputError, OptionError
 from fxfuse.refine.batch import try_call
 from fxfuse.refine.infer_task import task_of_answer
@@ -105,6 +105,11 @@ class Match(Options):
                 raise OptionError(
                     f"{name} must be above 0, got {value}", how=f"pass a positive {name}"
                 )
+        if self.weight_decay < 0:
+            raise OptionError(
+                f"weight_decay must be at least 0, got {self.weight_decay}",
+                how="pass 0 for none, or leave it out",
+            )
         if self.batch is not None and self.batch < 2:
             raise OptionError(
                 f"batch must be at least 2, got {self.batch}",
@@ -195,6 +200,7 @@ def match(
             budget in seconds, or a batch without equal parts, for several processes.
         RefineError: A loss or weight is not finite.
     """
+    check_type("module", module, nn.Module, how="pass the network to train, such as result.module")
     options, task = options or Match(), as_task(task)
     if options.seconds is not None and together(module).groups:
         raise OptionError(
@@ -278,8 +284,7 @@ def train(
             where="calibration inputs",
             why="their tensors differ in length, and the network answers a part of the rows "
             "otherwise than within the whole",
-            how="refine by refine=[Refit()] alone, or wrap the network so that dimension 0 of each "
-            "input is the batch",
+            how="pass refine=[Refit()], or make dimension 0 of each input the batch",
         )
     target = device_of(module, None)
     steps = _STEPS if options.steps is None and options.seconds is None else options.steps

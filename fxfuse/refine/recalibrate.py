@@ -16,6 +16,7 @@ from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
 from fxfuse.activations.calibration import CalibrationBatches
+from fxfuse.common.options import check_type
 from fxfuse.errors import InputError, OptionError
 from fxfuse.graph.arguments import argument_names
 from fxfuse.graph.operator_facts import Normalisation, operators
@@ -52,6 +53,7 @@ def recalibrate(module: nn.Module, inputs: Any, *, batch: int = 1000) -> tuple[s
         InputError: The network rejects the inputs, or the input of a layer is not finite; no
             statistics were changed.
     """
+    check_type("module", module, nn.Module, how="pass a network, such as result.module")
     if batch < 2:
         raise OptionError(
             f"batch must be at least 2, got {batch}",

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch import fx, nn
+from torch import fx
 
+from fxfuse.common.options import described
 from fxfuse.errors import OptionError
 from fxfuse.graph.example import Example
 from fxfuse.refine.fused import Fused
@@ -17,9 +18,9 @@ def resolve_inputs(network: Fused | fx.GraphModule, example: Any) -> tuple[fx.Gr
     Raises:
         OptionError: This is not a fused network or a graph, or there are no example inputs.
     """
-    if isinstance(network, nn.Module) and not isinstance(network, fx.GraphModule):
+    if not isinstance(network, fx.GraphModule | Fused):
         raise OptionError(
-            f"a {type(network).__name__} is not a fused network",
+            f"{described(network)} is not a fused network",
             where="network",
             how="pass what fuse, prune or stack returned, or fxfuse.capture(network, "
             "example).module for a network of your own",

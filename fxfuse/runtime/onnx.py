@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from fxfuse.common.options import check_path
 from fxfuse.common.output import atomic_file
 from fxfuse.errors import CompileError, MissingDependencyError
 from fxfuse.graph.example import first_line
@@ -48,6 +49,7 @@ def export_onnx(
         CompileError: The network cannot be written as ONNX, or does not answer alike there.
         CaptureError: `torch.export` rejected the members, so there is no graph.
     """
+    check_path("path", path)
     missing = [name for name in _PACKAGES if find_spec(name) is None]
     if missing:
         raise MissingDependencyError(

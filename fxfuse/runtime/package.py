@@ -10,6 +10,7 @@ import torch
 from torch import fx
 from torch.export import ExportedProgram
 
+from fxfuse.common.options import check_path
 from fxfuse.common.output import atomic_file
 from fxfuse.errors import CheckpointError, CompileError, OptionError
 from fxfuse.graph import torch_compat
@@ -52,6 +53,7 @@ def package(
             like the network.
         CaptureError: `torch.export` rejects the network, or rejected the members.
     """
+    check_path("path", path)
     path = Path(path)
     if path.suffix != ".pt2":
         raise OptionError(
@@ -93,6 +95,7 @@ def load_package(path: str | Path) -> Callable[..., Any]:
     Raises:
         CheckpointError: The file does not exist, or is not a package.
     """
+    check_path("path", path)
     path = Path(path)
     if not path.is_file():
         raise CheckpointError(

@@ -13,7 +13,6 @@ from torch.fx.passes.fake_tensor_prop import FakeTensorProp
 from torch.fx.passes.infra.pass_base import PassBase
 
 from fxfuse.errors import OptionError
-from fxfuse.graph.run import answers
 from fxfuse.graph.tensors import tensors_in
 from fxfuse.graph.torch_compat import (
     FakeTensorMode,
@@ -21,6 +20,7 @@ from fxfuse.graph.torch_compat import (
     inductor_modes,
     inductor_settings,
 )
+from fxfuse.refine.batch import try_call
 from fxfuse.runtime.channels_last import ChannelsLast
 from fxfuse.runtime.eval_form import EvalForm, RemoveDropout, inference_copy
 from fxfuse.runtime.fold import FoldBatchNorm
@@ -57,7 +57,7 @@ def answers_of(
     module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> list[torch.Tensor]:
     """Return what the network itself answers in eval mode; which stays as it is."""
-    return tensors_in(answers(module, {}, args, kwargs))
+    return tensors_in(try_call(module, args, "the network", kwargs))
 
 
 def inductor_options(mode: str | None, options: Mapping[str, Any]) -> dict[str, Any]:

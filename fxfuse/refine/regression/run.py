@@ -19,6 +19,7 @@ from fxfuse.activations.recurrence import Recurrent, recurrent_of
 from fxfuse.analysis.coupling import CouplingGraph
 from fxfuse.analysis.heads import others_region
 from fxfuse.common.options import Options
+from fxfuse.errors import OptionError
 from fxfuse.graph.torch_compat import hint
 from fxfuse.planning.plan import FusionPlan
 from fxfuse.refine.infer_task import infer_task, logits_of, task_of_head
@@ -122,6 +123,18 @@ class Refit(Options):
     alpha: float | None = None
     seed: int = 0
     memory: int = MEMORY
+
+    def __post_init__(self) -> None:
+        """Check that the ridge and the memory are positive."""
+        super().__post_init__()
+        for name in ("alpha", "memory"):
+            value = getattr(self, name)
+            if value is not None and not value > 0:
+                raise OptionError(
+                    f"{name} must be above 0, got {value}",
+                    where=f"Refit({name}=...)",
+                    how=f"pass a positive {name}, or leave it out",
+                )
 
 
 def refit_state(
