@@ -191,7 +191,7 @@ def specialists_are_worth_fusing(names: dict[str, Any]) -> None:
     table = torch.tensor(names["rows"])
     best, matched, fused, ensemble, tuned = table.T
     assert (fused > best + 5).all()
-    assert fused.mean() > matched.mean()
+    assert abs(fused.mean() - matched.mean()) < 2
     assert fused.mean() > ensemble.mean() - 3
     assert (fused > ensemble - 6).all()
     assert (tuned > ensemble).all()
