@@ -20,7 +20,7 @@ from PIL import Image
 from torch import Tensor
 
 CLASSES = 10
-# The last training images: no member sees them. Calibration inputs and validation come from them.
+# Training images, chosen at random once: no member sees them. Calibration inputs and validation come from them.
 HELD_OUT = 5000
 # The mean and deviation of each colour of the training images, between 0 and 1.
 _MEAN = torch.tensor([0.4914, 0.4822, 0.4465]).view(3, 1, 1)
@@ -77,9 +77,10 @@ def load(data_root: Path) -> Cifar10:
             f"{data_root} holds neither cifar10/train.npz nor torchvision's cifar-10-batches-py. "
             "Nothing is downloaded: give the folder that has one of them with --data-root."
         )
-    first = len(known.labels) - HELD_OUT
-    every = torch.arange(len(known.labels))
-    return Cifar10(known.where(every[:first]), known.where(every[first:]), test)
+    # Files may hold one class after the other.
+    order = torch.randperm(len(known.labels), generator=torch.Generator().manual_seed(0))
+    train, held_out = order[:-HELD_OUT], order[-HELD_OUT:]
+    return Cifar10(known.where(train), known.where(held_out), test)
 
 
 def _from_jpeg(path: Path) -> Images:

@@ -10,7 +10,7 @@ from torch.nn import functional
 _CLASSES = 10
 
 
-class Block(nn.Module):
+class BasicBlock(nn.Module):
     """Two convolutions with BatchNorm and a shortcut."""
 
     def __init__(self, inputs: int, outputs: int, stride: int) -> None:
@@ -19,7 +19,7 @@ class Block(nn.Module):
         self.bn1 = nn.BatchNorm2d(outputs)
         self.conv2 = nn.Conv2d(outputs, outputs, 3, padding=1, bias=False)
         self.bn2 = nn.BatchNorm2d(outputs)
-        self.shortcut: nn.Module = nn.Identity()
+        self.shortcut = nn.Sequential()
         if inputs != outputs:
             self.shortcut = nn.Sequential(
                 nn.Conv2d(inputs, outputs, 1, stride, bias=False), nn.BatchNorm2d(outputs)
@@ -32,7 +32,10 @@ class Block(nn.Module):
 
 
 class ResNet20(nn.Module):
-    """Three stages of three blocks (He et al. 2015, section 4.2; shortcuts are convolutions)."""
+    """Three stages of three blocks (He et al. 2015, section 4.2; shortcuts are convolutions).
+
+    Modules are named as in other repositories' ResNet-20s, so that these merge it, too.
+    """
 
     def __init__(self, width: int = 16) -> None:
         super().__init__()
@@ -42,18 +45,19 @@ class ResNet20(nn.Module):
         for stage in range(3):
             channels = width * 2**stage
             blocks = [
-                Block(last if i == 0 else channels, channels, 2 if i == 0 and stage else 1)
+                BasicBlock(last if i == 0 else channels, channels, 2 if i == 0 and stage else 1)
                 for i in range(3)
             ]
             setattr(self, f"layer{stage + 1}", nn.Sequential(*blocks))
             last = channels
+        self.avgpool = nn.AdaptiveAvgPool2d(1)
         self.linear = nn.Linear(last, _CLASSES)
 
     def forward(self, x: Tensor) -> Tensor:
         """[b, 3, 32, 32] → logits [b, 10]."""
         x = functional.relu(self.bn1(self.conv1(x)))
         x = self.layer3(self.layer2(self.layer1(x)))
-        return self.linear(x.mean((2, 3)))
+        return self.linear(self.avgpool(x).flatten(1))
 
 
 class VGG11(nn.Module):

@@ -31,8 +31,8 @@ SETTINGS = ("same", "halves")
 _BATCH = 128
 _DECAY = 5e-4
 # Convolutions take a higher rate than an MLP bears.
-_RATES = {"resnet20": 0.4, "vgg11": 0.1, "convmixer": 0.05, "mlp": 0.05}
-_EPOCHS = {"resnet20": 16, "vgg11": 10, "convmixer": 10, "mlp": 20}
+_RATES = {"resnet20": 0.2, "vgg11": 0.1, "convmixer": 0.05, "mlp": 0.05}
+_EPOCHS = {"resnet20": 10, "vgg11": 10, "convmixer": 10, "mlp": 20}
 
 
 def main() -> None:

@@ -113,7 +113,7 @@ def run_mlps(data_root: Path, seeds: int) -> Iterator[dict[str, Any]]:
                 "KL of the fused": kl(ensemble, own),
                 "best member, the same seconds of a plain loop": accuracy(trained, labels),
                 "KL of the plain loop": kl(ensemble, trained),
-                "gain over the best member": _interval(100 * (right[0] - right[1])),
+                "gain over the best member": interval(100 * (right[0] - right[1])),
                 "handed over": result.history.chosen if result.history else "",
                 "seconds": seconds,
             }
@@ -146,7 +146,7 @@ def run_spliceai(
             "KL of the start": float(far[0].mean()),
             "KL of the best members side by side": _best_side_by_side(found, int(size)),
             "KL of the fused": kl(ensemble, own),
-            "gain over the start": _interval(far[0] - far[1]),
+            "gain over the start": interval(far[0] - far[1]),
             "sites found, and of the ensemble": spliceai.sites_found(ensemble, own),
             "steps": result.match.steps if result.match else 0,
             "handed over": history.chosen,
@@ -206,7 +206,7 @@ def _timed(
     return result, time.process_time() - begin
 
 
-def _interval(differences: Tensor) -> list[float]:
+def interval(differences: Tensor) -> list[float]:
     """Mean of paired differences `[n]`, and the ends of its bootstrap interval."""
     drawn = resampled(differences.double()[:, None], _RESAMPLES)[:, 0]
     ends = torch.tensor([(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2], dtype=drawn.dtype)
