@@ -974,9 +974,6 @@ def _rms_norm(space: Space, i: int, b: Block) -> Part:
     )
 
 
-# --- networks -----------------------------------------------------------------------------------
-
-
 # --- along one dimension, by index, by value, in frequencies ------------------------------------
 
 
@@ -1095,6 +1092,43 @@ def _basis(space: Space, i: int, b: Block) -> Part:
         knots=knots.repeat(i, 1) if b.flag else knots,
         weight=torch.randn(b.width, i, 3 if b.flag else 4),
     )
+
+
+@_block(TOKENS, VECTOR, plain=False)
+def _squared(space: Space, i: int, b: Block) -> Part:
+    """Channels as a square matrix that is multiplied by itself: one unit along two dimensions."""
+    side = b.parts
+
+    def forward(m: Part, x: torch.Tensor) -> torch.Tensor:
+        y = m.layer(x).unflatten(-1, (side, side))
+        y = (y.mT if b.flag else y) @ y
+        return m.out_layer(_act(y.flatten(-2)))
+
+    return Part(
+        b.width,
+        forward,
+        layer=space.layer(i, side * side),
+        out_layer=space.layer(side * side, b.width),
+    )
+
+
+@_block(TOKENS, VECTOR)
+def _filled(space: Space, i: int, b: Block) -> Part:
+    """Memory that is made first and filled later, or zeros in the shape of reshaped channels."""
+
+    def forward(m: Part, x: torch.Tensor) -> torch.Tensor:
+        y = _act(m.layer(x)).unflatten(-1, (b.parts, b.width))
+        if b.flag:
+            return (torch.zeros_like(y) + y).flatten(-2)
+        memory = y.new_empty(y.shape)
+        for part in range(b.parts):
+            memory[..., part, :] = y[..., part, :]
+        return memory.flatten(-2)
+
+    return Part(b.parts * b.width, forward, layer=space.layer(i, b.parts * b.width))
+
+
+# --- networks -----------------------------------------------------------------------------------
 
 
 class Network(nn.Module):
