@@ -48,7 +48,7 @@ def main() -> None:
     options = made.parse_args()
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
-    theirs = use(options.checkout, unused=("clip", "pygraphviz"))
+    theirs = use(options.checkout, unused=("clip", "einops", "pygraphviz"))
     about = {"their commit": theirs, "commit": records.described(), "torch": torch.__version__}
     data, rows = load(options.data_root), []
     for seed in options.seeds:
