@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TypeVar
 
 import torch
@@ -21,6 +21,7 @@ from fxfuse.graph.torch_compat import original_module
 from fxfuse.planning.plan import FusionPlan
 from fxfuse.refine import MatchReport, RefitReport
 from fxfuse.refine.history import History
+from fxfuse.refine.regression.transfer import Moved
 from fxfuse.transform.cost import parameters_of
 from fxfuse.transform.emit import FusedModule
 from fxfuse.verify import Verification
@@ -51,6 +52,8 @@ class FusionResult(Readable):
         history: Every network on the way, how far it is from the ensemble on inputs that no fit has
             seen, and what became of it; None without calibration inputs that judge.
         match: What the matching did that led to this network, or the first one if it was rejected.
+        others: Members of other architectures, by their numbers: the names of their classes.
+        moved: What was moved from them in closed form, as far as that was tried.
     """
 
     plan: FusionPlan
@@ -62,6 +65,8 @@ class FusionResult(Readable):
     history: History | None = None
     match: MatchReport | None = None
     _member: Program | None = None
+    others: Mapping[int, str] = field(default_factory=dict)
+    moved: Moved | None = None
 
     @property
     def raw_note(self) -> str:
@@ -69,7 +74,7 @@ class FusionResult(Readable):
 
         A network that runs every member one by one is their mean, and not raw.
         """
-        if self.refit or self.match or self.plan.mixing.mode == "per_member":
+        if self.refit or self.match or self.history or self.plan.mixing.mode == "per_member":
             return ""
         return _RAW_FUSION if self.plan.n_members > 1 else _RAW_PRUNING
 
@@ -113,6 +118,7 @@ class FusionResult(Readable):
         rows: dict[str, str | Sequence[str]] = {
             "method": f"{self.plan.method} ({options})" if options else self.plan.method,
             "refit": str(self.refit or ""),
+            "others": self._others(),
             **self._distances(),
             "checks": self.verification.described()[0].removeprefix("Verification: "),
             "kept": self._kept(),
@@ -124,6 +130,15 @@ class FusionResult(Readable):
         elif not self.emitted:
             rows["next"] = "use result.to_module(): there is no graph, as torch.export rejects it"
         return self._from_what_into_what(), rows
+
+    def _others(self) -> str:
+        """What reached the network from members of other architectures."""
+        if not self.others:
+            return ""
+        names = ", ".join(f"{number} ({name})" for number, name in self.others.items())
+        return f"{names} {'' if self.match is None else 'taught it; '}{self.moved or ''}".strip(
+            "; "
+        )
 
     def _kept(self) -> str:
         """Which modules were left out, since the forward pass does not use them."""
@@ -143,6 +158,9 @@ class FusionResult(Readable):
         name = "a network" if source is None else type(source).__name__
         fused = f"{parameters_of(self.graph, plan.sizes(), plan):,} parameters"
         own = "" if plan.heads else f" ({parameters_of(self.graph, {}):,} parameters)"
+        if self.others:
+            n = plan.n_members + len(self.others)
+            return f"{n} members, {plan.n_members} of {name}{own}, fused into one {name} ({fused})"
         if plan.n_members == 1:
             return f"{name}{own} pruned to {fused}"
         return f"{plan.n_members} members of {name}{own} fused into one network ({fused})"

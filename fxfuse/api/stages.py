@@ -219,6 +219,25 @@ def analyze_ensemble(
     return check_sound(graph, verify=verify)
 
 
+def in_architecture(
+    constraints: Constraints, numbers: Sequence[int], refinement: Refinement
+) -> Constraints:
+    """The constraints of those members that have the base member's architecture.
+
+    `numbers` are theirs among all members; the others reach the result through what follows only.
+    """
+    if not refinement:
+        raise OptionError(
+            "members of different architectures are not fused without refit or matching",
+            where="refine=[]",
+            why="no weight of theirs stands for another's, so nothing of them would be in the "
+            "result",
+            how="leave refine out, or pass refine=[Refit(), Match()] or one of them",
+        )
+    base = numbers.index(constraints.base_member)
+    return constraints.and_also(Constraints(base_member=base))
+
+
 @dataclass(frozen=True)
 class Planner:
     """Plans the fusion of an analyzed ensemble, from the inputs that a fit may see.
@@ -327,6 +346,8 @@ def build_network(
         found.history if found else None,
         found.match if found else None,
         ensemble.given[0] if ensemble.heads else None,
+        {i: type(other.source).__name__ for i, other in ensemble.others.items()},
+        found.moved if found else None,
     )
 
 
