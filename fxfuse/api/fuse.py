@@ -98,7 +98,7 @@ def fuse(
         base_member=constraints.base_member if matchable else None,
     )
     if ensemble.others:
-        constraints = in_architecture(constraints, ensemble.numbers, refinement)
+        constraints = in_architecture(constraints, ensemble, refinement)
     graph, checks = analyze_ensemble(ensemble, constraints, verify=verify)
     batches = refinement.batches(ensemble.network)
     planner = Planner(graph, ensemble, chosen, wanted, fitted=bool(refinement))

@@ -61,6 +61,11 @@ class Ensemble:
         every = range(len(self.states) + len(self.others))
         return [number for number in every if number not in self.others]
 
+    @property
+    def architectures(self) -> dict[int, Program]:
+        """The fused network, and each member of another architecture, by a member's number."""
+        return {self.numbers[0]: self.network, **self.others}
+
     def check_weights(self) -> None:
         """Check that all members have values, and finite ones."""
 

@@ -33,6 +33,7 @@ from fxfuse.planning.methods import Method, Transplant, find_method
 from fxfuse.planning.plan import FusionPlan
 from fxfuse.planning.size import Size
 from fxfuse.refine import Match, Refit, Task
+from fxfuse.refine.infer_task import task_of_all
 from fxfuse.refine.pipeline import Refined, Steps, refined, resolve_steps
 from fxfuse.refine.task import as_task
 from fxfuse.transform.apply import fused_tensors
@@ -220,11 +221,11 @@ def analyze_ensemble(
 
 
 def in_architecture(
-    constraints: Constraints, numbers: Sequence[int], refinement: Refinement
+    constraints: Constraints, ensemble: Ensemble, refinement: Refinement
 ) -> Constraints:
     """The constraints of those members that have the base member's architecture.
 
-    `numbers` are theirs among all members; the others reach the result through what follows only.
+    The others reach the result only through what follows the fusion.
     """
     if not refinement:
         raise OptionError(
@@ -234,7 +235,9 @@ def in_architecture(
             "result",
             how="leave refine out, or pass refine=[Refit(), Match()] or one of them",
         )
-    base = numbers.index(constraints.base_member)
+    if refinement.steps.task is None:
+        task_of_all(ensemble.architectures)
+    base = ensemble.numbers.index(constraints.base_member)
     return constraints.and_also(Constraints(base_member=base))
 
 

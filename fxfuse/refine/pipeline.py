@@ -16,7 +16,6 @@ import torch
 from fxfuse.activations.calibration import FEW, CalibrationBatches
 from fxfuse.analysis.coupling import CouplingGraph
 from fxfuse.errors import InputError, OptionError, RefineError
-from fxfuse.graph.capture import Program
 from fxfuse.planning.plan import FusionPlan
 from fxfuse.refine.history import OTHER, Candidate, History
 from fxfuse.refine.infer_task import task_of_all
@@ -148,7 +147,8 @@ class Plans(Protocol):
     def ensemble(self) -> Any:
         """The members, with their tensors by name as `states`.
 
-        `others` are the members of other architectures, `numbers` says which the first ones are.
+        `others` are the members of other architectures, `numbers` are those of the first ones;
+        `architectures` has a program of each.
         """
 
     def plan(self, batches: CalibrationBatches | None) -> FusionPlan:
@@ -182,11 +182,6 @@ def refined(
     return _Way(plans, calibration, steps).run()
 
 
-def _architectures(plans: Plans) -> dict[int, Program]:
-    """The fused members' program, and each of another architecture, by a member's number."""
-    return {plans.ensemble.numbers[0]: plans.graph.program, **plans.ensemble.others}
-
-
 def _unjudged(plans: Plans, calibration: CalibrationBatches, steps: Steps) -> Refined:
     """What was asked for, whatever comes of it."""
     graph, states = plans.graph, plans.ensemble.states
@@ -196,17 +191,24 @@ def _unjudged(plans: Plans, calibration: CalibrationBatches, steps: Steps) -> Re
         state, report = refit_state(
             graph, plan, states, state, calibration, steps.refit, steps.task
         )
-    start, others = fused_start(graph, plan, state, "fused"), plans.ensemble.others
+    others, moved = plans.ensemble.others, None
+    if steps.match is None and not others:
+        return Refined(plan, fused_start(graph, plan, state, "fused").module, report)
+    members = members_of(graph, states, others)
+    task = steps.task or task_of_all(plans.ensemble.architectures)[0]
+    check_task(task, members, calibration)
+    asked = ask_members(task, members, calibration)
+    if others and steps.refit is not None:
+        student = Student(graph, plan, state)
+        moved = Moved(fit_answer(student, _plain(asked), task), (), kept=True)
+        state = student.state
+    start = fused_start(graph, plan, state, "fused")
     if steps.match is not None:
-        members = members_of(graph, states, others)
-        task = steps.task or task_of_all(_architectures(plans))[0]
-        check_task(task, members, calibration)
-        asked = ask_members(task, members, calibration)
         judge = Judge(task.prepared(asked.wanted, asked.members), asked)
         match = train(
             start.module, members, calibration, judge, steps.match, progress=steps.progress
         )
-    return Refined(plan, start.module, report, match)
+    return Refined(plan, start.module, report, match, moved=moved)
 
 
 #: What refit and matching make, in the order in which the judge looks at it. A member that was
@@ -265,7 +267,7 @@ class _Way:
         self.others, self.numbers = plans.ensemble.others, plans.ensemble.numbers
         self.members = members_of(graph, states, self.others)
         self.task, self.why = (
-            task_of_all(_architectures(plans))
+            task_of_all(plans.ensemble.architectures)
             if steps.task is None
             else (steps.task, "it was given")
         )
@@ -360,7 +362,7 @@ class _Way:
         best = made.best = min(
             made.starts, key=made.cost if by_metric else lambda s: far[s.name], default=None
         )
-        move = _Move(self, made, fitting, choose)
+        move = _Move(self, made, known or fitting, choose)
         fitted = None
         # A member alone in its architecture has nobody to be fused with.
         alone = bool(self.others) and len(self.states) == 1
@@ -518,17 +520,26 @@ class _Way:
         return "loss on the labels" if self.calibration.labels else self.task.unit
 
 
+def _plain(asked: Asked) -> Asked:
+    """The inputs without copies: of these the members would have to be asked anew."""
+    return replace(asked, calibration=replace(asked.calibration, augmentations=0))
+
+
 class _Move:
     """Moves what can be moved from members of other architectures, in closed form.
 
     What comes of it is taken where it is closer to the ensemble on the inputs that choose.
     """
 
-    def __init__(self, way: _Way, made: _Made, fitting: CalibrationBatches, choose: Judge) -> None:
+    def __init__(
+        self, way: _Way, made: _Made, given: Asked | CalibrationBatches, choose: Judge
+    ) -> None:
         self.way, self.made, self.choose = way, made, choose
         self.wanted = bool(way.others) and way.steps.refit is not None
         if self.wanted:
-            self.asked = ask_members(way.task, way.members, fitting.with_copies)
+            if isinstance(given, CalibrationBatches):
+                given = ask_members(way.task, way.members, given)
+            self.asked = _plain(given)
 
     def into(self, start: Start, name: str | None = None) -> Start:
         """The network with what was moved into it, as `name`; itself where nothing is closer."""

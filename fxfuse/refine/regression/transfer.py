@@ -10,14 +10,14 @@ Notation of shapes: n inputs, c channels, f features of a layer, r rows, * any f
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import ceil
 
 import torch
 from torch import Tensor, fx
 
 from fxfuse.activations import NodeRunner
-from fxfuse.activations.calibration import count_rows
+from fxfuse.activations.calibration import count_rows, pick_rows
 from fxfuse.analysis.coupling import CouplingGraph
 from fxfuse.graph.capture import Program
 from fxfuse.planning.plan import FusionPlan
@@ -37,8 +37,9 @@ from fxfuse.transform.resizing import Resized, resized_of
 _ALPHAS = (10.0, 1.0, 0.1, 1e-2, 1e-3)
 #: Log-probabilities below this are taken for this.
 _LEAST = -12.0
-#: Levels of a network that are looked at, at most: the last ones say most of the answer.
-_LEVELS = 6
+#: Levels of a network that are drawn, at most, and inputs that say where to: each level takes two
+#: runs of them. The last levels say most of the answer.
+_LEVELS, _INPUTS = 4, 512
 #: Parts of the inputs, each of which is predicted from the others.
 _FOLDS = 4
 
@@ -124,10 +125,17 @@ class Student:
         )
 
     def levels(self) -> list[FitTarget]:
-        """The layers behind which everything that the network answers passes through one place."""
+        """The layers that end a stage: all passes through what they answer, and has its shape.
+
+        The next such place, if there is one, has another shape.
+        """
         narrow = cuts(self._resized.graph)
-        found = [r for r in self.routes if r.is_straight and r.aim in narrow and self._is_free(r)]
-        return [route for route in found if route.aim not in self.outputs]
+        every = [r for r in self.routes if r.is_straight and r.aim in narrow]
+        shapes = [[str(size) for size in r.aim.meta["val"].shape[1:]] for r in every]
+        ends = [one != other for one, other in zip(shapes, [*shapes[1:], None], strict=True)]
+        found = [route for route, end in zip(every, ends, strict=True) if end]
+        free = [r for r in found if r.aim not in self.outputs and self._is_free(r)]
+        return free[-_LEVELS:]
 
     def head(self, task: Task) -> FitTarget | str:
         """The layer that writes the answer, or why it cannot be fitted."""
@@ -275,9 +283,12 @@ def draw_levels(
         asked: Inputs that may be fitted to, and what the ensemble answers.
         task: What the output means.
     """
-    routes = student.levels()[-_LEVELS:]
+    routes = student.levels()
     if not routes:
         return []
+    few = asked.calibration.first(_INPUTS, max(_sizes(asked)))
+    wanted = pick_rows(asked.wanted, slice(0, few.size))
+    asked = replace(asked, calibration=few, wanted=wanted)
     views = {number: _views(program, asked) for number, program in others.items()}
     found = []
     for route in routes:
