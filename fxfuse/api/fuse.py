@@ -52,7 +52,9 @@ def fuse(
 
     Args:
         members: Two or more networks with the same graph, apart from `heads`; or `Members`, for
-            checkpoints that stay on disk and for members on several processes.
+            checkpoints that stay on disk and for members on several processes. With calibration
+            inputs members may have different architectures: the result has the base member's, whose
+            members are fused, and is fitted and matched to all.
         example: A tensor, a tuple of inputs, a mapping of keyword inputs, or an `Example`; batch of
             at least 2. Members that torch.export rejects are traced on it, so it should reach every
             part.

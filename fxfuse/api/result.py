@@ -136,9 +136,10 @@ class FusionResult(Readable):
         if not self.others:
             return ""
         names = ", ".join(f"{number} ({name})" for number, name in self.others.items())
-        return f"{names} {'' if self.match is None else 'taught it; '}{self.moved or ''}".strip(
-            "; "
-        )
+        chosen = "matched from" if self.history is None else self.history.chosen
+        matched = self.match is not None and chosen.startswith("matched from")
+        how = f"{'' if matched else 'not '}matched to their answers"
+        return f"{names}: {'; '.join(filter(None, (how, str(self.moved or ''))))}"
 
     def _kept(self) -> str:
         """Which modules were left out, since the forward pass does not use them."""

@@ -498,7 +498,10 @@ class _Way:
         origin = current.name.removeprefix("matched from ")
         plan = replace(current.plan, options={**current.plan.options, "start": origin})
         match = made.matched.get(current.name) or next(iter(made.matched.values()), None)
-        moved = made.moved.get(origin) or next(iter(made.moved.values()), None)
+        moved = made.moved.get(origin)
+        if moved is None and made.moved:
+            # What was tried is told, though it is not in this network.
+            moved = replace(next(iter(made.moved.values())), kept=False)
         return Refined(plan, current.module, made.refit, match, history, current.members, moved)
 
     def _is_clear(self, new: Measured, member: Measured) -> bool:

@@ -74,7 +74,7 @@ class Moved:
     Attributes:
         head: Why its last layer was not fitted to the ensemble's answers, or "".
         levels: Places that were drawn towards what the other members see.
-        kept: Whether that is in the network that it was tried on.
+        kept: Whether that is in the network that is returned.
     """
 
     head: str
@@ -85,8 +85,7 @@ class Moved:
         """What was moved, and what could not be."""
         drawn = [level for level in self.levels if not level.why]
         if not self.kept:
-            why = self.head or "a fit to their answers was no closer on inputs that it had not seen"
-            return f"no weight was moved in closed form: {why}"
+            return f"nothing was moved in closed form: {self.head or 'it was no closer'}"
         said = [] if self.head else ["the last layer was fitted to the ensemble's answers"]
         said += [f"{len(drawn)} of {len(self.levels)} levels were drawn towards theirs"] * bool(
             drawn
