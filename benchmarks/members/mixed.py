@@ -148,6 +148,7 @@ def _rows(case: Case, match: fxfuse.Match) -> Iterator[dict[str, Any]]:
     found = [outputs_of(n, case.inputs, batch=_BATCH, logits=True) for n in case.members]
     ensemble = mean_of(found)
     ends = accuracy(found[0], case.labels), accuracy(ensemble, case.labels)
+    way = ends[1] - ends[0]
 
     def row(name: str, own: Tensor, cost: float, **more: Any) -> dict[str, Any]:
         reached = accuracy(own, case.labels)
@@ -158,7 +159,7 @@ def _rows(case: Case, match: fxfuse.Match) -> Iterator[dict[str, Any]]:
             "accuracy": reached,
             "base member": ends[0],
             "ensemble": ends[1],
-            "share of the way": (reached - ends[0]) / (ends[1] - ends[0]),
+            "share of the way": (reached - ends[0]) / way if way else None,
             "KL to the ensemble": kl(ensemble, own),
             "CPU seconds": round(cost, 1),
             "commit": records.described(),

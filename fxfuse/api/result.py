@@ -37,6 +37,11 @@ _RAW_PRUNING = (
 )
 
 
+def class_of(program: Program) -> str:
+    """What a member is called in sentences: its class, where that is known."""
+    return "a network" if program.source is None else type(program.source).__name__
+
+
 @dataclass(frozen=True, repr=False)
 class FusionResult(Readable):
     """A fused network.
@@ -155,8 +160,7 @@ class FusionResult(Readable):
         return {"judged": title, "task": str(rows["task"])}
 
     def _from_what_into_what(self) -> str:
-        plan, source = self.plan, (self._member or self.graph.program).source
-        name = "a network" if source is None else type(source).__name__
+        plan, name = self.plan, class_of(self._member or self.graph.program)
         fused = f"{parameters_of(self.graph, plan.sizes(), plan):,} parameters"
         own = "" if plan.heads else f" ({parameters_of(self.graph, {}):,} parameters)"
         if self.others:

@@ -19,7 +19,7 @@ from fxfuse.analysis.label_spaces import Heads
 from fxfuse.analysis.multi_width import check_base_member, multi_width
 from fxfuse.api.checks import check_plan, check_sound, verified
 from fxfuse.api.load_members import Ensemble, load_members
-from fxfuse.api.result import FusionResult
+from fxfuse.api.result import FusionResult, class_of
 from fxfuse.common.options import check_type
 from fxfuse.errors import InputError, OptionError
 from fxfuse.graph.capture import Program
@@ -349,7 +349,7 @@ def build_network(
         found.history if found else None,
         found.match if found else None,
         ensemble.given[0] if ensemble.heads else None,
-        {i: type(other.source).__name__ for i, other in ensemble.others.items()},
+        {i: class_of(other) for i, other in ensemble.others.items()},
         found.moved if found else None,
     )
 

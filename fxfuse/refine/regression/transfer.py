@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from math import ceil
+from math import ceil, inf
 
 import torch
 from torch import Tensor, fx
@@ -35,6 +35,8 @@ from fxfuse.transform.resizing import Resized, resized_of
 
 #: Penalties that are tried, relative to the mean square of a feature, from the largest one down.
 _ALPHAS = (10.0, 1.0, 0.1, 1e-2, 1e-3)
+#: Numbers of a last layer, beyond which one penalty is tried, and of an answer that predicts.
+_MANY, _PREDICTING = 100_000, 1024
 #: Log-probabilities below this are taken for this.
 _LEAST = -12.0
 #: Levels of a network that are drawn, at most, and inputs that say where to: each level takes two
@@ -178,11 +180,13 @@ def fit_answer(student: Student, asked: Asked, task: Task) -> str:
     now, best = current(route, student.state), None
     classes = isinstance(task, Classification)
     least = _far(now(rows[held]), wanted[held], classes=classes)
-    for alpha in _ALPHAS:
+    for alpha in _ALPHAS if now.matrix.numel() <= _MANY else _ALPHAS[1:2]:
         fit = _answering(route, rows[~held], wanted[~held], now, alpha, classes=classes)
         far = _far(fit(rows[held]), wanted[held], classes=classes)
         if far < least:
             least, best = far, alpha
+        elif best is not None:
+            break
     if best is None:
         return "no last layer is closer on inputs that it was not fitted to"
     student.write(route, _answering(route, rows, wanted, now, best, classes=classes), rows)
@@ -294,6 +298,9 @@ def draw_levels(
         own = _means(student.runner(asked), [route])[0]
         similar = {n: _most_similar(own, places, asked) for n, places in views.items() if places}
         seen = [views[n][place] for n, (place, _) in similar.items()] + _answer_seen(asked, task)
+        if not seen or len(own) != asked.calibration.size:
+            # Nobody sees anything like it, or its first dimension is not the batch.
+            continue
         found.append(_drawn(student, asked, route, own, seen, similar))
     return found
 
@@ -339,7 +346,8 @@ def _views(program: Program, asked: Asked) -> dict[str, Tensor]:
     narrow = cuts(program.graph)
     routes = [route for route in routes_of(program) if route.aim in narrow]
     means = _means(NodeRunner(program, program.state(), asked.calibration), routes)
-    return {route.layer.weight: mean for route, mean in zip(routes, means, strict=True)}
+    named = {route.layer.weight: mean for route, mean in zip(routes, means, strict=True)}
+    return {name: mean for name, mean in named.items() if len(mean) == asked.calibration.size}
 
 
 def _means(runner: NodeRunner, routes: Sequence[FitTarget]) -> list[Tensor]:
@@ -364,12 +372,11 @@ def _mean(value: Tensor, channels: int) -> Tensor:
 
 def _answer_seen(asked: Asked, task: Task) -> list[Tensor]:
     """The ensemble's answer as numbers that predict; none where it is too large, or no tensor."""
-    wanted = asked.wanted
-    if not isinstance(wanted, Tensor) or wanted.dim() < 2:
+    wanted, classes = asked.wanted, isinstance(task, Classification)
+    dim = task.dim if isinstance(task, Classification) else 1
+    if not isinstance(wanted, Tensor) or wanted.dim() < 2 or wanted.shape[dim] > _PREDICTING:
         return []
-    if isinstance(task, Classification):
-        return [_mean(wanted.float().clamp(min=_LEAST), task.dim)]
-    return [_mean(wanted.float(), 1)]
+    return [_mean(wanted.float().clamp(min=_LEAST if classes else None, max=inf), dim)]
 
 
 def _most_similar(own: Tensor, places: Mapping[str, Tensor], asked: Asked) -> tuple[str, float]:
