@@ -557,7 +557,7 @@ class _Move:
             self.made.moved.setdefault(name, moved)
             if cost < least:
                 best, least, self.made.moved[name] = found, cost, replace(moved, kept=True)
-        if best is start:
+        if best is start and name != start.name:
             self.made.notes[name] = f"left out: {start.name} is closer"
         return best
 

@@ -1,8 +1,8 @@
 """What a network takes over from an ensemble of other architectures, in closed form.
 
-head: the last layer is fitted to what the whole ensemble answers. levels: before that, places
-through which everything passes are drawn towards what the other members' most similar places and
-the ensemble's answer say of them.
+head: the last layer is fitted to what the whole ensemble answers. levels: before that, the ends of
+stages are drawn towards what the other members' most similar stages and the ensemble's answer say
+of them.
 
 Notation of shapes: n inputs, c channels, f features of a layer, r rows, * any further dimensions.
 """
@@ -48,12 +48,12 @@ _FOLDS = 4
 
 @dataclass(frozen=True)
 class Level:
-    """A place of the result that was drawn towards what the other members see.
+    """The end of a stage of the result, which was drawn towards what the other members see.
 
     Attributes:
         weight: Name of the weight of the layer that was fitted.
-        similar: Number of each other member → its most similar place, and the share of the
-            variance of this one that it explains, on inputs that were not fitted to.
+        similar: Number of each other member → its most similar stage, by the weight at its end, and
+            the share of this one's variance that it explains on inputs that were not fitted to.
         explained: Share of what the level should change by that its own inputs explain.
         why: Why it was left as it was, or "".
     """
@@ -75,7 +75,7 @@ class Moved:
 
     Attributes:
         head: Why its last layer was not fitted to the ensemble's answers, or "".
-        levels: Places that were drawn towards what the other members see.
+        levels: Stages that were to be drawn towards what the other members see.
         kept: Whether that is in the network that is returned.
     """
 
@@ -88,11 +88,9 @@ class Moved:
         drawn = [level for level in self.levels if not level.why]
         if not self.kept:
             return f"nothing was moved in closed form: {self.head or 'it was no closer'}"
-        said = [] if self.head else ["the last layer was fitted to the ensemble's answers"]
-        said += [f"{len(drawn)} of {len(self.levels)} levels were drawn towards theirs"] * bool(
-            drawn
-        )
-        return "; ".join([*said, *([self.head] if self.head else [])])
+        said = self.head or "the last layer was fitted to the ensemble's answers"
+        share = f"; {len(drawn)} of {len(self.levels)} stages were drawn towards theirs"
+        return said + share * bool(drawn)
 
 
 class Student:
@@ -126,15 +124,8 @@ class Student:
         )
 
     def levels(self) -> list[FitTarget]:
-        """The layers that end a stage: all passes through what they answer, and has its shape.
-
-        The next such place, if there is one, has another shape.
-        """
-        narrow = cuts(self._resized.graph)
-        every = [r for r in self.routes if r.is_straight and r.aim in narrow]
-        shapes = [[str(size) for size in r.aim.meta["val"].shape[1:]] for r in every]
-        ends = [one != other for one, other in zip(shapes, [*shapes[1:], None], strict=True)]
-        found = [route for route, end in zip(every, ends, strict=True) if end]
+        """The last stages that may be drawn, by the layers that end them."""
+        found = stages(self.routes, self._resized.graph)
         free = [r for r in found if r.aim not in self.outputs and self._is_free(r)]
         return free[-_LEVELS:]
 
@@ -243,7 +234,7 @@ def _sizes(asked: Asked) -> list[int]:
 
 
 def _last(count: int) -> Tensor:
-    """Which of the rows of a batch are the last ones, `HELD_OUT` of all; the same in copies."""
+    """Which of the rows of a batch are the last ones, `HELD_OUT` of all."""
     return torch.arange(count) >= count - int(HELD_OUT * count)
 
 
@@ -342,9 +333,8 @@ def _drawn(
 
 
 def _views(program: Program, asked: Asked) -> dict[str, Tensor]:
-    """What a member sees at its levels, mean over positions [n, c], by the layer's weight."""
-    narrow = cuts(program.graph)
-    routes = [route for route in routes_of(program) if route.aim in narrow]
+    """What a member sees at its stages, mean over positions [n, c], by the layer's weight."""
+    routes = stages(routes_of(program), program.graph)
     means = _means(NodeRunner(program, program.state(), asked.calibration), routes)
     named = {route.layer.weight: mean for route, mean in zip(routes, means, strict=True)}
     return {name: mean for name, mean in named.items() if len(mean) == asked.calibration.size}
@@ -405,6 +395,21 @@ def _predicted(seen: Tensor, own: Tensor, asked: Asked) -> tuple[Tensor, float]:
             best, found = error, guess
     total = float((own - own.mean(0)).square().sum())
     return found, 1 - best / max(total, 1e-30)
+
+
+def stages(routes: Sequence[FitTarget], graph: fx.Graph) -> list[FitTarget]:
+    """Return the layers that end a stage: all passes through what they answer.
+
+    The next such place, if there is one, has another shape.
+    """
+    narrow = cuts(graph)
+    every = [route for route in routes if route.is_straight and route.aim in narrow]
+    shapes = [[str(size) for size in route.aim.meta["val"].shape[1:]] for route in every]
+    return [
+        route
+        for route, own, following in zip(every, shapes, [*shapes[1:], None], strict=True)
+        if own != following
+    ]
 
 
 def cuts(graph: fx.Graph) -> set[fx.Node]:
