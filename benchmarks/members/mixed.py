@@ -1,6 +1,6 @@
 """Members of three architectures in one network of the first one's, without labels.
 
-    python -m benchmarks.members.mixed digits [--seeds 0 1 2] [--steps 300]
+    python -m benchmarks.members.mixed digits [--seeds 0 1 2] [--steps 200]
     python -m benchmarks.members.mixed cifar10 [--seeds 0] [--seconds 120] [--data-root DATA]
 
 `digits` trains its members here, in seconds: a residual network, a plain convolutional one and a
@@ -88,7 +88,7 @@ def main() -> None:
     )
     made.add_argument("data", choices=("digits", "cifar10"))
     made.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    made.add_argument("--steps", type=int, default=300, help="of matching, on the digits")
+    made.add_argument("--steps", type=int, default=200, help="of matching, on the digits")
     made.add_argument("--seconds", type=float, default=120.0, help="of matching, on CIFAR-10")
     made.add_argument("--calibration", type=int, default=1000, help="CIFAR-10 inputs")
     made.add_argument("--data-root", type=Path, default=Path("../shared/data"))
