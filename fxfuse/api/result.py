@@ -127,7 +127,7 @@ class FusionResult(Readable):
             **self._distances(),
             "checks": self.verification.described()[0].removeprefix("Verification: "),
             "kept": self._kept(),
-            "note": self.raw_note,
+            "note": self.raw_note or self._closer(),
             "next": "use result.module, or keep it with fxfuse.save(result, folder)",
         }
         if self.raw_note:
@@ -145,6 +145,19 @@ class FusionResult(Readable):
         matched = self.match is not None and chosen.startswith("matched from")
         how = f"{'' if matched else 'not '}matched to their answers"
         return f"{names}: {'; '.join(filter(None, (how, str(self.moved or ''))))}"
+
+    def _closer(self) -> str:
+        """Whether a member of another architecture is closer to the ensemble than the network."""
+        if self.history is None or not self.others:
+            return ""
+        judged = {n: self.history[f"member {n}"].judged for n in self.others}
+        best = min(judged, key=judged.__getitem__)
+        if not judged[best] < self.history[self.history.chosen].judged:
+            return ""
+        return (
+            f"member {best} ({self.others[best]}) alone is closer to the ensemble: "
+            f"Constraints(base_member={best}) takes its architecture"
+        )
 
     def _kept(self) -> str:
         """Which modules were left out, since the forward pass does not use them."""
