@@ -9,6 +9,7 @@ import pickle
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -705,14 +706,61 @@ def test_bad_input_is_named():
         fxfuse.stack(members[:1], x)
     with pytest.raises(OptionError, match="unknown reduce 'sum'"):
         fxfuse.stack(members, x, reduce="sum")
-    with pytest.raises(MemberError, match="member 1"):
-        fxfuse.stack([members[0], perceptrons(norm=False)[0]], x)
+    with pytest.raises(
+        MemberError, match=r"member 1 differs from member 0: outputs(.|\n)*\[b, 2\]"
+    ):
+        fxfuse.stack([members[0], nn.Linear(6, 2)], x)
+    with pytest.raises(MemberError, match="member 1 differs from member 0: inputs"):
+        fxfuse.stack([members[0], fxfuse.capture(nn.Linear(5, 4), torch.randn(4, 5))], x)
     with pytest.raises(MemberError, match="dtypes"):
         fxfuse.stack([members[0], copy.deepcopy(members[1]).double()], x)
     with pytest.raises(MemberError, match="the network has no weights"):
         fxfuse.stack([copy.deepcopy(m).to("meta") for m in members], x.to("meta"))
     with pytest.raises(RewriteError, match="Sequential is not a stack"):
         fxfuse.unstack(members[0])
+
+
+class Other(nn.Module):
+    """Not the network of `resnets`, with a buffer that no state_dict() has."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.BatchNorm2d(3)
+        self.drop = nn.Dropout()
+        self.fc = nn.Linear(3, 4)
+        self.register_buffer("scale", torch.full((1,), 2.0), persistent=False)
+
+    def forward(self, picture: torch.Tensor) -> torch.Tensor:
+        return self.fc(self.drop(self.norm(picture * self.scale).mean((2, 3))))
+
+
+def test_members_of_different_architectures_stand_side_by_side(tmp_path: Path):
+    x = images()
+    first, last = resnets(2)
+    members = [first, excite(Other(), x), last, Other().eval()]
+    members[3].fc = members[1].fc
+    each = torch.stack([answers(member, x)[0] for member in members])
+    votes = nn.functional.one_hot(each.argmax(2), 4).sum(0) + 1e-3 * each.mean(0).softmax(1)
+    for reduce, wanted in (
+        ("none", each),
+        ("vote", votes.argmax(1)),
+        ("probabilities", each.softmax(2).mean(0)),
+        ("mean", each.mean(0)),
+    ):
+        module = fxfuse.stack(members, x, reduce=reduce, verify=reduce == "mean")
+        torch.testing.assert_close(module(x), wanted)
+    check_unstacked(module, members)
+    assert module.member1__fc__weight is module.member3__fc__weight
+    fxfuse.save(module, tmp_path / "stack")
+    for again in (
+        fxfuse.load(tmp_path / "stack"),
+        torch.export.export(module, (x,)).module(),
+        torch.compile(module, backend="eager", fullgraph=True),
+        pickle.loads(pickle.dumps(module)),
+    ):
+        torch.testing.assert_close(again(x), module(x))
+    module.train()(x)
+    assert not torch.equal(module.member1__norm__running_mean, members[1].norm.running_mean)
 
 
 def test_a_network_that_cannot_be_exported_is_refused():

@@ -41,6 +41,7 @@ class Constraints(Options):
             may be permuted and fused. An output that is not listed is interface in every
             dimension.
         base_member: Number of the member that keeps every piece that is frozen inside the network.
+            Where members have different architectures, the result has this one's.
     """
 
     freeze: tuple[str, ...] = ()

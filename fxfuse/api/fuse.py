@@ -11,7 +11,13 @@ from fxfuse.analysis.label_spaces import Heads
 from fxfuse.api.checks import check_kind
 from fxfuse.api.load_members import load_members
 from fxfuse.api.result import FusionResult
-from fxfuse.api.stages import Planner, Refinement, analyze_ensemble, build_network
+from fxfuse.api.stages import (
+    Planner,
+    Refinement,
+    analyze_ensemble,
+    build_network,
+    in_architecture,
+)
 from fxfuse.graph.example import Example
 from fxfuse.members.members import Members
 from fxfuse.members.streamed import Network
@@ -46,7 +52,9 @@ def fuse(
 
     Args:
         members: Two or more networks with the same graph, apart from `heads`; or `Members`, for
-            checkpoints that stay on disk and for members on several processes.
+            checkpoints that stay on disk and for members on several processes. With calibration
+            inputs members may have different architectures: the result has the base member's, whose
+            members are fused, and is fitted and matched to all.
         example: A tensor, a tuple of inputs, a mapping of keyword inputs, or an `Example`; batch of
             at least 2. Members that torch.export rejects are traced on it, so it should reach every
             part.
@@ -85,8 +93,14 @@ def fuse(
     refinement = Refinement.of(refine, calibration, task, progress, chosen, matchable=matchable)
     check_allocation(chosen, wanted)
     ensemble = load_members(
-        Members.of(members), Example.of(example), heads, runs_members=calibration is not None
+        Members.of(members),
+        Example.of(example),
+        heads,
+        runs_members=calibration is not None,
+        base_member=constraints.base_member if matchable else None,
     )
+    if ensemble.others:
+        constraints = in_architecture(constraints, ensemble, refinement)
     graph, checks = analyze_ensemble(ensemble, constraints, verify=verify)
     batches = refinement.batches(ensemble.network)
     planner = Planner(graph, ensemble, chosen, wanted, fitted=bool(refinement))

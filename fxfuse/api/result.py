@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TypeVar
 
 import torch
@@ -21,6 +21,7 @@ from fxfuse.graph.torch_compat import original_module
 from fxfuse.planning.plan import FusionPlan
 from fxfuse.refine import MatchReport, RefitReport
 from fxfuse.refine.history import History
+from fxfuse.refine.regression.transfer import Moved
 from fxfuse.transform.cost import parameters_of
 from fxfuse.transform.emit import FusedModule
 from fxfuse.verify import Verification
@@ -34,6 +35,11 @@ _RAW_FUSION = (
 _RAW_PRUNING = (
     "This network is pruned and not refitted: it is most likely far less accurate than before."
 )
+
+
+def class_of(program: Program) -> str:
+    """What a member is called in sentences: its class, where that is known."""
+    return "a network" if program.source is None else type(program.source).__name__
 
 
 @dataclass(frozen=True, repr=False)
@@ -51,6 +57,8 @@ class FusionResult(Readable):
         history: Every network on the way, how far it is from the ensemble on inputs that no fit has
             seen, and what became of it; None without calibration inputs that judge.
         match: What the matching did that led to this network, or the first one if it was rejected.
+        others: Members of other architectures, by their numbers: the names of their classes.
+        moved: What was moved from them in closed form, as far as that was tried.
     """
 
     plan: FusionPlan
@@ -62,6 +70,8 @@ class FusionResult(Readable):
     history: History | None = None
     match: MatchReport | None = None
     _member: Program | None = None
+    others: Mapping[int, str] = field(default_factory=dict)
+    moved: Moved | None = None
 
     @property
     def raw_note(self) -> str:
@@ -69,7 +79,7 @@ class FusionResult(Readable):
 
         A network that runs every member one by one is their mean, and not raw.
         """
-        if self.refit or self.match or self.plan.mixing.mode == "per_member":
+        if self.refit or self.match or self.history or self.plan.mixing.mode == "per_member":
             return ""
         return _RAW_FUSION if self.plan.n_members > 1 else _RAW_PRUNING
 
@@ -113,10 +123,11 @@ class FusionResult(Readable):
         rows: dict[str, str | Sequence[str]] = {
             "method": f"{self.plan.method} ({options})" if options else self.plan.method,
             "refit": str(self.refit or ""),
+            "others": self._others(),
             **self._distances(),
             "checks": self.verification.described()[0].removeprefix("Verification: "),
             "kept": self._kept(),
-            "note": self.raw_note,
+            "note": self.raw_note or self._closer(),
             "next": "use result.module, or keep it with fxfuse.save(result, folder)",
         }
         if self.raw_note:
@@ -124,6 +135,29 @@ class FusionResult(Readable):
         elif not self.emitted:
             rows["next"] = "use result.to_module(): there is no graph, as torch.export rejects it"
         return self._from_what_into_what(), rows
+
+    def _others(self) -> str:
+        """What reached the network from members of other architectures."""
+        if not self.others:
+            return ""
+        names = ", ".join(f"{number} ({name})" for number, name in self.others.items())
+        chosen = "matched from" if self.history is None else self.history.chosen
+        matched = self.match is not None and chosen.startswith("matched from")
+        how = f"{'' if matched else 'not '}matched to their answers"
+        return f"{names}: {'; '.join(filter(None, (how, str(self.moved or ''))))}"
+
+    def _closer(self) -> str:
+        """Whether a member of another architecture is closer to the ensemble than the network."""
+        if self.history is None or not self.others:
+            return ""
+        judged = {n: self.history[f"member {n}"].judged for n in self.others}
+        best = min(judged, key=judged.__getitem__)
+        if not judged[best] < self.history[self.history.chosen].judged:
+            return ""
+        return (
+            f"member {best} ({self.others[best]}) alone is closer to the ensemble: "
+            f"Constraints(base_member={best}) takes its architecture"
+        )
 
     def _kept(self) -> str:
         """Which modules were left out, since the forward pass does not use them."""
@@ -139,10 +173,12 @@ class FusionResult(Readable):
         return {"judged": title, "task": str(rows["task"])}
 
     def _from_what_into_what(self) -> str:
-        plan, source = self.plan, (self._member or self.graph.program).source
-        name = "a network" if source is None else type(source).__name__
+        plan, name = self.plan, class_of(self._member or self.graph.program)
         fused = f"{parameters_of(self.graph, plan.sizes(), plan):,} parameters"
         own = "" if plan.heads else f" ({parameters_of(self.graph, {}):,} parameters)"
+        if self.others:
+            n = plan.n_members + len(self.others)
+            return f"{n} members, {plan.n_members} of {name}{own}, fused into one {name} ({fused})"
         if plan.n_members == 1:
             return f"{name}{own} pruned to {fused}"
         return f"{plan.n_members} members of {name}{own} fused into one network ({fused})"

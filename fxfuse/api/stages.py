@@ -19,7 +19,7 @@ from fxfuse.analysis.label_spaces import Heads
 from fxfuse.analysis.multi_width import check_base_member, multi_width
 from fxfuse.api.checks import check_plan, check_sound, verified
 from fxfuse.api.load_members import Ensemble, load_members
-from fxfuse.api.result import FusionResult
+from fxfuse.api.result import FusionResult, class_of
 from fxfuse.common.options import check_type
 from fxfuse.errors import InputError, OptionError
 from fxfuse.graph.capture import Program
@@ -33,6 +33,7 @@ from fxfuse.planning.methods import Method, Transplant, find_method
 from fxfuse.planning.plan import FusionPlan
 from fxfuse.planning.size import Size
 from fxfuse.refine import Match, Refit, Task
+from fxfuse.refine.infer_task import task_of_all
 from fxfuse.refine.pipeline import Refined, Steps, refined, resolve_steps
 from fxfuse.refine.task import as_task
 from fxfuse.transform.apply import fused_tensors
@@ -219,6 +220,27 @@ def analyze_ensemble(
     return check_sound(graph, verify=verify)
 
 
+def in_architecture(
+    constraints: Constraints, ensemble: Ensemble, refinement: Refinement
+) -> Constraints:
+    """The constraints of those members that have the base member's architecture.
+
+    The others reach the result only through what follows the fusion.
+    """
+    if not refinement:
+        raise OptionError(
+            "members of different architectures are not fused without refit or matching",
+            where="refine=[]",
+            why="no weight of theirs stands for another's, so nothing of them would be in the "
+            "result",
+            how="leave refine out, or pass refine=[Refit(), Match()] or one of them",
+        )
+    if refinement.steps.task is None:
+        task_of_all(ensemble.architectures)
+    base = ensemble.numbers.index(constraints.base_member)
+    return constraints.and_also(Constraints(base_member=base))
+
+
 @dataclass(frozen=True)
 class Planner:
     """Plans the fusion of an analyzed ensemble, from the inputs that a fit may see.
@@ -327,6 +349,8 @@ def build_network(
         found.history if found else None,
         found.match if found else None,
         ensemble.given[0] if ensemble.heads else None,
+        {i: class_of(other) for i, other in ensemble.others.items()},
+        found.moved if found else None,
     )
 
 

@@ -29,10 +29,15 @@ def load_members(
     example: str,
     checkpoints: Sequence[Path],
     weights: str | None = None,
+    member_arg: Iterable[str] | None = None,
 ) -> tuple[list[nn.Module], tuple[torch.Tensor, ...]]:
     """Make one model per checkpoint, and inputs for them; `weights` as in `make_member`."""
     arguments = parse_model_args(model_arg or ())
-    members = [make_member(model, arguments, path, weights) for path in checkpoints]
+    each = map(parse_model_args, parse_member_args(member_arg or (), len(checkpoints)))
+    members = [
+        make_member(model, {**arguments, **own}, path, weights)
+        for path, own in zip(checkpoints, each, strict=True)
+    ]
     return members, inputs_for(members[0], example)
 
 

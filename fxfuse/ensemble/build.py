@@ -16,15 +16,16 @@ from fxfuse.ensemble.order import in_depth
 from fxfuse.ensemble.policy import policy_of
 from fxfuse.ensemble.reduce import REDUCTIONS, write_output
 from fxfuse.ensemble.reuse import reuse_memory
+from fxfuse.ensemble.side_by_side import side_by_side
 from fxfuse.ensemble.walk import changes_tensors, walk, written_tensors
 from fxfuse.ensemble.weights import as_words
-from fxfuse.errors import OptionError, VerificationError
+from fxfuse.errors import MemberError, OptionError, VerificationError
 from fxfuse.graph.capture import Program, capture
 from fxfuse.graph.eager import alone
 from fxfuse.graph.example import Example, is_single
 from fxfuse.graph.export_reuse import captured_each
 from fxfuse.graph.module_checks import check_enough, check_values, warn_of_twins
-from fxfuse.graph.same_network import check_same_network
+from fxfuse.graph.same_network import check_same_interface, check_same_network
 from fxfuse.graph.tensors import tensors_in
 from fxfuse.members.members import Members
 from fxfuse.transform.emit import FusedModule, copy_graph, emit, emit_graph
@@ -53,11 +54,13 @@ def stack(
 ) -> FusedModule:
     """Write an ensemble as one graph that computes all members, losslessly.
 
-    Members never mix, so the outputs are exactly theirs. What is the same for all is computed once,
-    linear layers of all members are one product, and everything else runs member by member.
+    Members never mix, so the outputs are exactly theirs. Of members of one graph, what is the same
+    for all is computed once, linear layers of all members are one product, and everything else runs
+    member by member. Members of different architectures run side by side on the same inputs.
 
     Args:
-        members: Two or more networks with the same graph and the same shapes; they are copied.
+        members: Two or more networks that take the same inputs and return outputs of the same
+            shapes; they are copied.
         example: A tensor, a tuple, a mapping of keyword inputs, or an `Example`. The stack takes
             any batch, but it is optimised for this one: use the size that it will run on. A single
             input is repeated if members answer both as they answer one.
@@ -81,7 +84,8 @@ def stack(
 
     Raises:
         InputError: A member rejects the example inputs.
-        MemberError: The members are fewer than two, differ, or hold unusable weights.
+        MemberError: The members are fewer than two, take other inputs, return other outputs, or
+            hold unusable weights.
         CaptureError: `torch.export` rejects a member.
         RewriteError: An output cannot be reduced in that way.
         VerificationError: An output differs from the members'.
@@ -92,12 +96,16 @@ def stack(
         raise OptionError(f"unknown reduce {reduce!r}", how=f"use one of {', '.join(REDUCTIONS)}")
     given = Example.of(example)
     program = captured_each(members, lambda m, _: _captured(m, given))
-    check_same_network(program)
     for member in program:
         check_values(member.state())
-    single = is_single(*_example(members[0], given))
-    writer = walk(program, policy_of(_device(program[0])), single=single)
-    joined, inventory = writer.weights.place_tensors()
+    policy = policy_of(_device(program[0]))
+    if _are_one_network(program):
+        single = is_single(*_example(members[0], given))
+        writer = walk(program, policy, single=single)
+        joined, inventory = writer.weights.place_tensors()
+    else:
+        check_same_interface(program)
+        writer, joined, inventory = side_by_side(program, policy)
     module = _emitted(writer, joined, "none", class_dim)
     if verify:
         _check(module, program)
@@ -105,6 +113,14 @@ def stack(
         module = _emitted(writer, joined, reduce, class_dim)
     module.meta[INVENTORY] = inventory
     return module
+
+
+def _are_one_network(members: Sequence[Program]) -> bool:
+    try:
+        check_same_network(members)
+    except MemberError:
+        return False
+    return True
 
 
 def _captured(member: nn.Module | ExportedProgram | Program, example: Example) -> Program:
@@ -131,7 +147,7 @@ def _device(program: Program) -> torch.device:
 def _emitted(writer: Writer, joined: Program, reduce: str, class_dim: int) -> FusedModule:
     """A module with the tensors of `joined` themselves, so that two of them cost what one does."""
     output = write_output(writer, reduce, class_dim)
-    keeps_order = changes_tensors(writer.members[0].graph)
+    keeps_order = any(changes_tensors(member.graph) for member in writer.members)
     graph = copy_graph(writer.graph) if keeps_order else in_depth(writer.graph)
     writer.graph.erase_node(output)
     written = written_tensors(graph)
@@ -147,7 +163,8 @@ def _emitted(writer: Writer, joined: Program, reduce: str, class_dim: int) -> Fu
     for node in reads:
         own = str(node.target)
         node.target = f"constant{words[own]}"
-        constants[node.target] = writer.members[0].tensor(own)
+        known = writer.constants.get(own)
+        constants[node.target] = writer.members[0].tensor(own) if known is None else known
     return emit_graph(joined, joined.state(), graph, constants)
 
 

@@ -61,6 +61,8 @@ class Writer:
         policy: Which lowerings pay.
         groups_convolutions: Whether convolutions are run for all members at once.
         values: For each node of the members' graph, what stands for it.
+        constants: Tensors that the graph reads and no state_dict() has, by name; what is not in it
+            is the first member's.
     """
 
     members: Sequence[Program]
@@ -69,6 +71,7 @@ class Writer:
     weights: Weights
     groups_convolutions: bool = False
     values: dict[fx.Node, Value] = field(default_factory=dict)
+    constants: dict[str, torch.Tensor] = field(default_factory=dict)
 
     @property
     def n(self) -> int:

@@ -35,19 +35,19 @@ def unstack(module: nn.Module) -> list[dict[str, torch.Tensor]]:
         )
     # Of a compiled module, the module that was compiled.
     own = original_module(module).state_dict()
-    return [_member(own, inventory, number) for number in range(inventory.n_members)]
+    return [_member(own, inventory, number) for number in range(len(inventory.entries))]
 
 
 def _member(
     own: dict[str, torch.Tensor], inventory: Inventory, number: int
 ) -> dict[str, torch.Tensor]:
     state: dict[str, torch.Tensor] = {}
-    for entry in inventory.entries:
+    for entry in inventory.entries[number]:
         if entry.key in state:
             state[entry.name] = state[entry.key]
             continue
         tensor = own[name_in_stack(entry.place, entry.word, number)]
         if entry.place is Place.STACKED:
-            tensor = tensor.reshape(inventory.n_members, *entry.shape)[number]
+            tensor = tensor.reshape(len(inventory.entries), *entry.shape)[number]
         state[entry.name] = tensor
     return state

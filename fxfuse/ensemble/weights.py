@@ -50,10 +50,13 @@ class Entry:
 
 @dataclass(frozen=True)
 class Inventory:
-    """What `unstack` has to know, by plain data only: tensors in the order of a `state_dict()`."""
+    """What `unstack` has to know, by plain data only.
 
-    n_members: int
-    entries: tuple[Entry, ...]
+    Attributes:
+        entries: Of each member, its tensors in the order of its `state_dict()`.
+    """
+
+    entries: tuple[tuple[Entry, ...], ...]
 
 
 def name_in_stack(place: Place, word: str, member: int = 0) -> str:
@@ -210,7 +213,7 @@ class Weights:
         joined = replace(
             first, module=holder, names=tuple(canonical), canonical=canonical, source=None
         )
-        return joined, Inventory(self.n, entries)
+        return joined, Inventory((entries,) * self.n)
 
     def _name(self, place: Place, name: str, member: int = 0) -> str:
         return name_in_stack(place, self.words[name], member)

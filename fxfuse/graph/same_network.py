@@ -14,7 +14,7 @@ from fxfuse.graph.example import first_line
 from fxfuse.graph.run import answers
 from fxfuse.graph.source_lines import where_of
 from fxfuse.graph.tensors import is_constant, tensors_in
-from fxfuse.graph.torch_compat import pytree, schema_of
+from fxfuse.graph.torch_compat import hint, pytree, schema_of
 
 #: Names of the arguments of operators that may be a number of channels, heads or groups.
 _SIZES = frozenset(
@@ -63,6 +63,46 @@ def check_same_as(first: Program, other: Program, number: int, *, any_width: boo
         _check_graph(first, other, number, free)
     else:
         _check_answers(first, other, number)
+
+
+def check_same_interface(members: Sequence[Program]) -> None:
+    """Check that members of any architecture take the same inputs and return the same outputs.
+
+    Batch sizes may differ; where an output is in a structure does not count.
+    """
+    wanted = _interface(members[0])
+    for number, other in enumerate(members[1:], start=1):
+        for what, ours, theirs in zip(
+            ("inputs", "outputs"), wanted, _interface(other), strict=True
+        ):
+            if ours != theirs:
+                raise MemberError(
+                    f"member {number} differs from member 0: {what}",
+                    where=f"member 0: {_shown(ours)}; member {number}: {_shown(theirs)}",
+                    why="members of different architectures run on the same inputs, and what they "
+                    "answer is combined",
+                    how=f"wrap the networks so that their {what} are alike",
+                )
+
+
+def _interface(program: Program) -> tuple[list[Any], list[Any]]:
+    """The inputs and the outputs: dtype and shape without the batch; numbers as they are."""
+    inputs = [n.meta.get("val") for n in program.graph.nodes if n.op == "placeholder"]
+    outputs = [n.meta.get("val") if isinstance(n, fx.Node) else n for n in program.outputs()]
+    found = ([_described(value) for value in values] for values in (inputs, outputs))
+    return next(found), next(found)
+
+
+def _described(value: Any) -> Any:
+    if not isinstance(value, torch.Tensor):
+        return hint(value)
+    return value.dtype, tuple(hint(size) for size in value.shape[1:]), value.dim()
+
+
+def _shown(values: Sequence[Any]) -> str:
+    tensors = (v for v in values if isinstance(v, tuple))
+    shapes = [f"{str(dtype).removeprefix('torch.')} {['b', *rest]}" for dtype, rest, _ in tensors]
+    return ", ".join(shapes).replace("'", "") or "no tensor"
 
 
 def _mismatch(what: str, number: int, where: str, why: str) -> MemberError:

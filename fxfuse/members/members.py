@@ -26,7 +26,8 @@ class Members:
     They may differ in width (the score decides who provides which unit; by default the result has
     member 0's size), in the size of heads and groups (where not all is kept, member 0's are), and
     in depth, if some lack residual blocks that others have: then all have the deepest one's graph,
-    and a block that a member lacks counts as the identity.
+    and a block that a member lacks counts as the identity. Networks in memory may also have
+    different architectures, where `fuse` is given calibration inputs.
 
     Attributes:
         networks: The networks, or paths of their checkpoints.

@@ -13,6 +13,10 @@ from fxfuse.common.readable import Description, Readable
 _KEYS = {"seconds": "cpu_seconds"}
 
 
+#: What became of a member of another architecture.
+OTHER = "another architecture: not a start"
+
+
 @dataclass
 class Candidate:
     """A network that the way came by.
@@ -74,7 +78,8 @@ class History(Readable):
     @property
     def starts(self) -> tuple[Candidate, ...]:
         """The candidates for which nothing was fitted."""
-        return tuple(c for c in self.candidates if not c.against and not math.isnan(c.judged))
+        known = (c for c in self.candidates if not c.against and not math.isnan(c.judged))
+        return tuple(c for c in known if c.verdict != OTHER)
 
     def table(self) -> dict[str, list[str]]:
         """Return a column for each heading, with a line for each candidate."""

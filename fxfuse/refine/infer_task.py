@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -86,6 +86,29 @@ def infer_task(program: Program) -> tuple[Task, str]:
         if len(shape) == 3 and shape[2] >= _TOKENS and _reads_tokens(program):
             return NextToken(), f"the inputs are tokens, and the output is [b, t, {shape[2]}]"
     return Regression(), f"nothing says more of the output {_shown(shape)}"
+
+
+def task_of_all(programs: Mapping[int, Program]) -> tuple[Task, str]:
+    """Return the task that the members' graphs suggest, as `infer_task`; it must be one.
+
+    Args:
+        programs: A member of each architecture, by its number.
+
+    Raises:
+        OptionError: Graphs say that outputs mean different things.
+    """
+    found = {number: infer_task(program) for number, program in programs.items()}
+    (first, (task, why)), *others = found.items()
+    for number, (other, _) in others:
+        if other != task:
+            raise OptionError(
+                f"member {number} differs from member {first}: what its output means",
+                where=f"member {first}: {task}; member {number}: {other}",
+                why="members are combined, and outputs that mean different things cannot be",
+                how="pass task= where the graphs do not show that they mean the same, or wrap the "
+                "networks so that their outputs do",
+            )
+    return task, why
 
 
 def _shown(shape: tuple[Any, ...]) -> str:

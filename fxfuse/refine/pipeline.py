@@ -17,8 +17,8 @@ from fxfuse.activations.calibration import FEW, CalibrationBatches
 from fxfuse.analysis.coupling import CouplingGraph
 from fxfuse.errors import InputError, OptionError, RefineError
 from fxfuse.planning.plan import FusionPlan
-from fxfuse.refine.history import Candidate, History
-from fxfuse.refine.infer_task import infer_task
+from fxfuse.refine.history import OTHER, Candidate, History
+from fxfuse.refine.infer_task import task_of_all
 from fxfuse.refine.judge import (
     Asked,
     Judge,
@@ -34,6 +34,7 @@ from fxfuse.refine.judge import (
 )
 from fxfuse.refine.match import Match, MatchReport, TooFewSeconds, train
 from fxfuse.refine.regression import Refit, RefitReport, refit_state
+from fxfuse.refine.regression.transfer import Moved, Student, draw_levels, fit_answer
 from fxfuse.refine.starts import (
     Start,
     State,
@@ -84,7 +85,9 @@ class Refined:
         refit: What the refit did, if there was one.
         match: What the matching did, if there was one.
         history: Every candidate, and what became of it; None where nothing could be judged.
-        members: Numbers of the members that the plan is for; None: all.
+        members: The members that the plan is for, by their places among those that are fused;
+            None: all of them.
+        moved: What was moved from members of other architectures, where there are any.
     """
 
     plan: FusionPlan
@@ -93,6 +96,7 @@ class Refined:
     match: MatchReport | None = None
     history: History | None = None
     members: tuple[int, ...] | None = None
+    moved: Moved | None = None
 
 
 def resolve_steps(
@@ -141,7 +145,11 @@ class Plans(Protocol):
 
     @property
     def ensemble(self) -> Any:
-        """The members, with their tensors by name as `states`."""
+        """The members, with their tensors by name as `states`.
+
+        `others` are the members of other architectures, `numbers` are those of the first ones;
+        `architectures` has a program of each.
+        """
 
     def plan(self, batches: CalibrationBatches | None) -> FusionPlan:
         """Plan the fusion; the method may look at these inputs."""
@@ -183,22 +191,30 @@ def _unjudged(plans: Plans, calibration: CalibrationBatches, steps: Steps) -> Re
         state, report = refit_state(
             graph, plan, states, state, calibration, steps.refit, steps.task
         )
+    others, moved = plans.ensemble.others, None
+    if steps.match is None and not others:
+        return Refined(plan, fused_start(graph, plan, state, "fused").module, report)
+    members = members_of(graph, states, others)
+    task = steps.task or task_of_all(plans.ensemble.architectures)[0]
+    check_task(task, members, calibration)
+    asked = ask_members(task, members, calibration)
+    if others and steps.refit is not None:
+        student = Student(graph, plan, state)
+        moved = Moved(fit_answer(student, _plain(asked), task), (), kept=True)
+        state = student.state
     start = fused_start(graph, plan, state, "fused")
     if steps.match is not None:
-        members = members_of(graph, states)
-        task = steps.task or infer_task(graph.program)[0]
-        check_task(task, members, calibration)
-        asked = ask_members(task, members, calibration)
         judge = Judge(task.prepared(asked.wanted, asked.members), asked)
         match = train(
             start.module, members, calibration, judge, steps.match, progress=steps.progress
         )
-    return Refined(plan, start.module, report, match)
+    return Refined(plan, start.module, report, match, moved=moved)
 
 
 #: What refit and matching make, in the order in which the judge looks at it. A member that was
 #: matched comes first: what is fitted more has to be better than what is fitted less.
-_KINDS = ("matched", "fitted", "fitted and matched")
+#: What is moved from members of other architectures has to be better than the best start first.
+_KINDS = ("moved", "matched", "fitted", "fitted and matched")
 #: By so much, as a share, a member with units of others may be farther off than the member itself.
 _AS_GOOD = 0.01
 #: A member is near the ensemble at this KL divergence in nats, and how many times as close a fused
@@ -216,6 +232,7 @@ class _Made:
         steps: What refit and matching made, by kind.
         refit: What the refit did.
         matched: What each matching did, by the name of what it led to.
+        moved: What was moved from members of other architectures, by the name of what it led to.
         notes: What came of a step that led to nothing.
         chosen_by: Of each network, what it is worth on the inputs that choose.
         seconds: CPU seconds of each.
@@ -226,6 +243,7 @@ class _Made:
     steps: dict[str, Start] = field(default_factory=dict)
     refit: RefitReport | None = None
     matched: dict[str, MatchReport] = field(default_factory=dict)
+    moved: dict[str, Moved] = field(default_factory=dict)
     notes: dict[str, str] = field(default_factory=dict)
     chosen_by: dict[str, Measured] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
@@ -246,9 +264,12 @@ class _Way:
         self.plans, self.graph, self.states = plans, plans.graph, plans.ensemble.states
         self.calibration, self.steps = calibration, steps
         graph, states = self.graph, self.states
-        self.members = members_of(graph, states)
+        self.others, self.numbers = plans.ensemble.others, plans.ensemble.numbers
+        self.members = members_of(graph, states, self.others)
         self.task, self.why = (
-            infer_task(graph.program) if steps.task is None else (steps.task, "it was given")
+            task_of_all(plans.ensemble.architectures)
+            if steps.task is None
+            else (steps.task, "it was given")
         )
         check_task(self.task, self.members, calibration)
         self.metric = calibration.evaluate
@@ -287,7 +308,7 @@ class _Way:
             judged[start.name] = accept.measure(start.module)
         for kind, start in made.steps.items():
             judged[start.name] = judged[kind] if few else accept.measure(start.module)
-        return self._accepted(made, judged, asking)
+        return self._accepted(made, judged, asking, choose, accept)
 
     def _judge(self, inputs: CalibrationBatches) -> Judge:
         asked = ask_members(self.task, self.members, inputs)
@@ -333,21 +354,30 @@ class _Way:
             known = ask_members(self.task, self.members, fitting)
         if has_starts and known is not None:
             wide = Judge(choose.task, known.and_also(choose.asked))
-            for start, far[start.name] in exact_starts(self.graph, plan, self.states, wide):
+            for start, far[start.name] in exact_starts(
+                self.graph, plan, self.states, wide, self.numbers
+            ):
                 made.starts.append(measure(start))
         by_metric = self.metric is not None
         best = made.best = min(
             made.starts, key=made.cost if by_metric else lambda s: far[s.name], default=None
         )
+        move = _Move(self, made, known or fitting, choose)
         fitted = None
-        if best is None or self.steps.refit is not None:
+        # A member alone in its architecture has nobody to be fused with.
+        alone = bool(self.others) and len(self.states) == 1
+        if best is None or (self.steps.refit is not None and not alone):
             plan = planned or self.plans.plan(fitting)
-            fitted = made.steps["fitted"] = measure(self._fitted(made, plan, fitting))
+            fitted = measure(move.into(self._fitted(made, plan, fitting)))
+            made.steps["fitted"] = fitted
         # A network that is farther off than a member is not worth the steps.
         worth = fitted is not None and (best is None or made.cost(fitted) < made.cost(best))
         parts = (best is not None) + worth
         if best is not None:
             start = self._grown(made, plan, best, measure)
+            moved = move.into(start, f"{start.name} refitted")
+            if moved is not start:
+                start = made.steps["moved"] = measure(moved)
             self._match(made, "matched", start, known, choose, parts, measure)
         if fitted is not None and worth:
             self._match(made, "fitted and matched", fitted, known, choose, parts, measure)
@@ -361,7 +391,7 @@ class _Way:
         """The best start, or where that is one member, as good a one that fills the wanted size."""
         grown = None
         if best.member is not None and self.steps.match is not None:
-            grown = grown_start(self.graph, plan, self.states, best.member)
+            grown = grown_start(self.graph, plan, self.states, best.member, self.numbers)
         if grown is None:
             return best
         made.starts.append(measure(grown))
@@ -414,7 +444,14 @@ class _Way:
         else:
             made.notes[name] = "rejected: no state on the way was closer"
 
-    def _accepted(self, made: _Made, judged: dict[str, Measured], asking: float) -> Refined:
+    def _accepted(
+        self,
+        made: _Made,
+        judged: dict[str, Measured],
+        asking: float,
+        choose: Judge,
+        accept: Judge,
+    ) -> Refined:
         """The best start, or the last step that is better than what there was."""
         lines: list[Candidate] = []
         current, is_member = made.best, True
@@ -439,6 +476,15 @@ class _Way:
             if line.accepted:
                 current, is_member = start, kind == "matched"
         lines += [Candidate(name, verdict=note) for name, note in made.notes.items()]
+        lines += [
+            Candidate(
+                f"member {number}",
+                choose.measured(choose.asked.members[number], self.members[number]).cost,
+                accept.measured(accept.asked.members[number], self.members[number]).cost,
+                verdict=OTHER,
+            )
+            for number in self.others
+        ]
         assert current is not None
         history = History(
             tuple(lines),
@@ -452,7 +498,11 @@ class _Way:
         origin = current.name.removeprefix("matched from ")
         plan = replace(current.plan, options={**current.plan.options, "start": origin})
         match = made.matched.get(current.name) or next(iter(made.matched.values()), None)
-        return Refined(plan, current.module, made.refit, match, history, current.members)
+        moved = made.moved.get(origin)
+        if moved is None and made.moved:
+            # What was tried is told, though it is not in this network.
+            moved = replace(next(iter(made.moved.values())), kept=False)
+        return Refined(plan, current.module, made.refit, match, history, current.members, moved)
 
     def _is_clear(self, new: Measured, member: Measured) -> bool:
         """Whether a fused network may take a member's place.
@@ -471,6 +521,51 @@ class _Way:
         if self.metric is not None:
             return "minus your own metric"
         return "loss on the labels" if self.calibration.labels else self.task.unit
+
+
+def _plain(asked: Asked) -> Asked:
+    """The inputs without copies: of these the members would have to be asked anew."""
+    return replace(asked, calibration=replace(asked.calibration, augmentations=0))
+
+
+class _Move:
+    """Moves what can be moved from members of other architectures, in closed form.
+
+    What comes of it is taken where it is closer to the ensemble on the inputs that choose.
+    """
+
+    def __init__(
+        self, way: _Way, made: _Made, given: Asked | CalibrationBatches, choose: Judge
+    ) -> None:
+        self.way, self.made, self.choose = way, made, choose
+        self.wanted = bool(way.others) and way.steps.refit is not None
+        if self.wanted:
+            if isinstance(given, CalibrationBatches):
+                given = ask_members(way.task, way.members, given)
+            self.asked = _plain(given)
+
+    def into(self, start: Start, name: str | None = None) -> Start:
+        """The network with what was moved into it, as `name`; itself where nothing is closer."""
+        if not self.wanted or start.members is not None:
+            return start
+        best, least = start, self.choose.measure(start.module).cost
+        name = name or start.name
+        for levels in (False, True):
+            moved, student = self._moved(start, levels=levels)
+            found = fused_start(self.way.graph, start.plan, student.state, name)
+            cost = self.choose.measure(found.module).cost
+            self.made.moved.setdefault(name, moved)
+            if cost < least:
+                best, least, self.made.moved[name] = found, cost, replace(moved, kept=True)
+        if best is start and name != start.name:
+            self.made.notes[name] = f"left out: {start.name} is closer"
+        return best
+
+    def _moved(self, start: Start, *, levels: bool) -> tuple[Moved, Student]:
+        way = self.way
+        student = Student(way.graph, start.plan, start.module.state_dict())
+        drawn = draw_levels(student, way.others, self.asked, way.task) if levels else []
+        return Moved(fit_answer(student, self.asked, way.task), tuple(drawn)), student
 
 
 def _said(verdict: Verdict, *, clear: bool) -> str:

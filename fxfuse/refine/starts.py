@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from types import MappingProxyType
 
 import numpy as np
 import torch
@@ -14,6 +15,7 @@ import torch
 from fxfuse.activations.layers import layers_of
 from fxfuse.analysis.coupling import CouplingGraph, Index
 from fxfuse.errors import RewriteError
+from fxfuse.graph.capture import Program
 from fxfuse.graph.torch_compat import pytree
 from fxfuse.planning.plan import FusionPlan, Mixing, UnitMap
 from fxfuse.planning.roles import Role, RoleKind
@@ -45,13 +47,29 @@ class Start:
     member: int | None = None
 
 
-def members_of(graph: CouplingGraph, states: Sequence[State]) -> list[FusedModule]:
-    """The members as networks of their own, which share the given tensors."""
-    return [emit(graph.of_member(i).program, state) for i, state in enumerate(states)]
+def members_of(
+    graph: CouplingGraph,
+    states: Sequence[State],
+    others: Mapping[int, Program] = MappingProxyType({}),
+) -> list[FusedModule]:
+    """The members as networks of their own, which share the given tensors.
+
+    `others` are those of other architectures, by their numbers among all; the result is in the
+    order of these numbers.
+    """
+    own = iter([emit(graph.of_member(i).program, state) for i, state in enumerate(states)])
+    return [
+        emit(others[number], others[number].state()) if number in others else next(own)
+        for number in range(len(states) + len(others))
+    ]
 
 
 def exact_starts(
-    graph: CouplingGraph, plan: FusionPlan, states: Sequence[State], judge: Judge
+    graph: CouplingGraph,
+    plan: FusionPlan,
+    states: Sequence[State],
+    judge: Judge,
+    numbers: Sequence[int],
 ) -> Iterator[tuple[Start, float]]:
     """The networks of at most the planned size that answer as members do, nothing fitted.
 
@@ -65,20 +83,21 @@ def exact_starts(
         states: The members' tensors by name.
         judge: Knows what the members answer to inputs that do not accept: nothing is fitted here,
             so that these may be those of the fit.
+        numbers: The number that each of these members has among all that the judge knows.
 
     Yields:
         A network, and how far its answers are from the ensemble's, by the members' answers.
     """
 
     def far(chosen: Sequence[int]) -> float:
-        return judge.measured(_mean([judge.asked.members[i] for i in chosen])).mean
+        return judge.measured(_mean([judge.asked.members[numbers[i]] for i in chosen])).mean
 
     order, width = greedy_order(len(states), far), whole_width(graph, plan)
     for member in order if width == 1 or graph.members else order[:1]:
         if _fits(graph, plan, states, member):
-            yield _alone(graph, plan, states, member), far([member])
+            yield _alone(graph, plan, states, member, numbers), far([member])
     for count in range(2, min(width, len(states)) + 1):
-        start = _side_by_side(graph, plan, states, sorted(order[:count]))
+        start = _side_by_side(graph, plan, states, sorted(order[:count]), numbers)
         if start is not None:
             yield start, far(order[:count])
 
@@ -103,15 +122,25 @@ def _fits(graph: CouplingGraph, plan: FusionPlan, states: Sequence[State], membe
     return not absent and all(states[member][n].shape == t.shape for n, t in wanted.items())
 
 
-def _alone(graph: CouplingGraph, plan: FusionPlan, states: Sequence[State], member: int) -> Start:
+def _alone(
+    graph: CouplingGraph,
+    plan: FusionPlan,
+    states: Sequence[State],
+    member: int,
+    numbers: Sequence[int],
+) -> Start:
     """A member by itself, with tensors of its own."""
     state = {name: tensor.detach().clone() for name, tensor in states[member].items()}
     found = _all_of(plan, member, {g.name: g.n_units for g in graph.groups})
-    return Start(f"member {member}", found, emit(graph.program, state), member=member)
+    return Start(f"member {numbers[member]}", found, emit(graph.program, state), member=member)
 
 
 def _side_by_side(
-    graph: CouplingGraph, plan: FusionPlan, states: Sequence[State], members: Sequence[int]
+    graph: CouplingGraph,
+    plan: FusionPlan,
+    states: Sequence[State],
+    members: Sequence[int],
+    numbers: Sequence[int],
 ) -> Start | None:
     """Members side by side in one network, which is their mean; None where it cannot be written."""
     if graph.members or graph.asked:
@@ -122,7 +151,7 @@ def _side_by_side(
         module = emit_resized(graph, found, own)
     except RewriteError:
         return None
-    names = ", ".join(map(str, members))
+    names = ", ".join(str(numbers[member]) for member in members)
     found = replace(found, members=tuple(plan.members[member] for member in members))
     return Start(f"members {names} side by side", found, module, tuple(members))
 
@@ -134,7 +163,11 @@ def fused_start(graph: CouplingGraph, plan: FusionPlan, state: State, name: str)
 
 
 def grown_start(
-    graph: CouplingGraph, plan: FusionPlan, states: Sequence[State], member: int
+    graph: CouplingGraph,
+    plan: FusionPlan,
+    states: Sequence[State],
+    member: int,
+    numbers: Sequence[int],
 ) -> Start | None:
     """A member at a larger size: the units that it does not fill are those of other members.
 
@@ -146,7 +179,8 @@ def grown_start(
         graph: The analysis of the members.
         plan: The plan of the fusion: its sizes, and which units of other members come first.
         states: The members' tensors by name.
-        member: The number of the member.
+        member: The member, by its place among these.
+        numbers: The number that each of them has among all.
 
     Returns:
         None where the planned sizes are those of a member, or it cannot be written.
@@ -169,7 +203,7 @@ def grown_start(
         module = emit_resized(graph, found, _silenced(graph, states, member))
     except RewriteError:
         return None
-    return Start(f"member {member} with units of others", found, module)
+    return Start(f"member {numbers[member]} with units of others", found, module)
 
 
 def _filled(given: UnitMap, member: int, n_members: int, n_units: int) -> Index:

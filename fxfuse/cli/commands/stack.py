@@ -10,7 +10,16 @@ import fxfuse
 from fxfuse.api.saved import FILES, GRAPH, WEIGHTS, save
 from fxfuse.cli.flags import CHECKPOINTS, Given, takes
 from fxfuse.cli.load import load_members
-from fxfuse.cli.options import Checkpoints, Force, Input, Json, Model, ModelArg, OutFolder
+from fxfuse.cli.options import (
+    Checkpoints,
+    Force,
+    Input,
+    Json,
+    MemberArg,
+    Model,
+    ModelArg,
+    OutFolder,
+)
 from fxfuse.cli.show import out as console
 from fxfuse.cli.show import print_json, working
 from fxfuse.common.output import check_output
@@ -33,6 +42,7 @@ def stack(
     *,
     given: Given,
     model_arg: ModelArg = None,
+    member_arg: MemberArg = None,
     reduce: Reduce = "mean",
     force: Force = False,
     json: Json = False,
@@ -42,7 +52,12 @@ def stack(
     with working() as (stage, _):
         with stage("reading networks"):
             members, inputs = load_members(
-                model, model_arg, input, checkpoints, given.make(CHECKPOINTS).weights
+                model,
+                model_arg,
+                input,
+                checkpoints,
+                given.make(CHECKPOINTS).weights,
+                member_arg,
             )
         with stage(f"stacking {len(members)} networks"):
             stacked = fxfuse.stack(members, inputs, reduce=reduce)

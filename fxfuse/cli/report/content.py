@@ -308,14 +308,17 @@ def sizes_of(result: FusionResult) -> tuple[Network, ...]:
         work = fused_work = None
     ensemble = Network(f"ensemble of {n}", n * own, None if work is None else n * work)
     alone = Network("one member", own, work)
-    rows = (alone, ensemble) if n > 1 else (alone,)
-    return (*rows, Network("fused" if n > 1 else "pruned", fused, fused_work))
+    # What members of other architectures cost is not known from the plan.
+    rows = (alone, ensemble) if n > 1 and not result.others else (alone,)
+    name = "fused" if n > 1 or result.others else "pruned"
+    return (*rows, Network(name, fused, fused_work))
 
 
 def _verdict(result: FusionResult, rows: Sequence[Network], *, refined: bool) -> tuple[str, ...]:
     plan, checks = result.plan, result.verification.checks
     failed = [check.name for check in checks if not check.passed]
-    said = [f"{plan.n_members} networks became one" if plan.n_members > 1 else "One network"]
+    n = plan.n_members + len(result.others)
+    said = [f"{n} networks became one" if n > 1 else "One network"]
     said[0] += f" by method {plan.method}, with {rows[-1].parameters:,} parameters."
     if result.raw_note and not refined:
         said.append(result.raw_note)
