@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -80,8 +80,27 @@ def find_settings(
     if options.freeze is None and _depends_on_mode(trainer):
         for other in _around(rate, rates):
             trial(other, frozen=False)
-    rate, frozen = best()
+    rate, frozen = _lowest_as_good(tried, best())
     return Settings(rate, frozen, tuple((each, far.cost) for (each, _), far in tried.items()))
+
+
+def _lowest_as_good(
+    tried: Mapping[tuple[float, bool], Measured], best: tuple[float, bool]
+) -> tuple[float, bool]:
+    """Return the lowest rate that is as good as the best one, as far as the judge can tell.
+
+    A high rate leads further away from a trained network, and few inputs judge. As good is what
+    lies within one standard error of the paired differences (the one-standard-error rule of
+    Breiman et al., "Classification and Regression Trees", 1984, section 3.4.3).
+    """
+    rate, frozen = best
+    if tried[best].metric is not None:
+        return best
+    for other in sorted(each for each, state in tried if state == frozen and each < rate):
+        further = tried[other, frozen].each - tried[best].each
+        if further.mean() <= further.std() / len(further) ** 0.5:
+            return other, frozen
+    return best
 
 
 def _around(rate: float, rates: tuple[float, ...]) -> Iterator[float]:
