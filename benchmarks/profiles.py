@@ -175,7 +175,7 @@ def run(network: str, step: str, options: argparse.Namespace) -> dict[str, Any]:
     row["peak_mb"] = round(peak() - before)
     if step == "refit":
         row["over forward"] = round(row["cpu_s"] / row["forward_cpu_s"], 2)
-        row["report"] = str(result.refit)
+        row["report"] = str(result)
     return row | sampler.most(options.top)
 
 

@@ -79,7 +79,9 @@ def conv1d(
     taps = weight.shape[2]
     copied = taps * x[0].numel() * x.element_size()
     if copied < _CACHED or x.dim() != weight.dim() or groups > 1 or x.device.type != "cpu":
-        return torch.ops.aten.conv1d.default(x, weight, bias, stride, padding, dilation, groups)
+        given = (x, weight, bias, stride, padding, dilation, groups)
+        result: torch.Tensor = torch.ops.aten.conv1d.default(*given)
+        return result
     (step, gap), sides = (s[0] for s in (stride, dilation)), [padding[0]] * 2
     x = torch.nn.functional.pad(x, sides)
     length = (x.shape[2] - gap * (taps - 1) - 1) // step + 1
