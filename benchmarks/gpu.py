@@ -113,9 +113,7 @@ class Run:
         self.made: dict[str, tuple[nn.Module, nn.Module]] = {}
         smoke = options.smoke
         self.networks, self.batches = (SMOKE, (2,)) if smoke else (NETWORKS, BATCHES)
-        self.inputs, self.steps = _INPUTS, Match(seconds=_MATCHING)
-        if smoke:
-            self.inputs, self.steps = 8, Match(steps=1, learning_rate=1e-3, freeze=True)
+        self.inputs = 8 if smoke else _INPUTS
         # For `race`.
         options.rounds, options.seconds = (1, 0.0) if smoke else (3, 0.05)
 
@@ -171,6 +169,7 @@ class Run:
         """Compare a fusion on the device with the same one on the CPU."""
         x = self._example(name, 2)
         here = fxfuse.fuse(members, x)
+        self.made[name] = (here.module, fxfuse.stack(members, x, verify=False))
         there = fxfuse.fuse([copy.deepcopy(m).cpu() for m in members], x.cpu(), verify=False)
         with torch.no_grad():
             found, expected = here.module(x).cpu(), there.module(x.cpu())
@@ -180,10 +179,6 @@ class Run:
         return {"network": name, "step": "equality", "error": error, "checks": checks}
 
     def _ways(self, name: str, members: list[nn.Module], dtype: torch.dtype) -> dict[str, Way]:
-        if name not in self.made:
-            x = self._example(name, 2)
-            fused = fxfuse.fuse(members, x, verify=False).module
-            self.made[name] = (fused, fxfuse.stack(members, x, verify=False))
         fused, stack, *own = (
             copy.deepcopy(module).to(dtype) for module in (*self.made[name], *members)
         )
@@ -226,8 +221,10 @@ class Run:
         calls: dict[str, Callable[[], Any]] = {
             "fuse": lambda: results.append(fxfuse.fuse(members, x)),
             "refit": lambda: refit(results[0], members, inputs),
-            "match": lambda: fxfuse.fuse(members, x, calibration=given, refine=[self.steps]),
         }
+        if not self.options.smoke:
+            steps = [Match(seconds=_MATCHING)]
+            calls["match"] = lambda: fxfuse.fuse(members, x, calibration=given, refine=steps)
         for step, call in calls.items():
             if x.is_cuda:
                 torch.cuda.reset_peak_memory_stats(self.device)

@@ -112,6 +112,7 @@ def test_another_precision_runs():
     assert plain.to(torch.bfloat16)(images().bfloat16()).dtype == torch.bfloat16
 
 
+@pytest.mark.nightly
 def test_the_benchmark_for_gpus_runs(tmp_path: Path):
     path = tmp_path / "gpu.json"
     gpu.main(["--device", "cpu", "--smoke", "--members", "2", "--json", str(path)])
