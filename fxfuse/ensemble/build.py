@@ -175,7 +175,7 @@ def _emitted(writer: Writer, joined: Program, reduce: str, class_dim: int) -> Fu
 def _runs_one_by_one(inventory: Inventory) -> bool:
     """Tell whether nearly all weights of a stack are read by operators of one member."""
     sizes = dict.fromkeys(Place, 0)
-    for entry in inventory.entries:
+    for entry in (entry for own in inventory.entries for entry in own):
         sizes[entry.place] += math.prod(entry.shape)
     return sizes[Place.STACKED] < _FEW_STACKED * sum(sizes.values())
 
