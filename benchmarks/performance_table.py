@@ -151,6 +151,29 @@ def analysis_growth(results: dict[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def profiles(results: dict[str, Any]) -> str:
+    """What a step costs, before and after a change, and where the time went last."""
+    lines = [
+        "| network | step | N | inputs | CPU s | peak, MB | members' forward, s | most time in |",
+        "| --- | --- | ---: | ---: | ---: | ---: | ---: | --- |",
+    ]
+    cases: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
+    for row in results["rows"]:
+        case = (row["network"], row["step"], row["members"], row.get("inputs", ""))
+        cases.setdefault(case, []).append(row)
+    for case, rows in cases.items():
+        costs, peaks, forward = (
+            " → ".join(f"{row[key]:,g}" for row in rows if key in row)
+            for key in ("cpu_s", "peak_mb", "forward_cpu_s")
+        )
+        last = rows[-1]
+        most = (f"`{n}` {s / last['cpu_s']:.0%}" for n, s in list(last["self"].items())[:3])
+        lines.append(
+            f"| {' | '.join(map(str, case))} | {costs} | {peaks} | {forward} | {', '.join(most)} |"
+        )
+    return "\n".join(lines) + f"\n\nOne thread, torch {results['torch']}.\n"
+
+
 def report_size(results: dict[str, Any]) -> str:
     """How large the report is, and how soon it can be used."""
     return (
@@ -165,6 +188,7 @@ TABLES: Mapping[str, tuple[Path, Callable[[dict[str, Any]], str]]] = {
     "inference": (PAGE, inference),
     "fusion": (PAGE, fusion),
     "analysis_growth": (PAGE, analysis_growth),
+    "profiles": (PAGE, profiles),
     "report_size": (REPORT, report_size),
 }
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import itertools
 import warnings
 from typing import Any
@@ -203,7 +204,7 @@ def test_each_step_of_the_elimination_is_the_cheapest():
     x = x @ torch.randn(7, 7, generator=generator, dtype=torch.float64)
     weights = torch.randn(7, 3, generator=generator, dtype=torch.float64)
     covariance = x.T @ x / 400
-    ranks = eliminate(covariance, weights, 1, np.ones(7, dtype=bool))
+    ranks = eliminate(covariance, weights @ weights.T, 1, np.ones(7, dtype=bool))
     order = np.argsort(ranks).tolist()
     ridged = covariance + 1e-3 * covariance.diagonal().mean() * torch.eye(7)
     kept = list(range(7))
@@ -213,8 +214,10 @@ def test_each_step_of_the_elimination_is_the_cheapest():
         kept.remove(unit)
 
 
-def test_a_copy_of_a_unit_goes_before_any_other():
-    """What members have in common counts once."""
+@pytest.mark.parametrize("together", [4096, 8])
+def test_a_copy_of_a_unit_goes_before_any_other(together, monkeypatch):
+    """What members have in common counts once; also where a group is divided into blocks."""
+    monkeypatch.setattr(importlib.import_module(eliminate.__module__), "_MOST", together)
     members = [nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 3)).eval() for _ in range(2)]
     members[1].load_state_dict(members[0].state_dict())
     x = torch.randn(300, 4)

@@ -16,7 +16,7 @@ import fxfuse
 from fxfuse import Transplant
 from fxfuse.activations import components
 from fxfuse.activations.calibration import CalibrationBatches
-from fxfuse.activations.elimination import covariance_at, size_of, weights_at
+from fxfuse.activations.elimination import covariance_at, weights_at
 from fxfuse.activations.streams import streams
 from fxfuse.activations.units import consumer_inputs, consumers_of
 from fxfuse.errors import InputError, PlanError
@@ -157,7 +157,8 @@ def test_no_choice_of_units_tells_the_readers_more() -> None:
     for reader in readers:
         own = [weights_at(graph, s, reader, {}, m, 0) for m, s in enumerate(states)]
         each = torch.block_diag(*own)
-        weights.append(each / size_of(each, covariance_at(inputs[reader.layer], [reader, reader])))
+        at_reader = covariance_at(inputs[reader.layer], [reader, reader])
+        weights.append(each / ((at_reader @ each) * each).sum().sqrt())
     outputs = torch.cat(weights, 1)
 
     def lost(mixture: torch.Tensor) -> float:

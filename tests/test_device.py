@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+import json
 import pickle
 from contextlib import nullcontext
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,6 +16,7 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import fxfuse
+from benchmarks import gpu
 from fxfuse.transform.emit import FusedModule, emit
 from tests.models import build as known
 from tests.nets import images, resnets
@@ -107,3 +110,12 @@ def test_another_precision_runs():
     assert torch.compile(module, backend="eager", fullgraph=True)(ids).dtype == torch.float32
     plain = fxfuse.fuse(resnets(2), images()).module
     assert plain.to(torch.bfloat16)(images().bfloat16()).dtype == torch.bfloat16
+
+
+@pytest.mark.nightly
+def test_the_benchmark_for_gpus_runs(tmp_path: Path):
+    path = tmp_path / "gpu.json"
+    gpu.main(["--device", "cpu", "--smoke", "--members", "2", "--json", str(path)])
+    found = json.loads(path.read_text(encoding="utf-8"))
+    assert [row["step"] for row in found["rows"]] == ["equality", "latency", "fusing", "compiled"]
+    assert not found["left"]

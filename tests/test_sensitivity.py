@@ -12,7 +12,7 @@ from fxfuse.activations.calibration import CalibrationBatches
 from fxfuse.graph.capture import capture
 from fxfuse.refine import refit
 from fxfuse.refine.regression.place import Place
-from fxfuse.refine.regression.sensitivity import Sensitivity, drawn
+from fxfuse.refine.regression.sensitivity import _CONVOLUTIONS, Sensitivity, drawn
 from fxfuse.refine.task import (
     Classification,
     Embedding,
@@ -167,3 +167,18 @@ def test_where_there_is_no_derivative_rows_count_alike_and_it_is_said():
     with pytest.warns(UserWarning, match="all positions count alike in the refit: member 0 has no"):
         report = refit(result, members, x, task=Classification())
     assert any(fit.fitted for fit in report.layers)
+
+
+@pytest.mark.parametrize("dilation", [[3], [1, 2]])
+def test_the_gradient_of_a_dilated_convolution_is_torchs_own(dilation):
+    space = len(dilation)
+    operator = getattr(torch.ops.aten, f"conv{space}d").default
+    shapes = ((2, 3, *[12] * space), (4, 3, *[3] * space), (4,))
+    x, weight, bias = (torch.randn(shape, dtype=torch.float64) for shape in shapes)
+    for padding in ([0], [2]):
+        given = []
+        for each in (operator, _CONVOLUTIONS[operator]):
+            own = x.clone().requires_grad_()
+            answer = each(own, weight, bias, [1], padding, dilation)
+            given.append((answer, *torch.autograd.grad(answer.square().sum(), own)))
+        torch.testing.assert_close(given[1], given[0])

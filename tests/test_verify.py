@@ -189,3 +189,14 @@ def test_a_tensor_that_is_made_inside_is_in_double_and_of_any_size():
     result = fxfuse.fuse(members, x, size=1.5)
     assert result.module.first.weight.shape[0] == 12
     assert fxfuse.stack(members, x)(x).shape == (5, 3)
+
+
+@pytest.mark.parametrize(("step", "padding", "gap"), [(1, 0, 1), (2, 3, 2), (3, 1, 4)])
+def test_a_convolution_of_a_long_sequence_is_torchs_own(step, padding, gap, monkeypatch):
+    in_double = importlib.import_module("fxfuse.verify.in_double")
+    monkeypatch.setattr(in_double, "_CACHED", 0)
+    x, weight, bias = (torch.randn(s, dtype=torch.float64) for s in ((2, 5, 50), (6, 5, 4), (6,)))
+    for more in ((x, weight, bias), (x, weight)):
+        options = {"stride": [step], "padding": [padding], "dilation": [gap]}
+        expected = torch.ops.aten.conv1d.default(*more, **options)
+        torch.testing.assert_close(in_double.conv1d(*more, **options), expected)

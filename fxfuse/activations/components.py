@@ -9,7 +9,7 @@ import torch
 from numpy.typing import NDArray
 
 from fxfuse.activations.calibration import CalibrationBatches
-from fxfuse.activations.elimination import covariance_at, size_of, weights_at, width_of
+from fxfuse.activations.elimination import covariance_at, products_of, weights_at, width_of
 from fxfuse.activations.streams import streams
 from fxfuse.activations.units import consumer_inputs, consumers_of
 from fxfuse.analysis.coupling import CouplingGraph, Index
@@ -62,10 +62,8 @@ def components(
             each = [
                 weights_at(graph, s, reader, left, m, base_member) for m, s in enumerate(states)
             ]
-            weights = torch.block_diag(*each)
-            weights = weights / size_of(weights, covariance)
             covariances.append(covariance)
-            products.append(weights @ weights.T)
+            products.append(products_of(each, covariance))
         whole = torch.stack(covariances).mean(0)
         found[name] = _directions(whole, torch.stack(products).sum(0), sizes[name]).numpy()
     return found

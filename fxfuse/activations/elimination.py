@@ -8,14 +8,16 @@ pruning: Optimal Brain Surgeon", NeurIPS 1993, per unit instead of per weight).
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
 from fxfuse.activations.calibration import CalibrationBatches
-from fxfuse.activations.layers import name_of
+from fxfuse.activations.layers import Layer, name_of
 from fxfuse.activations.parts import part_of
 from fxfuse.activations.units import Consumer, consumer_inputs, consumers_of, each_once
 from fxfuse.analysis.coupling import CouplingGraph, CouplingGroup, Index
@@ -27,6 +29,8 @@ from fxfuse.graph.operator_facts import batch_norm_of
 
 #: Ridge on the covariance, as a share of the mean of its diagonal.
 _RIDGE = 1e-3
+#: Most neurons of all members that are looked at together; more are divided into blocks.
+_MOST = 4096
 #: Share of the rows that may be gone before they are cut out.
 _CUT = 0.2
 
@@ -51,7 +55,9 @@ def elimination(
     """The order in which units of all members are removed, until as many are left as are kept.
 
     A reader's outputs count as far as they survive themselves, in groups that were gone through
-    before. Layers of the members' heads are readers, too: each of its own member's units.
+    before. Layers of the members' heads are readers, too: each of its own member's units. Groups of
+    more than 4,096 neurons in all members together are gone through block by block: units make up
+    only for units of their own block, and every block keeps its share.
 
     Args:
         graph: The analysis of the members.
@@ -91,23 +97,13 @@ def elimination(
         # Each reader as it is in each member.
         each = zip(*(own[group.name] for own in consumers), strict=True)
         readers = [reader for reader in each if width_of(reader[0]) == width]
-        covariances = [covariance_at(inputs[reader[0].layer], reader) for reader in readers]
-        covariance = torch.stack(covariances).mean(0)
-        weights = []
-        for reader in readers:
-            own = [
-                weights_at(graphs[i], states[m], reader[i], left, m, base_member)
-                for i, m in enumerate(members)
-            ]
-            weights.append(torch.block_diag(*own))
-        scaled = [w / size_of(w, covariance) for w in weights]
         alive = [
             np.isin(np.arange(graph.units_of(group.name, m)), kept[m][group.name]) for m in members
         ]
         there = np.concatenate(alive)
         size = group.n_units if sizes is None else sizes[group.name]
-        left_over = min(size, int(there.sum()))
-        ranks = eliminate(covariance, torch.cat(scaled, 1), width, there, left_over)
+        system = partial(_system, graphs, states, members, readers, inputs, left, base_member)
+        ranks = _in_blocks(system, alive, width, min(size, int(there.sum())))
         exist = [np.flatnonzero(a) for a in alive]
         owner = np.repeat(members, [len(units) for units in exist])
         units = np.stack([owner, np.concatenate(exist)], axis=1)
@@ -117,21 +113,78 @@ def elimination(
     return found
 
 
+def _in_blocks(
+    system: Callable[[Sequence[Index]], tuple[torch.Tensor, torch.Tensor]],
+    alive: Sequence[NDArray[np.bool_]],
+    width: int,
+    n_left: int,
+) -> Ranks:
+    """Remove units of a group, block by block if it is too large to be looked at as a whole.
+
+    Memory grows with the square of a block's neurons, and time with their cube. Units of the same
+    number in all members are in the same block.
+
+    Args:
+        system: Of some units of each member, the covariance and the products (`eliminate`).
+        alive: Of each member, which units exist, bool [units].
+        width: Neurons of a unit.
+        n_left: How many units are left.
+
+    Returns:
+        As `eliminate`; steps are those of blocks that are gone through side by side.
+    """
+    number, there = np.concatenate([np.arange(len(a)) for a in alive]), np.concatenate(alive)
+    ranks, total, seen, left = np.full(len(there), -1.0), int(there.sum()), 0, 0
+    count = -(-width * len(there) // _MOST)
+    for first in range(count):
+        at = number % count == first
+        seen += int(there[at].sum())
+        wanted = round(n_left * seen / max(total, 1)) - left
+        left += wanted
+        found = eliminate(
+            *system([np.arange(first, len(a), count) for a in alive]), width, there[at], wanted
+        )
+        ranks[at] = found * (total / max(int(there[at].sum()), 1))
+    return ranks
+
+
+def _system(
+    graphs: Sequence[CouplingGraph],
+    states: Sequence[State],
+    members: Sequence[int],
+    readers: Sequence[Sequence[Consumer]],
+    inputs: Mapping[Layer, Sequence[torch.Tensor]],
+    left: Units,
+    base_member: int,
+    units: Sequence[Index],
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Covariance of some units of each member, and products of their readers' weights."""
+    covariances, products = [], []
+    for reader in readers:
+        own = [replace(c, slots=c.slots[u]) for c, u in zip(reader, units, strict=True)]
+        covariances.append(covariance_at(inputs[reader[0].layer], own))
+        weights = [
+            weights_at(graphs[i], states[m], own[i], left, m, base_member)
+            for i, m in enumerate(members)
+        ]
+        products.append(products_of(weights, covariances[-1]))
+    return torch.stack(covariances).mean(0), torch.stack(products).sum(0)
+
+
 def eliminate(
     covariance: torch.Tensor,
-    weights: torch.Tensor,
+    products: torch.Tensor,
     width: int,
     alive: NDArray[np.bool_],
     n_left: int = 0,
 ) -> Ranks:
     """Remove units one by one, each time the one whose loss the others make up for best.
 
-    Of the weights only their products between units count, so what a step costs does not depend on
-    the number of outputs; what is gone is cut out of the matrices now and then.
+    What is gone is cut out of the matrices now and then.
 
     Args:
         covariance: Of what the readers get, [units · width, units · width].
-        weights: The readers' weights, [units · width, outputs].
+        products: Of the readers' weights W, W Wᵀ, [units · width, units · width].
         width: Neurons of a unit.
         alive: Which units exist, bool [units].
         n_left: Units that are left at the end, ranked by what the loss of each alone costs.
@@ -141,7 +194,7 @@ def eliminate(
     """
     ranks = np.full(len(alive), -1.0)
     units = np.flatnonzero(alive)
-    covariance, weights = covariance.double(), weights.double()
+    covariance, products = covariance.double(), products.double()
     level = covariance.diagonal().mean().clamp(min=1e-30)
     covariance = _part(covariance, units, width)
     if not bool(torch.isfinite(covariance).all()):
@@ -152,7 +205,7 @@ def eliminate(
         )
     factors = cholesky_with_ridge(covariance[None], (_RIDGE * level)[None])
     inverse = torch.cholesky_inverse(factors[0])
-    products = _part(weights @ weights.T, units, width)
+    products = _part(products, units, width)
     there = torch.ones(len(units), dtype=torch.bool, device=covariance.device)
     for step in range(len(units) - n_left):
         if len(there) - int(there.sum()) > _CUT * len(there):
@@ -295,6 +348,14 @@ def _outputs(
     return np.flatnonzero(read.movedim(layer.facts.outputs, 0).flatten(1)[:, 0].numpy())
 
 
-def size_of(weights: torch.Tensor, covariance: torch.Tensor) -> torch.Tensor:
-    """Return √tr(MᵀCM), the size of what a reader makes of its inputs."""
-    return ((covariance @ weights) * weights).sum().clamp(min=1e-30).sqrt()
+def products_of(own: Sequence[torch.Tensor], covariance: torch.Tensor) -> torch.Tensor:
+    """Return W Wᵀ / tr(WᵀCW), so that readers of any size count alike.
+
+    W is block-diagonal, since a member's outputs read its own units, and is never written out.
+
+    Args:
+        own: Of each member the weights from its units, [units · width, outputs].
+        covariance: C, of all members' units.
+    """
+    products: torch.Tensor = torch.block_diag(*(weights @ weights.T for weights in own))
+    return products / (covariance * products).sum().clamp(min=1e-30)

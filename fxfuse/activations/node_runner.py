@@ -138,9 +138,14 @@ class NodeRunner:
                 result = self._call(node, partial(replaced, batch))
             yield result
 
-    def _call(self, node: fx.Node, operand: Callable[[fx.Node], Any]) -> Any:
+    def _call(
+        self,
+        node: fx.Node,
+        operand: Callable[[fx.Node], Any],
+        operators: Mapping[Any, Callable[..., Any]] = MappingProxyType({}),
+    ) -> Any:
         """Run a node; all networks draw the same random numbers, and torch's own state stays."""
-        target: Any = node.target
+        target: Any = operators.get(node.target, node.target)
         args, kwargs = fx.map_arg((node.args, node.kwargs), operand)
         random = torch.Tag.nondeterministic_seeded in getattr(target, "tags", ())
         with same_random_state() if random else nullcontext():
@@ -149,7 +154,11 @@ class NodeRunner:
             return target(*args, **kwargs)
 
     def once(
-        self, batch: int, wanted: Collection[fx.Node], take: Callable[[fx.Node, Any], Any]
+        self,
+        batch: int,
+        wanted: Collection[fx.Node],
+        take: Callable[[fx.Node, Any], Any],
+        operators: Mapping[Any, Callable[..., Any]] = MappingProxyType({}),
     ) -> None:
         """Run one batch through the network, and keep nothing of it.
 
@@ -161,6 +170,7 @@ class NodeRunner:
             take: Called with each of these nodes, as it is named there, and its value, before any
                 other node runs, which may change the value in place. What it returns, if anything,
                 is what others read of the node.
+            operators: What runs in place of an operator.
         """
         asked: dict[fx.Node, list[fx.Node]] = {}
         for node in wanted:
@@ -168,7 +178,7 @@ class NodeRunner:
         end = max((self.order[node] for node in asked), default=-1)
         known = {node: self.values[node][batch].clone() for node in self.written_inputs}
         self.copies.clear()
-        for node in self._walk(batch, self.nodes[: end + 1], known):
+        for node in self._walk(batch, self.nodes[: end + 1], known, operators=operators):
             for name in asked.get(node, ()):
                 found = take(name, known[node] if node in known else self.value(node)[batch])
                 if found is not None:
@@ -234,6 +244,7 @@ class NodeRunner:
         nodes: Sequence[fx.Node],
         known: dict[fx.Node, Any],
         kept: Collection[fx.Node] = (),
+        operators: Mapping[Any, Callable[..., Any]] = MappingProxyType({}),
     ) -> Iterator[fx.Node]:
         """Run nodes on one batch, and yield each when its value is there, before the next one runs.
 
@@ -242,11 +253,12 @@ class NodeRunner:
             nodes: The nodes, in the order of the graph.
             known: Filled with values, which are dropped once they are read.
             kept: Nodes whose values stay.
+            operators: What runs in place of an operator.
         """
         for node in nodes:
             if self._is_computed(node):
                 result = self._call(
-                    node, lambda n: known[n] if n in known else self.value(n)[batch]
+                    node, lambda n: known[n] if n in known else self.value(n)[batch], operators
                 )
                 known[node] = self._sound(node, result)
             yield node

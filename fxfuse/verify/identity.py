@@ -7,12 +7,13 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
+from torch import fx, nn
 
 from fxfuse.analysis.coupling import analyze
 from fxfuse.graph.capture import Program
 from fxfuse.graph.run import answers
 from fxfuse.graph.tensors import tensors_in
+from fxfuse.graph.torch_compat import hint
 from fxfuse.planning.context import Context
 from fxfuse.planning.methods import WeightMatching
 from fxfuse.planning.planner import make_plan
@@ -87,11 +88,30 @@ def handover(
     )
     if not member.is_exported:
         return (finite,)
-    expected = tensors_in(answers(member.module, {}, args, kwargs))
-    wanted = [list(e.shape) for e in expected]
+    same = _has_shapes(outputs, _known_shapes(member), layouts)
+    if not same:
+        # Sizes that depend on the data are only known once it has run.
+        expected = tensors_in(answers(member.module, {}, args, kwargs))
+        same = _has_shapes(outputs, [list(e.shape) for e in expected], layouts)
+    shapes = ", ".join(str(tuple(o.shape)) for o in outputs)
+    return Check("output shape", 0.0 if same else 1.0, 0.0, same, shapes), finite
+
+
+def _known_shapes(member: Program) -> list[list[int]]:
+    """Return the shapes of a member's outputs for its example, as its capture found them."""
+    values = (node.meta.get("val") for node in member.outputs() if isinstance(node, fx.Node))
+    return [list(map(hint, value.shape)) for value in values if isinstance(value, torch.Tensor)]
+
+
+def _has_shapes(
+    outputs: Sequence[torch.Tensor],
+    wanted: Sequence[list[int]],
+    layouts: Sequence[Mapping[int, Layout]] | None,
+) -> bool:
+    """Tell whether outputs have these shapes, but for dimensions in which units are handed out."""
+    if len(outputs) != len(wanted):
+        return False
     for sizes, grown in zip(wanted, layouts or (), strict=layouts is not None):
         for dim, layout in grown.items():
             sizes[dim] = layout.size
-    same = [list(o.shape) for o in outputs] == wanted
-    shapes = ", ".join(str(tuple(o.shape)) for o in outputs)
-    return Check("output shape", 0.0 if same else 1.0, 0.0, same, shapes), finite
+    return [list(output.shape) for output in outputs] == wanted

@@ -145,9 +145,12 @@ def _relaxed_trial(
     outside: Error,
 ) -> float:
     """The least error on the rows held out of fits to relaxed targets."""
+    relaxations = _RELAXATIONS * isfinite(min(map(abs, cut)))
     aim, wanted, best = found.aim(found.wanted), found.wanted, float("inf")
-    for _ in range(_RELAXATIONS * isfinite(min(map(abs, cut)))):
-        fit = ridge.trial(wanted, alpha)
+    fit = ridge.trial(wanted, alpha) if relaxations else None
+    for _ in range(relaxations):
+        assert fit is not None
         wanted = found.output(relaxed(cut, aim, found.aim(fit(found.rows))))
-        best = min(best, outside(unseen.aim(ridge.trial(wanted, alpha)(unseen.rows))))
+        fit = ridge.trial(wanted, alpha)
+        best = min(best, outside(unseen.aim(fit(unseen.rows))))
     return best

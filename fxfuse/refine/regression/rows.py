@@ -111,16 +111,25 @@ def sample(
             return None
         chosen, wanted, offset, scale = back
         parts.append((_read(route.layer, x, chosen, beside, student, batch), wanted, offset, scale))
-    rows, aims, offsets, scales = zip(*parts, strict=True)
+    rows = _taken(parts)
+    aims, offsets, scales = zip(*parts, strict=True)
     held = torch.cat([_last(len(part), part.device) for part in aims])
     weights = ratios = None
     if aim.by_rows:
         ratios = torch.cat(aim.ratios).to(held.device)
         weights = torch.cat(aim.scores).to(held.device) * ratios
         weights, ratios = weights / weights.mean(), ratios / ratios.mean()
-    return Sample(
-        torch.cat(rows), torch.cat(aims), _joined(offsets), _joined(scales), held, weights, ratios
-    )
+    return Sample(rows, torch.cat(aims), _joined(offsets), _joined(scales), held, weights, ratios)
+
+
+def _taken(parts: list[tuple[torch.Tensor, ...]]) -> torch.Tensor:
+    """Join the first of each part, which is let go of: they are the largest of all by far."""
+    counts = [len(part[0]) for part in parts]
+    result = parts[0][0].new_empty(sum(counts), *parts[0][0].shape[1:])
+    for place, into in enumerate(result.split(counts)):
+        into.copy_(parts[place][0])
+        parts[place] = parts[place][1:]
+    return result
 
 
 def _last(count: int, device: torch.device) -> torch.Tensor:

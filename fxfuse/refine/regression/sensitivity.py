@@ -9,7 +9,8 @@ nothing, and rare positions on which much depends count much.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -74,7 +75,8 @@ class Sensitivity:
 
         try:
             with torch.enable_grad():
-                member.once(batch, list(dict.fromkeys([*asked, *outputs])), take)
+                wanted = list(dict.fromkeys([*asked, *outputs]))
+                member.once(batch, wanted, take, _CONVOLUTIONS)
                 probe = self._probe(member, batch, answers)
                 if not values or not probe.requires_grad:
                     return {}, {}
@@ -126,6 +128,74 @@ def _scored(place: Place, gradient: Tensor, inputs: int) -> Tensor | None:
     score = (lines / means.clamp(min=torch.finfo(torch.float32).tiny)) ** _POWER
     score = torch.where(counts, score.clamp(_LEAST, _MOST), 0.0).flatten()
     return score / score.mean()
+
+
+class _Convolution(torch.autograd.Function):
+    """A convolution whose gradient is a convolution, too: of a dilated one torch's own is slow."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        padding: Sequence[int],
+        dilation: Sequence[int],
+    ) -> Tensor:
+        ctx.save_for_backward(weight)
+        ctx.padding, ctx.dilation = padding, dilation
+        ones, zeros = [1] * len(padding), [0] * len(padding)
+        return torch.convolution(x, weight, bias, ones, padding, dilation, False, zeros, 1)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        (weight,) = ctx.saved_tensors
+        kernel = weight.shape[2:]
+        turned = weight.transpose(0, 1).flip(*range(2, weight.dim()))
+        sizes = zip(kernel, ctx.padding, ctx.dilation, strict=True)
+        sides = [d * (k - 1) - p for k, p, d in sizes]
+        ones, zeros = [1] * len(kernel), [0] * len(kernel)
+        found = torch.convolution(
+            gradients[0], turned, None, ones, sides, ctx.dilation, False, zeros, 1
+        )
+        return found, None, None, None, None
+
+
+def _convolution(
+    operator: Callable[..., Tensor],
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    stride: Sequence[int] = (1,),
+    padding: Sequence[int] = (0,),
+    dilation: Sequence[int] = (1,),
+    groups: int = 1,
+) -> Tensor:
+    """Convolve, by `_Convolution` where that pays: with taps apart from each other."""
+    space = weight.dim() - 2
+    sides, apart = (list(s) * (space if len(s) == 1 else 1) for s in (padding, dilation))
+    reach = (d * (k - 1) for d, k in zip(apart, weight.shape[2:], strict=True))
+    if (
+        max(apart) == 1
+        or max(stride) > 1
+        or groups > 1
+        or x.dim() != weight.dim()
+        or weight.requires_grad
+        or any(p > r for p, r in zip(sides, reach, strict=True))
+    ):
+        return operator(x, weight, bias, stride, padding, dilation, groups)
+    result: Tensor = _Convolution.apply(x, weight, bias, sides, apart)
+    return result
+
+
+_CONVOLUTIONS = {
+    operator: partial(_convolution, operator)
+    for operator in (
+        torch.ops.aten.conv1d.default,
+        torch.ops.aten.conv2d.default,
+        torch.ops.aten.conv3d.default,
+    )
+}
 
 
 def drawn(scores: Tensor, take: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:

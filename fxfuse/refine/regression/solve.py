@@ -133,9 +133,9 @@ class Ridge:
         seen = _gram(x[:, :n].mT)
         if self.order is None:
             return seen, seen
-        every = seen + _gram(x[:, n:].mT)
+        every = _gram(x[:, n:].mT).add_(seen)
         total, gap = float(roots.square().sum()), self.gap.to(seen.dtype)
-        seen -= total * gap[:, :, None] * gap[:, None, :]
+        seen.baddbmm_(gap[:, :, None], gap[:, None, :], alpha=-total)
         return every, seen
 
     def _factor(self, alpha: float, *, trial: bool) -> torch.Tensor:
@@ -143,6 +143,8 @@ class Ridge:
         known = self._factors.get((alpha, trial))
         if known is not None:
             return known
+        # One at a time: it is as large as the Gram matrix.
+        self._factors.clear()
         n = self.n_seen if trial else self.rows.shape[1]
         gram = (self.seen_gram if trial else self.gram) / n
         # The diagonals of both Gram matrices have the same sum: that of all squares.
@@ -152,8 +154,7 @@ class Ridge:
         factor = cholesky_with_ridge(gram, penalty)
         if gram.shape[1] > _LARGE:
             factor = factor.float()
-        # One at a time: it is as large as the Gram matrix.
-        self._factors = {(alpha, trial): factor}
+        self._factors[alpha, trial] = factor
         return factor
 
     # --- a target -------------------------------------------------------------------------------
