@@ -20,7 +20,7 @@ from PIL import Image
 from torch import Tensor
 
 CLASSES = 10
-# Training images, chosen at random once: no member sees them. Calibration inputs and validation come from them.
+# Training images, chosen at random once, that no member sees: for calibration and validation.
 HELD_OUT = 5000
 # The mean and deviation of each colour of the training images, between 0 and 1.
 _MEAN = torch.tensor([0.4914, 0.4822, 0.4465]).view(3, 1, 1)
