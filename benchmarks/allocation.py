@@ -75,7 +75,7 @@ def _classifiers(members: Sequence[nn.Module], known: Tensor, unseen: Tensor) ->
         order = torch.randperm(len(known), generator=torch.Generator().manual_seed(seed))
         return known[order[:1000]]
 
-    return Task(members, calibration, distance, {1: (0.25, 0.5, 0.75), 2: (0.5, 1.0, 1.5)})
+    return Task(members, calibration, distance, {1: (0.25, 0.5, 0.75), 2: (0.5, 1.0)})
 
 
 def _answers(module: nn.Module, inputs: Tensor) -> Tensor:

@@ -385,19 +385,22 @@ class _Way:
     ) -> Start:
         """The fused network, refitted where that is asked for.
 
-        Widths that were chosen group by group are taken only if they are closer than equal ones.
+        Widths that were chosen group by group are taken only if they are closer than equal ones on
+        the inputs that choose, beyond the uncertainty of the comparison.
         """
         start, made.refit = self._refitted(plan, fitting, "")
         even = measure(start)
-        if self.plans.uniform is None:
+        by_group = plan if self.plans.uniform is None else self.plans.plan(fitting)
+        if by_group.sizes() == plan.sizes():
             return even
-        start, report = self._refitted(self.plans.plan(fitting), fitting, _BY_GROUP)
+        start, report = self._refitted(by_group, fitting, _BY_GROUP)
         spread = measure(start)
-        better = made.cost(spread) < made.cost(even)
-        found, other = (spread, even) if better else (even, spread)
-        made.refit = report if better else made.refit
-        made.notes[other.name] = f"left out: {found.name} is closer"
-        return found
+        if compare(made.chosen_by[spread.name], made.chosen_by[even.name]).better:
+            made.refit = report
+            made.notes[even.name] = f"left out: {spread.name} is closer"
+            return spread
+        made.notes[spread.name] = f"left out: not closer than {even.name} beyond chance"
+        return even
 
     def _refitted(
         self, plan: FusionPlan, fitting: CalibrationBatches, widths: str
