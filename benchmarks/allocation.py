@@ -1,6 +1,7 @@
 """Widths chosen group by group against uniform widths of the same cost.
 
     python -m benchmarks.allocation [--case digits:resnet digits:vit cifar10:vgg11 minilm]
+    python -m benchmarks.allocation --table   # write the table of docs/how-to/choose-a-width.md
 
 A network is pruned, and two networks are fused, at several widths: once with `allocation="auto"`,
 once with `"uniform"`, which has at least as many parameters. Both get the same unlabelled inputs
@@ -28,12 +29,14 @@ import fxfuse
 from benchmarks import records
 from benchmarks.members import cifar10
 from benchmarks.members.train import trained
+from benchmarks.pages import update, with_tables
 from benchmarks.paper.datasets import load
 from benchmarks.paper.setting import case
 from benchmarks.real import minilm
 from fxfuse import Refit, Size
 
 RESULTS = Path(__file__).resolve().parent / "results" / "allocation.json"
+PAGE = Path(__file__).resolve().parents[1] / "docs" / "how-to" / "choose-a-width.md"
 CASES = ("digits:resnet", "digits:vgg", "digits:vit", "cifar10:vgg11", "minilm")
 # CIFAR-10 members train shortly: what is compared is how well they are compressed.
 IMAGES, EPOCHS = 15_000, 5
@@ -136,6 +139,35 @@ def measure(name: str, task: Task, seeds: int, done: Sequence[dict[str, Any]]) -
             }
 
 
+def table(rows: Sequence[dict[str, Any]]) -> str:
+    """Return the means over the seeds, with ranges, in Markdown."""
+    lines = [
+        "| network | width | uniform | auto | closer in |",
+        "| --- | ---: | ---: | ---: | ---: |",
+    ]
+    found: dict[tuple[Any, ...], dict[str, dict[int, float]]] = {}
+    for row in rows:
+        own = found.setdefault((row["case"], row["n"], row["width"]), {"uniform": {}, "auto": {}})
+        own[row["allocation"]][row["seed"]] = row["distance"]
+    for (name, n, width), own in found.items():
+        seeds = sorted(own["uniform"].keys() & own["auto"].keys())
+        pairs = [(own["uniform"][seed], own["auto"][seed]) for seed in seeds]
+        if not pairs:
+            continue
+        closer = sum(auto < uniform for uniform, auto in pairs)
+        level = sum(auto == uniform for uniform, auto in pairs)
+        told = f"{closer} of {len(pairs)}" + (f", level in {level}" if level else "")
+        what = f"{name}, " + ("pruned" if n == 1 else f"{n} members")
+        cells = [what, f"{width:g}", *(_range(each) for each in zip(*pairs, strict=True)), told]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n\n"
+
+
+def _range(values: Sequence[float]) -> str:
+    mean = sum(values) / len(values)
+    return f"{mean:.2g} [{min(values):.2g}, {max(values):.2g}]"
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -143,14 +175,17 @@ def main() -> None:
     parser.add_argument("--case", nargs="+", choices=CASES, default=CASES)
     parser.add_argument("--data-root", type=Path, default=Path("../shared/data"))
     parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--table", action="store_true", help="measure nothing")
     options = parser.parse_args()
     torch.set_num_threads(1)
     rows = records.earlier(RESULTS, "rows", keep=True)
-    for name in options.case:
+    for name in () if options.table else options.case:
         for row in measure(name, task_of(name, options.data_root), options.seeds, list(rows)):
             print({key: value for key, value in row.items() if key != "sizes"}, flush=True)
             rows.append(row)
             records.write(RESULTS, {"versions": records.versions(), "rows": rows})
+    page = with_tables(PAGE.read_text(encoding="utf-8"), "allocation", table(rows))
+    update({PAGE: page}, "python -m benchmarks.allocation --table", check=False)
 
 
 if __name__ == "__main__":

@@ -34,6 +34,11 @@ def mlp(seed: int) -> nn.Module:
     return network.double()
 
 
+class Sign(nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x.argmax(1, keepdim=True)
+
+
 @pytest.fixture(scope="module")
 def members() -> list[fxfuse.Program]:
     return [fxfuse.capture(mlp(seed), torch.randn(4, 5).double()) for seed in range(2)]
@@ -86,6 +91,10 @@ def test_how_much_a_layer_counts_by_hand():
         hidden = network[0](x)
         wanted = (hidden.var(0, correction=0) * network[1].weight[0] ** 2).sum()
         assert first / second == pytest.approx(float(wanted / network(x).var(correction=0)))
+    blind = nn.Sequential(*network, Sign()).eval()
+    program = fxfuse.capture(blind, x[:2])
+    found = importances(NodeRunner(program, program.state(), batches), layers_of(program))
+    assert list(found.values()) == [1, 1]
 
 
 def test_units_that_others_make_up_for_cost_nothing(members: list[fxfuse.Program]):

@@ -197,15 +197,20 @@ def _look(
             answers[node] = value
         return value
 
-    with torch.enable_grad():
-        runner.once(batch, list(dict.fromkeys([*spread, *outputs])), take)
-        signed = [_signed(y, generator) for y in answers.values() if y.requires_grad]
-    if signed:
-        slopes = torch.autograd.grad(signed, list(shifts.values()), allow_unused=True)
-        for node, slope in zip(shifts, slopes, strict=True):
-            if slope is not None:
-                rows = spread[node].layer.output_rows(slope).double()
-                spread[node].slope = spread[node].slope + rows.square().sum(0)
+    try:
+        with torch.enable_grad():
+            runner.once(batch, list(dict.fromkeys([*spread, *outputs])), take)
+            signed = [_signed(y, generator) for y in answers.values() if y.requires_grad]
+            if not signed:
+                return
+            slopes = torch.autograd.grad(signed, list(shifts.values()), allow_unused=True)
+    except RuntimeError:
+        # An operator without a derivative, or one that writes over what a derivative needs.
+        return
+    for node, slope in zip(shifts, slopes, strict=True):
+        if slope is not None:
+            rows = spread[node].layer.output_rows(slope).double()
+            spread[node].slope = spread[node].slope + rows.square().sum(0)
 
 
 def _signed(y: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
