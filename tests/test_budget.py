@@ -1,4 +1,4 @@
-"""A global budget of units, and shares of units by group."""
+"""Widths by group within a budget, and shares of units by group."""
 
 from __future__ import annotations
 
@@ -8,9 +8,15 @@ import torch
 from torch import nn
 
 import fxfuse
-from fxfuse import Constraints, Size, Transplant
+from fxfuse import Calibration, Constraints, Refit, Size, Transplant
+from fxfuse.activations.calibration import CalibrationBatches
+from fxfuse.activations.elimination import errors_by_size
+from fxfuse.activations.gradients import importances
+from fxfuse.activations.layers import layers_of
+from fxfuse.activations.node_runner import NodeRunner
 from fxfuse.errors import OptionError
-from fxfuse.planning.allocation import best_of_all
+from fxfuse.planning.allocation import spread
+from fxfuse.transform.cost import operations_of, parameters_of
 from tests.options import flat
 
 FIRST, SECOND = "0.weight:0", "2.weight:0"
@@ -28,20 +34,82 @@ def mlp(seed: int) -> nn.Module:
     return network.double()
 
 
+class Sign(nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x.argmax(1, keepdim=True)
+
+
 @pytest.fixture(scope="module")
 def members() -> list[fxfuse.Program]:
     return [fxfuse.capture(mlp(seed), torch.randn(4, 5).double()) for seed in range(2)]
 
 
-def test_the_best_of_all_groups_by_hand():
-    # Relative to the means 3 and 1: 8/3, 1/3, 1/3, 2/3 and four times 1.
-    values = {"a": np.array([8.0, 1, 1, 2]), "b": np.ones(4)}
-    assert best_of_all(values, 4) == {"a": 1, "b": 3}
-    assert best_of_all(values, 6) == {"a": 2, "b": 4}
-    assert best_of_all(values, 8) == {"a": 4, "b": 4}
-    # Never none, whatever the others have.
-    assert best_of_all(values, 1) == {"a": 1, "b": 1}
-    assert best_of_all({"a": np.zeros(3), "b": np.ones(2)}, 3) == {"a": 1, "b": 2}
+def test_units_go_where_an_error_is_cheapest_by_hand():
+    # Errors of keeping 1, 2, ... units: the last two of "a" are worth nothing, "c" is convex.
+    errors = {"a": np.array([3.0, 1, 0, 0]), "b": np.array([9.0, 5, 2, 0])}
+
+    def cost(sizes: dict[str, int]) -> float:
+        return (sizes["a"] + sizes["b"]) / 6
+
+    assert spread(errors, {"a": 3, "b": 3}, {"a": 1, "b": 1}, cost) == {"a": 2, "b": 4}
+
+    def dear(sizes: dict[str, int]) -> float:
+        return (sizes["a"] + 4 * sizes["b"]) / 15
+
+    assert spread(errors, {"a": 3, "b": 3}, {"a": 1, "b": 1}, dear) == {"a": 3, "b": 3}
+    assert spread(errors, {"a": 2, "b": 2}, {"a": 2, "b": 2}, cost) == {"a": 2, "b": 4}
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_no_sizes_within_a_budget_are_better_where_errors_are_convex(seed: int):
+    generator = np.random.default_rng(seed)
+    falls = {name: np.sort(generator.random(n - 1))[::-1] for name, n in (("a", 6), ("b", 9))}
+    errors = {name: np.cumsum(fall[::-1])[::-1] for name, fall in falls.items()}
+    errors = {name: np.append(each, 0.0) for name, each in errors.items()}
+
+    def cost(sizes: dict[str, int]) -> float:
+        return (sizes["a"] + sizes["b"]) / 9
+
+    def error(sizes: dict[str, int]) -> float:
+        return sum(each[sizes[name] - 1] for name, each in errors.items())
+
+    found = spread(errors, {"a": 4, "b": 5}, {"a": 1, "b": 1}, cost)
+    every = [{"a": a, "b": b} for a in range(1, 7) for b in range(1, 10) if a + b <= 9]
+    assert cost(found) <= 1
+    assert error(found) == pytest.approx(min(map(error, every)))
+
+
+def test_how_much_a_layer_counts_by_hand():
+    torch.manual_seed(0)
+    network = nn.Sequential(nn.Linear(5, 4), nn.Linear(4, 1)).double().eval()
+    x = torch.randn(200, 5).double()
+    program = fxfuse.capture(network, x[:2])
+    batches = CalibrationBatches.of(program, x)
+    layers = layers_of(program)
+    first, second = importances(NodeRunner(program, program.state(), batches), layers).values()
+    with torch.no_grad():
+        hidden = network[0](x)
+        wanted = (hidden.var(0, correction=0) * network[1].weight[0] ** 2).sum()
+        assert first / second == pytest.approx(float(wanted / network(x).var(correction=0)))
+    blind = nn.Sequential(*network, Sign()).eval()
+    program = fxfuse.capture(blind, x[:2])
+    found = importances(NodeRunner(program, program.state(), batches), layers_of(program))
+    assert list(found.values()) == [1, 1]
+
+
+def test_units_that_others_make_up_for_cost_nothing(members: list[fxfuse.Program]):
+    graph, x = fxfuse.analyze(members[0]), torch.randn(100, 5).double()
+    states = [members[0].state(), members[0].state()]
+    batches = CalibrationBatches.of(members[0], x)
+    sizes = {group.name: group.n_units for group in graph.groups}
+    errors = errors_by_size(graph, states, batches, sizes=sizes)
+    for group in graph.groups:
+        each = errors[group.name]
+        assert len(each) == 2 * group.n_units
+        assert each[-1] == 0
+        assert (np.diff(each) <= 0).all()
+        # The second member is a copy of the first one.
+        assert each[group.n_units - 1] < 0.05 * each[0]
 
 
 def relative(members: list[fxfuse.Program], layer: int) -> torch.Tensor:
@@ -61,52 +129,70 @@ def relative(members: list[fxfuse.Program], layer: int) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("width", [0.5, 1.5])
-def test_a_global_budget_keeps_the_best_units_of_all(members: list[fxfuse.Program], width: float):
-    result = fxfuse.fuse(members, size=Size(width, allocation="global"))
-    local = fxfuse.fuse(members, verify=False, size=width)
-    assert sum(result.plan.sizes().values()) == sum(local.plan.sizes().values())
-    assert result.plan.sizes()[FIRST] < local.plan.sizes()[FIRST]
-    assert result.plan.options["allocation"] == "global"
-    kept, gone = [], []
-    for group, layer, size in ((FIRST, 0, 12), (SECOND, 2, 8)):
-        units = result.plan.map_of(group)
-        mine = torch.zeros(2 * size, dtype=torch.bool)
-        mine[torch.from_numpy(units.member * size + units.unit)] = True
-        values = relative(members, layer)
-        kept.append(values[mine])
-        gone.append(values[~mine])
-    assert torch.cat(kept).min() >= torch.cat(gone).max()
+def test_without_inputs_the_score_says_where_units_go(members: list[fxfuse.Program], width: float):
+    result = fxfuse.fuse(members, size=Size(width, allocation="auto"))
+    even = fxfuse.fuse(members, verify=False, size=width)
+    assert parameters_of(result.graph, result.plan.sizes()) <= parameters_of(
+        even.graph, even.plan.sizes()
+    )
+    # Few units of the first layer matter.
+    assert result.plan.sizes()[FIRST] < even.plan.sizes()[FIRST]
+    assert result.plan.sizes()[SECOND] > even.plan.sizes()[SECOND]
+    assert result.plan.options["allocation"] == "auto"
 
 
-def test_pruning_and_parameters_with_a_global_budget(members: list[fxfuse.Program]):
-    pruned = fxfuse.prune(members[0], size=Size(0.25, allocation="global"))
-    assert sum(pruned.plan.sizes().values()) == 5
+def test_pruning_and_budgets_with_widths_by_group(members: list[fxfuse.Program]):
+    pruned = fxfuse.prune(members[0], size=Size(0.25, allocation="auto"))
     assert min(pruned.plan.sizes().values()) >= 1
-    assert pruned.plan.options["allocation"] == "global"
-    least = fxfuse.fuse(members, verify=False, size=Size(0.01, allocation="global"))
+    assert pruned.plan.options["allocation"] == "auto"
+    least = fxfuse.fuse(members, verify=False, size=Size(0.01, allocation="auto"))
     assert set(least.plan.sizes().values()) == {1}
-    small = fxfuse.fuse(members, size=Size(max_params=90, multiple_of=2, allocation="global"))
+    small = fxfuse.fuse(members, size=Size(max_params=90, multiple_of=2, allocation="auto"))
     assert sum(p.numel() for p in small.module.parameters()) <= 90
     assert all(size % 2 == 0 for size in small.plan.sizes().values())
     again = fxfuse.build(fxfuse.FusionPlan.from_json(small.plan.to_json()), members)
     assert again.plan.sizes() == small.plan.sizes()
+    quick = fxfuse.fuse(members, verify=False, size=Size(max_flops=600, allocation="auto"))
+    assert operations_of(quick.graph, quick.plan.sizes()) <= 600
+
+
+@pytest.mark.parametrize("likes", ["equal widths", "widths by group"])
+def test_widths_by_group_are_taken_only_if_the_judge_prefers_them(
+    members: list[fxfuse.Program], likes: str
+):
+    x = torch.randn(120, 5).double()
+    even = fxfuse.prune(members[0], verify=False, size=0.5).plan.sizes()
+
+    def metric(module: nn.Module) -> float:
+        equal = module.get_parameter("0.weight").shape[0] == even[FIRST]
+        return float(equal == (likes == "equal widths"))
+
+    result = fxfuse.prune(
+        members[0],
+        size=Size(0.5, allocation="auto"),
+        calibration=Calibration(x, evaluate=metric),
+        refine=[Refit()],
+    )
+    assert (result.plan.sizes() == even) == (likes == "equal widths")
+    names = ["refitted", "refitted, widths by group"]
+    names = names if likes == "equal widths" else names[::-1]
+    assert result.history.chosen == names[0]
+    other = result.history[names[1]]
+    said = {
+        "refitted": "left out: refitted, widths by group is closer",
+        "refitted, widths by group": "left out: not closer than refitted beyond chance",
+    }
+    assert other.verdict == said[other.name]
+    assert other.chosen_by > result.history[names[0]].chosen_by
+    assert sum(p.numel() for p in result.module.parameters()) <= parameters_of(result.graph, even)
 
 
 @pytest.mark.parametrize(
     ("options", "match"),
     [
-        ({"allocation": "global"}, "allocation='global' needs a size"),
-        ({"allocation": "global", "width": {"0.*": 0.5}}, "width for each pattern"),
-        ({"allocation": "fair", "width": 0.5}, "uniform, global"),
-        (
-            {
-                "allocation": "global",
-                "width": 0.5,
-                "score": "obs",
-                "calibration": torch.rand(100, 5),
-            },
-            "score 'obs'",
-        ),
+        ({"allocation": "auto"}, "allocation='auto' needs a size"),
+        ({"allocation": "auto", "width": {"0.*": 0.5}}, "width for each pattern"),
+        ({"allocation": "global", "width": 0.5}, "uniform, auto"),
         ({"fraction": {"9.*": 0.5}}, "matches nothing"),
         ({"fraction": {"0.*": 1.5}}, r"fraction must be in \[0, 1\], got 1.5"),
         ({"fraction": {"0.*": 0.5, "*.weight": 0.25}}, "two patterns of fraction contradict"),

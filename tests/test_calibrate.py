@@ -204,7 +204,7 @@ def test_each_step_of_the_elimination_is_the_cheapest():
     x = x @ torch.randn(7, 7, generator=generator, dtype=torch.float64)
     weights = torch.randn(7, 3, generator=generator, dtype=torch.float64)
     covariance = x.T @ x / 400
-    ranks = eliminate(covariance, weights @ weights.T, 1, np.ones(7, dtype=bool))
+    ranks, _ = eliminate(covariance, weights @ weights.T, 1, np.ones(7, dtype=bool))
     order = np.argsort(ranks).tolist()
     ridged = covariance + 1e-3 * covariance.diagonal().mean() * torch.eye(7)
     kept = list(range(7))

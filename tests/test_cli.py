@@ -445,12 +445,12 @@ def test_fuse_to_another_width(work):
     assert shapes("--width", "2", "--mixing", "joint")["0.weight"] == (16, 5)
 
 
-def test_fuse_with_a_share_for_a_group_and_a_global_allocation(work):
-    share = ("--width", "0.5", "--allocation", "global", "--fraction", "0.*=0.5", "--out", "share")
+def test_fuse_with_a_share_for_a_group_and_widths_by_group(work):
+    share = ("--width", "0.5", "--allocation", "auto", "--fraction", "0.*=0.5", "--out", "share")
     result = invoke("fuse", "a.pt", "b.pt", *MODEL, *share)
     assert result.exit_code == 0, result.output
     plan = fxfuse.FusionPlan.from_json((work / "share" / "plan.json").read_text())
-    assert (plan.options["allocation"], plan.options["fraction"]) == ("global", "{'0.*': 0.5}")
+    assert (plan.options["allocation"], plan.options["fraction"]) == ("auto", "{'0.*': 0.5}")
     assert (plan.map_of("0.weight:0").member == 1).sum() == 2
     for share, message in (
         ("half", "--fraction 'half'"),
@@ -644,7 +644,7 @@ FUSE = ("fuse", "a.pt", "b.pt", "--out", "new/fused")
             "--mixing per_member does not work here",
         ),
         ((*FUSE, *MODEL, "--mixing", "sometimes"), "use one of joint, per_member"),
-        ((*FUSE, *MODEL, "--allocation", "global"), "--allocation global needs a size"),
+        ((*FUSE, *MODEL, "--allocation", "auto"), "--allocation auto needs a size"),
         ((*FUSE, *MODEL, "--base-member", "2"), "pass --base-member with the number"),
         ((*FUSE, *MODEL, "--head-output", "union"), "--head-output 'union' needs --classes"),
         ((*FUSE, *MODEL, "--model-arg", "width=9"), "does not fit"),

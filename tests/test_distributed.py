@@ -110,7 +110,7 @@ def check_same(
         {"width": 3},
         {"method": "average"},
         {"variant": "iterative", "freeze": ["stem.*"], "base_member": 2},
-        {"width": 0.5, "allocation": "global"},
+        {"width": 0.5, "allocation": "auto"},
         {"fraction": 0.5, "base_member": 1, "max_params": 1500},
     ],
     ids=str,

@@ -221,4 +221,5 @@ def test_registered_methods():
         "concatenate",
         "zip",
         "cluster",
+        "partial",
     }

@@ -30,7 +30,7 @@ from tests.models import excite, torchvision
 from tests.nets import SmallResNet, images, resnets
 from tests.options import flat, planned
 
-CALIBRATED = ("activation_matching", "cluster", "zip")
+CALIBRATED = ("activation_matching", "cluster", "partial", "zip")
 
 
 def small(name: str) -> tuple[nn.Module, torch.Tensor]:
@@ -216,6 +216,47 @@ def test_clusters_of_one_unit_are_a_transplant():
             )
 
 
+@pytest.mark.parametrize("size", [5, 6, 8])
+def test_partial_fusion_matches_the_pairs_that_correlate_most_together(size: int):
+    """Against every choice of so many pairs of two groups of four."""
+    network = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2))
+    graph = fxfuse.analyze(network, torch.ones(2, 3))
+    states = [graph.program.state()] * 2
+    a, b = torch.randn(20, 4).double(), torch.randn(20, 4).double()
+    name = graph.groups[0].name
+    options = {"activations": {name: [a, b]}, "sizes": {name: size}}
+    (unit_map,) = planned(graph, states, "partial", **options).maps
+    assert unit_map.n_units == size
+    found = np.corrcoef(a.T, b.T)[:4, 4:]
+    one, other = [dict(zip(*unit_map.of_member(m), strict=True)) for m in range(2)]
+    pairs = [(one[k], other[k]) for k in range(size) if k in one and k in other]
+    choices = [
+        sum(found[i, j] for i, j in zip(rows, columns, strict=True))
+        for rows in itertools.combinations(range(4), 8 - size)
+        for columns in itertools.permutations(range(4), 8 - size)
+    ]
+    assert sum(found[i, j] for i, j in pairs) == pytest.approx(max(choices))
+
+
+@pytest.mark.parametrize("width", [0.5, 1, 1.5, 2.25, 3])
+def test_partial_fusion_merges_units_of_different_members(width: float):
+    graph, states = lists(3)
+    sizes = {group.name: round(width * group.n_units) for group in graph.groups}
+    options = {"activations": activations(graph, states), "sizes": sizes}
+    for unit_map in planned(graph, states, "partial", **options).maps:
+        assert unit_map.n_units == sizes[unit_map.group]
+        count = np.bincount(unit_map.target, minlength=unit_map.n_units)
+        for member in range(3):
+            target, unit = unit_map.of_member(member)
+            # Every unit is in one cluster: M its share of the mean, U one.
+            assert np.sort(unit).tolist() == list(range(len(unit)))
+            merge, unmerge = unit_map.weights_of(member)
+            np.testing.assert_allclose(merge, 1 / count[target])
+            np.testing.assert_array_equal(unmerge, np.ones(len(unit)))
+            if width >= 1:
+                assert len(np.unique(target)) == len(target)
+
+
 def test_dead_units_zip_with_dead_units_of_others():
     """The living ones, however correlated, are left alone."""
     generator = np.random.default_rng(0)
@@ -241,6 +282,7 @@ def test_dead_units_zip_with_dead_units_of_others():
         ("optimal_transport", {}, 2),
         ("optimal_transport", {"variant": "activations"}, 3),
         ("cluster", {}, 3),
+        ("partial", {}, 3),
         ("zip", {}, 2),
         ("zip", {"variant": "across"}, 3),
     ],
@@ -415,6 +457,7 @@ def test_without_a_fraction_the_host_is_the_network_itself():
         ("zip", {"variant": "within"}, OptionError, "unknown variant 'within'"),
         ("zip", {}, InputError, "'zip' needs calibration inputs"),
         ("cluster", {}, InputError, "'cluster' needs calibration inputs"),
+        ("partial", {}, InputError, "'partial' needs calibration inputs"),
         ("cluster", {"score": "size"}, OptionError, "unknown score 'size'"),
         ("activation_matching", {}, InputError, "'activation_matching' needs calibration inputs"),
         (

@@ -279,7 +279,7 @@ def test_classes_come_from_a_file(tmp_path: Path) -> None:
     [
         ([SIZE], {"multiple_of": 0}, "--multiple-of must be at least 1"),
         ([SIZE], {"width": ["1"], "max_params": 3}, "--width and a budget contradict"),
-        ([SIZE], {"allocation": "globl"}, "unknown --allocation 'globl'"),
+        ([SIZE], {"allocation": "atuo"}, "unknown --allocation 'atuo'"),
         ([SIZE], {"width": ["one"]}, "--width 'one' cannot be read"),
         ([MATCH], {"match_batch": 1}, "--match-batch must be at least 2"),
         ([METHOD], {"regularisation": 1.0}, "method 'transplant' has no --regularisation"),

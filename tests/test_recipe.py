@@ -247,7 +247,7 @@ BOMB = "a0: &a0 [x, x]\n" + "".join(
         (GOOD + "fuse:\n  method:\n    name: avrage\n", 7, "did you mean average?"),
         (GOOD + "fuse: {method: {score: l3}}\n", 6, "did you mean l2?"),
         (GOOD + "fuse:\n  method: {name: average, score: l1}\n", 7, "there are name, reference"),
-        (GOOD + "fuse:\n  size:\n    allocation: globl\n", 8, "did you mean global?"),
+        (GOOD + "fuse:\n  size:\n    allocation: atuo\n", 8, "did you mean auto?"),
         (GOOD + "fuse:\n  size: {multiple_of: 0}\n", 7, "must be at least 1"),
         (GOOD + "fuse:\n  task: clasification\n", 7, "did you mean classification?"),
         (GOOD + "fuse:\n  refine:\n    - mtch\n", 8, "there is no 'mtch'; did you mean match?"),

@@ -9,7 +9,7 @@ pruning: Optimal Brain Surgeon", NeurIPS 1993, per unit instead of per weight).
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 
 import numpy as np
@@ -17,10 +17,17 @@ import torch
 from numpy.typing import NDArray
 
 from fxfuse.activations.calibration import CalibrationBatches
+from fxfuse.activations.gradients import importances
 from fxfuse.activations.layers import Layer, name_of
 from fxfuse.activations.parts import part_of
-from fxfuse.activations.units import Consumer, consumer_inputs, consumers_of, each_once
-from fxfuse.analysis.coupling import CouplingGraph, CouplingGroup, Index
+from fxfuse.activations.units import (
+    Consumer,
+    consumer_inputs,
+    consumers_of,
+    each_once,
+    member_lane,
+)
+from fxfuse.analysis.coupling import CouplingGraph, Index
 from fxfuse.analysis.labels import Kind
 from fxfuse.common.cholesky import cholesky_with_ridge
 from fxfuse.errors import InputError
@@ -34,13 +41,23 @@ _MOST = 4096
 #: Share of the rows that may be gone before they are cut out.
 _CUT = 0.2
 
-#: Steps of the elimination.
+#: Steps of the elimination, or what they cost.
 Ranks = NDArray[np.float64]
 State = Mapping[str, torch.Tensor]
 #: For each member that takes part, for each group: the units that exist, int64 [k].
 Kept = Mapping[int, Mapping[str, Index]]
 #: For each group: units as (member, unit), int64 [n, 2].
 Units = dict[str, Index]
+
+
+@dataclass(frozen=True)
+class _Removals:
+    """What is removed of a group: see `elimination` and `eliminate`."""
+
+    units: Index
+    ranks: Ranks
+    losses: Ranks
+    total: float
 
 
 def elimination(
@@ -71,6 +88,67 @@ def elimination(
         For each group that a layer reads: units as (member, unit), int64 [n, 2], and the step at
         which each of them is removed, float64 [n], higher for those that are left.
     """
+    found = _removals(graph, states, calibration, kept, sizes, base_member)
+    return {name: (each.units, each.ranks) for name, each in found.items()}
+
+
+def errors_by_size(
+    graph: CouplingGraph,
+    states: Sequence[State],
+    calibration: CalibrationBatches,
+    *,
+    sizes: Mapping[str, int],
+    base_member: int = 0,
+) -> dict[str, Ranks]:
+    """What each number of units costs at the network's output, for each group by itself.
+
+    The units that are left make up for those that were removed, as in `elimination`. Of what a
+    reader makes of the units, the share r that is lost counts -log(1 - r), so that no layer closes
+    altogether, times the root of the reader's importance (`fxfuse.activations.gradients`): layers
+    behind it, once they are refitted, take back a part of what the importance foresees.
+
+    Args:
+        graph: The analysis of the members.
+        states: Their tensors by name.
+        calibration: Unlabelled inputs.
+        sizes: How many units of each group are kept: of a reader, these outputs count.
+        base_member: The member that keeps what is frozen inside the network.
+
+    Returns:
+        For each group that a layer reads, the cost of keeping 1, 2, ... and all units, float64
+        [units of all members].
+    """
+    every = range(len(states))
+    kept = {m: {g.name: np.arange(graph.units_of(g.name, m)) for g in graph.groups} for m in every}
+    each = []
+    for member, own in ((m, graph.of_member(m)) for m in every):
+        runner = member_lane(own, member, states[member], calibration)
+        each.append(importances(runner, _layers(own)))
+    # Layers of members stand in one order.
+    weights = dict(zip(each[0], np.mean([list(w.values()) for w in each], axis=0), strict=True))
+    found = _removals(graph, states, calibration, kept, sizes, base_member, weights)
+    errors = {}
+    for name, removals in found.items():
+        lost = np.concatenate([[0.0], np.cumsum(removals.losses)])[::-1] / removals.total
+        errors[name] = -removals.total * np.log1p(-lost.clip(max=1 - 1e-9))
+    return errors
+
+
+def _layers(graph: CouplingGraph) -> list[Layer]:
+    """The layers that read groups, each once."""
+    return list({c.layer: None for readers in consumers_of(graph).values() for c in readers})
+
+
+def _removals(
+    graph: CouplingGraph,
+    states: Sequence[State],
+    calibration: CalibrationBatches,
+    kept: Kept,
+    sizes: Mapping[str, int] | None,
+    base_member: int,
+    importance: Mapping[Layer, float] | None = None,
+) -> dict[str, _Removals]:
+    """As `elimination`; with the importance of the first member's layers until one unit is left."""
     members = sorted(kept)
     graphs = [graph.of_member(m) for m in members]
 
@@ -80,37 +158,41 @@ def elimination(
 
     consumers = each_once(readers_of, graphs)
     inputs = consumer_inputs(graphs, consumers, {m: states[m] for m in members}, calibration)
-    order = {node: place for place, node in enumerate(graphs[0].program.graph.nodes)}
-    first = consumers[0]
-    groups = [group for group in graph.groups if first[group.name]]
-
-    def place(group: CouplingGroup) -> tuple[int, int]:
-        # A recurrent layer reads its own units later than what it is given.
-        layer = first[group.name][0].layer
-        return order[layer.node], order[layer.input]
-
-    groups.sort(key=place, reverse=True)
     left: Units = {}
-    found: dict[str, tuple[Index, Ranks]] = {}
-    for group in groups:
-        width = width_of(first[group.name][0])
+    found: dict[str, _Removals] = {}
+    own_sizes = {group.name: group.n_units for group in graph.groups}
+    for name in _last_to_first(graphs[0], {n: consumers[0][n] for n in own_sizes}):
+        width = width_of(consumers[0][name][0])
         # Each reader as it is in each member.
-        each = zip(*(own[group.name] for own in consumers), strict=True)
+        each = zip(*(own[name] for own in consumers), strict=True)
         readers = [reader for reader in each if width_of(reader[0]) == width]
-        alive = [
-            np.isin(np.arange(graph.units_of(group.name, m)), kept[m][group.name]) for m in members
-        ]
+        counts = [1.0 if importance is None else importance[r[0].layer] ** 0.5 for r in readers]
+        alive = [np.isin(np.arange(graph.units_of(name, m)), kept[m][name]) for m in members]
         there = np.concatenate(alive)
-        size = group.n_units if sizes is None else sizes[group.name]
-        system = partial(_system, graphs, states, members, readers, inputs, left, base_member)
-        ranks = _in_blocks(system, alive, width, min(size, int(there.sum())))
+        size = (own_sizes if sizes is None else sizes)[name]
+        n_left = min(size if importance is None else 1, int(there.sum()))
+        system = partial(
+            _system, graphs, states, members, readers, counts, inputs, left, base_member
+        )
+        ranks, losses = _in_blocks(system, alive, width, n_left)
         exist = [np.flatnonzero(a) for a in alive]
         owner = np.repeat(members, [len(units) for units in exist])
         units = np.stack([owner, np.concatenate(exist)], axis=1)
-        rank = ranks[there]
-        found[group.name] = (units, rank)
-        left[group.name] = units[np.argsort(-rank)[:size]]
+        found[name] = _Removals(units, ranks[there], losses, sum(counts))
+        left[name] = units[np.argsort(-ranks[there])[:size]]
     return found
+
+
+def _last_to_first(graph: CouplingGraph, consumers: Mapping[str, Sequence[Consumer]]) -> list[str]:
+    """The groups that a layer reads, those that are read last first."""
+    order = {node: place for place, node in enumerate(graph.program.graph.nodes)}
+
+    def place(name: str) -> tuple[int, int]:
+        # A recurrent layer reads its own units later than what it is given.
+        layer = consumers[name][0].layer
+        return order[layer.node], order[layer.input]
+
+    return sorted((name for name, own in consumers.items() if own), key=place, reverse=True)
 
 
 def _in_blocks(
@@ -118,7 +200,7 @@ def _in_blocks(
     alive: Sequence[NDArray[np.bool_]],
     width: int,
     n_left: int,
-) -> Ranks:
+) -> tuple[Ranks, Ranks]:
     """Remove units of a group, block by block if it is too large to be looked at as a whole.
 
     Memory grows with the square of a block's neurons, and time with their cube. Units of the same
@@ -131,21 +213,25 @@ def _in_blocks(
         n_left: How many units are left.
 
     Returns:
-        As `eliminate`; steps are those of blocks that are gone through side by side.
+        As `eliminate`; steps are those of blocks that are gone through side by side, each of which
+        counts alike.
     """
     number, there = np.concatenate([np.arange(len(a)) for a in alive]), np.concatenate(alive)
     ranks, total, seen, left = np.full(len(there), -1.0), int(there.sum()), 0, 0
+    steps: list[tuple[float, float]] = []
     count = -(-width * len(there) // _MOST)
     for first in range(count):
         at = number % count == first
         seen += int(there[at].sum())
         wanted = round(n_left * seen / max(total, 1)) - left
         left += wanted
-        found = eliminate(
+        found, losses = eliminate(
             *system([np.arange(first, len(a), count) for a in alive]), width, there[at], wanted
         )
-        ranks[at] = found * (total / max(int(there[at].sum()), 1))
-    return ranks
+        stretch = total / max(int(there[at].sum()), 1)
+        ranks[at] = found * stretch
+        steps += [(step * stretch, float(loss) / count) for step, loss in enumerate(losses)]
+    return ranks, np.array([loss for _, loss in sorted(steps)])
 
 
 def _system(
@@ -153,21 +239,25 @@ def _system(
     states: Sequence[State],
     members: Sequence[int],
     readers: Sequence[Sequence[Consumer]],
+    counts: Sequence[float],
     inputs: Mapping[Layer, Sequence[torch.Tensor]],
     left: Units,
     base_member: int,
     units: Sequence[Index],
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Covariance of some units of each member, and products of their readers' weights."""
+    """Covariance of some units of each member, and products of their readers' weights.
+
+    `counts` says how much each reader counts.
+    """
     covariances, products = [], []
-    for reader in readers:
+    for reader, count in zip(readers, counts, strict=True):
         own = [replace(c, slots=c.slots[u]) for c, u in zip(reader, units, strict=True)]
         covariances.append(covariance_at(inputs[reader[0].layer], own))
         weights = [
             weights_at(graphs[i], states[m], own[i], left, m, base_member)
             for i, m in enumerate(members)
         ]
-        products.append(products_of(weights, covariances[-1]))
+        products.append(count * products_of(weights, covariances[-1]))
     return torch.stack(covariances).mean(0), torch.stack(products).sum(0)
 
 
@@ -177,7 +267,7 @@ def eliminate(
     width: int,
     alive: NDArray[np.bool_],
     n_left: int = 0,
-) -> Ranks:
+) -> tuple[Ranks, Ranks]:
     """Remove units one by one, each time the one whose loss the others make up for best.
 
     What is gone is cut out of the matrices now and then.
@@ -190,7 +280,8 @@ def eliminate(
         n_left: Units that are left at the end, ranked by what the loss of each alone costs.
 
     Returns:
-        The step at which each unit is removed, float64 [units]; -1 for those that do not exist.
+        The step at which each unit is removed, float64 [units]; -1 for those that do not exist. And
+        what each step costs, float64 [steps].
     """
     ranks = np.full(len(alive), -1.0)
     units = np.flatnonzero(alive)
@@ -207,6 +298,7 @@ def eliminate(
     inverse = torch.cholesky_inverse(factors[0])
     products = _part(products, units, width)
     there = torch.ones(len(units), dtype=torch.bool, device=covariance.device)
+    losses = np.zeros(max(len(units) - n_left, 0))
     for step in range(len(units) - n_left):
         if len(there) - int(there.sum()) > _CUT * len(there):
             keep = there.nonzero().flatten().cpu().numpy()
@@ -215,13 +307,14 @@ def eliminate(
         loss = _losses(inverse, products, width)
         loss[~there] = torch.inf
         unit = int(loss.argmin())
+        losses[step] = max(float(loss[unit]), 0.0)
         ranks[units[unit]] = step
         there[unit] = False
         _remove(inverse, products, slice(unit * width, (unit + 1) * width))
     last = there.nonzero().flatten()
     cost = _losses(inverse, products, width)[last].cpu().numpy()
     ranks[units[last.cpu().numpy()]] = alive.sum() + np.argsort(np.argsort(cost))
-    return ranks
+    return ranks, losses
 
 
 def _remove(inverse: torch.Tensor, products: torch.Tensor, gone: slice) -> None:

@@ -1,21 +1,27 @@
-"""Gradients of the loss on labelled calibration inputs, for scores that measure damage by them."""
+"""Gradients on calibration inputs: of the loss, for scores, and of the outputs, for widths."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
+from torch import fx, nn
 from torch.func import functional_call
 
+from fxfuse.activations.layers import Layer
+from fxfuse.activations.node_runner import NodeRunner
 from fxfuse.errors import InputError
 from fxfuse.graph.capture import Program
 from fxfuse.graph.eager import alone
 from fxfuse.graph.example import first_line
 from fxfuse.graph.run import untouched
 from fxfuse.graph.tensors import tensors_in
+from fxfuse.graph.torch_compat import pytree
+
+#: About how many inputs tell how much a layer counts.
+_INPUTS = 256
 
 
 @dataclass(frozen=True)
@@ -117,3 +123,97 @@ def _loss(
             how="check the inputs, and that labels are class numbers",
         )
     return loss
+
+
+def importances(runner: NodeRunner, layers: Sequence[Layer]) -> dict[Layer, float]:
+    """How much the network's outputs change if a layer answers its mean to all inputs.
+
+    To first order, and channel by channel: the variance of what the layer returns, times the square
+    of the outputs' derivative by it, which is that of a sum of the outputs with random signs
+    (Hutchinson, "A stochastic estimator of the trace", 1990).
+
+    Args:
+        runner: A network; a few hundred of its inputs are looked at.
+        layers: Layers of it.
+
+    Returns:
+        A number for each layer, relative to their mean. A layer that returns no real tensor counts
+        as the mean; if the outputs have no derivative, all layers do.
+    """
+    spread = {layer.node: _Spread(layer) for layer in layers}
+    generator, batches = torch.Generator().manual_seed(0), len(runner.calibration.batches)
+    enough = -(-_INPUTS * batches // max(runner.calibration.size, 1))
+    for batch in range(min(batches, enough)):
+        _look(runner, batch, spread, generator)
+    found = {layer: spread[layer.node].value() for layer in layers}
+    known = [value for value in found.values() if value is not None]
+    mean = sum(known) / max(len(known), 1)
+    if not 0 < mean < float("inf"):
+        return dict.fromkeys(layers, 1.0)
+    return {layer: 1.0 if value is None else value / mean for layer, value in found.items()}
+
+
+class _Spread:
+    """What a layer returns, and the outputs' derivatives by it, channel by channel."""
+
+    def __init__(self, layer: Layer) -> None:
+        self.layer, self.rows = layer, 0
+        self.first = self.second = self.slope = torch.zeros(())
+
+    def see(self, value: torch.Tensor) -> torch.Tensor:
+        """Take note of a value, and return zeros of its shape that a derivative can be by."""
+        rows = self.layer.output_rows(value.detach()).double()
+        self.rows += len(rows)
+        self.first = self.first + rows.sum(0)
+        self.second = self.second + rows.square().sum(0)
+        return torch.zeros_like(value, requires_grad=True)
+
+    def value(self) -> float | None:
+        """The importance; None where nothing was seen."""
+        if not self.rows:
+            return None
+        variance = self.second / self.rows - (self.first / self.rows).square()
+        return float((variance.clamp(min=0) * self.slope).sum())
+
+
+def _look(
+    runner: NodeRunner,
+    batch: int,
+    spread: Mapping[fx.Node, _Spread],
+    generator: torch.Generator,
+) -> None:
+    """Run a batch, and add what it says."""
+    (end,) = (node for node in runner.program.graph.nodes if node.op == "output")
+    outputs = [n for n in pytree.tree_leaves(end.args) if isinstance(n, fx.Node)]
+    shifts: dict[fx.Node, torch.Tensor] = {}
+    answers: dict[fx.Node, torch.Tensor] = {}
+
+    def take(node: fx.Node, value: Any) -> Any:
+        real = isinstance(value, torch.Tensor) and value.is_floating_point()
+        if real and node in spread:
+            shifts[node] = spread[node].see(value)
+            value = value + shifts[node]
+        if real and node in outputs:
+            answers[node] = value
+        return value
+
+    try:
+        with torch.enable_grad():
+            runner.once(batch, list(dict.fromkeys([*spread, *outputs])), take)
+            signed = [_signed(y, generator) for y in answers.values() if y.requires_grad]
+            if not signed:
+                return
+            slopes = torch.autograd.grad(signed, list(shifts.values()), allow_unused=True)
+    except RuntimeError:
+        # An operator without a derivative, or one that writes over what a derivative needs.
+        return
+    for node, slope in zip(shifts, slopes, strict=True):
+        if slope is not None:
+            rows = spread[node].layer.output_rows(slope).double()
+            spread[node].slope = spread[node].slope + rows.square().sum(0)
+
+
+def _signed(y: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+    """The sum of a tensor with random signs."""
+    signs = torch.randint(0, 2, y.shape, generator=generator) * 2 - 1
+    return (y * signs.to(y)).sum()

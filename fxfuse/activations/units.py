@@ -94,7 +94,7 @@ def consumer_inputs(
     result: dict[Layer, list[torch.Tensor | None]] = {layer: [] for layer in each[0]}
     for graph, layers, (number, state) in zip(graphs, each, states.items(), strict=True):
         last = {layer.input: layer for layer in layers}
-        runner = _member_lane(graph, number, state, calibration, set(last))
+        runner = member_lane(graph, number, state, calibration, set(last))
         for layer, found in zip(layers, result.values(), strict=True):
             runner.run_to(layer.input)
             if layer.input in runner.absent:
@@ -121,13 +121,14 @@ def _in_order(graph: CouplingGraph, consumers: Mapping[str, Sequence[Consumer]])
     return sorted(layers, key=lambda layer: place[layer.node])
 
 
-def _member_lane(
+def member_lane(
     graph: CouplingGraph,
     number: int,
     state: Mapping[str, torch.Tensor],
     calibration: CalibrationBatches,
-    held: Collection[fx.Node],
+    held: Collection[fx.Node] = (),
 ) -> NodeRunner:
+    """A member on its way through the graph, without the other members' heads."""
     absent = others_region(graph.program, number)
     name = f"member {number}"
     return NodeRunner(graph.program, state, calibration, name=name, held=held, absent=absent)
@@ -178,7 +179,7 @@ def unit_activations(
         if not places:
             continue
         held = {place[0] for place in places.values()}
-        runner = _member_lane(own, number, states[number], calibration, held)
+        runner = member_lane(own, number, states[number], calibration, held)
         runner.run_to(max(held, key=runner.order.__getitem__))
         for name, place in places.items():
             found.setdefault(name, []).append(_at_place(runner, *place, rows))

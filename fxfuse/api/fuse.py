@@ -24,7 +24,6 @@ from fxfuse.members.streamed import Network
 from fxfuse.planning.methods import Method, find_method
 from fxfuse.planning.size import Size
 from fxfuse.refine import Match, Refit, Task
-from fxfuse.transform.sizes import check_allocation
 
 if TYPE_CHECKING:
     from rich.progress import Progress
@@ -91,7 +90,6 @@ def fuse(
     matchable = not heads and not constraints.output_dims
     chosen, wanted = find_method(method), Size.of(size)
     refinement = Refinement.of(refine, calibration, task, progress, chosen, matchable=matchable)
-    check_allocation(chosen, wanted)
     ensemble = load_members(
         Members.of(members),
         Example.of(example),

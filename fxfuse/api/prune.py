@@ -19,7 +19,6 @@ from fxfuse.planning.methods import Method, find_method
 from fxfuse.planning.plan import FusionPlan
 from fxfuse.planning.size import Size
 from fxfuse.refine import Match, Refit, Task
-from fxfuse.transform.sizes import check_allocation
 
 if TYPE_CHECKING:
     from rich.progress import Progress
@@ -81,7 +80,6 @@ def prune(
         )
     check_kind("constraints", constraints, Constraints)
     chosen, constraints = find_method(method), constraints or Constraints()
-    check_allocation(chosen, wanted)
     if plan is not None:
         constraints = plan.constraints.and_also(constraints)
     refinement = Refinement.of(

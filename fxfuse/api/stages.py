@@ -39,7 +39,7 @@ from fxfuse.refine.task import as_task
 from fxfuse.transform.apply import fused_tensors
 from fxfuse.transform.emit import FusedModule
 from fxfuse.transform.resizing import emit_fused, emit_resized, output_layouts
-from fxfuse.transform.sizes import check_allocation, concatenation_plan, make_sized_plan
+from fxfuse.transform.sizes import concatenation_plan, make_sized_plan
 from fxfuse.verify import Check, equals_ensemble, equals_heads, handover
 
 if TYPE_CHECKING:
@@ -132,7 +132,6 @@ def plan(
     """
     check_type("graph", graph, CouplingGraph, how="pass what fxfuse.analyze returned")
     given, chosen, wanted = Members.of(members), find_method(method), Size.of(size)
-    check_allocation(chosen, wanted)
     args, kwargs = graph.program.example_inputs
     refinement = Refinement.of(refine, calibration, None, False, chosen)
     known = [graph.program if m is graph.program.source else m for m in given.networks]
@@ -279,6 +278,13 @@ class Planner:
         if isinstance(method, Transplant) and not method.weights_only:
             method = replace(method, score="l2")
         return self._planned(method, None) if method.weights_only or self.given else None
+
+    @cached_property
+    def uniform(self) -> Planner | None:
+        """What plans all groups equally wide, where widths are chosen group by group."""
+        if self.given is not None or self.size.allocation == "uniform":
+            return None
+        return replace(self, size=replace(self.size, allocation="uniform"))
 
     def state(self, plan: FusionPlan) -> State:
         """The fused tensors of a plan, by name."""

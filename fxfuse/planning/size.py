@@ -36,8 +36,9 @@ class Size(Options):
         max_flops: Largest number of floating-point operations on the example inputs, in place of a
             width.
         multiple_of: Round channels to multiples of this, 8 for most hardware.
-        allocation: `uniform` gives every group the width; `global` gives groups whose units have
-            higher scores more of them, as many in all.
+        allocation: `uniform` gives every group the width; `auto` gives each group as many units as
+            buy most for their parameters (for their operations with `max_flops`), within the same
+            budget: that of the width, where one is given.
         mixing: How operators that mix members (LayerNorm and the like) run: `joint` over the kept
             units of all members together, or `per_member`, which needs width N and is the default
             there.
@@ -47,11 +48,11 @@ class Size(Options):
     max_params: int | None = None
     max_flops: int | None = None
     multiple_of: int = 1
-    allocation: Literal["uniform", "global"] = "uniform"
+    allocation: Literal["uniform", "auto"] = "uniform"
     mixing: MixingMode | None = None
 
     def __post_init__(self) -> None:
-        """Check that a size is asked for once, and that a global allocation has one to spread."""
+        """Check that a size is asked for once, and that an allocation has one to spread."""
         if not isinstance(self.width, int | float | Mapping | None):
             raise OptionError(
                 f"a size cannot be {described(self.width)}: {self.width!r:.99}",
@@ -77,14 +78,14 @@ class Size(Options):
             return
         if not self.is_given:
             raise OptionError(
-                "allocation='global' needs a size to spread",
+                "allocation='auto' needs a size to spread",
                 why="neither width, max_params nor max_flops is given",
                 how="pass width=0.5 to keep half of all units, for instance",
             )
         if isinstance(self.width, Mapping):
             raise OptionError(
-                "allocation='global' and a width for each pattern contradict each other",
-                why="a global allocation decides how wide each group is",
+                "allocation='auto' and a width for each pattern contradict each other",
+                why="this allocation decides how wide each group is",
                 how="pass one width for all groups, or leave the allocation out",
             )
 
@@ -180,13 +181,10 @@ def units_at(
     least: int = 1,
 ) -> int:
     """Return the units of a group at a width, its channels rounded as in `sizes_of`."""
-    each = [graph.units_of(group.name, member) for member in range(n_members)]
-    most, one = sum(each), sum(each) / len(each)
+    most, step = units_in(graph, group, n_members, multiple_of)
+    one = most / n_members
     wanted = width * one
-    # Units of several channels: heads, groups of a convolution.
-    channels = next(rows.shape[1] for rows in group.index.values())
-    step = multiple_of // gcd(multiple_of, channels)
-    if 1 < step <= most:
+    if step > 1:
         # A half is rounded up.
         units = max(step, int(np.floor(wanted / step + 0.5)) * step)
         return min(units, most // step * step)
@@ -198,3 +196,14 @@ def units_at(
             how=f"use a width of at least {0.5 / one:.2g} there",
         )
     return units
+
+
+def units_in(
+    graph: CouplingGraph, group: CouplingGroup, n_members: int, multiple_of: int
+) -> tuple[int, int]:
+    """Return the units of all members in a group, and of how many a fused one has a multiple."""
+    most = sum(graph.units_of(group.name, member) for member in range(n_members))
+    # Units of several channels: heads, groups of a convolution.
+    channels = next(rows.shape[1] for rows in group.index.values())
+    step = multiple_of // gcd(multiple_of, channels)
+    return most, step if step <= most else 1

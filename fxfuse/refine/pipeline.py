@@ -158,6 +158,10 @@ class Plans(Protocol):
     def outline(self) -> FusionPlan | None:
         """The plan without a look at any input: sizes and roles; None where that cannot be."""
 
+    @property
+    def uniform(self) -> Plans | None:
+        """What plans all groups equally wide, where widths are chosen group by group."""
+
     def state(self, plan: FusionPlan) -> State:
         """The fused tensors of a plan, by name."""
 
@@ -215,6 +219,8 @@ def _unjudged(plans: Plans, calibration: CalibrationBatches, steps: Steps) -> Re
 #: matched comes first: what is fitted more has to be better than what is fitted less.
 #: What is moved from members of other architectures has to be better than the best start first.
 _KINDS = ("moved", "matched", "fitted", "fitted and matched")
+#: What the name of a network says of widths that were chosen group by group.
+_BY_GROUP = ", widths by group"
 #: By so much, as a share, a member with units of others may be farther off than the member itself.
 _AS_GOOD = 0.01
 #: A member is near the ensemble at this KL divergence in nats, and how many times as close a fused
@@ -344,9 +350,11 @@ class _Way:
             made.seconds[start.name] = watch.lap()
             return start
 
-        # Where there is no plan without a look at inputs, the plan of the fit says the sizes, too.
-        planned = None if self.plans.outline else self.plans.plan(fitting)
-        plan = planned or self.plans.outline
+        # Members fit into equally wide groups. Where there is no plan without a look at inputs, the
+        # plan of the fit says the sizes, too.
+        even = self.plans.uniform or self.plans
+        planned = None if even.outline else even.plan(fitting)
+        plan = planned or even.outline
         assert plan is not None
         known, far = None, dict[str, float]()
         has_starts = whole_width(self.graph, plan) >= 1
@@ -367,9 +375,10 @@ class _Way:
         # A member alone in its architecture has nobody to be fused with.
         alone = bool(self.others) and len(self.states) == 1
         if best is None or (self.steps.refit is not None and not alone):
-            plan = planned or self.plans.plan(fitting)
-            fitted = measure(move.into(self._fitted(made, plan, fitting)))
-            made.steps["fitted"] = fitted
+            plan = planned or even.plan(fitting)
+            fitted = self._fitted(made, plan, fitting, measure)
+            moved = move.into(fitted)
+            fitted = made.steps["fitted"] = fitted if moved is fitted else measure(moved)
         # A network that is farther off than a member is not worth the steps.
         worth = fitted is not None and (best is None or made.cost(fitted) < made.cost(best))
         parts = (best is not None) + worth
@@ -398,15 +407,42 @@ class _Way:
         far, near = made.cost(grown), made.cost(best)
         return grown if far <= near + _AS_GOOD * abs(near) else best
 
-    def _fitted(self, made: _Made, plan: FusionPlan, fitting: CalibrationBatches) -> Start:
-        """The fused network, refitted where that is asked for."""
+    def _fitted(
+        self,
+        made: _Made,
+        plan: FusionPlan,
+        fitting: CalibrationBatches,
+        measure: Callable[[Start], Start],
+    ) -> Start:
+        """The fused network, refitted where that is asked for.
+
+        Widths that were chosen group by group are taken only if they are closer than equal ones on
+        the inputs that choose, beyond the uncertainty of the comparison.
+        """
+        start, made.refit = self._refitted(plan, fitting, "")
+        even = measure(start)
+        by_group = plan if self.plans.uniform is None else self.plans.plan(fitting)
+        if by_group.sizes() == plan.sizes():
+            return even
+        start, report = self._refitted(by_group, fitting, _BY_GROUP)
+        spread = measure(start)
+        if compare(made.chosen_by[spread.name], made.chosen_by[even.name]).better:
+            made.refit = report
+            made.notes[even.name] = f"left out: {spread.name} is closer"
+            return spread
+        made.notes[spread.name] = f"left out: not closer than {even.name} beyond chance"
+        return even
+
+    def _refitted(
+        self, plan: FusionPlan, fitting: CalibrationBatches, widths: str
+    ) -> tuple[Start, RefitReport | None]:
         state = self.plans.state(plan)
         if self.steps.refit is None:
-            return fused_start(self.graph, plan, state, "fused")
-        state, made.refit = refit_state(
+            return fused_start(self.graph, plan, state, f"fused{widths}"), None
+        state, report = refit_state(
             self.graph, plan, self.states, state, fitting, self.steps.refit, self.task
         )
-        return fused_start(self.graph, plan, state, "refitted")
+        return fused_start(self.graph, plan, state, f"refitted{widths}"), report
 
     def _match(
         self,
@@ -475,7 +511,10 @@ class _Way:
             lines.append(line)
             if line.accepted:
                 current, is_member = start, kind == "matched"
-        lines += [Candidate(name, verdict=note) for name, note in made.notes.items()]
+        for name, note in made.notes.items():
+            cost = made.chosen_by[name].cost if name in made.chosen_by else float("nan")
+            seconds = made.seconds.get(name, 0.0)
+            lines.append(Candidate(name, cost, verdict=note, seconds=seconds))
         lines += [
             Candidate(
                 f"member {number}",

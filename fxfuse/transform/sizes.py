@@ -8,15 +8,18 @@ from types import MappingProxyType
 
 from fxfuse.analysis.coupling import CouplingGraph
 from fxfuse.errors import OptionError, RewriteError
-from fxfuse.planning.allocation import spread
+from fxfuse.planning.allocation import errors_of, spread
 from fxfuse.planning.context import Context, State
 from fxfuse.planning.methods import Concatenate, Method, Transplant
 from fxfuse.planning.plan import FusionPlan
 from fxfuse.planning.planner import make_plan
 from fxfuse.planning.roles import kept_per_member
-from fxfuse.planning.size import MixingMode, Size, Sizes, sizes_of
+from fxfuse.planning.size import MixingMode, Size, Sizes, sizes_of, units_in
 from fxfuse.transform.cost import operations_of, parameters_of
 from fxfuse.transform.resizing import apart_names, limit_sizes
+
+#: From sizes at which every group is equally wide, and why some cannot change, to those wanted.
+Allocate = Callable[[Sizes, dict[str, str]], tuple[Sizes, dict[str, str]]]
 
 #: Halvings of the range of widths in which a budget is looked for.
 _HALVINGS = 12
@@ -57,16 +60,6 @@ def make_sized_plan(
     told = {} if size.allocation == "uniform" else {"allocation": size.allocation}
     maps = tuple(replace(m, kept=kept.get(m.group, "")) for m in plan.maps)
     return replace(plan, maps=maps, options={**plan.options, **told})
-
-
-def check_allocation(method: Method, size: Size) -> None:
-    """Check that a method's score can spread units over all groups."""
-    if size.allocation == "global" and isinstance(method, Transplant) and method.score == "obs":
-        raise OptionError(
-            "allocation='global' does not work with score 'obs'",
-            why="it says in which order the units of one group go, so groups cannot be compared",
-            how="use one of the other scores: score='l2'",
-        )
 
 
 def concatenation_plan(
@@ -114,7 +107,7 @@ def _not_kept(graph: CouplingGraph, n_members: int, size: Size) -> str:
     """Say of which group not every unit of every member is kept; empty where all are."""
     assert size.width is not None
     wanted = sizes_of(
-        graph, n_members, size.width, size.multiple_of, at_least_one=size.allocation == "global"
+        graph, n_members, size.width, size.multiple_of, at_least_one=size.allocation == "auto"
     )
     members = range(n_members)
     part = (n for n in wanted if wanted[n] < sum(graph.units_of(n, m) for m in members))
@@ -126,34 +119,34 @@ def find_sizes(
     n_members: int,
     size: Size,
     mixing: MixingMode = "joint",
-    allocate: Callable[[Sizes], Sizes] | None = None,
+    allocate: Allocate | None = None,
 ) -> tuple[Sizes, dict[str, str]] | None:
     """Find the units of each fused group, and why some groups keep a member's size.
 
     None where a member's size is asked for. `allocate` turns sizes at which every group is equally
-    wide into those that are wanted (`fxfuse.planning.allocation`).
+    wide into those that are wanted.
     """
     if not size.is_given:
         return None
     graph.program.require_exported()
     if size.width is None:
-        return _within(graph, n_members, size, allocate or dict)
-    wanted = sizes_of(
-        graph, n_members, size.width, size.multiple_of, at_least_one=allocate is not None
-    )
-    if mixing == "per_member":
-        return wanted, {}
-    return limit_sizes(graph, (allocate or dict)(wanted))
+        found = _within(graph, n_members, size)
+    else:
+        wanted = sizes_of(
+            graph, n_members, size.width, size.multiple_of, at_least_one=allocate is not None
+        )
+        if mixing == "per_member":
+            return wanted, {}
+        found = limit_sizes(graph, wanted)
+    return found if allocate is None else allocate(*found)
 
 
-def _within(
-    graph: CouplingGraph, n_members: int, size: Size, allocate: Callable[[Sizes], Sizes]
-) -> tuple[Sizes, dict[str, str]]:
-    """Return the widest network within a budget."""
+def _within(graph: CouplingGraph, n_members: int, size: Size) -> tuple[Sizes, dict[str, str]]:
+    """Return the widest network within a budget, all groups equally wide."""
 
     def at(width: float) -> tuple[Sizes, dict[str, str]]:
         wanted = sizes_of(graph, n_members, width, size.multiple_of, at_least_one=True)
-        return limit_sizes(graph, allocate(wanted))
+        return limit_sizes(graph, wanted)
 
     low, high = 1e-6, float(n_members)
     best, most = at(low), at(high)
@@ -199,12 +192,47 @@ def _excess(graph: CouplingGraph, sizes: Sizes, size: Size) -> str:
 
 def _allocation(
     graph: CouplingGraph, states: Sequence[State], method: Method, context: Context, size: Size
-) -> Callable[[Sizes], Sizes] | None:
+) -> Allocate | None:
     """Return how sizes are spread over the groups, where not uniformly."""
     if size.allocation == "uniform":
         return None
-    score = method.score if isinstance(method, Transplant) else None
-    return spread(graph, states, score or "l2", context, size.multiple_of)
+    score = (method.score if isinstance(method, Transplant) else None) or "l2"
+
+    def allocate(uniform: Sizes, kept: dict[str, str]) -> tuple[Sizes, dict[str, str]]:
+        errors = errors_of(graph.trunk(), states, score, replace(context, sizes=uniform))
+        free = [g for g in graph.groups if g.name in errors and g.name not in kept]
+        steps = {g.name: units_in(graph, g, len(states), size.multiple_of)[1] for g in free}
+        cost = _share_of_budget(graph, size, uniform)
+        wanted = spread({g.name: errors[g.name] for g in free}, uniform, steps, cost)
+        found = limit_sizes(graph, wanted)
+        return found if cost(found[0]) <= 1 else (uniform, kept)
+
+    return allocate
+
+
+def _share_of_budget(graph: CouplingGraph, size: Size, uniform: Sizes) -> Callable[[Sizes], float]:
+    """Return what a network of some sizes costs, as a share of the budget: of the tighter one.
+
+    A width has the budget that a network of this width needs.
+    """
+    params = parameters_of(graph, uniform) if size.max_flops is None else None
+    params = size.max_params or params
+
+    def share(sizes: Sizes) -> float:
+        shares = [] if params is None else [parameters_of(graph, sizes) / params]
+        if size.max_flops is not None:
+            shares.append((operations_of(graph, sizes) or 0) / size.max_flops)
+        return max(shares)
+
+    known: dict[tuple[int, ...], float] = {}
+
+    def cost(sizes: Sizes) -> float:
+        key = tuple(sizes.values())
+        if key not in known:
+            known[key] = share(sizes)
+        return known[key]
+
+    return cost
 
 
 def _width_of_all(size: Size, n_members: int) -> float:

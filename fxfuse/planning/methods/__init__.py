@@ -6,6 +6,7 @@ from fxfuse.planning.methods.average import Average
 from fxfuse.planning.methods.cluster import Cluster
 from fxfuse.planning.methods.concatenate import Concatenate
 from fxfuse.planning.methods.optimal_transport import OptimalTransport
+from fxfuse.planning.methods.partial import Partial
 from fxfuse.planning.methods.registry import Method, find_method, method, methods
 from fxfuse.planning.methods.transplant import Transplant
 from fxfuse.planning.methods.weight_matching import WeightMatching
@@ -19,6 +20,7 @@ __all__ = [
     "Context",
     "Method",
     "OptimalTransport",
+    "Partial",
     "State",
     "Transplant",
     "WeightMatching",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
+from scipy.optimize import linear_sum_assignment
 
 from fxfuse.analysis.coupling import Index
 from fxfuse.planning.measured import Matrix
@@ -50,6 +51,33 @@ class Clusters:
         """
         pairs = int(min(self._alive[first].sum(), self._alive[second].sum()))
         self._merge(pairs, first, second)
+
+    def match_best(self, first: Index, second: Index, pairs: int) -> int:
+        """Merge pairs of clusters of two sides so that their correlations sum to the most.
+
+        Which clusters stay apart is part of the choice: a partial assignment, solved as a whole one
+        with as many stand-ins on each side as clusters stay apart on the other.
+
+        Args:
+            first: First units of the clusters of one side, int64 [a]; what is no cluster any more
+                is passed over.
+            second: The same for the other side.
+            pairs: How many pairs, if there are as many clusters on each side.
+
+        Returns:
+            How many pairs there were.
+        """
+        a, b = first[self._alive[first]], second[self._alive[second]]
+        pairs = min(pairs, len(a), len(b))
+        value = np.zeros((len(a) + len(b) - pairs, len(b) + len(a) - pairs))
+        value[: len(a), : len(b)] = np.stack([self._correlation(int(i))[b] for i in a])
+        # Stand-ins are no partners of each other.
+        value[len(a) :, len(b) :] = -4.0 * len(value)
+        rows, columns = linear_sum_assignment(value, maximize=True)
+        for row, column in zip(rows, columns, strict=True):
+            if row < len(a) and column < len(b):
+                self._join(*sorted((int(a[row]), int(b[column]))))
+        return pairs
 
     def _merge(self, times: int, first: Index, second: Index) -> None:
         """Merge pairs of one cluster of each side; sides that differ lose what was merged."""
