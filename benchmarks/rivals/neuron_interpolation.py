@@ -41,23 +41,26 @@ _SEEDS = 3
 def main() -> None:
     made = parser(__doc__)
     made.add_argument("--checkout", type=Path, required=True, help="their repository")
+    made.add_argument("--members", type=int, nargs="+", default=mlps.COUNTS)
+    made.add_argument("--keep", action="store_true", help="keep other rows that were measured")
     options = made.parse_args()
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
     theirs = use(options.checkout)
-    about = {"their commit": theirs, "commit": records.described(), "torch": torch.__version__}
-    rows = []
-    for row in run(options.data_root):
+    about = {"their commit": theirs, "torch": torch.__version__}
+    known = records.earlier(RESULTS, "rows", keep=options.keep)
+    rows = [row for row in known if row["members"] not in options.members]
+    for row in run(options.data_root, options.members):
         print(row, flush=True)
-        rows.append(row)
+        rows.append(row | {"commit": records.described()})
         records.write(RESULTS, about | {"rows": rows})
 
 
-def run(data_root: Path) -> Iterator[dict[str, Any]]:
+def run(data_root: Path, counts: Sequence[int]) -> Iterator[dict[str, Any]]:
     """Measure every method for every number of members and every sample of inputs."""
     images, labels = mnist_test(data_root)
     known, classes = mnist5k()
-    for count in mlps.COUNTS:
+    for count in counts:
         members = mlps.members(data_root, count)
         found = [outputs_of(n, images, batch=mlps.BATCH, logits=True) for n in members]
         ensemble = mean_of(found)
