@@ -21,7 +21,7 @@ Rows = Sequence[Mapping[str, Any]]
 _NAMES = {
     "no step": "**`fxfuse`, no step of training**",
     "matched": "`fxfuse`, 60 CPU seconds of matching",
-    "best member, the same seconds of a plain loop": "best member, the same seconds of distillation",
+    "best member, the same seconds of a plain loop": "best member, distilled for as long",
 }
 
 
