@@ -219,8 +219,8 @@ def specialists(ours: Sequence[Mapping[str, Any]], theirs: Sequence[Mapping[str,
         f"{mean(fused, 'best member'):.1f} %, and their ensemble {mean(fused, 'ensemble'):.1f} %. "
         f"From {fused[0]['calibration inputs']:,} unlabelled images, in\n"
         f"{mean(fused, 'CPU seconds'):.0f} CPU seconds and without a step of training, `fuse` "
-        f"makes one ResNet-20 that\nreaches **{mean(fused, 'accuracy'):.1f} %**. The code of ZipIt makes "
-        f"{mean(zipped, 'accuracy'):.1f} % of the same members and images.\n"
+        f"makes one ResNet-20 that\nreaches **{mean(fused, 'accuracy'):.1f} %**. The code of ZipIt "
+        f"makes {mean(zipped, 'accuracy'):.1f} % of the same members and images.\n"
         f"(Means of {len(fused)} pairs.)\n"
     )
 
