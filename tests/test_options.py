@@ -441,7 +441,7 @@ def test_values_of_another_type_are_refused(kind: type) -> None:
     "make",
     [
         lambda: fxfuse.Refit(alpha=-1),
-        lambda: fxfuse.Refit(memory=0),
+        lambda: fxfuse.Refit(memory=-1),
         lambda: fxfuse.Match(weight_decay=-1e-4),
         lambda: fxfuse.Size(max_params=0),
         lambda: fxfuse.Size(multiple_of=-8),

@@ -55,7 +55,7 @@ class Size(Options):
         """Check that a size is asked for once, and that an allocation has one to spread."""
         if not isinstance(self.width, int | float | Mapping | None):
             raise OptionError(
-                f"a size cannot be {described(self.width)}: {self.width!r:.99}",
+                f"width cannot be {described(self.width)}: {self.width!r:.99}",
                 where="size",
                 how="pass a number such as 0.5, numbers by pattern, or a Size",
             )

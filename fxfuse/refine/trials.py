@@ -25,6 +25,8 @@ _SHARE, _LEAST = 0.1, 25
 _OF_SECONDS, _TOO_FEW = 0.25, 4
 #: Rates in a row that may be worse than the best one before the search ends.
 _PATIENCE = 2
+#: Inputs that judge, from which on a standard error says something.
+_ENOUGH = 30
 
 
 @dataclass(frozen=True)
@@ -94,7 +96,7 @@ def _lowest_as_good(
     Breiman et al., "Classification and Regression Trees", 1984, section 3.4.3).
     """
     rate, frozen = best
-    if tried[best].metric is not None:
+    if tried[best].metric is not None or len(tried[best].each) < _ENOUGH:
         return best
     for other in sorted(each for each, state in tried if state == frozen and each < rate):
         further = tried[other, frozen].each - tried[best].each

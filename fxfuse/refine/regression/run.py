@@ -125,16 +125,20 @@ class Refit(Options):
     memory: int = MEMORY
 
     def __post_init__(self) -> None:
-        """Check that the ridge and the memory are positive."""
+        """Check the ridge and the memory."""
         super().__post_init__()
-        for name in ("alpha", "memory"):
-            value = getattr(self, name)
-            if value is not None and not value > 0:
-                raise OptionError(
-                    f"{name} must be above 0, got {value}",
-                    where=f"Refit({name}=...)",
-                    how=f"pass a positive {name}, or leave it out",
-                )
+        if self.alpha is not None and self.alpha <= 0:
+            raise OptionError(
+                f"alpha must be above 0, got {self.alpha}",
+                where="Refit(alpha=...)",
+                how="pass a positive alpha, or leave it out",
+            )
+        if self.memory < 0:
+            raise OptionError(
+                f"memory must be at least 0, got {self.memory}",
+                where="Refit(memory=...)",
+                how="pass a number of bytes, or leave it out",
+            )
 
 
 def refit_state(
