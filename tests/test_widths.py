@@ -382,6 +382,31 @@ def test_heads_that_not_all_have_their_own(network: type[nn.Module], size: float
     assert fxfuse.verify.concatenation_equals_ensemble(members, x).passed
 
 
+class ClassToken(nn.Module):
+    """A token that is learned, repeated for every input of a batch of any size."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.token, self.stem, self.head = (
+            nn.Parameter(torch.randn(1, 1, 12)),
+            nn.Linear(5, 12),
+            nn.Linear(12, 2),
+        )
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = torch.cat([self.token.expand(x.shape[0], -1, -1), self.stem(x)], 1)
+        return self.head(x.relu().sum(1))
+
+
+@pytest.mark.parametrize("units", [9, 13, 15, 17])
+def test_a_batch_does_not_grow_with_the_units(units: int):
+    """A batch of 2 times 15/12 is not whole, and rounded it would be the batch itself."""
+    members, x = [ClassToken() for _ in range(2)], torch.randn(7, 4, 5)
+    result = fxfuse.fuse(members, x[:2], size=units / 12)
+    whole = result.module(x)
+    torch.testing.assert_close(whole[3:], result.module(x[3:]))
+
+
 class LikeUnits(nn.Module):
     """Zeros in the shape of units become a state of another shape, which meets other units."""
 

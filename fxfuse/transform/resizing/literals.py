@@ -59,7 +59,7 @@ def resized_fill(
         return None
     place = names.index("size")
     sizes = list(cast("Sequence[Any]", operand.args[place]))
-    sizes[dim] = _grown(sizes[dim], wide.values[operand].shape[dim], size)
+    sizes[dim] = _grown(wide, sizes[dim], wide.values[operand].shape[dim], size)
     if sizes[dim] is None:
         return None
     with wide.graph.inserting_before(wide.mapping[node]):
@@ -95,16 +95,19 @@ def evaluate(wide: ResizedGraph, node: fx.Node, args: Any, tensor: torch.Tensor)
     def concrete(x: Any) -> Any:
         if isinstance(x, _Scaled):
             return int(concrete(x.size) * x.ratio)
-        if not isinstance(x, fx.Node):
-            return x
-        value = wide.values[x]
-        return value.constant if isinstance(value, AbstractTensor) else hint(value)
+        return _number(wide, x) if isinstance(x, fx.Node) else x
 
     rest = pytree.tree_map(concrete, tuple(args[1:]))
     kwargs = pytree.tree_map(concrete, dict(node.kwargs))
     is_view = find(node.target) is movement.view
     target = aten.reshape.default if is_view else _target(node, args)
     return target(tensor, *rest, **kwargs)
+
+
+def _number(wide: ResizedGraph, node: fx.Node) -> Any:
+    """What a node that an operator takes in place of a literal is on the example inputs."""
+    value = wide.values[node]
+    return value.constant if isinstance(value, AbstractTensor) else hint(value)
 
 
 def candidates(
@@ -122,7 +125,7 @@ def candidates(
         for dims in combinations(range(len(sizes)), len(growth)):
             grown = list(sizes)
             for d, (old, new) in zip(dims, growth, strict=True):
-                grown[d] = _grown(grown[d], old, new)
+                grown[d] = _grown(wide, grown[d], old, new)
             if None not in grown:
                 yield (*args[:place], grown, *args[place + 1 :])
         return
@@ -168,10 +171,12 @@ def _slices(
         yield (node.args[0], node.args[1], start, last)
 
 
-def _grown(size: Any, old: int, new: int) -> Any:
+def _grown(wide: ResizedGraph, size: Any, old: int, new: int) -> Any:
     """A size in which a dimension grew from `old` to `new`; None where that is no whole number."""
     if isinstance(size, fx.Node):
-        return _Scaled(size, Fraction(new, old))
+        ratio = Fraction(new, old)
+        # What is rounded could be the size as it is: a batch of 2 is no batch of 2.5.
+        return _Scaled(size, ratio) if (_number(wide, size) * ratio).denominator == 1 else None
     if size <= 0:
         return size
     return None if size * new % old else size * new // old
