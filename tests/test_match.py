@@ -482,7 +482,7 @@ BAD = {
         INPUTS,
         {"seconds": float("nan")},
         OptionError,
-        "seconds must be a number or None, got nan",
+        "seconds must be above 0, got nan",
     ),
     "batch": (
         mlp(3),

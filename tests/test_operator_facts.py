@@ -204,13 +204,16 @@ def test_an_operator_with_two_rows_is_an_error():
         operator_facts.register(aten.conv2d.default, Convolution(space=2))
 
 
-#: Files that name operators of the table, to register a function for just these, or to write calls.
+#: Files that name operators of the table, to register a function for just these, to write
+#: calls, or to run them in another way.
 NAMED = {
     "analysis/heads.py": {"linear"},
     "analysis/rules/contraction.py": {"addmm", "linear", "matmul", "mm"},
     "analysis/rules/pointwise.py": {"rrelu_"},
     "ensemble/lowerings/contraction.py": {"addmm", "linear", "matmul", "mm"},
     "ensemble/lowerings/elementwise.py": {"dropout"},
+    "refine/regression/sensitivity.py": {"conv1d", "conv2d", "conv3d"},
+    "verify/in_double.py": {"conv1d"},
 }
 
 

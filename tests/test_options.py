@@ -431,10 +431,9 @@ def test_values_of_another_type_are_refused(kind: type) -> None:
     for option in fields_of(kind):
         if option.type is Any:
             continue
-        for value in (object(), float("nan")):
-            with pytest.raises(FxfuseError, match=option.name) as caught:
-                kind(**required | {option.name: value})
-            assert caught.value.how
+        with pytest.raises(FxfuseError, match=option.name) as caught:
+            kind(**required | {option.name: object()})
+        assert caught.value.how
 
 
 @pytest.mark.parametrize(

@@ -38,8 +38,9 @@ _any = settings(suppress_health_check=list(HealthCheck))
 _ORDERED = {"local_response"}
 #: Sums over neurons that no weight tells apart: two copies of a network give twice the sum, the
 #: zeros between the weights of two copies count in the mean of all weights, the two largest
-#: neurons are one and its copy, and a softmax over two copies gives each of them half.
-_SUMMED = {"attention_one_head", "standardised", "extremes", "experts"}
+#: neurons are one and its copy, a softmax over two copies gives each of them half, and a square
+#: matrix of channels is not the square of two halves.
+_SUMMED = {"attention_one_head", "standardised", "extremes", "experts", "squared"}
 #: Blocks that tie all neurons to one another, by kind and flag: there is one unit, and none free.
 _TIED = {("roll", True)}
 #: Parameters that no neuron owns: the mixer's output are tokens, a temperature or a norm of all

@@ -249,16 +249,19 @@ def _system(
 
     `counts` says how much each reader counts.
     """
-    covariances, products = [], []
-    for reader, count in zip(readers, counts, strict=True):
-        own = [replace(c, slots=c.slots[u]) for c, u in zip(reader, units, strict=True)]
-        covariances.append(covariance_at(inputs[reader[0].layer], own))
+    chosen = [
+        [replace(c, slots=c.slots[u]) for c, u in zip(reader, units, strict=True)]
+        for reader in readers
+    ]
+    covariances = [covariance_at(inputs[own[0].layer], own) for own in chosen]
+    covariance, products = torch.stack(covariances).mean(0), []
+    for own, count in zip(chosen, counts, strict=True):
         weights = [
             weights_at(graphs[i], states[m], own[i], left, m, base_member)
             for i, m in enumerate(members)
         ]
-        products.append(count * products_of(weights, covariances[-1]))
-    return torch.stack(covariances).mean(0), torch.stack(products).sum(0)
+        products.append(count * products_of(weights, covariance))
+    return covariance, torch.stack(products).sum(0)
 
 
 def eliminate(

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
-import math
 import os
 import re
 import types
@@ -37,7 +36,7 @@ _ENTRY = re.compile(r"^ {4}(\w+): (.*(?:\n {8,}.*)*)", re.MULTILINE)
 
 
 class Options:
-    """Base of the option dataclasses: a field takes values of its type only, and no NaN."""
+    """Base of the option dataclasses: a field takes values of its type only."""
 
     def __post_init__(self) -> None:
         """Check that each value is of its field's type, or one of those that it lists."""
@@ -150,8 +149,8 @@ def _is_a(value: Any, kind: Any) -> bool:
         return any(value == one and type(value) is type(one) for one in get_args(kind))
     kind = origin or kind
     if kind in (int, float):
-        number = isinstance(value, Integral if kind is int else Real)
-        return number and type(value) is not bool and not math.isnan(value)
+        # A NaN is refused where a number has a range.
+        return type(value) is not bool and isinstance(value, Integral if kind is int else Real)
     if kind is tuple:
         # Lists come from recipes.
         return isinstance(value, tuple | list)

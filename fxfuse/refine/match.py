@@ -105,7 +105,7 @@ class Match(Options):
                 raise OptionError(
                     f"{name} must be above 0, got {value}", how=f"pass a positive {name}"
                 )
-        if self.weight_decay < 0:
+        if not self.weight_decay >= 0:
             raise OptionError(
                 f"weight_decay must be at least 0, got {self.weight_decay}",
                 how="pass 0 for none, or leave it out",

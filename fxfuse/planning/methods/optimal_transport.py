@@ -49,6 +49,16 @@ class OptimalTransport(Method):
     reference: int = 0
     regularisation: float | None = None
 
+    def __post_init__(self) -> None:
+        """Check that the reference is a member."""
+        if str(self.reference) == "mean":
+            raise OptionError(
+                "reference='mean' does not work with optimal_transport",
+                why="it transports every member to the units of one of them",
+                how="pass reference= with the number of a member",
+            )
+        super().__post_init__()
+
     @property
     def weights_only(self) -> bool:
         """Whether it looks at weights only: not with activations."""
@@ -59,12 +69,7 @@ class OptimalTransport(Method):
     ) -> tuple[UnitMap, ...]:
         """Make the maps."""
         reference = reference_of(self.reference, len(states))
-        if reference is None:
-            raise OptionError(
-                "reference='mean' does not work with optimal_transport",
-                why="it transports every member to the units of one of them",
-                how="pass reference= with the number of a member",
-            )
+        assert reference is not None
         regularisation = self.regularisation
         if regularisation is not None and not 0 < regularisation < float("inf"):
             raise OptionError(

@@ -127,7 +127,7 @@ class Refit(Options):
     def __post_init__(self) -> None:
         """Check the ridge and the memory."""
         super().__post_init__()
-        if self.alpha is not None and self.alpha <= 0:
+        if self.alpha is not None and not self.alpha > 0:
             raise OptionError(
                 f"alpha must be above 0, got {self.alpha}",
                 where="Refit(alpha=...)",
