@@ -83,7 +83,7 @@ PYTHON = (
     "fxfuse.load(None)",
     "fxfuse.Refit(alpha=-1)",
     'fxfuse.Match(seconds="60")',
-    "fxfuse.Size(width=float('nan'))",
+    'fxfuse.Size(width="half")',
 )
 #: What is in the folder: checkpoints `a.safetensors` and `b.safetensors`, `nets.py`, `kept`.
 COMMANDS = (
