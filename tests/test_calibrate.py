@@ -214,7 +214,7 @@ def test_each_step_of_the_elimination_is_the_cheapest():
         kept.remove(unit)
 
 
-@pytest.mark.parametrize("together", [4096, 8])
+@pytest.mark.parametrize("together", [2048, 8])
 def test_a_copy_of_a_unit_goes_before_any_other(together, monkeypatch):
     """What members have in common counts once; also where a group is divided into blocks."""
     monkeypatch.setattr(importlib.import_module(eliminate.__module__), "_MOST", together)

@@ -37,7 +37,7 @@ from fxfuse.graph.operator_facts import batch_norm_of
 #: Ridge on the covariance, as a share of the mean of its diagonal.
 _RIDGE = 1e-3
 #: Most neurons of all members that are looked at together; more are divided into blocks.
-_MOST = 4096
+_MOST = 2048
 #: Share of the rows that may be gone before they are cut out.
 _CUT = 0.2
 
@@ -73,7 +73,7 @@ def elimination(
 
     A reader's outputs count as far as they survive themselves, in groups that were gone through
     before. Layers of the members' heads are readers, too: each of its own member's units. Groups of
-    more than 4,096 neurons in all members together are gone through block by block: units make up
+    more than 2,048 neurons in all members together are gone through block by block: units make up
     only for units of their own block, and every block keeps its share.
 
     Args:
