@@ -44,10 +44,11 @@ _SUMMED = {"attention_one_head", "standardised", "extremes", "experts", "squared
 #: Blocks that tie all neurons to one another, by kind and flag: there is one unit, and none free.
 _TIED = {("roll", True)}
 #: Parameters that no neuron owns: the mixer's output are tokens, a temperature or a norm of all
-#: heads is shared by units that each need it in order.
+#: heads is shared by units that each need it in order, and the channels of a square are one unit.
 _SHARED = {
     "mix_tokens": ("second.bias",),
     "temperature": ("factor",),
+    "squared": ("layer.weight", "layer.bias"),
     "basis": ("knots",),
     "attention_normed": ("norm_q.weight", "norm_q.bias", "norm_k.weight", "norm_k.bias"),
 }
