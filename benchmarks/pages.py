@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import statistics
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 
@@ -25,6 +26,14 @@ def with_tables(page: str, name: str, tables: str) -> str:
     if not found or not closed:
         raise ValueError(f"the page lacks the lines {begin} and {end}")
     return f"{before}{begin}\n{tables}{end}{after}"
+
+
+def with_range(values: Sequence[float], digits: int) -> str:
+    """The mean of some values, and their range where it shows at that many digits."""
+    mean = f"{statistics.mean(values):.{digits}f}"
+    if max(values) - min(values) < 10**-digits:
+        return mean
+    return f"{mean} [{min(values):.{digits}f}, {max(values):.{digits}f}]"
 
 
 def run(doc: str | None, command: str, pages: Callable[[], Mapping[Path, str]]) -> int:

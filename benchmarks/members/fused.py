@@ -113,32 +113,28 @@ def _rows(
             "CPU seconds": round(cost, 1),
         } | more
 
-    def fused(name: str, **how: Any) -> tuple[dict[str, Any], fxfuse.FusionResult]:
+    def fused(
+        name: str, calibration: Tensor | None = given, repaired: bool = False, **how: Any
+    ) -> dict[str, Any]:
         begin = time.process_time()
-        result = fxfuse.fuse(members, given[:2], calibration=given, size=size, verify=False, **how)
+        result = fxfuse.fuse(
+            members, given[:2], calibration=calibration, size=size, verify=False, **how
+        )
+        if repaired:
+            repair(result, members, given)
         cost = time.process_time() - begin
         history = {"handed over": result.history.chosen} if result.history else {}
         own = outputs_of(result.module, images, batch=_BATCH, logits=True)
-        return row(name, own, cost, **history), result
+        return row(name, own, cost, **history)
 
     if size == 1:
         for name, (method, repaired) in _OTHERS.items():
-            begin = time.process_time()
-            result = fxfuse.fuse(
-                members,
-                given[:2],
-                method=method(),
-                calibration=None if method().weights_only else given,
-                refine=[],
-                verify=False,
-            )
-            if repaired:
-                repair(result, members, given)
-            cost = time.process_time() - begin
-            yield row(name, outputs_of(result.module, images, batch=_BATCH, logits=True), cost)
-        yield fused("clusters + refit", method=fxfuse.Cluster(), refine=[fxfuse.Refit()])[0]
-    yield fused("no step", refine=[fxfuse.Refit()])[0]
-    with_steps, _ = fused("matched", refine=[fxfuse.Refit(), fxfuse.Match(seconds=seconds)])
+            chosen = method()
+            looked_at = None if chosen.weights_only else given
+            yield fused(name, looked_at, repaired, method=chosen, refine=[])
+        yield fused("clusters + refit", method=fxfuse.Cluster(), refine=[fxfuse.Refit()])
+    yield fused("no step", refine=[fxfuse.Refit()])
+    with_steps = fused("matched", refine=[fxfuse.Refit(), fxfuse.Match(seconds=seconds)])
     yield with_steps
     if size == 1:
         spent = with_steps["CPU seconds"]

@@ -24,6 +24,7 @@ from torch.nn import functional
 from benchmarks import records
 from benchmarks.members.cifar10 import CLASSES, Cifar10, Images, load
 from benchmarks.members.networks import NETWORKS
+from benchmarks.real.controls import accuracy, outputs_of
 
 WEIGHTS = Path(__file__).parent / "weights"
 RESULTS = Path(__file__).resolve().parents[1] / "results" / "members.json"
@@ -56,7 +57,9 @@ def main() -> None:
             keep(network, options.weights / f"{name}.safetensors")
             network = kept(options.network, name, options.weights)
             row = {"name": name, "epochs": epochs, "CPU seconds": round(seconds)} | {
-                f"accuracy on {what}": accuracy(network, images)
+                f"accuracy on {what}": accuracy(
+                    outputs_of(network, images.inputs, batch=500), images.labels
+                )
                 for what, images in (
                     ("held-out images", data.held_out),
                     ("its classes' held-out images", _of(data.held_out, part.labels.unique())),
@@ -147,13 +150,6 @@ def kept(network: str, name: str, folder: Path = WEIGHTS) -> nn.Module:
     state = load_file(folder / f"{name}.safetensors")
     made.load_state_dict({n: t.float() if t.is_floating_point() else t for n, t in state.items()})
     return made.eval()
-
-
-def accuracy(network: nn.Module, images: Images) -> float:
-    """Return the share of right classes in percent."""
-    with torch.inference_mode():
-        found = torch.cat([network(part).argmax(1) for part in images.inputs.split(500)])
-    return 100 * float((found == images.labels).double().mean())
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.pages import run, with_tables
+from benchmarks.pages import run, with_range, with_tables
 
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "benchmarks" / "results" / "real"
@@ -50,7 +50,7 @@ def mlps(rows: Sequence[Mapping[str, Any]]) -> str:
     ]
     for count in dict.fromkeys(row["members"] for row in rows):
         own = [row for row in rows if row["members"] == count]
-        cells = [_range([row[name] for row in own], 2) for name in _MLP_COLUMNS]
+        cells = [with_range([row[name] for row in own], 2) for name in _MLP_COLUMNS]
         gains = [row["gain over the best member"] for row in own]
         gain = f"{statistics.mean(g[0] for g in gains):+.2f}"
         worse = sum(g[2] < 0 for g in gains)
@@ -58,7 +58,7 @@ def mlps(rows: Sequence[Mapping[str, Any]]) -> str:
             f"| {count} | {' | '.join(cells)} | {gain}, {worse} of {len(own)} significantly worse |"
         )
     seeds = len({row["seed"] for row in rows})
-    seconds = _range([row["seconds"] for row in rows], 0)
+    seconds = with_range([row["seconds"] for row in rows], 0)
     return "\n".join([*lines, "", _said(seeds, "images", f"{seconds} CPU s a run"), ""])
 
 
@@ -95,8 +95,8 @@ def minilm(rows: Sequence[Mapping[str, Any]]) -> str:
     ]
     for size in sorted({row["size"] for row in rows}, reverse=True):
         own = [row for row in rows if row["size"] == size]
-        cells = [_range([row[name] for row in own], 3) for name in _MINILM_COLUMNS]
-        seconds = _range([row[f"seconds of {_MINILM_COLUMNS[-1]}"] for row in own], 0)
+        cells = [with_range([row[name] for row in own], 3) for name in _MINILM_COLUMNS]
+        seconds = with_range([row[f"seconds of {_MINILM_COLUMNS[-1]}"] for row in own], 0)
         lines.append(f"| {size} | {len(own)} | {' | '.join(cells)} | {seconds} |")
     return "\n".join([*lines, ""])
 
@@ -104,13 +104,6 @@ def minilm(rows: Sequence[Mapping[str, Any]]) -> str:
 def _said(samples: int, what: str, cost: str) -> str:
     many = f"{samples} samples" if samples > 1 else "One sample"
     return f"{many} of the calibration {what}{'; ' + cost if cost else ''}."
-
-
-def _range(values: Sequence[float], digits: int) -> str:
-    mean = f"{statistics.mean(values):.{digits}f}"
-    if max(values) - min(values) < 10**-digits:
-        return mean
-    return f"{mean} [{min(values):.{digits}f}, {max(values):.{digits}f}]"
 
 
 if __name__ == "__main__":

@@ -97,29 +97,23 @@ def _methods(
     from fusion_algorithms.otfusion import OTFusion
 
     for score in _SCORES:
-        yield (
-            f"KF-Linear, {score}",
-            lambda score=score: LSFusion(_theirs(members)).fuse(
-                inputs,
-                labels,
-                fusion_method="k_means",
-                neuron_importance_method=score,
-                norm_acts=False,
-                norm_neuron_importance=score == "uniform",
-            ),
-        )
-        if len(members) == 2:
+        # Name, their method, and whether importances are normalised; the second is for two members.
+        linear = [("KF", "k_means", score == "uniform"), ("HF", "hungarian", False)]
+        for name, method, normalised in linear[: 2 if len(members) == 2 else 1]:
             yield (
-                f"HF-Linear, {score}",
-                lambda score=score: LSFusion(_theirs(members)).fuse(
+                f"{name}-Linear, {score}",
+                lambda score=score, method=method, normalised=normalised: LSFusion(
+                    _theirs(members)
+                ).fuse(
                     inputs,
                     labels,
-                    fusion_method="hungarian",
+                    fusion_method=method,
                     neuron_importance_method=score,
                     norm_acts=False,
-                    norm_neuron_importance=False,
+                    norm_neuron_importance=normalised,
                 ),
             )
+        if len(members) == 2:
             yield (
                 f"Git Re-Basin, {score}",
                 lambda score=score: GitRebasin(*_theirs(members)).fuse(

@@ -6,13 +6,12 @@ python -m benchmarks.rivals.table [--check]
 from __future__ import annotations
 
 import json
-import statistics
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.pages import run, with_tables
+from benchmarks.pages import run, with_range, with_tables
 
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "benchmarks" / "results"
@@ -86,13 +85,7 @@ def _rows(name: str) -> list[dict[str, Any]]:
 
 
 def _range(rows: Rows, name: str, digits: int, times: float = 1) -> str:
-    values = [times * row[name] for row in rows]
-    if not values:
-        return ""
-    mean = f"{statistics.mean(values):.{digits}f}"
-    if max(values) - min(values) < 10**-digits:
-        return mean
-    return f"{mean} [{min(values):.{digits}f}, {max(values):.{digits}f}]"
+    return with_range([times * row[name] for row in rows], digits) if rows else ""
 
 
 if __name__ == "__main__":
