@@ -28,8 +28,8 @@ ROWS = {
 def case(setting="specialists", network="vgg", n=2, seed=0, **accuracies):
     named = {name.replace("_", " "): value for name, value in accuracies.items()}
     rows = {
-        name: {"accuracy": named.get(name, accuracy), "seconds": 1.0}
-        for name, accuracy in ROWS.items()
+        name: {"accuracy": own, "gain": [own - 80, own - 81, own - 79], "seconds": 1.0}
+        for name, own in ((name, named.get(name, usual)) for name, usual in ROWS.items())
     }
     about = {"network": network, "data": "mnist1d", "setting": setting, "n": n, "seed": seed}
     return {**about, "budget": 10.0, "rows": rows}
@@ -50,9 +50,11 @@ def test_figures_say_what_is_reached_and_where():
     same, special = case("same data"), case()
     # obs + refit 85 %, with copies 70 %, 2 s 90 %; auto at the ensemble, at the best member, 100 %,
     # ahead of KL; ahead of NT.
-    assert verdicts([same, special]) == ["yes", *["no"] * 2, *["yes"] * 5]
+    assert verdicts([same, special]) == ["yes", *["no"] * 2, *["yes"] * 6]
     worse = case("same data", seed=1, auto=79.9)
-    assert verdicts([same, worse, special])[4] == "in 1 of 2"
+    assert verdicts([same, worse, special])[4:6] == ["in 1 of 2", "yes"]
+    far = case("same data", seed=1, auto=78.9)
+    assert verdicts([same, far, special])[5] == "in 2 of 3"
     other = case(network="mlp", **{"obs + refit": 87.9})
     assert verdicts([same, special, other])[0] == "in 1 of 2"
     assert "mlp N = 2 79 %" in figures([same, special, other])[2]

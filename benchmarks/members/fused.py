@@ -28,8 +28,15 @@ import fxfuse
 from benchmarks import records
 from benchmarks.members.cifar10 import Cifar10, load
 from benchmarks.members.train import kept
-from benchmarks.real.controls import accuracy, best_member, distil, kl, mean_of, outputs_of
-from benchmarks.real.fused import interval
+from benchmarks.real.controls import (
+    accuracy,
+    best_member,
+    distil,
+    interval,
+    kl,
+    mean_of,
+    outputs_of,
+)
 from fxfuse.refine import repair
 
 RESULTS = Path(__file__).resolve().parents[1] / "results" / "cifar10.json"

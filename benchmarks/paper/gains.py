@@ -18,6 +18,8 @@ those of all training inputs: plain NT after 160 steps of fine-tuning, the bette
 Validation data chooses the best member, test inputs report. The JSON is written case by case;
 `python -m benchmarks.paper.gains_page` writes the page. `--rows` measures these rows again of cases
 that are there, and leaves the others as they are; each row has the commit it was measured with.
+`gain` is the difference from the best member in points, with the paired bootstrap interval over
+test inputs.
 """
 
 from __future__ import annotations
@@ -50,7 +52,8 @@ from benchmarks.paper.gains_tables import (
 from benchmarks.paper.gains_tables import QUICK as QUICK_ROW
 from benchmarks.paper.matching import PLACES, distilled
 from benchmarks.paper.networks import NETWORKS
-from benchmarks.paper.setting import SETTINGS, Case, accuracy, case
+from benchmarks.paper.setting import SETTINGS, Case, accuracy, case, right
+from benchmarks.real.controls import interval
 from benchmarks.records import described, earlier, write
 from fxfuse import Match
 from fxfuse.activations.streams import streams
@@ -104,8 +107,17 @@ def measure(
     x = x[chosen]
     found: dict[str, dict[str, Any]] = {}
 
+    best_right = right(made.best, *made.test)
+
     def note(name: str, module: nn.Module, spent: float, **more: Any) -> None:
-        found[name] = {"accuracy": accuracy(module, *made.test), "seconds": round(spent, 2), **more}
+        own = 100 * right(module, *made.test)
+        gain = [round(end, 3) for end in interval(own - 100 * best_right)]
+        found[name] = {
+            "accuracy": float(own.mean()),
+            "gain": gain,
+            "seconds": round(spent, 2),
+            **more,
+        }
 
     def fused(**options: Any) -> tuple[fxfuse.FusionResult, float]:
         start = time.process_time()

@@ -165,10 +165,15 @@ def network(name: str, data: Data, seed: int, size: Size = OWN_SIZE) -> nn.Modul
 
 def accuracy(module: nn.Module, inputs: Tensor, labels: Tensor) -> float:
     """Percent of the inputs whose class a network in eval mode gets right."""
+    return 100 * float(right(module, inputs, labels).mean())
+
+
+def right(module: nn.Module, inputs: Tensor, labels: Tensor) -> Tensor:
+    """Of which inputs a network in eval mode gets the class right: 1 or 0, float64 `[n]`."""
     module.eval()
     with torch.no_grad():
         answers = torch.cat([module(batch).argmax(1) for batch in inputs.split(500)])
-    return 100 * float((answers == labels).double().mean())
+    return (answers == labels).double()
 
 
 def seen(data: Data, parts: Split, setting: str, n: int, index: int, seed: int) -> Tensor:

@@ -13,6 +13,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from fxfuse.refine.judge import CONFIDENCE, resampled
+
+_RESAMPLES = 2000
 _LEAST = torch.finfo(torch.float32).tiny
 RATE = 1e-4
 
@@ -51,6 +54,13 @@ def kl_of_each(target: Tensor, found: Tensor) -> Tensor:
 def accuracy(probabilities: Tensor, labels: Tensor) -> float:
     """Return the share of right classes in percent."""
     return 100 * float((probabilities.argmax(1) == labels).double().mean())
+
+
+def interval(differences: Tensor) -> list[float]:
+    """Mean of paired differences `[n]`, and the ends of its bootstrap interval."""
+    drawn = resampled(differences.double()[:, None], _RESAMPLES)[:, 0]
+    ends = torch.tensor([(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2], dtype=drawn.dtype)
+    return [float(differences.mean()), *drawn.quantile(ends).tolist()]
 
 
 def best_member(probabilities: Sequence[Tensor]) -> int:

@@ -28,6 +28,7 @@ from benchmarks.real.controls import (
     accuracy,
     best_member,
     distil,
+    interval,
     kl,
     kl_of_each,
     mean_of,
@@ -35,10 +36,8 @@ from benchmarks.real.controls import (
 )
 from benchmarks.real.data import mnist_calibration, mnist_test, parser
 from fxfuse.refine import match
-from fxfuse.refine.judge import CONFIDENCE, resampled
 
 RESULTS = Path(__file__).resolve().parents[1] / "results" / "real"
-_RESAMPLES = 2000
 # Calibration and test sentences of the encoder.
 _SENTENCES, _TEST_SENTENCES = 2000, 1000
 
@@ -204,13 +203,6 @@ def _timed(
     begin = time.process_time()
     result = fxfuse.fuse(networks, inputs[:2], calibration=inputs, verify=False, **options)
     return result, time.process_time() - begin
-
-
-def interval(differences: Tensor) -> list[float]:
-    """Mean of paired differences `[n]`, and the ends of its bootstrap interval."""
-    drawn = resampled(differences.double()[:, None], _RESAMPLES)[:, 0]
-    ends = torch.tensor([(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2], dtype=drawn.dtype)
-    return [float(differences.mean()), *drawn.quantile(ends).tolist()]
 
 
 if __name__ == "__main__":
