@@ -198,20 +198,41 @@ def brute_force(covariance: torch.Tensor, weights: torch.Tensor, kept: list[int]
     return float(full - (cross.T @ torch.linalg.solve(inner, cross)).trace())
 
 
-def test_each_step_of_the_elimination_is_the_cheapest():
+@pytest.mark.parametrize("width", [1, 2])
+@pytest.mark.parametrize("collected", [1, 6, 128])
+def test_each_step_of_the_elimination_is_the_cheapest(width, collected, monkeypatch):
+    """However many columns are collected before the matrices are written."""
+    monkeypatch.setattr(importlib.import_module(eliminate.__module__), "_COLLECTED", collected)
     generator = torch.Generator().manual_seed(3)
-    x = torch.randn(400, 7, generator=generator, dtype=torch.float64)
-    x = x @ torch.randn(7, 7, generator=generator, dtype=torch.float64)
-    weights = torch.randn(7, 3, generator=generator, dtype=torch.float64)
+    n = 8 * width
+    x = torch.randn(400, n, generator=generator, dtype=torch.float64)
+    x = x @ torch.randn(n, n, generator=generator, dtype=torch.float64)
+    weights = torch.randn(n, 3, generator=generator, dtype=torch.float64)
     covariance = x.T @ x / 400
-    ranks, _ = eliminate(covariance, weights @ weights.T, 1, np.ones(7, dtype=bool))
-    order = np.argsort(ranks).tolist()
-    ridged = covariance + 1e-3 * covariance.diagonal().mean() * torch.eye(7)
-    kept = list(range(7))
-    for unit in order[:6]:
-        costs = {u: brute_force(ridged, weights, [k for k in kept if k != u]) for u in kept}
+    exist = np.ones(8, dtype=bool)
+    exist[2] = False
+    ranks, losses = eliminate(covariance, weights @ weights.T, width, exist)
+    assert ranks[2] == -1
+    # The ridge is a share of the mean of all neurons.
+    ridged = covariance + 1e-3 * covariance.diagonal().mean() * torch.eye(n)
+    kept = np.flatnonzero(exist).tolist()
+    there = neurons_of(kept, width)
+    ridged, weights = ridged[there][:, there], weights[there]
+
+    def cost_of(units):
+        return brute_force(ridged, weights, [there.index(k) for k in neurons_of(units, width)])
+
+    before = 0.0
+    for step, unit in enumerate(np.argsort(ranks).tolist()[1:-1]):
+        costs = {u: cost_of([k for k in kept if k != u]) for u in kept}
         assert unit == min(costs, key=costs.__getitem__)
+        assert losses[step] == pytest.approx(costs[unit] - before)
+        before = costs[unit]
         kept.remove(unit)
+
+
+def neurons_of(units: list[int], width: int) -> list[int]:
+    return [unit * width + i for unit in units for i in range(width)]
 
 
 @pytest.mark.parametrize("together", [2048, 8])

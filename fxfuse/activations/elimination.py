@@ -38,8 +38,10 @@ from fxfuse.graph.operator_facts import batch_norm_of
 _RIDGE = 1e-3
 #: Most neurons of all members that are looked at together; more are divided into blocks.
 _MOST = 2048
-#: Share of the rows that may be gone before they are cut out.
+#: Share of the units that may be gone before they are cut out of the matrices.
 _CUT = 0.2
+#: Columns that are collected before the matrices are brought up to date.
+_COLLECTED = 128
 
 #: Steps of the elimination, or what they cost.
 Ranks = NDArray[np.float64]
@@ -273,8 +275,6 @@ def eliminate(
 ) -> tuple[Ranks, Ranks]:
     """Remove units one by one, each time the one whose loss the others make up for best.
 
-    What is gone is cut out of the matrices now and then.
-
     Args:
         covariance: Of what the readers get, [units · width, units · width].
         products: Of the readers' weights W, W Wᵀ, [units · width, units · width].
@@ -298,41 +298,105 @@ def eliminate(
             how="scale the calibration inputs as in training, and check them for NaN",
         )
     factors = cholesky_with_ridge(covariance[None], (_RIDGE * level)[None])
-    inverse = torch.cholesky_inverse(factors[0])
-    products = _part(products, units, width)
-    there = torch.ones(len(units), dtype=torch.bool, device=covariance.device)
+    left = _Left(torch.cholesky_inverse(factors[0]), _part(products, units, width), width)
     losses = np.zeros(max(len(units) - n_left, 0))
     for step in range(len(units) - n_left):
-        if len(there) - int(there.sum()) > _CUT * len(there):
-            keep = there.nonzero().flatten().cpu().numpy()
-            inverse, products = (_part(m, keep, width) for m in (inverse, products))
-            units, there = units[keep], there[there]
-        loss = _losses(inverse, products, width)
-        loss[~there] = torch.inf
+        loss = left.losses()
         unit = int(loss.argmin())
         losses[step] = max(float(loss[unit]), 0.0)
-        ranks[units[unit]] = step
-        there[unit] = False
-        _remove(inverse, products, slice(unit * width, (unit + 1) * width))
-    last = there.nonzero().flatten()
-    cost = _losses(inverse, products, width)[last].cpu().numpy()
-    ranks[units[last.cpu().numpy()]] = alive.sum() + np.argsort(np.argsort(cost))
+        ranks[units[left.units[unit]]] = step
+        left.remove(unit)
+    cost = left.losses().cpu().numpy()
+    last = ~np.isinf(cost)
+    ranks[units[left.units[last]]] = alive.sum() + np.argsort(np.argsort(cost[last]))
     return ranks, losses
 
 
-def _remove(inverse: torch.Tensor, products: torch.Tensor, gone: slice) -> None:
-    """Take a unit out of the inverse covariance, and its weights over to the other units."""
-    step = torch.linalg.solve(inverse[gone, gone], inverse[gone])
-    own, row = products[gone, gone].clone(), products[gone].clone()
-    # (I - kE) S (I - kE)ᵀ with k the step and E the rows that go.
-    products.addmm_(step.T, row - 0.5 * (own @ step), alpha=-1)
-    products.addmm_(row.T - 0.5 * (step.T @ own), step, alpha=-1)
-    inverse.addmm_(inverse[:, gone].clone(), step, alpha=-1)
-    # What is gone must not come back by rounding.
-    for matrix in (inverse, products):
-        matrix[gone] = 0
-        matrix[:, gone] = 0
-    inverse[gone, gone] = torch.eye(len(own), dtype=inverse.dtype, device=inverse.device)
+class _Left:
+    """The inverse covariance and the products of the units that are left.
+
+    Removing a unit changes both matrices by products of a few columns. To read and write whole
+    matrices for each unit would take most of the time, so columns are collected and written many at
+    once; until then only the diagonal blocks are kept up to date (compare the lazy updates of
+    GPTQ, Frantar et al., arXiv:2210.17323, section 3.3).
+
+    Attributes:
+        units: Numbers of the units that the matrices are of, int64 [units].
+    """
+
+    def __init__(self, inverse: torch.Tensor, products: torch.Tensor, width: int) -> None:
+        self.units = np.arange(len(inverse) // width)
+        self._inverse, self._products, self._width = inverse, products, width
+        self._start()
+
+    def _start(self) -> None:
+        """Nothing is collected, and nothing of what the matrices are of is gone."""
+        n, kind = len(self._inverse), {"dtype": self._inverse.dtype, "device": self._inverse.device}
+        # 1 where a neuron is left, 0 where it is gone: [units · width].
+        self._there = torch.ones(n, **kind)
+        # Rows of the inverse, steps and rests, [columns, units · width] each: see `remove`.
+        self._collected = torch.zeros(3, max(_COLLECTED, self._width), n, **kind)
+        self._count = self._gone = 0
+        self._blocks = [_diagonal(m, self._width) for m in (self._inverse, self._products)]
+
+    def losses(self) -> torch.Tensor:
+        """Return what removing each unit costs after the others have made up for it, [units].
+
+        It is infinite for units that are gone.
+        """
+        inverse, products = self._blocks
+        if self._width == 1:
+            losses = (products / inverse).flatten()
+        else:
+            losses = torch.linalg.solve(inverse, products).diagonal(dim1=1, dim2=2).sum(1)
+        return losses.masked_fill(self._there[:: self._width] == 0, torch.inf)
+
+    def remove(self, unit: int) -> None:
+        """Take a unit out of the inverse covariance, and its weights over to the other units."""
+        gone = slice(unit * self._width, (unit + 1) * self._width)
+        rows, steps, rests = self._collected[:, : self._count]
+        row = (self._inverse[gone] - rows[:, gone].T @ steps) * self._there
+        own = self._products[gone] - steps[:, gone].T @ rests - rests[:, gone].T @ steps
+        own = own * self._there
+        # (I - kE) S (I - kE)ᵀ with k the step and E the rows that go.
+        step = torch.linalg.solve(row[:, gone], row)
+        rest = own - 0.5 * (own[:, gone] @ step)
+        self._collected[:, self._count : self._count + self._width] = torch.stack([row, step, rest])
+        self._count += self._width
+        self._gone += 1
+        self._there[gone] = 0
+        self._lower(row, step, rest, unit)
+        if self._gone > _CUT * len(self.units):
+            self._write()
+            self._cut()
+        elif self._count + self._width > self._collected.shape[1]:
+            self._write()
+
+    def _lower(self, row: torch.Tensor, step: torch.Tensor, rest: torch.Tensor, unit: int) -> None:
+        """Change the diagonal blocks as the removal of a unit changes the matrices."""
+        row, step, rest = (m.reshape(self._width, -1, self._width) for m in (row, step, rest))
+        inverse, products = self._blocks
+        inverse -= torch.einsum("kui,kuj->uij", row, step)
+        both = torch.einsum("kui,kuj->uij", step, rest)
+        products -= both + both.mT
+        inverse[unit] = torch.eye(self._width, dtype=inverse.dtype, device=inverse.device)
+        products[unit] = 0
+
+    def _write(self) -> None:
+        """Bring the matrices up to date with what is collected."""
+        rows, steps, rests = self._collected[:, : self._count]
+        self._inverse.addmm_(rows.T, steps, alpha=-1)
+        self._products.addmm_(steps.T, rests, alpha=-1).addmm_(rests.T, steps, alpha=-1)
+        self._count = 0
+
+    def _cut(self) -> None:
+        """Cut out of the matrices what is gone."""
+        keep = self._there[:: self._width].nonzero().flatten().cpu().numpy()
+        self.units = self.units[keep]
+        self._inverse, self._products = (
+            _part(m, keep, self._width) for m in (self._inverse, self._products)
+        )
+        self._start()
 
 
 def _part(matrix: torch.Tensor, units: Index, width: int) -> torch.Tensor:
@@ -342,17 +406,11 @@ def _part(matrix: torch.Tensor, units: Index, width: int) -> torch.Tensor:
     return matrix[chosen][:, chosen].contiguous()
 
 
-def _losses(inverse: torch.Tensor, products: torch.Tensor, width: int) -> torch.Tensor:
-    """Return what removing each unit costs after the others have made up for it; [units]."""
-    if width == 1:
-        return products.diagonal() / inverse.diagonal()
-    units = len(products) // width
-    blocks, own = (
-        m.reshape(units, width, units, width).diagonal(dim1=0, dim2=2).movedim(-1, 0)
-        for m in (inverse, products)
-    )
-    solved: torch.Tensor = torch.linalg.solve(blocks, own)
-    return solved.diagonal(dim1=1, dim2=2).sum(1)
+def _diagonal(matrix: torch.Tensor, width: int) -> torch.Tensor:
+    """Return a copy of the units' blocks on the diagonal, [units, width, width]."""
+    units = len(matrix) // width
+    blocks = matrix.reshape(units, width, units, width).diagonal(dim1=0, dim2=2)
+    return blocks.movedim(-1, 0).clone()
 
 
 def width_of(consumer: Consumer) -> int:
