@@ -2,4 +2,6 @@
 
 from fxfuse.cli import main
 
-main()
+# The demo's processes read this file again.
+if __name__ == "__main__":
+    main()

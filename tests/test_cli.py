@@ -599,20 +599,6 @@ def test_a_report_is_written_where_it_is_asked_for(work):
     assert invoke(*arguments, "--force").exit_code == 0
 
 
-def test_demo_prints_tables_and_writes_the_numbers(work, monkeypatch):
-    monkeypatch.setattr("fxfuse.cli.demo.measure._RUN_TIME", 0.01)
-    monkeypatch.setattr("fxfuse.cli.demo.repetition.CALIBRATION", 100)
-    result = invoke(
-        "demo", "--seeds", 1, "--steps", 1, "--member-steps", 2, "--no-compile", "--json", "n.json"
-    )
-    assert result.exit_code == 0, result.output
-    numbers = json.loads((work / "n.json").read_text())
-    for setting in numbers["settings"]:
-        assert setting["name"] in result.stdout
-        for row in setting["rows"]:
-            assert row["name"] in result.stdout
-
-
 # --- bad input ---
 
 FUSE = ("fuse", "a.pt", "b.pt", "--out", "new/fused")

@@ -12,15 +12,17 @@ from pathlib import Path
 import pytest
 import torch
 from rich.console import Console
-from rich.progress import Progress
+from typer.testing import CliRunner
 
+from fxfuse.cli.app import app
 from fxfuse.cli.data import mnist5k
-from fxfuse.cli.demo import measure, run_demo, to_markdown, to_rich
+from fxfuse.cli.demo import measure, to_markdown, to_rich
 from fxfuse.cli.demo.compare import Entry
 from fxfuse.cli.demo.members import average
 from fxfuse.cli.demo.network import SmallResNet
 from fxfuse.cli.demo.repetition import SETTINGS, Repetition
 from fxfuse.cli.demo.rows import Row
+from fxfuse.cli.demo.run import _repetitions
 from fxfuse.cli.evaluate import Ensemble
 
 ROWS = [
@@ -54,20 +56,33 @@ CONTROLS = {
 
 
 @pytest.fixture(scope="module")
-def results():
-    with (
-        Progress(console=Console(file=io.StringIO())) as progress,
-        pytest.MonkeyPatch.context() as m,
-    ):
+def results(tmp_path_factory):
+    """What a short run writes, with a process of its own for each setting."""
+    file = tmp_path_factory.mktemp("demo") / "n.json"
+    steps = ("--steps", "4", "--member-steps", "40", "--no-compile", "--json", str(file))
+    with pytest.MonkeyPatch.context() as m:
         m.setattr(measure, "_RUN_TIME", 0.01)
-        m.setattr("fxfuse.cli.demo.repetition.CALIBRATION", 200)
-        found = run_demo(
-            seeds=(3,), steps=4, member_steps=40, progress=progress, compile_latency=False
-        )
-        # The demo's bar ends at its total, and the bars of the training runs are gone.
-        (task,) = progress.tasks
-        assert task.completed == task.total
-    return json.loads(json.dumps(found))
+        m.setattr(torch, "get_num_threads", lambda: 2)
+        done = CliRunner().invoke(app, ["demo", "--seeds", "1", *steps])
+    assert done.exit_code == 0, done.output
+    assert "100%" in done.stderr
+    numbers = json.loads(file.read_text())
+    for setting in numbers["settings"]:
+        assert setting["name"] in done.stdout
+        for row in setting["rows"]:
+            assert row["name"] in done.stdout
+    return numbers
+
+
+def test_one_thread_runs_the_repetitions_one_after_the_other(monkeypatch):
+    """In this process; entries come in order, and each is counted."""
+    entry = Entry("a", "fused", 0.5)
+    monkeypatch.setattr("fxfuse.cli.demo.run.compare", lambda case, *steps: [entry, entry])
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
+    finished: list[int] = []
+    found = _repetitions([(SETTINGS[0], 0), (SETTINGS[1], 0)], 1, 1, finished.append)
+    assert found == [[entry, entry]] * 2
+    assert finished == [1, 2, 3, 4]
 
 
 def rows_of(results, setting):
@@ -150,12 +165,12 @@ def test_members_of_the_specialists_see_few_images_of_other_classes():
 
 def test_a_row_gathers_its_seeds():
     entries = [
-        Entry("a", "fused", torch.nn.Identity(), "b", seconds, None, start)
-        for seconds, start in ((1.0, "fused"), (3.0, "member 2"))
+        Entry("a", "fused", accuracy, "b", seconds, None, start)
+        for accuracy, seconds, start in ((0.5, 1.0, "fused"), (1.0, 3.0, "member 2"))
     ]
     row = Row.of(entries[0])
-    for entry, accuracy in zip(entries, (0.5, 1.0), strict=True):
-        row.add(entry, accuracy)
+    for entry in entries:
+        row.add(entry)
     assert row.summary({"params": 7}) == {
         "name": "a",
         "control": "b",

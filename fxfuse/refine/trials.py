@@ -116,7 +116,8 @@ def _around(rate: float, rates: tuple[float, ...]) -> Iterator[float]:
 def _steps(trainer: Trainer, budget: Budget, look: float) -> int | None:
     """Steps of a trial; None where there is no time for trials."""
     if budget.steps is not None:
-        return max(_LEAST, round(_SHARE * budget.steps))
+        # No trial is longer than the run itself.
+        return min(budget.steps, max(_LEAST, round(_SHARE * budget.steps)))
     each = _OF_SECONDS * budget.left() / (len(_RATES) + 2) - look
     steps = int(each / max(trainer.batch * trainer.seconds_per_input, 1e-9))
     return None if steps < _TOO_FEW else steps

@@ -6,7 +6,6 @@ import copy
 from collections.abc import Sequence
 
 import torch
-from rich.progress import Progress
 from torch import nn
 
 from fxfuse.cli.data import Batches
@@ -14,7 +13,7 @@ from fxfuse.cli.demo.network import SmallResNet
 from fxfuse.refine import finetune
 
 
-def train_member(batches: Batches, steps: int, seed: int, progress: Progress | bool) -> nn.Module:
+def train_member(batches: Batches, steps: int, seed: int) -> nn.Module:
     """Return a network trained from scratch."""
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)
@@ -27,7 +26,7 @@ def train_member(batches: Batches, steps: int, seed: int, progress: Progress | b
         steps=steps,
         optimizer=optimizer,
         scheduler=schedule,
-        progress=progress,
+        progress=False,
         seed=seed,
     )
     return member

@@ -8,7 +8,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from rich.progress import Progress
 from torch import Tensor, nn
 
 from fxfuse.cli.data import Batches
@@ -41,11 +40,10 @@ def matched(
     images: Tensor,
     steps: int,
     seed: int,
-    progress: Progress | bool,
 ) -> Refined:
     """Match a copy of `start` to the members on images `[n, 1, 28, 28]`, at the rate of `match`."""
     module = copy.deepcopy(start)
-    report = match(module, members, images, Match(steps=steps, seed=seed), progress=progress)
+    report = match(module, members, images, Match(steps=steps, seed=seed), progress=False)
     return Refined(module, report.seconds)
 
 
@@ -56,7 +54,6 @@ def trained(
     steps: int,
     seed: int,
     validation: tuple[Tensor, Tensor],
-    progress: Progress | bool,
 ) -> Refined:
     """Refine a copy of `start` with each learning rate, and return what validation prefers.
 
@@ -74,7 +71,7 @@ def trained(
             steps=steps,
             optimizer=optimizer,
             scheduler=scheduler,
-            progress=progress,
+            progress=False,
             seed=seed,
         )
         candidates.append(Refined(module, time.process_time() - begin, learning_rate))

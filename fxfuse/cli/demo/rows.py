@@ -26,9 +26,9 @@ class Row:
         """Return an empty row for an entry and those of its name in other seeds."""
         return cls(entry.name, entry.network, entry.control)
 
-    def add(self, entry: Entry, accuracy: float) -> None:
+    def add(self, entry: Entry) -> None:
         """Add one seed."""
-        self.accuracy.append(accuracy)
+        self.accuracy.append(entry.accuracy)
         if entry.seconds is not None:
             self.seconds.append(entry.seconds)
         if entry.learning_rate is not None:
