@@ -331,11 +331,11 @@ class _Left:
 
     def _start(self) -> None:
         """Nothing is collected, and nothing of what the matrices are of is gone."""
-        n, kind = len(self._inverse), {"dtype": self._inverse.dtype, "device": self._inverse.device}
+        n = len(self._inverse)
         # 1 where a neuron is left, 0 where it is gone: [units · width].
-        self._there = torch.ones(n, **kind)
+        self._there = self._inverse.new_ones(n)
         # Rows of the inverse, steps and rests, [columns, units · width] each: see `remove`.
-        self._collected = torch.zeros(3, max(_COLLECTED, self._width), n, **kind)
+        self._collected = self._inverse.new_zeros(3, max(_COLLECTED, self._width), n)
         self._count = self._gone = 0
         self._blocks = [_diagonal(m, self._width) for m in (self._inverse, self._products)]
 
