@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -248,6 +249,26 @@ def test_what_helps_is_accepted():
     assert matched.accepted
     assert matched.judged < refitted.judged < best
     assert history.chosen == "matched from refitted"
+
+
+def test_the_closer_network_has_more_of_the_seconds(monkeypatch: pytest.MonkeyPatch):
+    """All of them together is what was asked for."""
+    budgets: list[float] = []
+    train = pipeline.train
+
+    def noting(module: Any, members: Any, inputs: Any, judge: Any, options: Match, **given: Any):
+        budgets.append(options.seconds)
+        return train(module, members, inputs, judge, replace(options, seconds=None, steps=1))
+
+    monkeypatch.setattr(pipeline, "train", noting)
+    steps = [Refit(), Match(seconds=8.0)]
+    history = fused(MANY, [sharper(0), sharper(1)], refine=steps).history
+    best = min(c.chosen_by for c in history.starts)
+    refitted = history["refitted"].chosen_by
+    assert sum(budgets) == pytest.approx(8.0)
+    assert budgets[1] / budgets[0] == pytest.approx(best / refitted)
+    # The scale and the sign of a user's own metric say nothing.
+    assert pipeline._shares([-0.9, -0.3]) == [0.5, 0.5]
 
 
 @pytest.mark.parametrize(("near", "times"), [(0.0, 1e6), (1e6, 1.0), (1e6, 1e6)])

@@ -381,16 +381,20 @@ class _Way:
             fitted = made.steps["fitted"] = fitted if moved is fitted else measure(moved)
         # A network that is farther off than a member is not worth the steps.
         worth = fitted is not None and (best is None or made.cost(fitted) < made.cost(best))
-        parts = (best is not None) + worth
+        starts: dict[str, Start] = {}
         if best is not None:
             start = self._grown(made, plan, best, measure)
             moved = move.into(start, f"{start.name} refitted")
             if moved is not start:
                 start = made.steps["moved"] = measure(moved)
-            self._match(made, "matched", start, known, choose, parts, measure)
+            starts["matched"] = start
         if fitted is not None and worth:
-            self._match(made, "fitted and matched", fitted, known, choose, parts, measure)
-        elif fitted is not None and best is not None and self.steps.match is not None:
+            starts["fitted and matched"] = fitted
+        shares = _shares([made.cost(start) for start in starts.values()])
+        for (kind, start), share in zip(starts.items(), shares, strict=True):
+            self._match(made, kind, start, known, choose, share, measure)
+        if fitted is not None and not worth and self.steps.match is not None:
+            assert best is not None
             made.notes[f"matched from {fitted.name}"] = f"left out: {best.name} is closer"
         return made
 
@@ -451,15 +455,15 @@ class _Way:
         start: Start,
         known: Asked | None,
         choose: Judge,
-        parts: int,
+        share: float,
         measure: Callable[[Start], Start],
     ) -> None:
-        """Match a copy of a network; of a budget in seconds it has one of `parts`."""
+        """Match a copy of a network; of a budget in seconds it has a share."""
         options = self.steps.match
         if options is None or known is None:
             return
         if options.seconds is not None:
-            options = replace(options, seconds=options.seconds / parts / self.runs)
+            options = replace(options, seconds=options.seconds * share / self.runs)
         name, module = f"matched from {start.name}", copy.deepcopy(start.module)
         try:
             report = train(
@@ -560,6 +564,17 @@ class _Way:
         if self.metric is not None:
             return "minus your own metric"
         return "loss on the labels" if self.calibration.labels else self.task.unit
+
+
+def _shares(costs: Sequence[float]) -> list[float]:
+    """What each network has of a budget: the closer it is to the ensemble, the more.
+
+    A user's own metric may have any scale and sign; then all have the same.
+    """
+    if not all(cost > 0 for cost in costs):
+        return [1 / len(costs)] * len(costs)
+    worth = [1 / cost for cost in costs]
+    return [own / sum(worth) for own in worth]
 
 
 def _plain(asked: Asked) -> Asked:
