@@ -109,6 +109,21 @@ class Fourier(nn.Module):
         return self.head((h + self.down(self.up(h).relu())).mean(1))
 
 
+class PerHead(nn.Module):
+    """Values of attention heads, with a convolution over tokens for each head (Nyströmformer)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.values = nn.Linear(6, 12), nn.Linear(12, 8)
+        self.out, self.head = nn.Linear(8, 8), nn.Linear(8, 4)
+        self.conv = nn.Conv2d(4, 4, (3, 1), padding=(1, 0), groups=4, bias=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        v = self.values(self.stem(x).relu()).unflatten(2, (4, 2)).transpose(1, 2)
+        v = (v.softmax(2) + self.conv(v)).transpose(1, 2).flatten(2)
+        return self.head(self.out(v).relu().mean(1))
+
+
 class Conditioned(nn.Module):
     """Features that a second input shifts through two linear layers (a time embedding)."""
 
@@ -160,11 +175,11 @@ def test_a_refit_brings_the_fused_network_close_to_the_ensemble(name: str):
     assert {fit.weight for fit in report.layers if fit.fitted}
 
 
-@pytest.mark.parametrize("network", [Fourier, Conditioned])
+@pytest.mark.parametrize("network", [Fourier, PerHead, Conditioned])
 def test_no_layer_gets_worse_behind_operators_of_every_kind(network: type[nn.Module]):
     torch.manual_seed(0)
     members = [network().eval() for _ in range(2)]
-    shapes = [(5, 6)] if network is Fourier else [(3, 6, 6), (5,)]
+    shapes = [(3, 6, 6), (5,)] if network is Conditioned else [(5, 6)]
     x = tuple(torch.randn(64, *shape) for shape in shapes)
     result = fxfuse.fuse(members, tuple(t[:4] for t in x))
     report = refit(result, members, x)

@@ -191,7 +191,8 @@ def _back(
     Returns:
         As `_straight`.
     """
-    like = student.value(route.layer.node)[batch]
+    # The network may have run up to the layer only.
+    like = student.compute_one(route.layer.node, batch, {})
     found = _undone(route, student, batch, like, z)
     if found is None:
         return None
