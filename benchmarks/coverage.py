@@ -163,7 +163,7 @@ def _tried(members: list[fxfuse.Program], use: str) -> str:
         with torch.no_grad():
             output = module(*args, **kwargs)
     except Exception as error:
-        return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+        return f"{type(error).__name__}: {' '.join(str(error).split())[:600]}"
     if not output.isfinite().all():
         return "an output is not finite"
     return "ok" if least <= ratio <= most else f"{ratio:.2f} times the weights of a member"

@@ -92,6 +92,8 @@ def test_a_trace_replaces_what_cannot_be_exported():
         program = fxfuse.capture(model, x)
     assert not program.is_exported
     assert "data-dependent" in program.refusal
+    # The line that torch.export could not follow.
+    assert "test_fallback.py" in program.refusal
     assert program.source is model
     assert model.training
     assert model.norm.training

@@ -36,6 +36,7 @@ from fxfuse.graph.functional import written_names
 from fxfuse.graph.module_checks import check_model, state_of
 from fxfuse.graph.rebuild import rebuild
 from fxfuse.graph.run import untouched
+from fxfuse.graph.source_lines import source_of_error
 from fxfuse.graph.tensors import fetch, is_constant, tensors_in
 from fxfuse.graph.torch_compat import forget_code, forget_sizes, original_module, pytree
 
@@ -352,7 +353,7 @@ def _export_once(
     except Exception as error:
         raise CaptureError(
             f"torch.export cannot capture {type(model).__name__}",
-            why=first_line(error),
+            why=" at ".join(filter(None, (first_line(error), source_of_error(error)))),
             how="make the forward pass exportable (no data-dependent Python branches; see "
             "https://docs.pytorch.org/docs/stable/export.html), pass dynamic_shapes, or pass an "
             "ExportedProgram that you captured yourself",

@@ -15,6 +15,7 @@ import torch
 from torch import fx
 
 _TORCH_ROOT = f"{Path(torch.__file__).parent}/"
+_OWN_ROOT = f"{Path(__file__).parents[1]}/"
 _FRAME = re.compile(r'File "(?P<file>[^"]+)", line (?P<line>\d+)')
 
 
@@ -33,18 +34,17 @@ def source_of(node: fx.Node) -> str:
 def source_of_caller() -> str:
     """Return the innermost line of the user's code that is running, as `source_of` does."""
     stack = reversed(list(traceback.walk_stack(inspect.currentframe())))
-    ours = f"{Path(__file__).parents[1]}/"
-    return _innermost(
-        [
-            (f.f_code.co_filename, line)
-            for f, line in stack
-            if not f.f_code.co_filename.startswith(ours)
-        ]
-    )
+    return _innermost([(f.f_code.co_filename, line) for f, line in stack])
+
+
+def source_of_error(error: BaseException) -> str:
+    """Return the innermost line of the user's code that an error came from, as `source_of` does."""
+    stack = traceback.walk_tb(error.__traceback__)
+    return _innermost([(f.f_code.co_filename, line) for f, line in stack])
 
 
 def _innermost(frames: Sequence[tuple[str, int]]) -> str:
-    outside = [frame for frame in frames if not frame[0].startswith(_TORCH_ROOT)]
+    outside = [frame for frame in frames if not frame[0].startswith((_TORCH_ROOT, _OWN_ROOT))]
     if not outside:
         return ""
     file, line = outside[-1]
