@@ -50,10 +50,9 @@ WIDE_LIMIT = 50_000_000
 #: Outputs that differ less than this between two inputs tell an oracle nothing.
 BLIND = 1e-6
 #: What is done with the models of a library, beside the oracles.
-USES = {
-    "plain": ("fuse", "prune", "stack", "refit"),
-    "transformers-types": ("fuse", "prune", "stack", "refit"),
-}
+USES = dict.fromkeys(
+    ("plain", "transformers", "transformers-types"), ("fuse", "prune", "stack", "refit")
+)
 
 
 def measure(name: str) -> dict[str, Any]:
