@@ -1,7 +1,7 @@
 """Fuses real published networks, beside their controls, and writes results as JSON.
 
     python -m benchmarks.real.fused mlps
-    python -m benchmarks.real.fused spliceai [--seconds 10 60 230] [--seeds 1] [--sizes 1 1.5 2 3]
+    python -m benchmarks.real.fused spliceai [--seconds 10 60 230] [--seeds 0] [--sizes 1 1.5 2 3]
     python -m benchmarks.real.fused minilm [--seconds 110] [--sizes 0.75 0.5]
 
 Test inputs are looked at once, after everything was chosen on calibration inputs. A difference
@@ -45,7 +45,9 @@ _SENTENCES, _TEST_SENTENCES = 2000, 1000
 def main() -> None:
     made = parser(__doc__)
     made.add_argument("what", choices=("mlps", "spliceai", "minilm"))
-    made.add_argument("--seeds", type=int, default=3, help="samples of the calibration inputs")
+    made.add_argument(
+        "--seeds", type=int, nargs="+", default=[0, 1, 2], help="of samples of calibration inputs"
+    )
     made.add_argument("--seconds", type=float, nargs="+", help="of matching; not for the MLPs")
     made.add_argument("--sizes", type=float, nargs="+", help="of the result; not for the MLPs")
     made.add_argument("--keep", action="store_true", help="keep other rows that were measured")
@@ -78,14 +80,14 @@ def _named(rows: Iterable[dict[str, Any]]) -> dict[tuple[float, ...], dict[str, 
     return {tuple(row[key] for key in keys if key in row): row for row in rows}
 
 
-def run_mlps(data_root: Path, seeds: int) -> Iterator[dict[str, Any]]:
+def run_mlps(data_root: Path, seeds: Sequence[int]) -> Iterator[dict[str, Any]]:
     """MLPs that saw different classes of MNIST: accuracy on the official test set, in percent."""
     images, labels = mnist_test(data_root)
     for count in mlps.COUNTS:
         networks = mlps.members(data_root, count)
         found = [outputs_of(n, images, batch=mlps.BATCH, logits=True) for n in networks]
         ensemble = mean_of(found)
-        for seed in range(seeds):
+        for seed in seeds:
             given = mnist_calibration(mlps.CALIBRATION, seed)
             asked = [outputs_of(n, given, batch=mlps.BATCH, logits=True) for n in networks]
             best = best_member(asked)
@@ -119,7 +121,7 @@ def run_mlps(data_root: Path, seeds: int) -> Iterator[dict[str, Any]]:
 
 
 def run_spliceai(
-    data_root: Path, seeds: int, budgets: Sequence[float], sizes: Sequence[float]
+    data_root: Path, seeds: Sequence[int], budgets: Sequence[float], sizes: Sequence[float]
 ) -> Iterator[dict[str, Any]]:
     """Five published members: KL to the mean of their probabilities on held-out sequence."""
     networks = spliceai.members()
@@ -127,7 +129,7 @@ def run_spliceai(
     test = spliceai.test_windows(data_root)
     found = [outputs_of(n, test, batch=2) for n in networks]
     ensemble, windows = mean_of(found), spliceai.calibration_windows(data_root)
-    for seed, size, seconds in itertools.product(range(seeds), sizes, budgets):
+    for seed, size, seconds in itertools.product(seeds, sizes, budgets):
         order = torch.randperm(len(windows), generator=torch.Generator().manual_seed(seed))
         steps = [fxfuse.Match(seconds=seconds, seed=seed)]
         result, spent = _timed(networks, windows[order[:100]], refine=steps, size=size)
@@ -159,12 +161,14 @@ def _best_side_by_side(found: Sequence[Tensor], count: int) -> float:
     return min(kl(ensemble, mean_of(list(some))) for some in itertools.combinations(found, count))
 
 
-def run_minilm(seeds: int, seconds: float, sizes: Sequence[float]) -> Iterator[dict[str, Any]]:
+def run_minilm(
+    seeds: Sequence[int], seconds: float, sizes: Sequence[float]
+) -> Iterator[dict[str, Any]]:
     """A sentence encoder, pruned: Spearman's correlation of similarities on unseen sentences."""
     network, texts = minilm.encoder(), minilm.sentences("calibration")
     test = minilm.tokens_of(minilm.sentences("test")[:_TEST_SENTENCES])
     reference = minilm.embeddings(network, test)
-    for seed, size in itertools.product(range(seeds), sizes):
+    for seed, size in itertools.product(seeds, sizes):
         order = torch.randperm(len(texts), generator=torch.Generator().manual_seed(seed))
         tokens = minilm.tokens_of([texts[i] for i in order[:_SENTENCES]])
         row: dict[str, Any] = {"seed": seed, "size": size, "sentences": len(tokens[0])}
