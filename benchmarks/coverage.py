@@ -125,7 +125,7 @@ def complete(row: dict[str, Any]) -> dict[str, Any]:
     warnings.simplefilter("ignore")
     program, analyzed = _analyzed(*build(row["model"]))
     if lacking := _lacking(row):
-        analyzed["uses"] = row["uses"] | _used_so(row["model"], program, lacking)
+        analyzed["uses"] = row.get("uses", {}) | _used_so(row["model"], program, lacking)
     kept = {name: row[name] for name in ("capture_s", "analysis_s", "analysis_gb") if name in row}
     return row | analyzed | kept
 
@@ -137,7 +137,7 @@ def _has_failed(row: Mapping[str, Any]) -> bool:
 
 def _lacking(row: Mapping[str, Any]) -> list[str]:
     uses = USES.get(row["model"].partition(":")[0], ())
-    return [use for use in uses if "uses" in row and use not in row["uses"]]
+    return [use for use in uses if use not in row.get("uses", {})]
 
 
 def _used_so(name: str, first: fxfuse.Program, uses: Sequence[str]) -> dict[str, str]:
@@ -350,7 +350,7 @@ def main() -> None:
             before = rows[row["model"]]
             row = {
                 **before,
-                "uses": before["uses"] | dict.fromkeys(_lacking(before), row["failure"]),
+                "uses": before.get("uses", {}) | dict.fromkeys(_lacking(before), row["failure"]),
             }
         rows[row["model"]] = row
         print(json.dumps(row), flush=True)
