@@ -27,7 +27,7 @@ from torch import Tensor, nn
 import fxfuse
 from benchmarks import records
 from benchmarks.members.cifar10 import Cifar10, load
-from benchmarks.members.train import kept
+from benchmarks.members.train import WEIGHTS, kept
 from benchmarks.real.controls import (
     accuracy,
     best_member,
@@ -64,6 +64,7 @@ def main() -> None:
     made.add_argument("--seconds", type=float, default=60.0, help="CPU seconds of matching")
     made.add_argument("--calibration", type=int, default=1000, help="inputs without labels")
     made.add_argument("--data-root", type=Path, default=Path("../shared/data"))
+    made.add_argument("--weights", type=Path, default=WEIGHTS, help="where weights are kept")
     made.add_argument("--keep", action="store_true", help="keep other rows that were measured")
     options = made.parse_args()
     torch.set_num_threads(1)
@@ -89,7 +90,7 @@ def run(options: argparse.Namespace, data: Cifar10) -> Iterator[dict[str, Any]]:
             if options.setting == "halves"
             else [f"{options.network}-same-{i}" for i in range(4)]
         )
-        members = [kept(options.network, name) for name in names]
+        members = [kept(options.network, name, options.weights) for name in names]
         given = data.calibration(options.calibration, seed)
         for size in options.sizes:
             about = {"setting": options.setting, "network": options.network, "size": size}
