@@ -660,6 +660,11 @@ BAD: dict[str, tuple[Callable[[], None], type[FxfuseError], str]] = {
         OptionError,
         "unknown outputs 'scores'",
     ),
+    "inputs that are compared with each other": (
+        lambda: told(None, lambda x: x @ x.mT),
+        OptionError,
+        "depends on how many inputs are in the batch",
+    ),
     "own distance of no inputs": (
         lambda: told(Custom(lambda a: a[0], lambda a, b: (a - b).square().mean())),
         OptionError,

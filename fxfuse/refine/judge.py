@@ -16,7 +16,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fxfuse.activations.calibration import CalibrationBatches, join_rows, pick_rows
+from fxfuse.activations.calibration import (
+    CalibrationBatches,
+    count_rows,
+    join_rows,
+    pick_rows,
+)
 from fxfuse.errors import FxfuseError, InputError, MemberError, OptionError, RefineError
 from fxfuse.graph.torch_compat import pytree
 from fxfuse.refine.batch import try_call
@@ -274,6 +279,7 @@ def check_task(task: Task, members: Sequence[nn.Module], calibration: Calibratio
         answer = task.read(try_call(members[0], args, "member 0", kwargs))
     task.check(answer)
     check_answers(answer, "member 0")
+    _check_inputs_apart(task, members[0], calibration, answer)
     wanted = task.target([answer] * len(members), kwargs)
     far = task.distance(answer, wanted)
     count = next(len(x) for x in pytree.tree_leaves(answer) if isinstance(x, Tensor))
@@ -293,6 +299,34 @@ def check_task(task: Task, members: Sequence[nn.Module], calibration: Calibratio
                 why=f"{task} has no loss on labels",
                 how="pass the inputs alone, or Calibration(inputs, evaluate=...) with your own "
                 "metric, or task=fxfuse.Classification(...) if they are class numbers",
+            )
+
+
+def _check_inputs_apart(
+    task: Task, member: nn.Module, calibration: CalibrationBatches, answer: Answer
+) -> None:
+    """Check that what is answered to an input has one shape, with however many it comes.
+
+    `answer` is that to the first batch. Networks that compare the inputs of a batch with each other
+    return `[b, b]`.
+    """
+    other = 3 if count_rows(calibration.batches[0]) == 2 else 2
+    if calibration.unit > 1 or calibration.size < other:
+        return
+    args, kwargs = calibration.rows(slice(0, other), other).batches[0]
+    with torch.no_grad():
+        shorter = task.read(try_call(member, args, "member 0", kwargs))
+    pairs = zip(pytree.tree_leaves(answer), pytree.tree_leaves(shorter), strict=True)
+    for one, two in pairs:
+        if isinstance(one, Tensor) and one.shape[1:] != two.shape[1:]:
+            raise OptionError(
+                "an output's shape depends on how many inputs are in the batch",
+                where=f"output {list(one.shape)} for {len(one)} inputs, and {list(two.shape)} for "
+                f"{len(two)}",
+                why="the distance to the ensemble is measured for each input by itself",
+                how="name outputs that hold one answer for each input, such as task={"
+                "'image_embeds': fxfuse.Embedding()}, or wrap the networks so that they return "
+                "these",
             )
 
 
