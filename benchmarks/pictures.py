@@ -112,7 +112,7 @@ def accuracies(rows: Sequence[Mapping[str, Any]]) -> str:
         ]
         for count in dict.fromkeys(row["members"] for row in rows)
     }
-    title = "Test accuracy of MLPs that saw different digits, %"
+    title = "Accuracy of MLPs that saw different digits, %"
     return dots(title, groups, (85, 90, 95, 100), ".2f")
 
 
