@@ -115,7 +115,7 @@ SEVERAL = [
 
 
 #: Pages that compile ahead of time, or need packages that the other tests do not.
-NIGHTLY = {"docs/how-to/deploy.md": ("torchao", "onnxruntime")}
+NIGHTLY = {"docs/how-to/deploy.md": ("torchao", "onnxruntime", "executorch")}
 
 
 @pytest.mark.usefixtures("own_world")
