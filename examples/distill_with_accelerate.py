@@ -1,6 +1,7 @@
 """A fused network distilled from its members in a loop of your own, with Accelerate.
 
-    pip install -e . accelerate scikit-learn && accelerate launch examples/distill_with_accelerate.py
+    pip install -e . accelerate scikit-learn
+    accelerate launch examples/distill_with_accelerate.py
 
 Two small networks learn the digits of scikit-learn, each with many images of its own half of the
 classes and few of the others. They are fused, and the loop brings the fused network to the mean of

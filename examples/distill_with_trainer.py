@@ -108,9 +108,8 @@ def main(steps: int) -> dict[str, float]:
             own = labels[train] % 2 == seed
             seen = train[own | (torch.rand(len(train)) < 0.1)]
             member = ViTForImageClassification(config)
-            Trainer(
-                member, arguments(steps, folder, 2e-3), train_dataset=Images(images[seen], labels[seen])
-            ).train()
+            data = Images(images[seen], labels[seen])
+            Trainer(member, arguments(steps, folder, 2e-3), train_dataset=data).train()
             members.append(member.cpu().eval())
 
         result = fxfuse.fuse(
@@ -130,7 +129,8 @@ def main(steps: int) -> dict[str, float]:
         # The control: the first member, with the same images and steps.
         alone = copy.deepcopy(members[0])
         for name, student in {"fused": fused, "member 0": alone}.items():
-            EnsembleTrainer(members, student, arguments(steps, folder, 5e-4), train_dataset=data).train()
+            given = arguments(steps, folder, 5e-4)
+            EnsembleTrainer(members, student, given, train_dataset=data).train()
             with torch.no_grad():
                 found[f"{name}, distilled"] = accuracy(student.cpu().eval()(images[test]).logits)
     for name, percent in found.items():

@@ -6,11 +6,9 @@ import importlib.util
 import itertools
 import linecache
 import math
-import os
 import re
 import shlex
-import subprocess
-import sys
+import socket
 import tomllib
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -28,6 +26,8 @@ from fxfuse.cli.app import app
 from fxfuse.cli.lazy import COMMANDS
 from fxfuse.planning.methods import registry as methods
 from fxfuse.planning.scores import registry as scores
+from tests.forked import Child
+from tests.forked import script as run_script
 from tests.nets import images, resnets
 
 ROOT = Path(__file__).parents[1]
@@ -140,21 +140,22 @@ def test_the_code_of_a_page_for_several_processes_runs(page: str, tmp_path: Path
     content = {k: [b.content for b in blocks(page) if b.kind == k] for k in ("python", "text")}
     script = tmp_path / "train.py"
     script.write_text("\n".join(content["python"]))
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    environment = {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     for _ in range(2):
-        done = subprocess.run(
-            [*command, "--nproc-per-node", "2", str(script)],
-            capture_output=True,
-            text=True,
-            timeout=240,
-            env={**os.environ, **environment},
-        )
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            # What torchrun tells each of its processes.
+            group = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
+        group["WORLD_SIZE"] = "2"
+        processes = [
+            Child(run_script, script, environment={**group, "RANK": rank, "LOCAL_RANK": rank})
+            for rank in "01"
+        ]
+        codes, outs, errs = zip(*(process.ended() for process in processes), strict=True)
         # Once in many runs gloo's threads abort a program that is over (pytorch/pytorch#179291).
-        if "terminate called without an active exception" not in done.stderr:
+        if "terminate called without an active exception" not in "".join(errs):
             break
-    assert done.returncode == 0, done.stderr
-    assert done.stdout == "".join(content["text"])
+    assert codes == (0, 0), errs
+    assert "".join(outs) == "".join(content["text"])
 
 
 def a_method_was_added(names: dict[str, Any]) -> None:

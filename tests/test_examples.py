@@ -64,7 +64,7 @@ def test_lightning_distils_the_ensemble(weight: float) -> None:
     members, module = [Logged().net for _ in range(2)], Logged()
     wanted = copy.deepcopy(module.net)
     mean = torch.stack([member(x) for member in members]).mean(0)
-    soft = ((mean / 2).softmax(1) * ((mean / 2).log_softmax(1) - (wanted(x) / 2).log_softmax(1)))
+    soft = (mean / 2).softmax(1) * ((mean / 2).log_softmax(1) - (wanted(x) / 2).log_softmax(1))
     own = torch.nn.functional.cross_entropy(wanted(x), y)
     ((1 - weight) * own + weight * 4 * soft.sum() / len(x)).backward()
     with torch.no_grad():

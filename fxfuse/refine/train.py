@@ -247,6 +247,7 @@ def _divergence(
 
 
 def check_temperature(temperature: float) -> None:
+    """Check that a temperature is above 0."""
     if not temperature > 0:
         raise OptionError(
             f"temperature must be above 0, got {temperature}",
