@@ -6,8 +6,10 @@ import importlib.util
 import itertools
 import linecache
 import math
+import os
 import re
 import shlex
+import shutil
 import socket
 import tomllib
 from collections.abc import Callable, Iterator
@@ -18,8 +20,11 @@ import pytest
 import torch
 import typer
 import yaml
+from PIL import Image
 
 import fxfuse
+from benchmarks import site_check
+from benchmarks.site_check import SCHEMES, SHOWN, WIDTHS
 from fxfuse import Transplant
 from fxfuse.analysis.rules import registry
 from fxfuse.cli.app import app
@@ -307,6 +312,30 @@ def test_few_entries_of_the_navigation_are_in_sight_at_a_time():
 
 def leads_to_a_page(entry: str | dict[str, Any]) -> bool:
     return isinstance(entry, str) or isinstance(next(iter(entry.values())), str)
+
+
+@pytest.mark.nightly
+def test_pages_in_a_browser(tmp_path: Path):
+    """None scrolls sideways. FXFUSE_SCREENSHOTS=docs/pictures renews the pictures of four pages.
+
+    With FXFUSE_AXE, the path of axe-core's script, nothing that it calls serious is found either.
+    """
+    build = pytest.importorskip("mkdocs.commands.build").build
+    config = pytest.importorskip("mkdocs.config").load_config
+    pytest.importorskip("material")
+    if shutil.which("chromium") is None:
+        pytest.skip("no chromium on this machine")
+    build(config(str(ROOT / "mkdocs.yml"), site_dir=str(tmp_path / "site")))
+    shots = Path(os.environ.get("FXFUSE_SCREENSHOTS", tmp_path / "shots"))
+    axe = ["--axe", os.environ["FXFUSE_AXE"]] if "FXFUSE_AXE" in os.environ else []
+    assert site_check.main([str(tmp_path / "site"), "--shots", str(shots), *axe]) == 0
+    for page, width, scheme in itertools.product(SHOWN, WIDTHS, SCHEMES):
+        with Image.open(shots / f"site-{page}-{width}-{scheme}.png") as image:
+            assert image.size == (width, 900)
+            # Not blank, and in the colours that the reader asked for.
+            pixels = image.convert("RGB")
+            assert len(pixels.getcolors()) > 16
+            assert (sum(pixels.getpixel((2, 600))) < 200) is (scheme == "dark")
 
 
 def test_every_change_is_one_that_towncrier_finds():
