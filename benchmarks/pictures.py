@@ -27,11 +27,11 @@ GREY = "#8A8F98"
 IMPORTANCE = ((0.9, 0.3, 0.55, 0.2), (0.25, 0.8, 0.4, 0.6), (0.35, 0.15, 0.7, 0.5))
 #: A panel of its own, so that the picture can be read on any page, light or dark.
 _STYLE = """<style>
-text { font: 15px system-ui, sans-serif; fill: #1f2328; }
+text { font: 16px system-ui, sans-serif; fill: #1f2328; }
 .panel { fill: #ffffff; stroke: #d0d7de; }
 .line { stroke: #8a8f98; }
 .title { font-weight: 600; }
-.small { font-size: 13px; }
+.small { font-size: 15px; }
 @media (prefers-color-scheme: dark) {
   text { fill: #e6edf3; }
   .panel { fill: #1c2128; stroke: #444c56; }
@@ -60,38 +60,45 @@ def _results(name: str) -> Any:
 
 def fusion() -> str:
     """Members, their units in order of importance, and the network made of the first ones."""
-    parts = [_text(130, 34, "3 members", "title"), _text(430, 34, "Units, ranked", "title")]
-    parts += [_text(740, 34, "1 network", "title")]
+    parts = [_text(81, 34, "3 members", "title"), _text(262, 34, "Units, ranked", "title")]
+    parts += [_text(449, 34, "1 network", "title")]
     for member, importance in enumerate(IMPORTANCE):
-        parts += _network(50, 62 + 84 * member, [(member, size) for size in importance])
+        parts += _network(16, 62 + 84 * member, [(member, size) for size in importance])
     units = [(size, m) for m, sizes in enumerate(IMPORTANCE) for size in sizes]
     units.sort(reverse=True)
     for place, (size, member) in enumerate(units):
-        x, y = 350 + 52 * (place % 4), 95 + 84 * (place // 4)
-        parts.append(_circle(x, y, 8 + 12 * size, COLOURS[member], 1 if place < 4 else 0.25))
+        x, y = 208 + 36 * (place % 4), 95 + 84 * (place // 4)
+        parts.append(_unit(x, y, size, member, 1 if place < 4 else 0.25))
     parts.append(
-        '<rect x="318" y="62" width="224" height="66" rx="10" fill="none" class="line" '
+        '<rect x="186" y="68" width="152" height="54" rx="10" fill="none" class="line" '
         'stroke-dasharray="5 4"/>'
     )
-    parts += [_text(430, 152, "kept", "small"), _text(430, 302, "dropped", "small")]
-    parts += [_arrow(250, 180, 300), _arrow(560, 180, 620)]
-    parts += _network(660, 146, [(member, size) for size, member in units[:4]])
-    parts.append(_text(130, 332, "one architecture, trained apart", "small"))
-    parts.append(_text(430, 332, "a unit is a channel and all that is tied to it", "small"))
-    parts.append(_text(740, 332, "refitted, matched, checked", "small"))
+    parts += [_text(262, 143, "kept", "small"), _text(262, 302, "dropped", "small")]
+    parts += [_arrow(152, 179, 184), _arrow(342, 179, 374)]
+    parts += _network(384, 146, [(member, size) for size, member in units[:4]])
+    for x, lines in (
+        (81, ("one architecture,", "trained apart")),
+        (262, ("a unit: a channel and", "all that is tied to it")),
+        (449, ("refitted, matched,", "checked")),
+    ):
+        parts += [_text(x, 336 + 20 * i, line, "small") for i, line in enumerate(lines)]
     title = "Units of three members are ranked; the most important ones form one network"
-    return _svg(880, 350, title, parts)
+    return _svg(530, 374, title, parts)
 
 
 def _network(x: float, y: float, units: Sequence[tuple[int, float]]) -> list[str]:
-    """One layer of units between an input and an output, 160 wide and 66 high."""
+    """One layer of units between an input and an output, 130 wide and 66 high."""
     parts = []
     for place in range(4):
-        at = x + 22 + 39 * place
-        parts.append(f'<path d="M{x + 80} {y + 66} L{at} {y + 33} L{x + 80} {y}" {_LINE}/>')
+        at = x + 17 + 32 * place
+        parts.append(f'<path d="M{x + 65} {y + 66} L{at} {y + 33} L{x + 65} {y}" {_LINE}/>')
     for place, (member, size) in enumerate(units):
-        parts.append(_circle(x + 22 + 39 * place, y + 33, 8 + 12 * size, COLOURS[member]))
-    return [*parts, _circle(x + 80, y, 5, GREY), _circle(x + 80, y + 66, 5, GREY)]
+        parts.append(_unit(x + 17 + 32 * place, y + 33, size, member))
+    return [*parts, _circle(x + 65, y, 5, GREY), _circle(x + 65, y + 66, 5, GREY)]
+
+
+def _unit(x: float, y: float, size: float, member: int, opacity: float = 1) -> str:
+    return _circle(x, y, 6 + 9 * size, COLOURS[member], opacity)
 
 
 _LINE = 'class="line" fill="none" stroke-width="1"'
@@ -105,7 +112,7 @@ def accuracies(rows: Sequence[Mapping[str, Any]]) -> str:
         ]
         for count in dict.fromkeys(row["members"] for row in rows)
     }
-    title = "Test accuracy of MLPs that saw different digits, %"
+    title = "Accuracy of MLPs that saw different digits, %"
     return dots(title, groups, (85, 90, 95, 100), ".2f")
 
 
@@ -153,27 +160,32 @@ def dots(
         digits: Format of a value.
         scale: Where a value is on the axis.
     """
-    left, width = 330, 460
+    # Narrow, with names above the lines and not beside them: for a telephone, too.
+    left, width = 170, 250
     begin, end = scale(ticks[0]), scale(ticks[-1])
 
     def at(value: float) -> float:
         return left + width * (scale(value) - begin) / (end - begin)
 
-    parts, y = [_text(440, 34, title, "title")], 70
+    head, _, more = title.partition(" (")
+    parts, y = [_text(20, 32, head, "title", "start")], 66
+    if more:
+        parts.append(_text(20, 54, more.removesuffix(")"), "small", "start"))
+        y += 22
     for name, lines in groups.items():
-        middle = y + 12.5 * (len(lines) - 1) + 5
-        parts.append(_text(20, middle, name, "small title", "start"))
+        parts.append(_text(20, y, name, "title", "start"))
+        y += 26
         for label, colour, value in lines:
             parts += [
                 _text(left - 14, y + 5, label, "small", "end"),
                 f'<path d="M{left} {y} L{left + width} {y}" {_LINE} stroke-opacity="0.4"/>',
                 _circle(round(at(value), 1), y, 7, colour),
-                _text(round(at(value), 1) + 12, y - 3, f"{value:{digits}}", "small", "start"),
+                _text(round(at(value), 1) + 11, y - 2, f"{value:{digits}}", "small", "start"),
             ]
-            y += 25
-        y += 14
-    parts += [_text(round(at(tick), 1), y + 4, f"{tick:g}", "small") for tick in ticks]
-    return _svg(880, y + 24, title, parts)
+            y += 26
+        y += 12
+    parts += [_text(round(at(tick), 1), y, f"{tick:g}", "small") for tick in ticks]
+    return _svg(480, y + 20, title, parts)
 
 
 #: What the rows call a network, its name in the picture, and its colour.
@@ -246,8 +258,8 @@ def _arrow(x: float, y: float, end: float) -> str:
 
 def _svg(width: int, height: int, title: str, parts: Sequence[str]) -> str:
     opening = (
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" role="img" '
-        f'aria-label="{title}">'
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" '
+        f'width="{1.2 * width:g}" height="{1.2 * height:g}" role="img" aria-label="{title}">'
     )
     panel = f'<rect x="1" y="1" width="{width - 2}" height="{height - 2}" rx="12" class="panel"/>'
     return "\n".join([opening, _STYLE, panel, *parts, "</svg>", ""])

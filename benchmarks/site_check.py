@@ -1,7 +1,7 @@
 """Opens pages of the built site in a browser: screenshots, sideways scrolling, accessibility.
 
 mkdocs build --strict --site-dir build/site
-python -m benchmarks.site_check build/site --shots build/shots
+python -m benchmarks.site_check build/site --shots docs/pictures
 npm install --prefix build axe-core
 python -m benchmarks.site_check build/site --axe build/node_modules/axe-core/axe.min.js
 
@@ -11,27 +11,30 @@ Exits with 1 when a page scrolls sideways as a whole, or axe-core finds somethin
 from __future__ import annotations
 
 import argparse
+import io
 import shutil
 import sys
 from pathlib import Path
 from typing import Any
 
-PAGES = ("index", "tutorial", "reference", "performance", "errors", "how-to/whole-job")
+#: Those that pictures are kept of.
+SHOWN = ("index", "tutorial", "reference", "performance")
+PAGES = (*SHOWN, "errors", "how-to/whole-job")
 WIDTHS = (1280, 390)
 SCHEMES = ("light", "dark")
 SERIOUS = ("serious", "critical")
 
 
-def main() -> int:
+def main(arguments: list[str] | None = None) -> int:
     """Open the pages, and return the exit status."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
     parser.add_argument("site", type=Path, help="what mkdocs built")
-    parser.add_argument("--shots", type=Path, help="folder for screenshots")
+    parser.add_argument("--shots", type=Path, help="folder for pictures of some")
     parser.add_argument("--axe", type=Path, help="axe.min.js of axe-core, from the npm registry")
     parser.add_argument("--page", action="append", type=Path, help="another HTML file, a report")
-    options = parser.parse_args()
+    options = parser.parse_args(arguments)
     from playwright.sync_api import sync_playwright
 
     files = [options.site / f"{page}.html" for page in PAGES] + (options.page or [])
@@ -68,9 +71,15 @@ def _look(browser: Any, file: Path, width: int, scheme: str, options: Any) -> li
             if one["impact"] in SERIOUS:
                 nodes = ", ".join(node["target"][0] for node in one["nodes"][:3])
                 found.append(f"{where}: {one['id']}: {one['help']} ({nodes})")
-    if options.shots is not None:
+    if options.shots is not None and file.stem in SHOWN:
+        from PIL import Image
+
         options.shots.mkdir(parents=True, exist_ok=True)
-        tab.screenshot(path=str(options.shots / f"{file.stem}-{width}-{scheme}.png"))
+        # A few colours are enough to see what is where, and the files are small.
+        with Image.open(io.BytesIO(tab.screenshot())) as image:
+            path = options.shots / f"site-{file.stem}-{width}-{scheme}.png"
+            few = image.convert("RGB").quantize(64, Image.Quantize.MAXCOVERAGE)
+            few.save(path, optimize=True)
     context.close()
     return found
 

@@ -191,16 +191,13 @@ def _table(block: Block) -> Iterator[str]:
 
 def draw(blocks: list[Block], path: Path) -> None:
     """The plot: accuracy over operations, one panel for each block."""
-    across = 3
-    down = -(-len(blocks) // across)
-    figure = Figure(figsize=(4.2 * across, 3.2 * down), layout="constrained")
-    axes = figure.subplots(down, across, squeeze=False).flatten()
-    for ax, block in zip(axes, blocks, strict=False):
+    # One column, which a telephone can show.
+    figure = Figure(figsize=(4.8, 3 * len(blocks)), layout="constrained")
+    axes = figure.subplots(len(blocks), squeeze=False)[:, 0]
+    for ax, block in zip(axes, blocks, strict=True):
         _panel(ax, block)
-    for ax in axes[len(blocks) :]:
-        ax.set_axis_off()
     handles, labels = axes[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=4, fontsize="small")
+    figure.legend(handles, labels, loc="outside upper center", ncols=2, fontsize="small")
     # The same results give the same file.
     with mpl.rc_context({"svg.hashsalt": "width", "svg.fonttype": "none"}):
         figure.savefig(path, format="svg", metadata={"Date": None})

@@ -62,12 +62,12 @@ class Images(Dataset):
         return {"pixel_values": self.images[index], "labels": self.labels[index]}
 
 
-def arguments(steps: int, folder: str) -> TrainingArguments:
+def arguments(steps: int, folder: str, rate: float) -> TrainingArguments:
     return TrainingArguments(
         folder,
         max_steps=steps,
         per_device_train_batch_size=64,
-        learning_rate=2e-3,
+        learning_rate=rate,
         lr_scheduler_type="cosine",
         report_to="none",
         save_strategy="no",
@@ -90,7 +90,7 @@ def main(steps: int) -> dict[str, float]:
         num_attention_heads=4,
         intermediate_size=96,
         image_size=8,
-        patch_size=2,
+        patch_size=4,
         num_channels=1,
         num_labels=10,
         # What the fused module could not follow in training (README, limits).
@@ -108,9 +108,8 @@ def main(steps: int) -> dict[str, float]:
             own = labels[train] % 2 == seed
             seen = train[own | (torch.rand(len(train)) < 0.1)]
             member = ViTForImageClassification(config)
-            Trainer(
-                member, arguments(steps, folder), train_dataset=Images(images[seen], labels[seen])
-            ).train()
+            data = Images(images[seen], labels[seen])
+            Trainer(member, arguments(steps, folder, 2e-3), train_dataset=data).train()
             members.append(member.cpu().eval())
 
         result = fxfuse.fuse(
@@ -130,7 +129,8 @@ def main(steps: int) -> dict[str, float]:
         # The control: the first member, with the same images and steps.
         alone = copy.deepcopy(members[0])
         for name, student in {"fused": fused, "member 0": alone}.items():
-            EnsembleTrainer(members, student, arguments(steps, folder), train_dataset=data).train()
+            given = arguments(steps, folder, 5e-4)
+            EnsembleTrainer(members, student, given, train_dataset=data).train()
             with torch.no_grad():
                 found[f"{name}, distilled"] = accuracy(student.cpu().eval()(images[test]).logits)
     for name, percent in found.items():

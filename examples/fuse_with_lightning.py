@@ -1,9 +1,10 @@
-"""The best checkpoints of a run of Lightning become one network when the run ends.
+"""The best checkpoints of a run of Lightning become one network, which a second run distils.
 
     pip install -e . lightning scikit-learn && python examples/fuse_with_lightning.py
 
 A small network learns the digits of scikit-learn. ModelCheckpoint keeps the three best states on
-validation images, and FuseCheckpoints fuses them, calibrated on unlabelled images.
+validation images, and FuseCheckpoints fuses them, calibrated on unlabelled images. DistilMembers
+then trains the fused network on the same images towards the mean of the members' logits.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from __future__ import annotations
 import argparse
 import tempfile
 import warnings
+from typing import Any
 
 import torch
 from lightning import pytorch as pl
@@ -20,7 +22,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from fxfuse import Refit
-from fxfuse.api.lightning import FuseCheckpoints
+from fxfuse.api.lightning import DistilMembers, FuseCheckpoints
 
 
 class Digits(pl.LightningModule):
@@ -55,25 +57,26 @@ def main(epochs: int) -> dict[str, float]:
         with torch.no_grad():
             return 100 * float((network(images[test]).argmax(1) == labels[test]).float().mean())
 
+    quiet: dict[str, Any] = {"logger": False, "enable_progress_bar": False}
+    quiet |= {"enable_model_summary": False, "accelerator": "cpu", "max_epochs": epochs}
     pl.seed_everything(0, verbose=False)
     with tempfile.TemporaryDirectory() as folder:
         keep = ModelCheckpoint(folder, monitor="val_loss", save_top_k=3, save_weights_only=True)
         fuse = FuseCheckpoints(
             images[:4], network="net", calibration=images[unlabelled], refine=[Refit()]
         )
-        trainer = pl.Trainer(
-            max_epochs=epochs,
-            callbacks=[keep, fuse],
-            accelerator="cpu",
-            logger=False,
-            enable_progress_bar=False,
-            enable_model_summary=False,
-        )
         module = Digits()
+        trainer = pl.Trainer(callbacks=[keep, fuse], **quiet)
         trainer.fit(module, loader(train, shuffle=True), loader(validation))
     assert fuse.result is not None
     print(fuse.result)
     found = {"last": accuracy(module.net.eval()), "fused": accuracy(fuse.result.module)}
+
+    module.net = fuse.result.to_module()
+    distil = DistilMembers(fuse.members, network="net")
+    trainer = pl.Trainer(callbacks=[distil], enable_checkpointing=False, **quiet)
+    trainer.fit(module, loader(unlabelled, shuffle=True))
+    found["distilled"] = accuracy(module.net.eval())
     for name, percent in found.items():
         print(f"{name}: {percent:.1f} %")
     return found | {"members": len(fuse.paths)}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import pickle
 import tempfile
@@ -13,6 +12,8 @@ from queue import Empty
 from typing import Any
 
 import torch
+
+from tests.forked import CONTEXT, start_forking
 
 #: Seconds after which a piece of work counts as hanging.
 PATIENCE = 60
@@ -41,13 +42,13 @@ class Processes:
     """Ranks 0 to `size` - 1 of a group on this machine."""
 
     def __init__(self, size: int = 2) -> None:
-        context = multiprocessing.get_context("spawn")
+        start_forking()
         self._folder = tempfile.TemporaryDirectory()
         store = os.fspath(Path(self._folder.name) / "store")
-        self._tasks = [context.Queue() for _ in range(size)]
-        self._answers = [context.Queue() for _ in range(size)]
+        self._tasks = [CONTEXT.Queue() for _ in range(size)]
+        self._answers = [CONTEXT.Queue() for _ in range(size)]
         self._processes = [
-            context.Process(
+            CONTEXT.Process(
                 target=_serve,
                 args=(rank, size, store, self._tasks[rank], self._answers[rank]),
                 daemon=True,

@@ -23,6 +23,8 @@ from fxfuse.cli.lazy import COMMANDS
 from fxfuse.cli.zoo import make_inputs, make_model, parse_model_args
 from fxfuse.errors import InputError, OptionError
 from fxfuse.members.checkpoint import read_state_dict
+from tests.forked import Child
+from tests.forked import fxfuse as run_fxfuse
 
 MODELS = """
 import time
@@ -301,10 +303,10 @@ def test_weights_are_chosen_as_in_python(work):
         torch.save(content, f"{number}.ckpt")
     expected = fxfuse.fuse(members, make_inputs("5")).state_dict()
     chosen = ["0.ckpt", "1.ckpt", *MODEL, "--weights", "ema"]
-    command = [sys.executable, "-m", "fxfuse", "fuse", *chosen, "--out", "fused"]
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
-    assert "0.ckpt: weights under 'model_ema'; names without 'module.'" in done.stderr
-    assert "0.ckpt" not in done.stdout
+    code, out, err = Child(run_fxfuse, "fuse", *chosen, "--out", "fused", cwd=work).ended()
+    assert code == 0, err
+    assert "0.ckpt: weights under 'model_ema'; names without 'module.'" in err
+    assert "0.ckpt" not in out
     for name, value in read_state_dict("fused/fused.safetensors").items():
         assert torch.equal(value, expected[name])
     recipe = invoke("run", "fused/recipe.yaml", "--force")
@@ -758,29 +760,19 @@ def test_an_error_while_writing_leaves_nothing(work, monkeypatch):
 # --- the real process ---
 
 
-def start(*arguments):
-    environment = os.environ | {"PYTHONPATH": str(Path(fxfuse.__file__).parents[1])}
-    return subprocess.Popen(
-        [sys.executable, "-m", "fxfuse", *arguments],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        env=environment,
-        # A shell starts background jobs deaf to Ctrl-C, and their children with them.
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
-    )
-
-
 def test_bad_input_in_a_process_of_its_own(work):
     before = listing(work)
-    process = start(*FUSE[:1], "a.pt", "missing.pt", *FUSE[3:], *MODEL)
-    out, error = process.communicate(timeout=120)
-    assert process.returncode == 2
-    assert out == ""
+    command = [sys.executable, "-m", "fxfuse", "fuse", "a.pt", "missing.pt", *FUSE[3:], *MODEL]
+    environment = os.environ | {"PYTHONPATH": str(Path(fxfuse.__file__).parents[1])}
+    done = subprocess.run(
+        command, capture_output=True, text=True, timeout=120, check=False, env=environment
+    )
+    assert done.returncode == 2
+    assert done.stdout == ""
     # Without a terminal, a line says what was being done.
-    assert error.startswith("reading networks and data ...\n")
-    assert "\nerror: cannot open the checkpoint missing.pt\n" in error
-    assert "Traceback" not in error
+    assert done.stderr.startswith("reading networks and data ...\n")
+    assert "\nerror: cannot open the checkpoint missing.pt\n" in done.stderr
+    assert "Traceback" not in done.stderr
     assert listing(work) == before
 
 
@@ -788,11 +780,11 @@ def test_bad_input_in_a_process_of_its_own(work):
     ("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)], ids=["ctrl-c", "kill"]
 )
 def test_interrupted(work, number, status):
-    process = start("analyze", "--model", "cli_models:Slow", "--input", "5")
-    assert process.stdout.readline() == "started\n"
+    process = Child(run_fxfuse, "analyze", "--model", "cli_models:Slow", "--input", "5", cwd=work)
+    assert process.first_line() == "started"
     process.send_signal(number)
-    _, error = process.communicate(timeout=60)
-    assert process.returncode == status
+    found, _, error = process.ended()
+    assert found == status
     assert "Traceback" not in error
 
 

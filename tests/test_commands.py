@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -23,6 +21,8 @@ from fxfuse.cli.lazy import COMMANDS
 from fxfuse.cli.zoo import make_inputs, make_model
 from fxfuse.errors import OptionError
 from fxfuse.members.checkpoint import read_state_dict
+from tests.forked import Child
+from tests.forked import fxfuse as run_fxfuse
 from tests.models import excite
 
 FACTORY = """
@@ -270,10 +270,9 @@ def test_a_folder_shadows_no_library(work: Path) -> None:
     recipe = yaml.safe_load((work / "fused" / "recipe.yaml").read_text())
     recipe |= {"model": "timm:nobody", "base": str(work / "fused")}
     (work / "fused" / "recipe.yaml").write_text(yaml.safe_dump(recipe))
-    command = [sys.executable, "-m", "fxfuse", "compare", "fused"]
-    child = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert child.returncode == 2, child.stderr
-    assert "timm has no network 'nobody'" in child.stderr
+    code, _, err = Child(run_fxfuse, "compare", "fused", cwd=work).ended()
+    assert code == 2, err
+    assert "timm has no network 'nobody'" in err
     assert not list(work.rglob("opened"))
 
 
@@ -426,13 +425,10 @@ def test_a_graph_says_what_class_it_misses(pretrained: Path) -> None:
     """In a process that never imported it; what fails is not printed as a traceback."""
     done("fuse", "a", "b", "--model", "hf:a", "--input", "ids:12:50", "--out", "fused")
     script = "import sys; sys.modules['transformers'] = None; import fxfuse; fxfuse.load('fused')"
-    environment = os.environ | {"PYTHONPATH": str(Path(fxfuse.__file__).parents[1])}
-    found = subprocess.run(
-        [sys.executable, "-c", script], capture_output=True, text=True, env=environment, check=False
-    )
-    assert "SequenceClassifierOutput" in found.stderr
-    assert "must have been imported before" in found.stderr
-    assert "W1" not in found.stderr
+    _, _, err = Child(exec, script, {}, cwd=pretrained).ended()
+    assert "SequenceClassifierOutput" in err
+    assert "must have been imported before" in err
+    assert "W1" not in err
 
 
 def test_networks_of_timm() -> None:

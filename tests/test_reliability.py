@@ -25,6 +25,8 @@ from benchmarks.fuzz import CANARY, Watch, fuzz
 from fxfuse.common.output import atomic_folder, locked
 from fxfuse.errors import OutputError
 from fxfuse.members.checkpoint import read_state_dict
+from tests.forked import Child, fxfuse_on_disk, fxfuse_without_rights
+from tests.forked import fxfuse as run_fxfuse
 from tests.nets import images, resnets
 
 ROOT = Path(fxfuse.__file__).parents[1]
@@ -53,91 +55,51 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def command(*arguments: object, **environment: str) -> subprocess.Popen[str]:
-    return subprocess.Popen(
-        [str(argument) for argument in arguments],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"} | environment,
-        # A shell that starts tests in the background lets them, and their children, ignore it.
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
-    )
-
-
-def ended(child: subprocess.Popen[str], code: int) -> str:
-    out, err = child.communicate(timeout=120)
-    assert child.returncode == code, out + err
+def ended_well(child: Child, code: int) -> tuple[str, str]:
+    """What a child printed, which ends with a status and not with a traceback."""
+    found, out, err = child.ended()
+    assert found == code, out + err
     assert "Traceback" not in out + err
-    return err
+    return out, err
 
 
-def fxfuse_in(source: Path, *arguments: object, **environment: str) -> subprocess.Popen[str]:
-    script = 'cd "$1" && shift && exec "$@"'
-    python = (sys.executable, "-m", "fxfuse")
-    return command("sh", "-c", script, "sh", source, *python, *arguments, **environment)
-
-
-#: Makes a small disk of its own, which no one else sees, and runs what follows on it.
-ON_A_SMALL_DISK = """
-set -e
-mount -t tmpfs -o size=$1 tmpfs "$2"
-cd "$3"
-shift 3
-code=0
-"$@" || code=$?
-ls -A "$DISK"
-exit $code
-"""
-
-
-def on_disk(size: str, source: Path, disk: Path, *arguments: object) -> subprocess.Popen[str]:
-    """Runs fxfuse where `disk` has a size in bytes; prints what is on it afterwards."""
-    inside = ("unshare", "--map-root-user", "--mount", "sh", "-c", ON_A_SMALL_DISK, "sh")
-    python = (sys.executable, "-m", "fxfuse")
-    return command(*inside, size, disk, source, *python, *arguments, DISK=str(disk))
+def on_disk(source: Path, disk: Path, size: str, *, writable: bool = True) -> Child:
+    """Fuses onto a small disk, which no one else sees."""
+    arguments = (*FUSE, "--quiet", "--out", disk / "fused")
+    return Child(fxfuse_on_disk, disk, size, writable, *arguments, cwd=source)
 
 
 @pytest.mark.parametrize("size", [pytest.param("8k", marks=pytest.mark.nightly), "24k"])
 def test_a_full_disk(source: Path, tmp_path: Path, size: str) -> None:
     """At whatever file it is full: the error says so, and nothing is left."""
-    child = on_disk(size, source, tmp_path, *FUSE, "--quiet", "--out", tmp_path / "fused")
-    out, err = child.communicate(timeout=120)
-    assert child.returncode == 2, out + err
+    out, err = ended_well(on_disk(source, tmp_path, size), 2)
     assert "No space left" in err
-    assert out == ""
+    assert out == "\n"
 
 
 def test_a_disk_that_is_large_enough(source: Path, tmp_path: Path) -> None:
     """Else the test above could fail for another reason."""
-    child = on_disk("2m", source, tmp_path, *FUSE, "--quiet", "--out", tmp_path / "fused")
-    assert child.communicate(timeout=120)[0] == "fused\n"
-    assert child.returncode == 0
+    assert ended_well(on_disk(source, tmp_path, "2m"), 0)[0] == "fused\n"
 
 
 def test_a_read_only_folder(source: Path, tmp_path: Path) -> None:
-    child = on_disk("2m,ro", source, tmp_path, *FUSE, "--quiet", "--out", tmp_path / "fused")
-    assert "Read-only file system" in ended(child, 2)
+    child = on_disk(source, tmp_path, "2m", writable=False)
+    assert "Read-only file system" in ended_well(child, 2)[1]
 
 
 def test_no_permission(source: Path, tmp_path: Path) -> None:
     tmp_path.chmod(0o500)
     # Who is root may write everywhere, unless that is taken away.
-    less = "-dac_override,-dac_read_search"
-    without = ("setpriv", "--bounding-set", less, "--inh-caps", less) if os.getuid() == 0 else ()
-    python = (sys.executable, "-m", "fxfuse")
-    script = 'cd "$1" && shift && exec "$@"'
-    arguments = (*FUSE, "--out", tmp_path / "fused")
-    child = command("sh", "-c", script, "sh", source, *without, *python, *arguments)
-    assert "Permission denied" in ended(child, 2)
+    child = Child(fxfuse_without_rights, *FUSE, "--out", tmp_path / "fused", cwd=source)
+    assert "Permission denied" in ended_well(child, 2)[1]
     tmp_path.chmod(0o700)
     assert not list(tmp_path.iterdir())
 
 
 def test_two_writers_of_one_folder(source: Path, tmp_path: Path) -> None:
     with locked(tmp_path / "fused"):
-        child = fxfuse_in(source, *FUSE, "--out", tmp_path / "fused")
-        assert "another process is writing" in ended(child, 2)
+        child = Child(run_fxfuse, *FUSE, "--out", tmp_path / "fused", cwd=source)
+        assert "another process is writing" in ended_well(child, 2)[1]
         assert [p.name for p in tmp_path.iterdir()] == [".fused.lock"]
     assert not list(tmp_path.iterdir())
     with atomic_folder(tmp_path / "fused", ["a"]) as work:
@@ -145,25 +107,22 @@ def test_two_writers_of_one_folder(source: Path, tmp_path: Path) -> None:
     assert [p.name for p in tmp_path.iterdir()] == ["fused"]
 
 
-HOLD = """
-import sys, time
-from fxfuse.common.output import atomic_folder
-with atomic_folder(sys.argv[1], ["a"]) as work:
-    (work / "a").write_text("half")
-    print("ready", flush=True)
-    time.sleep(60)
-"""
+def hold(folder: Path) -> None:
+    """Writes a folder until it is killed."""
+    with atomic_folder(folder, ["a"]) as work:
+        (work / "a").write_text("half")
+        print("ready", flush=True)
+        time.sleep(60)
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
 def test_a_writer_that_was_killed_locks_nothing(tmp_path: Path, number: signal.Signals) -> None:
-    child = command(sys.executable, "-c", HOLD, tmp_path / "out")
-    assert child.stdout is not None
-    assert child.stdout.readline() == "ready\n"
+    child = Child(hold, tmp_path / "out")
+    assert child.first_line() == "ready"
     with pytest.raises(OutputError, match="another process"), locked(tmp_path / "out"):
         pass
     child.send_signal(number)
-    child.communicate()
+    child.ended()
     with atomic_folder(tmp_path / "out", ["a"]) as work:
         (work / "a").write_text("whole")
     # What it left is gone as well.
@@ -192,13 +151,13 @@ def test_a_signal_while_networks_are_fused(
 ) -> None:
     fxfuse.save(fxfuse.fuse(resnets(2), images(), verify=False), tmp_path / "fused")
     before = (tmp_path / "fused" / "fused.safetensors").read_bytes()
-    child = fxfuse_in(source, *FUSE, "--out", tmp_path / "fused", "--force")
+    child = Child(run_fxfuse, *FUSE, "--out", tmp_path / "fused", "--force", cwd=source)
     deadline = time.monotonic() + 60
     while not (tmp_path / ".fused.lock").exists():
         assert time.monotonic() < deadline
         time.sleep(0.005)
     child.send_signal(number)
-    said = ended(child, code)
+    _, said = ended_well(child, code)
     assert number == signal.SIGTERM or "interrupted" in said
     assert [p.name for p in tmp_path.iterdir()] == ["fused"]
     assert (tmp_path / "fused" / "fused.safetensors").read_bytes() == before
@@ -223,15 +182,21 @@ def test_the_same_bytes_whatever_the_hash_seed_and_threads(
     np.save(source / "inputs.npy", torch.randn(128, 3, 8, 8).numpy())
     (source / "auto.yaml").write_text(AUTO)
     arguments = (*FUSE, "--width", "1.5") if kind == "transplant" else ("run", "auto.yaml")
-    found = set()
-    for seed, threads in (("0", "1"), ("random", "2")):
-        out = tmp_path / f"fused-{seed}"
-        environment = {"PYTHONHASHSEED": seed, "OMP_NUM_THREADS": threads}
-        ended(fxfuse_in(source, *arguments, "--out", out, **environment), 0)
-        found.add(
-            tuple((out / n).read_bytes() for n in ("fused.safetensors", "plan.json", "graph.json"))
-        )
-    assert len(found) == 1
+    first, second = tmp_path / "first", tmp_path / "second"
+    # Its hash seed is that of the process that forks.
+    ended_well(Child(run_fxfuse, *arguments, "--out", first, cwd=source), 0)
+    other = str(int(os.environ.get("PYTHONHASHSEED", "0").replace("random", "0")) + 1)
+    environment = {"PYTHONHASHSEED": other, "OMP_NUM_THREADS": "2", "PYTHONPATH": str(ROOT)}
+    subprocess.run(
+        [sys.executable, "-m", "fxfuse", *arguments, "--out", str(second)],
+        cwd=source,
+        env=os.environ | environment,
+        capture_output=True,
+        check=True,
+        timeout=120,
+    )
+    for name in ("fused.safetensors", "plan.json", "graph.json"):
+        assert (first / name).read_bytes() == (second / name).read_bytes()
 
 
 def small(seed: int) -> nn.Sequential:

@@ -12,8 +12,6 @@ import json
 import os
 import pickle
 import shutil
-import subprocess
-import sys
 import time
 import zipfile
 from collections.abc import Callable
@@ -38,6 +36,7 @@ from fxfuse.graph import graph_file
 from fxfuse.members.checkpoint import read_state_dict, write_state_dict
 from fxfuse.runtime import inference_copy
 from tests import own
+from tests.forked import Child
 from tests.nets import images, mean_of, resnets
 
 
@@ -325,16 +324,14 @@ def test_dataclasses_and_named_tuples_are_found_where_they_were_imported(tmp_pat
     # In a process in which no such network has been captured; nothing is imported for the file.
     code = (
         "import sys, torch, fxfuse\n"
-        "load = lambda: fxfuse.load(sys.argv[1], allow=('tests',))\n"
+        "load = lambda: fxfuse.load(folder, allow=('tests',))\n"
         "try: load()\n"
         "except fxfuse.FxfuseError: assert 'tests.test_saved' not in sys.modules\n"
         "import tests.test_saved\n"
         "print(type(load()(torch.randn(2, 4)).found).__name__)"
     )
-    command = [sys.executable, "-c", code, str(tmp_path / "own")]
-    root = Path(__file__).parents[1]
-    done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=root)
-    assert done.stdout == "Scores\n"
+    status, out, err = Child(exec, code, {"folder": tmp_path / "own"}).ended()
+    assert (status, out) == (0, "Scores\n"), err
 
     class Local(NamedTuple):
         scores: torch.Tensor

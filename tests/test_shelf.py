@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import gc
-import os
 import signal
-import subprocess
-import sys
 import tempfile
+import time
 from pathlib import Path
 
 import pytest
@@ -20,6 +18,7 @@ from fxfuse.activations.calibration import Calibration, CalibrationBatches
 from fxfuse.activations.spill_store import SpillStore
 from fxfuse.refine import refit
 from fxfuse.refine.regression import run
+from tests.forked import Child
 from tests.test_refit import NETWORKS, inputs_for, members_for
 
 
@@ -27,37 +26,26 @@ def files(store: SpillStore) -> int:
     return 0 if store._folder is None else len(list(store._folder.iterdir()))
 
 
-SPILL = """
-import signal, sys, time
-import torch
-# A shell's background jobs ignore it, and so do their children.
-signal.signal(signal.SIGINT, signal.default_int_handler)
-from fxfuse.activations.spill_store import SpillStore
-store = SpillStore(memory=0)
-stored = store.put([torch.ones(1000)])
-print(store._folder, flush=True)
-time.sleep(float(sys.argv[1]))
-"""
+def spill(folder: Path) -> None:
+    """Stores values in a folder until the process is killed."""
+    tempfile.tempdir = str(folder)
+    store = SpillStore(memory=0)
+    stored = store.put([torch.ones(1000)])
+    print(store._folder, flush=True)
+    time.sleep(600)
+    del stored
 
 
 def test_what_a_killed_process_left_is_removed_by_the_next_one(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    environment = os.environ | {"TMPDIR": str(tmp_path)}
-    children = [
-        subprocess.Popen(
-            [sys.executable, "-c", SPILL, "600"], stdout=subprocess.PIPE, text=True, env=environment
-        )
-        for _ in range(3)
-    ]
-    killed, alive, interrupted = (
-        Path(child.stdout.readline().strip()) for child in children if child.stdout
-    )
+    children = [Child(spill, tmp_path) for _ in range(3)]
+    killed, alive, interrupted = (Path(child.first_line()) for child in children)
     assert {killed, alive, interrupted} < set(tmp_path.iterdir())
-    children[0].kill()
+    children[0].send_signal(signal.SIGKILL)
     children[2].send_signal(signal.SIGINT)
-    children[0].wait()
-    children[2].wait()
+    children[0].ended()
+    children[2].ended()
     assert killed.is_dir()
     assert not interrupted.exists()
     (tmp_path / "fxfuse-spill-link").symlink_to(Path.home())
@@ -69,8 +57,8 @@ def test_what_a_killed_process_left_is_removed_by_the_next_one(
     assert torch.equal(kept[0], also[0] + 1)
     assert not killed.exists()
     assert alive.is_dir()
-    children[1].kill()
-    children[1].wait()
+    children[1].send_signal(signal.SIGKILL)
+    children[1].ended()
     del ours, kept, other, also
     SpillStore(memory=0).put([torch.ones(3)])
     gc.collect()

