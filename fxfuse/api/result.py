@@ -59,8 +59,8 @@ class FusionResult(Readable):
         match: What the matching did that led to this network, or the first one if it was rejected.
         others: Members of other architectures, by their numbers: the names of their classes.
         moved: What was moved from them in closed form, as far as that was tried.
-        latency: Median milliseconds of `module`, measured at the end, where `Size(latency=...)` was
-            asked for.
+        latency: Milliseconds that `module` takes, measured at the end, where `Size(latency=...)`
+            was asked for.
     """
 
     plan: FusionPlan

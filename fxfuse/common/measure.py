@@ -11,9 +11,6 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-#: Parts of the time of which the fastest counts.
-_BLOCKS = 3
-
 
 def parameters(network: nn.Module) -> int:
     """Return the number of parameter elements, buffers not counted."""
@@ -32,28 +29,36 @@ def milliseconds(
     args: tuple[Any, ...],
     run_time: float,
     kwargs: Mapping[str, Any] = MappingProxyType({}),
-    *,
-    cpu_time: bool = False,
-    fastest: bool = False,
 ) -> float:
     """Return the median latency of a call, on as many threads as torch uses otherwise.
 
-    The call is repeated for `run_time` seconds, of which with `fastest` the fastest part counts.
-    With `cpu_time` it is the process's CPU time: what one thread takes where nothing interrupts it.
+    The call is repeated for `run_time` seconds.
     """
     # Here, since it takes a second to import.
     from torch.utils.benchmark import Timer
 
-    clock: dict[str, Any] = {"timer": time.process_time} if cpu_time else {}
     with torch.no_grad():
         network(*args, **kwargs)
         timer = Timer(
             "network(*args, **kwargs)",
             globals={"network": network, "args": args, "kwargs": kwargs},
             num_threads=torch.get_num_threads(),
-            **clock,
         )
-        if not fastest:
-            return float(timer.blocked_autorange(min_run_time=run_time).median * 1e3)
-        calls = max(1, round(run_time / _BLOCKS / timer.timeit(1).median))
-        return float(min(timer.timeit(calls).median for _ in range(_BLOCKS)) * 1e3)
+        return float(timer.blocked_autorange(min_run_time=run_time).median * 1e3)
+
+
+def least_cpu_milliseconds(
+    network: Callable[..., Any], args: tuple[Any, ...], run_time: float, kwargs: Mapping[str, Any]
+) -> float:
+    """Return the least CPU time of a call, which is repeated for `run_time` seconds.
+
+    On one thread it is the latency where no other process interrupts a call.
+    """
+    with torch.no_grad():
+        network(*args, **kwargs)
+        begin, found = time.process_time(), list[float]()
+        while not found or time.process_time() - begin < run_time:
+            start = time.process_time()
+            network(*args, **kwargs)
+            found.append(time.process_time() - start)
+    return 1e3 * min(found)

@@ -14,7 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from fxfuse.activations.calibration import count_rows, pick_rows
 from fxfuse.analysis.coupling import CouplingGraph
-from fxfuse.common.measure import milliseconds
+from fxfuse.common.measure import least_cpu_milliseconds, milliseconds
 from fxfuse.errors import OptionError
 from fxfuse.graph.capture import Program
 from fxfuse.graph.tensors import tensors_in
@@ -84,12 +84,11 @@ def operations_of(
 
 
 def latency_of(module: nn.Module, program: Program, batch: int | None) -> float:
-    """Return the median milliseconds of a network for its example inputs, or `batch` of them.
+    """Return the milliseconds of a network for its example inputs, or `batch` of them.
 
-    On one thread of the CPU it is CPU time, which other processes do not change.
+    The median; on one thread of the CPU the least CPU time, which other processes change least.
     """
-    args, kwargs = _timed_inputs(program, batch)
-    return milliseconds(module, args, _NETWORK_TIME, kwargs, cpu_time=_alone(args, kwargs))
+    return _timed(module, *_timed_inputs(program, batch), _NETWORK_TIME)
 
 
 class Latency:
@@ -157,9 +156,7 @@ class _Operators(TorchFunctionMode):
             told = pytree.tree_map_only(torch.Tensor, _layout, (args, kwargs))
             key = (str(func), str(told), torch.get_num_threads())
             if key not in _OPERATORS:
-                _OPERATORS[key] = milliseconds(
-                    func, args, _OPERATOR_TIME, kwargs, cpu_time=_alone(args, kwargs), fastest=True
-                )
+                _OPERATORS[key] = _timed(func, args, kwargs, _OPERATOR_TIME)
             self.milliseconds += _OPERATORS[key]
         return func(*args, **kwargs)
 
@@ -169,10 +166,12 @@ def _layout(tensor: torch.Tensor) -> str:
     return f"{tensor.dtype} {tensor.device} {list(tensor.shape)} {tensor.stride()}"
 
 
-def _alone(args: Any, kwargs: Any) -> bool:
-    """Whether one thread of the CPU does everything."""
-    on_cpu = all(x.device.type == "cpu" for x in tensors_in((args, kwargs)))
-    return on_cpu and torch.get_num_threads() == 1
+def _timed(
+    call: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any], run_time: float
+) -> float:
+    on_cpu = all(x.device.type == "cpu" for x in tensors_in((args, dict(kwargs))))
+    clock = least_cpu_milliseconds if on_cpu and torch.get_num_threads() == 1 else milliseconds
+    return clock(call, args, run_time, kwargs)
 
 
 def _device(program: Program) -> torch.device:

@@ -26,7 +26,7 @@ Allocate = Callable[[Sizes, dict[str, str]], Found]
 #: Halvings of the range of widths in which a budget is looked for, and its lower end.
 _HALVINGS, _LEAST = 12, 1e-6
 #: How often a network is measured at most, and which share of a latency is near enough to it.
-_ROUNDS, _NEAR = 5, 0.96
+_ROUNDS, _NEAR = 6, 0.96
 #: With a latency, into how many steps a group is divided, and over how many its price is looked up:
 #: one unit more or less cannot be timed.
 _STEPS, _REACH = 16, 4
@@ -265,17 +265,18 @@ class _Budget:
         """
         if self.target is None:
             return search()
-        best, most, sizes = None, 0.0, start
+        took = self._latency.of_network(start)
+        self._scale = took / max(self._latency.of_operators(start), 1e-9)
+        best, most = None, 0.0
         for _ in range(_ROUNDS):
-            took = self._latency.of_network(sizes)
-            self._scale = took / max(self._latency.of_operators(sizes), 1e-9)
             found = search()
             took = self._latency.of_network(found[0])
             if most < took <= self.target:
                 best, most = found, took
-            if found[0] == sizes or _NEAR <= took / self.target <= 1:
+            if _NEAR <= took / self.target <= 1:
                 break
-            sizes = found[0]
+            # Also where the table is wrong about the next larger network, so that it comes next.
+            self._scale *= took / self.target
         return best
 
     def _needed(self, name: str, sizes: Sizes) -> int:
