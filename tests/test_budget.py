@@ -19,6 +19,7 @@ from fxfuse.activations.elimination import errors_by_size
 from fxfuse.activations.gradients import importances
 from fxfuse.activations.layers import layers_of
 from fxfuse.activations.node_runner import NodeRunner
+from fxfuse.cli.report.content import sizes_of as costs
 from fxfuse.errors import OptionError
 from fxfuse.planning.allocation import spread
 from fxfuse.transform import cost
@@ -198,6 +199,7 @@ def test_a_latency_is_met(
     result = fxfuse.fuse(members, verify=False, size=size)
     assert 0.85 * target <= result.latency <= target
     assert result.latency == clock(result.module, *result.graph.program.example_inputs)
+    assert costs(result)[-1].milliseconds == result.latency
     assert f"latency {result.latency:.3g} ms" in " ".join(str(result).split())
 
 
