@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from math import prod
+from math import prod, sqrt
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -126,12 +126,19 @@ class Latency:
 
     def _network(self, sizes: Mapping[str, int]) -> nn.Module:
         device = _device(self.graph.program)
+        generator = torch.Generator().manual_seed(0)
 
-        def empty(shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
-            # Zeros are indices, too, and never become numbers so small that they take longer.
-            return torch.zeros(shape, dtype=dtype, device=device)
+        def drawn(shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
+            # As networks are initialised, since operators are faster on zeros; variances and scales
+            # are positive.
+            if not (dtype.is_floating_point or dtype.is_complex):
+                return torch.zeros(shape, dtype=dtype)
+            if len(shape) < 2:
+                return torch.rand(shape, generator=generator).to(dtype)
+            values = torch.randn(shape, generator=generator)
+            return (values / sqrt(max(prod(shape[1:]), 1))).to(dtype)
 
-        return blank(self.graph, sizes, empty).to(device)
+        return blank(self.graph, sizes, drawn).to(device)
 
     def _operators(self, module: nn.Module) -> float:
         args, kwargs = _timed_inputs(self.graph.program, self.batch)
