@@ -226,9 +226,9 @@ def _allocation(
 class _Budget:
     """What a network may cost.
 
-    A latency is foretold by a table of operators, since two networks of nearly the same sizes
+    A latency is predicted by a table of operators, since two networks of nearly the same sizes
     differ by less than a measurement of either is off. The table leaves out what is around
-    operators, so a network that was found is measured, what is foretold is scaled, and another one
+    operators, so a network that was found is measured, the prediction is scaled, and another one
     is looked for.
     """
 
