@@ -12,7 +12,16 @@ from fxfuse.planning.planner import make_plan
 from fxfuse.planning.scores import score_units
 
 _METHOD = ("score", "variant", "fraction", "reference", "regularisation")
-_SIZE = ("width", "max_params", "max_flops", "multiple_of", "allocation", "mixing")
+_SIZE = (
+    "width",
+    "max_params",
+    "max_flops",
+    "latency",
+    "batch",
+    "multiple_of",
+    "allocation",
+    "mixing",
+)
 _CONSTRAINTS = ("freeze", "share", "ignore", "output_dims", "base_member")
 _CALIBRATION = {
     "calibration_limit": "limit",

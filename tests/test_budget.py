@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+from weakref import WeakKeyDictionary
+
 import numpy as np
 import pytest
 import torch
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
 import fxfuse
 from fxfuse import Calibration, Constraints, Refit, Size, Transplant
@@ -14,8 +19,10 @@ from fxfuse.activations.elimination import errors_by_size
 from fxfuse.activations.gradients import importances
 from fxfuse.activations.layers import layers_of
 from fxfuse.activations.node_runner import NodeRunner
+from fxfuse.cli.report.content import sizes_of as costs
 from fxfuse.errors import OptionError
 from fxfuse.planning.allocation import spread
+from fxfuse.transform import cost
 from fxfuse.transform.cost import operations_of, parameters_of
 from tests.options import flat
 
@@ -154,6 +161,104 @@ def test_pruning_and_budgets_with_widths_by_group(members: list[fxfuse.Program])
     assert again.plan.sizes() == small.plan.sizes()
     quick = fxfuse.fuse(members, verify=False, size=Size(max_flops=600, allocation="auto"))
     assert operations_of(quick.graph, quick.plan.sizes()) <= 600
+
+
+class Clock:
+    """A clock on which an operation takes 1 µs, and a network 3 µs, a third more and 50 µs."""
+
+    def __init__(self) -> None:
+        self.operators = 0
+
+    def __call__(
+        self, call: Callable[..., Any], args: Any, kwargs: Any, run_time: float = 0
+    ) -> float:
+        with FlopCounterMode(display=False) as counter:
+            call(*args, **kwargs)
+        took = 1e-3 * counter.get_total_flops()
+        if isinstance(call, nn.Module):
+            return 4 / 3 * took + 0.05
+        self.operators += 1
+        return took
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    found = Clock()
+    monkeypatch.setattr(cost, "_timed", found)
+    monkeypatch.setattr(cost, "_OPERATORS", {})
+    monkeypatch.setattr(cost, "_NETWORKS", WeakKeyDictionary())
+    return found
+
+
+@pytest.mark.parametrize("allocation", ["uniform", "auto"])
+@pytest.mark.parametrize("target", [0.6, 2.4])
+def test_a_latency_is_met(
+    members: list[fxfuse.Program], clock: Clock, target: float, allocation: Any
+):
+    size = Size(latency=target, allocation=allocation)
+    result = fxfuse.fuse(members, verify=False, size=size)
+    assert 0.85 * target <= result.latency <= target
+    assert result.latency == clock(result.module, *result.graph.program.example_inputs)
+    assert costs(result)[-1].milliseconds == result.latency
+    assert f"latency {result.latency:.3g} ms" in " ".join(str(result).split())
+
+
+def test_a_latency_is_met_after_pruning_by_activations(members: list[fxfuse.Program], clock: Clock):
+    size = Size(latency=0.6, allocation="auto")
+    x = torch.randn(120, 5).double()
+    result = fxfuse.prune(members[0], verify=False, size=size, calibration=x, refine=[Refit()])
+    assert 0.5 <= result.latency <= 0.6
+    assert fxfuse.prune(members[0], verify=False, size=0.5).latency is None
+
+
+def test_a_latency_is_meant_for_a_batch(members: list[fxfuse.Program], clock: Clock):
+    graph = fxfuse.analyze(members[0])
+    four, one = (fxfuse.plan(graph, members, size=Size(latency=0.5, batch=b)) for b in (None, 1))
+    assert four.sizes()[FIRST] < one.sizes()[FIRST]
+    # Operators are timed once for each shape.
+    before = clock.operators
+    assert fxfuse.plan(graph, members, size=Size(latency=0.5, batch=1)).sizes() == one.sizes()
+    assert clock.operators == before
+
+
+def test_a_latency_on_a_clock_that_goes(
+    members: list[fxfuse.Program], monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(cost, "_NETWORK_TIME", 0.01)
+    result = fxfuse.prune(members[0], verify=False, size=Size(latency=1e4))
+    assert 0 < result.latency < 1e4
+    assert result.plan.sizes() == {FIRST: 12, SECOND: 8}
+
+
+@pytest.mark.parametrize(
+    ("size", "match"),
+    [
+        ({"latency": 0}, "latency must be greater than 0, got 0"),
+        ({"latency": float("nan")}, "latency must be greater than 0, got nan"),
+        ({"latency": 1.0, "width": 0.5}, "width and a budget contradict"),
+        ({"latency": 0.01}, "smallest network takes 0.146 ms"),
+        ({"latency": 1.0, "batch": 0}, "batch must be at least 1"),
+        ({"batch": 2}, "batch needs a latency"),
+    ],
+)
+def test_latencies_that_are_none(
+    members: list[fxfuse.Program], clock: Clock, size: dict[str, Any], match: str
+):
+    with pytest.raises(OptionError, match=match):
+        fxfuse.fuse(members, size=Size(**size))
+
+
+def test_a_price_is_looked_up_over_several_steps():
+    errors = {name: np.arange(15.0, -1, -1) ** 2 for name in "ab"}
+
+    def stairs(sizes: dict[str, int]) -> float:
+        return (sizes["a"] + 3 * 4 * -(-sizes["b"] // 4)) / 40
+
+    uniform, steps = {"a": 8, "b": 8}, {"a": 1, "b": 1}
+    found = [spread(errors, uniform, steps, stairs, reach) for reach in (1, 4)]
+    near, far = (sum(errors[name][size - 1] for name, size in each.items()) for each in found)
+    assert far < near
+    assert stairs(found[1]) <= 1
 
 
 @pytest.mark.parametrize("likes", ["equal widths", "widths by group"])

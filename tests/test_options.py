@@ -233,6 +233,7 @@ def test_what_is_not_given_is_left_to_the_class() -> None:
     assert given(SIZE, multiple_of=8, max_params=10).make(SIZE) == Size(
         max_params=10, multiple_of=8
     )
+    assert given(SIZE, latency=5.0, latency_batch=1).make(SIZE) == Size(latency=5.0, batch=1)
     found = given(CONSTRAINTS, freeze=["a"], share=[], output_dims=["0="], base_member=1)
     assert found.make(CONSTRAINTS) == Constraints("a", output_dims={0: ()}, base_member=1)
     assert given(HEADS, head_output="concat").make(HEADS) == Heads(output="concat")

@@ -22,6 +22,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -72,6 +73,8 @@ def run(data_root: Path, counts: Sequence[int]) -> Iterator[dict[str, Any]]:
             best = best_member(asked)
             for name, fuse in _methods(members, inputs, classes[chosen]):
                 torch.manual_seed(seed)
+                # Their k-means draws from numpy.
+                np.random.seed(seed)
                 begin = time.process_time()
                 with contextlib.redirect_stdout(io.StringIO()):
                     network = fuse()

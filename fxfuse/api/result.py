@@ -59,6 +59,8 @@ class FusionResult(Readable):
         match: What the matching did that led to this network, or the first one if it was rejected.
         others: Members of other architectures, by their numbers: the names of their classes.
         moved: What was moved from them in closed form, as far as that was tried.
+        latency: Milliseconds that `module` takes, measured at the end, where `Size(latency=...)`
+            was asked for.
     """
 
     plan: FusionPlan
@@ -72,6 +74,7 @@ class FusionResult(Readable):
     _member: Program | None = None
     others: Mapping[int, str] = field(default_factory=dict)
     moved: Moved | None = None
+    latency: float | None = None
 
     @property
     def raw_note(self) -> str:
@@ -124,6 +127,7 @@ class FusionResult(Readable):
             "method": f"{self.plan.method} ({options})" if options else self.plan.method,
             "refit": str(self.refit or ""),
             "others": self._others(),
+            "latency": "" if self.latency is None else f"{self.latency:.3g} ms",
             **self._distances(),
             "checks": self.verification.described()[0].removeprefix("Verification: "),
             "kept": self._kept(),

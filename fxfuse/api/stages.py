@@ -37,6 +37,7 @@ from fxfuse.refine.infer_task import task_of_all
 from fxfuse.refine.pipeline import Refined, Steps, refined, resolve_steps
 from fxfuse.refine.task import as_task
 from fxfuse.transform.apply import fused_tensors
+from fxfuse.transform.cost import latency_of
 from fxfuse.transform.emit import FusedModule
 from fxfuse.transform.resizing import emit_fused, emit_resized, output_layouts
 from fxfuse.transform.sizes import concatenation_plan, make_sized_plan
@@ -357,7 +358,16 @@ def build_network(
         ensemble.given[0] if ensemble.heads else None,
         {i: class_of(other) for i, other in ensemble.others.items()},
         found.moved if found else None,
+        _latency(planner, module),
     )
+
+
+def _latency(planner: Planner, module: FusedModule | None) -> float | None:
+    """What the network takes, where a latency was asked for."""
+    size = planner.size
+    if size.latency is None or module is None:
+        return None
+    return latency_of(module, planner.graph.program, size.batch)
 
 
 def _warn_of_little_change(

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from fxfuse.activations.calibration import join_rows
 from fxfuse.cli.report.content import Network
 from fxfuse.cli.sources import Data
+from fxfuse.common.measure import flops, milliseconds, parameters
 from fxfuse.errors import FxfuseError, InputError
 from fxfuse.graph.capture import Program
 from fxfuse.graph.example import first_line
@@ -23,7 +24,6 @@ from fxfuse.graph.torch_compat import pytree
 from fxfuse.refine.infer_task import infer_task, task_of_answer
 from fxfuse.refine.quality import Estimate, qualities
 from fxfuse.refine.task import Answer, Classification, Task, main_output
-from fxfuse.runtime.measure import flops, milliseconds, parameters
 
 #: Inputs per call, and seconds of repetition for a latency.
 _BATCH, RUN_TIME = 128, 0.3

@@ -72,7 +72,7 @@ METHOD = Group(
     {"transplant": methods()["transplant"], **methods()},
     help="How units of the members are chosen and combined, `transplant` by default.",
 )
-SIZE = Group("size", {"size": Size})
+SIZE = Group("size", {"size": Size}, flags={"batch": "latency-batch"})
 CONSTRAINTS = Group("constraints", {"constraints": Constraints})
 HEADS = Group("heads", {"heads": Heads}, flags={"modules": "heads", "output": "head-output"})
 CALIBRATION = Group(

@@ -55,6 +55,7 @@ def spread(
     uniform: Sizes,
     steps: Mapping[str, int],
     cost: Callable[[Sizes], float],
+    reach: int = 1,
 ) -> Sizes:
     """Find sizes of less error that cost no more than the budget, or return those there were.
 
@@ -67,6 +68,7 @@ def spread(
         uniform: Sizes within the budget: where the prices are looked up first.
         steps: For each group that may change, of how many units its size is a multiple.
         cost: What a network of some sizes costs, as a share of the budget.
+        reach: Over how many steps the price of a unit is looked up.
     """
 
     def total(sizes: Sizes) -> float:
@@ -76,9 +78,14 @@ def spread(
     for _ in range(_ROUNDS):
         at, path = cost(found), list[tuple[float, str, int]]()
         for name, each in errors.items():
-            step = steps[name] if found[name] > steps[name] else -steps[name]
-            price = (at - cost({**found, name: found[name] - step})) / step
-            corners = _hull(each, steps[name])
+            step, units = steps[name], found[name]
+            corners = _hull(each, step)
+            if len(corners) == 1:
+                continue
+            other = max(units - reach * step, step)
+            if units <= step:
+                other = min(units + reach * step, len(each))
+            price = (at - cost({**found, name: other})) / (units - other)
             path += [
                 ((each[few - 1] - each[many - 1]) / (max(price, 1e-12) * (many - few)), name, few)
                 for many, few in itertools.pairwise(corners)

@@ -35,10 +35,14 @@ class Size(Options):
         max_params: Largest number of parameters, in place of a width; the widest network is made.
         max_flops: Largest number of floating-point operations on the example inputs, in place of a
             width.
+        latency: Longest time in milliseconds that the network may take, as it is and where it is,
+            on as many threads as torch uses; in place of a width. It is measured on the example
+            inputs.
+        batch: Number of inputs that `latency` is meant for; None: as many as the example has.
         multiple_of: Round channels to multiples of this, 8 for most hardware.
         allocation: `uniform` gives every group the width; `auto` gives each group as many units as
-            buy most for their parameters (for their operations with `max_flops`), within the same
-            budget: that of the width, where one is given.
+            buy most for their parameters (for their operations with `max_flops`, for their time
+            with `latency`), within the same budget: that of the width, where one is given.
         mixing: How operators that mix members (LayerNorm and the like) run: `joint` over the kept
             units of all members together, or `per_member`, which needs width N and is the default
             there.
@@ -47,6 +51,8 @@ class Size(Options):
     width: float | Mapping[str, float] | None = None
     max_params: int | None = None
     max_flops: int | None = None
+    latency: float | None = None
+    batch: int | None = None
     multiple_of: int = 1
     allocation: Literal["uniform", "auto"] = "uniform"
     mixing: MixingMode | None = None
@@ -60,7 +66,7 @@ class Size(Options):
                 how="pass a number such as 0.5, numbers by pattern, or a Size",
             )
         super().__post_init__()
-        for name in ("max_params", "max_flops", "multiple_of"):
+        for name in ("max_params", "max_flops", "batch", "multiple_of"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise OptionError(
@@ -68,10 +74,23 @@ class Size(Options):
                     where=f"Size({name}=...)",
                     how="pass a larger number, or leave it out",
                 )
+        if self.latency is not None and not (self.latency > 0 and isfinite(self.latency)):
+            raise OptionError(
+                f"latency must be greater than 0, got {self.latency:g}",
+                where="Size(latency=...)",
+                why="it is the time in milliseconds that one call may take",
+                how="pass a positive number, or leave it out",
+            )
+        if self.batch is not None and self.latency is None:
+            raise OptionError(
+                "batch needs a latency",
+                why="it is the number of inputs that the latency is meant for",
+                how="pass latency=5 for 5 milliseconds, for instance, or leave batch out",
+            )
         if self.width is not None and self.is_budget:
             raise OptionError(
                 "width and a budget contradict each other",
-                why="max_params and max_flops look for the width",
+                why="max_params, max_flops and latency look for the width",
                 how="leave one of them out",
             )
         if self.allocation == "uniform":
@@ -79,7 +98,7 @@ class Size(Options):
         if not self.is_given:
             raise OptionError(
                 "allocation='auto' needs a size to spread",
-                why="neither width, max_params nor max_flops is given",
+                why="neither a width nor a budget is given",
                 how="pass width=0.5 to keep half of all units, for instance",
             )
         if isinstance(self.width, Mapping):
@@ -97,7 +116,8 @@ class Size(Options):
     @property
     def is_budget(self) -> bool:
         """Whether the widths are to be found."""
-        return self.max_params is not None or self.max_flops is not None
+        budgets = (self.max_params, self.max_flops, self.latency)
+        return any(budget is not None for budget in budgets)
 
     @property
     def is_given(self) -> bool:

@@ -11,6 +11,7 @@ import torch
 from torch import fx, nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from fxfuse.common.measure import milliseconds
 from fxfuse.errors import CompileError, OptionError
 from fxfuse.graph.example import first_line
 from fxfuse.graph.run import untouched
@@ -19,7 +20,6 @@ from fxfuse.refine.fused import Fused
 from fxfuse.runtime.inference import Compiled, CompileReport, Frozen
 from fxfuse.runtime.inputs import resolve_inputs
 from fxfuse.runtime.layouts import LAYOUTS, Layout, by_rule, device_of
-from fxfuse.runtime.measure import milliseconds
 from fxfuse.runtime.prepare import answers_of, inductor_options, prepared
 from fxfuse.verify.check import relative_error
 

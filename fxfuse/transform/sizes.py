@@ -15,14 +15,26 @@ from fxfuse.planning.plan import FusionPlan
 from fxfuse.planning.planner import make_plan
 from fxfuse.planning.roles import kept_per_member
 from fxfuse.planning.size import MixingMode, Size, Sizes, sizes_of, units_in
-from fxfuse.transform.cost import operations_of, parameters_of
+from fxfuse.transform.cost import Latency, operations_of, parameters_of
 from fxfuse.transform.resizing import apart_names, limit_sizes
 
+#: Units of each fused group, and why some groups keep a member's size.
+Found = tuple[Sizes, dict[str, str]]
 #: From sizes at which every group is equally wide, and why some cannot change, to those wanted.
-Allocate = Callable[[Sizes, dict[str, str]], tuple[Sizes, dict[str, str]]]
+Allocate = Callable[[Sizes, dict[str, str]], Found]
 
-#: Halvings of the range of widths in which a budget is looked for.
-_HALVINGS = 12
+#: Halvings of the range of widths in which a budget is looked for, and its lower end.
+_HALVINGS, _LEAST = 12, 1e-6
+#: How often a network is measured at most, and which share of a latency is near enough to it.
+_ROUNDS, _NEAR = 6, 0.96
+#: With a latency, into how many steps a group is divided, and over how many its price is looked up:
+#: one unit more or less cannot be timed.
+_STEPS, _REACH = 16, 4
+#: What a network has too much of.
+_COSTS = {
+    "max_params": "has {:,} parameters",
+    "max_flops": "takes {:,} floating-point operations for the example inputs",
+}
 
 
 def make_sized_plan(
@@ -120,7 +132,7 @@ def find_sizes(
     size: Size,
     mixing: MixingMode = "joint",
     allocate: Allocate | None = None,
-) -> tuple[Sizes, dict[str, str]] | None:
+) -> Found | None:
     """Find the units of each fused group, and why some groups keep a member's size.
 
     None where a member's size is asked for. `allocate` turns sizes at which every group is equally
@@ -141,53 +153,41 @@ def find_sizes(
     return found if allocate is None else allocate(*found)
 
 
-def _within(graph: CouplingGraph, n_members: int, size: Size) -> tuple[Sizes, dict[str, str]]:
+def _within(graph: CouplingGraph, n_members: int, size: Size) -> Found:
     """Return the widest network within a budget, all groups equally wide."""
 
-    def at(width: float) -> tuple[Sizes, dict[str, str]]:
+    def at(width: float) -> Found:
         wanted = sizes_of(graph, n_members, width, size.multiple_of, at_least_one=True)
         return limit_sizes(graph, wanted)
 
-    low, high = 1e-6, float(n_members)
-    best, most = at(low), at(high)
-    if not _excess(graph, most[0], size):
-        return most
-    if excess := _excess(graph, best[0], size):
+    budget = _Budget(graph, size)
+    least, most = at(_LEAST), at(float(n_members))
+    if excess := budget.excess(least[0]):
+        fixed = ", and no group can change its size" if least[0] == most[0] else ""
         raise OptionError(
             "no width meets the budget",
-            why=f"the smallest network {excess}",
-            how="raise max_params or max_flops to at least that, or use a smaller architecture",
+            why=f"the smallest network {excess}{fixed}",
+            how="raise max_params, max_flops or latency to at least that, or use a smaller "
+            "architecture",
         )
-    for _ in range(_HALVINGS):
-        middle = (low + high) / 2
-        found = at(middle)
-        if _excess(graph, found[0], size):
-            high = middle
-        else:
+
+    def widest() -> Found:
+        if budget.share(most[0]) <= 1:
+            return most
+        low, high, best = _LEAST, float(n_members), least
+        for _ in range(_HALVINGS):
+            middle = (low + high) / 2
+            found = at(middle)
+            share = budget.share(found[0])
+            if share > 1:
+                high = middle
+                continue
             low, best = middle, found
-    return best
+            if size.latency is not None and share >= _NEAR:
+                break
+        return best
 
-
-def _excess(graph: CouplingGraph, sizes: Sizes, size: Size) -> str:
-    """Return what a network of these sizes has more of than the budget allows; empty within it."""
-    params, flops = size.max_params, size.max_flops
-    if params is not None and (found := parameters_of(graph, sizes)) > params:
-        return f"has {found:,} parameters"
-    if flops is None:
-        return ""
-    needed = operations_of(graph, sizes)
-    if needed is None:
-        raise OptionError(
-            "max_flops does not work with this network",
-            why="shapes in it depend on the values of its inputs, so its operations cannot be "
-            "counted beforehand",
-            how="use width or max_params instead",
-        )
-    return (
-        f"takes {needed:,} floating-point operations for the example inputs"
-        if needed > flops
-        else ""
-    )
+    return budget.met(widest, at(1.0)[0]) or least
 
 
 def _allocation(
@@ -198,41 +198,101 @@ def _allocation(
         return None
     score = (method.score if isinstance(method, Transplant) else None) or "l2"
 
-    def allocate(uniform: Sizes, kept: dict[str, str]) -> tuple[Sizes, dict[str, str]]:
+    def allocate(uniform: Sizes, kept: dict[str, str]) -> Found:
         errors = errors_of(graph.trunk(), states, score, replace(context, sizes=uniform))
         free = [g for g in graph.groups if g.name in errors and g.name not in kept]
+        errors = {g.name: errors[g.name] for g in free}
         steps = {g.name: units_in(graph, g, len(states), size.multiple_of)[1] for g in free}
-        cost = _share_of_budget(graph, size, uniform)
-        wanted = spread({g.name: errors[g.name] for g in free}, uniform, steps, cost)
-        found = limit_sizes(graph, wanted)
-        return found if cost(found[0]) <= 1 else (uniform, kept)
+        reach = 1
+        if size.latency is not None:
+            # One unit more or less cannot be timed.
+            steps = {
+                n: max(step, len(errors[n]) // _STEPS // step * step) for n, step in steps.items()
+            }
+            reach = _REACH
+        params = parameters_of(graph, uniform) if size.width is not None else None
+        budget = _Budget(graph, size, params)
+
+        def spread_out() -> Found:
+            wanted = spread(errors, uniform, steps, budget.share, reach)
+            found = limit_sizes(graph, wanted)
+            return found if budget.share(found[0]) <= 1 else (uniform, kept)
+
+        return budget.met(spread_out, uniform) or (uniform, kept)
 
     return allocate
 
 
-def _share_of_budget(graph: CouplingGraph, size: Size, uniform: Sizes) -> Callable[[Sizes], float]:
-    """Return what a network of some sizes costs, as a share of the budget: of the tighter one.
+class _Budget:
+    """What a network may cost.
 
-    A width has the budget that a network of this width needs.
+    A latency is predicted by a table of operators, since two networks of nearly the same sizes
+    differ by less than a measurement of either is off. The table leaves out what is around
+    operators, so a network that was found is measured, the prediction is scaled, and another one
+    is looked for.
     """
-    params = parameters_of(graph, uniform) if size.max_flops is None else None
-    params = size.max_params or params
 
-    def share(sizes: Sizes) -> float:
-        shares = [] if params is None else [parameters_of(graph, sizes) / params]
-        if size.max_flops is not None:
-            shares.append((operations_of(graph, sizes) or 0) / size.max_flops)
+    def __init__(self, graph: CouplingGraph, size: Size, params: int | None = None) -> None:
+        """Take the budgets of a size; `params` is that of a width."""
+        limits = {"max_params": size.max_params or params, "max_flops": size.max_flops}
+        self.limits: dict[str, float] = {n: x for n, x in limits.items() if x is not None}
+        self.graph, self.target = graph, size.latency
+        self._latency = Latency(graph, size.batch)
+        #: How much longer a network takes than its operators.
+        self._scale = 1.0
+        self._known: dict[tuple[object, ...], int] = {}
+
+    def share(self, sizes: Sizes) -> float:
+        """Return what a network of some sizes costs, as a share of the tightest budget."""
+        shares = [self._needed(name, sizes) / limit for name, limit in self.limits.items()]
+        if self.target is not None:
+            shares.append(self._scale * self._latency.of_operators(sizes) / self.target)
         return max(shares)
 
-    known: dict[tuple[int, ...], float] = {}
+    def excess(self, sizes: Sizes) -> str:
+        """Say what a network has more of than the budget allows; empty within it."""
+        for name, limit in self.limits.items():
+            if (needed := self._needed(name, sizes)) > limit:
+                return _COSTS[name].format(needed)
+        if self.target is not None and (took := self._latency.of_network(sizes)) > self.target:
+            return f"takes {took:.3g} ms"
+        return ""
 
-    def cost(sizes: Sizes) -> float:
-        key = tuple(sizes.values())
-        if key not in known:
-            known[key] = share(sizes)
-        return known[key]
+    def met(self, search: Callable[[], Found], start: Sizes) -> Found | None:
+        """Search for sizes until those that were found meet the latency; None if none do.
 
-    return cost
+        `start` are sizes at which the first search learns what a network takes.
+        """
+        if self.target is None:
+            return search()
+        took = self._latency.of_network(start)
+        self._scale = took / max(self._latency.of_operators(start), 1e-9)
+        best, most = None, 0.0
+        for _ in range(_ROUNDS):
+            found = search()
+            took = self._latency.of_network(found[0])
+            if most < took <= self.target:
+                best, most = found, took
+            if _NEAR <= took / self.target <= 1:
+                break
+            # Also where the table is wrong about the next larger network, so that it comes next.
+            self._scale *= took / self.target
+        return best
+
+    def _needed(self, name: str, sizes: Sizes) -> int:
+        key = (name, *sizes.values())
+        if key not in self._known:
+            count = parameters_of if name == "max_params" else operations_of
+            needed = count(self.graph, sizes)
+            if needed is None:
+                raise OptionError(
+                    "max_flops does not work with this network",
+                    why="shapes in it depend on the values of its inputs, so its operations cannot "
+                    "be counted beforehand",
+                    how="use width, max_params or latency instead",
+                )
+            self._known[key] = needed
+        return self._known[key]
 
 
 def _width_of_all(size: Size, n_members: int) -> float:

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from fxfuse.runtime import measure
-from fxfuse.runtime.measure import milliseconds, parameters
+from fxfuse.common import measure
+from fxfuse.common.measure import milliseconds, parameters
 
 # Seconds of repetition per latency; the median of that many runs is steady to a few percent.
 _RUN_TIME = 0.5

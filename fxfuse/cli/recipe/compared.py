@@ -22,6 +22,7 @@ from fxfuse.cli.report.content import Network
 from fxfuse.cli.report.transplanted import planned
 from fxfuse.cli.report.write import check_installed, write_report
 from fxfuse.cli.sources import Data
+from fxfuse.common.measure import milliseconds
 from fxfuse.common.output import check_replaceable
 from fxfuse.errors import CheckpointError, OptionError
 from fxfuse.graph.capture import capture
@@ -29,7 +30,6 @@ from fxfuse.members.checkpoint import load_tensors, read_state_dict
 from fxfuse.planning.plan import read_plan
 from fxfuse.refine import Classification, Task
 from fxfuse.refine.infer_task import infer_task
-from fxfuse.runtime.measure import milliseconds
 from fxfuse.transform.emit import emit
 
 

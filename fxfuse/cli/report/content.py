@@ -311,7 +311,7 @@ def sizes_of(result: FusionResult) -> tuple[Network, ...]:
     # What members of other architectures cost is not known from the plan.
     rows = (alone, ensemble) if n > 1 and not result.others else (alone,)
     name = "fused" if n > 1 or result.others else "pruned"
-    return (*rows, Network(name, fused, fused_work))
+    return (*rows, Network(name, fused, fused_work, milliseconds=result.latency))
 
 
 def _verdict(result: FusionResult, rows: Sequence[Network], *, refined: bool) -> tuple[str, ...]:
