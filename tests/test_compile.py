@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import sys
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -30,7 +32,8 @@ from fxfuse.runtime import (
     apply_passes,
     inference_copy,
 )
-from fxfuse.runtime.layouts import by_rule
+from fxfuse.runtime.candidates import ALL, EAGER, PLAIN, Candidate, by_rule, worth_measuring
+from fxfuse.runtime.measure import race
 from fxfuse.transform.emit import emit
 from tests.nets import images, resnets
 from tests.strategies import Recipe, members_of, recipes
@@ -317,24 +320,95 @@ def test_train_mode_is_kept_apart(result: FusionResult):
     assert all(torch.equal(b, counters[n]) for n, b in module.named_buffers())
 
 
-def test_tuning_keeps_the_fastest(result: FusionResult, monkeypatch: pytest.MonkeyPatch):
+def test_rounds_are_bounded_and_medians(monkeypatch: pytest.MonkeyPatch):
+    """A clock that the calls turn: every network has its turn in every round, the same number."""
+    now, log = [0.0], list[str]()
+
+    def network(name: str, *seconds: float) -> Callable[[], None]:
+        taken = itertools.cycle(seconds)
+
+        def call() -> None:
+            log.append(name)
+            now[0] += next(taken)
+
+        return call
+
+    monkeypatch.setattr("fxfuse.runtime.measure.clock", lambda: now[0])
+    fast, slow = network("fast", 0.01), network("slow", 0.02)
+    found = race([slow, fast], (), {}, 1.0)
+    assert found == pytest.approx([20, 10])
+    assert now[0] < 1.2
+    assert log[4:11] == ["slow", "fast", "fast", "fast", "slow", "fast", "fast"]
+    # A call that was disturbed does not count, and three rounds are made of what takes long.
+    now[0] = 0
+    assert race([network("", 2, 2, 2, 90, 2)], (), {}, 1.0) == pytest.approx([2000])
+    assert now[0] == 98
+
+
+def test_what_is_compared():
+    """Plain `torch.compile` where the size does not tell, and a stack as it is."""
+    member = nn.Sequential(nn.Linear(6, 5), nn.ReLU(), nn.Linear(5, 2)).eval()
+    module, frozen = fxfuse.capture(member, torch.randn(2, 6)).module, Candidate(freeze=True)
+    stacked = fxfuse.stack([member, copy.deepcopy(member)], torch.randn(2, 6), verify=False)
+    assert worth_measuring(module, 10_000_000, frozen, is_known=True) == [frozen, PLAIN]
+    assert worth_measuring(module, 30_000_000, frozen, is_known=True) == [frozen]
+    assert worth_measuring(module, 30_000_000, frozen, is_known=False) == [frozen, PLAIN]
+    assert worth_measuring(module.to("meta"), 30_000_000, frozen, is_known=True)[1:] == [PLAIN]
+    assert worth_measuring(stacked, 900_000_000, frozen, is_known=True) == [frozen, EAGER]
+    names = [one.name for one in ALL]
+    assert names == ["frozen", "channels last", "folded", "plain", "eager"]
+
+
+@pytest.mark.parametrize(
+    ("tune", "forms"),
+    [
+        (None, ["channels last", "plain"]),
+        (True, ["channels last", "folded", "plain", "eager"]),
+        (False, []),
+    ],
+)
+def test_the_fastest_form_is_kept(
+    monkeypatch: pytest.MonkeyPatch, tune: bool | None, forms: list[str]
+):
+    """Compiling itself is left out: the backend `eager` stands for inductor."""
     module = sys.modules["fxfuse.runtime.compiled"]
-    times = iter([2.0, 1.0])
-    made: list[object] = []
+    made: list[nn.Module] = []
 
-    def milliseconds(call: object, *inputs: object) -> float:
-        made.append(call)
-        return next(times)
+    def last_wins(networks: list[nn.Module], *inputs: object) -> list[float]:
+        made.extend(networks)
+        return [float(len(networks) - number) for number in range(len(networks))]
 
-    monkeypatch.setattr(module, "milliseconds", milliseconds)
-    assert fxfuse.compile(result, backend="eager", tune=True) is made[1]
+    monkeypatch.setattr(module, "race", last_wins)
+    monkeypatch.setattr(module, "_INDUCTOR", "eager")
+    monkeypatch.setattr(module, "ALL", [one for one in ALL if not one.freeze])
+    monkeypatch.setattr(module, "inductor_options", lambda mode, told: told)
+    x = torch.randn(2, 3, 4, 4)
+    member = randomised(nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4))).eval()
+    network = fxfuse.capture(member, x).module
+    compiled = fxfuse.compile(network, x, backend="eager", tune=tune)
+    assert [one.report.form for one in made] == forms
+    assert list(compiled.report.measured) == forms
+    assert compiled is (made[-1] if made else compiled)
+    assert compiled.report.form == (forms or ["channels last"])[-1]
+    torch.testing.assert_close(compiled(x), member(x))
+    # A form that cannot be compiled costs nothing but itself.
+    monkeypatch.setattr(module, "Frozen", None)
+    monkeypatch.setattr(module, "by_rule", lambda *size: Candidate(freeze=True))
+    if tune is None:
+        assert fxfuse.compile(network, x, backend="eager").report.form == "plain"
+    # A network that no pass changes is what plain `torch.compile` makes of it.
+    monkeypatch.setattr(module, "by_rule", lambda *size: Candidate(channels_last=True))
+    made.clear()
+    bare = fxfuse.capture(nn.Linear(4, 3).eval(), x).module
+    assert fxfuse.compile(bare, x, backend="eager").report.form == "channels last"
+    assert not made
 
 
 def test_large_networks_are_frozen_on_a_cpu():
     cpu, other = torch.device("cpu"), torch.device("meta")
-    assert by_rule(cpu, 5_000_000, None, None) == (False, True)
-    assert by_rule(cpu, 50_000_000, None, None) == (True, False)
-    assert by_rule(cpu, 50_000_000, None, True) == (True, True)
-    assert by_rule(cpu, 50_000_000, False, None) == (False, True)
+    assert by_rule(cpu, 5_000_000, None, None)[:2] == (False, True)
+    assert by_rule(cpu, 50_000_000, None, None)[:2] == (True, False)
+    assert by_rule(cpu, 50_000_000, None, True)[:2] == (True, True)
+    assert by_rule(cpu, 50_000_000, False, None)[:2] == (False, True)
     # Nothing else was measured.
-    assert by_rule(other, 50_000_000, None, None) == (False, True)
+    assert by_rule(other, 50_000_000, None, None)[:2] == (False, True)
