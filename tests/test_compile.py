@@ -225,6 +225,7 @@ def test_a_backend_that_fails(result: FusionResult, monkeypatch: pytest.MonkeyPa
         ({"options": {"max_autotun": True}}, "unknown option 'max_autotun'"),
         ({"backend": "eager", "mode": "default"}, "works with backend='inductor' only"),
         ({"dtype": torch.int8}, "unsupported dtype torch.int8"),
+        ({"quantize": "int4"}, "unknown quantize 'int4'"),
         ({"tune": True, "freeze": True}, "tune=True contradicts freeze and channels_last"),
     ],
 )
@@ -306,6 +307,52 @@ def test_onnx_without_its_packages(
     monkeypatch.setattr(sys.modules["fxfuse.runtime.onnx"], "find_spec", lambda name: None)
     with pytest.raises(MissingDependencyError, match="onnxruntime"):
         fxfuse.export_onnx(result, tmp_path / "model.onnx")
+
+
+@pytest.mark.parametrize("how", ["int8", "int8_dynamic"])
+def test_quantised_weights(how: str):
+    """A weight that something else reads as well is quantised for the linear layer alone."""
+    pytest.importorskip("torchao")
+
+    class Tied(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.words, self.mlp = nn.Embedding(50, 16), nn.Linear(16, 16, bias=False)
+
+        def forward(self, words: torch.Tensor) -> torch.Tensor:
+            return nn.functional.linear(self.mlp(self.words(words)), self.words.weight)
+
+    torch.manual_seed(0)
+    member, x = Tied().eval(), torch.randint(50, (4, 6))
+    program = fxfuse.capture(member, x)
+    compiled = fxfuse.compile(program.module, x, backend="eager", quantize=how)
+    assert 1e-4 < compiled.report.error < 5e-2
+    assert compiled.report.quantize == how
+    kinds = {n: type(p).__name__ for n, p in compiled.graph_module.named_parameters()}
+    assert kinds == {
+        "words.weight": "Parameter",
+        "words.weight_quantised": "Int8Tensor",
+        "mlp.weight_quantised": "Int8Tensor",
+    }
+    both = fxfuse.compile(
+        program.module, x, backend="eager", dtype=torch.bfloat16, quantize=how, strict=True
+    )
+    assert (both.report.dtype, both(x).dtype) == (torch.bfloat16, torch.float32)
+
+
+def test_what_cannot_be_quantised(result: FusionResult, monkeypatch: pytest.MonkeyPatch):
+    module = sys.modules["fxfuse.runtime.quantize"]
+    monkeypatch.setattr(module, "find_spec", lambda name: None)
+    with pytest.raises(MissingDependencyError, match=r"pip install \"fxfuse\[quantize\]\""):
+        fxfuse.compile(result, quantize="int8")
+    # A network without linear layers, wherever torchao is; and one that torchao rejects.
+    monkeypatch.setattr(module, "find_spec", lambda name: name)
+    monkeypatch.setattr(module, "import_module", lambda name: None)
+    convolution = fxfuse.capture(nn.Conv2d(3, 2, 1).eval(), images()).module
+    with pytest.raises(OptionError, match="there is nothing to quantise"):
+        fxfuse.compile(convolution, images(), backend="eager", quantize="int8")
+    with pytest.raises(CompileError, match="torchao cannot quantise the network as 'int8'"):
+        fxfuse.compile(result, backend="eager", quantize="int8")
 
 
 def test_train_mode_is_kept_apart(result: FusionResult):

@@ -22,6 +22,7 @@ from fxfuse.runtime.inference import Compiled, CompileReport, Frozen
 from fxfuse.runtime.inputs import resolve_inputs
 from fxfuse.runtime.measure import race
 from fxfuse.runtime.prepare import answers_of, inductor_options, prepared
+from fxfuse.runtime.quantize import check_quantize, quantise
 from fxfuse.verify.check import relative_error
 
 _INDUCTOR = "inductor"
@@ -40,6 +41,7 @@ def compile(
     options: Mapping[str, Any] | None = None,
     dynamic: bool | None = None,
     dtype: torch.dtype | None = None,
+    quantize: str | None = None,
     channels_last: bool | None = None,
     freeze: bool | None = None,
     tune: bool | None = None,
@@ -62,6 +64,8 @@ def compile(
         dynamic: Passed to `torch.compile`.
         dtype: Computes in this precision, bfloat16 for instance: inputs are cast to it, and outputs
             back. The report's error says what that costs.
+        quantize: Weights of linear layers in eight bits, by torchao: `int8` computes in `dtype`,
+            `int8_dynamic` in eight bits, for which activations are quantised at every call.
         channels_last: Whether two-dimensional convolutions run with channels innermost. None: where
             weights are not frozen, since inductor chooses the layout of those itself.
         freeze: Whether inductor keeps the weights as constants, in the layout that suits it. None:
@@ -75,7 +79,8 @@ def compile(
         A module for inference with a `report`.
 
     Raises:
-        CompileError: With `strict`: the backend failed.
+        CompileError: With `strict`: the backend failed. torchao rejects the network.
+        MissingDependencyError: torchao is not installed.
         CaptureError: `torch.export` rejected the members, so there is no graph.
     """
     module, given = resolve_inputs(network, example)
@@ -86,6 +91,7 @@ def compile(
             f"unsupported dtype {dtype}",
             how=f"use one of {', '.join(map(str, DTYPES))}",
         )
+    check_quantize(quantize)
     if tune and (freeze is not None or channels_last is not None):
         raise OptionError(
             "tune=True contradicts freeze and channels_last",
@@ -102,9 +108,9 @@ def compile(
     if tune:
         candidates = [one for one in ALL if backend == _INDUCTOR or not one.freeze]
     elif tune is None and freeze is channels_last is None and backend == _INDUCTOR:
-        known = dtype in (None, torch.float32)
+        known = dtype in (None, torch.float32) and quantize is None
         candidates = worth_measuring(module, operations, rule, is_known=known)
-    asked = _Asked(module, args, kwargs, expected, backend, told, dynamic, dtype, strict)
+    asked = _Asked(module, args, kwargs, expected, backend, told, dynamic, dtype, quantize, strict)
     return _fastest(_compiled_each(asked, candidates), asked)
 
 
@@ -120,6 +126,7 @@ class _Asked:
     options: Mapping[str, Any]
     dynamic: bool | None
     dtype: torch.dtype | None
+    quantize: str | None
     strict: bool
 
 
@@ -180,7 +187,11 @@ def _prepared(asked: _Asked, candidate: Candidate) -> tuple[fx.GraphModule, tupl
         channels_last=candidate.channels_last,
         folded=candidate.passes,
     )
-    return (copy if asked.dtype is None else copy.to(asked.dtype)), changed
+    if asked.dtype is not None:
+        copy.to(asked.dtype)
+    if asked.quantize is not None:
+        quantise(copy, asked.quantize)
+    return copy, changed
 
 
 def _compiled(
@@ -200,7 +211,9 @@ def _compiled(
     found, expected = _tried(compiled, copy, asked.args, asked.kwargs), asked.expected
     computed = asked.dtype or next((p.dtype for p in copy.parameters()), torch.get_default_dtype())
     error = relative_error([t.to(e) for t, e in zip(found, expected, strict=True)], expected)
-    compiled.report = CompileReport(changed, backend, told, computed, error, form=candidate.name)
+    compiled.report = CompileReport(
+        changed, backend, told, computed, error, form=candidate.name, quantize=asked.quantize or ""
+    )
     return compiled
 
 

@@ -25,6 +25,7 @@ class CompileReport:
         error: Largest difference from the network's own outputs on the example inputs, relative to
             the largest output.
         failure: Why it was not compiled, or "".
+        quantize: How weights of linear layers are quantised, or "".
         form: Which form it has: `frozen` (weights are constants), `channels last`, `folded` (after
             the passes), `plain` (what `torch.compile` makes of it as it is) or `eager`.
         measured: Milliseconds of a call in each form that was compared; empty where the size of
@@ -37,6 +38,7 @@ class CompileReport:
     dtype: torch.dtype
     error: float
     failure: str = ""
+    quantize: str = ""
     form: str = ""
     measured: Mapping[str, float] = field(default_factory=dict)
 
