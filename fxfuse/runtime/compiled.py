@@ -202,8 +202,13 @@ def _compiled(
     backend, told = "eager", dict[str, Any]()
     if candidate.compiled:
         backend, told = asked.backend, dict(asked.options)
+        # Of the function alone: calling a module, too, takes as long as a small operator.
         run = torch.compile(
-            copy, fullgraph=True, dynamic=asked.dynamic, backend=backend, options=told or None
+            copy.forward,
+            fullgraph=True,
+            dynamic=asked.dynamic,
+            backend=backend,
+            options=told or None,
         )
     if candidate.freeze:
         run, told = Frozen(run), {**told, "freezing": True}

@@ -47,11 +47,13 @@ class Compiled(nn.Module):
     """A network for inference: called like the one that it was made of, always in eval mode."""
 
     report: CompileReport
+    _call: Callable[..., Any]
 
     def __init__(self, graph_module: fx.GraphModule, call: Any, dtype: torch.dtype | None) -> None:
         super().__init__()
         self.graph_module = graph_module
-        self._call = call
+        # No submodule: those are looked up at every call, for as long as a small operator takes.
+        self.__dict__["_call"] = call
         self._dtype = dtype
         super().train(False)
 
@@ -64,12 +66,14 @@ class Compiled(nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Take and return what the network does; outputs have the inputs' precision."""
-        with torch.no_grad():
-            if self._dtype is None:
-                return self._call(*args, **kwargs)
-            own = _floating(args, kwargs)
-            args, kwargs = _cast((args, kwargs), self._dtype)
-            return _cast(self._call(*args, **kwargs), own)
+        if torch.is_grad_enabled():
+            with torch.no_grad():
+                return self.forward(*args, **kwargs)
+        if self._dtype is None:
+            return self._call(*args, **kwargs)
+        own = _floating(args, kwargs)
+        args, kwargs = _cast((args, kwargs), self._dtype)
+        return _cast(self._call(*args, **kwargs), own)
 
     def train(self, mode: bool = True) -> Compiled:
         """Stay in eval mode: batch norms and dropout are gone."""
@@ -94,7 +98,8 @@ class Frozen:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Take and return what the network does."""
-        leaves = pytree.tree_leaves((args, kwargs))
+        plain = not kwargs and all(isinstance(x, torch.Tensor) for x in args)
+        leaves = args if plain else pytree.tree_leaves((args, kwargs))
         shapes = tuple(x.shape if isinstance(x, torch.Tensor) else x for x in leaves)
         if shapes in self._seen:
             return self._call(*args, **kwargs)
