@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import itertools
 import sys
 import warnings
@@ -258,6 +259,34 @@ def test_package(tmp_path: Path):
     loaded = fxfuse.load_package(path)
     x = torch.randn(9, 6)
     torch.testing.assert_close(loaded(x), result.module(x))
+
+
+def test_the_form_that_was_chosen_is_packaged(
+    result: FusionResult, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """Compiling is left out: what would be compiled is run instead."""
+    given = {}
+
+    def write(program: torch.export.ExportedProgram, path: str, options: dict) -> None:
+        Path(path).touch()
+        given.update(options, program=program)
+
+    monkeypatch.setattr("fxfuse.graph.torch_compat.write_package", write)
+    monkeypatch.setattr(
+        "fxfuse.graph.torch_compat.load_package", lambda path: given["program"].module()
+    )
+    compiled = fxfuse.compile(result, backend="eager", dtype=torch.bfloat16)
+    report = dataclasses.replace(
+        compiled.report, options={"freezing": True}, form="frozen", measured={"frozen": 0.5}
+    )
+    compiled.report = report
+    assert fxfuse.package(compiled, tmp_path / "model.pt2") < 1e-6
+    told = {"form": "frozen", "dtype": "torch.bfloat16", "frozen": "0.5"}
+    assert (given["freezing"], given["aot_inductor.metadata"]) == (True, told)
+    # Where nothing was asked for, weights are folded, and are no constants.
+    given.clear()
+    assert fxfuse.package(result, tmp_path / "model.pt2") < 1e-6
+    assert list(given) == ["program"]
 
 
 def test_no_partial_package_is_left(

@@ -111,7 +111,9 @@ def compile(
         known = dtype in (None, torch.float32) and quantize is None
         candidates = worth_measuring(module, operations, rule, is_known=known)
     asked = _Asked(module, args, kwargs, expected, backend, told, dynamic, dtype, quantize, strict)
-    return _fastest(_compiled_each(asked, candidates), asked)
+    compiled = _fastest(_compiled_each(asked, candidates), asked)
+    compiled.example = given
+    return compiled
 
 
 @dataclass(frozen=True)

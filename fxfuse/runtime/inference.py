@@ -10,6 +10,7 @@ import torch
 from torch import fx, nn
 
 from fxfuse.errors import OptionError
+from fxfuse.graph.example import Example
 from fxfuse.graph.torch_compat import freezing, pytree
 
 
@@ -44,9 +45,17 @@ class CompileReport:
 
 
 class Compiled(nn.Module):
-    """A network for inference: called like the one that it was made of, always in eval mode."""
+    """A network for inference: called like the one that it was made of, always in eval mode.
+
+    Attributes:
+        report: How it was made.
+        example: What it was compiled and compared with.
+        graph_module: Its graph and weights, after the passes.
+        dtype: What its inputs are cast to; None: they stay as they are.
+    """
 
     report: CompileReport
+    example: Example
     _call: Callable[..., Any]
 
     def __init__(self, graph_module: fx.GraphModule, call: Any, dtype: torch.dtype | None) -> None:
@@ -54,7 +63,7 @@ class Compiled(nn.Module):
         self.graph_module = graph_module
         # No submodule: those are looked up at every call, for as long as a small operator takes.
         self.__dict__["_call"] = call
-        self._dtype = dtype
+        self.dtype = dtype
         super().train(False)
 
     def _apply(self, fn: Any, recurse: bool = True) -> Compiled:
@@ -69,10 +78,10 @@ class Compiled(nn.Module):
         if torch.is_grad_enabled():
             with torch.no_grad():
                 return self.forward(*args, **kwargs)
-        if self._dtype is None:
+        if self.dtype is None:
             return self._call(*args, **kwargs)
         own = _floating(args, kwargs)
-        args, kwargs = _cast((args, kwargs), self._dtype)
+        args, kwargs = _cast((args, kwargs), self.dtype)
         return _cast(self._call(*args, **kwargs), own)
 
     def train(self, mode: bool = True) -> Compiled:
