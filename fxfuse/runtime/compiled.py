@@ -89,7 +89,7 @@ def compile(
     if dtype is not None and dtype not in DTYPES:
         raise OptionError(
             f"unsupported dtype {dtype}",
-            how=f"use one of {', '.join(map(str, DTYPES))}",
+            how=f"use one of {', '.join(map(str, DTYPES))}; for eight bits, quantize='int8'",
         )
     check_quantize(quantize)
     if tune and (freeze is not None or channels_last is not None):

@@ -84,6 +84,10 @@ class Compiled(nn.Module):
         args, kwargs = _cast((args, kwargs), self.dtype)
         return _cast(self._call(*args, **kwargs), own)
 
+    def uncompiled(self) -> Compiled:
+        """Return the same network, computed operator by operator."""
+        return Compiled(self.graph_module, self.graph_module, self.dtype)
+
     def train(self, mode: bool = True) -> Compiled:
         """Stay in eval mode: batch norms and dropout are gone."""
         if mode:

@@ -90,7 +90,7 @@ def _program(
     """Return what is packaged, what it answers, the example inputs, and what inductor is told."""
     if isinstance(network, Compiled):
         given, report = network.example if example is None else Example.of(example), network.report
-        uncompiled = Compiled(network.graph_module, network.graph_module, network.dtype)
+        uncompiled = network.uncompiled()
         args, kwargs = given.args, dict(given.kwargs)
         expected = answers_of(uncompiled, args, kwargs)
         form = {"form": report.form, "dtype": str(report.dtype), **report.measured}
