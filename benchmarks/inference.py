@@ -58,9 +58,12 @@ NETWORKS: Mapping[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
 #: The same for `--choice`, with the batch size.
 CHOSEN: Mapping[str, tuple[Callable[[], nn.Module], tuple[int, ...], int]] = {
     "MLP 64-64-64-4": (*stack.NETWORKS["MLP 64-64-64-4"], 1),
-    "MLP 784-512-512-10": (*stack.NETWORKS["MLP 784-512-512-10"], 16),
     "demo network": (*NETWORKS["demo network"], 1),
-    "ViT, width 192, depth 6": (*stack.NETWORKS["ViT, width 192, depth 6"], 1),
+    "ViT, width 192, depth 2": (
+        partial(torchvision.models.VisionTransformer, 64, 16, 2, 3, 192, 768, num_classes=10),
+        (3, 64, 64),
+        1,
+    ),
     "mobilenet_v2": (*NETWORKS["mobilenet_v2"], 1),
 }
 #: Other precisions, for `_LINEAR`.
@@ -69,10 +72,10 @@ PRECISIONS: Mapping[str, Mapping[str, Any]] = {
     "int8": {"quantize": "int8"},
     "int8_dynamic": {"quantize": "int8_dynamic"},
 }
-#: Those that consist of linear layers for the most part; and those whose ensembles take minutes to
+#: That consists of linear layers for the most part; and those of which ensembles take minutes to
 #: compile.
-_LINEAR = ("MLP 784-512-512-10", "ViT, width 192, depth 6")
-_FUSED_ALONE = ("mobilenet_v2",)
+_LINEAR = ("ViT, width 192, depth 2",)
+_FUSED_ALONE = ("ViT, width 192, depth 2", "mobilenet_v2")
 #: Ways, and whose answers each must give.
 MEMBER, FUSED, ENSEMBLE = "member", "fused", "ensemble"
 
