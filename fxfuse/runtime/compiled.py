@@ -16,7 +16,8 @@ from fxfuse.graph.example import first_line
 from fxfuse.graph.run import untouched
 from fxfuse.graph.tensors import tensors_in
 from fxfuse.refine.fused import Fused
-from fxfuse.runtime.candidates import ALL, Candidate, by_rule, device_of, worth_measuring
+from fxfuse.runtime.candidates import ALL, EAGER, Candidate, by_rule, device_of, worth_measuring
+from fxfuse.runtime.channels_last import ChannelsLast
 from fxfuse.runtime.eval_form import EvalForm
 from fxfuse.runtime.inference import Compiled, CompileReport, Frozen
 from fxfuse.runtime.inputs import resolve_inputs
@@ -148,16 +149,19 @@ def _compiled_each(asked: _Asked, candidates: Sequence[Candidate]) -> list[Compi
     """Return a network in all forms that differ; uncompiled where the backend fails at all."""
     found: list[Compiled] = []
     failures: list[tuple[str, Candidate]] = []
-    seen = []
+    seen: list[Candidate] = []
     for candidate in candidates:
         copy, changed = _prepared(asked, candidate)
-        # Two forms are one where the passes find nothing to do.
-        form = (candidate.compiled, candidate.freeze, {*changed} - {EvalForm.__name__})
+        # Two forms are one where passes find nothing to do.
+        form = candidate._replace(
+            channels_last=ChannelsLast.__name__ in changed,
+            passes=not candidate.compiled or any(name != EvalForm.__name__ for name in changed),
+        )
         if form in seen:
             continue
         seen.append(form)
         try:
-            found.append(_compiled(asked, candidate, copy, changed))
+            found.append(_compiled(asked, form, copy, changed))
         # Backends raise whatever they like.
         except Exception as error:
             failure = first_line(getattr(error, "inner_exception", error))
@@ -168,7 +172,7 @@ def _compiled_each(asked: _Asked, candidates: Sequence[Candidate]) -> list[Compi
                     how="leave strict out to run the network uncompiled, or use another backend",
                 ) from error
             failures.append((failure, candidate))
-    if failures and len(failures) == sum(candidate.compiled for candidate in candidates):
+    if failures and all(compiled.report.form == EAGER.name for compiled in found):
         failure, candidate = failures[0]
         warnings.warn(
             f"the network runs uncompiled, because the backend {asked.backend!r} failed: {failure}",
