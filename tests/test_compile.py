@@ -186,7 +186,7 @@ def test_compile_with_inductor_and_constant_weights():
     assert compiled.report.options == {}
     assert compiled.report.error < 1e-6
     compiled = fxfuse.compile(stacked, torch.randn(2, 6), strict=True, freeze=True)
-    assert compiled.report.options == {"freezing": True}
+    assert (compiled.report.options, compiled.report.form) == ({"freezing": True}, "frozen")
     for batch in (2, 3, 5, 2):
         x = torch.randn(batch, 6)
         torch.testing.assert_close(compiled(x), network(x))

@@ -39,10 +39,9 @@ class Candidate(NamedTuple):
         """What the report calls it."""
         if not self.compiled:
             return "eager"
-        if not self.passes:
-            return "plain"
         said = {"frozen": self.freeze, "channels last": self.channels_last}
-        return ", ".join(word for word, true in said.items() if true) or "folded"
+        words = ", ".join(word for word, true in said.items() if true)
+        return words or ("folded" if self.passes else "plain")
 
 
 #: What `torch.compile` makes of the network as it is.
