@@ -1,7 +1,7 @@
 """Inference with the fused network, a member and the ensemble, eager and compiled, in one run.
 
     python -m benchmarks.inference [--device cpu] [--members 4] [--networks resnet18,vit]
-        [--batches 1 8 64] [--rounds 7] [--seconds 0.3] [--keep] [--json FILE]
+        [--batches 1 8 64] [--rounds 7] [--seconds 0.3] [--keep] [--json FILE] [--choice]
 
 Each network and batch size has a process of its own, since compiled networks are never let go of.
 Every way is first compared with what it stands for. *plain* is `torch.compile(fullgraph=True)` of
@@ -10,6 +10,9 @@ after the other, so that equals are compared. Times are taken in rounds in which
 turn (`benchmarks/stack.py`); reported is the median over the rounds. On CUDA the peak of the
 allocated memory is reported too. Random weights: what a network knows does not change how long it
 takes.
+
+`--choice` measures what `fxfuse.compile` and `torch.compile(backend="fxfuse")` choose against what
+plain `torch.compile` makes of the same network, in CPU time on one thread.
 """
 
 from __future__ import annotations
@@ -17,6 +20,7 @@ from __future__ import annotations
 import argparse
 import copy
 import multiprocessing
+import os
 import time
 import warnings
 from collections.abc import Callable, Mapping
@@ -31,11 +35,15 @@ import torchvision
 from torch import nn
 
 import fxfuse
+from benchmarks import stack
 from benchmarks.records import earlier, write
 from benchmarks.stack import Sequential, Way, _about, race, through_vmap
 from fxfuse.cli.demo.network import SmallResNet
+from fxfuse.runtime import Compiled
+from fxfuse.runtime import measure as measuring
 
 RESULTS = Path(__file__).parent / "results" / "inference.json"
+CHOICE = RESULTS.with_name("choice.json")
 BATCHES = (1, 8, 64)
 #: Outputs of float32 networks may differ by so much, relative to the largest.
 _TOLERANCE = 1e-3
@@ -47,6 +55,27 @@ NETWORKS: Mapping[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "mobilenet_v2": (partial(torchvision.models.mobilenet_v2, num_classes=10), (3, 64, 64)),
     "vit_b_32": (partial(torchvision.models.vit_b_32, num_classes=10), (3, 224, 224)),
 }
+#: The same for `--choice`, with the batch size.
+CHOSEN: Mapping[str, tuple[Callable[[], nn.Module], tuple[int, ...], int]] = {
+    "MLP 64-64-64-4": (*stack.NETWORKS["MLP 64-64-64-4"], 1),
+    "demo network": (*NETWORKS["demo network"], 1),
+    "ViT, width 192, depth 2": (
+        partial(torchvision.models.VisionTransformer, 64, 16, 2, 3, 192, 768, num_classes=10),
+        (3, 64, 64),
+        1,
+    ),
+    "mobilenet_v2": (*NETWORKS["mobilenet_v2"], 1),
+}
+#: Other precisions, for `_LINEAR`.
+PRECISIONS: Mapping[str, Mapping[str, Any]] = {
+    "bfloat16": {"dtype": torch.bfloat16},
+    "int8": {"quantize": "int8"},
+    "int8_dynamic": {"quantize": "int8_dynamic"},
+}
+#: That consists of linear layers for the most part; and those of which ensembles take minutes to
+#: compile.
+_LINEAR = ("ViT, width 192, depth 2",)
+_FUSED_ALONE = ("ViT, width 192, depth 2", "mobilenet_v2")
 #: Ways, and whose answers each must give.
 MEMBER, FUSED, ENSEMBLE = "member", "fused", "ensemble"
 
@@ -56,7 +85,7 @@ def ways(members: list[nn.Module], fused: nn.Module, x: torch.Tensor) -> dict[st
     member, together = members[0], Sequential(members).eval()
     stacked = fxfuse.stack(members, x, verify=False)
     compile = partial(torch.compile, fullgraph=True, dynamic=False)
-    passes = partial(fxfuse.compile, example_inputs=x, dynamic=False, strict=True)
+    passes = partial(fxfuse.compile, example=x, dynamic=False, strict=True)
     return {
         "member, eager": (MEMBER, member),
         "member, plain": (MEMBER, compile(_apart(member))),
@@ -122,6 +151,66 @@ def measure(name: str, batch: int, options: argparse.Namespace) -> dict[str, Any
     return row
 
 
+def choose(name: str, options: argparse.Namespace) -> dict[str, Any]:
+    """What is chosen for one network, against what plain `torch.compile` makes of it."""
+    torch.set_num_threads(1)
+    warnings.simplefilter("ignore")
+    # So that compiling is this process's own work.
+    torch._inductor.config.compile_threads = 1
+    build, shape, batch = CHOSEN[name]
+    torch.manual_seed(0)
+    members = [build().eval() for _ in range(options.members)]
+    for member in members:
+        nn.init.normal_([m for m in member.modules() if isinstance(m, nn.Linear)][-1].weight)
+    x = torch.randn(batch, *shape)
+    fused = fxfuse.fuse(members, _two(x), verify=False).module
+    plain = partial(torch.compile, fullgraph=True, dynamic=False)
+    passes = partial(fxfuse.compile, example=x, dynamic=False, strict=True)
+    row: dict[str, Any] = {"network": name, "batch": batch, "shape": list(shape)}
+    with torch.no_grad():
+        ways: dict[str, Way] = {
+            "fused, plain": plain(_apart(fused)),
+            "fused, by rule": passes(fused, tune=False),
+            "fused, chosen": passes(fused),
+        }
+        pairs = {
+            "by rule / plain": ("fused, by rule", "fused, plain"),
+            "chosen / plain": ("fused, chosen", "fused, plain"),
+        }
+        if name not in _FUSED_ALONE:
+            together = Sequential(members).eval()
+            own = {n: plain(_apart(together), backend=n) for n in ("inductor", "fxfuse")}
+            took = {n: _cpu_seconds(way, x) for n, way in own.items()}
+            row["compiling / plain, backend"] = round(took["fxfuse"] / took["inductor"], 3)
+            stacked = fxfuse.stack(members, x, verify=False)
+            ways |= {
+                "ensemble, plain": own["inductor"],
+                "ensemble, backend": own["fxfuse"],
+                "stack, eager": stacked,
+                "stack, chosen": passes(stacked),
+            }
+            pairs["backend / plain"] = ("ensemble, backend", "ensemble, plain")
+            pairs["stack, chosen / eager"] = ("stack, chosen", "stack, eager")
+            pairs["stack, chosen / plain"] = ("stack, chosen", "ensemble, plain")
+        if name in _LINEAR:
+            ways |= {f"fused, {n}": passes(fused, **told) for n, told in PRECISIONS.items()}
+        times = measuring.race(list(ways.values()), (x,), {}, options.seconds)
+    ms = row["ms"] = {n: round(took, 4) for n, took in zip(ways, times, strict=True)}
+    row["ratios"] = {n: round(ms[a] / ms[b], 3) for n, (a, b) in pairs.items()}
+    made = {n: way.report for n, way in ways.items() if isinstance(way, Compiled)}
+    row["forms"] = {n: report.form for n, report in made.items()}
+    row["errors"] = {n: report.error for n, report in made.items()}
+    return row
+
+
+def _cpu_seconds(way: Way, x: torch.Tensor) -> float:
+    """CPU time of compiling, the C++ compiler's included, once its headers are precompiled."""
+    with torch._inductor.config.patch(force_disable_caches=True):
+        before = sum(os.times()[:4])
+        way(x)
+        return sum(os.times()[:4]) - before
+
+
 def _peak(way: Way, x: torch.Tensor) -> float:
     torch.cuda.reset_peak_memory_stats()
     way(x)
@@ -139,11 +228,21 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--seconds", type=float, default=0.3, help="of every way in every round")
     parser.add_argument("--keep", action="store_true", help="do not measure again what is there")
-    parser.add_argument("--json", type=Path, default=RESULTS)
+    parser.add_argument("--choice", action="store_true", help="what is chosen, against plain")
+    parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
+    options.json = options.json or (CHOICE if options.choice else RESULTS)
     fresh = multiprocessing.get_context("spawn")
     rows = earlier(options.json, "rows", keep=options.keep)
+    if options.choice:
+        parts, done = options.networks.split(","), {row["network"] for row in rows}
+        for name in (n for n in CHOSEN if n not in done and any(part in n for part in parts)):
+            with ProcessPoolExecutor(1, fresh) as process:
+                rows.append(process.submit(choose, name, options).result())
+            print(rows[-1], flush=True)
+            write(options.json, {**_about(options), "rows": rows})
+        return
     done = {(row["network"], row["batch"]) for row in rows}
     parts = options.networks.split(",")
     for name in (n for n in NETWORKS if any(part in n for part in parts)):

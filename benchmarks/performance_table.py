@@ -49,6 +49,48 @@ def inference(results: dict[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def choice(results: dict[str, Any]) -> str:
+    """What is chosen, as ratios to what it must not be slower than; and other precisions."""
+    names = list(dict.fromkeys(n for row in results["rows"] for n in row["ratios"]))
+    lines = [
+        f"| network | batch | plain, ms | chosen | {' | '.join(names)} | compiling |",
+        f"| --- | ---: | ---: | --- | {' | '.join('---:' for _ in names)} | ---: |",
+    ]
+    for row in results["rows"]:
+        ratios = [row["ratios"].get(n) for n in names] + [row.get("compiling / plain, backend")]
+        cells = ["" if ratio is None else f"{ratio:.2f}" for ratio in ratios]
+        plain, form = row["ms"]["fused, plain"], row["forms"]["fused, chosen"]
+        lines.append(
+            f"| {row['network']} | {row['batch']} | {plain:.3g} | {form} | {' | '.join(cells)} |"
+        )
+    lines += [
+        "",
+        "Ratios of times, so that 1.03 is 3 % slower. *Compiling* is the CPU time of compiling the "
+        "ensemble with the backend, as a multiple of plain compilation.",
+        "",
+        "In other precisions, as multiples of what is chosen in float32, and the largest "
+        "difference from the network's own outputs:",
+        "",
+        "| network | batch | precision | form | time | difference |",
+        "| --- | ---: | --- | --- | ---: | ---: |",
+    ]
+    for row in results["rows"]:
+        for name in ("bfloat16", "int8", "int8_dynamic"):
+            way = f"fused, {name}"
+            if way in row["ms"]:
+                lines.append(
+                    f"| {row['network']} | {row['batch']} | {name} | {row['forms'][way]} "
+                    f"| {row['ms'][way] / row['ms']['fused, chosen']:.2f} "
+                    f"| {row['errors'][way]:.1e} |"
+                )
+    about = results["environment"]
+    lines += [
+        "",
+        f"{results['members']} members on {about['cpu']}, one thread, torch {about['torch']}.",
+    ]
+    return "\n".join(lines) + "\n"
+
+
 def fusion(results: dict[str, Any]) -> str:
     """Seconds and memory of every way of fusing, and the seconds as multiples of copying."""
     ways = list(dict.fromkeys(way for row in results["rows"] for way in row["ways"]))
@@ -186,6 +228,7 @@ def report_size(results: dict[str, Any]) -> str:
 #: Name of a table's marks and of its JSON file → its page, and what writes it.
 TABLES: Mapping[str, tuple[Path, Callable[[dict[str, Any]], str]]] = {
     "inference": (PAGE, inference),
+    "choice": (PAGE, choice),
     "fusion": (PAGE, fusion),
     "analysis_growth": (PAGE, analysis_growth),
     "profiles": (PAGE, profiles),

@@ -232,7 +232,8 @@ def test_what_pays_decides(passes: list[PassResult]):
     compiled = torch.compile(ensemble, backend=fxfuse_backend, options={"backend": "aot_eager"})
     with torch.no_grad():
         torch.testing.assert_close(compiled(x), ensemble(x))
-        assert not passes[-1].modified
+        # The graph was not even traced.
+        assert not passes
         torch._dynamo.reset()
         with torch._inductor.config.patch(freezing=True):
             torch.testing.assert_close(compiled(x), ensemble(x))

@@ -104,6 +104,26 @@ def test_how_much_a_layer_counts_by_hand():
     assert list(found.values()) == [1, 1]
 
 
+def test_only_a_missing_derivative_is_expected(monkeypatch: pytest.MonkeyPatch):
+    class WithoutDerivative(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return torch.special.gammainc(x.abs(), x.abs())
+
+    network = nn.Sequential(nn.Linear(5, 4), WithoutDerivative(), nn.Linear(4, 1)).eval()
+    x = torch.randn(20, 5)
+    program = fxfuse.capture(network, x[:2])
+    runner = NodeRunner(program, program.state(), CalibrationBatches.of(program, x))
+    # The last layer is behind it.
+    assert list(importances(runner, layers_of(program)).values()) == [1, 1]
+
+    def full(*args: object, **kwargs: object) -> None:
+        raise torch.OutOfMemoryError("out of memory")
+
+    monkeypatch.setattr(torch.autograd, "grad", full)
+    with pytest.raises(torch.OutOfMemoryError):
+        importances(runner, layers_of(program))
+
+
 def test_units_that_others_make_up_for_cost_nothing(members: list[fxfuse.Program]):
     graph, x = fxfuse.analyze(members[0]), torch.randn(100, 5).double()
     states = [members[0].state(), members[0].state()]

@@ -192,6 +192,20 @@ def test_compare_says_what_networks_answer(work: Path) -> None:
     assert "ensemble of 2" in table
 
 
+def test_compare_in_another_precision(work: Path) -> None:
+    asked = ("compare", "fused", "--data", "data.npz", "--json", "--no-latency")
+    rows = {r["name"]: r for r in json.loads(done(*asked, "--dtype", "bfloat16").stdout)}
+    own, cast = rows["fused"], rows["fused, bfloat16"]
+    assert cast["distance"] == pytest.approx(own["distance"], rel=0.1)
+    assert cast["distance"] != own["distance"]
+    assert cast["accuracy_percent"] == pytest.approx(own["accuracy_percent"], abs=5)
+    assert "unsupported dtype torch.int8" in refused(*asked, "--dtype", "int8")
+    assert "unknown quantize 'int5'" in refused(*asked, "--quantize", "int5")
+    pytest.importorskip("torchao")
+    rows = {r["name"]: r for r in json.loads(done(*asked, "--quantize", "int8").stdout)}
+    assert rows["fused, int8"]["distance"] == pytest.approx(own["distance"], rel=0.1)
+
+
 def test_compare_needs_the_same_members(work: Path) -> None:
     done("fuse", "b.pt", "a.pt", *MODEL, "--out", "other")
     assert "different members" in refused("compare", "fused", "other")

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
+import itertools
 import sys
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -15,6 +18,7 @@ from torch.fx.passes.infra.pass_manager import PassManager
 
 import fxfuse
 from fxfuse import FusionResult
+from fxfuse.common.measure import race
 from fxfuse.errors import (
     CheckpointError,
     CompileError,
@@ -30,7 +34,7 @@ from fxfuse.runtime import (
     apply_passes,
     inference_copy,
 )
-from fxfuse.runtime.layouts import by_rule
+from fxfuse.runtime.candidates import ALL, EAGER, PLAIN, Candidate, by_rule, worth_measuring
 from fxfuse.transform.emit import emit
 from tests.nets import images, resnets
 from tests.strategies import Recipe, members_of, recipes
@@ -182,7 +186,7 @@ def test_compile_with_inductor_and_constant_weights():
     assert compiled.report.options == {}
     assert compiled.report.error < 1e-6
     compiled = fxfuse.compile(stacked, torch.randn(2, 6), strict=True, freeze=True)
-    assert compiled.report.options == {"freezing": True}
+    assert (compiled.report.options, compiled.report.form) == ({"freezing": True}, "frozen")
     for batch in (2, 3, 5, 2):
         x = torch.randn(batch, 6)
         torch.testing.assert_close(compiled(x), network(x))
@@ -222,6 +226,7 @@ def test_a_backend_that_fails(result: FusionResult, monkeypatch: pytest.MonkeyPa
         ({"options": {"max_autotun": True}}, "unknown option 'max_autotun'"),
         ({"backend": "eager", "mode": "default"}, "works with backend='inductor' only"),
         ({"dtype": torch.int8}, "unsupported dtype torch.int8"),
+        ({"quantize": "int4"}, "unknown quantize 'int4'"),
         ({"tune": True, "freeze": True}, "tune=True contradicts freeze and channels_last"),
     ],
 )
@@ -254,6 +259,34 @@ def test_package(tmp_path: Path):
     loaded = fxfuse.load_package(path)
     x = torch.randn(9, 6)
     torch.testing.assert_close(loaded(x), result.module(x))
+
+
+def test_the_form_that_was_chosen_is_packaged(
+    result: FusionResult, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """Compiling is left out: what would be compiled is run instead."""
+    given = {}
+
+    def write(program: torch.export.ExportedProgram, path: str, options: dict) -> None:
+        Path(path).touch()
+        given.update(options, program=program)
+
+    monkeypatch.setattr("fxfuse.graph.torch_compat.write_package", write)
+    monkeypatch.setattr(
+        "fxfuse.graph.torch_compat.load_package", lambda path: given["program"].module()
+    )
+    compiled = fxfuse.compile(result, backend="eager", dtype=torch.bfloat16)
+    report = dataclasses.replace(
+        compiled.report, options={"freezing": True}, form="frozen", measured={"frozen": 0.5}
+    )
+    compiled.report = report
+    assert fxfuse.package(compiled, tmp_path / "model.pt2") < 1e-6
+    told = {"form": "frozen", "dtype": "torch.bfloat16", "frozen": "0.5"}
+    assert (given["freezing"], given["aot_inductor.metadata"]) == (True, told)
+    # Where nothing was asked for, weights are folded, and are no constants.
+    given.clear()
+    assert fxfuse.package(result, tmp_path / "model.pt2") < 1e-6
+    assert list(given) == ["program"]
 
 
 def test_no_partial_package_is_left(
@@ -305,6 +338,52 @@ def test_onnx_without_its_packages(
         fxfuse.export_onnx(result, tmp_path / "model.onnx")
 
 
+@pytest.mark.parametrize("how", ["int8", "int8_dynamic"])
+def test_quantised_weights(how: str):
+    """A weight that something else reads as well is quantised for the linear layer alone."""
+    pytest.importorskip("torchao")
+
+    class Tied(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.words, self.mlp = nn.Embedding(50, 16), nn.Linear(16, 16, bias=False)
+
+        def forward(self, words: torch.Tensor) -> torch.Tensor:
+            return nn.functional.linear(self.mlp(self.words(words)), self.words.weight)
+
+    torch.manual_seed(0)
+    member, x = Tied().eval(), torch.randint(50, (4, 6))
+    program = fxfuse.capture(member, x)
+    compiled = fxfuse.compile(program.module, x, backend="eager", quantize=how)
+    assert 1e-4 < compiled.report.error < 5e-2
+    assert compiled.report.quantize == how
+    kinds = {n: type(p).__name__ for n, p in compiled.graph_module.named_parameters()}
+    assert kinds == {
+        "words.weight": "Parameter",
+        "words.weight_quantised": "Int8Tensor",
+        "mlp.weight_quantised": "Int8Tensor",
+    }
+    both = fxfuse.compile(
+        program.module, x, backend="eager", dtype=torch.bfloat16, quantize=how, strict=True
+    )
+    assert (both.report.dtype, both(x).dtype) == (torch.bfloat16, torch.float32)
+
+
+def test_what_cannot_be_quantised(result: FusionResult, monkeypatch: pytest.MonkeyPatch):
+    module = sys.modules["fxfuse.runtime.quantize"]
+    monkeypatch.setattr(module, "find_spec", lambda name: None)
+    with pytest.raises(MissingDependencyError, match=r"pip install \"fxfuse\[quantize\]\""):
+        fxfuse.compile(result, quantize="int8")
+    # A network without linear layers, wherever torchao is; and one that torchao rejects.
+    monkeypatch.setattr(module, "find_spec", lambda name: name)
+    monkeypatch.setattr(module, "import_module", lambda name: None)
+    convolution = fxfuse.capture(nn.Conv2d(3, 2, 1).eval(), images()).module
+    with pytest.raises(OptionError, match="there is nothing to quantise"):
+        fxfuse.compile(convolution, images(), backend="eager", quantize="int8")
+    with pytest.raises(CompileError, match="torchao cannot quantise the network as 'int8'"):
+        fxfuse.compile(result, backend="eager", quantize="int8")
+
+
 def test_train_mode_is_kept_apart(result: FusionResult):
     """A network in training is compiled as what it is in eval mode, its statistics untouched."""
     module = copy.deepcopy(result.module).train()
@@ -317,24 +396,102 @@ def test_train_mode_is_kept_apart(result: FusionResult):
     assert all(torch.equal(b, counters[n]) for n, b in module.named_buffers())
 
 
-def test_tuning_keeps_the_fastest(result: FusionResult, monkeypatch: pytest.MonkeyPatch):
+def test_rounds_are_bounded_and_medians(monkeypatch: pytest.MonkeyPatch):
+    """A clock that the calls turn: every network has its turn in every round, the same number."""
+    now, log = [0.0], list[str]()
+
+    def network(name: str, *seconds: float) -> Callable[[], None]:
+        taken = itertools.cycle(seconds)
+
+        def call() -> None:
+            log.append(name)
+            now[0] += next(taken)
+
+        return call
+
+    monkeypatch.setattr("fxfuse.common.measure.clock", lambda: now[0])
+    fast, slow = network("fast", 0.01), network("slow", 0.02)
+    found = race([slow, fast], (), {}, 1.0)
+    assert found == pytest.approx([20, 10])
+    assert now[0] < 1.2
+    assert log[4:11] == ["slow", "fast", "fast", "fast", "slow", "fast", "fast"]
+    # A call that was disturbed does not count, and three rounds are made of what takes long.
+    now[0] = 0
+    assert race([network("", 2, 2, 2, 90, 2)], (), {}, 1.0) == pytest.approx([2000])
+    assert now[0] == 98
+
+
+def test_what_is_compared():
+    """Plain `torch.compile` where the size does not tell, and a stack as it is."""
+    member = nn.Sequential(nn.Linear(6, 5), nn.ReLU(), nn.Linear(5, 2)).eval()
+    module, frozen = fxfuse.capture(member, torch.randn(2, 6)).module, Candidate(freeze=True)
+    stacked = fxfuse.stack([member, copy.deepcopy(member)], torch.randn(2, 6), verify=False)
+    assert worth_measuring(module, 10_000_000, frozen, is_known=True) == [frozen, PLAIN]
+    assert worth_measuring(module, 30_000_000, frozen, is_known=True) == [frozen]
+    assert worth_measuring(module, 30_000_000, frozen, is_known=False) == [frozen, PLAIN]
+    assert worth_measuring(module.to("meta"), 30_000_000, frozen, is_known=True)[1:] == [PLAIN]
+    assert worth_measuring(stacked, 900_000_000, frozen, is_known=True) == [frozen, EAGER]
+    names = [one.name for one in ALL]
+    assert names == ["frozen", "channels last", "folded", "plain", "eager"]
+
+
+@pytest.mark.parametrize(
+    ("tune", "forms"),
+    [
+        (None, ["channels last", "plain"]),
+        (True, ["channels last", "folded", "plain", "eager"]),
+        (False, []),
+    ],
+)
+def test_the_fastest_form_is_kept(
+    monkeypatch: pytest.MonkeyPatch, tune: bool | None, forms: list[str]
+):
+    """Compiling itself is left out: the backend `eager` stands for inductor."""
     module = sys.modules["fxfuse.runtime.compiled"]
-    times = iter([2.0, 1.0])
-    made: list[object] = []
+    made: list[nn.Module] = []
 
-    def milliseconds(call: object, *inputs: object) -> float:
-        made.append(call)
-        return next(times)
+    def last_wins(networks: list[nn.Module], *inputs: object) -> list[float]:
+        made.extend(networks)
+        return [float(len(networks) - number) for number in range(len(networks))]
 
-    monkeypatch.setattr(module, "milliseconds", milliseconds)
-    assert fxfuse.compile(result, backend="eager", tune=True) is made[1]
+    monkeypatch.setattr(module, "race", last_wins)
+    monkeypatch.setattr(module, "_INDUCTOR", "eager")
+    monkeypatch.setattr(module, "ALL", [one for one in ALL if not one.freeze])
+    monkeypatch.setattr(module, "inductor_options", lambda mode, told: told)
+    x = torch.randn(2, 3, 4, 4)
+    member = randomised(nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4))).eval()
+    network = fxfuse.capture(member, x).module
+    compiled = fxfuse.compile(network, x, backend="eager", tune=tune)
+    assert [one.report.form for one in made] == forms
+    assert list(compiled.report.measured) == forms
+    assert compiled is (made[-1] if made else compiled)
+    assert compiled.report.form == (forms or ["channels last"])[-1]
+    torch.testing.assert_close(compiled(x), member(x))
+    # A form that cannot be compiled costs nothing but itself.
+    monkeypatch.setattr(module, "Frozen", None)
+    monkeypatch.setattr(module, "by_rule", lambda *size: Candidate(freeze=True))
+    if tune is None:
+        assert fxfuse.compile(network, x, backend="eager").report.form == "plain"
+    # A network that no pass changes is what plain `torch.compile` makes of it.
+    monkeypatch.setattr(module, "by_rule", lambda *size: Candidate(channels_last=True))
+    made.clear()
+    bare = fxfuse.capture(nn.Linear(4, 3).eval(), x).module
+    assert fxfuse.compile(bare, x, backend="eager").report.form == "plain"
+    assert not made
+
+    def broken(*args: object, **kwargs: object) -> None:
+        raise ValueError("no compiler")
+
+    monkeypatch.setattr(torch, "compile", broken)
+    with pytest.warns(UserWarning, match="no compiler"):
+        assert fxfuse.compile(bare, x, backend="eager", tune=tune).report.form == "eager"
 
 
 def test_large_networks_are_frozen_on_a_cpu():
     cpu, other = torch.device("cpu"), torch.device("meta")
-    assert by_rule(cpu, 5_000_000, None, None) == (False, True)
-    assert by_rule(cpu, 50_000_000, None, None) == (True, False)
-    assert by_rule(cpu, 50_000_000, None, True) == (True, True)
-    assert by_rule(cpu, 50_000_000, False, None) == (False, True)
+    assert by_rule(cpu, 5_000_000, None, None)[:2] == (False, True)
+    assert by_rule(cpu, 50_000_000, None, None)[:2] == (True, False)
+    assert by_rule(cpu, 50_000_000, None, True)[:2] == (True, True)
+    assert by_rule(cpu, 50_000_000, False, None)[:2] == (False, True)
     # Nothing else was measured.
-    assert by_rule(other, 50_000_000, None, None) == (False, True)
+    assert by_rule(other, 50_000_000, None, None)[:2] == (False, True)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -16,12 +18,14 @@ from fxfuse import verify
 from fxfuse.analysis.coupling import analyze
 from fxfuse.analysis.multi_width import multi_width
 from fxfuse.cli.report.content import gather
-from fxfuse.errors import MemberError
+from fxfuse.errors import MemberError, VerificationError
 from fxfuse.graph.tensors import tensors_in
 from fxfuse.planning.plan import FusionPlan
 from fxfuse.planning.size import sizes_of
 from fxfuse.transform.resizing import emit_resized, limit_sizes
 from fxfuse.verify.check import as_double, in_double, inputs_of, relative_error
+from fxfuse.verify.outputs import parts
+from fxfuse.verify.wide import _error
 from tests.models import excite, image
 from tests.test_widths import plans
 
@@ -81,6 +85,31 @@ def test_the_wide_model_of_different_widths_is_their_mean(family: str):
     check = verify.concatenation_equals_ensemble(members_of(family))
     assert check.passed, check
     assert check.tolerance == 1e-9
+
+
+def test_whole_numbers_of_different_widths():
+    """They have no mean: compared exactly where members agree, and else left out by name."""
+
+    class Named(nn.Module):
+        def __init__(self, width: int, only: bool = False) -> None:
+            super().__init__()
+            self.hidden, self.last, self.only = nn.Linear(4, width), nn.Linear(width, 3), only
+
+        def forward(self, x: torch.Tensor) -> Any:
+            logits = self.last(torch.relu(self.hidden(x)))
+            classes = logits.argmax(-1)
+            return classes if self.only else (logits, classes, (x > 0).sum(-1))
+
+    torch.manual_seed(0)
+    x = torch.randn(6, 4)
+    check = verify.concatenation_equals_ensemble([Named(5), Named(7)], x)
+    assert check.passed
+    assert check.detail.endswith("not compared: outputs 1, whole numbers without a mean")
+    with pytest.raises(VerificationError, match="members answer other whole numbers"):
+        fxfuse.fuse([Named(5, only=True), Named(7, only=True)], x)
+    zeros, ones = torch.zeros(2, dtype=torch.int64), torch.ones(2, dtype=torch.int64)
+    assert parts(zeros, [ones, ones], {}) == ([zeros], [ones])
+    assert _error([zeros + 10**12], [ones + 10**12]) == math.inf
 
 
 @pytest.mark.parametrize("family", FAMILIES)

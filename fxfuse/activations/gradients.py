@@ -22,6 +22,15 @@ from fxfuse.graph.torch_compat import pytree
 
 #: About how many inputs tell how much a layer counts.
 _INPUTS = 256
+#: What autograd says then; it has no classes of errors for it. The second is for operators of one's
+#: own, the rest for writes.
+_NO_DERIVATIVE = (
+    "is not implemented",
+    "no autograd formula was registered",
+    "modified by an inplace operation",
+    "being modified inplace",
+    "in an in-place operation",
+)
 
 
 @dataclass(frozen=True)
@@ -204,13 +213,20 @@ def _look(
             if not signed:
                 return
             slopes = torch.autograd.grad(signed, list(shifts.values()), allow_unused=True)
-    except RuntimeError:
-        # An operator without a derivative, or one that writes over what a derivative needs.
+    except RuntimeError as error:
+        if not _has_no_derivative(error):
+            raise
         return
     for node, slope in zip(shifts, slopes, strict=True):
         if slope is not None:
             rows = spread[node].layer.output_rows(slope).double()
             spread[node].slope = spread[node].slope + rows.square().sum(0)
+
+
+def _has_no_derivative(error: RuntimeError) -> bool:
+    """Tell whether an operator has no derivative, or writes over what a derivative needs."""
+    known = isinstance(error, NotImplementedError)
+    return known or any(said in str(error) for said in _NO_DERIVATIVE)
 
 
 def _signed(y: torch.Tensor, generator: torch.Generator) -> torch.Tensor:

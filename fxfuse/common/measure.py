@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
 
 import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
+
+#: Rounds in which networks are compared, and the fewest, where a call takes long.
+_ROUNDS, _FEWEST = 15, 3
 
 
 def parameters(network: nn.Module) -> int:
@@ -62,3 +66,53 @@ def least_cpu_milliseconds(
             network(*args, **kwargs)
             found.append(time.process_time() - start)
     return 1e3 * min(found)
+
+
+def race(
+    networks: Sequence[Callable[..., Any]],
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any],
+    seconds: float,
+) -> list[float]:
+    """Return the median latency of a call of each network in milliseconds.
+
+    All have their turn in every round, so that what disturbs the machine disturbs all of them.
+
+    Args:
+        networks: Networks that take the same inputs.
+        args: Positional inputs.
+        kwargs: Keyword inputs.
+        seconds: For all of them; three rounds are measured in any case.
+    """
+
+    def turn(network: Callable[..., Any], calls: int) -> float:
+        started = clock()
+        for _ in range(calls):
+            network(*args, **kwargs)
+        return (clock() - started) / calls
+
+    with torch.no_grad():
+        for network in networks:
+            network(*args, **kwargs)
+        share = seconds / (_ROUNDS * len(networks))
+        calls = [max(1, int(share / max(turn(n, 1), 1e-9))) for n in networks]
+        times: list[list[float]] = [[] for _ in networks]
+        started = clock()
+        for number in range(_ROUNDS):
+            if number >= _FEWEST and clock() - started > seconds:
+                break
+            for own, network, count in zip(times, networks, calls, strict=True):
+                own.append(turn(network, count))
+    return [1e3 * statistics.median(own) for own in times]
+
+
+def clock() -> float:
+    """Return the time in seconds, once an accelerator has done what it was told.
+
+    On one thread of the CPU only this thread's: other work on the machine does not count.
+    """
+    if torch.accelerator.is_available():
+        torch.accelerator.synchronize()
+    elif torch.get_num_threads() == 1:
+        return time.thread_time()
+    return time.perf_counter()

@@ -149,8 +149,10 @@ class _Kept:
 
     def _keep(self, value: Any) -> None:
         if isinstance(value, torch.Tensor):
-            empty = value.is_meta or isinstance(value, FakeTensor)
-            if id(value) not in self._tensors and not empty:
+            # Those that consist of others (quantised weights) cannot be compared.
+            left = value.is_meta or isinstance(value, FakeTensor)
+            left = left or hasattr(value, "__tensor_flatten__")
+            if id(value) not in self._tensors and not left:
                 own = value.detach()
                 self._tensors[id(value)] = (value, own, own.clone())
             return

@@ -315,9 +315,11 @@ def write_package(
     program: torch.export.ExportedProgram, path: str, options: Mapping[str, Any]
 ) -> None:
     """Compile an exported program ahead of time into a file, `.pt2`."""
-    torch._inductor.aoti_compile_and_package(
-        program, package_path=path, inductor_configs=dict(options)
-    )
+    # Without gradients, since weights become constants only then, where options ask for it.
+    with torch.no_grad():
+        torch._inductor.aoti_compile_and_package(
+            program, package_path=path, inductor_configs=dict(options)
+        )
 
 
 def load_package(path: str) -> Callable[..., Any]:

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from fxfuse.ensemble.policy import policy_of
 from fxfuse.errors import OptionError
 from fxfuse.graph.example import first_line
 from fxfuse.graph.torch_compat import (
@@ -60,7 +61,7 @@ def fxfuse_backend(
             how="use a backend of torch.compile",
         )
     always = bool(told.pop("always", False))
-    traced = _traced(graph_module)
+    traced = _traced(graph_module) if always or _may_pay(graph_module) else None
     stacked = None if traced is None else StackBranches(always=always)(traced)
     module = stacked.graph_module if stacked is not None and stacked.modified else graph_module
     if inner != _INNER:
@@ -71,6 +72,15 @@ def fxfuse_backend(
         compiled: Callable[..., Any] = lookup_backend(inner)(module, list(example_inputs))
         return compiled
     return compile_with_inductor(module, example_inputs, inductor_options(mode, told))
+
+
+def _may_pay(graph_module: fx.GraphModule) -> bool:
+    """Tell whether it is worth tracing Dynamo's graph, which takes as long as capturing it did."""
+    nodes = list(graph_module.graph.nodes)
+    examples = (n.meta.get("example_value") for n in nodes if n.op == "placeholder")
+    devices = {x.device for x in examples if isinstance(x, torch.Tensor)}
+    constant = any(node.op in ("get_attr", "call_module") for node in nodes)
+    return constant or any(policy_of(device).parameters for device in devices)
 
 
 def _traced(graph_module: fx.GraphModule) -> fx.GraphModule | None:

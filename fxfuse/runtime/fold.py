@@ -29,7 +29,7 @@ class FoldBatchNorm(OfEvalForm):
         graph = graph_module.graph
         folded = [node for node in list(graph.nodes) if _fold(graph_module, node)]
         graph.eliminate_dead_code()
-        _forget_unread(graph_module)
+        forget_unread(graph_module)
         graph_module.recompile()
         return PassResult(graph_module, bool(folded))
 
@@ -63,7 +63,7 @@ def _fold(module: fx.GraphModule, norm: fx.Node) -> bool:
     beside = f"{name.rpartition('.')[0]}.bias".lstrip(".") if bias is None else str(bias.target)
     with module.graph.inserting_before(layer):
         made = [
-            module.graph.get_attr(_attached(module, own, tensor.detach()))
+            module.graph.get_attr(attach_beside(module, f"{own}_folded", tensor.detach()))
             for own, tensor in ((name, new_weight), (beside, new_bias))
         ]
     set_argument(layer, facts.weight, made[0])
@@ -85,17 +85,16 @@ def _is_matrix(layer: fx.Node) -> bool:
     return isinstance(value, torch.Tensor) and value.dim() == 2
 
 
-def _attached(module: fx.GraphModule, name: str, tensor: torch.Tensor) -> str:
-    """Register a parameter under a free name like the given one."""
+def attach_beside(module: fx.GraphModule, name: str, tensor: torch.Tensor) -> str:
+    """Register a parameter under a free name like the given one, and return that."""
     taken = {own for own, _ in named_tensors(module)}
-    made = f"{name}_folded"
-    while made in taken:
-        made += "_"
-    attach(module, made, torch.nn.Parameter(tensor, requires_grad=False), persistent=True)
-    return made
+    while name in taken:
+        name += "_"
+    attach(module, name, torch.nn.Parameter(tensor, requires_grad=False), persistent=True)
+    return name
 
 
-def _forget_unread(module: fx.GraphModule) -> None:
+def forget_unread(module: fx.GraphModule) -> None:
     """Drop the tensors that no node reads any more."""
     read = {str(node.target) for node in module.graph.nodes if node.op == "get_attr"}
     for name, _ in list(named_tensors(module)):

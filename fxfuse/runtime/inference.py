@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import fx, nn
 
 from fxfuse.errors import OptionError
+from fxfuse.graph.example import Example
 from fxfuse.graph.torch_compat import freezing, pytree
 
 
@@ -25,6 +26,11 @@ class CompileReport:
         error: Largest difference from the network's own outputs on the example inputs, relative to
             the largest output.
         failure: Why it was not compiled, or "".
+        quantize: How weights of linear layers are quantised, or "".
+        form: Which form it has: `frozen` (weights are constants), `channels last`, `folded` (after
+            the passes), `plain` (what `torch.compile` makes of it as it is) or `eager`.
+        measured: Milliseconds of a call in each form that was compared; empty where the size of
+            the network told which is the fastest.
     """
 
     passes: tuple[str, ...]
@@ -33,18 +39,31 @@ class CompileReport:
     dtype: torch.dtype
     error: float
     failure: str = ""
+    quantize: str = ""
+    form: str = ""
+    measured: Mapping[str, float] = field(default_factory=dict)
 
 
 class Compiled(nn.Module):
-    """A network for inference: called like the one that it was made of, always in eval mode."""
+    """A network for inference: called like the one that it was made of, always in eval mode.
+
+    Attributes:
+        report: How it was made.
+        example: What it was compiled and compared with.
+        graph_module: Its graph and weights, after the passes.
+        dtype: What its inputs are cast to; None: they stay as they are.
+    """
 
     report: CompileReport
+    example: Example
+    _call: Callable[..., Any]
 
     def __init__(self, graph_module: fx.GraphModule, call: Any, dtype: torch.dtype | None) -> None:
         super().__init__()
         self.graph_module = graph_module
-        self._call = call
-        self._dtype = dtype
+        # No submodule: those are looked up at every call, for as long as a small operator takes.
+        self.__dict__["_call"] = call
+        self.dtype = dtype
         super().train(False)
 
     def _apply(self, fn: Any, recurse: bool = True) -> Compiled:
@@ -56,12 +75,18 @@ class Compiled(nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Take and return what the network does; outputs have the inputs' precision."""
-        with torch.no_grad():
-            if self._dtype is None:
-                return self._call(*args, **kwargs)
-            own = _floating(args, kwargs)
-            args, kwargs = _cast((args, kwargs), self._dtype)
-            return _cast(self._call(*args, **kwargs), own)
+        if torch.is_grad_enabled():
+            with torch.no_grad():
+                return self.forward(*args, **kwargs)
+        if self.dtype is None:
+            return self._call(*args, **kwargs)
+        own = _floating(args, kwargs)
+        args, kwargs = _cast((args, kwargs), self.dtype)
+        return _cast(self._call(*args, **kwargs), own)
+
+    def uncompiled(self) -> Compiled:
+        """Return the same network, computed operator by operator."""
+        return Compiled(self.graph_module, self.graph_module, self.dtype)
 
     def train(self, mode: bool = True) -> Compiled:
         """Stay in eval mode: batch norms and dropout are gone."""
@@ -86,7 +111,8 @@ class Frozen:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Take and return what the network does."""
-        leaves = pytree.tree_leaves((args, kwargs))
+        plain = not kwargs and all(isinstance(x, torch.Tensor) for x in args)
+        leaves = args if plain else pytree.tree_leaves((args, kwargs))
         shapes = tuple(x.shape if isinstance(x, torch.Tensor) else x for x in leaves)
         if shapes in self._seen:
             return self._call(*args, **kwargs)

@@ -27,10 +27,20 @@ from fxfuse.runtime.fold import FoldBatchNorm
 
 
 def prepared(
-    module: fx.GraphModule, args: tuple[Any, ...], kwargs: dict[str, Any], *, channels_last: bool
+    module: fx.GraphModule,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    *,
+    channels_last: bool,
+    folded: bool = True,
 ) -> tuple[fx.GraphModule, tuple[str, ...]]:
-    """Return a copy of a network after the eval passes, and the names of those that changed it."""
-    passes = [EvalForm(), RemoveDropout(), FoldBatchNorm()]
+    """Return a copy of a network after the eval passes, and the names of those that changed it.
+
+    Without `folded`, its operators stay as they are.
+    """
+    passes: list[PassBase] = [EvalForm()]
+    if folded:
+        passes += [RemoveDropout(), FoldBatchNorm()]
     if channels_last:
         passes.append(ChannelsLast())
     copy = inference_copy(module)

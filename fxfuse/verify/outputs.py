@@ -10,6 +10,7 @@ from torch import fx
 
 from fxfuse.analysis.coupling import CouplingGraph, Index
 from fxfuse.analysis.labels import AbstractTensor, DimLabels, neurons
+from fxfuse.graph.tensors import is_constant
 from fxfuse.transform.layout import Layout
 
 
@@ -76,20 +77,26 @@ def parts(
 
     An output that does not grow is the members' mean. Of another, for each member, there is the
     part that is handed out for it and its own output (their mean in those places that all members
-    share).
+    share). Whole numbers have no mean: where members differ in them, there is nothing to compare,
+    and both lists are empty.
     """
-    mean = torch.stack(list(outputs)).mean(0)
+    whole = is_constant(wide)
+    mean = outputs[0] if whole else torch.stack(list(outputs)).mean(0)
     if not layouts:
+        if whole and not all(torch.equal(own, mean) for own in outputs):
+            return [], []
         return [wide], [mean]
     found, expected = [], []
     for member, own in enumerate(outputs):
-        part = wide
+        part, agreed = wide, own
         for dim, layout in layouts.items():
             places = np.flatnonzero((layout.copy == member) | (layout.copy < 0))
             ordered = places[np.argsort(layout.source[places], kind="stable")]
             part = part.index_select(dim, torch.from_numpy(ordered))
             shared = torch.from_numpy(layout.source[layout.copy < 0])
-            own = own.index_copy(dim, shared, mean.index_select(dim, shared))
+            agreed = agreed.index_copy(dim, shared, mean.index_select(dim, shared))
+        if whole and not torch.equal(agreed, own):
+            return [], []
         found.append(part)
-        expected.append(own)
+        expected.append(agreed)
     return found, expected

@@ -11,10 +11,11 @@ from torch import nn
 from fxfuse.analysis.constraints import Constraints
 from fxfuse.analysis.coupling import CouplingGraph, couple
 from fxfuse.analysis.multi_width import multi_width
+from fxfuse.errors import VerificationError
 from fxfuse.graph.capture import Program
 from fxfuse.graph.run import answers
 from fxfuse.graph.same_network import check_same_network
-from fxfuse.graph.tensors import tensors_in
+from fxfuse.graph.tensors import is_constant, tensors_in
 from fxfuse.members.ranks import mapped, of_each
 from fxfuse.planning.plan import FusionPlan
 from fxfuse.planning.size import MixingMode
@@ -59,6 +60,7 @@ def concatenation_equals_ensemble(
     Raises:
         MemberError: The members are not the same network.
         CaptureError: torch.export rejected a member, so there is no concatenation to run.
+        VerificationError: All outputs are whole numbers in which members differ.
     """
     program = [as_program(m, example) for m in members]
     for member in program:
@@ -86,10 +88,21 @@ def equals_ensemble(
     wide = _answers(graph, plan, states)
     layouts = output_layouts(graph, plan) if hands_out else [{} for _ in wide]
     pairs = [parts(*each) for each in zip(wide, zip(*outputs, strict=True), layouts, strict=True)]
-    error = max((relative_error(*pair) for pair in pairs), default=0.0)
+    error = max((_error(*pair) for pair in pairs), default=0.0)
+    uncompared = [str(number) for number, (found, _) in enumerate(pairs) if not found]
+    if pairs and len(uncompared) == len(pairs):
+        raise VerificationError(
+            "the members' outputs cannot be compared with the concatenation's",
+            where=f"outputs {', '.join(uncompared)}",
+            why="members answer other whole numbers, which have no mean",
+            how="let the network return what the numbers are computed from (logits, say), too, or "
+            "use verify=False",
+        )
     notes = plan.inexact()
     tolerance = float("inf") if notes else tolerance_of(graph.program, states[0], outputs[0])
     detail = "mixing: " + "; ".join(notes) if notes else "no operator mixes members"
+    if uncompared:
+        detail += f"; not compared: outputs {', '.join(uncompared)}, whole numbers without a mean"
     detail = precision_in_words(wide) + detail
     return Check("wide equals ensemble", error, tolerance, error <= tolerance, detail)
 
@@ -119,6 +132,13 @@ def equals_heads(
     detail = "mixing: " + "; ".join(notes) if notes else "each head reads its own member's units"
     detail = precision_in_words(found) + detail
     return Check("heads equal members", error, tolerance, error <= tolerance, detail)
+
+
+def _error(found: list[torch.Tensor], expected: list[torch.Tensor]) -> float:
+    """Return how far an output is off; whole numbers are right or wrong."""
+    if expected and is_constant(expected[0]):
+        return 0.0 if all(map(torch.equal, found, expected)) else float("inf")
+    return relative_error(found, expected)
 
 
 def _answers(

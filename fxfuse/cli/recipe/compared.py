@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import fx, nn
 
 from fxfuse.api.saved import PLAN, WEIGHTS, load
 from fxfuse.api.stages import build
@@ -38,6 +38,8 @@ def compared(
     data: Mapping[str, Any] | None,
     task: Task | None,
     *,
+    dtype: str | None = None,
+    quantize: str | None = None,
     latency: bool,
     model: str | None = None,
     trust: bool = False,
@@ -46,7 +48,9 @@ def compared(
 
     `folders` are what `fxfuse fuse`, `run`, `refit` or `distill` wrote, of the same members, and
     after the first also stacks. `task` is what their outputs mean; None: what the first one's
-    recipe or else the members' graph says. `model` and `trust` as in `trusted`, of the first one.
+    recipe or else the members' graph says. `dtype` and `quantize` as in `fxfuse.compile`: each
+    network is measured in that precision, too. `model` and `trust` as in `trusted`, of the first
+    one.
     """
     first = read_recipe(folders[0])
     # A stack has no recipe: what it is made of is its own business.
@@ -60,22 +64,47 @@ def compared(
                 how="compare results of the same members",
             )
     first = trusted(first, folders[0], model=model, trust=trust)
-    loaded: dict[str, nn.Module] = {str(folder): load(folder) for folder in folders}
+    own = {str(folder): load(folder) for folder in folders}
     networks, examples = _networks(first, data)
+    cast = _cast(own, networks.inputs, dtype, quantize)
     if task is None and first.fuse.task is not None:
         task = first.fuse.task.make()
     if examples is not None and task is None:
         task = find_task(None, capture(networks.modules[0], networks.inputs))
-    stacks = [str(folder) for folder in folders if not (folder / RECIPE).exists()]
+    stacks = {str(folder) for folder in folders if not (folder / RECIPE).exists()}
+    tasks = _own_tasks({name: own[name] for name in own if name in stacks}, task, networks)
+    tasks |= {new: tasks[name] for name, new in zip(own, cast, strict=False) if name in tasks}
     return beside_members(
-        loaded,
+        {**own, **cast},
         networks.modules,
         task,
         examples,
         networks.inputs,
-        own_tasks=_own_tasks({name: loaded[name] for name in stacks}, task, networks),
+        own_tasks=tasks,
         latency=latency,
     )
+
+
+def _cast(
+    networks: Mapping[str, fx.GraphModule],
+    inputs: tuple[torch.Tensor, ...],
+    dtype: str | None,
+    quantize: str | None,
+) -> dict[str, nn.Module]:
+    """Return networks in another precision, uncompiled, where one was asked for."""
+    if dtype is quantize is None:
+        return {}
+    # Here, since it takes a second to import.
+    from fxfuse.runtime import compile as compiled_form
+
+    told: Any = None if dtype is None else getattr(torch, dtype, dtype)
+    words = ", ".join(filter(None, (dtype, quantize)))
+    return {
+        f"{name}, {words}": compiled_form(
+            network, inputs, backend="eager", dtype=told, quantize=quantize
+        ).uncompiled()
+        for name, network in networks.items()
+    }
 
 
 def _own_tasks(
