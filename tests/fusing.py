@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import torch
 from torch import fx
 
-from fxfuse.analysis.coupling import CouplingGraph
+from fxfuse.analysis import labels
+from fxfuse.analysis.coupling import CouplingGraph, couple
 from fxfuse.transform.apply import fused_tensors, permuted, random_permutations
 from fxfuse.transform.emit import emit
 from fxfuse.verify.check import as_double, in_double, inputs_of, relative_error, run
@@ -73,3 +75,29 @@ def distance_to_the_first(
     plan = planned(graph, states, method, **options)
     fused = fused_tensors(graph, plan, states)
     return relative_error(run(graph.program, fused), run(graph.program, states[0]))
+
+
+def check_without_repetitions(graph: CouplingGraph) -> None:
+    """Analysed as if every field were large, a network has the same groups, frozen for the same.
+
+    Labels of many places are kept without their repetitions; here those of all places are.
+    """
+    with mock.patch.object(labels, "LARGE", 0):
+        again = couple(graph.program, graph.constraints)
+    assert _told(again) == _told(graph)
+
+
+def _told(graph: CouplingGraph) -> dict[str, Any]:
+    return {
+        "groups": [
+            (g.name, g.n_units, [(place, rows.tolist()) for place, rows in g.index.items()])
+            for g in graph.groups
+        ],
+        "frozen": {
+            place: (r.kind, r.why, r.node, r.operator, r.inside, r.indices.tolist())
+            for place, r in graph.frozen.items()
+        },
+        "mixing": graph.mixing,
+        "roles": (graph.readers, graph.writers),
+        "without rule": graph.without_rule,
+    }

@@ -18,6 +18,7 @@ from fxfuse import verify
 from fxfuse.analysis.labels import Kind
 from fxfuse.graph.rebuild import rebuild
 from fxfuse.transform.apply import permuted, random_permutations
+from tests.fusing import check_without_repetitions
 from tests.strategies import (
     BLOCKS,
     IMAGE,
@@ -59,6 +60,7 @@ def check_oracles(recipe: Recipe, n: int) -> fxfuse.CouplingGraph:
     members = members_of(recipe, n)
     graph = fxfuse.analyze(members[0])
     check_permutation(graph)
+    check_without_repetitions(graph)
     wide = verify.concatenation_equals_ensemble(members)
     assert wide.passed, wide
     kinds = {block.kind for block in (*recipe.images, *recipe.tokens, *recipe.vectors)}

@@ -15,6 +15,7 @@ from fxfuse.analysis.rules import registered, rule
 from fxfuse.analysis.rules.registry import name_of
 from fxfuse.errors import RuleError
 from fxfuse.graph.rebuild import rebuild
+from tests.fusing import check_without_repetitions
 from tests.models import excite
 from tests.samples import BY_DATA, BY_VALUE, EINSUMS, SAMPLES, Call, Net
 
@@ -96,6 +97,7 @@ def _check(program: fxfuse.Program) -> None:
     check = verify.permutation_of(graph)
     assert check.passed, check
     assert check.tolerance == verify.EXACT
+    check_without_repetitions(graph)
     assert verify.sensitivity(program) > 1e-3
     assert ("conv.weight", 0) in graph.group_of, graph.explain("conv.weight", 0)
     assert sum(group.n_units for group in graph.group_of[("conv.weight", 0)]) >= 2

@@ -131,6 +131,11 @@ def test_a_template_without_weights(tmp_path: Path):
     assert torch.equal(streamed.module(ids), expected)
     assert torch.equal(streamed.to_module()(ids), expected)
     assert template.words.weight.is_meta
+    own = streamed.load_into(copy.deepcopy(template))
+    assert torch.equal(own(ids), expected)
+    assert own.head.weight is own.words.weight
+    held = streamed.module.get_parameter("words.weight")
+    assert own.words.weight.data_ptr() == held.data_ptr()
 
 
 def test_what_no_checkpoint_holds_must_be_there(tmp_path: Path):
@@ -140,7 +145,10 @@ def test_what_no_checkpoint_holds_must_be_there(tmp_path: Path):
         template = Tied(False)
     with pytest.raises(MemberError, match=r"no values for a buffer(.|\n)*order"):
         fxfuse.fuse(Members.from_files(paths, template), ids)
-    assert fxfuse.fuse(Members.from_files(paths, Tied(False)), ids).verification.passed
+    result = fxfuse.fuse(Members.from_files(paths, Tied(False)), ids)
+    assert result.verification.passed
+    with pytest.raises(MemberError, match="no values for a buffer"):
+        result.load_into(template)
 
 
 def test_one_member_in_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

@@ -9,7 +9,7 @@ import torch
 from torch import fx
 
 from fxfuse.analysis.coupling import CouplingGraph, Index
-from fxfuse.analysis.labels import AbstractTensor, neurons
+from fxfuse.analysis.labels import AbstractTensor
 from fxfuse.analysis.rules.registry import find
 from fxfuse.graph.arguments import argument
 from fxfuse.graph.operator_facts import FACTS, Contraction, Dropout, Normalisation
@@ -68,7 +68,7 @@ def _groups_at(nodes: Iterable[fx.Node], graph: CouplingGraph, numbers: Index) -
         value = graph.values.get(node)
         if isinstance(value, AbstractTensor):
             for field in value.fields:
-                found |= set(numbers[np.unique(neurons(field.ids).numpy())].tolist())
+                found |= set(numbers[field.held].tolist())
     return found - {-1}
 
 

@@ -221,7 +221,7 @@ def _last_place(graph: CouplingGraph, group: CouplingGroup) -> tuple[fx.Node, in
         if node in heads or not isinstance(value, AbstractTensor) or value.sources is not None:
             continue
         for f in value.fields:
-            units = unit_of[neurons(f.ids).reshape(-1).numpy()]
+            units = unit_of[neurons(f.bare).reshape(-1).numpy()]
             counts = np.bincount(units[units >= 0], minlength=group.n_units)
             if len(f.dims) == 1 and counts.min() > 0 and counts.min() == counts.max():
                 standing = np.flatnonzero(units >= 0)
@@ -248,6 +248,6 @@ def _is_repeated(graph: CouplingGraph, layer: Layer, slots: Index) -> bool:
     dim = layer.facts.channels % value.rank
     for f in value.fields:
         if f.dims == (dim,):
-            own = neurons(f.ids).reshape(-1).numpy()[slots]
+            own = neurons(f.bare).reshape(-1).numpy()[slots]
             return bool((own == own[:, :1]).all())
     return False

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from fxfuse.analysis.labels import AbstractTensor, DimLabels, neurons
+from fxfuse.analysis.labels import AbstractTensor, DimLabels, Repeating, neurons
 from fxfuse.analysis.rules import concrete_shape, rule_file
 from fxfuse.errors import RuleError
 from fxfuse.graph.source_lines import where_of
@@ -46,7 +46,7 @@ def _check_one(node: fx.Node, fake: Any, value: Any, count: int, which: str) -> 
         if fault:
             raise _error(node, f"{which}{fault}")
     for f in value.fields:
-        numbers = neurons(f.ids)
+        numbers = neurons(f.table if isinstance(f, Repeating) else f.ids)
         if numbers.numel() and not 0 <= int(numbers.min()) <= int(numbers.max()) < count:
             raise _error(node, f"{which}a field holds ids that no neuron has")
 
@@ -55,8 +55,8 @@ def _fault(f: Any, shape: tuple[int, ...]) -> str:
     """Return what is wrong with a field of a tensor of this shape; empty when nothing is."""
     if not isinstance(f, DimLabels):
         return f"a {type(f).__name__} is not a DimLabels"
-    sizes = tuple(f.ids.shape)
-    if f.ids.dtype != torch.int64:
+    sizes = f.shape
+    if not isinstance(f, Repeating) and f.ids.dtype != torch.int64:
         return f"the ids of a field are {f.ids.dtype}, not torch.int64"
     if len(sizes) != len(shape):
         return f"the ids of a field have {len(sizes)} dimensions, the tensor {len(shape)}"

@@ -32,7 +32,7 @@ from fxfuse.analysis.freezing import (
 from fxfuse.analysis.gaps import WithoutRule, without_rule
 from fxfuse.analysis.grouping import CouplingGroup, form_groups
 from fxfuse.analysis.interpreter import interpret
-from fxfuse.analysis.labels import NEURON, AbstractTensor, Index, Kind, Place
+from fxfuse.analysis.labels import AbstractTensor, Index, Kind, Place
 from fxfuse.analysis.mixing import MixingNote, mixing_notes, shared_writers, tied_outputs
 from fxfuse.common.readable import Description, Readable, counted
 from fxfuse.graph.arguments import argument
@@ -332,7 +332,7 @@ def _collapsed(program: Program, found: _Found) -> frozenset[str]:
         x, y = found.values[argument(node, facts.input)], found.values[node]
         if groups in (x.shape[1], y.shape[1]):
             continue
-        units = [np.unique(found.component[f.tally[0] & NEURON]) for f in y.fields]
+        units = [np.unique(found.component[f.held]) for f in y.fields]
         if any(len(u) == 1 and not found.stuck.mask[u].any() for u in units):
             names.add(node.name)
     return frozenset(names)

@@ -6,7 +6,8 @@ The rules write into it; coupling groups are read off it. Words are those of `la
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from typing import TypeGuard
 
 import numpy as np
 import torch
@@ -15,6 +16,7 @@ from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 from torch import fx
 
+from fxfuse.analysis import labels
 from fxfuse.analysis.labels import (
     NEURON,
     PART,
@@ -23,7 +25,9 @@ from fxfuse.analysis.labels import (
     Ids,
     Kind,
     Place,
+    Repeating,
     counted,
+    distinct,
     flat_ids,
     neurons,
     numbered,
@@ -107,12 +111,13 @@ class CouplingConstraints:
     freezes: list[Freeze] = field(default_factory=list)
     mixings: list[Mixing] = field(default_factory=list)
     gaps: list[Gap] = field(default_factory=list)
-    touches: list[tuple[NDArray[np.int64], NDArray[np.int64], int]] = field(default_factory=list)
+    touches: list[tuple[DimLabels, int]] = field(default_factory=list)
     readers: set[Place] = field(default_factory=set)
     writers: set[Place] = field(default_factory=set)
     node: fx.Node | None = None
     clock: int = 0
     keeps_groups: frozenset[str] = frozenset()
+    _stays: NDArray[np.bool_] = field(default_factory=lambda: np.zeros(0, dtype=bool))
 
     def parameter(self, name: str, shape: Sequence[int]) -> AbstractTensor:
         """Return a parameter or float buffer, with fresh ids along each of its dimensions."""
@@ -142,7 +147,7 @@ class CouplingConstraints:
 
     def owners_of(self, ids: Ids) -> set[Place]:
         """Return the (tensor, dim) pairs that own the given ids."""
-        flat = np.unique(flat_ids(neurons(ids)))
+        flat = distinct(flat_ids(neurons(ids)))
         return {self.owners[i] for i in np.unique(self.owner_positions(flat[flat > 0]))}
 
     # --- what rules say -------------------------------------------------------------------------
@@ -154,23 +159,48 @@ class CouplingConstraints:
         real = (x > 0) & (y > 0) & (x != y)
         if real.any():
             x, y = x[real], y[real]
-            self.strands.append((x, y))
-            self.ties.append((x & NEURON, y & NEURON, self.node))
+            ties = x & NEURON, y & NEURON
+            if len(x) > labels.LARGE:
+                # Neurons that stay form no groups, so nobody asks how they are tied.
+                loose = ~(self.stay(ties[0]) | self.stay(ties[1]))
+                x, y, ties = x[loose], y[loose], _each_once(*ties)
+            if len(x):
+                self.strands.append((x, y))
+            self.ties.append((*ties, self.node))
+
+    def tie_fields(self, f: DimLabels, g: DimLabels) -> None:
+        """Neurons at the same place of two fields move together."""
+        if f is g:
+            return
+        if self._is_settled(f) and self._is_settled(g) and f.shape == g.shape:
+            self.tie(*f.beside(g))
+        else:
+            self.tie(f.ids, g.ids)
+
+    def _is_settled(self, f: DimLabels) -> TypeGuard[Repeating]:
+        """Tell whether a field has a table, and neurons that stay, whose parts nobody asks for."""
+        return isinstance(f, Repeating) and bool(self.stay(f.held).all())
 
     def block(self, f: DimLabels, dims: Iterable[int]) -> None:
         """All neurons along `dims` become one unit, in order."""
-        dims, order, stride = tuple(dims), torch.zeros_like(f.ids), 1
+        dims, stride = tuple(dims), 1
+        if self._is_settled(f):
+            rows = DimLabels(neurons(f.table), f.dims)
+            self.tie(rows.first(dims), rows.ids)
+            return
+        ids = f.ids
+        self.tie(f.first(dims), ids)
+        order = torch.zeros_like(ids)
         for dim in dims:
-            size = f.ids.shape[dim]
-            line = torch.arange(size).reshape([-1 if d == dim else 1 for d in range(f.ids.dim())])
+            size = ids.shape[dim]
+            line = torch.arange(size).reshape([-1 if d == dim else 1 for d in range(ids.dim())])
             order, stride = order + line * stride, stride * size
-        self.tie(f.first(dims), f.ids)
-        self.orders.append((flat_ids(f.ids), flat_ids(order)))
+        self.orders.append((flat_ids(ids), flat_ids(order)))
 
     def tell_apart(self, f: DimLabels, dim: int) -> None:
         """Neurons that differ along a dimension are no longer interchangeable with one another."""
         if dim in f.dims:
-            place = numbered(f.ids.shape, dim, 0).ids.expand(f.ids.shape)
+            place = numbered(f.shape, dim, 0).ids.expand(f.shape)
             self.orders.append((flat_ids(f.ids), flat_ids(place)))
 
     def freeze(
@@ -178,8 +208,24 @@ class CouplingConstraints:
     ) -> None:
         """The neurons of a field stay where they are (the arguments are those of `Freeze`)."""
         inside = inside or kind is Kind.KEEP_BASE
-        ids = np.unique(f.tally[0] & NEURON)
-        self.freezes.append(Freeze(ids, kind, why, self.node, operator, inside))
+        if len(self._stays) < self.count:
+            self._stays = np.pad(self._stays, (0, 2 * self.count - len(self._stays)))
+        self._stays[f.held] = True
+        self.freezes.append(Freeze(f.held, kind, why, self.node, operator, inside))
+
+    def stay(self, ids: NDArray[np.int64]) -> NDArray[np.bool_]:
+        """Tell which neurons are frozen themselves already, whatever they are tied to."""
+        found = np.zeros(len(ids), dtype=bool)
+        known = ids < len(self._stays)
+        found[known] = self._stays[ids[known]]
+        return found
+
+    def settled(self, value: AbstractTensor) -> AbstractTensor:
+        """Return the same value, in which large fields of neurons that stay take less room."""
+        if not any(isinstance(f, Repeating) for f in value.fields):
+            return value
+        fields = (f.settled() if self._is_settled(f) else f for f in value.fields)
+        return replace(value, fields=tuple(fields))
 
     def ask(self, tensor: str, kind: Kind, why: str) -> None:
         """All neurons of a parameter stay where they are, because it was asked for."""
@@ -187,14 +233,22 @@ class CouplingConstraints:
             if name == tensor:
                 self.freezes.append(Freeze(self.ids_of(owner), kind, why, None, asked=True))
 
-    def mix(self, why: str, sources: frozenset[str] = frozenset(), ids: Ids | None = None) -> None:
+    def mix(
+        self,
+        why: str,
+        sources: frozenset[str] = frozenset(),
+        ids: Ids | DimLabels | None = None,
+    ) -> None:
         """Members put side by side no longer give the mean of the members after this operator."""
-        flat = None if ids is None else np.unique(flat_ids(neurons(ids)))
+        if isinstance(ids, DimLabels):
+            flat: NDArray[np.int64] | None = ids.held
+        else:
+            flat = None if ids is None else distinct(flat_ids(neurons(ids)))
         self.mixings.append(Mixing(why, self.node, sources, flat))
 
     def record_use(self, value: AbstractTensor, tag: int = 0) -> None:
         """Neurons of `value` pass through the current operator (part of a unit's signature)."""
-        self.touches += [(*f.tally, 2 * self.clock + tag) for f in value.fields]
+        self.touches += [(f, 2 * self.clock + tag) for f in value.fields]
 
     def role(self, value: AbstractTensor, f: DimLabels, *, reader: bool) -> None:
         """Note on which side of its tensor a parameter's field is used."""
@@ -220,7 +274,7 @@ class CouplingConstraints:
             else:
                 # What `large` has more of stays in order: two outputs of a depthwise channel, say.
                 self.block(large, sorted(set(large.dims) - set(small.dims)))
-                self.tie(small.ids, large.ids)
+                self.tie_fields(small, large)
         self.node = None
         return self._connect() if pending else component
 
@@ -236,21 +290,22 @@ class CouplingConstraints:
                 low = middle + 1
         return self.ties[low][2] if low < len(self.ties) else None
 
-    def slots(self, component: NDArray[np.int64]) -> NDArray[np.int64]:
+    def slots(self, component: NDArray[np.int64], frozen: NDArray[np.bool_]) -> NDArray[np.int64]:
         """Number the neurons of one owner in each unit: equal numbers should correspond.
 
         Neurons correspond when they play the same part in their units: the same owner, the same
         place in every block, the same operators passed, tied in the same way to neurons that
         correspond (colour refinement). Where that tells nothing, their indices decide;
-        `structure` says whether the units are alike under this numbering.
+        `structure` says whether the units are alike under this numbering. The neurons of `frozen`
+        components, which are no units, get no numbers.
         """
         owner = self.owner_positions(np.arange(self.count))
         keys, counts = np.unique(component * len(self.owners) + owner, return_counts=True)
         # Units with one slot in each place have no order to find.
         several = np.zeros(int(component.max(initial=0)) + 1, dtype=bool)
         several[keys[counts > 1] // len(self.owners)] = True
-        wanted = several[component]
-        colour = self._seen(_scramble(owner.astype(np.uint64)))
+        wanted = (several & ~frozen)[component]
+        colour = self._seen(_scramble(owner.astype(np.uint64)), wanted)
         ends = [
             self._labelled(*strand, number, wanted) for number, strand in enumerate(self.strands)
         ]
@@ -271,28 +326,34 @@ class CouplingConstraints:
         return slot
 
     def structure(
-        self, component: NDArray[np.int64], slots: NDArray[np.int64]
+        self,
+        component: NDArray[np.int64],
+        slots: NDArray[np.int64],
+        frozen: NDArray[np.bool_],
     ) -> NDArray[np.uint64]:
         """Return for each unit, a hash of all that was found out about its slots.
 
         Two units with the same hash are interchangeable slot by slot: every operator treats their
-        slots alike, and the slots are tied alike.
+        slots alike, and the slots are tied alike. That of a `frozen` component says nothing.
         """
+        wanted = ~frozen[component]
         owner = self.owner_positions(np.arange(self.count))
         slot = _scramble((owner << PART | slots).astype(np.uint64))
         result = np.zeros(int(component.max(initial=0)) + 1, dtype=np.uint64)
-        np.add.at(result, component, _scramble(self._seen(slot)))
-        everything = np.ones(self.count, dtype=bool)
+        np.add.at(result, component, _scramble(self._seen(slot, wanted)))
         for number, strand in enumerate(self.strands):
-            x, y, forth, _ = self._labelled(*strand, number, everything)
+            x, y, forth, _ = self._labelled(*strand, number, wanted)
             # Which end of a strand is which shows in its label.
             np.add.at(result, component[x], _scramble(_scramble(slot[x] ^ forth) + slot[y]))
         return result
 
-    def _seen(self, colour: NDArray[np.uint64]) -> NDArray[np.uint64]:
-        """Add to each neuron's colour what the operators saw of the neuron itself."""
+    def _seen(self, colour: NDArray[np.uint64], wanted: NDArray[np.bool_]) -> NDArray[np.uint64]:
+        """Add to the colour of the neurons wanted what the operators saw of the neuron itself."""
         colour = colour.copy()
-        for ids, counts, tag in self.touches:
+        for f, tag in self.touches:
+            if isinstance(f, Repeating) and not wanted[f.held].any():
+                continue
+            ids, counts = f.tally
             seen = counts.astype(np.uint64) * _scramble(_key(2 * tag, ids >> PART))
             np.add.at(colour, ids & NEURON, seen)
         for number, (ids, order) in enumerate(self.orders):
@@ -325,6 +386,16 @@ def _connected(ties: Sequence[Tie], count: int) -> NDArray[np.int64]:
     graph = coo_array((np.ones(len(a), dtype=np.int8), (a, b)), shape=(count, count))
     _, component = connected_components(graph, directed=False)
     return np.asarray(component, dtype=np.int64)
+
+
+def _each_once(
+    x: NDArray[np.int64], y: NDArray[np.int64]
+) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Return each pair of neurons once."""
+    left, right = distinct(x), distinct(y)
+    # Numbered within what appears, few pairs are possible and need no sorting.
+    pairs = distinct(np.searchsorted(left, x) * len(right) + np.searchsorted(right, y))
+    return left[pairs // len(right)], right[pairs % len(right)]
 
 
 def _scramble(keys: NDArray[np.uint64]) -> NDArray[np.uint64]:

@@ -43,8 +43,8 @@ def form_groups(
 
     `component` is that of each id, `frozen` bool [components].
     """
-    parts = coupling.slots(component)
-    structure = coupling.structure(component, parts)
+    parts = coupling.slots(component, frozen)
+    structure = coupling.structure(component, parts, frozen)
     owners = [(p, n) for n, p in enumerate(coupling.owners) if not p[0].startswith("<")]
     places = [(p, coupling.ids_of(owner)) for p, owner in owners]
     appeared = np.full(len(frozen), len(places))

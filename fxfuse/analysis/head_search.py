@@ -89,7 +89,7 @@ def _writers(member: Program, output: fx.Node) -> dict[int, set[str]]:
     value = graph.values[output]
     found: dict[int, set[str]] = defaultdict(set)
     for f in value.fields if isinstance(value, AbstractTensor) else ():
-        here = component[neurons(f.ids).reshape(-1).numpy()]
+        here = component[neurons(f.bare).reshape(-1).numpy()]
         if len(f.dims) != 1 or len(np.unique(here)) < len(here):
             continue
         for owner, (name, _) in enumerate(graph.coupling.owners):

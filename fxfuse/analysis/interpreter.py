@@ -123,6 +123,7 @@ class _Interpreter:
             if result is NotImplemented:
                 result = self.boundary(node, operands, has_rule=rule is not None)
         check_result(node, result, self.coupling.count)
+        result = pytree.tree_map_only(AbstractTensor, self.coupling.settled, result)
         self.mutate(node, result)
         return result
 
@@ -341,7 +342,7 @@ def _operands(args: Any, kwargs: Any) -> list[AbstractTensor]:
 
 def _same_labels(a: AbstractTensor, b: AbstractTensor) -> bool:
     return len(a.fields) == len(b.fields) and all(
-        f.dims == g.dims and torch.equal(f.ids, g.ids)
+        f is g or (f.dims == g.dims and torch.equal(f.ids, g.ids))
         for f, g in zip(a.fields, b.fields, strict=True)
     )
 

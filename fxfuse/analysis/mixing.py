@@ -12,7 +12,7 @@ from fxfuse.analysis.constraints import Asked
 from fxfuse.analysis.coupling_constraints import CouplingConstraints
 from fxfuse.analysis.freezing import FrozenComponents, FrozenReason
 from fxfuse.analysis.grouping import CouplingGroup
-from fxfuse.analysis.labels import AbstractTensor, Index, Kind, Place, neurons
+from fxfuse.analysis.labels import AbstractTensor, Index, Kind, Place
 from fxfuse.graph.capture import Program
 from fxfuse.graph.source_lines import source_of
 
@@ -51,7 +51,7 @@ def mixing_notes(
         fields = [
             f for value in operands if isinstance(value, AbstractTensor) for f in value.fields
         ]
-        ids = [component[neurons(f.ids[f.ids > 0]).numpy()] for f in fields]
+        ids = [component[f.held] for f in fields]
         return bool(fields) and all(bool(heads[each].all()) for each in ids)
 
     averaged = stuck.kind_is(Kind.OUTPUT)

@@ -189,7 +189,7 @@ def _numbers_apart(
             first.values.get(ours), is_leaf=lambda x: isinstance(x, AbstractTensor)
         )
         fields = [f for value in values if isinstance(value, AbstractTensor) for f in value.fields]
-        if any(inside[component[neurons(f.ids).reshape(-1).numpy()]].any() for f in fields):
+        if any(inside[component[neurons(f.bare).reshape(-1).numpy()]].any() for f in fields):
             continue
         if shapes[0] == shapes[1]:
             why = f"{ours.format_node()} vs {theirs.format_node()}"

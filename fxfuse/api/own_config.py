@@ -66,15 +66,31 @@ def configured(
     if not has_config(source):
         return None
     search = _Search(type(source), {name: tensor.shape for name, tensor in state.items()}, sizes)
+    first, dtype = next(iter(state.values())), getattr(source, "dtype", None)
     for found in search.all_fitting(source.config):
-        with torch.random.fork_rng(devices=[]):
-            model: nn.Module = type(source)(found)
-        first = next(iter(state.values()))
-        model.to(first.device, getattr(source, "dtype", None))
+        model = _built(type(source), found, dtype).to(first.device)
         model.load_state_dict(dict(state), strict=False)
         if not difference(model.eval()):
             return model.train(source.training)
     return None
+
+
+def _built(kind: type, config: Any, dtype: torch.dtype | None) -> nn.Module:
+    """Build a network, its weights in their dtype at once: in float32 they may be too large."""
+    if dtype is None or not dtype.is_floating_point:
+        dtype = torch.get_default_dtype()
+    before = torch.get_default_dtype()
+    with torch.random.fork_rng(devices=[]):
+        torch.set_default_dtype(dtype)
+        try:
+            made: nn.Module = kind(config)
+        # Some initial values cannot be drawn in half precision.
+        except RuntimeError:
+            torch.set_default_dtype(before)
+            made = kind(config).to(dtype)
+        finally:
+            torch.set_default_dtype(before)
+    return made
 
 
 class _Search:

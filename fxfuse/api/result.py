@@ -18,6 +18,7 @@ from fxfuse.common.readable import Description, Readable
 from fxfuse.errors import CheckpointError, OptionError, RewriteError
 from fxfuse.graph.capture import Program
 from fxfuse.graph.torch_compat import original_module
+from fxfuse.members.streamed import check_buffers, tied_parameters
 from fxfuse.planning.plan import FusionPlan
 from fxfuse.refine import MatchReport, RefitReport
 from fxfuse.refine.history import History
@@ -255,14 +256,23 @@ class FusionResult(Readable):
     def load_into(self, model: Model) -> Model:
         """Load the fused weights into the user's own class, strictly; return that model.
 
+        A model on the meta device takes the fused tensors themselves, so that no second copy of
+        them is in memory; what is tied in it stays tied.
+
         Raises:
             CheckpointError: The model has other tensors.
+            MemberError: A buffer that is not saved with the weights is on the meta device.
             OptionError: The network has several heads, and a member's class only one.
         """
         check_type("model", model, nn.Module, how="pass a network of the members' class")
         self._require_one_head(type(model).__name__)
+        own, state = original_module(model), self.state_dict()
+        empty = any(tensor.is_meta for tensor in own.state_dict().values())
+        if empty:
+            check_buffers(own)
+            state |= tied_parameters(own, state)
         try:
-            original_module(model).load_state_dict(self.state_dict(), strict=True)
+            own.load_state_dict(state, strict=True, assign=empty)
         except RuntimeError as error:
             raise CheckpointError(
                 f"the fused network does not fit {type(model).__name__}",

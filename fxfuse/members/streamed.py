@@ -81,7 +81,7 @@ def with_tensors(
     with ALONE:
         made = copy.deepcopy(template)
     if any(tensor.is_meta for tensor in (*made.parameters(), *made.buffers())):
-        _check_buffers(made)
+        check_buffers(made)
         _materialise(made)
     load_tensors(made, tensors, source)
     return made
@@ -169,14 +169,28 @@ def _materialise(module: nn.Module) -> None:
             setattr(own, name, real(tensor))
 
 
-def _check_buffers(module: nn.Module) -> None:
+def tied_parameters(
+    module: nn.Module, state: Mapping[str, torch.Tensor]
+) -> dict[str, nn.Parameter]:
+    """Return a module's parameters with the values of `state`; those that are tied are one."""
+    made: dict[int, nn.Parameter] = {}
+    found = {}
+    for name, own in module.named_parameters(remove_duplicate=False):
+        if name in state:
+            if id(own) not in made:
+                made[id(own)] = nn.Parameter(state[name], requires_grad=own.requires_grad)
+            found[name] = made[id(own)]
+    return found
+
+
+def check_buffers(module: nn.Module) -> None:
     """Check that whatever no checkpoint holds has values."""
     stored = module.state_dict().keys()
     for name, buffer in module.named_buffers(remove_duplicate=False):
         if buffer.is_meta and name not in stored:
             raise MemberError(
-                "the template has no values for a buffer that no checkpoint holds",
+                "there are no values for a buffer that no checkpoint holds",
                 where=name,
                 why="the buffer is not saved with the weights, and it is on the meta device",
-                how="build the template on the CPU",
+                how="build the network on the CPU, or only the module that has the buffer",
             )

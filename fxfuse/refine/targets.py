@@ -176,13 +176,13 @@ class Targets:
         return found[number] if number < len(found) else None
 
     def _is_told(self, f: DimLabels) -> bool:
-        return bool(self.told[np.unique(neurons(f.ids).numpy())].any())
+        return bool(self.told[f.held].any())
 
     def _merger(self, f: DimLabels, theirs: DimLabels, at: _Places, member: int) -> _Merger:
         """Where along a field each place of the fused network comes from in one member."""
         place_ids = f.ids.reshape(-1).numpy()[at.source]
         ids = theirs.ids.reshape(-1).numpy()
-        own = neurons(f.ids).reshape(-1).numpy()[at.source]
+        own = neurons(f.bare).reshape(-1).numpy()[at.source]
         fused, source, weight = self.entries[member]
         keys = self._key(own, at.copy)
         first = np.searchsorted(fused, keys, side="left")

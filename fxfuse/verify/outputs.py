@@ -55,7 +55,7 @@ def _ordered(output: torch.Tensor, value: AbstractTensor, source: Index) -> torc
 
 def _order(f: DimLabels, source: Index) -> Index | None:
     """Return where each place of an output has to be read from; None: as it is."""
-    neuron = neurons(f.ids).reshape(-1).numpy()
+    neuron = neurons(f.bare).reshape(-1).numpy()
     wanted = f.ids.reshape(-1).numpy()
     # The place of a neuron (its part) is the same for the neuron that takes its place.
     held = source[neuron] + (wanted - neuron)

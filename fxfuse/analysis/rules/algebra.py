@@ -9,11 +9,19 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from functools import partial, reduce
-
-import torch
+from math import prod
 
 from fxfuse.analysis.coupling_constraints import CouplingConstraints
-from fxfuse.analysis.labels import AbstractTensor, DimLabels, Kind, neurons, positions
+from fxfuse.analysis.labels import (
+    PART,
+    AbstractTensor,
+    DimLabels,
+    Kind,
+    distinct,
+    flat_ids,
+    neurons,
+    positions,
+)
 
 
 def align(value: AbstractTensor, rank: int) -> AbstractTensor:
@@ -23,12 +31,7 @@ def align(value: AbstractTensor, rank: int) -> AbstractTensor:
         return value
 
     def lift(fields: tuple[DimLabels, ...]) -> tuple[DimLabels, ...]:
-        return tuple(
-            DimLabels(
-                f.ids.reshape((1,) * extra + tuple(f.ids.shape)), tuple(d + extra for d in f.dims)
-            )
-            for f in fields
-        )
+        return tuple(f.spread(range(extra, rank), rank) for f in fields)
 
     return replace(
         value,
@@ -81,7 +84,7 @@ def _only_one(
             continue
         alone = not any(h.dims == g.dims for h in other.fields if h is not g)
         kept = next((f for f in rivals if alone and _tells_alike(f, g)), None)
-        if kept is None and len(neurons(g.ids).unique()) < g.ids.numel():
+        if kept is None and len(distinct(flat_ids(neurons(g.bare)))) < prod(g.shape):
             continue
         gone = [f for f in rivals if f is not (kept or rivals[0])]
         for f in gone:
@@ -97,11 +100,12 @@ def _only_one(
 
 def _tells_alike(f: DimLabels, g: DimLabels) -> bool:
     """Tell whether the same places hold the same neuron in both fields."""
-    if f.ids.shape != g.ids.shape:
+    if f.shape != g.shape:
         return False
-    both = torch.stack([neurons(f.ids), neurons(g.ids)]).flatten(1)
-    pairs = both.unique(dim=1).shape[1]
-    return bool(pairs == len(both[0].unique()) == len(both[1].unique()))
+    # A neuron has 31 bits at most, so that two make one number.
+    left, right = (flat_ids(neurons(each.bare)) for each in (f, g))
+    pairs = len(distinct(left << PART | right))
+    return pairs == len(distinct(left)) == len(distinct(right))
 
 
 def merge_positions(fields: Iterable[DimLabels]) -> tuple[DimLabels, ...]:
@@ -125,7 +129,7 @@ def _match(
             continue
         if mine == theirs:
             if _are_partners(f, g, own, other):
-                coupling.tie(f.ids, g.ids)
+                coupling.tie_fields(f, g)
         elif mine < theirs:
             coupling.deferred.append((f, g, own.is_parameter, coupling.node))
         elif theirs < mine:
@@ -187,7 +191,7 @@ def _merge(
         twin = next((f for f in ours if set(f.dims) >= set(g.dims)), None)
         if twin is None:
             gone = [f for f in merged if set(f.dims) < set(g.dims)]
-            if gone and bool((neurons(g.ids) == 0).any()):
+            if gone and bool((neurons(g.bare) == 0).any()):
                 # Where only a part of the other tensor has neurons, these would lose their label.
                 for f in gone:
                     coupling.freeze(
@@ -195,7 +199,7 @@ def _merge(
                     )
             merged = [f for f in merged if not any(f is each for each in gone)]
             merged.append(g)
-        elif set(twin.dims) > set(g.dims) and bool((neurons(twin.ids) == 0).any()):
+        elif set(twin.dims) > set(g.dims) and bool((neurons(twin.bare) == 0).any()):
             coupling.freeze(g, Kind.KEEP_BASE, "meets a tensor in part of which neurons stand")
     return tuple(merged)
 
@@ -253,7 +257,7 @@ def _note_sum(coupling: CouplingConstraints, f: DimLabels, others: list[Abstract
         coupling.mix("neurons are summed without weights of their own")
     elif not any(other.is_parameter for other in facing):
         coupling.mix("two activations are contracted over their neurons")
-    coupling.mix("an averaged activation is read by weights", ids=f.ids)
+    coupling.mix("an averaged activation is read by weights", ids=f)
 
 
 def _lift(value: AbstractTensor, letters: str, order: str) -> AbstractTensor:
@@ -261,15 +265,7 @@ def _lift(value: AbstractTensor, letters: str, order: str) -> AbstractTensor:
     places = [order.index(x) for x in letters]
 
     def lift(fields: tuple[DimLabels, ...]) -> tuple[DimLabels, ...]:
-        lifted = []
-        for f in fields:
-            permutation = sorted(range(len(letters)), key=lambda d: places[d])
-            ids = f.ids.permute(permutation)
-            shape = [1] * len(order)
-            for d in permutation:
-                shape[places[d]] = f.ids.shape[d]
-            lifted.append(DimLabels(ids.reshape(shape), tuple(sorted(places[d] for d in f.dims))))
-        return tuple(lifted)
+        return tuple(f.spread(places, len(order)) for f in fields)
 
     shape = [1] * len(order)
     for d, place in enumerate(places):
@@ -299,7 +295,7 @@ def _lower(
     fields: dict[tuple[int, ...], DimLabels] = {}
     for f in lower(met.fields):
         # Labels that now share their dimensions say the same neurons twice.
-        coupling.tie(fields.setdefault(f.dims, f).ids, f.ids)
+        coupling.tie_fields(fields.setdefault(f.dims, f), f)
     # One that lost a dimension of its block says less than another of the same units.
     told = [f for f in fields.values() if not any(set(f.dims) < set(dims) for dims in fields)]
     shape = tuple(met.shape[d] for d in keep)

@@ -125,7 +125,7 @@ def _diagonal(call: Call, value: AbstractTensor, letters: str) -> tuple[Abstract
             letters = letters[:first] + letters[first + 1 : second] + letters[second + 1 :] + letter
             along = [f for f in value.fields if len(letters) - 1 in f.dims]
             for f in along[1:]:
-                call.coupling.tie(along[0].ids, f.ids)
+                call.coupling.tie_fields(along[0], f)
             # One of labels that say the same neurons twice is enough.
             rest = tuple(f for f in value.fields if not any(f is twin for twin in along[1:]))
             value = replace(value, fields=rest)

@@ -48,7 +48,7 @@ def embedding_bag(call: Call) -> list[AbstractTensor]:
         call.coupling.role(weight, f, reader=False)
     if call.argument("mode") == _MAX:
         for f in table.fields:
-            call.coupling.mix("an averaged activation passes a nonlinear operator", ids=f.ids)
+            call.coupling.mix("an averaged activation passes a nonlinear operator", ids=f)
     results = []
     for fake in call.node.meta["val"]:
         shape = concrete_shape(fake)

@@ -9,7 +9,16 @@ from typing import Any
 import torch
 from torch import fx
 
-from fxfuse.analysis.labels import AbstractTensor, DimLabels, Kind, numbered, positions
+from fxfuse.analysis.labels import (
+    NOTHING,
+    AbstractTensor,
+    DimLabels,
+    Kind,
+    Repeating,
+    numbered,
+    positions,
+    without_repetitions,
+)
 from fxfuse.analysis.rules.algebra import only_unlabelled
 from fxfuse.analysis.rules.registry import Call, rule
 from fxfuse.graph.arguments import argument
@@ -201,10 +210,7 @@ def join(
     fields: list[DimLabels] = []
     if along:
         rows = [_along(call, v, dim, is_state=is_cat and _is_state(v, dim)) for v in parts]
-        wide = torch.broadcast_shapes(*(_with(r.shape, dim, 1) for r in rows))
-        rows = [r.expand(_with(wide, dim, r.shape[dim])) for r in rows]
-        places = [torch.full_like(r, place) for place, r in enumerate(rows)]
-        found = DimLabels.of(operation(rows), partial(operation, places))
+        found = _joined(rows, dim, operation)
         fields += [found] if found else []
     across = _across(call, parts, dim)
     if across is NotImplemented:
@@ -218,12 +224,30 @@ def join(
     )
 
 
+def _joined(
+    rows: list[DimLabels], dim: int, operation: Callable[[list[torch.Tensor]], torch.Tensor]
+) -> DimLabels | None:
+    wide = torch.broadcast_shapes(*(_with(r.shape, dim, 1) for r in rows))
+    shapes = [_with(wide, dim, r.shape[dim]) for r in rows]
+
+    def run(ids: Sequence[torch.Tensor]) -> torch.Tensor:
+        return operation([x.expand(shape) for x, shape in zip(ids, shapes, strict=True)])
+
+    def exact() -> DimLabels | None:
+        places = [torch.tensor(place).expand([1] * len(wide)) for place in range(len(rows))]
+        return DimLabels.of(run([r.ids for r in rows]), partial(run, places))
+
+    if any(isinstance(r, Repeating) for r in rows):
+        return without_repetitions(run([r.bare for r in rows]), exact)
+    return exact()
+
+
 def _with(shape: Sequence[int], dim: int, size: int) -> list[int]:
     return [size if d == dim else s for d, s in enumerate(shape)]
 
 
-def _along(call: Call, value: AbstractTensor, dim: int, *, is_state: bool) -> torch.Tensor:
-    """Ids of one part along the joined dimension; fresh ids where it has no labels.
+def _along(call: Call, value: AbstractTensor, dim: int, *, is_state: bool) -> DimLabels:
+    """Labels of one part along the joined dimension; fresh ids where it has no labels.
 
     They freeze, except in a state that begins as a constant: that holds no order.
     """
@@ -231,14 +255,14 @@ def _along(call: Call, value: AbstractTensor, dim: int, *, is_state: bool) -> to
     found = [f for f in value.fields if dim in f.dims]
     if found:
         for extra in found[1:]:
-            call.coupling.tie(found[0].ids, extra.ids)
-        return found[0].ids
+            call.coupling.tie_fields(found[0], extra)
+        return found[0]
     start = call.coupling.fresh(size, (f"<{call.node.name}>", dim))
     own = numbered(value.shape, dim, start)
     if not is_state:
         why = "content without labels is joined to labelled neurons"
         call.coupling.freeze(own, Kind.SHARED_INDEX, why)
-    return own.ids
+    return own
 
 
 def _is_state(value: AbstractTensor, dim: int) -> bool:
@@ -264,7 +288,7 @@ def _across(call: Call, parts: list[AbstractTensor], dim: int) -> Any:
         for part, fields in zip(parts, rest, strict=True):
             twin = next((g for g in fields if g.dims == f.dims), None)
             if twin is not None:
-                call.coupling.tie(f.ids, twin.ids)
+                call.coupling.tie_fields(f, twin)
             elif set(f.dims) & (part.unlabelled | {d for g in part.fields for d in g.dims}):
                 return NotImplemented
     return canonical
@@ -284,7 +308,7 @@ def run_on_ids(call: Call, operation: Any) -> Any:
     def run(ids: torch.Tensor) -> Any:
         return operation(ids, *args, **kwargs)
 
-    probe = run(torch.empty(()).expand(value.shape))
+    probe = run(NOTHING.expand(value.shape))
     if isinstance(probe, torch.Tensor):
         return _moved(call, value, run)
     return [_moved(call, value, partial(_nth, run, i)) for i in range(len(probe))]

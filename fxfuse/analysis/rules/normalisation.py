@@ -29,7 +29,7 @@ def _affine(call: Call, x: AbstractTensor, dim: int) -> AbstractTensor:
         column = parameter.moved(lambda t, n=trailing: t.reshape(*t.shape, *[1] * n))  # type: ignore[misc]
         result = meet(call.coupling, result, align(column, x.rank))
     for f in x.fields:
-        call.coupling.mix("an averaged activation is normalised", ids=f.ids)
+        call.coupling.mix("an averaged activation is normalised", ids=f)
     return replace(result, shape=x.shape, constant=None)
 
 
@@ -97,7 +97,7 @@ def softmax(call: Call) -> AbstractTensor:
     call.coupling.record_use(x)
     reduce_over(call.coupling, x, [call.args[1] % x.rank], "softmax over the members' neurons")
     for f in x.fields:
-        call.coupling.mix("an averaged activation passes a softmax", ids=f.ids)
+        call.coupling.mix("an averaged activation passes a softmax", ids=f)
     return x
 
 
@@ -120,7 +120,7 @@ def weight_norm(call: Call) -> Any:
     rows = [f for f in direction.fields if dim in f.dims]
     # Other members' places in a row are zero, so its norm stays, unless the row is an average.
     for f in rows:
-        coupling.mix("an averaged weight is normalised", ids=f.ids)
+        coupling.mix("an averaged weight is normalised", ids=f)
     if not rows:
         coupling.mix("a weight is normalised over the members' neurons")
     result = replace(

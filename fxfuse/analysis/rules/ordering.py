@@ -42,7 +42,7 @@ def ranked(call: Call) -> Any:
     call.coupling.record_use(x)
     reduce_over(call.coupling, x, [dim], "sorted over the members' neurons")
     for f in x.fields:
-        call.coupling.mix("an averaged activation passes a nonlinear operator", ids=f.ids)
+        call.coupling.mix("an averaged activation passes a nonlinear operator", ids=f)
     rest = drop(x, [dim], keepdim=True)
 
     def result(fake: torch.Tensor) -> AbstractTensor:
@@ -66,7 +66,7 @@ def _kept(call: Call, dims: Iterable[int]) -> Any:
     stuck = {d: f for f in x.fields for d in over if f.dims == (d,)}
     rest = only_unlabelled(call.coupling, x, over, _WHY)
     for f in rest.fields:
-        call.coupling.mix("an averaged activation passes a nonlinear operator", ids=f.ids)
+        call.coupling.mix("an averaged activation passes a nonlinear operator", ids=f)
 
     def result(fake: torch.Tensor) -> AbstractTensor:
         shape = concrete_shape(fake)

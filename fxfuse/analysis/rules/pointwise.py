@@ -99,7 +99,7 @@ def pointwise(call: Call) -> AbstractTensor:
         result = meet(call.coupling, result, other)
     if not _is_linear(call, operands):
         for f in result.fields:
-            call.coupling.mix("an averaged activation passes a nonlinear operator", ids=f.ids)
+            call.coupling.mix("an averaged activation passes a nonlinear operator", ids=f)
     if result.is_parameter and not _keeps_zeros(call):
         call.coupling.mix("zeros between the members' weights do not stay zeros")
     return replace(result, shape=call.shape, constant=None)
@@ -133,7 +133,7 @@ def _are_neighbours(f: DimLabels, g: DimLabels) -> bool:
     """Tell whether each neuron of a field meets one at a fixed distance in the same dimension."""
     if f.dims != g.dims or f.ids.shape != g.ids.shape:
         return False
-    steps = (neurons(f.ids) - neurons(g.ids)).unique()
+    steps = (neurons(f.bare) - neurons(g.ids)).unique()
     return len(steps) == 1 and 0 < abs(int(steps)) < f.ids.numel()
 
 
@@ -176,7 +176,7 @@ def gated_linear_unit(call: Call) -> AbstractTensor:
     for place, part in enumerate(parts):
         call.coupling.record_use(part, place)
     for f in parts[0].fields:
-        call.coupling.mix("an averaged activation passes a nonlinear operator", ids=f.ids)
+        call.coupling.mix("an averaged activation passes a nonlinear operator", ids=f)
     return replace(meet(call.coupling, *parts), shape=call.shape)
 
 
@@ -189,5 +189,5 @@ def parametric_relu(call: Call) -> AbstractTensor:
         call.coupling.role(slope, f, reader=False)
     column = slope.moved(lambda t: t.reshape([-1] + [1] * max(x.rank - 2, 0)))
     for f in x.fields:
-        call.coupling.mix("an averaged activation passes a nonlinear operator", ids=f.ids)
+        call.coupling.mix("an averaged activation passes a nonlinear operator", ids=f)
     return replace(meet(call.coupling, x, align(column, x.rank)), shape=x.shape)

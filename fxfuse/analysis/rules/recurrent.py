@@ -144,7 +144,7 @@ def step(
     again = contract(coupling, [(states[0], lead + "h"), (weights.recurrent, "gh")], lead + "g")
     meet(coupling, rows, again)
     for f in rows.fields:
-        coupling.mix("an averaged activation passes a recurrent layer", ids=f.ids)
+        coupling.mix("an averaged activation passes a recurrent layer", ids=f)
     return [replace(state, shape=(*x.shape[:-1], state.shape[-1])) for state in states]
 
 

@@ -166,7 +166,7 @@ def compare(call: Call) -> AbstractTensor:
     dim = (-1 if given is None else given) % rank
     reduce_over(coupling, met, [dim], "compared over the members' neurons")
     for f in met.fields:
-        coupling.mix("an averaged activation passes a nonlinear operator", ids=f.ids)
+        coupling.mix("an averaged activation passes a nonlinear operator", ids=f)
     return replace(drop(met, [dim], keepdim=bool(call.optional("keepdim"))), shape=call.shape)
 
 
@@ -257,4 +257,4 @@ def choose(call: Call) -> Any:
 def _note_nonlinear(call: Call, x: AbstractTensor) -> None:
     if not schema_of(call.node.target).name.startswith(_AVERAGES):
         for f in x.fields:
-            call.coupling.mix("an averaged activation passes a nonlinear operator", ids=f.ids)
+            call.coupling.mix("an averaged activation passes a nonlinear operator", ids=f)

@@ -48,7 +48,7 @@ def roi(call: Call) -> Any:
     x = only_unlabelled(call.coupling, x, (0, 2, 3), "sampled at boxes: neighbours matter")
     boxes = only_unlabelled(call.coupling, boxes, (0, 1), "the coordinates of a box are in order")
     for f in x.fields:
-        call.coupling.mix("an averaged activation is sampled at boxes", ids=f.ids)
+        call.coupling.mix("an averaged activation is sampled at boxes", ids=f)
     produced = call.node.meta["val"]
     # roi_pool also returns where each maximum was found, channel by channel.
     if isinstance(produced, list | tuple):

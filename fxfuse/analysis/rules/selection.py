@@ -207,7 +207,7 @@ def _scattered(call: Call, over: set[int], operands: list[AbstractTensor]) -> Ab
     met = reduce(partial(meet, call.coupling), rows)
     if schema_of(call.node.target).name.removesuffix("_") not in _LINEAR:
         for f in met.fields:
-            call.coupling.mix("an averaged activation passes a nonlinear operator", ids=f.ids)
+            call.coupling.mix("an averaged activation passes a nonlinear operator", ids=f)
     shape = call.shape
     return replace(
         met,
@@ -237,7 +237,7 @@ def segments(call: Call) -> AbstractTensor:
     x = only_unlabelled(call.coupling, x, [axis], _WHY)
     if call.argument("reduce") not in ("sum", "mean"):
         for f in x.fields:
-            call.coupling.mix("an averaged activation passes a nonlinear operator", ids=f.ids)
+            call.coupling.mix("an averaged activation passes a nonlinear operator", ids=f)
     sources, shape = sources_of(call.values()), call.shape
     varying = positions(shape, x.unlabelled | {axis})
     return replace(x, shape=shape, positions=varying, sources=sources, constant=None)
@@ -256,7 +256,7 @@ def search(call: Call) -> Any:
     if line.is_parameter:
         call.coupling.mix("a parameter is shared by all units", sources=line.sources or frozenset())
     for f in x.fields:
-        call.coupling.mix("an averaged activation passes a nonlinear operator", ids=f.ids)
+        call.coupling.mix("an averaged activation passes a nonlinear operator", ids=f)
     if line.rank > 1:
         for f in line.fields:
             call.coupling.role(line, f, reader=False)

@@ -52,7 +52,7 @@ def same_labels(*, ordered: Sequence[int] = (), mixed: Sequence[int] = ()) -> Ru
         name = call.node.target
         reduce_over(call.coupling, x, {d % x.rank for d in mixed}, f"{name} over members' neurons")
         for f in x.fields:
-            call.coupling.mix(f"an averaged activation passes {name}", ids=f.ids)
+            call.coupling.mix(f"an averaged activation passes {name}", ids=f)
         varying = x.unlabelled | {d for d in along if x.shape[d] > 1}
         return replace(x, positions=positions(x.shape, varying), constant=None)
 
@@ -97,7 +97,7 @@ def contracting(pattern: str, *, nonlinear: bool = False) -> Rule:
                 result = _added(call, result, letters_out, addend, letters)
         if nonlinear:
             for f in result.fields:
-                call.coupling.mix("an averaged activation passes a nonlinear operator", ids=f.ids)
+                call.coupling.mix("an averaged activation passes a nonlinear operator", ids=f)
         return replace(result, shape=call.shape)
 
     return apply

@@ -123,7 +123,7 @@ class _Roles:
         for f in value.fields:
             if dim in f.dims:
                 others = [d for d in f.dims if d != dim]
-                found = neurons(f.ids)
+                found = neurons(f.bare)
                 ids = (found.amax(others) if others else found).reshape(-1).numpy()
                 break
         rows = self.table[ids]

@@ -63,7 +63,7 @@ class Units:
         return next((self._line(f, dim) for f in value.fields if dim in f.dims), None)
 
     def _line(self, f: DimLabels, dim: int) -> Index:
-        ids = neurons(f.ids)
+        ids = neurons(f.bare)
         for other in f.dims:
             if other != dim:
                 ids = ids.amax(other, keepdim=True)
@@ -90,12 +90,12 @@ class Units:
         return order[: len(order) // 8 * 8]
 
     def _is_one_unit(self, f: DimLabels) -> bool:
-        units = np.unique(self.component[neurons(f.ids).numpy()])
+        units = np.unique(self.component[neurons(f.bare).numpy()])
         return len(units) == 1 and int(units[0]) in self.free
 
     def free_units(self, f: DimLabels) -> Index:
         """Return the unit of each place of a field; -1 where it is none that grows."""
-        units = self.component[neurons(f.ids).numpy()]
+        units = self.component[neurons(f.bare).numpy()]
         return np.where(self.grow(units), units, -1)
 
     def growing(self, f: DimLabels) -> int | None:
