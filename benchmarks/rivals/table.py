@@ -96,7 +96,7 @@ def mlps() -> str:
     return "\n".join([*lines, "", said, ""])
 
 
-_TABLES: dict[str, Callable[[], str]] = {"halves": halves, "same": same, "mlps": mlps}
+_TABLES: dict[str, Callable[[], str]] = {"halves": halves, "mlps": mlps}
 
 
 def _rows(name: str) -> list[dict[str, Any]]:
