@@ -225,6 +225,7 @@ def main() -> None:
         print(json.dumps({**row, "peak_mb": peak()}))
         return
     rows: list[dict[str, Any]] = []
+    about = {"family": options.family, "members": options.members, "versions": versions()}
     options.folder.mkdir()
     try:
         for step in STEPS:
@@ -235,11 +236,10 @@ def main() -> None:
                 row["asked_mb"] = round(row["result_mb"] + rows[0]["member_mb"] + BEYOND, 1)
             rows.append(row)
             print(json.dumps(row), flush=True)
+            write(options.json, {**about, "environment": environment(), "rows": rows})
     finally:
         if not options.keep:
             shutil.rmtree(options.folder)
-    about = {"family": options.family, "members": options.members, "versions": versions()}
-    write(options.json, {**about, "environment": environment(), "rows": rows})
 
 
 if __name__ == "__main__":

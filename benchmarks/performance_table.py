@@ -225,12 +225,34 @@ def report_size(results: dict[str, Any]) -> str:
     )
 
 
+def billion(results: dict[str, Any]) -> str:
+    """Time and memory of each step with a decoder of a billion parameters."""
+    rows = results["rows"]
+    lines = ["| step | parameters | CPU s | s | peak, MB | asked, MB |", f"| --- |{' ---: |' * 5}"]
+    for row in rows:
+        count = f"{row['parameters']:,}" if "parameters" in row else ""
+        asked = f"{row['asked_mb']:,.0f}" if "asked_mb" in row else ""
+        lines.append(
+            f"| {row['step']} | {count} | {row['cpu_s']:g} | {row['wall_s']:g} "
+            f"| {row['peak_mb']:,.0f} | {asked} |"
+        )
+    about = results["environment"]
+    lines += [
+        "",
+        f"{results['members']} members of {rows[0]['member_mb']:,.0f} MB each "
+        f"({results['family']}), one thread on {about['cpu']}, torch {about['torch']}, "
+        f"transformers {results['versions']['transformers']}.",
+    ]
+    return "\n".join(lines) + "\n"
+
+
 #: Name of a table's marks and of its JSON file → its page, and what writes it.
 TABLES: Mapping[str, tuple[Path, Callable[[dict[str, Any]], str]]] = {
     "inference": (PAGE, inference),
     "choice": (PAGE, choice),
     "fusion": (PAGE, fusion),
     "analysis_growth": (PAGE, analysis_growth),
+    "billion": (PAGE, billion),
     "profiles": (PAGE, profiles),
     "report_size": (REPORT, report_size),
 }
