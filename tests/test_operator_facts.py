@@ -213,6 +213,7 @@ NAMED = {
     "ensemble/lowerings/contraction.py": {"addmm", "linear", "matmul", "mm"},
     "ensemble/lowerings/elementwise.py": {"dropout"},
     "refine/regression/sensitivity.py": {"conv1d", "conv2d", "conv3d"},
+    "runtime/quantize.py": {"linear"},
     "verify/in_double.py": {"conv1d"},
 }
 

@@ -206,7 +206,7 @@ def test_results(frozen: fxfuse.FusionResult, wide: fxfuse.FusionResult) -> None
 2 members of SmallResNet (2,636 parameters) fused into one network (2,636 parameters)
   method  transplant (score obs, start refitted)
   refit   5 of 6 layers fitted on 70 inputs, median error from 0.1 to 0.1 of the variance, ...
-  judged  refitted is returned, judged on 15 inputs that no fit has seen (KL in nats)
+  judged  matched from refitted is returned, judged on 15 inputs that no fit has seen (KL in nats)
   task    Classification(): the output [b, 4] is that of a layer; task= says otherwise
   checks  all 3 checks passed
   next    use result.module, or keep it with fxfuse.save(result, folder)""",
