@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import re
 import time
+from types import SimpleNamespace
 from typing import ClassVar
 
 import pytest
@@ -15,6 +16,9 @@ import fxfuse
 from fxfuse import Classification, Match, Regression
 from fxfuse.errors import FxfuseError, InputError, MemberError, OptionError, RefineError
 from fxfuse.refine import match, shift_and_mix
+from fxfuse.refine.match import _batch
+from fxfuse.refine.pool import Teacher
+from fxfuse.refine.schedule import Budget
 
 INPUTS = torch.randn(120, 6, generator=torch.Generator().manual_seed(1))
 IMAGES = torch.randn(40, 1, 6, 6, generator=torch.Generator().manual_seed(2))
@@ -140,6 +144,32 @@ def test_a_budget_that_is_no_step_is_refused_with_the_number_that_would_do():
     assert all(torch.equal(module.state_dict()[name], old) for name, old in before.items())
     # A busy machine takes several times as long for the same step.
     assert match(module, [mlp(1), mlp(2)], INPUTS, Match(seconds=10 * enough)).steps >= 1
+
+
+@pytest.mark.parametrize(("seconds", "sizes"), [(0.0, [2, 4, 8, 8, 8, 7]), (1.0, [2] * 17 + [3])])
+def test_members_are_asked_about_more_inputs_at_once_where_that_is_quick(
+    seconds, sizes, monkeypatch
+):
+    now = [0.0]
+    monkeypatch.setattr("fxfuse.refine.pool.time.process_time", lambda: now[0])
+    teacher = Teacher([], Classification(), None, 8, 0, torch.device("cpu"))
+    found = []
+    for chosen in teacher._growing(torch.arange(37), patience=0.5):
+        found.append(chosen)
+        now[0] += seconds
+    assert [len(chosen) for chosen in found] == sizes
+    assert torch.equal(torch.cat(found), torch.arange(37))
+
+
+@pytest.mark.parametrize(
+    ("least", "each", "batch"), [(0.02, 1e-4, 64), (0.02, 2e-3, 32), (1.0, 2e-3, 2)]
+)
+def test_the_batch_is_as_large_as_the_seconds_allow(least, each, batch, monkeypatch):
+    """A step costs something however few the inputs, and those beyond 16 cost more."""
+    trainer = SimpleNamespace(pool=SimpleNamespace(size=500))
+    trainer.cost = lambda n: (max(least, each * (n - 16)) / n, 1.0)
+    monkeypatch.setattr("fxfuse.refine.schedule.time.process_time", lambda: 0.0)
+    assert _batch(trainer, Budget(None, 5.0), 0.0) == batch
 
 
 class Rates(torch.optim.AdamW):

@@ -51,6 +51,10 @@ _HELD_OUT, _FEW = 0.2, 32
 _LOOKS = (0.25, 0.5, 0.75)
 #: Of a budget in seconds, what the looks may take, and steps that there should be at least.
 _SHARE_OF_LOOKS, _LEAST_STEPS = 0.1, 100
+#: Steps of which there is time for one more than it takes.
+_FEW_STEPS = 20
+#: Of a budget in seconds, what one call of all members may take where it can be smaller.
+_OF_SECONDS = 0.01
 #: A budget in seconds is exceeded by this factor at most.
 _OVER = 1.3
 
@@ -294,13 +298,12 @@ def train(
     look_cost = time.process_time() - begin
     augment = default_augment(fitting.batches[0]) if options.augment is True else options.augment
     chunk = fitting.unit if fitting.fixed else options.batch or _BATCH
-    if options.seconds is not None:
-        chunk = min(chunk, max(2, fitting.unit)) if options.batch is None else chunk
     teacher = Teacher(members, judge.task, augment or None, chunk, options.seed, target)
     pool = teacher.pool(
         fitting,
         drawn=None if steps is None else steps * chunk,
         enough=lambda: budget.is_over(SHARE_OF_POOL),
+        patience=_OF_SECONDS * budget.left(),
         known=None if known is None else known.wanted,
     )
     trainer = Trainer(module, pool, judge.task, chunk, options.weight_decay, options.seed)
@@ -365,13 +368,28 @@ class Best:
 
 
 def _batch(trainer: Trainer, budget: Budget, look: float) -> int:
-    """Inputs per step, by memory and by the time that there is."""
-    seconds, size = trainer.cost(2)
-    batch = fitting_batch(size, min(_BATCH, max(2, trainer.pool.size)))
-    left = budget.left() - look
-    if left < float("inf"):
-        while batch > 2 and left < _LEAST_STEPS * batch * seconds:
-            batch //= 2
+    """Inputs per step, by memory and by the time that there is.
+
+    A step on twice as many inputs is measured, not foreseen: where it takes hardly longer, it pays.
+    """
+    batch = 2
+    seconds, size = trainer.cost(batch)
+    most = fitting_batch(size, min(_BATCH, max(2, trainer.pool.size)))
+    if budget.seconds is None:
+        trainer.seconds_per_input = seconds
+        return most
+
+    def affordable(batch: int, seconds: float, steps: int = _LEAST_STEPS) -> bool:
+        return steps * batch * seconds <= budget.left() - look
+
+    # The first step also pays for what is done once; where it is short, it is measured again.
+    if not affordable(batch, seconds) and affordable(batch, seconds, _FEW_STEPS):
+        seconds = min(seconds, trainer.cost(batch)[0])
+    while 2 * batch <= most and affordable(batch, seconds):
+        further, _ = trainer.cost(2 * batch)
+        if not affordable(2 * batch, further):
+            break
+        batch, seconds = 2 * batch, further
     trainer.seconds_per_input = seconds
     return batch
 

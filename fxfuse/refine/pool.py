@@ -5,7 +5,8 @@ Notation of shapes: n inputs, p pool, * any further dimensions.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -74,6 +75,7 @@ class Teacher:
         *,
         drawn: int | None = None,
         enough: Callable[[], bool] = lambda: False,
+        patience: float = float("inf"),
         known: Answer | None = None,
     ) -> Pool:
         """Ask the members about the inputs and copies of them.
@@ -83,6 +85,7 @@ class Teacher:
             drawn: How many entries will be drawn; a third of them are asked about, or all inputs if
                 those are more. None is no limit.
             enough: Asked after each batch whether the pool is large enough.
+            patience: CPU seconds that a batch may take; batches grow from two inputs until then.
             known: What the ensemble answers to the inputs, if that is known; then only copies are
                 asked about.
 
@@ -102,7 +105,7 @@ class Teacher:
             answers.append(pytree.tree_map_only(Tensor, self._as_trained, known))
             size = calibration.size
         with torch.no_grad():
-            for chunk in self._chunks(calibration, 0 if known is None else 1):
+            for chunk in self._chunks(calibration, 0 if known is None else 1, patience):
                 if size and ((most is not None and size >= most) or enough()):
                     break
                 moved = pytree.tree_map_only(Tensor, lambda x: x.to(self.device), chunk)
@@ -115,7 +118,9 @@ class Teacher:
         """An answer that was kept in float64, as the loss takes it."""
         return x.to(self.device, torch.float32 if x.dtype == torch.float64 else x.dtype)
 
-    def _chunks(self, calibration: CalibrationBatches, first: int) -> Iterator[Call]:
+    def _chunks(
+        self, calibration: CalibrationBatches, first: int, patience: float
+    ) -> Iterator[Call]:
         """Yield all inputs in random order, then copies of them, in batches of 2 or more.
 
         The passes before the `first` one are left out.
@@ -124,16 +129,29 @@ class Teacher:
         count, whole = calibration.size, calibration.whole
         for turn in range(1 if self.augment is None else _PASSES):
             order = torch.randperm(count, generator=generator)
-            pieces = order.tensor_split(max(1, -(-count // self.batch)))
+            pieces: Iterable[Tensor] = order.tensor_split(max(1, -(-count // self.batch)))
             if turn < first:
                 continue
             if calibration.fixed:
                 pieces = tuple(p for p in order.split(self.batch) if len(p) == self.batch)
+            elif patience < float("inf"):
+                pieces = self._growing(order, patience)
             for chosen in pieces:
                 chunk = pick_rows(whole, chosen)
                 if turn and self.augment is not None:
                     chunk = ((self.augment(chunk[0][0], generator),), {})
                 yield chunk
+
+    def _growing(self, order: Tensor, patience: float) -> Iterator[Tensor]:
+        """Yield parts of 2 and more, each twice as large as the last until one takes too long."""
+        size = 2
+        while len(order):
+            end = size + (len(order) == size + 1)
+            begin = time.process_time()
+            yield order[:end]
+            if 2 * (time.process_time() - begin) <= patience:
+                size = min(2 * size, self.batch)
+            order = order[end:]
 
     def _combined(self, chunk: Call) -> Answer:
         """What the ensemble answers to a batch."""
