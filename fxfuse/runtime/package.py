@@ -18,7 +18,7 @@ from fxfuse.graph.capture import export
 from fxfuse.graph.example import Example, first_line
 from fxfuse.graph.tensors import tensors_in
 from fxfuse.refine.fused import Fused
-from fxfuse.runtime.inference import Compiled
+from fxfuse.runtime.inference import Compiled, CompileReport
 from fxfuse.runtime.inputs import resolve_inputs
 from fxfuse.runtime.prepare import answers_of, prepared
 from fxfuse.verify.check import relative_error
@@ -79,9 +79,15 @@ def package(
                 why=first_line(error),
                 how="install a C++ compiler for AOTInductor, or use fxfuse.compile",
             ) from error
-        low = isinstance(network, Compiled) and network.report.error > _TOLERANCE[torch.float32]
+        low = isinstance(network, Compiled) and _is_low(network.report)
         difference = checked(found, expected, _LOW_PRECISION if low else 0.0)
     return difference
+
+
+def _is_low(report: CompileReport) -> bool:
+    """Tell whether a network computes in low precision, so that its answers are off for that."""
+    low = report.dtype not in _TOLERANCE or bool(report.quantize)
+    return low and report.error > _TOLERANCE[torch.float32]
 
 
 def _program(
