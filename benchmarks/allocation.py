@@ -180,10 +180,8 @@ def main() -> None:
     torch.set_num_threads(1)
     rows = records.earlier(RESULTS, "rows", keep=True)
     for name in () if options.table else options.case:
-        for row in measure(name, task_of(name, options.data_root), options.seeds, list(rows)):
-            print({key: value for key, value in row.items() if key != "sizes"}, flush=True)
-            rows.append(row)
-            records.write(RESULTS, {"versions": records.versions(), "rows": rows})
+        task = task_of(name, options.data_root)
+        records.add(RESULTS, rows, measure(name, task, options.seeds, list(rows)))
     page = with_tables(PAGE.read_text(encoding="utf-8"), "allocation", table(rows))
     update({PAGE: page}, "python -m benchmarks.allocation --table", check=False)
 

@@ -30,6 +30,7 @@ import fxfuse
 from benchmarks.memory import peak
 from benchmarks.records import versions, write
 from fxfuse.cli.demo.environment import environment
+from fxfuse.common.measure import parameters
 
 RESULTS = Path(__file__).parent / "results" / "billion.json"
 #: Beyond the result and one member, in MB.
@@ -112,7 +113,7 @@ def make(decoder: Decoder) -> dict[str, Any]:
         model.tie_weights()
         save(model, folder)
         size = megabytes(model)
-    return {"member_mb": size, "parameters": count(model)}
+    return {"member_mb": size, "parameters": parameters(model)}
 
 
 def copy_files(decoder: Decoder) -> dict[str, Any]:
@@ -157,7 +158,7 @@ def generate(decoder: Decoder) -> dict[str, Any]:
     found = {}
     for name in ("fused", "pruned"):
         model = decoder.load(decoder.folder / name)
-        assert count(model) == count(decoder.empty(model.config))
+        assert parameters(model) == parameters(decoder.empty(model.config))
         model.config.use_cache = True
         tokens = model.generate(EXAMPLE[:1], max_new_tokens=4, do_sample=False)
         found[name] = tokens[0, EXAMPLE.shape[1] :].tolist()
@@ -186,15 +187,10 @@ def save(model: Any, folder: Path) -> None:
 
 def told(decoder: Decoder, model: Any) -> dict[str, Any]:
     """What a result has to be: of the size that its configuration gives, and tied if it was."""
-    assert count(model) == count(decoder.empty(model.config))
+    assert parameters(model) == parameters(decoder.empty(model.config))
     if model.config.tie_word_embeddings:
         assert model.lm_head.weight is model.model.embed_tokens.weight
-    return {"parameters": count(model), "result_mb": megabytes(model)}
-
-
-def count(model: nn.Module) -> int:
-    """Return the number of parameters; those that are tied count once."""
-    return sum(tensor.numel() for tensor in model.parameters())
+    return {"parameters": parameters(model), "result_mb": megabytes(model)}
 
 
 def megabytes(model: nn.Module) -> float:

@@ -116,10 +116,7 @@ def main() -> None:
     rows = records.earlier(RESULTS, "rows", keep=options.table)
     if not options.table:
         for name, program in programs().items():
-            for row in measure(name, program):
-                print({key: value for key, value in row.items() if key != "sizes"}, flush=True)
-                rows.append(row)
-                records.write(RESULTS, {"versions": records.versions(), "rows": rows})
+            records.add(RESULTS, rows, measure(name, program))
     page = with_tables(PAGE.read_text(encoding="utf-8"), "latency", table(rows))
     update({PAGE: page}, "python -m benchmarks.latency --table", check=False)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import platform
 import subprocess
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +30,14 @@ def write(path: Path, content: Mapping[str, Any]) -> None:
     """Writes results as JSON; makes the folder."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+
+
+def add(path: Path, rows: list[dict[str, Any]], measured: Iterable[dict[str, Any]]) -> None:
+    """Adds rows one by one as they are measured: each is printed, but for sizes, and written."""
+    for row in measured:
+        print({key: value for key, value in row.items() if key != "sizes"}, flush=True)
+        rows.append(row)
+        write(path, {"versions": versions(), "rows": rows})
 
 
 def described() -> str:

@@ -36,6 +36,7 @@ from benchmarks.real.controls import (
     kl,
     mean_of,
     outputs_of,
+    right,
 )
 from fxfuse.refine import repair
 
@@ -108,7 +109,7 @@ def _rows(
     ends = (accuracy(found[best], labels), accuracy(ensemble, labels))
 
     def row(name: str, own: Tensor, cost: float, **more: Any) -> dict[str, Any]:
-        right = [(p.argmax(1) == labels).double() for p in (own, found[best])]
+        good = [right(p, labels) for p in (own, found[best])]
         reached = accuracy(own, labels)
         return {
             "row": name,
@@ -117,7 +118,7 @@ def _rows(
             "ensemble": ends[1],
             "share of the way": (reached - ends[0]) / (ends[1] - ends[0]),
             "KL to the ensemble": kl(ensemble, own),
-            "gain over the best member": interval(100 * (right[0] - right[1])),
+            "gain over the best member": interval(100 * (good[0] - good[1])),
             "CPU seconds": round(cost, 1),
         } | more
 

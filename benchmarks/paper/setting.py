@@ -21,6 +21,7 @@ from benchmarks.paper import datasets
 from benchmarks.paper.datasets import Data, load
 from benchmarks.paper.networks import NETWORKS
 from benchmarks.paper.training import Recipe, trained
+from benchmarks.real import controls
 from fxfuse.cli.data import Split, specialist_indices
 from fxfuse.cli.evaluate import Ensemble
 
@@ -170,10 +171,7 @@ def accuracy(module: nn.Module, inputs: Tensor, labels: Tensor) -> float:
 
 def right(module: nn.Module, inputs: Tensor, labels: Tensor) -> Tensor:
     """Of which inputs a network in eval mode gets the class right: 1 or 0, float64 `[n]`."""
-    module.eval()
-    with torch.no_grad():
-        answers = torch.cat([module(batch).argmax(1) for batch in inputs.split(500)])
-    return (answers == labels).double()
+    return controls.right(controls.outputs_of(module.eval(), inputs, batch=500), labels)
 
 
 def seen(data: Data, parts: Split, setting: str, n: int, index: int, seed: int) -> Tensor:

@@ -53,7 +53,12 @@ def kl_of_each(target: Tensor, found: Tensor) -> Tensor:
 
 def accuracy(probabilities: Tensor, labels: Tensor) -> float:
     """Return the share of right classes in percent."""
-    return 100 * float((probabilities.argmax(1) == labels).double().mean())
+    return 100 * float(right(probabilities, labels).mean())
+
+
+def right(probabilities: Tensor, labels: Tensor) -> Tensor:
+    """Return of which inputs the class is right: 1 or 0, float64 `[n]`."""
+    return (probabilities.argmax(1) == labels).double()
 
 
 def interval(differences: Tensor) -> list[float]:

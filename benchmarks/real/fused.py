@@ -33,6 +33,7 @@ from benchmarks.real.controls import (
     kl_of_each,
     mean_of,
     outputs_of,
+    right,
 )
 from benchmarks.real.data import mnist_calibration, mnist_test, parser
 from fxfuse.refine import match
@@ -103,7 +104,7 @@ def run_mlps(data_root: Path, seeds: Sequence[int]) -> Iterator[dict[str, Any]]:
                 seed=seed,
             )
             trained = outputs_of(loop, images, batch=mlps.BATCH, logits=True)
-            right = [(p.argmax(1) == labels).double() for p in (own, found[best])]
+            good = [right(p, labels) for p in (own, found[best])]
             yield {
                 "members": count,
                 "seed": seed,
@@ -114,7 +115,7 @@ def run_mlps(data_root: Path, seeds: Sequence[int]) -> Iterator[dict[str, Any]]:
                 "KL of the fused": kl(ensemble, own),
                 "best member, the same seconds of a plain loop": accuracy(trained, labels),
                 "KL of the plain loop": kl(ensemble, trained),
-                "gain over the best member": interval(100 * (right[0] - right[1])),
+                "gain over the best member": interval(100 * (good[0] - good[1])),
                 "handed over": result.history.chosen if result.history else "",
                 "seconds": seconds,
             }

@@ -56,26 +56,6 @@ def halves() -> str:
     return "\n".join([*lines, "", f"{pairs} pairs of members; mean and range.", ""])
 
 
-def same() -> str:
-    """CIFAR-10, four MLPs of the paper's size that saw all classes, at several sizes."""
-    rows = [row for row in _rows("cifar10.json") if row["setting"] == "same"]
-    lines = [
-        "| size | method | accuracy, % | KL to the ensemble | CPU s |",
-        "|---:|---|---:|---:|---:|",
-        f"| 1 | best member | {_range(rows, 'best member', 1)} | | |",
-    ]
-    for size, name in dict.fromkeys((row["size"], row["row"]) for row in rows):
-        own = [row for row in rows if (row["size"], row["row"]) == (size, name)]
-        lines.append(
-            f"| {size:g} | {_NAMES.get(name, f'{name}, here')} | {_range(own, 'accuracy', 1)}"
-            f" | {_range(own, 'KL to the ensemble', 3)} | {_range(own, 'CPU seconds', 0)} |"
-        )
-    lines.append(f"| 4 | ensemble | {_range(rows, 'ensemble', 1)} | 0 | |")
-    samples = len({row["seed"] for row in rows})
-    said = f"{samples} samples of the calibration images; mean and range."
-    return "\n".join([*lines, "", said, ""])
-
-
 def mlps() -> str:
     """Published MLPs: neuron interpolation's own code and ours."""
     rows = _rows("rivals/neuron_interpolation.json")

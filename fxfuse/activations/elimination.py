@@ -306,9 +306,9 @@ def eliminate(
         losses[step] = max(float(loss[unit]), 0.0)
         ranks[units[left.units[unit]]] = step
         left.remove(unit)
-    cost = left.losses().cpu().numpy()
-    last = ~np.isinf(cost)
-    ranks[units[left.units[last]]] = alive.sum() + np.argsort(np.argsort(cost[last]))
+    last = left.there.cpu().numpy()
+    cost = left.losses().cpu().numpy()[last]
+    ranks[units[left.units[last]]] = alive.sum() + np.argsort(np.argsort(cost))
     return ranks, losses
 
 
@@ -339,6 +339,11 @@ class _Left:
         self._count = self._gone = 0
         self._blocks = [_diagonal(m, self._width) for m in (self._inverse, self._products)]
 
+    @property
+    def there(self) -> torch.Tensor:
+        """Which of the units are left, bool [units]."""
+        return self._there[:: self._width] > 0
+
     def losses(self) -> torch.Tensor:
         """Return what removing each unit costs after the others have made up for it, [units].
 
@@ -349,7 +354,7 @@ class _Left:
             losses = (products / inverse).flatten()
         else:
             losses = torch.linalg.solve(inverse, products).diagonal(dim1=1, dim2=2).sum(1)
-        return losses.masked_fill(self._there[:: self._width] == 0, torch.inf)
+        return losses.masked_fill(~self.there, torch.inf)
 
     def remove(self, unit: int) -> None:
         """Take a unit out of the inverse covariance, and its weights over to the other units."""
@@ -391,7 +396,7 @@ class _Left:
 
     def _cut(self) -> None:
         """Cut out of the matrices what is gone."""
-        keep = self._there[:: self._width].nonzero().flatten().cpu().numpy()
+        keep = self.there.nonzero().flatten().cpu().numpy()
         self.units = self.units[keep]
         self._inverse, self._products = (
             _part(m, keep, self._width) for m in (self._inverse, self._products)

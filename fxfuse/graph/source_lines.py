@@ -8,8 +8,9 @@ import os
 import re
 import sys
 import traceback
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
+from types import FrameType
 
 import torch
 from torch import fx
@@ -34,17 +35,22 @@ def source_of(node: fx.Node) -> str:
 def source_of_caller() -> str:
     """Return the innermost line of the user's code that is running, as `source_of` does."""
     stack = reversed(list(traceback.walk_stack(inspect.currentframe())))
-    return _innermost([(f.f_code.co_filename, line) for f, line in stack])
+    return _innermost_running(stack)
 
 
 def source_of_error(error: BaseException) -> str:
     """Return the innermost line of the user's code that an error came from, as `source_of` does."""
-    stack = traceback.walk_tb(error.__traceback__)
-    return _innermost([(f.f_code.co_filename, line) for f, line in stack])
+    return _innermost_running(traceback.walk_tb(error.__traceback__))
+
+
+def _innermost_running(stack: Iterable[tuple[FrameType, int]]) -> str:
+    """The innermost frame that is not our own code, which runs the user's."""
+    frames = ((frame.f_code.co_filename, line) for frame, line in stack)
+    return _innermost([frame for frame in frames if not frame[0].startswith(_OWN_ROOT)])
 
 
 def _innermost(frames: Sequence[tuple[str, int]]) -> str:
-    outside = [frame for frame in frames if not frame[0].startswith((_TORCH_ROOT, _OWN_ROOT))]
+    outside = [frame for frame in frames if not frame[0].startswith(_TORCH_ROOT)]
     if not outside:
         return ""
     file, line = outside[-1]

@@ -129,18 +129,20 @@ class Teacher:
         count, whole = calibration.size, calibration.whole
         for turn in range(1 if self.augment is None else _PASSES):
             order = torch.randperm(count, generator=generator)
-            pieces: Iterable[Tensor] = order.tensor_split(max(1, -(-count // self.batch)))
             if turn < first:
                 continue
-            if calibration.fixed:
-                pieces = tuple(p for p in order.split(self.batch) if len(p) == self.batch)
-            elif patience < float("inf"):
-                pieces = self._growing(order, patience)
-            for chosen in pieces:
+            for chosen in self._pieces(order, patience, fixed=calibration.fixed):
                 chunk = pick_rows(whole, chosen)
                 if turn and self.augment is not None:
                     chunk = ((self.augment(chunk[0][0], generator),), {})
                 yield chunk
+
+    def _pieces(self, order: Tensor, patience: float, *, fixed: bool) -> Iterable[Tensor]:
+        if fixed:
+            return [p for p in order.split(self.batch) if len(p) == self.batch]
+        if patience < float("inf"):
+            return self._growing(order, patience)
+        return order.tensor_split(max(1, -(-len(order) // self.batch)))
 
     def _growing(self, order: Tensor, patience: float) -> Iterator[Tensor]:
         """Yield parts of 2 and more, each twice as large as the last until one takes too long."""

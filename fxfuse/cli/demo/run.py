@@ -116,9 +116,9 @@ def _repetitions(
         futures = [pool.submit(_in_process, *case, steps, member_steps) for case in cases]
         unfinished: set[Future[list[Entry]]] = set(futures)
         while unfinished:
-            _, unfinished = wait(unfinished, _LOOK, FIRST_EXCEPTION)
+            done, unfinished = wait(unfinished, _LOOK, FIRST_EXCEPTION)
             advance(counter.value)
-            if any(future.done() and future.exception() for future in futures):
+            if any(future.exception() for future in done):
                 pool.shutdown(wait=False, cancel_futures=True)
                 break
         return [future.result() for future in futures]
