@@ -74,6 +74,7 @@ QUICK, QUICK_INPUTS, QUICK_LEAST = 2.0, 500, 0.5
 LABELLED_STEPS, LABELLED_RATES, BATCH = 160, (3e-3, 1e-2), 64
 AVERAGED, ALIGNED = "averaging", "weight matching + recalibration"
 PLAIN, PLAIN_REFIT, UNITS = "NT", "NT + refit", "obs + refit, streams by units"
+REFIT_LOGITS, AUTO_LOGITS = "obs + refit, mean of logits", "auto, mean of logits"
 HEAD, PLAIN_MATCHED, BEST_MATCHED = (
     "best member + head refit",
     "NT + matching",
@@ -82,7 +83,7 @@ HEAD, PLAIN_MATCHED, BEST_MATCHED = (
 #: All rows, in the order of the table.
 ROWS = (
     *(BEST, ENSEMBLE, AVERAGED, ALIGNED, PLAIN, LABELLED, PLAIN_REFIT, UNITS, REFIT, COPIES),
-    *(QUICK_ROW, AUTO, HEAD, PLAIN_MATCHED, BEST_MATCHED, DISTILLED),
+    *(REFIT_LOGITS, QUICK_ROW, AUTO, AUTO_LOGITS, HEAD, PLAIN_MATCHED, BEST_MATCHED, DISTILLED),
 )
 
 
@@ -149,11 +150,14 @@ def measure(
         note(UNITS, *_module(fused(score="obs", calibration=x, refit=True)))
     # Without residual streams the variant is the plain transplant.
     best = {"score": "obs", "variant": "components"}
-    if REFIT in rows:
-        note(REFIT, *_module(fused(**best, calibration=x, refit=True)))
-    if COPIES in rows:
-        options = {**best, "calibration": x, "augmentations": 1, "refit": True}
-        note(COPIES, *_module(fused(**options)))
+    by_logits = fxfuse.Classification(combine_by="logits")
+    own: dict[str, dict[str, Any]] = {
+        REFIT: {},
+        COPIES: {"augmentations": 1},
+        REFIT_LOGITS: {"task": by_logits},
+    }
+    for name in (name for name in own if name in rows):
+        note(name, *_module(fused(**best, calibration=x, refit=True, **own[name])))
     if QUICK_ROW in rows:
         module, spent = _module(fused(score="obs", calibration=x[:QUICK_INPUTS], refit=True))
         steps = 0
@@ -162,13 +166,15 @@ def measure(
             spent += report.seconds
             steps = report.steps
         note(QUICK_ROW, module, spent, steps=steps)
-    if AUTO in rows:
-        result, spent = fused(method="auto", **best, calibration=x, seconds=seconds)
-        assert result.history is not None
-        matched = result.history.chosen.startswith("matched")
-        note(AUTO, result.module, spent, start=result.plan.options["start"], kept=matched)
-    else:
-        spent = float((earlier_rows or {}).get(AUTO, {"seconds": seconds})["seconds"])
+    spent = float((earlier_rows or {}).get(AUTO, {"seconds": seconds})["seconds"])
+    for name, task in ((AUTO, None), (AUTO_LOGITS, by_logits)):
+        if name in rows:
+            options = {**best, "calibration": x, "seconds": seconds, "task": task}
+            result, used = fused(method="auto", **options)
+            assert result.history is not None
+            matched = result.history.chosen.startswith("matched")
+            note(name, result.module, used, start=result.plan.options["start"], kept=matched)
+            spent = used if name == AUTO else spent
     if HEAD in rows:
         start = time.process_time()
         module = copy.deepcopy(made.best)

@@ -10,12 +10,13 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from fxfuse.activations.augment import Augment
 from fxfuse.activations.calibration import (
     CalibrationBatches,
     count_rows,
@@ -47,14 +48,16 @@ class Asked:
         calibration: The inputs.
         members: What each member answers, `[n, *]`.
         wanted: What the ensemble answers, as the task's distance needs it.
+        copied: Whether the second half of the inputs are copies of the first half.
     """
 
     calibration: CalibrationBatches
     members: tuple[Answer, ...]
     wanted: Answer
+    copied: bool = False
 
     def and_also(self, others: Asked) -> Asked:
-        """These inputs and others, with what was answered to them."""
+        """These inputs and others, with what was answered to them; copies are inputs as well."""
         both = self.calibration.together(others.calibration)
         members = zip(self.members, others.members, strict=True)
         wanted = join_rows([self.wanted, others.wanted])
@@ -188,6 +191,9 @@ class Judge:
             if each is None:
                 each = self.task.distance(answer, self.asked.wanted)
             each = each.double()
+        if self.asked.copied:
+            # An input and its copy are one draw of the bootstrap.
+            each = each.unflatten(0, (2, -1)).mean(0)
         # What cannot be compared is as far away as can be.
         each = torch.where(each.isfinite(), each, torch.full_like(each, torch.finfo().max))
         known = None if self.metric is None or module is None else ask(self.metric, module)
@@ -224,8 +230,32 @@ def ask(metric: Metric, module: nn.Module) -> float:
     return value
 
 
-def ask_members(task: Task, members: Sequence[nn.Module], calibration: CalibrationBatches) -> Asked:
+def copied(calibration: CalibrationBatches, augment: Augment | None) -> CalibrationBatches | None:
+    """Return an augmented copy of each input that judges, always the same one; None: no copies.
+
+    Members agree on inputs that they were trained on more than on others, so these alone show
+    little of what is to be learnt. Where there are labels, a copy has none.
+    """
+    if augment is None or calibration.labels:
+        return None
+    generator = torch.Generator().manual_seed(0)
+    batches = tuple(((augment(args[0], generator),), {}) for args, _ in calibration.batches)
+    return replace(calibration, batches=batches)
+
+
+def ask_members(
+    task: Task,
+    members: Sequence[nn.Module],
+    calibration: CalibrationBatches,
+    copies: CalibrationBatches | None = None,
+) -> Asked:
     """Ask all members about inputs, and combine what they answer.
+
+    Args:
+        task: What they answer means.
+        members: Networks in eval mode.
+        calibration: The inputs.
+        copies: A copy of each of them, to ask about as well.
 
     Raises:
         OptionError: The task does not fit what they answer.
@@ -233,6 +263,8 @@ def ask_members(task: Task, members: Sequence[nn.Module], calibration: Calibrati
         MemberError: The members' outputs have different shapes.
     """
     answers: list[Answer] = []
+    if copies is not None:
+        calibration = calibration.together(copies)
     for number, member in enumerate(members):
         answers.append(answers_of(task, member, calibration, f"member {number}"))
         check_alike(answers, number, calibration.size)
@@ -240,7 +272,7 @@ def ask_members(task: Task, members: Sequence[nn.Module], calibration: Calibrati
         check_answers(answers[-1], f"member {number}")
     _, kwargs = calibration.whole
     wanted = task.target([task.exact(answer) for answer in answers], kwargs)
-    return Asked(calibration, tuple(answers), wanted)
+    return Asked(calibration, tuple(answers), wanted, copies is not None)
 
 
 def check_alike(answers: Sequence[Answer], number: int, count: int) -> None:

@@ -22,7 +22,7 @@ from fxfuse.common.options import Options, check_type
 from fxfuse.errors import InputError, OptionError
 from fxfuse.refine.batch import try_call
 from fxfuse.refine.infer_task import task_of_answer
-from fxfuse.refine.judge import Asked, Judge, Measured, ask_members, compare, divided
+from fxfuse.refine.judge import Asked, Judge, Measured, ask_members, compare, copied, divided
 from fxfuse.refine.modes import (
     check_teachers,
     copies,
@@ -75,7 +75,8 @@ class Match(Options):
         weight_decay: Weight decay of parameters with two dimensions or more; others do not decay.
         augment: Function of (inputs `[b, *]`, CPU generator) that returns a copy; needs a single
             input tensor. True: `shift_and_mix` for floating images `[n, c, h, w]` and signals
-            `[n, c, l]` that are not one-hot, no copies of all others. False: no copies.
+            `[n, c, l]` that are not one-hot, no copies of all others. False: no copies. Inputs that
+            judge, without labels, get a copy each, too, which counts as much as the input.
         freeze: Whether batch normalisation keeps its statistics, and dropout stays off, while
             training. None: the trials decide.
         seed: Seed of all random numbers; torch's global generators are left as they were.
@@ -229,12 +230,12 @@ def match(
             (args, kwargs), *_ = fitting.batches
             with torch.no_grad():
                 task = task_of_answer(try_call(members[0], args, "member 0", kwargs))
-        asked = ask_members(task, members, choosing)
+        augment = augment_of(options, calibration)
+        asked = ask_members(task, members, choosing, copied(choosing, augment))
         task = task.prepared(asked.wanted, asked.members)
-        judge = Judge(task, asked)
-        final = (
-            judge if accepting is choosing else Judge(task, ask_members(task, members, accepting))
-        )
+        final = judge = Judge(task, asked)
+        if accepting is not choosing:
+            final = Judge(task, ask_members(task, members, accepting, copied(accepting, augment)))
         module.eval()
         before = final.measure(module)
         start = copies(module)
@@ -296,9 +297,9 @@ def train(
     begin = time.process_time()
     start = judge.measure(module)
     look_cost = time.process_time() - begin
-    augment = default_augment(fitting.batches[0]) if options.augment is True else options.augment
     chunk = fitting.unit if fitting.fixed else options.batch or _BATCH
-    teacher = Teacher(members, judge.task, augment or None, chunk, options.seed, target)
+    augment = augment_of(options, fitting)
+    teacher = Teacher(members, judge.task, augment, chunk, options.seed, target)
     pool = teacher.pool(
         fitting,
         drawn=None if steps is None else steps * chunk,
@@ -343,6 +344,13 @@ def train(
         best.found.mean,
         kept,
     )
+
+
+def augment_of(options: Match, calibration: CalibrationBatches) -> Augment | None:
+    """What makes copies of these inputs, if anything does."""
+    if options.augment is True:
+        return default_augment(calibration.batches[0])
+    return options.augment or None
 
 
 class Best:

@@ -29,10 +29,11 @@ from fxfuse.refine.judge import (
     ask_members,
     check_task,
     compare,
+    copied,
     divided,
     folds,
 )
-from fxfuse.refine.match import Match, MatchReport, TooFewSeconds, train
+from fxfuse.refine.match import Match, MatchReport, TooFewSeconds, augment_of, train
 from fxfuse.refine.regression import Refit, RefitReport, refit_state
 from fxfuse.refine.regression.transfer import Moved, Student, draw_levels, fit_answer
 from fxfuse.refine.starts import (
@@ -303,11 +304,14 @@ class _Way:
             fitting, choosing = self.calibration.split(share)
             parts = folds(self.calibration, _FOLDS)
             self.runs = 1 + len(parts)
-            accept = self._judge(self.calibration)
+            # The copies are those of the parts, so that all networks are compared on the same.
+            copies = [own for _, part in parts if (own := self._copies(part)) is not None]
+            whole = copies[0].together(*copies[1:]) if copies else None
+            accept = self._judge(self.calibration, whole)
             judged = self._cross_fitted(parts, accept.task)
         else:
-            accept = self._judge(accepting)
-        choose = self._judge(choosing)
+            accept = self._judge(accepting, self._copies(accepting))
+        choose = self._judge(choosing, self._copies(choosing))
         asking = watch.lap()
         made = self._make(fitting, choose)
         for start in made.starts:
@@ -316,8 +320,14 @@ class _Way:
             judged[start.name] = judged[kind] if few else accept.measure(start.module)
         return self._accepted(made, judged, asking, choose, accept)
 
-    def _judge(self, inputs: CalibrationBatches) -> Judge:
-        asked = ask_members(self.task, self.members, inputs)
+    def _copies(self, inputs: CalibrationBatches) -> CalibrationBatches | None:
+        """A copy of each input that judges, where matching learns from copies, too."""
+        if self.steps.match is None or self.metric is not None:
+            return None
+        return copied(inputs, augment_of(self.steps.match, inputs))
+
+    def _judge(self, inputs: CalibrationBatches, copies: CalibrationBatches | None) -> Judge:
+        asked = ask_members(self.task, self.members, inputs, copies)
         return Judge(self.task.prepared(asked.wanted, asked.members), asked, self.metric)
 
     def _cross_fitted(
@@ -333,8 +343,9 @@ class _Way:
         found: dict[str, list[torch.Tensor]] = {kind: [] for kind in _KINDS}
         for others, part in parts:
             fitting, choosing = others.split(self.calibration.held_out)
-            made = self._make(fitting, self._judge(choosing))
-            judge = Judge(task, ask_members(task, self.members, part), self.metric)
+            made = self._make(fitting, self._judge(choosing, self._copies(choosing)))
+            asked = ask_members(task, self.members, part, self._copies(part))
+            judge = Judge(task, asked, self.metric)
             for kind in _KINDS:
                 start = made.after(kind)
                 if start is not None:
