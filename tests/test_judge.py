@@ -17,7 +17,7 @@ from fxfuse import Calibration, Classification, Embedding, Match, Refit
 from fxfuse.activations.calibration import CalibrationBatches
 from fxfuse.errors import FxfuseError, InputError, OptionError
 from fxfuse.refine import MatchReport, pipeline, starts
-from fxfuse.refine.judge import Measured, compare, divided, folds
+from fxfuse.refine.judge import Judge, Measured, ask_members, compare, copied, divided, folds
 from fxfuse.refine.pool import Teacher
 from tests.nets import mean_of
 
@@ -566,6 +566,88 @@ def test_inputs_by_keyword_are_matched_and_judged():
     assert one.history["matched from refitted"].judged == pytest.approx(
         plain.history["matched from refitted"].judged, rel=0.05
     )
+
+
+class Signals(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.head = nn.Conv1d(2, 6, 3, padding=1), nn.Linear(6, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.head(self.conv(x).relu().mean(2))
+
+
+def signals(seed: int) -> list[nn.Module]:
+    torch.manual_seed(seed)
+    return [Signals().eval() for _ in range(2)]
+
+
+def test_an_input_and_its_copy_are_one_draw_of_the_judge():
+    members, x = signals(0), drawn(20, 2, 9)
+    inputs, task = CalibrationBatches.plain(x, 8), Classification()
+
+    def shifted(batch: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+        return batch + torch.rand(batch.shape, generator=generator)
+
+    copies = copied(inputs, shifted)
+    assert copies is not None
+    both = Judge(task, ask_members(task, members, inputs, copies)).measure(members[0]).each
+    one, other = (
+        Judge(task, ask_members(task, members, part)).measure(members[0]).each
+        for part in (inputs, copies)
+    )
+    assert len(both) == 20
+    assert not torch.allclose(one, other, rtol=0.01)
+    torch.testing.assert_close(both, (one + other) / 2)
+    assert copied(inputs, None) is None
+    assert copied(replace(inputs, labels=(torch.zeros(20),)), shifted) is None
+
+
+@pytest.mark.parametrize("count", [160, 40])
+def test_copies_judge_where_matching_learns_from_them_and_are_no_further_inputs(count: int):
+    members, x = signals(1), drawn(count, 2, 9)
+
+    def judged(calibration: Any, steps: list[Any]) -> Any:
+        return fxfuse.fuse(members, x[:4], calibration=calibration, refine=steps).history
+
+    steps = {name: [Refit(), Match(steps=5, augment=name)] for name in (True, False)}
+    with_copies, without = (judged(x, steps[name]) for name in (True, False))
+    plain = judged(x, [Refit()])
+    assert with_copies.inputs == without.inputs == plain.inputs
+    for name in ("member 0", "member 1"):
+        assert without[name].judged == plain[name].judged != with_copies[name].judged
+    # Labels and a metric of the user's own need no copies.
+    labels = torch.arange(count) % 3
+    by_labels = [judged([(x, labels)], steps[name])["member 0"] for name in (True, False)]
+    assert by_labels[0].judged == by_labels[1].judged
+    metric = Calibration(x, evaluate=lambda network: float(network(x).var()))
+    by_metric = [judged(metric, steps[name])["member 0"] for name in (True, False)]
+    assert by_metric[0].judged == by_metric[1].judged
+
+
+def test_what_members_remember_does_not_send_back_what_copies_show():
+    """On whole numbers the members agree; matching is judged between them, too."""
+    x = drawn(200, 2, 9).round()
+    members = signals(2)
+
+    class Remembering(nn.Module):
+        def __init__(self, network: nn.Module, sign: float) -> None:
+            super().__init__()
+            self.network = network
+            self.own = nn.Parameter(torch.full((2, 1), 8.0 * sign))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            off = (x * torch.pi).sin() * self.own
+            return self.network(x) + off.mean(2).sum(1, keepdim=True) * torch.tensor([1.0, 0, -1])
+
+    remembering: list[nn.Module] = [Remembering(members[0], s).eval() for s in (1.0, -0.4)]
+    histories = [
+        fxfuse.fuse(remembering, x[:4], calibration=x, refine=[Match(steps=60, augment=augment)])
+        for augment in (True, False)
+    ]
+    with_copies, without = (result.history for result in histories)
+    assert without.chosen.startswith("member")
+    assert with_copies.chosen.startswith("matched from")
 
 
 def test_the_history_is_a_table_of_ten_lines_at_most():

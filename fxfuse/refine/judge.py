@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from fxfuse.activations.augment import Augment
 from fxfuse.activations.calibration import (
     CalibrationBatches,
+    Call,
     count_rows,
     join_rows,
     pick_rows,
@@ -239,7 +240,9 @@ def copied(calibration: CalibrationBatches, augment: Augment | None) -> Calibrat
     if augment is None or calibration.labels:
         return None
     generator = torch.Generator().manual_seed(0)
-    batches = tuple(((augment(args[0], generator),), {}) for args, _ in calibration.batches)
+    batches: tuple[Call, ...] = tuple(
+        ((augment(args[0], generator),), {}) for args, _ in calibration.batches
+    )
     return replace(calibration, batches=batches)
 
 
