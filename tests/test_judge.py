@@ -625,6 +625,14 @@ def test_copies_judge_where_matching_learns_from_them_and_are_no_further_inputs(
     assert by_metric[0].judged == by_metric[1].judged
 
 
+def test_a_function_of_one_tensor_is_refused_for_inputs_by_keyword():
+    given = {"left": MANY[:, :2], "right": MANY[:, 2:]}
+    example = {name: x[:4] for name, x in given.items()}
+    steps = [Match(steps=2, augment=lambda x, generator: x)]
+    with pytest.raises(OptionError, match="augment works with one input tensor, got 2"):
+        fxfuse.fuse([Keyed(0).eval(), Keyed(1).eval()], example, calibration=given, refine=steps)
+
+
 def test_what_members_remember_does_not_send_back_what_copies_show():
     """On whole numbers the members agree; matching is judged between them, too."""
     x = drawn(200, 2, 9).round()

@@ -76,7 +76,7 @@ def figures(cases: Sequence[Case]) -> list[str]:
         "|---|---|---|",
         _shares("specialists, no step: `obs` + refit ≥ 80 % of the gain", special, REFIT, 0.80),
         _shares("the same with an augmented copy of each input", special, COPIES, 0.80),
-        _shares("no step, fitted to the mean of logits", special, REFIT_LOGITS, 0.80),
+        _shares("the same, fitted to the mean of logits", special, REFIT_LOGITS, 0.80),
         _shares("specialists, 2 CPU s: ≥ 97 % of the gain", special, QUICK, 0.97),
         _ahead(
             "specialists, `auto`: at or above the ensemble (mean of probabilities)",
@@ -85,7 +85,7 @@ def figures(cases: Sequence[Case]) -> list[str]:
             every_run=False,
         ),
         _ahead(
-            "specialists, `auto` with the mean of logits: at or above the ensemble (the same)",
+            "specialists, `auto` with the mean of logits: at or above that ensemble",
             special,
             (AUTO_LOGITS, ENSEMBLE),
             every_run=False,
@@ -97,7 +97,7 @@ def figures(cases: Sequence[Case]) -> list[str]:
             every_run=True,
         ),
         _never_worse("`auto`: no run significantly worse than the best member", cases, AUTO),
-        _never_worse("the same, with the mean of logits", cases, AUTO_LOGITS),
+        _never_worse("the same with the mean of logits", cases, AUTO_LOGITS),
         _average("same data, `auto`: ≥ 75 % of the gain on average", same, AUTO, 0.75),
         _ahead(
             "same data, `auto`: ahead of best member + KL distillation at equal CPU time",

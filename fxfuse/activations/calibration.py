@@ -126,9 +126,13 @@ class CalibrationBatches:
         generator = torch.Generator().manual_seed(0)
         batches = list(self.batches)
         for _ in range(self.augmentations):
-            batches += [((augment(args[0], generator),), {}) for args, _ in self.batches]
+            batches += self.copied(augment, generator)
         size = (1 + self.augmentations) * self.size
         return replace(self, batches=tuple(batches), size=size, labels=(), augmentations=0)
+
+    def copied(self, augment: Augment, generator: torch.Generator) -> list[Call]:
+        """An augmented copy of each call with one tensor."""
+        return [((augment(args[0], generator),), {}) for args, _ in self.batches]
 
     @staticmethod
     def plain(inputs: Any, batch: int) -> CalibrationBatches:

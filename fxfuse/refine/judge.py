@@ -19,7 +19,6 @@ from torch import Tensor, nn
 from fxfuse.activations.augment import Augment
 from fxfuse.activations.calibration import (
     CalibrationBatches,
-    Call,
     count_rows,
     join_rows,
     pick_rows,
@@ -240,10 +239,7 @@ def copied(calibration: CalibrationBatches, augment: Augment | None) -> Calibrat
     if augment is None or calibration.labels:
         return None
     generator = torch.Generator().manual_seed(0)
-    batches: tuple[Call, ...] = tuple(
-        ((augment(args[0], generator),), {}) for args, _ in calibration.batches
-    )
-    return replace(calibration, batches=batches)
+    return replace(calibration, batches=tuple(calibration.copied(augment, generator)))
 
 
 def ask_members(

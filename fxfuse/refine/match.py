@@ -36,7 +36,7 @@ from fxfuse.refine.parallel import together
 from fxfuse.refine.pool import Teacher
 from fxfuse.refine.schedule import SHARE_OF_POOL, Budget
 from fxfuse.refine.task import Task, as_task
-from fxfuse.refine.trainer import Trainer, fitting_batch
+from fxfuse.refine.trainer import Trainer, fitting_batch, optimizer_of
 from fxfuse.refine.trials import find_settings
 from fxfuse.refine.watch import bar
 
@@ -217,10 +217,12 @@ def match(
     check_teachers(module, members, "members")
     trainable(module)
     calibration = CalibrationBatches.plain(inputs, options.batch or _BATCH)
-    _check_augment(options, calibration)
+    augment = augment_of(options, calibration)
     target = device_of(module, device)
     module.to(target)
     calibration = calibration.moved(target)
+    # The first optimiser of a process imports torch's compiler, which is no part of matching.
+    optimizer_of(module, 1.0, 0.0)
     begin = time.process_time()
     with evaluating(members, target):
         fitting = choosing = accepting = calibration
@@ -230,7 +232,6 @@ def match(
             (args, kwargs), *_ = fitting.batches
             with torch.no_grad():
                 task = task_of_answer(try_call(members[0], args, "member 0", kwargs))
-        augment = augment_of(options, calibration)
         asked = ask_members(task, members, choosing, copied(choosing, augment))
         task = task.prepared(asked.wanted, asked.members)
         final = judge = Judge(task, asked)
@@ -347,9 +348,21 @@ def train(
 
 
 def augment_of(options: Match, calibration: CalibrationBatches) -> Augment | None:
-    """What makes copies of these inputs, if anything does."""
+    """Return what makes copies of these inputs, if anything does.
+
+    Raises:
+        OptionError: It is a function of one tensor, and the inputs are others.
+    """
     if options.augment is True:
         return default_augment(calibration.batches[0])
+    args, kwargs = calibration.batches[0]
+    if options.augment and (kwargs or len(args) != 1):
+        raise OptionError(
+            f"augment works with one input tensor, got {len(args) + len(kwargs)}",
+            where="augment",
+            why="it maps one tensor to another",
+            how="leave augment out, and add augmented copies to the inputs",
+        )
     return options.augment or None
 
 
@@ -423,14 +436,3 @@ def _looks(budget: Budget, look: float) -> list[float]:
     if left == float("inf"):
         return list(_LOOKS)
     return list(_LOOKS) if len(_LOOKS) * look <= _SHARE_OF_LOOKS * left else []
-
-
-def _check_augment(options: Match, calibration: CalibrationBatches) -> None:
-    args, kwargs = calibration.batches[0]
-    if callable(options.augment) and (kwargs or len(args) != 1):
-        raise OptionError(
-            f"augment works with one input tensor, got {len(args) + len(kwargs)}",
-            where="augment",
-            why="it maps one tensor to another",
-            how="leave augment out, and add augmented copies to the inputs",
-        )

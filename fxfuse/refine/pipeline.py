@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 
+from fxfuse.activations.augment import Augment
 from fxfuse.activations.calibration import FEW, CalibrationBatches
 from fxfuse.analysis.coupling import CouplingGraph
 from fxfuse.errors import InputError, OptionError, RefineError
@@ -289,6 +290,10 @@ class _Way:
                 why=f"at least {2 * max(2, calibration.unit)} are needed",
                 how="pass 100 to 1,000, or Calibration(inputs, held_out=0), which judges nothing",
             )
+        #: Makes copies of the inputs that judge, where matching learns from copies, too.
+        self.augment: Augment | None = None
+        if steps.match is not None and self.metric is None:
+            self.augment = augment_of(steps.match, calibration)
         #: How often the way is gone: of a budget in seconds each has a part.
         self.runs = 1
 
@@ -305,13 +310,13 @@ class _Way:
             parts = folds(self.calibration, _FOLDS)
             self.runs = 1 + len(parts)
             # The copies are those of the parts, so that all networks are compared on the same.
-            copies = [own for _, part in parts if (own := self._copies(part)) is not None]
+            copies = [own for _, part in parts if (own := copied(part, self.augment))]
             whole = copies[0].together(*copies[1:]) if copies else None
             accept = self._judge(self.calibration, whole)
             judged = self._cross_fitted(parts, accept.task)
         else:
-            accept = self._judge(accepting, self._copies(accepting))
-        choose = self._judge(choosing, self._copies(choosing))
+            accept = self._judge(accepting, copied(accepting, self.augment))
+        choose = self._judge(choosing, copied(choosing, self.augment))
         asking = watch.lap()
         made = self._make(fitting, choose)
         for start in made.starts:
@@ -319,12 +324,6 @@ class _Way:
         for kind, start in made.steps.items():
             judged[start.name] = judged[kind] if few else accept.measure(start.module)
         return self._accepted(made, judged, asking, choose, accept)
-
-    def _copies(self, inputs: CalibrationBatches) -> CalibrationBatches | None:
-        """A copy of each input that judges, where matching learns from copies, too."""
-        if self.steps.match is None or self.metric is not None:
-            return None
-        return copied(inputs, augment_of(self.steps.match, inputs))
 
     def _judge(self, inputs: CalibrationBatches, copies: CalibrationBatches | None) -> Judge:
         asked = ask_members(self.task, self.members, inputs, copies)
@@ -343,8 +342,8 @@ class _Way:
         found: dict[str, list[torch.Tensor]] = {kind: [] for kind in _KINDS}
         for others, part in parts:
             fitting, choosing = others.split(self.calibration.held_out)
-            made = self._make(fitting, self._judge(choosing, self._copies(choosing)))
-            asked = ask_members(task, self.members, part, self._copies(part))
+            made = self._make(fitting, self._judge(choosing, copied(choosing, self.augment)))
+            asked = ask_members(task, self.members, part, copied(part, self.augment))
             judge = Judge(task, asked, self.metric)
             for kind in _KINDS:
                 start = made.after(kind)
