@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+import gc
 import re
 import time
+from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import ClassVar
 
@@ -107,6 +109,20 @@ def test_without_a_budget_there_are_300_steps():
     assert match(mlp(3), [mlp(1), mlp(2)], INPUTS, Match(batch=8)).steps == 300
 
 
+@pytest.fixture
+def clean_process() -> Iterator[None]:
+    """What a process does once, or after thousands of tests, takes as long as a budget here.
+
+    The first optimiser imports torch's compiler, and garbage of other tests is collected.
+    """
+    torch.optim.AdamW([torch.zeros(1)])
+    gc.collect()
+    gc.freeze()
+    yield
+    gc.unfreeze()
+
+
+@pytest.mark.usefixtures("clean_process")
 def test_a_budget_in_seconds_is_kept():
     begin = time.process_time()
     report = match(mlp(3), [mlp(1), mlp(2)], INPUTS, Match(seconds=0.5))
@@ -115,6 +131,7 @@ def test_a_budget_in_seconds_is_kept():
     assert time.process_time() - begin < 1.2
 
 
+@pytest.mark.usefixtures("clean_process")
 def test_members_get_no_more_than_their_share_of_the_seconds():
     class Slow(nn.Module):
         calls = 0
