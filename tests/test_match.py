@@ -132,6 +132,19 @@ def test_a_budget_in_seconds_is_kept():
 
 
 @pytest.mark.usefixtures("clean_process")
+def test_what_a_process_imports_once_is_no_part_of_the_budget(monkeypatch: pytest.MonkeyPatch):
+    def first(*args):
+        end = time.process_time() + 0.6
+        while time.process_time() < end:
+            pass
+
+    monkeypatch.setitem(match.__globals__, "optimizer_of", first)
+    report = match(mlp(3), [mlp(1), mlp(2)], INPUTS, Match(seconds=0.5))
+    assert report.steps > 20
+    assert report.seconds < 1.0
+
+
+@pytest.mark.usefixtures("clean_process")
 def test_members_get_no_more_than_their_share_of_the_seconds():
     class Slow(nn.Module):
         calls = 0
